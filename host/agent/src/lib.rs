@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the host and the agent in the guest say to each other: one JSON object a line, over a
+//! virtio-serial port. The agent works on each request in a thread of its own, so that answers
+//! may come in another order than the requests; the id says what an answer belongs to.
+
+use serde::{Deserialize, Serialize};
+
+/// The name of the virtio-serial port that the agent listens on.
+pub const PORT: &str = "org.virtio-balloon-rs.agent";
+
+/// What the host asks for.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// Comes back in the answer.
+    pub id: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// What the guest answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Response {
+    /// The id of the request.
+    pub id: u64,
+    /// What came of it, or one sentence about why it failed.
+    pub result: Result<Reply, String>,
+}
+
+/// Something to do in the guest.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Command {
+    /// Does nothing; the answer says that the guest is up.
+    Ping,
+    /// Runs a program to its end; answered with [`Reply::Output`].
+    Exec {
+        /// The program and its arguments.
+        argv: Vec<String>,
+        /// How long it may take before it is killed, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Reads a file; answered with [`Reply::Text`].
+    ReadFile {
+        /// Where the file is.
+        path: String,
+    },
+    /// Writes a file in one write, as files under /sys want it.
+    WriteFile {
+        /// Where the file is.
+        path: String,
+        /// What it is to hold.
+        contents: String,
+    },
+    /// Starts a load on the guest's memory; answered with [`Reply::Load`].
+    StartLoad(Load),
+    /// How a load fares; answered with [`Reply::Status`].
+    LoadStatus(LoadId),
+    /// Asks a load to stop; answered with [`Reply::Status`] when it has ended.
+    StopLoad(LoadId),
+    /// Switches the guest off; there is no answer.
+    PowerOff,
+}
+
+/// The good answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// There is nothing more to say.
+    Done,
+    /// What a program left behind.
+    Output(Output),
+    /// The contents of a file.
+    Text(String),
+    /// A load runs.
+    Load(LoadId),
+    /// How a load fares.
+    Status(LoadStatus),
+}
+
+/// What a program left behind.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Output {
+    /// How it ended.
+    pub exit: Exit,
+    /// What it wrote to its standard output.
+    pub stdout: String,
+    /// What it wrote to its standard error.
+    pub stderr: String,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// It returned this status.
+    Status(i32),
+    /// This signal killed it.
+    Signal(i32),
+    /// It took longer than it may.
+    TimedOut,
+}
+
+/// Names a load: its process id in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct LoadId(pub u32);
+
+/// A process that does something to the guest's memory.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum Load {
+    /// Fills anonymous memory with a pattern and then, until it is stopped, verifies it and
+    /// writes the next one. Fails at the first word that is not what was written.
+    Hold {
+        /// How much memory, in MiB.
+        mib: usize,
+        /// How many threads share the work.
+        threads: usize,
+    },
+    /// Touches memory, frees it and ends.
+    Touch {
+        /// How much memory, in MiB.
+        mib: usize,
+    },
+    /// Takes more and more memory until it is stopped or killed.
+    Hog {
+        /// Where it stops to grow, in MiB.
+        mib: usize,
+    },
+    /// Takes memory, gives back every second page and keeps the others until it is stopped.
+    Fragment {
+        /// How much memory is taken at first, in MiB.
+        mib: usize,
+    },
+}
+
+/// How a load fares.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LoadStatus {
+    /// What it said last.
+    pub progress: Progress,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+    /// What it wrote to its standard error: the reason of a failure.
+    pub stderr: String,
+}
+
+/// What a load says while it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// How much memory it holds, in MiB.
+    pub mib: usize,
+    /// How often it has been through all of its memory.
+    pub passes: u64,
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The host's end of the conversation with the agent in the guest.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use agent::{Command, Reply, Request, Response};
+use anyhow::{Context, Result, anyhow, bail};
+
+type Waiting = Mutex<HashMap<u64, Sender<Result<Reply, String>>>>;
+
+/// A connection to the agent.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    stream: Mutex<UnixStream>,
+    waiting: Arc<Waiting>,
+    next_id: AtomicU64,
+}
+
+/// A request that has not been answered yet.
+#[derive(Debug)]
+pub struct Pending {
+    answer: Receiver<Result<Reply, String>>,
+}
+
+impl Agent {
+    /// Takes over the stream that leads to the agent's port. The agent itself may come later.
+    pub(crate) fn new(stream: UnixStream) -> Result<Self> {
+        let waiting = Arc::new(Waiting::default());
+        let reader = BufReader::new(stream.try_clone()?);
+        let answered = Arc::clone(&waiting);
+        thread::spawn(move || {
+            for line in reader.lines().map_while(Result::ok) {
+                let Ok(Response { id, result }) = serde_json::from_str(&line) else { break };
+                if let Some(sender) = answered.lock().expect("a lock").remove(&id) {
+                    // Nobody waits any more when this fails.
+                    let _ = sender.send(result);
+                }
+            }
+            // QEMU is gone: whoever still waits is told by its sender being dropped.
+            answered.lock().expect("a lock").clear();
+        });
+        Ok(Self { stream: Mutex::new(stream), waiting, next_id: AtomicU64::new(0) })
+    }
+
+    /// Sends a request.
+    pub(crate) fn send(&self, command: Command) -> Result<Pending> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = mpsc::channel();
+        self.waiting.lock().expect("a lock").insert(id, sender);
+        let mut line = serde_json::to_vec(&Request { id, command })?;
+        line.push(b'\n');
+        self.stream.lock().expect("a lock").write_all(&line).context("QEMU is gone")?;
+        Ok(Pending { answer })
+    }
+}
+
+impl Pending {
+    /// The answer, when it has come by `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// The agent could not do what it was asked for, or the guest is gone.
+    pub(crate) fn poll(&self, timeout: Duration) -> Result<Option<Reply>> {
+        match self.answer.recv_timeout(timeout) {
+            Ok(Ok(reply)) => Ok(Some(reply)),
+            Ok(Err(reason)) => Err(anyhow!(reason)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => bail!("the guest has ended"),
+        }
+    }
+}

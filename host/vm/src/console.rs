@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's log: what its kernel prints on the serial line, kept whole in a file, and the
+//! kernel's reports of faults in it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use anyhow::{Context, Result};
+use regex::Regex;
+
+/// Lines that begin a report of a fault. Lockdep, KASAN, ODEBUG and the others that are not
+/// named print one of them.
+static FAULT: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(
+        r"(?x) WARNING: | \bBUG\b | \bOops\b | KASAN | Kernel\ panic | general\ protection\ fault
+        | INFO:\ task\ .*\ blocked\ for\ more | soft\ lockup | workqueue\ lockup
+        | rcu.*(detected\ stalls|self-detected\ stall|detected\ expedited\ stalls)
+        | kmemleak:\ [1-9][0-9]*\ new\ suspected | page\ allocation\ failure
+        | invoked\ oom-killer | Out\ of\ memory: | refcount_t: | ODEBUG: | Bad\ page",
+    )
+    .expect("the pattern is valid")
+});
+
+/// What any report of the kernel has in it, whatever it begins with.
+const CALL_TRACE: &str = "Call Trace:";
+
+/// How many lines before its call trace a report may begin: an out-of-memory report's header and
+/// registers come first.
+const REPORT_LINES: usize = 60;
+
+/// A guest's log.
+#[derive(Debug)]
+pub struct Console {
+    path: PathBuf,
+}
+
+/// A place in a log: what was printed before it is of no interest any more.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mark(usize);
+
+impl Console {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// The file that has the log.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All that has been printed, without the time stamps.
+    pub fn text(&self) -> Result<String> {
+        self.text_since(Mark::default())
+    }
+
+    /// What has been printed since `mark`, without the time stamps.
+    pub fn text_since(&self, mark: Mark) -> Result<String> {
+        static TIME: LazyLock<Regex> =
+            LazyLock::new(|| Regex::new(r"(?m)^\[ *[0-9]+\.[0-9]+\] ").expect("it is valid"));
+        let log = self.read()?;
+        let text = String::from_utf8_lossy(&log[mark.0..]).replace('\r', "");
+        Ok(TIME.replace_all(&text, "").into_owned())
+    }
+
+    /// The end of the log at this moment.
+    pub fn mark(&self) -> Result<Mark> {
+        Ok(Mark(self.read()?.len()))
+    }
+
+    /// How often a line since `mark` matches `pattern`.
+    pub fn count_since(&self, mark: Mark, pattern: &str) -> Result<usize> {
+        let pattern = Regex::new(pattern)?;
+        Ok(self.text_since(mark)?.lines().filter(|line| pattern.is_match(line)).count())
+    }
+
+    /// The first lines of the kernel's reports of faults that none of the `expected` patterns
+    /// matches.
+    pub fn faults(&self, expected: &[Regex]) -> Result<Vec<String>> {
+        Ok(faults(&self.text()?, expected))
+    }
+
+    /// Whether the kernel has given up.
+    pub(crate) fn has_panicked(&self) -> Result<bool> {
+        Ok(self.text()?.contains("Kernel panic"))
+    }
+
+    fn read(&self) -> Result<Vec<u8>> {
+        fs::read(&self.path)
+            .with_context(|| format!("the guest's log {} cannot be read", self.path.display()))
+    }
+}
+
+fn faults(log: &str, expected: &[Regex]) -> Vec<String> {
+    let mut faults = Vec::new();
+    let mut report = None;
+    for (number, line) in log.lines().enumerate() {
+        if expected.iter().any(|pattern| pattern.is_match(line)) {
+            report = Some(number);
+        } else if FAULT.is_match(line) {
+            report = Some(number);
+            faults.push(line.to_owned());
+        } else if line.contains(CALL_TRACE)
+            && report.is_none_or(|first| number - first > REPORT_LINES)
+        {
+            report = Some(number);
+            faults.push(line.to_owned());
+        }
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quiet_log_has_no_faults() {
+        assert!(faults("Linux version 7.3.4\nDEBUG_PAGEALLOC enabled\nbooted\n", &[]).is_empty());
+    }
+
+    #[test]
+    fn a_report_counts_once() {
+        let log = "WARNING: mm/page_alloc.c:1 at f+0x1\nCPU: 0\nCall Trace:\n <TASK>\n";
+        assert_eq!(faults(log, &[]), ["WARNING: mm/page_alloc.c:1 at f+0x1"]);
+    }
+
+    #[test]
+    fn a_call_trace_alone_is_a_fault() {
+        assert_eq!(faults("hello\nCall Trace:\n", &[]), ["Call Trace:"]);
+    }
+
+    #[test]
+    fn what_is_expected_takes_its_call_trace_with_it() {
+        let expected = [Regex::new("invoked oom-killer|Out of memory").unwrap()];
+        let log = "hog invoked oom-killer: gfp\nCall Trace:\nOut of memory: Killed process 7\n";
+        assert!(faults(log, &expected).is_empty());
+        let log = log.to_owned() + &"line\n".repeat(100) + "Call Trace:\n";
+        assert_eq!(faults(&log, &expected), ["Call Trace:"]);
+    }
+
+    #[test]
+    fn each_kind_of_report_is_known() {
+        for line in [
+            "BUG: KASAN: use-after-free in f",
+            "BUG: sleeping function called from invalid context",
+            "Oops: general protection fault: 0000 [#1]",
+            "WARNING: possible circular locking dependency detected",
+            "INFO: task kworker/0:1:10 blocked for more than 10 seconds.",
+            "watchdog: BUG: soft lockup - CPU#1 stuck for 22s!",
+            "rcu: INFO: rcu_preempt self-detected stall on CPU",
+            "kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
+            "ODEBUG: free active (active state 0) object",
+            "Kernel panic - not syncing: Attempted to kill init!",
+            "BUG: Bad page state in process insmod  pfn:12345",
+        ] {
+            assert_eq!(faults(line, &[]).len(), 1, "{line}");
+        }
+    }
+}

@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A running guest and what can be done with it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent::{Command, Exit, Load, LoadId, LoadStatus, Output, Reply};
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::agent::{Agent, Pending};
+use crate::balloon::Balloon;
+use crate::console::Console;
+use crate::qemu::{Config, Qemu};
+use crate::qmp::Qmp;
+use crate::size::Size;
+
+/// How long a guest may take to boot; a debug kernel under emulation needs the most of it.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a command in the guest may take when nothing else is said.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a guest may take to switch itself off.
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How often something that is waited for is looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+
+/// The drivers that can be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// This repository's.
+    Rust,
+    /// The kernel's own.
+    C,
+}
+
+impl Driver {
+    /// The file that has the module.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Rust => "virtio-balloon-rs.ko",
+            Self::C => "virtio_balloon.ko",
+        }
+    }
+
+    /// The module's name, and the driver's on the virtio bus.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rust => "virtio_balloon_rs",
+            Self::C => "virtio_balloon",
+        }
+    }
+}
+
+/// The guest's own view of its memory, from /proc/meminfo.
+#[derive(Clone, Copy, Debug)]
+pub struct Meminfo {
+    /// All that the kernel manages.
+    pub total: Size,
+    /// What is not used at all.
+    pub free: Size,
+    /// What can be had without swapping.
+    pub available: Size,
+    /// What is in balloons.
+    pub balloon: Size,
+}
+
+/// A running guest.
+#[derive(Debug)]
+pub struct Guest {
+    qemu: Qemu,
+    qmp: Qmp,
+    agent: Agent,
+    console: Console,
+    config: Config,
+    deadline: Instant,
+}
+
+/// Boots a guest, hands it to `body`, switches it off and searches its log for faults.
+///
+/// # Errors
+///
+/// The guest does not boot, `body` fails, the guest does not switch itself off, or its log has a
+/// fault in it that the configuration does not expect.
+pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
+    let mut guest = Guest::boot(config)?;
+    let result = guest.ready().and_then(|()| body(&guest));
+    let result = result.and_then(|value| guest.power_off().map(|()| value));
+    // The log is whole when QEMU has ended.
+    drop(guest.qemu);
+    match (result, guest.console.faults(&config.expected)?.first()) {
+        (result, None) => result,
+        (Ok(_), Some(fault)) => bail!("the guest's kernel reports: {fault}"),
+        (Err(error), Some(fault)) => {
+            Err(error.context(format!("the guest's kernel reports: {fault}")))
+        }
+    }
+}
+
+impl Guest {
+    fn boot(config: &Config) -> Result<Self> {
+        let deadline = Instant::now() + config.timeout;
+        let (qemu, streams) = Qemu::start(config)?;
+        let qmp = Qmp::new(streams.qmp)
+            .with_context(|| format!("QEMU does not start: {}", qemu.complaint()))?;
+        Ok(Self {
+            qemu,
+            qmp,
+            agent: Agent::new(streams.agent)?,
+            console: Console::new(config.console()),
+            config: config.clone(),
+            deadline,
+        })
+    }
+
+    fn ready(&self) -> Result<()> {
+        self.call(Command::Ping, BOOT_TIMEOUT).context("the guest does not boot")?;
+        Ok(())
+    }
+
+    fn power_off(&mut self) -> Result<()> {
+        self.find_leaks()?;
+        self.agent.send(Command::PowerOff)?;
+        ensure!(
+            self.qemu.wait(POWER_OFF_TIMEOUT)?,
+            "the guest does not switch itself off in {} s",
+            POWER_OFF_TIMEOUT.as_secs()
+        );
+        Ok(())
+    }
+
+    /// Has a debug kernel look for memory that nothing points to. The first scan only notes what
+    /// may be such, the second one reports what still is.
+    fn find_leaks(&self) -> Result<()> {
+        if self.exec(&["test", "-e", KMEMLEAK])?.exit != Exit::Status(0) {
+            return Ok(());
+        }
+        for _ in 0..2 {
+            self.write_file(KMEMLEAK, "scan")?;
+        }
+        let leaks = self.read_file(KMEMLEAK)?;
+        ensure!(leaks.is_empty(), "kmemleak finds:\n{leaks}");
+        Ok(())
+    }
+
+    /// How much memory the guest has been given.
+    pub fn memory(&self) -> Size {
+        self.config.memory
+    }
+
+    /// The guest's log.
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// The connection to QEMU.
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// The balloon, as QEMU sees it.
+    pub fn balloon(&self) -> Balloon<'_> {
+        Balloon::new(self)
+    }
+
+    /// How much of the host's memory QEMU has in use.
+    pub fn resident(&self) -> Result<Size> {
+        self.qemu.resident()
+    }
+
+    /// How much of the host's processors QEMU has used, the guest's part included.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        self.qemu.cpu_time()
+    }
+
+    /// Loads a module with its parameters, such as `floor_mib=64`.
+    pub fn insmod(&self, driver: Driver, parameters: &[&str]) -> Result<()> {
+        let module = format!("/modules/{}", driver.file());
+        self.run(&[&["insmod", &module], parameters].concat())?;
+        Ok(())
+    }
+
+    /// Unloads a module.
+    pub fn rmmod(&self, driver: Driver) -> Result<()> {
+        self.run(&["rmmod", driver.name()])?;
+        Ok(())
+    }
+
+    /// The guest's own view of its memory.
+    pub fn meminfo(&self) -> Result<Meminfo> {
+        let text = self.read_file("/proc/meminfo")?;
+        let field = |name: &str| -> Result<Size> {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let kib = line.and_then(|line| line.split_whitespace().next());
+            Ok(Size::kib(kib.with_context(|| format!("/proc/meminfo has no {name}"))?.parse()?))
+        };
+        Ok(Meminfo {
+            total: field("MemTotal")?,
+            free: field("MemFree")?,
+            available: field("MemAvailable")?,
+            balloon: field("Balloon")?,
+        })
+    }
+
+    /// A counter of /proc/vmstat, such as `nr_balloon_pages`.
+    pub fn vmstat(&self, name: &str) -> Result<u64> {
+        let text = self.read_file("/proc/vmstat")?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line.with_context(|| format!("/proc/vmstat has no {name}"))?.parse()?)
+    }
+
+    /// Runs a program in the guest and returns what it left behind, however it ended.
+    pub fn exec(&self, argv: &[&str]) -> Result<Output> {
+        self.exec_within(argv, COMMAND_TIMEOUT)
+    }
+
+    /// The same with a time limit of its own.
+    pub fn exec_within(&self, argv: &[&str], timeout: Duration) -> Result<Output> {
+        let pending = self.start(argv, timeout)?;
+        self.output(&pending, timeout)
+    }
+
+    /// Starts a program in the guest; [`Guest::output`] waits for its end.
+    pub fn start(&self, argv: &[&str], timeout: Duration) -> Result<Pending> {
+        self.agent.send(Command::Exec {
+            argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
+            timeout_ms: timeout.as_millis().try_into()?,
+        })
+    }
+
+    /// Waits for the end of a program that has been started.
+    pub fn output(&self, pending: &Pending, timeout: Duration) -> Result<Output> {
+        // The agent ends it by itself; what is added is the time of the answer.
+        match self.wait(pending, timeout + Duration::from_secs(10))? {
+            Reply::Output(output) => Ok(output),
+            reply => bail!("the agent answers {reply:?} to a program"),
+        }
+    }
+
+    /// Runs a program that must succeed, and returns what it wrote to its standard output.
+    pub fn run(&self, argv: &[&str]) -> Result<String> {
+        let output = self.exec(argv)?;
+        ensure!(
+            output.exit == Exit::Status(0),
+            "'{}' ends with {:?} in the guest: {}",
+            argv.join(" "),
+            output.exit,
+            output.stderr.trim_end()
+        );
+        Ok(output.stdout)
+    }
+
+    /// Runs a line of shell that must succeed, and returns what it wrote to its standard output.
+    pub fn sh(&self, line: &str) -> Result<String> {
+        self.run(&["sh", "-c", line])
+    }
+
+    /// Reads a file of the guest.
+    pub fn read_file(&self, path: &str) -> Result<String> {
+        match self.call(Command::ReadFile { path: path.to_owned() }, COMMAND_TIMEOUT)? {
+            Reply::Text(text) => Ok(text),
+            reply => bail!("the agent answers {reply:?} to a read"),
+        }
+    }
+
+    /// Writes a file of the guest, in one write.
+    pub fn write_file(&self, path: &str, contents: &str) -> Result<()> {
+        let (path, contents) = (path.to_owned(), contents.to_owned());
+        self.call(Command::WriteFile { path, contents }, COMMAND_TIMEOUT)?;
+        Ok(())
+    }
+
+    /// Starts a load.
+    pub fn load(&self, load: Load) -> Result<RunningLoad<'_>> {
+        match self.call(Command::StartLoad(load), COMMAND_TIMEOUT)? {
+            Reply::Load(id) => Ok(RunningLoad { guest: self, id }),
+            reply => bail!("the agent answers {reply:?} to a load"),
+        }
+    }
+
+    /// Waits until `condition` holds; `what` says in an error what did not come.
+    pub fn wait_until(
+        &self,
+        what: &str,
+        timeout: Duration,
+        mut condition: impl FnMut() -> Result<bool>,
+    ) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        while !condition()? {
+            self.check_alive()?;
+            ensure!(Instant::now() < deadline, "{what}: not in {} s", timeout.as_secs());
+            thread::sleep(POLL_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Fails when the guest has used up its time or its kernel has given up.
+    pub fn check_alive(&self) -> Result<()> {
+        ensure!(
+            Instant::now() < self.deadline,
+            "all {} s that the guest has are used up",
+            self.config.timeout.as_secs()
+        );
+        ensure!(!self.console.has_panicked()?, "the guest's kernel panics");
+        Ok(())
+    }
+
+    fn call(&self, command: Command, timeout: Duration) -> Result<Reply> {
+        self.wait(&self.agent.send(command)?, timeout)
+    }
+
+    fn wait(&self, pending: &Pending, timeout: Duration) -> Result<Reply> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(reply) = pending.poll(Duration::from_millis(200))? {
+                return Ok(reply);
+            }
+            self.check_alive()?;
+            ensure!(
+                Instant::now() < deadline,
+                "the guest does not answer in {} s",
+                timeout.as_secs()
+            );
+        }
+    }
+}
+
+/// A load that has been started in a guest.
+#[derive(Debug)]
+pub struct RunningLoad<'a> {
+    guest: &'a Guest,
+    id: LoadId,
+}
+
+impl RunningLoad<'_> {
+    /// How it fares.
+    pub fn status(&self) -> Result<LoadStatus> {
+        self.call(Command::LoadStatus(self.id), COMMAND_TIMEOUT)
+    }
+
+    /// Waits until it has been through all of its memory `passes` times.
+    pub fn wait_passes(&self, passes: u64, timeout: Duration) -> Result<()> {
+        self.guest.wait_until(&format!("{passes} passes of a load"), timeout, || {
+            let status = self.status()?;
+            ensure!(
+                status.exit.is_none_or(|exit| exit == Exit::Status(0)),
+                "a load ends with {:?}: {}",
+                status.exit,
+                status.stderr.trim_end()
+            );
+            Ok(status.progress.passes >= passes)
+        })
+    }
+
+    /// Waits until it has ended by itself or has been killed.
+    pub fn wait(&self, timeout: Duration) -> Result<LoadStatus> {
+        self.guest.wait_until("the end of a load", timeout, || Ok(self.status()?.exit.is_some()))?;
+        self.status()
+    }
+
+    /// Asks it to stop and waits for that.
+    ///
+    /// # Errors
+    ///
+    /// It has failed, or has been killed.
+    pub fn stop(self) -> Result<LoadStatus> {
+        let status = self.call(Command::StopLoad(self.id), COMMAND_TIMEOUT)?;
+        ensure!(
+            status.exit == Some(Exit::Status(0)),
+            "a load ends with {:?}: {}",
+            status.exit,
+            status.stderr.trim_end()
+        );
+        Ok(status)
+    }
+
+    fn call(&self, command: Command, timeout: Duration) -> Result<LoadStatus> {
+        match self.guest.call(command, timeout)? {
+            Reply::Status(status) => Ok(status),
+            reply => bail!("the agent answers {reply:?} about a load"),
+        }
+    }
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Boots guests under QEMU, talks to them and watches their logs.
+//!
+//! A guest is a [`Config`] and a closure that is handed the running [`Guest`]. When the closure
+//! returns, the guest is switched off and its whole log is searched for faults; a guest that
+//! warned, hung or crashed is an error whatever the closure returned:
+//!
+//! ```no_run
+//! use vm::{Artifacts, Config, Driver, Size};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! # let artifacts = Artifacts { kernel: "".into(), initramfs: "".into(), logs: "".into() };
+//! let config = Config::new(&artifacts, "a_quarter").memory(Size::gib(1));
+//! vm::run(&config, |guest| {
+//!     guest.insmod(Driver::Rust, &[])?;
+//!     let took = guest.balloon().settle(Size::mib(256))?;
+//!     println!("{} MiB are free after {took:?}", guest.meminfo()?.free.as_mib());
+//!     guest.rmmod(Driver::Rust)
+//! })
+//! # }
+//! ```
+//!
+//! What is asked for is a balloon's size: how much the guest gives away. (QEMU's own commands
+//! say how much the guest keeps.)
+
+mod agent;
+mod balloon;
+mod console;
+mod guest;
+pub mod ktap;
+mod qemu;
+mod qmp;
+mod size;
+
+pub use ::agent::{Exit, Load, LoadStatus, Output};
+
+pub use crate::agent::Pending;
+pub use crate::balloon::Balloon;
+pub use crate::console::{Console, Mark};
+pub use crate::guest::{Driver, Guest, Meminfo, RunningLoad, run};
+pub use crate::qemu::{Accel, Artifacts, Config, Machine, MemoryBackend};
+pub use crate::qmp::{Event, Qmp};
+pub use crate::size::Size;

@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Starting QEMU and looking at its process.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent::PORT;
+use anyhow::{Context, Result, bail};
+use command_fds::{CommandFdExt, FdMapping};
+use nix::unistd::{SysconfVar, sysconf};
+use regex::Regex;
+
+use crate::size::Size;
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// The child's file descriptors of the machine protocol and of the agent's port.
+const QMP_FD: i32 = 3;
+const AGENT_FD: i32 = 4;
+
+/// What a guest is made of.
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    /// The kernel's image.
+    pub kernel: PathBuf,
+    /// The initramfs with the agent, the tools and the modules.
+    pub initramfs: PathBuf,
+    /// The directory that gets a directory of logs for each guest.
+    pub logs: PathBuf,
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+impl Accel {
+    /// KVM where the processor says that it can; /dev/kvm alone may exist and still not run a
+    /// kernel.
+    pub fn detect() -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let virtualises = cpuinfo
+            .lines()
+            .filter(|line| line.starts_with("flags"))
+            .flat_map(str::split_whitespace)
+            .any(|flag| flag == "vmx" || flag == "svm");
+        if virtualises && Path::new("/dev/kvm").exists() { Self::Kvm } else { Self::Tcg }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// The board.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// A PC with PCI Express.
+    Q35,
+    /// A machine without PCI, whose virtio devices are on virtio-mmio.
+    Microvm,
+}
+
+/// What holds the guest's memory in the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryBackend {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A shared memory file, as a vhost-user device needs it.
+    Memfd,
+    /// A shared memory file of huge pages of 2 MiB.
+    Hugetlb,
+}
+
+/// What guest to boot. The default is a q35 machine with two processors, 1 GiB of memory and
+/// QEMU's balloon on PCI with the id `balloon0`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub(crate) artifacts: Artifacts,
+    pub(crate) name: String,
+    pub(crate) memory: Size,
+    pub(crate) timeout: Duration,
+    pub(crate) expected: Vec<Regex>,
+    accel: Accel,
+    backend: MemoryBackend,
+    machine: Machine,
+    cpus: u32,
+    parameters: Vec<String>,
+    balloon: Option<String>,
+    devices: Vec<String>,
+    arguments: Vec<String>,
+}
+
+impl Config {
+    /// The default guest. Its logs go to the directory `name` under the artifacts' logs.
+    pub fn new(artifacts: &Artifacts, name: &str) -> Self {
+        Self {
+            artifacts: artifacts.clone(),
+            name: name.to_owned(),
+            memory: Size::gib(1),
+            timeout: Duration::from_secs(120),
+            expected: Vec::new(),
+            accel: Accel::detect(),
+            backend: MemoryBackend::Anonymous,
+            machine: Machine::Q35,
+            cpus: 2,
+            parameters: Vec::new(),
+            balloon: Some("virtio-balloon-pci,id=balloon0,iothread=iothread0".to_owned()),
+            devices: Vec::new(),
+            arguments: Vec::new(),
+        }
+    }
+
+    /// How much memory the guest has.
+    pub fn memory(mut self, memory: Size) -> Self {
+        self.memory = memory;
+        self
+    }
+
+    /// What holds the guest's memory in the host.
+    pub fn backend(mut self, backend: MemoryBackend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// How long all that is done with the guest may take.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// A pattern for lines of the log that begin with a fault which is meant to happen.
+    pub fn expect(mut self, pattern: &str) -> Self {
+        self.expected.push(Regex::new(pattern).expect("a scenario's pattern is valid"));
+        self
+    }
+
+    /// What runs the guest's instructions.
+    pub fn accel(mut self, accel: Accel) -> Self {
+        self.accel = accel;
+        self
+    }
+
+    /// The board; a microvm gets its balloon on virtio-mmio.
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.machine = machine;
+        if machine == Machine::Microvm {
+            self.balloon = Some("virtio-balloon-device,id=balloon0,iothread=iothread0".to_owned());
+        }
+        self
+    }
+
+    /// How many processors the guest has.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// One more parameter on the kernel's command line.
+    pub fn parameter(mut self, parameter: &str) -> Self {
+        self.parameters.push(parameter.to_owned());
+        self
+    }
+
+    /// Another balloon device, or none.
+    pub fn balloon(mut self, device: Option<&str>) -> Self {
+        self.balloon = device.map(str::to_owned);
+        self
+    }
+
+    /// One more device, before the balloon.
+    pub fn device(mut self, device: &str) -> Self {
+        self.devices.push(device.to_owned());
+        self
+    }
+
+    /// One more option of QEMU with its value.
+    pub fn argument(mut self, option: &str, value: &str) -> Self {
+        self.arguments.extend([option.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// The directory of the guest's logs.
+    pub fn logs(&self) -> PathBuf {
+        self.artifacts.logs.join(&self.name)
+    }
+
+    fn command_line(&self) -> Vec<String> {
+        let mut line: Vec<String> = Vec::new();
+        let mut option = |option: &str, value: String| line.extend([option.to_owned(), value]);
+
+        let (machine, serial) = match self.machine {
+            Machine::Q35 => ("q35", "virtio-serial-pci"),
+            Machine::Microvm => ("microvm", "virtio-serial-device"),
+        };
+        let mut machine = format!("{machine},accel={}", self.accel.name());
+        let backend = match self.backend {
+            MemoryBackend::Anonymous => None,
+            MemoryBackend::Memfd => Some(""),
+            MemoryBackend::Hugetlb => Some(",hugetlb=on,hugetlbsize=2M"),
+        };
+        if let Some(properties) = backend {
+            let bytes = self.memory.as_bytes();
+            machine += ",memory-backend=memory";
+            option(
+                "-object",
+                format!("memory-backend-memfd,id=memory,size={bytes},share=on{properties}"),
+            );
+        }
+        option("-machine", machine);
+        option("-cpu", "max".to_owned());
+        option("-smp", self.cpus.to_string());
+        option("-m", format!("{}B", self.memory.as_bytes()));
+        option("-display", "none".to_owned());
+        option("-run-with", "exit-with-parent=on".to_owned());
+
+        option("-kernel", self.artifacts.kernel.display().to_string());
+        option("-initrd", self.artifacts.initramfs.display().to_string());
+        let mut parameters = vec![
+            "console=ttyS0",
+            "panic=-1",
+            "init_on_alloc=0",
+            "sysctl.kernel.hung_task_timeout_secs=30",
+        ];
+        parameters.extend(self.parameters.iter().map(String::as_str));
+        option("-append", parameters.join(" "));
+
+        option("-serial", format!("file:{}", self.console().display()));
+        option("-chardev", format!("socket,id=qmp,fd={QMP_FD}"));
+        option("-mon", "chardev=qmp,mode=control".to_owned());
+        option("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
+        option("-device", serial.to_owned());
+        option("-device", format!("virtserialport,chardev=agent,name={PORT}"));
+        option("-object", "iothread,id=iothread0".to_owned());
+        for device in self.devices.iter().chain(&self.balloon) {
+            option("-device", device.clone());
+        }
+        line.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
+        line.extend(self.arguments.iter().cloned());
+        line
+    }
+
+    pub(crate) fn console(&self) -> PathBuf {
+        self.logs().join("console.log")
+    }
+
+    fn messages(&self) -> PathBuf {
+        self.logs().join("qemu.log")
+    }
+}
+
+/// A running QEMU. It is killed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    child: Child,
+    messages: PathBuf,
+}
+
+/// The host's ends of the streams into a QEMU.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    pub(crate) qmp: UnixStream,
+    pub(crate) agent: UnixStream,
+}
+
+impl Qemu {
+    pub(crate) fn start(config: &Config) -> Result<(Self, Streams)> {
+        let logs = config.logs();
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
+        fs::write(config.console(), "")?;
+        let messages = config.messages();
+        let (qmp, qmp_end) = UnixStream::pair()?;
+        let (agent, agent_end) = UnixStream::pair()?;
+
+        let mut command = Command::new(QEMU);
+        command
+            .args(config.command_line())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&messages)?)
+            .fd_mappings(vec![
+                FdMapping { parent_fd: OwnedFd::from(qmp_end), child_fd: QMP_FD },
+                FdMapping { parent_fd: OwnedFd::from(agent_end), child_fd: AGENT_FD },
+            ])?;
+        let child = command.spawn().with_context(|| format!("starting {QEMU}"))?;
+        Ok((Self { child, messages }, Streams { qmp, agent }))
+    }
+
+    /// Waits for QEMU to end by itself, and says whether it did.
+    pub(crate) fn wait(&mut self, timeout: Duration) -> Result<bool> {
+        let deadline = Instant::now() + timeout;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait()? {
+                if !status.success() {
+                    bail!("QEMU failed: {}", self.complaint());
+                }
+                return Ok(true);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(false)
+    }
+
+    /// What QEMU said before it ended.
+    pub(crate) fn complaint(&self) -> String {
+        let messages = fs::read_to_string(&self.messages).unwrap_or_default();
+        messages.lines().last().unwrap_or("it gave no reason").to_owned()
+    }
+
+    /// How much of the host's memory QEMU has in use.
+    pub(crate) fn resident(&self) -> Result<Size> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next());
+        Ok(Size::kib(kib.context("QEMU has ended")?.parse()?))
+    }
+
+    /// How much of the host's processors QEMU has used, the guest's part included.
+    pub(crate) fn cpu_time(&self) -> Result<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // The name, in parentheses, may have spaces in it; user and system time are the 12th
+        // and 13th field after it.
+        let (_, fields) = stat.rsplit_once(')').context("QEMU's statistics have no name")?;
+        let ticks: u64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|field| field.parse::<u64>().context("QEMU's statistics are no numbers"))
+            .sum::<Result<u64>>()?;
+        let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
+        Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        let artifacts =
+            Artifacts { kernel: "k".into(), initramfs: "i".into(), logs: "/logs".into() };
+        Config::new(&artifacts, "name").accel(Accel::Tcg)
+    }
+
+    #[test]
+    fn defaults_are_a_pc_with_a_balloon() {
+        let line = config().command_line().join(" ");
+        assert!(line.contains("-machine q35,accel=tcg -cpu max -smp 2 -m 1073741824B"), "{line}");
+        assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
+        assert!(line.contains("file:/logs/name/console.log"), "{line}");
+    }
+
+    #[test]
+    fn a_microvm_has_no_pci() {
+        let line = config().machine(Machine::Microvm).command_line().join(" ");
+        assert!(line.contains("-device virtio-balloon-device"), "{line}");
+        assert!(!line.contains("pci"), "{line}");
+    }
+
+    #[test]
+    fn memory_comes_from_its_backend() {
+        let line = config().backend(MemoryBackend::Hugetlb).command_line().join(" ");
+        assert!(line.contains("accel=tcg,memory-backend=memory"), "{line}");
+        assert!(line.contains("size=1073741824,share=on,hugetlb=on,hugetlbsize=2M"), "{line}");
+    }
+
+    #[test]
+    fn a_balloon_can_be_left_out() {
+        let line = config().balloon(None).command_line().join(" ");
+        assert!(!line.contains("virtio-balloon-pci"), "{line}");
+    }
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! QEMU's machine protocol.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+/// How long QEMU may take for an answer. Under emulation a busy guest holds QEMU's own lock for
+/// long.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A connection to QEMU.
+#[derive(Debug)]
+pub struct Qmp {
+    /// The stream and the answers, under one lock because QEMU answers in order.
+    channel: Mutex<(UnixStream, Receiver<Answer>)>,
+    events: Arc<Events>,
+}
+
+/// Something that QEMU told without being asked.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Event {
+    /// What happened, such as `DEVICE_DELETED`.
+    #[serde(rename = "event")]
+    pub name: String,
+    /// The particulars.
+    #[serde(default)]
+    pub data: Value,
+}
+
+#[derive(Debug, Default)]
+struct Events {
+    seen: Mutex<Vec<Event>>,
+    news: Condvar,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Answer {
+    Return(Value),
+    Error(Failure),
+}
+
+#[derive(Debug, Deserialize)]
+struct Failure {
+    desc: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Message {
+    Greeting {
+        #[serde(rename = "QMP")]
+        _version: Value,
+    },
+    Event(Event),
+    Answer(Answer),
+}
+
+impl Qmp {
+    /// Takes over the stream of a QEMU that has just been started.
+    pub(crate) fn new(stream: UnixStream) -> Result<Self> {
+        let events = Arc::new(Events::default());
+        let (sender, answers) = mpsc::channel();
+        let reader = BufReader::new(stream.try_clone()?);
+        let news = Arc::clone(&events);
+        thread::spawn(move || {
+            for line in reader.lines().map_while(Result::ok) {
+                match serde_json::from_str(&line).expect("QEMU speaks its own protocol") {
+                    Message::Greeting { .. } => {}
+                    Message::Event(event) => {
+                        news.seen.lock().expect("a lock").push(event);
+                        news.news.notify_all();
+                    }
+                    Message::Answer(answer) => {
+                        // Nobody waits for it after a time-out.
+                        let _ = sender.send(answer);
+                    }
+                }
+            }
+        });
+        let qmp = Self { channel: Mutex::new((stream, answers)), events };
+        qmp.execute::<Value>("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Runs a command and returns what QEMU answers.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses the command, is gone, or does not answer in a minute.
+    pub fn execute<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T> {
+        let line = json!({ "execute": command, "arguments": arguments }).to_string() + "\n";
+        let (stream, answers) = &mut *self.channel.lock().expect("a lock");
+        stream.write_all(line.as_bytes()).with_context(|| format!("QEMU is gone at {command}"))?;
+        match answers.recv_timeout(ANSWER_TIMEOUT) {
+            Ok(Answer::Return(value)) => Ok(serde_json::from_value(value)?),
+            Ok(Answer::Error(failure)) => bail!("QEMU refuses {command}: {}", failure.desc),
+            Err(RecvTimeoutError::Timeout) => Err(anyhow!("QEMU does not answer {command}")),
+            Err(RecvTimeoutError::Disconnected) => Err(anyhow!("QEMU is gone at {command}")),
+        }
+    }
+
+    /// Waits for an event that `wanted` accepts, and returns it; those that have already come
+    /// count too.
+    ///
+    /// # Errors
+    ///
+    /// It does not come in time.
+    pub fn wait_event(
+        &self,
+        timeout: Duration,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Event> {
+        let deadline = Instant::now() + timeout;
+        let mut seen = self.events.seen.lock().expect("a lock");
+        loop {
+            if let Some(event) = seen.iter().find(|event| wanted(event)) {
+                return Ok(event.clone());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("QEMU did not tell in {} s what was waited for", timeout.as_secs());
+            }
+            seen = self.events.news.wait_timeout(seen, left).expect("a lock").0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_told_apart() {
+        let parse = |line| serde_json::from_str::<Message>(line).unwrap();
+        assert!(matches!(parse(r#"{"QMP": {"version": {}}}"#), Message::Greeting { .. }));
+        assert!(matches!(parse(r#"{"return": {}}"#), Message::Answer(Answer::Return(_))));
+        assert!(matches!(
+            parse(r#"{"error": {"class": "GenericError", "desc": "no"}}"#),
+            Message::Answer(Answer::Error(Failure { desc })) if desc == "no"
+        ));
+        assert!(matches!(
+            parse(r#"{"timestamp": {}, "event": "RESUME"}"#),
+            Message::Event(Event { name, .. }) if name == "RESUME"
+        ));
+    }
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Amounts of memory.
+
+use std::fmt;
+use std::iter::Sum;
+use std::ops::{Add, Sub};
+
+/// An amount of memory in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(u64);
+
+impl Size {
+    /// An amount in bytes.
+    pub const fn bytes(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
+    /// An amount in KiB, as the kernel counts in /proc.
+    pub const fn kib(kib: u64) -> Self {
+        Self(kib << 10)
+    }
+
+    /// An amount in MiB.
+    pub const fn mib(mib: u64) -> Self {
+        Self(mib << 20)
+    }
+
+    /// An amount in GiB.
+    pub const fn gib(gib: u64) -> Self {
+        Self(gib << 30)
+    }
+
+    /// An amount in pages of 4 KiB, the guest's and the balloon's.
+    pub const fn pages(pages: u64) -> Self {
+        Self(pages << 12)
+    }
+
+    /// In bytes.
+    pub const fn as_bytes(self) -> u64 {
+        self.0
+    }
+
+    /// In whole MiB.
+    pub const fn as_mib(self) -> u64 {
+        self.0 >> 20
+    }
+
+    /// In whole pages of 4 KiB.
+    pub const fn as_pages(self) -> u64 {
+        self.0 >> 12
+    }
+
+    /// How far two amounts are apart.
+    pub const fn abs_diff(self, other: Self) -> Self {
+        Self(self.0.abs_diff(other.0))
+    }
+
+    /// What remains, or nothing when `other` is more.
+    pub const fn saturating_sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+}
+
+impl Add for Size {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+}
+
+impl Sub for Size {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self(self.0 - other.0)
+    }
+}
+
+impl Sum for Size {
+    fn sum<I: Iterator<Item = Self>>(sizes: I) -> Self {
+        sizes.fold(Self::default(), Add::add)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, name) = match self.0 {
+            0..0x10_0000 => (1 << 10, "KiB"),
+            0x10_0000..0x4000_0000 => (1 << 20, "MiB"),
+            _ => (1 << 30, "GiB"),
+        };
+        let (whole, hundredths) = (self.0 / unit, self.0 % unit * 100 / unit);
+        if hundredths == 0 {
+            write!(f, "{whole} {name}")
+        } else {
+            write!(f, "{whole}.{hundredths:02} {name}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_convert() {
+        assert_eq!(Size::gib(1), Size::mib(1024));
+        assert_eq!(Size::mib(1).as_pages(), 256);
+        assert_eq!(Size::pages(3), Size::kib(12));
+        assert_eq!(Size::bytes(4097).as_pages(), 1);
+    }
+
+    #[test]
+    fn display_picks_the_unit() {
+        assert_eq!(Size::kib(12).to_string(), "12 KiB");
+        assert_eq!(Size::mib(1).to_string(), "1 MiB");
+        assert_eq!(Size::mib(1536).to_string(), "1.50 GiB");
+        assert_eq!(Size::gib(8).to_string(), "8 GiB");
+    }
+
+    #[test]
+    fn differences_have_no_sign() {
+        assert_eq!(Size::mib(1).abs_diff(Size::mib(3)), Size::mib(2));
+        assert_eq!(Size::mib(1).saturating_sub(Size::mib(3)), Size::default());
+    }
+}
