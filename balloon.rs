@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The balloon: compares its size with the target, and does what is missing.
+//!
+//! It never waits for the device. Each run of the task takes what the device has answered, offers it as
+//! much as the queues have room for, and ends; the device's next answer, a new target or the end of a pause
+//! starts the next run. So there is nothing to hang on if the device stays silent.
+//!
+//! Lock order: [`Balloon::worker`], then [`Balloon::deflate`], then the balloon core's `balloon_pages_lock`.
+//! Memory is allocated under the first one only, which nobody takes who frees memory for others.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    backoff::Backoff,
+    deflate::{
+        self,
+        Deflate, //
+    },
+    inflate::{
+        Inflate,
+        Stop, //
+    },
+    message::MessageQueue,
+    rust::{
+        balloon_pages::BalloonPages,
+        completion::TimedCompletion,
+        memory,
+        task::{
+            Job,
+            Task, //
+        }, //
+    },
+    target::{
+        self,
+        Step, //
+    },
+    virtio,
+    virtio_balloon, //
+};
+
+use kernel::{
+    device::Core,
+    new_mutex,
+    new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    static_lock_class,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Mutex,
+        SpinLock, //
+    },
+    time::{
+        Instant,
+        Monotonic,
+        Msecs, //
+    },
+};
+
+/// How many pages one run takes out of the balloon at most, so that a new target is seen soon.
+const DEFLATE_PER_RUN: usize = 1 << (28 - PAGE_SHIFT);
+
+/// How long unbinding waits for a device that gives no sign of life, and how often it looks for one.
+const PATIENCE: Msecs = 2_000;
+const HEARTBEAT: Msecs = 250;
+
+/// A memory balloon.
+#[pin_data]
+pub(crate) struct Balloon {
+    dev: ARef<virtio::Device>,
+
+    /// Available pages below which the balloon does not grow.
+    floor: usize,
+
+    #[pin]
+    pages: BalloonPages,
+
+    /// What only the task uses.
+    #[pin]
+    worker: Mutex<Worker>,
+
+    #[pin]
+    deflate: SpinLock<Deflate>,
+
+    /// Set when the target may have changed: pauses end, and the reason for a stop is told anew.
+    target_changed: Atomic<bool>,
+
+    /// Set when all is to be given back, whatever the target.
+    giving_back: Atomic<bool>,
+
+    /// Completed when all has been given back, or nothing more can be done about it.
+    #[pin]
+    given_back: TimedCompletion,
+
+    /// Grows with everything that the device answers and with every page that leaves the balloon.
+    progress: Atomic<usize>,
+
+    /// What times are counted from.
+    start: Instant<Monotonic>,
+}
+
+/// What only the task uses.
+struct Worker {
+    config: virtio::Config,
+    inflate: Inflate,
+    backoff: Backoff,
+    /// The size that the device was told last, in balloon pages.
+    actual: Option<u32>,
+    /// Whether it was logged that a queue is broken.
+    broken: bool,
+}
+
+/// The queues' places in what is passed to `find_vqs`.
+const INFLATE_VQ: usize = 0;
+const DEFLATE_VQ: usize = 1;
+
+/// Sets up what exists for as long as the device is not reset.
+fn set_up(dev: &virtio::Device<Core<'_>>) -> Result<(Worker, Deflate)> {
+    let mut queues = dev.find_vqs([c"inflate", c"deflate"])?;
+    let byte_order = dev.byte_order();
+    let must_tell = dev.has_feature(virtio_balloon::F_MUST_TELL_HOST);
+
+    Ok((
+        Worker {
+            config: dev.config()?,
+            inflate: Inflate::new(MessageQueue::new(queues.take(INFLATE_VQ)?, byte_order)?),
+            backoff: Backoff::new(),
+            actual: None,
+            broken: false,
+        },
+        Deflate::new(
+            MessageQueue::new(queues.take(DEFLATE_VQ)?, byte_order)?,
+            must_tell,
+        ),
+    ))
+}
+
+impl Balloon {
+    /// Returns an initialiser for an empty balloon that does not grow when fewer than `floor` MiB are
+    /// available.
+    pub(crate) fn new<'a, 'b>(
+        dev: &'a virtio::Device<Core<'b>>,
+        floor: u32,
+    ) -> impl PinInit<Self, Error> + use<'a, 'b> {
+        pin_init::pin_init_scope(move || {
+            let (worker, deflate) = set_up(dev)?;
+
+            Ok(try_pin_init!(Self {
+                dev: (&**dev).into(),
+                floor: (floor as usize) << (20 - PAGE_SHIFT),
+                pages <- BalloonPages::new(true),
+                worker <- new_mutex!(worker, "Balloon::worker"),
+                deflate <- new_spinlock!(deflate, "Balloon::deflate"),
+                target_changed: Atomic::new(true),
+                giving_back: Atomic::new(false),
+                given_back <- TimedCompletion::new(c"Balloon::given_back", static_lock_class!()),
+                progress: Atomic::new(0),
+                start: Instant::now(),
+            }))
+        })
+    }
+
+    /// Takes up the work again with a device that was reset. The task must not be running.
+    pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>) -> Result {
+        let (worker, deflate) = set_up(dev)?;
+
+        *self.worker.lock() = worker;
+        *self.deflate.lock() = deflate;
+        self.giving_back.store(false, Relaxed);
+        self.given_back.reset();
+        self.target_changed();
+        Ok(())
+    }
+
+    /// Says that the device may have a new target.
+    pub(crate) fn target_changed(&self) {
+        self.target_changed.store(true, Relaxed);
+    }
+
+    /// Gives everything back and tells the device, for as long as the device shows that it is alive.
+    ///
+    /// Waits at most [`PATIENCE`] for the next sign of life. What remains in the balloon after that is given
+    /// back when `self` is dropped.
+    pub(crate) fn give_back(task: &Task<Self>) {
+        task.giving_back.store(true, Relaxed);
+        task.schedule();
+
+        let mut seen = task.progress.load(Relaxed);
+        let mut silence = 0;
+
+        while !task.given_back.wait(HEARTBEAT) {
+            let now = task.progress.load(Relaxed);
+
+            silence = if now == seen { silence + HEARTBEAT } else { 0 };
+            seen = now;
+
+            if silence >= PATIENCE {
+                dev_warn!(
+                    task.dev,
+                    "the device does not answer: leaving without it, with {} MiB in the balloon\n",
+                    mib(task.pages.len())
+                );
+                break;
+            }
+        }
+    }
+
+    /// Returns the target in kernel pages.
+    fn target(&self, worker: &Worker) -> Result<usize> {
+        if self.giving_back.load(Relaxed) {
+            return Ok(0);
+        }
+
+        Ok(target::pages(
+            worker.config.read_le32(virtio_balloon::NUM_PAGES)?,
+        ))
+    }
+
+    /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth another try,
+    /// unless something happens before.
+    fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
+        let now = self.start.elapsed().as_millis();
+        if let Some(pause) = worker.backoff.remaining(now) {
+            return Some(pause);
+        }
+
+        // A page that the device has not been told about yet may be among those that are allocated: it
+        // would learn of the page's return after its new departure.
+        if self.deflate.lock().is_pending() {
+            return None;
+        }
+
+        let above_floor = memory::available_pages().saturating_sub(self.floor);
+        let reason = match worker.inflate.fill(wanted.min(above_floor)) {
+            Stop::Done if wanted <= above_floor => {
+                worker.backoff.reset();
+                return None;
+            }
+            Stop::QueueFull => return None,
+            Stop::Done => "the available memory has come down to floor_mib",
+            Stop::NoMemory => "the guest has no more memory to give",
+        };
+
+        if worker.backoff.fail(now) {
+            dev_info!(
+                self.dev,
+                "{} of {} MiB in the balloon: {}; trying again from time to time\n",
+                mib(self.pages.len() + worker.inflate.in_flight()),
+                mib(target),
+                reason
+            );
+        }
+
+        worker.backoff.remaining(now)
+    }
+
+    /// Shrinks the balloon by up to `wanted` pages. Returns whether there is more to do at once.
+    fn shrink(&self, wanted: usize) -> bool {
+        let limit = wanted.min(DEFLATE_PER_RUN);
+        let released = deflate::release(&self.deflate, &self.pages, limit);
+
+        self.progress.add(released, Relaxed);
+        released == limit && limit < wanted
+    }
+
+    /// Tells the device the balloon's size, if it has changed.
+    fn update_actual(&self, worker: &mut Worker) -> Result {
+        let actual = target::balloon_pages(self.pages.len());
+
+        if worker.actual != Some(actual) {
+            worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;
+            worker.actual = Some(actual);
+        }
+
+        Ok(())
+    }
+
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone, `EIO` if a queue is broken.
+    fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
+        let collected = worker.inflate.collect(&self.pages);
+        let answers = self.deflate.lock().collect();
+        self.progress.add(collected + answers, Relaxed);
+
+        if worker.inflate.is_broken() || self.deflate.lock().is_broken() {
+            return Err(EIO);
+        }
+
+        if self.target_changed.xchg(false, Relaxed) {
+            worker.backoff.reset();
+        }
+
+        let target = self.target(worker)?;
+        let mut again = None;
+
+        match Step::towards(target, self.pages.len(), worker.inflate.in_flight()) {
+            Step::Inflate(wanted) => again = self.grow(worker, target, wanted),
+            Step::Deflate(wanted) => {
+                if self.shrink(wanted) {
+                    again = Some(0);
+                }
+            }
+            Step::Rest => worker.backoff.reset(),
+        }
+
+        self.update_actual(worker)?;
+
+        // The memory first, the news of it later: a host that is busy reading keeps the guest's CPUs waiting.
+        // (QEMU handles a queue, like every access to a device, under one lock.)
+        if again.is_none() {
+            self.deflate.lock().tell();
+        }
+
+        // What was answered in the meantime is taken in the next run.
+        if !worker.inflate.sleep() || !self.deflate.lock().sleep() {
+            again = Some(0);
+        }
+
+        Ok(again)
+    }
+}
+
+impl Job for Balloon {
+    fn run(task: &Task<Self>) {
+        let mut worker = task.worker.lock();
+
+        let done = match task.advance(&mut worker) {
+            Ok(again) => {
+                if let Some(delay) = again {
+                    task.schedule_in(delay);
+                }
+                task.pages.len() == 0
+                    && worker.inflate.in_flight() == 0
+                    && !task.deflate.lock().is_pending()
+            }
+            Err(error) => {
+                if !worker.broken {
+                    dev_err!(
+                        task.dev,
+                        "a queue is broken ({:?}): no more ballooning until the driver is bound again\n",
+                        error
+                    );
+                    worker.broken = true;
+                }
+                true
+            }
+        };
+
+        if done && task.giving_back.load(Relaxed) {
+            task.given_back.complete();
+        }
+    }
+}
+
+/// Converts kernel pages to MiB.
+fn mib(pages: usize) -> usize {
+    pages >> (20 - PAGE_SHIFT)
+}

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Inflating: pages go from the page allocator to the device.
+//!
+//! A page counts as being in the balloon when the device has used the message that names it. Until then it
+//! belongs to the message, and nothing can take it back: neither deflating nor compaction knows of it.
+//!
+//! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    message::{
+        MessageQueue,
+        PAGES_PER_MESSAGE, //
+    },
+    rust::{
+        balloon_pages::BalloonPages,
+        page_list::{
+            self,
+            PageList, //
+        }, //
+    }, //
+};
+
+/// The inflate queue. All numbers are kernel pages.
+pub(crate) struct Inflate {
+    queue: MessageQueue,
+    /// Pages in messages that the device has not used yet.
+    in_flight: usize,
+}
+
+/// Why [`Inflate::fill`] stopped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// All pages are on their way.
+    Done,
+    /// The queue is full: go on when the device has used some messages.
+    QueueFull,
+    /// The page allocator has nothing to give.
+    NoMemory,
+}
+
+impl Inflate {
+    /// Begins with an empty queue.
+    pub(crate) fn new(queue: MessageQueue) -> Self {
+        Self {
+            queue,
+            in_flight: 0,
+        }
+    }
+
+    /// Returns how many pages the device has not answered for yet.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Puts the pages that the device has answered for into `balloon`. Returns how many there were.
+    pub(crate) fn collect(&mut self, balloon: &BalloonPages) -> usize {
+        let mut collected = 0;
+
+        while let Some(pages) = self.queue.next_used() {
+            collected += pages.len();
+            balloon.insert(pages);
+        }
+
+        self.in_flight -= collected;
+        collected
+    }
+
+    /// Takes up to `wanted` pages from the page allocator and sends them to the device.
+    pub(crate) fn fill(&mut self, wanted: usize) -> Stop {
+        let stop = self.send(wanted);
+
+        self.queue.notify();
+        stop
+    }
+
+    fn send(&mut self, mut wanted: usize) -> Stop {
+        // Once a block of some order is not to be had, larger ones are not tried again in this call.
+        let mut order = page_list::MAX_ORDER;
+
+        while wanted > 0 {
+            if self.queue.room() == 0 {
+                return Stop::QueueFull;
+            }
+
+            let Some(mut message) = self.queue.message() else {
+                return Stop::NoMemory;
+            };
+            let pages = allocate(wanted.min(PAGES_PER_MESSAGE), &mut order);
+            let n = pages.len();
+
+            // Pages that the base protocol cannot name are of no use. They go back when they are dropped.
+            if n == 0 || message.name(pages.pfns()).is_err() {
+                return Stop::NoMemory;
+            }
+
+            if self.queue.send(message, pages).is_err() {
+                return Stop::QueueFull;
+            }
+
+            self.in_flight += n;
+            wanted -= n;
+        }
+
+        Stop::Done
+    }
+
+    /// Asks to be woken when the device has used most of what it has. Returns false if it has already.
+    #[must_use]
+    pub(crate) fn sleep(&mut self) -> bool {
+        self.queue.sleep()
+    }
+
+    /// Returns whether the queue will never work again.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.queue.is_broken()
+    }
+}
+
+/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages.
+///
+/// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none, `order` is
+/// lowered.
+fn allocate(wanted: usize, order: &mut u32) -> PageList {
+    let mut pages = PageList::new();
+
+    while let Some(largest) = (wanted - pages.len()).checked_ilog2() {
+        let try_order = largest.min(*order);
+
+        if !pages.alloc_block(try_order) {
+            let Some(smaller) = try_order.checked_sub(1) else {
+                break;
+            };
+            *order = smaller;
+        }
+    }
+
+    pages
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The base protocol's messages: arrays of page frame numbers of balloon pages.
+//!
+//! Specification: clause 5.5.6, Device Operation.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    rust::{
+        page_list::PageList,
+        pfn_array::PfnArray,
+        virtio::ByteOrder,
+        virtqueue::Virtqueue, //
+    },
+    target, //
+};
+
+use kernel::prelude::*;
+
+/// How many kernel pages a message names at most.
+///
+/// The specification has no limit, but devices have: Firecracker passes over longer messages without a
+/// word, so that the memory is lost to both sides, and Cloud Hypervisor refuses them. What would be gained
+/// by longer messages is gained by sending many with each notification.
+pub(crate) const PAGES_PER_MESSAGE: usize = PfnArray::CAPACITY / target::BALLOON_PAGES_PER_PAGE;
+
+/// How many arrays are kept for messages when there is nothing to tell, so that there is always one to be
+/// had when memory is short.
+const RESERVE: usize = 4;
+
+/// A virtqueue for messages.
+pub(crate) struct MessageQueue {
+    /// Pages that belong to the message until the device has used it go with it.
+    vq: Virtqueue<(PfnArray, PageList)>,
+    /// Arrays that are not in use.
+    spare: KVec<PfnArray>,
+    byte_order: ByteOrder,
+    /// Whether there are messages that the device was not notified of.
+    unannounced: bool,
+}
+
+impl MessageQueue {
+    /// Begins with an empty queue.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(
+        vq: Virtqueue<(PfnArray, PageList)>,
+        byte_order: ByteOrder,
+    ) -> Result<Self> {
+        let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
+
+        for _ in 0..RESERVE {
+            spare.push(PfnArray::alloc().ok_or(ENOMEM)?, GFP_KERNEL)?;
+        }
+
+        Ok(Self {
+            vq,
+            spare,
+            byte_order,
+            unannounced: false,
+        })
+    }
+
+    /// Returns how many more messages can be sent now.
+    pub(crate) fn room(&self) -> usize {
+        self.vq.room()
+    }
+
+    /// Returns how many messages the device has not used yet.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.vq.in_flight()
+    }
+
+    /// Returns an empty message. Does not sleep.
+    pub(crate) fn message(&mut self) -> Option<Message> {
+        let pfns = self.spare.pop().or_else(PfnArray::alloc)?;
+
+        Some(Message {
+            pfns,
+            byte_order: self.byte_order,
+        })
+    }
+
+    /// Sends `message`. `pages` belong to it until the device has used it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the pages, if the queue is full, broken, or gone.
+    pub(crate) fn send(&mut self, message: Message, pages: PageList) -> Result<(), PageList> {
+        match self.vq.add((message.pfns, pages)) {
+            Ok(()) => {
+                self.unannounced = true;
+                Ok(())
+            }
+            Err((array, pages)) => {
+                self.keep(array);
+                Err(pages)
+            }
+        }
+    }
+
+    /// Notifies the device of what was sent: once, however much it is.
+    pub(crate) fn notify(&mut self) {
+        if self.unannounced {
+            self.vq.kick();
+            self.unannounced = false;
+        }
+    }
+
+    /// Returns the pages of the next message that the device has used.
+    pub(crate) fn next_used(&mut self) -> Option<PageList> {
+        let ((array, pages), _) = self.vq.next_used()?;
+
+        self.keep(array);
+        Some(pages)
+    }
+
+    fn keep(&mut self, mut array: PfnArray) {
+        array.clear();
+
+        // There is room for as many as there can be messages; if there were not, it would just be freed.
+        let _ = self.spare.push_within_capacity(array);
+    }
+
+    /// Asks to be woken when the device has used most of what it has. Returns false if it has already.
+    #[must_use]
+    pub(crate) fn sleep(&mut self) -> bool {
+        if self.in_flight() == 0 {
+            self.spare.truncate(RESERVE);
+        }
+
+        self.vq.enable_callback_delayed()
+    }
+
+    /// Returns whether the queue will never work again.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.vq.is_broken()
+    }
+}
+
+/// A message that is being written.
+pub(crate) struct Message {
+    pfns: PfnArray,
+    byte_order: ByteOrder,
+}
+
+impl Message {
+    /// Returns how many more kernel pages can be named.
+    pub(crate) fn room(&self) -> usize {
+        self.pfns.room() / target::BALLOON_PAGES_PER_PAGE
+    }
+
+    /// Names the kernel pages `pfns`.
+    ///
+    /// # Errors
+    ///
+    /// `EOVERFLOW` if a page has no name in the base protocol, `ENOSPC` if there are more than there is
+    /// [`room`](Self::room) for. Some of the pages have been named then.
+    pub(crate) fn name(&mut self, pfns: impl Iterator<Item = u64>) -> Result {
+        for pfn in pfns {
+            for balloon_pfn in target::balloon_pfns(pfn)? {
+                if !self.pfns.push(self.byte_order.to_device(balloon_pfn)) {
+                    return Err(ENOSPC);
+                }
+            }
+        }
+
+        Ok(())
+    }
+}

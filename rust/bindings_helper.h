@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What bindgen reads to make the bindings that the `kernel` crate does not have.
+ */
+#include <linux/balloon.h>
+#include <linux/gfp.h>
+#include <linux/mm.h>
+#include <linux/virtio.h>
+#include <linux/virtio_balloon.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_ring.h>
+
+#include "helpers.h"

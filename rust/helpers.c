@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: GPL-2.0
+#include "helpers.h"
+
+#include <linux/virtio_config.h>
+#include <linux/vmstat.h>
+
+void balloon_rs_devinfo_init(struct balloon_dev_info *info)
+{
+	balloon_devinfo_init(info);
+}
+
+unsigned long balloon_rs_page_to_pfn(struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+void *balloon_rs_page_address(struct page *page)
+{
+	return page_address(page);
+}
+
+void *balloon_rs_phys_to_virt(phys_addr_t address)
+{
+	return phys_to_virt(address);
+}
+
+void balloon_rs_put_page(struct page *page)
+{
+	put_page(page);
+}
+
+/*
+ * Frees @nr pages of order 0, from @pfn on. free_contig_range() is not there in every configuration.
+ */
+void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
+{
+#ifdef CONFIG_CONTIG_ALLOC
+	free_contig_range(pfn, nr);
+#else
+	for (; nr; pfn++, nr--)
+		__free_page(pfn_to_page(pfn));
+#endif
+}
+
+unsigned long balloon_rs_total_pages(void)
+{
+	return totalram_pages();
+}
+
+/* The counters of the CPUs are added up, so that tests can rely on the number. */
+unsigned long balloon_rs_ballooned_pages(void)
+{
+	long pages = global_node_page_state(NR_BALLOON_PAGES);
+	int node, cpu;
+
+	for_each_online_node(node)
+		for_each_online_cpu(cpu)
+			pages += per_cpu_ptr(NODE_DATA(node)->per_cpu_nodestats, cpu)
+					->vm_node_stat_diff[NR_BALLOON_PAGES];
+
+	return max(pages, 0L);
+}
+
+void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
+{
+	virtio_device_ready(vdev);
+}

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * C that Rust cannot call: static inline functions and macros. Nothing else belongs here.
+ */
+#ifndef VIRTIO_BALLOON_RS_HELPERS_H
+#define VIRTIO_BALLOON_RS_HELPERS_H
+
+#include <linux/balloon.h>
+#include <linux/gfp.h>
+#include <linux/mm.h>
+#include <linux/virtio.h>
+
+#ifdef __BINDGEN__
+/*
+ * A block that is split into balloon pages. Reclaim is left out: a large block is worth having only
+ * when it is there for the taking.
+ */
+const gfp_t RUST_CONST_HELPER_GFP_BALLOON_BLOCK =
+	(GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC) & ~__GFP_RECLAIM;
+
+/* One balloon page, where some light reclaim is allowed to get it. */
+const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE =
+	GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+
+/* One page for a message to the device: the same manners, but the kernel has to be able to write it. */
+const gfp_t RUST_CONST_HELPER_GFP_BALLOON_MESSAGE =
+	GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+
+/* Where the list head lies in struct page: bindgen's names for the unions around it are not stable. */
+const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
+
+const unsigned int RUST_CONST_HELPER_BALLOON_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
+#endif
+
+void balloon_rs_devinfo_init(struct balloon_dev_info *info);
+unsigned long balloon_rs_page_to_pfn(struct page *page);
+void *balloon_rs_page_address(struct page *page);
+void *balloon_rs_phys_to_virt(phys_addr_t address);
+void balloon_rs_put_page(struct page *page);
+void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
+unsigned long balloon_rs_total_pages(void);
+unsigned long balloon_rs_ballooned_pages(void);
+void balloon_rs_virtio_device_ready(struct virtio_device *vdev);
+
+#endif

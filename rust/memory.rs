@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How much memory the guest has left.
+//!
+//! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h)
+
+use super::bindings;
+
+/// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo.
+pub(crate) fn available_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    let pages = unsafe { bindings::si_mem_available() };
+
+    usize::try_from(pages).unwrap_or(0)
+}
+
+/// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) fn total_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_total_pages() as usize }
+}
+
+/// Returns the kernel pages in all balloons: `nr_balloon_pages` of /proc/vmstat.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) fn ballooned_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_ballooned_pages() as usize }
+}

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The layer between the driver and the kernel's C: the only place with `unsafe`.
+//!
+//! What stands here is what the `kernel` crate lacks, written as if it were a part of it. The layer
+//! has a safe interface; the driver's own modules forbid `unsafe`.
+
+#![allow(unsafe_code)]
+
+// Only this module may look into the generated bindings.
+mod bindings;
+
+pub(crate) mod balloon_pages;
+pub(crate) mod completion;
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) mod fake_device;
+pub(crate) mod memory;
+pub(crate) mod page_list;
+pub(crate) mod pfn_array;
+pub(crate) mod range_stack;
+pub(crate) mod task;
+pub(crate) mod virtio;
+pub(crate) mod virtio_balloon;
+pub(crate) mod virtqueue;

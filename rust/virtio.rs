@@ -1,0 +1,762 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Abstractions for the virtio bus.
+//!
+//! The life of a device, which the [`Adapter`] conducts and no driver has to think of:
+//!
+//! - bind: [`Driver::validate`], [`Driver::probe`], the device is made ready, [`Driver::ready`];
+//! - unbind: [`Driver::unbind`], the device is cut off, reset, and its virtqueues are deleted;
+//! - suspend: [`Driver::freeze`], then as for unbind; resume: [`Driver::restore`], then as for bind;
+//! - shutdown: [`Driver::shutdown`], the device is cut off and reset.
+//!
+//! "Cut off" means that every handle to the device, be it a [`Config`] or a [`Virtqueue`], in whatever
+//! thread, fails from then on, and that nobody is inside of one any more.
+//!
+//! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
+//! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
+
+use super::{
+    bindings,
+    virtqueue::{
+        Buffer,
+        Virtqueue, //
+    },
+};
+
+use core::{
+    marker::PhantomData,
+    mem::offset_of,
+    ptr::{
+        self,
+        NonNull, //
+    },
+};
+use kernel::{
+    device,
+    device_id::RawDeviceId,
+    driver,
+    error::{
+        from_result,
+        to_result, //
+    },
+    new_srcu,
+    prelude::*,
+    sync::{
+        aref::{
+            ARef,
+            AlwaysRefCounted, //
+        },
+        atomic::{
+            Acquire,
+            Atomic,
+            Relaxed,
+            Release, //
+        },
+        srcu,
+        Arc,
+        Srcu, //
+    },
+    types::Opaque, //
+};
+
+/// An adapter for the registration of virtio drivers.
+pub(crate) struct Adapter<T: Driver>(T);
+
+// SAFETY:
+// - `bindings::virtio_driver` is a C type declared as `repr(C)`.
+// - `T::Data` is the type of the driver's device private data.
+// - `struct virtio_driver` embeds a `struct device_driver`.
+// - `DEVICE_DRIVER_OFFSET` is the correct byte offset to the embedded `struct device_driver`.
+unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
+    type DriverType = RawDriver;
+    type DriverData<'bound> = T::Data;
+    const DEVICE_DRIVER_OFFSET: usize = offset_of!(bindings::virtio_driver, driver);
+}
+
+/// A `struct virtio_driver` that begins as zeroes.
+#[repr(transparent)]
+pub(crate) struct RawDriver(bindings::virtio_driver);
+
+impl Default for RawDriver {
+    fn default() -> Self {
+        // SAFETY: The struct consists of integers and of pointers that may be null.
+        Self(unsafe { core::mem::zeroed() })
+    }
+}
+
+// SAFETY: A call to `unregister` for a given instance of `DriverType` is guaranteed to be valid if
+// a preceding call to `register` has been successful.
+unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
+    unsafe fn register(
+        vdrv: &Opaque<Self::DriverType>,
+        name: &'static CStr,
+        module: &'static ThisModule,
+    ) -> Result {
+        let vdrv = vdrv.get().cast::<bindings::virtio_driver>();
+
+        // SAFETY: It's safe to set the fields of `struct virtio_driver` on initialization. `Feature` is a
+        // transparent `c_uint`, and there are far fewer than 2^32 of them.
+        unsafe {
+            (*vdrv).driver.name = name.as_char_ptr();
+            (*vdrv).id_table = T::ID_TABLE.as_ptr();
+            (*vdrv).feature_table = T::FEATURES.as_ptr().cast();
+            (*vdrv).feature_table_size = T::FEATURES.len() as c_uint;
+            (*vdrv).validate = Some(Self::validate_callback);
+            (*vdrv).probe = Some(Self::probe_callback);
+            (*vdrv).remove = Some(Self::remove_callback);
+            (*vdrv).config_changed = Some(Self::config_changed_callback);
+            (*vdrv).freeze = Some(Self::freeze_callback);
+            (*vdrv).restore = Some(Self::restore_callback);
+            (*vdrv).shutdown = Some(Self::shutdown_callback);
+        }
+
+        // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`.
+        to_result(unsafe { bindings::__register_virtio_driver(vdrv, module.as_ptr()) })
+    }
+
+    unsafe fn unregister(vdrv: &Opaque<Self::DriverType>) {
+        // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`.
+        unsafe { bindings::unregister_virtio_driver(vdrv.get().cast()) };
+    }
+}
+
+impl<T: Driver> Adapter<T> {
+    /// Returns the device of a bus callback.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must be valid for `'a`, which must not be longer than the callback runs.
+    unsafe fn device<'a>(
+        vdev: *mut bindings::virtio_device,
+    ) -> &'a Device<device::CoreInternal<'a>> {
+        // SAFETY: By the requirements of this function.
+        unsafe { &*vdev.cast() }
+    }
+
+    /// Returns the driver's data of a device that is bound.
+    ///
+    /// # Safety
+    ///
+    /// [`device::Device::set_drvdata`] must have succeeded for the device, which must not be unbound
+    /// completely yet.
+    unsafe fn data<'a>(dev: &'a Device<device::CoreInternal<'_>>) -> Pin<&'a T::Data> {
+        // SAFETY: By the requirements of this function; `T::Data` is what `probe_callback` has stored.
+        unsafe { AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>() }
+    }
+
+    /// Makes the device live, and lets the driver begin.
+    fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: Pin<&T::Data>) {
+        // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data.
+        binding.data.store(
+            ptr::from_ref(data.get_ref()).cast_mut().cast(),
+            Release, //
+        );
+
+        // SAFETY: The device is valid, and the driver has set its virtqueues up.
+        unsafe { bindings::balloon_rs_virtio_device_ready(dev.as_raw()) };
+
+        T::ready(dev, data);
+    }
+
+    extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        from_result(|| {
+            T::validate(dev)?;
+            Ok(0)
+        })
+    }
+
+    extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        from_result(|| {
+            let binding = dev.open(Self::queue_used)?;
+            let dev_ref: &device::Device<device::CoreInternal<'_>> = dev.as_ref();
+
+            dev_ref
+                .set_drvdata(T::probe(dev))
+                .inspect_err(|_| dev.close())?;
+
+            // SAFETY: The driver's data was just stored.
+            Self::make_ready(dev, &binding, unsafe { Self::data(dev) });
+            Ok(0)
+        })
+    }
+
+    extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        // SAFETY: `remove_callback` is only ever called after a successful call to `probe_callback`.
+        T::unbind(dev, unsafe { Self::data(dev) });
+        dev.close();
+    }
+
+    extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        // SAFETY: The virtio core passes configuration changes on only after a successful call to
+        // `probe_callback` and before `remove_callback`.
+        T::config_changed(unsafe { Self::data(dev) });
+    }
+
+    extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        // SAFETY: `freeze_callback` is only ever called for a bound device.
+        T::freeze(dev, unsafe { Self::data(dev) });
+        dev.close();
+        0
+    }
+
+    extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+        // SAFETY: `restore_callback` is only ever called for a bound device.
+        let data = unsafe { Self::data(dev) };
+
+        from_result(|| {
+            let binding = dev.open(Self::queue_used)?;
+
+            T::restore(dev, data).inspect_err(|_| dev.close())?;
+            Self::make_ready(dev, &binding, data);
+            Ok(0)
+        })
+    }
+
+    extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        // SAFETY: `shutdown_callback` is only ever called for a bound device.
+        T::shutdown(dev, unsafe { Self::data(dev) });
+
+        if let Some(binding) = dev.binding() {
+            binding.cut_off();
+        }
+
+        // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their way.
+        unsafe { bindings::virtio_device_shutdown(vdev) };
+    }
+
+    /// Passes the callback of a virtqueue on.
+    ///
+    /// # Safety
+    ///
+    /// `data` must be a pointer to the driver's data, as stored in [`Binding::data`].
+    unsafe fn queue_used(data: *mut c_void, index: usize) {
+        // SAFETY: By the requirements of this function; the data is pinned.
+        T::queue_used(unsafe { Pin::new_unchecked(&*data.cast::<T::Data>()) }, index);
+    }
+}
+
+/// Declares a kernel module that exposes a single virtio driver.
+macro_rules! module_virtio_driver {
+    ($($f:tt)*) => {
+        ::kernel::module_driver!(<T>, $crate::virtio::Adapter<T>, { $($f)* });
+    };
+}
+pub(crate) use module_virtio_driver;
+
+/// Abstraction for `bindings::virtio_device_id`.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct DeviceId(bindings::virtio_device_id);
+
+impl DeviceId {
+    /// The memory balloon of any vendor.
+    pub(crate) const BALLOON: Self = Self(bindings::virtio_device_id {
+        device: bindings::VIRTIO_ID_BALLOON,
+        vendor: bindings::VIRTIO_DEV_ANY_ID,
+    });
+}
+
+// SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `virtio_device_id` and does not add
+// additional invariants, so it's safe to transmute to `RawType`.
+unsafe impl RawDeviceId for DeviceId {
+    type RawType = bindings::virtio_device_id;
+}
+
+/// `IdTable` type for virtio drivers.
+pub(crate) type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
+
+/// Creates a virtio `IdTable` with its alias for modpost.
+macro_rules! virtio_device_table {
+    ($name:ident, [$($id:expr),* $(,)?]) => {
+        ::kernel::module_device_table!("virtio", $crate::virtio::DeviceId, $name, @none, [$($id),*]);
+    };
+}
+pub(crate) use virtio_device_table;
+
+/// A feature bit.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Feature(c_uint);
+
+impl Feature {
+    /// The device complies with version 1 of the specification; a legacy device does not.
+    pub(crate) const VERSION_1: Self = Self(bindings::VIRTIO_F_VERSION_1);
+    /// The device reads and writes memory through an IOMMU or a platform that it must not go round.
+    pub(crate) const ACCESS_PLATFORM: Self = Self(bindings::VIRTIO_F_ACCESS_PLATFORM);
+
+    /// Makes a feature of its bit number.
+    pub(super) const fn new(bit: c_uint) -> Self {
+        Self(bit)
+    }
+
+    /// Returns a word with this bit set. Bits above 63 do not fit, and give 0.
+    pub(super) const fn mask(self) -> u64 {
+        match 1u64.checked_shl(self.0) {
+            Some(mask) => mask,
+            None => 0,
+        }
+    }
+}
+
+/// The byte order of what a device reads in buffers: little-endian, unless the device is a legacy one.
+#[derive(Clone, Copy)]
+pub(crate) enum ByteOrder {
+    /// Little-endian.
+    Little,
+    /// The guest's own.
+    Native,
+}
+
+impl ByteOrder {
+    /// Returns `value` in this byte order.
+    pub(crate) fn to_device(self, value: u32) -> u32 {
+        match self {
+            Self::Little => value.to_le(),
+            Self::Native => value,
+        }
+    }
+}
+
+/// The virtio driver trait.
+///
+/// Drivers must implement this trait in order to get a virtio driver registered.
+pub(crate) trait Driver {
+    /// The type of the driver's bus device private data.
+    type Data: Send + Sync + 'static;
+
+    /// The table of device ids supported by the driver.
+    const ID_TABLE: IdTable;
+
+    /// The features that the driver knows, apart from those of the transport.
+    const FEATURES: &'static [Feature];
+
+    /// Gives features up that were offered and are known, but do not go together with the others or with
+    /// this system. Called before the device is told which features are accepted.
+    fn validate(dev: &Device<device::Core<'_>>) -> Result;
+
+    /// Virtio driver probe.
+    ///
+    /// Finds the virtqueues and sets the data up. The device is not ready yet and must not be told of
+    /// buffers.
+    fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self::Data, Error>;
+
+    /// The device is ready: buffers may be offered. Called after [`probe`](Self::probe) and
+    /// [`restore`](Self::restore).
+    fn ready(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+
+    /// The device has used buffers of the virtqueue with index `index`, an index into what was passed to
+    /// [`Device::find_vqs`] that counts the queues that are there. It may call at any time, also without
+    /// reason. Runs in interrupt context.
+    fn queue_used(data: Pin<&Self::Data>, index: usize);
+
+    /// The device has changed its configuration space. Runs in interrupt context.
+    fn config_changed(data: Pin<&Self::Data>);
+
+    /// Virtio driver unbind.
+    ///
+    /// Takes leave of the device, which is cut off and reset afterwards. Everything else is released when
+    /// the data is dropped.
+    fn unbind(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+
+    /// Like [`unbind`](Self::unbind), but the data remains.
+    fn freeze(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+
+    /// Finds the virtqueues again and puts them where the old ones are.
+    fn restore(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>) -> Result;
+
+    /// Stops what is going on: the system goes down. The data remains, and so does the memory.
+    fn shutdown(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+}
+
+/// What there is for a device as long as it may be used, which is what the handles to it have in common.
+///
+/// # Invariants
+///
+/// - While a [`srcu::Guard`] that [`enter`](Self::enter) has returned exists, the device is bound, its
+///   virtqueues are there, and it was not reset since.
+/// - `data` is null or points to the driver's data, of the type that `queue_used` expects.
+#[pin_data]
+pub(crate) struct Binding {
+    #[pin]
+    users: Srcu,
+    state: Atomic<u32>,
+    has_vqs: Atomic<bool>,
+    data: Atomic<*mut c_void>,
+    queue_used: unsafe fn(*mut c_void, usize),
+}
+
+/// The device may be used.
+const OPEN: u32 = 0;
+/// The device must not be used any more, but may still access the memory that it was given.
+const CUT_OFF: u32 = 1;
+/// The device has been reset: nothing is shared with it any more.
+const RESET: u32 = 2;
+
+// SAFETY: `data` is `Send` and `Sync` by the bounds of `Driver::Data`.
+unsafe impl Send for Binding {}
+
+// SAFETY: As above; all that changes is atomic.
+unsafe impl Sync for Binding {}
+
+impl Binding {
+    /// Keeps the device usable for as long as the guard exists; `None` if it is not usable.
+    pub(super) fn enter(&self) -> Option<srcu::Guard<'_>> {
+        let guard = self.users.read_lock();
+
+        (self.state.load(Acquire) == OPEN).then_some(guard)
+    }
+
+    /// Returns whether nothing is shared with the device any more.
+    pub(super) fn is_reset(&self) -> bool {
+        self.state.load(Acquire) == RESET
+    }
+
+    /// Makes every later [`enter`](Self::enter) fail, and waits for those that are inside.
+    fn cut_off(&self) {
+        self.state.store(CUT_OFF, Release);
+        self.users.synchronize_expedited();
+    }
+}
+
+/// The virtio device representation.
+///
+/// # Invariants
+///
+/// A [`Device`] instance represents a valid `struct virtio_device` created by the C portion of the kernel.
+/// Its `priv` field is null or an [`Arc<Binding>`] that was made a raw pointer.
+#[repr(transparent)]
+pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
+    Opaque<bindings::virtio_device>,
+    PhantomData<Ctx>,
+);
+
+impl<Ctx: device::DeviceContext> Device<Ctx> {
+    fn as_raw(&self) -> *mut bindings::virtio_device {
+        self.0.get()
+    }
+
+    /// Returns whether `feature` was negotiated.
+    pub(crate) fn has_feature(&self, feature: Feature) -> bool {
+        // SAFETY: The device is valid. The features do not change while a driver can see them, but for
+        // `validate`, which has the device to itself.
+        let features = unsafe { *self.features() };
+
+        features & feature.mask() != 0
+    }
+
+    /// Returns a pointer to the lower 64 feature bits.
+    fn features(&self) -> *mut u64 {
+        // SAFETY: The device is valid. The field is a union of these bits and of all bits as an array.
+        unsafe { (&raw mut (*self.as_raw()).__bindgen_anon_1).cast() }
+    }
+
+    /// Returns the byte order of what the device reads in buffers.
+    pub(crate) fn byte_order(&self) -> ByteOrder {
+        if self.has_feature(Feature::VERSION_1) {
+            ByteOrder::Little
+        } else {
+            ByteOrder::Native
+        }
+    }
+}
+
+impl Device<device::CoreInternal<'_>> {
+    /// Begins to use the device. The result is the binding that all handles will share.
+    fn open(&self, queue_used: unsafe fn(*mut c_void, usize)) -> Result<Arc<Binding>> {
+        // INVARIANT: There are no virtqueues yet, and no data.
+        let binding = Arc::pin_init(
+            try_pin_init!(Binding {
+                users <- new_srcu!("virtio::Binding::users"),
+                state: Atomic::new(OPEN),
+                has_vqs: Atomic::new(false),
+                data: Atomic::new(ptr::null_mut()),
+                queue_used,
+            }),
+            GFP_KERNEL,
+        )?;
+
+        // SAFETY: The device is valid, and `priv` is for its driver to use, which is this layer.
+        unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
+
+        Ok(binding)
+    }
+
+    /// Ends the use of the device: cuts it off, resets it and deletes its virtqueues.
+    fn close(&self) {
+        let Some(binding) = self.binding() else {
+            return;
+        };
+
+        binding.cut_off();
+
+        // SAFETY: The device is valid. Nobody kicks it, since it was cut off.
+        unsafe { bindings::virtio_reset_device(self.as_raw()) };
+        binding.state.store(RESET, Release);
+
+        if binding.has_vqs.load(Relaxed) {
+            // SAFETY: The device is valid and was reset. The queues are used only through the binding.
+            unsafe {
+                if let Some(del_vqs) = (*(*self.as_raw()).config).del_vqs {
+                    del_vqs(self.as_raw());
+                }
+            }
+        }
+
+        // SAFETY: By the type invariants `priv` is an `Arc<Binding>`, which is taken back here. Interrupts,
+        // which look at it, ended with the virtqueues.
+        drop(unsafe { Arc::from_raw(binding) });
+        // SAFETY: The device is valid.
+        unsafe { (*self.as_raw()).priv_ = ptr::null_mut() };
+    }
+}
+
+impl<Ctx: device::DeviceContext> Device<Ctx> {
+    fn binding(&self) -> Option<&Binding> {
+        // SAFETY: By the type invariants `priv` is null or a valid pointer. It changes only in `open` and
+        // `close`, before and after the device can be used.
+        unsafe { (*self.as_raw()).priv_.cast::<Binding>().as_ref() }
+    }
+}
+
+impl Device<device::Core<'_>> {
+    /// Gives `feature` up. For [`Driver::validate`].
+    pub(crate) fn clear_feature(&self, feature: Feature) {
+        // SAFETY: The device is valid, and a bus callback has it to itself.
+        unsafe { *self.features() &= !feature.mask() };
+    }
+
+    fn shared_binding(&self) -> Result<Arc<Binding>> {
+        let binding = self.binding().ok_or(ENODEV)?;
+        // SAFETY: By the type invariants the pointer is from `Arc::into_raw`. The count that it stands for
+        // is kept.
+        let owned = core::mem::ManuallyDrop::new(unsafe { Arc::from_raw(binding) });
+
+        Ok(Arc::clone(&owned))
+    }
+
+    /// Returns a handle to the configuration space, which works until the device is unbound or reset.
+    pub(crate) fn config(&self) -> Result<Config> {
+        // INVARIANT: The binding is this device's.
+        Ok(Config {
+            dev: (&**self).into(),
+            binding: self.shared_binding()?,
+        })
+    }
+
+    /// Finds the virtqueues called `names`. For [`Driver::probe`] and [`Driver::restore`], which may call
+    /// it once.
+    ///
+    /// # Errors
+    ///
+    /// What the transport says, `ENOENT` if the device lacks one of the queues, or `ENOMEM`.
+    pub(crate) fn find_vqs<const N: usize>(
+        &self,
+        names: [&'static CStr; N],
+    ) -> Result<FoundQueues<N>> {
+        let binding = self.shared_binding()?;
+        let mut vqs = [ptr::null_mut(); N];
+        let mut infos = names.map(|name| bindings::virtqueue_info {
+            name: name.as_char_ptr(),
+            callback: Some(vq_callback),
+            ctx: false,
+        });
+
+        // SAFETY: The device is valid, and every transport has this operation; both arrays have `N`
+        // entries. The names are static.
+        unsafe {
+            let find_vqs = (*(*self.as_raw()).config).find_vqs.ok_or(ENODEV)?;
+
+            to_result(find_vqs(
+                self.as_raw(),
+                N as c_uint,
+                vqs.as_mut_ptr(),
+                infos.as_mut_ptr(),
+                ptr::null_mut(),
+            ))?;
+        }
+
+        binding.has_vqs.store(true, Relaxed);
+        Ok(FoundQueues { vqs, binding })
+    }
+}
+
+/// Virtqueues that were found, and wait for the type of their buffers.
+///
+/// # Invariants
+///
+/// The pointers are null or to virtqueues that nobody else uses, valid while `binding` can be entered.
+pub(crate) struct FoundQueues<const N: usize> {
+    vqs: [*mut bindings::virtqueue; N],
+    binding: Arc<Binding>,
+}
+
+impl<const N: usize> FoundQueues<N> {
+    /// Takes the queue with index `index`, for buffers of type `B`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` if there is no such queue or it was taken before; `ENOMEM`.
+    pub(crate) fn take<B: Buffer>(&mut self, index: usize) -> Result<Virtqueue<B>> {
+        let vq = self.vqs.get_mut(index).ok_or(ENOENT)?;
+        let vq = NonNull::new(core::mem::replace(vq, ptr::null_mut())).ok_or(ENOENT)?;
+
+        // SAFETY: By the type invariants, and since the queue can be taken only once.
+        unsafe { Virtqueue::new(vq, self.binding.clone()) }
+    }
+}
+
+/// The callback of all virtqueues.
+unsafe extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
+    // SAFETY: The virtio core calls back with a valid queue, the device of which is valid. `priv` is an
+    // `Arc<Binding>` from before the queues are found until after they were deleted.
+    let (binding, index) = unsafe {
+        let binding = (*(*vq).vdev).priv_.cast::<Binding>();
+        (&*binding, (*vq).index as usize)
+    };
+
+    // Pairs with the release in `make_ready`. A device that calls before it is ready is not heard.
+    let data = binding.data.load(Acquire);
+
+    if !data.is_null() {
+        // SAFETY: By the type invariants `data` is what the function expects.
+        unsafe { (binding.queue_used)(data, index) };
+    }
+}
+
+/// A field of type `F` in a device's configuration space.
+#[derive(Clone, Copy)]
+pub(crate) struct Field<F> {
+    offset: c_uint,
+    _type: PhantomData<F>,
+}
+
+impl<F> Field<F> {
+    /// Describes the field that lies `offset` bytes into the configuration space.
+    pub(super) const fn new(offset: usize) -> Self {
+        // CAST: A configuration space is at most 4 KiB long.
+        Self {
+            offset: offset as c_uint,
+            _type: PhantomData,
+        }
+    }
+
+    /// Returns where the field lies, in bytes from the beginning of the configuration space.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(super) const fn offset(&self) -> usize {
+        self.offset as usize
+    }
+}
+
+/// A handle to a device's configuration space, which works until the device is unbound or reset.
+///
+/// # Invariants
+///
+/// `binding` is the binding of `dev`.
+pub(crate) struct Config {
+    dev: ARef<Device>,
+    binding: Arc<Binding>,
+}
+
+impl Config {
+    /// Reads a little-endian field. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone.
+    pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
+        let _open = self.binding.enter().ok_or(ENODEV)?;
+        let mut value = [0u8; 4];
+
+        // SAFETY: The device is bound, since its binding was entered. The buffer has the right length.
+        unsafe {
+            let get = (*(*self.dev.as_raw()).config).get.ok_or(ENODEV)?;
+
+            get(
+                self.dev.as_raw(),
+                field.offset,
+                value.as_mut_ptr().cast(),
+                4,
+            );
+        }
+
+        Ok(u32::from_le_bytes(value))
+    }
+
+    /// Writes a little-endian field. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone.
+    pub(crate) fn write_le32(&self, field: Field<u32>, value: u32) -> Result {
+        let _open = self.binding.enter().ok_or(ENODEV)?;
+        let value = value.to_le_bytes();
+
+        // SAFETY: The device is bound, since its binding was entered. The buffer has the right length.
+        unsafe {
+            let set = (*(*self.dev.as_raw()).config).set.ok_or(ENODEV)?;
+
+            set(self.dev.as_raw(), field.offset, value.as_ptr().cast(), 4);
+        }
+
+        Ok(())
+    }
+}
+
+// SAFETY: `virtio::Device` is a transparent wrapper of `struct virtio_device`.
+// The offset is guaranteed to point to a valid device field inside `virtio::Device`.
+unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx> {
+    const OFFSET: usize = offset_of!(bindings::virtio_device, dev);
+}
+
+// SAFETY: `Device` is a transparent wrapper of a type that doesn't depend on `Device`'s generic
+// argument.
+kernel::impl_device_context_deref!(unsafe { Device });
+kernel::impl_device_context_into_aref!(Device);
+
+// SAFETY: Instances of `Device` are always reference-counted.
+unsafe impl AlwaysRefCounted for Device {
+    fn inc_ref(&self) {
+        // SAFETY: The existence of a shared reference guarantees that the refcount is non-zero.
+        unsafe { bindings::get_device(&raw mut (*self.as_raw()).dev) };
+    }
+
+    unsafe fn dec_ref(obj: NonNull<Self>) {
+        // SAFETY: The safety requirements guarantee that the refcount is non-zero.
+        unsafe { bindings::put_device(&raw mut (*obj.cast::<bindings::virtio_device>().as_ptr()).dev) };
+    }
+}
+
+impl<Ctx: device::DeviceContext> AsRef<device::Device<Ctx>> for Device<Ctx> {
+    fn as_ref(&self) -> &device::Device<Ctx> {
+        // SAFETY: By the type invariant of `Self`, `self.as_raw()` is a pointer to a valid
+        // `struct virtio_device`, and so is the `struct device` in it.
+        unsafe { device::Device::from_raw(&raw mut (*self.as_raw()).dev) }
+    }
+}
+
+// SAFETY: A `Device` is always reference-counted and can be released from any thread.
+unsafe impl Send for Device {}
+
+// SAFETY: `Device` can be shared among threads because all methods of `Device`
+// (i.e. `Device<Normal>`) are thread safe.
+unsafe impl Sync for Device {}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Virtqueues.
+//!
+//! A buffer that is offered to the device belongs to the queue until the device has used it, or until
+//! the device has been reset: safe code can neither touch nor free it in between.
+//!
+//! C header: [`include/linux/virtio.h`](srctree/include/linux/virtio.h)
+
+use super::{
+    bindings,
+    virtio::Binding, //
+};
+
+use core::{
+    mem::{
+        self,
+        MaybeUninit, //
+    },
+    ptr::{
+        self,
+        NonNull, //
+    },
+};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    sync::Arc, //
+};
+
+/// Memory that can be offered to a device.
+///
+/// # Safety
+///
+/// Implementers must make sure that what [`memory`](Self::memory) returns
+///
+/// - is the same for as long as the value exists, also when the value is moved,
+/// - is initialised, lies in the kernel's linear mapping, and holds nothing that the device must not see,
+/// - is not written by anybody while the value exists and is shared, and if [`DEVICE_WRITES`] is set, is
+///   not accessed at all through shared references, and any bytes are valid content for it.
+///
+/// [`DEVICE_WRITES`]: Self::DEVICE_WRITES
+pub(crate) unsafe trait Buffer {
+    /// Whether the device writes the buffer, rather than reads it.
+    const DEVICE_WRITES: bool;
+
+    /// Returns the memory and its length in bytes.
+    fn memory(&self) -> (NonNull<u8>, usize);
+}
+
+// SAFETY: The first part is a `Buffer`; the second one travels along, and the device does not see it.
+unsafe impl<B: Buffer, T> Buffer for (B, T) {
+    const DEVICE_WRITES: bool = B::DEVICE_WRITES;
+
+    fn memory(&self) -> (NonNull<u8>, usize) {
+        self.0.memory()
+    }
+}
+
+/// A virtqueue whose buffers are of type `B`.
+///
+/// # Invariants
+///
+/// - `vq` is valid and is used only through `self`, for as long as `binding` can be entered.
+/// - A buffer that the device owns is in `slots`, at the index that is one below its token. The indices of
+///   the empty slots are in `free`, which has room for all.
+pub(crate) struct Virtqueue<B: Buffer> {
+    vq: NonNull<bindings::virtqueue>,
+    binding: Arc<Binding>,
+    slots: KVec<Option<B>>,
+    free: KVec<usize>,
+}
+
+// SAFETY: A virtqueue may be used from any thread, and `&mut self` makes sure that it is one at a time.
+unsafe impl<B: Buffer + Send> Send for Virtqueue<B> {}
+
+// SAFETY: A shared reference gives read access to `self` only.
+unsafe impl<B: Buffer + Sync> Sync for Virtqueue<B> {}
+
+impl<B: Buffer> Virtqueue<B> {
+    /// Makes a queue of `vq`.
+    ///
+    /// # Safety
+    ///
+    /// `vq` must be valid for as long as `binding` can be entered, and nobody else may use it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory for the table of buffers.
+    pub(super) unsafe fn new(
+        vq: NonNull<bindings::virtqueue>,
+        binding: Arc<Binding>,
+    ) -> Result<Self> {
+        // SAFETY: `vq` is valid by the requirements of this function.
+        let size = unsafe { bindings::virtqueue_get_vring_size(vq.as_ptr()) } as usize;
+        let mut slots = KVec::with_capacity(size, GFP_KERNEL)?;
+        let mut free = KVec::with_capacity(size, GFP_KERNEL)?;
+
+        for index in 0..size {
+            slots.push(None, GFP_KERNEL)?;
+            free.push(index, GFP_KERNEL)?;
+        }
+
+        // INVARIANT: All slots are empty.
+        Ok(Self {
+            vq,
+            binding,
+            slots,
+            free,
+        })
+    }
+
+    /// Returns how many more buffers can be offered now.
+    pub(crate) fn room(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Returns how many buffers the device owns.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Offers `buffer` to the device, which learns of it by the next [`kick`](Self::kick).
+    ///
+    /// Does not sleep and does not allocate.
+    ///
+    /// # Errors
+    ///
+    /// Returns the buffer if the ring is full, the queue is broken, or the device is gone.
+    pub(crate) fn add(&mut self, buffer: B) -> Result<(), B> {
+        let Some(_open) = self.binding.enter() else {
+            return Err(buffer);
+        };
+        let Some(index) = self.free.pop() else {
+            return Err(buffer);
+        };
+
+        let (memory, len) = buffer.memory();
+        let mut sg = MaybeUninit::<bindings::scatterlist>::zeroed();
+        let token = ptr::without_provenance_mut::<c_void>(index + 1);
+
+        // A buffer is one descriptor, so that nothing is allocated for an indirect table. The flags only
+        // have to be ones that never sleep.
+        //
+        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`. `vq` is valid since
+        // `binding` was entered, and `&mut self` makes sure that nobody else uses it. The buffer stays as
+        // it is until the device has used it, since it is in `slots` then.
+        let added = unsafe {
+            bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len as c_uint);
+
+            let add = if B::DEVICE_WRITES {
+                bindings::virtqueue_add_inbuf
+            } else {
+                bindings::virtqueue_add_outbuf
+            };
+
+            to_result(add(
+                self.vq.as_ptr(),
+                sg.as_mut_ptr(),
+                1,
+                token,
+                bindings::GFP_NOWAIT,
+            ))
+        };
+
+        match (added, self.slots.get_mut(index)) {
+            (Ok(()), Some(slot)) => {
+                // INVARIANT: The device owns the buffer, which is in the slot below its token.
+                *slot = Some(buffer);
+                Ok(())
+            }
+            _ => {
+                // INVARIANT: The slot is still empty. There is room, since the index was popped above.
+                let _ = self.free.push_within_capacity(index);
+                Err(buffer)
+            }
+        }
+    }
+
+    /// Tells the device about the buffers that were added, if it wants to know.
+    pub(crate) fn kick(&mut self) {
+        if let Some(_open) = self.binding.enter() {
+            // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
+            unsafe { bindings::virtqueue_kick(self.vq.as_ptr()) };
+        }
+    }
+
+    /// Takes the next buffer that the device has used, with the number of bytes that it says it wrote. The
+    /// number is the device's word: it may be anything.
+    pub(crate) fn next_used(&mut self) -> Option<(B, u32)> {
+        let _open = self.binding.enter()?;
+        let mut len = 0;
+
+        // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
+        let token = unsafe { bindings::virtqueue_get_buf(self.vq.as_ptr(), &mut len) };
+
+        // The ring code has checked that the device returned a buffer that it owned.
+        let index = token.addr().checked_sub(1)?;
+        let buffer = self.slots.get_mut(index)?.take()?;
+
+        // INVARIANT: The slot is empty now. There is room for one index for each slot.
+        let _ = self.free.push_within_capacity(index);
+        Some((buffer, len))
+    }
+
+    /// Asks for a callback when most of the buffers in flight have been used.
+    ///
+    /// Returns false if that is so already: used buffers are waiting to be taken.
+    #[must_use]
+    pub(crate) fn enable_callback_delayed(&mut self) -> bool {
+        let Some(_open) = self.binding.enter() else {
+            return true;
+        };
+
+        // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
+        unsafe { bindings::virtqueue_enable_cb_delayed(self.vq.as_ptr()) }
+    }
+
+    /// Returns whether the queue cannot be used any more: broken, or the device is gone.
+    pub(crate) fn is_broken(&self) -> bool {
+        let Some(_open) = self.binding.enter() else {
+            return true;
+        };
+
+        // SAFETY: `vq` is valid since `binding` was entered.
+        unsafe { bindings::virtqueue_is_broken(self.vq.as_ptr()) }
+    }
+}
+
+impl<B: Buffer> Drop for Virtqueue<B> {
+    fn drop(&mut self) {
+        // The device may still access its buffers. It is a bug of the driver to drop a queue in use, and
+        // the safe way out is to let the buffers be.
+        if self.in_flight() > 0 && !self.binding.is_reset() {
+            mem::forget(mem::replace(&mut self.slots, KVec::new()));
+        }
+    }
+}

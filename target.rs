@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The arithmetic of the balloon's size.
+//!
+//! Two units meet here: the device counts in balloon pages, which are 4 KiB everywhere; the guest counts
+//! in kernel pages, which may be larger. One kernel page is a whole number of balloon pages.
+
+#![forbid(unsafe_code)]
+
+use crate::virtio_balloon::PFN_SHIFT;
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
+
+/// How many balloon pages there are in a kernel page.
+pub(crate) const BALLOON_PAGES_PER_PAGE: usize = 1 << (PAGE_SHIFT - PFN_SHIFT as usize);
+
+/// Returns how many kernel pages it takes to have `balloon_pages` in the balloon.
+///
+/// Rounded up: rounding down would leave the device's target out of reach for ever.
+pub(crate) fn pages(balloon_pages: u32) -> usize {
+    (balloon_pages as usize).div_ceil(BALLOON_PAGES_PER_PAGE)
+}
+
+/// Returns the number of balloon pages in `pages` kernel pages, or the largest number that the device's
+/// field can hold.
+pub(crate) fn balloon_pages(pages: usize) -> u32 {
+    u32::try_from(pages.saturating_mul(BALLOON_PAGES_PER_PAGE)).unwrap_or(u32::MAX)
+}
+
+/// Returns the device's names of the balloon pages in the kernel page `pfn`.
+///
+/// The base protocol has 32 bits for the number of a balloon page: it cannot name memory beyond 16 TiB.
+///
+/// # Errors
+///
+/// `EOVERFLOW` if the page is beyond that.
+pub(crate) fn balloon_pfns(pfn: u64) -> Result<core::ops::Range<u32>> {
+    let per_page = BALLOON_PAGES_PER_PAGE as u64;
+    let first = pfn.checked_mul(per_page).ok_or(EOVERFLOW)?;
+    let end = first.checked_add(per_page).ok_or(EOVERFLOW)?;
+
+    Ok(first.try_into().map_err(|_| EOVERFLOW)?..end.try_into().map_err(|_| EOVERFLOW)?)
+}
+
+/// What to do next. All numbers are kernel pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Put that many more pages into the balloon.
+    Inflate(usize),
+    /// Take that many pages out of the balloon.
+    Deflate(usize),
+    /// Wait: the target is reached, or will be when the device has answered.
+    Rest,
+}
+
+impl Step {
+    /// Returns the way to `target`, when `held` pages are in the balloon and `inflating` more are on their
+    /// way into it.
+    ///
+    /// Pages on their way cannot be called back. If they are too many, some of those that are in the
+    /// balloon already are taken out for them.
+    pub(crate) fn towards(target: usize, held: usize, inflating: usize) -> Self {
+        let expected = held.saturating_add(inflating);
+
+        if target > expected {
+            Self::Inflate(target - expected)
+        } else if target < expected && held > 0 {
+            Self::Deflate((expected - target).min(held))
+        } else {
+            Self::Rest
+        }
+    }
+}

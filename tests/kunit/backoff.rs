@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+use crate::backoff::Backoff;
+
+use kernel::prelude::*;
+
+#[kunit_tests(virtio_balloon_rs_backoff)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_no_pause_before_a_failure() {
+        assert_eq!(Backoff::new().remaining(0), None);
+    }
+
+    #[test]
+    fn only_the_first_failure_is_news() {
+        let mut backoff = Backoff::new();
+
+        assert!(backoff.fail(0));
+        assert!(!backoff.fail(1_000));
+    }
+
+    #[test]
+    fn pauses_double_up_to_half_a_minute() {
+        let mut backoff = Backoff::new();
+
+        for expected in [
+            200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000,
+        ] {
+            backoff.fail(0);
+            assert_eq!(backoff.remaining(0), Some(expected));
+        }
+    }
+
+    #[test]
+    fn a_pause_ends() {
+        let mut backoff = Backoff::new();
+
+        backoff.fail(1_000);
+        assert_eq!(backoff.remaining(1_199), Some(1));
+        assert_eq!(backoff.remaining(1_200), None);
+        assert_eq!(backoff.remaining(i64::MAX), None);
+    }
+
+    #[test]
+    fn a_reset_forgets_all() {
+        let mut backoff = Backoff::new();
+
+        backoff.fail(0);
+        backoff.fail(0);
+        backoff.reset();
+        assert_eq!(backoff.remaining(0), None);
+        assert!(backoff.fail(0));
+        assert_eq!(backoff.remaining(0), Some(200));
+    }
+
+    #[test]
+    fn a_strange_clock_does_no_harm() {
+        let mut backoff = Backoff::new();
+
+        backoff.fail(i64::MAX);
+        assert_eq!(backoff.remaining(i64::MIN), None);
+        backoff.reset();
+        backoff.fail(5_000);
+        assert_eq!(backoff.remaining(0), Some(200));
+    }
+}

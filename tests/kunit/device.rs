@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The whole driver on a device in the kernel, which can do what no real device does.
+
+use crate::{
+    rust::{
+        fake_device::{
+            FakeDevice,
+            Request,
+            QUEUE_SIZE, //
+        },
+        memory,
+        virtio::Feature,
+        virtio_balloon::{
+            ACTUAL,
+            F_MUST_TELL_HOST,
+            NUM_PAGES, //
+        },
+    },
+    target::BALLOON_PAGES_PER_PAGE,
+};
+
+use kernel::{
+    prelude::*,
+    rbtree::RBTree,
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
+};
+
+const INFLATE: usize = 0;
+const DEFLATE: usize = 1;
+
+/// How many balloon pages a message names at most.
+const MESSAGE: u32 = 256;
+
+/// Waits until `condition` holds.
+fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
+    for _ in 0..5_000 {
+        if condition()? {
+            return Ok(());
+        }
+        fsleep(Delta::from_millis(1));
+    }
+
+    Err(ETIMEDOUT)
+}
+
+/// Waits until the driver has set the balloon's size to `size` balloon pages, with nobody answering.
+fn reaches(device: &FakeDevice, size: u32) -> Result {
+    eventually(|| Ok(device.field(ACTUAL) == size))
+}
+
+/// Takes what is on a queue, answers it, and puts the page frame numbers on `pfns`.
+fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
+    let mut served = false;
+
+    while let Some(request) = device.next(queue)? {
+        pfns.extend_from_slice(&request.pfns, GFP_KERNEL)?;
+        device.answer(queue, &request, 0)?;
+        served = true;
+    }
+
+    if served {
+        device.interrupt(queue)?;
+    }
+    Ok(())
+}
+
+/// A device that keeps a list of what it was told.
+struct Host {
+    device: FakeDevice,
+    inflated: KVec<u32>,
+    deflated: KVec<u32>,
+}
+
+impl Host {
+    fn new(features: &[Feature]) -> Result<Self> {
+        Ok(Self {
+            device: FakeDevice::new(features)?,
+            inflated: KVec::new(),
+            deflated: KVec::new(),
+        })
+    }
+
+    /// Sets the target and answers everything until the balloon has the size `size`, both in balloon pages.
+    fn resize(&mut self, target: u32, size: u32) -> Result {
+        self.device.change(NUM_PAGES, target);
+        self.settle(size)
+    }
+
+    /// Answers everything until the balloon has the size `size`, in balloon pages, and all was told.
+    fn settle(&mut self, size: u32) -> Result {
+        eventually(|| {
+            serve(&self.device, INFLATE, &mut self.inflated)?;
+            serve(&self.device, DEFLATE, &mut self.deflated)?;
+
+            Ok(self.device.field(ACTUAL) == size
+                && self.inflated.len() - self.deflated.len() == size as usize)
+        })
+    }
+}
+
+/// Compares what was inflated with what was deflated.
+///
+/// # Errors
+///
+/// `EINVAL` if a page has the number 0, was inflated twice, or was deflated but not inflated.
+fn compare(host: &Host) -> Result {
+    let mut pages = RBTree::new();
+
+    for &pfn in &host.inflated {
+        if pfn == 0
+            || pages
+                .try_create_and_insert(pfn, (), GFP_KERNEL)?
+                .is_some()
+        {
+            return Err(EINVAL);
+        }
+    }
+    for pfn in &host.deflated {
+        pages.remove(pfn).ok_or(EINVAL)?;
+    }
+
+    Ok(())
+}
+
+/// Inflates and deflates on a device with `features`.
+fn cycle(features: &[Feature], pages: u32) -> Result {
+    let mut host = Host::new(features)?;
+    let size = pages.next_multiple_of(BALLOON_PAGES_PER_PAGE as u32);
+
+    host.resize(pages, size)?;
+    compare(&host)?;
+    host.resize(0, 0)?;
+    compare(&host)
+}
+
+/// Sets a target, takes one message off the inflate queue, and leaves it to `answer` what the device does
+/// with it. Returns how many balloon pages are missing from the guest after the device was removed.
+fn misbehave(answer: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<usize> {
+    let total = memory::total_pages();
+
+    {
+        let device = FakeDevice::new(&[Feature::VERSION_1])?;
+        let mut request = None;
+
+        device.change(NUM_PAGES, 4 * MESSAGE);
+        eventually(|| {
+            request = device.next(INFLATE)?;
+            Ok(request.is_some())
+        })?;
+        answer(&device, &request.ok_or(EINVAL)?)?;
+        device.interrupt(INFLATE)?;
+
+        // Let the driver see it.
+        fsleep(Delta::from_millis(20));
+    }
+
+    Ok(total - memory::total_pages())
+}
+
+/// Says what happens to memory that is deflated while the device does not answer: returns the numbers of
+/// balloon pages in the balloon, and of messages sent, when everything has come to rest.
+fn deflate_unanswered(features: &[Feature], pages: u32) -> Result<(u32, usize)> {
+    let mut host = Host::new(features)?;
+    let mut messages = 0;
+
+    host.resize(pages, pages)?;
+    host.device.change(NUM_PAGES, 0);
+    fsleep(Delta::from_millis(100));
+
+    let left = host.device.field(ACTUAL);
+    while let Some(request) = host.device.next(DEFLATE)? {
+        messages += 1;
+        host.deflated
+            .extend_from_slice(&request.pfns, GFP_KERNEL)?;
+        host.device.answer(DEFLATE, &request, 0)?;
+    }
+
+    // The device comes back to life: all has to be told in the end.
+    host.device.interrupt(DEFLATE)?;
+    host.settle(0)?;
+    Ok((left, messages))
+}
+
+#[kunit_tests(virtio_balloon_rs_device)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_driver_binds_and_makes_the_device_ready() {
+        let device = FakeDevice::new(&[Feature::VERSION_1]);
+
+        assert!(device.is_ok_and(|device| device.is_ready()));
+    }
+
+    #[test]
+    fn known_features_are_accepted_and_others_are_not() {
+        let device = FakeDevice::new(&[
+            Feature::VERSION_1,
+            Feature::ACCESS_PLATFORM,
+            F_MUST_TELL_HOST,
+        ]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        assert!(device.has_feature(F_MUST_TELL_HOST));
+        assert!(!device.has_feature(Feature::ACCESS_PLATFORM));
+    }
+
+    #[test]
+    fn all_pages_are_named_once() {
+        for pages in [1, MESSAGE - 1, MESSAGE, MESSAGE + 1, 40 * MESSAGE] {
+            assert_eq!(cycle(&[Feature::VERSION_1], pages), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_legacy_device_works() {
+        assert_eq!(cycle(&[], 3 * MESSAGE), Ok(()));
+    }
+
+    #[test]
+    fn a_device_that_must_be_told_works() {
+        assert_eq!(
+            cycle(&[Feature::VERSION_1, F_MUST_TELL_HOST], 40 * MESSAGE),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn two_devices_work_side_by_side() {
+        let hosts = (
+            Host::new(&[Feature::VERSION_1]),
+            Host::new(&[Feature::VERSION_1]),
+        );
+        assert!(hosts.0.is_ok() && hosts.1.is_ok());
+        let (Ok(mut first), Ok(mut second)) = hosts else {
+            return;
+        };
+
+        assert_eq!(first.resize(MESSAGE, MESSAGE), Ok(()));
+        assert_eq!(second.resize(2 * MESSAGE, 2 * MESSAGE), Ok(()));
+        assert_eq!(first.resize(0, 0), Ok(()));
+        assert_eq!(second.device.field(ACTUAL), 2 * MESSAGE);
+    }
+
+    #[test]
+    fn messages_are_announced_in_batches() {
+        let device = FakeDevice::new(&[Feature::VERSION_1]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        // Many more messages than the queue has room for.
+        device.change(NUM_PAGES, 100 * MESSAGE);
+        assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
+        fsleep(Delta::from_millis(20));
+
+        let mut waiting = 0;
+        while device.next(INFLATE).is_ok_and(|request| request.is_some()) {
+            waiting += 1;
+        }
+        assert_eq!(waiting, QUEUE_SIZE);
+        assert_eq!(device.kicks(INFLATE), 1);
+    }
+
+    #[test]
+    fn pages_count_when_the_device_has_answered() {
+        let device = FakeDevice::new(&[Feature::VERSION_1]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        device.change(NUM_PAGES, 2 * MESSAGE);
+        fsleep(Delta::from_millis(50));
+        assert_eq!(device.field(ACTUAL), 0);
+
+        // Out of order, and one only.
+        let first = device.next(INFLATE);
+        let second = device.next(INFLATE);
+        assert!(second.is_ok_and(|second| second
+            .is_some_and(|second| device.answer(INFLATE, &second, 0).is_ok())));
+        assert!(device.interrupt(INFLATE).is_ok());
+        assert_eq!(reaches(&device, MESSAGE), Ok(()));
+
+        assert!(first.is_ok_and(|first| first
+            .is_some_and(|first| device.answer(INFLATE, &first, 0).is_ok())));
+        assert!(device.interrupt(INFLATE).is_ok());
+        assert_eq!(reaches(&device, 2 * MESSAGE), Ok(()));
+    }
+
+    #[test]
+    fn deflating_does_not_wait_for_the_device() {
+        let result = deflate_unanswered(&[Feature::VERSION_1], 40 * MESSAGE);
+
+        // All is out of the balloon, and the queue is full of the news.
+        assert_eq!(result, Ok((0, QUEUE_SIZE as usize)));
+    }
+
+    #[test]
+    fn deflating_waits_for_the_device_where_it_must() {
+        let result = deflate_unanswered(&[Feature::VERSION_1, F_MUST_TELL_HOST], 40 * MESSAGE);
+
+        // Only what the device was told of has left the balloon.
+        assert_eq!(
+            result,
+            Ok((40 * MESSAGE - QUEUE_SIZE * MESSAGE, QUEUE_SIZE as usize))
+        );
+    }
+
+    #[test]
+    fn a_target_that_changes_all_the_time_is_followed() {
+        let host = Host::new(&[Feature::VERSION_1]);
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        for n in 0..50u32 {
+            host.device.change(NUM_PAGES, (n * 7 % 11) * MESSAGE);
+            let _ = serve(&host.device, INFLATE, &mut host.inflated);
+            let _ = serve(&host.device, DEFLATE, &mut host.deflated);
+        }
+        assert_eq!(host.resize(5 * MESSAGE, 5 * MESSAGE), Ok(()));
+        assert_eq!(host.resize(0, 0), Ok(()));
+    }
+
+    #[test]
+    fn interrupts_without_reason_do_no_harm() {
+        let host = Host::new(&[Feature::VERSION_1]);
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        for _ in 0..1_000 {
+            assert!(host.device.interrupt(INFLATE).is_ok());
+            assert!(host.device.interrupt(DEFLATE).is_ok());
+        }
+        assert_eq!(host.resize(MESSAGE, MESSAGE), Ok(()));
+    }
+
+    #[test]
+    fn the_length_in_an_answer_does_not_matter() {
+        assert_eq!(
+            misbehave(|device, request| device.answer(INFLATE, request, u32::MAX)),
+            Ok(0)
+        );
+    }
+
+    #[test]
+    fn a_device_that_never_answers_can_be_removed() {
+        assert_eq!(misbehave(|_, _| Ok(())), Ok(0));
+    }
+
+    #[test]
+    fn an_answer_to_nothing_breaks_the_queue_and_nothing_else() {
+        assert_eq!(
+            misbehave(|device, _| device.answer_raw(INFLATE, QUEUE_SIZE - 1, 0)),
+            Ok(0)
+        );
+    }
+
+    #[test]
+    fn an_answer_out_of_range_breaks_the_queue_and_nothing_else() {
+        assert_eq!(
+            misbehave(|device, _| device.answer_raw(INFLATE, u32::MAX, 0)),
+            Ok(0)
+        );
+    }
+
+    #[test]
+    fn an_answer_given_twice_does_no_harm() {
+        assert_eq!(
+            misbehave(|device, request| {
+                device.answer(INFLATE, request, 0)?;
+                device.answer(INFLATE, request, 0)
+            }),
+            Ok(0)
+        );
+    }
+}

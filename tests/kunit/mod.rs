@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KUnit suites. They run when the module is loaded into a kernel that has KUnit built in.
+//!
+//! Asserts stand in the tests only: in a function that is not a test they would be `core`'s, and stop the
+//! kernel. Helpers return errors.
+
+#![forbid(unsafe_code)]
+
+mod backoff;
+mod device;
+mod pages;
+mod range_stack;
+mod target;

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0
+
+use crate::rust::{
+    page_list::PageList,
+    range_stack::RangeStack, //
+};
+
+use kernel::{
+    prelude::*,
+    rbtree::RBTree, //
+};
+
+/// Takes everything off `stack` in portions of up to `max` pages, and out of `expected`.
+///
+/// # Errors
+///
+/// `EINVAL` if a page is missing, is there twice, or was not expected, or if a portion is too large.
+fn drain(stack: &mut RangeStack, max: u64, mut expected: RBTree<u64, ()>) -> Result {
+    while let Some(range) = stack.take(max) {
+        if range.len == 0 || range.len > max {
+            return Err(EINVAL);
+        }
+        for pfn in range.first..range.first + range.len {
+            expected.remove(&pfn).ok_or(EINVAL)?;
+        }
+    }
+
+    (expected.iter().next().is_none() && stack.is_empty())
+        .then_some(())
+        .ok_or(EINVAL)
+}
+
+/// Records `pages` and reads them back in portions of up to `max` pages. Returns how many pages became
+/// carriers, or an error if what was read differs from what was recorded.
+fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
+    let mut expected = RBTree::new();
+    for pfn in pages.pfns() {
+        expected.try_create_and_insert(pfn, (), GFP_KERNEL)?;
+    }
+
+    let before = pages.len();
+    let mut stack = RangeStack::new();
+    stack.record(&mut pages);
+    let carriers = before - pages.len();
+
+    drain(&mut stack, max, expected)?;
+    Ok(carriers)
+}
+
+/// Allocates 2^`order` pages that are neighbours.
+fn neighbours(order: u32) -> Result<PageList> {
+    let mut pages = PageList::new();
+
+    pages.alloc_block(order).then_some(pages).ok_or(ENOMEM)
+}
+
+/// Allocates 2^`order` pages, none of which are neighbours.
+fn lone_pages(order: u32) -> Result<PageList> {
+    let mut pages = neighbours(order + 1)?;
+
+    pages.split_alternating(&mut PageList::new());
+    Ok(pages)
+}
+
+#[kunit_tests(virtio_balloon_rs_range_stack)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_stack_has_nothing_to_take() {
+        let mut stack = RangeStack::new();
+
+        assert!(stack.is_empty());
+        assert_eq!(stack.take(1), None);
+        stack.record(&mut PageList::new());
+        assert!(stack.is_empty());
+    }
+
+    #[test]
+    fn one_page_carries_itself() {
+        assert_eq!(neighbours(0).and_then(|pages| round_trip(pages, u64::MAX)), Ok(1));
+    }
+
+    #[test]
+    fn neighbours_share_a_range() {
+        assert_eq!(
+            neighbours(10).and_then(|pages| round_trip(pages, u64::MAX)),
+            Ok(1)
+        );
+    }
+
+    #[test]
+    fn a_range_can_be_taken_in_portions() {
+        for max in [1, 2, 3, 255, 256, 257] {
+            assert_eq!(
+                neighbours(9).and_then(|pages| round_trip(pages, max)),
+                Ok(1)
+            );
+        }
+    }
+
+    #[test]
+    fn lone_pages_take_a_carrier_for_each_few_hundred() {
+        let carriers = lone_pages(9).and_then(|pages| round_trip(pages, u64::MAX));
+
+        // 512 lone pages, and about 255 ranges fit on a 4 KiB page.
+        assert!(carriers.is_ok_and(|n| (1..=3).contains(&n)));
+    }
+
+    #[test]
+    fn nothing_is_taken_for_a_portion_of_nothing() {
+        let mut pages = PageList::new();
+        let mut stack = RangeStack::new();
+
+        assert!(pages.alloc_block(1));
+        stack.record(&mut pages);
+        assert_eq!(stack.take(0), None);
+        assert!(!stack.is_empty());
+    }
+}
