@@ -35,6 +35,9 @@ const DEFLATE: usize = 1;
 /// How many balloon pages a message names at most.
 const MESSAGE: u32 = 256;
 
+/// More balloon pages than the messages in a full queue name.
+const MANY: u32 = (QUEUE_SIZE + 4) * MESSAGE;
+
 /// Waits until `condition` holds.
 fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
     for _ in 0..5_000 {
@@ -161,17 +164,18 @@ fn misbehave(answer: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<usi
     Ok(total - memory::total_pages())
 }
 
-/// Says what happens to memory that is deflated while the device does not answer: returns the numbers of
-/// balloon pages in the balloon, and of messages sent, when everything has come to rest.
-fn deflate_unanswered(features: &[Feature], pages: u32) -> Result<(u32, usize)> {
+/// Inflates to `pages` balloon pages, and deflates while the device does not answer, which leaves `left`
+/// balloon pages in the balloon. Returns how many messages the device found when it came back to life.
+fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32> {
     let mut host = Host::new(features)?;
     let mut messages = 0;
 
     host.resize(pages, pages)?;
     host.device.change(NUM_PAGES, 0);
-    fsleep(Delta::from_millis(100));
+    reaches(&host.device, left)?;
+    fsleep(Delta::from_millis(20));
+    reaches(&host.device, left)?;
 
-    let left = host.device.field(ACTUAL);
     while let Some(request) = host.device.next(DEFLATE)? {
         messages += 1;
         host.deflated
@@ -179,10 +183,11 @@ fn deflate_unanswered(features: &[Feature], pages: u32) -> Result<(u32, usize)> 
         host.device.answer(DEFLATE, &request, 0)?;
     }
 
-    // The device comes back to life: all has to be told in the end.
+    // All has to be told in the end.
     host.device.interrupt(DEFLATE)?;
     host.settle(0)?;
-    Ok((left, messages))
+    compare(&host)?;
+    Ok(messages)
 }
 
 #[kunit_tests(virtio_balloon_rs_device)]
@@ -212,7 +217,7 @@ mod tests {
 
     #[test]
     fn all_pages_are_named_once() {
-        for pages in [1, MESSAGE - 1, MESSAGE, MESSAGE + 1, 40 * MESSAGE] {
+        for pages in [1, MESSAGE - 1, MESSAGE, MESSAGE + 1, MANY] {
             assert_eq!(cycle(&[Feature::VERSION_1], pages), Ok(()));
         }
     }
@@ -224,10 +229,7 @@ mod tests {
 
     #[test]
     fn a_device_that_must_be_told_works() {
-        assert_eq!(
-            cycle(&[Feature::VERSION_1, F_MUST_TELL_HOST], 40 * MESSAGE),
-            Ok(())
-        );
+        assert_eq!(cycle(&[Feature::VERSION_1, F_MUST_TELL_HOST], MANY), Ok(()));
     }
 
     #[test]
@@ -253,8 +255,7 @@ mod tests {
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
-        // Many more messages than the queue has room for.
-        device.change(NUM_PAGES, 100 * MESSAGE);
+        device.change(NUM_PAGES, MANY);
         assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
         fsleep(Delta::from_millis(20));
 
@@ -273,7 +274,8 @@ mod tests {
         let Ok(device) = device else { return };
 
         device.change(NUM_PAGES, 2 * MESSAGE);
-        fsleep(Delta::from_millis(50));
+        assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
+        fsleep(Delta::from_millis(20));
         assert_eq!(device.field(ACTUAL), 0);
 
         // Out of order, and one only.
@@ -292,21 +294,19 @@ mod tests {
 
     #[test]
     fn deflating_does_not_wait_for_the_device() {
-        let result = deflate_unanswered(&[Feature::VERSION_1], 40 * MESSAGE);
+        let result = deflate_unanswered(&[Feature::VERSION_1], MANY, 0);
 
         // All is out of the balloon, and the queue is full of the news.
-        assert_eq!(result, Ok((0, QUEUE_SIZE as usize)));
+        assert_eq!(result, Ok(QUEUE_SIZE));
     }
 
     #[test]
     fn deflating_waits_for_the_device_where_it_must() {
-        let result = deflate_unanswered(&[Feature::VERSION_1, F_MUST_TELL_HOST], 40 * MESSAGE);
+        let features = [Feature::VERSION_1, F_MUST_TELL_HOST];
+        let result = deflate_unanswered(&features, MANY, MANY - QUEUE_SIZE * MESSAGE);
 
         // Only what the device was told of has left the balloon.
-        assert_eq!(
-            result,
-            Ok((40 * MESSAGE - QUEUE_SIZE * MESSAGE, QUEUE_SIZE as usize))
-        );
+        assert_eq!(result, Ok(QUEUE_SIZE));
     }
 
     #[test]
