@@ -59,7 +59,7 @@ use kernel::{
         Instant,
         Monotonic,
         Msecs, //
-    },
+    }, //
 };
 
 /// How many pages one run takes out of the balloon at most, so that a new target is seen soon.

@@ -46,10 +46,7 @@ impl MessageQueue {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(
-        vq: Virtqueue<(PfnArray, PageList)>,
-        byte_order: ByteOrder,
-    ) -> Result<Self> {
+    pub(crate) fn new(vq: Virtqueue<(PfnArray, PageList)>, byte_order: ByteOrder) -> Result<Self> {
         let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
 
         for _ in 0..RESERVE {

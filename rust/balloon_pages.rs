@@ -66,7 +66,7 @@ impl BalloonPages {
     }
 
     /// Answers compaction that this page cannot be moved now.
-    unsafe extern "C" fn migrate(
+    extern "C" fn migrate(
         _info: *mut bindings::balloon_dev_info,
         _new: *mut bindings::page,
         _old: *mut bindings::page,

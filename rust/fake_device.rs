@@ -181,7 +181,8 @@ impl FakeDevice {
 
     /// Returns how often the driver has notified the device of new messages on queue `index`.
     pub(crate) fn kicks(&self, index: usize) -> u32 {
-        self.queue(index).map_or(0, |queue| queue.kicks.load(Relaxed))
+        self.queue(index)
+            .map_or(0, |queue| queue.kicks.load(Relaxed))
     }
 
     /// Takes the next message off queue `index`, if there is one.
@@ -287,7 +288,7 @@ unsafe fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
     unsafe { &*vdev.cast() }
 }
 
-unsafe extern "C" fn release(dev: *mut bindings::device) {
+extern "C" fn release(dev: *mut bindings::device) {
     // SAFETY: The device is the one in an `Inner` that was allocated in `new`, and nobody uses it any more.
     drop(unsafe {
         let vdev = container_of!(dev, bindings::virtio_device, dev);
@@ -296,7 +297,7 @@ unsafe extern "C" fn release(dev: *mut bindings::device) {
     });
 }
 
-unsafe extern "C" fn get(
+extern "C" fn get(
     vdev: *mut bindings::virtio_device,
     offset: c_uint,
     buf: *mut c_void,
@@ -313,7 +314,7 @@ unsafe extern "C" fn get(
     }
 }
 
-unsafe extern "C" fn set(
+extern "C" fn set(
     vdev: *mut bindings::virtio_device,
     offset: c_uint,
     buf: *const c_void,
@@ -330,22 +331,22 @@ unsafe extern "C" fn set(
     }
 }
 
-unsafe extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
+extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
     // SAFETY: The virtio core passes the device. CAST: Only bytes are stored.
     unsafe { inner(vdev) }.status.load(Relaxed) as u8
 }
 
-unsafe extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
+extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
     // SAFETY: The virtio core passes the device.
     unsafe { inner(vdev) }.status.store(status.into(), Relaxed);
 }
 
-unsafe extern "C" fn reset(vdev: *mut bindings::virtio_device) {
+extern "C" fn reset(vdev: *mut bindings::virtio_device) {
     // SAFETY: The virtio core passes the device.
     unsafe { inner(vdev) }.status.store(0, Relaxed);
 }
 
-unsafe extern "C" fn find_vqs(
+extern "C" fn find_vqs(
     vdev: *mut bindings::virtio_device,
     nvqs: c_uint,
     vqs: *mut *mut bindings::virtqueue,
@@ -388,7 +389,7 @@ unsafe extern "C" fn find_vqs(
     0
 }
 
-unsafe extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
+extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
     // SAFETY: The virtio core passes the device, the queues of which are not used any more.
     unsafe {
         for queue in &inner(vdev).queues {
@@ -401,18 +402,18 @@ unsafe extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
     }
 }
 
-unsafe extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
+extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
     // SAFETY: The virtio core passes the device.
     unsafe { inner(vdev) }.offered
 }
 
-unsafe extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
+extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
     // SAFETY: The virtio core passes the device.
     unsafe { bindings::vring_transport_features(vdev) };
     0
 }
 
-unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
+extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
     // SAFETY: The virtio core passes a queue of the device.
     unsafe {
         if let Some(queue) = inner((*vq).vdev).queues.get((*vq).index as usize) {

@@ -119,7 +119,7 @@ impl<S: Job> Task<S> {
         })
     }
 
-    unsafe extern "C" fn run(work: *mut bindings::work_struct) {
+    extern "C" fn run(work: *mut bindings::work_struct) {
         // SAFETY: By the type invariants the work item is `dwork.work` of a live `Task<S>`.
         let task = unsafe {
             let dwork = container_of!(work, bindings::delayed_work, work);

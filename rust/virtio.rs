@@ -251,7 +251,9 @@ impl<T: Driver> Adapter<T> {
     /// `data` must be a pointer to the driver's data, as stored in [`Binding::data`].
     unsafe fn queue_used(data: *mut c_void, index: usize) {
         // SAFETY: By the requirements of this function; the data is pinned.
-        T::queue_used(unsafe { Pin::new_unchecked(&*data.cast::<T::Data>()) }, index);
+        let data = unsafe { Pin::new_unchecked(&*data.cast::<T::Data>()) };
+
+        T::queue_used(data, index);
     }
 }
 
@@ -626,7 +628,7 @@ impl<const N: usize> FoundQueues<N> {
 }
 
 /// The callback of all virtqueues.
-unsafe extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
+extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
     // SAFETY: The virtio core calls back with a valid queue, the device of which is valid. `priv` is an
     // `Arc<Binding>` from before the queues are found until after they were deleted.
     let (binding, index) = unsafe {
@@ -742,7 +744,9 @@ unsafe impl AlwaysRefCounted for Device {
 
     unsafe fn dec_ref(obj: NonNull<Self>) {
         // SAFETY: The safety requirements guarantee that the refcount is non-zero.
-        unsafe { bindings::put_device(&raw mut (*obj.cast::<bindings::virtio_device>().as_ptr()).dev) };
+        unsafe {
+            bindings::put_device(&raw mut (*obj.cast::<bindings::virtio_device>().as_ptr()).dev)
+        };
     }
 }
 

@@ -15,7 +15,8 @@ use super::{
 use core::mem::offset_of;
 
 /// Pages may be used only after the device has been told, and has answered.
-pub(crate) const F_MUST_TELL_HOST: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST);
+pub(crate) const F_MUST_TELL_HOST: Feature =
+    Feature::new(bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST);
 
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;

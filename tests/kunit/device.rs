@@ -114,11 +114,7 @@ fn compare(host: &Host) -> Result {
     let mut pages = RBTree::new();
 
     for &pfn in &host.inflated {
-        if pfn == 0
-            || pages
-                .try_create_and_insert(pfn, (), GFP_KERNEL)?
-                .is_some()
-        {
+        if pfn == 0 || pages.try_create_and_insert(pfn, (), GFP_KERNEL)?.is_some() {
             return Err(EINVAL);
         }
     }
@@ -178,8 +174,7 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
 
     while let Some(request) = host.device.next(DEFLATE)? {
         messages += 1;
-        host.deflated
-            .extend_from_slice(&request.pfns, GFP_KERNEL)?;
+        host.deflated.extend_from_slice(&request.pfns, GFP_KERNEL)?;
         host.device.answer(DEFLATE, &request, 0)?;
     }
 
@@ -281,13 +276,15 @@ mod tests {
         // Out of order, and one only.
         let first = device.next(INFLATE);
         let second = device.next(INFLATE);
-        assert!(second.is_ok_and(|second| second
-            .is_some_and(|second| device.answer(INFLATE, &second, 0).is_ok())));
+        assert!(second.is_ok_and(
+            |second| second.is_some_and(|second| device.answer(INFLATE, &second, 0).is_ok())
+        ));
         assert!(device.interrupt(INFLATE).is_ok());
         assert_eq!(reaches(&device, MESSAGE), Ok(()));
 
-        assert!(first.is_ok_and(|first| first
-            .is_some_and(|first| device.answer(INFLATE, &first, 0).is_ok())));
+        assert!(first.is_ok_and(
+            |first| first.is_some_and(|first| device.answer(INFLATE, &first, 0).is_ok())
+        ));
         assert!(device.interrupt(INFLATE).is_ok());
         assert_eq!(reaches(&device, 2 * MESSAGE), Ok(()));
     }

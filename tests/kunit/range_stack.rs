@@ -78,7 +78,10 @@ mod tests {
 
     #[test]
     fn one_page_carries_itself() {
-        assert_eq!(neighbours(0).and_then(|pages| round_trip(pages, u64::MAX)), Ok(1));
+        assert_eq!(
+            neighbours(0).and_then(|pages| round_trip(pages, u64::MAX)),
+            Ok(1)
+        );
     }
 
     #[test]
