@@ -1,2 +1,138 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-fn main(){}
+
+//! The program behind make. It runs in the build root, with the checkout as its current directory.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vm::{Accel, Driver, Kernel};
+
+mod check;
+mod demo;
+mod host_tests;
+mod initramfs;
+mod kernel;
+mod kunit;
+mod module;
+mod places;
+mod progress;
+mod report;
+mod setup;
+mod test;
+
+#[derive(Parser)]
+#[command(about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Inflate a balloon to 7 of a guest's 8 GiB and deflate it, with this driver and the C driver
+    Demo {
+        #[command(flatten)]
+        guests: Guests,
+    },
+    /// Run the host's unit tests, KUnit in guests and the scenarios in guests
+    Test {
+        /// Run the tests in this kernel only
+        #[arg(long)]
+        kernel: Option<KernelName>,
+        /// Run only what has this in its name; "host" and "kunit" stand for all tests of theirs
+        #[arg(long)]
+        only: Option<String>,
+        /// Run the scenarios on this driver
+        #[arg(long, default_value = "rs")]
+        driver: DriverName,
+        #[command(flatten)]
+        guests: Guests,
+    },
+    /// Run KUnit in guests
+    Kunit {
+        /// Run it in this kernel only
+        #[arg(long)]
+        kernel: Option<KernelName>,
+        #[command(flatten)]
+        guests: Guests,
+    },
+    /// Have clippy look at the module and at the host's programs
+    Clippy,
+    /// Format the sources
+    Fmt {
+        /// Change nothing, and fail when there is something to change
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+/// How guests are run.
+#[derive(Args, Clone, Copy)]
+struct Guests {
+    /// What runs the guest's instructions [default: kvm where the processor can, else tcg]
+    #[arg(long)]
+    accel: Option<AccelName>,
+    /// Show the guests' logs while they run
+    #[arg(long)]
+    verbose: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AccelName {
+    Kvm,
+    Tcg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KernelName {
+    Test,
+    Debug,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DriverName {
+    Rs,
+    C,
+}
+
+impl Guests {
+    fn accel(self) -> Accel {
+        match self.accel {
+            None => Accel::detect(),
+            Some(AccelName::Kvm) => Accel::Kvm,
+            Some(AccelName::Tcg) => Accel::Tcg,
+        }
+    }
+}
+
+impl From<KernelName> for Kernel {
+    fn from(name: KernelName) -> Self {
+        match name {
+            KernelName::Test => Self::Test,
+            KernelName::Debug => Self::Debug,
+        }
+    }
+}
+
+impl From<DriverName> for Driver {
+    fn from(name: DriverName) -> Self {
+        match name {
+            DriverName::Rs => Self::Rust,
+            DriverName::C => Self::C,
+        }
+    }
+}
+
+fn main() -> Result<ExitCode> {
+    let good = match Cli::parse().command {
+        Command::Demo { guests } => demo::run(guests),
+        Command::Test { kernel, only, driver, guests } => {
+            test::run(kernel.map(Kernel::from), only.as_deref(), driver.into(), guests)
+        }
+        Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
+        Command::Clippy => check::clippy(),
+        Command::Fmt { check } => check::format(check),
+    }?;
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -192,6 +192,7 @@ impl Guest {
 
     /// The guest's own view of its memory.
     pub fn meminfo(&self) -> Result<Meminfo> {
+        self.fold_counters()?;
         let text = self.read_file("/proc/meminfo")?;
         let field = |name: &str| -> Result<Size> {
             let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -208,9 +209,15 @@ impl Guest {
 
     /// A counter of /proc/vmstat, such as `nr_balloon_pages`.
     pub fn vmstat(&self, name: &str) -> Result<u64> {
+        self.fold_counters()?;
         let text = self.read_file("/proc/vmstat")?;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         Ok(line.with_context(|| format!("/proc/vmstat has no {name}"))?.parse()?)
+    }
+
+    /// Has each processor hand in what it has counted for itself, so that sums are exact.
+    fn fold_counters(&self) -> Result<()> {
+        self.write_file("/proc/sys/vm/stat_refresh", "1")
     }
 
     /// Runs a program in the guest and returns what it left behind, however it ended.

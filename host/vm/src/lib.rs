@@ -39,6 +39,6 @@ pub use crate::agent::Pending;
 pub use crate::balloon::Balloon;
 pub use crate::console::{Console, Mark};
 pub use crate::guest::{Driver, Guest, Meminfo, RunningLoad, run};
-pub use crate::qemu::{Accel, Artifacts, Config, Machine, MemoryBackend};
+pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};
 pub use crate::size::Size;

@@ -2,7 +2,9 @@
 
 //! Starting QEMU and looking at its process.
 
+use std::fmt;
 use std::fs::{self, File};
+use std::io::stderr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,24 @@ const QEMU: &str = "qemu-system-x86_64";
 /// The child's file descriptors of the machine protocol and of the agent's port.
 const QMP_FD: i32 = 3;
 const AGENT_FD: i32 = 4;
+
+/// The guests' kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// As fast as a distribution's.
+    Test,
+    /// Finds what the other one survives, and is many times slower.
+    Debug,
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Test => "test",
+            Self::Debug => "debug",
+        })
+    }
+}
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]
@@ -94,6 +114,7 @@ pub struct Config {
     pub(crate) memory: Size,
     pub(crate) timeout: Duration,
     pub(crate) expected: Vec<Regex>,
+    verbose: bool,
     accel: Accel,
     backend: MemoryBackend,
     machine: Machine,
@@ -113,6 +134,7 @@ impl Config {
             memory: Size::gib(1),
             timeout: Duration::from_secs(120),
             expected: Vec::new(),
+            verbose: false,
             accel: Accel::detect(),
             backend: MemoryBackend::Anonymous,
             machine: Machine::Q35,
@@ -151,6 +173,12 @@ impl Config {
     /// What runs the guest's instructions.
     pub fn accel(mut self, accel: Accel) -> Self {
         self.accel = accel;
+        self
+    }
+
+    /// Whether the guest's log is also written to the standard error while it runs.
+    pub fn verbose(mut self, verbose: bool) -> Self {
+        self.verbose = verbose;
         self
     }
 
@@ -238,7 +266,16 @@ impl Config {
         parameters.extend(self.parameters.iter().map(String::as_str));
         option("-append", parameters.join(" "));
 
-        option("-serial", format!("file:{}", self.console().display()));
+        let console = self.console();
+        option(
+            "-chardev",
+            if self.verbose {
+                format!("stdio,id=console,signal=off,logfile={}", console.display())
+            } else {
+                format!("file,id=console,path={}", console.display())
+            },
+        );
+        option("-serial", "chardev:console".to_owned());
         option("-chardev", format!("socket,id=qmp,fd={QMP_FD}"));
         option("-mon", "chardev=qmp,mode=control".to_owned());
         option("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
@@ -289,7 +326,7 @@ impl Qemu {
         command
             .args(config.command_line())
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(if config.verbose { stderr().into() } else { Stdio::null() })
             .stderr(File::create(&messages)?)
             .fd_mappings(vec![
                 FdMapping { parent_fd: OwnedFd::from(qmp_end), child_fd: QMP_FD },
@@ -368,7 +405,7 @@ mod tests {
         let line = config().command_line().join(" ");
         assert!(line.contains("-machine q35,accel=tcg -cpu max -smp 2 -m 1073741824B"), "{line}");
         assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
-        assert!(line.contains("file:/logs/name/console.log"), "{line}");
+        assert!(line.contains("path=/logs/name/console.log"), "{line}");
     }
 
     #[test]

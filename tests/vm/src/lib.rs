@@ -1,1 +1,100 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the driver must do in a guest under QEMU.
+//!
+//! A scenario is a function that boots guests and looks at them from both sides. It is given the
+//! driver and the kernel to do it with:
+//!
+//! ```no_run
+//! use scenarios::Setup;
+//! use vm::Size;
+//!
+//! fn gives_a_quarter(setup: &Setup) -> anyhow::Result<()> {
+//!     vm::run(&setup.config().memory(Size::gib(1)), |guest| {
+//!         guest.insmod(setup.driver, &[])?;
+//!         guest.balloon().settle(Size::mib(256))?;
+//!         anyhow::ensure!(guest.vmstat("nr_balloon_pages")? == 65536);
+//!         guest.rmmod(setup.driver)
+//!     })
+//! }
+//! ```
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use vm::{Accel, Artifacts, Config, Driver, Kernel};
+
+mod sizes;
+
+/// The scenarios, by topic.
+pub const SCENARIOS: &[&[Scenario]] = &[sizes::SCENARIOS];
+
+/// Something that the driver must do.
+pub struct Scenario {
+    /// What it is called.
+    pub name: &'static str,
+    /// What is known when it has passed.
+    pub proves: &'static str,
+    /// The kernels that it is for.
+    pub kernels: &'static [Kernel],
+    /// The drivers that can do it.
+    pub drivers: &'static [Driver],
+    /// Does it.
+    pub run: fn(&Setup) -> Result<()>,
+}
+
+pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
+pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
+pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
+pub(crate) const RUST_DRIVER: &[Driver] = &[Driver::Rust];
+
+/// What a scenario runs with.
+pub struct Setup {
+    /// The driver that it is about.
+    pub driver: Driver,
+    /// The kernel of its guests.
+    pub kernel: Kernel,
+    config: Config,
+    notes: RefCell<Vec<String>>,
+}
+
+impl Setup {
+    /// A setup for one run of a scenario.
+    pub fn new(
+        scenario: &Scenario,
+        kernel: Kernel,
+        driver: Driver,
+        artifacts: &Artifacts,
+        accel: Accel,
+        verbose: bool,
+    ) -> Self {
+        let config = Config::new(artifacts, scenario.name).accel(accel).verbose(verbose);
+        let config = match kernel {
+            Kernel::Test => config,
+            Kernel::Debug => config.timeout(Duration::from_secs(600)),
+        };
+        Self { driver, kernel, config, notes: RefCell::default() }
+    }
+
+    /// The configuration that the scenario's guests start from.
+    pub fn config(&self) -> Config {
+        self.config.clone()
+    }
+
+    /// Where the guests' logs are.
+    pub fn logs(&self) -> PathBuf {
+        self.config.logs()
+    }
+
+    /// Has a line printed below the scenario's result.
+    pub fn note(&self, line: String) {
+        self.notes.borrow_mut().push(line);
+    }
+
+    /// The lines to be printed below the result.
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.borrow().clone()
+    }
+}

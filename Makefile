@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# What people type. The kernel's build reads Kbuild.
+
+KDIR ?= /lib/modules/$(shell uname -r)/build
+
+# All but the plain module runs in a build root of its own, which is made on first use.
+lab := guest/build-root cargo run --release --locked --manifest-path host/Cargo.toml --package lab --
+guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose)
+
+.PHONY: all demo test kunit clippy fmt fmt-check clean help
+
+all:
+	@test -e $(KDIR)/Makefile || \
+		{ echo "$(KDIR) is no kernel build tree; install the kernel's headers or set KDIR=" >&2; exit 1; }
+	@grep -qs '^CONFIG_RUST=y' $(KDIR)/include/config/auto.conf || \
+		{ echo "the kernel of $(KDIR) is built without Rust; set KDIR= to the tree of one with CONFIG_RUST=y" >&2; exit 1; }
+	@test -e $(KDIR)/rust/libkernel.rmeta || \
+		{ echo "$(KDIR) has no Rust metadata (headers packages leave it out); set KDIR= to the tree that the kernel was built in" >&2; exit 1; }
+	$(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(shell grep -s '^CONFIG_CC_IS_CLANG=y' $(KDIR)/include/config/auto.conf),LLVM=1) modules
+
+demo:
+	@$(lab) demo $(guests)
+
+test:
+	@$(lab) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(ONLY),--only '$(ONLY)') \
+		$(if $(DRIVER),--driver $(DRIVER)) $(guests)
+
+kunit:
+	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
+
+clippy:
+	@$(lab) clippy
+
+fmt:
+	@$(lab) fmt
+
+fmt-check:
+	@$(lab) fmt --check
+
+clean:
+	rm -rf build
+	$(if $(wildcard $(KDIR)/Makefile),$(MAKE) -C $(KDIR) M=$(CURDIR) clean)
+
+help:
+	@echo "make            build the module for the kernel of KDIR= (default: the running one)"
+	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
+	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
+	@echo "make kunit      run KUnit in guests"
+	@echo "make clippy     have clippy look at everything"
+	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"
+	@echo "make clean      remove what was built in this checkout"
+	@echo
+	@echo "KERNEL=test|debug  run the tests in that guest kernel only"
+	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit)"
+	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
+	@echo "ACCEL=kvm|tcg      what runs the guests' instructions (default: kvm if the processor can)"
+	@echo "VERBOSE=1          show the guests' logs while they run"
+	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
+	@echo
+	@echo "demo, test, kunit, clippy and fmt make a Debian 13 build root and the guests' kernels"
+	@echo "in ~/.cache/virtio-balloon-rs on first use. They need root, 15 GB of disk and a quarter"
+	@echo "of an hour then, and a few seconds later on."

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Clippy and the formatters, for the module and for the host's programs.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use vm::Kernel;
+
+use crate::places::Places;
+use crate::{kernel, module};
+
+/// Has clippy look at everything. A warning is an error.
+pub(crate) fn clippy() -> Result<bool> {
+    let places = Places::find()?;
+    fs::create_dir_all(places.build())?;
+    let tree = kernel::build(&places, Kernel::Test)?;
+    let variables = ["CLIPPY=1", "KRUSTFLAGS=-Dwarnings"];
+    // What has been compiled without clippy is not looked at again.
+    fs::remove_dir_all(places.build_for(Kernel::Test)).ok();
+    module::make(&places, &tree, "Clippy: the module", &variables)?;
+    fs::remove_dir_all(places.build_for(Kernel::Test))?;
+    let status = Command::new("cargo")
+        .args(["clippy", "--release", "--locked", "--workspace", "--all-targets"])
+        .args(["--manifest-path", "host/Cargo.toml", "--", "-D", "warnings"])
+        // Unlike the other objects, clippy's are not told apart by checkout.
+        .env("CARGO_TARGET_DIR", places.build().join("clippy"))
+        .status()?;
+    Ok(status.success())
+}
+
+/// Formats everything, or finds out whether it is formatted.
+pub(crate) fn format(check: bool) -> Result<bool> {
+    let places = Places::find()?;
+    let check = check.then_some("--check");
+    let module = Command::new("rustfmt")
+        .args(check)
+        .arg("--config-path")
+        .arg(kernel::source(&places)?.join(".rustfmt.toml"))
+        .args(["--edition", "2021"])
+        .args(module_sources(&places)?)
+        .status()?;
+    let host = Command::new("cargo")
+        .args(["fmt", "--all", "--manifest-path", "host/Cargo.toml", "--"])
+        .args(check)
+        .status()?;
+    Ok(module.success() && host.success())
+}
+
+/// The sources of the module: those that the kernel's formatting is for.
+fn module_sources(places: &Places) -> Result<Vec<PathBuf>> {
+    let mut sources = Vec::new();
+    for directory in [".", "rust", "tests/kunit"] {
+        let directory = places.checkout.join(directory);
+        let entries = fs::read_dir(&directory)
+            .with_context(|| format!("reading {}", directory.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "rs") {
+                sources.push(path);
+            }
+        }
+    }
+    ensure!(!sources.is_empty(), "there are no sources of the module");
+    Ok(sources)
+}

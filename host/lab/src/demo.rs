@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The demonstration: 7 of a guest's 8 GiB into the balloon and out of it again, with this
+//! repository's driver and with the C driver.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{CellAlignment, Table};
+use vm::{Artifacts, Balloon, Config, Driver, Kernel, Load, Size};
+
+use crate::places::Places;
+use crate::progress::Phase;
+use crate::{Guests, setup};
+
+const MEMORY: Size = Size::gib(8);
+const TARGET: Size = Size::gib(7);
+
+/// What the guest uses and frees, so that the host has something to get back.
+const TOUCHED: Size = Size::gib(6);
+
+/// QEMU's own memory and what the tools need, beside the guest's.
+const OVERHEAD: Size = Size::gib(1);
+
+/// What was seen of one driver.
+struct Measurement {
+    inflate: Duration,
+    deflate: Duration,
+    /// nr_balloon_pages of the guest when the balloon is full.
+    pages: u64,
+    /// How much less memory QEMU has after inflating, when the guest had used it.
+    given_back: Size,
+    free_before: Size,
+    free_after: Size,
+}
+
+/// Runs the demonstration and prints its table.
+pub(crate) fn run(guests: Guests) -> Result<bool> {
+    let places = Places::find()?;
+    check_memory()?;
+    let artifacts = setup::prepare(&places, Kernel::Test, &[Driver::Rust, Driver::C])?;
+    let rust = measure(&artifacts, Driver::Rust, guests)?;
+    let c = measure(&artifacts, Driver::C, guests)?;
+    println!("\n{}", table(&rust, &c));
+    println!(
+        "An idle guest of {MEMORY} inflates its balloon to {TARGET} and deflates it. What the host gets back is          measured in a second round, after the guest has used and freed {TOUCHED}."
+    );
+    Ok(true)
+}
+
+/// A machine that swaps measures its disk.
+fn check_memory() -> Result<()> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    let available = Size::kib(kib.context("/proc/meminfo has no MemAvailable")?.parse()?);
+    let needed = MEMORY + OVERHEAD;
+    ensure!(
+        available >= needed,
+        "{available} of memory is available and the demo needs {needed}; free some, or use a machine with more"
+    );
+    Ok(())
+}
+
+fn measure(artifacts: &Artifacts, driver: Driver, guests: Guests) -> Result<Measurement> {
+    let config = Config::new(artifacts, &format!("demo-{}", driver.name()))
+        .memory(MEMORY)
+        .accel(guests.accel())
+        .verbose(guests.verbose)
+        .timeout(Duration::from_secs(300));
+    let booting = Phase::start(&format!("{}: booting", driver.name()), None);
+    let measurement = vm::run(&config, |guest| {
+        guest.insmod(driver, &[])?;
+        booting.finish();
+        let balloon = guest.balloon();
+        let free_before = guest.meminfo()?.free;
+        let inflate = settle(driver, "inflating", balloon, TARGET)?;
+        let pages = guest.vmstat("nr_balloon_pages")?;
+        let deflate = settle(driver, "deflating", balloon, Size::default())?;
+
+        let using = Phase::start(&format!("{}: the guest works", driver.name()), None);
+        let mib = usize::try_from(TOUCHED.as_mib())?;
+        guest.load(Load::Touch { mib })?.wait(Duration::from_secs(120))?;
+        using.finish();
+        let used = guest.resident()?;
+        settle(driver, "inflating again", balloon, TARGET)?;
+        let given_back = used.saturating_sub(guest.resident()?);
+        settle(driver, "deflating again", balloon, Size::default())?;
+        let free_after = guest.meminfo()?.free;
+        guest.rmmod(driver)?;
+        Ok(Measurement { inflate, deflate, pages, given_back, free_before, free_after })
+    });
+    measurement.with_context(|| {
+        format!("the guest with {} fails, its log is in {}", driver.name(), config.logs().display())
+    })
+}
+
+/// Brings the balloon to a size, and shows it on its way.
+fn settle(driver: Driver, what: &str, balloon: Balloon<'_>, target: Size) -> Result<Duration> {
+    let from = balloon.size()?;
+    let way = from.abs_diff(target);
+    let phase = Phase::start(&format!("{}: {what}", driver.name()), Some(way.as_pages()));
+    let took = balloon.settle_watched(target, |now| {
+        phase.set(now.abs_diff(from).as_pages());
+        phase.say(&now.to_string());
+    })?;
+    phase.finish();
+    Ok(took)
+}
+
+fn table(rust: &Measurement, c: &Measurement) -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_FULL_CONDENSED).set_header(["", Driver::Rust.name(), Driver::C.name()]);
+    let mut row = |what: &str, show: &dyn Fn(&Measurement) -> String| {
+        table.add_row([what.to_owned(), show(rust), show(c)]);
+    };
+    let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
+    let ratio = |time: Duration, base: Duration| {
+        format!("{:.2}", time.as_secs_f64() / base.as_secs_f64())
+    };
+    row("inflate", &|m| seconds(m.inflate));
+    row("  to the C driver", &|m| ratio(m.inflate, c.inflate));
+    row("deflate", &|m| seconds(m.deflate));
+    row("  to the C driver", &|m| ratio(m.deflate, c.deflate));
+    row("nr_balloon_pages at the top", &|m| m.pages.to_string());
+    row("memory given back to the host", &|m| m.given_back.to_string());
+    row("guest's MemFree before", &|m| m.free_before.to_string());
+    row("guest's MemFree after", &|m| m.free_after.to_string());
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guests' initramfs: the agent as init, a shell with its tools, and the modules.
+
+use std::fs::{self, File};
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use cpio::newc::Builder;
+use cpio::write_cpio;
+
+use crate::places::Places;
+use crate::progress::Phase;
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const SHELL: &str = "/usr/bin/busybox";
+
+const DIRECTORY: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+
+/// Writes an initramfs with these modules in its /modules.
+pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()> {
+    let mut entries = Vec::new();
+    let mut add = |name: String, mode: u32, contents: Vec<u8>| {
+        let number = u32::try_from(entries.len()).expect("there are a handful of them");
+        entries.push((Builder::new(&name).ino(number).mode(mode), Cursor::new(contents)));
+    };
+    for directory in ["bin", "dev", "modules"] {
+        add(directory.to_owned(), DIRECTORY, Vec::new());
+    }
+    let read = |path: &Path| {
+        fs::read(path).with_context(|| format!("reading {} for the guest", path.display()))
+    };
+    add("init".to_owned(), PROGRAM, read(agent)?);
+    add("bin/busybox".to_owned(), PROGRAM, read(Path::new(SHELL))?);
+    for module in modules {
+        let name = module.file_name().context("a module has a name")?.to_string_lossy();
+        add(format!("modules/{name}"), PROGRAM, read(module)?);
+    }
+    write_cpio(entries.into_iter(), File::create(path)?)?;
+    Ok(())
+}
+
+/// Builds the agent as a program that needs no libraries, and returns where it is.
+pub(crate) fn build_agent(places: &Places) -> Result<PathBuf> {
+    let phase = Phase::start("Building the guest's agent", None);
+    phase.follow(
+        Command::new("cargo")
+            .args(["build", "--release", "--locked", "--target", TARGET, "--package", "agent"])
+            .args(["--manifest-path", "host/Cargo.toml"])
+            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+        &places.build().join("agent.log"),
+    )?;
+    phase.finish();
+    let built = places.cache.join("target").join(TARGET).join("release/agent");
+    ensure!(built.exists(), "cargo left no agent at {}", built.display());
+    // The next checkout's build writes to the same place.
+    let agent = places.build().join("agent");
+    fs::copy(&built, &agent)?;
+    Ok(agent)
+}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guests' kernels: built once for each version, configuration and toolchain, in the cache.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::available_parallelism;
+
+use anyhow::{Context, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest, Sha256};
+use vm::Kernel;
+
+use crate::places::Places;
+use crate::progress::Phase;
+
+/// What is in a tree that has been built to its end.
+const COMPLETE: &str = ".complete";
+
+/// A kernel that has been built.
+pub(crate) struct Tree {
+    /// Which kernel it is.
+    pub(crate) kernel: Kernel,
+    /// The directory that it was built in.
+    pub(crate) path: PathBuf,
+}
+
+impl Tree {
+    /// The image that a guest boots.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.path.join("arch/x86/boot/bzImage")
+    }
+
+    /// A make in this tree, with the compiler that the kernel is built with.
+    pub(crate) fn make(&self) -> Result<Command> {
+        let mut make = Command::new("make");
+        make.arg("-C").arg(&self.path).arg(format!("-j{}", available_parallelism()?));
+        make.args(toolchain(self.kernel));
+        Ok(make)
+    }
+}
+
+/// Rust together with KASAN is offered for clang only.
+fn toolchain(kernel: Kernel) -> Option<&'static str> {
+    match kernel {
+        Kernel::Test => None,
+        Kernel::Debug => Some("LLVM=1"),
+    }
+}
+
+/// How many lines make prints for a whole build, which the bar is drawn from.
+fn build_lines(kernel: Kernel) -> u64 {
+    match kernel {
+        Kernel::Test => 2010,
+        Kernel::Debug => 2030,
+    }
+}
+
+/// Where the kernel's source is; extracts it on first use.
+pub(crate) fn source(places: &Places) -> Result<PathBuf> {
+    if let Some(own) = env::var_os("KSRC") {
+        return Ok(PathBuf::from(own));
+    }
+    let (archive, version) = packaged_source()?;
+    let source = places.cache.join(format!("linux-{version}"));
+    let _lock = lock(&source)?;
+    if !source.exists() {
+        let new = places.cache.join("linux.new");
+        if new.exists() {
+            fs::remove_dir_all(&new)?;
+        }
+        fs::create_dir_all(&new)?;
+        let phase = Phase::start("Extracting the kernel", None);
+        phase.follow(
+            Command::new("tar")
+                .args(["--checkpoint=.1000", "--strip-components=1", "-xf"])
+                .arg(&archive)
+                .arg("-C")
+                .arg(&new),
+            &places.cache.join("extract.log"),
+        )?;
+        fs::rename(&new, &source)?;
+        phase.finish();
+    }
+    Ok(source)
+}
+
+/// The build root's archive of the kernel's source, and its version.
+fn packaged_source() -> Result<(PathBuf, String)> {
+    let archive = fs::read_dir("/usr/src")?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| path.to_string_lossy().ends_with(".tar.xz"))
+        .context("the build root has no kernel source; remove it from the cache and try again")?;
+    let package = archive.file_name().context("the archive has a name")?.to_string_lossy();
+    let package = package.trim_end_matches(".tar.xz");
+    let version = output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))?;
+    Ok((archive, version.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-")))
+}
+
+/// Builds a kernel, or finds that it has been built.
+pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
+    let source = source(places)?;
+    let fragments = fragments(places, kernel)?;
+    let path = places.cache.join(format!("kernel-{kernel}-{}", key(&source, kernel, &fragments)?));
+    let tree = Tree { kernel, path };
+    let complete = tree.path.join(COMPLETE);
+    let _lock = lock(&tree.path)?;
+    // A source of one's own may have changed since; make finds out.
+    if complete.exists() && env::var_os("KSRC").is_none() {
+        return Ok(tree);
+    }
+    configure(&tree, &source, &fragments)?;
+    let phase = Phase::start(&format!("Building the {kernel} kernel"), Some(build_lines(kernel)));
+    phase.follow(tree.make()?.args(["bzImage", "modules"]), &tree.path.join("build.log"))?;
+    phase.finish();
+    File::create(complete)?;
+    Ok(tree)
+}
+
+fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
+    let read = |name: &str| {
+        let path = places.checkout.join("guest/kernel").join(name);
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    };
+    Ok(read("common.config")? + &read(&format!("{kernel}.config"))?)
+}
+
+/// Tells kernels apart that are not built alike.
+fn key(source: &Path, kernel: Kernel, fragments: &str) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(source.to_string_lossy().as_bytes());
+    hash.update(fragments);
+    let compiler = if toolchain(kernel).is_some() { "clang" } else { "gcc" };
+    for tool in [compiler, "rustc", "bindgen"] {
+        hash.update(output(Command::new(tool).arg("--version"))?);
+    }
+    Ok(format!("{:.12}", format!("{:x}", hash.finalize())))
+}
+
+fn configure(tree: &Tree, source: &Path, fragments: &str) -> Result<()> {
+    let kernel = tree.kernel;
+    fs::create_dir_all(&tree.path)?;
+    let fragment = tree.path.join("fragments.config");
+    fs::write(&fragment, fragments)?;
+    let phase = Phase::start(&format!("Configuring the {kernel} kernel"), None);
+    phase.follow(
+        Command::new("make")
+            .arg("-C")
+            .arg(source)
+            .arg(format!("O={}", tree.path.display()))
+            .arg(format!("KCONFIG_ALLCONFIG={}", fragment.display()))
+            .args(toolchain(kernel))
+            .arg("allnoconfig"),
+        &tree.path.join("configure.log"),
+    )?;
+    let missing = missing(fragments, &fs::read_to_string(tree.path.join(".config"))?);
+    ensure!(
+        missing.is_empty(),
+        "the {kernel} kernel's configuration lost {}; see what they depend on in {}, and correct guest/kernel",
+        missing.join(", "),
+        source.display()
+    );
+    phase.finish();
+    Ok(())
+}
+
+/// The lines of the fragments that the configuration does not have. An option whose dependencies
+/// are not met is dropped without a word, and tests that rely on it would prove nothing.
+fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
+    let has = |line: &str| match line.strip_suffix("=n") {
+        Some(option) => !config.lines().any(|l| l.starts_with(&format!("{option}="))),
+        None => config.lines().any(|l| l == line),
+    };
+    fragments.lines().filter(|line| line.starts_with("CONFIG_") && !has(line)).collect()
+}
+
+/// Keeps two runs from making the same directory at once.
+fn lock(directory: &Path) -> Result<Flock<File>> {
+    let mut path = directory.as_os_str().to_owned();
+    path.push(".lock");
+    let file = File::create(path)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((file, _)) => {
+            let phase = Phase::start("Waiting for another set-up", None);
+            let lock = Flock::lock(file, FlockArg::LockExclusive);
+            phase.finish();
+            lock.map_err(|(_, error)| error.into())
+        }
+    }
+}
+
+/// What a command writes to its standard output.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "{:?} fails in the build root", command.get_program());
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lost_options_are_named() {
+        let fragments = "# comment\nCONFIG_A=y\nCONFIG_B=m\nCONFIG_C=n\nCONFIG_D=n\n";
+        let config = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_D=y\n";
+        assert_eq!(missing(fragments, config), ["CONFIG_B=m", "CONFIG_D=n"]);
+    }
+}

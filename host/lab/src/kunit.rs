@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! KUnit: the module's own tests, which run in a guest when it is loaded.
+
+use anyhow::Result;
+use vm::ktap::{self, Case, Outcome};
+use vm::{Artifacts, Config, Driver, Kernel};
+
+use crate::places::Places;
+use crate::report::Report;
+use crate::{Guests, setup};
+
+/// Runs KUnit in one kernel, or in both.
+pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
+    let places = Places::find()?;
+    let mut report = Report::new();
+    for kernel in [Kernel::Test, Kernel::Debug] {
+        if only.is_none_or(|only| only == kernel) {
+            let artifacts = setup::prepare(&places, kernel, &[Driver::Rust])?;
+            run_in(kernel, &artifacts, guests, &mut report);
+        }
+    }
+    Ok(report.conclude())
+}
+
+/// Runs KUnit in a guest with this kernel. Every case is a result.
+pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &mut Report) {
+    let name = |case: &str| format!("kunit {case} ({kernel} kernel)");
+    let config = Config::new(artifacts, "kunit")
+        .accel(guests.accel())
+        .verbose(guests.verbose)
+        .parameter("kunit.enable=1")
+        .parameter("kunit.autorun=1");
+    let start = report.begin(&name(""));
+    let log = config.logs();
+    let result = vm::run(&config, |guest| {
+        let mark = guest.console().mark()?;
+        guest.insmod(Driver::Rust, &[])?;
+        let cases = ktap::parse(&guest.console().text_since(mark)?);
+        guest.rmmod(Driver::Rust)?;
+        Ok(cases)
+    });
+    let cases = result.unwrap_or_else(|error| {
+        let reason = format!("{error:#}\nthe guest's log is in {}", log.display());
+        vec![Case { name: "guest".to_owned(), outcome: Outcome::Failed(reason) }]
+    });
+    for Case { name: case, outcome } in cases {
+        report.add(&name(&case), None, &outcome);
+    }
+    report.print(&format!("        KUnit in the {kernel} kernel took {:.1} s", start.elapsed().as_secs_f64()));
+}

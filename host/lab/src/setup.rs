@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! All that must be there before a guest can boot.
+
+use std::fs;
+
+use anyhow::Result;
+use vm::{Artifacts, Driver, Kernel};
+
+use crate::places::Places;
+use crate::{initramfs, kernel, module};
+
+/// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
+pub(crate) fn prepare(places: &Places, kernel: Kernel, drivers: &[Driver]) -> Result<Artifacts> {
+    let build = places.build_for(kernel);
+    fs::create_dir_all(&build)?;
+    let tree = kernel::build(places, kernel)?;
+    let modules = drivers
+        .iter()
+        .map(|&driver| module::build(places, &tree, driver))
+        .collect::<Result<Vec<_>>>()?;
+    let agent = initramfs::build_agent(places)?;
+    let initramfs = build.join("initramfs.cpio");
+    initramfs::write(&initramfs, &agent, &modules)?;
+    let logs = places.logs().join(kernel.to_string());
+    Ok(Artifacts { kernel: tree.image(), initramfs, logs })
+}

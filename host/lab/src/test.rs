@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! All tests: the host's own, KUnit in guests, and scenarios in guests.
+
+use anyhow::Result;
+use scenarios::{SCENARIOS, Scenario, Setup};
+use vm::ktap::Outcome;
+use vm::{Artifacts, Driver, Kernel};
+
+use crate::places::Places;
+use crate::report::Report;
+use crate::{Guests, host_tests, kunit, setup};
+
+/// What runs in the debug kernel when no kernel is asked for: enough to find what the test kernel
+/// survives, in a time that one is ready to wait.
+const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
+
+/// Runs all tests that are asked for, and says whether all is well.
+pub(crate) fn run(
+    kernel: Option<Kernel>,
+    only: Option<&str>,
+    driver: Driver,
+    guests: Guests,
+) -> Result<bool> {
+    let places = Places::find()?;
+    let mut report = Report::new();
+    std::fs::create_dir_all(places.build())?;
+
+    if only.is_none_or(|only| only == "host") {
+        host_tests::run(&places, &mut report)?;
+    }
+    for this in [Kernel::Test, Kernel::Debug] {
+        let wanted = |scenario: &&Scenario| {
+            let default = this == Kernel::Test || DEBUG_SCENARIOS.contains(&scenario.name);
+            kernel.map_or(default, |kernel| kernel == this)
+                && only.is_none_or(|only| scenario.name.contains(only))
+        };
+        let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
+        let with_kunit = driver == Driver::Rust
+            && kernel.is_none_or(|kernel| kernel == this)
+            && only.is_none_or(|only| only == "kunit");
+        if scenarios.is_empty() && !with_kunit {
+            continue;
+        }
+        // The other driver is there to be compared with.
+        let drivers = match driver {
+            Driver::Rust => &[Driver::Rust, Driver::C][..],
+            Driver::C => &[Driver::C],
+        };
+        let artifacts = setup::prepare(&places, this, drivers)?;
+        if with_kunit {
+            kunit::run_in(this, &artifacts, guests, &mut report);
+        }
+        for scenario in scenarios {
+            run_scenario(scenario, this, driver, &artifacts, guests, &mut report);
+        }
+    }
+    Ok(report.conclude())
+}
+
+fn run_scenario(
+    scenario: &Scenario,
+    kernel: Kernel,
+    driver: Driver,
+    artifacts: &Artifacts,
+    guests: Guests,
+    report: &mut Report,
+) {
+    let label = match driver {
+        Driver::Rust => "",
+        Driver::C => ", C driver",
+    };
+    let name = format!("scenario {} ({kernel} kernel{label})", scenario.name);
+    if !scenario.kernels.contains(&kernel) {
+        return report.add(&name, None, &Outcome::Skipped("not for this kernel".to_owned()));
+    }
+    if !scenario.drivers.contains(&driver) {
+        return report.add(&name, None, &Outcome::Skipped("not for this driver".to_owned()));
+    }
+    let setup = Setup::new(scenario, kernel, driver, artifacts, guests.accel(), guests.verbose);
+    let start = report.begin(&format!("{name}: {}", scenario.proves));
+    let outcome = match (scenario.run)(&setup) {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!(
+            "{error:#}\nthe guest's log is in {}",
+            setup.logs().display()
+        )),
+    };
+    report.add(&name, Some(start.elapsed()), &outcome);
+    for note in setup.notes() {
+        report.print(&format!("        {note}"));
+    }
+}
