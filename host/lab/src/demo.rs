@@ -19,7 +19,7 @@ const MEMORY: Size = Size::gib(8);
 const TARGET: Size = Size::gib(7);
 
 /// What the guest uses and frees, so that the host has something to get back.
-const TOUCHED: Size = Size::gib(6);
+const TOUCHED: Size = Size::gib(2);
 
 /// QEMU's own memory and what the tools need, beside the guest's.
 const OVERHEAD: Size = Size::gib(1);
@@ -45,7 +45,8 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
     let c = measure(&artifacts, Driver::C, guests)?;
     println!("\n{}", table(&rust, &c));
     println!(
-        "An idle guest of {MEMORY} inflates its balloon to {TARGET} and deflates it. What the host gets back is          measured in a second round, after the guest has used and freed {TOUCHED}."
+        "An idle guest of {MEMORY} inflates its balloon to {TARGET} and deflates it. What the host\n\
+         gets back is seen in a second round, after the guest has used and freed {TOUCHED}."
     );
     Ok(true)
 }

@@ -72,7 +72,10 @@ mod tests {
 
     #[test]
     fn results_are_read() {
-        let stdout = "running 3 tests\ntest a::b ... ok\ntest src/lib.rs - (line 9) - compile ... ok\n                      test c ... FAILED\ntest d ... ignored, slow\ntest result: FAILED. 2 passed";
+        let stdout = "running 4 tests\ntest a::b ... ok\n\
+                      test src/lib.rs - (line 9) - compile ... ok\n\
+                      test c ... FAILED\ntest d ... ignored, slow\n\
+                      test result: FAILED. 2 passed";
         let outcomes: Vec<_> = results(stdout).into_iter().map(|(_, outcome)| outcome).collect();
         assert_eq!(
             outcomes,

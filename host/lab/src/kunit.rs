@@ -2,6 +2,8 @@
 
 //! KUnit: the module's own tests, which run in a guest when it is loaded.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use vm::ktap::{self, Case, Outcome};
 use vm::{Artifacts, Config, Driver, Kernel};
@@ -29,6 +31,7 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     let config = Config::new(artifacts, "kunit")
         .accel(guests.accel())
         .verbose(guests.verbose)
+        .timeout(Duration::from_secs(300))
         .parameter("kunit.enable=1")
         .parameter("kunit.autorun=1");
     let start = report.begin(&name(""));
@@ -47,5 +50,8 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     for Case { name: case, outcome } in cases {
         report.add(&name(&case), None, &outcome);
     }
-    report.print(&format!("        KUnit in the {kernel} kernel took {:.1} s", start.elapsed().as_secs_f64()));
+    report.print(&format!(
+        "        KUnit in the {kernel} kernel took {:.1} s",
+        start.elapsed().as_secs_f64()
+    ));
 }

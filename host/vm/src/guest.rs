@@ -21,6 +21,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a command in the guest may take when nothing else is said.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long loading or unloading a module may take. Its own tests run while it is loaded.
+const MODULE_TIMEOUT: Duration = Duration::from_secs(120);
+
 /// How long a guest may take to switch itself off.
 const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -61,7 +64,7 @@ impl Driver {
 pub struct Meminfo {
     /// All that the kernel manages.
     pub total: Size,
-    /// What is not used at all.
+    /// What is not used at all, without what is on the processors' own lists.
     pub free: Size,
     /// What can be had without swapping.
     pub available: Size,
@@ -180,13 +183,13 @@ impl Guest {
     /// Loads a module with its parameters, such as `floor_mib=64`.
     pub fn insmod(&self, driver: Driver, parameters: &[&str]) -> Result<()> {
         let module = format!("/modules/{}", driver.file());
-        self.run(&[&["insmod", &module], parameters].concat())?;
+        self.run_within(&[&["insmod", &module], parameters].concat(), MODULE_TIMEOUT)?;
         Ok(())
     }
 
     /// Unloads a module.
     pub fn rmmod(&self, driver: Driver) -> Result<()> {
-        self.run(&["rmmod", driver.name()])?;
+        self.run_within(&["rmmod", driver.name()], MODULE_TIMEOUT)?;
         Ok(())
     }
 
@@ -205,6 +208,17 @@ impl Guest {
             available: field("MemAvailable")?,
             balloon: field("Balloon")?,
         })
+    }
+
+    /// What is not used at all, with what is on the processors' own lists, which MemFree leaves out.
+    pub fn free(&self) -> Result<Size> {
+        let zones = self.read_file("/proc/zoneinfo")?;
+        let on_lists = zones
+            .lines()
+            .filter_map(|line| line.trim_start().strip_prefix("count:"))
+            .map(|count| Ok(Size::pages(count.trim().parse()?)))
+            .sum::<Result<Size>>()?;
+        Ok(self.meminfo()?.free + on_lists)
     }
 
     /// A counter of /proc/vmstat, such as `nr_balloon_pages`.
@@ -250,7 +264,11 @@ impl Guest {
 
     /// Runs a program that must succeed, and returns what it wrote to its standard output.
     pub fn run(&self, argv: &[&str]) -> Result<String> {
-        let output = self.exec(argv)?;
+        self.run_within(argv, COMMAND_TIMEOUT)
+    }
+
+    fn run_within(&self, argv: &[&str], timeout: Duration) -> Result<String> {
+        let output = self.exec_within(argv, timeout)?;
         ensure!(
             output.exit == Exit::Status(0),
             "'{}' ends with {:?} in the guest: {}",

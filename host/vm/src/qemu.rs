@@ -232,7 +232,8 @@ impl Config {
 
         let (machine, serial) = match self.machine {
             Machine::Q35 => ("q35", "virtio-serial-pci"),
-            Machine::Microvm => ("microvm", "virtio-serial-device"),
+            // Without the processor's help the kernel needs a timer to measure time with.
+            Machine::Microvm => ("microvm,pit=on,rtc=on", "virtio-serial-device"),
         };
         let mut machine = format!("{machine},accel={}", self.accel.name());
         let backend = match self.backend {

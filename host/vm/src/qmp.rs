@@ -110,21 +110,26 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event that `wanted` accepts, and returns it; those that have already come
-    /// count too.
+    /// How many events have come so far; [`Qmp::wait_event`] can leave them out.
+    pub fn mark(&self) -> usize {
+        self.events.seen.lock().expect("a lock").len()
+    }
+
+    /// Waits for an event after the first `mark` ones that `wanted` accepts, and returns it.
     ///
     /// # Errors
     ///
     /// It does not come in time.
     pub fn wait_event(
         &self,
+        mark: usize,
         timeout: Duration,
         wanted: impl Fn(&Event) -> bool,
     ) -> Result<Event> {
         let deadline = Instant::now() + timeout;
         let mut seen = self.events.seen.lock().expect("a lock");
         loop {
-            if let Some(event) = seen.iter().find(|event| wanted(event)) {
+            if let Some(event) = seen.iter().skip(mark).find(|event| wanted(event)) {
                 return Ok(event.clone());
             }
             let left = deadline.saturating_duration_since(Instant::now());

@@ -26,10 +26,20 @@ use std::time::Duration;
 use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Driver, Kernel};
 
+mod lifecycle;
+mod memory;
 mod sizes;
+mod speed;
+mod transports;
 
 /// The scenarios, by topic.
-pub const SCENARIOS: &[&[Scenario]] = &[sizes::SCENARIOS];
+pub const SCENARIOS: &[&[Scenario]] = &[
+    sizes::SCENARIOS,
+    memory::SCENARIOS,
+    lifecycle::SCENARIOS,
+    transports::SCENARIOS,
+    speed::SCENARIOS,
+];
 
 /// Something that the driver must do.
 pub struct Scenario {

@@ -2,36 +2,217 @@
 
 //! The balloon has the size that the host asks for, and both sides agree on it.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
-use vm::{Guest, Size};
+use vm::{Guest, Kernel, Size};
 
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
-pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "inflate_deflate",
-    proves: "the balloon takes every size it is asked for, and both sides agree on it",
-    kernels: BOTH_KERNELS,
-    drivers: BOTH_DRIVERS,
-    run: inflate_deflate,
-}];
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "inflate_deflate",
+        proves: "the balloon takes every size it is asked for, and both sides agree on it",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: inflate_deflate,
+    },
+    Scenario {
+        name: "accounting",
+        proves: "the kernel's counters say what the balloon does, page by page",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: accounting,
+    },
+    Scenario {
+        name: "target_changes",
+        proves: "a target that changes on the way is followed",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: target_changes,
+    },
+    Scenario {
+        name: "target_beyond_memory",
+        proves: "a target that cannot be reached harms nobody, and a smaller one is taken at once",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        run: target_beyond_memory,
+    },
+    Scenario {
+        name: "floor",
+        proves: "the balloon leaves the guest what floor_mib says, and takes the rest",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        run: floor,
+    },
+    Scenario {
+        name: "small_guest",
+        proves: "a guest of 128 MiB gives what it can and lives",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        run: small_guest,
+    },
+];
 
 fn inflate_deflate(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         // Up and down, by much and by little, by a page, and by what no block of pages divides.
         for size in [
-            Size::mib(256),
-            Size::mib(640),
+            Size::mib(128),
+            Size::mib(400),
             Size::mib(1),
             Size::pages(1),
             Size::pages(3),
-            Size::mib(700) + Size::pages(511),
-            Size::mib(128) + Size::pages(1),
+            Size::mib(300) + Size::pages(511),
+            Size::mib(64) + Size::pages(1),
             Size::default(),
         ] {
             guest.balloon().settle(size)?;
             check_size(guest, size)?;
         }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn accounting(setup: &Setup) -> Result<()> {
+    let size = Size::mib(100) + Size::pages(7);
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let counters = || -> Result<[u64; 4]> {
+            Ok([
+                guest.meminfo()?.total.as_pages(),
+                guest.vmstat("balloon_inflate")?,
+                guest.vmstat("balloon_deflate")?,
+                offline_pages(guest)?,
+            ])
+        };
+        let [total, inflated, deflated, offline] = counters()?;
+        let pages = size.as_pages();
+
+        guest.balloon().settle(size)?;
+        check_size(guest, size)?;
+        let full = counters()?;
+        let expected = [total - pages, inflated + pages, deflated, offline + pages];
+        ensure!(
+            full == expected,
+            "with {pages} pages in the balloon, the total, those inflated and deflated and those \
+             marked as offline are {full:?} in place of {expected:?}"
+        );
+
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        let empty = counters()?;
+        let expected = [total, inflated + pages, deflated + pages, offline];
+        ensure!(
+            empty == expected,
+            "with an empty balloon, the total, those inflated and deflated and those marked as \
+             offline are {empty:?} in place of {expected:?}"
+        );
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// How many pages are marked as logically offline (bit 23 of a page's flags in /proc), as a
+/// balloon's are.
+fn offline_pages(guest: &Guest) -> Result<u64> {
+    let count = guest.sh(
+        "od -An -v -t x8 /proc/kpageflags | tr ' ' '\\n' | grep -c '[89a-f].....$' || true",
+    )?;
+    Ok(count.trim().parse()?)
+}
+
+fn target_changes(setup: &Setup) -> Result<()> {
+    let (memory, span, pause) = match setup.kernel {
+        Kernel::Test => (Size::gib(4), Size::gib(3), Duration::from_millis(120)),
+        Kernel::Debug => (Size::gib(1), Size::mib(600), Duration::from_millis(500)),
+    };
+    vm::run(&setup.config().memory(memory), |guest| {
+        let free = guest.free()?;
+        guest.insmod(setup.driver, &[])?;
+        let balloon = guest.balloon();
+        let mut on_the_way = 0;
+        for step in 0..50_u64 {
+            // Steps of about the golden ratio go up and down, and never to the same place.
+            let target = Size::pages(step * 618_034 % span.as_pages());
+            balloon.request(target)?;
+            thread::sleep(pause);
+            on_the_way += usize::from(balloon.size()? != target);
+        }
+        ensure!(on_the_way >= 25, "only {on_the_way} of 50 targets changed before they were reached");
+        for size in [Size::mib(300), Size::default()] {
+            balloon.settle(size)?;
+            check_size(guest, size)?;
+        }
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+fn target_beyond_memory(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let mark = guest.console().mark()?;
+        // All of the guest's memory is more than its kernel can have.
+        let balloon = guest.balloon();
+        balloon.request(guest.memory() - Size::pages(1))?;
+        let size = balloon.rest(Duration::from_secs(5))?;
+        ensure!(
+            size > Size::mib(600),
+            "the balloon stops at {size}, though much more could be had"
+        );
+        guest.run(&["true"])?;
+        let kills = guest.vmstat("oom_kill")?;
+        ensure!(kills == 0, "the balloon made the kernel kill {kills} processes");
+        let lines = guest.console().count_since(mark, "balloon")?;
+        ensure!(lines <= 2, "the log got {lines} lines about a target out of reach");
+
+        // The pauses between the tries have become long by now, and must not matter.
+        let start = Instant::now();
+        balloon.request(Size::mib(64))?;
+        guest.wait_until("the balloon gets smaller", Duration::from_secs(1), || {
+            Ok(balloon.size()? < size)
+        })?;
+        let reaction = start.elapsed();
+        balloon.settle(Size::mib(64))?;
+        check_size(guest, Size::mib(64))?;
+        setup.note(format!("{size} of {}, reaction after {reaction:.0?}", guest.memory()));
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn floor(setup: &Setup) -> Result<()> {
+    for floor in [Size::mib(300), Size::default()] {
+        vm::run(&setup.config(), |guest| {
+            guest.insmod(setup.driver, &[&format!("floor_mib={}", floor.as_mib())])?;
+            guest.balloon().request(guest.memory() - Size::pages(1))?;
+            guest.balloon().rest(Duration::from_secs(3))?;
+            let left = guest.meminfo()?.available;
+            ensure!(
+                left.abs_diff(floor) < Size::mib(24),
+                "with a floor of {floor}, the balloon leaves {left}"
+            );
+            guest.balloon().settle(Size::default())?;
+            guest.rmmod(setup.driver)
+        })?;
+    }
+    Ok(())
+}
+
+fn small_guest(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config().memory(Size::mib(128)), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        for size in [Size::mib(16), Size::pages(1), Size::mib(24), Size::default()] {
+            guest.balloon().settle(size)?;
+            check_size(guest, size)?;
+        }
+        guest.balloon().request(guest.memory() - Size::pages(1))?;
+        let size = guest.balloon().rest(Duration::from_secs(3))?;
+        ensure!(size >= Size::mib(24), "the balloon stops at {size}, where it has been bigger");
+        ensure!(guest.vmstat("oom_kill")? == 0, "the balloon made the kernel kill a process");
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
         guest.rmmod(setup.driver)
     })
 }
@@ -42,5 +223,14 @@ pub(crate) fn check_size(guest: &Guest, size: Size) -> Result<()> {
     ensure!(seen == size, "the host sees a balloon of {seen}, where {size} was asked for");
     let pages = Size::pages(guest.vmstat("nr_balloon_pages")?);
     ensure!(pages == size, "the guest counts {pages} in balloons, where {size} was asked for");
+    Ok(())
+}
+
+/// Checks that the guest has as much free memory as before, but for what its kernel keeps in its
+/// own caches.
+pub(crate) fn check_free(guest: &Guest, before: Size) -> Result<()> {
+    let free = guest.free()?;
+    let lost = before.saturating_sub(free);
+    ensure!(lost < Size::mib(32), "the guest has {free} free, {lost} less than before");
     Ok(())
 }

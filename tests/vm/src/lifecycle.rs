@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The driver comes and goes, at any moment, and gives all memory back.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vm::{Guest, Kernel, Size};
+
+use crate::sizes::{check_free, check_size};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "rmmod_full",
+        proves: "unloading the module gives all memory back, loading it inflates again",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: rmmod_full,
+    },
+    Scenario {
+        name: "rebind",
+        proves: "unbinding gives all memory back, also while the balloon inflates",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: rebind,
+    },
+    Scenario {
+        name: "unplug_while_inflating",
+        proves: "a device may go at any moment, and another one may come",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        run: unplug_while_inflating,
+    },
+    Scenario {
+        name: "power_off_while_inflating",
+        proves: "a guest switches itself off while its balloon inflates",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: power_off_while_inflating,
+    },
+];
+
+fn rmmod_full(setup: &Setup) -> Result<()> {
+    let size = Size::mib(700);
+    vm::run(&setup.config(), |guest| {
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        for _ in 0..2 {
+            // The device keeps its target when the driver goes.
+            guest.insmod(setup.driver, &[])?;
+            guest.balloon().settle(size)?;
+            check_size(guest, size)?;
+            guest.rmmod(setup.driver)?;
+            check_size(guest, Size::default())?;
+            let now = guest.meminfo()?.total;
+            ensure!(
+                now == total,
+                "the guest has {now} after the driver has gone, and had {total} before it came"
+            );
+        }
+        check_free(guest, free)
+    })
+}
+
+fn rebind(setup: &Setup) -> Result<()> {
+    let size = Size::mib(200);
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let directory = format!("/sys/bus/virtio/drivers/{}", setup.driver.name());
+        let device = device(guest, &directory)?;
+        let free = guest.free()?;
+        guest.balloon().settle(size)?;
+        let mut full = 0;
+        for round in 0..50 {
+            // Every second time the balloon is full, and else somewhere on its way.
+            if round % 2 == 0 {
+                guest.wait_until("a full balloon", Duration::from_secs(30), || {
+                    Ok(guest.balloon().size()? == size)
+                })?;
+            } else {
+                thread::sleep(Duration::from_millis(round));
+            }
+            full += usize::from(guest.balloon().size()? == size);
+            guest.write_file(&format!("{directory}/unbind"), &device)?;
+            check_size(guest, Size::default())
+                .with_context(|| format!("after unbinding {round} times"))?;
+            guest.write_file(&format!("{directory}/bind"), &device)?;
+        }
+        ensure!(full < 50, "the balloon was always full before it was unbound");
+        // An empty balloon may just not have begun.
+        guest.balloon().settle(size)?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        check_free(guest, free)?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// The name of the device that a driver has.
+fn device(guest: &Guest, directory: &str) -> Result<String> {
+    let links = guest.run(&["ls", directory])?;
+    let device = links.split_whitespace().find(|link| link.starts_with("virtio"));
+    Ok(device.context("the driver has no device")?.to_owned())
+}
+
+fn unplug_while_inflating(setup: &Setup) -> Result<()> {
+    let (memory, target) = match setup.kernel {
+        Kernel::Test => (Size::gib(4), Size::gib(3)),
+        Kernel::Debug => (Size::gib(1), Size::mib(800)),
+    };
+    let device = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
+    let config = setup
+        .config()
+        .memory(memory)
+        .device("pcie-root-port,id=port0,chassis=1")
+        .balloon(Some(&device.to_string()));
+    vm::run(&config, |guest| {
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        guest.insmod(setup.driver, &[])?;
+        for round in 0..3 {
+            if round > 0 {
+                guest.qmp().execute::<Value>("device_add", device.clone())?;
+                guest.wait_until("a new device", Duration::from_secs(30), || {
+                    // QEMU knows of no balloon before it has started.
+                    Ok(guest.balloon().request(Size::default()).is_ok())
+                })?;
+            }
+            guest.balloon().request(target)?;
+            guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
+                Ok(guest.balloon().size()? > Size::mib(100))
+            })?;
+            let size = guest.balloon().size()?;
+            ensure!(size < target, "the balloon was full before its device went");
+            let mark = guest.qmp().mark();
+            guest.qmp().execute::<Value>("device_del", json!({ "id": "balloon0" }))?;
+            guest.qmp().wait_event(mark, Duration::from_secs(30), |event| {
+                event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
+            })?;
+            let pages = guest.vmstat("nr_balloon_pages")?;
+            ensure!(pages == 0, "{pages} pages went with the device");
+            let now = guest.meminfo()?.total;
+            ensure!(now == total, "the guest had {total}, and has {now}");
+        }
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+fn power_off_while_inflating(setup: &Setup) -> Result<()> {
+    let (memory, target) = match setup.kernel {
+        Kernel::Test => (Size::gib(4), Size::gib(3)),
+        Kernel::Debug => (Size::gib(1), Size::mib(800)),
+    };
+    vm::run(&setup.config().memory(memory), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().request(target)?;
+        guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
+            Ok(guest.balloon().size()? > Size::mib(100))
+        })?;
+        let size = guest.balloon().size()?;
+        ensure!(size < target, "the balloon was full before the guest was switched off");
+        Ok(())
+    })
+}

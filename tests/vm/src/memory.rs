@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What becomes of the memory: the host really gets it, and the guest keeps what is its own.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use vm::{Load, Size};
+
+use crate::sizes::check_size;
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "memory_returned",
+        proves: "the host gets the memory, and the guest can use it again afterwards",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        run: memory_returned,
+    },
+    Scenario {
+        name: "data_intact",
+        proves: "the guest's data stay what they are while the balloon comes and goes",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: data_intact,
+    },
+    Scenario {
+        name: "fragmented",
+        proves: "the balloon takes single pages where there is nothing else",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: fragmented,
+    },
+];
+
+fn memory_returned(setup: &Setup) -> Result<()> {
+    let (used, size, tolerance) = (Size::mib(600), Size::mib(800), Size::mib(60));
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let touch = || -> Result<Size> {
+            let load = guest.load(Load::Touch { mib: usize::try_from(used.as_mib())? })?;
+            load.wait_passes(1, Duration::from_secs(60))?;
+            load.wait(Duration::from_secs(10))?;
+            guest.resident()
+        };
+        let touched = touch()?;
+        ensure!(touched > used, "QEMU has {touched} after the guest has used {used}");
+        guest.balloon().settle(size)?;
+        let left = guest.resident()?;
+        let given_back = touched.saturating_sub(left);
+        ensure!(
+            given_back + tolerance > used,
+            "the host got {given_back} of the {used} that the guest had used"
+        );
+        guest.balloon().settle(Size::default())?;
+        let again = touch()?;
+        ensure!(
+            again + tolerance > touched,
+            "QEMU has {again} after the guest has used {used} again, and had {touched} before"
+        );
+        setup.note(format!("QEMU had {touched}, {left} with a balloon of {size}, then {again}"));
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn data_intact(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let load = guest.load(Load::Hold { mib: 200, threads: 2 })?;
+        load.wait_passes(1, Duration::from_secs(120))?;
+        for _ in 0..10 {
+            guest.balloon().settle(Size::mib(450))?;
+            guest.balloon().settle(Size::mib(50))?;
+        }
+        let passes = load.status()?.progress.passes;
+        ensure!(passes >= 3, "the data were verified {passes} times only");
+        load.stop()?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        setup.note(format!("the data were verified {passes} times meanwhile"));
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn fragmented(setup: &Setup) -> Result<()> {
+    let size = Size::mib(200);
+    // What the guest has is all but used up by pages with a free one between each two.
+    vm::run(&setup.config().memory(Size::mib(768)), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let free = guest.meminfo()?.free;
+        let taken = free.saturating_sub(Size::mib(64));
+        let load = guest.load(Load::Fragment { mib: usize::try_from(taken.as_mib())? })?;
+        load.wait_passes(1, Duration::from_secs(60))?;
+        let blocks = free_blocks(&guest.read_file("/proc/buddyinfo")?);
+        ensure!(blocks < size, "{blocks} are free in blocks, which is no fragmented guest");
+        guest.balloon().settle(size)?;
+        check_size(guest, size)?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        load.stop()?;
+        setup.note(format!("{blocks} were free in blocks of 64 KiB or more"));
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// How much is free in blocks of 64 KiB or more, from what /proc/buddyinfo says: for each zone,
+/// after four words, the number of free blocks of each order.
+fn free_blocks(buddyinfo: &str) -> Size {
+    let orders = |line: &str| -> Size {
+        (0..)
+            .zip(line.split_whitespace().skip(4))
+            .skip(4)
+            .map(|(order, count)| Size::pages(count.parse().unwrap_or(0) << order))
+            .sum()
+    };
+    buddyinfo.lines().map(orders).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_blocks_are_counted_by_their_order() {
+        let text = "Node 0, zone      DMA      5      9      9      9      1      0\n\
+                    Node 0, zone   Normal      7      7      7      7      0      2\n";
+        assert_eq!(free_blocks(text), Size::pages(16 + 2 * 32));
+    }
+}

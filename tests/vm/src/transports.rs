@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The balloon works on every transport and with every layout of the queues.
+
+use anyhow::{Result, ensure};
+use vm::{Config, Machine, Size};
+
+use crate::sizes::check_size;
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "mmio",
+        proves: "the balloon works on virtio-mmio",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: mmio,
+    },
+    Scenario {
+        name: "legacy",
+        proves: "the balloon works on a device from before virtio 1.0",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: legacy,
+    },
+    Scenario {
+        name: "packed_queues",
+        proves: "the balloon works with packed queues",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: packed_queues,
+    },
+    Scenario {
+        name: "plain_queues",
+        proves: "the balloon works without indirect descriptors and event indices",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: plain_queues,
+    },
+];
+
+/// Bits of a device's features.
+const F_RING_INDIRECT_DESC: usize = 28;
+const F_VERSION_1: usize = 32;
+const F_RING_PACKED: usize = 34;
+
+fn mmio(setup: &Setup) -> Result<()> {
+    inflate(setup, setup.config().machine(Machine::Microvm), F_VERSION_1, true)
+}
+
+fn legacy(setup: &Setup) -> Result<()> {
+    let device = "virtio-balloon-pci,id=balloon0,disable-legacy=off,disable-modern=on";
+    inflate(setup, setup.config().balloon(Some(device)), F_VERSION_1, false)
+}
+
+fn packed_queues(setup: &Setup) -> Result<()> {
+    let device = "virtio-balloon-pci,id=balloon0,packed=on";
+    inflate(setup, setup.config().balloon(Some(device)), F_RING_PACKED, true)
+}
+
+fn plain_queues(setup: &Setup) -> Result<()> {
+    let device = "virtio-balloon-pci,id=balloon0,indirect_desc=off,event_idx=off";
+    inflate(setup, setup.config().balloon(Some(device)), F_RING_INDIRECT_DESC, false)
+}
+
+/// Inflates and deflates on a device that has a feature, or has it not.
+fn inflate(setup: &Setup, config: Config, feature: usize, has_it: bool) -> Result<()> {
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let features = guest
+            .sh(&format!("cat /sys/bus/virtio/drivers/{}/virtio*/features", setup.driver.name()))?;
+        ensure!(
+            features.as_bytes().get(feature) == Some(if has_it { &b'1' } else { &b'0' }),
+            "the device's features are {features}, which are not what is to be tested"
+        );
+        for size in [Size::mib(256), Size::pages(1), Size::mib(100), Size::default()] {
+            guest.balloon().settle(size)?;
+            check_size(guest, size)?;
+        }
+        guest.rmmod(setup.driver)
+    })
+}
