@@ -24,7 +24,6 @@ use crate::{
     message::MessageQueue,
     rust::{
         balloon_pages::BalloonPages,
-        completion::TimedCompletion,
         memory,
         task::{
             Job,
@@ -39,13 +38,13 @@ use crate::{
     virtio_balloon, //
 };
 
+use core::mem;
 use kernel::{
     device::Core,
     new_mutex,
     new_spinlock,
     page::PAGE_SHIFT,
     prelude::*,
-    static_lock_class,
     sync::{
         aref::ARef,
         atomic::{
@@ -56,18 +55,26 @@ use kernel::{
         SpinLock, //
     },
     time::{
+        delay::fsleep,
+        Delta,
         Instant,
         Monotonic,
         Msecs, //
     }, //
 };
 
-/// How many pages one run takes out of the balloon at most, so that a new target is seen soon.
-const DEFLATE_PER_RUN: usize = 1 << (28 - PAGE_SHIFT);
+/// How many pages one run moves at most, so that a new target is seen soon: 256 MiB.
+const PAGES_PER_RUN: usize = 1 << (28 - PAGE_SHIFT);
 
 /// How long unbinding waits for a device that gives no sign of life, and how often it looks for one.
-const PATIENCE: Msecs = 2_000;
-const HEARTBEAT: Msecs = 250;
+const PATIENCE: Delta = Delta::from_millis(2_000);
+const HEARTBEAT: Delta = Delta::from_millis(5);
+
+/// How long it may take until an answer is noticed that the device has not interrupted for.
+const LOOK_AGAIN: Msecs = 1_000;
+
+/// How long compaction holds on to pages that it has isolated, more or less.
+const ISOLATION: Msecs = 10;
 
 /// A memory balloon.
 #[pin_data]
@@ -93,13 +100,6 @@ pub(crate) struct Balloon {
     /// Set when all is to be given back, whatever the target.
     giving_back: Atomic<bool>,
 
-    /// Completed when all has been given back, or nothing more can be done about it.
-    #[pin]
-    given_back: TimedCompletion,
-
-    /// Grows with everything that the device answers and with every page that leaves the balloon.
-    progress: Atomic<usize>,
-
     /// What times are counted from.
     start: Instant<Monotonic>,
 }
@@ -111,6 +111,8 @@ struct Worker {
     backoff: Backoff,
     /// The size that the device was told last, in balloon pages.
     actual: Option<u32>,
+    /// How many messages the device has answered and pages have left the balloon.
+    progress: usize,
     /// Whether it was logged that a queue is broken.
     broken: bool,
 }
@@ -131,6 +133,7 @@ fn set_up(dev: &virtio::Device<Core<'_>>) -> Result<(Worker, Deflate)> {
             inflate: Inflate::new(MessageQueue::new(queues.take(INFLATE_VQ)?, byte_order)?),
             backoff: Backoff::new(),
             actual: None,
+            progress: 0,
             broken: false,
         },
         Deflate::new(
@@ -158,8 +161,6 @@ impl Balloon {
                 deflate <- new_spinlock!(deflate, "Balloon::deflate"),
                 target_changed: Atomic::new(true),
                 giving_back: Atomic::new(false),
-                given_back <- TimedCompletion::new(c"Balloon::given_back", static_lock_class!()),
-                progress: Atomic::new(0),
                 start: Instant::now(),
             }))
         })
@@ -170,9 +171,10 @@ impl Balloon {
         let (worker, deflate) = set_up(dev)?;
 
         *self.worker.lock() = worker;
-        *self.deflate.lock() = deflate;
+        // What was there before is dropped when the lock has been released: that may sleep.
+        let _before = mem::replace(&mut *self.deflate.lock(), deflate);
+
         self.giving_back.store(false, Relaxed);
-        self.given_back.reset();
         self.target_changed();
         Ok(())
     }
@@ -182,24 +184,32 @@ impl Balloon {
         self.target_changed.store(true, Relaxed);
     }
 
-    /// Gives everything back and tells the device, for as long as the device shows that it is alive.
+    /// Stops the task, gives everything back and tells the device, for as long as the device shows that it is
+    /// alive. For when the device is about to be reset.
     ///
     /// Waits at most [`PATIENCE`] for the next sign of life. What remains in the balloon after that is given
     /// back when `self` is dropped.
     pub(crate) fn give_back(task: &Task<Self>) {
+        // The caller does the task's work from here on. While the system suspends, the task would not run.
+        task.stop();
         task.giving_back.store(true, Relaxed);
-        task.schedule();
 
-        let mut seen = task.progress.load(Relaxed);
-        let mut silence = 0;
+        let mut worker = task.worker.lock();
+        let mut progress = worker.progress;
+        let mut alive = Instant::<Monotonic>::now();
 
-        while !task.given_back.wait(HEARTBEAT) {
-            let now = task.progress.load(Relaxed);
+        while let Ok(again) = task.advance(&mut worker) {
+            if task.pages.len() == 0
+                && worker.inflate.in_flight() == 0
+                && !task.deflate.lock().is_pending()
+            {
+                break;
+            }
 
-            silence = if now == seen { silence + HEARTBEAT } else { 0 };
-            seen = now;
-
-            if silence >= PATIENCE {
+            if worker.progress != progress {
+                progress = worker.progress;
+                alive = Instant::now();
+            } else if alive.elapsed() > PATIENCE {
                 dev_warn!(
                     task.dev,
                     "the device does not answer: leaving without it, with {} MiB in the balloon\n",
@@ -207,7 +217,13 @@ impl Balloon {
                 );
                 break;
             }
+
+            if again != Some(0) {
+                fsleep(HEARTBEAT);
+            }
         }
+
+        task.deflate.lock().forget();
     }
 
     /// Returns the target in kernel pages.
@@ -236,10 +252,13 @@ impl Balloon {
         }
 
         let above_floor = memory::available_pages().saturating_sub(self.floor);
-        let reason = match worker.inflate.fill(wanted.min(above_floor)) {
-            Stop::Done if wanted <= above_floor => {
-                worker.backoff.reset();
-                return None;
+        let now_wanted = wanted.min(PAGES_PER_RUN);
+        let reason = match worker
+            .inflate
+            .fill(&self.pages, now_wanted.min(above_floor))
+        {
+            Stop::Done if now_wanted <= above_floor => {
+                return (now_wanted < wanted).then_some(0);
             }
             Stop::QueueFull => return None,
             Stop::Done => "the available memory has come down to floor_mib",
@@ -259,13 +278,22 @@ impl Balloon {
         worker.backoff.remaining(now)
     }
 
-    /// Shrinks the balloon by up to `wanted` pages. Returns whether there is more to do at once.
-    fn shrink(&self, wanted: usize) -> bool {
-        let limit = wanted.min(DEFLATE_PER_RUN);
+    /// Shrinks the balloon by up to `wanted` pages. Returns how long to wait before there is more to do, unless
+    /// something happens before.
+    fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
+        let limit = wanted.min(PAGES_PER_RUN);
         let released = deflate::release(&self.deflate, &self.pages, limit);
 
-        self.progress.add(released, Relaxed);
-        released == limit && limit < wanted
+        worker.progress = worker.progress.wrapping_add(released);
+
+        if released == limit {
+            (limit < wanted).then_some(0)
+        } else if self.deflate.lock().is_pending() {
+            None
+        } else {
+            // Nothing stands in the way but compaction, which has pages of the balloon in its hands.
+            Some(ISOLATION)
+        }
     }
 
     /// Tells the device the balloon's size, if it has changed.
@@ -286,13 +314,11 @@ impl Balloon {
     ///
     /// `ENODEV` if the device is gone, `EIO` if a queue is broken.
     fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
-        let collected = worker.inflate.collect(&self.pages);
-        let answers = self.deflate.lock().collect();
-        self.progress.add(collected + answers, Relaxed);
+        worker.inflate.wake();
+        self.deflate.lock().wake();
 
-        if worker.inflate.is_broken() || self.deflate.lock().is_broken() {
-            return Err(EIO);
-        }
+        let answers = worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate);
+        worker.progress = worker.progress.wrapping_add(answers);
 
         if self.target_changed.xchg(false, Relaxed) {
             worker.backoff.reset();
@@ -303,11 +329,7 @@ impl Balloon {
 
         match Step::towards(target, self.pages.len(), worker.inflate.in_flight()) {
             Step::Inflate(wanted) => again = self.grow(worker, target, wanted),
-            Step::Deflate(wanted) => {
-                if self.shrink(wanted) {
-                    again = Some(0);
-                }
-            }
+            Step::Deflate(wanted) => again = self.shrink(worker, wanted),
             Step::Rest => worker.backoff.reset(),
         }
 
@@ -315,13 +337,22 @@ impl Balloon {
 
         // The memory first, the news of it later: a host that is busy reading keeps the guest's CPUs waiting.
         // (QEMU handles a queue, like every access to a device, under one lock.)
-        if again.is_none() {
+        if again != Some(0) {
             self.deflate.lock().tell();
         }
 
         // What was answered in the meantime is taken in the next run.
-        if !worker.inflate.sleep() || !self.deflate.lock().sleep() {
+        if !worker.inflate.sleep() | !self.deflate.lock().sleep() {
             again = Some(0);
+        }
+
+        if worker.inflate.is_broken() || self.deflate.lock().is_broken() {
+            return Err(EIO);
+        }
+
+        // Interrupts come when most of what is in flight has been answered, and a slow device takes its time.
+        if worker.inflate.in_flight() > 0 || self.deflate.lock().is_pending() {
+            again.get_or_insert(LOOK_AGAIN);
         }
 
         Ok(again)
@@ -332,15 +363,9 @@ impl Job for Balloon {
     fn run(task: &Task<Self>) {
         let mut worker = task.worker.lock();
 
-        let done = match task.advance(&mut worker) {
-            Ok(again) => {
-                if let Some(delay) = again {
-                    task.schedule_in(delay);
-                }
-                task.pages.len() == 0
-                    && worker.inflate.in_flight() == 0
-                    && !task.deflate.lock().is_pending()
-            }
+        match task.advance(&mut worker) {
+            Ok(Some(delay)) => task.schedule_in(delay),
+            Ok(None) => (),
             Err(error) => {
                 if !worker.broken {
                     dev_err!(
@@ -350,12 +375,7 @@ impl Job for Balloon {
                     );
                     worker.broken = true;
                 }
-                true
             }
-        };
-
-        if done && task.giving_back.load(Relaxed) {
-            task.given_back.complete();
         }
     }
 }

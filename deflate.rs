@@ -51,16 +51,9 @@ impl Deflate {
         !self.backlog.is_empty() || self.queue.in_flight() > 0
     }
 
-    /// Takes note of what the device has answered. Returns the number of answers.
-    pub(crate) fn collect(&mut self) -> usize {
-        let mut answers = 0;
-
-        // With `must_tell` this is where the pages are freed.
-        while self.queue.next_used().is_some() {
-            answers += 1;
-        }
-
-        answers
+    /// Forgets what the device has not been told yet. For when it is about to be reset.
+    pub(crate) fn forget(&mut self) {
+        self.backlog = RangeStack::new();
     }
 
     /// Tells the device as much of what it has to know as the queue has room for.
@@ -89,6 +82,11 @@ impl Deflate {
         self.queue.send(message, PageList::new()).is_ok()
     }
 
+    /// Says that no interrupts are needed until [`sleep`](Self::sleep).
+    pub(crate) fn wake(&mut self) {
+        self.queue.wake();
+    }
+
     /// Asks to be woken when the device has used most of what it has. Returns false if it has already.
     #[must_use]
     pub(crate) fn sleep(&mut self) -> bool {
@@ -98,6 +96,21 @@ impl Deflate {
     /// Returns whether the queue will never work again.
     pub(crate) fn is_broken(&self) -> bool {
         self.queue.is_broken()
+    }
+}
+
+/// Takes note of what the device has answered. Returns the number of answers.
+pub(crate) fn collect(deflate: &SpinLock<Deflate>) -> usize {
+    let mut answers = 0;
+
+    loop {
+        let Some(pages) = deflate.lock().queue.next_used() else {
+            return answers;
+        };
+
+        // Where the device had to be told first, this is where the pages are freed: not under the lock.
+        drop(pages);
+        answers += 1;
     }
 }
 
@@ -145,6 +158,9 @@ fn tell_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wanted: usize
 
     let pages = balloon.take(wanted.min(PAGES_PER_MESSAGE));
     let taken = pages.len();
+    if taken == 0 {
+        return 0;
+    }
 
     // All fit, and whatever was in the balloon has a name.
     let _ = message.name(pages.pfns());

@@ -23,6 +23,10 @@ use crate::{
     }, //
 };
 
+/// How many messages are sent with one notification: few enough to keep both sides busy, and enough to make
+/// the cost of a notification, which takes the virtual CPU out of the guest, one among thousands of pages.
+const MESSAGES_PER_NOTIFICATION: usize = 32;
+
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
     queue: MessageQueue,
@@ -68,31 +72,36 @@ impl Inflate {
         collected
     }
 
-    /// Takes up to `wanted` pages from the page allocator and sends them to the device.
-    pub(crate) fn fill(&mut self, wanted: usize) -> Stop {
-        let stop = self.send(wanted);
+    /// Takes up to `wanted` pages from the page allocator and sends them to the device. What it has answered in
+    /// the meantime is put into `balloon`.
+    pub(crate) fn fill(&mut self, balloon: &BalloonPages, wanted: usize) -> Stop {
+        let stop = self.send(balloon, wanted);
 
         self.queue.notify();
         stop
     }
 
-    fn send(&mut self, mut wanted: usize) -> Stop {
+    fn send(&mut self, balloon: &BalloonPages, mut wanted: usize) -> Stop {
         // Once a block of some order is not to be had, larger ones are not tried again in this call.
         let mut order = page_list::MAX_ORDER;
 
         while wanted > 0 {
-            if self.queue.room() == 0 {
+            if self.queue.room() == 0 && self.collect(balloon) == 0 {
                 return Stop::QueueFull;
+            }
+
+            let pages = allocate(wanted.min(PAGES_PER_MESSAGE), &mut order);
+            let n = pages.len();
+            if n == 0 {
+                return Stop::NoMemory;
             }
 
             let Some(mut message) = self.queue.message() else {
                 return Stop::NoMemory;
             };
-            let pages = allocate(wanted.min(PAGES_PER_MESSAGE), &mut order);
-            let n = pages.len();
 
             // Pages that the base protocol cannot name are of no use. They go back when they are dropped.
-            if n == 0 || message.name(pages.pfns()).is_err() {
+            if message.name(pages.pfns()).is_err() {
                 return Stop::NoMemory;
             }
 
@@ -102,9 +111,19 @@ impl Inflate {
 
             self.in_flight += n;
             wanted -= n;
+
+            // The device reads these while the next ones are written.
+            if self.queue.unannounced() == MESSAGES_PER_NOTIFICATION {
+                self.queue.notify();
+            }
         }
 
         Stop::Done
+    }
+
+    /// Says that no interrupts are needed until [`sleep`](Self::sleep).
+    pub(crate) fn wake(&mut self) {
+        self.queue.wake();
     }
 
     /// Asks to be woken when the device has used most of what it has. Returns false if it has already.

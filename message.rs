@@ -16,7 +16,10 @@ use crate::{
     target, //
 };
 
-use kernel::prelude::*;
+use kernel::{
+    alloc::flags::__GFP_NOWARN,
+    prelude::*, //
+};
 
 /// How many kernel pages a message names at most.
 ///
@@ -36,8 +39,8 @@ pub(crate) struct MessageQueue {
     /// Arrays that are not in use.
     spare: KVec<PfnArray>,
     byte_order: ByteOrder,
-    /// Whether there are messages that the device was not notified of.
-    unannounced: bool,
+    /// How many messages the device was not notified of.
+    unannounced: usize,
 }
 
 impl MessageQueue {
@@ -50,14 +53,14 @@ impl MessageQueue {
         let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
 
         for _ in 0..RESERVE {
-            spare.push(PfnArray::alloc().ok_or(ENOMEM)?, GFP_KERNEL)?;
+            spare.push(PfnArray::new(GFP_KERNEL)?, GFP_KERNEL)?;
         }
 
         Ok(Self {
             vq,
             spare,
             byte_order,
-            unannounced: false,
+            unannounced: 0,
         })
     }
 
@@ -73,7 +76,10 @@ impl MessageQueue {
 
     /// Returns an empty message. Does not sleep.
     pub(crate) fn message(&mut self) -> Option<Message> {
-        let pfns = self.spare.pop().or_else(PfnArray::alloc)?;
+        let pfns = self
+            .spare
+            .pop()
+            .or_else(|| PfnArray::new(GFP_NOWAIT | __GFP_NOWARN).ok())?;
 
         Some(Message {
             pfns,
@@ -89,7 +95,7 @@ impl MessageQueue {
     pub(crate) fn send(&mut self, message: Message, pages: PageList) -> Result<(), PageList> {
         match self.vq.add((message.pfns, pages)) {
             Ok(()) => {
-                self.unannounced = true;
+                self.unannounced += 1;
                 Ok(())
             }
             Err((array, pages)) => {
@@ -99,11 +105,16 @@ impl MessageQueue {
         }
     }
 
+    /// Returns how many messages the device was not notified of.
+    pub(crate) fn unannounced(&self) -> usize {
+        self.unannounced
+    }
+
     /// Notifies the device of what was sent: once, however much it is.
     pub(crate) fn notify(&mut self) {
-        if self.unannounced {
+        if self.unannounced > 0 {
             self.vq.kick();
-            self.unannounced = false;
+            self.unannounced = 0;
         }
     }
 
@@ -120,6 +131,11 @@ impl MessageQueue {
 
         // There is room for as many as there can be messages; if there were not, it would just be freed.
         let _ = self.spare.push_within_capacity(array);
+    }
+
+    /// Says that no interrupts are needed until [`sleep`](Self::sleep).
+    pub(crate) fn wake(&mut self) {
+        self.vq.disable_callback();
     }
 
     /// Asks to be woken when the device has used most of what it has. Returns false if it has already.

@@ -9,6 +9,7 @@
 
 use crate::virtio_balloon::PFN_SHIFT;
 
+use core::ops::RangeInclusive;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*, //
@@ -37,12 +38,12 @@ pub(crate) fn balloon_pages(pages: usize) -> u32 {
 /// # Errors
 ///
 /// `EOVERFLOW` if the page is beyond that.
-pub(crate) fn balloon_pfns(pfn: u64) -> Result<core::ops::Range<u32>> {
+pub(crate) fn balloon_pfns(pfn: u64) -> Result<RangeInclusive<u32>> {
     let per_page = BALLOON_PAGES_PER_PAGE as u64;
     let first = pfn.checked_mul(per_page).ok_or(EOVERFLOW)?;
-    let end = first.checked_add(per_page).ok_or(EOVERFLOW)?;
+    let last = first.checked_add(per_page - 1).ok_or(EOVERFLOW)?;
 
-    Ok(first.try_into().map_err(|_| EOVERFLOW)?..end.try_into().map_err(|_| EOVERFLOW)?)
+    Ok(first.try_into().map_err(|_| EOVERFLOW)?..=last.try_into().map_err(|_| EOVERFLOW)?)
 }
 
 /// What to do next. All numbers are kernel pages.

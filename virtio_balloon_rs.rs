@@ -79,14 +79,12 @@ impl virtio::Driver for BalloonDriver {
 
     fn unbind(_dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) {
         Balloon::give_back(&task);
-        task.stop();
     }
 
     fn freeze(_dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) {
         // The host need not keep what it knows of the balloon, and an image on the disk must not lack
         // memory: as if the driver were unbound.
         Balloon::give_back(&task);
-        task.stop();
     }
 
     fn restore(dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) -> Result {

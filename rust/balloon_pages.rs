@@ -65,14 +65,14 @@ impl BalloonPages {
         })
     }
 
-    /// Answers compaction that this page cannot be moved now.
+    /// Answers compaction that this page cannot be moved.
     extern "C" fn migrate(
         _info: *mut bindings::balloon_dev_info,
         _new: *mut bindings::page,
         _old: *mut bindings::page,
         _mode: bindings::migrate_mode,
     ) -> c_int {
-        EAGAIN.to_errno()
+        EBUSY.to_errno()
     }
 
     /// Returns how many pages (kernel pages) are in the balloon.

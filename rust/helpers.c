@@ -4,6 +4,10 @@
 #include <linux/virtio_config.h>
 #include <linux/vmstat.h>
 
+#ifdef CONFIG_HIGHMEM
+#error "The driver keeps lists in pages that it frees, which have to be mapped: no CONFIG_HIGHMEM"
+#endif
+
 void balloon_rs_devinfo_init(struct balloon_dev_info *info)
 {
 	balloon_devinfo_init(info);
@@ -30,16 +34,22 @@ void balloon_rs_put_page(struct page *page)
 }
 
 /*
- * Frees @nr pages of order 0, from @pfn on. free_contig_range() is not there in every configuration.
+ * Frees @nr pages of order 0, from @pfn on. free_contig_range() is not there in every configuration, and
+ * its pages have to be of one zone.
  */
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 {
+	if (!nr)
+		return;
+
 #ifdef CONFIG_CONTIG_ALLOC
-	free_contig_range(pfn, nr);
-#else
+	if (page_zone(pfn_to_page(pfn)) == page_zone(pfn_to_page(pfn + nr - 1))) {
+		free_contig_range(pfn, nr);
+		return;
+	}
+#endif
 	for (; nr; pfn++, nr--)
 		__free_page(pfn_to_page(pfn));
-#endif
 }
 
 unsigned long balloon_rs_total_pages(void)

@@ -13,18 +13,15 @@
 #ifdef __BINDGEN__
 /*
  * A block that is split into balloon pages. Reclaim is left out: a large block is worth having only
- * when it is there for the taking.
+ * when it is there for the taking. Not movable, as long as the driver cannot move pages: they must not
+ * be in the way where the kernel counts on it.
  */
 const gfp_t RUST_CONST_HELPER_GFP_BALLOON_BLOCK =
-	(GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC) & ~__GFP_RECLAIM;
+	(GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC) & ~__GFP_RECLAIM;
 
 /* One balloon page, where some light reclaim is allowed to get it. */
 const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE =
-	GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
-
-/* One page for a message to the device: the same manners, but the kernel has to be able to write it. */
-const gfp_t RUST_CONST_HELPER_GFP_BALLOON_MESSAGE =
-	GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+	GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
 
 /* Where the list head lies in struct page: bindgen's names for the unions around it are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);

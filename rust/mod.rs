@@ -11,7 +11,6 @@
 mod bindings;
 
 pub(crate) mod balloon_pages;
-pub(crate) mod completion;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod fake_device;
 pub(crate) mod memory;

@@ -9,7 +9,7 @@ use core::{
     ptr::NonNull, //
 };
 use kernel::{
-    alloc::flags,
+    alloc::Flags,
     prelude::*, //
 };
 
@@ -30,15 +30,17 @@ impl PfnArray {
     /// How many page frame numbers fit.
     pub(crate) const CAPACITY: usize = CAPACITY;
 
-    /// Allocates an empty array. Does not sleep.
-    pub(crate) fn alloc() -> Option<Self> {
+    /// Allocates an empty array.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(flags: Flags) -> Result<Self> {
         // INVARIANT: The array is empty.
-        KBox::init(
-            pin_init::init_zeroed(),
-            flags::GFP_NOWAIT | flags::__GFP_NOWARN,
-        )
-        .ok()
-        .map(|entries| Self { entries, len: 0 })
+        Ok(Self {
+            entries: KBox::init(pin_init::init_zeroed(), flags)?,
+            len: 0,
+        })
     }
 
     /// Returns how many more entries fit.

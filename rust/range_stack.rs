@@ -61,6 +61,8 @@ const CAPACITY: usize = (PAGE_SIZE - size_of::<Header>()) / size_of::<PfnRange>(
 ///
 /// - The stack owns a reference to `top`, and to each page below, as their headers tell.
 /// - Each of these pages is of order 0 and in the kernel's linear mapping, and nobody else uses its content.
+///   The content does not survive hibernation: the pages are still marked as offline, and such pages are
+///   left out of the image. So a stack must be emptied before.
 ///   It begins with a `Header`, followed by `len` initialised ranges, 1 to [`CAPACITY`] of them.
 pub(crate) struct RangeStack {
     top: Option<NonNull<bindings::page>>,

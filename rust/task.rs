@@ -16,7 +16,13 @@ use kernel::{
     bindings,
     container_of,
     prelude::*,
-    sync::LockClassKey,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        LockClassKey, //
+    },
     time::{
         msecs_to_jiffies,
         Msecs, //
@@ -71,6 +77,7 @@ pub(crate) struct Task<S: Job> {
     #[pin]
     dwork: Opaque<bindings::delayed_work>,
     queue: OwnedQueue,
+    stopped: Atomic<bool>,
     #[pin]
     state: S,
 }
@@ -115,6 +122,7 @@ impl<S: Job> Task<S> {
                 };
             }),
             queue: OwnedQueue::new(name)?,
+            stopped: Atomic::new(false),
             state <- state,
         })
     }
@@ -159,16 +167,21 @@ impl<S: Job> Task<S> {
 
     /// Waits until the task does not run and keeps it from running until [`resume`](Self::resume).
     ///
-    /// May sleep. Calls nest.
+    /// May sleep. To be called from where a task is stopped and resumed one after the other, as in the
+    /// callbacks of a bus.
     pub(crate) fn stop(&self) {
-        // SAFETY: By the type invariants `dwork` is initialised.
-        unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+        if !self.stopped.xchg(true, Relaxed) {
+            // SAFETY: By the type invariants `dwork` is initialised.
+            unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+        }
     }
 
-    /// Takes one [`stop`](Self::stop) back.
+    /// Takes [`stop`](Self::stop) back.
     pub(crate) fn resume(&self) {
-        // SAFETY: By the type invariants `dwork` is initialised.
-        unsafe { bindings::enable_delayed_work(self.dwork.get()) };
+        if self.stopped.xchg(false, Relaxed) {
+            // SAFETY: By the type invariants `dwork` is initialised, and `stop` has disabled it.
+            unsafe { bindings::enable_delayed_work(self.dwork.get()) };
+        }
     }
 }
 

@@ -146,14 +146,14 @@ impl<T: Driver> Adapter<T> {
 
     /// Makes the device live, and lets the driver begin.
     fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: Pin<&T::Data>) {
-        // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data.
+        // SAFETY: The device is valid, and the driver has set its virtqueues up.
+        unsafe { bindings::balloon_rs_virtio_device_ready(dev.as_raw()) };
+
+        // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data, and may use the device.
         binding.data.store(
             ptr::from_ref(data.get_ref()).cast_mut().cast(),
             Release, //
         );
-
-        // SAFETY: The device is valid, and the driver has set its virtqueues up.
-        unsafe { bindings::balloon_rs_virtio_device_ready(dev.as_raw()) };
 
         T::ready(dev, data);
     }
@@ -505,14 +505,18 @@ impl Device<device::CoreInternal<'_>> {
 
     /// Ends the use of the device: cuts it off, resets it and deletes its virtqueues.
     fn close(&self) {
-        let Some(binding) = self.binding() else {
-            return;
-        };
-
-        binding.cut_off();
+        if let Some(binding) = self.binding() {
+            binding.cut_off();
+        }
 
         // SAFETY: The device is valid. Nobody kicks it, since it was cut off.
         unsafe { bindings::virtio_reset_device(self.as_raw()) };
+
+        let Some(binding) = self.binding() else {
+            // A device that could not be restored has been closed before.
+            return;
+        };
+
         binding.state.store(RESET, Release);
 
         if binding.has_vqs.load(Relaxed) {
@@ -526,9 +530,12 @@ impl Device<device::CoreInternal<'_>> {
 
         // SAFETY: By the type invariants `priv` is an `Arc<Binding>`, which is taken back here. Interrupts,
         // which look at it, ended with the virtqueues.
-        drop(unsafe { Arc::from_raw(binding) });
-        // SAFETY: The device is valid.
-        unsafe { (*self.as_raw()).priv_ = ptr::null_mut() };
+        unsafe {
+            let binding: *const Binding = (*self.as_raw()).priv_.cast();
+
+            (*self.as_raw()).priv_ = ptr::null_mut();
+            drop(Arc::from_raw(binding));
+        }
     }
 }
 
@@ -548,7 +555,13 @@ impl Device<device::Core<'_>> {
     }
 
     fn shared_binding(&self) -> Result<Arc<Binding>> {
-        let binding = self.binding().ok_or(ENODEV)?;
+        // SAFETY: The device is valid.
+        let binding: *const Binding = unsafe { (*self.as_raw()).priv_ }.cast();
+
+        if binding.is_null() {
+            return Err(ENODEV);
+        }
+
         // SAFETY: By the type invariants the pointer is from `Arc::into_raw`. The count that it stands for
         // is kept.
         let owned = core::mem::ManuallyDrop::new(unsafe { Arc::from_raw(binding) });
@@ -557,7 +570,18 @@ impl Device<device::Core<'_>> {
     }
 
     /// Returns a handle to the configuration space, which works until the device is unbound or reset.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the device has no configuration space.
     pub(crate) fn config(&self) -> Result<Config> {
+        // SAFETY: The device is valid, and so are its operations.
+        let ops = unsafe { &*(*self.as_raw()).config };
+
+        if ops.get.is_none() || ops.set.is_none() {
+            return Err(EINVAL);
+        }
+
         // INVARIANT: The binding is this device's.
         Ok(Config {
             dev: (&**self).into(),
@@ -570,12 +594,17 @@ impl Device<device::Core<'_>> {
     ///
     /// # Errors
     ///
-    /// What the transport says, `ENOENT` if the device lacks one of the queues, or `ENOMEM`.
+    /// What the transport says, `ENOENT` if the device lacks one of the queues, `EBUSY` if they were found
+    /// before, or `ENOMEM`.
     pub(crate) fn find_vqs<const N: usize>(
         &self,
         names: [&'static CStr; N],
     ) -> Result<FoundQueues<N>> {
         let binding = self.shared_binding()?;
+        if binding.has_vqs.load(Relaxed) {
+            return Err(EBUSY);
+        }
+
         let mut vqs = [ptr::null_mut(); N];
         let mut infos = names.map(|name| bindings::virtqueue_info {
             name: name.as_char_ptr(),

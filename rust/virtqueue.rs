@@ -203,6 +203,14 @@ impl<B: Buffer> Virtqueue<B> {
         Some((buffer, len))
     }
 
+    /// Says that no callbacks are needed for now. The device may still call.
+    pub(crate) fn disable_callback(&mut self) {
+        if let Some(_open) = self.binding.enter() {
+            // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
+            unsafe { bindings::virtqueue_disable_cb(self.vq.as_ptr()) };
+        }
+    }
+
     /// Asks for a callback when most of the buffers in flight have been used.
     ///
     /// Returns false if that is so already: used buffers are waiting to be taken.
