@@ -10,5 +10,6 @@
 mod backoff;
 mod device;
 mod pages;
+mod pfn_array;
 mod range_stack;
 mod target;
