@@ -314,8 +314,8 @@ impl Balloon {
     ///
     /// `ENODEV` if the device is gone, `EIO` if a queue is broken.
     fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
-        worker.inflate.wake();
-        self.deflate.lock().wake();
+        worker.inflate.queue.wake();
+        self.deflate.lock().queue.wake();
 
         let answers = worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate);
         worker.progress = worker.progress.wrapping_add(answers);
@@ -342,11 +342,11 @@ impl Balloon {
         }
 
         // What was answered in the meantime is taken in the next run.
-        if !worker.inflate.sleep() | !self.deflate.lock().sleep() {
+        if !worker.inflate.queue.sleep() | !self.deflate.lock().queue.sleep() {
             again = Some(0);
         }
 
-        if worker.inflate.is_broken() || self.deflate.lock().is_broken() {
+        if worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken() {
             return Err(EIO);
         }
 

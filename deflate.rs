@@ -29,7 +29,7 @@ const PAGES_PER_HOLD: usize = 512;
 
 /// The deflate queue.
 pub(crate) struct Deflate {
-    queue: MessageQueue,
+    pub(crate) queue: MessageQueue,
     /// Whether pages may be used only after the device has answered.
     must_tell: bool,
     /// What the device has to be told when the queue has room again. Always empty with `must_tell`.
@@ -80,22 +80,6 @@ impl Deflate {
 
         // If the queue does not take it although there is room, there is nobody left to tell.
         self.queue.send(message, PageList::new()).is_ok()
-    }
-
-    /// Says that no interrupts are needed until [`sleep`](Self::sleep).
-    pub(crate) fn wake(&mut self) {
-        self.queue.wake();
-    }
-
-    /// Asks to be woken when the device has used most of what it has. Returns false if it has already.
-    #[must_use]
-    pub(crate) fn sleep(&mut self) -> bool {
-        self.queue.sleep()
-    }
-
-    /// Returns whether the queue will never work again.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.queue.is_broken()
     }
 }
 

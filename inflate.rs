@@ -29,7 +29,7 @@ const MESSAGES_PER_NOTIFICATION: usize = 32;
 
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
-    queue: MessageQueue,
+    pub(crate) queue: MessageQueue,
     /// Pages in messages that the device has not used yet.
     in_flight: usize,
 }
@@ -119,22 +119,6 @@ impl Inflate {
         }
 
         Stop::Done
-    }
-
-    /// Says that no interrupts are needed until [`sleep`](Self::sleep).
-    pub(crate) fn wake(&mut self) {
-        self.queue.wake();
-    }
-
-    /// Asks to be woken when the device has used most of what it has. Returns false if it has already.
-    #[must_use]
-    pub(crate) fn sleep(&mut self) -> bool {
-        self.queue.sleep()
-    }
-
-    /// Returns whether the queue will never work again.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.queue.is_broken()
     }
 }
 
