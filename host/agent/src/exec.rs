@@ -19,7 +19,9 @@ const TOOLS: &str = "/bin/busybox";
 
 /// Makes the shell's tools known by their names.
 pub(crate) fn install_tools() -> Result<()> {
-    let status = Command::new(TOOLS).args(["--install", "-s", "/bin"]).status()?;
+    let status = Command::new(TOOLS)
+        .args(["--install", "-s", "/bin"])
+        .status()?;
     ensure!(status.success(), "{TOOLS} cannot install its names");
     Ok(())
 }
@@ -48,10 +50,17 @@ pub(crate) fn run(argv: &[String], timeout: Duration) -> Result<Output> {
         Err(_) => {
             killpg(group, Signal::SIGKILL)?;
             // A process that waits in the kernel does not die of the signal; do not wait for it.
-            (Exit::TimedOut, output.recv_timeout(Duration::from_secs(1)).ok().transpose()?)
+            (
+                Exit::TimedOut,
+                output
+                    .recv_timeout(Duration::from_secs(1))
+                    .ok()
+                    .transpose()?,
+            )
         }
     };
-    let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
+    let text =
+        |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
     Ok(Output {
         exit,
         stdout: text(output.as_ref().map(|output| &output.stdout[..])),

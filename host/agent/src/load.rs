@@ -56,7 +56,10 @@ pub(crate) fn start(load: Load) -> Result<LoadId> {
         }),
         ended: Condvar::new(),
     });
-    LOADS.lock().expect("a lock").insert(id, Arc::clone(&running));
+    LOADS
+        .lock()
+        .expect("a lock")
+        .insert(id, Arc::clone(&running));
     thread::spawn(move || watch(child, &running));
     Ok(id)
 }
@@ -70,7 +73,11 @@ fn watch(mut child: Child, running: &Running) {
         }
     }
     let mut stderr = String::new();
-    let _ = child.stderr.take().expect("its errors are a pipe").read_to_string(&mut stderr);
+    let _ = child
+        .stderr
+        .take()
+        .expect("its errors are a pipe")
+        .read_to_string(&mut stderr);
     let exit = child.wait().expect("it is this process's child");
     let mut status = running.status.lock().expect("a lock");
     status.stderr = stderr;
@@ -80,7 +87,10 @@ fn watch(mut child: Child, running: &Running) {
 
 fn find(id: LoadId) -> Result<Arc<Running>> {
     let loads = LOADS.lock().expect("a lock");
-    loads.get(&id).cloned().with_context(|| format!("there is no load {}", id.0))
+    loads
+        .get(&id)
+        .cloned()
+        .with_context(|| format!("there is no load {}", id.0))
 }
 
 /// How a load fares.
@@ -94,7 +104,9 @@ pub(crate) fn stop(id: LoadId) -> Result<LoadStatus> {
     load.stdin.lock().expect("a lock").take();
     let status = load
         .ended
-        .wait_while(load.status.lock().expect("a lock"), |status| status.exit.is_none())
+        .wait_while(load.status.lock().expect("a lock"), |status| {
+            status.exit.is_none()
+        })
         .expect("a lock");
     Ok(status.clone())
 }
@@ -132,11 +144,16 @@ struct Stop(&'static AtomicBool);
 impl Stop {
     fn when_stdin_closes() -> Self {
         static STOP: AtomicBool = AtomicBool::new(false);
-        thread::spawn(|| {
+        let stop = Self(&STOP);
+        thread::spawn(move || {
             let _ = std::io::stdin().read_to_end(&mut Vec::new());
-            STOP.store(true, Ordering::Relaxed);
+            stop.ask();
         });
-        Self(&STOP)
+        stop
+    }
+
+    fn ask(self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 
     fn is_asked(self) -> bool {

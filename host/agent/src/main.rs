@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -40,8 +40,14 @@ fn init() -> Result<()> {
         ("tmpfs", "/tmp"),
     ] {
         fs::create_dir_all(directory)?;
-        mount(Some(what), directory, Some(what), MsFlags::empty(), None::<&str>)
-            .with_context(|| format!("mounting {what} on {directory}"))?;
+        mount(
+            Some(what),
+            directory,
+            Some(what),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .with_context(|| format!("mounting {what} on {directory}"))?;
     }
     // The host must reach the agent most of all when the guest is out of memory.
     fs::write("/proc/self/oom_score_adj", "-1000")?;
@@ -64,7 +70,9 @@ fn open_port() -> Result<File> {
 }
 
 fn find_port() -> Result<Option<PathBuf>> {
-    let Ok(ports) = fs::read_dir("/sys/class/virtio-ports") else { return Ok(None) };
+    let Ok(ports) = fs::read_dir("/sys/class/virtio-ports") else {
+        return Ok(None);
+    };
     for port in ports {
         let port = port?;
         let name = fs::read_to_string(port.path().join("name")).unwrap_or_default();
@@ -84,11 +92,17 @@ fn serve(port: File) -> Result<()> {
         let answers = Arc::clone(&answers);
         thread::spawn(move || {
             let result = execute(request.command).map_err(|error| format!("{error:#}"));
-            let response = Response { id: request.id, result };
+            let response = Response {
+                id: request.id,
+                result,
+            };
             let mut line = serde_json::to_vec(&response).expect("an answer is representable");
             line.push(b'\n');
             // The host is gone when this fails, and nobody is left to be told.
-            let _ = answers.lock().expect("no thread panics while it answers").write_all(&line);
+            let _ = answers
+                .lock()
+                .expect("no thread panics while it answers")
+                .write_all(&line);
         });
     }
     bail!("the host closed the port");
@@ -115,6 +129,16 @@ fn execute(command: Command) -> Result<Reply> {
         Command::StartLoad(load) => Reply::Load(load::start(load)?),
         Command::LoadStatus(id) => Reply::Status(load::status(id)?),
         Command::StopLoad(id) => Reply::Status(load::stop(id)?),
-        Command::PowerOff => match reboot(RebootMode::RB_POWER_OFF)? {},
+        Command::PowerOff => match reboot(power_off_mode())? {},
     })
+}
+
+/// How a guest switches itself off. A machine without ACPI cannot, but QEMU ends as well when it is
+/// told not to reboot one.
+fn power_off_mode() -> RebootMode {
+    if Path::new("/sys/firmware/acpi").exists() {
+        RebootMode::RB_POWER_OFF
+    } else {
+        RebootMode::RB_AUTOBOOT
+    }
 }

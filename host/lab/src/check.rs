@@ -15,18 +15,31 @@ use crate::{kernel, module};
 /// Has clippy look at everything. A warning is an error.
 pub(crate) fn clippy() -> Result<bool> {
     let places = Places::find()?;
-    fs::create_dir_all(places.build())?;
     let tree = kernel::build(&places, Kernel::Test)?;
-    let variables = ["CLIPPY=1", "KRUSTFLAGS=-Dwarnings"];
-    // What has been compiled without clippy is not looked at again.
-    fs::remove_dir_all(places.build_for(Kernel::Test)).ok();
-    module::make(&places, &tree, "Clippy: the module", &variables)?;
-    fs::remove_dir_all(places.build_for(Kernel::Test))?;
+    let clippy = places.build().join("clippy");
+    let directory = clippy.join("module");
+    // What clippy has passed with warnings would not be looked at again.
+    if directory.exists() {
+        fs::remove_dir_all(&directory)?;
+    }
+    module::make(
+        &places,
+        &tree,
+        &directory,
+        "Clippy: the module",
+        &["CLIPPY=1", "KRUSTFLAGS=-Dwarnings"],
+    )?;
     let status = Command::new("cargo")
-        .args(["clippy", "--release", "--locked", "--workspace", "--all-targets"])
+        .args([
+            "clippy",
+            "--release",
+            "--locked",
+            "--workspace",
+            "--all-targets",
+        ])
         .args(["--manifest-path", "host/Cargo.toml", "--", "-D", "warnings"])
         // Unlike the other objects, clippy's are not told apart by checkout.
-        .env("CARGO_TARGET_DIR", places.build().join("clippy"))
+        .env("CARGO_TARGET_DIR", clippy.join("host"))
         .status()?;
     Ok(status.success())
 }
@@ -54,8 +67,8 @@ fn module_sources(places: &Places) -> Result<Vec<PathBuf>> {
     let mut sources = Vec::new();
     for directory in [".", "rust", "tests/kunit"] {
         let directory = places.checkout.join(directory);
-        let entries = fs::read_dir(&directory)
-            .with_context(|| format!("reading {}", directory.display()))?;
+        let entries =
+            fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?;
         for entry in entries {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "rs") {

@@ -54,7 +54,9 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
 /// A machine that swaps measures its disk.
 fn check_memory() -> Result<()> {
     let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.split_whitespace().next());
     let available = Size::kib(kib.context("/proc/meminfo has no MemAvailable")?.parse()?);
     let needed = MEMORY + OVERHEAD;
@@ -83,7 +85,9 @@ fn measure(artifacts: &Artifacts, driver: Driver, guests: Guests) -> Result<Meas
 
         let using = Phase::start(&format!("{}: the guest works", driver.name()), None);
         let mib = usize::try_from(TOUCHED.as_mib())?;
-        guest.load(Load::Touch { mib })?.wait(Duration::from_secs(120))?;
+        guest
+            .load(Load::Touch { mib })?
+            .wait(Duration::from_secs(120))?;
         using.finish();
         let used = guest.resident()?;
         settle(driver, "inflating again", balloon, TARGET)?;
@@ -91,10 +95,21 @@ fn measure(artifacts: &Artifacts, driver: Driver, guests: Guests) -> Result<Meas
         settle(driver, "deflating again", balloon, Size::default())?;
         let free_after = guest.meminfo()?.free;
         guest.rmmod(driver)?;
-        Ok(Measurement { inflate, deflate, pages, given_back, free_before, free_after })
+        Ok(Measurement {
+            inflate,
+            deflate,
+            pages,
+            given_back,
+            free_before,
+            free_after,
+        })
     });
     measurement.with_context(|| {
-        format!("the guest with {} fails, its log is in {}", driver.name(), config.logs().display())
+        format!(
+            "the guest with {} fails, its log is in {}",
+            driver.name(),
+            config.logs().display()
+        )
     })
 }
 
@@ -113,20 +128,23 @@ fn settle(driver: Driver, what: &str, balloon: Balloon<'_>, target: Size) -> Res
 
 fn table(rust: &Measurement, c: &Measurement) -> Table {
     let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header(["", Driver::Rust.name(), Driver::C.name()]);
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_header(["", Driver::Rust.name(), Driver::C.name()]);
     let mut row = |what: &str, show: &dyn Fn(&Measurement) -> String| {
         table.add_row([what.to_owned(), show(rust), show(c)]);
     };
     let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
-    let ratio = |time: Duration, base: Duration| {
-        format!("{:.2}", time.as_secs_f64() / base.as_secs_f64())
-    };
+    let ratio =
+        |time: Duration, base: Duration| format!("{:.2}", time.as_secs_f64() / base.as_secs_f64());
     row("inflate", &|m| seconds(m.inflate));
     row("  to the C driver", &|m| ratio(m.inflate, c.inflate));
     row("deflate", &|m| seconds(m.deflate));
     row("  to the C driver", &|m| ratio(m.deflate, c.deflate));
     row("nr_balloon_pages at the top", &|m| m.pages.to_string());
-    row("memory given back to the host", &|m| m.given_back.to_string());
+    row("memory given back to the host", &|m| {
+        m.given_back.to_string()
+    });
     row("guest's MemFree before", &|m| m.free_before.to_string());
     row("guest's MemFree after", &|m| m.free_after.to_string());
     for column in table.column_iter_mut().skip(1) {

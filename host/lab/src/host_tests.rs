@@ -22,12 +22,21 @@ static RESULT: LazyLock<Regex> = LazyLock::new(|| {
 pub(crate) fn run(places: &Places, report: &mut Report) -> Result<()> {
     let cargo = || {
         let mut cargo = Command::new("cargo");
-        cargo.args(["test", "--release", "--locked", "--workspace", "--no-fail-fast"]);
+        cargo.args([
+            "test",
+            "--release",
+            "--locked",
+            "--workspace",
+            "--no-fail-fast",
+        ]);
         cargo.args(["--manifest-path", "host/Cargo.toml"]);
         cargo
     };
     let phase = Phase::start("Building the host's tests", None);
-    phase.follow(cargo().arg("--no-run"), &places.build().join("host-tests-build.log"))?;
+    phase.follow(
+        cargo().arg("--no-run"),
+        &places.build().join("host-tests-build.log"),
+    )?;
     phase.finish();
 
     report.begin("host");
@@ -36,7 +45,9 @@ pub(crate) fn run(places: &Places, report: &mut Report) -> Result<()> {
     let log = places.build().join("host-tests.log");
     fs::write(&log, &stdout)?;
     let results = results(&stdout);
-    let failed = results.iter().any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
+    let failed = results
+        .iter()
+        .any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
     ensure!(
         output.status.success() || failed,
         "cargo test fails without a failed test; run it in host/ with guest/build-root"
@@ -76,7 +87,10 @@ mod tests {
                       test src/lib.rs - (line 9) - compile ... ok\n\
                       test c ... FAILED\ntest d ... ignored, slow\n\
                       test result: FAILED. 2 passed";
-        let outcomes: Vec<_> = results(stdout).into_iter().map(|(_, outcome)| outcome).collect();
+        let outcomes: Vec<_> = results(stdout)
+            .into_iter()
+            .map(|(_, outcome)| outcome)
+            .collect();
         assert_eq!(
             outcomes,
             [

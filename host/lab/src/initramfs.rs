@@ -25,7 +25,10 @@ pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()
     let mut entries = Vec::new();
     let mut add = |name: String, mode: u32, contents: Vec<u8>| {
         let number = u32::try_from(entries.len()).expect("there are a handful of them");
-        entries.push((Builder::new(&name).ino(number).mode(mode), Cursor::new(contents)));
+        entries.push((
+            Builder::new(&name).ino(number).mode(mode),
+            Cursor::new(contents),
+        ));
     };
     for directory in ["bin", "dev", "modules"] {
         add(directory.to_owned(), DIRECTORY, Vec::new());
@@ -36,7 +39,10 @@ pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()
     add("init".to_owned(), PROGRAM, read(agent)?);
     add("bin/busybox".to_owned(), PROGRAM, read(Path::new(SHELL))?);
     for module in modules {
-        let name = module.file_name().context("a module has a name")?.to_string_lossy();
+        let name = module
+            .file_name()
+            .context("a module has a name")?
+            .to_string_lossy();
         add(format!("modules/{name}"), PROGRAM, read(module)?);
     }
     write_cpio(entries.into_iter(), File::create(path)?)?;
@@ -48,13 +54,25 @@ pub(crate) fn build_agent(places: &Places) -> Result<PathBuf> {
     let phase = Phase::start("Building the guest's agent", None);
     phase.follow(
         Command::new("cargo")
-            .args(["build", "--release", "--locked", "--target", TARGET, "--package", "agent"])
+            .args([
+                "build",
+                "--release",
+                "--locked",
+                "--target",
+                TARGET,
+                "--package",
+                "agent",
+            ])
             .args(["--manifest-path", "host/Cargo.toml"])
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
         &places.build().join("agent.log"),
     )?;
     phase.finish();
-    let built = places.cache.join("target").join(TARGET).join("release/agent");
+    let built = places
+        .cache
+        .join("target")
+        .join(TARGET)
+        .join("release/agent");
     ensure!(built.exists(), "cargo left no agent at {}", built.display());
     // The next checkout's build writes to the same place.
     let agent = places.build().join("agent");

@@ -36,7 +36,9 @@ impl Tree {
     /// A make in this tree, with the compiler that the kernel is built with.
     pub(crate) fn make(&self) -> Result<Command> {
         let mut make = Command::new("make");
-        make.arg("-C").arg(&self.path).arg(format!("-j{}", available_parallelism()?));
+        make.arg("-C")
+            .arg(&self.path)
+            .arg(format!("-j{}", available_parallelism()?));
         make.args(toolchain(self.kernel));
         Ok(make)
     }
@@ -94,17 +96,26 @@ fn packaged_source() -> Result<(PathBuf, String)> {
         .map(|entry| entry.path())
         .find(|path| path.to_string_lossy().ends_with(".tar.xz"))
         .context("the build root has no kernel source; remove it from the cache and try again")?;
-    let package = archive.file_name().context("the archive has a name")?.to_string_lossy();
+    let package = archive
+        .file_name()
+        .context("the archive has a name")?
+        .to_string_lossy();
     let package = package.trim_end_matches(".tar.xz");
     let version = output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))?;
-    Ok((archive, version.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-")))
+    Ok((
+        archive,
+        version.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-"),
+    ))
 }
 
 /// Builds a kernel, or finds that it has been built.
 pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
     let source = source(places)?;
     let fragments = fragments(places, kernel)?;
-    let path = places.cache.join(format!("kernel-{kernel}-{}", key(&source, kernel, &fragments)?));
+    let path = places.cache.join(format!(
+        "kernel-{kernel}-{}",
+        key(&source, kernel, &fragments)?
+    ));
     let tree = Tree { kernel, path };
     let complete = tree.path.join(COMPLETE);
     let _lock = lock(&tree.path)?;
@@ -113,8 +124,14 @@ pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
         return Ok(tree);
     }
     configure(&tree, &source, &fragments)?;
-    let phase = Phase::start(&format!("Building the {kernel} kernel"), Some(build_lines(kernel)));
-    phase.follow(tree.make()?.args(["bzImage", "modules"]), &tree.path.join("build.log"))?;
+    let phase = Phase::start(
+        &format!("Building the {kernel} kernel"),
+        Some(build_lines(kernel)),
+    );
+    phase.follow(
+        tree.make()?.args(["bzImage", "modules"]),
+        &tree.path.join("build.log"),
+    )?;
     phase.finish();
     File::create(complete)?;
     Ok(tree)
@@ -133,7 +150,11 @@ fn key(source: &Path, kernel: Kernel, fragments: &str) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(source.to_string_lossy().as_bytes());
     hash.update(fragments);
-    let compiler = if toolchain(kernel).is_some() { "clang" } else { "gcc" };
+    let compiler = if toolchain(kernel).is_some() {
+        "clang"
+    } else {
+        "gcc"
+    };
     for tool in [compiler, "rustc", "bindgen"] {
         hash.update(output(Command::new(tool).arg("--version"))?);
     }
@@ -174,7 +195,10 @@ fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
         Some(option) => !config.lines().any(|l| l.starts_with(&format!("{option}="))),
         None => config.lines().any(|l| l == line),
     };
-    fragments.lines().filter(|line| line.starts_with("CONFIG_") && !has(line)).collect()
+    fragments
+        .lines()
+        .filter(|line| line.starts_with("CONFIG_") && !has(line))
+        .collect()
 }
 
 /// Keeps two runs from making the same directory at once.
@@ -196,7 +220,11 @@ fn lock(directory: &Path) -> Result<Flock<File>> {
 /// What a command writes to its standard output.
 fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "{:?} fails in the build root", command.get_program());
+    ensure!(
+        output.status.success(),
+        "{:?} fails in the build root",
+        command.get_program()
+    );
     Ok(String::from_utf8(output.stdout)?)
 }
 

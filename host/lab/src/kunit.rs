@@ -45,9 +45,16 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     });
     let cases = result.unwrap_or_else(|error| {
         let reason = format!("{error:#}\nthe guest's log is in {}", log.display());
-        vec![Case { name: "guest".to_owned(), outcome: Outcome::Failed(reason) }]
+        vec![Case {
+            name: "guest".to_owned(),
+            outcome: Outcome::Failed(reason),
+        }]
     });
-    for Case { name: case, outcome } in cases {
+    for Case {
+        name: case,
+        outcome,
+    } in cases
+    {
         report.add(&name(&case), None, &outcome);
     }
     report.print(&format!(

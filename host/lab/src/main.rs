@@ -127,12 +127,24 @@ impl From<DriverName> for Driver {
 fn main() -> Result<ExitCode> {
     let good = match Cli::parse().command {
         Command::Demo { guests } => demo::run(guests),
-        Command::Test { kernel, only, driver, guests } => {
-            test::run(kernel.map(Kernel::from), only.as_deref(), driver.into(), guests)
-        }
+        Command::Test {
+            kernel,
+            only,
+            driver,
+            guests,
+        } => test::run(
+            kernel.map(Kernel::from),
+            only.as_deref(),
+            driver.into(),
+            guests,
+        ),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
         Command::Clippy => check::clippy(),
         Command::Fmt { check } => check::format(check),
     }?;
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

@@ -3,7 +3,7 @@
 //! The drivers' modules.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use vm::Driver;
@@ -17,24 +17,30 @@ pub(crate) fn build(places: &Places, tree: &Tree, driver: Driver) -> Result<Path
     match driver {
         Driver::C => Ok(tree.path.join("drivers/virtio").join(driver.file())),
         Driver::Rust => {
-            make(places, tree, "Building the module", &[])?;
-            Ok(places.build_for(tree.kernel).join(driver.file()))
+            let directory = places.build_for(tree.kernel);
+            make(places, tree, &directory, "Building the module", &[])?;
+            Ok(directory.join(driver.file()))
         }
     }
 }
 
-/// Runs the module's build with more variables for make.
-pub(crate) fn make(places: &Places, tree: &Tree, what: &str, variables: &[&str]) -> Result<()> {
-    let build = places.build_for(tree.kernel);
-    fs::create_dir_all(&build)?;
+/// Runs the module's build in `directory`, with more variables for make.
+pub(crate) fn make(
+    places: &Places,
+    tree: &Tree,
+    directory: &Path,
+    what: &str,
+    variables: &[&str],
+) -> Result<()> {
+    fs::create_dir_all(directory)?;
     let phase = Phase::start(&format!("{what} ({})", tree.kernel), None);
     phase.follow(
         tree.make()?
             .arg(format!("M={}", places.checkout.display()))
-            .arg(format!("MO={}", build.display()))
+            .arg(format!("MO={}", directory.display()))
             .args(variables)
             .arg("modules"),
-        &places.build().join(format!("module-{}.log", tree.kernel)),
+        &directory.join("build.log"),
     )?;
     phase.finish();
     Ok(())

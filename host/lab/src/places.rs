@@ -25,7 +25,10 @@ impl Places {
             checkout.display()
         );
         let cache = env::var_os("XDG_CACHE_HOME").context("use guest/build-root to run this")?;
-        Ok(Self { checkout, cache: PathBuf::from(cache).join("virtio-balloon-rs") })
+        Ok(Self {
+            checkout,
+            cache: PathBuf::from(cache).join("virtio-balloon-rs"),
+        })
     }
 
     /// What is built from this checkout.

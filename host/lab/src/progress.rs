@@ -31,7 +31,10 @@ impl Phase {
                 ProgressBar::new(total),
                 "{prefix:28} [{bar:30}] {percent:>3}% {elapsed:>4} {msg}",
             ),
-            None => (ProgressBar::new_spinner(), "{prefix:28} {spinner} {elapsed:>4} {msg}"),
+            None => (
+                ProgressBar::new_spinner(),
+                "{prefix:28} {spinner} {elapsed:>4} {msg}",
+            ),
         };
         let style = ProgressStyle::with_template(template).expect("the template is valid");
         bar.set_style(style.progress_chars("#> "));
@@ -40,7 +43,11 @@ impl Phase {
         if !stderr().is_terminal() {
             eprintln!("{name} ...");
         }
-        Self { name: name.to_owned(), bar, start: Instant::now() }
+        Self {
+            name: name.to_owned(),
+            bar,
+            start: Instant::now(),
+        }
     }
 
     /// Shows how many steps are done.
@@ -56,7 +63,11 @@ impl Phase {
     /// Ends the phase, and leaves a line that says so.
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
-        eprintln!("{:28} done in {:.1} s", self.name, self.start.elapsed().as_secs_f64());
+        eprintln!(
+            "{:28} done in {:.1} s",
+            self.name,
+            self.start.elapsed().as_secs_f64()
+        );
     }
 
     /// Runs a command with its output going to `log`, and takes a step for each line of it.
@@ -68,8 +79,13 @@ impl Phase {
         let program = command.get_program().to_string_lossy().into_owned();
         let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
-        command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
-        let mut child = command.spawn().with_context(|| format!("starting {program}"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(writer.try_clone()?)
+            .stderr(writer);
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("starting {program}"))?;
         // The command object has the pipe's writing end, and must not keep it open.
         command.stdout(Stdio::null()).stderr(Stdio::null());
         for (steps, line) in (1..).zip(BufReader::new(File::from(reader)).split(b'\n')) {
@@ -81,8 +97,15 @@ impl Phase {
             self.bar.finish_and_clear();
             let output = String::from_utf8_lossy(&fs::read(log)?).into_owned();
             let from = output.lines().count().saturating_sub(40);
-            output.lines().skip(from).for_each(|line| eprintln!("{line}"));
-            bail!("{}: {program} failed; all that it said is in {}", self.name, log.display());
+            output
+                .lines()
+                .skip(from)
+                .for_each(|line| eprintln!("{line}"));
+            bail!(
+                "{}: {program} failed; all that it said is in {}",
+                self.name,
+                log.display()
+            );
         }
         Ok(())
     }

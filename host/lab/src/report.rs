@@ -21,7 +21,12 @@ impl Report {
         let bar = ProgressBar::new_spinner();
         let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}");
         bar.set_style(style.expect("the template is valid"));
-        Self { passed: 0, failed: 0, skipped: 0, bar }
+        Self {
+            passed: 0,
+            failed: 0,
+            skipped: 0,
+            bar,
+        }
     }
 
     /// Shows, on a terminal, that a test runs.
@@ -42,7 +47,9 @@ impl Report {
             Outcome::Skipped(reason) => (&mut self.skipped, "skipped", reason.as_str()),
         };
         *count += 1;
-        let took = took.map(|took| format!("{:6.1} s", took.as_secs_f64())).unwrap_or_default();
+        let took = took
+            .map(|took| format!("{:6.1} s", took.as_secs_f64()))
+            .unwrap_or_default();
         self.print(&format!("{word:8}{name:70}{took}"));
         for line in reason.lines() {
             self.print(&format!("        {line}"));

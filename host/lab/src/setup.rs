@@ -23,5 +23,9 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel, drivers: &[Driver]) -> Re
     let initramfs = build.join("initramfs.cpio");
     initramfs::write(&initramfs, &agent, &modules)?;
     let logs = places.logs().join(kernel.to_string());
-    Ok(Artifacts { kernel: tree.image(), initramfs, logs })
+    Ok(Artifacts {
+        kernel: tree.image(),
+        initramfs,
+        logs,
+    })
 }

@@ -72,12 +72,27 @@ fn run_scenario(
     };
     let name = format!("scenario {} ({kernel} kernel{label})", scenario.name);
     if !scenario.kernels.contains(&kernel) {
-        return report.add(&name, None, &Outcome::Skipped("not for this kernel".to_owned()));
+        return report.add(
+            &name,
+            None,
+            &Outcome::Skipped("not for this kernel".to_owned()),
+        );
     }
     if !scenario.drivers.contains(&driver) {
-        return report.add(&name, None, &Outcome::Skipped("not for this driver".to_owned()));
+        return report.add(
+            &name,
+            None,
+            &Outcome::Skipped("not for this driver".to_owned()),
+        );
     }
-    let setup = Setup::new(scenario, kernel, driver, artifacts, guests.accel(), guests.verbose);
+    let setup = Setup::new(
+        scenario,
+        kernel,
+        driver,
+        artifacts,
+        guests.accel(),
+        guests.verbose,
+    );
     let start = report.begin(&format!("{name}: {}", scenario.proves));
     let outcome = match (scenario.run)(&setup) {
         Ok(()) => Outcome::Passed,

@@ -38,7 +38,9 @@ impl Agent {
         let answered = Arc::clone(&waiting);
         thread::spawn(move || {
             for line in reader.lines().map_while(Result::ok) {
-                let Ok(Response { id, result }) = serde_json::from_str(&line) else { break };
+                let Ok(Response { id, result }) = serde_json::from_str(&line) else {
+                    break;
+                };
                 if let Some(sender) = answered.lock().expect("a lock").remove(&id) {
                     // Nobody waits any more when this fails.
                     let _ = sender.send(result);
@@ -47,7 +49,11 @@ impl Agent {
             // QEMU is gone: whoever still waits is told by its sender being dropped.
             answered.lock().expect("a lock").clear();
         });
-        Ok(Self { stream: Mutex::new(stream), waiting, next_id: AtomicU64::new(0) })
+        Ok(Self {
+            stream: Mutex::new(stream),
+            waiting,
+            next_id: AtomicU64::new(0),
+        })
     }
 
     /// Sends a request.
@@ -57,7 +63,11 @@ impl Agent {
         self.waiting.lock().expect("a lock").insert(id, sender);
         let mut line = serde_json::to_vec(&Request { id, command })?;
         line.push(b'\n');
-        self.stream.lock().expect("a lock").write_all(&line).context("QEMU is gone")?;
+        self.stream
+            .lock()
+            .expect("a lock")
+            .write_all(&line)
+            .context("QEMU is gone")?;
         Ok(Pending { answer })
     }
 }

@@ -38,14 +38,16 @@ impl<'a> Balloon<'a> {
 
     /// How much the guest has given away.
     pub fn size(&self) -> Result<Size> {
-        let info: BalloonInfo = self.guest.qmp().execute("query-balloon", json!({}))?;
+        let info: BalloonInfo = self.guest.qmp().execute("query-balloon", &json!({}))?;
         Ok(self.guest.memory() - Size::bytes(info.actual))
     }
 
     /// Asks the guest to give away `size` from now on, and does not wait for it.
     pub fn request(&self, size: Size) -> Result<()> {
         let kept = (self.guest.memory() - size).as_bytes();
-        self.guest.qmp().execute::<Value>("balloon", json!({ "value": kept }))?;
+        self.guest
+            .qmp()
+            .execute::<Value>("balloon", &json!({ "value": kept }))?;
         Ok(())
     }
 

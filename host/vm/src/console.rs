@@ -72,7 +72,11 @@ impl Console {
     /// How often a line since `mark` matches `pattern`.
     pub fn count_since(&self, mark: Mark, pattern: &str) -> Result<usize> {
         let pattern = Regex::new(pattern)?;
-        Ok(self.text_since(mark)?.lines().filter(|line| pattern.is_match(line)).count())
+        Ok(self
+            .text_since(mark)?
+            .lines()
+            .filter(|line| pattern.is_match(line))
+            .count())
     }
 
     /// The first lines of the kernel's reports of faults that none of the `expected` patterns
@@ -98,11 +102,8 @@ fn faults(log: &str, expected: &[Regex]) -> Vec<String> {
     for (number, line) in log.lines().enumerate() {
         if expected.iter().any(|pattern| pattern.is_match(line)) {
             report = Some(number);
-        } else if FAULT.is_match(line) {
-            report = Some(number);
-            faults.push(line.to_owned());
-        } else if line.contains(CALL_TRACE)
-            && report.is_none_or(|first| number - first > REPORT_LINES)
+        } else if FAULT.is_match(line)
+            || line.contains(CALL_TRACE) && report.is_none_or(|first| number - first > REPORT_LINES)
         {
             report = Some(number);
             faults.push(line.to_owned());
@@ -117,7 +118,13 @@ mod tests {
 
     #[test]
     fn a_quiet_log_has_no_faults() {
-        assert!(faults("Linux version 7.3.4\nDEBUG_PAGEALLOC enabled\nbooted\n", &[]).is_empty());
+        assert!(
+            faults(
+                "Linux version 7.3.4\nDEBUG_PAGEALLOC enabled\nbooted\n",
+                &[]
+            )
+            .is_empty()
+        );
     }
 
     #[test]

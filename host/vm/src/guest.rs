@@ -121,7 +121,8 @@ impl Guest {
     }
 
     fn ready(&self) -> Result<()> {
-        self.call(Command::Ping, BOOT_TIMEOUT).context("the guest does not boot")?;
+        self.call(Command::Ping, BOOT_TIMEOUT)
+            .context("the guest does not boot")?;
         Ok(())
     }
 
@@ -198,9 +199,14 @@ impl Guest {
         self.fold_counters()?;
         let text = self.read_file("/proc/meminfo")?;
         let field = |name: &str| -> Result<Size> {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             let kib = line.and_then(|line| line.split_whitespace().next());
-            Ok(Size::kib(kib.with_context(|| format!("/proc/meminfo has no {name}"))?.parse()?))
+            Ok(Size::kib(
+                kib.with_context(|| format!("/proc/meminfo has no {name}"))?
+                    .parse()?,
+            ))
         };
         Ok(Meminfo {
             total: field("MemTotal")?,
@@ -225,8 +231,12 @@ impl Guest {
     pub fn vmstat(&self, name: &str) -> Result<u64> {
         self.fold_counters()?;
         let text = self.read_file("/proc/vmstat")?;
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(line.with_context(|| format!("/proc/vmstat has no {name}"))?.parse()?)
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line
+            .with_context(|| format!("/proc/vmstat has no {name}"))?
+            .parse()?)
     }
 
     /// Has each processor hand in what it has counted for itself, so that sums are exact.
@@ -286,7 +296,12 @@ impl Guest {
 
     /// Reads a file of the guest.
     pub fn read_file(&self, path: &str) -> Result<String> {
-        match self.call(Command::ReadFile { path: path.to_owned() }, COMMAND_TIMEOUT)? {
+        match self.call(
+            Command::ReadFile {
+                path: path.to_owned(),
+            },
+            COMMAND_TIMEOUT,
+        )? {
             Reply::Text(text) => Ok(text),
             reply => bail!("the agent answers {reply:?} to a read"),
         }
@@ -317,7 +332,11 @@ impl Guest {
         let deadline = Instant::now() + timeout;
         while !condition()? {
             self.check_alive()?;
-            ensure!(Instant::now() < deadline, "{what}: not in {} s", timeout.as_secs());
+            ensure!(
+                Instant::now() < deadline,
+                "{what}: not in {} s",
+                timeout.as_secs()
+            );
             thread::sleep(POLL_INTERVAL);
         }
         Ok(())
@@ -369,21 +388,24 @@ impl RunningLoad<'_> {
 
     /// Waits until it has been through all of its memory `passes` times.
     pub fn wait_passes(&self, passes: u64, timeout: Duration) -> Result<()> {
-        self.guest.wait_until(&format!("{passes} passes of a load"), timeout, || {
-            let status = self.status()?;
-            ensure!(
-                status.exit.is_none_or(|exit| exit == Exit::Status(0)),
-                "a load ends with {:?}: {}",
-                status.exit,
-                status.stderr.trim_end()
-            );
-            Ok(status.progress.passes >= passes)
-        })
+        self.guest
+            .wait_until(&format!("{passes} passes of a load"), timeout, || {
+                let status = self.status()?;
+                ensure!(
+                    status.exit.is_none_or(|exit| exit == Exit::Status(0)),
+                    "a load ends with {:?}: {}",
+                    status.exit,
+                    status.stderr.trim_end()
+                );
+                Ok(status.progress.passes >= passes)
+            })
     }
 
     /// Waits until it has ended by itself or has been killed.
     pub fn wait(&self, timeout: Duration) -> Result<LoadStatus> {
-        self.guest.wait_until("the end of a load", timeout, || Ok(self.status()?.exit.is_some()))?;
+        self.guest.wait_until("the end of a load", timeout, || {
+            Ok(self.status()?.exit.is_some())
+        })?;
         self.status()
     }
 

@@ -61,13 +61,19 @@ struct Parser {
 /// Reads all results in `log`. A suite that breaks off or has less results than it planned is a
 /// failed case, and so is a log without any results.
 pub fn parse(log: &str) -> Vec<Case> {
-    let mut parser = Parser { open: vec![Suite::default()], ..Parser::default() };
+    let mut parser = Parser {
+        open: vec![Suite::default()],
+        ..Parser::default()
+    };
     for line in log.lines() {
         parser.line(line);
     }
     parser.break_off(1);
     if parser.cases.is_empty() {
-        parser.add("results", Outcome::Failed("the guest printed none".to_owned()));
+        parser.add(
+            "results",
+            Outcome::Failed("the guest printed none".to_owned()),
+        );
     }
     parser.cases
 }
@@ -112,9 +118,16 @@ impl Parser {
         let suite = self.open.last_mut().expect("the log itself is always open");
         suite.results += 1;
         suite.failures += usize::from(matches!(outcome, Outcome::Failed(_)));
-        let names = self.open.iter().map(|suite| suite.name.as_str()).chain([name]);
+        let names = self
+            .open
+            .iter()
+            .map(|suite| suite.name.as_str())
+            .chain([name]);
         let names: Vec<_> = names.filter(|name| !name.is_empty()).collect();
-        self.cases.push(Case { name: names.join("."), outcome });
+        self.cases.push(Case {
+            name: names.join("."),
+            outcome,
+        });
     }
 
     /// Takes in the result of the innermost suite. A suite is no case, but must not hide that
@@ -201,7 +214,10 @@ ok 2 target
 
     #[test]
     fn a_skipped_case_says_why() {
-        assert_eq!(parse(GOOD)[1].outcome, Outcome::Skipped("no huge pages".to_owned()));
+        assert_eq!(
+            parse(GOOD)[1].outcome,
+            Outcome::Skipped("no huge pages".to_owned())
+        );
     }
 
     #[test]
@@ -243,6 +259,9 @@ ok 2 target
     #[test]
     fn an_empty_suite_fails_only_when_it_says_so() {
         let log = "    KTAP version 1\n    # Subtest: s\n    1..0\nok 1 s # SKIP\n";
-        assert_eq!(failures(log), [("results".to_owned(), "the guest printed none".to_owned())]);
+        assert_eq!(
+            failures(log),
+            [("results".to_owned(), "the guest printed none".to_owned())]
+        );
     }
 }

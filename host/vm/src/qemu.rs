@@ -74,7 +74,11 @@ impl Accel {
             .filter(|line| line.starts_with("flags"))
             .flat_map(str::split_whitespace)
             .any(|flag| flag == "vmx" || flag == "svm");
-        if virtualises && Path::new("/dev/kvm").exists() { Self::Kvm } else { Self::Tcg }
+        if virtualises && Path::new("/dev/kvm").exists() {
+            Self::Kvm
+        } else {
+            Self::Tcg
+        }
     }
 
     fn name(self) -> &'static str {
@@ -166,7 +170,8 @@ impl Config {
 
     /// A pattern for lines of the log that begin with a fault which is meant to happen.
     pub fn expect(mut self, pattern: &str) -> Self {
-        self.expected.push(Regex::new(pattern).expect("a scenario's pattern is valid"));
+        self.expected
+            .push(Regex::new(pattern).expect("a scenario's pattern is valid"));
         self
     }
 
@@ -232,8 +237,9 @@ impl Config {
 
         let (machine, serial) = match self.machine {
             Machine::Q35 => ("q35", "virtio-serial-pci"),
-            // Without the processor's help the kernel needs a timer to measure time with.
-            Machine::Microvm => ("microvm,pit=on,rtc=on", "virtio-serial-device"),
+            // The kernel needs the timer to measure its clock with, and looks for it only where
+            // there is no ACPI.
+            Machine::Microvm => ("microvm,acpi=off,pit=on,rtc=on", "virtio-serial-device"),
         };
         let mut machine = format!("{machine},accel={}", self.accel.name());
         let backend = match self.backend {
@@ -281,7 +287,10 @@ impl Config {
         option("-mon", "chardev=qmp,mode=control".to_owned());
         option("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
         option("-device", serial.to_owned());
-        option("-device", format!("virtserialport,chardev=agent,name={PORT}"));
+        option(
+            "-device",
+            format!("virtserialport,chardev=agent,name={PORT}"),
+        );
         option("-object", "iothread,id=iothread0".to_owned());
         for device in self.devices.iter().chain(&self.balloon) {
             option("-device", device.clone());
@@ -327,13 +336,25 @@ impl Qemu {
         command
             .args(config.command_line())
             .stdin(Stdio::null())
-            .stdout(if config.verbose { stderr().into() } else { Stdio::null() })
+            .stdout(if config.verbose {
+                stderr().into()
+            } else {
+                Stdio::null()
+            })
             .stderr(File::create(&messages)?)
             .fd_mappings(vec![
-                FdMapping { parent_fd: OwnedFd::from(qmp_end), child_fd: QMP_FD },
-                FdMapping { parent_fd: OwnedFd::from(agent_end), child_fd: AGENT_FD },
+                FdMapping {
+                    parent_fd: OwnedFd::from(qmp_end),
+                    child_fd: QMP_FD,
+                },
+                FdMapping {
+                    parent_fd: OwnedFd::from(agent_end),
+                    child_fd: AGENT_FD,
+                },
             ])?;
-        let child = command.spawn().with_context(|| format!("starting {QEMU}"))?;
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting {QEMU}"))?;
         Ok((Self { child, messages }, Streams { qmp, agent }))
     }
 
@@ -355,7 +376,11 @@ impl Qemu {
     /// What QEMU said before it ended.
     pub(crate) fn complaint(&self) -> String {
         let messages = fs::read_to_string(&self.messages).unwrap_or_default();
-        messages.lines().last().unwrap_or("it gave no reason").to_owned()
+        messages
+            .lines()
+            .last()
+            .unwrap_or("it gave no reason")
+            .to_owned()
     }
 
     /// How much of the host's memory QEMU has in use.
@@ -371,12 +396,18 @@ impl Qemu {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
         // The name, in parentheses, may have spaces in it; user and system time are the 12th
         // and 13th field after it.
-        let (_, fields) = stat.rsplit_once(')').context("QEMU's statistics have no name")?;
+        let (_, fields) = stat
+            .rsplit_once(')')
+            .context("QEMU's statistics have no name")?;
         let ticks: u64 = fields
             .split_whitespace()
             .skip(11)
             .take(2)
-            .map(|field| field.parse::<u64>().context("QEMU's statistics are no numbers"))
+            .map(|field| {
+                field
+                    .parse::<u64>()
+                    .context("QEMU's statistics are no numbers")
+            })
             .sum::<Result<u64>>()?;
         let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
         Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
@@ -396,15 +427,21 @@ mod tests {
     use super::*;
 
     fn config() -> Config {
-        let artifacts =
-            Artifacts { kernel: "k".into(), initramfs: "i".into(), logs: "/logs".into() };
+        let artifacts = Artifacts {
+            kernel: "k".into(),
+            initramfs: "i".into(),
+            logs: "/logs".into(),
+        };
         Config::new(&artifacts, "name").accel(Accel::Tcg)
     }
 
     #[test]
     fn defaults_are_a_pc_with_a_balloon() {
         let line = config().command_line().join(" ");
-        assert!(line.contains("-machine q35,accel=tcg -cpu max -smp 2 -m 1073741824B"), "{line}");
+        assert!(
+            line.contains("-machine q35,accel=tcg -cpu max -smp 2 -m 1073741824B"),
+            "{line}"
+        );
         assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
         assert!(line.contains("path=/logs/name/console.log"), "{line}");
     }
@@ -418,9 +455,15 @@ mod tests {
 
     #[test]
     fn memory_comes_from_its_backend() {
-        let line = config().backend(MemoryBackend::Hugetlb).command_line().join(" ");
+        let line = config()
+            .backend(MemoryBackend::Hugetlb)
+            .command_line()
+            .join(" ");
         assert!(line.contains("accel=tcg,memory-backend=memory"), "{line}");
-        assert!(line.contains("size=1073741824,share=on,hugetlb=on,hugetlbsize=2M"), "{line}");
+        assert!(
+            line.contains("size=1073741824,share=on,hugetlb=on,hugetlbsize=2M"),
+            "{line}"
+        );
     }
 
     #[test]

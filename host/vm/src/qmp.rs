@@ -88,8 +88,11 @@ impl Qmp {
                 }
             }
         });
-        let qmp = Self { channel: Mutex::new((stream, answers)), events };
-        qmp.execute::<Value>("qmp_capabilities", json!({}))?;
+        let qmp = Self {
+            channel: Mutex::new((stream, answers)),
+            events,
+        };
+        qmp.execute::<Value>("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
@@ -98,10 +101,12 @@ impl Qmp {
     /// # Errors
     ///
     /// QEMU refuses the command, is gone, or does not answer in a minute.
-    pub fn execute<T: DeserializeOwned>(&self, command: &str, arguments: Value) -> Result<T> {
+    pub fn execute<T: DeserializeOwned>(&self, command: &str, arguments: &Value) -> Result<T> {
         let line = json!({ "execute": command, "arguments": arguments }).to_string() + "\n";
         let (stream, answers) = &mut *self.channel.lock().expect("a lock");
-        stream.write_all(line.as_bytes()).with_context(|| format!("QEMU is gone at {command}"))?;
+        stream
+            .write_all(line.as_bytes())
+            .with_context(|| format!("QEMU is gone at {command}"))?;
         match answers.recv_timeout(ANSWER_TIMEOUT) {
             Ok(Answer::Return(value)) => Ok(serde_json::from_value(value)?),
             Ok(Answer::Error(failure)) => bail!("QEMU refuses {command}: {}", failure.desc),
@@ -134,7 +139,10 @@ impl Qmp {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("QEMU did not tell in {} s what was waited for", timeout.as_secs());
+                bail!(
+                    "QEMU did not tell in {} s what was waited for",
+                    timeout.as_secs()
+                );
             }
             seen = self.events.news.wait_timeout(seen, left).expect("a lock").0;
         }
@@ -148,8 +156,14 @@ mod tests {
     #[test]
     fn messages_are_told_apart() {
         let parse = |line| serde_json::from_str::<Message>(line).unwrap();
-        assert!(matches!(parse(r#"{"QMP": {"version": {}}}"#), Message::Greeting { .. }));
-        assert!(matches!(parse(r#"{"return": {}}"#), Message::Answer(Answer::Return(_))));
+        assert!(matches!(
+            parse(r#"{"QMP": {"version": {}}}"#),
+            Message::Greeting { .. }
+        ));
+        assert!(matches!(
+            parse(r#"{"return": {}}"#),
+            Message::Answer(Answer::Return(_))
+        ));
         assert!(matches!(
             parse(r#"{"error": {"class": "GenericError", "desc": "no"}}"#),
             Message::Answer(Answer::Error(Failure { desc })) if desc == "no"

@@ -80,12 +80,19 @@ impl Setup {
         accel: Accel,
         verbose: bool,
     ) -> Self {
-        let config = Config::new(artifacts, scenario.name).accel(accel).verbose(verbose);
+        let config = Config::new(artifacts, scenario.name)
+            .accel(accel)
+            .verbose(verbose);
         let config = match kernel {
             Kernel::Test => config,
             Kernel::Debug => config.timeout(Duration::from_secs(600)),
         };
-        Self { driver, kernel, config, notes: RefCell::default() }
+        Self {
+            driver,
+            kernel,
+            config,
+            notes: RefCell::default(),
+        }
     }
 
     /// The configuration that the scenario's guests start from.

@@ -88,7 +88,10 @@ fn rebind(setup: &Setup) -> Result<()> {
                 .with_context(|| format!("after unbinding {round} times"))?;
             guest.write_file(&format!("{directory}/bind"), &device)?;
         }
-        ensure!(full < 50, "the balloon was always full before it was unbound");
+        ensure!(
+            full < 50,
+            "the balloon was always full before it was unbound"
+        );
         // An empty balloon may just not have begun.
         guest.balloon().settle(size)?;
         guest.balloon().settle(Size::default())?;
@@ -101,7 +104,9 @@ fn rebind(setup: &Setup) -> Result<()> {
 /// The name of the device that a driver has.
 fn device(guest: &Guest, directory: &str) -> Result<String> {
     let links = guest.run(&["ls", directory])?;
-    let device = links.split_whitespace().find(|link| link.starts_with("virtio"));
+    let device = links
+        .split_whitespace()
+        .find(|link| link.starts_with("virtio"));
     Ok(device.context("the driver has no device")?.to_owned())
 }
 
@@ -121,7 +126,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         for round in 0..3 {
             if round > 0 {
-                guest.qmp().execute::<Value>("device_add", device.clone())?;
+                guest.qmp().execute::<Value>("device_add", &device)?;
                 guest.wait_until("a new device", Duration::from_secs(30), || {
                     // QEMU knows of no balloon before it has started.
                     Ok(guest.balloon().request(Size::default()).is_ok())
@@ -134,10 +139,14 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
             let size = guest.balloon().size()?;
             ensure!(size < target, "the balloon was full before its device went");
             let mark = guest.qmp().mark();
-            guest.qmp().execute::<Value>("device_del", json!({ "id": "balloon0" }))?;
-            guest.qmp().wait_event(mark, Duration::from_secs(30), |event| {
-                event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
-            })?;
+            guest
+                .qmp()
+                .execute::<Value>("device_del", &json!({ "id": "balloon0" }))?;
+            guest
+                .qmp()
+                .wait_event(mark, Duration::from_secs(30), |event| {
+                    event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
+                })?;
             let pages = guest.vmstat("nr_balloon_pages")?;
             ensure!(pages == 0, "{pages} pages went with the device");
             let now = guest.meminfo()?.total;
@@ -160,7 +169,10 @@ fn power_off_while_inflating(setup: &Setup) -> Result<()> {
             Ok(guest.balloon().size()? > Size::mib(100))
         })?;
         let size = guest.balloon().size()?;
-        ensure!(size < target, "the balloon was full before the guest was switched off");
+        ensure!(
+            size < target,
+            "the balloon was full before the guest was switched off"
+        );
         Ok(())
     })
 }

@@ -39,13 +39,18 @@ fn memory_returned(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         let touch = || -> Result<Size> {
-            let load = guest.load(Load::Touch { mib: usize::try_from(used.as_mib())? })?;
+            let load = guest.load(Load::Touch {
+                mib: usize::try_from(used.as_mib())?,
+            })?;
             load.wait_passes(1, Duration::from_secs(60))?;
             load.wait(Duration::from_secs(10))?;
             guest.resident()
         };
         let touched = touch()?;
-        ensure!(touched > used, "QEMU has {touched} after the guest has used {used}");
+        ensure!(
+            touched > used,
+            "QEMU has {touched} after the guest has used {used}"
+        );
         guest.balloon().settle(size)?;
         let left = guest.resident()?;
         let given_back = touched.saturating_sub(left);
@@ -59,7 +64,9 @@ fn memory_returned(setup: &Setup) -> Result<()> {
             again + tolerance > touched,
             "QEMU has {again} after the guest has used {used} again, and had {touched} before"
         );
-        setup.note(format!("QEMU had {touched}, {left} with a balloon of {size}, then {again}"));
+        setup.note(format!(
+            "QEMU had {touched}, {left} with a balloon of {size}, then {again}"
+        ));
         guest.rmmod(setup.driver)
     })
 }
@@ -67,10 +74,13 @@ fn memory_returned(setup: &Setup) -> Result<()> {
 fn data_intact(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
-        let load = guest.load(Load::Hold { mib: 200, threads: 2 })?;
+        let load = guest.load(Load::Hold {
+            mib: 128,
+            threads: 2,
+        })?;
         load.wait_passes(1, Duration::from_secs(120))?;
         for _ in 0..10 {
-            guest.balloon().settle(Size::mib(450))?;
+            guest.balloon().settle(Size::mib(400))?;
             guest.balloon().settle(Size::mib(50))?;
         }
         let passes = load.status()?.progress.passes;
@@ -84,16 +94,21 @@ fn data_intact(setup: &Setup) -> Result<()> {
 }
 
 fn fragmented(setup: &Setup) -> Result<()> {
-    let size = Size::mib(200);
+    let size = Size::mib(150);
     // What the guest has is all but used up by pages with a free one between each two.
     vm::run(&setup.config().memory(Size::mib(768)), |guest| {
         guest.insmod(setup.driver, &[])?;
         let free = guest.meminfo()?.free;
         let taken = free.saturating_sub(Size::mib(64));
-        let load = guest.load(Load::Fragment { mib: usize::try_from(taken.as_mib())? })?;
+        let load = guest.load(Load::Fragment {
+            mib: usize::try_from(taken.as_mib())?,
+        })?;
         load.wait_passes(1, Duration::from_secs(60))?;
         let blocks = free_blocks(&guest.read_file("/proc/buddyinfo")?);
-        ensure!(blocks < size, "{blocks} are free in blocks, which is no fragmented guest");
+        ensure!(
+            blocks < size,
+            "{blocks} are free in blocks, which is no fragmented guest"
+        );
         guest.balloon().settle(size)?;
         check_size(guest, size)?;
         guest.balloon().settle(Size::default())?;

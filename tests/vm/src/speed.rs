@@ -40,8 +40,13 @@ fn faster_than_c(setup: &Setup) -> Result<()> {
     let compare = |what: &str, rust: &[f64], c: &[f64], limit: f64| -> Result<()> {
         let (rust, c) = (median(rust), median(c));
         let ratio = rust / c;
-        setup.note(format!("{what} 7 of 8 GiB: {rust:.2} s, C driver {c:.2} s, ratio {ratio:.2}"));
-        ensure!(ratio <= limit, "{what} takes {ratio:.2} of the C driver's time, not {limit}");
+        setup.note(format!(
+            "{what} 7 of 8 GiB: {rust:.2} s, C driver {c:.2} s, ratio {ratio:.2}"
+        ));
+        ensure!(
+            ratio <= limit,
+            "{what} takes {ratio:.2} of the C driver's time, not {limit}"
+        );
         Ok(())
     };
     let inflate = compare("inflating", &rust.inflate, &c.inflate, INFLATE_LIMIT);
@@ -53,8 +58,12 @@ fn measure(setup: &Setup, driver: Driver, times: &mut Times) -> Result<()> {
     vm::run(&setup.config().memory(Size::gib(8)), |guest| {
         guest.insmod(driver, &[])?;
         let seconds = |time: Duration| time.as_secs_f64();
-        times.inflate.push(seconds(guest.balloon().settle(Size::gib(7))?));
-        times.deflate.push(seconds(guest.balloon().settle(Size::default())?));
+        times
+            .inflate
+            .push(seconds(guest.balloon().settle(Size::gib(7))?));
+        times
+            .deflate
+            .push(seconds(guest.balloon().settle(Size::default())?));
         guest.rmmod(driver)
     })
 }

@@ -45,35 +45,63 @@ const F_VERSION_1: usize = 32;
 const F_RING_PACKED: usize = 34;
 
 fn mmio(setup: &Setup) -> Result<()> {
-    inflate(setup, setup.config().machine(Machine::Microvm), F_VERSION_1, true)
+    let config = setup.config().machine(Machine::Microvm);
+    inflate(
+        setup,
+        &config.argument("-global", "virtio-mmio.force-legacy=false"),
+        F_VERSION_1,
+        true,
+    )
 }
 
 fn legacy(setup: &Setup) -> Result<()> {
     let device = "virtio-balloon-pci,id=balloon0,disable-legacy=off,disable-modern=on";
-    inflate(setup, setup.config().balloon(Some(device)), F_VERSION_1, false)
+    inflate(
+        setup,
+        &setup.config().balloon(Some(device)),
+        F_VERSION_1,
+        false,
+    )
 }
 
 fn packed_queues(setup: &Setup) -> Result<()> {
     let device = "virtio-balloon-pci,id=balloon0,packed=on";
-    inflate(setup, setup.config().balloon(Some(device)), F_RING_PACKED, true)
+    inflate(
+        setup,
+        &setup.config().balloon(Some(device)),
+        F_RING_PACKED,
+        true,
+    )
 }
 
 fn plain_queues(setup: &Setup) -> Result<()> {
     let device = "virtio-balloon-pci,id=balloon0,indirect_desc=off,event_idx=off";
-    inflate(setup, setup.config().balloon(Some(device)), F_RING_INDIRECT_DESC, false)
+    inflate(
+        setup,
+        &setup.config().balloon(Some(device)),
+        F_RING_INDIRECT_DESC,
+        false,
+    )
 }
 
 /// Inflates and deflates on a device that has a feature, or has it not.
-fn inflate(setup: &Setup, config: Config, feature: usize, has_it: bool) -> Result<()> {
-    vm::run(&config, |guest| {
+fn inflate(setup: &Setup, config: &Config, feature: usize, has_it: bool) -> Result<()> {
+    vm::run(config, |guest| {
         guest.insmod(setup.driver, &[])?;
-        let features = guest
-            .sh(&format!("cat /sys/bus/virtio/drivers/{}/virtio*/features", setup.driver.name()))?;
+        let features = guest.sh(&format!(
+            "cat /sys/bus/virtio/drivers/{}/virtio*/features",
+            setup.driver.name()
+        ))?;
         ensure!(
             features.as_bytes().get(feature) == Some(if has_it { &b'1' } else { &b'0' }),
             "the device's features are {features}, which are not what is to be tested"
         );
-        for size in [Size::mib(256), Size::pages(1), Size::mib(100), Size::default()] {
+        for size in [
+            Size::mib(256),
+            Size::pages(1),
+            Size::mib(100),
+            Size::default(),
+        ] {
             guest.balloon().settle(size)?;
             check_size(guest, size)?;
         }

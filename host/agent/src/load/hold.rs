@@ -23,11 +23,16 @@ pub(super) fn run(mib: usize, threads: usize, stop: Stop) -> Result<()> {
             .enumerate()
             .map(|(number, words)| {
                 let passes = &passes;
-                scope.spawn(move || verify(words, (number * share) as u64, passes, stop))
+                scope.spawn(move || {
+                    let result = verify(words, (number * share) as u64, passes, stop);
+                    // One mismatch ends the load.
+                    stop.ask();
+                    result
+                })
             })
             .collect();
-        while !workers.iter().any(|worker| worker.is_finished()) {
-            // Every worker counts its passes, and a pass is through when all have made it.
+        while !stop.is_asked() {
+            // Each worker counts its own passes, and they go at about the same pace.
             report(mib, passes.load(Ordering::Relaxed) / threads as u64)?;
             thread::sleep(Duration::from_millis(50));
         }
@@ -74,5 +79,5 @@ fn check(words: &[u64], first: u64, pass: u64) -> Result<()> {
 
 /// A word that no other place and no other pass has.
 fn pattern(index: u64, pass: u64) -> u64 {
-    (index ^ pass << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    (index ^ (pass << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
