@@ -117,58 +117,59 @@ struct Worker {
     broken: bool,
 }
 
-/// The queues' places in what is passed to `find_vqs`.
-const INFLATE_VQ: usize = 0;
-const DEFLATE_VQ: usize = 1;
-
 /// Sets up what exists for as long as the device is not reset.
-fn set_up(dev: &virtio::Device<Core<'_>>) -> Result<(Worker, Deflate)> {
-    let mut queues = dev.find_vqs([c"inflate", c"deflate"])?;
-    let byte_order = dev.byte_order();
+fn set_up(
+    dev: &virtio::Device<Core<'_>>,
+    inflate: MessageQueue,
+    deflate: MessageQueue,
+) -> Result<(Worker, Deflate)> {
     let must_tell = dev.has_feature(virtio_balloon::F_MUST_TELL_HOST);
 
     Ok((
         Worker {
             config: dev.config()?,
-            inflate: Inflate::new(MessageQueue::new(queues.take(INFLATE_VQ)?, byte_order)?),
+            inflate: Inflate::new(inflate),
             backoff: Backoff::new(),
             actual: None,
             progress: 0,
             broken: false,
         },
-        Deflate::new(
-            MessageQueue::new(queues.take(DEFLATE_VQ)?, byte_order)?,
-            must_tell,
-        ),
+        Deflate::new(deflate, must_tell),
     ))
 }
 
 impl Balloon {
     /// Returns an initialiser for an empty balloon that does not grow when fewer than `floor` MiB are
     /// available.
-    pub(crate) fn new<'a, 'b>(
-        dev: &'a virtio::Device<Core<'b>>,
+    pub(crate) fn new(
+        dev: &virtio::Device<Core<'_>>,
+        inflate: MessageQueue,
+        deflate: MessageQueue,
         floor: u32,
-    ) -> impl PinInit<Self, Error> + use<'a, 'b> {
-        pin_init::pin_init_scope(move || {
-            let (worker, deflate) = set_up(dev)?;
+    ) -> Result<impl PinInit<Self, Error>> {
+        let (worker, deflate) = set_up(dev, inflate, deflate)?;
+        let dev = (&**dev).into();
 
-            Ok(try_pin_init!(Self {
-                dev: (&**dev).into(),
-                floor: (floor as usize) << (20 - PAGE_SHIFT),
-                pages <- BalloonPages::new(true),
-                worker <- new_mutex!(worker, "Balloon::worker"),
-                deflate <- new_spinlock!(deflate, "Balloon::deflate"),
-                target_changed: Atomic::new(true),
-                giving_back: Atomic::new(false),
-                start: Instant::now(),
-            }))
-        })
+        Ok(try_pin_init!(Self {
+            dev,
+            floor: (floor as usize) << (20 - PAGE_SHIFT),
+            pages <- BalloonPages::new(true),
+            worker <- new_mutex!(worker, "Balloon::worker"),
+            deflate <- new_spinlock!(deflate, "Balloon::deflate"),
+            target_changed: Atomic::new(true),
+            giving_back: Atomic::new(false),
+            start: Instant::now(),
+        }))
     }
 
     /// Takes up the work again with a device that was reset. The task must not be running.
-    pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>) -> Result {
-        let (worker, deflate) = set_up(dev)?;
+    pub(crate) fn attach(
+        &self,
+        dev: &virtio::Device<Core<'_>>,
+        inflate: MessageQueue,
+        deflate: MessageQueue,
+    ) -> Result {
+        let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.

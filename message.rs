@@ -175,7 +175,7 @@ impl Message {
     pub(crate) fn name(&mut self, pfns: impl Iterator<Item = u64>) -> Result {
         for pfn in pfns {
             for balloon_pfn in target::balloon_pfns(pfn)? {
-                if !self.pfns.push(self.byte_order.to_device(balloon_pfn)) {
+                if !self.pfns.push(self.byte_order.to_device32(balloon_pfn)) {
                     return Err(ENOSPC);
                 }
             }

@@ -7,7 +7,8 @@
 //! target falls, the pages go back to the page allocator.
 //!
 //! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic, and [`rust`] is the layer over the kernel's C, with the virtio bus.
+//! [`backoff`] are the arithmetic; [`stats`] has the statistics; [`rust`] is the layer over the kernel's C,
+//! with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
 //!
@@ -20,7 +21,9 @@ mod balloon;
 mod deflate;
 mod inflate;
 mod message;
+mod queues;
 mod rust;
+mod stats;
 mod target;
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
@@ -41,16 +44,30 @@ use kernel::{
     device,
     prelude::*, //
 };
+use queues::{
+    Queue,
+    Queues, //
+};
+use stats::Stats;
 
 struct BalloonDriver;
+
+/// A bound device.
+///
+/// Each task is for itself: statistics are to be had while the balloon changes its size.
+struct BalloonData {
+    balloon: Pin<KBox<Task<Balloon>>>,
+    stats: Option<Pin<KBox<Task<Stats>>>>,
+}
 
 virtio::virtio_device_table!(ID_TABLE, [virtio::DeviceId::BALLOON]);
 
 impl virtio::Driver for BalloonDriver {
-    type Data = Task<Balloon>;
+    type Data = BalloonData;
 
     const ID_TABLE: virtio::IdTable = &ID_TABLE;
-    const FEATURES: &'static [virtio::Feature] = &[virtio_balloon::F_MUST_TELL_HOST];
+    const FEATURES: &'static [virtio::Feature] =
+        &[virtio_balloon::F_MUST_TELL_HOST, virtio_balloon::F_STATS_VQ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
         // The balloon names pages by their guest physical addresses, whatever the device uses for buffers.
@@ -58,43 +75,84 @@ impl virtio::Driver for BalloonDriver {
         Ok(())
     }
 
-    fn probe(dev: &virtio::Device<device::Core<'_>>) -> impl PinInit<Self::Data, Error> {
+    fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
+        let queues = Queues::find(dev)?;
         let floor = module_parameters::floor_mib.value();
+        let balloon = Balloon::new(dev, queues.inflate, queues.deflate, floor)?;
+        let stats = queues
+            .stats
+            .map(|queue| {
+                let stats = Stats::new(queue, dev.byte_order())?;
 
-        new_task!(Balloon::new(dev, floor), c"virtio_balloon_rs")
+                KBox::pin_init(new_task!(stats, c"virtio_balloon_rs_stats"), GFP_KERNEL)
+            })
+            .transpose()?;
+
+        Ok(BalloonData {
+            balloon: KBox::pin_init(new_task!(balloon, c"virtio_balloon_rs"), GFP_KERNEL)?,
+            stats,
+        })
     }
 
-    fn ready(_dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) {
-        task.schedule();
+    fn ready(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+        data.balloon.schedule();
+        if let Some(stats) = &data.stats {
+            stats.schedule();
+        }
     }
 
-    fn queue_used(task: Pin<&Self::Data>, _index: usize) {
-        task.schedule();
+    fn queue_used(data: &Self::Data, index: usize) {
+        match (Queue::from_index(index), &data.stats) {
+            (Some(Queue::Inflate | Queue::Deflate), _) => data.balloon.schedule(),
+            (Some(Queue::Stats), Some(stats)) => stats.schedule(),
+            _ => (),
+        }
     }
 
-    fn config_changed(task: Pin<&Self::Data>) {
-        task.target_changed();
-        task.schedule();
+    fn config_changed(data: &Self::Data) {
+        data.balloon.target_changed();
+        data.balloon.schedule();
     }
 
-    fn unbind(_dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) {
-        Balloon::give_back(&task);
+    fn unbind(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+        data.leave();
     }
 
-    fn freeze(_dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) {
+    fn freeze(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
         // The host need not keep what it knows of the balloon, and an image on the disk must not lack
         // memory: as if the driver were unbound.
-        Balloon::give_back(&task);
+        data.leave();
     }
 
-    fn restore(dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) -> Result {
-        task.attach(dev)?;
-        task.resume();
+    fn restore(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) -> Result {
+        let queues = Queues::find(dev)?;
+
+        data.balloon.attach(dev, queues.inflate, queues.deflate)?;
+        data.balloon.resume();
+
+        if let (Some(stats), Some(queue)) = (&data.stats, queues.stats) {
+            stats.attach(queue)?;
+            stats.resume();
+        }
+
         Ok(())
     }
 
-    fn shutdown(_dev: &virtio::Device<device::Core<'_>>, task: Pin<&Self::Data>) {
-        task.stop();
+    fn shutdown(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+        data.balloon.stop();
+        if let Some(stats) = &data.stats {
+            stats.stop();
+        }
+    }
+}
+
+impl BalloonData {
+    /// Gives everything back and stops all that is going on: the device is about to be reset.
+    fn leave(&self) {
+        Balloon::give_back(&self.balloon);
+        if let Some(stats) = &self.stats {
+            stats.stop();
+        }
     }
 }
 

@@ -41,8 +41,8 @@ use kernel::{
     },
 };
 
-/// How many queues the device has.
-const QUEUES: usize = 2;
+/// How many queues the device has at most.
+const QUEUES: usize = 3;
 
 /// How many entries each queue has.
 pub(crate) const QUEUE_SIZE: u32 = 16;
@@ -85,7 +85,21 @@ pub(crate) struct FakeDevice {
 pub(crate) struct Request {
     head: u16,
     /// What the driver wrote.
-    pub(crate) pfns: KVec<u32>,
+    pub(crate) words: KVec<u16>,
+}
+
+impl Request {
+    /// Returns what the driver wrote as little-endian page frame numbers.
+    pub(crate) fn pfns(&self) -> Result<KVec<u32>> {
+        let mut pfns = KVec::with_capacity(self.words.len() / 2, GFP_KERNEL)?;
+        let mut words = self.words.iter().copied().map(u16::from_le).map(u32::from);
+
+        while let (Some(low), Some(high)) = (words.next(), words.next()) {
+            pfns.push(low | high << 16, GFP_KERNEL)?;
+        }
+
+        Ok(pfns)
+    }
 }
 
 static CONFIG_OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
@@ -212,16 +226,16 @@ impl FakeDevice {
                 .add((seen & (QUEUE_SIZE - 1)) as usize)
                 .read();
             let desc = ring.desc.add(usize::from(head)).read();
-            let len = desc.len as usize / size_of::<u32>();
-            let memory = bindings::balloon_rs_phys_to_virt(desc.addr).cast::<u32>();
-            let mut pfns = KVec::with_capacity(len, GFP_KERNEL)?;
+            let len = desc.len as usize / size_of::<u16>();
+            let memory = bindings::balloon_rs_phys_to_virt(desc.addr).cast::<u16>();
+            let mut words = KVec::with_capacity(len, GFP_KERNEL)?;
 
             for n in 0..len {
-                pfns.push(memory.add(n).read(), GFP_KERNEL)?;
+                words.push(memory.add(n).read(), GFP_KERNEL)?;
             }
 
             queue.seen.store(seen.wrapping_add(1), Relaxed);
-            Ok(Some(Request { head, pfns }))
+            Ok(Some(Request { head, words }))
         }
     }
 
@@ -353,16 +367,24 @@ extern "C" fn find_vqs(
     infos: *mut bindings::virtqueue_info,
     _affinity: *mut bindings::irq_affinity,
 ) -> c_int {
-    if nvqs as usize > QUEUES {
-        return ENOENT.to_errno();
-    }
-
     // SAFETY: The virtio core passes the device, and arrays of `nvqs` entries.
     unsafe {
-        for (index, queue) in inner(vdev).queues.iter().enumerate().take(nvqs as usize) {
+        // Queues without a name do not count: this is how all transports number them.
+        let mut queues = inner(vdev).queues.iter().zip(0..);
+
+        for index in 0..nvqs as usize {
             let info = &*infos.add(index);
+            if info.name.is_null() {
+                *vqs.add(index) = ptr::null_mut();
+                continue;
+            }
+
+            let Some((queue, number)) = queues.next() else {
+                del_vqs(vdev);
+                return ENOENT.to_errno();
+            };
             let vq = bindings::vring_create_virtqueue(
-                index as c_uint,
+                number,
                 QUEUE_SIZE,
                 4096,
                 vdev,

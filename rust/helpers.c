@@ -52,6 +52,57 @@ void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 		__free_page(pfn_to_page(pfn));
 }
 
+static u64 pages_to_bytes(unsigned long pages)
+{
+	return (u64)pages << PAGE_SHIFT;
+}
+
+#ifdef CONFIG_VM_EVENT_COUNTERS
+static void events_info(struct balloon_rs_memory *info)
+{
+	unsigned long events[NR_VM_EVENT_ITEMS];
+	int zone;
+
+	all_vm_events(events);
+
+	info->swapped_in = pages_to_bytes(events[PSWPIN]);
+	info->swapped_out = pages_to_bytes(events[PSWPOUT]);
+	info->major_faults = events[PGMAJFAULT];
+	info->faults = events[PGFAULT];
+	info->oom_kills = events[OOM_KILL];
+
+	/* One event for each zone, and the zones depend on the configuration. */
+	for (zone = 0; zone < MAX_NR_ZONES; zone++)
+		info->allocation_stalls += events[ALLOCSTALL_NORMAL - ZONE_NORMAL + zone];
+
+#ifdef CONFIG_HUGETLB_PAGE
+	info->hugetlb_allocations = events[HTLB_BUDDY_PGALLOC];
+	info->hugetlb_failures = events[HTLB_BUDDY_PGALLOC_FAIL];
+#endif
+}
+#else
+static void events_info(struct balloon_rs_memory *info)
+{
+}
+#endif
+
+/* Fills in @info, which has to be zeroes. Which events there are depends on the configuration. */
+void balloon_rs_memory_info(struct balloon_rs_memory *info)
+{
+	struct sysinfo i;
+
+	si_meminfo(&i);
+	info->free = pages_to_bytes(i.freeram);
+	info->total = pages_to_bytes(i.totalram);
+	info->available = pages_to_bytes(si_mem_available());
+	info->caches = pages_to_bytes(global_node_page_state(NR_FILE_PAGES));
+	info->async_scanned = pages_to_bytes(global_node_page_state(PGSCAN_KSWAPD));
+	info->direct_scanned = pages_to_bytes(global_node_page_state(PGSCAN_DIRECT));
+	info->async_reclaimed = pages_to_bytes(global_node_page_state(PGSTEAL_KSWAPD));
+	info->direct_reclaimed = pages_to_bytes(global_node_page_state(PGSTEAL_DIRECT));
+	events_info(info);
+}
+
 unsigned long balloon_rs_total_pages(void)
 {
 	return totalram_pages();

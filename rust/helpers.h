@@ -29,6 +29,27 @@ const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
 const unsigned int RUST_CONST_HELPER_BALLOON_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 #endif
 
+/* The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it booted. */
+struct balloon_rs_memory {
+	u64 free;
+	u64 total;
+	u64 available;
+	u64 caches;
+	u64 swapped_in;
+	u64 swapped_out;
+	u64 major_faults;
+	u64 faults;
+	u64 hugetlb_allocations;
+	u64 hugetlb_failures;
+	u64 oom_kills;
+	u64 allocation_stalls;
+	u64 async_scanned;
+	u64 direct_scanned;
+	u64 async_reclaimed;
+	u64 direct_reclaimed;
+};
+
+void balloon_rs_memory_info(struct balloon_rs_memory *info);
 void balloon_rs_devinfo_init(struct balloon_dev_info *info);
 unsigned long balloon_rs_page_to_pfn(struct page *page);
 void *balloon_rs_page_address(struct page *page);

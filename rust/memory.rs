@@ -6,6 +6,24 @@
 
 use super::bindings;
 
+use core::mem::MaybeUninit;
+
+/// What is known of the guest's memory at some moment. The fields say what they are in the C header.
+pub(crate) use bindings::balloon_rs_memory as Info;
+
+impl Info {
+    /// Takes a look.
+    pub(crate) fn now() -> Self {
+        let mut info = MaybeUninit::zeroed();
+
+        // SAFETY: The function fills the struct in, all fields of which are integers.
+        unsafe {
+            bindings::balloon_rs_memory_info(info.as_mut_ptr());
+            info.assume_init()
+        }
+    }
+}
+
 /// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo.
 pub(crate) fn available_pages() -> usize {
     // SAFETY: The function has no preconditions.

@@ -17,6 +17,7 @@ pub(crate) mod memory;
 pub(crate) mod page_list;
 pub(crate) mod pfn_array;
 pub(crate) mod range_stack;
+pub(crate) mod stat_buffer;
 pub(crate) mod task;
 pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;

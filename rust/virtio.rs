@@ -139,19 +139,19 @@ impl<T: Driver> Adapter<T> {
     ///
     /// [`device::Device::set_drvdata`] must have succeeded for the device, which must not be unbound
     /// completely yet.
-    unsafe fn data<'a>(dev: &'a Device<device::CoreInternal<'_>>) -> Pin<&'a T::Data> {
+    unsafe fn data<'a>(dev: &'a Device<device::CoreInternal<'_>>) -> &'a T::Data {
         // SAFETY: By the requirements of this function; `T::Data` is what `probe_callback` has stored.
-        unsafe { AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>() }
+        unsafe { AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>() }.get_ref()
     }
 
     /// Makes the device live, and lets the driver begin.
-    fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: Pin<&T::Data>) {
+    fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: &T::Data) {
         // SAFETY: The device is valid, and the driver has set its virtqueues up.
         unsafe { bindings::balloon_rs_virtio_device_ready(dev.as_raw()) };
 
         // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data, and may use the device.
         binding.data.store(
-            ptr::from_ref(data.get_ref()).cast_mut().cast(),
+            ptr::from_ref(data).cast_mut().cast(),
             Release, //
         );
 
@@ -250,8 +250,8 @@ impl<T: Driver> Adapter<T> {
     ///
     /// `data` must be a pointer to the driver's data, as stored in [`Binding::data`].
     unsafe fn queue_used(data: *mut c_void, index: usize) {
-        // SAFETY: By the requirements of this function; the data is pinned.
-        let data = unsafe { Pin::new_unchecked(&*data.cast::<T::Data>()) };
+        // SAFETY: By the requirements of this function.
+        let data = unsafe { &*data.cast::<T::Data>() };
 
         T::queue_used(data, index);
     }
@@ -331,7 +331,23 @@ pub(crate) enum ByteOrder {
 
 impl ByteOrder {
     /// Returns `value` in this byte order.
-    pub(crate) fn to_device(self, value: u32) -> u32 {
+    pub(crate) fn to_device16(self, value: u16) -> u16 {
+        match self {
+            Self::Little => value.to_le(),
+            Self::Native => value,
+        }
+    }
+
+    /// Returns `value` in this byte order.
+    pub(crate) fn to_device32(self, value: u32) -> u32 {
+        match self {
+            Self::Little => value.to_le(),
+            Self::Native => value,
+        }
+    }
+
+    /// Returns `value` in this byte order.
+    pub(crate) fn to_device64(self, value: u64) -> u64 {
         match self {
             Self::Little => value.to_le(),
             Self::Native => value,
@@ -360,34 +376,33 @@ pub(crate) trait Driver {
     ///
     /// Finds the virtqueues and sets the data up. The device is not ready yet and must not be told of
     /// buffers.
-    fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self::Data, Error>;
+    fn probe(dev: &Device<device::Core<'_>>) -> Result<Self::Data>;
 
     /// The device is ready: buffers may be offered. Called after [`probe`](Self::probe) and
     /// [`restore`](Self::restore).
-    fn ready(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+    fn ready(dev: &Device<device::Core<'_>>, data: &Self::Data);
 
-    /// The device has used buffers of the virtqueue with index `index`, an index into what was passed to
-    /// [`Device::find_vqs`] that counts the queues that are there. It may call at any time, also without
-    /// reason. Runs in interrupt context.
-    fn queue_used(data: Pin<&Self::Data>, index: usize);
+    /// The device has used buffers of the virtqueue with index `index` in what was passed to
+    /// [`Device::find_vqs`]. It may call at any time, also without reason. Runs in interrupt context.
+    fn queue_used(data: &Self::Data, index: usize);
 
     /// The device has changed its configuration space. Runs in interrupt context.
-    fn config_changed(data: Pin<&Self::Data>);
+    fn config_changed(data: &Self::Data);
 
     /// Virtio driver unbind.
     ///
     /// Takes leave of the device, which is cut off and reset afterwards. Everything else is released when
     /// the data is dropped.
-    fn unbind(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+    fn unbind(dev: &Device<device::Core<'_>>, data: &Self::Data);
 
     /// Like [`unbind`](Self::unbind), but the data remains.
-    fn freeze(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+    fn freeze(dev: &Device<device::Core<'_>>, data: &Self::Data);
 
     /// Finds the virtqueues again and puts them where the old ones are.
-    fn restore(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>) -> Result;
+    fn restore(dev: &Device<device::Core<'_>>, data: &Self::Data) -> Result;
 
     /// Stops what is going on: the system goes down. The data remains, and so does the memory.
-    fn shutdown(dev: &Device<device::Core<'_>>, data: Pin<&Self::Data>);
+    fn shutdown(dev: &Device<device::Core<'_>>, data: &Self::Data);
 }
 
 /// What there is for a device as long as it may be used, which is what the handles to it have in common.
@@ -402,7 +417,8 @@ pub(crate) struct Binding {
     #[pin]
     users: Srcu,
     state: Atomic<u32>,
-    has_vqs: Atomic<bool>,
+    /// Which of the queues that were passed to `find_vqs` are there, one bit for each. 0 before.
+    vqs: Atomic<u32>,
     data: Atomic<*mut c_void>,
     queue_used: unsafe fn(*mut c_void, usize),
 }
@@ -431,6 +447,18 @@ impl Binding {
     /// Returns whether nothing is shared with the device any more.
     pub(super) fn is_reset(&self) -> bool {
         self.state.load(Acquire) == RESET
+    }
+
+    /// Returns the position, in what was passed to `find_vqs`, of the queue with the number `number`.
+    fn position(&self, number: usize) -> usize {
+        let mut vqs = self.vqs.load(Relaxed);
+
+        for _ in 0..number {
+            // Clears the lowest bit.
+            vqs &= vqs.wrapping_sub(1);
+        }
+
+        vqs.trailing_zeros() as usize
     }
 
     /// Makes every later [`enter`](Self::enter) fail, and waits for those that are inside.
@@ -490,7 +518,7 @@ impl Device<device::CoreInternal<'_>> {
             try_pin_init!(Binding {
                 users <- new_srcu!("virtio::Binding::users"),
                 state: Atomic::new(OPEN),
-                has_vqs: Atomic::new(false),
+                vqs: Atomic::new(0),
                 data: Atomic::new(ptr::null_mut()),
                 queue_used,
             }),
@@ -519,7 +547,7 @@ impl Device<device::CoreInternal<'_>> {
 
         binding.state.store(RESET, Release);
 
-        if binding.has_vqs.load(Relaxed) {
+        if binding.vqs.load(Relaxed) != 0 {
             // SAFETY: The device is valid and was reset. The queues are used only through the binding.
             unsafe {
                 if let Some(del_vqs) = (*(*self.as_raw()).config).del_vqs {
@@ -592,25 +620,39 @@ impl Device<device::Core<'_>> {
     /// Finds the virtqueues called `names`. For [`Driver::probe`] and [`Driver::restore`], which may call
     /// it once.
     ///
+    /// A queue without a name is one that the device does not have: the others are numbered without it.
+    ///
     /// # Errors
     ///
     /// What the transport says, `ENOENT` if the device lacks one of the queues, `EBUSY` if they were found
     /// before, or `ENOMEM`.
     pub(crate) fn find_vqs<const N: usize>(
         &self,
-        names: [&'static CStr; N],
+        names: [Option<&'static CStr>; N],
     ) -> Result<FoundQueues<N>> {
         let binding = self.shared_binding()?;
-        if binding.has_vqs.load(Relaxed) {
+        if binding.vqs.load(Relaxed) != 0 {
             return Err(EBUSY);
         }
 
+        const CALLBACK: Option<unsafe extern "C" fn(*mut bindings::virtqueue)> = Some(vq_callback);
+
         let mut vqs = [ptr::null_mut(); N];
         let mut infos = names.map(|name| bindings::virtqueue_info {
-            name: name.as_char_ptr(),
-            callback: Some(vq_callback),
+            name: name.map_or(ptr::null(), |name| name.as_char_ptr()),
+            callback: name.and(CALLBACK),
             ctx: false,
         });
+
+        let present = (0u32..)
+            .zip(names)
+            .filter(|(_, name)| name.is_some())
+            .fold(0, |vqs, (index, _)| {
+                vqs | 1u32.checked_shl(index).unwrap_or(0)
+            });
+
+        // The callbacks need to know, so before there are any.
+        binding.vqs.store(present, Relaxed);
 
         // SAFETY: The device is valid, and every transport has this operation; both arrays have `N`
         // entries. The names are static.
@@ -623,10 +665,10 @@ impl Device<device::Core<'_>> {
                 vqs.as_mut_ptr(),
                 infos.as_mut_ptr(),
                 ptr::null_mut(),
-            ))?;
+            ))
+            .inspect_err(|_| binding.vqs.store(0, Relaxed))?;
         }
 
-        binding.has_vqs.store(true, Relaxed);
         Ok(FoundQueues { vqs, binding })
     }
 }
@@ -670,7 +712,7 @@ extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
 
     if !data.is_null() {
         // SAFETY: By the type invariants `data` is what the function expects.
-        unsafe { (binding.queue_used)(data, index) };
+        unsafe { (binding.queue_used)(data, binding.position(index)) };
     }
 }
 

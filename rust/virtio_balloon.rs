@@ -14,6 +14,9 @@ use super::{
 
 use core::mem::offset_of;
 
+/// The device wants statistics.
+pub(crate) const F_STATS_VQ: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STATS_VQ);
+
 /// Pages may be used only after the device has been told, and has answered.
 pub(crate) const F_MUST_TELL_HOST: Feature =
     Feature::new(bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST);
@@ -28,3 +31,41 @@ pub(crate) const NUM_PAGES: Field<u32> =
 /// How large the balloon is, in balloon pages. Little-endian on legacy devices, too.
 pub(crate) const ACTUAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, actual));
+
+/// The tags of the statistics. Amounts of memory are in bytes.
+pub(crate) mod stat {
+    use super::bindings;
+
+    /// Memory swapped in, since the guest booted.
+    pub(crate) const SWAP_IN: u16 = bindings::VIRTIO_BALLOON_S_SWAP_IN as u16;
+    /// Memory swapped out, since the guest booted.
+    pub(crate) const SWAP_OUT: u16 = bindings::VIRTIO_BALLOON_S_SWAP_OUT as u16;
+    /// Page faults that needed I/O, since the guest booted.
+    pub(crate) const MAJFLT: u16 = bindings::VIRTIO_BALLOON_S_MAJFLT as u16;
+    /// Page faults, since the guest booted.
+    pub(crate) const MINFLT: u16 = bindings::VIRTIO_BALLOON_S_MINFLT as u16;
+    /// Memory that is not used for anything.
+    pub(crate) const MEMFREE: u16 = bindings::VIRTIO_BALLOON_S_MEMFREE as u16;
+    /// Memory in all.
+    pub(crate) const MEMTOT: u16 = bindings::VIRTIO_BALLOON_S_MEMTOT as u16;
+    /// Memory that can be had without swapping.
+    pub(crate) const AVAIL: u16 = bindings::VIRTIO_BALLOON_S_AVAIL as u16;
+    /// Page cache.
+    pub(crate) const CACHES: u16 = bindings::VIRTIO_BALLOON_S_CACHES as u16;
+    /// Huge pages allocated, since the guest booted.
+    pub(crate) const HTLB_PGALLOC: u16 = bindings::VIRTIO_BALLOON_S_HTLB_PGALLOC as u16;
+    /// Huge pages that could not be allocated, since the guest booted.
+    pub(crate) const HTLB_PGFAIL: u16 = bindings::VIRTIO_BALLOON_S_HTLB_PGFAIL as u16;
+    /// Processes killed for want of memory, since the guest booted.
+    pub(crate) const OOM_KILL: u16 = bindings::VIRTIO_BALLOON_S_OOM_KILL as u16;
+    /// Allocations that had to wait for memory to be reclaimed, since the guest booted.
+    pub(crate) const ALLOC_STALL: u16 = bindings::VIRTIO_BALLOON_S_ALLOC_STALL as u16;
+    /// Memory that the kernel's threads looked at to reclaim it, since the guest booted.
+    pub(crate) const ASYNC_SCAN: u16 = bindings::VIRTIO_BALLOON_S_ASYNC_SCAN as u16;
+    /// Memory that allocations looked at to reclaim it, since the guest booted.
+    pub(crate) const DIRECT_SCAN: u16 = bindings::VIRTIO_BALLOON_S_DIRECT_SCAN as u16;
+    /// Memory that the kernel's threads reclaimed, since the guest booted.
+    pub(crate) const ASYNC_RECLAIM: u16 = bindings::VIRTIO_BALLOON_S_ASYNC_RECLAIM as u16;
+    /// Memory that allocations reclaimed, since the guest booted.
+    pub(crate) const DIRECT_RECLAIM: u16 = bindings::VIRTIO_BALLOON_S_DIRECT_RECLAIM as u16;
+}

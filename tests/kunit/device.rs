@@ -12,8 +12,10 @@ use crate::{
         memory,
         virtio::Feature,
         virtio_balloon::{
+            stat,
             ACTUAL,
             F_MUST_TELL_HOST,
+            F_STATS_VQ,
             NUM_PAGES, //
         },
     },
@@ -31,6 +33,7 @@ use kernel::{
 
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
+const STATS: usize = 2;
 
 /// How many balloon pages a message names at most.
 const MESSAGE: u32 = 256;
@@ -60,7 +63,7 @@ fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
     let mut served = false;
 
     while let Some(request) = device.next(queue)? {
-        pfns.extend_from_slice(&request.pfns, GFP_KERNEL)?;
+        pfns.extend_from_slice(&request.pfns()?, GFP_KERNEL)?;
         device.answer(queue, &request, 0)?;
         served = true;
     }
@@ -174,7 +177,8 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
 
     while let Some(request) = host.device.next(DEFLATE)? {
         messages += 1;
-        host.deflated.extend_from_slice(&request.pfns, GFP_KERNEL)?;
+        host.deflated
+            .extend_from_slice(&request.pfns()?, GFP_KERNEL)?;
         host.device.answer(DEFLATE, &request, 0)?;
     }
 
@@ -183,6 +187,33 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
     host.settle(0)?;
     compare(&host)?;
     Ok(messages)
+}
+
+/// Waits for the driver's statistics, and returns the value of the kind `tag`.
+fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
+    let mut request = None;
+
+    eventually(|| {
+        request = device.next(STATS)?;
+        Ok(request.is_some())
+    })?;
+
+    let request = request.ok_or(EINVAL)?;
+    let mut value = None;
+
+    // An entry has 10 bytes: five 16-bit words, of which the first is the tag.
+    let mut words = request.words.iter();
+    while let Some(&this) = words.next() {
+        let mut bits = 0;
+        for shift in [0, 16, 32, 48] {
+            bits |= u64::from(*words.next().ok_or(EINVAL)?) << shift;
+        }
+        if u16::from_le(this) == tag {
+            value = Some(bits);
+        }
+    }
+
+    Ok((request, value.ok_or(ENOENT)?))
 }
 
 #[kunit_tests(virtio_balloon_rs_device)]
@@ -225,6 +256,38 @@ mod tests {
     #[test]
     fn a_device_that_must_be_told_works() {
         assert_eq!(cycle(&[Feature::VERSION_1, F_MUST_TELL_HOST], MANY), Ok(()));
+    }
+
+    #[test]
+    fn statistics_are_there_from_the_beginning() {
+        let device = FakeDevice::new(&[Feature::VERSION_1, F_STATS_VQ]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        let total = statistic(&device, stat::MEMTOT);
+        assert!(total
+            .is_ok_and(|(request, total)| total == memory::Info::now().total
+                && request.words.len() == 5 * 16));
+    }
+
+    #[test]
+    fn statistics_are_renewed_while_inflating_is_stuck() {
+        let device = FakeDevice::new(&[Feature::VERSION_1, F_STATS_VQ]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        device.change(NUM_PAGES, MANY);
+        for _ in 0..100 {
+            let sample = statistic(&device, stat::MEMFREE);
+            assert!(sample.is_ok());
+            let Ok((request, _)) = sample else { return };
+
+            // Only one buffer at a time.
+            assert!(device.next(STATS).is_ok_and(|next| next.is_none()));
+            assert!(device.answer(STATS, &request, 0).is_ok());
+            assert!(device.interrupt(STATS).is_ok());
+            assert!(device.interrupt(STATS).is_ok());
+        }
     }
 
     #[test]

@@ -58,9 +58,9 @@ mod tests {
         let value = 0x0102_0304u32;
 
         assert_eq!(
-            ByteOrder::Little.to_device(value).to_ne_bytes(),
+            ByteOrder::Little.to_device32(value).to_ne_bytes(),
             value.to_le_bytes()
         );
-        assert_eq!(ByteOrder::Native.to_device(value), value);
+        assert_eq!(ByteOrder::Native.to_device32(value), value);
     }
 }
