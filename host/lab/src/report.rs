@@ -19,7 +19,7 @@ pub(crate) struct Report {
 impl Report {
     pub(crate) fn new() -> Self {
         let bar = ProgressBar::new_spinner();
-        let style = ProgressStyle::with_template("{spinner} {msg} {elapsed}");
+        let style = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}");
         bar.set_style(style.expect("the template is valid"));
         Self {
             passed: 0,
