@@ -6,11 +6,25 @@
 
 use kernel::time::Msecs;
 
-/// How long the first pause is.
-const FIRST_PAUSE: Msecs = 200;
+/// Why the balloon does not grow.
+#[derive(Clone, Copy)]
+pub(crate) enum Cause {
+    /// There was no memory to be had. Worth another try soon: memory comes and goes.
+    NoMemory,
+    /// The guest would have had to kill a process. Memory that is taken too soon is missed again at once, and
+    /// the balloon would swing.
+    OutOfMemory,
+}
 
-/// How long a pause may become.
-const LONGEST_PAUSE: Msecs = 30_000;
+impl Cause {
+    /// Returns the lengths of the first and of the longest pause.
+    const fn pauses(self) -> (Msecs, Msecs) {
+        match self {
+            Self::NoMemory => (200, 30_000),
+            Self::OutOfMemory => (10_000, 300_000),
+        }
+    }
+}
 
 /// A pause that becomes twice as long with each failure.
 ///
@@ -28,11 +42,17 @@ impl Backoff {
     }
 
     /// Takes note of a failure at `now`. Returns whether it is the first one.
-    pub(crate) fn fail(&mut self, now: i64) -> bool {
+    ///
+    /// A failure in a pause makes the pause begin anew, but not longer than its cause asks for.
+    pub(crate) fn fail(&mut self, cause: Cause, now: i64) -> bool {
+        let (shortest, longest) = cause.pauses();
+        let pausing = self.remaining(now).is_some();
+        let length = match self.pause {
+            None => shortest,
+            Some((last, _)) if pausing => last.max(shortest),
+            Some((last, _)) => last.saturating_mul(2).min(longest).max(shortest),
+        };
         let first = self.pause.is_none();
-        let length = self.pause.map_or(FIRST_PAUSE, |(last, _)| {
-            last.saturating_mul(2).min(LONGEST_PAUSE)
-        });
 
         self.pause = Some((length, now.saturating_add(i64::from(length))));
         first

@@ -12,7 +12,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    backoff::Backoff,
+    backoff::{
+        Backoff,
+        Cause, //
+    },
     deflate::{
         self,
         Deflate, //
@@ -25,6 +28,7 @@ use crate::{
     rust::{
         balloon_pages::BalloonPages,
         memory,
+        oom::OomNotify,
         task::{
             Job,
             Task, //
@@ -66,6 +70,12 @@ use kernel::{
 /// How many pages one run moves at most, so that a new target is seen soon: 256 MiB.
 const PAGES_PER_RUN: usize = 1 << (28 - PAGE_SHIFT);
 
+/// How many pages are given back at least when the guest runs out of memory: 64 MiB.
+const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
+
+/// How long an allocation that has failed waits for a device that must be told before pages can be used.
+const OOM_PATIENCE: Msecs = 100;
+
 /// How long unbinding waits for a device that gives no sign of life, and how often it looks for one.
 const PATIENCE: Delta = Delta::from_millis(2_000);
 const HEARTBEAT: Delta = Delta::from_millis(5);
@@ -96,6 +106,10 @@ pub(crate) struct Balloon {
 
     /// Set when the target may have changed: pauses end, and the reason for a stop is told anew.
     target_changed: Atomic<bool>,
+
+    /// The pages that were given back to keep the guest from running out of memory, and that the task does not
+    /// know of yet.
+    given_for_oom: Atomic<usize>,
 
     /// Set when all is to be given back, whatever the target.
     giving_back: Atomic<bool>,
@@ -148,15 +162,18 @@ impl Balloon {
         floor: u32,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
+        // Memory that can come back by itself is still the guest's.
+        let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
         let dev = (&**dev).into();
 
         Ok(try_pin_init!(Self {
             dev,
             floor: (floor as usize) << (20 - PAGE_SHIFT),
-            pages <- BalloonPages::new(true),
+            pages <- BalloonPages::new(adjust_managed),
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             target_changed: Atomic::new(true),
+            given_for_oom: Atomic::new(0),
             giving_back: Atomic::new(false),
             start: Instant::now(),
         }))
@@ -266,7 +283,7 @@ impl Balloon {
             Stop::NoMemory => "the guest has no more memory to give",
         };
 
-        if worker.backoff.fail(now) {
+        if worker.backoff.fail(Cause::NoMemory, now) {
             dev_info!(
                 self.dev,
                 "{} of {} MiB in the balloon: {}; trying again from time to time\n",
@@ -325,6 +342,19 @@ impl Balloon {
             worker.backoff.reset();
         }
 
+        let given = self.given_for_oom.xchg(0, Relaxed);
+        if given > 0 {
+            let now = self.start.elapsed().as_millis();
+
+            if worker.backoff.fail(Cause::OutOfMemory, now) {
+                dev_info!(
+                    self.dev,
+                    "gave {} MiB back to keep the guest from running out of memory; not growing for a while\n",
+                    mib(given)
+                );
+            }
+        }
+
         let target = self.target(worker)?;
         let mut again = None;
 
@@ -357,6 +387,29 @@ impl Balloon {
         }
 
         Ok(again)
+    }
+}
+
+impl OomNotify for Task<Balloon> {
+    /// Gives a part of the balloon back at once: enough for the guest to go on for a while.
+    fn out_of_memory(&self) -> usize {
+        if self.giving_back.load(Relaxed) {
+            return 0;
+        }
+
+        let held = self.pages.len();
+        let released = deflate::release(&self.deflate, &self.pages, (held / 8).max(OOM_SHARE));
+
+        if released > 0 {
+            self.given_for_oom.add(released, Relaxed);
+            self.schedule();
+        }
+
+        if deflate::settle(&self.deflate, OOM_PATIENCE) {
+            released
+        } else {
+            0
+        }
     }
 }
 

@@ -22,7 +22,14 @@ use crate::{
     }, //
 };
 
-use kernel::sync::SpinLock;
+use kernel::{
+    sync::SpinLock,
+    time::{
+        delay::fsleep,
+        Delta,
+        Msecs, //
+    }, //
+};
 
 /// How many pages are taken out of the balloon under one hold of a lock.
 const PAGES_PER_HOLD: usize = 512;
@@ -118,6 +125,26 @@ pub(crate) fn release(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wante
     }
 
     released
+}
+
+/// Waits until pages that were released can be used, for `patience` milliseconds at most: only where the device
+/// must be told first is there anything to wait for. Returns whether they can be used.
+pub(crate) fn settle(deflate: &SpinLock<Deflate>, patience: Msecs) -> bool {
+    if !deflate.lock().must_tell {
+        return true;
+    }
+
+    deflate.lock().queue.notify();
+
+    for _ in 0..patience {
+        collect(deflate);
+        if !deflate.lock().is_pending() {
+            return true;
+        }
+        fsleep(Delta::from_millis(1));
+    }
+
+    false
 }
 
 /// Frees some pages, up to `wanted`, before the device has been told.

@@ -31,6 +31,7 @@ mod target;
 mod kunit;
 
 use rust::{
+    oom::OomNotifier,
     task::{
         new_task,
         Task, //
@@ -42,7 +43,8 @@ use rust::{
 use balloon::Balloon;
 use kernel::{
     device,
-    prelude::*, //
+    prelude::*,
+    sync::Arc, //
 };
 use queues::{
     Queue,
@@ -52,11 +54,15 @@ use stats::Stats;
 
 struct BalloonDriver;
 
+type BalloonOomNotifier = OomNotifier<Arc<Task<Balloon>>>;
+
 /// A bound device.
 ///
 /// Each task is for itself: statistics are to be had while the balloon changes its size.
 struct BalloonData {
-    balloon: Pin<KBox<Task<Balloon>>>,
+    /// Dropped first: it asks the balloon for memory.
+    _oom: Option<Pin<KBox<BalloonOomNotifier>>>,
+    balloon: Arc<Task<Balloon>>,
     stats: Option<Pin<KBox<Task<Stats>>>>,
 }
 
@@ -66,8 +72,11 @@ impl virtio::Driver for BalloonDriver {
     type Data = BalloonData;
 
     const ID_TABLE: virtio::IdTable = &ID_TABLE;
-    const FEATURES: &'static [virtio::Feature] =
-        &[virtio_balloon::F_MUST_TELL_HOST, virtio_balloon::F_STATS_VQ];
+    const FEATURES: &'static [virtio::Feature] = &[
+        virtio_balloon::F_MUST_TELL_HOST,
+        virtio_balloon::F_STATS_VQ,
+        virtio_balloon::F_DEFLATE_ON_OOM,
+    ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
         // The balloon names pages by their guest physical addresses, whatever the device uses for buffers.
@@ -79,6 +88,11 @@ impl virtio::Driver for BalloonDriver {
         let queues = Queues::find(dev)?;
         let floor = module_parameters::floor_mib.value();
         let balloon = Balloon::new(dev, queues.inflate, queues.deflate, floor)?;
+        let balloon = Arc::pin_init(new_task!(balloon, c"virtio_balloon_rs"), GFP_KERNEL)?;
+        let oom = dev
+            .has_feature(virtio_balloon::F_DEFLATE_ON_OOM)
+            .then(|| KBox::pin_init(OomNotifier::new(balloon.clone()), GFP_KERNEL))
+            .transpose()?;
         let stats = queues
             .stats
             .map(|queue| {
@@ -89,7 +103,8 @@ impl virtio::Driver for BalloonDriver {
             .transpose()?;
 
         Ok(BalloonData {
-            balloon: KBox::pin_init(new_task!(balloon, c"virtio_balloon_rs"), GFP_KERNEL)?,
+            _oom: oom,
+            balloon,
             stats,
         })
     }

@@ -5,6 +5,7 @@
 #include <linux/balloon.h>
 #include <linux/gfp.h>
 #include <linux/mm.h>
+#include <linux/oom.h>
 #include <linux/virtio.h>
 #include <linux/virtio_balloon.h>
 #include <linux/virtio_config.h>

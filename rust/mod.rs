@@ -14,6 +14,7 @@ pub(crate) mod balloon_pages;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod fake_device;
 pub(crate) mod memory;
+pub(crate) mod oom;
 pub(crate) mod page_list;
 pub(crate) mod pfn_array;
 pub(crate) mod range_stack;

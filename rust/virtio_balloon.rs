@@ -21,6 +21,10 @@ pub(crate) const F_STATS_VQ: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_S
 pub(crate) const F_MUST_TELL_HOST: Feature =
     Feature::new(bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST);
 
+/// The balloon may be deflated below the target to keep the guest from running out of memory.
+pub(crate) const F_DEFLATE_ON_OOM: Feature =
+    Feature::new(bindings::VIRTIO_BALLOON_F_DEFLATE_ON_OOM);
+
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;
 

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::backoff::Backoff;
+use crate::backoff::{
+    Backoff,
+    Cause::{
+        NoMemory,
+        OutOfMemory, //
+    }, //
+};
 
 use kernel::prelude::*;
 
@@ -17,27 +23,58 @@ mod tests {
     fn only_the_first_failure_is_news() {
         let mut backoff = Backoff::new();
 
-        assert!(backoff.fail(0));
-        assert!(!backoff.fail(1_000));
+        assert!(backoff.fail(NoMemory, 0));
+        assert!(!backoff.fail(NoMemory, 1_000));
     }
 
     #[test]
     fn pauses_double_up_to_half_a_minute() {
         let mut backoff = Backoff::new();
 
+        let mut now = 0;
+
         for expected in [
             200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000,
         ] {
-            backoff.fail(0);
-            assert_eq!(backoff.remaining(0), Some(expected));
+            backoff.fail(NoMemory, now);
+            assert_eq!(backoff.remaining(now), Some(expected));
+            now += i64::from(expected);
         }
+    }
+
+    #[test]
+    fn a_failure_in_a_pause_begins_it_anew() {
+        let mut backoff = Backoff::new();
+
+        backoff.fail(NoMemory, 0);
+        backoff.fail(NoMemory, 150);
+        assert_eq!(backoff.remaining(150), Some(200));
+    }
+
+    #[test]
+    fn running_out_of_memory_makes_for_long_pauses() {
+        let mut backoff = Backoff::new();
+
+        backoff.fail(NoMemory, 0);
+        assert!(!backoff.fail(OutOfMemory, 100));
+        assert_eq!(backoff.remaining(100), Some(10_000));
+
+        // Many of them in a row are one failure.
+        for now in 101..200 {
+            backoff.fail(OutOfMemory, now);
+        }
+        assert_eq!(backoff.remaining(199), Some(10_000));
+
+        // The next one comes after the pause.
+        backoff.fail(OutOfMemory, 10_199);
+        assert_eq!(backoff.remaining(10_199), Some(20_000));
     }
 
     #[test]
     fn a_pause_ends() {
         let mut backoff = Backoff::new();
 
-        backoff.fail(1_000);
+        backoff.fail(NoMemory, 1_000);
         assert_eq!(backoff.remaining(1_199), Some(1));
         assert_eq!(backoff.remaining(1_200), None);
         assert_eq!(backoff.remaining(i64::MAX), None);
@@ -47,11 +84,11 @@ mod tests {
     fn a_reset_forgets_all() {
         let mut backoff = Backoff::new();
 
-        backoff.fail(0);
-        backoff.fail(0);
+        backoff.fail(NoMemory, 0);
+        backoff.fail(NoMemory, 0);
         backoff.reset();
         assert_eq!(backoff.remaining(0), None);
-        assert!(backoff.fail(0));
+        assert!(backoff.fail(NoMemory, 0));
         assert_eq!(backoff.remaining(0), Some(200));
     }
 
@@ -59,10 +96,10 @@ mod tests {
     fn a_strange_clock_does_no_harm() {
         let mut backoff = Backoff::new();
 
-        backoff.fail(i64::MAX);
+        backoff.fail(NoMemory, i64::MAX);
         assert_eq!(backoff.remaining(i64::MIN), None);
         backoff.reset();
-        backoff.fail(5_000);
+        backoff.fail(NoMemory, 5_000);
         assert_eq!(backoff.remaining(0), Some(200));
     }
 }
