@@ -28,14 +28,18 @@ use vm::{Accel, Artifacts, Config, Driver, Kernel};
 
 mod lifecycle;
 mod memory;
+mod oom;
 mod sizes;
 mod speed;
+mod statistics;
 mod transports;
 
 /// The scenarios, by topic.
 pub const SCENARIOS: &[&[Scenario]] = &[
     sizes::SCENARIOS,
     memory::SCENARIOS,
+    statistics::SCENARIOS,
+    oom::SCENARIOS,
     lifecycle::SCENARIOS,
     transports::SCENARIOS,
     speed::SCENARIOS,
