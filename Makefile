@@ -59,5 +59,5 @@ help:
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
 	@echo
 	@echo "demo, test, kunit, clippy and fmt make a Debian 13 build root and the guests' kernels"
-	@echo "in ~/.cache/virtio-balloon-rs on first use. They need root, 15 GB of disk and a quarter"
+	@echo "in ~/.cache/virtio-balloon-rs on first use. They need root, 10 GiB of disk and a quarter"
 	@echo "of an hour then, and a few seconds later on."

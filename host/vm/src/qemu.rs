@@ -264,7 +264,10 @@ impl Config {
 
         option("-kernel", self.artifacts.kernel.display().to_string());
         option("-initrd", self.artifacts.initramfs.display().to_string());
+        // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
+        // memory for none while the kernel identifies the processor, if an interrupt comes just then.
         let mut parameters = vec![
+            "no5lvl",
             "console=ttyS0",
             "panic=-1",
             "init_on_alloc=0",
