@@ -9,7 +9,6 @@
 use crate::{
     rust::{
         page_list::PageList,
-        pfn_array::PfnArray,
         virtio::ByteOrder,
         virtqueue::Virtqueue, //
     },
@@ -21,12 +20,15 @@ use kernel::{
     prelude::*, //
 };
 
-/// How many kernel pages a message names at most.
+/// How many page frame numbers a message has at most.
 ///
 /// The specification has no limit, but devices have: Firecracker passes over longer messages without a
 /// word, so that the memory is lost to both sides, and Cloud Hypervisor refuses them. What would be gained
 /// by longer messages is gained by sending many with each notification.
-pub(crate) const PAGES_PER_MESSAGE: usize = PfnArray::CAPACITY / target::BALLOON_PAGES_PER_PAGE;
+const PFNS_PER_MESSAGE: usize = 256;
+
+/// How many kernel pages a message names at most.
+pub(crate) const PAGES_PER_MESSAGE: usize = PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
 
 /// How many arrays are kept for messages when there is nothing to tell, so that there is always one to be
 /// had when memory is short.
@@ -35,9 +37,9 @@ const RESERVE: usize = 4;
 /// A virtqueue for messages.
 pub(crate) struct MessageQueue {
     /// Pages that belong to the message until the device has used it go with it.
-    vq: Virtqueue<(PfnArray, PageList)>,
+    vq: Virtqueue<(KVec<u32>, PageList)>,
     /// Arrays that are not in use.
-    spare: KVec<PfnArray>,
+    spare: KVec<KVec<u32>>,
     byte_order: ByteOrder,
     /// How many messages the device was not notified of.
     unannounced: usize,
@@ -49,11 +51,14 @@ impl MessageQueue {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(vq: Virtqueue<(PfnArray, PageList)>, byte_order: ByteOrder) -> Result<Self> {
+    pub(crate) fn new(vq: Virtqueue<(KVec<u32>, PageList)>, byte_order: ByteOrder) -> Result<Self> {
         let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
 
         for _ in 0..RESERVE {
-            spare.push(PfnArray::new(GFP_KERNEL)?, GFP_KERNEL)?;
+            spare.push(
+                KVec::with_capacity(PFNS_PER_MESSAGE, GFP_KERNEL)?,
+                GFP_KERNEL,
+            )?;
         }
 
         Ok(Self {
@@ -79,7 +84,7 @@ impl MessageQueue {
         let pfns = self
             .spare
             .pop()
-            .or_else(|| PfnArray::new(GFP_NOWAIT | __GFP_NOWARN).ok())?;
+            .or_else(|| KVec::with_capacity(PFNS_PER_MESSAGE, GFP_NOWAIT | __GFP_NOWARN).ok())?;
 
         Some(Message {
             pfns,
@@ -126,7 +131,7 @@ impl MessageQueue {
         Some(pages)
     }
 
-    fn keep(&mut self, mut array: PfnArray) {
+    fn keep(&mut self, mut array: KVec<u32>) {
         array.clear();
 
         // There is room for as many as there can be messages; if there were not, it would just be freed.
@@ -156,14 +161,15 @@ impl MessageQueue {
 
 /// A message that is being written.
 pub(crate) struct Message {
-    pfns: PfnArray,
+    /// In the device's byte order. Never grows beyond its capacity: this is no place to allocate.
+    pfns: KVec<u32>,
     byte_order: ByteOrder,
 }
 
 impl Message {
     /// Returns how many more kernel pages can be named.
     pub(crate) fn room(&self) -> usize {
-        self.pfns.room() / target::BALLOON_PAGES_PER_PAGE
+        PFNS_PER_MESSAGE.saturating_sub(self.pfns.len()) / target::BALLOON_PAGES_PER_PAGE
     }
 
     /// Names the kernel pages `pfns`.
@@ -175,9 +181,9 @@ impl Message {
     pub(crate) fn name(&mut self, pfns: impl Iterator<Item = u64>) -> Result {
         for pfn in pfns {
             for balloon_pfn in target::balloon_pfns(pfn)? {
-                if !self.pfns.push(self.byte_order.to_device32(balloon_pfn)) {
-                    return Err(ENOSPC);
-                }
+                self.pfns
+                    .push_within_capacity(self.byte_order.to_device32(balloon_pfn))
+                    .map_err(|_| ENOSPC)?;
             }
         }
 

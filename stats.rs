@@ -11,13 +11,15 @@
 
 use crate::rust::{
     memory,
-    stat_buffer::StatBuffer,
     task::{
         Job,
         Task, //
     },
     virtio::ByteOrder,
-    virtio_balloon::stat,
+    virtio_balloon::{
+        stat,
+        Stat, //
+    },
     virtqueue::Virtqueue, //
 };
 
@@ -28,7 +30,7 @@ use kernel::{
 };
 
 /// A virtqueue for statistics.
-pub(crate) type StatsQueue = Virtqueue<StatBuffer>;
+pub(crate) type StatsQueue = Virtqueue<KVec<Stat>>;
 
 /// The statistics queue.
 #[pin_data]
@@ -41,14 +43,14 @@ pub(crate) struct Stats {
 struct Inner {
     queue: StatsQueue,
     /// The buffer while the device does not have it.
-    buffer: Option<StatBuffer>,
+    buffer: Option<KVec<Stat>>,
 }
 
 impl Inner {
     fn new(queue: StatsQueue) -> Result<Self> {
         Ok(Self {
             queue,
-            buffer: Some(StatBuffer::new(GFP_KERNEL)?),
+            buffer: Some(KVec::with_capacity(stat::KINDS, GFP_KERNEL)?),
         })
     }
 }
@@ -96,7 +98,7 @@ impl Job for Stats {
 }
 
 /// Fills `buffer` with the numbers of this moment: always the same ones, in the same order.
-fn collect(buffer: &mut StatBuffer, order: ByteOrder) {
+fn collect(buffer: &mut KVec<Stat>, order: ByteOrder) {
     let info = memory::Info::now();
 
     buffer.clear();
@@ -118,6 +120,7 @@ fn collect(buffer: &mut StatBuffer, order: ByteOrder) {
         (stat::ASYNC_RECLAIM, info.async_reclaimed),
         (stat::DIRECT_RECLAIM, info.direct_reclaimed),
     ] {
-        buffer.push(tag, value, order);
+        // There is room for one of each kind.
+        let _ = buffer.push_within_capacity(Stat::new(tag, value, order));
     }
 }

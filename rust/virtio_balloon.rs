@@ -7,12 +7,14 @@
 use super::{
     bindings,
     virtio::{
+        ByteOrder,
         Feature,
         Field, //
     },
 };
 
 use core::mem::offset_of;
+use kernel::transmute::AsBytes;
 
 /// The device wants statistics.
 pub(crate) const F_STATS_VQ: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STATS_VQ);
@@ -36,9 +38,28 @@ pub(crate) const NUM_PAGES: Field<u32> =
 pub(crate) const ACTUAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, actual));
 
+/// A number about the guest's memory, in the device's byte order.
+pub(crate) use bindings::virtio_balloon_stat as Stat;
+
+impl Stat {
+    /// Says that the statistic `tag` has the value `value`.
+    pub(crate) fn new(tag: u16, value: u64, order: ByteOrder) -> Self {
+        Self {
+            tag: order.to_device16(tag),
+            val: order.to_device64(value),
+        }
+    }
+}
+
+// SAFETY: The struct is packed and consists of integers.
+unsafe impl AsBytes for Stat {}
+
 /// The tags of the statistics. Amounts of memory are in bytes.
 pub(crate) mod stat {
     use super::bindings;
+
+    /// How many kinds of statistics there are.
+    pub(crate) const KINDS: usize = bindings::VIRTIO_BALLOON_S_NR as usize;
 
     /// Memory swapped in, since the guest booted.
     pub(crate) const SWAP_IN: u16 = bindings::VIRTIO_BALLOON_S_SWAP_IN as u16;

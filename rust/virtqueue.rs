@@ -25,7 +25,8 @@ use core::{
 use kernel::{
     error::to_result,
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    transmute::AsBytes, //
 };
 
 /// Memory that can be offered to a device.
@@ -46,6 +47,19 @@ pub(crate) unsafe trait Buffer {
 
     /// Returns the memory and its length in bytes.
     fn memory(&self) -> (NonNull<u8>, usize);
+}
+
+// SAFETY: The elements are allocated by kmalloc, and have no padding by the requirements of `AsBytes`. They stay
+// where they are when the vector is moved; only through `&mut self` are they written, or moved elsewhere.
+unsafe impl<T: AsBytes> Buffer for KVec<T> {
+    const DEVICE_WRITES: bool = false;
+
+    fn memory(&self) -> (NonNull<u8>, usize) {
+        (
+            NonNull::from(self.as_slice()).cast(),
+            mem::size_of_val(self.as_slice()),
+        )
+    }
 }
 
 // SAFETY: The first part is a `Buffer`; the second one travels along, and the device does not see it.
@@ -126,8 +140,13 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// # Errors
     ///
-    /// Returns the buffer if the ring is full, the queue is broken, or the device is gone.
+    /// Returns the buffer if it is empty, which no device has to understand, if the ring is full, if the queue is
+    /// broken, or if the device is gone.
     pub(crate) fn add(&mut self, buffer: B) -> Result<(), B> {
+        let (memory, len) = buffer.memory();
+        let Ok(len @ 1..) = c_uint::try_from(len) else {
+            return Err(buffer);
+        };
         let Some(_open) = self.binding.enter() else {
             return Err(buffer);
         };
@@ -135,7 +154,6 @@ impl<B: Buffer> Virtqueue<B> {
             return Err(buffer);
         };
 
-        let (memory, len) = buffer.memory();
         let mut sg = MaybeUninit::<bindings::scatterlist>::zeroed();
         let token = ptr::without_provenance_mut::<c_void>(index + 1);
 
@@ -146,7 +164,7 @@ impl<B: Buffer> Virtqueue<B> {
         // `binding` was entered, and `&mut self` makes sure that nobody else uses it. The buffer stays as
         // it is until the device has used it, since it is in `slots` then.
         let added = unsafe {
-            bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len as c_uint);
+            bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len);
 
             let add = if B::DEVICE_WRITES {
                 bindings::virtqueue_add_inbuf

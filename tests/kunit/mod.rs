@@ -8,8 +8,8 @@
 #![forbid(unsafe_code)]
 
 mod backoff;
+mod buffer;
 mod device;
 mod pages;
-mod pfn_array;
 mod range_stack;
 mod target;
