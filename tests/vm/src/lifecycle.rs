@@ -44,7 +44,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 fn rmmod_full(setup: &Setup) -> Result<()> {
-    let size = Size::mib(700);
+    let size = Size::mib(500);
     vm::run(&setup.config(), |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         for _ in 0..2 {
