@@ -34,10 +34,43 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-const BALLOON: Size = Size::mib(700);
+/// What a guest has available before anything happens, of which the balloon takes three quarters
+/// and a process needs half.
+struct Shares {
+    balloon: Size,
+    need: usize,
+}
 
-/// More than is left beside the balloon in a guest of 1 GiB, and less than there is without it.
-const NEED: Size = Size::mib(600);
+impl Shares {
+    fn of(guest: &Guest) -> Result<Self> {
+        let available = guest.meminfo()?.available.as_mib();
+        Ok(Self {
+            balloon: Size::mib(available * 3 / 4),
+            need: usize::try_from(available / 2)?,
+        })
+    }
+
+    /// Starts a process that takes what it needs.
+    fn start<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
+        guest.load(Load::Hog { mib: self.need })
+    }
+
+    /// Starts a process that takes what it needs, and waits until it has all of it.
+    fn start_and_wait<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
+        let load = self.start(guest)?;
+        guest.wait_until("a process has the memory it needs", PATIENCE, || {
+            let status = load.status()?;
+            ensure!(
+                status.exit.is_none(),
+                "it ended with {:?} at {} MiB",
+                status.exit,
+                status.progress.mib
+            );
+            Ok(status.progress.mib >= self.need)
+        })?;
+        Ok(load)
+    }
+}
 
 /// How long a process may take to get its memory, or to be killed for it.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -47,47 +80,26 @@ const ON: &str = "virtio-balloon-pci,id=balloon0,deflate-on-oom=on";
 /// The kernel's words when it looks for memory, and when it kills.
 const OOM: &str = "invoked oom-killer|Out of memory";
 
-/// Starts a process that takes [`NEED`].
-fn start(guest: &Guest) -> Result<RunningLoad<'_>> {
-    guest.load(Load::Hog {
-        mib: usize::try_from(NEED.as_mib())?,
-    })
-}
-
-/// Starts a process that takes [`NEED`], and waits until it has all of it.
-fn start_and_wait(guest: &Guest) -> Result<RunningLoad<'_>> {
-    let load = start(guest)?;
-    guest.wait_until("a process has the memory it needs", PATIENCE, || {
-        let status = load.status()?;
-        ensure!(
-            status.exit.is_none(),
-            "it ended with {:?} at {} MiB",
-            status.exit,
-            status.progress.mib
-        );
-        Ok(status.progress.mib as u64 >= NEED.as_mib())
-    })?;
-    Ok(load)
-}
-
 fn deflate_on_oom(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().balloon(Some(ON)), |guest| {
         guest.insmod(setup.driver, &[])?;
         let total = guest.meminfo()?.total;
-        guest.balloon().settle(BALLOON)?;
+        let shares = Shares::of(guest)?;
+        guest.balloon().settle(shares.balloon)?;
         let with_balloon = guest.meminfo()?.total;
         ensure!(
             with_balloon == total,
             "memory that can come back counts as the guest's: {with_balloon} of {total}"
         );
 
-        let load = start_and_wait(guest)?;
+        let load = shares.start_and_wait(guest)?;
         let left = guest.balloon().size()?;
         ensure!(
-            left < BALLOON,
-            "the balloon still has {left}, although the guest needed {NEED}"
+            left < shares.balloon,
+            "the balloon still has {left}, although the guest needed {} MiB",
+            shares.need
         );
-        setup.note(format!("{left} of {BALLOON} left in the balloon"));
+        setup.note(format!("{left} of {} left in the balloon", shares.balloon));
         load.stop()?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
@@ -98,8 +110,9 @@ fn deflate_on_oom(setup: &Setup) -> Result<()> {
 fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().expect(OOM), |guest| {
         guest.insmod(setup.driver, &[])?;
-        guest.balloon().settle(BALLOON)?;
-        start(guest)?.wait(PATIENCE)?;
+        let shares = Shares::of(guest)?;
+        guest.balloon().settle(shares.balloon)?;
+        shares.start(guest)?.wait(PATIENCE)?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(
             killed == 1,
@@ -107,8 +120,9 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
         );
         let left = guest.balloon().size()?;
         ensure!(
-            left == BALLOON,
-            "the balloon has {left} in place of {BALLOON}"
+            left == shares.balloon,
+            "the balloon has {left} in place of {}",
+            shares.balloon
         );
         guest.rmmod(setup.driver)
     })
@@ -117,8 +131,9 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
 fn no_swing_after_oom(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().balloon(Some(ON)), |guest| {
         guest.insmod(setup.driver, &[])?;
-        guest.balloon().settle(BALLOON)?;
-        let load = start_and_wait(guest)?;
+        let shares = Shares::of(guest)?;
+        guest.balloon().settle(shares.balloon)?;
+        let load = shares.start_and_wait(guest)?;
         load.stop()?;
 
         // The memory is free again, and the host still wants it.
@@ -132,7 +147,7 @@ fn no_swing_after_oom(setup: &Setup) -> Result<()> {
         );
 
         // After the pause it is taken, without another round of need.
-        guest.balloon().settle(BALLOON)?;
+        guest.balloon().settle(shares.balloon)?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
         guest.rmmod(setup.driver)
