@@ -270,6 +270,8 @@ impl Config {
             "no5lvl",
             "console=ttyS0",
             "panic=-1",
+            // How a machine without ACPI and without a keyboard's controller ends.
+            "reboot=triple",
             "init_on_alloc=0",
             "sysctl.kernel.hung_task_timeout_secs=30",
         ];
