@@ -40,7 +40,7 @@ struct Measurement {
 pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     check_memory()?;
-    let artifacts = setup::prepare(&places, Kernel::Test, &[Driver::Rust, Driver::C])?;
+    let artifacts = setup::prepare(&places, Kernel::Test)?;
     let rust = measure(&artifacts, Driver::Rust, guests)?;
     let c = measure(&artifacts, Driver::C, guests)?;
     println!("\n{}", table(&rust, &c));

@@ -45,7 +45,10 @@ pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()
             .to_string_lossy();
         add(format!("modules/{name}"), PROGRAM, read(module)?);
     }
-    write_cpio(entries.into_iter(), File::create(path)?)?;
+    // A guest that boots just now gets the old one or the new one, not a part of it.
+    let new = path.with_extension("new");
+    write_cpio(entries.into_iter(), File::create(&new)?)?;
+    fs::rename(new, path)?;
     Ok(())
 }
 
@@ -68,14 +71,11 @@ pub(crate) fn build_agent(places: &Places) -> Result<PathBuf> {
         &places.build().join("agent.log"),
     )?;
     phase.finish();
-    let built = places
+    let agent = places
         .cache
         .join("target")
         .join(TARGET)
         .join("release/agent");
-    ensure!(built.exists(), "cargo left no agent at {}", built.display());
-    // The next checkout's build writes to the same place.
-    let agent = places.build().join("agent");
-    fs::copy(&built, &agent)?;
+    ensure!(agent.exists(), "cargo left no agent at {}", agent.display());
     Ok(agent)
 }

@@ -18,7 +18,7 @@ pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
     let mut report = Report::new();
     for kernel in [Kernel::Test, Kernel::Debug] {
         if only.is_none_or(|only| only == kernel) {
-            let artifacts = setup::prepare(&places, kernel, &[Driver::Rust])?;
+            let artifacts = setup::prepare(&places, kernel)?;
             run_in(kernel, &artifacts, guests, &mut report);
         }
     }

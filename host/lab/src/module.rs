@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The drivers' modules.
+//! The module that this repository is about.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,16 +12,11 @@ use crate::kernel::Tree;
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// The file that has a driver for a kernel. Builds it when it is this repository's.
-pub(crate) fn build(places: &Places, tree: &Tree, driver: Driver) -> Result<PathBuf> {
-    match driver {
-        Driver::C => Ok(tree.path.join("drivers/virtio").join(driver.file())),
-        Driver::Rust => {
-            let directory = places.build_for(tree.kernel);
-            make(places, tree, &directory, "Building the module", &[])?;
-            Ok(directory.join(driver.file()))
-        }
-    }
+/// Builds the module for a kernel, and returns the file that has it.
+pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
+    let directory = places.build_for(tree.kernel);
+    make(places, tree, &directory, "Building the module", &[])?;
+    Ok(directory.join(Driver::Rust.file()))
 }
 
 /// Runs the module's build in `directory`, with more variables for make.

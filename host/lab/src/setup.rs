@@ -10,15 +10,15 @@ use vm::{Artifacts, Driver, Kernel};
 use crate::places::Places;
 use crate::{initramfs, kernel, module};
 
-/// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
-pub(crate) fn prepare(places: &Places, kernel: Kernel, drivers: &[Driver]) -> Result<Artifacts> {
+/// Builds a kernel, both drivers for it and an initramfs, as far as that has not been done.
+pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
     let tree = kernel::build(places, kernel)?;
-    let modules = drivers
-        .iter()
-        .map(|&driver| module::build(places, &tree, driver))
-        .collect::<Result<Vec<_>>>()?;
+    let modules = [
+        module::build(places, &tree)?,
+        tree.path.join("drivers/virtio").join(Driver::C.file()),
+    ];
     let agent = initramfs::build_agent(places)?;
     let initramfs = build.join("initramfs.cpio");
     initramfs::write(&initramfs, &agent, &modules)?;

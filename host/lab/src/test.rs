@@ -42,12 +42,7 @@ pub(crate) fn run(
         if scenarios.is_empty() && !with_kunit {
             continue;
         }
-        // The other driver is there to be compared with.
-        let drivers = match driver {
-            Driver::Rust => &[Driver::Rust, Driver::C][..],
-            Driver::C => &[Driver::C],
-        };
-        let artifacts = setup::prepare(&places, this, drivers)?;
+        let artifacts = setup::prepare(&places, this)?;
         if with_kunit {
             kunit::run_in(this, &artifacts, guests, &mut report);
         }
