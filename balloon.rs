@@ -263,22 +263,23 @@ impl Balloon {
             return Some(pause);
         }
 
-        // A page that the device has not been told about yet may be among those that are allocated: it
-        // would learn of the page's return after its new departure.
-        if self.deflate.lock().is_pending() {
+        // A page that was deflated and that the device has not been told about yet may be among those that are
+        // allocated: the device would learn of its return after its new departure.
+        let may_send = || !self.deflate.lock().is_pending();
+        if !may_send() {
             return None;
         }
 
         let above_floor = memory::available_pages().saturating_sub(self.floor);
         let now_wanted = wanted.min(PAGES_PER_RUN);
-        let reason = match worker
+        let stop = worker
             .inflate
-            .fill(&self.pages, now_wanted.min(above_floor))
-        {
+            .fill(&self.pages, now_wanted.min(above_floor), may_send);
+        let reason = match stop {
             Stop::Done if now_wanted <= above_floor => {
                 return (now_wanted < wanted).then_some(0);
             }
-            Stop::QueueFull => return None,
+            Stop::NotNow => return None,
             Stop::Done => "the available memory has come down to floor_mib",
             Stop::NoMemory => "the guest has no more memory to give",
         };

@@ -39,8 +39,8 @@ pub(crate) struct Inflate {
 pub(crate) enum Stop {
     /// All pages are on their way.
     Done,
-    /// The queue is full: go on when the device has used some messages.
-    QueueFull,
+    /// The queue is full, or nothing may be sent: go on when the device has used some messages.
+    NotNow,
     /// The page allocator has nothing to give.
     NoMemory,
 }
@@ -72,28 +72,43 @@ impl Inflate {
         collected
     }
 
-    /// Takes up to `wanted` pages from the page allocator and sends them to the device. What it has answered in
-    /// the meantime is put into `balloon`.
-    pub(crate) fn fill(&mut self, balloon: &BalloonPages, wanted: usize) -> Stop {
-        let stop = self.send(balloon, wanted);
+    /// Takes up to `wanted` pages from the page allocator and sends them to the device, as long as `may_send`
+    /// holds. What it has answered in the meantime is put into `balloon`.
+    pub(crate) fn fill(
+        &mut self,
+        balloon: &BalloonPages,
+        wanted: usize,
+        may_send: impl Fn() -> bool,
+    ) -> Stop {
+        let stop = self.send(balloon, wanted, may_send);
 
         self.queue.notify();
         stop
     }
 
-    fn send(&mut self, balloon: &BalloonPages, mut wanted: usize) -> Stop {
+    fn send(
+        &mut self,
+        balloon: &BalloonPages,
+        mut wanted: usize,
+        may_send: impl Fn() -> bool,
+    ) -> Stop {
         // Once a block of some order is not to be had, larger ones are not tried again in this call.
         let mut order = page_list::MAX_ORDER;
 
         while wanted > 0 {
             if self.queue.room() == 0 && self.collect(balloon) == 0 {
-                return Stop::QueueFull;
+                return Stop::NotNow;
             }
 
             let pages = allocate(wanted.min(PAGES_PER_MESSAGE), &mut order);
             let n = pages.len();
             if n == 0 {
                 return Stop::NoMemory;
+            }
+
+            // Asked now, and not before: pages that were deflated by then may be among these.
+            if !may_send() {
+                return Stop::NotNow;
             }
 
             let Some(mut message) = self.queue.message() else {
@@ -106,7 +121,7 @@ impl Inflate {
             }
 
             if self.queue.send(message, pages).is_err() {
-                return Stop::QueueFull;
+                return Stop::NotNow;
             }
 
             self.in_flight += n;
