@@ -240,8 +240,8 @@ impl PageList {
 
 impl Drop for PageList {
     fn drop(&mut self) {
-        // Neighbours are freed together, which is several times faster than one by one: they go back to
-        // the page allocator as blocks.
+        // Neighbours are freed together: they go back to the page allocator as blocks, which need not be
+        // put together again from single pages.
         let mut start = 0;
         let mut len = 0;
 
