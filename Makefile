@@ -5,7 +5,7 @@
 KDIR ?= /lib/modules/$(shell uname -r)/build
 
 # All but the plain module runs in a build root of its own, which is made on first use.
-lab := guest/build-root cargo run --release --locked --manifest-path host/Cargo.toml --package lab --
+lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose)
 
 .PHONY: all demo test kunit clippy fmt fmt-check clean help

@@ -3,10 +3,9 @@
 //! Clippy and the formatters, for the module and for the host's programs.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use vm::Kernel;
 
 use crate::places::Places;
@@ -53,29 +52,11 @@ pub(crate) fn format(check: bool) -> Result<bool> {
         .arg("--config-path")
         .arg(kernel::source(&places)?.join(".rustfmt.toml"))
         .args(["--edition", "2021"])
-        .args(module_sources(&places)?)
+        .args(module::sources(&places, &["rs"])?)
         .status()?;
     let host = Command::new("cargo")
         .args(["fmt", "--all", "--manifest-path", "host/Cargo.toml", "--"])
         .args(check)
         .status()?;
     Ok(module.success() && host.success())
-}
-
-/// The sources of the module: those that the kernel's formatting is for.
-fn module_sources(places: &Places) -> Result<Vec<PathBuf>> {
-    let mut sources = Vec::new();
-    for directory in [".", "rust", "tests/kunit"] {
-        let directory = places.checkout.join(directory);
-        let entries =
-            fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?;
-        for entry in entries {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "rs") {
-                sources.push(path);
-            }
-        }
-    }
-    ensure!(!sources.is_empty(), "there are no sources of the module");
-    Ok(sources)
 }

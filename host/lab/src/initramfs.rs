@@ -5,16 +5,11 @@
 use std::fs::{self, File};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use cpio::newc::Builder;
 use cpio::write_cpio;
 
-use crate::places::Places;
-use crate::progress::Phase;
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 const SHELL: &str = "/usr/bin/busybox";
 
 const DIRECTORY: u32 = 0o040_755;
@@ -50,32 +45,4 @@ pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()
     write_cpio(entries.into_iter(), File::create(&new)?)?;
     fs::rename(new, path)?;
     Ok(())
-}
-
-/// Builds the agent as a program that needs no libraries, and returns where it is.
-pub(crate) fn build_agent(places: &Places) -> Result<PathBuf> {
-    let phase = Phase::start("Building the guest's agent", None);
-    phase.follow(
-        Command::new("cargo")
-            .args([
-                "build",
-                "--release",
-                "--locked",
-                "--target",
-                TARGET,
-                "--package",
-                "agent",
-            ])
-            .args(["--manifest-path", "host/Cargo.toml"])
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
-        &places.build().join("agent.log"),
-    )?;
-    phase.finish();
-    let agent = places
-        .cache
-        .join("target")
-        .join(TARGET)
-        .join("release/agent");
-    ensure!(agent.exists(), "cargo left no agent at {}", agent.display());
-    Ok(agent)
 }

@@ -2,21 +2,65 @@
 
 //! The module that this repository is about.
 
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, process};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
 use vm::Driver;
 
 use crate::kernel::Tree;
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// Builds the module for a kernel, and returns the file that has it.
+/// Builds the module for a kernel, unless these sources have been built for it before, in whatever checkout.
+/// Returns the file that has it.
 pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
-    let directory = places.build_for(tree.kernel);
-    make(places, tree, &directory, "Building the module", &[])?;
-    Ok(directory.join(Driver::Rust.file()))
+    let kept = tree.path.join("modules").join(key(places)?);
+    let module = kept.join(Driver::Rust.file());
+    if !module.exists() {
+        let directory = places.build_for(tree.kernel);
+        make(places, tree, &directory, "Building the module", &[])?;
+        fs::create_dir_all(&kept)?;
+        // Whoever looks finds all of it or nothing.
+        let new = kept.join(format!("{}.new", process::id()));
+        fs::copy(directory.join(Driver::Rust.file()), &new)?;
+        fs::rename(new, &module)?;
+    }
+    Ok(module)
+}
+
+/// What the module is made of, in a few characters.
+fn key(places: &Places) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut paths = sources(places, &["rs", "c", "h"])?;
+    paths.push("Kbuild".into());
+    for path in paths {
+        hash.update(path.as_os_str().as_encoded_bytes());
+        hash.update(fs::read(places.checkout.join(path))?);
+    }
+    Ok(format!("{:.12}", format!("{:x}", hash.finalize())))
+}
+
+/// The module's sources whose names end like that, as paths in the checkout.
+pub(crate) fn sources(places: &Places, extensions: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut sources = Vec::new();
+    for directory in ["", "rust", "tests/kunit"] {
+        let entries = fs::read_dir(places.checkout.join(directory))
+            .with_context(|| format!("reading {}", places.checkout.join(directory).display()))?;
+        for entry in entries {
+            let path = Path::new(directory).join(entry?.file_name());
+            if path
+                .extension()
+                .is_some_and(|this| extensions.iter().any(|&extension| this == extension))
+            {
+                sources.push(path);
+            }
+        }
+    }
+    ensure!(!sources.is_empty(), "there are no sources of the module");
+    sources.sort();
+    Ok(sources)
 }
 
 /// Runs the module's build in `directory`, with more variables for make.
