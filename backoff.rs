@@ -69,6 +69,11 @@ impl Backoff {
             .map(|left| left.min(length))
     }
 
+    /// Returns whether the last try has failed.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.pause.is_some()
+    }
+
     /// Forgets all failures.
     pub(crate) fn reset(&mut self) {
         self.pause = None;

@@ -6,8 +6,8 @@
 //! much as the queues have room for, and ends; the device's next answer, a new target or the end of a pause
 //! starts the next run. So there is nothing to hang on if the device stays silent.
 //!
-//! Lock order: [`Balloon::worker`], then [`Balloon::deflate`], then the balloon core's `balloon_pages_lock`.
-//! Memory is allocated under the first one only, which nobody takes who frees memory for others.
+//! Lock order: [`Balloon::worker`], then [`Balloon::deflate`], then [`Moves`]'s lock and the balloon core's
+//! `balloon_pages_lock`, one at a time. Memory is allocated under the first one only, which nobody takes who frees memory for others.
 
 #![forbid(unsafe_code)]
 
@@ -25,12 +25,14 @@ use crate::{
         Stop, //
     },
     message::MessageQueue,
+    migration::Moves,
     rust::{
         balloon_pages::BalloonPages,
         memory,
         oom::OomNotify,
         task::{
             Job,
+            Slot,
             Task, //
         }, //
     },
@@ -73,8 +75,9 @@ const PAGES_PER_RUN: usize = 1 << (28 - PAGE_SHIFT);
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How long an allocation that has failed waits for a device that must be told before pages can be used.
-const OOM_PATIENCE: Msecs = 100;
+/// How long an allocation that has failed waits for the device, in milliseconds: where it must be told before pages
+/// can be used, or when pages have just been moved.
+const OOM_PATIENCE: u32 = 100;
 
 /// How long unbinding waits for a device that gives no sign of life, and how often it looks for one.
 const PATIENCE: Delta = Delta::from_millis(2_000);
@@ -95,7 +98,7 @@ pub(crate) struct Balloon {
     floor: usize,
 
     #[pin]
-    pages: BalloonPages,
+    pages: BalloonPages<Moves>,
 
     /// What only the task uses.
     #[pin]
@@ -131,14 +134,16 @@ struct Worker {
     broken: bool,
 }
 
+fn must_tell(dev: &virtio::Device<Core<'_>>) -> bool {
+    dev.has_feature(virtio_balloon::F_MUST_TELL_HOST)
+}
+
 /// Sets up what exists for as long as the device is not reset.
 fn set_up(
     dev: &virtio::Device<Core<'_>>,
     inflate: MessageQueue,
     deflate: MessageQueue,
 ) -> Result<(Worker, Deflate)> {
-    let must_tell = dev.has_feature(virtio_balloon::F_MUST_TELL_HOST);
-
     Ok((
         Worker {
             config: dev.config()?,
@@ -148,14 +153,15 @@ fn set_up(
             progress: 0,
             broken: false,
         },
-        Deflate::new(deflate, must_tell),
+        Deflate::new(deflate, must_tell(dev)),
     ))
 }
 
 impl Balloon {
-    /// Returns an initialiser for an empty balloon that does not grow when fewer than `floor` MiB are
+    /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than `floor` MiB are
     /// available.
     pub(crate) fn new(
+        slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue,
         deflate: MessageQueue,
@@ -164,12 +170,13 @@ impl Balloon {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
         // Memory that can come back by itself is still the guest's.
         let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
+        let moves = Moves::new(slot.waker(), must_tell(dev))?;
         let dev = (&**dev).into();
 
         Ok(try_pin_init!(Self {
             dev,
             floor: (floor as usize) << (20 - PAGE_SHIFT),
-            pages <- BalloonPages::new(adjust_managed),
+            pages <- BalloonPages::new(adjust_managed, moves),
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             target_changed: Atomic::new(true),
@@ -188,6 +195,7 @@ impl Balloon {
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
+        self.moves().reset(must_tell(dev))?;
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
@@ -195,6 +203,10 @@ impl Balloon {
         self.giving_back.store(false, Relaxed);
         self.target_changed();
         Ok(())
+    }
+
+    fn moves(&self) -> &Moves {
+        self.pages.replacer()
     }
 
     /// Says that the device may have a new target.
@@ -265,7 +277,7 @@ impl Balloon {
 
         // A page that was deflated and that the device has not been told about yet may be among those that are
         // allocated: the device would learn of its return after its new departure.
-        let may_send = || !self.deflate.lock().is_pending();
+        let may_send = || self.moves().settled().is_some() && !self.deflate.lock().is_pending();
         if !may_send() {
             return None;
         }
@@ -301,7 +313,9 @@ impl Balloon {
     /// something happens before.
     fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
         let limit = wanted.min(PAGES_PER_RUN);
-        let released = deflate::release(&self.deflate, &self.pages, limit);
+        // Comes again when the device has answered.
+        let settled = self.moves().settled()?;
+        let released = deflate::release(&self.deflate, &self.pages, limit, settled);
 
         worker.progress = worker.progress.wrapping_add(released);
 
@@ -336,7 +350,8 @@ impl Balloon {
         worker.inflate.queue.wake();
         self.deflate.lock().queue.wake();
 
-        let answers = worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate);
+        let answers =
+            worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
         worker.progress = worker.progress.wrapping_add(answers);
 
         if self.target_changed.xchg(false, Relaxed) {
@@ -359,10 +374,20 @@ impl Balloon {
         let target = self.target(worker)?;
         let mut again = None;
 
-        match Step::towards(target, self.pages.len(), worker.inflate.in_flight()) {
+        let step = Step::towards(target, self.pages.len(), worker.inflate.in_flight());
+        if step != Step::Rest {
+            self.moves().allow(false);
+        }
+
+        match step {
             Step::Inflate(wanted) => again = self.grow(worker, target, wanted),
             Step::Deflate(wanted) => again = self.shrink(worker, wanted),
             Step::Rest => worker.backoff.reset(),
+        }
+
+        // Also while the balloon cannot grow: that may take for ever.
+        if step == Step::Rest || worker.backoff.is_failing() {
+            self.moves().allow(!self.giving_back.load(Relaxed));
         }
 
         self.update_actual(worker)?;
@@ -371,6 +396,7 @@ impl Balloon {
         // (QEMU handles a queue, like every access to a device, under one lock.)
         if again != Some(0) {
             self.deflate.lock().tell();
+            self.moves().tell(&mut worker.inflate, &self.deflate);
         }
 
         // What was answered in the meantime is taken in the next run.
@@ -383,7 +409,10 @@ impl Balloon {
         }
 
         // Interrupts come when most of what is in flight has been answered, and a slow device takes its time.
-        if worker.inflate.in_flight() > 0 || self.deflate.lock().is_pending() {
+        if worker.inflate.in_flight() > 0
+            || self.deflate.lock().is_pending()
+            || self.moves().settled().is_none()
+        {
             again.get_or_insert(LOOK_AGAIN);
         }
 
@@ -398,19 +427,22 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
 
-        let held = self.pages.len();
-        let released = deflate::release(&self.deflate, &self.pages, (held / 8).max(OOM_SHARE));
+        // The task tells the device of them, and allows others when it has done all that is to be done.
+        self.moves().allow(false);
+        let Some(settled) = patiently(|| self.moves().settled()) else {
+            return 0;
+        };
+
+        let wanted = (self.pages.len() / 8).max(OOM_SHARE);
+        let released = deflate::release(&self.deflate, &self.pages, wanted, settled);
 
         if released > 0 {
             self.given_for_oom.add(released, Relaxed);
             self.schedule();
         }
 
-        if deflate::settle(&self.deflate, OOM_PATIENCE) {
-            released
-        } else {
-            0
-        }
+        let is_over = || deflate::is_over(&self.deflate, &self.pages).then_some(());
+        patiently(is_over).map_or(0, |()| released)
     }
 }
 
@@ -433,6 +465,18 @@ impl Job for Balloon {
             }
         }
     }
+}
+
+/// Waits for `condition`, but not for long, on behalf of an allocation.
+fn patiently<T>(mut condition: impl FnMut() -> Option<T>) -> Option<T> {
+    for _ in 0..OOM_PATIENCE {
+        if let Some(result) = condition() {
+            return Some(result);
+        }
+        fsleep(Delta::from_millis(1));
+    }
+
+    None
 }
 
 /// Converts kernel pages to MiB.

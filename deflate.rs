@@ -13,7 +13,12 @@
 use crate::{
     message::{
         MessageQueue,
+        Pages,
         PAGES_PER_MESSAGE, //
+    },
+    migration::{
+        Moves,
+        Settled, //
     },
     rust::{
         balloon_pages::BalloonPages,
@@ -22,14 +27,7 @@ use crate::{
     }, //
 };
 
-use kernel::{
-    sync::SpinLock,
-    time::{
-        delay::fsleep,
-        Delta,
-        Msecs, //
-    }, //
-};
+use kernel::sync::SpinLock;
 
 /// How many pages are taken out of the balloon under one hold of a lock.
 const PAGES_PER_HOLD: usize = 512;
@@ -86,12 +84,14 @@ impl Deflate {
         }
 
         // If the queue does not take it although there is room, there is nobody left to tell.
-        self.queue.send(message, PageList::new()).is_ok()
+        self.queue
+            .send(message, Pages::List(PageList::new()))
+            .is_ok()
     }
 }
 
 /// Takes note of what the device has answered. Returns the number of answers.
-pub(crate) fn collect(deflate: &SpinLock<Deflate>) -> usize {
+pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> usize {
     let mut answers = 0;
 
     loop {
@@ -100,7 +100,10 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>) -> usize {
         };
 
         // Where the device had to be told first, this is where the pages are freed: not under the lock.
-        drop(pages);
+        match pages {
+            Pages::List(pages) => drop(pages),
+            Pages::Moves(moves) => balloon.replacer().told_old(moves),
+        }
         answers += 1;
     }
 }
@@ -108,8 +111,14 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>) -> usize {
 /// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device allows
 /// it. Returns how many were taken out: fewer if nothing more can be done before the device has answered.
 ///
-/// The device learns of it by [`Deflate::tell`].
-pub(crate) fn release(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wanted: usize) -> usize {
+/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before, which is what
+/// `_settled` shows.
+pub(crate) fn release(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<Moves>,
+    wanted: usize,
+    _settled: Settled<'_>,
+) -> usize {
     let release_some = if deflate.lock().must_tell {
         tell_first
     } else {
@@ -127,28 +136,24 @@ pub(crate) fn release(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wante
     released
 }
 
-/// Waits until pages that were released can be used, for `patience` milliseconds at most: only where the device
-/// must be told first is there anything to wait for. Returns whether they can be used.
-pub(crate) fn settle(deflate: &SpinLock<Deflate>, patience: Msecs) -> bool {
-    if !deflate.lock().must_tell {
-        return true;
-    }
+/// Returns whether pages that were released can be used: only where the device must be told first does that
+/// depend on its answer.
+pub(crate) fn is_over(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
+    {
+        let mut this = deflate.lock();
 
-    deflate.lock().queue.notify();
-
-    for _ in 0..patience {
-        collect(deflate);
-        if !deflate.lock().is_pending() {
+        if !this.must_tell {
             return true;
         }
-        fsleep(Delta::from_millis(1));
+        this.queue.notify();
     }
 
-    false
+    collect(deflate, balloon);
+    !deflate.lock().is_pending()
 }
 
 /// Frees some pages, up to `wanted`, before the device has been told.
-fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wanted: usize) -> usize {
+fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted: usize) -> usize {
     let mut pages = balloon.take(wanted.min(PAGES_PER_HOLD));
     let taken = pages.len();
 
@@ -157,7 +162,7 @@ fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wanted: usize
 }
 
 /// Tells the device of some pages, up to `wanted`, which are freed when it has answered.
-fn tell_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wanted: usize) -> usize {
+fn tell_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted: usize) -> usize {
     let mut this = deflate.lock();
 
     if this.queue.room() == 0 {
@@ -176,12 +181,12 @@ fn tell_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages, wanted: usize
     // All fit, and whatever was in the balloon has a name.
     let _ = message.name(pages.pfns());
 
-    match this.queue.send(message, pages) {
-        Ok(()) => taken,
-        Err(pages) => {
+    match this.queue.send(message, Pages::List(pages)) {
+        Err(Pages::List(pages)) => {
             drop(this);
             balloon.insert(pages);
             0
         }
+        _ => taken,
     }
 }

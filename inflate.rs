@@ -12,8 +12,10 @@
 use crate::{
     message::{
         MessageQueue,
+        Pages,
         PAGES_PER_MESSAGE, //
     },
+    migration::Moves,
     rust::{
         balloon_pages::BalloonPages,
         page_list::{
@@ -60,12 +62,17 @@ impl Inflate {
     }
 
     /// Puts the pages that the device has answered for into `balloon`. Returns how many there were.
-    pub(crate) fn collect(&mut self, balloon: &BalloonPages) -> usize {
+    pub(crate) fn collect(&mut self, balloon: &BalloonPages<Moves>) -> usize {
         let mut collected = 0;
 
         while let Some(pages) = self.queue.next_used() {
-            collected += pages.len();
-            balloon.insert(pages);
+            match pages {
+                Pages::List(pages) => {
+                    collected += pages.len();
+                    balloon.insert(pages);
+                }
+                Pages::Moves(moves) => balloon.replacer().told_new(moves),
+            }
         }
 
         self.in_flight -= collected;
@@ -76,7 +83,7 @@ impl Inflate {
     /// holds. What it has answered in the meantime is put into `balloon`.
     pub(crate) fn fill(
         &mut self,
-        balloon: &BalloonPages,
+        balloon: &BalloonPages<Moves>,
         wanted: usize,
         may_send: impl Fn() -> bool,
     ) -> Stop {
@@ -88,7 +95,7 @@ impl Inflate {
 
     fn send(
         &mut self,
-        balloon: &BalloonPages,
+        balloon: &BalloonPages<Moves>,
         mut wanted: usize,
         may_send: impl Fn() -> bool,
     ) -> Stop {
@@ -120,7 +127,7 @@ impl Inflate {
                 return Stop::NoMemory;
             }
 
-            if self.queue.send(message, pages).is_err() {
+            if self.queue.send(message, Pages::List(pages)).is_err() {
                 return Stop::NotNow;
             }
 

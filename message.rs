@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    migration::Move,
     rust::{
         page_list::PageList,
         virtio::ByteOrder,
@@ -34,10 +35,20 @@ pub(crate) const PAGES_PER_MESSAGE: usize = PFNS_PER_MESSAGE / target::BALLOON_P
 /// had when memory is short.
 const RESERVE: usize = 4;
 
+/// What belongs to a message until the device has used it.
+pub(crate) enum Pages {
+    /// Pages that are nowhere else.
+    List(PageList),
+    /// Moves of pages within the balloon.
+    Moves(KVec<Move>),
+}
+
+/// What a virtqueue for messages carries.
+type Payload = (KVec<u32>, Pages);
+
 /// A virtqueue for messages.
 pub(crate) struct MessageQueue {
-    /// Pages that belong to the message until the device has used it go with it.
-    vq: Virtqueue<(KVec<u32>, PageList)>,
+    vq: Virtqueue<Payload>,
     /// Arrays that are not in use.
     spare: KVec<KVec<u32>>,
     byte_order: ByteOrder,
@@ -51,7 +62,7 @@ impl MessageQueue {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(vq: Virtqueue<(KVec<u32>, PageList)>, byte_order: ByteOrder) -> Result<Self> {
+    pub(crate) fn new(vq: Virtqueue<Payload>, byte_order: ByteOrder) -> Result<Self> {
         let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
 
         for _ in 0..RESERVE {
@@ -97,7 +108,7 @@ impl MessageQueue {
     /// # Errors
     ///
     /// Returns the pages, if the queue is full, broken, or gone.
-    pub(crate) fn send(&mut self, message: Message, pages: PageList) -> Result<(), PageList> {
+    pub(crate) fn send(&mut self, message: Message, pages: Pages) -> Result<(), Pages> {
         match self.vq.add((message.pfns, pages)) {
             Ok(()) => {
                 self.unannounced += 1;
@@ -107,6 +118,29 @@ impl MessageQueue {
                 self.keep(array);
                 Err(pages)
             }
+        }
+    }
+
+    /// Sends a message about one page of each of `moves`, which is what `pfn` returns.
+    ///
+    /// # Errors
+    ///
+    /// Returns the moves, if there is no room or no memory for a message.
+    pub(crate) fn send_moves(
+        &mut self,
+        moves: KVec<Move>,
+        pfn: impl Fn(&Move) -> u64,
+    ) -> Result<(), KVec<Move>> {
+        let Some(mut message) = self.message() else {
+            return Err(moves);
+        };
+
+        // A message has room for as many as can be waiting, and all have names.
+        let _ = message.name(moves.iter().map(pfn));
+
+        match self.send(message, Pages::Moves(moves)) {
+            Err(Pages::Moves(moves)) => Err(moves),
+            _ => Ok(()),
         }
     }
 
@@ -124,7 +158,7 @@ impl MessageQueue {
     }
 
     /// Returns the pages of the next message that the device has used.
-    pub(crate) fn next_used(&mut self) -> Option<PageList> {
+    pub(crate) fn next_used(&mut self) -> Option<Pages> {
         let ((array, pages), _) = self.vq.next_used()?;
 
         self.keep(array);

@@ -21,6 +21,7 @@ mod balloon;
 mod deflate;
 mod inflate;
 mod message;
+mod migration;
 mod queues;
 mod rust;
 mod stats;
@@ -33,7 +34,7 @@ mod kunit;
 use rust::{
     oom::OomNotifier,
     task::{
-        new_task,
+        new_slot,
         Task, //
     },
     virtio,
@@ -87,8 +88,9 @@ impl virtio::Driver for BalloonDriver {
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
         let queues = Queues::find(dev)?;
         let floor = module_parameters::floor_mib.value();
-        let balloon = Balloon::new(dev, queues.inflate, queues.deflate, floor)?;
-        let balloon = Arc::pin_init(new_task!(balloon, c"virtio_balloon_rs"), GFP_KERNEL)?;
+        let slot = new_slot!(c"virtio_balloon_rs")?;
+        let balloon = Balloon::new(&slot, dev, queues.inflate, queues.deflate, floor)?;
+        let balloon = Arc::pin_init(Task::new(slot, balloon), GFP_KERNEL)?;
         let oom = dev
             .has_feature(virtio_balloon::F_DEFLATE_ON_OOM)
             .then(|| KBox::pin_init(OomNotifier::new(balloon.clone()), GFP_KERNEL))
@@ -97,8 +99,9 @@ impl virtio::Driver for BalloonDriver {
             .stats
             .map(|queue| {
                 let stats = Stats::new(queue, dev.byte_order())?;
+                let slot = new_slot!(c"virtio_balloon_rs_stats")?;
 
-                KBox::pin_init(new_task!(stats, c"virtio_balloon_rs_stats"), GFP_KERNEL)
+                KBox::pin_init(Task::new(slot, stats), GFP_KERNEL)
             })
             .transpose()?;
 

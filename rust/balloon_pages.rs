@@ -12,7 +12,12 @@ use super::{
     page_list::PageList, //
 };
 
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 use kernel::{
+    container_of,
     prelude::*,
     sync::atomic::{
         Atomic,
@@ -25,7 +30,67 @@ use kernel::{
     types::Opaque, //
 };
 
-/// Pages in the balloon.
+/// What follows compaction when it moves pages of a balloon.
+pub(crate) trait Replace: Send + Sync {
+    /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel page) to take its
+    /// place. The old page goes back to the page allocator when this returns and all its references are gone.
+    ///
+    /// Called in process context, with the page locked. It must not wait for the device.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then.
+    fn replace(&self, old: &OldPage<'_>, new: u64) -> Result;
+}
+
+/// A page of a balloon that compaction wants to have somewhere else.
+///
+/// # Invariants
+///
+/// `page` is valid, and isolated from the balloon's list, for `'a`.
+pub(crate) struct OldPage<'a> {
+    page: NonNull<bindings::page>,
+    _balloon: PhantomData<&'a ()>,
+}
+
+impl OldPage<'_> {
+    /// Returns the page's number, in kernel pages.
+    pub(crate) fn pfn(&self) -> u64 {
+        // SAFETY: By the type invariants the page is valid.
+        unsafe { bindings::balloon_rs_page_to_pfn(self.page.as_ptr()) as u64 }
+    }
+
+    /// Keeps the page from being freed for as long as the result exists.
+    pub(crate) fn keep(&self) -> PageRef {
+        // SAFETY: By the type invariants the page is valid, and the balloon has a reference to it.
+        //
+        // INVARIANT: The reference that is taken here is the result's.
+        unsafe { bindings::balloon_rs_get_page(self.page.as_ptr()) };
+        PageRef(self.page)
+    }
+}
+
+/// A reference to a page.
+///
+/// # Invariants
+///
+/// The page is valid, and one of its references is this one.
+pub(crate) struct PageRef(NonNull<bindings::page>);
+
+// SAFETY: Pages are not tied to a thread.
+unsafe impl Send for PageRef {}
+
+// SAFETY: There is nothing that can be done with a shared reference.
+unsafe impl Sync for PageRef {}
+
+impl Drop for PageRef {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the reference is ours.
+        unsafe { bindings::balloon_rs_put_page(self.0.as_ptr()) };
+    }
+}
+
+/// Pages in the balloon. Compaction may move them if `R` agrees.
 ///
 /// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these functions;
 /// under it only the zones' counters are touched.
@@ -34,25 +99,30 @@ use kernel::{
 ///
 /// `info` is initialised, and `len` pages are on its list or isolated from it by compaction.
 #[pin_data(PinnedDrop)]
-pub(crate) struct BalloonPages {
+pub(crate) struct BalloonPages<R: Replace> {
     #[pin]
     info: Opaque<bindings::balloon_dev_info>,
     len: Atomic<usize>,
+    #[pin]
+    replace: R,
 }
 
 // SAFETY: The pages are not tied to a thread.
-unsafe impl Send for BalloonPages {}
+unsafe impl<R: Replace> Send for BalloonPages<R> {}
 
 // SAFETY: The core guards `info` with its lock.
-unsafe impl Sync for BalloonPages {}
+unsafe impl<R: Replace> Sync for BalloonPages<R> {}
 
-impl BalloonPages {
+impl<R: Replace> BalloonPages<R> {
     /// Returns an initialiser for an empty balloon.
     ///
     /// If `adjust_managed` is set, the guest's total memory shrinks by what is in the balloon.
-    pub(crate) fn new(adjust_managed: bool) -> impl PinInit<Self> {
+    pub(crate) fn new(
+        adjust_managed: bool,
+        replace: impl PinInit<R, Error>,
+    ) -> impl PinInit<Self, Error> {
         // INVARIANT: An empty list has no pages.
-        pin_init!(Self {
+        try_pin_init!(Self {
             info <- Opaque::ffi_init(|slot: *mut bindings::balloon_dev_info| {
                 // SAFETY: `slot` is valid for writes, and is initialised by the first call.
                 unsafe {
@@ -62,17 +132,38 @@ impl BalloonPages {
                 }
             }),
             len: Atomic::new(0),
+            replace <- replace,
         })
     }
 
-    /// Answers compaction that this page cannot be moved.
     extern "C" fn migrate(
-        _info: *mut bindings::balloon_dev_info,
-        _new: *mut bindings::page,
-        _old: *mut bindings::page,
+        info: *mut bindings::balloon_dev_info,
+        new: *mut bindings::page,
+        old: *mut bindings::page,
         _mode: bindings::migrate_mode,
     ) -> c_int {
-        EBUSY.to_errno()
+        // SAFETY: The core calls with the `info` of a balloon that has pages, and so has not been dropped.
+        let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
+        let Some(page) = NonNull::new(old) else {
+            return EINVAL.to_errno();
+        };
+        // INVARIANT: The core has isolated the page, and keeps it until this function returns.
+        let old = OldPage {
+            page,
+            _balloon: PhantomData,
+        };
+        // SAFETY: The core calls with a valid page.
+        let new = unsafe { bindings::balloon_rs_page_to_pfn(new) } as u64;
+
+        match this.replace.replace(&old, new) {
+            Ok(()) => 0,
+            Err(error) => error.to_errno(),
+        }
+    }
+
+    /// Returns what follows the moves.
+    pub(crate) fn replacer(&self) -> &R {
+        &self.replace
     }
 
     /// Returns how many pages (kernel pages) are in the balloon.
@@ -116,10 +207,10 @@ impl BalloonPages {
 }
 
 #[pinned_drop]
-impl PinnedDrop for BalloonPages {
+impl<R: Replace> PinnedDrop for BalloonPages<R> {
     fn drop(self: Pin<&mut Self>) {
-        // Pages that compaction has isolated refer to `info`. Since they cannot be moved, they come back
-        // soon, and whatever the host does.
+        // Pages that compaction has isolated refer to `info`. They, or those that take their places, come back
+        // soon, whatever the host does.
         while self.len() > 0 {
             if self.take(RELEASE_CHUNK).is_empty() {
                 fsleep(Delta::from_millis(1));

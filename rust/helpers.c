@@ -28,6 +28,11 @@ void *balloon_rs_phys_to_virt(phys_addr_t address)
 	return phys_to_virt(address);
 }
 
+void balloon_rs_get_page(struct page *page)
+{
+	get_page(page);
+}
+
 void balloon_rs_put_page(struct page *page)
 {
 	put_page(page);

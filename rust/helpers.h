@@ -11,17 +11,21 @@
 #include <linux/virtio.h>
 
 #ifdef __BINDGEN__
+/* Pages that can be moved may come from where the kernel counts on it; others must not be in the way there. */
+#ifdef CONFIG_BALLOON_MIGRATION
+#define GFP_BALLOON (GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
+#else
+#define GFP_BALLOON (GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
+#endif
+
 /*
  * A block that is split into balloon pages. Reclaim is left out: a large block is worth having only
- * when it is there for the taking. Not movable, as long as the driver cannot move pages: they must not
- * be in the way where the kernel counts on it.
+ * when it is there for the taking.
  */
-const gfp_t RUST_CONST_HELPER_GFP_BALLOON_BLOCK =
-	(GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC) & ~__GFP_RECLAIM;
+const gfp_t RUST_CONST_HELPER_GFP_BALLOON_BLOCK = GFP_BALLOON & ~__GFP_RECLAIM;
 
 /* One balloon page, where some light reclaim is allowed to get it. */
-const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE =
-	GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON;
 
 /* Where the list head lies in struct page: bindgen's names for the unions around it are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
@@ -54,6 +58,7 @@ void balloon_rs_devinfo_init(struct balloon_dev_info *info);
 unsigned long balloon_rs_page_to_pfn(struct page *page);
 void *balloon_rs_page_address(struct page *page);
 void *balloon_rs_phys_to_virt(phys_addr_t address);
+void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
 unsigned long balloon_rs_total_pages(void);

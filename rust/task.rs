@@ -9,8 +9,12 @@
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
 use core::{
+    marker::PhantomData,
     ops::Deref,
-    ptr::NonNull, //
+    ptr::{
+        self,
+        NonNull, //
+    }, //
 };
 use kernel::{
     bindings,
@@ -18,9 +22,12 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{
+            Acquire,
             Atomic,
-            Relaxed, //
+            Relaxed,
+            Release, //
         },
+        Arc,
         LockClassKey, //
     },
     time::{
@@ -39,8 +46,8 @@ pub(crate) trait Job: Send + Sync + Sized {
     fn run(task: &Task<Self>);
 }
 
-/// A workqueue of its own: freezable, so that nothing is started while the system suspends, and not
-/// bound to a CPU, since handling millions of pages takes a while.
+/// A workqueue of its own: freezable, so that nothing is started while the system suspends; not bound to a CPU,
+/// since handling millions of pages takes a while; and with a thread that is there when memory is short.
 struct OwnedQueue(NonNull<bindings::workqueue_struct>);
 
 impl OwnedQueue {
@@ -49,7 +56,9 @@ impl OwnedQueue {
         let queue = unsafe {
             bindings::alloc_workqueue_noprof(
                 c"%s".as_char_ptr(),
-                bindings::wq_flags_WQ_FREEZABLE | bindings::wq_flags_WQ_UNBOUND,
+                bindings::wq_flags_WQ_FREEZABLE
+                    | bindings::wq_flags_WQ_UNBOUND
+                    | bindings::wq_flags_WQ_MEM_RECLAIM,
                 1,
                 name.as_char_ptr(),
             )
@@ -61,92 +70,146 @@ impl OwnedQueue {
 
 impl Drop for OwnedQueue {
     fn drop(&mut self) {
-        // SAFETY: The workqueue is ours, and no work is left: `Task` ended its own before.
+        // SAFETY: The workqueue is ours, and no work is left: `Task` ended it before, or there was none, and nobody
+        // can queue it any more.
         unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
     }
 }
 
-/// State and the work that is done on it.
+/// A work item that can be queued.
 ///
 /// # Invariants
 ///
-/// - `dwork` is initialised and is only ever queued on `queue`.
-/// - While the work function runs, `self` has not been dropped.
+/// - `dwork` is initialised, is only ever queued on `queue`, and its function is the one of `S`, for the
+///   [`Task<S>`] that owns this.
+/// - `task` is null, or points to that task. While the work function runs, the task has not been dropped.
 #[pin_data(PinnedDrop)]
-pub(crate) struct Task<S: Job> {
+struct Work {
     #[pin]
     dwork: Opaque<bindings::delayed_work>,
     queue: OwnedQueue,
-    stopped: Atomic<bool>,
-    #[pin]
-    state: S,
+    task: Atomic<*mut c_void>,
 }
 
-// SAFETY: Work may be queued from any thread, and the state is `Send` by the bound of `Job`.
-unsafe impl<S: Job> Send for Task<S> {}
+// SAFETY: Work may be queued from any thread, and the task is `Send` and `Sync` by the bound of `Job`.
+unsafe impl Send for Work {}
 
-// SAFETY: The workqueue does its own locking, and the state is `Sync` by the bound of `Job`.
-unsafe impl<S: Job> Sync for Task<S> {}
+// SAFETY: As above; the workqueue does its own locking.
+unsafe impl Sync for Work {}
 
-impl<S: Job> Task<S> {
-    /// Returns an initialiser for a task named `name` that works on `state`; see [`new_task!`].
+#[pinned_drop]
+impl PinnedDrop for Work {
+    fn drop(self: Pin<&mut Self>) {
+        // The work may be queued although there never was a task.
+        //
+        // SAFETY: By the type invariants `dwork` is initialised.
+        unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+    }
+}
+
+/// Schedules a [`Task`] for whoever cannot know the task itself, such as a part of its state.
+///
+/// As long as there is no task, and when the task is gone, it does nothing.
+pub(crate) struct Waker<S> {
+    work: Arc<Work>,
+    _task: PhantomData<fn(&S)>,
+}
+
+impl<S> Clone for Waker<S> {
+    fn clone(&self) -> Self {
+        Self {
+            work: self.work.clone(),
+            _task: PhantomData,
+        }
+    }
+}
+
+/// The place of a [`Task`] that is not there yet.
+pub(crate) struct Slot<S>(Waker<S>);
+
+impl<S: Job> Slot<S> {
+    /// Makes a place for a task named `name`; see [`new_slot!`].
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
     pub(crate) fn new(
-        state: impl PinInit<S, Error>,
         name: &'static CStr,
         work_key: Pin<&'static LockClassKey>,
         timer_key: Pin<&'static LockClassKey>,
-    ) -> impl PinInit<Self, Error> {
-        // INVARIANT: `dwork` is initialised here, and its function expects it inside of a `Task<S>`.
-        try_pin_init!(Self {
-            dwork <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
-                // SAFETY: `slot` is valid for writes; `run` is a work function for this type.
-                unsafe {
-                    bindings::init_work_with_key(
-                        &raw mut (*slot).work,
-                        Some(Self::run),
-                        false,
-                        name.as_char_ptr(),
-                        work_key.as_ptr(),
-                    )
-                };
-                // SAFETY: The timer is a delayed work's, so that `delayed_work_timer_fn` and the flag
-                // are the right ones.
-                unsafe {
-                    bindings::timer_init_key(
-                        &raw mut (*slot).timer,
-                        Some(bindings::delayed_work_timer_fn),
-                        bindings::TIMER_IRQSAFE,
-                        name.as_char_ptr(),
-                        timer_key.as_ptr(),
-                    )
-                };
+    ) -> Result<Self> {
+        // INVARIANT: `dwork` is initialised here, and its function is for `Task<S>`, of which there is none.
+        let work = Arc::pin_init(
+            try_pin_init!(Work {
+                dwork <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
+                    // SAFETY: `slot` is valid for writes; `run` is a work function.
+                    unsafe {
+                        bindings::init_work_with_key(
+                            &raw mut (*slot).work,
+                            Some(Self::run),
+                            false,
+                            name.as_char_ptr(),
+                            work_key.as_ptr(),
+                        )
+                    };
+                    // SAFETY: The timer is a delayed work's, so that `delayed_work_timer_fn` and the flag
+                    // are the right ones.
+                    unsafe {
+                        bindings::timer_init_key(
+                            &raw mut (*slot).timer,
+                            Some(bindings::delayed_work_timer_fn),
+                            bindings::TIMER_IRQSAFE,
+                            name.as_char_ptr(),
+                            timer_key.as_ptr(),
+                        )
+                    };
+                }),
+                queue: OwnedQueue::new(name)?,
+                task: Atomic::new(ptr::null_mut()),
             }),
-            queue: OwnedQueue::new(name)?,
-            stopped: Atomic::new(false),
-            state <- state,
-        })
+            GFP_KERNEL,
+        )?;
+
+        Ok(Self(Waker {
+            work,
+            _task: PhantomData,
+        }))
+    }
+
+    /// Returns a waker for the task that will be here.
+    pub(crate) fn waker(&self) -> Waker<S> {
+        self.0.clone()
     }
 
     extern "C" fn run(work: *mut bindings::work_struct) {
-        // SAFETY: By the type invariants the work item is `dwork.work` of a live `Task<S>`.
+        // SAFETY: By the type invariants of `Work` the work item is the `dwork.work` of one, whose task is
+        // null or a live `Task<S>`.
         let task = unsafe {
             let dwork = container_of!(work, bindings::delayed_work, work);
-            &*container_of!(Opaque::cast_from(dwork), Self, dwork)
+            let work = &*container_of!(Opaque::cast_from(dwork), Work, dwork);
+
+            // Pairs with the release in `Task::new`.
+            work.task.load(Acquire).cast::<Task<S>>().as_ref()
         };
 
-        S::run(task);
+        if let Some(task) = task {
+            S::run(task);
+        }
     }
+}
 
+impl<S: Job> Waker<S> {
     /// Runs the task as soon as possible, and once more if it is running now. Callable from any context.
     pub(crate) fn schedule(&self) {
         // `mod_` and not `queue_`: a run that was put off is to begin at once.
         //
-        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as `self`.
+        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as `work`, and
+        // the work was ended before.
         unsafe {
             bindings::mod_delayed_work_on(
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
-                self.queue.0.as_ptr(),
-                self.dwork.get(),
+                self.work.queue.0.as_ptr(),
+                self.work.dwork.get(),
                 0,
             )
         };
@@ -154,15 +217,43 @@ impl<S: Job> Task<S> {
 
     /// Runs the task in `delay` milliseconds, unless it is scheduled for some time already.
     pub(crate) fn schedule_in(&self, delay: Msecs) {
-        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as `self`.
+        // SAFETY: As in `schedule`.
         unsafe {
             bindings::queue_delayed_work_on(
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
-                self.queue.0.as_ptr(),
-                self.dwork.get(),
+                self.work.queue.0.as_ptr(),
+                self.work.dwork.get(),
                 msecs_to_jiffies(delay),
             )
         };
+    }
+}
+
+/// State and the work that is done on it.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Task<S: Job> {
+    waker: Waker<S>,
+    stopped: Atomic<bool>,
+    #[pin]
+    state: S,
+}
+
+impl<S: Job> Task<S> {
+    /// Returns an initialiser for a task in `slot` that works on `state`.
+    pub(crate) fn new(slot: Slot<S>, state: impl PinInit<S, Error>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            waker: slot.0,
+            stopped: Atomic::new(false),
+            state <- state,
+        })
+        .pin_chain(|this| {
+            let task = ptr::from_ref(&*this).cast_mut();
+
+            // INVARIANT: The task is initialised and pinned, the only one in its slot, and ends the work
+            // before it is dropped.
+            this.waker.work.task.store(task.cast(), Release);
+            Ok(())
+        })
     }
 
     /// Waits until the task does not run and keeps it from running until [`resume`](Self::resume).
@@ -172,7 +263,7 @@ impl<S: Job> Task<S> {
     pub(crate) fn stop(&self) {
         if !self.stopped.xchg(true, Relaxed) {
             // SAFETY: By the type invariants `dwork` is initialised.
-            unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+            unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };
         }
     }
 
@@ -180,8 +271,18 @@ impl<S: Job> Task<S> {
     pub(crate) fn resume(&self) {
         if self.stopped.xchg(false, Relaxed) {
             // SAFETY: By the type invariants `dwork` is initialised, and `stop` has disabled it.
-            unsafe { bindings::enable_delayed_work(self.dwork.get()) };
+            unsafe { bindings::enable_delayed_work(self.waker.work.dwork.get()) };
         }
+    }
+
+    /// See [`Waker::schedule`].
+    pub(crate) fn schedule(&self) {
+        self.waker.schedule();
+    }
+
+    /// See [`Waker::schedule_in`].
+    pub(crate) fn schedule_in(&self, delay: Msecs) {
+        self.waker.schedule_in(delay);
     }
 }
 
@@ -196,21 +297,21 @@ impl<S: Job> Deref for Task<S> {
 #[pinned_drop]
 impl<S: Job> PinnedDrop for Task<S> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants `dwork` is initialised. When this returns the work function
-        // does not run and cannot be queued again, so that the fields may be dropped.
-        unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+        // When this returns the work function does not run, and whoever still has a waker cannot queue it.
+        //
+        // SAFETY: By the type invariants `dwork` is initialised.
+        unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };
     }
 }
 
-/// Creates a [`Task`] initialiser with lock classes of its own.
-macro_rules! new_task {
-    ($state:expr, $name:expr $(,)?) => {
-        $crate::rust::task::Task::new(
-            $state,
+/// Creates a [`Slot`] with lock classes of its own.
+macro_rules! new_slot {
+    ($name:expr $(,)?) => {
+        $crate::rust::task::Slot::new(
             $name,
             ::kernel::static_lock_class!(),
             ::kernel::static_lock_class!(),
         )
     };
 }
-pub(crate) use new_task;
+pub(crate) use new_slot;

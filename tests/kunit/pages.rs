@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use crate::rust::{
-    balloon_pages::BalloonPages,
+    balloon_pages::{
+        BalloonPages,
+        OldPage,
+        Replace, //
+    },
     memory,
     page_list::{
         PageList,
@@ -18,8 +22,17 @@ fn block(order: u32) -> Result<PageList> {
     pages.alloc_block(order).then_some(pages).ok_or(ENOMEM)
 }
 
-fn balloon() -> Result<Pin<KBox<BalloonPages>>> {
-    KBox::pin_init(BalloonPages::new(true), GFP_KERNEL)
+/// Nobody moves a page in these tests.
+struct Fixed;
+
+impl Replace for Fixed {
+    fn replace(&self, _old: &OldPage<'_>, _new: u64) -> Result {
+        Err(EAGAIN)
+    }
+}
+
+fn balloon() -> Result<Pin<KBox<BalloonPages<Fixed>>>> {
+    KBox::pin_init(BalloonPages::new(true, Ok(Fixed)), GFP_KERNEL)
 }
 
 /// Returns whether the page frame numbers of `pages` are consecutive.

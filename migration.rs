@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Compaction moves pages of the balloon out of its way: another page takes the place of each.
+//!
+//! Compaction is not kept waiting for the device. A move is noted, and the balloon's task tells the device of
+//! many at once: first of the pages that are in the balloon now, and when it has answered, of those that are
+//! not any more. In between the balloon has pages that the device does not know of, and no page may leave it:
+//! the device would learn of such a page's departure first, and then take it from whoever uses it.
+//!
+//! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::Balloon,
+    deflate::Deflate,
+    inflate::Inflate,
+    message::PAGES_PER_MESSAGE,
+    rust::{
+        balloon_pages::{
+            OldPage,
+            PageRef,
+            Replace, //
+        },
+        task::Waker, //
+    },
+    target, //
+};
+
+use core::mem;
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    sync::SpinLock, //
+};
+
+/// A page that has taken the place of another one. The numbers are those of kernel pages.
+pub(crate) struct Move {
+    new: u64,
+    old: u64,
+    /// Keeps the old page from being used before the device has been told, where it insists on that.
+    _kept: Option<PageRef>,
+}
+
+/// The moves that the device has to be told of.
+#[pin_data]
+pub(crate) struct Moves {
+    waker: Waker<Balloon>,
+    #[pin]
+    inner: SpinLock<Inner>,
+}
+
+struct Inner {
+    /// Whether old pages may be used only after the device has answered.
+    must_tell: bool,
+    /// Whether the balloon's task lets pages be moved.
+    allowed: bool,
+    /// How many [`Settled`] there are.
+    settled: usize,
+    /// Moves that the device has not been told of. Never grows beyond its capacity.
+    waiting: KVec<Move>,
+    /// Moves of which the device knows the new pages, if any. `None` while they are part of a message.
+    told: Option<KVec<Move>>,
+}
+
+impl Inner {
+    fn is_settled(&self) -> bool {
+        self.waiting.is_empty() && self.told.as_ref().is_some_and(|told| told.is_empty())
+    }
+}
+
+/// What shows that the device knows of all pages in the balloon. As long as it exists, no page is moved.
+pub(crate) struct Settled<'a>(&'a Moves);
+
+impl Drop for Settled<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().settled -= 1;
+    }
+}
+
+impl Moves {
+    /// Returns an initialiser for a balloon whose task `waker` schedules. No page is moved before that
+    /// [allows](Self::allow) it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(waker: Waker<Balloon>, must_tell: bool) -> Result<impl PinInit<Self, Error>> {
+        let waiting = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
+        let told = Some(KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?);
+
+        Ok(try_pin_init!(Self {
+            waker,
+            inner <- new_spinlock!(
+                Inner {
+                    must_tell,
+                    allowed: false,
+                    settled: 0,
+                    waiting,
+                    told,
+                },
+                "Moves::inner"
+            ),
+        }))
+    }
+
+    /// Forgets what a device that was reset has not been told.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn reset(&self, must_tell: bool) -> Result {
+        let mut waiting = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
+        let mut told = Some(KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?);
+        let mut inner = self.inner.lock();
+
+        inner.must_tell = must_tell;
+        // What was there is freed without the lock.
+        mem::swap(&mut inner.waiting, &mut waiting);
+        mem::swap(&mut inner.told, &mut told);
+        drop(inner);
+        Ok(())
+    }
+
+    /// Allows or forbids moves. They are forbidden while the balloon changes its size, so that it gets there:
+    /// compaction comes back.
+    pub(crate) fn allow(&self, allowed: bool) {
+        self.inner.lock().allowed = allowed;
+    }
+
+    /// Returns a proof that the device knows of all pages in the balloon, if that is so.
+    pub(crate) fn settled(&self) -> Option<Settled<'_>> {
+        let mut inner = self.inner.lock();
+
+        inner.is_settled().then(|| {
+            inner.settled += 1;
+            Settled(self)
+        })
+    }
+
+    /// Tells the device what it has to be told next, if that is possible now.
+    pub(crate) fn tell(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
+        self.tell_new(inflate, deflate);
+        self.tell_old(deflate);
+    }
+
+    fn tell_new(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
+        // A new page may be one that was deflated a moment ago, which the device has to hear first. And one
+        // round after the other: a page may be a new one in the first and an old one in the second.
+        if inflate.queue.room() == 0 || deflate.lock().is_pending() {
+            return;
+        }
+
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+
+        if inner.waiting.is_empty() {
+            return;
+        }
+        let Some(told) = inner.told.take_if(|told| told.is_empty()) else {
+            return;
+        };
+        let waiting = mem::replace(&mut inner.waiting, told);
+
+        if let Err(waiting) = inflate.queue.send_moves(waiting, |this| this.new) {
+            inner.told = Some(mem::replace(&mut inner.waiting, waiting));
+            return;
+        }
+        drop(guard);
+
+        inflate.queue.notify();
+    }
+
+    fn tell_old(&self, deflate: &SpinLock<Deflate>) {
+        let mut deflate = deflate.lock();
+        if deflate.queue.room() == 0 {
+            return;
+        }
+        let Some(moves) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
+            return;
+        };
+
+        match deflate.queue.send_moves(moves, |this| this.old) {
+            Ok(()) => deflate.queue.notify(),
+            Err(moves) => self.inner.lock().told = Some(moves),
+        }
+    }
+
+    /// The device knows the new pages of `moves`.
+    pub(crate) fn told_new(&self, moves: KVec<Move>) {
+        self.inner.lock().told = Some(moves);
+    }
+
+    /// The device knows that the old pages of `moves` have left the balloon.
+    pub(crate) fn told_old(&self, mut moves: KVec<Move>) {
+        moves.clear();
+        self.inner.lock().told = Some(moves);
+    }
+}
+
+impl Replace for Moves {
+    fn replace(&self, old: &OldPage<'_>, new: u64) -> Result {
+        // A page that the protocol cannot name is no use in the balloon.
+        target::balloon_pfns(new)?;
+
+        let mut inner = self.inner.lock();
+
+        // The new page must not have been in the balloon before as far as the device knows.
+        if !inner.allowed || inner.settled > 0 || inner.waiting.iter().any(|this| this.old == new) {
+            return Err(EAGAIN);
+        }
+
+        let this = Move {
+            new,
+            old: old.pfn(),
+            _kept: inner.must_tell.then(|| old.keep()),
+        };
+        let first = inner.waiting.is_empty();
+
+        inner
+            .waiting
+            .push_within_capacity(this)
+            .map_err(|_| EAGAIN)?;
+        drop(inner);
+
+        if first {
+            self.waker.schedule();
+        }
+
+        Ok(())
+    }
+}
