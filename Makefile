@@ -60,4 +60,4 @@ help:
 	@echo
 	@echo "demo, test, kunit, clippy and fmt make a Debian 13 build root and the guests' kernels"
 	@echo "in ~/.cache/virtio-balloon-rs on first use. They need root, 10 GiB of disk and a quarter"
-	@echo "of an hour then, half a minute in another clone, and a few seconds in the same one."
+	@echo "of an hour then, and a few seconds from then on, also in other clones."
