@@ -3,13 +3,16 @@
 //! The device's virtqueues.
 //!
 //! Specification: clause 5.5.2, Virtqueues. Devices number the queues that they have one after the other, and
-//! leave out those whose feature they do not offer; so a feature that has a queue must be accepted whenever
-//! it is offered, or all the queues after it have other numbers than the device thinks.
+//! leave out those whose feature they do not offer (QEMU), or that was not accepted. So a feature that has a queue
+//! must be accepted whenever it is offered, or the queues after it have other numbers than some devices think. Only
+//! reporting, which has the last queue, may be given up.
 
 #![forbid(unsafe_code)]
 
 use crate::{
+    hinting::HintQueue,
     message::MessageQueue,
+    reporting::ReportingQueue,
     stats::StatsQueue,
     virtio,
     virtio_balloon, //
@@ -29,14 +32,24 @@ pub(crate) enum Queue {
     Deflate = 1,
     /// The device wants new statistics.
     Stats = 2,
+    /// Hints have been taken note of.
+    Hint = 3,
+    /// Free pages have been taken note of.
+    Report = 4,
 }
 
 impl Queue {
     /// Returns the queue with an index as in [`Queues::find`].
     pub(crate) fn from_index(index: usize) -> Option<Self> {
-        [Self::Inflate, Self::Deflate, Self::Stats]
-            .get(index)
-            .copied()
+        [
+            Self::Inflate,
+            Self::Deflate,
+            Self::Stats,
+            Self::Hint,
+            Self::Report,
+        ]
+        .get(index)
+        .copied()
     }
 }
 
@@ -45,6 +58,8 @@ pub(crate) struct Queues {
     pub(crate) inflate: MessageQueue,
     pub(crate) deflate: MessageQueue,
     pub(crate) stats: Option<StatsQueue>,
+    pub(crate) hints: Option<HintQueue>,
+    pub(crate) reports: Option<ReportingQueue>,
 }
 
 impl Queues {
@@ -55,21 +70,27 @@ impl Queues {
     /// What [`virtio::Device::find_vqs`] says.
     pub(crate) fn find(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
         let byte_order = dev.byte_order();
-        let has_stats = dev.has_feature(virtio_balloon::F_STATS_VQ);
+        let has = |feature| dev.has_feature(feature);
         let mut found = dev.find_vqs([
             Some(c"inflate"),
             Some(c"deflate"),
-            has_stats.then_some(c"stats"),
+            has(virtio_balloon::F_STATS_VQ).then_some(c"stats"),
+            has(virtio_balloon::F_FREE_PAGE_HINT).then_some(c"free_page_hint"),
+            has(virtio_balloon::F_REPORTING).then_some(c"reporting"),
         ])?;
 
         Ok(Self {
             inflate: MessageQueue::new(found.take(Queue::Inflate as usize)?, byte_order)?,
             deflate: MessageQueue::new(found.take(Queue::Deflate as usize)?, byte_order)?,
-            stats: if has_stats {
-                Some(found.take(Queue::Stats as usize)?)
-            } else {
-                None
-            },
+            stats: has(virtio_balloon::F_STATS_VQ)
+                .then(|| found.take(Queue::Stats as usize))
+                .transpose()?,
+            hints: has(virtio_balloon::F_FREE_PAGE_HINT)
+                .then(|| found.take(Queue::Hint as usize))
+                .transpose()?,
+            reports: has(virtio_balloon::F_REPORTING)
+                .then(|| found.take(Queue::Report as usize))
+                .transpose()?,
         })
     }
 }

@@ -7,8 +7,8 @@
 //! target falls, the pages go back to the page allocator.
 //!
 //! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic; [`stats`] has the statistics; [`rust`] is the layer over the kernel's C,
-//! with the virtio bus.
+//! [`backoff`] are the arithmetic; [`migration`] lets compaction move pages of the balloon. [`stats`], [`hinting`] and
+//! [`reporting`] are features of their own. [`rust`] is the layer over the kernel's C, with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
 //!
@@ -19,10 +19,13 @@
 mod backoff;
 mod balloon;
 mod deflate;
+mod hinting;
 mod inflate;
 mod message;
 mod migration;
+mod poison;
 mod queues;
+mod reporting;
 mod rust;
 mod stats;
 mod target;
@@ -42,29 +45,36 @@ use rust::{
 };
 
 use balloon::Balloon;
+use hinting::{
+    Hinting,
+    Hints, //
+};
 use kernel::{
+    debugfs,
     device,
     prelude::*,
+    str::CString,
     sync::Arc, //
 };
 use queues::{
     Queue,
     Queues, //
 };
+use reporting::Reporting;
 use stats::Stats;
 
 struct BalloonDriver;
-
-type BalloonOomNotifier = OomNotifier<Arc<Task<Balloon>>>;
 
 /// A bound device.
 ///
 /// Each task is for itself: statistics are to be had while the balloon changes its size.
 struct BalloonData {
     /// Dropped first: it asks the balloon for memory.
-    _oom: Option<Pin<KBox<BalloonOomNotifier>>>,
+    _oom: Option<Pin<KBox<OomNotifier<Task<Balloon>>>>>,
     balloon: Arc<Task<Balloon>>,
     stats: Option<Pin<KBox<Task<Stats>>>>,
+    hints: Option<Hints>,
+    reporting: Option<Reporting>,
 }
 
 virtio::virtio_device_table!(ID_TABLE, [virtio::DeviceId::BALLOON]);
@@ -77,16 +87,25 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_MUST_TELL_HOST,
         virtio_balloon::F_STATS_VQ,
         virtio_balloon::F_DEFLATE_ON_OOM,
+        virtio_balloon::F_FREE_PAGE_HINT,
+        virtio_balloon::F_PAGE_POISON,
+        virtio_balloon::F_REPORTING,
     ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
         // The balloon names pages by their guest physical addresses, whatever the device uses for buffers.
         dev.clear_feature(virtio::Feature::ACCESS_PLATFORM);
+        // A report of several parts would need memory while free pages are set aside.
+        dev.clear_feature(virtio::Feature::INDIRECT_DESC);
+        poison::negotiate(dev);
         Ok(())
     }
 
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
+        poison::announce(dev)?;
+
         let queues = Queues::find(dev)?;
+        let dir = debugfs_dir(dev)?;
         let floor = module_parameters::floor_mib.value();
         let slot = new_slot!(c"virtio_balloon_rs")?;
         let balloon = Balloon::new(&slot, dev, queues.inflate, queues.deflate, floor)?;
@@ -105,31 +124,53 @@ impl virtio::Driver for BalloonDriver {
             })
             .transpose()?;
 
+        let hints = queues
+            .hints
+            .map(|queue| Hints::new(dev, queue, &dir))
+            .transpose()?;
+        let reporting = queues
+            .reports
+            .map(|queue| Reporting::new(queue, &dir))
+            .transpose()?;
+
         Ok(BalloonData {
             _oom: oom,
             balloon,
             stats,
+            hints,
+            reporting,
         })
     }
 
-    fn ready(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+    fn ready(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
         data.balloon.schedule();
         if let Some(stats) = &data.stats {
             stats.schedule();
         }
+        if let Some(hints) = &data.hints {
+            hints.task.schedule();
+        }
+        if let Some(reporting) = &data.reporting {
+            reporting.start(dev);
+        }
     }
 
     fn queue_used(data: &Self::Data, index: usize) {
-        match (Queue::from_index(index), &data.stats) {
-            (Some(Queue::Inflate | Queue::Deflate), _) => data.balloon.schedule(),
-            (Some(Queue::Stats), Some(stats)) => stats.schedule(),
-            _ => (),
+        match Queue::from_index(index) {
+            Some(Queue::Inflate | Queue::Deflate) => data.balloon.schedule(),
+            Some(Queue::Stats) => data.stats.iter().for_each(|stats| stats.schedule()),
+            Some(Queue::Hint) => data.hints.iter().for_each(|hints| hints.task.schedule()),
+            Some(Queue::Report) => data.reporting.iter().for_each(Reporting::queue_used),
+            None => (),
         }
     }
 
     fn config_changed(data: &Self::Data) {
         data.balloon.target_changed();
         data.balloon.schedule();
+        if let Some(hints) = &data.hints {
+            hints.task.schedule();
+        }
     }
 
     fn unbind(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
@@ -143,6 +184,9 @@ impl virtio::Driver for BalloonDriver {
     }
 
     fn restore(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) -> Result {
+        // The device has forgotten it.
+        poison::announce(dev)?;
+
         let queues = Queues::find(dev)?;
 
         data.balloon.attach(dev, queues.inflate, queues.deflate)?;
@@ -151,6 +195,13 @@ impl virtio::Driver for BalloonDriver {
         if let (Some(stats), Some(queue)) = (&data.stats, queues.stats) {
             stats.attach(queue)?;
             stats.resume();
+        }
+        if let (Some(hints), Some(queue)) = (&data.hints, queues.hints) {
+            hints.task.attach(dev, queue)?;
+            hints.task.resume();
+        }
+        if let (Some(reporting), Some(queue)) = (&data.reporting, queues.reports) {
+            reporting.attach(queue);
         }
 
         Ok(())
@@ -161,12 +212,26 @@ impl virtio::Driver for BalloonDriver {
         if let Some(stats) = &data.stats {
             stats.stop();
         }
+        if let Some(hints) = &data.hints {
+            hints.task.stop();
+        }
     }
+}
+
+/// Makes the directory where the device's counters are to be seen, which lasts as long as they do.
+fn debugfs_dir(dev: &virtio::Device<device::Core<'_>>) -> Result<debugfs::Dir> {
+    let dev: &device::Device<_> = dev.as_ref();
+    let name = CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))?;
+
+    Ok(debugfs::Dir::new(&name))
 }
 
 impl BalloonData {
     /// Gives everything back and stops all that is going on: the device is about to be reset.
     fn leave(&self) {
+        if let Some(hints) = &self.hints {
+            Hinting::leave(&hints.task);
+        }
         Balloon::give_back(&self.balloon);
         if let Some(stats) = &self.stats {
             stats.stop();

@@ -6,6 +6,8 @@
 #include <linux/gfp.h>
 #include <linux/mm.h>
 #include <linux/oom.h>
+#include <linux/page_reporting.h>
+#include <linux/shrinker.h>
 #include <linux/virtio.h>
 #include <linux/virtio_balloon.h>
 #include <linux/virtio_config.h>

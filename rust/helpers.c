@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 #include "helpers.h"
 
+#include <linux/pm_wakeup.h>
+#include <linux/poison.h>
+#include <linux/scatterlist.h>
 #include <linux/virtio_config.h>
 #include <linux/vmstat.h>
 
@@ -36,6 +39,28 @@ void balloon_rs_get_page(struct page *page)
 void balloon_rs_put_page(struct page *page)
 {
 	put_page(page);
+}
+
+/* For a block that is free_block()'s to free. */
+void balloon_rs_set_page_order(struct page *page, unsigned int order)
+{
+	set_page_private(page, order);
+}
+
+/* Frees the block that begins with @pfn, and returns its order. */
+unsigned int balloon_rs_free_block(unsigned long pfn)
+{
+	struct page *page = pfn_to_page(pfn);
+	unsigned int order = page_private(page);
+
+	set_page_private(page, 0);
+	__free_pages(page, order);
+	return order;
+}
+
+void *balloon_rs_pfn_address(unsigned long pfn)
+{
+	return page_address(pfn_to_page(pfn));
 }
 
 /*
@@ -127,7 +152,37 @@ unsigned long balloon_rs_ballooned_pages(void)
 	return max(pages, 0L);
 }
 
+bool balloon_rs_free_page_value(u32 *value)
+{
+	memset(value, want_init_on_free() ? 0 : PAGE_POISON, sizeof(*value));
+	return want_init_on_free() || page_poisoning_enabled_static();
+}
+
+u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents)
+{
+	u64 bytes = 0;
+
+	for (; nents; nents--, sg = sg_next(sg))
+		bytes += sg->length;
+	return bytes;
+}
+
 void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
 {
 	virtio_device_ready(vdev);
+}
+
+void balloon_rs_set_wakeup_capable(struct virtio_device *vdev)
+{
+	device_set_wakeup_capable(&vdev->dev, true);
+}
+
+void balloon_rs_stay_awake(struct virtio_device *vdev)
+{
+	pm_stay_awake(&vdev->dev);
+}
+
+void balloon_rs_relax(struct virtio_device *vdev)
+{
+	pm_relax(&vdev->dev);
 }

@@ -27,10 +27,20 @@ const gfp_t RUST_CONST_HELPER_GFP_BALLOON_BLOCK = GFP_BALLOON & ~__GFP_RECLAIM;
 /* One balloon page, where some light reclaim is allowed to get it. */
 const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON;
 
+/* A block that is hinted: memory that is free, and nothing else. */
+const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+
 /* Where the list head lies in struct page: bindgen's names for the unions around it are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
 
 const unsigned int RUST_CONST_HELPER_BALLOON_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
+
+/*
+ * The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size of a huge page
+ * of most hosts. A page block, the kernel's own choice, is that much, or as much as 512 MiB with pages of 64 KiB.
+ */
+const unsigned int RUST_CONST_HELPER_BALLOON_REPORTING_ORDER =
+	PAGE_SHIFT >= 21 ? 0 : 21 - PAGE_SHIFT;
 #endif
 
 /* The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it booted. */
@@ -58,11 +68,19 @@ void balloon_rs_devinfo_init(struct balloon_dev_info *info);
 unsigned long balloon_rs_page_to_pfn(struct page *page);
 void *balloon_rs_page_address(struct page *page);
 void *balloon_rs_phys_to_virt(phys_addr_t address);
+void balloon_rs_set_page_order(struct page *page, unsigned int order);
+unsigned int balloon_rs_free_block(unsigned long pfn);
+void *balloon_rs_pfn_address(unsigned long pfn);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
+bool balloon_rs_free_page_value(u32 *value);
+u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents);
 void balloon_rs_virtio_device_ready(struct virtio_device *vdev);
+void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
+void balloon_rs_stay_awake(struct virtio_device *vdev);
+void balloon_rs_relax(struct virtio_device *vdev);
 
 #endif

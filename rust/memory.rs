@@ -32,6 +32,14 @@ pub(crate) fn available_pages() -> usize {
     usize::try_from(pages).unwrap_or(0)
 }
 
+/// Returns what each word of free pages is set to when they are freed; `None` if they are left as they are.
+pub(crate) fn free_page_value() -> Option<u32> {
+    let mut value = 0;
+
+    // SAFETY: The function has no preconditions but a valid pointer.
+    unsafe { bindings::balloon_rs_free_page_value(&mut value) }.then_some(value)
+}
+
 /// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn total_pages() -> usize {

@@ -6,11 +6,11 @@
 
 use super::bindings;
 
-use core::ops::Deref;
 use kernel::{
     container_of,
     error::to_result,
     prelude::*,
+    sync::Arc,
     types::Opaque, //
 };
 
@@ -29,31 +29,25 @@ pub(crate) trait OomNotify: Send + Sync {
 ///
 /// `block` is registered, with a callback for a `OomNotifier<T>`.
 #[pin_data(PinnedDrop)]
-pub(crate) struct OomNotifier<T: Deref>
-where
-    T::Target: OomNotify,
-{
+pub(crate) struct OomNotifier<T: OomNotify> {
     #[pin]
     block: Opaque<bindings::notifier_block>,
-    who: T,
+    who: Arc<T>,
 }
 
-// SAFETY: A notifier block may be unregistered from any thread.
-unsafe impl<T: Deref + Send> Send for OomNotifier<T> where T::Target: OomNotify {}
+// SAFETY: A notifier block may be unregistered from any thread, and `T` is `Send` and `Sync`.
+unsafe impl<T: OomNotify> Send for OomNotifier<T> {}
 
 // SAFETY: `who` is only accessed through a shared reference.
-unsafe impl<T: Deref + Sync> Sync for OomNotifier<T> where T::Target: OomNotify {}
+unsafe impl<T: OomNotify> Sync for OomNotifier<T> {}
 
-impl<T: Deref + 'static> OomNotifier<T>
-where
-    T::Target: OomNotify,
-{
+impl<T: OomNotify> OomNotifier<T> {
     /// Returns an initialiser for a registration of `who`.
     ///
     /// # Errors
     ///
     /// What `register_oom_notifier` says.
-    pub(crate) fn new(who: T) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(who: Arc<T>) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             who,
             // The last field that is initialised: the callback may come at once.
@@ -92,10 +86,7 @@ where
 }
 
 #[pinned_drop]
-impl<T: Deref> PinnedDrop for OomNotifier<T>
-where
-    T::Target: OomNotify,
-{
+impl<T: OomNotify> PinnedDrop for OomNotifier<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariants the block is registered. When this returns the callback does not run.
         unsafe { bindings::unregister_oom_notifier(self.block.get()) };

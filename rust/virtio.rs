@@ -17,10 +17,7 @@
 
 use super::{
     bindings,
-    virtqueue::{
-        Buffer,
-        Virtqueue, //
-    },
+    virtqueue::Virtqueue, //
 };
 
 use core::{
@@ -148,6 +145,7 @@ impl<T: Driver> Adapter<T> {
     fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: &T::Data) {
         // SAFETY: The device is valid, and the driver has set its virtqueues up.
         unsafe { bindings::balloon_rs_virtio_device_ready(dev.as_raw()) };
+        binding.state.store(READY, Release);
 
         // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data, and may use the device.
         binding.data.store(
@@ -242,6 +240,10 @@ impl<T: Driver> Adapter<T> {
 
         // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their way.
         unsafe { bindings::virtio_device_shutdown(vdev) };
+
+        if let Some(binding) = dev.binding() {
+            binding.state.store(RESET, Release);
+        }
     }
 
     /// Passes the callback of a virtqueue on.
@@ -305,6 +307,8 @@ impl Feature {
     pub(crate) const VERSION_1: Self = Self(bindings::VIRTIO_F_VERSION_1);
     /// The device reads and writes memory through an IOMMU or a platform that it must not go round.
     pub(crate) const ACCESS_PLATFORM: Self = Self(bindings::VIRTIO_F_ACCESS_PLATFORM);
+    /// A buffer may consist of several parts that are listed in memory of their own.
+    pub(crate) const INDIRECT_DESC: Self = Self(bindings::VIRTIO_RING_F_INDIRECT_DESC);
 
     /// Makes a feature of its bit number.
     pub(super) const fn new(bit: c_uint) -> Self {
@@ -423,12 +427,14 @@ pub(crate) struct Binding {
     queue_used: unsafe fn(*mut c_void, usize),
 }
 
+/// The device is not ready: its configuration space may be used, and nothing else.
+const SETTING_UP: u32 = 0;
 /// The device may be used.
-const OPEN: u32 = 0;
+const READY: u32 = 1;
 /// The device must not be used any more, but may still access the memory that it was given.
-const CUT_OFF: u32 = 1;
+const CUT_OFF: u32 = 2;
 /// The device has been reset: nothing is shared with it any more.
-const RESET: u32 = 2;
+const RESET: u32 = 3;
 
 // SAFETY: `data` is `Send` and `Sync` by the bounds of `Driver::Data`.
 unsafe impl Send for Binding {}
@@ -437,11 +443,21 @@ unsafe impl Send for Binding {}
 unsafe impl Sync for Binding {}
 
 impl Binding {
-    /// Keeps the device usable for as long as the guard exists; `None` if it is not usable.
+    /// Keeps the device usable for as long as the guard exists; `None` if it is not usable. No buffer is
+    /// offered to a device, and it is not notified, before it is ready.
+    ///
+    /// Specification: clause 3.1.1, Driver Requirements: Device Initialization.
     pub(super) fn enter(&self) -> Option<srcu::Guard<'_>> {
         let guard = self.users.read_lock();
 
-        (self.state.load(Acquire) == OPEN).then_some(guard)
+        (self.state.load(Acquire) == READY).then_some(guard)
+    }
+
+    /// Keeps the device's configuration space usable for as long as the guard exists; `None` if it is not.
+    fn enter_config(&self) -> Option<srcu::Guard<'_>> {
+        let guard = self.users.read_lock();
+
+        (self.state.load(Acquire) <= READY).then_some(guard)
     }
 
     /// Returns whether nothing is shared with the device any more.
@@ -500,6 +516,19 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { (&raw mut (*self.as_raw()).__bindgen_anon_1).cast() }
     }
 
+    /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of this device
+    /// (`power/wakeup` in sysfs). Callable from any context.
+    pub(crate) fn stay_awake(&self) {
+        // SAFETY: The device is valid.
+        unsafe { bindings::balloon_rs_stay_awake(self.as_raw()) };
+    }
+
+    /// Takes [`stay_awake`](Self::stay_awake) back, however often it was called.
+    pub(crate) fn relax(&self) {
+        // SAFETY: The device is valid.
+        unsafe { bindings::balloon_rs_relax(self.as_raw()) };
+    }
+
     /// Returns the byte order of what the device reads in buffers.
     pub(crate) fn byte_order(&self) -> ByteOrder {
         if self.has_feature(Feature::VERSION_1) {
@@ -517,7 +546,7 @@ impl Device<device::CoreInternal<'_>> {
         let binding = Arc::pin_init(
             try_pin_init!(Binding {
                 users <- new_srcu!("virtio::Binding::users"),
-                state: Atomic::new(OPEN),
+                state: Atomic::new(SETTING_UP),
                 vqs: Atomic::new(0),
                 data: Atomic::new(ptr::null_mut()),
                 queue_used,
@@ -595,6 +624,12 @@ impl Device<device::Core<'_>> {
         let owned = core::mem::ManuallyDrop::new(unsafe { Arc::from_raw(binding) });
 
         Ok(Arc::clone(&owned))
+    }
+
+    /// Lets the user decide whether [`stay_awake`](Self::stay_awake) has an effect.
+    pub(crate) fn set_wakeup_capable(&self) {
+        // SAFETY: The device is valid.
+        unsafe { bindings::balloon_rs_set_wakeup_capable(self.as_raw()) };
     }
 
     /// Returns a handle to the configuration space, which works until the device is unbound or reset.
@@ -689,7 +724,7 @@ impl<const N: usize> FoundQueues<N> {
     /// # Errors
     ///
     /// `ENOENT` if there is no such queue or it was taken before; `ENOMEM`.
-    pub(crate) fn take<B: Buffer>(&mut self, index: usize) -> Result<Virtqueue<B>> {
+    pub(crate) fn take<B>(&mut self, index: usize) -> Result<Virtqueue<B>> {
         let vq = self.vqs.get_mut(index).ok_or(ENOENT)?;
         let vq = NonNull::new(core::mem::replace(vq, ptr::null_mut())).ok_or(ENOENT)?;
 
@@ -757,7 +792,7 @@ impl Config {
     ///
     /// `ENODEV` if the device is gone.
     pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
-        let _open = self.binding.enter().ok_or(ENODEV)?;
+        let _open = self.binding.enter_config().ok_or(ENODEV)?;
         let mut value = [0u8; 4];
 
         // SAFETY: The device is bound, since its binding was entered. The buffer has the right length.
@@ -781,7 +816,7 @@ impl Config {
     ///
     /// `ENODEV` if the device is gone.
     pub(crate) fn write_le32(&self, field: Field<u32>, value: u32) -> Result {
-        let _open = self.binding.enter().ok_or(ENODEV)?;
+        let _open = self.binding.enter_config().ok_or(ENODEV)?;
         let value = value.to_le_bytes();
 
         // SAFETY: The device is bound, since its binding was entered. The buffer has the right length.

@@ -27,6 +27,16 @@ pub(crate) const F_MUST_TELL_HOST: Feature =
 pub(crate) const F_DEFLATE_ON_OOM: Feature =
     Feature::new(bindings::VIRTIO_BALLOON_F_DEFLATE_ON_OOM);
 
+/// The device wants to know what is in free pages.
+pub(crate) const F_PAGE_POISON: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_PAGE_POISON);
+
+/// The device wants to know of free pages.
+pub(crate) const F_REPORTING: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_REPORTING);
+
+/// The device wants to be given free pages for a while, so that a migration can leave them out.
+pub(crate) const F_FREE_PAGE_HINT: Feature =
+    Feature::new(bindings::VIRTIO_BALLOON_F_FREE_PAGE_HINT);
+
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;
 
@@ -37,6 +47,23 @@ pub(crate) const NUM_PAGES: Field<u32> =
 /// How large the balloon is, in balloon pages. Little-endian on legacy devices, too.
 pub(crate) const ACTUAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, actual));
+
+/// The id of the request for hints that is in force, or [`HINT_STOP`] or [`HINT_DONE`]. Little-endian on legacy
+/// devices, too.
+pub(crate) const HINT_ID: Field<u32> = Field::new(offset_of!(
+    bindings::virtio_balloon_config,
+    __bindgen_anon_1
+));
+
+/// No hints are wanted. As a message of the driver: this was the last hint of the round.
+pub(crate) const HINT_STOP: u32 = bindings::VIRTIO_BALLOON_CMD_ID_STOP;
+
+/// No hints are wanted, and what was hinted may be used.
+pub(crate) const HINT_DONE: u32 = bindings::VIRTIO_BALLOON_CMD_ID_DONE;
+
+/// What each word of free pages is set to. Little-endian on legacy devices, too.
+pub(crate) const POISON_VAL: Field<u32> =
+    Field::new(offset_of!(bindings::virtio_balloon_config, poison_val));
 
 /// A number about the guest's memory, in the device's byte order.
 pub(crate) use bindings::virtio_balloon_stat as Stat;

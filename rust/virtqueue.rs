@@ -36,38 +36,58 @@ use kernel::{
 /// Implementers must make sure that what [`memory`](Self::memory) returns
 ///
 /// - is the same for as long as the value exists, also when the value is moved,
-/// - is initialised, lies in the kernel's linear mapping, and holds nothing that the device must not see,
-/// - is not written by anybody while the value exists and is shared, and if [`DEVICE_WRITES`] is set, is
-///   not accessed at all through shared references, and any bytes are valid content for it.
-///
-/// [`DEVICE_WRITES`]: Self::DEVICE_WRITES
+/// - lies in the kernel's linear mapping, and holds nothing that the device must not see,
+/// - is not written by anybody while the value exists and is shared, and unless the device
+///   [writes](Access::Write) it, is initialised; if it does, the memory is not accessed at all through shared
+///   references, and any bytes are valid content for it.
 pub(crate) unsafe trait Buffer {
-    /// Whether the device writes the buffer, rather than reads it.
-    const DEVICE_WRITES: bool;
+    /// Returns the memory, its length in bytes, and what the device does with it.
+    fn memory(&self) -> (NonNull<u8>, usize, Access);
+}
 
-    /// Returns the memory and its length in bytes.
-    fn memory(&self) -> (NonNull<u8>, usize);
+/// What a device does with a buffer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// It reads it.
+    Read,
+    /// It writes it.
+    Write,
 }
 
 // SAFETY: The elements are allocated by kmalloc, and have no padding by the requirements of `AsBytes`. They stay
 // where they are when the vector is moved; only through `&mut self` are they written, or moved elsewhere.
 unsafe impl<T: AsBytes> Buffer for KVec<T> {
-    const DEVICE_WRITES: bool = false;
-
-    fn memory(&self) -> (NonNull<u8>, usize) {
+    fn memory(&self) -> (NonNull<u8>, usize, Access) {
         (
             NonNull::from(self.as_slice()).cast(),
             mem::size_of_val(self.as_slice()),
+            Access::Read,
         )
     }
 }
 
 // SAFETY: The first part is a `Buffer`; the second one travels along, and the device does not see it.
 unsafe impl<B: Buffer, T> Buffer for (B, T) {
-    const DEVICE_WRITES: bool = B::DEVICE_WRITES;
-
-    fn memory(&self) -> (NonNull<u8>, usize) {
+    fn memory(&self) -> (NonNull<u8>, usize, Access) {
         self.0.memory()
+    }
+}
+
+/// A buffer that is of one of two kinds.
+pub(crate) enum Either<A, B> {
+    /// The first kind.
+    Left(A),
+    /// The second kind.
+    Right(B),
+}
+
+// SAFETY: Both kinds are buffers, and a value stays of its kind while it is shared.
+unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
+    fn memory(&self) -> (NonNull<u8>, usize, Access) {
+        match self {
+            Self::Left(buffer) => buffer.memory(),
+            Self::Right(buffer) => buffer.memory(),
+        }
     }
 }
 
@@ -78,7 +98,7 @@ unsafe impl<B: Buffer, T> Buffer for (B, T) {
 /// - `vq` is valid and is used only through `self`, for as long as `binding` can be entered.
 /// - A buffer that the device owns is in `slots`, at the index that is one below its token. The indices of
 ///   the empty slots are in `free`, which has room for all.
-pub(crate) struct Virtqueue<B: Buffer> {
+pub(crate) struct Virtqueue<B> {
     vq: NonNull<bindings::virtqueue>,
     binding: Arc<Binding>,
     slots: KVec<Option<B>>,
@@ -86,12 +106,39 @@ pub(crate) struct Virtqueue<B: Buffer> {
 }
 
 // SAFETY: A virtqueue may be used from any thread, and `&mut self` makes sure that it is one at a time.
-unsafe impl<B: Buffer + Send> Send for Virtqueue<B> {}
+unsafe impl<B: Send> Send for Virtqueue<B> {}
 
 // SAFETY: A shared reference gives read access to `self` only.
-unsafe impl<B: Buffer + Sync> Sync for Virtqueue<B> {}
+unsafe impl<B: Sync> Sync for Virtqueue<B> {}
 
 impl<B: Buffer> Virtqueue<B> {
+    /// Offers `buffer` to the device, which learns of it by the next [`kick`](Self::kick).
+    ///
+    /// Does not sleep and does not allocate.
+    ///
+    /// # Errors
+    ///
+    /// Returns the buffer if it is empty, which no device has to understand, if the ring is full, if the queue is
+    /// broken, or if the device is gone, or not ready.
+    pub(crate) fn add(&mut self, buffer: B) -> Result<(), B> {
+        let (memory, len, access) = buffer.memory();
+        let Ok(len @ 1..) = c_uint::try_from(len) else {
+            return Err(buffer);
+        };
+        let mut sg = MaybeUninit::<bindings::scatterlist>::zeroed();
+
+        // A buffer is one descriptor, so that nothing is allocated for an indirect table.
+        //
+        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`, and stays as it is until the
+        // device has used it, since the buffer belongs to the queue until then.
+        unsafe {
+            bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len);
+            self.add_sg(sg.as_mut_ptr(), 1, access, buffer)
+        }
+    }
+}
+
+impl<B> Virtqueue<B> {
     /// Makes a queue of `vq`.
     ///
     /// # Safety
@@ -134,19 +181,23 @@ impl<B: Buffer> Virtqueue<B> {
         self.slots.len() - self.free.len()
     }
 
-    /// Offers `buffer` to the device, which learns of it by the next [`kick`](Self::kick).
+    /// Offers the memory of the `n` entries of `sg` to the device. `buffer` is returned when it was used.
     ///
-    /// Does not sleep and does not allocate.
+    /// # Safety
+    ///
+    /// `sg` must be a list of `n` entries. Their memory must stay valid until the device has used it or was reset;
+    /// nobody must write to it until then, or, if the device writes it, access it.
     ///
     /// # Errors
     ///
-    /// Returns the buffer if it is empty, which no device has to understand, if the ring is full, if the queue is
-    /// broken, or if the device is gone.
-    pub(crate) fn add(&mut self, buffer: B) -> Result<(), B> {
-        let (memory, len) = buffer.memory();
-        let Ok(len @ 1..) = c_uint::try_from(len) else {
-            return Err(buffer);
-        };
+    /// As for [`add`](Self::add).
+    pub(super) unsafe fn add_sg(
+        &mut self,
+        sg: *mut bindings::scatterlist,
+        n: c_uint,
+        access: Access,
+        buffer: B,
+    ) -> Result<(), B> {
         let Some(_open) = self.binding.enter() else {
             return Err(buffer);
         };
@@ -154,32 +205,17 @@ impl<B: Buffer> Virtqueue<B> {
             return Err(buffer);
         };
 
-        let mut sg = MaybeUninit::<bindings::scatterlist>::zeroed();
         let token = ptr::without_provenance_mut::<c_void>(index + 1);
-
-        // A buffer is one descriptor, so that nothing is allocated for an indirect table. The flags only
-        // have to be ones that never sleep.
-        //
-        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`. `vq` is valid since
-        // `binding` was entered, and `&mut self` makes sure that nobody else uses it. The buffer stays as
-        // it is until the device has used it, since it is in `slots` then.
-        let added = unsafe {
-            bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len);
-
-            let add = if B::DEVICE_WRITES {
-                bindings::virtqueue_add_inbuf
-            } else {
-                bindings::virtqueue_add_outbuf
-            };
-
-            to_result(add(
-                self.vq.as_ptr(),
-                sg.as_mut_ptr(),
-                1,
-                token,
-                bindings::GFP_NOWAIT,
-            ))
+        let add = match access {
+            Access::Read => bindings::virtqueue_add_outbuf,
+            Access::Write => bindings::virtqueue_add_inbuf,
         };
+
+        // The flags only have to be ones that never sleep.
+        //
+        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that nobody else uses it.
+        // The caller vouches for the memory.
+        let added = to_result(unsafe { add(self.vq.as_ptr(), sg, n, token, bindings::GFP_NOWAIT) });
 
         match (added, self.slots.get_mut(index)) {
             (Ok(()), Some(slot)) => {
@@ -242,6 +278,11 @@ impl<B: Buffer> Virtqueue<B> {
         unsafe { bindings::virtqueue_enable_cb_delayed(self.vq.as_ptr()) }
     }
 
+    /// Returns whether the device was reset: it will not access any buffer again.
+    pub(super) fn is_reset(&self) -> bool {
+        self.binding.is_reset()
+    }
+
     /// Returns whether the queue cannot be used any more: broken, or the device is gone.
     pub(crate) fn is_broken(&self) -> bool {
         let Some(_open) = self.binding.enter() else {
@@ -253,7 +294,7 @@ impl<B: Buffer> Virtqueue<B> {
     }
 }
 
-impl<B: Buffer> Drop for Virtqueue<B> {
+impl<B> Drop for Virtqueue<B> {
     fn drop(&mut self) {
         // The device may still access its buffers. It is a bug of the driver to drop a queue in use, and
         // the safe way out is to let the buffers be.

@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Free page hinting: a host that migrates the guest leaves free memory out.
+//!
+//! The host asks with an id. The driver answers with the id, takes free memory from the page allocator, gives it to
+//! the device, and ends the round with the id [`HINT_STOP`]. It keeps the memory until the host says
+//! [`HINT_DONE`], since whatever is written to it in between has to be migrated after all.
+//!
+//! Memory that the device has not used yet is given back to nobody. A host that skips it clears its dirty bits, and
+//! where the dirty log was set initially (all pages dirty, none of them write-protected) that is the moment in which
+//! it begins to see writes: one that came before is lost on the other side. A host that discards the memory would
+//! discard what its new owner wrote. Memory that the device has used is free to go when the guest needs it.
+//!
+//! QEMU takes a lock for each buffer that its migration keeps for up to 50 ms at a time. So memory is collected first,
+//! neighbouring blocks become one buffer, and the largest come first.
+//!
+//! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is taken under the first one, but without
+//! reclaim, and under the second one not at all: it is taken by those who reclaim.
+//!
+//! Specification: clause 5.5.6.5, Free Page Hinting.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    rust::{
+        memory,
+        oom::{
+            OomNotifier,
+            OomNotify, //
+        },
+        page_list::MAX_ORDER,
+        page_run::{
+            PageRun,
+            RunSet, //
+        },
+        shrinker::{
+            Shrink,
+            Shrinker, //
+        },
+        task::{
+            new_slot,
+            Job,
+            Task, //
+        },
+        virtio::ByteOrder,
+        virtqueue::{
+            Either,
+            Virtqueue, //
+        },
+    },
+    virtio,
+    virtio_balloon::{
+        HINT_DONE,
+        HINT_ID,
+        HINT_STOP, //
+    }, //
+};
+
+use core::mem;
+use kernel::{
+    alloc::flags::__GFP_NOWARN,
+    debugfs,
+    device::Core,
+    new_mutex, new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex,
+        SpinLock, //
+    },
+    time::{
+        delay::fsleep,
+        Delta,
+        Msecs, //
+    },
+};
+
+/// The order of the smallest blocks that are taken: 256 KiB. Sending less costs less than hinting it.
+const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
+
+/// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
+const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
+
+/// How many entries of the queue are left for ids: one that ends a round, and one that begins the next.
+const ROOM_FOR_IDS: usize = 2;
+
+/// How many kernel pages are given back under one hold of a lock, or a block more: 16 MiB.
+const PAGES_PER_HOLD: usize = 1 << (24 - PAGE_SHIFT);
+
+/// How many runs are kept at most.
+const MAX_RUNS: usize = 1024;
+
+/// What part of the free memory is left to the guest while the device has the rest, as a divisor.
+const LEFT_FREE: usize = 8;
+
+/// How long an allocation that has failed waits for the device to use what it was given, in milliseconds.
+const OOM_PATIENCE: u32 = 500;
+
+/// How long it may take until an answer is noticed that the device has not interrupted for.
+const LOOK_AGAIN: Msecs = 20;
+
+/// A virtqueue for hints: ids and memory.
+pub(crate) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
+
+/// Free page hinting of a device.
+#[pin_data]
+pub(crate) struct Hinting {
+    byte_order: ByteOrder,
+    #[pin]
+    worker: Mutex<Worker>,
+    /// Memory that the device has used, and that is kept for as long as nobody needs it.
+    #[pin]
+    held: SpinLock<RunSet>,
+    /// Set when somebody needed memory: there will be no more in this round.
+    needed: Atomic<bool>,
+    /// How much was hinted, in bytes.
+    #[pin]
+    hinted: debugfs::File<Atomic<u64>>,
+}
+
+struct Worker {
+    config: virtio::Config,
+    queue: HintQueue,
+    /// The id of the latest round.
+    id: u32,
+    /// Whether the device has to be told that a round is over, and that the one with `id` begins.
+    stop_due: bool,
+    start_due: bool,
+    /// Whether the round goes on, and whether there is more to be had for it.
+    supplying: bool,
+    more: bool,
+    /// Whether what the device has used is kept.
+    keeping: bool,
+    /// Memory that the device is to be given.
+    pending: RunSet,
+    /// How many kernel pages the device has.
+    in_flight: usize,
+}
+
+impl Worker {
+    fn new(dev: &virtio::Device<Core<'_>>, queue: HintQueue) -> Result<Self> {
+        Ok(Self {
+            config: dev.config()?,
+            queue,
+            id: HINT_STOP,
+            stop_due: false,
+            start_due: false,
+            supplying: false,
+            more: false,
+            keeping: false,
+            pending: RunSet::new(MAX_RUNS)?,
+            in_flight: 0,
+        })
+    }
+
+    /// Ends the round, if there is one.
+    fn stop(&mut self) {
+        self.stop_due |= self.supplying;
+        self.supplying = false;
+        self.pending.free(usize::MAX);
+    }
+
+    /// Sends the ids that are due. Returns whether none is left.
+    fn send_ids(&mut self, order: ByteOrder) -> bool {
+        if self.stop_due {
+            self.stop_due = !self.send_id(HINT_STOP, order);
+        }
+        if self.start_due && !self.stop_due {
+            self.start_due = !self.send_id(self.id, order);
+        }
+
+        !self.stop_due && !self.start_due
+    }
+
+    fn send_id(&mut self, id: u32, order: ByteOrder) -> bool {
+        let Ok(mut buffer) = KVec::with_capacity(1, GFP_NOWAIT | __GFP_NOWARN) else {
+            return false;
+        };
+
+        // There is room for one.
+        let _ = buffer.push_within_capacity(order.to_device32(id));
+        self.queue.add(Either::Left(buffer)).is_ok()
+    }
+
+    /// Takes memory that is free, but not all of it.
+    fn gather(&mut self, needed: &Atomic<bool>) {
+        let info = memory::Info::now();
+        let (free, total) = (
+            (info.free >> PAGE_SHIFT) as usize,
+            (info.total >> PAGE_SHIFT) as usize,
+        );
+        let wanted = free.saturating_sub((free / LEFT_FREE).max(always_free(total)));
+        let mut order = MAX_ORDER;
+
+        while self.pending.pages() < wanted && !needed.load(Relaxed) {
+            let Some(run) = PageRun::alloc(order) else {
+                if order == MIN_ORDER {
+                    break;
+                }
+                order -= 1;
+                continue;
+            };
+            if self.pending.insert(run).is_err() {
+                break;
+            }
+        }
+
+        self.more = self.pending.pages() >= WORTHWHILE;
+    }
+
+    /// Gives the device as much as the queue has room for. Returns how many kernel pages it was.
+    fn supply(&mut self) -> usize {
+        let mut supplied = 0;
+
+        while self.queue.room() > ROOM_FOR_IDS {
+            let Some(run) = self.pending.take_longest() else {
+                break;
+            };
+            let pages = run.len();
+
+            if self.queue.add(Either::Right(run)).is_err() {
+                break;
+            }
+            supplied += pages;
+        }
+
+        self.in_flight += supplied;
+        supplied
+    }
+}
+
+/// Returns how many kernel pages, of `total`, stay free in any case: 16 MiB and 1/512, more than what the page
+/// allocator wants to have at hand.
+fn always_free(total: usize) -> usize {
+    (16 << (20 - PAGE_SHIFT)) + total / 512
+}
+
+impl Hinting {
+    /// Returns an initialiser. The counters are to be seen in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    fn new<'a>(
+        dev: &virtio::Device<Core<'_>>,
+        queue: HintQueue,
+        dir: &'a debugfs::Dir,
+    ) -> Result<impl PinInit<Self, Error> + use<'a>> {
+        let worker = Worker::new(dev, queue)?;
+        let held = RunSet::new(MAX_RUNS)?;
+        let byte_order = dev.byte_order();
+
+        Ok(try_pin_init!(Self {
+            byte_order,
+            worker <- new_mutex!(worker, "Hinting::worker"),
+            held <- new_spinlock!(held, "Hinting::held"),
+            needed: Atomic::new(false),
+            hinted <- dir.read_only_file(c"hinted_bytes", Atomic::new(0)),
+        }))
+    }
+
+    /// Begins anew with a device that was reset. The task must not be running.
+    pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>, queue: HintQueue) -> Result {
+        let worker = Worker::new(dev, queue)?;
+
+        *self.worker.lock() = worker;
+        Ok(())
+    }
+
+    /// Stops the task and gives back what is held: the device is about to be reset.
+    pub(crate) fn leave(task: &Task<Self>) {
+        task.stop();
+        task.worker.lock().pending.free(usize::MAX);
+        task.release();
+    }
+
+    /// Gives back what is held.
+    fn release(&self) {
+        while self.held.lock().free(PAGES_PER_HOLD) > 0 {}
+    }
+
+    /// Takes what the device has used.
+    fn collect(&self, worker: &mut Worker) {
+        while let Some((buffer, _)) = worker.queue.next_used() {
+            let Either::Right(run) = buffer else { continue };
+
+            worker.in_flight -= run.len();
+            self.hinted.add((run.len() as u64) << PAGE_SHIFT, Relaxed);
+            if worker.keeping {
+                // If there is no room for it, it is freed, which is allowed now.
+                let unheld = self.held.lock().insert(run);
+                drop(unheld);
+            }
+        }
+    }
+
+    /// Follows what the host wants.
+    fn follow(&self, worker: &mut Worker) -> Result {
+        let wanted = worker.config.read_le32(HINT_ID)?;
+
+        if wanted == HINT_STOP || wanted == HINT_DONE {
+            worker.stop();
+            if wanted == HINT_DONE {
+                worker.keeping = false;
+                self.release();
+            }
+        } else if wanted != worker.id {
+            worker.stop();
+            worker.id = wanted;
+            worker.start_due = true;
+            worker.supplying = true;
+            worker.keeping = true;
+            worker.more = true;
+            self.needed.store(false, Relaxed);
+
+            // What was hinted before is hinted again: it may have been written to before the host began to look,
+            // and the host may know that by now.
+            mem::swap(&mut worker.pending, &mut *self.held.lock());
+        } else if self.needed.load(Relaxed) {
+            worker.stop();
+        }
+
+        Ok(())
+    }
+
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone.
+    fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
+        worker.queue.disable_callback();
+        self.collect(worker);
+        self.follow(worker)?;
+
+        if worker.supplying && worker.more && worker.in_flight == 0 {
+            worker.gather(&self.needed);
+        }
+
+        let mut sent = worker.stop_due || worker.start_due;
+        if worker.send_ids(self.byte_order) && worker.supplying {
+            let supplied = worker.supply();
+
+            if supplied == 0 && worker.in_flight == 0 {
+                worker.stop();
+                worker.send_ids(self.byte_order);
+            }
+            sent = true;
+        }
+        if sent {
+            worker.queue.kick();
+        }
+
+        if worker.queue.in_flight() == 0 && !worker.stop_due && !worker.start_due {
+            return Ok(None);
+        }
+
+        let sleeping = worker.queue.enable_callback_delayed();
+        Ok(Some(if sleeping { LOOK_AGAIN } else { 0 }))
+    }
+}
+
+/// Free page hinting of a bound device, with those who ask for the memory.
+pub(crate) struct Hints {
+    _oom: Pin<KBox<OomNotifier<Task<Hinting>>>>,
+    _shrinker: Shrinker<Task<Hinting>>,
+    pub(crate) task: Arc<Task<Hinting>>,
+}
+
+impl Hints {
+    /// Sets all up. The counters are to be seen in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    pub(crate) fn new(
+        dev: &virtio::Device<Core<'_>>,
+        queue: HintQueue,
+        dir: &debugfs::Dir,
+    ) -> Result<Self> {
+        let slot = new_slot!(c"virtio_balloon_rs_hint")?;
+        let hinting = Hinting::new(dev, queue, dir)?;
+        let task = Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)?;
+
+        Ok(Self {
+            _oom: KBox::pin_init(OomNotifier::new(task.clone()), GFP_KERNEL)?,
+            _shrinker: Shrinker::new(task.clone(), c"virtio_balloon_rs")?,
+            task,
+        })
+    }
+}
+
+impl Job for Hinting {
+    fn run(task: &Task<Self>) {
+        let mut worker = task.worker.lock();
+
+        // If the device is gone, so is the host that wanted to know.
+        if let Ok(Some(delay)) = task.advance(&mut worker) {
+            task.schedule_in(delay);
+        }
+    }
+}
+
+impl Shrink for Task<Hinting> {
+    fn count(&self) -> usize {
+        self.held.lock().pages()
+    }
+
+    fn scan(&self, wanted: usize) -> usize {
+        self.needed.store(true, Relaxed);
+        self.held.lock().free(wanted)
+    }
+}
+
+impl OomNotify for Task<Hinting> {
+    /// Waits for what the device has, which it uses soon. What it had used before was given back by the shrinker.
+    fn out_of_memory(&self) -> usize {
+        self.needed.store(true, Relaxed);
+
+        for _ in 0..OOM_PATIENCE {
+            let mut worker = self.worker.lock();
+
+            self.collect(&mut worker);
+            let freed = worker.pending.free(usize::MAX) + self.held.lock().free(usize::MAX);
+            if freed > 0 || worker.in_flight == 0 {
+                return freed;
+            }
+            drop(worker);
+
+            fsleep(Delta::from_millis(1));
+        }
+
+        0
+    }
+}
