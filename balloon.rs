@@ -54,8 +54,11 @@ use kernel::{
     sync::{
         aref::ARef,
         atomic::{
+            Acquire,
             Atomic,
-            Relaxed, //
+            Full,
+            Relaxed,
+            Release, //
         },
         Mutex,
         SpinLock, //
@@ -79,7 +82,8 @@ const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 /// can be used, or when pages have just been moved.
 const OOM_PATIENCE: u32 = 100;
 
-/// How long unbinding waits for a device that gives no sign of life, and how often it looks for one.
+/// How long unbinding waits for a device that gives no sign of life, and how often it looks for one. The system may
+/// suspend after the same time.
 const PATIENCE: Delta = Delta::from_millis(2_000);
 const HEARTBEAT: Delta = Delta::from_millis(5);
 
@@ -94,8 +98,8 @@ const ISOLATION: Msecs = 10;
 pub(crate) struct Balloon {
     dev: ARef<virtio::Device>,
 
-    /// Available pages below which the balloon does not grow.
-    floor: usize,
+    /// Available pages below which the balloon does not grow; `None` if it stays empty whatever the target.
+    floor: Option<usize>,
 
     #[pin]
     pages: BalloonPages<Moves>,
@@ -128,8 +132,8 @@ struct Worker {
     backoff: Backoff,
     /// The size that the device was told last, in balloon pages.
     actual: Option<u32>,
-    /// How many messages the device has answered and pages have left the balloon.
-    progress: usize,
+    /// When the device has answered, or pages have left the balloon, the last time.
+    progress: Instant<Monotonic>,
     /// Whether it was logged that a queue is broken.
     broken: bool,
 }
@@ -150,7 +154,7 @@ fn set_up(
             inflate: Inflate::new(inflate),
             backoff: Backoff::new(),
             actual: None,
-            progress: 0,
+            progress: Instant::now(),
             broken: false,
         },
         Deflate::new(deflate, must_tell(dev)),
@@ -159,23 +163,27 @@ fn set_up(
 
 impl Balloon {
     /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than `floor` MiB are
-    /// available.
+    /// available, or not at all if there is no `floor`.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue,
         deflate: MessageQueue,
-        floor: u32,
+        floor: Option<u32>,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
         // Memory that can come back by itself is still the guest's.
         let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
+        if floor.is_none() {
+            dev_info!(dev, "inflate=0: the balloon stays empty\n");
+        }
+
         let moves = Moves::new(slot.waker(), must_tell(dev))?;
         let dev = (&**dev).into();
 
         Ok(try_pin_init!(Self {
             dev,
-            floor: (floor as usize) << (20 - PAGE_SHIFT),
+            floor: floor.map(|mib| (mib as usize) << (20 - PAGE_SHIFT)),
             pages <- BalloonPages::new(adjust_managed, moves),
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
@@ -211,7 +219,18 @@ impl Balloon {
 
     /// Says that the device may have a new target.
     pub(crate) fn target_changed(&self) {
-        self.target_changed.store(true, Relaxed);
+        self.target_changed.store(true, Release);
+        self.dev.stay_awake();
+    }
+
+    /// Lets the system suspend again, unless there is a new target.
+    fn relax(&self) {
+        self.dev.relax();
+
+        // `target_changed` may have come in between.
+        if self.target_changed.load(Acquire) {
+            self.dev.stay_awake();
+        }
     }
 
     /// Stops the task, gives everything back and tells the device, for as long as the device shows that it is
@@ -225,8 +244,7 @@ impl Balloon {
         task.giving_back.store(true, Relaxed);
 
         let mut worker = task.worker.lock();
-        let mut progress = worker.progress;
-        let mut alive = Instant::<Monotonic>::now();
+        worker.progress = Instant::now();
 
         while let Ok(again) = task.advance(&mut worker) {
             if task.pages.len() == 0
@@ -236,10 +254,7 @@ impl Balloon {
                 break;
             }
 
-            if worker.progress != progress {
-                progress = worker.progress;
-                alive = Instant::now();
-            } else if alive.elapsed() > PATIENCE {
+            if worker.progress.elapsed() > PATIENCE {
                 dev_warn!(
                     task.dev,
                     "the device does not answer: leaving without it, with {} MiB in the balloon\n",
@@ -258,7 +273,7 @@ impl Balloon {
 
     /// Returns the target in kernel pages.
     fn target(&self, worker: &Worker) -> Result<usize> {
-        if self.giving_back.load(Relaxed) {
+        if self.giving_back.load(Relaxed) || self.floor.is_none() {
             return Ok(0);
         }
 
@@ -282,7 +297,7 @@ impl Balloon {
             return None;
         }
 
-        let above_floor = memory::available_pages().saturating_sub(self.floor);
+        let above_floor = memory::available_pages().saturating_sub(self.floor.unwrap_or(0));
         let now_wanted = wanted.min(PAGES_PER_RUN);
         let stop = worker
             .inflate
@@ -317,7 +332,9 @@ impl Balloon {
         let settled = self.moves().settled()?;
         let released = deflate::release(&self.deflate, &self.pages, limit, settled);
 
-        worker.progress = worker.progress.wrapping_add(released);
+        if released > 0 {
+            worker.progress = Instant::now();
+        }
 
         if released == limit {
             (limit < wanted).then_some(0)
@@ -352,10 +369,13 @@ impl Balloon {
 
         let answers =
             worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
-        worker.progress = worker.progress.wrapping_add(answers);
+        let target_changed = self.target_changed.xchg(false, Full);
 
-        if self.target_changed.xchg(false, Relaxed) {
+        if target_changed {
             worker.backoff.reset();
+        }
+        if target_changed || answers > 0 {
+            worker.progress = Instant::now();
         }
 
         let given = self.given_for_oom.xchg(0, Relaxed);
@@ -386,8 +406,12 @@ impl Balloon {
         }
 
         // Also while the balloon cannot grow: that may take for ever.
-        if step == Step::Rest || worker.backoff.is_failing() {
+        let resting = step == Step::Rest || worker.backoff.is_failing();
+        if resting {
             self.moves().allow(!self.giving_back.load(Relaxed));
+        }
+        if resting || worker.progress.elapsed() > PATIENCE {
+            self.relax();
         }
 
         self.update_actual(worker)?;

@@ -103,10 +103,13 @@ impl virtio::Driver for BalloonDriver {
 
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
         poison::announce(dev)?;
+        dev.set_wakeup_capable();
 
         let queues = Queues::find(dev)?;
         let dir = debugfs_dir(dev)?;
-        let floor = module_parameters::floor_mib.value();
+        let floor = module_parameters::inflate
+            .value()
+            .then(|| module_parameters::floor_mib.value());
         let slot = new_slot!(c"virtio_balloon_rs")?;
         let balloon = Balloon::new(&slot, dev, queues.inflate, queues.deflate, floor)?;
         let balloon = Arc::pin_init(Task::new(slot, balloon), GFP_KERNEL)?;
@@ -246,6 +249,10 @@ virtio::module_virtio_driver! {
     description: "Virtio balloon driver",
     license: "GPL",
     params: {
+        inflate: bool {
+            default: true,
+            description: "Whether the host's wishes for memory are followed; statistics, hints and reports go on if not",
+        },
         floor_mib: u32 {
             default: 32,
             description: "Available memory in MiB below which the balloon does not grow (0: no limit)",
