@@ -42,7 +42,7 @@ use kernel::{
 };
 
 /// How many queues the device has at most.
-const QUEUES: usize = 3;
+const QUEUES: usize = 5;
 
 /// How many entries each queue has.
 pub(crate) const QUEUE_SIZE: u32 = 16;
@@ -86,6 +86,8 @@ pub(crate) struct Request {
     head: u16,
     /// What the driver wrote.
     pub(crate) words: KVec<u16>,
+    /// How many bytes the driver lets the device write.
+    pub(crate) writable: usize,
 }
 
 impl Request {
@@ -226,7 +228,11 @@ impl FakeDevice {
                 .add((seen & (QUEUE_SIZE - 1)) as usize)
                 .read();
             let desc = ring.desc.add(usize::from(head)).read();
-            let len = desc.len as usize / size_of::<u16>();
+            let (readable, writable) = match u32::from(desc.flags) & bindings::VRING_DESC_F_WRITE {
+                0 => (desc.len as usize, 0),
+                _ => (0, desc.len as usize),
+            };
+            let len = readable / size_of::<u16>();
             let memory = bindings::balloon_rs_phys_to_virt(desc.addr).cast::<u16>();
             let mut words = KVec::with_capacity(len, GFP_KERNEL)?;
 
@@ -235,7 +241,11 @@ impl FakeDevice {
             }
 
             queue.seen.store(seen.wrapping_add(1), Relaxed);
-            Ok(Some(Request { head, words }))
+            Ok(Some(Request {
+                head,
+                words,
+                writable,
+            }))
         }
     }
 

@@ -15,8 +15,11 @@ use crate::{
             stat,
             ACTUAL,
             F_MUST_TELL_HOST,
+            F_PAGE_POISON,
+            F_REPORTING,
             F_STATS_VQ,
-            NUM_PAGES, //
+            NUM_PAGES,
+            POISON_VAL, //
         },
     },
     target::BALLOON_PAGES_PER_PAGE,
@@ -42,7 +45,7 @@ const MESSAGE: u32 = 256;
 const MANY: u32 = (QUEUE_SIZE + 4) * MESSAGE;
 
 /// Waits until `condition` holds.
-fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
+pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
     for _ in 0..5_000 {
         if condition()? {
             return Ok(());
@@ -239,6 +242,44 @@ mod tests {
 
         assert!(device.has_feature(F_MUST_TELL_HOST));
         assert!(!device.has_feature(Feature::ACCESS_PLATFORM));
+    }
+
+    #[test]
+    fn a_value_of_free_pages_is_announced_where_there_is_one() {
+        let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+        let value = memory::free_page_value();
+
+        assert_eq!(device.has_feature(F_PAGE_POISON), value.is_some());
+        assert_eq!(device.field(POISON_VAL), value.unwrap_or(0));
+        assert!(device.has_feature(F_REPORTING));
+    }
+
+    #[test]
+    fn free_pages_are_not_reported_to_a_device_that_cannot_know_their_value() {
+        let device = FakeDevice::new(&[Feature::VERSION_1, F_REPORTING]);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        assert_eq!(
+            device.has_feature(F_REPORTING),
+            memory::free_page_value().is_none()
+        );
+    }
+
+    #[test]
+    fn a_second_device_goes_without_reporting() {
+        let features = [Feature::VERSION_1, F_PAGE_POISON, F_REPORTING];
+        let hosts = (Host::new(&features), Host::new(&features));
+        assert!(hosts.0.is_ok() && hosts.1.is_ok());
+        let (Ok(_first), Ok(mut second)) = hosts else {
+            return;
+        };
+
+        assert!(second.device.is_ready());
+        assert_eq!(second.resize(MESSAGE, MESSAGE), Ok(()));
+        assert_eq!(second.resize(0, 0), Ok(()));
     }
 
     #[test]

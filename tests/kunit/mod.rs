@@ -10,6 +10,7 @@
 mod backoff;
 mod buffer;
 mod device;
+mod hinting;
 mod pages;
 mod range_stack;
 mod target;

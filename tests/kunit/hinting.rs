@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Free page hinting on a device in the kernel.
+
+use super::device::eventually;
+use crate::rust::{
+    fake_device::{
+        FakeDevice,
+        Request, //
+    },
+    memory,
+    virtio::Feature,
+    virtio_balloon::{
+        F_FREE_PAGE_HINT,
+        HINT_DONE,
+        HINT_ID,
+        HINT_STOP, //
+    },
+};
+
+use kernel::{
+    prelude::*,
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
+};
+
+/// The queue's number: the device has no statistics.
+const HINTS: usize = 2;
+
+const MIB: u64 = 1 << 20;
+
+fn device() -> Result<FakeDevice> {
+    FakeDevice::new(&[Feature::VERSION_1, F_FREE_PAGE_HINT])
+}
+
+/// What the driver sends.
+#[derive(Debug, PartialEq, Eq)]
+enum Message {
+    Id(u32),
+    Memory(usize),
+}
+
+/// Waits for the next message.
+///
+/// # Errors
+///
+/// `ETIMEDOUT` if there is none, `EINVAL` if it is neither an id nor memory.
+fn next(device: &FakeDevice) -> Result<(Request, Message)> {
+    let mut request = None;
+
+    eventually(|| {
+        request = device.next(HINTS)?;
+        Ok(request.is_some())
+    })?;
+
+    let request = request.ok_or(EINVAL)?;
+    let pfns = request.pfns()?;
+    let message = match (pfns.as_slice(), request.writable) {
+        (&[id], 0) => Message::Id(id),
+        ([], 1..) => Message::Memory(request.writable),
+        _ => return Err(EINVAL),
+    };
+
+    Ok((request, message))
+}
+
+fn answer(device: &FakeDevice, request: &Request) -> Result {
+    device.answer(HINTS, request, 0)?;
+    device.interrupt(HINTS)
+}
+
+/// Takes part in a round to its end. Returns how many bytes were hinted.
+///
+/// # Errors
+///
+/// `EINVAL` if the round does not have the id `id`.
+fn round(device: &FakeDevice, id: u32) -> Result<u64> {
+    let (request, message) = next(device)?;
+    let mut hinted = 0;
+
+    if message != Message::Id(id) {
+        return Err(EINVAL);
+    }
+    answer(device, &request)?;
+
+    loop {
+        let (request, message) = next(device)?;
+
+        answer(device, &request)?;
+        match message {
+            Message::Memory(bytes) => hinted += bytes as u64,
+            Message::Id(HINT_STOP) => return Ok(hinted),
+            Message::Id(_) => return Err(EINVAL),
+        }
+    }
+}
+
+fn free() -> u64 {
+    memory::Info::now().free
+}
+
+/// Waits until there is about as much free memory as before.
+fn is_free_again(before: u64) -> Result {
+    eventually(|| Ok(free() + 8 * MIB > before))
+}
+
+#[kunit_tests(virtio_balloon_rs_hinting)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_hinted_unasked() {
+        let device = device();
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        for id in [HINT_STOP, HINT_DONE] {
+            device.change(HINT_ID, id);
+            fsleep(Delta::from_millis(20));
+            assert!(device.next(HINTS).is_ok_and(|next| next.is_none()));
+        }
+    }
+
+    #[test]
+    fn most_free_memory_is_hinted_and_comes_back_when_all_is_done() {
+        let device = device();
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+        let before = free();
+
+        device.change(HINT_ID, 2);
+        let hinted = round(&device, 2);
+        assert!(hinted.is_ok_and(|hinted| hinted > before / 2 && hinted < before));
+        assert!(free() < before / 2);
+
+        device.change(HINT_ID, HINT_DONE);
+        assert_eq!(is_free_again(before), Ok(()));
+    }
+
+    #[test]
+    fn an_id_is_answered_once() {
+        let device = device();
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        device.change(HINT_ID, 7);
+        assert!(round(&device, 7).is_ok());
+        device.change(HINT_ID, 7);
+        fsleep(Delta::from_millis(20));
+        assert!(device.next(HINTS).is_ok_and(|next| next.is_none()));
+
+        // Nor is it when the host has stopped in between.
+        device.change(HINT_ID, HINT_STOP);
+        device.change(HINT_ID, 8);
+        assert!(round(&device, 8).is_ok());
+    }
+
+    #[test]
+    fn a_new_id_ends_the_round() {
+        let device = device();
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        device.change(HINT_ID, 2);
+        let first = next(&device);
+        assert!(first.is_ok());
+        let Ok((first, message)) = first else { return };
+        assert_eq!(message, Message::Id(2));
+
+        // What is under way comes first, then the end of the old round, then the new one.
+        device.change(HINT_ID, 3);
+        assert_eq!(answer(&device, &first), Ok(()));
+        loop {
+            let this = next(&device);
+            assert!(this.is_ok());
+            let Ok((request, message)) = this else { return };
+
+            assert_eq!(answer(&device, &request), Ok(()));
+            if message == Message::Id(HINT_STOP) {
+                break;
+            }
+            assert!(matches!(message, Message::Memory(_)));
+        }
+        assert!(round(&device, 3).is_ok());
+    }
+
+    #[test]
+    fn what_the_device_has_not_used_is_not_given_back() {
+        let device = device();
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+        let before = free();
+
+        device.change(HINT_ID, 2);
+        let id = next(&device);
+        let memory = next(&device);
+        assert!(id.is_ok() && memory.is_ok());
+        let (Ok(_), Ok((request, Message::Memory(bytes)))) = (id, memory) else {
+            return;
+        };
+
+        device.change(HINT_ID, HINT_DONE);
+        fsleep(Delta::from_millis(50));
+        assert!(free() + bytes as u64 <= before + 8 * MIB);
+
+        assert_eq!(answer(&device, &request), Ok(()));
+    }
+
+    #[test]
+    fn all_comes_back_from_a_device_that_does_not_answer() {
+        let before = free();
+        {
+            let device = device();
+            assert!(device.is_ok());
+            let Ok(device) = device else { return };
+
+            device.change(HINT_ID, 2);
+            assert!(next(&device).is_ok() && next(&device).is_ok());
+            assert!(free() < before / 2);
+        }
+        assert_eq!(is_free_again(before), Ok(()));
+    }
+}
