@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use vm::{Guest, Kernel, Size};
+use vm::{Driver, Guest, Kernel, Size};
 
 use crate::sizes::{check_free, check_size};
 use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
@@ -68,8 +68,8 @@ fn rebind(setup: &Setup) -> Result<()> {
     let size = Size::mib(200);
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
-        let directory = format!("/sys/bus/virtio/drivers/{}", setup.driver.name());
-        let device = device(guest, &directory)?;
+        let directory = driver_directory(setup.driver);
+        let device = device(guest, setup.driver)?;
         let free = guest.free()?;
         guest.balloon().settle(size)?;
         let mut full = 0;
@@ -101,13 +101,45 @@ fn rebind(setup: &Setup) -> Result<()> {
     })
 }
 
+fn driver_directory(driver: Driver) -> String {
+    format!("/sys/bus/virtio/drivers/{}", driver.name())
+}
+
 /// The name of the device that a driver has.
-fn device(guest: &Guest, directory: &str) -> Result<String> {
-    let links = guest.run(&["ls", directory])?;
+pub(crate) fn device(guest: &Guest, driver: Driver) -> Result<String> {
+    let links = guest.run(&["ls", &driver_directory(driver)])?;
     let device = links
         .split_whitespace()
         .find(|link| link.starts_with("virtio"));
     Ok(device.context("the driver has no device")?.to_owned())
+}
+
+/// Where balloons that come and go are plugged in, as `port0`.
+pub(crate) const PORT: &str = "pcie-root-port,id=port0,chassis=1";
+
+/// Gives the guest a balloon, which has to have the id `balloon0`, and waits for the driver to use it.
+pub(crate) fn plug(guest: &Guest, device: &Value) -> Result<()> {
+    guest.qmp().execute::<Value>("device_add", device)?;
+    guest.wait_until("a driver for a new device", Duration::from_secs(30), || {
+        // The last digit has all bits when both sides are ready.
+        let status =
+            guest.sh("cat /sys/bus/virtio/drivers/virtio_balloon*/virtio*/status || true")?;
+        Ok(status.trim_end().ends_with('f'))
+    })
+}
+
+/// Takes the balloon away from the guest, and waits until it is gone.
+pub(crate) fn unplug(guest: &Guest) -> Result<()> {
+    let mark = guest.qmp().mark();
+    guest
+        .qmp()
+        .execute::<Value>("device_del", &json!({ "id": "balloon0" }))?;
+    guest
+        .qmp()
+        .wait_event(mark, Duration::from_secs(30), |event| {
+            event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
+        })?;
+    Ok(())
 }
 
 fn unplug_while_inflating(setup: &Setup) -> Result<()> {
@@ -119,18 +151,14 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .memory(memory)
-        .device("pcie-root-port,id=port0,chassis=1")
+        .device(PORT)
         .balloon(Some(&device.to_string()));
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         guest.insmod(setup.driver, &[])?;
         for round in 0..3 {
             if round > 0 {
-                guest.qmp().execute::<Value>("device_add", &device)?;
-                guest.wait_until("a new device", Duration::from_secs(30), || {
-                    // QEMU knows of no balloon before it has started.
-                    Ok(guest.balloon().request(Size::default()).is_ok())
-                })?;
+                plug(guest, &device)?;
             }
             guest.balloon().request(target)?;
             guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
@@ -138,15 +166,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
             })?;
             let size = guest.balloon().size()?;
             ensure!(size < target, "the balloon was full before its device went");
-            let mark = guest.qmp().mark();
-            guest
-                .qmp()
-                .execute::<Value>("device_del", &json!({ "id": "balloon0" }))?;
-            guest
-                .qmp()
-                .wait_event(mark, Duration::from_secs(30), |event| {
-                    event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
-                })?;
+            unplug(guest)?;
             let pages = guest.vmstat("nr_balloon_pages")?;
             ensure!(pages == 0, "{pages} pages went with the device");
             let now = guest.meminfo()?.total;

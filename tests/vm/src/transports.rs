@@ -2,8 +2,8 @@
 
 //! The balloon works on every transport and with every layout of the queues.
 
-use anyhow::{Result, ensure};
-use vm::{Config, Machine, Size};
+use anyhow::{Context, Result, ensure};
+use vm::{Config, Driver, Guest, Machine, Size};
 
 use crate::sizes::check_size;
 use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
@@ -84,17 +84,23 @@ fn plain_queues(setup: &Setup) -> Result<()> {
     )
 }
 
+/// Whether a driver and its device have agreed on a feature.
+pub(crate) fn accepted(guest: &Guest, driver: Driver, feature: usize) -> Result<bool> {
+    let features = guest.sh(&format!(
+        "cat /sys/bus/virtio/drivers/{}/virtio*/features",
+        driver.name()
+    ))?;
+    let bit = features.as_bytes().get(feature);
+    Ok(*bit.context("the driver has no device")? == b'1')
+}
+
 /// Inflates and deflates on a device that has a feature, or has it not.
 fn inflate(setup: &Setup, config: &Config, feature: usize, has_it: bool) -> Result<()> {
     vm::run(config, |guest| {
         guest.insmod(setup.driver, &[])?;
-        let features = guest.sh(&format!(
-            "cat /sys/bus/virtio/drivers/{}/virtio*/features",
-            setup.driver.name()
-        ))?;
         ensure!(
-            features.as_bytes().get(feature) == Some(if has_it { &b'1' } else { &b'0' }),
-            "the device's features are {features}, which are not what is to be tested"
+            accepted(guest, setup.driver, feature)? == has_it,
+            "feature {feature} is not as it is to be tested"
         );
         for size in [
             Size::mib(256),
