@@ -18,7 +18,8 @@ static FAULT: LazyLock<Regex> = LazyLock::new(|| {
         | INFO:\ task\ .*\ blocked\ for\ more | soft\ lockup | workqueue\ lockup
         | rcu.*(detected\ stalls|self-detected\ stall|detected\ expedited\ stalls)
         | kmemleak:\ [1-9][0-9]*\ new\ suspected | page\ allocation\ failure
-        | invoked\ oom-killer | Out\ of\ memory: | refcount_t: | ODEBUG: | Bad\ page",
+        | invoked\ oom-killer | Out\ of\ memory: | refcount_t: | ODEBUG: | Bad\ page
+        | pagealloc:\ (memory\ corruption|single\ bit\ error)",
     )
     .expect("the pattern is valid")
 });
@@ -161,6 +162,8 @@ mod tests {
             "ODEBUG: free active (active state 0) object",
             "Kernel panic - not syncing: Attempted to kill init!",
             "BUG: Bad page state in process insmod  pfn:12345",
+            "pagealloc: memory corruption",
+            "pagealloc: single bit error",
         ] {
             assert_eq!(faults(line, &[]).len(), 1, "{line}");
         }
