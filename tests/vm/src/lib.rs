@@ -26,6 +26,7 @@ use std::time::Duration;
 use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Driver, Kernel};
 
+mod compaction;
 mod lifecycle;
 mod memory;
 mod oom;
@@ -38,6 +39,7 @@ mod transports;
 pub const SCENARIOS: &[&[Scenario]] = &[
     sizes::SCENARIOS,
     memory::SCENARIOS,
+    compaction::SCENARIOS,
     statistics::SCENARIOS,
     oom::SCENARIOS,
     lifecycle::SCENARIOS,

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The balloon's pages do not stand in the way of those who need memory in one piece.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use vm::{Driver, Exit, Guest, Load, Size};
+
+use crate::sizes::{check_free, check_size, offline_pages};
+use crate::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "huge_pages",
+        proves: "a guest full of single balloon pages gets as many huge pages as with the C driver",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        run: huge_pages,
+    },
+    Scenario {
+        name: "memory_offline",
+        proves: "a block of memory that is full of balloon pages can be taken away from the guest",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        run: memory_offline,
+    },
+    Scenario {
+        name: "contiguous_allocation",
+        proves: "the balloon makes room for an allocation from the contiguous memory allocator",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        run: contiguous_allocation,
+    },
+];
+
+/// How long it may take to move the balloon's pages: the host hears of each one by itself.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The least number of huge pages, to what the C driver makes room for.
+const HUGE_PAGES_LIMIT: f64 = 0.95;
+
+fn huge_pages(setup: &Setup) -> Result<()> {
+    let here = huge_pages_with(setup, setup.driver)?;
+    if setup.driver == Driver::Rust {
+        let c = huge_pages_with(setup, Driver::C)?;
+        // They are a few hundred: exact as floating-point numbers.
+        let ratio = here as f64 / c as f64;
+        setup.note(format!("{ratio:.2} of what the C driver makes room for"));
+        ensure!(
+            ratio >= HUGE_PAGES_LIMIT,
+            "the guest gets {here} huge pages, and {c} with the C driver"
+        );
+    }
+    Ok(())
+}
+
+/// How many huge pages a guest gets out of memory that is cut up by the balloon.
+fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<u64> {
+    vm::run(&setup.config().memory(Size::mib(768)), |guest| {
+        guest.insmod(driver, &[])?;
+        let free = guest.meminfo()?.free;
+        let data = hold(guest)?;
+        // Another process has every second page, and the balloon gets those in between.
+        let fragment = guest.load(Load::Fragment {
+            mib: usize::try_from(free.saturating_sub(Size::mib(96)).as_mib())?,
+        })?;
+        fragment.wait_passes(1, Duration::from_secs(60))?;
+        let size = Size::mib(
+            guest
+                .meminfo()?
+                .free
+                .saturating_sub(Size::mib(128))
+                .as_mib(),
+        );
+        guest.balloon().settle(size)?;
+        fragment.stop()?;
+
+        let moved = guest.vmstat("balloon_migrate")?;
+        let free = guest.meminfo()?.free;
+        let wanted = free.as_mib() / 2;
+        write(guest, "/proc/sys/vm/nr_hugepages", &wanted.to_string())?;
+        let got = guest
+            .read_file("/proc/sys/vm/nr_hugepages")?
+            .trim()
+            .parse()?;
+        let moved = guest.vmstat("balloon_migrate")? - moved;
+        setup.note(format!(
+            "{driver:?} driver: {got} huge pages from {free}, {moved} of {} balloon pages moved",
+            size.as_pages()
+        ));
+        ensure!(moved > 0, "no page of the balloon was moved");
+        check_size(guest, size)?;
+        data.stop()?;
+
+        guest.write_file("/proc/sys/vm/nr_hugepages", "0")?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.rmmod(driver)?;
+        Ok(got)
+    })
+}
+
+/// Starts a process whose data have to stay what they are.
+fn hold(guest: &Guest) -> Result<vm::RunningLoad<'_>> {
+    let data = guest.load(Load::Hold {
+        mib: 32,
+        threads: 1,
+    })?;
+    data.wait_passes(1, Duration::from_secs(60))?;
+    Ok(data)
+}
+
+/// Has the guest's kernel do something that moves pages.
+fn write(guest: &Guest, path: &str, value: &str) -> Result<()> {
+    let line = format!("echo {value} >{path}");
+    let output = guest.exec_within(&["sh", "-c", &line], PATIENCE)?;
+    ensure!(
+        output.exit == Exit::Status(0),
+        "'{line}' ends with {:?} in the guest: {}",
+        output.exit,
+        output.stderr.trim_end()
+    );
+    Ok(())
+}
+
+fn memory_offline(setup: &Setup) -> Result<()> {
+    let size = Size::mib(640);
+    vm::run(&setup.config().parameter("movablecore=512M"), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        let data = hold(guest)?;
+        guest.balloon().settle(size)?;
+        let with_balloon = guest.meminfo()?.total;
+
+        let block = fullest_block(guest)?;
+        let pages = offline_pages(guest, Some(block.pages.clone()))?;
+        let all = block.pages.end - block.pages.start;
+        ensure!(
+            pages * 10 > all * 9,
+            "no block is full of the balloon: at most {pages} pages of {all} are in it"
+        );
+
+        let moved = guest.vmstat("balloon_migrate")?;
+        write(guest, &block.state, "offline")?;
+        let state = guest.read_file(&block.state)?;
+        ensure!(state.trim() == "offline", "the block is {}", state.trim());
+        let moved = guest.vmstat("balloon_migrate")? - moved;
+        ensure!(
+            moved >= pages,
+            "{moved} pages of the balloon were moved, and {pages} had to be"
+        );
+        check_size(guest, size)?;
+        setup.note(format!("{moved} pages moved out of a block of {all}"));
+
+        write(guest, &block.state, "online_movable")?;
+        let now = guest.meminfo()?.total;
+        ensure!(
+            now == with_balloon,
+            "the guest has {now} with the block back, and had {with_balloon} before it went"
+        );
+        data.stop()?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+/// A block of memory that can be taken away from the guest.
+struct Block {
+    state: String,
+    pages: Range<u64>,
+}
+
+/// The block of the movable zone that has most of the balloon in it.
+fn fullest_block(guest: &Guest) -> Result<Block> {
+    const MEMORY: &str = "/sys/devices/system/memory";
+    let bytes = guest.read_file(&format!("{MEMORY}/block_size_bytes"))?;
+    let pages = Size::bytes(u64::from_str_radix(bytes.trim(), 16)?).as_pages();
+    let movable = guest.sh(&format!("grep -l '^Movable' {MEMORY}/memory*/valid_zones"))?;
+    let mut fullest = None;
+    for file in movable.lines() {
+        let directory = file.trim_end_matches("/valid_zones");
+        let index = guest.read_file(&format!("{directory}/phys_index"))?;
+        let first = u64::from_str_radix(index.trim(), 16)? * pages;
+        let range = first..first + pages;
+        let full = offline_pages(guest, Some(range.clone()))?;
+        if fullest.as_ref().is_none_or(|(most, _)| full > *most) {
+            let state = format!("{directory}/state");
+            fullest = Some((
+                full,
+                Block {
+                    state,
+                    pages: range,
+                },
+            ));
+        }
+    }
+    let (_, block) = fullest.context("the guest has no block of movable memory")?;
+    Ok(block)
+}
+
+fn contiguous_allocation(setup: &Setup) -> Result<()> {
+    const AREA: &str = "/sys/kernel/debug/cma/hugetlb0";
+    let (size, wanted) = (Size::mib(2560), Size::mib(64));
+    // The area is the only one whose size is a kernel parameter here, and is of 1 GiB at least.
+    let config = setup
+        .config()
+        .memory(Size::gib(4))
+        .parameter("hugetlb_cma=1G");
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let number = |file: &str| -> Result<u64> {
+            Ok(guest.read_file(&format!("{AREA}/{file}"))?.trim().parse()?)
+        };
+        let used = number("used")?;
+        let data = hold(guest)?;
+        guest.balloon().settle(size)?;
+        let (free, all) = (guest.vmstat("nr_free_cma")?, number("count")?);
+        ensure!(
+            free * 10 < all,
+            "the area is not full of the balloon: {free} pages of {all} are free"
+        );
+
+        let moved = guest.vmstat("balloon_migrate")?;
+        let count = wanted.as_pages();
+        write(guest, &format!("{AREA}/alloc"), &count.to_string())?;
+        let moved = guest.vmstat("balloon_migrate")? - moved;
+        let now = number("used")?;
+        ensure!(
+            now == used + count,
+            "{now} pages of the area are in use, where {count} were added to {used}"
+        );
+        // The free ones are in one place, which is as good as any other.
+        ensure!(
+            moved * 2 > count,
+            "{moved} pages of the balloon moved for {count} pages in one piece"
+        );
+        check_size(guest, size)?;
+        setup.note(format!("{moved} pages moved for {wanted} in one piece"));
+
+        write(guest, &format!("{AREA}/free"), &count.to_string())?;
+        data.stop()?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
