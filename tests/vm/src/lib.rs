@@ -30,6 +30,8 @@ mod compaction;
 mod lifecycle;
 mod memory;
 mod oom;
+mod queues;
+mod reporting;
 mod sizes;
 mod speed;
 mod statistics;
@@ -40,10 +42,12 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     sizes::SCENARIOS,
     memory::SCENARIOS,
     compaction::SCENARIOS,
+    reporting::SCENARIOS,
     statistics::SCENARIOS,
     oom::SCENARIOS,
     lifecycle::SCENARIOS,
     transports::SCENARIOS,
+    queues::SCENARIOS,
     speed::SCENARIOS,
 ];
 

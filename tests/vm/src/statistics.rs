@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// QEMU's view of the statistics.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Sample {
+pub(crate) struct Sample {
     stats: HashMap<String, u64>,
     /// Seconds since 1970; 0 before the first sample.
     last_update: u64,
@@ -65,7 +65,7 @@ impl Sample {
 }
 
 /// Asks for a sample every second.
-fn poll(guest: &Guest) -> Result<()> {
+pub(crate) fn poll(guest: &Guest) -> Result<()> {
     guest.qmp().execute::<serde_json::Value>(
         "qom-set",
         &json!({
@@ -78,7 +78,7 @@ fn poll(guest: &Guest) -> Result<()> {
 }
 
 /// Waits for a sample that is newer than `than`, and was not under way already.
-fn newer(guest: &Guest, than: u64) -> Result<Sample> {
+pub(crate) fn newer(guest: &Guest, than: u64) -> Result<Sample> {
     guest.wait_until("a new sample of statistics", PATIENCE, || {
         Ok(Sample::take(guest)?.last_update > than + 1)
     })?;

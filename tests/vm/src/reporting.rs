@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The host gets what the guest does not use, without asking for it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use vm::{Driver, Guest, Load, RunningLoad, Size};
+
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "free_page_reporting",
+        proves: "the host gets 6 GiB back that processes and files used, when they are gone",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        run: free_page_reporting,
+    },
+    Scenario {
+        name: "reporting_and_ballooning",
+        proves: "the guest's data stay what they are while pages are reported and ballooned",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: reporting_and_ballooning,
+    },
+];
+
+/// A device that takes reports.
+pub(crate) const DEVICE: &str = "virtio-balloon-pci,id=balloon0,free-page-reporting=on";
+
+/// A kernel parameter that has the kernel report twenty times as often as it otherwise does.
+pub(crate) const FAST_REPORTS: &str = "page_reporting.page_reporting_delay_ms=100";
+
+/// How long the host may have to wait for what is free.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long a process may take to use memory.
+const LOAD_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How much the host may miss of what the guest used and freed: a twentieth, and in small guests as
+/// much as may be in pieces that are too small for a report.
+fn tolerance(used: Size) -> Size {
+    Size::bytes(used.as_bytes() / 20).max(Size::mib(64))
+}
+
+/// What a guest has used and given back, as the host sees it.
+pub(crate) struct Returned {
+    /// What QEMU had at the most, and afterwards.
+    peak: Size,
+    left: Size,
+}
+
+impl Returned {
+    fn size(&self) -> Size {
+        self.peak.saturating_sub(self.left)
+    }
+}
+
+/// Has a process use memory and end, and checks that the host gets it, as far as it was used.
+pub(crate) fn check_reporting(guest: &Guest, used: Size) -> Result<Returned> {
+    let idle = at_rest(guest)?;
+    let load = take(guest, used)?;
+    let peak = guest.resident()?;
+    load.stop()?;
+    check_returned(guest, used, idle, peak, || Ok(()))
+}
+
+/// Waits until the host has got what the guest used, and does something over and over meanwhile.
+fn check_returned(
+    guest: &Guest,
+    used: Size,
+    idle: Size,
+    peak: Size,
+    mut meanwhile: impl FnMut() -> Result<()>,
+) -> Result<Returned> {
+    // Some of what the guest uses is what the host had not got.
+    ensure!(
+        peak.saturating_sub(idle) >= used - Size::bytes(used.as_bytes() / 4),
+        "QEMU has {peak} after the guest has used {used}, and had {idle} before"
+    );
+    let came_back = guest.wait_until("the host gets what is free", PATIENCE, || {
+        meanwhile()?;
+        Ok(guest.resident()? <= idle + tolerance(used))
+    });
+    let left = guest.resident()?;
+    came_back.with_context(|| format!("QEMU had {idle}, then {peak}, and has {left}"))?;
+    Ok(Returned { peak, left })
+}
+
+/// Has a process use memory, and waits until it has all of it.
+pub(crate) fn take(guest: &Guest, size: Size) -> Result<RunningLoad<'_>> {
+    let mib = usize::try_from(size.as_mib())?;
+    let load = guest.load(Load::Hog { mib })?;
+    guest.wait_until("a process has its memory", LOAD_PATIENCE, || {
+        Ok(load.status()?.progress.mib >= mib)
+    })?;
+    Ok(load)
+}
+
+/// Waits until the host gets nothing more, and returns what QEMU has then.
+pub(crate) fn at_rest(guest: &Guest) -> Result<Size> {
+    const QUIET: Duration = Duration::from_secs(1);
+    let (mut least, mut since) = (guest.resident()?, Instant::now());
+    while since.elapsed() < QUIET {
+        guest.check_alive()?;
+        thread::sleep(Duration::from_millis(50));
+        let now = guest.resident()?;
+        if now + Size::mib(1) < least {
+            (least, since) = (now, Instant::now());
+        }
+    }
+    guest.resident()
+}
+
+/// What the driver says it has reported; the C driver does not say.
+pub(crate) fn reported(setup: &Setup, guest: &Guest) -> Result<Option<Size>> {
+    match setup.driver {
+        Driver::C => Ok(None),
+        Driver::Rust => {
+            let bytes = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs/*/reported_bytes")?;
+            Ok(Some(Size::bytes(bytes.trim().parse()?)))
+        }
+    }
+}
+
+fn free_page_reporting(setup: &Setup) -> Result<()> {
+    let half = Size::gib(3);
+    let config = setup
+        .config()
+        .memory(Size::gib(8))
+        .timeout(Duration::from_secs(400))
+        .parameter(FAST_REPORTS)
+        .balloon(Some(DEVICE));
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let idle = at_rest(guest)?;
+        let reported_before = reported(setup, guest)?;
+
+        let load = take(guest, half)?;
+        let fill = format!("dd if=/dev/zero of=/tmp/file bs=1M count={}", half.as_mib());
+        let pending = guest.start(&["sh", "-c", &fill], LOAD_PATIENCE)?;
+        guest.output(&pending, LOAD_PATIENCE)?;
+        let peak = guest.resident()?;
+        let start = Instant::now();
+        guest.sh("rm /tmp/file")?;
+        load.stop()?;
+        let returned = check_returned(guest, half + half, idle, peak, || Ok(()))?;
+        let took = start.elapsed();
+
+        let (left, size) = (returned.left, returned.size());
+        if let (Some(before), Some(now)) = (reported_before, reported(setup, guest)?) {
+            ensure!(
+                now.saturating_sub(before) >= size,
+                "the host got {size}, and the driver has reported {now} in all, {before} of it before"
+            );
+        }
+        setup.note(format!(
+            "QEMU had {idle}, then {peak}, and {left} after {took:.1?}"
+        ));
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
+    let used = Size::mib(500);
+    // So seldom that the balloon comes and goes several times until all is reported.
+    let config = setup
+        .config()
+        .timeout(Duration::from_secs(400))
+        .parameter("page_reporting.page_reporting_delay_ms=500")
+        .balloon(Some(DEVICE));
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let data = guest.load(Load::Hold {
+            mib: 128,
+            threads: 2,
+        })?;
+        data.wait_passes(1, LOAD_PATIENCE)?;
+        let reported_before = reported(setup, guest)?;
+        let mut cycles = 0;
+        for _ in 0..3 {
+            let idle = at_rest(guest)?;
+            let load = take(guest, used)?;
+            let peak = guest.resident()?;
+            load.stop()?;
+            // The balloon moves for as long as there is something to report.
+            check_returned(guest, used, idle, peak, || {
+                cycles += 1;
+                guest.balloon().settle(Size::mib(100))?;
+                guest.balloon().settle(Size::mib(20))?;
+                Ok(())
+            })?;
+        }
+        let passes = data.status()?.progress.passes;
+        ensure!(passes >= 3, "the data were verified {passes} times only");
+        data.stop()?;
+        if let (Some(before), Some(now)) = (reported_before, reported(setup, guest)?) {
+            ensure!(
+                now.saturating_sub(before) >= used,
+                "the driver has reported {now} in all, {before} of it before {used} were used"
+            );
+        }
+        ensure!(
+            cycles >= 6,
+            "the balloon was inflated {cycles} times only until all was reported"
+        );
+        setup.note(format!(
+            "the balloon was inflated {cycles} times, the data were verified {passes} times"
+        ));
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
