@@ -30,6 +30,7 @@ mod compaction;
 mod lifecycle;
 mod memory;
 mod oom;
+mod poison;
 mod queues;
 mod reporting;
 mod sizes;
@@ -43,6 +44,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     memory::SCENARIOS,
     compaction::SCENARIOS,
     reporting::SCENARIOS,
+    poison::SCENARIOS,
     statistics::SCENARIOS,
     oom::SCENARIOS,
     lifecycle::SCENARIOS,

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest whose free pages have a value gets them back with that value, or keeps them.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vm::{Driver, Guest, Load, Size};
+
+use crate::lifecycle::{PORT, plug, unplug};
+use crate::queues::{PAGE_POISON, REPORTING};
+use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
+use crate::transports::accepted;
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "poison_features",
+        proves: "pages are reported only where the guest does not care what is in them",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: poison_features,
+    },
+    Scenario {
+        name: "poison_kept",
+        proves: "free pages keep their value while they are reported, ballooned and used again",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        run: poison_kept,
+    },
+];
+
+/// Has the kernel check that pages have been left alone while they were free.
+const POISON: &str = "page_poison=1";
+
+/// Has the kernel count on it that free pages are zero.
+const ZERO: &str = "init_on_free=1";
+
+fn poison_features(setup: &Setup) -> Result<()> {
+    for parameter in [None, Some(ZERO), Some(POISON)] {
+        let config = setup.config().device(PORT).balloon(None);
+        let config = match parameter {
+            Some(parameter) => config.parameter(parameter),
+            None => config,
+        };
+        vm::run(&config, |guest| {
+            guest.insmod(setup.driver, &[])?;
+            for (poison, reporting) in [(false, false), (false, true), (true, false), (true, true)]
+            {
+                let device = json!({
+                    "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0",
+                    "page-poison": poison, "free-page-reporting": reporting,
+                });
+                plug(guest, &device)?;
+                let has_value = parameter.is_some();
+                for (feature, expected) in [
+                    (PAGE_POISON, poison && has_value),
+                    (REPORTING, reporting && (poison || !has_value)),
+                ] {
+                    ensure!(
+                        accepted(guest, setup.driver, feature)? == expected,
+                        "with {parameter:?}, feature {feature} of {device} is {}accepted",
+                        if expected { "not " } else { "" }
+                    );
+                }
+                unplug(guest)?;
+            }
+            guest.rmmod(setup.driver)
+        })?;
+    }
+    Ok(())
+}
+
+fn poison_kept(setup: &Setup) -> Result<()> {
+    for parameter in [ZERO, POISON] {
+        let config = setup
+            .config()
+            .timeout(Duration::from_secs(400))
+            .parameter(parameter)
+            .parameter(FAST_REPORTS)
+            .balloon(Some(
+                "virtio-balloon-pci,id=balloon0,free-page-reporting=on,page-poison=on",
+            ));
+        vm::run(&config, |guest| {
+            guest.insmod(setup.driver, &[])?;
+            ensure!(
+                accepted(guest, setup.driver, REPORTING)?,
+                "nothing is reported"
+            );
+            let data = guest.load(Load::Hold {
+                mib: 64,
+                threads: 1,
+            })?;
+            data.wait_passes(1, Duration::from_secs(60))?;
+            for _ in 0..3 {
+                use_and_report(setup, guest, parameter)?;
+                guest.balloon().settle(Size::mib(300))?;
+                guest.balloon().settle(Size::default())?;
+            }
+            data.stop()?;
+            guest.rmmod(setup.driver)
+        })
+        .with_context(|| format!("with {parameter}"))?;
+    }
+    Ok(())
+}
+
+/// Has a process use memory and end, and what it had be reported. The host can give zeroes back, and
+/// has to keep pages of any other value: that it does says that it has been told the value.
+fn use_and_report(setup: &Setup, guest: &Guest, parameter: &str) -> Result<()> {
+    let used = Size::mib(400);
+    if parameter == ZERO {
+        check_reporting(guest, used)?;
+        return Ok(());
+    }
+    at_rest(guest)?;
+    let before = reported(setup, guest)?;
+    let load = take(guest, used)?;
+    let peak = guest.resident()?;
+    load.stop()?;
+    match (setup.driver, before) {
+        (Driver::Rust, Some(before)) => {
+            guest.wait_until("all is reported", Duration::from_secs(60), || {
+                let now = reported(setup, guest)?.unwrap_or_default();
+                Ok(now.saturating_sub(before) >= used - Size::mib(32))
+            })?;
+        }
+        // It does not say; this is three times as long as it takes.
+        _ => thread::sleep(Duration::from_secs(6)),
+    }
+    let left = guest.resident()?;
+    ensure!(
+        peak.saturating_sub(left) < Size::mib(32),
+        "QEMU had {peak}, and has {left}, though it must not take pages that have a value"
+    );
+    Ok(())
+}
