@@ -10,7 +10,10 @@ use serde::Deserialize;
 use serde_json::json;
 use vm::{Guest, Load, Size};
 
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
+use crate::lifecycle::device;
+use crate::reporting::{self, FAST_REPORTS, check_reporting};
+use crate::sizes::check_size;
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -26,6 +29,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         run: statistics_while_stuck,
+    },
+    Scenario {
+        name: "no_ballooning",
+        proves: "inflate=0 keeps the balloon empty, while statistics and reports go on",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        run: no_ballooning,
     },
 ];
 
@@ -145,6 +155,34 @@ fn statistics_while_stuck(setup: &Setup) -> Result<()> {
             sample = newer(guest, sample.last_update)?;
         }
         guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn no_ballooning(setup: &Setup) -> Result<()> {
+    let config = setup
+        .config()
+        .parameter(FAST_REPORTS)
+        .balloon(Some(reporting::DEVICE));
+    vm::run(&config, |guest| {
+        let total = guest.meminfo()?.total;
+        let mark = guest.console().mark()?;
+        guest.insmod(setup.driver, &["inflate=0"])?;
+        poll(guest)?;
+        let mut sample = newer(guest, 0)?;
+        for size in [Size::mib(500), Size::mib(100), Size::mib(300)] {
+            guest.balloon().request(size)?;
+            sample = newer(guest, sample.last_update)?;
+            check_size(guest, Size::default())?;
+        }
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        check_reporting(guest, Size::mib(300))?;
+        let device = device(guest, setup.driver)?;
+        let lines = guest
+            .console()
+            .count_since(mark, &format!(r"{device}: .*\binflate\b"))?;
+        ensure!(lines == 1, "the log says {lines} times why nothing happens");
         guest.rmmod(setup.driver)
     })
 }
