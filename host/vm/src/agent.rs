@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -14,14 +14,19 @@ use std::time::Duration;
 use agent::{Command, Reply, Request, Response};
 use anyhow::{Context, Result, anyhow, bail};
 
-type Waiting = Mutex<HashMap<u64, Sender<Result<Reply, String>>>>;
-
 /// A connection to the agent.
 #[derive(Debug)]
 pub(crate) struct Agent {
     stream: Mutex<UnixStream>,
-    waiting: Arc<Waiting>,
+    requests: Arc<Requests>,
+}
+
+/// What the agent has been asked for. While a guest migrates, there are two streams for its answers.
+#[derive(Debug, Default)]
+struct Requests {
+    waiting: Mutex<HashMap<u64, Sender<Result<Reply, String>>>>,
     next_id: AtomicU64,
+    streams: AtomicUsize,
 }
 
 /// A request that has not been answered yet.
@@ -33,34 +38,48 @@ pub struct Pending {
 impl Agent {
     /// Takes over the stream that leads to the agent's port. The agent itself may come later.
     pub(crate) fn new(stream: UnixStream) -> Result<Self> {
-        let waiting = Arc::new(Waiting::default());
+        Self::connect(stream, Arc::default())
+    }
+
+    /// The same agent, by way of the QEMU that its guest migrates to.
+    pub(crate) fn by_way_of(&self, stream: UnixStream) -> Result<Self> {
+        Self::connect(stream, Arc::clone(&self.requests))
+    }
+
+    fn connect(stream: UnixStream, requests: Arc<Requests>) -> Result<Self> {
         let reader = BufReader::new(stream.try_clone()?);
-        let answered = Arc::clone(&waiting);
+        requests.streams.fetch_add(1, Ordering::Relaxed);
+        let answered = Arc::clone(&requests);
         thread::spawn(move || {
             for line in reader.lines().map_while(Result::ok) {
                 let Ok(Response { id, result }) = serde_json::from_str(&line) else {
                     break;
                 };
-                if let Some(sender) = answered.lock().expect("a lock").remove(&id) {
+                if let Some(sender) = answered.waiting.lock().expect("a lock").remove(&id) {
                     // Nobody waits any more when this fails.
                     let _ = sender.send(result);
                 }
             }
             // QEMU is gone: whoever still waits is told by its sender being dropped.
-            answered.lock().expect("a lock").clear();
+            if answered.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+                answered.waiting.lock().expect("a lock").clear();
+            }
         });
         Ok(Self {
             stream: Mutex::new(stream),
-            waiting,
-            next_id: AtomicU64::new(0),
+            requests,
         })
     }
 
     /// Sends a request.
     pub(crate) fn send(&self, command: Command) -> Result<Pending> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = self.requests.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = mpsc::channel();
-        self.waiting.lock().expect("a lock").insert(id, sender);
+        self.requests
+            .waiting
+            .lock()
+            .expect("a lock")
+            .insert(id, sender);
         let mut line = serde_json::to_vec(&Request { id, command })?;
         line.push(b'\n');
         self.stream

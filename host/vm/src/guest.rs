@@ -2,6 +2,8 @@
 
 //! A running guest and what can be done with it.
 
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,12 +74,18 @@ pub struct Meminfo {
     pub balloon: Size,
 }
 
+/// The QEMU that a guest is in, and the ways into it. A guest that migrates gets another one.
+#[derive(Debug)]
+pub(crate) struct Home {
+    qemu: Qemu,
+    pub(crate) qmp: Arc<Qmp>,
+    pub(crate) agent: Agent,
+}
+
 /// A running guest.
 #[derive(Debug)]
 pub struct Guest {
-    qemu: Qemu,
-    qmp: Qmp,
-    agent: Agent,
+    home: RwLock<Arc<Home>>,
     console: Console,
     config: Config,
     deadline: Instant,
@@ -103,7 +111,7 @@ pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result
     let result = ready.and_then(|()| body(&guest));
     let result = result.and_then(|value| guest.power_off().map(|()| value));
     // The log is whole when QEMU has ended.
-    drop(guest.qemu);
+    drop(guest.home);
     match (result, guest.console.faults(&config.expected)?.first()) {
         (result, None) => result,
         (Ok(_), Some(fault)) => bail!("the guest's kernel reports: {fault}"),
@@ -113,16 +121,30 @@ pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result
     }
 }
 
-impl Guest {
-    fn boot(config: &Config) -> Result<Self> {
-        let deadline = Instant::now() + config.timeout;
+impl Home {
+    /// Starts a QEMU; `agent` makes the connection to the agent from the stream that leads to it.
+    pub(crate) fn start(
+        config: &Config,
+        agent: impl FnOnce(UnixStream) -> Result<Agent>,
+    ) -> Result<Self> {
         let (qemu, streams) = Qemu::start(config)?;
         let qmp = Qmp::new(streams.qmp)
             .with_context(|| format!("QEMU does not start: {}", qemu.complaint()))?;
         Ok(Self {
             qemu,
-            qmp,
-            agent: Agent::new(streams.agent)?,
+            qmp: Arc::new(qmp),
+            agent: agent(streams.agent)?,
+        })
+    }
+}
+
+impl Guest {
+    fn boot(config: &Config) -> Result<Self> {
+        let deadline = Instant::now() + config.timeout;
+        config.clear_logs()?;
+        let home = Home::start(config, Agent::new)?;
+        Ok(Self {
+            home: RwLock::new(Arc::new(home)),
             console: Console::new(config.console()),
             config: config.clone(),
             deadline,
@@ -135,11 +157,12 @@ impl Guest {
         Ok(())
     }
 
-    fn power_off(&mut self) -> Result<()> {
+    fn power_off(&self) -> Result<()> {
         self.find_leaks()?;
-        self.agent.send(Command::PowerOff)?;
+        let home = self.home();
+        home.agent.send(Command::PowerOff)?;
         ensure!(
-            self.qemu.wait(POWER_OFF_TIMEOUT)?,
+            home.qemu.wait(POWER_OFF_TIMEOUT)?,
             "the guest does not switch itself off in {} s",
             POWER_OFF_TIMEOUT.as_secs()
         );
@@ -160,6 +183,20 @@ impl Guest {
         Ok(())
     }
 
+    /// The QEMU that the guest is in now.
+    pub(crate) fn home(&self) -> Arc<Home> {
+        Arc::clone(&self.home.read().expect("a lock"))
+    }
+
+    /// Takes the guest for being in another QEMU from now on; the one it was in ends.
+    pub(crate) fn moved(&self, home: Home) {
+        *self.home.write().expect("a lock") = Arc::new(home);
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// How much memory the guest has been given.
     pub fn memory(&self) -> Size {
         self.config.memory
@@ -171,8 +208,8 @@ impl Guest {
     }
 
     /// The connection to QEMU.
-    pub fn qmp(&self) -> &Qmp {
-        &self.qmp
+    pub fn qmp(&self) -> Arc<Qmp> {
+        Arc::clone(&self.home().qmp)
     }
 
     /// The balloon, as QEMU sees it.
@@ -182,12 +219,12 @@ impl Guest {
 
     /// How much of the host's memory QEMU has in use.
     pub fn resident(&self) -> Result<Size> {
-        self.qemu.resident()
+        self.home().qemu.resident()
     }
 
     /// How much of the host's processors QEMU has used, the guest's part included.
     pub fn cpu_time(&self) -> Result<Duration> {
-        self.qemu.cpu_time()
+        self.home().qemu.cpu_time()
     }
 
     /// Loads a module with its parameters, such as `floor_mib=64`.
@@ -266,7 +303,7 @@ impl Guest {
 
     /// Starts a program in the guest; [`Guest::output`] waits for its end.
     pub fn start(&self, argv: &[&str], timeout: Duration) -> Result<Pending> {
-        self.agent.send(Command::Exec {
+        self.home().agent.send(Command::Exec {
             argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
             timeout_ms: timeout.as_millis().try_into()?,
         })
@@ -363,7 +400,7 @@ impl Guest {
     }
 
     fn call(&self, command: Command, timeout: Duration) -> Result<Reply> {
-        self.wait(&self.agent.send(command)?, timeout)
+        self.wait(&self.home().agent.send(command)?, timeout)
     }
 
     fn wait(&self, pending: &Pending, timeout: Duration) -> Result<Reply> {

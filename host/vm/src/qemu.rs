@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -282,9 +283,12 @@ impl Config {
         option(
             "-chardev",
             if self.verbose {
-                format!("stdio,id=console,signal=off,logfile={}", console.display())
+                format!(
+                    "stdio,id=console,signal=off,logfile={},logappend=on",
+                    console.display()
+                )
             } else {
-                format!("file,id=console,path={}", console.display())
+                format!("file,id=console,path={},append=on", console.display())
             },
         );
         option("-serial", "chardev:console".to_owned());
@@ -312,12 +316,21 @@ impl Config {
     fn messages(&self) -> PathBuf {
         self.logs().join("qemu.log")
     }
+
+    /// Begins the logs anew. Every QEMU that the guest is in writes to the end of them.
+    pub(crate) fn clear_logs(&self) -> Result<()> {
+        let logs = self.logs();
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
+        fs::write(self.console(), "")?;
+        fs::write(self.messages(), "")?;
+        Ok(())
+    }
 }
 
 /// A running QEMU. It is killed when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Qemu {
-    child: Child,
+    child: Mutex<Child>,
     messages: PathBuf,
 }
 
@@ -330,9 +343,6 @@ pub(crate) struct Streams {
 
 impl Qemu {
     pub(crate) fn start(config: &Config) -> Result<(Self, Streams)> {
-        let logs = config.logs();
-        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
-        fs::write(config.console(), "")?;
         let messages = config.messages();
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (agent, agent_end) = UnixStream::pair()?;
@@ -346,7 +356,7 @@ impl Qemu {
             } else {
                 Stdio::null()
             })
-            .stderr(File::create(&messages)?)
+            .stderr(File::options().append(true).open(&messages)?)
             .fd_mappings(vec![
                 FdMapping {
                     parent_fd: OwnedFd::from(qmp_end),
@@ -360,14 +370,18 @@ impl Qemu {
         let child = command
             .spawn()
             .with_context(|| format!("starting {QEMU}"))?;
-        Ok((Self { child, messages }, Streams { qmp, agent }))
+        let qemu = Self {
+            child: Mutex::new(child),
+            messages,
+        };
+        Ok((qemu, Streams { qmp, agent }))
     }
 
     /// Waits for QEMU to end by itself, and says whether it did.
-    pub(crate) fn wait(&mut self, timeout: Duration) -> Result<bool> {
+    pub(crate) fn wait(&self, timeout: Duration) -> Result<bool> {
         let deadline = Instant::now() + timeout;
         while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait()? {
+            if let Some(status) = self.child().try_wait()? {
                 if !status.success() {
                     bail!("QEMU failed: {}", self.complaint());
                 }
@@ -390,7 +404,7 @@ impl Qemu {
 
     /// How much of the host's memory QEMU has in use.
     pub(crate) fn resident(&self) -> Result<Size> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child().id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib = line.and_then(|line| line.split_whitespace().next());
         Ok(Size::kib(kib.context("QEMU has ended")?.parse()?))
@@ -398,7 +412,7 @@ impl Qemu {
 
     /// How much of the host's processors QEMU has used, the guest's part included.
     pub(crate) fn cpu_time(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child().id()))?;
         // The name, in parentheses, may have spaces in it; user and system time are the 12th
         // and 13th field after it.
         let (_, fields) = stat
@@ -417,13 +431,18 @@ impl Qemu {
         let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
         Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
     }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().expect("a lock")
+    }
 }
 
 impl Drop for Qemu {
     fn drop(&mut self) {
         // Both fail only when it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let mut child = self.child();
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }
 

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Live migration: a running guest moves to another QEMU, or is copied to nowhere to see what that
+//! takes.
+
+use std::process;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::guest::{Guest, Home};
+use crate::qmp::Qmp;
+use crate::size::Size;
+
+/// How long a migration may take from when nothing limits it any more.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What QEMU takes for no limit of the bandwidth.
+const UNLIMITED: Size = Size::bytes(0);
+
+/// How long a guest may stand still on its way when it writes faster than it can be copied, in
+/// milliseconds.
+const LONG_DOWNTIME: u64 = 60_000;
+
+/// How often a migration is looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What a migration has taken, as QEMU counts it.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer {
+    /// From its begin to its end.
+    pub total: Duration,
+    /// For how long the guest stood still.
+    pub downtime: Duration,
+    /// What was sent.
+    pub sent: Size,
+    /// What QEMU knows to be left to send.
+    pub remaining: Size,
+    /// How often QEMU looked for what the guest had written meanwhile: once at first, and once more
+    /// whenever it had sent all of that.
+    pub rounds: u64,
+}
+
+/// A migration to another QEMU that is under way. When it is dropped the guest stays where it is.
+#[derive(Debug)]
+pub struct Migration<'a> {
+    guest: &'a Guest,
+    destination: Option<Home>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct MigrationInfo {
+    #[serde(default)]
+    status: String,
+    #[serde(default)]
+    total_time: u64,
+    #[serde(default)]
+    downtime: u64,
+    #[serde(default)]
+    ram: Ram,
+    error_desc: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Ram {
+    transferred: u64,
+    remaining: u64,
+    dirty_sync_count: u64,
+}
+
+impl MigrationInfo {
+    fn query(qmp: &Qmp) -> Result<Self> {
+        qmp.execute("query-migrate", &json!({}))
+    }
+
+    fn transfer(&self) -> Transfer {
+        Transfer {
+            total: Duration::from_millis(self.total_time),
+            downtime: Duration::from_millis(self.downtime),
+            sent: Size::bytes(self.ram.transferred),
+            remaining: Size::bytes(self.ram.remaining),
+            rounds: self.ram.dirty_sync_count,
+        }
+    }
+}
+
+impl Guest {
+    /// Begins to move the guest to another QEMU, with at most `bandwidth` in a second.
+    pub fn migrate(&self, bandwidth: Size) -> Result<Migration<'_>> {
+        let config = self.config().clone().argument("-incoming", "defer");
+        let home = self.home();
+        let destination = Home::start(&config, |stream| home.agent.by_way_of(stream))?;
+        let address = address();
+        destination
+            .qmp
+            .execute::<Value>("migrate-incoming", &address)?;
+        start(&home.qmp, bandwidth, &address)?;
+        // Before the first round, QEMU does not know what there is to send.
+        self.wait_until("the begin of a migration", TIMEOUT, || {
+            Ok(MigrationInfo::query(&home.qmp)?.transfer().rounds > 0)
+        })?;
+        Ok(Migration {
+            guest: self,
+            destination: Some(destination),
+        })
+    }
+
+    /// Copies the guest to nowhere while it runs, in the way of a migration, and lets it go on.
+    pub fn migrate_to_nowhere(&self) -> Result<Transfer> {
+        let qmp = self.qmp();
+        start(&qmp, UNLIMITED, &json!({ "uri": "exec:cat >/dev/null" }))?;
+        let transfer = self.wait_migrated(&qmp, |_| Ok(()))?;
+        qmp.execute::<Value>("cont", &json!({}))?;
+        Ok(transfer)
+    }
+
+    /// Waits for the end of a migration, and hands all that it takes on the way to `watch`.
+    fn wait_migrated(
+        &self,
+        qmp: &Qmp,
+        mut watch: impl FnMut(&Transfer) -> Result<()>,
+    ) -> Result<Transfer> {
+        let start = Instant::now();
+        loop {
+            let info = MigrationInfo::query(qmp)?;
+            let transfer = info.transfer();
+            match info.status.as_str() {
+                "completed" => return Ok(transfer),
+                "failed" | "cancelled" => bail!(
+                    "the migration has {}: {}",
+                    info.status,
+                    info.error_desc.as_deref().unwrap_or("no reason is given")
+                ),
+                _ => watch(&transfer)?,
+            }
+            self.check_alive()?;
+            ensure!(
+                start.elapsed() < TIMEOUT,
+                "the migration is not over in {} s: {transfer:?}",
+                TIMEOUT.as_secs()
+            );
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+}
+
+impl Migration<'_> {
+    /// What it has taken so far.
+    ///
+    /// # Errors
+    ///
+    /// It is over.
+    pub fn progress(&self) -> Result<Transfer> {
+        let info = MigrationInfo::query(&self.guest.qmp())?;
+        ensure!(
+            info.status == "active",
+            "the migration is {} already",
+            info.status
+        );
+        Ok(info.transfer())
+    }
+
+    /// Lifts the limit of the bandwidth, waits for the end, and goes on with the guest in the other QEMU. A
+    /// guest that writes faster than it can be copied stands still after the first round.
+    pub fn finish(mut self) -> Result<Transfer> {
+        let qmp = self.guest.qmp();
+        let limit = |limits: Value| qmp.execute::<Value>("migrate-set-parameters", &limits);
+        limit(json!({ "max-bandwidth": UNLIMITED.as_bytes() }))?;
+        let mut hurried = false;
+        let transfer = self.guest.wait_migrated(&qmp, |transfer| {
+            if transfer.rounds > 1 && !hurried {
+                limit(json!({ "downtime-limit": LONG_DOWNTIME }))?;
+                hurried = true;
+            }
+            Ok(())
+        })?;
+        let destination = self.destination.take().context("it is taken here only")?;
+        destination
+            .qmp
+            .wait_event(0, TIMEOUT, |event| event.name == "RESUME")
+            .context("the guest does not go on in the other QEMU")?;
+        self.guest.moved(destination);
+        Ok(transfer)
+    }
+
+    /// Ends it before its time, and leaves the guest where it is.
+    pub fn cancel(self) -> Result<()> {
+        self.progress()?;
+        let qmp = self.guest.qmp();
+        qmp.execute::<Value>("migrate_cancel", &json!({}))?;
+        self.guest.wait_until("a cancelled migration", TIMEOUT, || {
+            Ok(MigrationInfo::query(&qmp)?.status == "cancelled")
+        })
+    }
+}
+
+/// Has a QEMU begin to migrate its guest.
+fn start(qmp: &Qmp, bandwidth: Size, address: &Value) -> Result<()> {
+    qmp.execute::<Value>(
+        "migrate-set-parameters",
+        &json!({ "max-bandwidth": bandwidth.as_bytes() }),
+    )?;
+    qmp.execute::<Value>("migrate", address)?;
+    Ok(())
+}
+
+/// Where a QEMU waits for a guest: a name that is not in the file system, which nobody must clean up.
+fn address() -> Value {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let path = format!("virtio-balloon-rs-{}-{number}", process::id());
+    json!({ "channels": [{
+        "channel-type": "main",
+        "addr": { "transport": "socket", "type": "unix", "path": path, "abstract": true },
+    }] })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_stage_is_understood() {
+        let parse = |text| serde_json::from_str::<MigrationInfo>(text).unwrap();
+        assert_eq!(parse("{}").transfer().rounds, 0);
+        assert_eq!(parse(r#"{"status": "setup"}"#).status, "setup");
+        let info = parse(
+            r#"{"status": "completed", "total-time": 1500, "downtime": 20, "setup-time": 3,
+                "ram": {"transferred": 4096, "remaining": 0, "dirty-sync-count": 2, "total": 8192}}"#,
+        );
+        let transfer = info.transfer();
+        assert_eq!(transfer.total, Duration::from_millis(1500));
+        assert_eq!(transfer.sent, Size::kib(4));
+        assert_eq!(transfer.rounds, 2);
+    }
+}
