@@ -27,6 +27,7 @@ use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Driver, Kernel};
 
 mod compaction;
+mod hinting;
 mod lifecycle;
 mod memory;
 mod oom;
@@ -50,6 +51,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     lifecycle::SCENARIOS,
     transports::SCENARIOS,
     queues::SCENARIOS,
+    hinting::SCENARIOS,
     speed::SCENARIOS,
 ];
 

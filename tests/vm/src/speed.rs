@@ -68,7 +68,8 @@ fn measure(setup: &Setup, driver: Driver, times: &mut Times) -> Result<()> {
     })
 }
 
-fn median(times: &[f64]) -> f64 {
+/// The one in the middle.
+pub(crate) fn median(times: &[f64]) -> f64 {
     let mut times = times.to_vec();
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]

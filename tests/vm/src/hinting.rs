@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Free page hinting: a guest that migrates says what it does not use, and that is not copied.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use vm::{Config, Driver, Guest, Load, Migration, RunningLoad, Size, Transfer};
+
+use crate::sizes::check_size;
+use crate::speed::median;
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "migrate_with_hints",
+        proves: "a guest migrates without its unused memory, keeps its data, and has it all back",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: migrate_with_hints,
+    },
+    Scenario {
+        name: "migrate_while_allocating",
+        proves: "a process gets the memory that a migration leaves out, and nobody is killed for it",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: migrate_while_allocating,
+    },
+    Scenario {
+        name: "migrate_cancelled",
+        proves: "a guest has its memory back when its migration is cancelled, and migrates later",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: migrate_cancelled,
+    },
+    Scenario {
+        name: "migration_speed",
+        proves: "a guest that has freed memory migrates in much less than with the C driver",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        run: migration_speed,
+    },
+];
+
+const HINTS: &str = "virtio-balloon-pci,id=balloon0,iothread=iothread0,free-page-hint=on";
+
+/// What is copied in a second while something else is to happen: all of a guest takes half a minute.
+const SLOW: Size = Size::mib(32);
+
+/// How long a load may take for all of its memory.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn config(setup: &Setup) -> Config {
+    setup
+        .config()
+        .balloon(Some(HINTS))
+        .timeout(Duration::from_secs(600))
+}
+
+/// The memory of a guest with one process that holds some of it.
+struct Shares {
+    hold: usize,
+    /// What another process has written and freed: no page of it is zero, so that all of it would be
+    /// sent.
+    freed: Size,
+}
+
+impl Shares {
+    fn of(guest: &Guest) -> Result<Self> {
+        let available = guest.meminfo()?.available;
+        Ok(Self {
+            hold: usize::try_from(available.as_mib() / 10)?,
+            freed: Size::mib(available.as_mib() * 7 / 10),
+        })
+    }
+
+    /// Starts the process that holds its share, and finds out from then on when that is damaged.
+    fn hold<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
+        let load = guest.load(Load::Hold {
+            mib: self.hold,
+            threads: 2,
+        })?;
+        load.wait_passes(1, PATIENCE)?;
+        Ok(load)
+    }
+
+    /// Writes and frees the other share, and returns what is free then.
+    fn write_and_free(&self, guest: &Guest) -> Result<Size> {
+        touch(guest, self.freed)?;
+        guest.free()
+    }
+}
+
+fn migrate_with_hints(setup: &Setup) -> Result<()> {
+    vm::run(&config(setup), |guest| {
+        let shares = Shares::of(guest)?;
+        let load = shares.hold(guest)?;
+        // Without a driver there are no hints.
+        shares.write_and_free(guest)?;
+        let without = guest.migrate(SLOW)?.finish()?;
+        ensure!(
+            without.sent > shares.freed,
+            "{} were sent of a guest that has written {}, so nothing can be saved",
+            without.sent,
+            shares.freed
+        );
+        guest.insmod(setup.driver, &[])?;
+        let quarter = Size::mib(shares.freed.as_mib() / 4);
+        for balloon in [Size::default(), quarter, Size::default()] {
+            shares.write_and_free(guest)?;
+            guest.balloon().settle(balloon)?;
+            let (free, resident) = (guest.free()?, guest.resident()?);
+            let passes = load.status()?.progress.passes;
+            let migration = guest.migrate(SLOW)?;
+            wait_hints(guest, &migration, &shares)?;
+            let with = migration.finish()?;
+            let half = Size::mib(shares.freed.as_mib() / 2);
+            ensure!(
+                with.sent + half < without.sent,
+                "{} were sent, and {} without hints, though {} were unused",
+                with.sent,
+                without.sent,
+                shares.freed
+            );
+            let resident_now = guest.resident()?;
+            ensure!(
+                resident_now + half < resident,
+                "QEMU has {resident_now} after a migration that should have left {} out, and {resident} before",
+                shares.freed
+            );
+            check_all_back(guest, free)?;
+            check_size(guest, balloon)?;
+            load.wait_passes(passes + 1, PATIENCE)?;
+            setup.note(format!(
+                "{} sent with a balloon of {balloon}, {} without hints; QEMU then has {resident_now} of {resident}",
+                with.sent, without.sent
+            ));
+        }
+        load.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn migrate_while_allocating(setup: &Setup) -> Result<()> {
+    vm::run(&config(setup), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let shares = Shares::of(guest)?;
+        let load = shares.hold(guest)?;
+        // The process takes the memory while hints about it are under way, and when all have arrived.
+        for early in [true, false] {
+            let free = shares.write_and_free(guest)?;
+            let need = guest.meminfo()?.available.as_mib() * 9 / 10;
+            let start = || {
+                guest.load(Load::Hold {
+                    mib: usize::try_from(need)?,
+                    threads: 2,
+                })
+            };
+            let (migration, greedy) = if early {
+                let greedy = start()?;
+                (guest.migrate(SLOW)?, greedy)
+            } else {
+                let migration = guest.migrate(SLOW)?;
+                wait_hints(guest, &migration, &shares)?;
+                let now = guest.free()?;
+                setup.note(format!("{now} of {free} free when {need} MiB were taken"));
+                (migration, start()?)
+            };
+            greedy.wait_passes(1, PATIENCE)?;
+            // It still goes on when the process has all it needs.
+            migration.progress()?;
+            migration.finish()?;
+            for load in [&greedy, &load] {
+                let passes = load.status()?.progress.passes;
+                load.wait_passes(passes + 1, PATIENCE)?;
+            }
+            greedy.stop()?;
+            check_all_back(guest, free)?;
+        }
+        let kills = guest.vmstat("oom_kill")?;
+        ensure!(kills == 0, "{kills} processes were killed");
+        load.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn migrate_cancelled(setup: &Setup) -> Result<()> {
+    vm::run(&config(setup), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let shares = Shares::of(guest)?;
+        let load = shares.hold(guest)?;
+        let free = shares.write_and_free(guest)?;
+        for _ in 0..2 {
+            let migration = guest.migrate(SLOW)?;
+            wait_hints(guest, &migration, &shares)?;
+            let free_meanwhile = guest.free()?;
+            migration.cancel()?;
+            check_all_back(guest, free)?;
+            setup.note(format!(
+                "{free_meanwhile} were free when it was cancelled, and {free} before and after"
+            ));
+        }
+        let migration = guest.migrate(SLOW)?;
+        wait_hints(guest, &migration, &shares)?;
+        migration.finish()?;
+        check_all_back(guest, free)?;
+        load.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Waits until hints have taken out of a migration what the guest has written and freed.
+fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shares) -> Result<()> {
+    guest.wait_until("hints", PATIENCE, || {
+        let Transfer {
+            sent, remaining, ..
+        } = migration.progress()?;
+        // It ends up small without hints as well, when all has been sent.
+        ensure!(
+            sent.as_mib() < shares.freed.as_mib() / 2,
+            "{sent} are sent and {remaining} are left, though {} are unused",
+            shares.freed
+        );
+        Ok(remaining + shares.freed < guest.memory())
+    })
+}
+
+/// Checks that the guest gets back, within seconds, what was kept from it while it migrated.
+fn check_all_back(guest: &Guest, before: Size) -> Result<()> {
+    let mut free = Size::default();
+    guest
+        .wait_until("all memory is free again", Duration::from_secs(10), || {
+            free = guest.free()?;
+            Ok(free + Size::mib(32) > before)
+        })
+        .map_err(|error| error.context(format!("{free} are free, and {before} were before")))
+}
+
+fn touch(guest: &Guest, size: Size) -> Result<()> {
+    let load = guest.load(Load::Touch {
+        mib: usize::try_from(size.as_mib())?,
+    })?;
+    load.wait_passes(1, PATIENCE)?;
+    load.wait(PATIENCE)?;
+    Ok(())
+}
+
+const RUNS: usize = 3;
+
+/// The most that the median time may be, of the C driver's.
+const TIME_LIMIT: f64 = 0.7;
+
+/// The most that the median of what is sent may be, of what is sent without hints. The C driver's is no
+/// measure: when the machine has nothing else to do, it leaves out nearly all that can be.
+const SENT_LIMIT: f64 = 0.15;
+
+/// What migrations took.
+#[derive(Default)]
+struct Costs {
+    seconds: Vec<f64>,
+    mib: Vec<f64>,
+}
+
+fn migration_speed(setup: &Setup) -> Result<()> {
+    let (mut rust, mut c, mut none) = (Costs::default(), Costs::default(), Costs::default());
+    // One after the other, so that whatever else the machine does meets all of them.
+    for _ in 0..RUNS {
+        measure(setup, Some(Driver::Rust), &mut rust)?;
+        measure(setup, Some(Driver::C), &mut c)?;
+        measure(setup, None, &mut none)?;
+    }
+    let [time, c_time, time_without] = [&rust, &c, &none].map(|costs| median(&costs.seconds));
+    let [sent, c_sent, sent_without] = [&rust, &c, &none].map(|costs| median(&costs.mib));
+    let (time_ratio, sent_ratio) = (time / c_time, sent / sent_without);
+    setup.note(format!(
+        "8 GiB, 5 of them written and freed: {time:.2} s, C driver {c_time:.2} s, ratio {time_ratio:.2}; \
+         without hints {time_without:.2} s"
+    ));
+    setup.note(format!(
+        "{sent} MiB were sent, C driver {c_sent} MiB, ratio {:.2}; without hints {sent_without} MiB",
+        sent / c_sent
+    ));
+    ensure!(
+        time_ratio <= TIME_LIMIT,
+        "a migration takes {time_ratio:.2} of the C driver's time, not {TIME_LIMIT}"
+    );
+    ensure!(
+        sent_ratio <= SENT_LIMIT,
+        "a migration sends {sent_ratio:.2} of what it sends without hints, not {SENT_LIMIT}"
+    );
+    Ok(())
+}
+
+/// Measures one migration, of a guest that has just been started. In one that has been copied before, the
+/// pages that nobody has written cost QEMU less: it has mapped them when it read them.
+fn measure(setup: &Setup, driver: Option<Driver>, costs: &mut Costs) -> Result<()> {
+    vm::run(&config(setup).memory(Size::gib(8)), |guest| {
+        if let Some(driver) = driver {
+            guest.insmod(driver, &[])?;
+        }
+        // Under emulation, page faults for so much take a quarter of a minute.
+        guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
+        touch(guest, Size::gib(5))?;
+        let transfer = guest.migrate_to_nowhere()?;
+        costs.seconds.push(transfer.total.as_secs_f64());
+        costs.mib.push(transfer.sent.as_mib() as f64);
+        if let Some(driver) = driver {
+            guest.rmmod(driver)?;
+        }
+        Ok(())
+    })
+}
