@@ -57,8 +57,33 @@ pub enum Command {
     LoadStatus(LoadId),
     /// Asks a load to stop; answered with [`Reply::Status`] when it has ended.
     StopLoad(LoadId),
-    /// Switches the guest off; there is no answer.
+    /// Has the guest sleep; answered when it goes on. Until then nothing may be asked for.
+    Sleep {
+        /// The word for /sys/power/state.
+        state: String,
+    },
+    /// Makes a kernel ready for [`End::Kexec`].
+    LoadKernel {
+        /// The file that has its image.
+        kernel: String,
+        /// The file that has its initramfs.
+        initramfs: String,
+        /// Its command line.
+        command_line: String,
+    },
+    /// Ends the guest's kernel; there is no answer.
+    End(End),
+}
+
+/// How a kernel ends.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum End {
+    /// The machine is switched off.
     PowerOff,
+    /// The machine is reset.
+    Reboot,
+    /// The kernel that has been loaded takes over, and the machine goes on.
+    Kexec,
 }
 
 /// The good answers.

@@ -2,20 +2,21 @@
 
 //! The guest's init: mounts what is to be mounted and then does what the host asks for.
 
+use std::convert::Infallible;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use agent::{Command, PORT, Reply, Request, Response};
-use anyhow::{Context, Result, bail};
+use agent::{Command, Reply, Request, Response};
+use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
-use nix::sys::reboot::{RebootMode, reboot};
 
 mod exec;
 mod load;
+mod port;
+mod power;
 mod process;
 
 fn main() -> Result<()> {
@@ -52,60 +53,41 @@ fn init() -> Result<()> {
     // The host must reach the agent most of all when the guest is out of memory.
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     exec::install_tools()?;
-    serve(open_port()?)
+    match serve()? {}
 }
 
-/// Opens the port, which appears when its driver has found it.
-fn open_port() -> Result<File> {
+/// Answers requests for as long as the guest lives.
+fn serve() -> Result<Infallible> {
+    let answers = Arc::new(Mutex::new(None));
     loop {
-        if let Some(device) = find_port()? {
-            return OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(&device)
-                .with_context(|| format!("opening {}", device.display()));
+        let port = port::open();
+        *answers.lock().expect("a lock") = Some(port.try_clone()?);
+        // The port ends when its driver lets go of it, and comes again.
+        for line in BufReader::new(port).lines().map_while(Result::ok) {
+            let request: Request = serde_json::from_str(&line).context("reading a request")?;
+            let answers = Arc::clone(&answers);
+            thread::spawn(move || {
+                let result = execute(request.command).map_err(|error| format!("{error:#}"));
+                let response = Response {
+                    id: request.id,
+                    result,
+                };
+                answer(&answers, &response);
+            });
         }
-        thread::sleep(Duration::from_millis(5));
+        *answers.lock().expect("a lock") = None;
+        thread::sleep(port::POLL_INTERVAL);
     }
 }
 
-fn find_port() -> Result<Option<PathBuf>> {
-    let Ok(ports) = fs::read_dir("/sys/class/virtio-ports") else {
-        return Ok(None);
-    };
-    for port in ports {
-        let port = port?;
-        let name = fs::read_to_string(port.path().join("name")).unwrap_or_default();
-        let device = PathBuf::from("/dev").join(port.file_name());
-        if name.trim_end() == PORT && device.exists() {
-            return Ok(Some(device));
-        }
+/// Sends an answer as soon as the port is open.
+fn answer(port: &Mutex<Option<File>>, response: &Response) {
+    let mut line = serde_json::to_vec(response).expect("an answer is representable");
+    line.push(b'\n');
+    let write = |port: &mut File| port.write_all(&line).is_ok();
+    while !port.lock().expect("a lock").as_mut().is_some_and(write) {
+        thread::sleep(port::POLL_INTERVAL);
     }
-    Ok(None)
-}
-
-/// Answers requests for as long as the host sends any.
-fn serve(port: File) -> Result<()> {
-    let answers = Arc::new(Mutex::new(port.try_clone()?));
-    for line in BufReader::new(port).lines() {
-        let request: Request = serde_json::from_str(&line?).context("reading a request")?;
-        let answers = Arc::clone(&answers);
-        thread::spawn(move || {
-            let result = execute(request.command).map_err(|error| format!("{error:#}"));
-            let response = Response {
-                id: request.id,
-                result,
-            };
-            let mut line = serde_json::to_vec(&response).expect("an answer is representable");
-            line.push(b'\n');
-            // The host is gone when this fails, and nobody is left to be told.
-            let _ = answers
-                .lock()
-                .expect("no thread panics while it answers")
-                .write_all(&line);
-        });
-    }
-    bail!("the host closed the port");
 }
 
 fn execute(command: Command) -> Result<Reply> {
@@ -129,16 +111,18 @@ fn execute(command: Command) -> Result<Reply> {
         Command::StartLoad(load) => Reply::Load(load::start(load)?),
         Command::LoadStatus(id) => Reply::Status(load::status(id)?),
         Command::StopLoad(id) => Reply::Status(load::stop(id)?),
-        Command::PowerOff => match reboot(power_off_mode())? {},
+        Command::Sleep { state } => {
+            power::sleep(&state)?;
+            Reply::Done
+        }
+        Command::LoadKernel {
+            kernel,
+            initramfs,
+            command_line,
+        } => {
+            power::load_kernel(&kernel, &initramfs, &command_line)?;
+            Reply::Done
+        }
+        Command::End(end) => match power::end(end)? {},
     })
-}
-
-/// How a guest switches itself off. A machine without ACPI cannot, but QEMU ends as well when it is
-/// told not to reboot one.
-fn power_off_mode() -> RebootMode {
-    if Path::new("/sys/firmware/acpi").exists() {
-        RebootMode::RB_POWER_OFF
-    } else {
-        RebootMode::RB_AUTOBOOT
-    }
 }

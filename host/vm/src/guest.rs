@@ -7,7 +7,7 @@ use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::{Command, Exit, Load, LoadId, LoadStatus, Output, Reply};
+use agent::{Command, End, Exit, Load, LoadId, LoadStatus, Output, Reply};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::agent::{Agent, Pending};
@@ -160,7 +160,7 @@ impl Guest {
     fn power_off(&self) -> Result<()> {
         self.find_leaks()?;
         let home = self.home();
-        home.agent.send(Command::PowerOff)?;
+        home.agent.send(Command::End(End::PowerOff))?;
         ensure!(
             home.qemu.wait(POWER_OFF_TIMEOUT)?,
             "the guest does not switch itself off in {} s",

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's sleep, the end of its kernel, and the one that comes after that.
+
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use agent::End;
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::reboot::{RebootMode, reboot};
+
+use crate::port;
+
+/// Ends the kernel.
+pub(crate) fn end(end: End) -> Result<Infallible> {
+    let mode = match end {
+        // A machine without ACPI cannot switch itself off, but QEMU ends as well when it is told not
+        // to reboot one.
+        End::PowerOff if Path::new("/sys/firmware/acpi").exists() => RebootMode::RB_POWER_OFF,
+        End::PowerOff | End::Reboot => RebootMode::RB_AUTOBOOT,
+        End::Kexec => RebootMode::RB_KEXEC,
+    };
+    Ok(reboot(mode)?)
+}
+
+/// Has the guest sleep, until it goes on.
+pub(crate) fn sleep(state: &str) -> Result<()> {
+    port::unbound(|| fs::write("/sys/power/state", state))?
+        .with_context(|| format!("the guest does not sleep in state {state}"))
+}
+
+/// Makes a kernel ready to take over.
+pub(crate) fn load_kernel(kernel: &str, initramfs: &str, command_line: &str) -> Result<()> {
+    let open = |path: &str| File::open(path).with_context(|| format!("opening {path}"));
+    let (image, ramfs) = (open(kernel)?, open(initramfs)?);
+    let command_line = CString::new(command_line)?;
+    // SAFETY: The kernel reads from two descriptors that are open, and from `command_line`, which
+    // has the length that it is told.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            image.as_raw_fd(),
+            ramfs.as_raw_fd(),
+            command_line.as_bytes_with_nul().len(),
+            command_line.as_ptr(),
+            0_u64,
+        )
+    };
+    Errno::result(result).with_context(|| format!("loading {kernel} to take over"))?;
+    Ok(())
+}
