@@ -14,6 +14,10 @@ use std::time::Duration;
 use agent::{Command, Reply, Request, Response};
 use anyhow::{Context, Result, anyhow, bail};
 
+/// Ids are unique among all guests: one that has been resumed by another QEMU still answers what it
+/// was asked before.
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
 /// A connection to the agent.
 #[derive(Debug)]
 pub(crate) struct Agent {
@@ -25,7 +29,6 @@ pub(crate) struct Agent {
 #[derive(Debug, Default)]
 struct Requests {
     waiting: Mutex<HashMap<u64, Sender<Result<Reply, String>>>>,
-    next_id: AtomicU64,
     streams: AtomicUsize,
 }
 
@@ -73,7 +76,7 @@ impl Agent {
 
     /// Sends a request.
     pub(crate) fn send(&self, command: Command) -> Result<Pending> {
-        let id = self.requests.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = mpsc::channel();
         self.requests
             .waiting

@@ -61,15 +61,29 @@ impl<'a> Balloon<'a> {
     }
 
     /// The same, and hands every size on the way to `watch`.
-    pub fn settle_watched(&self, size: Size, mut watch: impl FnMut(Size)) -> Result<Duration> {
+    pub fn settle_watched(&self, size: Size, watch: impl FnMut(Size)) -> Result<Duration> {
         let start = Instant::now();
         self.request(size)?;
-        let (mut last, mut moved) = (None, start);
+        self.reach_watched(size, watch)?;
+        Ok(start.elapsed())
+    }
+
+    /// Waits for the balloon to have `size`, which it has been asked for before.
+    ///
+    /// # Errors
+    ///
+    /// The balloon does not move for half a minute.
+    pub fn reach(&self, size: Size) -> Result<()> {
+        self.reach_watched(size, |_| ())
+    }
+
+    fn reach_watched(&self, size: Size, mut watch: impl FnMut(Size)) -> Result<()> {
+        let (mut last, mut moved) = (None, Instant::now());
         loop {
             let now = self.size()?;
             watch(now);
             if now == size {
-                return Ok(start.elapsed());
+                return Ok(());
             }
             if last != Some(now) {
                 (last, moved) = (Some(now), Instant::now());

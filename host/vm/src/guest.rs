@@ -17,6 +17,10 @@ use crate::qemu::{Config, Qemu};
 use crate::qmp::Qmp;
 use crate::size::Size;
 
+mod power;
+
+pub use power::{Hibernated, hibernate};
+
 /// How long a guest may take to boot; a debug kernel under emulation needs the most of it.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -98,6 +102,15 @@ pub struct Guest {
 /// The guest does not boot, `body` fails, the guest does not switch itself off, or its log has a
 /// fault in it that the configuration does not expect.
 pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
+    live(config, body, Guest::power_off)
+}
+
+/// The whole life of a guest, with such an end.
+fn live<T>(
+    config: &Config,
+    body: impl FnOnce(&Guest) -> Result<T>,
+    end: impl FnOnce(&Guest) -> Result<()>,
+) -> Result<T> {
     let mut guest = Guest::boot(config)?;
     let mut ready = guest.ready();
     // On a busy machine an emulated processor may stop for good while the kernel starts, long before
@@ -109,7 +122,7 @@ pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result
         ready = guest.ready();
     }
     let result = ready.and_then(|()| body(&guest));
-    let result = result.and_then(|value| guest.power_off().map(|()| value));
+    let result = result.and_then(|value| end(&guest).map(|()| value));
     // The log is whole when QEMU has ended.
     drop(guest.home);
     match (result, guest.console.faults(&config.expected)?.first()) {
@@ -143,12 +156,16 @@ impl Guest {
         let deadline = Instant::now() + config.timeout;
         config.clear_logs()?;
         let home = Home::start(config, Agent::new)?;
-        Ok(Self {
+        let guest = Self {
             home: RwLock::new(Arc::new(home)),
             console: Console::new(config.console()),
             config: config.clone(),
             deadline,
-        })
+        };
+        if config.target > Size::default() {
+            guest.balloon().request(config.target)?;
+        }
+        Ok(guest)
     }
 
     fn ready(&self) -> Result<()> {
@@ -399,6 +416,11 @@ impl Guest {
         Ok(())
     }
 
+    /// A load that was started before the guest was hibernated.
+    pub fn running(&self, id: LoadId) -> RunningLoad<'_> {
+        RunningLoad { guest: self, id }
+    }
+
     fn call(&self, command: Command, timeout: Duration) -> Result<Reply> {
         self.wait(&self.home().agent.send(command)?, timeout)
     }
@@ -427,6 +449,11 @@ pub struct RunningLoad<'a> {
 }
 
 impl RunningLoad<'_> {
+    /// Its name in the guest.
+    pub fn id(&self) -> LoadId {
+        self.id
+    }
+
     /// How it fares.
     pub fn status(&self) -> Result<LoadStatus> {
         self.call(Command::LoadStatus(self.id), COMMAND_TIMEOUT)

@@ -34,12 +34,12 @@ mod qemu;
 mod qmp;
 mod size;
 
-pub use ::agent::{Exit, Load, LoadStatus, Output};
+pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output};
 
 pub use crate::agent::Pending;
 pub use crate::balloon::Balloon;
 pub use crate::console::{Console, Mark};
-pub use crate::guest::{Driver, Guest, Meminfo, RunningLoad, run};
+pub use crate::guest::{Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run};
 pub use crate::migration::{Migration, Transfer};
 pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};

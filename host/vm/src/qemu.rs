@@ -95,6 +95,9 @@ impl Accel {
 pub enum Machine {
     /// A PC with PCI Express.
     Q35,
+    /// An older PC, with PCI. Only there does QEMU's firmware switch ACPI on again after a sleep, without
+    /// which the guest can neither sleep again nor switch itself off.
+    I440fx,
     /// A machine without PCI, whose virtio devices are on virtio-mmio.
     Microvm,
 }
@@ -117,6 +120,7 @@ pub struct Config {
     pub(crate) artifacts: Artifacts,
     pub(crate) name: String,
     pub(crate) memory: Size,
+    pub(crate) target: Size,
     pub(crate) timeout: Duration,
     pub(crate) expected: Vec<Regex>,
     verbose: bool,
@@ -128,6 +132,7 @@ pub struct Config {
     balloon: Option<String>,
     devices: Vec<String>,
     arguments: Vec<String>,
+    reboots: bool,
 }
 
 impl Config {
@@ -137,6 +142,7 @@ impl Config {
             artifacts: artifacts.clone(),
             name: name.to_owned(),
             memory: Size::gib(1),
+            target: Size::default(),
             timeout: Duration::from_secs(120),
             expected: Vec::new(),
             verbose: false,
@@ -148,12 +154,19 @@ impl Config {
             balloon: Some("virtio-balloon-pci,id=balloon0,iothread=iothread0".to_owned()),
             devices: Vec::new(),
             arguments: Vec::new(),
+            reboots: false,
         }
     }
 
     /// How much memory the guest has.
     pub fn memory(mut self, memory: Size) -> Self {
         self.memory = memory;
+        self
+    }
+
+    /// What the balloon is asked for before the guest boots.
+    pub fn target(mut self, target: Size) -> Self {
+        self.target = target;
         self
     }
 
@@ -221,9 +234,41 @@ impl Config {
         self
     }
 
+    /// One more disk, which is in `file`.
+    pub fn disk(self, file: &Path) -> Self {
+        self.drive(file, "")
+    }
+
+    /// One more disk that cannot be written to, so that other guests may have it as well.
+    pub fn read_only_disk(self, file: &Path) -> Self {
+        self.drive(file, ",readonly=on")
+    }
+
+    fn drive(self, file: &Path, properties: &str) -> Self {
+        let id = format!("disk{}", self.devices.len());
+        let drive = format!(
+            "if=none,id={id},format=raw,file={}{properties}",
+            file.display()
+        );
+        self.argument("-drive", &drive)
+            .device(&format!("virtio-blk-pci,drive={id}"))
+    }
+
+    /// Has QEMU go on when the guest reboots, in place of ending.
+    pub fn reboots(mut self) -> Self {
+        self.reboots = true;
+        self
+    }
+
     /// One more option of QEMU with its value.
     pub fn argument(mut self, option: &str, value: &str) -> Self {
         self.arguments.extend([option.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// The same for another part of the guest's life, with logs of its own.
+    pub(crate) fn part(mut self, name: &str) -> Self {
+        self.name = format!("{}/{name}", self.name);
         self
     }
 
@@ -238,6 +283,7 @@ impl Config {
 
         let (machine, serial) = match self.machine {
             Machine::Q35 => ("q35", "virtio-serial-pci"),
+            Machine::I440fx => ("pc", "virtio-serial-pci"),
             // The kernel needs the timer to measure its clock with, and looks for it only where
             // there is no ACPI.
             Machine::Microvm => ("microvm,acpi=off,pit=on,rtc=on", "virtio-serial-device"),
@@ -304,7 +350,10 @@ impl Config {
         for device in self.devices.iter().chain(&self.balloon) {
             option("-device", device.clone());
         }
-        line.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
+        line.extend(["-nodefaults", "-no-user-config"].map(str::to_owned));
+        if !self.reboots {
+            line.push("-no-reboot".to_owned());
+        }
         line.extend(self.arguments.iter().cloned());
         line
     }

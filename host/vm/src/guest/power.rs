@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest that sleeps, hibernates, reboots, or hands itself over to another kernel.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agent::{Command, End};
+use anyhow::{Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::{COMMAND_TIMEOUT, Guest, live};
+use crate::agent::Pending;
+use crate::qemu::Config;
+use crate::size::Size;
+
+/// How long a guest may take to fall asleep, and to go on when it has been woken up.
+const SLEEP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a guest may take to write itself to a disk.
+const HIBERNATE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long the next kernel may take to print its first line.
+const RESTART_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Where the next kernel is on its way from the disks.
+const KERNEL: &str = "/tmp/kernel";
+const INITRAMFS: &str = "/tmp/initramfs";
+
+impl Config {
+    /// Lets the guest read its own kernel and initramfs, for [`Guest::load_kernel`].
+    pub fn kexec(self) -> Self {
+        let (kernel, initramfs) = (
+            self.artifacts.kernel.clone(),
+            self.artifacts.initramfs.clone(),
+        );
+        self.read_only_disk(&kernel).read_only_disk(&initramfs)
+    }
+}
+
+impl Guest {
+    /// Suspends the guest to RAM, calls `asleep`, wakes the guest up again and waits until it goes on. For
+    /// guests on [`Machine::I440fx`](crate::Machine).
+    pub fn suspend<T>(&self, asleep: impl FnOnce() -> Result<T>) -> Result<T> {
+        let mark = self.qmp().mark();
+        let pending = self.fall_asleep("mem")?;
+        self.wait_until("a guest that sleeps", SLEEP_TIMEOUT, || {
+            ensure!(
+                pending.poll(Duration::ZERO)?.is_none(),
+                "the guest wakes up by itself"
+            );
+            Ok(self
+                .qmp()
+                .wait_event(mark, Duration::ZERO, |event| event.name == "SUSPEND")
+                .is_ok())
+        })?;
+        let result = asleep()?;
+        self.qmp().execute::<Value>("system_wakeup", &json!({}))?;
+        self.wait(&pending, SLEEP_TIMEOUT)?;
+        Ok(result)
+    }
+
+    /// Has the guest sleep in this way. The answer comes when it goes on.
+    fn fall_asleep(&self, state: &str) -> Result<Pending> {
+        let state = state.to_owned();
+        self.home().agent.send(Command::Sleep { state })
+    }
+
+    /// Has the guest reboot, and waits until it is up again. For guests with [`Config::reboots`].
+    pub fn reboot(&self) -> Result<()> {
+        self.restart(End::Reboot)
+    }
+
+    /// Makes the guest's kernel ready to take over from itself. For guests with [`Config::kexec`].
+    pub fn load_kernel(&self) -> Result<()> {
+        self.sh(&format!(
+            "cat /dev/vda >{KERNEL} && cat /dev/vdb >{INITRAMFS}"
+        ))?;
+        let command_line = self.read_file("/proc/cmdline")?.trim_end().to_owned();
+        self.call(
+            Command::LoadKernel {
+                kernel: KERNEL.to_owned(),
+                initramfs: INITRAMFS.to_owned(),
+                command_line,
+            },
+            COMMAND_TIMEOUT,
+        )?;
+        self.run(&["rm", KERNEL, INITRAMFS])?;
+        Ok(())
+    }
+
+    /// Has the kernel that was loaded take over, and waits until it is up.
+    pub fn kexec(&self) -> Result<()> {
+        self.restart(End::Kexec)
+    }
+
+    fn restart(&self, end: End) -> Result<()> {
+        let mark = self.console.mark()?;
+        let pending = self.home().agent.send(Command::End(end))?;
+        // The kernel that ends must not be asked whether it is up.
+        self.wait_until("a kernel that starts", RESTART_TIMEOUT, || {
+            pending.poll(Duration::ZERO)?;
+            Ok(self.console.count_since(mark, "^Linux version")? > 0)
+        })?;
+        self.ready()
+    }
+
+    /// What is different after each boot.
+    fn boot_id(&self) -> Result<String> {
+        self.read_file("/proc/sys/kernel/random/boot_id")
+    }
+
+    /// Writes the guest to its first disk, and waits for QEMU to end.
+    fn hibernate(&self) -> Result<()> {
+        self.sh("mkswap /dev/vda && swapon /dev/vda")?;
+        let pending = self.fall_asleep("disk")?;
+        if !self.home().qemu.wait(HIBERNATE_TIMEOUT)? {
+            pending.poll(Duration::ZERO)?;
+            bail!(
+                "the guest does not hibernate in {} s",
+                HIBERNATE_TIMEOUT.as_secs()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A guest that is on a disk.
+#[derive(Debug)]
+pub struct Hibernated {
+    config: Config,
+    boot_id: String,
+    _disk: Disk,
+}
+
+/// Boots a guest, hands it to `body`, hibernates it and searches its log for faults. Returns it
+/// together with what `body` has returned.
+///
+/// # Errors
+///
+/// As for [`run`](super::run), or the guest does not hibernate.
+pub fn hibernate<T>(
+    config: &Config,
+    body: impl FnOnce(&Guest) -> Result<T>,
+) -> Result<(Hibernated, T)> {
+    let disk = Disk::new(config)?;
+    let config = config.clone().disk(&disk.0).parameter("resume=/dev/vda");
+    let (boot_id, value) = live(
+        &config,
+        |guest| Ok((guest.boot_id()?, body(guest)?)),
+        Guest::hibernate,
+    )?;
+    let hibernated = Hibernated {
+        config,
+        boot_id,
+        _disk: disk,
+    };
+    Ok((hibernated, value))
+}
+
+impl Hibernated {
+    /// Resumes the guest in another QEMU, where the balloon is asked for `target` from the start, and
+    /// goes on as [`run`](super::run) does.
+    pub fn resume<T>(self, target: Size, body: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
+        let config = self.config.clone().target(target).part("resumed");
+        live(
+            &config,
+            |guest| {
+                ensure!(
+                    guest.boot_id()? == self.boot_id,
+                    "the guest has booted in place of being resumed"
+                );
+                body(guest)
+            },
+            Guest::power_off,
+        )
+    }
+}
+
+/// A disk that a guest can be written to, in a file that is removed in the end.
+#[derive(Debug)]
+struct Disk(PathBuf);
+
+impl Disk {
+    fn new(config: &Config) -> Result<Self> {
+        fs::create_dir_all(config.logs())?;
+        let disk = Self(config.logs().join("disk"));
+        File::create(&disk.0)?.set_len(config.memory.as_bytes())?;
+        Ok(disk)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // It is in the way of nobody when this fails.
+        let _ = fs::remove_file(&self.0);
+    }
+}
