@@ -32,6 +32,7 @@ mod lifecycle;
 mod memory;
 mod oom;
 mod poison;
+mod power;
 mod queues;
 mod reporting;
 mod sizes;
@@ -49,6 +50,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     statistics::SCENARIOS,
     oom::SCENARIOS,
     lifecycle::SCENARIOS,
+    power::SCENARIOS,
     transports::SCENARIOS,
     queues::SCENARIOS,
     hinting::SCENARIOS,

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest sleeps, hibernates or reboots, and its balloon with it.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, ensure};
+use vm::{Config, Guest, Kernel, Load, Machine, RunningLoad, Size};
+
+use crate::sizes::{check_free, check_size};
+use crate::statistics::{newer, poll};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "suspend_to_ram",
+        proves: "a guest that sleeps has all of its memory, and its balloon comes back by itself",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: suspend_to_ram,
+    },
+    Scenario {
+        name: "suspend_while_inflating",
+        proves: "a guest falls asleep while its balloon inflates, and inflates it when it wakes up",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: suspend_while_inflating,
+    },
+    Scenario {
+        name: "hibernate",
+        proves: "a guest goes on in another QEMU, with its data, and with the balloon asked for there",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: hibernate,
+    },
+    Scenario {
+        name: "reboot",
+        proves: "after a reboot with a full balloon both sides begin anew",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: reboot,
+    },
+    Scenario {
+        name: "reboot_to_empty",
+        proves: "the host learns that a guest which has rebooted has an empty balloon",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: reboot_to_empty,
+    },
+];
+
+/// How long a guest may take that does much more than one thing.
+const PATIENCE: Duration = Duration::from_secs(400);
+
+/// A balloon that takes its time to inflate, and the memory for it.
+fn large(setup: &Setup) -> (Config, Size) {
+    let (memory, target) = match setup.kernel {
+        Kernel::Test => (Size::gib(4), Size::gib(3)),
+        Kernel::Debug => (Size::gib(1), Size::mib(600)),
+    };
+    let config = setup.config().memory(memory);
+    (config.timeout(PATIENCE), target)
+}
+
+/// Asks for `target` and waits until the balloon is on its way there.
+fn begin(guest: &Guest, target: Size) -> Result<()> {
+    guest.balloon().request(target)?;
+    guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
+        Ok(guest.balloon().size()? > Size::mib(100))
+    })
+}
+
+/// Suspends the guest to RAM and asks for `target`, if there is one, while it sleeps.
+fn sleep(guest: &Guest, target: Option<Size>) -> Result<()> {
+    guest.suspend(|| {
+        let size = guest.balloon().size()?;
+        ensure!(
+            size == Size::default(),
+            "{size} are in the balloon of a guest that sleeps"
+        );
+        target.map_or(Ok(()), |target| guest.balloon().request(target))
+    })
+}
+
+/// Waits for the balloon to be as large as it has been asked to be, and checks that a guest which had
+/// `total` in the beginning has the rest.
+fn check_rest(guest: &Guest, total: Size, target: Size) -> Result<()> {
+    guest.balloon().reach(target)?;
+    check_size(guest, target)?;
+    let now = guest.meminfo()?.total;
+    ensure!(
+        now + target == total,
+        "the guest has {now} beside a balloon of {target}, and had {total} before"
+    );
+    Ok(())
+}
+
+/// Starts to hold data, and waits until they are there.
+fn hold(guest: &Guest) -> Result<RunningLoad<'_>> {
+    let load = guest.load(Load::Hold {
+        mib: 128,
+        threads: 2,
+    })?;
+    load.wait_passes(1, Duration::from_secs(120))?;
+    Ok(load)
+}
+
+/// Has all data verified once more.
+fn verify(load: &RunningLoad<'_>) -> Result<()> {
+    let passes = load.status()?.progress.passes;
+    load.wait_passes(passes + 2, Duration::from_secs(120))
+}
+
+fn suspend_to_ram(setup: &Setup) -> Result<()> {
+    let mut size = Size::mib(300);
+    let targets = [
+        None,
+        Some(Size::mib(500)),
+        None,
+        Some(Size::mib(100)),
+        Some(Size::default()),
+    ];
+    let config = setup.config().machine(Machine::I440fx).timeout(PATIENCE);
+    vm::run(&config, |guest| {
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        guest.insmod(setup.driver, &[])?;
+        poll(guest)?;
+        guest.balloon().settle(size)?;
+        let load = hold(guest)?;
+        for target in targets {
+            sleep(guest, target)?;
+            let awake = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
+            size = target.unwrap_or(size);
+            check_rest(guest, total, size)?;
+            verify(&load)?;
+            newer(guest, awake)?;
+        }
+        load.stop()?;
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+fn suspend_while_inflating(setup: &Setup) -> Result<()> {
+    const ROUNDS: usize = 4;
+    let (config, target) = large(setup);
+    vm::run(&config.machine(Machine::I440fx), |guest| {
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        guest.insmod(setup.driver, &[])?;
+        let load = hold(guest)?;
+        let mut on_the_way = 0;
+        for _ in 0..ROUNDS {
+            let before = guest.vmstat("balloon_inflate")?;
+            begin(guest, target)?;
+            sleep(guest, None)?;
+            check_rest(guest, total, target)?;
+            let inflated = Size::pages(guest.vmstat("balloon_inflate")? - before);
+            on_the_way += usize::from(inflated < target + target);
+            guest.balloon().settle(Size::default())?;
+        }
+        ensure!(
+            on_the_way > 0,
+            "the balloon was full each time that the guest fell asleep"
+        );
+        verify(&load)?;
+        load.stop()?;
+        setup.note(format!(
+            "the balloon was on its way {on_the_way} of {ROUNDS} times"
+        ));
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+fn hibernate(setup: &Setup) -> Result<()> {
+    let (before, after) = (Size::mib(400), Size::mib(500));
+    let config = setup.config().timeout(PATIENCE);
+    let (hibernated, (total, load)) = vm::hibernate(&config, |guest| {
+        let total = guest.meminfo()?.total;
+        guest.insmod(setup.driver, &[])?;
+        let load = hold(guest)?;
+        guest.balloon().settle(before)?;
+        Ok((total, load.id()))
+    })?;
+    hibernated.resume(after, |guest| {
+        check_rest(guest, total, after)?;
+        let load = guest.running(load);
+        verify(&load)?;
+        for size in [before, Size::default()] {
+            guest.balloon().settle(size)?;
+            check_rest(guest, total, size)?;
+        }
+        verify(&load)?;
+        load.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn reboot(setup: &Setup) -> Result<()> {
+    let size = Size::mib(500);
+    vm::run(&setup.config().timeout(PATIENCE).reboots(), |guest| {
+        let total = guest.meminfo()?.total;
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(size)?;
+        for _ in 0..2 {
+            guest.reboot()?;
+            check_begins_anew(guest, total)?;
+            // The device keeps its target.
+            guest.insmod(setup.driver, &[])?;
+            check_rest(guest, total, size)?;
+        }
+        guest.balloon().settle(Size::default())?;
+        check_rest(guest, total, Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn reboot_to_empty(setup: &Setup) -> Result<()> {
+    let size = Size::mib(500);
+    vm::run(&setup.config().timeout(PATIENCE).reboots(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(size)?;
+        guest.reboot()?;
+        guest.balloon().request(Size::default())?;
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().reach(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Checks that a kernel which has just booted knows of no balloon.
+fn check_begins_anew(guest: &Guest, total: Size) -> Result<()> {
+    let (now, pages) = (guest.meminfo()?.total, guest.vmstat("nr_balloon_pages")?);
+    ensure!(
+        now.abs_diff(total) < Size::mib(1) && pages == 0,
+        "the next kernel has {now} and {pages} pages in balloons, where there were {total} at first"
+    );
+    Ok(())
+}
