@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest sleeps, hibernates or reboots, and its balloon with it.
+//! The guest sleeps, hibernates, reboots, or goes on with another kernel, and its balloon with it.
 
 use std::time::{Duration, SystemTime};
 
@@ -47,6 +47,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         // The C driver tells the host a size only when it has something to do.
         drivers: RUST_DRIVER,
         run: reboot_to_empty,
+    },
+    Scenario {
+        name: "kexec",
+        proves: "another kernel takes over while the balloon inflates, and has all memory",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: kexec,
     },
 ];
 
@@ -238,4 +245,34 @@ fn check_begins_anew(guest: &Guest, total: Size) -> Result<()> {
         "the next kernel has {now} and {pages} pages in balloons, where there were {total} at first"
     );
     Ok(())
+}
+
+fn kexec(setup: &Setup) -> Result<()> {
+    let (config, target) = large(setup);
+    vm::run(&config.kexec(), |guest| {
+        let mut on_the_way = Size::default();
+        for _ in 0..2 {
+            let total = guest.meminfo()?.total;
+            guest.insmod(setup.driver, &[])?;
+            guest.balloon().settle(Size::default())?;
+            guest.load_kernel()?;
+            begin(guest, target)?;
+            guest.kexec()?;
+            check_begins_anew(guest, total)?;
+            // What the host heard last.
+            on_the_way = guest.balloon().size()?;
+            ensure!(
+                on_the_way < target,
+                "the balloon was full before another kernel took over"
+            );
+            let (total, load) = (guest.meminfo()?.total, hold(guest)?);
+            guest.insmod(setup.driver, &[])?;
+            check_rest(guest, total, target)?;
+            verify(&load)?;
+            load.stop()?;
+            guest.rmmod(setup.driver)?;
+        }
+        setup.note(format!("{on_the_way} of {target} were in the balloon"));
+        Ok(())
+    })
 }
