@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, ensure};
 use vm::{Config, Guest, Kernel, Load, Machine, RunningLoad, Size};
 
+use crate::lifecycle::device;
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
 use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
@@ -54,6 +55,21 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         run: kexec,
+    },
+    Scenario {
+        name: "wakeup_source",
+        proves: "the device keeps a guest awake, where asked to, while its balloon changes, and no longer",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        run: wakeup_source,
+    },
+    Scenario {
+        name: "wakeup_source_while_stuck",
+        proves: "a balloon that cannot grow does not keep its guest awake",
+        kernels: BOTH_KERNELS,
+        // The C driver tries again for ever, and keeps its guest awake for it.
+        drivers: RUST_DRIVER,
+        run: wakeup_source_while_stuck,
     },
 ];
 
@@ -275,4 +291,71 @@ fn kexec(setup: &Setup) -> Result<()> {
         setup.note(format!("{on_the_way} of {target} were in the balloon"));
         Ok(())
     })
+}
+
+/// The directory of the device's power management, where it has been allowed to keep the guest awake.
+fn allow_wakeup(setup: &Setup, guest: &Guest) -> Result<String> {
+    let device = device(guest, setup.driver)?;
+    let power = format!("/sys/bus/virtio/devices/{device}/power");
+    guest.write_file(&format!("{power}/wakeup"), "enabled")?;
+    Ok(power)
+}
+
+fn wakeup_source(setup: &Setup) -> Result<()> {
+    let (config, target) = large(setup);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(Size::mib(1))?;
+        let power = allow_wakeup(setup, guest)?;
+        for size in [target, Size::mib(1)] {
+            check_rests(guest, &power)?;
+            guest.balloon().request(size)?;
+            guest.wait_until(
+                "a device that keeps the guest awake",
+                Duration::from_secs(30),
+                || {
+                    let active = is_active(guest, &power)?;
+                    ensure!(
+                        guest.balloon().size()? != size,
+                        "the balloon has {size}, and has not been seen to keep the guest awake"
+                    );
+                    Ok(active)
+                },
+            )?;
+            guest.balloon().reach(size)?;
+        }
+        check_rests(guest, &power)?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn wakeup_source_while_stuck(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(Size::mib(1))?;
+        let power = allow_wakeup(setup, guest)?;
+        guest.balloon().request(guest.memory() - Size::pages(1))?;
+        let size = guest.balloon().rest(Duration::from_secs(3))?;
+        ensure!(size > Size::mib(1), "the balloon has not grown at all");
+        check_rests(guest, &power)?;
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Whether the device keeps the guest awake.
+fn is_active(guest: &Guest, power: &str) -> Result<bool> {
+    Ok(guest
+        .read_file(&format!("{power}/wakeup_active"))?
+        .trim_end()
+        == "1")
+}
+
+/// Checks that the device lets the guest sleep, now or very soon.
+fn check_rests(guest: &Guest, power: &str) -> Result<()> {
+    guest.wait_until(
+        "a device that lets the guest sleep",
+        Duration::from_secs(5),
+        || Ok(!is_active(guest, power)?),
+    )
 }
