@@ -229,8 +229,12 @@ fn reboot(setup: &Setup) -> Result<()> {
         for _ in 0..2 {
             guest.reboot()?;
             check_begins_anew(guest, total)?;
-            // The device keeps its target.
+            // The device keeps its target, and the host sees the balloon of before until it hears of the
+            // new one.
             guest.insmod(setup.driver, &[])?;
+            guest.wait_until("a full balloon", Duration::from_secs(30), || {
+                Ok(Size::pages(guest.vmstat("nr_balloon_pages")?) == size)
+            })?;
             check_rest(guest, total, size)?;
         }
         guest.balloon().settle(Size::default())?;
