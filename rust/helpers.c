@@ -58,9 +58,9 @@ unsigned int balloon_rs_free_block(unsigned long pfn)
 	return order;
 }
 
-void *balloon_rs_pfn_address(unsigned long pfn)
+struct page *balloon_rs_pfn_to_page(unsigned long pfn)
 {
-	return page_address(pfn_to_page(pfn));
+	return pfn_to_page(pfn);
 }
 
 /*

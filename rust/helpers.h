@@ -70,7 +70,7 @@ void *balloon_rs_page_address(struct page *page);
 void *balloon_rs_phys_to_virt(phys_addr_t address);
 void balloon_rs_set_page_order(struct page *page, unsigned int order);
 unsigned int balloon_rs_free_block(unsigned long pfn);
-void *balloon_rs_pfn_address(unsigned long pfn);
+struct page *balloon_rs_pfn_to_page(unsigned long pfn);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);

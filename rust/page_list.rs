@@ -167,6 +167,32 @@ impl PageList {
         true
     }
 
+    /// Allocates the `len` pages from the page frame number `first` on, wherever their contents have to go for that.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if something is in the way.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn alloc_range(first: usize, len: usize) -> kernel::error::Result<Self> {
+        let mut pages = Self::new();
+
+        // SAFETY: The function checks the range.
+        kernel::error::to_result(unsafe {
+            bindings::alloc_contig_range_noprof(first, first + len, 0, bindings::GFP_KERNEL)
+        })?;
+
+        for pfn in first..first + len {
+            // SAFETY: The pages were just allocated, each as one of order 0.
+            unsafe {
+                let page = bindings::balloon_rs_pfn_to_page(pfn);
+
+                pages.push(NonNull::new_unchecked(page));
+            }
+        }
+
+        Ok(pages)
+    }
+
     /// Moves every second page to `other`.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn split_alternating(&mut self, other: &mut Self) {

@@ -102,8 +102,11 @@ impl Drop for PageRun {
 unsafe impl Buffer for PageRun {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         // SAFETY: By the type invariants the pages are in the linear mapping, which has no null pointers.
-        let address =
-            unsafe { NonNull::new_unchecked(bindings::balloon_rs_pfn_address(self.first)) };
+        let address = unsafe {
+            let page = bindings::balloon_rs_pfn_to_page(self.first);
+
+            NonNull::new_unchecked(bindings::balloon_rs_page_address(page))
+        };
 
         (address.cast(), self.len * PAGE_SIZE, Access::Write)
     }

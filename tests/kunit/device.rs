@@ -10,6 +10,7 @@ use crate::{
             QUEUE_SIZE, //
         },
         memory,
+        page_list::PageList,
         virtio::Feature,
         virtio_balloon::{
             stat,
@@ -192,6 +193,64 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
     Ok(messages)
 }
 
+/// Returns the first of `pages` consecutive kernel pages that are in the balloon.
+fn stretch(host: &Host, pages: usize) -> Result<usize> {
+    let len = pages * BALLOON_PAGES_PER_PAGE;
+    let first = host
+        .inflated
+        .windows(len)
+        .find(|window| {
+            window.windows(2).all(|pair| pair[0] + 1 == pair[1]) && window[0] % len as u32 == 0
+        })
+        .ok_or(ENOENT)?[0];
+
+    Ok(first as usize / BALLOON_PAGES_PER_PAGE)
+}
+
+/// Has the kernel move pages of the balloon, and the balloon deflate before the device has heard of it.
+///
+/// # Errors
+///
+/// `EINVAL` if the device is not told of the new pages first, and of everything else after its answer.
+fn moved(features: &[Feature]) -> Result {
+    const PAGES: usize = 64;
+
+    let size = MANY.next_multiple_of(BALLOON_PAGES_PER_PAGE as u32);
+    let mut host = Host::new(features)?;
+    host.resize(size, size)?;
+
+    // The old pages are free at once, unless the device must be told first.
+    let taken = PageList::alloc_range(stretch(&host, PAGES)?, PAGES);
+    if taken.is_ok() == features.contains(&F_MUST_TELL_HOST) || host.device.field(ACTUAL) != size {
+        return Err(EINVAL);
+    }
+    host.device.change(NUM_PAGES, 0);
+
+    // Nothing leaves the balloon before the device has answered for the new pages.
+    let mut request = None;
+    eventually(|| {
+        request = host.device.next(INFLATE)?;
+        Ok(request.is_some())
+    })?;
+    fsleep(Delta::from_millis(20));
+    let request = request.ok_or(EINVAL)?;
+    if host.device.field(ACTUAL) != size || host.device.next(DEFLATE)?.is_some() {
+        return Err(EINVAL);
+    }
+
+    let told = request.pfns()?;
+    if told.len() != PAGES * BALLOON_PAGES_PER_PAGE {
+        return Err(EINVAL);
+    }
+    host.inflated.extend_from_slice(&told, GFP_KERNEL)?;
+    host.device.answer(INFLATE, &request, 0)?;
+    host.device.interrupt(INFLATE)?;
+    host.settle(0)?;
+    drop(taken);
+
+    compare(&host)
+}
+
 /// Waits for the driver's statistics, and returns the value of the kind `tag`.
 fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     let mut request = None;
@@ -328,6 +387,16 @@ mod tests {
             assert!(device.answer(STATS, &request, 0).is_ok());
             assert!(device.interrupt(STATS).is_ok());
             assert!(device.interrupt(STATS).is_ok());
+        }
+    }
+
+    #[test]
+    fn the_device_learns_where_pages_have_moved() {
+        for features in [
+            &[Feature::VERSION_1][..],
+            &[Feature::VERSION_1, F_MUST_TELL_HOST],
+        ] {
+            assert_eq!(moved(features), Ok(()));
         }
     }
 
