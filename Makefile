@@ -8,7 +8,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose)
 
-.PHONY: all demo test kunit clippy fmt fmt-check clean help
+.PHONY: all demo test test-long kunit clippy fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -25,6 +25,10 @@ demo:
 test:
 	@$(lab) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(ONLY),--only '$(ONLY)') \
 		$(if $(DRIVER),--driver $(DRIVER)) $(guests)
+
+test-long:
+	@$(lab) test --long $(guests)
+	@$(lab) test --long --kernel test --driver c $(guests)
 
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
@@ -46,6 +50,7 @@ help:
 	@echo "make            build the module for the kernel of KDIR= (default: the running one)"
 	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
+	@echo "make test-long  run what takes hours, too: all scenarios in both kernels, and on the C driver"
 	@echo "make kunit      run KUnit in guests"
 	@echo "make clippy     have clippy look at everything"
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"

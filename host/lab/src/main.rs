@@ -43,6 +43,9 @@ enum Command {
         /// Run only what has this in its name; "host" and "kunit" stand for all tests of theirs
         #[arg(long)]
         only: Option<String>,
+        /// Run what takes long as well, and everything in both kernels
+        #[arg(long)]
+        long: bool,
         /// Run the scenarios on this driver
         #[arg(long, default_value = "rs")]
         driver: DriverName,
@@ -130,11 +133,13 @@ fn main() -> Result<ExitCode> {
         Command::Test {
             kernel,
             only,
+            long,
             driver,
             guests,
         } => test::run(
             kernel.map(Kernel::from),
             only.as_deref(),
+            long,
             driver.into(),
             guests,
         ),

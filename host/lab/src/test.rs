@@ -15,10 +15,15 @@ use crate::{Guests, host_tests, kunit, setup};
 /// survives, in a time that one is ready to wait.
 const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 
-/// Runs all tests that are asked for, and says whether all is well.
+/// What takes minutes, and runs when it or everything is asked for.
+const LONG_SCENARIOS: &[&str] = &["migration_speed"];
+
+/// Runs all tests that are asked for, or, if it may take `long`, every test in every kernel. Says whether
+/// all is well.
 pub(crate) fn run(
     kernel: Option<Kernel>,
     only: Option<&str>,
+    long: bool,
     driver: Driver,
     guests: Guests,
 ) -> Result<bool> {
@@ -32,8 +37,10 @@ pub(crate) fn run(
     for this in [Kernel::Test, Kernel::Debug] {
         let wanted = |scenario: &&Scenario| {
             let default = this == Kernel::Test || DEBUG_SCENARIOS.contains(&scenario.name);
-            kernel.map_or(default, |kernel| kernel == this)
-                && only.is_none_or(|only| scenario.name.contains(only))
+            kernel.map_or(default || long, |kernel| kernel == this)
+                && only.map_or(long || !LONG_SCENARIOS.contains(&scenario.name), |only| {
+                    scenario.name.contains(only)
+                })
         };
         let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
         let with_kunit = driver == Driver::Rust

@@ -251,7 +251,7 @@ const RUNS: usize = 3;
 const TIME_LIMIT: f64 = 0.7;
 
 /// The most that the median of what is sent may be, of what is sent without hints. The C driver's is no
-/// measure: when the machine has nothing else to do, it leaves out nearly all that can be.
+/// measure: with luck it leaves out all that can be.
 const SENT_LIMIT: f64 = 0.15;
 
 /// What migrations took.

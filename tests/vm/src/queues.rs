@@ -87,7 +87,7 @@ impl Subset {
     fn features(self) -> impl Iterator<Item = (&'static Feature, bool)> {
         (0..)
             .zip(&FEATURES)
-            .map(move |(i, feature)| (feature, self.0 >> i & 1 == 1))
+            .map(move |(i, feature)| (feature, (self.0 >> i) & 1 == 1))
     }
 
     fn names(self) -> Vec<&'static str> {

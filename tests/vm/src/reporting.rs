@@ -119,7 +119,7 @@ pub(crate) fn reported(setup: &Setup, guest: &Guest) -> Result<Option<Size>> {
     match setup.driver {
         Driver::C => Ok(None),
         Driver::Rust => {
-            let bytes = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs/*/reported_bytes")?;
+            let bytes = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/reported_bytes")?;
             Ok(Some(Size::bytes(bytes.trim().parse()?)))
         }
     }
