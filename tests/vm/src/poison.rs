@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vm::{Driver, Guest, Load, Size};
+use vm::{Config, Driver, Guest, Load, Machine, Size};
 
 use crate::lifecycle::{PORT, plug, unplug};
 use crate::queues::{PAGE_POISON, REPORTING};
 use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
 use crate::transports::accepted;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -29,6 +29,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         run: poison_kept,
+    },
+    // The C driver writes the value when it is bound, and the device forgets it when the guest sleeps.
+    Scenario {
+        name: "poison_after_resume",
+        proves: "free pages keep their value also after the guest has slept",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        run: poison_after_resume,
     },
 ];
 
@@ -73,17 +81,33 @@ fn poison_features(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
+fn config(setup: &Setup, parameter: &str) -> Config {
+    setup
+        .config()
+        .timeout(Duration::from_secs(400))
+        .parameter(parameter)
+        .parameter(FAST_REPORTS)
+        .balloon(Some(
+            "virtio-balloon-pci,id=balloon0,free-page-reporting=on,page-poison=on",
+        ))
+}
+
+fn poison_after_resume(setup: &Setup) -> Result<()> {
+    let config = config(setup, POISON).machine(Machine::I440fx);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        for _ in 0..2 {
+            use_and_report(setup, guest, POISON)?;
+            guest.suspend(|| Ok(()))?;
+        }
+        use_and_report(setup, guest, POISON)?;
+        guest.rmmod(setup.driver)
+    })
+}
+
 fn poison_kept(setup: &Setup) -> Result<()> {
     for parameter in [ZERO, POISON] {
-        let config = setup
-            .config()
-            .timeout(Duration::from_secs(400))
-            .parameter(parameter)
-            .parameter(FAST_REPORTS)
-            .balloon(Some(
-                "virtio-balloon-pci,id=balloon0,free-page-reporting=on,page-poison=on",
-            ));
-        vm::run(&config, |guest| {
+        vm::run(&config(setup, parameter), |guest| {
             guest.insmod(setup.driver, &[])?;
             ensure!(
                 accepted(guest, setup.driver, REPORTING)?,
