@@ -451,8 +451,9 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
 
-        // The task tells the device of them, and allows others when it has done all that is to be done.
+        // The task tells the device of those that were made, and allows others when all is done.
         self.moves().allow(false);
+        self.schedule();
         let Some(settled) = patiently(|| self.moves().settled()) else {
             return 0;
         };
