@@ -148,7 +148,7 @@ pub enum Load {
         /// Where it stops to grow, in MiB.
         mib: usize,
     },
-    /// Takes memory, gives back every second page and keeps the others until it is stopped.
+    /// Takes memory, gives back one of each two pages and keeps the other until it is stopped.
     Fragment {
         /// How much memory is taken at first, in MiB.
         mib: usize,

@@ -41,6 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// The least share of the huge pages, to that with the C driver.
 const HUGE_PAGES_LIMIT: f64 = 0.95;
 
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
 fn huge_pages(setup: &Setup) -> Result<()> {
     let here = huge_pages_with(setup, setup.driver)?;
     if setup.driver == Driver::Rust {
@@ -55,16 +57,11 @@ fn huge_pages(setup: &Setup) -> Result<()> {
 
 /// The share of the huge pages it wants that a guest gets out of memory that is cut up by the balloon.
 fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
-    // Compacting ends when it meets a huge page of a process that it can neither move nor split.
-    let config = setup
-        .config()
-        .memory(Size::mib(768))
-        .parameter("transparent_hugepage=never");
-    vm::run(&config, |guest| {
+    vm::run(&setup.config().memory(Size::mib(768)), |guest| {
         guest.insmod(driver, &[])?;
         let free = guest.meminfo()?.free;
         let data = hold(guest)?;
-        // Another process has every second page, and the balloon gets those in between.
+        // Another process has one of each two pages, and the balloon gets those in between.
         let fragment = guest.load(Load::Fragment {
             mib: usize::try_from(free.saturating_sub(Size::mib(96)).as_mib())?,
         })?;
@@ -84,11 +81,8 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
         let wanted = u32::try_from(free.saturating_sub(Size::mib(48)).as_mib() / 2)?;
         // By itself the kernel gives up compacting for a while when it has once been in vain.
         write(guest, "/proc/sys/vm/compact_memory", "1")?;
-        write(guest, "/proc/sys/vm/nr_hugepages", &wanted.to_string())?;
-        let got: u32 = guest
-            .read_file("/proc/sys/vm/nr_hugepages")?
-            .trim()
-            .parse()?;
+        write(guest, NR_HUGEPAGES, &wanted.to_string())?;
+        let got: u32 = guest.read_file(NR_HUGEPAGES)?.trim().parse()?;
         let moved = guest.vmstat("balloon_migrate")? - moved;
         setup.note(format!(
             "{driver:?} driver: {got} of {wanted} huge pages, {moved} of {} balloon pages moved",
@@ -101,7 +95,7 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
         check_size(guest, size)?;
         data.stop()?;
 
-        guest.write_file("/proc/sys/vm/nr_hugepages", "0")?;
+        guest.write_file(NR_HUGEPAGES, "0")?;
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
         guest.rmmod(driver)?;
