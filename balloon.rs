@@ -209,7 +209,6 @@ impl Balloon {
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
 
         self.giving_back.store(false, Relaxed);
-        self.target_changed();
         Ok(())
     }
 
@@ -269,6 +268,7 @@ impl Balloon {
         }
 
         task.deflate.lock().forget();
+        task.dev.relax();
     }
 
     /// Returns the target in kernel pages.
@@ -479,6 +479,7 @@ impl Job for Balloon {
             Ok(Some(delay)) => task.schedule_in(delay),
             Ok(None) => (),
             Err(error) => {
+                task.dev.relax();
                 if !worker.broken {
                     dev_err!(
                         task.dev,

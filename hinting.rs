@@ -89,8 +89,9 @@ const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 /// How many entries of the queue are left for ids: one that ends a round, and one that begins the next.
 const ROOM_FOR_IDS: usize = 2;
 
-/// How many kernel pages are given back under one hold of a lock, or a block more: 16 MiB.
-const PAGES_PER_HOLD: usize = 1 << (24 - PAGE_SHIFT);
+/// How many kernel pages are given back under one hold of a lock, or a block more: 4 MiB, which may have to be
+/// cleared.
+const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 
 /// How many runs are kept at most.
 const MAX_RUNS: usize = 1024;
@@ -101,8 +102,9 @@ const LEFT_FREE: usize = 8;
 /// How long an allocation that has failed waits for the device to use what it was given, in milliseconds.
 const OOM_PATIENCE: u32 = 500;
 
-/// How long it may take until an answer is noticed that the device has not interrupted for.
+/// How long it may take until an answer is noticed that the device has not interrupted for, during a round and after.
 const LOOK_AGAIN: Msecs = 20;
+const LOOK_AGAIN_LATER: Msecs = 1_000;
 
 /// A virtqueue for hints: ids and memory.
 pub(crate) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
@@ -194,7 +196,10 @@ impl Worker {
             (info.free >> PAGE_SHIFT) as usize,
             (info.total >> PAGE_SHIFT) as usize,
         );
-        let wanted = free.saturating_sub((free / LEFT_FREE).max(always_free(total)));
+        let mut wanted = free.saturating_sub((free / LEFT_FREE).max(always_free(total)));
+        if self.queue.room() <= ROOM_FOR_IDS {
+            wanted = 0;
+        }
         let mut order = MAX_ORDER;
 
         while self.pending.pages() < wanted && !needed.load(Relaxed) {
@@ -279,9 +284,16 @@ impl Hinting {
         task.release();
     }
 
-    /// Gives back what is held.
-    fn release(&self) {
-        while self.held.lock().free(PAGES_PER_HOLD) > 0 {}
+    /// Gives back what is held. Returns how many kernel pages it was.
+    fn release(&self) -> usize {
+        let mut released = 0;
+
+        loop {
+            match self.held.lock().free(PAGES_PER_HOLD) {
+                0 => return released,
+                freed => released += freed,
+            }
+        }
     }
 
     /// Takes what the device has used.
@@ -332,7 +344,7 @@ impl Hinting {
     ///
     /// # Errors
     ///
-    /// `ENODEV` if the device is gone.
+    /// `ENODEV` if the device is gone, `EIO` if the queue is broken.
     fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
         worker.queue.disable_callback();
         self.collect(worker);
@@ -356,12 +368,18 @@ impl Hinting {
             worker.queue.kick();
         }
 
+        if worker.queue.is_broken() {
+            return Err(EIO);
+        }
         if worker.queue.in_flight() == 0 && !worker.stop_due && !worker.start_due {
             return Ok(None);
         }
 
-        let sleeping = worker.queue.enable_callback_delayed();
-        Ok(Some(if sleeping { LOOK_AGAIN } else { 0 }))
+        Ok(Some(match worker.queue.enable_callback_delayed() {
+            false => 0,
+            true if worker.supplying => LOOK_AGAIN,
+            true => LOOK_AGAIN_LATER,
+        }))
     }
 }
 
@@ -399,7 +417,7 @@ impl Job for Hinting {
     fn run(task: &Task<Self>) {
         let mut worker = task.worker.lock();
 
-        // If the device is gone, so is the host that wanted to know.
+        // If the device is gone, so is the host that wanted to know. If it is broken, the balloon says so.
         if let Ok(Some(delay)) = task.advance(&mut worker) {
             task.schedule_in(delay);
         }
@@ -423,14 +441,15 @@ impl OomNotify for Task<Hinting> {
         self.needed.store(true, Relaxed);
 
         for _ in 0..OOM_PATIENCE {
-            let mut worker = self.worker.lock();
+            // The task may be allocating itself, in the transport.
+            if let Some(mut worker) = self.worker.try_lock() {
+                self.collect(&mut worker);
 
-            self.collect(&mut worker);
-            let freed = worker.pending.free(usize::MAX) + self.held.lock().free(usize::MAX);
-            if freed > 0 || worker.in_flight == 0 {
-                return freed;
+                let freed = worker.pending.free(usize::MAX) + self.release();
+                if freed > 0 || worker.in_flight == 0 {
+                    return freed;
+                }
             }
-            drop(worker);
 
             fsleep(Delta::from_millis(1));
         }

@@ -59,11 +59,18 @@ struct Inner {
     settled: usize,
     /// Moves that the device has not been told of. Never grows beyond its capacity.
     waiting: KVec<Move>,
+    /// The new pages that the device has been told of, and has not answered for. As many at most.
+    telling: KVec<u64>,
     /// Moves of which the device knows the new pages, if any. `None` while they are part of a message.
     told: Option<KVec<Move>>,
 }
 
 impl Inner {
+    /// Returns whether the device may not know yet that the page `pfn` is in the balloon.
+    fn is_new(&self, pfn: u64) -> bool {
+        self.telling.contains(&pfn) || self.waiting.iter().any(|this| this.new == pfn)
+    }
+
     fn is_settled(&self) -> bool {
         self.waiting.is_empty() && self.told.as_ref().is_some_and(|told| told.is_empty())
     }
@@ -87,6 +94,7 @@ impl Moves {
     /// `ENOMEM`.
     pub(crate) fn new(waker: Waker<Balloon>, must_tell: bool) -> Result<impl PinInit<Self, Error>> {
         let waiting = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
+        let telling = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
         let told = Some(KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?);
 
         Ok(try_pin_init!(Self {
@@ -97,6 +105,7 @@ impl Moves {
                     allowed: false,
                     settled: 0,
                     waiting,
+                    telling,
                     told,
                 },
                 "Moves::inner"
@@ -115,6 +124,7 @@ impl Moves {
         let mut inner = self.inner.lock();
 
         inner.must_tell = must_tell;
+        inner.telling.clear();
         // What was there is freed without the lock.
         mem::swap(&mut inner.waiting, &mut waiting);
         mem::swap(&mut inner.told, &mut told);
@@ -146,15 +156,13 @@ impl Moves {
 
     fn tell_new(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
         // A new page may be one that was deflated a moment ago, which the device has to hear first. And one
-        // round after the other: a page may be a new one in the first and an old one in the second.
-        if inflate.queue.room() == 0 || deflate.lock().is_pending() {
-            return;
-        }
-
+        // round after the other: a page may be a new one in the first and an old one in the second. Nothing is
+        // deflated in between, since the lock is kept.
+        let deflate = deflate.lock();
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
 
-        if inner.waiting.is_empty() {
+        if inflate.queue.room() == 0 || deflate.is_pending() || inner.waiting.is_empty() {
             return;
         }
         let Some(told) = inner.told.take_if(|told| told.is_empty()) else {
@@ -162,11 +170,17 @@ impl Moves {
         };
         let waiting = mem::replace(&mut inner.waiting, told);
 
+        for this in &waiting {
+            // There is room for as many as can be waiting.
+            let _ = inner.telling.push_within_capacity(this.new);
+        }
         if let Err(waiting) = inflate.queue.send_moves(waiting, |this| this.new) {
             inner.told = Some(mem::replace(&mut inner.waiting, waiting));
+            inner.telling.clear();
             return;
         }
         drop(guard);
+        drop(deflate);
 
         inflate.queue.notify();
     }
@@ -188,7 +202,10 @@ impl Moves {
 
     /// The device knows the new pages of `moves`.
     pub(crate) fn told_new(&self, moves: KVec<Move>) {
-        self.inner.lock().told = Some(moves);
+        let mut inner = self.inner.lock();
+
+        inner.telling.clear();
+        inner.told = Some(moves);
     }
 
     /// The device knows that the old pages of `moves` have left the balloon.
@@ -205,8 +222,13 @@ impl Replace for Moves {
 
         let mut inner = self.inner.lock();
 
-        // The new page must not have been in the balloon before as far as the device knows.
-        if !inner.allowed || inner.settled > 0 || inner.waiting.iter().any(|this| this.old == new) {
+        // The device must know of the old page's arrival before the page leaves, and of the new page's departure,
+        // if it has been in the balloon before, before that comes again.
+        if !inner.allowed
+            || inner.settled > 0
+            || inner.is_new(old.pfn())
+            || inner.waiting.iter().any(|this| this.old == new)
+        {
             return Err(EAGAIN);
         }
 

@@ -146,6 +146,7 @@ impl virtio::Driver for BalloonDriver {
     }
 
     fn ready(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+        data.balloon.target_changed();
         data.balloon.schedule();
         if let Some(stats) = &data.stats {
             stats.schedule();

@@ -53,7 +53,17 @@ pub(crate) struct OldPage<'a> {
     _balloon: PhantomData<&'a ()>,
 }
 
-impl OldPage<'_> {
+impl<'a> OldPage<'a> {
+    /// Makes an old page of the first one on `pages`, if there is one.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn first_of(pages: &'a PageList) -> Option<Self> {
+        // INVARIANT: The page is on the list, and on no balloon's, for `'a`.
+        Some(Self {
+            page: pages.first()?,
+            _balloon: PhantomData,
+        })
+    }
+
     /// Returns the page's number, in kernel pages.
     pub(crate) fn pfn(&self) -> u64 {
         // SAFETY: By the type invariants the page is valid.

@@ -193,6 +193,12 @@ impl PageList {
         Ok(pages)
     }
 
+    /// Returns the first page.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(super) fn first(&self) -> Option<NonNull<bindings::page>> {
+        self.first
+    }
+
     /// Moves every second page to `other`.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn split_alternating(&mut self, other: &mut Self) {

@@ -211,7 +211,8 @@ fn stretch(host: &Host, pages: usize) -> Result<usize> {
 ///
 /// # Errors
 ///
-/// `EINVAL` if the device is not told of the new pages first, and of everything else after its answer.
+/// `EINVAL` if anything leaves the balloon before the device has answered for the new pages, or if it is not told
+/// of everything afterwards.
 fn moved(features: &[Feature]) -> Result {
     const PAGES: usize = 64;
 
@@ -226,25 +227,27 @@ fn moved(features: &[Feature]) -> Result {
     }
     host.device.change(NUM_PAGES, 0);
 
-    // Nothing leaves the balloon before the device has answered for the new pages.
-    let mut request = None;
-    eventually(|| {
-        request = host.device.next(INFLATE)?;
-        Ok(request.is_some())
-    })?;
-    fsleep(Delta::from_millis(20));
-    let request = request.ok_or(EINVAL)?;
-    if host.device.field(ACTUAL) != size || host.device.next(DEFLATE)?.is_some() {
-        return Err(EINVAL);
-    }
+    // The first message may be about some of the moves only. The others come when that is answered.
+    let mut pages = 0;
+    while pages < PAGES {
+        let mut request = None;
+        eventually(|| {
+            serve(&host.device, DEFLATE, &mut host.deflated)?;
+            request = host.device.next(INFLATE)?;
+            Ok(request.is_some())
+        })?;
+        fsleep(Delta::from_millis(20));
+        let request = request.ok_or(EINVAL)?;
+        if host.device.field(ACTUAL) != size || host.device.next(DEFLATE)?.is_some() {
+            return Err(EINVAL);
+        }
 
-    let told = request.pfns()?;
-    if told.len() != PAGES * BALLOON_PAGES_PER_PAGE {
-        return Err(EINVAL);
+        let told = request.pfns()?;
+        pages += told.len() / BALLOON_PAGES_PER_PAGE;
+        host.inflated.extend_from_slice(&told, GFP_KERNEL)?;
+        host.device.answer(INFLATE, &request, 0)?;
+        host.device.interrupt(INFLATE)?;
     }
-    host.inflated.extend_from_slice(&told, GFP_KERNEL)?;
-    host.device.answer(INFLATE, &request, 0)?;
-    host.device.interrupt(INFLATE)?;
     host.settle(0)?;
     drop(taken);
 

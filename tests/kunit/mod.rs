@@ -11,6 +11,7 @@ mod backoff;
 mod buffer;
 mod device;
 mod hinting;
+mod migration;
 mod pages;
 mod range_stack;
 mod target;

@@ -10,6 +10,7 @@ use anyhow::{Result, ensure};
 use regex::Regex;
 use vm::ktap::Outcome;
 
+use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
 use crate::report::Report;
@@ -32,6 +33,8 @@ pub(crate) fn run(places: &Places, report: &mut Report) -> Result<()> {
         cargo.args(["--manifest-path", "host/Cargo.toml"]);
         cargo
     };
+    // Cargo puts programs of all checkouts in one place, from where guest/lab takes what it has built.
+    let _lock = kernel::lock(&places.cache.join("tools"))?;
     let phase = Phase::start("Building the host's tests", None);
     phase.follow(
         cargo().arg("--no-run"),

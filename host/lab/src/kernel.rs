@@ -202,7 +202,7 @@ fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
 }
 
 /// Keeps two runs from making the same directory at once.
-fn lock(directory: &Path) -> Result<Flock<File>> {
+pub(crate) fn lock(directory: &Path) -> Result<Flock<File>> {
     let mut path = directory.as_os_str().to_owned();
     path.push(".lock");
     let file = File::create(path)?;

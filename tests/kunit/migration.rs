@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which pages of the balloon may be moved. What the device hears of it is in the suite of the whole driver.
+
+use crate::{
+    message::PAGES_PER_MESSAGE,
+    migration::Moves,
+    rust::{
+        balloon_pages::{
+            OldPage,
+            Replace, //
+        },
+        page_list::PageList,
+        task::new_slot, //
+    },
+};
+
+use kernel::prelude::*;
+
+/// Page frame numbers that no page of these tests has.
+const ELSEWHERE: u64 = 1 << 31;
+
+/// Moves that nobody tells a device of.
+fn moves() -> Result<Pin<KBox<Moves>>> {
+    let slot = new_slot!(c"virtio_balloon_rs_kunit")?;
+    let moves = KBox::pin_init(Moves::new(slot.waker(), false)?, GFP_KERNEL)?;
+
+    moves.allow(true);
+    Ok(moves)
+}
+
+fn page() -> Result<PageList> {
+    let mut pages = PageList::new();
+
+    pages.alloc_block(0).then_some(pages).ok_or(ENOMEM)
+}
+
+/// Moves the page on `old` to `new`.
+fn replace(moves: &Moves, old: &PageList, new: u64) -> Result {
+    moves.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new)
+}
+
+fn pfn(page: &PageList) -> u64 {
+    page.pfns().next().unwrap_or(0)
+}
+
+#[kunit_tests(virtio_balloon_rs_migration)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_moved_unless_it_is_allowed() {
+        let (moves, page) = (moves(), page());
+        assert!(moves.is_ok() && page.is_ok());
+        let (Ok(moves), Ok(page)) = (moves, page) else {
+            return;
+        };
+
+        moves.allow(false);
+        assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
+
+        moves.allow(true);
+        let settled = moves.settled();
+        assert!(settled.is_some());
+        assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
+
+        drop(settled);
+        assert_eq!(replace(&moves, &page, ELSEWHERE), Ok(()));
+        assert!(moves.settled().is_none());
+    }
+
+    #[test]
+    fn a_page_that_the_device_does_not_know_stays() {
+        let (moves, first, second) = (moves(), page(), page());
+        assert!(moves.is_ok() && first.is_ok() && second.is_ok());
+        let (Ok(moves), Ok(first), Ok(second)) = (moves, first, second) else {
+            return;
+        };
+
+        // The second page takes the place of the first one, and is to leave at once.
+        assert_eq!(replace(&moves, &first, pfn(&second)), Ok(()));
+        assert_eq!(replace(&moves, &second, ELSEWHERE), Err(EAGAIN));
+    }
+
+    #[test]
+    fn a_page_does_not_come_back_before_the_device_knows_that_it_has_left() {
+        let (moves, first, second) = (moves(), page(), page());
+        assert!(moves.is_ok() && first.is_ok() && second.is_ok());
+        let (Ok(moves), Ok(first), Ok(second)) = (moves, first, second) else {
+            return;
+        };
+
+        assert_eq!(replace(&moves, &first, ELSEWHERE), Ok(()));
+        assert_eq!(replace(&moves, &second, pfn(&first)), Err(EAGAIN));
+    }
+
+    #[test]
+    fn a_page_without_a_name_stays_out() {
+        let (moves, page) = (moves(), page());
+        assert!(moves.is_ok() && page.is_ok());
+        let (Ok(moves), Ok(page)) = (moves, page) else {
+            return;
+        };
+
+        assert_eq!(replace(&moves, &page, u64::MAX), Err(EOVERFLOW));
+        assert!(moves.settled().is_some());
+    }
+
+    #[test]
+    fn no_more_is_moved_than_a_message_can_name() {
+        let moves = moves();
+        assert!(moves.is_ok());
+        let Ok(moves) = moves else { return };
+
+        for n in 0..PAGES_PER_MESSAGE as u64 + 1 {
+            let page = page();
+            assert!(page.is_ok());
+            let Ok(page) = page else { return };
+            let expected = if n < PAGES_PER_MESSAGE as u64 {
+                Ok(())
+            } else {
+                Err(EAGAIN)
+            };
+
+            assert_eq!(replace(&moves, &page, ELSEWHERE + n), expected);
+        }
+    }
+}
