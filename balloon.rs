@@ -90,6 +90,9 @@ const HEARTBEAT: Delta = Delta::from_millis(5);
 /// How long it may take until an answer is noticed that the device has not interrupted for.
 const LOOK_AGAIN: Msecs = 1_000;
 
+/// How often something is logged at most that the host can bring about as often as it likes.
+const LOG_INTERVAL: Delta = Delta::from_secs(5);
+
 /// How long compaction holds on to pages that it has isolated, more or less.
 const ISOLATION: Msecs = 10;
 
@@ -136,6 +139,21 @@ struct Worker {
     progress: Instant<Monotonic>,
     /// Whether it was logged that a queue is broken.
     broken: bool,
+    /// When something else was logged.
+    logged: Option<Instant<Monotonic>>,
+}
+
+impl Worker {
+    /// Returns whether it is time for another line in the log, which is taken for written then.
+    fn may_log(&mut self) -> bool {
+        let now = Instant::now();
+
+        if self.logged.is_some_and(|last| now - last < LOG_INTERVAL) {
+            return false;
+        }
+        self.logged = Some(now);
+        true
+    }
 }
 
 fn must_tell(dev: &virtio::Device<Core<'_>>) -> bool {
@@ -156,6 +174,7 @@ fn set_up(
             actual: None,
             progress: Instant::now(),
             broken: false,
+            logged: None,
         },
         Deflate::new(deflate, must_tell(dev)),
     ))
@@ -311,7 +330,7 @@ impl Balloon {
             Stop::NoMemory => "the guest has no more memory to give",
         };
 
-        if worker.backoff.fail(Cause::NoMemory, now) {
+        if worker.backoff.fail(Cause::NoMemory, now) && worker.may_log() {
             dev_info!(
                 self.dev,
                 "{} of {} MiB in the balloon: {}; trying again from time to time\n",
@@ -382,7 +401,7 @@ impl Balloon {
         if given > 0 {
             let now = self.start.elapsed().as_millis();
 
-            if worker.backoff.fail(Cause::OutOfMemory, now) {
+            if worker.backoff.fail(Cause::OutOfMemory, now) && worker.may_log() {
                 dev_info!(
                     self.dev,
                     "gave {} MiB back to keep the guest from running out of memory; not growing for a while\n",
