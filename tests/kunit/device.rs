@@ -193,18 +193,28 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
     Ok(messages)
 }
 
-/// Returns the first of `pages` consecutive kernel pages that are in the balloon.
-fn stretch(host: &Host, pages: usize) -> Result<usize> {
+/// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns them, if they are
+/// free at once, and what the driver says first about the pages that have come in their places.
+///
+/// # Errors
+///
+/// `ENOENT` if the kernel has moved none. It leaves pages alone that have the wrong neighbours.
+fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
     let len = pages * BALLOON_PAGES_PER_PAGE;
-    let first = host
-        .inflated
-        .windows(len)
-        .find(|window| {
-            window.windows(2).all(|pair| pair[0] + 1 == pair[1]) && window[0] % len as u32 == 0
-        })
-        .ok_or(ENOENT)?[0];
 
-    Ok(first as usize / BALLOON_PAGES_PER_PAGE)
+    for window in host.inflated.windows(len) {
+        if window[0] % len as u32 != 0 || window.windows(2).any(|pair| pair[0] + 1 != pair[1]) {
+            continue;
+        }
+
+        let taken = PageList::alloc_range(window[0] as usize / BALLOON_PAGES_PER_PAGE, pages);
+        fsleep(Delta::from_millis(20));
+        if let Some(request) = host.device.next(INFLATE)? {
+            return Ok((taken, request));
+        }
+    }
+
+    Err(ENOENT)
 }
 
 /// Has the kernel move pages of the balloon, and the balloon deflate before the device has heard of it.
@@ -221,23 +231,18 @@ fn moved(features: &[Feature]) -> Result {
     host.resize(size, size)?;
 
     // The old pages are free at once, unless the device must be told first.
-    let taken = PageList::alloc_range(stretch(&host, PAGES)?, PAGES);
+    let (taken, request) = take_out(&host, PAGES)?;
     if taken.is_ok() == features.contains(&F_MUST_TELL_HOST) || host.device.field(ACTUAL) != size {
         return Err(EINVAL);
     }
     host.device.change(NUM_PAGES, 0);
 
-    // The first message may be about some of the moves only. The others come when that is answered.
+    // Each message may be about some of the moves only. The others come when that is answered, and only then does the
+    // balloon deflate.
     let mut pages = 0;
-    while pages < PAGES {
-        let mut request = None;
-        eventually(|| {
-            serve(&host.device, DEFLATE, &mut host.deflated)?;
-            request = host.device.next(INFLATE)?;
-            Ok(request.is_some())
-        })?;
+    let mut next = Some(request);
+    while let Some(request) = next.take() {
         fsleep(Delta::from_millis(20));
-        let request = request.ok_or(EINVAL)?;
         if host.device.field(ACTUAL) != size || host.device.next(DEFLATE)?.is_some() {
             return Err(EINVAL);
         }
@@ -247,6 +252,14 @@ fn moved(features: &[Feature]) -> Result {
         host.inflated.extend_from_slice(&told, GFP_KERNEL)?;
         host.device.answer(INFLATE, &request, 0)?;
         host.device.interrupt(INFLATE)?;
+        eventually(|| {
+            serve(&host.device, DEFLATE, &mut host.deflated)?;
+            next = host.device.next(INFLATE)?;
+            Ok(next.is_some() || host.device.field(ACTUAL) != size)
+        })?;
+    }
+    if taken.is_ok() && pages != PAGES {
+        return Err(EINVAL);
     }
     host.settle(0)?;
     drop(taken);

@@ -156,8 +156,9 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
                 "the host got {size}, and the driver has reported {now} in all, {before} of it before"
             );
         }
+        let rest = at_rest(guest)?;
         setup.note(format!(
-            "QEMU had {idle}, then {peak}, and {left} after {took:.1?}"
+            "QEMU had {idle}, then {peak}, {left} after {took:.1?}, and {rest} at rest"
         ));
         guest.rmmod(setup.driver)
     })
