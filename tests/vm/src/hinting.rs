@@ -35,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "migration_speed",
-        proves: "a guest that has freed memory migrates in much less than with the C driver",
+        proves: "a guest that has freed memory migrates in a fraction of the time and of the bytes",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         run: migration_speed,
@@ -247,11 +247,9 @@ fn touch(guest: &Guest, size: Size) -> Result<()> {
 
 const RUNS: usize = 3;
 
-/// The most that the median time may be, of the C driver's.
-const TIME_LIMIT: f64 = 0.7;
-
-/// The most that the median of what is sent may be, of what is sent without hints. The C driver's is no
-/// measure: with luck it leaves out all that can be.
+/// The most that the medians of the time and of what is sent may be, of those without hints. The C driver's
+/// are no measure: on a quiet machine it leaves out all that can be, and on a busy one next to nothing.
+const TIME_LIMIT: f64 = 0.3;
 const SENT_LIMIT: f64 = 0.15;
 
 /// What migrations took.
@@ -271,10 +269,11 @@ fn migration_speed(setup: &Setup) -> Result<()> {
     }
     let [time, c_time, time_without] = [&rust, &c, &none].map(|costs| median(&costs.seconds));
     let [sent, c_sent, sent_without] = [&rust, &c, &none].map(|costs| median(&costs.mib));
-    let (time_ratio, sent_ratio) = (time / c_time, sent / sent_without);
+    let (time_ratio, sent_ratio) = (time / time_without, sent / sent_without);
     setup.note(format!(
-        "8 GiB, 5 of them written and freed: {time:.2} s, C driver {c_time:.2} s, ratio {time_ratio:.2}; \
-         without hints {time_without:.2} s"
+        "8 GiB, 5 of them written and freed: {time:.2} s, C driver {c_time:.2} s, ratio {:.2}; \
+         without hints {time_without:.2} s",
+        time / c_time
     ));
     setup.note(format!(
         "{sent} MiB were sent, C driver {c_sent} MiB, ratio {:.2}; without hints {sent_without} MiB",
@@ -282,7 +281,7 @@ fn migration_speed(setup: &Setup) -> Result<()> {
     ));
     ensure!(
         time_ratio <= TIME_LIMIT,
-        "a migration takes {time_ratio:.2} of the C driver's time, not {TIME_LIMIT}"
+        "a migration takes {time_ratio:.2} of the time that it takes without hints, not {TIME_LIMIT}"
     );
     ensure!(
         sent_ratio <= SENT_LIMIT,
