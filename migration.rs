@@ -31,8 +31,15 @@ use core::mem;
 use kernel::{
     new_spinlock,
     prelude::*,
-    sync::SpinLock, //
+    sync::SpinLock,
+    time::{
+        delay::fsleep,
+        Delta, //
+    }, //
 };
+
+/// How long it takes compaction to come again when more has been moved than the device could be told of.
+const PAUSE: Delta = Delta::from_micros(200);
 
 /// A page that has taken the place of another one. The numbers are those of kernel pages.
 pub(crate) struct Move {
@@ -216,7 +223,7 @@ impl Moves {
 }
 
 impl Replace for Moves {
-    fn replace(&self, old: &OldPage<'_>, new: u64) -> Result {
+    fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
         // A page that the protocol cannot name is no use in the balloon.
         target::balloon_pfns(new)?;
 
@@ -238,17 +245,17 @@ impl Replace for Moves {
             _kept: inner.must_tell.then(|| old.keep()),
         };
         let first = inner.waiting.is_empty();
-
-        inner
-            .waiting
-            .push_within_capacity(this)
-            .map_err(|_| EAGAIN)?;
+        let result = inner.waiting.push_within_capacity(this).map_err(|_| EAGAIN);
         drop(inner);
 
         if first {
             self.waker.schedule();
         }
+        if result.is_err() && may_sleep {
+            // Compaction gives up after some tries, which take less time than the device's answer.
+            fsleep(PAUSE);
+        }
 
-        Ok(())
+        result
     }
 }

@@ -35,12 +35,14 @@ pub(crate) trait Replace: Send + Sync {
     /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel page) to take its
     /// place. The old page goes back to the page allocator when this returns and all its references are gone.
     ///
-    /// Called in process context, with the page locked. It must not wait for the device.
+    /// Called in process context, with the page locked. It must not wait for the device, and must not sleep at all
+    /// unless `may_sleep` is set.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then.
-    fn replace(&self, old: &OldPage<'_>, new: u64) -> Result;
+    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then, and compaction tries some
+    /// more times.
+    fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
 }
 
 /// A page of a balloon that compaction wants to have somewhere else.
@@ -150,7 +152,7 @@ impl<R: Replace> BalloonPages<R> {
         info: *mut bindings::balloon_dev_info,
         new: *mut bindings::page,
         old: *mut bindings::page,
-        _mode: bindings::migrate_mode,
+        mode: bindings::migrate_mode,
     ) -> c_int {
         // SAFETY: The core calls with the `info` of a balloon that has pages, and so has not been dropped.
         let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
@@ -165,7 +167,9 @@ impl<R: Replace> BalloonPages<R> {
         // SAFETY: The core calls with a valid page.
         let new = unsafe { bindings::balloon_rs_page_to_pfn(new) } as u64;
 
-        match this.replace.replace(&old, new) {
+        let may_sleep = mode != bindings::migrate_mode_MIGRATE_ASYNC;
+
+        match this.replace.replace(&old, new, may_sleep) {
             Ok(()) => 0,
             Err(error) => error.to_errno(),
         }

@@ -37,7 +37,7 @@ fn page() -> Result<PageList> {
 
 /// Moves the page on `old` to `new`.
 fn replace(moves: &Moves, old: &PageList, new: u64) -> Result {
-    moves.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new)
+    moves.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new, true)
 }
 
 fn pfn(page: &PageList) -> u64 {

@@ -26,7 +26,7 @@ fn block(order: u32) -> Result<PageList> {
 struct Fixed;
 
 impl Replace for Fixed {
-    fn replace(&self, _old: &OldPage<'_>, _new: u64) -> Result {
+    fn replace(&self, _old: &OldPage<'_>, _new: u64, _may_sleep: bool) -> Result {
         Err(EAGAIN)
     }
 }
