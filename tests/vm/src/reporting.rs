@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use vm::{Driver, Guest, Load, RunningLoad, Size};
+use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size};
 
 use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
@@ -167,10 +167,14 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
 fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
     let used = Size::mib(500);
     // So seldom that the balloon comes and goes several times until all is reported.
+    let seldom = match setup.kernel {
+        Kernel::Test => "page_reporting.page_reporting_delay_ms=500",
+        Kernel::Debug => "page_reporting.page_reporting_delay_ms=3000",
+    };
     let config = setup
         .config()
         .timeout(Duration::from_secs(400))
-        .parameter("page_reporting.page_reporting_delay_ms=500")
+        .parameter(seldom)
         .balloon(Some(DEVICE));
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
