@@ -279,15 +279,20 @@ impl Guest {
         })
     }
 
-    /// What is not used at all, with what is on the processors' own lists, which MemFree leaves out.
+    /// What is not used at all, with what is on the processors' own lists, which MemFree leaves out. Both from
+    /// one file: the lists may be emptied at any moment.
     pub fn free(&self) -> Result<Size> {
+        self.fold_counters()?;
         let zones = self.read_file("/proc/zoneinfo")?;
-        let on_lists = zones
+        zones
             .lines()
-            .filter_map(|line| line.trim_start().strip_prefix("count:"))
-            .map(|count| Ok(Size::pages(count.trim().parse()?)))
-            .sum::<Result<Size>>()?;
-        Ok(self.meminfo()?.free + on_lists)
+            .filter_map(|line| {
+                let line = line.trim_start();
+                line.strip_prefix("pages free")
+                    .or_else(|| line.strip_prefix("count:"))
+            })
+            .map(|pages| Ok(Size::pages(pages.trim().parse()?)))
+            .sum()
     }
 
     /// A counter of /proc/vmstat, such as `nr_balloon_pages`.
