@@ -50,7 +50,7 @@ help:
 	@echo "make            build the module for the kernel of KDIR= (default: the running one)"
 	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
-	@echo "make test-long  run what takes hours, too: all scenarios in both kernels, and on the C driver"
+	@echo "make test-long  run what takes long, too: all scenarios in both kernels, and on the C driver"
 	@echo "make kunit      run KUnit in guests"
 	@echo "make clippy     have clippy look at everything"
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"

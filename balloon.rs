@@ -7,7 +7,8 @@
 //! starts the next run. So there is nothing to hang on if the device stays silent.
 //!
 //! Lock order: [`Balloon::worker`], then [`Balloon::deflate`], then [`Moves`]'s lock and the balloon core's
-//! `balloon_pages_lock`, one at a time. Memory is allocated under the first one only, which nobody takes who frees memory for others.
+//! `balloon_pages_lock`, one at a time. Memory is allocated under the first one only, which nobody takes who frees
+//! memory for others.
 
 #![forbid(unsafe_code)]
 
@@ -311,7 +312,7 @@ impl Balloon {
 
         // A page that was deflated and that the device has not been told about yet may be among those that are
         // allocated: the device would learn of its return after its new departure.
-        let may_send = || self.moves().settled().is_some() && !self.deflate.lock().is_pending();
+        let may_send = || self.moves().is_settled() && !self.deflate.lock().is_pending();
         if !may_send() {
             return None;
         }
@@ -454,7 +455,7 @@ impl Balloon {
         // Interrupts come when most of what is in flight has been answered, and a slow device takes its time.
         if worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
-            || self.moves().settled().is_none()
+            || !self.moves().is_settled()
         {
             again.get_or_insert(LOOK_AGAIN);
         }

@@ -155,6 +155,11 @@ impl Moves {
         })
     }
 
+    /// Returns whether the device knows of all pages in the balloon now.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.inner.lock().is_settled()
+    }
+
     /// Tells the device what it has to be told next, if that is possible now.
     pub(crate) fn tell(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
         self.tell_new(inflate, deflate);
