@@ -329,6 +329,7 @@ impl Hinting {
             worker.keeping = true;
             worker.more = true;
             self.needed.store(false, Relaxed);
+            memory::drain_free_lists();
 
             // What was hinted before is hinted again: it may have been written to before the host began to look,
             // and the host may know that by now.

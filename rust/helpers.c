@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 #include "helpers.h"
 
+#include <linux/pageblock-flags.h>
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
 #include <linux/scatterlist.h>
@@ -80,6 +81,36 @@ void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 #endif
 	for (; nr; pfn++, nr--)
 		__free_page(pfn_to_page(pfn));
+}
+
+/*
+ * Puts the free pages that the CPUs keep on lists of their own back to where blocks are made of them. The call for it
+ * is the page allocator's own. But to allocate a given range is to begin with that, in the range's zone; so a free
+ * page block of each zone is such a range. Without CONFIG_CONTIG_ALLOC the pages stay where they are.
+ */
+void balloon_rs_drain_free_lists(void)
+{
+#ifdef CONFIG_CONTIG_ALLOC
+	static const gfp_t zones[] = { 0, __GFP_DMA32 };
+	const gfp_t flags = __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC | __GFP_THISNODE;
+	int node, i;
+
+	for_each_online_node(node) {
+		for (i = 0; i < ARRAY_SIZE(zones); i++) {
+			struct page *page = alloc_pages_node(node, flags | zones[i], pageblock_order);
+			unsigned long pfn;
+
+			if (!page)
+				continue;
+			pfn = page_to_pfn(page);
+			__free_pages(page, pageblock_order);
+
+			/* Whoever was faster has the block; it is drained for nevertheless, or only another time. */
+			if (!alloc_contig_range(pfn, pfn + pageblock_nr_pages, ACR_FLAGS_NONE, __GFP_NOWARN))
+				free_contig_range(pfn, pageblock_nr_pages);
+		}
+	}
+#endif
 }
 
 static u64 pages_to_bytes(unsigned long pages)

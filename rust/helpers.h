@@ -74,6 +74,7 @@ struct page *balloon_rs_pfn_to_page(unsigned long pfn);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
+void balloon_rs_drain_free_lists(void);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
 bool balloon_rs_free_page_value(u32 *value);

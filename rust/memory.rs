@@ -32,6 +32,13 @@ pub(crate) fn available_pages() -> usize {
     usize::try_from(pages).unwrap_or(0)
 }
 
+/// Puts the free pages that the processors keep on lists of their own back to where blocks are made of them. They may
+/// be an eighth of the memory when much has just been freed. May sleep, but allocates nothing that has to be reclaimed.
+pub(crate) fn drain_free_lists() {
+    // SAFETY: The function has no preconditions but that it may sleep, as its callers may.
+    unsafe { bindings::balloon_rs_drain_free_lists() };
+}
+
 /// Returns what each word of free pages is set to when they are freed; `None` if they are left as they are.
 pub(crate) fn free_page_value() -> Option<u32> {
     let mut value = 0;

@@ -96,9 +96,10 @@ pub enum Machine {
     /// A PC with PCI Express.
     Q35,
     /// An older PC, with PCI. Only there does QEMU's firmware switch ACPI on again after a sleep, without
-    /// which the guest can neither sleep again nor switch itself off.
+    /// which the guest can neither sleep again nor switch itself off. It has one processor: under emulation
+    /// another one does not always come up again after a sleep.
     I440fx,
-    /// A machine without PCI, whose virtio devices are on virtio-mmio.
+    /// A machine without PCI, whose virtio devices, the balloon too, are on virtio-mmio.
     Microvm,
 }
 
@@ -201,11 +202,16 @@ impl Config {
         self
     }
 
-    /// The board; a microvm gets its balloon on virtio-mmio.
+    /// The board, with what comes with it.
     pub fn machine(mut self, machine: Machine) -> Self {
         self.machine = machine;
-        if machine == Machine::Microvm {
-            self.balloon = Some("virtio-balloon-device,id=balloon0,iothread=iothread0".to_owned());
+        match machine {
+            Machine::Q35 => (),
+            Machine::I440fx => self.cpus = 1,
+            Machine::Microvm => {
+                self.balloon =
+                    Some("virtio-balloon-device,id=balloon0,iothread=iothread0".to_owned());
+            }
         }
         self
     }
