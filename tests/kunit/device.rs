@@ -39,6 +39,9 @@ const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATS: usize = 2;
 
+/// The queue of a device that reports free pages, and has neither statistics nor hints.
+const REPORTS: usize = 2;
+
 /// How many balloon pages a message names at most.
 const MESSAGE: u32 = 256;
 
@@ -292,6 +295,25 @@ fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     }
 
     Ok((request, value.ok_or(ENOENT)?))
+}
+
+/// Has `act` do something about a report of free pages, and unbinds the driver. Returns whether the pages of the report
+/// are free again then.
+fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
+    const NOISE: u64 = 1 << 20;
+    let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
+    let mut report = None;
+
+    eventually(|| {
+        report = device.next(REPORTS)?;
+        Ok(report.is_some())
+    })?;
+    let report = report.ok_or(ENODATA)?;
+    let free = memory::Info::now().free;
+    act(&device, &report)?;
+    drop(device);
+
+    Ok(memory::Info::now().free + NOISE >= free + report.writable as u64)
 }
 
 #[kunit_tests(virtio_balloon_rs_device)]
@@ -560,6 +582,34 @@ mod tests {
                 device.answer(INFLATE, request, 0)
             }),
             Ok(0)
+        );
+    }
+
+    #[test]
+    fn reports_go_on_when_the_device_answers() {
+        assert_eq!(
+            while_reporting(|device, report| {
+                device.answer(REPORTS, report, 0)?;
+                device.interrupt(REPORTS)?;
+                eventually(|| Ok(device.next(REPORTS)?.is_some()))
+            }),
+            Ok(true)
+        );
+    }
+
+    #[test]
+    fn a_device_that_never_answers_a_report_can_be_removed() {
+        assert_eq!(while_reporting(|_, _| Ok(())), Ok(true));
+    }
+
+    #[test]
+    fn a_broken_answer_to_a_report_does_no_harm() {
+        assert_eq!(
+            while_reporting(|device, _| {
+                device.answer_raw(REPORTS, u32::MAX, u32::MAX)?;
+                device.interrupt(REPORTS)
+            }),
+            Ok(true)
         );
     }
 }
