@@ -37,6 +37,10 @@ use crate::{
             Task, //
         }, //
     },
+    stop_reason::{
+        StopReason,
+        Teller, //
+    },
     target::{
         self,
         Step, //
@@ -134,6 +138,9 @@ struct Worker {
     config: virtio::Config,
     inflate: Inflate,
     backoff: Backoff,
+    /// What keeps the balloon from growing, when it has to.
+    stopped: Option<StopReason>,
+    teller: Teller,
     /// The size that the device was told last, in balloon pages.
     actual: Option<u32>,
     /// When the device has answered, or pages have left the balloon, the last time.
@@ -172,6 +179,8 @@ fn set_up(
             config: dev.config()?,
             inflate: Inflate::new(inflate),
             backoff: Backoff::new(),
+            stopped: None,
+            teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
             actual: None,
             progress: Instant::now(),
             broken: false,
@@ -195,7 +204,11 @@ impl Balloon {
         // Memory that can come back by itself is still the guest's.
         let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
         if floor.is_none() {
-            dev_info!(dev, "inflate=0: the balloon stays empty\n");
+            dev_info!(
+                dev,
+                "{}: the balloon stays empty\n",
+                StopReason::Excluded.words()
+            );
         }
 
         let moves = Moves::new(slot.waker(), must_tell(dev))?;
@@ -324,20 +337,22 @@ impl Balloon {
             .fill(&self.pages, now_wanted.min(above_floor), may_send);
         let reason = match stop {
             Stop::Done if now_wanted <= above_floor => {
+                worker.stopped = None;
                 return (now_wanted < wanted).then_some(0);
             }
             Stop::NotNow => return None,
-            Stop::Done => "the available memory has come down to floor_mib",
-            Stop::NoMemory => "the guest has no more memory to give",
+            Stop::Done => StopReason::Floor,
+            Stop::NoMemory => StopReason::NoMemory,
         };
 
+        worker.stopped = Some(reason);
         if worker.backoff.fail(Cause::NoMemory, now) && worker.may_log() {
             dev_info!(
                 self.dev,
                 "{} of {} MiB in the balloon: {}; trying again from time to time\n",
                 mib(self.pages.len() + worker.inflate.in_flight()),
                 mib(target),
-                reason
+                reason.words()
             );
         }
 
@@ -364,6 +379,19 @@ impl Balloon {
             // Nothing stands in the way but compaction, which has pages of the balloon in its hands.
             Some(ISOLATION)
         }
+    }
+
+    /// Returns why the balloon is smaller than the device wants it, where it goes from here with `step`.
+    fn stop_reason(&self, worker: &Worker, step: Step) -> Result<Option<StopReason>> {
+        if self.floor.is_none() {
+            let wanted = worker.config.read_le32(virtio_balloon::NUM_PAGES)?;
+            return Ok((wanted > 0).then_some(StopReason::Excluded));
+        }
+
+        Ok(match step {
+            Step::Inflate(_) => worker.stopped,
+            Step::Deflate(_) | Step::Rest => None,
+        })
     }
 
     /// Tells the device the balloon's size, if it has changed.
@@ -393,6 +421,7 @@ impl Balloon {
 
         if target_changed {
             worker.backoff.reset();
+            worker.stopped = None;
         }
         if target_changed || answers > 0 {
             worker.progress = Instant::now();
@@ -402,6 +431,7 @@ impl Balloon {
         if given > 0 {
             let now = self.start.elapsed().as_millis();
 
+            worker.stopped = Some(StopReason::AfterOom);
             if worker.backoff.fail(Cause::OutOfMemory, now) && worker.may_log() {
                 dev_info!(
                     self.dev,
@@ -435,6 +465,8 @@ impl Balloon {
         }
 
         self.update_actual(worker)?;
+        let reason = self.stop_reason(worker, step)?;
+        worker.teller.tell(&worker.config, reason)?;
 
         // The memory first, the news of it later: a host that is busy reading keeps the guest's CPUs waiting.
         // (QEMU handles a queue, like every access to a device, under one lock.)

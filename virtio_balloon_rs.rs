@@ -7,7 +7,7 @@
 //! target falls, the pages go back to the page allocator.
 //!
 //! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic; [`migration`] lets compaction move pages of the balloon. [`stats`], [`hinting`] and
+//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets compaction move pages of the balloon. [`stats`], [`hinting`] and
 //! [`reporting`] are features of their own. [`rust`] is the layer over the kernel's C, with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
@@ -28,6 +28,7 @@ mod queues;
 mod reporting;
 mod rust;
 mod stats;
+mod stop_reason;
 mod target;
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
@@ -90,6 +91,7 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_FREE_PAGE_HINT,
         virtio_balloon::F_PAGE_POISON,
         virtio_balloon::F_REPORTING,
+        virtio_balloon::F_STOP_REASON,
     ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {

@@ -14,4 +14,5 @@
 #include <linux/virtio_ids.h>
 #include <linux/virtio_ring.h>
 
+#include "../uapi/linux/virtio_balloon_ext.h"
 #include "helpers.h"

@@ -48,7 +48,7 @@ const QUEUES: usize = 5;
 pub(crate) const QUEUE_SIZE: u32 = 16;
 
 /// How many 32-bit fields the configuration space has.
-const CONFIG_FIELDS: usize = 4;
+const CONFIG_FIELDS: usize = 6;
 
 /// A queue as the device sees it.
 struct Queue {

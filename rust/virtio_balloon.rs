@@ -2,7 +2,8 @@
 
 //! The balloon's wire format, from the C header that defines it.
 //!
-//! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
+//! C headers: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h), and
+//! `uapi/linux/virtio_balloon_ext.h` of this repository.
 
 use super::{
     bindings,
@@ -64,6 +65,29 @@ pub(crate) const HINT_DONE: u32 = bindings::VIRTIO_BALLOON_CMD_ID_DONE;
 /// What each word of free pages is set to. Little-endian on legacy devices, too.
 pub(crate) const POISON_VAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, poison_val));
+
+/// The device wants to know why the balloon is smaller than it should be. An extension, as is the field.
+pub(crate) const F_STOP_REASON: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STOP_REASON);
+
+/// Why the balloon is smaller than the target: one of [`stop_reason`].
+pub(crate) const STOP_REASON: Field<u32> =
+    Field::new(offset_of!(bindings::virtio_balloon_ext_config, stop_reason));
+
+/// What [`STOP_REASON`] may be.
+pub(crate) mod stop_reason {
+    use super::bindings;
+
+    /// It is not.
+    pub(crate) const NONE: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_NONE;
+    /// The guest would have too little left.
+    pub(crate) const FLOOR: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_FLOOR;
+    /// No memory could be allocated.
+    pub(crate) const NO_MEMORY: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_NO_MEMORY;
+    /// The guest has run out of memory a while ago.
+    pub(crate) const AFTER_OOM: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_AFTER_OOM;
+    /// The guest's administrator does not want it.
+    pub(crate) const EXCLUDED: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_EXCLUDED;
+}
 
 /// A number about the guest's memory, in the device's byte order.
 pub(crate) use bindings::virtio_balloon_stat as Stat;

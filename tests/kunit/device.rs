@@ -14,13 +14,16 @@ use crate::{
         virtio::Feature,
         virtio_balloon::{
             stat,
+            stop_reason,
             ACTUAL,
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
             F_REPORTING,
             F_STATS_VQ,
+            F_STOP_REASON,
             NUM_PAGES,
-            POISON_VAL, //
+            POISON_VAL,
+            STOP_REASON, //
         },
     },
     target::BALLOON_PAGES_PER_PAGE,
@@ -297,6 +300,31 @@ fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     Ok((request, value.ok_or(ENOENT)?))
 }
 
+/// Asks for more than there is, and waits until the driver gives `reason`. Takes it back, and returns the reason then.
+fn stop(reason: u32) -> Result<u32> {
+    let device = FakeDevice::new(&[Feature::VERSION_1, F_STOP_REASON])?;
+    let answer = |queue| {
+        while let Some(request) = device.next(queue)? {
+            device.answer(queue, &request, 0)?;
+        }
+        device.interrupt(queue)
+    };
+
+    device.change(NUM_PAGES, u32::MAX);
+    eventually(|| {
+        answer(INFLATE)?;
+        Ok(device.field(STOP_REASON) == reason)
+    })?;
+
+    device.change(NUM_PAGES, 0);
+    eventually(|| {
+        answer(INFLATE)?;
+        answer(DEFLATE)?;
+        Ok(device.field(ACTUAL) == 0)
+    })?;
+    Ok(device.field(STOP_REASON))
+}
+
 /// Has `act` do something about a report of free pages, and unbinds the driver. Returns whether the pages of the report
 /// are free again then.
 fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
@@ -304,6 +332,8 @@ fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<
     let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
     let mut report = None;
 
+    // Pages on the lists of the processors keep others from becoming blocks that are reported.
+    memory::drain_free_lists();
     eventually(|| {
         report = device.next(REPORTS)?;
         Ok(report.is_some())
@@ -583,6 +613,23 @@ mod tests {
             }),
             Ok(0)
         );
+    }
+
+    #[test]
+    fn a_device_that_wants_to_know_learns_why_the_balloon_stops() {
+        assert_eq!(stop(stop_reason::FLOOR), Ok(stop_reason::NONE));
+    }
+
+    #[test]
+    fn the_reason_is_not_written_where_there_is_no_field_for_it() {
+        let host = Host::new(&[Feature::VERSION_1]);
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        host.device.change(STOP_REASON, u32::MAX);
+        assert_eq!(host.resize(MESSAGE, MESSAGE), Ok(()));
+        assert_eq!(host.resize(0, 0), Ok(()));
+        assert_eq!(host.device.field(STOP_REASON), u32::MAX);
     }
 
     #[test]
