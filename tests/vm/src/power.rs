@@ -139,7 +139,7 @@ fn suspend_to_ram(setup: &Setup) -> Result<()> {
     let mut size = Size::mib(300);
     let targets = [
         None,
-        Some(Size::mib(500)),
+        Some(Size::mib(400)),
         None,
         Some(Size::mib(100)),
         Some(Size::default()),
