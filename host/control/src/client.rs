@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The client's side of the socket.
+
+use std::fs;
+use std::io::{self, BufReader, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::unistd::{Uid, User};
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+
+use crate::framing::{Line, read_line};
+use crate::protocol::{ControlError, Reply, Request};
+
+/// How long the daemon may take for an answer. It waits for the guest itself, but not that long.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long an answer may be, in bytes.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// Why there is no answer, or not the wanted one.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no socket.
+    #[error("there is no socket {0}")]
+    Missing(PathBuf),
+    /// Nobody listens on the socket.
+    #[error("nobody listens on {0}")]
+    Stale(PathBuf),
+    /// The socket belongs to somebody else.
+    #[error("no permission to use {path}, it belongs to {owner}")]
+    Denied {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        owner: String,
+    },
+    /// The socket cannot be used for another reason.
+    #[error("cannot connect to {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The daemon did not answer in time.
+    #[error("the daemon does not answer within {} s", .0.as_secs())]
+    Silent(Duration),
+    /// The connection has ended.
+    #[error("the daemon has closed the connection")]
+    Gone,
+    /// What listens there does not speak this protocol, or another version of it.
+    #[error("the answer is not understood: {0}")]
+    Garbled(String),
+    /// The daemon refuses what it was asked for.
+    #[error(transparent)]
+    Refused(#[from] ControlError),
+}
+
+impl ClientError {
+    /// What to do about it.
+    pub fn advice(&self) -> String {
+        match self {
+            Self::Missing(_) => {
+                "start vhost-user-balloon, or name its control socket with --socket".to_owned()
+            }
+            Self::Stale(_) => {
+                "the daemon has died and left its socket: start vhost-user-balloon again".to_owned()
+            }
+            Self::Denied { owner, .. } => format!("run this as {owner} or as root"),
+            Self::Connect { .. } => {
+                "name the daemon's control socket with --socket or BALLOON_SOCKET".to_owned()
+            }
+            Self::Silent(_) => "see the daemon's log, and restart it if it hangs".to_owned(),
+            Self::Gone => "see the daemon's log, and try again".to_owned(),
+            Self::Garbled(_) => {
+                "see that --socket names the control socket, and that the daemon is of this version"
+                    .to_owned()
+            }
+            Self::Refused(error) => error.advice.clone(),
+        }
+    }
+}
+
+/// An answer, as the daemon has sent it.
+#[derive(Clone, Debug)]
+pub struct Answer(Box<RawValue>);
+
+impl Answer {
+    /// The JSON object, word for word.
+    pub fn json(&self) -> &str {
+        self.0.get()
+    }
+
+    /// The answer as the type that belongs to the request.
+    ///
+    /// # Errors
+    ///
+    /// It is not of that type.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
+        serde_json::from_str(self.json()).map_err(|error| ClientError::Garbled(error.to_string()))
+    }
+}
+
+/// A connection to a daemon.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the daemon that listens on the socket `path`.
+    ///
+    /// # Errors
+    ///
+    /// There is no such socket, nobody listens on it, or its owner is somebody else.
+    pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(path).map_err(|error| unreachable(path, error))?;
+        stream
+            .set_read_timeout(Some(ANSWER_TIMEOUT))
+            .and_then(|()| stream.set_write_timeout(Some(ANSWER_TIMEOUT)))
+            .map_err(|error| unreachable(path, error))?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// Sends a request and waits for its answer.
+    ///
+    /// # Errors
+    ///
+    /// The daemon refuses it, or the connection fails. Then it stays closed, so that an answer which comes
+    /// too late is not taken for that of the next request.
+    pub fn call(&mut self, request: &Request) -> Result<Answer, ClientError> {
+        let reply = self.exchange(request).inspect_err(|_| {
+            // It is of no use any more, whether this succeeds or not.
+            let _ = self.stream.get_ref().shutdown(Shutdown::Both);
+        })?;
+        match reply {
+            Reply::Ok(answer) => Ok(Answer(answer)),
+            Reply::Error(error) => Err(error.into()),
+        }
+    }
+
+    fn exchange(&mut self, request: &Request) -> Result<Reply<Box<RawValue>>, ClientError> {
+        let mut line =
+            serde_json::to_vec(request).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        line.push(b'\n');
+        match self.stream.get_mut().write_all(&line) {
+            // The daemon may have said why before it closed the connection.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            other => other.map_err(|error| failed(&error))?,
+        }
+        match read_line(&mut self.stream, MAX_ANSWER).map_err(|error| failed(&error))? {
+            Some(Line::Whole(line)) => serde_json::from_slice(&line)
+                .map_err(|error| ClientError::Garbled(error.to_string())),
+            Some(Line::TooLong) => Err(ClientError::Garbled(format!(
+                "it is longer than {MAX_ANSWER} bytes"
+            ))),
+            None => Err(ClientError::Gone),
+        }
+    }
+}
+
+/// What an error of an open connection means.
+fn failed(error: &io::Error) -> ClientError {
+    match error.kind() {
+        // Linux's name for a socket's time-out.
+        io::ErrorKind::WouldBlock => ClientError::Silent(ANSWER_TIMEOUT),
+        _ => ClientError::Gone,
+    }
+}
+
+/// What an error of connecting means.
+fn unreachable(path: &Path, source: io::Error) -> ClientError {
+    let path = path.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound => ClientError::Missing(path),
+        io::ErrorKind::ConnectionRefused => ClientError::Stale(path),
+        io::ErrorKind::PermissionDenied => ClientError::Denied {
+            owner: owner(&path),
+            path,
+        },
+        _ => ClientError::Connect { path, source },
+    }
+}
+
+/// Who owns the socket, or the directory that hides it.
+fn owner(path: &Path) -> String {
+    let visible = path.ancestors().find_map(|path| fs::metadata(path).ok());
+    let Some(uid) = visible.map(|metadata| Uid::from_raw(metadata.uid())) else {
+        return "somebody else".to_owned();
+    };
+    match User::from_uid(uid) {
+        Ok(Some(user)) => user.name,
+        _ => format!("user {uid}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+    use crate::protocol::{ErrorKind, Metrics};
+
+    /// Asks a daemon that answers one request with `answer` and goes away.
+    fn ask(answer: &'static str) -> (Client, Result<Answer, ClientError>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("balloon.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0; 19]).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+        });
+        let mut client = Client::connect(&path).unwrap();
+        let answer = client.call(&Request::Info {});
+        (client, answer)
+    }
+
+    #[test]
+    fn an_answer_is_handed_on_word_for_word() {
+        let (_client, answer) = ask("{\"ok\":{ \"text\":\"one\",  \"new\":1}}\n");
+        let answer = answer.unwrap();
+        assert_eq!(answer.json(), "{ \"text\":\"one\",  \"new\":1}");
+        assert_eq!(answer.parse::<Metrics>().unwrap().text, "one");
+        assert!(matches!(
+            answer.parse::<crate::Stats>(),
+            Err(ClientError::Garbled(_))
+        ));
+    }
+
+    #[test]
+    fn an_error_is_handed_on() {
+        let (_client, answer) =
+            ask("{\"error\":{\"kind\":\"timeout\",\"message\":\"m\",\"advice\":\"a\"}}\n");
+        let error = answer.unwrap_err();
+        assert_eq!(
+            (error.to_string(), error.advice()),
+            ("m".to_owned(), "a".to_owned())
+        );
+        assert!(matches!(error, ClientError::Refused(error) if error.kind == ErrorKind::Timeout));
+    }
+
+    #[test]
+    fn a_daemon_that_goes_away_is_noticed() {
+        let (mut client, answer) = ask("");
+        assert!(matches!(answer, Err(ClientError::Gone)));
+        assert!(matches!(
+            client.call(&Request::Info {}),
+            Err(ClientError::Gone)
+        ));
+    }
+
+    #[test]
+    fn other_protocols_are_noticed() {
+        let (_client, answer) = ask("SSH-2.0-OpenSSH\n");
+        assert!(matches!(answer, Err(ClientError::Garbled(_))));
+    }
+
+    #[test]
+    fn errors_of_connecting_are_told_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("balloon.sock");
+        assert!(matches!(
+            Client::connect(&path),
+            Err(ClientError::Missing(_))
+        ));
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(matches!(Client::connect(&path), Err(ClientError::Stale(_))));
+        let denied = unreachable(&path, io::ErrorKind::PermissionDenied.into());
+        let me = User::from_uid(Uid::current()).unwrap().unwrap().name;
+        assert!(matches!(denied, ClientError::Denied { owner, .. } if owner == me));
+    }
+}

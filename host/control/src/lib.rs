@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The control protocol of the balloon device: what is said, and both sides of the socket.
+//!
+//! Each request and each response is a JSON object on a line of its own. docs/control.md has the protocol
+//! for those who speak it without this library.
+
+mod client;
+mod framing;
+mod protocol;
+mod server;
+
+pub use client::{Answer, Client, ClientError};
+pub use protocol::{
+    ControlError, Counters, ErrorKind, Guest, HintAction, Info, Messages, Metrics, Request,
+    Response, Shortfall, Stat, Stats, Unit,
+};
+pub use server::{BindError, Handler, Server};
