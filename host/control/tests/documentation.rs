@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The examples of docs/control.md are what this library sends and understands.
+
+use std::collections::BTreeSet;
+
+use balloon_control::{ControlError, Info, Metrics, Request, Stats};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+const DOCUMENT: &str = include_str!("../../../docs/control.md");
+
+/// The requests and responses in the document.
+fn examples() -> Vec<(&'static str, Value)> {
+    DOCUMENT
+        .split("```json\n")
+        .skip(1)
+        .map(|block| {
+            let (example, _) = block.split_once("```").expect("the block ends");
+            let (request, response) = example.split_once('\n').expect("a response follows");
+            (request, serde_json::from_str(response).expect("it is JSON"))
+        })
+        .collect()
+}
+
+/// The value is one of this type, with all of its fields and no other ones.
+fn is_a<T: Serialize + DeserializeOwned>(value: &Value) -> bool {
+    T::deserialize(value).is_ok_and(|read| serde_json::to_value(read).unwrap() == *value)
+}
+
+#[test]
+fn examples_are_exact() {
+    for (line, response) in examples() {
+        let request: Request = serde_json::from_str(line).unwrap();
+        assert_eq!(serde_json::to_string(&request).unwrap(), line);
+        let response = response.as_object().unwrap();
+        let (key, value) = response.iter().next().unwrap();
+        let good = match (key.as_str(), request) {
+            ("error", _) => is_a::<ControlError>(value),
+            ("ok", Request::Info {}) => is_a::<Info>(value),
+            ("ok", Request::Stats { .. }) => is_a::<Stats>(value),
+            ("ok", Request::Metrics {}) => is_a::<Metrics>(value),
+            ("ok", _) => *value == Value::Object(Map::new()),
+            _ => false,
+        };
+        assert!(good && response.len() == 1, "{line}: {response:?}");
+    }
+}
+
+#[test]
+fn every_command_has_an_example() {
+    let documented: BTreeSet<_> = examples()
+        .into_iter()
+        .map(|(line, _)| serde_json::from_str::<Value>(line).unwrap()["command"].to_string())
+        .collect();
+    // Serde names all commands when it knows none of that name.
+    let error = serde_json::from_str::<Request>(r#"{"command":"?"}"#).unwrap_err();
+    let message = error.to_string();
+    let (_, names) = message.split_once("expected one of ").unwrap();
+    let known: BTreeSet<_> = names
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .map(|name| format!("{name:?}"))
+        .collect();
+    assert_eq!(documented, known);
+}
