@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use balloon_control::HintAction;
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+
+use crate::amount::Amount;
+use crate::failure;
+
+/// Asks a guest for memory, and shows what it has given away
+///
+/// The guest's driver gives memory to the balloon, which inflates, and the host can use it for something
+/// else. When the target is lowered the balloon deflates, and the guest has the memory back.
+#[derive(Parser)]
+#[command(
+    name = "balloonctl",
+    version,
+    max_term_width = 100,
+    after_help = failure::help(),
+    subcommand_value_name = "COMMAND",
+    subcommand_required = true,
+    disable_help_subcommand = true
+)]
+pub(crate) struct Cli {
+    /// The control socket of vhost-user-balloon
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "BALLOON_SOCKET",
+        default_value = "/run/vhost-user-balloon/balloon.sock",
+        value_hint = ValueHint::FilePath
+    )]
+    pub(crate) socket: PathBuf,
+    /// Print the daemon's answer as the JSON object that it is
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Show the balloon, the guest and what has been counted
+    Info,
+    /// Set how much memory the guest shall give away
+    ///
+    /// It is the balloon's size, not what remains to the guest. 0 deflates the balloon, and the guest has all of
+    /// its memory.
+    Set {
+        /// A size such as 2GiB or 512M (units of 1024), or a percentage of the guest's memory such as 50%
+        size: Amount,
+        #[command(flatten)]
+        wait: Patience,
+    },
+    /// Show the guest's memory statistics
+    Stats {
+        /// Ask the guest for new ones, instead of showing the last ones that it has sent
+        #[arg(long)]
+        fresh: bool,
+        /// Show them again and again, with their changes, every 2 seconds or as many as named
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            num_args = 0..=1,
+            default_missing_value = "2",
+            value_parser = clap::value_parser!(u32).range(1..)
+        )]
+        watch: Option<u32>,
+    },
+    /// Set how often the guest is asked for statistics
+    Interval {
+        /// The time between two samples; 0 stops asking
+        seconds: u32,
+    },
+    /// Ask the guest which of its pages are free, so that a migration can skip them
+    Hints {
+        /// What to do
+        action: Hints,
+    },
+    /// Print the daemon's numbers in Prometheus' text format
+    Metrics,
+    /// Print the completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the man page into a directory
+    #[command(hide = true)]
+    Man {
+        /// Where to put it
+        #[arg(value_hint = ValueHint::DirPath)]
+        directory: PathBuf,
+    },
+}
+
+/// Whether to wait for the guest, and for how long.
+#[derive(Args)]
+pub(crate) struct Patience {
+    /// Wait until the balloon has the size, and show it on its way
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// How long to wait
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        requires = "wait",
+        default_value = "300",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    timeout: u32,
+}
+
+impl Patience {
+    pub(crate) fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout.into())
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Hints {
+    /// Ask for hints
+    Start,
+    /// Want no more hints; the guest does not use the hinted pages yet
+    Stop,
+    /// Let the guest use the hinted pages again
+    Done,
+}
+
+impl Hints {
+    /// What to say when it is done.
+    pub(crate) fn done(self) -> &'static str {
+        match self {
+            Self::Start => "The guest is asked for hints.",
+            Self::Stop => "The guest is told to stop hinting.",
+            Self::Done => "The guest is told that it can use the hinted pages.",
+        }
+    }
+}
+
+impl From<Hints> for HintAction {
+    fn from(hints: Hints) -> Self {
+        match hints {
+            Hints::Start => Self::Start,
+            Hints::Stop => Self::Stop,
+            Hints::Done => Self::Done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The state of the balloon and of the guest, as a table.
+
+use std::time::Duration;
+
+use balloon_control::{Counters, Guest, Info};
+use comfy_table::presets::{NOTHING, UTF8_FULL_CONDENSED};
+use comfy_table::{CellAlignment, ContentArrangement, Table};
+use console::Term;
+use indicatif::{HumanBytes, HumanCount, HumanDuration};
+
+/// What is known of the balloon, and below it what came from the guest.
+pub(crate) fn table(info: &Info) -> String {
+    format!("{}\n{}", state(info).trim_fmt(), messages(&info.counters))
+}
+
+fn state(info: &Info) -> Table {
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    // Elsewhere than on a terminal a line may be as long as it is.
+    if let Some((_, columns)) = Term::stdout().size_checked() {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+        table.set_width(columns);
+    }
+    table.add_row(["Balloon", &balloon(info)]);
+    table.add_row(["Guest", &guest(info)]);
+    table.add_row(["Driver", &driver(&info.guest)]);
+    table.add_row([
+        "Statistics",
+        &match info.stats_interval {
+            0 => "not asked for".to_owned(),
+            seconds => format!("every {}", duration(seconds.into())),
+        },
+    ]);
+    let counters = &info.counters;
+    table.add_row([
+        "Given back",
+        &format!(
+            "{} in {} discards, {} failed",
+            HumanBytes(counters.discarded),
+            HumanCount(counters.discards),
+            HumanCount(counters.discard_failures)
+        ),
+    ]);
+    table.add_row([
+        "Granule",
+        &format!("{}, the least that is given back", HumanBytes(info.granule)),
+    ]);
+    table.add_row(["Refused", &refused(counters)]);
+    table.add_row(["Daemon", &format!("up for {}", duration(info.uptime))]);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table
+}
+
+fn balloon(info: &Info) -> String {
+    let size = HumanBytes(info.size);
+    let mut text = if info.size == info.target {
+        format!("{size}, as asked for")
+    } else {
+        format!("{size} of {} asked for", HumanBytes(info.target))
+    };
+    if let Some(reason) = info.guest.short_of_target {
+        text += &format!("; {reason}");
+    }
+    text
+}
+
+fn guest(info: &Info) -> String {
+    if !info.guest.connected {
+        return "not connected".to_owned();
+    }
+    let memory = match info.memory {
+        Some(memory) => format!("has {}", HumanBytes(memory)),
+        None => "has nobody knows how much memory".to_owned(),
+    };
+    match info.guest.answered {
+        Some(seconds) => format!("{memory}, was last heard {} ago", duration(seconds)),
+        None => format!("{memory}, was never heard"),
+    }
+}
+
+fn driver(guest: &Guest) -> String {
+    match (guest.driver, guest.features.as_slice()) {
+        (false, _) => "not there".to_owned(),
+        (true, []) => "ready, without features".to_owned(),
+        (true, features) => format!("ready, with {}", features.join(", ")),
+    }
+}
+
+fn refused(counters: &Counters) -> String {
+    if counters.refused.is_empty() {
+        return "nothing".to_owned();
+    }
+    let refused: Vec<_> = counters
+        .refused
+        .iter()
+        .map(|(reason, times)| format!("{} {reason}", HumanCount(*times)))
+        .collect();
+    refused.join(", ")
+}
+
+fn messages(counters: &Counters) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_header(["From the guest", "Memory", "Messages"]);
+    let of = &counters.messages;
+    for (what, bytes, messages) in [
+        ("inflated", Some(counters.inflated), of.inflate),
+        ("deflated", Some(counters.deflated), of.deflate),
+        ("reported free", Some(counters.reported), of.reports),
+        ("hinted free", Some(counters.hinted), of.hints),
+        ("statistics", None, of.stats),
+    ] {
+        table.add_row([
+            what.to_owned(),
+            bytes.map_or_else(String::new, |bytes| HumanBytes(bytes).to_string()),
+            HumanCount(messages).to_string(),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// A time in words.
+pub(crate) fn duration(seconds: u64) -> HumanDuration {
+    HumanDuration(Duration::from_secs(seconds))
+}

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! balloonctl: asks a guest for memory and shows what it has given away, by way of the control socket of
+//! vhost-user-balloon.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use balloon_control::{Answer, Client, Info, Metrics, Request};
+use clap::{CommandFactory, Parser};
+use indicatif::HumanBytes;
+
+mod amount;
+mod cli;
+mod failure;
+mod info;
+mod man;
+mod stats;
+mod wait;
+
+use cli::{Cli, Command};
+use failure::Failure;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    let json = cli.json;
+    let connect = || Client::connect(&cli.socket);
+    match cli.command {
+        Command::Info => {
+            let answer = connect()?.call(&Request::Info {})?;
+            show(json, &answer, || Ok(info::table(&answer.parse()?)))
+        }
+        Command::Set {
+            size,
+            wait: patience,
+        } => {
+            let mut client = connect()?;
+            let before: Info = client.call(&Request::Info {})?.parse()?;
+            let bytes = size.of(before.memory)?;
+            let answer = client.call(&Request::Set { bytes })?;
+            if patience.wait {
+                let (answer, took) = wait::wait(&mut client, before.size, patience.timeout())?;
+                return show(json, &answer, || {
+                    let info: Info = answer.parse()?;
+                    Ok(format!(
+                        "The guest has given away {}, after {:.1} s.",
+                        HumanBytes(info.size),
+                        took.as_secs_f64()
+                    ))
+                });
+            }
+            show(json, &answer, || {
+                Ok(format!(
+                    "The target is {} now, and the guest has given away {}.",
+                    HumanBytes(bytes),
+                    HumanBytes(before.size)
+                ))
+            })
+        }
+        Command::Stats { fresh, watch } => {
+            let mut client = connect()?;
+            match watch {
+                Some(interval) => stats::watch(&mut client, fresh, interval, json),
+                None => {
+                    let answer = client.call(&Request::Stats { fresh })?;
+                    show(json, &answer, || Ok(stats::table(&answer.parse()?, None)))
+                }
+            }
+        }
+        Command::Interval { seconds } => {
+            let answer = connect()?.call(&Request::SetStatsInterval { seconds })?;
+            show(json, &answer, || {
+                Ok(match seconds {
+                    0 => "The guest is asked for statistics no more.".to_owned(),
+                    _ => format!("The guest is asked for statistics every {seconds} s."),
+                })
+            })
+        }
+        Command::Hints { action } => {
+            let answer = connect()?.call(&Request::Hints {
+                action: action.into(),
+            })?;
+            show(json, &answer, || Ok(action.done().to_owned()))
+        }
+        Command::Metrics => {
+            let answer = connect()?.call(&Request::Metrics {})?;
+            show(json, &answer, || {
+                Ok(answer.parse::<Metrics>()?.text.trim_end().to_owned())
+            })
+        }
+        Command::Completions { shell } => {
+            // The generator panics when it cannot write, and memory can always be written.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "balloonctl", &mut script);
+            Ok(io::stdout().write_all(&script)?)
+        }
+        Command::Man { directory } => man::generate(&directory),
+    }
+}
+
+/// Prints an answer as it came, or as people like it.
+fn show(
+    json: bool,
+    answer: &Answer,
+    human: impl FnOnce() -> Result<String, Failure>,
+) -> Result<(), Failure> {
+    if json {
+        print(answer.json())
+    } else {
+        print(&human()?)
+    }
+}
+
+/// Prints a text. Unlike `println!` it does not panic when nobody reads it.
+fn print(text: &str) -> Result<(), Failure> {
+    Ok(writeln!(io::stdout(), "{text}")?)
+}

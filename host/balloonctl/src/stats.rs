@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's memory statistics, once or again and again.
+
+use std::thread;
+use std::time::Duration;
+
+use balloon_control::{Client, Request, Stat, Stats, Unit};
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{CellAlignment, Table};
+use console::Term;
+use indicatif::{HumanBytes, HumanCount};
+
+use crate::failure::Failure;
+use crate::info::duration;
+use crate::print;
+
+/// A sample as a table, with what has changed since the one before it.
+pub(crate) fn table(stats: &Stats, before: Option<&Stats>) -> String {
+    let mut table = Table::new();
+    table.load_preset(UTF8_FULL_CONDENSED);
+    let mut header = vec!["Statistic", "Value"];
+    header.extend(before.map(|_| "Change"));
+    table.set_header(header);
+    for (&stat, &value) in &stats.values {
+        let mut row = vec![stat.to_string(), amount(stat, value)];
+        row.extend(before.map(|before| change(stat, before.values.get(&stat), value)));
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    format!(
+        "{table}\nSample {}, {} old",
+        HumanCount(stats.sequence),
+        duration(stats.age)
+    )
+}
+
+/// Shows samples until it is interrupted. A terminal shows the last one, everything else gets all.
+pub(crate) fn watch(
+    client: &mut Client,
+    fresh: bool,
+    interval: u32,
+    json: bool,
+) -> Result<(), Failure> {
+    let terminal = Term::stdout();
+    let redraw = terminal.is_term() && !json;
+    let mut shown = 0;
+    let mut before: Option<Stats> = None;
+    loop {
+        let answer = client.call(&Request::Stats { fresh })?;
+        if json {
+            print(answer.json())?;
+        } else {
+            let stats: Stats = answer.parse()?;
+            let table = table(&stats, Some(before.as_ref().unwrap_or(&stats)));
+            if redraw {
+                terminal.clear_last_lines(shown)?;
+                shown = table.lines().count();
+            }
+            print(&table)?;
+            before = Some(stats);
+        }
+        thread::sleep(Duration::from_secs(interval.into()));
+    }
+}
+
+fn amount(stat: Stat, value: u64) -> String {
+    match stat.unit() {
+        Unit::Bytes => HumanBytes(value).to_string(),
+        Unit::Times => HumanCount(value).to_string(),
+    }
+}
+
+/// How much more or less it is than before, or nothing when it is the same.
+fn change(stat: Stat, before: Option<&u64>, now: u64) -> String {
+    let before = before.copied().unwrap_or(now);
+    let difference = amount(stat, now.abs_diff(before));
+    match now.cmp(&before) {
+        std::cmp::Ordering::Less => format!("-{difference}"),
+        std::cmp::Ordering::Equal => String::new(),
+        std::cmp::Ordering::Greater => format!("+{difference}"),
+    }
+}

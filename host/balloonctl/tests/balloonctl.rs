@@ -1,0 +1,466 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! balloonctl as it is run, against a daemon that acts out a script.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+
+use balloon_control::{
+    ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request,
+    Response, Server, Shortfall, Stat, Stats,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const GIB: u64 = 1 << 30;
+
+/// What the guest does while it is looked at.
+#[derive(Clone, Copy, PartialEq)]
+enum Conduct {
+    /// Moves by a quarter of a GiB each time.
+    Obedient,
+    /// Stays where it is, for a reason or without one.
+    Stuck(Option<Shortfall>),
+    /// Its VMM goes away.
+    Leaves,
+    /// Its driver goes away.
+    Unloads,
+    /// Begins, and then somebody else sets another target.
+    Retargeted,
+}
+
+struct Script {
+    info: Mutex<Info>,
+    conduct: Conduct,
+    /// What all requests but those for the state are refused with.
+    refusal: Option<ErrorKind>,
+    seen: Mutex<Vec<Request>>,
+}
+
+impl Handler for Script {
+    fn handle(&self, request: Request) -> Result<Response, ControlError> {
+        self.seen.lock().unwrap().push(request);
+        let mut info = self.info.lock().unwrap();
+        if let (Some(kind), false) = (self.refusal, request == (Request::Info {})) {
+            return Err(ControlError::new(kind, "what is wrong", "what to do"));
+        }
+        Ok(match request {
+            Request::Info {} => {
+                if info.size != info.target {
+                    self.act(&mut info);
+                }
+                Response::Info(info.clone())
+            }
+            Request::Set { bytes } => {
+                info.target = bytes;
+                Response::Done {}
+            }
+            Request::Stats { .. } => Response::Stats(Stats {
+                age: 3,
+                sequence: u64::try_from(self.seen.lock().unwrap().len()).unwrap(),
+                values: Stat::ALL.into_iter().zip((0..).map(|n| n * 1000)).collect(),
+            }),
+            Request::Metrics {} => Response::Metrics(Metrics {
+                text: "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n".to_owned(),
+            }),
+            Request::SetStatsInterval { .. } | Request::Hints { .. } => Response::Done {},
+        })
+    }
+}
+
+impl Script {
+    fn act(&self, info: &mut Info) {
+        match self.conduct {
+            Conduct::Obedient if info.size < info.target => {
+                info.size = (info.size + GIB / 4).min(info.target);
+            }
+            Conduct::Obedient => {
+                info.size = info.size.saturating_sub(GIB / 4).max(info.target);
+            }
+            Conduct::Stuck(reason) => info.guest.short_of_target = reason,
+            Conduct::Leaves => info.guest.connected = false,
+            Conduct::Unloads => info.guest.driver = false,
+            Conduct::Retargeted if info.size == GIB / 2 => info.size += GIB / 4,
+            Conduct::Retargeted => info.target = 7 * GIB,
+        }
+    }
+}
+
+/// A guest that has inflated half a GiB, as it was asked for.
+fn info() -> Info {
+    Info {
+        target: GIB / 2,
+        size: GIB / 2,
+        memory: Some(8 * GIB),
+        granule: 4096,
+        stats_interval: 10,
+        uptime: 7260,
+        guest: Guest {
+            connected: true,
+            driver: true,
+            features: vec!["stats".to_owned(), "page-poison".to_owned()],
+            answered: Some(3),
+            short_of_target: None,
+        },
+        counters: Counters {
+            inflated: GIB / 2,
+            discarded: GIB / 2,
+            discards: 1234,
+            refused: [("bad-address".to_owned(), 2)].into(),
+            ..Counters::default()
+        },
+    }
+}
+
+struct Daemon {
+    directory: TempDir,
+    script: Arc<Script>,
+    _server: Server,
+}
+
+impl Daemon {
+    fn start(info: Info, conduct: Conduct, refusal: Option<ErrorKind>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let script = Arc::new(Script {
+            info: Mutex::new(info),
+            conduct,
+            refusal,
+            seen: Mutex::default(),
+        });
+        let server = Server::bind(
+            &directory.path().join("balloon.sock"),
+            Arc::clone(&script) as Arc<dyn Handler>,
+        );
+        Self {
+            _server: server.unwrap(),
+            directory,
+            script,
+        }
+    }
+
+    fn obedient() -> Self {
+        Self::start(info(), Conduct::Obedient, None)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        balloonctl(&self.directory.path().join("balloon.sock"), arguments)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.run(&[arguments, &["--json"]].concat());
+        succeeds(&output);
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn last_request(&self) -> Request {
+        *self.script.seen.lock().unwrap().last().unwrap()
+    }
+}
+
+fn balloonctl(socket: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_balloonctl"));
+    command.args(arguments).env("BALLOON_SOCKET", socket);
+    command
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn succeeds(output: &Output) {
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
+/// It fails with this code, prints nothing else, and says these words and what to do.
+fn fails(output: &Output, code: i32, words: &str) {
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let stderr = std::str::from_utf8(&output.stderr).unwrap();
+    let lines: Vec<_> = stderr.lines().collect();
+    assert_eq!(lines.len(), 2, "{stderr}");
+    assert!(lines[0].starts_with("error: "), "{stderr}");
+    assert!(lines[0].contains(words), "{stderr}");
+    assert!(lines[1].starts_with("help: "), "{stderr}");
+}
+
+#[test]
+fn info_shows_the_state() {
+    let daemon = Daemon::obedient();
+    let output = daemon.run(&["info"]);
+    succeeds(&output);
+    for words in [
+        "512.00 MiB, as asked for",
+        "has 8.00 GiB, was last heard 3 seconds ago",
+        "ready, with stats, page-poison",
+        "2 bad-address",
+        "1,234 discards",
+        "up for 2 hours",
+    ] {
+        assert!(stdout(&output).contains(words), "{}", stdout(&output));
+    }
+    assert_eq!(
+        daemon.json(&["info"]),
+        serde_json::to_value(info()).unwrap()
+    );
+}
+
+#[test]
+fn json_is_the_answer_word_for_word() {
+    let daemon = Daemon::obedient();
+    let output = daemon.run(&["--json", "info"]);
+    succeeds(&output);
+    let expected = serde_json::to_string(&info()).unwrap() + "\n";
+    assert_eq!(stdout(&output), expected);
+    assert_eq!(stdout(&daemon.run(&["--json", "set", "1G"])), "{}\n");
+}
+
+#[test]
+fn set_takes_sizes_and_percentages() {
+    for (size, bytes) in [
+        ("2GiB", 2 * GIB),
+        ("512M", GIB / 2),
+        ("50%", 4 * GIB),
+        ("0", 0),
+    ] {
+        let daemon = Daemon::obedient();
+        succeeds(&daemon.run(&["set", size]));
+        assert_eq!(daemon.last_request(), Request::Set { bytes });
+    }
+    let unknown = Info {
+        memory: None,
+        ..info()
+    };
+    let daemon = Daemon::start(unknown, Conduct::Obedient, None);
+    fails(&daemon.run(&["set", "50%"]), 4, "not known");
+    succeeds(&daemon.run(&["set", "1G"]));
+}
+
+#[test]
+fn wait_returns_when_the_size_is_reached() {
+    for target in ["2G", "0"] {
+        let daemon = Daemon::obedient();
+        let output = daemon.run(&["set", target, "--wait"]);
+        succeeds(&output);
+        assert!(stdout(&output).contains("has given away"));
+        let info = daemon.script.info.lock().unwrap();
+        assert_eq!(info.size, info.target);
+    }
+    let last = Daemon::obedient().json(&["set", "2G", "--wait"]);
+    assert_eq!(
+        (&last["size"], &last["target"]),
+        (&json!(2 * GIB), &json!(2 * GIB))
+    );
+}
+
+#[test]
+fn wait_gives_up_in_time_and_says_why() {
+    for (reason, words) in [
+        (None, "512.00 MiB of 2.00 GiB after 1 s"),
+        (Some(Shortfall::Floor), "the guest's floor is reached"),
+        (Some(Shortfall::NoMemory), "no free memory"),
+        (Some(Shortfall::AfterOom), "ran out of memory"),
+    ] {
+        let daemon = Daemon::start(info(), Conduct::Stuck(reason), None);
+        let output = daemon.run(&["set", "2G", "--wait", "--timeout", "1"]);
+        fails(&output, 6, words);
+    }
+}
+
+#[test]
+fn wait_does_not_wait_in_vain() {
+    for (conduct, code, words) in [
+        (
+            Conduct::Stuck(Some(Shortfall::Excluded)),
+            1,
+            "kept out of ballooning",
+        ),
+        (Conduct::Leaves, 4, "disconnected"),
+        (Conduct::Unloads, 4, "no balloon driver"),
+        (Conduct::Retargeted, 1, "7.00 GiB"),
+    ] {
+        let daemon = Daemon::start(info(), conduct, None);
+        let output = daemon.run(&["set", "2G", "--wait", "--timeout", "20"]);
+        fails(&output, code, words);
+    }
+}
+
+#[test]
+fn refusals_have_their_exit_codes() {
+    for (kind, code) in [
+        (ErrorKind::NoGuest, 4),
+        (ErrorKind::NoDriver, 4),
+        (ErrorKind::OutOfRange, 5),
+        (ErrorKind::Timeout, 6),
+        (ErrorKind::Unsupported, 1),
+        (ErrorKind::BadRequest, 1),
+        (ErrorKind::Failed, 1),
+    ] {
+        let daemon = Daemon::start(info(), Conduct::Obedient, Some(kind));
+        for arguments in [
+            &["set", "2G"][..],
+            &["set", "2G", "--wait"],
+            &["stats", "--fresh"],
+            &["stats", "--watch"],
+            &["interval", "5"],
+            &["hints", "start"],
+            &["metrics", "--json"],
+        ] {
+            fails(&daemon.run(arguments), code, "what is wrong");
+        }
+    }
+}
+
+#[test]
+fn wrong_command_lines_are_refused() {
+    let daemon = Daemon::obedient();
+    for arguments in [
+        &[][..],
+        &["set"],
+        &["set", "512"],
+        &["set", "101%"],
+        &["set", "1G", "--timeout", "5"],
+        &["set", "1G", "--wait", "--timeout", "0"],
+        &["stats", "--watch", "0"],
+        &["interval", "-1"],
+        &["hints", "pause"],
+        &["deflate"],
+    ] {
+        let output = daemon.run(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+    }
+    assert!(daemon.script.seen.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_daemon_that_cannot_be_reached_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("balloon.sock");
+    let run = || balloonctl(&path, &["info"]).output().unwrap();
+    fails(&run(), 3, "there is no socket");
+
+    drop(UnixListener::bind(&path).unwrap());
+    fails(&run(), 3, "nobody listens");
+
+    fs::remove_file(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
+    let client = balloonctl(&path, &["info"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(listener.accept().unwrap());
+    fails(&client.wait_with_output().unwrap(), 3, "closed");
+}
+
+#[test]
+fn stats_are_shown_with_their_units() {
+    let daemon = Daemon::obedient();
+    let output = daemon.run(&["stats"]);
+    succeeds(&output);
+    assert_eq!(daemon.last_request(), Request::Stats { fresh: false });
+    let shows = |name: &str, value: &str| {
+        let line = stdout(&output).lines().find(|line| line.contains(name));
+        assert!(line.unwrap().contains(value), "{}", stdout(&output));
+    };
+    shows("swap-out", "1000 B");
+    shows("major-faults", "2,000");
+    shows("free-memory", "3.91 KiB");
+    shows("oom-kills", "10,000");
+    shows("Sample", "3 seconds old");
+
+    let values = &daemon.json(&["stats", "--fresh"])["values"];
+    assert_eq!(daemon.last_request(), Request::Stats { fresh: true });
+    assert_eq!(values.as_object().unwrap().len(), Stat::ALL.len());
+}
+
+#[test]
+fn watch_shows_one_sample_after_the_other() {
+    let daemon = Daemon::obedient();
+    let mut child = daemon
+        .command(&["stats", "--watch", "1", "--json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let samples: Vec<Stats> = BufReader::new(child.stdout.take().unwrap())
+        .lines()
+        .take(2)
+        .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+        .collect();
+    assert!(samples[0].sequence < samples[1].sequence);
+    // Nobody reads any more, which is not an error.
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn the_other_commands_say_what_they_should() {
+    let daemon = Daemon::obedient();
+    succeeds(&daemon.run(&["interval", "5"]));
+    assert_eq!(
+        daemon.last_request(),
+        Request::SetStatsInterval { seconds: 5 }
+    );
+    for (name, action) in [
+        ("start", HintAction::Start),
+        ("stop", HintAction::Stop),
+        ("done", HintAction::Done),
+    ] {
+        succeeds(&daemon.run(&["hints", name]));
+        assert_eq!(daemon.last_request(), Request::Hints { action });
+    }
+    let metrics = daemon.run(&["metrics"]);
+    succeeds(&metrics);
+    assert_eq!(
+        stdout(&metrics),
+        "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n"
+    );
+}
+
+#[test]
+fn completions_name_the_commands() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let output = balloonctl(Path::new("/nowhere"), &["completions", shell])
+            .output()
+            .unwrap();
+        succeeds(&output);
+        assert!(stdout(&output).contains("interval"), "{shell}");
+    }
+}
+
+#[test]
+fn the_man_page_has_all_sections() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap();
+    succeeds(
+        &balloonctl(Path::new("/nowhere"), &["man", path])
+            .output()
+            .unwrap(),
+    );
+    let page = fs::read_to_string(directory.path().join("balloonctl.1")).unwrap();
+    for section in [
+        "NAME",
+        "SYNOPSIS",
+        "DESCRIPTION",
+        "OPTIONS",
+        "COMMANDS",
+        "EXIT STATUS",
+        "FILES",
+        "EXAMPLES",
+    ] {
+        assert!(
+            page.contains(&format!(".SH {section}\n"))
+                || page.contains(&format!(".SH \"{section}\"\n")),
+            "{section} is missing"
+        );
+    }
+    let mut missing = balloonctl(Path::new("/nowhere"), &["man", "/nowhere"]);
+    fails(&missing.output().unwrap(), 1, "/nowhere/balloonctl.1");
+}
