@@ -113,9 +113,9 @@ impl Drop for Server {
     }
 }
 
-/// The socket in the file system, by its place and its identity.
+/// A socket in the file system, by its place and its identity.
 #[derive(Debug)]
-struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
 }
@@ -129,7 +129,7 @@ impl SocketFile {
     }
 
     /// Removes it, unless there is another one at its place by now.
-    fn remove(&self) {
+    pub fn remove(&self) {
         if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
             // Nothing depends on it: the next daemon replaces it.
             let _ = fs::remove_file(&self.path);
@@ -149,7 +149,13 @@ fn io_error(path: &Path, source: impl Into<io::Error>) -> BindError {
     }
 }
 
-fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+/// Listens on the socket `path`, which only its owner may use. A socket that a dead process has left there
+/// is replaced. The caller removes the file.
+///
+/// # Errors
+///
+/// Another process listens there, there is something else than a socket, or no socket can be made.
+pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let failed = |source: io::Error| io_error(path, source);
     // Of two daemons that start at once only one may find the stale socket: the other one would remove
     // the socket of the first.
