@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The wire format of the virtio balloon and of its extension, from the headers `linux/virtio_balloon.h`
+//! and `linux/virtio_balloon_ext.h`.
+//!
+//! All fields are little-endian, whatever their Rust type says.
+
+use std::mem::offset_of;
+
+pub use generated::*;
+
+/// Where the fields of the configuration space are, in bytes (specification, clause 5.5.4).
+pub mod config {
+    use super::{offset_of, virtio_balloon_ext_config as Config};
+
+    /// How many balloon pages the host wants.
+    pub const NUM_PAGES: usize = offset_of!(Config, base.num_pages);
+    /// How many balloon pages the guest has given away.
+    pub const ACTUAL: usize = offset_of!(Config, base.actual);
+    /// The command id of free page hinting.
+    pub const FREE_PAGE_HINT_CMD_ID: usize =
+        offset_of!(Config, base.__bindgen_anon_1.free_page_hint_cmd_id);
+    /// What the guest's free pages hold.
+    pub const POISON_VAL: usize = offset_of!(Config, base.poison_val);
+    /// The device's granule in bytes.
+    pub const DISCARD_GRANULE: usize = offset_of!(Config, discard_granule);
+    /// Why the guest stops short of the target.
+    pub const STOP_REASON: usize = offset_of!(Config, stop_reason);
+    /// The size of the configuration space with every field.
+    pub const SIZE: usize = size_of::<Config>();
+}
+
+/// Where the fields of a statistic are, in bytes (specification, clause 5.5.6.3).
+pub mod stat {
+    use super::{offset_of, virtio_balloon_stat as Stat};
+
+    /// What it is a statistic of.
+    pub const TAG: usize = offset_of!(Stat, tag);
+    /// Its value.
+    pub const VAL: usize = offset_of!(Stat, val);
+    /// The size of a statistic.
+    pub const SIZE: usize = size_of::<Stat>();
+}
+
+/// The size of a balloon page in bytes, whatever the guest's pages are (specification, clause 5.5.6).
+pub const BALLOON_PAGE_SIZE: u64 = 1 << VIRTIO_BALLOON_PFN_SHIFT;
+
+#[allow(
+    missing_docs,
+    non_camel_case_types,
+    clippy::pedantic,
+    reason = "the names and the comments are the headers'"
+)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_where_the_specification_has_them() {
+        assert_eq!(
+            [
+                config::NUM_PAGES,
+                config::ACTUAL,
+                config::FREE_PAGE_HINT_CMD_ID,
+                config::POISON_VAL,
+                config::DISCARD_GRANULE,
+                config::STOP_REASON,
+                config::SIZE,
+            ],
+            [0, 4, 8, 12, 16, 20, 24]
+        );
+        assert_eq!([stat::TAG, stat::VAL, stat::SIZE], [0, 2, 10]);
+        assert_eq!(BALLOON_PAGE_SIZE, 4096);
+        assert_eq!(VIRTIO_BALLOON_F_STOP_REASON, 58);
+    }
+}
