@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The configuration space (specification, clause 5.5.4).
+
+use balloon_control::Shortfall;
+use balloon_wire::{
+    BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_AFTER_OOM, VIRTIO_BALLOON_STOP_REASON_EXCLUDED,
+    VIRTIO_BALLOON_STOP_REASON_FLOOR, VIRTIO_BALLOON_STOP_REASON_NO_MEMORY, config,
+};
+use serde::{Deserialize, Serialize};
+
+/// The fields that are worth keeping over a restart of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fields {
+    /// How many balloon pages the host wants.
+    pub target: u32,
+    /// How many balloon pages the guest has given away, as it says.
+    pub actual: u32,
+    /// What the guest's free pages hold.
+    pub poison_val: u32,
+    /// Why the guest stops short of the target, as it says.
+    pub stop_reason: u32,
+}
+
+impl Default for Fields {
+    /// Until the guest has said what its free pages hold, they are taken to hold something: a daemon
+    /// that knows nothing of what was before must not give them back.
+    fn default() -> Self {
+        Self {
+            target: 0,
+            actual: 0,
+            poison_val: u32::MAX,
+            stop_reason: 0,
+        }
+    }
+}
+
+impl Fields {
+    /// What a driver reads.
+    ///
+    /// `hint_command` is the command id of free page hinting, `granule` is the device's in bytes.
+    pub fn read(&self, hint_command: u32, granule: u32) -> [u8; config::SIZE] {
+        let mut bytes = [0; config::SIZE];
+        for (offset, value) in [
+            (config::NUM_PAGES, self.target),
+            (config::ACTUAL, self.actual),
+            (config::FREE_PAGE_HINT_CMD_ID, hint_command),
+            (config::POISON_VAL, self.poison_val),
+            (config::DISCARD_GRANULE, granule),
+            (config::STOP_REASON, self.stop_reason),
+        ] {
+            if let Some(field) = bytes.get_mut(offset..).and_then(<[u8]>::first_chunk_mut) {
+                *field = value.to_le_bytes();
+            }
+        }
+        bytes
+    }
+
+    /// Takes over what a driver has written.
+    ///
+    /// Whatever the driver writes, QEMU sends all of its own copy, with a target that may be old by
+    /// then. So only what is the driver's to write is taken, and only whole fields.
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        for (place, field) in [
+            (config::ACTUAL, &mut self.actual),
+            (config::POISON_VAL, &mut self.poison_val),
+            (config::STOP_REASON, &mut self.stop_reason),
+        ] {
+            let written = place
+                .checked_sub(offset)
+                .and_then(|start| bytes.get(start..))
+                .and_then(<[u8]>::first_chunk);
+            if let Some(value) = written {
+                *field = u32::from_le_bytes(*value);
+            }
+        }
+    }
+
+    /// Why the guest stops short of the target, if it does.
+    pub fn shortfall(&self) -> Option<Shortfall> {
+        match self.stop_reason {
+            VIRTIO_BALLOON_STOP_REASON_FLOOR => Some(Shortfall::Floor),
+            VIRTIO_BALLOON_STOP_REASON_NO_MEMORY => Some(Shortfall::NoMemory),
+            VIRTIO_BALLOON_STOP_REASON_AFTER_OOM => Some(Shortfall::AfterOom),
+            VIRTIO_BALLOON_STOP_REASON_EXCLUDED => Some(Shortfall::Excluded),
+            _ => None,
+        }
+    }
+}
+
+/// Balloon pages in bytes.
+pub fn bytes(pages: u32) -> u64 {
+    u64::from(pages) * BALLOON_PAGE_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn fields_have_their_places() {
+        let fields = Fields {
+            target: 1,
+            actual: 2,
+            poison_val: 4,
+            stop_reason: 6,
+        };
+        let bytes = fields.read(3, 5);
+        let values = bytes
+            .chunks(4)
+            .map(|field| u32::from_le_bytes(field.try_into().unwrap()));
+        assert_eq!(values.collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn only_the_guests_fields_are_written() {
+        let mut fields = Fields::default();
+        fields.write(0, &[0xff; 24]);
+        assert_eq!(fields.read(0, 0)[..4], [0; 4]);
+        assert_eq!((fields.actual, fields.stop_reason), (u32::MAX, u32::MAX));
+        fields.write(4, &7_u32.to_le_bytes());
+        assert_eq!(fields.actual, 7);
+        // Half a field.
+        fields.write(4, &[1, 2]);
+        fields.write(6, &[1, 2]);
+        assert_eq!(fields.actual, 7);
+    }
+
+    #[test]
+    fn reasons_have_names() {
+        let reason = |stop_reason| {
+            Fields {
+                stop_reason,
+                ..Fields::default()
+            }
+            .shortfall()
+        };
+        assert_eq!(reason(0), None);
+        assert_eq!(reason(1), Some(Shortfall::Floor));
+        assert_eq!(reason(2), Some(Shortfall::NoMemory));
+        assert_eq!(reason(3), Some(Shortfall::AfterOom));
+        assert_eq!(reason(4), Some(Shortfall::Excluded));
+        assert_eq!(reason(5), None);
+    }
+
+    proptest! {
+        /// What is read can be written back, wherever it is cut, and changes nothing.
+        #[test]
+        fn what_was_read_can_be_written(
+            actual: u32, poison_val: u32, stop_reason: u32, start in 0_usize..32, end in 0_usize..32,
+        ) {
+            let mut fields = Fields { target: 9, actual, poison_val, stop_reason };
+            let before = fields.clone();
+            let bytes = fields.read(1, 2);
+            fields.write(start, bytes.get(start..end.min(24)).unwrap_or_default());
+            prop_assert_eq!(&fields, &before);
+            let mut other = Fields { target: 9, ..Fields::default() };
+            other.write(0, &bytes);
+            prop_assert_eq!(other, before);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is counted, and what of it is logged.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use balloon_control::{Counters as Snapshot, Messages};
+use log::warn;
+
+/// A guest can cause any number of refusals, so each kind is logged once in this time at most.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Why something that the guest sent is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The available ring or a descriptor chain is broken.
+    BadChain,
+    /// A buffer is not in the guest's memory.
+    BadBuffer,
+    /// A message is longer than the device takes.
+    TooLong,
+    /// A message ends in the middle of an entry, or has none.
+    Truncated,
+    /// Pages that are not in the guest's memory.
+    OutsideMemory,
+    /// Pages that were in the balloon already.
+    AlreadyInBalloon,
+    /// Pages that were not in the balloon.
+    NotInBalloon,
+    /// Hints for a command that is over.
+    StaleHint,
+}
+
+impl Refusal {
+    const ALL: [Self; 8] = [
+        Self::BadChain,
+        Self::BadBuffer,
+        Self::TooLong,
+        Self::Truncated,
+        Self::OutsideMemory,
+        Self::AlreadyInBalloon,
+        Self::NotInBalloon,
+        Self::StaleHint,
+    ];
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BadChain => "bad-chain",
+            Self::BadBuffer => "bad-buffer",
+            Self::TooLong => "too-long",
+            Self::Truncated => "truncated",
+            Self::OutsideMemory => "outside-memory",
+            Self::AlreadyInBalloon => "already-in-balloon",
+            Self::NotInBalloon => "not-in-balloon",
+            Self::StaleHint => "stale-hint",
+        })
+    }
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    /// What it has come to.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Refused {
+    messages: Counter,
+    /// When it was logged for the last time, in milliseconds since the start, and 1.
+    logged: AtomicU64,
+}
+
+/// All that is counted since the daemon was started.
+#[derive(Debug)]
+pub struct Counters {
+    /// What was put into the balloon, in bytes.
+    pub inflated: Counter,
+    /// What was taken out of the balloon, in bytes.
+    pub deflated: Counter,
+    /// What was given back to the host, in bytes.
+    pub discarded: Counter,
+    /// How many times memory was given back.
+    pub discards: Counter,
+    /// How many times that failed.
+    pub discard_failures: Counter,
+    /// What was reported as free, in bytes.
+    pub reported: Counter,
+    /// What was hinted as free, in bytes.
+    pub hinted: Counter,
+    /// How many messages came on each kind of queue, in the order of the specification.
+    pub messages: [Counter; 5],
+    refused: [Refused; Refusal::ALL.len()],
+    start: Instant,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            inflated: Counter::default(),
+            deflated: Counter::default(),
+            discarded: Counter::default(),
+            discards: Counter::default(),
+            discard_failures: Counter::default(),
+            reported: Counter::default(),
+            hinted: Counter::default(),
+            messages: Default::default(),
+            refused: Default::default(),
+            start: Instant::now(),
+        }
+    }
+}
+
+impl Counters {
+    /// Counts a message for which something was refused, and logs it now and then.
+    pub fn refuse(&self, reason: Refusal) {
+        let Some(refused) = self.refused.get(reason as usize) else {
+            return;
+        };
+        refused.messages.add(1);
+        let now = milliseconds(self.start.elapsed()).saturating_add(1);
+        let last = refused.logged.load(Relaxed);
+        if last == 0 || now.saturating_sub(last) > milliseconds(LOG_INTERVAL) {
+            refused.logged.store(now, Relaxed);
+            let times = refused.messages.get();
+            warn!("the guest's driver sent what is refused: {reason} ({times} times so far)");
+        }
+    }
+
+    /// For how long there is something to count.
+    pub fn uptime(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// How many messages were refused for a reason.
+    pub fn refused(&self, reason: Refusal) -> u64 {
+        self.refused
+            .get(reason as usize)
+            .map_or(0, |refused| refused.messages.get())
+    }
+
+    /// All of it as the control protocol has it.
+    pub fn snapshot(&self) -> Snapshot {
+        let [inflate, deflate, stats, hints, reports] = &self.messages;
+        Snapshot {
+            inflated: self.inflated.get(),
+            deflated: self.deflated.get(),
+            discarded: self.discarded.get(),
+            discards: self.discards.get(),
+            discard_failures: self.discard_failures.get(),
+            reported: self.reported.get(),
+            hinted: self.hinted.get(),
+            messages: Messages {
+                inflate: inflate.get(),
+                deflate: deflate.get(),
+                stats: stats.get(),
+                hints: hints.get(),
+                reports: reports.get(),
+            },
+            refused: Refusal::ALL
+                .iter()
+                .map(|&reason| (reason.to_string(), self.refused(reason)))
+                .filter(|&(_, times)| times > 0)
+                .collect::<BTreeMap<_, _>>(),
+        }
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_are_told_by_their_reason() {
+        let counters = Counters::default();
+        counters.refuse(Refusal::Truncated);
+        counters.refuse(Refusal::Truncated);
+        counters.refuse(Refusal::StaleHint);
+        let refused = counters.snapshot().refused;
+        assert_eq!(refused.get("truncated"), Some(&2));
+        assert_eq!(refused.get("stale-hint"), Some(&1));
+        assert_eq!(refused.len(), 2);
+    }
+
+    #[test]
+    fn every_reason_has_a_counter_of_its_own() {
+        for (place, reason) in Refusal::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, place, "{reason}");
+        }
+    }
+}

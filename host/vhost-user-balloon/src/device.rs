@@ -1,0 +1,570 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device: what the front end and the guest see of it.
+//!
+//! One thread serves all queues, each for a bounded number of messages before the next one has its turn.
+//! Other threads set it up and control it. Of several locks they are taken in this order: the queue, the
+//! worker's data, then one of the others.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{error, info};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VringEpollHandler, VringMutex, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::balloon::Balloon;
+use crate::counters::Counters;
+use crate::deflate::Deflate;
+use crate::discard::{Discarder, Granularity, Pieces};
+use crate::features::{Feature, config_size};
+use crate::hinting::{Hinting, Hints};
+use crate::inflate::Inflate;
+use crate::pfns::Pfns;
+use crate::queue::{Kind, MAX_QUEUE_SIZE, MAX_QUEUES, serve};
+use crate::relay::Channel;
+use crate::reporting::Reporting;
+use crate::state::{Saver, State};
+use crate::stats::Stats;
+
+/// What wakes the worker besides the queues. The numbers up to that of the queues are the library's.
+const WAKE: u64 = MAX_QUEUES as u64 + 1;
+const TIMER: u64 = MAX_QUEUES as u64 + 2;
+
+/// The smallest part of the configuration space that is all of it to a driver, in bytes.
+const SMALLEST_CONFIG: u32 = 8;
+
+/// How a device is to be.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The feature bits that it offers.
+    pub features: u64,
+    /// The granule of shared memory.
+    pub granularity: Granularity,
+    /// Whether a page that comes out of the balloon has memory at once.
+    pub prefault: bool,
+}
+
+/// What the thread that serves the queues needs, and only it as long as a driver is at work.
+#[derive(Debug, Default)]
+struct Work {
+    balloon: Balloon,
+    discarder: Discarder,
+    pfns: Pfns,
+    pieces: Pieces,
+    ranges: Vec<Range<u64>>,
+    heads: Vec<u16>,
+    /// Where the inflate queue's available ring is to be read next.
+    position: Option<u16>,
+    /// Whether the inflate queue was served since it was started.
+    at_work: bool,
+}
+
+impl Work {
+    /// Whether the inflate queue is a new driver's, when it is served for the first time since it was
+    /// started.
+    ///
+    /// A guest that was reset, or whose driver was loaded anew, has an empty balloon, and there is no
+    /// message for that. Pages of the driver before it would complete granules of which the guest uses the
+    /// rest, and their contents would be lost. But a driver sets its rings up from index 0, and a front end
+    /// that only stops a queue starts it where it was stopped. So an index that is not the one where this
+    /// device stopped belongs to somebody else. Index 0 does as well: it is that of an old driver only if
+    /// that one has not inflated anything, or after 65536 messages, when memory comes back later than it
+    /// could and nothing else happens. Nothing is lost before this question is asked, as only the inflate
+    /// queue punches what is in the balloon.
+    fn is_new_driver(&self, next: u16) -> bool {
+        next == 0 || self.position.is_some_and(|position| position != next)
+    }
+}
+
+/// A balloon device.
+#[derive(Debug)]
+pub struct Device {
+    settings: Settings,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    acked: AtomicU64,
+    work: Mutex<Work>,
+    state: Mutex<State>,
+    hints: Mutex<Hints>,
+    stats: Mutex<Stats>,
+    sampled: Condvar,
+    saver: Option<Saver>,
+    /// To the front end.
+    pub channel: Channel,
+    /// What is counted.
+    pub counters: Counters,
+    connected: AtomicBool,
+    /// Whether a driver's queues are served.
+    running: AtomicBool,
+    /// Whether the configuration space has changed while there was nobody to tell.
+    config_changed: AtomicBool,
+    answered: Mutex<Option<Instant>>,
+    /// A bit for each queue that is to be served without the guest having asked for it.
+    pending: AtomicU64,
+    wake: EventFd,
+    timer: TimerFd,
+    /// The number of the file descriptor that ends the worker.
+    exit: Mutex<Option<RawFd>>,
+}
+
+/// A thread that panics leaves nothing behind that is worse than what a guest can bring about.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Device {
+    /// A device that begins in this state, which `saver` keeps.
+    ///
+    /// # Errors
+    ///
+    /// The system has no file descriptors.
+    pub fn new(settings: Settings, state: State, saver: Option<Saver>) -> io::Result<Self> {
+        let interval = state.stats_interval;
+        // The timer may be stopped between the event and the reading, which must not wait then.
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let device = Self {
+            settings,
+            memory: GuestMemoryAtomic::new(GuestMemoryMmap::default()),
+            acked: AtomicU64::new(0),
+            work: Mutex::default(),
+            state: Mutex::new(state),
+            hints: Mutex::default(),
+            stats: Mutex::default(),
+            sampled: Condvar::new(),
+            saver,
+            channel: Channel::default(),
+            counters: Counters::default(),
+            connected: AtomicBool::new(false),
+            running: AtomicBool::new(false),
+            // A guest that went on without the device may have missed a change.
+            config_changed: AtomicBool::new(true),
+            answered: Mutex::default(),
+            pending: AtomicU64::new(0),
+            wake: EventFd::new(EFD_NONBLOCK)?,
+            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            exit: Mutex::default(),
+        };
+        device.arm(interval)?;
+        Ok(device)
+    }
+
+    /// The memory that the library is to keep up to date.
+    pub fn memory(&self) -> GuestMemoryAtomic<GuestMemoryMmap> {
+        self.memory.clone()
+    }
+
+    /// Prepares for another front end, which `worker` is to serve the queues of.
+    ///
+    /// # Errors
+    ///
+    /// The system cannot wait for the device's own events.
+    pub fn connect(&self, worker: &VringEpollHandler<Arc<Self>>) -> io::Result<()> {
+        let timer = self.timer.as_fd().as_raw_fd();
+        worker.register_listener(self.wake.as_raw_fd(), EventSet::IN, WAKE)?;
+        worker.register_listener(timer, EventSet::IN, TIMER)?;
+        self.connected.store(true, SeqCst);
+        info!("a VMM is connected");
+        Ok(())
+    }
+
+    /// Takes note that the front end is gone, and its worker ended.
+    pub fn disconnect(&self) {
+        self.stop();
+        // The VM may be gone for good, so its memory must not be kept. One that comes back begins with an
+        // empty bitmap, and half a granule is not given back then.
+        self.memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .replace(GuestMemoryMmap::default());
+        *lock(&self.work) = Work::default();
+        lock(&self.stats).restart();
+        self.connected.store(false, SeqCst);
+        // The library forgets this file descriptor without closing it.
+        if let Some(exit) = lock(&self.exit).take() {
+            let _ = nix::unistd::close(exit);
+        }
+        info!("the VMM is gone");
+    }
+
+    fn stop(&self) {
+        lock(&self.work).at_work = false;
+        self.running.store(false, SeqCst);
+    }
+
+    /// Whether a VMM is connected.
+    pub fn connected(&self) -> bool {
+        self.connected.load(SeqCst)
+    }
+
+    /// Whether a driver's queues are served.
+    pub fn running(&self) -> bool {
+        self.running.load(SeqCst)
+    }
+
+    /// The features that were negotiated, or none without a driver.
+    pub fn features_at_work(&self) -> u64 {
+        if self.running() {
+            self.acked.load(SeqCst)
+        } else {
+            0
+        }
+    }
+
+    /// When the guest did something for the last time.
+    pub fn answered(&self) -> Option<Instant> {
+        *lock(&self.answered)
+    }
+
+    /// The state that is kept.
+    pub fn state(&self) -> State {
+        lock(&self.state).clone()
+    }
+
+    /// How much memory the guest has and the largest granule, in bytes.
+    pub fn sizes(&self) -> (u64, Option<u64>) {
+        let work = lock(&self.work);
+        (work.balloon.memory(), work.balloon.granule())
+    }
+
+    /// The last sample of the guest's statistics.
+    pub fn stats(&self) -> Option<balloon_control::Stats> {
+        lock(&self.stats).answer()
+    }
+
+    /// Asks the guest for a new sample, and waits for it.
+    pub fn fresh_stats(&self, timeout: Duration) -> Option<balloon_control::Stats> {
+        let mut stats = lock(&self.stats);
+        stats.want();
+        let before = stats.sequence();
+        let number = Kind::Stats.number(self.acked.load(SeqCst))?;
+        self.wake(number);
+        let (stats, timeout) = self
+            .sampled
+            .wait_timeout_while(stats, timeout, |stats| stats.sequence() == before)
+            .unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            None
+        } else {
+            stats.answer()
+        }
+    }
+
+    /// Changes what is kept, and saves it.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = lock(&self.state);
+        let result = change(&mut state);
+        if let Some(saver) = &self.saver {
+            saver.save(state.clone());
+        }
+        result
+    }
+
+    /// Has the guest give away so many balloon pages.
+    pub fn set_target(&self, pages: u32) {
+        self.change(|state| state.config.target = pages);
+        self.notify();
+    }
+
+    /// Sets how often the guest is asked for statistics, in seconds, and asks it for some. 0 is never.
+    ///
+    /// # Errors
+    ///
+    /// The system has no such timer.
+    pub fn set_stats_interval(&self, seconds: u32) -> io::Result<()> {
+        self.arm(seconds)?;
+        self.change(|state| state.stats_interval = seconds);
+        Ok(())
+    }
+
+    fn arm(&self, seconds: u32) -> io::Result<()> {
+        if seconds == 0 {
+            return Ok(self.timer.unset()?);
+        }
+        // The first sample comes at once: whoever changes the interval wants to see one.
+        let first = TimeSpec::from_duration(Duration::from_millis(1));
+        let interval = TimeSpec::from_duration(Duration::from_secs(seconds.into()));
+        self.timer.set(
+            Expiration::IntervalDelayed(first, interval),
+            TimerSetTimeFlags::empty(),
+        )?;
+        Ok(())
+    }
+
+    /// Changes the command of free page hinting.
+    pub fn command(&self, command: impl FnOnce(&mut Hints)) {
+        command(&mut lock(&self.hints));
+        self.notify();
+    }
+
+    /// Tells the guest that the configuration space has changed, now or when it has a driver. Front ends
+    /// do not expect the message while there is none.
+    fn notify(&self) {
+        self.config_changed.store(true, SeqCst);
+        if self.running() && self.config_changed.swap(false, SeqCst) {
+            self.channel.config_changed();
+        }
+    }
+
+    /// Has the worker serve a queue.
+    fn wake(&self, number: usize) {
+        self.pending.fetch_or(1 << number, SeqCst);
+        if let Err(error) = self.wake.write(1) {
+            error!("cannot wake the worker: {error}");
+        }
+    }
+
+    fn serve_queue(&self, number: usize, vrings: &[VringMutex]) {
+        let acked = self.acked.load(SeqCst);
+        let (Some(kind), Some(vring)) = (Kind::of(number, acked), vrings.get(number)) else {
+            return;
+        };
+        let memory = self.memory.memory();
+        let memory: &GuestMemoryMmap = &memory;
+        let counters = &self.counters;
+        let Some(messages) = counters.messages.get(kind as usize) else {
+            return;
+        };
+
+        let mut vring = vring.get_mut();
+        let mut work = lock(&self.work);
+        let Work {
+            balloon,
+            discarder,
+            pfns,
+            pieces,
+            ranges,
+            heads,
+            ..
+        } = &mut *work;
+        let more = match kind {
+            Kind::Inflate => {
+                let queue = vring.get_queue();
+                if !queue.ready() {
+                    return;
+                }
+                let next = queue.next_avail();
+                if !work.at_work {
+                    self.start(&mut work, next);
+                }
+                let work = &mut *work;
+                let mut inflate = Inflate {
+                    memory,
+                    balloon: &mut work.balloon,
+                    discarder: &mut work.discarder,
+                    counters,
+                    pfns: &mut work.pfns,
+                    pieces: &mut work.pieces,
+                };
+                let heads = &mut work.heads;
+                let more = serve(&mut vring, memory, heads, counters, messages, &mut inflate);
+                work.position = Some(vring.get_queue().next_avail());
+                more
+            }
+            Kind::Deflate => {
+                let mut deflate = Deflate {
+                    memory,
+                    balloon,
+                    prefault: self.settings.prefault.then_some(discarder),
+                    counters,
+                    pfns,
+                    pieces,
+                };
+                serve(&mut vring, memory, heads, counters, messages, &mut deflate)
+            }
+            Kind::Stats => {
+                lock(&self.stats).serve(&mut vring, memory, counters, messages);
+                self.sampled.notify_all();
+                false
+            }
+            Kind::Hinting => {
+                let mut hinting = Hinting {
+                    memory,
+                    hints: &mut lock(&self.hints),
+                    counters,
+                };
+                serve(&mut vring, memory, heads, counters, messages, &mut hinting)
+            }
+            Kind::Reporting => {
+                let poison = lock(&self.state).config.poison_val;
+                let mut reporting = Reporting {
+                    balloon,
+                    discarder,
+                    counters,
+                    keep: acked & Feature::PagePoison.mask() != 0 && poison != 0,
+                    ranges,
+                    pieces,
+                };
+                serve(
+                    &mut vring,
+                    memory,
+                    heads,
+                    counters,
+                    messages,
+                    &mut reporting,
+                )
+            }
+        };
+        if more {
+            self.wake(number);
+        }
+    }
+
+    /// A driver is at work, on an inflate queue that is to be read from `next` on.
+    fn start(&self, work: &mut Work, next: u16) {
+        if work.is_new_driver(next) {
+            work.balloon.empty();
+            lock(&self.hints).restart();
+            self.change(|state| state.config.actual = 0);
+            info!("the guest has a driver, with an empty balloon");
+        } else {
+            info!("the guest's driver goes on");
+        }
+        work.at_work = true;
+        self.running.store(true, SeqCst);
+        if self.config_changed.swap(false, SeqCst) {
+            self.channel.config_changed();
+        }
+    }
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = VringMutex;
+
+    fn num_queues(&self) -> usize {
+        MAX_QUEUES
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        self.settings.features
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.acked.store(features, SeqCst);
+    }
+
+    /// Without acknowledgements, which the front end would wait for whenever the guest writes its
+    /// balloon's size.
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    /// The queues have it themselves.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let needed = config_size(self.settings.features);
+        let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(size)) else {
+            return Vec::new();
+        };
+        if start == 0 && size >= SMALLEST_CONFIG && length < needed {
+            error!(
+                "the VMM has {size} bytes of configuration for a device that needs {needed}, and a Linux guest \
+                 would crash; start QEMU's device with config_size={needed}, or this one with fewer --features"
+            );
+            return Vec::new();
+        }
+        let command = lock(&self.hints).command();
+        let (_, granule) = self.sizes();
+        let granule = granule.and_then(|bytes| u32::try_from(bytes).ok());
+        let fields = lock(&self.state)
+            .config
+            .read(command, granule.unwrap_or_default());
+        let rest = fields.get(start..).unwrap_or_default();
+        // What comes after the last field is nothing.
+        rest.iter()
+            .copied()
+            .chain(std::iter::repeat(0))
+            .take(length)
+            .collect()
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        *lock(&self.answered) = Some(Instant::now());
+        if let Ok(offset) = usize::try_from(offset) {
+            self.change(|state| state.config.write(offset, bytes));
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        lock(&self.work)
+            .balloon
+            .set_memory(&memory.memory(), self.settings.granularity);
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::CLOEXEC)
+            .inspect_err(|error| error!("cannot make an event: {error}"))
+            .ok()?;
+        *lock(&self.exit) = Some(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        let acked = self.acked.load(SeqCst);
+        match usize::try_from(queue_index).map(|number| Kind::of(number, acked)) {
+            Ok(Some(Kind::Inflate)) => {
+                self.stop();
+                info!("the guest's driver stops");
+            }
+            Ok(Some(Kind::Stats)) => lock(&self.stats).restart(),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Never fails: an error would end the worker, and a guest could have its device stop.
+    fn handle_event(
+        &self,
+        event: u16,
+        _evset: EventSet,
+        vrings: &[VringMutex],
+        _thread_id: usize,
+    ) -> io::Result<()> {
+        match u64::from(event) {
+            WAKE => {
+                // It is not blocking, and what matters is what is pending.
+                let _ = self.wake.read();
+                let pending = self.pending.swap(0, SeqCst);
+                for number in (0..MAX_QUEUES).filter(|number| pending & (1 << number) != 0) {
+                    self.serve_queue(number, vrings);
+                }
+            }
+            TIMER => {
+                // A timer that was stopped by now has nothing to read, and what matters is that it was due.
+                let _ = self.timer.wait();
+                lock(&self.stats).want();
+                if let Some(number) = Kind::Stats.number(self.acked.load(SeqCst)) {
+                    self.serve_queue(number, vrings);
+                }
+            }
+            _ => {
+                *lock(&self.answered) = Some(Instant::now());
+                self.serve_queue(event.into(), vrings);
+            }
+        }
+        Ok(())
+    }
+}

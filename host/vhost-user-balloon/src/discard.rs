@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Giving memory back to the host.
+//!
+//! The guest's memory is in files that the front end has sent, and the host gets a piece of it back by a
+//! hole in the file. The file is never mapped for that: the front end and the guest see zeroes in the
+//! hole, and writing to it allocates memory again.
+//!
+//! The piece that a file can lose is its granule: a huge page of hugetlbfs, a huge page of shared memory
+//! where the host gives it such, or the host's page. A hole in a part of a granule would give back nothing
+//! (hugetlbfs) or split a huge page, so only whole granules are punched.
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use balloon_wire::BALLOON_PAGE_SIZE;
+use log::error;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::counters::Counters;
+
+const SHMEM_HUGE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// The size of a transparent huge page in bytes.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Which granule shared memory has. That of hugetlbfs is the file's own in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Granularity {
+    /// A huge page if the host gives shared memory huge pages, else the host's page.
+    #[default]
+    Auto,
+    /// So many bytes.
+    Bytes(u64),
+}
+
+impl FromStr for Granularity {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "4K" => Ok(Self::Bytes(BALLOON_PAGE_SIZE)),
+            "2M" => Ok(Self::Bytes(HUGE_PAGE)),
+            _ => Err("use auto, 4K or 2M".to_owned()),
+        }
+    }
+}
+
+impl Granularity {
+    /// The granule of memory in `file` in bytes: a power of two, and a whole number of balloon pages.
+    pub fn of(self, file: &File) -> u64 {
+        let page = sysconf(SysconfVar::PAGE_SIZE)
+            .ok()
+            .flatten()
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            .unwrap_or(BALLOON_PAGE_SIZE);
+        let granule = match (fstatfs(file), self) {
+            (Ok(stat), _) if stat.filesystem_type() == HUGETLBFS_MAGIC => {
+                u64::try_from(stat.block_size()).unwrap_or(HUGE_PAGE)
+            }
+            (_, Self::Bytes(bytes)) => bytes,
+            (Ok(stat), Self::Auto) if stat.filesystem_type() == TMPFS_MAGIC && huge_shmem() => {
+                HUGE_PAGE
+            }
+            _ => page,
+        };
+        granule
+            .checked_next_power_of_two()
+            .unwrap_or(HUGE_PAGE)
+            .max(page)
+            .max(BALLOON_PAGE_SIZE)
+    }
+}
+
+/// Whether the host has huge pages for shared memory. QEMU asks for them with madvise(), so `advise`
+/// counts.
+fn huge_shmem() -> bool {
+    fs::read_to_string(SHMEM_HUGE).is_ok_and(|text| is_huge(&text))
+}
+
+fn is_huge(setting: &str) -> bool {
+    ["[always]", "[within_size]", "[advise]", "[force]"]
+        .iter()
+        .any(|value| setting.contains(value))
+}
+
+/// A piece of the guest's memory: a range of bytes of a file.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// The file.
+    pub file: Arc<File>,
+    /// The range in bytes.
+    pub range: Range<u64>,
+}
+
+/// Pieces, where one that continues the last one becomes a part of it.
+#[derive(Debug, Default)]
+pub struct Pieces(Vec<Piece>);
+
+impl Pieces {
+    /// Adds a range of bytes of a file.
+    pub fn push(&mut self, file: &Arc<File>, range: Range<u64>) {
+        match self.0.last_mut() {
+            Some(last) if last.range.end == range.start && Arc::ptr_eq(&last.file, file) => {
+                last.range.end = range.end;
+            }
+            _ => self.0.push(Piece {
+                file: Arc::clone(file),
+                range,
+            }),
+        }
+    }
+
+    /// Removes all.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// What gives memory back, and takes it again.
+#[derive(Debug, Default)]
+pub struct Discarder {
+    /// The errors that were logged: one that comes once comes for every piece.
+    logged: Vec<Errno>,
+}
+
+impl Discarder {
+    /// Punches a hole for each of the pieces, which are none afterwards.
+    pub fn discard(&mut self, pieces: &mut Pieces, counters: &Counters) {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for piece in pieces.0.drain(..) {
+            match allocate(&piece, flags) {
+                Ok(()) => {
+                    counters.discards.add(1);
+                    counters
+                        .discarded
+                        .add(piece.range.end.saturating_sub(piece.range.start));
+                }
+                Err(errno) => {
+                    counters.discard_failures.add(1);
+                    if self.is_new(errno) {
+                        error!(
+                            "cannot give memory back to the host: {errno}; have the VMM use a memory file \
+                             that can have holes, as QEMU's memory-backend-memfd with share=on is"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Has memory ready for each of the pieces, which are none afterwards.
+    pub fn prefault(&mut self, pieces: &mut Pieces) {
+        for piece in pieces.0.drain(..) {
+            if let Err(errno) = allocate(&piece, FallocateFlags::empty()) {
+                if self.is_new(errno) {
+                    error!(
+                        "cannot have memory ready for the guest: {errno}; it gets its memory when it writes \
+                         to it, if the host has some"
+                    );
+                }
+            }
+        }
+    }
+}
+
+impl Discarder {
+    fn is_new(&mut self, errno: Errno) -> bool {
+        let new = !self.logged.contains(&errno);
+        if new {
+            self.logged.push(errno);
+        }
+        new
+    }
+}
+
+fn allocate(piece: &Piece, flags: FallocateFlags) -> Result<(), Errno> {
+    let offset = i64::try_from(piece.range.start).map_err(|_| Errno::EFBIG)?;
+    let length = piece.range.end.saturating_sub(piece.range.start);
+    let length = i64::try_from(length).map_err(|_| Errno::EFBIG)?;
+    loop {
+        match fallocate(&piece.file, flags, offset, length) {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::memory_file;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    #[test]
+    fn neighbours_become_one_hole() {
+        let file = memory_file(64 << 10);
+        file.write_all_at(&[1; 64 << 10], 0).unwrap();
+        let blocks = file.metadata().unwrap().blocks();
+
+        let mut pieces = Pieces::default();
+        for page in [1, 2, 3, 8] {
+            pieces.push(&file, page * 4096..(page + 1) * 4096);
+        }
+        let counters = Counters::default();
+        Discarder::default().discard(&mut pieces, &counters);
+        assert_eq!(counters.discards.get(), 2);
+        assert_eq!(counters.discarded.get(), 4 * 4096);
+        assert_eq!(file.metadata().unwrap().blocks(), blocks - 4 * 8);
+
+        let mut bytes = vec![0; 64 << 10];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        for (page, bytes) in bytes.chunks(4096).enumerate() {
+            let expected = u8::from(![1, 2, 3, 8].contains(&page));
+            assert!(bytes.iter().all(|&byte| byte == expected), "page {page}");
+        }
+
+        pieces.push(&file, 4096..8192);
+        Discarder::default().prefault(&mut pieces);
+        assert_eq!(file.metadata().unwrap().blocks(), blocks - 3 * 8);
+    }
+
+    #[test]
+    fn a_file_without_holes_is_counted() {
+        let file = Arc::new(File::open("/dev/null").unwrap());
+        let mut pieces = Pieces::default();
+        pieces.push(&file, 0..4096);
+        let counters = Counters::default();
+        Discarder::default().discard(&mut pieces, &counters);
+        assert_eq!(counters.discard_failures.get(), 1);
+        assert_eq!(counters.discarded.get(), 0);
+    }
+
+    #[test]
+    fn the_granule_is_what_was_asked_for() {
+        let file = memory_file(4096);
+        assert_eq!(Granularity::Bytes(HUGE_PAGE).of(&file), HUGE_PAGE);
+        assert_eq!(Granularity::Bytes(1).of(&file), 4096);
+        assert_eq!("2M".parse(), Ok(Granularity::Bytes(HUGE_PAGE)));
+        assert!("3M".parse::<Granularity>().is_err());
+    }
+
+    #[test]
+    fn huge_pages_are_found() {
+        assert!(is_huge("always within_size [advise] never deny force"));
+        assert!(!is_huge("always within_size advise [never] deny force"));
+    }
+}

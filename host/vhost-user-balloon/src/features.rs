@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The features that the device can offer.
+
+use std::fmt;
+
+use balloon_wire::{
+    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+    VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STOP_REASON, config,
+};
+use clap::ValueEnum;
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+/// A feature that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Feature {
+    /// The guest does not use a page that it takes back before the device knows.
+    MustTellHost,
+    /// The guest sends memory statistics.
+    Stats,
+    /// The guest takes memory back rather than run out of it.
+    DeflateOnOom,
+    /// The guest tells on request which memory is free.
+    FreePageHinting,
+    /// The guest tells what its free pages hold.
+    PagePoison,
+    /// The guest tells of free memory by itself.
+    FreePageReporting,
+    /// Each side tells from which message on it wants to be notified.
+    EventIdx,
+    /// The guest tells why it stops short of the target; an extension.
+    #[value(skip)]
+    StopReason,
+}
+
+impl Feature {
+    const ALL: [Self; 8] = [
+        Self::MustTellHost,
+        Self::Stats,
+        Self::DeflateOnOom,
+        Self::FreePageHinting,
+        Self::PagePoison,
+        Self::FreePageReporting,
+        Self::EventIdx,
+        Self::StopReason,
+    ];
+
+    /// The feature's bit, alone.
+    pub const fn mask(self) -> u64 {
+        1 << match self {
+            Self::MustTellHost => VIRTIO_BALLOON_F_MUST_TELL_HOST,
+            Self::Stats => VIRTIO_BALLOON_F_STATS_VQ,
+            Self::DeflateOnOom => VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+            Self::FreePageHinting => VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+            Self::PagePoison => VIRTIO_BALLOON_F_PAGE_POISON,
+            Self::FreePageReporting => VIRTIO_BALLOON_F_REPORTING,
+            Self::EventIdx => VIRTIO_RING_F_EVENT_IDX,
+            Self::StopReason => VIRTIO_BALLOON_F_STOP_REASON,
+        }
+    }
+}
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MustTellHost => "must-tell-host",
+            Self::Stats => "stats",
+            Self::DeflateOnOom => "deflate-on-oom",
+            Self::FreePageHinting => "free-page-hinting",
+            Self::PagePoison => "page-poison",
+            Self::FreePageReporting => "free-page-reporting",
+            Self::EventIdx => "event-idx",
+            Self::StopReason => "stop-reason",
+        })
+    }
+}
+
+/// The names of the features in a set.
+pub fn names(features: u64) -> Vec<String> {
+    Feature::ALL
+        .iter()
+        .filter(|feature| features & feature.mask() != 0)
+        .map(ToString::to_string)
+        .collect()
+}
+
+/// What the device offers: these features, and those that it cannot do without.
+pub fn offer(features: &[Feature], extensions: bool) -> u64 {
+    let chosen = features.iter().fold(0, |set, feature| set | feature.mask());
+    let extensions = if extensions {
+        Feature::StopReason.mask()
+    } else {
+        0
+    };
+    chosen
+        | extensions
+        | (1 << VIRTIO_F_VERSION_1)
+        | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+}
+
+/// How much of the configuration space a driver may read, in bytes.
+pub fn config_size(features: u64) -> usize {
+    let has = |feature: Feature| features & feature.mask() != 0;
+    if has(Feature::StopReason) {
+        config::SIZE
+    } else if has(Feature::PagePoison) {
+        config::DISCARD_GRANULE
+    } else if has(Feature::FreePageHinting) {
+        config::POISON_VAL
+    } else {
+        config::FREE_PAGE_HINT_CMD_ID
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for feature in Feature::value_variants() {
+            let value = feature.to_possible_value().unwrap();
+            assert_eq!(value.get_name(), feature.to_string());
+            assert_eq!(names(feature.mask()), [feature.to_string()]);
+        }
+    }
+
+    #[test]
+    fn extensions_are_offered_on_request() {
+        assert_eq!(names(offer(&[Feature::Stats], false)), ["stats"]);
+        assert_eq!(names(offer(&[], true)), ["stop-reason"]);
+    }
+
+    #[test]
+    fn the_configuration_space_grows_with_the_features() {
+        let sizes = [
+            offer(&[Feature::Stats], false),
+            offer(&[Feature::FreePageHinting], false),
+            offer(&[Feature::PagePoison], false),
+            offer(&[], true),
+        ];
+        assert_eq!(sizes.map(config_size), [8, 12, 16, 24]);
+    }
+}

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Free page hinting (specification, clause 5.5.6.5).
+//!
+//! The host has a command id in the configuration space. The guest sends the id, then buffers of memory
+//! that was free, then the id that stands for the end.
+//!
+//! Hinted memory is never given back to the host: the guest may take it into use again at any time, before
+//! the device has even seen the hint, and what it has written would be lost. A hint says only that the
+//! contents before the command may be left out of a copy, by those who know what was written since.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::counters::{Counters, Refusal};
+use crate::queue::{Chain, Receiver, buffers, read};
+
+const STOP: u32 = VIRTIO_BALLOON_CMD_ID_STOP;
+const DONE: u32 = VIRTIO_BALLOON_CMD_ID_DONE;
+
+/// How many ranges are kept for a command.
+const MAX_RANGES: usize = 64 << 10;
+
+/// The command and what was hinted for it.
+#[derive(Debug)]
+pub struct Hints {
+    /// What the configuration space has.
+    command: u32,
+    /// The last id that was given out.
+    last: u32,
+    /// The id of the command that the guest has begun to answer, and not ended yet.
+    open: Option<u32>,
+    /// The memory that was hinted for the command, by guest physical addresses in bytes.
+    ranges: BTreeMap<u64, u64>,
+}
+
+impl Default for Hints {
+    fn default() -> Self {
+        Self {
+            command: DONE,
+            last: DONE,
+            open: None,
+            ranges: BTreeMap::new(),
+        }
+    }
+}
+
+impl Hints {
+    /// What the configuration space has.
+    pub fn command(&self) -> u32 {
+        self.command
+    }
+
+    /// Has the guest send hints under a new id. An id is not given out again while the guest may be
+    /// answering to it.
+    pub fn start(&mut self) {
+        loop {
+            self.last = self.last.wrapping_add(1);
+            if self.last != STOP && self.last != DONE && self.open != Some(self.last) {
+                break;
+            }
+        }
+        self.command = self.last;
+        self.ranges.clear();
+    }
+
+    /// Has the guest send no more hints, and keep the memory that it has hinted.
+    pub fn stop(&mut self) {
+        self.command = STOP;
+    }
+
+    /// Has the guest take back the memory that it has hinted.
+    pub fn done(&mut self) {
+        self.command = DONE;
+        self.ranges.clear();
+    }
+
+    /// Takes note that the guest has a new driver, which knows of no command.
+    pub fn restart(&mut self) {
+        self.done();
+        self.open = None;
+    }
+
+    /// The guest says which command it answers to, or that it has no more hints.
+    fn announce(&mut self, id: u32) {
+        self.open = if id == STOP { None } else { Some(id) };
+    }
+
+    /// Adds a range to the set, and returns how many of its bytes are new. Ranges past the limit are
+    /// left out, which is no loss: a hint that is not known costs time, nothing else.
+    fn add(&mut self, range: &Range<u64>) -> u64 {
+        let (mut start, mut end) = (range.start, range.end);
+        let mut known = 0;
+        while let Some((&first, &last)) = self.ranges.range(..=end).next_back() {
+            if last < start {
+                break;
+            }
+            known += last.min(range.end).saturating_sub(first.max(range.start));
+            start = start.min(first);
+            end = end.max(last);
+            self.ranges.remove(&first);
+        }
+        if self.ranges.len() >= MAX_RANGES {
+            return 0;
+        }
+        self.ranges.insert(start, end);
+        (range.end - range.start).saturating_sub(known)
+    }
+}
+
+/// What receives the messages of the hinting queue.
+#[derive(Debug)]
+pub struct Hinting<'a> {
+    /// The guest's memory, where the messages are.
+    pub memory: &'a GuestMemoryMmap,
+    /// What was hinted.
+    pub hints: &'a mut Hints,
+    /// What is counted.
+    pub counters: &'a Counters,
+}
+
+impl Hinting<'_> {
+    fn hint(&mut self, chain: Chain<'_>) -> Result<(), Refusal> {
+        let mut id = Vec::new();
+        read(self.memory, chain.clone(), size_of::<u32>(), &mut id)?;
+        match <[u8; 4]>::try_from(id.as_slice()) {
+            Ok(id) => self.hints.announce(u32::from_le_bytes(id)),
+            Err(_) if !id.is_empty() => return Err(Refusal::Truncated),
+            Err(_) => {}
+        }
+        let mut result = Ok(());
+        let whole = buffers(chain, |descriptor| {
+            if !descriptor.is_write_only() {
+                return;
+            }
+            if self.hints.open != Some(self.hints.command) {
+                result = Err(Refusal::StaleHint);
+                return;
+            }
+            let start = descriptor.addr();
+            let length = u64::from(descriptor.len());
+            let inside = self
+                .memory
+                .check_range(start, usize::try_from(length).unwrap_or(usize::MAX));
+            match start.raw_value().checked_add(length) {
+                Some(end) if inside && length > 0 => {
+                    self.counters
+                        .hinted
+                        .add(self.hints.add(&(start.raw_value()..end)));
+                }
+                _ => result = Err(Refusal::OutsideMemory),
+            }
+        });
+        result.and(whole)
+    }
+}
+
+impl Receiver for Hinting<'_> {
+    fn take(&mut self, chain: Chain<'_>) -> bool {
+        if let Err(reason) = self.hint(chain) {
+            self.counters.refuse(reason);
+        }
+        true
+    }
+
+    fn finish(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::counters::Counter;
+    use crate::queue::serve;
+    use crate::testing::GuestQueue;
+
+    fn run(guest: &GuestQueue, hints: &mut Hints) -> Counters {
+        let counters = Counters::default();
+        let mut receiver = Hinting {
+            memory: &guest.memory,
+            hints,
+            counters: &counters,
+        };
+        serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &mut Vec::new(),
+            &counters,
+            &Counter::default(),
+            &mut receiver,
+        );
+        counters
+    }
+
+    #[test]
+    fn hints_belong_to_their_command() {
+        let mut guest = GuestQueue::new();
+        let mut hints = Hints::default();
+        hints.start();
+        let id = hints.command();
+        guest.send(&[&id.to_le_bytes()]);
+        guest.send_writable(&[(1 << 20, 4096), (2 << 20, 8192)]);
+        guest.send_writable(&[(1 << 20, 4096)]);
+        guest.send(&[&STOP.to_le_bytes()]);
+        guest.send_writable(&[(3 << 20, 4096)]);
+        let counters = run(&guest, &mut hints);
+        assert_eq!(counters.hinted.get(), 3 * 4096);
+        assert_eq!(counters.refused(Refusal::StaleHint), 1);
+        assert_eq!(guest.used(), 5);
+
+        hints.start();
+        guest.send(&[&id.to_le_bytes()]);
+        guest.send_writable(&[(1 << 20, 4096)]);
+        let counters = run(&guest, &mut hints);
+        assert_eq!(counters.hinted.get(), 0);
+        assert_eq!(counters.refused(Refusal::StaleHint), 1);
+    }
+
+    #[test]
+    fn hints_outside_memory_are_refused() {
+        let mut guest = GuestQueue::new();
+        let mut hints = Hints::default();
+        hints.start();
+        guest.send(&[&hints.command().to_le_bytes()]);
+        guest.send_writable(&[((16 << 20) - 4096, 8192)]);
+        guest.send(&[b"ab"]);
+        let counters = run(&guest, &mut hints);
+        assert_eq!(counters.refused(Refusal::OutsideMemory), 1);
+        assert_eq!(counters.refused(Refusal::Truncated), 1);
+        assert_eq!(counters.hinted.get(), 0);
+    }
+
+    #[test]
+    fn ids_skip_what_stands_for_something_else() {
+        let mut hints = Hints {
+            last: u32::MAX - 1,
+            open: Some(2),
+            ..Hints::default()
+        };
+        hints.start();
+        assert_eq!(hints.command(), u32::MAX);
+        hints.start();
+        assert_eq!(hints.command(), 3);
+        hints.stop();
+        assert_eq!(hints.command(), STOP);
+        hints.done();
+        assert_eq!(hints.command(), DONE);
+    }
+
+    #[test]
+    fn ranges_are_counted_once() {
+        let mut hints = Hints::default();
+        assert_eq!(hints.add(&(10..20)), 10);
+        assert_eq!(hints.add(&(30..40)), 10);
+        assert_eq!(hints.add(&(15..35)), 10);
+        assert_eq!(hints.ranges, BTreeMap::from([(10, 40)]));
+        assert_eq!(hints.add(&(0..50)), 20);
+        assert_eq!(hints.ranges, BTreeMap::from([(0, 50)]));
+    }
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Inflating: the guest gives pages away (specification, clause 5.5.6).
+//!
+//! The device may change a page only from the moment that it sees it on the queue until it uses the buffer
+//! that named it. So all holes for the messages of a batch are punched before the first of them is used,
+//! and pages that are named by several messages of a batch can share a hole.
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::balloon::Balloon;
+use crate::counters::{Counters, Refusal};
+use crate::discard::{Discarder, Pieces};
+use crate::pfns::Pfns;
+use crate::queue::{Chain, Receiver};
+
+/// What receives the messages of the inflate queue.
+#[derive(Debug)]
+pub struct Inflate<'a> {
+    /// The guest's memory, where the messages are.
+    pub memory: &'a GuestMemoryMmap,
+    /// Where the pages go.
+    pub balloon: &'a mut Balloon,
+    /// What gives them back to the host.
+    pub discarder: &'a mut Discarder,
+    /// What is counted.
+    pub counters: &'a Counters,
+    /// Space for the PFNs of a batch.
+    pub pfns: &'a mut Pfns,
+    /// Space for the pieces of a batch.
+    pub pieces: &'a mut Pieces,
+}
+
+impl Receiver for Inflate<'_> {
+    fn take(&mut self, chain: Chain<'_>) -> bool {
+        self.pfns.read(self.memory, chain, self.counters)
+    }
+
+    fn finish(&mut self) {
+        let tally = self.balloon.inflate(self.pfns.sorted(), self.pieces);
+        self.pfns.clear();
+        self.discarder.discard(self.pieces, self.counters);
+        tally.count(
+            &self.counters.inflated,
+            Refusal::AlreadyInBalloon,
+            self.counters,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::counters::Counter;
+    use crate::discard::Granularity;
+    use crate::queue::serve;
+    use crate::testing::GuestQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// Runs the messages of the queue, and returns what was counted.
+    fn run(guest: &GuestQueue, balloon: &mut Balloon) -> Counters {
+        let counters = Counters::default();
+        let mut receiver = Inflate {
+            memory: &guest.memory,
+            balloon,
+            discarder: &mut Discarder::default(),
+            counters: &counters,
+            pfns: &mut Pfns::default(),
+            pieces: &mut Pieces::default(),
+        };
+        let mut heads = Vec::new();
+        let messages = Counter::default();
+        serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &mut heads,
+            &counters,
+            &messages,
+            &mut receiver,
+        );
+        counters
+    }
+
+    fn guest() -> (GuestQueue, Balloon) {
+        let guest = GuestQueue::new();
+        guest
+            .memory
+            .write_slice(&[1; 8 * 4096], GuestAddress(1 << 20))
+            .unwrap();
+        let mut balloon = Balloon::default();
+        balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
+        (guest, balloon)
+    }
+
+    fn page(guest: &GuestQueue, pfn: u64) -> u8 {
+        guest.memory.read_obj(GuestAddress(pfn * 4096)).unwrap()
+    }
+
+    #[test]
+    fn messages_of_a_batch_share_a_hole() {
+        let (mut guest, mut balloon) = guest();
+        guest.send(&[&[0x03, 1, 0, 0, 0x02, 1], &[0, 0, 0x01, 1, 0, 0]]);
+        guest.send(&[&[0x00, 1, 0, 0]]);
+        let counters = run(&guest, &mut balloon);
+        assert_eq!(counters.discards.get(), 1);
+        assert_eq!(counters.inflated.get(), 4 * 4096);
+        assert_eq!([0xff, 0x104].map(|pfn| page(&guest, pfn)), [0, 1]);
+        assert_eq!(
+            [0x100, 0x101, 0x102, 0x103].map(|pfn| page(&guest, pfn)),
+            [0; 4]
+        );
+        assert_eq!(guest.used(), 2);
+    }
+
+    #[test]
+    fn a_page_is_punched_once() {
+        let (mut guest, mut balloon) = guest();
+        guest.send(&[&[0, 1, 0, 0]]);
+        run(&guest, &mut balloon);
+        guest.memory.write_obj(7_u8, GuestAddress(1 << 20)).unwrap();
+        guest.send(&[&[0, 1, 0, 0]]);
+        let counters = run(&guest, &mut balloon);
+        assert_eq!(counters.refused(Refusal::AlreadyInBalloon), 1);
+        assert_eq!(counters.discards.get(), 0);
+        assert_eq!(page(&guest, 0x100), 7);
+        assert_eq!(guest.used(), 2);
+    }
+
+    #[test]
+    fn what_is_no_list_of_pages_is_refused() {
+        let (mut guest, mut balloon) = guest();
+        guest.send(&[&[0, 1, 0, 0, 1]]);
+        guest.send(&[&[]]);
+        guest.send(&[&[0xff, 0xff, 0xff, 0xff]]);
+        let counters = run(&guest, &mut balloon);
+        assert_eq!(counters.refused(Refusal::Truncated), 2);
+        assert_eq!(counters.refused(Refusal::OutsideMemory), 1);
+        assert_eq!(counters.discards.get(), 0);
+        assert_eq!(page(&guest, 0x100), 1);
+        assert_eq!(guest.used(), 3);
+    }
+}

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A vhost-user device daemon that is a virtio balloon (specification, clause 5.5), with the extension of
+//! `uapi/linux/virtio_balloon_ext.h`.
+//!
+//! Each VM has a daemon of its own, which serves one front end at a time. So each can have a user of its
+//! own, and what goes wrong in one daemon stays with its VM: a crash, a leak, or a guest that keeps it busy.
+//!
+//! A message goes through these modules: [`relay`] and the vhost-user library set the queues up,
+//! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
+//! [`inflate`], [`deflate`], [`stats`], [`hinting`] and [`reporting`] make sense of them, [`balloon`] knows
+//! the guest's memory and what of it is in the balloon, and [`discard`] gives memory back to the host.
+
+pub mod balloon;
+pub mod config;
+mod control;
+pub mod counters;
+pub mod daemon;
+pub mod deflate;
+pub mod device;
+pub mod discard;
+pub mod features;
+pub mod hinting;
+pub mod inflate;
+pub mod metrics;
+pub mod options;
+pub mod pfns;
+pub mod queue;
+pub mod relay;
+pub mod reporting;
+pub mod state;
+pub mod stats;
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The numbers for a monitoring system, in Prometheus' text exposition format.
+
+use std::fmt::Write;
+
+use balloon_control::Info;
+
+/// Writes the state of a balloon as metrics.
+pub fn text(info: &Info) -> String {
+    let counters = &info.counters;
+    let mut metrics = Metrics::default();
+    metrics.one(
+        "gauge",
+        "target_bytes",
+        "What the guest is asked to give away.",
+        info.target,
+    );
+    metrics.one(
+        "gauge",
+        "size_bytes",
+        "What the guest has given away.",
+        info.size,
+    );
+    if let Some(memory) = info.memory {
+        metrics.one("gauge", "guest_memory_bytes", "The guest's memory.", memory);
+    }
+    let (connected, driver) = (info.guest.connected.into(), info.guest.driver.into());
+    metrics.one(
+        "gauge",
+        "connected",
+        "Whether a VMM is connected.",
+        connected,
+    );
+    metrics.one(
+        "gauge",
+        "driver",
+        "Whether the guest has a driver at work.",
+        driver,
+    );
+    if let Some(answered) = info.guest.answered {
+        let help = "Time since the guest did something.";
+        metrics.one("gauge", "guest_answered_seconds", help, answered);
+    }
+    for (name, help, value) in [
+        (
+            "inflated_bytes_total",
+            "What went into the balloon.",
+            counters.inflated,
+        ),
+        (
+            "deflated_bytes_total",
+            "What came out of the balloon.",
+            counters.deflated,
+        ),
+        (
+            "discarded_bytes_total",
+            "What was given back to the host.",
+            counters.discarded,
+        ),
+        (
+            "discards_total",
+            "How often memory was given back.",
+            counters.discards,
+        ),
+        (
+            "discard_failures_total",
+            "How often that failed.",
+            counters.discard_failures,
+        ),
+        (
+            "reported_bytes_total",
+            "What was reported as free.",
+            counters.reported,
+        ),
+        (
+            "hinted_bytes_total",
+            "What was hinted as free.",
+            counters.hinted,
+        ),
+    ] {
+        metrics.one("counter", name, help, value);
+    }
+    let messages = counters.messages;
+    metrics.head("counter", "messages_total", "Messages of the guest.");
+    for (queue, value) in [
+        ("inflate", messages.inflate),
+        ("deflate", messages.deflate),
+        ("stats", messages.stats),
+        ("hints", messages.hints),
+        ("reports", messages.reports),
+    ] {
+        metrics.line("messages_total", &format!("{{queue=\"{queue}\"}}"), value);
+    }
+    metrics.head(
+        "counter",
+        "refused_total",
+        "Messages with something that was refused.",
+    );
+    for (reason, &value) in &counters.refused {
+        metrics.line("refused_total", &format!("{{reason=\"{reason}\"}}"), value);
+    }
+    metrics.0
+}
+
+#[derive(Default)]
+struct Metrics(String);
+
+impl Metrics {
+    fn one(&mut self, kind: &str, name: &str, help: &str, value: u64) {
+        self.head(kind, name, help);
+        self.line(name, "", value);
+    }
+
+    // Writing to a string does not fail.
+    fn head(&mut self, kind: &str, name: &str, help: &str) {
+        let _ = writeln!(self.0, "# HELP balloon_{name} {help}");
+        let _ = writeln!(self.0, "# TYPE balloon_{name} {kind}");
+    }
+
+    fn line(&mut self, name: &str, labels: &str, value: u64) {
+        let _ = writeln!(self.0, "balloon_{name}{labels} {value}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use balloon_control::{Counters, Guest, Messages};
+
+    #[test]
+    fn metrics_have_their_types_and_labels() {
+        let info = Info {
+            target: 4096,
+            size: 0,
+            memory: Some(1 << 30),
+            granule: 4096,
+            stats_interval: 10,
+            uptime: 1,
+            guest: Guest {
+                connected: true,
+                ..Guest::default()
+            },
+            counters: Counters {
+                inflated: 8192,
+                messages: Messages {
+                    reports: 3,
+                    ..Messages::default()
+                },
+                refused: [("truncated".to_owned(), 2)].into(),
+                ..Counters::default()
+            },
+        };
+        let text = text(&info);
+        for expected in [
+            "# TYPE balloon_target_bytes gauge\nballoon_target_bytes 4096\n",
+            "# TYPE balloon_inflated_bytes_total counter\nballoon_inflated_bytes_total 8192\n",
+            "balloon_messages_total{queue=\"reports\"} 3\n",
+            "balloon_refused_total{reason=\"truncated\"} 2\n",
+            "balloon_connected 1\nballoon_driver".split_at(20).0,
+        ] {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
+        assert!(!text.contains("answered"), "{text}");
+        // Every metric is described once.
+        let mut names: Vec<_> = text
+            .lines()
+            .filter(|line| line.starts_with("# TYPE"))
+            .collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+    }
+}

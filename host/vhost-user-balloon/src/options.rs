@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use log::LevelFilter;
+
+use crate::device::Settings;
+use crate::discard::Granularity;
+use crate::features::{Feature, offer};
+
+/// A virtio memory balloon for one VM, as a vhost-user device.
+///
+/// QEMU uses it with
+///
+///   -object memory-backend-memfd,id=m,size=8G,share=on -machine q35,memory-backend=m
+///   -chardev socket,id=c,path=SOCKET,reconnect-ms=1000
+///   -device vhost-user-test-device-pci,chardev=c,virtio-id=5,num_vqs=5,vq_size=256,config_size=24
+///
+/// The daemon serves one VMM at a time, and waits for the next one when that is gone. It ends on SIGTERM
+/// and SIGINT. It needs no privileges: only the sockets' directories, the state file's, and a memory file
+/// that the VMM hands over.
+#[derive(Clone, Debug, Parser)]
+#[command(version, verbatim_doc_comment)]
+pub struct Options {
+    /// The socket that the VMM connects to; only the user whom the daemon runs as may
+    #[arg(long, value_name = "PATH", required_unless_present = "man")]
+    pub socket: Option<PathBuf>,
+
+    /// The socket that balloonctl connects to; only the user whom the daemon runs as may
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// Keep the target, the balloon's size and the interval of the statistics in this file, for a
+    /// restart of the daemon while the VM goes on
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
+
+    /// The features to offer
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "stats,free-page-hinting,page-poison,free-page-reporting,event-idx"
+    )]
+    pub features: Vec<Feature>,
+
+    /// Offer the features of the extended protocol, which are not in the virtio specification; QEMU's
+    /// device needs config_size=24 then, and 16 otherwise
+    #[arg(long)]
+    pub extensions: bool,
+
+    /// How often the guest is asked for statistics at first; 0 is never
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub stats_interval: u32,
+
+    /// The smallest piece of shared memory to give back: auto, 4K or 2M. auto is 2M where the host has
+    /// huge pages for shared memory. Memory in hugetlbfs is given back by its own huge pages
+    #[arg(long, value_name = "SIZE", default_value = "auto")]
+    pub granule: Granularity,
+
+    /// Have memory ready for what comes out of the balloon
+    #[arg(long)]
+    pub prefault: bool,
+
+    /// What to log to the standard error: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
+    pub log: LevelFilter,
+
+    /// Write the man page to this directory, and do nothing else
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub man: Option<PathBuf>,
+}
+
+impl Options {
+    /// How the device is to be.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            features: offer(&self.features, self.extensions),
+            granularity: self.granule,
+            prefault: self.prefault,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::features::names;
+    use clap::CommandFactory;
+
+    fn parse(arguments: &[&str]) -> Result<Options, clap::Error> {
+        Options::try_parse_from(["vhost-user-balloon"].iter().chain(arguments))
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Options::command().debug_assert();
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--man", "."]).is_ok());
+        assert!(parse(&["--socket", "s", "--features", "nonsense"]).is_err());
+        assert!(parse(&["--socket", "s", "--features", "stop-reason"]).is_err());
+    }
+
+    #[test]
+    fn features_are_chosen() {
+        let offered = |arguments: &[&str]| {
+            let arguments = [&["--socket", "s"], arguments].concat();
+            names(parse(&arguments).unwrap().settings().features)
+        };
+        assert_eq!(
+            offered(&[]),
+            [
+                "stats",
+                "free-page-hinting",
+                "page-poison",
+                "free-page-reporting",
+                "event-idx"
+            ]
+        );
+        assert_eq!(
+            offered(&["--features", "stats,must-tell-host", "--extensions"]),
+            ["must-tell-host", "stats", "stop-reason"]
+        );
+    }
+}

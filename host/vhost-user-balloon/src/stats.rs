@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory statistics (specification, clause 5.5.6.3).
+//!
+//! The guest always has one buffer with statistics on the queue. The device uses it when it wants a new
+//! sample, and the guest fills it again. Until then it stays in the available ring and is only looked at:
+//! a front end that stops the queue finds it there.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use balloon_control::{Stat, Stats as Answer};
+use balloon_wire::stat;
+use vhost_user_backend::VringState;
+use virtio_queue::{Error, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use crate::counters::{Counter, Counters, Refusal};
+use crate::queue::{complete, read, wants_notification};
+
+/// How long a message may be, in bytes: many times what every tag that there is takes.
+const MAX_MESSAGE: usize = 4096;
+
+/// What a guest has sent.
+#[derive(Clone, Debug)]
+struct Sample {
+    values: BTreeMap<Stat, u64>,
+    sequence: u64,
+    at: Instant,
+}
+
+/// The last sample, and whether another one is wanted.
+#[derive(Debug, Default)]
+pub struct Stats {
+    sample: Option<Sample>,
+    wanted: bool,
+    /// The position in the available ring of the buffer that was looked at.
+    seen: Option<u16>,
+    bytes: Vec<u8>,
+}
+
+impl Stats {
+    /// Has the guest send a new sample.
+    pub fn want(&mut self) {
+        self.wanted = true;
+    }
+
+    /// Takes note that the queue begins anew. What is in the buffer may be as old as the pause.
+    pub fn restart(&mut self) {
+        self.seen = None;
+        self.wanted = true;
+    }
+
+    /// The number of the last sample. 0 is none.
+    pub fn sequence(&self) -> u64 {
+        self.sample.as_ref().map_or(0, |sample| sample.sequence)
+    }
+
+    /// The last sample.
+    pub fn answer(&self) -> Option<Answer> {
+        self.sample.as_ref().map(|sample| Answer {
+            age: sample.at.elapsed().as_secs(),
+            sequence: sample.sequence,
+            values: sample.values.clone(),
+        })
+    }
+
+    /// Looks at what is on the queue, and gives it back if another sample is wanted.
+    pub fn serve(
+        &mut self,
+        vring: &mut VringState,
+        memory: &GuestMemoryMmap,
+        counters: &Counters,
+        messages: &Counter,
+    ) {
+        match self.look(vring, memory, counters, messages) {
+            Ok(true) => {
+                // The front end may be gone, which its socket will tell.
+                let _ = vring.signal_used_queue();
+            }
+            Ok(false) => {}
+            Err(_) => counters.refuse(Refusal::BadChain),
+        }
+    }
+
+    /// Returns whether the guest wants to be told of a buffer that it got back.
+    fn look(
+        &mut self,
+        vring: &mut VringState,
+        memory: &GuestMemoryMmap,
+        counters: &Counters,
+        messages: &Counter,
+    ) -> Result<bool, Error> {
+        let queue = vring.get_queue_mut();
+        if !queue.ready() {
+            return Ok(false);
+        }
+        let mut used = false;
+        // A guest may have one buffer on the queue, and one more for each that it got back here.
+        for _ in 0..2 {
+            // The guest is to tell of the buffer after this one.
+            let position = queue.next_avail();
+            queue.set_next_avail(position.wrapping_add(1));
+            queue.enable_notification(memory)?;
+            queue.set_next_avail(position);
+
+            let mut available = queue.iter(memory)?;
+            let Some(chain) = available.next() else { break };
+            let head = chain.head_index();
+            if self.seen != Some(position) {
+                self.seen = Some(position);
+                messages.add(1);
+                self.bytes.clear();
+                match read(memory, chain, MAX_MESSAGE, &mut self.bytes) {
+                    Ok(()) => self.parse(counters),
+                    Err(reason) => counters.refuse(reason),
+                }
+            }
+            if !self.wanted {
+                available.go_to_previous_position();
+                break;
+            }
+            self.wanted = false;
+            self.seen = None;
+            complete(queue, memory, head, counters)?;
+            used = true;
+        }
+        Ok(used && wants_notification(queue, memory)?)
+    }
+
+    /// Tags that are not known are passed over, whatever their order (specification, clause 5.5.6.3.2).
+    fn parse(&mut self, counters: &Counters) {
+        if self.bytes.len() % stat::SIZE != 0 {
+            counters.refuse(Refusal::Truncated);
+            return;
+        }
+        let entries = self.bytes.chunks_exact(stat::SIZE);
+        let values = entries
+            .filter_map(|entry| {
+                let tag = entry.get(stat::TAG..)?.first_chunk()?;
+                let val = entry.get(stat::VAL..)?.first_chunk()?;
+                Some((
+                    Stat::from_tag(u16::from_le_bytes(*tag))?,
+                    u64::from_le_bytes(*val),
+                ))
+            })
+            .collect();
+        self.sample = Some(Sample {
+            values,
+            sequence: self.sequence() + 1,
+            at: Instant::now(),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::GuestQueue;
+    use vhost_user_backend::VringT;
+
+    fn entry(tag: u16, value: u64) -> Vec<u8> {
+        [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()
+    }
+
+    fn serve(stats: &mut Stats, guest: &GuestQueue) -> Counters {
+        let counters = Counters::default();
+        stats.serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &counters,
+            &Counter::default(),
+        );
+        counters
+    }
+
+    #[test]
+    fn the_buffer_stays_until_another_sample_is_wanted() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        guest.send(&[&entry(5, 1 << 30), &entry(0xfffe, 1), &entry(4, 1 << 20)]);
+        serve(&mut stats, &guest);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 0));
+        // A front end that stops the queue now finds the buffer where it was.
+        assert_eq!(guest.vrings()[0].queue_next_avail(), 0);
+        assert_eq!(guest.avail_event(), 1);
+        assert_eq!(
+            stats.answer().unwrap().values,
+            BTreeMap::from([(Stat::FreeMemory, 1 << 20), (Stat::TotalMemory, 1 << 30)])
+        );
+
+        stats.want();
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+        guest.send(&[&entry(4, 7)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (2, 1));
+        assert_eq!(stats.answer().unwrap().values[&Stat::FreeMemory], 7);
+    }
+
+    #[test]
+    fn a_wish_is_kept_until_there_is_a_buffer() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        stats.want();
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(4, 7)]);
+        serve(&mut stats, &guest);
+        assert_eq!(guest.used(), 1);
+    }
+
+    #[test]
+    fn half_an_entry_is_refused() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        guest.send(&[&entry(4, 7)[..9]]);
+        let counters = serve(&mut stats, &guest);
+        assert_eq!(counters.refused(Refusal::Truncated), 1);
+        assert_eq!(stats.sequence(), 0);
+        stats.want();
+        serve(&mut stats, &guest);
+        assert_eq!(guest.used(), 1);
+    }
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guest memory for tests.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, MutexGuard};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vhost_user_backend::{VringMutex, VringState, VringT};
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+
+/// A balloon page in bytes.
+pub(crate) const PAGE: u64 = 4096;
+
+/// Where the hole in the guest's address space ends, in bytes.
+pub(crate) const HOLE: u64 = 2 << 20;
+
+/// A file in memory.
+pub(crate) fn memory_file(bytes: u64) -> Arc<File> {
+    let file = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
+    file.set_len(bytes).unwrap();
+    Arc::new(file)
+}
+
+/// A guest's memory: a file with two regions, one at 0 and one at [`HOLE`] in the guest's address space,
+/// and no byte that is zero.
+pub(crate) struct MemoryFiles {
+    file: Arc<File>,
+    low: u64,
+    high: u64,
+}
+
+impl MemoryFiles {
+    pub(crate) fn new(low: u64, high: u64) -> Self {
+        let files = Self {
+            file: memory_file(low + high),
+            low,
+            high,
+        };
+        files.fill();
+        files
+    }
+
+    pub(crate) fn fill(&self) {
+        let bytes = vec![0xa5; usize::try_from(self.low + self.high).unwrap()];
+        self.file.write_all_at(&bytes, 0).unwrap();
+    }
+
+    pub(crate) fn memory(&self) -> GuestMemoryMmap {
+        let region = |start, bytes, offset| {
+            let file = FileOffset::from_arc(Arc::clone(&self.file), offset);
+            (
+                GuestAddress(start),
+                usize::try_from(bytes).unwrap(),
+                Some(file),
+            )
+        };
+        GuestMemoryMmap::from_ranges_with_files([
+            region(0, self.low, 0),
+            region(HOLE, self.high, self.low),
+        ])
+        .unwrap()
+    }
+
+    /// The page in the file where the guest has this one.
+    pub(crate) fn file_page(&self, page: u64) -> Option<u64> {
+        let (low, high, hole) = (self.low / PAGE, self.high / PAGE, HOLE / PAGE);
+        if page < low {
+            Some(page)
+        } else if (hole..hole + high).contains(&page) {
+            Some(page - hole + low)
+        } else {
+            None
+        }
+    }
+
+    /// The pages in the file that are all zeroes.
+    pub(crate) fn holes(&self) -> BTreeSet<u64> {
+        let mut bytes = vec![0; usize::try_from(self.low + self.high).unwrap()];
+        self.file.read_exact_at(&mut bytes, 0).unwrap();
+        (0..)
+            .zip(bytes.chunks(4096))
+            .filter(|(_, bytes)| bytes.iter().all(|&byte| byte == 0))
+            .map(|(page, _)| page)
+            .collect()
+    }
+}
+
+/// A driver's side of a queue with 64 descriptors, at the beginning of a memory of 16 MiB.
+pub(crate) struct GuestQueue {
+    pub(crate) memory: GuestMemoryMmap,
+    vring: VringMutex,
+    descriptors: u16,
+    buffers: u64,
+}
+
+impl GuestQueue {
+    const SIZE: u16 = 64;
+    const DESCRIPTORS: u64 = 0x1000;
+    const AVAIL: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    pub(crate) fn new() -> Self {
+        let file = FileOffset::from_arc(memory_file(16 << 20), 0);
+        let region = (GuestAddress(0), 16 << 20, Some(file));
+        let memory = GuestMemoryMmap::from_ranges_with_files([region]).unwrap();
+        let atomic = GuestMemoryAtomic::new(memory.clone());
+        let vring = VringMutex::new(atomic, 256).unwrap();
+        vring.set_queue_size(Self::SIZE);
+        vring
+            .set_queue_info(Self::DESCRIPTORS, Self::AVAIL, Self::USED)
+            .unwrap();
+        vring.set_queue_event_idx(true);
+        vring.set_queue_ready(true);
+        Self {
+            memory,
+            vring,
+            descriptors: 0,
+            buffers: 8 << 20,
+        }
+    }
+
+    fn load(&self, address: u64) -> u16 {
+        self.memory.read_obj(GuestAddress(address)).unwrap()
+    }
+
+    fn store(&self, address: u64, value: u16) {
+        self.memory.write_obj(value, GuestAddress(address)).unwrap();
+    }
+
+    pub(crate) fn vrings(&self) -> Vec<VringMutex> {
+        vec![self.vring.clone()]
+    }
+
+    pub(crate) fn vring(&self) -> MutexGuard<'_, VringState> {
+        self.vring.get_mut()
+    }
+
+    fn describe(&mut self, address: u64, length: u32, flags: u32, next: u16) {
+        let flags = u16::try_from(flags).unwrap();
+        let descriptor = Descriptor::new(address, length, flags, next);
+        let place = Self::DESCRIPTORS + 16 * u64::from(self.descriptors);
+        self.memory
+            .write_obj(descriptor, GuestAddress(place))
+            .unwrap();
+        self.descriptors = (self.descriptors + 1) % Self::SIZE;
+    }
+
+    pub(crate) fn send_head(&mut self, head: u16) {
+        let index = self.load(Self::AVAIL + 2);
+        self.store(Self::AVAIL + 4 + 2 * u64::from(index % Self::SIZE), head);
+        self.set_avail_index(index.wrapping_add(1));
+    }
+
+    pub(crate) fn set_avail_index(&mut self, index: u16) {
+        self.store(Self::AVAIL + 2, index);
+    }
+
+    /// Sends a message of these buffers.
+    pub(crate) fn send(&mut self, buffers: &[&[u8]]) {
+        let head = self.descriptors;
+        for (place, buffer) in buffers.iter().enumerate() {
+            self.memory
+                .write_slice(buffer, GuestAddress(self.buffers))
+                .unwrap();
+            let flags = if place + 1 < buffers.len() {
+                VRING_DESC_F_NEXT
+            } else {
+                0
+            };
+            let length = u32::try_from(buffer.len()).unwrap();
+            self.describe(self.buffers, length, flags, self.descriptors + 1);
+            self.buffers += 4096;
+        }
+        self.send_head(head);
+    }
+
+    /// Sends a message that a device may write to, with buffers from and of so many bytes.
+    pub(crate) fn send_writable(&mut self, buffers: &[(u64, u32)]) {
+        let head = self.descriptors;
+        for (place, &(address, length)) in buffers.iter().enumerate() {
+            let last = place + 1 == buffers.len();
+            let next = if last { 0 } else { VRING_DESC_F_NEXT };
+            self.describe(
+                address,
+                length,
+                VRING_DESC_F_WRITE | next,
+                self.descriptors + 1,
+            );
+        }
+        self.send_head(head);
+    }
+
+    /// Sends a message without an end.
+    pub(crate) fn send_loop(&mut self) {
+        let head = self.descriptors;
+        self.describe(self.buffers, 0, VRING_DESC_F_NEXT, head);
+        self.send_head(head);
+    }
+
+    /// Sends a message that is outside of the guest's memory.
+    pub(crate) fn send_outside(&mut self) {
+        let head = self.descriptors;
+        self.describe(1 << 40, 4, 0, 0);
+        self.send_head(head);
+    }
+
+    /// How many messages have come back.
+    pub(crate) fn used(&self) -> u16 {
+        self.load(Self::USED + 2)
+    }
+
+    /// Of which message the device wants to be told.
+    pub(crate) fn avail_event(&self) -> u16 {
+        self.load(Self::USED + 4 + 8 * u64::from(Self::SIZE))
+    }
+}
