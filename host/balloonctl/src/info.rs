@@ -30,7 +30,7 @@ fn state(info: &Info) -> Table {
         "Statistics",
         &match info.stats_interval {
             0 => "not asked for".to_owned(),
-            seconds => format!("every {}", duration(seconds.into())),
+            seconds => format!("every {seconds} s"),
         },
     ]);
     let counters = &info.counters;
@@ -74,7 +74,7 @@ fn guest(info: &Info) -> String {
     }
     let memory = match info.memory {
         Some(memory) => format!("has {}", HumanBytes(memory)),
-        None => "has nobody knows how much memory".to_owned(),
+        None => "has an unknown amount of memory".to_owned(),
     };
     match info.guest.answered {
         Some(seconds) => format!("{memory}, was last heard {} ago", duration(seconds)),

@@ -203,6 +203,7 @@ fn info_shows_the_state() {
         "ready, with stats, page-poison",
         "2 bad-address",
         "1,234 discards",
+        "every 10 s",
         "up for 2 hours",
     ] {
         assert!(stdout(&output).contains(words), "{}", stdout(&output));

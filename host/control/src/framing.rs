@@ -35,9 +35,7 @@ pub(crate) fn read_line(reader: &mut impl BufRead, limit: usize) -> io::Result<O
             None => (available, false),
         };
         too_long |= line.len() + part.len() > limit;
-        if too_long {
-            line.clear();
-        } else {
+        if !too_long {
             line.extend_from_slice(part);
         }
         let consumed = part.len() + usize::from(ended);

@@ -10,11 +10,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fchmod};
@@ -28,7 +28,7 @@ const MAX_LINE: usize = 64 << 10;
 /// How many clients there may be at once, each of which costs a thread.
 const MAX_CONNECTIONS: usize = 32;
 
-/// How long to wait when the system has no file descriptor or no thread for another client.
+/// How long to wait when the system has no file descriptor for another client.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// What does the work. It is called from one thread for each client.
@@ -65,8 +65,16 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct Server {
     socket: SocketFile,
-    listener: Arc<UnixListener>,
+    listener: Arc<Listener>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// The socket that clients connect to.
+#[derive(Debug)]
+struct Listener {
+    socket: UnixListener,
+    /// Nobody is to be accepted any more.
+    stopping: AtomicBool,
 }
 
 impl Server {
@@ -78,7 +86,10 @@ impl Server {
     /// Another process listens there, there is something else than a socket, or no socket can be made.
     pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self, BindError> {
         let (listener, socket) = listen(path)?;
-        let listener = Arc::new(listener);
+        let listener = Arc::new(Listener {
+            socket: listener,
+            stopping: AtomicBool::new(false),
+        });
         let thread = thread::Builder::new()
             .name("control".to_owned())
             .spawn({
@@ -102,13 +113,13 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.socket.remove();
-        // This wakes the thread, which finds that there is nothing to accept any more. It fails for no
-        // listening socket, and without it the thread could only be waited for in vain.
-        if socket::shutdown(self.listener.as_raw_fd(), socket::Shutdown::Both).is_ok() {
-            if let Some(thread) = self.thread.take() {
-                // A thread that has panicked has said so.
-                let _ = thread.join();
-            }
+        self.listener.stopping.store(true, Ordering::Release);
+        // This wakes the thread. It fails for no listening socket, and without it the thread could only be
+        // waited for in vain.
+        let woken = socket::shutdown(self.listener.socket.as_raw_fd(), socket::Shutdown::Both);
+        if let (Ok(()), Some(thread)) = (woken, self.thread.take()) {
+            // A thread that has panicked has said so.
+            let _ = thread.join();
         }
     }
 }
@@ -226,20 +237,18 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Accepts clients until the listening socket is shut down, and disconnects them then.
-fn accept(listener: &UnixListener, handler: &dyn Handler) {
+/// Accepts clients until the listener is stopped, and disconnects them then.
+fn accept(listener: &Listener, handler: &dyn Handler) {
     let connections = Connections::default();
     thread::scope(|scope| {
         for id in 0.. {
-            let stream = match listener.accept() {
-                Ok((stream, _)) => stream,
-                // What Linux says of a socket that was shut down.
-                Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => break,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                Err(_) => {
-                    thread::sleep(EXHAUSTED_PAUSE);
-                    continue;
-                }
+            let accepted = listener.socket.accept();
+            if listener.stopping.load(Ordering::Acquire) {
+                break;
+            }
+            let Ok((stream, _)) = accepted else {
+                thread::sleep(EXHAUSTED_PAUSE);
+                continue;
             };
             if connections.lock().len() >= MAX_CONNECTIONS {
                 turn_away(&stream);
@@ -321,7 +330,7 @@ fn reply(mut stream: &UnixStream, reply: &Reply<Response>) -> io::Result<()> {
 mod tests {
     use std::io::{BufRead, Read};
     use std::os::unix::fs::PermissionsExt;
-    use std::sync::mpsc;
+    use std::sync::{Barrier, mpsc};
 
     use proptest::collection::vec;
     use proptest::prelude::{
@@ -441,10 +450,15 @@ mod tests {
     #[test]
     fn of_many_that_start_at_once_one_wins() {
         let (_directory, path) = place();
-        for _ in 0..20 {
+        for _ in 0..200 {
             drop(UnixListener::bind(&path).unwrap());
+            let start = Barrier::new(4);
+            let racer = || {
+                start.wait();
+                bind(&path).ok()
+            };
             let servers: Vec<_> = thread::scope(|scope| {
-                let racers: Vec<_> = (0..4).map(|_| scope.spawn(|| bind(&path).ok())).collect();
+                let racers = [(); 4].map(|()| scope.spawn(racer));
                 racers
                     .into_iter()
                     .filter_map(|racer| racer.join().unwrap())
@@ -541,7 +555,7 @@ mod tests {
             Just(b"{\"command\":\"info\"}\n".to_vec()),
             any::<i64>()
                 .prop_map(|n| format!("{{\"command\":\"set\",\"bytes\":{n}}}\n").into_bytes()),
-            Just(vec![b'['; MAX_LINE + 1]),
+            Just(vec![b'['; MAX_LINE / 2 + 1]),
         ];
         vec(piece, 0..12).prop_map(|pieces| pieces.concat())
     }
