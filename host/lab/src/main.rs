@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vm::{Accel, Driver, Kernel};
+use vm::{Accel, Device, Driver, Kernel};
 
 mod check;
 mod demo;
@@ -49,6 +49,9 @@ enum Command {
         /// Run the scenarios on this driver
         #[arg(long, default_value = "rs")]
         driver: DriverName,
+        /// Run the scenarios on this balloon device
+        #[arg(long, default_value = "qemu")]
+        device: DeviceName,
         #[command(flatten)]
         guests: Guests,
     },
@@ -99,6 +102,12 @@ enum DriverName {
     C,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum DeviceName {
+    Qemu,
+    VhostUser,
+}
+
 impl Guests {
     fn accel(self) -> Accel {
         match self.accel {
@@ -127,6 +136,15 @@ impl From<DriverName> for Driver {
     }
 }
 
+impl From<DeviceName> for Device {
+    fn from(name: DeviceName) -> Self {
+        match name {
+            DeviceName::Qemu => Self::Qemu,
+            DeviceName::VhostUser => Self::VhostUser,
+        }
+    }
+}
+
 fn main() -> Result<ExitCode> {
     let good = match Cli::parse().command {
         Command::Demo { guests } => demo::run(guests),
@@ -135,12 +153,14 @@ fn main() -> Result<ExitCode> {
             only,
             long,
             driver,
+            device,
             guests,
         } => test::run(
             kernel.map(Kernel::from),
             only.as_deref(),
             long,
             driver.into(),
+            device.into(),
             guests,
         ),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),

@@ -5,7 +5,7 @@
 use anyhow::Result;
 use scenarios::{SCENARIOS, Scenario, Setup};
 use vm::ktap::Outcome;
-use vm::{Artifacts, Driver, Kernel};
+use vm::{Artifacts, Device, Driver, Kernel};
 
 use crate::places::Places;
 use crate::report::Report;
@@ -25,6 +25,7 @@ pub(crate) fn run(
     only: Option<&str>,
     long: bool,
     driver: Driver,
+    device: Device,
     guests: Guests,
 ) -> Result<bool> {
     let places = Places::find()?;
@@ -44,6 +45,7 @@ pub(crate) fn run(
         };
         let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
         let with_kunit = driver == Driver::Rust
+            && device == Device::Qemu
             && kernel.is_none_or(|kernel| kernel == this)
             && only.is_none_or(|only| only == "kunit");
         if scenarios.is_empty() && !with_kunit {
@@ -54,7 +56,8 @@ pub(crate) fn run(
             kunit::run_in(this, &artifacts, guests, &mut report);
         }
         for scenario in scenarios {
-            run_scenario(scenario, this, driver, &artifacts, guests, &mut report);
+            let variant = (this, driver, device);
+            run_scenario(scenario, variant, &artifacts, guests, &mut report);
         }
     }
     Ok(report.conclude())
@@ -62,17 +65,19 @@ pub(crate) fn run(
 
 fn run_scenario(
     scenario: &Scenario,
-    kernel: Kernel,
-    driver: Driver,
+    (kernel, driver, device): (Kernel, Driver, Device),
     artifacts: &Artifacts,
     guests: Guests,
     report: &mut Report,
 ) {
-    let label = match driver {
-        Driver::Rust => "",
-        Driver::C => ", C driver",
-    };
-    let name = format!("scenario {} ({kernel} kernel{label})", scenario.name);
+    let mut label = format!("{kernel} kernel");
+    if driver == Driver::C {
+        label += ", C driver";
+    }
+    if device == Device::VhostUser {
+        label += ", vhost-user";
+    }
+    let name = format!("scenario {} ({label})", scenario.name);
     if !scenario.kernels.contains(&kernel) {
         return report.add(
             &name,
@@ -87,10 +92,18 @@ fn run_scenario(
             &Outcome::Skipped("not for this driver".to_owned()),
         );
     }
+    if !scenario.devices.contains(&device) {
+        return report.add(
+            &name,
+            None,
+            &Outcome::Skipped("not for this device".to_owned()),
+        );
+    }
     let setup = Setup::new(
         scenario,
         kernel,
         driver,
+        device,
         artifacts,
         guests.accel(),
         guests.verbose,

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! QEMU's balloon device, as the host sees it.
+//! The balloon, as the host sees it.
 
+use std::collections::BTreeMap;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use balloon_control::{Request, Stats};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -31,6 +33,42 @@ struct BalloonInfo {
     actual: u64,
 }
 
+/// Statistics of the guest, as the host has got them.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    values: BTreeMap<String, u64>,
+    /// When it came, in seconds since 1970.
+    pub taken: u64,
+}
+
+impl Sample {
+    /// All values with their names, such as `free-memory`.
+    pub fn values(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.values
+            .iter()
+            .map(|(name, &value)| (name.as_str(), value))
+    }
+
+    /// The value of this name.
+    pub fn get(&self, name: &str) -> Result<u64> {
+        self.values
+            .get(name)
+            .copied()
+            .with_context(|| format!("the host knows no {name}"))
+    }
+}
+
+/// What QEMU says of statistics.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct GuestStats {
+    stats: BTreeMap<String, u64>,
+    last_update: u64,
+}
+
+/// QEMU's balloon device as an object.
+const QOM_PATH: &str = "/machine/peripheral/balloon0";
+
 impl<'a> Balloon<'a> {
     pub(crate) fn new(guest: &'a Guest) -> Self {
         Self { guest }
@@ -38,17 +76,68 @@ impl<'a> Balloon<'a> {
 
     /// How much the guest has given away.
     pub fn size(&self) -> Result<Size> {
+        if let Ok(daemon) = self.guest.daemon() {
+            return Ok(Size::bytes(daemon.info()?.size));
+        }
         let info: BalloonInfo = self.guest.qmp().execute("query-balloon", &json!({}))?;
         Ok(self.guest.memory() - Size::bytes(info.actual))
     }
 
     /// Asks the guest to give away `size` from now on, and does not wait for it.
     pub fn request(&self, size: Size) -> Result<()> {
+        if let Ok(daemon) = self.guest.daemon() {
+            let bytes = size.as_bytes();
+            daemon.call::<Value>(&Request::Set { bytes })?;
+            return Ok(());
+        }
         let kept = (self.guest.memory() - size).as_bytes();
         self.guest
             .qmp()
             .execute::<Value>("balloon", &json!({ "value": kept }))?;
         Ok(())
+    }
+
+    /// Asks the guest for statistics every so many seconds.
+    pub fn poll_statistics(&self, seconds: u32) -> Result<()> {
+        if let Ok(daemon) = self.guest.daemon() {
+            daemon.call::<Value>(&Request::SetStatsInterval { seconds })?;
+            return Ok(());
+        }
+        self.guest.qmp().execute::<Value>(
+            "qom-set",
+            &json!({ "path": QOM_PATH, "property": "guest-stats-polling-interval", "value": seconds }),
+        )?;
+        Ok(())
+    }
+
+    /// The statistics that have come last, if there have been any.
+    pub fn statistics(&self) -> Result<Option<Sample>> {
+        if let Ok(daemon) = self.guest.daemon() {
+            let Ok(stats) = daemon.call::<Stats>(&Request::Stats { fresh: false }) else {
+                return Ok(None);
+            };
+            let now = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
+            return Ok(Some(Sample {
+                values: stats
+                    .values
+                    .iter()
+                    .map(|(stat, &value)| (stat.to_string(), value))
+                    .collect(),
+                taken: now - stats.age,
+            }));
+        }
+        let stats: GuestStats = self.guest.qmp().execute(
+            "qom-get",
+            &json!({ "path": QOM_PATH, "property": "guest-stats" }),
+        )?;
+        Ok((stats.last_update > 0).then(|| Sample {
+            values: stats
+                .stats
+                .into_iter()
+                .map(|(name, value)| (name.trim_start_matches("stat-").to_owned(), value))
+                .collect(),
+            taken: stats.last_update,
+        }))
     }
 
     /// Asks for `size` and waits for the balloon to have it. Returns how long it took.

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::agent::{Agent, Pending};
 use crate::balloon::Balloon;
 use crate::console::Console;
+use crate::daemon::Daemon;
 use crate::qemu::{Config, Qemu};
 use crate::qmp::Qmp;
 use crate::size::Size;
@@ -84,6 +85,7 @@ pub(crate) struct Home {
     qemu: Qemu,
     pub(crate) qmp: Arc<Qmp>,
     pub(crate) agent: Agent,
+    pub(crate) daemon: Option<Arc<Daemon>>,
 }
 
 /// A running guest.
@@ -140,13 +142,19 @@ impl Home {
         config: &Config,
         agent: impl FnOnce(UnixStream) -> Result<Agent>,
     ) -> Result<Self> {
-        let (qemu, streams) = Qemu::start(config)?;
+        let daemon = config
+            .has_daemon()
+            .then(|| Daemon::start(config).map(Arc::new))
+            .transpose()?;
+        let socket = daemon.as_ref().map(|daemon| daemon.socket());
+        let (qemu, streams) = Qemu::start(config, socket.as_deref())?;
         let qmp = Qmp::new(streams.qmp)
             .with_context(|| format!("QEMU does not start: {}", qemu.complaint()))?;
         Ok(Self {
             qemu,
             qmp: Arc::new(qmp),
             agent: agent(streams.agent)?,
+            daemon,
         })
     }
 }
@@ -229,7 +237,19 @@ impl Guest {
         Arc::clone(&self.home().qmp)
     }
 
-    /// The balloon, as QEMU sees it.
+    /// The daemon that has the balloon device.
+    ///
+    /// # Errors
+    ///
+    /// It is QEMU's own.
+    pub fn daemon(&self) -> Result<Arc<Daemon>> {
+        self.home()
+            .daemon
+            .clone()
+            .context("the guest's balloon is QEMU's own")
+    }
+
+    /// The balloon, as the host sees it.
     pub fn balloon(&self) -> Balloon<'_> {
         Balloon::new(self)
     }

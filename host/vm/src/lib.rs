@@ -10,7 +10,7 @@
 //! use vm::{Artifacts, Config, Driver, Size};
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! # let artifacts = Artifacts { kernel: "".into(), initramfs: "".into(), logs: "".into() };
+//! # let artifacts = Artifacts { kernel: "".into(), initramfs: "".into(), daemon: "".into(), logs: "".into() };
 //! let config = Config::new(&artifacts, "a_quarter").memory(Size::gib(1));
 //! vm::run(&config, |guest| {
 //!     guest.insmod(Driver::Rust, &[])?;
@@ -27,6 +27,8 @@
 mod agent;
 mod balloon;
 mod console;
+mod daemon;
+mod device;
 mod guest;
 pub mod ktap;
 mod migration;
@@ -37,8 +39,10 @@ mod size;
 pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output};
 
 pub use crate::agent::Pending;
-pub use crate::balloon::Balloon;
+pub use crate::balloon::{Balloon, Sample};
 pub use crate::console::{Console, Mark};
+pub use crate::daemon::Daemon;
+pub use crate::device::{Device, Offer};
 pub use crate::guest::{Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run};
 pub use crate::migration::{Migration, Transfer};
 pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};

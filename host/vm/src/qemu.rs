@@ -19,6 +19,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use nix::unistd::{SysconfVar, sysconf};
 use regex::Regex;
 
+use crate::device::{Device, Offer};
 use crate::size::Size;
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -52,6 +53,8 @@ pub struct Artifacts {
     pub kernel: PathBuf,
     /// The initramfs with the agent, the tools and the modules.
     pub initramfs: PathBuf,
+    /// The program of the vhost-user device.
+    pub daemon: PathBuf,
     /// The directory that gets a directory of logs for each guest.
     pub logs: PathBuf,
 }
@@ -106,12 +109,21 @@ pub enum Machine {
 /// What holds the guest's memory in the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryBackend {
-    /// Private anonymous memory.
+    /// Private anonymous memory, or a shared memory file if the balloon is a vhost-user device.
     Anonymous,
     /// A shared memory file, as a vhost-user device needs it.
     Memfd,
     /// A shared memory file of huge pages of 2 MiB.
     Hugetlb,
+}
+
+/// The balloon device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Balloon {
+    /// The one that the rest of the configuration describes.
+    Default,
+    /// Another one of QEMU's, or none.
+    Other(Option<String>),
 }
 
 /// What guest to boot. The default is a q35 machine with two processors, 1 GiB of memory and
@@ -124,13 +136,16 @@ pub struct Config {
     pub(crate) target: Size,
     pub(crate) timeout: Duration,
     pub(crate) expected: Vec<Regex>,
+    pub(crate) device: Device,
+    pub(crate) offers: Vec<Offer>,
+    pub(crate) daemon_arguments: Vec<String>,
     verbose: bool,
     accel: Accel,
     backend: MemoryBackend,
     machine: Machine,
     cpus: u32,
     parameters: Vec<String>,
-    balloon: Option<String>,
+    balloon: Balloon,
     devices: Vec<String>,
     arguments: Vec<String>,
     reboots: bool,
@@ -146,13 +161,16 @@ impl Config {
             target: Size::default(),
             timeout: Duration::from_secs(120),
             expected: Vec::new(),
+            device: Device::Qemu,
+            offers: Vec::new(),
+            daemon_arguments: Vec::new(),
             verbose: false,
             accel: Accel::detect(),
             backend: MemoryBackend::Anonymous,
             machine: Machine::Q35,
             cpus: 2,
             parameters: Vec::new(),
-            balloon: Some("virtio-balloon-pci,id=balloon0,iothread=iothread0".to_owned()),
+            balloon: Balloon::Default,
             devices: Vec::new(),
             arguments: Vec::new(),
             reboots: false,
@@ -202,16 +220,11 @@ impl Config {
         self
     }
 
-    /// The board, with what comes with it.
+    /// The board.
     pub fn machine(mut self, machine: Machine) -> Self {
         self.machine = machine;
-        match machine {
-            Machine::Q35 => (),
-            Machine::I440fx => self.cpus = 1,
-            Machine::Microvm => {
-                self.balloon =
-                    Some("virtio-balloon-device,id=balloon0,iothread=iothread0".to_owned());
-            }
+        if machine == Machine::I440fx {
+            self.cpus = 1;
         }
         self
     }
@@ -228,14 +241,68 @@ impl Config {
         self
     }
 
-    /// Another balloon device, or none.
-    pub fn balloon(mut self, device: Option<&str>) -> Self {
-        self.balloon = device.map(str::to_owned);
+    /// Whose balloon device the guest has, unless [`Config::balloon`] says more.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
         self
     }
 
+    /// What the balloon device offers.
+    pub fn offer(mut self, offers: &[Offer]) -> Self {
+        self.offers.extend_from_slice(offers);
+        self
+    }
+
+    /// One more argument for the program of the vhost-user device.
+    pub fn daemon_argument(mut self, argument: &str) -> Self {
+        self.daemon_arguments.push(argument.to_owned());
+        self
+    }
+
+    /// A balloon device of QEMU's in its words, or none.
+    pub fn balloon(mut self, device: Option<&str>) -> Self {
+        self.balloon = Balloon::Other(device.map(str::to_owned));
+        self
+    }
+
+    /// Whether the guest's balloon is the daemon's.
+    pub(crate) fn has_daemon(&self) -> bool {
+        self.device == Device::VhostUser && self.balloon == Balloon::Default
+    }
+
+    /// The balloon device for the command line; `daemon` is the socket of a daemon that has it.
+    fn balloon_device(&self, daemon: Option<&Path>) -> Option<String> {
+        if let Balloon::Other(device) = &self.balloon {
+            return device.clone();
+        }
+        let bus = match self.machine {
+            Machine::Q35 | Machine::I440fx => "pci",
+            Machine::Microvm => "device",
+        };
+        if daemon.is_some() {
+            // What QEMU knows of the configuration space is its size.
+            let config_size = match self.offers.contains(&Offer::Extensions) {
+                false => 16,
+                true => 24,
+            };
+            return Some(format!(
+                "vhost-user-test-device-{bus},id=balloon0,chardev=balloon,virtio-id=5,num_vqs=5,vq_size=256,\
+                 config_size={config_size}"
+            ));
+        }
+        let properties = self.offers.iter().filter_map(|offer| offer.property());
+        Some(
+            std::iter::once(format!(
+                "virtio-balloon-{bus},id=balloon0,iothread=iothread0"
+            ))
+            .chain(properties.map(str::to_owned))
+            .collect::<Vec<_>>()
+            .join(","),
+        )
+    }
+
     /// One more device, before the balloon.
-    pub fn device(mut self, device: &str) -> Self {
+    pub fn extra_device(mut self, device: &str) -> Self {
         self.devices.push(device.to_owned());
         self
     }
@@ -257,7 +324,7 @@ impl Config {
             file.display()
         );
         self.argument("-drive", &drive)
-            .device(&format!("virtio-blk-pci,drive={id}"))
+            .extra_device(&format!("virtio-blk-pci,drive={id}"))
     }
 
     /// Has QEMU go on when the guest reboots, in place of ending.
@@ -283,7 +350,7 @@ impl Config {
         self.artifacts.logs.join(&self.name)
     }
 
-    fn command_line(&self) -> Vec<String> {
+    fn command_line(&self, daemon: Option<&Path>) -> Vec<String> {
         let mut line: Vec<String> = Vec::new();
         let mut option = |option: &str, value: String| line.extend([option.to_owned(), value]);
 
@@ -296,8 +363,8 @@ impl Config {
         };
         let mut machine = format!("{machine},accel={}", self.accel.name());
         let backend = match self.backend {
-            MemoryBackend::Anonymous => None,
-            MemoryBackend::Memfd => Some(""),
+            MemoryBackend::Anonymous if daemon.is_none() => None,
+            MemoryBackend::Anonymous | MemoryBackend::Memfd => Some(""),
             MemoryBackend::Hugetlb => Some(",hugetlb=on,hugetlbsize=2M"),
         };
         if let Some(properties) = backend {
@@ -353,8 +420,19 @@ impl Config {
             format!("virtserialport,chardev=agent,name={PORT}"),
         );
         option("-object", "iothread,id=iothread0".to_owned());
-        for device in self.devices.iter().chain(&self.balloon) {
-            option("-device", device.clone());
+        if let Some(socket) = daemon {
+            option(
+                "-chardev",
+                format!("socket,id=balloon,path={}", socket.display()),
+            );
+        }
+        for device in self
+            .devices
+            .iter()
+            .cloned()
+            .chain(self.balloon_device(daemon))
+        {
+            option("-device", device);
         }
         line.extend(["-nodefaults", "-no-user-config"].map(str::to_owned));
         if !self.reboots {
@@ -397,14 +475,15 @@ pub(crate) struct Streams {
 }
 
 impl Qemu {
-    pub(crate) fn start(config: &Config) -> Result<(Self, Streams)> {
+    /// Starts it; `daemon` is the socket of the daemon that has the balloon, if there is one.
+    pub(crate) fn start(config: &Config, daemon: Option<&Path>) -> Result<(Self, Streams)> {
         let messages = config.messages();
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (agent, agent_end) = UnixStream::pair()?;
 
         let mut command = Command::new(QEMU);
         command
-            .args(config.command_line())
+            .args(config.command_line(daemon))
             .stdin(Stdio::null())
             .stdout(if config.verbose {
                 stderr().into()
@@ -509,6 +588,7 @@ mod tests {
         let artifacts = Artifacts {
             kernel: "k".into(),
             initramfs: "i".into(),
+            daemon: "d".into(),
             logs: "/logs".into(),
         };
         Config::new(&artifacts, "name").accel(Accel::Tcg)
@@ -516,7 +596,7 @@ mod tests {
 
     #[test]
     fn defaults_are_a_pc_with_a_balloon() {
-        let line = config().command_line().join(" ");
+        let line = config().command_line(None).join(" ");
         assert!(
             line.contains("-machine q35,accel=tcg -cpu max -smp 2 -m 1073741824B"),
             "{line}"
@@ -527,16 +607,43 @@ mod tests {
 
     #[test]
     fn a_microvm_has_no_pci() {
-        let line = config().machine(Machine::Microvm).command_line().join(" ");
+        let line = config()
+            .machine(Machine::Microvm)
+            .command_line(None)
+            .join(" ");
         assert!(line.contains("-device virtio-balloon-device"), "{line}");
         assert!(!line.contains("pci"), "{line}");
+    }
+
+    #[test]
+    fn offers_are_properties() {
+        let line = config()
+            .offer(&[Offer::FreePageHint, Offer::PagePoison])
+            .command_line(None)
+            .join(" ");
+        let device =
+            "virtio-balloon-pci,id=balloon0,iothread=iothread0,free-page-hint=on,page-poison=on";
+        assert!(line.contains(device), "{line}");
+    }
+
+    #[test]
+    fn a_daemon_shares_the_memory() {
+        let line = config()
+            .device(Device::VhostUser)
+            .offer(&[Offer::Extensions])
+            .command_line(Some(Path::new("/s")))
+            .join(" ");
+        for part in ["share=on", "path=/s", "chardev=balloon", "config_size=24"] {
+            assert!(line.contains(part), "{line}");
+        }
+        assert!(!line.contains("-device virtio-balloon"), "{line}");
     }
 
     #[test]
     fn memory_comes_from_its_backend() {
         let line = config()
             .backend(MemoryBackend::Hugetlb)
-            .command_line()
+            .command_line(None)
             .join(" ");
         assert!(line.contains("accel=tcg,memory-backend=memory"), "{line}");
         assert!(
@@ -547,7 +654,7 @@ mod tests {
 
     #[test]
     fn a_balloon_can_be_left_out() {
-        let line = config().balloon(None).command_line().join(" ");
+        let line = config().balloon(None).command_line(None).join(" ");
         assert!(!line.contains("virtio-balloon-pci"), "{line}");
     }
 }

@@ -5,11 +5,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use vm::{Config, Driver, Guest, Load, Migration, RunningLoad, Size, Transfer};
+use vm::{Config, Driver, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
 
 use crate::sizes::check_size;
 use crate::speed::median;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -17,6 +17,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest migrates without its unused memory, keeps its data, and has it all back",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: migrate_with_hints,
     },
     Scenario {
@@ -24,6 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a process gets the memory that a migration leaves out, and nobody is killed for it",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: migrate_while_allocating,
     },
     Scenario {
@@ -31,6 +33,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest has its memory back when its migration is cancelled, and migrates later",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: migrate_cancelled,
     },
     Scenario {
@@ -38,11 +41,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest that has freed memory migrates in a fraction of the time and of the bytes",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
         run: migration_speed,
     },
 ];
-
-const HINTS: &str = "virtio-balloon-pci,id=balloon0,iothread=iothread0,free-page-hint=on";
 
 /// What is copied in a second while something else is to happen: all of a guest takes half a minute.
 const SLOW: Size = Size::mib(32);
@@ -53,7 +55,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 fn config(setup: &Setup) -> Config {
     setup
         .config()
-        .balloon(Some(HINTS))
+        .offer(&[Offer::FreePageHint])
         .timeout(Duration::from_secs(600))
 }
 

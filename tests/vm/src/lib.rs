@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
-use vm::{Accel, Artifacts, Config, Driver, Kernel};
+use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
 mod compaction;
 mod hinting;
@@ -67,6 +67,8 @@ pub struct Scenario {
     pub kernels: &'static [Kernel],
     /// The drivers that can do it.
     pub drivers: &'static [Driver],
+    /// The devices that can do it.
+    pub devices: &'static [Device],
     /// Does it.
     pub run: fn(&Setup) -> Result<()>,
 }
@@ -75,11 +77,15 @@ pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
 pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
 pub(crate) const RUST_DRIVER: &[Driver] = &[Driver::Rust];
+pub(crate) const BOTH_DEVICES: &[Device] = &[Device::Qemu, Device::VhostUser];
+pub(crate) const QEMU_DEVICE: &[Device] = &[Device::Qemu];
 
 /// What a scenario runs with.
 pub struct Setup {
     /// The driver that it is about.
     pub driver: Driver,
+    /// The balloon device of its guests.
+    pub device: Device,
     /// The kernel of its guests.
     pub kernel: Kernel,
     config: Config,
@@ -92,11 +98,13 @@ impl Setup {
         scenario: &Scenario,
         kernel: Kernel,
         driver: Driver,
+        device: Device,
         artifacts: &Artifacts,
         accel: Accel,
         verbose: bool,
     ) -> Self {
         let config = Config::new(artifacts, scenario.name)
+            .device(device)
             .accel(accel)
             .verbose(verbose);
         let config = match kernel {
@@ -105,6 +113,7 @@ impl Setup {
         };
         Self {
             driver,
+            device,
             kernel,
             config,
             notes: RefCell::default(),

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use vm::{Driver, Guest, Kernel, Size};
 
 use crate::sizes::{check_free, check_size};
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
+use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -18,6 +18,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "unloading the module gives all memory back, loading it inflates again",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: rmmod_full,
     },
     Scenario {
@@ -25,6 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "unbinding gives all memory back, also while the balloon inflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: rebind,
     },
     Scenario {
@@ -32,6 +34,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a device may go at any moment, and another one may come",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
         run: unplug_while_inflating,
     },
     Scenario {
@@ -39,6 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest switches itself off while its balloon inflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: power_off_while_inflating,
     },
 ];
@@ -151,7 +155,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .memory(memory)
-        .device(PORT)
+        .extra_device(PORT)
         .balloon(Some(&device.to_string()));
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);

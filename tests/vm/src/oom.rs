@@ -6,9 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use vm::{Guest, Load, RunningLoad, Size};
+use vm::{Guest, Load, Offer, RunningLoad, Size};
 
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -16,6 +16,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a process that needs more than is left lives, because the balloon deflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: deflate_on_oom,
     },
     Scenario {
@@ -23,6 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "without the feature the balloon stays, and the process is killed",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: no_deflate_on_oom,
     },
     Scenario {
@@ -30,6 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "memory that was given back to a process in need is not taken again at once",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
+        devices: BOTH_DEVICES,
         run: no_swing_after_oom,
     },
 ];
@@ -75,13 +78,13 @@ impl Shares {
 /// How long a process may take to get its memory, or to be killed for it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-const ON: &str = "virtio-balloon-pci,id=balloon0,deflate-on-oom=on";
+const ON: &[Offer] = &[Offer::DeflateOnOom];
 
 /// The kernel's words when it looks for memory, and when it kills.
 const OOM: &str = "invoked oom-killer|Out of memory";
 
 fn deflate_on_oom(setup: &Setup) -> Result<()> {
-    vm::run(&setup.config().balloon(Some(ON)), |guest| {
+    vm::run(&setup.config().offer(ON), |guest| {
         guest.insmod(setup.driver, &[])?;
         let total = guest.meminfo()?.total;
         let shares = Shares::of(guest)?;
@@ -129,7 +132,7 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
 }
 
 fn no_swing_after_oom(setup: &Setup) -> Result<()> {
-    vm::run(&setup.config().balloon(Some(ON)), |guest| {
+    vm::run(&setup.config().offer(ON), |guest| {
         guest.insmod(setup.driver, &[])?;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;

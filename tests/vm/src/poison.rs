@@ -7,13 +7,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vm::{Config, Driver, Guest, Load, Machine, Size};
+use vm::{Config, Driver, Guest, Load, Machine, Offer, Size};
 
 use crate::lifecycle::{PORT, plug, unplug};
 use crate::queues::{PAGE_POISON, REPORTING};
 use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
 use crate::transports::accepted;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{
+    BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -21,6 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "pages are reported only where the guest does not care what is in them",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: poison_features,
     },
     Scenario {
@@ -28,6 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "free pages keep their value while they are reported, ballooned and used again",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: poison_kept,
     },
     // The C driver writes the value when it is bound, and the device forgets it when the guest sleeps.
@@ -36,6 +41,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "free pages keep their value also after the guest has slept",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
+        devices: BOTH_DEVICES,
         run: poison_after_resume,
     },
 ];
@@ -48,7 +54,7 @@ const ZERO: &str = "init_on_free=1";
 
 fn poison_features(setup: &Setup) -> Result<()> {
     for parameter in [None, Some(ZERO), Some(POISON)] {
-        let config = setup.config().device(PORT).balloon(None);
+        let config = setup.config().extra_device(PORT).balloon(None);
         let config = match parameter {
             Some(parameter) => config.parameter(parameter),
             None => config,
@@ -87,9 +93,7 @@ fn config(setup: &Setup, parameter: &str) -> Config {
         .timeout(Duration::from_secs(400))
         .parameter(parameter)
         .parameter(FAST_REPORTS)
-        .balloon(Some(
-            "virtio-balloon-pci,id=balloon0,free-page-reporting=on,page-poison=on",
-        ))
+        .offer(&[Offer::FreePageReporting, Offer::PagePoison])
 }
 
 fn poison_after_resume(setup: &Setup) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::reporting::{FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
 use crate::statistics::{newer, poll};
 use crate::transports::accepted;
-use crate::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DRIVERS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -22,6 +22,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon works with every set of features that a device may offer",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: feature_subsets,
     },
     Scenario {
@@ -29,6 +30,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the same on devices from before virtio 1.0 and on virtio-mmio, for some sets",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: feature_subsets_elsewhere,
     },
 ];
@@ -114,7 +116,7 @@ fn feature_subsets(setup: &Setup) -> Result<()> {
         .memory(Size::mib(512))
         .timeout(Duration::from_secs(400))
         .parameter(FAST_REPORTS)
-        .device(PORT)
+        .extra_device(PORT)
         .balloon(None);
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;

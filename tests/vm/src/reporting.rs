@@ -6,9 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size};
+use vm::{Driver, Guest, Kernel, Load, Offer, RunningLoad, Size};
 
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -16,6 +16,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the host gets 6 GiB back that processes and files used, when they are gone",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: free_page_reporting,
     },
     Scenario {
@@ -23,12 +24,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the guest's data stay what they are while pages are reported and ballooned",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: reporting_and_ballooning,
     },
 ];
 
 /// A device that takes reports.
-pub(crate) const DEVICE: &str = "virtio-balloon-pci,id=balloon0,free-page-reporting=on";
+pub(crate) const OFFER: &[Offer] = &[Offer::FreePageReporting];
 
 /// A kernel parameter that has the kernel report twenty times as often as it otherwise does.
 pub(crate) const FAST_REPORTS: &str = "page_reporting.page_reporting_delay_ms=100";
@@ -132,7 +134,7 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
         .memory(Size::gib(8))
         .timeout(Duration::from_secs(400))
         .parameter(FAST_REPORTS)
-        .balloon(Some(DEVICE));
+        .offer(OFFER);
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         let idle = at_rest(guest)?;
@@ -175,7 +177,7 @@ fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
         .config()
         .timeout(Duration::from_secs(400))
         .parameter(seldom)
-        .balloon(Some(DEVICE));
+        .offer(OFFER);
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         let data = guest.load(Load::Hold {

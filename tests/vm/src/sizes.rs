@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use vm::{Guest, Kernel, Size};
 
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -17,6 +17,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon takes every size it is asked for, and both sides agree on it",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: inflate_deflate,
     },
     Scenario {
@@ -24,6 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the kernel's counters say what the balloon does, page by page",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: accounting,
     },
     Scenario {
@@ -31,6 +33,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a target that changes on the way is followed",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: target_changes,
     },
     Scenario {
@@ -38,6 +41,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a target that cannot be reached harms nobody, and a smaller one is taken at once",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
+        devices: BOTH_DEVICES,
         run: target_beyond_memory,
     },
     Scenario {
@@ -45,6 +49,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon leaves the guest what floor_mib says, and takes the rest",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
+        devices: BOTH_DEVICES,
         run: floor,
     },
     Scenario {
@@ -52,6 +57,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest of 128 MiB gives what it can and lives",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
+        devices: BOTH_DEVICES,
         run: small_guest,
     },
 ];

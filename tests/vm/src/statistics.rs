@@ -2,18 +2,15 @@
 
 //! The statistics that the host sees are the guest's own.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
-use serde_json::json;
-use vm::{Guest, Load, Size};
+use vm::{Guest, Load, Sample, Size};
 
 use crate::lifecycle::device;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -21,6 +18,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the host sees what /proc/meminfo and /proc/vmstat say, all sixteen kinds of it",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: statistics,
     },
     Scenario {
@@ -28,6 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "statistics go on while the balloon cannot grow",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: BOTH_DEVICES,
         run: statistics_while_stuck,
     },
     Scenario {
@@ -35,9 +34,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "inflate=0 keeps the balloon empty, while statistics and reports go on",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
+        devices: BOTH_DEVICES,
         run: no_ballooning,
     },
 ];
+
+/// How many kinds there are.
+const KINDS: usize = 16;
 
 /// What QEMU shows for a kind that the guest has not sent.
 const MISSING: u64 = u64::MAX;
@@ -45,54 +48,22 @@ const MISSING: u64 = u64::MAX;
 /// How long a sample may take, at an interval of one second.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// QEMU's view of the statistics.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) struct Sample {
-    stats: HashMap<String, u64>,
-    /// Seconds since 1970; 0 before the first sample.
-    last_update: u64,
-}
-
-impl Sample {
-    fn take(guest: &Guest) -> Result<Self> {
-        guest.qmp().execute(
-            "qom-get",
-            &json!({"path": "/machine/peripheral/balloon0", "property": "guest-stats"}),
-        )
-    }
-
-    fn get(&self, name: &str) -> Result<u64> {
-        self.stats
-            .get(name)
-            .copied()
-            .with_context(|| format!("QEMU knows no {name}"))
-    }
-
-    fn size(&self, name: &str) -> Result<Size> {
-        Ok(Size::bytes(self.get(name)?))
-    }
-}
-
 /// Asks for a sample every second.
 pub(crate) fn poll(guest: &Guest) -> Result<()> {
-    guest.qmp().execute::<serde_json::Value>(
-        "qom-set",
-        &json!({
-            "path": "/machine/peripheral/balloon0",
-            "property": "guest-stats-polling-interval",
-            "value": 1,
-        }),
-    )?;
-    Ok(())
+    guest.balloon().poll_statistics(1)
 }
 
 /// Waits for a sample that is newer than `than`, and was not under way already.
 pub(crate) fn newer(guest: &Guest, than: u64) -> Result<Sample> {
+    let mut found = None;
     guest.wait_until("a new sample of statistics", PATIENCE, || {
-        Ok(Sample::take(guest)?.last_update > than + 1)
+        found = guest
+            .balloon()
+            .statistics()?
+            .filter(|sample| sample.taken > than + 1);
+        Ok(found.is_some())
     })?;
-    Sample::take(guest)
+    found.context("it was there")
 }
 
 fn statistics(setup: &Setup) -> Result<()> {
@@ -101,22 +72,25 @@ fn statistics(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         poll(guest)?;
         let sample = newer(guest, 0)?;
-        for (name, &value) in &sample.stats {
-            ensure!(value != MISSING, "the guest has sent no {name}");
-        }
+        let sent = sample.values().filter(|&(_, value)| value != MISSING);
+        let sent = sent.count();
+        ensure!(
+            sent == KINDS,
+            "the guest has sent {sent} kinds of statistics, not {KINDS}"
+        );
 
-        let faults_before = sample.get("stat-minor-faults")?;
+        let faults_before = sample.get("minor-faults")?;
         guest.balloon().settle(size)?;
         let load = guest.load(Load::Touch { mib: 64 })?;
         load.wait(Duration::from_secs(60))?;
-        let sample = newer(guest, sample.last_update)?;
+        let sample = newer(guest, sample.taken)?;
         let meminfo = guest.meminfo()?;
         for (name, here) in [
-            ("stat-total-memory", meminfo.total),
-            ("stat-free-memory", meminfo.free),
-            ("stat-available-memory", meminfo.available),
+            ("total-memory", meminfo.total),
+            ("free-memory", meminfo.free),
+            ("available-memory", meminfo.available),
         ] {
-            let there = sample.size(name)?;
+            let there = Size::bytes(sample.get(name)?);
             ensure!(
                 there.abs_diff(here) <= tolerance,
                 "{name} is {there}, and the guest says {here}"
@@ -124,9 +98,9 @@ fn statistics(setup: &Setup) -> Result<()> {
         }
         // Counters can only have grown in between.
         for (name, here) in [
-            ("stat-minor-faults", guest.vmstat("pgfault")?),
-            ("stat-major-faults", guest.vmstat("pgmajfault")?),
-            ("stat-oom-kills", guest.vmstat("oom_kill")?),
+            ("minor-faults", guest.vmstat("pgfault")?),
+            ("major-faults", guest.vmstat("pgmajfault")?),
+            ("oom-kills", guest.vmstat("oom_kill")?),
         ] {
             let there = sample.get(name)?;
             ensure!(
@@ -134,7 +108,7 @@ fn statistics(setup: &Setup) -> Result<()> {
                 "{name} is {there}, and the guest says {here}"
             );
         }
-        let faults = sample.get("stat-minor-faults")?;
+        let faults = sample.get("minor-faults")?;
         ensure!(
             faults > faults_before,
             "{faults} faults, and {faults_before} before a process touched memory"
@@ -152,7 +126,7 @@ fn statistics_while_stuck(setup: &Setup) -> Result<()> {
             .balloon()
             .request(guest.memory().saturating_sub(Size::mib(1)))?;
         for _ in 0..3 {
-            sample = newer(guest, sample.last_update)?;
+            sample = newer(guest, sample.taken)?;
         }
         guest.balloon().settle(Size::default())?;
         guest.rmmod(setup.driver)
@@ -163,7 +137,7 @@ fn no_ballooning(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .parameter(FAST_REPORTS)
-        .balloon(Some(reporting::DEVICE));
+        .offer(reporting::OFFER);
     vm::run(&config, |guest| {
         let total = guest.meminfo()?.total;
         let mark = guest.console().mark()?;
@@ -172,7 +146,7 @@ fn no_ballooning(setup: &Setup) -> Result<()> {
         let mut sample = newer(guest, 0)?;
         for size in [Size::mib(500), Size::mib(100), Size::mib(300)] {
             guest.balloon().request(size)?;
-            sample = newer(guest, sample.last_update)?;
+            sample = newer(guest, sample.taken)?;
             check_size(guest, Size::default())?;
         }
         let now = guest.meminfo()?.total;

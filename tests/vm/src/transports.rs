@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use vm::{Config, Driver, Guest, Machine, Size};
 
 use crate::sizes::check_size;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -14,6 +14,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon works on virtio-mmio",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: mmio,
     },
     Scenario {
@@ -21,6 +22,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon works on a device from before virtio 1.0",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: legacy,
     },
     Scenario {
@@ -28,6 +30,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon works with packed queues",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: packed_queues,
     },
     Scenario {
@@ -35,6 +38,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon works without indirect descriptors and event indices",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
         run: plain_queues,
     },
 ];
