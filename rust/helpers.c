@@ -5,6 +5,7 @@
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
 #include <linux/scatterlist.h>
+#include <linux/swap.h>
 #include <linux/virtio_config.h>
 #include <linux/vmstat.h>
 
@@ -111,6 +112,11 @@ void balloon_rs_drain_free_lists(void)
 		}
 	}
 #endif
+}
+
+void balloon_rs_account_reclaimed(unsigned long pages)
+{
+	mm_account_reclaimed_pages(pages);
 }
 
 static u64 pages_to_bytes(unsigned long pages)

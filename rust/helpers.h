@@ -75,6 +75,7 @@ void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
 void balloon_rs_drain_free_lists(void);
+void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
 bool balloon_rs_free_page_value(u32 *value);

@@ -94,8 +94,17 @@ impl<T: Shrink> Shrinker<T> {
     ) -> c_ulong {
         // SAFETY: This is a callback, which gets a valid pointer.
         let (who, wanted) = unsafe { (Self::who(shrinker), (*control).nr_to_scan) };
+        let freed = who.scan(wanted);
 
-        who.scan(wanted)
+        // Otherwise a block of a thousand pages would count as the hundred that were asked for, and whoever reclaims
+        // would not know that there is memory now, and ask until nothing is left.
+        //
+        // SAFETY: The pointer is valid, as above, and this is called by somebody who reclaims.
+        unsafe {
+            (*control).nr_scanned = freed.max(wanted);
+            bindings::balloon_rs_account_reclaimed(freed);
+        }
+        freed
     }
 }
 
