@@ -7,11 +7,9 @@ use balloon_wire::{
     BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_AFTER_OOM, VIRTIO_BALLOON_STOP_REASON_EXCLUDED,
     VIRTIO_BALLOON_STOP_REASON_FLOOR, VIRTIO_BALLOON_STOP_REASON_NO_MEMORY, config,
 };
-use serde::{Deserialize, Serialize};
 
-/// The fields that are worth keeping over a restart of the daemon.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// The fields that are more than computed.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fields {
     /// How many balloon pages the host wants.
     pub target: u32,

@@ -29,8 +29,8 @@ impl Handler for Device {
                 Ok(()) => Ok(Response::Done {}),
                 Err(error) => Err(ControlError::new(
                     ErrorKind::Failed,
-                    format!("the timer cannot be set: {error}"),
-                    "use another interval",
+                    format!("the interval cannot be set and kept: {error}"),
+                    "see that the daemon can write its state file",
                 )),
             },
             Request::Hints { action } => {
@@ -93,7 +93,13 @@ impl Device {
                 "ask for less than 16 TiB",
             )
         })?;
-        self.set_target(pages);
+        self.set_target(pages).map_err(|error| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("the target is set, but cannot be kept: {error}"),
+                "see that the daemon can write its state file",
+            )
+        })?;
         Ok(Response::Done {})
     }
 
@@ -152,6 +158,7 @@ mod tests {
     use crate::discard::Granularity;
     use crate::features::offer;
     use crate::state::State;
+    use crate::testing::no_channel;
 
     fn device() -> Device {
         let settings = Settings {
@@ -163,7 +170,7 @@ mod tests {
             config: Fields::default(),
             stats_interval: 0,
         };
-        Device::new(settings, state, None).unwrap()
+        Device::new(settings, state, None, no_channel()).unwrap()
     }
 
     fn kind(result: Result<Response, ControlError>) -> ErrorKind {

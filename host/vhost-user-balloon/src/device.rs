@@ -9,6 +9,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,6 +28,7 @@ use vmm_sys_util::event::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::balloon::Balloon;
+use crate::channel::Channel;
 use crate::counters::Counters;
 use crate::deflate::Deflate;
 use crate::discard::{Discarder, Granularity, Pieces};
@@ -35,9 +37,8 @@ use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
 use crate::pfns::Pfns;
 use crate::queue::{Kind, MAX_QUEUE_SIZE, MAX_QUEUES, serve};
-use crate::relay::Channel;
 use crate::reporting::Reporting;
-use crate::state::{Saver, State};
+use crate::state::State;
 use crate::stats::Stats;
 
 /// What wakes the worker besides the queues. The numbers up to that of the queues are the library's.
@@ -101,9 +102,10 @@ pub struct Device {
     hints: Mutex<Hints>,
     stats: Mutex<Stats>,
     sampled: Condvar,
-    saver: Option<Saver>,
+    /// Where the host's wishes are kept.
+    path: Option<PathBuf>,
     /// To the front end.
-    pub channel: Channel,
+    channel: Channel,
     /// What is counted.
     pub counters: Counters,
     connected: AtomicBool,
@@ -126,12 +128,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Device {
-    /// A device that begins in this state, which `saver` keeps.
+    /// A device that begins in this state, and keeps the host's part of it at `path`.
     ///
     /// # Errors
     ///
     /// The system has no file descriptors.
-    pub fn new(settings: Settings, state: State, saver: Option<Saver>) -> io::Result<Self> {
+    pub fn new(
+        settings: Settings,
+        state: State,
+        path: Option<PathBuf>,
+        channel: Channel,
+    ) -> io::Result<Self> {
         let interval = state.stats_interval;
         // The timer may be stopped between the event and the reading, which must not wait then.
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
@@ -144,8 +151,8 @@ impl Device {
             hints: Mutex::default(),
             stats: Mutex::default(),
             sampled: Condvar::new(),
-            saver,
-            channel: Channel::default(),
+            path,
+            channel,
             counters: Counters::default(),
             connected: AtomicBool::new(false),
             running: AtomicBool::new(false),
@@ -262,31 +269,32 @@ impl Device {
         }
     }
 
-    /// Changes what is kept, and saves it.
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+    /// Changes what the host wants, and writes it to the file.
+    fn wish(&self, change: impl FnOnce(&mut State)) -> io::Result<()> {
         let mut state = lock(&self.state);
-        let result = change(&mut state);
-        if let Some(saver) = &self.saver {
-            saver.save(state.clone());
-        }
-        result
+        change(&mut state);
+        self.path.as_ref().map_or(Ok(()), |path| state.save(path))
     }
 
     /// Has the guest give away so many balloon pages.
-    pub fn set_target(&self, pages: u32) {
-        self.change(|state| state.config.target = pages);
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written, and the target will be forgotten with the process.
+    pub fn set_target(&self, pages: u32) -> io::Result<()> {
+        let result = self.wish(|state| state.config.target = pages);
         self.notify();
+        result
     }
 
     /// Sets how often the guest is asked for statistics, in seconds, and asks it for some. 0 is never.
     ///
     /// # Errors
     ///
-    /// The system has no such timer.
+    /// The system has no such timer, or the file cannot be written.
     pub fn set_stats_interval(&self, seconds: u32) -> io::Result<()> {
         self.arm(seconds)?;
-        self.change(|state| state.stats_interval = seconds);
-        Ok(())
+        self.wish(|state| state.stats_interval = seconds)
     }
 
     fn arm(&self, seconds: u32) -> io::Result<()> {
@@ -427,7 +435,7 @@ impl Device {
         if work.is_new_driver(next) {
             work.balloon.empty();
             lock(&self.hints).restart();
-            self.change(|state| state.config.actual = 0);
+            lock(&self.state).config.actual = 0;
             info!("the guest has a driver, with an empty balloon");
         } else {
             info!("the guest's driver goes on");
@@ -460,8 +468,6 @@ impl VhostUserBackend for Device {
         self.acked.store(features, SeqCst);
     }
 
-    /// Without acknowledgements, which the front end would wait for whenever the guest writes its
-    /// balloon's size.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
@@ -502,7 +508,7 @@ impl VhostUserBackend for Device {
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         *lock(&self.answered) = Some(Instant::now());
         if let Ok(offset) = usize::try_from(offset) {
-            self.change(|state| state.config.write(offset, bytes));
+            lock(&self.state).config.write(offset, bytes);
         }
         Ok(())
     }
@@ -566,5 +572,51 @@ impl VhostUserBackend for Device {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Fields;
+    use crate::features::offer;
+    use crate::testing::no_channel;
+
+    fn device(features: &[Feature], extensions: bool) -> Device {
+        let settings = Settings {
+            features: offer(features, extensions),
+            granularity: Granularity::Auto,
+            prefault: false,
+        };
+        let state = State {
+            config: Fields::default(),
+            stats_interval: 0,
+        };
+        Device::new(settings, state, None, no_channel()).unwrap()
+    }
+
+    #[test]
+    fn too_short_a_configuration_is_refused() {
+        let device = device(&[Feature::Stats], true);
+        assert_eq!(device.get_config(0, 16).len(), 0);
+        assert_eq!(device.get_config(0, 24).len(), 24);
+        assert_eq!(device.get_config(0, 32).len(), 32);
+        // Some front ends ask for one field at a time.
+        assert_eq!(device.get_config(0, 4).len(), 4);
+        assert_eq!(device.get_config(u32::MAX, 4), [0; 4]);
+    }
+
+    #[test]
+    fn a_new_driver_is_told_by_its_index() {
+        let work = |position| Work {
+            position,
+            ..Work::default()
+        };
+        assert!(work(None).is_new_driver(0));
+        assert!(work(Some(7)).is_new_driver(0));
+        assert!(work(Some(7)).is_new_driver(8));
+        assert!(!work(Some(7)).is_new_driver(7));
+        // The device itself is new, and knows nothing of the driver before.
+        assert!(!work(None).is_new_driver(7));
     }
 }

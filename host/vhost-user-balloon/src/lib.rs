@@ -6,12 +6,16 @@
 //! Each VM has a daemon of its own, which serves one front end at a time. So each can have a user of its
 //! own, and what goes wrong in one daemon stays with its VM: a crash, a leak, or a guest that keeps it busy.
 //!
-//! A message goes through these modules: [`relay`] and the vhost-user library set the queues up,
+//! It has two processes: [`keeper`] has the VMM's connection, and is the parent of the one that has the
+//! device, which may crash or be replaced while the guest goes on.
+//!
+//! A message goes through these modules: the vhost-user library sets the queues up,
 //! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
 //! [`inflate`], [`deflate`], [`stats`], [`hinting`] and [`reporting`] make sense of them, [`balloon`] knows
 //! the guest's memory and what of it is in the balloon, and [`discard`] gives memory back to the host.
 
 pub mod balloon;
+pub mod channel;
 pub mod config;
 mod control;
 pub mod counters;
@@ -22,11 +26,12 @@ pub mod discard;
 pub mod features;
 pub mod hinting;
 pub mod inflate;
+pub mod keeper;
+pub mod message;
 pub mod metrics;
 pub mod options;
 pub mod pfns;
 pub mod queue;
-pub mod relay;
 pub mod reporting;
 pub mod state;
 pub mod stats;

@@ -3,6 +3,8 @@
 //! The daemon's process: its command line, its log and its signals.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
@@ -11,9 +13,11 @@ use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
 use clap_mangen::Man;
 use log::{LevelFilter, error, info};
-use nix::sys::prctl::set_no_new_privs;
+use nix::sys::prctl::{set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
+use vhost_user_balloon::channel::Channel;
 use vhost_user_balloon::daemon::Daemon;
+use vhost_user_balloon::keeper;
 use vhost_user_balloon::options::Options;
 
 fn main() -> ExitCode {
@@ -27,7 +31,10 @@ fn main() -> ExitCode {
         .init();
     let result = match &options.man {
         Some(directory) => write_man_page(directory),
-        None => run(&options),
+        None if options.worker.is_some() => work(&options),
+        None => set_no_new_privs()
+            .map_err(Into::into)
+            .and_then(|()| keeper::run(&options)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -38,15 +45,19 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> Result<()> {
-    set_no_new_privs()?;
+/// Is the child that has the device.
+fn work(options: &Options) -> Result<()> {
+    // What it is without the process that has started it, nobody can reach.
+    set_pdeathsig(Signal::SIGTERM)?;
     // The threads to come inherit this, so the signals are for the one that waits for them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
 
-    let daemon = Daemon::new(options)?;
+    // The standard input is the other process's end of a stream.
+    let channel = Channel::new(io::stdin().as_fd().try_clone_to_owned()?);
+    let daemon = Daemon::new(options, channel)?;
     let stop = daemon.stop();
     thread::Builder::new()
         .name("signals".to_owned())

@@ -16,25 +16,31 @@ use crate::features::{Feature, offer};
 /// QEMU uses it with
 ///
 ///   -object memory-backend-memfd,id=m,size=8G,share=on -machine q35,memory-backend=m
-///   -chardev socket,id=c,path=SOCKET,reconnect-ms=1000
+///   -chardev socket,id=c,path=SOCKET
 ///   -device vhost-user-test-device-pci,chardev=c,virtio-id=5,num_vqs=5,vq_size=256,config_size=24
 ///
+/// The memory must be shared: of private memory the daemon sees nothing that the guest writes.
+///
 /// The daemon serves one VMM at a time, and waits for the next one when that is gone. It ends on SIGTERM
-/// and SIGINT. It needs no privileges: only the sockets' directories, the state file's, and a memory file
+/// and SIGINT, and a guest that still runs is then without its balloon for good: QEMU's device cannot be
+/// given another daemon. The daemon's own process only keeps the connection; the device is in a child, which
+/// is started anew when it has crashed, and on SIGHUP, as after an update. The guest does not notice.
+///
+/// It needs no privileges: only the sockets' directories, the state file's, and a memory file
 /// that the VMM hands over.
 #[derive(Clone, Debug, Parser)]
 #[command(version, verbatim_doc_comment)]
 pub struct Options {
     /// The socket that the VMM connects to; only the user whom the daemon runs as may
-    #[arg(long, value_name = "PATH", required_unless_present = "man")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["man", "worker"])]
     pub socket: Option<PathBuf>,
 
     /// The socket that balloonctl connects to; only the user whom the daemon runs as may
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
-    /// Keep the target, the balloon's size and the interval of the statistics in this file, for a
-    /// restart of the daemon while the VM goes on
+    /// Keep the target, the balloon's size and the interval of the statistics in this file, also when
+    /// the daemon has ended
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,
 
@@ -68,6 +74,11 @@ pub struct Options {
     /// What to log to the standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
     pub log: LevelFilter,
+
+    /// Have the device at work behind this socket, where the process that keeps the VMM's connection
+    /// connects to
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub worker: Option<PathBuf>,
 
     /// Write the man page to this directory, and do nothing else
     #[arg(long, value_name = "DIR", hide = true)]

@@ -1,32 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is kept over a restart of the daemon, in a file.
+//! What the device is, and what of it is kept in a file: the host's wishes.
+//!
+//! What the guest has said is not in the file. A process that takes the device up while the guest goes on
+//! hears it from the one that keeps the connection, and another guest has not said it.
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::path::Path;
 
 use anyhow::{Context, Result};
-use log::error;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Fields;
 
-/// A guest that inflates writes its balloon's size after every message. The file is not written more
-/// often than this.
-const PAUSE: Duration = Duration::from_millis(100);
-
-/// What is kept.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
     /// The configuration space.
     pub config: Fields,
     /// How often the guest is asked for statistics, in seconds. 0 is never.
     pub stats_interval: u32,
+}
+
+/// What is in the file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wishes {
+    /// In balloon pages.
+    target: u32,
+    stats_interval: u32,
 }
 
 impl State {
@@ -40,97 +43,31 @@ impl State {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             other => other.with_context(|| format!("reading {}", path.display()))?,
         };
-        serde_json::from_slice(&text)
-            .with_context(|| format!("{} has no state of a balloon; remove it", path.display()))
-            .map(Some)
+        let wishes: Wishes = serde_json::from_slice(&text)
+            .with_context(|| format!("{} has no state of a balloon; remove it", path.display()))?;
+        Ok(Some(Self {
+            config: Fields {
+                target: wishes.target,
+                ..Fields::default()
+            },
+            stats_interval: wishes.stats_interval,
+        }))
     }
 
     /// Writes it to a file, which has the old or the new state at any time.
-    fn save(&self, path: &Path) -> io::Result<()> {
-        let mut new = path.as_os_str().to_owned();
-        new.push(".new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
-        fs::rename(&new, path)
-    }
-}
-
-#[derive(Debug, Default)]
-struct Waiting {
-    state: Option<State>,
-    ended: bool,
-}
-
-/// What writes the file. What it was given last is in the file when this has been dropped.
-#[derive(Debug)]
-pub struct Saver {
-    waiting: Arc<(Mutex<Waiting>, Condvar)>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Saver {
-    /// Begins to write to `path` what it is given.
     ///
     /// # Errors
     ///
-    /// There is no thread for it.
-    pub fn start(path: PathBuf) -> Result<Self> {
-        let waiting = Arc::new((Mutex::new(Waiting::default()), Condvar::new()));
-        let thread = thread::Builder::new().name("state".to_owned()).spawn({
-            let waiting = Arc::clone(&waiting);
-            move || write(&path, &waiting)
-        })?;
-        Ok(Self {
-            waiting,
-            thread: Some(thread),
-        })
-    }
-
-    /// Has this state written to the file soon.
-    pub fn save(&self, state: State) {
-        let (waiting, changed) = &*self.waiting;
-        // No thread can leave it half changed.
-        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.state = Some(state);
-        changed.notify_one();
-    }
-}
-
-impl Drop for Saver {
-    fn drop(&mut self) {
-        let (waiting, changed) = &*self.waiting;
-        waiting.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
-        changed.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // A thread that has panicked has said so.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn write(path: &Path, (waiting, changed): &(Mutex<Waiting>, Condvar)) {
-    loop {
-        let (state, ended) = {
-            let lock = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            let idle = |waiting: &mut Waiting| waiting.state.is_none() && !waiting.ended;
-            let mut lock = changed
-                .wait_while(lock, idle)
-                .unwrap_or_else(PoisonError::into_inner);
-            (lock.state.take(), lock.ended)
+    /// The file cannot be written.
+    pub fn save(&self, path: &Path) -> io::Result<()> {
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
+        let wishes = Wishes {
+            target: self.config.target,
+            stats_interval: self.stats_interval,
         };
-        match state {
-            Some(state) => {
-                if let Err(error) = state.save(path) {
-                    error!(
-                        "cannot write {}: {error}; a restart would forget the target",
-                        path.display()
-                    );
-                }
-            }
-            None => return,
-        }
-        if !ended {
-            thread::sleep(PAUSE);
-        }
+        fs::write(&new, serde_json::to_vec(&wishes)?)?;
+        fs::rename(&new, path)
     }
 }
 
@@ -139,21 +76,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_state_is_in_the_file() {
+    fn the_hosts_wishes_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         assert_eq!(State::load(&path).unwrap(), None);
         let mut state = State {
-            config: Fields::default(),
+            config: Fields {
+                target: 5,
+                ..Fields::default()
+            },
             stats_interval: 3,
         };
-        let saver = Saver::start(path.clone()).unwrap();
-        for target in 0..100 {
-            state.config.target = target;
-            saver.save(state.clone());
-        }
-        drop(saver);
-        assert_eq!(State::load(&path).unwrap(), Some(state));
+        state.save(&path).unwrap();
+        assert_eq!(State::load(&path).unwrap().as_ref(), Some(&state));
+        state.config.actual = 4;
+        state.save(&path).unwrap();
+        assert_eq!(State::load(&path).unwrap().unwrap().config.actual, 0);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 

@@ -96,16 +96,15 @@ impl Stats {
             return Ok(false);
         }
         let mut used = false;
-        // A guest may have one buffer on the queue, and one more for each that it got back here.
+        // A guest has one buffer on the queue, and may have another one there when that comes back.
         for _ in 0..2 {
-            // The guest is to tell of the buffer after this one.
             let position = queue.next_avail();
-            queue.set_next_avail(position.wrapping_add(1));
-            queue.enable_notification(memory)?;
-            queue.set_next_avail(position);
-
-            let mut available = queue.iter(memory)?;
-            let Some(chain) = available.next() else { break };
+            let Some(chain) = queue.iter(memory)?.next() else {
+                if queue.enable_notification(memory)? {
+                    continue;
+                }
+                break;
+            };
             let head = chain.head_index();
             if self.seen != Some(position) {
                 self.seen = Some(position);
@@ -117,7 +116,9 @@ impl Stats {
                 }
             }
             if !self.wanted {
-                available.go_to_previous_position();
+                // The guest is to tell of the buffer after this one.
+                queue.enable_notification(memory)?;
+                queue.go_to_previous_position();
                 break;
             }
             self.wanted = false;
@@ -207,7 +208,9 @@ mod tests {
         serve(&mut stats, &guest);
         guest.send(&[&entry(4, 7)]);
         serve(&mut stats, &guest);
-        assert_eq!(guest.used(), 1);
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+        // The guest is to tell of the buffer that it fills again.
+        assert_eq!(guest.avail_event(), 1);
     }
 
     #[test]

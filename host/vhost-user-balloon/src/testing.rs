@@ -2,6 +2,7 @@
 
 //! Guest memory for tests.
 
+use crate::channel::Channel;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -218,4 +219,9 @@ impl GuestQueue {
     pub(crate) fn avail_event(&self) -> u16 {
         self.load(Self::USED + 4 + 8 * u64::from(Self::SIZE))
     }
+}
+
+/// A channel that nobody listens to.
+pub(crate) fn no_channel() -> Channel {
+    Channel::new(memory_file(0).try_clone().unwrap().into())
 }

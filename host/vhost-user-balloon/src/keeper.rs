@@ -1,0 +1,658 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Keeps the VMM's connection while the process that has the device is started anew.
+//!
+//! QEMU's generic vhost-user device does not take up its device again: when the connection has ended once,
+//! the guest has a dead device, and QEMU itself ends as soon as the guest looks at the configuration space.
+//! So the connection belongs to a small process that makes nothing of what a guest writes. The device is in
+//! another one, its child. What the front end has said to set the device up is written down, and said again
+//! to the next child, when one has crashed or is replaced after an update.
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use anyhow::{Context, Result, bail};
+use balloon_control::listen;
+use log::{debug, error, info, warn};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::uio::pread;
+use nix::unistd::{Pid, write};
+
+use crate::message::{Message, request};
+use crate::options::Options;
+
+/// How long a child may take until it listens.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long it may take for an answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether it does.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How long to wait before what has failed is tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// How many children in a row may fail to take up the device.
+const MAX_FAILURES: u32 = 5;
+
+/// Serves front ends until it is told to end, by way of children.
+///
+/// # Errors
+///
+/// The socket is in use, or no child can be started.
+pub fn run(options: &Options) -> Result<()> {
+    let socket = options.socket.as_deref().context("name a --socket")?;
+    let signals = signals()?;
+    let (listener, file) = listen(socket)?;
+    let keeper = Worker::start(socket, options).map(|worker| Keeper {
+        listener,
+        signals,
+        worker,
+    });
+    let result = keeper.and_then(Keeper::run);
+    file.remove();
+    result
+}
+
+/// Has signals wait until they are read: those that end the daemon, and the one that replaces the child.
+fn signals() -> Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Ok(SignalFd::with_flags(&signals, flags)?)
+}
+
+/// The path with something behind it.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
+/// The child that has the device.
+#[derive(Debug)]
+struct Worker {
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    socket: PathBuf,
+    /// Where its state is if the user has named no place: it lasts as long as the daemon.
+    state: Option<PathBuf>,
+    child: Child,
+    /// Each byte from it stands for a change of the configuration space.
+    changes: UnixStream,
+}
+
+impl Worker {
+    fn start(socket: &Path, options: &Options) -> Result<Self> {
+        // What is at this path when a child is replaced may be newer than what runs now.
+        let program = env::current_exe().context("finding this program")?;
+        let inner = beside(socket, ".worker");
+        let mut arguments: Vec<_> = env::args_os().skip(1).collect();
+        arguments.extend(["--worker".into(), inner.clone().into()]);
+        let state = options.state.is_none().then(|| beside(socket, ".state"));
+        if let Some(state) = &state {
+            // One that is left from a daemon before this one is of another guest.
+            let _ = fs::remove_file(state);
+            arguments.extend(["--state".into(), state.into()]);
+        }
+        let (child, changes) = spawn(&program, &arguments)?;
+        let mut worker = Self {
+            program,
+            arguments,
+            socket: inner,
+            state,
+            child,
+            changes,
+        };
+        // Whatever is wrong with the command line is to be told at once.
+        worker.connect()?;
+        Ok(worker)
+    }
+
+    /// Connects to the child, which may have just been started.
+    fn connect(&mut self) -> Result<UnixStream> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            if let Ok(stream) = UnixStream::connect(&self.socket) {
+                stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+                return Ok(stream);
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the process with the device has ended: {status}");
+            }
+            if Instant::now() > deadline {
+                bail!("the process with the device does not listen");
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// What it says: that the configuration space has changed, or that it has ended.
+    fn listen(&self) -> Next {
+        // Changes that come together are one.
+        match (&self.changes).read(&mut [0; 64]) {
+            Ok(1..) => Next::Change,
+            _ => Next::Back,
+        }
+    }
+
+    /// Has it end, and finish before that what it has begun.
+    fn stop(&mut self) -> Result<()> {
+        if self.child.try_wait()?.is_none() {
+            kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
+            self.child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Starts another one in its place.
+    fn replace(&mut self) -> Result<()> {
+        info!("starting the process with the device anew");
+        self.stop()?;
+        (self.child, self.changes) = spawn(&self.program, &self.arguments)?;
+        Ok(())
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            error!("the process with the device cannot be ended: {error}");
+        }
+        if let Some(state) = &self.state {
+            // There is none if nothing has changed.
+            let _ = fs::remove_file(state);
+        }
+    }
+}
+
+fn spawn(program: &Path, arguments: &[OsString]) -> Result<(Child, UnixStream)> {
+    let (changes, theirs) = UnixStream::pair()?;
+    changes.set_nonblocking(true)?;
+    let child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))?;
+    Ok((child, changes))
+}
+
+/// What there is to do next.
+enum Next {
+    /// Somebody connects or sends something.
+    Here,
+    /// The child does, or has ended.
+    Back,
+    /// The configuration space has changed.
+    Change,
+    /// The child is to be replaced.
+    Replace,
+    /// The daemon is to end.
+    End,
+}
+
+struct Keeper {
+    listener: UnixListener,
+    signals: SignalFd,
+    worker: Worker,
+}
+
+impl Keeper {
+    fn run(mut self) -> Result<()> {
+        loop {
+            match self.wait(self.listener.as_fd(), None)? {
+                Next::End => return Ok(()),
+                Next::Replace => self.worker.replace()?,
+                // Nobody is there to be told, or to tell.
+                Next::Change => {}
+                Next::Back => {
+                    error!("the process with the device has ended");
+                    thread::sleep(PAUSE);
+                    self.worker.replace()?;
+                }
+                Next::Here => match self.listener.accept() {
+                    Ok((front, _)) => {
+                        if let Next::End = self.serve(&front)? {
+                            return Ok(());
+                        }
+                    }
+                    Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
+                    Err(error) => {
+                        warn!("cannot serve a VMM now: {error}");
+                        thread::sleep(PAUSE);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Waits for something to do here, in the child, or at all.
+    fn wait(&self, here: impl AsFd, back: Option<&UnixStream>) -> Result<Next> {
+        let event = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut events = vec![
+            event(self.signals.as_fd()),
+            event(here.as_fd()),
+            event(self.worker.changes.as_fd()),
+        ];
+        events.extend(back.map(|back| event(back.as_fd())));
+        loop {
+            poll(&mut events, PollTimeout::NONE)?;
+            let mut ready = events.iter().map(|event| event.any().unwrap_or(true));
+            let (signal, here, change) = (ready.next(), ready.next(), ready.next());
+            let back = ready.next();
+            if signal == Some(true) {
+                match self.signals.read_signal()? {
+                    Some(signal) if signal.ssi_signo == Signal::SIGHUP as u32 => {
+                        return Ok(Next::Replace);
+                    }
+                    Some(_) => return Ok(Next::End),
+                    None => {}
+                }
+            } else if back == Some(true) {
+                return Ok(Next::Back);
+            } else if change == Some(true) {
+                return Ok(self.worker.listen());
+            } else if here == Some(true) {
+                return Ok(Next::Here);
+            }
+        }
+    }
+
+    /// Serves a front end until it is gone, or the daemon is to end.
+    fn serve(&mut self, front: &UnixStream) -> Result<Next> {
+        let mut journal = Journal::default();
+        let mut channel = None;
+        let mut back = self.take_up(&mut journal)?;
+        loop {
+            match self.wait(front, Some(&back))? {
+                Next::End => return Ok(Next::End),
+                Next::Replace => {
+                    // Without a connection the child finishes what it has begun, and ends.
+                    back.shutdown(Shutdown::Both)?;
+                    self.worker.replace()?;
+                    back = self.take_up(&mut journal)?;
+                }
+                Next::Change => {
+                    if let Some(channel) = &mut channel {
+                        tell_change(channel);
+                    }
+                }
+                Next::Back => match Message::receive(&back) {
+                    Ok(mut answer) => {
+                        journal.answered(&mut answer);
+                        if answer.send(front).is_err() {
+                            return Ok(Next::Here);
+                        }
+                    }
+                    Err(error) => {
+                        debug!("the process with the device is gone: {error}");
+                        back = self.take_up(&mut journal)?;
+                    }
+                },
+                Next::Here => {
+                    let Ok(message) = Message::receive(front) else {
+                        return Ok(Next::Here);
+                    };
+                    match (message.request(), message.descriptors()) {
+                        (request::SET_BACKEND_REQ_FD, [socket]) => {
+                            let socket = UnixStream::from(socket.try_clone()?);
+                            socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+                            channel = Some(socket);
+                        }
+                        (request::SET_VRING_KICK, [event]) => look_at_queue(event),
+                        _ => {}
+                    }
+                    let sent = message.send(&back);
+                    journal.record(message);
+                    if sent.is_err() {
+                        back = self.take_up(&mut journal)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Connects to the child, or to another one if it has ended, and tells it all that is written down.
+    fn take_up(&mut self, journal: &mut Journal) -> Result<UnixStream> {
+        let mut failures = 0;
+        loop {
+            let taken = self.worker.connect().and_then(|back| {
+                journal.tell(&back)?;
+                Ok(back)
+            });
+            match taken {
+                Ok(back) => return Ok(back),
+                Err(error) if failures == MAX_FAILURES => {
+                    return Err(error.context("the device cannot be started any more"));
+                }
+                Err(error) => warn!("{error:#}; starting another one"),
+            }
+            if failures > 0 {
+                thread::sleep(PAUSE);
+            }
+            failures += 1;
+            self.worker.replace()?;
+        }
+    }
+}
+
+/// Tells the front end that the configuration space has changed.
+fn tell_change(channel: &mut UnixStream) {
+    // The request, version 1 of the protocol, and the size of the rest.
+    const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+    if let Err(error) = channel.write_all(&CONFIG_CHANGE.map(u32::to_ne_bytes).concat()) {
+        warn!("cannot tell the VMM that the configuration has changed: {error}");
+    }
+}
+
+/// Has the device look at a queue when it gets it. What the guest has told before there was a device to hear
+/// it is lost, and a guest that waits for an answer tells nothing more.
+fn look_at_queue(event: &OwnedFd) {
+    if let Err(error) = write(event, &1_u64.to_ne_bytes()) {
+        warn!("cannot have the device look at a queue: {error}");
+    }
+}
+
+/// What another child has to be told to take up the device.
+#[derive(Debug, Default)]
+struct Journal {
+    messages: Vec<Message>,
+    /// The one that has not been answered yet.
+    outstanding: Option<Message>,
+}
+
+impl Journal {
+    /// Writes down a message, unless it changes nothing or is to be answered first.
+    fn record(&mut self, message: Message) {
+        if is_answered(&message) {
+            self.outstanding = Some(message);
+        } else {
+            self.write(message);
+        }
+    }
+
+    /// The child has answered.
+    fn answered(&mut self, answer: &mut Message) {
+        /// The feature that the front end may ask for an acknowledgement of each request.
+        const REPLY_ACK: u8 = 1 << 3;
+        let Some(message) = self.outstanding.take() else {
+            return;
+        };
+        // The library offers it by itself. The front end would wait whenever the guest tells its balloon's
+        // size, and the guest with it.
+        if message.request() == request::GET_PROTOCOL_FEATURES {
+            if let Some(features) = answer.body_mut().first_mut() {
+                *features &= !REPLY_ACK;
+            }
+        }
+        self.write(message);
+    }
+
+    /// What is said again replaces what was said before, in its place: what comes first there, such as the
+    /// features of the protocol, what comes later depends on.
+    fn write(&mut self, message: Message) {
+        let (request, queue) = (message.request(), queue(&message));
+        match request {
+            request::GET_CONFIG => return,
+            // A queue that has ended begins with other events.
+            request::GET_VRING_BASE => {
+                self.messages.retain(|old| {
+                    !matches!(
+                        old.request(),
+                        request::SET_VRING_BASE
+                            | request::SET_VRING_KICK
+                            | request::SET_VRING_CALL
+                            | request::SET_VRING_ERR
+                            | request::SET_VRING_ENABLE
+                    ) || self::queue(old) != queue
+                });
+                return;
+            }
+            request::REM_MEM_REG => {
+                self.messages.retain(|old| {
+                    old.request() != request::ADD_MEM_REG || old.body() != message.body()
+                });
+                return;
+            }
+            _ => {}
+        }
+        let again = |old: &&mut Message| {
+            request != request::ADD_MEM_REG && (old.request(), self::queue(old)) == (request, queue)
+        };
+        match self.messages.iter_mut().find(again) {
+            Some(old) => *old = message,
+            None => self.messages.push(message),
+        }
+    }
+
+    /// Says all of it to another child.
+    fn tell(&mut self, back: &UnixStream) -> Result<()> {
+        for place in 0..self.messages.len() {
+            let index = self.messages.get(place).and_then(|message| {
+                (message.request() == request::SET_VRING_BASE)
+                    .then(|| self.used_index(queue(message)))
+                    .flatten()
+            });
+            let Some(message) = self.messages.get_mut(place) else {
+                break;
+            };
+            // What had been used by the last one is not to be done again.
+            if let (Some(index), Some(base)) = (index, message.body_mut().get_mut(4..8)) {
+                base.copy_from_slice(&u32::from(index).to_ne_bytes());
+            }
+            if let (request::SET_VRING_KICK, [event]) = (message.request(), message.descriptors()) {
+                look_at_queue(event);
+            }
+            message.send(back)?;
+            if is_answered(message) {
+                Message::receive(back)?;
+            }
+        }
+        if let Some(message) = &self.outstanding {
+            message.send(back)?;
+        }
+        Ok(())
+    }
+
+    /// How many messages of a queue have been used, as its used ring says.
+    fn used_index(&self, queue: u32) -> Option<u16> {
+        const USED: usize = 16;
+        let addresses = self.messages.iter().find(|message| {
+            message.request() == request::SET_VRING_ADDR && self::queue(message) == queue
+        })?;
+        // The ring begins with flags of 16 bits.
+        let address = word(addresses.body(), USED)?.checked_add(2)?;
+        let mut index = [0; 2];
+        let (file, at) = self.find(address)?;
+        let read = pread(file, &mut index, at.try_into().ok()?);
+        (read == Ok(index.len())).then(|| u16::from_le_bytes(index))
+    }
+
+    /// Where an address of the front end is in the memory that it has sent.
+    fn find(&self, address: u64) -> Option<(&OwnedFd, u64)> {
+        /// A region: its address in the guest, its size, the front end's address, and the offset in its file.
+        const REGION: usize = 32;
+        // Both kinds of messages have 8 bytes in front of the regions.
+        const REGIONS: usize = 8;
+        self.messages
+            .iter()
+            .filter(|message| {
+                [request::ADD_MEM_REG, request::SET_MEM_TABLE].contains(&message.request())
+            })
+            .flat_map(|message| {
+                let regions = message.body().get(REGIONS..).unwrap_or_default();
+                regions.chunks_exact(REGION).zip(message.descriptors())
+            })
+            .find_map(|(region, file)| {
+                let (size, start, offset) =
+                    (word(region, 8)?, word(region, 16)?, word(region, 24)?);
+                let distance = address.checked_sub(start)?;
+                let at = offset.checked_add(distance)?;
+                (distance < size).then_some((file, at))
+            })
+    }
+}
+
+/// Whether a message is answered.
+fn is_answered(message: &Message) -> bool {
+    const GET_FEATURES: u32 = 1;
+    const GET_QUEUE_NUM: u32 = 17;
+    const GET_MAX_MEM_SLOTS: u32 = 36;
+    matches!(
+        message.request(),
+        GET_FEATURES
+            | request::GET_PROTOCOL_FEATURES
+            | GET_QUEUE_NUM
+            | GET_MAX_MEM_SLOTS
+            | request::GET_VRING_BASE
+            | request::GET_CONFIG
+    ) || message.wants_answer()
+}
+
+/// The queue that a message is about, or 0 if it is about none.
+fn queue(message: &Message) -> u32 {
+    const SET_VRING_NUM: u32 = 8;
+    match message.request() {
+        SET_VRING_NUM..=request::SET_VRING_ERR | request::SET_VRING_ENABLE => {
+            message.body().first().copied().unwrap_or_default().into()
+        }
+        _ => 0,
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    let bytes = bytes.get(at..)?.first_chunk()?;
+    Some(u64::from_ne_bytes(*bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::tests::message;
+    use crate::testing::memory_file;
+    use std::io;
+    use std::os::unix::fs::FileExt;
+
+    const GET_FEATURES: u32 = 1;
+    const SET_FEATURES: u32 = 2;
+
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().copied().flat_map(u64::to_ne_bytes).collect()
+    }
+
+    fn vring(queue: u32, value: u32) -> Vec<u8> {
+        [queue, value].map(u32::to_ne_bytes).concat()
+    }
+
+    /// A journal of a device with one queue at work, whose memory is at 0x10000 in the front end and at
+    /// 0x1000 in the file, and whose used ring is at the memory's end.
+    fn journal(file: &fs::File) -> Journal {
+        let mut journal = Journal::default();
+        let mut record = |request, body: Vec<u8>, files| {
+            journal.record(message(request, &body, files));
+        };
+        let region = words(&[0, 0, 0x2000, 0x10000, 0x1000]);
+        record(SET_FEATURES, words(&[1]), vec![]);
+        record(
+            request::ADD_MEM_REG,
+            region,
+            vec![file.try_clone().unwrap().into()],
+        );
+        for queue in [0, 1] {
+            record(request::SET_VRING_BASE, vring(queue, 7), vec![]);
+            let addresses = words(&[u64::from(queue), 0x10000, 0x11ff0, 0x11000, 0]);
+            record(request::SET_VRING_ADDR, addresses, vec![]);
+            record(request::SET_VRING_ENABLE, vring(queue, 1), vec![]);
+        }
+        journal
+    }
+
+    /// What another child hears.
+    fn told(journal: &mut Journal) -> Vec<(u32, Vec<u8>)> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        journal.tell(&ours).unwrap();
+        drop(ours);
+        std::iter::from_fn(|| Message::receive(&theirs).ok())
+            .map(|message| (message.request(), message.body().to_vec()))
+            .collect()
+    }
+
+    #[test]
+    fn a_queue_goes_on_where_it_was_used() {
+        let file = memory_file(0x3000);
+        file.write_all_at(&[0, 0, 0x34, 0x12], 0x1000 + 0x1ff0)
+            .unwrap();
+        let told = told(&mut journal(&file));
+        assert!(told.contains(&(request::SET_VRING_BASE, vring(0, 0x1234))));
+        assert!(told.contains(&(request::SET_VRING_BASE, vring(1, 0x1234))));
+        assert_eq!(told.len(), 8);
+    }
+
+    #[test]
+    fn what_is_said_again_is_told_once_and_in_its_place() {
+        let mut journal = journal(&memory_file(0x3000));
+        journal.record(message(SET_FEATURES, &words(&[2]), vec![]));
+        journal.record(message(request::SET_CONFIG, b"first", vec![]));
+        journal.record(message(request::SET_CONFIG, b"last", vec![]));
+        let told = told(&mut journal);
+        let count = |request| told.iter().filter(|(other, _)| *other == request).count();
+        assert_eq!((count(SET_FEATURES), count(request::SET_CONFIG)), (1, 1));
+        assert_eq!(told.first(), Some(&(SET_FEATURES, words(&[2]))));
+        assert!(told.contains(&(request::SET_CONFIG, b"last".to_vec())));
+    }
+
+    #[test]
+    fn a_queue_that_has_ended_stays_so() {
+        let mut journal = journal(&memory_file(0x3000));
+        journal.record(message(request::GET_VRING_BASE, &vring(1, 0), vec![]));
+        let told_before = told(&mut journal);
+        // Nobody has heard the answer, so the question is asked again.
+        assert_eq!(told_before.last().unwrap().0, request::GET_VRING_BASE);
+        journal.answered(&mut message(request::GET_VRING_BASE, b"", vec![]));
+        let told = told(&mut journal);
+        assert!(told.contains(&(request::SET_VRING_ENABLE, vring(0, 1))));
+        assert!(!told.contains(&(request::SET_VRING_ENABLE, vring(1, 1))));
+        assert_eq!(told.len(), 6);
+    }
+
+    #[test]
+    fn memory_that_is_gone_is_not_told() {
+        let mut journal = journal(&memory_file(0x3000));
+        let region = words(&[0, 0, 0x2000, 0x10000, 0x1000]);
+        journal.record(message(request::REM_MEM_REG, &region, vec![]));
+        assert!(
+            told(&mut journal)
+                .iter()
+                .all(|(request, _)| *request != request::ADD_MEM_REG)
+        );
+    }
+
+    #[test]
+    fn answers_of_another_child_are_kept_here() {
+        let mut journal = Journal::default();
+        journal.record(message(GET_FEATURES, b"", vec![]));
+        journal.answered(&mut message(GET_FEATURES, b"", vec![]));
+        journal.record(message(SET_FEATURES, &words(&[1]), vec![]));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let child = thread::spawn(move || -> io::Result<u32> {
+            Message::receive(&theirs)?;
+            message(GET_FEATURES, &words(&[3]), vec![]).send(&theirs)?;
+            Ok(Message::receive(&theirs)?.request())
+        });
+        journal.tell(&ours).unwrap();
+        assert_eq!(child.join().unwrap().unwrap(), SET_FEATURES);
+    }
+}

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon with a front end on its real socket.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use balloon_control::{Client, Info, Request};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vmm_sys_util::eventfd::EventFd;
+
+const MEMORY: u64 = 4 << 20;
+
+/// The front end's own address of the guest's memory.
+const BASE: u64 = 0x7000_0000;
+
+/// The inflate queue and its message in the guest's memory.
+const DESCRIPTORS: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const MESSAGE: u64 = 0x4000;
+
+const QUEUES: u64 = 5;
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "{what} does not come"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A daemon, as its users start it.
+struct Running(Child);
+
+fn command(directory: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-balloon"));
+    for name in ["socket", "control", "state"] {
+        command.arg(format!("--{name}")).arg(directory.join(name));
+    }
+    command
+}
+
+fn start(directory: &Path, more: &[&str]) -> Running {
+    let daemon = command(directory).args(more).spawn().unwrap();
+    let control = directory.join("control");
+    wait_for("the daemon", || Client::connect(&control).is_ok());
+    Running(daemon)
+}
+
+impl Running {
+    fn end(mut self) {
+        kill(
+            Pid::from_raw(self.0.id().try_into().unwrap()),
+            Signal::SIGTERM,
+        )
+        .unwrap();
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+fn info(directory: &Path) -> Info {
+    let mut client = Client::connect(&directory.join("control")).unwrap();
+    client.call(&Request::Info {}).unwrap().parse().unwrap()
+}
+
+fn set(directory: &Path, bytes: u64) {
+    let mut client = Client::connect(&directory.join("control")).unwrap();
+    client.call(&Request::Set { bytes }).unwrap();
+}
+
+/// A VMM with a guest whose driver has inflated some messages.
+struct Vmm {
+    front: Frontend,
+    memory: File,
+    changes: UnixStream,
+    kick: EventFd,
+    call: EventFd,
+    sent: u16,
+}
+
+impl Vmm {
+    fn connect(directory: &Path) -> Self {
+        let mut front = Frontend::connect(directory.join("socket"), QUEUES).unwrap();
+        front.set_owner().unwrap();
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let wanted = protocol | (1 << VIRTIO_F_VERSION_1);
+        assert_eq!(front.get_features().unwrap() & wanted, wanted);
+        let offered = front.get_protocol_features().unwrap();
+        assert!(offered.contains(VhostUserProtocolFeatures::BACKEND_REQ));
+        front.set_protocol_features(offered).unwrap();
+        let (changes, theirs) = UnixStream::pair().unwrap();
+        changes
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        front.set_backend_request_fd(&theirs).unwrap();
+        front.set_features(wanted).unwrap();
+
+        let memory = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
+        memory
+            .write_all_at(&vec![1; usize::try_from(MEMORY).unwrap()], 0)
+            .unwrap();
+        memory.write_all_at(&[0; 0x4000], 0x1000).unwrap();
+        Self {
+            front,
+            memory,
+            changes,
+            kick: EventFd::new(0).unwrap(),
+            call: EventFd::new(0).unwrap(),
+            sent: 0,
+        }
+    }
+
+    fn start(&mut self, base: u16) {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY,
+            userspace_addr: BASE,
+            mmap_offset: 0,
+            mmap_handle: self.memory.as_raw_fd(),
+        };
+        self.front.set_mem_table(&[region]).unwrap();
+        self.front.set_vring_num(0, 16).unwrap();
+        let addresses = VringConfigData {
+            queue_max_size: 16,
+            queue_size: 16,
+            flags: 0,
+            desc_table_addr: BASE + DESCRIPTORS,
+            used_ring_addr: BASE + USED,
+            avail_ring_addr: BASE + AVAIL,
+            log_addr: None,
+        };
+        self.front.set_vring_addr(0, &addresses).unwrap();
+        self.front.set_vring_base(0, base).unwrap();
+        self.front.set_vring_call(0, &self.call).unwrap();
+        self.front.set_vring_kick(0, &self.kick).unwrap();
+        self.front.set_vring_enable(0, true).unwrap();
+    }
+
+    fn store(&self, place: u64, bytes: &[u8]) {
+        self.memory.write_all_at(bytes, place).unwrap();
+    }
+
+    fn byte(&self, place: u64) -> u8 {
+        let mut byte = [0];
+        self.memory.read_exact_at(&mut byte, place).unwrap();
+        byte[0]
+    }
+
+    /// Sends a message that names one page, and waits for it to come back.
+    fn inflate(&mut self, pfn: u32) {
+        self.store(MESSAGE, &pfn.to_le_bytes());
+        self.store(DESCRIPTORS, &MESSAGE.to_le_bytes());
+        self.store(DESCRIPTORS + 8, &4_u32.to_le_bytes());
+        self.store(AVAIL + 4 + 2 * u64::from(self.sent % 16), &[0, 0]);
+        self.sent += 1;
+        self.store(AVAIL + 2, &self.sent.to_le_bytes());
+        self.kick.write(1).unwrap();
+        self.call.read().unwrap();
+        let mut used = [0; 2];
+        self.memory.read_exact_at(&mut used, USED + 2).unwrap();
+        assert_eq!(u16::from_le_bytes(used), self.sent);
+    }
+
+    /// Waits to be told that the configuration space has changed.
+    fn change(&mut self) {
+        let mut message = [0; 12];
+        self.changes.read_exact(&mut message).unwrap();
+        assert_eq!(message[..4], 2_u32.to_ne_bytes());
+        assert_eq!(message[8..], [0; 4]);
+    }
+
+    fn config(&mut self) -> Vec<u8> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        let (_, bytes) = self.front.get_config(0, 16, flags, &[0; 16]).unwrap();
+        bytes
+    }
+
+    fn write_config(&mut self, bytes: &[u8]) {
+        self.front
+            .set_config(0, VhostUserConfigFlags::WRITABLE, bytes)
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_guest_inflates_and_another_one_follows() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mode = |name| {
+        directory
+            .join(name)
+            .metadata()
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777
+    };
+    assert_eq!([mode("socket"), mode("control")], [0o600; 2]);
+
+    let mut vmm = Vmm::connect(directory);
+    assert!(!info(directory).guest.driver);
+    vmm.start(0);
+    // What was changed before there was a driver.
+    vmm.change();
+    let running = info(directory);
+    assert!(running.guest.connected && running.guest.driver);
+    assert_eq!(running.memory, Some(MEMORY));
+
+    set(directory, 8 << 12);
+    vmm.change();
+    let mut config = vmm.config();
+    assert_eq!(config[..4], 8_u32.to_le_bytes());
+
+    vmm.inflate(0x100);
+    assert_eq!(
+        [0xff, 0x100, 0x101].map(|pfn| vmm.byte(pfn << 12)),
+        [1, 0, 1]
+    );
+
+    // The target of a moment ago comes with the guest's write.
+    set(directory, 9 << 12);
+    config[4..8].copy_from_slice(&1_u32.to_le_bytes());
+    vmm.write_config(&config);
+    wait_for("the balloon's size", || info(directory).size == 1 << 12);
+    assert_eq!(info(directory).target, 9 << 12);
+
+    drop(vmm);
+    wait_for("the end of the VMM", || !info(directory).guest.connected);
+    assert_eq!(info(directory).memory, None);
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
+    assert_eq!(vmm.byte(0x100 << 12), 0);
+    assert_eq!(info(directory).counters.inflated, 2 << 12);
+
+    daemon.end();
+    let left = |name| directory.join(name).exists();
+    assert!(!left("socket") && !left("control") && left("state"));
+}
+
+#[test]
+fn only_a_stopped_guest_keeps_its_balloon() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
+
+    let base = vmm.front.get_vring_base(0).unwrap();
+    assert_eq!(base, 1);
+    assert!(!info(directory).guest.driver);
+    vmm.start(1);
+    vmm.store(0x100 << 12, &[7]);
+    vmm.inflate(0x100);
+    assert_eq!(vmm.byte(0x100 << 12), 7, "the page is still in the balloon");
+    assert_eq!(info(directory).counters.refused["already-in-balloon"], 1);
+
+    vmm.front.get_vring_base(0).unwrap();
+    vmm.store(AVAIL + 2, &[0, 0]);
+    vmm.store(USED + 2, &[0, 0]);
+    vmm.sent = 0;
+    vmm.start(0);
+    vmm.inflate(0x100);
+    assert_eq!(
+        vmm.byte(0x100 << 12),
+        0,
+        "a new driver has an empty balloon"
+    );
+    daemon.end();
+}
+
+#[test]
+fn a_restart_of_the_daemon_keeps_the_target() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
+    set(directory, 3 << 12);
+    let mut config = vmm.config();
+    config[4..8].copy_from_slice(&1_u32.to_le_bytes());
+    vmm.write_config(&config);
+    wait_for("the balloon's size", || info(directory).size == 1 << 12);
+    daemon.end();
+
+    let daemon = start(directory, &[]);
+    let Vmm { memory, sent, .. } = vmm;
+    let mut vmm = Vmm {
+        memory,
+        sent,
+        ..Vmm::connect(directory)
+    };
+    vmm.start(sent);
+    vmm.change();
+    assert_eq!(info(directory).target, 3 << 12);
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn there_is_one_daemon_for_a_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = start(directory.path(), &[]);
+    let second = command(directory.path()).output().unwrap();
+    let error = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success());
+    assert!(error.contains("another daemon"), "{error}");
+    daemon.end();
+}
