@@ -24,11 +24,13 @@ demo:
 
 test:
 	@$(lab) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(ONLY),--only '$(ONLY)') \
-		$(if $(DRIVER),--driver $(DRIVER)) $(guests)
+		$(if $(DRIVER),--driver $(DRIVER)) $(if $(DEVICE),--device $(DEVICE)) $(guests)
 
 test-long:
 	@$(lab) test --long $(guests)
-	@$(lab) test --long --kernel test --driver c $(guests)
+	@$(lab) test --long --kernel test --device vhost-user $(guests)
+	@$(lab) test --long --kernel test --driver c --device qemu $(guests)
+	@$(lab) test --long --kernel test --driver c --device vhost-user $(guests)
 
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
@@ -59,6 +61,8 @@ help:
 	@echo "KERNEL=test|debug  run the tests in that guest kernel only"
 	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit)"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
+	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu or vhost-user"
+	@echo "                   (default: qemu, and a few on both)"
 	@echo "ACCEL=kvm|tcg      what runs the guests' instructions (default: kvm if the processor can)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"

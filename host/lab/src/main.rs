@@ -49,9 +49,9 @@ enum Command {
         /// Run the scenarios on this driver
         #[arg(long, default_value = "rs")]
         driver: DriverName,
-        /// Run the scenarios on this balloon device
-        #[arg(long, default_value = "qemu")]
-        device: DeviceName,
+        /// Run the scenarios on this balloon device [default: QEMU's, and a few on both]
+        #[arg(long)]
+        device: Option<DeviceName>,
         #[command(flatten)]
         guests: Guests,
     },
@@ -160,7 +160,7 @@ fn main() -> Result<ExitCode> {
             only.as_deref(),
             long,
             driver.into(),
-            device.into(),
+            device.map(Device::from),
             guests,
         ),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),

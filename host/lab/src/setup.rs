@@ -19,16 +19,16 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
         module::build(places, &tree)?,
         tree.path.join("drivers/virtio").join(Driver::C.file()),
     ];
-    // guest/lab has put them there.
-    let tool = |name| env::current_exe().map(|lab| lab.with_file_name(name));
-    let agent = tool("agent")?;
+    // guest/lab has put them all there.
+    let tools = env::current_exe()?.with_file_name("");
+    let agent = tools.join("agent");
     let initramfs = build.join("initramfs.cpio");
     initramfs::write(&initramfs, &agent, &modules)?;
     let logs = places.logs().join(kernel.to_string());
     Ok(Artifacts {
         kernel: tree.image(),
         initramfs,
-        daemon: tool("vhost-user-balloon")?,
+        tools,
         logs,
     })
 }

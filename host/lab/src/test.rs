@@ -2,6 +2,8 @@
 
 //! All tests: the host's own, KUnit in guests, and scenarios in guests.
 
+use std::slice;
+
 use anyhow::Result;
 use scenarios::{SCENARIOS, Scenario, Setup};
 use vm::ktap::Outcome;
@@ -18,6 +20,19 @@ const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 /// What takes minutes, and runs when it or everything is asked for.
 const LONG_SCENARIOS: &[&str] = &["migration_speed"];
 
+/// What runs on both devices when none is asked for. The other scenarios run on the first one that they are for.
+const DEVICE_SCENARIOS: &[&str] = &[
+    "inflate_deflate",
+    "accounting",
+    "data_intact",
+    "memory_returned",
+    "statistics",
+    "deflate_on_oom",
+    "reporting_and_ballooning",
+    "suspend_to_ram",
+    "rebind",
+];
+
 /// Runs all tests that are asked for, or, if it may take `long`, every test in every kernel. Says whether
 /// all is well.
 pub(crate) fn run(
@@ -25,7 +40,7 @@ pub(crate) fn run(
     only: Option<&str>,
     long: bool,
     driver: Driver,
-    device: Device,
+    device: Option<Device>,
     guests: Guests,
 ) -> Result<bool> {
     let places = Places::find()?;
@@ -45,7 +60,7 @@ pub(crate) fn run(
         };
         let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
         let with_kunit = driver == Driver::Rust
-            && device == Device::Qemu
+            && device != Some(Device::VhostUser)
             && kernel.is_none_or(|kernel| kernel == this)
             && only.is_none_or(|only| only == "kunit");
         if scenarios.is_empty() && !with_kunit {
@@ -56,8 +71,16 @@ pub(crate) fn run(
             kunit::run_in(this, &artifacts, guests, &mut report);
         }
         for scenario in scenarios {
-            let variant = (this, driver, device);
-            run_scenario(scenario, variant, &artifacts, guests, &mut report);
+            let on_both = DEVICE_SCENARIOS.contains(&scenario.name);
+            let devices = match (&device, scenario.devices) {
+                (Some(device), _) => slice::from_ref(device),
+                (None, [first, ..]) if !on_both => slice::from_ref(first),
+                (None, all) => all,
+            };
+            for &device in devices {
+                let variant = (this, driver, device);
+                run_scenario(scenario, variant, &artifacts, guests, &mut report);
+            }
         }
     }
     Ok(report.conclude())

@@ -2,7 +2,7 @@
 
 //! The daemon that has the guest's balloon device.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
@@ -26,19 +26,20 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Daemon {
     child: Mutex<Child>,
-    command: Mutex<Command>,
     /// The sockets and the state. Not in the checkout: the path of a socket has to be short.
     directory: TempDir,
 }
 
 impl Daemon {
-    pub(crate) fn start(config: &Config) -> Result<Self> {
+    /// Starts the daemon for a guest with this configuration.
+    pub fn start(config: &Config) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let mut features = vec!["stats", "event-idx"];
         features.extend(config.offers.iter().filter_map(|offer| offer.feature()));
+        fs::create_dir_all(config.logs())?;
         let log = config.logs().join("daemon.log");
 
-        let mut command = Command::new(&config.artifacts.daemon);
+        let mut command = Command::new(config.tool("vhost-user-balloon"));
         command
             .arg("--socket")
             .arg(socket(&directory))
@@ -57,10 +58,9 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::options().create(true).append(true).open(log)?);
-        let child = spawn(&mut command)?;
+        let child = command.spawn().context("starting the daemon")?;
         let daemon = Self {
             child: Mutex::new(child),
-            command: Mutex::new(command),
             directory,
         };
         daemon.wait_ready()?;
@@ -107,18 +107,25 @@ impl Daemon {
         bail!("the daemon does not end in {} s", PATIENCE.as_secs())
     }
 
-    /// Kills it.
-    pub fn kill(&self) -> Result<()> {
-        let mut child = self.child();
-        child.kill()?;
-        child.wait()?;
-        Ok(())
+    /// The process that has the device, a child of the daemon's own.
+    pub fn worker(&self) -> Result<Pid> {
+        let pid = self.child().id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let child = children.split_whitespace().next();
+        Ok(Pid::from_raw(
+            child.context("the daemon has no child")?.parse()?,
+        ))
     }
 
-    /// Starts it again after its end, with the same command line.
-    pub fn restart(&self) -> Result<()> {
-        *self.child() = spawn(&mut self.command.lock().expect("a lock"))?;
-        self.wait_ready()
+    /// Kills the process that has the device.
+    pub fn kill_worker(&self) -> Result<()> {
+        Ok(kill(self.worker()?, Signal::SIGKILL)?)
+    }
+
+    /// Has the daemon replace the process that has the device.
+    pub fn replace_worker(&self) -> Result<()> {
+        let pid = self.child().id().try_into()?;
+        Ok(kill(Pid::from_raw(pid), Signal::SIGHUP)?)
     }
 
     fn wait_ready(&self) -> Result<()> {
@@ -150,15 +157,11 @@ fn control(directory: &TempDir) -> PathBuf {
     directory.path().join("control.sock")
 }
 
-fn spawn(command: &mut Command) -> Result<Child> {
-    command
-        .spawn()
-        .with_context(|| format!("starting {}", command.get_program().to_string_lossy()))
-}
-
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It fails only when the daemon has ended already.
-        let _ = self.kill();
+        // Both fail only when it has ended already.
+        let mut child = self.child();
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }

@@ -142,10 +142,10 @@ impl Home {
         config: &Config,
         agent: impl FnOnce(UnixStream) -> Result<Agent>,
     ) -> Result<Self> {
-        let daemon = config
-            .has_daemon()
-            .then(|| Daemon::start(config).map(Arc::new))
-            .transpose()?;
+        let daemon = match &config.daemon {
+            None if config.has_daemon() => Some(Arc::new(Daemon::start(config)?)),
+            daemon => daemon.clone(),
+        };
         let socket = daemon.as_ref().map(|daemon| daemon.socket());
         let (qemu, streams) = Qemu::start(config, socket.as_deref())?;
         let qmp = Qmp::new(streams.qmp)

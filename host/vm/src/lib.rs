@@ -10,7 +10,7 @@
 //! use vm::{Artifacts, Config, Driver, Size};
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! # let artifacts = Artifacts { kernel: "".into(), initramfs: "".into(), daemon: "".into(), logs: "".into() };
+//! # let artifacts = Artifacts { kernel: "".into(), initramfs: "".into(), tools: "".into(), logs: "".into() };
 //! let config = Config::new(&artifacts, "a_quarter").memory(Size::gib(1));
 //! vm::run(&config, |guest| {
 //!     guest.insmod(Driver::Rust, &[])?;
@@ -30,6 +30,7 @@ mod console;
 mod daemon;
 mod device;
 mod guest;
+mod huge_pages;
 pub mod ktap;
 mod migration;
 mod qemu;
@@ -44,6 +45,7 @@ pub use crate::console::{Console, Mark};
 pub use crate::daemon::Daemon;
 pub use crate::device::{Device, Offer};
 pub use crate::guest::{Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run};
+pub use crate::huge_pages::HugePages;
 pub use crate::migration::{Migration, Transfer};
 pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};

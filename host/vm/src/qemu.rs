@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use nix::unistd::{SysconfVar, sysconf};
 use regex::Regex;
 
+use crate::daemon::Daemon;
 use crate::device::{Device, Offer};
 use crate::size::Size;
 
@@ -53,8 +54,8 @@ pub struct Artifacts {
     pub kernel: PathBuf,
     /// The initramfs with the agent, the tools and the modules.
     pub initramfs: PathBuf,
-    /// The program of the vhost-user device.
-    pub daemon: PathBuf,
+    /// The directory of the host's programs: the vhost-user device and its client.
+    pub tools: PathBuf,
     /// The directory that gets a directory of logs for each guest.
     pub logs: PathBuf,
 }
@@ -137,6 +138,7 @@ pub struct Config {
     pub(crate) timeout: Duration,
     pub(crate) expected: Vec<Regex>,
     pub(crate) device: Device,
+    pub(crate) daemon: Option<Arc<Daemon>>,
     pub(crate) offers: Vec<Offer>,
     pub(crate) daemon_arguments: Vec<String>,
     verbose: bool,
@@ -162,6 +164,7 @@ impl Config {
             timeout: Duration::from_secs(120),
             expected: Vec::new(),
             device: Device::Qemu,
+            daemon: None,
             offers: Vec::new(),
             daemon_arguments: Vec::new(),
             verbose: false,
@@ -245,6 +248,12 @@ impl Config {
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
+    }
+
+    /// Gives the guest the balloon device of a daemon that is running already.
+    pub fn daemon(mut self, daemon: &Arc<Daemon>) -> Self {
+        self.daemon = Some(Arc::clone(daemon));
+        self.device(Device::VhostUser)
     }
 
     /// What the balloon device offers.
@@ -343,6 +352,11 @@ impl Config {
     pub(crate) fn part(mut self, name: &str) -> Self {
         self.name = format!("{}/{name}", self.name);
         self
+    }
+
+    /// One of the host's programs.
+    pub fn tool(&self, name: &str) -> PathBuf {
+        self.artifacts.tools.join(name)
     }
 
     /// The directory of the guest's logs.
@@ -588,7 +602,7 @@ mod tests {
         let artifacts = Artifacts {
             kernel: "k".into(),
             initramfs: "i".into(),
-            daemon: "d".into(),
+            tools: "t".into(),
             logs: "/logs".into(),
         };
         Config::new(&artifacts, "name").accel(Accel::Tcg)

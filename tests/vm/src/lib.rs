@@ -39,6 +39,7 @@ mod sizes;
 mod speed;
 mod statistics;
 mod transports;
+mod vhost_user;
 
 /// The scenarios, by topic.
 pub const SCENARIOS: &[&[Scenario]] = &[
@@ -55,6 +56,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     queues::SCENARIOS,
     hinting::SCENARIOS,
     speed::SCENARIOS,
+    vhost_user::SCENARIOS,
 ];
 
 /// Something that the driver must do.
@@ -79,6 +81,7 @@ pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
 pub(crate) const RUST_DRIVER: &[Driver] = &[Driver::Rust];
 pub(crate) const BOTH_DEVICES: &[Device] = &[Device::Qemu, Device::VhostUser];
 pub(crate) const QEMU_DEVICE: &[Device] = &[Device::Qemu];
+pub(crate) const VHOST_USER_DEVICE: &[Device] = &[Device::VhostUser];
 
 /// What a scenario runs with.
 pub struct Setup {
@@ -123,6 +126,11 @@ impl Setup {
     /// The configuration that the scenario's guests start from.
     pub fn config(&self) -> Config {
         self.config.clone()
+    }
+
+    /// One of the host's programs.
+    pub fn tool(&self, name: &str) -> PathBuf {
+        self.config.tool(name)
     }
 
     /// Where the guests' logs are.

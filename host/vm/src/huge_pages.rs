@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The host's reserve of huge pages.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::size::Size;
+
+/// How many huge pages of the default size there are.
+const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Huge pages of 2 MiB that are reserved as long as this exists.
+#[derive(Debug)]
+pub struct HugePages {
+    before: String,
+}
+
+impl HugePages {
+    /// Reserves enough for `size`. Needs root.
+    ///
+    /// # Errors
+    ///
+    /// The host has no such huge pages, or not that many.
+    pub fn reserve(size: Size) -> Result<Self> {
+        let page = read("Hugepagesize")?;
+        ensure!(
+            page == Size::mib(2),
+            "the host's huge pages have {page}, not 2 MiB"
+        );
+        let this = Self {
+            before: fs::read_to_string(NUMBER)?,
+        };
+        let wanted = this.before.trim().parse::<u64>()? + size.as_mib() / 2;
+        fs::write(NUMBER, wanted.to_string()).context("reserving huge pages")?;
+        let free = this.free()?;
+        ensure!(
+            free >= size,
+            "the host has {free} for huge pages, not {size}"
+        );
+        Ok(this)
+    }
+
+    /// How much of them is not in use.
+    pub fn free(&self) -> Result<Size> {
+        let pages = read("HugePages_Free")?;
+        Ok(Size::mib(pages.as_bytes() * 2))
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // Nothing depends on it but how much memory the host has.
+        let _ = fs::write(NUMBER, &self.before);
+    }
+}
+
+/// A value of /proc/meminfo; one without a unit is taken for bytes.
+fn read(name: &str) -> Result<Size> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let line = line.with_context(|| format!("the host's /proc/meminfo has no {name}"))?;
+    let mut words = line.split_whitespace();
+    let number = words.next().unwrap_or_default().parse()?;
+    Ok(match words.next() {
+        None => Size::bytes(number),
+        Some(_) => Size::kib(number),
+    })
+}

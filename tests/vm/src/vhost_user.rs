@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The balloon device that is a process of its own.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use balloon_control::{HintAction, Request, Shortfall};
+use serde_json::Value;
+use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, Size};
+
+use crate::sizes::check_size;
+use crate::speed::median;
+use crate::{BOTH_DRIVERS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "daemon_restart",
+        proves: "a guest goes on without its balloon's device, and with it when it is back",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: daemon_restart,
+    },
+    Scenario {
+        name: "vmm_restart",
+        proves: "the device serves one guest after another, which begin with empty balloons",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: vmm_restart,
+    },
+    Scenario {
+        name: "client",
+        proves: "balloonctl does what it says, and says what is wrong",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: client,
+    },
+    Scenario {
+        name: "stop_reasons",
+        proves: "the host learns why the balloon is smaller than it has been asked to be",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: VHOST_USER_DEVICE,
+        run: stop_reasons,
+    },
+    Scenario {
+        name: "hints",
+        proves: "a host without a migration gets hints as well, and the guest its memory back",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: hints,
+    },
+    Scenario {
+        name: "hugetlb_memory",
+        proves: "of memory in huge pages the host gets those that are in the balloon as a whole",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: hugetlb_memory,
+    },
+    Scenario {
+        name: "as_fast_as_qemu",
+        proves: "the C driver inflates 7 of 8 GiB as fast as on QEMU's own device",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: VHOST_USER_DEVICE,
+        run: as_fast_as_qemu,
+    },
+];
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn daemon_restart(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let daemon = guest.daemon()?;
+        guest.balloon().settle(Size::mib(300))?;
+        // One that is killed has no time for anything.
+        for (kill, size) in [(true, Size::mib(400)), (false, Size::mib(100))] {
+            let before = guest.balloon().size()?;
+            let total = guest.meminfo()?.total;
+            let worker = daemon.worker()?;
+            if kill {
+                daemon.kill_worker()?;
+            } else {
+                daemon.replace_worker()?;
+            }
+            guest.wait_until("another process with the device", PATIENCE, || {
+                Ok(daemon.worker().is_ok_and(|now| now != worker))
+            })?;
+            wait_driver(guest)?;
+            let after = guest.balloon().size()?;
+            ensure!(
+                after == before,
+                "the balloon is {after} after a restart of the device, and was {before}"
+            );
+            thread::sleep(Duration::from_millis(500));
+            let now = guest.meminfo()?.total;
+            ensure!(
+                now == total,
+                "the guest had {total}, and has {now} though nobody asked"
+            );
+            guest.balloon().settle(size)?;
+            check_size(guest, size)?;
+        }
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Waits until the device has the guest's driver.
+fn wait_driver(guest: &Guest) -> Result<()> {
+    guest.wait_until("the device has a driver", PATIENCE, || {
+        // It may be on its way.
+        Ok(guest.daemon()?.info().is_ok_and(|info| info.guest.driver))
+    })
+}
+
+fn vmm_restart(setup: &Setup) -> Result<()> {
+    let config = setup.config();
+    let daemon = Arc::new(Daemon::start(&config)?);
+    for round in 0..2 {
+        vm::run(&config.clone().daemon(&daemon), |guest| {
+            // The host's wish stays what it is.
+            let target = Size::bytes(daemon.info()?.target);
+            ensure!(
+                target == Size::mib(round * 200),
+                "the target of another guest is {target}"
+            );
+            guest.insmod(setup.driver, &[])?;
+            guest.balloon().reach(target)?;
+            guest.balloon().settle(Size::mib(200))?;
+            check_size(guest, Size::mib(200))
+        })?;
+        let info = daemon.info()?;
+        ensure!(
+            !info.guest.connected && info.memory.is_none(),
+            "the device still knows of a guest that is gone: {info:?}"
+        );
+    }
+    daemon.end()
+}
+
+/// Runs balloonctl and checks its exit code. Returns what it wrote.
+fn balloonctl(setup: &Setup, socket: &Path, arguments: &[&str], exit: i32) -> Result<String> {
+    let output = Command::new(setup.tool("balloonctl"))
+        .arg("--socket")
+        .arg(socket)
+        .args(arguments)
+        .output()?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ensure!(
+        output.status.code() == Some(exit),
+        "balloonctl {} ends with {}, not {exit}: {text}",
+        arguments.join(" "),
+        output.status
+    );
+    Ok(text)
+}
+
+fn client(setup: &Setup) -> Result<()> {
+    let config = setup.config().offer(&[Offer::Extensions]);
+    let socket = vm::run(&config, |guest| {
+        let socket = guest.daemon()?.control();
+        let run = |arguments: &[&str], exit| balloonctl(setup, &socket, arguments, exit);
+        // No driver yet.
+        run(&["set", "100M", "--wait"], 4)?;
+        run(&["stats", "--fresh"], 4)?;
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().reach(Size::mib(100))?;
+        run(&["set", "2G"], 5)?;
+        run(&["set", "many"], 2)?;
+        run(&["set", "25%", "--wait"], 0)?;
+        check_size(guest, Size::mib(256))?;
+        let info: Value = serde_json::from_str(&run(&["--json", "info"], 0)?)?;
+        ensure!(
+            info["size"] == Size::mib(256).as_bytes(),
+            "balloonctl info says {info}"
+        );
+        let stats: Value = serde_json::from_str(&run(&["--json", "stats", "--fresh"], 0)?)?;
+        let total = Size::bytes(
+            stats["values"]["total-memory"]
+                .as_u64()
+                .context("a total")?,
+        );
+        let here = guest.meminfo()?.total;
+        ensure!(total == here, "the guest has {here}, and says {total}");
+        let metrics = run(&["metrics"], 0)?;
+        ensure!(
+            metrics.contains("268435456"),
+            "the balloon's size is not in:\n{metrics}"
+        );
+        // More than the guest can give, so this cannot be reached.
+        run(&["set", "1000M", "--wait", "--timeout", "2"], 6)?;
+        run(&["set", "0", "--wait"], 0)?;
+        guest.rmmod(setup.driver)?;
+        Ok(socket)
+    })?;
+    // The daemon ended with its guest.
+    balloonctl(setup, &socket, &["info"], 3)?;
+    Ok(())
+}
+
+fn stop_reasons(setup: &Setup) -> Result<()> {
+    let offers = [Offer::Extensions, Offer::DeflateOnOom];
+    vm::run(&setup.config().offer(&offers), |guest| {
+        let expect = |reason: Option<Shortfall>| {
+            let mut last = None;
+            guest
+                .wait_until("a reason", PATIENCE, || {
+                    last = guest.daemon()?.info()?.guest.short_of_target;
+                    Ok(last == reason)
+                })
+                .with_context(|| format!("the reason is {last:?}, not {reason:?}"))
+        };
+        guest.insmod(setup.driver, &["floor_mib=200"])?;
+        guest.balloon().request(Size::mib(1000))?;
+        expect(Some(Shortfall::Floor))?;
+        guest.balloon().settle(Size::mib(100))?;
+        expect(None)?;
+        guest.rmmod(setup.driver)?;
+
+        guest.insmod(setup.driver, &["inflate=0"])?;
+        expect(Some(Shortfall::Excluded))?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn hints(setup: &Setup) -> Result<()> {
+    let act = |guest: &Guest, action| -> Result<()> {
+        let daemon = guest.daemon()?;
+        daemon.call::<Value>(&Request::Hints { action })?;
+        Ok(())
+    };
+    vm::run(&setup.config().offer(&[Offer::FreePageHint]), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        let free = guest.free()?;
+        for _ in 0..2 {
+            let before = guest.daemon()?.info()?.counters.hinted;
+            act(guest, HintAction::Start)?;
+            guest.wait_until("hints for all free memory", PATIENCE, || {
+                let hinted = guest.daemon()?.info()?.counters.hinted - before;
+                Ok(Size::bytes(hinted) + Size::mib(150) > free)
+            })?;
+            let now = guest.free()?;
+            ensure!(
+                now < Size::mib(150),
+                "{now} of {free} are free in a guest that has hinted all"
+            );
+            act(guest, HintAction::Stop)?;
+            act(guest, HintAction::Done)?;
+            guest.wait_until("all memory is free again", PATIENCE, || {
+                Ok(guest.free()? + Size::mib(32) > free)
+            })?;
+        }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn hugetlb_memory(setup: &Setup) -> Result<()> {
+    let (memory, size) = (Size::gib(1), Size::mib(512));
+    let pages = HugePages::reserve(memory)?;
+    let config = setup.config().backend(MemoryBackend::Hugetlb);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        // Only what the guest has used can come back.
+        let load = guest.load(Load::Touch { mib: 700 })?;
+        load.wait_passes(1, PATIENCE)?;
+        load.wait(PATIENCE)?;
+        let before = pages.free()?;
+        guest.balloon().settle(size)?;
+        let data = guest.load(Load::Hold {
+            mib: 128,
+            threads: 2,
+        })?;
+        data.wait_passes(1, PATIENCE)?;
+        let full = pages.free()?;
+        guest.balloon().settle(Size::default())?;
+        guest.balloon().settle(size)?;
+        data.wait_passes(3, PATIENCE)?;
+        data.stop()?;
+        setup.note(format!(
+            "the host had {before} in free huge pages, and {full} with {size} in the balloon"
+        ));
+        ensure!(
+            setup.driver == Driver::C || full > before + Size::mib(300),
+            "the host had {before} in free huge pages, and has {full} with {size} in the balloon"
+        );
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn as_fast_as_qemu(setup: &Setup) -> Result<()> {
+    const RUNS: usize = 3;
+    let measure = |device| -> Result<f64> {
+        let config = setup.config().memory(Size::gib(8)).device(device);
+        vm::run(&config, |guest| {
+            guest.insmod(Driver::C, &[])?;
+            let took = guest.balloon().settle(Size::gib(7))?;
+            Ok(took.as_secs_f64())
+        })
+    };
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        ours.push(measure(Device::VhostUser)?);
+        theirs.push(measure(Device::Qemu)?);
+    }
+    let (ours, theirs) = (median(&ours), median(&theirs));
+    let ratio = ours / theirs;
+    setup.note(format!(
+        "the C driver inflates 7 of 8 GiB in {ours:.2} s, on QEMU's device in {theirs:.2} s, ratio {ratio:.2}"
+    ));
+    ensure!(
+        ratio <= 1.0,
+        "it takes {ratio:.2} of the time on QEMU's device"
+    );
+    Ok(())
+}
