@@ -41,8 +41,8 @@ struct Region {
     granule: u64,
     /// A bit for each page.
     held: Vec<u64>,
-    /// How many pages of each granule are in the balloon, from the one that the region begins in.
-    /// Nothing where a granule is a page.
+    /// How many pages of each granule are in the balloon and may still be changed, from the granule that the
+    /// region begins in. Nothing where a granule is a page.
     counts: Vec<u64>,
 }
 
@@ -134,7 +134,7 @@ impl Region {
         if new {
             let position = self.position(page);
             if let Some(count) = self.count(page) {
-                *count -= 1;
+                *count = count.saturating_sub(1);
             }
             out.push(&self.file, position..position + BALLOON_PAGE_SIZE);
         }
@@ -249,6 +249,13 @@ impl Balloon {
         inside
     }
 
+    /// Has granules not wait for more pages: the driver may use those that it has sent.
+    pub fn settle(&mut self) {
+        for region in &mut self.regions {
+            region.counts.fill(0);
+        }
+    }
+
     /// Forgets what is in the balloon.
     pub fn empty(&mut self) {
         self.regions.iter_mut().for_each(Region::empty);
@@ -338,6 +345,20 @@ mod tests {
         balloon.inflate(&[8], &mut pieces);
         discard(&mut pieces);
         assert_eq!(files.holes(), (8..16).collect());
+    }
+
+    #[test]
+    fn pages_that_may_be_in_use_complete_no_granule() {
+        let files = MemoryFiles::new(1 << 20, 1 << 20);
+        let mut balloon = balloon(&files, 4 * PAGE);
+        let mut pieces = Pieces::default();
+        balloon.inflate(&[8, 9, 10], &mut pieces);
+        balloon.settle();
+        balloon.inflate(&[11, 12, 13, 14, 15], &mut pieces);
+        balloon.settle();
+        balloon.deflate(&[8], &mut Pieces::default());
+        discard(&mut pieces);
+        assert_eq!(files.holes(), (12..16).collect());
     }
 
     #[test]

@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::{error, info};
+use balloon_wire::BALLOON_PAGE_SIZE;
+use log::{error, info, warn};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -371,6 +372,7 @@ impl Device {
                 let mut inflate = Inflate {
                     memory,
                     balloon: &mut work.balloon,
+                    told_before_use: acked & Feature::MustTellHost.mask() != 0,
                     discarder: &mut work.discarder,
                     counters,
                     pfns: &mut work.pfns,
@@ -514,9 +516,17 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        lock(&self.work)
-            .balloon
-            .set_memory(&memory.memory(), self.settings.granularity);
+        let balloon = &mut lock(&self.work).balloon;
+        balloon.set_memory(&memory.memory(), self.settings.granularity);
+        let large = balloon
+            .granule()
+            .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);
+        if large && self.settings.features & Feature::MustTellHost.mask() == 0 {
+            warn!(
+                "the guest's memory is in huge pages, which come back to the host only when they are named at \
+                 once; start this with --granule 2M, so that they may come in pieces"
+            );
+        }
         Ok(())
     }
 

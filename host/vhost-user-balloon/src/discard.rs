@@ -9,6 +9,11 @@
 //! The piece that a file can lose is its granule: a huge page of hugetlbfs, a huge page of shared memory
 //! where the host gives it such, or the host's page. A hole in a part of a granule would give back nothing
 //! (hugetlbfs) or split a huge page, so only whole granules are punched.
+//!
+//! A granule may come in pieces, in several messages. The device may change a page that it has answered for
+//! only if the driver tells before it uses the page again (VIRTIO_BALLOON_F_MUST_TELL_HOST); other drivers
+//! may use it by now. So only with that feature a granule waits for its last page, and without it all of its
+//! pages have to come together. The device offers the feature where it expects large granules.
 
 use std::fs::{self, File};
 use std::ops::Range;
@@ -75,6 +80,16 @@ impl Granularity {
             .unwrap_or(HUGE_PAGE)
             .max(page)
             .max(BALLOON_PAGE_SIZE)
+    }
+}
+
+impl Granularity {
+    /// Whether granules are larger than a page, as far as that is known before there is memory.
+    pub fn is_large(self) -> bool {
+        match self {
+            Self::Auto => huge_shmem(),
+            Self::Bytes(bytes) => bytes > BALLOON_PAGE_SIZE,
+        }
     }
 }
 

@@ -21,6 +21,8 @@ pub struct Inflate<'a> {
     pub memory: &'a GuestMemoryMmap,
     /// Where the pages go.
     pub balloon: &'a mut Balloon,
+    /// Whether the driver tells before it uses a page again.
+    pub told_before_use: bool,
     /// What gives them back to the host.
     pub discarder: &'a mut Discarder,
     /// What is counted.
@@ -40,6 +42,9 @@ impl Receiver for Inflate<'_> {
         let tally = self.balloon.inflate(self.pfns.sorted(), self.pieces);
         self.pfns.clear();
         self.discarder.discard(self.pieces, self.counters);
+        if !self.told_before_use {
+            self.balloon.settle();
+        }
         tally.count(
             &self.counters.inflated,
             Refusal::AlreadyInBalloon,
@@ -63,6 +68,7 @@ mod tests {
         let mut receiver = Inflate {
             memory: &guest.memory,
             balloon,
+            told_before_use: true,
             discarder: &mut Discarder::default(),
             counters: &counters,
             pfns: &mut Pfns::default(),

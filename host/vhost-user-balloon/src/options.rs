@@ -63,7 +63,9 @@ pub struct Options {
     pub stats_interval: u32,
 
     /// The smallest piece of shared memory to give back: auto, 4K or 2M. auto is 2M where the host has
-    /// huge pages for shared memory. Memory in hugetlbfs is given back by its own huge pages
+    /// huge pages for shared memory. Memory in hugetlbfs is given back by its own huge pages in any case.
+    /// With 2M the guest has to tell before it uses a page again (must-tell-host), so that huge pages may
+    /// come in pieces
     #[arg(long, value_name = "SIZE", default_value = "auto")]
     pub granule: Granularity,
 
@@ -88,8 +90,12 @@ pub struct Options {
 impl Options {
     /// How the device is to be.
     pub fn settings(&self) -> Settings {
+        let mut features = self.features.clone();
+        if self.granule.is_large() {
+            features.push(Feature::MustTellHost);
+        }
         Settings {
-            features: offer(&self.features, self.extensions),
+            features: offer(&features, self.extensions),
             granularity: self.granule,
             prefault: self.prefault,
         }
@@ -117,8 +123,13 @@ mod tests {
 
     #[test]
     fn features_are_chosen() {
+        // What auto is depends on the host.
         let offered = |arguments: &[&str]| {
-            let arguments = [&["--socket", "s"], arguments].concat();
+            let small = match arguments.contains(&"--granule") {
+                false => &["--granule", "4K"][..],
+                true => &[],
+            };
+            let arguments = [&["--socket", "s"], small, arguments].concat();
             names(parse(&arguments).unwrap().settings().features)
         };
         assert_eq!(
@@ -134,6 +145,10 @@ mod tests {
         assert_eq!(
             offered(&["--features", "stats,must-tell-host", "--extensions"]),
             ["must-tell-host", "stats", "stop-reason"]
+        );
+        assert_eq!(
+            offered(&["--features", "stats", "--granule", "2M"]),
+            ["must-tell-host", "stats"]
         );
     }
 }
