@@ -24,6 +24,8 @@ use log::{debug, error, info, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::uio::pread;
 use nix::unistd::{Pid, write};
 
@@ -313,6 +315,15 @@ impl Keeper {
                             channel = Some(socket);
                         }
                         (request::SET_VRING_KICK, [event]) => look_at_queue(event),
+                        (request::ADD_MEM_REG | request::SET_MEM_TABLE, _)
+                            if has_private_memory(front, &message) =>
+                        {
+                            error!(
+                                "the guest's memory is not shared with other processes; start the VMM with \
+                                 shared memory, as QEMU's memory-backend-memfd with share=on is"
+                            );
+                            return Ok(Next::Here);
+                        }
                         _ => {}
                     }
                     let sent = message.send(&back);
@@ -483,27 +494,66 @@ impl Journal {
 
     /// Where an address of the front end is in the memory that it has sent.
     fn find(&self, address: u64) -> Option<(&OwnedFd, u64)> {
-        /// A region: its address in the guest, its size, the front end's address, and the offset in its file.
-        const REGION: usize = 32;
-        // Both kinds of messages have 8 bytes in front of the regions.
-        const REGIONS: usize = 8;
         self.messages
             .iter()
             .filter(|message| {
                 [request::ADD_MEM_REG, request::SET_MEM_TABLE].contains(&message.request())
             })
-            .flat_map(|message| {
-                let regions = message.body().get(REGIONS..).unwrap_or_default();
-                regions.chunks_exact(REGION).zip(message.descriptors())
-            })
+            .flat_map(|message| regions(message).zip(message.descriptors()))
             .find_map(|(region, file)| {
-                let (size, start, offset) =
-                    (word(region, 8)?, word(region, 16)?, word(region, 24)?);
-                let distance = address.checked_sub(start)?;
-                let at = offset.checked_add(distance)?;
-                (distance < size).then_some((file, at))
+                let distance = address.checked_sub(region.address)?;
+                let at = region.offset.checked_add(distance)?;
+                (distance < region.size).then_some((file, at))
             })
     }
+}
+
+/// A region of the guest's memory, in bytes.
+struct Region {
+    size: u64,
+    /// The front end's own address of it.
+    address: u64,
+    /// Where it begins in its file.
+    offset: u64,
+}
+
+/// The regions in a message that has some.
+fn regions(message: &Message) -> impl Iterator<Item = Region> {
+    /// The address in the guest, and the fields above.
+    const REGION: usize = 32;
+    // Both kinds of messages have 8 bytes in front of the regions.
+    const REGIONS: usize = 8;
+    let regions = message.body().get(REGIONS..).unwrap_or_default();
+    regions.chunks_exact(REGION).filter_map(|region| {
+        Some(Region {
+            size: word(region, 8)?,
+            address: word(region, 16)?,
+            offset: word(region, 24)?,
+        })
+    })
+}
+
+/// Whether some of the memory in a message is not shared, as far as that can be found out: of what the guest
+/// writes to such memory no other process sees anything.
+fn has_private_memory(front: &UnixStream, message: &Message) -> bool {
+    let Ok(peer) = getsockopt(front, PeerCredentials) else {
+        return false;
+    };
+    let maps = fs::read_to_string(format!("/proc/{}/maps", peer.pid())).unwrap_or_default();
+    regions(message).any(|region| is_private(&maps, region.address))
+}
+
+/// Whether an address is in a private mapping, by what /proc/PID/maps says: begin, end and permissions of
+/// each.
+fn is_private(maps: &str, address: u64) -> bool {
+    maps.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        let (range, permissions) = (words.next(), words.next());
+        let bounds = range.and_then(|range| range.split_once('-'));
+        let number = |text| u64::from_str_radix(text, 16).unwrap_or_default();
+        bounds.is_some_and(|(start, end)| (number(start)..number(end)).contains(&address))
+            && permissions.is_some_and(|permissions| permissions.ends_with('p'))
+    })
 }
 
 /// Whether a message is answered.
@@ -638,6 +688,22 @@ mod tests {
                 .iter()
                 .all(|(request, _)| *request != request::ADD_MEM_REG)
         );
+    }
+
+    #[test]
+    fn private_memory_is_noticed() {
+        let maps = "7f0000000000-7f0000002000 rw-s 00000000 00:01 7 /memfd:memory (deleted)\n\
+                    7f0000002000-7f0000003000 rw-p 00000000 00:00 0\n";
+        assert!(!is_private(maps, 0x7f00_0000_0000));
+        assert!(!is_private(maps, 0x7f00_0000_1fff));
+        assert!(is_private(maps, 0x7f00_0000_2000));
+        assert!(!is_private(maps, 0x7f00_0000_3000));
+        // This process is its own peer here.
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let stack = std::ptr::from_ref(&maps).addr() as u64;
+        let region = words(&[0, 0, 0x1000, stack, 0]);
+        let message = message(request::ADD_MEM_REG, &region, vec![]);
+        assert!(has_private_memory(&ours, &message));
     }
 
     #[test]
