@@ -2,7 +2,7 @@
 
 //! What can be typed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon_control::HintAction;
@@ -36,12 +36,27 @@ pub(crate) struct Cli {
         default_value = "/run/vhost-user-balloon/balloon.sock",
         value_hint = ValueHint::FilePath
     )]
-    pub(crate) socket: PathBuf,
+    socket: PathBuf,
+    /// The VM of this name, with the socket that vhost-user-balloon@NAME.service has
+    #[arg(long, global = true, value_name = "NAME")]
+    vm: Option<String>,
     /// Print the daemon's answer as the JSON object that it is
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// The control socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        match &self.vm {
+            Some(name) => Path::new("/run/vhost-user-balloon")
+                .join(name)
+                .join("control.sock"),
+            None => self.socket.clone(),
+        }
+    }
 }
 
 #[derive(Subcommand)]

@@ -30,7 +30,8 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<(), Failure> {
     let json = cli.json;
-    let connect = || Client::connect(&cli.socket);
+    let socket = cli.socket();
+    let connect = || Client::connect(&socket);
     match cli.command {
         Command::Info => {
             let answer = connect()?.call(&Request::Info {})?;

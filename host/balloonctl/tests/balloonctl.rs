@@ -347,6 +347,9 @@ fn a_daemon_that_cannot_be_reached_is_told() {
     let path = directory.path().join("balloon.sock");
     let run = || balloonctl(&path, &["info"]).output().unwrap();
     fails(&run(), 3, "there is no socket");
+    let vm = ["info", "--vm", "no-such-vm"];
+    let named = balloonctl(&path, &vm).output().unwrap();
+    fails(&named, 3, "/run/vhost-user-balloon/no-such-vm/control.sock");
 
     drop(UnixListener::bind(&path).unwrap());
     fails(&run(), 3, "nobody listens");

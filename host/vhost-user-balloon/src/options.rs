@@ -15,19 +15,23 @@ use crate::features::{Feature, offer};
 ///
 /// QEMU uses it with
 ///
-///   -object memory-backend-memfd,id=m,size=8G,share=on -machine q35,memory-backend=m
-///   -chardev socket,id=c,path=SOCKET
-///   -device vhost-user-test-device-pci,chardev=c,virtio-id=5,num_vqs=5,vq_size=256,config_size=24
+///   -object memory-backend-memfd,id=memory,size=8G,share=on
+///   -machine q35,memory-backend=memory
+///   -chardev socket,id=balloon,path=SOCKET
+///   -device vhost-user-test-device-pci,chardev=balloon,virtio-id=5,
+///           num_vqs=5,vq_size=256,config_size=24
 ///
-/// The memory must be shared: of private memory the daemon sees nothing that the guest writes.
+/// with the two parts of the last line in one. The memory has to be shared.
 ///
-/// The daemon serves one VMM at a time, and waits for the next one when that is gone. It ends on SIGTERM
-/// and SIGINT, and a guest that still runs is then without its balloon for good: QEMU's device cannot be
-/// given another daemon. The daemon's own process only keeps the connection; the device is in a child, which
-/// is started anew when it has crashed, and on SIGHUP, as after an update. The guest does not notice.
+/// The daemon serves one VMM at a time, and waits for the next one when that is
+/// gone. It ends on SIGTERM and SIGINT, and a guest that still runs is then
+/// without its balloon for good: QEMU's device cannot be given another daemon.
+/// The daemon's own process only keeps the connection. The device is in a child,
+/// which is started anew when it has crashed, and on SIGHUP, as after an update.
+/// The guest does not notice.
 ///
-/// It needs no privileges: only the sockets' directories, the state file's, and a memory file
-/// that the VMM hands over.
+/// It needs no privileges: only directories where it may make its sockets and
+/// its state file, and the memory file that the VMM hands over.
 #[derive(Clone, Debug, Parser)]
 #[command(version, verbatim_doc_comment)]
 pub struct Options {
@@ -54,7 +58,7 @@ pub struct Options {
     pub features: Vec<Feature>,
 
     /// Offer the features of the extended protocol, which are not in the virtio specification; QEMU's
-    /// device needs config_size=24 then, and 16 otherwise
+    /// device needs config_size=24 then, while 16 is enough otherwise
     #[arg(long)]
     pub extensions: bool,
 
