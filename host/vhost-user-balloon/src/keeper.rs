@@ -434,7 +434,7 @@ impl Journal {
             }
             request::REM_MEM_REG => {
                 self.messages.retain(|old| {
-                    old.request() != request::ADD_MEM_REG || old.body() != message.body()
+                    old.request() != request::ADD_MEM_REG || region(old) != region(&message)
                 });
                 return;
             }
@@ -445,6 +445,14 @@ impl Journal {
         };
         match self.messages.iter_mut().find(again) {
             Some(old) => *old = message,
+            // The addresses of a queue that has ended stay where they were, and may be in memory that was
+            // added since when they are said again.
+            None if matches!(request, request::ADD_MEM_REG | request::SET_MEM_TABLE) => {
+                let addresses = |old: &Message| old.request() == request::SET_VRING_ADDR;
+                let place = self.messages.iter().position(addresses);
+                self.messages
+                    .insert(place.unwrap_or(self.messages.len()), message);
+            }
             None => self.messages.push(message),
         }
     }
@@ -583,6 +591,12 @@ fn queue(message: &Message) -> u32 {
     }
 }
 
+/// What names a region that is added or removed: its address in the guest, its size, and the front end's
+/// address. The offset in the file comes behind them, and is 0 in QEMU's removals.
+fn region(message: &Message) -> Option<&[u8]> {
+    message.body().get(8..32)
+}
+
 fn word(bytes: &[u8], at: usize) -> Option<u64> {
     let bytes = bytes.get(at..)?.first_chunk()?;
     Some(u64::from_ne_bytes(*bytes))
@@ -681,13 +695,30 @@ mod tests {
     #[test]
     fn memory_that_is_gone_is_not_told() {
         let mut journal = journal(&memory_file(0x3000));
-        let region = words(&[0, 0, 0x2000, 0x10000, 0x1000]);
-        journal.record(message(request::REM_MEM_REG, &region, vec![]));
-        assert!(
+        let mut remove = |start| {
+            let region = words(&[0, 0, 0x2000, start, 0]);
+            journal.record(message(request::REM_MEM_REG, &region, vec![]));
             told(&mut journal)
                 .iter()
-                .all(|(request, _)| *request != request::ADD_MEM_REG)
-        );
+                .any(|(request, _)| *request == request::ADD_MEM_REG)
+        };
+        assert!(remove(0x20000), "another region stays");
+        assert!(!remove(0x10000));
+    }
+
+    #[test]
+    fn memory_is_told_before_the_rings_in_it() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        let region = words(&[0, 0x8000, 0x2000, 0x20000, 0x1000]);
+        let file = file.try_clone().unwrap().into();
+        journal.record(message(request::ADD_MEM_REG, &region, vec![file]));
+        let addresses = words(&[0, 0x20000, 0x21ff0, 0x21000, 0]);
+        journal.record(message(request::SET_VRING_ADDR, &addresses, vec![]));
+        let told = told(&mut journal);
+        let memory = told.iter().position(|(_, body)| *body == region);
+        let rings = told.iter().position(|(_, body)| *body == addresses);
+        assert!(memory < rings, "{memory:?} {rings:?}");
     }
 
     #[test]
