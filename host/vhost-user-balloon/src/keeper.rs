@@ -47,6 +47,10 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// How many children in a row may fail to take up the device.
 const MAX_FAILURES: u32 = 5;
 
+/// How long a child has to last with the device to have taken it up. What it makes of what it is told may
+/// show only when all is told.
+const STEADY: Duration = Duration::from_secs(5);
+
 /// Serves front ends until it is told to end, by way of children.
 ///
 /// # Errors
@@ -60,6 +64,8 @@ pub fn run(options: &Options) -> Result<()> {
         listener,
         signals,
         worker,
+        taken: None,
+        failures: 0,
     });
     let result = keeper.and_then(Keeper::run);
     file.remove();
@@ -130,6 +136,7 @@ impl Worker {
         loop {
             if let Ok(stream) = UnixStream::connect(&self.socket) {
                 stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+                stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
                 return Ok(stream);
             }
             if let Some(status) = self.child.try_wait()? {
@@ -210,6 +217,10 @@ struct Keeper {
     listener: UnixListener,
     signals: SignalFd,
     worker: Worker,
+    /// When a child has taken up the device of this front end.
+    taken: Option<Instant>,
+    /// How many in a row did not last.
+    failures: u32,
 }
 
 impl Keeper {
@@ -226,11 +237,12 @@ impl Keeper {
                     self.worker.replace()?;
                 }
                 Next::Here => match self.listener.accept() {
-                    Ok((front, _)) => {
-                        if let Next::End = self.serve(&front)? {
-                            return Ok(());
-                        }
-                    }
+                    Ok((front, _)) => match self.serve(&front) {
+                        Ok(Next::End) => return Ok(()),
+                        Ok(_) => {}
+                        // A guest can have its VMM say what no device takes, and the next one has not.
+                        Err(error) => error!("giving the VMM up: {error:#}"),
+                    },
                     Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                     Err(error) => {
                         warn!("cannot serve a VMM now: {error}");
@@ -275,8 +287,13 @@ impl Keeper {
 
     /// Serves a front end until it is gone, or the daemon is to end.
     fn serve(&mut self, front: &UnixStream) -> Result<Next> {
+        // Messages come as a whole. Who sends a half one, or does not read, must not have this process wait:
+        // it would not even be told to end.
+        front.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        front.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         let mut journal = Journal::default();
         let mut channel = None;
+        self.taken = None;
         let mut back = self.take_up(&mut journal)?;
         loop {
             match self.wait(front, Some(&back))? {
@@ -285,6 +302,7 @@ impl Keeper {
                     // Without a connection the child finishes what it has begun, and ends.
                     back.shutdown(Shutdown::Both)?;
                     self.worker.replace()?;
+                    self.taken = None;
                     back = self.take_up(&mut journal)?;
                 }
                 Next::Change => {
@@ -338,6 +356,15 @@ impl Keeper {
 
     /// Connects to the child, or to another one if it has ended, and tells it all that is written down.
     fn take_up(&mut self, journal: &mut Journal) -> Result<UnixStream> {
+        if self.taken.is_none_or(|taken| taken.elapsed() > STEADY) {
+            self.failures = 0;
+        } else {
+            self.failures += 1;
+            if self.failures > MAX_FAILURES {
+                bail!("the device takes nothing of what it is told");
+            }
+            thread::sleep(PAUSE);
+        }
         let mut failures = 0;
         loop {
             let taken = self.worker.connect().and_then(|back| {
@@ -345,7 +372,10 @@ impl Keeper {
                 Ok(back)
             });
             match taken {
-                Ok(back) => return Ok(back),
+                Ok(back) => {
+                    self.taken = Some(Instant::now());
+                    return Ok(back);
+                }
                 Err(error) if failures == MAX_FAILURES => {
                     return Err(error.context("the device cannot be started any more"));
                 }

@@ -3,7 +3,7 @@
 //! The daemon with a front end on its real socket.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -317,6 +317,49 @@ fn a_restart_of_the_daemon_keeps_the_target() {
     assert_eq!(info(directory).target, 3 << 12);
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn half_a_message_does_not_keep_the_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = start(directory.path(), &[]);
+    let mut front = UnixStream::connect(directory.path().join("socket")).unwrap();
+    front.write_all(&[1; 4]).unwrap();
+    wait_for("the VMM", || info(directory.path()).guest.connected);
+    let mut daemon = daemon.0;
+    kill(
+        Pid::from_raw(daemon.id().try_into().unwrap()),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    wait_for("the end", || daemon.try_wait().unwrap().is_some());
+}
+
+#[test]
+fn rings_that_no_device_takes_end_only_their_vmm() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    let addresses = VringConfigData {
+        queue_max_size: 16,
+        queue_size: 16,
+        flags: 0,
+        desc_table_addr: BASE + DESCRIPTORS + 1,
+        used_ring_addr: BASE + USED,
+        avail_ring_addr: BASE + AVAIL,
+        log_addr: None,
+    };
+    vmm.front.set_vring_addr(0, &addresses).unwrap();
+    // Until the VMM is given up.
+    let patience = Some(Duration::from_secs(30));
+    vmm.changes.set_read_timeout(patience).unwrap();
+    while vmm.changes.read(&mut [0; 12]).unwrap() > 0 {}
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
     daemon.end();
 }
 
