@@ -69,6 +69,14 @@ impl Receiver for Reporting<'_> {
 
     fn finish(&mut self) {
         self.ranges.sort_unstable_by_key(|range| range.start);
+        // What is named many times is given back once: a hole takes time in proportion to its size.
+        self.ranges.dedup_by(|next, range| {
+            let overlaps = next.start <= range.end;
+            if overlaps {
+                range.end = range.end.max(next.end);
+            }
+            overlaps
+        });
         for range in self.ranges.drain(..) {
             let inside = self.balloon.whole_granules(&range, self.pieces);
             self.counters.reported.add(inside);
@@ -145,6 +153,18 @@ mod tests {
         assert_eq!(counters.reported.get(), 2 * 4096 + 4000);
         assert_eq!(counters.discards.get(), 1);
         assert_eq!(guest.used(), 2);
+    }
+
+    #[test]
+    fn what_is_reported_many_times_is_given_back_once() {
+        let mut guest = guest();
+        for _ in 0..3 {
+            guest.send_writable(&[(1 << 20, 2 * 4096), ((1 << 20) + 4096, 2 * 4096)]);
+        }
+        let counters = run(&guest, false);
+        assert_eq!(pages(&guest), [0, 0, 0, 1, 1]);
+        assert_eq!(counters.discards.get(), 1);
+        assert_eq!(counters.reported.get(), 3 * 4096);
     }
 
     #[test]
