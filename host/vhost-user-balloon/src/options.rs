@@ -43,8 +43,7 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
-    /// Keep the target, the balloon's size and the interval of the statistics in this file, also when
-    /// the daemon has ended
+    /// Keep the target and the interval of the statistics in this file, also when the daemon has ended
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,
 
