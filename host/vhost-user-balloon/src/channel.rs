@@ -6,11 +6,11 @@
 //! socket for such messages, but the vhost-user library keeps that to itself and has no call for this
 //! message. So the process through which all of the front end's messages go sends it.
 
-use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use log::warn;
-use nix::unistd::write;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
 
 /// The device's end of a stream in which each byte stands for a change.
 #[derive(Debug)]
@@ -24,8 +24,13 @@ impl Channel {
 
     /// Tells the front end that the configuration space has changed.
     pub fn config_changed(&self) {
-        if let Err(error) = write(&self.0, &[0]).map_err(io::Error::from) {
-            warn!("cannot tell the VMM that the configuration has changed: {error}");
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(self.0.as_raw_fd(), &[0], flags) {
+            // One that is full says so already.
+            Ok(_) | Err(Errno::EAGAIN) => {}
+            Err(error) => {
+                warn!("cannot tell the VMM that the configuration has changed: {error}");
+            }
         }
     }
 }

@@ -11,11 +11,11 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_wire::BALLOON_PAGE_SIZE;
-use log::{error, info, warn};
+use log::{debug, error, warn};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -63,6 +63,7 @@ pub struct Settings {
 /// What the thread that serves the queues needs, and only it as long as a driver is at work.
 #[derive(Debug, Default)]
 struct Work {
+    memory: Arc<GuestMemoryMmap>,
     balloon: Balloon,
     discarder: Discarder,
     pfns: Pfns,
@@ -119,6 +120,10 @@ pub struct Device {
     pending: AtomicU64,
     wake: EventFd,
     timer: TimerFd,
+    /// Done when it was logged that the configuration space is too small.
+    short_config: Once,
+    /// How much memory the guest has, and the largest granule, in bytes.
+    sizes: Mutex<(u64, Option<u64>)>,
     /// The number of the file descriptor that ends the worker.
     exit: Mutex<Option<RawFd>>,
 }
@@ -163,6 +168,8 @@ impl Device {
             pending: AtomicU64::new(0),
             wake: EventFd::new(EFD_NONBLOCK)?,
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            short_config: Once::new(),
+            sizes: Mutex::default(),
             exit: Mutex::default(),
         };
         device.arm(interval)?;
@@ -184,7 +191,7 @@ impl Device {
         worker.register_listener(self.wake.as_raw_fd(), EventSet::IN, WAKE)?;
         worker.register_listener(timer, EventSet::IN, TIMER)?;
         self.connected.store(true, SeqCst);
-        info!("a VMM is connected");
+        debug!("a front end is connected");
         Ok(())
     }
 
@@ -198,13 +205,14 @@ impl Device {
             .unwrap_or_else(PoisonError::into_inner)
             .replace(GuestMemoryMmap::default());
         *lock(&self.work) = Work::default();
+        *lock(&self.sizes) = Default::default();
         lock(&self.stats).restart();
         self.connected.store(false, SeqCst);
         // The library forgets this file descriptor without closing it.
         if let Some(exit) = lock(&self.exit).take() {
             let _ = nix::unistd::close(exit);
         }
-        info!("the VMM is gone");
+        debug!("the front end is gone");
     }
 
     fn stop(&self) {
@@ -243,8 +251,7 @@ impl Device {
 
     /// How much memory the guest has and the largest granule, in bytes.
     pub fn sizes(&self) -> (u64, Option<u64>) {
-        let work = lock(&self.work);
-        (work.balloon.memory(), work.balloon.granule())
+        *lock(&self.sizes)
     }
 
     /// The last sample of the guest's statistics.
@@ -340,8 +347,6 @@ impl Device {
         let (Some(kind), Some(vring)) = (Kind::of(number, acked), vrings.get(number)) else {
             return;
         };
-        let memory = self.memory.memory();
-        let memory: &GuestMemoryMmap = &memory;
         let counters = &self.counters;
         let Some(messages) = counters.messages.get(kind as usize) else {
             return;
@@ -349,6 +354,9 @@ impl Device {
 
         let mut vring = vring.get_mut();
         let mut work = lock(&self.work);
+        // What the page frame numbers are looked up in, and not what the library may have put in its place.
+        let memory = Arc::clone(&work.memory);
+        let memory: &GuestMemoryMmap = &memory;
         let Work {
             balloon,
             discarder,
@@ -438,9 +446,9 @@ impl Device {
             work.balloon.empty();
             lock(&self.hints).restart();
             lock(&self.state).config.actual = 0;
-            info!("the guest has a driver, with an empty balloon");
+            debug!("the guest has a driver, with an empty balloon");
         } else {
-            info!("the guest's driver goes on");
+            debug!("the guest's driver goes on");
         }
         work.at_work = true;
         self.running.store(true, SeqCst);
@@ -486,10 +494,11 @@ impl VhostUserBackend for Device {
             return Vec::new();
         };
         if start == 0 && size >= SMALLEST_CONFIG && length < needed {
-            error!(
+            // The guest may ask as often as it likes.
+            self.short_config.call_once(|| error!(
                 "the VMM has {size} bytes of configuration for a device that needs {needed}, and a Linux guest \
                  would crash; start QEMU's device with config_size={needed}, or this one with fewer --features"
-            );
+            ));
             return Vec::new();
         }
         let command = lock(&self.hints).command();
@@ -516,8 +525,13 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        let balloon = &mut lock(&self.work).balloon;
-        balloon.set_memory(&memory.memory(), self.settings.granularity);
+        let mut work = lock(&self.work);
+        work.memory = memory.memory().into_inner();
+        let Work {
+            balloon, memory, ..
+        } = &mut *work;
+        balloon.set_memory(memory, self.settings.granularity);
+        *lock(&self.sizes) = (balloon.memory(), balloon.granule());
         let large = balloon
             .granule()
             .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);
@@ -543,7 +557,7 @@ impl VhostUserBackend for Device {
         match usize::try_from(queue_index).map(|number| Kind::of(number, acked)) {
             Ok(Some(Kind::Inflate)) => {
                 self.stop();
-                info!("the guest's driver stops");
+                debug!("the guest's driver stops");
             }
             Ok(Some(Kind::Stats)) => lock(&self.stats).restart(),
             _ => {}

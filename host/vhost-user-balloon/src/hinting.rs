@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::time::SystemTime;
 
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap};
@@ -38,10 +39,16 @@ pub struct Hints {
 }
 
 impl Default for Hints {
+    /// The guest may still know the last id of a process that has had the device before: ids begin with the
+    /// clock's seconds, which that one has left behind.
     fn default() -> Self {
+        let seconds = SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap_or_default()
+            .as_secs();
         Self {
             command: DONE,
-            last: DONE,
+            last: u32::try_from(seconds & u64::from(u32::MAX)).unwrap_or(DONE),
             open: None,
             ranges: BTreeMap::new(),
         }

@@ -9,9 +9,9 @@
 //! to the next child, when one has crashed or is replaced after an update.
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,11 +21,12 @@ use std::{env, fs, thread};
 use anyhow::{Context, Result, bail};
 use balloon_control::listen;
 use log::{debug, error, info, warn};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{MsgFlags, getsockopt, send};
 use nix::sys::uio::pread;
 use nix::unistd::{Pid, write};
 
@@ -162,7 +163,15 @@ impl Worker {
     fn stop(&mut self) -> Result<()> {
         if self.child.try_wait()?.is_none() {
             kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
-            self.child.wait()?;
+        }
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                error!("the process with the device does not end, and is killed");
+                self.child.kill()?;
+                self.child.wait()?;
+            }
+            thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
@@ -232,17 +241,24 @@ impl Keeper {
                 // Nobody is there to be told, or to tell.
                 Next::Change => {}
                 Next::Back => {
+                    self.failures += 1;
+                    if self.failures > MAX_FAILURES {
+                        bail!("the process with the device ends again and again");
+                    }
                     error!("the process with the device has ended");
                     thread::sleep(PAUSE);
                     self.worker.replace()?;
                 }
                 Next::Here => match self.listener.accept() {
-                    Ok((front, _)) => match self.serve(&front) {
-                        Ok(Next::End) => return Ok(()),
-                        Ok(_) => {}
-                        // A guest can have its VMM say what no device takes, and the next one has not.
-                        Err(error) => error!("giving the VMM up: {error:#}"),
-                    },
+                    Ok((front, _)) => {
+                        info!("a VMM is connected");
+                        match self.serve(&front) {
+                            Ok(Next::End) => return Ok(()),
+                            Ok(_) => info!("the VMM is gone"),
+                            // A guest can have its VMM say what no device takes, and the next one has not.
+                            Err(error) => error!("giving the VMM up: {error:#}"),
+                        }
+                    }
                     Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                     Err(error) => {
                         warn!("cannot serve a VMM now: {error}");
@@ -306,7 +322,7 @@ impl Keeper {
                     back = self.take_up(&mut journal)?;
                 }
                 Next::Change => {
-                    if let Some(channel) = &mut channel {
+                    if let Some(channel) = &channel {
                         tell_change(channel);
                     }
                 }
@@ -328,9 +344,7 @@ impl Keeper {
                     };
                     match (message.request(), message.descriptors()) {
                         (request::SET_BACKEND_REQ_FD, [socket]) => {
-                            let socket = UnixStream::from(socket.try_clone()?);
-                            socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
-                            channel = Some(socket);
+                            channel = Some(UnixStream::from(socket.try_clone()?));
                         }
                         (request::SET_VRING_KICK, [event]) => look_at_queue(event),
                         (request::ADD_MEM_REG | request::SET_MEM_TABLE, _)
@@ -391,11 +405,15 @@ impl Keeper {
 }
 
 /// Tells the front end that the configuration space has changed.
-fn tell_change(channel: &mut UnixStream) {
+fn tell_change(channel: &UnixStream) {
     // The request, version 1 of the protocol, and the size of the rest.
     const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
-    if let Err(error) = channel.write_all(&CONFIG_CHANGE.map(u32::to_ne_bytes).concat()) {
-        warn!("cannot tell the VMM that the configuration has changed: {error}");
+    let message = CONFIG_CHANGE.map(u32::to_ne_bytes).concat();
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    match send(channel.as_raw_fd(), &message, flags) {
+        // One that is full has enough of these messages in it.
+        Ok(_) | Err(Errno::EAGAIN) => {}
+        Err(error) => warn!("cannot tell the VMM that the configuration has changed: {error}"),
     }
 }
 
@@ -610,13 +628,13 @@ fn is_answered(message: &Message) -> bool {
     ) || message.wants_answer()
 }
 
-/// The queue that a message is about, or 0 if it is about none.
+/// The queue that a message is about, or the place in the configuration space, or 0 if it is about neither.
 fn queue(message: &Message) -> u32 {
     const SET_VRING_NUM: u32 = 8;
     match message.request() {
-        SET_VRING_NUM..=request::SET_VRING_ERR | request::SET_VRING_ENABLE => {
-            message.body().first().copied().unwrap_or_default().into()
-        }
+        SET_VRING_NUM..=request::SET_VRING_ERR
+        | request::SET_VRING_ENABLE
+        | request::SET_CONFIG => message.body().first().copied().unwrap_or_default().into(),
         _ => 0,
     }
 }
@@ -699,13 +717,13 @@ mod tests {
     fn what_is_said_again_is_told_once_and_in_its_place() {
         let mut journal = journal(&memory_file(0x3000));
         journal.record(message(SET_FEATURES, &words(&[2]), vec![]));
-        journal.record(message(request::SET_CONFIG, b"first", vec![]));
-        journal.record(message(request::SET_CONFIG, b"last", vec![]));
+        journal.record(message(request::SET_CONFIG, b"\0first", vec![]));
+        journal.record(message(request::SET_CONFIG, b"\0last", vec![]));
         let told = told(&mut journal);
         let count = |request| told.iter().filter(|(other, _)| *other == request).count();
         assert_eq!((count(SET_FEATURES), count(request::SET_CONFIG)), (1, 1));
         assert_eq!(told.first(), Some(&(SET_FEATURES, words(&[2]))));
-        assert!(told.contains(&(request::SET_CONFIG, b"last".to_vec())));
+        assert!(told.contains(&(request::SET_CONFIG, b"\0last".to_vec())));
     }
 
     #[test]

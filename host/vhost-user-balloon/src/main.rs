@@ -5,8 +5,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::panic;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -49,6 +50,12 @@ fn main() -> ExitCode {
 fn work(options: &Options) -> Result<()> {
     // What it is without the process that has started it, nobody can reach.
     set_pdeathsig(Signal::SIGTERM)?;
+    // A device without the thread that serves it helps nobody. Another process takes it up.
+    let default = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        default(info);
+        process::abort();
+    }));
     // The threads to come inherit this, so the signals are for the one that waits for them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);

@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering::Relaxed;
 use balloon_wire::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
 };
-use log::error;
 use vhost_user_backend::VringState;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::desc::split::Descriptor;
@@ -110,7 +109,7 @@ pub fn serve(
                 // The front end may be gone, which its socket will tell.
                 let _ = vring.signal_used_queue();
             }
-            more || wants_more(vring.get_queue_mut(), memory)
+            more || wants_more(vring.get_queue_mut(), memory, counters)
         }
         // There is nothing to be taken from a queue whose rings make no sense, until it is set up anew.
         Err(_) => {
@@ -189,10 +188,10 @@ pub fn wants_notification(
 }
 
 /// Has the guest tell of further messages, and says whether there are some already.
-fn wants_more(queue: &mut Queue, memory: &GuestMemoryMmap) -> bool {
+fn wants_more(queue: &mut Queue, memory: &GuestMemoryMmap, counters: &Counters) -> bool {
     queue
         .enable_notification(memory)
-        .inspect_err(|error| error!("cannot ask the guest for notifications: {error}"))
+        .inspect_err(|_| counters.refuse(Refusal::BadChain))
         .unwrap_or(false)
 }
 
