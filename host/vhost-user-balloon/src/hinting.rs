@@ -91,9 +91,14 @@ impl Hints {
         self.open = None;
     }
 
-    /// The guest says which command it answers to, or that it has no more hints.
+    /// The guest says which command it answers to, or that it has no more hints. What the configuration space
+    /// has without a command is no command to answer to.
     fn announce(&mut self, id: u32) {
-        self.open = if id == STOP { None } else { Some(id) };
+        self.open = if id == STOP || id == DONE {
+            None
+        } else {
+            Some(id)
+        };
     }
 
     /// Adds a range to the set, and returns how many of its bytes are new. Ranges past the limit are
@@ -223,6 +228,20 @@ mod tests {
         let counters = run(&guest, &mut hints);
         assert_eq!(counters.hinted.get(), 0);
         assert_eq!(counters.refused(Refusal::StaleHint), 1);
+    }
+
+    #[test]
+    fn what_stands_for_no_command_has_no_hints() {
+        let mut guest = GuestQueue::new();
+        let mut hints = Hints::default();
+        for id in [DONE, STOP] {
+            guest.send(&[&id.to_le_bytes()]);
+            guest.send_writable(&[(1 << 20, 4096)]);
+            let counters = run(&guest, &mut hints);
+            assert_eq!(counters.hinted.get(), 0);
+            assert_eq!(counters.refused(Refusal::StaleHint), 1);
+            hints.stop();
+        }
     }
 
     #[test]
