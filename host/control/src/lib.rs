@@ -15,4 +15,4 @@ pub use protocol::{
     ControlError, Counters, ErrorKind, Guest, HintAction, Info, Messages, Metrics, Request,
     Response, Shortfall, Stat, Stats, Unit,
 };
-pub use server::{BindError, Handler, Server, SocketFile, listen};
+pub use server::{BindError, Handler, Server, SocketFile, listen, serve};

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -268,7 +268,7 @@ fn accept(listener: &Listener, handler: &dyn Handler) {
                 .name("control-client".to_owned())
                 .spawn_scoped(scope, move || {
                     // A client that goes away in the middle is no error of the daemon.
-                    let _ = serve(&stream, handler);
+                    let _ = serve(BufReader::new(&stream), &stream, handler);
                     drop(place);
                 });
         }
@@ -291,14 +291,21 @@ fn turn_away(stream: &UnixStream) {
 }
 
 /// Answers one client, line by line.
-fn serve(stream: &UnixStream, handler: &dyn Handler) -> io::Result<()> {
-    let mut reader = BufReader::new(stream);
+///
+/// # Errors
+///
+/// The client goes away before it has all answers.
+pub fn serve(
+    mut reader: impl BufRead,
+    mut writer: impl Write,
+    handler: &dyn Handler,
+) -> io::Result<()> {
     while let Some(line) = read_line(&mut reader, MAX_LINE)? {
         let answer = match parse(line).and_then(|request| handler.handle(request)) {
             Ok(response) => Reply::Ok(response),
             Err(error) => Reply::Error(error),
         };
-        reply(stream, &answer)?;
+        reply(&mut writer, &answer)?;
     }
     Ok(())
 }
@@ -320,10 +327,10 @@ fn parse(line: Line) -> Result<Request, ControlError> {
     }
 }
 
-fn reply(mut stream: &UnixStream, reply: &Reply<Response>) -> io::Result<()> {
+fn reply(mut writer: impl Write, reply: &Reply<Response>) -> io::Result<()> {
     let mut line = serde_json::to_vec(reply)?;
     line.push(b'\n');
-    stream.write_all(&line)
+    writer.write_all(&line)
 }
 
 #[cfg(test)]

@@ -427,7 +427,7 @@ fn look_at_queue(event: &OwnedFd) {
 
 /// What another child has to be told to take up the device.
 #[derive(Debug, Default)]
-struct Journal {
+pub struct Journal {
     messages: Vec<Message>,
     /// The one that has not been answered yet.
     outstanding: Option<Message>,
@@ -435,7 +435,7 @@ struct Journal {
 
 impl Journal {
     /// Writes down a message, unless it changes nothing or is to be answered first.
-    fn record(&mut self, message: Message) {
+    pub fn record(&mut self, message: Message) {
         if is_answered(&message) {
             self.outstanding = Some(message);
         } else {
@@ -444,7 +444,7 @@ impl Journal {
     }
 
     /// The child has answered.
-    fn answered(&mut self, answer: &mut Message) {
+    pub fn answered(&mut self, answer: &mut Message) {
         /// The feature that the front end may ask for an acknowledgement of each request.
         const REPLY_ACK: u8 = 1 << 3;
         let Some(message) = self.outstanding.take() else {
@@ -506,7 +506,11 @@ impl Journal {
     }
 
     /// Says all of it to another child.
-    fn tell(&mut self, back: &UnixStream) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// The child is gone, or does not answer.
+    pub fn tell(&mut self, back: &UnixStream) -> Result<()> {
         for place in 0..self.messages.len() {
             let index = self.messages.get(place).and_then(|message| {
                 (message.request() == request::SET_VRING_BASE)
