@@ -8,7 +8,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose)
 
-.PHONY: all demo test test-long kunit clippy fmt fmt-check clean help
+.PHONY: all demo test test-long kunit fuzz clippy fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -35,6 +35,9 @@ test-long:
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
 
+fuzz:
+	@$(lab) fuzz $(if $(TARGET),--target $(TARGET)) $(if $(SECONDS),--seconds $(SECONDS))
+
 clippy:
 	@$(lab) clippy
 
@@ -54,6 +57,7 @@ help:
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
 	@echo "make test-long  run what takes long, too: all scenarios in both kernels, and on the C driver"
 	@echo "make kunit      run KUnit in guests"
+	@echo "make fuzz       fuzz what comes from guests, front ends and clients"
 	@echo "make clippy     have clippy look at everything"
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"
 	@echo "make clean      remove what was built in this checkout"
@@ -63,6 +67,8 @@ help:
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
 	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu or vhost-user"
 	@echo "                   (default: qemu, and a few on both)"
+	@echo "TARGET=NAME        fuzz that target only"
+	@echo "SECONDS=NUMBER     fuzz each target for so long (default: 60)"
 	@echo "ACCEL=kvm|tcg      what runs the guests' instructions (default: kvm if the processor can)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"

@@ -11,6 +11,9 @@ use vm::Kernel;
 use crate::places::Places;
 use crate::{kernel, module};
 
+/// The host's programs, and what fuzzes them.
+const MANIFESTS: &[&str] = &["host/Cargo.toml", "host/fuzz/Cargo.toml"];
+
 /// Has clippy look at everything. A warning is an error.
 pub(crate) fn clippy() -> Result<bool> {
     let places = Places::find()?;
@@ -28,19 +31,24 @@ pub(crate) fn clippy() -> Result<bool> {
         "Clippy: the module",
         &["CLIPPY=1", "KRUSTFLAGS=-Dwarnings"],
     )?;
-    let status = Command::new("cargo")
-        .args([
-            "clippy",
-            "--release",
-            "--locked",
-            "--workspace",
-            "--all-targets",
-        ])
-        .args(["--manifest-path", "host/Cargo.toml", "--", "-D", "warnings"])
-        // Unlike the other objects, clippy's are not told apart by checkout.
-        .env("CARGO_TARGET_DIR", clippy.join("host"))
-        .status()?;
-    Ok(status.success())
+    for manifest in MANIFESTS {
+        let status = Command::new("cargo")
+            .args([
+                "clippy",
+                "--release",
+                "--locked",
+                "--workspace",
+                "--all-targets",
+            ])
+            .args(["--manifest-path", manifest, "--", "-D", "warnings"])
+            // Unlike the other objects, clippy's are not told apart by checkout.
+            .env("CARGO_TARGET_DIR", clippy.join("host"))
+            .status()?;
+        if !status.success() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Formats everything, or finds out whether it is formatted.
@@ -54,9 +62,13 @@ pub(crate) fn format(check: bool) -> Result<bool> {
         .args(["--edition", "2021"])
         .args(module::sources(&places, &["rs"])?)
         .status()?;
-    let host = Command::new("cargo")
-        .args(["fmt", "--all", "--manifest-path", "host/Cargo.toml", "--"])
-        .args(check)
-        .status()?;
-    Ok(module.success() && host.success())
+    let mut good = module.success();
+    for manifest in MANIFESTS {
+        let host = Command::new("cargo")
+            .args(["fmt", "--all", "--manifest-path", manifest, "--"])
+            .args(check)
+            .status()?;
+        good &= host.success();
+    }
+    Ok(good)
 }

@@ -10,6 +10,7 @@ use vm::{Accel, Device, Driver, Kernel};
 
 mod check;
 mod demo;
+mod fuzz;
 mod host_tests;
 mod initramfs;
 mod kernel;
@@ -35,7 +36,7 @@ enum Command {
         #[command(flatten)]
         guests: Guests,
     },
-    /// Run the host's unit tests, KUnit in guests and the scenarios in guests
+    /// Run the host's unit tests and fuzz targets, KUnit in guests and the scenarios in guests
     Test {
         /// Run the tests in this kernel only
         #[arg(long)]
@@ -62,6 +63,15 @@ enum Command {
         kernel: Option<KernelName>,
         #[command(flatten)]
         guests: Guests,
+    },
+    /// Fuzz what comes from guests, front ends and clients
+    Fuzz {
+        /// Run this target only
+        #[arg(long)]
+        target: Option<String>,
+        /// For how long to run each target
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
     },
     /// Have clippy look at the module and at the host's programs
     Clippy,
@@ -164,6 +174,7 @@ fn main() -> Result<ExitCode> {
             guests,
         ),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
+        Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Command::Clippy => check::clippy(),
         Command::Fmt { check } => check::format(check),
     }?;

@@ -11,7 +11,11 @@ use vm::{Artifacts, Device, Driver, Kernel};
 
 use crate::places::Places;
 use crate::report::Report;
-use crate::{Guests, host_tests, kunit, setup};
+use crate::{Guests, fuzz, host_tests, kunit, setup};
+
+/// For how long each fuzz target runs: enough for the inputs in the repository, and to find what is close
+/// to them.
+const FUZZ_SECONDS: u32 = 3;
 
 /// What runs in the debug kernel when no kernel is asked for: enough to find what the test kernel
 /// survives, in a time that one is ready to wait.
@@ -49,6 +53,7 @@ pub(crate) fn run(
 
     if only.is_none_or(|only| only == "host") {
         host_tests::run(&places, &mut report)?;
+        fuzz::fuzz(&places, None, FUZZ_SECONDS, &mut report)?;
     }
     for this in [Kernel::Test, Kernel::Debug] {
         let wanted = |scenario: &&Scenario| {

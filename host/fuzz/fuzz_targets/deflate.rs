@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The deflate queue. The input's word is what is in the balloon before, and its option has memory ready for
+//! what comes out.
+
+#![no_main]
+
+use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, pfns};
+use libfuzzer_sys::fuzz_target;
+use vhost_user_balloon::counters::Counters;
+use vhost_user_balloon::deflate::Deflate;
+use vhost_user_balloon::discard::{Discarder, Pieces};
+use vhost_user_balloon::pfns::Pfns;
+
+fuzz_target!(|data: &[u8]| {
+    let Some(input) = Input::new(data) else {
+        return;
+    };
+    let guest = Guest::new(input);
+    let held = in_memory(input.word);
+    let mut balloon = guest.balloon(held);
+    let counters = Counters::default();
+    let mut discarder = Discarder::default();
+    let mut deflate = Deflate {
+        memory: &guest.memory,
+        balloon: &mut balloon,
+        prefault: input.option.then_some(&mut discarder),
+        counters: &counters,
+        pfns: &mut Pfns::default(),
+        pieces: &mut Pieces::default(),
+    };
+    let named = guest.serve(&counters, &mut deflate).named;
+
+    guest.check_holes(0);
+    let deflated = counters.deflated.get();
+    assert!(deflated <= bytes(named & held));
+    // What the device says is in the balloon cannot go in again.
+    let rest = balloon.inflate(&pfns(u64::MAX), &mut Pieces::default());
+    assert_eq!(rest.moved + (bytes(held) - deflated) / PAGE, PAGES);
+});

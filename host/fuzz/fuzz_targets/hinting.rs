@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The hinting queue. Each byte of the input's word is a step: what the host does, and how many messages
+//! the guest makes available then.
+
+#![no_main]
+
+use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
+use fuzz::{Guest, Input, PAGE, PAGES};
+use libfuzzer_sys::fuzz_target;
+use vhost_user_balloon::counters::Counters;
+use vhost_user_balloon::hinting::{Hinting, Hints};
+
+fuzz_target!(|data: &[u8]| {
+    let Some(input) = Input::new(data) else {
+        return;
+    };
+    let mut guest = Guest::new(input);
+    let mut hints = Hints::default();
+    let mut counters = Counters::default();
+    for step in input.word.to_le_bytes() {
+        match step % 8 {
+            0 => {
+                hints.start();
+                counters = Counters::default();
+            }
+            1 => hints.stop(),
+            2 => hints.done(),
+            3 => hints.restart(),
+            _ => {}
+        }
+        guest.publish((step / 32).into());
+        let before = counters.hinted.get();
+        let mut hinting = Hinting {
+            memory: &guest.memory,
+            hints: &mut hints,
+            counters: &counters,
+        };
+        let seen = guest.serve(&counters, &mut hinting);
+
+        let hinted = counters.hinted.get();
+        let buffers = seen.buffers.iter().filter(|b| b.is_write_only());
+        let named: u64 = buffers.map(|buffer| u64::from(buffer.len())).sum();
+        assert!(hinted - before <= named);
+        // A byte is hinted once for a command, and not without one.
+        assert!(hinted <= PAGES * PAGE);
+        let idle = [VIRTIO_BALLOON_CMD_ID_STOP, VIRTIO_BALLOON_CMD_ID_DONE];
+        assert!(hinted == before || !idle.contains(&hints.command()));
+    }
+    guest.check_holes(0);
+});

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The inflate queue. The input's word is what is in the balloon before.
+
+#![no_main]
+
+use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, pfns};
+use libfuzzer_sys::fuzz_target;
+use vhost_user_balloon::counters::Counters;
+use vhost_user_balloon::discard::{Discarder, Pieces};
+use vhost_user_balloon::inflate::Inflate;
+use vhost_user_balloon::pfns::Pfns;
+
+fuzz_target!(|data: &[u8]| {
+    let Some(input) = Input::new(data) else {
+        return;
+    };
+    let guest = Guest::new(input);
+    let held = in_memory(input.word);
+    let mut balloon = guest.balloon(held);
+    let counters = Counters::default();
+    let mut inflate = Inflate {
+        memory: &guest.memory,
+        balloon: &mut balloon,
+        discarder: &mut Discarder::default(),
+        counters: &counters,
+        pfns: &mut Pfns::default(),
+        pieces: &mut Pieces::default(),
+    };
+    let named = guest.serve(&counters, &mut inflate).named;
+
+    // Granules that were whole before have been given back before.
+    let allowed = guest.whole(held | named) & !guest.whole(held);
+    let gone = guest.check_holes(allowed);
+    let discarded = counters.discarded.get();
+    assert!(gone <= discarded && discarded <= bytes(allowed));
+    assert_eq!(counters.discard_failures.get(), 0);
+
+    let inflated = counters.inflated.get();
+    assert!(inflated <= bytes(named & !held));
+    assert!(bytes(held) + inflated <= PAGES * PAGE);
+    // What the device says is in the balloon comes out again.
+    let out = balloon.deflate(&pfns(u64::MAX), &mut Pieces::default());
+    assert_eq!(out.moved * PAGE, bytes(held) + inflated);
+});

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The front end's messages, and what another child is told of them.
+//!
+//! The input is a number of events. A message, or an answer, is 5 bytes and a body: the kind of the event
+//! and how many files come with it, the request, its flags, and the body's size.
+
+#![no_main]
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use libfuzzer_sys::fuzz_target;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use vhost_user_balloon::keeper::Journal;
+use vhost_user_balloon::message::{Message, request};
+
+const NEED_REPLY: u8 = 1 << 3;
+
+/// More would wait for somebody who takes them out of the socket.
+const MOST_MESSAGES: usize = 64;
+
+/// A file as memory and as an event. Nobody can write to it, so each input finds the same.
+static FILE: LazyLock<OwnedFd> = LazyLock::new(|| {
+    let file = memfd_create("memory", MFdFlags::MFD_ALLOW_SEALING).expect("a file");
+    let mut file = File::from(file);
+    file.write_all(&[0x12; 4096]).expect("its content");
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).expect("its seal");
+    file.into()
+});
+
+/// A message as the other side has it.
+#[derive(Clone, Debug, PartialEq)]
+struct Said {
+    request: u32,
+    need_reply: bool,
+    files: usize,
+    body: Vec<u8>,
+}
+
+impl Said {
+    fn new(message: &Message) -> Self {
+        Self {
+            request: message.request(),
+            need_reply: message.wants_answer(),
+            files: message.descriptors().len(),
+            body: message.body().to_vec(),
+        }
+    }
+
+    fn queue(&self) -> Option<u8> {
+        let first = self.body.first().copied().unwrap_or_default();
+        matches!(self.request, 8..=14 | request::SET_VRING_ENABLE).then_some(first)
+    }
+
+    fn is_answered(&self) -> bool {
+        self.need_reply || matches!(self.request, 1 | 11 | 15 | 17 | 24 | 36)
+    }
+
+    /// Whether there is nothing left of it when `later` is said.
+    fn is_undone_by(&self, later: &Self) -> bool {
+        let same_queue = self.queue() == later.queue();
+        match (self.request, later.request) {
+            (request::ADD_MEM_REG, request::REM_MEM_REG) => self.body == later.body,
+            (request::ADD_MEM_REG, _) => false,
+            (10 | 12 | 13 | 14 | request::SET_VRING_ENABLE, request::GET_VRING_BASE) => same_queue,
+            (this, later) => this == later && same_queue,
+        }
+    }
+
+    /// Whether a child hears this one for the other one: an index in a queue may be a later one.
+    fn stands_for(&self, said: &Self) -> bool {
+        let mut said = said.clone();
+        if said.request == request::SET_VRING_BASE && said.body.len() >= 8 && self.body.len() >= 8 {
+            said.body[4..8].copy_from_slice(&self.body[4..8]);
+        }
+        *self == said
+    }
+}
+
+/// What a child is to hear, without what waits for an answer.
+fn expected(settled: &[Said]) -> Vec<&Said> {
+    let lasts = |said: &Said| {
+        !matches!(
+            said.request,
+            request::GET_CONFIG | request::GET_VRING_BASE | request::REM_MEM_REG
+        )
+    };
+    (1..)
+        .zip(settled)
+        .filter(|(next, said)| {
+            lasts(said)
+                && !settled[*next..]
+                    .iter()
+                    .any(|later| said.is_undone_by(later))
+        })
+        .map(|(_, said)| said)
+        .collect()
+}
+
+/// Cuts a message off the input, and has it received.
+fn receive(files: usize, input: &mut &[u8]) -> Option<Message> {
+    let (&[request, flags, low, high], rest) = input.split_first_chunk()?;
+    let size = u16::from_le_bytes([low, high]);
+    let (body, rest) = rest.split_at(usize::from(size).min(rest.len()));
+    *input = rest;
+    let header = [u32::from(request), u32::from(flags), size.into()].map(u32::to_ne_bytes);
+
+    let (here, there) = UnixStream::pair().expect("sockets");
+    let raw: Vec<RawFd> = vec![FILE.as_raw_fd(); files];
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let parts = [IoSlice::new(header.as_flattened()), IoSlice::new(body)];
+    let rights = if files == 0 { &[] } else { &rights[..] };
+    sendmsg::<UnixAddr>(here.as_raw_fd(), &parts, rights, MsgFlags::empty(), None).expect("room");
+    here.shutdown(Shutdown::Write).expect("an end");
+    Message::receive(&there).ok()
+}
+
+/// What a child hears that answers everything.
+fn hear(journal: &mut Journal, most: usize) -> Vec<Said> {
+    let (back, mut child) = UnixStream::pair().expect("sockets");
+    let timeout = Some(Duration::from_secs(1));
+    back.set_read_timeout(timeout).expect("a timeout");
+    let answer = [1_u32, 5, 0].map(u32::to_ne_bytes);
+    let answers = answer.as_flattened().repeat(most);
+    child.write_all(&answers).expect("room");
+    journal.tell(&back).expect("a child that answers");
+    back.shutdown(Shutdown::Write).expect("an end");
+    std::iter::from_fn(|| Message::receive(&child).ok())
+        .map(|message| Said::new(&message))
+        .collect()
+}
+
+/// The lowest number that no file descriptor has.
+fn free_descriptor() -> RawFd {
+    FILE.try_clone().expect("a descriptor").as_raw_fd()
+}
+
+fn run(mut input: &[u8]) {
+    let mut journal = Journal::default();
+    let (mut settled, mut outstanding) = (Vec::new(), None);
+    while settled.len() < MOST_MESSAGES {
+        let Some((&event, rest)) = input.split_first() else {
+            return;
+        };
+        input = rest;
+        // Now and then there are more than a message may have.
+        let files = match event >> 2 {
+            files @ 0..8 => files.into(),
+            _ => 40,
+        };
+        match event & 3 {
+            0 | 1 => {
+                let Some(message) = receive(files, &mut input) else {
+                    return;
+                };
+                let said = Said::new(&message);
+                assert_eq!(said.files, files);
+                journal.record(message);
+                if said.is_answered() {
+                    outstanding = Some(said);
+                } else {
+                    settled.push(said);
+                }
+            }
+            2 => {
+                let Some(mut answer) = receive(0, &mut input) else {
+                    return;
+                };
+                let mut body = answer.body().to_vec();
+                journal.answered(&mut answer);
+                if let Some(said) = outstanding.take() {
+                    if let (request::GET_PROTOCOL_FEATURES, [low, ..]) = (said.request, &mut *body)
+                    {
+                        *low &= !NEED_REPLY;
+                    }
+                    settled.push(said);
+                }
+                assert_eq!(answer.body(), body);
+            }
+            _ => {
+                let mut heard = hear(&mut journal, settled.len());
+                if outstanding.is_some() {
+                    assert_eq!(heard.pop(), outstanding);
+                }
+                let mut expected = expected(&settled);
+                for said in &heard {
+                    let found = expected.iter().position(|other| said.stands_for(other));
+                    expected.remove(found.expect("a message that holds"));
+                }
+                assert!(expected.is_empty(), "the child misses {expected:?}");
+            }
+        }
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    let before = free_descriptor();
+    run(data);
+    assert_eq!(free_descriptor(), before, "a descriptor is left open");
+});

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The statistics queue. Each byte of the input's word is a step: what the host does, and how many messages
+//! the guest makes available then.
+
+#![no_main]
+
+use fuzz::{Guest, Input};
+use libfuzzer_sys::fuzz_target;
+use vhost_user_balloon::counters::{Counter, Counters};
+use vhost_user_balloon::stats::Stats;
+
+fuzz_target!(|data: &[u8]| {
+    let Some(input) = Input::new(data) else {
+        return;
+    };
+    let mut guest = Guest::new(input);
+    let mut stats = Stats::default();
+    let (counters, messages) = (Counters::default(), Counter::default());
+    let (mut wishes, mut granted) = (0, 0);
+    for step in input.word.to_le_bytes() {
+        match step % 4 {
+            0 => stats.want(),
+            1 => stats.restart(),
+            _ => {}
+        }
+        wishes += u16::from(step % 4 < 2);
+        guest.publish((step / 32).into());
+        granted += guest.watch(|vring| stats.serve(vring, &guest.memory, &counters, &messages));
+
+        // A buffer goes back for a wish only, and has one sample at most.
+        assert!(granted <= wishes);
+        assert!(stats.sequence() <= messages.get());
+        let answer = stats.answer();
+        assert_eq!(answer.map_or(0, |answer| answer.sequence), stats.sequence());
+    }
+    guest.check_holes(0);
+});
