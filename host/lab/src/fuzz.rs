@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use vm::ktap::Outcome;
 
+use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
 use crate::report::Report;
@@ -62,8 +63,9 @@ pub(crate) fn fuzz(
     );
     let directory = places.build().join("fuzz");
     fs::create_dir_all(&directory)?;
-    // Unlike other objects, these are not told apart by checkout.
-    let objects = directory.join("target");
+    // Objects are shared by all checkouts, and programs are not.
+    let objects = places.cache.join("fuzz");
+    let lock = kernel::lock(&objects)?;
     let phase = Phase::start("Building the fuzz targets", None);
     let mut cargo = Command::new("cargo");
     cargo
@@ -75,7 +77,13 @@ pub(crate) fn fuzz(
     phase.follow(&mut cargo, &directory.join("build.log"))?;
     phase.finish();
 
-    let programs = objects.join(TRIPLE).join("release");
+    let built = objects.join(TRIPLE).join("release");
+    let programs = directory.join("bin");
+    fs::create_dir_all(&programs)?;
+    for name in &all {
+        fs::copy(built.join(name), programs.join(name))?;
+    }
+    drop(lock);
     for name in targets {
         let label = format!("fuzz {name}");
         let start = report.begin(&label);

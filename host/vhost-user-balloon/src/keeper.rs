@@ -279,7 +279,11 @@ impl Keeper {
         ];
         events.extend(back.map(|back| event(back.as_fd())));
         loop {
-            poll(&mut events, PollTimeout::NONE)?;
+            match poll(&mut events, PollTimeout::NONE) {
+                // A debugger has looked at the process, or it was stopped for a while.
+                Err(Errno::EINTR) => continue,
+                other => other?,
+            };
             let mut ready = events.iter().map(|event| event.any().unwrap_or(true));
             let (signal, here, change) = (ready.next(), ready.next(), ready.next());
             let back = ready.next();

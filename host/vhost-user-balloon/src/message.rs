@@ -65,7 +65,7 @@ impl Message {
     /// The other side is gone, or does not speak the protocol.
     pub fn receive(mut from: &UnixStream) -> io::Result<Self> {
         let mut bytes = vec![0; HEADER];
-        let descriptors = receive(from, &mut bytes)?;
+        let descriptors = uninterrupted(|| receive(from, &mut bytes))?;
         let mut message = Self { bytes, descriptors };
         let size = message.word(8).unwrap_or(u32::MAX);
         let size = usize::try_from(size).unwrap_or(usize::MAX);
@@ -85,13 +85,18 @@ impl Message {
     pub fn send(&self, mut to: &UnixStream) -> io::Result<()> {
         let raw: Vec<RawFd> = self.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
-        let sent = sendmsg::<UnixAddr>(
-            to.as_raw_fd(),
-            &[IoSlice::new(&self.bytes)],
-            if raw.is_empty() { &[] } else { &rights },
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        )?;
+        let sent = uninterrupted(|| {
+            let parts = [IoSlice::new(&self.bytes)];
+            let rights = if raw.is_empty() { &[][..] } else { &rights };
+            let flags = MsgFlags::MSG_NOSIGNAL;
+            Ok(sendmsg::<UnixAddr>(
+                to.as_raw_fd(),
+                &parts,
+                rights,
+                flags,
+                None,
+            )?)
+        })?;
         to.write_all(self.bytes.get(sent..).unwrap_or_default())
     }
 
@@ -124,6 +129,16 @@ impl Message {
     fn word(&self, at: usize) -> Option<u32> {
         let bytes = self.bytes.get(at..)?.first_chunk()?;
         Some(u32::from_ne_bytes(*bytes))
+    }
+}
+
+/// Does something again that a signal has kept from being done.
+fn uninterrupted<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match act() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            other => return other,
+        }
     }
 }
 
