@@ -75,6 +75,13 @@ mod tests {
         );
         assert_eq!([stat::TAG, stat::VAL, stat::SIZE], [0, 2, 10]);
         assert_eq!(BALLOON_PAGE_SIZE, 4096);
-        assert_eq!(VIRTIO_BALLOON_F_STOP_REASON, 58);
+        assert_eq!(
+            [
+                VIRTIO_BALLOON_F_PAGE_SETS,
+                VIRTIO_BALLOON_F_HOST_REQUESTS,
+                VIRTIO_BALLOON_F_STOP_REASON
+            ],
+            [56, 57, 58]
+        );
     }
 }
