@@ -89,6 +89,29 @@ pub(crate) mod stop_reason {
     pub(crate) const EXCLUDED: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_EXCLUDED;
 }
 
+/// The header of a message that names pages. Little-endian.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) use bindings::virtio_balloon_page_set as PageSet;
+
+/// What the fields of a [`PageSet`] may be.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) mod page_set {
+    use super::bindings;
+
+    /// The command of pages that are in the balloon from now on.
+    pub(crate) const INFLATE: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_INFLATE as u16;
+    /// The encoding as ranges.
+    pub(crate) const RANGES: u8 = bindings::VIRTIO_BALLOON_PAGE_SET_RANGES as u8;
+    /// The encoding as a bitmap.
+    pub(crate) const BITMAP: u8 = bindings::VIRTIO_BALLOON_PAGE_SET_BITMAP as u8;
+    /// The flag of a message that is not the last one of its set.
+    pub(crate) const MORE: u32 = bindings::VIRTIO_BALLOON_PAGE_SET_MORE;
+    /// The length of the longest message in bytes, header included.
+    pub(crate) const MAX_BYTES: usize = bindings::VIRTIO_BALLOON_PAGE_SET_MAX_BYTES as usize;
+    /// How many bits of a range are the number of pages.
+    pub(crate) const COUNT_BITS: u32 = bindings::VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
+}
+
 /// A number about the guest's memory, in the device's byte order.
 pub(crate) use bindings::virtio_balloon_stat as Stat;
 

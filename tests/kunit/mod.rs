@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod backoff;
+mod bitmap;
 mod buffer;
 mod device;
 mod hinting;

@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page sets on the wire: which pages a message is about, in as few bytes as possible.
+//!
+//! Runs of pages are written as ranges, a word of 64 bits for each, and lone pages that lie close together as a
+//! bitmap. A message has one of the two encodings, the one that is shorter for its pages.
+//!
+//! The runs of a message are collected as ranges. This is shorter at first, and says nothing about the rest. While
+//! ranges and bitmap fit into the buffer side by side, the one can be made from the other in place, without other
+//! memory; as soon as the next run would end that, the shorter one is chosen. From then on the message goes on for
+//! as long as it stays the shorter one. So no message is longer than its pages are in the other encoding, and each
+//! one but the last has pages for at least half a buffer of ranges, less a word: this is what its header is shared by.
+//!
+//! Nothing here depends on the kernel: `host/wire` compiles this file, too, and tests it with its decoder.
+//!
+//! Format: docs/protocol.md and `uapi/linux/virtio_balloon_ext.h`.
+
+#![forbid(unsafe_code)]
+
+use crate::virtio_balloon::{
+    page_set::{
+        BITMAP,
+        COUNT_BITS,
+        MAX_BYTES,
+        MORE,
+        RANGES, //
+    },
+    PageSet, //
+};
+
+/// How many pages a word of a bitmap stands for.
+const PAGES_PER_WORD: u64 = 64;
+
+/// From this number of pages on, a range takes a second word.
+const LONG: u64 = 1 << COUNT_BITS;
+
+/// The end of all page frame numbers that have a name.
+const PFN_END: u64 = 1 << (u64::BITS - COUNT_BITS);
+
+/// The length of the longest payload in words.
+const MAX_WORDS: usize = (MAX_BYTES - size_of::<PageSet>()) / size_of::<u64>();
+
+/// The length of the shortest payload, in words, that has room for any range.
+const MIN_WORDS: usize = 2;
+
+/// Pages that lie side by side: one at least, and all of them have names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    first: u64,
+    len: u64,
+}
+
+impl Run {
+    /// Returns the run of `len` pages from the page frame number `first` on. There is none without a page, and none
+    /// beyond page frame number 2^52 - 1.
+    pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
+        let end = first.checked_add(len)?;
+
+        (len > 0 && end <= PFN_END).then_some(Self { first, len })
+    }
+
+    /// Returns the page frame number after the last page.
+    fn end(self) -> u64 {
+        self.first.saturating_add(self.len)
+    }
+
+    /// Returns the length as a range, in words.
+    fn words(self) -> u64 {
+        if self.len < LONG {
+            1
+        } else {
+            2
+        }
+    }
+
+    /// Takes the first run off `ranges`.
+    fn read(ranges: &mut impl Iterator<Item = u64>) -> Option<Self> {
+        let word = ranges.next()?;
+        let len = match word & (LONG - 1) {
+            0 => ranges.next()?,
+            len => len,
+        };
+
+        Self::new(word >> COUNT_BITS, len)
+    }
+
+    /// Writes the run to the beginning of `ranges`.
+    fn write(self, ranges: &mut [u64]) {
+        let first = self.first << COUNT_BITS;
+
+        match ranges {
+            [word, ..] if self.len < LONG => *word = (first | self.len).to_le(),
+            [word, len, ..] => {
+                *word = first.to_le();
+                *len = self.len.to_le();
+            }
+            _ => (),
+        }
+    }
+
+    /// Sets the bits of the run in `bitmap`, which begins with the page `first`.
+    fn mark(self, bitmap: &mut [u64], first: u64) {
+        let start = self.first.saturating_sub(first);
+        let end = self.end().saturating_sub(first);
+        let words = index(start / PAGES_PER_WORD)..index(end.div_ceil(PAGES_PER_WORD));
+        let head = u64::MAX << (start % PAGES_PER_WORD);
+        let tail = u64::MAX >> (end.wrapping_neg() % PAGES_PER_WORD);
+
+        match bitmap.get_mut(words) {
+            Some([word]) => *word |= (head & tail).to_le(),
+            Some([from, between @ .., to]) => {
+                *from |= head.to_le();
+                between.fill(u64::MAX);
+                *to |= tail.to_le();
+            }
+            _ => (),
+        }
+    }
+}
+
+/// Returns `words` as an index: one that is out of bounds, if it is too large for one.
+fn index(words: u64) -> usize {
+    usize::try_from(words).unwrap_or(usize::MAX)
+}
+
+/// How pages are encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Encoding {
+    /// As page frame numbers and numbers of pages.
+    Ranges,
+    /// As a bit for each page between the first one and the last one.
+    Bitmap,
+}
+
+/// How long the pages of a message are in each encoding, in words.
+#[derive(Clone, Copy)]
+struct Size {
+    ranges: u64,
+    bitmap: u64,
+}
+
+impl Size {
+    fn shorter(self) -> Encoding {
+        if self.bitmap < self.ranges {
+            Encoding::Bitmap
+        } else {
+            Encoding::Ranges
+        }
+    }
+
+    fn of(self, encoding: Encoding) -> u64 {
+        match encoding {
+            Encoding::Ranges => self.ranges,
+            Encoding::Bitmap => self.bitmap,
+        }
+    }
+
+    fn both(self) -> u64 {
+        self.ranges.saturating_add(self.bitmap)
+    }
+}
+
+/// What a message says about its pages.
+#[derive(Clone, Copy)]
+pub(crate) struct Subject {
+    /// What they are named for.
+    pub(crate) command: u16,
+    /// The binary logarithm of their size in bytes.
+    pub(crate) page_shift: u8,
+    /// The request that this is an answer to, or 0.
+    pub(crate) request_id: u64,
+    /// Whether this is not the last message.
+    pub(crate) more: bool,
+}
+
+/// A message that is being written.
+///
+/// The caller owns the buffers: it begins with one, goes on with the next when a run does not fit any more, and may
+/// stop at any time. Nothing fails in between.
+pub(crate) struct Encoder<'a> {
+    payload: &'a mut [u64],
+    /// The encoding that the caller wants. None: the shorter one.
+    forced: Option<Encoding>,
+    /// The encoding of what is in the payload: all runs but `last`. A bitmap has zeros after them.
+    encoding: Encoding,
+    /// The length of the same as ranges, in words.
+    ranges: u64,
+    /// The first page.
+    first: u64,
+    /// The last run, which may become longer. None: there is none at all.
+    last: Option<Run>,
+    /// How many pages there are, the last run's included.
+    count: u64,
+}
+
+impl<'a> Encoder<'a> {
+    /// Begins a message. Its payload, all of it or the first part, becomes what has to follow the header. Returns none
+    /// if there is no room for any two words.
+    ///
+    /// All messages have the encoding `forced`, if there is one, which is for measuring.
+    pub(crate) fn new(payload: &'a mut [u64], forced: Option<Encoding>) -> Option<Self> {
+        let len = payload.len().min(MAX_WORDS);
+        let payload = payload.get_mut(..len).filter(|_| len >= MIN_WORDS)?;
+        let encoding = forced.unwrap_or(Encoding::Ranges);
+
+        if encoding == Encoding::Bitmap {
+            payload.fill(0);
+        }
+
+        Some(Self {
+            payload,
+            forced,
+            encoding,
+            ranges: 0,
+            first: 0,
+            last: None,
+            count: 0,
+        })
+    }
+
+    /// Adds `run`. Returns what has to go to the next message: nothing, or all of it; or the rest, where a bitmap is
+    /// forced and the run crosses its end. An empty message takes at least a page of any run.
+    ///
+    /// Runs should come in ascending order: one that does not lie after the others goes to the next message.
+    #[must_use]
+    pub(crate) fn push(&mut self, run: Run) -> Option<Run> {
+        let (part, rest) = match self.forced {
+            Some(Encoding::Bitmap) => self.cut(run),
+            _ => (Some(run), None),
+        };
+        let added = part.is_some_and(|part| self.add(part));
+
+        if added {
+            rest
+        } else {
+            Some(run)
+        }
+    }
+
+    /// Ends the message. Returns its header and the length of its payload in words, or none if it has no pages.
+    pub(crate) fn finish(mut self, subject: Subject) -> Option<(PageSet, usize)> {
+        let last = self.last?;
+        let size = self.size(self.ranges, last);
+
+        // Ranges that can no longer become a bitmap are the shorter encoding.
+        if self.wanted(size) != self.encoding {
+            self.convert();
+        }
+        self.write(last);
+
+        let (encoding, first_pfn) = match self.encoding {
+            Encoding::Ranges => (RANGES, 0),
+            Encoding::Bitmap => (BITMAP, self.first),
+        };
+        let flags = if subject.more { MORE } else { 0 };
+        let header = PageSet {
+            command: subject.command.to_le(),
+            page_shift: subject.page_shift,
+            encoding,
+            flags: flags.to_le(),
+            request_id: subject.request_id.to_le(),
+            first_pfn: first_pfn.to_le(),
+            count: self.count.to_le(),
+        };
+
+        Some((header, index(size.of(self.encoding))))
+    }
+
+    /// Cuts `run` where the largest bitmap ends. Returns what lies before and after that.
+    fn cut(&self, run: Run) -> (Option<Run>, Option<Run>) {
+        let first = self.last.map_or(run.first, |_| self.first);
+        let end = first
+            .saturating_add(self.room().saturating_mul(PAGES_PER_WORD))
+            .clamp(run.first, run.end());
+
+        (
+            Run::new(run.first, end.saturating_sub(run.first)),
+            Run::new(end, run.end().saturating_sub(end)),
+        )
+    }
+
+    /// Adds `run`, if it lies after the others and there is room. Returns whether it was added.
+    fn add(&mut self, run: Run) -> bool {
+        let Some(last) = self.last else {
+            // A single run is never longer as a range, and there is room for any.
+            self.first = run.first;
+            self.last = Some(run);
+            self.count = run.len;
+            return true;
+        };
+
+        // Neighbours become one run, which may become longer still. Others end it.
+        let (ended, next) = match run.first.checked_sub(last.end()) {
+            Some(0) => (
+                None,
+                Run {
+                    first: last.first,
+                    len: last.len.saturating_add(run.len),
+                },
+            ),
+            Some(_) => (Some(last), run),
+            None => return false,
+        };
+        let ranges = self.ranges.saturating_add(ended.map_or(0, Run::words));
+
+        if !self.make_room(self.size(self.ranges, last), self.size(ranges, next)) {
+            return false;
+        }
+        if let Some(ended) = ended {
+            self.write(ended);
+        }
+        self.last = Some(next);
+        self.count = self.count.saturating_add(run.len);
+        true
+    }
+
+    /// Makes sure that pages of the size `next` have room, when those so far have the size `now`. Returns whether they
+    /// do.
+    fn make_room(&mut self, now: Size, next: Size) -> bool {
+        let wanted = self.wanted(next);
+
+        if next.of(wanted) > self.room() {
+            return false;
+        }
+        if self.encoding == wanted || next.both() <= self.room() {
+            return true;
+        }
+        // The last chance, if it has not been missed.
+        let can = self.encoding == Encoding::Ranges && now.both() <= self.room();
+
+        if can {
+            self.convert();
+        }
+        can
+    }
+
+    /// Makes a bitmap of the ranges in the payload. There must be room for both.
+    fn convert(&mut self) {
+        // Out of the way first: to the end of the payload.
+        let len = self.payload.len();
+        let ranges = index(self.ranges).min(len);
+        let start = len - ranges;
+
+        self.payload.copy_within(..ranges, start);
+        let (bitmap, ranges) = self.payload.split_at_mut(start);
+        let mut words = ranges.iter().copied().map(u64::from_le);
+
+        bitmap.fill(0);
+        while let Some(run) = Run::read(&mut words) {
+            run.mark(bitmap, self.first);
+        }
+        ranges.fill(0);
+        self.encoding = Encoding::Bitmap;
+    }
+
+    /// Writes `run` after the others.
+    fn write(&mut self, run: Run) {
+        match self.encoding {
+            Encoding::Ranges => {
+                if let Some(rest) = self.payload.get_mut(index(self.ranges)..) {
+                    run.write(rest);
+                }
+            }
+            Encoding::Bitmap => run.mark(self.payload, self.first),
+        }
+        self.ranges = self.ranges.saturating_add(run.words());
+    }
+
+    /// Returns the size of `ranges` words and of the run `last` after them.
+    fn size(&self, ranges: u64, last: Run) -> Size {
+        Size {
+            ranges: ranges.saturating_add(last.words()),
+            bitmap: last
+                .end()
+                .saturating_sub(self.first)
+                .div_ceil(PAGES_PER_WORD),
+        }
+    }
+
+    fn wanted(&self, size: Size) -> Encoding {
+        self.forced.unwrap_or(size.shorter())
+    }
+
+    /// Returns how many words the payload has at most.
+    fn room(&self) -> u64 {
+        self.payload.len() as u64
+    }
+}

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The encoder of page sets in the kernel: that it is the code that `host/wire` tests against a decoder.
+
+use crate::{
+    bitmap::{
+        Encoder,
+        Encoding,
+        Run,
+        Subject, //
+    },
+    virtio_balloon::{
+        page_set::{
+            BITMAP,
+            INFLATE,
+            MORE,
+            RANGES, //
+        },
+        PageSet, //
+    },
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
+
+/// Names `runs` (first page frame number, length) in a message. Returns its header and the length of its payload in
+/// words.
+///
+/// # Errors
+///
+/// `EINVAL` if there is no such run, or none at all, `ENOSPC` if one does not fit.
+fn encode(
+    payload: &mut [u64],
+    forced: Option<Encoding>,
+    runs: &[(u64, u64)],
+) -> Result<(PageSet, usize)> {
+    let mut encoder = Encoder::new(payload, forced).ok_or(ENOSPC)?;
+
+    for &(first, len) in runs {
+        let run = Run::new(first, len).ok_or(EINVAL)?;
+
+        if encoder.push(run).is_some() {
+            return Err(ENOSPC);
+        }
+    }
+
+    encoder
+        .finish(Subject {
+            command: INFLATE,
+            page_shift: PAGE_SHIFT as u8,
+            request_id: 7,
+            more: true,
+        })
+        .ok_or(EINVAL)
+}
+
+/// Like [`encode`]. Returns the encoding, the page that bit 0 stands for, and how many pages and words there are.
+fn outline(
+    payload: &mut [u64],
+    forced: Option<Encoding>,
+    runs: &[(u64, u64)],
+) -> Result<(u8, u64, u64, usize)> {
+    let (header, words) = encode(payload, forced, runs)?;
+
+    Ok((
+        header.encoding,
+        u64::from_le(header.first_pfn),
+        u64::from_le(header.count),
+        words,
+    ))
+}
+
+#[kunit_tests(virtio_balloon_rs_bitmap)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_header_says_what_the_message_is_about() {
+        let header = encode(&mut [0; 2], None, &[(1, 1)]).map(|(header, _)| header);
+
+        assert!(header.is_ok_and(|header| {
+            u16::from_le(header.command) == INFLATE
+                && usize::from(header.page_shift) == PAGE_SHIFT
+                && u32::from_le(header.flags) == MORE
+                && u64::from_le(header.request_id) == 7
+        }));
+    }
+
+    #[test]
+    fn long_runs_are_ranges() {
+        let mut payload = [u64::MAX; 4];
+        let runs = [(1, 4095), (8192, 4096)];
+
+        assert_eq!(outline(&mut payload, None, &runs), Ok((RANGES, 0, 8191, 3)));
+        assert_eq!(
+            payload.map(u64::from_le),
+            [1 << 12 | 4095, 8192 << 12, 4096, u64::MAX]
+        );
+    }
+
+    #[test]
+    fn lone_pages_are_a_bitmap() {
+        let mut payload = [u64::MAX; 4];
+        let runs = [(1000, 1), (1002, 1), (1063, 2), (1127, 1)];
+
+        assert_eq!(outline(&mut payload, None, &runs), Ok((BITMAP, 1000, 5, 2)));
+        assert_eq!(
+            payload.map(u64::from_le),
+            [1 | 1 << 2 | 1 << 63, 1 | 1 << 63, 0, 0]
+        );
+    }
+
+    #[test]
+    fn neighbours_become_one_range() {
+        let mut payload = [0; 2];
+
+        assert_eq!(
+            outline(&mut payload, None, &[(512, 512), (1024, 512), (1536, 1)]),
+            Ok((RANGES, 0, 1025, 1))
+        );
+        assert_eq!(u64::from_le(payload[0]), 512 << 12 | 1025);
+    }
+
+    #[test]
+    fn either_encoding_can_be_forced() {
+        let lone = [(0, 1), (2, 1), (4, 1)];
+
+        assert_eq!(
+            outline(&mut [0; 4], Some(Encoding::Ranges), &lone),
+            Ok((RANGES, 0, 3, 3))
+        );
+        assert_eq!(
+            outline(&mut [0; 4], Some(Encoding::Bitmap), &[(9, 250)]),
+            Ok((BITMAP, 9, 250, 4))
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left() {
+        let far = [(0, 1), (1 << 20, 1), (1 << 30, 1)];
+
+        assert_eq!(outline(&mut [0; 2], None, &far), Err(ENOSPC));
+        assert_eq!(outline(&mut [0; 3], None, &far), Ok((RANGES, 0, 3, 3)));
+        assert_eq!(outline(&mut [0; 1], None, &far), Err(ENOSPC));
+        // As does what lies before the rest.
+        assert_eq!(outline(&mut [0; 9], None, &[(8, 1), (7, 1)]), Err(ENOSPC));
+    }
+
+    #[test]
+    fn every_page_has_a_name() {
+        const END: u64 = 1 << 52;
+        let mut payload = [0; 2];
+
+        assert_eq!(
+            outline(&mut payload, None, &[(END - 1, 1)]),
+            Ok((RANGES, 0, 1, 1))
+        );
+        assert_eq!(u64::from_le(payload[0]), (END - 1) << 12 | 1);
+        assert_eq!(
+            outline(&mut payload, None, &[(0, END)]),
+            Ok((RANGES, 0, END, 2))
+        );
+        assert_eq!(Run::new(END - 1, 2), None);
+    }
+}
