@@ -9,6 +9,30 @@ use std::mem::offset_of;
 
 pub use generated::*;
 
+pub mod page_set;
+
+/// The guest's encoder, for tests only: it is licensed as the guest is, GPL-2.0, and no program of the
+/// host's contains it. It is formatted as the guest is, too.
+#[cfg(test)]
+#[rustfmt::skip]
+#[path = "../../../bitmap.rs"]
+mod bitmap;
+
+/// What the encoder takes from the headers, under the names that it has in the guest.
+#[cfg(test)]
+mod virtio_balloon {
+    pub(crate) use crate::virtio_balloon_page_set as PageSet;
+
+    #[allow(clippy::cast_possible_truncation, reason = "the values are small")]
+    pub(crate) mod page_set {
+        pub(crate) const RANGES: u8 = crate::VIRTIO_BALLOON_PAGE_SET_RANGES as u8;
+        pub(crate) const BITMAP: u8 = crate::VIRTIO_BALLOON_PAGE_SET_BITMAP as u8;
+        pub(crate) const MORE: u32 = crate::VIRTIO_BALLOON_PAGE_SET_MORE;
+        pub(crate) const MAX_BYTES: usize = crate::VIRTIO_BALLOON_PAGE_SET_MAX_BYTES as usize;
+        pub(crate) const COUNT_BITS: u32 = crate::VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
+    }
+}
+
 /// Where the fields of the configuration space are, in bytes (specification, clause 5.5.4).
 pub mod config {
     use super::{offset_of, virtio_balloon_ext_config as Config};
