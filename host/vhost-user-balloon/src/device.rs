@@ -4,7 +4,7 @@
 //!
 //! One thread serves all queues, each for a bounded number of messages before the next one has its turn.
 //! Other threads set it up and control it. Of several locks they are taken in this order: the queue, the
-//! worker's data, then one of the others.
+//! worker's data, then one of the others; the state comes after its file.
 
 use std::io;
 use std::ops::Range;
@@ -104,8 +104,9 @@ pub struct Device {
     hints: Mutex<Hints>,
     stats: Mutex<Stats>,
     sampled: Condvar,
-    /// Where the host's wishes are kept.
-    path: Option<PathBuf>,
+    /// Where the host's wishes are kept. Locked while they are written: the guest waits for the state, and
+    /// must not wait for a disk.
+    file: Mutex<Option<PathBuf>>,
     /// To the front end.
     channel: Channel,
     /// What is counted.
@@ -157,7 +158,7 @@ impl Device {
             hints: Mutex::default(),
             stats: Mutex::default(),
             sampled: Condvar::new(),
-            path,
+            file: Mutex::new(path),
             channel,
             counters: Counters::default(),
             connected: AtomicBool::new(false),
@@ -279,9 +280,10 @@ impl Device {
 
     /// Changes what the host wants, and writes it to the file.
     fn wish(&self, change: impl FnOnce(&mut State)) -> io::Result<()> {
-        let mut state = lock(&self.state);
-        change(&mut state);
-        self.path.as_ref().map_or(Ok(()), |path| state.save(path))
+        // From before the change, so that the file has the last wish in the end.
+        let file = lock(&self.file);
+        change(&mut lock(&self.state));
+        file.as_ref().map_or(Ok(()), |path| self.state().save(path))
     }
 
     /// Has the guest give away so many balloon pages.
