@@ -45,7 +45,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How long to wait before what has failed is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How many children in a row may fail to take up the device.
+/// How many children in a row may fail.
 const MAX_FAILURES: u32 = 5;
 
 /// How long a child has to last with the device to have taken it up. What it makes of what it is told may
@@ -228,7 +228,7 @@ struct Keeper {
     worker: Worker,
     /// When a child has taken up the device of this front end.
     taken: Option<Instant>,
-    /// How many in a row did not last.
+    /// How many in a row have failed.
     failures: u32,
 }
 
@@ -241,13 +241,8 @@ impl Keeper {
                 // Nobody is there to be told, or to tell.
                 Next::Change => {}
                 Next::Back => {
-                    self.failures += 1;
-                    if self.failures > MAX_FAILURES {
-                        bail!("the process with the device ends again and again");
-                    }
                     error!("the process with the device has ended");
-                    thread::sleep(PAUSE);
-                    self.worker.replace()?;
+                    self.failed()?;
                 }
                 Next::Here => match self.listener.accept() {
                     Ok((front, _)) => {
@@ -255,8 +250,12 @@ impl Keeper {
                         match self.serve(&front) {
                             Ok(Next::End) => return Ok(()),
                             Ok(_) => info!("the VMM is gone"),
-                            // A guest can have its VMM say what no device takes, and the next one has not.
-                            Err(error) => error!("giving the VMM up: {error:#}"),
+                            Err(error) => {
+                                error!("giving the VMM up: {error:#}");
+                                // A guest can have its VMM say what no device takes, and the next one
+                                // has not.
+                                self.failures = 0;
+                            }
                         }
                     }
                     Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
@@ -372,18 +371,13 @@ impl Keeper {
         }
     }
 
-    /// Connects to the child, or to another one if it has ended, and tells it all that is written down.
+    /// Connects to the child, or to another one if it fails, and tells it all that is written down.
     fn take_up(&mut self, journal: &mut Journal) -> Result<UnixStream> {
         if self.taken.is_none_or(|taken| taken.elapsed() > STEADY) {
             self.failures = 0;
         } else {
-            self.failures += 1;
-            if self.failures > MAX_FAILURES {
-                bail!("the device takes nothing of what it is told");
-            }
-            thread::sleep(PAUSE);
+            self.failed()?;
         }
-        let mut failures = 0;
         loop {
             let taken = self.worker.connect().and_then(|back| {
                 journal.tell(&back)?;
@@ -394,17 +388,22 @@ impl Keeper {
                     self.taken = Some(Instant::now());
                     return Ok(back);
                 }
-                Err(error) if failures == MAX_FAILURES => {
-                    return Err(error.context("the device cannot be started any more"));
-                }
-                Err(error) => warn!("{error:#}; starting another one"),
+                Err(error) => warn!("{error:#}"),
             }
-            if failures > 0 {
-                thread::sleep(PAUSE);
-            }
-            failures += 1;
-            self.worker.replace()?;
+            self.failed()?;
         }
+    }
+
+    /// Starts another child in place of one that has failed, at once if that was the first one in a row.
+    fn failed(&mut self) -> Result<()> {
+        self.failures += 1;
+        if self.failures > MAX_FAILURES {
+            bail!("the process with the device fails again and again");
+        }
+        if self.failures > 1 {
+            thread::sleep(PAUSE);
+        }
+        self.worker.replace()
     }
 }
 
