@@ -9,12 +9,10 @@
 //! the device has even seen the hint, and what it has written would be lost. A hint says only that the
 //! contents before the command may be left out of a copy, by those who know what was written since.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
 use std::time::SystemTime;
 
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::counters::{Counters, Refusal};
 use crate::queue::{Chain, Receiver, buffers, read};
@@ -22,10 +20,7 @@ use crate::queue::{Chain, Receiver, buffers, read};
 const STOP: u32 = VIRTIO_BALLOON_CMD_ID_STOP;
 const DONE: u32 = VIRTIO_BALLOON_CMD_ID_DONE;
 
-/// How many ranges are kept for a command.
-const MAX_RANGES: usize = 64 << 10;
-
-/// The command and what was hinted for it.
+/// The command and how far the guest is with it.
 #[derive(Debug)]
 pub struct Hints {
     /// What the configuration space has.
@@ -34,8 +29,6 @@ pub struct Hints {
     last: u32,
     /// The id of the command that the guest has begun to answer, and not ended yet.
     open: Option<u32>,
-    /// The memory that was hinted for the command, by guest physical addresses in bytes.
-    ranges: BTreeMap<u64, u64>,
 }
 
 impl Default for Hints {
@@ -50,7 +43,6 @@ impl Default for Hints {
             command: DONE,
             last: u32::try_from(seconds & u64::from(u32::MAX)).unwrap_or(DONE),
             open: None,
-            ranges: BTreeMap::new(),
         }
     }
 }
@@ -71,7 +63,6 @@ impl Hints {
             }
         }
         self.command = self.last;
-        self.ranges.clear();
     }
 
     /// Has the guest send no more hints, and keep the memory that it has hinted.
@@ -82,7 +73,6 @@ impl Hints {
     /// Has the guest take back the memory that it has hinted.
     pub fn done(&mut self) {
         self.command = DONE;
-        self.ranges.clear();
     }
 
     /// Takes note that the guest has a new driver, which knows of no command.
@@ -99,27 +89,6 @@ impl Hints {
         } else {
             Some(id)
         };
-    }
-
-    /// Adds a range to the set, and returns how many of its bytes are new. Ranges past the limit are
-    /// left out, which is no loss: a hint that is not known costs time, nothing else.
-    fn add(&mut self, range: &Range<u64>) -> u64 {
-        let (mut start, mut end) = (range.start, range.end);
-        let mut known = 0;
-        while let Some((&first, &last)) = self.ranges.range(..=end).next_back() {
-            if last < start {
-                break;
-            }
-            known += last.min(range.end).saturating_sub(first.max(range.start));
-            start = start.min(first);
-            end = end.max(last);
-            self.ranges.remove(&first);
-        }
-        if self.ranges.len() >= MAX_RANGES {
-            return 0;
-        }
-        self.ranges.insert(start, end);
-        (range.end - range.start).saturating_sub(known)
     }
 }
 
@@ -152,18 +121,13 @@ impl Hinting<'_> {
                 result = Err(Refusal::StaleHint);
                 return;
             }
-            let start = descriptor.addr();
-            let length = u64::from(descriptor.len());
-            let inside = self
-                .memory
-                .check_range(start, usize::try_from(length).unwrap_or(usize::MAX));
-            match start.raw_value().checked_add(length) {
-                Some(end) if inside && length > 0 => {
-                    self.counters
-                        .hinted
-                        .add(self.hints.add(&(start.raw_value()..end)));
-                }
-                _ => result = Err(Refusal::OutsideMemory),
+            let length = descriptor.len();
+            let inside = usize::try_from(length)
+                .is_ok_and(|length| self.memory.check_range(descriptor.addr(), length));
+            if inside && length > 0 {
+                self.counters.hinted.add(length.into());
+            } else {
+                result = Err(Refusal::OutsideMemory);
             }
         });
         result.and(whole)
@@ -218,7 +182,7 @@ mod tests {
         guest.send(&[&STOP.to_le_bytes()]);
         guest.send_writable(&[(3 << 20, 4096)]);
         let counters = run(&guest, &mut hints);
-        assert_eq!(counters.hinted.get(), 3 * 4096);
+        assert_eq!(counters.hinted.get(), 4 * 4096);
         assert_eq!(counters.refused(Refusal::StaleHint), 1);
         assert_eq!(guest.used(), 5);
 
@@ -273,16 +237,5 @@ mod tests {
         assert_eq!(hints.command(), STOP);
         hints.done();
         assert_eq!(hints.command(), DONE);
-    }
-
-    #[test]
-    fn ranges_are_counted_once() {
-        let mut hints = Hints::default();
-        assert_eq!(hints.add(&(10..20)), 10);
-        assert_eq!(hints.add(&(30..40)), 10);
-        assert_eq!(hints.add(&(15..35)), 10);
-        assert_eq!(hints.ranges, BTreeMap::from([(10, 40)]));
-        assert_eq!(hints.add(&(0..50)), 20);
-        assert_eq!(hints.ranges, BTreeMap::from([(0, 50)]));
     }
 }
