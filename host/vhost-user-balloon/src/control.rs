@@ -153,25 +153,7 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Fields;
-    use crate::device::Settings;
-    use crate::discard::Granularity;
-    use crate::features::offer;
-    use crate::state::State;
-    use crate::testing::no_channel;
-
-    fn device() -> Device {
-        let settings = Settings {
-            features: offer(&[Feature::Stats], false),
-            granularity: Granularity::Auto,
-            prefault: false,
-        };
-        let state = State {
-            config: Fields::default(),
-            stats_interval: 0,
-        };
-        Device::new(settings, state, None, no_channel()).unwrap()
-    }
+    use crate::testing::device;
 
     fn kind(result: Result<Response, ControlError>) -> ErrorKind {
         result.unwrap_err().kind
@@ -179,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_target_waits_for_its_guest() {
-        let device = device();
+        let device = device(&[Feature::Stats], false);
         device.handle(Request::Set { bytes: 5 << 20 }).unwrap();
         let Ok(Response::Info(info)) = device.handle(Request::Info {}) else {
             panic!("no info");
@@ -194,7 +176,7 @@ mod tests {
 
     #[test]
     fn nobody_answers_without_a_guest() {
-        let device = device();
+        let device = device(&[Feature::Stats], false);
         let hints = Request::Hints {
             action: HintAction::Start,
         };
@@ -209,7 +191,7 @@ mod tests {
 
     #[test]
     fn the_interval_is_kept() {
-        let device = device();
+        let device = device(&[Feature::Stats], false);
         device
             .handle(Request::SetStatsInterval { seconds: 7 })
             .unwrap();

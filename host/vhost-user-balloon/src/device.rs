@@ -604,22 +604,7 @@ impl VhostUserBackend for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Fields;
-    use crate::features::offer;
-    use crate::testing::no_channel;
-
-    fn device(features: &[Feature], extensions: bool) -> Device {
-        let settings = Settings {
-            features: offer(features, extensions),
-            granularity: Granularity::Auto,
-            prefault: false,
-        };
-        let state = State {
-            config: Fields::default(),
-            stats_interval: 0,
-        };
-        Device::new(settings, state, None, no_channel()).unwrap()
-    }
+    use crate::testing::device;
 
     #[test]
     fn too_short_a_configuration_is_refused() {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guest memory for tests.
+//! Guest memory and devices for tests.
 
-use crate::channel::Channel;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,6 +12,13 @@ use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::channel::Channel;
+use crate::config::Fields;
+use crate::device::{Device, Settings};
+use crate::discard::Granularity;
+use crate::features::{Feature, offer};
+use crate::state::State;
 
 /// A balloon page in bytes.
 pub(crate) const PAGE: u64 = 4096;
@@ -221,7 +227,17 @@ impl GuestQueue {
     }
 }
 
-/// A channel that nobody listens to.
-pub(crate) fn no_channel() -> Channel {
-    Channel::new(memory_file(0).try_clone().unwrap().into())
+/// A device that nobody is connected to.
+pub(crate) fn device(features: &[Feature], extensions: bool) -> Device {
+    let settings = Settings {
+        features: offer(features, extensions),
+        granularity: Granularity::Auto,
+        prefault: false,
+    };
+    let state = State {
+        config: Fields::default(),
+        stats_interval: 0,
+    };
+    let nobody = Channel::new(memory_file(0).try_clone().unwrap().into());
+    Device::new(settings, state, None, nobody).unwrap()
 }
