@@ -148,8 +148,6 @@ impl Receiver for Hinting<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::counters::Counter;
-    use crate::queue::serve;
     use crate::testing::GuestQueue;
 
     fn run(guest: &GuestQueue, hints: &mut Hints) -> Counters {
@@ -159,14 +157,7 @@ mod tests {
             hints,
             counters: &counters,
         };
-        serve(
-            &mut guest.vring(),
-            &guest.memory,
-            &mut Vec::new(),
-            &counters,
-            &Counter::default(),
-            &mut receiver,
-        );
+        guest.serve(&counters, &mut receiver);
         counters
     }
 

@@ -56,9 +56,7 @@ impl Receiver for Inflate<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::counters::Counter;
     use crate::discard::Granularity;
-    use crate::queue::serve;
     use crate::testing::GuestQueue;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -74,16 +72,7 @@ mod tests {
             pfns: &mut Pfns::default(),
             pieces: &mut Pieces::default(),
         };
-        let mut heads = Vec::new();
-        let messages = Counter::default();
-        serve(
-            &mut guest.vring(),
-            &guest.memory,
-            &mut heads,
-            &counters,
-            &messages,
-            &mut receiver,
-        );
+        guest.serve(&counters, &mut receiver);
         counters
     }
 

@@ -254,7 +254,6 @@ pub fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::counters::Counter;
     use crate::testing::GuestQueue;
 
     const STATS: u64 = 1 << VIRTIO_BALLOON_F_STATS_VQ;
@@ -292,16 +291,7 @@ mod tests {
     }
 
     fn run(guest: &GuestQueue, recorder: &mut Recorder) -> bool {
-        let counters = Counters::default();
-        let mut heads = Vec::new();
-        serve(
-            &mut guest.vring(),
-            &guest.memory,
-            &mut heads,
-            &counters,
-            &Counter::default(),
-            recorder,
-        )
+        guest.serve(&Counters::default(), recorder)
     }
 
     #[test]

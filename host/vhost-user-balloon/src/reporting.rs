@@ -94,9 +94,7 @@ impl Receiver for Reporting<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::counters::Counter;
     use crate::discard::Granularity;
-    use crate::queue::serve;
     use crate::testing::GuestQueue;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -112,14 +110,7 @@ mod tests {
             ranges: &mut Vec::new(),
             pieces: &mut Pieces::default(),
         };
-        serve(
-            &mut guest.vring(),
-            &guest.memory,
-            &mut Vec::new(),
-            &counters,
-            &Counter::default(),
-            &mut receiver,
-        );
+        guest.serve(&counters, &mut receiver);
         counters
     }
 

@@ -15,9 +15,11 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryM
 
 use crate::channel::Channel;
 use crate::config::Fields;
+use crate::counters::{Counter, Counters};
 use crate::device::{Device, Settings};
 use crate::discard::Granularity;
 use crate::features::{Feature, offer};
+use crate::queue::{Receiver, serve};
 use crate::state::State;
 
 /// A balloon page in bytes.
@@ -214,6 +216,18 @@ impl GuestQueue {
         let head = self.descriptors;
         self.describe(1 << 40, 4, 0, 0);
         self.send_head(head);
+    }
+
+    /// Has a device take messages, and says whether there are more.
+    pub(crate) fn serve(&self, counters: &Counters, receiver: &mut impl Receiver) -> bool {
+        serve(
+            &mut self.vring(),
+            &self.memory,
+            &mut Vec::new(),
+            counters,
+            &Counter::default(),
+            receiver,
+        )
     }
 
     /// How many messages have come back.
