@@ -16,6 +16,7 @@ use balloon_control::{Client, Info, Request};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tempfile::TempDir;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -59,8 +60,8 @@ fn command(directory: &Path) -> Command {
     command
 }
 
-fn start(directory: &Path, more: &[&str]) -> Running {
-    let daemon = command(directory).args(more).spawn().unwrap();
+fn start(directory: &Path) -> Running {
+    let daemon = command(directory).spawn().unwrap();
     let control = directory.join("control");
     wait_for("the daemon", || Client::connect(&control).is_ok());
     Running(daemon)
@@ -75,6 +76,22 @@ impl Running {
         .unwrap();
         assert!(self.0.wait().unwrap().success());
     }
+}
+
+/// A daemon in a directory of its own, with a VMM that is [`inflated`].
+fn set_up() -> (TempDir, Running, Vmm) {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = start(directory.path());
+    let vmm = inflated(directory.path());
+    (directory, daemon, vmm)
+}
+
+/// A VMM with a new guest that has page 0x100 in the balloon.
+fn inflated(directory: &Path) -> Vmm {
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
+    vmm
 }
 
 fn info(directory: &Path) -> Info {
@@ -205,7 +222,7 @@ impl Vmm {
 fn a_guest_inflates_and_another_one_follows() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let daemon = start(directory, &[]);
+    let daemon = start(directory);
     let mode = |name| {
         directory
             .join(name)
@@ -247,9 +264,7 @@ fn a_guest_inflates_and_another_one_follows() {
     drop(vmm);
     wait_for("the end of the VMM", || !info(directory).guest.connected);
     assert_eq!(info(directory).memory, None);
-    let mut vmm = Vmm::connect(directory);
-    vmm.start(0);
-    vmm.inflate(0x100);
+    let vmm = inflated(directory);
     assert_eq!(vmm.byte(0x100 << 12), 0);
     assert_eq!(info(directory).counters.inflated, 2 << 12);
 
@@ -260,12 +275,8 @@ fn a_guest_inflates_and_another_one_follows() {
 
 #[test]
 fn only_a_stopped_guest_keeps_its_balloon() {
-    let directory = tempfile::tempdir().unwrap();
+    let (directory, daemon, mut vmm) = set_up();
     let directory = directory.path();
-    let daemon = start(directory, &[]);
-    let mut vmm = Vmm::connect(directory);
-    vmm.start(0);
-    vmm.inflate(0x100);
 
     let base = vmm.front.get_vring_base(0).unwrap();
     assert_eq!(base, 1);
@@ -292,12 +303,8 @@ fn only_a_stopped_guest_keeps_its_balloon() {
 
 #[test]
 fn a_restart_of_the_daemon_keeps_the_target() {
-    let directory = tempfile::tempdir().unwrap();
+    let (directory, daemon, mut vmm) = set_up();
     let directory = directory.path();
-    let daemon = start(directory, &[]);
-    let mut vmm = Vmm::connect(directory);
-    vmm.start(0);
-    vmm.inflate(0x100);
     set(directory, 3 << 12);
     let mut config = vmm.config();
     config[4..8].copy_from_slice(&1_u32.to_le_bytes());
@@ -305,7 +312,7 @@ fn a_restart_of_the_daemon_keeps_the_target() {
     wait_for("the balloon's size", || info(directory).size == 1 << 12);
     daemon.end();
 
-    let daemon = start(directory, &[]);
+    let daemon = start(directory);
     let Vmm { memory, sent, .. } = vmm;
     let mut vmm = Vmm {
         memory,
@@ -323,7 +330,7 @@ fn a_restart_of_the_daemon_keeps_the_target() {
 #[test]
 fn half_a_message_does_not_keep_the_daemon() {
     let directory = tempfile::tempdir().unwrap();
-    let daemon = start(directory.path(), &[]);
+    let daemon = start(directory.path());
     let mut front = UnixStream::connect(directory.path().join("socket")).unwrap();
     front.write_all(&[1; 4]).unwrap();
     wait_for("the VMM", || info(directory.path()).guest.connected);
@@ -338,11 +345,7 @@ fn half_a_message_does_not_keep_the_daemon() {
 
 #[test]
 fn rings_that_no_device_takes_end_only_their_vmm() {
-    let directory = tempfile::tempdir().unwrap();
-    let directory = directory.path();
-    let daemon = start(directory, &[]);
-    let mut vmm = Vmm::connect(directory);
-    vmm.start(0);
+    let (directory, daemon, mut vmm) = set_up();
     let addresses = VringConfigData {
         queue_max_size: 16,
         queue_size: 16,
@@ -357,16 +360,14 @@ fn rings_that_no_device_takes_end_only_their_vmm() {
     let patience = Some(Duration::from_secs(30));
     vmm.changes.set_read_timeout(patience).unwrap();
     while vmm.changes.read(&mut [0; 12]).unwrap() > 0 {}
-    let mut vmm = Vmm::connect(directory);
-    vmm.start(0);
-    vmm.inflate(0x100);
+    inflated(directory.path());
     daemon.end();
 }
 
 #[test]
 fn there_is_one_daemon_for_a_socket() {
     let directory = tempfile::tempdir().unwrap();
-    let daemon = start(directory.path(), &[]);
+    let daemon = start(directory.path());
     let second = command(directory.path()).output().unwrap();
     let error = String::from_utf8_lossy(&second.stderr);
     assert!(!second.status.success());
