@@ -3,6 +3,7 @@
 //! The balloon, as the host sees it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,7 +12,9 @@ use balloon_control::{Request, Stats};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::daemon::Daemon;
 use crate::guest::Guest;
+use crate::qmp::Qmp;
 use crate::size::Size;
 
 /// How often the balloon's size is asked for. QEMU's own event comes once a second at most, too
@@ -25,12 +28,6 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy, Debug)]
 pub struct Balloon<'a> {
     guest: &'a Guest,
-}
-
-#[derive(Deserialize)]
-struct BalloonInfo {
-    /// What the guest keeps, in bytes.
-    actual: u64,
 }
 
 /// Statistics of the guest, as the host has got them.
@@ -58,77 +55,103 @@ impl Sample {
     }
 }
 
-/// What QEMU says of statistics.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct GuestStats {
-    stats: BTreeMap<String, u64>,
-    last_update: u64,
+/// How the host controls a balloon device.
+trait Control {
+    /// How much the guest has given away.
+    fn size(&self) -> Result<Size>;
+
+    /// Asks the guest to give away `size`.
+    fn request(&self, size: Size) -> Result<()>;
+
+    /// Asks the guest for statistics every so many seconds.
+    fn poll_statistics(&self, seconds: u32) -> Result<()>;
+
+    /// The statistics that have come last, if there have been any.
+    fn statistics(&self) -> Result<Option<Sample>>;
 }
 
-/// QEMU's balloon device as an object.
-const QOM_PATH: &str = "/machine/peripheral/balloon0";
-
-impl<'a> Balloon<'a> {
-    pub(crate) fn new(guest: &'a Guest) -> Self {
-        Self { guest }
+/// By the control socket.
+impl Control for Daemon {
+    fn size(&self) -> Result<Size> {
+        Ok(Size::bytes(self.info()?.size))
     }
 
-    /// How much the guest has given away.
-    pub fn size(&self) -> Result<Size> {
-        if let Ok(daemon) = self.guest.daemon() {
-            return Ok(Size::bytes(daemon.info()?.size));
-        }
-        let info: BalloonInfo = self.guest.qmp().execute("query-balloon", &json!({}))?;
-        Ok(self.guest.memory() - Size::bytes(info.actual))
+    fn request(&self, size: Size) -> Result<()> {
+        let bytes = size.as_bytes();
+        self.call::<Value>(&Request::Set { bytes })?;
+        Ok(())
     }
 
-    /// Asks the guest to give away `size` from now on, and does not wait for it.
-    pub fn request(&self, size: Size) -> Result<()> {
-        if let Ok(daemon) = self.guest.daemon() {
-            let bytes = size.as_bytes();
-            daemon.call::<Value>(&Request::Set { bytes })?;
-            return Ok(());
+    fn poll_statistics(&self, seconds: u32) -> Result<()> {
+        self.call::<Value>(&Request::SetStatsInterval { seconds })?;
+        Ok(())
+    }
+
+    fn statistics(&self) -> Result<Option<Sample>> {
+        let Ok(stats) = self.call::<Stats>(&Request::Stats { fresh: false }) else {
+            return Ok(None);
+        };
+        let now = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
+        Ok(Some(Sample {
+            values: stats
+                .values
+                .iter()
+                .map(|(stat, &value)| (stat.to_string(), value))
+                .collect(),
+            taken: now - stats.age,
+        }))
+    }
+}
+
+/// QEMU's own device.
+struct QemuDevice {
+    qmp: Arc<Qmp>,
+    /// How much memory the guest has been given: QEMU says what it keeps of that.
+    memory: Size,
+}
+
+impl QemuDevice {
+    const QOM_PATH: &str = "/machine/peripheral/balloon0";
+}
+
+impl Control for QemuDevice {
+    fn size(&self) -> Result<Size> {
+        #[derive(Deserialize)]
+        struct BalloonInfo {
+            /// What the guest keeps, in bytes.
+            actual: u64,
         }
-        let kept = (self.guest.memory() - size).as_bytes();
-        self.guest
-            .qmp()
+
+        let info: BalloonInfo = self.qmp.execute("query-balloon", &json!({}))?;
+        Ok(self.memory - Size::bytes(info.actual))
+    }
+
+    fn request(&self, size: Size) -> Result<()> {
+        let kept = (self.memory - size).as_bytes();
+        self.qmp
             .execute::<Value>("balloon", &json!({ "value": kept }))?;
         Ok(())
     }
 
-    /// Asks the guest for statistics every so many seconds.
-    pub fn poll_statistics(&self, seconds: u32) -> Result<()> {
-        if let Ok(daemon) = self.guest.daemon() {
-            daemon.call::<Value>(&Request::SetStatsInterval { seconds })?;
-            return Ok(());
-        }
-        self.guest.qmp().execute::<Value>(
+    fn poll_statistics(&self, seconds: u32) -> Result<()> {
+        self.qmp.execute::<Value>(
             "qom-set",
-            &json!({ "path": QOM_PATH, "property": "guest-stats-polling-interval", "value": seconds }),
+            &json!({ "path": Self::QOM_PATH, "property": "guest-stats-polling-interval", "value": seconds }),
         )?;
         Ok(())
     }
 
-    /// The statistics that have come last, if there have been any.
-    pub fn statistics(&self) -> Result<Option<Sample>> {
-        if let Ok(daemon) = self.guest.daemon() {
-            let Ok(stats) = daemon.call::<Stats>(&Request::Stats { fresh: false }) else {
-                return Ok(None);
-            };
-            let now = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
-            return Ok(Some(Sample {
-                values: stats
-                    .values
-                    .iter()
-                    .map(|(stat, &value)| (stat.to_string(), value))
-                    .collect(),
-                taken: now - stats.age,
-            }));
+    fn statistics(&self) -> Result<Option<Sample>> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct GuestStats {
+            stats: BTreeMap<String, u64>,
+            last_update: u64,
         }
-        let stats: GuestStats = self.guest.qmp().execute(
+
+        let stats: GuestStats = self.qmp.execute(
             "qom-get",
-            &json!({ "path": QOM_PATH, "property": "guest-stats" }),
+            &json!({ "path": Self::QOM_PATH, "property": "guest-stats" }),
         )?;
         Ok((stats.last_update > 0).then(|| Sample {
             values: stats
@@ -138,6 +161,44 @@ impl<'a> Balloon<'a> {
                 .collect(),
             taken: stats.last_update,
         }))
+    }
+}
+
+impl<'a> Balloon<'a> {
+    pub(crate) fn new(guest: &'a Guest) -> Self {
+        Self { guest }
+    }
+
+    /// Not kept: with each QEMU that the guest is in there is another device.
+    fn control(&self) -> Arc<dyn Control> {
+        let home = self.guest.home();
+        match &home.daemon {
+            Some(daemon) => daemon.clone(),
+            None => Arc::new(QemuDevice {
+                qmp: Arc::clone(&home.qmp),
+                memory: self.guest.memory(),
+            }),
+        }
+    }
+
+    /// How much the guest has given away.
+    pub fn size(&self) -> Result<Size> {
+        self.control().size()
+    }
+
+    /// Asks the guest to give away `size` from now on, and does not wait for it.
+    pub fn request(&self, size: Size) -> Result<()> {
+        self.control().request(size)
+    }
+
+    /// Asks the guest for statistics every so many seconds.
+    pub fn poll_statistics(&self, seconds: u32) -> Result<()> {
+        self.control().poll_statistics(seconds)
+    }
+
+    /// The statistics that have come last, if there have been any.
+    pub fn statistics(&self) -> Result<Option<Sample>> {
+        self.control().statistics()
     }
 
     /// Asks for `size` and waits for the balloon to have it. Returns how long it took.
