@@ -7,8 +7,9 @@
 //! target falls, the pages go back to the page allocator.
 //!
 //! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets compaction move pages of the balloon. [`stats`], [`hinting`] and
-//! [`reporting`] are features of their own. [`rust`] is the layer over the kernel's C, with the virtio bus.
+//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets
+//! compaction move pages of the balloon. [`stats`], [`hinting`] and [`reporting`] are features of
+//! their own. [`rust`] is the layer over the kernel's C, with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
 //!
