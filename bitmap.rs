@@ -59,6 +59,16 @@ impl Run {
         (len > 0 && end <= PFN_END).then_some(Self { first, len })
     }
 
+    /// Returns the first page frame number.
+    pub(crate) fn first(self) -> u64 {
+        self.first
+    }
+
+    /// Returns the number of pages.
+    pub(crate) fn len(self) -> u64 {
+        self.len
+    }
+
     /// Returns the page frame number after the last page.
     fn end(self) -> u64 {
         self.first.saturating_add(self.len)
@@ -219,13 +229,13 @@ impl<'a> Encoder<'a> {
     }
 
     /// Adds `run`. Returns what has to go to the next message: nothing, or all of it; or the rest, where a bitmap is
-    /// forced and the run crosses its end. An empty message takes at least a page of any run.
+    /// forced and a single run is too long for it. An empty message takes at least a page of any run.
     ///
     /// Runs should come in ascending order: one that does not lie after the others goes to the next message.
     #[must_use]
     pub(crate) fn push(&mut self, run: Run) -> Option<Run> {
-        let (part, rest) = match self.forced {
-            Some(Encoding::Bitmap) => self.cut(run),
+        let (part, rest) = match (self.forced, self.last) {
+            (Some(Encoding::Bitmap), None) => self.cut(run),
             _ => (Some(run), None),
         };
         let added = part.is_some_and(|part| self.add(part));
@@ -266,12 +276,12 @@ impl<'a> Encoder<'a> {
         Some((header, index(size.of(self.encoding))))
     }
 
-    /// Cuts `run` where the largest bitmap ends. Returns what lies before and after that.
+    /// Cuts `run` where the largest bitmap that begins with it ends. Returns what lies before and after that.
     fn cut(&self, run: Run) -> (Option<Run>, Option<Run>) {
-        let first = self.last.map_or(run.first, |_| self.first);
-        let end = first
+        let end = run
+            .first
             .saturating_add(self.room().saturating_mul(PAGES_PER_WORD))
-            .clamp(run.first, run.end());
+            .min(run.end());
 
         (
             Run::new(run.first, end.saturating_sub(run.first)),

@@ -62,6 +62,10 @@ fn encode(
         let mut encoder = Encoder::new(&mut payload, forced).expect("room for two words");
         while let Some(run) = waiting {
             let rest = encoder.push(run);
+            // What is left is the end of the run.
+            assert!(rest.is_none_or(|rest| {
+                rest.first() + rest.len() == run.first() + run.len() && rest.len() <= run.len()
+            }));
             waiting = rest.or_else(|| runs.next());
             if rest.is_some() {
                 break;
