@@ -6,9 +6,9 @@
 //! much as the queues have room for, and ends; the device's next answer, a new target or the end of a pause
 //! starts the next run. So there is nothing to hang on if the device stays silent.
 //!
-//! Lock order: [`Balloon::worker`], then [`Balloon::deflate`], then [`Moves`]'s lock and the balloon core's
+//! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then [`Moves`]'s lock and the balloon core's
 //! `balloon_pages_lock`, one at a time. Memory is allocated under the first one only, which nobody takes who frees
-//! memory for others.
+//! memory for others but the notifier of memory that goes offline.
 
 #![forbid(unsafe_code)]
 
@@ -19,7 +19,8 @@ use crate::{
     },
     deflate::{
         self,
-        Deflate, //
+        Deflate,
+        Reason, //
     },
     inflate::{
         Inflate,
@@ -29,7 +30,9 @@ use crate::{
     migration::Moves,
     rust::{
         balloon_pages::BalloonPages,
+        batch::Batch,
         memory,
+        memory_hotplug::GoingOffline,
         oom::OomNotify,
         task::{
             Job,
@@ -45,11 +48,15 @@ use crate::{
         self,
         Step, //
     },
+    terms::Terms,
     virtio,
     virtio_balloon, //
 };
 
-use core::mem;
+use core::{
+    mem,
+    ops::Range, //
+};
 use kernel::{
     device::Core,
     new_mutex,
@@ -77,15 +84,15 @@ use kernel::{
     }, //
 };
 
-/// How many pages one run moves at most, so that a new target is seen soon: 256 MiB.
-const PAGES_PER_RUN: usize = 1 << (28 - PAGE_SHIFT);
+/// How many pages one run moves at most, so that a new target is seen soon: 1 GiB.
+const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How long an allocation that has failed waits for the device, in milliseconds: where it must be told before pages
-/// can be used, or when pages have just been moved.
-const OOM_PATIENCE: u32 = 100;
+/// How long an allocation that has failed waits for the device: where it must be told before pages can be used, or
+/// when pages have just been moved.
+const OOM_PATIENCE: Delta = Delta::from_millis(100);
 
 /// How long unbinding waits for a device that gives no sign of life, and how often it looks for one. The system may
 /// suspend after the same time.
@@ -119,6 +126,10 @@ pub(crate) struct Balloon {
     #[pin]
     deflate: SpinLock<Deflate>,
 
+    /// Where pages are put in order when the guest has run out of memory.
+    #[pin]
+    oom_batch: Mutex<Batch>,
+
     /// Set when the target may have changed: pauses end, and the reason for a stop is told anew.
     target_changed: Atomic<bool>,
 
@@ -137,6 +148,8 @@ pub(crate) struct Balloon {
 struct Worker {
     config: virtio::Config,
     inflate: Inflate,
+    /// Where pages are put in order.
+    batch: Batch,
     backoff: Backoff,
     /// What keeps the balloon from growing, when it has to.
     stopped: Option<StopReason>,
@@ -164,10 +177,6 @@ impl Worker {
     }
 }
 
-fn must_tell(dev: &virtio::Device<Core<'_>>) -> bool {
-    dev.has_feature(virtio_balloon::F_MUST_TELL_HOST)
-}
-
 /// Sets up what exists for as long as the device is not reset.
 fn set_up(
     dev: &virtio::Device<Core<'_>>,
@@ -178,6 +187,7 @@ fn set_up(
         Worker {
             config: dev.config()?,
             inflate: Inflate::new(inflate),
+            batch: Batch::new()?,
             backoff: Backoff::new(),
             stopped: None,
             teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
@@ -186,7 +196,7 @@ fn set_up(
             broken: false,
             logged: None,
         },
-        Deflate::new(deflate, must_tell(dev)),
+        Deflate::new(deflate, Terms::of(dev)),
     ))
 }
 
@@ -211,7 +221,8 @@ impl Balloon {
             );
         }
 
-        let moves = Moves::new(slot.waker(), must_tell(dev))?;
+        let moves = Moves::new(slot.waker(), Terms::of(dev))?;
+        let oom_batch = Batch::new()?;
         let dev = (&**dev).into();
 
         Ok(try_pin_init!(Self {
@@ -220,6 +231,7 @@ impl Balloon {
             pages <- BalloonPages::new(adjust_managed, moves),
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
+            oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
             target_changed: Atomic::new(true),
             given_for_oom: Atomic::new(0),
             giving_back: Atomic::new(false),
@@ -236,7 +248,7 @@ impl Balloon {
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
-        self.moves().reset(must_tell(dev))?;
+        self.moves().reset(Terms::of(dev))?;
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
@@ -332,9 +344,12 @@ impl Balloon {
 
         let above_floor = memory::available_pages().saturating_sub(self.floor.unwrap_or(0));
         let now_wanted = wanted.min(PAGES_PER_RUN);
-        let stop = worker
-            .inflate
-            .fill(&self.pages, now_wanted.min(above_floor), may_send);
+        let stop = worker.inflate.fill(
+            &self.pages,
+            &mut worker.batch,
+            now_wanted.min(above_floor),
+            may_send,
+        );
         let reason = match stop {
             Stop::Done if now_wanted <= above_floor => {
                 worker.stopped = None;
@@ -365,7 +380,14 @@ impl Balloon {
         let limit = wanted.min(PAGES_PER_RUN);
         // Comes again when the device has answered.
         let settled = self.moves().settled()?;
-        let released = deflate::release(&self.deflate, &self.pages, limit, settled);
+        let released = deflate::release(
+            &self.deflate,
+            &self.pages,
+            &mut worker.batch,
+            limit,
+            Reason::Target,
+            &settled,
+        );
 
         if released > 0 {
             worker.progress = Instant::now();
@@ -454,6 +476,9 @@ impl Balloon {
             Step::Deflate(wanted) => again = self.shrink(worker, wanted),
             Step::Rest => worker.backoff.reset(),
         }
+        if again != Some(0) {
+            worker.batch.shrink();
+        }
 
         // Also while the balloon cannot grow: that may take for ever.
         let resting = step == Step::Rest || worker.backoff.is_failing();
@@ -506,12 +531,20 @@ impl OomNotify for Task<Balloon> {
         // The task tells the device of those that were made, and allows others when all is done.
         self.moves().allow(false);
         self.schedule();
-        let Some(settled) = patiently(|| self.moves().settled()) else {
+        let Some(settled) = within(OOM_PATIENCE, || self.moves().settled()) else {
             return 0;
         };
 
         let wanted = (self.pages.len() / 8).max(OOM_SHARE);
-        let released = deflate::release(&self.deflate, &self.pages, wanted, settled);
+        let released = deflate::release(
+            &self.deflate,
+            &self.pages,
+            &mut self.oom_batch.lock(),
+            wanted,
+            Reason::OutOfMemory,
+            &settled,
+        );
+        drop(settled);
 
         if released > 0 {
             self.given_for_oom.add(released, Relaxed);
@@ -519,7 +552,30 @@ impl OomNotify for Task<Balloon> {
         }
 
         let is_over = || deflate::is_over(&self.deflate, &self.pages).then_some(());
-        patiently(is_over).map_or(0, |()| released)
+        within(OOM_PATIENCE, is_over).map_or(0, |()| released)
+    }
+}
+
+impl GoingOffline for Task<Balloon> {
+    /// Gives the blocks that lie there back: single pages are moved by the kernel. The balloon takes others then.
+    fn going_offline(&self, pfns: Range<u64>) -> Result {
+        let mut worker = self.worker.lock();
+
+        // A block may be on its way into the balloon.
+        within(PATIENCE, || {
+            worker.inflate.collect(&self.pages);
+            (worker.inflate.in_flight() == 0).then_some(())
+        })
+        .ok_or(EBUSY)?;
+
+        let all = deflate::evacuate(&self.deflate, &self.pages, &mut worker.batch, &pfns);
+        let answered = within(PATIENCE, || {
+            deflate::is_answered(&self.deflate, &self.pages).then_some(())
+        });
+        drop(worker);
+
+        self.schedule();
+        (all && answered.is_some()).then_some(()).ok_or(EBUSY)
     }
 }
 
@@ -545,16 +601,18 @@ impl Job for Balloon {
     }
 }
 
-/// Waits for `condition`, but not for long, on behalf of an allocation.
-fn patiently<T>(mut condition: impl FnMut() -> Option<T>) -> Option<T> {
-    for _ in 0..OOM_PATIENCE {
-        if let Some(result) = condition() {
-            return Some(result);
+/// Waits for `condition`, but not longer than `time`.
+fn within<T>(time: Delta, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
+    let start = Instant::<Monotonic>::now();
+
+    loop {
+        let result = condition();
+
+        if result.is_some() || start.elapsed() > time {
+            return result;
         }
         fsleep(Delta::from_millis(1));
     }
-
-    None
 }
 
 /// Converts kernel pages to MiB.

@@ -2,19 +2,19 @@
 
 //! Deflating: pages go from the balloon back to the page allocator.
 //!
-//! Where the device does not insist on being told first (`VIRTIO_BALLOON_F_MUST_TELL_HOST`), pages are
-//! free at once, and the device learns of it whenever it gets round to it. What it has to learn is noted in
-//! pages that were in the balloon themselves, so that this path neither allocates nor waits.
+//! With page sets, and where the device insists on it (`VIRTIO_BALLOON_F_MUST_TELL_HOST`), pages are free when it has
+//! answered. Else they are free at once, as they are with page sets when the guest has run out of memory, and the
+//! device learns of it whenever it gets round to it. What it has to learn is noted in pages that were in the balloon
+//! themselves, so that this path neither allocates nor waits.
 //!
-//! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
+//! Specification: clause 5.5.6.1, Driver Requirements: Device Operation; docs/protocol.md, PS-D14.
 
 #![forbid(unsafe_code)]
 
 use crate::{
     message::{
         MessageQueue,
-        Pages,
-        PAGES_PER_MESSAGE, //
+        Pages, //
     },
     migration::{
         Moves,
@@ -22,31 +22,33 @@ use crate::{
     },
     rust::{
         balloon_pages::BalloonPages,
+        batch::Batch,
         page_list::PageList,
         range_stack::RangeStack, //
-    }, //
+    },
+    terms::Terms, //
 };
 
+use core::ops::Range;
 use kernel::sync::SpinLock;
 
-/// How many pages are taken out of the balloon under one hold of a lock.
-const PAGES_PER_HOLD: usize = 512;
+/// How many blocks or pages are gathered before the first of them is sent.
+const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The deflate queue.
 pub(crate) struct Deflate {
     pub(crate) queue: MessageQueue,
-    /// Whether pages may be used only after the device has answered.
-    must_tell: bool,
-    /// What the device has to be told when the queue has room again. Always empty with `must_tell`.
+    terms: Terms,
+    /// What the device has to be told when the queue has room again.
     backlog: RangeStack,
 }
 
 impl Deflate {
     /// Begins with an empty queue.
-    pub(crate) fn new(queue: MessageQueue, must_tell: bool) -> Self {
+    pub(crate) fn new(queue: MessageQueue, terms: Terms) -> Self {
         Self {
             queue,
-            must_tell,
+            terms,
             backlog: RangeStack::new(),
         }
     }
@@ -74,14 +76,10 @@ impl Deflate {
 
     /// Sends one message about pages in the backlog. Returns whether it succeeded.
     fn tell_next(&mut self) -> bool {
-        let Some(mut message) = self.queue.message() else {
+        // Whatever was in the balloon has a name.
+        let Ok(message) = self.queue.write(&mut self.backlog) else {
             return false;
         };
-
-        while let Some(range) = self.backlog.take(message.room() as u64) {
-            // All fit, and whatever was in the balloon has a name.
-            let _ = message.name(range.first..range.first + range.len);
-        }
 
         // If the queue does not take it although there is room, there is nobody left to tell.
         self.queue
@@ -108,26 +106,44 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
     }
 }
 
+/// Why pages are released.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The target.
+    Target,
+    /// The guest has run out of memory.
+    OutOfMemory,
+}
+
 /// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device allows
 /// it. Returns how many were taken out: fewer if nothing more can be done before the device has answered.
 ///
 /// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before, which is what
-/// `_settled` shows.
+/// `_settled` shows. `batch` is where pages are put in order.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<Moves>,
+    batch: &mut Batch,
     wanted: usize,
-    _settled: Settled<'_>,
+    reason: Reason,
+    _settled: &Settled<'_>,
 ) -> usize {
-    let release_some = if deflate.lock().must_tell {
-        tell_first
-    } else {
-        free_first
+    let terms = deflate.lock().terms;
+    let tell_first = match reason {
+        Reason::Target => terms.tell_first(),
+        Reason::OutOfMemory => terms.tell_first_out_of_memory(),
     };
     let mut released = 0;
 
     while released < wanted {
-        match release_some(deflate, balloon, wanted - released) {
+        let some = wanted - released;
+
+        match if tell_first {
+            gather(deflate, balloon, batch, some);
+            tell(deflate, balloon, batch)
+        } else {
+            free_first(deflate, balloon, some)
+        } {
             0 => break,
             n => released += n,
         }
@@ -136,57 +152,99 @@ pub(crate) fn release(
     released
 }
 
-/// Returns whether pages that were released can be used: only where the device must be told first does that
-/// depend on its answer.
+/// Takes the blocks in `pfns` out of `balloon`, which are freed when the device has answered. Returns whether it could
+/// be told of all.
+pub(crate) fn evacuate(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<Moves>,
+    batch: &mut Batch,
+    pfns: &Range<u64>,
+) -> bool {
+    let mut blocks = balloon.take_blocks(pfns);
+
+    while !blocks.is_empty() {
+        batch.add(&mut blocks);
+        if tell(deflate, balloon, batch) == 0 {
+            balloon.insert(blocks);
+            return false;
+        }
+    }
+
+    deflate.lock().queue.notify();
+    true
+}
+
+/// Returns whether pages that were released because memory ran out can be used: only where the device must be told
+/// first does that depend on its answer.
 pub(crate) fn is_over(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
     {
         let mut this = deflate.lock();
 
-        if !this.must_tell {
+        if !this.terms.tell_first_out_of_memory() {
             return true;
         }
         this.queue.notify();
     }
 
+    is_answered(deflate, balloon)
+}
+
+/// Returns whether the device knows of all that has left the balloon.
+pub(crate) fn is_answered(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
     collect(deflate, balloon);
     !deflate.lock().is_pending()
 }
 
 /// Frees some pages, up to `wanted`, before the device has been told.
 fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted: usize) -> usize {
-    let mut pages = balloon.take(wanted.min(PAGES_PER_HOLD));
+    let mut pages = balloon.take(wanted);
     let taken = pages.len();
 
+    // What is noted in pages has to be freed page by page.
+    pages.split_blocks();
     deflate.lock().backlog.record(&mut pages);
     taken
 }
 
-/// Tells the device of some pages, up to `wanted`, which are freed when it has answered.
-fn tell_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted: usize) -> usize {
-    let mut this = deflate.lock();
+/// Fills `batch` with up to `wanted` pages from `balloon`, if the device can be told of them.
+fn gather(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<Moves>,
+    batch: &mut Batch,
+    wanted: usize,
+) {
+    let wanted = wanted.min(deflate.lock().queue.room_for_pages());
 
-    if this.queue.room() == 0 {
-        return 0;
-    }
-    let Some(mut message) = this.queue.message() else {
-        return 0;
-    };
-
-    let pages = balloon.take(wanted.min(PAGES_PER_MESSAGE));
-    let taken = pages.len();
-    if taken == 0 {
-        return 0;
-    }
-
-    // All fit, and whatever was in the balloon has a name.
-    let _ = message.name(pages.pfns());
-
-    match this.queue.send(message, Pages::List(pages)) {
-        Err(Pages::List(pages)) => {
-            drop(this);
-            balloon.insert(pages);
-            0
+    while batch.pages() < wanted && batch.blocks() < BLOCKS_PER_BATCH {
+        let mut pages = balloon.take(wanted - batch.pages());
+        if pages.is_empty() {
+            break;
         }
-        _ => taken,
+
+        batch.add(&mut pages);
+        if !pages.is_empty() {
+            balloon.insert(pages);
+            break;
+        }
     }
+}
+
+/// Tells the device of what is in `batch`, which is freed when it has answered. Returns how many pages it could be
+/// told of; the others stay in the balloon.
+fn tell(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, batch: &mut Batch) -> usize {
+    let mut told = 0;
+
+    while batch.pages() > 0 {
+        let sent = deflate.lock().queue.send_some(batch);
+
+        match sent {
+            Ok(pages) => told += pages,
+            Err((pages, _)) => {
+                balloon.insert(pages);
+                balloon.insert(batch.take_all());
+            }
+        }
+    }
+
+    told
 }

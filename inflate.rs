@@ -12,22 +12,28 @@
 use crate::{
     message::{
         MessageQueue,
-        Pages,
-        PAGES_PER_MESSAGE, //
+        Pages, //
     },
     migration::Moves,
     rust::{
         balloon_pages::BalloonPages,
-        page_list::{
-            self,
-            PageList, //
-        }, //
+        batch::{
+            AllocError,
+            Batch, //
+        },
+        page_list::MAX_ORDER, //
     }, //
 };
+
+use kernel::error::code::EAGAIN;
 
 /// How many messages are sent with one notification: few enough to keep both sides busy, and enough to make
 /// the cost of a notification, which takes the virtual CPU out of the guest, one among thousands of pages.
 const MESSAGES_PER_NOTIFICATION: usize = 32;
+
+/// How many blocks are gathered before the first of them is sent: enough to find neighbours, and few enough for the
+/// device not to run out of work.
+const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
@@ -79,60 +85,57 @@ impl Inflate {
         collected
     }
 
-    /// Takes up to `wanted` pages from the page allocator and sends them to the device, as long as `may_send`
-    /// holds. What it has answered in the meantime is put into `balloon`.
+    /// Takes up to `wanted` pages from the page allocator, in portions that go through `batch`, and sends them to the
+    /// device, as long as `may_send` holds. What it has answered in the meantime is put into `balloon`.
     pub(crate) fn fill(
         &mut self,
         balloon: &BalloonPages<Moves>,
-        wanted: usize,
-        may_send: impl Fn() -> bool,
-    ) -> Stop {
-        let stop = self.send(balloon, wanted, may_send);
-
-        self.queue.notify();
-        stop
-    }
-
-    fn send(
-        &mut self,
-        balloon: &BalloonPages<Moves>,
+        batch: &mut Batch,
         mut wanted: usize,
         may_send: impl Fn() -> bool,
     ) -> Stop {
         // Once a block of some order is not to be had, larger ones are not tried again in this call.
-        let mut order = page_list::MAX_ORDER;
+        let mut order = MAX_ORDER;
 
         while wanted > 0 {
             if self.queue.room() == 0 && self.collect(balloon) == 0 {
+                self.queue.notify();
                 return Stop::NotNow;
             }
 
-            let pages = allocate(wanted.min(PAGES_PER_MESSAGE), &mut order);
-            let n = pages.len();
-            if n == 0 {
-                return Stop::NoMemory;
-            }
+            let portion = wanted.min(self.queue.room_for_pages());
+            gather(batch, portion, &mut order, self.queue.has_page_sets());
+            wanted -= batch.pages();
 
             // Asked now, and not before: pages that were deflated by then may be among these.
-            if !may_send() {
-                return Stop::NotNow;
-            }
-
-            let Some(mut message) = self.queue.message() else {
-                return Stop::NoMemory;
+            let stop = match batch.pages() {
+                0 => Stop::NoMemory,
+                _ if may_send() => self.send(batch),
+                _ => Stop::NotNow,
             };
-
-            // Pages that the base protocol cannot name are of no use. They go back when they are dropped.
-            if message.name(pages.pfns()).is_err() {
-                return Stop::NoMemory;
+            if stop != Stop::Done {
+                drop(batch.take_all());
+                self.queue.notify();
+                return stop;
             }
-
-            if self.queue.send(message, Pages::List(pages)).is_err() {
-                return Stop::NotNow;
+            if self.queue.has_page_sets() {
+                self.queue.notify();
             }
+        }
 
-            self.in_flight += n;
-            wanted -= n;
+        self.queue.notify();
+        Stop::Done
+    }
+
+    /// Sends all that is in `batch`, unless something keeps it from that.
+    fn send(&mut self, batch: &mut Batch) -> Stop {
+        while batch.pages() > 0 {
+            match self.queue.send_some(batch) {
+                Ok(pages) => self.in_flight += pages,
+                Err((_, EAGAIN)) => return Stop::NotNow,
+                // Pages that the protocol cannot name are of no use either.
+                Err(_) => return Stop::NoMemory,
+            }
 
             // The device reads these while the next ones are written.
             if self.queue.unannounced() == MESSAGES_PER_NOTIFICATION {
@@ -144,23 +147,26 @@ impl Inflate {
     }
 }
 
-/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages.
+/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages, which stay whole if they may and `whole` is set.
 ///
 /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none, `order` is
 /// lowered.
-fn allocate(wanted: usize, order: &mut u32) -> PageList {
-    let mut pages = PageList::new();
-
-    while let Some(largest) = (wanted - pages.len()).checked_ilog2() {
+fn gather(batch: &mut Batch, wanted: usize, order: &mut u32, whole: bool) {
+    while batch.blocks() < BLOCKS_PER_BATCH {
+        let Some(largest) = (wanted - batch.pages()).checked_ilog2() else {
+            break;
+        };
         let try_order = largest.min(*order);
 
-        if !pages.alloc_block(try_order) {
-            let Some(smaller) = try_order.checked_sub(1) else {
-                break;
-            };
-            *order = smaller;
+        match batch.alloc(try_order, whole) {
+            Ok(()) => (),
+            Err(AllocError::Full) => break,
+            Err(AllocError::NoBlock) => {
+                let Some(smaller) = try_order.checked_sub(1) else {
+                    break;
+                };
+                *order = smaller;
+            }
         }
     }
-
-    pages
 }

@@ -1,19 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The base protocol's messages: arrays of page frame numbers of balloon pages.
+//! Messages that name pages, and the queues that carry them.
 //!
-//! Specification: clause 5.5.6, Device Operation.
+//! What a message looks like depends on what was negotiated: [`pfns`] or [`page_sets`]. All else is the same.
 
 #![forbid(unsafe_code)]
 
 use crate::{
-    migration::Move,
-    rust::{
-        page_list::PageList,
-        virtio::ByteOrder,
-        virtqueue::Virtqueue, //
+    bitmap::{
+        Encoding,
+        Run, //
     },
-    target, //
+    migration::Move,
+    page_sets,
+    pfns,
+    rust::{
+        batch::Batch,
+        page_list::PageList,
+        range_stack::RangeStack,
+        virtio::ByteOrder,
+        virtqueue::{
+            Either,
+            Virtqueue, //
+        }, //
+    },
+    target,
+    virtio_balloon::page_set, //
 };
 
 use kernel::{
@@ -21,19 +33,142 @@ use kernel::{
     prelude::*, //
 };
 
-/// How many page frame numbers a message has at most.
-///
-/// The specification has no limit, but devices have: Firecracker passes over longer messages without a
-/// word, so that the memory is lost to both sides, and Cloud Hypervisor refuses them. What would be gained
-/// by longer messages is gained by sending many with each notification.
-const PFNS_PER_MESSAGE: usize = 256;
+/// How many moves a message names at most: as many pages as fit into one of the base protocol. A page set has room
+/// for more.
+pub(crate) const MOVES_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
 
-/// How many kernel pages a message names at most.
-pub(crate) const PAGES_PER_MESSAGE: usize = PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
-
-/// How many arrays are kept for messages when there is nothing to tell, so that there is always one to be
+/// How many buffers are kept for messages when there is nothing to tell, so that there is always one to be
 /// had when memory is short.
 const RESERVE: usize = 4;
+
+/// What pages are named for.
+#[derive(Clone, Copy)]
+pub(crate) enum Command {
+    /// They are in the balloon from now on.
+    Inflate,
+    /// They are not any more.
+    Deflate,
+}
+
+impl Command {
+    /// Returns what page sets call it. In the base protocol it is the queue that says so.
+    fn in_page_set(self) -> u16 {
+        match self {
+            Self::Inflate => page_set::INFLATE,
+            Self::Deflate => page_set::DEFLATE,
+        }
+    }
+}
+
+/// What messages look like.
+#[derive(Clone, Copy)]
+pub(crate) enum Format {
+    /// Arrays of page frame numbers.
+    Pfns(ByteOrder),
+    /// Page sets, in the encoding that is shorter or in one that was asked for.
+    PageSets(Option<Encoding>),
+}
+
+impl Format {
+    /// Returns how many kernel pages `messages` messages name at least, if they are single ones that lie far apart.
+    /// There is no limit that would be worth counting with page sets.
+    fn pages(self, messages: usize) -> usize {
+        match self {
+            Self::Pfns(_) => messages.saturating_mul(MOVES_PER_MESSAGE),
+            Self::PageSets(_) if messages > 0 => usize::MAX,
+            Self::PageSets(_) => 0,
+        }
+    }
+
+    fn allocate(self, flags: kernel::alloc::Flags) -> Result<Message> {
+        Ok(match self {
+            Self::Pfns(order) => {
+                Either::Left((KVec::with_capacity(pfns::PFNS_PER_MESSAGE, flags)?, order))
+            }
+            Self::PageSets(forced) => Either::Right((
+                KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, flags)?,
+                forced,
+            )),
+        })
+    }
+}
+
+/// A message, with what has to be known to write it. Never grows beyond its capacity: its queue is no place to
+/// allocate.
+pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Option<Encoding>)>;
+
+impl Message {
+    fn write(&mut self, command: Command, runs: &mut impl Runs) -> Result {
+        match self {
+            Self::Left((array, order)) => pfns::write(array, *order, runs),
+            Self::Right((words, forced)) => {
+                page_sets::write(words, command.in_page_set(), *forced, runs)
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        match self {
+            Self::Left((array, _)) => array.clear(),
+            Self::Right((words, _)) => words.clear(),
+        }
+    }
+}
+
+/// Runs of pages that a message is to name, in ascending order if it is to be a short one.
+pub(crate) trait Runs {
+    /// Returns the first run, if there is one left.
+    fn first(&mut self) -> Option<Run>;
+
+    /// Takes `pages` pages off the beginning of the first run.
+    fn advance(&mut self, pages: u64);
+}
+
+/// A batch, of which each block goes to a list when it was named.
+pub(crate) struct Named<'a> {
+    batch: &'a mut Batch,
+    pages: PageList,
+}
+
+impl Runs for Named<'_> {
+    fn first(&mut self) -> Option<Run> {
+        let block = self.batch.first()?;
+
+        Run::new(block.pfn, block.len)
+    }
+
+    fn advance(&mut self, pages: u64) {
+        // A block has room in an empty message, and is taken as a whole.
+        if pages > 0 {
+            self.batch.take_first(&mut self.pages);
+        }
+    }
+}
+
+impl Runs for RangeStack {
+    fn first(&mut self) -> Option<Run> {
+        let range = self.top()?;
+
+        Run::new(range.first, range.len)
+    }
+
+    fn advance(&mut self, pages: u64) {
+        self.take(pages);
+    }
+}
+
+/// Pages that are in order.
+struct Sorted<'a>(&'a [u64]);
+
+impl Runs for Sorted<'_> {
+    fn first(&mut self) -> Option<Run> {
+        Run::new(*self.0.first()?, 1)
+    }
+
+    fn advance(&mut self, pages: u64) {
+        self.0 = self.0.get(pages as usize..).unwrap_or_default();
+    }
+}
 
 /// What belongs to a message until the device has used it.
 pub(crate) enum Pages {
@@ -44,14 +179,17 @@ pub(crate) enum Pages {
 }
 
 /// What a virtqueue for messages carries.
-type Payload = (KVec<u32>, Pages);
+type Payload = (Message, Pages);
 
 /// A virtqueue for messages.
 pub(crate) struct MessageQueue {
     vq: Virtqueue<Payload>,
-    /// Arrays that are not in use.
-    spare: KVec<KVec<u32>>,
-    byte_order: ByteOrder,
+    format: Format,
+    command: Command,
+    /// Buffers that are not in use.
+    spare: KVec<Message>,
+    /// Space to put moves in order.
+    sorted: KVec<u64>,
     /// How many messages the device was not notified of.
     unannounced: usize,
 }
@@ -62,20 +200,19 @@ impl MessageQueue {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(vq: Virtqueue<Payload>, byte_order: ByteOrder) -> Result<Self> {
+    pub(crate) fn new(vq: Virtqueue<Payload>, format: Format, command: Command) -> Result<Self> {
         let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
 
         for _ in 0..RESERVE {
-            spare.push(
-                KVec::with_capacity(PFNS_PER_MESSAGE, GFP_KERNEL)?,
-                GFP_KERNEL,
-            )?;
+            spare.push(format.allocate(GFP_KERNEL)?, GFP_KERNEL)?;
         }
 
         Ok(Self {
             vq,
+            format,
+            command,
             spare,
-            byte_order,
+            sorted: KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?,
             unannounced: 0,
         })
     }
@@ -85,22 +222,39 @@ impl MessageQueue {
         self.vq.room()
     }
 
+    /// Returns how many kernel pages can be named now, whatever pages they are.
+    pub(crate) fn room_for_pages(&self) -> usize {
+        self.format.pages(self.room())
+    }
+
+    /// Returns whether messages are page sets.
+    pub(crate) fn has_page_sets(&self) -> bool {
+        matches!(self.format, Format::PageSets(_))
+    }
+
     /// Returns how many messages the device has not used yet.
     pub(crate) fn in_flight(&self) -> usize {
         self.vq.in_flight()
     }
 
-    /// Returns an empty message. Does not sleep.
-    pub(crate) fn message(&mut self) -> Option<Message> {
-        let pfns = self
-            .spare
-            .pop()
-            .or_else(|| KVec::with_capacity(PFNS_PER_MESSAGE, GFP_NOWAIT | __GFP_NOWARN).ok())?;
+    /// Writes a message about as many of `runs` as it has room for. Does not sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or `EOVERFLOW` if a page has no name in the protocol.
+    pub(crate) fn write(&mut self, runs: &mut impl Runs) -> Result<Message> {
+        let mut message = match self.spare.pop() {
+            Some(message) => message,
+            None => self.format.allocate(GFP_NOWAIT | __GFP_NOWARN)?,
+        };
 
-        Some(Message {
-            pfns,
-            byte_order: self.byte_order,
-        })
+        match message.write(self.command, runs) {
+            Ok(()) => Ok(message),
+            Err(error) => {
+                self.keep(message);
+                Err(error)
+            }
+        }
     }
 
     /// Sends `message`. `pages` belong to it until the device has used it.
@@ -109,15 +263,39 @@ impl MessageQueue {
     ///
     /// Returns the pages, if the queue is full, broken, or gone.
     pub(crate) fn send(&mut self, message: Message, pages: Pages) -> Result<(), Pages> {
-        match self.vq.add((message.pfns, pages)) {
+        match self.vq.add((message, pages)) {
             Ok(()) => {
                 self.unannounced += 1;
                 Ok(())
             }
-            Err((array, pages)) => {
-                self.keep(array);
+            Err((message, pages)) => {
+                self.keep(message);
                 Err(pages)
             }
+        }
+    }
+
+    /// Sends a message about the first pages in `batch`, as many as it has room for. Returns how many kernel pages
+    /// that is.
+    ///
+    /// # Errors
+    ///
+    /// Returns the pages that could not be sent, and are in `batch` no more; and why: `EAGAIN` if there is no room in
+    /// the queue, or nobody to tell, else as for [`write`](Self::write).
+    pub(crate) fn send_some(&mut self, batch: &mut Batch) -> Result<usize, (PageList, Error)> {
+        let mut named = Named {
+            batch,
+            pages: PageList::new(),
+        };
+        let message = match self.write(&mut named) {
+            Ok(message) => message,
+            Err(error) => return Err((named.pages, error)),
+        };
+        let pages = named.pages.len();
+
+        match self.send(message, Pages::List(named.pages)) {
+            Err(Pages::List(list)) => Err((list, EAGAIN)),
+            _ => Ok(pages),
         }
     }
 
@@ -131,13 +309,21 @@ impl MessageQueue {
         moves: KVec<Move>,
         pfn: impl Fn(&Move) -> u64,
     ) -> Result<(), KVec<Move>> {
-        let Some(mut message) = self.message() else {
+        let mut sorted = core::mem::replace(&mut self.sorted, KVec::new());
+        for pfn in moves.iter().map(pfn) {
+            let place = sorted.partition_point(|&this| this < pfn);
+
+            // There is room for as many as can be waiting.
+            let _ = sorted.insert_within_capacity(place, pfn);
+        }
+
+        let message = self.write(&mut Sorted(&sorted));
+        sorted.clear();
+        self.sorted = sorted;
+
+        let Ok(message) = message else {
             return Err(moves);
         };
-
-        // A message has room for as many as can be waiting, and all have names.
-        let _ = message.name(moves.iter().map(pfn));
-
         match self.send(message, Pages::Moves(moves)) {
             Err(Pages::Moves(moves)) => Err(moves),
             _ => Ok(()),
@@ -159,17 +345,17 @@ impl MessageQueue {
 
     /// Returns the pages of the next message that the device has used.
     pub(crate) fn next_used(&mut self) -> Option<Pages> {
-        let ((array, pages), _) = self.vq.next_used()?;
+        let ((message, pages), _) = self.vq.next_used()?;
 
-        self.keep(array);
+        self.keep(message);
         Some(pages)
     }
 
-    fn keep(&mut self, mut array: KVec<u32>) {
-        array.clear();
+    fn keep(&mut self, mut message: Message) {
+        message.clear();
 
         // There is room for as many as there can be messages; if there were not, it would just be freed.
-        let _ = self.spare.push_within_capacity(array);
+        let _ = self.spare.push_within_capacity(message);
     }
 
     /// Says that no interrupts are needed until [`sleep`](Self::sleep).
@@ -190,37 +376,5 @@ impl MessageQueue {
     /// Returns whether the queue will never work again.
     pub(crate) fn is_broken(&self) -> bool {
         self.vq.is_broken()
-    }
-}
-
-/// A message that is being written.
-pub(crate) struct Message {
-    /// In the device's byte order. Never grows beyond its capacity: this is no place to allocate.
-    pfns: KVec<u32>,
-    byte_order: ByteOrder,
-}
-
-impl Message {
-    /// Returns how many more kernel pages can be named.
-    pub(crate) fn room(&self) -> usize {
-        PFNS_PER_MESSAGE.saturating_sub(self.pfns.len()) / target::BALLOON_PAGES_PER_PAGE
-    }
-
-    /// Names the kernel pages `pfns`.
-    ///
-    /// # Errors
-    ///
-    /// `EOVERFLOW` if a page has no name in the base protocol, `ENOSPC` if there are more than there is
-    /// [`room`](Self::room) for. Some of the pages have been named then.
-    pub(crate) fn name(&mut self, pfns: impl Iterator<Item = u64>) -> Result {
-        for pfn in pfns {
-            for balloon_pfn in target::balloon_pfns(pfn)? {
-                self.pfns
-                    .push_within_capacity(self.byte_order.to_device32(balloon_pfn))
-                    .map_err(|_| ENOSPC)?;
-            }
-        }
-
-        Ok(())
     }
 }

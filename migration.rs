@@ -15,7 +15,7 @@ use crate::{
     balloon::Balloon,
     deflate::Deflate,
     inflate::Inflate,
-    message::PAGES_PER_MESSAGE,
+    message::MOVES_PER_MESSAGE,
     rust::{
         balloon_pages::{
             OldPage,
@@ -24,7 +24,7 @@ use crate::{
         },
         task::Waker, //
     },
-    target, //
+    terms::Terms, //
 };
 
 use core::mem;
@@ -58,8 +58,7 @@ pub(crate) struct Moves {
 }
 
 struct Inner {
-    /// Whether old pages may be used only after the device has answered.
-    must_tell: bool,
+    terms: Terms,
     /// Whether the balloon's task lets pages be moved.
     allowed: bool,
     /// How many [`Settled`] there are.
@@ -99,16 +98,16 @@ impl Moves {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(waker: Waker<Balloon>, must_tell: bool) -> Result<impl PinInit<Self, Error>> {
-        let waiting = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
-        let telling = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
-        let told = Some(KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?);
+    pub(crate) fn new(waker: Waker<Balloon>, terms: Terms) -> Result<impl PinInit<Self, Error>> {
+        let waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let telling = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
 
         Ok(try_pin_init!(Self {
             waker,
             inner <- new_spinlock!(
                 Inner {
-                    must_tell,
+                    terms,
                     allowed: false,
                     settled: 0,
                     waiting,
@@ -125,12 +124,12 @@ impl Moves {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn reset(&self, must_tell: bool) -> Result {
-        let mut waiting = KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?;
-        let mut told = Some(KVec::with_capacity(PAGES_PER_MESSAGE, GFP_KERNEL)?);
+    pub(crate) fn reset(&self, terms: Terms) -> Result {
+        let mut waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let mut told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
         let mut inner = self.inner.lock();
 
-        inner.must_tell = must_tell;
+        inner.terms = terms;
         inner.telling.clear();
         // What was there is freed without the lock.
         mem::swap(&mut inner.waiting, &mut waiting);
@@ -229,10 +228,12 @@ impl Moves {
 
 impl Replace for Moves {
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
-        // A page that the protocol cannot name is no use in the balloon.
-        target::balloon_pfns(new)?;
-
         let mut inner = self.inner.lock();
+
+        // A page that the protocol cannot name is no use in the balloon.
+        if !inner.terms.can_name(new) {
+            return Err(EOVERFLOW);
+        }
 
         // The device must know of the old page's arrival before the page leaves, and of the new page's departure,
         // if it has been in the balloon before, before that comes again.
@@ -247,7 +248,7 @@ impl Replace for Moves {
         let this = Move {
             new,
             old: old.pfn(),
-            _kept: inner.must_tell.then(|| old.keep()),
+            _kept: inner.terms.tell_first().then(|| old.keep()),
         };
         let first = inner.waiting.is_empty();
         let result = inner.waiting.push_within_capacity(this).map_err(|_| EAGAIN);

@@ -10,8 +10,13 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    bitmap::Encoding,
     hinting::HintQueue,
-    message::MessageQueue,
+    message::{
+        Command,
+        Format,
+        MessageQueue, //
+    },
     reporting::ReportingQueue,
     stats::StatsQueue,
     virtio,
@@ -63,14 +68,18 @@ pub(crate) struct Queues {
 }
 
 impl Queues {
-    /// Finds the queues of the features that were negotiated.
+    /// Finds the queues of the features that were negotiated. Page sets have the encoding `forced`, if there is one.
     ///
     /// # Errors
     ///
     /// What [`virtio::Device::find_vqs`] says.
-    pub(crate) fn find(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
-        let byte_order = dev.byte_order();
+    pub(crate) fn find(dev: &virtio::Device<Core<'_>>, forced: Option<Encoding>) -> Result<Self> {
         let has = |feature| dev.has_feature(feature);
+        let format = if has(virtio_balloon::F_PAGE_SETS) {
+            Format::PageSets(forced)
+        } else {
+            Format::Pfns(dev.byte_order())
+        };
         let mut found = dev.find_vqs([
             Some(c"inflate"),
             Some(c"deflate"),
@@ -80,8 +89,16 @@ impl Queues {
         ])?;
 
         Ok(Self {
-            inflate: MessageQueue::new(found.take(Queue::Inflate as usize)?, byte_order)?,
-            deflate: MessageQueue::new(found.take(Queue::Deflate as usize)?, byte_order)?,
+            inflate: MessageQueue::new(
+                found.take(Queue::Inflate as usize)?,
+                format,
+                Command::Inflate,
+            )?,
+            deflate: MessageQueue::new(
+                found.take(Queue::Deflate as usize)?,
+                format,
+                Command::Deflate,
+            )?,
             stats: has(virtio_balloon::F_STATS_VQ)
                 .then(|| found.take(Queue::Stats as usize))
                 .transpose()?,

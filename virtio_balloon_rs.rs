@@ -7,8 +7,9 @@
 //! target falls, the pages go back to the page allocator.
 //!
 //! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets
-//! compaction move pages of the balloon. [`stats`], [`hinting`] and [`reporting`] are features of
+//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets compaction move
+//! pages of the balloon. [`message`] is how the device is told: as arrays of page frame numbers ([`pfns`]) or as page
+//! sets ([`page_sets`], with the encoder in [`bitmap`]). [`stats`], [`hinting`] and [`reporting`] are features of
 //! their own. [`rust`] is the layer over the kernel's C, with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
@@ -19,14 +20,14 @@
 
 mod backoff;
 mod balloon;
-// Only tested so far: the driver does not speak of page sets yet.
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 mod bitmap;
 mod deflate;
 mod hinting;
 mod inflate;
 mod message;
 mod migration;
+mod page_sets;
+mod pfns;
 mod poison;
 mod queues;
 mod reporting;
@@ -34,12 +35,14 @@ mod rust;
 mod stats;
 mod stop_reason;
 mod target;
+mod terms;
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 #[path = "tests/kunit/mod.rs"]
 mod kunit;
 
 use rust::{
+    memory_hotplug::OfflineNotifier,
     oom::OomNotifier,
     task::{
         new_slot,
@@ -50,6 +53,7 @@ use rust::{
 };
 
 use balloon::Balloon;
+use bitmap::Encoding;
 use hinting::{
     Hinting,
     Hints, //
@@ -76,6 +80,7 @@ struct BalloonDriver;
 struct BalloonData {
     /// Dropped first: it asks the balloon for memory.
     _oom: Option<Pin<KBox<OomNotifier<Task<Balloon>>>>>,
+    _offline: Pin<KBox<OfflineNotifier<Task<Balloon>>>>,
     balloon: Arc<Task<Balloon>>,
     stats: Option<Pin<KBox<Task<Stats>>>>,
     hints: Option<Hints>,
@@ -96,6 +101,7 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_PAGE_POISON,
         virtio_balloon::F_REPORTING,
         virtio_balloon::F_STOP_REASON,
+        virtio_balloon::F_PAGE_SETS,
     ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
@@ -104,6 +110,11 @@ impl virtio::Driver for BalloonDriver {
         // A report of several parts would need memory while free pages are set aside.
         dev.clear_feature(virtio::Feature::INDIRECT_DESC);
         poison::negotiate(dev);
+        if !dev.has_feature(virtio::Feature::VERSION_1)
+            || module_parameters::encoding.value() == encoding::PFNS
+        {
+            dev.clear_feature(virtio_balloon::F_PAGE_SETS);
+        }
         Ok(())
     }
 
@@ -111,7 +122,7 @@ impl virtio::Driver for BalloonDriver {
         poison::announce(dev)?;
         dev.set_wakeup_capable();
 
-        let queues = Queues::find(dev)?;
+        let queues = Queues::find(dev, forced_encoding())?;
         let dir = debugfs_dir(dev)?;
         let floor = module_parameters::inflate
             .value()
@@ -123,6 +134,7 @@ impl virtio::Driver for BalloonDriver {
             .has_feature(virtio_balloon::F_DEFLATE_ON_OOM)
             .then(|| KBox::pin_init(OomNotifier::new(balloon.clone()), GFP_KERNEL))
             .transpose()?;
+        let offline = KBox::pin_init(OfflineNotifier::new(balloon.clone()), GFP_KERNEL)?;
         let stats = queues
             .stats
             .map(|queue| {
@@ -144,6 +156,7 @@ impl virtio::Driver for BalloonDriver {
 
         Ok(BalloonData {
             _oom: oom,
+            _offline: offline,
             balloon,
             stats,
             hints,
@@ -197,7 +210,7 @@ impl virtio::Driver for BalloonDriver {
         // The device has forgotten it.
         poison::announce(dev)?;
 
-        let queues = Queues::find(dev)?;
+        let queues = Queues::find(dev, forced_encoding())?;
 
         data.balloon.attach(dev, queues.inflate, queues.deflate)?;
         data.balloon.resume();
@@ -225,6 +238,25 @@ impl virtio::Driver for BalloonDriver {
         if let Some(hints) = &data.hints {
             hints.task.stop();
         }
+    }
+}
+
+/// What the parameter `encoding` means, beside the default: the shorter one of ranges and bitmaps.
+mod encoding {
+    /// Page sets are ranges.
+    pub(super) const RANGES: u8 = 1;
+    /// Page sets are bitmaps.
+    pub(super) const BITMAPS: u8 = 2;
+    /// No page sets, but arrays of page frame numbers.
+    pub(super) const PFNS: u8 = 3;
+}
+
+/// Returns the encoding that page sets must have, if there is one.
+fn forced_encoding() -> Option<Encoding> {
+    match module_parameters::encoding.value() {
+        encoding::RANGES => Some(Encoding::Ranges),
+        encoding::BITMAPS => Some(Encoding::Bitmap),
+        _ => None,
     }
 }
 
@@ -259,6 +291,10 @@ virtio::module_virtio_driver! {
         inflate: bool {
             default: true,
             description: "Whether the host's wishes for memory are followed; statistics, hints and reports go on if not",
+        },
+        encoding: u8 {
+            default: 0,
+            description: "How pages are named, for measuring: 0 as short as possible, 1 ranges, 2 bitmaps, 3 page frame numbers",
         },
         floor_mib: u32 {
             default: 32,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pages in the balloon, as the kernel's balloon core keeps them.
+//! The pages in the balloon.
 //!
-//! The core does the accounting (managed pages, `NR_BALLOON_PAGES`, the inflate and deflate events), marks
-//! the pages offline, and lets compaction find them.
+//! Single pages are kept by the kernel's balloon core. It does the accounting (managed pages, `NR_BALLOON_PAGES`, the
+//! inflate and deflate events), marks the pages offline, and lets compaction find them. Blocks that are whole need not
+//! be moved for larger ones, and are kept here, with the same accounting.
 //!
 //! C header: [`include/linux/balloon.h`](srctree/include/linux/balloon.h)
 
@@ -14,14 +15,19 @@ use super::{
 
 use core::{
     marker::PhantomData,
+    ops::Range,
     ptr::NonNull, //
 };
 use kernel::{
     container_of,
+    new_spinlock,
     prelude::*,
-    sync::atomic::{
-        Atomic,
-        Relaxed, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        SpinLock, //
     },
     time::{
         delay::fsleep,
@@ -105,16 +111,20 @@ impl Drop for PageRef {
 /// Pages in the balloon. Compaction may move them if `R` agrees.
 ///
 /// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these functions;
-/// under it only the zones' counters are touched.
+/// under it only the zones' counters are touched. The same holds for the lock of `blocks`.
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `len` pages are on its list or isolated from it by compaction.
+/// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction. There are no single
+/// pages in `blocks`.
 #[pin_data(PinnedDrop)]
 pub(crate) struct BalloonPages<R: Replace> {
     #[pin]
     info: Opaque<bindings::balloon_dev_info>,
-    len: Atomic<usize>,
+    singles: Atomic<usize>,
+    #[pin]
+    blocks: SpinLock<PageList>,
+    adjust_managed: bool,
     #[pin]
     replace: R,
 }
@@ -143,7 +153,9 @@ impl<R: Replace> BalloonPages<R> {
                     (*slot).migratepage = Some(Self::migrate);
                 }
             }),
-            len: Atomic::new(0),
+            singles: Atomic::new(0),
+            blocks <- new_spinlock!(PageList::new(), "BalloonPages::blocks"),
+            adjust_managed,
             replace <- replace,
         })
     }
@@ -182,15 +194,15 @@ impl<R: Replace> BalloonPages<R> {
 
     /// Returns how many pages (kernel pages) are in the balloon.
     pub(crate) fn len(&self) -> usize {
-        self.len.load(Relaxed)
+        self.singles.load(Relaxed) + self.blocks.lock().len()
     }
 
     /// Puts `pages` into the balloon.
     pub(crate) fn insert(&self, mut pages: PageList) {
         let mut inserted = 0;
 
-        // SAFETY: The function takes all pages off the list, each with its reference; the pages are
-        // order 0 pages as the core wants them.
+        // SAFETY: The function takes all single pages off the list, each with its reference; they are order 0 pages
+        // as the core wants them.
         unsafe {
             pages.with_head(|head| {
                 inserted = bindings::balloon_page_list_enqueue(self.info.get(), head);
@@ -199,14 +211,59 @@ impl<R: Replace> BalloonPages<R> {
         };
 
         // INVARIANT: That many pages were added to the list.
-        self.len.add(inserted, Relaxed);
+        self.singles.add(inserted, Relaxed);
+
+        while let Some(block) = pages.pop_block() {
+            self.account(block, true);
+            // SAFETY: The block was on a list, and is marked.
+            unsafe { self.blocks.lock().push_block(block) };
+        }
     }
 
-    /// Takes up to `max` pages (kernel pages) out of the balloon.
+    /// Accounts for the block that begins with `page`.
+    fn account(&self, page: NonNull<bindings::page>, inflated: bool) {
+        // SAFETY: The callers have taken the block off a list, with its order.
+        unsafe {
+            bindings::balloon_rs_account_block(page.as_ptr(), inflated, self.adjust_managed);
+        }
+    }
+
+    /// Takes up to `max` pages (kernel pages) out of the balloon: blocks, as long as one fits, or a number of single
+    /// pages.
     ///
-    /// Fewer are returned if the balloon holds fewer, or if compaction holds some just now.
+    /// None are returned if the balloon is empty, or if compaction holds all that are left just now.
     pub(crate) fn take(&self, max: usize) -> PageList {
         let mut pages = PageList::new();
+
+        while let Some(block) = self.pop_block(max - pages.len()) {
+            self.account(block, false);
+            // SAFETY: The block was on a list, and is marked.
+            unsafe { pages.push_block(block) };
+        }
+
+        if pages.is_empty() {
+            pages = self.take_singles(max);
+        }
+        if pages.is_empty() && max > 0 && self.split_block() {
+            pages = self.take_singles(max);
+        }
+        pages
+    }
+
+    /// Takes the first block off the list, if it has up to `max` pages.
+    fn pop_block(&self, max: usize) -> Option<NonNull<bindings::page>> {
+        let mut blocks = self.blocks.lock();
+
+        match blocks.first_block_len() {
+            Some(len) if len <= max => blocks.pop_block(),
+            _ => None,
+        }
+    }
+
+    /// Takes up to `max` single pages out, but not more than what the core's lock may be held for.
+    fn take_singles(&self, max: usize) -> PageList {
+        let mut pages = PageList::new();
+        let max = max.min(PAGES_PER_HOLD);
 
         // SAFETY: The function puts pages that were on the core's list, with their references, on this one
         // and returns how many.
@@ -215,8 +272,47 @@ impl<R: Replace> BalloonPages<R> {
         };
 
         // INVARIANT: That many pages were taken off the list.
-        self.len.fetch_sub(pages.len(), Relaxed);
+        self.singles.fetch_sub(pages.len(), Relaxed);
         pages
+    }
+
+    /// Makes single pages of a block, if there is one. They stay in the balloon.
+    fn split_block(&self) -> bool {
+        let Some(block) = self.pop_block(usize::MAX) else {
+            return false;
+        };
+        let mut pages = PageList::new();
+
+        self.account(block, false);
+        // SAFETY: The block was on a list, and is marked.
+        unsafe { pages.push_block(block) };
+        pages.split_blocks();
+        self.insert(pages);
+        true
+    }
+
+    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel pages).
+    pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
+        let (mut taken, mut kept) = (PageList::new(), PageList::new());
+        let mut blocks = self.blocks.lock();
+
+        while let Some(block) = blocks.pop_block() {
+            // SAFETY: The block was on a list, and is marked.
+            unsafe {
+                let pfn = bindings::balloon_rs_page_to_pfn(block.as_ptr()) as u64;
+
+                if pfns.contains(&pfn) {
+                    self.account(block, false);
+                    taken.push_block(block);
+                } else {
+                    kept.push_block(block);
+                }
+            }
+        }
+        *blocks = kept;
+        drop(blocks);
+
+        taken
     }
 }
 
@@ -226,12 +322,12 @@ impl<R: Replace> PinnedDrop for BalloonPages<R> {
         // Pages that compaction has isolated refer to `info`. They, or those that take their places, come back
         // soon, whatever the host does.
         while self.len() > 0 {
-            if self.take(RELEASE_CHUNK).is_empty() {
+            if self.take(usize::MAX).is_empty() {
                 fsleep(Delta::from_millis(1));
             }
         }
     }
 }
 
-/// How many pages are taken out under one hold of the core's lock.
-const RELEASE_CHUNK: usize = 512;
+/// How many single pages are taken out under one hold of the core's lock.
+const PAGES_PER_HOLD: usize = 512;

@@ -4,6 +4,7 @@
  */
 #include <linux/balloon.h>
 #include <linux/gfp.h>
+#include <linux/memory.h>
 #include <linux/mm.h>
 #include <linux/oom.h>
 #include <linux/page_reporting.h>

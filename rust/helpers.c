@@ -60,6 +60,58 @@ unsigned int balloon_rs_free_block(unsigned long pfn)
 	return order;
 }
 
+/* Whether a block can stay in one piece: if it cannot fragment memory, and keeps none from what is to be movable. */
+bool balloon_rs_may_stay_whole(struct page *page, unsigned int order)
+{
+	return order >= pageblock_order && page_zonenum(page) != ZONE_MOVABLE &&
+	       !zone_cma_pages(page_zone(page));
+}
+
+/* Marks the block for everybody who looks at pages, and notes its order. */
+void balloon_rs_mark_block(struct page *page, unsigned int order)
+{
+	unsigned long i;
+
+	set_page_private(page, order);
+	for (i = 0; i < 1UL << order; i++)
+		__SetPageOffline(page + i);
+}
+
+/* Takes the marks off, as the page allocator wants it, and returns the order. */
+unsigned int balloon_rs_unmark_block(struct page *page)
+{
+	unsigned int order = page_private(page);
+	unsigned long i;
+
+	set_page_private(page, 0);
+	for (i = 0; i < 1UL << order; i++)
+		__ClearPageOffline(page + i);
+	return order;
+}
+
+/* Makes pages of order 0 of a block that is not marked. What was in their private fields is the past's. */
+void balloon_rs_split_block(struct page *page, unsigned int order)
+{
+	unsigned long i;
+
+	split_page(page, order);
+	for (i = 0; i < 1UL << order; i++)
+		set_page_private(page + i, 0);
+}
+
+/* What mm/balloon.c does for single pages. */
+void balloon_rs_account_block(struct page *page, bool inflated, bool adjust_managed)
+{
+	long pages = 1L << page_private(page);
+
+	count_vm_events(inflated ? BALLOON_INFLATE : BALLOON_DEFLATE, pages);
+	if (!inflated)
+		pages = -pages;
+	if (adjust_managed)
+		adjust_managed_page_count(page, -pages);
+	mod_node_page_state(page_pgdat(page), NR_BALLOON_PAGES, pages);
+}
+
 struct page *balloon_rs_pfn_to_page(unsigned long pfn)
 {
 	return pfn_to_page(pfn);
@@ -112,6 +164,16 @@ void balloon_rs_drain_free_lists(void)
 		}
 	}
 #endif
+}
+
+int balloon_rs_register_memory_notifier(struct notifier_block *block)
+{
+	return register_memory_notifier(block);
+}
+
+void balloon_rs_unregister_memory_notifier(struct notifier_block *block)
+{
+	unregister_memory_notifier(block);
 }
 
 void balloon_rs_account_reclaimed(unsigned long pages)
@@ -175,10 +237,10 @@ unsigned long balloon_rs_total_pages(void)
 	return totalram_pages();
 }
 
-/* The counters of the CPUs are added up, so that tests can rely on the number. */
+/* The counters of the CPUs are added up, so that tests can rely on the number. Some of them may be negative. */
 unsigned long balloon_rs_ballooned_pages(void)
 {
-	long pages = global_node_page_state(NR_BALLOON_PAGES);
+	long pages = atomic_long_read(&vm_node_stat[NR_BALLOON_PAGES]);
 	int node, cpu;
 
 	for_each_online_node(node)

@@ -7,6 +7,7 @@
 
 #include <linux/balloon.h>
 #include <linux/gfp.h>
+#include <linux/memory.h>
 #include <linux/mm.h>
 #include <linux/virtio.h>
 
@@ -30,8 +31,11 @@ const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON;
 /* A block that is hinted: memory that is free, and nothing else. */
 const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
 
-/* Where the list head lies in struct page: bindgen's names for the unions around it are not stable. */
+/* Where these lie in struct page: bindgen's names for the unions around them are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
+const size_t RUST_CONST_HELPER_PAGE_PRIVATE_OFFSET = offsetof(struct page, private);
+
+const unsigned long RUST_CONST_HELPER_BALLOON_MEM_GOING_OFFLINE = MEM_GOING_OFFLINE;
 
 const unsigned int RUST_CONST_HELPER_BALLOON_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 
@@ -70,11 +74,18 @@ void *balloon_rs_page_address(struct page *page);
 void *balloon_rs_phys_to_virt(phys_addr_t address);
 void balloon_rs_set_page_order(struct page *page, unsigned int order);
 unsigned int balloon_rs_free_block(unsigned long pfn);
+bool balloon_rs_may_stay_whole(struct page *page, unsigned int order);
+void balloon_rs_mark_block(struct page *page, unsigned int order);
+unsigned int balloon_rs_unmark_block(struct page *page);
+void balloon_rs_split_block(struct page *page, unsigned int order);
+void balloon_rs_account_block(struct page *page, bool inflated, bool adjust_managed);
 struct page *balloon_rs_pfn_to_page(unsigned long pfn);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
 void balloon_rs_drain_free_lists(void);
+int balloon_rs_register_memory_notifier(struct notifier_block *block);
+void balloon_rs_unregister_memory_notifier(struct notifier_block *block);
 void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);

@@ -11,9 +11,12 @@
 mod bindings;
 
 pub(crate) mod balloon_pages;
+pub(crate) mod batch;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod fake_device;
 pub(crate) mod memory;
+pub(crate) mod memory_hotplug;
+mod notifier;
 pub(crate) mod oom;
 pub(crate) mod page_list;
 pub(crate) mod page_reporting;

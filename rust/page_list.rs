@@ -7,13 +7,11 @@
 
 use super::bindings;
 
-use core::{
-    marker::PhantomData,
-    ptr::{
-        self,
-        NonNull, //
-    },
+use core::ptr::{
+    self,
+    NonNull, //
 };
+use kernel::prelude::*;
 
 /// The largest order of a block that the page allocator hands out.
 pub(crate) const MAX_ORDER: u32 = bindings::BALLOON_MAX_PAGE_ORDER;
@@ -38,6 +36,41 @@ unsafe fn page_of(lru: *mut bindings::list_head) -> NonNull<bindings::page> {
     unsafe { NonNull::new_unchecked(lru.byte_sub(bindings::PAGE_LRU_OFFSET).cast()) }
 }
 
+/// Returns the order that is noted in `page`: 0 for a page that stands for itself.
+///
+/// # Safety
+///
+/// `page` must point to a `struct page` that the caller owns, in whose `private` field nothing else was noted.
+pub(super) unsafe fn order(page: NonNull<bindings::page>) -> u32 {
+    // SAFETY: The field lies that far into the `struct page` that the caller vouches for.
+    unsafe {
+        page.as_ptr()
+            .byte_add(bindings::PAGE_PRIVATE_OFFSET)
+            .cast::<c_ulong>()
+            .read() as u32
+    }
+}
+
+/// Marks all pages of a block as offline, so that nobody looks at what is in them, and notes the block's order.
+///
+/// # Safety
+///
+/// `page` must begin a block of this order that the caller owns.
+pub(super) unsafe fn mark_block(page: NonNull<bindings::page>, order: u32) {
+    // SAFETY: By the requirements of this function.
+    unsafe { bindings::balloon_rs_mark_block(page.as_ptr(), order) };
+}
+
+/// Takes the marks off a block's pages, as they have to be before it is freed, and returns the block's order.
+///
+/// # Safety
+///
+/// `page` must begin a block that was marked, and that the caller owns.
+unsafe fn unmark_block(page: NonNull<bindings::page>) -> u32 {
+    // SAFETY: By the requirements of this function.
+    unsafe { bindings::balloon_rs_unmark_block(page.as_ptr()) }
+}
+
 /// Makes `next` the successor of `prev`.
 ///
 /// # Safety
@@ -51,55 +84,34 @@ unsafe fn link(prev: *mut bindings::list_head, next: *mut bindings::list_head) {
     }
 }
 
-/// Pages of order 0 that are owned by the list and linked through the `lru` field of `struct page`.
-///
-/// The list can be moved, because it is a ring of pages without a head; it never allocates. Dropping it
-/// frees the pages.
+/// Pages that are linked through the `lru` field of `struct page`, without a head, so that a ring can be moved.
 ///
 /// # Invariants
 ///
 /// - `first` is `None` if and only if `len` is 0.
-/// - Else the `lru` fields of exactly `len` pages, among them `first`, form one ring. All are of order 0,
-///   and the list owns one reference to each and the use of its `lru` field.
-pub(crate) struct PageList {
+/// - Else the `lru` fields of exactly `len` pages, among them `first`, form one ring, and are the ring's to use.
+struct Ring {
     first: Option<NonNull<bindings::page>>,
     len: usize,
 }
 
-// SAFETY: Pages are not tied to a thread, and the list owns its pages.
-unsafe impl Send for PageList {}
-
-// SAFETY: A shared reference gives read access only.
-unsafe impl Sync for PageList {}
-
-impl PageList {
-    /// Returns an empty list.
-    pub(crate) const fn new() -> Self {
-        // INVARIANT: An empty list has no first page.
+impl Ring {
+    const fn new() -> Self {
+        // INVARIANT: An empty ring has no first page.
         Self {
             first: None,
             len: 0,
         }
     }
 
-    /// Returns how many pages (kernel pages) are on the list.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Returns whether no page is on the list.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Puts `page` at the end of the list.
+    /// Puts `page` at the end.
     ///
     /// # Safety
     ///
-    /// `page` must be of order 0; the caller gives a reference to it and the use of its `lru` field away.
-    pub(super) unsafe fn push(&mut self, page: NonNull<bindings::page>) {
-        // SAFETY: The caller owns `page`, and by the type invariants the list owns `first` and the page
-        // before it, so that their list heads are valid and used by nobody else.
+    /// `page` must point to a `struct page`; the caller gives the use of its `lru` field away.
+    unsafe fn push(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: The caller owns the field of `page`, and by the type invariants the ring owns those of `first` and
+        // of the page before it.
         unsafe {
             let new = lru(page);
             let first = self.first.map_or(new, |first| lru(first));
@@ -109,21 +121,21 @@ impl PageList {
             link(new, first);
         }
 
-        // INVARIANT: The ring has got one more page, which the list owns from now on.
+        // INVARIANT: The ring has got one more page.
         self.first.get_or_insert(page);
         self.len += 1;
     }
 
-    /// Takes the first page off the list. The caller owns it.
-    pub(super) fn pop(&mut self) -> Option<NonNull<bindings::page>> {
+    /// Takes the first page out.
+    fn pop(&mut self) -> Option<NonNull<bindings::page>> {
         let page = self.first?;
 
-        // INVARIANT: The page leaves the ring; if it was the last one, the list is empty.
+        // INVARIANT: The page leaves the ring; if it was the last one, the ring is empty.
         self.len -= 1;
         self.first = if self.len == 0 {
             None
         } else {
-            // SAFETY: By the type invariants the neighbours are pages of the list.
+            // SAFETY: By the type invariants the neighbours are pages of the ring.
             unsafe {
                 let this = lru(page);
                 let next = (*this).next;
@@ -136,35 +148,143 @@ impl PageList {
         Some(page)
     }
 
-    /// Allocates a block of 2^`order` pages, splits it and puts its pages at the end of the list in the
-    /// order of their addresses. Returns whether it succeeded.
+    /// Takes the last page out.
+    fn pop_last(&mut self) -> Option<NonNull<bindings::page>> {
+        // The ring begins with its last page, if one says so.
+        //
+        // SAFETY: By the type invariants the page before the first one is a page of the ring.
+        //
+        // INVARIANT: The page is one of the ring.
+        self.first = self
+            .first
+            .map(|first| unsafe { page_of((*lru(first)).prev) });
+        self.pop()
+    }
+}
+
+/// Memory that is owned by the list: single pages, and blocks that are kept whole.
+///
+/// The list can be moved; it never allocates. Dropping it frees the memory.
+///
+/// # Invariants
+///
+/// - The pages of `singles` are of order 0, their `private` fields are 0, and the list owns a reference to each.
+/// - The pages of `blocks` are the first ones of blocks of `block_pages` pages in all, which the list owns. Each has
+///   the block's order in its `private` field, and all pages of the block are marked as offline.
+pub(crate) struct PageList {
+    singles: Ring,
+    blocks: Ring,
+    block_pages: usize,
+}
+
+// SAFETY: Pages are not tied to a thread, and the list owns its pages.
+unsafe impl Send for PageList {}
+
+// SAFETY: A shared reference gives read access only.
+unsafe impl Sync for PageList {}
+
+impl PageList {
+    /// Returns an empty list.
+    pub(crate) const fn new() -> Self {
+        // INVARIANT: There are no pages.
+        Self {
+            singles: Ring::new(),
+            blocks: Ring::new(),
+            block_pages: 0,
+        }
+    }
+
+    /// Returns how many pages (kernel pages) are on the list.
+    pub(crate) fn len(&self) -> usize {
+        self.singles.len + self.block_pages
+    }
+
+    /// Returns whether no page is on the list.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Puts `page` at the end of the single pages.
     ///
-    /// The memory is not initialised. Only for a single page is memory reclaimed, and lightly: no block
-    /// is worth pushing the guest into reclaim or compaction. Sleeps only if `order` is 0.
-    pub(crate) fn alloc_block(&mut self, order: u32) -> bool {
-        let gfp = if order == 0 {
-            bindings::GFP_BALLOON_PAGE
-        } else {
-            bindings::GFP_BALLOON_BLOCK
-        };
+    /// # Safety
+    ///
+    /// `page` must be of order 0, with a `private` field of 0; the caller gives a reference to it and the use of its
+    /// `lru` field away.
+    pub(super) unsafe fn push(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: By the requirements of this function.
+        //
+        // INVARIANT: The page is the list's from now on.
+        unsafe { self.singles.push(page) };
+    }
 
-        // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
-        let Some(block) = NonNull::new(unsafe { bindings::alloc_pages(gfp, order) }) else {
-            return false;
-        };
+    /// Puts `page` before the first single page.
+    ///
+    /// # Safety
+    ///
+    /// As for [`push`](Self::push).
+    pub(super) unsafe fn push_first(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: By the requirements of this function.
+        //
+        // INVARIANT: The page is the list's from now on, and one of the ring.
+        unsafe { self.singles.push(page) };
+        self.singles.first = Some(page);
+    }
 
-        if order > 0 {
-            // SAFETY: The block was allocated with this order and without `__GFP_COMP`.
-            unsafe { bindings::split_page(block.as_ptr(), order) };
+    /// Takes the first single page off the list. The caller owns it.
+    pub(super) fn pop(&mut self) -> Option<NonNull<bindings::page>> {
+        self.singles.pop()
+    }
+
+    /// Takes the last single page off the list. The caller owns it.
+    pub(super) fn pop_last(&mut self) -> Option<NonNull<bindings::page>> {
+        self.singles.pop_last()
+    }
+
+    /// Puts the block that begins with `page` at the end of the blocks.
+    ///
+    /// # Safety
+    ///
+    /// `page` must begin a block that [`mark_block`] has marked; the caller gives the block away.
+    pub(super) unsafe fn push_block(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: By the requirements of this function.
+        //
+        // INVARIANT: The block is the list's from now on.
+        unsafe {
+            self.blocks.push(page);
+            self.block_pages += 1 << order(page);
         }
+    }
 
-        for n in 0..1usize << order {
-            // SAFETY: A block's `struct page`s are contiguous; `split_page` made each an order 0 page with
-            // a reference of its own, and nobody else knows them.
-            unsafe { self.push(block.add(n)) };
+    /// Takes the first block off the list, which the caller owns, and which stays marked.
+    pub(super) fn pop_block(&mut self) -> Option<NonNull<bindings::page>> {
+        let page = self.blocks.pop()?;
+
+        // SAFETY: The page was on the list. By the type invariants its order is where it is read.
+        //
+        // INVARIANT: The block's pages are off the list.
+        self.block_pages -= 1 << unsafe { order(page) };
+        Some(page)
+    }
+
+    /// Returns the length of the first block in kernel pages.
+    pub(super) fn first_block_len(&self) -> Option<usize> {
+        // SAFETY: By the type invariants the page begins a block of the list.
+        self.blocks.first.map(|page| 1 << unsafe { order(page) })
+    }
+
+    /// Makes single pages of all blocks.
+    pub(crate) fn split_blocks(&mut self) {
+        while let Some(page) = self.pop_block() {
+            // SAFETY: The block was on the list, and is split into pages of order 0 that nobody else knows.
+            unsafe {
+                let order = unmark_block(page);
+
+                bindings::balloon_rs_split_block(page.as_ptr(), order);
+                for n in 0..1usize << order {
+                    self.push(page.add(n));
+                }
+            }
         }
-
-        true
     }
 
     /// Allocates the `len` pages from the page frame number `first` on, wherever their contents have to go for that.
@@ -193,16 +313,16 @@ impl PageList {
         Ok(pages)
     }
 
-    /// Returns the first page.
+    /// Returns the first single page.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(super) fn first(&self) -> Option<NonNull<bindings::page>> {
-        self.first
+        self.singles.first
     }
 
-    /// Moves every second page to `other`.
+    /// Moves every second single page to `other`.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn split_alternating(&mut self, other: &mut Self) {
-        for n in 0..self.len() {
+        for n in 0..self.singles.len {
             let Some(page) = self.pop() else { break };
 
             // SAFETY: The page is of order 0 and was popped, so that it is the caller's to push.
@@ -215,16 +335,17 @@ impl PageList {
         }
     }
 
-    /// Returns the page frame numbers of the pages.
+    /// Returns the page frame numbers of the single pages.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn pfns(&self) -> Pfns<'_> {
         Pfns {
-            next: self.first,
-            left: self.len,
-            _list: PhantomData,
+            next: self.singles.first,
+            left: self.singles.len,
+            _list: core::marker::PhantomData,
         }
     }
 
-    /// Calls `f` with a list head before the first page, as C code expects it. What is on the list when
+    /// Calls `f` with a list head before the first single page, as C code expects it. What is on the list when
     /// `f` returns is what is on it from then on.
     ///
     /// # Safety
@@ -240,7 +361,7 @@ impl PageList {
 
         // SAFETY: `head` is a local; by the type invariants the list owns its pages.
         unsafe {
-            match self.first {
+            match self.singles.first {
                 None => link(head, head),
                 Some(first) => {
                     let first = lru(first);
@@ -252,7 +373,7 @@ impl PageList {
             }
         }
 
-        self.len = f(head);
+        self.singles.len = f(head);
 
         // SAFETY: `f` left a valid list behind, from which `head` is taken off here.
         //
@@ -260,7 +381,7 @@ impl PageList {
         unsafe {
             let first = (*head).next;
 
-            self.first = if first == head {
+            self.singles.first = if first == head {
                 None
             } else {
                 link((*head).prev, first);
@@ -272,6 +393,11 @@ impl PageList {
 
 impl Drop for PageList {
     fn drop(&mut self) {
+        while let Some(page) = self.pop_block() {
+            // SAFETY: The block was on the list, which owned it.
+            unsafe { bindings::__free_pages(page.as_ptr(), unmark_block(page)) };
+        }
+
         // Neighbours are freed together: they go back to the page allocator as blocks, which need not be
         // put together again from single pages.
         let mut start = 0;
@@ -295,13 +421,15 @@ impl Drop for PageList {
     }
 }
 
-/// The page frame numbers of the pages on a [`PageList`], in kernel pages.
+/// The page frame numbers of the single pages on a [`PageList`], in kernel pages.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) struct Pfns<'a> {
     next: Option<NonNull<bindings::page>>,
     left: usize,
-    _list: PhantomData<&'a PageList>,
+    _list: core::marker::PhantomData<&'a PageList>,
 }
 
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 impl Iterator for Pfns<'_> {
     type Item = u64;
 

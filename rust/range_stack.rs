@@ -128,17 +128,19 @@ impl RangeStack {
         true
     }
 
-    /// Adds all pages on `pages` to the stack. Some of the pages become carriers, and leave the list; they
+    /// Adds all single pages on `pages` to the stack. Some of the pages become carriers, and leave the list; they
     /// are freed when the ranges on them have been taken.
     pub(crate) fn record(&mut self, pages: &mut PageList) {
-        for _ in 0..pages.len() {
-            let Some(page) = pages.pop() else { break };
+        let mut rest = PageList::new();
+
+        // What was added last is taken first: from the end, so that pages that ascend do so when they are taken.
+        while let Some(page) = pages.pop_last() {
             // SAFETY: The page was on the list, which owned it.
             let pfn = unsafe { bindings::balloon_rs_page_to_pfn(page.as_ptr()) } as u64;
 
             if self.add(pfn) {
                 // SAFETY: The page is of order 0 and was popped, so that it is the caller's to push.
-                unsafe { pages.push(page) };
+                unsafe { rest.push_first(page) };
                 continue;
             }
 
@@ -155,6 +157,22 @@ impl RangeStack {
                 ranges.write(PfnRange { first: pfn, len: 1 });
             }
             self.top = Some(page);
+        }
+
+        // The list has no more single pages.
+        *pages = rest;
+    }
+
+    /// Returns the range on top, if there is one.
+    pub(crate) fn top(&self) -> Option<PfnRange> {
+        let top = self.top?;
+
+        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges, at least
+        // one, are initialised.
+        unsafe {
+            let (header, ranges) = Self::content(top);
+
+            Some(*ranges.add((*header).len - 1))
         }
     }
 

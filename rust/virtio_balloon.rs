@@ -89,17 +89,23 @@ pub(crate) mod stop_reason {
     pub(crate) const EXCLUDED: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_EXCLUDED;
 }
 
+/// The device takes page sets in place of arrays of page frame numbers. An extension.
+pub(crate) const F_PAGE_SETS: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_PAGE_SETS);
+
 /// The header of a message that names pages. Little-endian.
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) use bindings::virtio_balloon_page_set as PageSet;
 
+// SAFETY: The struct consists of integers, and has no padding.
+unsafe impl AsBytes for PageSet {}
+
 /// What the fields of a [`PageSet`] may be.
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod page_set {
     use super::bindings;
 
     /// The command of pages that are in the balloon from now on.
     pub(crate) const INFLATE: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_INFLATE as u16;
+    /// The command of pages that are not in the balloon any more.
+    pub(crate) const DEFLATE: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_DEFLATE as u16;
     /// The encoding as ranges.
     pub(crate) const RANGES: u8 = bindings::VIRTIO_BALLOON_PAGE_SET_RANGES as u8;
     /// The encoding as a bitmap.

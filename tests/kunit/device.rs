@@ -10,14 +10,19 @@ use crate::{
             QUEUE_SIZE, //
         },
         memory,
-        page_list::PageList,
+        page_list::{
+            PageList,
+            MAX_ORDER, //
+        },
         virtio::Feature,
         virtio_balloon::{
+            page_set,
             stat,
             stop_reason,
             ACTUAL,
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
+            F_PAGE_SETS,
             F_REPORTING,
             F_STATS_VQ,
             F_STOP_REASON,
@@ -30,6 +35,7 @@ use crate::{
 };
 
 use kernel::{
+    page::PAGE_SHIFT,
     prelude::*,
     rbtree::RBTree,
     time::{
@@ -45,11 +51,18 @@ const STATS: usize = 2;
 /// The queue of a device that reports free pages, and has neither statistics nor hints.
 const REPORTS: usize = 2;
 
-/// How many balloon pages a message names at most.
+/// What devices offer that speak the base protocol, or that of page sets.
+const BASE: [Feature; 1] = [Feature::VERSION_1];
+const PAGE_SETS: [Feature; 2] = [Feature::VERSION_1, F_PAGE_SETS];
+
+/// How many balloon pages a message of the base protocol names at most.
 const MESSAGE: u32 = 256;
 
 /// More balloon pages than the messages in a full queue name.
 const MANY: u32 = (QUEUE_SIZE + 4) * MESSAGE;
+
+/// How many balloon pages there are in the largest block.
+const BLOCK: u32 = (BALLOON_PAGES_PER_PAGE as u32) << MAX_ORDER;
 
 /// Waits until `condition` holds.
 pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
@@ -68,12 +81,69 @@ fn reaches(device: &FakeDevice, size: u32) -> Result {
     eventually(|| Ok(device.field(ACTUAL) == size))
 }
 
+/// Returns the page frame numbers that `request` names, of balloon pages.
+///
+/// # Errors
+///
+/// `EINVAL` if it is a page set that is not as it should be on this queue.
+fn names(device: &FakeDevice, queue: usize, request: &Request) -> Result<KVec<u32>> {
+    if device.has_feature(F_PAGE_SETS) {
+        page_set(queue, request)
+    } else {
+        request.pfns()
+    }
+}
+
+/// Reads a page set that is encoded as ranges.
+fn page_set(queue: usize, request: &Request) -> Result<KVec<u32>> {
+    let mut words = request.words.chunks_exact(4).map(|chunk| {
+        chunk
+            .iter()
+            .rev()
+            .fold(0, |word, &part| word << 16 | u64::from(u16::from_le(part)))
+    });
+    let mut next = || words.next().ok_or(EINVAL);
+
+    let kind = next()? & u64::from(u32::MAX);
+    let [id, first, count] = [next()?, next()?, next()?];
+    let command = if queue == INFLATE {
+        page_set::INFLATE
+    } else {
+        page_set::DEFLATE
+    };
+    let expected =
+        u64::from(command) | (PAGE_SHIFT as u64) << 16 | u64::from(page_set::RANGES) << 24;
+    if [kind, id, first] != [expected, 0, 0] {
+        return Err(EINVAL);
+    }
+
+    let mut pfns = KVec::new();
+    while let Ok(range) = next() {
+        let len = match range & ((1 << page_set::COUNT_BITS) - 1) {
+            0 => next()?,
+            len => len,
+        };
+        let first = (range >> page_set::COUNT_BITS) * BALLOON_PAGES_PER_PAGE as u64;
+
+        for pfn in first..first + len * BALLOON_PAGES_PER_PAGE as u64 {
+            if pfns.last().is_some_and(|&last| u64::from(last) >= pfn) {
+                return Err(EINVAL);
+            }
+            pfns.push(pfn as u32, GFP_KERNEL)?;
+        }
+    }
+
+    (pfns.len() as u64 == count * BALLOON_PAGES_PER_PAGE as u64)
+        .then_some(pfns)
+        .ok_or(EINVAL)
+}
+
 /// Takes what is on a queue, answers it, and puts the page frame numbers on `pfns`.
 fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
     let mut served = false;
 
     while let Some(request) = device.next(queue)? {
-        pfns.extend_from_slice(&request.pfns()?, GFP_KERNEL)?;
+        pfns.extend_from_slice(&names(device, queue, &request)?, GFP_KERNEL)?;
         device.answer(queue, &request, 0)?;
         served = true;
     }
@@ -151,11 +221,14 @@ fn cycle(features: &[Feature], pages: u32) -> Result {
 
 /// Sets a target, takes one message off the inflate queue, and leaves it to `answer` what the device does
 /// with it. Returns how many balloon pages are missing from the guest after the device was removed.
-fn misbehave(answer: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<usize> {
+fn misbehave(
+    features: &[Feature],
+    answer: impl FnOnce(&FakeDevice, &Request) -> Result,
+) -> Result<usize> {
     let total = memory::total_pages();
 
     {
-        let device = FakeDevice::new(&[Feature::VERSION_1])?;
+        let device = FakeDevice::new(features)?;
         let mut request = None;
 
         device.change(NUM_PAGES, 4 * MESSAGE);
@@ -187,8 +260,8 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
 
     while let Some(request) = host.device.next(DEFLATE)? {
         messages += 1;
-        host.deflated
-            .extend_from_slice(&request.pfns()?, GFP_KERNEL)?;
+        let told = names(&host.device, DEFLATE, &request)?;
+        host.deflated.extend_from_slice(&told, GFP_KERNEL)?;
         host.device.answer(DEFLATE, &request, 0)?;
     }
 
@@ -232,13 +305,18 @@ fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
 fn moved(features: &[Feature]) -> Result {
     const PAGES: usize = 64;
 
-    let size = MANY.next_multiple_of(BALLOON_PAGES_PER_PAGE as u32);
+    let size = MANY;
     let mut host = Host::new(features)?;
-    host.resize(size, size)?;
+
+    // In steps that are too small for blocks: these are not moved.
+    for size in (MESSAGE..=size).step_by(MESSAGE as usize) {
+        host.resize(size, size)?;
+    }
 
     // The old pages are free at once, unless the device must be told first.
     let (taken, request) = take_out(&host, PAGES)?;
-    if taken.is_ok() == features.contains(&F_MUST_TELL_HOST) || host.device.field(ACTUAL) != size {
+    let waits = features.contains(&F_MUST_TELL_HOST) || features.contains(&F_PAGE_SETS);
+    if taken.is_ok() == waits || host.device.field(ACTUAL) != size {
         return Err(EINVAL);
     }
     host.device.change(NUM_PAGES, 0);
@@ -253,7 +331,7 @@ fn moved(features: &[Feature]) -> Result {
             return Err(EINVAL);
         }
 
-        let told = request.pfns()?;
+        let told = names(&host.device, INFLATE, &request)?;
         pages += told.len() / BALLOON_PAGES_PER_PAGE;
         host.inflated.extend_from_slice(&told, GFP_KERNEL)?;
         host.device.answer(INFLATE, &request, 0)?;
@@ -427,6 +505,63 @@ mod tests {
     }
 
     #[test]
+    fn page_sets_name_all_pages_once() {
+        for pages in [1, MESSAGE + 1, MANY, 2 * BLOCK, 3 * BLOCK - 1] {
+            assert_eq!(cycle(&PAGE_SETS, pages), Ok(()));
+        }
+    }
+
+    #[test]
+    fn page_sets_need_a_modern_device() {
+        let device = FakeDevice::new(&[F_PAGE_SETS]);
+
+        assert!(device.is_ok_and(|device| !device.has_feature(F_PAGE_SETS)));
+    }
+
+    #[test]
+    fn blocks_are_named_in_few_words_with_one_notification() {
+        let device = FakeDevice::new(&PAGE_SETS);
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+
+        device.change(NUM_PAGES, 8 * BLOCK);
+        assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
+        fsleep(Delta::from_millis(20));
+
+        // A header, and two words for each block that has no neighbour.
+        let request = device.next(INFLATE);
+        assert!(request.is_ok_and(|request| request.is_some_and(|request| {
+            request.words.len() <= (4 + 2 * 8) * 4
+                && page_set(INFLATE, &request).is_ok_and(|pfns| pfns.len() as u32 == 8 * BLOCK)
+        })));
+        assert_eq!(device.kicks(INFLATE), 1);
+        assert!(device.next(INFLATE).is_ok_and(|request| request.is_none()));
+    }
+
+    #[test]
+    fn a_balloon_of_blocks_shrinks_by_a_page() {
+        let host = Host::new(&PAGE_SETS);
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+        let page = BALLOON_PAGES_PER_PAGE as u32;
+
+        assert_eq!(host.resize(2 * BLOCK, 2 * BLOCK), Ok(()));
+        for size in [2 * BLOCK - page, BLOCK + page, BLOCK, page, 0] {
+            assert_eq!(host.resize(size, size), Ok(()));
+            assert_eq!(compare(&host), Ok(()));
+        }
+    }
+
+    #[test]
+    fn blocks_come_back_when_the_device_has_answered() {
+        let total = memory::total_pages();
+        let result = deflate_unanswered(&PAGE_SETS, 4 * BLOCK, 0);
+
+        assert_eq!(result, Ok(1));
+        assert_eq!(memory::total_pages(), total);
+    }
+
+    #[test]
     fn statistics_are_there_from_the_beginning() {
         let device = FakeDevice::new(&[Feature::VERSION_1, F_STATS_VQ]);
         assert!(device.is_ok());
@@ -463,6 +598,7 @@ mod tests {
         for features in [
             &[Feature::VERSION_1][..],
             &[Feature::VERSION_1, F_MUST_TELL_HOST],
+            &PAGE_SETS,
         ] {
             assert_eq!(moved(features), Ok(()));
         }
@@ -578,20 +714,30 @@ mod tests {
     #[test]
     fn the_length_in_an_answer_does_not_matter() {
         assert_eq!(
-            misbehave(|device, request| device.answer(INFLATE, request, u32::MAX)),
+            misbehave(&BASE, |device, request| device.answer(
+                INFLATE,
+                request,
+                u32::MAX
+            )),
             Ok(0)
         );
     }
 
     #[test]
     fn a_device_that_never_answers_can_be_removed() {
-        assert_eq!(misbehave(|_, _| Ok(())), Ok(0));
+        for features in [&BASE[..], &PAGE_SETS] {
+            assert_eq!(misbehave(features, |_, _| Ok(())), Ok(0));
+        }
     }
 
     #[test]
     fn an_answer_to_nothing_breaks_the_queue_and_nothing_else() {
         assert_eq!(
-            misbehave(|device, _| device.answer_raw(INFLATE, QUEUE_SIZE - 1, 0)),
+            misbehave(&BASE, |device, _| device.answer_raw(
+                INFLATE,
+                QUEUE_SIZE - 1,
+                0
+            )),
             Ok(0)
         );
     }
@@ -599,7 +745,7 @@ mod tests {
     #[test]
     fn an_answer_out_of_range_breaks_the_queue_and_nothing_else() {
         assert_eq!(
-            misbehave(|device, _| device.answer_raw(INFLATE, u32::MAX, 0)),
+            misbehave(&BASE, |device, _| device.answer_raw(INFLATE, u32::MAX, 0)),
             Ok(0)
         );
     }
@@ -607,7 +753,7 @@ mod tests {
     #[test]
     fn an_answer_given_twice_does_no_harm() {
         assert_eq!(
-            misbehave(|device, request| {
+            misbehave(&BASE, |device, request| {
                 device.answer(INFLATE, request, 0)?;
                 device.answer(INFLATE, request, 0)
             }),

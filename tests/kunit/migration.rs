@@ -3,7 +3,7 @@
 //! Which pages of the balloon may be moved. What the device hears of it is in the suite of the whole driver.
 
 use crate::{
-    message::PAGES_PER_MESSAGE,
+    message::MOVES_PER_MESSAGE,
     migration::Moves,
     rust::{
         balloon_pages::{
@@ -13,9 +13,16 @@ use crate::{
         page_list::PageList,
         task::new_slot, //
     },
+    terms::Terms, //
 };
 
 use kernel::prelude::*;
+
+/// Those of the base protocol.
+const TERMS: Terms = Terms {
+    must_tell_host: false,
+    page_sets: false,
+};
 
 /// Page frame numbers that no page of these tests has.
 const ELSEWHERE: u64 = 1 << 31;
@@ -23,16 +30,14 @@ const ELSEWHERE: u64 = 1 << 31;
 /// Moves that nobody tells a device of.
 fn moves() -> Result<Pin<KBox<Moves>>> {
     let slot = new_slot!(c"virtio_balloon_rs_kunit")?;
-    let moves = KBox::pin_init(Moves::new(slot.waker(), false)?, GFP_KERNEL)?;
+    let moves = KBox::pin_init(Moves::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
 
     moves.allow(true);
     Ok(moves)
 }
 
 fn page() -> Result<PageList> {
-    let mut pages = PageList::new();
-
-    pages.alloc_block(0).then_some(pages).ok_or(ENOMEM)
+    super::pages::block(0)
 }
 
 /// Moves the page on `old` to `new`.
@@ -112,11 +117,11 @@ mod tests {
         assert!(moves.is_ok());
         let Ok(moves) = moves else { return };
 
-        for n in 0..PAGES_PER_MESSAGE as u64 + 1 {
+        for n in 0..MOVES_PER_MESSAGE as u64 + 1 {
             let page = page();
             assert!(page.is_ok());
             let Ok(page) = page else { return };
-            let expected = if n < PAGES_PER_MESSAGE as u64 {
+            let expected = if n < MOVES_PER_MESSAGE as u64 {
                 Ok(())
             } else {
                 Err(EAGAIN)

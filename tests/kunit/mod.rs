@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod backoff;
+mod batch;
 mod bitmap;
 mod buffer;
 mod device;

@@ -6,6 +6,7 @@ use crate::rust::{
         OldPage,
         Replace, //
     },
+    batch::Batch,
     memory,
     page_list::{
         PageList,
@@ -15,11 +16,27 @@ use crate::rust::{
 
 use kernel::prelude::*;
 
-/// Allocates a list of 2^`order` pages.
-fn block(order: u32) -> Result<PageList> {
-    let mut pages = PageList::new();
+/// Allocates a list of 2^`order` single pages that are neighbours.
+pub(super) fn block(order: u32) -> Result<PageList> {
+    let mut batch = Batch::new()?;
 
-    pages.alloc_block(order).then_some(pages).ok_or(ENOMEM)
+    batch.alloc(order, false).map_err(|_| ENOMEM)?;
+    Ok(batch.take_all())
+}
+
+/// Gathers `n` of the largest blocks.
+fn gather(n: usize) -> Result<Batch> {
+    let mut batch = Batch::new()?;
+
+    for _ in 0..n {
+        batch.alloc(MAX_ORDER, true).map_err(|_| ENOMEM)?;
+    }
+    Ok(batch)
+}
+
+/// Allocates a list of `n` of the largest blocks.
+fn blocks(n: usize) -> Result<PageList> {
+    Ok(gather(n)?.take_all())
 }
 
 /// Nobody moves a page in these tests.
@@ -62,20 +79,7 @@ mod tests {
 
     #[test]
     fn an_impossible_order_fails() {
-        let mut pages = PageList::new();
-
-        assert!(!pages.alloc_block(MAX_ORDER + 1));
-        assert!(pages.is_empty());
-    }
-
-    #[test]
-    fn blocks_are_appended() {
-        let mut pages = PageList::new();
-
-        assert!(pages.alloc_block(3));
-        assert!(pages.alloc_block(0));
-        assert_eq!(pages.len(), 9);
-        assert_eq!(pages.pfns().count(), 9);
+        assert!(block(MAX_ORDER + 1).is_err());
     }
 
     #[test]
@@ -117,6 +121,52 @@ mod tests {
     }
 
     #[test]
+    fn blocks_are_accounted_for_like_single_pages() {
+        const LEN: usize = 1 << MAX_ORDER;
+
+        let balloon = balloon();
+        assert!(balloon.is_ok());
+        let Ok(balloon) = balloon else { return };
+        let pages = blocks(3);
+        assert!(pages.is_ok());
+        let Ok(pages) = pages else { return };
+        let (total, ballooned) = (memory::total_pages(), memory::ballooned_pages());
+
+        balloon.insert(pages);
+        assert_eq!(balloon.len(), 3 * LEN);
+        assert_eq!(memory::total_pages(), total - 3 * LEN);
+        assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
+
+        // A block stays whole if it fits, and is split if nothing else is there.
+        assert_eq!(balloon.take(2 * LEN - 1).len(), LEN);
+        assert_eq!(balloon.take(LEN).len(), LEN);
+        assert_eq!(balloon.take(10).len(), 10);
+        assert_eq!(balloon.len(), LEN - 10);
+        assert_eq!(memory::total_pages(), total - LEN + 10);
+        assert_eq!(memory::ballooned_pages(), ballooned + LEN - 10);
+    }
+
+    #[test]
+    fn blocks_can_be_taken_from_where_they_lie() {
+        const LEN: usize = 1 << MAX_ORDER;
+
+        let balloon = balloon();
+        assert!(balloon.is_ok());
+        let Ok(balloon) = balloon else { return };
+        let batch = gather(4);
+        assert!(batch.is_ok());
+        let Ok(mut batch) = batch else { return };
+        let Some(first) = batch.first() else { return };
+
+        balloon.insert(batch.take_all());
+        assert!(balloon.take_blocks(&(0..first.pfn)).is_empty());
+        assert_eq!(balloon.take_blocks(&(first.pfn..first.pfn + 1)).len(), LEN);
+        assert_eq!(balloon.len(), 3 * LEN);
+        assert_eq!(balloon.take_blocks(&(0..u64::MAX)).len(), 3 * LEN);
+        assert_eq!(balloon.len(), 0);
+    }
+
+    #[test]
     fn a_balloon_that_is_dropped_gives_everything_back() {
         let (total, ballooned) = (memory::total_pages(), memory::ballooned_pages());
 
@@ -126,7 +176,8 @@ mod tests {
             let Ok(balloon) = balloon else { return };
 
             balloon.insert(block(MAX_ORDER).unwrap_or(PageList::new()));
-            assert_eq!(memory::ballooned_pages(), ballooned + (1 << MAX_ORDER));
+            balloon.insert(blocks(1).unwrap_or(PageList::new()));
+            assert_eq!(memory::ballooned_pages(), ballooned + (2 << MAX_ORDER));
         }
 
         assert_eq!(memory::total_pages(), total);

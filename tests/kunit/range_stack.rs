@@ -5,6 +5,8 @@ use crate::rust::{
     range_stack::RangeStack, //
 };
 
+use super::pages::block as neighbours;
+
 use kernel::{
     prelude::*,
     rbtree::RBTree, //
@@ -45,13 +47,6 @@ fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
 
     drain(&mut stack, max, expected)?;
     Ok(carriers)
-}
-
-/// Allocates 2^`order` pages that are neighbours.
-fn neighbours(order: u32) -> Result<PageList> {
-    let mut pages = PageList::new();
-
-    pages.alloc_block(order).then_some(pages).ok_or(ENOMEM)
 }
 
 /// Allocates 2^`order` pages, none of which are neighbours.
@@ -112,11 +107,11 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_for_a_portion_of_nothing() {
-        let mut pages = PageList::new();
+        let pages = neighbours(1);
         let mut stack = RangeStack::new();
 
-        assert!(pages.alloc_block(1));
-        stack.record(&mut pages);
+        assert!(pages.is_ok());
+        stack.record(&mut pages.unwrap_or(PageList::new()));
         assert_eq!(stack.take(0), None);
         assert!(!stack.is_empty());
     }

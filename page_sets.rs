@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The extended protocol's messages: page sets.
+//!
+//! A message fits into one page, so that there is always memory for one: as a bitmap it covers 127 MiB of pages of
+//! 4 KiB, and its header is less than a hundredth of that.
+//!
+//! Format: docs/protocol.md, section 4.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    bitmap::{
+        Encoder,
+        Encoding,
+        Subject, //
+    },
+    message::Runs,
+    virtio_balloon::PageSet, //
+};
+
+use kernel::{
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    transmute::AsBytes, //
+};
+
+/// The size of a word in bytes.
+const WORD: usize = size_of::<u64>();
+
+/// The length of a message's header in words.
+const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
+
+/// How many words a message has at most, header included.
+pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
+
+/// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room for.
+///
+/// # Errors
+///
+/// `ENOSPC` if there is no room for any run, or if there is none.
+pub(crate) fn write(
+    message: &mut KVec<u64>,
+    command: u16,
+    forced: Option<Encoding>,
+    runs: &mut impl Runs,
+) -> Result {
+    let len = message.capacity();
+    message.resize(len, 0, GFP_NOWAIT)?;
+
+    let (head, payload) = message.split_at_mut_checked(HEADER_WORDS).ok_or(ENOSPC)?;
+    let mut encoder = Encoder::new(payload, forced).ok_or(ENOSPC)?;
+
+    while let Some(run) = runs.first() {
+        let rest = encoder.push(run);
+
+        runs.advance(run.len() - rest.map_or(0, |rest| rest.len()));
+        if rest.is_some() {
+            break;
+        }
+    }
+
+    let subject = Subject {
+        command,
+        page_shift: PAGE_SHIFT as u8,
+        request_id: 0,
+        more: runs.first().is_some(),
+    };
+    let (header, words) = encoder.finish(subject).ok_or(ENOSPC)?;
+
+    for (word, bytes) in head.iter_mut().zip(header.as_bytes().chunks_exact(WORD)) {
+        // Each has the length of a word.
+        *word = bytes.try_into().map_or(0, u64::from_ne_bytes);
+    }
+    message.truncate(HEADER_WORDS + words);
+    Ok(())
+}
