@@ -65,7 +65,7 @@ help:
 	@echo "KERNEL=test|debug  run the tests in that guest kernel only"
 	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit)"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
-	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu or vhost-user"
+	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu, vhost-user or extended"
 	@echo "                   (default: qemu, and a few on both)"
 	@echo "TARGET=NAME        fuzz that target only"
 	@echo "SECONDS=NUMBER     fuzz each target for so long (default: 60)"

@@ -94,7 +94,7 @@ fn names(device: &FakeDevice, queue: usize, request: &Request) -> Result<KVec<u3
     }
 }
 
-/// Reads a page set that is encoded as ranges.
+/// Reads a page set.
 fn page_set(queue: usize, request: &Request) -> Result<KVec<u32>> {
     let mut words = request.words.chunks_exact(4).map(|chunk| {
         chunk
@@ -111,31 +111,49 @@ fn page_set(queue: usize, request: &Request) -> Result<KVec<u32>> {
     } else {
         page_set::DEFLATE
     };
-    let expected =
-        u64::from(command) | (PAGE_SHIFT as u64) << 16 | u64::from(page_set::RANGES) << 24;
-    if [kind, id, first] != [expected, 0, 0] {
+    let kind_of =
+        |encoding| u64::from(command) | (PAGE_SHIFT as u64) << 16 | u64::from(encoding) << 24;
+
+    let mut pages = KVec::new();
+    if kind == kind_of(page_set::RANGES) && id == 0 && first == 0 {
+        while let Ok(range) = next() {
+            let first = range >> page_set::COUNT_BITS;
+            let len = match range & ((1 << page_set::COUNT_BITS) - 1) {
+                0 => next()?,
+                len => len,
+            };
+
+            for page in first..first + len {
+                pages.push(page, GFP_KERNEL)?;
+            }
+        }
+    } else if kind == kind_of(page_set::BITMAP) && id == 0 {
+        let mut page = first;
+
+        while let Ok(word) = next() {
+            for bit in 0..u64::BITS {
+                if word >> bit & 1 != 0 {
+                    pages.push(page + u64::from(bit), GFP_KERNEL)?;
+                }
+            }
+            page += u64::from(u64::BITS);
+        }
+    } else {
         return Err(EINVAL);
     }
 
-    let mut pfns = KVec::new();
-    while let Ok(range) = next() {
-        let len = match range & ((1 << page_set::COUNT_BITS) - 1) {
-            0 => next()?,
-            len => len,
-        };
-        let first = (range >> page_set::COUNT_BITS) * BALLOON_PAGES_PER_PAGE as u64;
+    if pages.len() as u64 != count || pages.windows(2).any(|pair| pair[0] >= pair[1]) {
+        return Err(EINVAL);
+    }
+    let mut pfns = KVec::with_capacity(pages.len() * BALLOON_PAGES_PER_PAGE, GFP_KERNEL)?;
+    for page in &pages {
+        let first = *page as u32 * BALLOON_PAGES_PER_PAGE as u32;
 
-        for pfn in first..first + len * BALLOON_PAGES_PER_PAGE as u64 {
-            if pfns.last().is_some_and(|&last| u64::from(last) >= pfn) {
-                return Err(EINVAL);
-            }
-            pfns.push(pfn as u32, GFP_KERNEL)?;
+        for pfn in first..first + BALLOON_PAGES_PER_PAGE as u32 {
+            pfns.push(pfn, GFP_KERNEL)?;
         }
     }
-
-    (pfns.len() as u64 == count * BALLOON_PAGES_PER_PAGE as u64)
-        .then_some(pfns)
-        .ok_or(EINVAL)
+    Ok(pfns)
 }
 
 /// Takes what is on a queue, answers it, and puts the page frame numbers on `pfns`.

@@ -116,6 +116,8 @@ enum DriverName {
 enum DeviceName {
     Qemu,
     VhostUser,
+    /// The vhost-user device with the extended protocol.
+    Extended,
 }
 
 impl Guests {
@@ -151,6 +153,7 @@ impl From<DeviceName> for Device {
         match name {
             DeviceName::Qemu => Self::Qemu,
             DeviceName::VhostUser => Self::VhostUser,
+            DeviceName::Extended => Self::Extended,
         }
     }
 }

@@ -24,7 +24,7 @@ const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 /// What takes minutes, and runs when it or everything is asked for.
 const LONG_SCENARIOS: &[&str] = &["migration_speed"];
 
-/// What runs on both devices when none is asked for. The other scenarios run on the first one that they are for.
+/// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
 const DEVICE_SCENARIOS: &[&str] = &[
     "inflate_deflate",
     "accounting",
@@ -65,7 +65,7 @@ pub(crate) fn run(
         };
         let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
         let with_kunit = driver == Driver::Rust
-            && device != Some(Device::VhostUser)
+            && device.is_none_or(|device| device == Device::Qemu)
             && kernel.is_none_or(|kernel| kernel == this)
             && only.is_none_or(|only| only == "kunit");
         if scenarios.is_empty() && !with_kunit {
@@ -76,10 +76,10 @@ pub(crate) fn run(
             kunit::run_in(this, &artifacts, guests, &mut report);
         }
         for scenario in scenarios {
-            let on_both = DEVICE_SCENARIOS.contains(&scenario.name);
+            let on_all = DEVICE_SCENARIOS.contains(&scenario.name);
             let devices = match (&device, scenario.devices) {
                 (Some(device), _) => slice::from_ref(device),
-                (None, [first, ..]) if !on_both => slice::from_ref(first),
+                (None, [first, ..]) if !on_all => slice::from_ref(first),
                 (None, all) => all,
             };
             for &device in devices {
@@ -102,9 +102,11 @@ fn run_scenario(
     if driver == Driver::C {
         label += ", C driver";
     }
-    if device == Device::VhostUser {
-        label += ", vhost-user";
-    }
+    label += match device {
+        Device::Qemu => "",
+        Device::VhostUser => ", vhost-user",
+        Device::Extended => ", extended",
+    };
     let name = format!("scenario {} ({label})", scenario.name);
     if !scenario.kernels.contains(&kernel) {
         return report.add(

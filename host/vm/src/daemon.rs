@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
-use crate::device::Offer;
+use crate::device::Device;
 use crate::qemu::Config;
 
 /// How long it may take to start and to end.
@@ -35,7 +35,7 @@ impl Daemon {
     pub fn start(config: &Config) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let mut features = vec!["stats", "event-idx"];
-        features.extend(config.offers.iter().filter_map(|offer| offer.feature()));
+        features.extend(config.offers.iter().map(|offer| offer.feature()));
         fs::create_dir_all(config.logs())?;
         let log = config.logs().join("daemon.log");
 
@@ -48,12 +48,7 @@ impl Daemon {
             .arg("--state")
             .arg(directory.path().join("state"))
             .args(["--features", &features.join(",")])
-            .args(
-                config
-                    .offers
-                    .contains(&Offer::Extensions)
-                    .then_some("--extensions"),
-            )
+            .args((config.device == Device::Extended).then_some("--extensions"))
             .args(&config.daemon_arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

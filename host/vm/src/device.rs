@@ -11,6 +11,8 @@ pub enum Device {
     Qemu,
     /// This repository's, in a process of its own. The guest's memory is a shared file then.
     VhostUser,
+    /// The same with the extended protocol.
+    Extended,
 }
 
 impl fmt::Display for Device {
@@ -18,6 +20,7 @@ impl fmt::Display for Device {
         f.write_str(match self {
             Self::Qemu => "QEMU's device",
             Self::VhostUser => "vhost-user device",
+            Self::Extended => "vhost-user device with extensions",
         })
     }
 }
@@ -33,30 +36,26 @@ pub enum Offer {
     FreePageReporting,
     /// The guest says what free memory is filled with.
     PagePoison,
-    /// The extended protocol, which QEMU's device does not know.
-    Extensions,
 }
 
 impl Offer {
     /// The property of QEMU's device.
-    pub(crate) fn property(self) -> Option<&'static str> {
+    pub(crate) fn property(self) -> &'static str {
         match self {
-            Self::DeflateOnOom => Some("deflate-on-oom=on"),
-            Self::FreePageHint => Some("free-page-hint=on"),
-            Self::FreePageReporting => Some("free-page-reporting=on"),
-            Self::PagePoison => Some("page-poison=on"),
-            Self::Extensions => None,
+            Self::DeflateOnOom => "deflate-on-oom=on",
+            Self::FreePageHint => "free-page-hint=on",
+            Self::FreePageReporting => "free-page-reporting=on",
+            Self::PagePoison => "page-poison=on",
         }
     }
 
     /// The daemon's name of the feature.
-    pub(crate) fn feature(self) -> Option<&'static str> {
+    pub(crate) fn feature(self) -> &'static str {
         match self {
-            Self::DeflateOnOom => Some("deflate-on-oom"),
-            Self::FreePageHint => Some("free-page-hinting"),
-            Self::FreePageReporting => Some("free-page-reporting"),
-            Self::PagePoison => Some("page-poison"),
-            Self::Extensions => None,
+            Self::DeflateOnOom => "deflate-on-oom",
+            Self::FreePageHint => "free-page-hinting",
+            Self::FreePageReporting => "free-page-reporting",
+            Self::PagePoison => "page-poison",
         }
     }
 }

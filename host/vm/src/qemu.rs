@@ -250,10 +250,10 @@ impl Config {
         self
     }
 
-    /// Gives the guest the balloon device of a daemon that is running already.
+    /// Gives the guest, which has a device of a daemon, that of one that is running already.
     pub fn daemon(mut self, daemon: &Arc<Daemon>) -> Self {
         self.daemon = Some(Arc::clone(daemon));
-        self.device(Device::VhostUser)
+        self
     }
 
     /// What the balloon device offers.
@@ -276,7 +276,7 @@ impl Config {
 
     /// Whether the guest's balloon is the daemon's.
     pub(crate) fn has_daemon(&self) -> bool {
-        self.device == Device::VhostUser && self.balloon == Balloon::Default
+        self.device != Device::Qemu && self.balloon == Balloon::Default
     }
 
     /// The balloon device for the command line; `daemon` is the socket of a daemon that has it.
@@ -290,16 +290,16 @@ impl Config {
         };
         if daemon.is_some() {
             // What QEMU knows of the configuration space is its size.
-            let config_size = match self.offers.contains(&Offer::Extensions) {
-                false => 16,
-                true => 24,
+            let config_size = match self.device {
+                Device::Extended => 24,
+                Device::Qemu | Device::VhostUser => 16,
             };
             return Some(format!(
                 "vhost-user-test-device-{bus},id=balloon0,chardev=balloon,virtio-id=5,num_vqs=5,vq_size=256,\
                  config_size={config_size}"
             ));
         }
-        let properties = self.offers.iter().filter_map(|offer| offer.property());
+        let properties = self.offers.iter().map(|offer| offer.property());
         Some(
             std::iter::once(format!(
                 "virtio-balloon-{bus},id=balloon0,iothread=iothread0"
@@ -643,8 +643,7 @@ mod tests {
     #[test]
     fn a_daemon_shares_the_memory() {
         let line = config()
-            .device(Device::VhostUser)
-            .offer(&[Offer::Extensions])
+            .device(Device::Extended)
             .command_line(Some(Path::new("/s")))
             .join(" ");
         for part in ["share=on", "path=/s", "chardev=balloon", "config_size=24"] {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use vm::{Driver, Exit, Guest, Load, Size};
 
 use crate::sizes::{check_free, check_size, offline_pages};
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -17,7 +17,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest full of single balloon pages gets as many huge pages as with the C driver",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: huge_pages,
     },
     Scenario {
@@ -25,7 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a block of memory that is full of balloon pages can be taken away from the guest",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: memory_offline,
     },
     Scenario {
@@ -33,7 +33,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon makes room for an allocation from the contiguous memory allocator",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: contiguous_allocation,
     },
 ];

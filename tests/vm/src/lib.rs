@@ -79,9 +79,10 @@ pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
 pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
 pub(crate) const RUST_DRIVER: &[Driver] = &[Driver::Rust];
-pub(crate) const BOTH_DEVICES: &[Device] = &[Device::Qemu, Device::VhostUser];
+pub(crate) const ALL_DEVICES: &[Device] = &[Device::Qemu, Device::VhostUser, Device::Extended];
 pub(crate) const QEMU_DEVICE: &[Device] = &[Device::Qemu];
-pub(crate) const VHOST_USER_DEVICE: &[Device] = &[Device::VhostUser];
+pub(crate) const VHOST_USER_DEVICE: &[Device] = &[Device::VhostUser, Device::Extended];
+pub(crate) const EXTENDED_DEVICE: &[Device] = &[Device::Extended];
 
 /// What a scenario runs with.
 pub struct Setup {

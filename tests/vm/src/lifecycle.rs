@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use vm::{Driver, Guest, Kernel, Size};
 
 use crate::sizes::{check_free, check_size};
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -18,7 +18,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "unloading the module gives all memory back, loading it inflates again",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: rmmod_full,
     },
     Scenario {
@@ -26,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "unbinding gives all memory back, also while the balloon inflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: rebind,
     },
     Scenario {
@@ -42,7 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest switches itself off while its balloon inflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: power_off_while_inflating,
     },
 ];

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use vm::{Load, Size};
 
 use crate::sizes::check_size;
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -16,7 +16,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the host gets the memory, and the guest can use it again afterwards",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: memory_returned,
     },
     Scenario {
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the guest's data stay what they are while the balloon comes and goes",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: data_intact,
     },
     Scenario {
@@ -32,7 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon takes single pages where there is nothing else",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: fragmented,
     },
 ];

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use vm::{Guest, Load, Offer, RunningLoad, Size};
 
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -16,7 +16,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a process that needs more than is left lives, because the balloon deflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: deflate_on_oom,
     },
     Scenario {
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "without the feature the balloon stays, and the process is killed",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: no_deflate_on_oom,
     },
     Scenario {
@@ -32,7 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "memory that was given back to a process in need is not taken again at once",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: no_swing_after_oom,
     },
 ];

@@ -14,8 +14,7 @@ use crate::queues::{PAGE_POISON, REPORTING};
 use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
 use crate::transports::accepted;
 use crate::{
-    BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -32,7 +31,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "free pages keep their value while they are reported, ballooned and used again",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: poison_kept,
     },
     // The C driver writes the value when it is bound, and the device forgets it when the guest sleeps.
@@ -41,7 +40,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "free pages keep their value also after the guest has slept",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: poison_after_resume,
     },
 ];

@@ -10,7 +10,7 @@ use vm::{Config, Guest, Kernel, Load, Machine, RunningLoad, Size};
 use crate::lifecycle::device;
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -18,7 +18,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest that sleeps has all of its memory, and its balloon comes back by itself",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: suspend_to_ram,
     },
     Scenario {
@@ -26,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest falls asleep while its balloon inflates, and inflates it when it wakes up",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: suspend_while_inflating,
     },
     Scenario {
@@ -34,7 +34,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest goes on in another QEMU, with its data, and with the balloon asked for there",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: hibernate,
     },
     Scenario {
@@ -42,7 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "after a reboot with a full balloon both sides begin anew",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: reboot,
     },
     Scenario {
@@ -51,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: BOTH_KERNELS,
         // The C driver tells the host a size only when it has something to do.
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: reboot_to_empty,
     },
     Scenario {
@@ -59,7 +59,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "another kernel takes over while the balloon inflates, and has all memory",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: kexec,
     },
     Scenario {
@@ -67,7 +67,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the device keeps a guest awake, where asked to, while its balloon changes, and no longer",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: wakeup_source,
     },
     Scenario {
@@ -76,7 +76,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: BOTH_KERNELS,
         // The C driver tries again for ever, and keeps its guest awake for it.
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: wakeup_source_while_stuck,
     },
 ];

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Guest, Kernel, Load, Offer, RunningLoad, Size};
 
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -16,7 +16,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the host gets 6 GiB back that processes and files used, when they are gone",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: free_page_reporting,
     },
     Scenario {
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the guest's data stay what they are while pages are reported and ballooned",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: reporting_and_ballooning,
     },
 ];

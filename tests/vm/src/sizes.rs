@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use vm::{Guest, Kernel, Size};
 
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -17,7 +17,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon takes every size it is asked for, and both sides agree on it",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: inflate_deflate,
     },
     Scenario {
@@ -25,7 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the kernel's counters say what the balloon does, page by page",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: accounting,
     },
     Scenario {
@@ -33,7 +33,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a target that changes on the way is followed",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: target_changes,
     },
     Scenario {
@@ -41,7 +41,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a target that cannot be reached harms nobody, and a smaller one is taken at once",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: target_beyond_memory,
     },
     Scenario {
@@ -49,7 +49,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the balloon leaves the guest what floor_mib says, and takes the rest",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: floor,
     },
     Scenario {
@@ -57,7 +57,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "a guest of 128 MiB gives what it can and lives",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: small_guest,
     },
 ];

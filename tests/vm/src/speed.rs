@@ -7,14 +7,14 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use vm::{Driver, Size};
 
-use crate::{BOTH_DEVICES, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "faster_than_c",
     proves: "7 of 8 GiB are inflated and deflated in about half of the C driver's time",
     kernels: TEST_KERNEL,
     drivers: RUST_DRIVER,
-    devices: BOTH_DEVICES,
+    devices: ALL_DEVICES,
     run: faster_than_c,
 }];
 

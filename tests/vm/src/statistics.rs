@@ -10,7 +10,7 @@ use vm::{Guest, Load, Sample, Size};
 use crate::lifecycle::device;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
-use crate::{BOTH_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -18,7 +18,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the host sees what /proc/meminfo and /proc/vmstat say, all sixteen kinds of it",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: statistics,
     },
     Scenario {
@@ -27,7 +27,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: BOTH_KERNELS,
         // The C driver takes what the kernel needs for itself: on a fast device it panics.
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: statistics_while_stuck,
     },
     Scenario {
@@ -35,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "inflate=0 keeps the balloon empty, while statistics and reports go on",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: BOTH_DEVICES,
+        devices: ALL_DEVICES,
         run: no_ballooning,
     },
 ];

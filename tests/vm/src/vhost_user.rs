@@ -15,7 +15,9 @@ use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, S
 
 use crate::sizes::check_size;
 use crate::speed::median;
-use crate::{BOTH_DRIVERS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+use crate::{
+    BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -47,7 +49,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "the host learns why the balloon is smaller than it has been asked to be",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: VHOST_USER_DEVICE,
+        devices: EXTENDED_DEVICE,
         run: stop_reasons,
     },
     Scenario {
@@ -167,7 +169,7 @@ fn balloonctl(setup: &Setup, socket: &Path, arguments: &[&str], exit: i32) -> Re
 }
 
 fn client(setup: &Setup) -> Result<()> {
-    let config = setup.config().offer(&[Offer::Extensions]);
+    let config = setup.config();
     let socket = vm::run(&config, |guest| {
         let socket = guest.daemon()?.control();
         let run = |arguments: &[&str], exit| balloonctl(setup, &socket, arguments, exit);
@@ -210,8 +212,8 @@ fn client(setup: &Setup) -> Result<()> {
 }
 
 fn stop_reasons(setup: &Setup) -> Result<()> {
-    let offers = [Offer::Extensions, Offer::DeflateOnOom];
-    vm::run(&setup.config().offer(&offers), |guest| {
+    let config = setup.config().offer(&[Offer::DeflateOnOom]);
+    vm::run(&config, |guest| {
         let expect = |reason: Option<Shortfall>| {
             let mut last = None;
             guest
