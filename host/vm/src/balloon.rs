@@ -17,10 +17,6 @@ use crate::guest::Guest;
 use crate::qmp::Qmp;
 use crate::size::Size;
 
-/// How often the balloon's size is asked for. QEMU's own event comes once a second at most, too
-/// seldom to measure with.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
-
 /// How long the balloon's size may stay the same on its way to a target.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -68,6 +64,9 @@ trait Control {
 
     /// The statistics that have come last, if there have been any.
     fn statistics(&self) -> Result<Option<Sample>>;
+
+    /// How often the size can be asked for without slowing the guest down.
+    fn interval(&self) -> Duration;
 }
 
 /// By the control socket.
@@ -100,6 +99,10 @@ impl Control for Daemon {
                 .collect(),
             taken: now - stats.age,
         }))
+    }
+
+    fn interval(&self) -> Duration {
+        Duration::from_millis(1)
     }
 }
 
@@ -161,6 +164,12 @@ impl Control for QemuDevice {
                 .collect(),
             taken: stats.last_update,
         }))
+    }
+
+    /// QEMU answers under the lock that its devices need. Its own event comes once a second at most, too seldom to
+    /// measure with.
+    fn interval(&self) -> Duration {
+        Duration::from_millis(20)
     }
 }
 
@@ -245,7 +254,7 @@ impl<'a> Balloon<'a> {
                 );
             }
             self.guest.check_alive()?;
-            thread::sleep(POLL_INTERVAL);
+            thread::sleep(self.control().interval());
         }
     }
 
@@ -254,7 +263,7 @@ impl<'a> Balloon<'a> {
         let (mut last, mut moved) = (self.size()?, Instant::now());
         while moved.elapsed() < quiet {
             self.guest.check_alive()?;
-            thread::sleep(POLL_INTERVAL);
+            thread::sleep(self.control().interval());
             let now = self.size()?;
             if now != last {
                 (last, moved) = (now, Instant::now());
