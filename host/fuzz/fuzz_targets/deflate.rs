@@ -5,12 +5,12 @@
 
 #![no_main]
 
-use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, pfns};
+use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, ranges};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::deflate::Deflate;
 use vhost_user_balloon::discard::{Discarder, Pieces};
-use vhost_user_balloon::pfns::Pfns;
+use vhost_user_balloon::pages::Pages;
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {
@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
         balloon: &mut balloon,
         prefault: input.option.then_some(&mut discarder),
         counters: &counters,
-        pfns: &mut Pfns::default(),
+        pages: &mut Pages::default(),
         pieces: &mut Pieces::default(),
     };
     let named = guest.serve(&counters, &mut deflate).named;
@@ -35,6 +35,6 @@ fuzz_target!(|data: &[u8]| {
     let deflated = counters.deflated.get();
     assert!(deflated <= bytes(named & held));
     // What the device says is in the balloon cannot go in again.
-    let rest = balloon.inflate(&pfns(u64::MAX), &mut Pieces::default());
+    let rest = balloon.inflate(&ranges(u64::MAX), &mut Pieces::default());
     assert_eq!(rest.moved + (bytes(held) - deflated) / PAGE, PAGES);
 });

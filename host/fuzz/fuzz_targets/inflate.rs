@@ -4,12 +4,12 @@
 
 #![no_main]
 
-use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, pfns};
+use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, ranges};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::discard::{Discarder, Pieces};
 use vhost_user_balloon::inflate::Inflate;
-use vhost_user_balloon::pfns::Pfns;
+use vhost_user_balloon::pages::Pages;
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {
@@ -27,7 +27,7 @@ fuzz_target!(|data: &[u8]| {
         told_before_use,
         discarder: &mut Discarder::default(),
         counters: &counters,
-        pfns: &mut Pfns::default(),
+        pages: &mut Pages::default(),
         pieces: &mut Pieces::default(),
     };
     let named = guest.serve(&counters, &mut inflate).named;
@@ -43,6 +43,6 @@ fuzz_target!(|data: &[u8]| {
     assert!(inflated <= bytes(named & !held));
     assert!(bytes(held) + inflated <= PAGES * PAGE);
     // What the device says is in the balloon comes out again.
-    let out = balloon.deflate(&pfns(u64::MAX), &mut Pieces::default());
+    let out = balloon.deflate(&ranges(u64::MAX), &mut Pieces::default());
     assert_eq!(out.moved * PAGE, bytes(held) + inflated);
 });

@@ -148,7 +148,7 @@ impl Guest {
     pub fn balloon(&self, held: u64) -> Balloon {
         let mut balloon = Balloon::default();
         balloon.set_memory(&self.memory, Granularity::Bytes(self.granule * PAGE));
-        balloon.inflate(&pfns(held), &mut Pieces::default());
+        balloon.inflate(&ranges(held), &mut Pieces::default());
         balloon
     }
 
@@ -323,20 +323,21 @@ pub fn page(number: u64) -> u64 {
 
 /// Only the pages of the set that are in the guest's memory.
 pub fn in_memory(set: u64) -> u64 {
-    set & pfns(u64::MAX)
+    set & ranges(u64::MAX)
         .into_iter()
-        .fold(0, |pages, pfn| pages | page(pfn.into()))
+        .flatten()
+        .fold(0, |pages, number| pages | page(number))
 }
 
-/// The guest's numbers of the pages of a set.
-pub fn pfns(set: u64) -> Vec<u32> {
+/// The guest's numbers of the pages of a set, a range for each page.
+pub fn ranges(set: u64) -> Vec<Range<u64>> {
     REGIONS
         .into_iter()
         .flat_map(|(pages, first)| {
             let start = pages.start;
             pages
                 .filter(move |&page| set & (1 << page) != 0)
-                .map(move |page| (first + page - start) as u32)
+                .map(move |page| first + page - start..first + page - start + 1)
         })
         .collect()
 }

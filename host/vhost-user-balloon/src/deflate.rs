@@ -11,7 +11,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::balloon::Balloon;
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
-use crate::pfns::Pfns;
+use crate::pages::Pages;
 use crate::queue::{Chain, Receiver};
 
 /// What receives the messages of the deflate queue.
@@ -25,20 +25,20 @@ pub struct Deflate<'a> {
     pub prefault: Option<&'a mut Discarder>,
     /// What is counted.
     pub counters: &'a Counters,
-    /// Space for the PFNs of a batch.
-    pub pfns: &'a mut Pfns,
+    /// Space for the pages of a batch.
+    pub pages: &'a mut Pages,
     /// Space for the pieces of a batch.
     pub pieces: &'a mut Pieces,
 }
 
 impl Receiver for Deflate<'_> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
-        self.pfns.read(self.memory, chain, self.counters)
+        self.pages.read(self.memory, chain, self.counters)
     }
 
     fn finish(&mut self) {
-        let tally = self.balloon.deflate(self.pfns.sorted(), self.pieces);
-        self.pfns.clear();
+        let tally = self.balloon.deflate(self.pages.sorted(), self.pieces);
+        self.pages.clear();
         match &mut self.prefault {
             Some(discarder) => discarder.prefault(self.pieces),
             None => self.pieces.clear(),
@@ -65,7 +65,7 @@ mod tests {
         let mut balloon = Balloon::default();
         balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
         let mut pieces = Pieces::default();
-        balloon.inflate(&[0x100, 0x101], &mut pieces);
+        balloon.inflate(&[0x100..0x101, 0x101..0x102], &mut pieces);
         pieces.clear();
 
         guest.send(&[&[0, 1, 0, 0, 9, 9, 0, 0]]);
@@ -76,7 +76,7 @@ mod tests {
             balloon: &mut balloon,
             prefault: None,
             counters: &counters,
-            pfns: &mut Pfns::default(),
+            pages: &mut Pages::default(),
             pieces: &mut pieces,
         };
         let messages = Counter::default();

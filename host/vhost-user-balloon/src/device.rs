@@ -36,7 +36,7 @@ use crate::discard::{Discarder, Granularity, Pieces};
 use crate::features::{Feature, config_size};
 use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
-use crate::pfns::Pfns;
+use crate::pages::Pages;
 use crate::queue::{Kind, MAX_QUEUE_SIZE, MAX_QUEUES, serve};
 use crate::reporting::Reporting;
 use crate::state::State;
@@ -66,7 +66,7 @@ struct Work {
     memory: Arc<GuestMemoryMmap>,
     balloon: Balloon,
     discarder: Discarder,
-    pfns: Pfns,
+    pages: Pages,
     pieces: Pieces,
     ranges: Vec<Range<u64>>,
     heads: Vec<u16>,
@@ -362,7 +362,7 @@ impl Device {
         let Work {
             balloon,
             discarder,
-            pfns,
+            pages,
             pieces,
             ranges,
             heads,
@@ -385,7 +385,7 @@ impl Device {
                     told_before_use: acked & Feature::MustTellHost.mask() != 0,
                     discarder: &mut work.discarder,
                     counters,
-                    pfns: &mut work.pfns,
+                    pages: &mut work.pages,
                     pieces: &mut work.pieces,
                 };
                 let heads = &mut work.heads;
@@ -399,7 +399,7 @@ impl Device {
                     balloon,
                     prefault: self.settings.prefault.then_some(discarder),
                     counters,
-                    pfns,
+                    pages,
                     pieces,
                 };
                 serve(&mut vring, memory, heads, counters, messages, &mut deflate)

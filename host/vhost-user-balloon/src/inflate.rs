@@ -11,7 +11,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::balloon::Balloon;
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
-use crate::pfns::Pfns;
+use crate::pages::Pages;
 use crate::queue::{Chain, Receiver};
 
 /// What receives the messages of the inflate queue.
@@ -27,20 +27,20 @@ pub struct Inflate<'a> {
     pub discarder: &'a mut Discarder,
     /// What is counted.
     pub counters: &'a Counters,
-    /// Space for the PFNs of a batch.
-    pub pfns: &'a mut Pfns,
+    /// Space for the pages of a batch.
+    pub pages: &'a mut Pages,
     /// Space for the pieces of a batch.
     pub pieces: &'a mut Pieces,
 }
 
 impl Receiver for Inflate<'_> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
-        self.pfns.read(self.memory, chain, self.counters)
+        self.pages.read(self.memory, chain, self.counters)
     }
 
     fn finish(&mut self) {
-        let tally = self.balloon.inflate(self.pfns.sorted(), self.pieces);
-        self.pfns.clear();
+        let tally = self.balloon.inflate(self.pages.sorted(), self.pieces);
+        self.pages.clear();
         self.discarder.discard(self.pieces, self.counters);
         if !self.told_before_use {
             self.balloon.settle();
@@ -69,7 +69,7 @@ mod tests {
             told_before_use: true,
             discarder: &mut Discarder::default(),
             counters: &counters,
-            pfns: &mut Pfns::default(),
+            pages: &mut Pages::default(),
             pieces: &mut Pieces::default(),
         };
         guest.serve(&counters, &mut receiver);

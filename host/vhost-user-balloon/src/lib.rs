@@ -30,7 +30,7 @@ pub mod keeper;
 pub mod message;
 pub mod metrics;
 pub mod options;
-pub mod pfns;
+pub mod pages;
 pub mod queue;
 pub mod reporting;
 pub mod state;
