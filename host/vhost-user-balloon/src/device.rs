@@ -49,6 +49,9 @@ const TIMER: u64 = MAX_QUEUES as u64 + 2;
 /// The smallest part of the configuration space that is all of it to a driver, in bytes.
 const SMALLEST_CONFIG: u32 = 8;
 
+/// The largest granule that the configuration space can tell, in bytes.
+const LARGEST_GRANULE: u32 = 1 << 31;
+
 /// How a device is to be.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -505,10 +508,10 @@ impl VhostUserBackend for Device {
         }
         let command = lock(&self.hints).command();
         let (_, granule) = self.sizes();
-        let granule = granule.and_then(|bytes| u32::try_from(bytes).ok());
-        let fields = lock(&self.state)
-            .config
-            .read(command, granule.unwrap_or_default());
+        // There is none below a page, also while the memory is not known (PS-V3).
+        let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
+        let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
+        let fields = lock(&self.state).config.read(command, granule);
         let rest = fields.get(start..).unwrap_or_default();
         // What comes after the last field is nothing.
         rest.iter()
@@ -615,6 +618,12 @@ mod tests {
         // Some front ends ask for one field at a time.
         assert_eq!(device.get_config(0, 4).len(), 4);
         assert_eq!(device.get_config(u32::MAX, 4), [0; 4]);
+    }
+
+    #[test]
+    fn a_granule_is_told_without_memory() {
+        let device = device(&[], true);
+        assert_eq!(device.get_config(16, 4), 4096_u32.to_le_bytes());
     }
 
     #[test]
