@@ -24,6 +24,8 @@ pub enum Refusal {
     TooLong,
     /// A message ends in the middle of an entry, or has none.
     Truncated,
+    /// A page set breaks the rules, or is on the wrong queue (PS-V6).
+    Malformed,
     /// Pages that are not in the guest's memory.
     OutsideMemory,
     /// Pages that were in the balloon already.
@@ -35,11 +37,12 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::BadChain,
         Self::BadBuffer,
         Self::TooLong,
         Self::Truncated,
+        Self::Malformed,
         Self::OutsideMemory,
         Self::AlreadyInBalloon,
         Self::NotInBalloon,
@@ -54,6 +57,7 @@ impl fmt::Display for Refusal {
             Self::BadBuffer => "bad-buffer",
             Self::TooLong => "too-long",
             Self::Truncated => "truncated",
+            Self::Malformed => "malformed",
             Self::OutsideMemory => "outside-memory",
             Self::AlreadyInBalloon => "already-in-balloon",
             Self::NotInBalloon => "not-in-balloon",

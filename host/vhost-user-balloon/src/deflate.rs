@@ -6,12 +6,13 @@
 //! the memory is there before the buffer is used, so that a host without memory shows in the daemon's log
 //! and the guest's first write does not have to wait.
 
+use balloon_wire::page_set::Command;
 use vm_memory::GuestMemoryMmap;
 
 use crate::balloon::Balloon;
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
-use crate::pages::Pages;
+use crate::pages::{Format, Pages};
 use crate::queue::{Chain, Receiver};
 
 /// What receives the messages of the deflate queue.
@@ -23,6 +24,8 @@ pub struct Deflate<'a> {
     pub balloon: &'a mut Balloon,
     /// What has memory ready, if it is to be.
     pub prefault: Option<&'a mut Discarder>,
+    /// What the messages are.
+    pub format: Format,
     /// What is counted.
     pub counters: &'a Counters,
     /// Space for the pages of a batch.
@@ -33,7 +36,13 @@ pub struct Deflate<'a> {
 
 impl Receiver for Deflate<'_> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
-        self.pages.read(self.memory, chain, self.counters)
+        self.pages.read(
+            self.format,
+            Command::Deflate,
+            self.memory,
+            chain,
+            self.counters,
+        )
     }
 
     fn finish(&mut self) {
@@ -75,6 +84,7 @@ mod tests {
             memory: &guest.memory,
             balloon: &mut balloon,
             prefault: None,
+            format: Format::Pfns,
             counters: &counters,
             pages: &mut Pages::default(),
             pieces: &mut pieces,

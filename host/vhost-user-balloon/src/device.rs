@@ -33,10 +33,10 @@ use crate::channel::Channel;
 use crate::counters::Counters;
 use crate::deflate::Deflate;
 use crate::discard::{Discarder, Granularity, Pieces};
-use crate::features::{Feature, config_size};
+use crate::features::{Feature, config_size, tells_before_use};
 use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
-use crate::pages::Pages;
+use crate::pages::{Format, Pages};
 use crate::queue::{Kind, MAX_QUEUE_SIZE, MAX_QUEUES, serve};
 use crate::reporting::Reporting;
 use crate::state::State;
@@ -385,8 +385,9 @@ impl Device {
                 let mut inflate = Inflate {
                     memory,
                     balloon: &mut work.balloon,
-                    told_before_use: acked & Feature::MustTellHost.mask() != 0,
+                    told_before_use: tells_before_use(acked),
                     discarder: &mut work.discarder,
+                    format: Format::of(acked),
                     counters,
                     pages: &mut work.pages,
                     pieces: &mut work.pieces,
@@ -401,6 +402,7 @@ impl Device {
                     memory,
                     balloon,
                     prefault: self.settings.prefault.then_some(discarder),
+                    format: Format::of(acked),
                     counters,
                     pages,
                     pieces,

@@ -6,8 +6,8 @@ use std::fmt;
 
 use balloon_wire::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
-    VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STOP_REASON, config,
+    VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_PAGE_SETS,
+    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STOP_REASON, config,
 };
 use clap::ValueEnum;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
@@ -31,13 +31,16 @@ pub enum Feature {
     FreePageReporting,
     /// Each side tells from which message on it wants to be notified.
     EventIdx,
+    /// The guest names pages by ranges and bitmaps; an extension.
+    #[value(skip)]
+    PageSets,
     /// The guest tells why it stops short of the target; an extension.
     #[value(skip)]
     StopReason,
 }
 
 impl Feature {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::MustTellHost,
         Self::Stats,
         Self::DeflateOnOom,
@@ -45,6 +48,7 @@ impl Feature {
         Self::PagePoison,
         Self::FreePageReporting,
         Self::EventIdx,
+        Self::PageSets,
         Self::StopReason,
     ];
 
@@ -58,8 +62,14 @@ impl Feature {
             Self::PagePoison => VIRTIO_BALLOON_F_PAGE_POISON,
             Self::FreePageReporting => VIRTIO_BALLOON_F_REPORTING,
             Self::EventIdx => VIRTIO_RING_F_EVENT_IDX,
+            Self::PageSets => VIRTIO_BALLOON_F_PAGE_SETS,
             Self::StopReason => VIRTIO_BALLOON_F_STOP_REASON,
         }
+    }
+
+    /// Whether it is in a set of features.
+    pub const fn is_in(self, features: u64) -> bool {
+        features & self.mask() != 0
     }
 }
 
@@ -73,6 +83,7 @@ impl fmt::Display for Feature {
             Self::PagePoison => "page-poison",
             Self::FreePageReporting => "free-page-reporting",
             Self::EventIdx => "event-idx",
+            Self::PageSets => "page-sets",
             Self::StopReason => "stop-reason",
         })
     }
@@ -82,7 +93,7 @@ impl fmt::Display for Feature {
 pub fn names(features: u64) -> Vec<String> {
     Feature::ALL
         .iter()
-        .filter(|feature| features & feature.mask() != 0)
+        .filter(|feature| feature.is_in(features))
         .map(ToString::to_string)
         .collect()
 }
@@ -91,7 +102,7 @@ pub fn names(features: u64) -> Vec<String> {
 pub fn offer(features: &[Feature], extensions: bool) -> u64 {
     let chosen = features.iter().fold(0, |set, feature| set | feature.mask());
     let extensions = if extensions {
-        Feature::StopReason.mask()
+        Feature::PageSets.mask() | Feature::StopReason.mask()
     } else {
         0
     };
@@ -103,8 +114,8 @@ pub fn offer(features: &[Feature], extensions: bool) -> u64 {
 
 /// How much of the configuration space a driver may read, in bytes.
 pub fn config_size(features: u64) -> usize {
-    let has = |feature: Feature| features & feature.mask() != 0;
-    if has(Feature::StopReason) {
+    let has = |feature: Feature| feature.is_in(features);
+    if has(Feature::PageSets) || has(Feature::StopReason) {
         config::SIZE
     } else if has(Feature::PagePoison) {
         config::DISCARD_GRANULE
@@ -113,6 +124,15 @@ pub fn config_size(features: u64) -> usize {
     } else {
         config::FREE_PAGE_HINT_CMD_ID
     }
+}
+
+/// Whether a driver with these features tells before it uses a page of the balloon again.
+///
+/// With page sets it has to unless its guest is out of memory, and then only if nobody has told it not to
+/// deflate for that (PS-D14, PS-V10).
+pub fn tells_before_use(features: u64) -> bool {
+    let has = |feature: Feature| feature.is_in(features);
+    has(Feature::MustTellHost) || (has(Feature::PageSets) && !has(Feature::DeflateOnOom))
 }
 
 #[cfg(test)]
@@ -131,7 +151,7 @@ mod tests {
     #[test]
     fn extensions_are_offered_on_request() {
         assert_eq!(names(offer(&[Feature::Stats], false)), ["stats"]);
-        assert_eq!(names(offer(&[], true)), ["stop-reason"]);
+        assert_eq!(names(offer(&[], true)), ["page-sets", "stop-reason"]);
     }
 
     #[test]
@@ -140,8 +160,28 @@ mod tests {
             offer(&[Feature::Stats], false),
             offer(&[Feature::FreePageHinting], false),
             offer(&[Feature::PagePoison], false),
-            offer(&[], true),
+            Feature::PageSets.mask(),
+            Feature::StopReason.mask(),
         ];
-        assert_eq!(sizes.map(config_size), [8, 12, 16, 24]);
+        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24]);
+    }
+
+    #[test]
+    fn some_drivers_tell_before_they_use_a_page() {
+        use Feature::{DeflateOnOom, MustTellHost, PageSets};
+        for (features, tells) in [
+            (&[][..], false),
+            (&[DeflateOnOom], false),
+            (&[MustTellHost, DeflateOnOom], true),
+            (&[PageSets], true),
+            (&[PageSets, DeflateOnOom], false),
+            (&[PageSets, MustTellHost, DeflateOnOom], true),
+        ] {
+            assert_eq!(
+                tells_before_use(offer(features, false)),
+                tells,
+                "{features:?}"
+            );
+        }
     }
 }

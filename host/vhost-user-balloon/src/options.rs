@@ -147,7 +147,7 @@ mod tests {
         );
         assert_eq!(
             offered(&["--features", "stats,must-tell-host", "--extensions"]),
-            ["must-tell-host", "stats", "stop-reason"]
+            ["must-tell-host", "stats", "page-sets", "stop-reason"]
         );
         assert_eq!(
             offered(&["--features", "stats", "--granule", "2M"]),

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Messages that name pages by their page frame numbers: little-endian numbers of 32 bits, in units of
-//! balloon pages (specification, clause 5.5.6).
+//! Messages that name pages, in either of two formats. What comes after them has ranges of pages.
 
 use std::ops::Range;
 
-use balloon_wire::BALLOON_PAGE_SIZE;
+use balloon_wire::page_set::{self, Command, PageSet};
+use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_PFN_SHIFT};
+use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::balloon::Tally;
 use crate::counters::{Counter, Counters, Refusal};
+use crate::features::Feature;
 use crate::queue::{Chain, read};
 
 /// How many pages a message may name by their numbers.
@@ -21,6 +23,35 @@ const MAX_RANGES: usize = 64 << 10;
 /// The size of a page frame number in bytes.
 const PFN: usize = size_of::<u32>();
 
+/// What the messages of the inflate and the deflate queue are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Arrays of page frame numbers: little-endian numbers of 32 bits, in units of balloon pages
+    /// (specification, clause 5.5.6).
+    Pfns,
+    /// Page sets (docs/protocol.md, section 4).
+    PageSets,
+}
+
+impl Format {
+    /// The format of a driver with these features.
+    pub fn of(features: u64) -> Self {
+        if Feature::PageSets.is_in(features) {
+            Self::PageSets
+        } else {
+            Self::Pfns
+        }
+    }
+
+    /// How long a message may be, in bytes.
+    const fn limit(self) -> usize {
+        match self {
+            Self::Pfns => MAX_PFNS * PFN,
+            Self::PageSets => page_set::MAX_SIZE,
+        }
+    }
+}
+
 /// The pages that a batch of messages names. The space stays from one batch to the next.
 #[derive(Debug, Default)]
 pub struct Pages {
@@ -30,23 +61,30 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Adds those of a message, and says whether there is room for another one.
+    /// Adds those of a message that names them for `command`, and says whether there is room for another one.
+    /// Of a message with something wrong nothing is added.
     pub fn read(
         &mut self,
+        format: Format,
+        command: Command,
         memory: &GuestMemoryMmap,
         chain: Chain<'_>,
         counters: &Counters,
     ) -> bool {
         self.bytes.clear();
-        let message = read(memory, chain, MAX_PFNS * PFN, &mut self.bytes);
-        if let Err(reason) = message.and_then(|()| self.pfns()) {
+        let read = read(memory, chain, format.limit(), &mut self.bytes);
+        let added = read.and_then(|()| match format {
+            Format::Pfns => self.add_pfns(),
+            Format::PageSets => self.add_page_set(command),
+        });
+        if let Err(reason) = added {
             counters.refuse(reason);
         }
         self.ranges.len() < MAX_RANGES
     }
 
     /// Adds the pages of an array of page frame numbers.
-    fn pfns(&mut self) -> Result<(), Refusal> {
+    fn add_pfns(&mut self) -> Result<(), Refusal> {
         let pfns = self.bytes.chunks_exact(PFN);
         if self.bytes.is_empty() || !pfns.remainder().is_empty() {
             return Err(Refusal::Truncated);
@@ -60,6 +98,23 @@ impl Pages {
                 _ => self.ranges.push(page..page + 1),
             }
         }
+        Ok(())
+    }
+
+    /// Adds the pages of a page set.
+    fn add_page_set(&mut self, command: Command) -> Result<(), Refusal> {
+        let set = PageSet::parse(&self.bytes).map_err(|error| {
+            debug!("a page set is malformed: {error}");
+            Refusal::Malformed
+        })?;
+        if set.command != command {
+            return Err(Refusal::Malformed);
+        }
+        // No page is smaller than a balloon page, and none ends beyond 2^64 bytes: no bit is shifted out.
+        let shift = u32::from(set.page_shift).saturating_sub(VIRTIO_BALLOON_PFN_SHIFT);
+        let ranges = set.ranges();
+        self.ranges
+            .extend(ranges.map(|range| range.start << shift..range.end << shift));
         Ok(())
     }
 
@@ -85,6 +140,74 @@ impl Tally {
         }
         if self.outside > 0 {
             counters.refuse(Refusal::OutsideMemory);
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use balloon_wire::{
+        VIRTIO_BALLOON_PAGE_SET_BITMAP, VIRTIO_BALLOON_PAGE_SET_COUNT_BITS,
+        VIRTIO_BALLOON_PAGE_SET_INFLATE, VIRTIO_BALLOON_PAGE_SET_RANGES,
+    };
+
+    /// A page set, as it is on the wire.
+    #[derive(Clone, Debug)]
+    pub(crate) struct Message {
+        pub(crate) command: u32,
+        pub(crate) page_shift: u8,
+        pub(crate) encoding: u32,
+        pub(crate) flags: u32,
+        pub(crate) request_id: u64,
+        pub(crate) first_pfn: u64,
+        pub(crate) count: u64,
+        pub(crate) payload: Vec<u64>,
+    }
+
+    impl Message {
+        /// These ranges of balloon pages, for inflating.
+        pub(crate) fn ranges(ranges: &[Range<u64>]) -> Self {
+            Self {
+                command: VIRTIO_BALLOON_PAGE_SET_INFLATE,
+                page_shift: 12,
+                encoding: VIRTIO_BALLOON_PAGE_SET_RANGES,
+                flags: 0,
+                request_id: 0,
+                first_pfn: 0,
+                count: ranges.iter().map(|range| range.end - range.start).sum(),
+                payload: ranges
+                    .iter()
+                    .flat_map(|range| {
+                        let start = range.start << VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
+                        match range.end - range.start {
+                            count @ 1..4096 => vec![start | count],
+                            count => vec![start, count],
+                        }
+                    })
+                    .collect(),
+            }
+        }
+
+        /// The balloon pages of a bitmap that begins with this one, for inflating.
+        pub(crate) fn bitmap(first_pfn: u64, words: &[u64]) -> Self {
+            Self {
+                encoding: VIRTIO_BALLOON_PAGE_SET_BITMAP,
+                first_pfn,
+                count: words.iter().map(|word| u64::from(word.count_ones())).sum(),
+                payload: words.to_vec(),
+                ..Self::ranges(&[])
+            }
+        }
+
+        pub(crate) fn bytes(&self) -> Vec<u8> {
+            let first = u64::from(self.command)
+                | (u64::from(self.page_shift) << 16)
+                | (u64::from(self.encoding) << 24)
+                | (u64::from(self.flags) << 32);
+            let header = [first, self.request_id, self.first_pfn, self.count];
+            let words = header.iter().chain(&self.payload);
+            words.flat_map(|word| word.to_le_bytes()).collect()
         }
     }
 }
