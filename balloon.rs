@@ -416,9 +416,10 @@ impl Balloon {
         })
     }
 
-    /// Tells the device the balloon's size, if it has changed.
+    /// Tells the device the balloon's size, if it has changed. Pages that the guest cannot use yet count.
     fn update_actual(&self, worker: &mut Worker) -> Result {
-        let actual = target::balloon_pages(self.pages.len());
+        let leaving = self.deflate.lock().leaving();
+        let actual = target::balloon_pages(self.pages.len() + leaving);
 
         if worker.actual != Some(actual) {
             worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;

@@ -39,6 +39,8 @@ const BLOCKS_PER_BATCH: usize = 1 << 16;
 pub(crate) struct Deflate {
     pub(crate) queue: MessageQueue,
     terms: Terms,
+    /// Kernel pages that are free when the device has answered.
+    leaving: usize,
     /// What the device has to be told when the queue has room again.
     backlog: RangeStack,
 }
@@ -49,8 +51,14 @@ impl Deflate {
         Self {
             queue,
             terms,
+            leaving: 0,
             backlog: RangeStack::new(),
         }
+    }
+
+    /// Returns how many kernel pages are neither in the balloon nor free.
+    pub(crate) fn leaving(&self) -> usize {
+        self.leaving
     }
 
     /// Returns whether the device has not heard, or not answered, of everything yet.
@@ -99,7 +107,12 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
 
         // Where the device had to be told first, this is where the pages are freed: not under the lock.
         match pages {
-            Pages::List(pages) => drop(pages),
+            Pages::List(pages) => {
+                let freed = pages.len();
+
+                drop(pages);
+                deflate.lock().leaving -= freed;
+            }
             Pages::Moves(moves) => balloon.replacer().told_old(moves),
         }
         answers += 1;
@@ -235,7 +248,13 @@ fn tell(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, batch: &mut 
     let mut told = 0;
 
     while batch.pages() > 0 {
-        let sent = deflate.lock().queue.send_some(batch);
+        let sent = {
+            let mut this = deflate.lock();
+            let sent = this.queue.send_some(batch);
+
+            this.leaving += sent.as_ref().map_or(0, |pages| *pages);
+            sent
+        };
 
         match sent {
             Ok(pages) => told += pages,
