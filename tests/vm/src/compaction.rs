@@ -9,7 +9,10 @@ use anyhow::{Context, Result, ensure};
 use vm::{Driver, Exit, Guest, Load, Size};
 
 use crate::sizes::{check_free, check_size, offline_pages};
-use crate::{ALL_DEVICES, BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
+use crate::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -27,6 +30,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: memory_offline,
+    },
+    Scenario {
+        name: "blocks_offline",
+        proves: "a block of memory that is full of large pieces of the balloon can be taken away, too",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: blocks_offline,
     },
     Scenario {
         name: "contiguous_allocation",
@@ -138,7 +149,7 @@ fn memory_offline(setup: &Setup) -> Result<()> {
         guest.balloon().settle(size)?;
         let with_balloon = guest.meminfo()?.total;
 
-        let block = fullest_block(guest)?;
+        let block = fullest_block(guest, "^Movable")?;
         let pages = offline_pages(guest, Some(block.pages.clone()))?;
         let all = block.pages.end - block.pages.start;
         ensure!(
@@ -180,14 +191,14 @@ struct Block {
     pages: Range<u64>,
 }
 
-/// The block of the movable zone that has most of the balloon in it.
-fn fullest_block(guest: &Guest) -> Result<Block> {
+/// The block of memory that has most of the balloon in it, of those whose zones match a pattern.
+fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
     const MEMORY: &str = "/sys/devices/system/memory";
     let bytes = guest.read_file(&format!("{MEMORY}/block_size_bytes"))?;
     let pages = Size::bytes(u64::from_str_radix(bytes.trim(), 16)?).as_pages();
-    let movable = guest.sh(&format!("grep -l '^Movable' {MEMORY}/memory*/valid_zones"))?;
+    let files = guest.sh(&format!("grep -l '{zones}' {MEMORY}/memory*/valid_zones"))?;
     let mut fullest = None;
-    for file in movable.lines() {
+    for file in files.lines() {
         let directory = file.trim_end_matches("/valid_zones");
         let index = guest.read_file(&format!("{directory}/phys_index"))?;
         let first = u64::from_str_radix(index.trim(), 16)? * pages;
@@ -204,8 +215,46 @@ fn fullest_block(guest: &Guest) -> Result<Block> {
             ));
         }
     }
-    let (_, block) = fullest.context("the guest has no block of movable memory")?;
+    let (_, block) = fullest.context("the guest has no such block of memory")?;
     Ok(block)
+}
+
+fn blocks_offline(setup: &Setup) -> Result<()> {
+    let size = Size::mib(640);
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        guest.balloon().settle(size)?;
+        let with_balloon = guest.meminfo()?.total;
+
+        let block = fullest_block(guest, ".")?;
+        let pages = offline_pages(guest, Some(block.pages.clone()))?;
+        let all = block.pages.end - block.pages.start;
+        ensure!(
+            pages == all,
+            "no block is full of the balloon: at most {pages} pages of {all} are in it"
+        );
+
+        write(guest, &block.state, "offline")?;
+        let state = guest.read_file(&block.state)?;
+        ensure!(state.trim() == "offline", "the block is {}", state.trim());
+        // Other memory takes its place.
+        guest.balloon().reach(size)?;
+        check_size(guest, size)?;
+
+        write(guest, &block.state, "online")?;
+        let now = guest.meminfo()?.total;
+        ensure!(
+            now == with_balloon,
+            "the guest has {now} with the block back, and had {with_balloon} before it went"
+        );
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
 }
 
 fn contiguous_allocation(setup: &Setup) -> Result<()> {

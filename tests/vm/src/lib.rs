@@ -31,6 +31,7 @@ mod hinting;
 mod lifecycle;
 mod memory;
 mod oom;
+mod page_sets;
 mod poison;
 mod power;
 mod queues;
@@ -56,6 +57,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     queues::SCENARIOS,
     hinting::SCENARIOS,
     speed::SCENARIOS,
+    page_sets::SCENARIOS,
     vhost_user::SCENARIOS,
 ];
 

@@ -82,16 +82,19 @@ fn data_intact(setup: &Setup) -> Result<()> {
             threads: 2,
         })?;
         load.wait_passes(1, Duration::from_secs(120))?;
-        for _ in 0..10 {
+        let (mut rounds, mut passes) = (0, 0);
+        while rounds < 10 || passes < 3 {
             guest.balloon().settle(Size::mib(400))?;
             guest.balloon().settle(Size::mib(50))?;
+            rounds += 1;
+            passes = load.status()?.progress.passes;
         }
-        let passes = load.status()?.progress.passes;
-        ensure!(passes >= 3, "the data were verified {passes} times only");
         load.stop()?;
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
-        setup.note(format!("the data were verified {passes} times meanwhile"));
+        setup.note(format!(
+            "the data were verified {passes} times while the balloon grew and shrank {rounds} times"
+        ));
         guest.rmmod(setup.driver)
     })
 }

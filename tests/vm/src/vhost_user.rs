@@ -14,7 +14,7 @@ use serde_json::Value;
 use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, Size};
 
 use crate::sizes::check_size;
-use crate::speed::median;
+use crate::speed::Times;
 use crate::{
     BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
 };
@@ -308,23 +308,22 @@ fn hugetlb_memory(setup: &Setup) -> Result<()> {
 
 fn as_fast_as_qemu(setup: &Setup) -> Result<()> {
     const RUNS: usize = 3;
-    let measure = |device| -> Result<f64> {
+    let measure = |device, times: &mut Times| {
         let config = setup.config().memory(Size::gib(8)).device(device);
         vm::run(&config, |guest| {
             guest.insmod(Driver::C, &[])?;
-            let took = guest.balloon().settle(Size::gib(7))?;
-            Ok(took.as_secs_f64())
+            times.add(guest.balloon().settle(Size::gib(7))?);
+            Ok(())
         })
     };
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut ours, mut theirs) = (Times::default(), Times::default());
     for _ in 0..RUNS {
-        ours.push(measure(Device::VhostUser)?);
-        theirs.push(measure(Device::Qemu)?);
+        measure(Device::VhostUser, &mut ours)?;
+        measure(Device::Qemu, &mut theirs)?;
     }
-    let (ours, theirs) = (median(&ours), median(&theirs));
-    let ratio = ours / theirs;
+    let ratio = ours.ratio(&theirs);
     setup.note(format!(
-        "the C driver inflates 7 of 8 GiB in {ours:.2} s, on QEMU's device in {theirs:.2} s, ratio {ratio:.2}"
+        "the C driver inflates 7 of 8 GiB in {ours}, on QEMU's device in {theirs}, ratio {ratio:.2}"
     ));
     ensure!(
         ratio <= 1.0,
