@@ -95,4 +95,56 @@ struct virtio_balloon_page_set {
 	__le64 count;
 };
 
+/* Values of command: requests. Those for pages are VIRTIO_BALLOON_PAGE_SET_UNUSED_SKIP and _DISCARD. */
+#define VIRTIO_BALLOON_REQUEST_DROP_CACHES	5
+/* The request with the id in start is no longer wanted */
+#define VIRTIO_BALLOON_REQUEST_CANCEL		6
+/* Not a request, but the last message of every answer */
+#define VIRTIO_BALLOON_COMPLETION		7
+
+/* Bits of caches */
+#define VIRTIO_BALLOON_CACHES_PAGES	(1U << 0) /* The page cache */
+#define VIRTIO_BALLOON_CACHES_SLAB	(1U << 1) /* The slab caches of names and inodes */
+
+/*
+ * What the device asks for: it fills in a buffer of the driver's for each
+ * request. Fields that do not count are 0.
+ */
+struct virtio_balloon_request {
+	/* What is asked for */
+	__le16 command;
+	/* Pages: binary logarithm of the size in bytes of the smallest block that is worth an answer */
+	__u8 block_shift;
+	__u8 reserved;
+	/* DROP_CACHES: which ones, VIRTIO_BALLOON_CACHES_* */
+	__le32 caches;
+	/* Not 0, and not that of a request that is open */
+	__le64 request_id;
+	/* Pages: the first address of the memory that is asked for. CANCEL: the id of a request */
+	__le64 start;
+	/* Pages: the address after the last one, or 0 for the end of all memory */
+	__le64 end;
+};
+
+/* Values of status */
+#define VIRTIO_BALLOON_COMPLETION_COMPLETE	1 /* Done */
+#define VIRTIO_BALLOON_COMPLETION_ABORTED	2 /* Not done, or not all of it. What was answered holds */
+#define VIRTIO_BALLOON_COMPLETION_CANCELLED	3 /* The same, because of a CANCEL */
+#define VIRTIO_BALLOON_COMPLETION_UNSUPPORTED	4 /* The command is not known */
+#define VIRTIO_BALLOON_COMPLETION_MALFORMED	5 /* A field has no legal value */
+#define VIRTIO_BALLOON_COMPLETION_UNKNOWN_ID	6 /* CANCEL: no such request is open */
+
+/* The end of an answer. Begins like struct virtio_balloon_page_set. */
+struct virtio_balloon_completion {
+	/* VIRTIO_BALLOON_COMPLETION */
+	__le16 command;
+	/* One of VIRTIO_BALLOON_COMPLETION_COMPLETE ... UNKNOWN_ID */
+	__u8 status;
+	__u8 reserved;
+	/* 0 */
+	__le32 flags;
+	/* The id of the request */
+	__le64 request_id;
+};
+
 #endif /* _LINUX_VIRTIO_BALLOON_EXT_H */
