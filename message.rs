@@ -102,7 +102,7 @@ impl Message {
         match self {
             Self::Left((array, order)) => pfns::write(array, *order, runs),
             Self::Right((words, forced)) => {
-                page_sets::write(words, command.in_page_set(), *forced, runs)
+                page_sets::write(words, command.in_page_set(), 0, *forced, runs).map(|_| ())
             }
         }
     }
@@ -154,6 +154,22 @@ impl Runs for RangeStack {
 
     fn advance(&mut self, pages: u64) {
         self.take(pages);
+    }
+}
+
+/// A single run.
+impl Runs for Option<Run> {
+    fn first(&mut self) -> Option<Run> {
+        *self
+    }
+
+    fn advance(&mut self, pages: u64) {
+        *self = self.and_then(|run| {
+            Run::new(
+                run.first().saturating_add(pages),
+                run.len().saturating_sub(pages),
+            )
+        });
     }
 }
 

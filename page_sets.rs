@@ -29,7 +29,7 @@ use kernel::{
 };
 
 /// The size of a word in bytes.
-const WORD: usize = size_of::<u64>();
+pub(crate) const WORD: usize = size_of::<u64>();
 
 /// The length of a message's header in words.
 const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
@@ -37,7 +37,9 @@ const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
 /// How many words a message has at most, header included.
 pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 
-/// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room for.
+/// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room for. The message is
+/// about `command`, and a part of the answer to `request_id` if that is not 0: its completion is yet to come. Returns how
+/// many pages it names.
 ///
 /// # Errors
 ///
@@ -45,9 +47,10 @@ pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 pub(crate) fn write(
     message: &mut KVec<u64>,
     command: u16,
+    request_id: u64,
     forced: Option<Encoding>,
     runs: &mut impl Runs,
-) -> Result {
+) -> Result<u64> {
     let len = message.capacity();
     message.resize(len, 0, GFP_NOWAIT)?;
 
@@ -66,15 +69,20 @@ pub(crate) fn write(
     let subject = Subject {
         command,
         page_shift: PAGE_SHIFT as u8,
-        request_id: 0,
-        more: runs.first().is_some(),
+        request_id,
+        more: request_id != 0 || runs.first().is_some(),
     };
     let (header, words) = encoder.finish(subject).ok_or(ENOSPC)?;
 
-    for (word, bytes) in head.iter_mut().zip(header.as_bytes().chunks_exact(WORD)) {
+    put(head, &header);
+    message.truncate(HEADER_WORDS + words);
+    Ok(u64::from_le(header.count))
+}
+
+/// Writes `header`, which is a number of words long, to the beginning of `words`.
+pub(crate) fn put(words: &mut [u64], header: &impl AsBytes) {
+    for (word, bytes) in words.iter_mut().zip(header.as_bytes().chunks_exact(WORD)) {
         // Each has the length of a word.
         *word = bytes.try_into().map_or(0, u64::from_ne_bytes);
     }
-    message.truncate(HEADER_WORDS + words);
-    Ok(())
 }

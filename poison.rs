@@ -32,6 +32,8 @@ pub(crate) fn negotiate(dev: &virtio::Device<Core<'_>>) {
             "free pages are not reported: the host cannot be told what they are initialised to\n"
         );
         dev.clear_feature(virtio_balloon::F_REPORTING);
+        // The number of their queue would not be sure.
+        dev.clear_feature(virtio_balloon::F_HOST_REQUESTS);
     }
 }
 

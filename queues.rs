@@ -5,13 +5,14 @@
 //! Specification: clause 5.5.2, Virtqueues. Devices number the queues that they have one after the other, and
 //! leave out those whose feature they do not offer (QEMU), or that was not accepted. So a feature that has a queue
 //! must be accepted whenever it is offered, or the queues after it have other numbers than some devices think. Only
-//! reporting, which has the last queue, may be given up.
+//! reporting, which has the last queue of the base protocol, may be given up, and the host's requests with it.
 
 #![forbid(unsafe_code)]
 
 use crate::{
     bitmap::Encoding,
     hinting::HintQueue,
+    host_requests::RequestQueue,
     message::{
         Command,
         Format,
@@ -41,6 +42,8 @@ pub(crate) enum Queue {
     Hint = 3,
     /// Free pages have been taken note of.
     Report = 4,
+    /// The device has a request, or has taken note of answers.
+    Request = 5,
 }
 
 impl Queue {
@@ -52,6 +55,7 @@ impl Queue {
             Self::Stats,
             Self::Hint,
             Self::Report,
+            Self::Request,
         ]
         .get(index)
         .copied()
@@ -65,6 +69,7 @@ pub(crate) struct Queues {
     pub(crate) stats: Option<StatsQueue>,
     pub(crate) hints: Option<HintQueue>,
     pub(crate) reports: Option<ReportingQueue>,
+    pub(crate) requests: Option<RequestQueue>,
 }
 
 impl Queues {
@@ -86,6 +91,7 @@ impl Queues {
             has(virtio_balloon::F_STATS_VQ).then_some(c"stats"),
             has(virtio_balloon::F_FREE_PAGE_HINT).then_some(c"free_page_hint"),
             has(virtio_balloon::F_REPORTING).then_some(c"reporting"),
+            has(virtio_balloon::F_HOST_REQUESTS).then_some(c"requests"),
         ])?;
 
         Ok(Self {
@@ -107,6 +113,9 @@ impl Queues {
                 .transpose()?,
             reports: has(virtio_balloon::F_REPORTING)
                 .then(|| found.take(Queue::Report as usize))
+                .transpose()?,
+            requests: has(virtio_balloon::F_HOST_REQUESTS)
+                .then(|| found.take(Queue::Request as usize))
                 .transpose()?,
         })
     }

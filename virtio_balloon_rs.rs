@@ -21,8 +21,11 @@
 mod backoff;
 mod balloon;
 mod bitmap;
+mod budget;
 mod deflate;
+mod free_pages;
 mod hinting;
+mod host_requests;
 mod inflate;
 mod message;
 mod migration;
@@ -58,6 +61,7 @@ use hinting::{
     Hinting,
     Hints, //
 };
+use host_requests::HostRequests;
 use kernel::{
     debugfs,
     device,
@@ -85,6 +89,7 @@ struct BalloonData {
     stats: Option<Pin<KBox<Task<Stats>>>>,
     hints: Option<Hints>,
     reporting: Option<Reporting>,
+    requests: Option<Arc<Task<HostRequests>>>,
 }
 
 virtio::virtio_device_table!(ID_TABLE, [virtio::DeviceId::BALLOON]);
@@ -102,6 +107,7 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_REPORTING,
         virtio_balloon::F_STOP_REASON,
         virtio_balloon::F_PAGE_SETS,
+        virtio_balloon::F_HOST_REQUESTS,
     ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
@@ -154,6 +160,11 @@ impl virtio::Driver for BalloonDriver {
             .map(|queue| Reporting::new(queue, &dir))
             .transpose()?;
 
+        let requests = queues
+            .requests
+            .map(|queue| HostRequests::new(queue, &dir))
+            .transpose()?;
+
         Ok(BalloonData {
             _oom: oom,
             _offline: offline,
@@ -161,6 +172,7 @@ impl virtio::Driver for BalloonDriver {
             stats,
             hints,
             reporting,
+            requests,
         })
     }
 
@@ -176,6 +188,9 @@ impl virtio::Driver for BalloonDriver {
         if let Some(reporting) = &data.reporting {
             reporting.start(dev);
         }
+        if let Some(requests) = &data.requests {
+            requests.schedule();
+        }
     }
 
     fn queue_used(data: &Self::Data, index: usize) {
@@ -184,6 +199,7 @@ impl virtio::Driver for BalloonDriver {
             Some(Queue::Stats) => data.stats.iter().for_each(|stats| stats.schedule()),
             Some(Queue::Hint) => data.hints.iter().for_each(|hints| hints.task.schedule()),
             Some(Queue::Report) => data.reporting.iter().for_each(Reporting::queue_used),
+            Some(Queue::Request) => data.requests.iter().for_each(|requests| requests.schedule()),
             None => (),
         }
     }
@@ -226,6 +242,10 @@ impl virtio::Driver for BalloonDriver {
         if let (Some(reporting), Some(queue)) = (&data.reporting, queues.reports) {
             reporting.attach(queue);
         }
+        if let (Some(requests), Some(queue)) = (&data.requests, queues.requests) {
+            requests.attach(queue)?;
+            requests.resume();
+        }
 
         Ok(())
     }
@@ -237,6 +257,9 @@ impl virtio::Driver for BalloonDriver {
         }
         if let Some(hints) = &data.hints {
             hints.task.stop();
+        }
+        if let Some(requests) = &data.requests {
+            HostRequests::stop(requests);
         }
     }
 }
@@ -277,6 +300,9 @@ impl BalloonData {
         Balloon::give_back(&self.balloon);
         if let Some(stats) = &self.stats {
             stats.stop();
+        }
+        if let Some(requests) = &self.requests {
+            HostRequests::stop(requests);
         }
     }
 }

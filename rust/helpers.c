@@ -136,6 +136,58 @@ void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 		__free_page(pfn_to_page(pfn));
 }
 
+/* Takes @nr pages from @pfn on out of the page allocator, each as one of order 0. */
+int balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
+{
+#ifdef CONFIG_CONTIG_ALLOC
+	return alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
+#else
+	return -EOPNOTSUPP;
+#endif
+}
+
+/* The zones that have memory, of all nodes. */
+struct zone *balloon_rs_nth_zone(unsigned long n)
+{
+	int node, i;
+
+	for_each_online_node(node) {
+		for (i = 0; i < MAX_NR_ZONES; i++) {
+			struct zone *zone = &NODE_DATA(node)->node_zones[i];
+
+			if (populated_zone(zone) && !n--)
+				return zone;
+		}
+	}
+	return NULL;
+}
+
+unsigned long balloon_rs_lock_zone(struct zone *zone)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&zone->lock, flags);
+	return flags;
+}
+
+void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags)
+{
+	spin_unlock_irqrestore(&zone->lock, flags);
+}
+
+/*
+ * The order of the block that begins at @pfn and is on one of the zone's free lists. Else BALLOON_IN_USE, or
+ * BALLOON_NOT_HERE if the section of memory around it is not the zone's. Under the zone's lock.
+ */
+int balloon_rs_free_order(struct zone *zone, unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	if (!page)
+		return BALLOON_NOT_HERE;
+	return PageBuddy(page) && page_zone(page) == zone ? (int)page_private(page) : BALLOON_IN_USE;
+}
+
 /*
  * Puts the free pages that the CPUs keep on lists of their own back to where blocks are made of them. The call for it
  * is the page allocator's own. But to allocate a given range is to begin with that, in the range's zone; so a free
@@ -174,6 +226,11 @@ int balloon_rs_register_memory_notifier(struct notifier_block *block)
 void balloon_rs_unregister_memory_notifier(struct notifier_block *block)
 {
 	unregister_memory_notifier(block);
+}
+
+unsigned int balloon_rs_page_block_order(void)
+{
+	return pageblock_order;
 }
 
 void balloon_rs_account_reclaimed(unsigned long pages)

@@ -11,6 +11,10 @@
 #include <linux/mm.h>
 #include <linux/virtio.h>
 
+/* What balloon_rs_free_order() says of a page that begins no free block. */
+#define BALLOON_IN_USE	(-1)
+#define BALLOON_NOT_HERE	(-2)
+
 #ifdef __BINDGEN__
 /* Pages that can be moved may come from where the kernel counts on it; others must not be in the way there. */
 #ifdef CONFIG_BALLOON_MIGRATION
@@ -38,6 +42,13 @@ const size_t RUST_CONST_HELPER_PAGE_PRIVATE_OFFSET = offsetof(struct page, priva
 const unsigned long RUST_CONST_HELPER_BALLOON_MEM_GOING_OFFLINE = MEM_GOING_OFFLINE;
 
 const unsigned int RUST_CONST_HELPER_BALLOON_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
+
+/* How far it is to where memory may begin again after a hole. */
+#ifdef CONFIG_SPARSEMEM
+const unsigned int RUST_CONST_HELPER_BALLOON_SECTION_ORDER = PFN_SECTION_SHIFT;
+#else
+const unsigned int RUST_CONST_HELPER_BALLOON_SECTION_ORDER = MAX_PAGE_ORDER;
+#endif
 
 /*
  * The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size of a huge page
@@ -83,9 +94,15 @@ struct page *balloon_rs_pfn_to_page(unsigned long pfn);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
+int balloon_rs_claim_range(unsigned long pfn, unsigned long nr);
+struct zone *balloon_rs_nth_zone(unsigned long n);
+unsigned long balloon_rs_lock_zone(struct zone *zone);
+void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags);
+int balloon_rs_free_order(struct zone *zone, unsigned long pfn);
 void balloon_rs_drain_free_lists(void);
 int balloon_rs_register_memory_notifier(struct notifier_block *block);
 void balloon_rs_unregister_memory_notifier(struct notifier_block *block);
+unsigned int balloon_rs_page_block_order(void);
 void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);

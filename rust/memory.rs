@@ -39,6 +39,12 @@ pub(crate) fn drain_free_lists() {
     unsafe { bindings::balloon_rs_drain_free_lists() };
 }
 
+/// Returns the order of a page block: what the kernel keeps together of one kind, to have memory in large pieces.
+pub(crate) fn page_block_order() -> u32 {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_page_block_order() }
+}
+
 /// Returns what each word of free pages is set to when they are freed; `None` if they are left as they are.
 pub(crate) fn free_page_value() -> Option<u32> {
     let mut value = 0;

@@ -12,6 +12,8 @@ mod bindings;
 
 pub(crate) mod balloon_pages;
 pub(crate) mod batch;
+pub(crate) mod caches;
+pub(crate) mod claim;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod fake_device;
 pub(crate) mod memory;
@@ -28,3 +30,4 @@ pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;
 pub(crate) mod virtqueue;
 pub(crate) mod wait;
+pub(crate) mod zone;

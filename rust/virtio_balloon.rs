@@ -15,7 +15,13 @@ use super::{
 };
 
 use core::mem::offset_of;
-use kernel::transmute::AsBytes;
+use kernel::{
+    prelude::*,
+    transmute::{
+        AsBytes,
+        FromBytes, //
+    }, //
+};
 
 /// The device wants statistics.
 pub(crate) const F_STATS_VQ: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STATS_VQ);
@@ -91,6 +97,58 @@ pub(crate) mod stop_reason {
 
 /// The device takes page sets in place of arrays of page frame numbers. An extension.
 pub(crate) const F_PAGE_SETS: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_PAGE_SETS);
+
+/// The device sends requests. An extension.
+pub(crate) const F_HOST_REQUESTS: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_HOST_REQUESTS);
+
+/// A request of the device. Little-endian.
+pub(crate) use bindings::virtio_balloon_request as Request;
+
+// SAFETY: The struct consists of integers, which may have any value.
+unsafe impl FromBytes for Request {}
+
+// SAFETY: As above.
+unsafe impl Zeroable for Request {}
+
+/// The end of an answer. Little-endian.
+pub(crate) use bindings::virtio_balloon_completion as Completion;
+
+// SAFETY: The struct consists of integers, and has no padding.
+unsafe impl AsBytes for Completion {}
+
+/// What the fields of a [`Request`] and of a [`Completion`] may be.
+pub(crate) mod request {
+    use super::bindings;
+
+    /// The command: pages that were unused a moment ago are to be named.
+    pub(crate) const UNUSED_SKIP: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_UNUSED_SKIP as u16;
+    /// The command: pages that are unused are to be named, and kept so for as long as the device has the message.
+    pub(crate) const UNUSED_DISCARD: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_UNUSED_DISCARD as u16;
+    /// The command: caches are to be dropped.
+    pub(crate) const DROP_CACHES: u16 = bindings::VIRTIO_BALLOON_REQUEST_DROP_CACHES as u16;
+    /// The command: a request is no longer wanted.
+    pub(crate) const CANCEL: u16 = bindings::VIRTIO_BALLOON_REQUEST_CANCEL as u16;
+    /// The command of the last message of an answer.
+    pub(crate) const COMPLETION: u16 = bindings::VIRTIO_BALLOON_COMPLETION as u16;
+
+    /// The page cache.
+    pub(crate) const CACHES_PAGES: u32 = bindings::VIRTIO_BALLOON_CACHES_PAGES;
+    /// The caches of names and inodes.
+    pub(crate) const CACHES_SLAB: u32 = bindings::VIRTIO_BALLOON_CACHES_SLAB;
+
+    /// The status: done.
+    pub(crate) const COMPLETE: u8 = bindings::VIRTIO_BALLOON_COMPLETION_COMPLETE as u8;
+    /// The status: not done, or not all of it.
+    pub(crate) const ABORTED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_ABORTED as u8;
+    /// The status: the same, since it was cancelled.
+    pub(crate) const CANCELLED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_CANCELLED as u8;
+    /// The status: the command is not known.
+    pub(crate) const UNSUPPORTED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_UNSUPPORTED as u8;
+    /// The status: a field has no legal value.
+    pub(crate) const MALFORMED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_MALFORMED as u8;
+    /// The status: there is no such request to cancel.
+    pub(crate) const UNKNOWN_ID: u8 = bindings::VIRTIO_BALLOON_COMPLETION_UNKNOWN_ID as u8;
+}
 
 /// The header of a message that names pages. Little-endian.
 pub(crate) use bindings::virtio_balloon_page_set as PageSet;

@@ -26,7 +26,10 @@ use kernel::{
     error::to_result,
     prelude::*,
     sync::Arc,
-    transmute::AsBytes, //
+    transmute::{
+        AsBytes,
+        FromBytes, //
+    }, //
 };
 
 /// Memory that can be offered to a device.
@@ -70,6 +73,36 @@ unsafe impl<T: AsBytes> Buffer for KVec<T> {
 unsafe impl<B: Buffer, T> Buffer for (B, T) {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         self.0.memory()
+    }
+}
+
+/// A place for a `T` that the device writes.
+pub(crate) struct Inbox<T>(KBox<T>);
+
+impl<T: FromBytes + Zeroable> Inbox<T> {
+    /// Makes one, with nothing in it but zeroes.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(flags: kernel::alloc::Flags) -> Result<Self> {
+        Ok(Self(KBox::init(pin_init::init_zeroed(), flags)?))
+    }
+
+    /// Returns what was written, and has zeroes there again.
+    pub(crate) fn take(&mut self) -> T {
+        mem::replace(&mut *self.0, pin_init::zeroed())
+    }
+}
+
+// SAFETY: The memory is allocated by kmalloc, and is not accessed through shared references. Any bytes are a `T`.
+unsafe impl<T: FromBytes> Buffer for Inbox<T> {
+    fn memory(&self) -> (NonNull<u8>, usize, Access) {
+        (
+            NonNull::from(&*self.0).cast(),
+            mem::size_of::<T>(),
+            Access::Write,
+        )
     }
 }
 
@@ -263,6 +296,19 @@ impl<B> Virtqueue<B> {
             // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
             unsafe { bindings::virtqueue_disable_cb(self.vq.as_ptr()) };
         }
+    }
+
+    /// Asks for a callback when the next buffer has been used.
+    ///
+    /// Returns false if that is so already: used buffers are waiting to be taken.
+    #[must_use]
+    pub(crate) fn enable_callback(&mut self) -> bool {
+        let Some(_open) = self.binding.enter() else {
+            return true;
+        };
+
+        // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
+        unsafe { bindings::virtqueue_enable_cb(self.vq.as_ptr()) }
     }
 
     /// Asks for a callback when most of the buffers in flight have been used.

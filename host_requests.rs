@@ -1,0 +1,632 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Requests of the host: unused pages, dropping caches.
+//!
+//! The device has buffers of the driver's that it fills in, one for each request; the answers go through the same
+//! queue, each message with the request's id, and the last one is a completion. Several requests may be open. They
+//! take turns, message by message, and between two messages the driver looks for new requests, so that nothing waits
+//! for a long answer, and calling one off takes effect at once.
+//!
+//! What the host can cost the guest is bounded: the memory for answers ([`MAX_OPEN`], [`MAX_MESSAGES`]), what is kept
+//! from being used ([`CLAIM_PAGES`]), and the time ([`Budget`]).
+//!
+//! What an answer means is said in [`free_pages`](crate::free_pages), and in docs/protocol.md, section 5.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    budget::Budget,
+    free_pages::{
+        Unused,
+        Walk, //
+    },
+    message::Runs,
+    page_sets,
+    rust::{
+        caches,
+        claim::Claim,
+        memory,
+        task::{
+            new_slot,
+            Job,
+            Task,
+            Waker, //
+        },
+        virtqueue::{
+            Either,
+            Inbox,
+            Virtqueue, //
+        },
+        zone::Hold, //
+    },
+    virtio_balloon::{
+        request,
+        Completion,
+        Request, //
+    },
+};
+
+use core::mem;
+use kernel::{
+    alloc::flags::__GFP_NOWARN,
+    debugfs,
+    new_mutex,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
+    },
+    time::{
+        Instant,
+        Monotonic,
+        Msecs, //
+    }, //
+};
+
+/// How many requests may be open, and how many the device can make at once.
+const MAX_OPEN: usize = 8;
+
+/// How many messages of answers the device has at most. Each is a page.
+const MAX_MESSAGES: usize = 24;
+
+/// How many times a zone's lock is taken for one message.
+const HOLDS_PER_MESSAGE: usize = 16;
+
+/// How many turns there are in one run of the task.
+const TURNS_PER_RUN: usize = 64;
+
+/// How many kernel pages are kept from being used for one message, and for how many messages: 64 MiB, four times.
+const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
+const MAX_CLAIMS: usize = 4;
+
+/// How long it may take until an answer is noticed that the device has not interrupted for.
+const LOOK_AGAIN: Msecs = 1_000;
+
+/// What the queue carries: requests, or messages with the memory that belongs to them until they are used.
+pub(crate) type RequestQueue = Virtqueue<Either<Inbox<Request>, (KVec<u64>, Option<Claim>)>>;
+
+/// A request that was not completed.
+struct Open {
+    id: u64,
+    work: Work,
+}
+
+/// What is left to be done for a request.
+enum Work {
+    /// To name what the walk finds.
+    Skip(Walk),
+    /// To name what the walk finds, and keep it from being used.
+    Discard(Walk),
+    /// To drop caches, which others may be dropping just now.
+    DropCaches(Caches),
+    /// Caches are being dropped.
+    Dropping,
+    /// To say that it is over, and how it went.
+    Complete(u8),
+}
+
+/// What caches to drop.
+#[derive(Clone, Copy)]
+struct Caches {
+    pages: bool,
+    slab: bool,
+}
+
+/// What can be seen in debugfs.
+#[pin_data]
+struct Counters {
+    /// What was named, in bytes.
+    #[pin]
+    named: debugfs::File<Atomic<u64>>,
+    /// The longest time for which a zone's lock was held, in nanoseconds.
+    #[pin]
+    longest_hold: debugfs::File<Atomic<u64>>,
+    /// The most places that were looked at meanwhile.
+    #[pin]
+    most_places: debugfs::File<Atomic<u64>>,
+    /// The requests that were completed.
+    #[pin]
+    completed: debugfs::File<Atomic<u64>>,
+}
+
+impl Counters {
+    fn new(dir: &debugfs::Dir) -> impl PinInit<Self> + use<'_> {
+        pin_init!(Self {
+            named <- dir.read_only_file(c"unused_named_bytes", Atomic::new(0)),
+            longest_hold <- dir.read_only_file(c"unused_longest_hold_ns", Atomic::new(0)),
+            most_places <- dir.read_only_file(c"unused_most_places_per_hold", Atomic::new(0)),
+            completed <- dir.read_only_file(c"requests_completed", Atomic::new(0)),
+        })
+    }
+
+    fn named(&self, pages: u64) {
+        self.named.add(pages << PAGE_SHIFT, Relaxed);
+    }
+
+    fn held(&self, hold: Hold) {
+        let time = u64::try_from(hold.time.as_nanos()).unwrap_or(0);
+
+        // There is one task.
+        self.longest_hold
+            .store(self.longest_hold.load(Relaxed).max(time), Relaxed);
+        self.most_places
+            .store(self.most_places.load(Relaxed).max(hold.places as u64), Relaxed);
+    }
+}
+
+/// The requests of a device.
+#[pin_data]
+pub(crate) struct HostRequests {
+    #[pin]
+    inner: Mutex<Inner>,
+    dropper: Arc<Task<Dropper>>,
+    #[pin]
+    counters: Counters,
+    /// What times are counted from.
+    start: Instant<Monotonic>,
+}
+
+struct Inner {
+    queue: RequestQueue,
+    /// Requests in the order of their turns. Never more than [`MAX_OPEN`].
+    open: KVec<Open>,
+    /// How many buffers for requests the device has.
+    inboxes: usize,
+    /// How many messages the device has, and how many of them with memory.
+    messages: usize,
+    claims: usize,
+    /// A message that is not in use, so that there is one when memory is short.
+    spare: Option<KVec<u64>>,
+    budget: Budget,
+}
+
+/// What a request has come to in its turn.
+enum Turn {
+    /// It goes on.
+    Again,
+    /// It has to wait for the device, or for caches to be dropped.
+    Wait,
+    /// It is completed.
+    Over,
+}
+
+impl Inner {
+    fn new(queue: RequestQueue) -> Result<Self> {
+        Ok(Self {
+            queue,
+            open: KVec::with_capacity(MAX_OPEN, GFP_KERNEL)?,
+            inboxes: 0,
+            messages: 0,
+            claims: 0,
+            spare: Some(message(GFP_KERNEL)?),
+            budget: Budget::new(),
+        })
+    }
+
+    /// Has the device have as many buffers for requests as there may be more of.
+    fn invite(&mut self, inbox: Option<Inbox<Request>>) {
+        let mut inbox = inbox;
+
+        while self.inboxes + self.open.len() < MAX_OPEN {
+            let Some(this) = inbox
+                .take()
+                .or_else(|| Inbox::new(GFP_KERNEL | __GFP_NOWARN).ok())
+            else {
+                return;
+            };
+            if self.queue.add(Either::Left(this)).is_err() {
+                return;
+            }
+            self.inboxes += 1;
+        }
+    }
+
+    /// Takes what the device has used.
+    fn collect(&mut self) {
+        while let Some((buffer, len)) = self.queue.next_used() {
+            match buffer {
+                Either::Left(mut inbox) => {
+                    let request = inbox.take();
+
+                    self.inboxes -= 1;
+                    // A part of a request has no id to answer to.
+                    if len as usize >= size_of::<Request>() {
+                        self.open_request(&request);
+                    }
+                    self.invite(Some(inbox));
+                }
+                Either::Right((mut message, claim)) => {
+                    self.messages -= 1;
+                    self.claims -= usize::from(claim.is_some());
+                    // What was kept is free from here on.
+                    drop(claim);
+                    message.clear();
+                    self.spare.get_or_insert(message);
+                }
+            }
+        }
+    }
+
+    fn open_request(&mut self, request: &Request) {
+        let id = u64::from_le(request.request_id);
+        let known = id != 0 && !self.open.iter().any(|open| open.id == id);
+        let legal = request.reserved == 0 && u32::from(request.block_shift) < u64::BITS;
+        let work = if known && legal {
+            self.plan(request)
+        } else {
+            Work::Complete(request::MALFORMED)
+        };
+
+        // There is room, since there are not more buffers for requests.
+        let _ = self.open.push_within_capacity(Open { id, work });
+    }
+
+    fn plan(&mut self, request: &Request) -> Work {
+        match u16::from_le(request.command) {
+            request::UNUSED_SKIP => match walk(request, 0) {
+                Ok(walk) => Work::Skip(walk),
+                Err(_) => Work::Complete(request::ABORTED),
+            },
+            // Where free pages have to hold some value, the kernel would write to all of them when they are back.
+            request::UNUSED_DISCARD if memory::free_page_value().is_some() => {
+                Work::Complete(request::ABORTED)
+            }
+            request::UNUSED_DISCARD => match walk(request, memory::page_block_order()) {
+                Ok(walk) => Work::Discard(walk),
+                Err(_) => Work::Complete(request::ABORTED),
+            },
+            request::DROP_CACHES => {
+                let caches = u32::from_le(request.caches);
+                let all = request::CACHES_PAGES | request::CACHES_SLAB;
+
+                if caches == 0 || caches & !all != 0 {
+                    return Work::Complete(request::MALFORMED);
+                }
+                Work::DropCaches(Caches {
+                    pages: caches & request::CACHES_PAGES != 0,
+                    slab: caches & request::CACHES_SLAB != 0,
+                })
+            }
+            request::CANCEL => Work::Complete(self.cancel(u64::from_le(request.start))),
+            _ => Work::Complete(request::UNSUPPORTED),
+        }
+    }
+
+    /// Calls the request `id` off. Returns the status of the request to do so.
+    fn cancel(&mut self, id: u64) -> u8 {
+        let open = self.open.iter_mut().find(|open| open.id == id);
+
+        match open {
+            Some(Open {
+                work: Work::Complete(_),
+                ..
+            })
+            | None => request::UNKNOWN_ID,
+            Some(open) => {
+                open.work = Work::Complete(request::CANCELLED);
+                request::COMPLETE
+            }
+        }
+    }
+
+    /// Returns a message to be written, unless the device has enough of them.
+    fn message(&mut self) -> Option<KVec<u64>> {
+        if self.messages >= MAX_MESSAGES || self.queue.room() == 0 {
+            return None;
+        }
+
+        self.spare
+            .take()
+            .or_else(|| message(GFP_NOWAIT | __GFP_NOWARN).ok())
+    }
+
+    /// Sends `message`, with the memory that belongs to it, unless there is nobody to send it to.
+    fn send(&mut self, message: KVec<u64>, claim: Option<Claim>) -> Option<()> {
+        let claims = usize::from(claim.is_some());
+
+        self.queue.add(Either::Right((message, claim))).ok()?;
+        self.messages += 1;
+        self.claims += claims;
+        Some(())
+    }
+
+    /// Gives `open` its turn.
+    fn turn(&mut self, open: &mut Open, dropper: &Task<Dropper>, counters: &Counters) -> Turn {
+        let step = match &mut open.work {
+            Work::Skip(walk) => self.skip(open.id, walk, counters),
+            Work::Discard(walk) => self.discard(open.id, walk, counters),
+            Work::DropCaches(caches) => {
+                if dropper.begin(open.id, *caches) {
+                    open.work = Work::Dropping;
+                }
+                None
+            }
+            Work::Dropping => dropper.outcome(open.id).map(Some),
+            Work::Complete(status) => {
+                let status = *status;
+
+                return match self.complete(open.id, status) {
+                    Some(()) => {
+                        counters.completed.add(1, Relaxed);
+                        Turn::Over
+                    }
+                    None => Turn::Wait,
+                };
+            }
+        };
+
+        match step {
+            None => Turn::Wait,
+            Some(None) => Turn::Again,
+            Some(Some(status)) => {
+                open.work = Work::Complete(status);
+                Turn::Again
+            }
+        }
+    }
+
+    /// Completes the request `id`, or returns none if that has to wait.
+    fn complete(&mut self, id: u64, status: u8) -> Option<()> {
+        let mut message = self.message()?;
+        let completion = Completion {
+            command: request::COMPLETION.to_le(),
+            status,
+            reserved: 0,
+            flags: 0,
+            request_id: id.to_le(),
+        };
+
+        message
+            .resize(size_of::<Completion>() / page_sets::WORD, 0, GFP_NOWAIT)
+            .ok()?;
+        page_sets::put(&mut message, &completion);
+        self.send(message, None)
+    }
+
+    /// Sends a message about unused pages. Returns the status if it was the last one; none if it has to wait.
+    fn skip(&mut self, id: u64, walk: &mut Walk, counters: &Counters) -> Option<Option<u8>> {
+        let mut message = self.message()?;
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
+
+        if unused.first().is_some() {
+            let written = page_sets::write(
+                &mut message,
+                request::UNUSED_SKIP,
+                id,
+                None,
+                &mut unused,
+            );
+
+            let over = unused.is_over();
+            counters.named(written.ok()?);
+            self.send(message, None)?;
+            Some(over.then_some(request::COMPLETE))
+        } else {
+            let over = unused.is_over();
+            self.spare.get_or_insert(message);
+            Some(over.then_some(request::COMPLETE))
+        }
+    }
+
+    /// Sends a message about pages that are kept from being used until the device has used it. Returns the status if
+    /// it was the last one; none if it has to wait.
+    fn discard(&mut self, id: u64, walk: &mut Walk, counters: &Counters) -> Option<Option<u8>> {
+        if self.claims >= MAX_CLAIMS {
+            return None;
+        }
+        let mut message = self.message()?;
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
+
+        // Blocks that lie side by side are taken together: it is the taking that costs.
+        let run = unused.side_by_side(CLAIM_PAGES);
+        let over = unused.is_over();
+        let claim = run.and_then(|run| Some((Claim::new(run.first(), run.len()).ok()?, run)));
+
+        match claim {
+            Some((claim, run)) => {
+                let mut run = Some(run);
+                let written = page_sets::write(
+                    &mut message,
+                    request::UNUSED_DISCARD,
+                    id,
+                    None,
+                    &mut run,
+                );
+
+                counters.named(written.ok()?);
+                self.send(message, Some(claim))?;
+            }
+            None => {
+                self.spare.get_or_insert(message);
+            }
+        }
+        Some(over.then_some(request::COMPLETE))
+    }
+}
+
+impl HostRequests {
+    /// Sets all up. The counters are to be seen in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(queue: RequestQueue, dir: &debugfs::Dir) -> Result<Arc<Task<Self>>> {
+        let slot = new_slot!(c"virtio_balloon_rs_requests")?;
+        let inner = Inner::new(queue)?;
+        let dropper = Dropper::new(slot.waker())?;
+        let requests = try_pin_init!(Self {
+            inner <- new_mutex!(inner, "HostRequests::inner"),
+            dropper,
+            counters <- Counters::new(dir),
+            start: Instant::now(),
+        });
+
+        Arc::pin_init(Task::new(slot, requests), GFP_KERNEL)
+    }
+
+    /// Begins anew with a device that was reset. The task must not be running.
+    pub(crate) fn attach(&self, queue: RequestQueue) -> Result {
+        let inner = Inner::new(queue)?;
+        let before = mem::replace(&mut *self.inner.lock(), inner);
+
+        drop(before);
+        self.dropper.resume();
+        Ok(())
+    }
+
+    /// Stops all work. Nothing is open any more.
+    pub(crate) fn stop(task: &Task<Self>) {
+        task.stop();
+        task.dropper.stop();
+        task.inner.lock().open.clear();
+    }
+
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
+    fn advance(&self, inner: &mut Inner) -> Option<Msecs> {
+        let now = || self.start.elapsed().as_nanos();
+        if let Some(pause) = inner.budget.pause(now()) {
+            return Some(pause);
+        }
+
+        let start = now();
+        inner.queue.disable_callback();
+        inner.collect();
+        inner.invite(None);
+
+        let (mut turns, mut waiting) = (0, 0);
+        while turns < TURNS_PER_RUN && waiting < inner.open.len() {
+            let Ok(mut open) = inner.open.remove(0) else {
+                break;
+            };
+
+            match inner.turn(&mut open, &self.dropper, &self.counters) {
+                Turn::Again => waiting = 0,
+                Turn::Wait => waiting += 1,
+                Turn::Over => {
+                    inner.invite(None);
+                    inner.collect();
+                    continue;
+                }
+            }
+            // It comes from there. To the end: the next turn is another one's.
+            let _ = inner.open.push_within_capacity(open);
+            turns += 1;
+            inner.collect();
+        }
+        inner.queue.kick();
+
+        let end = now();
+        inner.budget.spend(end - start, end);
+        if turns == TURNS_PER_RUN || !inner.queue.enable_callback() {
+            Some(0)
+        } else if inner.messages > 0 || !inner.open.is_empty() {
+            Some(LOOK_AGAIN)
+        } else {
+            None
+        }
+    }
+}
+
+impl Job for HostRequests {
+    fn run(task: &Task<Self>) {
+        let mut inner = task.inner.lock();
+
+        // If the queue is broken, so is the device, and nobody asks any more.
+        match task.advance(&mut inner) {
+            Some(delay) if !inner.queue.is_broken() => task.schedule_in(delay),
+            _ => (),
+        }
+    }
+}
+
+/// Drops caches, for one request at a time. A task of its own, since it may take long.
+#[pin_data]
+struct Dropper {
+    #[pin]
+    state: Mutex<Dropping>,
+    requests: Waker<HostRequests>,
+}
+
+#[derive(Clone, Copy)]
+enum Dropping {
+    Idle,
+    /// For the request with this id.
+    Busy(u64, Caches),
+    /// With this status. Nobody may be interested any more.
+    Done(u64, u8),
+}
+
+impl Dropper {
+    fn new(requests: Waker<HostRequests>) -> Result<Arc<Task<Self>>> {
+        let slot = new_slot!(c"virtio_balloon_rs_caches")?;
+        let dropper = try_pin_init!(Self {
+            state <- new_mutex!(Dropping::Idle, "Dropper::state"),
+            requests,
+        });
+
+        Arc::pin_init(Task::new(slot, dropper), GFP_KERNEL)
+    }
+}
+
+impl Task<Dropper> {
+    /// Begins for the request `id`, unless another one is not done yet.
+    fn begin(&self, id: u64, caches: Caches) -> bool {
+        let mut state = self.state.lock();
+
+        if matches!(*state, Dropping::Busy(..)) {
+            return false;
+        }
+        *state = Dropping::Busy(id, caches);
+        self.schedule();
+        true
+    }
+
+    /// Returns the status of the request `id`, if it is done.
+    fn outcome(&self, id: u64) -> Option<u8> {
+        match *self.state.lock() {
+            Dropping::Done(done, status) if done == id => Some(status),
+            _ => None,
+        }
+    }
+}
+
+impl Job for Dropper {
+    fn run(task: &Task<Self>) {
+        let Dropping::Busy(id, caches) = *task.state.lock() else {
+            return;
+        };
+        let status = match caches::drop_caches(caches.pages, caches.slab) {
+            Ok(()) => request::COMPLETE,
+            Err(_) => request::ABORTED,
+        };
+
+        *task.state.lock() = Dropping::Done(id, status);
+        task.requests.schedule();
+    }
+}
+
+/// Returns a buffer for a message, which never grows.
+fn message(flags: kernel::alloc::Flags) -> Result<KVec<u64>> {
+    Ok(KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, flags)?)
+}
+
+/// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least.
+fn walk(request: &Request, least: u32) -> Result<Walk> {
+    let order = u32::from(request.block_shift).saturating_sub(PAGE_SHIFT as u32);
+    let start = u64::from_le(request.start).div_ceil(PAGE_SIZE as u64);
+    let end = match u64::from_le(request.end) {
+        0 => u64::MAX,
+        end => end,
+    } >> PAGE_SHIFT;
+
+    memory::drain_free_lists();
+    Walk::new(start..end, order.max(least))
+}
