@@ -157,8 +157,10 @@ impl Counters {
         // There is one task.
         self.longest_hold
             .store(self.longest_hold.load(Relaxed).max(time), Relaxed);
-        self.most_places
-            .store(self.most_places.load(Relaxed).max(hold.places as u64), Relaxed);
+        self.most_places.store(
+            self.most_places.load(Relaxed).max(hold.places as u64),
+            Relaxed,
+        );
     }
 }
 
@@ -397,13 +399,8 @@ impl Inner {
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
 
         if unused.first().is_some() {
-            let written = page_sets::write(
-                &mut message,
-                request::UNUSED_SKIP,
-                id,
-                None,
-                &mut unused,
-            );
+            let written =
+                page_sets::write(&mut message, request::UNUSED_SKIP, id, None, &mut unused);
 
             let over = unused.is_over();
             counters.named(written.ok()?);
@@ -433,13 +430,8 @@ impl Inner {
         match claim {
             Some((claim, run)) => {
                 let mut run = Some(run);
-                let written = page_sets::write(
-                    &mut message,
-                    request::UNUSED_DISCARD,
-                    id,
-                    None,
-                    &mut run,
-                );
+                let written =
+                    page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
 
                 counters.named(written.ok()?);
                 self.send(message, Some(claim))?;

@@ -199,7 +199,10 @@ impl virtio::Driver for BalloonDriver {
             Some(Queue::Stats) => data.stats.iter().for_each(|stats| stats.schedule()),
             Some(Queue::Hint) => data.hints.iter().for_each(|hints| hints.task.schedule()),
             Some(Queue::Report) => data.reporting.iter().for_each(Reporting::queue_used),
-            Some(Queue::Request) => data.requests.iter().for_each(|requests| requests.schedule()),
+            Some(Queue::Request) => data
+                .requests
+                .iter()
+                .for_each(|requests| requests.schedule()),
             None => (),
         }
     }

@@ -42,7 +42,7 @@ use kernel::{
 };
 
 /// How many queues the device has at most.
-const QUEUES: usize = 5;
+const QUEUES: usize = 6;
 
 /// How many entries each queue has.
 pub(crate) const QUEUE_SIZE: u32 = 16;
@@ -84,6 +84,8 @@ pub(crate) struct FakeDevice {
 /// A message that the device has to answer.
 pub(crate) struct Request {
     head: u16,
+    /// Where the message is.
+    memory: *mut u16,
     /// What the driver wrote.
     pub(crate) words: KVec<u16>,
     /// How many bytes the driver lets the device write.
@@ -243,6 +245,7 @@ impl FakeDevice {
             queue.seen.store(seen.wrapping_add(1), Relaxed);
             Ok(Some(Request {
                 head,
+                memory,
                 words,
                 writable,
             }))
@@ -252,6 +255,18 @@ impl FakeDevice {
     /// Answers a message, and says that `len` bytes were written to it.
     pub(crate) fn answer(&self, index: usize, request: &Request, len: u32) -> Result {
         self.answer_raw(index, u32::from(request.head), len)
+    }
+
+    /// Writes `words` into a message that has room for them, and answers it.
+    pub(crate) fn fill(&self, index: usize, request: &Request, words: &[u16]) -> Result {
+        let len = size_of_val(words);
+        if len > request.writable {
+            return Err(ENOSPC);
+        }
+
+        // SAFETY: The driver shares the memory until it is answered, and lets the device write that much.
+        unsafe { ptr::copy_nonoverlapping(words.as_ptr(), request.memory, words.len()) };
+        self.answer(index, request, len as u32)
     }
 
     /// Puts any answer on queue `index`.

@@ -335,6 +335,17 @@ impl PageList {
         }
     }
 
+    /// Moves all but the first `len` single pages to `other`.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn split_at(&mut self, len: usize, other: &mut Self) {
+        while self.singles.len > len {
+            let Some(page) = self.pop_last() else { break };
+
+            // SAFETY: The page is of order 0 and was popped, so that it is the caller's to push.
+            unsafe { other.push_first(page) };
+        }
+    }
+
     /// Returns the page frame numbers of the single pages.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn pfns(&self) -> Pfns<'_> {

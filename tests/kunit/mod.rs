@@ -10,9 +10,12 @@
 mod backoff;
 mod batch;
 mod bitmap;
+mod budget;
 mod buffer;
 mod device;
+mod free_pages;
 mod hinting;
+mod host_requests;
 mod migration;
 mod pages;
 mod range_stack;

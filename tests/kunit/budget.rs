@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+
+use crate::budget::Budget;
+
+use kernel::prelude::*;
+
+/// A second in nanoseconds.
+const SECOND: i64 = 1_000_000_000;
+
+#[kunit_tests(virtio_balloon_rs_budget)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_spent_is_there() {
+        let mut budget = Budget::new();
+
+        assert_eq!(budget.pause(0), None);
+        budget.spend(SECOND, SECOND);
+        assert_eq!(budget.pause(SECOND), None);
+    }
+
+    #[test]
+    fn who_has_spent_too_much_waits_ten_times_as_long() {
+        let mut budget = Budget::new();
+
+        budget.spend(4 * SECOND, 0);
+        assert_eq!(budget.pause(0), Some(20_001));
+        assert_eq!(budget.pause(10 * SECOND), Some(10_001));
+        assert_eq!(budget.pause(20 * SECOND), None);
+    }
+
+    #[test]
+    fn there_is_an_end_to_saving() {
+        let mut budget = Budget::new();
+
+        budget.spend(3 * SECOND, 1_000 * SECOND);
+        assert!(budget.pause(1_000 * SECOND).is_some());
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_costs_nothing() {
+        let mut budget = Budget::new();
+
+        budget.spend(SECOND, 10 * SECOND);
+        assert_eq!(budget.pause(0), None);
+        budget.spend(i64::MIN, i64::MAX);
+        budget.spend(i64::MAX, i64::MIN);
+        assert!(budget.pause(i64::MIN).is_some());
+    }
+}

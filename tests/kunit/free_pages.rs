@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The walk over unused memory, which is made by taking blocks from the page allocator and giving parts of them back.
+
+use crate::{
+    free_pages::{
+        Unused,
+        Walk, //
+    },
+    message::Runs,
+    rust::{
+        batch::Batch,
+        memory,
+        page_list::{
+            PageList,
+            MAX_ORDER, //
+        },
+        zone::{
+            Hold,
+            Zone,
+            PLACES_PER_HOLD, //
+        },
+    },
+};
+
+use core::ops::Range;
+use kernel::prelude::*;
+
+/// How many pages the largest block has.
+const BLOCK: u64 = 1 << MAX_ORDER;
+
+/// How many of some hundred pages others may have taken in the meantime.
+const NOISE: u64 = 32;
+
+/// Walks over `range` with any number of holds. Calls `between` after each hold that has found something. Returns how
+/// many pages were found.
+///
+/// # Errors
+///
+/// `EINVAL` if runs do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if a lock was held for
+/// too much.
+fn walk_with(
+    range: Range<u64>,
+    min_order: u32,
+    mut between: impl FnMut(u64) -> Result,
+) -> Result<u64> {
+    let mut walk = Walk::new(range.clone(), min_order)?;
+    let (mut pages, mut end) = (0, range.start);
+
+    loop {
+        let mut most = 0;
+        let mut unused = Unused::new(&mut walk, 1, |hold: Hold| most = most.max(hold.places));
+
+        while let Some(run) = unused.first() {
+            let short = run.len() < 1 << min_order;
+
+            if run.first() < end || run.first() + run.len() > range.end || short {
+                return Err(EINVAL);
+            }
+            end = run.first() + run.len();
+            pages += run.len();
+            unused.advance(run.len());
+        }
+        let over = unused.is_over();
+
+        if most > PLACES_PER_HOLD {
+            return Err(EINVAL);
+        }
+        if over {
+            return Ok(pages);
+        }
+        between(end)?;
+    }
+}
+
+fn walk(range: Range<u64>, min_order: u32) -> Result<u64> {
+    walk_with(range, min_order, |_| Ok(()))
+}
+
+/// Walks over all zones one after the other, whatever order they lie in.
+fn walk_zones(min_order: u32) -> Result<u64> {
+    let (mut zone, mut pages) = (0, 0);
+
+    while let Some(this) = Zone::nth(zone) {
+        pages += walk(this.span(), min_order)?;
+        zone += 1;
+    }
+    Ok(pages)
+}
+
+/// Takes some blocks as single pages, in order. Returns them, and where the first one lies.
+fn take(blocks: usize) -> Result<(PageList, u64)> {
+    let mut batch = Batch::new()?;
+
+    for _ in 0..blocks {
+        batch.alloc(MAX_ORDER, false).map_err(|_| ENOMEM)?;
+    }
+    let first = batch.first().ok_or(ENOMEM)?.pfn;
+    Ok((batch.take_all(), first))
+}
+
+/// Gives every second page of a block back. Returns the others, and where the block lies.
+fn every_second() -> Result<(PageList, Range<u64>)> {
+    let (mut pages, first) = take(1)?;
+
+    pages.split_alternating(&mut PageList::new());
+    memory::drain_free_lists();
+    Ok((pages, first..first + BLOCK))
+}
+
+#[kunit_tests(virtio_balloon_rs_free_pages)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_in_use_are_not_found() {
+        let taken = take(1);
+        assert!(taken.is_ok());
+        let Ok((pages, first)) = taken else { return };
+
+        assert_eq!(walk(first..first + BLOCK, 0), Ok(0));
+        drop(pages);
+    }
+
+    #[test]
+    fn lone_pages_are_found() {
+        let taken = every_second();
+        assert!(taken.is_ok());
+        let Ok((pages, range)) = taken else { return };
+
+        let found = walk(range.clone(), 0);
+        assert!(found.is_ok_and(|found| found <= BLOCK / 2 && found + NOISE >= BLOCK / 2));
+        assert_eq!(walk(range, 1), Ok(0));
+        drop(pages);
+    }
+
+    #[test]
+    fn a_range_is_cut_where_it_ends() {
+        let taken = every_second();
+        assert!(taken.is_ok());
+        let Ok((pages, range)) = taken else { return };
+
+        // One of two neighbours is there.
+        let found = walk(range.start + 100..range.start + 102, 0);
+        assert!(found.is_ok_and(|found| found <= 1));
+        assert_eq!(walk(range.start..range.start, 0), Ok(0));
+        let (start, end) = (range.end, range.start);
+        assert_eq!(walk(start..end, 0), Ok(0));
+        drop(pages);
+    }
+
+    #[test]
+    fn a_block_is_found_from_its_middle_on() {
+        let taken = take(1);
+        assert!(taken.is_ok());
+        let Ok((pages, first)) = taken else { return };
+
+        drop(pages);
+        memory::drain_free_lists();
+        let found = walk(first + 100..first + 200, 0);
+        assert!(found.is_ok_and(|found| found <= 100 && found + NOISE >= 100));
+    }
+
+    #[test]
+    fn only_large_blocks_are_found() {
+        let taken = take(1);
+        assert!(taken.is_ok());
+        let Ok((mut pages, first)) = taken else {
+            return;
+        };
+        let mut rest = PageList::new();
+
+        // The second half is in use.
+        pages.split_at(BLOCK as usize / 2, &mut rest);
+        drop(pages);
+        memory::drain_free_lists();
+        let found = walk(first..first + BLOCK, MAX_ORDER - 3);
+        assert!(found.is_ok_and(|found| found <= BLOCK / 2 && found + BLOCK / 8 >= BLOCK / 2));
+        assert_eq!(walk(first..first + BLOCK, MAX_ORDER), Ok(0));
+        assert_eq!(walk(0..u64::MAX, MAX_ORDER + 1), Ok(0));
+        drop(rest);
+    }
+
+    #[test]
+    fn all_zones_are_walked() {
+        memory::drain_free_lists();
+        let free = memory::Info::now().free >> kernel::page::PAGE_SHIFT;
+        let found = walk_zones(0);
+        const SHARE: u64 = 50;
+
+        assert!(
+            found.is_ok_and(|found| found + free / SHARE >= free && found <= free + free / SHARE)
+        );
+    }
+
+    #[test]
+    fn a_list_that_changes_does_no_harm() {
+        // What is found lies in blocks that are given back, and taken again, while the walk goes on.
+        let taken = take(4);
+        assert!(taken.is_ok());
+        let Ok((pages, first)) = taken else { return };
+        let mut pages = Some(pages);
+
+        let found = walk_with(first..u64::MAX, 0, |_| {
+            match pages.take() {
+                Some(taken) => drop(taken),
+                None => pages = Some(take(4)?.0),
+            }
+            Ok(())
+        });
+        assert!(found.is_ok());
+    }
+}

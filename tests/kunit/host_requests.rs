@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Requests of a device in the kernel, and what the driver answers.
+
+use super::device::eventually;
+
+use crate::rust::{
+    fake_device::{
+        FakeDevice,
+        Request, //
+    },
+    memory,
+    virtio::Feature,
+    virtio_balloon::{
+        request,
+        F_HOST_REQUESTS,
+        F_STATS_VQ, //
+    },
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    time::{
+        delay::fsleep,
+        Delta, //
+    }, //
+};
+
+/// The queue of a device that has neither statistics nor hints nor reports.
+const REQUESTS: usize = 2;
+
+/// A device that asks.
+struct Host {
+    device: FakeDevice,
+    /// Buffers for requests.
+    inboxes: KVec<Request>,
+}
+
+/// A message of an answer.
+#[derive(Debug, PartialEq, Eq)]
+enum Message {
+    /// The command, the id, and how many pages it names.
+    Pages(u16, u64, u64),
+    /// The id and the status.
+    Completion(u64, u8),
+}
+
+/// Returns the 64-bit number at `words`.
+fn long(words: &[u16]) -> u64 {
+    words.iter().take(4).rev().fold(0, |number, &word| {
+        number << 16 | u64::from(u16::from_le(word))
+    })
+}
+
+impl Message {
+    fn read(request: &Request) -> Result<Self> {
+        let words = &request.words;
+        let command = u16::from_le(*words.first().ok_or(EINVAL)?);
+        let id = long(words.get(4..).ok_or(EINVAL)?);
+
+        match command {
+            request::COMPLETION if words.len() == 8 => {
+                let status = words.get(1).ok_or(EINVAL)?.to_le_bytes();
+                Ok(Self::Completion(id, status[0]))
+            }
+            request::UNUSED_SKIP | request::UNUSED_DISCARD => Ok(Self::Pages(
+                command,
+                id,
+                long(words.get(12..).ok_or(EINVAL)?),
+            )),
+            _ => Err(EINVAL),
+        }
+    }
+}
+
+impl Host {
+    fn new() -> Result<Self> {
+        Self::with(&[Feature::VERSION_1, F_HOST_REQUESTS])
+    }
+
+    fn with(features: &[Feature]) -> Result<Self> {
+        Ok(Self {
+            device: FakeDevice::new(features)?,
+            inboxes: KVec::new(),
+        })
+    }
+
+    /// Returns the next message of the driver, which is not answered yet.
+    fn next(&mut self) -> Result<Option<Request>> {
+        while let Some(request) = self.device.next(REQUESTS)? {
+            if request.writable == 0 {
+                return Ok(Some(request));
+            }
+            self.inboxes.push(request, GFP_KERNEL)?;
+        }
+
+        Ok(None)
+    }
+
+    /// Makes a request.
+    fn ask(&mut self, command: u16, block_shift: u8, caches: u32, id: u64, start: u64) -> Result {
+        let mut message = None;
+        eventually(|| {
+            message = self.next()?;
+            Ok(!self.inboxes.is_empty())
+        })?;
+        if message.is_some() {
+            return Err(EINVAL);
+        }
+
+        let inbox = self.inboxes.pop().ok_or(EINVAL)?;
+        let mut words = KVec::with_capacity(16, GFP_KERNEL)?;
+        words.push(command.to_le(), GFP_KERNEL)?;
+        words.push(u16::from(block_shift).to_le(), GFP_KERNEL)?;
+        for number in [u64::from(caches) << 32, id, start, 0] {
+            let skip = if words.len() == 2 { 2 } else { 0 };
+            for shift in [0, 16, 32, 48].into_iter().skip(skip) {
+                words.push(((number >> shift) as u16).to_le(), GFP_KERNEL)?;
+            }
+        }
+        self.device.fill(REQUESTS, &inbox, &words)?;
+        self.device.interrupt(REQUESTS)
+    }
+
+    /// Takes the next message, and answers it.
+    fn answer(&mut self) -> Result<Message> {
+        let mut message = None;
+        eventually(|| {
+            message = self.next()?;
+            Ok(message.is_some())
+        })?;
+
+        let message = message.ok_or(EINVAL)?;
+        self.device.answer(REQUESTS, &message, 0)?;
+        self.device.interrupt(REQUESTS)?;
+        Message::read(&message)
+    }
+
+    /// Takes all messages up to a completion. Returns the status, and how many pages were named.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if one has another id or another command.
+    fn answers(&mut self, command: u16, id: u64) -> Result<(u8, u64)> {
+        let mut pages = 0;
+
+        loop {
+            match self.answer()? {
+                Message::Pages(this, of, count) if this == command && of == id => pages += count,
+                Message::Completion(of, status) if of == id => return Ok((status, pages)),
+                _ => return Err(EINVAL),
+            }
+        }
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_requests)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unused_pages_are_named_with_the_id_of_the_request() {
+        let host = Host::new();
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        for id in [1, 2, u64::MAX] {
+            assert_eq!(host.ask(request::UNUSED_SKIP, 12, 0, id, 0), Ok(()));
+            let free = memory::Info::now().free >> PAGE_SHIFT;
+            let answer = host.answers(request::UNUSED_SKIP, id);
+            assert!(answer.is_ok_and(|(status, pages)| {
+                status == request::COMPLETE && pages > free / 10 * 9 && pages < free / 10 * 11
+            }));
+        }
+    }
+
+    #[test]
+    fn pages_to_be_discarded_are_kept_until_the_device_has_used_the_message() {
+        const NOISE: u64 = 4 << 20;
+        let host = Host::new();
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+        let free = memory::Info::now().free;
+
+        assert_eq!(host.ask(request::UNUSED_DISCARD, 21, 0, 7, 0), Ok(()));
+        if memory::free_page_value().is_some() {
+            let answer = host.answers(request::UNUSED_DISCARD, 7);
+            assert_eq!(answer, Ok((request::ABORTED, 0)));
+            return;
+        }
+
+        let mut first = None;
+        let waiting = eventually(|| {
+            first = host.next()?;
+            Ok(first.is_some())
+        });
+        assert_eq!(waiting, Ok(()));
+        fsleep(Delta::from_millis(100));
+        let held = free.saturating_sub(memory::Info::now().free);
+        // As much as four messages are about.
+        assert!(held > NOISE && held < (256 << 20) + NOISE);
+
+        let Some(first) = first else { return };
+        assert_eq!(host.device.answer(REQUESTS, &first, 0), Ok(()));
+        assert_eq!(host.device.interrupt(REQUESTS), Ok(()));
+        let answer = host.answers(request::UNUSED_DISCARD, 7);
+        assert!(answer.is_ok_and(|(status, _)| status == request::COMPLETE));
+        assert_eq!(
+            eventually(|| Ok(memory::Info::now().free + NOISE > free)),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_said_to() {
+        let host = Host::new();
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        for (command, shift, caches, id, status) in [
+            (9, 0, 0, 5, request::UNSUPPORTED),
+            (0, 0, 0, 5, request::UNSUPPORTED),
+            (request::UNUSED_SKIP, 64, 0, 5, request::MALFORMED),
+            (request::UNUSED_SKIP, 12, 0, 0, request::MALFORMED),
+            (request::DROP_CACHES, 0, 0, 5, request::MALFORMED),
+            (request::DROP_CACHES, 0, 4, 5, request::MALFORMED),
+            (request::CANCEL, 0, 0, 5, request::UNKNOWN_ID),
+        ] {
+            assert_eq!(host.ask(command, shift, caches, id, 99), Ok(()));
+            assert_eq!(host.answer(), Ok(Message::Completion(id, status)));
+        }
+    }
+
+    #[test]
+    fn a_request_that_is_too_short_is_passed_over() {
+        let host = Host::new();
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        let inbox = eventually(|| {
+            let _ = host.next()?;
+            Ok(!host.inboxes.is_empty())
+        });
+        assert_eq!(inbox, Ok(()));
+        let Some(inbox) = host.inboxes.pop() else {
+            return;
+        };
+        assert_eq!(
+            host.device.fill(REQUESTS, &inbox, &[3, 12, 0, 0, 8]),
+            Ok(())
+        );
+        assert_eq!(host.device.interrupt(REQUESTS), Ok(()));
+
+        assert_eq!(host.ask(9, 0, 0, 5, 0), Ok(()));
+        assert_eq!(
+            host.answer(),
+            Ok(Message::Completion(5, request::UNSUPPORTED))
+        );
+    }
+
+    #[test]
+    fn a_request_can_be_called_off() {
+        let host = Host::new();
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+
+        // More messages than the queue has room for, so that it is still open.
+        assert_eq!(host.ask(request::UNUSED_DISCARD, 21, 0, 3, 0), Ok(()));
+        assert_eq!(host.ask(request::CANCEL, 0, 0, 4, 3), Ok(()));
+
+        let (mut cancelled, mut done) = (None, None);
+        while done.is_none() || cancelled.is_none() {
+            match host.answer() {
+                Ok(Message::Pages(request::UNUSED_DISCARD, 3, _)) if done.is_none() => (),
+                Ok(Message::Completion(3, status)) => cancelled = Some(status),
+                Ok(Message::Completion(4, status)) => done = Some(status),
+                other => {
+                    assert_eq!(other, Err(EINVAL));
+                    return;
+                }
+            }
+        }
+        if memory::free_page_value().is_none() {
+            assert_eq!(cancelled, Some(request::CANCELLED));
+            assert_eq!(done, Some(request::COMPLETE));
+        }
+    }
+
+    #[test]
+    fn caches_are_dropped_or_it_is_said_that_they_are_not() {
+        let host = Host::new();
+        assert!(host.is_ok());
+        let Ok(mut host) = host else { return };
+        let all = request::CACHES_PAGES | request::CACHES_SLAB;
+
+        assert_eq!(host.ask(request::DROP_CACHES, 0, all, 11, 0), Ok(()));
+        let answer = host.answers(0, 11);
+        assert!(answer.is_ok_and(|(status, _)| {
+            status == request::COMPLETE || status == request::ABORTED
+        }));
+    }
+
+    #[test]
+    fn a_device_that_does_not_take_answers_can_be_removed() {
+        const NOISE: u64 = 4 << 20;
+        let free = memory::Info::now().free;
+
+        {
+            let host = Host::new();
+            assert!(host.is_ok());
+            let Ok(mut host) = host else { return };
+
+            for id in 1..6 {
+                assert_eq!(host.ask(request::UNUSED_DISCARD, 21, 0, id, 0), Ok(()));
+            }
+            fsleep(Delta::from_millis(100));
+        }
+        assert!(memory::Info::now().free + NOISE > free);
+    }
+
+    #[test]
+    fn the_queue_comes_after_the_others() {
+        let host = Host::with(&[Feature::VERSION_1, F_STATS_VQ, F_HOST_REQUESTS]);
+        assert!(host.is_ok());
+        let Ok(host) = host else { return };
+
+        assert_eq!(eventually(|| Ok(host.device.next(3)?.is_some())), Ok(()));
+    }
+}
