@@ -153,6 +153,16 @@ pub enum Load {
         /// How much memory is taken at first, in MiB.
         mib: usize,
     },
+    /// Takes, verifies and gives back memory of all kinds until it is stopped. Fails at the first word that is not what
+    /// was written. A pass is a piece that was verified.
+    Churn {
+        /// How much memory it has at most, in MiB.
+        mib: usize,
+        /// How many threads share the work.
+        threads: usize,
+        /// What makes one run differ from another.
+        seed: u64,
+    },
 }
 
 /// How a load fares.

@@ -17,6 +17,7 @@ use anyhow::{Context, Result};
 
 use crate::process;
 
+mod churn;
 mod fragment;
 mod hog;
 mod hold;
@@ -121,6 +122,7 @@ pub(crate) fn run(load: &str) -> Result<()> {
         Load::Touch { mib } => touch::run(mib),
         Load::Hog { mib } => hog::run(mib, stop),
         Load::Fragment { mib } => fragment::run(mib, stop),
+        Load::Churn { mib, threads, seed } => churn::run(mib, threads, seed, stop),
     }
 }
 

@@ -36,6 +36,7 @@ mod migration;
 mod qemu;
 mod qmp;
 mod size;
+mod write_log;
 
 pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output};
 
@@ -50,3 +51,4 @@ pub use crate::migration::{Migration, Transfer};
 pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};
 pub use crate::size::Size;
+pub use crate::write_log::WriteLog;

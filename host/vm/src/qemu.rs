@@ -22,6 +22,7 @@ use regex::Regex;
 use crate::daemon::Daemon;
 use crate::device::{Device, Offer};
 use crate::size::Size;
+use crate::write_log::WriteLog;
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -334,6 +335,13 @@ impl Config {
         );
         self.argument("-drive", &drive)
             .extra_device(&format!("virtio-blk-pci,drive={id}"))
+    }
+
+    /// Records which pages the guest writes. It is slower then.
+    pub fn write_log(self, log: &WriteLog) -> Self {
+        let plugin = self.tool("libwrite_log.so");
+        let value = format!("{},file={}", plugin.display(), log.path().display());
+        self.argument("-plugin", &value)
     }
 
     /// Has QEMU go on when the guest reboots, in place of ending.

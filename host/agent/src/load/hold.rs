@@ -59,13 +59,13 @@ fn verify(words: &mut [u64], first: u64, passes: &AtomicU64, stop: Stop) -> Resu
     check(words, first, pass)
 }
 
-fn fill(words: &mut [u64], first: u64, pass: u64) {
+pub(super) fn fill(words: &mut [u64], first: u64, pass: u64) {
     for (word, index) in words.iter_mut().zip(first..) {
         *word = pattern(index, pass);
     }
 }
 
-fn check(words: &[u64], first: u64, pass: u64) -> Result<()> {
+pub(super) fn check(words: &[u64], first: u64, pass: u64) -> Result<()> {
     for (word, index) in words.iter().zip(first..) {
         if *word != pattern(index, pass) {
             bail!(
