@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use balloon_control::{Counters, Guest, Info};
+use balloon_control::{Counters, Encodings, Guest, Info};
 use comfy_table::presets::{NOTHING, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use console::Term;
@@ -47,6 +47,7 @@ fn state(info: &Info) -> Table {
         "Granule",
         &format!("{}, the least that is given back", HumanBytes(info.granule)),
     ]);
+    table.add_row(["Pages", &encodings(counters.encodings)]);
     table.add_row(["Refused", &refused(counters)]);
     table.add_row(["Daemon", &format!("up for {}", duration(info.uptime))]);
     for column in table.column_iter_mut() {
@@ -90,6 +91,15 @@ fn driver(guest: &Guest) -> String {
     }
 }
 
+fn encodings(of: Encodings) -> String {
+    format!(
+        "named by {} arrays of numbers, {} lists of ranges, {} bitmaps",
+        HumanCount(of.pfns),
+        HumanCount(of.ranges),
+        HumanCount(of.bitmaps)
+    )
+}
+
 fn refused(counters: &Counters) -> String {
     if counters.refused.is_empty() {
         return "nothing".to_owned();
@@ -104,21 +114,52 @@ fn refused(counters: &Counters) -> String {
 
 fn messages(counters: &Counters) -> Table {
     let mut table = Table::new();
-    table
-        .load_preset(UTF8_FULL_CONDENSED)
-        .set_header(["From the guest", "Memory", "Messages"]);
-    let of = &counters.messages;
-    for (what, bytes, messages) in [
-        ("inflated", Some(counters.inflated), of.inflate),
-        ("deflated", Some(counters.deflated), of.deflate),
-        ("reported free", Some(counters.reported), of.reports),
-        ("hinted free", Some(counters.hinted), of.hints),
-        ("statistics", None, of.stats),
+    table.load_preset(UTF8_FULL_CONDENSED).set_header([
+        "From the guest",
+        "Memory",
+        "Messages",
+        "Received",
+        "Notified",
+    ]);
+    let (of, received, notified) = (counters.messages, counters.received, counters.notifications);
+    let bytes = |bytes: Option<u64>| bytes.map(|bytes| HumanBytes(bytes).to_string());
+    for (what, memory, messages, received, notified) in [
+        (
+            "inflated",
+            Some(counters.inflated),
+            of.inflate,
+            Some(received.inflate),
+            notified.inflate,
+        ),
+        (
+            "deflated",
+            Some(counters.deflated),
+            of.deflate,
+            Some(received.deflate),
+            notified.deflate,
+        ),
+        (
+            "reported free",
+            Some(counters.reported),
+            of.reports,
+            None,
+            notified.reports,
+        ),
+        (
+            "hinted free",
+            Some(counters.hinted),
+            of.hints,
+            None,
+            notified.hints,
+        ),
+        ("statistics", None, of.stats, None, notified.stats),
     ] {
         table.add_row([
             what.to_owned(),
-            bytes.map_or_else(String::new, |bytes| HumanBytes(bytes).to_string()),
+            bytes(memory).unwrap_or_default(),
             HumanCount(messages).to_string(),
+            bytes(received).unwrap_or_default(),
+            HumanCount(notified).to_string(),
         ]);
     }
     for column in table.column_iter_mut().skip(1) {

@@ -12,7 +12,7 @@ mod server;
 
 pub use client::{Answer, Client, ClientError};
 pub use protocol::{
-    ControlError, Counters, ErrorKind, Guest, HintAction, Info, Messages, Metrics, Request,
-    Response, Shortfall, Stat, Stats, Unit,
+    ByQueue, ControlError, Counters, Encodings, ErrorKind, Guest, HintAction, Info, Metrics,
+    Received, Request, Response, Shortfall, Stat, Stats, Unit,
 };
 pub use server::{BindError, Handler, Server, SocketFile, listen, serve};

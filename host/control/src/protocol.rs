@@ -146,14 +146,21 @@ pub struct Counters {
     /// What the guest has hinted as free, in bytes.
     pub hinted: u64,
     /// How many messages came from the guest.
-    pub messages: Messages,
+    pub messages: ByQueue,
+    /// How many times the device was notified of messages. Several that come at once count as one, and a few
+    /// come when a queue is set up.
+    pub notifications: ByQueue,
+    /// How much was received to name pages, in bytes.
+    pub received: Received,
+    /// How many messages named pages, by how they did.
+    pub encodings: Encodings,
     /// How many messages were refused, by the reason.
     pub refused: BTreeMap<String, u64>,
 }
 
-/// How many messages came from the guest, by the queue.
+/// How many there were, by the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Messages {
+pub struct ByQueue {
     /// Of the inflate queue.
     pub inflate: u64,
     /// Of the deflate queue.
@@ -164,6 +171,26 @@ pub struct Messages {
     pub hints: u64,
     /// Of the free page reporting queue.
     pub reports: u64,
+}
+
+/// How long all messages were that name pages, by the queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Received {
+    /// Of the inflate queue, in bytes.
+    pub inflate: u64,
+    /// Of the deflate queue, in bytes.
+    pub deflate: u64,
+}
+
+/// How many messages named pages, by how they did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Encodings {
+    /// Arrays of page frame numbers.
+    pub pfns: u64,
+    /// Page sets of ranges.
+    pub ranges: u64,
+    /// Page sets that are bitmaps.
+    pub bitmaps: u64,
 }
 
 /// A sample of the guest's memory statistics.

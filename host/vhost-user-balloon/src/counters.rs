@@ -7,8 +7,10 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use balloon_control::{Counters as Snapshot, Messages};
+use balloon_control::{ByQueue, Counters as Snapshot, Encodings, Received};
 use log::warn;
+
+use crate::queue::MAX_QUEUES;
 
 /// A guest can cause any number of refusals, so each kind is logged once in this time at most.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -107,7 +109,18 @@ pub struct Counters {
     /// What was hinted as free, in bytes.
     pub hinted: Counter,
     /// How many messages came on each kind of queue, in the order of the specification.
-    pub messages: [Counter; 5],
+    pub messages: [Counter; MAX_QUEUES],
+    /// How many times there was an event for each, in the same order: the guest's notifications, of which
+    /// several may be one event, and a few when a queue is set up.
+    pub notifications: [Counter; MAX_QUEUES],
+    /// How long the messages of the inflate and the deflate queue were, in bytes, as far as they could be read.
+    pub received: [Counter; 2],
+    /// How many of them were arrays of page frame numbers.
+    pub pfns: Counter,
+    /// How many were page sets of ranges.
+    pub ranges: Counter,
+    /// How many were page sets that are bitmaps.
+    pub bitmaps: Counter,
     refused: [Refused; Refusal::ALL.len()],
     start: Instant,
 }
@@ -123,6 +136,11 @@ impl Default for Counters {
             reported: Counter::default(),
             hinted: Counter::default(),
             messages: Default::default(),
+            notifications: Default::default(),
+            received: Default::default(),
+            pfns: Counter::default(),
+            ranges: Counter::default(),
+            bitmaps: Counter::default(),
             refused: Default::default(),
             start: Instant::now(),
         }
@@ -159,7 +177,7 @@ impl Counters {
 
     /// All of it as the control protocol has it.
     pub fn snapshot(&self) -> Snapshot {
-        let [inflate, deflate, stats, hints, reports] = &self.messages;
+        let [inflate, deflate] = &self.received;
         Snapshot {
             inflated: self.inflated.get(),
             deflated: self.deflated.get(),
@@ -168,12 +186,16 @@ impl Counters {
             discard_failures: self.discard_failures.get(),
             reported: self.reported.get(),
             hinted: self.hinted.get(),
-            messages: Messages {
+            messages: by_queue(&self.messages),
+            notifications: by_queue(&self.notifications),
+            received: Received {
                 inflate: inflate.get(),
                 deflate: deflate.get(),
-                stats: stats.get(),
-                hints: hints.get(),
-                reports: reports.get(),
+            },
+            encodings: Encodings {
+                pfns: self.pfns.get(),
+                ranges: self.ranges.get(),
+                bitmaps: self.bitmaps.get(),
             },
             refused: Refusal::ALL
                 .iter()
@@ -181,6 +203,17 @@ impl Counters {
                 .filter(|&(_, times)| times > 0)
                 .collect::<BTreeMap<_, _>>(),
         }
+    }
+}
+
+fn by_queue(counters: &[Counter; MAX_QUEUES]) -> ByQueue {
+    let [inflate, deflate, stats, hints, reports] = counters;
+    ByQueue {
+        inflate: inflate.get(),
+        deflate: deflate.get(),
+        stats: stats.get(),
+        hints: hints.get(),
+        reports: reports.get(),
     }
 }
 

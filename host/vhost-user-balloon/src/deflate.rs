@@ -6,14 +6,13 @@
 //! the memory is there before the buffer is used, so that a host without memory shows in the daemon's log
 //! and the guest's first write does not have to wait.
 
-use balloon_wire::page_set::Command;
 use vm_memory::GuestMemoryMmap;
 
 use crate::balloon::Balloon;
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
 use crate::pages::{Format, Pages};
-use crate::queue::{Chain, Receiver};
+use crate::queue::{Chain, Kind, Receiver};
 
 /// What receives the messages of the deflate queue.
 #[derive(Debug)]
@@ -38,7 +37,7 @@ impl Receiver for Deflate<'_> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
         self.pages.read(
             self.format,
-            Command::Deflate,
+            Kind::Deflate,
             self.memory,
             chain,
             self.counters,

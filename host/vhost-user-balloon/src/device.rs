@@ -599,6 +599,11 @@ impl VhostUserBackend for Device {
             }
             _ => {
                 *lock(&self.answered) = Some(Instant::now());
+                let kind = Kind::of(event.into(), self.acked.load(SeqCst));
+                let notified = kind.and_then(|kind| self.counters.notifications.get(kind as usize));
+                if let Some(notified) = notified {
+                    notified.add(1);
+                }
                 self.serve_queue(event.into(), vrings);
             }
         }

@@ -6,14 +6,13 @@
 //! that named it. So all holes for the messages of a batch are punched before the first of them is used,
 //! and pages that are named by several messages of a batch can share a hole.
 
-use balloon_wire::page_set::Command;
 use vm_memory::GuestMemoryMmap;
 
 use crate::balloon::Balloon;
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
 use crate::pages::{Format, Pages};
-use crate::queue::{Chain, Receiver};
+use crate::queue::{Chain, Kind, Receiver};
 
 /// What receives the messages of the inflate queue.
 #[derive(Debug)]
@@ -40,7 +39,7 @@ impl Receiver for Inflate<'_> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
         self.pages.read(
             self.format,
-            Command::Inflate,
+            Kind::Inflate,
             self.memory,
             chain,
             self.counters,

@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use balloon_control::Info;
+use balloon_control::{ByQueue, Info};
 
 /// Writes the state of a balloon as metrics.
 pub fn text(info: &Info) -> String {
@@ -81,26 +81,55 @@ pub fn text(info: &Info) -> String {
     ] {
         metrics.one("counter", name, help, value);
     }
-    let messages = counters.messages;
-    metrics.head("counter", "messages_total", "Messages of the guest.");
-    for (queue, value) in [
-        ("inflate", messages.inflate),
-        ("deflate", messages.deflate),
-        ("stats", messages.stats),
-        ("hints", messages.hints),
-        ("reports", messages.reports),
-    ] {
-        metrics.line("messages_total", &format!("{{queue=\"{queue}\"}}"), value);
-    }
-    metrics.head(
-        "counter",
+    metrics.many(
+        "messages_total",
+        "Messages of the guest.",
+        "queue",
+        by_queue(counters.messages),
+    );
+    metrics.many(
+        "notifications_total",
+        "Notifications of messages.",
+        "queue",
+        by_queue(counters.notifications),
+    );
+    metrics.many(
+        "received_bytes_total",
+        "What was received to name pages.",
+        "queue",
+        [
+            ("inflate", counters.received.inflate),
+            ("deflate", counters.received.deflate),
+        ],
+    );
+    metrics.many(
+        "page_messages_total",
+        "Messages that named pages.",
+        "encoding",
+        [
+            ("pfns", counters.encodings.pfns),
+            ("ranges", counters.encodings.ranges),
+            ("bitmaps", counters.encodings.bitmaps),
+        ],
+    );
+    let refused = counters.refused.iter();
+    metrics.many(
         "refused_total",
         "Messages with something that was refused.",
+        "reason",
+        refused.map(|(reason, &value)| (reason.as_str(), value)),
     );
-    for (reason, &value) in &counters.refused {
-        metrics.line("refused_total", &format!("{{reason=\"{reason}\"}}"), value);
-    }
     metrics.0
+}
+
+fn by_queue(of: ByQueue) -> [(&'static str, u64); 5] {
+    [
+        ("inflate", of.inflate),
+        ("deflate", of.deflate),
+        ("stats", of.stats),
+        ("hints", of.hints),
+        ("reports", of.reports),
+    ]
 }
 
 #[derive(Default)]
@@ -110,6 +139,20 @@ impl Metrics {
     fn one(&mut self, kind: &str, name: &str, help: &str, value: u64) {
         self.head(kind, name, help);
         self.line(name, "", value);
+    }
+
+    /// A counter with a value for each value of a label.
+    fn many<'a>(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: impl IntoIterator<Item = (&'a str, u64)>,
+    ) {
+        self.head("counter", name, help);
+        for (of, value) in values {
+            self.line(name, &format!("{{{label}=\"{of}\"}}"), value);
+        }
     }
 
     // Writing to a string does not fail.
@@ -126,7 +169,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balloon_control::{Counters, Guest, Messages};
+    use balloon_control::{Counters, Encodings, Guest};
 
     #[test]
     fn metrics_have_their_types_and_labels() {
@@ -143,9 +186,13 @@ mod tests {
             },
             counters: Counters {
                 inflated: 8192,
-                messages: Messages {
+                messages: ByQueue {
                     reports: 3,
-                    ..Messages::default()
+                    ..ByQueue::default()
+                },
+                encodings: Encodings {
+                    bitmaps: 4,
+                    ..Encodings::default()
                 },
                 refused: [("truncated".to_owned(), 2)].into(),
                 ..Counters::default()
@@ -156,6 +203,8 @@ mod tests {
             "# TYPE balloon_target_bytes gauge\nballoon_target_bytes 4096\n",
             "# TYPE balloon_inflated_bytes_total counter\nballoon_inflated_bytes_total 8192\n",
             "balloon_messages_total{queue=\"reports\"} 3\n",
+            "balloon_page_messages_total{encoding=\"bitmaps\"} 4\n",
+            "balloon_received_bytes_total{queue=\"deflate\"} 0\n",
             "balloon_refused_total{reason=\"truncated\"} 2\n",
             "balloon_connected 1\nballoon_driver".split_at(20).0,
         ] {

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use balloon_wire::page_set::{self, Command, PageSet};
+use balloon_wire::page_set::{self, Command, Encoding, PageSet};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_PFN_SHIFT};
 use log::debug;
 use vm_memory::GuestMemoryMmap;
@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::balloon::Tally;
 use crate::counters::{Counter, Counters, Refusal};
 use crate::features::Feature;
-use crate::queue::{Chain, read};
+use crate::queue::{Chain, Kind, read};
 
 /// How many pages a message may name by their numbers.
 const MAX_PFNS: usize = 64 << 10;
@@ -61,21 +61,24 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Adds those of a message that names them for `command`, and says whether there is room for another one.
-    /// Of a message with something wrong nothing is added.
+    /// Adds those of a message of a queue, and says whether there is room for another one. Of a message with
+    /// something wrong nothing is added.
     pub fn read(
         &mut self,
         format: Format,
-        command: Command,
+        queue: Kind,
         memory: &GuestMemoryMmap,
         chain: Chain<'_>,
         counters: &Counters,
     ) -> bool {
         self.bytes.clear();
         let read = read(memory, chain, format.limit(), &mut self.bytes);
+        if let Some(received) = counters.received.get(queue as usize) {
+            received.add(self.bytes.len() as u64);
+        }
         let added = read.and_then(|()| match format {
-            Format::Pfns => self.add_pfns(),
-            Format::PageSets => self.add_page_set(command),
+            Format::Pfns => self.add_pfns(counters),
+            Format::PageSets => self.add_page_set(queue, counters),
         });
         if let Err(reason) = added {
             counters.refuse(reason);
@@ -84,11 +87,12 @@ impl Pages {
     }
 
     /// Adds the pages of an array of page frame numbers.
-    fn add_pfns(&mut self) -> Result<(), Refusal> {
+    fn add_pfns(&mut self, counters: &Counters) -> Result<(), Refusal> {
         let pfns = self.bytes.chunks_exact(PFN);
         if self.bytes.is_empty() || !pfns.remainder().is_empty() {
             return Err(Refusal::Truncated);
         }
+        counters.pfns.add(1);
         for pfn in pfns.filter_map(<[u8]>::first_chunk) {
             let page = u64::from(u32::from_le_bytes(*pfn));
             // Drivers name neighbours one after the other, upwards or downwards.
@@ -102,13 +106,18 @@ impl Pages {
     }
 
     /// Adds the pages of a page set.
-    fn add_page_set(&mut self, command: Command) -> Result<(), Refusal> {
+    fn add_page_set(&mut self, queue: Kind, counters: &Counters) -> Result<(), Refusal> {
         let set = PageSet::parse(&self.bytes).map_err(|error| {
             debug!("a page set is malformed: {error}");
             Refusal::Malformed
         })?;
-        if set.command != command {
-            return Err(Refusal::Malformed);
+        match (queue, set.command) {
+            (Kind::Inflate, Command::Inflate) | (Kind::Deflate, Command::Deflate) => {}
+            _ => return Err(Refusal::Malformed),
+        }
+        match set.encoding {
+            Encoding::Ranges => counters.ranges.add(1),
+            Encoding::Bitmap => counters.bitmaps.add(1),
         }
         // No page is smaller than a balloon page, and none ends beyond 2^64 bytes: no bit is shifted out.
         let shift = u32::from(set.page_shift).saturating_sub(VIRTIO_BALLOON_PFN_SHIFT);

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use balloon_control::{Client, Info, Request};
+use balloon_wire::VIRTIO_BALLOON_F_PAGE_SETS;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -116,10 +117,15 @@ struct Vmm {
 
 impl Vmm {
     fn connect(directory: &Path) -> Self {
+        Self::connect_with(directory, 0)
+    }
+
+    /// Connects for a driver that accepts these features.
+    fn connect_with(directory: &Path, features: u64) -> Self {
         let mut front = Frontend::connect(directory.join("socket"), QUEUES).unwrap();
         front.set_owner().unwrap();
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let wanted = protocol | (1 << VIRTIO_F_VERSION_1);
+        let wanted = protocol | (1 << VIRTIO_F_VERSION_1) | features;
         assert_eq!(front.get_features().unwrap() & wanted, wanted);
         let offered = front.get_protocol_features().unwrap();
         assert!(offered.contains(VhostUserProtocolFeatures::BACKEND_REQ));
@@ -184,9 +190,22 @@ impl Vmm {
 
     /// Sends a message that names one page, and waits for it to come back.
     fn inflate(&mut self, pfn: u32) {
-        self.store(MESSAGE, &pfn.to_le_bytes());
+        self.send(&pfn.to_le_bytes());
+    }
+
+    /// The same, as a page set.
+    fn inflate_set(&mut self, pfn: u64) {
+        // Inflating, pages of 4 KiB, ranges; no request; 0; one page; it.
+        let words = [0x010c_0001, 0, 0, 1, (pfn << 12) | 1];
+        self.send(&words.map(u64::to_le_bytes).concat());
+    }
+
+    /// Sends a message, and waits for it to come back.
+    fn send(&mut self, message: &[u8]) {
+        self.store(MESSAGE, message);
         self.store(DESCRIPTORS, &MESSAGE.to_le_bytes());
-        self.store(DESCRIPTORS + 8, &4_u32.to_le_bytes());
+        let length = u32::try_from(message.len()).unwrap();
+        self.store(DESCRIPTORS + 8, &length.to_le_bytes());
         self.store(AVAIL + 4 + 2 * u64::from(self.sent % 16), &[0, 0]);
         self.sent += 1;
         self.store(AVAIL + 2, &self.sent.to_le_bytes());
@@ -266,7 +285,12 @@ fn a_guest_inflates_and_another_one_follows() {
     assert_eq!(info(directory).memory, None);
     let vmm = inflated(directory);
     assert_eq!(vmm.byte(0x100 << 12), 0);
-    assert_eq!(info(directory).counters.inflated, 2 << 12);
+    let counters = info(directory).counters;
+    assert_eq!(counters.inflated, 2 << 12);
+    assert_eq!(counters.messages.inflate, 2);
+    assert!(counters.notifications.inflate >= 2);
+    assert_eq!(counters.received.inflate, 8);
+    assert_eq!(counters.encodings.pfns, 2);
 
     daemon.end();
     let left = |name| directory.join(name).exists();
@@ -298,6 +322,40 @@ fn only_a_stopped_guest_keeps_its_balloon() {
         0,
         "a new driver has an empty balloon"
     );
+    daemon.end();
+}
+
+#[test]
+fn messages_are_what_was_negotiated() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--extensions"]);
+    let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_PAGE_SETS);
+    vmm.start(0);
+    vmm.inflate_set(0x100);
+    assert_eq!(info(directory).guest.features, ["page-sets"]);
+    assert_eq!(
+        [0xff, 0x100, 0x101].map(|pfn| vmm.byte(pfn << 12)),
+        [1, 0, 1]
+    );
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 1, "that is no page set");
+
+    // Another driver, after a reset.
+    vmm.front.get_vring_base(0).unwrap();
+    let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    vmm.front.set_features(protocol).unwrap();
+    vmm.store(AVAIL + 2, &[0, 0]);
+    vmm.store(USED + 2, &[0, 0]);
+    vmm.store(0x100 << 12, &[7]);
+    vmm.sent = 0;
+    vmm.start(0);
+    vmm.inflate(0x100);
+    assert_eq!(vmm.byte(0x100 << 12), 0, "its balloon was empty");
+
+    let counters = info(directory).counters;
+    assert_eq!((counters.encodings.pfns, counters.encodings.ranges), (1, 1));
+    assert_eq!(counters.refused["malformed"], 1);
     daemon.end();
 }
 
