@@ -65,23 +65,18 @@ impl Receiver for Inflate<'_> {
 mod tests {
     use super::*;
     use crate::discard::Granularity;
-    use crate::pages::tests::Message;
     use crate::testing::GuestQueue;
     use vm_memory::{Bytes, GuestAddress};
 
     /// Runs the messages of the queue, and returns what was counted.
     fn run(guest: &GuestQueue, balloon: &mut Balloon) -> Counters {
-        run_as(Format::Pfns, guest, balloon)
-    }
-
-    fn run_as(format: Format, guest: &GuestQueue, balloon: &mut Balloon) -> Counters {
         let counters = Counters::default();
         let mut receiver = Inflate {
             memory: &guest.memory,
             balloon,
             told_before_use: true,
             discarder: &mut Discarder::default(),
-            format,
+            format: Format::Pfns,
             counters: &counters,
             pages: &mut Pages::default(),
             pieces: &mut Pieces::default(),
@@ -133,26 +128,6 @@ mod tests {
         assert_eq!(counters.discards.get(), 0);
         assert_eq!(page(&guest, 0x100), 7);
         assert_eq!(guest.used(), 2);
-    }
-
-    #[test]
-    fn both_encodings_name_pages() {
-        let (mut guest, mut balloon) = guest();
-        guest.send(&[&Message::ranges(&[0x100..0x102, 0x106..0x107]).bytes()]);
-        let bitmap = Message::bitmap(0xfe, &[(1 << 4) | (1 << 7)]).bytes();
-        guest.send(&[&bitmap[..7], &bitmap[7..33], &bitmap[33..]]);
-        guest.send(&[&[0, 1, 0, 0]]);
-        let counters = run_as(Format::PageSets, &guest, &mut balloon);
-        assert_eq!(counters.inflated.get(), 5 * 4096);
-        assert_eq!(counters.discards.get(), 2);
-        assert_eq!(counters.refused(Refusal::Malformed), 1);
-        assert_eq!(
-            (0x100..0x108)
-                .map(|pfn| page(&guest, pfn))
-                .collect::<Vec<_>>(),
-            [0, 0, 0, 1, 1, 0, 0, 1]
-        );
-        assert_eq!(guest.used(), 3);
     }
 
     #[test]
