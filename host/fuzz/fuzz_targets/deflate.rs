@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::deflate::Deflate;
 use vhost_user_balloon::discard::{Discarder, Pieces};
-use vhost_user_balloon::pages::{Format, Pages};
+use vhost_user_balloon::pages::Pages;
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {
@@ -25,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
         memory: &guest.memory,
         balloon: &mut balloon,
         prefault: input.option.then_some(&mut discarder),
-        format: Format::Pfns,
+        format: input.format,
         counters: &counters,
         pages: &mut Pages::default(),
         pieces: &mut Pieces::default(),

@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::discard::{Discarder, Pieces};
 use vhost_user_balloon::inflate::Inflate;
-use vhost_user_balloon::pages::{Format, Pages};
+use vhost_user_balloon::pages::Pages;
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {
@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
         balloon: &mut balloon,
         told_before_use,
         discarder: &mut Discarder::default(),
-        format: Format::Pfns,
+        format: input.format,
         counters: &counters,
         pages: &mut Pages::default(),
         pieces: &mut Pieces::default(),

@@ -21,11 +21,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, LazyLock};
 
+use balloon_wire::page_set::PageSet;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use vhost_user_balloon::balloon::Balloon;
 use vhost_user_balloon::counters::{Counter, Counters};
 use vhost_user_balloon::discard::{Granularity, Pieces};
+use vhost_user_balloon::pages::Format;
 use vhost_user_balloon::queue::{Chain, Receiver, serve};
 use virtio_queue::QueueT;
 use virtio_queue::desc::split::Descriptor;
@@ -39,6 +41,9 @@ pub const PAGES: u64 = 30;
 
 /// A region: its pages in the file, and the first one in the guest.
 const REGIONS: [(Range<u64>, u64); 2] = [(3..20, 0), (20..33, 32)];
+
+/// The end of the guest's memory in pages.
+const END: u128 = 45;
 
 /// The file in pages.
 const FILE_PAGES: usize = 36;
@@ -82,6 +87,8 @@ pub struct Input<'a> {
     event_index: bool,
     /// Whatever else a target can have this way or that.
     pub option: bool,
+    /// What messages that name pages are.
+    pub format: Format,
     /// Where the queue begins.
     index: u16,
     /// What the target says it is.
@@ -98,6 +105,10 @@ impl<'a> Input<'a> {
             granule: 1 << (settings & 3),
             event_index: settings & 4 != 0,
             option: settings & 8 != 0,
+            format: match settings & 16 {
+                0 => Format::Pfns,
+                _ => Format::PageSets,
+            },
             index: u16::from_le_bytes([low, high]),
             word: u64::from_le_bytes(word),
             image,
@@ -112,6 +123,7 @@ pub struct Guest {
     file: Arc<File>,
     content: Vec<u8>,
     granule: u64,
+    format: Format,
     vring: VringMutex,
 }
 
@@ -140,6 +152,7 @@ impl Guest {
             file: Arc::clone(file),
             content,
             granule: input.granule,
+            format: input.format,
             vring,
         }
     }
@@ -204,6 +217,7 @@ impl Guest {
         loop {
             let mut witness = Witness {
                 memory: &self.memory,
+                format: self.format,
                 receiver,
                 seen: &mut seen,
             };
@@ -267,13 +281,14 @@ impl Guest {
 pub struct Seen {
     /// Their buffers.
     pub buffers: Vec<Descriptor>,
-    /// The pages whose numbers they had. What is no such message may be among them.
+    /// The pages that they named. What is no such message may be among them.
     pub named: u64,
 }
 
 /// Looks at messages before the device does. Later there may be something else in their place.
 struct Witness<'a, R> {
     memory: &'a GuestMemoryMmap,
+    format: Format,
     receiver: &'a mut R,
     seen: &'a mut Seen,
 }
@@ -282,10 +297,10 @@ impl<R: Receiver> Receiver for Witness<'_, R> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
         let buffers: Vec<_> = chain.clone().collect();
         let content = read(self.memory, &buffers).unwrap_or_default();
-        for number in content.chunks_exact(4) {
-            let number = u32::from_le_bytes(number.try_into().expect("4 bytes"));
-            self.seen.named |= page(number.into());
-        }
+        self.seen.named |= match self.format {
+            Format::Pfns => named_by_pfns(&content),
+            Format::PageSets => named_by_page_set(&content),
+        };
         self.seen.buffers.extend(buffers);
         self.receiver.take(chain)
     }
@@ -293,6 +308,27 @@ impl<R: Receiver> Receiver for Witness<'_, R> {
     fn finish(&mut self) {
         self.receiver.finish();
     }
+}
+
+/// The pages of an array of page frame numbers.
+fn named_by_pfns(message: &[u8]) -> u64 {
+    let numbers = message.chunks_exact(4);
+    numbers.fold(0, |pages, number| {
+        let number = u32::from_le_bytes(number.try_into().expect("4 bytes"));
+        pages | page(number.into())
+    })
+}
+
+/// The pages of a page set, which has none if it is malformed.
+fn named_by_page_set(message: &[u8]) -> u64 {
+    let Ok(set) = PageSet::parse(message) else {
+        return 0;
+    };
+    let size = 1_u128 << set.page_shift;
+    let first = |number: u64| u128::from(number) * size / u128::from(PAGE);
+    set.ranges()
+        .flat_map(|range| first(range.start)..first(range.end).min(END))
+        .fold(0, |pages, number| pages | page(number as u64))
 }
 
 /// What is in the buffers of a message, if it can be read and is not too long.
