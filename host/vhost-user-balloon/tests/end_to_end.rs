@@ -61,8 +61,8 @@ fn command(directory: &Path) -> Command {
     command
 }
 
-fn start(directory: &Path) -> Running {
-    let daemon = command(directory).spawn().unwrap();
+fn start(directory: &Path, arguments: &[&str]) -> Running {
+    let daemon = command(directory).args(arguments).spawn().unwrap();
     let control = directory.join("control");
     wait_for("the daemon", || Client::connect(&control).is_ok());
     Running(daemon)
@@ -82,7 +82,7 @@ impl Running {
 /// A daemon in a directory of its own, with a VMM that is [`inflated`].
 fn set_up() -> (TempDir, Running, Vmm) {
     let directory = tempfile::tempdir().unwrap();
-    let daemon = start(directory.path());
+    let daemon = start(directory.path(), &[]);
     let vmm = inflated(directory.path());
     (directory, daemon, vmm)
 }
@@ -241,7 +241,7 @@ impl Vmm {
 fn a_guest_inflates_and_another_one_follows() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let daemon = start(directory);
+    let daemon = start(directory, &[]);
     let mode = |name| {
         directory
             .join(name)
@@ -370,7 +370,7 @@ fn a_restart_of_the_daemon_keeps_the_target() {
     wait_for("the balloon's size", || info(directory).size == 1 << 12);
     daemon.end();
 
-    let daemon = start(directory);
+    let daemon = start(directory, &[]);
     let Vmm { memory, sent, .. } = vmm;
     let mut vmm = Vmm {
         memory,
@@ -388,7 +388,7 @@ fn a_restart_of_the_daemon_keeps_the_target() {
 #[test]
 fn half_a_message_does_not_keep_the_daemon() {
     let directory = tempfile::tempdir().unwrap();
-    let daemon = start(directory.path());
+    let daemon = start(directory.path(), &[]);
     let mut front = UnixStream::connect(directory.path().join("socket")).unwrap();
     front.write_all(&[1; 4]).unwrap();
     wait_for("the VMM", || info(directory.path()).guest.connected);
@@ -425,7 +425,7 @@ fn rings_that_no_device_takes_end_only_their_vmm() {
 #[test]
 fn there_is_one_daemon_for_a_socket() {
     let directory = tempfile::tempdir().unwrap();
-    let daemon = start(directory.path());
+    let daemon = start(directory.path(), &[]);
     let second = command(directory.path()).output().unwrap();
     let error = String::from_utf8_lossy(&second.stderr);
     assert!(!second.status.success());
