@@ -11,9 +11,10 @@
 //! (hugetlbfs) or split a huge page, so only whole granules are punched.
 //!
 //! A granule may come in pieces, in several messages. The device may change a page that it has answered for
-//! only if the driver tells before it uses the page again (VIRTIO_BALLOON_F_MUST_TELL_HOST); other drivers
-//! may use it by now. So only with that feature a granule waits for its last page, and without it all of its
-//! pages have to come together. The device offers the feature where it expects large granules.
+//! only if the driver tells before it uses the page again (VIRTIO_BALLOON_F_MUST_TELL_HOST, or page sets
+//! without VIRTIO_BALLOON_F_DEFLATE_ON_OOM); other drivers may use it by now. So only of a driver that tells a
+//! granule waits for its last page, and of others all of its pages have to come together. The device offers
+//! VIRTIO_BALLOON_F_MUST_TELL_HOST where it expects large granules.
 
 use std::fs::{self, File};
 use std::ops::Range;

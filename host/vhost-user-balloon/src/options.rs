@@ -56,8 +56,9 @@ pub struct Options {
     )]
     pub features: Vec<Feature>,
 
-    /// Offer the features of the extended protocol, which are not in the virtio specification; QEMU's
-    /// device needs config_size=24 then, while 16 is enough otherwise
+    /// Offer the features of the extended protocol, which are not in the virtio specification: page-sets,
+    /// with which the guest names memory by ranges and bitmaps, and stop-reason, with which it tells why it
+    /// stops short of the target. QEMU's device needs config_size=24 then, while 16 is enough otherwise
     #[arg(long)]
     pub extensions: bool,
 
