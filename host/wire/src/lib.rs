@@ -10,6 +10,7 @@ use std::mem::offset_of;
 pub use generated::*;
 
 pub mod page_set;
+pub mod request;
 
 /// The guest's encoder, for tests only: it is licensed as the guest is, GPL-2.0, and no program of the
 /// host's contains it. It is formatted as the guest is, too.

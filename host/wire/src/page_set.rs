@@ -205,9 +205,9 @@ impl<'a> PageSet<'a> {
     }
 }
 
-/// The `N` bytes of `header` from `offset` on.
-fn field<const N: usize>(header: &[u8; HEADER_SIZE], offset: usize) -> [u8; N] {
-    header
+/// The `N` bytes of a structure from `offset` on.
+pub(crate) fn field<const N: usize>(structure: &[u8], offset: usize) -> [u8; N] {
+    structure
         .get(offset..)
         .and_then(<[u8]>::first_chunk)
         .copied()
