@@ -16,6 +16,7 @@ use log::error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::discard::{Granularity, Pieces};
+use crate::page_map::PageMap;
 
 /// What became of the pages of a message, in balloon pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -192,11 +193,16 @@ fn in_file(pages: &Range<u64>, offset: u64) -> Range<u64> {
 }
 
 /// How many bits a word of a bitmap has.
-const WORD: u64 = u64::BITS as u64;
+pub(crate) const WORD: u64 = u64::BITS as u64;
 
 /// Makes bits of a bitmap ones or zeroes, a word at a time, and calls `each` for the runs of those that were
 /// not so; a run ends with its word. Returns how many bits that are.
-fn set(words: &mut [u64], bits: Range<u64>, ones: bool, mut each: impl FnMut(Range<u64>)) -> u64 {
+pub(crate) fn set(
+    words: &mut [u64],
+    bits: Range<u64>,
+    ones: bool,
+    mut each: impl FnMut(Range<u64>),
+) -> u64 {
     let mut changed = 0;
     let mut start = bits.start;
     while start < bits.end {
@@ -221,7 +227,7 @@ fn set(words: &mut [u64], bits: Range<u64>, ones: bool, mut each: impl FnMut(Ran
 }
 
 /// Memory of which there is more than fits into a `usize` cannot have been mapped.
-fn index(number: u64) -> usize {
+pub(crate) fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
@@ -261,6 +267,11 @@ impl Balloon {
     pub fn memory(&self) -> u64 {
         let pages = self.regions.iter().map(|r| r.pages.end - r.pages.start);
         pages.sum::<u64>() * BALLOON_PAGE_SIZE
+    }
+
+    /// A set of its pages, with none in it.
+    pub fn no_pages(&self) -> PageMap {
+        PageMap::new(self.regions.iter().map(|region| region.pages.clone()))
     }
 
     /// The largest granule in bytes.

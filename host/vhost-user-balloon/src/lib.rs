@@ -31,6 +31,7 @@ pub mod keeper;
 pub mod message;
 pub mod metrics;
 pub mod options;
+pub mod page_map;
 pub mod pages;
 pub mod queue;
 pub mod reporting;
