@@ -153,6 +153,7 @@ fn messages(counters: &Counters) -> Table {
             notified.hints,
         ),
         ("statistics", None, of.stats, None, notified.stats),
+        ("answers", None, of.requests, None, notified.requests),
     ] {
         table.add_row([
             what.to_owned(),

@@ -12,7 +12,7 @@ mod server;
 
 pub use client::{Answer, Client, ClientError};
 pub use protocol::{
-    ByQueue, ControlError, Counters, Encodings, ErrorKind, Guest, HintAction, Info, Metrics,
-    Received, Request, Response, Shortfall, Stat, Stats, Unit,
+    Begun, ByQueue, ControlError, Counters, Encodings, ErrorKind, Guest, HintAction, Info, Metrics,
+    Progress, Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,
 };
 pub use server::{BindError, Handler, Server, SocketFile, listen, serve};

@@ -37,6 +37,48 @@ pub enum Request {
         /// What to do.
         action: HintAction,
     },
+    /// Ask the guest which of its memory is unused, for a copy that leaves it out; answered with [`Begun`].
+    Unused {
+        /// The smallest block that is worth an answer, in bytes: a power of two, 4096 or more.
+        block: u64,
+        /// The first address that is asked for.
+        start: u64,
+        /// The address after the last one, or 0 for the end of memory.
+        end: u64,
+    },
+    /// Ask the guest for unused memory, and give it back to the host; answered with [`Begun`].
+    Reclaim {
+        /// The smallest block that is worth an answer, in bytes: a power of two, 4096 or more.
+        block: u64,
+        /// The first address that is asked for.
+        start: u64,
+        /// The address after the last one, or 0 for the end of memory.
+        end: u64,
+    },
+    /// Ask the guest to have less memory for caches, answered with [`Begun`].
+    DropCaches {
+        /// The page cache.
+        pages: bool,
+        /// The slab caches of names and inodes.
+        slab: bool,
+    },
+    /// How far the guest is with a request, answered with [`Progress`].
+    Progress {
+        /// The id of the request.
+        id: u64,
+    },
+    /// The unused memory that the guest has named, answered with [`Ranges`].
+    Ranges {
+        /// The id of the request.
+        id: u64,
+        /// The address from which on.
+        from: u64,
+    },
+    /// Tell the guest that an answer is no longer wanted, answered with [`Progress`].
+    Cancel {
+        /// The id of the request.
+        id: u64,
+    },
     /// The numbers for a monitoring system, answered with [`Metrics`].
     Metrics {},
 }
@@ -61,6 +103,12 @@ pub enum Response {
     Info(Info),
     /// The answer to [`Request::Stats`].
     Stats(Stats),
+    /// The answer to requests that the guest is asked.
+    Begun(Begun),
+    /// The answer to [`Request::Progress`] and [`Request::Cancel`].
+    Progress(Progress),
+    /// The answer to [`Request::Ranges`].
+    Ranges(Ranges),
     /// The answer to [`Request::Metrics`].
     Metrics(Metrics),
     /// It is done, and there is nothing to tell: an empty object.
@@ -171,6 +219,8 @@ pub struct ByQueue {
     pub hints: u64,
     /// Of the free page reporting queue.
     pub reports: u64,
+    /// Of the queue for host requests.
+    pub requests: u64,
 }
 
 /// How long all messages were that name pages, by the queue.
@@ -306,6 +356,63 @@ impl fmt::Display for Stat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.serialize(f)
     }
+}
+
+/// The guest will be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begun {
+    /// The id of the request, as it is on the wire.
+    pub id: u64,
+}
+
+/// How far the guest is with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The id of the request.
+    pub id: u64,
+    /// What has become of it.
+    pub status: RequestStatus,
+    /// How much unused memory the guest has named, in bytes.
+    pub named: u64,
+    /// How much of it was given back to the host, in bytes.
+    pub discarded: u64,
+}
+
+/// What has become of a request (docs/protocol.md, section 5.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RequestStatus {
+    /// The guest's driver has no buffer for it yet.
+    Waiting,
+    /// The guest has it.
+    Open,
+    /// It is done.
+    Complete,
+    /// The driver had to stop. What it has named until then holds.
+    Aborted,
+    /// The driver has stopped because nobody wants the answer any more. What it has named until then holds.
+    Cancelled,
+    /// The driver does not know the command.
+    Unsupported,
+    /// The driver does not take what it was asked for.
+    Malformed,
+    /// The driver says that it knows of no such request.
+    UnknownId,
+    /// The driver, the guest or the VMM went away. What was named until then is not to be used.
+    Reset,
+}
+
+/// Unused memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ranges {
+    /// The id of the request.
+    pub id: u64,
+    /// The address where the guest's memory ends.
+    pub end: u64,
+    /// An address and a number of bytes each, in ascending order.
+    pub ranges: Vec<(u64, u64)>,
+    /// Where the next range begins that there was no room for.
+    pub next: Option<u64>,
 }
 
 /// The numbers for a monitoring system.

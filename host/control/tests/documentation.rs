@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use balloon_control::{ControlError, Info, Metrics, Request, Stats};
+use balloon_control::{Begun, ControlError, Info, Metrics, Progress, Ranges, Request, Stats};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -41,6 +41,12 @@ fn examples_are_exact() {
             ("ok", Request::Info {}) => is_a::<Info>(value),
             ("ok", Request::Stats { .. }) => is_a::<Stats>(value),
             ("ok", Request::Metrics {}) => is_a::<Metrics>(value),
+            (
+                "ok",
+                Request::Unused { .. } | Request::Reclaim { .. } | Request::DropCaches { .. },
+            ) => is_a::<Begun>(value),
+            ("ok", Request::Progress { .. } | Request::Cancel { .. }) => is_a::<Progress>(value),
+            ("ok", Request::Ranges { .. }) => is_a::<Ranges>(value),
             ("ok", _) => *value == Value::Object(Map::new()),
             _ => false,
         };

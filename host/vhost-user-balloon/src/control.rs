@@ -5,15 +5,18 @@
 use std::time::Duration;
 
 use balloon_control::{
-    ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request, Response,
+    Begun, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Progress, Request,
+    RequestStatus, Response,
 };
 use balloon_wire::BALLOON_PAGE_SIZE;
+use balloon_wire::request::{Command, Wanted};
 
 use crate::config::bytes;
 use crate::device::Device;
 use crate::features::{Feature, names};
 use crate::hinting::Hints;
 use crate::metrics;
+use crate::requests::TooMany;
 
 /// How long a guest may take to send statistics. They come at once from a guest that is at work, and a
 /// client waits longer than this.
@@ -41,6 +44,32 @@ impl Handler for Device {
                     HintAction::Done => Hints::done,
                 });
                 Ok(Response::Done {})
+            }
+            Request::Unused { block, start, end } => {
+                self.ask_guest(Command::UnusedSkip(wanted(block, start, end)?))
+            }
+            Request::Reclaim { block, start, end } => {
+                self.ask_guest(Command::UnusedDiscard(wanted(block, start, end)?))
+            }
+            Request::DropCaches { pages, slab } if pages || slab => {
+                self.ask_guest(Command::DropCaches { pages, slab })
+            }
+            Request::DropCaches { .. } => Err(ControlError::new(
+                ErrorKind::OutOfRange,
+                "there are no caches but these two",
+                "name pages, slab or both",
+            )),
+            Request::Progress { id } => self.progress(id),
+            Request::Ranges { id, from } => {
+                let ranges = self.requests().ranges(id, from);
+                ranges.map(Response::Ranges).ok_or_else(|| no_request(id))
+            }
+            Request::Cancel { id } => {
+                self.cancel(id).map_err(too_many)?;
+                let progress = self.requests().progress(id);
+                progress
+                    .map(Response::Progress)
+                    .ok_or_else(|| no_request(id))
             }
             Request::Metrics {} => Ok(Response::Metrics(Metrics {
                 text: metrics::text(&self.info()),
@@ -123,6 +152,25 @@ impl Device {
         })
     }
 
+    fn ask_guest(&self, command: Command) -> Result<Response, ControlError> {
+        self.need(Feature::HostRequests)?;
+        let id = self.request(command).map_err(too_many)?;
+        Ok(Response::Begun(Begun { id }))
+    }
+
+    /// Nobody is to wait for what a guest without a driver does not answer.
+    fn progress(&self, id: u64) -> Result<Response, ControlError> {
+        let progress = self.requests().progress(id).ok_or_else(|| no_request(id))?;
+        if let Progress {
+            status: RequestStatus::Waiting | RequestStatus::Open,
+            ..
+        } = progress
+        {
+            self.need(Feature::HostRequests)?;
+        }
+        Ok(Response::Progress(progress))
+    }
+
     /// Makes sure that there is a driver with a feature.
     fn need(&self, feature: Feature) -> Result<(), ControlError> {
         if !self.connected() {
@@ -143,11 +191,52 @@ impl Device {
             return Err(ControlError::new(
                 ErrorKind::Unsupported,
                 format!("{feature} was not negotiated with the guest's driver"),
-                "start the daemon with this feature, and use a driver that has it",
+                "start the daemon with this feature (--features, --extensions), and use a driver that has it",
             ));
         }
         Ok(())
     }
+}
+
+/// Which unused memory is meant, in bytes.
+fn wanted(block: u64, start: u64, end: u64) -> Result<Wanted, ControlError> {
+    if !block.is_power_of_two() || block < BALLOON_PAGE_SIZE {
+        return Err(ControlError::new(
+            ErrorKind::OutOfRange,
+            format!("there are no blocks of {block} bytes"),
+            format!("name a power of two, {BALLOON_PAGE_SIZE} or more"),
+        ));
+    }
+    if end != 0 && end <= start {
+        return Err(ControlError::new(
+            ErrorKind::OutOfRange,
+            format!("there is no memory from {start} to {end}"),
+            "name an end that is behind the start, or 0 for the end of memory",
+        ));
+    }
+    // It is 63 at most.
+    let block_shift = u8::try_from(block.trailing_zeros()).unwrap_or(u8::MAX);
+    Ok(Wanted {
+        block_shift,
+        start,
+        end,
+    })
+}
+
+fn too_many(_: TooMany) -> ControlError {
+    ControlError::new(
+        ErrorKind::Failed,
+        "the guest is asked for as much at once as can be",
+        "wait until one of these requests has ended, or cancel it",
+    )
+}
+
+fn no_request(id: u64) -> ControlError {
+    ControlError::new(
+        ErrorKind::OutOfRange,
+        format!("there is no request {id}, or not any more"),
+        "read an answer before the next requests are made: few are kept",
+    )
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub enum Refusal {
     TooLong,
     /// A message ends in the middle of an entry, or has none.
     Truncated,
-    /// A page set breaks the rules, or is on the wrong queue (PS-V6).
+    /// A page set or a part of an answer breaks the rules, or is not expected there (PS-V6, HR-V6).
     Malformed,
     /// Pages that are not in the guest's memory.
     OutsideMemory,
@@ -36,10 +36,12 @@ pub enum Refusal {
     NotInBalloon,
     /// Hints for a command that is over.
     StaleHint,
+    /// More buffers for requests than the device looks at.
+    TooManyBuffers,
 }
 
 impl Refusal {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::BadChain,
         Self::BadBuffer,
         Self::TooLong,
@@ -49,6 +51,7 @@ impl Refusal {
         Self::AlreadyInBalloon,
         Self::NotInBalloon,
         Self::StaleHint,
+        Self::TooManyBuffers,
     ];
 }
 
@@ -64,6 +67,7 @@ impl fmt::Display for Refusal {
             Self::AlreadyInBalloon => "already-in-balloon",
             Self::NotInBalloon => "not-in-balloon",
             Self::StaleHint => "stale-hint",
+            Self::TooManyBuffers => "too-many-buffers",
         })
     }
 }
@@ -207,13 +211,14 @@ impl Counters {
 }
 
 fn by_queue(counters: &[Counter; MAX_QUEUES]) -> ByQueue {
-    let [inflate, deflate, stats, hints, reports] = counters;
+    let [inflate, deflate, stats, hints, reports, requests] = counters;
     ByQueue {
         inflate: inflate.get(),
         deflate: deflate.get(),
         stats: stats.get(),
         hints: hints.get(),
         reports: reports.get(),
+        requests: requests.get(),
     }
 }
 

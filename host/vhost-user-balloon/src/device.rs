@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_wire::BALLOON_PAGE_SIZE;
+use balloon_wire::request::Command;
 use log::{debug, error, warn};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -36,9 +37,11 @@ use crate::discard::{Discarder, Granularity, Pieces};
 use crate::features::{Feature, config_size, tells_before_use};
 use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
+use crate::page_map::PageMap;
 use crate::pages::{Format, Pages};
 use crate::queue::{Kind, MAX_QUEUE_SIZE, MAX_QUEUES, serve};
 use crate::reporting::Reporting;
+use crate::requests::{Answers, Requests, TooMany};
 use crate::state::State;
 use crate::stats::Stats;
 
@@ -107,6 +110,7 @@ pub struct Device {
     hints: Mutex<Hints>,
     stats: Mutex<Stats>,
     sampled: Condvar,
+    requests: Mutex<Requests>,
     /// Where the host's wishes are kept. Locked while they are written: the guest waits for the state, and
     /// must not wait for a disk.
     file: Mutex<Option<PathBuf>>,
@@ -133,7 +137,7 @@ pub struct Device {
 }
 
 /// A thread that panics leaves nothing behind that is worse than what a guest can bring about.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -161,6 +165,7 @@ impl Device {
             hints: Mutex::default(),
             stats: Mutex::default(),
             sampled: Condvar::new(),
+            requests: Mutex::default(),
             file: Mutex::new(path),
             channel,
             counters: Counters::default(),
@@ -211,6 +216,7 @@ impl Device {
         *lock(&self.work) = Work::default();
         *lock(&self.sizes) = Default::default();
         lock(&self.stats).restart();
+        lock(&self.requests).disconnect();
         self.connected.store(false, SeqCst);
         // The library forgets this file descriptor without closing it.
         if let Some(exit) = lock(&self.exit).take() {
@@ -330,6 +336,44 @@ impl Device {
         self.notify();
     }
 
+    /// What the guest is asked for.
+    pub fn requests(&self) -> MutexGuard<'_, Requests> {
+        lock(&self.requests)
+    }
+
+    /// Asks the guest for something, and returns the id of the request.
+    ///
+    /// # Errors
+    ///
+    /// There are as many open requests as can be.
+    pub fn request(&self, command: Command) -> Result<u64, TooMany> {
+        let pages = match command {
+            Command::UnusedSkip(_) => lock(&self.work).balloon.no_pages(),
+            _ => PageMap::default(),
+        };
+        let id = self.requests().begin(command, pages)?;
+        self.ask();
+        Ok(id)
+    }
+
+    /// Tells the guest that an answer is no longer wanted.
+    ///
+    /// # Errors
+    ///
+    /// There are as many open requests as can be.
+    pub fn cancel(&self, id: u64) -> Result<(), TooMany> {
+        self.requests().cancel(id)?;
+        self.ask();
+        Ok(())
+    }
+
+    /// Has the worker ask the guest what there is to ask.
+    fn ask(&self) {
+        if let Some(number) = Kind::Requests.number(self.acked.load(SeqCst)) {
+            self.wake(number);
+        }
+    }
+
     /// Tells the guest that the configuration space has changed, now or when it has a driver. Front ends
     /// do not expect the message while there is none.
     fn notify(&self) {
@@ -357,6 +401,9 @@ impl Device {
             return;
         };
 
+        // What the guest's free pages hold is nobody's but the guest's.
+        let poison = lock(&self.state).config.poison_val;
+        let keep = Feature::PagePoison.is_in(acked) && poison != 0;
         let mut vring = vring.get_mut();
         let mut work = lock(&self.work);
         // What the page frame numbers are looked up in, and not what the library may have put in its place.
@@ -423,12 +470,11 @@ impl Device {
                 serve(&mut vring, memory, heads, counters, messages, &mut hinting)
             }
             Kind::Reporting => {
-                let poison = lock(&self.state).config.poison_val;
                 let mut reporting = Reporting {
                     balloon,
                     discarder,
                     counters,
-                    keep: acked & Feature::PagePoison.mask() != 0 && poison != 0,
+                    keep,
                     ranges,
                     pieces,
                 };
@@ -440,6 +486,18 @@ impl Device {
                     messages,
                     &mut reporting,
                 )
+            }
+            Kind::Requests => {
+                let mut answers = Answers {
+                    memory,
+                    requests: &self.requests,
+                    balloon,
+                    discarder,
+                    counters,
+                    keep,
+                    pieces,
+                };
+                answers.serve(&mut vring, messages)
             }
         };
         if more {
@@ -567,6 +625,7 @@ impl VhostUserBackend for Device {
                 debug!("the guest's driver stops");
             }
             Ok(Some(Kind::Stats)) => lock(&self.stats).restart(),
+            Ok(Some(Kind::Requests)) => lock(&self.requests).restart(),
             _ => {}
         }
         Ok(())

@@ -6,8 +6,9 @@ use std::fmt;
 
 use balloon_wire::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
-    VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_PAGE_SETS,
-    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STOP_REASON, config,
+    VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON,
+    VIRTIO_BALLOON_F_PAGE_SETS, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
+    VIRTIO_BALLOON_F_STOP_REASON, config,
 };
 use clap::ValueEnum;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
@@ -34,13 +35,16 @@ pub enum Feature {
     /// The guest names pages by ranges and bitmaps; an extension.
     #[value(skip)]
     PageSets,
+    /// The guest answers requests; an extension.
+    #[value(skip)]
+    HostRequests,
     /// The guest tells why it stops short of the target; an extension.
     #[value(skip)]
     StopReason,
 }
 
 impl Feature {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::MustTellHost,
         Self::Stats,
         Self::DeflateOnOom,
@@ -49,6 +53,7 @@ impl Feature {
         Self::FreePageReporting,
         Self::EventIdx,
         Self::PageSets,
+        Self::HostRequests,
         Self::StopReason,
     ];
 
@@ -63,6 +68,7 @@ impl Feature {
             Self::FreePageReporting => VIRTIO_BALLOON_F_REPORTING,
             Self::EventIdx => VIRTIO_RING_F_EVENT_IDX,
             Self::PageSets => VIRTIO_BALLOON_F_PAGE_SETS,
+            Self::HostRequests => VIRTIO_BALLOON_F_HOST_REQUESTS,
             Self::StopReason => VIRTIO_BALLOON_F_STOP_REASON,
         }
     }
@@ -84,10 +90,18 @@ impl fmt::Display for Feature {
             Self::FreePageReporting => "free-page-reporting",
             Self::EventIdx => "event-idx",
             Self::PageSets => "page-sets",
+            Self::HostRequests => "host-requests",
             Self::StopReason => "stop-reason",
         })
     }
 }
+
+/// The features that are not in the specification (docs/protocol.md, section 1).
+const EXTENSIONS: [Feature; 3] = [
+    Feature::PageSets,
+    Feature::HostRequests,
+    Feature::StopReason,
+];
 
 /// The names of the features in a set.
 pub fn names(features: u64) -> Vec<String> {
@@ -102,7 +116,9 @@ pub fn names(features: u64) -> Vec<String> {
 pub fn offer(features: &[Feature], extensions: bool) -> u64 {
     let chosen = features.iter().fold(0, |set, feature| set | feature.mask());
     let extensions = if extensions {
-        Feature::PageSets.mask() | Feature::StopReason.mask()
+        EXTENSIONS
+            .iter()
+            .fold(0, |set, feature| set | feature.mask())
     } else {
         0
     };
@@ -115,7 +131,7 @@ pub fn offer(features: &[Feature], extensions: bool) -> u64 {
 /// How much of the configuration space a driver may read, in bytes.
 pub fn config_size(features: u64) -> usize {
     let has = |feature: Feature| feature.is_in(features);
-    if has(Feature::PageSets) || has(Feature::StopReason) {
+    if EXTENSIONS.iter().any(|&feature| has(feature)) {
         config::SIZE
     } else if has(Feature::PagePoison) {
         config::DISCARD_GRANULE
@@ -151,7 +167,10 @@ mod tests {
     #[test]
     fn extensions_are_offered_on_request() {
         assert_eq!(names(offer(&[Feature::Stats], false)), ["stats"]);
-        assert_eq!(names(offer(&[], true)), ["page-sets", "stop-reason"]);
+        assert_eq!(
+            names(offer(&[], true)),
+            ["page-sets", "host-requests", "stop-reason"]
+        );
     }
 
     #[test]
@@ -161,9 +180,10 @@ mod tests {
             offer(&[Feature::FreePageHinting], false),
             offer(&[Feature::PagePoison], false),
             Feature::PageSets.mask(),
+            Feature::HostRequests.mask(),
             Feature::StopReason.mask(),
         ];
-        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24]);
+        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24, 24]);
     }
 
     #[test]

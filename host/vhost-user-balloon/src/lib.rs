@@ -11,9 +11,9 @@
 //!
 //! A message goes through these modules: the vhost-user library sets the queues up,
 //! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
-//! [`inflate`], [`deflate`], [`stats`], [`hinting`] and [`reporting`] make sense of them, [`pages`] reads what
-//! names pages, [`balloon`] knows the guest's memory and what of it is in the balloon, and [`discard`] gives
-//! memory back to the host.
+//! [`inflate`], [`deflate`], [`stats`], [`hinting`], [`reporting`] and [`requests`] make sense of them,
+//! [`pages`] reads what names pages, [`balloon`] knows the guest's memory and what of it is in the balloon, and
+//! [`discard`] gives memory back to the host.
 
 pub mod balloon;
 pub mod channel;
@@ -35,6 +35,7 @@ pub mod page_map;
 pub mod pages;
 pub mod queue;
 pub mod reporting;
+pub mod requests;
 pub mod state;
 pub mod stats;
 

@@ -122,13 +122,14 @@ pub fn text(info: &Info) -> String {
     metrics.0
 }
 
-fn by_queue(of: ByQueue) -> [(&'static str, u64); 5] {
+fn by_queue(of: ByQueue) -> [(&'static str, u64); 6] {
     [
         ("inflate", of.inflate),
         ("deflate", of.deflate),
         ("stats", of.stats),
         ("hints", of.hints),
         ("reports", of.reports),
+        ("requests", of.requests),
     ]
 }
 

@@ -19,7 +19,7 @@ use crate::features::{Feature, offer};
 ///   -machine q35,memory-backend=memory
 ///   -chardev socket,id=balloon,path=SOCKET
 ///   -device vhost-user-test-device-pci,chardev=balloon,virtio-id=5,
-///           num_vqs=5,vq_size=256,config_size=24
+///           num_vqs=6,vq_size=256,config_size=24
 ///
 /// with the two parts of the last line in one. The memory has to be shared.
 ///
@@ -57,8 +57,9 @@ pub struct Options {
     pub features: Vec<Feature>,
 
     /// Offer the features of the extended protocol, which are not in the virtio specification: page-sets,
-    /// with which the guest names memory by ranges and bitmaps, and stop-reason, with which it tells why it
-    /// stops short of the target. QEMU's device needs config_size=24 then, while 16 is enough otherwise
+    /// with which the guest names memory by ranges and bitmaps, stop-reason, with which it tells why it
+    /// stops short of the target, and host-requests, with which it can be asked for unused memory. QEMU's
+    /// device needs num_vqs=6 and config_size=24 then, while 5 and 16 are enough otherwise
     #[arg(long)]
     pub extensions: bool,
 
@@ -148,7 +149,13 @@ mod tests {
         );
         assert_eq!(
             offered(&["--features", "stats,must-tell-host", "--extensions"]),
-            ["must-tell-host", "stats", "page-sets", "stop-reason"]
+            [
+                "must-tell-host",
+                "stats",
+                "page-sets",
+                "host-requests",
+                "stop-reason"
+            ]
         );
         assert_eq!(
             offered(&["--features", "stats", "--granule", "2M"]),

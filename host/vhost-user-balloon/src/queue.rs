@@ -8,7 +8,8 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use balloon_wire::{
-    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ,
 };
 use vhost_user_backend::VringState;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -19,15 +20,16 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::counters::{Counters, Refusal};
 
 /// How many queues a balloon can have.
-pub const MAX_QUEUES: usize = 5;
+pub const MAX_QUEUES: usize = 6;
 
 /// How many descriptors a queue can have.
 pub const MAX_QUEUE_SIZE: usize = 1024;
 
 /// How many messages are taken from a queue before the others get their turn.
-const MAX_BATCH: usize = 256;
+pub const MAX_BATCH: usize = 256;
 
-/// What a queue is for, in the order of the specification (clause 5.5.2).
+/// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
+/// (docs/protocol.md, section 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Pages that go into the balloon.
@@ -40,6 +42,8 @@ pub enum Kind {
     Hinting,
     /// Free page reporting.
     Reporting,
+    /// Host requests.
+    Requests,
 }
 
 impl Kind {
@@ -50,6 +54,7 @@ impl Kind {
         Self::Stats,
         Self::Hinting,
         Self::Reporting,
+        Self::Requests,
     ];
 
     /// What the queue with this number is for. The specification has fixed numbers, but Linux, QEMU and
@@ -70,6 +75,7 @@ impl Kind {
                 Self::Stats => VIRTIO_BALLOON_F_STATS_VQ,
                 Self::Hinting => VIRTIO_BALLOON_F_FREE_PAGE_HINT,
                 Self::Reporting => VIRTIO_BALLOON_F_REPORTING,
+                Self::Requests => VIRTIO_BALLOON_F_HOST_REQUESTS,
             };
             acked_features & (1 << bit) != 0
         })
@@ -149,7 +155,7 @@ fn batch(
     }
     receiver.finish();
     for &head in &*heads {
-        complete(queue, memory, head, counters)?;
+        complete(queue, memory, head, 0, counters)?;
     }
     Ok(Served {
         notify: wants_notification(queue, memory)?,
@@ -157,11 +163,12 @@ fn batch(
     })
 }
 
-/// Gives a buffer back to the guest. The device writes nothing into any.
+/// Gives a buffer back to the guest, with so many bytes written into it.
 pub fn complete(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
     head: u16,
+    written: u32,
     counters: &Counters,
 ) -> Result<(), virtio_queue::Error> {
     if head >= queue.size() {
@@ -169,7 +176,7 @@ pub fn complete(
         counters.refuse(Refusal::BadChain);
         return Ok(());
     }
-    queue.add_used(memory, head, 0)
+    queue.add_used(memory, head, written)
 }
 
 /// Whether the guest wants to be told of the buffers that it got back.
@@ -259,6 +266,7 @@ mod tests {
     const STATS: u64 = 1 << VIRTIO_BALLOON_F_STATS_VQ;
     const HINTING: u64 = 1 << VIRTIO_BALLOON_F_FREE_PAGE_HINT;
     const REPORTING: u64 = 1 << VIRTIO_BALLOON_F_REPORTING;
+    const REQUESTS: u64 = 1 << VIRTIO_BALLOON_F_HOST_REQUESTS;
 
     /// Keeps what it takes.
     #[derive(Default)]
@@ -306,6 +314,16 @@ mod tests {
         assert_eq!(Kind::of(2, 0), None);
         assert_eq!(Kind::Reporting.number(REPORTING), Some(2));
         assert_eq!(Kind::Stats.number(REPORTING), None);
+        // The last of those that are there (HR-D1).
+        for (others, number) in [
+            (0, 2),
+            (STATS, 3),
+            (STATS | REPORTING, 4),
+            (STATS | HINTING | REPORTING, 5),
+        ] {
+            assert_eq!(Kind::Requests.number(others | REQUESTS), Some(number));
+            assert_eq!(Kind::of(number, others), None);
+        }
     }
 
     #[test]

@@ -123,7 +123,7 @@ impl Stats {
             }
             self.wanted = false;
             self.seen = None;
-            complete(queue, memory, head, counters)?;
+            complete(queue, memory, head, 0, counters)?;
             used = true;
         }
         Ok(used && wants_notification(queue, memory)?)

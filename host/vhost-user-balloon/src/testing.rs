@@ -204,6 +204,14 @@ impl GuestQueue {
         self.send_head(head);
     }
 
+    /// Sends a message of 4 bytes that goes on with a buffer of so many bytes that a device may write to.
+    pub(crate) fn send_mixed(&mut self, address: u64, length: u32) {
+        let head = self.descriptors;
+        self.describe(self.buffers, 4, VRING_DESC_F_NEXT, head + 1);
+        self.describe(address, length, VRING_DESC_F_WRITE, 0);
+        self.send_head(head);
+    }
+
     /// Sends a message without an end.
     pub(crate) fn send_loop(&mut self) {
         let head = self.descriptors;
@@ -228,6 +236,27 @@ impl GuestQueue {
             &Counter::default(),
             receiver,
         )
+    }
+
+    /// Has a driver begin anew, with an empty queue.
+    pub(crate) fn reset(&mut self) {
+        self.set_avail_index(0);
+        self.store(Self::USED + 2, 0);
+        self.descriptors = 0;
+        self.vring.set_queue_next_avail(0);
+        self.vring.set_queue_next_used(0);
+    }
+
+    /// Where the device is to read the queue next.
+    pub(crate) fn next_avail(&self) -> u16 {
+        self.vring.queue_next_avail()
+    }
+
+    /// The head of a message that has come back, and how many bytes the device has written.
+    pub(crate) fn used_element(&self, number: u16) -> (u16, u32) {
+        let place = Self::USED + 4 + 8 * u64::from(number % Self::SIZE);
+        let length = self.memory.read_obj(GuestAddress(place + 4)).unwrap();
+        (self.load(place), length)
     }
 
     /// How many messages have come back.

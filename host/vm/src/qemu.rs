@@ -291,13 +291,13 @@ impl Config {
         };
         if daemon.is_some() {
             // What QEMU knows of the configuration space is its size.
-            let config_size = match self.device {
-                Device::Extended => 24,
-                Device::Qemu | Device::VhostUser => 16,
+            let (queues, config_size) = match self.device {
+                Device::Extended => (6, 24),
+                Device::Qemu | Device::VhostUser => (5, 16),
             };
             return Some(format!(
-                "vhost-user-test-device-{bus},id=balloon0,chardev=balloon,virtio-id=5,num_vqs=5,vq_size=256,\
-                 config_size={config_size}"
+                "vhost-user-test-device-{bus},id=balloon0,chardev=balloon,virtio-id=5,num_vqs={queues},\
+                 vq_size=256,config_size={config_size}"
             ));
         }
         let properties = self.offers.iter().map(|offer| offer.property());
@@ -654,7 +654,13 @@ mod tests {
             .device(Device::Extended)
             .command_line(Some(Path::new("/s")))
             .join(" ");
-        for part in ["share=on", "path=/s", "chardev=balloon", "config_size=24"] {
+        for part in [
+            "share=on",
+            "path=/s",
+            "chardev=balloon",
+            "num_vqs=6",
+            "config_size=24",
+        ] {
             assert!(line.contains(part), "{line}");
         }
         assert!(!line.contains("-device virtio-balloon"), "{line}");

@@ -83,8 +83,9 @@ impl Command {
                 put(offset_of!(RawRequest, end), &wanted.end.to_le_bytes());
             }
             Self::DropCaches { pages, slab } => {
-                let caches = u32::from(pages) * VIRTIO_BALLOON_CACHES_PAGES
-                    | u32::from(slab) * VIRTIO_BALLOON_CACHES_SLAB;
+                let bit = |wanted: bool, bit: u32| if wanted { bit } else { 0 };
+                let caches =
+                    bit(pages, VIRTIO_BALLOON_CACHES_PAGES) | bit(slab, VIRTIO_BALLOON_CACHES_SLAB);
                 put(offset_of!(RawRequest, caches), &caches.to_le_bytes());
             }
             Self::Cancel { id } => put(offset_of!(RawRequest, start), &id.to_le_bytes()),
