@@ -9,7 +9,7 @@ use bytesize::ByteSize;
 use crate::failure::Failure;
 
 /// A balloon's page in bytes, whatever the guest's are (specification, clause 5.5.6).
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// How much memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,21 @@ impl FromStr for Amount {
     }
 }
 
+/// An address in bytes: a hexadecimal number, or a size from 0 on.
+///
+/// # Errors
+///
+/// It is neither.
+pub(crate) fn address(text: &str) -> Result<u64, String> {
+    let hexadecimal = text
+        .strip_prefix("0x")
+        .map(|digits| u64::from_str_radix(digits, 16));
+    match (hexadecimal, text.parse()) {
+        (Some(Ok(address)), _) | (None, Ok(Amount::Bytes(address))) => Ok(address),
+        _ => Err("write it like 0x100000 or 4GiB".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::{prop_assert_eq, proptest};
@@ -99,6 +114,24 @@ mod tests {
             "", "M", "512", "-1M", "1 000M", "2XiB", "1.2.3G", "%", "101%", "-1%", "1.5%", "half",
         ] {
             assert!(text.parse::<Amount>().is_err(), "{text} is an amount");
+        }
+    }
+
+    #[test]
+    fn addresses_are_sizes_or_hexadecimal() {
+        assert_eq!(address("0x100000"), Ok(1 << 20));
+        assert_eq!(address("4GiB"), Ok(4 << 30));
+        assert_eq!(address("0"), Ok(0));
+        for text in [
+            "",
+            "0x",
+            "0xg",
+            "0x10000000000000000",
+            "50%",
+            "1048576",
+            "-1B",
+        ] {
+            assert!(address(text).is_err(), "{text} is an address");
         }
     }
 

@@ -9,7 +9,7 @@ use balloon_control::HintAction;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
-use crate::amount::Amount;
+use crate::amount::{Amount, address};
 use crate::failure;
 
 /// Asks a guest for memory, and shows what it has given away
@@ -98,6 +98,55 @@ pub(crate) enum Command {
         /// What to do
         action: Hints,
     },
+    /// Write which of the guest's memory is unused into a file, for a copy that leaves it out
+    ///
+    /// The guest goes on, and may use that memory again at any time. A page can be left out of a copy only if it
+    /// was not written since before this command was started: begin to log all writes first.
+    Unused {
+        /// Leave blocks out that are smaller than 2^N pages of 4 KiB
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 0,
+            value_parser = clap::value_parser!(u8).range(..=51)
+        )]
+        min_order: u8,
+        #[command(flatten)]
+        place: Place,
+        /// Where to write it, as a bitmap with a bit for each page of 4 KiB
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        out: PathBuf,
+        #[command(flatten)]
+        limit: Limit,
+    },
+    /// Give unused memory of the guest back to the host, once
+    ///
+    /// The guest can use it again afterwards, and the balloon stays as it is.
+    Reclaim {
+        /// Leave blocks out that are smaller than 2^N pages of 4 KiB
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 9,
+            value_parser = clap::value_parser!(u8).range(..=51)
+        )]
+        min_order: u8,
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        limit: Limit,
+    },
+    /// Have the guest drop its caches: those of files, and those of names and inodes
+    DropCaches {
+        /// Only the page cache, which has the contents of files
+        #[arg(long)]
+        pages: bool,
+        /// Only the slab caches of names and inodes; with --pages, both
+        #[arg(long)]
+        slab: bool,
+        #[command(flatten)]
+        limit: Limit,
+    },
     /// Print the daemon's numbers in Prometheus' text format
     Metrics,
     /// Print the completions for a shell
@@ -112,6 +161,36 @@ pub(crate) enum Command {
         #[arg(value_hint = ValueHint::DirPath)]
         directory: PathBuf,
     },
+}
+
+/// Which part of the guest's memory is meant.
+#[derive(Args)]
+pub(crate) struct Place {
+    /// Look from this guest-physical address on, such as 0x100000 or 4GiB
+    #[arg(long, value_name = "ADDRESS", default_value = "0", value_parser = address)]
+    pub(crate) start: u64,
+    /// Look up to this address; 0 is the end of memory
+    #[arg(long, value_name = "ADDRESS", default_value = "0", value_parser = address)]
+    pub(crate) end: u64,
+}
+
+/// For how long to wait for the guest.
+#[derive(Args)]
+pub(crate) struct Limit {
+    /// How long to wait for the guest
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "300",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    timeout: u32,
+}
+
+impl Limit {
+    pub(crate) fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout.into())
+    }
 }
 
 /// Whether to wait for the guest, and for how long.

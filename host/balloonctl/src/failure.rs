@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use balloon_control::{ClientError, ErrorKind, Shortfall};
+use balloon_control::{ClientError, ErrorKind, RequestStatus, Shortfall};
 use console::style;
 use indicatif::HumanBytes;
 
 /// The exit codes, for the help and the man page.
-pub(crate) const EXIT_CODES: [(u8, &str); 7] = [
+pub(crate) const EXIT_CODES: [(u8, &str); 8] = [
     (0, "It is done."),
     (1, "It failed."),
     (2, "The command line is wrong."),
@@ -21,6 +21,7 @@ pub(crate) const EXIT_CODES: [(u8, &str); 7] = [
     (4, "No guest is connected, or no driver works in it."),
     (5, "The size is out of range."),
     (6, "The guest did not do it in time."),
+    (130, "It was interrupted, and the guest is told."),
 ];
 
 /// The exit codes as the end of the help.
@@ -31,6 +32,20 @@ pub(crate) fn help() -> String {
         let _ = write!(text, "\n  {code}  {meaning}");
     }
     text
+}
+
+/// How an answer ended, in words.
+fn end(status: RequestStatus) -> &'static str {
+    match status {
+        RequestStatus::Complete => "the guest is done",
+        RequestStatus::Waiting | RequestStatus::Open => "the guest is not done",
+        RequestStatus::Aborted => "the guest had to stop before it was done",
+        RequestStatus::Cancelled => "somebody else told the guest to stop",
+        RequestStatus::Unsupported => "the guest's driver does not know this request",
+        RequestStatus::Malformed => "the guest's driver does not take this request",
+        RequestStatus::UnknownId => "the guest's driver has lost this request",
+        RequestStatus::Reset => "the guest, its driver or the VMM went away",
+    }
 }
 
 /// What goes wrong.
@@ -69,12 +84,29 @@ pub(crate) enum Failure {
         /// What the guest says.
         reason: Option<Shortfall>,
     },
+    /// The guest does not end an answer in time.
+    #[error(
+        "{} within {} s",
+        if *seen { "the guest does not end its answer" } else { "the guest does not take the request" },
+        waited.as_secs()
+    )]
+    Unanswered {
+        /// Whether the guest has got the request.
+        seen: bool,
+        waited: Duration,
+    },
+    /// The guest has ended an answer otherwise than with all that it was asked for.
+    #[error("{}", end(*.0))]
+    Ended(RequestStatus),
+    /// Somebody does not want to wait any more.
+    #[error("interrupted")]
+    Interrupted,
     /// Nothing can be printed.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
-    /// The man page cannot be written.
+    /// A file cannot be written.
     #[error("cannot write {path}: {source}", path = .0.display(), source = .1)]
-    ManPage(PathBuf, io::Error),
+    File(PathBuf, io::Error),
 }
 
 impl Failure {
@@ -93,8 +125,20 @@ impl Failure {
             Self::Late { .. } => {
                 "set a smaller size, or free memory in the guest; it goes on by itself"
             }
+            Self::Unanswered { seen: true, .. } => {
+                "give it more time with --timeout, or see the guest's log; the guest is told to stop"
+            }
+            Self::Unanswered { seen: false, .. } => {
+                "see that the guest is not paused, and look for its driver in the guest's log"
+            }
+            Self::Ended(RequestStatus::Reset) => "wait until the guest runs, and try again",
+            Self::Ended(RequestStatus::Unsupported | RequestStatus::Malformed) => {
+                "use a driver in the guest that knows this request, such as virtio_balloon_rs"
+            }
+            Self::Ended(_) => "see the guest's log, and try again",
+            Self::Interrupted => "the guest is told to stop; what it has done stays done",
             Self::Output(_) => "see that there is room where the output goes",
-            Self::ManPage(..) => "name a directory that is there and can be written",
+            Self::File(..) => "name a place that is there and can be written",
         }
         .to_owned()
     }
@@ -118,8 +162,14 @@ impl Failure {
                 | ClientError::Gone => 3,
             },
             Self::MemoryUnknown | Self::Disconnected | Self::NoDriver => 4,
-            Self::Late { .. } => 6,
-            Self::Retargeted(_) | Self::Excluded(_) | Self::Output(_) | Self::ManPage(..) => 1,
+            Self::Ended(RequestStatus::Reset) => 4,
+            Self::Late { .. } | Self::Unanswered { .. } => 6,
+            Self::Retargeted(_)
+            | Self::Excluded(_)
+            | Self::Ended(_)
+            | Self::Output(_)
+            | Self::File(..) => 1,
+            Self::Interrupted => 130,
         }
     }
 

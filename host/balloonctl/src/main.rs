@@ -8,16 +8,19 @@ use std::process::ExitCode;
 
 use balloon_control::{Answer, Client, Info, Metrics, Request};
 use clap::{CommandFactory, Parser};
-use indicatif::HumanBytes;
+use indicatif::{HumanBytes, HumanCount};
 
 mod amount;
 mod cli;
 mod failure;
 mod info;
 mod man;
+mod request;
 mod stats;
+mod unused;
 mod wait;
 
+use amount::PAGE;
 use cli::{Cli, Command};
 use failure::Failure;
 
@@ -88,6 +91,64 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 action: action.into(),
             })?;
             show(json, &answer, || Ok(action.done().to_owned()))
+        }
+        Command::Unused {
+            min_order,
+            place,
+            out,
+            limit,
+        } => {
+            let mut client = connect()?;
+            let request = Request::Unused {
+                block: PAGE << min_order,
+                start: place.start,
+                end: place.end,
+            };
+            let (answer, progress, took) = request::ask(&mut client, &request, limit.timeout())?;
+            let pages = unused::save(&mut client, progress.id, &out)?;
+            show(json, &answer, || {
+                Ok(format!(
+                    "{} of the guest are unused, in {} pages, found in {:.1} s. See {}.",
+                    HumanBytes(progress.named),
+                    HumanCount(pages),
+                    took.as_secs_f64(),
+                    out.display()
+                ))
+            })
+        }
+        Command::Reclaim {
+            min_order,
+            place,
+            limit,
+        } => {
+            let request = Request::Reclaim {
+                block: PAGE << min_order,
+                start: place.start,
+                end: place.end,
+            };
+            let (answer, progress, took) =
+                request::ask(&mut connect()?, &request, limit.timeout())?;
+            show(json, &answer, || {
+                Ok(format!(
+                    "The host got {} back, of {} unused, after {:.1} s.",
+                    HumanBytes(progress.discarded),
+                    HumanBytes(progress.named),
+                    took.as_secs_f64()
+                ))
+            })
+        }
+        Command::DropCaches { pages, slab, limit } => {
+            let request = Request::DropCaches {
+                pages: pages || !slab,
+                slab: slab || !pages,
+            };
+            let (answer, _, took) = request::ask(&mut connect()?, &request, limit.timeout())?;
+            show(json, &answer, || {
+                Ok(format!(
+                    "The guest has dropped its caches, after {:.1} s.",
+                    took.as_secs_f64()
+                ))
+            })
         }
         Command::Metrics => {
             let answer = connect()?.call(&Request::Metrics {})?;

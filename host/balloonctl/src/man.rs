@@ -13,7 +13,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 use crate::cli::Cli;
 use crate::failure::{EXIT_CODES, Failure};
 
-const EXAMPLES: [(&str, &str); 5] = [
+const EXAMPLES: [(&str, &str); 6] = [
     (
         "Ask the guest for half of its memory, and wait for a minute at most:",
         "balloonctl set 50% --wait --timeout 60",
@@ -22,6 +22,10 @@ const EXAMPLES: [(&str, &str); 5] = [
     (
         "See what the guest uses its memory for, every five seconds and as it is at that moment:",
         "balloonctl stats --fresh --watch 5",
+    ),
+    (
+        "Which of the guest's pages are unused, now that all writes to its memory are logged?",
+        "balloonctl unused --out /run/vm/unused-pages",
     ),
     (
         "How much has the guest given away, in bytes?",
@@ -45,7 +49,7 @@ pub(crate) fn generate(directory: &Path) -> Result<(), Failure> {
     let path = directory.join(man.get_filename());
     render(&man, &command)
         .and_then(|page| fs::write(&path, page))
-        .map_err(|error| Failure::ManPage(path, error))
+        .map_err(|error| Failure::File(path, error))
 }
 
 fn render(man: &Man, command: &Command) -> io::Result<Vec<u8>> {

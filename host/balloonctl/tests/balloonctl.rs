@@ -8,15 +8,22 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use balloon_control::{
-    ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request,
-    Response, Server, Shortfall, Stat, Stats,
+    Begun, ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Progress,
+    Ranges, Request, RequestStatus, Response, Server, Shortfall, Stat, Stats,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const GIB: u64 = 1 << 30;
+
+/// Of requests that the guest is asked.
+const ID: u64 = 7 << 50;
 
 /// What the guest does while it is looked at.
 #[derive(Clone, Copy, PartialEq)]
@@ -31,6 +38,10 @@ enum Conduct {
     Unloads,
     /// Begins, and then somebody else sets another target.
     Retargeted,
+    /// Ends its answers so, after it was looked at twice.
+    Ends(RequestStatus),
+    /// Stays like this.
+    Idle(RequestStatus),
 }
 
 struct Script {
@@ -67,7 +78,22 @@ impl Handler for Script {
             Request::Metrics {} => Response::Metrics(Metrics {
                 text: "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n".to_owned(),
             }),
-            _ => Response::Done {},
+            Request::SetStatsInterval { .. } | Request::Hints { .. } => Response::Done {},
+            Request::Unused { .. } | Request::Reclaim { .. } | Request::DropCaches { .. } => {
+                Response::Begun(Begun { id: ID })
+            }
+            Request::Progress { id } | Request::Cancel { id } => {
+                Response::Progress(self.progress(id))
+            }
+            Request::Ranges { id, from } => Response::Ranges(Ranges {
+                id,
+                end: 8 * GIB,
+                ranges: match from {
+                    0 => vec![(4096, 8192), (64 << 12, 4096)],
+                    _ => vec![(2 * GIB, 4096)],
+                },
+                next: (from == 0).then_some(2 * GIB),
+            }),
         })
     }
 }
@@ -86,6 +112,24 @@ impl Script {
             Conduct::Unloads => info.guest.driver = false,
             Conduct::Retargeted if info.size == GIB / 2 => info.size += GIB / 4,
             Conduct::Retargeted => info.target = 7 * GIB,
+            Conduct::Ends(_) | Conduct::Idle(_) => {}
+        }
+    }
+
+    fn progress(&self, id: u64) -> Progress {
+        let is_look = |request: &&Request| matches!(request, Request::Progress { .. });
+        let looks = self.seen.lock().unwrap().iter().filter(is_look).count();
+        let status = match self.conduct {
+            Conduct::Idle(status) => status,
+            _ if looks < 2 => RequestStatus::Waiting,
+            Conduct::Ends(status) => status,
+            _ => RequestStatus::Complete,
+        };
+        Progress {
+            id,
+            status,
+            named: 3 * GIB,
+            discarded: 2 * GIB,
         }
     }
 }
@@ -314,6 +358,9 @@ fn refusals_have_their_exit_codes() {
             &["interval", "5"],
             &["hints", "start"],
             &["metrics", "--json"],
+            &["unused", "--out", "/nowhere/pages"],
+            &["reclaim"],
+            &["drop-caches"],
         ] {
             fails(&daemon.run(arguments), code, "what is wrong");
         }
@@ -334,6 +381,12 @@ fn wrong_command_lines_are_refused() {
         &["interval", "-1"],
         &["hints", "pause"],
         &["deflate"],
+        &["unused"],
+        &["unused", "--out", "f", "--min-order", "52"],
+        &["unused", "--out", "f", "--start", "10%"],
+        &["reclaim", "--timeout", "0"],
+        &["reclaim", "--end", "12"],
+        &["drop-caches", "--all"],
     ] {
         let output = daemon.run(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
@@ -426,6 +479,121 @@ fn the_other_commands_say_what_they_should() {
         stdout(&metrics),
         "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n"
     );
+}
+
+#[test]
+fn unused_pages_are_written_to_a_file() {
+    let daemon = Daemon::obedient();
+    let path = daemon.directory.path().join("pages");
+    let out = path.to_str().unwrap();
+    let output = daemon.run(&["unused", "--out", out, "--min-order", "3", "--end", "4GiB"]);
+    succeeds(&output);
+    assert!(stdout(&output).contains("3.00 GiB of the guest are unused, in 4 pages"));
+    let asked = daemon.script.seen.lock().unwrap()[1];
+    let expected = Request::Unused {
+        block: 32768,
+        start: 0,
+        end: 4 * GIB,
+    };
+    assert_eq!(asked, expected);
+
+    let file = fs::read(&path).unwrap();
+    let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
+    assert_eq!(file[..8], *b"UNUSEDPG");
+    assert_eq!([8, 16, 24, 32].map(word), [1 | (12 << 32), 2 << 20, ID, 4]);
+    assert_eq!(file.len(), 64 + (2 << 20) / 8);
+    let bitmap = |number: usize| word(64 + 8 * number);
+    assert_eq!([0, 1, 2].map(bitmap), [0b110, 1, 0]);
+    assert_eq!(bitmap((2 << 30 >> 12) / 64), 1);
+    let left: Vec<_> = fs::read_dir(daemon.directory.path()).unwrap().collect();
+    assert_eq!(left.len(), 2, "the socket and the file: {left:?}");
+
+    let answer = daemon.json(&["unused", "--out", out]);
+    assert_eq!(
+        (&answer["id"], &answer["status"]),
+        (&json!(ID), &json!("complete"))
+    );
+    fails(
+        &daemon.run(&["unused", "--out", "/nowhere/pages"]),
+        1,
+        "/nowhere/pages",
+    );
+}
+
+#[test]
+fn the_guest_is_asked_and_waited_for() {
+    let daemon = Daemon::obedient();
+    let output = daemon.run(&["reclaim", "--start", "0x100000"]);
+    succeeds(&output);
+    assert!(stdout(&output).contains("The host got 2.00 GiB back, of 3.00 GiB unused"));
+    let expected = Request::Reclaim {
+        block: 2 << 20,
+        start: 1 << 20,
+        end: 0,
+    };
+    assert_eq!(daemon.script.seen.lock().unwrap()[1], expected);
+    assert_eq!(daemon.json(&["reclaim"])["discarded"], 2 * GIB);
+
+    for (options, pages, slab) in [
+        (&[][..], true, true),
+        (&["--pages"], true, false),
+        (&["--slab"], false, true),
+        (&["--pages", "--slab"], true, true),
+    ] {
+        let daemon = Daemon::obedient();
+        succeeds(&daemon.run(&[&["drop-caches"], options].concat()));
+        let asked = daemon.script.seen.lock().unwrap()[1];
+        assert_eq!(asked, Request::DropCaches { pages, slab });
+    }
+}
+
+#[test]
+fn an_answer_that_ends_otherwise_is_told() {
+    for (status, code, words) in [
+        (RequestStatus::Aborted, 1, "had to stop"),
+        (RequestStatus::Cancelled, 1, "somebody else"),
+        (RequestStatus::Unsupported, 1, "does not know"),
+        (RequestStatus::Malformed, 1, "does not take"),
+        (RequestStatus::UnknownId, 1, "has lost"),
+        (RequestStatus::Reset, 4, "went away"),
+    ] {
+        let daemon = Daemon::start(info(), Conduct::Ends(status), None);
+        fails(&daemon.run(&["drop-caches"]), code, words);
+    }
+}
+
+#[test]
+fn a_guest_that_takes_too_long_is_told_to_stop() {
+    for (status, words) in [
+        (
+            RequestStatus::Waiting,
+            "does not take the request within 1 s",
+        ),
+        (RequestStatus::Open, "does not end its answer within 1 s"),
+    ] {
+        let daemon = Daemon::start(info(), Conduct::Idle(status), None);
+        fails(&daemon.run(&["reclaim", "--timeout", "1"]), 6, words);
+        assert_eq!(daemon.last_request(), Request::Cancel { id: ID });
+    }
+}
+
+#[test]
+fn an_interrupt_tells_the_guest_to_stop() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let daemon = Daemon::start(info(), Conduct::Idle(RequestStatus::Open), None);
+        let client = daemon
+            .command(&["reclaim"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while daemon.script.seen.lock().unwrap().len() < 3 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        kill(Pid::from_raw(client.id().try_into().unwrap()), signal).unwrap();
+        fails(&client.wait_with_output().unwrap(), 130, "interrupted");
+        assert_eq!(daemon.last_request(), Request::Cancel { id: ID });
+    }
 }
 
 #[test]

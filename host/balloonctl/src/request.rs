@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Asking the guest for something, and waiting for its answer.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use balloon_control::{Answer, Begun, Client, Info, Progress, Request, RequestStatus};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::failure::Failure;
+
+/// How often it is looked how far the guest is, in milliseconds.
+const POLL_INTERVAL: u16 = 100;
+
+/// Asks the guest for something, and waits until the answer is complete. Returns how it ended and how long it
+/// took. When it takes too long or is interrupted the guest is told that the answer is no longer wanted.
+///
+/// # Errors
+///
+/// The guest cannot be asked, does not answer in time, or not with all that it was asked for.
+pub(crate) fn ask(
+    client: &mut Client,
+    request: &Request,
+    timeout: Duration,
+) -> Result<(Answer, Progress, Duration), Failure> {
+    let interrupts = Interrupts::new()?;
+    let info: Info = client.call(&Request::Info {})?.parse()?;
+    let Begun { id } = client.call(request)?.parse()?;
+    let start = Instant::now();
+    let result = wait(client, id, info.memory, timeout, &interrupts);
+    if let Err(Failure::Interrupted | Failure::Unanswered { .. }) = result {
+        // There is nothing left to do for those whom the guest does not hear.
+        let _ = client.call(&Request::Cancel { id });
+    }
+    let (answer, progress) = result?;
+    Ok((answer, progress, start.elapsed()))
+}
+
+fn wait(
+    client: &mut Client,
+    id: u64,
+    memory: Option<u64>,
+    timeout: Duration,
+    interrupts: &Interrupts,
+) -> Result<(Answer, Progress), Failure> {
+    let start = Instant::now();
+    let bar = Bar::new(memory.unwrap_or(0));
+    loop {
+        let answer = client.call(&Request::Progress { id })?;
+        let progress: Progress = answer.parse()?;
+        match progress.status {
+            RequestStatus::Complete => return Ok((answer, progress)),
+            RequestStatus::Waiting | RequestStatus::Open => {}
+            status => return Err(Failure::Ended(status)),
+        }
+        if start.elapsed() >= timeout {
+            return Err(Failure::Unanswered {
+                seen: progress.status == RequestStatus::Open,
+                waited: timeout,
+            });
+        }
+        bar.show(&progress);
+        interrupts.wait()?;
+    }
+}
+
+/// What people and service managers end a program with.
+struct Interrupts(SignalFd);
+
+impl Interrupts {
+    /// From now on they are waited for.
+    fn new() -> Result<Self, Failure> {
+        let mut signals = SigSet::empty();
+        signals.add(Signal::SIGINT);
+        signals.add(Signal::SIGTERM);
+        let made = signals
+            .thread_block()
+            .and_then(|()| SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC));
+        Ok(Self(made.map_err(std::io::Error::from)?))
+    }
+
+    /// Waits until it is time to look again, or for one of them.
+    fn wait(&self) -> Result<(), Failure> {
+        let mut events = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut events, PollTimeout::from(POLL_INTERVAL)) {
+            Ok(0) | Err(Errno::EINTR) => Ok(()),
+            Ok(_) => Err(Failure::Interrupted),
+            Err(errno) => Err(std::io::Error::from(errno).into()),
+        }
+    }
+}
+
+/// How much of the guest's memory it has named, on standard error when that is a terminal.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new(memory: u64) -> Self {
+        let style = ProgressStyle::with_template("[{wide_bar}] {prefix}")
+            .expect("the template is valid")
+            .progress_chars("#> ");
+        Self(ProgressBar::new(memory).with_style(style))
+    }
+
+    fn show(&self, progress: &Progress) {
+        let Self(bar) = self;
+        bar.set_prefix(match progress.status {
+            RequestStatus::Waiting => "the guest has not seen it yet".to_owned(),
+            _ => format!(
+                "{} unused of {}",
+                HumanBytes(progress.named),
+                HumanBytes(bar.length().unwrap_or(0))
+            ),
+        });
+        bar.set_position(progress.named);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

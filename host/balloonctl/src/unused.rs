@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The file with the guest's unused pages (docs/unused-pages.md).
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use balloon_control::{Client, Ranges, Request};
+
+use crate::amount::PAGE;
+use crate::failure::Failure;
+
+const MAGIC: [u8; 8] = *b"UNUSEDPG";
+const VERSION: u32 = 1;
+const PAGE_SHIFT: u32 = PAGE.trailing_zeros();
+
+/// The size of the header in bytes.
+const HEADER: u64 = 64;
+
+/// How many pages a word of the bitmap stands for.
+const WORD: u64 = u64::BITS as u64;
+
+/// Reads the unused pages that the guest has named, and writes them to a file, which has all of them or is not
+/// there. Returns how many they are.
+///
+/// # Errors
+///
+/// The daemon does not have them any more, or the file cannot be written.
+pub(crate) fn save(client: &mut Client, id: u64, path: &Path) -> Result<u64, Failure> {
+    let failed = |error| Failure::File(path.to_owned(), error);
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let file = File::create(&part).map_err(failed)?;
+    let result = write(client, id, BufWriter::new(file), failed)
+        .and_then(|count| fs::rename(&part, path).map_err(failed).map(|()| count));
+    if result.is_err() {
+        // It is of no use to anybody.
+        let _ = fs::remove_file(&part);
+    }
+    result
+}
+
+fn write(
+    client: &mut Client,
+    id: u64,
+    file: BufWriter<File>,
+    failed: impl Fn(io::Error) -> Failure,
+) -> Result<u64, Failure> {
+    let mut bitmap = Bitmap::new(file);
+    let mut from = Some(0);
+    let mut end = 0;
+    while let Some(start) = from {
+        let request = Request::Ranges { id, from: start };
+        let ranges: Ranges = client.call(&request)?.parse()?;
+        for (address, bytes) in ranges.ranges {
+            let first = address / PAGE;
+            bitmap
+                .add(first, first.saturating_add(bytes / PAGE))
+                .map_err(&failed)?;
+        }
+        // Whatever a daemon says, this comes to an end.
+        from = ranges.next.filter(|&next| next > start);
+        end = ranges.end;
+    }
+    bitmap.finish(id, end / PAGE).map_err(failed)
+}
+
+/// A bitmap that is written as it grows, with holes in the file for what is all zeroes.
+struct Bitmap {
+    file: BufWriter<File>,
+    /// Which word is being made, and what is in it.
+    place: u64,
+    word: u64,
+    /// How many bits are ones.
+    count: u64,
+}
+
+impl Bitmap {
+    fn new(file: BufWriter<File>) -> Self {
+        Self {
+            file,
+            place: 0,
+            word: 0,
+            count: 0,
+        }
+    }
+
+    /// Adds pages that come behind those that were added before.
+    fn add(&mut self, first: u64, end: u64) -> io::Result<()> {
+        let mut page = first;
+        while page < end {
+            self.go_to(page / WORD)?;
+            let base = page / WORD * WORD;
+            let last = end.min(base.saturating_add(WORD));
+            let bits = (u64::MAX << (page - base)) & (u64::MAX >> (WORD - (last - base)));
+            self.count += u64::from((bits & !self.word).count_ones());
+            self.word |= bits;
+            page = last;
+        }
+        Ok(())
+    }
+
+    /// Has the word at `place` be the one that is made.
+    fn go_to(&mut self, place: u64) -> io::Result<()> {
+        if place == self.place {
+            return Ok(());
+        }
+        if self.word != 0 {
+            let at = HEADER.saturating_add(self.place.saturating_mul(8));
+            if self.file.stream_position()? != at {
+                self.file.seek(SeekFrom::Start(at))?;
+            }
+            self.file.write_all(&self.word.to_le_bytes())?;
+        }
+        (self.place, self.word) = (place, 0);
+        Ok(())
+    }
+
+    /// Writes what is left, and the header. Returns how many pages are in the bitmap.
+    fn finish(mut self, id: u64, pages: u64) -> io::Result<u64> {
+        self.go_to(u64::MAX)?;
+        let length = pages.div_ceil(WORD).saturating_mul(8);
+        self.file.seek(SeekFrom::Start(0))?;
+        self.file.write_all(&MAGIC)?;
+        self.file.write_all(&VERSION.to_le_bytes())?;
+        self.file.write_all(&PAGE_SHIFT.to_le_bytes())?;
+        for field in [pages, id, self.count] {
+            self.file.write_all(&field.to_le_bytes())?;
+        }
+        let file = self.file.into_inner()?;
+        file.set_len(HEADER.saturating_add(length))?;
+        Ok(self.count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::{prop, prop_assert_eq, proptest};
+
+    /// What a reader finds: the fields of the header, and the pages.
+    fn read(bytes: &[u8]) -> ([u64; 3], Vec<u64>) {
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        assert_eq!(bytes[..8], *b"UNUSEDPG");
+        assert_eq!(word(8), 1 | (12 << 32));
+        assert_eq!(bytes[40..64], [0; 24]);
+        let pages = bytes[64..].iter().enumerate().flat_map(|(place, byte)| {
+            (0..8)
+                .filter(move |bit| byte & (1 << bit) != 0)
+                .map(move |bit| place as u64 * 8 + bit)
+        });
+        ([word(16), word(24), word(32)], pages.collect())
+    }
+
+    proptest! {
+        #[test]
+        fn a_file_has_the_pages(gaps in prop::collection::vec((0_u64..300, 1_u64..300), 0..20)) {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("pages");
+            let mut bitmap = Bitmap::new(BufWriter::new(File::create(&path).unwrap()));
+            let mut expected = Vec::new();
+            let mut end = 0;
+            for (gap, length) in gaps {
+                let first = end + gap;
+                end = first + length;
+                bitmap.add(first, end).unwrap();
+                expected.extend(first..end);
+            }
+            let pages = end + 70;
+            let count = bitmap.finish(9, pages).unwrap();
+            prop_assert_eq!(count, expected.len() as u64);
+            let bytes = fs::read(&path).unwrap();
+            prop_assert_eq!(bytes.len() as u64, 64 + pages.div_ceil(64) * 8);
+            prop_assert_eq!(read(&bytes), ([pages, 9, count], expected));
+        }
+    }
+}
