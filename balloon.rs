@@ -248,6 +248,9 @@ impl Balloon {
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
+        // What a device that did not answer has kept from being given back is in no balloon any more.
+        while !self.pages.take(usize::MAX, usize::MAX).is_empty() {}
+
         self.moves().reset(Terms::of(dev))?;
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.
@@ -525,7 +528,7 @@ impl Balloon {
 impl OomNotify for Task<Balloon> {
     /// Gives a part of the balloon back at once: enough for the guest to go on for a while.
     fn out_of_memory(&self) -> usize {
-        if self.giving_back.load(Relaxed) {
+        if self.giving_back.load(Relaxed) || self.pages.len() == 0 {
             return 0;
         }
 
@@ -569,7 +572,12 @@ impl GoingOffline for Task<Balloon> {
         })
         .ok_or(EBUSY)?;
 
+        let before = self.pages.len();
         let all = deflate::evacuate(&self.deflate, &self.pages, &mut worker.batch, &pfns);
+        if self.pages.len() == before {
+            return all.then_some(()).ok_or(EBUSY);
+        }
+
         let answered = within(PATIENCE, || {
             deflate::is_answered(&self.deflate, &self.pages).then_some(())
         });

@@ -23,7 +23,10 @@ use crate::{
     rust::{
         balloon_pages::BalloonPages,
         batch::Batch,
-        page_list::PageList,
+        page_list::{
+            PageList,
+            MAX_ORDER, //
+        },
         range_stack::RangeStack, //
     },
     terms::Terms, //
@@ -174,43 +177,37 @@ pub(crate) fn evacuate(
     pfns: &Range<u64>,
 ) -> bool {
     let mut blocks = balloon.take_blocks(pfns);
+    let mut all = true;
 
-    while !blocks.is_empty() {
+    while all && !blocks.is_empty() {
         batch.add(&mut blocks);
-        if tell(deflate, balloon, batch) == 0 {
-            balloon.insert(blocks);
-            return false;
-        }
+        let pages = batch.pages();
+        all = tell(deflate, balloon, batch) == pages;
     }
 
-    deflate.lock().queue.notify();
-    true
+    balloon.insert(blocks);
+    all
 }
 
 /// Returns whether pages that were released because memory ran out can be used: only where the device must be told
 /// first does that depend on its answer.
 pub(crate) fn is_over(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
-    {
-        let mut this = deflate.lock();
+    let tell_first = deflate.lock().terms.tell_first_out_of_memory();
 
-        if !this.terms.tell_first_out_of_memory() {
-            return true;
-        }
-        this.queue.notify();
-    }
-
-    is_answered(deflate, balloon)
+    !tell_first || is_answered(deflate, balloon)
 }
 
-/// Returns whether the device knows of all that has left the balloon.
+/// Returns whether the device knows of all that has left the balloon, after it was told as much as it can be now.
 pub(crate) fn is_answered(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
+    deflate.lock().tell();
     collect(deflate, balloon);
     !deflate.lock().is_pending()
 }
 
 /// Frees some pages, up to `wanted`, before the device has been told.
 fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted: usize) -> usize {
-    let mut pages = balloon.take(wanted);
+    // All of them are noted under one hold of the lock.
+    let mut pages = balloon.take(wanted.min(1 << MAX_ORDER), usize::MAX);
     let taken = pages.len();
 
     // What is noted in pages has to be freed page by page.
@@ -226,10 +223,10 @@ fn gather(
     batch: &mut Batch,
     wanted: usize,
 ) {
-    let wanted = wanted.min(deflate.lock().queue.room_for_pages());
+    let blocks = deflate.lock().queue.room_for_blocks();
 
-    while batch.pages() < wanted && batch.blocks() < BLOCKS_PER_BATCH {
-        let mut pages = balloon.take(wanted - batch.pages());
+    while batch.pages() < wanted && batch.blocks() < blocks.min(BLOCKS_PER_BATCH) {
+        let mut pages = balloon.take(wanted - batch.pages(), blocks - batch.blocks());
         if pages.is_empty() {
             break;
         }

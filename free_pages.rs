@@ -10,8 +10,6 @@
 //! Free lists change between two looks, so that one does not know where to go on in them; what lies at an address is
 //! found whatever has happened to the lists. It also comes in the order that makes answers short.
 //!
-//! Pages on the processors' own lists are on none of a zone's.
-
 #![forbid(unsafe_code)]
 
 use crate::{
@@ -19,6 +17,7 @@ use crate::{
     message::Runs,
     rust::{
         batch::Block,
+        memory,
         page_list::MAX_ORDER,
         zone::{
             Hold,
@@ -45,6 +44,8 @@ pub(crate) struct Walk {
     /// How many blocks of that have been named, and how many pages of the next one.
     named: usize,
     pages: u64,
+    /// The zone that it was found in.
+    found_in: usize,
 }
 
 impl Walk {
@@ -62,12 +63,17 @@ impl Walk {
             found: KVec::with_capacity(PLACES_PER_HOLD, GFP_KERNEL)?,
             named: 0,
             pages: 0,
+            found_in: 0,
         })
     }
 
     /// Looks for more under one hold of a zone's lock. Returns what that has cost, or none if there is no more memory
     /// to be looked at.
     fn look(&mut self) -> Option<Hold> {
+        if self.zone == 0 && self.next == 0 {
+            // Pages on the processors' own lists are unused, too, and keep others from being blocks.
+            memory::drain_free_lists();
+        }
         // No block is larger than the largest.
         let zone = Zone::nth(self.zone).filter(|_| self.min_order <= MAX_ORDER)?;
         let span = zone.span();
@@ -78,6 +84,7 @@ impl Walk {
         self.next = self.next.max(first);
         self.found.clear();
         self.named = 0;
+        self.found_in = self.zone;
 
         let hold = zone.find_free(&mut self.next, end, self.min_order, &mut self.found);
         if self.next >= end {
@@ -125,16 +132,19 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
         }
     }
 
-    /// Takes the next run, with those after it that lie side by side, up to `max` pages.
+    /// Takes the next run, with those after it that lie side by side in the same zone, up to `max` pages.
     pub(crate) fn side_by_side(&mut self, max: u64) -> Option<Run> {
         let first = self.first()?.first();
+        let zone = self.walk.found_in;
         let mut len = 0;
 
-        while let Some(run) = self.first().filter(|run| run.first() == first + len) {
-            let some = run.len().min(max - len);
-            if some == 0 {
+        while len < max {
+            let Some(run) = self.first() else { break };
+            if run.first() != first + len || self.walk.found_in != zone {
                 break;
             }
+
+            let some = run.len().min(max - len);
             self.advance(some);
             len += some;
         }

@@ -96,9 +96,6 @@ const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 /// How many runs are kept at most.
 const MAX_RUNS: usize = 1024;
 
-/// What part of the free memory is left to the guest while the device has the rest, as a divisor.
-const LEFT_FREE: usize = 8;
-
 /// How long an allocation that has failed waits for the device to use what it was given, in milliseconds.
 const OOM_PATIENCE: u32 = 500;
 
@@ -191,12 +188,7 @@ impl Worker {
 
     /// Takes memory that is free, but not all of it.
     fn gather(&mut self, needed: &Atomic<bool>) {
-        let info = memory::Info::now();
-        let (free, total) = (
-            (info.free >> PAGE_SHIFT) as usize,
-            (info.total >> PAGE_SHIFT) as usize,
-        );
-        let mut wanted = free.saturating_sub((free / LEFT_FREE).max(always_free(total)));
+        let mut wanted = memory::spare_pages();
         if self.queue.room() <= ROOM_FOR_IDS {
             wanted = 0;
         }
@@ -237,12 +229,6 @@ impl Worker {
         self.in_flight += supplied;
         supplied
     }
-}
-
-/// Returns how many kernel pages, of `total`, stay free in any case: 16 MiB and 1/512, more than what the page
-/// allocator wants to have at hand.
-fn always_free(total: usize) -> usize {
-    (16 << (20 - PAGE_SHIFT)) + total / 512
 }
 
 impl Hinting {

@@ -214,36 +214,39 @@ impl Inner {
     }
 
     /// Has the device have as many buffers for requests as there may be more of.
-    fn invite(&mut self, inbox: Option<Inbox<Request>>) {
-        let mut inbox = inbox;
+    fn invite(&mut self) {
+        // At least as many are left for answers.
+        let max = MAX_OPEN.min(self.queue.size() / 2);
 
-        while self.inboxes + self.open.len() < MAX_OPEN {
-            let Some(this) = inbox
-                .take()
-                .or_else(|| Inbox::new(GFP_KERNEL | __GFP_NOWARN).ok())
-            else {
+        while self.inboxes + self.open.len() < max {
+            let Ok(inbox) = Inbox::new(GFP_KERNEL | __GFP_NOWARN) else {
                 return;
             };
-            if self.queue.add(Either::Left(this)).is_err() {
+            if self.queue.add(Either::Left(inbox)).is_err() {
                 return;
             }
             self.inboxes += 1;
         }
     }
 
-    /// Takes what the device has used.
-    fn collect(&mut self) {
-        while let Some((buffer, len)) = self.queue.next_used() {
+    /// Takes what the device has used, and what it has asked for.
+    fn collect(&mut self, dropper: &Task<Dropper>) {
+        // A device that uses what it is offered at once would never come to an end.
+        for _ in 0..self.queue.size() {
+            let Some((buffer, len)) = self.queue.next_used() else {
+                return;
+            };
+
             match buffer {
                 Either::Left(mut inbox) => {
                     let request = inbox.take();
 
                     self.inboxes -= 1;
-                    // A part of a request has no id to answer to.
+                    // A part of a request has no id to answer to. Devices that use buffers in order return those that
+                    // an answer is behind with nothing in them.
                     if len as usize >= size_of::<Request>() {
-                        self.open_request(&request);
+                        self.open_request(&request, dropper);
                     }
-                    self.invite(Some(inbox));
                 }
                 Either::Right((mut message, claim)) => {
                     self.messages -= 1;
@@ -257,12 +260,12 @@ impl Inner {
         }
     }
 
-    fn open_request(&mut self, request: &Request) {
+    fn open_request(&mut self, request: &Request, dropper: &Task<Dropper>) {
         let id = u64::from_le(request.request_id);
         let known = id != 0 && !self.open.iter().any(|open| open.id == id);
         let legal = request.reserved == 0 && u32::from(request.block_shift) < u64::BITS;
         let work = if known && legal {
-            self.plan(request)
+            self.plan(request, dropper)
         } else {
             Work::Complete(request::MALFORMED)
         };
@@ -271,16 +274,19 @@ impl Inner {
         let _ = self.open.push_within_capacity(Open { id, work });
     }
 
-    fn plan(&mut self, request: &Request) -> Work {
+    fn plan(&mut self, request: &Request, dropper: &Task<Dropper>) -> Work {
         match u16::from_le(request.command) {
+            // Where free pages have to hold some value, a copy must not lack it; and the kernel would write to all pages
+            // that were discarded, when they are free again.
+            request::UNUSED_SKIP | request::UNUSED_DISCARD
+                if memory::free_page_value().is_some() =>
+            {
+                Work::Complete(request::ABORTED)
+            }
             request::UNUSED_SKIP => match walk(request, 0) {
                 Ok(walk) => Work::Skip(walk),
                 Err(_) => Work::Complete(request::ABORTED),
             },
-            // Where free pages have to hold some value, the kernel would write to all of them when they are back.
-            request::UNUSED_DISCARD if memory::free_page_value().is_some() => {
-                Work::Complete(request::ABORTED)
-            }
             request::UNUSED_DISCARD => match walk(request, memory::page_block_order()) {
                 Ok(walk) => Work::Discard(walk),
                 Err(_) => Work::Complete(request::ABORTED),
@@ -297,26 +303,25 @@ impl Inner {
                     slab: caches & request::CACHES_SLAB != 0,
                 })
             }
-            request::CANCEL => Work::Complete(self.cancel(u64::from_le(request.start))),
+            request::CANCEL => Work::Complete(self.cancel(u64::from_le(request.start), dropper)),
             _ => Work::Complete(request::UNSUPPORTED),
         }
     }
 
     /// Calls the request `id` off. Returns the status of the request to do so.
-    fn cancel(&mut self, id: u64) -> u8 {
-        let open = self.open.iter_mut().find(|open| open.id == id);
+    fn cancel(&mut self, id: u64, dropper: &Task<Dropper>) -> u8 {
+        let Some(open) = self.open.iter_mut().find(|open| open.id == id) else {
+            return request::UNKNOWN_ID;
+        };
 
-        match open {
-            Some(Open {
-                work: Work::Complete(_),
-                ..
-            })
-            | None => request::UNKNOWN_ID,
-            Some(open) => {
-                open.work = Work::Complete(request::CANCELLED);
-                request::COMPLETE
-            }
+        match open.work {
+            // It is over already, and only has to be told.
+            Work::Complete(_) => return request::COMPLETE,
+            Work::Dropping => dropper.abandon(id),
+            Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) => (),
         }
+        open.work = Work::Complete(request::CANCELLED);
+        request::COMPLETE
     }
 
     /// Returns a message to be written, unless the device has enough of them.
@@ -419,11 +424,16 @@ impl Inner {
         if self.claims >= MAX_CLAIMS {
             return None;
         }
+        // What the guest needs comes first.
+        let spare = (memory::spare_pages() as u64).min(CLAIM_PAGES);
+        if spare < 1 << memory::page_block_order() {
+            return Some(Some(request::ABORTED));
+        }
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
 
         // Blocks that lie side by side are taken together: it is the taking that costs.
-        let run = unused.side_by_side(CLAIM_PAGES);
+        let run = unused.side_by_side(spare);
         let over = unused.is_over();
         let claim = run.and_then(|run| Some((Claim::new(run.first(), run.len()).ok()?, run)));
 
@@ -478,20 +488,24 @@ impl HostRequests {
     pub(crate) fn stop(task: &Task<Self>) {
         task.stop();
         task.dropper.stop();
+        *task.dropper.state.lock() = Dropping::Idle;
         task.inner.lock().open.clear();
     }
 
     /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
     fn advance(&self, inner: &mut Inner) -> Option<Msecs> {
         let now = || self.start.elapsed().as_nanos();
-        if let Some(pause) = inner.budget.pause(now()) {
-            return Some(pause);
-        }
-
         let start = now();
         inner.queue.disable_callback();
-        inner.collect();
-        inner.invite(None);
+        // What the device has used comes back to the guest in any case.
+        inner.collect(&self.dropper);
+        if let Some(pause) = inner.budget.pause(start) {
+            return Some(match inner.queue.enable_callback() {
+                true => pause,
+                false => 0,
+            });
+        }
+        inner.invite();
 
         let (mut turns, mut waiting) = (0, 0);
         while turns < TURNS_PER_RUN && waiting < inner.open.len() {
@@ -499,19 +513,19 @@ impl HostRequests {
                 break;
             };
 
-            match inner.turn(&mut open, &self.dropper, &self.counters) {
-                Turn::Again => waiting = 0,
-                Turn::Wait => waiting += 1,
-                Turn::Over => {
-                    inner.invite(None);
-                    inner.collect();
-                    continue;
-                }
+            let turn = inner.turn(&mut open, &self.dropper, &self.counters);
+
+            // To the end, where there is room, since it comes from there: the next turn is another one's.
+            if !matches!(turn, Turn::Over) {
+                let _ = inner.open.push_within_capacity(open);
             }
-            // It comes from there. To the end: the next turn is another one's.
-            let _ = inner.open.push_within_capacity(open);
+            match turn {
+                Turn::Wait => waiting += 1,
+                Turn::Again | Turn::Over => waiting = 0,
+            }
             turns += 1;
-            inner.collect();
+            inner.invite();
+            inner.collect(&self.dropper);
         }
         inner.queue.kick();
 
@@ -550,9 +564,9 @@ struct Dropper {
 #[derive(Clone, Copy)]
 enum Dropping {
     Idle,
-    /// For the request with this id.
-    Busy(u64, Caches),
-    /// With this status. Nobody may be interested any more.
+    /// For the request with this id, or for one that nobody waits for any more.
+    Busy(Option<u64>, Caches),
+    /// With this status.
     Done(u64, u8),
 }
 
@@ -573,26 +587,42 @@ impl Task<Dropper> {
     fn begin(&self, id: u64, caches: Caches) -> bool {
         let mut state = self.state.lock();
 
-        if matches!(*state, Dropping::Busy(..)) {
+        if !matches!(*state, Dropping::Idle) {
             return false;
         }
-        *state = Dropping::Busy(id, caches);
+        *state = Dropping::Busy(Some(id), caches);
         self.schedule();
         true
     }
 
-    /// Returns the status of the request `id`, if it is done.
+    /// Returns the status of the request `id`, if it is done. The next one may begin then.
     fn outcome(&self, id: u64) -> Option<u8> {
-        match *self.state.lock() {
-            Dropping::Done(done, status) if done == id => Some(status),
+        let mut state = self.state.lock();
+
+        match *state {
+            Dropping::Done(done, status) if done == id => {
+                *state = Dropping::Idle;
+                Some(status)
+            }
             _ => None,
         }
+    }
+
+    /// Forgets who waits: the request `id` is no longer wanted.
+    fn abandon(&self, id: u64) {
+        let mut state = self.state.lock();
+
+        *state = match *state {
+            Dropping::Busy(Some(busy), caches) if busy == id => Dropping::Busy(None, caches),
+            Dropping::Done(done, _) if done == id => Dropping::Idle,
+            other => other,
+        };
     }
 }
 
 impl Job for Dropper {
     fn run(task: &Task<Self>) {
-        let Dropping::Busy(id, caches) = *task.state.lock() else {
+        let Dropping::Busy(_, caches) = *task.state.lock() else {
             return;
         };
         let status = match caches::drop_caches(caches.pages, caches.slab) {
@@ -600,7 +630,12 @@ impl Job for Dropper {
             Err(_) => request::ABORTED,
         };
 
-        *task.state.lock() = Dropping::Done(id, status);
+        let mut state = task.state.lock();
+        *state = match *state {
+            Dropping::Busy(Some(id), _) => Dropping::Done(id, status),
+            _ => Dropping::Idle,
+        };
+        drop(state);
         task.requests.schedule();
     }
 }
@@ -619,6 +654,5 @@ fn walk(request: &Request, least: u32) -> Result<Walk> {
         end => end,
     } >> PAGE_SHIFT;
 
-    memory::drain_free_lists();
     Walk::new(start..end, order.max(least))
 }

@@ -103,8 +103,20 @@ impl Inflate {
                 return Stop::NotNow;
             }
 
-            let portion = wanted.min(self.queue.room_for_pages());
-            gather(batch, portion, &mut order, self.queue.has_page_sets());
+            let whole = self.queue.has_page_sets();
+            let room = self.queue.room_for_blocks();
+            // A block may have to be split, and none is worth being left for that.
+            let (portion, blocks) = match whole {
+                true => (wanted, room.max(1 << MAX_ORDER)),
+                false => (wanted.min(room), usize::MAX),
+            };
+            gather(
+                batch,
+                portion,
+                blocks.min(BLOCKS_PER_BATCH),
+                &mut order,
+                whole,
+            );
             wanted -= batch.pages();
 
             // Asked now, and not before: pages that were deflated by then may be among these.
@@ -147,12 +159,13 @@ impl Inflate {
     }
 }
 
-/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages, which stay whole if they may and `whole` is set.
+/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages, which stay whole if they may and `whole` is set,
+/// until there might be more than `blocks` of them.
 ///
 /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none, `order` is
 /// lowered.
-fn gather(batch: &mut Batch, wanted: usize, order: &mut u32, whole: bool) {
-    while batch.blocks() < BLOCKS_PER_BATCH {
+fn gather(batch: &mut Batch, wanted: usize, blocks: usize, order: &mut u32, whole: bool) {
+    while batch.blocks() + (1 << *order) <= blocks {
         let Some(largest) = (wanted - batch.pages()).checked_ilog2() else {
             break;
         };

@@ -70,13 +70,11 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    /// Returns how many kernel pages `messages` messages name at least, if they are single ones that lie far apart.
-    /// There is no limit that would be worth counting with page sets.
-    fn pages(self, messages: usize) -> usize {
+    /// Returns how many blocks a message names at least, wherever they lie.
+    fn blocks_per_message(self) -> usize {
         match self {
-            Self::Pfns(_) => messages.saturating_mul(MOVES_PER_MESSAGE),
-            Self::PageSets(_) if messages > 0 => usize::MAX,
-            Self::PageSets(_) => 0,
+            Self::Pfns(_) => MOVES_PER_MESSAGE,
+            Self::PageSets(_) => page_sets::RUNS_PER_MESSAGE,
         }
     }
 
@@ -238,9 +236,9 @@ impl MessageQueue {
         self.vq.room()
     }
 
-    /// Returns how many kernel pages can be named now, whatever pages they are.
-    pub(crate) fn room_for_pages(&self) -> usize {
-        self.format.pages(self.room())
+    /// Returns how many blocks can be named now, wherever they lie. Without page sets each is a page.
+    pub(crate) fn room_for_blocks(&self) -> usize {
+        self.room().saturating_mul(self.format.blocks_per_message())
     }
 
     /// Returns whether messages are page sets.

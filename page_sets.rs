@@ -37,6 +37,9 @@ const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
 /// How many words a message has at most, header included.
 pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 
+/// How many runs a message names at least, however long they are.
+pub(crate) const RUNS_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
+
 /// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room for. The message is
 /// about `command`, and a part of the answer to `request_id` if that is not 0: its completion is yet to come. Returns how
 /// many pages it names.

@@ -261,8 +261,9 @@ impl virtio::Driver for BalloonDriver {
         if let Some(hints) = &data.hints {
             hints.task.stop();
         }
+        // Caches that are being dropped do not concern the device.
         if let Some(requests) = &data.requests {
-            HostRequests::stop(requests);
+            requests.stop();
         }
     }
 }

@@ -199,19 +199,17 @@ impl<R: Replace> BalloonPages<R> {
 
     /// Puts `pages` into the balloon.
     pub(crate) fn insert(&self, mut pages: PageList) {
-        let mut inserted = 0;
+        // INVARIANT: That many pages are added to the list. Counted before, since they may be taken at once.
+        self.singles.add(pages.singles(), Relaxed);
 
         // SAFETY: The function takes all single pages off the list, each with its reference; they are order 0 pages
         // as the core wants them.
         unsafe {
             pages.with_head(|head| {
-                inserted = bindings::balloon_page_list_enqueue(self.info.get(), head);
+                bindings::balloon_page_list_enqueue(self.info.get(), head);
                 0
             })
         };
-
-        // INVARIANT: That many pages were added to the list.
-        self.singles.add(inserted, Relaxed);
 
         while let Some(block) = pages.pop_block() {
             self.account(block, true);
@@ -228,18 +226,23 @@ impl<R: Replace> BalloonPages<R> {
         }
     }
 
-    /// Takes up to `max` pages (kernel pages) out of the balloon: blocks, as long as one fits, or a number of single
-    /// pages.
+    /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that fit, or else single
+    /// pages, up to the same number.
     ///
     /// None are returned if the balloon is empty, or if compaction holds all that are left just now.
-    pub(crate) fn take(&self, max: usize) -> PageList {
+    pub(crate) fn take(&self, max: usize, max_blocks: usize) -> PageList {
         let mut pages = PageList::new();
 
-        while let Some(block) = self.pop_block(max - pages.len()) {
+        for _ in 0..max_blocks {
+            let Some(block) = self.pop_block(max - pages.len()) else {
+                break;
+            };
+
             self.account(block, false);
             // SAFETY: The block was on a list, and is marked.
             unsafe { pages.push_block(block) };
         }
+        let max = max.min(max_blocks);
 
         if pages.is_empty() {
             pages = self.take_singles(max);
@@ -322,7 +325,7 @@ impl<R: Replace> PinnedDrop for BalloonPages<R> {
         // Pages that compaction has isolated refer to `info`. They, or those that take their places, come back
         // soon, whatever the host does.
         while self.len() > 0 {
-            if self.take(usize::MAX).is_empty() {
+            if self.take(usize::MAX, usize::MAX).is_empty() {
                 fsleep(Delta::from_millis(1));
             }
         }

@@ -343,7 +343,8 @@ impl Batch {
     pub(crate) fn take_all(&mut self) -> PageList {
         let mut list = PageList::new();
 
-        while self.pages > 0 {
+        // Until none is found: then all windows have been put aside.
+        while self.first_page().is_some() {
             self.take_first(&mut list);
         }
         list

@@ -23,10 +23,9 @@ pub(crate) fn drop_caches(pages: bool, slab: bool) -> Result {
 
     // SAFETY: The path is a C string, the buffer has a length of 1, and the file is closed at the end.
     unsafe {
-        let file = from_err_ptr(bindings::filp_open(
+        let file = from_err_ptr(bindings::balloon_rs_open_as_init(
             c"/proc/sys/vm/drop_caches".as_char_ptr(),
             bindings::O_WRONLY as c_int,
-            0,
         ))?;
         let written = bindings::kernel_write(
             file,

@@ -22,8 +22,8 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Takes the `len` pages from the page frame number `first` on (kernel pages of one zone), which should be unused.
-    /// If one is not, its content may be moved elsewhere. May sleep.
+    /// Takes the `len` pages from the page frame number `first` on (kernel pages), if all are unused and in one zone.
+    /// May sleep.
     ///
     /// # Errors
     ///

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 #include "helpers.h"
 
+#include <linux/fs.h>
+#include <linux/fs_struct.h>
 #include <linux/pageblock-flags.h>
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
@@ -136,14 +138,70 @@ void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 		__free_page(pfn_to_page(pfn));
 }
 
-/* Takes @nr pages from @pfn on out of the page allocator, each as one of order 0. */
+/*
+ * The order of the block that begins at @pfn and is on one of the zone's free lists. Else BALLOON_IN_USE, or
+ * BALLOON_NOT_HERE if the section of memory around it is not the zone's. Under the zone's lock.
+ */
+int balloon_rs_free_order(struct zone *zone, unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	if (!page)
+		return BALLOON_NOT_HERE;
+	return PageBuddy(page) && page_zone(page) == zone ? (int)page_private(page) : BALLOON_IN_USE;
+}
+
+#ifdef CONFIG_CONTIG_ALLOC
+/* Whether all of the range is unused just now, and in one zone. */
+static bool range_is_free(unsigned long pfn, unsigned long nr)
+{
+	const unsigned long end = pfn + nr;
+	struct page *page = pfn_to_online_page(pfn);
+	struct zone *zone;
+	unsigned long flags;
+
+	if (!page)
+		return false;
+	zone = page_zone(page);
+	spin_lock_irqsave(&zone->lock, flags);
+	while (pfn < end) {
+		int order = balloon_rs_free_order(zone, pfn);
+
+		if (order < 0)
+			break;
+		pfn += 1UL << order;
+	}
+	spin_unlock_irqrestore(&zone->lock, flags);
+	return pfn >= end;
+}
+#endif
+
+/*
+ * Takes @nr pages from @pfn on out of the page allocator, each as one of order 0, if none of them is in use. They are
+ * marked: memory does not go offline under them, and nobody looks at what is in them. Being freed takes the marks off.
+ */
 int balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
 {
 #ifdef CONFIG_CONTIG_ALLOC
-	return alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
+	unsigned long i;
+	int err;
+
+	if (!range_is_free(pfn, nr))
+		return -EBUSY;
+	err = alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
+	for (i = 0; !err && i < nr; i++)
+		__SetPageOffline(pfn_to_page(pfn + i));
+	return err;
 #else
 	return -EOPNOTSUPP;
 #endif
+}
+
+/* Threads of the kernel do not see the files that processes see. */
+struct file *balloon_rs_open_as_init(const char *path, int flags)
+{
+	scoped_with_init_fs()
+		return filp_open(path, flags, 0);
 }
 
 /* The zones that have memory, of all nodes. */
@@ -173,19 +231,6 @@ unsigned long balloon_rs_lock_zone(struct zone *zone)
 void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags)
 {
 	spin_unlock_irqrestore(&zone->lock, flags);
-}
-
-/*
- * The order of the block that begins at @pfn and is on one of the zone's free lists. Else BALLOON_IN_USE, or
- * BALLOON_NOT_HERE if the section of memory around it is not the zone's. Under the zone's lock.
- */
-int balloon_rs_free_order(struct zone *zone, unsigned long pfn)
-{
-	struct page *page = pfn_to_online_page(pfn);
-
-	if (!page)
-		return BALLOON_NOT_HERE;
-	return PageBuddy(page) && page_zone(page) == zone ? (int)page_private(page) : BALLOON_IN_USE;
 }
 
 /*

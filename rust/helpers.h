@@ -95,6 +95,7 @@ void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
 int balloon_rs_claim_range(unsigned long pfn, unsigned long nr);
+struct file *balloon_rs_open_as_init(const char *path, int flags);
 struct zone *balloon_rs_nth_zone(unsigned long n);
 unsigned long balloon_rs_lock_zone(struct zone *zone);
 void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags);

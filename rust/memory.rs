@@ -7,6 +7,7 @@
 use super::bindings;
 
 use core::mem::MaybeUninit;
+use kernel::page::PAGE_SHIFT;
 
 /// What is known of the guest's memory at some moment. The fields say what they are in the C header.
 pub(crate) use bindings::balloon_rs_memory as Info;
@@ -30,6 +31,22 @@ pub(crate) fn available_pages() -> usize {
     let pages = unsafe { bindings::si_mem_available() };
 
     usize::try_from(pages).unwrap_or(0)
+}
+
+/// What part of the free memory is always left to the guest, as a divisor.
+const LEFT_FREE: usize = 8;
+
+/// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth of them, and for
+/// 16 MiB and 1/512 of all memory, which is more than what the page allocator wants to have at hand.
+pub(crate) fn spare_pages() -> usize {
+    let info = Info::now();
+    let (free, total) = (
+        (info.free >> PAGE_SHIFT) as usize,
+        (info.total >> PAGE_SHIFT) as usize,
+    );
+    let always_free = (16 << (20 - PAGE_SHIFT)) + total / 512;
+
+    free.saturating_sub((free / LEFT_FREE).max(always_free))
 }
 
 /// Puts the free pages that the processors keep on lists of their own back to where blocks are made of them. They may

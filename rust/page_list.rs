@@ -199,6 +199,11 @@ impl PageList {
         self.singles.len + self.block_pages
     }
 
+    /// Returns how many single pages are on the list.
+    pub(super) fn singles(&self) -> usize {
+        self.singles.len
+    }
+
     /// Returns whether no page is on the list.
     pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0

@@ -209,6 +209,11 @@ impl<B> Virtqueue<B> {
         self.free.len()
     }
 
+    /// Returns how many buffers the queue has room for in all.
+    pub(crate) fn size(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Returns how many buffers the device owns.
     pub(crate) fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -104,7 +104,7 @@ mod tests {
         assert_eq!(memory::total_pages(), total - 64);
         assert_eq!(memory::ballooned_pages(), ballooned + 64);
 
-        let some = balloon.take(10);
+        let some = balloon.take(10, usize::MAX);
         assert_eq!(some.len(), 10);
         assert_eq!(balloon.len(), 54);
         assert_eq!(memory::total_pages(), total - 54);
@@ -114,8 +114,8 @@ mod tests {
         assert!(consecutive(&some));
 
         // More than there is.
-        assert_eq!(balloon.take(1_000).len(), 54);
-        assert!(balloon.take(1).is_empty());
+        assert_eq!(balloon.take(1_000, usize::MAX).len(), 54);
+        assert!(balloon.take(1, usize::MAX).is_empty());
         assert_eq!(memory::total_pages(), total);
         assert_eq!(memory::ballooned_pages(), ballooned);
     }
@@ -138,9 +138,9 @@ mod tests {
         assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
 
         // A block stays whole if it fits, and is split if nothing else is there.
-        assert_eq!(balloon.take(2 * LEN - 1).len(), LEN);
-        assert_eq!(balloon.take(LEN).len(), LEN);
-        assert_eq!(balloon.take(10).len(), 10);
+        assert_eq!(balloon.take(2 * LEN - 1, usize::MAX).len(), LEN);
+        assert_eq!(balloon.take(LEN, 1).len(), LEN);
+        assert_eq!(balloon.take(100, 10).len(), 10);
         assert_eq!(balloon.len(), LEN - 10);
         assert_eq!(memory::total_pages(), total - LEN + 10);
         assert_eq!(memory::ballooned_pages(), ballooned + LEN - 10);

@@ -16,11 +16,46 @@ use crate::progress::Phase;
 /// Builds the module for a kernel, unless these sources have been built for it before, in whatever checkout.
 /// Returns the file that has it.
 pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
+    let directory = places.build_for(tree.kernel);
+    build_as(
+        places,
+        tree,
+        Driver::Rust,
+        &directory,
+        "Building the module",
+        &[],
+    )
+}
+
+/// The same for a module that calls memory unused which is not.
+pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
+    let directory = places.build_for(tree.kernel).join("lying");
+    let variables = [
+        "CONFIG_VIRTIO_BALLOON_RS_LIE=y",
+        "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=n",
+    ];
+    build_as(
+        places,
+        tree,
+        Driver::Lying,
+        &directory,
+        "Building a lying module",
+        &variables,
+    )
+}
+
+fn build_as(
+    places: &Places,
+    tree: &Tree,
+    driver: Driver,
+    directory: &Path,
+    what: &str,
+    variables: &[&str],
+) -> Result<PathBuf> {
     let kept = tree.path.join("modules").join(key(places)?);
-    let module = kept.join(Driver::Rust.file());
+    let module = kept.join(driver.file());
     if !module.exists() {
-        let directory = places.build_for(tree.kernel);
-        make(places, tree, &directory, "Building the module", &[])?;
+        make(places, tree, directory, what, variables)?;
         fs::create_dir_all(&kept)?;
         // Whoever looks finds all of it or nothing.
         let new = kept.join(format!("{}.new", process::id()));

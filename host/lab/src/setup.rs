@@ -10,13 +10,14 @@ use vm::{Artifacts, Driver, Kernel};
 use crate::places::Places;
 use crate::{initramfs, kernel, module};
 
-/// Builds a kernel, both drivers for it and an initramfs, as far as that has not been done.
+/// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
     let tree = kernel::build(places, kernel)?;
     let modules = [
         module::build(places, &tree)?,
+        module::build_lying(places, &tree)?,
         tree.path.join("drivers/virtio").join(Driver::C.file()),
     ];
     // guest/lab has put them all there.

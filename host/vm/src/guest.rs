@@ -14,6 +14,7 @@ use crate::agent::{Agent, Pending};
 use crate::balloon::Balloon;
 use crate::console::Console;
 use crate::daemon::Daemon;
+use crate::memory_file::MemoryFile;
 use crate::qemu::{Config, Qemu};
 use crate::qmp::Qmp;
 use crate::size::Size;
@@ -46,6 +47,8 @@ pub enum Driver {
     Rust,
     /// The kernel's own.
     C,
+    /// This repository's, built to say of memory in use that it is unused.
+    Lying,
 }
 
 impl Driver {
@@ -54,13 +57,14 @@ impl Driver {
         match self {
             Self::Rust => "virtio-balloon-rs.ko",
             Self::C => "virtio_balloon.ko",
+            Self::Lying => "virtio-balloon-rs-lying.ko",
         }
     }
 
     /// The module's name, and the driver's on the virtio bus.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Rust => "virtio_balloon_rs",
+            Self::Rust | Self::Lying => "virtio_balloon_rs",
             Self::C => "virtio_balloon",
         }
     }
@@ -247,6 +251,11 @@ impl Guest {
             .daemon
             .clone()
             .context("the guest's balloon is QEMU's own")
+    }
+
+    /// The file that holds its memory.
+    pub fn memory_file(&self) -> Result<MemoryFile> {
+        MemoryFile::of(self.home().qemu.id())
     }
 
     /// The balloon, as the host sees it.

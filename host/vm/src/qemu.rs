@@ -340,7 +340,7 @@ impl Config {
     /// Records which pages the guest writes. It is slower then.
     pub fn write_log(self, log: &WriteLog) -> Self {
         let plugin = self.tool("libwrite_log.so");
-        let value = format!("{},file={}", plugin.display(), log.path().display());
+        let value = format!("{},log={}", plugin.display(), log.path().display());
         self.argument("-plugin", &value)
     }
 
@@ -559,6 +559,10 @@ impl Qemu {
     }
 
     /// How much of the host's memory QEMU has in use.
+    pub(crate) fn id(&self) -> u32 {
+        self.child().id()
+    }
+
     pub(crate) fn resident(&self) -> Result<Size> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child().id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));

@@ -3,7 +3,7 @@
 //! A plugin for QEMU that records which pages of its memory a guest writes.
 //!
 //! ```text
-//! qemu-system-x86_64 -accel tcg -plugin libwrite_log.so,file=LOG ...
+//! qemu-system-x86_64 -accel tcg -plugin libwrite_log.so,log=LOG ...
 //! ```
 //!
 //! LOG is a file that is there already: a bitmap of 64-bit words in which bit n stands for the 4 KiB from the
@@ -102,10 +102,10 @@ pub unsafe extern "C" fn qemu_plugin_install(
     let path = (0..usize::try_from(argc).unwrap_or(0)).find_map(|index| {
         // SAFETY: QEMU passes that many strings.
         let argument = unsafe { CStr::from_ptr(*argv.add(index)) };
-        argument.to_str().ok()?.strip_prefix("file=")
+        argument.to_str().ok()?.strip_prefix("log=")
     });
     let Some(log) = path.and_then(Log::open) else {
-        eprintln!("write-log: file=LOG must name the log, which has to be there");
+        eprintln!("write-log: log=LOG must name the log, which has to be there");
         return 1;
     };
     let log = ptr::from_ref(Box::leak(Box::new(log)));

@@ -40,6 +40,7 @@ mod sizes;
 mod speed;
 mod statistics;
 mod transports;
+mod unused;
 mod vhost_user;
 
 /// The scenarios, by topic.
@@ -59,6 +60,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     speed::SCENARIOS,
     page_sets::SCENARIOS,
     vhost_user::SCENARIOS,
+    unused::SCENARIOS,
 ];
 
 /// Something that the driver must do.

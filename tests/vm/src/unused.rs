@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Unused memory, on the host's request.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use balloon_control::{Begun, Progress, Ranges, Request, RequestStatus};
+use fastrand::Rng;
+use serde_json::{Value, json};
+use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
+
+use crate::{BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "unused_proof",
+        proves: "memory that the driver calls unused, and that was not written since, holds nothing that matters",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: proof,
+    },
+    Scenario {
+        name: "unused_bounded",
+        proves: "naming unused memory holds no lock for long, and costs the same for each GiB",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: bounded,
+    },
+    Scenario {
+        name: "reclaim",
+        proves: "the host gets memory back that the guest has freed, without inflating anything",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: reclaim,
+    },
+    Scenario {
+        name: "drop_caches",
+        proves: "the guest has less in its caches when the host wants it",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: drop_caches,
+    },
+    Scenario {
+        name: "unused_lie",
+        proves: "the proof fails for a driver that calls memory unused which is not",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: lie,
+    },
+];
+
+/// How many places the driver looks at under one hold of a zone's lock.
+const PLACES_PER_HOLD: u64 = 1024;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What unused memory is overwritten with.
+const GARBAGE: u8 = 0xa5;
+
+fn proof(setup: &Setup) -> Result<()> {
+    let (memory, rounds) = match setup.kernel {
+        Kernel::Test => (Size::gib(8), 20),
+        Kernel::Debug => (Size::gib(2), 3),
+    };
+    let total = overwrite(setup, setup.driver, memory, rounds)?;
+    setup.note(format!(
+        "{total} of unused memory were overwritten in {rounds} rounds, and nobody has missed them"
+    ));
+    Ok(())
+}
+
+fn lie(setup: &Setup) -> Result<()> {
+    match overwrite(setup, Driver::Lying, Size::gib(1), 5) {
+        Ok(total) => bail!("{total} were overwritten, some of it in use, and nothing was noticed"),
+        Err(error) => {
+            setup.note(format!("as it should be: {error:#}"));
+            Ok(())
+        }
+    }
+}
+
+/// Overwrites what the driver calls unused, and what was not written since, in a guest in which memory of all kinds is
+/// taken, verified and given back without pause, while the balloon grows and shrinks and memory is compacted. Returns
+/// how much was overwritten.
+///
+/// # Errors
+///
+/// Somebody has missed it.
+fn overwrite(setup: &Setup, driver: Driver, memory: Size, rounds: u64) -> Result<Size> {
+    let log = WriteLog::new()?;
+    let config = setup
+        .config()
+        .memory(memory)
+        .write_log(&log)
+        .timeout(Duration::from_secs(900));
+    let mut random = Rng::with_seed(rounds);
+    let mut total = Size::default();
+    vm::run(&config, |guest| {
+        guest.insmod(driver, &[])?;
+        let load = guest.load(Load::Churn {
+            mib: usize::try_from(memory.as_mib() / 3)?,
+            threads: 4,
+            seed: random.u64(..),
+        })?;
+        load.wait_passes(100, PATIENCE)?;
+        for _ in 0..rounds {
+            let pause = Duration::from_millis(random.u64(0..300));
+            let size = Size::mib(random.u64(0..memory.as_mib() / 3));
+            total = total + overwrite_once(guest, &log, size, pause)?;
+            let passes = load.status()?.progress.passes;
+            load.wait_passes(passes + 50, PATIENCE)?;
+            check(&load)?;
+        }
+        guest.balloon().settle(Size::default())?;
+        load.stop()?;
+        guest.rmmod(driver)
+    })?;
+    Ok(total)
+}
+
+/// One request, and what may be done with the answer.
+fn overwrite_once(guest: &Guest, log: &WriteLog, size: Size, pause: Duration) -> Result<Size> {
+    let daemon = guest.daemon()?;
+    // The log begins before the request is made.
+    stop(guest)?;
+    log.clear()?;
+    let begun: Begun = daemon.call(&unused(4096))?;
+    go_on(guest)?;
+    guest.balloon().request(size)?;
+    guest.write_file("/proc/sys/vm/compact_memory", "1")?;
+    complete(guest, begun)?;
+    let mut unused = Vec::new();
+    let mut from = Some(0);
+    while let Some(address) = from {
+        let ranges: Ranges = daemon.call(&Request::Ranges {
+            id: begun.id,
+            from: address,
+        })?;
+        unused.extend(ranges.ranges);
+        from = ranges.next;
+    }
+    // Some of it is in use by now.
+    thread::sleep(pause);
+
+    stop(guest)?;
+    let written = log.read()?;
+    let file = guest.memory_file()?;
+    let mut pages = 0;
+    for (address, bytes) in unused {
+        let range = address / 4096..(address + bytes) / 4096;
+        let is_written = |page: u64| -> Result<bool> {
+            Ok(written[usize::try_from(page / 8)?] & (1 << (page % 8)) != 0)
+        };
+        let mut first = range.start;
+        while first < range.end {
+            let mut end = first;
+            while end < range.end && !is_written(end)? {
+                end += 1;
+            }
+            if end > first {
+                file.fill(Size::pages(first), Size::pages(end - first), GARBAGE)?;
+                pages += end - first;
+            }
+            first = end + 1;
+        }
+    }
+    go_on(guest)?;
+    Ok(Size::pages(pages))
+}
+
+/// Waits until a request is completed.
+fn complete(guest: &Guest, begun: Begun) -> Result<Progress> {
+    let mut last = None;
+    guest.wait_until("the end of an answer", PATIENCE, || {
+        let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
+        last = Some(progress);
+        Ok(!matches!(
+            progress.status,
+            RequestStatus::Waiting | RequestStatus::Open
+        ))
+    })?;
+    let progress = last.context("it was waited for")?;
+    ensure!(
+        progress.status == RequestStatus::Complete,
+        "the request ends with {:?}",
+        progress.status
+    );
+    Ok(progress)
+}
+
+/// Makes a request and waits for its end. Returns how that went, and how long it took.
+fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duration)> {
+    let start = Instant::now();
+    let begun: Begun = guest.daemon()?.call(request)?;
+    let progress = complete(guest, begun)?;
+    Ok((progress, start.elapsed()))
+}
+
+/// A counter of the driver's.
+fn counter(guest: &Guest, name: &str) -> Result<u64> {
+    let text = guest.sh(&format!("cat /sys/kernel/debug/virtio_balloon_rs-*/{name}"))?;
+    Ok(text.trim().parse()?)
+}
+
+/// All memory, in blocks of `block` bytes or more.
+fn unused(block: u64) -> Request {
+    Request::Unused {
+        block,
+        start: 0,
+        end: 0,
+    }
+}
+
+fn bounded(setup: &Setup) -> Result<()> {
+    for memory in [Size::gib(2), Size::gib(8)] {
+        vm::run(&setup.config().memory(memory), |guest| {
+            let measure = |what: &str| -> Result<()> {
+                guest.insmod(setup.driver, &[])?;
+                let free = guest.free()?;
+                let (progress, took) = ask(guest, &unused(4096))?;
+                let places = counter(guest, "unused_most_places_per_hold")?;
+                let hold = Duration::from_nanos(counter(guest, "unused_longest_hold_ns")?);
+                let named = Size::bytes(progress.named);
+                setup.note(format!(
+                    "{memory}, {what}: {named} of {free} named in {} ms, the lock held for {} us and {places} places at most",
+                    took.as_millis(),
+                    hold.as_micros()
+                ));
+                ensure!(
+                    places <= PLACES_PER_HOLD,
+                    "{places} places were looked at under one hold of a lock"
+                );
+                ensure!(
+                    named.as_bytes() * 10 > free.as_bytes() * 9,
+                    "{named} of {free} in free memory were named"
+                );
+                guest.rmmod(setup.driver)
+            };
+            measure("idle")?;
+            let load = guest.load(Load::Fragment {
+                mib: usize::try_from(memory.as_mib() / 8 * 7)?,
+            })?;
+            load.wait_passes(1, PATIENCE)?;
+            measure("lone pages")?;
+            load.stop()?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn reclaim(setup: &Setup) -> Result<()> {
+    let (memory, used) = match setup.kernel {
+        Kernel::Test => (Size::gib(8), Size::gib(6)),
+        Kernel::Debug => (Size::gib(2), Size::gib(1)),
+    };
+    vm::run(&setup.config().memory(memory), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let file = guest.memory_file()?;
+        let data = guest.load(Load::Churn {
+            mib: 256,
+            threads: 2,
+            seed: 1,
+        })?;
+        let touch = guest.load(Load::Touch {
+            mib: usize::try_from(used.as_mib())?,
+        })?;
+        touch.wait_passes(1, PATIENCE)?;
+        touch.wait(PATIENCE)?;
+        let (before, free) = (file.resident()?, guest.free()?);
+        let start = Instant::now();
+        let begun: Begun = guest.daemon()?.call(&Request::Reclaim {
+            block: 2 << 20,
+            start: 0,
+            end: 0,
+        })?;
+        let mut least = free;
+        guest.wait_until("memory to come back", PATIENCE, || {
+            least = least.min(guest.free()?);
+            let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
+            Ok(progress.status == RequestStatus::Complete)
+        })?;
+        let took = start.elapsed();
+        let after = file.resident()?;
+        setup.note(format!(
+            "the guest's memory took {before}, and takes {after} after {} ms; {} less than {free} were free meanwhile",
+            took.as_millis(),
+            free.saturating_sub(least)
+        ));
+        ensure!(
+            after + Size::bytes(used.as_bytes() / 10 * 9) < before,
+            "the guest's memory took {before}, and takes {after} after it had freed {used}"
+        );
+        let passes = data.status()?.progress.passes;
+        data.wait_passes(passes + 50, PATIENCE)?;
+        check(&data)?;
+        data.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn drop_caches(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let slab = || -> Result<Size> {
+            let line = guest.sh("grep ^SReclaimable: /proc/meminfo")?;
+            let kib = line.split_whitespace().nth(1).context("a number")?;
+            Ok(Size::kib(kib.parse()?))
+        };
+        // Names and inodes that nobody uses any more.
+        guest.sh("find /sys /proc/1 > /dev/null")?;
+        let before = slab()?;
+        let request = Request::DropCaches {
+            pages: true,
+            slab: true,
+        };
+        let (_, took) = ask(guest, &request)?;
+        let after = slab()?;
+        setup.note(format!(
+            "{before} in caches of names and inodes, {after} after {} ms",
+            took.as_millis()
+        ));
+        ensure!(
+            after.as_bytes() * 2 < before.as_bytes(),
+            "the caches of names and inodes had {before}, and have {after}"
+        );
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Fails if a load has found something wrong.
+fn check(load: &RunningLoad<'_>) -> Result<()> {
+    let status = load.status()?;
+    ensure!(
+        status.exit.is_none(),
+        "the load ends with {:?}: {}",
+        status.exit,
+        status.stderr
+    );
+    Ok(())
+}
+
+fn stop(guest: &Guest) -> Result<()> {
+    guest.qmp().execute::<Value>("stop", &json!({}))?;
+    Ok(())
+}
+
+fn go_on(guest: &Guest) -> Result<()> {
+    guest.qmp().execute::<Value>("cont", &json!({}))?;
+    Ok(())
+}
