@@ -21,8 +21,7 @@ use crate::{
         page_list::MAX_ORDER,
         zone::{
             Hold,
-            Zone,
-            PLACES_PER_HOLD, //
+            Zone, //
         },
     },
 };
@@ -49,18 +48,19 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// Begins a walk for blocks of 2^`min_order` pages or more in `range` (page frame numbers of kernel pages).
+    /// Begins a walk for blocks of 2^`min_order` pages or more in `range` (page frame numbers of kernel pages), of which
+    /// up to `blocks` are found under one hold of a lock.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(range: Range<u64>, min_order: u32) -> Result<Self> {
+    pub(crate) fn new(range: Range<u64>, min_order: u32, blocks: usize) -> Result<Self> {
         Ok(Self {
             range,
             min_order,
             zone: 0,
             next: 0,
-            found: KVec::with_capacity(PLACES_PER_HOLD, GFP_KERNEL)?,
+            found: KVec::with_capacity(blocks, GFP_KERNEL)?,
             named: 0,
             pages: 0,
             found_in: 0,
@@ -92,6 +92,16 @@ impl Walk {
             self.next = 0;
         }
         Some(hold)
+    }
+
+    /// Forgets what was found and not named, and goes on at the first place from the page `pfn` on where a block may begin.
+    /// The page lies in the zone that was looked at last.
+    pub(crate) fn go_on_at(&mut self, pfn: u64) {
+        self.found.clear();
+        self.named = 0;
+        self.pages = 0;
+        self.zone = self.found_in;
+        self.next = pfn.div_ceil(1 << self.min_order) << self.min_order;
     }
 
     /// Returns the next run of what was found.

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    bitmap::Run,
     budget::Budget,
     free_pages::{
         Unused,
@@ -37,7 +38,10 @@ use crate::{
             Inbox,
             Virtqueue, //
         },
-        zone::Hold, //
+        zone::{
+            Hold,
+            PLACES_PER_HOLD, //
+        }, //
     },
     virtio_balloon::{
         request,
@@ -283,11 +287,16 @@ impl Inner {
             {
                 Work::Complete(request::ABORTED)
             }
-            request::UNUSED_SKIP => match walk(request, 0) {
+            request::UNUSED_SKIP => match walk(request, 0, PLACES_PER_HOLD) {
                 Ok(walk) => Work::Skip(walk),
                 Err(_) => Work::Complete(request::ABORTED),
             },
-            request::UNUSED_DISCARD => match walk(request, memory::page_block_order()) {
+            // No more at a time than what is taken at once: what lies beyond would have to be looked at again.
+            request::UNUSED_DISCARD => match walk(
+                request,
+                memory::page_block_order(),
+                (CLAIM_PAGES >> memory::page_block_order()).max(1) as usize,
+            ) {
                 Ok(walk) => Work::Discard(walk),
                 Err(_) => Work::Complete(request::ABORTED),
             },
@@ -434,12 +443,18 @@ impl Inner {
 
         // Blocks that lie side by side are taken together: it is the taking that costs.
         let run = unused.side_by_side(spare);
-        let over = unused.is_over();
-        let claim = run.and_then(|run| Some((Claim::new(run.first(), run.len()).ok()?, run)));
+        let over = run.is_none() && unused.is_over();
+        let claim = run.and_then(|run| Claim::new(run.first(), run.len()));
+        let claimed = claim.as_ref().map_or(0, Claim::len);
+
+        // What was in use after all is passed over, and what comes after that is looked at again.
+        if let Some(run) = run.filter(|run| claimed < run.len()) {
+            walk.go_on_at(run.first() + claimed + 1);
+        }
+        let mut run = run.and_then(|run| Run::new(run.first(), claimed));
 
         match claim {
-            Some((claim, run)) => {
-                let mut run = Some(run);
+            Some(claim) => {
                 let written =
                     page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
 
@@ -645,8 +660,8 @@ fn message(flags: kernel::alloc::Flags) -> Result<KVec<u64>> {
     Ok(KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, flags)?)
 }
 
-/// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least.
-fn walk(request: &Request, least: u32) -> Result<Walk> {
+/// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of them at a time.
+fn walk(request: &Request, least: u32, blocks: usize) -> Result<Walk> {
     let order = u32::from(request.block_shift).saturating_sub(PAGE_SHIFT as u32);
     let start = u64::from_le(request.start).div_ceil(PAGE_SIZE as u64);
     let end = match u64::from_le(request.end) {
@@ -654,5 +669,5 @@ fn walk(request: &Request, least: u32) -> Result<Walk> {
         end => end,
     } >> PAGE_SHIFT;
 
-    Walk::new(start..end, order.max(least))
+    Walk::new(start..end, order.max(least), blocks)
 }

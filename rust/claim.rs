@@ -6,11 +6,6 @@
 
 use super::bindings;
 
-use kernel::{
-    error::to_result,
-    prelude::*, //
-};
-
 /// Pages that lie side by side, and belong to nobody else. Dropping it frees them.
 ///
 /// # Invariants
@@ -22,20 +17,22 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Takes the `len` pages from the page frame number `first` on (kernel pages), if all are unused and in one zone.
-    /// May sleep.
-    ///
-    /// # Errors
-    ///
-    /// `EBUSY` if something is in the way, `EOPNOTSUPP` if the kernel cannot do it.
-    pub(crate) fn new(first: u64, len: u64) -> Result<Self> {
-        let (first, len) = (usize::try_from(first)?, usize::try_from(len)?);
+    /// Takes up to `len` pages from the page frame number `first` on (kernel pages): whole page blocks, up to the first
+    /// one of which something is in use. Returns none if that is the first of all, or if the kernel cannot do it. May
+    /// sleep.
+    pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
+        let first = usize::try_from(first).ok()?;
 
-        // SAFETY: The function checks the range.
-        to_result(unsafe { bindings::balloon_rs_claim_range(first, len) })?;
+        // SAFETY: The function looks at the pages before it takes them.
+        let len = unsafe { bindings::balloon_rs_claim_range(first, len as usize) };
 
         // INVARIANT: The pages were just allocated.
-        Ok(Self { first, len })
+        (len > 0).then_some(Self { first, len })
+    }
+
+    /// Returns the number of pages.
+    pub(crate) fn len(&self) -> u64 {
+        self.len as u64
     }
 }
 

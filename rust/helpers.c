@@ -152,48 +152,47 @@ int balloon_rs_free_order(struct zone *zone, unsigned long pfn)
 }
 
 #ifdef CONFIG_CONTIG_ALLOC
-/* Whether all of the range is unused just now, and in one zone. */
-static bool range_is_free(unsigned long pfn, unsigned long nr)
+/* How many pages from @pfn on, but at most @nr, are unused just now, and in one zone. */
+static unsigned long free_at(unsigned long pfn, unsigned long nr)
 {
-	const unsigned long end = pfn + nr;
 	struct page *page = pfn_to_online_page(pfn);
+	unsigned long flags, found = 0;
 	struct zone *zone;
-	unsigned long flags;
 
 	if (!page)
-		return false;
+		return 0;
 	zone = page_zone(page);
 	spin_lock_irqsave(&zone->lock, flags);
-	while (pfn < end) {
-		int order = balloon_rs_free_order(zone, pfn);
+	while (found < nr) {
+		int order = balloon_rs_free_order(zone, pfn + found);
 
 		if (order < 0)
 			break;
-		pfn += 1UL << order;
+		found += 1UL << order;
 	}
 	spin_unlock_irqrestore(&zone->lock, flags);
-	return pfn >= end;
+	return min(found, nr);
 }
 #endif
 
 /*
- * Takes @nr pages from @pfn on out of the page allocator, each as one of order 0, if none of them is in use. They are
- * marked: memory does not go offline under them, and nobody looks at what is in them. Being freed takes the marks off.
+ * Takes pages from @pfn on out of the page allocator, each as one of order 0, up to the first that is in use, and @nr at
+ * most. Returns how many. They are marked: memory does not go offline under them, and nobody looks at what is in them.
+ * Being freed takes the marks off.
  */
-int balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
+unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
 {
 #ifdef CONFIG_CONTIG_ALLOC
 	unsigned long i;
-	int err;
 
-	if (!range_is_free(pfn, nr))
-		return -EBUSY;
-	err = alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
-	for (i = 0; !err && i < nr; i++)
+	nr = round_down(free_at(pfn, nr), pageblock_nr_pages);
+	if (!nr || alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN))
+		return 0;
+	for (i = 0; i < nr; i++)
 		__SetPageOffline(pfn_to_page(pfn + i));
-	return err;
+	return nr;
 #else
-	return -EOPNOTSUPP;
+	return 0;
 #endif
 }
 

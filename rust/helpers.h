@@ -94,7 +94,7 @@ struct page *balloon_rs_pfn_to_page(unsigned long pfn);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
-int balloon_rs_claim_range(unsigned long pfn, unsigned long nr);
+unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr);
 struct file *balloon_rs_open_as_init(const char *path, int flags);
 struct zone *balloon_rs_nth_zone(unsigned long n);
 unsigned long balloon_rs_lock_zone(struct zone *zone);

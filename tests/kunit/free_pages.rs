@@ -44,7 +44,7 @@ fn walk_with(
     min_order: u32,
     mut between: impl FnMut(u64) -> Result,
 ) -> Result<u64> {
-    let mut walk = Walk::new(range.clone(), min_order)?;
+    let mut walk = Walk::new(range.clone(), min_order, PLACES_PER_HOLD)?;
     let (mut pages, mut end) = (0, range.start);
 
     loop {
