@@ -82,15 +82,12 @@ pub struct Requests {
 
 impl Default for Requests {
     /// The guest may still answer requests of a process that has had the device before: ids begin with the
-    /// clock, which that one has left behind.
+    /// clock's microseconds, which that one has left behind.
     fn default() -> Self {
-        let seconds = SystemTime::UNIX_EPOCH
-            .elapsed()
-            .unwrap_or_default()
-            .as_secs();
+        let clock = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Self {
             kept: BTreeMap::new(),
-            last: seconds << 20,
+            last: u64::try_from(clock.as_micros()).unwrap_or_default(),
             position: None,
             at_work: false,
         }
