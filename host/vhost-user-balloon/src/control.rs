@@ -49,7 +49,15 @@ impl Handler for Device {
                 self.ask_guest(Command::UnusedSkip(wanted(block, start, end)?))
             }
             Request::Reclaim { block, start, end } => {
-                self.ask_guest(Command::UnusedDiscard(wanted(block, start, end)?))
+                let wanted = wanted(block, start, end)?;
+                if self.keeps_free_pages() {
+                    return Err(ControlError::new(
+                        ErrorKind::Unsupported,
+                        "the guest relies on what its free pages hold, and none can be given back",
+                        "start the guest's kernel without init_on_free and page_poison",
+                    ));
+                }
+                self.ask_guest(Command::UnusedDiscard(wanted))
             }
             Request::DropCaches { pages, slab } if pages || slab => {
                 self.ask_guest(Command::DropCaches { pages, slab })

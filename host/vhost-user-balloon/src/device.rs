@@ -249,6 +249,12 @@ impl Device {
         }
     }
 
+    /// Whether the guest's driver relies on what its free pages hold, and that is not what holes have: zeroes.
+    pub fn keeps_free_pages(&self) -> bool {
+        let poison = lock(&self.state).config.poison_val;
+        Feature::PagePoison.is_in(self.acked.load(SeqCst)) && poison != 0
+    }
+
     /// When the guest did something for the last time.
     pub fn answered(&self) -> Option<Instant> {
         *lock(&self.answered)
@@ -401,9 +407,7 @@ impl Device {
             return;
         };
 
-        // What the guest's free pages hold is nobody's but the guest's.
-        let poison = lock(&self.state).config.poison_val;
-        let keep = Feature::PagePoison.is_in(acked) && poison != 0;
+        let keep = self.keeps_free_pages();
         let mut vring = vring.get_mut();
         let mut work = lock(&self.work);
         // What the page frame numbers are looked up in, and not what the library may have put in its place.
