@@ -48,6 +48,7 @@ fn state(info: &Info) -> Table {
         &format!("{}, the least that is given back", HumanBytes(info.granule)),
     ]);
     table.add_row(["Pages", &encodings(counters.encodings)]);
+    table.add_row(["Requests", &requests(info)]);
     table.add_row(["Refused", &refused(counters)]);
     table.add_row(["Daemon", &format!("up for {}", duration(info.uptime))]);
     for column in table.column_iter_mut() {
@@ -98,6 +99,21 @@ fn encodings(of: Encodings) -> String {
         HumanCount(of.ranges),
         HumanCount(of.bitmaps)
     )
+}
+
+fn requests(info: &Info) -> String {
+    let Counters {
+        asked, answered, ..
+    } = &info.counters;
+    let mut text = format!(
+        "{} asked, {} open",
+        HumanCount(*asked),
+        HumanCount(info.guest.open_requests)
+    );
+    for (status, times) in answered {
+        text += &format!(", {} {status}", HumanCount(*times));
+    }
+    text
 }
 
 fn refused(counters: &Counters) -> String {
@@ -153,7 +169,13 @@ fn messages(counters: &Counters) -> Table {
             notified.hints,
         ),
         ("statistics", None, of.stats, None, notified.stats),
-        ("answers", None, of.requests, None, notified.requests),
+        (
+            "named unused",
+            Some(counters.unused),
+            of.requests,
+            Some(received.requests),
+            notified.requests,
+        ),
     ] {
         table.add_row([
             what.to_owned(),

@@ -149,11 +149,14 @@ fn info() -> Info {
             features: vec!["stats".to_owned(), "page-poison".to_owned()],
             answered: Some(3),
             short_of_target: None,
+            open_requests: 1,
         },
         counters: Counters {
             inflated: GIB / 2,
             discarded: GIB / 2,
             discards: 1234,
+            asked: 1500,
+            answered: [(RequestStatus::Complete, 1498), (RequestStatus::Aborted, 1)].into(),
             refused: [("bad-address".to_owned(), 2)].into(),
             ..Counters::default()
         },
@@ -246,6 +249,7 @@ fn info_shows_the_state() {
         "has 8.00 GiB, was last heard 3 seconds ago",
         "ready, with stats, page-poison",
         "2 bad-address",
+        "1,500 asked, 1 open, 1,498 complete, 1 aborted",
         "1,234 discards",
         "every 10 s",
         "up for 2 hours",

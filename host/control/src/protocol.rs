@@ -149,6 +149,8 @@ pub struct Guest {
     pub answered: Option<u64>,
     /// Why the guest stays below the target, when it tells.
     pub short_of_target: Option<Shortfall>,
+    /// How many requests the guest is to answer.
+    pub open_requests: u64,
 }
 
 /// Why a guest stops inflating before it has reached the target.
@@ -193,6 +195,12 @@ pub struct Counters {
     pub reported: u64,
     /// What the guest has hinted as free, in bytes.
     pub hinted: u64,
+    /// What the guest has named as unused when it was asked, in bytes.
+    pub unused: u64,
+    /// How many requests the guest was asked.
+    pub asked: u64,
+    /// How many of them have ended, by how they did.
+    pub answered: BTreeMap<RequestStatus, u64>,
     /// How many messages came from the guest.
     pub messages: ByQueue,
     /// How many times the device was notified of messages. Several that come at once count as one, and a few
@@ -230,6 +238,8 @@ pub struct Received {
     pub inflate: u64,
     /// Of the deflate queue, in bytes.
     pub deflate: u64,
+    /// Of the queue for host requests, in bytes.
+    pub requests: u64,
 }
 
 /// How many messages named pages, by how they did.
@@ -379,7 +389,7 @@ pub struct Progress {
 }
 
 /// What has become of a request (docs/protocol.md, section 5.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RequestStatus {
     /// The guest's driver has no buffer for it yet.
@@ -400,6 +410,33 @@ pub enum RequestStatus {
     UnknownId,
     /// The driver, the guest or the VMM went away. What was named until then is not to be used.
     Reset,
+}
+
+impl RequestStatus {
+    /// All of them. Each one is at the place of its number.
+    pub const ALL: [Self; 9] = [
+        Self::Waiting,
+        Self::Open,
+        Self::Complete,
+        Self::Aborted,
+        Self::Cancelled,
+        Self::Unsupported,
+        Self::Malformed,
+        Self::UnknownId,
+        Self::Reset,
+    ];
+
+    /// Whether nothing more will become of it.
+    pub const fn is_end(self) -> bool {
+        !matches!(self, Self::Waiting | Self::Open)
+    }
+}
+
+impl fmt::Display for RequestStatus {
+    /// Writes its name on the socket.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// Unused memory.
@@ -559,7 +596,7 @@ mod tests {
     fn a_client_passes_over_what_is_new() {
         let guest = json!({
             "connected": true, "driver": true, "features": [], "answered": null,
-            "short_of_target": "after-oom", "mood": "good"
+            "short_of_target": "after-oom", "open_requests": 0, "mood": "good"
         });
         let guest: Guest = serde_json::from_value(guest).unwrap();
         assert_eq!(guest.short_of_target, Some(Shortfall::AfterOom));
@@ -580,5 +617,14 @@ mod tests {
         }
         assert_eq!(Stat::from_tag(16), None);
         assert!(Stat::ALL.is_sorted());
+    }
+
+    #[test]
+    fn statuses_have_their_places_and_names() {
+        for (place, status) in RequestStatus::ALL.into_iter().enumerate() {
+            assert_eq!(status as usize, place, "{status}");
+        }
+        assert_eq!(RequestStatus::UnknownId.to_string(), "unknown-id");
+        assert!(RequestStatus::Reset.is_end() && !RequestStatus::Open.is_end());
     }
 }

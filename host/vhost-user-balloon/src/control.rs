@@ -5,8 +5,7 @@
 use std::time::Duration;
 
 use balloon_control::{
-    Begun, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Progress, Request,
-    RequestStatus, Response,
+    Begun, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request, Response,
 };
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::{Command, Wanted};
@@ -108,6 +107,7 @@ impl Device {
                 features: names(features),
                 answered: self.answered().map(|at| at.elapsed().as_secs()),
                 short_of_target: shortfall.filter(|_| features & Feature::StopReason.mask() != 0),
+                open_requests: self.requests().open(),
             },
             counters: self.counters.snapshot(),
         }
@@ -169,11 +169,7 @@ impl Device {
     /// Nobody is to wait for what a guest without a driver does not answer.
     fn progress(&self, id: u64) -> Result<Response, ControlError> {
         let progress = self.requests().progress(id).ok_or_else(|| no_request(id))?;
-        if let Progress {
-            status: RequestStatus::Waiting | RequestStatus::Open,
-            ..
-        } = progress
-        {
+        if !progress.status.is_end() {
             self.need(Feature::HostRequests)?;
         }
         Ok(Response::Progress(progress))
@@ -251,6 +247,7 @@ fn no_request(id: u64) -> ControlError {
 mod tests {
     use super::*;
     use crate::testing::device;
+    use balloon_control::RequestStatus;
 
     fn kind(result: Result<Response, ControlError>) -> ErrorKind {
         result.unwrap_err().kind
@@ -284,6 +281,55 @@ mod tests {
                 ErrorKind::NoGuest
             );
         }
+    }
+
+    #[test]
+    fn requests_are_checked_before_the_guest_is_asked() {
+        let device = device(&[Feature::Stats], true);
+        let unused = |block, start, end| device.handle(Request::Unused { block, start, end });
+        for (block, start, end) in [(0, 0, 0), (2048, 0, 0), (12288, 0, 0), (4096, 5, 5)] {
+            assert_eq!(kind(unused(block, start, end)), ErrorKind::OutOfRange);
+        }
+        assert_eq!(kind(unused(1 << 63, 5, 6)), ErrorKind::NoGuest);
+        let caches = |pages, slab| kind(device.handle(Request::DropCaches { pages, slab }));
+        assert_eq!(caches(false, false), ErrorKind::OutOfRange);
+        assert_eq!(caches(false, true), ErrorKind::NoGuest);
+        let reclaim = Request::Reclaim {
+            block: 4096,
+            start: 0,
+            end: 0,
+        };
+        assert_eq!(kind(device.handle(reclaim)), ErrorKind::NoGuest);
+        for request in [
+            Request::Progress { id: 1 },
+            Request::Cancel { id: 1 },
+            Request::Ranges { id: 1, from: 0 },
+        ] {
+            assert_eq!(kind(device.handle(request)), ErrorKind::OutOfRange);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_not_there_is_not_waited_for() {
+        let device = device(&[], true);
+        let id = device
+            .request(Command::Cancel { id: 1 })
+            .and_then(|_| device.request(Command::UnusedSkip(wanted(4096, 0, 0).unwrap())))
+            .unwrap();
+        let progress = |id| device.handle(Request::Progress { id });
+        assert_eq!(kind(progress(id)), ErrorKind::NoGuest);
+        // Nobody asks for cancels.
+        assert_eq!(kind(progress(id - 1)), ErrorKind::OutOfRange);
+        let Ok(Response::Progress(cancelled)) = device.handle(Request::Cancel { id }) else {
+            panic!("no progress");
+        };
+        assert_eq!(cancelled.status, RequestStatus::Cancelled);
+        assert!(matches!(progress(id), Ok(Response::Progress(same)) if same == cancelled));
+        let ranges = device.handle(Request::Ranges { id, from: 0 });
+        let Ok(Response::Ranges(ranges)) = ranges else {
+            panic!("no ranges");
+        };
+        assert_eq!((ranges.ranges, ranges.next, ranges.end), (vec![], None, 0));
     }
 
     #[test]

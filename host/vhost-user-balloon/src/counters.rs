@@ -7,7 +7,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use balloon_control::{ByQueue, Counters as Snapshot, Encodings, Received};
+use balloon_control::{ByQueue, Counters as Snapshot, Encodings, Received, RequestStatus};
+use balloon_wire::page_set::Encoding;
 use log::warn;
 
 use crate::queue::MAX_QUEUES;
@@ -112,6 +113,12 @@ pub struct Counters {
     pub reported: Counter,
     /// What was hinted as free, in bytes.
     pub hinted: Counter,
+    /// What was named as unused in answers, in bytes.
+    pub unused: Counter,
+    /// How many requests the guest was asked.
+    pub asked: Counter,
+    /// How many of them have ended, by the number of the status.
+    pub answered: [Counter; RequestStatus::ALL.len()],
     /// How many messages came on each kind of queue, in the order of the specification.
     pub messages: [Counter; MAX_QUEUES],
     /// How many times there was an event for each, in the same order: the guest's notifications, of which
@@ -119,6 +126,8 @@ pub struct Counters {
     pub notifications: [Counter; MAX_QUEUES],
     /// How long the messages of the inflate and the deflate queue were, in bytes, as far as they could be read.
     pub received: [Counter; 2],
+    /// The same, of the messages of answers.
+    pub received_answers: Counter,
     /// How many of them were arrays of page frame numbers.
     pub pfns: Counter,
     /// How many were page sets of ranges.
@@ -139,9 +148,13 @@ impl Default for Counters {
             discard_failures: Counter::default(),
             reported: Counter::default(),
             hinted: Counter::default(),
+            unused: Counter::default(),
+            asked: Counter::default(),
+            answered: Default::default(),
             messages: Default::default(),
             notifications: Default::default(),
             received: Default::default(),
+            received_answers: Counter::default(),
             pfns: Counter::default(),
             ranges: Counter::default(),
             bitmaps: Counter::default(),
@@ -164,6 +177,21 @@ impl Counters {
             refused.logged.store(now, Relaxed);
             let times = refused.messages.get();
             warn!("the guest's driver sent what is refused: {reason} ({times} times so far)");
+        }
+    }
+
+    /// Counts a request that has ended so.
+    pub fn answered(&self, status: RequestStatus) {
+        if let Some(answered) = self.answered.get(status as usize) {
+            answered.add(1);
+        }
+    }
+
+    /// Counts a page set.
+    pub fn page_set(&self, encoding: Encoding) {
+        match encoding {
+            Encoding::Ranges => self.ranges.add(1),
+            Encoding::Bitmap => self.bitmaps.add(1),
         }
     }
 
@@ -190,11 +218,19 @@ impl Counters {
             discard_failures: self.discard_failures.get(),
             reported: self.reported.get(),
             hinted: self.hinted.get(),
+            unused: self.unused.get(),
+            asked: self.asked.get(),
+            answered: RequestStatus::ALL
+                .into_iter()
+                .zip(self.answered.iter().map(Counter::get))
+                .filter(|&(_, times)| times > 0)
+                .collect(),
             messages: by_queue(&self.messages),
             notifications: by_queue(&self.notifications),
             received: Received {
                 inflate: inflate.get(),
                 deflate: deflate.get(),
+                requests: self.received_answers.get(),
             },
             encodings: Encodings {
                 pfns: self.pfns.get(),

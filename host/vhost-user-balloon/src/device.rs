@@ -216,7 +216,7 @@ impl Device {
         *lock(&self.work) = Work::default();
         *lock(&self.sizes) = Default::default();
         lock(&self.stats).restart();
-        lock(&self.requests).disconnect();
+        lock(&self.requests).disconnect(&self.counters);
         self.connected.store(false, SeqCst);
         // The library forgets this file descriptor without closing it.
         if let Some(exit) = lock(&self.exit).take() {

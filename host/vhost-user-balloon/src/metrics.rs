@@ -38,6 +38,12 @@ pub fn text(info: &Info) -> String {
         "Whether the guest has a driver at work.",
         driver,
     );
+    metrics.one(
+        "gauge",
+        "open_requests",
+        "Requests that the guest is to answer.",
+        info.guest.open_requests,
+    );
     if let Some(answered) = info.guest.answered {
         let help = "Time since the guest did something.";
         metrics.one("gauge", "guest_answered_seconds", help, answered);
@@ -78,6 +84,16 @@ pub fn text(info: &Info) -> String {
             "What was hinted as free.",
             counters.hinted,
         ),
+        (
+            "unused_bytes_total",
+            "What was named as unused on request.",
+            counters.unused,
+        ),
+        (
+            "requests_total",
+            "Requests that the guest was asked.",
+            counters.asked,
+        ),
     ] {
         metrics.one("counter", name, help, value);
     }
@@ -100,6 +116,7 @@ pub fn text(info: &Info) -> String {
         [
             ("inflate", counters.received.inflate),
             ("deflate", counters.received.deflate),
+            ("requests", counters.received.requests),
         ],
     );
     metrics.many(
@@ -111,6 +128,16 @@ pub fn text(info: &Info) -> String {
             ("ranges", counters.encodings.ranges),
             ("bitmaps", counters.encodings.bitmaps),
         ],
+    );
+    let answered = counters.answered.iter();
+    let answered: Vec<_> = answered
+        .map(|(status, &times)| (status.to_string(), times))
+        .collect();
+    metrics.many(
+        "answers_total",
+        "Requests that have ended.",
+        "status",
+        answered.iter().map(|(status, times)| (&**status, *times)),
     );
     let refused = counters.refused.iter();
     metrics.many(
@@ -170,7 +197,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balloon_control::{Counters, Encodings, Guest};
+    use balloon_control::{Counters, Encodings, Guest, RequestStatus};
 
     #[test]
     fn metrics_have_their_types_and_labels() {
@@ -187,6 +214,7 @@ mod tests {
             },
             counters: Counters {
                 inflated: 8192,
+                answered: [(RequestStatus::UnknownId, 5)].into(),
                 messages: ByQueue {
                     reports: 3,
                     ..ByQueue::default()
@@ -204,6 +232,8 @@ mod tests {
             "# TYPE balloon_target_bytes gauge\nballoon_target_bytes 4096\n",
             "# TYPE balloon_inflated_bytes_total counter\nballoon_inflated_bytes_total 8192\n",
             "balloon_messages_total{queue=\"reports\"} 3\n",
+            "balloon_answers_total{status=\"unknown-id\"} 5\n",
+            "# TYPE balloon_open_requests gauge\nballoon_open_requests 0\n",
             "balloon_page_messages_total{encoding=\"bitmaps\"} 4\n",
             "balloon_received_bytes_total{queue=\"deflate\"} 0\n",
             "balloon_refused_total{reason=\"truncated\"} 2\n",

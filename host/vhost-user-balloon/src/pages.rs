@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use balloon_wire::page_set::{self, Command, Encoding, PageSet};
+use balloon_wire::page_set::{self, Command, PageSet};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_PFN_SHIFT};
 use log::debug;
 use vm_memory::GuestMemoryMmap;
@@ -115,10 +115,7 @@ impl Pages {
             (Kind::Inflate, Command::Inflate) | (Kind::Deflate, Command::Deflate) => {}
             _ => return Err(Refusal::Malformed),
         }
-        match set.encoding {
-            Encoding::Ranges => counters.ranges.add(1),
-            Encoding::Bitmap => counters.bitmaps.add(1),
-        }
+        counters.page_set(set.encoding);
         // No page is smaller than a balloon page, and none ends beyond 2^64 bytes: no bit is shifted out.
         let shift = u32::from(set.page_shift).saturating_sub(VIRTIO_BALLOON_PFN_SHIFT);
         let ranges = set.ranges();

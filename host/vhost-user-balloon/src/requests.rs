@@ -57,10 +57,6 @@ impl Kept {
     fn is_cancel(&self) -> bool {
         matches!(self.command, Command::Cancel { .. })
     }
-
-    fn has_ended(&self) -> bool {
-        !matches!(self.status, RequestStatus::Waiting | RequestStatus::Open)
-    }
 }
 
 /// There are so many open requests that another one cannot be kept.
@@ -111,7 +107,7 @@ impl Requests {
         };
         let alike = |other: &&Kept| other.is_cancel() == kept.is_cancel();
         if self.kept.values().filter(alike).count() >= MAX_REQUESTS {
-            let ended = self.kept.iter().find(|(_, kept)| kept.has_ended());
+            let ended = self.kept.iter().find(|(_, kept)| kept.status.is_end());
             let (&oldest, _) = ended.filter(|_| !kept.is_cancel()).ok_or(TooMany)?;
             self.kept.remove(&oldest);
         }
@@ -178,9 +174,12 @@ impl Requests {
         })
     }
 
-    /// How many requests the guest has not ended, or not even seen.
-    pub fn open(&self) -> usize {
-        self.kept.values().filter(|kept| !kept.has_ended()).count()
+    /// How many requests the guest is to answer.
+    pub fn open(&self) -> u64 {
+        self.kept
+            .values()
+            .filter(|kept| !kept.status.is_end())
+            .fold(0, |open, _| open + 1)
     }
 
     /// The next one that the guest is to be asked.
@@ -201,7 +200,7 @@ impl Requests {
     }
 
     /// Takes note that the guest has ended an answer.
-    fn end(&mut self, id: u64, status: Status) -> Result<(), Refusal> {
+    fn end(&mut self, id: u64, status: Status, counters: &Counters) -> Result<(), Refusal> {
         let kept = self.kept.get_mut(&id);
         let kept = kept.filter(|kept| kept.status == RequestStatus::Open);
         let kept = kept.ok_or(Refusal::Malformed)?;
@@ -213,6 +212,7 @@ impl Requests {
             Status::Malformed => RequestStatus::Malformed,
             Status::UnknownId => RequestStatus::UnknownId,
         };
+        counters.answered(kept.status);
         if kept.is_cancel() {
             self.kept.remove(&id);
         }
@@ -220,13 +220,14 @@ impl Requests {
     }
 
     /// Ends what the guest does not answer any more, as it was reset (HR-V8).
-    fn reset(&mut self) {
-        self.kept.retain(|_, kept| !kept.is_cancel());
+    fn reset(&mut self, counters: &Counters) {
         for kept in self.kept.values_mut() {
             if kept.status == RequestStatus::Open {
                 kept.status = RequestStatus::Reset;
+                counters.answered(kept.status);
             }
         }
+        self.kept.retain(|_, kept| !kept.is_cancel());
     }
 
     /// Takes note that the queue begins anew, at another index if the driver is a new one.
@@ -235,19 +236,20 @@ impl Requests {
     }
 
     /// Takes note that the guest is gone, and nobody will answer what it was to be asked.
-    pub fn disconnect(&mut self) {
+    pub fn disconnect(&mut self, counters: &Counters) {
         self.restart();
-        self.reset();
-        for kept in self.kept.values_mut().filter(|kept| !kept.has_ended()) {
+        self.reset(counters);
+        let rest = self.kept.values_mut();
+        for kept in rest.filter(|kept| !kept.status.is_end()) {
             kept.status = RequestStatus::Reset;
         }
     }
 
     /// The queue is to be read from `next` on. A driver that has seen a request is past index 0, and one that was
     /// reset begins there.
-    fn start(&mut self, next: u16) {
+    fn start(&mut self, next: u16, counters: &Counters) {
         if !self.at_work && (next == 0 || self.position != Some(next)) {
-            self.reset();
+            self.reset(counters);
         }
         self.at_work = true;
     }
@@ -305,7 +307,7 @@ impl Answers<'_> {
 
     /// Returns whether the guest wants to be told of buffers that it got back, and whether there are more.
     fn batch(&mut self, queue: &mut Queue, messages: &Counter) -> Result<(bool, bool), Error> {
-        lock(self.requests).start(queue.next_avail());
+        lock(self.requests).start(queue.next_avail(), self.counters);
         queue.disable_notification(self.memory)?;
         let mut taken = Vec::new();
         // So many of them are to be used. Those behind are for requests that there are not.
@@ -388,6 +390,7 @@ impl Answers<'_> {
             rest = behind;
         }
         kept.status = RequestStatus::Open;
+        self.counters.asked.add(1);
         Ok(Some(REQUEST))
     }
 
@@ -395,16 +398,23 @@ impl Answers<'_> {
     fn hear(&mut self, chain: Chain<'_>, bytes: &mut Vec<u8>) -> Result<(), Refusal> {
         bytes.clear();
         read(self.memory, chain, page_set::MAX_SIZE, bytes)?;
+        self.counters.received_answers.add(bytes.len() as u64);
         let message = Message::parse(bytes).map_err(|error| {
             debug!("a message of an answer is malformed: {error}");
             Refusal::Malformed
         })?;
         match message {
             Message::Completion(completion) => {
-                lock(self.requests).end(completion.request_id, completion.status)
+                let mut requests = lock(self.requests);
+                requests.end(completion.request_id, completion.status, self.counters)
             }
-            Message::Pages(set) if set.command == page_set::Command::UnusedSkip => self.keep(&set),
-            Message::Pages(set) => self.discard(&set),
+            Message::Pages(set) => {
+                self.counters.page_set(set.encoding);
+                match set.command {
+                    page_set::Command::UnusedSkip => self.keep(&set),
+                    _ => self.discard(&set),
+                }
+            }
         }
     }
 
@@ -412,12 +422,14 @@ impl Answers<'_> {
     fn keep(&mut self, set: &PageSet<'_>) -> Result<(), Refusal> {
         let mut requests = lock(self.requests);
         let kept = requests.of(set)?;
-        let mut outside = false;
+        let (mut named, mut outside) = (0_u64, false);
         for range in balloon_pages(set) {
             let added = kept.pages.add(&range);
-            kept.named = kept.named.saturating_add(added.new * BALLOON_PAGE_SIZE);
+            named = named.saturating_add(added.new * BALLOON_PAGE_SIZE);
             outside |= added.outside > 0;
         }
+        kept.named = kept.named.saturating_add(named);
+        self.counters.unused.add(named);
         tell(outside)
     }
 
@@ -442,6 +454,7 @@ impl Answers<'_> {
         let kept = requests.of(set)?;
         kept.named = kept.named.saturating_add(named);
         kept.discarded = kept.discarded.saturating_add(discarded);
+        self.counters.unused.add(named);
         tell(named < all)
     }
 }
@@ -847,6 +860,12 @@ mod tests {
             world.serve();
             assert_eq!(world.status(id), status);
             assert_eq!(world.pages(id), [FIRST, FIRST + 1]);
+            let counters = world.counters.snapshot();
+            assert_eq!((counters.asked, counters.unused), (1, 2 * PAGE));
+            assert_eq!(counters.answered, [(status, 1)].into());
+            // Two page sets and a completion.
+            assert_eq!(counters.received.requests, 2 * 40 + 16);
+            assert_eq!(counters.encodings.ranges, 2);
         }
     }
 
@@ -869,8 +888,10 @@ mod tests {
         world.offer(1);
         world.serve();
         assert_eq!(world.status(waiting), RequestStatus::Open);
-        lock(&world.requests).disconnect();
+        lock(&world.requests).disconnect(&world.counters);
         assert_eq!(world.status(waiting), RequestStatus::Reset);
+        let answered = world.counters.snapshot().answered;
+        assert_eq!(answered, [(RequestStatus::Reset, 2)].into());
         assert!(world.begin(Command::UnusedSkip(ALL)) > waiting);
     }
 
@@ -996,7 +1017,7 @@ mod tests {
                         world.offer(1);
                         sent += 1;
                     }
-                    1 if lock(&world.requests).open() < MAX_REQUESTS => {
+                    1 if lock(&world.requests).open() < MAX_REQUESTS as u64 => {
                         let caches = Command::DropCaches { pages: true, slab: false };
                         open.push(world.begin(caches));
                         asked += 1;
