@@ -2,6 +2,7 @@
 
 //! The balloon device that is a process of its own.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, S
 use crate::sizes::check_size;
 use crate::speed::Times;
 use crate::{
-    BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
+    BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    VHOST_USER_DEVICE,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -51,6 +53,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: stop_reasons,
+    },
+    Scenario {
+        name: "host_requests",
+        proves: "the guest answers the host's requests, while its data stay intact, and after a restart of the device",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: host_requests,
     },
     Scenario {
         name: "hints",
@@ -233,6 +243,82 @@ fn stop_reasons(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &["inflate=0"])?;
         expect(Some(Shortfall::Excluded))?;
         guest.rmmod(setup.driver)
+    })
+}
+
+fn host_requests(setup: &Setup) -> Result<()> {
+    let directory = setup.logs();
+    let file = directory.join("unused-pages");
+    let out = file.to_str().context("a path that is text")?;
+    vm::run(&setup.config(), |guest| {
+        let daemon = guest.daemon()?;
+        let run = |arguments: &[&str], exit| balloonctl(setup, &daemon.control(), arguments, exit);
+        let json = |arguments: &[&str]| -> Result<Value> {
+            Ok(serde_json::from_str(&run(
+                &[&["--json"], arguments].concat(),
+                0,
+            )?)?)
+        };
+        let amount = |answer: &Value, what| -> Result<Size> {
+            Ok(Size::bytes(answer[what].as_u64().context("an amount")?))
+        };
+        run(&["reclaim"], 4)?;
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        // Only what the guest has used can come back.
+        let load = guest.load(Load::Touch { mib: 500 })?;
+        load.wait_passes(1, PATIENCE)?;
+        load.wait(PATIENCE)?;
+        let data = guest.load(Load::Hold {
+            mib: 200,
+            threads: 2,
+        })?;
+        data.wait_passes(1, PATIENCE)?;
+
+        for restart in [false, true] {
+            if restart {
+                let worker = daemon.worker()?;
+                daemon.replace_worker()?;
+                guest.wait_until("another process with the device", PATIENCE, || {
+                    Ok(daemon.worker().is_ok_and(|now| now != worker))
+                })?;
+                wait_driver(guest)?;
+            }
+            let free = guest.free()?;
+            let unused = json(&["unused", "--out", out])?;
+            let named = amount(&unused, "named")?;
+            ensure!(
+                named + Size::mib(64) > free && named < free + Size::mib(64),
+                "{named} are unused, and {free} are free"
+            );
+            let bitmap = fs::read(&file)?;
+            let pages: u32 = bitmap.iter().skip(64).map(|byte| byte.count_ones()).sum();
+            ensure!(
+                Size::bytes(u64::from(pages) * 4096) == named,
+                "{named} are unused, and {pages} pages in the file"
+            );
+
+            let resident = guest.resident()?;
+            let answer = json(&["reclaim"])?;
+            let (named, discarded) = (amount(&answer, "named")?, amount(&answer, "discarded")?);
+            ensure!(
+                named + Size::mib(200) > free && discarded == named,
+                "{free} are free, {named} were named and {discarded} given back"
+            );
+            let now = guest.resident()?;
+            setup.note(format!(
+                "{discarded} of {free} free memory went back, and {resident} became {now}"
+            ));
+            run(&["drop-caches"], 0)?;
+            run(&["drop-caches", "--slab"], 0)?;
+            data.wait_passes(2, PATIENCE)?;
+        }
+        data.stop()?;
+        let refused = daemon.info()?.counters.refused;
+        ensure!(refused.is_empty(), "refused: {refused:?}");
+        guest.rmmod(setup.driver)?;
+        run(&["unused", "--out", out], 4)?;
+        Ok(())
     })
 }
 
