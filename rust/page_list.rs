@@ -152,12 +152,11 @@ impl Ring {
     fn pop_last(&mut self) -> Option<NonNull<bindings::page>> {
         // The ring begins with its last page, if one says so.
         //
-        // SAFETY: By the type invariants the page before the first one is a page of the ring.
-        //
         // INVARIANT: The page is one of the ring.
-        self.first = self
-            .first
-            .map(|first| unsafe { page_of((*lru(first)).prev) });
+        self.first = self.first.map(|first| {
+            // SAFETY: By the type invariants the page before the first one is a page of the ring.
+            unsafe { page_of((*lru(first)).prev) }
+        });
         self.pop()
     }
 }

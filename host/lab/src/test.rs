@@ -22,7 +22,13 @@ const FUZZ_SECONDS: u32 = 3;
 const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 
 /// What takes minutes, and runs when it or everything is asked for.
-const LONG_SCENARIOS: &[&str] = &["migration_speed"];
+const LONG_SCENARIOS: &[&str] = &[
+    "migration_speed",
+    "page_sets_idle",
+    "unused_proof",
+    "unused_bounded",
+    "reclaim",
+];
 
 /// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
 const DEVICE_SCENARIOS: &[&str] = &[
