@@ -31,6 +31,8 @@ test-long:
 	@$(lab) test --long --kernel test --device vhost-user $(guests)
 	@$(lab) test --long --kernel test --driver c --device qemu $(guests)
 	@$(lab) test --long --kernel test --driver c --device vhost-user $(guests)
+	@$(lab) test --long --kernel test --device extended $(guests)
+	@$(lab) test --long --kernel test --driver c --device extended $(guests)
 
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
