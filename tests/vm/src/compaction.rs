@@ -221,7 +221,7 @@ fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
 
 fn blocks_offline(setup: &Setup) -> Result<()> {
     let size = Size::mib(640);
-    vm::run(&setup.config(), |guest| {
+    vm::run(&setup.config().memory(Size::gib(2)), |guest| {
         guest.insmod(setup.driver, &[])?;
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         guest.balloon().settle(size)?;
