@@ -183,23 +183,15 @@ impl Guest {
     /// Has the device serve the queue, and checks that each message that it takes comes back once. Returns
     /// how many do.
     pub fn watch(&self, act: impl FnOnce(&mut VringState)) -> u16 {
-        let position = || {
-            let vring = self.vring.get_ref();
-            let queue = vring.get_queue();
-            (queue.next_avail(), queue.next_used())
-        };
         let slot = |index: u16| u64::from(index % SIZE);
-        let (avail, used) = position();
+        let (avail, used) = self.position();
         let heads: Vec<_> = (0..SIZE)
             .map(|n| self.load(AVAIL + 4 + 2 * slot(avail.wrapping_add(n))))
             .collect();
 
-        act(&mut self.vring.get_mut());
-
-        let (new_avail, new_used) = position();
-        let taken = usize::from(new_avail.wrapping_sub(avail));
-        let completed = new_used.wrapping_sub(used);
-        assert!(taken <= heads.len(), "{taken} messages taken");
+        let (taken, completed) = self.act(act);
+        let new_used = used.wrapping_add(completed);
+        let taken = usize::from(taken);
         let expected = heads[..taken].iter().copied().filter(|&head| head < SIZE);
         let found: Vec<_> = (0..completed)
             .map(|n| self.load(USED + 4 + 8 * slot(used.wrapping_add(n))))
@@ -209,6 +201,23 @@ impl Guest {
             assert_eq!(self.load(USED + 2), new_used, "the guest is told of them");
         }
         completed
+    }
+
+    /// Where the device is in the available and in the used ring.
+    fn position(&self) -> (u16, u16) {
+        let vring = self.vring.get_ref();
+        let queue = vring.get_queue();
+        (queue.next_avail(), queue.next_used())
+    }
+
+    /// Has the device serve the queue, and returns how many messages it takes and how many come back.
+    pub fn act(&self, act: impl FnOnce(&mut VringState)) -> (u16, u16) {
+        let (avail, used) = self.position();
+        act(&mut self.vring.get_mut());
+        let (new_avail, new_used) = self.position();
+        let taken = new_avail.wrapping_sub(avail);
+        assert!(taken <= SIZE, "{taken} messages taken");
+        (taken, new_used.wrapping_sub(used))
     }
 
     /// Has the device serve the queue until nothing is left, and returns what it has seen.
@@ -258,6 +267,24 @@ impl Guest {
             gone += PAGE;
         }
         gone
+    }
+
+    /// How many bytes of the guest's memory have changed, without those of the used ring. Nothing else has.
+    pub fn changed(&self) -> u64 {
+        let mut after = vec![0; self.content.len()];
+        self.file
+            .read_exact_at(&mut after, 0)
+            .expect("a read of memory");
+        let bytes = self.content.iter().zip(&after).enumerate();
+        let changed =
+            bytes.filter(|(place, (old, new))| old != new && !USED_IN_FILE.contains(place));
+        let inside = |place: usize| {
+            let page = place as u64 / PAGE;
+            REGIONS.iter().any(|(pages, _)| pages.contains(&page))
+        };
+        changed
+            .inspect(|&(place, _)| assert!(inside(place), "byte {place} is not the guest's"))
+            .count() as u64
     }
 
     /// The pages of the granules that are in a set, and in a region, as a whole.

@@ -81,16 +81,21 @@ impl Default for Requests {
     /// clock's microseconds, which that one has left behind.
     fn default() -> Self {
         let clock = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        Self {
-            kept: BTreeMap::new(),
-            last: u64::try_from(clock.as_micros()).unwrap_or_default(),
-            position: None,
-            at_work: false,
-        }
+        Self::after(u64::try_from(clock.as_micros()).unwrap_or_default())
     }
 }
 
 impl Requests {
+    /// No requests yet. The first id that is given out is the one after `last`.
+    pub fn after(last: u64) -> Self {
+        Self {
+            kept: BTreeMap::new(),
+            last,
+            position: None,
+            at_work: false,
+        }
+    }
+
     /// Has the guest be asked for something, as soon as there is a buffer for it. `pages` is where the pages of
     /// the answer are to be kept. Returns the id of the request.
     ///
@@ -689,10 +694,7 @@ mod tests {
     /// HR-V1, HR-V8
     #[test]
     fn ids_are_never_those_of_open_requests() {
-        let mut requests = Requests {
-            last: u64::MAX - 1,
-            ..Requests::default()
-        };
+        let mut requests = Requests::after(u64::MAX - 1);
         let mut begin = || requests.begin(Command::UnusedSkip(ALL), PageMap::default());
         assert_eq!(begin(), Ok(u64::MAX));
         assert_eq!(begin(), Ok(1));
@@ -840,6 +842,19 @@ mod tests {
         assert_eq!(world.guest.used(), 7);
         assert!((0..7).all(|number| world.guest.used_element(number).1 == 0));
         assert_eq!(world.status(id), RequestStatus::Waiting);
+    }
+
+    #[test]
+    fn a_message_is_found_behind_many_buffers() {
+        let mut world = World::new();
+        let id = world.asked(Command::UnusedSkip(ALL));
+        world.offer(MAX_BATCH as u64 + 9);
+        world.complete(1, id);
+        assert!(world.serve(), "there is more");
+        assert_eq!(world.counters.refused(Refusal::TooManyBuffers), 1);
+        assert!(!world.serve());
+        assert_eq!(world.status(id), RequestStatus::Complete);
+        assert_eq!(usize::from(world.guest.used()), 1 + MAX_BATCH + 9 + 1);
     }
 
     /// HR-V7

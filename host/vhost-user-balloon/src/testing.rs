@@ -99,7 +99,7 @@ impl MemoryFiles {
     }
 }
 
-/// A driver's side of a queue with 64 descriptors, at the beginning of a memory of 16 MiB.
+/// A driver's side of a queue with 512 descriptors, at the beginning of a memory of 16 MiB.
 pub(crate) struct GuestQueue {
     pub(crate) memory: GuestMemoryMmap,
     vring: VringMutex,
@@ -108,17 +108,17 @@ pub(crate) struct GuestQueue {
 }
 
 impl GuestQueue {
-    const SIZE: u16 = 64;
+    const SIZE: u16 = 512;
     const DESCRIPTORS: u64 = 0x1000;
-    const AVAIL: u64 = 0x2000;
-    const USED: u64 = 0x3000;
+    const AVAIL: u64 = 0x3000;
+    const USED: u64 = 0x4000;
 
     pub(crate) fn new() -> Self {
         let file = FileOffset::from_arc(memory_file(16 << 20), 0);
         let region = (GuestAddress(0), 16 << 20, Some(file));
         let memory = GuestMemoryMmap::from_ranges_with_files([region]).unwrap();
         let atomic = GuestMemoryAtomic::new(memory.clone());
-        let vring = VringMutex::new(atomic, 256).unwrap();
+        let vring = VringMutex::new(atomic, Self::SIZE).unwrap();
         vring.set_queue_size(Self::SIZE);
         vring
             .set_queue_info(Self::DESCRIPTORS, Self::AVAIL, Self::USED)
