@@ -187,8 +187,8 @@ fn power_off_while_inflating(setup: &Setup) -> Result<()> {
         Kernel::Test => Size::gib(4),
         Kernel::Debug => Size::gib(1),
     };
-    // More than there is, so that it is on its way however fast it is.
-    let target = memory;
+    // More than there is to be had, so that it is on its way however fast it is.
+    let target = memory - Size::mib(1);
     vm::run(&setup.config().memory(memory), |guest| {
         guest.insmod(setup.driver, &[])?;
         guest.balloon().request(target)?;
