@@ -259,7 +259,8 @@ impl MessageQueue {
     pub(crate) fn write(&mut self, runs: &mut impl Runs) -> Result<Message> {
         let mut message = match self.spare.pop() {
             Some(message) => message,
-            None => self.format.allocate(GFP_NOWAIT | __GFP_NOWARN)?,
+            // Not GFP_NOWAIT, for the reason that batches have.
+            None => self.format.allocate(__GFP_NOWARN)?,
         };
 
         match message.write(self.command, runs) {

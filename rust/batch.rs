@@ -161,7 +161,8 @@ impl Batch {
             self.hint = self.windows.partition_point(|window| window.first < first);
         }
         if !self.windows.get(self.hint).is_some_and(is_it) {
-            let flags = GFP_NOWAIT | __GFP_NOWARN;
+            // Not GFP_NOWAIT: where blocks are rare, to want one for a slab has the kernel begin to compact its memory.
+            let flags = __GFP_NOWARN;
             let bits = match self.unused.pop() {
                 Some(bits) => bits,
                 None if self.windows.len() < MAX_WINDOWS => {
