@@ -2,9 +2,10 @@
 
 //! The pages in the balloon.
 //!
-//! Single pages are kept by the kernel's balloon core. It does the accounting (managed pages, `NR_BALLOON_PAGES`, the
-//! inflate and deflate events), marks the pages offline, and lets compaction find them. Blocks that are whole need not
-//! be moved for larger ones, and are kept here, with the same accounting.
+//! Single pages are kept by the kernel's balloon core. It does the accounting (`NR_BALLOON_PAGES`, the inflate and
+//! deflate events), marks the pages offline, and lets compaction find them. Blocks that are whole need not be moved for
+//! larger ones, and are kept here, with the same accounting. What the core could do as well, but would do for each page
+//! alone, is to adjust the zones' numbers of managed pages, which has the kernel compute its reserves anew each time.
 //!
 //! C header: [`include/linux/balloon.h`](srctree/include/linux/balloon.h)
 
@@ -149,7 +150,6 @@ impl<R: Replace> BalloonPages<R> {
                 // SAFETY: `slot` is valid for writes, and is initialised by the first call.
                 unsafe {
                     bindings::balloon_rs_devinfo_init(slot);
-                    (*slot).adjust_managed_page_count = adjust_managed;
                     (*slot).migratepage = Some(Self::migrate);
                 }
             }),
@@ -177,12 +177,21 @@ impl<R: Replace> BalloonPages<R> {
             _balloon: PhantomData,
         };
         // SAFETY: The core calls with a valid page.
-        let new = unsafe { bindings::balloon_rs_page_to_pfn(new) } as u64;
+        let new_pfn = unsafe { bindings::balloon_rs_page_to_pfn(new) } as u64;
 
         let may_sleep = mode != bindings::migrate_mode_MIGRATE_ASYNC;
 
-        match this.replace.replace(&old, new, may_sleep) {
-            Ok(()) => 0,
+        match this.replace.replace(&old, new_pfn, may_sleep) {
+            Ok(()) => {
+                // SAFETY: Both are valid, and the balloon's: the one until now, the other one from now on.
+                unsafe {
+                    if this.adjust_managed && !bindings::balloon_rs_same_zone(page.as_ptr(), new) {
+                        bindings::adjust_managed_page_count(page.as_ptr(), 1);
+                        bindings::adjust_managed_page_count(new, -1);
+                    }
+                }
+                0
+            }
             Err(error) => error.to_errno(),
         }
     }
@@ -202,6 +211,7 @@ impl<R: Replace> BalloonPages<R> {
         // INVARIANT: That many pages are added to the list. Counted before, since they may be taken at once.
         self.singles.add(pages.singles(), Relaxed);
 
+        self.account_singles(&pages, true);
         // SAFETY: The function takes all single pages off the list, each with its reference; they are order 0 pages
         // as the core wants them.
         unsafe {
@@ -223,6 +233,22 @@ impl<R: Replace> BalloonPages<R> {
         // SAFETY: The callers have taken the block off a list, with its order.
         unsafe {
             bindings::balloon_rs_account_block(page.as_ptr(), inflated, self.adjust_managed);
+        }
+    }
+
+    /// Adjusts the zones' numbers of managed pages for all single ones in `pages`.
+    fn account_singles(&self, pages: &PageList, inflated: bool) {
+        if self.adjust_managed {
+            pages.zones(|page, count| {
+                let count = if inflated {
+                    -(count as c_long)
+                } else {
+                    count as c_long
+                };
+
+                // SAFETY: The page is valid.
+                unsafe { bindings::adjust_managed_page_count(page.as_ptr(), count) };
+            });
         }
     }
 
@@ -276,6 +302,7 @@ impl<R: Replace> BalloonPages<R> {
 
         // INVARIANT: That many pages were taken off the list.
         self.singles.fetch_sub(pages.len(), Relaxed);
+        self.account_singles(&pages, false);
         pages
     }
 

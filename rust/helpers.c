@@ -35,6 +35,11 @@ void *balloon_rs_phys_to_virt(phys_addr_t address)
 	return phys_to_virt(address);
 }
 
+bool balloon_rs_same_zone(struct page *a, struct page *b)
+{
+	return page_zone(a) == page_zone(b);
+}
+
 void balloon_rs_get_page(struct page *page)
 {
 	get_page(page);

@@ -276,6 +276,33 @@ impl PageList {
         self.blocks.first.map(|page| 1 << unsafe { order(page) })
     }
 
+    /// Calls `each` for all single pages that follow each other and are in the same zone: with one of them, and how
+    /// many there are.
+    pub(super) fn zones(&self, mut each: impl FnMut(NonNull<bindings::page>, usize)) {
+        let Some(mut page) = self.singles.first else {
+            return;
+        };
+        let mut count = 0;
+
+        for _ in 0..self.singles.len {
+            // SAFETY: By the type invariants these are pages of the ring.
+            unsafe {
+                let next = page_of((*lru(page)).next);
+
+                count += 1;
+                if !bindings::balloon_rs_same_zone(page.as_ptr(), next.as_ptr()) {
+                    each(page, core::mem::take(&mut count));
+                }
+                page = next;
+            }
+        }
+
+        // The ring ends in the zone where it begins.
+        if count > 0 {
+            each(page, count);
+        }
+    }
+
     /// Makes single pages of all blocks.
     pub(crate) fn split_blocks(&mut self) {
         while let Some(page) = self.pop_block() {
