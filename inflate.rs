@@ -171,7 +171,11 @@ fn gather(batch: &mut Batch, wanted: usize, blocks: usize, order: &mut u32, whol
         };
         let try_order = largest.min(*order);
 
-        match batch.alloc(try_order, whole) {
+        let allocated = match try_order {
+            0 => batch.alloc_singles(wanted - batch.pages()),
+            _ => batch.alloc(try_order, whole),
+        };
+        match allocated {
             Ok(()) => (),
             Err(AllocError::Full) => break,
             Err(AllocError::NoBlock) => {

@@ -35,6 +35,11 @@ void *balloon_rs_phys_to_virt(phys_addr_t address)
 	return phys_to_virt(address);
 }
 
+unsigned long balloon_rs_alloc_pages_bulk(gfp_t gfp, int nr, struct page **pages)
+{
+	return alloc_pages_bulk(gfp, nr, pages);
+}
+
 bool balloon_rs_same_zone(struct page *a, struct page *b)
 {
 	return page_zone(a) == page_zone(b);

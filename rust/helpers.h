@@ -91,6 +91,7 @@ unsigned int balloon_rs_unmark_block(struct page *page);
 void balloon_rs_split_block(struct page *page, unsigned int order);
 void balloon_rs_account_block(struct page *page, bool inflated, bool adjust_managed);
 struct page *balloon_rs_pfn_to_page(unsigned long pfn);
+unsigned long balloon_rs_alloc_pages_bulk(gfp_t gfp, int nr, struct page **pages);
 bool balloon_rs_same_zone(struct page *a, struct page *b);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
