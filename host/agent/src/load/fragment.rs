@@ -10,16 +10,24 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{MIB, PAGE_SIZE, Stop, report};
 
+/// How much memory has the free pages at even numbers, or at odd ones: not more than one of compaction's steps.
+const STRETCH: usize = 32 * PAGE_SIZE;
+
 pub(super) fn run(mib: usize, stop: Stop) -> Result<()> {
     // Pages of a memory file, unlike anonymous ones, are given back one at a time in safe code.
     let file = memfd_create("fragment", MFdFlags::MFD_CLOEXEC)?;
     let size = mib * MIB;
     fallocate(file.as_fd(), FallocateFlags::empty(), 0, size.try_into()?)
         .context("taking the memory")?;
+    // Never two neighbours, however the pairs lie in the guest's memory: they would be no single pages.
+    let mut given_back = None;
     for pair in (0..size).step_by(2 * PAGE_SIZE) {
         // Either one of the two: compaction looks for free pages in steps of a power of two, and would
         // see none of them or nothing else if they were always at even numbers, or at odd ones.
-        let page = pair + PAGE_SIZE * coin(pair);
+        let page = pair + PAGE_SIZE * coin(pair / STRETCH);
+        if given_back.replace(page) == page.checked_sub(PAGE_SIZE) {
+            continue;
+        }
         fallocate(
             file.as_fd(),
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
