@@ -111,6 +111,15 @@ pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result
     live(config, body, Guest::power_off)
 }
 
+/// The same, but kills the guest at the end: nothing has to be left of it that could still do something.
+///
+/// # Errors
+///
+/// As for [`run`].
+pub fn run_and_kill<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
+    live(config, body, |_| Ok(()))
+}
+
 /// The whole life of a guest, with such an end.
 fn live<T>(
     config: &Config,
@@ -253,11 +262,6 @@ impl Guest {
             .context("the guest's balloon is QEMU's own")
     }
 
-    /// The file that holds its memory.
-    pub fn memory_file(&self) -> Result<MemoryFile> {
-        MemoryFile::of(self.home().qemu.id())
-    }
-
     /// The balloon, as the host sees it.
     pub fn balloon(&self) -> Balloon<'_> {
         Balloon::new(self)
@@ -266,6 +270,24 @@ impl Guest {
     /// How much of the host's memory QEMU has in use.
     pub fn resident(&self) -> Result<Size> {
         self.home().qemu.resident()
+    }
+
+    /// The file that holds the guest's memory.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub fn memory_file(&self) -> Result<MemoryFile> {
+        MemoryFile::of(self.home().qemu.id())
+    }
+
+    /// How much of the guest's memory is in the host's transparent huge pages.
+    ///
+    /// # Errors
+    ///
+    /// The guest's memory is no anonymous mapping of its own.
+    pub fn transparent_huge_pages(&self) -> Result<Size> {
+        self.home().qemu.transparent_huge_pages(self.memory())
     }
 
     /// How much of the host's processors QEMU has used, the guest's part included.

@@ -11,6 +11,9 @@ use crate::size::Size;
 /// How many huge pages of the default size there are.
 const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
 
+/// Which mappings the host gives transparent huge pages.
+const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
 /// Huge pages of 2 MiB that are reserved as long as this exists.
 #[derive(Debug)]
 pub struct HugePages {
@@ -54,6 +57,12 @@ impl Drop for HugePages {
         // Nothing depends on it but how much memory the host has.
         let _ = fs::write(NUMBER, &self.before);
     }
+}
+
+/// Whether the host gives transparent huge pages to a guest's anonymous memory. QEMU asks for them.
+pub fn has_transparent_huge_pages() -> bool {
+    fs::read_to_string(TRANSPARENT)
+        .is_ok_and(|text| text.contains("[always]") || text.contains("[madvise]"))
 }
 
 /// A value of /proc/meminfo; one without a unit is taken for bytes.

@@ -46,8 +46,10 @@ pub use crate::balloon::{Balloon, Sample};
 pub use crate::console::{Console, Mark};
 pub use crate::daemon::Daemon;
 pub use crate::device::{Device, Offer};
-pub use crate::guest::{Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run};
-pub use crate::huge_pages::HugePages;
+pub use crate::guest::{
+    Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run, run_and_kill,
+};
+pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
 pub use crate::memory_file::MemoryFile;
 pub use crate::migration::{Migration, Transfer};
 pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};

@@ -350,6 +350,12 @@ impl Config {
         self
     }
 
+    /// Takes all of the guest's memory from the host at once, whether the guest uses it or not.
+    pub fn preallocated(mut self) -> Self {
+        self.arguments.push("-mem-prealloc".to_owned());
+        self
+    }
+
     /// One more option of QEMU with its value.
     pub fn argument(mut self, option: &str, value: &str) -> Self {
         self.arguments.extend([option.to_owned(), value.to_owned()]);
@@ -559,20 +565,30 @@ impl Qemu {
     }
 
     /// How much of the host's memory QEMU has in use.
-    pub(crate) fn id(&self) -> u32 {
-        self.child().id()
-    }
-
     pub(crate) fn resident(&self) -> Result<Size> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child().id()))?;
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib = line.and_then(|line| line.split_whitespace().next());
         Ok(Size::kib(kib.context("QEMU has ended")?.parse()?))
     }
 
+    /// How much of the mapping that has just the size of the guest's `memory` is in transparent huge pages.
+    pub(crate) fn transparent_huge_pages(&self, memory: Size) -> Result<Size> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.id()))?;
+        let value = |line: &str, name: &str| -> Option<Size> {
+            let kib = line.strip_prefix(name)?.split_whitespace().next()?;
+            Some(Size::kib(kib.parse().ok()?))
+        };
+        smaps
+            .lines()
+            .skip_while(|line| value(line, "Size:") != Some(memory))
+            .find_map(|line| value(line, "AnonHugePages:"))
+            .context("QEMU has no mapping of the guest's memory")
+    }
+
     /// How much of the host's processors QEMU has used, the guest's part included.
     pub(crate) fn cpu_time(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child().id()))?;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
         // The name, in parentheses, may have spaces in it; user and system time are the 12th
         // and 13th field after it.
         let (_, fields) = stat
@@ -590,6 +606,11 @@ impl Qemu {
             .sum::<Result<u64>>()?;
         let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
         Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
+    }
+
+    /// The number of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child().id()
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
