@@ -146,7 +146,7 @@ fn run_scenario(
     );
     let start = report.begin(&format!("{name}: {}", scenario.proves));
     let outcome = match (scenario.run)(&setup) {
-        Ok(()) => Outcome::Passed,
+        Ok(()) => setup.skipped().map_or(Outcome::Passed, Outcome::Skipped),
         Err(error) => Outcome::Failed(format!(
             "{error:#}\nthe guest's log is in {}",
             setup.logs().display()

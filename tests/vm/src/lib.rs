@@ -98,6 +98,7 @@ pub struct Setup {
     pub kernel: Kernel,
     config: Config,
     notes: RefCell<Vec<String>>,
+    skipped: RefCell<Option<String>>,
 }
 
 impl Setup {
@@ -125,6 +126,7 @@ impl Setup {
             kernel,
             config,
             notes: RefCell::default(),
+            skipped: RefCell::default(),
         }
     }
 
@@ -146,6 +148,16 @@ impl Setup {
     /// Has a line printed below the scenario's result.
     pub fn note(&self, line: String) {
         self.notes.borrow_mut().push(line);
+    }
+
+    /// Says why the scenario cannot be run on this machine. It returns then, and has not passed.
+    pub fn skip(&self, reason: &str) {
+        *self.skipped.borrow_mut() = Some(reason.to_owned());
+    }
+
+    /// Why it has not been run, if it has not.
+    pub fn skipped(&self) -> Option<String> {
+        self.skipped.borrow().clone()
     }
 
     /// The lines to be printed below the result.
