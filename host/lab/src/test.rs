@@ -28,6 +28,11 @@ const LONG_SCENARIOS: &[&str] = &[
     "unused_proof",
     "unused_bounded",
     "reclaim",
+    "page_sets_touched",
+    "page_sets_fragmented",
+    "page_sets_encodings",
+    "page_sets_huge_pages",
+    "page_sets_scale",
 ];
 
 /// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
