@@ -31,7 +31,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "page_sets_touched",
     "page_sets_fragmented",
     "page_sets_encodings",
-    "page_sets_huge_pages",
+    "page_sets_huge_pages_qemu",
     "page_sets_scale",
 ];
 
