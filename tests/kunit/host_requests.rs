@@ -35,6 +35,8 @@ struct Host {
     device: FakeDevice,
     /// Buffers for requests.
     inboxes: KVec<Request>,
+    /// Messages of the driver that are not answered yet, in order.
+    messages: KVec<Request>,
 }
 
 /// A message of an answer.
@@ -83,33 +85,46 @@ impl Host {
         Ok(Self {
             device: FakeDevice::new(features)?,
             inboxes: KVec::new(),
+            messages: KVec::new(),
         })
     }
 
-    /// Returns the next message of the driver, which is not answered yet.
-    fn next(&mut self) -> Result<Option<Request>> {
+    /// Takes what the driver has sent.
+    fn collect(&mut self) -> Result {
         while let Some(request) = self.device.next(REQUESTS)? {
-            if request.writable == 0 {
-                return Ok(Some(request));
-            }
-            self.inboxes.push(request, GFP_KERNEL)?;
+            let list = match request.writable {
+                0 => &mut self.messages,
+                _ => &mut self.inboxes,
+            };
+            list.push(request, GFP_KERNEL)?;
         }
 
-        Ok(None)
+        Ok(())
+    }
+
+    /// Takes a buffer for a request.
+    fn inbox(&mut self) -> Result<Request> {
+        eventually(|| {
+            self.collect()?;
+            Ok(!self.inboxes.is_empty())
+        })?;
+
+        self.inboxes.pop().ok_or(EINVAL)
+    }
+
+    /// Takes the next message, which is not answered yet.
+    fn message(&mut self) -> Result<Request> {
+        eventually(|| {
+            self.collect()?;
+            Ok(!self.messages.is_empty())
+        })?;
+
+        self.messages.remove(0).map_err(|_| EINVAL)
     }
 
     /// Makes a request.
     fn ask(&mut self, command: u16, block_shift: u8, caches: u32, id: u64, start: u64) -> Result {
-        let mut message = None;
-        eventually(|| {
-            message = self.next()?;
-            Ok(!self.inboxes.is_empty())
-        })?;
-        if message.is_some() {
-            return Err(EINVAL);
-        }
-
-        let inbox = self.inboxes.pop().ok_or(EINVAL)?;
+        let inbox = self.inbox()?;
         let mut words = KVec::with_capacity(16, GFP_KERNEL)?;
         words.push(command.to_le(), GFP_KERNEL)?;
         words.push(u16::from(block_shift).to_le(), GFP_KERNEL)?;
@@ -125,13 +140,7 @@ impl Host {
 
     /// Takes the next message, and answers it.
     fn answer(&mut self) -> Result<Message> {
-        let mut message = None;
-        eventually(|| {
-            message = self.next()?;
-            Ok(message.is_some())
-        })?;
-
-        let message = message.ok_or(EINVAL)?;
+        let message = self.message()?;
         self.device.answer(REQUESTS, &message, 0)?;
         self.device.interrupt(REQUESTS)?;
         Message::read(&message)
@@ -195,18 +204,14 @@ mod tests {
             return;
         }
 
-        let mut first = None;
-        let waiting = eventually(|| {
-            first = host.next()?;
-            Ok(first.is_some())
-        });
-        assert_eq!(waiting, Ok(()));
+        let first = host.message();
+        assert!(first.is_ok());
+        let Ok(first) = first else { return };
         fsleep(Delta::from_millis(100));
         let held = free.saturating_sub(memory::Info::now().free);
         // As much as four messages are about.
         assert!(held > NOISE && held < (256 << 20) + NOISE);
 
-        let Some(first) = first else { return };
         assert_eq!(host.device.answer(REQUESTS, &first, 0), Ok(()));
         assert_eq!(host.device.interrupt(REQUESTS), Ok(()));
         let answer = host.answers(request::UNUSED_DISCARD, 7);
@@ -243,14 +248,9 @@ mod tests {
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
 
-        let inbox = eventually(|| {
-            let _ = host.next()?;
-            Ok(!host.inboxes.is_empty())
-        });
-        assert_eq!(inbox, Ok(()));
-        let Some(inbox) = host.inboxes.pop() else {
-            return;
-        };
+        let inbox = host.inbox();
+        assert!(inbox.is_ok());
+        let Ok(inbox) = inbox else { return };
         assert_eq!(
             host.device.fill(REQUESTS, &inbox, &[3, 12, 0, 0, 8]),
             Ok(())
