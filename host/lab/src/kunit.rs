@@ -12,6 +12,12 @@ use crate::places::Places;
 use crate::report::Report;
 use crate::{Guests, setup};
 
+/// What the guest's log has behind the results.
+const END: &str = "all suites have run";
+
+/// How long the guest's console may take to print what is in its log.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Runs KUnit in one kernel, or in both.
 pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
@@ -39,6 +45,11 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     let result = vm::run(&config, |guest| {
         let mark = guest.console().mark()?;
         guest.insmod(Driver::Rust, &[])?;
+        // The console may be behind: this line comes after all results.
+        guest.write_file("/dev/kmsg", &format!("{END}\n"))?;
+        guest.wait_until("the last results", PATIENCE, || {
+            Ok(guest.console().count_since(mark, END)? > 0)
+        })?;
         let cases = ktap::parse(&guest.console().text_since(mark)?);
         guest.rmmod(Driver::Rust)?;
         Ok(cases)
