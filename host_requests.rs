@@ -514,6 +514,9 @@ impl HostRequests {
         inner.queue.disable_callback();
         // What the device has used comes back to the guest in any case.
         inner.collect(&self.dropper);
+        inner
+            .budget
+            .spend(self.dropper.spent.xchg(0, Relaxed), start);
         if let Some(pause) = inner.budget.pause(start) {
             return Some(match inner.queue.enable_callback() {
                 true => pause,
@@ -573,6 +576,8 @@ impl Job for HostRequests {
 struct Dropper {
     #[pin]
     state: Mutex<Dropping>,
+    /// How long it took that nobody has taken note of, in nanoseconds.
+    spent: Atomic<i64>,
     requests: Waker<HostRequests>,
 }
 
@@ -590,6 +595,7 @@ impl Dropper {
         let slot = new_slot!(c"virtio_balloon_rs_caches")?;
         let dropper = try_pin_init!(Self {
             state <- new_mutex!(Dropping::Idle, "Dropper::state"),
+            spent: Atomic::new(0),
             requests,
         });
 
@@ -640,10 +646,12 @@ impl Job for Dropper {
         let Dropping::Busy(_, caches) = *task.state.lock() else {
             return;
         };
+        let start = Instant::<Monotonic>::now();
         let status = match caches::drop_caches(caches.pages, caches.slab) {
             Ok(()) => request::COMPLETE,
             Err(_) => request::ABORTED,
         };
+        task.spent.add(start.elapsed().as_nanos(), Relaxed);
 
         let mut state = task.state.lock();
         *state = match *state {
