@@ -28,6 +28,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "unused_proof",
     "unused_bounded",
     "reclaim",
+    "snapshot",
     "page_sets_touched",
     "page_sets_fragmented",
     "page_sets_encodings",

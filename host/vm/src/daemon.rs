@@ -63,7 +63,7 @@ impl Daemon {
     }
 
     /// The socket that QEMU connects to.
-    pub(crate) fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         socket(&self.directory)
     }
 

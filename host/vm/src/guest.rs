@@ -3,6 +3,7 @@
 //! A running guest and what can be done with it.
 
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -87,6 +88,8 @@ pub struct Meminfo {
 #[derive(Debug)]
 pub(crate) struct Home {
     qemu: Qemu,
+    /// The file that holds the guest's memory, if it has a name.
+    pub(crate) memory_file: Option<PathBuf>,
     pub(crate) qmp: Arc<Qmp>,
     pub(crate) agent: Agent,
     pub(crate) daemon: Option<Arc<Daemon>>,
@@ -165,6 +168,7 @@ impl Home {
             .with_context(|| format!("QEMU does not start: {}", qemu.complaint()))?;
         Ok(Self {
             qemu,
+            memory_file: config.memory_file.clone(),
             qmp: Arc::new(qmp),
             agent: agent(streams.agent)?,
             daemon,
@@ -278,7 +282,10 @@ impl Guest {
     ///
     /// There is none.
     pub fn memory_file(&self) -> Result<MemoryFile> {
-        MemoryFile::of(self.home().qemu.id())
+        match &self.home().memory_file {
+            Some(file) => MemoryFile::open(file),
+            None => MemoryFile::of(self.home().qemu.id()),
+        }
     }
 
     /// How much of the guest's memory is in the host's transparent huge pages.

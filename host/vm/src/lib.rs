@@ -37,6 +37,7 @@ mod migration;
 mod qemu;
 mod qmp;
 mod size;
+mod snapshot;
 mod write_log;
 
 pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output};
@@ -55,4 +56,5 @@ pub use crate::migration::{Migration, Transfer};
 pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};
 pub use crate::size::Size;
+pub use crate::snapshot::Snapshot;
 pub use crate::write_log::WriteLog;

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -37,6 +38,14 @@ fn offset(address: Size, size: Size) -> Option<Size> {
 pub struct MemoryFile(File);
 
 impl MemoryFile {
+    /// Opens one that has a name.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::options().read(true).write(true).open(path);
+        Ok(Self(
+            file.with_context(|| format!("opening {}", path.display()))?,
+        ))
+    }
+
     /// Finds that of a QEMU.
     pub(crate) fn of(qemu: u32) -> Result<Self> {
         for entry in fs::read_dir(format!("/proc/{qemu}/fd"))? {
@@ -44,8 +53,7 @@ impl MemoryFile {
             let is_it = |target: std::path::PathBuf| target.to_string_lossy().starts_with(NAME);
             // QEMU may have closed it meanwhile.
             if fs::read_link(&path).is_ok_and(is_it) {
-                let file = File::options().read(true).write(true).open(path)?;
-                return Ok(Self(file));
+                return Self::open(&path);
             }
         }
         bail!("the guest's memory is in no file")

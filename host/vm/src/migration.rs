@@ -121,7 +121,7 @@ impl Guest {
     }
 
     /// Waits for the end of a migration, and hands all that it takes on the way to `watch`.
-    fn wait_migrated(
+    pub(crate) fn wait_migrated(
         &self,
         qmp: &Qmp,
         mut watch: impl FnMut(&Transfer) -> Result<()>,

@@ -145,6 +145,7 @@ pub struct Config {
     verbose: bool,
     accel: Accel,
     backend: MemoryBackend,
+    pub(crate) memory_file: Option<PathBuf>,
     machine: Machine,
     cpus: u32,
     parameters: Vec<String>,
@@ -171,6 +172,7 @@ impl Config {
             verbose: false,
             accel: Accel::detect(),
             backend: MemoryBackend::Anonymous,
+            memory_file: None,
             machine: Machine::Q35,
             cpus: 2,
             parameters: Vec::new(),
@@ -196,6 +198,12 @@ impl Config {
     /// What holds the guest's memory in the host.
     pub fn backend(mut self, backend: MemoryBackend) -> Self {
         self.backend = backend;
+        self
+    }
+
+    /// Holds the guest's memory in this file, whatever the backend. QEMU makes it if it is not there.
+    pub fn memory_file(mut self, file: &Path) -> Self {
+        self.memory_file = Some(file.to_owned());
         self
     }
 
@@ -390,17 +398,18 @@ impl Config {
             Machine::Microvm => ("microvm,acpi=off,pit=on,rtc=on", "virtio-serial-device"),
         };
         let mut machine = format!("{machine},accel={}", self.accel.name());
-        let backend = match self.backend {
-            MemoryBackend::Anonymous if daemon.is_none() => None,
-            MemoryBackend::Anonymous | MemoryBackend::Memfd => Some(""),
-            MemoryBackend::Hugetlb => Some(",hugetlb=on,hugetlbsize=2M"),
+        let backend = match (&self.memory_file, self.backend) {
+            (Some(file), _) => Some(format!("file,mem-path={}", file.display())),
+            (None, MemoryBackend::Anonymous) if daemon.is_none() => None,
+            (None, MemoryBackend::Anonymous | MemoryBackend::Memfd) => Some("memfd".to_owned()),
+            (None, MemoryBackend::Hugetlb) => Some("memfd,hugetlb=on,hugetlbsize=2M".to_owned()),
         };
-        if let Some(properties) = backend {
+        if let Some(backend) = backend {
             let bytes = self.memory.as_bytes();
             machine += ",memory-backend=memory";
             option(
                 "-object",
-                format!("memory-backend-memfd,id=memory,size={bytes},share=on{properties}"),
+                format!("memory-backend-{backend},id=memory,size={bytes},share=on"),
             );
         }
         option("-machine", machine);
@@ -699,9 +708,16 @@ mod tests {
             .join(" ");
         assert!(line.contains("accel=tcg,memory-backend=memory"), "{line}");
         assert!(
-            line.contains("size=1073741824,share=on,hugetlb=on,hugetlbsize=2M"),
+            line.contains(
+                "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,id=memory,size=1073741824,share=on"
+            ),
             "{line}"
         );
+        let line = config()
+            .memory_file(Path::new("/m"))
+            .command_line(None)
+            .join(" ");
+        assert!(line.contains("memory-backend-file,mem-path=/m,"), "{line}");
     }
 
     #[test]

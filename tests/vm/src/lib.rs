@@ -37,6 +37,7 @@ mod power;
 mod queues;
 mod reporting;
 mod sizes;
+mod snapshot;
 mod speed;
 mod statistics;
 mod transports;
@@ -61,6 +62,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     page_sets::SCENARIOS,
     vhost_user::SCENARIOS,
     unused::SCENARIOS,
+    snapshot::SCENARIOS,
 ];
 
 /// Something that the driver must do.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use balloon_control::{Begun, Progress, Ranges, Request, RequestStatus};
 use fastrand::Rng;
 use serde_json::{Value, json};
-use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
+use vm::{Daemon, Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
 
 use crate::{BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
@@ -39,6 +39,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: reclaim,
     },
     Scenario {
+        name: "request_flood",
+        proves: "a host that asks without pause costs the guest a bounded part of its time",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: flood,
+    },
+    Scenario {
         name: "drop_caches",
         proves: "the guest has less in its caches when the host wants it",
         kernels: TEST_KERNEL,
@@ -65,21 +73,25 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const GARBAGE: u8 = 0xa5;
 
 fn proof(setup: &Setup) -> Result<()> {
-    let (memory, rounds) = match setup.kernel {
-        Kernel::Test => (Size::gib(8), 20),
-        Kernel::Debug => (Size::gib(2), 3),
+    let (memory, guests, rounds) = match setup.kernel {
+        Kernel::Test => (Size::gib(8), 5, 10),
+        Kernel::Debug => (Size::gib(2), 2, 3),
     };
     let mut total = Size::default();
-    overwrite(setup, setup.driver, memory, rounds, &mut total)?;
+    for seed in 0..guests {
+        overwrite(setup, setup.driver, memory, rounds, seed, &mut total)
+            .with_context(|| format!("with the seed {seed}"))?;
+    }
     setup.note(format!(
-        "{total} of unused memory were overwritten in {rounds} rounds, and nobody has missed them"
+        "{total} of unused memory were overwritten in {rounds} rounds in each of {guests} guests, and nobody has missed \
+         them"
     ));
     Ok(())
 }
 
 fn lie(setup: &Setup) -> Result<()> {
     let mut total = Size::default();
-    let outcome = overwrite(setup, Driver::Lying, Size::gib(1), 5, &mut total);
+    let outcome = overwrite(setup, Driver::Lying, Size::gib(1), 5, 0, &mut total);
     match outcome {
         Ok(()) => bail!("{total} were overwritten, some of it in use, and nothing was noticed"),
         Err(error) if total == Size::default() => Err(error.context("nothing was overwritten")),
@@ -104,6 +116,7 @@ fn overwrite(
     driver: Driver,
     memory: Size,
     rounds: u64,
+    seed: u64,
     total: &mut Size,
 ) -> Result<()> {
     let log = WriteLog::new()?;
@@ -112,7 +125,7 @@ fn overwrite(
         .memory(memory)
         .write_log(&log)
         .timeout(Duration::from_secs(900));
-    let mut random = Rng::with_seed(rounds);
+    let mut random = Rng::with_seed(seed);
     vm::run(&config, |guest| {
         guest.insmod(driver, &[])?;
         let load = guest.load(Load::Churn {
@@ -154,7 +167,7 @@ fn overwrite_once(
     let begun: Begun = daemon.call(&unused(4096))?;
     guest.balloon().request(size)?;
     guest.write_file("/proc/sys/vm/compact_memory", "1")?;
-    complete(guest, begun)?;
+    complete(guest, &daemon, begun)?;
     let mut unused = Vec::new();
     let mut from = Some(0);
     while let Some(address) = from {
@@ -193,10 +206,10 @@ fn overwrite_once(
 }
 
 /// Waits until a request is completed.
-fn complete(guest: &Guest, begun: Begun) -> Result<Progress> {
+pub(crate) fn complete(guest: &Guest, daemon: &Daemon, begun: Begun) -> Result<Progress> {
     let mut last = None;
     guest.wait_until("the end of an answer", PATIENCE, || {
-        let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
+        let progress: Progress = daemon.call(&Request::Progress { id: begun.id })?;
         last = Some(progress);
         Ok(!matches!(
             progress.status,
@@ -215,8 +228,9 @@ fn complete(guest: &Guest, begun: Begun) -> Result<Progress> {
 /// Makes a request and waits for its end. Returns how that went, and how long it took.
 fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duration)> {
     let start = Instant::now();
-    let begun: Begun = guest.daemon()?.call(request)?;
-    let progress = complete(guest, begun)?;
+    let daemon = guest.daemon()?;
+    let begun: Begun = daemon.call(request)?;
+    let progress = complete(guest, &daemon, begun)?;
     Ok((progress, start.elapsed()))
 }
 
@@ -236,9 +250,12 @@ fn unused(block: u64) -> Request {
 }
 
 fn bounded(setup: &Setup) -> Result<()> {
+    /// How much longer than another GiB one may take to be named, in a larger guest.
+    const LIMIT: f64 = 2.0;
+    let mut for_each_gib = Vec::new();
     for memory in [Size::gib(2), Size::gib(8)] {
         vm::run(&setup.config().memory(memory), |guest| {
-            let measure = |what: &str| -> Result<()> {
+            let measure = |what: &str| -> Result<Duration> {
                 guest.insmod(setup.driver, &[])?;
                 let free = guest.free()?;
                 let (progress, took) = ask(guest, &unused(4096))?;
@@ -258,19 +275,123 @@ fn bounded(setup: &Setup) -> Result<()> {
                     named.as_bytes() * 10 > free.as_bytes() * 9,
                     "{named} of {free} in free memory were named"
                 );
-                guest.rmmod(setup.driver)
+                guest.rmmod(setup.driver)?;
+                Ok(took)
             };
             measure("idle")?;
             let load = guest.load(Load::Fragment {
                 mib: usize::try_from(memory.as_mib() / 8 * 7)?,
             })?;
             load.wait_passes(1, PATIENCE)?;
-            measure("lone pages")?;
+            let took = measure("lone pages")?.as_secs_f64();
+            for_each_gib.push(took * Size::gib(1).as_bytes() as f64 / memory.as_bytes() as f64);
+            if memory == Size::gib(8) {
+                call_off(setup, guest)?;
+            }
             load.stop()?;
             Ok(())
         })?;
     }
+    ensure!(
+        for_each_gib[1] < for_each_gib[0] * LIMIT,
+        "lone pages take {for_each_gib:?} s for each GiB of the two guests"
+    );
     Ok(())
+}
+
+/// Calls a request off that takes the guest long to answer.
+fn call_off(setup: &Setup, guest: &Guest) -> Result<()> {
+    guest.insmod(setup.driver, &[])?;
+    let daemon = guest.daemon()?;
+    let begun: Begun = daemon.call(&unused(4096))?;
+    let progress = || daemon.call::<Progress>(&Request::Progress { id: begun.id });
+    while progress()?.named == 0 {
+        guest.check_alive()?;
+    }
+    let start = Instant::now();
+    daemon.call::<Value>(&Request::Cancel { id: begun.id })?;
+    while progress()?.status == RequestStatus::Open {
+        guest.check_alive()?;
+    }
+    let (progress, took) = (progress()?, start.elapsed());
+    setup.note(format!(
+        "called off after {} were named: {:?} after {} ms",
+        Size::bytes(progress.named),
+        progress.status,
+        took.as_millis()
+    ));
+    ensure!(
+        progress.status == RequestStatus::Cancelled,
+        "a request that was called off ends with {:?}",
+        progress.status
+    );
+    guest.rmmod(setup.driver)
+}
+
+fn flood(setup: &Setup) -> Result<()> {
+    const TIME: Duration = Duration::from_secs(20);
+    /// What the driver may spend at once, and of all time.
+    const AT_ONCE: Duration = Duration::from_secs(2);
+    const SHARE: u32 = 10;
+    /// What else there is to do for an idle guest.
+    const OTHERS: Duration = Duration::from_secs(2);
+    let requests = [
+        unused(4096),
+        Request::DropCaches {
+            pages: true,
+            slab: true,
+        },
+        Request::Reclaim {
+            block: 2 << 20,
+            start: 0,
+            end: 0,
+        },
+    ];
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let daemon = guest.daemon()?;
+        let (before, start) = (busy(guest)?, Instant::now());
+        let (mut asked, mut next) = (0_u64, requests.iter().cycle());
+        while start.elapsed() < TIME {
+            let request = next.next().context("a cycle has no end")?;
+            match daemon.call::<Begun>(request) {
+                Ok(_) => asked += 1,
+                // As many are open as can be.
+                Err(_) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        let (spent, time) = (busy(guest)?.saturating_sub(before), start.elapsed());
+        setup.note(format!(
+            "{asked} requests in {} s took the guest {} ms",
+            time.as_secs(),
+            spent.as_millis()
+        ));
+        ensure!(
+            spent < AT_ONCE + time / SHARE + OTHERS,
+            "the guest was busy for {spent:?} of {time:?} with {asked} requests"
+        );
+        // Nobody has to wait for the end of it.
+        guest.balloon().settle(Size::mib(256))?;
+        guest.balloon().settle(Size::default())?;
+        daemon.call::<Value>(&Request::Stats { fresh: true })?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// For how long the guest's processors were not idle.
+fn busy(guest: &Guest) -> Result<Duration> {
+    /// The unit of /proc/stat.
+    const TICK: Duration = Duration::from_millis(10);
+    let text = guest.read_file("/proc/stat")?;
+    let ticks = text.lines().next().unwrap_or_default().split_whitespace();
+    // The fourth and fifth number are the idle time.
+    let mut sum = 0;
+    for (index, ticks) in ticks.skip(1).take(7).enumerate() {
+        if index != 3 && index != 4 {
+            sum += ticks.parse::<u32>()?;
+        }
+    }
+    Ok(TICK * sum)
 }
 
 fn reclaim(setup: &Setup) -> Result<()> {
@@ -353,7 +474,7 @@ fn drop_caches(setup: &Setup) -> Result<()> {
 }
 
 /// Fails if a load has found something wrong.
-fn check(load: &RunningLoad<'_>) -> Result<()> {
+pub(crate) fn check(load: &RunningLoad<'_>) -> Result<()> {
     let status = load.status()?;
     ensure!(
         status.exit.is_none(),

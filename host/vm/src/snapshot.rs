@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest that is saved to files, and goes on from there. docs/snapshots.md has the same for people.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::guest::{Guest, Home};
+use crate::memory_file::MemoryFile;
+use crate::qmp::Qmp;
+use crate::size::Size;
+
+/// A guest in files, which are removed in the end.
+#[derive(Debug)]
+pub struct Snapshot {
+    directory: TempDir,
+    /// What the files take.
+    pub size: Size,
+    /// For how long the guest stood still.
+    pub took: Duration,
+}
+
+impl Snapshot {
+    /// What is in the guest's memory. There is nothing in its holes.
+    fn memory(&self) -> PathBuf {
+        self.directory.path().join("memory")
+    }
+
+    /// All else, in the way of a migration.
+    fn state(&self) -> Value {
+        let path = self.directory.path().join("state");
+        json!({ "uri": format!("file:{}", path.display()) })
+    }
+}
+
+impl Guest {
+    /// Saves the guest while it stands still, and lets it go on. For guests with
+    /// [`Config::memory_file`](crate::Config::memory_file) and devices that can be migrated. The snapshot is in a
+    /// directory of its own in `parent`.
+    pub fn save(&self, parent: &Path) -> Result<Snapshot> {
+        let qmp = self.qmp();
+        let file = self.home().memory_file.clone();
+        let file = file.context("the guest's memory has to be in a file with a name")?;
+        let mut snapshot = Snapshot {
+            directory: TempDir::new_in(parent)?,
+            size: Size::default(),
+            took: Duration::default(),
+        };
+        let start = Instant::now();
+        qmp.execute::<Value>("stop", &json!({}))?;
+        leave_memory_alone(&qmp)?;
+        qmp.execute::<Value>("migrate", &snapshot.state())?;
+        self.wait_migrated(&qmp, |_| Ok(()))?;
+        copy(&file, &snapshot.memory())?;
+        snapshot.took = start.elapsed();
+        qmp.execute::<Value>("cont", &json!({}))?;
+
+        for entry in fs::read_dir(snapshot.directory.path())? {
+            snapshot.size = snapshot.size + MemoryFile::open(&entry?.path())?.resident()?;
+        }
+        Ok(snapshot)
+    }
+
+    /// Goes on with the guest as it was saved, in another QEMU, with memory of its own: the snapshot stays as it is.
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
+        let home = self.home();
+        let file = snapshot.directory.path().join("memory-of-the-restored");
+        copy(&snapshot.memory(), &file)?;
+        let config = self.config().clone().memory_file(&file);
+        let config = config.argument("-incoming", "defer");
+        let restored = Home::start(&config, |stream| home.agent.by_way_of(stream))?;
+        leave_memory_alone(&restored.qmp)?;
+        restored
+            .qmp
+            .execute::<Value>("migrate-incoming", &snapshot.state())?;
+        self.wait_migrated(&restored.qmp, |_| Ok(()))?;
+        restored.qmp.execute::<Value>("cont", &json!({}))?;
+        self.moved(restored);
+        Ok(())
+    }
+}
+
+/// Has a QEMU migrate all but memory that is shared.
+fn leave_memory_alone(qmp: &Qmp) -> Result<()> {
+    let capabilities =
+        json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+    qmp.execute::<Value>("migrate-set-capabilities", &capabilities)?;
+    Ok(())
+}
+
+/// Copies a file, but for its holes.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("cp")
+        .arg("--sparse=auto")
+        .args([from, to])
+        .status()?;
+    ensure!(
+        status.success(),
+        "cp fails to copy {}: {status}",
+        from.display()
+    );
+    Ok(())
+}

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots that leave out what the guest does not use (docs/snapshots.md).
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use balloon_control::Request;
+use serde_json::{Value, json};
+use vm::{Config, Daemon, Guest, Load, RunningLoad, Size, Snapshot};
+
+use crate::lifecycle::{PORT, plug, unplug};
+use crate::unused::{check, complete};
+use crate::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "snapshot",
+    proves: "a snapshot has none of the memory that the guest has freed, and the guest goes on from it",
+    kernels: TEST_KERNEL,
+    drivers: RUST_DRIVER,
+    devices: EXTENDED_DEVICE,
+    run: snapshot,
+}];
+
+/// Where guests' memory and snapshots are: in memory.
+const DIRECTORY: &str = "/dev/shm";
+
+const PATIENCE: Duration = Duration::from_secs(180);
+
+fn snapshot(setup: &Setup) -> Result<()> {
+    let (idle, idle_less) = save_twice(setup, "idle", Size::default())?;
+    ensure!(
+        idle_less <= idle,
+        "{idle} are saved of an idle guest, and {idle_less} without its unused memory"
+    );
+    let (dirty, dirty_less) = save_twice(setup, "dirtied", Size::gib(5))?;
+    ensure!(
+        dirty_less.as_bytes() * 10 <= dirty.as_bytes(),
+        "{dirty} are saved of a dirtied guest, and {dirty_less} without its unused memory"
+    );
+    Ok(())
+}
+
+/// Saves a guest that has used and freed `used`, and saves it once more after unused memory was given back. Goes on from
+/// the second one. Returns what each of them takes.
+fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
+    let directory = tempfile::tempdir_in(DIRECTORY)?;
+    let config = setup
+        .config()
+        .memory(Size::gib(8))
+        .memory_file(&directory.path().join("memory"))
+        .extra_device(PORT)
+        .balloon(None);
+    vm::run(&config, |guest| {
+        let data = guest.load(Load::Hold {
+            mib: 128,
+            threads: 2,
+        })?;
+        data.wait_passes(1, PATIENCE)?;
+        if used > Size::default() {
+            let touch = guest.load(Load::Touch {
+                mib: usize::try_from(used.as_mib())?,
+            })?;
+            touch.wait_passes(1, PATIENCE)?;
+            touch.wait(PATIENCE)?;
+        }
+        let note = |how: &str, snapshot: &Snapshot| {
+            setup.note(format!(
+                "{what}, {how}: {} saved in {} ms",
+                snapshot.size,
+                snapshot.took.as_millis()
+            ));
+            snapshot.size
+        };
+        let all = note("as it is", &guest.save(directory.path())?);
+
+        guest.insmod(setup.driver, &[])?;
+        let start = Instant::now();
+        reclaim(guest, &config)?;
+        setup.note(format!(
+            "{what}: unused memory was given back in {} ms",
+            start.elapsed().as_millis()
+        ));
+        let snapshot = guest.save(directory.path())?;
+        let less = note("without unused memory", &snapshot);
+
+        guest.restore(&snapshot)?;
+        verify(&data)?;
+        // All memory is as good as before.
+        let touch = guest.load(Load::Touch { mib: 4096 })?;
+        touch.wait_passes(1, PATIENCE)?;
+        touch.wait(PATIENCE)?;
+        reclaim(guest, &config)?;
+        verify(&data)?;
+        data.stop()?;
+        guest.rmmod(setup.driver)?;
+        Ok((all, less))
+    })
+}
+
+/// Has unused memory given back by a balloon device that is there for just as long.
+fn reclaim(guest: &Guest, config: &Config) -> Result<()> {
+    let daemon = Daemon::start(config)?;
+    let chardev = json!({ "id": "balloon", "backend": { "type": "socket", "data": {
+        "addr": { "type": "unix", "data": { "path": daemon.socket() } },
+        "server": false,
+    } } });
+    guest.qmp().execute::<Value>("chardev-add", &chardev)?;
+    let device = json!({
+        "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "port0", "chardev": "balloon",
+        "virtio-id": 5, "num_vqs": 6, "vq_size": 256, "config_size": 24,
+    });
+    plug(guest, &device)?;
+    let request = Request::Reclaim {
+        block: 2 << 20,
+        start: 0,
+        end: 0,
+    };
+    let begun = daemon.call(&request)?;
+    complete(guest, &daemon, begun)?;
+    unplug(guest)?;
+    guest
+        .qmp()
+        .execute::<Value>("chardev-remove", &json!({ "id": "balloon" }))?;
+    Ok(())
+}
+
+/// Waits until a load has verified more of its memory.
+fn verify(load: &RunningLoad<'_>) -> Result<()> {
+    let passes = load.status()?.progress.passes;
+    load.wait_passes(passes + 2, PATIENCE)?;
+    check(load)
+}
