@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The demonstration: 7 of a guest's 8 GiB into the balloon and out of it again, with this
-//! repository's driver and with the C driver.
+//! The demonstration: 7 of a guest's 8 GiB into the balloon and out of it again, with the C driver and with this
+//! repository's, on QEMU's device and on this repository's.
 
-use std::fs;
 use std::time::Duration;
+use std::{fmt, fs, iter};
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use vm::{Artifacts, Balloon, Config, Driver, Kernel, Load, Size};
+use vm::{Artifacts, Balloon, Config, Device, Driver, Kernel, Load, Size};
 
 use crate::places::Places;
 use crate::progress::Phase;
@@ -24,7 +24,36 @@ const TOUCHED: Size = Size::gib(2);
 /// QEMU's own memory and what the tools need, beside the guest's.
 const OVERHEAD: Size = Size::gib(1);
 
-/// What was seen of one driver.
+/// A driver and the device that it has.
+#[derive(Clone, Copy)]
+struct Contestant {
+    driver: Driver,
+    device: Device,
+}
+
+impl fmt::Display for Contestant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.driver.name(), self.device)
+    }
+}
+
+/// The first one is what the others are compared with.
+const CONTESTANTS: [Contestant; 3] = [
+    Contestant {
+        driver: Driver::C,
+        device: Device::Qemu,
+    },
+    Contestant {
+        driver: Driver::Rust,
+        device: Device::Qemu,
+    },
+    Contestant {
+        driver: Driver::Rust,
+        device: Device::Extended,
+    },
+];
+
+/// What was seen of one of them.
 struct Measurement {
     inflate: Duration,
     deflate: Duration,
@@ -41,9 +70,11 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     check_memory()?;
     let artifacts = setup::prepare(&places, Kernel::Test)?;
-    let rust = measure(&artifacts, Driver::Rust, guests)?;
-    let c = measure(&artifacts, Driver::C, guests)?;
-    println!("\n{}", table(&rust, &c));
+    let measurements = CONTESTANTS
+        .into_iter()
+        .map(|contestant| measure(&artifacts, contestant, guests))
+        .collect::<Result<Vec<_>>>()?;
+    println!("\n{}", table(&measurements));
     println!(
         "An idle guest of {MEMORY} inflates its balloon to {TARGET} and deflates it. What the host\n\
          gets back is seen in a second round, after the guest has used and freed {TOUCHED}."
@@ -67,32 +98,34 @@ fn check_memory() -> Result<()> {
     Ok(())
 }
 
-fn measure(artifacts: &Artifacts, driver: Driver, guests: Guests) -> Result<Measurement> {
-    let config = Config::new(artifacts, &format!("demo-{}", driver.name()))
+fn measure(artifacts: &Artifacts, contestant: Contestant, guests: Guests) -> Result<Measurement> {
+    let Contestant { driver, device } = contestant;
+    let config = Config::new(artifacts, "demo")
+        .device(device)
         .memory(MEMORY)
         .accel(guests.accel())
         .verbose(guests.verbose)
         .timeout(Duration::from_secs(300));
-    let booting = Phase::start(&format!("{}: booting", driver.name()), None);
+    let booting = Phase::start(&format!("{contestant}: booting"), None);
     let measurement = vm::run(&config, |guest| {
         guest.insmod(driver, &[])?;
         booting.finish();
         let balloon = guest.balloon();
         let free_before = guest.meminfo()?.free;
-        let inflate = settle(driver, "inflating", balloon, TARGET)?;
+        let inflate = settle(contestant, "inflating", balloon, TARGET)?;
         let pages = guest.vmstat("nr_balloon_pages")?;
-        let deflate = settle(driver, "deflating", balloon, Size::default())?;
+        let deflate = settle(contestant, "deflating", balloon, Size::default())?;
 
-        let using = Phase::start(&format!("{}: the guest works", driver.name()), None);
+        let using = Phase::start(&format!("{contestant}: the guest works"), None);
         let mib = usize::try_from(TOUCHED.as_mib())?;
         guest
             .load(Load::Touch { mib })?
             .wait(Duration::from_secs(120))?;
         using.finish();
         let used = guest.resident()?;
-        settle(driver, "inflating again", balloon, TARGET)?;
+        settle(contestant, "inflating again", balloon, TARGET)?;
         let given_back = used.saturating_sub(guest.resident()?);
-        settle(driver, "deflating again", balloon, Size::default())?;
+        settle(contestant, "deflating again", balloon, Size::default())?;
         let free_after = guest.meminfo()?.free;
         guest.rmmod(driver)?;
         Ok(Measurement {
@@ -106,18 +139,22 @@ fn measure(artifacts: &Artifacts, driver: Driver, guests: Guests) -> Result<Meas
     });
     measurement.with_context(|| {
         format!(
-            "the guest with {} fails, its log is in {}",
-            driver.name(),
+            "the guest with {contestant} fails, its log is in {}",
             config.logs().display()
         )
     })
 }
 
 /// Brings the balloon to a size, and shows it on its way.
-fn settle(driver: Driver, what: &str, balloon: Balloon<'_>, target: Size) -> Result<Duration> {
+fn settle(
+    contestant: Contestant,
+    what: &str,
+    balloon: Balloon<'_>,
+    target: Size,
+) -> Result<Duration> {
     let from = balloon.size()?;
     let way = from.abs_diff(target);
-    let phase = Phase::start(&format!("{}: {what}", driver.name()), Some(way.as_pages()));
+    let phase = Phase::start(&format!("{contestant}: {what}"), Some(way.as_pages()));
     let took = balloon.settle_watched(target, |now| {
         phase.set(now.abs_diff(from).as_pages());
         phase.say(&now.to_string());
@@ -126,21 +163,29 @@ fn settle(driver: Driver, what: &str, balloon: Balloon<'_>, target: Size) -> Res
     Ok(took)
 }
 
-fn table(rust: &Measurement, c: &Measurement) -> Table {
+fn table(measurements: &[Measurement]) -> Table {
     let mut table = Table::new();
+    // In three lines, so that the table is not wider than a terminal.
+    let names = CONTESTANTS.map(|Contestant { driver, device }| {
+        let device = device.to_string().replace(" with ", "\nwith ");
+        format!("{}\n{device}", driver.name())
+    });
     table
         .load_preset(UTF8_FULL_CONDENSED)
-        .set_header(["", Driver::Rust.name(), Driver::C.name()]);
+        .set_header(iter::once(String::new()).chain(names));
     let mut row = |what: &str, show: &dyn Fn(&Measurement) -> String| {
-        table.add_row([what.to_owned(), show(rust), show(c)]);
+        table.add_row(iter::once(what.to_owned()).chain(measurements.iter().map(show)));
     };
-    let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
-    let ratio =
-        |time: Duration, base: Duration| format!("{:.2}", time.as_secs_f64() / base.as_secs_f64());
-    row("inflate", &|m| seconds(m.inflate));
-    row("  to the C driver", &|m| ratio(m.inflate, c.inflate));
-    row("deflate", &|m| seconds(m.deflate));
-    row("  to the C driver", &|m| ratio(m.deflate, c.deflate));
+    let milliseconds = |time: Duration| format!("{} ms", time.as_millis());
+    // The first one took so many times as long.
+    let times = |time: fn(&Measurement) -> Duration| {
+        let first = measurements.first().map_or(Duration::ZERO, time);
+        move |this: &Measurement| format!("{:.1}", first.as_secs_f64() / time(this).as_secs_f64())
+    };
+    row("inflate", &|m| milliseconds(m.inflate));
+    row("  times as fast", &times(|m| m.inflate));
+    row("deflate", &|m| milliseconds(m.deflate));
+    row("  times as fast", &times(|m| m.deflate));
     row("nr_balloon_pages at the top", &|m| m.pages.to_string());
     row("memory given back to the host", &|m| {
         m.given_back.to_string()
