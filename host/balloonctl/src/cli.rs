@@ -88,6 +88,20 @@ pub(crate) enum Command {
         )]
         watch: Option<u32>,
     },
+    /// Show balloons and what their guests do, live
+    Top {
+        /// The control sockets of the VMs, in place of that of --socket or --vm
+        #[arg(value_hint = ValueHint::FilePath)]
+        sockets: Vec<PathBuf>,
+        /// The time between two looks
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            default_value = "1",
+            value_parser = clap::value_parser!(u32).range(1..)
+        )]
+        interval: u32,
+    },
     /// Set how often the guest is asked for statistics
     Interval {
         /// The time between two samples; 0 stops asking

@@ -104,6 +104,9 @@ pub(crate) enum Failure {
     /// Nothing can be printed.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
+    /// Only a terminal can be drawn on.
+    #[error("the output is not a terminal")]
+    NoTerminal,
     /// A file cannot be written.
     #[error("cannot write {path}: {source}", path = .0.display(), source = .1)]
     File(PathBuf, io::Error),
@@ -138,6 +141,7 @@ impl Failure {
             Self::Ended(_) => "see the guest's log, and try again",
             Self::Interrupted => "the guest is told to stop; what it has done stays done",
             Self::Output(_) => "see that there is room where the output goes",
+            Self::NoTerminal => "use balloonctl info --json or balloonctl metrics for programs",
             Self::File(..) => "name a place that is there and can be written",
         }
         .to_owned()
@@ -168,6 +172,7 @@ impl Failure {
             | Self::Excluded(_)
             | Self::Ended(_)
             | Self::Output(_)
+            | Self::NoTerminal
             | Self::File(..) => 1,
             Self::Interrupted => 130,
         }

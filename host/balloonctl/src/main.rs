@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use balloon_control::{Answer, Client, Info, Metrics, Request};
 use clap::{CommandFactory, Parser};
@@ -17,6 +18,7 @@ mod info;
 mod man;
 mod request;
 mod stats;
+mod top;
 mod unused;
 mod wait;
 
@@ -76,6 +78,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
                     show(json, &answer, || Ok(stats::table(&answer.parse()?, None)))
                 }
             }
+        }
+        Command::Top { sockets, interval } => {
+            let sockets = match sockets.is_empty() {
+                true => vec![socket.clone()],
+                false => sockets,
+            };
+            top::run(&sockets, Duration::from_secs(interval.into()))
         }
         Command::Interval { seconds } => {
             let answer = connect()?.call(&Request::SetStatsInterval { seconds })?;

@@ -462,6 +462,12 @@ fn watch_shows_one_sample_after_the_other() {
 }
 
 #[test]
+fn top_wants_a_terminal() {
+    let daemon = Daemon::obedient();
+    fails(&daemon.run(&["top"]), 1, "not a terminal");
+}
+
+#[test]
 fn the_other_commands_say_what_they_should() {
     let daemon = Daemon::obedient();
     succeeds(&daemon.run(&["interval", "5"]));

@@ -1,0 +1,486 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! All balloons of a host, live, in a terminal.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use balloon_control::{Client, ClientError, Info, Request, Stat, Stats};
+use console::Term;
+use indicatif::{HumanBytes, HumanCount};
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Color, Modifier, Style, Stylize};
+use ratatui::text::{Line, Text};
+use ratatui::widgets::{
+    Block, Cell, Paragraph, RenderDirection, Row, Sparkline, Table, TableState,
+};
+use ratatui::{DefaultTerminal, Frame};
+
+use crate::failure::Failure;
+
+/// How long a key may be without effect.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How many sizes of a balloon are remembered.
+const HISTORY: usize = 512;
+
+/// How wide an amount is, with its unit and what comes after it.
+const AMOUNT: u16 = 11;
+
+/// The height of what is shown of one VM.
+const DETAILS: u16 = 9;
+
+/// A VM as it was at some moment.
+struct Look {
+    at: Instant,
+    info: Info,
+    /// Its last statistics, if it sends any.
+    stats: Option<Stats>,
+}
+
+impl Look {
+    fn take(client: &mut Client) -> Result<Self, ClientError> {
+        let info = client.call(&Request::Info {})?.parse()?;
+        let stats = match client.call(&Request::Stats { fresh: false }) {
+            Ok(answer) => Some(answer.parse()?),
+            // There are none.
+            Err(ClientError::Refused(_)) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self {
+            at: Instant::now(),
+            info,
+            stats,
+        })
+    }
+
+    fn stat(&self, stat: Stat) -> Option<u64> {
+        self.stats.as_ref()?.values.get(&stat).copied()
+    }
+}
+
+/// How much something changes in a second.
+#[derive(Clone, Copy)]
+struct Rate {
+    change: u64,
+    shrinks: bool,
+}
+
+impl Rate {
+    fn new(before: u64, now: u64, time: Duration) -> Option<Self> {
+        let change = u128::from(now.abs_diff(before)) * 1000;
+        let change = change.checked_div(time.as_millis())?;
+        Some(Self {
+            change: change.try_into().ok()?,
+            shrinks: now < before,
+        })
+    }
+
+    /// As an amount of memory. Nothing, if it does not change.
+    fn bytes(self) -> String {
+        let bytes = HumanBytes(self.change);
+        match self {
+            Self { change: 0, .. } => String::new(),
+            Self { shrinks: true, .. } => format!("-{bytes}"),
+            Self { shrinks: false, .. } => format!("+{bytes}"),
+        }
+    }
+}
+
+/// What is shown of a VM.
+struct Vm {
+    name: String,
+    /// The last two looks, the last one first, or why there are none.
+    looks: Result<(Look, Option<Look>), String>,
+    /// The balloon's sizes in bytes, the last one first.
+    history: VecDeque<u64>,
+}
+
+impl Vm {
+    fn new(socket: &Path) -> Self {
+        Self {
+            name: name(socket),
+            looks: Err("not asked yet".to_owned()),
+            history: VecDeque::new(),
+        }
+    }
+
+    fn update(&mut self, news: Result<Look, ClientError>) {
+        self.looks = match news {
+            Ok(look) => {
+                self.history.truncate(HISTORY - 1);
+                self.history.push_front(look.info.size);
+                let before = std::mem::replace(&mut self.looks, Err(String::new()));
+                Ok((look, before.ok().map(|(last, _)| last)))
+            }
+            Err(error) => Err(error.to_string()),
+        };
+    }
+
+    /// How much `value` changes in a second.
+    fn rate(&self, value: impl Fn(&Look) -> Option<u64>) -> Option<Rate> {
+        let (now, before) = self.looks.as_ref().ok()?;
+        let before = before.as_ref()?;
+        let time = now.at.duration_since(before.at);
+        Rate::new(value(before)?, value(now)?, time)
+    }
+
+    fn row(&self) -> Row<'static> {
+        let Ok((look, _)) = &self.looks else {
+            return Row::new([self.name.clone()]).style(Color::Red);
+        };
+        let info = &look.info;
+        let bytes = |bytes: Option<u64>| bytes.map(|bytes| HumanBytes(bytes).to_string());
+        let cells = [
+            bytes(info.memory),
+            bytes(Some(info.size)),
+            bytes(Some(info.target)),
+            bytes(look.stat(Stat::AvailableMemory)),
+            self.rate(|look| Some(look.info.size)).map(Rate::bytes),
+            self.rate(|look| Some(look.info.counters.discarded))
+                .map(Rate::bytes),
+        ];
+        let cells =
+            cells.map(|cell| Cell::new(Text::from(cell.unwrap_or_default()).right_aligned()));
+        let row = Row::new([Cell::new(self.name.clone())].into_iter().chain(cells));
+        match info.size == info.target {
+            true => row,
+            false => row.style(Color::Yellow),
+        }
+    }
+
+    /// In a line, how it is.
+    fn state(&self) -> String {
+        let info = match &self.looks {
+            Ok((look, _)) => &look.info,
+            Err(error) => return error.clone(),
+        };
+        let size = HumanBytes(info.size);
+        match info.guest.short_of_target {
+            _ if !info.guest.connected => "no VMM is connected".to_owned(),
+            _ if !info.guest.driver => "no balloon driver works in the guest".to_owned(),
+            _ if info.size == info.target => format!("{size}, as asked for"),
+            Some(reason) => format!("{size} of {}; {reason}", HumanBytes(info.target)),
+            None => format!("{size} of {}", HumanBytes(info.target)),
+        }
+    }
+
+    /// What the guest has sent, a line for each.
+    fn statistics(&self) -> Vec<Line<'static>> {
+        let look = self.looks.as_ref().ok().map(|(look, _)| look);
+        let value = |stat| look.and_then(|look| look.stat(stat));
+        let bytes = |stat| value(stat).map(|bytes| HumanBytes(bytes).to_string());
+        let rate = |stat| self.rate(|look| look.stat(stat));
+        let times = |stat| rate(stat).map(|rate| HumanCount(rate.change).to_string());
+        [
+            ("free", bytes(Stat::FreeMemory)),
+            ("caches", bytes(Stat::DiskCaches)),
+            ("swap in/s", rate(Stat::SwapIn).map(Rate::bytes)),
+            ("swap out/s", rate(Stat::SwapOut).map(Rate::bytes)),
+            ("major faults/s", times(Stat::MajorFaults)),
+            ("alloc stalls/s", times(Stat::AllocStalls)),
+            (
+                "OOM kills",
+                value(Stat::OomKills).map(|kills| HumanCount(kills).to_string()),
+            ),
+        ]
+        .map(|(what, value)| Line::from(format!("{what:<14}{:>12}", value.unwrap_or_default())))
+        .to_vec()
+    }
+}
+
+/// All that is shown.
+struct Top {
+    vms: Vec<Vm>,
+    table: TableState,
+}
+
+impl Top {
+    fn new(sockets: &[PathBuf]) -> Self {
+        Self {
+            vms: sockets.iter().map(|socket| Vm::new(socket)).collect(),
+            table: TableState::new().with_selected(0),
+        }
+    }
+
+    fn draw(&mut self, frame: &mut Frame<'_>) {
+        let [table, details, help] = Layout::vertical([
+            Constraint::Min(3),
+            Constraint::Length(DETAILS),
+            Constraint::Length(1),
+        ])
+        .areas(frame.area());
+        self.draw_table(frame, table);
+        if let Some(vm) = self.table.selected().and_then(|index| self.vms.get(index)) {
+            draw_details(vm, frame, details);
+        }
+        frame.render_widget(Line::from(" ↑ ↓ another VM   q quit").dim(), help);
+    }
+
+    fn draw_table(&mut self, frame: &mut Frame<'_>, area: Rect) {
+        let header = [
+            "VM",
+            "Memory",
+            "Balloon",
+            "Target",
+            "Available",
+            "Balloon/s",
+            "Given back/s",
+        ];
+        let header = header
+            .into_iter()
+            .enumerate()
+            .map(|(column, name)| match column {
+                0 => Text::from(name),
+                _ => Text::from(name).right_aligned(),
+            });
+        let widths = [
+            Constraint::Fill(1),
+            Constraint::Length(AMOUNT),
+            Constraint::Length(AMOUNT),
+            Constraint::Length(AMOUNT),
+            Constraint::Length(AMOUNT),
+            Constraint::Length(AMOUNT + 2),
+            Constraint::Length(AMOUNT + 2),
+        ];
+        let table = Table::new(self.vms.iter().map(Vm::row), widths)
+            .column_spacing(0)
+            .header(Row::new(header).style(Modifier::BOLD))
+            .row_highlight_style(Modifier::REVERSED);
+        frame.render_stateful_widget(table, area, &mut self.table);
+    }
+}
+
+fn draw_details(vm: &Vm, frame: &mut Frame<'_>, area: Rect) {
+    let block = Block::bordered().title(format!(" {}: {} ", vm.name, vm.state()));
+    let inside = block.inner(area);
+    frame.render_widget(block, area);
+    let [history, statistics] = Layout::horizontal([Constraint::Fill(1), Constraint::Length(27)])
+        .spacing(1)
+        .areas(inside);
+    let memory = vm
+        .looks
+        .as_ref()
+        .ok()
+        .and_then(|(look, _)| look.info.memory);
+    let sizes: Vec<u64> = vm
+        .history
+        .iter()
+        .take(history.width.into())
+        .copied()
+        .collect();
+    let mut line = Sparkline::default()
+        .block(Block::new().title("the balloon, in all of the memory"))
+        .data(sizes)
+        // The newest is on the right, as the present is in other pictures.
+        .direction(RenderDirection::RightToLeft)
+        .style(Style::new().cyan());
+    if let Some(memory) = memory {
+        line = line.max(memory);
+    }
+    frame.render_widget(line, history);
+    frame.render_widget(Paragraph::new(vm.statistics()), statistics);
+}
+
+/// Shows the VMs of these control sockets until it is told to end.
+///
+/// # Errors
+///
+/// There is no terminal.
+pub(crate) fn run(sockets: &[PathBuf], interval: Duration) -> Result<(), Failure> {
+    if !Term::stdout().is_term() {
+        return Err(Failure::NoTerminal);
+    }
+    let (sender, news) = mpsc::channel();
+    for (index, socket) in sockets.iter().cloned().enumerate() {
+        let sender = sender.clone();
+        // A daemon that hangs keeps the others' VMs from nothing. The thread ends with the process.
+        thread::spawn(move || watch(&socket, interval, |look| sender.send((index, look)).is_ok()));
+    }
+    let mut terminal = ratatui::try_init()?;
+    let result = show(&mut terminal, Top::new(sockets), &news);
+    ratatui::try_restore()?;
+    Ok(result?)
+}
+
+/// Looks at a VM again and again, as long as somebody takes it.
+fn watch(
+    socket: &Path,
+    interval: Duration,
+    mut tell: impl FnMut(Result<Look, ClientError>) -> bool,
+) {
+    let mut client = None;
+    loop {
+        let look = match client.take() {
+            Some(client) => Ok(client),
+            None => Client::connect(socket),
+        }
+        .and_then(|mut connected| {
+            let look = Look::take(&mut connected)?;
+            client = Some(connected);
+            Ok(look)
+        });
+        if !tell(look) {
+            return;
+        }
+        thread::sleep(interval);
+    }
+}
+
+fn show(
+    terminal: &mut DefaultTerminal,
+    mut top: Top,
+    news: &Receiver<(usize, Result<Look, ClientError>)>,
+) -> io::Result<()> {
+    loop {
+        for (index, look) in news.try_iter() {
+            if let Some(vm) = top.vms.get_mut(index) {
+                vm.update(look);
+            }
+        }
+        terminal.draw(|frame| top.draw(frame))?;
+        if !event::poll(TICK)? {
+            continue;
+        }
+        let Event::Key(key) = event::read()? else {
+            continue;
+        };
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(()),
+            KeyCode::Up | KeyCode::Char('k') => top.table.select_previous(),
+            KeyCode::Down | KeyCode::Char('j') => top.table.select_next(),
+            _ => {}
+        }
+    }
+}
+
+/// What to call the VM with this socket: the directory for those of vhost-user-balloon@.service, else the file.
+fn name(socket: &Path) -> String {
+    let file = socket.file_stem().unwrap_or(socket.as_os_str());
+    let directory = socket.parent().and_then(Path::file_name);
+    let name = match directory {
+        Some(directory) if file == "control" => directory,
+        _ => file,
+    };
+    name.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use balloon_control::{Counters, Guest, Shortfall};
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+    use ratatui::buffer::Cell;
+
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn look(seconds: u64, size: u64) -> Look {
+        let values = Stat::ALL
+            .into_iter()
+            .map(|stat| (stat, seconds << 20))
+            .collect();
+        Look {
+            at: Instant::now() + Duration::from_secs(seconds),
+            info: Info {
+                target: 6 * GIB,
+                size,
+                memory: Some(8 * GIB),
+                granule: 4096,
+                stats_interval: 1,
+                uptime: seconds,
+                guest: Guest {
+                    connected: true,
+                    driver: true,
+                    short_of_target: (size == 5 * GIB).then_some(Shortfall::NoMemory),
+                    ..Guest::default()
+                },
+                counters: Counters {
+                    discarded: size / 2,
+                    ..Counters::default()
+                },
+            },
+            stats: Some(Stats {
+                values,
+                ..Stats::default()
+            }),
+        }
+    }
+
+    fn screen(top: &mut Top) -> Vec<String> {
+        let mut terminal = Terminal::new(TestBackend::new(80, 16)).unwrap();
+        terminal.draw(|frame| top.draw(frame)).unwrap();
+        let buffer = terminal.backend().buffer();
+        let line = |row: &[Cell]| row.iter().map(Cell::symbol).collect();
+        buffer.content.chunks(80).map(line).collect()
+    }
+
+    #[test]
+    fn vms_are_shown_with_their_rates() {
+        let sockets = ["/run/vhost-user-balloon/web/control.sock", "/run/db.sock"];
+        let mut top = Top::new(&sockets.map(PathBuf::from));
+        for size in 1..=5 {
+            top.vms[0].update(Ok(look(2 * size, size * GIB)));
+        }
+        top.vms[1].update(Err(ClientError::Gone));
+        let lines = screen(&mut top);
+        assert!(lines[1].starts_with("web"), "{lines:#?}");
+        for part in [
+            "8.00 GiB",
+            "5.00 GiB",
+            "6.00 GiB",
+            "10.00 MiB",
+            "+512.00 MiB",
+            "+256.00 MiB",
+        ] {
+            assert!(lines[1].contains(part), "{lines:#?}");
+        }
+        assert!(lines[2].starts_with("db "), "{lines:#?}");
+        assert!(
+            lines[6].contains("web: 5.00 GiB of 6.00 GiB; the guest has no free memory"),
+            "{lines:#?}"
+        );
+        assert!(
+            lines[9].contains("swap in/s") && lines[9].contains("+1.00 MiB"),
+            "{lines:#?}"
+        );
+
+        top.table.select_next();
+        let lines = screen(&mut top);
+        assert!(
+            lines[6].contains("db: the daemon has closed the connection"),
+            "{lines:#?}"
+        );
+    }
+
+    #[test]
+    fn what_shrinks_has_a_sign() {
+        let rate = |before, now| {
+            Rate::new(before, now, Duration::from_secs(2))
+                .unwrap()
+                .bytes()
+        };
+        assert_eq!(rate(0, 2 << 20), "+1.00 MiB");
+        assert_eq!(rate(2 << 20, 0), "-1.00 MiB");
+        assert_eq!(rate(7, 7), "");
+        assert!(Rate::new(0, u64::MAX, Duration::from_millis(1)).is_none());
+        assert!(Rate::new(0, 1, Duration::ZERO).is_none());
+    }
+
+    #[test]
+    fn a_vm_is_called_as_its_service() {
+        assert_eq!(
+            name(Path::new("/run/vhost-user-balloon/web/control.sock")),
+            "web"
+        );
+        assert_eq!(name(Path::new("/run/vm1.sock")), "vm1");
+        assert_eq!(name(Path::new("balloon")), "balloon");
+    }
+}
