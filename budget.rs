@@ -12,6 +12,10 @@ const CAPACITY: i64 = 2_000_000_000;
 /// What part of the time can be spent in the long run, as a divisor.
 const SHARE: i64 = 10;
 
+/// What can be owed at most, in nanoseconds. Time may pass that nobody has used, as when the whole guest stands still,
+/// and the host must not have to wait for ever then.
+const DEBT: i64 = 10_000_000_000;
+
 /// An amount of time that is spent, and that grows again with the time that passes.
 ///
 /// Points in time and amounts are nanoseconds, on a clock that does not go back.
@@ -40,7 +44,7 @@ impl Budget {
     /// Takes note of `time` that was spent by `now`.
     pub(crate) fn spend(&mut self, time: i64, now: i64) {
         self.update(now);
-        self.left = self.left.saturating_sub(time.max(0));
+        self.left = self.left.saturating_sub(time.max(0)).max(-DEBT);
     }
 
     /// Returns how long to wait until there is something to spend, in milliseconds; `None` if there is.

@@ -9,7 +9,7 @@
 //! The lock is held for a number of looks that does not depend on the guest's size, and the walk goes by addresses.
 //! Free lists change between two looks, so that one does not know where to go on in them; what lies at an address is
 //! found whatever has happened to the lists. It also comes in the order that makes answers short.
-//!
+
 #![forbid(unsafe_code)]
 
 use crate::{
@@ -70,12 +70,12 @@ impl Walk {
     /// Looks for more under one hold of a zone's lock. Returns what that has cost, or none if there is no more memory
     /// to be looked at.
     fn look(&mut self) -> Option<Hold> {
+        // No block is larger than the largest.
+        let zone = Zone::nth(self.zone).filter(|_| self.min_order <= MAX_ORDER)?;
         if self.zone == 0 && self.next == 0 {
             // Pages on the processors' own lists are unused, too, and keep others from being blocks.
             memory::drain_free_lists();
         }
-        // No block is larger than the largest.
-        let zone = Zone::nth(self.zone).filter(|_| self.min_order <= MAX_ORDER)?;
         let span = zone.span();
         let end = span.end.min(self.range.end);
 
@@ -94,13 +94,13 @@ impl Walk {
         Some(hold)
     }
 
-    /// Forgets what was found and not named, and goes on at the first place from the page `pfn` on where a block may begin.
-    /// The page lies in the zone that was looked at last.
-    pub(crate) fn go_on_at(&mut self, pfn: u64) {
+    /// Forgets what was found and not named, and goes on in a zone, at the first place from the page `pfn` on where a block
+    /// may begin.
+    pub(crate) fn go_on_at(&mut self, zone: usize, pfn: u64) {
         self.found.clear();
         self.named = 0;
         self.pages = 0;
-        self.zone = self.found_in;
+        self.zone = zone;
         self.next = pfn.div_ceil(1 << self.min_order) << self.min_order;
     }
 
@@ -142,8 +142,9 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
         }
     }
 
-    /// Takes the next run, with those after it that lie side by side in the same zone, up to `max` pages.
-    pub(crate) fn side_by_side(&mut self, max: u64) -> Option<Run> {
+    /// Takes the next run, with those after it that lie side by side in the same zone, up to `max` pages. Returns the zone
+    /// with it.
+    pub(crate) fn side_by_side(&mut self, max: u64) -> Option<(usize, Run)> {
         let first = self.first()?.first();
         let zone = self.walk.found_in;
         let mut len = 0;
@@ -158,7 +159,7 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
             self.advance(some);
             len += some;
         }
-        Run::new(first, len)
+        Some((zone, Run::new(first, len)?))
     }
 
     /// Returns whether there is no more to be found, and nothing left to be named.

@@ -87,9 +87,13 @@ const HOLDS_PER_MESSAGE: usize = 16;
 /// How many turns there are in one run of the task.
 const TURNS_PER_RUN: usize = 64;
 
-/// How many kernel pages are kept from being used for one message, and for how many messages: 64 MiB, four times.
+/// How many kernel pages are kept from being used for one message, unless a page block is larger, and for how many
+/// messages: 64 MiB, four times.
 const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
 const MAX_CLAIMS: usize = 4;
+
+/// What dropping caches costs of the budget at least, in nanoseconds: the kernel logs a line for it each time.
+const DROPPING: i64 = 500_000_000;
 
 /// How long it may take until an answer is noticed that the device has not interrupted for.
 const LOOK_AGAIN: Msecs = 1_000;
@@ -295,7 +299,7 @@ impl Inner {
             request::UNUSED_DISCARD => match walk(
                 request,
                 memory::page_block_order(),
-                (CLAIM_PAGES >> memory::page_block_order()).max(1) as usize,
+                (claim_pages() >> memory::page_block_order()) as usize,
             ) {
                 Ok(walk) => Work::Discard(walk),
                 Err(_) => Work::Complete(request::ABORTED),
@@ -434,24 +438,25 @@ impl Inner {
             return None;
         }
         // What the guest needs comes first.
-        let spare = (memory::spare_pages() as u64).min(CLAIM_PAGES);
+        let spare = (memory::spare_pages() as u64).min(claim_pages());
         if spare < 1 << memory::page_block_order() {
-            return Some(Some(request::ABORTED));
+            // What the device has now may be all that it takes.
+            return (self.claims == 0).then_some(Some(request::ABORTED));
         }
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
 
         // Blocks that lie side by side are taken together: it is the taking that costs.
-        let run = unused.side_by_side(spare);
-        let over = run.is_none() && unused.is_over();
-        let claim = run.and_then(|run| Claim::new(run.first(), run.len()));
+        let found = unused.side_by_side(spare);
+        let over = found.is_none() && unused.is_over();
+        let claim = found.and_then(|(_, run)| Claim::new(run.first(), run.len()));
         let claimed = claim.as_ref().map_or(0, Claim::len);
 
-        // What was in use after all is passed over, and what comes after that is looked at again.
-        if let Some(run) = run.filter(|run| claimed < run.len()) {
-            walk.go_on_at(run.first() + claimed + 1);
+        // What was in use after all, or cannot be had, is passed over. What comes after that is looked at again.
+        if let Some((zone, run)) = found.filter(|(_, run)| claimed < run.len()) {
+            walk.go_on_at(zone, run.first() + claimed.max(1));
         }
-        let mut run = run.and_then(|run| Run::new(run.first(), claimed));
+        let mut run = found.and_then(|(_, run)| Run::new(run.first(), claimed));
 
         match claim {
             Some(claim) => {
@@ -517,13 +522,11 @@ impl HostRequests {
         inner
             .budget
             .spend(self.dropper.spent.xchg(0, Relaxed), start);
-        if let Some(pause) = inner.budget.pause(start) {
-            return Some(match inner.queue.enable_callback() {
-                true => pause,
-                false => 0,
-            });
+        // What has been done is told even so.
+        let pause = inner.budget.pause(start);
+        if pause.is_none() {
+            inner.invite();
         }
-        inner.invite();
 
         let (mut turns, mut waiting) = (0, 0);
         while turns < TURNS_PER_RUN && waiting < inner.open.len() {
@@ -531,7 +534,12 @@ impl HostRequests {
                 break;
             };
 
-            let turn = inner.turn(&mut open, &self.dropper, &self.counters);
+            let turn = match open.work {
+                Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) if pause.is_some() => {
+                    Turn::Wait
+                }
+                _ => inner.turn(&mut open, &self.dropper, &self.counters),
+            };
 
             // To the end, where there is room, since it comes from there: the next turn is another one's.
             if !matches!(turn, Turn::Over) {
@@ -542,7 +550,9 @@ impl HostRequests {
                 Turn::Again | Turn::Over => waiting = 0,
             }
             turns += 1;
-            inner.invite();
+            if pause.is_none() {
+                inner.invite();
+            }
             inner.collect(&self.dropper);
         }
         inner.queue.kick();
@@ -551,6 +561,8 @@ impl HostRequests {
         inner.budget.spend(end - start, end);
         if turns == TURNS_PER_RUN || !inner.queue.enable_callback() {
             Some(0)
+        } else if let Some(pause) = pause {
+            Some(pause.min(LOOK_AGAIN))
         } else if inner.messages > 0 || !inner.open.is_empty() {
             Some(LOOK_AGAIN)
         } else {
@@ -651,7 +663,8 @@ impl Job for Dropper {
             Ok(()) => request::COMPLETE,
             Err(_) => request::ABORTED,
         };
-        task.spent.add(start.elapsed().as_nanos(), Relaxed);
+        task.spent
+            .add(start.elapsed().as_nanos().max(DROPPING), Relaxed);
 
         let mut state = task.state.lock();
         *state = match *state {
@@ -666,6 +679,11 @@ impl Job for Dropper {
 /// Returns a buffer for a message, which never grows.
 fn message(flags: kernel::alloc::Flags) -> Result<KVec<u64>> {
     Ok(KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, flags)?)
+}
+
+/// Returns how many kernel pages are kept from being used for one message.
+fn claim_pages() -> u64 {
+    CLAIM_PAGES.max(1 << memory::page_block_order())
 }
 
 /// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of them at a time.

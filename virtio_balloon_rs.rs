@@ -116,10 +116,13 @@ impl virtio::Driver for BalloonDriver {
         // A report of several parts would need memory while free pages are set aside.
         dev.clear_feature(virtio::Feature::INDIRECT_DESC);
         poison::negotiate(dev);
-        if !dev.has_feature(virtio::Feature::VERSION_1)
-            || module_parameters::encoding.value() == encoding::PFNS
-        {
+        if module_parameters::encoding.value() == encoding::PFNS {
             dev.clear_feature(virtio_balloon::F_PAGE_SETS);
+        }
+        if !dev.has_feature(virtio::Feature::VERSION_1) {
+            dev.clear_feature(virtio_balloon::F_STOP_REASON);
+            dev.clear_feature(virtio_balloon::F_PAGE_SETS);
+            dev.clear_feature(virtio_balloon::F_HOST_REQUESTS);
         }
         Ok(())
     }

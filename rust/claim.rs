@@ -17,9 +17,9 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Takes up to `len` pages from the page frame number `first` on (kernel pages): whole page blocks, up to the first
-    /// one of which something is in use. Returns none if that is the first of all, or if the kernel cannot do it. May
-    /// sleep.
+    /// Takes up to `len` pages from the page frame number `first` on (kernel pages): whole page blocks, none of which was
+    /// in use when they were looked at. Returns none if that is the first of all, or if the kernel cannot do it. May
+    /// sleep: what others take of the pages meanwhile is moved away again.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
         let first = usize::try_from(first).ok()?;
 

@@ -186,8 +186,8 @@ static unsigned long free_at(unsigned long pfn, unsigned long nr)
 #endif
 
 /*
- * Takes pages from @pfn on out of the page allocator, each as one of order 0, up to the first that is in use, and @nr at
- * most. Returns how many. They are marked: memory does not go offline under them, and nobody looks at what is in them.
+ * Takes pages from @pfn on out of the page allocator, each as one of order 0: at most @nr, and not those from the first
+ * on that is in use. Returns how many. They are marked: memory does not go offline under them, and nobody looks at what is in them.
  * Being freed takes the marks off.
  */
 unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
@@ -195,9 +195,12 @@ unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
 #ifdef CONFIG_CONTIG_ALLOC
 	unsigned long i;
 
-	nr = round_down(free_at(pfn, nr), pageblock_nr_pages);
-	if (!nr || alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN))
-		return 0;
+	/* One block that cannot be had, as those of CMA, spoils all. */
+	for (nr = round_down(free_at(pfn, nr), pageblock_nr_pages); nr;
+	     nr = round_down(nr / 2, pageblock_nr_pages)) {
+		if (!alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN))
+			break;
+	}
 	for (i = 0; i < nr; i++)
 		__SetPageOffline(pfn_to_page(pfn + i));
 	return nr;
@@ -341,6 +344,11 @@ void balloon_rs_memory_info(struct balloon_rs_memory *info)
 	info->async_reclaimed = pages_to_bytes(global_node_page_state(PGSTEAL_KSWAPD));
 	info->direct_reclaimed = pages_to_bytes(global_node_page_state(PGSTEAL_DIRECT));
 	events_info(info);
+}
+
+unsigned long balloon_rs_free_pages(void)
+{
+	return global_zone_page_state(NR_FREE_PAGES);
 }
 
 unsigned long balloon_rs_total_pages(void)

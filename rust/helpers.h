@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * C that Rust cannot call: static inline functions and macros. Nothing else belongs here.
+ * C that Rust cannot call: static inline functions and macros, and what is done between two of them for each page or
+ * under one lock. Nothing else belongs here.
  */
 #ifndef VIRTIO_BALLOON_RS_HELPERS_H
 #define VIRTIO_BALLOON_RS_HELPERS_H
@@ -107,6 +108,7 @@ int balloon_rs_register_memory_notifier(struct notifier_block *block);
 void balloon_rs_unregister_memory_notifier(struct notifier_block *block);
 unsigned int balloon_rs_page_block_order(void);
 void balloon_rs_account_reclaimed(unsigned long pages);
+unsigned long balloon_rs_free_pages(void);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
 bool balloon_rs_free_page_value(u32 *value);

@@ -39,18 +39,16 @@ const LEFT_FREE: usize = 8;
 /// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth of them, and for
 /// 16 MiB and 1/512 of all memory, which is more than what the page allocator wants to have at hand.
 pub(crate) fn spare_pages() -> usize {
-    let info = Info::now();
-    let (free, total) = (
-        (info.free >> PAGE_SHIFT) as usize,
-        (info.total >> PAGE_SHIFT) as usize,
-    );
+    // SAFETY: The function has no preconditions.
+    let free = unsafe { bindings::balloon_rs_free_pages() } as usize;
+    let total = total_pages();
     let always_free = (16 << (20 - PAGE_SHIFT)) + total / 512;
 
     free.saturating_sub((free / LEFT_FREE).max(always_free))
 }
 
 /// Puts the free pages that the processors keep on lists of their own back to where blocks are made of them. They may
-/// be an eighth of the memory when much has just been freed. May sleep, but allocates nothing that has to be reclaimed.
+/// be an eighth of the memory when much has just been freed. May sleep.
 pub(crate) fn drain_free_lists() {
     // SAFETY: The function has no preconditions but that it may sleep, as its callers may.
     unsafe { bindings::balloon_rs_drain_free_lists() };
@@ -71,7 +69,6 @@ pub(crate) fn free_page_value() -> Option<u32> {
 }
 
 /// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn total_pages() -> usize {
     // SAFETY: The function has no preconditions.
     unsafe { bindings::balloon_rs_total_pages() as usize }

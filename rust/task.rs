@@ -41,8 +41,8 @@ use kernel::{
 pub(crate) trait Job: Send + Sync + Sized {
     /// Does the work once. Never runs twice at the same time for one task.
     ///
-    /// Runs in process context, in a freezable workqueue: it must end soon, and must not wait for
-    /// anything that only the device can bring about.
+    /// Runs in process context, in a freezable workqueue: it must end soon, since the system is not
+    /// suspended before, and must not wait for anything that only the device can bring about.
     fn run(task: &Task<Self>);
 }
 

@@ -31,6 +31,14 @@ mod tests {
     }
 
     #[test]
+    fn there_is_an_end_to_owing() {
+        let mut budget = Budget::new();
+
+        budget.spend(1_000 * SECOND, 0);
+        assert_eq!(budget.pause(0), Some(100_001));
+    }
+
+    #[test]
     fn there_is_an_end_to_saving() {
         let mut budget = Budget::new();
 

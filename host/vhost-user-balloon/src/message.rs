@@ -15,8 +15,10 @@ const HEADER: usize = 12;
 /// How long the rest of a message may be, in bytes.
 const MAX_BODY: usize = 4096;
 
-/// How many file descriptors may come with a message.
+/// How many file descriptors may come with a message, and how many the kernel lets anybody send at once. Where
+/// there is no room for all of them, those that there is room for would be left open.
 const MAX_DESCRIPTORS: usize = 32;
+const MOST_DESCRIPTORS: usize = 253;
 
 /// The front end's requests that mean something here.
 pub mod request {
@@ -144,7 +146,7 @@ fn uninterrupted<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 
 /// Fills a header, and returns the file descriptors that came with it.
 fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
-    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let mut space = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
     let (received, descriptors) = {
         let mut slices = [IoSliceMut::new(header)];
         let message = recvmsg::<UnixAddr>(
@@ -166,6 +168,9 @@ fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>>
     if received == 0 {
         return Err(ErrorKind::UnexpectedEof.into());
     }
+    if descriptors.len() > MAX_DESCRIPTORS {
+        return Err(ErrorKind::InvalidData.into());
+    }
     from.read_exact(header.get_mut(received..).unwrap_or_default())?;
     Ok(descriptors)
 }
@@ -174,6 +179,8 @@ fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>>
 pub(crate) mod tests {
     use super::*;
     use crate::testing::memory_file;
+    use nix::fcntl::OFlag;
+    use nix::unistd::{pipe2, read};
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
@@ -212,6 +219,21 @@ pub(crate) mod tests {
                 assert_eq!(content, [number]);
             }
         }
+    }
+
+    #[test]
+    fn too_many_descriptors_are_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (end, pipe) = pipe2(OFlag::O_NONBLOCK).unwrap();
+        let files = (0..MOST_DESCRIPTORS).map(|_| pipe.try_clone().unwrap());
+        message(1, b"", files.collect()).send(&ours).unwrap();
+        drop(pipe);
+        assert_eq!(
+            Message::receive(&theirs).unwrap_err().kind(),
+            ErrorKind::InvalidData
+        );
+        // It has an end when nobody has the other one open.
+        assert_eq!(read(&end, &mut [0]), Ok(0));
     }
 
     #[test]

@@ -318,6 +318,7 @@ impl Answers<'_> {
         // So many of them are to be used. Those behind are for requests that there are not.
         let mut needed = 0;
         let mut bytes = Vec::new();
+        let before = self.counters.discards.get();
         for chain in queue.iter(self.memory)?.take(MAX_BATCH) {
             let head = chain.head_index();
             let (written, need) = match self.take(chain, &mut bytes, messages) {
@@ -331,6 +332,10 @@ impl Answers<'_> {
             taken.push(Taken { head, written });
             if need {
                 needed = taken.len();
+            }
+            // It may have taken long, and others wait for this queue and for what it locks.
+            if self.counters.discards.get() != before {
+                break;
             }
         }
         let full = taken.len() == MAX_BATCH;
@@ -752,6 +757,18 @@ mod tests {
         assert_eq!(world.contents(), [1, 7, 0, 1, 1]);
     }
 
+    #[test]
+    fn others_have_their_turn_between_two_messages_that_take_long() {
+        let mut world = World::new();
+        let id = world.asked(Command::UnusedDiscard(ALL));
+        world.name(4, id, 1..2);
+        world.name(4, id, 3..4);
+        assert!(world.serve());
+        assert_eq!(world.contents(), [1, 0, 1, 1, 1]);
+        assert!(!world.serve());
+        assert_eq!(world.contents(), [1, 0, 1, 0, 1]);
+    }
+
     /// HR-V5
     #[test]
     fn poisoned_pages_are_left_alone() {
@@ -935,7 +952,7 @@ mod tests {
         world.name(3, skip, 2..3);
         world.complete(1, discard);
         world.complete(1, skip);
-        world.serve();
+        while world.serve() {}
         assert_eq!(world.pages(skip), [FIRST, FIRST + 2]);
         assert!(world.pages(discard).is_empty());
         assert_eq!(world.contents(), [1, 0, 1, 1, 1]);
