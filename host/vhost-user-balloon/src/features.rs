@@ -44,7 +44,8 @@ pub enum Feature {
 }
 
 impl Feature {
-    const ALL: [Self; 10] = [
+    /// All of them.
+    pub const ALL: [Self; 10] = [
         Self::MustTellHost,
         Self::Stats,
         Self::DeflateOnOom,

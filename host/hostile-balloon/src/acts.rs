@@ -1,0 +1,487 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a hostile device does: one act after the other, all from the seed's random numbers.
+//!
+//! It stays within what a device can do at all: it writes to the used rings, to buffers that the driver lets it
+//! write to, to pages that were given to it, and to its own configuration space. (What it writes to the other rings
+//! the driver has promised not to need.) A device that overwrites any of the guest's memory needs no driver's mistake.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use balloon_wire::request::{Command, SIZE, Wanted};
+use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
+use fastrand::Rng;
+use log::info;
+use vhost_user_balloon::features::Feature;
+use vhost_user_balloon::queue::{Kind, MAX_QUEUES};
+use virtio_bindings::bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
+
+use crate::device::{Device, any_field};
+use crate::plan::End;
+use crate::relay::Channel;
+use crate::ring::{Buffer, Ring};
+
+/// How long the device stays in one mood, in milliseconds.
+const MOOD: std::ops::Range<u64> = 20..120;
+
+/// How many requests, interrupts or changes a flood has at most.
+const FLOOD: u32 = 64;
+
+/// Which field of the configuration space is the target, and which one the command id of free page hinting.
+const TARGET: usize = 0;
+const HINTS: usize = 2;
+
+/// How the device feels about its driver for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mood {
+    /// It answers.
+    WellBehaved,
+    /// It does what a driver has to put up with.
+    Careless,
+    /// It does what no device may do. Some of it ends a queue for good.
+    Cruel,
+}
+
+/// Something that the device does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    /// Uses all buffers of a queue, in order and with the right lengths.
+    Use,
+    /// Uses one of them, which is not the first one to come.
+    UseAny,
+    /// Uses some with lengths that cannot be.
+    UseWithAnyLength,
+    /// Uses a buffer that it does not have.
+    UseStranger,
+    /// Uses a buffer once more.
+    UseTwice,
+    /// Moves the used ring's index.
+    MoveIndex,
+    /// Interrupts for nothing.
+    Interrupt,
+    /// Interrupts for nothing, and says that nothing has changed in the configuration space, many times.
+    Storm,
+    /// Has the driver notify it of nothing, or of everything.
+    Mute,
+    /// Writes to rings that are the driver's.
+    Scribble,
+    /// Writes to the memory that it was given, before it uses the buffers.
+    Overwrite,
+    /// Wants another balloon.
+    Target,
+    /// Changes the command id of free page hinting.
+    Hints,
+    /// Changes any field, and may say so.
+    Field,
+    /// Changes all fields with every read, or does so no more.
+    Wild,
+    /// Makes a request that makes sense.
+    Ask,
+    /// Makes a request of random bytes.
+    AskAnything,
+    /// Makes as many requests as there are buffers for.
+    AskMuch,
+    /// Does nothing.
+    Pause,
+}
+
+/// How often an act comes in each mood.
+const ACTS: [(Act, [u32; 3]); 19] = [
+    (Act::Use, [40, 20, 10]),
+    (Act::UseAny, [0, 20, 10]),
+    (Act::UseWithAnyLength, [0, 10, 10]),
+    (Act::UseStranger, [0, 0, 1]),
+    (Act::UseTwice, [0, 0, 1]),
+    (Act::MoveIndex, [0, 0, 1]),
+    (Act::Interrupt, [0, 10, 10]),
+    (Act::Storm, [0, 2, 4]),
+    (Act::Mute, [0, 0, 2]),
+    (Act::Scribble, [0, 0, 1]),
+    (Act::Overwrite, [2, 10, 10]),
+    (Act::Target, [6, 10, 10]),
+    (Act::Hints, [2, 6, 6]),
+    (Act::Field, [0, 4, 6]),
+    (Act::Wild, [0, 0, 4]),
+    (Act::Ask, [4, 10, 6]),
+    (Act::AskAnything, [0, 6, 6]),
+    (Act::AskMuch, [0, 2, 4]),
+    (Act::Pause, [10, 20, 20]),
+];
+
+/// What acts.
+pub(crate) struct Actor<'a> {
+    device: &'a Device,
+    /// Where changes of the configuration space are told, as long as that can be done.
+    channel: Option<Channel>,
+    random: Rng,
+    /// The id that a request had last.
+    request: u64,
+    hint: u32,
+}
+
+impl<'a> Actor<'a> {
+    /// One who does to the driver of `device` what `random` says.
+    pub(crate) fn new(device: &'a Device, channel: Channel, random: Rng) -> Self {
+        Self {
+            device,
+            channel: Some(channel),
+            random,
+            request: 0,
+            hint: VIRTIO_BALLOON_CMD_ID_DONE,
+        }
+    }
+
+    /// Wants 128 MiB, and hints.
+    pub(crate) fn want(&self) {
+        let mut config = self.device.config();
+        config.fields[TARGET] = 1 << 15;
+        config.fields[HINTS] = 2;
+    }
+
+    /// Waits for a driver, and says whether one comes.
+    pub(crate) fn wait_driver(&self, patience: Duration) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < patience {
+            if self.device.with_ring(0, |_| ()).is_some() {
+                return true;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        false
+    }
+
+    /// Is hostile for a while.
+    pub(crate) fn act(&mut self, time: Duration) {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            let moods = [
+                Mood::WellBehaved,
+                Mood::WellBehaved,
+                Mood::Careless,
+                Mood::Careless,
+                Mood::Cruel,
+            ];
+            let mood = moods[self.random.usize(..moods.len())];
+            let until = start.elapsed() + Duration::from_millis(self.random.u64(MOOD));
+            info!("{mood:?}");
+            while start.elapsed() < until.min(time) {
+                self.step(mood);
+            }
+        }
+    }
+
+    /// Says how it is going to end.
+    pub(crate) fn decide(&mut self, end: End) {
+        info!("and from now on {end:?}");
+        {
+            let mut config = self.device.config();
+            config.wild &= end == End::Hostile;
+            if end == End::WellBehaved {
+                config.fields[TARGET] = 0;
+                config.fields[HINTS] = VIRTIO_BALLOON_CMD_ID_DONE;
+            }
+        }
+        self.changed();
+        // The driver may stop the device at any moment from here on.
+        self.channel = None;
+    }
+
+    /// Goes on for as long as the process lives.
+    pub(crate) fn end(&mut self, end: End) {
+        loop {
+            match end {
+                End::WellBehaved => {
+                    for queue in 0..MAX_QUEUES {
+                        self.use_all(queue);
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+                End::Slow => {
+                    for queue in 0..MAX_QUEUES {
+                        self.device.with_ring(queue, |mut ring| {
+                            ring.take();
+                            if let Some(buffer) = ring.memo.held.pop() {
+                                ring.put(buffer.id, 0);
+                                ring.interrupt();
+                            }
+                        });
+                    }
+                    thread::sleep(Duration::from_secs(1));
+                }
+                End::Hostile => self.act(Duration::from_secs(1)),
+                End::Silent => thread::park(),
+            }
+        }
+    }
+
+    fn step(&mut self, mood: Mood) {
+        let weights = ACTS.map(|(_, weights)| weights[mood as usize]);
+        let mut place = self.random.u32(..weights.iter().sum::<u32>());
+        let chosen = ACTS.iter().zip(weights).find(|(_, weight)| {
+            let found = place < *weight;
+            place = place.saturating_sub(*weight);
+            found
+        });
+        let Some(((act, _), _)) = chosen else { return };
+        self.perform(*act);
+        // Some come so fast that the driver sees several at once.
+        if self.random.bool() {
+            thread::sleep(Duration::from_millis(self.random.u64(..4)));
+        }
+    }
+
+    fn perform(&mut self, act: Act) {
+        let queue = self.random.usize(..MAX_QUEUES);
+        match act {
+            Act::Use => (0..MAX_QUEUES).for_each(|queue| self.use_all(queue)),
+            Act::UseAny => self.on(queue, act, |ring, random| {
+                ring.take();
+                let held = ring.memo.held.len();
+                if held > 0 {
+                    let buffer = ring.memo.held.swap_remove(random.usize(..held));
+                    ring.put(buffer.id, 0);
+                }
+            }),
+            Act::UseWithAnyLength => self.on(queue, act, |ring, random| {
+                ring.take();
+                for buffer in std::mem::take(&mut ring.memo.held) {
+                    ring.put(buffer.id, any_length(random));
+                }
+            }),
+            Act::UseStranger => self.on(queue, act, |ring, random| {
+                let ids = [u32::from(ring.size()), u32::MAX, random.u32(..1024)];
+                ring.put_stranger(ids[random.usize(..ids.len())], 0);
+            }),
+            Act::UseTwice => self.on(queue, act, |ring, random| {
+                if let Some(id) = ring.memo.before {
+                    ring.put_stranger(id, any_length(random));
+                }
+            }),
+            Act::MoveIndex => self.on(queue, act, |ring, random| {
+                let steps = [1, 2, ring.size(), u16::MAX, random.u16(..)];
+                ring.skip(steps[random.usize(..steps.len())]);
+            }),
+            Act::Interrupt => self.on(queue, act, |_, _| {}),
+            Act::Storm => {
+                for _ in 0..self.random.u32(..FLOOD) {
+                    (0..MAX_QUEUES).for_each(|queue| self.interrupt(queue));
+                    self.changed();
+                }
+                info!("{act:?}");
+            }
+            Act::Mute => self.on(queue, act, |ring, random| {
+                let flags =
+                    u16::from(random.bool()) * u16::try_from(VRING_USED_F_NO_NOTIFY).unwrap_or(0);
+                ring.mute(flags, random.u16(..));
+            }),
+            Act::Scribble => self.on(queue, act, |ring, random| {
+                ring.scribble(random);
+            }),
+            Act::Overwrite => self.overwrite(queue),
+            Act::Target => self.set(TARGET),
+            Act::Hints => {
+                let (hint, random) = (self.hint, &mut self.random);
+                self.hint = match random.u8(..6) {
+                    0 => VIRTIO_BALLOON_CMD_ID_STOP,
+                    1 => VIRTIO_BALLOON_CMD_ID_DONE,
+                    2 => hint.wrapping_sub(1),
+                    3 => random.u32(..),
+                    _ => hint.wrapping_add(1),
+                };
+                info!("hints with the id {}", self.hint);
+                self.device.config().fields[HINTS] = self.hint;
+                self.changed();
+            }
+            Act::Field => {
+                let field = self.random.usize(..self.device.config().fields.len());
+                self.set(field);
+            }
+            Act::Wild => {
+                let wild = self.random.bool();
+                info!("fields that change with every read: {wild}");
+                self.device.config().wild = wild;
+                self.changed();
+            }
+            Act::Ask => self.ask(1, Self::request),
+            Act::AskAnything => self.ask(1, Self::anything),
+            Act::AskMuch => self.ask(FLOOD, Self::request),
+            Act::Pause => thread::sleep(Duration::from_millis(self.random.u64(..20))),
+        }
+    }
+
+    /// Does something to a queue, if it is ready, and interrupts nearly always.
+    fn on(&mut self, queue: usize, act: Act, change: impl FnOnce(&mut Ring<'_>, &mut Rng)) {
+        let random = &mut self.random;
+        let done = self.device.with_ring(queue, |mut ring| {
+            change(&mut ring, random);
+            if random.u8(..8) > 0 {
+                ring.interrupt();
+            }
+        });
+        if done.is_some() {
+            info!("{act:?} on queue {queue}");
+        }
+    }
+
+    /// Says that the configuration space has changed.
+    fn changed(&self) {
+        if let Some(channel) = &self.channel {
+            channel.config_changed();
+        }
+    }
+
+    fn interrupt(&self, queue: usize) {
+        self.device.with_ring(queue, |ring| ring.interrupt());
+    }
+
+    /// What the queue with this number is for.
+    fn kind(&self, queue: usize) -> Option<Kind> {
+        Kind::of(queue, self.device.acked())
+    }
+
+    /// Uses all buffers of a queue but those that wait for something to be asked.
+    fn use_all(&self, queue: usize) {
+        let requests = self.kind(queue) == Some(Kind::Requests);
+        self.device.with_ring(queue, |mut ring| {
+            ring.take();
+            let held = std::mem::take(&mut ring.memo.held);
+            let (used, kept): (Vec<_>, Vec<_>) = held
+                .into_iter()
+                .partition(|buffer| !requests || buffer.writable.is_empty());
+            ring.memo.held = kept;
+            if !used.is_empty() {
+                info!("{} buffers used on queue {queue}", used.len());
+                for buffer in used {
+                    ring.put(buffer.id, 0);
+                }
+                ring.interrupt();
+            }
+        });
+    }
+
+    /// Writes to memory that was given to the device by what it has not used yet, then uses that.
+    fn overwrite(&mut self, queue: usize) {
+        let acked = self.device.acked();
+        // What is in such pages counts.
+        if Feature::PagePoison.is_in(acked) {
+            return;
+        }
+        let kind = self.kind(queue);
+        let has_numbers = kind == Some(Kind::Inflate) && !Feature::PageSets.is_in(acked);
+        self.on(queue, Act::Overwrite, |ring, random| {
+            ring.take();
+            let mut junk = [0; 64];
+            random.fill(&mut junk);
+            for buffer in std::mem::take(&mut ring.memo.held) {
+                for &(address, length) in &buffer.writable {
+                    let length = usize::try_from(length).map_or(0, |length| length.min(junk.len()));
+                    ring.overwrite(address.0, junk.get(..length).unwrap_or_default());
+                }
+                if has_numbers {
+                    for &number in &buffer.numbers {
+                        ring.overwrite(u64::from(number) * BALLOON_PAGE_SIZE, &junk);
+                    }
+                }
+                ring.put(buffer.id, any_length(random));
+            }
+        });
+    }
+
+    /// Sets a field, and says so nearly always.
+    fn set(&mut self, field: usize) {
+        let value = any_field(&mut self.random);
+        info!("field {field} is {value:#x}");
+        self.device.config().fields[field] = value;
+        if self.random.u8(..8) > 0 {
+            self.changed();
+        }
+    }
+
+    /// Makes up to `count` requests.
+    fn ask(&mut self, count: u32, request: fn(&mut Self) -> [u8; SIZE]) {
+        let Some(queue) = Kind::Requests.number(self.device.acked()) else {
+            return;
+        };
+        for _ in 0..count {
+            let bytes = request(self);
+            // A part of one is none.
+            let length = match self.random.u8(..8) {
+                0 => any_length(&mut self.random),
+                _ => 32,
+            };
+            let asked = self.device.with_ring(queue, |mut ring| {
+                ring.take();
+                let is_free = |buffer: &Buffer| !buffer.writable.is_empty();
+                let place = ring.memo.held.iter().position(is_free)?;
+                let buffer = ring.memo.held.remove(place);
+                let (address, _) = buffer.writable.first()?;
+                ring.overwrite(address.0, &bytes);
+                ring.put(buffer.id, length);
+                ring.interrupt();
+                Some(())
+            });
+            if asked.flatten().is_none() {
+                return;
+            }
+            info!("request {bytes:02x?} of {length} bytes");
+        }
+    }
+
+    /// A request that a driver can answer.
+    fn request(&mut self) -> [u8; SIZE] {
+        let random = &mut self.random;
+        self.request = match random.u8(..8) {
+            0 => self.request,
+            1 => self.request.wrapping_sub(1),
+            2 => random.u64(..4),
+            _ => self.request.wrapping_add(1),
+        };
+        let wanted = Wanted {
+            block_shift: random.u8(10..24),
+            start: any_address(random),
+            end: any_address(random),
+        };
+        let command = match random.u8(..5) {
+            0 | 1 => Command::UnusedSkip(wanted),
+            2 => Command::UnusedDiscard(wanted),
+            3 => Command::DropCaches {
+                pages: random.bool(),
+                slab: random.bool(),
+            },
+            _ => Command::Cancel {
+                id: self.request.wrapping_sub(random.u64(..4)),
+            },
+        };
+        command.encode(self.request)
+    }
+
+    /// A request in which some or all is random.
+    fn anything(&mut self) -> [u8; SIZE] {
+        let mut bytes = self.request();
+        let start = self.random.usize(..SIZE);
+        let end = self.random.usize(start..=SIZE);
+        if let Some(part) = bytes.get_mut(start..end) {
+            self.random.fill(part);
+        }
+        bytes
+    }
+}
+
+fn any_length(random: &mut Rng) -> u32 {
+    match random.u8(..5) {
+        0 => 0,
+        1 => u32::MAX,
+        2 => random.u32(..),
+        _ => random.u32(..64),
+    }
+}
+
+fn any_address(random: &mut Rng) -> u64 {
+    match random.u8(..4) {
+        0 => 0,
+        1 => random.u64(..),
+        2 => u64::MAX,
+        _ => random.u64(..1 << 31),
+    }
+}

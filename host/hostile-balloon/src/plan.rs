@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a device is before a guest sees it, and how it ends: the part of a seed that does not depend on
+//! what the guest does.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use fastrand::Rng;
+use serde::Serialize;
+use vhost_user_balloon::features::{Feature, config_size, offer};
+use vhost_user_balloon::queue::Kind;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+
+/// How long a device is hostile after a driver has begun.
+const SHORTEST: u64 = 100;
+const LONGEST: u64 = 500;
+
+/// A device.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// The feature bits that it offers.
+    pub(crate) features: u64,
+    /// What QEMU has to know of it.
+    pub(crate) properties: Properties,
+    /// How long it is hostile before it may be unplugged.
+    pub(crate) time: Duration,
+    /// What it does from then on.
+    pub(crate) end: End,
+}
+
+/// The properties of QEMU's device.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Properties {
+    num_vqs: usize,
+    vq_size: u16,
+    config_size: usize,
+}
+
+/// How a device behaves while its driver takes leave of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum End {
+    /// As it should.
+    WellBehaved,
+    /// As it did before.
+    Hostile,
+    /// It uses one buffer a second.
+    Slow,
+    /// It uses no buffer any more.
+    Silent,
+}
+
+impl Plan {
+    /// The device of a seed, from the seed's random numbers.
+    pub(crate) fn new(random: &mut Rng) -> Self {
+        let chosen: Vec<Feature> = Feature::ALL.into_iter().filter(|_| random.bool()).collect();
+        let mut features = offer(&chosen, false);
+        for feature in [VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_IN_ORDER] {
+            if random.u8(..4) == 0 {
+                features |= 1 << feature;
+            }
+        }
+        let sizes = [256, 256, 256, 1024, 64, 16, 4, 2, 1];
+        Self {
+            features,
+            properties: Properties {
+                // Some lack a queue that they offer the feature of.
+                num_vqs: queues(features) - usize::from(random.u8(..64) == 0),
+                vq_size: sizes[random.usize(..sizes.len())],
+                // Some lack fields.
+                config_size: match random.u8(..8) {
+                    0 => 4 * random.usize(1..6),
+                    _ => config_size(features),
+                },
+            },
+            time: Duration::from_millis(random.u64(SHORTEST..LONGEST)),
+            end: match random.u8(..128) {
+                0 => End::Slow,
+                1..9 => End::Silent,
+                9..49 => End::Hostile,
+                _ => End::WellBehaved,
+            },
+        }
+    }
+
+    /// A device that is like this from the beginning, with all queues, or with all but the one for reports: the
+    /// kernel does not sleep while a report is not answered. Page sets are left out: there would be too few messages.
+    pub(crate) fn only(end: End, reports: bool) -> Self {
+        let features = Feature::ALL
+            .into_iter()
+            .filter(|feature| reports || *feature != Feature::FreePageReporting)
+            .filter(|feature| *feature != Feature::PageSets)
+            .fold(offer(&[], true), |set, feature| set | feature.mask());
+        Self {
+            features,
+            properties: Properties {
+                num_vqs: queues(features),
+                vq_size: 256,
+                config_size: config_size(features),
+            },
+            time: Duration::ZERO,
+            end,
+        }
+    }
+}
+
+/// How many queues a device with these features has.
+fn queues(features: u64) -> usize {
+    Kind::ALL
+        .iter()
+        .filter(|kind| kind.number(features).is_some())
+        .count()
+}

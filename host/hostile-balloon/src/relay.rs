@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Between the front end and the vhost-user library, which keeps the socket for the device's own messages to
+//! itself.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+use log::{info, warn};
+use vhost_user_balloon::message::{Message, request};
+
+/// How long the front end may take to hear of a change.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The front end's socket for the device's own messages.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Channel(Arc<OnceLock<UnixStream>>);
+
+impl Channel {
+    /// Says that the configuration space has changed, and waits until the front end has heard it.
+    ///
+    /// QEMU 11.1 does not survive to hear it after the driver has stopped the device: it takes the device's state,
+    /// which is gone, for there. So no such message may be on its way then.
+    pub(crate) fn config_changed(&self) {
+        // The request, version 1 of the protocol with a wish for an answer, and the size of the rest.
+        const CONFIG_CHANGE: [u32; 3] = [2, 1 | (1 << 3), 0];
+        /// A header, and a word that says how it went.
+        const ANSWER: usize = 20;
+        let Some(mut socket) = self.0.get() else {
+            return;
+        };
+        let told = socket
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| socket.write_all(&CONFIG_CHANGE.map(u32::to_ne_bytes).concat()))
+            .and_then(|()| socket.read_exact(&mut [0; ANSWER]));
+        if let Err(error) = told {
+            warn!("the front end does not hear of a change: {error}");
+        }
+    }
+}
+
+/// Hands all messages on, in both directions, until one of the sides is gone.
+///
+/// # Errors
+///
+/// The system has no file descriptors.
+pub(crate) fn start(front: UnixStream, back: UnixStream, channel: Channel) -> io::Result<()> {
+    let (to_front, from_back) = (front.try_clone()?, back.try_clone()?);
+    thread::spawn(move || {
+        let error = loop {
+            let message = match Message::receive(&front) {
+                Ok(message) => message,
+                Err(error) => break error,
+            };
+            if let (request::SET_BACKEND_REQ_FD, [socket]) =
+                (message.request(), message.descriptors())
+            {
+                match socket.try_clone() {
+                    // There is one for each front end.
+                    Ok(socket) => drop(channel.0.set(socket.into())),
+                    Err(error) => warn!("no way to tell of changes: {error}"),
+                }
+            }
+            if let Err(error) = message.send(&back) {
+                break error;
+            }
+        };
+        info!("the connection has ended: {error}");
+        // The other side learns of it by that.
+        let _ = back.shutdown(std::net::Shutdown::Both);
+    });
+    thread::spawn(move || {
+        while let Ok(message) = Message::receive(&from_back) {
+            if message.send(&to_front).is_err() {
+                break;
+            }
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One virtqueue, with what no library lets a device do to it: the used ring is written by hand.
+
+use std::sync::atomic::Ordering;
+
+use fastrand::Rng;
+use vhost_user_backend::VringState;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Where the index is in a ring, and where its entries begin, in bytes; and how long a used one is.
+const INDEX: u64 = 2;
+const ENTRIES: u64 = 4;
+const USED_ENTRY: u64 = 8;
+
+/// A buffer that the driver has made available.
+#[derive(Clone, Debug)]
+pub(crate) struct Buffer {
+    /// The driver's id for it.
+    pub(crate) id: u32,
+    /// Its parts that the device writes: addresses and lengths in bytes.
+    pub(crate) writable: Vec<(GuestAddress, u32)>,
+    /// The page frame numbers of 32 bits that it may consist of.
+    pub(crate) numbers: Vec<u32>,
+}
+
+/// What the device remembers of a queue. All of it is void when the queue is stopped.
+#[derive(Debug, Default)]
+pub(crate) struct Memo {
+    /// What was taken from the available ring, and not used yet.
+    pub(crate) held: Vec<Buffer>,
+    /// An id that was used already.
+    pub(crate) before: Option<u32>,
+    /// Whether the driver may by now take a buffer for its own again that is held here.
+    pub(crate) has_lied: bool,
+    /// The index of the next used entry.
+    next: Option<u16>,
+}
+
+/// A queue that is ready, for as long as nobody stops it.
+pub(crate) struct Ring<'a> {
+    state: &'a mut VringState,
+    memory: &'a GuestMemoryMmap,
+    pub(crate) memo: &'a mut Memo,
+}
+
+impl<'a> Ring<'a> {
+    /// The queue, if a driver has set it up.
+    pub(crate) fn new(
+        state: &'a mut VringState,
+        memory: &'a GuestMemoryMmap,
+        memo: &'a mut Memo,
+    ) -> Option<Self> {
+        state.get_queue().ready().then_some(Self {
+            state,
+            memory,
+            memo,
+        })
+    }
+
+    /// Takes what there is in the available ring.
+    pub(crate) fn take(&mut self) {
+        /// More than a message has of them.
+        const NUMBERS: usize = 256;
+        let Ok(chains) = self.state.get_queue_mut().iter(self.memory) else {
+            return;
+        };
+        for chain in chains {
+            let mut buffer = Buffer {
+                id: chain.head_index().into(),
+                writable: Vec::new(),
+                numbers: Vec::new(),
+            };
+            for part in chain {
+                if part.is_write_only() {
+                    buffer.writable.push((part.addr(), part.len()));
+                } else {
+                    let count = usize::try_from(part.len() / 4).map_or(0, |n| n.min(NUMBERS));
+                    let mut numbers = vec![0; 4 * count];
+                    if self.memory.read_slice(&mut numbers, part.addr()).is_ok() {
+                        let words = numbers.chunks_exact(4).filter_map(<[u8]>::first_chunk);
+                        buffer
+                            .numbers
+                            .extend(words.map(|word| u32::from_le_bytes(*word)));
+                    }
+                }
+            }
+            self.memo.held.push(buffer);
+        }
+    }
+
+    /// How many entries it has.
+    pub(crate) fn size(&self) -> u16 {
+        self.state.get_queue().size()
+    }
+
+    /// Says that a buffer was used that was not available.
+    pub(crate) fn put_stranger(&mut self, id: u32, len: u32) {
+        self.memo.has_lied = true;
+        self.put(id, len);
+    }
+
+    /// Says that a buffer was used.
+    pub(crate) fn put(&mut self, id: u32, len: u32) {
+        let next = self.next();
+        let used = self.state.get_queue().used_ring();
+        let entry = used + ENTRIES + USED_ENTRY * u64::from(next % self.size());
+        self.write(entry, &[id.to_le_bytes(), len.to_le_bytes()].concat());
+        self.set_index(next.wrapping_add(1));
+        self.memo.before = Some(id);
+    }
+
+    fn next(&self) -> u16 {
+        let read = || {
+            let index = self
+                .state
+                .get_queue()
+                .used_idx(self.memory, Ordering::Relaxed);
+            index.map_or(0, |index| index.0)
+        };
+        self.memo.next.unwrap_or_else(read)
+    }
+
+    /// Moves the used ring's index, by what may be no step forward at all.
+    pub(crate) fn skip(&mut self, step: u16) {
+        self.memo.has_lied = true;
+        self.set_index(self.next().wrapping_add(step));
+    }
+
+    fn set_index(&mut self, index: u16) {
+        self.memo.next = Some(index);
+        let address = GuestAddress(self.state.get_queue().used_ring() + INDEX);
+        // It fails for rings outside of the memory, where there is no driver to see it.
+        let _ = self.memory.store(index.to_le(), address, Ordering::Release);
+    }
+
+    /// Tells the driver, of something or of nothing.
+    pub(crate) fn interrupt(&self) {
+        // The front end may be gone, which its socket will tell.
+        let _ = self.state.signal_used_queue();
+    }
+
+    /// Writes to what says whether the driver is to notify the device: flags, and an index behind the ring.
+    pub(crate) fn mute(&self, flags: u16, event: u16) {
+        let used = self.state.get_queue().used_ring();
+        self.write(used, &flags.to_le_bytes());
+        let behind = used + ENTRIES + USED_ENTRY * u64::from(self.size());
+        self.write(behind, &event.to_le_bytes());
+    }
+
+    /// Writes to the parts of the queue that are the driver's to write.
+    pub(crate) fn scribble(&mut self, random: &mut Rng) {
+        let queue = self.state.get_queue();
+        let (start, entry) = if random.bool() {
+            (queue.desc_table(), 16)
+        } else {
+            (queue.avail_ring() + ENTRIES, 2)
+        };
+        let place = start + entry * u64::from(random.u16(..self.size()));
+        self.write(place, &random.u16(..).to_le_bytes());
+        self.memo.has_lied = true;
+    }
+
+    /// Writes to memory that belongs to the device for as long as it holds some buffer: not if the driver may take that
+    /// for used. Such memory would be anybody's, and no driver's mistake would be found by it.
+    pub(crate) fn overwrite(&self, address: u64, bytes: &[u8]) {
+        if !self.memo.has_lied {
+            self.write(address, bytes);
+        }
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) {
+        // As for the index.
+        let _ = self.memory.write_slice(bytes, GuestAddress(address));
+    }
+}
