@@ -6,7 +6,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 
 # All but the plain module runs in a build root of its own, which is made on first use.
 lab := guest/build-root guest/lab
-guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose)
+guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS))
 
 .PHONY: all demo test test-long kunit fuzz clippy fmt fmt-check clean help
 
@@ -71,6 +71,7 @@ help:
 	@echo "                   (default: qemu, and a few on both)"
 	@echo "TARGET=NAME        fuzz that target only"
 	@echo "SECONDS=NUMBER     fuzz each target for so long (default: 60)"
+	@echo "SEEDS=FROM..TO     plug the hostile devices of these seeds (default: from 0 on, for a minute)"
 	@echo "ACCEL=kvm|tcg      what runs the guests' instructions (default: kvm if the processor can)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"

@@ -2,9 +2,11 @@
 
 //! The program behind make. It runs in the build root, with the checkout as its current directory.
 
+use std::ops::Range;
 use std::process::ExitCode;
+use std::str::FromStr;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vm::{Accel, Device, Driver, Kernel};
 
@@ -92,6 +94,28 @@ struct Guests {
     /// Show the guests' logs while they run
     #[arg(long)]
     verbose: bool,
+    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for a minute]
+    #[arg(long)]
+    seeds: Option<Seeds>,
+}
+
+/// Some seeds that follow each other.
+#[derive(Clone, Copy)]
+struct Seeds {
+    first: u64,
+    end: u64,
+}
+
+impl FromStr for Seeds {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (first, end) = text.split_once("..").context("name seeds as in 0..1000")?;
+        Ok(Self {
+            first: first.parse()?,
+            end: end.parse()?,
+        })
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -127,6 +151,10 @@ impl Guests {
             Some(AccelName::Kvm) => Accel::Kvm,
             Some(AccelName::Tcg) => Accel::Tcg,
         }
+    }
+
+    fn seeds(self) -> Option<Range<u64>> {
+        self.seeds.map(|Seeds { first, end }| first..end)
     }
 }
 

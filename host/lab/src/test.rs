@@ -34,6 +34,8 @@ const LONG_SCENARIOS: &[&str] = &[
     "page_sets_encodings",
     "page_sets_huge_pages_qemu",
     "page_sets_scale",
+    "silent_device",
+    "slow_device",
 ];
 
 /// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
@@ -149,7 +151,8 @@ fn run_scenario(
         artifacts,
         guests.accel(),
         guests.verbose,
-    );
+    )
+    .with_seeds(guests.seeds());
     let start = report.begin(&format!("{name}: {}", scenario.proves));
     let outcome = match (scenario.run)(&setup) {
         Ok(()) => setup.skipped().map_or(Outcome::Passed, Outcome::Skipped),

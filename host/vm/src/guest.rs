@@ -201,6 +201,11 @@ impl Guest {
 
     fn power_off(&self) -> Result<()> {
         self.find_leaks()?;
+        self.shut_down()
+    }
+
+    /// Has the guest switch itself off, and waits for it.
+    pub fn shut_down(&self) -> Result<()> {
         let home = self.home();
         home.agent.send(Command::End(End::PowerOff))?;
         ensure!(
@@ -466,6 +471,11 @@ impl Guest {
             thread::sleep(POLL_INTERVAL);
         }
         Ok(())
+    }
+
+    /// Whether QEMU has crashed, whatever its guest did.
+    pub fn is_lost(&self) -> bool {
+        self.home().qemu.wait(Duration::from_secs(1)).is_err()
     }
 
     /// Fails when the guest has used up its time or its kernel has given up.

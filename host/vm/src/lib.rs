@@ -30,6 +30,7 @@ mod console;
 mod daemon;
 mod device;
 mod guest;
+mod hostile;
 mod huge_pages;
 pub mod ktap;
 mod memory_file;
@@ -50,6 +51,7 @@ pub use crate::device::{Device, Offer};
 pub use crate::guest::{
     Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run, run_and_kill,
 };
+pub use crate::hostile::Hostile;
 pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
 pub use crate::memory_file::MemoryFile;
 pub use crate::migration::{Migration, Transfer};

@@ -20,6 +20,7 @@
 //! ```
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
 mod compaction;
 mod hinting;
+mod hostile;
 mod lifecycle;
 mod memory;
 mod oom;
@@ -63,6 +65,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     vhost_user::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,
+    hostile::SCENARIOS,
 ];
 
 /// Something that the driver must do.
@@ -99,6 +102,7 @@ pub struct Setup {
     /// The kernel of its guests.
     pub kernel: Kernel,
     config: Config,
+    seeds: Option<Range<u64>>,
     notes: RefCell<Vec<String>>,
     skipped: RefCell<Option<String>>,
 }
@@ -127,9 +131,21 @@ impl Setup {
             device,
             kernel,
             config,
+            seeds: None,
             notes: RefCell::default(),
             skipped: RefCell::default(),
         }
+    }
+
+    /// Has scenarios that come from seeds use these.
+    pub fn with_seeds(mut self, seeds: Option<Range<u64>>) -> Self {
+        self.seeds = seeds;
+        self
+    }
+
+    /// The seeds that were asked for.
+    pub(crate) fn seeds(&self) -> Option<Range<u64>> {
+        self.seeds.clone()
     }
 
     /// The configuration that the scenario's guests start from.

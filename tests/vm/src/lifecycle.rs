@@ -106,7 +106,8 @@ fn rebind(setup: &Setup) -> Result<()> {
     })
 }
 
-fn driver_directory(driver: Driver) -> String {
+/// Where the driver is found in sysfs.
+pub(crate) fn driver_directory(driver: Driver) -> String {
     format!("/sys/bus/virtio/drivers/{}", driver.name())
 }
 

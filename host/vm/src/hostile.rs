@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The hostile balloon device, which is plugged into a guest that runs.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::guest::Guest;
+
+/// How long it may take to start and to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A hostile device in a process of its own, which is killed when this is dropped.
+#[derive(Debug)]
+pub struct Hostile {
+    child: Child,
+    lines: Receiver<String>,
+    seed: u64,
+    /// What QEMU has to know of the device.
+    properties: Value,
+    directory: TempDir,
+}
+
+impl Hostile {
+    /// Starts the device of `seed` with some more arguments. What it does is in `hostile.log`, beside the guest's logs.
+    ///
+    /// # Errors
+    ///
+    /// It does not start.
+    pub fn start(guest: &Guest, seed: u64, arguments: &[&str]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let log = guest.config().logs().join("hostile.log");
+        let mut child = Command::new(guest.config().tool("hostile-balloon"))
+            .arg("--socket")
+            .arg(directory.path().join("socket"))
+            .args(["--seed", &seed.to_string()])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::options().create(true).append(true).open(log)?)
+            .spawn()
+            .context("starting the hostile device")?;
+        let stdout = child.stdout.take().context("its output is a pipe")?;
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                // Nobody waits for it after a time-out.
+                let _ = sender.send(line);
+            }
+        });
+        let mut hostile = Self {
+            child,
+            lines,
+            seed,
+            properties: Value::Null,
+            directory,
+        };
+        hostile.properties = serde_json::from_str(&hostile.line()?)?;
+        Ok(hostile)
+    }
+
+    fn line(&self) -> Result<String> {
+        self.lines
+            .recv_timeout(PATIENCE)
+            .with_context(|| format!("the hostile device of seed {} ends", self.seed))
+    }
+
+    /// Plugs it into `bus`, as `balloon0`.
+    pub fn plug(&self, guest: &Guest, bus: &str) -> Result<()> {
+        let path = self.directory.path().join("socket");
+        let id = self.chardev();
+        let address = json!({ "type": "unix", "data": { "path": path } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        let qmp = guest.qmp();
+        qmp.execute::<Value>("chardev-add", &json!({ "id": id, "backend": backend }))?;
+        let mut device = json!({
+            "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": bus, "chardev": id, "virtio-id": 5,
+        });
+        if let (Some(device), Some(properties)) =
+            (device.as_object_mut(), self.properties.as_object())
+        {
+            device.extend(properties.clone());
+        }
+        qmp.execute::<Value>("device_add", &device)?;
+        Ok(())
+    }
+
+    fn chardev(&self) -> String {
+        format!("hostile{}", self.seed)
+    }
+
+    /// Waits until it has done what it wanted to do; what it does then is how it ends.
+    pub fn wait(&self) -> Result<()> {
+        self.line().map(|_| ())
+    }
+
+    /// Has QEMU forget it, after it was unplugged.
+    pub fn forget(self, guest: &Guest) -> Result<()> {
+        let id = self.chardev();
+        // QEMU may not be done with it for a moment.
+        guest.wait_until("a device that is gone", PATIENCE, || {
+            let gone = guest
+                .qmp()
+                .execute::<Value>("chardev-remove", &json!({ "id": id }));
+            Ok(gone.is_ok())
+        })
+    }
+}
+
+impl Drop for Hostile {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

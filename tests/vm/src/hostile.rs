@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A device that does what no device should, and a guest that goes on.
+
+use std::cell::Cell;
+use std::iter;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vm::{Driver, Guest, Hostile, Load, Machine, MemoryBackend, Size};
+
+use crate::lifecycle::{PORT, device, driver_directory, plug, unplug};
+use crate::sizes::{check_free, check_size};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "hostile",
+        proves: "a device may do anything: the guest goes on, and its next balloon works",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: hostile,
+    },
+    Scenario {
+        name: "silent_device",
+        proves: "a device that never uses a buffer keeps nobody from leaving it",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_device,
+    },
+    Scenario {
+        name: "slow_device",
+        proves: "nor does one that uses a buffer a second",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: slow_device,
+    },
+];
+
+/// For how long devices are plugged if nobody names seeds.
+const TIME: Duration = Duration::from_secs(60);
+
+/// How many devices one guest gets at most. Its log, which is read again and again, grows with each.
+const DEVICES_PER_GUEST: usize = 100;
+
+/// How long a guest may live.
+const LIFE: Duration = Duration::from_secs(1200);
+
+fn hostile(setup: &Setup) -> Result<()> {
+    let start = Instant::now();
+    let limit = setup.seeds().is_none().then_some(TIME);
+    let wanted = setup.seeds().unwrap_or(0..u64::MAX);
+    let goes_on = || limit.is_none_or(|limit| start.elapsed() < limit);
+    let mut seeds = wanted.clone();
+    let (mut lost, mut finds) = (0, Vec::new());
+    while !seeds.is_empty() && goes_on() {
+        let is_lost = Cell::new(false);
+        let these = iter::from_fn(|| goes_on().then(|| seeds.next()).flatten());
+        match suffer(setup, these.take(DEVICES_PER_GUEST), &is_lost) {
+            Ok(()) => {}
+            // It is the device's peer as well, and not what is tested.
+            Err(_) if is_lost.get() => lost += 1,
+            // Of the C driver it is told how it fares.
+            Err(error) if setup.driver == Driver::C => finds.push(format!("{error:#}")),
+            Err(error) => return Err(error),
+        }
+    }
+    let count = seeds.start - wanted.start;
+    setup.note(format!(
+        "{count} seeds from {} on, QEMU crashed {lost} times, {} finds",
+        wanted.start,
+        finds.len()
+    ));
+    finds.into_iter().for_each(|find| setup.note(find));
+    Ok(())
+}
+
+/// Boots a guest and has it get the devices of these seeds, one after the other, and then one that is as it should be.
+/// Tells in `is_lost` if QEMU has not survived that.
+fn suffer(setup: &Setup, seeds: impl Iterator<Item = u64>, is_lost: &Cell<bool>) -> Result<()> {
+    let config = setup
+        .config()
+        .timeout(LIFE)
+        .backend(MemoryBackend::Memfd)
+        .extra_device(PORT)
+        .balloon(None);
+    vm::run(&config, |guest| {
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        // More than the load may still want: a device that has been given memory and is silent keeps it.
+        let parameters: &[&str] = match setup.driver {
+            Driver::C => &[],
+            _ => &["floor_mib=256"],
+        };
+        guest.insmod(setup.driver, parameters)?;
+        let load = guest.load(Load::Churn {
+            mib: 64,
+            threads: 1,
+            seed: 0,
+        })?;
+        load.wait_passes(1, Duration::from_secs(60))?;
+        for seed in seeds {
+            endure(guest, seed, total)
+                .inspect_err(|_| is_lost.set(guest.is_lost()))
+                .with_context(|| format!("the device of seed {seed}"))?;
+        }
+        let verified = load.status()?.progress.passes;
+        load.wait_passes(verified + 10, Duration::from_secs(60))?;
+        load.stop()?;
+
+        plug(
+            guest,
+            &json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" }),
+        )?;
+        for size in [Size::mib(300), Size::default()] {
+            guest.balloon().settle(size)?;
+            check_size(guest, size)?;
+        }
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+/// Has the guest get the device of `seed`, and lose it again, and looks at what is left of it.
+fn endure(guest: &Guest, seed: u64, total: Size) -> Result<()> {
+    guest.write_file("/dev/kmsg", &format!("the device of seed {seed}"))?;
+    let device = Hostile::start(guest, seed, &[])?;
+    device.plug(guest, "port0")?;
+    device.wait()?;
+    unplug(guest)?;
+    device.forget(guest)?;
+    let faults = guest.console().faults(&[])?;
+    ensure!(faults.is_empty(), "the guest's kernel reports: {faults:?}");
+    let pages = guest.vmstat("nr_balloon_pages")?;
+    ensure!(pages == 0, "{pages} pages went with the device");
+    let now = guest.meminfo()?.total;
+    ensure!(now == total, "the guest had {total}, and has {now}");
+    Ok(())
+}
+
+/// A way to leave a device: what it is called, whether a report may be on its way, and how to go it. The guest has the
+/// device then.
+type Way = (&'static str, bool, fn(&Setup, &Guest) -> Result<()>);
+
+const WAYS: [Way; 6] = [
+    ("unbind", true, |setup, guest| {
+        let device = device(guest, setup.driver)?;
+        guest.write_file(
+            &format!("{}/unbind", driver_directory(setup.driver)),
+            &device,
+        )
+    }),
+    ("rmmod", true, |setup, guest| guest.rmmod(setup.driver)),
+    ("unplug", true, |_, guest| unplug(guest)),
+    ("suspend and resume", false, |_, guest| {
+        guest.suspend(|| Ok(()))
+    }),
+    ("reboot", true, |_, guest| guest.reboot()),
+    ("shutdown", true, |_, guest| guest.shut_down()),
+];
+
+fn silent_device(setup: &Setup) -> Result<()> {
+    leave(setup, "silent", Duration::from_secs(6))
+}
+
+fn slow_device(setup: &Setup) -> Result<()> {
+    leave(setup, "slow", Duration::from_secs(15))
+}
+
+/// Goes all ways to leave a device that is `like` this, each of which may take so long.
+fn leave(setup: &Setup, like: &str, limit: Duration) -> Result<()> {
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .backend(MemoryBackend::Memfd)
+        .balloon(None)
+        .reboots();
+    for (name, reports, way) in WAYS {
+        let took = Cell::new(None);
+        let begun = Cell::new(false);
+        let end = vm::run_and_kill(&config, |guest| {
+            guest.insmod(setup.driver, &[])?;
+            let arguments = ["--only", like, "--no-reports"];
+            let arguments = &arguments[..if reports { 2 } else { 3 }];
+            let device = Hostile::start(guest, 0, arguments)?;
+            device.plug(guest, "pci.0")?;
+            device.wait()?;
+            // Whatever there is to be waited for is on its way.
+            thread::sleep(Duration::from_secs(3));
+            begun.set(true);
+            let start = Instant::now();
+            way(setup, guest)?;
+            took.set(Some(start.elapsed()));
+            Ok(())
+        });
+        let time = took.get().filter(|time| *time < limit);
+        match setup.driver {
+            Driver::C if begun.get() => {}
+            _ => {
+                end.with_context(|| format!("{name} on a {like} device"))?;
+                ensure!(time.is_some(), "{name} takes {took:?}");
+            }
+        }
+        setup.note(match time {
+            Some(time) => format!("{name}: {:.1} s", time.as_secs_f64()),
+            None => format!("{name}: not in {} s", limit.as_secs()),
+        });
+    }
+    Ok(())
+}
