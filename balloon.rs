@@ -94,9 +94,14 @@ const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 /// when pages have just been moved.
 const OOM_PATIENCE: Delta = Delta::from_millis(100);
 
-/// How long unbinding waits for a device that gives no sign of life, and how often it looks for one. The system may
-/// suspend after the same time.
+/// How long unbinding waits for a device that gives no sign of life. The system may suspend after the same time.
 const PATIENCE: Delta = Delta::from_millis(2_000);
+
+/// How long unbinding takes at most, for a device that gives signs of life and no more. What it has not heard of by
+/// then it forgets with the reset that comes next.
+const FAREWELL: Delta = Delta::from_millis(10_000);
+
+/// How often unbinding looks for a sign of life.
 const HEARTBEAT: Delta = Delta::from_millis(5);
 
 /// How long it may take until an answer is noticed that the device has not interrupted for.
@@ -283,15 +288,16 @@ impl Balloon {
     /// Stops the task, gives everything back and tells the device, for as long as the device shows that it is
     /// alive. For when the device is about to be reset.
     ///
-    /// Waits at most [`PATIENCE`] for the next sign of life. What remains in the balloon after that is given
-    /// back when `self` is dropped.
+    /// Waits at most [`PATIENCE`] for the next sign of life, and [`FAREWELL`] in all. What remains in the balloon after
+    /// that is given back when `self` is dropped.
     pub(crate) fn give_back(task: &Task<Self>) {
         // The caller does the task's work from here on. While the system suspends, the task would not run.
         task.stop();
         task.giving_back.store(true, Relaxed);
 
         let mut worker = task.worker.lock();
-        worker.progress = Instant::now();
+        let start = Instant::<Monotonic>::now();
+        worker.progress = start;
 
         while let Ok(again) = task.advance(&mut worker) {
             if task.pages.len() == 0
@@ -301,10 +307,10 @@ impl Balloon {
                 break;
             }
 
-            if worker.progress.elapsed() > PATIENCE {
+            if worker.progress.elapsed() > PATIENCE || start.elapsed() > FAREWELL {
                 dev_warn!(
                     task.dev,
-                    "the device does not answer: leaving without it, with {} MiB in the balloon\n",
+                    "the device does not answer in time: leaving without it, with {} MiB in the balloon\n",
                     mib(task.pages.len())
                 );
                 break;
