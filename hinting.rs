@@ -282,6 +282,13 @@ impl Hinting {
         }
     }
 
+    /// Gives up: the device will hear of nothing that is kept for it.
+    fn give_up(&self, worker: &mut Worker) {
+        worker.stop();
+        worker.keeping = false;
+        self.release();
+    }
+
     /// Takes what the device has used.
     fn collect(&self, worker: &mut Worker) {
         while let Some((buffer, _)) = worker.queue.next_used() {
@@ -335,6 +342,9 @@ impl Hinting {
     fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
         worker.queue.disable_callback();
         self.collect(worker);
+        if worker.queue.is_broken() {
+            return Err(EIO);
+        }
         self.follow(worker)?;
 
         if worker.supplying && worker.more && worker.in_flight == 0 {
@@ -404,9 +414,11 @@ impl Job for Hinting {
     fn run(task: &Task<Self>) {
         let mut worker = task.worker.lock();
 
-        // If the device is gone, so is the host that wanted to know. If it is broken, the balloon says so.
-        if let Ok(Some(delay)) = task.advance(&mut worker) {
-            task.schedule_in(delay);
+        match task.advance(&mut worker) {
+            Ok(Some(delay)) => task.schedule_in(delay),
+            Ok(None) => (),
+            // If the device is gone, so is the host that wanted to know; and nobody hears more of a broken queue.
+            Err(_) => task.give_up(&mut worker),
         }
     }
 }

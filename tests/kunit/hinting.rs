@@ -209,6 +209,27 @@ mod tests {
     }
 
     #[test]
+    fn a_broken_queue_keeps_no_memory() {
+        let device = device();
+        assert!(device.is_ok());
+        let Ok(device) = device else { return };
+        let before = free();
+
+        device.change(HINT_ID, 2);
+        assert!(round(&device, 2).is_ok());
+        assert!(free() < before / 2);
+
+        assert_eq!(device.answer_raw(HINTS, u32::MAX, 0), Ok(()));
+        assert_eq!(device.interrupt(HINTS), Ok(()));
+        assert_eq!(is_free_again(before), Ok(()));
+
+        // Nor is more taken for it.
+        device.change(HINT_ID, 3);
+        fsleep(Delta::from_millis(50));
+        assert_eq!(is_free_again(before), Ok(()));
+    }
+
+    #[test]
     fn all_comes_back_from_a_device_that_does_not_answer() {
         let before = free();
         {
