@@ -124,7 +124,7 @@ impl virtio::Driver for BalloonDriver {
             dev.clear_feature(virtio_balloon::F_PAGE_SETS);
             dev.clear_feature(virtio_balloon::F_HOST_REQUESTS);
         }
-        Ok(())
+        check_fields(dev)
     }
 
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
@@ -269,6 +269,40 @@ impl virtio::Driver for BalloonDriver {
             requests.stop();
         }
     }
+}
+
+/// Checks that the device has the fields of what was negotiated.
+///
+/// # Errors
+///
+/// `EINVAL`: features are not given up for it, since such a device may number its queues in any way.
+fn check_fields(dev: &virtio::Device<device::Core<'_>>) -> Result {
+    let has = |feature| dev.has_feature(feature);
+    let fits = [
+        (true, virtio_balloon::ACTUAL),
+        (
+            has(virtio_balloon::F_FREE_PAGE_HINT),
+            virtio_balloon::HINT_ID,
+        ),
+        (
+            has(virtio_balloon::F_PAGE_POISON),
+            virtio_balloon::POISON_VAL,
+        ),
+        (
+            has(virtio_balloon::F_STOP_REASON),
+            virtio_balloon::STOP_REASON,
+        ),
+    ]
+    .into_iter()
+    .all(|(needed, field)| !needed || dev.has_field(field));
+
+    if !fits {
+        dev_err!(
+            dev,
+            "the configuration space is too short for what the device offers\n"
+        );
+    }
+    fits.then_some(()).ok_or(EINVAL)
 }
 
 /// What the parameter `encoding` means, beside the default: the shorter one of ranges and bitmaps.

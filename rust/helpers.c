@@ -4,11 +4,13 @@
 #include <linux/fs.h>
 #include <linux/fs_struct.h>
 #include <linux/pageblock-flags.h>
+#include <linux/pci.h>
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
 #include <linux/scatterlist.h>
 #include <linux/swap.h>
 #include <linux/virtio_config.h>
+#include <linux/virtio_pci.h>
 #include <linux/vmstat.h>
 
 #ifdef CONFIG_HIGHMEM
@@ -388,6 +390,35 @@ u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents)
 void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
 {
 	virtio_device_ready(vdev);
+}
+
+/*
+ * How long the configuration space is at least, in bytes, as far as it can be too short: to read beyond its end is a BUG()
+ * in the transport for PCI, which knows the length from this capability and tells nobody. The other transports, and
+ * devices from before virtio 1.0, have no length.
+ */
+unsigned int balloon_rs_config_len(struct virtio_device *vdev)
+{
+#ifdef CONFIG_PCI
+	struct pci_dev *pci;
+	int pos;
+
+	if (!vdev->dev.parent || !dev_is_pci(vdev->dev.parent))
+		return UINT_MAX;
+	pci = to_pci_dev(vdev->dev.parent);
+	for (pos = pci_find_capability(pci, PCI_CAP_ID_VNDR); pos > 0;
+	     pos = pci_find_next_capability(pci, pos, PCI_CAP_ID_VNDR)) {
+		u32 len;
+		u8 type;
+
+		pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, cfg_type), &type);
+		if (type != VIRTIO_PCI_CAP_DEVICE_CFG)
+			continue;
+		pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, length), &len);
+		return len;
+	}
+#endif
+	return UINT_MAX;
 }
 
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev)

@@ -114,6 +114,7 @@ unsigned long balloon_rs_ballooned_pages(void);
 bool balloon_rs_free_page_value(u32 *value);
 u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents);
 void balloon_rs_virtio_device_ready(struct virtio_device *vdev);
+unsigned int balloon_rs_config_len(struct virtio_device *vdev);
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);

@@ -649,7 +649,19 @@ impl Device<device::Core<'_>> {
         Ok(Config {
             dev: (&**self).into(),
             binding: self.shared_binding()?,
+            len: self.config_len(),
         })
+    }
+
+    /// Returns how long the configuration space is, in bytes, or more where it cannot be too short.
+    fn config_len(&self) -> c_uint {
+        // SAFETY: The device is valid.
+        unsafe { bindings::balloon_rs_config_len(self.as_raw()) }
+    }
+
+    /// Returns whether the configuration space is long enough to have `field`.
+    pub(crate) fn has_field(&self, field: Field<u32>) -> bool {
+        field.is_within(self.config_len())
     }
 
     /// Finds the virtqueues called `names`. For [`Driver::probe`] and [`Driver::restore`], which may call
@@ -768,6 +780,14 @@ impl<F> Field<F> {
         }
     }
 
+    /// Returns whether the field lies within the first `len` bytes.
+    fn is_within(&self, len: c_uint) -> bool {
+        // CAST: A field is a number.
+        self.offset
+            .checked_add(size_of::<F>() as c_uint)
+            .is_some_and(|end| end <= len)
+    }
+
     /// Returns where the field lies, in bytes from the beginning of the configuration space.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(super) const fn offset(&self) -> usize {
@@ -779,23 +799,31 @@ impl<F> Field<F> {
 ///
 /// # Invariants
 ///
-/// `binding` is the binding of `dev`.
+/// - `binding` is the binding of `dev`.
+/// - `len` is not more than the transport takes for the length of the configuration space.
 pub(crate) struct Config {
     dev: ARef<Device>,
     binding: Arc<Binding>,
+    len: c_uint,
 }
 
 impl Config {
+    /// Keeps the transport from being asked for what is not there.
+    fn check(&self, field: Field<u32>) -> Result {
+        field.is_within(self.len).then_some(()).ok_or(ENXIO)
+    }
+
     /// Reads a little-endian field. May sleep.
     ///
     /// # Errors
     ///
-    /// `ENODEV` if the device is gone.
+    /// `ENODEV` if the device is gone, `ENXIO` if it has no such field.
     pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
+        self.check(field)?;
         let _open = self.binding.enter_config().ok_or(ENODEV)?;
         let mut value = [0u8; 4];
 
-        // SAFETY: The device is bound, since its binding was entered. The buffer has the right length.
+        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer has the right length.
         unsafe {
             let get = (*(*self.dev.as_raw()).config).get.ok_or(ENODEV)?;
 
@@ -814,12 +842,13 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// `ENODEV` if the device is gone.
+    /// As for [`read_le32`](Self::read_le32).
     pub(crate) fn write_le32(&self, field: Field<u32>, value: u32) -> Result {
+        self.check(field)?;
         let _open = self.binding.enter_config().ok_or(ENODEV)?;
         let value = value.to_le_bytes();
 
-        // SAFETY: The device is bound, since its binding was entered. The buffer has the right length.
+        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer has the right length.
         unsafe {
             let set = (*(*self.dev.as_raw()).config).set.ok_or(ENODEV)?;
 
