@@ -206,14 +206,14 @@ fn set_up(
 }
 
 impl Balloon {
-    /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than `floor` MiB are
+    /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than `floor` kernel pages are
     /// available, or not at all if there is no `floor`.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue,
         deflate: MessageQueue,
-        floor: Option<u32>,
+        floor: Option<usize>,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
         // Memory that can come back by itself is still the guest's.
@@ -232,7 +232,7 @@ impl Balloon {
 
         Ok(try_pin_init!(Self {
             dev,
-            floor: floor.map(|mib| (mib as usize) << (20 - PAGE_SHIFT)),
+            floor,
             pages <- BalloonPages::new(adjust_managed, moves),
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),

@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    floor_pages,
     rust::{
         memory,
         oom::{
@@ -188,7 +189,7 @@ impl Worker {
 
     /// Takes memory that is free, but not all of it.
     fn gather(&mut self, needed: &Atomic<bool>) {
-        let mut wanted = memory::spare_pages();
+        let mut wanted = memory::spare_pages(floor_pages());
         if self.queue.room() <= ROOM_FOR_IDS {
             wanted = 0;
         }
@@ -289,19 +290,28 @@ impl Hinting {
         self.release();
     }
 
-    /// Takes what the device has used.
-    fn collect(&self, worker: &mut Worker) {
+    /// Takes what the device has used. Returns how many kernel pages of that are free.
+    fn collect(&self, worker: &mut Worker) -> usize {
+        let mut freed = 0;
+
         while let Some((buffer, _)) = worker.queue.next_used() {
             let Either::Right(run) = buffer else { continue };
 
-            worker.in_flight -= run.len();
-            self.hinted.add((run.len() as u64) << PAGE_SHIFT, Relaxed);
+            let pages = run.len();
+            worker.in_flight -= pages;
+            self.hinted.add((pages as u64) << PAGE_SHIFT, Relaxed);
             if worker.keeping {
                 // If there is no room for it, it is freed, which is allowed now.
                 let unheld = self.held.lock().insert(run);
-                drop(unheld);
+                if unheld.is_err() {
+                    freed += pages;
+                }
+            } else {
+                freed += pages;
             }
         }
+
+        freed
     }
 
     /// Follows what the host wants.
@@ -438,15 +448,22 @@ impl OomNotify for Task<Hinting> {
     /// Waits for what the device has, which it uses soon. What it had used before was given back by the shrinker.
     fn out_of_memory(&self) -> usize {
         self.needed.store(true, Relaxed);
+        let before = memory::free_pages();
 
         for _ in 0..OOM_PATIENCE {
             // The task may be allocating itself, in the transport.
             if let Some(mut worker) = self.worker.try_lock() {
-                self.collect(&mut worker);
+                let freed =
+                    self.collect(&mut worker) + worker.pending.free(usize::MAX) + self.release();
 
-                let freed = worker.pending.free(usize::MAX) + self.release();
-                if freed > 0 || worker.in_flight == 0 {
+                if freed > 0 {
                     return freed;
+                }
+                if worker.in_flight == 0 {
+                    // The task may have been faster. Nobody is to be killed for memory that is there by now.
+                    let freed = memory::free_pages().saturating_sub(before);
+
+                    return if freed >= WORTHWHILE { freed } else { 0 };
                 }
             }
 

@@ -17,6 +17,7 @@
 use crate::{
     bitmap::Run,
     budget::Budget,
+    floor_pages,
     free_pages::{
         Unused,
         Walk, //
@@ -438,7 +439,7 @@ impl Inner {
             return None;
         }
         // What the guest needs comes first.
-        let spare = (memory::spare_pages() as u64).min(claim_pages());
+        let spare = (memory::spare_pages(floor_pages()) as u64).min(claim_pages());
         if spare < 1 << memory::page_block_order() {
             // What the device has now may be all that it takes.
             return (self.claims == 0).then_some(Some(request::ABORTED));

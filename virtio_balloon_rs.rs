@@ -65,6 +65,7 @@ use host_requests::HostRequests;
 use kernel::{
     debugfs,
     device,
+    page::PAGE_SHIFT,
     prelude::*,
     str::CString,
     sync::Arc, //
@@ -133,9 +134,7 @@ impl virtio::Driver for BalloonDriver {
 
         let queues = Queues::find(dev, forced_encoding())?;
         let dir = debugfs_dir(dev)?;
-        let floor = module_parameters::inflate
-            .value()
-            .then(|| module_parameters::floor_mib.value());
+        let floor = module_parameters::inflate.value().then(floor_pages);
         let slot = new_slot!(c"virtio_balloon_rs")?;
         let balloon = Balloon::new(&slot, dev, queues.inflate, queues.deflate, floor)?;
         let balloon = Arc::pin_init(Task::new(slot, balloon), GFP_KERNEL)?;
@@ -315,6 +314,11 @@ mod encoding {
     pub(super) const PFNS: u8 = 3;
 }
 
+/// Returns the available memory that no wish of the host's takes from the guest, in kernel pages.
+fn floor_pages() -> usize {
+    (module_parameters::floor_mib.value() as usize) << (20 - PAGE_SHIFT)
+}
+
 /// Returns the encoding that page sets must have, if there is one.
 fn forced_encoding() -> Option<Encoding> {
     match module_parameters::encoding.value() {
@@ -365,7 +369,7 @@ virtio::module_virtio_driver! {
         },
         floor_mib: u32 {
             default: 32,
-            description: "Available memory in MiB below which the balloon does not grow (0: no limit)",
+            description: "Available memory in MiB below which the balloon does not grow, nor are hints given (0: no limit)",
         },
     },
 }

@@ -348,6 +348,17 @@ void balloon_rs_memory_info(struct balloon_rs_memory *info)
 	events_info(info);
 }
 
+/* What the zones keep back for a while, beside what they always do, when memory of one kind was taken for another. */
+unsigned long balloon_rs_boosted_pages(void)
+{
+	unsigned long n, pages = 0;
+	struct zone *zone;
+
+	for (n = 0; (zone = balloon_rs_nth_zone(n)); n++)
+		pages += READ_ONCE(zone->watermark_boost);
+	return pages;
+}
+
 unsigned long balloon_rs_free_pages(void)
 {
 	return global_zone_page_state(NR_FREE_PAGES);

@@ -25,26 +25,42 @@ impl Info {
     }
 }
 
-/// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo.
+/// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo, but for what the kernel
+/// keeps back at the moment. That may be more than 100 MiB, and an allocation that wants some of it kills a process.
 pub(crate) fn available_pages() -> usize {
     // SAFETY: The function has no preconditions.
     let pages = unsafe { bindings::si_mem_available() };
 
-    usize::try_from(pages).unwrap_or(0)
+    usize::try_from(pages)
+        .unwrap_or(0)
+        .saturating_sub(boosted_pages())
+}
+
+/// Returns the kernel pages that are kept back for a while.
+fn boosted_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_boosted_pages() as usize }
+}
+
+/// Returns the kernel pages that are free.
+pub(crate) fn free_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_free_pages() as usize }
 }
 
 /// What part of the free memory is always left to the guest, as a divisor.
 const LEFT_FREE: usize = 8;
 
 /// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth of them, and for
-/// 16 MiB and 1/512 of all memory, which is more than what the page allocator wants to have at hand.
-pub(crate) fn spare_pages() -> usize {
-    // SAFETY: The function has no preconditions.
-    let free = unsafe { bindings::balloon_rs_free_pages() } as usize;
-    let total = total_pages();
-    let always_free = (16 << (20 - PAGE_SHIFT)) + total / 512;
+/// 16 MiB and 1/512 of all memory, which is more than what the page allocator wants to have at hand; and no more than
+/// leave `floor` available.
+pub(crate) fn spare_pages(floor: usize) -> usize {
+    let free = free_pages();
+    let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
+
 
     free.saturating_sub((free / LEFT_FREE).max(always_free))
+        .min(available_pages().saturating_sub(floor))
 }
 
 /// Puts the free pages that the processors keep on lists of their own back to where blocks are made of them. They may
