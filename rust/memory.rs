@@ -58,7 +58,6 @@ pub(crate) fn spare_pages(floor: usize) -> usize {
     let free = free_pages();
     let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
 
-
     free.saturating_sub((free / LEFT_FREE).max(always_free))
         .min(available_pages().saturating_sub(floor))
 }
