@@ -191,6 +191,10 @@ pub struct Counters {
     pub discards: u64,
     /// How many times that failed.
     pub discard_failures: u64,
+    /// How long giving memory back has taken, in microseconds.
+    pub discarding: u64,
+    /// How long it has taken to find out which memory the messages of the inflate queue name, in microseconds.
+    pub translating: u64,
     /// What the guest has reported as free, in bytes.
     pub reported: u64,
     /// What the guest has hinted as free, in bytes.

@@ -89,6 +89,26 @@ impl Counter {
     }
 }
 
+/// How long something has taken, all times together.
+#[derive(Debug, Default)]
+pub struct Stopwatch(Counter);
+
+impl Stopwatch {
+    /// Does it once more.
+    pub fn time<T>(&self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        let nanoseconds = start.elapsed().as_nanos();
+        self.0.add(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+        result
+    }
+
+    /// What it has come to, in microseconds.
+    pub fn microseconds(&self) -> u64 {
+        self.0.get() / 1000
+    }
+}
+
 #[derive(Debug, Default)]
 struct Refused {
     messages: Counter,
@@ -109,6 +129,10 @@ pub struct Counters {
     pub discards: Counter,
     /// How many times that failed.
     pub discard_failures: Counter,
+    /// How long giving memory back has taken.
+    pub discarding: Stopwatch,
+    /// How long it has taken to find out which memory the messages of the inflate queue name.
+    pub translating: Stopwatch,
     /// What was reported as free, in bytes.
     pub reported: Counter,
     /// What was hinted as free, in bytes.
@@ -146,6 +170,8 @@ impl Default for Counters {
             discarded: Counter::default(),
             discards: Counter::default(),
             discard_failures: Counter::default(),
+            discarding: Stopwatch::default(),
+            translating: Stopwatch::default(),
             reported: Counter::default(),
             hinted: Counter::default(),
             unused: Counter::default(),
@@ -216,6 +242,8 @@ impl Counters {
             discarded: self.discarded.get(),
             discards: self.discards.get(),
             discard_failures: self.discard_failures.get(),
+            discarding: self.discarding.microseconds(),
+            translating: self.translating.microseconds(),
             reported: self.reported.get(),
             hinted: self.hinted.get(),
             unused: self.unused.get(),
@@ -276,6 +304,16 @@ mod tests {
         assert_eq!(refused.get("truncated"), Some(&2));
         assert_eq!(refused.get("stale-hint"), Some(&1));
         assert_eq!(refused.len(), 2);
+    }
+
+    #[test]
+    fn times_add_up() {
+        let stopwatch = Stopwatch::default();
+        assert_eq!(stopwatch.microseconds(), 0);
+        for _ in 0..2 {
+            stopwatch.time(|| std::thread::sleep(Duration::from_millis(2)));
+        }
+        assert!(stopwatch.microseconds() >= 4000);
     }
 
     #[test]

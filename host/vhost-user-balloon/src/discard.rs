@@ -151,7 +151,7 @@ impl Discarder {
     pub fn discard(&mut self, pieces: &mut Pieces, counters: &Counters) {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         for piece in pieces.0.drain(..) {
-            match allocate(&piece, flags) {
+            match counters.discarding.time(|| allocate(&piece, flags)) {
                 Ok(()) => {
                     counters.discards.add(1);
                     counters

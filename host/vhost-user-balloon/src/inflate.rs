@@ -37,17 +37,22 @@ pub struct Inflate<'a> {
 
 impl Receiver for Inflate<'_> {
     fn take(&mut self, chain: Chain<'_>) -> bool {
-        self.pages.read(
-            self.format,
-            Kind::Inflate,
-            self.memory,
-            chain,
-            self.counters,
-        )
+        self.counters.translating.time(|| {
+            self.pages.read(
+                self.format,
+                Kind::Inflate,
+                self.memory,
+                chain,
+                self.counters,
+            )
+        })
     }
 
     fn finish(&mut self) {
-        let tally = self.balloon.inflate(self.pages.sorted(), self.pieces);
+        let tally = self
+            .counters
+            .translating
+            .time(|| self.balloon.inflate(self.pages.sorted(), self.pieces));
         self.pages.clear();
         self.discarder.discard(self.pieces, self.counters);
         if !self.told_before_use {

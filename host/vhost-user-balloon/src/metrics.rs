@@ -75,6 +75,16 @@ pub fn text(info: &Info) -> String {
             counters.discard_failures,
         ),
         (
+            "discarding_microseconds_total",
+            "How long giving memory back has taken.",
+            counters.discarding,
+        ),
+        (
+            "translating_microseconds_total",
+            "How long it has taken to find out which memory inflating messages name.",
+            counters.translating,
+        ),
+        (
             "reported_bytes_total",
             "What was reported as free.",
             counters.reported,
