@@ -8,7 +8,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS))
 
-.PHONY: all demo test test-long kunit fuzz clippy fmt fmt-check clean help
+.PHONY: all demo bench bench-docs test test-long kunit fuzz clippy fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -34,6 +34,12 @@ test-long:
 	@$(lab) test --long --kernel test --device extended $(guests)
 	@$(lab) test --long --kernel test --driver c --device extended $(guests)
 
+bench:
+	@$(lab) bench $(if $(ONLY),--only '$(ONLY)') $(guests)
+
+bench-docs:
+	@$(lab) bench --docs $(guests)
+
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
 
@@ -58,6 +64,8 @@ help:
 	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
 	@echo "make test-long  run what takes long, too: all scenarios in both kernels, and on the C driver"
+	@echo "make bench      measure what the balloon costs, and what others in its place do (20 minutes)"
+	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
 	@echo "make kunit      run KUnit in guests"
 	@echo "make fuzz       fuzz what comes from guests, front ends and clients"
 	@echo "make clippy     have clippy look at everything"
@@ -65,7 +73,8 @@ help:
 	@echo "make clean      remove what was built in this checkout"
 	@echo
 	@echo "KERNEL=test|debug  run the tests in that guest kernel only"
-	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit)"
+	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit),"
+	@echo "                   or the benchmarks"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
 	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu, vhost-user or extended"
 	@echo "                   (default: qemu, and a few on both)"

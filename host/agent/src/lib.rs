@@ -153,6 +153,23 @@ pub enum Load {
         /// How much memory is taken at first, in MiB.
         mib: usize,
     },
+    /// Copies memory until it is stopped. A pass is a MiB.
+    Copy {
+        /// How much memory there is, in MiB: half of it is copied to the other half.
+        mib: usize,
+        /// How many threads share the work.
+        threads: usize,
+    },
+    /// Computes until it is stopped, with hardly any memory. A pass is always as much work.
+    Compute {
+        /// How many threads do it, each for itself.
+        threads: usize,
+    },
+    /// Sleeps over and over until it is stopped, and says how late it was at most.
+    Tick {
+        /// For how long it sleeps each time.
+        microseconds: u64,
+    },
     /// Takes, verifies and gives back memory of all kinds until it is stopped. Fails at the first word that is not what
     /// was written. A pass is a piece that was verified.
     Churn {
@@ -183,4 +200,6 @@ pub struct Progress {
     pub mib: usize,
     /// How often it has been through all of its memory.
     pub passes: u64,
+    /// By how much it was late at most, in microseconds, if it is to be on time.
+    pub stall_us: u64,
 }

@@ -8,9 +8,10 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use agent::{Load, LoadId, LoadStatus, Progress};
 use anyhow::{Context, Result};
@@ -18,9 +19,12 @@ use anyhow::{Context, Result};
 use crate::process;
 
 mod churn;
+mod compute;
+mod copy;
 mod fragment;
 mod hog;
 mod hold;
+mod tick;
 mod touch;
 
 /// Makes this program run a load in place of being the guest's init.
@@ -122,14 +126,46 @@ pub(crate) fn run(load: &str) -> Result<()> {
         Load::Touch { mib } => touch::run(mib),
         Load::Hog { mib } => hog::run(mib, stop),
         Load::Fragment { mib } => fragment::run(mib, stop),
+        Load::Copy { mib, threads } => copy::run(mib, threads, stop),
+        Load::Compute { threads } => compute::run(threads, stop),
+        Load::Tick { microseconds } => tick::run(microseconds, stop),
         Load::Churn { mib, threads, seed } => churn::run(mib, threads, seed, stop),
     }
 }
 
 /// Tells the parent how the load fares.
 fn report(mib: usize, passes: u64) -> Result<()> {
-    println!("{}", serde_json::to_string(&Progress { mib, passes })?);
+    say(&Progress {
+        mib,
+        passes,
+        stall_us: 0,
+    })
+}
+
+/// The same, in all details.
+fn say(progress: &Progress) -> Result<()> {
+    println!("{}", serde_json::to_string(progress)?);
     Ok(())
+}
+
+/// Has several threads work until they are done, which count passes, and says how many there are.
+fn in_threads(
+    mib: usize,
+    threads: usize,
+    stop: Stop,
+    work: impl Fn(&AtomicU64) + Sync,
+) -> Result<()> {
+    let passes = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| work(&passes));
+        }
+        while !stop.is_asked() {
+            report(mib, passes.load(Ordering::Relaxed))?;
+            thread::sleep(Duration::from_millis(20));
+        }
+        report(mib, passes.load(Ordering::Relaxed))
+    })
 }
 
 /// Writes to every page, so that it is really there.
@@ -164,7 +200,7 @@ impl Stop {
 
     fn wait(self) {
         while !self.is_asked() {
-            thread::sleep(std::time::Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
     }
 }

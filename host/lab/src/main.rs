@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vm::{Accel, Device, Driver, Kernel};
 
+mod bench;
 mod check;
 mod demo;
 mod fuzz;
@@ -55,6 +56,17 @@ enum Command {
         /// Run the scenarios on this balloon device [default: QEMU's, and a few on both]
         #[arg(long)]
         device: Option<DeviceName>,
+        #[command(flatten)]
+        guests: Guests,
+    },
+    /// Measure what the balloon costs, and what others in its place do
+    Bench {
+        /// Run only what has this in its name
+        #[arg(long)]
+        only: Option<String>,
+        /// Run nothing, and write docs/performance.md and its plots from the last results
+        #[arg(long, conflicts_with = "only")]
+        docs: bool,
         #[command(flatten)]
         guests: Guests,
     },
@@ -204,6 +216,10 @@ fn main() -> Result<ExitCode> {
             device.map(Device::from),
             guests,
         ),
+        Command::Bench {
+            docs: true, guests, ..
+        } => bench::write_docs(guests),
+        Command::Bench { only, guests, .. } => bench::run(only.as_deref(), guests),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Command::Clippy => check::clippy(),

@@ -23,17 +23,12 @@ const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 
 /// What takes minutes, and runs when it or everything is asked for.
 const LONG_SCENARIOS: &[&str] = &[
-    "migration_speed",
-    "page_sets_idle",
     "unused_proof",
     "unused_bounded",
     "reclaim",
     "snapshot",
-    "page_sets_touched",
-    "page_sets_fragmented",
     "page_sets_encodings",
     "page_sets_huge_pages_qemu",
-    "page_sets_scale",
     "silent_device",
     "slow_device",
 ];

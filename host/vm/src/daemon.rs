@@ -102,6 +102,11 @@ impl Daemon {
         bail!("the daemon does not end in {} s", PATIENCE.as_secs())
     }
 
+    /// The number of the process that keeps QEMU's connection.
+    pub(crate) fn id(&self) -> u32 {
+        self.child().id()
+    }
+
     /// The process that has the device, a child of the daemon's own.
     pub fn worker(&self) -> Result<Pid> {
         let pid = self.child().id();

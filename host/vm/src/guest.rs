@@ -87,7 +87,7 @@ pub struct Meminfo {
 /// The QEMU that a guest is in, and the ways into it. A guest that migrates gets another one.
 #[derive(Debug)]
 pub(crate) struct Home {
-    qemu: Qemu,
+    pub(crate) qemu: Qemu,
     /// The file that holds the guest's memory, if it has a name.
     pub(crate) memory_file: Option<PathBuf>,
     pub(crate) qmp: Arc<Qmp>,
@@ -300,11 +300,6 @@ impl Guest {
     /// The guest's memory is no anonymous mapping of its own.
     pub fn transparent_huge_pages(&self) -> Result<Size> {
         self.home().qemu.transparent_huge_pages(self.memory())
-    }
-
-    /// How much of the host's processors QEMU has used, the guest's part included.
-    pub fn cpu_time(&self) -> Result<Duration> {
-        self.home().qemu.cpu_time()
     }
 
     /// Loads a module with its parameters, such as `floor_mib=64`.

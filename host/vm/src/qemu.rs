@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use agent::PORT;
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
-use nix::unistd::{SysconfVar, sysconf};
 use regex::Regex;
 
 use crate::daemon::Daemon;
@@ -593,28 +592,6 @@ impl Qemu {
             .skip_while(|line| value(line, "Size:") != Some(memory))
             .find_map(|line| value(line, "AnonHugePages:"))
             .context("QEMU has no mapping of the guest's memory")
-    }
-
-    /// How much of the host's processors QEMU has used, the guest's part included.
-    pub(crate) fn cpu_time(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
-        // The name, in parentheses, may have spaces in it; user and system time are the 12th
-        // and 13th field after it.
-        let (_, fields) = stat
-            .rsplit_once(')')
-            .context("QEMU's statistics have no name")?;
-        let ticks: u64 = fields
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .map(|field| {
-                field
-                    .parse::<u64>()
-                    .context("QEMU's statistics are no numbers")
-            })
-            .sum::<Result<u64>>()?;
-        let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
-        Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
     }
 
     /// The number of the process.

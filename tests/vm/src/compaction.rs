@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Exit, Guest, Load, Size};
 
-use crate::sizes::{check_free, check_size, offline_pages};
+use crate::sizes::{check_free, check_size};
 use crate::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
     TEST_KERNEL,
@@ -150,7 +150,7 @@ fn memory_offline(setup: &Setup) -> Result<()> {
         let with_balloon = guest.meminfo()?.total;
 
         let block = fullest_block(guest, "^Movable")?;
-        let pages = offline_pages(guest, Some(block.pages.clone()))?;
+        let pages = guest.offline_pages(Some(block.pages.clone()))?;
         let all = block.pages.end - block.pages.start;
         ensure!(
             pages * 10 > all * 9,
@@ -203,7 +203,7 @@ fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
         let index = guest.read_file(&format!("{directory}/phys_index"))?;
         let first = u64::from_str_radix(index.trim(), 16)? * pages;
         let range = first..first + pages;
-        let full = offline_pages(guest, Some(range.clone()))?;
+        let full = guest.offline_pages(Some(range.clone()))?;
         if fullest.as_ref().is_none_or(|(most, _)| full > *most) {
             let state = format!("{directory}/state");
             fullest = Some((
@@ -228,7 +228,7 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
         let with_balloon = guest.meminfo()?.total;
 
         let block = fullest_block(guest, ".")?;
-        let pages = offline_pages(guest, Some(block.pages.clone()))?;
+        let pages = guest.offline_pages(Some(block.pages.clone()))?;
         let all = block.pages.end - block.pages.start;
         ensure!(
             pages == all,

@@ -5,11 +5,10 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use vm::{Config, Driver, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
+use vm::{Config, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
 
 use crate::sizes::check_size;
-use crate::speed::median;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -35,14 +34,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
         run: migrate_cancelled,
-    },
-    Scenario {
-        name: "migration_speed",
-        proves: "a guest that has freed memory migrates in a fraction of the time and of the bytes",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: QEMU_DEVICE,
-        run: migration_speed,
     },
 ];
 
@@ -88,7 +79,7 @@ impl Shares {
 
     /// Writes and frees the other share, and returns what is free then.
     fn write_and_free(&self, guest: &Guest) -> Result<Size> {
-        touch(guest, self.freed)?;
+        guest.touch(self.freed)?;
         guest.free()
     }
 }
@@ -236,72 +227,4 @@ fn check_all_back(guest: &Guest, before: Size) -> Result<()> {
             Ok(free + Size::mib(32) > before)
         })
         .map_err(|error| error.context(format!("{free} are free, and {before} were before")))
-}
-
-fn touch(guest: &Guest, size: Size) -> Result<()> {
-    let load = guest.load(Load::Touch {
-        mib: usize::try_from(size.as_mib())?,
-    })?;
-    load.wait_passes(1, PATIENCE)?;
-    load.wait(PATIENCE)?;
-    Ok(())
-}
-
-const RUNS: usize = 3;
-
-/// The most that the medians of the time and of what is sent may be, of the C driver's.
-const LIMIT: f64 = 0.7;
-
-/// What migrations took.
-#[derive(Default)]
-struct Costs {
-    seconds: Vec<f64>,
-    mib: Vec<f64>,
-}
-
-fn migration_speed(setup: &Setup) -> Result<()> {
-    let (mut rust, mut c, mut none) = (Costs::default(), Costs::default(), Costs::default());
-    // One after the other, so that whatever else the machine does meets all of them.
-    for _ in 0..RUNS {
-        measure(setup, Some(Driver::Rust), &mut rust)?;
-        measure(setup, Some(Driver::C), &mut c)?;
-        measure(setup, None, &mut none)?;
-    }
-    let [time, c_time, time_without] = [&rust, &c, &none].map(|costs| median(&costs.seconds));
-    let [sent, c_sent, sent_without] = [&rust, &c, &none].map(|costs| median(&costs.mib));
-    let (time_ratio, sent_ratio) = (time / c_time, sent / c_sent);
-    setup.note(format!(
-        "8 GiB, 5 of them written and freed: {time:.2} s, C driver {c_time:.2} s, ratio {time_ratio:.2}; \
-         without hints {time_without:.2} s"
-    ));
-    setup.note(format!(
-        "{sent} MiB were sent, C driver {c_sent} MiB, ratio {sent_ratio:.2}; without hints {sent_without} MiB"
-    ));
-    for (what, ratio) in [("time", time_ratio), ("what is sent", sent_ratio)] {
-        ensure!(
-            ratio <= LIMIT,
-            "{what} of a migration is {ratio:.2} of the C driver's, and should be {LIMIT} at most"
-        );
-    }
-    Ok(())
-}
-
-/// Measures one migration, of a guest that has just been started. In one that has been copied before, the
-/// pages that nobody has written cost QEMU less: it has mapped them when it read them.
-fn measure(setup: &Setup, driver: Option<Driver>, costs: &mut Costs) -> Result<()> {
-    vm::run(&config(setup).memory(Size::gib(8)), |guest| {
-        if let Some(driver) = driver {
-            guest.insmod(driver, &[])?;
-        }
-        // Under emulation, page faults for so much take a quarter of a minute.
-        guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
-        touch(guest, Size::gib(5))?;
-        let transfer = guest.migrate_to_nowhere()?;
-        costs.seconds.push(transfer.total.as_secs_f64());
-        costs.mib.push(transfer.sent.as_mib() as f64);
-        if let Some(driver) = driver {
-            guest.rmmod(driver)?;
-        }
-        Ok(())
-    })
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vm::{Driver, Guest, Hostile, Load, Machine, MemoryBackend, Size};
 
-use crate::lifecycle::{PORT, device, driver_directory, plug, unplug};
+use crate::lifecycle::{device, driver_directory};
 use crate::sizes::{check_free, check_size};
 use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
 
@@ -87,7 +87,7 @@ fn suffer(setup: &Setup, seeds: impl Iterator<Item = u64>, is_lost: &Cell<bool>)
         .config()
         .timeout(LIFE)
         .backend(MemoryBackend::Memfd)
-        .extra_device(PORT)
+        .hotplug_port()
         .balloon(None);
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
@@ -112,8 +112,7 @@ fn suffer(setup: &Setup, seeds: impl Iterator<Item = u64>, is_lost: &Cell<bool>)
         load.wait_passes(verified + 10, Duration::from_secs(60))?;
         load.stop()?;
 
-        plug(
-            guest,
+        guest.plug_balloon(
             &json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" }),
         )?;
         for size in [Size::mib(300), Size::default()] {
@@ -131,7 +130,7 @@ fn endure(guest: &Guest, seed: u64, total: Size) -> Result<()> {
     let device = Hostile::start(guest, seed, &[])?;
     device.plug(guest, "port0")?;
     device.wait()?;
-    unplug(guest)?;
+    guest.unplug_balloon()?;
     device.forget(guest)?;
     let faults = guest.console().faults(&[])?;
     ensure!(faults.is_empty(), "the guest's kernel reports: {faults:?}");
@@ -155,7 +154,7 @@ const WAYS: [Way; 6] = [
         )
     }),
     ("rmmod", true, |setup, guest| guest.rmmod(setup.driver)),
-    ("unplug", true, |_, guest| unplug(guest)),
+    ("unplug", true, |_, guest| guest.unplug_balloon()),
     ("suspend and resume", false, |_, guest| {
         guest.suspend(|| Ok(()))
     }),

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 use vm::{Device, Driver, Guest, Kernel, Size};
 
 use crate::sizes::{check_free, check_size};
@@ -120,34 +120,6 @@ pub(crate) fn device(guest: &Guest, driver: Driver) -> Result<String> {
     Ok(device.context("the driver has no device")?.to_owned())
 }
 
-/// Where balloons that come and go are plugged in, as `port0`.
-pub(crate) const PORT: &str = "pcie-root-port,id=port0,chassis=1";
-
-/// Gives the guest a balloon, which has to have the id `balloon0`, and waits for the driver to use it.
-pub(crate) fn plug(guest: &Guest, device: &Value) -> Result<()> {
-    guest.qmp().execute::<Value>("device_add", device)?;
-    guest.wait_until("a driver for a new device", Duration::from_secs(30), || {
-        // The last digit has all bits when both sides are ready.
-        let status =
-            guest.sh("cat /sys/bus/virtio/drivers/virtio_balloon*/virtio*/status || true")?;
-        Ok(status.trim_end().ends_with('f'))
-    })
-}
-
-/// Takes the balloon away from the guest, and waits until it is gone.
-pub(crate) fn unplug(guest: &Guest) -> Result<()> {
-    let mark = guest.qmp().mark();
-    guest
-        .qmp()
-        .execute::<Value>("device_del", &json!({ "id": "balloon0" }))?;
-    guest
-        .qmp()
-        .wait_event(mark, Duration::from_secs(30), |event| {
-            event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
-        })?;
-    Ok(())
-}
-
 fn unplug_while_inflating(setup: &Setup) -> Result<()> {
     let (memory, target) = match setup.kernel {
         Kernel::Test => (Size::gib(4), Size::gib(3)),
@@ -157,14 +129,14 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .memory(memory)
-        .extra_device(PORT)
+        .hotplug_port()
         .balloon(Some(&device.to_string()));
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         guest.insmod(setup.driver, &[])?;
         for round in 0..3 {
             if round > 0 {
-                plug(guest, &device)?;
+                guest.plug_balloon(&device)?;
             }
             guest.balloon().request(target)?;
             guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
@@ -172,7 +144,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
             })?;
             let size = guest.balloon().size()?;
             ensure!(size < target, "the balloon was full before its device went");
-            unplug(guest)?;
+            guest.unplug_balloon()?;
             let pages = guest.vmstat("nr_balloon_pages")?;
             ensure!(pages == 0, "{pages} pages went with the device");
             let now = guest.meminfo()?.total;

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vm::{Config, Driver, Guest, Load, Machine, Offer, Size};
 
-use crate::lifecycle::{PORT, plug, unplug};
 use crate::queues::{PAGE_POISON, REPORTING};
 use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
 use crate::transports::accepted;
@@ -53,7 +52,7 @@ const ZERO: &str = "init_on_free=1";
 
 fn poison_features(setup: &Setup) -> Result<()> {
     for parameter in [None, Some(ZERO), Some(POISON)] {
-        let config = setup.config().extra_device(PORT).balloon(None);
+        let config = setup.config().hotplug_port().balloon(None);
         let config = match parameter {
             Some(parameter) => config.parameter(parameter),
             None => config,
@@ -66,7 +65,7 @@ fn poison_features(setup: &Setup) -> Result<()> {
                     "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0",
                     "page-poison": poison, "free-page-reporting": reporting,
                 });
-                plug(guest, &device)?;
+                guest.plug_balloon(&device)?;
                 let has_value = parameter.is_some();
                 for (feature, expected) in [
                     (PAGE_POISON, poison && has_value),
@@ -78,7 +77,7 @@ fn poison_features(setup: &Setup) -> Result<()> {
                         if expected { "not " } else { "" }
                     );
                 }
-                unplug(guest)?;
+                guest.unplug_balloon()?;
             }
             guest.rmmod(setup.driver)
         })?;

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vm::{Guest, Machine, Size};
 
-use crate::lifecycle::{PORT, plug, unplug};
 use crate::reporting::{FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
 use crate::statistics::{newer, poll};
@@ -116,16 +115,16 @@ fn feature_subsets(setup: &Setup) -> Result<()> {
         .memory(Size::mib(512))
         .timeout(Duration::from_secs(400))
         .parameter(FAST_REPORTS)
-        .extra_device(PORT)
+        .hotplug_port()
         .balloon(None);
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         for subset in Subset::every() {
             let device = json!({ "driver": "virtio-balloon-pci", "bus": "port0" });
-            plug(guest, &subset.offered_by(device))?;
+            guest.plug_balloon(&subset.offered_by(device))?;
             exercise(setup, guest, subset)
                 .with_context(|| format!("on a device that offers {:?}", subset.names()))?;
-            unplug(guest)?;
+            guest.unplug_balloon()?;
         }
         guest.rmmod(setup.driver)
     })

@@ -2,7 +2,6 @@
 
 //! The balloon has the size that the host asks for, and both sides agree on it.
 
-use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -92,7 +91,7 @@ fn accounting(setup: &Setup) -> Result<()> {
                 guest.meminfo()?.total.as_pages(),
                 guest.vmstat("balloon_inflate")?,
                 guest.vmstat("balloon_deflate")?,
-                offline_pages(guest, None)?,
+                guest.offline_pages(None)?,
             ])
         };
         let [total, inflated, deflated, offline] = counters()?;
@@ -119,22 +118,6 @@ fn accounting(setup: &Setup) -> Result<()> {
         );
         guest.rmmod(setup.driver)
     })
-}
-
-/// How many pages are marked as logically offline (bit 23 of a page's flags in /proc), as a
-/// balloon's are: of all, or of those with numbers in a range.
-pub(crate) fn offline_pages(guest: &Guest, range: Option<Range<u64>>) -> Result<u64> {
-    let part = range.map_or(String::new(), |range| {
-        format!(
-            "-j {} -N {}",
-            range.start * 8,
-            (range.end - range.start) * 8
-        )
-    });
-    let count = guest.sh(&format!(
-        "od -An -v -t x8 {part} /proc/kpageflags | tr ' ' '\\n' | grep -c '[89a-f].....$' || true"
-    ))?;
-    Ok(count.trim().parse()?)
 }
 
 fn target_changes(setup: &Setup) -> Result<()> {

@@ -5,12 +5,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use balloon_control::Request;
-use serde_json::{Value, json};
-use vm::{Config, Daemon, Guest, Load, RunningLoad, Size, Snapshot};
+use vm::{Load, RunningLoad, Size, Snapshot};
 
-use crate::lifecycle::{PORT, plug, unplug};
-use crate::unused::{check, complete};
+use crate::unused::check;
 use crate::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
@@ -49,7 +46,7 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
         .config()
         .memory(Size::gib(8))
         .memory_file(&directory.path().join("memory"))
-        .extra_device(PORT)
+        .hotplug_port()
         .balloon(None);
     vm::run(&config, |guest| {
         let data = guest.load(Load::Hold {
@@ -58,11 +55,7 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
         })?;
         data.wait_passes(1, PATIENCE)?;
         if used > Size::default() {
-            let touch = guest.load(Load::Touch {
-                mib: usize::try_from(used.as_mib())?,
-            })?;
-            touch.wait_passes(1, PATIENCE)?;
-            touch.wait(PATIENCE)?;
+            guest.touch(used)?;
         }
         let note = |how: &str, snapshot: &Snapshot| {
             setup.note(format!(
@@ -76,7 +69,7 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
 
         guest.insmod(setup.driver, &[])?;
         let start = Instant::now();
-        reclaim(guest, &config)?;
+        guest.reclaim()?;
         setup.note(format!(
             "{what}: unused memory was given back in {} ms",
             start.elapsed().as_millis()
@@ -87,42 +80,13 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
         guest.restore(&snapshot)?;
         verify(&data)?;
         // All memory is as good as before.
-        let touch = guest.load(Load::Touch { mib: 4096 })?;
-        touch.wait_passes(1, PATIENCE)?;
-        touch.wait(PATIENCE)?;
-        reclaim(guest, &config)?;
+        guest.touch(Size::gib(4))?;
+        guest.reclaim()?;
         verify(&data)?;
         data.stop()?;
         guest.rmmod(setup.driver)?;
         Ok((all, less))
     })
-}
-
-/// Has unused memory given back by a balloon device that is there for just as long.
-fn reclaim(guest: &Guest, config: &Config) -> Result<()> {
-    let daemon = Daemon::start(config)?;
-    let chardev = json!({ "id": "balloon", "backend": { "type": "socket", "data": {
-        "addr": { "type": "unix", "data": { "path": daemon.socket() } },
-        "server": false,
-    } } });
-    guest.qmp().execute::<Value>("chardev-add", &chardev)?;
-    let device = json!({
-        "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "port0", "chardev": "balloon",
-        "virtio-id": 5, "num_vqs": 6, "vq_size": 256, "config_size": 24,
-    });
-    plug(guest, &device)?;
-    let request = Request::Reclaim {
-        block: 2 << 20,
-        start: 0,
-        end: 0,
-    };
-    let begun = daemon.call(&request)?;
-    complete(guest, &daemon, begun)?;
-    unplug(guest)?;
-    guest
-        .qmp()
-        .execute::<Value>("chardev-remove", &json!({ "id": "balloon" }))?;
-    Ok(())
 }
 
 /// Waits until a load has verified more of its memory.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use balloon_control::{Begun, Progress, Ranges, Request, RequestStatus};
 use fastrand::Rng;
 use serde_json::{Value, json};
-use vm::{Daemon, Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
+use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
 
 use crate::{BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
@@ -167,7 +167,7 @@ fn overwrite_once(
     let begun: Begun = daemon.call(&unused(4096))?;
     guest.balloon().request(size)?;
     guest.write_file("/proc/sys/vm/compact_memory", "1")?;
-    complete(guest, &daemon, begun)?;
+    guest.complete(&daemon, begun)?;
     let mut unused = Vec::new();
     let mut from = Some(0);
     while let Some(address) = from {
@@ -205,32 +205,12 @@ fn overwrite_once(
     go_on(guest)
 }
 
-/// Waits until a request is completed.
-pub(crate) fn complete(guest: &Guest, daemon: &Daemon, begun: Begun) -> Result<Progress> {
-    let mut last = None;
-    guest.wait_until("the end of an answer", PATIENCE, || {
-        let progress: Progress = daemon.call(&Request::Progress { id: begun.id })?;
-        last = Some(progress);
-        Ok(!matches!(
-            progress.status,
-            RequestStatus::Waiting | RequestStatus::Open
-        ))
-    })?;
-    let progress = last.context("it was waited for")?;
-    ensure!(
-        progress.status == RequestStatus::Complete,
-        "the request ends with {:?}",
-        progress.status
-    );
-    Ok(progress)
-}
-
 /// Makes a request and waits for its end. Returns how that went, and how long it took.
 fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duration)> {
     let start = Instant::now();
     let daemon = guest.daemon()?;
     let begun: Begun = daemon.call(request)?;
-    let progress = complete(guest, &daemon, begun)?;
+    let progress = guest.complete(&daemon, begun)?;
     Ok((progress, start.elapsed()))
 }
 

@@ -12,10 +12,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use balloon_control::{HintAction, Request, Shortfall};
 use serde_json::Value;
-use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, Size};
+use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, Samples, Size};
 
 use crate::sizes::check_size;
-use crate::speed::Times;
 use crate::{
     BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
     VHOST_USER_DEVICE,
@@ -400,22 +399,24 @@ fn hugetlb_memory(setup: &Setup) -> Result<()> {
 
 fn as_fast_as_qemu(setup: &Setup) -> Result<()> {
     const RUNS: usize = 3;
-    let measure = |device, times: &mut Times| {
+    let measure = |device, times: &mut Samples| {
         let config = setup.config().memory(Size::gib(8)).device(device);
         vm::run(&config, |guest| {
             guest.insmod(Driver::C, &[])?;
-            times.add(guest.balloon().settle(Size::gib(7))?);
+            times.add_time(guest.balloon().settle(Size::gib(7))?);
             Ok(())
         })
     };
-    let (mut ours, mut theirs) = (Times::default(), Times::default());
+    let (mut ours, mut theirs) = (Samples::default(), Samples::default());
     for _ in 0..RUNS {
         measure(Device::VhostUser, &mut ours)?;
         measure(Device::Qemu, &mut theirs)?;
     }
     let ratio = ours.ratio(&theirs);
     setup.note(format!(
-        "the C driver inflates 7 of 8 GiB in {ours}, on QEMU's device in {theirs}, ratio {ratio:.2}"
+        "the C driver inflates 7 of 8 GiB in {}, on QEMU's device in {}, ratio {ratio:.2}",
+        ours.in_seconds(),
+        theirs.in_seconds()
     ));
     ensure!(
         ratio <= 1.0,

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Wants to run again and again after the same time, and finds out how late it is.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent::Progress;
+use anyhow::Result;
+
+use super::{Stop, say};
+
+/// How often it says how late it was.
+const SAYINGS: Duration = Duration::from_millis(50);
+
+pub(super) fn run(microseconds: u64, stop: Stop) -> Result<()> {
+    let period = Duration::from_micros(microseconds);
+    let (mut longest, mut passes, mut said) = (Duration::ZERO, 0, Instant::now());
+    while !stop.is_asked() {
+        let due = Instant::now() + period;
+        thread::sleep(period);
+        longest = longest.max(due.elapsed());
+        passes += 1;
+        if said.elapsed() > SAYINGS {
+            said = Instant::now();
+            say(&Progress {
+                mib: 0,
+                passes,
+                stall_us: longest.as_micros().try_into()?,
+            })?;
+        }
+    }
+    Ok(())
+}

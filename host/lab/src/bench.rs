@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The benchmarks: runs them, and keeps, shows and draws the results.
+
+use std::fs;
+use std::io::{IsTerminal, stderr};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use benchmarks::{BENCHMARKS, Bench, Benchmark, Record};
+use vm::{Artifacts, Kernel};
+
+use crate::places::Places;
+use crate::progress::Phase;
+use crate::{Guests, setup};
+
+mod docs;
+mod plots;
+mod tables;
+
+/// Runs the benchmarks with `only` in a name of theirs, or all. Says whether all is as it is promised.
+pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
+    let places = Places::find()?;
+    let wanted: Vec<_> = BENCHMARKS
+        .iter()
+        .filter(|benchmark| {
+            only.is_none_or(|only| benchmark.names.iter().any(|name| name.contains(only)))
+        })
+        .collect();
+    ensure!(
+        !wanted.is_empty(),
+        "no benchmark has '{}' in its name; there are {}",
+        only.unwrap_or_default(),
+        all_names().join(", ")
+    );
+    let artifacts = setup::prepare(&places, Kernel::Test)?;
+    let mut good = true;
+    for benchmark in wanted {
+        let records = match run_one(&places, benchmark, &artifacts, guests) {
+            Ok(records) => records,
+            Err(error) => {
+                println!("{}: {error:#}", benchmark.names.join(", "));
+                good = false;
+                continue;
+            }
+        };
+        plots::draw(&directory(&places), &load(&places)?)?;
+        tables::print(benchmark, &records);
+        good &= (benchmark.claims)(&records)
+            .iter()
+            .all(benchmarks::Claim::holds);
+    }
+    println!("results and plots are in {}", directory(&places).display());
+    Ok(good)
+}
+
+/// Writes docs/performance.md and its plots from the last results.
+pub(crate) fn write_docs(guests: Guests) -> Result<bool> {
+    let places = Places::find()?;
+    let records = load(&places).context("there are no results; run make bench first")?;
+    docs::write(&places, &records, guests.accel())?;
+    Ok(true)
+}
+
+fn run_one(
+    places: &Places,
+    benchmark: &Benchmark,
+    artifacts: &Artifacts,
+    guests: Guests,
+) -> Result<Vec<Record>> {
+    let name = benchmark.names.join(", ");
+    let phase = Phase::start(&name, None);
+    let watch = |words: &str| {
+        phase.say(words);
+        if !stderr().is_terminal() {
+            eprintln!("{name}: {words}");
+        }
+    };
+    // After each round, so that what is done is not lost.
+    let keep = |records: &[Record]| keep(places, benchmark, records);
+    let outcome = {
+        let (accel, verbose) = (guests.accel(), guests.verbose);
+        let bench = Bench::new(benchmark, artifacts, accel, verbose, &watch, &keep);
+        (benchmark.run)(&bench).map(|()| bench.records())
+    };
+    phase.finish();
+    outcome
+}
+
+/// Puts the records of a benchmark in place of those that it had before.
+fn keep(places: &Places, benchmark: &Benchmark, records: &[Record]) -> Result<()> {
+    let old = match results(places).exists() {
+        true => load(places)?,
+        false => Vec::new(),
+    };
+    let others = old
+        .into_iter()
+        .filter(|record| !benchmark.names.contains(&&*record.name));
+    let mut all: Vec<Record> = others.chain(records.iter().cloned()).collect();
+    let names = all_names();
+    all.sort_by_key(|record| names.iter().position(|name| *name == record.name));
+    let json = serde_json::to_string_pretty(&all)?;
+    fs::create_dir_all(directory(places))?;
+    fs::write(results(places), json + "\n")?;
+    Ok(())
+}
+
+fn load(places: &Places) -> Result<Vec<Record>> {
+    let path = results(places);
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no results", path.display()))
+}
+
+/// The names of all records, in the order of the benchmarks.
+fn all_names() -> Vec<&'static str> {
+    let names = BENCHMARKS.iter().flat_map(|benchmark| benchmark.names);
+    names.copied().collect()
+}
+
+fn directory(places: &Places) -> PathBuf {
+    places.build().join("bench")
+}
+
+fn results(places: &Places) -> PathBuf {
+    directory(places).join("results.json")
+}
+
+/// Those of a benchmark.
+fn of<'a>(
+    benchmark: &'a Benchmark,
+    records: &'a [Record],
+) -> impl Iterator<Item = (&'static str, Vec<&'a Record>)> {
+    benchmark.names.iter().filter_map(|&name| {
+        let records: Vec<_> = records
+            .iter()
+            .filter(|record| record.name == name)
+            .collect();
+        (!records.is_empty()).then_some((name, records))
+    })
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The results in the documentation.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use benchmarks::{BENCHMARKS, Benchmark, Record};
+use vm::{Accel, Kernel, Size};
+
+use super::plots::{self, Plot};
+use super::{directory, of, tables};
+use crate::kernel;
+use crate::places::Places;
+
+/// What comes before the results.
+const INTRODUCTION: &str = include_str!("introduction.md");
+
+/// Writes docs/performance.md and the plots that it shows.
+///
+/// # Errors
+///
+/// Something cannot be written, or found out about the machine.
+pub(super) fn write(places: &Places, records: &[Record], accel: Accel) -> Result<()> {
+    let docs = places.checkout.join("docs");
+    let to = docs.join("plots");
+    fs::create_dir_all(&to)?;
+    plots::draw(&directory(places), records)?;
+    let mut text = INTRODUCTION.replace("MACHINE", &machine(places, accel)?);
+    for benchmark in BENCHMARKS {
+        write_one(&mut text, benchmark, records)?;
+        for (name, _) in shown(benchmark, records) {
+            let file = format!("{name}.svg");
+            fs::copy(directory(places).join(&file), to.join(&file))
+                .with_context(|| format!("copying {file}"))?;
+        }
+    }
+    fs::write(docs.join("performance.md"), text)?;
+    Ok(())
+}
+
+/// Adds the results of a benchmark.
+fn write_one(text: &mut String, benchmark: &Benchmark, records: &[Record]) -> Result<()> {
+    let mut all = of(benchmark, records).peekable();
+    if all.peek().is_none() {
+        return Ok(());
+    }
+    writeln!(
+        text,
+        "\n## {}\n\n{}",
+        benchmark.names.join(", "),
+        benchmark.answers
+    )?;
+    for (name, of_name) in all {
+        writeln!(text, "\n`{name}`, {}:\n", tables::amount(&of_name))?;
+        writeln!(text, "{}", tables::markdown(&of_name, records))?;
+    }
+    let of_benchmark: Vec<Record> = of(benchmark, records)
+        .flat_map(|(_, records)| records)
+        .cloned()
+        .collect();
+    let claims = (benchmark.claims)(&of_benchmark);
+    if !claims.is_empty() {
+        writeln!(text)?;
+    }
+    for claim in claims {
+        writeln!(text, "- {claim}")?;
+    }
+    for (name, shows) in shown(benchmark, records) {
+        writeln!(text, "\n![{shows}](plots/{name}.svg)")?;
+    }
+    Ok(())
+}
+
+/// The plots for which there are results of a benchmark. One that shows those of several is the last one's.
+fn shown(benchmark: &Benchmark, records: &[Record]) -> Vec<(&'static str, &'static str)> {
+    let (name, shows, of) = plots::SCALE;
+    let last_of = |plot: &Plot| {
+        let with_results = |name: &&str| records.iter().any(|record| record.name == *name);
+        plot.names().filter(with_results).last()
+    };
+    plots::PLOTS
+        .iter()
+        .filter(|plot| last_of(plot).is_some_and(|last| benchmark.names.contains(&last)))
+        .map(|plot| (plot.name, plot.shows))
+        .chain(
+            (benchmark.names == [of] && records.iter().any(|record| record.name == of))
+                .then_some((name, shows)),
+        )
+        .collect()
+}
+
+/// What the results come from.
+fn machine(places: &Places, accel: Accel) -> Result<String> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+    let mut models = cpuinfo
+        .lines()
+        .filter_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let processors = models.clone().count();
+    let (_, model) = models.next().context("the processors have no name")?;
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let kib = meminfo.split_whitespace().nth(1).context("no memory")?;
+    let memory = Size::kib(kib.parse()?).as_mib() as f64 / 1024.0;
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let qemu = Command::new("qemu-system-x86_64")
+        .arg("--version")
+        .output()?;
+    let qemu = String::from_utf8(qemu.stdout)?;
+    let qemu = qemu.lines().next().context("QEMU has no version")?;
+    let qemu = qemu.trim_start_matches("QEMU emulator version ");
+    let tree = kernel::build(places, Kernel::Test)?;
+    let guest = release(&tree.path)?;
+    let how = match accel {
+        Accel::Kvm => "KVM",
+        Accel::Tcg => "TCG, which emulates the guests' processors",
+    };
+    Ok(format!(
+        "{processors} x {model}, {memory:.0} GiB of memory, Linux {}; QEMU {qemu} with {how}; guests with two processors \
+         and Linux {guest}",
+        host.trim_end()
+    ))
+}
+
+/// The version of a kernel that was built.
+fn release(tree: &Path) -> Result<String> {
+    let release = fs::read_to_string(tree.join("include/config/kernel.release"))?;
+    Ok(release.trim_end().to_owned())
+}

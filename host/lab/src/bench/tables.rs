@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Results as tables, for a terminal and for the documentation.
+
+use benchmarks::{Benchmark, Record, Stages};
+use comfy_table::presets::{ASCII_MARKDOWN, UTF8_FULL_CONDENSED};
+use comfy_table::{CellAlignment, Table};
+use vm::{Samples, Size};
+
+use super::of;
+
+/// A column: its head, and what is in it of a record, if there is anything.
+type Column<'a> = (&'a str, Box<dyn Fn(&Record) -> Option<String> + 'a>);
+
+/// How many columns there are that say what a record is about.
+const SUBJECT_COLUMNS: usize = 3;
+
+/// Prints the results of a benchmark, and what was promised of them.
+pub(super) fn print(benchmark: &Benchmark, records: &[Record]) {
+    println!("\n{}", benchmark.answers);
+    for (name, of_name) in of(benchmark, records) {
+        println!("\n{name}: {}", amount(&of_name));
+        for table in tables(&of_name, records) {
+            println!("{}", finish(table, UTF8_FULL_CONDENSED));
+        }
+    }
+    for claim in (benchmark.claims)(records) {
+        println!("{claim}");
+    }
+    println!();
+}
+
+/// The tables of the records with one name, in Markdown.
+pub(super) fn markdown(of_name: &[&Record], records: &[Record]) -> String {
+    let tables = tables(of_name, records).into_iter();
+    let tables: Vec<_> = tables
+        .map(|table| finish(table, ASCII_MARKDOWN).to_string())
+        .collect();
+    tables.join("\n\n")
+}
+
+/// How much memory this is about.
+pub(super) fn amount(records: &[&Record]) -> String {
+    let size = |mib: u64| match mib {
+        0 => "nothing".to_owned(),
+        mib => Size::mib(mib).to_string(),
+    };
+    let of = |record: &Record| format!("{} of {}", size(record.amount_mib), size(record.guest_mib));
+    let least = records.iter().min_by_key(|record| record.guest_mib);
+    let most = records.iter().max_by_key(|record| record.guest_mib);
+    match (least, most) {
+        (Some(least), Some(most)) if least.guest_mib < most.guest_mib => {
+            format!("{} to {}", of(least), of(most))
+        }
+        (least, _) => least.map_or(String::new(), |record| of(record)),
+    }
+}
+
+fn finish(mut table: Table, preset: &str) -> Table {
+    table.load_preset(preset);
+    table
+}
+
+/// The table of the times and what else was measured, and that of the stages, if there are any.
+fn tables(of_name: &[&Record], all: &[Record]) -> Vec<Table> {
+    let (staged, plain): (Vec<&Record>, Vec<&Record>) =
+        of_name.iter().partition(|record| record.stages.is_some());
+    let mut tables = vec![table(&plain, main_columns(all))];
+    if !staged.is_empty() {
+        tables.push(table(&staged, stage_columns()));
+    }
+    tables
+}
+
+fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
+    vec![
+        (
+            "runs",
+            Box::new(|r| Some(r.seconds.values().len().to_string())),
+        ),
+        ("time", Box::new(|r| Some(r.seconds.in_seconds()))),
+        (
+            "faster than the C driver (snapshot: than none)",
+            Box::new(|r| Some(speed_up(&r.seconds, &r.base(all)?.seconds))),
+        ),
+        ("bytes sent", Box::new(|r| r.wire_bytes.map(grouped))),
+        ("notifications", Box::new(|r| r.notifications.map(grouped))),
+        (
+            "bits per page",
+            Box::new(|r| r.bits_per_page.map(|bits| format!("{bits:.3}"))),
+        ),
+        (
+            "copied",
+            Box::new(|r| r.transferred_mib.map(|mib| format!("{} MiB", grouped(mib)))),
+        ),
+        (
+            "load's pace",
+            Box::new(|r| {
+                let pace: Samples = r
+                    .throughput
+                    .as_ref()?
+                    .values()
+                    .iter()
+                    .map(|part| part * 100.0)
+                    .collect();
+                Some(format!(
+                    "{:.0} % ({:.0} to {:.0})",
+                    pace.median(),
+                    pace.min(),
+                    pace.max()
+                ))
+            }),
+        ),
+        (
+            "longest stall",
+            Box::new(|r| {
+                let stall = r.stall_ms.as_ref()?;
+                Some(format!(
+                    "{:.1} ms ({:.1} to {:.1})",
+                    stall.median(),
+                    stall.min(),
+                    stall.max()
+                ))
+            }),
+        ),
+        ("host CPU", Box::new(|r| r.host_cpu_s.map(seconds))),
+        ("guest CPU", Box::new(|r| r.guest_cpu_s.map(seconds))),
+    ]
+}
+
+fn stage_columns() -> Vec<Column<'static>> {
+    let stage = |name, of: fn(Stages) -> f64| -> Column<'static> {
+        let text = move |record: &Record| {
+            let time = of(record.stages?);
+            let part = time / record.seconds.median() * 100.0;
+            Some(format!("{}, {part:.1} %", short_time(time)))
+        };
+        (name, Box::new(text))
+    };
+    vec![
+        ("time", Box::new(|r| Some(r.seconds.in_seconds()))),
+        stage("allocate", |stages| stages.allocate),
+        stage("send", |stages| stages.send),
+        stage("translate", |stages| stages.translate),
+        stage("give back", |stages| stages.give_back),
+    ]
+}
+
+/// The columns in which at least one of the records has something.
+fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
+    let several_guests = records
+        .windows(2)
+        .any(|pair| pair[0].guest_mib != pair[1].guest_mib);
+    let subject: [Column<'_>; SUBJECT_COLUMNS] = [
+        ("", Box::new(|r| Some(r.contestant().to_string()))),
+        ("variety", Box::new(|r| r.detail.clone())),
+        (
+            "guest",
+            Box::new(move |r| several_guests.then(|| Size::mib(r.guest_mib).to_string())),
+        ),
+    ];
+    let columns: Vec<_> = subject
+        .into_iter()
+        .chain(columns)
+        .filter(|(_, text)| records.iter().any(|record| text(record).is_some()))
+        .collect();
+    let mut table = Table::new();
+    table.set_header(columns.iter().map(|(head, _)| *head));
+    for record in records {
+        let cells = columns
+            .iter()
+            .map(|(_, text)| text(record).unwrap_or_default());
+        table.add_row(cells);
+    }
+    for (column, (head, _)) in table.column_iter_mut().zip(&columns) {
+        if !["", "variety", "guest"].contains(head) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+/// How many times as fast these are as others, from the medians, and at the least and at the most.
+fn speed_up(times: &Samples, others: &Samples) -> String {
+    let ratios = [
+        others.median() / times.median(),
+        others.min() / times.max(),
+        others.max() / times.min(),
+    ];
+    let digits = if ratios[0] < 10.0 { 2 } else { 0 };
+    let [median, least, most] = ratios.map(|ratio| format!("{ratio:.digits$}"));
+    match times.overlaps(others) {
+        true => format!("{median} times, within the noise"),
+        false => format!("{median} times ({least} to {most})"),
+    }
+}
+
+/// A time, in a unit that suits it.
+fn short_time(seconds: f64) -> String {
+    match seconds < 0.5 {
+        true => format!("{:.1} ms", seconds * 1e3),
+        false => format!("{seconds:.2} s"),
+    }
+}
+
+fn seconds(seconds: f64) -> String {
+    format!("{seconds:.2} s")
+}
+
+/// A number with its thousands apart.
+fn grouped(number: u64) -> String {
+    indicatif::HumanCount(number).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_overlaps_is_within_the_noise() {
+        let samples = |values: [f64; 3]| Samples::from_iter(values);
+        let (slow, fast) = (samples([3.0, 4.0, 5.0]), samples([0.02, 0.04, 0.05]));
+        assert_eq!(speed_up(&fast, &slow), "100 times (60 to 250)");
+        assert_eq!(
+            speed_up(&samples([3.5, 3.8, 6.0]), &slow),
+            "1.05 times, within the noise"
+        );
+    }
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests that use their memory.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use agent::Load;
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::{Guest, RunningLoad};
+use crate::qemu::Config;
+use crate::size::Size;
+
+/// How long the guest may take to use its memory.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How long all may take that is done with a guest that uses all of its memory.
+const TIMEOUT: Duration = Duration::from_secs(400);
+
+impl Config {
+    /// A guest that uses its memory. An emulated processor that has instructions for it clears memory byte by byte, which
+    /// takes much longer than what is measured.
+    pub fn using_memory(self) -> Self {
+        self.argument("-cpu", "max,-erms,-fsrm,-fzrm")
+            .timeout(TIMEOUT)
+    }
+}
+
+impl Guest {
+    /// Has the guest use `size` of its memory and free it again.
+    pub fn touch(&self, size: Size) -> Result<()> {
+        let load = self.load(Load::Touch {
+            mib: size.as_mib().try_into()?,
+        })?;
+        load.wait_passes(1, PATIENCE)?;
+        load.wait(PATIENCE)?;
+        Ok(())
+    }
+
+    /// Leaves the guest hardly any free memory but lone pages, for as long as the load runs.
+    pub fn fragment(&self) -> Result<RunningLoad<'_>> {
+        // By itself the kernel would begin to put the pages together.
+        self.write_file("/proc/sys/vm/compaction_proactiveness", "0")?;
+        let taken = self.free()?.saturating_sub(Size::mib(256));
+        let load = self.load(Load::Fragment {
+            mib: taken.as_mib().try_into()?,
+        })?;
+        load.wait_passes(1, PATIENCE)?;
+        Ok(load)
+    }
+
+    /// How many pages are marked as logically offline (bit 23 of a page's flags in /proc), as a
+    /// balloon's are: of all, or of those with numbers in a range.
+    pub fn offline_pages(&self, range: Option<Range<u64>>) -> Result<u64> {
+        let part = range.map_or(String::new(), |range| {
+            format!(
+                "-j {} -N {}",
+                range.start * 8,
+                (range.end - range.start) * 8
+            )
+        });
+        let count = self.sh(&format!(
+            "od -An -v -t x8 {part} /proc/kpageflags | tr ' ' '\\n' | grep -c '[89a-f].....$' || true"
+        ))?;
+        Ok(count.trim().parse()?)
+    }
+
+    /// How many pages of memory there are from the first to the last one that is in the balloon.
+    pub fn balloon_stretch(&self) -> Result<u64> {
+        let memory = memory_map(&self.read_file("/proc/iomem")?);
+        let end = memory.last().context("the guest has no memory")?.end;
+        let first = nearest(end, |pages| Ok(self.offline_pages(Some(pages))? > 0))?;
+        let last = nearest(end, |pages| {
+            let pages = end - pages.end..end - pages.start;
+            Ok(self.offline_pages(Some(pages))? > 0)
+        })?;
+        let pages = first..end - last;
+        Ok(memory
+            .iter()
+            .map(|part| {
+                let (start, end) = (part.start.max(pages.start), part.end.min(pages.end));
+                end.saturating_sub(start)
+            })
+            .sum())
+    }
+}
+
+/// The memory in what /proc/iomem says, in pages.
+fn memory_map(iomem: &str) -> Vec<Range<u64>> {
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    iomem
+        .lines()
+        .filter_map(|line| {
+            let (start, end) = line.strip_suffix(" : System RAM")?.split_once('-')?;
+            Some(Size::bytes(address(start)?).as_pages()..Size::bytes(address(end)? + 1).as_pages())
+        })
+        .collect()
+}
+
+/// The least of the numbers up to `end` that is in a range for which `is_in` holds.
+fn nearest(end: u64, mut is_in: impl FnMut(Range<u64>) -> Result<bool>) -> Result<u64> {
+    let mut range = 0..1;
+    while !is_in(range.clone())? {
+        ensure!(range.end < end, "there is nothing to be found");
+        range = range.end..(range.end * 2).min(end);
+    }
+    while range.end - range.start > 1 {
+        let middle = range.start.midpoint(range.end);
+        range = match is_in(range.start..middle)? {
+            true => range.start..middle,
+            false => middle..range.end,
+        };
+    }
+    Ok(range.start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_told_from_the_rest() {
+        let text = "00001000-0009fbff : System RAM\n\
+                    000a0000-000bffff : PCI Bus 0000:00\n\
+                    00100000-7ffdffff : System RAM\n  01000000-015362d7 : Kernel code\n";
+        assert_eq!(memory_map(text), [1..0x9f, 0x100..0x7ffe0]);
+    }
+
+    #[test]
+    fn the_nearest_is_found() {
+        for number in [0, 1, 2, 5, 99] {
+            let found = nearest(100, |range| Ok(range.contains(&number)));
+            assert_eq!(found.unwrap(), number);
+        }
+        assert!(nearest(100, |_| Ok(false)).is_err());
+    }
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How much of the processors is used up, by the host and in the guest.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::daemon::Daemon;
+use crate::guest::Guest;
+
+/// How many times a second the guest counts what its processors do.
+const GUEST_TICKS: u64 = 100;
+
+impl Guest {
+    /// How much of the host's processors QEMU and the daemon have used, the guest's part included. It is counted in
+    /// hundredths of a second.
+    pub fn host_cpu_time(&self) -> Result<Duration> {
+        let home = self.home();
+        let mut total = of_process(home.qemu.id())?;
+        if let Some(daemon) = &home.daemon {
+            total += daemon.cpu_time()?;
+        }
+        Ok(total)
+    }
+
+    /// For how long the guest's processors have not been idle, as the guest sees it. It is counted in hundredths of a
+    /// second.
+    pub fn guest_cpu_time(&self) -> Result<Duration> {
+        let stat = self.read_file("/proc/stat")?;
+        let line = stat
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix("cpu "));
+        let fields = line.context("the guest's /proc/stat has no processors")?;
+        // User and system time, each with its variants, around the time without work and that for disks.
+        let ticks: u64 = fields
+            .split_whitespace()
+            .enumerate()
+            .filter(|(place, _)| matches!(place, 0..=2 | 5..=6))
+            .map(|(_, field)| {
+                field
+                    .parse::<u64>()
+                    .context("processor times are no numbers")
+            })
+            .sum::<Result<u64>>()?;
+        Ok(Duration::from_millis(ticks * 1000 / GUEST_TICKS))
+    }
+}
+
+impl Daemon {
+    /// How much of the host's processors its two processes have used.
+    fn cpu_time(&self) -> Result<Duration> {
+        Ok(of_process(self.id())? + of_process(self.worker()?.as_raw().try_into()?)?)
+    }
+}
+
+/// The time of a process.
+fn of_process(pid: u32) -> Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may have spaces in it; user and system time are the 12th
+    // and 13th field after it.
+    let (_, fields) = stat
+        .rsplit_once(')')
+        .context("a process's statistics have no name")?;
+    let ticks: u64 = fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|field| {
+            field
+                .parse::<u64>()
+                .context("a process's statistics are no numbers")
+        })
+        .sum::<Result<u64>>()?;
+    let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
+    Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
+}

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a driver's tasks do in the guest, as the kernel's own trace events tell it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::{Driver, Guest};
+use crate::size::Size;
+
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// Room for the events of each processor: of the C driver that inflates 7 GiB, and of one that allocates blocks.
+const LARGE_BUFFER: Size = Size::mib(16);
+const SMALL_BUFFER: Size = Size::mib(2);
+
+/// When tasks begin and end.
+const TASKS: &[&str] = &[
+    "workqueue/workqueue_execute_start",
+    "workqueue/workqueue_execute_end",
+];
+
+/// When a processor goes on with another process.
+const SWITCHES: &[&str] = &["sched/sched_switch"];
+
+/// When memory is allocated: pages, and what is smaller.
+const ALLOCATIONS: &[&str] = &[
+    "kmem/mm_page_alloc",
+    "kmem/kmalloc",
+    "kmem/kmem_cache_alloc",
+];
+
+impl Guest {
+    /// Does something, and returns for how long the driver's tasks have run on the guest's processors meanwhile: without
+    /// the time in which they waited.
+    pub fn trace_running<T>(
+        &self,
+        driver: Driver,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, Duration)> {
+        let (result, trace) = self.trace(SWITCHES, LARGE_BUFFER, work)?;
+        Ok((result, running(&trace, driver)?))
+    }
+
+    /// Does something, and returns how many times the driver's tasks have allocated memory meanwhile, be it for the balloon
+    /// or for themselves.
+    pub fn trace_allocations<T>(
+        &self,
+        driver: Driver,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, usize)> {
+        let (result, trace) = self.trace(ALLOCATIONS, SMALL_BUFFER, work)?;
+        Ok((result, allocations(&trace, driver)?))
+    }
+
+    /// Does something, and returns what the kernel says of it.
+    fn trace<T>(
+        &self,
+        events: &[&str],
+        buffer: Size,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, String)> {
+        let set = |file: &str, value: &str| self.write_file(&format!("{TRACING}/{file}"), value);
+        let switch = |value: &str| {
+            let mut all = TASKS.iter().chain(events);
+            all.try_for_each(|event| set(&format!("events/{event}/enable"), value))
+        };
+        set("buffer_size_kb", &(buffer.as_bytes() >> 10).to_string())?;
+        set("trace", "")?;
+        switch("1")?;
+        let result = work()?;
+        switch("0")?;
+        let trace = self.read_file(&format!("{TRACING}/trace"))?;
+        let counts = trace
+            .lines()
+            .find_map(|line| line.strip_prefix("# entries-in-buffer/entries-written:"));
+        let counts = counts.context("the trace has no header")?;
+        let (kept, written) = counts
+            .split_whitespace()
+            .next()
+            .and_then(|counts| counts.split_once('/'))
+            .context("the trace has no numbers")?;
+        ensure!(
+            kept == written,
+            "{kept} of {written} events are in the trace"
+        );
+        Ok((result, trace))
+    }
+}
+
+/// An event.
+struct Event<'a> {
+    /// The process that it came from.
+    process: &'a str,
+    time: Duration,
+    name: &'a str,
+    rest: &'a str,
+}
+
+impl<'a> Event<'a> {
+    /// Reads a line such as `kworker/0:1-12 [000] d..2. 3.123456: sched_switch: prev_comm=...`.
+    fn parse(line: &'a str) -> Option<Self> {
+        let (process, line) = line.split_once(" [")?;
+        let (_, process) = process.trim().rsplit_once('-')?;
+        let (before, line) = line.split_once(": ")?;
+        let (name, rest) = line.split_once(": ")?;
+        let seconds = before.split_whitespace().next_back()?.parse().ok()?;
+        Some(Self {
+            process,
+            time: Duration::from_secs_f64(seconds),
+            name,
+            rest,
+        })
+    }
+
+    /// Whether it is about a task of the driver's.
+    fn is_of(&self, driver: Driver) -> bool {
+        self.rest.ends_with(&format!("[{}]", driver.name()))
+    }
+
+    /// A value in it, such as that of `next_pid`.
+    fn value(&self, name: &str) -> Option<&'a str> {
+        let mut words = self.rest.split_whitespace();
+        words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    }
+}
+
+/// The events of a trace.
+fn events(trace: &str) -> impl Iterator<Item = Event<'_>> {
+    trace
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(Event::parse)
+}
+
+/// For how long the driver's tasks ran.
+fn running(trace: &str, driver: Driver) -> Result<Duration> {
+    let mut total = Duration::ZERO;
+    // The process that has a task, and since when it runs, if it does.
+    let mut task: Option<(&str, Option<Duration>)> = None;
+    let mut tasks = 0;
+    for event in events(trace) {
+        let stop = |since: Option<Duration>| since.map_or(Duration::ZERO, |at| event.time - at);
+        match (event.name, &mut task) {
+            ("workqueue_execute_start", None) if event.is_of(driver) => {
+                task = Some((event.process, Some(event.time)));
+                tasks += 1;
+            }
+            ("workqueue_execute_end", Some((process, since))) if *process == event.process => {
+                total += stop(*since);
+                task = None;
+            }
+            ("sched_switch", Some((process, since))) => {
+                if event.value("prev_pid") == Some(process) {
+                    total += stop(since.take());
+                } else if event.value("next_pid") == Some(process) {
+                    *since = Some(event.time);
+                }
+            }
+            _ => {}
+        }
+    }
+    ensure!(tasks > 0, "no task of {} was seen", driver.name());
+    Ok(total)
+}
+
+/// How often the driver's tasks have allocated memory.
+fn allocations(trace: &str, driver: Driver) -> Result<usize> {
+    let mut number = 0;
+    let mut tasks = 0;
+    let mut task = None;
+    for event in events(trace) {
+        match event.name {
+            "workqueue_execute_start" if event.is_of(driver) => {
+                task = Some(event.process);
+                tasks += 1;
+            }
+            "workqueue_execute_end" if task == Some(event.process) => task = None,
+            "workqueue_execute_start" | "workqueue_execute_end" => {}
+            _ => number += usize::from(task == Some(event.process)),
+        }
+    }
+    ensure!(tasks > 0, "no task of {} was seen", driver.name());
+    Ok(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "\
+# tracer: nop
+#              | |         |   |||||     |         |
+     kworker/0:1-12      [000] .....     1.000000: workqueue_execute_start: work struct 0000000012345678: function update [virtio_balloon]
+     kworker/0:1-12      [000] .....     1.100000: mm_page_alloc: page=00000000 pfn=0x1 order=0 migratetype=1 gfp_flags=0
+     kworker/0:1-12      [000] d..2.     2.000000: sched_switch: prev_comm=kworker/0:1 prev_pid=12 prev_prio=120 prev_state=D ==> next_comm=swapper/0 next_pid=0 next_prio=120
+          <idle>-0       [000] d..2.     3.500000: sched_switch: prev_comm=swapper/0 prev_pid=0 prev_prio=120 prev_state=R ==> next_comm=kworker/0:1 next_pid=12 next_prio=120
+           agent-70      [001] .....     3.600000: kmalloc: call_site=x
+     kworker/0:1-12      [000] .....     4.000000: workqueue_execute_end: work struct 0000000012345678: function update [virtio_balloon]
+     kworker/0:1-12      [000] .....     4.100000: mm_page_alloc: page=00000000 pfn=0x1 order=0 migratetype=1 gfp_flags=0
+";
+
+    #[test]
+    fn waiting_is_not_running() {
+        let took = running(TRACE, Driver::C).unwrap();
+        assert_eq!(took, Duration::from_millis(1500));
+        assert!(running(TRACE, Driver::Rust).is_err());
+    }
+
+    #[test]
+    fn only_the_driver_s_allocations_count() {
+        assert_eq!(allocations(TRACE, Driver::C).unwrap(), 1);
+        assert!(allocations(TRACE, Driver::Rust).is_err());
+    }
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is promised of the results.
+
+use std::fmt;
+
+use vm::Samples;
+
+use crate::contestant::Contestant;
+use crate::record::Record;
+
+/// Something that is not to be more than a limit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Claim {
+    what: String,
+    value: f64,
+    limit: f64,
+}
+
+impl Claim {
+    /// A claim that `value`, which `what` describes, is `limit` at most.
+    pub(crate) fn new(what: impl Into<String>, value: f64, limit: f64) -> Self {
+        Self {
+            what: what.into(),
+            value,
+            limit,
+        }
+    }
+
+    /// A claim that the median of one contestant's times is a part of another one's, if there are both.
+    pub(crate) fn ratio(
+        records: &[Record],
+        name: &str,
+        of: Contestant,
+        to: Contestant,
+        limit: f64,
+    ) -> Option<Self> {
+        let ratio = times(records, name, of)?.ratio(times(records, name, to)?);
+        let what = format!("{name}: the time of {of} as a part of that of {to}");
+        Some(Self::new(what, ratio, limit))
+    }
+
+    /// Whether it is true.
+    pub fn holds(&self) -> bool {
+        self.value <= self.limit
+    }
+}
+
+/// A contestant's times.
+pub(crate) fn times<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Samples> {
+    let record = records.iter().find(|record| {
+        record.name == name && record.contestant() == of && record.detail.is_none()
+    })?;
+    Some(&record.seconds)
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.holds() {
+            true => "at most",
+            false => "NOT at most",
+        };
+        // Two digits that are not zero.
+        let digits = if self.value < 0.001 { 6 } else { 4 };
+        write!(
+            f,
+            "{}: {:.digits$}, {verdict} {}",
+            self.what, self.value, self.limit
+        )
+    }
+}

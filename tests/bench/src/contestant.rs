@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Who is compared: ways for a guest to give memory to the host.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use vm::{Config, Driver, Guest, Offer, Size};
+
+/// What in the guest gives memory away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum By {
+    /// This repository's balloon driver.
+    Rs,
+    /// The kernel's own.
+    C,
+    /// Unplugging memory.
+    VirtioMem,
+    /// Free page reporting, which is asked for nothing.
+    Reporting,
+    /// Nothing.
+    None,
+}
+
+/// Whose device the guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Device {
+    /// QEMU's own.
+    Qemu,
+    /// This repository's, with the extended protocol.
+    VhostUser,
+}
+
+/// One of those who are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contestant {
+    /// What in the guest gives memory away.
+    pub driver: By,
+    /// Whose device it has.
+    pub device: Device,
+}
+
+impl Contestant {
+    /// The C driver as most have it today.
+    pub const STOCK: Self = Self::new(By::C, Device::Qemu);
+
+    /// All that this repository has.
+    pub const OURS: Self = Self::new(By::Rs, Device::VhostUser);
+
+    /// Both drivers on both devices.
+    pub const BALLOONS: [Self; 4] = [
+        Self::OURS,
+        Self::new(By::C, Device::VhostUser),
+        Self::new(By::Rs, Device::Qemu),
+        Self::STOCK,
+    ];
+
+    /// A guest that can unplug memory.
+    pub const VIRTIO_MEM: Self = Self::new(By::VirtioMem, Device::Qemu);
+
+    /// A guest with free page reporting.
+    pub const REPORTING: Self = Self::new(By::Reporting, Device::Qemu);
+
+    /// A guest on one of the devices that gives nothing away.
+    pub const fn none(device: Device) -> Self {
+        Self::new(By::None, device)
+    }
+
+    /// This driver on this device.
+    pub const fn new(driver: By, device: Device) -> Self {
+        Self { driver, device }
+    }
+
+    /// Whom one compares it with: the C driver on the same device.
+    pub fn base(self) -> Self {
+        Self::new(By::C, self.device)
+    }
+
+    /// Boots a guest that can give away `amount`, hands it to `body` and ends it.
+    ///
+    /// # Errors
+    ///
+    /// What [`vm::run`] says.
+    pub fn run<T>(
+        self,
+        config: Config,
+        amount: Size,
+        body: impl FnOnce(&Guest) -> Result<T>,
+    ) -> Result<T> {
+        vm::run(&self.config(config, amount), |guest| {
+            if let Some(driver) = self.module() {
+                guest.insmod(driver, &[])?;
+            }
+            if self.driver == By::VirtioMem {
+                guest.plug(amount)?;
+            }
+            body(guest)
+        })
+    }
+
+    /// The guest that it needs.
+    pub(crate) fn config(self, config: Config, amount: Size) -> Config {
+        let config = config.device(match self.device {
+            Device::Qemu => vm::Device::Qemu,
+            Device::VhostUser => vm::Device::Extended,
+        });
+        match self.driver {
+            By::VirtioMem => config.virtio_mem(amount),
+            By::Reporting => config.offer(&[Offer::FreePageReporting]),
+            By::Rs | By::C | By::None => config,
+        }
+    }
+
+    /// The driver that the guest loads.
+    pub(crate) fn module(self) -> Option<Driver> {
+        match self.driver {
+            By::Rs => Some(Driver::Rust),
+            By::C | By::Reporting => Some(Driver::C),
+            By::VirtioMem | By::None => None,
+        }
+    }
+
+    /// Has the guest give away `amount`, of which it has given nothing. Returns how long it took.
+    pub fn inflate(self, guest: &Guest, amount: Size) -> Result<Duration> {
+        match self.driver {
+            By::VirtioMem => guest.plug(Size::default()),
+            _ => guest.balloon().settle(amount),
+        }
+    }
+
+    /// Has the guest take back all of `amount`. Returns how long it took.
+    pub fn deflate(self, guest: &Guest, amount: Size) -> Result<Duration> {
+        match self.driver {
+            By::VirtioMem => guest.plug(amount),
+            _ => guest.balloon().settle(Size::default()),
+        }
+    }
+
+    /// How much of the host's memory the guest's has.
+    pub fn host_memory(self, guest: &Guest) -> Result<Size> {
+        match self.device {
+            Device::Qemu => guest.resident(),
+            Device::VhostUser => guest.memory_file()?.resident(),
+        }
+    }
+}
+
+impl fmt::Display for By {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rs => "this driver",
+            Self::C => "C driver",
+            Self::VirtioMem => "virtio-mem",
+            Self::Reporting => "reporting",
+            Self::None => "none",
+        })
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Qemu => "QEMU",
+            Self::VhostUser => "vhost-user",
+        })
+    }
+}
+
+impl fmt::Display for Contestant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.driver {
+            By::VirtioMem | By::Reporting => self.driver.fmt(f),
+            By::Rs | By::C | By::None => write!(f, "{}, {}", self.driver, self.device),
+        }
+    }
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests whose free memory is lone pages.
+
+use anyhow::{Context, Result};
+use vm::Size;
+
+use crate::claim::Claim;
+use crate::contestant::Contestant;
+use crate::record::{Record, Run, Subject, measure};
+use crate::{Bench, Benchmark};
+
+pub(crate) const BENCHMARK: Benchmark = Benchmark {
+    names: &["inflate-fragmented"],
+    answers: "How long does it take to have 3 of 8 GiB in lone pages of 4 KiB, between pages that are in use?",
+    run,
+    claims,
+};
+
+const NAME: &str = "inflate-fragmented";
+const MEMORY: Size = Size::gib(8);
+const AMOUNT: Size = Size::gib(3);
+const RUNS: usize = 3;
+
+/// The encodings that the driver can be made to use by its parameter. They are only to be looked at, and it takes a guest
+/// a quarter of a minute to fall to pieces.
+const ENCODINGS: &[(&str, &str)] = &[
+    ("encoding=1", "ranges only"),
+    ("encoding=2", "bitmaps only"),
+    ("encoding=3", "PFNs only"),
+];
+
+fn run(bench: &Bench<'_>) -> Result<()> {
+    for &(parameter, name) in ENCODINGS {
+        bench.rounds(1, &[Contestant::OURS], |contestant| {
+            let run = give(bench, contestant, &[parameter])?;
+            bench.add(subject(contestant).detail(name), run);
+            Ok(())
+        })?;
+    }
+    bench.rounds(RUNS, &Contestant::BALLOONS, |contestant| {
+        bench.add(subject(contestant), give(bench, contestant, &[])?);
+        Ok(())
+    })
+}
+
+fn subject(contestant: Contestant) -> Subject {
+    Subject::new(NAME, contestant, MEMORY, AMOUNT)
+}
+
+/// Has a guest that was left hardly any free memory but lone pages give it away. The host has all of it, since the guest
+/// has written to it before.
+fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Result<Run> {
+    let driver = contestant.module().context("a balloon has a driver")?;
+    let config = bench.config().using_memory().memory(MEMORY);
+    vm::run(&contestant.config(config, AMOUNT), |guest| {
+        let load = guest.fragment()?;
+        guest.insmod(driver, parameters)?;
+        let mut run = measure(guest, || contestant.inflate(guest, AMOUNT))?;
+        if let Some(sent) = run.sent {
+            let bits = (sent.bytes * 8) as f64;
+            run.bits_per_page = Some(bits / guest.balloon_stretch()? as f64);
+        }
+        load.stop()?;
+        Ok(run)
+    })
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let ours = Contestant::OURS;
+    let bits = records
+        .iter()
+        .find(|record| {
+            record.name == NAME && record.contestant() == ours && record.detail.is_none()
+        })
+        .and_then(|record| record.bits_per_page)
+        .map(|bits| {
+            let what = "inflate-fragmented: bits that are sent for each page of the memory covered";
+            Claim::new(what, bits, 1.01)
+        });
+    Claim::ratio(records, NAME, ours, ours.base(), 0.5)
+        .into_iter()
+        .chain(bits)
+        .collect()
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests that have not used their memory yet, and where the time goes in them.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use vm::Size;
+
+use crate::claim::Claim;
+use crate::contestant::{By, Contestant, Device};
+use crate::record::{Record, Run, Stages, Subject, measure};
+use crate::{Bench, Benchmark};
+
+pub(crate) const BENCHMARK: Benchmark = Benchmark {
+    names: &["inflate-idle", "deflate-idle"],
+    answers: "How long does it take to have 7 of 8 GiB from a guest that has not used them, and to give them back?",
+    run,
+    claims,
+};
+
+const MEMORY: Size = Size::gib(8);
+const AMOUNT: Size = Size::gib(7);
+const RUNS: usize = 5;
+
+/// How many runs there are in which the stages are measured.
+const TRACED_RUNS: usize = 3;
+
+/// The length of a page frame number of the base protocol, in bytes.
+const PFN_BYTES: u64 = 4;
+
+fn run(bench: &Bench<'_>) -> Result<()> {
+    let config = || bench.config().memory(MEMORY);
+    let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM]].concat();
+    bench.rounds(RUNS, &contestants, |contestant| {
+        let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
+        contestant.run(config(), AMOUNT, |guest| {
+            let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;
+            bench.add(subject("inflate-idle"), inflate);
+            let deflate = measure(guest, || contestant.deflate(guest, AMOUNT))?;
+            bench.add(subject("deflate-idle"), deflate);
+            Ok(())
+        })
+    })?;
+    // In guests of their own: what is traced takes longer.
+    let traced = [By::Rs, By::C].map(|driver| Contestant::new(driver, Device::VhostUser));
+    bench.rounds(TRACED_RUNS, &traced, |contestant| {
+        contestant.run(config(), AMOUNT, |guest| {
+            let driver = contestant.module().context("a balloon has a driver")?;
+            let before = guest.daemon()?.info()?.counters;
+            let (took, allocate) =
+                guest.trace_running(driver, || contestant.inflate(guest, AMOUNT))?;
+            let now = guest.daemon()?.info()?.counters;
+            let translate = Duration::from_micros(now.translating - before.translating);
+            let give_back = Duration::from_micros(now.discarding - before.discarding);
+            let send = took.saturating_sub(allocate + translate + give_back);
+            let [allocate, send, translate, give_back] =
+                [allocate, send, translate, give_back].map(|time| time.as_secs_f64());
+            let run = Run {
+                took,
+                stages: Some(Stages {
+                    allocate,
+                    send,
+                    translate,
+                    give_back,
+                }),
+                ..Run::default()
+            };
+            let subject = Subject::new("inflate-idle", contestant, MEMORY, AMOUNT);
+            bench.add(subject.detail("traced"), run);
+            Ok(())
+        })
+    })
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let ours = Contestant::OURS;
+    let ratios = [
+        ("inflate-idle", ours, ours.base(), 0.01),
+        ("inflate-idle", ours, Contestant::VIRTIO_MEM, 0.2),
+        ("deflate-idle", ours, ours.base(), 0.01),
+    ];
+    let bytes = records
+        .iter()
+        .find(|record| record.name == "inflate-idle" && record.contestant() == ours)
+        .and_then(|record| record.wire_bytes)
+        .map(|bytes| {
+            let array = (AMOUNT.as_pages() * PFN_BYTES) as f64;
+            let what = "inflate-idle: what is sent as a part of an array of page frame numbers";
+            Claim::new(what, bytes as f64 / array, 0.001)
+        });
+    ratios
+        .into_iter()
+        .filter_map(|(name, of, to, limit)| Claim::ratio(records, name, of, to, limit))
+        .chain(bytes)
+        .collect()
+}

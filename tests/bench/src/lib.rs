@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the balloon costs, side by side with what a user would take in place of it.
+//!
+//! A benchmark is a function that boots guests with one contestant after the other, over and over, so that whatever else
+//! the machine does meets all of them, and that adds each run to what there is of the same kind:
+//!
+//! ```no_run
+//! use benchmarks::{Bench, Contestant, Subject, measure};
+//! use vm::Size;
+//!
+//! fn half_a_gib(bench: &Bench) -> anyhow::Result<()> {
+//!     let (memory, amount) = (Size::gib(1), Size::mib(512));
+//!     bench.rounds(5, &Contestant::BALLOONS, |contestant| {
+//!         contestant.run(bench.config().memory(memory), amount, |guest| {
+//!             let run = measure(guest, || contestant.inflate(guest, amount))?;
+//!             bench.add(Subject::new("half-a-gib", contestant, memory, amount), run);
+//!             Ok(())
+//!         })
+//!     })
+//! }
+//! ```
+
+use std::cell::RefCell;
+
+use anyhow::Result;
+use vm::{Accel, Artifacts, Config};
+
+mod claim;
+mod contestant;
+mod fragmented;
+mod guest_load;
+mod idle;
+mod migration;
+mod record;
+mod scale;
+mod snapshot;
+mod touched;
+
+pub use crate::claim::Claim;
+pub use crate::contestant::{By, Contestant, Device};
+pub use crate::record::{Record, Run, Stages, Subject, measure};
+
+/// The benchmarks.
+pub const BENCHMARKS: &[&Benchmark] = &[
+    &idle::BENCHMARK,
+    &touched::BENCHMARK,
+    &fragmented::BENCHMARK,
+    &scale::BENCHMARK,
+    &migration::IDLE,
+    &migration::DIRTY,
+    &snapshot::IDLE,
+    &snapshot::DIRTY,
+    &guest_load::BENCHMARK,
+];
+
+/// Something to be measured.
+pub struct Benchmark {
+    /// What its records are called. Those of one benchmark come from the same guests.
+    pub names: &'static [&'static str],
+    /// What one learns from it.
+    pub answers: &'static str,
+    /// Does it.
+    pub run: fn(&Bench) -> Result<()>,
+    /// What is promised of the results, which are the records with its names.
+    pub claims: fn(&[Record]) -> Vec<Claim>,
+}
+
+/// What a benchmark runs with, and where its results go.
+pub struct Bench<'a> {
+    config: Config,
+    watch: &'a dyn Fn(&str),
+    keep: &'a dyn Fn(&[Record]) -> Result<()>,
+    series: RefCell<Vec<(Subject, Vec<Run>)>>,
+}
+
+impl<'a> Bench<'a> {
+    /// A bench for one benchmark, which says by `watch` what it is at, and has the results so far kept after each round.
+    pub fn new(
+        benchmark: &Benchmark,
+        artifacts: &Artifacts,
+        accel: Accel,
+        verbose: bool,
+        watch: &'a dyn Fn(&str),
+        keep: &'a dyn Fn(&[Record]) -> Result<()>,
+    ) -> Self {
+        let name = format!("bench-{}", benchmark.names[0]);
+        Self {
+            config: Config::new(artifacts, &name).accel(accel).verbose(verbose),
+            watch,
+            keep,
+            series: RefCell::default(),
+        }
+    }
+
+    /// The configuration that its guests start from.
+    pub fn config(&self) -> Config {
+        self.config.clone()
+    }
+
+    /// Has each of the contestants do something once, and all of that `rounds` times.
+    ///
+    /// # Errors
+    ///
+    /// The first one of theirs, or the results cannot be kept.
+    pub fn rounds(
+        &self,
+        rounds: usize,
+        contestants: &[Contestant],
+        mut each: impl FnMut(Contestant) -> Result<()>,
+    ) -> Result<()> {
+        for round in 1..=rounds {
+            for &contestant in contestants {
+                (self.watch)(&format!("run {round} of {rounds}: {contestant}"));
+                each(contestant)?;
+            }
+            (self.keep)(&self.records())?;
+        }
+        Ok(())
+    }
+
+    /// Adds a run to those of the same subject.
+    pub fn add(&self, subject: Subject, run: Run) {
+        let mut series = self.series.borrow_mut();
+        match series.iter_mut().find(|(other, _)| *other == subject) {
+            Some((_, runs)) => runs.push(run),
+            None => series.push((subject, vec![run])),
+        }
+    }
+
+    /// What was measured.
+    pub fn records(&self) -> Vec<Record> {
+        let series = self.series.borrow();
+        series
+            .iter()
+            .map(|(subject, runs)| Record::new(subject, runs))
+            .collect()
+    }
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Live migration with hints of free memory, on stock QEMU.
+
+use anyhow::Result;
+use vm::{Offer, Size};
+
+use crate::claim::Claim;
+use crate::contestant::{By, Contestant, Device};
+use crate::record::{Record, Run, Subject};
+use crate::{Bench, Benchmark};
+
+pub(crate) const IDLE: Benchmark = Benchmark {
+    names: &["migrate-idle"],
+    answers: "How long does it take to migrate a guest of 8 GiB that has not used its memory, and what is sent?",
+    run: |bench| run(bench, "migrate-idle", Size::default()),
+    claims: |_| Vec::new(),
+};
+
+pub(crate) const DIRTY: Benchmark = Benchmark {
+    names: &["migrate-dirty"],
+    answers: "How long does it take to migrate a guest of 8 GiB that has written and freed 5 of them, and what is sent?",
+    run: |bench| run(bench, "migrate-dirty", Size::gib(5)),
+    claims,
+};
+
+const MEMORY: Size = Size::gib(8);
+const RUNS: usize = 3;
+
+/// Without hints, with the C driver's, and with this driver's.
+const CONTESTANTS: [Contestant; 3] = [
+    Contestant::none(Device::Qemu),
+    Contestant::STOCK,
+    Contestant::new(By::Rs, Device::Qemu),
+];
+
+/// What the time and what is sent may be, of the C driver's.
+const LIMIT: f64 = 0.7;
+
+/// Measures migrations of guests that have just been started. In one that has been copied before, the pages that nobody
+/// has written cost QEMU less: it has mapped them when it read them.
+fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
+    bench.rounds(RUNS, &CONTESTANTS, |contestant| {
+        let config = bench.config().using_memory().memory(MEMORY);
+        let config = config.offer(&[Offer::FreePageHint]);
+        contestant.run(config, written, |guest| {
+            // Under emulation, page faults for so much take a quarter of a minute.
+            guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
+            if written > Size::default() {
+                guest.touch(written)?;
+            }
+            let before = guest.host_cpu_time()?;
+            let transfer = guest.migrate_to_nowhere()?;
+            let run = Run {
+                took: transfer.total,
+                transferred: Some(transfer.sent),
+                host_cpu: Some(guest.host_cpu_time()?.saturating_sub(before)),
+                ..Run::default()
+            };
+            bench.add(Subject::new(name, contestant, MEMORY, written), run);
+            Ok(())
+        })
+    })
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let [_, c, rust] = CONTESTANTS;
+    let sent = |of: Contestant| {
+        let mut records = records.iter();
+        let record = records.find(|record| record.contestant() == of)?;
+        Some(record.transferred_mib? as f64)
+    };
+    let sent = sent(rust).zip(sent(c)).map(|(rust, c)| {
+        let what = "migrate-dirty: what is sent as a part of that with the C driver";
+        Claim::new(what, rust / c, LIMIT)
+    });
+    Claim::ratio(records, "migrate-dirty", rust, c, LIMIT)
+        .into_iter()
+        .chain(sent)
+        .collect()
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What was measured.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use vm::{Guest, Samples, Sent, Size};
+
+use crate::contestant::{By, Contestant, Device};
+
+/// What is measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    name: &'static str,
+    contestant: Contestant,
+    memory: Size,
+    amount: Size,
+    detail: Option<String>,
+}
+
+impl Subject {
+    /// What a benchmark calls `name`, with one of the contestants, for `amount` of a guest's `memory`.
+    pub fn new(name: &'static str, contestant: Contestant, memory: Size, amount: Size) -> Self {
+        Self {
+            name,
+            contestant,
+            memory,
+            amount,
+            detail: None,
+        }
+    }
+
+    /// The same in some variety.
+    pub fn detail(mut self, detail: &str) -> Self {
+        self.detail = Some(detail.to_owned());
+        self
+    }
+}
+
+/// What one run has taken, as far as it was measured.
+#[derive(Clone, Debug, Default)]
+pub struct Run {
+    /// How long it took.
+    pub took: Duration,
+    /// What the guest has sent for it.
+    pub sent: Option<Sent>,
+    /// The time of the host's processors, the guest's part included.
+    pub host_cpu: Option<Duration>,
+    /// The time of the guest's processors, as the guest sees it.
+    pub guest_cpu: Option<Duration>,
+    /// What had to be copied.
+    pub transferred: Option<Size>,
+    /// Where the time went.
+    pub stages: Option<Stages>,
+    /// How many bits were sent for each page of the memory from the first page to the last one.
+    pub bits_per_page: Option<f64>,
+    /// What a load in the guest did meanwhile, as a part of what it otherwise does.
+    pub throughput: Option<f64>,
+    /// By how much a periodic task in the guest was late, at most.
+    pub stall: Option<Duration>,
+}
+
+/// The stages of inflating.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stages {
+    /// The driver runs: it allocates pages, accounts for them and writes down which ones they are, in seconds.
+    pub allocate: f64,
+    /// Neither the driver nor the device runs: notifications and interrupts are on their way, in seconds.
+    pub send: f64,
+    /// The device finds out which memory the pages are, in seconds.
+    pub translate: f64,
+    /// The host takes the memory, in seconds.
+    pub give_back: f64,
+}
+
+/// The runs of a subject. What is not in `seconds` is the median of the runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What was measured.
+    pub name: String,
+    /// What in the guest gave memory away.
+    pub driver: By,
+    /// Whose device it had.
+    pub device: Device,
+    /// In which variety, if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// The guest's memory.
+    pub guest_mib: u64,
+    /// How much of it this is about.
+    pub amount_mib: u64,
+    /// How long each run took, in seconds.
+    pub seconds: Samples,
+    /// How much the guest has sent, in bytes.
+    pub wire_bytes: Option<u64>,
+    /// How many times the device was notified.
+    pub notifications: Option<u64>,
+    /// The time of the host's processors, the guest's part included, in seconds.
+    pub host_cpu_s: Option<f64>,
+    /// The time of the guest's processors, as the guest sees it, in seconds.
+    pub guest_cpu_s: Option<f64>,
+    /// What had to be copied.
+    pub transferred_mib: Option<u64>,
+    /// Where the time went.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stages: Option<Stages>,
+    /// How many bits were sent for each page of the memory from the first page to the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_page: Option<f64>,
+    /// What a load in the guest did meanwhile in each run, as a part of what it otherwise does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throughput: Option<Samples>,
+    /// By how much a periodic task in the guest was late at most in each run, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_ms: Option<Samples>,
+}
+
+impl Record {
+    pub(crate) fn new(subject: &Subject, runs: &[Run]) -> Self {
+        let all = |value: &dyn Fn(&Run) -> Option<f64>| -> Option<Samples> {
+            let values: Vec<f64> = runs.iter().filter_map(value).collect();
+            (!values.is_empty()).then(|| values.into_iter().collect())
+        };
+        let median = |value: &dyn Fn(&Run) -> Option<f64>| all(value).map(|all| all.median());
+        // Each run has a whole number of it.
+        let whole = |value: &dyn Fn(&Run) -> Option<u64>| -> Option<u64> {
+            let mut values: Vec<u64> = runs.iter().filter_map(value).collect();
+            values.sort_unstable();
+            values.get(values.len() / 2).copied()
+        };
+        let seconds = |time: Duration| time.as_secs_f64();
+        let stage = |stage: fn(Stages) -> f64| median(&|run| run.stages.map(stage));
+        Self {
+            name: subject.name.to_owned(),
+            driver: subject.contestant.driver,
+            device: subject.contestant.device,
+            detail: subject.detail.clone(),
+            guest_mib: subject.memory.as_mib(),
+            amount_mib: subject.amount.as_mib(),
+            seconds: runs.iter().map(|run| seconds(run.took)).collect(),
+            wire_bytes: whole(&|run| Some(run.sent?.bytes)),
+            notifications: whole(&|run| Some(run.sent?.notifications)),
+            host_cpu_s: median(&|run| run.host_cpu.map(seconds)),
+            guest_cpu_s: median(&|run| run.guest_cpu.map(seconds)),
+            transferred_mib: whole(&|run| Some(run.transferred?.as_mib())),
+            stages: stage(|stages| stages.allocate).map(|allocate| Stages {
+                allocate,
+                send: stage(|stages| stages.send).unwrap_or_default(),
+                translate: stage(|stages| stages.translate).unwrap_or_default(),
+                give_back: stage(|stages| stages.give_back).unwrap_or_default(),
+            }),
+            bits_per_page: median(&|run| run.bits_per_page),
+            throughput: all(&|run| run.throughput),
+            stall_ms: all(&|run| run.stall.map(|stall| seconds(stall) * 1e3)),
+        }
+    }
+
+    /// Who it is about.
+    pub fn contestant(&self) -> Contestant {
+        Contestant::new(self.driver, self.device)
+    }
+
+    /// The record among `all` that one compares it with: of the same with the C driver on the same device, or with none
+    /// where the C driver has nothing.
+    pub fn base<'a>(&self, all: &'a [Self]) -> Option<&'a Self> {
+        let is_same = |other: &&Self| {
+            (&other.name, other.guest_mib, other.amount_mib)
+                == (&self.name, self.guest_mib, self.amount_mib)
+                && other.device == self.device
+                && other.driver != self.driver
+        };
+        // What there is in one variety only is compared with what has none.
+        let find = |driver: By, detail: &Option<String>| {
+            let is_it = |other: &&Self| other.driver == driver && other.detail == *detail;
+            all.iter().filter(is_same).find(is_it)
+        };
+        match self.driver {
+            By::C | By::None => None,
+            By::Rs | By::VirtioMem | By::Reporting => find(By::C, &self.detail)
+                .or_else(|| find(By::C, &None))
+                .or_else(|| find(By::None, &None)),
+        }
+    }
+}
+
+/// Has something done with a guest that returns how long it took, and finds out what else it has taken.
+///
+/// # Errors
+///
+/// What `work` says, or the guest does not answer.
+pub fn measure(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result<Run> {
+    // Only this repository's device counts.
+    let sent = || guest.sent().ok();
+    let (sent_before, guest_before) = (sent(), guest.guest_cpu_time()?);
+    let host_before = guest.host_cpu_time()?;
+    let took = work()?;
+    let host_cpu = guest.host_cpu_time()?.saturating_sub(host_before);
+    let guest_cpu = guest.guest_cpu_time()?.saturating_sub(guest_before);
+    Ok(Run {
+        took,
+        sent: sent()
+            .zip(sent_before)
+            .map(|(now, before)| now.since(before)),
+        host_cpu: Some(host_cpu),
+        guest_cpu: Some(guest_cpu),
+        ..Run::default()
+    })
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests of all sizes.
+
+use anyhow::Result;
+use vm::Size;
+
+use crate::claim::Claim;
+use crate::contestant::Contestant;
+use crate::record::{Record, Subject, measure};
+use crate::{Bench, Benchmark};
+
+pub(crate) const BENCHMARK: Benchmark = Benchmark {
+    names: &["inflate-scale"],
+    answers: "How does the time grow with the guest? Seven eighths of an idle guest's memory go.",
+    run,
+    claims,
+};
+
+const NAME: &str = "inflate-scale";
+const RUNS: usize = 5;
+
+/// How many runs there are of the C driver, whose figures are only to be looked at and take longest.
+const C_RUNS: usize = 2;
+
+/// A guest that is large enough not to measure what each guest takes, in MiB.
+const REFERENCE: u64 = 4096;
+
+fn run(bench: &Bench<'_>) -> Result<()> {
+    let mut runs = 0;
+    let contestants = [Contestant::OURS, Contestant::OURS.base()];
+    bench.rounds(RUNS, &contestants, |contestant| {
+        runs += 1;
+        if contestant != Contestant::OURS && runs > C_RUNS * contestants.len() {
+            return Ok(());
+        }
+        for memory in [1, 2, 4, 8, 16].map(Size::gib) {
+            // The kernel cannot do without some of the smallest guest's memory.
+            let amount = memory - Size::bytes(memory.as_bytes() / 8).max(Size::mib(256));
+            let config = bench.config().memory(memory);
+            contestant.run(config, amount, |guest| {
+                let run = measure(guest, || contestant.inflate(guest, amount))?;
+                bench.add(Subject::new(NAME, contestant, memory, amount), run);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    })
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let ours = || {
+        let ours = |record: &&Record| record.contestant() == Contestant::OURS;
+        records.iter().filter(ours)
+    };
+    let per_gib = |record: &Record| record.seconds.median() / record.amount_mib as f64;
+    let Some(reference) = ours().find(|record| record.guest_mib == REFERENCE) else {
+        return Vec::new();
+    };
+    ours()
+        .filter(|record| record.guest_mib > REFERENCE)
+        .map(|record| {
+            let what = format!(
+                "inflate-scale: the time for a GiB of {} as a part of that of {}",
+                Size::mib(record.guest_mib),
+                Size::mib(REFERENCE)
+            );
+            Claim::new(what, per_gib(record) / per_gib(reference), 1.25)
+        })
+        .collect()
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots, with and without the memory that the guest does not use (docs/snapshots.md).
+
+use std::time::Instant;
+
+use anyhow::Result;
+use vm::{Driver, Size};
+
+use crate::claim::Claim;
+use crate::contestant::{Contestant, Device};
+use crate::record::{Record, Run, Subject};
+use crate::{Bench, Benchmark};
+
+pub(crate) const IDLE: Benchmark = Benchmark {
+    names: &["snapshot-idle"],
+    answers: "What does a snapshot of a guest of 8 GiB take that has not used its memory, as it is, and after unused \
+              memory was given back?",
+    run: |bench| run(bench, "snapshot-idle", Size::default()),
+    claims: |_| Vec::new(),
+};
+
+pub(crate) const DIRTY: Benchmark = Benchmark {
+    names: &["snapshot-dirty"],
+    answers: "What does a snapshot of a guest of 8 GiB take that has written and freed 5 of them, as it is, and after \
+              unused memory was given back?",
+    run: |bench| run(bench, "snapshot-dirty", Size::gib(5)),
+    claims,
+};
+
+const MEMORY: Size = Size::gib(8);
+const RUNS: usize = 3;
+
+/// Where guests' memory and snapshots are: in memory.
+const DIRECTORY: &str = "/dev/shm";
+
+const AS_IT_IS: Contestant = Contestant::none(Device::VhostUser);
+
+fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
+    // Both snapshots are of the same guest. It has a balloon device for the second one only.
+    bench.rounds(RUNS, &[AS_IT_IS], |_| {
+        let directory = tempfile::tempdir_in(DIRECTORY)?;
+        let config = bench.config().using_memory().memory(MEMORY);
+        let config = AS_IT_IS
+            .config(config, written)
+            .memory_file(&directory.path().join("memory"))
+            .hotplug_port()
+            .balloon(None);
+        vm::run(&config, |guest| {
+            guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
+            if written > Size::default() {
+                guest.touch(written)?;
+            }
+            let save = |contestant, begin: Instant| -> Result<()> {
+                let snapshot = guest.save(directory.path())?;
+                let run = Run {
+                    took: begin.elapsed(),
+                    transferred: Some(snapshot.size),
+                    ..Run::default()
+                };
+                bench.add(Subject::new(name, contestant, MEMORY, written), run);
+                Ok(())
+            };
+            save(AS_IT_IS, Instant::now())?;
+            guest.insmod(Driver::Rust, &[])?;
+            let begin = Instant::now();
+            guest.reclaim()?;
+            save(Contestant::OURS, begin)
+        })
+    })
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let saved = |of: Contestant| {
+        let mut records = records.iter();
+        let record = records.find(|record| record.contestant() == of)?;
+        Some(record.transferred_mib? as f64)
+    };
+    let claim = |(less, all): (f64, f64)| {
+        let what = "snapshot-dirty: what is saved as a part of what is saved with unused memory";
+        Claim::new(what, less / all, 0.1)
+    };
+    let both = saved(Contestant::OURS).zip(saved(AS_IT_IS));
+    both.map(claim).into_iter().collect()
+}

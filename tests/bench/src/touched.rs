@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests that have used their memory: the host has to free it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use vm::{Config, Guest, Load, Size};
+
+use crate::claim::{Claim, times};
+use crate::contestant::{By, Contestant, Device};
+use crate::record::{Record, Run, Subject, measure};
+use crate::{Bench, Benchmark};
+
+pub(crate) const BENCHMARK: Benchmark = Benchmark {
+    names: &["inflate-touched", "deflate-touched"],
+    answers: "How long does it take when the guest has used the memory, so that the host has to free it?",
+    run,
+    claims,
+};
+
+const MEMORY: Size = Size::gib(8);
+const AMOUNT: Size = Size::gib(4);
+const RUNS: usize = 3;
+
+/// How much the host may miss of what the guest has given away.
+const TOLERANCE: Size = Size::mib(512);
+
+/// How long the host may have to wait for what the guest reports by itself.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// One fallocate() over memory of the same kind, which no guest survives.
+const ONE_HOLE: Contestant = Contestant::none(Device::VhostUser);
+
+fn run(bench: &Bench<'_>) -> Result<()> {
+    let contestants = [
+        &Contestant::BALLOONS[..],
+        &[Contestant::VIRTIO_MEM, Contestant::REPORTING, ONE_HOLE],
+    ]
+    .concat();
+    bench.rounds(RUNS, &contestants, |contestant| {
+        let config = bench.config().using_memory().memory(MEMORY);
+        let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
+        match contestant.driver {
+            By::None => {
+                let took = one_hole(config)?;
+                let run = Run {
+                    took,
+                    ..Run::default()
+                };
+                bench.add(subject("inflate-touched").detail("one hole"), run);
+                Ok(())
+            }
+            By::Reporting => contestant.run(config, AMOUNT, |guest| {
+                bench.add(subject("inflate-touched"), report(guest)?);
+                Ok(())
+            }),
+            By::Rs | By::C | By::VirtioMem => contestant.run(config, AMOUNT, |guest| {
+                use_memory(guest)?;
+                let before = contestant.host_memory(guest)?;
+                let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;
+                let given_back = before.saturating_sub(contestant.host_memory(guest)?);
+                ensure!(
+                    given_back + TOLERANCE > AMOUNT,
+                    "the host got {given_back} of {AMOUNT}"
+                );
+                bench.add(subject("inflate-touched"), inflate);
+                let deflate = measure(guest, || contestant.deflate(guest, AMOUNT))?;
+                bench.add(subject("deflate-touched"), deflate);
+                Ok(())
+            }),
+        }
+    })
+}
+
+/// Has the guest use its memory and free it again. Page faults for small pages would take a quarter of a minute under
+/// emulation.
+fn use_memory(guest: &Guest) -> Result<()> {
+    guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
+    guest.touch(AMOUNT)
+}
+
+/// Has the guest use its memory and free it again, and waits until the host has it.
+fn report(guest: &Guest) -> Result<Run> {
+    guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
+    let idle = guest.resident()?;
+    let mib = usize::try_from(AMOUNT.as_mib())?;
+    let load = guest.load(Load::Hog { mib })?;
+    guest.wait_until("a process has its memory", PATIENCE, || {
+        Ok(load.status()?.progress.mib >= mib)
+    })?;
+    measure(guest, || {
+        load.stop()?;
+        let start = Instant::now();
+        guest.wait_until("the host gets what is free", PATIENCE, || {
+            Ok(guest.resident()? < idle + TOLERANCE)
+        })?;
+        Ok(start.elapsed())
+    })
+}
+
+/// Punches a hole into the memory of a guest that has used it. Returns how long it takes for the amount.
+fn one_hole(config: Config) -> Result<Duration> {
+    let config = ONE_HOLE.config(config, AMOUNT);
+    vm::run_and_kill(&config, |guest| {
+        use_memory(guest)?;
+        guest.qmp().execute::<Value>("stop", &json!({}))?;
+        // What the guest has begun to do is done by then.
+        thread::sleep(Duration::from_millis(100));
+        let file = guest.memory_file()?;
+        let before = file.resident()?;
+        let took = file.punch()?;
+        let punched = before.saturating_sub(file.resident()?);
+        Ok(took.mul_f64(AMOUNT.as_bytes() as f64 / punched.as_bytes() as f64))
+    })
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let hole = records
+        .iter()
+        .find(|record| record.name == "inflate-touched" && record.driver == By::None);
+    let ours = times(records, "inflate-touched", Contestant::OURS);
+    ours.zip(hole)
+        .map(|(ours, hole)| {
+            let what = "inflate-touched: the time as a part of that for one hole of the size";
+            Claim::new(what, ours.ratio(&hole.seconds), 1.2)
+        })
+        .into_iter()
+        .collect()
+}
