@@ -28,6 +28,7 @@ use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
 mod compaction;
+mod costs;
 mod hinting;
 mod hostile;
 mod lifecycle;
@@ -62,6 +63,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     hinting::SCENARIOS,
     speed::SCENARIOS,
     page_sets::SCENARIOS,
+    costs::SCENARIOS,
     vhost_user::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,
