@@ -51,6 +51,14 @@ pub enum Command {
         /// What it is to hold.
         contents: String,
     },
+    /// Counts the pages with numbers from one to below another one that are marked as logically offline; answered with
+    /// [`Reply::Pages`].
+    CountOffline {
+        /// The first page's number.
+        start: u64,
+        /// The number after the last page's; memory may end before.
+        end: u64,
+    },
     /// Starts a load on the guest's memory; answered with [`Reply::Load`].
     StartLoad(Load),
     /// How a load fares; answered with [`Reply::Status`].
@@ -95,6 +103,8 @@ pub enum Reply {
     Output(Output),
     /// The contents of a file.
     Text(String),
+    /// A number of pages.
+    Pages(u64),
     /// A load runs.
     Load(LoadId),
     /// How a load fares.

@@ -15,6 +15,7 @@ use nix::mount::{MsFlags, mount};
 
 mod exec;
 mod load;
+mod pages;
 mod port;
 mod power;
 mod process;
@@ -108,6 +109,7 @@ fn execute(command: Command) -> Result<Reply> {
                 .with_context(|| format!("writing '{}' to {path}", contents.trim_end()))?;
             Reply::Done
         }
+        Command::CountOffline { start, end } => Reply::Pages(pages::offline(start, end)?),
         Command::StartLoad(load) => Reply::Load(load::start(load)?),
         Command::LoadStatus(id) => Reply::Status(load::status(id)?),
         Command::StopLoad(id) => Reply::Status(load::stop(id)?),

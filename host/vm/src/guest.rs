@@ -28,7 +28,7 @@ pub use power::{Hibernated, hibernate};
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a command in the guest may take when nothing else is said.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long loading or unloading a module may take. Its own tests run while it is loaded.
 const MODULE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -489,7 +489,7 @@ impl Guest {
         RunningLoad { guest: self, id }
     }
 
-    fn call(&self, command: Command, timeout: Duration) -> Result<Reply> {
+    pub(crate) fn call(&self, command: Command, timeout: Duration) -> Result<Reply> {
         self.wait(&self.home().agent.send(command)?, timeout)
     }
 

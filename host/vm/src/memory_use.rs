@@ -5,10 +5,10 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use agent::Load;
-use anyhow::{Context, Result, ensure};
+use agent::{Command, Load, Reply};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::guest::{Guest, RunningLoad};
+use crate::guest::{COMMAND_TIMEOUT, Guest, RunningLoad};
 use crate::qemu::Config;
 use crate::size::Size;
 
@@ -50,20 +50,13 @@ impl Guest {
         Ok(load)
     }
 
-    /// How many pages are marked as logically offline (bit 23 of a page's flags in /proc), as a
-    /// balloon's are: of all, or of those with numbers in a range.
+    /// How many pages are marked as logically offline, as a balloon's are: of all, or of those with numbers in a range.
     pub fn offline_pages(&self, range: Option<Range<u64>>) -> Result<u64> {
-        let part = range.map_or(String::new(), |range| {
-            format!(
-                "-j {} -N {}",
-                range.start * 8,
-                (range.end - range.start) * 8
-            )
-        });
-        let count = self.sh(&format!(
-            "od -An -v -t x8 {part} /proc/kpageflags | tr ' ' '\\n' | grep -c '[89a-f].....$' || true"
-        ))?;
-        Ok(count.trim().parse()?)
+        let Range { start, end } = range.unwrap_or(0..u64::MAX);
+        match self.call(Command::CountOffline { start, end }, COMMAND_TIMEOUT)? {
+            Reply::Pages(pages) => Ok(pages),
+            reply => bail!("the agent answers {reply:?} to a question about pages"),
+        }
     }
 
     /// How many pages of memory there are from the first to the last one that is in the balloon.

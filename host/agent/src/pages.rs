@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the kernel says of each page.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result};
+
+/// A word with flags for each page.
+const FLAGS: &str = "/proc/kpageflags";
+const WORD: usize = size_of::<u64>();
+
+/// The flag of a page that is logically offline.
+const OFFLINE: u64 = 1 << 23;
+
+/// How many pages are looked at with one call.
+const CHUNK: u64 = 1 << 13;
+
+/// How many of the pages with numbers from `start` to `end` are marked as logically offline.
+pub(crate) fn offline(start: u64, end: u64) -> Result<u64> {
+    let file = File::open(FLAGS).with_context(|| format!("opening {FLAGS}"))?;
+    let mut number = 0;
+    let mut page = start;
+    while page < end {
+        let mut words = vec![0; usize::try_from(CHUNK.min(end - page))? * WORD];
+        let length = file.read_at(&mut words, page * WORD as u64)?;
+        // Memory ends here.
+        if length < WORD {
+            break;
+        }
+        let words = words[..length].chunks_exact(WORD);
+        page += words.len() as u64;
+        for word in words {
+            number += u64::from(u64::from_ne_bytes(word.try_into()?) & OFFLINE != 0);
+        }
+    }
+    Ok(number)
+}
