@@ -177,8 +177,10 @@ fn allocations(trace: &str, driver: Driver) -> Result<usize> {
                 tasks += 1;
             }
             "workqueue_execute_end" if task == Some(event.process) => task = None,
-            "workqueue_execute_start" | "workqueue_execute_end" => {}
-            _ => number += usize::from(task == Some(event.process)),
+            name if ALLOCATIONS.iter().any(|event| event.ends_with(name)) => {
+                number += usize::from(task == Some(event.process));
+            }
+            _ => {}
         }
     }
     ensure!(tasks > 0, "no task of {} was seen", driver.name());
