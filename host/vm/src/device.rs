@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use serde_json::{Value, json};
+
 /// Whose balloon device the guest has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
@@ -13,6 +15,32 @@ pub enum Device {
     VhostUser,
     /// The same with the extended protocol.
     Extended,
+}
+
+impl Device {
+    /// What QEMU has to know of the device when it is in a process of its own.
+    pub(crate) fn properties(self) -> Value {
+        let (queues, config_size) = match self {
+            Self::Extended => (6, 24),
+            Self::Qemu | Self::VhostUser => (5, 16),
+        };
+        json!({ "num_vqs": queues, "vq_size": 256, "config_size": config_size })
+    }
+}
+
+/// A balloon device in a process of its own as QEMU is told of it: `balloon0` on the transport `pci` or `device`, which
+/// is virtio-mmio, with its `properties`. `chardev` connects QEMU with the process.
+pub(crate) fn vhost_user_balloon(transport: &str, chardev: &str, properties: &Value) -> Value {
+    let mut device = json!({
+        "driver": format!("vhost-user-test-device-{transport}"),
+        "id": "balloon0",
+        "chardev": chardev,
+        "virtio-id": 5,
+    });
+    if let (Some(device), Some(properties)) = (device.as_object_mut(), properties.as_object()) {
+        device.extend(properties.clone());
+    }
+    device
 }
 
 impl fmt::Display for Device {

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::device::vhost_user_balloon;
 use crate::guest::Guest;
 
 /// How long it may take to start and to end.
@@ -75,21 +76,11 @@ impl Hostile {
 
     /// Plugs it into `bus`, as `balloon0`.
     pub fn plug(&self, guest: &Guest, bus: &str) -> Result<()> {
-        let path = self.directory.path().join("socket");
         let id = self.chardev();
-        let address = json!({ "type": "unix", "data": { "path": path } });
-        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
-        let qmp = guest.qmp();
-        qmp.execute::<Value>("chardev-add", &json!({ "id": id, "backend": backend }))?;
-        let mut device = json!({
-            "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": bus, "chardev": id, "virtio-id": 5,
-        });
-        if let (Some(device), Some(properties)) =
-            (device.as_object_mut(), self.properties.as_object())
-        {
-            device.extend(properties.clone());
-        }
-        qmp.execute::<Value>("device_add", &device)?;
+        guest.connect(&id, &self.directory.path().join("socket"))?;
+        let mut device = vhost_user_balloon("pci", &id, &self.properties);
+        device["bus"] = json!(bus);
+        guest.qmp().execute::<Value>("device_add", &device)?;
         Ok(())
     }
 
@@ -104,14 +95,7 @@ impl Hostile {
 
     /// Has QEMU forget it, after it was unplugged.
     pub fn forget(self, guest: &Guest) -> Result<()> {
-        let id = self.chardev();
-        // QEMU may not be done with it for a moment.
-        guest.wait_until("a device that is gone", PATIENCE, || {
-            let gone = guest
-                .qmp()
-                .execute::<Value>("chardev-remove", &json!({ "id": id }));
-            Ok(gone.is_ok())
-        })
+        guest.disconnect(&self.chardev())
     }
 }
 

@@ -2,6 +2,7 @@
 
 //! Balloon devices that come and go while the guest runs.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +10,7 @@ use balloon_control::{Begun, Progress, Request, RequestStatus};
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
+use crate::device::{Device, vhost_user_balloon};
 use crate::guest::Guest;
 use crate::qemu::Config;
 
@@ -56,15 +58,9 @@ impl Guest {
     /// The guest has no driver for it, or does not complete the request.
     pub fn reclaim(&self) -> Result<()> {
         let daemon = Daemon::start(self.config())?;
-        let chardev = json!({ "id": "balloon", "backend": { "type": "socket", "data": {
-            "addr": { "type": "unix", "data": { "path": daemon.socket() } },
-            "server": false,
-        } } });
-        self.qmp().execute::<Value>("chardev-add", &chardev)?;
-        let device = json!({
-            "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "port0", "chardev": "balloon",
-            "virtio-id": 5, "num_vqs": 6, "vq_size": 256, "config_size": 24,
-        });
+        self.connect("balloon", &daemon.socket())?;
+        let mut device = vhost_user_balloon("pci", "balloon", &Device::Extended.properties());
+        device["bus"] = json!("port0");
         self.plug_balloon(&device)?;
         let request = Request::Reclaim {
             block: 2 << 20,
@@ -74,9 +70,27 @@ impl Guest {
         let begun = daemon.call(&request)?;
         self.complete(&daemon, begun)?;
         self.unplug_balloon()?;
+        self.disconnect("balloon")
+    }
+
+    /// Connects QEMU with the `socket` of a device, under the name `chardev`.
+    pub(crate) fn connect(&self, chardev: &str, socket: &Path) -> Result<()> {
+        let address = json!({ "type": "unix", "data": { "path": socket } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
         self.qmp()
-            .execute::<Value>("chardev-remove", &json!({ "id": "balloon" }))?;
+            .execute::<Value>("chardev-add", &json!({ "id": chardev, "backend": backend }))?;
         Ok(())
+    }
+
+    /// Closes the connection, after the device was unplugged.
+    pub(crate) fn disconnect(&self, chardev: &str) -> Result<()> {
+        // QEMU may not be done with it for a moment.
+        self.wait_until("a device that is gone", PATIENCE, || {
+            let gone = self
+                .qmp()
+                .execute::<Value>("chardev-remove", &json!({ "id": chardev }));
+            Ok(gone.is_ok())
+        })
     }
 
     /// Waits until a request that a daemon has made of the guest is completed.

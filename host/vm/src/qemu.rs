@@ -19,7 +19,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use regex::Regex;
 
 use crate::daemon::Daemon;
-use crate::device::{Device, Offer};
+use crate::device::{Device, Offer, vhost_user_balloon};
 use crate::size::Size;
 use crate::write_log::WriteLog;
 
@@ -297,15 +297,7 @@ impl Config {
             Machine::Microvm => "device",
         };
         if daemon.is_some() {
-            // What QEMU knows of the configuration space is its size.
-            let (queues, config_size) = match self.device {
-                Device::Extended => (6, 24),
-                Device::Qemu | Device::VhostUser => (5, 16),
-            };
-            return Some(format!(
-                "vhost-user-test-device-{bus},id=balloon0,chardev=balloon,virtio-id=5,num_vqs={queues},\
-                 vq_size=256,config_size={config_size}"
-            ));
+            return Some(vhost_user_balloon(bus, "balloon", &self.device.properties()).to_string());
         }
         let properties = self.offers.iter().map(|offer| offer.property());
         Some(
@@ -668,9 +660,9 @@ mod tests {
         for part in [
             "share=on",
             "path=/s",
-            "chardev=balloon",
-            "num_vqs=6",
-            "config_size=24",
+            r#""chardev":"balloon""#,
+            r#""num_vqs":6"#,
+            r#""config_size":24"#,
         ] {
             assert!(line.contains(part), "{line}");
         }
