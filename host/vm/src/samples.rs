@@ -53,8 +53,8 @@ impl Samples {
         self.median() / others.median()
     }
 
-    /// Whether the two differ by no more than each by itself does: some of these are less than some of `others`, and some
-    /// more.
+    /// Whether the two differ by no more than each by itself does: some of these are less than some of `others`, and
+    /// some more.
     pub fn overlaps(&self, others: &Self) -> bool {
         self.min() <= others.max() && others.min() <= self.max()
     }
@@ -65,7 +65,12 @@ impl Samples {
             true => ("ms", 1, 1e3),
             false => ("s", 2, 1.0),
         };
-        let [median, min, max] = [self.median(), self.min(), self.max()].map(|time| time * scale);
+        self.in_unit(scale, digits, unit)
+    }
+
+    /// The median, the least and the greatest one, `scale` times as large, with so many `digits` and their `unit`.
+    pub fn in_unit(&self, scale: f64, digits: usize, unit: &str) -> String {
+        let [median, min, max] = [self.median(), self.min(), self.max()].map(|value| value * scale);
         format!("{median:.digits$} {unit} ({min:.digits$} to {max:.digits$})")
     }
 }

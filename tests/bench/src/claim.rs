@@ -40,6 +40,19 @@ impl Claim {
         Some(Self::new(what, ratio, limit))
     }
 
+    /// A claim that what one contestant copies is a part of what another one does, if there are both.
+    pub(crate) fn copied(
+        records: &[Record],
+        name: &str,
+        of: Contestant,
+        to: Contestant,
+        limit: f64,
+    ) -> Option<Self> {
+        let copied = |by| Some(find(records, name, by)?.transferred_mib? as f64);
+        let what = format!("{name}: what is copied with {of} as a part of that with {to}");
+        Some(Self::new(what, copied(of)? / copied(to)?, limit))
+    }
+
     /// Whether it is true.
     pub fn holds(&self) -> bool {
         self.value <= self.limit
@@ -48,10 +61,14 @@ impl Claim {
 
 /// A contestant's times.
 pub(crate) fn times<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Samples> {
-    let record = records.iter().find(|record| {
-        record.name == name && record.contestant() == of && record.detail.is_none()
-    })?;
-    Some(&record.seconds)
+    Some(&find(records, name, of)?.seconds)
+}
+
+/// A contestant's results.
+fn find<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Record> {
+    records
+        .iter()
+        .find(|record| record.name == name && record.contestant() == of && record.detail.is_none())
 }
 
 impl fmt::Display for Claim {

@@ -71,15 +71,7 @@ fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
 }
 
 fn claims(records: &[Record]) -> Vec<Claim> {
-    let saved = |of: Contestant| {
-        let mut records = records.iter();
-        let record = records.find(|record| record.contestant() == of)?;
-        Some(record.transferred_mib? as f64)
-    };
-    let claim = |(less, all): (f64, f64)| {
-        let what = "snapshot-dirty: what is saved as a part of what is saved with unused memory";
-        Claim::new(what, less / all, 0.1)
-    };
-    let both = saved(Contestant::OURS).zip(saved(AS_IT_IS));
-    both.map(claim).into_iter().collect()
+    Claim::copied(records, "snapshot-dirty", Contestant::OURS, AS_IT_IS, 0.1)
+        .into_iter()
+        .collect()
 }

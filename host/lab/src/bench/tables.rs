@@ -95,33 +95,11 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
         ),
         (
             "load's pace",
-            Box::new(|r| {
-                let pace: Samples = r
-                    .throughput
-                    .as_ref()?
-                    .values()
-                    .iter()
-                    .map(|part| part * 100.0)
-                    .collect();
-                Some(format!(
-                    "{:.0} % ({:.0} to {:.0})",
-                    pace.median(),
-                    pace.min(),
-                    pace.max()
-                ))
-            }),
+            Box::new(|r| Some(r.throughput.as_ref()?.in_unit(100.0, 0, "%"))),
         ),
         (
             "longest stall",
-            Box::new(|r| {
-                let stall = r.stall_ms.as_ref()?;
-                Some(format!(
-                    "{:.1} ms ({:.1} to {:.1})",
-                    stall.median(),
-                    stall.min(),
-                    stall.max()
-                ))
-            }),
+            Box::new(|r| Some(r.stall_ms.as_ref()?.in_unit(1.0, 1, "ms"))),
         ),
         ("host CPU", Box::new(|r| r.host_cpu_s.map(seconds))),
         ("guest CPU", Box::new(|r| r.guest_cpu_s.map(seconds))),
