@@ -57,12 +57,12 @@ fn hostile(setup: &Setup) -> Result<()> {
     let wanted = setup.seeds().unwrap_or(0..u64::MAX);
     let goes_on = || limit.is_none_or(|limit| start.elapsed() < limit);
     let mut seeds = wanted.clone();
-    let (mut lost, mut finds) = (0, Vec::new());
+    let (mut survived, mut lost, mut finds) = (0, 0, Vec::new());
     while !seeds.is_empty() && goes_on() {
         let is_lost = Cell::new(false);
         let these = iter::from_fn(|| goes_on().then(|| seeds.next()).flatten());
         match suffer(setup, these.take(DEVICES_PER_GUEST), &is_lost) {
-            Ok(()) => {}
+            Ok(()) => survived += 1,
             // It is the device's peer as well, and not what is tested.
             Err(_) if is_lost.get() => lost += 1,
             // Of the C driver it is told how it fares.
@@ -76,6 +76,10 @@ fn hostile(setup: &Setup) -> Result<()> {
         wanted.start,
         finds.len()
     ));
+    ensure!(
+        survived > 0 || !finds.is_empty(),
+        "QEMU has crashed each time, so that nothing was found out"
+    );
     finds.into_iter().for_each(|find| setup.note(find));
     Ok(())
 }

@@ -105,8 +105,8 @@ fn lie(setup: &Setup) -> Result<()> {
 }
 
 /// Overwrites what the driver calls unused, and what was not written since, in a guest in which memory of all kinds is
-/// taken, verified and given back without pause, while the balloon grows and shrinks and memory is compacted. Adds what was
-/// overwritten to `total`.
+/// taken, verified and given back without pause, while the balloon grows and shrinks and memory is compacted. Adds what
+/// was overwritten to `total`.
 ///
 /// # Errors
 ///
@@ -330,7 +330,7 @@ fn flood(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         let daemon = guest.daemon()?;
-        let (before, start) = (busy(guest)?, Instant::now());
+        let (before, start) = (guest.guest_cpu_time()?, Instant::now());
         let (mut asked, mut next) = (0_u64, requests.iter().cycle());
         while start.elapsed() < TIME {
             let request = next.next().context("a cycle has no end")?;
@@ -340,7 +340,10 @@ fn flood(setup: &Setup) -> Result<()> {
                 Err(_) => thread::sleep(Duration::from_millis(1)),
             }
         }
-        let (spent, time) = (busy(guest)?.saturating_sub(before), start.elapsed());
+        let (spent, time) = (
+            guest.guest_cpu_time()?.saturating_sub(before),
+            start.elapsed(),
+        );
         setup.note(format!(
             "{asked} requests in {} s took the guest {} ms",
             time.as_secs(),
@@ -356,22 +359,6 @@ fn flood(setup: &Setup) -> Result<()> {
         daemon.call::<Value>(&Request::Stats { fresh: true })?;
         guest.rmmod(setup.driver)
     })
-}
-
-/// For how long the guest's processors were not idle.
-fn busy(guest: &Guest) -> Result<Duration> {
-    /// The unit of /proc/stat.
-    const TICK: Duration = Duration::from_millis(10);
-    let text = guest.read_file("/proc/stat")?;
-    let ticks = text.lines().next().unwrap_or_default().split_whitespace();
-    // The fourth and fifth number are the idle time.
-    let mut sum = 0;
-    for (index, ticks) in ticks.skip(1).take(7).enumerate() {
-        if index != 3 && index != 4 {
-            sum += ticks.parse::<u32>()?;
-        }
-    }
-    Ok(TICK * sum)
 }
 
 fn reclaim(setup: &Setup) -> Result<()> {
