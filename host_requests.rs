@@ -2,15 +2,17 @@
 
 //! Requests of the host: unused pages, dropping caches.
 //!
-//! The device has buffers of the driver's that it fills in, one for each request; the answers go through the same
-//! queue, each message with the request's id, and the last one is a completion. Several requests may be open. They
-//! take turns, message by message, and between two messages the driver looks for new requests, so that nothing waits
-//! for a long answer, and calling one off takes effect at once.
+//! The device has buffers of the driver's that it fills in, one for each request; the answers go
+//! through the same queue, each message with the request's id, and the last one is a completion.
+//! Several requests may be open. They take turns, message by message, and between two messages the
+//! driver looks for new requests, so that nothing waits for a long answer, and calling one off
+//! takes effect at once.
 //!
-//! What the host can cost the guest is bounded: the memory for answers ([`MAX_OPEN`], [`MAX_MESSAGES`]), what is kept
-//! from being used ([`CLAIM_PAGES`]), and the time ([`Budget`]).
+//! What the host can cost the guest is bounded: the memory for answers ([`MAX_OPEN`],
+//! [`MAX_MESSAGES`]), what is kept from being used ([`CLAIM_PAGES`]), and the time ([`Budget`]).
 //!
-//! What an answer means is said in [`free_pages`](crate::free_pages), and in docs/protocol.md, section 5.
+//! What an answer means is said in [`free_pages`](crate::free_pages), and in docs/protocol.md,
+//! section 5.
 
 #![forbid(unsafe_code)]
 
@@ -88,18 +90,20 @@ const HOLDS_PER_MESSAGE: usize = 16;
 /// How many turns there are in one run of the task.
 const TURNS_PER_RUN: usize = 64;
 
-/// How many kernel pages are kept from being used for one message, unless a page block is larger, and for how many
-/// messages: 64 MiB, four times.
+/// How many kernel pages are kept from being used for one message, unless a page block is larger,
+/// and for how many messages: 64 MiB, four times.
 const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
 const MAX_CLAIMS: usize = 4;
 
-/// What dropping caches costs of the budget at least, in nanoseconds: the kernel logs a line for it each time.
+/// What dropping caches costs of the budget at least, in nanoseconds: the kernel logs a line for it
+/// each time.
 const DROPPING: i64 = 500_000_000;
 
 /// How long it may take until an answer is noticed that the device has not interrupted for.
 const LOOK_AGAIN: Msecs = 1_000;
 
-/// What the queue carries: requests, or messages with the memory that belongs to them until they are used.
+/// What the queue carries: requests, or messages with the memory that belongs to them until they
+/// are used.
 pub(crate) type RequestQueue = Virtqueue<Either<Inbox<Request>, (KVec<u64>, Option<Claim>)>>;
 
 /// A request that was not completed.
@@ -251,8 +255,8 @@ impl Inner {
                     let request = inbox.take();
 
                     self.inboxes -= 1;
-                    // A part of a request has no id to answer to. Devices that use buffers in order return those that
-                    // an answer is behind with nothing in them.
+                    // A part of a request has no id to answer to. Devices that use buffers in order
+                    // return those that an answer is behind with nothing in them.
                     if len as usize >= size_of::<Request>() {
                         self.open_request(&request, dropper);
                     }
@@ -285,8 +289,8 @@ impl Inner {
 
     fn plan(&mut self, request: &Request, dropper: &Task<Dropper>) -> Work {
         match u16::from_le(request.command) {
-            // Where free pages have to hold some value, a copy must not lack it; and the kernel would write to all pages
-            // that were discarded, when they are free again.
+            // Where free pages have to hold some value, a copy must not lack it; and the kernel
+            // would write to all pages that were discarded, when they are free again.
             request::UNUSED_SKIP | request::UNUSED_DISCARD
                 if memory::free_page_value().is_some() =>
             {
@@ -296,7 +300,8 @@ impl Inner {
                 Ok(walk) => Work::Skip(walk),
                 Err(_) => Work::Complete(request::ABORTED),
             },
-            // No more at a time than what is taken at once: what lies beyond would have to be looked at again.
+            // No more at a time than what is taken at once: what lies beyond would have to be
+            // looked at again.
             request::UNUSED_DISCARD => match walk(
                 request,
                 memory::page_block_order(),
@@ -412,7 +417,8 @@ impl Inner {
         self.send(message, None)
     }
 
-    /// Sends a message about unused pages. Returns the status if it was the last one; none if it has to wait.
+    /// Sends a message about unused pages. Returns the status if it was the last one; none if it
+    /// has to wait.
     fn skip(&mut self, id: u64, walk: &mut Walk, counters: &Counters) -> Option<Option<u8>> {
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
@@ -432,8 +438,8 @@ impl Inner {
         }
     }
 
-    /// Sends a message about pages that are kept from being used until the device has used it. Returns the status if
-    /// it was the last one; none if it has to wait.
+    /// Sends a message about pages that are kept from being used until the device has used it.
+    /// Returns the status if it was the last one; none if it has to wait.
     fn discard(&mut self, id: u64, walk: &mut Walk, counters: &Counters) -> Option<Option<u8>> {
         if self.claims >= MAX_CLAIMS {
             return None;
@@ -453,7 +459,8 @@ impl Inner {
         let claim = found.and_then(|(_, run)| Claim::new(run.first(), run.len()));
         let claimed = claim.as_ref().map_or(0, Claim::len);
 
-        // What was in use after all, or cannot be had, is passed over. What comes after that is looked at again.
+        // What was in use after all, or cannot be had, is passed over. What comes after that is
+        // looked at again.
         if let Some((zone, run)) = found.filter(|(_, run)| claimed < run.len()) {
             walk.go_on_at(zone, run.first() + claimed.max(1));
         }
@@ -513,7 +520,8 @@ impl HostRequests {
         task.inner.lock().open.clear();
     }
 
-    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
+    /// happens before.
     fn advance(&self, inner: &mut Inner) -> Option<Msecs> {
         let now = || self.start.elapsed().as_nanos();
         let start = now();
@@ -525,12 +533,15 @@ impl HostRequests {
             .spend(self.dropper.spent.xchg(0, Relaxed), start);
         // What has been done is told even so.
         let pause = inner.budget.pause(start);
-        if pause.is_none() {
-            inner.invite();
-        }
 
         let (mut turns, mut waiting) = (0, 0);
-        while turns < TURNS_PER_RUN && waiting < inner.open.len() {
+        loop {
+            if pause.is_none() {
+                inner.invite();
+            }
+            if turns == TURNS_PER_RUN || waiting == inner.open.len() {
+                break;
+            }
             let Ok(mut open) = inner.open.remove(0) else {
                 break;
             };
@@ -542,7 +553,8 @@ impl HostRequests {
                 _ => inner.turn(&mut open, &self.dropper, &self.counters),
             };
 
-            // To the end, where there is room, since it comes from there: the next turn is another one's.
+            // To the end, where there is room, since it comes from there: the next turn is another
+            // one's.
             if !matches!(turn, Turn::Over) {
                 let _ = inner.open.push_within_capacity(open);
             }
@@ -551,9 +563,6 @@ impl HostRequests {
                 Turn::Again | Turn::Over => waiting = 0,
             }
             turns += 1;
-            if pause.is_none() {
-                inner.invite();
-            }
             inner.collect(&self.dropper);
         }
         inner.queue.kick();
@@ -687,7 +696,8 @@ fn claim_pages() -> u64 {
     CLAIM_PAGES.max(1 << memory::page_block_order())
 }
 
-/// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of them at a time.
+/// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of
+/// them at a time.
 fn walk(request: &Request, least: u32, blocks: usize) -> Result<Walk> {
     let order = u32::from(request.block_shift).saturating_sub(PAGE_SHIFT as u32);
     let start = u64::from_le(request.start).div_ceil(PAGE_SIZE as u64);

@@ -2,8 +2,9 @@
 
 //! Inflating: pages go from the page allocator to the device.
 //!
-//! A page counts as being in the balloon when the device has used the message that names it. Until then it
-//! belongs to the message, and nothing can take it back: neither deflating nor compaction knows of it.
+//! A page counts as being in the balloon when the device has used the message that names it. Until
+//! then it belongs to the message, and nothing can take it back: neither deflating nor compaction
+//! knows of it.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
 
@@ -27,12 +28,13 @@ use crate::{
 
 use kernel::error::code::EAGAIN;
 
-/// How many messages are sent with one notification: few enough to keep both sides busy, and enough to make
-/// the cost of a notification, which takes the virtual CPU out of the guest, one among thousands of pages.
+/// How many messages are sent with one notification: few enough to keep both sides busy, and enough
+/// to make the cost of a notification, which takes the virtual CPU out of the guest, one among
+/// thousands of pages.
 const MESSAGES_PER_NOTIFICATION: usize = 32;
 
-/// How many blocks are gathered before the first of them is sent: enough to find neighbours, and few enough for the
-/// device not to run out of work.
+/// How many blocks are gathered before the first of them is sent: enough to find neighbours, and
+/// few enough for the device not to run out of work.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The inflate queue. All numbers are kernel pages.
@@ -85,8 +87,9 @@ impl Inflate {
         collected
     }
 
-    /// Takes up to `wanted` pages from the page allocator, in portions that go through `batch`, and sends them to the
-    /// device, as long as `may_send` holds. What it has answered in the meantime is put into `balloon`.
+    /// Takes up to `wanted` pages from the page allocator, in portions that go through `batch`, and
+    /// sends them to the device, as long as `may_send` holds. What it has answered in the meantime
+    /// is put into `balloon`.
     pub(crate) fn fill(
         &mut self,
         balloon: &BalloonPages<Moves>,
@@ -94,7 +97,8 @@ impl Inflate {
         mut wanted: usize,
         may_send: impl Fn() -> bool,
     ) -> Stop {
-        // Once a block of some order is not to be had, larger ones are not tried again in this call.
+        // Once a block of some order is not to be had, larger ones are not tried again in this
+        // call.
         let mut order = MAX_ORDER;
 
         while wanted > 0 {
@@ -159,11 +163,11 @@ impl Inflate {
     }
 }
 
-/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages, which stay whole if they may and `whole` is set,
-/// until there might be more than `blocks` of them.
+/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages, which stay whole if they may
+/// and `whole` is set, until there might be more than `blocks` of them.
 ///
-/// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none, `order` is
-/// lowered.
+/// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none,
+/// `order` is lowered.
 fn gather(batch: &mut Batch, wanted: usize, blocks: usize, order: &mut u32, whole: bool) {
     while batch.blocks() + (1 << *order) <= blocks {
         let Some(largest) = (wanted - batch.pages()).checked_ilog2() else {
@@ -171,11 +175,7 @@ fn gather(batch: &mut Batch, wanted: usize, blocks: usize, order: &mut u32, whol
         };
         let try_order = largest.min(*order);
 
-        let allocated = match try_order {
-            0 => batch.alloc_singles(wanted - batch.pages()),
-            _ => batch.alloc(try_order, whole),
-        };
-        match allocated {
+        match batch.alloc(try_order, wanted - batch.pages(), whole) {
             Ok(()) => (),
             Err(AllocError::Full) => break,
             Err(AllocError::NoBlock) => {

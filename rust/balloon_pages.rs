@@ -2,10 +2,11 @@
 
 //! The pages in the balloon.
 //!
-//! Single pages are kept by the kernel's balloon core. It does the accounting (`NR_BALLOON_PAGES`, the inflate and
-//! deflate events), marks the pages offline, and lets compaction find them. Blocks that are whole need not be moved for
-//! larger ones, and are kept here, with the same accounting. What the core could do as well, but would do for each page
-//! alone, is to adjust the zones' numbers of managed pages, which has the kernel compute its reserves anew each time.
+//! Single pages are kept by the kernel's balloon core. It does the accounting (`NR_BALLOON_PAGES`,
+//! the inflate and deflate events), marks the pages offline, and lets compaction find them. Blocks
+//! that are whole need not be moved for larger ones, and are kept here, with the same accounting.
+//! What the core could do as well, but would do for each page alone, is to adjust the zones'
+//! numbers of managed pages, which has the kernel compute its reserves anew each time.
 //!
 //! C header: [`include/linux/balloon.h`](srctree/include/linux/balloon.h)
 
@@ -39,16 +40,17 @@ use kernel::{
 
 /// What follows compaction when it moves pages of a balloon.
 pub(crate) trait Replace: Send + Sync {
-    /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel page) to take its
-    /// place. The old page goes back to the page allocator when this returns and all its references are gone.
+    /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel
+    /// page) to take its place. The old page goes back to the page allocator when this returns and
+    /// all its references are gone.
     ///
-    /// Called in process context, with the page locked. It must not wait for the device, and must not sleep at all
-    /// unless `may_sleep` is set.
+    /// Called in process context, with the page locked. It must not wait for the device, and must
+    /// not sleep at all unless `may_sleep` is set.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then, and compaction tries some
-    /// more times.
+    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then, and
+    /// compaction tries some more times.
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
 }
 
@@ -111,13 +113,14 @@ impl Drop for PageRef {
 
 /// Pages in the balloon. Compaction may move them if `R` agrees.
 ///
-/// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these functions;
-/// under it only the zones' counters are touched. The same holds for the lock of `blocks`.
+/// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these
+/// functions; under it only the zones' counters are touched. The same holds for the lock of
+/// `blocks`.
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction. There are no single
-/// pages in `blocks`.
+/// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction.
+/// There are no single pages in `blocks`.
 #[pin_data(PinnedDrop)]
 pub(crate) struct BalloonPages<R: Replace> {
     #[pin]
@@ -166,7 +169,8 @@ impl<R: Replace> BalloonPages<R> {
         old: *mut bindings::page,
         mode: bindings::migrate_mode,
     ) -> c_int {
-        // SAFETY: The core calls with the `info` of a balloon that has pages, and so has not been dropped.
+        // SAFETY: The core calls with the `info` of a balloon that has pages, and so has not been
+        // dropped.
         let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
         let Some(page) = NonNull::new(old) else {
             return EINVAL.to_errno();
@@ -183,7 +187,8 @@ impl<R: Replace> BalloonPages<R> {
 
         match this.replace.replace(&old, new_pfn, may_sleep) {
             Ok(()) => {
-                // SAFETY: Both are valid, and the balloon's: the one until now, the other one from now on.
+                // SAFETY: Both are valid, and the balloon's: the one until now, the other one from
+                // now on.
                 unsafe {
                     if this.adjust_managed && !bindings::balloon_rs_same_zone(page.as_ptr(), new) {
                         bindings::adjust_managed_page_count(page.as_ptr(), 1);
@@ -208,12 +213,13 @@ impl<R: Replace> BalloonPages<R> {
 
     /// Puts `pages` into the balloon.
     pub(crate) fn insert(&self, mut pages: PageList) {
-        // INVARIANT: That many pages are added to the list. Counted before, since they may be taken at once.
+        // INVARIANT: That many pages are added to the list. Counted before, since they may be taken
+        // at once.
         self.singles.add(pages.singles(), Relaxed);
 
         self.account_singles(&pages, true);
-        // SAFETY: The function takes all single pages off the list, each with its reference; they are order 0 pages
-        // as the core wants them.
+        // SAFETY: The function takes all single pages off the list, each with its reference; they
+        // are order 0 pages as the core wants them.
         unsafe {
             pages.with_head(|head| {
                 bindings::balloon_page_list_enqueue(self.info.get(), head);
@@ -246,16 +252,17 @@ impl<R: Replace> BalloonPages<R> {
                     count as c_long
                 };
 
-                // SAFETY: The page is valid.
+                // SAFETY: The page is on the list, whose pages are valid by its type invariants.
                 unsafe { bindings::adjust_managed_page_count(page.as_ptr(), count) };
             });
         }
     }
 
-    /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that fit, or else single
-    /// pages, up to the same number.
+    /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
+    /// fit, or else single pages, up to the same number.
     ///
-    /// None are returned if the balloon is empty, or if compaction holds all that are left just now.
+    /// None are returned if the balloon is empty, or if compaction holds all that are left just
+    /// now.
     pub(crate) fn take(&self, max: usize, max_blocks: usize) -> PageList {
         let mut pages = PageList::new();
 
@@ -294,8 +301,8 @@ impl<R: Replace> BalloonPages<R> {
         let mut pages = PageList::new();
         let max = max.min(PAGES_PER_HOLD);
 
-        // SAFETY: The function puts pages that were on the core's list, with their references, on this one
-        // and returns how many.
+        // SAFETY: The function puts pages that were on the core's list, with their references, on
+        // this one and returns how many.
         unsafe {
             pages.with_head(|head| bindings::balloon_page_list_dequeue(self.info.get(), head, max))
         };
@@ -321,7 +328,8 @@ impl<R: Replace> BalloonPages<R> {
         true
     }
 
-    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel pages).
+    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel
+    /// pages).
     pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
         let (mut taken, mut kept) = (PageList::new(), PageList::new());
         let mut blocks = self.blocks.lock();
@@ -349,8 +357,8 @@ impl<R: Replace> BalloonPages<R> {
 #[pinned_drop]
 impl<R: Replace> PinnedDrop for BalloonPages<R> {
     fn drop(self: Pin<&mut Self>) {
-        // Pages that compaction has isolated refer to `info`. They, or those that take their places, come back
-        // soon, whatever the host does.
+        // Pages that compaction has isolated refer to `info`. They, or those that take their
+        // places, come back soon, whatever the host does.
         while self.len() > 0 {
             if self.take(usize::MAX, usize::MAX).is_empty() {
                 fsleep(Delta::from_millis(1));

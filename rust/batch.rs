@@ -2,10 +2,10 @@
 
 //! Memory in the order of its addresses, whatever order it comes in.
 //!
-//! The page allocator hands out blocks as it finds them. In order, neighbours make one range, which is shorter to
-//! name, and which the host handles in one go. A bitmap sorts without comparing anything: a batch is one bit for each
-//! block, in windows of a page that cover 128 MiB each (with pages of 4 KiB), as many as it takes but not more than
-//! [`MAX_WINDOWS`].
+//! The page allocator hands out blocks as it finds them. In order, neighbours make one range, which
+//! is shorter to name, and which the host handles in one go. A bitmap sorts without comparing
+//! anything: a batch is one bit for each block, in windows of a page that cover 128 MiB each (with
+//! pages of 4 KiB), as many as it takes but not more than [`MAX_WINDOWS`].
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
@@ -64,7 +64,8 @@ impl Window {
         None
     }
 
-    /// Sets the `len` bits from that of the page `pfn` on, which is a multiple of `len`, a power of two.
+    /// Sets the `len` bits from that of the page `pfn` on, which is a multiple of `len`, a power of
+    /// two.
     fn set(&mut self, pfn: usize, len: usize) {
         let word = (pfn - self.first) / PAGES_PER_WORD;
 
@@ -108,11 +109,12 @@ pub(crate) struct Block {
 ///
 /// # Invariants
 ///
-/// - Each bit that is set stands for the first page of a block that the batch owns. The block's order is in the
-///   `private` field of that page: 0 for a page with a reference of its own, or that of a block that is kept whole and
-///   whose pages are all marked as offline.
+/// - Each bit that is set stands for the first page of a block that the batch owns. The block's
+///   order is in the `private` field of that page: 0 for a page with a reference of its own, or
+///   that of a block that is kept whole and whose pages are all marked as offline.
 /// - `pages` is the length of all blocks.
-/// - The windows ascend. Those that are not in use have no bits set. There is room for [`MAX_WINDOWS`] in both lists.
+/// - The windows ascend. Those that are not in use have no bits set. There is room for
+///   [`MAX_WINDOWS`] in both lists.
 pub(crate) struct Batch {
     windows: KVec<Window>,
     unused: KVec<KBox<Bits>>,
@@ -123,8 +125,8 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    /// Returns an empty batch, with memory for one window. All else is allocated as it is needed, without sleeping,
-    /// and until [`shrink`](Self::shrink).
+    /// Returns an empty batch, with memory for one window. All else is allocated as it is needed,
+    /// without sleeping, and until [`shrink`](Self::shrink).
     ///
     /// # Errors
     ///
@@ -167,7 +169,8 @@ impl Batch {
             self.hint = self.windows.partition_point(|window| window.first < first);
         }
         if !self.windows.get(self.hint).is_some_and(is_it) {
-            // Not GFP_NOWAIT: where blocks are rare, to want one for a slab has the kernel begin to compact its memory.
+            // Not GFP_NOWAIT: where blocks are rare, to want one for a slab has the kernel begin to
+            // compact its memory.
             let flags = __GFP_NOWARN;
             let bits = match self.unused.pop() {
                 Some(bits) => bits,
@@ -192,20 +195,32 @@ impl Batch {
 
     /// Takes a block of 2^`order` pages from the page allocator. The memory is not initialised.
     ///
-    /// With `whole` it stays a block, if it cannot fragment the memory: from the size of a page block on, and not
-    /// where the kernel counts on pages that can be moved. Else its pages are single ones, which compaction can move.
+    /// With `whole` it stays a block, if it cannot fragment the memory: from the size of a page
+    /// block on, and not where the kernel counts on pages that can be moved. Else its pages are
+    /// single ones, which compaction can move.
     ///
-    /// Only for a single page is memory reclaimed, and lightly: no block is worth pushing the guest into reclaim or
-    /// compaction. Sleeps only if `order` is 0.
+    /// With an `order` of 0 it takes up to `wanted` single pages: not all that there are, but
+    /// several at once, which is much cheaper for each of them. Only for these is memory reclaimed,
+    /// and lightly: no block is worth pushing the guest into reclaim or compaction. Sleeps only if
+    /// `order` is 0.
     ///
     /// # Errors
     ///
     /// Says what was missing.
-    pub(crate) fn alloc(&mut self, order: u32, whole: bool) -> Result<(), AllocError> {
-        if order == 0 {
-            return self.alloc_singles(1);
+    pub(crate) fn alloc(
+        &mut self,
+        order: u32,
+        wanted: usize,
+        whole: bool,
+    ) -> Result<(), AllocError> {
+        match order {
+            0 => self.alloc_singles(wanted),
+            _ => self.alloc_block(order, whole),
         }
+    }
 
+    /// Does what [`alloc`](Self::alloc) does for an `order` that is not 0.
+    fn alloc_block(&mut self, order: u32, whole: bool) -> Result<(), AllocError> {
         // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
         let page = unsafe { bindings::alloc_pages(bindings::GFP_BALLOON_BLOCK, order) };
         let page = NonNull::new(page);
@@ -226,9 +241,11 @@ impl Batch {
 
         // A block does not cross the end of a window: it is aligned to its length, and shorter.
         //
-        // INVARIANT: The bits stand for the block, or for the pages it is split into, and that is how they are marked.
+        // INVARIANT: The bits stand for the block, or for the pages it is split into, and that is
+        // how they are marked.
         //
-        // SAFETY: The block was just allocated with this order and without `__GFP_COMP`, and nobody else knows it.
+        // SAFETY: The block was just allocated with this order and without `__GFP_COMP`, and nobody
+        // else knows it.
         let blocks = unsafe {
             if whole {
                 page_list::mark_block(page, order);
@@ -246,13 +263,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Takes up to `wanted` single pages from the page allocator: not all that there are, but several at once, which is
-    /// much cheaper for each of them. Otherwise like [`alloc`](Self::alloc).
-    ///
-    /// # Errors
-    ///
-    /// Says what was missing.
-    pub(crate) fn alloc_singles(&mut self, wanted: usize) -> Result<(), AllocError> {
+    /// Does what [`alloc`](Self::alloc) does for an order of 0.
+    fn alloc_singles(&mut self, wanted: usize) -> Result<(), AllocError> {
         let mut pages = [ptr::null_mut(); MAX_SINGLES];
         let wanted = wanted.min(MAX_SINGLES);
         let mut result = Err(AllocError::NoBlock);
@@ -363,7 +375,8 @@ impl Batch {
             return;
         };
 
-        // SAFETY: By the type invariants the page begins a block that is ours. It is the list's from here on.
+        // SAFETY: By the type invariants the page begins a block that is ours. It is the list's
+        // from here on.
         //
         // INVARIANT: The block's bit is cleared.
         unsafe {

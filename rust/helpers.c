@@ -74,7 +74,10 @@ unsigned int balloon_rs_free_block(unsigned long pfn)
 	return order;
 }
 
-/* Whether a block can stay in one piece: if it cannot fragment memory, and keeps none from what is to be movable. */
+/*
+ * Whether a block can stay in one piece: if it cannot fragment memory, and keeps none from what is
+ * to be movable.
+ */
 bool balloon_rs_may_stay_whole(struct page *page, unsigned int order)
 {
 	return order >= pageblock_order && page_zonenum(page) != ZONE_MOVABLE &&
@@ -103,7 +106,10 @@ unsigned int balloon_rs_unmark_block(struct page *page)
 	return order;
 }
 
-/* Makes pages of order 0 of a block that is not marked. What was in their private fields is the past's. */
+/*
+ * Makes pages of order 0 of a block that is not marked. What was in their private fields is the
+ * past's.
+ */
 void balloon_rs_split_block(struct page *page, unsigned int order)
 {
 	unsigned long i;
@@ -132,8 +138,8 @@ struct page *balloon_rs_pfn_to_page(unsigned long pfn)
 }
 
 /*
- * Frees @nr pages of order 0, from @pfn on. free_contig_range() is not there in every configuration, and
- * its pages have to be of one zone.
+ * Frees @nr pages of order 0, from @pfn on. free_contig_range() is not there in every
+ * configuration, and its pages have to be of one zone.
  */
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 {
@@ -151,8 +157,9 @@ void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 }
 
 /*
- * The order of the block that begins at @pfn and is on one of the zone's free lists. Else BALLOON_IN_USE, or
- * BALLOON_NOT_HERE if the section of memory around it is not the zone's. Under the zone's lock.
+ * The order of the block that begins at @pfn and is on one of the zone's free lists. Else
+ * BALLOON_IN_USE, or BALLOON_NOT_HERE if the section of memory around it is not the zone's. Under
+ * the zone's lock.
  */
 int balloon_rs_free_order(struct zone *zone, unsigned long pfn)
 {
@@ -188,9 +195,9 @@ static unsigned long free_at(unsigned long pfn, unsigned long nr)
 #endif
 
 /*
- * Takes pages from @pfn on out of the page allocator, each as one of order 0: at most @nr, and not those from the first
- * on that is in use. Returns how many. They are marked: memory does not go offline under them, and nobody looks at what is in them.
- * Being freed takes the marks off.
+ * Takes pages from @pfn on out of the page allocator, each as one of order 0: at most @nr, and not
+ * those from the first on that is in use. Returns how many. They are marked: memory does not go
+ * offline under them, and nobody looks at what is in them. Being freed takes the marks off.
  */
 unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
 {
@@ -248,9 +255,10 @@ void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags)
 }
 
 /*
- * Puts the free pages that the CPUs keep on lists of their own back to where blocks are made of them. The call for it
- * is the page allocator's own. But to allocate a given range is to begin with that, in the range's zone; so a free
- * page block of each zone is such a range. Without CONFIG_CONTIG_ALLOC the pages stay where they are.
+ * Puts the free pages that the CPUs keep on lists of their own back to where blocks are made of
+ * them. The call for it is the page allocator's own. But to allocate a given range is to begin with
+ * that, in the range's zone; so a free page block of each zone is such a range. Without
+ * CONFIG_CONTIG_ALLOC the pages stay where they are.
  */
 void balloon_rs_drain_free_lists(void)
 {
@@ -269,7 +277,10 @@ void balloon_rs_drain_free_lists(void)
 			pfn = page_to_pfn(page);
 			__free_pages(page, pageblock_order);
 
-			/* Whoever was faster has the block; it is drained for nevertheless, or only another time. */
+			/*
+			 * Whoever was faster has the block; it is drained for nevertheless, or only
+			 * another time.
+			 */
 			if (!alloc_contig_range(pfn, pfn + pageblock_nr_pages, ACR_FLAGS_NONE, __GFP_NOWARN))
 				free_contig_range(pfn, pageblock_nr_pages);
 		}
@@ -348,7 +359,10 @@ void balloon_rs_memory_info(struct balloon_rs_memory *info)
 	events_info(info);
 }
 
-/* What the zones keep back for a while, beside what they always do, when memory of one kind was taken for another. */
+/*
+ * What the zones keep back for a while, beside what they always do, when memory of one kind was
+ * taken for another.
+ */
 unsigned long balloon_rs_boosted_pages(void)
 {
 	unsigned long n, pages = 0;
@@ -369,7 +383,10 @@ unsigned long balloon_rs_total_pages(void)
 	return totalram_pages();
 }
 
-/* The counters of the CPUs are added up, so that tests can rely on the number. Some of them may be negative. */
+/*
+ * The counters of the CPUs are added up, so that tests can rely on the number. Some of them may be
+ * negative.
+ */
 unsigned long balloon_rs_ballooned_pages(void)
 {
 	long pages = atomic_long_read(&vm_node_stat[NR_BALLOON_PAGES]);
@@ -404,18 +421,21 @@ void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
 }
 
 /*
- * How long the configuration space is at least, in bytes, as far as it can be too short: to read beyond its end is a BUG()
- * in the transport for PCI, which knows the length from this capability and tells nobody. The other transports, and
- * devices from before virtio 1.0, have no length.
+ * How long the configuration space is at least, in bytes, as far as it can be too short: to read
+ * beyond its end is a BUG() in the transport for PCI, which knows the length from a capability and
+ * tells nobody. If the device has several of that kind, the shortest counts: which one the
+ * transport takes depends on the rest of them. The other transports, and devices from before virtio
+ * 1.0, have no length.
  */
 unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 {
+	unsigned int shortest = UINT_MAX;
 #ifdef CONFIG_PCI
 	struct pci_dev *pci;
 	int pos;
 
 	if (!vdev->dev.parent || !dev_is_pci(vdev->dev.parent))
-		return UINT_MAX;
+		return shortest;
 	pci = to_pci_dev(vdev->dev.parent);
 	for (pos = pci_find_capability(pci, PCI_CAP_ID_VNDR); pos > 0;
 	     pos = pci_find_next_capability(pci, pos, PCI_CAP_ID_VNDR)) {
@@ -426,10 +446,10 @@ unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 		if (type != VIRTIO_PCI_CAP_DEVICE_CFG)
 			continue;
 		pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, length), &len);
-		return len;
+		shortest = min(shortest, len);
 	}
 #endif
-	return UINT_MAX;
+	return shortest;
 }
 
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev)

@@ -6,11 +6,12 @@
 //!
 //! - bind: [`Driver::validate`], [`Driver::probe`], the device is made ready, [`Driver::ready`];
 //! - unbind: [`Driver::unbind`], the device is cut off, reset, and its virtqueues are deleted;
-//! - suspend: [`Driver::freeze`], then as for unbind; resume: [`Driver::restore`], then as for bind;
+//! - suspend: [`Driver::freeze`], then as for unbind; resume: [`Driver::restore`], then as for
+//!   bind;
 //! - shutdown: [`Driver::shutdown`], the device is cut off and reset.
 //!
-//! "Cut off" means that every handle to the device, be it a [`Config`] or a [`Virtqueue`], in whatever
-//! thread, fails from then on, and that nobody is inside of one any more.
+//! "Cut off" means that every handle to the device, be it a [`Config`] or a [`Virtqueue`], in
+//! whatever thread, fails from then on, and that nobody is inside of one any more.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
@@ -91,8 +92,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
     ) -> Result {
         let vdrv = vdrv.get().cast::<bindings::virtio_driver>();
 
-        // SAFETY: It's safe to set the fields of `struct virtio_driver` on initialization. `Feature` is a
-        // transparent `c_uint`, and there are far fewer than 2^32 of them.
+        // SAFETY: It's safe to set the fields of `struct virtio_driver` on initialization.
+        // `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
         unsafe {
             (*vdrv).driver.name = name.as_char_ptr();
             (*vdrv).id_table = T::ID_TABLE.as_ptr();
@@ -134,10 +135,11 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// [`device::Device::set_drvdata`] must have succeeded for the device, which must not be unbound
-    /// completely yet.
+    /// [`device::Device::set_drvdata`] must have succeeded for the device, which must not be
+    /// unbound completely yet.
     unsafe fn data<'a>(dev: &'a Device<device::CoreInternal<'_>>) -> &'a T::Data {
-        // SAFETY: By the requirements of this function; `T::Data` is what `probe_callback` has stored.
+        // SAFETY: By the requirements of this function; `T::Data` is what `probe_callback` has
+        // stored.
         unsafe { AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>() }.get_ref()
     }
 
@@ -147,7 +149,8 @@ impl<T: Driver> Adapter<T> {
         unsafe { bindings::balloon_rs_virtio_device_ready(dev.as_raw()) };
         binding.state.store(READY, Release);
 
-        // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data, and may use the device.
+        // Pairs with the acquire in `vq_callback`: who sees the pointer sees the data, and may use
+        // the device.
         binding.data.store(
             ptr::from_ref(data).cast_mut().cast(),
             Release, //
@@ -157,7 +160,8 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
 
         from_result(|| {
@@ -167,7 +171,8 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
 
         from_result(|| {
@@ -185,16 +190,19 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
 
-        // SAFETY: `remove_callback` is only ever called after a successful call to `probe_callback`.
+        // SAFETY: `remove_callback` is only ever called after a successful call to
+        // `probe_callback`.
         T::unbind(dev, unsafe { Self::data(dev) });
         dev.close();
     }
 
     extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
 
         // SAFETY: The virtio core passes configuration changes on only after a successful call to
@@ -203,7 +211,8 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
 
         // SAFETY: `freeze_callback` is only ever called for a bound device.
@@ -213,7 +222,8 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
         // SAFETY: `restore_callback` is only ever called for a bound device.
         let data = unsafe { Self::data(dev) };
@@ -228,7 +238,8 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct virtio_device`.
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
         let dev = unsafe { Self::device(vdev) };
 
         // SAFETY: `shutdown_callback` is only ever called for a bound device.
@@ -324,7 +335,8 @@ impl Feature {
     }
 }
 
-/// The byte order of what a device reads in buffers: little-endian, unless the device is a legacy one.
+/// The byte order of what a device reads in buffers: little-endian, unless the device is a legacy
+/// one.
 #[derive(Clone, Copy)]
 pub(crate) enum ByteOrder {
     /// Little-endian.
@@ -372,14 +384,14 @@ pub(crate) trait Driver {
     /// The features that the driver knows, apart from those of the transport.
     const FEATURES: &'static [Feature];
 
-    /// Gives features up that were offered and are known, but do not go together with the others or with
-    /// this system. Called before the device is told which features are accepted.
+    /// Gives features up that were offered and are known, but do not go together with the others or
+    /// with this system. Called before the device is told which features are accepted.
     fn validate(dev: &Device<device::Core<'_>>) -> Result;
 
     /// Virtio driver probe.
     ///
-    /// Finds the virtqueues and sets the data up. The device is not ready yet and must not be told of
-    /// buffers.
+    /// Finds the virtqueues and sets the data up. The device is not ready yet and must not be told
+    /// of buffers.
     fn probe(dev: &Device<device::Core<'_>>) -> Result<Self::Data>;
 
     /// The device is ready: buffers may be offered. Called after [`probe`](Self::probe) and
@@ -387,7 +399,8 @@ pub(crate) trait Driver {
     fn ready(dev: &Device<device::Core<'_>>, data: &Self::Data);
 
     /// The device has used buffers of the virtqueue with index `index` in what was passed to
-    /// [`Device::find_vqs`]. It may call at any time, also without reason. Runs in interrupt context.
+    /// [`Device::find_vqs`]. It may call at any time, also without reason. Runs in interrupt
+    /// context.
     fn queue_used(data: &Self::Data, index: usize);
 
     /// The device has changed its configuration space. Runs in interrupt context.
@@ -395,8 +408,8 @@ pub(crate) trait Driver {
 
     /// Virtio driver unbind.
     ///
-    /// Takes leave of the device, which is cut off and reset afterwards. Everything else is released when
-    /// the data is dropped.
+    /// Takes leave of the device, which is cut off and reset afterwards. Everything else is
+    /// released when the data is dropped.
     fn unbind(dev: &Device<device::Core<'_>>, data: &Self::Data);
 
     /// Like [`unbind`](Self::unbind), but the data remains.
@@ -409,12 +422,13 @@ pub(crate) trait Driver {
     fn shutdown(dev: &Device<device::Core<'_>>, data: &Self::Data);
 }
 
-/// What there is for a device as long as it may be used, which is what the handles to it have in common.
+/// What there is for a device as long as it may be used, which is what the handles to it have in
+/// common.
 ///
 /// # Invariants
 ///
-/// - While a [`srcu::Guard`] that [`enter`](Self::enter) has returned exists, the device is bound, its
-///   virtqueues are there, and it was not reset since.
+/// - While a [`srcu::Guard`] that [`enter`](Self::enter) has returned exists, the device is bound,
+///   its virtqueues are there, and it was not reset since.
 /// - `data` is null or points to the driver's data, of the type that `queue_used` expects.
 #[pin_data]
 pub(crate) struct Binding {
@@ -443,8 +457,8 @@ unsafe impl Send for Binding {}
 unsafe impl Sync for Binding {}
 
 impl Binding {
-    /// Keeps the device usable for as long as the guard exists; `None` if it is not usable. No buffer is
-    /// offered to a device, and it is not notified, before it is ready.
+    /// Keeps the device usable for as long as the guard exists; `None` if it is not usable. No
+    /// buffer is offered to a device, and it is not notified, before it is ready.
     ///
     /// Specification: clause 3.1.1, Driver Requirements: Device Initialization.
     pub(super) fn enter(&self) -> Option<srcu::Guard<'_>> {
@@ -453,7 +467,8 @@ impl Binding {
         (self.state.load(Acquire) == READY).then_some(guard)
     }
 
-    /// Keeps the device's configuration space usable for as long as the guard exists; `None` if it is not.
+    /// Keeps the device's configuration space usable for as long as the guard exists; `None` if it
+    /// is not.
     fn enter_config(&self) -> Option<srcu::Guard<'_>> {
         let guard = self.users.read_lock();
 
@@ -465,7 +480,8 @@ impl Binding {
         self.state.load(Acquire) == RESET
     }
 
-    /// Returns the position, in what was passed to `find_vqs`, of the queue with the number `number`.
+    /// Returns the position, in what was passed to `find_vqs`, of the queue with the number
+    /// `number`.
     fn position(&self, number: usize) -> usize {
         let mut vqs = self.vqs.load(Relaxed);
 
@@ -488,8 +504,8 @@ impl Binding {
 ///
 /// # Invariants
 ///
-/// A [`Device`] instance represents a valid `struct virtio_device` created by the C portion of the kernel.
-/// Its `priv` field is null or an [`Arc<Binding>`] that was made a raw pointer.
+/// A [`Device`] instance represents a valid `struct virtio_device` created by the C portion of the
+/// kernel. Its `priv` field is null or an [`Arc<Binding>`] that was made a raw pointer.
 #[repr(transparent)]
 pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
     Opaque<bindings::virtio_device>,
@@ -503,8 +519,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Returns whether `feature` was negotiated.
     pub(crate) fn has_feature(&self, feature: Feature) -> bool {
-        // SAFETY: The device is valid. The features do not change while a driver can see them, but for
-        // `validate`, which has the device to itself.
+        // SAFETY: By the type invariants the device is valid. The features do not change while a driver can see them, but
+        // for `validate`, which has the device to itself.
         let features = unsafe { *self.features() };
 
         features & feature.mask() != 0
@@ -512,20 +528,21 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Returns a pointer to the lower 64 feature bits.
     fn features(&self) -> *mut u64 {
-        // SAFETY: The device is valid. The field is a union of these bits and of all bits as an array.
+        // SAFETY: By the type invariants the device is valid. The field is a union of these bits and of all bits as an
+        // array.
         unsafe { (&raw mut (*self.as_raw()).__bindgen_anon_1).cast() }
     }
 
-    /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of this device
-    /// (`power/wakeup` in sysfs). Callable from any context.
+    /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of
+    /// this device (`power/wakeup` in sysfs). Callable from any context.
     pub(crate) fn stay_awake(&self) {
-        // SAFETY: The device is valid.
+        // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_stay_awake(self.as_raw()) };
     }
 
     /// Takes [`stay_awake`](Self::stay_awake) back, however often it was called.
     pub(crate) fn relax(&self) {
-        // SAFETY: The device is valid.
+        // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_relax(self.as_raw()) };
     }
 
@@ -554,7 +571,7 @@ impl Device<device::CoreInternal<'_>> {
             GFP_KERNEL,
         )?;
 
-        // SAFETY: The device is valid, and `priv` is for its driver to use, which is this layer.
+        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use, which is this layer.
         unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
 
         Ok(binding)
@@ -566,7 +583,7 @@ impl Device<device::CoreInternal<'_>> {
             binding.cut_off();
         }
 
-        // SAFETY: The device is valid. Nobody kicks it, since it was cut off.
+        // SAFETY: By the type invariants the device is valid. Nobody kicks it, since it was cut off.
         unsafe { bindings::virtio_reset_device(self.as_raw()) };
 
         let Some(binding) = self.binding() else {
@@ -577,7 +594,8 @@ impl Device<device::CoreInternal<'_>> {
         binding.state.store(RESET, Release);
 
         if binding.vqs.load(Relaxed) != 0 {
-            // SAFETY: The device is valid and was reset. The queues are used only through the binding.
+            // SAFETY: By the type invariants the device is valid and was reset. The queues are used only through the
+            // binding.
             unsafe {
                 if let Some(del_vqs) = (*(*self.as_raw()).config).del_vqs {
                     del_vqs(self.as_raw());
@@ -585,8 +603,8 @@ impl Device<device::CoreInternal<'_>> {
             }
         }
 
-        // SAFETY: By the type invariants `priv` is an `Arc<Binding>`, which is taken back here. Interrupts,
-        // which look at it, ended with the virtqueues.
+        // SAFETY: By the type invariants `priv` is an `Arc<Binding>`, which is taken back here.
+        // Interrupts, which look at it, ended with the virtqueues.
         unsafe {
             let binding: *const Binding = (*self.as_raw()).priv_.cast();
 
@@ -598,8 +616,8 @@ impl Device<device::CoreInternal<'_>> {
 
 impl<Ctx: device::DeviceContext> Device<Ctx> {
     fn binding(&self) -> Option<&Binding> {
-        // SAFETY: By the type invariants `priv` is null or a valid pointer. It changes only in `open` and
-        // `close`, before and after the device can be used.
+        // SAFETY: By the type invariants `priv` is null or a valid pointer. It changes only in
+        // `open` and `close`, before and after the device can be used.
         unsafe { (*self.as_raw()).priv_.cast::<Binding>().as_ref() }
     }
 }
@@ -607,20 +625,20 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 impl Device<device::Core<'_>> {
     /// Gives `feature` up. For [`Driver::validate`].
     pub(crate) fn clear_feature(&self, feature: Feature) {
-        // SAFETY: The device is valid, and a bus callback has it to itself.
+        // SAFETY: By the type invariants the device is valid, and a bus callback has it to itself.
         unsafe { *self.features() &= !feature.mask() };
     }
 
     fn shared_binding(&self) -> Result<Arc<Binding>> {
-        // SAFETY: The device is valid.
+        // SAFETY: By the type invariants the device is valid.
         let binding: *const Binding = unsafe { (*self.as_raw()).priv_ }.cast();
 
         if binding.is_null() {
             return Err(ENODEV);
         }
 
-        // SAFETY: By the type invariants the pointer is from `Arc::into_raw`. The count that it stands for
-        // is kept.
+        // SAFETY: By the type invariants the pointer is from `Arc::into_raw`. The count that it
+        // stands for is kept.
         let owned = core::mem::ManuallyDrop::new(unsafe { Arc::from_raw(binding) });
 
         Ok(Arc::clone(&owned))
@@ -628,17 +646,18 @@ impl Device<device::Core<'_>> {
 
     /// Lets the user decide whether [`stay_awake`](Self::stay_awake) has an effect.
     pub(crate) fn set_wakeup_capable(&self) {
-        // SAFETY: The device is valid.
+        // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_set_wakeup_capable(self.as_raw()) };
     }
 
-    /// Returns a handle to the configuration space, which works until the device is unbound or reset.
+    /// Returns a handle to the configuration space, which works until the device is unbound or
+    /// reset.
     ///
     /// # Errors
     ///
     /// `EINVAL` if the device has no configuration space.
     pub(crate) fn config(&self) -> Result<Config> {
-        // SAFETY: The device is valid, and so are its operations.
+        // SAFETY: By the type invariants the device is valid, and so are its operations.
         let ops = unsafe { &*(*self.as_raw()).config };
 
         if ops.get.is_none() || ops.set.is_none() {
@@ -655,7 +674,7 @@ impl Device<device::Core<'_>> {
 
     /// Returns how long the configuration space is, in bytes, or more where it cannot be too short.
     fn config_len(&self) -> c_uint {
-        // SAFETY: The device is valid.
+        // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_config_len(self.as_raw()) }
     }
 
@@ -664,15 +683,16 @@ impl Device<device::Core<'_>> {
         field.is_within(self.config_len())
     }
 
-    /// Finds the virtqueues called `names`. For [`Driver::probe`] and [`Driver::restore`], which may call
-    /// it once.
+    /// Finds the virtqueues called `names`. For [`Driver::probe`] and [`Driver::restore`], which
+    /// may call it once.
     ///
-    /// A queue without a name is one that the device does not have: the others are numbered without it.
+    /// A queue without a name is one that the device does not have: the others are numbered without
+    /// it.
     ///
     /// # Errors
     ///
-    /// What the transport says, `ENOENT` if the device lacks one of the queues, `EBUSY` if they were found
-    /// before, or `ENOMEM`.
+    /// What the transport says, `ENOENT` if the device lacks one of the queues, `EBUSY` if they
+    /// were found before, or `ENOMEM`.
     pub(crate) fn find_vqs<const N: usize>(
         &self,
         names: [Option<&'static CStr>; N],
@@ -701,7 +721,7 @@ impl Device<device::Core<'_>> {
         // The callbacks need to know, so before there are any.
         binding.vqs.store(present, Relaxed);
 
-        // SAFETY: The device is valid, and every transport has this operation; both arrays have `N`
+        // SAFETY: By the type invariants the device is valid, and every transport has this operation; both arrays have `N`
         // entries. The names are static.
         unsafe {
             let find_vqs = (*(*self.as_raw()).config).find_vqs.ok_or(ENODEV)?;
@@ -724,7 +744,8 @@ impl Device<device::Core<'_>> {
 ///
 /// # Invariants
 ///
-/// The pointers are null or to virtqueues that nobody else uses, valid while `binding` can be entered.
+/// The pointers are null or to virtqueues that nobody else uses, valid while `binding` can be
+/// entered.
 pub(crate) struct FoundQueues<const N: usize> {
     vqs: [*mut bindings::virtqueue; N],
     binding: Arc<Binding>,
@@ -747,8 +768,8 @@ impl<const N: usize> FoundQueues<N> {
 
 /// The callback of all virtqueues.
 extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
-    // SAFETY: The virtio core calls back with a valid queue, the device of which is valid. `priv` is an
-    // `Arc<Binding>` from before the queues are found until after they were deleted.
+    // SAFETY: The virtio core calls back with a valid queue, the device of which is valid. `priv`
+    // is an `Arc<Binding>` from before the queues are found until after they were deleted.
     let (binding, index) = unsafe {
         let binding = (*(*vq).vdev).priv_.cast::<Binding>();
         (&*binding, (*vq).index as usize)
@@ -823,7 +844,8 @@ impl Config {
         let _open = self.binding.enter_config().ok_or(ENODEV)?;
         let mut value = [0u8; 4];
 
-        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer has the right length.
+        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
+        // has the right length.
         unsafe {
             let get = (*(*self.dev.as_raw()).config).get.ok_or(ENODEV)?;
 
@@ -848,7 +870,8 @@ impl Config {
         let _open = self.binding.enter_config().ok_or(ENODEV)?;
         let value = value.to_le_bytes();
 
-        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer has the right length.
+        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
+        // has the right length.
         unsafe {
             let set = (*(*self.dev.as_raw()).config).set.ok_or(ENODEV)?;
 

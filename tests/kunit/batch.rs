@@ -19,7 +19,7 @@ fn gather(orders: &[u32], whole: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
     for &order in orders {
-        batch.alloc(order, whole).map_err(|_| ENOMEM)?;
+        batch.alloc(order, 1, whole).map_err(|_| ENOMEM)?;
     }
     Ok(batch)
 }
@@ -116,8 +116,11 @@ mod tests {
     fn an_impossible_order_is_no_block() {
         let batch = Batch::new();
 
-        assert!(batch
-            .is_ok_and(|mut batch| batch.alloc(MAX_ORDER + 1, true) == Err(AllocError::NoBlock)));
+        assert!(
+            batch.is_ok_and(
+                |mut batch| batch.alloc(MAX_ORDER + 1, 1, true) == Err(AllocError::NoBlock)
+            )
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The walk over unused memory, which is made by taking blocks from the page allocator and giving parts of them back.
+//! The walk over unused memory, which is made by taking blocks from the page allocator and giving
+//! parts of them back.
 
 use super::device::eventually;
 
@@ -31,13 +32,13 @@ use kernel::prelude::*;
 /// How many pages the largest block has.
 const BLOCK: u64 = 1 << MAX_ORDER;
 
-/// Walks over `range` with any number of holds. Calls `between` after each hold that has found something. Returns how
-/// many pages were found.
+/// Walks over `range` with any number of holds. Calls `between` after each hold that has found
+/// something. Returns how many pages were found.
 ///
 /// # Errors
 ///
-/// `EINVAL` if runs do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if a lock was held for
-/// too much.
+/// `EINVAL` if runs do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if
+/// a lock was held for too much.
 fn walk_with(
     range: Range<u64>,
     min_order: u32,
@@ -92,7 +93,7 @@ fn take(blocks: usize) -> Result<(PageList, u64)> {
     let mut batch = Batch::new()?;
 
     for _ in 0..blocks {
-        batch.alloc(MAX_ORDER, false).map_err(|_| ENOMEM)?;
+        batch.alloc(MAX_ORDER, 1, false).map_err(|_| ENOMEM)?;
     }
     let first = batch.first().ok_or(ENOMEM)?.pfn;
     Ok((batch.take_all(), first))
@@ -196,7 +197,8 @@ mod tests {
 
     #[test]
     fn a_list_that_changes_does_no_harm() {
-        // What is found lies in blocks that are given back, and taken again, while the walk goes on.
+        // What is found lies in blocks that are given back, and taken again, while the walk goes
+        // on.
         let taken = take(4);
         assert!(taken.is_ok());
         let Ok((pages, first)) = taken else { return };

@@ -20,7 +20,7 @@ use kernel::prelude::*;
 pub(super) fn block(order: u32) -> Result<PageList> {
     let mut batch = Batch::new()?;
 
-    batch.alloc(order, false).map_err(|_| ENOMEM)?;
+    batch.alloc(order, 1, false).map_err(|_| ENOMEM)?;
     Ok(batch.take_all())
 }
 
@@ -29,7 +29,7 @@ fn gather(n: usize) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
     for _ in 0..n {
-        batch.alloc(MAX_ORDER, true).map_err(|_| ENOMEM)?;
+        batch.alloc(MAX_ORDER, 1, true).map_err(|_| ENOMEM)?;
     }
     Ok(batch)
 }
