@@ -11,8 +11,8 @@ use kernel::time::Msecs;
 pub(crate) enum Cause {
     /// There was no memory to be had. Worth another try soon: memory comes and goes.
     NoMemory,
-    /// The guest would have had to kill a process. Memory that is taken too soon is missed again at once, and
-    /// the balloon would swing.
+    /// The guest would have had to kill a process. Memory that is taken too soon is missed again at
+    /// once, and the balloon would swing.
     OutOfMemory,
 }
 

@@ -2,13 +2,14 @@
 
 //! The balloon: compares its size with the target, and does what is missing.
 //!
-//! It never waits for the device. Each run of the task takes what the device has answered, offers it as
-//! much as the queues have room for, and ends; the device's next answer, a new target or the end of a pause
-//! starts the next run. So there is nothing to hang on if the device stays silent.
+//! It never waits for the device. Each run of the task takes what the device has answered, offers
+//! it as much as the queues have room for, and ends; the device's next answer, a new target or the
+//! end of a pause starts the next run. So there is nothing to hang on if the device stays silent.
 //!
-//! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then [`Moves`]'s lock and the balloon core's
-//! `balloon_pages_lock`, one at a time. Memory is allocated under the first one only, which nobody takes who frees
-//! memory for others but the notifier of memory that goes offline.
+//! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then
+//! [`Moves`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory is allocated
+//! under the first one only, which nobody takes who frees memory for others but the notifier of
+//! memory that goes offline.
 
 #![forbid(unsafe_code)]
 
@@ -90,15 +91,16 @@ const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How long an allocation that has failed waits for the device: where it must be told before pages can be used, or
-/// when pages have just been moved.
+/// How long an allocation that has failed waits for the device: where it must be told before pages
+/// can be used, or when pages have just been moved.
 const OOM_PATIENCE: Delta = Delta::from_millis(100);
 
-/// How long unbinding waits for a device that gives no sign of life. The system may suspend after the same time.
+/// How long unbinding waits for a device that gives no sign of life. The system may suspend after
+/// the same time.
 const PATIENCE: Delta = Delta::from_millis(2_000);
 
-/// How long unbinding takes at most, for a device that gives signs of life and no more. What it has not heard of by
-/// then it forgets with the reset that comes next.
+/// How long unbinding takes at most, for a device that gives signs of life and no more. What it has
+/// not heard of by then it forgets with the reset that comes next.
 const FAREWELL: Delta = Delta::from_millis(10_000);
 
 /// How often unbinding looks for a sign of life.
@@ -118,7 +120,8 @@ const ISOLATION: Msecs = 10;
 pub(crate) struct Balloon {
     dev: ARef<virtio::Device>,
 
-    /// Available pages below which the balloon does not grow; `None` if it stays empty whatever the target.
+    /// Available pages below which the balloon does not grow; `None` if it stays empty whatever the
+    /// target.
     floor: Option<usize>,
 
     #[pin]
@@ -138,8 +141,8 @@ pub(crate) struct Balloon {
     /// Set when the target may have changed: pauses end, and the reason for a stop is told anew.
     target_changed: Atomic<bool>,
 
-    /// The pages that were given back to keep the guest from running out of memory, and that the task does not
-    /// know of yet.
+    /// The pages that were given back to keep the guest from running out of memory, and that the
+    /// task does not know of yet.
     given_for_oom: Atomic<usize>,
 
     /// Set when all is to be given back, whatever the target.
@@ -206,8 +209,8 @@ fn set_up(
 }
 
 impl Balloon {
-    /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than `floor` kernel pages are
-    /// available, or not at all if there is no `floor`.
+    /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than
+    /// `floor` kernel pages are available, or not at all if there is no `floor`.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
@@ -253,7 +256,8 @@ impl Balloon {
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
-        // What a device that did not answer has kept from being given back is in no balloon any more.
+        // What a device that did not answer has kept from being given back is in no balloon any
+        // more.
         while !self.pages.take(usize::MAX, usize::MAX).is_empty() {}
 
         self.moves().reset(Terms::of(dev))?;
@@ -285,13 +289,14 @@ impl Balloon {
         }
     }
 
-    /// Stops the task, gives everything back and tells the device, for as long as the device shows that it is
-    /// alive. For when the device is about to be reset.
+    /// Stops the task, gives everything back and tells the device, for as long as the device shows
+    /// that it is alive. For when the device is about to be reset.
     ///
-    /// Waits at most [`PATIENCE`] for the next sign of life, and [`FAREWELL`] in all. What remains in the balloon after
-    /// that is given back when `self` is dropped.
+    /// Waits at most [`PATIENCE`] for the next sign of life, and [`FAREWELL`] in all. What remains
+    /// in the balloon after that is given back when `self` is dropped.
     pub(crate) fn give_back(task: &Task<Self>) {
-        // The caller does the task's work from here on. While the system suspends, the task would not run.
+        // The caller does the task's work from here on. While the system suspends, the task would
+        // not run.
         task.stop();
         task.giving_back.store(true, Relaxed);
 
@@ -336,16 +341,16 @@ impl Balloon {
         ))
     }
 
-    /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth another try,
-    /// unless something happens before.
+    /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth
+    /// another try, unless something happens before.
     fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
         let now = self.start.elapsed().as_millis();
         if let Some(pause) = worker.backoff.remaining(now) {
             return Some(pause);
         }
 
-        // A page that was deflated and that the device has not been told about yet may be among those that are
-        // allocated: the device would learn of its return after its new departure.
+        // A page that was deflated and that the device has not been told about yet may be among
+        // those that are allocated: the device would learn of its return after its new departure.
         let may_send = || self.moves().is_settled() && !self.deflate.lock().is_pending();
         if !may_send() {
             return None;
@@ -383,8 +388,8 @@ impl Balloon {
         worker.backoff.remaining(now)
     }
 
-    /// Shrinks the balloon by up to `wanted` pages. Returns how long to wait before there is more to do, unless
-    /// something happens before.
+    /// Shrinks the balloon by up to `wanted` pages. Returns how long to wait before there is more
+    /// to do, unless something happens before.
     fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
         let limit = wanted.min(PAGES_PER_RUN);
         // Comes again when the device has answered.
@@ -407,12 +412,14 @@ impl Balloon {
         } else if self.deflate.lock().is_pending() {
             None
         } else {
-            // Nothing stands in the way but compaction, which has pages of the balloon in its hands.
+            // Nothing stands in the way but compaction, which has pages of the balloon in its
+            // hands.
             Some(ISOLATION)
         }
     }
 
-    /// Returns why the balloon is smaller than the device wants it, where it goes from here with `step`.
+    /// Returns why the balloon is smaller than the device wants it, where it goes from here with
+    /// `step`.
     fn stop_reason(&self, worker: &Worker, step: Step) -> Result<Option<StopReason>> {
         if self.floor.is_none() {
             let wanted = worker.config.read_le32(virtio_balloon::NUM_PAGES)?;
@@ -425,7 +432,8 @@ impl Balloon {
         })
     }
 
-    /// Tells the device the balloon's size, if it has changed. Pages that the guest cannot use yet count.
+    /// Tells the device the balloon's size, if it has changed. Pages that the guest cannot use yet
+    /// count.
     fn update_actual(&self, worker: &mut Worker) -> Result {
         let leaving = self.deflate.lock().leaving();
         let actual = target::balloon_pages(self.pages.len() + leaving);
@@ -438,7 +446,8 @@ impl Balloon {
         Ok(())
     }
 
-    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
+    /// happens before.
     ///
     /// # Errors
     ///
@@ -503,8 +512,8 @@ impl Balloon {
         let reason = self.stop_reason(worker, step)?;
         worker.teller.tell(&worker.config, reason)?;
 
-        // The memory first, the news of it later: a host that is busy reading keeps the guest's CPUs waiting.
-        // (QEMU handles a queue, like every access to a device, under one lock.)
+        // The memory first, the news of it later: a host that is busy reading keeps the guest's
+        // CPUs waiting. (QEMU handles a queue, like every access to a device, under one lock.)
         if again != Some(0) {
             self.deflate.lock().tell();
             self.moves().tell(&mut worker.inflate, &self.deflate);
@@ -519,7 +528,8 @@ impl Balloon {
             return Err(EIO);
         }
 
-        // Interrupts come when most of what is in flight has been answered, and a slow device takes its time.
+        // Interrupts come when most of what is in flight has been answered, and a slow device takes
+        // its time.
         if worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
             || !self.moves().is_settled()
@@ -567,7 +577,8 @@ impl OomNotify for Task<Balloon> {
 }
 
 impl GoingOffline for Task<Balloon> {
-    /// Gives the blocks that lie there back: single pages are moved by the kernel. The balloon takes others then.
+    /// Gives the blocks that lie there back: single pages are moved by the kernel. The balloon
+    /// takes others then.
     fn going_offline(&self, pfns: Range<u64>) -> Result {
         let mut worker = self.worker.lock();
 

@@ -2,16 +2,19 @@
 
 //! Page sets on the wire: which pages a message is about, in as few bytes as possible.
 //!
-//! Runs of pages are written as ranges, a word of 64 bits for each, and lone pages that lie close together as a
-//! bitmap. A message has one of the two encodings, the one that is shorter for its pages.
+//! Runs of pages are written as ranges, a word of 64 bits for each, and lone pages that lie close
+//! together as a bitmap. A message has one of the two encodings, the one that is shorter for its
+//! pages.
 //!
-//! The runs of a message are collected as ranges. This is shorter at first, and says nothing about the rest. While
-//! ranges and bitmap fit into the buffer side by side, the one can be made from the other in place, without other
-//! memory; as soon as the next run would end that, the shorter one is chosen. From then on the message goes on for
-//! as long as it stays the shorter one. So no message is longer than its pages are in the other encoding, and each
-//! one but the last has pages for at least half a buffer of ranges, less a word: this is what its header is shared by.
+//! The runs of a message are collected as ranges. This is shorter at first, and says nothing about
+//! the rest. While ranges and bitmap fit into the buffer side by side, the one can be made from the
+//! other in place, without other memory; as soon as the next run would end that, the shorter one is
+//! chosen. From then on the message goes on for as long as it stays the shorter one. So no message
+//! is longer than its pages are in the other encoding, and each one but the last has pages for at
+//! least half a buffer of ranges, less a word: this is what its header is shared by.
 //!
-//! Nothing here depends on the kernel: `host/wire` compiles this file, too, and tests it with its decoder.
+//! Nothing here depends on the kernel: `host/wire` compiles this file, too, and tests it with its
+//! decoder.
 //!
 //! Format: docs/protocol.md and `uapi/linux/virtio_balloon_ext.h`.
 
@@ -51,8 +54,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Returns the run of `len` pages from the page frame number `first` on. There is none without a page, and none
-    /// beyond page frame number 2^52 - 1.
+    /// Returns the run of `len` pages from the page frame number `first` on. There is none without
+    /// a page, and none beyond page frame number 2^52 - 1.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
         let end = first.checked_add(len)?;
 
@@ -185,8 +188,8 @@ pub(crate) struct Subject {
 
 /// A message that is being written.
 ///
-/// The caller owns the buffers: it begins with one, goes on with the next when a run does not fit any more, and may
-/// stop at any time. Nothing fails in between.
+/// The caller owns the buffers: it begins with one, goes on with the next when a run does not fit
+/// any more, and may stop at any time. Nothing fails in between.
 pub(crate) struct Encoder<'a> {
     payload: &'a mut [u64],
     /// The encoding that the caller wants. None: the shorter one.
@@ -204,8 +207,8 @@ pub(crate) struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
-    /// Begins a message. Its payload, all of it or the first part, becomes what has to follow the header. Returns none
-    /// if there is no room for any two words.
+    /// Begins a message. Its payload, all of it or the first part, becomes what has to follow the
+    /// header. Returns none if there is no room for any two words.
     ///
     /// All messages have the encoding `forced`, if there is one, which is for measuring.
     pub(crate) fn new(payload: &'a mut [u64], forced: Option<Encoding>) -> Option<Self> {
@@ -228,10 +231,12 @@ impl<'a> Encoder<'a> {
         })
     }
 
-    /// Adds `run`. Returns what has to go to the next message: nothing, or all of it; or the rest, where a bitmap is
-    /// forced and a single run is too long for it. An empty message takes at least a page of any run.
+    /// Adds `run`. Returns what has to go to the next message: nothing, or all of it; or the rest,
+    /// where a bitmap is forced and a single run is too long for it. An empty message takes at
+    /// least a page of any run.
     ///
-    /// Runs should come in ascending order: one that does not lie after the others goes to the next message.
+    /// Runs should come in ascending order: one that does not lie after the others goes to the next
+    /// message.
     #[must_use]
     pub(crate) fn push(&mut self, run: Run) -> Option<Run> {
         let (part, rest) = match (self.forced, self.last) {
@@ -247,7 +252,8 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    /// Ends the message. Returns its header and the length of its payload in words, or none if it has no pages.
+    /// Ends the message. Returns its header and the length of its payload in words, or none if it
+    /// has no pages.
     pub(crate) fn finish(mut self, subject: Subject) -> Option<(PageSet, usize)> {
         let last = self.last?;
         let size = self.size(self.ranges, last);
@@ -276,7 +282,8 @@ impl<'a> Encoder<'a> {
         Some((header, index(size.of(self.encoding))))
     }
 
-    /// Cuts `run` where the largest bitmap that begins with it ends. Returns what lies before and after that.
+    /// Cuts `run` where the largest bitmap that begins with it ends. Returns what lies before and
+    /// after that.
     fn cut(&self, run: Run) -> (Option<Run>, Option<Run>) {
         let end = run
             .first
@@ -324,8 +331,8 @@ impl<'a> Encoder<'a> {
         true
     }
 
-    /// Makes sure that pages of the size `next` have room, when those so far have the size `now`. Returns whether they
-    /// do.
+    /// Makes sure that pages of the size `next` have room, when those so far have the size `now`.
+    /// Returns whether they do.
     fn make_room(&mut self, now: Size, next: Size) -> bool {
         let wanted = self.wanted(next);
 

@@ -12,8 +12,8 @@ const CAPACITY: i64 = 2_000_000_000;
 /// What part of the time can be spent in the long run, as a divisor.
 const SHARE: i64 = 10;
 
-/// What can be owed at most, in nanoseconds. Time may pass that nobody has used, as when the whole guest stands still,
-/// and the host must not have to wait for ever then.
+/// What can be owed at most, in nanoseconds. Time may pass that nobody has used, as when the whole
+/// guest stands still, and the host must not have to wait for ever then.
 const DEBT: i64 = 10_000_000_000;
 
 /// An amount of time that is spent, and that grows again with the time that passes.
@@ -47,7 +47,8 @@ impl Budget {
         self.left = self.left.saturating_sub(time.max(0)).max(-DEBT);
     }
 
-    /// Returns how long to wait until there is something to spend, in milliseconds; `None` if there is.
+    /// Returns how long to wait until there is something to spend, in milliseconds; `None` if there
+    /// is.
     pub(crate) fn pause(&mut self, now: i64) -> Option<Msecs> {
         self.update(now);
 

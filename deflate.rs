@@ -2,10 +2,11 @@
 
 //! Deflating: pages go from the balloon back to the page allocator.
 //!
-//! With page sets, and where the device insists on it (`VIRTIO_BALLOON_F_MUST_TELL_HOST`), pages are free when it has
-//! answered. Else they are free at once, as they are with page sets when the guest has run out of memory, and the
-//! device learns of it whenever it gets round to it. What it has to learn is noted in pages that were in the balloon
-//! themselves, so that this path neither allocates nor waits.
+//! With page sets, and where the device insists on it (`VIRTIO_BALLOON_F_MUST_TELL_HOST`), pages
+//! are free when it has answered. Else they are free at once, as they are with page sets when the
+//! guest has run out of memory, and the device learns of it whenever it gets round to it. What it
+//! has to learn is noted in pages that were in the balloon themselves, so that this path neither
+//! allocates nor waits.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation; docs/protocol.md, PS-D14.
 
@@ -108,7 +109,8 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
             return answers;
         };
 
-        // Where the device had to be told first, this is where the pages are freed: not under the lock.
+        // Where the device had to be told first, this is where the pages are freed: not under the
+        // lock.
         match pages {
             Pages::List(pages) => {
                 let freed = pages.len();
@@ -131,11 +133,12 @@ pub(crate) enum Reason {
     OutOfMemory,
 }
 
-/// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device allows
-/// it. Returns how many were taken out: fewer if nothing more can be done before the device has answered.
+/// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device
+/// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
+/// has answered.
 ///
-/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before, which is what
-/// `_settled` shows. `batch` is where pages are put in order.
+/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before, which
+/// is what `_settled` shows. `batch` is where pages are put in order.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<Moves>,
@@ -168,8 +171,8 @@ pub(crate) fn release(
     released
 }
 
-/// Takes the blocks in `pfns` out of `balloon`, which are freed when the device has answered. Returns whether it could
-/// be told of all.
+/// Takes the blocks in `pfns` out of `balloon`, which are freed when the device has answered.
+/// Returns whether it could be told of all.
 pub(crate) fn evacuate(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<Moves>,
@@ -189,15 +192,16 @@ pub(crate) fn evacuate(
     all
 }
 
-/// Returns whether pages that were released because memory ran out can be used: only where the device must be told
-/// first does that depend on its answer.
+/// Returns whether pages that were released because memory ran out can be used: only where the
+/// device must be told first does that depend on its answer.
 pub(crate) fn is_over(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
     let tell_first = deflate.lock().terms.tell_first_out_of_memory();
 
     !tell_first || is_answered(deflate, balloon)
 }
 
-/// Returns whether the device knows of all that has left the balloon, after it was told as much as it can be now.
+/// Returns whether the device knows of all that has left the balloon, after it was told as much as
+/// it can be now.
 pub(crate) fn is_answered(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
     deflate.lock().tell();
     collect(deflate, balloon);
@@ -239,8 +243,8 @@ fn gather(
     }
 }
 
-/// Tells the device of what is in `batch`, which is freed when it has answered. Returns how many pages it could be
-/// told of; the others stay in the balloon.
+/// Tells the device of what is in `batch`, which is freed when it has answered. Returns how many
+/// pages it could be told of; the others stay in the balloon.
 fn tell(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, batch: &mut Batch) -> usize {
     let mut told = 0;
 

@@ -2,13 +2,15 @@
 
 //! Unused pages: the walk over the zones' free memory.
 //!
-//! A page that is found was on a free list of the page allocator at a moment when the zone's lock was held, and that
-//! is all that is known of it: the lock is given up again before anything is said about the page, and whoever gets the
-//! page in the meantime may write to it. So what is found is "unused, unless it was written since", and never "free".
+//! A page that is found was on a free list of the page allocator at a moment when the zone's lock
+//! was held, and that is all that is known of it: the lock is given up again before anything is
+//! said about the page, and whoever gets the page in the meantime may write to it. So what is found
+//! is "unused, unless it was written since", and never "free".
 //!
-//! The lock is held for a number of looks that does not depend on the guest's size, and the walk goes by addresses.
-//! Free lists change between two looks, so that one does not know where to go on in them; what lies at an address is
-//! found whatever has happened to the lists. It also comes in the order that makes answers short.
+//! The lock is held for a number of looks that does not depend on the guest's size, and the walk
+//! goes by addresses. Free lists change between two looks, so that one does not know where to go on
+//! in them; what lies at an address is found whatever has happened to the lists. It also comes in
+//! the order that makes answers short.
 
 #![forbid(unsafe_code)]
 
@@ -48,8 +50,8 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// Begins a walk for blocks of 2^`min_order` pages or more in `range` (page frame numbers of kernel pages), of which
-    /// up to `blocks` are found under one hold of a lock.
+    /// Begins a walk for blocks of 2^`min_order` pages or more in `range` (page frame numbers of
+    /// kernel pages), of which up to `blocks` are found under one hold of a lock.
     ///
     /// # Errors
     ///
@@ -67,13 +69,14 @@ impl Walk {
         })
     }
 
-    /// Looks for more under one hold of a zone's lock. Returns what that has cost, or none if there is no more memory
-    /// to be looked at.
+    /// Looks for more under one hold of a zone's lock. Returns what that has cost, or none if there
+    /// is no more memory to be looked at.
     fn look(&mut self) -> Option<Hold> {
         // No block is larger than the largest.
         let zone = Zone::nth(self.zone).filter(|_| self.min_order <= MAX_ORDER)?;
         if self.zone == 0 && self.next == 0 {
-            // Pages on the processors' own lists are unused, too, and keep others from being blocks.
+            // Pages on the processors' own lists are unused, too, and keep others from being
+            // blocks.
             memory::drain_free_lists();
         }
         let span = zone.span();
@@ -94,8 +97,8 @@ impl Walk {
         Some(hold)
     }
 
-    /// Forgets what was found and not named, and goes on in a zone, at the first place from the page `pfn` on where a block
-    /// may begin.
+    /// Forgets what was found and not named, and goes on in a zone, at the first place from the
+    /// page `pfn` on where a block may begin.
     pub(crate) fn go_on_at(&mut self, zone: usize, pfn: u64) {
         self.found.clear();
         self.named = 0;
@@ -122,7 +125,8 @@ impl Walk {
     }
 }
 
-/// What a walk finds with a number of looks, so that it can be called off in between however little it finds.
+/// What a walk finds with a number of looks, so that it can be called off in between however little
+/// it finds.
 pub(crate) struct Unused<'a, F> {
     walk: &'a mut Walk,
     held: F,
@@ -142,8 +146,8 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
         }
     }
 
-    /// Takes the next run, with those after it that lie side by side in the same zone, up to `max` pages. Returns the zone
-    /// with it.
+    /// Takes the next run, with those after it that lie side by side in the same zone, up to `max`
+    /// pages. Returns the zone with it.
     pub(crate) fn side_by_side(&mut self, max: u64) -> Option<(usize, Run)> {
         let first = self.first()?.first();
         let zone = self.walk.found_in;

@@ -2,20 +2,22 @@
 
 //! Free page hinting: a host that migrates the guest leaves free memory out.
 //!
-//! The host asks with an id. The driver answers with the id, takes free memory from the page allocator, gives it to
-//! the device, and ends the round with the id [`HINT_STOP`]. It keeps the memory until the host says
-//! [`HINT_DONE`], since whatever is written to it in between has to be migrated after all.
+//! The host asks with an id. The driver answers with the id, takes free memory from the page
+//! allocator, gives it to the device, and ends the round with the id [`HINT_STOP`]. It keeps the
+//! memory until the host says [`HINT_DONE`], since whatever is written to it in between has to be
+//! migrated after all.
 //!
-//! Memory that the device has not used yet is given back to nobody. A host that skips it clears its dirty bits, and
-//! where the dirty log was set initially (all pages dirty, none of them write-protected) that is the moment in which
-//! it begins to see writes: one that came before is lost on the other side. A host that discards the memory would
-//! discard what its new owner wrote. Memory that the device has used is free to go when the guest needs it.
+//! Memory that the device has not used yet is given back to nobody. A host that skips it clears its
+//! dirty bits, and where the dirty log was set initially (all pages dirty, none of them
+//! write-protected) that is the moment in which it begins to see writes: one that came before is
+//! lost on the other side. A host that discards the memory would discard what its new owner wrote.
+//! Memory that the device has used is free to go when the guest needs it.
 //!
-//! QEMU takes a lock for each buffer that its migration keeps for up to 50 ms at a time. So memory is collected first,
-//! neighbouring blocks become one buffer, and the largest come first.
+//! QEMU takes a lock for each buffer that its migration keeps for up to 50 ms at a time. So memory
+//! is collected first, neighbouring blocks become one buffer, and the largest come first.
 //!
-//! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is taken under the first one, but without
-//! reclaim, and under the second one not at all: it is taken by those who reclaim.
+//! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is taken under the first one,
+//! but without reclaim, and under the second one not at all: it is taken by those who reclaim.
 //!
 //! Specification: clause 5.5.6.5, Free Page Hinting.
 
@@ -81,26 +83,30 @@ use kernel::{
     },
 };
 
-/// The order of the smallest blocks that are taken: 256 KiB. Sending less costs less than hinting it.
+/// The order of the smallest blocks that are taken: 256 KiB. Sending less costs less than hinting
+/// it.
 const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
 
 /// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
 const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 
-/// How many entries of the queue are left for ids: one that ends a round, and one that begins the next.
+/// How many entries of the queue are left for ids: one that ends a round, and one that begins the
+/// next.
 const ROOM_FOR_IDS: usize = 2;
 
-/// How many kernel pages are given back under one hold of a lock, or a block more: 4 MiB, which may have to be
-/// cleared.
+/// How many kernel pages are given back under one hold of a lock, or a block more: 4 MiB, which may
+/// have to be cleared.
 const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 
 /// How many runs are kept at most.
 const MAX_RUNS: usize = 1024;
 
-/// How long an allocation that has failed waits for the device to use what it was given, in milliseconds.
+/// How long an allocation that has failed waits for the device to use what it was given, in
+/// milliseconds.
 const OOM_PATIENCE: u32 = 500;
 
-/// How long it may take until an answer is noticed that the device has not interrupted for, during a round and after.
+/// How long it may take until an answer is noticed that the device has not interrupted for, during
+/// a round and after.
 const LOOK_AGAIN: Msecs = 20;
 const LOOK_AGAIN_LATER: Msecs = 1_000;
 
@@ -334,8 +340,8 @@ impl Hinting {
             self.needed.store(false, Relaxed);
             memory::drain_free_lists();
 
-            // What was hinted before is hinted again: it may have been written to before the host began to look,
-            // and the host may know that by now.
+            // What was hinted before is hinted again: it may have been written to before the host
+            // began to look, and the host may know that by now.
             mem::swap(&mut worker.pending, &mut *self.held.lock());
         } else if self.needed.load(Relaxed) {
             worker.stop();
@@ -344,7 +350,8 @@ impl Hinting {
         Ok(())
     }
 
-    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing happens before.
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
+    /// happens before.
     ///
     /// # Errors
     ///
@@ -427,7 +434,8 @@ impl Job for Hinting {
         match task.advance(&mut worker) {
             Ok(Some(delay)) => task.schedule_in(delay),
             Ok(None) => (),
-            // If the device is gone, so is the host that wanted to know; and nobody hears more of a broken queue.
+            // If the device is gone, so is the host that wanted to know; and nobody hears more of a
+            // broken queue.
             Err(_) => task.give_up(&mut worker),
         }
     }
@@ -445,7 +453,8 @@ impl Shrink for Task<Hinting> {
 }
 
 impl OomNotify for Task<Hinting> {
-    /// Waits for what the device has, which it uses soon. What it had used before was given back by the shrinker.
+    /// Waits for what the device has, which it uses soon. What it had used before was given back by
+    /// the shrinker.
     fn out_of_memory(&self) -> usize {
         self.needed.store(true, Relaxed);
         let before = memory::free_pages();
@@ -460,7 +469,8 @@ impl OomNotify for Task<Hinting> {
                     return freed;
                 }
                 if worker.in_flight == 0 {
-                    // The task may have been faster. Nobody is to be killed for memory that is there by now.
+                    // The task may have been faster. Nobody is to be killed for memory that is
+                    // there by now.
                     let freed = memory::free_pages().saturating_sub(before);
 
                     return if freed >= WORTHWHILE { freed } else { 0 };

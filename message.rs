@@ -2,7 +2,8 @@
 
 //! Messages that name pages, and the queues that carry them.
 //!
-//! What a message looks like depends on what was negotiated: [`pfns`] or [`page_sets`]. All else is the same.
+//! What a message looks like depends on what was negotiated: [`pfns`] or [`page_sets`]. All else is
+//! the same.
 
 #![forbid(unsafe_code)]
 
@@ -33,12 +34,12 @@ use kernel::{
     prelude::*, //
 };
 
-/// How many moves a message names at most: as many pages as fit into one of the base protocol. A page set has room
-/// for more.
+/// How many moves a message names at most: as many pages as fit into one of the base protocol. A
+/// page set has room for more.
 pub(crate) const MOVES_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
 
-/// How many buffers are kept for messages when there is nothing to tell, so that there is always one to be
-/// had when memory is short.
+/// How many buffers are kept for messages when there is nothing to tell, so that there is always
+/// one to be had when memory is short.
 const RESERVE: usize = 4;
 
 /// What pages are named for.
@@ -91,8 +92,8 @@ impl Format {
     }
 }
 
-/// A message, with what has to be known to write it. Never grows beyond its capacity: its queue is no place to
-/// allocate.
+/// A message, with what has to be known to write it. Never grows beyond its capacity: its queue is
+/// no place to allocate.
 pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Option<Encoding>)>;
 
 impl Message {
@@ -236,7 +237,8 @@ impl MessageQueue {
         self.vq.room()
     }
 
-    /// Returns how many blocks can be named now, wherever they lie. Without page sets each is a page.
+    /// Returns how many blocks can be named now, wherever they lie. Without page sets each is a
+    /// page.
     pub(crate) fn room_for_blocks(&self) -> usize {
         self.room().saturating_mul(self.format.blocks_per_message())
     }
@@ -290,13 +292,13 @@ impl MessageQueue {
         }
     }
 
-    /// Sends a message about the first pages in `batch`, as many as it has room for. Returns how many kernel pages
-    /// that is.
+    /// Sends a message about the first pages in `batch`, as many as it has room for. Returns how
+    /// many kernel pages that is.
     ///
     /// # Errors
     ///
-    /// Returns the pages that could not be sent, and are in `batch` no more; and why: `EAGAIN` if there is no room in
-    /// the queue, or nobody to tell, else as for [`write`](Self::write).
+    /// Returns the pages that could not be sent, and are in `batch` no more; and why: `EAGAIN` if
+    /// there is no room in the queue, or nobody to tell, else as for [`write`](Self::write).
     pub(crate) fn send_some(&mut self, batch: &mut Batch) -> Result<usize, (PageList, Error)> {
         let mut named = Named {
             batch,
@@ -369,7 +371,8 @@ impl MessageQueue {
     fn keep(&mut self, mut message: Message) {
         message.clear();
 
-        // There is room for as many as there can be messages; if there were not, it would just be freed.
+        // There is room for as many as there can be messages; if there were not, it would just be
+        // freed.
         let _ = self.spare.push_within_capacity(message);
     }
 
@@ -378,7 +381,8 @@ impl MessageQueue {
         self.vq.disable_callback();
     }
 
-    /// Asks to be woken when the device has used most of what it has. Returns false if it has already.
+    /// Asks to be woken when the device has used most of what it has. Returns false if it has
+    /// already.
     #[must_use]
     pub(crate) fn sleep(&mut self) -> bool {
         if self.in_flight() == 0 {

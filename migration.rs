@@ -2,10 +2,11 @@
 
 //! Compaction moves pages of the balloon out of its way: another page takes the place of each.
 //!
-//! Compaction is not kept waiting for the device. A move is noted, and the balloon's task tells the device of
-//! many at once: first of the pages that are in the balloon now, and when it has answered, of those that are
-//! not any more. In between the balloon has pages that the device does not know of, and no page may leave it:
-//! the device would learn of such a page's departure first, and then take it from whoever uses it.
+//! Compaction is not kept waiting for the device. A move is noted, and the balloon's task tells the
+//! device of many at once: first of the pages that are in the balloon now, and when it has
+//! answered, of those that are not any more. In between the balloon has pages that the device does
+//! not know of, and no page may leave it: the device would learn of such a page's departure first,
+//! and then take it from whoever uses it.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
 
@@ -38,14 +39,16 @@ use kernel::{
     }, //
 };
 
-/// How long it takes compaction to come again when more has been moved than the device could be told of.
+/// How long it takes compaction to come again when more has been moved than the device could be
+/// told of.
 const PAUSE: Delta = Delta::from_micros(200);
 
 /// A page that has taken the place of another one. The numbers are those of kernel pages.
 pub(crate) struct Move {
     new: u64,
     old: u64,
-    /// Keeps the old page from being used before the device has been told, where it insists on that.
+    /// Keeps the old page from being used before the device has been told, where it insists on
+    /// that.
     _kept: Option<PageRef>,
 }
 
@@ -67,7 +70,8 @@ struct Inner {
     waiting: KVec<Move>,
     /// The new pages that the device has been told of, and has not answered for. As many at most.
     telling: KVec<u64>,
-    /// Moves of which the device knows the new pages, if any. `None` while they are part of a message.
+    /// Moves of which the device knows the new pages, if any. `None` while they are part of a
+    /// message.
     told: Option<KVec<Move>>,
 }
 
@@ -82,7 +86,8 @@ impl Inner {
     }
 }
 
-/// What shows that the device knows of all pages in the balloon. As long as it exists, no page is moved.
+/// What shows that the device knows of all pages in the balloon. As long as it exists, no page is
+/// moved.
 pub(crate) struct Settled<'a>(&'a Moves);
 
 impl Drop for Settled<'_> {
@@ -92,8 +97,8 @@ impl Drop for Settled<'_> {
 }
 
 impl Moves {
-    /// Returns an initialiser for a balloon whose task `waker` schedules. No page is moved before that
-    /// [allows](Self::allow) it.
+    /// Returns an initialiser for a balloon whose task `waker` schedules. No page is moved before
+    /// that [allows](Self::allow) it.
     ///
     /// # Errors
     ///
@@ -138,8 +143,8 @@ impl Moves {
         Ok(())
     }
 
-    /// Allows or forbids moves. They are forbidden while the balloon changes its size, so that it gets there:
-    /// compaction comes back.
+    /// Allows or forbids moves. They are forbidden while the balloon changes its size, so that it
+    /// gets there: compaction comes back.
     pub(crate) fn allow(&self, allowed: bool) {
         self.inner.lock().allowed = allowed;
     }
@@ -166,9 +171,9 @@ impl Moves {
     }
 
     fn tell_new(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
-        // A new page may be one that was deflated a moment ago, which the device has to hear first. And one
-        // round after the other: a page may be a new one in the first and an old one in the second. Nothing is
-        // deflated in between, since the lock is kept.
+        // A new page may be one that was deflated a moment ago, which the device has to hear first.
+        // And one round after the other: a page may be a new one in the first and an old one in the
+        // second. Nothing is deflated in between, since the lock is kept.
         let deflate = deflate.lock();
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
@@ -235,8 +240,8 @@ impl Replace for Moves {
             return Err(EOVERFLOW);
         }
 
-        // The device must know of the old page's arrival before the page leaves, and of the new page's departure,
-        // if it has been in the balloon before, before that comes again.
+        // The device must know of the old page's arrival before the page leaves, and of the new
+        // page's departure, if it has been in the balloon before, before that comes again.
         if !inner.allowed
             || inner.settled > 0
             || inner.is_new(old.pfn())

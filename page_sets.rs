@@ -2,8 +2,8 @@
 
 //! The extended protocol's messages: page sets.
 //!
-//! A message fits into one page, so that there is always memory for one: as a bitmap it covers 127 MiB of pages of
-//! 4 KiB, and its header is less than a hundredth of that.
+//! A message fits into one page, so that there is always memory for one: as a bitmap it covers 127
+//! MiB of pages of 4 KiB, and its header is less than a hundredth of that.
 //!
 //! Format: docs/protocol.md, section 4.
 
@@ -40,9 +40,9 @@ pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 /// How many runs a message names at least, however long they are.
 pub(crate) const RUNS_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
 
-/// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room for. The message is
-/// about `command`, and a part of the answer to `request_id` if that is not 0: its completion is yet to come. Returns how
-/// many pages it names.
+/// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room
+/// for. The message is about `command`, and a part of the answer to `request_id` if that is not 0:
+/// its completion is yet to come. Returns how many pages it names.
 ///
 /// # Errors
 ///

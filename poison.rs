@@ -2,8 +2,8 @@
 
 //! What is in free pages, if the kernel cares.
 //!
-//! With `init_on_free=1` or `page_poison=1` free pages hold a value that the kernel counts on, and a host that
-//! takes the memory away has to know it.
+//! With `init_on_free=1` or `page_poison=1` free pages hold a value that the kernel counts on, and
+//! a host that takes the memory away has to know it.
 //!
 //! Specification: clauses 5.5.3.1, Driver Requirements: Feature bits, and 5.5.6.6, Page Poison.
 

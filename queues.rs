@@ -2,10 +2,11 @@
 
 //! The device's virtqueues.
 //!
-//! Specification: clause 5.5.2, Virtqueues. Devices number the queues that they have one after the other, and
-//! leave out those whose feature they do not offer (QEMU), or that was not accepted. So a feature that has a queue
-//! must be accepted whenever it is offered, or the queues after it have other numbers than some devices think. Only
-//! reporting, which has the last queue of the base protocol, may be given up, and the host's requests with it.
+//! Specification: clause 5.5.2, Virtqueues. Devices number the queues that they have one after the
+//! other, and leave out those whose feature they do not offer (QEMU), or that was not accepted. So
+//! a feature that has a queue must be accepted whenever it is offered, or the queues after it have
+//! other numbers than some devices think. Only reporting, which has the last queue of the base
+//! protocol, may be given up, and the host's requests with it.
 
 #![forbid(unsafe_code)]
 
@@ -73,7 +74,8 @@ pub(crate) struct Queues {
 }
 
 impl Queues {
-    /// Finds the queues of the features that were negotiated. Page sets have the encoding `forced`, if there is one.
+    /// Finds the queues of the features that were negotiated. Page sets have the encoding `forced`,
+    /// if there is one.
     ///
     /// # Errors
     ///

@@ -2,11 +2,11 @@
 
 //! Free page reporting: the host learns which memory is free, and need not keep what is in it.
 //!
-//! The kernel's page reporting finds free pages from time to time, and sets them aside until the host has
-//! answered. It serves one device; others go without.
+//! The kernel's page reporting finds free pages from time to time, and sets them aside until the
+//! host has answered. It serves one device; others go without.
 //!
-//! A host that does not answer owns the pages of one report until it is reset. Nothing else waits for them, but
-//! the kernel does not suspend in the meantime.
+//! A host that does not answer owns the pages of one report until it is reset. Nothing else waits
+//! for them, but the kernel does not suspend in the meantime.
 //!
 //! Specification: clause 5.5.6.7, Free Page Reporting.
 
@@ -70,7 +70,8 @@ impl Report for Reports {
 
 /// Free page reporting of a device.
 ///
-/// It has to be dropped after the device was reset, since a device that does not answer keeps a report until then.
+/// It has to be dropped after the device was reset, since a device that does not answer keeps a
+/// report until then.
 pub(crate) struct Reporting {
     registered: SetOnce<Pin<KBox<Reporter<Reports>>>>,
     reports: Arc<Reports>,

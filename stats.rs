@@ -2,8 +2,8 @@
 
 //! Memory statistics for the host.
 //!
-//! The roles are swapped on this queue: the driver always has one buffer with the device, which uses it when it
-//! wants new numbers. Then the driver fills it and offers it again.
+//! The roles are swapped on this queue: the driver always has one buffer with the device, which
+//! uses it when it wants new numbers. Then the driver fills it and offers it again.
 //!
 //! Specification: clause 5.5.6.3, Memory Statistics.
 
@@ -56,7 +56,8 @@ impl Inner {
 }
 
 impl Stats {
-    /// Returns an initialiser for a queue that the device has no buffer of yet: the task has to run once.
+    /// Returns an initialiser for a queue that the device has no buffer of yet: the task has to run
+    /// once.
     pub(crate) fn new(
         queue: StatsQueue,
         byte_order: ByteOrder,
@@ -69,7 +70,8 @@ impl Stats {
         }))
     }
 
-    /// Takes up the work again with the queue of a device that was reset. The task must not be running.
+    /// Takes up the work again with the queue of a device that was reset. The task must not be
+    /// running.
     pub(crate) fn attach(&self, queue: StatsQueue) -> Result {
         *self.inner.lock() = Inner::new(queue)?;
         Ok(())
@@ -88,8 +90,8 @@ impl Job for Stats {
 
         collect(&mut buffer, task.byte_order);
 
-        // There is room: this is the only buffer. If the queue is broken or the device gone, nobody asks any
-        // more, and the buffer waits for the next device.
+        // There is room: this is the only buffer. If the queue is broken or the device gone, nobody
+        // asks any more, and the buffer waits for the next device.
         match inner.queue.add(buffer) {
             Ok(()) => inner.queue.kick(),
             Err(buffer) => inner.buffer = Some(buffer),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Why the balloon is smaller than the host wants it to be: for the log, and for a host that wants to know.
+//! Why the balloon is smaller than the host wants it to be: for the log, and for a host that wants
+//! to know.
 //!
 //! Without it a host sees a balloon that does not move, and can only guess.
 

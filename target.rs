@@ -2,8 +2,8 @@
 
 //! The arithmetic of the balloon's size.
 //!
-//! Two units meet here: the device counts in balloon pages, which are 4 KiB everywhere; the guest counts
-//! in kernel pages, which may be larger. One kernel page is a whole number of balloon pages.
+//! Two units meet here: the device counts in balloon pages, which are 4 KiB everywhere; the guest
+//! counts in kernel pages, which may be larger. One kernel page is a whole number of balloon pages.
 
 #![forbid(unsafe_code)]
 
@@ -25,15 +25,16 @@ pub(crate) fn pages(balloon_pages: u32) -> usize {
     (balloon_pages as usize).div_ceil(BALLOON_PAGES_PER_PAGE)
 }
 
-/// Returns the number of balloon pages in `pages` kernel pages, or the largest number that the device's
-/// field can hold.
+/// Returns the number of balloon pages in `pages` kernel pages, or the largest number that the
+/// device's field can hold.
 pub(crate) fn balloon_pages(pages: usize) -> u32 {
     u32::try_from(pages.saturating_mul(BALLOON_PAGES_PER_PAGE)).unwrap_or(u32::MAX)
 }
 
 /// Returns the device's names of the balloon pages in the kernel page `pfn`.
 ///
-/// The base protocol has 32 bits for the number of a balloon page: it cannot name memory beyond 16 TiB.
+/// The base protocol has 32 bits for the number of a balloon page: it cannot name memory beyond 16
+/// TiB.
 ///
 /// # Errors
 ///
@@ -58,11 +59,11 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    /// Returns the way to `target`, when `held` pages are in the balloon and `inflating` more are on their
-    /// way into it.
+    /// Returns the way to `target`, when `held` pages are in the balloon and `inflating` more are
+    /// on their way into it.
     ///
-    /// Pages on their way cannot be called back. If they are too many, some of those that are in the
-    /// balloon already are taken out for them.
+    /// Pages on their way cannot be called back. If they are too many, some of those that are in
+    /// the balloon already are taken out for them.
     pub(crate) fn towards(target: usize, held: usize, inflating: usize) -> Self {
         let expected = held.saturating_add(inflating);
 

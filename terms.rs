@@ -35,8 +35,8 @@ impl Terms {
         self.must_tell_host || self.page_sets
     }
 
-    /// Returns whether that holds for a guest that has run out of memory, too. For balloons that give memory back then
-    /// (docs/protocol.md, PS-D14).
+    /// Returns whether that holds for a guest that has run out of memory, too. For balloons that
+    /// give memory back then (docs/protocol.md, PS-D14).
     pub(crate) fn tell_first_out_of_memory(self) -> bool {
         self.must_tell_host
     }

@@ -2,15 +2,16 @@
 
 //! Virtio memory balloon driver.
 //!
-//! The host asks for memory by setting a target in the device's configuration space. The driver takes
-//! that much from the page allocator, tells the host which pages it got, and leaves them alone; when the
-//! target falls, the pages go back to the page allocator.
+//! The host asks for memory by setting a target in the device's configuration space. The driver
+//! takes that much from the page allocator, tells the host which pages it got, and leaves them
+//! alone; when the target falls, the pages go back to the page allocator.
 //!
 //! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets compaction move
-//! pages of the balloon. [`message`] is how the device is told: as arrays of page frame numbers ([`pfns`]) or as page
-//! sets ([`page_sets`], with the encoder in [`bitmap`]). [`stats`], [`hinting`] and [`reporting`] are features of
-//! their own. [`rust`] is the layer over the kernel's C, with the virtio bus.
+//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets
+//! compaction move pages of the balloon. [`message`] is how the device is told: as arrays of page
+//! frame numbers ([`pfns`]) or as page sets ([`page_sets`], with the encoder in [`bitmap`]).
+//! [`stats`], [`hinting`] and [`reporting`] are features of their own. [`rust`] is the layer over
+//! the kernel's C, with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
 //!
@@ -112,7 +113,8 @@ impl virtio::Driver for BalloonDriver {
     ];
 
     fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
-        // The balloon names pages by their guest physical addresses, whatever the device uses for buffers.
+        // The balloon names pages by their guest physical addresses, whatever the device uses for
+        // buffers.
         dev.clear_feature(virtio::Feature::ACCESS_PLATFORM);
         // A report of several parts would need memory while free pages are set aside.
         dev.clear_feature(virtio::Feature::INDIRECT_DESC);
@@ -222,8 +224,8 @@ impl virtio::Driver for BalloonDriver {
     }
 
     fn freeze(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
-        // The host need not keep what it knows of the balloon, and an image on the disk must not lack
-        // memory: as if the driver were unbound.
+        // The host need not keep what it knows of the balloon, and an image on the disk must not
+        // lack memory: as if the driver were unbound.
         data.leave();
     }
 
@@ -274,7 +276,8 @@ impl virtio::Driver for BalloonDriver {
 ///
 /// # Errors
 ///
-/// `EINVAL`: features are not given up for it, since such a device may number its queues in any way.
+/// `EINVAL`: features are not given up for it, since such a device may number its queues in any
+/// way.
 fn check_fields(dev: &virtio::Device<device::Core<'_>>) -> Result {
     let has = |feature| dev.has_feature(feature);
     let fits = [

@@ -11,7 +11,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// Drops what is clean in the page cache, or in the caches of names and inodes, or in both. May take long.
+/// Drops what is clean in the page cache, or in the caches of names and inodes, or in both. May
+/// take long.
 ///
 /// What does it is not exported to modules: it is asked for as an administrator would.
 ///
@@ -21,7 +22,8 @@ use kernel::{
 pub(crate) fn drop_caches(pages: bool, slab: bool) -> Result {
     let value = [b'0' + u8::from(pages) + 2 * u8::from(slab)];
 
-    // SAFETY: The path is a C string, the buffer has a length of 1, and the file is closed at the end.
+    // SAFETY: The path is a C string, the buffer has a length of 1, and the file is closed at the
+    // end.
     unsafe {
         let file = from_err_ptr(bindings::balloon_rs_open_as_init(
             c"/proc/sys/vm/drop_caches".as_char_ptr(),

@@ -10,16 +10,18 @@ use super::bindings;
 ///
 /// # Invariants
 ///
-/// The `len` pages from the page frame number `first` on are of order 0, and a reference to each is owned by this.
+/// The `len` pages from the page frame number `first` on are of order 0, and a reference to each is
+/// owned by this.
 pub(crate) struct Claim {
     first: usize,
     len: usize,
 }
 
 impl Claim {
-    /// Takes up to `len` pages from the page frame number `first` on (kernel pages): whole page blocks, none of which was
-    /// in use when they were looked at. Returns none if that is the first of all, or if the kernel cannot do it. May
-    /// sleep: what others take of the pages meanwhile is moved away again.
+    /// Takes up to `len` pages from the page frame number `first` on (kernel pages): whole page
+    /// blocks, none of which was in use when they were looked at. Returns none if that is the first
+    /// of all, or if the kernel cannot do it. May sleep: what others take of the pages meanwhile is
+    /// moved away again.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
         let first = usize::try_from(first).ok()?;
 

@@ -2,8 +2,9 @@
 
 //! A virtio balloon device inside of the kernel, for KUnit.
 //!
-//! It is registered with the virtio core like any other, so that the driver in this module binds to it. The
-//! test plays the device: it takes messages off the queues, and answers them, or not, or wrongly.
+//! It is registered with the virtio core like any other, so that the driver in this module binds to
+//! it. The test plays the device: it takes messages off the queues, and answers them, or not, or
+//! wrongly.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_ring.h`](srctree/include/linux/virtio_ring.h)
@@ -121,8 +122,8 @@ static CONFIG_OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
 };
 
 impl FakeDevice {
-    /// Registers a device that offers `features`. The driver has bound to it when this returns, if it
-    /// wanted to.
+    /// Registers a device that offers `features`. The driver has bound to it when this returns, if
+    /// it wanted to.
     pub(crate) fn new(features: &[Feature]) -> Result<Self> {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
@@ -133,8 +134,8 @@ impl FakeDevice {
             KBox::into_raw(inner.assume_init())
         };
 
-        // SAFETY: The struct is valid and nobody else knows it yet. Once registration was tried, it is freed
-        // by the release function only.
+        // SAFETY: The struct is valid and nobody else knows it yet. Once registration was tried, it
+        // is freed by the release function only.
         unsafe {
             for &feature in features {
                 (*inner).offered |= feature.mask();
@@ -211,8 +212,9 @@ impl FakeDevice {
             return Ok(None);
         }
 
-        // SAFETY: The queue is valid until the driver deletes it, which it does when it is unbound; tests do
-        // that last. The ring has `QUEUE_SIZE` entries, and the descriptors name memory that the driver shares.
+        // SAFETY: The queue is valid until the driver deletes it, which it does when it is unbound;
+        // tests do that last. The ring has `QUEUE_SIZE` entries, and the descriptors name memory
+        // that the driver shares.
         unsafe {
             let ring = &*bindings::virtqueue_get_vring(vq);
             let seen = queue.seen.load(Relaxed);
@@ -264,7 +266,8 @@ impl FakeDevice {
             return Err(ENOSPC);
         }
 
-        // SAFETY: The driver shares the memory until it is answered, and lets the device write that much.
+        // SAFETY: The driver shares the memory until it is answered, and lets the device write that
+        // much.
         unsafe { ptr::copy_nonoverlapping(words.as_ptr(), request.memory, words.len()) };
         self.answer(index, request, len as u32)
     }
@@ -328,7 +331,8 @@ unsafe fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
 }
 
 extern "C" fn release(dev: *mut bindings::device) {
-    // SAFETY: The device is the one in an `Inner` that was allocated in `new`, and nobody uses it any more.
+    // SAFETY: The device is the one in an `Inner` that was allocated in `new`, and nobody uses it
+    // any more.
     drop(unsafe {
         let vdev = container_of!(dev, bindings::virtio_device, dev);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * C that Rust cannot call: static inline functions and macros, and what is done between two of them for each page or
- * under one lock. Nothing else belongs here.
+ * C that Rust cannot call: static inline functions and macros, and what is done between two of them
+ * for each page or under one lock. Nothing else belongs here.
  */
 #ifndef VIRTIO_BALLOON_RS_HELPERS_H
 #define VIRTIO_BALLOON_RS_HELPERS_H
@@ -17,7 +17,10 @@
 #define BALLOON_NOT_HERE	(-2)
 
 #ifdef __BINDGEN__
-/* Pages that can be moved may come from where the kernel counts on it; others must not be in the way there. */
+/*
+ * Pages that can be moved may come from where the kernel counts on it; others must not be in the
+ * way there.
+ */
 #ifdef CONFIG_BALLOON_MIGRATION
 #define GFP_BALLOON (GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
 #else
@@ -52,14 +55,18 @@ const unsigned int RUST_CONST_HELPER_BALLOON_SECTION_ORDER = MAX_PAGE_ORDER;
 #endif
 
 /*
- * The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size of a huge page
- * of most hosts. A page block, the kernel's own choice, is that much, or as much as 512 MiB with pages of 64 KiB.
+ * The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size
+ * of a huge page of most hosts. A page block, the kernel's own choice, is that much, or as much as
+ * 512 MiB with pages of 64 KiB.
  */
 const unsigned int RUST_CONST_HELPER_BALLOON_REPORTING_ORDER =
 	PAGE_SHIFT >= 21 ? 0 : 21 - PAGE_SHIFT;
 #endif
 
-/* The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it booted. */
+/*
+ * The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it
+ * booted.
+ */
 struct balloon_rs_memory {
 	u64 free;
 	u64 total;

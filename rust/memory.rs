@@ -9,7 +9,8 @@ use super::bindings;
 use core::mem::MaybeUninit;
 use kernel::page::PAGE_SHIFT;
 
-/// What is known of the guest's memory at some moment. The fields say what they are in the C header.
+/// What is known of the guest's memory at some moment. The fields say what they are in the C
+/// header.
 pub(crate) use bindings::balloon_rs_memory as Info;
 
 impl Info {
@@ -25,8 +26,9 @@ impl Info {
     }
 }
 
-/// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo, but for what the kernel
-/// keeps back at the moment. That may be more than 100 MiB, and an allocation that wants some of it kills a process.
+/// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo, but
+/// for what the kernel keeps back at the moment. That may be more than 100 MiB, and an allocation
+/// that wants some of it kills a process.
 pub(crate) fn available_pages() -> usize {
     // SAFETY: The function has no preconditions.
     let pages = unsafe { bindings::si_mem_available() };
@@ -51,9 +53,9 @@ pub(crate) fn free_pages() -> usize {
 /// What part of the free memory is always left to the guest, as a divisor.
 const LEFT_FREE: usize = 8;
 
-/// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth of them, and for
-/// 16 MiB and 1/512 of all memory, which is more than what the page allocator wants to have at hand; and no more than
-/// leave `floor` available.
+/// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth
+/// of them, and for 16 MiB and 1/512 of all memory, which is more than what the page allocator
+/// wants to have at hand; and no more than leave `floor` available.
 pub(crate) fn spare_pages(floor: usize) -> usize {
     let free = free_pages();
     let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
@@ -62,20 +64,22 @@ pub(crate) fn spare_pages(floor: usize) -> usize {
         .min(available_pages().saturating_sub(floor))
 }
 
-/// Puts the free pages that the processors keep on lists of their own back to where blocks are made of them. They may
-/// be an eighth of the memory when much has just been freed. May sleep.
+/// Puts the free pages that the processors keep on lists of their own back to where blocks are made
+/// of them. They may be an eighth of the memory when much has just been freed. May sleep.
 pub(crate) fn drain_free_lists() {
     // SAFETY: The function has no preconditions but that it may sleep, as its callers may.
     unsafe { bindings::balloon_rs_drain_free_lists() };
 }
 
-/// Returns the order of a page block: what the kernel keeps together of one kind, to have memory in large pieces.
+/// Returns the order of a page block: what the kernel keeps together of one kind, to have memory in
+/// large pieces.
 pub(crate) fn page_block_order() -> u32 {
     // SAFETY: The function has no preconditions.
     unsafe { bindings::balloon_rs_page_block_order() }
 }
 
-/// Returns what each word of free pages is set to when they are freed; `None` if they are left as they are.
+/// Returns what each word of free pages is set to when they are freed; `None` if they are left as
+/// they are.
 pub(crate) fn free_page_value() -> Option<u32> {
     let mut value = 0;
 

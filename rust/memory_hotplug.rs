@@ -17,7 +17,8 @@ use kernel::prelude::*;
 
 /// Somebody who keeps memory that cannot be moved.
 pub(crate) trait GoingOffline: Send + Sync {
-    /// Gives back what is in `pfns` (page frame numbers of kernel pages), which nobody can allocate any more.
+    /// Gives back what is in `pfns` (page frame numbers of kernel pages), which nobody can allocate
+    /// any more.
     ///
     /// Called in process context.
     ///
@@ -33,8 +34,8 @@ pub(crate) struct MemoryChain;
 /// The registration of a [`GoingOffline`], which is told for as long as this exists.
 pub(crate) type OfflineNotifier<T> = Notifier<MemoryChain, T>;
 
-// SAFETY: The functions are those of one chain, which calls with a `struct memory_notify` before memory goes offline,
-// and has stopped when the second one returns.
+// SAFETY: The functions are those of one chain, which calls with a `struct memory_notify` before
+// memory goes offline, and has stopped when the second one returns.
 unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
         // SAFETY: By the requirements of this function.

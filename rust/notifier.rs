@@ -19,8 +19,8 @@ use kernel::{
 ///
 /// # Safety
 ///
-/// - When `register` has returned 0, the block's callback is called with the block, and with data that `call` can make
-///   sense of, until `unregister` returns.
+/// - When `register` has returned 0, the block's callback is called with the block, and with data
+///   that `call` can make sense of, until `unregister` returns.
 /// - The block is not accessed after that, or if `register` has failed.
 pub(crate) unsafe trait Chain<T> {
     /// Puts a block on the chain. Returns 0, or an error.
@@ -76,7 +76,8 @@ impl<C: Chain<T>, T> Notifier<C, T> {
             _chain: PhantomData,
             // The last field that is initialised: the callback may come at once.
             block <- Opaque::try_ffi_init(|slot: *mut bindings::notifier_block| {
-                // SAFETY: `slot` is valid for writes, and stays where it is until it is unregistered.
+                // SAFETY: `slot` is valid for writes, and stays where it is until it is
+                // unregistered.
                 unsafe {
                     slot.write(bindings::notifier_block {
                         notifier_call: Some(Self::callback),
@@ -94,7 +95,8 @@ impl<C: Chain<T>, T> Notifier<C, T> {
         action: c_ulong,
         data: *mut c_void,
     ) -> c_int {
-        // SAFETY: By the type invariants the block is part of a live `Notifier<C, T>`, and called by `C`.
+        // SAFETY: By the type invariants the block is part of a live `Notifier<C, T>`, and called
+        // by `C`.
         unsafe {
             let this = &*container_of!(Opaque::cast_from(block), Self, block);
 
@@ -106,7 +108,8 @@ impl<C: Chain<T>, T> Notifier<C, T> {
 #[pinned_drop]
 impl<C: Chain<T>, T> PinnedDrop for Notifier<C, T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants the block is registered. When this returns the callback does not run.
+        // SAFETY: By the type invariants the block is registered. When this returns the callback
+        // does not run.
         unsafe { C::unregister(self.block.get()) };
     }
 }

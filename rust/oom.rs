@@ -19,7 +19,8 @@ pub(crate) trait OomNotify: Send + Sync {
     /// Gives memory back, and returns how many pages it was.
     ///
     /// Called in process context, on behalf of an allocation that has failed, under the lock of the
-    /// out-of-memory killer: it must not allocate, and no lock must be taken under which others allocate.
+    /// out-of-memory killer: it must not allocate, and no lock must be taken under which others
+    /// allocate.
     fn out_of_memory(&self) -> usize;
 }
 
@@ -29,8 +30,8 @@ pub(crate) struct OomChain;
 /// The registration of an [`OomNotify`], which is asked for as long as this exists.
 pub(crate) type OomNotifier<T> = Notifier<OomChain, T>;
 
-// SAFETY: The functions are those of one chain, which calls with the address of an `unsigned long`, and has stopped
-// when the second one returns.
+// SAFETY: The functions are those of one chain, which calls with the address of an `unsigned long`,
+// and has stopped when the second one returns.
 unsafe impl<T: OomNotify> Chain<T> for OomChain {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
         // SAFETY: By the requirements of this function.

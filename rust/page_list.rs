@@ -32,7 +32,8 @@ unsafe fn lru(page: NonNull<bindings::page>) -> *mut bindings::list_head {
 ///
 /// `lru` must point to the list head of a `struct page`.
 unsafe fn page_of(lru: *mut bindings::list_head) -> NonNull<bindings::page> {
-    // SAFETY: The caller vouches for the page around `lru`, which makes the result valid and not null.
+    // SAFETY: The caller vouches for the page around `lru`, which makes the result valid and not
+    // null.
     unsafe { NonNull::new_unchecked(lru.byte_sub(bindings::PAGE_LRU_OFFSET).cast()) }
 }
 
@@ -40,7 +41,8 @@ unsafe fn page_of(lru: *mut bindings::list_head) -> NonNull<bindings::page> {
 ///
 /// # Safety
 ///
-/// `page` must point to a `struct page` that the caller owns, in whose `private` field nothing else was noted.
+/// `page` must point to a `struct page` that the caller owns, in whose `private` field nothing else
+/// was noted.
 pub(super) unsafe fn order(page: NonNull<bindings::page>) -> u32 {
     // SAFETY: The field lies that far into the `struct page` that the caller vouches for.
     unsafe {
@@ -51,7 +53,8 @@ pub(super) unsafe fn order(page: NonNull<bindings::page>) -> u32 {
     }
 }
 
-/// Marks all pages of a block as offline, so that nobody looks at what is in them, and notes the block's order.
+/// Marks all pages of a block as offline, so that nobody looks at what is in them, and notes the
+/// block's order.
 ///
 /// # Safety
 ///
@@ -61,7 +64,8 @@ pub(super) unsafe fn mark_block(page: NonNull<bindings::page>, order: u32) {
     unsafe { bindings::balloon_rs_mark_block(page.as_ptr(), order) };
 }
 
-/// Takes the marks off a block's pages, as they have to be before it is freed, and returns the block's order.
+/// Takes the marks off a block's pages, as they have to be before it is freed, and returns the
+/// block's order.
 ///
 /// # Safety
 ///
@@ -84,12 +88,14 @@ unsafe fn link(prev: *mut bindings::list_head, next: *mut bindings::list_head) {
     }
 }
 
-/// Pages that are linked through the `lru` field of `struct page`, without a head, so that a ring can be moved.
+/// Pages that are linked through the `lru` field of `struct page`, without a head, so that a ring
+/// can be moved.
 ///
 /// # Invariants
 ///
 /// - `first` is `None` if and only if `len` is 0.
-/// - Else the `lru` fields of exactly `len` pages, among them `first`, form one ring, and are the ring's to use.
+/// - Else the `lru` fields of exactly `len` pages, among them `first`, form one ring, and are the
+///   ring's to use.
 struct Ring {
     first: Option<NonNull<bindings::page>>,
     len: usize,
@@ -110,8 +116,8 @@ impl Ring {
     ///
     /// `page` must point to a `struct page`; the caller gives the use of its `lru` field away.
     unsafe fn push(&mut self, page: NonNull<bindings::page>) {
-        // SAFETY: The caller owns the field of `page`, and by the type invariants the ring owns those of `first` and
-        // of the page before it.
+        // SAFETY: The caller owns the field of `page`, and by the type invariants the ring owns
+        // those of `first` and of the page before it.
         unsafe {
             let new = lru(page);
             let first = self.first.map_or(new, |first| lru(first));
@@ -167,9 +173,11 @@ impl Ring {
 ///
 /// # Invariants
 ///
-/// - The pages of `singles` are of order 0, their `private` fields are 0, and the list owns a reference to each.
-/// - The pages of `blocks` are the first ones of blocks of `block_pages` pages in all, which the list owns. Each has
-///   the block's order in its `private` field, and all pages of the block are marked as offline.
+/// - The pages of `singles` are of order 0, their `private` fields are 0, and the list owns a
+///   reference to each.
+/// - The pages of `blocks` are the first ones of blocks of `block_pages` pages in all, which the
+///   list owns. Each has the block's order in its `private` field, and all pages of the block are
+///   marked as offline.
 pub(crate) struct PageList {
     singles: Ring,
     blocks: Ring,
@@ -212,8 +220,8 @@ impl PageList {
     ///
     /// # Safety
     ///
-    /// `page` must be of order 0, with a `private` field of 0; the caller gives a reference to it and the use of its
-    /// `lru` field away.
+    /// `page` must be of order 0, with a `private` field of 0; the caller gives a reference to it
+    /// and the use of its `lru` field away.
     pub(super) unsafe fn push(&mut self, page: NonNull<bindings::page>) {
         // SAFETY: By the requirements of this function.
         //
@@ -276,8 +284,8 @@ impl PageList {
         self.blocks.first.map(|page| 1 << unsafe { order(page) })
     }
 
-    /// Calls `each` for all single pages that follow each other and are in the same zone: with one of them, and how
-    /// many there are.
+    /// Calls `each` for all single pages that follow each other and are in the same zone: with one
+    /// of them, and how many there are.
     pub(super) fn zones(&self, mut each: impl FnMut(NonNull<bindings::page>, usize)) {
         let Some(mut page) = self.singles.first else {
             return;
@@ -306,7 +314,8 @@ impl PageList {
     /// Makes single pages of all blocks.
     pub(crate) fn split_blocks(&mut self) {
         while let Some(page) = self.pop_block() {
-            // SAFETY: The block was on the list, and is split into pages of order 0 that nobody else knows.
+            // SAFETY: The block was on the list, and is split into pages of order 0 that nobody
+            // else knows.
             unsafe {
                 let order = unmark_block(page);
 
@@ -318,7 +327,8 @@ impl PageList {
         }
     }
 
-    /// Allocates the `len` pages from the page frame number `first` on, wherever their contents have to go for that.
+    /// Allocates the `len` pages from the page frame number `first` on, wherever their contents
+    /// have to go for that.
     ///
     /// # Errors
     ///
@@ -387,13 +397,13 @@ impl PageList {
         }
     }
 
-    /// Calls `f` with a list head before the first single page, as C code expects it. What is on the list when
-    /// `f` returns is what is on it from then on.
+    /// Calls `f` with a list head before the first single page, as C code expects it. What is on
+    /// the list when `f` returns is what is on it from then on.
     ///
     /// # Safety
     ///
-    /// `f` must leave a valid list of order 0 pages behind and return their number; pages that it takes
-    /// off are its own, and it gives pages that it puts on away.
+    /// `f` must leave a valid list of order 0 pages behind and return their number; pages that it
+    /// takes off are its own, and it gives pages that it puts on away.
     pub(super) unsafe fn with_head(&mut self, f: impl FnOnce(*mut bindings::list_head) -> usize) {
         let mut head = bindings::list_head {
             next: ptr::null_mut(),
@@ -440,8 +450,8 @@ impl Drop for PageList {
             unsafe { bindings::__free_pages(page.as_ptr(), unmark_block(page)) };
         }
 
-        // Neighbours are freed together: they go back to the page allocator as blocks, which need not be
-        // put together again from single pages.
+        // Neighbours are freed together: they go back to the page allocator as blocks, which need
+        // not be put together again from single pages.
         let mut start = 0;
         let mut len = 0;
 

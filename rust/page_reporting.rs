@@ -79,8 +79,8 @@ unsafe impl<T: Report> Send for Reporter<T> {}
 unsafe impl<T: Report> Sync for Reporter<T> {}
 
 impl<T: Report> Reporter<T> {
-    /// Returns an initialiser for a registration of `who`, who can be told of at most `capacity` stretches of
-    /// memory at a time.
+    /// Returns an initialiser for a registration of `who`, who can be told of at most `capacity`
+    /// stretches of memory at a time.
     ///
     /// # Errors
     ///
@@ -90,8 +90,8 @@ impl<T: Report> Reporter<T> {
             who,
             // The last field that is initialised: the callback may come at once.
             info <- Opaque::try_ffi_init(|slot: *mut bindings::page_reporting_dev_info| {
-                // SAFETY: `slot` is valid for writes, and stays where it is until it is unregistered. The struct
-                // may be zero apart from what is set here.
+                // SAFETY: `slot` is valid for writes, and stays where it is until it is
+                // unregistered. The struct may be zero apart from what is set here.
                 unsafe {
                     slot.write_bytes(0, 1);
                     (*slot).report = Some(Self::callback);
@@ -130,7 +130,8 @@ impl<T: Report> Reporter<T> {
 #[pinned_drop]
 impl<T: Report> PinnedDrop for Reporter<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants the struct is registered. When this returns the callback does not run.
+        // SAFETY: By the type invariants the struct is registered. When this returns the callback
+        // does not run.
         unsafe { bindings::page_reporting_unregister(self.info.get()) };
     }
 }
@@ -139,17 +140,18 @@ impl<T: Report> PinnedDrop for Reporter<T> {
 pub(crate) struct Loan(());
 
 impl Virtqueue<Loan> {
-    /// Lends `pages` to the device, and waits until it has used them. `waiting` has to be woken when it has.
+    /// Lends `pages` to the device, and waits until it has used them. `waiting` has to be woken
+    /// when it has.
     ///
-    /// Until then the device may do anything to the pages, so there is no time limit: only a reset, as when the
-    /// driver is unbound, ends the wait early.
+    /// Until then the device may do anything to the pages, so there is no time limit: only a reset,
+    /// as when the driver is unbound, ends the wait early.
     ///
     /// # Errors
     ///
     /// `EIO` if the device cannot be told, `ENODEV` if it was reset.
     pub(crate) fn lend(&mut self, pages: &FreePages<'_>, waiting: &WaitQueue) -> Result {
-        // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is borrowed, and this does
-        // not return before the device has used it or was reset.
+        // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
+        // borrowed, and this does not return before the device has used it or was reset.
         unsafe { self.add_sg(pages.sg, pages.n, Access::Write, Loan(())) }.map_err(|_| EIO)?;
         self.kick();
 

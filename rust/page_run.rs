@@ -28,28 +28,29 @@ use kernel::{
 /// The longest run in kernel pages: its length in bytes has to fit into 32 bits.
 const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 
-/// Blocks from the page allocator that lie side by side. What is in them means nothing to anybody. Dropping it frees
-/// them.
+/// Blocks from the page allocator that lie side by side. What is in them means nothing to anybody.
+/// Dropping it frees them.
 ///
 /// # Invariants
 ///
-/// The `len` pages from the page frame number `first` on are blocks that this owns, in the linear mapping. The
-/// first page of each has the block's order in its `private` field. `len` is 1 to [`MAX_PAGES`].
+/// The `len` pages from the page frame number `first` on are blocks that this owns, in the linear
+/// mapping. The first page of each has the block's order in its `private` field. `len` is 1 to
+/// [`MAX_PAGES`].
 pub(crate) struct PageRun {
     first: usize,
     len: usize,
 }
 
 impl PageRun {
-    /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no reserve is touched.
-    /// Does not sleep.
+    /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
+    /// reserve is touched. Does not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
         // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
         let page = unsafe { bindings::alloc_pages(bindings::GFP_HINT_BLOCK, order) };
         let page = NonNull::new(page)?;
 
-        // INVARIANT: The block was just allocated with this order, which is noted here, and not from high memory.
-        // The largest order is far below the longest run.
+        // INVARIANT: The block was just allocated with this order, which is noted here, and not
+        // from high memory. The largest order is far below the longest run.
         //
         // SAFETY: The page was just allocated.
         unsafe {
@@ -78,9 +79,11 @@ impl PageRun {
         Ok(())
     }
 
-    /// Frees the first block, and returns its length in kernel pages. The run must not be used when its length is 0.
+    /// Frees the first block, and returns its length in kernel pages. The run must not be used when
+    /// its length is 0.
     fn free_block(&mut self) -> usize {
-        // SAFETY: By the type invariants the run begins with a block, whose order is noted in its first page.
+        // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
+        // first page.
         let freed = 1 << unsafe { bindings::balloon_rs_free_block(self.first) };
 
         self.first += freed;
@@ -97,11 +100,12 @@ impl Drop for PageRun {
     }
 }
 
-// SAFETY: The memory is in the linear mapping, and the run's as long as it exists. Nobody accesses it through a
-// shared reference, and any content is valid.
+// SAFETY: The memory is in the linear mapping, and the run's as long as it exists. Nobody accesses
+// it through a shared reference, and any content is valid.
 unsafe impl Buffer for PageRun {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
-        // SAFETY: By the type invariants the pages are in the linear mapping, which has no null pointers.
+        // SAFETY: By the type invariants the pages are in the linear mapping, which has no null
+        // pointers.
         let address = unsafe {
             let page = bindings::balloon_rs_pfn_to_page(self.first);
 
@@ -112,7 +116,8 @@ unsafe impl Buffer for PageRun {
     }
 }
 
-/// A number of runs in the order of their addresses, where neighbours become one. Never allocates after it was made.
+/// A number of runs in the order of their addresses, where neighbours become one. Never allocates
+/// after it was made.
 pub(crate) struct RunSet {
     /// Never grows beyond its capacity.
     runs: KVec<PageRun>,
@@ -147,7 +152,8 @@ impl RunSet {
         let after = self.runs.partition_point(|this| this.first < run.first);
         let before = after.checked_sub(1);
 
-        // To the end of the one before, or as one of its own, and then to the beginning of the one after.
+        // To the end of the one before, or as one of its own, and then to the beginning of the one
+        // after.
         let place = match self.join_before(before, run) {
             Ok(place) => place,
             Err(run) => {
@@ -207,7 +213,8 @@ impl RunSet {
         Some(run)
     }
 
-    /// Frees blocks until it is `wanted` pages or more, or none is left. Returns how many pages it was.
+    /// Frees blocks until it is `wanted` pages or more, or none is left. Returns how many pages it
+    /// was.
     pub(crate) fn free(&mut self, wanted: usize) -> usize {
         let mut freed = 0;
 

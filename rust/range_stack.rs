@@ -2,9 +2,9 @@
 
 //! A list of page frame numbers that needs no memory but the pages that are on it.
 //!
-//! When memory is given back because there is none left, the device still has to be told which pages it
-//! was. The list of them is kept in some of these pages themselves. Neighbours share an entry, so that most
-//! of the time one page is enough for a hundred thousand others.
+//! When memory is given back because there is none left, the device still has to be told which
+//! pages it was. The list of them is kept in some of these pages themselves. Neighbours share an
+//! entry, so that most of the time one page is enough for a hundred thousand others.
 //!
 //! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h)
 
@@ -60,10 +60,10 @@ const CAPACITY: usize = (PAGE_SIZE - size_of::<Header>()) / size_of::<PfnRange>(
 /// # Invariants
 ///
 /// - The stack owns a reference to `top`, and to each page below, as their headers tell.
-/// - Each of these pages is of order 0 and in the kernel's linear mapping, and nobody else uses its content.
-///   The content does not survive hibernation: the pages are still marked as offline, and such pages are
-///   left out of the image. So a stack must be emptied before.
-///   It begins with a `Header`, followed by `len` initialised ranges, 1 to [`CAPACITY`] of them.
+/// - Each of these pages is of order 0 and in the kernel's linear mapping, and nobody else uses its
+///   content. The content does not survive hibernation: the pages are still marked as offline, and
+///   such pages are left out of the image. So a stack must be emptied before. It begins with a
+///   `Header`, followed by `len` initialised ranges, 1 to [`CAPACITY`] of them.
 pub(crate) struct RangeStack {
     top: Option<NonNull<bindings::page>>,
 }
@@ -92,7 +92,8 @@ impl RangeStack {
     ///
     /// `page` must be a page of order 0 in the kernel's linear mapping, which the caller owns.
     unsafe fn content(page: NonNull<bindings::page>) -> (*mut Header, *mut PfnRange) {
-        // SAFETY: The page is mapped by the requirements of this function, and larger than a header.
+        // SAFETY: The page is mapped by the requirements of this function, and larger than a
+        // header.
         unsafe {
             let header: *mut Header = bindings::balloon_rs_page_address(page.as_ptr()).cast();
 
@@ -100,14 +101,15 @@ impl RangeStack {
         }
     }
 
-    /// Adds the page `pfn` to the range on top, or in a new range. Returns false if there is no room.
+    /// Adds the page `pfn` to the range on top, or in a new range. Returns false if there is no
+    /// room.
     fn add(&mut self, pfn: u64) -> bool {
         let Some(top) = self.top else {
             return false;
         };
 
-        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges, at least
-        // one, are initialised. There is room for one more if `len` is below the capacity.
+        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges,
+        // at least one, are initialised. There is room for one more if `len` is below the capacity.
         //
         // INVARIANT: A range that is added is initialised before it is counted.
         unsafe {
@@ -128,18 +130,20 @@ impl RangeStack {
         true
     }
 
-    /// Adds all single pages on `pages` to the stack. Some of the pages become carriers, and leave the list; they
-    /// are freed when the ranges on them have been taken.
+    /// Adds all single pages on `pages` to the stack. Some of the pages become carriers, and leave
+    /// the list; they are freed when the ranges on them have been taken.
     pub(crate) fn record(&mut self, pages: &mut PageList) {
         let mut rest = PageList::new();
 
-        // What was added last is taken first: from the end, so that pages that ascend do so when they are taken.
+        // What was added last is taken first: from the end, so that pages that ascend do so when
+        // they are taken.
         while let Some(page) = pages.pop_last() {
             // SAFETY: The page was on the list, which owned it.
             let pfn = unsafe { bindings::balloon_rs_page_to_pfn(page.as_ptr()) } as u64;
 
             if self.add(pfn) {
-                // SAFETY: The page is of order 0 and was popped, so that it is the caller's to push.
+                // SAFETY: The page is of order 0 and was popped, so that it is the caller's to
+                // push.
                 unsafe { rest.push_first(page) };
                 continue;
             }
@@ -167,8 +171,8 @@ impl RangeStack {
     pub(crate) fn top(&self) -> Option<PfnRange> {
         let top = self.top?;
 
-        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges, at least
-        // one, are initialised.
+        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges,
+        // at least one, are initialised.
         unsafe {
             let (header, ranges) = Self::content(top);
 
@@ -183,8 +187,8 @@ impl RangeStack {
         }
         let top = self.top?;
 
-        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges, at least
-        // one, are initialised.
+        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges,
+        // at least one, are initialised.
         //
         // INVARIANT: When the last range of a page is taken, the page leaves the stack.
         unsafe {

@@ -19,8 +19,8 @@ pub(crate) trait Shrink: Send + Sync {
 
     /// Gives about `wanted` pages back, and returns how many it was.
     ///
-    /// Called from wherever memory is allocated: it must neither allocate nor sleep, and no lock must be taken
-    /// under which others allocate.
+    /// Called from wherever memory is allocated: it must neither allocate nor sleep, and no lock
+    /// must be taken under which others allocate.
     fn scan(&self, wanted: usize) -> usize;
 }
 
@@ -53,8 +53,8 @@ impl<T: Shrink> Shrinker<T> {
         let shrinker = NonNull::new(shrinker).ok_or(ENOMEM)?;
         let data: *const T = &*who;
 
-        // SAFETY: The shrinker was just allocated, and is registered once it is complete. The data lives until the
-        // shrinker was freed, since `who` does.
+        // SAFETY: The shrinker was just allocated, and is registered once it is complete. The data
+        // lives until the shrinker was freed, since `who` does.
         //
         // INVARIANT: The shrinker is registered here.
         unsafe {
@@ -76,7 +76,8 @@ impl<T: Shrink> Shrinker<T> {
     ///
     /// `shrinker` must be the argument of a callback.
     unsafe fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
-        // SAFETY: By the type invariants the data is of this type, and lives longer than the callback runs.
+        // SAFETY: By the type invariants the data is of this type, and lives longer than the
+        // callback runs.
         unsafe { &*(*shrinker).private_data.cast::<T>() }
     }
 
@@ -96,8 +97,8 @@ impl<T: Shrink> Shrinker<T> {
         let (who, wanted) = unsafe { (Self::who(shrinker), (*control).nr_to_scan) };
         let freed = who.scan(wanted);
 
-        // Otherwise a block of a thousand pages would count as the hundred that were asked for, and whoever reclaims
-        // would not know that there is memory now, and ask until nothing is left.
+        // Otherwise a block of a thousand pages would count as the hundred that were asked for, and
+        // whoever reclaims would not know that there is memory now, and ask until nothing is left.
         //
         // SAFETY: The pointer is valid, as above, and this is called by somebody who reclaims.
         unsafe {
@@ -110,7 +111,8 @@ impl<T: Shrink> Shrinker<T> {
 
 impl<T: Shrink> Drop for Shrinker<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants the shrinker is registered. When this returns no callback runs.
+        // SAFETY: By the type invariants the shrinker is registered. When this returns no callback
+        // runs.
         unsafe { bindings::shrinker_free(self.shrinker.as_ptr()) };
     }
 }

@@ -2,9 +2,10 @@
 
 //! Work that belongs to the state it works on.
 //!
-//! The `kernel` crate's work items own a reference to their data while they are queued, which cannot
-//! be taken back when the work is cancelled. A [`Task`] is the other way round: it owns its state, and
-//! dropping it ends the work first. Nothing leaks, and nothing runs on after its owner is gone.
+//! The `kernel` crate's work items own a reference to their data while they are queued, which
+//! cannot be taken back when the work is cancelled. A [`Task`] is the other way round: it owns its
+//! state, and dropping it ends the work first. Nothing leaks, and nothing runs on after its owner
+//! is gone.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
@@ -46,8 +47,9 @@ pub(crate) trait Job: Send + Sync + Sized {
     fn run(task: &Task<Self>);
 }
 
-/// A workqueue of its own: freezable, so that nothing is started while the system suspends; not bound to a CPU,
-/// since handling millions of pages takes a while; and with a thread that is there when memory is short.
+/// A workqueue of its own: freezable, so that nothing is started while the system suspends; not
+/// bound to a CPU, since handling millions of pages takes a while; and with a thread that is there
+/// when memory is short.
 struct OwnedQueue(NonNull<bindings::workqueue_struct>);
 
 impl OwnedQueue {
@@ -70,8 +72,8 @@ impl OwnedQueue {
 
 impl Drop for OwnedQueue {
     fn drop(&mut self) {
-        // SAFETY: The workqueue is ours, and no work is left: `Task` ended it before, or there was none, and nobody
-        // can queue it any more.
+        // SAFETY: The workqueue is ours, and no work is left: `Task` ended it before, or there was
+        // none, and nobody can queue it any more.
         unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
     }
 }
@@ -80,9 +82,10 @@ impl Drop for OwnedQueue {
 ///
 /// # Invariants
 ///
-/// - `dwork` is initialised, is only ever queued on `queue`, and its function is the one of `S`, for the
-///   [`Task<S>`] that owns this.
-/// - `task` is null, or points to that task. While the work function runs, the task has not been dropped.
+/// - `dwork` is initialised, is only ever queued on `queue`, and its function is the one of `S`,
+///   for the [`Task<S>`] that owns this.
+/// - `task` is null, or points to that task. While the work function runs, the task has not been
+///   dropped.
 #[pin_data(PinnedDrop)]
 struct Work {
     #[pin]
@@ -91,7 +94,8 @@ struct Work {
     task: Atomic<*mut c_void>,
 }
 
-// SAFETY: Work may be queued from any thread, and the task is `Send` and `Sync` by the bound of `Job`.
+// SAFETY: Work may be queued from any thread, and the task is `Send` and `Sync` by the bound of
+// `Job`.
 unsafe impl Send for Work {}
 
 // SAFETY: As above; the workqueue does its own locking.
@@ -138,7 +142,8 @@ impl<S: Job> Slot<S> {
         work_key: Pin<&'static LockClassKey>,
         timer_key: Pin<&'static LockClassKey>,
     ) -> Result<Self> {
-        // INVARIANT: `dwork` is initialised here, and its function is for `Task<S>`, of which there is none.
+        // INVARIANT: `dwork` is initialised here, and its function is for `Task<S>`, of which there
+        // is none.
         let work = Arc::pin_init(
             try_pin_init!(Work {
                 dwork <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
@@ -152,8 +157,8 @@ impl<S: Job> Slot<S> {
                             work_key.as_ptr(),
                         )
                     };
-                    // SAFETY: The timer is a delayed work's, so that `delayed_work_timer_fn` and the flag
-                    // are the right ones.
+                    // SAFETY: The timer is a delayed work's, so that `delayed_work_timer_fn` and
+                    // the flag are the right ones.
                     unsafe {
                         bindings::timer_init_key(
                             &raw mut (*slot).timer,
@@ -182,8 +187,8 @@ impl<S: Job> Slot<S> {
     }
 
     extern "C" fn run(work: *mut bindings::work_struct) {
-        // SAFETY: By the type invariants of `Work` the work item is the `dwork.work` of one, whose task is
-        // null or a live `Task<S>`.
+        // SAFETY: By the type invariants of `Work` the work item is the `dwork.work` of one, whose
+        // task is null or a live `Task<S>`.
         let task = unsafe {
             let dwork = container_of!(work, bindings::delayed_work, work);
             let work = &*container_of!(Opaque::cast_from(dwork), Work, dwork);
@@ -199,12 +204,13 @@ impl<S: Job> Slot<S> {
 }
 
 impl<S: Job> Waker<S> {
-    /// Runs the task as soon as possible, and once more if it is running now. Callable from any context.
+    /// Runs the task as soon as possible, and once more if it is running now. Callable from any
+    /// context.
     pub(crate) fn schedule(&self) {
         // `mod_` and not `queue_`: a run that was put off is to begin at once.
         //
-        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as `work`, and
-        // the work was ended before.
+        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as
+        // `work`, and the work was ended before.
         unsafe {
             bindings::mod_delayed_work_on(
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
@@ -249,8 +255,8 @@ impl<S: Job> Task<S> {
         .pin_chain(|this| {
             let task = ptr::from_ref(&*this).cast_mut();
 
-            // INVARIANT: The task is initialised and pinned, the only one in its slot, and ends the work
-            // before it is dropped.
+            // INVARIANT: The task is initialised and pinned, the only one in its slot, and ends the
+            // work before it is dropped.
             this.waker.work.task.store(task.cast(), Release);
             Ok(())
         })
@@ -258,8 +264,8 @@ impl<S: Job> Task<S> {
 
     /// Waits until the task does not run and keeps it from running until [`resume`](Self::resume).
     ///
-    /// May sleep. To be called from where a task is stopped and resumed one after the other, as in the
-    /// callbacks of a bus.
+    /// May sleep. To be called from where a task is stopped and resumed one after the other, as in
+    /// the callbacks of a bus.
     pub(crate) fn stop(&self) {
         if !self.stopped.xchg(true, Relaxed) {
             // SAFETY: By the type invariants `dwork` is initialised.
@@ -297,7 +303,8 @@ impl<S: Job> Deref for Task<S> {
 #[pinned_drop]
 impl<S: Job> PinnedDrop for Task<S> {
     fn drop(self: Pin<&mut Self>) {
-        // When this returns the work function does not run, and whoever still has a waker cannot queue it.
+        // When this returns the work function does not run, and whoever still has a waker cannot
+        // queue it.
         //
         // SAFETY: By the type invariants `dwork` is initialised.
         unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };

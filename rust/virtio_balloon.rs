@@ -2,8 +2,8 @@
 
 //! The balloon's wire format, from the C header that defines it.
 //!
-//! C headers: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h), and
-//! `uapi/linux/virtio_balloon_ext.h` of this repository.
+//! C headers: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h),
+//! and `uapi/linux/virtio_balloon_ext.h` of this repository.
 
 use super::{
     bindings,
@@ -47,7 +47,8 @@ pub(crate) const F_FREE_PAGE_HINT: Feature =
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;
 
-/// How large the device wants the balloon to be, in balloon pages. Little-endian on legacy devices, too.
+/// How large the device wants the balloon to be, in balloon pages. Little-endian on legacy devices,
+/// too.
 pub(crate) const NUM_PAGES: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, num_pages));
 
@@ -55,8 +56,8 @@ pub(crate) const NUM_PAGES: Field<u32> =
 pub(crate) const ACTUAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, actual));
 
-/// The id of the request for hints that is in force, or [`HINT_STOP`] or [`HINT_DONE`]. Little-endian on legacy
-/// devices, too.
+/// The id of the request for hints that is in force, or [`HINT_STOP`] or [`HINT_DONE`].
+/// Little-endian on legacy devices, too.
 pub(crate) const HINT_ID: Field<u32> = Field::new(offset_of!(
     bindings::virtio_balloon_config,
     __bindgen_anon_1
@@ -72,7 +73,8 @@ pub(crate) const HINT_DONE: u32 = bindings::VIRTIO_BALLOON_CMD_ID_DONE;
 pub(crate) const POISON_VAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, poison_val));
 
-/// The device wants to know why the balloon is smaller than it should be. An extension, as is the field.
+/// The device wants to know why the balloon is smaller than it should be. An extension, as is the
+/// field.
 pub(crate) const F_STOP_REASON: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STOP_REASON);
 
 /// Why the balloon is smaller than the target: one of [`stop_reason`].
@@ -122,7 +124,8 @@ pub(crate) mod request {
 
     /// The command: pages that were unused a moment ago are to be named.
     pub(crate) const UNUSED_SKIP: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_UNUSED_SKIP as u16;
-    /// The command: pages that are unused are to be named, and kept so for as long as the device has the message.
+    /// The command: pages that are unused are to be named, and kept so for as long as the device
+    /// has the message.
     pub(crate) const UNUSED_DISCARD: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_UNUSED_DISCARD as u16;
     /// The command: caches are to be dropped.
     pub(crate) const DROP_CACHES: u16 = bindings::VIRTIO_BALLOON_REQUEST_DROP_CACHES as u16;

@@ -2,8 +2,8 @@
 
 //! Virtqueues.
 //!
-//! A buffer that is offered to the device belongs to the queue until the device has used it, or until
-//! the device has been reset: safe code can neither touch nor free it in between.
+//! A buffer that is offered to the device belongs to the queue until the device has used it, or
+//! until the device has been reset: safe code can neither touch nor free it in between.
 //!
 //! C header: [`include/linux/virtio.h`](srctree/include/linux/virtio.h)
 
@@ -41,8 +41,8 @@ use kernel::{
 /// - is the same for as long as the value exists, also when the value is moved,
 /// - lies in the kernel's linear mapping, and holds nothing that the device must not see,
 /// - is not written by anybody while the value exists and is shared, and unless the device
-///   [writes](Access::Write) it, is initialised; if it does, the memory is not accessed at all through shared
-///   references, and any bytes are valid content for it.
+///   [writes](Access::Write) it, is initialised; if it does, the memory is not accessed at all
+///   through shared references, and any bytes are valid content for it.
 pub(crate) unsafe trait Buffer {
     /// Returns the memory, its length in bytes, and what the device does with it.
     fn memory(&self) -> (NonNull<u8>, usize, Access);
@@ -57,8 +57,9 @@ pub(crate) enum Access {
     Write,
 }
 
-// SAFETY: The elements are allocated by kmalloc, and have no padding by the requirements of `AsBytes`. They stay
-// where they are when the vector is moved; only through `&mut self` are they written, or moved elsewhere.
+// SAFETY: The elements are allocated by kmalloc, and have no padding by the requirements of
+// `AsBytes`. They stay where they are when the vector is moved; only through `&mut self` are they
+// written, or moved elsewhere.
 unsafe impl<T: AsBytes> Buffer for KVec<T> {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         (
@@ -69,7 +70,8 @@ unsafe impl<T: AsBytes> Buffer for KVec<T> {
     }
 }
 
-// SAFETY: The first part is a `Buffer`; the second one travels along, and the device does not see it.
+// SAFETY: The first part is a `Buffer`; the second one travels along, and the device does not see
+// it.
 unsafe impl<B: Buffer, T> Buffer for (B, T) {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         self.0.memory()
@@ -95,7 +97,8 @@ impl<T: FromBytes + Zeroable> Inbox<T> {
     }
 }
 
-// SAFETY: The memory is allocated by kmalloc, and is not accessed through shared references. Any bytes are a `T`.
+// SAFETY: The memory is allocated by kmalloc, and is not accessed through shared references. Any
+// bytes are a `T`.
 unsafe impl<T: FromBytes> Buffer for Inbox<T> {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         (
@@ -129,8 +132,8 @@ unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
 /// # Invariants
 ///
 /// - `vq` is valid and is used only through `self`, for as long as `binding` can be entered.
-/// - A buffer that the device owns is in `slots`, at the index that is one below its token. The indices of
-///   the empty slots are in `free`, which has room for all.
+/// - A buffer that the device owns is in `slots`, at the index that is one below its token. The
+///   indices of the empty slots are in `free`, which has room for all.
 pub(crate) struct Virtqueue<B> {
     vq: NonNull<bindings::virtqueue>,
     binding: Arc<Binding>,
@@ -138,7 +141,8 @@ pub(crate) struct Virtqueue<B> {
     free: KVec<usize>,
 }
 
-// SAFETY: A virtqueue may be used from any thread, and `&mut self` makes sure that it is one at a time.
+// SAFETY: A virtqueue may be used from any thread, and `&mut self` makes sure that it is one at a
+// time.
 unsafe impl<B: Send> Send for Virtqueue<B> {}
 
 // SAFETY: A shared reference gives read access to `self` only.
@@ -151,8 +155,8 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// # Errors
     ///
-    /// Returns the buffer if it is empty, which no device has to understand, if the ring is full, if the queue is
-    /// broken, or if the device is gone, or not ready.
+    /// Returns the buffer if it is empty, which no device has to understand, if the ring is full,
+    /// if the queue is broken, or if the device is gone, or not ready.
     pub(crate) fn add(&mut self, buffer: B) -> Result<(), B> {
         let (memory, len, access) = buffer.memory();
         let Ok(len @ 1..) = c_uint::try_from(len) else {
@@ -162,8 +166,8 @@ impl<B: Buffer> Virtqueue<B> {
 
         // A buffer is one descriptor, so that nothing is allocated for an indirect table.
         //
-        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`, and stays as it is until the
-        // device has used it, since the buffer belongs to the queue until then.
+        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`, and stays as
+        // it is until the device has used it, since the buffer belongs to the queue until then.
         unsafe {
             bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len);
             self.add_sg(sg.as_mut_ptr(), 1, access, buffer)
@@ -219,12 +223,13 @@ impl<B> Virtqueue<B> {
         self.slots.len() - self.free.len()
     }
 
-    /// Offers the memory of the `n` entries of `sg` to the device. `buffer` is returned when it was used.
+    /// Offers the memory of the `n` entries of `sg` to the device. `buffer` is returned when it was
+    /// used.
     ///
     /// # Safety
     ///
-    /// `sg` must be a list of `n` entries. Their memory must stay valid until the device has used it or was reset;
-    /// nobody must write to it until then, or, if the device writes it, access it.
+    /// `sg` must be a list of `n` entries. Their memory must stay valid until the device has used
+    /// it or was reset; nobody must write to it until then, or, if the device writes it, access it.
     ///
     /// # Errors
     ///
@@ -251,8 +256,8 @@ impl<B> Virtqueue<B> {
 
         // The flags only have to be ones that never sleep.
         //
-        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that nobody else uses it.
-        // The caller vouches for the memory.
+        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that nobody
+        // else uses it. The caller vouches for the memory.
         let added = to_result(unsafe { add(self.vq.as_ptr(), sg, n, token, bindings::GFP_NOWAIT) });
 
         match (added, self.slots.get_mut(index)) {
@@ -262,7 +267,8 @@ impl<B> Virtqueue<B> {
                 Ok(())
             }
             _ => {
-                // INVARIANT: The slot is still empty. There is room, since the index was popped above.
+                // INVARIANT: The slot is still empty. There is room, since the index was popped
+                // above.
                 let _ = self.free.push_within_capacity(index);
                 Err(buffer)
             }
@@ -277,8 +283,8 @@ impl<B> Virtqueue<B> {
         }
     }
 
-    /// Takes the next buffer that the device has used, with the number of bytes that it says it wrote. The
-    /// number is the device's word: it may be anything.
+    /// Takes the next buffer that the device has used, with the number of bytes that it says it
+    /// wrote. The number is the device's word: it may be anything.
     pub(crate) fn next_used(&mut self) -> Option<(B, u32)> {
         let _open = self.binding.enter()?;
         let mut len = 0;
@@ -347,8 +353,8 @@ impl<B> Virtqueue<B> {
 
 impl<B> Drop for Virtqueue<B> {
     fn drop(&mut self) {
-        // The device may still access its buffers. It is a bug of the driver to drop a queue in use, and
-        // the safe way out is to let the buffers be.
+        // The device may still access its buffers. It is a bug of the driver to drop a queue in
+        // use, and the safe way out is to let the buffers be.
         if self.in_flight() > 0 && !self.binding.is_reset() {
             mem::forget(mem::replace(&mut self.slots, KVec::new()));
         }

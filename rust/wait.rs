@@ -2,8 +2,8 @@
 
 //! Waiting for something that an interrupt announces.
 //!
-//! The condition variables of the `kernel` crate need a lock that both sides take, which an interrupt handler
-//! cannot.
+//! The condition variables of the `kernel` crate need a lock that both sides take, which an
+//! interrupt handler cannot.
 //!
 //! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
@@ -42,8 +42,8 @@ impl WaitQueue {
         })
     }
 
-    /// Waits until `condition`, which must not sleep, holds. It is looked at after each [`wake`](Self::wake), and
-    /// in any case after `interval` milliseconds.
+    /// Waits until `condition`, which must not sleep, holds. It is looked at after each
+    /// [`wake`](Self::wake), and in any case after `interval` milliseconds.
     pub(crate) fn wait_until(&self, interval: Msecs, mut condition: impl FnMut() -> bool) {
         let entry = Opaque::<bindings::wait_queue_entry>::uninit();
 
@@ -53,8 +53,8 @@ impl WaitQueue {
         loop {
             // Nothing is missed that happens after this.
             //
-            // SAFETY: Both are initialised. The state is one that a thread may sleep in; for as long as there are
-            // no signals, which a worker thread does not get.
+            // SAFETY: Both are initialised. The state is one that a thread may sleep in; for as
+            // long as there are no signals, which a worker thread does not get.
             unsafe {
                 bindings::prepare_to_wait_event(
                     self.head.get(),

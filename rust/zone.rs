@@ -57,10 +57,11 @@ impl Zone {
         NonNull::new(unsafe { bindings::balloon_rs_nth_zone(n) }).map(Self)
     }
 
-    /// Returns where the zone lies (page frame numbers of kernel pages). Parts of that may belong to other zones, or
-    /// to none.
+    /// Returns where the zone lies (page frame numbers of kernel pages). Parts of that may belong
+    /// to other zones, or to none.
     pub(crate) fn span(self) -> Range<u64> {
-        // SAFETY: By the type invariants it is a zone. A span that is changing is no worse than an old one.
+        // SAFETY: By the type invariants it is a zone. A span that is changing is no worse than an
+        // old one.
         let (first, len) = unsafe {
             let zone = self.0.as_ptr();
 
@@ -73,12 +74,13 @@ impl Zone {
         first..first.saturating_add(len)
     }
 
-    /// Looks from `*next` on, up to `end`, for blocks of 2^`min_order` pages or more that are on the zone's free lists,
-    /// and puts them on `found`: all of them are there at the same moment. Goes on until `found` is full, or until it
-    /// has looked at [`PLACES_PER_HOLD`] places; `*next` is where to go on.
+    /// Looks from `*next` on, up to `end`, for blocks of 2^`min_order` pages or more that are on
+    /// the zone's free lists, and puts them on `found`: all of them are there at the same moment.
+    /// Goes on until `found` is full, or until it has looked at [`PLACES_PER_HOLD`] places; `*next`
+    /// is where to go on.
     ///
-    /// Blocks are found in the order of their addresses, and not of the lists: lists change between one look and the
-    /// next, addresses do not. `*next` must be a multiple of 2^`min_order`.
+    /// Blocks are found in the order of their addresses, and not of the lists: lists change between
+    /// one look and the next, addresses do not. `*next` must be a multiple of 2^`min_order`.
     pub(crate) fn find_free(
         self,
         next: &mut u64,

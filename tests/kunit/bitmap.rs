@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The encoder of page sets in the kernel: that it is the code that `host/wire` tests against a decoder.
+//! The encoder of page sets in the kernel: that it is the code that `host/wire` tests against a
+//! decoder.
 
 use crate::{
     bitmap::{
@@ -25,8 +26,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// Names `runs` (first page frame number, length) in a message. Returns its header and the length of its payload in
-/// words.
+/// Names `runs` (first page frame number, length) in a message. Returns its header and the length
+/// of its payload in words.
 ///
 /// # Errors
 ///
@@ -56,7 +57,8 @@ fn encode(
         .ok_or(EINVAL)
 }
 
-/// Like [`encode`]. Returns the encoding, the page that bit 0 stands for, and how many pages and words there are.
+/// Like [`encode`]. Returns the encoding, the page that bit 0 stands for, and how many pages and
+/// words there are.
 fn outline(
     payload: &mut [u64],
     forced: Option<Encoding>,

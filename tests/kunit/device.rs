@@ -76,7 +76,8 @@ pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result 
     Err(ETIMEDOUT)
 }
 
-/// Waits until the driver has set the balloon's size to `size` balloon pages, with nobody answering.
+/// Waits until the driver has set the balloon's size to `size` balloon pages, with nobody
+/// answering.
 fn reaches(device: &FakeDevice, size: u32) -> Result {
     eventually(|| Ok(device.field(ACTUAL) == size))
 }
@@ -188,13 +189,15 @@ impl Host {
         })
     }
 
-    /// Sets the target and answers everything until the balloon has the size `size`, both in balloon pages.
+    /// Sets the target and answers everything until the balloon has the size `size`, both in
+    /// balloon pages.
     fn resize(&mut self, target: u32, size: u32) -> Result {
         self.device.change(NUM_PAGES, target);
         self.settle(size)
     }
 
-    /// Answers everything until the balloon has the size `size`, in balloon pages, and all was told.
+    /// Answers everything until the balloon has the size `size`, in balloon pages, and all was
+    /// told.
     fn settle(&mut self, size: u32) -> Result {
         eventually(|| {
             serve(&self.device, INFLATE, &mut self.inflated)?;
@@ -237,8 +240,9 @@ fn cycle(features: &[Feature], pages: u32) -> Result {
     compare(&host)
 }
 
-/// Sets a target, takes one message off the inflate queue, and leaves it to `answer` what the device does
-/// with it. Returns how many balloon pages are missing from the guest after the device was removed.
+/// Sets a target, takes one message off the inflate queue, and leaves it to `answer` what the
+/// device does with it. Returns how many balloon pages are missing from the guest after the device
+/// was removed.
 fn misbehave(
     features: &[Feature],
     answer: impl FnOnce(&FakeDevice, &Request) -> Result,
@@ -264,8 +268,9 @@ fn misbehave(
     Ok(total - memory::total_pages())
 }
 
-/// Inflates to `pages` balloon pages, and deflates while the device does not answer, which leaves `left`
-/// balloon pages in the balloon. Returns how many messages the device found when it came back to life.
+/// Inflates to `pages` balloon pages, and deflates while the device does not answer, which leaves
+/// `left` balloon pages in the balloon. Returns how many messages the device found when it came
+/// back to life.
 fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32> {
     let mut host = Host::new(features)?;
     let mut messages = 0;
@@ -290,8 +295,9 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
     Ok(messages)
 }
 
-/// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns them, if they are
-/// free at once, and what the driver says first about the pages that have come in their places.
+/// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns
+/// them, if they are free at once, and what the driver says first about the pages that have come in
+/// their places.
 ///
 /// # Errors
 ///
@@ -314,12 +320,13 @@ fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
     Err(ENOENT)
 }
 
-/// Has the kernel move pages of the balloon, and the balloon deflate before the device has heard of it.
+/// Has the kernel move pages of the balloon, and the balloon deflate before the device has heard of
+/// it.
 ///
 /// # Errors
 ///
-/// `EINVAL` if anything leaves the balloon before the device has answered for the new pages, or if it is not told
-/// of everything afterwards.
+/// `EINVAL` if anything leaves the balloon before the device has answered for the new pages, or if
+/// it is not told of everything afterwards.
 fn moved(features: &[Feature]) -> Result {
     const PAGES: usize = 64;
 
@@ -339,8 +346,8 @@ fn moved(features: &[Feature]) -> Result {
     }
     host.device.change(NUM_PAGES, 0);
 
-    // Each message may be about some of the moves only. The others come when that is answered, and only then does the
-    // balloon deflate.
+    // Each message may be about some of the moves only. The others come when that is answered, and
+    // only then does the balloon deflate.
     let mut pages = 0;
     let mut next = Some(request);
     while let Some(request) = next.take() {
@@ -396,7 +403,8 @@ fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     Ok((request, value.ok_or(ENOENT)?))
 }
 
-/// Asks for more than there is, and waits until the driver gives `reason`. Takes it back, and returns the reason then.
+/// Asks for more than there is, and waits until the driver gives `reason`. Takes it back, and
+/// returns the reason then.
 fn stop(reason: u32) -> Result<u32> {
     let device = FakeDevice::new(&[Feature::VERSION_1, F_STOP_REASON])?;
     let answer = |queue| {
@@ -421,8 +429,8 @@ fn stop(reason: u32) -> Result<u32> {
     Ok(device.field(STOP_REASON))
 }
 
-/// Has `act` do something about a report of free pages, and unbinds the driver. Returns whether the pages of the report
-/// are free again then.
+/// Has `act` do something about a report of free pages, and unbinds the driver. Returns whether the
+/// pages of the report are free again then.
 fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
     const NOISE: u64 = 1 << 20;
     let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;

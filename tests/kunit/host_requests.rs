@@ -299,7 +299,8 @@ mod tests {
         let Ok(mut host) = host else { return };
         let all = request::CACHES_PAGES | request::CACHES_SLAB;
 
-        // One after the other, though they are asked for at once. The budget is not enough for more.
+        // One after the other, though they are asked for at once. The budget is not enough for
+        // more.
         for id in 1..5 {
             assert_eq!(host.ask(request::DROP_CACHES, 0, all, id, 0), Ok(()));
         }

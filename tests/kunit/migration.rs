@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which pages of the balloon may be moved. What the device hears of it is in the suite of the whole driver.
+//! Which pages of the balloon may be moved. What the device hears of it is in the suite of the
+//! whole driver.
 
 use crate::{
     message::MOVES_PER_MESSAGE,

@@ -2,8 +2,8 @@
 
 //! KUnit suites. They run when the module is loaded into a kernel that has KUnit built in.
 //!
-//! Asserts stand in the tests only: in a function that is not a test they would be `core`'s, and stop the
-//! kernel. Helpers return errors.
+//! Asserts stand in the tests only: in a function that is not a test they would be `core`'s, and
+//! stop the kernel. Helpers return errors.
 
 #![forbid(unsafe_code)]
 

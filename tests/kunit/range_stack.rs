@@ -16,7 +16,8 @@ use kernel::{
 ///
 /// # Errors
 ///
-/// `EINVAL` if a page is missing, is there twice, or was not expected, or if a portion is too large.
+/// `EINVAL` if a page is missing, is there twice, or was not expected, or if a portion is too
+/// large.
 fn drain(stack: &mut RangeStack, max: u64, mut expected: RBTree<u64, ()>) -> Result {
     while let Some(range) = stack.take(max) {
         if range.len == 0 || range.len > max {
@@ -32,8 +33,8 @@ fn drain(stack: &mut RangeStack, max: u64, mut expected: RBTree<u64, ()>) -> Res
         .ok_or(EINVAL)
 }
 
-/// Records `pages` and reads them back in portions of up to `max` pages. Returns how many pages became
-/// carriers, or an error if what was read differs from what was recorded.
+/// Records `pages` and reads them back in portions of up to `max` pages. Returns how many pages
+/// became carriers, or an error if what was read differs from what was recorded.
 fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
     let mut expected = RBTree::new();
     for pfn in pages.pfns() {

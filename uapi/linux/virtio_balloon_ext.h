@@ -2,8 +2,8 @@
 /*
  * Extension of the virtio memory balloon.
  *
- * The feature bits are from the range for device types that the specification has not given out (2.2,
- * "Feature Bits": 50 to 127). All fields are little-endian and naturally aligned.
+ * The feature bits are from the range for device types that the specification has not given out
+ * (2.2, "Feature Bits": 50 to 127). All fields are little-endian and naturally aligned.
  */
 #ifndef _LINUX_VIRTIO_BALLOON_EXT_H
 #define _LINUX_VIRTIO_BALLOON_EXT_H
@@ -95,7 +95,10 @@ struct virtio_balloon_page_set {
 	__le64 count;
 };
 
-/* Values of command: requests. Those for pages are VIRTIO_BALLOON_PAGE_SET_UNUSED_SKIP and _DISCARD. */
+/*
+ * Values of command: requests. Those for pages are VIRTIO_BALLOON_PAGE_SET_UNUSED_SKIP and
+ * _DISCARD.
+ */
 #define VIRTIO_BALLOON_REQUEST_DROP_CACHES	5
 /* The request with the id in start is no longer wanted */
 #define VIRTIO_BALLOON_REQUEST_CANCEL		6
@@ -113,7 +116,10 @@ struct virtio_balloon_page_set {
 struct virtio_balloon_request {
 	/* What is asked for */
 	__le16 command;
-	/* Pages: binary logarithm of the size in bytes of the smallest block that is worth an answer */
+	/*
+	 * Pages: binary logarithm of the size in bytes of the smallest block that is worth an
+	 * answer
+	 */
 	__u8 block_shift;
 	__u8 reserved;
 	/* DROP_CACHES: which ones, VIRTIO_BALLOON_CACHES_* */
@@ -128,7 +134,8 @@ struct virtio_balloon_request {
 
 /* Values of status */
 #define VIRTIO_BALLOON_COMPLETION_COMPLETE	1 /* Done */
-#define VIRTIO_BALLOON_COMPLETION_ABORTED	2 /* Not done, or not all of it. What was answered holds */
+/* Not done, or not all of it. What was answered holds. */
+#define VIRTIO_BALLOON_COMPLETION_ABORTED	2
 #define VIRTIO_BALLOON_COMPLETION_CANCELLED	3 /* The same, because of a CANCEL */
 #define VIRTIO_BALLOON_COMPLETION_UNSUPPORTED	4 /* The command is not known */
 #define VIRTIO_BALLOON_COMPLETION_MALFORMED	5 /* A field has no legal value */

@@ -102,7 +102,8 @@ fuzz_target!(|data: &[u8]| {
     let answered: u64 = counters.snapshot().answered.values().sum();
     assert!(answered <= counters.asked.get());
 
-    // Only requests are written, if to a part of their buffer where it is broken, and memory is given back for one request only.
+    // Only requests are written, if to a part of their buffer where it is broken, and memory is given back for one
+    // request only.
     let discarded = counters.discarded.get();
     assert!(discarded == 0 || (discards > 0 && !input.option));
     let written = counters.asked.get() + counters.refused(Refusal::BadBuffer);

@@ -19,8 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const TIMEOUT: Duration = Duration::from_secs(400);
 
 impl Config {
-    /// A guest that uses its memory. An emulated processor that has instructions for it clears memory byte by byte, which
-    /// takes much longer than what is measured.
+    /// A guest that uses its memory. An emulated processor that has instructions for it clears memory byte by byte,
+    /// which takes much longer than what is measured.
     pub fn using_memory(self) -> Self {
         self.argument("-cpu", "max,-erms,-fsrm,-fzrm")
             .timeout(TIMEOUT)

@@ -32,8 +32,8 @@ const ALLOCATIONS: &[&str] = &[
 ];
 
 impl Guest {
-    /// Does something, and returns for how long the driver's tasks have run on the guest's processors meanwhile: without
-    /// the time in which they waited.
+    /// Does something, and returns for how long the driver's tasks have run on the guest's processors meanwhile:
+    /// without the time in which they waited.
     pub fn trace_running<T>(
         &self,
         driver: Driver,
@@ -43,8 +43,8 @@ impl Guest {
         Ok((result, running(&trace, driver)?))
     }
 
-    /// Does something, and returns how many times the driver's tasks have allocated memory meanwhile, be it for the balloon
-    /// or for themselves.
+    /// Does something, and returns how many times the driver's tasks have allocated memory meanwhile, be it for the
+    /// balloon or for themselves.
     pub fn trace_allocations<T>(
         &self,
         driver: Driver,

@@ -22,8 +22,8 @@ const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(3);
 const RUNS: usize = 3;
 
-/// The encodings that the driver can be made to use by its parameter. They are only to be looked at, and it takes a guest
-/// a quarter of a minute to fall to pieces.
+/// The encodings that the driver can be made to use by its parameter. They are only to be looked at, and it takes a
+/// guest a quarter of a minute to fall to pieces.
 const ENCODINGS: &[(&str, &str)] = &[
     ("encoding=1", "ranges only"),
     ("encoding=2", "bitmaps only"),
@@ -48,8 +48,8 @@ fn subject(contestant: Contestant) -> Subject {
     Subject::new(NAME, contestant, MEMORY, AMOUNT)
 }
 
-/// Has a guest that was left hardly any free memory but lone pages give it away. The host has all of it, since the guest
-/// has written to it before.
+/// Has a guest that was left hardly any free memory but lone pages give it away. The host has all of it, since the
+/// guest has written to it before.
 fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Result<Run> {
     let driver = contestant.module().context("a balloon has a driver")?;
     let config = bench.config().using_memory().memory(MEMORY);

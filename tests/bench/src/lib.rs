@@ -2,8 +2,8 @@
 
 //! What the balloon costs, side by side with what a user would take in place of it.
 //!
-//! A benchmark is a function that boots guests with one contestant after the other, over and over, so that whatever else
-//! the machine does meets all of them, and that adds each run to what there is of the same kind:
+//! A benchmark is a function that boots guests with one contestant after the other, over and over, so that whatever
+//! else the machine does meets all of them, and that adds each run to what there is of the same kind:
 //!
 //! ```no_run
 //! use benchmarks::{Bench, Contestant, Subject, measure};
@@ -75,7 +75,8 @@ pub struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    /// A bench for one benchmark, which says by `watch` what it is at, and has the results so far kept after each round.
+    /// A bench for one benchmark, which says by `watch` what it is at, and has the results so far kept after each
+    /// round.
     pub fn new(
         benchmark: &Benchmark,
         artifacts: &Artifacts,

@@ -109,7 +109,8 @@ fn fragmented(setup: &Setup) -> Result<()> {
     // A quarter of a GiB of it is not in lone pages.
     const SIZE: Size = Size::mib(768);
     const LIMITS: Costs = Costs {
-        // A bit for each page of the guest's memory, and a hundredth for headers: page frame numbers would take 768 KiB.
+        // A bit for each page of the guest's memory, and a hundredth for headers: page frame numbers would take 768
+        // KiB.
         bytes: MEMORY.as_pages() / 8 * 101 / 100,
         // All of it is named at once.
         notifications: 4,

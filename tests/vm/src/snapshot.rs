@@ -38,8 +38,8 @@ fn snapshot(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Saves a guest that has used and freed `used`, and saves it once more after unused memory was given back. Goes on from
-/// the second one. Returns what each of them takes.
+/// Saves a guest that has used and freed `used`, and saves it once more after unused memory was given back. Goes on
+/// from the second one. Returns what each of them takes.
 fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
     let directory = tempfile::tempdir_in(DIRECTORY)?;
     let config = setup

@@ -94,8 +94,8 @@ pub(super) struct Plot {
     /// What it shows.
     pub(super) shows: &'static str,
     unit: Unit,
-    /// Its groups of rows: their title, the name of the records that they are about, and what of each is shown, if there
-    /// is anything.
+    /// Its groups of rows: their title, the name of the records that they are about, and what of each is shown, if
+    /// there is anything.
     parts: &'static [Part],
 }
 
