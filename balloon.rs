@@ -27,6 +27,7 @@ use crate::{
         Inflate,
         Stop, //
     },
+    log_limit::LogLimit,
     message::MessageQueue,
     migration::Moves,
     rust::{
@@ -60,6 +61,7 @@ use core::{
 };
 use kernel::{
     device::Core,
+    fmt,
     new_mutex,
     new_spinlock,
     page::PAGE_SHIFT,
@@ -108,9 +110,6 @@ const HEARTBEAT: Delta = Delta::from_millis(5);
 
 /// How long it may take until an answer is noticed that the device has not interrupted for.
 const LOOK_AGAIN: Msecs = 1_000;
-
-/// How often something is logged at most that the host can bring about as often as it likes.
-const LOG_INTERVAL: Delta = Delta::from_secs(5);
 
 /// How long compaction holds on to pages that it has isolated, more or less.
 const ISOLATION: Msecs = 10;
@@ -166,23 +165,9 @@ struct Worker {
     actual: Option<u32>,
     /// When the device has answered, or pages have left the balloon, the last time.
     progress: Instant<Monotonic>,
-    /// Whether it was logged that a queue is broken.
-    broken: bool,
-    /// When something else was logged.
-    logged: Option<Instant<Monotonic>>,
-}
-
-impl Worker {
-    /// Returns whether it is time for another line in the log, which is taken for written then.
-    fn may_log(&mut self) -> bool {
-        let now = Instant::now();
-
-        if self.logged.is_some_and(|last| now - last < LOG_INTERVAL) {
-            return false;
-        }
-        self.logged = Some(now);
-        true
-    }
+    /// What has ended all work, and was logged.
+    error: Option<Error>,
+    log_limit: LogLimit,
 }
 
 /// Sets up what exists for as long as the device is not reset.
@@ -201,8 +186,8 @@ fn set_up(
             teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
             actual: None,
             progress: Instant::now(),
-            broken: false,
-            logged: None,
+            error: None,
+            log_limit: LogLimit::new(),
         },
         Deflate::new(deflate, Terms::of(dev)),
     ))
@@ -375,7 +360,7 @@ impl Balloon {
         };
 
         worker.stopped = Some(reason);
-        if worker.backoff.fail(Cause::NoMemory, now) && worker.may_log() {
+        if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
                 "{} of {} MiB in the balloon: {}; trying again from time to time\n",
@@ -446,6 +431,25 @@ impl Balloon {
         Ok(())
     }
 
+    /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
+    pub(crate) fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let worker = self.worker.lock();
+
+        writeln!(f, "target {}", self.target(&worker).unwrap_or(0))?;
+        writeln!(f, "held {}", self.pages.len())?;
+        writeln!(f, "inflating {}", worker.inflate.in_flight())?;
+        writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
+        for (order, blocks) in self.pages.by_order().iter().enumerate() {
+            writeln!(f, "order_{order}_blocks {blocks}")?;
+        }
+        let stopped = worker.stopped.map_or("none", StopReason::words);
+        writeln!(f, "stop_reason {stopped}")?;
+        match worker.error {
+            Some(error) => writeln!(f, "last_error {error:?}"),
+            None => writeln!(f, "last_error none"),
+        }
+    }
+
     /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
     /// happens before.
     ///
@@ -473,7 +477,7 @@ impl Balloon {
             let now = self.start.elapsed().as_millis();
 
             worker.stopped = Some(StopReason::AfterOom);
-            if worker.backoff.fail(Cause::OutOfMemory, now) && worker.may_log() {
+            if worker.backoff.fail(Cause::OutOfMemory, now) && worker.log_limit.allows() {
                 dev_info!(
                     self.dev,
                     "gave {} MiB back to keep the guest from running out of memory; not growing for a while\n",
@@ -614,13 +618,13 @@ impl Job for Balloon {
             Ok(None) => (),
             Err(error) => {
                 task.dev.relax();
-                if !worker.broken {
+                if worker.error.is_none() {
                     dev_err!(
                         task.dev,
                         "a queue is broken ({:?}): no more ballooning until the driver is bound again\n",
                         error
                     );
-                    worker.broken = true;
+                    worker.error = Some(error);
                 }
             }
         }

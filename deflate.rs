@@ -28,7 +28,8 @@ use crate::{
             PageList,
             MAX_ORDER, //
         },
-        range_stack::RangeStack, //
+        range_stack::RangeStack,
+        trace, //
     },
     terms::Terms, //
 };
@@ -168,6 +169,10 @@ pub(crate) fn release(
         }
     }
 
+    if released > 0 {
+        let device = deflate.lock().queue.device();
+        trace::deflate(device, released, reason == Reason::OutOfMemory);
+    }
     released
 }
 

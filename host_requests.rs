@@ -24,6 +24,7 @@ use crate::{
         Unused,
         Walk, //
     },
+    log_limit::LogLimit,
     message::Runs,
     page_sets,
     rust::{
@@ -36,6 +37,7 @@ use crate::{
             Task,
             Waker, //
         },
+        trace,
         virtqueue::{
             Either,
             Inbox,
@@ -46,6 +48,7 @@ use crate::{
             PLACES_PER_HOLD, //
         }, //
     },
+    virtio,
     virtio_balloon::{
         request,
         Completion,
@@ -57,6 +60,7 @@ use core::mem;
 use kernel::{
     alloc::flags::__GFP_NOWARN,
     debugfs,
+    device::Core,
     new_mutex,
     page::{
         PAGE_SHIFT,
@@ -64,6 +68,7 @@ use kernel::{
     },
     prelude::*,
     sync::{
+        aref::ARef,
         atomic::{
             Atomic,
             Relaxed, //
@@ -145,9 +150,14 @@ struct Counters {
     /// The most places that were looked at meanwhile.
     #[pin]
     most_places: debugfs::File<Atomic<u64>>,
-    /// The requests that were completed.
+    /// The requests that are open.
+    #[pin]
+    open: debugfs::File<Atomic<u64>>,
+    /// The requests that were completed, and those of them that could not be done.
     #[pin]
     completed: debugfs::File<Atomic<u64>>,
+    #[pin]
+    refused: debugfs::File<Atomic<u64>>,
 }
 
 impl Counters {
@@ -156,12 +166,10 @@ impl Counters {
             named <- dir.read_only_file(c"unused_named_bytes", Atomic::new(0)),
             longest_hold <- dir.read_only_file(c"unused_longest_hold_ns", Atomic::new(0)),
             most_places <- dir.read_only_file(c"unused_most_places_per_hold", Atomic::new(0)),
+            open <- dir.read_only_file(c"requests_open", Atomic::new(0)),
             completed <- dir.read_only_file(c"requests_completed", Atomic::new(0)),
+            refused <- dir.read_only_file(c"requests_refused", Atomic::new(0)),
         })
-    }
-
-    fn named(&self, pages: u64) {
-        self.named.add(pages << PAGE_SHIFT, Relaxed);
     }
 
     fn held(&self, hold: Hold) {
@@ -201,6 +209,8 @@ struct Inner {
     /// A message that is not in use, so that there is one when memory is short.
     spare: Option<KVec<u64>>,
     budget: Budget,
+    dev: ARef<virtio::Device>,
+    log_limit: LogLimit,
 }
 
 /// What a request has come to in its turn.
@@ -214,7 +224,7 @@ enum Turn {
 }
 
 impl Inner {
-    fn new(queue: RequestQueue) -> Result<Self> {
+    fn new(dev: &virtio::Device<Core<'_>>, queue: RequestQueue) -> Result<Self> {
         Ok(Self {
             queue,
             open: KVec::with_capacity(MAX_OPEN, GFP_KERNEL)?,
@@ -223,6 +233,8 @@ impl Inner {
             claims: 0,
             spare: Some(message(GFP_KERNEL)?),
             budget: Budget::new(),
+            dev: (&**dev).into(),
+            log_limit: LogLimit::new(),
         })
     }
 
@@ -275,6 +287,7 @@ impl Inner {
 
     fn open_request(&mut self, request: &Request, dropper: &Task<Dropper>) {
         let id = u64::from_le(request.request_id);
+        trace::request(self.queue.device(), id, u16::from_le(request.command));
         let known = id != 0 && !self.open.iter().any(|open| open.id == id);
         let legal = request.reserved == 0 && u32::from(request.block_shift) < u64::BITS;
         let work = if known && legal {
@@ -382,6 +395,10 @@ impl Inner {
                 return match self.complete(open.id, status) {
                     Some(()) => {
                         counters.completed.add(1, Relaxed);
+                        if let Some(reason) = refusal(status) {
+                            counters.refused.add(1, Relaxed);
+                            self.log_refusal(open.id, reason);
+                        }
                         Turn::Over
                     }
                     None => Turn::Wait,
@@ -414,7 +431,21 @@ impl Inner {
             .resize(size_of::<Completion>() / page_sets::WORD, 0, GFP_NOWAIT)
             .ok()?;
         page_sets::put(&mut message, &completion);
-        self.send(message, None)
+        self.send(message, None)?;
+        trace::answer(self.queue.device(), id, 0, status);
+        Some(())
+    }
+
+    /// A message that names `pages` kernel pages has been sent.
+    fn named(&self, id: u64, pages: u64, counters: &Counters) {
+        counters.named.add(pages << PAGE_SHIFT, Relaxed);
+        trace::answer(self.queue.device(), id, pages as usize, 0);
+    }
+
+    fn log_refusal(&mut self, id: u64, reason: &str) {
+        if self.log_limit.allows() {
+            dev_warn!(self.dev, "refused the host's request {}: {}\n", id, reason);
+        }
     }
 
     /// Sends a message about unused pages. Returns the status if it was the last one; none if it
@@ -428,8 +459,9 @@ impl Inner {
                 page_sets::write(&mut message, request::UNUSED_SKIP, id, None, &mut unused);
 
             let over = unused.is_over();
-            counters.named(written.ok()?);
+            let pages = written.ok()?;
             self.send(message, None)?;
+            self.named(id, pages, counters);
             Some(over.then_some(request::COMPLETE))
         } else {
             let over = unused.is_over();
@@ -471,8 +503,9 @@ impl Inner {
                 let written =
                     page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
 
-                counters.named(written.ok()?);
+                let pages = written.ok()?;
                 self.send(message, Some(claim))?;
+                self.named(id, pages, counters);
             }
             None => {
                 self.spare.get_or_insert(message);
@@ -488,9 +521,13 @@ impl HostRequests {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(queue: RequestQueue, dir: &debugfs::Dir) -> Result<Arc<Task<Self>>> {
+    pub(crate) fn new(
+        dev: &virtio::Device<Core<'_>>,
+        queue: RequestQueue,
+        dir: &debugfs::Dir,
+    ) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_requests")?;
-        let inner = Inner::new(queue)?;
+        let inner = Inner::new(dev, queue)?;
         let dropper = Dropper::new(slot.waker())?;
         let requests = try_pin_init!(Self {
             inner <- new_mutex!(inner, "HostRequests::inner"),
@@ -503,8 +540,8 @@ impl HostRequests {
     }
 
     /// Begins anew with a device that was reset. The task must not be running.
-    pub(crate) fn attach(&self, queue: RequestQueue) -> Result {
-        let inner = Inner::new(queue)?;
+    pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>, queue: RequestQueue) -> Result {
+        let inner = Inner::new(dev, queue)?;
         let before = mem::replace(&mut *self.inner.lock(), inner);
 
         drop(before);
@@ -518,6 +555,7 @@ impl HostRequests {
         task.dropper.stop();
         *task.dropper.state.lock() = Dropping::Idle;
         task.inner.lock().open.clear();
+        task.counters.open.store(0, Relaxed);
     }
 
     /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
@@ -566,6 +604,7 @@ impl HostRequests {
             inner.collect(&self.dropper);
         }
         inner.queue.kick();
+        self.counters.open.store(inner.open.len() as u64, Relaxed);
 
         let end = now();
         inner.budget.spend(end - start, end);
@@ -683,6 +722,16 @@ impl Job for Dropper {
         };
         drop(state);
         task.requests.schedule();
+    }
+}
+
+/// Returns why a request was refused, if that is what `status` says.
+fn refusal(status: u8) -> Option<&'static str> {
+    match status {
+        request::UNSUPPORTED => Some("its command is not known"),
+        request::MALFORMED => Some("a field has no legal value"),
+        request::UNKNOWN_ID => Some("there is nothing to cancel under that id"),
+        _ => None,
     }
 }
 

@@ -22,7 +22,8 @@ use crate::{
             AllocError,
             Batch, //
         },
-        page_list::MAX_ORDER, //
+        page_list::MAX_ORDER,
+        trace, //
     }, //
 };
 
@@ -147,7 +148,10 @@ impl Inflate {
     fn send(&mut self, batch: &mut Batch) -> Stop {
         while batch.pages() > 0 {
             match self.queue.send_some(batch) {
-                Ok(pages) => self.in_flight += pages,
+                Ok(pages) => {
+                    self.in_flight += pages;
+                    trace::inflate(self.queue.device(), pages);
+                }
                 Err((_, EAGAIN)) => return Stop::NotNow,
                 // Pages that the protocol cannot name are of no use either.
                 Err(_) => return Stop::NoMemory,

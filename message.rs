@@ -232,6 +232,11 @@ impl MessageQueue {
         })
     }
 
+    /// Returns the number of the device, which is also in its name.
+    pub(crate) fn device(&self) -> u32 {
+        self.vq.device()
+    }
+
     /// Returns how many more messages can be sent now.
     pub(crate) fn room(&self) -> usize {
         self.vq.room()

@@ -20,14 +20,28 @@ use crate::{
         MessageQueue, //
     },
     reporting::ReportingQueue,
+    rust::{
+        virtio::{
+            self,
+            FoundQueues, //
+        },
+        virtqueue::{
+            Traffic,
+            Virtqueue, //
+        }, //
+    },
     stats::StatsQueue,
-    virtio,
     virtio_balloon, //
 };
 
 use kernel::{
     device::Core,
-    prelude::*, //
+    fmt,
+    prelude::*,
+    sync::{
+        atomic::Relaxed,
+        Arc, //
+    }, //
 };
 
 /// What the device notifies the driver of.
@@ -48,18 +62,73 @@ pub(crate) enum Queue {
 }
 
 impl Queue {
+    /// All of them, in the order of their numbers on a device that has them all.
+    const ALL: [Self; 6] = [
+        Self::Inflate,
+        Self::Deflate,
+        Self::Stats,
+        Self::Hint,
+        Self::Report,
+        Self::Request,
+    ];
+
     /// Returns the queue with an index as in [`Queues::find`].
     pub(crate) fn from_index(index: usize) -> Option<Self> {
-        [
-            Self::Inflate,
-            Self::Deflate,
-            Self::Stats,
-            Self::Hint,
-            Self::Report,
-            Self::Request,
-        ]
-        .get(index)
-        .copied()
+        Self::ALL.get(index).copied()
+    }
+
+    /// Returns the queue's name, in the kernel's log and in debugfs.
+    fn name(self) -> &'static CStr {
+        match self {
+            Self::Inflate => c"inflate",
+            Self::Deflate => c"deflate",
+            Self::Stats => c"stats",
+            Self::Hint => c"free_page_hint",
+            Self::Report => c"reporting",
+            Self::Request => c"requests",
+        }
+    }
+
+    /// Returns whether `dev` has the queue.
+    fn is_of(self, dev: &virtio::Device<Core<'_>>) -> bool {
+        dev.has_feature(match self {
+            Self::Inflate | Self::Deflate => return true,
+            Self::Stats => virtio_balloon::F_STATS_VQ,
+            Self::Hint => virtio_balloon::F_FREE_PAGE_HINT,
+            Self::Report => virtio_balloon::F_REPORTING,
+            Self::Request => virtio_balloon::F_HOST_REQUESTS,
+        })
+    }
+}
+
+/// What has gone through the queues since the driver was bound.
+pub(crate) struct AllTraffic([Arc<Traffic>; Queue::ALL.len()]);
+
+impl AllTraffic {
+    /// Begins with nothing.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        let new = || Arc::new(Traffic::new(), GFP_KERNEL);
+
+        Ok(Self([new()?, new()?, new()?, new()?, new()?, new()?]))
+    }
+
+    /// Writes a line for each queue.
+    pub(crate) fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (queue, traffic) in Queue::ALL.iter().zip(&self.0) {
+            writeln!(
+                f,
+                "{} buffers {} bytes {} notifications {}",
+                queue.name().to_str().unwrap_or_default(),
+                traffic.buffers.load(Relaxed),
+                traffic.bytes.load(Relaxed),
+                traffic.notifications.load(Relaxed)
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -75,50 +144,57 @@ pub(crate) struct Queues {
 
 impl Queues {
     /// Finds the queues of the features that were negotiated. Page sets have the encoding `forced`,
-    /// if there is one.
+    /// if there is one. What goes through the queues is added to `traffic`.
     ///
     /// # Errors
     ///
     /// What [`virtio::Device::find_vqs`] says.
-    pub(crate) fn find(dev: &virtio::Device<Core<'_>>, forced: Option<Encoding>) -> Result<Self> {
-        let has = |feature| dev.has_feature(feature);
-        let format = if has(virtio_balloon::F_PAGE_SETS) {
+    pub(crate) fn find(
+        dev: &virtio::Device<Core<'_>>,
+        forced: Option<Encoding>,
+        traffic: &AllTraffic,
+    ) -> Result<Self> {
+        let format = if dev.has_feature(virtio_balloon::F_PAGE_SETS) {
             Format::PageSets(forced)
         } else {
             Format::Pfns(dev.byte_order())
         };
-        let mut found = dev.find_vqs([
-            Some(c"inflate"),
-            Some(c"deflate"),
-            has(virtio_balloon::F_STATS_VQ).then_some(c"stats"),
-            has(virtio_balloon::F_FREE_PAGE_HINT).then_some(c"free_page_hint"),
-            has(virtio_balloon::F_REPORTING).then_some(c"reporting"),
-            has(virtio_balloon::F_HOST_REQUESTS).then_some(c"requests"),
-        ])?;
+        let names = Queue::ALL.map(|queue| queue.is_of(dev).then(|| queue.name()));
+        let mut queues = Found {
+            queues: dev.find_vqs(names)?,
+            traffic,
+        };
 
         Ok(Self {
-            inflate: MessageQueue::new(
-                found.take(Queue::Inflate as usize)?,
-                format,
-                Command::Inflate,
-            )?,
-            deflate: MessageQueue::new(
-                found.take(Queue::Deflate as usize)?,
-                format,
-                Command::Deflate,
-            )?,
-            stats: has(virtio_balloon::F_STATS_VQ)
-                .then(|| found.take(Queue::Stats as usize))
-                .transpose()?,
-            hints: has(virtio_balloon::F_FREE_PAGE_HINT)
-                .then(|| found.take(Queue::Hint as usize))
-                .transpose()?,
-            reports: has(virtio_balloon::F_REPORTING)
-                .then(|| found.take(Queue::Report as usize))
-                .transpose()?,
-            requests: has(virtio_balloon::F_HOST_REQUESTS)
-                .then(|| found.take(Queue::Request as usize))
-                .transpose()?,
+            inflate: MessageQueue::new(queues.take(Queue::Inflate)?, format, Command::Inflate)?,
+            deflate: MessageQueue::new(queues.take(Queue::Deflate)?, format, Command::Deflate)?,
+            stats: queues.take_if(Queue::Stats, dev)?,
+            hints: queues.take_if(Queue::Hint, dev)?,
+            reports: queues.take_if(Queue::Report, dev)?,
+            requests: queues.take_if(Queue::Request, dev)?,
         })
+    }
+}
+
+/// The queues that a device has, until they are used.
+struct Found<'a> {
+    queues: FoundQueues<{ Queue::ALL.len() }>,
+    traffic: &'a AllTraffic,
+}
+
+impl Found<'_> {
+    fn take<B>(&mut self, queue: Queue) -> Result<Virtqueue<B>> {
+        let index = queue as usize;
+        let traffic = self.traffic.0.get(index).ok_or(ENOENT)?;
+
+        self.queues.take(index, traffic.clone())
+    }
+
+    fn take_if<B>(
+        &mut self,
+        queue: Queue,
+        dev: &virtio::Device<Core<'_>>,
+    ) -> Result<Option<Virtqueue<B>>> {
+        queue.is_of(dev).then(|| self.take(queue)).transpose()
     }
 }

@@ -28,6 +28,7 @@ mod free_pages;
 mod hinting;
 mod host_requests;
 mod inflate;
+mod log_limit;
 mod message;
 mod migration;
 mod page_sets;
@@ -64,14 +65,19 @@ use hinting::{
 };
 use host_requests::HostRequests;
 use kernel::{
-    debugfs,
+    debugfs::{
+        Dir,
+        File, //
+    },
     device,
+    fmt,
     page::PAGE_SHIFT,
     prelude::*,
     str::CString,
     sync::Arc, //
 };
 use queues::{
+    AllTraffic,
     Queue,
     Queues, //
 };
@@ -84,7 +90,10 @@ struct BalloonDriver;
 ///
 /// Each task is for itself: statistics are to be had while the balloon changes its size.
 struct BalloonData {
-    /// Dropped first: it asks the balloon for memory.
+    /// The size of the balloon and what has gone through the queues, in debugfs.
+    _shown: Pin<KBox<File<Arc<Task<Balloon>>>>>,
+    traffic: Pin<KBox<File<AllTraffic>>>,
+    /// Dropped before the balloon, which it asks for memory.
     _oom: Option<Pin<KBox<OomNotifier<Task<Balloon>>>>>,
     _offline: Pin<KBox<OfflineNotifier<Task<Balloon>>>>,
     balloon: Arc<Task<Balloon>>,
@@ -134,8 +143,10 @@ impl virtio::Driver for BalloonDriver {
         poison::announce(dev)?;
         dev.set_wakeup_capable();
 
-        let queues = Queues::find(dev, forced_encoding())?;
         let dir = debugfs_dir(dev)?;
+        let traffic = dir.read_callback_file(c"queues", AllTraffic::new()?, &AllTraffic::show);
+        let traffic = KBox::pin_init(traffic, GFP_KERNEL)?;
+        let queues = Queues::find(dev, forced_encoding(), &traffic)?;
         let floor = module_parameters::inflate.value().then(floor_pages);
         let slot = new_slot!(c"virtio_balloon_rs")?;
         let balloon = Balloon::new(&slot, dev, queues.inflate, queues.deflate, floor)?;
@@ -166,10 +177,17 @@ impl virtio::Driver for BalloonDriver {
 
         let requests = queues
             .requests
-            .map(|queue| HostRequests::new(queue, &dir))
+            .map(|queue| HostRequests::new(dev, queue, &dir))
             .transpose()?;
 
+        let shown =
+            dir.read_callback_file(c"balloon", balloon.clone(), &|balloon, f| balloon.show(f));
+        let shown = KBox::pin_init(shown, GFP_KERNEL)?;
+        dev_info!(dev, "features: {}\n", Features(dev));
+
         Ok(BalloonData {
+            _shown: shown,
+            traffic,
             _oom: oom,
             _offline: offline,
             balloon,
@@ -233,7 +251,7 @@ impl virtio::Driver for BalloonDriver {
         // The device has forgotten it.
         poison::announce(dev)?;
 
-        let queues = Queues::find(dev, forced_encoding())?;
+        let queues = Queues::find(dev, forced_encoding(), &data.traffic)?;
 
         data.balloon.attach(dev, queues.inflate, queues.deflate)?;
         data.balloon.resume();
@@ -250,7 +268,7 @@ impl virtio::Driver for BalloonDriver {
             reporting.attach(queue);
         }
         if let (Some(requests), Some(queue)) = (&data.requests, queues.requests) {
-            requests.attach(queue)?;
+            requests.attach(dev, queue)?;
             requests.resume();
         }
 
@@ -269,6 +287,31 @@ impl virtio::Driver for BalloonDriver {
         if let Some(requests) = &data.requests {
             requests.stop();
         }
+    }
+}
+
+/// What was negotiated, in words.
+struct Features<'a>(&'a virtio::Device);
+
+impl fmt::Display for Features<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("inflate and deflate")?;
+        for (feature, words) in [
+            (virtio_balloon::F_MUST_TELL_HOST, "the host is told first"),
+            (virtio_balloon::F_STATS_VQ, "statistics"),
+            (virtio_balloon::F_DEFLATE_ON_OOM, "deflate on OOM"),
+            (virtio_balloon::F_FREE_PAGE_HINT, "free page hinting"),
+            (virtio_balloon::F_PAGE_POISON, "page poison"),
+            (virtio_balloon::F_REPORTING, "free page reporting"),
+            (virtio_balloon::F_STOP_REASON, "stop reasons"),
+            (virtio_balloon::F_PAGE_SETS, "page sets"),
+            (virtio_balloon::F_HOST_REQUESTS, "host requests"),
+        ] {
+            if self.0.has_feature(feature) {
+                write!(f, ", {words}")?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -332,11 +375,11 @@ fn forced_encoding() -> Option<Encoding> {
 }
 
 /// Makes the directory where the device's counters are to be seen, which lasts as long as they do.
-fn debugfs_dir(dev: &virtio::Device<device::Core<'_>>) -> Result<debugfs::Dir> {
+fn debugfs_dir(dev: &virtio::Device<device::Core<'_>>) -> Result<Dir> {
     let dev: &device::Device<_> = dev.as_ref();
     let name = CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))?;
 
-    Ok(debugfs::Dir::new(&name))
+    Ok(Dir::new(&name))
 }
 
 impl BalloonData {

@@ -12,7 +12,11 @@
 
 use super::{
     bindings,
-    page_list::PageList, //
+    page_list::{
+        self,
+        PageList,
+        MAX_ORDER, //
+    },
 };
 
 use core::{
@@ -111,6 +115,60 @@ impl Drop for PageRef {
     }
 }
 
+/// How many blocks there may be, for each order from that of single pages on.
+pub(crate) type ByOrder = [usize; MAX_ORDER as usize + 1];
+
+/// Blocks of pages.
+///
+/// # Invariants
+///
+/// There are no single pages in `list`, and as many blocks of each order as `by_order` says.
+struct Blocks {
+    list: PageList,
+    by_order: ByOrder,
+}
+
+impl Blocks {
+    fn new() -> Self {
+        // INVARIANT: There are none.
+        Self {
+            list: PageList::new(),
+            by_order: [0; MAX_ORDER as usize + 1],
+        }
+    }
+
+    /// Adds the block that begins with `page`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PageList::push_block`].
+    unsafe fn push(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: By the requirements of this function.
+        let order = unsafe {
+            self.list.push_block(page);
+            page_list::order(page)
+        };
+
+        // INVARIANT: One more.
+        if let Some(blocks) = self.by_order.get_mut(order as usize) {
+            *blocks += 1;
+        }
+    }
+
+    /// Takes the first block.
+    fn pop(&mut self) -> Option<NonNull<bindings::page>> {
+        let page = self.list.pop_block()?;
+        // SAFETY: The block was on the list, and is marked.
+        let order = unsafe { page_list::order(page) };
+
+        // INVARIANT: One less.
+        if let Some(blocks) = self.by_order.get_mut(order as usize) {
+            *blocks -= 1;
+        }
+        Some(page)
+    }
+}
+
 /// Pages in the balloon. Compaction may move them if `R` agrees.
 ///
 /// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these
@@ -120,14 +178,13 @@ impl Drop for PageRef {
 /// # Invariants
 ///
 /// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction.
-/// There are no single pages in `blocks`.
 #[pin_data(PinnedDrop)]
 pub(crate) struct BalloonPages<R: Replace> {
     #[pin]
     info: Opaque<bindings::balloon_dev_info>,
     singles: Atomic<usize>,
     #[pin]
-    blocks: SpinLock<PageList>,
+    blocks: SpinLock<Blocks>,
     adjust_managed: bool,
     #[pin]
     replace: R,
@@ -157,7 +214,7 @@ impl<R: Replace> BalloonPages<R> {
                 }
             }),
             singles: Atomic::new(0),
-            blocks <- new_spinlock!(PageList::new(), "BalloonPages::blocks"),
+            blocks <- new_spinlock!(Blocks::new(), "BalloonPages::blocks"),
             adjust_managed,
             replace <- replace,
         })
@@ -208,7 +265,16 @@ impl<R: Replace> BalloonPages<R> {
 
     /// Returns how many pages (kernel pages) are in the balloon.
     pub(crate) fn len(&self) -> usize {
-        self.singles.load(Relaxed) + self.blocks.lock().len()
+        self.singles.load(Relaxed) + self.blocks.lock().list.len()
+    }
+
+    /// Returns how many blocks of each order are in the balloon, single pages being those of order
+    /// 0.
+    pub(crate) fn by_order(&self) -> ByOrder {
+        let mut by_order = self.blocks.lock().by_order;
+
+        by_order[0] = self.singles.load(Relaxed);
+        by_order
     }
 
     /// Puts `pages` into the balloon.
@@ -230,7 +296,7 @@ impl<R: Replace> BalloonPages<R> {
         while let Some(block) = pages.pop_block() {
             self.account(block, true);
             // SAFETY: The block was on a list, and is marked.
-            unsafe { self.blocks.lock().push_block(block) };
+            unsafe { self.blocks.lock().push(block) };
         }
     }
 
@@ -290,8 +356,8 @@ impl<R: Replace> BalloonPages<R> {
     fn pop_block(&self, max: usize) -> Option<NonNull<bindings::page>> {
         let mut blocks = self.blocks.lock();
 
-        match blocks.first_block_len() {
-            Some(len) if len <= max => blocks.pop_block(),
+        match blocks.list.first_block_len() {
+            Some(len) if len <= max => blocks.pop(),
             _ => None,
         }
     }
@@ -331,10 +397,10 @@ impl<R: Replace> BalloonPages<R> {
     /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel
     /// pages).
     pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
-        let (mut taken, mut kept) = (PageList::new(), PageList::new());
+        let (mut taken, mut kept) = (PageList::new(), Blocks::new());
         let mut blocks = self.blocks.lock();
 
-        while let Some(block) = blocks.pop_block() {
+        while let Some(block) = blocks.pop() {
             // SAFETY: The block was on a list, and is marked.
             unsafe {
                 let pfn = bindings::balloon_rs_page_to_pfn(block.as_ptr()) as u64;
@@ -343,7 +409,7 @@ impl<R: Replace> BalloonPages<R> {
                     self.account(block, false);
                     taken.push_block(block);
                 } else {
-                    kept.push_block(block);
+                    kept.push(block);
                 }
             }
         }

@@ -127,4 +127,10 @@ void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);
 
+/* In trace.c. */
+void balloon_rs_trace_inflate(unsigned int device, unsigned long pages);
+void balloon_rs_trace_deflate(unsigned int device, unsigned long pages, bool out_of_memory);
+void balloon_rs_trace_request(unsigned int device, u64 id, u16 command);
+void balloon_rs_trace_answer(unsigned int device, u64 id, unsigned long pages, u8 status);
+
 #endif

@@ -26,6 +26,7 @@ pub(crate) mod page_run;
 pub(crate) mod range_stack;
 pub(crate) mod shrinker;
 pub(crate) mod task;
+pub(crate) mod trace;
 pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;
 pub(crate) mod virtqueue;

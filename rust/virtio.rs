@@ -18,7 +18,10 @@
 
 use super::{
     bindings,
-    virtqueue::Virtqueue, //
+    virtqueue::{
+        Traffic,
+        Virtqueue, //
+    },
 };
 
 use core::{
@@ -439,6 +442,8 @@ pub(crate) struct Binding {
     vqs: Atomic<u32>,
     data: Atomic<*mut c_void>,
     queue_used: unsafe fn(*mut c_void, usize),
+    /// The device's number.
+    device: u32,
 }
 
 /// The device is not ready: its configuration space may be used, and nothing else.
@@ -473,6 +478,11 @@ impl Binding {
         let guard = self.users.read_lock();
 
         (self.state.load(Acquire) <= READY).then_some(guard)
+    }
+
+    /// Returns the device's number.
+    pub(super) fn device(&self) -> u32 {
+        self.device
     }
 
     /// Returns whether nothing is shared with the device any more.
@@ -515,6 +525,12 @@ pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
 impl<Ctx: device::DeviceContext> Device<Ctx> {
     fn as_raw(&self) -> *mut bindings::virtio_device {
         self.0.get()
+    }
+
+    /// Returns the device's number, which is also in its name.
+    fn index(&self) -> u32 {
+        // SAFETY: By the type invariants the device is valid. Its number does not change.
+        unsafe { (*self.as_raw()).index as u32 }
     }
 
     /// Returns whether `feature` was negotiated.
@@ -567,6 +583,7 @@ impl Device<device::CoreInternal<'_>> {
                 vqs: Atomic::new(0),
                 data: Atomic::new(ptr::null_mut()),
                 queue_used,
+                device: self.index(),
             }),
             GFP_KERNEL,
         )?;
@@ -752,17 +769,18 @@ pub(crate) struct FoundQueues<const N: usize> {
 }
 
 impl<const N: usize> FoundQueues<N> {
-    /// Takes the queue with index `index`, for buffers of type `B`.
+    /// Takes the queue with index `index`, for buffers of type `B`. What goes through it is added to
+    /// `traffic`.
     ///
     /// # Errors
     ///
     /// `ENOENT` if there is no such queue or it was taken before; `ENOMEM`.
-    pub(crate) fn take<B>(&mut self, index: usize) -> Result<Virtqueue<B>> {
+    pub(crate) fn take<B>(&mut self, index: usize, traffic: Arc<Traffic>) -> Result<Virtqueue<B>> {
         let vq = self.vqs.get_mut(index).ok_or(ENOENT)?;
         let vq = NonNull::new(core::mem::replace(vq, ptr::null_mut())).ok_or(ENOENT)?;
 
         // SAFETY: By the type invariants, and since the queue can be taken only once.
-        unsafe { Virtqueue::new(vq, self.binding.clone()) }
+        unsafe { Virtqueue::new(vq, self.binding.clone(), traffic) }
     }
 }
 

@@ -25,7 +25,13 @@ use core::{
 use kernel::{
     error::to_result,
     prelude::*,
-    sync::Arc,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
     transmute::{
         AsBytes,
         FromBytes, //
@@ -127,6 +133,27 @@ unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
     }
 }
 
+/// What has gone through a virtqueue, for those who look.
+pub(crate) struct Traffic {
+    /// Buffers that the device was offered.
+    pub(crate) buffers: Atomic<u64>,
+    /// Their length in bytes, whatever the device has read or written of it.
+    pub(crate) bytes: Atomic<u64>,
+    /// Notifications that the device was sent.
+    pub(crate) notifications: Atomic<u64>,
+}
+
+impl Traffic {
+    /// Begins with nothing.
+    pub(crate) fn new() -> Self {
+        Self {
+            buffers: Atomic::new(0),
+            bytes: Atomic::new(0),
+            notifications: Atomic::new(0),
+        }
+    }
+}
+
 /// A virtqueue whose buffers are of type `B`.
 ///
 /// # Invariants
@@ -137,6 +164,7 @@ unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
 pub(crate) struct Virtqueue<B> {
     vq: NonNull<bindings::virtqueue>,
     binding: Arc<Binding>,
+    traffic: Arc<Traffic>,
     slots: KVec<Option<B>>,
     free: KVec<usize>,
 }
@@ -176,7 +204,7 @@ impl<B: Buffer> Virtqueue<B> {
 }
 
 impl<B> Virtqueue<B> {
-    /// Makes a queue of `vq`.
+    /// Makes a queue of `vq`, whose traffic is added to `traffic`.
     ///
     /// # Safety
     ///
@@ -188,6 +216,7 @@ impl<B> Virtqueue<B> {
     pub(super) unsafe fn new(
         vq: NonNull<bindings::virtqueue>,
         binding: Arc<Binding>,
+        traffic: Arc<Traffic>,
     ) -> Result<Self> {
         // SAFETY: `vq` is valid by the requirements of this function.
         let size = unsafe { bindings::virtqueue_get_vring_size(vq.as_ptr()) } as usize;
@@ -203,9 +232,15 @@ impl<B> Virtqueue<B> {
         Ok(Self {
             vq,
             binding,
+            traffic,
             slots,
             free,
         })
+    }
+
+    /// Returns the number of the device, which is also in its name.
+    pub(crate) fn device(&self) -> u32 {
+        self.binding.device()
     }
 
     /// Returns how many more buffers can be offered now.
@@ -264,6 +299,10 @@ impl<B> Virtqueue<B> {
             (Ok(()), Some(slot)) => {
                 // INVARIANT: The device owns the buffer, which is in the slot below its token.
                 *slot = Some(buffer);
+                self.traffic.buffers.add(1, Relaxed);
+                // SAFETY: The caller vouches for the list.
+                let bytes = unsafe { bindings::balloon_rs_sg_bytes(sg, n) };
+                self.traffic.bytes.add(bytes, Relaxed);
                 Ok(())
             }
             _ => {
@@ -279,7 +318,12 @@ impl<B> Virtqueue<B> {
     pub(crate) fn kick(&mut self) {
         if let Some(_open) = self.binding.enter() {
             // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
-            unsafe { bindings::virtqueue_kick(self.vq.as_ptr()) };
+            unsafe {
+                if bindings::virtqueue_kick_prepare(self.vq.as_ptr()) {
+                    self.traffic.notifications.add(1, Relaxed);
+                    bindings::virtqueue_notify(self.vq.as_ptr());
+                }
+            }
         }
     }
 

@@ -39,7 +39,7 @@ impl Guest {
         driver: Driver,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<(T, Duration)> {
-        let (result, trace) = self.trace(SWITCHES, LARGE_BUFFER, work)?;
+        let (result, trace) = self.trace(&[TASKS, SWITCHES].concat(), LARGE_BUFFER, work)?;
         Ok((result, running(&trace, driver)?))
     }
 
@@ -50,8 +50,19 @@ impl Guest {
         driver: Driver,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<(T, usize)> {
-        let (result, trace) = self.trace(ALLOCATIONS, SMALL_BUFFER, work)?;
+        let (result, trace) = self.trace(&[TASKS, ALLOCATIONS].concat(), SMALL_BUFFER, work)?;
         Ok((result, allocations(&trace, driver)?))
+    }
+
+    /// Does something, and returns the driver's own events meanwhile, without the `virtio_balloon_rs_` that all begin
+    /// with: `inflate: virtio0: pages=1024`.
+    pub fn trace_balloon<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<String>)> {
+        let (result, trace) = self.trace(&["virtio_balloon_rs"], SMALL_BUFFER, work)?;
+        let events = trace.lines().filter_map(|line| {
+            let (_, event) = line.split_once(": virtio_balloon_rs_")?;
+            Some(event.to_owned())
+        });
+        Ok((result, events.collect()))
     }
 
     /// Does something, and returns what the kernel says of it.
@@ -63,8 +74,8 @@ impl Guest {
     ) -> Result<(T, String)> {
         let set = |file: &str, value: &str| self.write_file(&format!("{TRACING}/{file}"), value);
         let switch = |value: &str| {
-            let mut all = TASKS.iter().chain(events);
-            all.try_for_each(|event| set(&format!("events/{event}/enable"), value))
+            let mut events = events.iter();
+            events.try_for_each(|event| set(&format!("events/{event}/enable"), value))
         };
         set("buffer_size_kb", &(buffer.as_bytes() >> 10).to_string())?;
         set("trace", "")?;

@@ -33,6 +33,7 @@ mod hinting;
 mod hostile;
 mod lifecycle;
 mod memory;
+mod observability;
 mod oom;
 mod page_sets;
 mod poison;
@@ -64,6 +65,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     speed::SCENARIOS,
     page_sets::SCENARIOS,
     costs::SCENARIOS,
+    observability::SCENARIOS,
     vhost_user::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,

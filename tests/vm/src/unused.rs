@@ -206,7 +206,7 @@ fn overwrite_once(
 }
 
 /// Makes a request and waits for its end. Returns how that went, and how long it took.
-fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duration)> {
+pub(crate) fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duration)> {
     let start = Instant::now();
     let daemon = guest.daemon()?;
     let begun: Begun = daemon.call(request)?;
@@ -221,7 +221,7 @@ fn counter(guest: &Guest, name: &str) -> Result<u64> {
 }
 
 /// All memory, in blocks of `block` bytes or more.
-fn unused(block: u64) -> Request {
+pub(crate) fn unused(block: u64) -> Request {
     Request::Unused {
         block,
         start: 0,

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can be seen of the driver in its guest: counters, events, and the log.
+
+use anyhow::{Context, Result, ensure};
+use vm::{Guest, Size};
+
+use crate::unused::{ask, unused};
+use crate::{BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "observability",
+    proves: "counters, trace events and the log agree with the guest's kernel and with the device",
+    kernels: BOTH_KERNELS,
+    drivers: RUST_DRIVER,
+    devices: EXTENDED_DEVICE,
+    run: observability,
+}];
+
+fn observability(setup: &Setup) -> Result<()> {
+    let size = Size::mib(300);
+    let config = setup.config().memory(Size::gib(1));
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let log = guest.console().text()?;
+        ensure!(
+            log.contains("features: inflate and deflate, statistics"),
+            "the log says nothing of the features"
+        );
+
+        let (_, events) = guest.trace_balloon(|| guest.balloon().settle(size))?;
+        let pages = guest.vmstat("nr_balloon_pages")?;
+        let inflated = sum(&events, "inflate", "pages")?;
+        ensure!(
+            inflated == pages,
+            "{inflated} of {pages} pages in {events:#?}"
+        );
+
+        let balloon = show(guest, "balloon")?;
+        for name in ["target", "held"] {
+            let value = value(&balloon, name)?;
+            ensure!(value == pages, "{name} is {value}, not {pages}");
+        }
+        let mut held = 0;
+        for order in 0..=10 {
+            held += value(&balloon, &format!("order_{order}_blocks"))? << order;
+        }
+        ensure!(held == pages, "{held} pages in {balloon}");
+        check_traffic(guest, "inflate")?;
+
+        let (_, events) = guest.trace_balloon(|| guest.balloon().settle(Size::default()))?;
+        let deflated = sum(&events, "deflate", "pages")?;
+        ensure!(
+            deflated == pages,
+            "{deflated} of {pages} pages in {events:#?}"
+        );
+        check_traffic(guest, "deflate")?;
+
+        let ((answer, _), events) = guest.trace_balloon(|| ask(guest, &unused(2 << 20)))?;
+        let named = Size::pages(sum(&events, "answer", "pages")?);
+        ensure!(
+            named.as_bytes() == answer.named && answer.named > 0,
+            "{named} of {} bytes in {events:#?}",
+            answer.named
+        );
+        let has = |part: &str| events.iter().any(|event| event.contains(part));
+        ensure!(
+            has("command=unused-skip") && has("status=complete"),
+            "no request, or no end of it: {events:#?}"
+        );
+        for (name, expected) in [
+            ("requests_completed", "1"),
+            ("requests_open", "0"),
+            ("requests_refused", "0"),
+        ] {
+            let found = show(guest, name)?;
+            ensure!(found.trim() == expected, "{name} is {found}");
+        }
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// One of the driver's files in debugfs.
+fn show(guest: &Guest, name: &str) -> Result<String> {
+    guest.sh(&format!(
+        "cat /sys/kernel/debug/virtio_balloon_rs-virtio*/{name}"
+    ))
+}
+
+/// The number that stands after `name`, in words that are `name number`.
+fn value(text: &str, name: &str) -> Result<u64> {
+    let mut words = text.split_whitespace().skip_while(|word| *word != name);
+    let value = words
+        .nth(1)
+        .with_context(|| format!("{name} is not in {text}"))?;
+    Ok(value.parse()?)
+}
+
+/// The sum of `field` in all `events` called `name`.
+fn sum(events: &[String], name: &str, field: &str) -> Result<u64> {
+    let mut sum = 0;
+    for event in events.iter().filter_map(|event| event.strip_prefix(name)) {
+        let mut words = event.split_whitespace();
+        let found = words.find_map(|word| word.strip_prefix(field)?.strip_prefix('='));
+        sum += found.context("an event lacks a field")?.parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+/// Checks that the device has received as much on a queue as the driver has sent.
+fn check_traffic(guest: &Guest, queue: &str) -> Result<()> {
+    let text = show(guest, "queues")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(queue));
+    let line = line.context("a queue is missing")?;
+    let counters = guest.daemon()?.info()?.counters;
+    let (messages, bytes) = match queue {
+        "inflate" => (counters.messages.inflate, counters.received.inflate),
+        _ => (counters.messages.deflate, counters.received.deflate),
+    };
+    ensure!(
+        (value(line, "buffers")?, value(line, "bytes")?) == (messages, bytes),
+        "the device has received {messages} messages of {bytes} bytes, and the driver says{line}"
+    );
+    ensure!(value(line, "notifications")? > 0, "nobody was notified");
+    Ok(())
+}
