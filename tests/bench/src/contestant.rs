@@ -51,12 +51,15 @@ impl Contestant {
     /// All that this repository has.
     pub const OURS: Self = Self::new(By::Rs, Device::VhostUser);
 
+    /// Both drivers on QEMU's device.
+    pub const ON_QEMU: [Self; 2] = [Self::new(By::Rs, Device::Qemu), Self::STOCK];
+
     /// Both drivers on both devices.
     pub const BALLOONS: [Self; 4] = [
         Self::OURS,
         Self::new(By::C, Device::VhostUser),
-        Self::new(By::Rs, Device::Qemu),
-        Self::STOCK,
+        Self::ON_QEMU[0],
+        Self::ON_QEMU[1],
     ];
 
     /// A guest that can unplug memory.

@@ -49,7 +49,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
         &[Contestant::VIRTIO_MEM, Contestant::none(Device::Qemu)],
     ]
     .concat();
-    bench.rounds(RUNS, &contestants, |contestant| {
+    bench.rounds(&[(RUNS, &contestants)], |contestant| {
         contestant.run(bench.config().memory(MEMORY), AMOUNT, |guest| {
             for (detail, load) in LOADS {
                 let run = watch(contestant, guest, load)?;

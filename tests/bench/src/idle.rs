@@ -32,7 +32,7 @@ const PFN_BYTES: u64 = 4;
 fn run(bench: &Bench<'_>) -> Result<()> {
     let config = || bench.config().memory(MEMORY);
     let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM]].concat();
-    bench.rounds(RUNS, &contestants, |contestant| {
+    bench.rounds(&[(RUNS, &contestants)], |contestant| {
         let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
         contestant.run(config(), AMOUNT, |guest| {
             let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;
@@ -44,7 +44,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     })?;
     // In guests of their own: what is traced takes longer.
     let traced = [By::Rs, By::C].map(|driver| Contestant::new(driver, Device::VhostUser));
-    bench.rounds(TRACED_RUNS, &traced, |contestant| {
+    bench.rounds(&[(TRACED_RUNS, &traced)], |contestant| {
         contestant.run(config(), AMOUNT, |guest| {
             let driver = contestant.module().context("a balloon has a driver")?;
             let before = guest.daemon()?.info()?.counters;

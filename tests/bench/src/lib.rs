@@ -11,7 +11,7 @@
 //!
 //! fn half_a_gib(bench: &Bench) -> anyhow::Result<()> {
 //!     let (memory, amount) = (Size::gib(1), Size::mib(512));
-//!     bench.rounds(5, &Contestant::BALLOONS, |contestant| {
+//!     bench.rounds(&[(5, &Contestant::BALLOONS)], |contestant| {
 //!         contestant.run(bench.config().memory(memory), amount, |guest| {
 //!             let run = measure(guest, || contestant.inflate(guest, amount))?;
 //!             bench.add(Subject::new("half-a-gib", contestant, memory, amount), run);
@@ -99,21 +99,23 @@ impl<'a> Bench<'a> {
         self.config.clone()
     }
 
-    /// Has each of the contestants do something once, and all of that `rounds` times.
+    /// Has all contestants do something in turn, those of each group as many times as is said of it.
     ///
     /// # Errors
     ///
     /// The first one of theirs, or the results cannot be kept.
     pub fn rounds(
         &self,
-        rounds: usize,
-        contestants: &[Contestant],
+        groups: &[(usize, &[Contestant])],
         mut each: impl FnMut(Contestant) -> Result<()>,
     ) -> Result<()> {
-        for round in 1..=rounds {
-            for &contestant in contestants {
-                (self.watch)(&format!("run {round} of {rounds}: {contestant}"));
-                each(contestant)?;
+        let rounds = groups.iter().map(|&(runs, _)| runs).max();
+        for round in 1..=rounds.unwrap_or(0) {
+            for &(runs, contestants) in groups.iter().filter(|&&(runs, _)| round <= runs) {
+                for &contestant in contestants {
+                    (self.watch)(&format!("run {round} of {runs}: {contestant}"));
+                    each(contestant)?;
+                }
             }
             (self.keep)(&self.records())?;
         }

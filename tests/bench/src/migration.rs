@@ -40,7 +40,7 @@ const LIMIT: f64 = 0.7;
 /// Measures migrations of guests that have just been started. In one that has been copied before, the pages that nobody
 /// has written cost QEMU less: it has mapped them when it read them.
 fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
-    bench.rounds(RUNS, &CONTESTANTS, |contestant| {
+    bench.rounds(&[(RUNS, &CONTESTANTS)], |contestant| {
         let config = bench.config().using_memory().memory(MEMORY);
         let config = config.offer(&[Offer::FreePageHint]);
         contestant.run(config, written, |guest| {

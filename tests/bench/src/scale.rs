@@ -27,13 +27,9 @@ const C_RUNS: usize = 2;
 const REFERENCE: u64 = 4096;
 
 fn run(bench: &Bench<'_>) -> Result<()> {
-    let mut runs = 0;
-    let contestants = [Contestant::OURS, Contestant::OURS.base()];
-    bench.rounds(RUNS, &contestants, |contestant| {
-        runs += 1;
-        if contestant != Contestant::OURS && runs > C_RUNS * contestants.len() {
-            return Ok(());
-        }
+    let ours = Contestant::OURS;
+    let groups: [(_, &[_]); 2] = [(RUNS, &[ours]), (C_RUNS, &[ours.base()])];
+    bench.rounds(&groups, |contestant| {
         for memory in [1, 2, 4, 8, 16].map(Size::gib) {
             // The kernel cannot do without some of the smallest guest's memory.
             let amount = memory - Size::bytes(memory.as_bytes() / 8).max(Size::mib(256));

@@ -38,7 +38,7 @@ const AS_IT_IS: Contestant = Contestant::none(Device::VhostUser);
 
 fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
     // Both snapshots are of the same guest. It has a balloon device for the second one only.
-    bench.rounds(RUNS, &[AS_IT_IS], |_| {
+    bench.rounds(&[(RUNS, &[AS_IT_IS])], |_| {
         let directory = tempfile::tempdir_in(DIRECTORY)?;
         let config = bench.config().using_memory().memory(MEMORY);
         let config = AS_IT_IS
