@@ -32,7 +32,7 @@ use kernel::error::code::EAGAIN;
 /// How many messages are sent with one notification: few enough to keep both sides busy, and enough
 /// to make the cost of a notification, which takes the virtual CPU out of the guest, one among
 /// thousands of pages.
-const MESSAGES_PER_NOTIFICATION: usize = 32;
+const MESSAGES_PER_NOTIFICATION: usize = 16;
 
 /// How many blocks are gathered before the first of them is sent: enough to find neighbours, and
 /// few enough for the device not to run out of work.

@@ -38,6 +38,10 @@ use kernel::{
 /// page set has room for more.
 pub(crate) const MOVES_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
 
+/// How many messages of the base protocol the device has at most. QEMU reads all that there are in
+/// one go, under a lock that the guest's CPUs need for their timers.
+const PFN_MESSAGES_IN_FLIGHT: usize = 32;
+
 /// How many buffers are kept for messages when there is nothing to tell, so that there is always
 /// one to be had when memory is short.
 const RESERVE: usize = 4;
@@ -239,7 +243,12 @@ impl MessageQueue {
 
     /// Returns how many more messages can be sent now.
     pub(crate) fn room(&self) -> usize {
-        self.vq.room()
+        let most = match self.format {
+            Format::Pfns(_) => PFN_MESSAGES_IN_FLIGHT,
+            Format::PageSets(_) => usize::MAX,
+        };
+
+        self.vq.room().min(most.saturating_sub(self.in_flight()))
     }
 
     /// Returns how many blocks can be named now, wherever they lie. Without page sets each is a

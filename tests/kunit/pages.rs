@@ -3,6 +3,7 @@
 use crate::rust::{
     balloon_pages::{
         BalloonPages,
+        ByOrder,
         OldPage,
         Replace, //
     },
@@ -50,6 +51,15 @@ impl Replace for Fixed {
 
 fn balloon() -> Result<Pin<KBox<BalloonPages<Fixed>>>> {
     KBox::pin_init(BalloonPages::new(true, Ok(Fixed)), GFP_KERNEL)
+}
+
+/// Returns what a balloon has in so many single pages and largest blocks.
+fn held(singles: usize, blocks: usize) -> ByOrder {
+    let mut by_order = [0; MAX_ORDER as usize + 1];
+
+    by_order[0] = singles;
+    by_order[MAX_ORDER as usize] = blocks;
+    by_order
 }
 
 /// Returns whether the page frame numbers of `pages` are consecutive.
@@ -136,6 +146,7 @@ mod tests {
         assert_eq!(balloon.len(), 3 * LEN);
         assert_eq!(memory::total_pages(), total - 3 * LEN);
         assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
+        assert!(balloon.by_order() == held(0, 3));
 
         // A block stays whole if it fits, and is split if nothing else is there.
         assert_eq!(balloon.take(2 * LEN - 1, usize::MAX).len(), LEN);
@@ -144,6 +155,7 @@ mod tests {
         assert_eq!(balloon.len(), LEN - 10);
         assert_eq!(memory::total_pages(), total - LEN + 10);
         assert_eq!(memory::ballooned_pages(), ballooned + LEN - 10);
+        assert!(balloon.by_order() == held(LEN - 10, 0));
     }
 
     #[test]
@@ -162,8 +174,10 @@ mod tests {
         assert!(balloon.take_blocks(&(0..first.pfn)).is_empty());
         assert_eq!(balloon.take_blocks(&(first.pfn..first.pfn + 1)).len(), LEN);
         assert_eq!(balloon.len(), 3 * LEN);
+        assert!(balloon.by_order() == held(0, 3));
         assert_eq!(balloon.take_blocks(&(0..u64::MAX)).len(), 3 * LEN);
         assert_eq!(balloon.len(), 0);
+        assert!(balloon.by_order() == held(0, 0));
     }
 
     #[test]
