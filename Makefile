@@ -8,7 +8,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS))
 
-.PHONY: all demo bench bench-docs test test-long kunit fuzz clippy fmt fmt-check clean help
+.PHONY: all deb demo bench bench-docs test test-long kunit fuzz clippy fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -18,6 +18,9 @@ all:
 	@test -e $(KDIR)/rust/libkernel.rmeta || \
 		{ echo "$(KDIR) has no Rust metadata (headers packages leave it out); set KDIR= to the tree that the kernel was built in" >&2; exit 1; }
 	$(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(shell grep -s '^CONFIG_CC_IS_CLANG=y' $(KDIR)/include/config/auto.conf),LLVM=1) modules
+
+deb:
+	@$(lab) deb
 
 demo:
 	@$(lab) demo $(guests)
@@ -61,9 +64,10 @@ clean:
 
 help:
 	@echo "make            build the module for the kernel of KDIR= (default: the running one)"
+	@echo "make deb        build Debian packages of the module and of the host's programs"
 	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
-	@echo "make test-long  run what takes long, too: all scenarios in both kernels, and on the C driver"
+	@echo "make test-long  run what takes long, too: all scenarios in all kernels, and on the C driver"
 	@echo "make bench      measure what the balloon costs, and what others in its place do (20 minutes)"
 	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
 	@echo "make kunit      run KUnit in guests"
@@ -72,8 +76,9 @@ help:
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"
 	@echo "make clean      remove what was built in this checkout"
 	@echo
-	@echo "KERNEL=test|debug  run the tests in that guest kernel only"
-	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit),"
+	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, or debian, which is Debian's"
+	@echo "                   own, with the module from the package"
+	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit, packages),"
 	@echo "                   or the benchmarks"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
 	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu, vhost-user or extended"
@@ -85,6 +90,6 @@ help:
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
 	@echo
-	@echo "demo, test, kunit, clippy and fmt make a Debian 13 build root and the guests' kernels"
+	@echo "deb, demo, test, kunit, clippy and fmt make a Debian 13 build root and the guests' kernels"
 	@echo "in ~/.cache/virtio-balloon-rs on first use. They need root, 10 GiB of disk and a quarter"
 	@echo "of an hour then, and a few seconds from then on, also in other clones."

@@ -46,18 +46,12 @@ impl Tree {
 
 /// Rust together with KASAN is offered for clang only.
 fn toolchain(kernel: Kernel) -> Option<&'static str> {
-    match kernel {
-        Kernel::Test => None,
-        Kernel::Debug => Some("LLVM=1"),
-    }
+    (kernel == Kernel::Debug).then_some("LLVM=1")
 }
 
 /// How many lines make prints for a whole build, which the bar is drawn from.
 fn build_lines(kernel: Kernel) -> u64 {
-    match kernel {
-        Kernel::Test => 2010,
-        Kernel::Debug => 2030,
-    }
+    if kernel == Kernel::Debug { 2030 } else { 2010 }
 }
 
 /// Where the kernel's source is; extracts it on first use.
@@ -218,7 +212,7 @@ pub(crate) fn lock(directory: &Path) -> Result<Flock<File>> {
 }
 
 /// What a command writes to its standard output.
-fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output()?;
     ensure!(
         output.status.success(),

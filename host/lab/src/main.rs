@@ -12,6 +12,8 @@ use vm::{Accel, Device, Driver, Kernel};
 
 mod bench;
 mod check;
+mod deb;
+mod debian;
 mod demo;
 mod fuzz;
 mod host_tests;
@@ -44,10 +46,10 @@ enum Command {
         /// Run the tests in this kernel only
         #[arg(long)]
         kernel: Option<KernelName>,
-        /// Run only what has this in its name; "host" and "kunit" stand for all tests of theirs
+        /// Run only what has this in its name; "host", "kunit" and "packages" stand for all tests of theirs
         #[arg(long)]
         only: Option<String>,
-        /// Run what takes long as well, and everything in both kernels
+        /// Run what takes long as well, and everything in all kernels
         #[arg(long)]
         long: bool,
         /// Run the scenarios on this driver
@@ -87,6 +89,8 @@ enum Command {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// Build Debian packages of the module and of the host's programs
+    Deb,
     /// Have clippy look at the module and at the host's programs
     Clippy,
     /// Format the sources
@@ -140,6 +144,8 @@ enum AccelName {
 enum KernelName {
     Test,
     Debug,
+    /// Debian's own, with the module from the package.
+    Debian,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -175,6 +181,7 @@ impl From<KernelName> for Kernel {
         match name {
             KernelName::Test => Self::Test,
             KernelName::Debug => Self::Debug,
+            KernelName::Debian => Self::Debian,
         }
     }
 }
@@ -222,6 +229,7 @@ fn main() -> Result<ExitCode> {
         Command::Bench { only, guests, .. } => bench::run(only.as_deref(), guests),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
+        Command::Deb => deb::run(),
         Command::Clippy => check::clippy(),
         Command::Fmt { check } => check::format(check),
     }?;

@@ -8,18 +8,24 @@ use anyhow::Result;
 use vm::{Artifacts, Driver, Kernel};
 
 use crate::places::Places;
-use crate::{initramfs, kernel, module};
+use crate::{debian, initramfs, kernel, module};
 
 /// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
-    let tree = kernel::build(places, kernel)?;
-    let modules = [
-        module::build(places, &tree)?,
-        module::build_lying(places, &tree)?,
-        tree.path.join("drivers/virtio").join(Driver::C.file()),
-    ];
+    let (image, modules) = match kernel {
+        Kernel::Test | Kernel::Debug => {
+            let tree = kernel::build(places, kernel)?;
+            let modules = vec![
+                module::build(places, &tree)?,
+                module::build_lying(places, &tree)?,
+                tree.path.join("drivers/virtio").join(Driver::C.file()),
+            ];
+            (tree.image(), modules)
+        }
+        Kernel::Debian => debian::install(places, &build)?,
+    };
     // guest/lab has put them all there.
     let tools = env::current_exe()?.with_file_name("");
     let agent = tools.join("agent");
@@ -27,7 +33,7 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     initramfs::write(&initramfs, &agent, &modules)?;
     let logs = places.logs().join(kernel.to_string());
     Ok(Artifacts {
-        kernel: tree.image(),
+        kernel: image,
         initramfs,
         tools,
         logs,

@@ -33,6 +33,9 @@ const LONG_SCENARIOS: &[&str] = &[
     "slow_device",
 ];
 
+/// The result for installing and removing the packages.
+const PACKAGES: &str = "packages are installed and removed (debian kernel)";
+
 /// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
 const DEVICE_SCENARIOS: &[&str] = &[
     "inflate_deflate",
@@ -64,23 +67,45 @@ pub(crate) fn run(
         host_tests::run(&places, &mut report)?;
         fuzz::fuzz(&places, None, FUZZ_SECONDS, &mut report)?;
     }
-    for this in [Kernel::Test, Kernel::Debug] {
+    for this in [Kernel::Test, Kernel::Debug, Kernel::Debian] {
+        let is_debian = this == Kernel::Debian;
         let wanted = |scenario: &&Scenario| {
-            let default = this == Kernel::Test || DEBUG_SCENARIOS.contains(&scenario.name);
-            kernel.map_or(default || long, |kernel| kernel == this)
+            let default = match this {
+                Kernel::Test => true,
+                Kernel::Debug => long || DEBUG_SCENARIOS.contains(&scenario.name),
+                Kernel::Debian => long,
+            };
+            // Debian's kernel is for a few scenarios, and for those that take long, too.
+            let long = long || is_debian;
+            kernel.map_or(default, |kernel| kernel == this)
+                && (!is_debian || scenario.kernels.contains(&this))
                 && only.map_or(long || !LONG_SCENARIOS.contains(&scenario.name), |only| {
                     scenario.name.contains(only)
                 })
         };
         let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
-        let with_kunit = driver == Driver::Rust
+        let with_kunit = !is_debian
+            && driver == Driver::Rust
             && device.is_none_or(|device| device == Device::Qemu)
             && kernel.is_none_or(|kernel| kernel == this)
             && only.is_none_or(|only| only == "kunit");
-        if scenarios.is_empty() && !with_kunit {
+        let with_packages = is_debian && only == Some("packages");
+        if scenarios.is_empty() && !with_kunit && !with_packages {
             continue;
         }
-        let artifacts = setup::prepare(&places, this)?;
+        let artifacts = match setup::prepare(&places, this) {
+            // What the packages do is a test, too.
+            Err(error) if is_debian => {
+                report.add(PACKAGES, None, &Outcome::Failed(format!("{error:#}")));
+                continue;
+            }
+            artifacts => artifacts?,
+        };
+        if is_debian {
+            report.add(PACKAGES, None, &Outcome::Passed);
+        }
+        // Whether memory is zeroed on allocation, as Debian's kernel does it by default.
+        let zeroing: &[bool] = if is_debian { &[false, true] } else { &[false] };
         if with_kunit {
             kunit::run_in(this, &artifacts, guests, &mut report);
         }
@@ -92,8 +117,10 @@ pub(crate) fn run(
                 (None, all) => all,
             };
             for &device in devices {
-                let variant = (this, driver, device);
-                run_scenario(scenario, variant, &artifacts, guests, &mut report);
+                for &zeroing in zeroing {
+                    let variant = (this, driver, device, zeroing);
+                    run_scenario(scenario, variant, &artifacts, guests, &mut report);
+                }
             }
         }
     }
@@ -102,7 +129,7 @@ pub(crate) fn run(
 
 fn run_scenario(
     scenario: &Scenario,
-    (kernel, driver, device): (Kernel, Driver, Device),
+    (kernel, driver, device, zeroing): (Kernel, Driver, Device, bool),
     artifacts: &Artifacts,
     guests: Guests,
     report: &mut Report,
@@ -116,6 +143,9 @@ fn run_scenario(
         Device::VhostUser => ", vhost-user",
         Device::Extended => ", extended",
     };
+    if zeroing {
+        label += ", zeroing";
+    }
     let name = format!("scenario {} ({label})", scenario.name);
     if !scenario.kernels.contains(&kernel) {
         return report.add(
@@ -147,6 +177,7 @@ fn run_scenario(
         guests.accel(),
         guests.verbose,
     )
+    .with_zeroing(zeroing)
     .with_seeds(guests.seeds());
     let start = report.begin(&format!("{name}: {}", scenario.proves));
     let outcome = match (scenario.run)(&setup) {

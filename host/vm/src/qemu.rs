@@ -36,6 +36,8 @@ pub enum Kernel {
     Test,
     /// Finds what the other one survives, and is many times slower.
     Debug,
+    /// Debian's own, with the module from the package.
+    Debian,
 }
 
 impl fmt::Display for Kernel {
@@ -43,6 +45,7 @@ impl fmt::Display for Kernel {
         f.write_str(match self {
             Self::Test => "test",
             Self::Debug => "debug",
+            Self::Debian => "debian",
         })
     }
 }
@@ -152,6 +155,7 @@ pub struct Config {
     devices: Vec<String>,
     arguments: Vec<String>,
     reboots: bool,
+    zeroing: bool,
 }
 
 impl Config {
@@ -179,6 +183,7 @@ impl Config {
             devices: Vec::new(),
             arguments: Vec::new(),
             reboots: false,
+            zeroing: false,
         }
     }
 
@@ -349,6 +354,13 @@ impl Config {
         self
     }
 
+    /// Whether the guest's kernel zeroes memory that it allocates if that is its default, as it is for those of
+    /// distributions. It would hide what ballooning itself costs.
+    pub fn zeroing(mut self, zeroing: bool) -> Self {
+        self.zeroing = zeroing;
+        self
+    }
+
     /// Takes all of the guest's memory from the host at once, whether the guest uses it or not.
     pub fn preallocated(mut self) -> Self {
         self.arguments.push("-mem-prealloc".to_owned());
@@ -420,9 +432,11 @@ impl Config {
             "panic=-1",
             // How a machine without ACPI and without a keyboard's controller ends.
             "reboot=triple",
-            "init_on_alloc=0",
             "sysctl.kernel.hung_task_timeout_secs=30",
         ];
+        if !self.zeroing {
+            parameters.push("init_on_alloc=0");
+        }
         parameters.extend(self.parameters.iter().map(String::as_str));
         option("-append", parameters.join(" "));
 

@@ -88,6 +88,7 @@ pub struct Scenario {
     pub run: fn(&Setup) -> Result<()>,
 }
 
+pub(crate) const ALL_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug, Kernel::Debian];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
 pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
@@ -127,7 +128,7 @@ impl Setup {
             .accel(accel)
             .verbose(verbose);
         let config = match kernel {
-            Kernel::Test => config,
+            Kernel::Test | Kernel::Debian => config,
             Kernel::Debug => config.timeout(Duration::from_secs(600)),
         };
         Self {
@@ -139,6 +140,12 @@ impl Setup {
             notes: RefCell::default(),
             skipped: RefCell::default(),
         }
+    }
+
+    /// Has the guests' kernels zero memory, as [`Config::zeroing`] says.
+    pub fn with_zeroing(mut self, zeroing: bool) -> Self {
+        self.config = self.config.zeroing(zeroing);
+        self
     }
 
     /// Has scenarios that come from seeds use these.

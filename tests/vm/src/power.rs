@@ -87,7 +87,7 @@ const PATIENCE: Duration = Duration::from_secs(400);
 /// A balloon that takes its time to inflate, and the memory for it.
 fn large(setup: &Setup) -> (Config, Size) {
     let (memory, target) = match setup.kernel {
-        Kernel::Test => (Size::gib(4), Size::gib(3)),
+        Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
         Kernel::Debug => (Size::gib(2), Size::mib(1200)),
     };
     let config = setup.config().memory(memory);

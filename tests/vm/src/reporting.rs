@@ -170,7 +170,7 @@ fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
     let used = Size::mib(500);
     // So seldom that the balloon comes and goes several times until all is reported.
     let seldom = match setup.kernel {
-        Kernel::Test => "page_reporting.page_reporting_delay_ms=500",
+        Kernel::Test | Kernel::Debian => "page_reporting.page_reporting_delay_ms=500",
         Kernel::Debug => "page_reporting.page_reporting_delay_ms=3000",
     };
     let config = setup

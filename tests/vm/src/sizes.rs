@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use vm::{Guest, Kernel, Size};
 
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{
+    ALL_DEVICES, ALL_KERNELS, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "inflate_deflate",
         proves: "the balloon takes every size it is asked for, and both sides agree on it",
-        kernels: BOTH_KERNELS,
+        kernels: ALL_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: inflate_deflate,
@@ -22,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "accounting",
         proves: "the kernel's counters say what the balloon does, page by page",
-        kernels: BOTH_KERNELS,
+        kernels: ALL_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: accounting,
@@ -122,7 +124,7 @@ fn accounting(setup: &Setup) -> Result<()> {
 
 fn target_changes(setup: &Setup) -> Result<()> {
     let (memory, span) = match setup.kernel {
-        Kernel::Test => (Size::gib(4), Size::gib(3)),
+        Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
         Kernel::Debug => (Size::gib(1), Size::mib(500)),
     };
     vm::run(&setup.config().memory(memory), |guest| {
@@ -163,7 +165,7 @@ fn target_beyond_memory(setup: &Setup) -> Result<()> {
     /// So long that the driver's next try is seconds away.
     const QUIET: Duration = Duration::from_secs(7);
     let reaction_limit = match setup.kernel {
-        Kernel::Test => Duration::from_secs(1),
+        Kernel::Test | Kernel::Debian => Duration::from_secs(1),
         Kernel::Debug => Duration::from_secs(4),
     };
     vm::run(&setup.config(), |guest| {

@@ -10,13 +10,15 @@ use vm::{Guest, Load, Sample, Size};
 use crate::lifecycle::device;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{
+    ALL_DEVICES, ALL_KERNELS, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "statistics",
         proves: "the host sees what /proc/meminfo and /proc/vmstat say, all sixteen kinds of it",
-        kernels: BOTH_KERNELS,
+        kernels: ALL_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: statistics,

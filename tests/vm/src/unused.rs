@@ -11,13 +11,15 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
 
-use crate::{BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::{
+    ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "unused_proof",
         proves: "memory that the driver calls unused, and that was not written since, holds nothing that matters",
-        kernels: BOTH_KERNELS,
+        kernels: ALL_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: proof,
@@ -75,7 +77,7 @@ const GARBAGE: u8 = 0xa5;
 fn proof(setup: &Setup) -> Result<()> {
     let (memory, guests, rounds) = match setup.kernel {
         Kernel::Test => (Size::gib(8), 5, 10),
-        Kernel::Debug => (Size::gib(2), 2, 3),
+        Kernel::Debug | Kernel::Debian => (Size::gib(2), 2, 3),
     };
     let mut total = Size::default();
     for seed in 0..guests {
@@ -363,7 +365,7 @@ fn flood(setup: &Setup) -> Result<()> {
 
 fn reclaim(setup: &Setup) -> Result<()> {
     let (memory, used) = match setup.kernel {
-        Kernel::Test => (Size::gib(8), Size::gib(6)),
+        Kernel::Test | Kernel::Debian => (Size::gib(8), Size::gib(6)),
         Kernel::Debug => (Size::gib(2), Size::gib(1)),
     };
     vm::run(&setup.config().memory(memory), |guest| {

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A Debian system: what the packages do to it, and its own kernel with the module from there.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+use vm::Driver;
+
+use crate::places::Places;
+use crate::progress::Phase;
+use crate::{deb, kernel};
+
+/// The system's kernel, which comes from the backports, and what has to come from there with it: the headers package
+/// takes the library of libelf-dev from there.
+const KERNEL: &str = "linux-image-cloud-amd64 linux-headers-cloud-amd64 libelf-dev";
+
+/// How the build root reaches its mirror, if that takes a proxy.
+const PROXY: &str = "/etc/apt/apt.conf.d/99mmdebstrap";
+
+/// What udev asks for when there is a balloon device.
+const ALIAS: &str = "virtio:d00000005v00001AF4";
+
+/// Runs a command in a system that keeps its changes apart.
+const ENTER: &str = r#"
+    layers=$1 changes=$2 packages=$3
+    shift 3
+    root=$changes/root
+    mount -t overlay overlay -o "lowerdir=$layers,upperdir=$changes/upper,workdir=$changes/work" "$root"
+    for directory in proc sys dev; do
+        mount --rbind "/$directory" "$root/$directory"
+    done
+    mkdir -p "$root/packages"
+    mount --bind "$packages" "$root/packages"
+    exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
+        DEBIAN_FRONTEND=noninteractive "$@"
+"#;
+
+/// What the host's programs bring along, for their version.
+const CHECK_PROGRAMS: &str = r#"
+    for program in vhost-user-balloon balloonctl; do
+        [ "$($program --version)" = "$program $1" ]
+    done
+    cd /usr/share
+    gzip --test man/man8/vhost-user-balloon.8.gz man/man1/balloonctl.1.gz
+    test -s bash-completion/completions/balloonctl
+    test -s zsh/vendor-completions/_balloonctl
+    test -s fish/vendor_completions.d/balloonctl.fish
+    systemd-analyze verify --man=no vhost-user-balloon@vm.service
+"#;
+
+/// Builds the packages, installs them in a system with Debian's kernel, looks at what that has done, and removes
+/// them. The drivers are put into `directory`. Returns the kernel's image and the drivers, as guests load them.
+///
+/// # Errors
+///
+/// They do not build, or do not do what they should.
+pub(crate) fn install(places: &Places, directory: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let system = System::new(places, deb::build(places)?)?;
+    system.follow(
+        "Installing the packages",
+        "apt-get install --yes --no-install-recommends /packages/*.deb",
+        &[],
+    )?;
+    system.keep_tree()?;
+    let drivers = system.drivers()?;
+    let [ours, theirs] = [Driver::Rust, Driver::C].map(Driver::file);
+    let [first, second, ..] = &drivers[..] else {
+        bail!("for a balloon device modprobe loads {drivers:?} only");
+    };
+    ensure!(
+        first.contains(ours) && second.contains(theirs),
+        "for a balloon device modprobe loads {drivers:?} in this order"
+    );
+    let modules = [(ours, first), (theirs, second)]
+        .map(|(file, module)| system.decompress(module, &directory.join(file)));
+    system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
+
+    system.follow(
+        "Removing the packages",
+        "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl",
+        &[],
+    )?;
+    let drivers = system.drivers()?;
+    ensure!(
+        drivers.len() == 1 && drivers[0].contains(theirs),
+        "for a balloon device modprobe loads {drivers:?} when the packages have been removed"
+    );
+    system.follow(
+        "Looking for what is left",
+        "! find /etc /usr /var/cache /var/lib/dkms -name '*balloon[-_]rs*' | grep .",
+        &[],
+    )?;
+    let image = system
+        .path
+        .join("boot")
+        .join(format!("vmlinuz-{}", system.release));
+    Ok((image, modules.into_iter().collect::<Result<_>>()?))
+}
+
+/// A Debian system with its kernel, and with what the packages need but without them.
+struct System {
+    /// The system as it was made, in the cache.
+    path: PathBuf,
+    /// The kernel's tree that the module's package has made in it, in the cache, or will have.
+    tree: PathBuf,
+    /// What has been changed since.
+    changes: PathBuf,
+    /// The packages, which it sees in /packages.
+    packages: PathBuf,
+    /// Its kernel's.
+    release: String,
+}
+
+impl System {
+    /// Makes it, or finds that it has been made; nothing has been changed.
+    fn new(places: &Places, packages: PathBuf) -> Result<Self> {
+        let path = make(places, &packages)?;
+        let mut hash = Sha256::new();
+        hash.update(path.as_os_str().as_encoded_bytes());
+        hash.update(fs::read(places.checkout.join("debian/dkms-build"))?);
+        let tree = places.cache.join(format!(
+            "debian-tree-{:.12}",
+            format!("{:x}", hash.finalize())
+        ));
+        let changes = places.build().join("debian");
+        if changes.exists() {
+            fs::remove_dir_all(&changes)?;
+        }
+        for directory in ["root", "upper", "work"] {
+            fs::create_dir_all(changes.join(directory))?;
+        }
+        let release = fs::read_dir(path.join("usr/lib/modules"))?
+            .next()
+            .context("the Debian system has no kernel")??
+            .file_name()
+            .to_string_lossy()
+            .into_owned();
+        Ok(Self {
+            path,
+            tree,
+            changes,
+            packages,
+            release,
+        })
+    }
+
+    /// A shell that runs `script` in it.
+    fn shell(&self, script: &str, arguments: &[&str]) -> Command {
+        let mut layers = self.path.clone().into_os_string();
+        if self.tree.exists() {
+            layers = [self.tree.as_os_str(), &layers].join(OsStr::new(":"));
+        }
+        let mut command = Command::new("unshare");
+        command
+            .args([
+                "--mount",
+                "--propagation=unchanged",
+                "sh",
+                "-euc",
+                ENTER,
+                "sh",
+            ])
+            .arg(layers)
+            .args([&self.changes, &self.packages])
+            .args(["sh", "-euc", script, "sh"])
+            .args(arguments);
+        command
+    }
+
+    /// Keeps the kernel's tree that has been made.
+    fn keep_tree(&self) -> Result<()> {
+        let _lock = kernel::lock(&self.tree)?;
+        if !self.tree.exists() {
+            let new = self.tree.with_extension("new");
+            let cache = new.join("var/cache");
+            fs::create_dir_all(&cache)?;
+            kernel::output(
+                Command::new("cp")
+                    .args(["--archive", "--target-directory"])
+                    .arg(&cache)
+                    .arg(self.changes.join("upper/var/cache/virtio-balloon-rs")),
+            )?;
+            fs::rename(new, &self.tree)?;
+        }
+        Ok(())
+    }
+
+    fn follow(&self, what: &str, script: &str, arguments: &[&str]) -> Result<()> {
+        let log = self.changes.join(format!("{what}.log"));
+        let phase = Phase::start(what, None);
+        phase.follow(&mut self.shell(script, arguments), &log)?;
+        phase.finish();
+        Ok(())
+    }
+
+    /// The balloon drivers that it loads for a device, in this order.
+    fn drivers(&self) -> Result<Vec<String>> {
+        let modules = kernel::output(&mut self.shell(
+            "modprobe --set-version $1 --show-depends $2",
+            &[&self.release, ALIAS],
+        ))?;
+        Ok(modules
+            .lines()
+            .filter_map(|line| line.strip_prefix("insmod "))
+            .map(|path| path.trim_end().to_owned())
+            .collect())
+    }
+
+    /// Puts a module of its into `file`.
+    fn decompress(&self, module: &str, file: &Path) -> Result<PathBuf> {
+        let script = r#"case $1 in *.xz) xz --decompress --stdout "$1" ;; *) cat "$1" ;; esac"#;
+        let status = self
+            .shell(script, &[module])
+            .stdout(File::create(file)?)
+            .status()?;
+        ensure!(status.success(), "{module} cannot be read");
+        Ok(file.to_owned())
+    }
+}
+
+/// Makes a system with the kernel and with what the packages depend on, unless it is in the cache. There is nothing else
+/// in it: what is missing among the dependencies is missed.
+fn make(places: &Places, packages: &Path) -> Result<PathBuf> {
+    let depends = kernel::output(
+        Command::new("sh")
+            .args([
+                "-euc",
+                r#"for package in "$1"/*.deb; do dpkg-deb --field "$package" Depends; done"#,
+                "sh",
+            ])
+            .arg(packages),
+    )?;
+    let depends = depends.trim_end().replace('\n', ", ");
+    let hash = Sha256::digest(format!("{KERNEL}{depends}"));
+    let path = places
+        .cache
+        .join(format!("debian-{:.12}", format!("{hash:x}")));
+    let _lock = kernel::lock(&path)?;
+    if path.exists() {
+        return Ok(path);
+    }
+    let new = path.with_extension("new");
+    if new.exists() {
+        fs::remove_dir_all(&new)?;
+    }
+    let in_chroot = |command: &str| {
+        format!("--customize-hook=chroot \"$1\" apt-get --yes --no-install-recommends {command}")
+    };
+    let phase = Phase::start("Making a Debian system", None);
+    phase.follow(
+        Command::new("mmdebstrap")
+            .args([
+                "--mode=root",
+                "--variant=minbase",
+                "--include=ca-certificates",
+            ])
+            .args(fs::exists(PROXY)?.then(|| format!("--aptopt={PROXY}")))
+            .arg(in_chroot(&format!(
+                "install --target-release=trixie-backports {KERNEL}"
+            )))
+            .arg(in_chroot(&format!("satisfy '{depends}'")))
+            .arg("trixie")
+            .arg(&new)
+            .arg("/etc/apt/sources.list"),
+        &places.cache.join("debian.log"),
+    )?;
+    fs::rename(&new, &path)?;
+    phase.finish();
+    Ok(path)
+}
