@@ -20,7 +20,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
 const NAME: &str = "inflate-fragmented";
 const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(3);
-const RUNS: usize = 5;
+const RUNS: usize = 3;
 
 /// How many runs there are of what no claim is about.
 const FEWER_RUNS: usize = 2;

@@ -22,7 +22,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
 
 const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(4);
-const RUNS: usize = 3;
+const RUNS: usize = 2;
 
 /// For how long the load is watched before, and from when the memory is asked for.
 const BEFORE: Duration = Duration::from_secs(1);

@@ -23,6 +23,9 @@ const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(7);
 const RUNS: usize = 5;
 
+/// How many runs there are of what no claim is about.
+const FEWER_RUNS: usize = 3;
+
 /// How many runs there are in which the stages are measured.
 const TRACED_RUNS: usize = 3;
 
@@ -31,8 +34,12 @@ const PFN_BYTES: u64 = 4;
 
 fn run(bench: &Bench<'_>) -> Result<()> {
     let config = || bench.config().memory(MEMORY);
-    let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM]].concat();
-    bench.rounds(&[(RUNS, &contestants)], |contestant| {
+    let ours = Contestant::OURS;
+    let groups: [(_, &[_]); 2] = [
+        (RUNS, &[ours, ours.base(), Contestant::VIRTIO_MEM]),
+        (FEWER_RUNS, &Contestant::ON_QEMU),
+    ];
+    bench.rounds(&groups, |contestant| {
         let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
         contestant.run(config(), AMOUNT, |guest| {
             let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;

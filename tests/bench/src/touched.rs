@@ -22,8 +22,8 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
 };
 
 const MEMORY: Size = Size::gib(8);
-const AMOUNT: Size = Size::gib(7);
-const RUNS: usize = 5;
+const AMOUNT: Size = Size::gib(4);
+const RUNS: usize = 3;
 
 /// How many runs there are of what no claim is about.
 const FEWER_RUNS: usize = 2;
