@@ -612,7 +612,8 @@ impl HostRequests {
             Some(0)
         } else if let Some(pause) = pause {
             Some(pause.min(LOOK_AGAIN))
-        } else if inner.messages > 0 || !inner.open.is_empty() {
+        } else if inner.messages > 0 || !inner.open.is_empty() || inner.inboxes == 0 {
+            // Without a buffer for a request, because there was no memory, the device cannot ask.
             Some(LOOK_AGAIN)
         } else {
             None
