@@ -81,9 +81,12 @@ unsafe fn unmark_block(page: NonNull<bindings::page>) -> u32 {
 ///
 /// Both must be valid list heads that nobody else uses.
 unsafe fn link(prev: *mut bindings::list_head, next: *mut bindings::list_head) {
+    // Compaction looks at the pages of others, too, where `next` is what tells a tail page from a
+    // head: it has to see the old value or the new one.
+    //
     // SAFETY: By the requirements of this function.
     unsafe {
-        (*prev).next = next;
+        ptr::write_volatile(&raw mut (*prev).next, next);
         (*next).prev = prev;
     }
 }
