@@ -29,6 +29,8 @@ const LONG_SCENARIOS: &[&str] = &[
     "snapshot",
     "page_sets_encodings",
     "page_sets_huge_pages_qemu",
+    "failing_probe",
+    "failing_suspend",
     "silent_device",
     "slow_device",
 ];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Balloon devices that come and go while the guest runs.
+//! Balloon devices, and memory, that come and go while the guest runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use crate::daemon::Daemon;
 use crate::device::{Device, vhost_user_balloon};
 use crate::guest::Guest;
 use crate::qemu::Config;
+use crate::size::Size;
 
 /// How long a device may take to come or to go.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -25,43 +26,84 @@ impl Config {
     pub fn hotplug_port(self) -> Self {
         self.extra_device("pcie-root-port,id=port0,chassis=1")
     }
+
+    /// Gives the guest a slot for a module of memory of up to this size. What is plugged there can
+    /// be unplugged again.
+    pub fn memory_slot(self, size: Size) -> Self {
+        let most = self.memory + size;
+        self.parameter("memhp_default_state=online_movable")
+            .argument("-m", &format!("slots=1,maxmem={}B", most.as_bytes()))
+    }
 }
 
 impl Guest {
-    /// Gives the guest a balloon, which has to have the id `balloon0`, and waits for the driver to use it.
+    /// Gives the guest a balloon, which has to have the id `balloon0`, and waits for the driver to
+    /// use it.
     pub fn plug_balloon(&self, device: &Value) -> Result<()> {
         self.qmp().execute::<Value>("device_add", device)?;
-        self.wait_until("a driver for a new device", PATIENCE, || {
-            // The last digit has all bits when both sides are ready.
-            let status =
-                self.sh("cat /sys/bus/virtio/drivers/virtio_balloon*/virtio*/status || true")?;
-            Ok(status.trim_end().ends_with('f'))
-        })
+        self.wait_balloon()
+    }
+
+    /// Waits until a driver and its balloon are ready for each other.
+    pub fn wait_balloon(&self) -> Result<()> {
+        self.wait_until("a driver for a new device", PATIENCE, || self.has_balloon())
+    }
+
+    /// Whether a driver and its balloon are ready for each other.
+    pub fn has_balloon(&self) -> Result<bool> {
+        let status =
+            self.sh("cat /sys/bus/virtio/drivers/virtio_balloon*/virtio*/status || true")?;
+        // The last digit has all bits then, and the first one tells of a failure.
+        Ok(status.trim_end().ends_with("0f"))
     }
 
     /// Takes the balloon away from the guest, and waits until it is gone.
     pub fn unplug_balloon(&self) -> Result<()> {
+        self.unplug("balloon0")
+    }
+
+    fn unplug(&self, id: &str) -> Result<()> {
         let mark = self.qmp().mark();
         self.qmp()
-            .execute::<Value>("device_del", &json!({ "id": "balloon0" }))?;
+            .execute::<Value>("device_del", &json!({ "id": id }))?;
         self.qmp().wait_event(mark, PATIENCE, |event| {
-            event.name == "DEVICE_DELETED" && event.data["device"] == "balloon0"
+            event.name == "DEVICE_DELETED" && event.data["device"] == id
         })?;
         Ok(())
     }
 
-    /// Has unused memory given back by a balloon device that is there for just as long. For guests with
-    /// [`Config::hotplug_port`] and no other balloon.
+    /// Plugs a module of memory, and waits for the guest to use all of it. For guests with
+    /// [`Config::memory_slot`].
+    pub fn plug_memory(&self, size: Size) -> Result<()> {
+        let total = self.meminfo()?.total + size;
+        let backend = json!({
+            "qom-type": "memory-backend-memfd", "id": "module", "size": size.as_bytes(), "share": true,
+        });
+        self.qmp().execute::<Value>("object-add", &backend)?;
+        let device = json!({ "driver": "pc-dimm", "id": "dimm0", "memdev": "module" });
+        self.qmp().execute::<Value>("device_add", &device)?;
+        self.wait_until("more memory", PATIENCE, || {
+            Ok(self.meminfo()?.total == total)
+        })
+    }
+
+    /// Takes the module of memory away from the guest, which has to do without it before.
+    pub fn unplug_memory(&self) -> Result<()> {
+        self.unplug("dimm0")?;
+        self.qmp()
+            .execute::<Value>("object-del", &json!({ "id": "module" }))?;
+        Ok(())
+    }
+
+    /// Has unused memory given back by a balloon device that is there for just as long. For guests
+    /// with [`Config::hotplug_port`] and no other balloon.
     ///
     /// # Errors
     ///
     /// The guest has no driver for it, or does not complete the request.
     pub fn reclaim(&self) -> Result<()> {
-        let daemon = Daemon::start(self.config())?;
-        self.connect("balloon", &daemon.socket())?;
-        let mut device = vhost_user_balloon("pci", "balloon", &Device::Extended.properties());
-        device["bus"] = json!("port0");
-        self.plug_balloon(&device)?;
+        let daemon = self.plug_daemon()?;
+        self.wait_balloon()?;
         let request = Request::Reclaim {
             block: 2 << 20,
             start: 0,
@@ -69,8 +111,26 @@ impl Guest {
         };
         let begun = daemon.call(&request)?;
         self.complete(&daemon, begun)?;
+        self.unplug_daemon(daemon)
+    }
+
+    /// Gives the guest a balloon of a daemon of its own, with the extended protocol. For guests
+    /// with [`Config::hotplug_port`] and no other balloon.
+    pub fn plug_daemon(&self) -> Result<Daemon> {
+        let daemon = Daemon::start(self.config())?;
+        self.connect("balloon", &daemon.socket())?;
+        let mut device = vhost_user_balloon("pci", "balloon", &Device::Extended.properties());
+        device["bus"] = json!("port0");
+        self.qmp().execute::<Value>("device_add", &device)?;
+        Ok(daemon)
+    }
+
+    /// Takes the balloon of `daemon` away from the guest again, and waits until it is gone.
+    pub fn unplug_daemon(&self, daemon: Daemon) -> Result<()> {
         self.unplug_balloon()?;
-        self.disconnect("balloon")
+        self.disconnect("balloon")?;
+        drop(daemon);
+        Ok(())
     }
 
     /// Connects QEMU with the `socket` of a device, under the name `chardev`.
@@ -99,6 +159,21 @@ impl Guest {
     ///
     /// It ends in another way, or not at all.
     pub fn complete(&self, daemon: &Daemon, begun: Begun) -> Result<Progress> {
+        let progress = self.end(daemon, begun)?;
+        ensure!(
+            progress.status == RequestStatus::Complete,
+            "the request ends with {:?}",
+            progress.status
+        );
+        Ok(progress)
+    }
+
+    /// Waits until a request that a daemon has made of the guest ends in whatever way.
+    ///
+    /// # Errors
+    ///
+    /// It does not end.
+    pub fn end(&self, daemon: &Daemon, begun: Begun) -> Result<Progress> {
         let mut last = None;
         self.wait_until("the end of an answer", ANSWER_PATIENCE, || {
             let progress: Progress = daemon.call(&Request::Progress { id: begun.id })?;
@@ -108,12 +183,6 @@ impl Guest {
                 RequestStatus::Waiting | RequestStatus::Open
             ))
         })?;
-        let progress = last.context("it was waited for")?;
-        ensure!(
-            progress.status == RequestStatus::Complete,
-            "the request ends with {:?}",
-            progress.status
-        );
-        Ok(progress)
+        last.context("it was waited for")
     }
 }

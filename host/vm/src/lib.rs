@@ -29,6 +29,7 @@ mod balloon;
 mod console;
 mod daemon;
 mod device;
+mod fault_injection;
 mod guest;
 mod hostile;
 mod hotplug;
@@ -55,6 +56,7 @@ pub use crate::balloon::{Balloon, Sample};
 pub use crate::console::{Console, Mark};
 pub use crate::daemon::Daemon;
 pub use crate::device::{Device, Offer};
+pub use crate::fault_injection::Allocation;
 pub use crate::guest::{
     Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run, run_and_kill,
 };

@@ -29,6 +29,7 @@ use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
 mod compaction;
 mod costs;
+mod faults;
 mod hinting;
 mod hostile;
 mod lifecycle;
@@ -57,6 +58,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     poison::SCENARIOS,
     statistics::SCENARIOS,
     oom::SCENARIOS,
+    faults::SCENARIOS,
     lifecycle::SCENARIOS,
     power::SCENARIOS,
     transports::SCENARIOS,
@@ -90,6 +92,7 @@ pub struct Scenario {
 
 pub(crate) const ALL_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug, Kernel::Debian];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
+pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
 pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
 pub(crate) const RUST_DRIVER: &[Driver] = &[Driver::Rust];

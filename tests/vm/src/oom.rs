@@ -20,6 +20,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: deflate_on_oom,
     },
     Scenario {
+        name: "oom_while_inflating",
+        proves: "a process that needs what the balloon is about to take gets it and lives",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: oom_while_inflating,
+    },
+    Scenario {
         name: "no_deflate_on_oom",
         proves: "without the feature the balloon stays, and the process is killed",
         kernels: TEST_KERNEL,
@@ -61,6 +69,12 @@ impl Shares {
     /// Starts a process that takes what it needs, and waits until it has all of it.
     fn start_and_wait<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
         let load = self.start(guest)?;
+        self.wait(guest, &load)?;
+        Ok(load)
+    }
+
+    /// Waits until a process has all that it needs.
+    fn wait(&self, guest: &Guest, load: &RunningLoad<'_>) -> Result<()> {
         guest.wait_until("a process has the memory it needs", PATIENCE, || {
             let status = load.status()?;
             ensure!(
@@ -70,8 +84,7 @@ impl Shares {
                 status.progress.mib
             );
             Ok(status.progress.mib >= self.need)
-        })?;
-        Ok(load)
+        })
     }
 }
 
@@ -106,6 +119,40 @@ fn deflate_on_oom(setup: &Setup) -> Result<()> {
         load.stop()?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn oom_while_inflating(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config().offer(ON), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let shares = Shares::of(guest)?;
+        let start = Size::mib(shares.balloon.as_mib() / 2);
+        let mut on_the_way = 0;
+        for _ in 0..3 {
+            guest.balloon().settle(start)?;
+            let load = shares.start(guest)?;
+            // So that both want the same memory.
+            guest.wait_until("a process that has some memory", PATIENCE, || {
+                Ok(load.status()?.progress.mib > 0)
+            })?;
+            guest.balloon().request(shares.balloon)?;
+            let size = guest.balloon().size()?;
+            on_the_way += usize::from(start <= size && size < shares.balloon);
+            shares.wait(guest, &load)?;
+            load.stop()?;
+            // Which ends the pause after that, too.
+            guest.balloon().settle(Size::default())?;
+        }
+        let killed = guest.vmstat("oom_kill")?;
+        ensure!(killed == 0, "{killed} processes were killed");
+        ensure!(
+            on_the_way > 0,
+            "the balloon was there before the process was"
+        );
+        setup.note(format!(
+            "the balloon was on its way {on_the_way} of 3 times"
+        ));
         guest.rmmod(setup.driver)
     })
 }

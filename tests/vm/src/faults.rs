@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Faults inside the guest: allocations that fail, and processors and memory that come and go.
+
+use std::cell::Cell;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use balloon_control::{Begun, Progress, Request, RequestStatus};
+use tempfile::NamedTempFile;
+use vm::{Allocation, Config, Device, Guest, Load, Machine, RunningLoad, Size};
+
+use crate::lifecycle::{device, driver_directory};
+use crate::sizes::{check_free, check_size};
+use crate::unused::{ask, unused};
+use crate::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, DEBUG_KERNEL, EXTENDED_DEVICE, RUST_DRIVER, Scenario,
+    Setup, VHOST_USER_DEVICE,
+};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "failing_inflate",
+        proves: "whichever allocation fails, the balloon grows in the end",
+        kernels: DEBUG_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: failing_inflate,
+    },
+    Scenario {
+        name: "failing_deflate",
+        proves: "whichever allocation fails, the balloon shrinks",
+        kernels: DEBUG_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: failing_deflate,
+    },
+    Scenario {
+        name: "failing_request",
+        proves: "whichever allocation fails, a request is completed or aborted",
+        kernels: DEBUG_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: failing_request,
+    },
+    Scenario {
+        name: "failing_probe",
+        proves: "whichever allocation fails, the driver is bound, or refuses the device and can be bound later",
+        kernels: DEBUG_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: failing_probe,
+    },
+    Scenario {
+        name: "failing_suspend",
+        proves: "whichever allocation fails, the guest wakes up, and its balloon works or can be bound again",
+        kernels: DEBUG_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: failing_suspend,
+    },
+    Scenario {
+        name: "cgroup_pressure",
+        proves: "processes that are kept short of memory lose no data to a balloon that grows and shrinks",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        devices: ALL_DEVICES,
+        run: cgroup_pressure,
+    },
+    Scenario {
+        name: "cpu_hotplug",
+        proves: "processors come and go while the balloon does",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        devices: ALL_DEVICES,
+        run: cpu_hotplug,
+    },
+    Scenario {
+        name: "memory_hotplug",
+        proves: "the balloon takes memory that was plugged, and leaves it when it is to be unplugged",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        // What QEMU says of its own device's balloon counts the module as well.
+        devices: VHOST_USER_DEVICE,
+        run: memory_hotplug,
+    },
+];
+
+/// How long all allocations of a step may take to fail.
+const LIFE: Duration = Duration::from_secs(1800);
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// So much that there are blocks and single pages in it, and several messages.
+const SIZE: Size = Size::mib(24);
+
+/// Boots a guest in which each allocation of `step` fails in turn. What `step` has returned goes to
+/// `check`.
+fn fail_each<T>(
+    setup: &Setup,
+    config: Config,
+    before: impl Fn(&Guest) -> Result<()>,
+    step: impl Fn(&Guest) -> T,
+    check: impl Fn(&Guest, T) -> Result<()>,
+) -> Result<()> {
+    vm::run(&config.timeout(LIFE), |guest| {
+        let (total, free) = (guest.meminfo()?.total, guest.free()?);
+        guest.insmod(setup.driver, &[])?;
+        before(guest)?;
+        let mut all = 0;
+        for kind in Allocation::ALL {
+            let failed = guest.fail_each_allocation(
+                kind,
+                || step(guest),
+                |outcome| {
+                    check(guest, outcome)?;
+                    // Whatever has become of it, ballooning works.
+                    guest.balloon().settle(SIZE)?;
+                    check_size(guest, SIZE)?;
+                    guest.balloon().settle(Size::default())?;
+                    check_size(guest, Size::default())?;
+                    let now = guest.meminfo()?.total;
+                    ensure!(now == total, "the guest had {total}, and has {now}");
+                    before(guest)
+                },
+            )?;
+            setup.note(format!("{kind}: {failed} allocations failed in turn"));
+            all += failed;
+        }
+        ensure!(all > 0, "no allocation has failed");
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+fn failing_probe(setup: &Setup) -> Result<()> {
+    /// What the driver's tasks need to begin.
+    const BEGIN: Duration = Duration::from_millis(300);
+    let directory = driver_directory(setup.driver);
+    let write = |guest: &Guest, file: &str| {
+        let name = guest.sh("cd /sys/bus/virtio/devices && grep -l '^0x0005' */device")?;
+        let name = name.split('/').next().context("a device")?;
+        guest.write_file(&format!("{directory}/{file}"), name)
+    };
+    fail_each(
+        setup,
+        setup.config(),
+        |guest| write(guest, "unbind"),
+        |guest| {
+            let bound = write(guest, "bind");
+            thread::sleep(BEGIN);
+            bound
+        },
+        |guest, bound| {
+            if bound.is_err() {
+                write(guest, "bind")?;
+            }
+            match setup.device {
+                Device::Extended => ask(guest, &unused(4096)).map(|_| ()),
+                _ => Ok(()),
+            }
+        },
+    )
+}
+
+fn failing_inflate(setup: &Setup) -> Result<()> {
+    fail_each(
+        setup,
+        setup.config(),
+        |_| Ok(()),
+        |guest| guest.balloon().settle(SIZE),
+        |_, reached| reached.map(|_| ()),
+    )
+}
+
+fn failing_deflate(setup: &Setup) -> Result<()> {
+    fail_each(
+        setup,
+        setup.config(),
+        |guest| guest.balloon().settle(SIZE).map(|_| ()),
+        |guest| guest.balloon().settle(Size::default()),
+        |_, reached| reached.map(|_| ()),
+    )
+}
+
+fn failing_request(setup: &Setup) -> Result<()> {
+    let requests = [
+        unused(4096),
+        Request::Reclaim {
+            block: 2 << 20,
+            start: 0,
+            end: 0,
+        },
+        Request::DropCaches {
+            pages: true,
+            slab: true,
+        },
+    ];
+    let aborted = Cell::new(0);
+    // Each in a guest of its own: the driver takes its time for one that is made again and again.
+    for request in requests {
+        fail_each(
+            setup,
+            setup.config(),
+            |_| Ok(()),
+            |guest| end(guest, &request),
+            |_, outcome| match outcome?.status {
+                RequestStatus::Complete => Ok(()),
+                RequestStatus::Aborted => {
+                    aborted.set(aborted.get() + 1);
+                    Ok(())
+                }
+                other => bail!("the request ends with {other:?}"),
+            },
+        )
+        .with_context(|| format!("{request:?}"))?;
+    }
+    setup.note(format!("{} requests were aborted", aborted.get()));
+    Ok(())
+}
+
+/// Makes a request and waits for its end, whatever that is.
+fn end(guest: &Guest, request: &Request) -> Result<Progress> {
+    let daemon = guest.daemon()?;
+    let begun: Begun = daemon.call(request)?;
+    guest.end(&daemon, begun)
+}
+
+fn failing_suspend(setup: &Setup) -> Result<()> {
+    let (slept, bound_again) = (Cell::new(0), Cell::new(0));
+    fail_each(
+        setup,
+        setup.config().machine(Machine::I440fx),
+        |_| Ok(()),
+        |guest| guest.suspend(|| Ok(())),
+        |guest, outcome| {
+            slept.set(slept.get() + usize::from(outcome.is_ok()));
+            if !guest.has_balloon()? {
+                bound_again.set(bound_again.get() + 1);
+                let device = device(guest, setup.driver)?;
+                let directory = driver_directory(setup.driver);
+                for file in ["unbind", "bind"] {
+                    guest.write_file(&format!("{directory}/{file}"), &device)?;
+                }
+            }
+            Ok(())
+        },
+    )?;
+    setup.note(format!(
+        "the guest slept {} times, and the driver was bound again {} times",
+        slept.get(),
+        bound_again.get()
+    ));
+    Ok(())
+}
+
+fn cgroup_pressure(setup: &Setup) -> Result<()> {
+    const GROUP: &str = "/sys/fs/cgroup/short";
+    let swap = NamedTempFile::new()?;
+    swap.as_file().set_len(Size::gib(1).as_bytes())?;
+    vm::run(&setup.config().disk(swap.path()), |guest| {
+        guest.sh("mkswap /dev/vda && swapon /dev/vda")?;
+        guest.sh(&format!(
+            "echo +memory >/sys/fs/cgroup/cgroup.subtree_control && mkdir {GROUP} && echo 32M >{GROUP}/memory.max"
+        ))?;
+        guest.insmod(setup.driver, &[])?;
+        let load = churn(guest, 96)?;
+        guest.write_file(&format!("{GROUP}/cgroup.procs"), &load.id().0.to_string())?;
+        let swapped = guest.vmstat("pswpout")?;
+        let mut rounds = 0;
+        while rounds < 10 || guest.vmstat("pswpout")? - swapped < 10_000 {
+            for size in [Size::mib(500), Size::mib(50)] {
+                guest.balloon().settle(size)?;
+                check_size(guest, size)?;
+            }
+            rounds += 1;
+        }
+        let swapped = Size::pages(guest.vmstat("pswpout")? - swapped);
+        let verified = load.status()?.progress.passes;
+        load.wait_passes(verified + 10, PATIENCE)?;
+        load.stop()?;
+        let killed = guest.vmstat("oom_kill")?;
+        ensure!(killed == 0, "{killed} processes were killed");
+        setup.note(format!(
+            "{swapped} were swapped out while the balloon grew and shrank {rounds} times"
+        ));
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Starts processes whose data have to stay what they are.
+fn churn(guest: &Guest, mib: usize) -> Result<RunningLoad<'_>> {
+    let load = guest.load(Load::Churn {
+        mib,
+        threads: 2,
+        seed: 0,
+    })?;
+    load.wait_passes(1, PATIENCE)?;
+    Ok(load)
+}
+
+fn cpu_hotplug(setup: &Setup) -> Result<()> {
+    const ROUNDS: u64 = 20;
+    vm::run(&setup.config(), |guest| {
+        let free = guest.free()?;
+        guest.insmod(setup.driver, &[])?;
+        let load = churn(guest, 64)?;
+        for round in 0..ROUNDS {
+            for (online, size) in [("0", Size::mib(500)), ("1", Size::mib(50))] {
+                guest.balloon().request(size)?;
+                thread::sleep(Duration::from_millis(round * 5));
+                guest.write_file("/sys/devices/system/cpu/cpu1/online", online)?;
+                guest.balloon().reach(size)?;
+                check_size(guest, size)?;
+            }
+        }
+        let verified = load.status()?.progress.passes;
+        load.wait_passes(verified + 10, PATIENCE)?;
+        load.stop()?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+fn memory_hotplug(setup: &Setup) -> Result<()> {
+    let module = Size::mib(512);
+    vm::run(&setup.config().memory_slot(module), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let total = guest.meminfo()?.total;
+        let load = churn(guest, 64)?;
+        for _ in 0..3 {
+            guest.balloon().settle(Size::mib(300))?;
+            guest.plug_memory(module)?;
+            // More than the guest has without the module, and then less.
+            for size in [Size::mib(1100), Size::mib(500)] {
+                guest.balloon().settle(size)?;
+                check_size(guest, size)?;
+            }
+            guest.unplug_memory()?;
+            guest.balloon().reach(Size::mib(500))?;
+            check_size(guest, Size::mib(500))?;
+        }
+        let verified = load.status()?.progress.passes;
+        load.wait_passes(verified + 10, PATIENCE)?;
+        load.stop()?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        guest.rmmod(setup.driver)
+    })
+}
