@@ -6,7 +6,8 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 
 # All but the plain module runs in a build root of its own, which is made on first use.
 lab := guest/build-root guest/lab
-guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS))
+guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
+	$(if $(TIME),--time $(TIME))
 
 .PHONY: all deb demo bench bench-docs test test-long kunit fuzz clippy fmt fmt-check clean help
 
@@ -76,8 +77,8 @@ help:
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"
 	@echo "make clean      remove what was built in this checkout"
 	@echo
-	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, or debian, which is Debian's"
-	@echo "                   own, with the module from the package"
+	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, or debian, which is"
+	@echo "                   Debian's own, with the module from the package"
 	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit, packages),"
 	@echo "                   or the benchmarks"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
@@ -86,6 +87,7 @@ help:
 	@echo "TARGET=NAME        fuzz that target only"
 	@echo "SECONDS=NUMBER     fuzz each target for so long (default: 60)"
 	@echo "SEEDS=FROM..TO     plug the hostile devices of these seeds (default: from 0 on, for a minute)"
+	@echo "TIME=NUMBER        have the driver's work race for so many seconds (default: 60)"
 	@echo "ACCEL=kvm|tcg      what runs the guests' instructions (default: kvm if the processor can)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"

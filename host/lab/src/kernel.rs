@@ -44,9 +44,10 @@ impl Tree {
     }
 }
 
-/// Rust together with KASAN is offered for clang only.
+/// Rust together with KASAN is offered for clang only, and what KCSAN has clang do to C is done to
+/// Rust as well.
 fn toolchain(kernel: Kernel) -> Option<&'static str> {
-    (kernel == Kernel::Debug).then_some("LLVM=1")
+    matches!(kernel, Kernel::Debug | Kernel::Kcsan).then_some("LLVM=1")
 }
 
 /// How many lines make prints for a whole build, which the bar is drawn from.

@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -110,9 +111,13 @@ struct Guests {
     /// Show the guests' logs while they run
     #[arg(long)]
     verbose: bool,
-    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for a minute]
+    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for a minute],
+    /// or have races and targets come from the first one
     #[arg(long)]
     seeds: Option<Seeds>,
+    /// For how many seconds to have the driver's work race [default: 60]
+    #[arg(long)]
+    time: Option<u64>,
 }
 
 /// Some seeds that follow each other.
@@ -146,6 +151,7 @@ enum KernelName {
     Debug,
     /// Debian's own, with the module from the package.
     Debian,
+    Kcsan,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -174,6 +180,10 @@ impl Guests {
     fn seeds(self) -> Option<Range<u64>> {
         self.seeds.map(|Seeds { first, end }| first..end)
     }
+
+    fn time(self) -> Option<Duration> {
+        self.time.map(Duration::from_secs)
+    }
 }
 
 impl From<KernelName> for Kernel {
@@ -182,6 +192,7 @@ impl From<KernelName> for Kernel {
             KernelName::Test => Self::Test,
             KernelName::Debug => Self::Debug,
             KernelName::Debian => Self::Debian,
+            KernelName::Kcsan => Self::Kcsan,
         }
     }
 }

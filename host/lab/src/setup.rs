@@ -15,7 +15,7 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
     let (image, modules) = match kernel {
-        Kernel::Test | Kernel::Debug => {
+        Kernel::Test | Kernel::Debug | Kernel::Kcsan => {
             let tree = kernel::build(places, kernel)?;
             let modules = vec![
                 module::build(places, &tree)?,

@@ -33,6 +33,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "failing_suspend",
     "silent_device",
     "slow_device",
+    "races",
 ];
 
 /// The result for installing and removing the packages.
@@ -49,6 +50,7 @@ const DEVICE_SCENARIOS: &[&str] = &[
     "reporting_and_ballooning",
     "suspend_to_ram",
     "rebind",
+    "races",
 ];
 
 /// Runs all tests that are asked for, or, if it may take `long`, every test in every kernel. Says whether
@@ -69,19 +71,21 @@ pub(crate) fn run(
         host_tests::run(&places, &mut report)?;
         fuzz::fuzz(&places, None, FUZZ_SECONDS, &mut report)?;
     }
-    for this in [Kernel::Test, Kernel::Debug, Kernel::Debian] {
+    for this in [Kernel::Test, Kernel::Debug, Kernel::Debian, Kernel::Kcsan] {
         let is_debian = this == Kernel::Debian;
         let wanted = |scenario: &&Scenario| {
             let default = match this {
                 Kernel::Test => true,
                 Kernel::Debug => long || DEBUG_SCENARIOS.contains(&scenario.name),
-                Kernel::Debian => long,
+                Kernel::Debian | Kernel::Kcsan => long,
             };
             // Debian's kernel is for a few scenarios, and for those that take long, too.
             let long = long || is_debian;
+            // So is the one with KCSAN.
+            let is_for_few = is_debian || this == Kernel::Kcsan;
             kernel.map_or(default, |kernel| kernel == this)
-                && (!is_debian || scenario.kernels.contains(&this))
-                && only.map_or(long || !LONG_SCENARIOS.contains(&scenario.name), |only| {
+                && (!is_for_few || scenario.kernels.contains(&this))
+                && only.map_or(long || !takes_long(scenario), |only| {
                     scenario.name.contains(only)
                 })
         };
@@ -89,7 +93,7 @@ pub(crate) fn run(
         let with_kunit = !is_debian
             && driver == Driver::Rust
             && device.is_none_or(|device| device == Device::Qemu)
-            && kernel.is_none_or(|kernel| kernel == this)
+            && kernel.map_or(this != Kernel::Kcsan, |kernel| kernel == this)
             && only.is_none_or(|only| only == "kunit");
         let with_packages = is_debian && only == Some("packages");
         if scenarios.is_empty() && !with_kunit && !with_packages {
@@ -129,7 +133,13 @@ pub(crate) fn run(
     Ok(report.conclude())
 }
 
-fn run_scenario(
+/// Whether a scenario takes minutes.
+pub(crate) fn takes_long(scenario: &Scenario) -> bool {
+    LONG_SCENARIOS.contains(&scenario.name)
+}
+
+/// Runs a scenario in one variant.
+pub(crate) fn run_scenario(
     scenario: &Scenario,
     (kernel, driver, device, zeroing): (Kernel, Driver, Device, bool),
     artifacts: &Artifacts,
@@ -180,7 +190,8 @@ fn run_scenario(
         guests.verbose,
     )
     .with_zeroing(zeroing)
-    .with_seeds(guests.seeds());
+    .with_seeds(guests.seeds())
+    .with_time(guests.time());
     let start = report.begin(&format!("{name}: {}", scenario.proves));
     let outcome = match (scenario.run)(&setup) {
         Ok(()) => setup.skipped().map_or(Outcome::Passed, Outcome::Skipped),

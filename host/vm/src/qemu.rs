@@ -38,6 +38,8 @@ pub enum Kernel {
     Debug,
     /// Debian's own, with the module from the package.
     Debian,
+    /// Finds accesses to memory that race with each other.
+    Kcsan,
 }
 
 impl fmt::Display for Kernel {
@@ -46,6 +48,7 @@ impl fmt::Display for Kernel {
             Self::Test => "test",
             Self::Debug => "debug",
             Self::Debian => "debian",
+            Self::Kcsan => "kcsan",
         })
     }
 }

@@ -40,6 +40,7 @@ mod page_sets;
 mod poison;
 mod power;
 mod queues;
+mod races;
 mod reporting;
 mod sizes;
 mod snapshot;
@@ -60,6 +61,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     oom::SCENARIOS,
     faults::SCENARIOS,
     lifecycle::SCENARIOS,
+    races::SCENARIOS,
     power::SCENARIOS,
     transports::SCENARIOS,
     queues::SCENARIOS,
@@ -111,6 +113,7 @@ pub struct Setup {
     pub kernel: Kernel,
     config: Config,
     seeds: Option<Range<u64>>,
+    time: Option<Duration>,
     notes: RefCell<Vec<String>>,
     skipped: RefCell<Option<String>>,
 }
@@ -132,7 +135,7 @@ impl Setup {
             .verbose(verbose);
         let config = match kernel {
             Kernel::Test | Kernel::Debian => config,
-            Kernel::Debug => config.timeout(Duration::from_secs(600)),
+            Kernel::Debug | Kernel::Kcsan => config.timeout(Duration::from_secs(600)),
         };
         Self {
             driver,
@@ -140,6 +143,7 @@ impl Setup {
             kernel,
             config,
             seeds: None,
+            time: None,
             notes: RefCell::default(),
             skipped: RefCell::default(),
         }
@@ -160,6 +164,17 @@ impl Setup {
     /// The seeds that were asked for.
     pub(crate) fn seeds(&self) -> Option<Range<u64>> {
         self.seeds.clone()
+    }
+
+    /// Has scenarios that go on for as long as one likes take so long.
+    pub fn with_time(mut self, time: Option<Duration>) -> Self {
+        self.time = time;
+        self
+    }
+
+    /// The time that was asked for.
+    pub(crate) fn time(&self) -> Option<Duration> {
+        self.time
     }
 
     /// The configuration that the scenario's guests start from.

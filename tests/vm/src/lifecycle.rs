@@ -123,7 +123,7 @@ pub(crate) fn device(guest: &Guest, driver: Driver) -> Result<String> {
 fn unplug_while_inflating(setup: &Setup) -> Result<()> {
     let (memory, target) = match setup.kernel {
         Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
-        Kernel::Debug => (Size::gib(1), Size::mib(800)),
+        Kernel::Debug | Kernel::Kcsan => (Size::gib(1), Size::mib(800)),
     };
     let device = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
     let config = setup
@@ -158,7 +158,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
 fn power_off_while_inflating(setup: &Setup) -> Result<()> {
     let memory = match setup.kernel {
         Kernel::Test | Kernel::Debian => Size::gib(4),
-        Kernel::Debug => Size::gib(1),
+        Kernel::Debug | Kernel::Kcsan => Size::gib(1),
     };
     // More than there is to be had, so that it is on its way however fast it is.
     let target = memory - Size::mib(1);

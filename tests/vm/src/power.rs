@@ -88,7 +88,7 @@ const PATIENCE: Duration = Duration::from_secs(400);
 fn large(setup: &Setup) -> (Config, Size) {
     let (memory, target) = match setup.kernel {
         Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
-        Kernel::Debug => (Size::gib(2), Size::mib(1200)),
+        Kernel::Debug | Kernel::Kcsan => (Size::gib(2), Size::mib(1200)),
     };
     let config = setup.config().memory(memory);
     (config.timeout(PATIENCE), target)

@@ -171,7 +171,7 @@ fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
     // So seldom that the balloon comes and goes several times until all is reported.
     let seldom = match setup.kernel {
         Kernel::Test | Kernel::Debian => "page_reporting.page_reporting_delay_ms=500",
-        Kernel::Debug => "page_reporting.page_reporting_delay_ms=3000",
+        Kernel::Debug | Kernel::Kcsan => "page_reporting.page_reporting_delay_ms=3000",
     };
     let config = setup
         .config()

@@ -125,7 +125,7 @@ fn accounting(setup: &Setup) -> Result<()> {
 fn target_changes(setup: &Setup) -> Result<()> {
     let (memory, span) = match setup.kernel {
         Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
-        Kernel::Debug => (Size::gib(1), Size::mib(500)),
+        Kernel::Debug | Kernel::Kcsan => (Size::gib(1), Size::mib(500)),
     };
     vm::run(&setup.config().memory(memory), |guest| {
         let free = guest.free()?;
@@ -166,7 +166,7 @@ fn target_beyond_memory(setup: &Setup) -> Result<()> {
     const QUIET: Duration = Duration::from_secs(7);
     let reaction_limit = match setup.kernel {
         Kernel::Test | Kernel::Debian => Duration::from_secs(1),
-        Kernel::Debug => Duration::from_secs(4),
+        Kernel::Debug | Kernel::Kcsan => Duration::from_secs(4),
     };
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;

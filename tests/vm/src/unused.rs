@@ -77,7 +77,7 @@ const GARBAGE: u8 = 0xa5;
 fn proof(setup: &Setup) -> Result<()> {
     let (memory, guests, rounds) = match setup.kernel {
         Kernel::Test => (Size::gib(8), 5, 10),
-        Kernel::Debug | Kernel::Debian => (Size::gib(2), 2, 3),
+        Kernel::Debug | Kernel::Debian | Kernel::Kcsan => (Size::gib(2), 2, 3),
     };
     let mut total = Size::default();
     for seed in 0..guests {
@@ -366,7 +366,7 @@ fn flood(setup: &Setup) -> Result<()> {
 fn reclaim(setup: &Setup) -> Result<()> {
     let (memory, used) = match setup.kernel {
         Kernel::Test | Kernel::Debian => (Size::gib(8), Size::gib(6)),
-        Kernel::Debug => (Size::gib(2), Size::gib(1)),
+        Kernel::Debug | Kernel::Kcsan => (Size::gib(2), Size::gib(1)),
     };
     vm::run(&setup.config().memory(memory), |guest| {
         guest.insmod(setup.driver, &[])?;

@@ -61,6 +61,19 @@ impl Guest {
         Ok(result)
     }
 
+    /// Has the guest suspend all of its devices and resume them at once, without falling asleep.
+    ///
+    /// # Errors
+    ///
+    /// It cannot do so now.
+    pub fn suspend_devices(&self) -> Result<()> {
+        self.write_file("/sys/power/pm_test", "devices")?;
+        self.write_file("/sys/module/suspend/parameters/pm_test_delay", "0")?;
+        let pending = self.fall_asleep("freeze")?;
+        self.wait(&pending, SLEEP_TIMEOUT)?;
+        Ok(())
+    }
+
     /// Has the guest sleep in this way. The answer comes when it goes on.
     fn fall_asleep(&self, state: &str) -> Result<Pending> {
         let state = state.to_owned();

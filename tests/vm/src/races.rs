@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Everything at once: the driver is bound and unbound, loaded and unloaded, the device comes and
+//! goes, the guest suspends its devices, targets change, memory is compacted, and the host makes
+//! requests.
+
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use balloon_control::{Begun, Request};
+use fastrand::Rng;
+use serde_json::{Value, json};
+use vm::{Daemon, Device, Driver, Guest, Kernel, Load, MemoryBackend, Size};
+
+use crate::lifecycle::driver_directory;
+use crate::sizes::check_free;
+use crate::unused::unused;
+use crate::{RUST_DRIVER, Scenario, Setup};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "races",
+    proves: "whatever comes when something else goes on, the driver loses no memory, and works afterwards",
+    kernels: &[Kernel::Debug, Kernel::Kcsan],
+    drivers: RUST_DRIVER,
+    devices: &[Device::Extended, Device::Qemu],
+    run: races,
+}];
+
+/// For how long everything goes on if nobody says more.
+const TIME: Duration = Duration::from_secs(60);
+
+/// What a guest needs beside that.
+const OTHERS: Duration = Duration::from_secs(300);
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What tells the guest's processes to end.
+const OVER: &str = "/tmp/over";
+
+const KCSAN: &str = "BUG: KCSAN: ";
+
+fn races(setup: &Setup) -> Result<()> {
+    let seed = match setup.seeds() {
+        Some(seeds) => seeds.start,
+        None => SystemTime::UNIX_EPOCH.elapsed()?.as_secs(),
+    };
+    setup.note(format!("the seed is {seed}"));
+    race(setup, seed).with_context(|| format!("with the seed {seed}"))
+}
+
+fn race(setup: &Setup, seed: u64) -> Result<()> {
+    let time = setup.time().unwrap_or(TIME);
+    let config = setup
+        .config()
+        .timeout(time + OTHERS)
+        .backend(MemoryBackend::Memfd)
+        .hotplug_port()
+        .balloon(None);
+    let config = match setup.kernel {
+        Kernel::Kcsan => config.expect(KCSAN),
+        _ => config,
+    };
+    vm::run(&config, |guest| {
+        let result = at_once(setup, guest, seed, time);
+        if setup.kernel == Kernel::Kcsan {
+            check_races(setup, guest)?;
+        }
+        result
+    })
+}
+
+/// What goes on, and what has to be right afterwards.
+fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()> {
+    let mut random = Rng::with_seed(seed);
+    let (total, free) = (guest.meminfo()?.total, guest.free()?);
+    let load = guest.load(Load::Churn {
+        mib: 64,
+        threads: 2,
+        seed,
+    })?;
+    load.wait_passes(1, PATIENCE)?;
+    if setup.kernel == Kernel::Kcsan {
+        guest.write_file("/sys/kernel/debug/kcsan", "on")?;
+    }
+    guest.insmod(setup.driver, &[])?;
+    let mut plugged = Plugged::plug(setup, guest)?;
+
+    let life = time + OTHERS;
+    let processes: Vec<_> = in_guest(setup.driver)
+        .iter()
+        .map(|act| guest.start(&["sh", "-c", &over_and_over(act, &mut random)], life))
+        .collect::<Result<_>>()?;
+    let mut counts = Counts::default();
+    let start = Instant::now();
+    while start.elapsed() < time {
+        plugged = from_outside(setup, guest, plugged, &mut random, &mut counts)?;
+        guest.check_alive()?;
+        thread::sleep(Duration::from_millis(random.u64(0..200)));
+    }
+    guest.run(&["touch", OVER])?;
+    for process in processes {
+        guest.output(&process, PATIENCE)?;
+    }
+    setup.note(counts.describe(time));
+
+    let verified = load.status()?.progress.passes;
+    load.wait_passes(verified + 10, PATIENCE)?;
+    load.stop()?;
+    // It may be loaded or not, and bound or not.
+    guest.exec(&["rmmod", setup.driver.name()])?;
+    guest.insmod(setup.driver, &[])?;
+    guest.wait_balloon()?;
+    for size in [Size::mib(300), Size::default()] {
+        plugged.request(guest, size)?;
+        guest.wait_until("a balloon of the size that was asked for", PATIENCE, || {
+            Ok(Size::pages(guest.vmstat("nr_balloon_pages")?) == size)
+        })?;
+    }
+    guest.rmmod(setup.driver)?;
+    plugged.unplug(guest)?;
+    let now = guest.meminfo()?.total;
+    ensure!(now == total, "the guest had {total}, and has {now}");
+    check_free(guest, free)
+}
+
+/// What processes in the guest do over and over.
+fn in_guest(driver: Driver) -> [String; 3] {
+    let (directory, name, file) = (driver_directory(driver), driver.name(), driver.file());
+    [
+        format!(
+            "cd {directory} && for device in virtio*; do echo $device >unbind; echo $device >bind; done"
+        ),
+        format!("rmmod {name}; insmod /modules/{file}"),
+        "echo 1 >/proc/sys/vm/compact_memory".to_owned(),
+    ]
+}
+
+/// A line of shell that does `act` again and again, with pauses in between, until all is over. It
+/// need not succeed.
+fn over_and_over(act: &str, random: &mut Rng) -> String {
+    let pauses: Vec<_> = (0..50)
+        .map(|_| format!("{:.3}", random.f64() * 2.0))
+        .collect();
+    let pauses = pauses.join(" ");
+    format!(
+        "while :; do for pause in {pauses}; do [ -e {OVER} ] && exit; ({act}) 2>/dev/null; sleep $pause; done; done"
+    )
+}
+
+/// How often something was done.
+#[derive(Default)]
+struct Counts {
+    targets: u32,
+    requests: u32,
+    suspended: u32,
+    awake: u32,
+    plugged: u32,
+}
+
+impl Counts {
+    fn describe(&self, time: Duration) -> String {
+        format!(
+            "in {} s {} targets, {} requests, {} suspends and {} that the guest refused, {} devices",
+            time.as_secs(),
+            self.targets,
+            self.requests,
+            self.suspended,
+            self.awake,
+            self.plugged
+        )
+    }
+}
+
+/// Does something at random that comes from outside the guest.
+fn from_outside(
+    setup: &Setup,
+    guest: &Guest,
+    plugged: Plugged,
+    random: &mut Rng,
+    counts: &mut Counts,
+) -> Result<Plugged> {
+    match random.u8(0..16) {
+        0 => {
+            plugged.unplug(guest)?;
+            counts.plugged += 1;
+            return Plugged::plug(setup, guest);
+        }
+        // Processes that are just in the driver may keep the guest from it.
+        1 | 2 => match guest.suspend_devices() {
+            Ok(()) => counts.suspended += 1,
+            Err(_) => counts.awake += 1,
+        },
+        3..=6 => counts.requests += u32::from(plugged.ask(random)),
+        _ => {
+            plugged.request(guest, Size::pages(random.u64(0..Size::mib(500).as_pages())))?;
+            counts.targets += 1;
+        }
+    }
+    Ok(plugged)
+}
+
+/// The device that the guest has at the moment.
+enum Plugged {
+    Qemu,
+    Extended(Daemon),
+}
+
+impl Plugged {
+    fn plug(setup: &Setup, guest: &Guest) -> Result<Self> {
+        if setup.device == Device::Extended {
+            return Ok(Self::Extended(guest.plug_daemon()?));
+        }
+        let device = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
+        guest.qmp().execute::<Value>("device_add", &device)?;
+        Ok(Self::Qemu)
+    }
+
+    fn unplug(self, guest: &Guest) -> Result<()> {
+        match self {
+            Self::Qemu => guest.unplug_balloon(),
+            Self::Extended(daemon) => guest.unplug_daemon(daemon),
+        }
+    }
+
+    /// Asks for a balloon of this size.
+    fn request(&self, guest: &Guest, size: Size) -> Result<()> {
+        match self {
+            Self::Qemu => guest.balloon().request(size),
+            Self::Extended(daemon) => {
+                let bytes = size.as_bytes();
+                daemon.call::<Value>(&Request::Set { bytes })?;
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes a request, and does not wait for it. Returns whether the device could make it.
+    fn ask(&self, random: &mut Rng) -> bool {
+        let request = match random.u8(0..3) {
+            0 => unused(4096 << random.u8(0..10)),
+            1 => Request::Reclaim {
+                block: 2 << 20,
+                start: 0,
+                end: 0,
+            },
+            _ => Request::DropCaches {
+                pages: random.bool(),
+                slab: true,
+            },
+        };
+        match self {
+            Self::Qemu => false,
+            Self::Extended(daemon) => daemon.call::<Begun>(&request).is_ok(),
+        }
+    }
+}
+
+/// Fails if an access in the driver races with another one, and counts those elsewhere.
+fn check_races(setup: &Setup, guest: &Guest) -> Result<()> {
+    let faults = guest.console().faults(&[])?;
+    let (ours, others): (Vec<_>, Vec<_>) = faults
+        .iter()
+        .filter(|fault| fault.starts_with(KCSAN))
+        .partition(|fault| fault.contains(setup.driver.name()));
+    setup.note(format!("{} races elsewhere in the kernel", others.len()));
+    ensure!(ours.is_empty(), "accesses race with each other: {ours:?}");
+    Ok(())
+}
