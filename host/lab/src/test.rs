@@ -23,6 +23,7 @@ const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 
 /// What takes minutes, and runs when it or everything is asked for.
 const LONG_SCENARIOS: &[&str] = &[
+    "soak",
     "unused_proof",
     "unused_bounded",
     "reclaim",

@@ -44,6 +44,7 @@ mod races;
 mod reporting;
 mod sizes;
 mod snapshot;
+mod soak;
 mod speed;
 mod statistics;
 mod transports;
@@ -53,6 +54,7 @@ mod vhost_user;
 /// The scenarios, by topic.
 pub const SCENARIOS: &[&[Scenario]] = &[
     sizes::SCENARIOS,
+    soak::SCENARIOS,
     memory::SCENARIOS,
     compaction::SCENARIOS,
     reporting::SCENARIOS,

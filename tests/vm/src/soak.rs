@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Thousands of targets, and not a page that is unaccounted for.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fastrand::Rng;
+use vm::{Guest, Load, Size};
+
+use crate::sizes::{check_free, check_size};
+use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "soak",
+    proves: "after ten thousand targets every page is where both sides think it is",
+    kernels: BOTH_KERNELS,
+    drivers: BOTH_DRIVERS,
+    devices: ALL_DEVICES,
+    run: soak,
+}];
+
+const STEPS: usize = 10_000;
+
+/// How often all pages are counted meanwhile.
+const STEPS_PER_COUNT: usize = 1_000;
+
+/// The largest target, in pages.
+const MOST: u64 = 400 << 8;
+
+const LIFE: Duration = Duration::from_secs(3600);
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long it may take until the device has heard of pages that were moved.
+const MOVES: Duration = Duration::from_secs(10);
+
+fn soak(setup: &Setup) -> Result<()> {
+    let seed = setup.seeds().map_or(0, |seeds| seeds.start);
+    let mut random = Rng::with_seed(seed);
+    vm::run(&setup.config().timeout(LIFE), |guest| {
+        let free = guest.free()?;
+        guest.insmod(setup.driver, &[])?;
+        let empty = Count::of(guest)?;
+        let load = guest.load(Load::Churn {
+            mib: 128,
+            threads: 2,
+            seed,
+        })?;
+        load.wait_passes(1, PATIENCE)?;
+        let mut reached = 0;
+        for step in 1..=STEPS {
+            let size = Size::pages(random.u64(0..MOST));
+            // Of four targets one changes before it is reached, or may.
+            if random.u8(0..4) > 0 || step % STEPS_PER_COUNT == 0 {
+                guest.balloon().settle(size)?;
+                reached += 1;
+            } else {
+                guest.balloon().request(size)?;
+                thread::sleep(Duration::from_millis(random.u64(0..10)));
+            }
+            if step % STEPS_PER_COUNT == 0 {
+                agree(guest, &empty, size).with_context(|| format!("after {step} steps"))?;
+            }
+        }
+        let verified = load.status()?.progress.passes;
+        load.wait_passes(verified + 10, PATIENCE)?;
+        load.stop()?;
+        setup.note(format!(
+            "{reached} of {STEPS} targets were reached, and the data verified {verified} times"
+        ));
+        guest.balloon().settle(Size::default())?;
+        agree(guest, &empty, Size::default())?;
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    })
+}
+
+/// What the guest's kernel counts.
+struct Count {
+    /// What it manages.
+    total: Size,
+    /// The pages that are marked as a balloon's are.
+    offline: u64,
+    /// How many pages more have been inflated than deflated.
+    inflated: u64,
+}
+
+impl Count {
+    fn of(guest: &Guest) -> Result<Self> {
+        let deflated = guest.vmstat("balloon_deflate")?;
+        Ok(Self {
+            total: guest.meminfo()?.total,
+            offline: guest.offline_pages(None)?,
+            inflated: guest.vmstat("balloon_inflate")? - deflated,
+        })
+    }
+}
+
+/// Waits until the guest and the host agree. Pages that compaction has just moved out of the balloon
+/// are marked until the device knows that.
+fn agree(guest: &Guest, empty: &Count, size: Size) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        match check_count(guest, empty, size) {
+            Err(_) if start.elapsed() < MOVES => thread::sleep(Duration::from_millis(100)),
+            result => return result,
+        }
+    }
+}
+
+/// Checks that the guest and the host agree on a balloon of this size to the page, where `empty`
+/// was counted without one.
+fn check_count(guest: &Guest, empty: &Count, size: Size) -> Result<()> {
+    check_size(guest, size)?;
+    let balloon = guest.meminfo()?.balloon;
+    ensure!(
+        balloon == size,
+        "/proc/meminfo has {balloon} in balloons, and {size} are"
+    );
+    let now = Count::of(guest)?;
+    let taken = empty.total.saturating_sub(now.total);
+    ensure!(
+        taken == size,
+        "the guest manages {taken} less, with {size} in the balloon"
+    );
+    let marked = now.offline - empty.offline;
+    ensure!(
+        marked == size.as_pages(),
+        "{marked} pages are marked as offline, and {} are in the balloon",
+        size.as_pages()
+    );
+    let inflated = now.inflated - empty.inflated;
+    ensure!(
+        inflated == size.as_pages(),
+        "{inflated} pages more were inflated than deflated, and {} are in the balloon",
+        size.as_pages()
+    );
+    Ok(())
+}
