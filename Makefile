@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb demo bench bench-docs test test-long kunit fuzz clippy fmt fmt-check clean help
+.PHONY: all deb demo bench bench-docs test test-long coverage kunit fuzz clippy fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -37,6 +37,9 @@ test-long:
 	@$(lab) test --long --kernel test --driver c --device vhost-user $(guests)
 	@$(lab) test --long --kernel test --device extended $(guests)
 	@$(lab) test --long --kernel test --driver c --device extended $(guests)
+
+coverage:
+	@$(lab) coverage $(if $(ONLY),--only '$(ONLY)') $(guests)
 
 bench:
 	@$(lab) bench $(if $(ONLY),--only '$(ONLY)') $(guests)
@@ -69,6 +72,7 @@ help:
 	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
 	@echo "make test-long  run what takes long, too: all scenarios in all kernels, and on the C driver"
+	@echo "make coverage   say which lines of the module KUnit and the scenarios execute"
 	@echo "make bench      measure what the balloon costs, and what others in its place do (20 minutes)"
 	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
 	@echo "make kunit      run KUnit in guests"

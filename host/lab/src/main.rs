@@ -13,6 +13,7 @@ use vm::{Accel, Device, Driver, Kernel};
 
 mod bench;
 mod check;
+mod coverage;
 mod deb;
 mod debian;
 mod demo;
@@ -70,6 +71,14 @@ enum Command {
         /// Run nothing, and write docs/performance.md and its plots from the last results
         #[arg(long, conflicts_with = "only")]
         docs: bool,
+        #[command(flatten)]
+        guests: Guests,
+    },
+    /// Say which lines of the module KUnit and the scenarios execute
+    Coverage {
+        /// Run only what has this in its name, or "kunit", and add it to what was executed before
+        #[arg(long)]
+        only: Option<String>,
         #[command(flatten)]
         guests: Guests,
     },
@@ -238,6 +247,7 @@ fn main() -> Result<ExitCode> {
             docs: true, guests, ..
         } => bench::write_docs(guests),
         Command::Bench { only, guests, .. } => bench::run(only.as_deref(), guests),
+        Command::Coverage { only, guests } => coverage::run(only.as_deref(), guests),
         Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Command::Deb => deb::run(),

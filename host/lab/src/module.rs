@@ -44,6 +44,23 @@ pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
     )
 }
 
+/// The same for a module that counts how often each part of it is executed.
+pub(crate) fn build_counting(places: &Places, tree: &Tree) -> Result<PathBuf> {
+    let directory = places.build_for(tree.kernel).join("counting");
+    make(
+        places,
+        tree,
+        &directory,
+        "Building a counting module",
+        // Each function has its counters in a section, and all sections of one name are to be one.
+        &[
+            "CONFIG_VIRTIO_BALLOON_RS_COVERAGE=y",
+            "LDFLAGS_MODULE=--force-group-allocation",
+        ],
+    )?;
+    Ok(directory.join(Driver::Rust.file()))
+}
+
 fn build_as(
     places: &Places,
     tree: &Tree,
@@ -66,7 +83,7 @@ fn build_as(
 }
 
 /// What the module is made of, in a few characters.
-fn key(places: &Places) -> Result<String> {
+pub(crate) fn key(places: &Places) -> Result<String> {
     let mut hash = Sha256::new();
     let mut paths = sources(places, &["rs", "c", "h"])?;
     paths.push("Kbuild".into());

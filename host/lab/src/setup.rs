@@ -2,11 +2,13 @@
 
 //! All that must be there before a guest can boot.
 
+use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::Result;
-use vm::{Artifacts, Driver, Kernel};
+use vm::{Artifacts, Coverage, Driver, Kernel};
 
+use crate::kernel::Tree;
 use crate::places::Places;
 use crate::{debian, initramfs, kernel, module};
 
@@ -17,25 +19,56 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let (image, modules) = match kernel {
         Kernel::Test | Kernel::Debug | Kernel::Kcsan => {
             let tree = kernel::build(places, kernel)?;
-            let modules = vec![
-                module::build(places, &tree)?,
-                module::build_lying(places, &tree)?,
-                tree.path.join("drivers/virtio").join(Driver::C.file()),
-            ];
-            (tree.image(), modules)
+            let module = module::build(places, &tree)?;
+            (tree.image(), modules(places, &tree, module)?)
         }
         Kernel::Debian => debian::install(places, &build)?,
     };
+    artifacts(places, kernel, image, &modules, None)
+}
+
+/// The same for the driver in `module`, which counts.
+pub(crate) fn counting(
+    places: &Places,
+    tree: &Tree,
+    module: &Path,
+    coverage: Coverage,
+) -> Result<Artifacts> {
+    let modules = modules(places, tree, module.to_owned())?;
+    artifacts(places, tree.kernel, tree.image(), &modules, Some(coverage))
+}
+
+/// A module of the driver, and those that are built for the same kernel beside it.
+fn modules(places: &Places, tree: &Tree, module: PathBuf) -> Result<Vec<PathBuf>> {
+    Ok(vec![
+        module,
+        module::build_lying(places, tree)?,
+        tree.path.join("drivers/virtio").join(Driver::C.file()),
+    ])
+}
+
+fn artifacts(
+    places: &Places,
+    kernel: Kernel,
+    image: PathBuf,
+    modules: &[PathBuf],
+    coverage: Option<Coverage>,
+) -> Result<Artifacts> {
     // guest/lab has put them all there.
     let tools = env::current_exe()?.with_file_name("");
     let agent = tools.join("agent");
-    let initramfs = build.join("initramfs.cpio");
-    initramfs::write(&initramfs, &agent, &modules)?;
+    let initramfs = match coverage {
+        None => "initramfs.cpio",
+        Some(_) => "counting.cpio",
+    };
+    let initramfs = places.build_for(kernel).join(initramfs);
+    initramfs::write(&initramfs, &agent, modules)?;
     let logs = places.logs().join(kernel.to_string());
     Ok(Artifacts {
         kernel: image,
         initramfs,
         tools,
         logs,
+        coverage,
     })
 }

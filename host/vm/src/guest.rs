@@ -201,6 +201,7 @@ impl Guest {
 
     fn power_off(&self) -> Result<()> {
         self.find_leaks()?;
+        self.save_coverage()?;
         self.shut_down()
     }
 
@@ -311,6 +312,7 @@ impl Guest {
 
     /// Unloads a module.
     pub fn rmmod(&self, driver: Driver) -> Result<()> {
+        self.save_coverage()?;
         self.run_within(&["rmmod", driver.name()], MODULE_TIMEOUT)?;
         Ok(())
     }

@@ -10,7 +10,9 @@
 //! use vm::{Artifacts, Config, Driver, Size};
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! # let artifacts = Artifacts { kernel: "".into(), initramfs: "".into(), tools: "".into(), logs: "".into() };
+//! # let artifacts = Artifacts {
+//! #     kernel: "".into(), initramfs: "".into(), tools: "".into(), logs: "".into(), coverage: None,
+//! # };
 //! let config = Config::new(&artifacts, "a_quarter").memory(Size::gib(1));
 //! vm::run(&config, |guest| {
 //!     guest.insmod(Driver::Rust, &[])?;
@@ -27,6 +29,7 @@
 mod agent;
 mod balloon;
 mod console;
+mod coverage;
 mod daemon;
 mod device;
 mod fault_injection;
@@ -54,6 +57,7 @@ pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output};
 pub use crate::agent::Pending;
 pub use crate::balloon::{Balloon, Sample};
 pub use crate::console::{Console, Mark};
+pub use crate::coverage::Coverage;
 pub use crate::daemon::Daemon;
 pub use crate::device::{Device, Offer};
 pub use crate::fault_injection::Allocation;

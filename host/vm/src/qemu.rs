@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use regex::Regex;
 
+use crate::coverage::Coverage;
 use crate::daemon::Daemon;
 use crate::device::{Device, Offer, vhost_user_balloon};
 use crate::size::Size;
@@ -64,6 +65,8 @@ pub struct Artifacts {
     pub tools: PathBuf,
     /// The directory that gets a directory of logs for each guest.
     pub logs: PathBuf,
+    /// Where to put what the driver counts, if it is built for that.
+    pub coverage: Option<Coverage>,
 }
 
 /// What runs the guest's instructions.
@@ -632,6 +635,7 @@ mod tests {
             initramfs: "i".into(),
             tools: "t".into(),
             logs: "/logs".into(),
+            coverage: None,
         };
         Config::new(&artifacts, "name").accel(Accel::Tcg)
     }

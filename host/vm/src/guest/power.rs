@@ -109,6 +109,7 @@ impl Guest {
     }
 
     fn restart(&self, end: End) -> Result<()> {
+        self.save_coverage()?;
         let mark = self.console.mark()?;
         let pending = self.home().agent.send(Command::End(end))?;
         // The kernel that ends must not be asked whether it is up.

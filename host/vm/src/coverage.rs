@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What of the driver has been executed. A driver that is built to count that has its counters in
+//! its own memory, which QEMU reads behind the guest's back.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use agent::Exit;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::guest::{Driver, Guest};
+
+/// The driver's sections: what describes each function, its counters, and the functions' names.
+const SECTIONS: [&str; 3] = ["__llvm_prf_data", "__llvm_prf_cnts", "__llvm_prf_names"];
+
+/// The length of the description of a function.
+const DESCRIPTION: u64 = 64;
+
+/// What a file of raw counters begins with, and the version of its format that LLVM 19 has.
+const MAGIC: u64 = u64::from_be_bytes(*b"\xfflprofr\x81");
+const VERSION: u64 = 10;
+
+/// The highest number of a kind of values, of which there are none.
+const LAST_KIND: u64 = 2;
+
+/// Where to put what a driver has counted.
+#[derive(Clone, Debug)]
+pub struct Coverage {
+    directory: PathBuf,
+    /// The lengths of the sections, in bytes.
+    lengths: [u64; 3],
+}
+
+impl Coverage {
+    /// Has what `module` counts put into `directory`: a file for each time that it was loaded.
+    ///
+    /// # Errors
+    ///
+    /// The module does not count.
+    pub fn new(module: &Path, directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory)?;
+        let output = Command::new("llvm-size").arg("-A").arg(module).output()?;
+        let text = String::from_utf8(output.stdout)?;
+        let length = |section: &str| -> Result<u64> {
+            let mut lines = text.lines().map(|line| line.split_whitespace());
+            let length = lines
+                .find_map(|mut words| (words.next() == Some(section)).then(|| words.next())?)
+                .with_context(|| format!("{} has no {section}", module.display()))?;
+            Ok(length.parse()?)
+        };
+        Ok(Self {
+            directory: directory.to_owned(),
+            lengths: [
+                length(SECTIONS[0])?,
+                length(SECTIONS[1])?,
+                length(SECTIONS[2])?,
+            ],
+        })
+    }
+}
+
+impl Guest {
+    /// Writes down what the driver has counted, if it is loaded and does that. What comes later is
+    /// lost with the module.
+    pub(crate) fn save_coverage(&self) -> Result<()> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let Some(coverage) = &self.config().artifacts.coverage else {
+            return Ok(());
+        };
+        let directory = format!("/sys/module/{}/sections", Driver::Rust.name());
+        let files = SECTIONS.map(|section| format!("{directory}/{section}"));
+        let output = self.exec(&["cat", &files[0], &files[1], &files[2]])?;
+        if output.exit != Exit::Status(0) {
+            return Ok(());
+        }
+        let addresses = output
+            .stdout
+            .lines()
+            .map(|line| Ok(u64::from_str_radix(line.trim_start_matches("0x"), 16)?))
+            .collect::<Result<Vec<_>>>()?;
+        ensure!(
+            addresses.len() == SECTIONS.len(),
+            "the sections lie at {addresses:x?}"
+        );
+
+        let name = format!(
+            "{}-{}",
+            std::process::id(),
+            NUMBER.fetch_add(1, Ordering::Relaxed)
+        );
+        let part = coverage.directory.join(format!("{name}.part"));
+        let [descriptions, counters, names] = coverage.lengths;
+        let header = [
+            MAGIC,
+            VERSION,
+            // There are no ids, nor bitmaps, nor tables of functions, and nothing is padded.
+            0,
+            descriptions / DESCRIPTION,
+            0,
+            counters / size_of::<u64>() as u64,
+            0,
+            0,
+            0,
+            names,
+            // Descriptions say how far away their counters are.
+            addresses[1].wrapping_sub(addresses[0]),
+            0,
+            addresses[2],
+            0,
+            0,
+            LAST_KIND,
+        ];
+        let mut raw: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+        for (address, length) in addresses.iter().zip(coverage.lengths) {
+            // Addresses have a sign for QEMU.
+            let address = i64::from_ne_bytes(address.to_ne_bytes());
+            self.qmp().execute::<Value>(
+                "memsave",
+                &json!({ "val": address, "size": length, "filename": part }),
+            )?;
+            raw.extend(fs::read(&part)?);
+        }
+        raw.resize(raw.len().next_multiple_of(size_of::<u64>()), 0);
+        fs::remove_file(part)?;
+        fs::write(coverage.directory.join(format!("{name}.profraw")), raw)?;
+        Ok(())
+    }
+}
