@@ -20,8 +20,7 @@ use crate::{
     },
     deflate::{
         self,
-        Deflate,
-        Reason, //
+        Deflate, //
     },
     inflate::{
         Inflate,
@@ -40,7 +39,8 @@ use crate::{
             Job,
             Slot,
             Task, //
-        }, //
+        },
+        trace::Reason, //
     },
     stop_reason::{
         StopReason,
@@ -326,6 +326,11 @@ impl Balloon {
         ))
     }
 
+    /// Returns what is missing to have `target` kernel pages in the balloon.
+    fn step(&self, worker: &Worker, target: usize) -> Step {
+        Step::towards(target, self.pages.len(), worker.inflate.in_flight())
+    }
+
     /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth
     /// another try, unless something happens before.
     fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
@@ -434,16 +439,18 @@ impl Balloon {
     /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
     pub(crate) fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let worker = self.worker.lock();
+        let target = self.target(&worker).unwrap_or(0);
 
-        writeln!(f, "target {}", self.target(&worker).unwrap_or(0))?;
+        writeln!(f, "target {target}")?;
         writeln!(f, "held {}", self.pages.len())?;
         writeln!(f, "inflating {}", worker.inflate.in_flight())?;
         writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
         for (order, blocks) in self.pages.by_order().iter().enumerate() {
             writeln!(f, "order_{order}_blocks {blocks}")?;
         }
-        let stopped = worker.stopped.map_or("none", StopReason::words);
-        writeln!(f, "stop_reason {stopped}")?;
+        let reason = self.stop_reason(&worker, self.step(&worker, target));
+        let reason = reason.ok().flatten().map_or("none", StopReason::words);
+        writeln!(f, "stop_reason {reason}")?;
         match worker.error {
             Some(error) => writeln!(f, "last_error {error:?}"),
             None => writeln!(f, "last_error none"),
@@ -489,7 +496,7 @@ impl Balloon {
         let target = self.target(worker)?;
         let mut again = None;
 
-        let step = Step::towards(target, self.pages.len(), worker.inflate.in_flight());
+        let step = self.step(worker, target);
         if step != Step::Rest {
             self.moves().allow(false);
         }

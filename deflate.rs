@@ -29,7 +29,10 @@ use crate::{
             MAX_ORDER, //
         },
         range_stack::RangeStack,
-        trace, //
+        trace::{
+            self,
+            Reason, //
+        }, //
     },
     terms::Terms, //
 };
@@ -125,15 +128,6 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
     }
 }
 
-/// Why pages are released.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reason {
-    /// The target.
-    Target,
-    /// The guest has run out of memory.
-    OutOfMemory,
-}
-
 /// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device
 /// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
 /// has answered.
@@ -150,7 +144,7 @@ pub(crate) fn release(
 ) -> usize {
     let terms = deflate.lock().terms;
     let tell_first = match reason {
-        Reason::Target => terms.tell_first(),
+        Reason::Target | Reason::GoingOffline => terms.tell_first(),
         Reason::OutOfMemory => terms.tell_first_out_of_memory(),
     };
     let mut released = 0;
@@ -169,10 +163,7 @@ pub(crate) fn release(
         }
     }
 
-    if released > 0 {
-        let device = deflate.lock().queue.device();
-        trace::deflate(device, released, reason == Reason::OutOfMemory);
-    }
+    trace(deflate, released, reason);
     released
 }
 
@@ -186,15 +177,27 @@ pub(crate) fn evacuate(
 ) -> bool {
     let mut blocks = balloon.take_blocks(pfns);
     let mut all = true;
+    let mut told = 0;
 
     while all && !blocks.is_empty() {
         batch.add(&mut blocks);
         let pages = batch.pages();
-        all = tell(deflate, balloon, batch) == pages;
+        let told_now = tell(deflate, balloon, batch);
+        told += told_now;
+        all = told_now == pages;
     }
 
     balloon.insert(blocks);
+    trace(deflate, told, Reason::GoingOffline);
     all
+}
+
+/// Traces that `pages` kernel pages left the balloon, if there are any.
+fn trace(deflate: &SpinLock<Deflate>, pages: usize, reason: Reason) {
+    if pages > 0 {
+        let device = deflate.lock().queue.device();
+        trace::deflate(device, pages, reason);
+    }
 }
 
 /// Returns whether pages that were released because memory ran out can be used: only where the

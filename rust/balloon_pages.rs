@@ -143,7 +143,9 @@ impl Blocks {
     ///
     /// As for [`PageList::push_block`].
     unsafe fn push(&mut self, page: NonNull<bindings::page>) {
-        // SAFETY: By the requirements of this function.
+        // SAFETY: By the requirements of this function, which are those of `push_block()`, `page`
+        // begins a block that is nobody else's; it stays one in the list, where its order can be
+        // read.
         let order = unsafe {
             self.list.push_block(page);
             page_list::order(page)

@@ -127,9 +127,16 @@ void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);
 
+/* Why pages leave the balloon. */
+enum balloon_rs_reason {
+	BALLOON_RS_TARGET,
+	BALLOON_RS_OUT_OF_MEMORY,
+	BALLOON_RS_GOING_OFFLINE,
+};
+
 /* In trace.c. */
 void balloon_rs_trace_inflate(unsigned int device, unsigned long pages);
-void balloon_rs_trace_deflate(unsigned int device, unsigned long pages, bool out_of_memory);
+void balloon_rs_trace_deflate(unsigned int device, unsigned long pages, unsigned int reason);
 void balloon_rs_trace_request(unsigned int device, u64 id, u16 command);
 void balloon_rs_trace_answer(unsigned int device, u64 id, unsigned long pages, u8 status);
 

@@ -9,9 +9,9 @@ void balloon_rs_trace_inflate(unsigned int device, unsigned long pages)
 	trace_virtio_balloon_rs_inflate(device, pages);
 }
 
-void balloon_rs_trace_deflate(unsigned int device, unsigned long pages, bool out_of_memory)
+void balloon_rs_trace_deflate(unsigned int device, unsigned long pages, unsigned int reason)
 {
-	trace_virtio_balloon_rs_deflate(device, pages, out_of_memory);
+	trace_virtio_balloon_rs_deflate(device, pages, reason);
 }
 
 void balloon_rs_trace_request(unsigned int device, u64 id, u16 command)

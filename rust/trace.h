@@ -11,6 +11,11 @@
 #include <linux/tracepoint.h>
 
 #include "../uapi/linux/virtio_balloon_ext.h"
+#include "helpers.h"
+
+TRACE_DEFINE_ENUM(BALLOON_RS_TARGET);
+TRACE_DEFINE_ENUM(BALLOON_RS_OUT_OF_MEMORY);
+TRACE_DEFINE_ENUM(BALLOON_RS_GOING_OFFLINE);
 
 /* Pages went to the device. It has not answered yet. */
 TRACE_EVENT(virtio_balloon_rs_inflate,
@@ -27,22 +32,25 @@ TRACE_EVENT(virtio_balloon_rs_inflate,
 	TP_printk("virtio%u: pages=%lu", __entry->device, __entry->pages)
 );
 
-/* Pages left the balloon, because of the target or because the guest ran out of memory. */
+/* Pages left the balloon. */
 TRACE_EVENT(virtio_balloon_rs_deflate,
-	TP_PROTO(unsigned int device, unsigned long pages, bool out_of_memory),
-	TP_ARGS(device, pages, out_of_memory),
+	TP_PROTO(unsigned int device, unsigned long pages, unsigned int reason),
+	TP_ARGS(device, pages, reason),
 	TP_STRUCT__entry(
 		__field(unsigned int, device)
 		__field(unsigned long, pages)
-		__field(bool, out_of_memory)
+		__field(unsigned int, reason)
 	),
 	TP_fast_assign(
 		__entry->device = device;
 		__entry->pages = pages;
-		__entry->out_of_memory = out_of_memory;
+		__entry->reason = reason;
 	),
-	TP_printk("virtio%u: pages=%lu out_of_memory=%d", __entry->device, __entry->pages,
-		  __entry->out_of_memory)
+	TP_printk("virtio%u: pages=%lu reason=%s", __entry->device, __entry->pages,
+		  __print_symbolic(__entry->reason,
+				   { BALLOON_RS_TARGET, "target" },
+				   { BALLOON_RS_OUT_OF_MEMORY, "out-of-memory" },
+				   { BALLOON_RS_GOING_OFFLINE, "going-offline" }))
 );
 
 /* The host has asked for something. */

@@ -9,26 +9,43 @@ use super::bindings;
 
 /// `pages` kernel pages went to the device `virtio<device>`, which has not answered yet.
 pub(crate) fn inflate(device: u32, pages: usize) {
-    // SAFETY: The function takes numbers, whatever they are.
+    // SAFETY: The function writes two numbers down, which may be any.
     unsafe { bindings::balloon_rs_trace_inflate(device, pages) }
 }
 
-/// `pages` kernel pages left the balloon of `virtio<device>`: because of its target, or because the
-/// guest has run out of memory.
-pub(crate) fn deflate(device: u32, pages: usize, out_of_memory: bool) {
-    // SAFETY: As above.
-    unsafe { bindings::balloon_rs_trace_deflate(device, pages, out_of_memory) }
+/// Why pages leave the balloon.
+#[derive(Clone, Copy)]
+pub(crate) enum Reason {
+    /// The target.
+    Target,
+    /// The guest has run out of memory.
+    OutOfMemory,
+    /// Their memory goes offline.
+    GoingOffline,
+}
+
+/// `pages` kernel pages left the balloon of `virtio<device>`.
+pub(crate) fn deflate(device: u32, pages: usize, reason: Reason) {
+    let reason = match reason {
+        Reason::Target => bindings::balloon_rs_reason_BALLOON_RS_TARGET,
+        Reason::OutOfMemory => bindings::balloon_rs_reason_BALLOON_RS_OUT_OF_MEMORY,
+        Reason::GoingOffline => bindings::balloon_rs_reason_BALLOON_RS_GOING_OFFLINE,
+    };
+
+    // SAFETY: The function writes three numbers down, which may be any.
+    unsafe { bindings::balloon_rs_trace_deflate(device, pages, reason) }
 }
 
 /// The device `virtio<device>` has made the request `id`.
 pub(crate) fn request(device: u32, id: u64, command: u16) {
-    // SAFETY: As above.
+    // SAFETY: The function writes three numbers down, which may be any: also a command that nobody
+    // knows.
     unsafe { bindings::balloon_rs_trace_request(device, id, command) }
 }
 
 /// A part of the answer to the request `id` was sent, which names `pages` kernel pages; or, with a
 /// `status` that is not 0, the last one.
 pub(crate) fn answer(device: u32, id: u64, pages: usize, status: u8) {
-    // SAFETY: As above.
+    // SAFETY: The function writes four numbers down, which may be any.
     unsafe { bindings::balloon_rs_trace_answer(device, id, pages, status) }
 }

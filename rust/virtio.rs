@@ -535,8 +535,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Returns whether `feature` was negotiated.
     pub(crate) fn has_feature(&self, feature: Feature) -> bool {
-        // SAFETY: By the type invariants the device is valid. The features do not change while a driver can see them, but
-        // for `validate`, which has the device to itself.
+        // SAFETY: By the type invariants the device is valid. The features do not change while a
+        // driver can see them, but for `validate`, which has the device to itself.
         let features = unsafe { *self.features() };
 
         features & feature.mask() != 0
@@ -544,8 +544,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Returns a pointer to the lower 64 feature bits.
     fn features(&self) -> *mut u64 {
-        // SAFETY: By the type invariants the device is valid. The field is a union of these bits and of all bits as an
-        // array.
+        // SAFETY: By the type invariants the device is valid. The field is a union of these bits
+        // and of all bits as an array.
         unsafe { (&raw mut (*self.as_raw()).__bindgen_anon_1).cast() }
     }
 
@@ -588,7 +588,8 @@ impl Device<device::CoreInternal<'_>> {
             GFP_KERNEL,
         )?;
 
-        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use, which is this layer.
+        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use,
+        // which is this layer.
         unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
 
         Ok(binding)
@@ -600,7 +601,8 @@ impl Device<device::CoreInternal<'_>> {
             binding.cut_off();
         }
 
-        // SAFETY: By the type invariants the device is valid. Nobody kicks it, since it was cut off.
+        // SAFETY: By the type invariants the device is valid. Nobody kicks it, since it was cut
+        // off.
         unsafe { bindings::virtio_reset_device(self.as_raw()) };
 
         let Some(binding) = self.binding() else {
@@ -611,8 +613,8 @@ impl Device<device::CoreInternal<'_>> {
         binding.state.store(RESET, Release);
 
         if binding.vqs.load(Relaxed) != 0 {
-            // SAFETY: By the type invariants the device is valid and was reset. The queues are used only through the
-            // binding.
+            // SAFETY: By the type invariants the device is valid and was reset. The queues are used
+            // only through the binding.
             unsafe {
                 if let Some(del_vqs) = (*(*self.as_raw()).config).del_vqs {
                     del_vqs(self.as_raw());
@@ -738,8 +740,8 @@ impl Device<device::Core<'_>> {
         // The callbacks need to know, so before there are any.
         binding.vqs.store(present, Relaxed);
 
-        // SAFETY: By the type invariants the device is valid, and every transport has this operation; both arrays have `N`
-        // entries. The names are static.
+        // SAFETY: By the type invariants the device is valid, and every transport has this
+        // operation; both arrays have `N` entries. The names are static.
         unsafe {
             let find_vqs = (*(*self.as_raw()).config).find_vqs.ok_or(ENODEV)?;
 
@@ -769,8 +771,8 @@ pub(crate) struct FoundQueues<const N: usize> {
 }
 
 impl<const N: usize> FoundQueues<N> {
-    /// Takes the queue with index `index`, for buffers of type `B`. What goes through it is added to
-    /// `traffic`.
+    /// Takes the queue with index `index`, for buffers of type `B`. What goes through it is added
+    /// to `traffic`.
     ///
     /// # Errors
     ///
