@@ -30,6 +30,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a command in the guest may take when nothing else is said.
 pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a load may take for what it is asked to do.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(180);
+
 /// How long loading or unloading a module may take. Its own tests run while it is loaded.
 const MODULE_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -442,8 +445,15 @@ impl Guest {
         Ok(())
     }
 
-    /// Starts a load.
+    /// Starts a load, and waits until it has been through its memory once.
     pub fn load(&self, load: Load) -> Result<RunningLoad<'_>> {
+        let load = self.start_load(load)?;
+        load.wait_passes(1)?;
+        Ok(load)
+    }
+
+    /// Starts a load.
+    pub fn start_load(&self, load: Load) -> Result<RunningLoad<'_>> {
         match self.call(Command::StartLoad(load), COMMAND_TIMEOUT)? {
             Reply::Load(id) => Ok(RunningLoad { guest: self, id }),
             reply => bail!("the agent answers {reply:?} to a load"),
@@ -529,10 +539,19 @@ impl RunningLoad<'_> {
         self.call(Command::LoadStatus(self.id), COMMAND_TIMEOUT)
     }
 
-    /// Waits until it has been through all of its memory `passes` times.
-    pub fn wait_passes(&self, passes: u64, timeout: Duration) -> Result<()> {
+    /// Waits until it has been through all of its memory `passes` more times, which is where it finds out that
+    /// something is not as it was.
+    ///
+    /// # Errors
+    ///
+    /// It has failed, or takes too long.
+    pub fn verify(&self, passes: u64) -> Result<()> {
+        self.wait_passes(self.status()?.progress.passes + passes)
+    }
+
+    fn wait_passes(&self, passes: u64) -> Result<()> {
         self.guest
-            .wait_until(&format!("{passes} passes of a load"), timeout, || {
+            .wait_until(&format!("{passes} passes of a load"), LOAD_TIMEOUT, || {
                 let status = self.status()?;
                 ensure!(
                     status.exit.is_none_or(|exit| exit == Exit::Status(0)),

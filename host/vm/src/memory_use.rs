@@ -33,7 +33,6 @@ impl Guest {
         let load = self.load(Load::Touch {
             mib: size.as_mib().try_into()?,
         })?;
-        load.wait_passes(1, PATIENCE)?;
         load.wait(PATIENCE)?;
         Ok(())
     }
@@ -46,7 +45,6 @@ impl Guest {
         let load = self.load(Load::Fragment {
             mib: taken.as_mib().try_into()?,
         })?;
-        load.wait_passes(1, PATIENCE)?;
         Ok(load)
     }
 

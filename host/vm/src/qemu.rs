@@ -43,6 +43,16 @@ pub enum Kernel {
     Kcsan,
 }
 
+impl Kernel {
+    /// Whether it looks for faults, which takes many times as long as to do without.
+    pub fn is_slow(self) -> bool {
+        match self {
+            Self::Test | Self::Debian => false,
+            Self::Debug | Self::Kcsan => true,
+        }
+    }
+}
+
 impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

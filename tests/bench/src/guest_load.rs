@@ -28,9 +28,6 @@ const RUNS: usize = 2;
 const BEFORE: Duration = Duration::from_secs(1);
 const WINDOW: Duration = Duration::from_secs(3);
 
-/// How long the load may take to begin, and the balloon to be full beside it.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// The loads, which keep both of the guest's processors busy.
 const LOADS: [(&str, Load); 2] = [
     (
@@ -67,10 +64,8 @@ fn run(bench: &Bench<'_>) -> Result<()> {
 /// Inflates beside a load.
 fn watch(contestant: Contestant, guest: &Guest, load: Load) -> Result<Run> {
     let load = guest.load(load)?;
-    load.wait_passes(1, PATIENCE)?;
     let before = Pace::of(&load, BEFORE)?;
     let task = guest.load(Load::Tick { microseconds: 1000 })?;
-    task.wait_passes(1, PATIENCE)?;
     let took = thread::scope(|scope| -> Result<_> {
         let start = Instant::now();
         let giving = (contestant != Contestant::none(Device::Qemu))

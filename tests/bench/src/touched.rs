@@ -95,7 +95,7 @@ fn report(guest: &Guest) -> Result<Run> {
     guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
     let idle = guest.resident()?;
     let mib = usize::try_from(AMOUNT.as_mib())?;
-    let load = guest.load(Load::Hog { mib })?;
+    let load = guest.start_load(Load::Hog { mib })?;
     guest.wait_until("a process has its memory", PATIENCE, || {
         Ok(load.status()?.progress.mib >= mib)
     })?;

@@ -79,7 +79,6 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
         let fragment = guest.load(Load::Fragment {
             mib: usize::try_from(free.saturating_sub(Size::mib(96)).as_mib())?,
         })?;
-        fragment.wait_passes(1, Duration::from_secs(60))?;
         let size = Size::mib(
             guest
                 .meminfo()?
@@ -123,7 +122,6 @@ fn hold(guest: &Guest) -> Result<vm::RunningLoad<'_>> {
         mib: 32,
         threads: 1,
     })?;
-    data.wait_passes(1, Duration::from_secs(60))?;
     Ok(data)
 }
 
@@ -235,7 +233,13 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
             "no block is full of the balloon: at most {pages} pages of {all} are in it"
         );
 
-        write(guest, &block.state, "offline")?;
+        let (_, events) = guest.trace_balloon(|| write(guest, &block.state, "offline"))?;
+        ensure!(
+            events
+                .iter()
+                .any(|event| event.ends_with("reason=going-offline")),
+            "nothing is said of it: {events:#?}"
+        );
         let state = guest.read_file(&block.state)?;
         ensure!(state.trim() == "offline", "the block is {}", state.trim());
         // Other memory takes its place.

@@ -90,8 +90,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 /// How long all allocations of a step may take to fail.
 const LIFE: Duration = Duration::from_secs(1800);
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// So much that there are blocks and single pages in it, and several messages.
 const SIZE: Size = Size::mib(24);
 
@@ -278,8 +276,7 @@ fn cgroup_pressure(setup: &Setup) -> Result<()> {
             rounds += 1;
         }
         let swapped = Size::pages(guest.vmstat("pswpout")? - swapped);
-        let verified = load.status()?.progress.passes;
-        load.wait_passes(verified + 10, PATIENCE)?;
+        load.verify(10)?;
         load.stop()?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
@@ -299,7 +296,6 @@ fn churn(guest: &Guest, mib: usize) -> Result<RunningLoad<'_>> {
         threads: 2,
         seed: 0,
     })?;
-    load.wait_passes(1, PATIENCE)?;
     Ok(load)
 }
 
@@ -318,8 +314,7 @@ fn cpu_hotplug(setup: &Setup) -> Result<()> {
                 check_size(guest, size)?;
             }
         }
-        let verified = load.status()?.progress.passes;
-        load.wait_passes(verified + 10, PATIENCE)?;
+        load.verify(10)?;
         load.stop()?;
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
@@ -346,8 +341,7 @@ fn memory_hotplug(setup: &Setup) -> Result<()> {
             guest.balloon().reach(Size::mib(500))?;
             check_size(guest, Size::mib(500))?;
         }
-        let verified = load.status()?.progress.passes;
-        load.wait_passes(verified + 10, PATIENCE)?;
+        load.verify(10)?;
         load.stop()?;
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;

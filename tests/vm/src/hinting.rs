@@ -73,7 +73,6 @@ impl Shares {
             mib: self.hold,
             threads: 2,
         })?;
-        load.wait_passes(1, PATIENCE)?;
         Ok(load)
     }
 
@@ -103,7 +102,6 @@ fn migrate_with_hints(setup: &Setup) -> Result<()> {
             shares.write_and_free(guest)?;
             guest.balloon().settle(balloon)?;
             let (free, resident) = (guest.free()?, guest.resident()?);
-            let passes = load.status()?.progress.passes;
             let migration = guest.migrate(SLOW)?;
             wait_hints(guest, &migration, &shares)?;
             let with = migration.finish()?;
@@ -123,7 +121,7 @@ fn migrate_with_hints(setup: &Setup) -> Result<()> {
             );
             check_all_back(guest, free)?;
             check_size(guest, balloon)?;
-            load.wait_passes(passes + 1, PATIENCE)?;
+            load.verify(1)?;
             setup.note(format!(
                 "{} sent with a balloon of {balloon}, {} without hints; QEMU then has {resident_now} of {resident}",
                 with.sent, without.sent
@@ -144,7 +142,7 @@ fn migrate_while_allocating(setup: &Setup) -> Result<()> {
             let free = shares.write_and_free(guest)?;
             let need = guest.meminfo()?.available.as_mib() * 9 / 10;
             let start = || {
-                guest.load(Load::Hold {
+                guest.start_load(Load::Hold {
                     mib: usize::try_from(need)?,
                     threads: 2,
                 })
@@ -159,13 +157,12 @@ fn migrate_while_allocating(setup: &Setup) -> Result<()> {
                 setup.note(format!("{now} of {free} free when {need} MiB were taken"));
                 (migration, start()?)
             };
-            greedy.wait_passes(1, PATIENCE)?;
+            greedy.verify(1)?;
             // It still goes on when the process has all it needs.
             migration.progress()?;
             migration.finish()?;
             for load in [&greedy, &load] {
-                let passes = load.status()?.progress.passes;
-                load.wait_passes(passes + 1, PATIENCE)?;
+                load.verify(1)?;
             }
             greedy.stop()?;
             check_all_back(guest, free)?;

@@ -135,9 +135,10 @@ impl Setup {
             .device(device)
             .accel(accel)
             .verbose(verbose);
-        let config = match kernel {
-            Kernel::Test | Kernel::Debian => config,
-            Kernel::Debug | Kernel::Kcsan => config.timeout(Duration::from_secs(600)),
+        let config = if kernel.is_slow() {
+            config.timeout(Duration::from_secs(600))
+        } else {
+            config
         };
         Self {
             driver,
@@ -182,6 +183,11 @@ impl Setup {
     /// The configuration that the scenario's guests start from.
     pub fn config(&self) -> Config {
         self.config.clone()
+    }
+
+    /// Returns `fast`, or `slow` where the guests' kernel is many times slower than others.
+    pub(crate) fn by_speed<T>(&self, fast: T, slow: T) -> T {
+        if self.kernel.is_slow() { slow } else { fast }
     }
 
     /// One of the host's programs.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vm::{Device, Driver, Guest, Kernel, Size};
+use vm::{Device, Driver, Guest, Size};
 
 use crate::sizes::{check_free, check_size};
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup};
@@ -121,10 +121,8 @@ pub(crate) fn device(guest: &Guest, driver: Driver) -> Result<String> {
 }
 
 fn unplug_while_inflating(setup: &Setup) -> Result<()> {
-    let (memory, target) = match setup.kernel {
-        Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
-        Kernel::Debug | Kernel::Kcsan => (Size::gib(1), Size::mib(800)),
-    };
+    let (memory, target) =
+        setup.by_speed((Size::gib(4), Size::gib(3)), (Size::gib(1), Size::mib(800)));
     let device = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
     let config = setup
         .config()
@@ -156,10 +154,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
 }
 
 fn power_off_while_inflating(setup: &Setup) -> Result<()> {
-    let memory = match setup.kernel {
-        Kernel::Test | Kernel::Debian => Size::gib(4),
-        Kernel::Debug | Kernel::Kcsan => Size::gib(1),
-    };
+    let memory = setup.by_speed(Size::gib(4), Size::gib(1));
     // More than there is to be had, so that it is on its way however fast it is.
     let target = memory - Size::mib(1);
     vm::run(&setup.config().memory(memory), |guest| {

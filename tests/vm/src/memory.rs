@@ -2,8 +2,6 @@
 
 //! What becomes of the memory: the host really gets it, and the guest keeps what is its own.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use vm::{Load, Size};
 
@@ -43,11 +41,7 @@ fn memory_returned(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         let touch = || -> Result<Size> {
-            let load = guest.load(Load::Touch {
-                mib: usize::try_from(used.as_mib())?,
-            })?;
-            load.wait_passes(1, Duration::from_secs(60))?;
-            load.wait(Duration::from_secs(10))?;
+            guest.touch(used)?;
             guest.resident()
         };
         let touched = touch()?;
@@ -82,7 +76,6 @@ fn data_intact(setup: &Setup) -> Result<()> {
             mib: 128,
             threads: 2,
         })?;
-        load.wait_passes(1, Duration::from_secs(120))?;
         let (mut rounds, mut passes) = (0, 0);
         while rounds < 10 || passes < 3 {
             guest.balloon().settle(Size::mib(400))?;
@@ -110,7 +103,6 @@ fn fragmented(setup: &Setup) -> Result<()> {
         let load = guest.load(Load::Fragment {
             mib: usize::try_from(taken.as_mib())?,
         })?;
-        load.wait_passes(1, Duration::from_secs(60))?;
         let blocks = free_blocks(&guest.read_file("/proc/buddyinfo")?);
         ensure!(
             blocks < size,

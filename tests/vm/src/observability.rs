@@ -81,7 +81,7 @@ fn observability(setup: &Setup) -> Result<()> {
 }
 
 /// One of the driver's files in debugfs.
-fn show(guest: &Guest, name: &str) -> Result<String> {
+pub(crate) fn show(guest: &Guest, name: &str) -> Result<String> {
     guest.sh(&format!(
         "cat /sys/kernel/debug/virtio_balloon_rs-virtio*/{name}"
     ))

@@ -63,7 +63,7 @@ impl Shares {
 
     /// Starts a process that takes what it needs.
     fn start<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
-        guest.load(Load::Hog { mib: self.need })
+        guest.start_load(Load::Hog { mib: self.need })
     }
 
     /// Starts a process that takes what it needs, and waits until it has all of it.

@@ -2,8 +2,6 @@
 
 //! What page sets are good for, in figures: side by side with what a user would have otherwise.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use vm::{Driver, Guest, HugePages, Load, MemoryBackend, Samples, Sent, Size};
 
@@ -40,9 +38,6 @@ const RUNS: usize = 5;
 
 /// How many runs there are of what takes half a minute.
 const FEWER_RUNS: usize = 3;
-
-/// How long the guest may take to use its memory.
-const PATIENCE: Duration = Duration::from_secs(180);
 
 fn encodings(setup: &Setup) -> Result<()> {
     let config = setup.config().using_memory().memory(Size::gib(4));
@@ -96,10 +91,8 @@ fn use_for_long(guest: &Guest) -> Result<Vec<vm::RunningLoad<'_>>> {
             mib: 32,
             threads: 1,
         })?;
-        holes.wait_passes(1, PATIENCE)?;
-        data.wait_passes(1, PATIENCE)?;
         // What comes now is between what the others have.
-        let more = guest.load(Load::Hog { mib: 64 })?;
+        let more = guest.start_load(Load::Hog { mib: 64 })?;
         guest.touch(Size::mib(256))?;
         guest.sh("dd if=/dev/zero of=/tmp/file bs=1M count=64 && rm /tmp/file")?;
         more.stop()?;

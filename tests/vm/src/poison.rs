@@ -119,7 +119,6 @@ fn poison_kept(setup: &Setup) -> Result<()> {
                 mib: 64,
                 threads: 1,
             })?;
-            data.wait_passes(1, Duration::from_secs(60))?;
             for _ in 0..3 {
                 use_and_report(setup, guest, parameter)?;
                 guest.balloon().settle(Size::mib(300))?;

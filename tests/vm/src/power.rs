@@ -5,7 +5,7 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, ensure};
-use vm::{Config, Guest, Kernel, Load, Machine, RunningLoad, Size};
+use vm::{Config, Guest, Load, Machine, RunningLoad, Size};
 
 use crate::lifecycle::device;
 use crate::sizes::{check_free, check_size};
@@ -86,10 +86,10 @@ const PATIENCE: Duration = Duration::from_secs(400);
 
 /// A balloon that takes its time to inflate, and the memory for it.
 fn large(setup: &Setup) -> (Config, Size) {
-    let (memory, target) = match setup.kernel {
-        Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
-        Kernel::Debug | Kernel::Kcsan => (Size::gib(2), Size::mib(1200)),
-    };
+    let (memory, target) = setup.by_speed(
+        (Size::gib(4), Size::gib(3)),
+        (Size::gib(2), Size::mib(1200)),
+    );
     let config = setup.config().memory(memory);
     (config.timeout(PATIENCE), target)
 }
@@ -133,14 +133,7 @@ fn hold(guest: &Guest) -> Result<RunningLoad<'_>> {
         mib: 128,
         threads: 2,
     })?;
-    load.wait_passes(1, Duration::from_secs(120))?;
     Ok(load)
-}
-
-/// Has all data verified once more.
-fn verify(load: &RunningLoad<'_>) -> Result<()> {
-    let passes = load.status()?.progress.passes;
-    load.wait_passes(passes + 2, Duration::from_secs(120))
 }
 
 fn suspend_to_ram(setup: &Setup) -> Result<()> {
@@ -164,7 +157,7 @@ fn suspend_to_ram(setup: &Setup) -> Result<()> {
             let awake = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
             size = target.unwrap_or(size);
             check_rest(guest, total, size)?;
-            verify(&load)?;
+            load.verify(2)?;
             newer(guest, awake)?;
         }
         load.stop()?;
@@ -194,7 +187,7 @@ fn suspend_while_inflating(setup: &Setup) -> Result<()> {
             on_the_way > 0,
             "the balloon was full each time that the guest fell asleep"
         );
-        verify(&load)?;
+        load.verify(2)?;
         load.stop()?;
         setup.note(format!(
             "the balloon was on its way {on_the_way} of {ROUNDS} times"
@@ -217,12 +210,12 @@ fn hibernate(setup: &Setup) -> Result<()> {
     hibernated.resume(after, |guest| {
         check_rest(guest, total, after)?;
         let load = guest.running(load);
-        verify(&load)?;
+        load.verify(2)?;
         for size in [before, Size::default()] {
             guest.balloon().settle(size)?;
             check_rest(guest, total, size)?;
         }
-        verify(&load)?;
+        load.verify(2)?;
         load.stop()?;
         guest.rmmod(setup.driver)
     })
@@ -296,7 +289,7 @@ fn kexec(setup: &Setup) -> Result<()> {
             let (total, load) = (guest.meminfo()?.total, hold(guest)?);
             guest.insmod(setup.driver, &[])?;
             check_rest(guest, total, target)?;
-            verify(&load)?;
+            load.verify(2)?;
             load.stop()?;
             guest.rmmod(setup.driver)?;
         }

@@ -79,7 +79,6 @@ fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()
         threads: 2,
         seed,
     })?;
-    load.wait_passes(1, PATIENCE)?;
     if setup.kernel == Kernel::Kcsan {
         guest.write_file("/sys/kernel/debug/kcsan", "on")?;
     }
@@ -104,8 +103,7 @@ fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()
     }
     setup.note(counts.describe(time));
 
-    let verified = load.status()?.progress.passes;
-    load.wait_passes(verified + 10, PATIENCE)?;
+    load.verify(10)?;
     load.stop()?;
     // It may be loaded or not, and bound or not.
     guest.exec(&["rmmod", setup.driver.name()])?;

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use vm::{Driver, Guest, Kernel, Load, Offer, RunningLoad, Size};
+use vm::{Driver, Guest, Load, Offer, RunningLoad, Size};
 
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
@@ -94,7 +94,7 @@ fn check_returned(
 /// Has a process use memory, and waits until it has all of it.
 pub(crate) fn take(guest: &Guest, size: Size) -> Result<RunningLoad<'_>> {
     let mib = usize::try_from(size.as_mib())?;
-    let load = guest.load(Load::Hog { mib })?;
+    let load = guest.start_load(Load::Hog { mib })?;
     guest.wait_until("a process has its memory", LOAD_PATIENCE, || {
         Ok(load.status()?.progress.mib >= mib)
     })?;
@@ -169,10 +169,10 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
 fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
     let used = Size::mib(500);
     // So seldom that the balloon comes and goes several times until all is reported.
-    let seldom = match setup.kernel {
-        Kernel::Test | Kernel::Debian => "page_reporting.page_reporting_delay_ms=500",
-        Kernel::Debug | Kernel::Kcsan => "page_reporting.page_reporting_delay_ms=3000",
-    };
+    let seldom = setup.by_speed(
+        "page_reporting.page_reporting_delay_ms=500",
+        "page_reporting.page_reporting_delay_ms=3000",
+    );
     let config = setup
         .config()
         .timeout(Duration::from_secs(400))
@@ -184,7 +184,6 @@ fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
             mib: 128,
             threads: 2,
         })?;
-        data.wait_passes(1, LOAD_PATIENCE)?;
         let reported_before = reported(setup, guest)?;
         let mut cycles = 0;
         for _ in 0..3 {

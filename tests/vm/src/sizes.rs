@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use vm::{Guest, Kernel, Size};
+use vm::{Guest, Size};
 
 use crate::{
     ALL_DEVICES, ALL_KERNELS, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
@@ -123,10 +123,8 @@ fn accounting(setup: &Setup) -> Result<()> {
 }
 
 fn target_changes(setup: &Setup) -> Result<()> {
-    let (memory, span) = match setup.kernel {
-        Kernel::Test | Kernel::Debian => (Size::gib(4), Size::gib(3)),
-        Kernel::Debug | Kernel::Kcsan => (Size::gib(1), Size::mib(500)),
-    };
+    let (memory, span) =
+        setup.by_speed((Size::gib(4), Size::gib(3)), (Size::gib(1), Size::mib(500)));
     vm::run(&setup.config().memory(memory), |guest| {
         let free = guest.free()?;
         guest.insmod(setup.driver, &[])?;
@@ -164,10 +162,7 @@ fn target_changes(setup: &Setup) -> Result<()> {
 fn target_beyond_memory(setup: &Setup) -> Result<()> {
     /// So long that the driver's next try is seconds away.
     const QUIET: Duration = Duration::from_secs(7);
-    let reaction_limit = match setup.kernel {
-        Kernel::Test | Kernel::Debian => Duration::from_secs(1),
-        Kernel::Debug | Kernel::Kcsan => Duration::from_secs(4),
-    };
+    let reaction_limit = setup.by_speed(Duration::from_secs(1), Duration::from_secs(4));
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         let mark = guest.console().mark()?;

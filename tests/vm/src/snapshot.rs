@@ -2,12 +2,11 @@
 
 //! Snapshots that leave out what the guest does not use (docs/snapshots.md).
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use vm::{Load, RunningLoad, Size, Snapshot};
+use vm::{Load, Size, Snapshot};
 
-use crate::unused::check;
 use crate::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
@@ -21,8 +20,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
 
 /// Where guests' memory and snapshots are: in memory.
 const DIRECTORY: &str = "/dev/shm";
-
-const PATIENCE: Duration = Duration::from_secs(180);
 
 fn snapshot(setup: &Setup) -> Result<()> {
     let (idle, idle_less) = save_twice(setup, "idle", Size::default())?;
@@ -53,7 +50,6 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
             mib: 128,
             threads: 2,
         })?;
-        data.wait_passes(1, PATIENCE)?;
         if used > Size::default() {
             guest.touch(used)?;
         }
@@ -78,20 +74,13 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
         let less = note("without unused memory", &snapshot);
 
         guest.restore(&snapshot)?;
-        verify(&data)?;
+        data.verify(2)?;
         // All memory is as good as before.
         guest.touch(Size::gib(4))?;
         guest.reclaim()?;
-        verify(&data)?;
+        data.verify(2)?;
         data.stop()?;
         guest.rmmod(setup.driver)?;
         Ok((all, less))
     })
-}
-
-/// Waits until a load has verified more of its memory.
-fn verify(load: &RunningLoad<'_>) -> Result<()> {
-    let passes = load.status()?.progress.passes;
-    load.wait_passes(passes + 2, PATIENCE)?;
-    check(load)
 }

@@ -31,8 +31,6 @@ const MOST: u64 = 400 << 8;
 
 const LIFE: Duration = Duration::from_secs(3600);
 
-const PATIENCE: Duration = Duration::from_secs(120);
-
 /// How long it may take until the device has heard of pages that were moved.
 const MOVES: Duration = Duration::from_secs(10);
 
@@ -48,7 +46,6 @@ fn soak(setup: &Setup) -> Result<()> {
             threads: 2,
             seed,
         })?;
-        load.wait_passes(1, PATIENCE)?;
         let mut reached = 0;
         for step in 1..=STEPS {
             let size = Size::pages(random.u64(0..MOST));
@@ -64,9 +61,8 @@ fn soak(setup: &Setup) -> Result<()> {
                 agree(guest, &empty, size).with_context(|| format!("after {step} steps"))?;
             }
         }
-        let verified = load.status()?.progress.passes;
-        load.wait_passes(verified + 10, PATIENCE)?;
-        load.stop()?;
+        load.verify(10)?;
+        let verified = load.stop()?.progress.passes;
         setup.note(format!(
             "{reached} of {STEPS} targets were reached, and the data verified {verified} times"
         ));

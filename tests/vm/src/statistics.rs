@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use vm::{Guest, Load, Sample, Size};
 
 use crate::lifecycle::device;
+use crate::observability::show;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
 use crate::{
@@ -85,7 +86,7 @@ fn statistics(setup: &Setup) -> Result<()> {
 
         let faults_before = sample.get("minor-faults")?;
         guest.balloon().settle(size)?;
-        let load = guest.load(Load::Touch { mib: 64 })?;
+        let load = guest.start_load(Load::Touch { mib: 64 })?;
         load.wait(Duration::from_secs(60))?;
         let now = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
         let sample = newer(guest, now)?;
@@ -162,6 +163,11 @@ fn no_ballooning(setup: &Setup) -> Result<()> {
             .console()
             .count_since(mark, &format!("{device}: inflate=0"))?;
         ensure!(lines == 1, "the log says {lines} times why nothing happens");
+        let balloon = show(guest, "balloon")?;
+        ensure!(
+            balloon.contains("stop_reason inflate=0"),
+            "no reason for an empty balloon: {balloon}"
+        );
         guest.rmmod(setup.driver)
     })
 }

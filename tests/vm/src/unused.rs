@@ -9,8 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use balloon_control::{Begun, Progress, Ranges, Request, RequestStatus};
 use fastrand::Rng;
 use serde_json::{Value, json};
-use vm::{Driver, Guest, Kernel, Load, RunningLoad, Size, WriteLog};
+use vm::{Driver, Guest, Kernel, Load, Size, WriteLog};
 
+use crate::observability::show;
 use crate::{
     ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
@@ -135,14 +136,12 @@ fn overwrite(
             threads: 4,
             seed: random.u64(..),
         })?;
-        load.wait_passes(100, PATIENCE)?;
+        load.verify(100)?;
         for _ in 0..rounds {
             let pause = Duration::from_millis(random.u64(0..300));
             let size = Size::mib(random.u64(0..memory.as_mib() / 3));
             overwrite_once(guest, &log, size, pause, total)?;
-            let passes = load.status()?.progress.passes;
-            load.wait_passes(passes + 50, PATIENCE)?;
-            check(&load)?;
+            load.verify(50)?;
         }
         guest.balloon().settle(Size::default())?;
         load.stop()?;
@@ -218,8 +217,7 @@ pub(crate) fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duratio
 
 /// A counter of the driver's.
 fn counter(guest: &Guest, name: &str) -> Result<u64> {
-    let text = guest.sh(&format!("cat /sys/kernel/debug/virtio_balloon_rs-*/{name}"))?;
-    Ok(text.trim().parse()?)
+    Ok(show(guest, name)?.trim().parse()?)
 }
 
 /// All memory, in blocks of `block` bytes or more.
@@ -264,7 +262,6 @@ fn bounded(setup: &Setup) -> Result<()> {
             let load = guest.load(Load::Fragment {
                 mib: usize::try_from(memory.as_mib() / 8 * 7)?,
             })?;
-            load.wait_passes(1, PATIENCE)?;
             let took = measure("lone pages")?.as_secs_f64();
             for_each_gib.push(took * Size::gib(1).as_bytes() as f64 / memory.as_bytes() as f64);
             if memory == Size::gib(8) {
@@ -364,10 +361,7 @@ fn flood(setup: &Setup) -> Result<()> {
 }
 
 fn reclaim(setup: &Setup) -> Result<()> {
-    let (memory, used) = match setup.kernel {
-        Kernel::Test | Kernel::Debian => (Size::gib(8), Size::gib(6)),
-        Kernel::Debug | Kernel::Kcsan => (Size::gib(2), Size::gib(1)),
-    };
+    let (memory, used) = setup.by_speed((Size::gib(8), Size::gib(6)), (Size::gib(2), Size::gib(1)));
     vm::run(&setup.config().memory(memory), |guest| {
         guest.insmod(setup.driver, &[])?;
         let file = guest.memory_file()?;
@@ -376,11 +370,7 @@ fn reclaim(setup: &Setup) -> Result<()> {
             threads: 2,
             seed: 1,
         })?;
-        let touch = guest.load(Load::Touch {
-            mib: usize::try_from(used.as_mib())?,
-        })?;
-        touch.wait_passes(1, PATIENCE)?;
-        touch.wait(PATIENCE)?;
+        guest.touch(used)?;
         let (before, free) = (file.resident()?, guest.free()?);
         let start = Instant::now();
         let begun: Begun = guest.daemon()?.call(&Request::Reclaim {
@@ -405,9 +395,7 @@ fn reclaim(setup: &Setup) -> Result<()> {
             after + Size::bytes(used.as_bytes() / 10 * 9) < before,
             "the guest's memory took {before}, and takes {after} after it had freed {used}"
         );
-        let passes = data.status()?.progress.passes;
-        data.wait_passes(passes + 50, PATIENCE)?;
-        check(&data)?;
+        data.verify(50)?;
         data.stop()?;
         guest.rmmod(setup.driver)
     })
@@ -440,18 +428,6 @@ fn drop_caches(setup: &Setup) -> Result<()> {
         );
         guest.rmmod(setup.driver)
     })
-}
-
-/// Fails if a load has found something wrong.
-pub(crate) fn check(load: &RunningLoad<'_>) -> Result<()> {
-    let status = load.status()?;
-    ensure!(
-        status.exit.is_none(),
-        "the load ends with {:?}: {}",
-        status.exit,
-        status.stderr
-    );
-    Ok(())
 }
 
 fn stop(guest: &Guest) -> Result<()> {

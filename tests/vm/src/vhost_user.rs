@@ -266,14 +266,11 @@ fn host_requests(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;
         // Only what the guest has used can come back.
-        let load = guest.load(Load::Touch { mib: 500 })?;
-        load.wait_passes(1, PATIENCE)?;
-        load.wait(PATIENCE)?;
+        guest.touch(Size::mib(500))?;
         let data = guest.load(Load::Hold {
             mib: 200,
             threads: 2,
         })?;
-        data.wait_passes(1, PATIENCE)?;
 
         let restarts: [Option<Restart>; 3] = [
             None,
@@ -316,7 +313,7 @@ fn host_requests(setup: &Setup) -> Result<()> {
             ));
             run(&["drop-caches"], 0)?;
             run(&["drop-caches", "--slab"], 0)?;
-            data.wait_passes(2, PATIENCE)?;
+            data.verify(1)?;
         }
         data.stop()?;
         let refused = daemon.info()?.counters.refused;
@@ -371,20 +368,17 @@ fn hugetlb_memory(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;
         // Only what the guest has used can come back.
-        let load = guest.load(Load::Touch { mib: 700 })?;
-        load.wait_passes(1, PATIENCE)?;
-        load.wait(PATIENCE)?;
+        guest.touch(Size::mib(700))?;
         let before = pages.free()?;
         guest.balloon().settle(size)?;
         let data = guest.load(Load::Hold {
             mib: 128,
             threads: 2,
         })?;
-        data.wait_passes(1, PATIENCE)?;
         let full = pages.free()?;
         guest.balloon().settle(Size::default())?;
         guest.balloon().settle(size)?;
-        data.wait_passes(3, PATIENCE)?;
+        data.verify(2)?;
         data.stop()?;
         setup.note(format!(
             "the host had {before} in free huge pages, and {full} with {size} in the balloon"
