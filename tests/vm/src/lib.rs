@@ -205,6 +205,19 @@ impl Setup {
         self.notes.borrow_mut().push(line);
     }
 
+    /// Notes what has gone wrong with the C driver, of which it is only told how it fares.
+    ///
+    /// # Errors
+    ///
+    /// Whatever has gone wrong with the other one.
+    pub(crate) fn tolerate(&self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(error) if self.driver == Driver::C => self.note(format!("{error:#}")),
+            result => return result,
+        }
+        Ok(())
+    }
+
     /// Says why the scenario cannot be run on this machine. It returns then, and has not passed.
     pub fn skip(&self, reason: &str) {
         *self.skipped.borrow_mut() = Some(reason.to_owned());
