@@ -152,7 +152,11 @@ fn table(columns: &[BTreeMap<String, Lines>; 3]) -> Table {
         .load_preset(ASCII_MARKDOWN)
         .set_header(["file", "lines", "KUnit", "scenarios", "both"]);
     let mut row = |name: &str, lines: [Lines; 3]| {
-        let percent = |lines: Lines| format!("{} %", lines.executed * 100 / lines.all.max(1));
+        // Nothing where nothing was run.
+        let percent = |lines: Lines| {
+            let percent = (lines.executed * 100).checked_div(lines.all);
+            percent.map_or_else(String::new, |percent| format!("{percent} %"))
+        };
         let all = iter::once(lines[2].all.to_string());
         table.add_row(
             iter::once(name.to_owned())
