@@ -46,10 +46,10 @@ impl fmt::Display for Allocation {
 }
 
 impl Guest {
-    /// Does `step` over and over. The first time the first allocation fails that is made in the
-    /// driver or by what it calls, whichever process that is in, then the second one, and so on,
-    /// until there is none left to fail. `check` looks each time at what has become of it, and is
-    /// given what `step` has returned; nothing fails then. Returns how many allocations have
+    /// Does `prepare` and `step` over and over. The first time the first allocation of the step
+    /// fails that is made in the driver or by what it calls, whichever process that is in, then the
+    /// second one, and so on, until there is none left to fail. `check` looks each time at what has
+    /// become of it, and is given what `step` has returned. Returns how many allocations have
     /// failed.
     ///
     /// To be called once for each kind of allocation in a guest: the kernel's count of them cannot
@@ -57,10 +57,11 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// What `check` returns, with the number of the allocation.
+    /// What `prepare` and `check` return, with the number of the allocation.
     pub fn fail_each_allocation<T>(
         &self,
         kind: Allocation,
+        mut prepare: impl FnMut() -> Result<()>,
         mut step: impl FnMut() -> T,
         mut check: impl FnMut(T) -> Result<()>,
     ) -> Result<u64> {
@@ -83,6 +84,7 @@ impl Guest {
         let mut counted = 0;
         for number in 1..MOST {
             self.write_file("/dev/kmsg", &format!("{kind}: allocation {number}\n"))?;
+            prepare().with_context(|| format!("{kind}: before allocation {number}"))?;
             // Fails what makes the count a multiple of it, once.
             set("interval", &(counted + number).to_string())?;
             set("times", "1")?;
