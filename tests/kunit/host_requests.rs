@@ -5,6 +5,7 @@
 use super::device::eventually;
 
 use crate::rust::{
+    caches,
     fake_device::{
         FakeDevice,
         Request, //
@@ -298,6 +299,11 @@ mod tests {
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
         let all = request::CACHES_PAGES | request::CACHES_SLAB;
+        // There is no /proc yet when this runs in a kernel that the driver is built into.
+        let expected = match caches::drop_caches(true, true) {
+            Err(ENOENT) => request::ABORTED,
+            _ => request::COMPLETE,
+        };
 
         // One after the other, though they are asked for at once. The budget is not enough for
         // more.
@@ -306,8 +312,9 @@ mod tests {
         }
         for _ in 1..5 {
             let answer = host.answer();
-            assert!(answer
-                .is_ok_and(|answer| matches!(answer, Message::Completion(_, request::COMPLETE))));
+            assert!(answer.is_ok_and(
+                |answer| matches!(answer, Message::Completion(_, status) if status == expected)
+            ));
         }
         // What costs nothing is answered meanwhile.
         assert_eq!(host.ask(request::CANCEL, 0, 0, 5, 99), Ok(()));
