@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb demo bench bench-docs test test-long coverage kunit fuzz clippy fmt fmt-check clean help
+.PHONY: all deb in-tree demo bench bench-docs test test-long coverage kunit fuzz clippy fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -19,6 +19,22 @@ all:
 	@test -e $(KDIR)/rust/libkernel.rmeta || \
 		{ echo "$(KDIR) has no Rust metadata (headers packages leave it out); set KDIR= to the tree that the kernel was built in" >&2; exit 1; }
 	$(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(shell grep -s '^CONFIG_CC_IS_CLANG=y' $(KDIR)/include/config/auto.conf),LLVM=1) modules
+
+# The driver's place in a kernel's source, and what goes there.
+place := $(KSRC)/drivers/virtio/virtio_balloon_rs
+sources := Kbuild Kconfig .kunitconfig $(wildcard *.rs rust/*.c rust/*.h tests/kunit/*.rs uapi/linux/*.h) \
+	$(filter-out %_generated.rs,$(wildcard rust/*.rs))
+
+in-tree:
+	@test -e '$(KSRC)/drivers/virtio/Kconfig' || \
+		{ echo "set KSRC= to the source of a kernel, 7.3 or newer" >&2; exit 1; }
+	rm -rf '$(place)'
+	mkdir '$(place)'
+	cp --parents --preserve=timestamps $(sources) '$(place)'
+	grep -q VIRTIO_BALLOON_RS '$(KSRC)/drivers/virtio/Makefile' || \
+		sed -i '/virtio_balloon\.o$$/a obj-$$(CONFIG_VIRTIO_BALLOON_RS) += virtio_balloon_rs/' '$(KSRC)/drivers/virtio/Makefile'
+	grep -q virtio_balloon_rs '$(KSRC)/drivers/virtio/Kconfig' || \
+		sed -i '/^config VIRTIO_MEM$$/i source "drivers/virtio/virtio_balloon_rs/Kconfig"\n' '$(KSRC)/drivers/virtio/Kconfig'
 
 deb:
 	@$(lab) deb
@@ -69,6 +85,7 @@ clean:
 help:
 	@echo "make            build the module for the kernel of KDIR= (default: the running one)"
 	@echo "make deb        build Debian packages of the module and of the host's programs"
+	@echo "make in-tree    put the driver into the kernel source of KSRC=, as drivers/virtio/virtio_balloon_rs"
 	@echo "make demo       inflate a balloon to 7 of a guest's 8 GiB, and compare with the C driver"
 	@echo "make test       run every test: the host's own, KUnit in guests, scenarios in guests"
 	@echo "make test-long  run what takes long, too: all scenarios in all kernels, and on the C driver"
@@ -83,8 +100,8 @@ help:
 	@echo
 	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, or debian, which is"
 	@echo "                   Debian's own, with the module from the package"
-	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit, packages),"
-	@echo "                   or the benchmarks"
+	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit, packages,"
+	@echo "                   in-tree), or the benchmarks"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"
 	@echo "DEVICE=NAME        run the scenarios on that balloon device, qemu, vhost-user or extended"
 	@echo "                   (default: qemu, and a few on both)"

@@ -19,6 +19,7 @@ mod debian;
 mod demo;
 mod fuzz;
 mod host_tests;
+mod in_tree;
 mod initramfs;
 mod kernel;
 mod kunit;
@@ -48,7 +49,7 @@ enum Command {
         /// Run the tests in this kernel only
         #[arg(long)]
         kernel: Option<KernelName>,
-        /// Run only what has this in its name; "host", "kunit" and "packages" stand for all tests of theirs
+        /// Run only what has this in its name; "host", "kunit", "packages" and "in-tree" stand for all tests of theirs
         #[arg(long)]
         only: Option<String>,
         /// Run what takes long as well, and everything in all kernels

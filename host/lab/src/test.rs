@@ -11,7 +11,7 @@ use vm::{Artifacts, Device, Driver, Kernel};
 
 use crate::places::Places;
 use crate::report::Report;
-use crate::{Guests, fuzz, host_tests, kunit, setup};
+use crate::{Guests, fuzz, host_tests, in_tree, kunit, setup};
 
 /// For how long each fuzz target runs: enough for the inputs in the repository, and to find what is close
 /// to them.
@@ -71,6 +71,9 @@ pub(crate) fn run(
     if only.is_none_or(|only| only == "host") {
         host_tests::run(&places, &mut report)?;
         fuzz::fuzz(&places, None, FUZZ_SECONDS, &mut report)?;
+    }
+    if only.map_or(long && kernel.is_none(), |only| only == "in-tree") {
+        in_tree::run(&places, guests.accel(), &mut report)?;
     }
     for this in [Kernel::Test, Kernel::Debug, Kernel::Debian, Kernel::Kcsan] {
         let is_debian = this == Kernel::Debian;

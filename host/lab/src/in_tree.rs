@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The driver in a kernel's own source: built in with its KUnit suites, and as a module.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use vm::Accel;
+use vm::ktap::{self, Case};
+
+use crate::kernel;
+use crate::places::Places;
+use crate::progress::Phase;
+use crate::report::Report;
+
+/// Where the driver is put in the source.
+const PLACE: &str = "drivers/virtio/virtio_balloon_rs";
+
+/// All that has been put there, other than a configuration.
+const CHECK_STYLE: &str =
+    "find $1 -type f ! -name '.*' -print0 | xargs --null perl scripts/checkpatch.pl --terse --file";
+
+/// The kernel's own way to run KUnit, which tries KVM first. Where that cannot run a kernel it must not be there. With
+/// modules, so that the next step does not have everything built again.
+const KUNIT: &str = r#"
+    [ "$1" = kvm ] || [ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
+    exec python3 tools/testing/kunit/kunit.py run --arch=x86_64 --kunitconfig="$2" --kconfig_add=CONFIG_MODULES=y \
+        --jobs="$(nproc)" --raw_output=kunit 'virtio_balloon_rs*'
+"#;
+
+/// Builds the module in the tree that KUnit has been run in.
+const BUILD_MODULE: &str = r#"
+    scripts/config --file .kunit/.config --module VIRTIO_BALLOON_RS
+    make O=.kunit olddefconfig
+    make O=.kunit -j"$(nproc)" modules
+"#;
+
+/// Puts the driver into a copy of the kernel's source, and takes in what KUnit says of it there.
+///
+/// # Errors
+///
+/// It cannot be put there, its sources are not in the kernel's style, or it does not build.
+pub(crate) fn run(places: &Places, accel: Accel, report: &mut Report) -> Result<()> {
+    let source = kernel::source(places)?;
+    let name = source.file_name().context("the source is a directory")?;
+    let copy = places.cache.join("in-tree").join(name);
+    fs::create_dir_all(copy.with_file_name(""))?;
+    let _lock = kernel::lock(&copy)?;
+    if !copy.exists() {
+        let new = copy.with_extension("new");
+        kernel::output(Command::new("cp").arg("--archive").arg(source).arg(&new))?;
+        fs::rename(new, &copy)?;
+    }
+    place(&copy)?;
+    let once = contents(&copy)?;
+    place(&copy)?;
+    ensure!(
+        contents(&copy)? == once,
+        "putting the driver into a kernel's source a second time changes it"
+    );
+    let log = |name: &str| places.build().join(format!("in-tree-{name}.log"));
+
+    let phase = Phase::start("Checking the style in the tree", None);
+    phase.follow(
+        sh(CHECK_STYLE).arg(PLACE).current_dir(&copy),
+        &log("checkpatch"),
+    )?;
+    phase.finish();
+
+    let phase = Phase::start("Running KUnit in the tree", None);
+    let accel = if accel == Accel::Kvm { "kvm" } else { "tcg" };
+    phase.follow(
+        Command::new("unshare")
+            .args([
+                "--mount",
+                "--propagation=unchanged",
+                "sh",
+                "-euc",
+                KUNIT,
+                "sh",
+            ])
+            .args([accel, PLACE])
+            .current_dir(&copy),
+        &log("kunit"),
+    )?;
+    phase.finish();
+    for Case { name, outcome } in ktap::parse(&fs::read_to_string(log("kunit"))?) {
+        report.add(&format!("kunit {name} (in the tree)"), None, &outcome);
+    }
+
+    let module = copy.join(".kunit").join(PLACE).join("virtio-balloon-rs.ko");
+    let phase = Phase::start("Building the module in the tree", None);
+    phase.follow(sh(BUILD_MODULE).current_dir(&copy), &log("module"))?;
+    phase.finish();
+    ensure!(module.exists(), "no module has been built in the tree");
+    Ok(())
+}
+
+fn sh(script: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-euc", script, "sh"]);
+    command
+}
+
+fn place(source: &Path) -> Result<()> {
+    kernel::output(
+        Command::new("make")
+            .arg("in-tree")
+            .arg(format!("KSRC={}", source.display())),
+    )?;
+    Ok(())
+}
+
+/// What is where the driver is put, and beside it.
+fn contents(source: &Path) -> Result<String> {
+    kernel::output(sh("find drivers/virtio -type f | sort | xargs sha256sum").current_dir(source))
+}
