@@ -201,11 +201,15 @@ impl Worker {
         }
         let mut order = MAX_ORDER;
 
-        while self.pending.pages() < wanted && !needed.load(Relaxed) {
+        while !needed.load(Relaxed) {
+            // A block may have as much as 512 MiB: with one that is larger than what is missing the
+            // guest would have less than it is to keep.
+            let missing = wanted.saturating_sub(self.pending.pages());
+            order = order.min(missing.checked_ilog2().unwrap_or(0));
+            if order < MIN_ORDER {
+                break;
+            }
             let Some(run) = PageRun::alloc(order) else {
-                if order == MIN_ORDER {
-                    break;
-                }
                 order -= 1;
                 continue;
             };
