@@ -254,35 +254,56 @@ void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags)
 	spin_unlock_irqrestore(&zone->lock, flags);
 }
 
+#ifdef CONFIG_CONTIG_ALLOC
+/*
+ * Drains the zone that @gfp asks for first, by allocating a free block in it. Returns whether there
+ * was one for that.
+ */
+static bool drain_zone(int node, gfp_t gfp, unsigned int order)
+{
+	struct zone *zone = &NODE_DATA(node)->node_zones[gfp_zone(gfp)];
+	struct page *page = alloc_pages_node(node, gfp, order);
+	unsigned long pfn;
+	bool is_it;
+
+	if (!page)
+		return false;
+	pfn = page_to_pfn(page);
+	is_it = page_zone(page) == zone || !populated_zone(zone);
+	__free_pages(page, order);
+
+	/* Whoever was faster has it; it is drained for nevertheless, or only another time. */
+	if (!is_it || alloc_contig_range(pfn, pfn + (1UL << order), ACR_FLAGS_NONE, __GFP_NOWARN))
+		return false;
+	free_contig_range(pfn, 1UL << order);
+	return true;
+}
+#endif
+
 /*
  * Puts the free pages that the CPUs keep on lists of their own back to where blocks are made of
  * them. The call for it is the page allocator's own. But to allocate a given range is to begin with
- * that, in the range's zone; so a free page block of each zone is such a range. Without
- * CONFIG_CONTIG_ALLOC the pages stay where they are.
+ * that, in the range's zone; so a free page block of each zone is such a range: if possible not one
+ * for movable pages, as most that were just freed are. Page blocks may be so large that none is
+ * free: then it is as much as can be had of one in which the kernel can move what is in use.
+ * Without CONFIG_CONTIG_ALLOC the pages stay where they are.
  */
 void balloon_rs_drain_free_lists(void)
 {
 #ifdef CONFIG_CONTIG_ALLOC
 	static const gfp_t zones[] = { 0, __GFP_DMA32 };
-	const gfp_t flags = __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC | __GFP_THISNODE;
 	int node, i;
 
 	for_each_online_node(node) {
 		for (i = 0; i < ARRAY_SIZE(zones); i++) {
-			struct page *page = alloc_pages_node(node, flags | zones[i], pageblock_order);
-			unsigned long pfn;
+			gfp_t gfp = zones[i] | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC |
+				    __GFP_THISNODE;
+			unsigned int order = pageblock_order;
 
-			if (!page)
+			if (drain_zone(node, gfp, order))
 				continue;
-			pfn = page_to_pfn(page);
-			__free_pages(page, pageblock_order);
-
-			/*
-			 * Whoever was faster has the block; it is drained for nevertheless, or only
-			 * another time.
-			 */
-			if (!alloc_contig_range(pfn, pfn + pageblock_nr_pages, ACR_FLAGS_NONE, __GFP_NOWARN))
-				free_contig_range(pfn, pageblock_nr_pages);
+			while (!drain_zone(node, gfp | __GFP_MOVABLE, order) && order)
+				order--;
 		}
 	}
 #endif
