@@ -88,7 +88,7 @@ use kernel::{
 };
 
 /// How many pages one run moves at most, so that a new target is seen soon: 1 GiB.
-const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
+pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);

@@ -3,6 +3,7 @@
 //! The whole driver on a device in the kernel, which can do what no real device does.
 
 use crate::{
+    balloon::PAGES_PER_RUN,
     rust::{
         fake_device::{
             FakeDevice,
@@ -63,6 +64,14 @@ const MANY: u32 = (QUEUE_SIZE + 4) * MESSAGE;
 
 /// How many balloon pages there are in the largest block.
 const BLOCK: u32 = (BALLOON_PAGES_PER_PAGE as u32) << MAX_ORDER;
+
+/// How many of the largest blocks the driver moves in one go, but no more than it takes to see that
+/// they go together.
+const BLOCKS: u32 = if PAGES_PER_RUN >> MAX_ORDER < 8 {
+    (PAGES_PER_RUN >> MAX_ORDER) as u32
+} else {
+    8
+};
 
 /// Waits until `condition` holds.
 pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
@@ -305,7 +314,8 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
 fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
     let len = pages * BALLOON_PAGES_PER_PAGE;
 
-    for window in host.inflated.windows(len) {
+    // The last ones come from memory that nobody else has used.
+    for window in host.inflated.windows(len).rev() {
         if window[0] % len as u32 != 0 || window.windows(2).any(|pair| pair[0] + 1 != pair[1]) {
             continue;
         }
@@ -328,13 +338,16 @@ fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
 /// `EINVAL` if anything leaves the balloon before the device has answered for the new pages, or if
 /// it is not told of everything afterwards.
 fn moved(features: &[Feature]) -> Result {
-    const PAGES: usize = 64;
+    // So few that they come with one message.
+    const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
 
-    let size = MANY;
+    // In steps that are too small for blocks: these are not moved. Some of the page blocks that
+    // they come from have nothing in them that cannot be moved.
+    let step = (BALLOON_PAGES_PER_PAGE << memory::page_block_order()) / 2;
+    let size = MANY.max(4 * step as u32);
     let mut host = Host::new(features)?;
 
-    // In steps that are too small for blocks: these are not moved.
-    for size in (MESSAGE..=size).step_by(MESSAGE as usize) {
+    for size in (step as u32..=size).step_by(step) {
         host.resize(size, size)?;
     }
 
@@ -550,15 +563,15 @@ mod tests {
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
-        device.change(NUM_PAGES, 8 * BLOCK);
+        device.change(NUM_PAGES, BLOCKS * BLOCK);
         assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
         fsleep(Delta::from_millis(20));
 
         // A header, and two words for each block that has no neighbour.
         let request = device.next(INFLATE);
         assert!(request.is_ok_and(|request| request.is_some_and(|request| {
-            request.words.len() <= (4 + 2 * 8) * 4
-                && page_set(INFLATE, &request).is_ok_and(|pfns| pfns.len() as u32 == 8 * BLOCK)
+            request.words.len() <= (4 + 2 * BLOCKS as usize) * 4
+                && page_set(INFLATE, &request).is_ok_and(|pfns| pfns.len() as u32 == BLOCKS * BLOCK)
         })));
         assert_eq!(device.kicks(INFLATE), 1);
         assert!(device.next(INFLATE).is_ok_and(|request| request.is_none()));
@@ -581,7 +594,7 @@ mod tests {
     #[test]
     fn blocks_come_back_when_the_device_has_answered() {
         let total = memory::total_pages();
-        let result = deflate_unanswered(&PAGE_SETS, 4 * BLOCK, 4 * BLOCK);
+        let result = deflate_unanswered(&PAGE_SETS, BLOCKS * BLOCK, BLOCKS * BLOCK);
 
         assert_eq!(result, Ok(1));
         assert_eq!(memory::total_pages(), total);

@@ -92,6 +92,7 @@ fn walk_zones(min_order: u32) -> Result<u64> {
 fn take(blocks: usize) -> Result<(PageList, u64)> {
     let mut batch = Batch::new()?;
 
+    memory::drain_free_lists();
     for _ in 0..blocks {
         batch.alloc(MAX_ORDER, 1, false).map_err(|_| ENOMEM)?;
     }

@@ -17,7 +17,10 @@ use crate::{
     terms::Terms, //
 };
 
-use kernel::prelude::*;
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
 
 /// Those of the base protocol.
 const TERMS: Terms = Terms {
@@ -25,8 +28,8 @@ const TERMS: Terms = Terms {
     page_sets: false,
 };
 
-/// Page frame numbers that no page of these tests has.
-const ELSEWHERE: u64 = 1 << 31;
+/// Page frame numbers that no page of these tests has: from 8 TiB on.
+const ELSEWHERE: u64 = 1 << (43 - PAGE_SHIFT);
 
 /// Moves that nobody tells a device of.
 fn moves() -> Result<Pin<KBox<Moves>>> {

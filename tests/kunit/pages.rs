@@ -21,6 +21,7 @@ use kernel::prelude::*;
 pub(super) fn block(order: u32) -> Result<PageList> {
     let mut batch = Batch::new()?;
 
+    memory::drain_free_lists();
     batch.alloc(order, 1, false).map_err(|_| ENOMEM)?;
     Ok(batch.take_all())
 }
@@ -29,6 +30,7 @@ pub(super) fn block(order: u32) -> Result<PageList> {
 fn gather(n: usize) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
+    memory::drain_free_lists();
     for _ in 0..n {
         batch.alloc(MAX_ORDER, 1, true).map_err(|_| ENOMEM)?;
     }
