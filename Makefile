@@ -98,8 +98,8 @@ help:
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"
 	@echo "make clean      remove what was built in this checkout"
 	@echo
-	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, or debian, which is"
-	@echo "                   Debian's own, with the module from the package"
+	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, arm64, arm64-64k, which"
+	@echo "                   has pages of 64 KiB, or debian, which is Debian's own, with the module from the package"
 	@echo "ONLY=TEXT          run the scenarios with TEXT in their name only (or: host, kunit, packages,"
 	@echo "                   in-tree), or the benchmarks"
 	@echo "DRIVER=rs|c        run the scenarios on that driver (default: rs)"

@@ -10,13 +10,11 @@ use anyhow::{Context, Result};
 use cpio::newc::Builder;
 use cpio::write_cpio;
 
-const SHELL: &str = "/usr/bin/busybox";
-
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 
-/// Writes an initramfs with these modules in its /modules.
-pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()> {
+/// Writes an initramfs with these modules in its /modules. The shell is a busybox.
+pub(crate) fn write(path: &Path, agent: &Path, shell: &Path, modules: &[PathBuf]) -> Result<()> {
     let mut entries = Vec::new();
     let mut add = |name: String, mode: u32, contents: Vec<u8>| {
         let number = u32::try_from(entries.len()).expect("there are a handful of them");
@@ -32,7 +30,7 @@ pub(crate) fn write(path: &Path, agent: &Path, modules: &[PathBuf]) -> Result<()
         fs::read(path).with_context(|| format!("reading {} for the guest", path.display()))
     };
     add("init".to_owned(), PROGRAM, read(agent)?);
-    add("bin/busybox".to_owned(), PROGRAM, read(Path::new(SHELL))?);
+    add("bin/busybox".to_owned(), PROGRAM, read(shell)?);
     for module in modules {
         let name = module
             .file_name()

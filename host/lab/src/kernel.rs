@@ -2,6 +2,7 @@
 
 //! The guests' kernels: built once for each version, configuration and toolchain, in the cache.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use std::thread::available_parallelism;
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
-use vm::Kernel;
+use vm::{Architecture, Kernel};
 
 use crate::places::Places;
 use crate::progress::Phase;
@@ -30,7 +31,10 @@ pub(crate) struct Tree {
 impl Tree {
     /// The image that a guest boots.
     pub(crate) fn image(&self) -> PathBuf {
-        self.path.join("arch/x86/boot/bzImage")
+        self.path.join(match self.kernel.architecture() {
+            Architecture::X86_64 => "arch/x86/boot/bzImage",
+            Architecture::Arm64 => "arch/arm64/boot/Image",
+        })
     }
 
     /// A make in this tree, with the compiler that the kernel is built with.
@@ -44,15 +48,23 @@ impl Tree {
     }
 }
 
-/// Rust together with KASAN is offered for clang only, and what KCSAN has clang do to C is done to
-/// Rust as well.
-fn toolchain(kernel: Kernel) -> Option<&'static str> {
-    matches!(kernel, Kernel::Debug | Kernel::Kcsan).then_some("LLVM=1")
+/// Which compiler to use, in make's words. Rust together with KASAN is offered for clang only, what KCSAN has clang do to
+/// C is done to Rust as well, and clang is a compiler for other architectures, too.
+fn toolchain(kernel: Kernel) -> &'static [&'static str] {
+    match kernel {
+        Kernel::Test | Kernel::Debian => &[],
+        Kernel::Debug | Kernel::Kcsan => &["LLVM=1"],
+        Kernel::Arm64 | Kernel::Arm64LargePages => &["LLVM=1", "ARCH=arm64"],
+    }
 }
 
 /// How many lines make prints for a whole build, which the bar is drawn from.
 fn build_lines(kernel: Kernel) -> u64 {
-    if kernel == Kernel::Debug { 2030 } else { 2010 }
+    match kernel {
+        Kernel::Debug => 2030,
+        Kernel::Arm64 | Kernel::Arm64LargePages => 1590,
+        _ => 2010,
+    }
 }
 
 /// Where the kernel's source is; extracts it on first use.
@@ -96,11 +108,16 @@ fn packaged_source() -> Result<(PathBuf, String)> {
         .context("the archive has a name")?
         .to_string_lossy();
     let package = package.trim_end_matches(".tar.xz");
-    let version = output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))?;
+    let version = package_version(package)?;
     Ok((
         archive,
         version.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-"),
     ))
+}
+
+/// The version of a package of the build root.
+pub(crate) fn package_version(package: &str) -> Result<String> {
+    output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))
 }
 
 /// Builds a kernel, or finds that it has been built.
@@ -124,7 +141,7 @@ pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
         Some(build_lines(kernel)),
     );
     phase.follow(
-        tree.make()?.args(["bzImage", "modules"]),
+        tree.make()?.args(tree.image().file_name()).arg("modules"),
         &tree.path.join("build.log"),
     )?;
     phase.finish();
@@ -137,7 +154,11 @@ fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
         let path = places.checkout.join("guest/kernel").join(name);
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     };
-    Ok(read("common.config")? + &read(&format!("{kernel}.config"))?)
+    let mut fragments = read("common.config")?;
+    if kernel == Kernel::Arm64LargePages {
+        fragments += &read("arm64.config")?;
+    }
+    Ok(fragments + &read(&format!("{kernel}.config"))?)
 }
 
 /// Tells kernels apart that are not built alike.
@@ -145,10 +166,10 @@ fn key(source: &Path, kernel: Kernel, fragments: &str) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(source.to_string_lossy().as_bytes());
     hash.update(fragments);
-    let compiler = if toolchain(kernel).is_some() {
-        "clang"
-    } else {
+    let compiler = if toolchain(kernel).is_empty() {
         "gcc"
+    } else {
+        "clang"
     };
     for tool in [compiler, "rustc", "bindgen"] {
         hash.update(output(Command::new(tool).arg("--version"))?);
@@ -183,15 +204,19 @@ fn configure(tree: &Tree, source: &Path, fragments: &str) -> Result<()> {
     Ok(())
 }
 
-/// The lines of the fragments that the configuration does not have. An option whose dependencies
-/// are not met is dropped without a word, and tests that rely on it would prove nothing.
+/// The lines of the fragments that the configuration does not have, of an option its last one. An option whose
+/// dependencies are not met is dropped without a word, and tests that rely on it would prove nothing.
 fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
+    let option = |line: &'a str| line.split_once('=').map(|(option, _)| option);
+    let last: BTreeMap<_, _> = fragments
+        .lines()
+        .filter_map(|line| Some((option(line)?, line)))
+        .collect();
     let has = |line: &str| match line.strip_suffix("=n") {
         Some(option) => !config.lines().any(|l| l.starts_with(&format!("{option}="))),
         None => config.lines().any(|l| l == line),
     };
-    fragments
-        .lines()
+    last.into_values()
         .filter(|line| line.starts_with("CONFIG_") && !has(line))
         .collect()
 }
@@ -232,5 +257,15 @@ mod tests {
         let fragments = "# comment\nCONFIG_A=y\nCONFIG_B=m\nCONFIG_C=n\nCONFIG_D=n\n";
         let config = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_D=y\n";
         assert_eq!(missing(fragments, config), ["CONFIG_B=m", "CONFIG_D=n"]);
+    }
+
+    #[test]
+    fn a_later_fragment_has_the_last_word() {
+        let fragments = "CONFIG_A=y\nCONFIG_B=n\nCONFIG_A=n\nCONFIG_B=y\n";
+        assert!(missing(fragments, "CONFIG_B=y\n").is_empty());
+        assert_eq!(
+            missing(fragments, "CONFIG_A=y\n"),
+            ["CONFIG_A=n", "CONFIG_B=y"]
+        );
     }
 }

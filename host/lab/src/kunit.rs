@@ -6,11 +6,14 @@ use std::time::Duration;
 
 use anyhow::Result;
 use vm::ktap::{self, Case, Outcome};
-use vm::{Artifacts, Config, Driver, Kernel};
+use vm::{Artifacts, Config, Driver, Kernel, Size};
 
 use crate::places::Places;
 use crate::report::Report;
 use crate::{Guests, setup};
+
+/// Where it runs when no kernel is asked for.
+pub(crate) const KERNELS: [Kernel; 2] = [Kernel::Test, Kernel::Debug];
 
 /// What the guest's log has behind the results.
 const END: &str = "all suites have run";
@@ -18,15 +21,13 @@ const END: &str = "all suites have run";
 /// How long the guest's console may take to print what is in its log.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Runs KUnit in one kernel, or in both.
+/// Runs KUnit in one kernel, or in [`KERNELS`].
 pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let mut report = Report::new();
-    for kernel in [Kernel::Test, Kernel::Debug] {
-        if only.is_none_or(|only| only == kernel) {
-            let artifacts = setup::prepare(&places, kernel)?;
-            run_in(kernel, &artifacts, guests, &mut report);
-        }
+    for kernel in only.map_or(KERNELS.to_vec(), |kernel| vec![kernel]) {
+        let artifacts = setup::prepare(&places, kernel)?;
+        run_in(kernel, &artifacts, guests, &mut report);
     }
     Ok(report.conclude())
 }
@@ -34,7 +35,13 @@ pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
 /// Runs KUnit in a guest with this kernel. Every case is a result.
 pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &mut Report) {
     let name = |case: &str| format!("kunit {case} ({kernel} kernel)");
+    // The suites take up to eight of the largest blocks at once, of 512 MiB with pages of 64 KiB.
+    let memory = match kernel {
+        Kernel::Arm64LargePages => Size::gib(8),
+        _ => Size::gib(1),
+    };
     let config = Config::new(artifacts, "kunit")
+        .memory(memory)
         .accel(guests.accel())
         .verbose(guests.verbose)
         .timeout(Duration::from_secs(300))

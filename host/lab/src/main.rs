@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vm::{Accel, Device, Driver, Kernel};
 
+mod arm64;
 mod bench;
 mod check;
 mod coverage;
@@ -162,6 +163,10 @@ enum KernelName {
     /// Debian's own, with the module from the package.
     Debian,
     Kcsan,
+    Arm64,
+    /// With pages of 64 KiB.
+    #[value(name = "arm64-64k")]
+    Arm64LargePages,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -203,6 +208,8 @@ impl From<KernelName> for Kernel {
             KernelName::Debug => Self::Debug,
             KernelName::Debian => Self::Debian,
             KernelName::Kcsan => Self::Kcsan,
+            KernelName::Arm64 => Self::Arm64,
+            KernelName::Arm64LargePages => Self::Arm64LargePages,
         }
     }
 }

@@ -6,23 +6,33 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::Result;
-use vm::{Artifacts, Coverage, Driver, Kernel};
+use vm::{Architecture, Artifacts, Coverage, Driver, Kernel};
 
 use crate::kernel::Tree;
 use crate::places::Places;
-use crate::{debian, initramfs, kernel, module};
+use crate::{arm64, debian, initramfs, kernel, module};
+
+/// What else a guest takes that is of its kernel's architecture.
+pub(crate) struct Platform {
+    /// QEMU's program.
+    pub(crate) qemu: PathBuf,
+    /// The agent.
+    pub(crate) agent: PathBuf,
+    /// The busybox.
+    pub(crate) shell: PathBuf,
+}
 
 /// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
     let (image, modules) = match kernel {
-        Kernel::Test | Kernel::Debug | Kernel::Kcsan => {
+        Kernel::Debian => debian::install(places, &build)?,
+        _ => {
             let tree = kernel::build(places, kernel)?;
             let module = module::build(places, &tree)?;
             (tree.image(), modules(places, &tree, module)?)
         }
-        Kernel::Debian => debian::install(places, &build)?,
     };
     artifacts(places, kernel, image, &modules, None)
 }
@@ -56,16 +66,25 @@ fn artifacts(
 ) -> Result<Artifacts> {
     // guest/lab has put them all there.
     let tools = env::current_exe()?.with_file_name("");
-    let agent = tools.join("agent");
+    let platform = match kernel.architecture() {
+        Architecture::X86_64 => Platform {
+            qemu: "qemu-system-x86_64".into(),
+            agent: tools.join("agent"),
+            shell: "/usr/bin/busybox".into(),
+        },
+        Architecture::Arm64 => arm64::prepare(places, &tools)?,
+    };
     let initramfs = match coverage {
         None => "initramfs.cpio",
         Some(_) => "counting.cpio",
     };
     let initramfs = places.build_for(kernel).join(initramfs);
-    initramfs::write(&initramfs, &agent, modules)?;
+    initramfs::write(&initramfs, &platform.agent, &platform.shell, modules)?;
     let logs = places.logs().join(kernel.to_string());
     Ok(Artifacts {
-        kernel: image,
+        kernel,
+        image,
+        qemu: platform.qemu,
         initramfs,
         tools,
         logs,

@@ -17,8 +17,8 @@ use crate::{Guests, fuzz, host_tests, in_tree, kunit, setup};
 /// to them.
 const FUZZ_SECONDS: u32 = 3;
 
-/// What runs in the debug kernel when no kernel is asked for: enough to find what the test kernel
-/// survives, in a time that one is ready to wait.
+/// What runs in the debug kernel as well when no kernel is asked for: enough to find what the test
+/// kernel survives, in a time that one is ready to wait. All runs in the first kernel that it is for.
 const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 
 /// What takes minutes, and runs when it or everything is asked for.
@@ -30,6 +30,9 @@ const LONG_SCENARIOS: &[&str] = &[
     "snapshot",
     "page_sets_encodings",
     "page_sets_huge_pages_qemu",
+    "failing_inflate",
+    "failing_deflate",
+    "failing_request",
     "failing_probe",
     "failing_suspend",
     "silent_device",
@@ -75,29 +78,26 @@ pub(crate) fn run(
     if only.map_or(long && kernel.is_none(), |only| only == "in-tree") {
         in_tree::run(&places, guests.accel(), &mut report)?;
     }
-    for this in [Kernel::Test, Kernel::Debug, Kernel::Debian, Kernel::Kcsan] {
+    for this in Kernel::ALL {
         let is_debian = this == Kernel::Debian;
         let wanted = |scenario: &&Scenario| {
-            let default = match this {
-                Kernel::Test => true,
-                Kernel::Debug => long || DEBUG_SCENARIOS.contains(&scenario.name),
-                Kernel::Debian | Kernel::Kcsan => long,
-            };
+            let at_home = scenario.kernels.first() == Some(&this)
+                || this == Kernel::Debug && DEBUG_SCENARIOS.contains(&scenario.name);
             // Debian's kernel is for a few scenarios, and for those that take long, too.
-            let long = long || is_debian;
+            let in_time = long || is_debian || !takes_long(scenario);
             // Of one that is asked for it is said that it is not for this kernel.
-            let may_be_named = only.is_some() && matches!(this, Kernel::Test | Kernel::Debug);
-            kernel.map_or(default, |kernel| kernel == this)
-                && (scenario.kernels.contains(&this) || may_be_named)
-                && only.map_or(long || !takes_long(scenario), |only| {
-                    scenario.name.contains(only)
-                })
+            let is_for_it = scenario.kernels.contains(&this) || kernel.is_some() && only.is_some();
+            is_for_it
+                && kernel.map_or(long || at_home, |kernel| kernel == this)
+                && only.map_or(in_time, |only| scenario.name.contains(only))
         };
         let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
         let with_kunit = !is_debian
             && driver == Driver::Rust
             && device.is_none_or(|device| device == Device::Qemu)
-            && kernel.map_or(this != Kernel::Kcsan, |kernel| kernel == this)
+            && kernel.map_or(long || kunit::KERNELS.contains(&this), |kernel| {
+                kernel == this
+            })
             && only.is_none_or(|only| only == "kunit");
         let with_packages = is_debian && only == Some("packages");
         if scenarios.is_empty() && !with_kunit && !with_packages {

@@ -210,7 +210,8 @@ impl<'a> Balloon<'a> {
         self.control().statistics()
     }
 
-    /// Asks for `size` and waits for the balloon to have it. Returns how long it took.
+    /// Asks for `size` and waits for the balloon to have it, or what comes next in whole pages of the guest. Returns how
+    /// long it took.
     ///
     /// # Errors
     ///
@@ -237,6 +238,7 @@ impl<'a> Balloon<'a> {
     }
 
     fn reach_watched(&self, size: Size, mut watch: impl FnMut(Size)) -> Result<()> {
+        let size = size.next_multiple_of(self.guest.page_size());
         let (mut last, mut moved) = (None, Instant::now());
         loop {
             let now = self.size()?;

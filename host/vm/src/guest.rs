@@ -253,6 +253,11 @@ impl Guest {
         self.config.memory
     }
 
+    /// The size of the guest's pages.
+    pub fn page_size(&self) -> Size {
+        self.config.artifacts.kernel.page_size()
+    }
+
     /// The guest's log.
     pub fn console(&self) -> &Console {
         &self.console
@@ -354,7 +359,7 @@ impl Guest {
                 line.strip_prefix("pages free")
                     .or_else(|| line.strip_prefix("count:"))
             })
-            .map(|pages| Ok(Size::pages(pages.trim().parse()?)))
+            .map(|pages| Ok(self.page_size() * pages.trim().parse()?))
             .sum()
     }
 

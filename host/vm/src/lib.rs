@@ -7,11 +7,12 @@
 //! warned, hung or crashed is an error whatever the closure returned:
 //!
 //! ```no_run
-//! use vm::{Artifacts, Config, Driver, Size};
+//! use vm::{Artifacts, Config, Driver, Kernel, Size};
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! # let artifacts = Artifacts {
-//! #     kernel: "".into(), initramfs: "".into(), tools: "".into(), logs: "".into(), coverage: None,
+//! #     kernel: Kernel::Test, image: "".into(), qemu: "".into(), initramfs: "".into(), tools: "".into(),
+//! #     logs: "".into(), coverage: None,
 //! # };
 //! let config = Config::new(&artifacts, "a_quarter").memory(Size::gib(1));
 //! vm::run(&config, |guest| {
@@ -68,7 +69,7 @@ pub use crate::hostile::Hostile;
 pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
 pub use crate::memory_file::MemoryFile;
 pub use crate::migration::{Migration, Transfer};
-pub use crate::qemu::{Accel, Artifacts, Config, Kernel, Machine, MemoryBackend};
+pub use crate::qemu::{Accel, Architecture, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};
 pub use crate::samples::Samples;
 pub use crate::sent::Sent;

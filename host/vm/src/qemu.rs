@@ -24,8 +24,6 @@ use crate::device::{Device, Offer, vhost_user_balloon};
 use crate::size::Size;
 use crate::write_log::WriteLog;
 
-const QEMU: &str = "qemu-system-x86_64";
-
 /// The child's file descriptors of the machine protocol and of the agent's port.
 const QMP_FD: i32 = 3;
 const AGENT_FD: i32 = 4;
@@ -41,13 +39,43 @@ pub enum Kernel {
     Debian,
     /// Finds accesses to memory that race with each other.
     Kcsan,
+    /// The test kernel for arm64.
+    Arm64,
+    /// The same with pages of 64 KiB.
+    Arm64LargePages,
 }
 
 impl Kernel {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Test,
+        Self::Debug,
+        Self::Debian,
+        Self::Kcsan,
+        Self::Arm64,
+        Self::Arm64LargePages,
+    ];
+
+    /// What it runs on.
+    pub fn architecture(self) -> Architecture {
+        match self {
+            Self::Test | Self::Debug | Self::Debian | Self::Kcsan => Architecture::X86_64,
+            Self::Arm64 | Self::Arm64LargePages => Architecture::Arm64,
+        }
+    }
+
+    /// The size of its pages.
+    pub fn page_size(self) -> Size {
+        match self {
+            Self::Arm64LargePages => Size::kib(64),
+            _ => Size::kib(4),
+        }
+    }
+
     /// Whether it looks for faults, which takes many times as long as to do without.
     pub fn is_slow(self) -> bool {
         match self {
-            Self::Test | Self::Debian => false,
+            Self::Test | Self::Debian | Self::Arm64 | Self::Arm64LargePages => false,
             Self::Debug | Self::Kcsan => true,
         }
     }
@@ -60,15 +88,30 @@ impl fmt::Display for Kernel {
             Self::Debug => "debug",
             Self::Debian => "debian",
             Self::Kcsan => "kcsan",
+            Self::Arm64 => "arm64",
+            Self::Arm64LargePages => "arm64-64k",
         })
     }
+}
+
+/// What a kernel runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// What the host is, too.
+    X86_64,
+    /// What QEMU has to translate.
+    Arm64,
 }
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
+    /// Which kernel it is.
+    pub kernel: Kernel,
     /// The kernel's image.
-    pub kernel: PathBuf,
+    pub image: PathBuf,
+    /// QEMU's program for the kernel's architecture.
+    pub qemu: PathBuf,
     /// The initramfs with the agent, the tools and the modules.
     pub initramfs: PathBuf,
     /// The directory of the host's programs: the vhost-user device and its client.
@@ -124,6 +167,8 @@ pub enum Machine {
     I440fx,
     /// A machine without PCI, whose virtio devices, the balloon too, are on virtio-mmio.
     Microvm,
+    /// QEMU's own board for arm64, with PCI Express and without ACPI.
+    Virt,
 }
 
 /// What holds the guest's memory in the host.
@@ -146,8 +191,8 @@ enum Balloon {
     Other(Option<String>),
 }
 
-/// What guest to boot. The default is a q35 machine with two processors, 1 GiB of memory and
-/// QEMU's balloon on PCI with the id `balloon0`.
+/// What guest to boot. The default is a q35 machine, or for arm64 a virt machine, with two processors, 1 GiB of memory
+/// and QEMU's balloon on PCI with the id `balloon0`.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub(crate) artifacts: Artifacts,
@@ -192,7 +237,10 @@ impl Config {
             accel: Accel::detect(),
             backend: MemoryBackend::Anonymous,
             memory_file: None,
-            machine: Machine::Q35,
+            machine: match artifacts.kernel.architecture() {
+                Architecture::X86_64 => Machine::Q35,
+                Architecture::Arm64 => Machine::Virt,
+            },
             cpus: 2,
             parameters: Vec::new(),
             balloon: Balloon::Default,
@@ -314,7 +362,7 @@ impl Config {
             return device.clone();
         }
         let bus = match self.machine {
-            Machine::Q35 | Machine::I440fx => "pci",
+            Machine::Q35 | Machine::I440fx | Machine::Virt => "pci",
             Machine::Microvm => "device",
         };
         if daemon.is_some() {
@@ -409,14 +457,20 @@ impl Config {
         let mut line: Vec<String> = Vec::new();
         let mut option = |option: &str, value: String| line.extend([option.to_owned(), value]);
 
-        let (machine, serial) = match self.machine {
+        let (machine, channel) = match self.machine {
             Machine::Q35 => ("q35", "virtio-serial-pci"),
             Machine::I440fx => ("pc", "virtio-serial-pci"),
             // The kernel needs the timer to measure its clock with, and looks for it only where
             // there is no ACPI.
             Machine::Microvm => ("microvm,acpi=off,pit=on,rtc=on", "virtio-serial-device"),
+            Machine::Virt => ("virt", "virtio-serial-pci"),
         };
-        let mut machine = format!("{machine},accel={}", self.accel.name());
+        let architecture = self.artifacts.kernel.architecture();
+        let accel = match architecture {
+            Architecture::X86_64 => self.accel,
+            Architecture::Arm64 => Accel::Tcg,
+        };
+        let mut machine = format!("{machine},accel={}", accel.name());
         let backend = match (&self.memory_file, self.backend) {
             (Some(file), _) => Some(format!("file,mem-path={}", file.display())),
             (None, MemoryBackend::Anonymous) if daemon.is_none() => None,
@@ -438,18 +492,20 @@ impl Config {
         option("-display", "none".to_owned());
         option("-run-with", "exit-with-parent=on".to_owned());
 
-        option("-kernel", self.artifacts.kernel.display().to_string());
+        option("-kernel", self.artifacts.image.display().to_string());
         option("-initrd", self.artifacts.initramfs.display().to_string());
-        // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
-        // memory for none while the kernel identifies the processor, if an interrupt comes just then.
-        let mut parameters = vec![
-            "no5lvl",
-            "console=ttyS0",
-            "panic=-1",
-            // How a machine without ACPI and without a keyboard's controller ends.
-            "reboot=triple",
-            "sysctl.kernel.hung_task_timeout_secs=30",
-        ];
+        let mut parameters = vec!["panic=-1", "sysctl.kernel.hung_task_timeout_secs=30"];
+        parameters.extend_from_slice(match architecture {
+            Architecture::X86_64 => &[
+                // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
+                // memory for none while the kernel identifies the processor, if an interrupt comes just then.
+                "no5lvl",
+                "console=ttyS0",
+                // How a machine without ACPI and without a keyboard's controller ends.
+                "reboot=triple",
+            ],
+            Architecture::Arm64 => &["console=ttyAMA0"],
+        });
         if !self.zeroing {
             parameters.push("init_on_alloc=0");
         }
@@ -472,7 +528,7 @@ impl Config {
         option("-chardev", format!("socket,id=qmp,fd={QMP_FD}"));
         option("-mon", "chardev=qmp,mode=control".to_owned());
         option("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
-        option("-device", serial.to_owned());
+        option("-device", channel.to_owned());
         option(
             "-device",
             format!("virtserialport,chardev=agent,name={PORT}"),
@@ -539,7 +595,8 @@ impl Qemu {
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (agent, agent_end) = UnixStream::pair()?;
 
-        let mut command = Command::new(QEMU);
+        let program = &config.artifacts.qemu;
+        let mut command = Command::new(program);
         command
             .args(config.command_line(daemon))
             .stdin(Stdio::null())
@@ -561,7 +618,7 @@ impl Qemu {
             ])?;
         let child = command
             .spawn()
-            .with_context(|| format!("starting {QEMU}"))?;
+            .with_context(|| format!("starting {}", program.display()))?;
         let qemu = Self {
             child: Mutex::new(child),
             messages,
@@ -640,8 +697,14 @@ mod tests {
     use super::*;
 
     fn config() -> Config {
+        config_for(Kernel::Test)
+    }
+
+    fn config_for(kernel: Kernel) -> Config {
         let artifacts = Artifacts {
-            kernel: "k".into(),
+            kernel,
+            image: "k".into(),
+            qemu: "q".into(),
             initramfs: "i".into(),
             tools: "t".into(),
             logs: "/logs".into(),
@@ -669,6 +732,17 @@ mod tests {
             .join(" ");
         assert!(line.contains("-device virtio-balloon-device"), "{line}");
         assert!(!line.contains("pci"), "{line}");
+    }
+
+    #[test]
+    fn another_architecture_is_translated() {
+        let line = config_for(Kernel::Arm64)
+            .accel(Accel::Kvm)
+            .command_line(None)
+            .join(" ");
+        assert!(line.contains("-machine virt,accel=tcg "), "{line}");
+        assert!(line.contains("console=ttyAMA0"), "{line}");
+        assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::iter::Sum;
-use std::ops::{Add, Sub};
+use std::ops::{Add, Mul, Sub};
 
 /// An amount of memory in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,7 +31,7 @@ impl Size {
         Self(gib << 30)
     }
 
-    /// An amount in pages of 4 KiB, the guest's and the balloon's.
+    /// An amount in pages of 4 KiB, the balloon's and, on most guests, the guest's.
     pub const fn pages(pages: u64) -> Self {
         Self(pages << 12)
     }
@@ -49,6 +49,16 @@ impl Size {
     /// In whole pages of 4 KiB.
     pub const fn as_pages(self) -> u64 {
         self.0 >> 12
+    }
+
+    /// How many times `unit` it takes for the whole amount.
+    pub const fn div_ceil(self, unit: Self) -> u64 {
+        self.0.div_ceil(unit.0)
+    }
+
+    /// The next amount in whole `unit`s.
+    pub const fn next_multiple_of(self, unit: Self) -> Self {
+        Self(self.0.next_multiple_of(unit.0))
     }
 
     /// How far two amounts are apart.
@@ -75,6 +85,14 @@ impl Sub for Size {
 
     fn sub(self, other: Self) -> Self {
         Self(self.0 - other.0)
+    }
+}
+
+impl Mul<u64> for Size {
+    type Output = Self;
+
+    fn mul(self, times: u64) -> Self {
+        Self(self.0 * times)
     }
 }
 
@@ -118,6 +136,14 @@ mod tests {
         assert_eq!(Size::mib(1).to_string(), "1 MiB");
         assert_eq!(Size::mib(1536).to_string(), "1.50 GiB");
         assert_eq!(Size::gib(8).to_string(), "8 GiB");
+    }
+
+    #[test]
+    fn units_of_any_size_are_counted() {
+        let unit = Size::kib(64);
+        assert_eq!(Size::kib(65).div_ceil(unit), 2);
+        assert_eq!(Size::kib(65).next_multiple_of(unit), unit * 2);
+        assert_eq!(unit.next_multiple_of(unit), unit);
     }
 
     #[test]

@@ -95,6 +95,13 @@ pub struct Scenario {
 }
 
 pub(crate) const ALL_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug, Kernel::Debian];
+pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
+    Kernel::Test,
+    Kernel::Debug,
+    Kernel::Debian,
+    Kernel::Arm64,
+    Kernel::Arm64LargePages,
+];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];

@@ -9,14 +9,15 @@ use anyhow::{Result, ensure};
 use vm::{Guest, Size};
 
 use crate::{
-    ALL_DEVICES, ALL_KERNELS, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "inflate_deflate",
         proves: "the balloon takes every size it is asked for, and both sides agree on it",
-        kernels: ALL_KERNELS,
+        kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: inflate_deflate,
@@ -24,7 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "accounting",
         proves: "the kernel's counters say what the balloon does, page by page",
-        kernels: ALL_KERNELS,
+        kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: accounting,
@@ -90,14 +91,14 @@ fn accounting(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         let counters = || -> Result<[u64; 4]> {
             Ok([
-                guest.meminfo()?.total.as_pages(),
+                guest.meminfo()?.total.div_ceil(guest.page_size()),
                 guest.vmstat("balloon_inflate")?,
                 guest.vmstat("balloon_deflate")?,
                 guest.offline_pages(None)?,
             ])
         };
         let [total, inflated, deflated, offline] = counters()?;
-        let pages = size.as_pages();
+        let pages = size.div_ceil(guest.page_size());
 
         guest.balloon().settle(size)?;
         check_size(guest, size)?;
@@ -249,14 +250,15 @@ fn small_guest(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Checks from both sides that the balloon has a size.
+/// Checks from both sides that the balloon has a size, or what comes next in whole pages of the guest.
 pub(crate) fn check_size(guest: &Guest, size: Size) -> Result<()> {
+    let size = size.next_multiple_of(guest.page_size());
     let seen = guest.balloon().size()?;
     ensure!(
         seen == size,
         "the host sees a balloon of {seen}, where {size} was asked for"
     );
-    let pages = Size::pages(guest.vmstat("nr_balloon_pages")?);
+    let pages = guest.page_size() * guest.vmstat("nr_balloon_pages")?;
     ensure!(
         pages == size,
         "the guest counts {pages} in balloons, where {size} was asked for"

@@ -12,14 +12,15 @@ use crate::observability::show;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
 use crate::{
-    ALL_DEVICES, ALL_KERNELS, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "statistics",
         proves: "the host sees what /proc/meminfo and /proc/vmstat say, all sixteen kinds of it",
-        kernels: ALL_KERNELS,
+        kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: statistics,

@@ -78,7 +78,7 @@ const GARBAGE: u8 = 0xa5;
 fn proof(setup: &Setup) -> Result<()> {
     let (memory, guests, rounds) = match setup.kernel {
         Kernel::Test => (Size::gib(8), 5, 10),
-        Kernel::Debug | Kernel::Debian | Kernel::Kcsan => (Size::gib(2), 2, 3),
+        _ => (Size::gib(2), 2, 3),
     };
     let mut total = Size::default();
     for seed in 0..guests {

@@ -32,7 +32,7 @@ impl Config {
     /// Lets the guest read its own kernel and initramfs, for [`Guest::load_kernel`].
     pub fn kexec(self) -> Self {
         let (kernel, initramfs) = (
-            self.artifacts.kernel.clone(),
+            self.artifacts.image.clone(),
             self.artifacts.initramfs.clone(),
         );
         self.read_only_disk(&kernel).read_only_disk(&initramfs)
