@@ -3,6 +3,7 @@
 
 #include <linux/fs.h>
 #include <linux/fs_struct.h>
+#include <linux/mutex.h>
 #include <linux/pageblock-flags.h>
 #include <linux/pci.h>
 #include <linux/pm_wakeup.h>
@@ -194,6 +195,21 @@ static unsigned long free_at(unsigned long pfn, unsigned long nr)
 }
 #endif
 
+#ifdef CONFIG_CONTIG_ALLOC
+/*
+ * Allocates the pages from @pfn on, which are moved elsewhere if they are in use. One at a time: of
+ * two callers in the same page block the one that fails ends the isolation of the other, too, which
+ * is a BUG() with CONFIG_DEBUG_VM and a failure without.
+ */
+static int alloc_range(unsigned long pfn, unsigned long nr)
+{
+	static DEFINE_MUTEX(lock);
+
+	guard(mutex)(&lock);
+	return alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
+}
+#endif
+
 /*
  * Takes pages from @pfn on out of the page allocator, each as one of order 0: at most @nr, and not
  * those from the first on that is in use. Returns how many. They are marked: memory does not go
@@ -207,7 +223,7 @@ unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr)
 	/* One block that cannot be had, as those of CMA, spoils all. */
 	for (nr = round_down(free_at(pfn, nr), pageblock_nr_pages); nr;
 	     nr = round_down(nr / 2, pageblock_nr_pages)) {
-		if (!alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN))
+		if (!alloc_range(pfn, nr))
 			break;
 	}
 	for (i = 0; i < nr; i++)
@@ -273,7 +289,7 @@ static bool drain_zone(int node, gfp_t gfp, unsigned int order)
 	__free_pages(page, order);
 
 	/* Whoever was faster has it; it is drained for nevertheless, or only another time. */
-	if (!is_it || alloc_contig_range(pfn, pfn + (1UL << order), ACR_FLAGS_NONE, __GFP_NOWARN))
+	if (!is_it || alloc_range(pfn, 1UL << order))
 		return false;
 	free_contig_range(pfn, 1UL << order);
 	return true;

@@ -27,7 +27,18 @@ use crate::{
 };
 
 use core::ops::Range;
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Release, //
+        },
+        Arc, //
+    },
+    workqueue, //
+};
 
 /// How many pages the largest block has.
 const BLOCK: u64 = 1 << MAX_ORDER;
@@ -194,6 +205,28 @@ mod tests {
         assert!(
             found.is_ok_and(|found| found + free / SHARE >= free && found <= free + free / SHARE)
         );
+    }
+
+    #[test]
+    fn lists_can_be_drained_by_many_at_once() {
+        const TIMES: usize = 100;
+        const OTHERS: usize = 3;
+
+        let drain = || (0..TIMES).for_each(|_| memory::drain_free_lists());
+        let over = Arc::new(Atomic::new(0), GFP_KERNEL);
+        assert!(over.is_ok());
+        let Ok(over) = over else { return };
+        for _ in 0..OTHERS {
+            let tell = over.clone();
+            let spawned = workqueue::system_unbound().try_spawn(GFP_KERNEL, move || {
+                drain();
+                tell.fetch_add(1, Release);
+            });
+            assert!(spawned.is_ok());
+        }
+
+        drain();
+        assert_eq!(eventually(|| Ok(over.load(Acquire) == OTHERS)), Ok(()));
     }
 
     #[test]
