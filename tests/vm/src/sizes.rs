@@ -102,13 +102,16 @@ fn accounting(setup: &Setup) -> Result<()> {
 
         guest.balloon().settle(size)?;
         check_size(guest, size)?;
-        let full = counters()?;
         let expected = [total - pages, inflated + pages, deflated, offline + pages];
-        ensure!(
-            full == expected,
-            "with {pages} pages in the balloon, the total, those inflated and deflated and those \
-             marked as offline are {full:?} in place of {expected:?}"
-        );
+        agree(|| {
+            let full = counters()?;
+            ensure!(
+                full == expected,
+                "with {pages} pages in the balloon, the total, those inflated and deflated and those \
+                 marked as offline are {full:?} in place of {expected:?}"
+            );
+            Ok(())
+        })?;
 
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
@@ -121,6 +124,19 @@ fn accounting(setup: &Setup) -> Result<()> {
         );
         guest.rmmod(setup.driver)
     })
+}
+
+/// Waits until `check` finds that counts agree. Pages that compaction has just moved out of the balloon are marked until
+/// the device knows that.
+pub(crate) fn agree(check: impl Fn() -> Result<()>) -> Result<()> {
+    const MOVES: Duration = Duration::from_secs(10);
+    let start = Instant::now();
+    loop {
+        match check() {
+            Err(_) if start.elapsed() < MOVES => thread::sleep(Duration::from_millis(100)),
+            result => return result,
+        }
+    }
 }
 
 fn target_changes(setup: &Setup) -> Result<()> {

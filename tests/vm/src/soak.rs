@@ -3,13 +3,13 @@
 //! Thousands of targets, and not a page that is unaccounted for.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use vm::{Guest, Load, Size};
 
-use crate::sizes::{check_free, check_size};
+use crate::sizes::{agree, check_free, check_size};
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
@@ -30,9 +30,6 @@ const STEPS_PER_COUNT: usize = 1_000;
 const MOST: u64 = 400 << 8;
 
 const LIFE: Duration = Duration::from_secs(3600);
-
-/// How long it may take until the device has heard of pages that were moved.
-const MOVES: Duration = Duration::from_secs(10);
 
 fn soak(setup: &Setup) -> Result<()> {
     let seed = setup.seeds().map_or(0, |seeds| seeds.start);
@@ -58,7 +55,8 @@ fn soak(setup: &Setup) -> Result<()> {
                 thread::sleep(Duration::from_millis(random.u64(0..10)));
             }
             if step % STEPS_PER_COUNT == 0 {
-                agree(guest, &empty, size).with_context(|| format!("after {step} steps"))?;
+                agree(|| check_count(guest, &empty, size))
+                    .with_context(|| format!("after {step} steps"))?;
             }
         }
         load.verify(10)?;
@@ -67,7 +65,7 @@ fn soak(setup: &Setup) -> Result<()> {
             "{reached} of {STEPS} targets were reached, and the data verified {verified} times"
         ));
         guest.balloon().settle(Size::default())?;
-        agree(guest, &empty, Size::default())?;
+        agree(|| check_count(guest, &empty, Size::default()))?;
         guest.rmmod(setup.driver)?;
         check_free(guest, free)
     })
@@ -91,18 +89,6 @@ impl Count {
             offline: guest.offline_pages(None)?,
             inflated: guest.vmstat("balloon_inflate")? - deflated,
         })
-    }
-}
-
-/// Waits until the guest and the host agree. Pages that compaction has just moved out of the balloon
-/// are marked until the device knows that.
-fn agree(guest: &Guest, empty: &Count, size: Size) -> Result<()> {
-    let start = Instant::now();
-    loop {
-        match check_count(guest, empty, size) {
-            Err(_) if start.elapsed() < MOVES => thread::sleep(Duration::from_millis(100)),
-            result => return result,
-        }
     }
 }
 
