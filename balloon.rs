@@ -346,6 +346,7 @@ impl Balloon {
             return None;
         }
 
+        let taking = memory::Taking::begin();
         let above_floor = memory::available_pages().saturating_sub(self.floor.unwrap_or(0));
         let now_wanted = wanted.min(PAGES_PER_RUN);
         let stop = worker.inflate.fill(
@@ -354,6 +355,8 @@ impl Balloon {
             now_wanted.min(above_floor),
             may_send,
         );
+        drop(taking);
+
         let reason = match stop {
             Stop::Done if now_wanted <= above_floor => {
                 worker.stopped = None;

@@ -477,6 +477,7 @@ impl Inner {
             return None;
         }
         // What the guest needs comes first.
+        let _taking = memory::Taking::begin();
         let spare = (memory::spare_pages(floor_pages()) as u64).min(claim_pages());
         if spare < 1 << memory::page_block_order() {
             // What the device has now may be all that it takes.

@@ -325,6 +325,19 @@ void balloon_rs_drain_free_lists(void)
 #endif
 }
 
+/* Held by who takes what the guest can spare, of all devices. */
+static DEFINE_MUTEX(spare_lock);
+
+void balloon_rs_lock_spare(void)
+{
+	mutex_lock(&spare_lock);
+}
+
+void balloon_rs_unlock_spare(void)
+{
+	mutex_unlock(&spare_lock);
+}
+
 int balloon_rs_register_memory_notifier(struct notifier_block *block)
 {
 	return register_memory_notifier(block);

@@ -7,7 +7,10 @@
 use super::bindings;
 
 use core::mem::MaybeUninit;
-use kernel::page::PAGE_SHIFT;
+use kernel::{
+    page::PAGE_SHIFT,
+    types::NotThreadSafe, //
+};
 
 /// What is known of the guest's memory at some moment. The fields say what they are in the C
 /// header.
@@ -62,6 +65,28 @@ pub(crate) fn spare_pages(floor: usize) -> usize {
 
     free.saturating_sub((free / LEFT_FREE).max(always_free))
         .min(available_pages().saturating_sub(floor))
+}
+
+/// The right to take memory from the guest, from looking at how much it can spare until that is
+/// taken: of two who looked at the same time both would take it. One at a time has it, of all
+/// devices.
+#[must_use]
+pub(crate) struct Taking(NotThreadSafe);
+
+impl Taking {
+    /// Waits for it.
+    pub(crate) fn begin() -> Self {
+        // SAFETY: The function has no preconditions but that it may sleep, as its callers may.
+        unsafe { bindings::balloon_rs_lock_spare() };
+        Self(NotThreadSafe)
+    }
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        // SAFETY: This thread has locked it when it made this value, which stays with it.
+        unsafe { bindings::balloon_rs_unlock_spare() };
+    }
 }
 
 /// Puts the free pages that the processors keep on lists of their own back to where blocks are made
