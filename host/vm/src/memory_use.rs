@@ -42,10 +42,9 @@ impl Guest {
         // By itself the kernel would begin to put the pages together.
         self.write_file("/proc/sys/vm/compaction_proactiveness", "0")?;
         let taken = self.free()?.saturating_sub(Size::mib(256));
-        let load = self.load(Load::Fragment {
+        self.load(Load::Fragment {
             mib: taken.as_mib().try_into()?,
-        })?;
-        Ok(load)
+        })
     }
 
     /// How many pages are marked as logically offline, as a balloon's are: of all, or of those with numbers in a range.

@@ -70,6 +70,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: hints,
     },
     Scenario {
+        name: "hints_leave_floor",
+        proves: "hints leave the guest what floor_mib says",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: VHOST_USER_DEVICE,
+        run: hints_leave_floor,
+    },
+    Scenario {
         name: "hugetlb_memory",
         proves: "of memory in huge pages the host gets those that are in the balloon as a whole",
         kernels: TEST_KERNEL,
@@ -324,19 +332,20 @@ fn host_requests(setup: &Setup) -> Result<()> {
     })
 }
 
+/// Has the device ask for hints, or be done with them.
+fn hint(guest: &Guest, action: HintAction) -> Result<()> {
+    guest.daemon()?.call::<Value>(&Request::Hints { action })?;
+    Ok(())
+}
+
 fn hints(setup: &Setup) -> Result<()> {
-    let act = |guest: &Guest, action| -> Result<()> {
-        let daemon = guest.daemon()?;
-        daemon.call::<Value>(&Request::Hints { action })?;
-        Ok(())
-    };
     vm::run(&setup.config().offer(&[Offer::FreePageHint]), |guest| {
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;
         let free = guest.free()?;
         for _ in 0..2 {
             let before = guest.daemon()?.info()?.counters.hinted;
-            act(guest, HintAction::Start)?;
+            hint(guest, HintAction::Start)?;
             guest.wait_until("hints for all free memory", PATIENCE, || {
                 let hinted = guest.daemon()?.info()?.counters.hinted - before;
                 Ok(Size::bytes(hinted) + Size::mib(150) > free)
@@ -346,12 +355,38 @@ fn hints(setup: &Setup) -> Result<()> {
                 now < Size::mib(150),
                 "{now} of {free} are free in a guest that has hinted all"
             );
-            act(guest, HintAction::Stop)?;
-            act(guest, HintAction::Done)?;
+            hint(guest, HintAction::Stop)?;
+            hint(guest, HintAction::Done)?;
             guest.wait_until("all memory is free again", PATIENCE, || {
                 Ok(guest.free()? + Size::mib(32) > free)
             })?;
         }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn hints_leave_floor(setup: &Setup) -> Result<()> {
+    let floor = Size::mib(400);
+    vm::run(&setup.config().offer(&[Offer::FreePageHint]), |guest| {
+        guest.insmod(setup.driver, &[&format!("floor_mib={}", floor.as_mib())])?;
+        wait_driver(guest)?;
+        let free = guest.free()?;
+        hint(guest, HintAction::Start)?;
+        let available = || -> Result<Size> { Ok(guest.meminfo()?.available) };
+        guest.wait_until("hints for all but the floor", PATIENCE, || {
+            Ok(available()? < floor + Size::mib(32))
+        })?;
+        // Enough for what it may not take.
+        thread::sleep(Duration::from_secs(1));
+        let left = available()?;
+        ensure!(
+            left + Size::mib(16) > floor,
+            "hints have left {left} of {free}, not {floor}"
+        );
+        hint(guest, HintAction::Done)?;
+        guest.wait_until("all memory is free again", PATIENCE, || {
+            Ok(guest.free()? + Size::mib(32) > free)
+        })?;
         guest.rmmod(setup.driver)
     })
 }

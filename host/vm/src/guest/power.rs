@@ -18,6 +18,9 @@ use crate::size::Size;
 /// How long a guest may take to fall asleep, and to go on when it has been woken up.
 const SLEEP_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a guest that goes on may take to answer before it is asked again.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How long a guest may take to write itself to a disk.
 const HIBERNATE_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -58,6 +61,11 @@ impl Guest {
         let result = asleep()?;
         self.qmp().execute::<Value>("system_wakeup", &json!({}))?;
         self.wait(&pending, SLEEP_TIMEOUT)?;
+        // One of a hundred times the first message to a guest that has slept does not arrive.
+        self.wait_until("a guest that listens", SLEEP_TIMEOUT, || {
+            let ping = self.home().agent.send(Command::Ping)?;
+            Ok(ping.poll(PING_TIMEOUT)?.is_some())
+        })?;
         Ok(result)
     }
 
