@@ -346,6 +346,11 @@ impl Balloon {
             return None;
         }
 
+        if worker.stopped == Some(StopReason::Floor) {
+            // What the processors keep on lists of their own is not counted as available.
+            memory::drain_free_lists();
+        }
+
         let taking = memory::Taking::begin();
         let above_floor = memory::available_pages().saturating_sub(self.floor.unwrap_or(0));
         let now_wanted = wanted.min(PAGES_PER_RUN);
@@ -543,8 +548,10 @@ impl Balloon {
         }
 
         // Interrupts come when most of what is in flight has been answered, and a slow device takes
-        // its time.
-        if worker.inflate.in_flight() > 0
+        // its time. And what this run has found in its way may be gone by now, with the answers that
+        // the OOM notifier has taken.
+        if step != Step::Rest
+            || worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
             || !self.moves().is_settled()
         {
