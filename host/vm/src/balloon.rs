@@ -251,8 +251,9 @@ impl<'a> Balloon<'a> {
             }
             if moved.elapsed() > STALL_TIMEOUT {
                 bail!(
-                    "the balloon is stuck at {now} on its way to {size} for {} s",
-                    moved.elapsed().as_secs()
+                    "the balloon is stuck at {now} on its way to {size} for {} s, with {} available",
+                    moved.elapsed().as_secs(),
+                    self.guest.meminfo()?.available
                 );
             }
             self.guest.check_alive()?;
