@@ -85,6 +85,12 @@ pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result 
     Err(ETIMEDOUT)
 }
 
+/// Returns how many bytes are free, those on the processors' lists as well.
+pub(super) fn free() -> u64 {
+    memory::drain_free_lists();
+    memory::Info::now().free
+}
+
 /// Waits until the driver has set the balloon's size to `size` balloon pages, with nobody
 /// answering.
 fn reaches(device: &FakeDevice, size: u32) -> Result {
@@ -456,11 +462,11 @@ fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<
         Ok(report.is_some())
     })?;
     let report = report.ok_or(ENODATA)?;
-    let free = memory::Info::now().free;
+    let before = free();
     act(&device, &report)?;
     drop(device);
 
-    Ok(memory::Info::now().free + NOISE >= free + report.writable as u64)
+    Ok(free() + NOISE >= before + report.writable as u64)
 }
 
 #[kunit_tests(virtio_balloon_rs_device)]

@@ -2,13 +2,15 @@
 
 //! Free page hinting on a device in the kernel.
 
-use super::device::eventually;
+use super::device::{
+    eventually,
+    free, //
+};
 use crate::rust::{
     fake_device::{
         FakeDevice,
         Request, //
     },
-    memory,
     virtio::Feature,
     virtio_balloon::{
         F_FREE_PAGE_HINT,
@@ -95,10 +97,6 @@ fn round(device: &FakeDevice, id: u32) -> Result<u64> {
             Message::Id(_) => return Err(EINVAL),
         }
     }
-}
-
-fn free() -> u64 {
-    memory::Info::now().free
 }
 
 /// Waits until there is about as much free memory as before.

@@ -2,7 +2,10 @@
 
 //! Requests of a device in the kernel, and what the driver answers.
 
-use super::device::eventually;
+use super::device::{
+    eventually,
+    free, //
+};
 
 use crate::rust::{
     caches,
@@ -199,7 +202,7 @@ mod tests {
         let host = Host::new();
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
-        let free = memory::Info::now().free;
+        let before = free();
 
         assert_eq!(host.ask(request::UNUSED_DISCARD, 21, 0, 7, 0), Ok(()));
         if memory::free_page_value().is_some() {
@@ -212,7 +215,7 @@ mod tests {
         assert!(first.is_ok());
         let Ok(first) = first else { return };
         fsleep(Delta::from_millis(100));
-        let held = free.saturating_sub(memory::Info::now().free);
+        let held = before.saturating_sub(free());
         // As much as four messages are about, each with 64 MiB or a page block.
         let block = (PAGE_SIZE as u64) << memory::page_block_order();
         assert!(held > NOISE && held < 4 * block.max(64 << 20) + NOISE);
@@ -221,10 +224,7 @@ mod tests {
         assert_eq!(host.device.interrupt(REQUESTS), Ok(()));
         let answer = host.answers(request::UNUSED_DISCARD, 7);
         assert!(answer.is_ok_and(|(status, _)| status == request::COMPLETE));
-        assert_eq!(
-            eventually(|| Ok(memory::Info::now().free + NOISE > free)),
-            Ok(())
-        );
+        assert_eq!(eventually(|| Ok(free() + NOISE > before)), Ok(()));
     }
 
     #[test]
@@ -331,7 +331,7 @@ mod tests {
     #[test]
     fn a_device_that_does_not_take_answers_can_be_removed() {
         const NOISE: u64 = 4 << 20;
-        let free = memory::Info::now().free;
+        let before = free();
 
         {
             let host = Host::new();
@@ -343,7 +343,7 @@ mod tests {
             }
             fsleep(Delta::from_millis(100));
         }
-        assert!(memory::Info::now().free + NOISE > free);
+        assert!(free() + NOISE > before);
     }
 
     #[test]
