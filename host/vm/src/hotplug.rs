@@ -59,7 +59,15 @@ impl Guest {
 
     /// Takes the balloon away from the guest, and waits until it is gone.
     pub fn unplug_balloon(&self) -> Result<()> {
-        self.unplug("balloon0")
+        // It may be already. What a guest has written to the slot last it writes again when it goes
+        // on after a sleep. If that was to switch the slot off, QEMU unplugs what has come since.
+        let devices: Vec<Value> = self
+            .qmp()
+            .execute("qom-list", &json!({ "path": "/machine/peripheral" }))?;
+        if devices.iter().any(|device| device["name"] == "balloon0") {
+            self.unplug("balloon0")?;
+        }
+        Ok(())
     }
 
     fn unplug(&self, id: &str) -> Result<()> {

@@ -105,6 +105,8 @@ fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()
 
     load.verify(10)?;
     load.stop()?;
+    plugged.unplug(guest)?;
+    let plugged = Plugged::plug(setup, guest)?;
     // It may be loaded or not, and bound or not.
     guest.exec(&["rmmod", setup.driver.name()])?;
     guest.insmod(setup.driver, &[])?;
