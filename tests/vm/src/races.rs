@@ -4,6 +4,7 @@
 //! goes, the guest suspends its devices, targets change, memory is compacted, and the host makes
 //! requests.
 
+use std::cell::Cell;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,6 +31,9 @@ pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
 /// For how long everything goes on if nobody says more.
 const TIME: Duration = Duration::from_secs(60);
 
+/// For how long it goes on in one guest at most.
+const TIME_PER_GUEST: Duration = Duration::from_secs(300);
+
 /// What a guest needs beside that.
 const OTHERS: Duration = Duration::from_secs(300);
 
@@ -41,16 +45,40 @@ const OVER: &str = "/tmp/over";
 const KCSAN: &str = "BUG: KCSAN: ";
 
 fn races(setup: &Setup) -> Result<()> {
-    let seed = match setup.seeds() {
+    let first = match setup.seeds() {
         Some(seeds) => seeds.start,
         None => SystemTime::UNIX_EPOCH.elapsed()?.as_secs(),
     };
-    setup.note(format!("the seed is {seed}"));
-    race(setup, seed).with_context(|| format!("with the seed {seed}"))
+    let time = setup.time().unwrap_or(TIME);
+    let guests = time.as_secs().div_ceil(TIME_PER_GUEST.as_secs()).max(1);
+    let each = Duration::from_secs(time.as_secs() / guests);
+    setup.note(format!("{guests} guests, from seed {first} on"));
+    let (mut counts, mut lost) = (Counts::default(), 0);
+    for seed in first..first + guests {
+        let is_lost = Cell::new(false);
+        match race(setup, seed, each, &mut counts, &is_lost) {
+            // It crashes when a configuration changes while its driver goes, and is not what is tested.
+            Err(_) if is_lost.get() => lost += 1,
+            result => result.with_context(|| format!("with the seed {seed}"))?,
+        }
+    }
+    setup.note(counts.describe(each));
+    ensure!(
+        lost < guests,
+        "QEMU has crashed each time, so that nothing was found out"
+    );
+    setup.note(format!("QEMU crashed {lost} times"));
+    Ok(())
 }
 
-fn race(setup: &Setup, seed: u64) -> Result<()> {
-    let time = setup.time().unwrap_or(TIME);
+/// Has it all go on for `time` in a guest. Tells in `is_lost` if QEMU has not survived that.
+fn race(
+    setup: &Setup,
+    seed: u64,
+    time: Duration,
+    counts: &mut Counts,
+    is_lost: &Cell<bool>,
+) -> Result<()> {
     let config = setup
         .config()
         .timeout(time + OTHERS)
@@ -62,7 +90,8 @@ fn race(setup: &Setup, seed: u64) -> Result<()> {
         _ => config,
     };
     vm::run(&config, |guest| {
-        let result = at_once(setup, guest, seed, time);
+        let result = at_once(setup, guest, seed, time, counts)
+            .inspect_err(|_| is_lost.set(guest.is_lost()));
         if setup.kernel == Kernel::Kcsan {
             check_races(setup, guest)?;
         }
@@ -71,7 +100,13 @@ fn race(setup: &Setup, seed: u64) -> Result<()> {
 }
 
 /// What goes on, and what has to be right afterwards.
-fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()> {
+fn at_once(
+    setup: &Setup,
+    guest: &Guest,
+    seed: u64,
+    time: Duration,
+    counts: &mut Counts,
+) -> Result<()> {
     let mut random = Rng::with_seed(seed);
     let (total, free) = (guest.meminfo()?.total, guest.free()?);
     let load = guest.load(Load::Churn {
@@ -90,10 +125,9 @@ fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()
         .iter()
         .map(|act| guest.start(&["sh", "-c", &over_and_over(act, &mut random)], life))
         .collect::<Result<_>>()?;
-    let mut counts = Counts::default();
     let start = Instant::now();
     while start.elapsed() < time {
-        plugged = from_outside(setup, guest, plugged, &mut random, &mut counts)?;
+        plugged = from_outside(setup, guest, plugged, &mut random, counts)?;
         guest.check_alive()?;
         thread::sleep(Duration::from_millis(random.u64(0..200)));
     }
@@ -101,7 +135,7 @@ fn at_once(setup: &Setup, guest: &Guest, seed: u64, time: Duration) -> Result<()
     for process in processes {
         guest.output(&process, PATIENCE)?;
     }
-    setup.note(counts.describe(time));
+    counts.guests += 1;
 
     load.verify(10)?;
     load.stop()?;
@@ -151,6 +185,8 @@ fn over_and_over(act: &str, random: &mut Rng) -> String {
 /// How often something was done.
 #[derive(Default)]
 struct Counts {
+    /// How many guests went through all of it.
+    guests: u32,
     targets: u32,
     requests: u32,
     suspended: u32,
@@ -159,10 +195,11 @@ struct Counts {
 }
 
 impl Counts {
-    fn describe(&self, time: Duration) -> String {
+    fn describe(&self, each: Duration) -> String {
         format!(
-            "in {} s {} targets, {} requests, {} suspends and {} that the guest refused, {} devices",
-            time.as_secs(),
+            "{} times {} s, {} targets, {} requests, {} suspends and {} that the guest refused, {} devices",
+            self.guests,
+            each.as_secs(),
             self.targets,
             self.requests,
             self.suspended,
