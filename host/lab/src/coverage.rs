@@ -13,14 +13,11 @@ use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 use scenarios::SCENARIOS;
 use serde_json::Value;
-use vm::{Artifacts, Coverage, Device, Driver, Kernel};
+use vm::{Artifacts, Coverage, Driver, Kernel};
 
 use crate::places::Places;
 use crate::report::Report;
 use crate::{Guests, kernel, kunit, module, setup, test};
-
-/// The devices that the scenarios are run on.
-const DEVICES: [Device; 2] = [Device::Extended, Device::Qemu];
 
 /// What is in the module for its tests alone.
 const FOR_TESTS: [&str; 2] = ["tests", "rust/fake_device.rs"];
@@ -56,11 +53,12 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
         });
         let possible =
             scenario.kernels.contains(&Kernel::Test) && scenario.drivers.contains(&Driver::Rust);
-        for device in DEVICES {
-            if wanted && possible && scenario.devices.contains(&device) {
-                let variant = (Kernel::Test, Driver::Rust, device, false);
-                test::run_scenario(scenario, variant, &artifacts, guests, &mut report);
-            }
+        if !wanted || !possible {
+            continue;
+        }
+        for &device in test::devices_of(scenario) {
+            let variant = (Kernel::Test, Driver::Rust, device, false);
+            test::run_scenario(scenario, variant, &artifacts, guests, &mut report);
         }
     }
     let good = report.conclude();

@@ -120,13 +120,8 @@ pub(crate) fn run(
             kunit::run_in(this, &artifacts, guests, &mut report);
         }
         for scenario in scenarios {
-            let on_all = DEVICE_SCENARIOS.contains(&scenario.name);
-            let devices = match (&device, scenario.devices) {
-                (Some(device), _) => slice::from_ref(device),
-                (None, [first, ..]) if !on_all => slice::from_ref(first),
-                (None, all) => all,
-            };
-            for &device in devices {
+            let devices = device.as_ref().map(slice::from_ref);
+            for &device in devices.unwrap_or_else(|| devices_of(scenario)) {
                 for &zeroing in zeroing {
                     let variant = (this, driver, device, zeroing);
                     run_scenario(scenario, variant, &artifacts, guests, &mut report);
@@ -135,6 +130,14 @@ pub(crate) fn run(
         }
     }
     Ok(report.conclude())
+}
+
+/// The devices that a scenario runs on if none is asked for.
+pub(crate) fn devices_of(scenario: &Scenario) -> &'static [Device] {
+    match scenario.devices {
+        [first, ..] if !DEVICE_SCENARIOS.contains(&scenario.name) => slice::from_ref(first),
+        all => all,
+    }
 }
 
 /// Whether a scenario takes minutes.
