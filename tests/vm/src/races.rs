@@ -90,8 +90,8 @@ fn race(
         _ => config,
     };
     vm::run(&config, |guest| {
-        let result = at_once(setup, guest, seed, time, counts)
-            .inspect_err(|_| is_lost.set(guest.is_lost()));
+        let result =
+            at_once(setup, guest, seed, time, counts).inspect_err(|_| is_lost.set(guest.is_lost()));
         if setup.kernel == Kernel::Kcsan {
             check_races(setup, guest)?;
         }
