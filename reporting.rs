@@ -6,7 +6,7 @@
 //! host has answered. It serves one device; others go without.
 //!
 //! A host that does not answer owns the pages of one report until it is reset. Nothing else waits
-//! for them, but the kernel does not suspend in the meantime.
+//! for them but the kernel before it sleeps, so the device is reset then.
 //!
 //! Specification: clause 5.5.6.7, Free Page Reporting.
 
@@ -19,6 +19,10 @@ use crate::{
             Loan,
             Report,
             Reporter, //
+        },
+        sleep::{
+            SleepNotifier,
+            Sleeper, //
         },
         virtqueue::Virtqueue,
         wait::{
@@ -35,15 +39,30 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{
+        aref::ARef,
         atomic::{
+            Acquire,
             Atomic,
-            Relaxed, //
+            Relaxed,
+            Release, //
         },
         Arc,
         Mutex,
         SetOnce, //
+    },
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
     }, //
 };
+
+/// How long the device may take for the last report before the system sleeps.
+const PATIENCE: Delta = Delta::from_millis(2_000);
+
+/// How often it is looked for the answer.
+const HEARTBEAT: Delta = Delta::from_millis(5);
 
 /// A virtqueue for reports.
 pub(crate) type ReportingQueue = Virtqueue<Loan>;
@@ -51,10 +70,16 @@ pub(crate) type ReportingQueue = Virtqueue<Loan>;
 /// What reports go through.
 #[pin_data]
 struct Reports {
+    dev: ARef<virtio::Device>,
+    /// Locked for as long as a report is on its way.
     #[pin]
     queue: Mutex<ReportingQueue>,
     #[pin]
     answered: WaitQueue,
+    /// Set while the system is about to sleep: nothing is reported.
+    sleeping: Atomic<bool>,
+    /// Set when the system cannot sleep for a report that is on its way.
+    out_of_time: Atomic<bool>,
     /// How much was reported, in bytes.
     #[pin]
     reported: debugfs::File<Atomic<u64>>,
@@ -62,9 +87,39 @@ struct Reports {
 
 impl Report for Reports {
     fn report(&self, pages: FreePages<'_>) -> Result {
-        self.queue.lock().lend(&pages, &self.answered)?;
+        let mut queue = self.queue.lock();
+
+        if self.sleeping.load(Acquire) {
+            return Err(EBUSY);
+        }
+        queue.lend(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
         self.reported.add(pages.bytes(), Relaxed);
         Ok(())
+    }
+}
+
+impl Sleeper for Reports {
+    fn before_sleep(&self) {
+        let start = Instant::<Monotonic>::now();
+
+        self.sleeping.store(true, Release);
+        while self.queue.try_lock().is_none() {
+            if start.elapsed() > PATIENCE {
+                dev_warn!(
+                    self.dev,
+                    "the device does not answer a report of free pages: resetting it, since the system wants to sleep\n"
+                );
+                self.out_of_time.store(true, Release);
+                self.answered.wake();
+                break;
+            }
+            fsleep(HEARTBEAT);
+        }
+    }
+
+    fn after_sleep(&self) {
+        self.out_of_time.store(false, Release);
+        self.sleeping.store(false, Release);
     }
 }
 
@@ -73,6 +128,7 @@ impl Report for Reports {
 /// It has to be dropped after the device was reset, since a device that does not answer keeps a
 /// report until then.
 pub(crate) struct Reporting {
+    _sleep: Pin<KBox<SleepNotifier<Reports>>>,
     registered: SetOnce<Pin<KBox<Reporter<Reports>>>>,
     reports: Arc<Reports>,
 }
@@ -83,16 +139,27 @@ impl Reporting {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(queue: ReportingQueue, dir: &debugfs::Dir) -> Result<Self> {
+    pub(crate) fn new(
+        dev: &virtio::Device<Core<'_>>,
+        queue: ReportingQueue,
+        dir: &debugfs::Dir,
+    ) -> Result<Self> {
+        let dev = (&**dev).into();
         let reports = try_pin_init!(Reports {
+            dev,
             queue <- new_mutex!(queue, "Reporting::queue"),
             answered <- new_wait_queue!("Reporting::answered"),
+            sleeping: Atomic::new(false),
+            out_of_time: Atomic::new(false),
             reported <- dir.read_only_file(c"reported_bytes", Atomic::new(0)),
         });
 
+        let reports = Arc::pin_init(reports, GFP_KERNEL)?;
+
         Ok(Self {
+            _sleep: KBox::pin_init(SleepNotifier::new(reports.clone()), GFP_KERNEL)?,
             registered: SetOnce::new(),
-            reports: Arc::pin_init(reports, GFP_KERNEL)?,
+            reports,
         })
     }
 

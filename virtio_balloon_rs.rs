@@ -172,7 +172,7 @@ impl virtio::Driver for BalloonDriver {
             .transpose()?;
         let reporting = queues
             .reports
-            .map(|queue| Reporting::new(queue, &dir))
+            .map(|queue| Reporting::new(dev, queue, &dir))
             .transpose()?;
 
         let requests = queues

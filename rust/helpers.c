@@ -9,6 +9,7 @@
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
 #include <linux/scatterlist.h>
+#include <linux/suspend.h>
 #include <linux/swap.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_pci.h>
@@ -348,6 +349,16 @@ void balloon_rs_unregister_memory_notifier(struct notifier_block *block)
 	unregister_memory_notifier(block);
 }
 
+int balloon_rs_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+void balloon_rs_unregister_pm_notifier(struct notifier_block *block)
+{
+	unregister_pm_notifier(block);
+}
+
 unsigned int balloon_rs_page_block_order(void)
 {
 	return pageblock_order;
@@ -500,6 +511,23 @@ unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 	}
 #endif
 	return shortest;
+}
+
+/*
+ * A device that was taken out does nothing any more, and the transport for PCI would wait for its
+ * answer without end.
+ */
+void balloon_rs_reset_device(struct virtio_device *vdev)
+{
+#ifdef CONFIG_PCI
+	if (vdev->dev.parent && dev_is_pci(vdev->dev.parent) &&
+	    !pci_device_is_present(to_pci_dev(vdev->dev.parent))) {
+		virtio_break_device(vdev);
+		virtio_synchronize_cbs(vdev);
+		return;
+	}
+#endif
+	virtio_reset_device(vdev);
 }
 
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev)

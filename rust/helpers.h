@@ -10,6 +10,7 @@
 #include <linux/gfp.h>
 #include <linux/memory.h>
 #include <linux/mm.h>
+#include <linux/suspend.h>
 #include <linux/virtio.h>
 
 /* What balloon_rs_free_order() says of a page that begins no free block. */
@@ -44,6 +45,11 @@ const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
 const size_t RUST_CONST_HELPER_PAGE_PRIVATE_OFFSET = offsetof(struct page, private);
 
 const unsigned long RUST_CONST_HELPER_BALLOON_MEM_GOING_OFFLINE = MEM_GOING_OFFLINE;
+
+/* What a system says before it sleeps, and when it has slept or could not. */
+const unsigned long RUST_CONST_HELPER_BALLOON_PM_HIBERNATION_PREPARE = PM_HIBERNATION_PREPARE;
+const unsigned long RUST_CONST_HELPER_BALLOON_PM_SUSPEND_PREPARE = PM_SUSPEND_PREPARE;
+const unsigned long RUST_CONST_HELPER_BALLOON_PM_RESTORE_PREPARE = PM_RESTORE_PREPARE;
 
 const unsigned int RUST_CONST_HELPER_BALLOON_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 
@@ -115,6 +121,8 @@ void balloon_rs_lock_spare(void);
 void balloon_rs_unlock_spare(void);
 int balloon_rs_register_memory_notifier(struct notifier_block *block);
 void balloon_rs_unregister_memory_notifier(struct notifier_block *block);
+int balloon_rs_register_pm_notifier(struct notifier_block *block);
+void balloon_rs_unregister_pm_notifier(struct notifier_block *block);
 unsigned int balloon_rs_page_block_order(void);
 void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_boosted_pages(void);
@@ -125,6 +133,7 @@ bool balloon_rs_free_page_value(u32 *value);
 u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents);
 void balloon_rs_virtio_device_ready(struct virtio_device *vdev);
 unsigned int balloon_rs_config_len(struct virtio_device *vdev);
+void balloon_rs_reset_device(struct virtio_device *vdev);
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);

@@ -25,6 +25,7 @@ pub(crate) mod page_reporting;
 pub(crate) mod page_run;
 pub(crate) mod range_stack;
 pub(crate) mod shrinker;
+pub(crate) mod sleep;
 pub(crate) mod task;
 pub(crate) mod trace;
 pub(crate) mod virtio;

@@ -140,28 +140,36 @@ impl<T: Report> PinnedDrop for Reporter<T> {
 pub(crate) struct Loan(());
 
 impl Virtqueue<Loan> {
-    /// Lends `pages` to the device, and waits until it has used them. `waiting` has to be woken
-    /// when it has.
+    /// Lends `pages` to the device, and waits until it has used them, or for as long as `may_wait`
+    /// returns true. `waiting` has to be woken when either has changed.
     ///
-    /// Until then the device may do anything to the pages, so there is no time limit: only a reset,
-    /// as when the driver is unbound, ends the wait early.
+    /// Until then the device may do anything to the pages, so only a reset ends the wait early: one
+    /// that comes from elsewhere, as when the driver is unbound, or one that this does when there
+    /// is no time to wait.
     ///
     /// # Errors
     ///
     /// `EIO` if the device cannot be told, `ENODEV` if it was reset.
-    pub(crate) fn lend(&mut self, pages: &FreePages<'_>, waiting: &WaitQueue) -> Result {
+    pub(crate) fn lend(
+        &mut self,
+        pages: &FreePages<'_>,
+        waiting: &WaitQueue,
+        may_wait: impl Fn() -> bool,
+    ) -> Result {
         // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
         // borrowed, and this does not return before the device has used it or was reset.
         unsafe { self.add_sg(pages.sg, pages.n, Access::Write, Loan(())) }.map_err(|_| EIO)?;
         self.kick();
 
-        let mut result = Err(ENODEV);
+        let mut is_used = false;
         waiting.wait_until(LOOK_AGAIN, || {
-            if self.next_used().is_some() {
-                result = Ok(());
-            }
-            result.is_ok() || self.is_reset()
+            is_used = self.next_used().is_some();
+            is_used || self.is_reset() || !may_wait()
         });
-        result
+
+        if !is_used {
+            self.reset_device();
+        }
+        is_used.then_some(()).ok_or(ENODEV)
     }
 }

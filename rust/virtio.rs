@@ -40,6 +40,7 @@ use kernel::{
         from_result,
         to_result, //
     },
+    new_mutex,
     new_srcu,
     prelude::*,
     sync::{
@@ -55,6 +56,7 @@ use kernel::{
         },
         srcu,
         Arc,
+        Mutex,
         Srcu, //
     },
     types::Opaque, //
@@ -249,14 +251,8 @@ impl<T: Driver> Adapter<T> {
         T::shutdown(dev, unsafe { Self::data(dev) });
 
         if let Some(binding) = dev.binding() {
-            binding.cut_off();
-        }
-
-        // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their way.
-        unsafe { bindings::virtio_device_shutdown(vdev) };
-
-        if let Some(binding) = dev.binding() {
-            binding.state.store(RESET, Release);
+            // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their way.
+            binding.reset(|| unsafe { bindings::virtio_device_shutdown(vdev) });
         }
     }
 
@@ -437,6 +433,9 @@ pub(crate) trait Driver {
 pub(crate) struct Binding {
     #[pin]
     users: Srcu,
+    /// Held while the device is reset, which more than one may want.
+    #[pin]
+    resetting: Mutex<()>,
     state: Atomic<u32>,
     /// Which of the queues that were passed to `find_vqs` are there, one bit for each. 0 before.
     vqs: Atomic<u32>,
@@ -503,10 +502,17 @@ impl Binding {
         vqs.trailing_zeros() as usize
     }
 
-    /// Makes every later [`enter`](Self::enter) fail, and waits for those that are inside.
-    fn cut_off(&self) {
-        self.state.store(CUT_OFF, Release);
-        self.users.synchronize_expedited();
+    /// Cuts the device off: every later [`enter`](Self::enter) fails, and nobody is inside any more. Then has `reset`
+    /// reset it, unless that was done before.
+    pub(super) fn reset(&self, reset: impl FnOnce()) {
+        let _one = self.resetting.lock();
+
+        if !self.is_reset() {
+            self.state.store(CUT_OFF, Release);
+            self.users.synchronize_expedited();
+            reset();
+            self.state.store(RESET, Release);
+        }
     }
 }
 
@@ -579,6 +585,7 @@ impl Device<device::CoreInternal<'_>> {
         let binding = Arc::pin_init(
             try_pin_init!(Binding {
                 users <- new_srcu!("virtio::Binding::users"),
+                resetting <- new_mutex!((), "virtio::Binding::resetting"),
                 state: Atomic::new(SETTING_UP),
                 vqs: Atomic::new(0),
                 data: Atomic::new(ptr::null_mut()),
@@ -597,20 +604,15 @@ impl Device<device::CoreInternal<'_>> {
 
     /// Ends the use of the device: cuts it off, resets it and deletes its virtqueues.
     fn close(&self) {
-        if let Some(binding) = self.binding() {
-            binding.cut_off();
-        }
-
-        // SAFETY: By the type invariants the device is valid. Nobody kicks it, since it was cut
-        // off.
-        unsafe { bindings::virtio_reset_device(self.as_raw()) };
+        // SAFETY: By the type invariants the device is valid.
+        let reset = || unsafe { bindings::balloon_rs_reset_device(self.as_raw()) };
 
         let Some(binding) = self.binding() else {
             // A device that could not be restored has been closed before.
-            return;
+            return reset();
         };
 
-        binding.state.store(RESET, Release);
+        binding.reset(reset);
 
         if binding.vqs.load(Relaxed) != 0 {
             // SAFETY: By the type invariants the device is valid and was reset. The queues are used

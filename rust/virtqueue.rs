@@ -384,6 +384,25 @@ impl<B> Virtqueue<B> {
         self.binding.is_reset()
     }
 
+    /// Resets the queue's device, unless it was reset before: no handle to it works any more, and it
+    /// will not access any buffer again. The driver may go on with it after the system has slept, or
+    /// when it is bound again. May sleep.
+    pub(super) fn reset_device(&self) {
+        let Some(open) = self.binding.enter() else {
+            // Somebody else does so.
+            return self.binding.reset(|| ());
+        };
+        // SAFETY: `vq` is valid since `binding` was entered.
+        let device = unsafe { (*self.vq.as_ptr()).vdev };
+
+        drop(open);
+        self.binding.reset(|| {
+            // SAFETY: The device is valid: its driver is not unbound completely before it was reset,
+            // and one at a time does that.
+            unsafe { bindings::balloon_rs_reset_device(device) }
+        });
+    }
+
     /// Returns whether the queue cannot be used any more: broken, or the device is gone.
     pub(crate) fn is_broken(&self) -> bool {
         let Some(_open) = self.binding.enter() else {
