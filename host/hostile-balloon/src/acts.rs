@@ -6,6 +6,7 @@
 //! write to, to pages that were given to it, and to its own configuration space. (What it writes to the other rings
 //! the driver has promised not to need.) A device that overwrites any of the guest's memory needs no driver's mistake.
 
+use std::process;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,9 +18,8 @@ use vhost_user_balloon::features::Feature;
 use vhost_user_balloon::queue::{Kind, MAX_QUEUES};
 use virtio_bindings::bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
 
-use crate::device::{Device, any_field};
+use crate::device::{Device, Transport, any_field};
 use crate::plan::End;
-use crate::relay::Channel;
 use crate::ring::{Buffer, Ring};
 
 /// How long the device stays in one mood, in milliseconds.
@@ -84,10 +84,15 @@ enum Act {
     AskMuch,
     /// Does nothing.
     Pause,
+    /// Begins a queue anew that the driver goes on with.
+    ResetQueue,
+    /// Says that it needs to be reset, and goes on.
+    NeedReset,
 }
 
-/// How often an act comes in each mood.
-const ACTS: [(Act, [u32; 3]); 19] = [
+/// How often an act comes in each mood. Those of a whole PCI device alone are the last ones, so that the others' seeds
+/// stay what they are.
+const ACTS: [(Act, [u32; 3]); 21] = [
     (Act::Use, [40, 20, 10]),
     (Act::UseAny, [0, 20, 10]),
     (Act::UseWithAnyLength, [0, 10, 10]),
@@ -107,13 +112,19 @@ const ACTS: [(Act, [u32; 3]); 19] = [
     (Act::AskAnything, [0, 6, 6]),
     (Act::AskMuch, [0, 2, 4]),
     (Act::Pause, [10, 20, 20]),
+    (Act::ResetQueue, [0, 0, 1]),
+    (Act::NeedReset, [0, 0, 1]),
 ];
+
+/// How many of them are for every device.
+const ACTS_FOR_ALL: usize = 19;
 
 /// What acts.
 pub(crate) struct Actor<'a> {
     device: &'a Device,
-    /// Where changes of the configuration space are told, as long as that can be done.
-    channel: Option<Channel>,
+    transport: &'a dyn Transport,
+    /// Whether changes of the configuration space are told.
+    tells: bool,
     random: Rng,
     /// The id that a request had last.
     request: u64,
@@ -122,10 +133,11 @@ pub(crate) struct Actor<'a> {
 
 impl<'a> Actor<'a> {
     /// One who does to the driver of `device` what `random` says.
-    pub(crate) fn new(device: &'a Device, channel: Channel, random: Rng) -> Self {
+    pub(crate) fn new(device: &'a Device, transport: &'a dyn Transport, random: Rng) -> Self {
         Self {
             device,
-            channel: Some(channel),
+            transport,
+            tells: true,
             random,
             request: 0,
             hint: VIRTIO_BALLOON_CMD_ID_DONE,
@@ -143,7 +155,7 @@ impl<'a> Actor<'a> {
     pub(crate) fn wait_driver(&self, patience: Duration) -> bool {
         let start = Instant::now();
         while start.elapsed() < patience {
-            if self.device.with_ring(0, |_| ()).is_some() {
+            if self.with_ring(0, |_| ()).is_some() {
                 return true;
             }
             thread::sleep(Duration::from_millis(1));
@@ -183,23 +195,18 @@ impl<'a> Actor<'a> {
             }
         }
         self.changed();
-        // The driver may stop the device at any moment from here on.
-        self.channel = None;
+        // The driver may stop the device at any moment from here on, which QEMU does not survive.
+        self.tells = self.transport.is_pci();
     }
 
     /// Goes on for as long as the process lives.
     pub(crate) fn end(&mut self, end: End) {
         loop {
             match end {
-                End::WellBehaved => {
-                    for queue in 0..MAX_QUEUES {
-                        self.use_all(queue);
-                    }
-                    thread::sleep(Duration::from_millis(1));
-                }
+                End::WellBehaved => self.behave(),
                 End::Slow => {
                     for queue in 0..MAX_QUEUES {
-                        self.device.with_ring(queue, |mut ring| {
+                        self.with_ring(queue, |mut ring| {
                             ring.take();
                             if let Some(buffer) = ring.memo.held.pop() {
                                 ring.put(buffer.id, 0);
@@ -211,19 +218,40 @@ impl<'a> Actor<'a> {
                 }
                 End::Hostile => self.act(Duration::from_secs(1)),
                 End::Silent => thread::park(),
+                End::Gone => {
+                    let start = Instant::now();
+                    while start.elapsed() < Duration::from_secs(1) {
+                        self.behave();
+                    }
+                    process::exit(0)
+                }
             }
         }
     }
 
+    fn behave(&self) {
+        (0..MAX_QUEUES).for_each(|queue| self.use_all(queue));
+        thread::sleep(Duration::from_millis(1));
+    }
+
+    fn with_ring<T>(&self, queue: usize, act: impl FnOnce(Ring<'_>) -> T) -> Option<T> {
+        self.device.with_ring(self.transport, queue, act)
+    }
+
     fn step(&mut self, mood: Mood) {
-        let weights = ACTS.map(|(_, weights)| weights[mood as usize]);
-        let mut place = self.random.u32(..weights.iter().sum::<u32>());
-        let chosen = ACTS.iter().zip(weights).find(|(_, weight)| {
-            let found = place < *weight;
-            place = place.saturating_sub(*weight);
+        let acts = if self.transport.is_pci() {
+            &ACTS[..]
+        } else {
+            &ACTS[..ACTS_FOR_ALL]
+        };
+        let weight = |(_, weights): &(Act, [u32; 3])| weights[mood as usize];
+        let mut place = self.random.u32(..acts.iter().map(weight).sum::<u32>());
+        let chosen = acts.iter().find(|act| {
+            let found = place < weight(act);
+            place = place.saturating_sub(weight(act));
             found
         });
-        let Some(((act, _), _)) = chosen else { return };
+        let Some((act, _)) = chosen else { return };
         self.perform(*act);
         // Some come so fast that the driver sees several at once.
         if self.random.bool() {
@@ -307,13 +335,18 @@ impl<'a> Actor<'a> {
             Act::AskAnything => self.ask(1, Self::anything),
             Act::AskMuch => self.ask(FLOOD, Self::request),
             Act::Pause => thread::sleep(Duration::from_millis(self.random.u64(..20))),
+            Act::ResetQueue => self.on(queue, act, |ring, _| ring.begin_anew()),
+            Act::NeedReset => {
+                info!("{act:?}");
+                self.transport.need_reset();
+            }
         }
     }
 
     /// Does something to a queue, if it is ready, and interrupts nearly always.
     fn on(&mut self, queue: usize, act: Act, change: impl FnOnce(&mut Ring<'_>, &mut Rng)) {
         let random = &mut self.random;
-        let done = self.device.with_ring(queue, |mut ring| {
+        let done = self.device.with_ring(self.transport, queue, |mut ring| {
             change(&mut ring, random);
             if random.u8(..8) > 0 {
                 ring.interrupt();
@@ -326,13 +359,13 @@ impl<'a> Actor<'a> {
 
     /// Says that the configuration space has changed.
     fn changed(&self) {
-        if let Some(channel) = &self.channel {
-            channel.config_changed();
+        if self.tells {
+            self.transport.config_changed();
         }
     }
 
     fn interrupt(&self, queue: usize) {
-        self.device.with_ring(queue, |ring| ring.interrupt());
+        self.with_ring(queue, |ring| ring.interrupt());
     }
 
     /// What the queue with this number is for.
@@ -343,7 +376,7 @@ impl<'a> Actor<'a> {
     /// Uses all buffers of a queue but those that wait for something to be asked.
     fn use_all(&self, queue: usize) {
         let requests = self.kind(queue) == Some(Kind::Requests);
-        self.device.with_ring(queue, |mut ring| {
+        self.with_ring(queue, |mut ring| {
             ring.take();
             let held = std::mem::take(&mut ring.memo.held);
             let (used, kept): (Vec<_>, Vec<_>) = held
@@ -410,7 +443,7 @@ impl<'a> Actor<'a> {
                 0 => any_length(&mut self.random),
                 _ => 32,
             };
-            let asked = self.device.with_ring(queue, |mut ring| {
+            let asked = self.with_ring(queue, |mut ring| {
                 ring.take();
                 let is_free = |buffer: &Buffer| !buffer.writable.is_empty();
                 let place = ring.memo.held.iter().position(is_free)?;

@@ -1,22 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device as the front end sees it: its features, its configuration space, and its queues.
+//! The device as its driver sees it, whatever lies in between: its features, its configuration space, and its queues.
 
-use std::io;
 use std::iter;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use balloon_wire::config;
 use fastrand::Rng;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
-use vhost_user_balloon::queue::{MAX_QUEUE_SIZE, MAX_QUEUES};
+use vhost_user_balloon::queue::MAX_QUEUES;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
 
-use crate::ring::{Memo, Ring};
+use crate::ring::{Memo, RawQueue, Ring};
+
+/// What lies between the device and its driver.
+pub(crate) trait Transport: Send + Sync {
+    /// Does something with the queue of this number, if there is one.
+    fn with_queue(&self, number: usize, act: &mut dyn FnMut(&mut dyn RawQueue));
+
+    /// Says that the configuration space has changed.
+    fn config_changed(&self);
+
+    /// Says that the device needs to be reset, if it is a whole PCI device.
+    fn need_reset(&self);
+
+    /// Whether it is a whole PCI device, with nobody between it and the driver's own transport.
+    fn is_pci(&self) -> bool;
+}
 
 /// The configuration space.
 #[derive(Debug)]
@@ -34,12 +45,11 @@ pub(crate) struct Device {
     acked: AtomicU64,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     config: Mutex<Config>,
-    vrings: OnceLock<Vec<VringMutex>>,
     /// Locked before the queues themselves.
     memos: Mutex<[Memo; MAX_QUEUES]>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -68,12 +78,16 @@ impl Device {
                 wild: false,
                 random,
             }),
-            vrings: OnceLock::new(),
             memos: Mutex::default(),
         }
     }
 
-    /// The memory that the library is to keep up to date.
+    /// The features that it offers.
+    pub(crate) fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The guest's memory, which the transport keeps up to date.
     pub(crate) fn memory(&self) -> GuestMemoryAtomic<GuestMemoryMmap> {
         self.memory.clone()
     }
@@ -83,54 +97,18 @@ impl Device {
         self.acked.load(SeqCst)
     }
 
+    /// Sets the features that the driver has accepted.
+    pub(crate) fn set_acked(&self, features: u64) {
+        self.acked.store(features, SeqCst);
+    }
+
     /// The configuration space.
     pub(crate) fn config(&self) -> MutexGuard<'_, Config> {
         lock(&self.config)
     }
 
-    /// Does something with a queue, if it is ready.
-    pub(crate) fn with_ring<T>(&self, number: usize, act: impl FnOnce(Ring<'_>) -> T) -> Option<T> {
-        let mut memos = lock(&self.memos);
-        let mut vring = self.vrings.get()?.get(number)?.get_mut();
-        let memory = self.memory.memory();
-        let memo = memos.get_mut(number)?;
-        // With that, one buffer that is used stands for all before it.
-        memo.has_lied |= self.acked() & (1 << VIRTIO_F_IN_ORDER) != 0;
-        Ring::new(&mut vring, &memory, memo).map(act)
-    }
-}
-
-impl VhostUserBackend for Device {
-    type Bitmap = ();
-    type Vring = VringMutex;
-
-    fn num_queues(&self) -> usize {
-        MAX_QUEUES
-    }
-
-    fn max_queue_size(&self) -> usize {
-        MAX_QUEUE_SIZE
-    }
-
-    fn features(&self) -> u64 {
-        self.features
-    }
-
-    fn acked_features(&self, features: u64) {
-        self.acked.store(features, SeqCst);
-    }
-
-    fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-    }
-
-    /// The index at which the driver is to notify the device is written as the seed has it.
-    fn set_event_idx(&self, _enabled: bool) {}
-
-    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+    /// What the driver reads from the configuration space: `size` bytes from `offset` on.
+    pub(crate) fn read_config(&self, offset: usize, size: usize) -> Vec<u8> {
         let mut config = self.config();
         let Config {
             fields,
@@ -141,40 +119,39 @@ impl VhostUserBackend for Device {
             fields.fill_with(|| any_field(random));
         }
         let bytes = fields.iter().flat_map(|field| field.to_le_bytes());
-        let (start, length) = (usize::try_from(offset), usize::try_from(size));
         bytes
             .chain(iter::repeat(0))
-            .skip(start.unwrap_or(usize::MAX))
-            .take(length.unwrap_or(0))
+            .skip(offset)
+            .take(size)
             .collect()
     }
 
-    /// What the driver says is of no interest.
-    fn set_config(&self, _offset: u32, _bytes: &[u8]) -> io::Result<()> {
-        Ok(())
+    /// Does something with a queue of `transport`, if it is ready.
+    pub(crate) fn with_ring<T>(
+        &self,
+        transport: &dyn Transport,
+        number: usize,
+        act: impl FnOnce(Ring<'_>) -> T,
+    ) -> Option<T> {
+        let mut memos = lock(&self.memos);
+        let memo = memos.get_mut(number)?;
+        // With that, one buffer that is used stands for all before it.
+        memo.has_lied |= self.acked() & (1 << VIRTIO_F_IN_ORDER) != 0;
+        let memory = self.memory.memory();
+        let mut act = Some(act);
+        let mut result = None;
+        transport.with_queue(number, &mut |raw| {
+            if let Some(ring) = Ring::new(raw, &memory, memo) {
+                result = act.take().map(|act| act(ring));
+            }
+        });
+        result
     }
 
-    fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        let number = usize::try_from(queue_index).unwrap_or(usize::MAX);
+    /// Forgets what it knew of a queue, which is stopped.
+    pub(crate) fn forget(&self, number: usize) {
         if let Some(memo) = lock(&self.memos).get_mut(number) {
             *memo = Memo::default();
         }
-        Ok(())
-    }
-
-    /// The queues are looked at all the time: what matters is that they are there.
-    fn handle_event(
-        &self,
-        _event: u16,
-        _evset: EventSet,
-        vrings: &[VringMutex],
-        _thread_id: usize,
-    ) -> io::Result<()> {
-        self.vrings.get_or_init(|| vrings.to_vec());
-        Ok(())
     }
 }

@@ -8,30 +8,31 @@
 //! guest, so a seed that is run again does the same, but not at the same moments of the guest's life.
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
-use balloon_control::listen;
+use anyhow::Result;
 use clap::Parser;
 use fastrand::Rng;
 use log::{LevelFilter, info};
-use vhost_user_backend::VhostUserDaemon;
+use vhost_user_balloon::features::Feature;
 
 mod acts;
 mod device;
+mod pci;
 mod plan;
 mod relay;
 mod ring;
+mod vhost_user;
 
 use acts::Actor;
-use device::Device;
+use device::{Device, Transport};
+use pci::Pci;
 use plan::{End, Plan};
-use relay::Channel;
+use vhost_user::VhostUser;
 
 /// How long the guest may take to find its device. Some it never takes up, since they lack a queue.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -42,15 +43,18 @@ struct Options {
     /// Where the front end connects
     #[arg(long)]
     socket: PathBuf,
+    /// Be a whole PCI device, for vfio-user, and not only the back end of one, for vhost-user
+    #[arg(long)]
+    pci: bool,
     /// What everything comes from
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Only ask for memory and hints, and be like that from the beginning
     #[arg(long)]
     only: Option<End>,
-    /// Offer no free page reporting, with --only
-    #[arg(long)]
-    no_reports: bool,
+    /// Offer nothing but that, with --only [default: all but page sets]
+    #[arg(long, requires = "only")]
+    offer: Vec<Feature>,
 }
 
 fn main() -> Result<()> {
@@ -58,47 +62,49 @@ fn main() -> Result<()> {
     log_as(options.seed);
     let mut random = Rng::with_seed(options.seed);
     let plan = match options.only {
-        Some(end) => Plan::only(end, !options.no_reports),
-        None => Plan::new(&mut random),
+        Some(end) => Plan::only(end, &options.offer),
+        None => Plan::new(&mut random, options.pci),
     };
     info!("{plan:x?}");
 
-    let channel = Channel::default();
     let device = Arc::new(Device::new(plan.features, random.fork()));
-    let (outer, outer_file) = listen(&options.socket)?;
-    let inner_path = options.socket.with_extension("library");
-    let (inner, inner_file) = listen(&inner_path)?;
-    println!("{}", serde_json::to_string(&plan.properties)?);
+    let properties = serde_json::to_string(&plan.properties)?;
+    let announce = || println!("{properties}");
+    let ended = if options.pci {
+        let pci = Arc::new(Pci::new(Arc::clone(&device), &plan));
+        let transport = Arc::clone(&pci);
+        pci.serve(&options.socket, announce, || {
+            act(device, transport, &plan, random, options.only.is_some());
+        })
+    } else {
+        let vhost_user = Arc::new(VhostUser::new(Arc::clone(&device)));
+        let transport = Arc::clone(&vhost_user);
+        vhost_user.serve(&options.socket, announce, || {
+            act(device, transport, &plan, random, options.only.is_some());
+        })
+    };
+    info!("the front end is gone: {ended:?}");
+    // With all threads, which have nobody to serve any more.
+    process::exit(0)
+}
 
-    let (front, _) = outer.accept()?;
-    let name = "vhost-user".to_owned();
-    let mut library = VhostUserDaemon::new(name, Arc::clone(&device), device.memory())
-        .map_err(|error| anyhow!("{error}"))?;
-    relay::start(front, UnixStream::connect(&inner_path)?, channel.clone())?;
-    library
-        .start(&mut inner.into())
-        .map_err(|error| anyhow!("{error}"))?;
-    outer_file.remove();
-    inner_file.remove();
-
+/// Has the device do what is planned, in a thread of its own.
+fn act(device: Arc<Device>, transport: Arc<dyn Transport>, plan: &Plan, random: Rng, wants: bool) {
+    let (time, end) = (plan.time, plan.end);
     thread::spawn(move || {
-        let mut actor = Actor::new(&device, channel, random);
-        if options.only.is_some() {
+        let mut actor = Actor::new(&device, &*transport, random);
+        if wants {
             actor.want();
         }
         if actor.wait_driver(PATIENCE) {
-            actor.act(plan.time);
-            actor.decide(plan.end);
+            actor.act(time);
+            actor.decide(end);
         } else {
             info!("no driver");
         }
         println!("over");
-        actor.end(plan.end);
+        actor.end(end);
     });
-    let ended = library.wait();
-    info!("the front end is gone: {ended:?}");
-    // With all threads, which have nobody to serve any more.
-    process::exit(0)
 }
 
 /// Has each line of the log say which seed it is of, and when that was.

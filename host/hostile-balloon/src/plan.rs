@@ -28,14 +28,41 @@ pub(crate) struct Plan {
     pub(crate) time: Duration,
     /// What it does from then on.
     pub(crate) end: End,
+    /// What is wrong with it from the beginning.
+    pub(crate) flaw: Option<Flaw>,
+}
+
+/// What only a device that is a whole PCI device can have wrong from the beginning. No driver takes up such a one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flaw {
+    /// Its first queue has no entries.
+    NoEntries,
+    /// Its queues have a number of entries that is no power of two.
+    OddEntries,
+    /// It does not take the features that its driver chooses.
+    RefusesFeatures,
+    /// It has no way to interrupt.
+    NoInterrupts,
+    /// Its queues are to be notified where there is nothing.
+    NotifiedElsewhere,
+}
+
+impl Flaw {
+    const ALL: [Self; 5] = [
+        Self::NoEntries,
+        Self::OddEntries,
+        Self::RefusesFeatures,
+        Self::NoInterrupts,
+        Self::NotifiedElsewhere,
+    ];
 }
 
 /// The properties of QEMU's device.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Properties {
-    num_vqs: usize,
-    vq_size: u16,
-    config_size: usize,
+    pub(crate) num_vqs: usize,
+    pub(crate) vq_size: u16,
+    pub(crate) config_size: usize,
 }
 
 /// How a device behaves while its driver takes leave of it.
@@ -49,11 +76,13 @@ pub(crate) enum End {
     Slow,
     /// It uses no buffer any more.
     Silent,
+    /// It vanishes, as if it were pulled out, after a second of being as it should.
+    Gone,
 }
 
 impl Plan {
     /// The device of a seed, from the seed's random numbers.
-    pub(crate) fn new(random: &mut Rng) -> Self {
+    pub(crate) fn new(random: &mut Rng, is_pci: bool) -> Self {
         let chosen: Vec<Feature> = Feature::ALL.into_iter().filter(|_| random.bool()).collect();
         let mut features = offer(&chosen, false);
         for feature in [VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_IN_ORDER] {
@@ -81,17 +110,21 @@ impl Plan {
                 9..49 => End::Hostile,
                 _ => End::WellBehaved,
             },
+            flaw: (is_pci && random.u8(..16) == 0)
+                .then(|| Flaw::ALL[random.usize(..Flaw::ALL.len())]),
         }
     }
 
-    /// A device that is like this from the beginning, with all queues, or with all but the one for reports: the
-    /// kernel does not sleep while a report is not answered. Page sets are left out: there would be too few messages.
-    pub(crate) fn only(end: End, reports: bool) -> Self {
-        let features = Feature::ALL
-            .into_iter()
-            .filter(|feature| reports || *feature != Feature::FreePageReporting)
-            .filter(|feature| *feature != Feature::PageSets)
-            .fold(offer(&[], true), |set, feature| set | feature.mask());
+    /// A device that is like this from the beginning, and offers these features. If there are none it offers all but page
+    /// sets, of which there would be too few messages.
+    pub(crate) fn only(end: End, offered: &[Feature]) -> Self {
+        let features = match offered {
+            [] => Feature::ALL
+                .into_iter()
+                .filter(|feature| *feature != Feature::PageSets)
+                .fold(offer(&[], true), |set, feature| set | feature.mask()),
+            offered => offer(offered, false),
+        };
         Self {
             features,
             properties: Properties {
@@ -101,6 +134,7 @@ impl Plan {
             },
             time: Duration::ZERO,
             end,
+            flaw: None,
         }
     }
 }

@@ -5,8 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use fastrand::Rng;
-use vhost_user_backend::VringState;
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Where the index is in a ring, and where its entries begin, in bytes; and how long a used one is.
@@ -38,9 +37,19 @@ pub(crate) struct Memo {
     next: Option<u16>,
 }
 
+/// A queue as a transport has it.
+pub(crate) trait RawQueue {
+    /// What the driver has set up.
+    fn queue(&self) -> &Queue;
+    /// The same, to go on in it.
+    fn queue_mut(&mut self) -> &mut Queue;
+    /// Tells the driver, of something or of nothing.
+    fn interrupt(&self);
+}
+
 /// A queue that is ready, for as long as nobody stops it.
 pub(crate) struct Ring<'a> {
-    state: &'a mut VringState,
+    raw: &'a mut dyn RawQueue,
     memory: &'a GuestMemoryMmap,
     pub(crate) memo: &'a mut Memo,
 }
@@ -48,22 +57,18 @@ pub(crate) struct Ring<'a> {
 impl<'a> Ring<'a> {
     /// The queue, if a driver has set it up.
     pub(crate) fn new(
-        state: &'a mut VringState,
+        raw: &'a mut dyn RawQueue,
         memory: &'a GuestMemoryMmap,
         memo: &'a mut Memo,
     ) -> Option<Self> {
-        state.get_queue().ready().then_some(Self {
-            state,
-            memory,
-            memo,
-        })
+        raw.queue().ready().then_some(Self { raw, memory, memo })
     }
 
     /// Takes what there is in the available ring.
     pub(crate) fn take(&mut self) {
         /// More than a message has of them.
         const NUMBERS: usize = 256;
-        let Ok(chains) = self.state.get_queue_mut().iter(self.memory) else {
+        let Ok(chains) = self.raw.queue_mut().iter(self.memory) else {
             return;
         };
         for chain in chains {
@@ -92,7 +97,7 @@ impl<'a> Ring<'a> {
 
     /// How many entries it has.
     pub(crate) fn size(&self) -> u16 {
-        self.state.get_queue().size()
+        self.raw.queue().size()
     }
 
     /// Says that a buffer was used that was not available.
@@ -104,7 +109,7 @@ impl<'a> Ring<'a> {
     /// Says that a buffer was used.
     pub(crate) fn put(&mut self, id: u32, len: u32) {
         let next = self.next();
-        let used = self.state.get_queue().used_ring();
+        let used = self.raw.queue().used_ring();
         let entry = used + ENTRIES + USED_ENTRY * u64::from(next % self.size());
         self.write(entry, &[id.to_le_bytes(), len.to_le_bytes()].concat());
         self.set_index(next.wrapping_add(1));
@@ -113,10 +118,7 @@ impl<'a> Ring<'a> {
 
     fn next(&self) -> u16 {
         let read = || {
-            let index = self
-                .state
-                .get_queue()
-                .used_idx(self.memory, Ordering::Relaxed);
+            let index = self.raw.queue().used_idx(self.memory, Ordering::Relaxed);
             index.map_or(0, |index| index.0)
         };
         self.memo.next.unwrap_or_else(read)
@@ -128,22 +130,31 @@ impl<'a> Ring<'a> {
         self.set_index(self.next().wrapping_add(step));
     }
 
+    /// Forgets all that has gone through the queue.
+    pub(crate) fn begin_anew(&mut self) {
+        *self.memo = Memo {
+            has_lied: true,
+            ..Memo::default()
+        };
+        self.raw.queue_mut().set_next_avail(0);
+        self.set_index(0);
+    }
+
     fn set_index(&mut self, index: u16) {
         self.memo.next = Some(index);
-        let address = GuestAddress(self.state.get_queue().used_ring() + INDEX);
+        let address = GuestAddress(self.raw.queue().used_ring() + INDEX);
         // It fails for rings outside of the memory, where there is no driver to see it.
         let _ = self.memory.store(index.to_le(), address, Ordering::Release);
     }
 
     /// Tells the driver, of something or of nothing.
     pub(crate) fn interrupt(&self) {
-        // The front end may be gone, which its socket will tell.
-        let _ = self.state.signal_used_queue();
+        self.raw.interrupt();
     }
 
     /// Writes to what says whether the driver is to notify the device: flags, and an index behind the ring.
     pub(crate) fn mute(&self, flags: u16, event: u16) {
-        let used = self.state.get_queue().used_ring();
+        let used = self.raw.queue().used_ring();
         self.write(used, &flags.to_le_bytes());
         let behind = used + ENTRIES + USED_ENTRY * u64::from(self.size());
         self.write(behind, &event.to_le_bytes());
@@ -151,7 +162,7 @@ impl<'a> Ring<'a> {
 
     /// Writes to the parts of the queue that are the driver's to write.
     pub(crate) fn scribble(&mut self, random: &mut Rng) {
-        let queue = self.state.get_queue();
+        let queue = self.raw.queue();
         let (start, entry) = if random.bool() {
             (queue.desc_table(), 16)
         } else {

@@ -37,6 +37,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "failing_suspend",
     "silent_device",
     "slow_device",
+    "vanished_device",
     "races",
 ];
 

@@ -19,11 +19,21 @@ use crate::guest::Guest;
 /// How long it may take to start and to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How the device is connected with its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// QEMU has the virtio device, and the process is its back end.
+    VhostUser,
+    /// The process is a PCI device, and QEMU knows nothing of virtio.
+    VfioUser,
+}
+
 /// A hostile device in a process of its own, which is killed when this is dropped.
 #[derive(Debug)]
 pub struct Hostile {
     child: Child,
     lines: Receiver<String>,
+    link: Link,
     seed: u64,
     /// What QEMU has to know of the device.
     properties: Value,
@@ -36,13 +46,14 @@ impl Hostile {
     /// # Errors
     ///
     /// It does not start.
-    pub fn start(guest: &Guest, seed: u64, arguments: &[&str]) -> Result<Self> {
+    pub fn start(guest: &Guest, link: Link, seed: u64, arguments: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let log = guest.config().logs().join("hostile.log");
         let mut child = Command::new(guest.config().tool("hostile-balloon"))
             .arg("--socket")
             .arg(directory.path().join("socket"))
             .args(["--seed", &seed.to_string()])
+            .args((link == Link::VfioUser).then_some("--pci"))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -60,6 +71,7 @@ impl Hostile {
         let mut hostile = Self {
             child,
             lines,
+            link,
             seed,
             properties: Value::Null,
             directory,
@@ -76,9 +88,19 @@ impl Hostile {
 
     /// Plugs it into `bus`, as `balloon0`.
     pub fn plug(&self, guest: &Guest, bus: &str) -> Result<()> {
-        let id = self.chardev();
-        guest.connect(&id, &self.directory.path().join("socket"))?;
-        let mut device = vhost_user_balloon("pci", &id, &self.properties);
+        let socket = self.directory.path().join("socket");
+        let mut device = match self.link {
+            Link::VhostUser => {
+                let id = self.chardev();
+                guest.connect(&id, &socket)?;
+                vhost_user_balloon("pci", &id, &self.properties)
+            }
+            Link::VfioUser => json!({
+                "driver": "vfio-user-pci",
+                "id": "balloon0",
+                "socket": { "type": "unix", "path": socket },
+            }),
+        };
         device["bus"] = json!(bus);
         guest.qmp().execute::<Value>("device_add", &device)?;
         Ok(())
@@ -95,7 +117,10 @@ impl Hostile {
 
     /// Has QEMU forget it, after it was unplugged.
     pub fn forget(self, guest: &Guest) -> Result<()> {
-        guest.disconnect(&self.chardev())
+        match self.link {
+            Link::VhostUser => guest.disconnect(&self.chardev()),
+            Link::VfioUser => Ok(()),
+        }
     }
 }
 

@@ -65,7 +65,7 @@ pub use crate::fault_injection::Allocation;
 pub use crate::guest::{
     Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run, run_and_kill,
 };
-pub use crate::hostile::Hostile;
+pub use crate::hostile::{Hostile, Link};
 pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
 pub use crate::memory_file::MemoryFile;
 pub use crate::migration::{Migration, Transfer};

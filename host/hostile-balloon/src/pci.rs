@@ -1,0 +1,537 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device as a whole PCI device, behind QEMU's vfio-user client: what the driver's transport reads and writes gets
+//! here as it is.
+//!
+//! It is a virtio device as the specification has it (clause 4.1, Virtio Over PCI Bus), without a legacy interface. It
+//! interrupts by INTx, since QEMU 11.1 does not survive it when such a device with MSI-X is unplugged. All registers
+//! are in one BAR:
+//!
+//! | offset | |
+//! |---|---|
+//! | 0 | the common configuration |
+//! | 0x1000 | the interrupt's status |
+//! | 0x2000 | the device's configuration space |
+//! | 0x3000 | notifications, which are not needed either: the queues are looked at all the time |
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::mem;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Result;
+use log::warn;
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE,
+    VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
+    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
+};
+use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion};
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
+use vhost_user_balloon::queue::MAX_QUEUE_SIZE;
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::device::{Device, Transport, lock};
+use crate::plan::{Flaw, Plan};
+use crate::ring::RawQueue;
+
+/// Where the parts of the BAR are, and how long it is, in bytes.
+const STATUS: u64 = 0x1000;
+const DEVICE_CONFIG: u64 = 0x2000;
+const NOTIFICATIONS: u64 = 0x3000;
+const REGISTERS: u64 = 0x4000;
+
+/// What a vector of MSI-X is that is not there.
+const NO_VECTOR: u64 = 0xffff;
+
+/// The length of the common configuration.
+const COMMON: usize = 64;
+
+/// Where the command register is in the PCI configuration space, which is all that can be written there.
+const COMMAND: std::ops::Range<usize> = 4..6;
+
+/// What an interrupt is about.
+const QUEUE: u8 = 1;
+const CONFIG: u8 = 2;
+
+/// The line that the device interrupts by.
+#[derive(Default)]
+struct Line {
+    /// Where the front end hears of it.
+    file: Option<File>,
+    /// What the guest has been interrupted for, and has not read yet.
+    status: u8,
+    /// Whether the front end wants to hear nothing at the moment, since it has.
+    masked: bool,
+}
+
+impl Line {
+    /// Interrupts the guest for `what`.
+    fn interrupt(&mut self, what: u8) {
+        self.status |= what;
+        if let (Some(mut file), false, 1..) = (self.file.as_ref(), self.masked, self.status) {
+            // It fails when the front end has heard it very often already.
+            let _ = file.write_all(&1_u64.to_ne_bytes());
+            self.masked = true;
+        }
+    }
+}
+
+/// A queue, and how its driver is told of it.
+struct PciQueue {
+    queue: Queue,
+    line: Arc<Mutex<Line>>,
+}
+
+impl RawQueue for PciQueue {
+    fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    fn queue_mut(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+
+    fn interrupt(&self) {
+        lock(&self.line).interrupt(QUEUE);
+    }
+}
+
+/// What is in the registers, apart from the queues'.
+#[derive(Default)]
+struct Registers {
+    offered_word: u32,
+    accepted_word: u32,
+    accepted: u64,
+    status: u8,
+    /// It is another one each time that anybody looks.
+    generation: u8,
+    queue: u16,
+}
+
+/// The device.
+pub(crate) struct Pci {
+    device: Arc<Device>,
+    flaw: Option<Flaw>,
+    size: u16,
+    /// The PCI configuration space.
+    space: Mutex<[u8; 256]>,
+    registers: Mutex<Registers>,
+    queues: Vec<Mutex<PciQueue>>,
+    line: Arc<Mutex<Line>>,
+}
+
+impl Pci {
+    /// A PCI device with what is planned.
+    pub(crate) fn new(device: Arc<Device>, plan: &Plan) -> Self {
+        let line = Arc::<Mutex<Line>>::default();
+        let size = match plan.flaw {
+            Some(Flaw::OddEntries) => 3,
+            _ => plan.properties.vq_size,
+        };
+        let queue = |_| {
+            // Its largest size is a power of two.
+            let queue = Queue::new(u16::try_from(MAX_QUEUE_SIZE).ok()?).ok()?;
+            Some(Mutex::new(PciQueue {
+                queue,
+                line: Arc::clone(&line),
+            }))
+        };
+        Self {
+            device,
+            flaw: plan.flaw,
+            size,
+            space: Mutex::new(space(plan)),
+            registers: Mutex::default(),
+            queues: (0..plan.properties.num_vqs).filter_map(queue).collect(),
+            line,
+        }
+    }
+
+    /// Serves the first client that connects to `socket`, until it is gone. Calls `announce` when one can connect, and
+    /// `begin` when one has.
+    pub(crate) fn serve(
+        self: Arc<Self>,
+        socket: &Path,
+        announce: impl FnOnce(),
+        begin: impl FnOnce(),
+    ) -> Result<()> {
+        let server = Server::new(socket, true, interrupts(), regions())?;
+        announce();
+        let mut client = Client {
+            pci: self,
+            begin: Some(begin),
+        };
+        Ok(server.run(&mut client)?)
+    }
+
+    /// Does something with the queue that the driver has chosen.
+    fn with_chosen<T>(
+        &self,
+        registers: &Registers,
+        act: impl FnOnce(&mut PciQueue) -> T,
+    ) -> Option<T> {
+        let queue = self.queues.get(usize::from(registers.queue))?;
+        Some(act(&mut lock(queue)))
+    }
+
+    /// The common configuration, as it is at the moment.
+    fn common(&self) -> [u8; COMMON] {
+        let mut registers = lock(&self.registers);
+        registers.generation = registers.generation.wrapping_add(1);
+        let registers = &*registers;
+        let word = |bits: u64, word: u32| match word {
+            0 => bits & u64::from(u32::MAX),
+            1 => bits >> 32,
+            _ => 0,
+        };
+        let has_entries = self.flaw != Some(Flaw::NoEntries) || registers.queue != 0;
+        let elsewhere = self.flaw == Some(Flaw::NotifiedElsewhere);
+        let mut image = [0; COMMON];
+        let mut put = |offset: usize, size: usize, value: u64| {
+            if let Some(place) = image.get_mut(offset..offset + size) {
+                place.copy_from_slice(&value.to_le_bytes()[..size]);
+            }
+        };
+        put(0, 4, registers.offered_word.into());
+        // One bit is between QEMU and a back end.
+        let offered = self.device.features() & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        put(4, 4, word(offered, registers.offered_word));
+        put(8, 4, registers.accepted_word.into());
+        put(12, 4, word(registers.accepted, registers.accepted_word));
+        put(16, 2, NO_VECTOR);
+        put(18, 2, self.queues.len().try_into().unwrap_or(0));
+        put(20, 1, registers.status.into());
+        put(21, 1, registers.generation.into());
+        put(22, 2, registers.queue.into());
+        self.with_chosen(registers, |PciQueue { queue, .. }| {
+            let size = if queue.ready() {
+                queue.size()
+            } else {
+                self.size
+            };
+            put(24, 2, u64::from(size) * u64::from(has_entries));
+            put(26, 2, NO_VECTOR);
+            put(28, 2, queue.ready().into());
+            let place = if elsewhere { 0x7fff } else { registers.queue };
+            put(30, 2, place.into());
+            put(32, 8, queue.desc_table());
+            put(40, 8, queue.avail_ring());
+            put(48, 8, queue.used_ring());
+        });
+        image
+    }
+
+    /// Takes what the driver has written to the common configuration.
+    fn set_common(&self, offset: u64, value: u32) {
+        let mut registers = lock(&self.registers);
+        let [low, high, ..] = value.to_le_bytes();
+        let half = u16::from_le_bytes([low, high]);
+        match offset {
+            0 => registers.offered_word = value,
+            8 => registers.accepted_word = value,
+            // There are none above the lower 64.
+            12 if registers.accepted_word < 2 => {
+                let shift = 32 * registers.accepted_word;
+                registers.accepted &= !(u64::from(u32::MAX) << shift);
+                registers.accepted |= u64::from(value) << shift;
+            }
+            20 if low == 0 => {
+                *registers = Registers::default();
+                drop(registers);
+                self.reset_queues();
+            }
+            20 => {
+                registers.status = low;
+                if self.flaw == Some(Flaw::RefusesFeatures) {
+                    registers.status &= !flag(VIRTIO_CONFIG_S_FEATURES_OK);
+                }
+                self.device.set_acked(registers.accepted);
+            }
+            22 => registers.queue = half,
+            _ => {
+                self.with_chosen(&registers, |chosen| match offset {
+                    24 => chosen.queue.set_size(half),
+                    28 => {
+                        // The driver may have left it as it was.
+                        if chosen.queue.size() > self.size {
+                            chosen.queue.set_size(self.size);
+                        }
+                        chosen.queue.set_ready(half == 1);
+                    }
+                    32 => chosen.queue.set_desc_table_address(Some(value), None),
+                    36 => chosen.queue.set_desc_table_address(None, Some(value)),
+                    40 => chosen.queue.set_avail_ring_address(Some(value), None),
+                    44 => chosen.queue.set_avail_ring_address(None, Some(value)),
+                    48 => chosen.queue.set_used_ring_address(Some(value), None),
+                    52 => chosen.queue.set_used_ring_address(None, Some(value)),
+                    _ => {}
+                });
+            }
+        }
+    }
+
+    fn reset_queues(&self) {
+        for (number, queue) in self.queues.iter().enumerate() {
+            lock(queue).queue.reset();
+            self.device.forget(number);
+        }
+    }
+}
+
+impl Transport for Pci {
+    fn with_queue(&self, number: usize, act: &mut dyn FnMut(&mut dyn RawQueue)) {
+        if let Some(queue) = self.queues.get(number) {
+            act(&mut *lock(queue));
+        }
+    }
+
+    fn config_changed(&self) {
+        lock(&self.line).interrupt(CONFIG);
+    }
+
+    fn need_reset(&self) {
+        let mut registers = lock(&self.registers);
+        // The kernel waits without end for a device that was reset to have no status.
+        if registers.status & flag(VIRTIO_CONFIG_S_DRIVER_OK) != 0 {
+            registers.status |= flag(VIRTIO_CONFIG_S_NEEDS_RESET);
+            drop(registers);
+            self.config_changed();
+        }
+    }
+
+    fn is_pci(&self) -> bool {
+        true
+    }
+}
+
+/// A bit of the status, which has eight.
+fn flag(bit: u32) -> u8 {
+    u8::try_from(bit).unwrap_or(0)
+}
+
+/// As much of `image` as there is, from `offset` on.
+fn part(image: &[u8], offset: u64, length: usize) -> Vec<u8> {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    image.iter().copied().skip(start).take(length).collect()
+}
+
+/// The PCI configuration space of a device of which this is planned.
+fn space(plan: &Plan) -> [u8; 256] {
+    /// Red Hat's vendor id, the first device id of a virtio device, and how far from it a balloon's is (clause 5).
+    const VENDOR: u32 = 0x1af4;
+    const DEVICES: u32 = 0x1040;
+    const BALLOON: u32 = 5;
+    /// The class of devices that are in no other class, and the status of one with capabilities.
+    const OTHERS: u32 = 0xff << 24;
+    const CAPABILITIES: u32 = 1 << 20;
+    /// The id of a capability for what a vendor likes.
+    const VENDORS_OWN: u8 = 0x09;
+    /// Where the first capability is.
+    const FIRST: u8 = 0x40;
+
+    let config_size = u32::try_from(plan.properties.config_size).unwrap_or(0);
+    // Each begins with its id, a place for where the next one is, its length and its kind (clause 4.1.4).
+    let part = |kind: u32, offset: u64, length: u32| {
+        let first = u32::from(VENDORS_OWN) | (16 << 16) | (kind << 24);
+        [first, 0, u32::try_from(offset).unwrap_or(0), length, 0]
+    };
+    let capabilities = [
+        part(1, 0, u32::try_from(COMMON).unwrap_or(0)),
+        part(2, NOTIFICATIONS, 0x1000),
+        part(3, STATUS, 4),
+        part(4, DEVICE_CONFIG, config_size),
+    ];
+
+    let mut words = [0_u32; 64];
+    words[0] = VENDOR | ((DEVICES + BALLOON) << 16);
+    words[1] = CAPABILITIES;
+    words[2] = OTHERS | 1;
+    words[11] = VENDOR;
+    words[13] = FIRST.into();
+    // The pin that it interrupts by: INTA, or none.
+    words[15] = u32::from(plan.flaw != Some(Flaw::NoInterrupts)) << 8;
+    let mut place = usize::from(FIRST) / 4;
+    for (number, capability) in capabilities.iter().enumerate() {
+        for (word, value) in words.iter_mut().skip(place).zip(capability) {
+            *word = *value;
+        }
+        place += capability.len();
+        if number + 1 < capabilities.len() {
+            let next = u32::try_from(4 * place).unwrap_or(0);
+            words[place - capability.len()] |= next << 8;
+        }
+    }
+    let mut space = [0; 256];
+    for (bytes, word) in space.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    space
+}
+
+/// What QEMU is told of the device's regions.
+fn regions() -> Vec<ServerRegion> {
+    let region = |index| {
+        let size = match index {
+            VFIO_PCI_CONFIG_REGION_INDEX => 256,
+            VFIO_PCI_BAR0_REGION_INDEX => REGISTERS,
+            _ => 0,
+        };
+        ServerRegion {
+            region_info: vfio_region_info {
+                argsz: u32::try_from(size_of::<vfio_region_info>()).unwrap_or(0),
+                flags: VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE,
+                index,
+                size,
+                ..vfio_region_info::default()
+            },
+            sparse_areas: Vec::new(),
+            mmap_fd: None,
+        }
+    };
+    (0..VFIO_PCI_NUM_REGIONS).map(region).collect()
+}
+
+/// What QEMU is told of the device's interrupts.
+fn interrupts() -> Vec<IrqInfo> {
+    let interrupt = |index| IrqInfo {
+        index,
+        flags: VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED,
+        count: u32::from(index == VFIO_PCI_INTX_IRQ_INDEX),
+    };
+    (0..VFIO_PCI_NUM_IRQS).map(interrupt).collect()
+}
+
+/// The client of vfio-user.
+struct Client<F> {
+    pci: Arc<Pci>,
+    /// What to do when there is one.
+    begin: Option<F>,
+}
+
+impl<F> Client<F> {
+    /// Has the guest's memory be what `change` makes of it, if it makes anything.
+    fn change_memory(&self, change: impl FnOnce(&GuestMemoryMmap) -> Option<GuestMemoryMmap>) {
+        let memory = self.pci.device.memory();
+        let Ok(guard) = memory.lock() else { return };
+        match change(&memory.memory()) {
+            Some(changed) => guard.replace(changed),
+            None => warn!("a part of the guest's memory does not fit"),
+        }
+    }
+}
+
+impl<F: FnOnce()> ServerBackend for Client<F> {
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let common = self.pci.common();
+        let space = *lock(&self.pci.space);
+        let bytes = match (region, offset) {
+            (VFIO_PCI_CONFIG_REGION_INDEX, _) => part(&space, offset, data.len()),
+            (VFIO_PCI_BAR0_REGION_INDEX, DEVICE_CONFIG..NOTIFICATIONS) => {
+                let offset = usize::try_from(offset - DEVICE_CONFIG).unwrap_or(usize::MAX);
+                self.pci.device.read_config(offset, data.len())
+            }
+            // It is read once.
+            (VFIO_PCI_BAR0_REGION_INDEX, STATUS) => {
+                vec![mem::take(&mut lock(&self.pci.line).status)]
+            }
+            (VFIO_PCI_BAR0_REGION_INDEX, _) => part(&common, offset, data.len()),
+            _ => Vec::new(),
+        };
+        data.fill(0);
+        for (place, byte) in data.iter_mut().zip(bytes) {
+            *place = byte;
+        }
+        Ok(())
+    }
+
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut word = [0; 4];
+        for (place, byte) in word.iter_mut().zip(data) {
+            *place = *byte;
+        }
+        let length = u64::try_from(COMMON).unwrap_or(0);
+        match region {
+            VFIO_PCI_BAR0_REGION_INDEX if offset < length => {
+                self.pci.set_common(offset, u32::from_le_bytes(word));
+            }
+            VFIO_PCI_CONFIG_REGION_INDEX => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                let mut space = lock(&self.pci.space);
+                for ((place, old), new) in space.iter_mut().enumerate().skip(start).zip(data) {
+                    if COMMAND.contains(&place) {
+                        *old = *new;
+                    }
+                }
+            }
+            // What else the driver says is of no interest.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn dma_map(
+        &mut self,
+        _flags: DmaMapFlags,
+        offset: u64,
+        address: u64,
+        size: u64,
+        file: Option<File>,
+    ) -> io::Result<()> {
+        // What is in no file is no memory.
+        let Some(file) = file else { return Ok(()) };
+        let file = FileOffset::new(file, offset);
+        let size = usize::try_from(size).map_err(io::Error::other)?;
+        let region = GuestRegionMmap::from_range(GuestAddress(address), size, Some(file))
+            .map_err(io::Error::other)?;
+        self.change_memory(|memory| memory.insert_region(Arc::new(region)).ok());
+        Ok(())
+    }
+
+    fn dma_unmap(&mut self, _flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
+        self.change_memory(|memory| {
+            let (memory, _) = memory.remove_region(GuestAddress(address), size).ok()?;
+            Some(memory)
+        });
+        Ok(())
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        *lock(&self.pci.registers) = Registers::default();
+        self.pci.reset_queues();
+        // QEMU does so when it plugs the device.
+        if let Some(begin) = self.begin.take() {
+            begin();
+        }
+        Ok(())
+    }
+
+    fn set_irqs(
+        &mut self,
+        index: u32,
+        flags: u32,
+        _start: u32,
+        _count: u32,
+        mut files: Vec<File>,
+    ) -> io::Result<()> {
+        if index == VFIO_PCI_INTX_IRQ_INDEX {
+            let mut line = lock(&self.pci.line);
+            if flags & VFIO_IRQ_SET_ACTION_TRIGGER != 0 {
+                line.file = files.pop();
+            }
+            line.masked = flags & VFIO_IRQ_SET_ACTION_MASK != 0;
+            if flags & VFIO_IRQ_SET_ACTION_UNMASK != 0 {
+                // For what has not been read yet.
+                line.interrupt(0);
+            }
+        }
+        Ok(())
+    }
+}
