@@ -94,7 +94,7 @@ help:
 	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
 	@echo "make kunit      run KUnit in guests"
 	@echo "make fuzz       fuzz what comes from guests, front ends and clients"
-	@echo "make clippy     have clippy look at everything"
+	@echo "make clippy     have clippy look at everything, and sparse at the module's C"
 	@echo "make fmt        format the sources (make fmt-check: find out whether they are)"
 	@echo "make clean      remove what was built in this checkout"
 	@echo
