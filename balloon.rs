@@ -347,8 +347,10 @@ impl Balloon {
         }
 
         if worker.stopped == Some(StopReason::Floor) {
-            // What the processors keep on lists of their own is not counted as available.
+            // Neither is counted as available: what the processors keep on lists of their own, and what
+            // the kernel keeps back.
             memory::drain_free_lists();
+            memory::settle_boosts();
         }
 
         let taking = memory::Taking::begin();

@@ -126,6 +126,7 @@ void balloon_rs_unregister_pm_notifier(struct notifier_block *block);
 unsigned int balloon_rs_page_block_order(void);
 void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_boosted_pages(void);
+void balloon_rs_settle_boosts(void);
 unsigned long balloon_rs_free_pages(void);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);

@@ -9,6 +9,7 @@ use super::bindings;
 use core::mem::MaybeUninit;
 use kernel::{
     page::PAGE_SHIFT,
+    prelude::*,
     types::NotThreadSafe, //
 };
 
@@ -42,9 +43,16 @@ pub(crate) fn available_pages() -> usize {
 }
 
 /// Returns the kernel pages that are kept back for a while.
-fn boosted_pages() -> usize {
+pub(crate) fn boosted_pages() -> usize {
     // SAFETY: The function has no preconditions.
     unsafe { bindings::balloon_rs_boosted_pages() as usize }
+}
+
+/// Has the kernel give up what it keeps back for a while, as soon as it has reclaimed something in its
+/// place.
+pub(crate) fn settle_boosts() {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_settle_boosts() };
 }
 
 /// Returns the kernel pages that are free.
@@ -116,6 +124,18 @@ pub(crate) fn free_page_value() -> Option<u32> {
 pub(crate) fn total_pages() -> usize {
     // SAFETY: The function has no preconditions.
     unsafe { bindings::balloon_rs_total_pages() as usize }
+}
+
+/// Has the kernel keep back `pages` kernel pages for a while, in some zone.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) fn boost(pages: usize) {
+    // SAFETY: It is a zone or null, and the field a number which is changed without a lock elsewhere,
+    // too.
+    unsafe {
+        if let Some(zone) = bindings::balloon_rs_nth_zone(0).as_mut() {
+            (&raw mut zone.watermark_boost).write_volatile(pages as c_ulong);
+        }
+    }
 }
 
 /// Returns the kernel pages in all balloons: `nr_balloon_pages` of /proc/vmstat.

@@ -16,6 +16,7 @@ mod device;
 mod free_pages;
 mod hinting;
 mod host_requests;
+mod memory;
 mod migration;
 mod pages;
 mod range_stack;
