@@ -107,7 +107,7 @@ help:
 	@echo "                   (default: qemu, and a few on both)"
 	@echo "TARGET=NAME        fuzz that target only"
 	@echo "SECONDS=NUMBER     fuzz each target for so long (default: 60)"
-	@echo "SEEDS=FROM..TO     plug the hostile devices of these seeds (default: from 0 on, for a minute)"
+	@echo "SEEDS=FROM..TO     plug the hostile devices of these seeds (default: from 0 on, for half a minute)"
 	@echo "TIME=NUMBER        have the driver's work race for so many seconds (default: 60)"
 	@echo "ACCEL=kvm|tcg      what runs the guests' instructions (default: kvm if the processor can)"
 	@echo "VERBOSE=1          show the guests' logs while they run"

@@ -122,7 +122,7 @@ struct Guests {
     /// Show the guests' logs while they run
     #[arg(long)]
     verbose: bool,
-    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for a minute],
+    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for half a minute],
     /// or have races and targets come from the first one
     #[arg(long)]
     seeds: Option<Seeds>,

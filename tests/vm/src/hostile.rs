@@ -66,8 +66,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// For how long devices are plugged if nobody names seeds.
-const TIME: Duration = Duration::from_secs(60);
+/// For how long devices are plugged, of each form, if nobody names seeds.
+const TIME: Duration = Duration::from_secs(30);
 
 /// How many devices one guest gets at most. Its log, which is read again and again, grows with each.
 const DEVICES_PER_GUEST: usize = 100;
