@@ -184,22 +184,25 @@ fn endure(guest: &Guest, link: Link, seed: u64, total: Size, free: Size) -> Resu
     })
 }
 
-/// A way to leave a device: what it is called, and how to go it. The guest has the device then.
-type Way = (&'static str, fn(&Setup, &Guest) -> Result<()>);
+/// A way to leave a device: what it is called, whether the guest goes on without it, and how to go it. The guest has the
+/// device then.
+type Way = (&'static str, bool, fn(&Setup, &Guest) -> Result<()>);
 
 const WAYS: [Way; 6] = [
-    ("unbind", |setup, guest| {
+    ("unbind", true, |setup, guest| {
         let device = device(guest, setup.driver)?;
         guest.write_file(
             &format!("{}/unbind", driver_directory(setup.driver)),
             &device,
         )
     }),
-    ("rmmod", |setup, guest| guest.rmmod(setup.driver)),
-    ("unplug", |_, guest| guest.unplug_balloon()),
-    ("suspend and resume", |_, guest| guest.suspend(|| Ok(()))),
-    ("reboot", |_, guest| guest.reboot()),
-    ("shutdown", |_, guest| guest.shut_down()),
+    ("rmmod", true, |setup, guest| guest.rmmod(setup.driver)),
+    ("unplug", true, |_, guest| guest.unplug_balloon()),
+    ("suspend and resume", false, |_, guest| {
+        guest.suspend(|| Ok(()))
+    }),
+    ("reboot", false, |_, guest| guest.reboot()),
+    ("shutdown", false, |_, guest| guest.shut_down()),
 ];
 
 fn silent_device(setup: &Setup) -> Result<()> {
@@ -258,7 +261,7 @@ fn vanished_device(setup: &Setup) -> Result<()> {
     // Suspending and rebooting are the PCI transport's, which waits for each device to be reset.
     let ways: Vec<Way> = WAYS
         .into_iter()
-        .filter(|(name, _)| matches!(*name, "unbind" | "rmmod" | "unplug"))
+        .filter(|(_, goes_on, _)| *goes_on)
         .collect();
     leave(setup, &ways, Link::VfioUser, "gone", Duration::from_secs(6))
 }
@@ -273,7 +276,7 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
         // The virtio core complains of a device that is not reset, even if there is none.
         .expect("WARNING: .*virtio.c:.* at virtio_dev_remove")
         .reboots();
-    for &(name, way) in ways {
+    for &(name, goes_on, way) in ways {
         let took = Cell::new(None);
         let begun = Cell::new(false);
         let end = vm::run_and_kill(&config, |guest| {
@@ -287,6 +290,10 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
             let start = Instant::now();
             way(setup, guest)?;
             took.set(Some(start.elapsed()));
+            if goes_on {
+                let pages = guest.vmstat("nr_balloon_pages")?;
+                ensure!(pages == 0, "{pages} pages went with the device");
+            }
             Ok(())
         });
         let time = took.get().filter(|time| *time < limit);
