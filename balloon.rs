@@ -137,7 +137,8 @@ pub(crate) struct Balloon {
     #[pin]
     oom_batch: Mutex<Batch>,
 
-    /// Set when the target may have changed: pauses end, and the reason for a stop is told anew.
+    /// Set when the target may have changed: if it has, pauses end, and the reason for a stop is told
+    /// anew.
     target_changed: Atomic<bool>,
 
     /// The pages that were given back to keep the guest from running out of memory, and that the
@@ -161,6 +162,8 @@ struct Worker {
     /// What keeps the balloon from growing, when it has to.
     stopped: Option<StopReason>,
     teller: Teller,
+    /// The target that was seen last, in balloon pages.
+    wanted: Option<u32>,
     /// The size that the device was told last, in balloon pages.
     actual: Option<u32>,
     /// When the device has answered, or pages have left the balloon, the last time.
@@ -184,6 +187,7 @@ fn set_up(
             backoff: Backoff::new(),
             stopped: None,
             teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
+            wanted: None,
             actual: None,
             progress: Instant::now(),
             error: None,
@@ -479,7 +483,12 @@ impl Balloon {
 
         let answers =
             worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
-        let target_changed = self.target_changed.xchg(false, Full);
+        // The device says that something has changed for other reasons, too, such as hints.
+        let target_changed = self.target_changed.xchg(false, Full) && {
+            let wanted = worker.config.read_le32(virtio_balloon::NUM_PAGES)?;
+
+            worker.wanted.replace(wanted) != Some(wanted)
+        };
 
         if target_changed {
             worker.backoff.reset();
@@ -605,10 +614,17 @@ impl GoingOffline for Task<Balloon> {
     fn going_offline(&self, pfns: Range<u64>) -> Result {
         let mut worker = self.worker.lock();
 
-        // A block may be on its way into the balloon.
+        // A block may be on its way into the balloon. And the kernel tries over and over to move
+        // single pages which cannot be moved: those that the device has not answered for.
         within(PATIENCE, || {
             worker.inflate.collect(&self.pages);
-            (worker.inflate.in_flight() == 0).then_some(())
+            deflate::collect(&self.deflate, &self.pages);
+            self.deflate.lock().tell();
+            self.moves().tell(&mut worker.inflate, &self.deflate);
+            (worker.inflate.in_flight() == 0
+                && !self.deflate.lock().is_pending()
+                && self.moves().is_settled())
+            .then_some(())
         })
         .ok_or(EBUSY)?;
 
@@ -637,6 +653,8 @@ impl Job for Balloon {
             Ok(None) => (),
             Err(error) => {
                 task.dev.relax();
+                // The device would not learn of any, and until it has no page leaves the balloon.
+                task.moves().allow(false);
                 if worker.error.is_none() {
                     dev_err!(
                         task.dev,

@@ -312,10 +312,12 @@ impl Hinting {
             worker.in_flight -= pages;
             self.hinted.add((pages as u64) << PAGE_SHIFT, Relaxed);
             if worker.keeping {
-                // If there is no room for it, it is freed, which is allowed now.
+                // If there is no room for it, it is freed, which is allowed now. It must not be taken
+                // and hinted over and over: the round ends with what is there.
                 let unheld = self.held.lock().insert(run);
                 if unheld.is_err() {
                     freed += pages;
+                    worker.more = false;
                 }
             } else {
                 freed += pages;

@@ -125,6 +125,11 @@ pub(crate) trait Runs {
 
     /// Takes `pages` pages off the beginning of the first run.
     fn advance(&mut self, pages: u64);
+
+    /// Returns whether one message has to name all of them, in whatever encoding.
+    fn are_one_message(&self) -> bool {
+        false
+    }
 }
 
 /// A batch, of which each block goes to a list when it was named.
@@ -186,6 +191,10 @@ impl Runs for Sorted<'_> {
 
     fn advance(&mut self, pages: u64) {
         self.0 = self.0.get(pages as usize..).unwrap_or_default();
+    }
+
+    fn are_one_message(&self) -> bool {
+        true
     }
 }
 

@@ -58,6 +58,8 @@ pub(crate) fn write(
     message.resize(len, 0, GFP_NOWAIT)?;
 
     let (head, payload) = message.split_at_mut_checked(HEADER_WORDS).ok_or(ENOSPC)?;
+    // A forced bitmap may end long before the pages do.
+    let forced = forced.filter(|_| !runs.are_one_message());
     let mut encoder = Encoder::new(payload, forced).ok_or(ENOSPC)?;
 
     while let Some(run) = runs.first() {

@@ -286,6 +286,21 @@ impl<R: Replace> BalloonPages<R> {
         self.singles.add(pages.singles(), Relaxed);
 
         self.account_singles(&pages, true);
+        while pages.singles() > PAGES_PER_HOLD {
+            self.enqueue(&mut pages.take_singles(PAGES_PER_HOLD));
+        }
+        self.enqueue(&mut pages);
+
+        while let Some(block) = pages.pop_block() {
+            self.account(block, true);
+            // SAFETY: The block was on a list, and is marked.
+            unsafe { self.blocks.lock().push(block) };
+        }
+    }
+
+    /// Puts all single pages of `pages` on the core's list, for which its lock is held, with
+    /// interrupts disabled.
+    fn enqueue(&self, pages: &mut PageList) {
         // SAFETY: The function takes all single pages off the list, each with its reference; they
         // are order 0 pages as the core wants them.
         unsafe {
@@ -294,12 +309,6 @@ impl<R: Replace> BalloonPages<R> {
                 0
             })
         };
-
-        while let Some(block) = pages.pop_block() {
-            self.account(block, true);
-            // SAFETY: The block was on a list, and is marked.
-            unsafe { self.blocks.lock().push(block) };
-        }
     }
 
     /// Accounts for the block that begins with `page`.

@@ -506,53 +506,83 @@ void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
 	virtio_device_ready(vdev);
 }
 
+#ifdef CONFIG_PCI
+static struct pci_dev *pci_of(struct virtio_device *vdev)
+{
+	return vdev->dev.parent && dev_is_pci(vdev->dev.parent) ? to_pci_dev(vdev->dev.parent) : NULL;
+}
+
+/* How much of the configuration space that the capability at @pos describes is in its BAR. */
+static u32 config_len(struct pci_dev *pci, int pos)
+{
+	resource_size_t room = 0;
+	u32 offset, length;
+	u8 bar;
+
+	pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, bar), &bar);
+	pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, offset), &offset);
+	pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, length), &length);
+	if (bar < PCI_STD_NUM_BARS && offset < pci_resource_len(pci, bar))
+		room = pci_resource_len(pci, bar) - offset;
+	return min_t(resource_size_t, length, room);
+}
+#endif
+
 /*
  * How long the configuration space is at least, in bytes, as far as it can be too short: to read
  * beyond its end is a BUG() in the transport for PCI, which knows the length from a capability and
- * tells nobody. If the device has several of that kind, the shortest counts: which one the
- * transport takes depends on the rest of them. The other transports, and devices from before virtio
- * 1.0, have no length.
+ * tells nobody; and what is beyond the end of the BAR is not mapped. If the device has several of
+ * that kind, the shortest counts: which one the transport takes depends on the rest of them. The
+ * other transports, and devices from before virtio 1.0, have no length.
  */
 unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 {
 	unsigned int shortest = UINT_MAX;
 #ifdef CONFIG_PCI
-	struct pci_dev *pci;
+	struct pci_dev *pci = pci_of(vdev);
 	int pos;
 
-	if (!vdev->dev.parent || !dev_is_pci(vdev->dev.parent))
+	if (!pci || !virtio_has_feature(vdev, VIRTIO_F_VERSION_1))
 		return shortest;
-	pci = to_pci_dev(vdev->dev.parent);
 	for (pos = pci_find_capability(pci, PCI_CAP_ID_VNDR); pos > 0;
 	     pos = pci_find_next_capability(pci, pos, PCI_CAP_ID_VNDR)) {
-		u32 len;
 		u8 type;
 
 		pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, cfg_type), &type);
-		if (type != VIRTIO_PCI_CAP_DEVICE_CFG)
-			continue;
-		pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, length), &len);
-		shortest = min(shortest, len);
+		if (type == VIRTIO_PCI_CAP_DEVICE_CFG)
+			shortest = min(shortest, config_len(pci, pos));
 	}
+	if (shortest == UINT_MAX)
+		return 0;
 #endif
 	return shortest;
 }
 
-/*
- * A device that was taken out does nothing any more, and the transport for PCI would wait for its
- * answer without end.
- */
-void balloon_rs_reset_device(struct virtio_device *vdev)
+/* Whether the device was taken out. It does nothing any more, and answers nothing. */
+static bool is_gone(struct virtio_device *vdev)
 {
 #ifdef CONFIG_PCI
-	if (vdev->dev.parent && dev_is_pci(vdev->dev.parent) &&
-	    !pci_device_is_present(to_pci_dev(vdev->dev.parent))) {
-		virtio_break_device(vdev);
-		virtio_synchronize_cbs(vdev);
-		return;
-	}
+	return pci_of(vdev) && !pci_device_is_present(pci_of(vdev));
+#else
+	return false;
 #endif
-	virtio_reset_device(vdev);
+}
+
+/* The transport for PCI would wait without end for the answer of a device that is gone. */
+void balloon_rs_reset_device(struct virtio_device *vdev)
+{
+	if (is_gone(vdev))
+		virtio_break_device(vdev);
+	else
+		virtio_reset_device(vdev);
+}
+
+void balloon_rs_shut_device_down(struct virtio_device *vdev)
+{
+	if (is_gone(vdev))
+		virtio_break_device(vdev);
+	else
+		virtio_device_shutdown(vdev);
 }
 
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev)

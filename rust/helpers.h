@@ -135,6 +135,7 @@ u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents);
 void balloon_rs_virtio_device_ready(struct virtio_device *vdev);
 unsigned int balloon_rs_config_len(struct virtio_device *vdev);
 void balloon_rs_reset_device(struct virtio_device *vdev);
+void balloon_rs_shut_device_down(struct virtio_device *vdev);
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);

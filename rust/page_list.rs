@@ -357,6 +357,19 @@ impl PageList {
         Ok(pages)
     }
 
+    /// Takes the first `max` single pages off, or all if there are fewer.
+    pub(super) fn take_singles(&mut self, max: usize) -> Self {
+        let mut taken = Self::new();
+
+        for _ in 0..max {
+            let Some(page) = self.pop() else { break };
+
+            // SAFETY: The page is of order 0 and was popped, so that it is the caller's to push.
+            unsafe { taken.push(page) };
+        }
+        taken
+    }
+
     /// Returns the first single page.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(super) fn first(&self) -> Option<NonNull<bindings::page>> {

@@ -252,7 +252,7 @@ impl<T: Driver> Adapter<T> {
 
         if let Some(binding) = dev.binding() {
             // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their way.
-            binding.reset(|| unsafe { bindings::virtio_device_shutdown(vdev) });
+            binding.reset(|| unsafe { bindings::balloon_rs_shut_device_down(vdev) });
         }
     }
 

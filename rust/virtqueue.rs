@@ -279,6 +279,11 @@ impl<B> Virtqueue<B> {
         let Some(_open) = self.binding.enter() else {
             return Err(buffer);
         };
+        // The ring code warns of a buffer that has more parts than the ring, which may be a shorter
+        // one since the device was reset.
+        if n as usize > self.slots.len() {
+            return Err(buffer);
+        }
         let Some(index) = self.free.pop() else {
             return Err(buffer);
         };
