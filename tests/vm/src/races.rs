@@ -84,7 +84,9 @@ fn race(
         .timeout(time + OTHERS)
         .backend(MemoryBackend::Memfd)
         .hotplug_port()
-        .balloon(None);
+        .balloon(None)
+        // Some are the kernel's own. At the end they are looked at.
+        .expect("kmemleak: [0-9]+ new suspected");
     let config = match setup.kernel {
         Kernel::Kcsan => config.expect(KCSAN),
         _ => config,
