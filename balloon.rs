@@ -32,6 +32,7 @@ use crate::{
     rust::{
         balloon_pages::BalloonPages,
         batch::Batch,
+        debugfs::Show,
         memory,
         memory_hotplug::GoingOffline,
         oom::OomNotify,
@@ -450,27 +451,6 @@ impl Balloon {
         Ok(())
     }
 
-    /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
-    pub(crate) fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let worker = self.worker.lock();
-        let target = self.target(&worker).unwrap_or(0);
-
-        writeln!(f, "target {target}")?;
-        writeln!(f, "held {}", self.pages.len())?;
-        writeln!(f, "inflating {}", worker.inflate.in_flight())?;
-        writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
-        for (order, blocks) in self.pages.by_order().iter().enumerate() {
-            writeln!(f, "order_{order}_blocks {blocks}")?;
-        }
-        let reason = self.stop_reason(&worker, self.step(&worker, target));
-        let reason = reason.ok().flatten().map_or("none", StopReason::words);
-        writeln!(f, "stop_reason {reason}")?;
-        match worker.error {
-            Some(error) => writeln!(f, "last_error {error:?}"),
-            None => writeln!(f, "last_error none"),
-        }
-    }
-
     /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
     /// happens before.
     ///
@@ -570,6 +550,29 @@ impl Balloon {
         }
 
         Ok(again)
+    }
+}
+
+impl Show for Task<Balloon> {
+    /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let worker = self.worker.lock();
+        let target = self.target(&worker).unwrap_or(0);
+
+        writeln!(f, "target {target}")?;
+        writeln!(f, "held {}", self.pages.len())?;
+        writeln!(f, "inflating {}", worker.inflate.in_flight())?;
+        writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
+        for (order, blocks) in self.pages.by_order().iter().enumerate() {
+            writeln!(f, "order_{order}_blocks {blocks}")?;
+        }
+        let reason = self.stop_reason(&worker, self.step(&worker, target));
+        let reason = reason.ok().flatten().map_or("none", StopReason::words);
+        writeln!(f, "stop_reason {reason}")?;
+        match worker.error {
+            Some(error) => writeln!(f, "last_error {error:?}"),
+            None => writeln!(f, "last_error none"),
+        }
     }
 }
 

@@ -26,7 +26,7 @@
 use crate::{
     floor_pages,
     rust::{
-        memory,
+        debugfs, memory,
         oom::{
             OomNotifier,
             OomNotify, //
@@ -62,7 +62,6 @@ use crate::{
 use core::mem;
 use kernel::{
     alloc::flags::__GFP_NOWARN,
-    debugfs,
     device::Core,
     new_mutex, new_spinlock,
     page::PAGE_SHIFT,
@@ -263,7 +262,7 @@ impl Hinting {
             worker <- new_mutex!(worker, "Hinting::worker"),
             held <- new_spinlock!(held, "Hinting::held"),
             needed: Atomic::new(false),
-            hinted <- dir.read_only_file(c"hinted_bytes", Atomic::new(0)),
+            hinted <- dir.file(c"hinted_bytes", Atomic::new(0)),
         }))
     }
 

@@ -30,6 +30,7 @@ use crate::{
     rust::{
         caches,
         claim::Claim,
+        debugfs,
         memory,
         task::{
             new_slot,
@@ -59,7 +60,6 @@ use crate::{
 use core::mem;
 use kernel::{
     alloc::flags::__GFP_NOWARN,
-    debugfs,
     device::Core,
     new_mutex,
     page::{
@@ -163,12 +163,12 @@ struct Counters {
 impl Counters {
     fn new(dir: &debugfs::Dir) -> impl PinInit<Self> + use<'_> {
         pin_init!(Self {
-            named <- dir.read_only_file(c"unused_named_bytes", Atomic::new(0)),
-            longest_hold <- dir.read_only_file(c"unused_longest_hold_ns", Atomic::new(0)),
-            most_places <- dir.read_only_file(c"unused_most_places_per_hold", Atomic::new(0)),
-            open <- dir.read_only_file(c"requests_open", Atomic::new(0)),
-            completed <- dir.read_only_file(c"requests_completed", Atomic::new(0)),
-            refused <- dir.read_only_file(c"requests_refused", Atomic::new(0)),
+            named <- dir.file(c"unused_named_bytes", Atomic::new(0)),
+            longest_hold <- dir.file(c"unused_longest_hold_ns", Atomic::new(0)),
+            most_places <- dir.file(c"unused_most_places_per_hold", Atomic::new(0)),
+            open <- dir.file(c"requests_open", Atomic::new(0)),
+            completed <- dir.file(c"requests_completed", Atomic::new(0)),
+            refused <- dir.file(c"requests_refused", Atomic::new(0)),
         })
     }
 

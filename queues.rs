@@ -21,6 +21,7 @@ use crate::{
     },
     reporting::ReportingQueue,
     rust::{
+        debugfs::Show,
         virtio::{
             self,
             FoundQueues, //
@@ -115,9 +116,11 @@ impl AllTraffic {
 
         Ok(Self([new()?, new()?, new()?, new()?, new()?, new()?]))
     }
+}
 
+impl Show for AllTraffic {
     /// Writes a line for each queue.
-    pub(crate) fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (queue, traffic) in Queue::ALL.iter().zip(&self.0) {
             writeln!(
                 f,

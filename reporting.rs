@@ -14,6 +14,7 @@
 
 use crate::{
     rust::{
+        debugfs,
         page_reporting::{
             FreePages,
             Loan,
@@ -34,7 +35,6 @@ use crate::{
 };
 
 use kernel::{
-    debugfs,
     device::Core,
     new_mutex,
     prelude::*,
@@ -151,7 +151,7 @@ impl Reporting {
             answered <- new_wait_queue!("Reporting::answered"),
             sleeping: Atomic::new(false),
             out_of_time: Atomic::new(false),
-            reported <- dir.read_only_file(c"reported_bytes", Atomic::new(0)),
+            reported <- dir.file(c"reported_bytes", Atomic::new(0)),
         });
 
         let reports = Arc::pin_init(reports, GFP_KERNEL)?;

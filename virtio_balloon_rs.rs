@@ -47,6 +47,10 @@ mod terms;
 mod kunit;
 
 use rust::{
+    debugfs::{
+        Dir,
+        File, //
+    },
     memory_hotplug::OfflineNotifier,
     oom::OomNotifier,
     task::{
@@ -65,10 +69,6 @@ use hinting::{
 };
 use host_requests::HostRequests;
 use kernel::{
-    debugfs::{
-        Dir,
-        File, //
-    },
     device,
     fmt,
     page::PAGE_SHIFT,
@@ -144,7 +144,7 @@ impl virtio::Driver for BalloonDriver {
         dev.set_wakeup_capable();
 
         let dir = debugfs_dir(dev)?;
-        let traffic = dir.read_callback_file(c"queues", AllTraffic::new()?, &AllTraffic::show);
+        let traffic = dir.file(c"queues", AllTraffic::new()?);
         let traffic = KBox::pin_init(traffic, GFP_KERNEL)?;
         let queues = Queues::find(dev, forced_encoding(), &traffic)?;
         let floor = module_parameters::inflate.value().then(floor_pages);
@@ -180,9 +180,7 @@ impl virtio::Driver for BalloonDriver {
             .map(|queue| HostRequests::new(dev, queue, &dir))
             .transpose()?;
 
-        let shown =
-            dir.read_callback_file(c"balloon", balloon.clone(), &|balloon, f| balloon.show(f));
-        let shown = KBox::pin_init(shown, GFP_KERNEL)?;
+        let shown = KBox::pin_init(dir.file(c"balloon", balloon.clone()), GFP_KERNEL)?;
         dev_info!(dev, "features: {}\n", Features(dev));
 
         Ok(BalloonData {
@@ -379,7 +377,7 @@ fn debugfs_dir(dev: &virtio::Device<device::Core<'_>>) -> Result<Dir> {
     let dev: &device::Device<_> = dev.as_ref();
     let name = CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))?;
 
-    Ok(Dir::new(&name))
+    Dir::new(&name)
 }
 
 impl BalloonData {

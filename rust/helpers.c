@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 #include "helpers.h"
 
+#include <linux/debugfs.h>
 #include <linux/fs.h>
 #include <linux/fs_struct.h>
 #include <linux/mutex.h>
@@ -9,6 +10,7 @@
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
 #include <linux/scatterlist.h>
+#include <linux/seq_file.h>
 #include <linux/suspend.h>
 #include <linux/swap.h>
 #include <linux/virtio_config.h>
@@ -598,4 +600,29 @@ void balloon_rs_stay_awake(struct virtio_device *vdev)
 void balloon_rs_relax(struct virtio_device *vdev)
 {
 	pm_relax(&vdev->dev);
+}
+
+struct dentry *balloon_rs_create_dir(const char *name)
+{
+	return debugfs_create_dir(name, NULL);
+}
+
+static int balloon_rs_shown_show(struct seq_file *m, void *unused)
+{
+	struct balloon_rs_shown *shown = m->private;
+
+	shown->show(m, shown);
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(balloon_rs_shown);
+
+struct dentry *balloon_rs_create_shown(const char *name, struct dentry *dir,
+				       struct balloon_rs_shown *shown)
+{
+	return debugfs_create_file(name, 0400, dir, shown, &balloon_rs_shown_fops);
+}
+
+void balloon_rs_remove_shown(struct dentry *dentry)
+{
+	debugfs_remove(dentry);
 }

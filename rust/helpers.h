@@ -10,6 +10,7 @@
 #include <linux/gfp.h>
 #include <linux/memory.h>
 #include <linux/mm.h>
+#include <linux/seq_file.h>
 #include <linux/suspend.h>
 #include <linux/virtio.h>
 
@@ -139,6 +140,16 @@ void balloon_rs_shut_device_down(struct virtio_device *vdev);
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);
+
+/* What a file in debugfs shows. */
+struct balloon_rs_shown {
+	void (*show)(struct seq_file *m, struct balloon_rs_shown *shown);
+};
+
+struct dentry *balloon_rs_create_dir(const char *name);
+struct dentry *balloon_rs_create_shown(const char *name, struct dentry *dir,
+				       struct balloon_rs_shown *shown);
+void balloon_rs_remove_shown(struct dentry *dentry);
 
 /* Why pages leave the balloon. */
 enum balloon_rs_reason {

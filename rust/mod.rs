@@ -14,6 +14,7 @@ pub(crate) mod balloon_pages;
 pub(crate) mod batch;
 pub(crate) mod caches;
 pub(crate) mod claim;
+pub(crate) mod debugfs;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod fake_device;
 pub(crate) mod memory;

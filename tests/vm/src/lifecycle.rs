@@ -22,6 +22,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: rmmod_full,
     },
     Scenario {
+        name: "rmmod_while_watched",
+        proves: "whoever has a file of the driver's open keeps the module, and not the device",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: rmmod_while_watched,
+    },
+    Scenario {
         name: "rebind",
         proves: "unbinding gives all memory back, also while the balloon inflates",
         kernels: BOTH_KERNELS,
@@ -65,6 +73,25 @@ fn rmmod_full(setup: &Setup) -> Result<()> {
             );
         }
         check_free(guest, free)
+    })
+}
+
+fn rmmod_while_watched(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.wait_balloon()?;
+        let (device, name) = (device(guest, setup.driver)?, setup.driver.name());
+        let file = format!("/sys/kernel/debug/{name}-{device}/balloon");
+        // It is closed when the driver has left the device, and would be gone.
+        let unloaded = guest.sh(&format!(
+            "exec 3<{file}; echo {device} >{}/unbind; rmmod {name} 2>/dev/null && echo unloaded || echo loaded",
+            driver_directory(setup.driver)
+        ))?;
+        ensure!(
+            unloaded.trim_end() == "loaded",
+            "the module is {unloaded} while one of its files is open"
+        );
+        guest.rmmod(setup.driver)
     })
 }
 
