@@ -246,10 +246,6 @@ impl Balloon {
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
-        // What a device that did not answer has kept from being given back is in no balloon any
-        // more.
-        while !self.pages.take(usize::MAX, usize::MAX).is_empty() {}
-
         self.moves().reset(Terms::of(dev))?;
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.
@@ -257,6 +253,16 @@ impl Balloon {
 
         self.giving_back.store(false, Relaxed);
         Ok(())
+    }
+
+    /// Gives back what a device that did not answer has kept from that. It was reset, so that there
+    /// is no balloon any more.
+    pub(crate) fn take_back(&self) {
+        while !self.pages.take(usize::MAX, usize::MAX).is_empty() {}
+
+        self.worker.lock().inflate.take_back();
+        // Dropped when the lock has been released: that may sleep.
+        let _before = self.deflate.lock().take_back();
     }
 
     fn moves(&self) -> &Moves {

@@ -15,7 +15,8 @@
 use crate::{
     message::{
         MessageQueue,
-        Pages, //
+        Pages,
+        Payload, //
     },
     migration::{
         Moves,
@@ -38,7 +39,10 @@ use crate::{
 };
 
 use core::ops::Range;
-use kernel::sync::SpinLock;
+use kernel::{
+    prelude::*,
+    sync::SpinLock, //
+};
 
 /// How many blocks or pages are gathered before the first of them is sent.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
@@ -77,6 +81,13 @@ impl Deflate {
     /// Forgets what the device has not been told yet. For when it is about to be reset.
     pub(crate) fn forget(&mut self) {
         self.backlog = RangeStack::new();
+    }
+
+    /// Takes back what a device has that was reset. It has to be dropped without a spinlock.
+    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload>> {
+        self.forget();
+        self.leaving = 0;
+        self.queue.take_back()
     }
 
     /// Tells the device as much of what it has to know as the queue has room for.

@@ -274,6 +274,14 @@ impl Hinting {
         Ok(())
     }
 
+    /// Gives back what the device has, which was reset.
+    pub(crate) fn take_back(&self) {
+        let mut worker = self.worker.lock();
+
+        worker.in_flight = 0;
+        drop(worker.queue.take_back());
+    }
+
     /// Stops the task and gives back what is held: the device is about to be reset.
     pub(crate) fn leave(task: &Task<Self>) {
         task.stop();

@@ -550,6 +550,11 @@ impl HostRequests {
         Ok(())
     }
 
+    /// Gives back what the device has, which was reset.
+    pub(crate) fn take_back(&self) {
+        drop(self.inner.lock().queue.take_back());
+    }
+
     /// Stops all work. Nothing is open any more.
     pub(crate) fn stop(task: &Task<Self>) {
         task.stop();

@@ -65,6 +65,12 @@ impl Inflate {
         }
     }
 
+    /// Frees what a device has that was reset.
+    pub(crate) fn take_back(&mut self) {
+        self.in_flight = 0;
+        drop(self.queue.take_back());
+    }
+
     /// Returns how many pages the device has not answered for yet.
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight

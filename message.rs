@@ -207,7 +207,7 @@ pub(crate) enum Pages {
 }
 
 /// What a virtqueue for messages carries.
-type Payload = (Message, Pages);
+pub(crate) type Payload = (Message, Pages);
 
 /// A virtqueue for messages.
 pub(crate) struct MessageQueue {
@@ -381,6 +381,11 @@ impl MessageQueue {
             self.vq.kick();
             self.unannounced = 0;
         }
+    }
+
+    /// Takes back what a device has that was reset. Nothing can be sent any more.
+    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload>> {
+        self.vq.take_back()
     }
 
     /// Returns the pages of the next message that the device has used.

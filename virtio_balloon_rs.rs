@@ -245,6 +245,16 @@ impl virtio::Driver for BalloonDriver {
         data.leave();
     }
 
+    fn frozen(data: &Self::Data) {
+        data.balloon.take_back();
+        if let Some(hints) = &data.hints {
+            hints.task.take_back();
+        }
+        if let Some(requests) = &data.requests {
+            requests.take_back();
+        }
+    }
+
     fn restore(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) -> Result {
         // The device has forgotten it.
         poison::announce(dev)?;

@@ -204,6 +204,13 @@ impl FakeDevice {
             .map_or(0, |queue| queue.kicks.load(Relaxed))
     }
 
+    /// Has the driver leave the device, as if the system were about to sleep.
+    #[cfg(CONFIG_PM_SLEEP)]
+    pub(crate) fn freeze(&self) -> Result {
+        // SAFETY: The device is registered.
+        to_result(unsafe { bindings::virtio_device_freeze(&raw mut (*self.inner.as_ptr()).vdev) })
+    }
+
     /// Takes the next message off queue `index`, if there is one.
     pub(crate) fn next(&self, index: usize) -> Result<Option<Request>> {
         let queue = self.queue(index)?;

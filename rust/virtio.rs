@@ -221,8 +221,11 @@ impl<T: Driver> Adapter<T> {
         let dev = unsafe { Self::device(vdev) };
 
         // SAFETY: `freeze_callback` is only ever called for a bound device.
-        T::freeze(dev, unsafe { Self::data(dev) });
+        let data = unsafe { Self::data(dev) };
+
+        T::freeze(dev, data);
         dev.close();
+        T::frozen(data);
         0
     }
 
@@ -413,6 +416,10 @@ pub(crate) trait Driver {
 
     /// Like [`unbind`](Self::unbind), but the data remains.
     fn freeze(dev: &Device<device::Core<'_>>, data: &Self::Data);
+
+    /// The device was reset after [`freeze`](Self::freeze). What it still had is given back: it may
+    /// be long until it is restored, if it can be.
+    fn frozen(data: &Self::Data);
 
     /// Finds the virtqueues again and puts them where the old ones are.
     fn restore(dev: &Device<device::Core<'_>>, data: &Self::Data) -> Result;

@@ -350,6 +350,18 @@ impl<B> Virtqueue<B> {
         Some((buffer, len))
     }
 
+    /// Takes all buffers back from a device that was reset, after which the queue has room for none.
+    /// Returns none if the device was not reset.
+    pub(crate) fn take_back(&mut self) -> KVec<Option<B>> {
+        if !self.is_reset() {
+            return KVec::new();
+        }
+
+        // INVARIANT: There are no slots any more.
+        self.free.clear();
+        mem::replace(&mut self.slots, KVec::new())
+    }
+
     /// Says that no callbacks are needed for now. The device may still call.
     pub(crate) fn disable_callback(&mut self) {
         if let Some(_open) = self.binding.enter() {

@@ -775,6 +775,21 @@ mod tests {
         }
     }
 
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_device_that_never_answers_keeps_nothing_while_the_system_sleeps() -> Result {
+        for features in [&BASE[..], &PAGE_SETS] {
+            let before = free();
+            let device = FakeDevice::new(features)?;
+            device.change(NUM_PAGES, MANY);
+            eventually(|| Ok(device.next(INFLATE)?.is_some()))?;
+            device.freeze()?;
+            // By far less than what it was sent.
+            assert!(free() + (4 << 20) > before);
+        }
+        Ok(())
+    }
+
     #[test]
     fn an_answer_to_nothing_breaks_the_queue_and_nothing_else() {
         assert_eq!(
