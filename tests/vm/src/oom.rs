@@ -186,7 +186,8 @@ fn no_swing_after_oom(setup: &Setup) -> Result<()> {
         let load = shares.start_and_wait(guest)?;
         load.stop()?;
 
-        // The memory is free again, and the host still wants it.
+        // The memory is free again, and the host still wants it. It says so once more, which is no other target.
+        guest.balloon().request(shares.balloon)?;
         let after = guest.balloon().size()?;
         let deflated = guest.vmstat("balloon_deflate")?;
         thread::sleep(Duration::from_secs(5));
