@@ -310,6 +310,21 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
     Ok(messages)
 }
 
+/// Returns where `pages` consecutive kernel pages of the balloon begin, aligned to that many (page frame
+/// numbers of kernel pages).
+fn consecutive(host: &Host, pages: usize) -> impl Iterator<Item = usize> + use<'_> {
+    let len = pages * BALLOON_PAGES_PER_PAGE;
+
+    // The last ones come from memory that nobody else has used.
+    host.inflated
+        .windows(len)
+        .rev()
+        .filter(move |window| {
+            window[0] % len as u32 == 0 && window.windows(2).all(|pair| pair[0] + 1 == pair[1])
+        })
+        .map(|window| window[0] as usize / BALLOON_PAGES_PER_PAGE)
+}
+
 /// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns
 /// them, if they are free at once, and what the driver says first about the pages that have come in
 /// their places.
@@ -318,15 +333,8 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
 ///
 /// `ENOENT` if the kernel has moved none. It leaves pages alone that have the wrong neighbours.
 fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
-    let len = pages * BALLOON_PAGES_PER_PAGE;
-
-    // The last ones come from memory that nobody else has used.
-    for window in host.inflated.windows(len).rev() {
-        if window[0] % len as u32 != 0 || window.windows(2).any(|pair| pair[0] + 1 != pair[1]) {
-            continue;
-        }
-
-        let taken = PageList::alloc_range(window[0] as usize / BALLOON_PAGES_PER_PAGE, pages);
+    for first in consecutive(host, pages) {
+        let taken = PageList::alloc_range(first, pages);
         fsleep(Delta::from_millis(20));
         if let Some(request) = host.device.next(INFLATE)? {
             return Ok((taken, request));
@@ -334,6 +342,33 @@ fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
     }
 
     Err(ENOENT)
+}
+
+/// How many kernel pages are moved at once: so few that they come with one message.
+const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
+
+/// Makes a balloon of pages that can be moved.
+fn movable(features: &[Feature]) -> Result<Host> {
+    // In steps that are too small for blocks: these are not moved. Some of the page blocks that
+    // they come from have nothing in them that cannot be moved.
+    let step = (BALLOON_PAGES_PER_PAGE << memory::page_block_order()) / 2;
+    let size = MANY.max(4 * step as u32);
+    let mut host = Host::new(features)?;
+
+    for size in (step as u32..=size).step_by(step) {
+        host.resize(size, size)?;
+    }
+    Ok(host)
+}
+
+/// Returns whether the kernel can move pages of the balloon, where `spoil` comes first.
+fn moves_after(spoil: impl FnOnce(&FakeDevice) -> Result) -> Result<bool> {
+    let host = movable(&[Feature::VERSION_1])?;
+
+    spoil(&host.device)?;
+    fsleep(Delta::from_millis(50));
+    let mut places = consecutive(&host, PAGES).take(64);
+    Ok(places.any(|first| PageList::alloc_range(first, PAGES).is_ok()))
 }
 
 /// Has the kernel move pages of the balloon, and the balloon deflate before the device has heard of
@@ -344,18 +379,8 @@ fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
 /// `EINVAL` if anything leaves the balloon before the device has answered for the new pages, or if
 /// it is not told of everything afterwards.
 fn moved(features: &[Feature]) -> Result {
-    // So few that they come with one message.
-    const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
-
-    // In steps that are too small for blocks: these are not moved. Some of the page blocks that
-    // they come from have nothing in them that cannot be moved.
-    let step = (BALLOON_PAGES_PER_PAGE << memory::page_block_order()) / 2;
-    let size = MANY.max(4 * step as u32);
-    let mut host = Host::new(features)?;
-
-    for size in (step as u32..=size).step_by(step) {
-        host.resize(size, size)?;
-    }
+    let mut host = movable(features)?;
+    let size = host.device.field(ACTUAL);
 
     // The old pages are free at once, unless the device must be told first.
     let (taken, request) = take_out(&host, PAGES)?;
@@ -647,6 +672,17 @@ mod tests {
         ] {
             assert_eq!(moved(features), Ok(()));
         }
+    }
+
+    #[test]
+    fn no_page_is_moved_once_a_queue_is_broken() {
+        let spoil = |device: &FakeDevice| {
+            device.answer_raw(DEFLATE, u32::MAX, 0)?;
+            device.interrupt(DEFLATE)
+        };
+
+        assert_eq!(moves_after(|_| Ok(())), Ok(true));
+        assert_eq!(moves_after(spoil), Ok(false));
     }
 
     #[test]
