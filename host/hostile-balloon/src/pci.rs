@@ -347,7 +347,12 @@ fn space(plan: &Plan) -> [u8; 256] {
         part(1, 0, u32::try_from(COMMON).unwrap_or(0)),
         part(2, NOTIFICATIONS, 0x1000),
         part(3, STATUS, 4),
-        part(4, DEVICE_CONFIG, config_size),
+        match plan.flaw {
+            // A kind that there is none of.
+            Some(Flaw::HiddenConfig) => part(0xff, DEVICE_CONFIG, config_size),
+            Some(Flaw::ConfigBeyondEnd) => part(4, REGISTERS - 4, config_size),
+            _ => part(4, DEVICE_CONFIG, config_size),
+        },
     ];
 
     let mut words = [0_u32; 64];

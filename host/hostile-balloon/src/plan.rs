@@ -45,15 +45,21 @@ pub(crate) enum Flaw {
     NoInterrupts,
     /// Its queues are to be notified where there is nothing.
     NotifiedElsewhere,
+    /// It says nowhere where its configuration space is.
+    HiddenConfig,
+    /// Its configuration space goes on where there is nothing.
+    ConfigBeyondEnd,
 }
 
 impl Flaw {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 7] = [
         Self::NoEntries,
         Self::OddEntries,
         Self::RefusesFeatures,
         Self::NoInterrupts,
         Self::NotifiedElsewhere,
+        Self::HiddenConfig,
+        Self::ConfigBeyondEnd,
     ];
 }
 
