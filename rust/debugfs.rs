@@ -98,8 +98,8 @@ impl Dir {
             }),
             // The last one but for what keeps the directory: the callback may come at once.
             //
-            // SAFETY: The name is a string, and the directory is there. What is shown stays where it
-            // is until the file is removed.
+            // SAFETY: The name is a string, and the directory is there. What is shown stays where
+            // it is until the file is removed.
             //
             // INVARIANT: It is what the function returns.
             dentry: unsafe {
@@ -118,8 +118,8 @@ impl Dir {
 ///
 /// # Invariants
 ///
-/// `dentry` is what creating a file has returned, for the callback of a `File<T>` with `raw`: a file,
-/// or an error.
+/// `dentry` is what creating a file has returned, for the callback of a `File<T>` with `raw`: a
+/// file, or an error.
 #[pin_data(PinnedDrop)]
 pub(crate) struct File<T: Show> {
     what: T,

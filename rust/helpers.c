@@ -443,7 +443,8 @@ unsigned long balloon_rs_boosted_pages(void)
  */
 void balloon_rs_settle_boosts(void)
 {
-	const gfp_t gfp = (GFP_HIGHUSER_MOVABLE & ~__GFP_DIRECT_RECLAIM) | __GFP_NOWARN | __GFP_THISNODE;
+	const gfp_t gfp = (GFP_HIGHUSER_MOVABLE & ~__GFP_DIRECT_RECLAIM) |
+			  __GFP_NOWARN | __GFP_THISNODE;
 	struct zone *zone;
 	unsigned long n;
 
@@ -511,7 +512,9 @@ void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
 #ifdef CONFIG_PCI
 static struct pci_dev *pci_of(struct virtio_device *vdev)
 {
-	return vdev->dev.parent && dev_is_pci(vdev->dev.parent) ? to_pci_dev(vdev->dev.parent) : NULL;
+	struct device *parent = vdev->dev.parent;
+
+	return parent && dev_is_pci(parent) ? to_pci_dev(parent) : NULL;
 }
 
 /* How much of the configuration space that the capability at @pos describes is in its BAR. */

@@ -254,7 +254,8 @@ impl<T: Driver> Adapter<T> {
         T::shutdown(dev, unsafe { Self::data(dev) });
 
         if let Some(binding) = dev.binding() {
-            // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their way.
+            // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their
+            // way.
             binding.reset(|| unsafe { bindings::balloon_rs_shut_device_down(vdev) });
         }
     }
@@ -509,8 +510,8 @@ impl Binding {
         vqs.trailing_zeros() as usize
     }
 
-    /// Cuts the device off: every later [`enter`](Self::enter) fails, and nobody is inside any more. Then has `reset`
-    /// reset it, unless that was done before.
+    /// Cuts the device off: every later [`enter`](Self::enter) fails, and nobody is inside any more.
+    /// Then has `reset` reset it, unless that was done before.
     pub(super) fn reset(&self, reset: impl FnOnce()) {
         let _one = self.resetting.lock();
 
