@@ -138,8 +138,8 @@ pub(crate) struct Balloon {
     #[pin]
     oom_batch: Mutex<Batch>,
 
-    /// Set when the target may have changed: if it has, pauses end, and the reason for a stop is told
-    /// anew.
+    /// Set when the target may have changed: if it has, pauses end, and the reason for a stop is
+    /// told anew.
     target_changed: Atomic<bool>,
 
     /// The pages that were given back to keep the guest from running out of memory, and that the
@@ -358,8 +358,8 @@ impl Balloon {
         }
 
         if worker.stopped == Some(StopReason::Floor) {
-            // Neither is counted as available: what the processors keep on lists of their own, and what
-            // the kernel keeps back.
+            // Neither is counted as available: what the processors keep on lists of their own, and
+            // what the kernel keeps back.
             memory::drain_free_lists();
             memory::settle_boosts();
         }

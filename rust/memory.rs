@@ -48,8 +48,8 @@ pub(crate) fn boosted_pages() -> usize {
     unsafe { bindings::balloon_rs_boosted_pages() as usize }
 }
 
-/// Has the kernel give up what it keeps back for a while, as soon as it has reclaimed something in its
-/// place.
+/// Has the kernel give up what it keeps back for a while, as soon as it has reclaimed something in
+/// its place.
 pub(crate) fn settle_boosts() {
     // SAFETY: The function has no preconditions.
     unsafe { bindings::balloon_rs_settle_boosts() };
@@ -129,12 +129,13 @@ pub(crate) fn total_pages() -> usize {
 /// Has the kernel keep back `pages` kernel pages for a while, in some zone.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn boost(pages: usize) {
-    // SAFETY: It is a zone or null, and the field a number which is changed without a lock elsewhere,
-    // too.
-    unsafe {
-        if let Some(zone) = bindings::balloon_rs_nth_zone(0).as_mut() {
-            (&raw mut zone.watermark_boost).write_volatile(pages as c_ulong);
-        }
+    // SAFETY: The function has no preconditions.
+    let zone = unsafe { bindings::balloon_rs_nth_zone(0) };
+
+    if !zone.is_null() {
+        // SAFETY: Zones exist as long as the kernel runs. Others write the field as well, and no
+        // reference to it is made.
+        unsafe { (&raw mut (*zone).watermark_boost).write_volatile(pages as c_ulong) };
     }
 }
 

@@ -3,9 +3,11 @@
 //! The device as its driver sees it, whatever lies in between: its features, its configuration space, and its queues.
 
 use std::iter;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use anyhow::Result;
 use balloon_wire::config;
 use fastrand::Rng;
 use vhost_user_balloon::queue::MAX_QUEUES;
@@ -16,6 +18,15 @@ use crate::ring::{Memo, RawQueue, Ring};
 
 /// What lies between the device and its driver.
 pub(crate) trait Transport: Send + Sync {
+    /// Serves the first front end that connects to `socket`, until it is gone. Calls `announce` when one can connect,
+    /// and `begin` when one has.
+    fn serve(
+        self: Arc<Self>,
+        socket: &Path,
+        announce: &dyn Fn(),
+        begin: Box<dyn FnOnce()>,
+    ) -> Result<()>;
+
     /// Does something with the queue of this number, if there is one.
     fn with_queue(&self, number: usize, act: &mut dyn FnMut(&mut dyn RawQueue));
 

@@ -70,19 +70,14 @@ fn main() -> Result<()> {
     let device = Arc::new(Device::new(plan.features, random.fork()));
     let properties = serde_json::to_string(&plan.properties)?;
     let announce = || println!("{properties}");
-    let ended = if options.pci {
-        let pci = Arc::new(Pci::new(Arc::clone(&device), &plan));
-        let transport = Arc::clone(&pci);
-        pci.serve(&options.socket, announce, || {
-            act(device, transport, &plan, random, options.only.is_some());
-        })
+    let transport: Arc<dyn Transport> = if options.pci {
+        Arc::new(Pci::new(Arc::clone(&device), &plan))
     } else {
-        let vhost_user = Arc::new(VhostUser::new(Arc::clone(&device)));
-        let transport = Arc::clone(&vhost_user);
-        vhost_user.serve(&options.socket, announce, || {
-            act(device, transport, &plan, random, options.only.is_some());
-        })
+        Arc::new(VhostUser::new(Arc::clone(&device)))
     };
+    let actors = Arc::clone(&transport);
+    let begin = move || act(device, actors, &plan, random, options.only.is_some());
+    let ended = transport.serve(&options.socket, &announce, Box::new(begin));
     info!("the front end is gone: {ended:?}");
     // With all threads, which have nobody to serve any more.
     process::exit(0)

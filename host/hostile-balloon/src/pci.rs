@@ -155,23 +155,6 @@ impl Pci {
         }
     }
 
-    /// Serves the first client that connects to `socket`, until it is gone. Calls `announce` when one can connect, and
-    /// `begin` when one has.
-    pub(crate) fn serve(
-        self: Arc<Self>,
-        socket: &Path,
-        announce: impl FnOnce(),
-        begin: impl FnOnce(),
-    ) -> Result<()> {
-        let server = Server::new(socket, true, interrupts(), regions())?;
-        announce();
-        let mut client = Client {
-            pci: self,
-            begin: Some(begin),
-        };
-        Ok(server.run(&mut client)?)
-    }
-
     /// Does something with the queue that the driver has chosen.
     fn with_chosen<T>(
         &self,
@@ -287,6 +270,21 @@ impl Pci {
 }
 
 impl Transport for Pci {
+    fn serve(
+        self: Arc<Self>,
+        socket: &Path,
+        announce: &dyn Fn(),
+        begin: Box<dyn FnOnce()>,
+    ) -> Result<()> {
+        let server = Server::new(socket, true, interrupts(), regions())?;
+        announce();
+        let mut client = Client {
+            pci: self,
+            begin: Some(begin),
+        };
+        Ok(server.run(&mut client)?)
+    }
+
     fn with_queue(&self, number: usize, act: &mut dyn FnMut(&mut dyn RawQueue)) {
         if let Some(queue) = self.queues.get(number) {
             act(&mut *lock(queue));
@@ -415,13 +413,13 @@ fn interrupts() -> Vec<IrqInfo> {
 }
 
 /// The client of vfio-user.
-struct Client<F> {
+struct Client {
     pci: Arc<Pci>,
     /// What to do when there is one.
-    begin: Option<F>,
+    begin: Option<Box<dyn FnOnce()>>,
 }
 
-impl<F> Client<F> {
+impl Client {
     /// Has the guest's memory be what `change` makes of it, if it makes anything.
     fn change_memory(&self, change: impl FnOnce(&GuestMemoryMmap) -> Option<GuestMemoryMmap>) {
         let memory = self.pci.device.memory();
@@ -433,12 +431,10 @@ impl<F> Client<F> {
     }
 }
 
-impl<F: FnOnce()> ServerBackend for Client<F> {
+impl ServerBackend for Client {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let common = self.pci.common();
-        let space = *lock(&self.pci.space);
         let bytes = match (region, offset) {
-            (VFIO_PCI_CONFIG_REGION_INDEX, _) => part(&space, offset, data.len()),
+            (VFIO_PCI_CONFIG_REGION_INDEX, _) => part(&*lock(&self.pci.space), offset, data.len()),
             (VFIO_PCI_BAR0_REGION_INDEX, DEVICE_CONFIG..NOTIFICATIONS) => {
                 let offset = usize::try_from(offset - DEVICE_CONFIG).unwrap_or(usize::MAX);
                 self.pci.device.read_config(offset, data.len())
@@ -447,7 +443,7 @@ impl<F: FnOnce()> ServerBackend for Client<F> {
             (VFIO_PCI_BAR0_REGION_INDEX, STATUS) => {
                 vec![mem::take(&mut lock(&self.pci.line).status)]
             }
-            (VFIO_PCI_BAR0_REGION_INDEX, _) => part(&common, offset, data.len()),
+            (VFIO_PCI_BAR0_REGION_INDEX, _) => part(&self.pci.common(), offset, data.len()),
             _ => Vec::new(),
         };
         data.fill(0);

@@ -35,14 +35,29 @@ impl VhostUser {
             vrings: OnceLock::new(),
         }
     }
+}
 
-    /// Serves the first front end that connects to `socket`, until it is gone. Calls `announce` when one can connect,
-    /// and `begin` when one has.
-    pub(crate) fn serve(
+impl RawQueue for VringState {
+    fn queue(&self) -> &Queue {
+        self.get_queue()
+    }
+
+    fn queue_mut(&mut self) -> &mut Queue {
+        self.get_queue_mut()
+    }
+
+    fn interrupt(&self) {
+        // The front end may be gone, which its socket will tell.
+        let _ = self.signal_used_queue();
+    }
+}
+
+impl Transport for VhostUser {
+    fn serve(
         self: Arc<Self>,
         socket: &Path,
-        announce: impl FnOnce(),
-        begin: impl FnOnce(),
+        announce: &dyn Fn(),
+        begin: Box<dyn FnOnce()>,
     ) -> Result<()> {
         let (outer, outer_file) = listen(socket)?;
         let inner_path = socket.with_extension("library");
@@ -62,24 +77,7 @@ impl VhostUser {
         begin();
         library.wait().map_err(|error| anyhow!("{error}"))
     }
-}
 
-impl RawQueue for VringState {
-    fn queue(&self) -> &Queue {
-        self.get_queue()
-    }
-
-    fn queue_mut(&mut self) -> &mut Queue {
-        self.get_queue_mut()
-    }
-
-    fn interrupt(&self) {
-        // The front end may be gone, which its socket will tell.
-        let _ = self.signal_used_queue();
-    }
-}
-
-impl Transport for VhostUser {
     fn with_queue(&self, number: usize, act: &mut dyn FnMut(&mut dyn RawQueue)) {
         if let Some(vring) = self.vrings.get().and_then(|vrings| vrings.get(number)) {
             act(&mut *vring.get_mut());

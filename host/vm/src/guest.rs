@@ -235,10 +235,11 @@ impl Guest {
         }
         let leaks = self.read_file(KMEMLEAK)?;
         let leaks: Vec<_> = leaks
-            .split_inclusive("unreferenced object")
-            .filter(|leak| leak.contains("backtrace") && !leak.contains(KERNELS_OWN_LEAK))
+            .split("unreferenced object")
+            .skip(1)
+            .filter(|leak| !leak.contains(KERNELS_OWN_LEAK))
             .collect();
-        ensure!(leaks.is_empty(), "kmemleak finds:\n{}", leaks.join(""));
+        ensure!(leaks.is_empty(), "kmemleak finds:{}", leaks.concat());
         Ok(())
     }
 
