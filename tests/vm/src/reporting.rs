@@ -78,8 +78,9 @@ fn check_returned(
     mut meanwhile: impl FnMut() -> Result<()>,
 ) -> Result<Returned> {
     // Some of what the guest uses is what the host had not got.
+    let kept = tolerance(used).max(Size::bytes(used.as_bytes() / 4));
     ensure!(
-        peak.saturating_sub(idle) >= used - Size::bytes(used.as_bytes() / 4),
+        peak.saturating_sub(idle) >= used - kept,
         "QEMU has {peak} after the guest has used {used}, and had {idle} before"
     );
     let came_back = guest.wait_until("the host gets what is free", PATIENCE, || {
