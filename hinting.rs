@@ -195,7 +195,8 @@ impl Worker {
     /// Takes memory that is free, but not all of it.
     fn gather(&mut self, needed: &Atomic<bool>) {
         let _taking = memory::Taking::begin();
-        let mut wanted = memory::spare_pages(floor_pages());
+        // Hinted memory cannot be moved, and does not come from where all can be.
+        let mut wanted = memory::spare_kernel_pages(floor_pages());
         if self.queue.room() <= ROOM_FOR_IDS {
             wanted = 0;
         }

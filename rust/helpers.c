@@ -467,6 +467,23 @@ unsigned long balloon_rs_free_pages(void)
 	return global_zone_page_state(NR_FREE_PAGES);
 }
 
+/* What is free, or has files in it, where only pages may be that can be moved. */
+void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches)
+{
+	struct zone *zone;
+	unsigned long n;
+
+	*free = 0;
+	*caches = 0;
+	for (n = 0; (zone = balloon_rs_nth_zone(n)); n++) {
+		if (zone_idx(zone) != ZONE_MOVABLE)
+			continue;
+		*free += zone_page_state(zone, NR_FREE_PAGES);
+		*caches += zone_page_state(zone, NR_ZONE_ACTIVE_FILE) +
+			   zone_page_state(zone, NR_ZONE_INACTIVE_FILE);
+	}
+}
+
 unsigned long balloon_rs_total_pages(void)
 {
 	return totalram_pages();

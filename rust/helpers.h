@@ -129,6 +129,7 @@ void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_boosted_pages(void);
 void balloon_rs_settle_boosts(void);
 unsigned long balloon_rs_free_pages(void);
+void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
 bool balloon_rs_free_page_value(u32 *value);

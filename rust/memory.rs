@@ -68,11 +68,29 @@ const LEFT_FREE: usize = 8;
 /// of them, and for 16 MiB and 1/512 of all memory, which is more than what the page allocator
 /// wants to have at hand; and no more than leave `floor` available.
 pub(crate) fn spare_pages(floor: usize) -> usize {
-    let free = free_pages();
+    spare(free_pages(), available_pages(), floor)
+}
+
+/// Like [`spare_pages`], but without what is there for pages that can be moved (`ZONE_MOVABLE`): the
+/// kernel cannot use any of that for itself, however much is free.
+pub(crate) fn spare_kernel_pages(floor: usize) -> usize {
+    let (mut free, mut caches) = (0, 0);
+
+    // SAFETY: The function has no preconditions but valid pointers.
+    unsafe { bindings::balloon_rs_movable_pages(&mut free, &mut caches) };
+
+    spare(
+        free_pages().saturating_sub(free),
+        available_pages().saturating_sub(free + caches),
+        floor,
+    )
+}
+
+fn spare(free: usize, available: usize, floor: usize) -> usize {
     let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
 
     free.saturating_sub((free / LEFT_FREE).max(always_free))
-        .min(available_pages().saturating_sub(floor))
+        .min(available.saturating_sub(floor))
 }
 
 /// The right to take memory from the guest, from looking at how much it can spare until that is
