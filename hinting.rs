@@ -84,7 +84,7 @@ use kernel::{
 
 /// The order of the smallest blocks that are taken: 256 KiB. Sending less costs less than hinting
 /// it.
-const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
+pub(crate) const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
 
 /// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
 const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
@@ -98,7 +98,7 @@ const ROOM_FOR_IDS: usize = 2;
 const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 
 /// How many runs are kept at most.
-const MAX_RUNS: usize = 1024;
+pub(crate) const MAX_RUNS: usize = 1024;
 
 /// How long an allocation that has failed waits for the device to use what it was given, in
 /// milliseconds.

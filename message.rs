@@ -182,7 +182,7 @@ impl Runs for Option<Run> {
 }
 
 /// Pages that are in order.
-struct Sorted<'a>(&'a [u64]);
+pub(crate) struct Sorted<'a>(pub(crate) &'a [u64]);
 
 impl Runs for Sorted<'_> {
     fn first(&mut self) -> Option<Run> {

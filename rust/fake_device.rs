@@ -45,7 +45,7 @@ use kernel::{
 /// How many queues the device has at most.
 const QUEUES: usize = 6;
 
-/// How many entries each queue has.
+/// How many entries each queue has at first.
 pub(crate) const QUEUE_SIZE: u32 = 16;
 
 /// How many 32-bit fields the configuration space has.
@@ -69,6 +69,7 @@ struct Inner {
     vdev: bindings::virtio_device,
     offered: u64,
     status: Atomic<u32>,
+    queue_size: Atomic<u32>,
     config: [Atomic<u32>; CONFIG_FIELDS],
     queues: [Queue; QUEUES],
 }
@@ -140,6 +141,7 @@ impl FakeDevice {
             for &feature in features {
                 (*inner).offered |= feature.mask();
             }
+            (*inner).queue_size.store(QUEUE_SIZE, Relaxed);
             (*inner).vdev.id.device = bindings::VIRTIO_ID_BALLOON;
             (*inner).vdev.config = &CONFIG_OPS;
             (*inner).vdev.dev.release = Some(release);
@@ -211,6 +213,16 @@ impl FakeDevice {
         to_result(unsafe { bindings::virtio_device_freeze(&raw mut (*self.inner.as_ptr()).vdev) })
     }
 
+    /// Has the driver go on with the device after that, with queues of `queue_size` entries (a power
+    /// of two).
+    #[cfg(CONFIG_PM_SLEEP)]
+    pub(crate) fn restore(&self, queue_size: u32) -> Result {
+        self.inner().queue_size.store(queue_size, Relaxed);
+        // SAFETY: The device is registered, and frozen by `freeze`, or else the driver's callback
+        // fails.
+        to_result(unsafe { bindings::virtio_device_restore(&raw mut (*self.inner.as_ptr()).vdev) })
+    }
+
     /// Takes the next message off queue `index`, if there is one.
     pub(crate) fn next(&self, index: usize) -> Result<Option<Request>> {
         let queue = self.queue(index)?;
@@ -220,8 +232,8 @@ impl FakeDevice {
         }
 
         // SAFETY: The queue is valid until the driver deletes it, which it does when it is unbound;
-        // tests do that last. The ring has `QUEUE_SIZE` entries, and the descriptors name memory
-        // that the driver shares.
+        // tests do that last. The ring has `num` entries, and the descriptors name memory that the
+        // driver shares.
         unsafe {
             let ring = &*bindings::virtqueue_get_vring(vq);
             let seen = queue.seen.load(Relaxed);
@@ -236,7 +248,7 @@ impl FakeDevice {
             let head = (*ring.avail)
                 .ring
                 .as_ptr()
-                .add((seen & (QUEUE_SIZE - 1)) as usize)
+                .add((seen & (ring.num - 1)) as usize)
                 .read();
             let desc = ring.desc.add(usize::from(head)).read();
             let (readable, writable) = match u32::from(desc.flags) & bindings::VRING_DESC_F_WRITE {
@@ -295,7 +307,7 @@ impl FakeDevice {
             (*ring.used)
                 .ring
                 .as_mut_ptr()
-                .add((answered & (QUEUE_SIZE - 1)) as usize)
+                .add((answered & (ring.num - 1)) as usize)
                 .write(bindings::vring_used_elem { id, len });
             // The driver must not see the index before the entry.
             barrier::smp_mb(barrier::Write);
@@ -421,7 +433,7 @@ extern "C" fn find_vqs(
             };
             let vq = bindings::vring_create_virtqueue(
                 number,
-                QUEUE_SIZE,
+                inner(vdev).queue_size.load(Relaxed),
                 4096,
                 vdev,
                 true,

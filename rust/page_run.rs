@@ -62,6 +62,12 @@ impl PageRun {
         }
     }
 
+    /// Returns the page frame number of the first page, in kernel pages.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
     /// Returns the length in kernel pages.
     pub(crate) fn len(&self) -> usize {
         self.len

@@ -891,6 +891,24 @@ mod tests {
         assert_eq!(while_reporting(|_, _| Ok(())), Ok(true));
     }
 
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_report_that_is_longer_than_the_queue_is_not_sent() -> Result {
+        // When the kernel begins to report, two seconds after it was asked to.
+        const BEGUN: Delta = Delta::from_millis(3_000);
+        let mut host = Host::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
+
+        host.device.freeze()?;
+        host.device.restore(1)?;
+        // The ring code would warn of it.
+        fsleep(BEGUN);
+        assert!(host.device.next(REPORTS)?.is_none());
+
+        // A message has room.
+        host.resize(2 * MESSAGE, 2 * MESSAGE)?;
+        host.resize(0, 0)
+    }
+
     #[test]
     fn a_broken_answer_to_a_report_does_no_harm() {
         assert_eq!(

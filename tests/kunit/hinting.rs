@@ -6,21 +6,30 @@ use super::device::{
     eventually,
     free, //
 };
-use crate::rust::{
-    fake_device::{
-        FakeDevice,
-        Request, //
+use crate::{
+    hinting::{
+        MAX_RUNS,
+        MIN_ORDER, //
     },
-    virtio::Feature,
-    virtio_balloon::{
-        F_FREE_PAGE_HINT,
-        HINT_DONE,
-        HINT_ID,
-        HINT_STOP, //
+    rust::{
+        fake_device::{
+            FakeDevice,
+            Request, //
+        },
+        memory,
+        page_run::PageRun,
+        virtio::Feature,
+        virtio_balloon::{
+            F_FREE_PAGE_HINT,
+            HINT_DONE,
+            HINT_ID,
+            HINT_STOP, //
+        },
     },
 };
 
 use kernel::{
+    page::PAGE_SIZE,
     prelude::*,
     time::{
         delay::fsleep,
@@ -77,9 +86,10 @@ fn answer(device: &FakeDevice, request: &Request) -> Result {
 ///
 /// # Errors
 ///
-/// `EINVAL` if the round does not have the id `id`.
+/// `EINVAL` if the round does not have the id `id`, `ELOOP` if more is hinted than there is.
 fn round(device: &FakeDevice, id: u32) -> Result<u64> {
     let (request, message) = next(device)?;
+    let total = memory::Info::now().total;
     let mut hinted = 0;
 
     if message != Message::Id(id) {
@@ -96,7 +106,30 @@ fn round(device: &FakeDevice, id: u32) -> Result<u64> {
             Message::Id(HINT_STOP) => return Ok(hinted),
             Message::Id(_) => return Err(EINVAL),
         }
+        if hinted > total {
+            return Err(ELOOP);
+        }
     }
+}
+
+/// Cuts nearly all free memory into stretches that are as short as hints may be, and do not touch.
+/// Returns what lies between them, and how many there are.
+fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
+    const REST: u64 = 48 * MIB;
+    let mut runs = KVVec::new();
+
+    memory::drain_free_lists();
+    while memory::Info::now().free > REST {
+        let Some(run) = PageRun::alloc(MIN_ORDER) else {
+            break;
+        };
+        runs.push(run, GFP_KERNEL)?;
+    }
+
+    let all = runs.len();
+    runs.retain(|run| run.first() >> MIN_ORDER & 1 == 1);
+    let stretches = all - runs.len();
+    Ok((runs, stretches))
 }
 
 /// Waits until there is about as much free memory as before.
@@ -153,6 +186,21 @@ mod tests {
         device.change(HINT_ID, HINT_STOP);
         device.change(HINT_ID, 8);
         assert!(round(&device, 8).is_ok());
+    }
+
+    #[test]
+    fn a_round_ends_with_more_stretches_than_there_is_room_for() -> Result {
+        const STRETCH: u64 = (PAGE_SIZE as u64) << MIN_ORDER;
+        let device = device()?;
+        let (between, stretches) = cut_up()?;
+        assert!(stretches > MAX_RUNS + 100);
+
+        device.change(HINT_ID, 2);
+        let hinted = round(&device, 2)?;
+        assert!(hinted > MAX_RUNS as u64 * STRETCH);
+
+        drop(between);
+        Ok(())
     }
 
     #[test]

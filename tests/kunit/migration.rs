@@ -4,15 +4,21 @@
 //! whole driver.
 
 use crate::{
-    message::MOVES_PER_MESSAGE,
+    bitmap::Encoding,
+    message::{
+        Sorted,
+        MOVES_PER_MESSAGE, //
+    },
     migration::Moves,
+    page_sets,
     rust::{
         balloon_pages::{
             OldPage,
             Replace, //
         },
         page_list::PageList,
-        task::new_slot, //
+        task::new_slot,
+        virtio_balloon::page_set, //
     },
     terms::Terms, //
 };
@@ -133,5 +139,24 @@ mod tests {
 
             assert_eq!(replace(&moves, &page, ELSEWHERE + n), expected);
         }
+    }
+
+    #[test]
+    fn one_message_names_all_moves_whatever_the_encoding() -> Result {
+        // So far from each other that a bitmap has room for two of them.
+        const STEP: usize = page_sets::WORDS_PER_MESSAGE * u64::BITS as usize / 2;
+        let mut pages = KVec::new();
+        for n in 0..MOVES_PER_MESSAGE {
+            pages.push((n * STEP) as u64, GFP_KERNEL)?;
+        }
+
+        for forced in [None, Some(Encoding::Ranges), Some(Encoding::Bitmap)] {
+            let mut message = KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, GFP_KERNEL)?;
+            let mut moves = Sorted(&pages);
+
+            let named = page_sets::write(&mut message, page_set::INFLATE, 0, forced, &mut moves);
+            assert_eq!(named, Ok(MOVES_PER_MESSAGE as u64));
+        }
+        Ok(())
     }
 }

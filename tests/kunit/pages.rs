@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use super::device::eventually;
 use crate::rust::{
     balloon_pages::{
         BalloonPages,
@@ -15,7 +16,19 @@ use crate::rust::{
     },
 };
 
-use kernel::prelude::*;
+use kernel::{
+    cpu,
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Release, //
+        },
+        Arc, //
+    },
+    workqueue, //
+};
 
 /// Allocates a list of 2^`order` single pages that are neighbours.
 pub(super) fn block(order: u32) -> Result<PageList> {
@@ -53,6 +66,69 @@ impl Replace for Fixed {
 
 fn balloon() -> Result<Pin<KBox<BalloonPages<Fixed>>>> {
     KBox::pin_init(BalloonPages::new(true, Ok(Fixed)), GFP_KERNEL)
+}
+
+/// A balloon that gets pages, and from which somebody else takes some meanwhile.
+struct Contended {
+    balloon: Arc<BalloonPages<Fixed>>,
+    /// Set when the other one has begun, when all pages are in, and when the other one has ended.
+    begun: Atomic<bool>,
+    inserted: Atomic<bool>,
+    over: Atomic<bool>,
+    /// Whether a page was taken while others were still on their way.
+    between: Atomic<bool>,
+}
+
+impl Contended {
+    /// Takes one page after the other, where there are `len` more in balloons when all are in than
+    /// `before`.
+    fn take(&self, before: usize, len: usize) {
+        /// How many pages the processors have counted for themselves at most.
+        const NOT_COUNTED: usize = 512;
+        let mut taken = 0;
+
+        self.begun.store(true, Release);
+        while !self.inserted.load(Acquire) {
+            let some = self.balloon.take(1, 1).len();
+
+            taken += some;
+            if some > 0 && memory::ballooned_pages() + taken + NOT_COUNTED < before + len {
+                self.between.store(true, Release);
+            }
+        }
+        self.over.store(true, Release);
+    }
+}
+
+/// Puts many single pages into a balloon. Returns whether others get at them before all are in.
+fn lets_others_in() -> Result<bool> {
+    const BLOCKS: usize = 16;
+    let mut batch = Batch::new()?;
+
+    memory::drain_free_lists();
+    for _ in 0..BLOCKS {
+        batch.alloc(MAX_ORDER, 1, false).map_err(|_| ENOMEM)?;
+    }
+    let pages = batch.take_all();
+
+    let contended = Contended {
+        balloon: Arc::pin_init(BalloonPages::new(false, Ok(Fixed)), GFP_KERNEL)?,
+        begun: Atomic::new(false),
+        inserted: Atomic::new(false),
+        over: Atomic::new(false),
+        between: Atomic::new(false),
+    };
+    let this = Arc::new(contended, GFP_KERNEL)?;
+    let other = this.clone();
+    let (before, len) = (memory::ballooned_pages(), pages.len());
+
+    workqueue::system_unbound().try_spawn(GFP_KERNEL, move || other.take(before, len))?;
+    eventually(|| Ok(this.begun.load(Acquire)))?;
+    this.balloon.insert(pages);
+    this.inserted.store(true, Release);
+    eventually(|| Ok(this.over.load(Acquire)))?;
+
+    Ok(this.between.load(Acquire))
 }
 
 /// Returns what a balloon has in so many single pages and largest blocks.
@@ -130,6 +206,17 @@ mod tests {
         assert!(balloon.take(1, usize::MAX).is_empty());
         assert_eq!(memory::total_pages(), total);
         assert_eq!(memory::ballooned_pages(), ballooned);
+    }
+
+    #[test]
+    fn nobody_waits_until_many_pages_are_in() {
+        const TRIES: usize = 20;
+
+        // With one processor there is nobody else. With more, the other one may not run just now.
+        assert!(
+            cpu::nr_cpu_ids() == 1
+                || (0..TRIES).any(|_| lets_others_in().is_ok_and(|let_in| let_in))
+        );
     }
 
     #[test]

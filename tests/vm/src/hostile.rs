@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vm::{Driver, Guest, Hostile, Link, Load, Machine, MemoryBackend, Size};
+use vm::{Driver, Exit, Guest, Hostile, Link, Load, Machine, MemoryBackend, Size};
 
 use crate::lifecycle::{device, driver_directory};
 use crate::sizes::{check_free, check_size};
@@ -57,8 +57,16 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: silent_report,
     },
     Scenario {
+        name: "silent_offline",
+        proves: "memory that a silent device has stays online, and whoever wants it offline is told so",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_offline,
+    },
+    Scenario {
         name: "vanished_device",
-        proves: "nor does one that was pulled out",
+        proves: "a device that was pulled out keeps nobody from leaving it",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -253,6 +261,75 @@ fn silent_report(setup: &Setup) -> Result<()> {
         guest.unplug_balloon()?;
         guest.rmmod(setup.driver)?;
         check_free(guest, free)
+    });
+    setup.tolerate(result)
+}
+
+fn silent_offline(setup: &Setup) -> Result<()> {
+    const BLOCKS: &str = "grep -l '^Movable' /sys/devices/system/memory/memory*/valid_zones";
+    /// The driver waits for two seconds.
+    const LIMIT: Duration = Duration::from_secs(6);
+    /// Less than what the device is sent before it has answered for some of it.
+    const SENT: Size = Size::mib(16);
+    // Takes a block offline, if that is possible, and has it back. If it takes longer than it may, it is interrupted.
+    let offline = |guest: &Guest, block: &str| -> Result<bool> {
+        let state = block.replace("valid_zones", "state");
+        let line = format!("echo offline >{state} && echo online_movable >{state}");
+        let output = guest.exec_within(&["sh", "-c", &line], LIMIT)?;
+        ensure!(
+            matches!(output.exit, Exit::Status(_)),
+            "'{line}' is not over in {LIMIT:?}"
+        );
+        Ok(output.exit == Exit::Status(0))
+    };
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .parameter("movablecore=512M")
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    let result = vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        // The kernel has put things into some that cannot be moved, before it knew.
+        let mut blocks = Vec::new();
+        let listed = guest.sh(BLOCKS)?;
+        for block in listed.lines() {
+            if offline(guest, block)? {
+                blocks.push(block);
+            }
+        }
+        let free = guest.free()?;
+        let device = Hostile::start(guest, Link::VhostUser, 0, &["--only", "silent"])?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        guest.wait_until("pages for the device", PATIENCE, || {
+            Ok(guest.free()? + SENT < free)
+        })?;
+
+        let (mut refused, mut longest) = (Vec::new(), Duration::ZERO);
+        for block in &blocks {
+            let start = Instant::now();
+            if !offline(guest, block)? {
+                refused.push(block);
+            }
+            longest = longest.max(start.elapsed());
+        }
+        ensure!(!refused.is_empty(), "no block has pages of the device");
+        setup.note(format!(
+            "{} of {} blocks stay online, which is said within {:.1} s",
+            refused.len(),
+            blocks.len(),
+            longest.as_secs_f64()
+        ));
+
+        guest.unplug_balloon()?;
+        for block in refused {
+            ensure!(
+                offline(guest, block)?,
+                "{block} stays online without the device"
+            );
+        }
+        guest.rmmod(setup.driver)
     });
     setup.tolerate(result)
 }
