@@ -17,6 +17,7 @@ mod exec;
 mod load;
 mod pages;
 mod port;
+#[expect(unsafe_code, reason = "there is no crate for a kernel that takes over")]
 mod power;
 mod process;
 

@@ -4,10 +4,15 @@
 //! and the file descriptors that came with them.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+use rustix::io::retry_on_intr;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 
 /// The size of a message's header in bytes: request, flags, and the size of the rest.
 const HEADER: usize = 12;
@@ -19,6 +24,9 @@ const MAX_BODY: usize = 4096;
 /// there is no room for all of them, those that there is room for would be left open.
 const MAX_DESCRIPTORS: usize = 32;
 const MOST_DESCRIPTORS: usize = 253;
+
+/// The space that these take beside a message, in bytes.
+const SPACE: usize = rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS));
 
 /// The front end's requests that mean something here.
 pub mod request {
@@ -67,7 +75,7 @@ impl Message {
     /// The other side is gone, or does not speak the protocol.
     pub fn receive(mut from: &UnixStream) -> io::Result<Self> {
         let mut bytes = vec![0; HEADER];
-        let descriptors = uninterrupted(|| receive(from, &mut bytes))?;
+        let descriptors = receive(from, &mut bytes)?;
         let mut message = Self { bytes, descriptors };
         let size = message.word(8).unwrap_or(u32::MAX);
         let size = usize::try_from(size).unwrap_or(usize::MAX);
@@ -85,20 +93,14 @@ impl Message {
     ///
     /// The other side is gone.
     pub fn send(&self, mut to: &UnixStream) -> io::Result<()> {
-        let raw: Vec<RawFd> = self.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let sent = uninterrupted(|| {
-            let parts = [IoSlice::new(&self.bytes)];
-            let rights = if raw.is_empty() { &[][..] } else { &rights };
-            let flags = MsgFlags::MSG_NOSIGNAL;
-            Ok(sendmsg::<UnixAddr>(
-                to.as_raw_fd(),
-                &parts,
-                rights,
-                flags,
-                None,
-            )?)
-        })?;
+        let rights: Vec<BorrowedFd> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); SPACE];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !rights.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&rights)) {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        let parts = [IoSlice::new(&self.bytes)];
+        let sent = retry_on_intr(|| sendmsg(to, &parts, &mut control, SendFlags::NOSIGNAL))?;
         to.write_all(self.bytes.get(sent..).unwrap_or_default())
     }
 
@@ -134,37 +136,21 @@ impl Message {
     }
 }
 
-/// Does something again that a signal has kept from being done.
-fn uninterrupted<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match act() {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            other => return other,
-        }
-    }
-}
-
 /// Fills a header, and returns the file descriptors that came with it.
 fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
-    let mut space = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
-    let (received, descriptors) = {
-        let mut slices = [IoSliceMut::new(header)];
-        let message = recvmsg::<UnixAddr>(
-            from.as_raw_fd(),
-            &mut slices,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        )?;
-        let mut descriptors = Vec::new();
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = control {
-                // SAFETY: the kernel has just made these descriptors for this process, and nobody else
-                // has seen their numbers.
-                descriptors.extend(raw.iter().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
+    let mut space = [MaybeUninit::uninit(); SPACE];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = retry_on_intr(|| {
+        let mut parts = [IoSliceMut::new(header)];
+        recvmsg(from, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+    })?
+    .bytes;
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
         }
-        (message.bytes, descriptors)
-    };
+    }
     if received == 0 {
         return Err(ErrorKind::UnexpectedEof.into());
     }

@@ -13,6 +13,8 @@
 //!
 //! The interface is that of QEMU's `qemu-plugin.h`, version 7.
 
+#![expect(unsafe_code, reason = "a plugin of a program in C")]
+
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fs::File;
 use std::ptr;
