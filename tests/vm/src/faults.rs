@@ -188,10 +188,12 @@ fn failing_inflate(setup: &Setup) -> Result<()> {
 }
 
 fn failing_deflate(setup: &Setup) -> Result<()> {
+    /// Spread over more memory than the driver can put in order without allocating.
+    const FULL: Size = Size::mib(256);
     fail_each(
         setup,
         setup.config(),
-        |guest| guest.balloon().settle(SIZE).map(|_| ()),
+        |guest| guest.balloon().settle(FULL).map(|_| ()),
         |guest| guest.balloon().settle(Size::default()),
         |_, reached| reached.map(|_| ()),
     )
