@@ -59,7 +59,6 @@ use crate::{
     }, //
 };
 
-use core::mem;
 use kernel::{
     alloc::flags::__GFP_NOWARN,
     device::Core,
@@ -195,8 +194,7 @@ impl Worker {
     /// Takes memory that is free, but not all of it.
     fn gather(&mut self, needed: &Atomic<bool>) {
         let _taking = memory::Taking::begin();
-        // Hinted memory cannot be moved, and does not come from where all can be.
-        let mut wanted = memory::spare_kernel_pages(floor_pages());
+        let mut wanted = memory::spare_pages(floor_pages());
         if self.queue.room() <= ROOM_FOR_IDS {
             wanted = 0;
         }
@@ -353,11 +351,12 @@ impl Hinting {
             worker.keeping = true;
             worker.more = true;
             self.needed.store(false, Relaxed);
-            memory::drain_free_lists();
 
-            // What was hinted before is hinted again: it may have been written to before the host
-            // began to look, and the host may know that by now.
-            mem::swap(&mut worker.pending, &mut *self.held.lock());
+            // What was hinted before is hinted again, as far as the guest can still do without it:
+            // it may have been written to before the host began to look, and the host may know that
+            // by now.
+            self.release();
+            memory::drain_free_lists();
         } else if self.needed.load(Relaxed) {
             worker.stop();
         }
@@ -379,7 +378,9 @@ impl Hinting {
         }
         self.follow(worker)?;
 
-        if worker.supplying && worker.more && worker.in_flight == 0 {
+        // Whoever runs out of memory while this waits for its turn has nothing to gain here.
+        let is_idle = worker.in_flight == 0 && worker.pending.pages() == 0;
+        if worker.supplying && worker.more && is_idle {
             worker.gather(&self.needed);
         }
 

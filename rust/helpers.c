@@ -467,7 +467,7 @@ unsigned long balloon_rs_free_pages(void)
 	return global_zone_page_state(NR_FREE_PAGES);
 }
 
-/* What is free, or has files in it, where only pages may be that can be moved. */
+/* What is free, or has files in it, where only pages may be that can be moved: not all files of CMA. */
 void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches)
 {
 	struct zone *zone;
@@ -476,8 +476,10 @@ void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches)
 	*free = 0;
 	*caches = 0;
 	for (n = 0; (zone = balloon_rs_nth_zone(n)); n++) {
-		if (zone_idx(zone) != ZONE_MOVABLE)
+		if (zone_idx(zone) != ZONE_MOVABLE) {
+			*free += zone_page_state(zone, NR_FREE_CMA_PAGES);
 			continue;
+		}
 		*free += zone_page_state(zone, NR_FREE_PAGES);
 		*caches += zone_page_state(zone, NR_ZONE_ACTIVE_FILE) +
 			   zone_page_state(zone, NR_ZONE_INACTIVE_FILE);
@@ -510,6 +512,11 @@ bool balloon_rs_free_page_value(u32 *value)
 {
 	memset(value, want_init_on_free() ? 0 : PAGE_POISON, sizeof(*value));
 	return want_init_on_free() || page_poisoning_enabled_static();
+}
+
+bool balloon_rs_sg_is_movable(struct scatterlist *sg)
+{
+	return is_zone_movable_page(sg_page(sg));
 }
 
 u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents)
@@ -581,7 +588,7 @@ unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 }
 
 /* Whether the device was taken out. It does nothing any more, and answers nothing. */
-static bool is_gone(struct virtio_device *vdev)
+bool balloon_rs_is_gone(struct virtio_device *vdev)
 {
 #ifdef CONFIG_PCI
 	return pci_of(vdev) && !pci_device_is_present(pci_of(vdev));
@@ -593,7 +600,7 @@ static bool is_gone(struct virtio_device *vdev)
 /* The transport for PCI would wait without end for the answer of a device that is gone. */
 void balloon_rs_reset_device(struct virtio_device *vdev)
 {
-	if (is_gone(vdev))
+	if (balloon_rs_is_gone(vdev))
 		virtio_break_device(vdev);
 	else
 		virtio_reset_device(vdev);
@@ -601,7 +608,7 @@ void balloon_rs_reset_device(struct virtio_device *vdev)
 
 void balloon_rs_shut_device_down(struct virtio_device *vdev)
 {
-	if (is_gone(vdev))
+	if (balloon_rs_is_gone(vdev))
 		virtio_break_device(vdev);
 	else
 		virtio_device_shutdown(vdev);

@@ -67,30 +67,41 @@ const LEFT_FREE: usize = 8;
 /// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth
 /// of them, and for 16 MiB and 1/512 of all memory, which is more than what the page allocator
 /// wants to have at hand; and no more than leave `floor` available.
+///
+/// What the kernel cannot use for itself does not count, however much there is of it.
 pub(crate) fn spare_pages(floor: usize) -> usize {
-    spare(free_pages(), available_pages(), floor)
-}
-
-/// Like [`spare_pages`], but without what is there for pages that can be moved (`ZONE_MOVABLE`): the
-/// kernel cannot use any of that for itself, however much is free.
-pub(crate) fn spare_kernel_pages(floor: usize) -> usize {
-    let (mut free, mut caches) = (0, 0);
-
-    // SAFETY: The function has no preconditions but valid pointers.
-    unsafe { bindings::balloon_rs_movable_pages(&mut free, &mut caches) };
-
-    spare(
-        free_pages().saturating_sub(free),
-        available_pages().saturating_sub(free + caches),
-        floor,
-    )
-}
-
-fn spare(free: usize, available: usize, floor: usize) -> usize {
+    let movable = Movable::now();
+    let free = free_pages().saturating_sub(movable.free);
     let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
 
     free.saturating_sub((free / LEFT_FREE).max(always_free))
-        .min(available.saturating_sub(floor))
+        .min(movable.others_available().saturating_sub(floor))
+}
+
+/// What lies where only pages may be that can be moved, `ZONE_MOVABLE` and CMA, in kernel pages.
+struct Movable {
+    free: usize,
+    caches: usize,
+}
+
+impl Movable {
+    fn now() -> Self {
+        let (mut free, mut caches) = (0, 0);
+
+        // SAFETY: The function has no preconditions but valid pointers.
+        unsafe { bindings::balloon_rs_movable_pages(&mut free, &mut caches) };
+        Self { free, caches }
+    }
+
+    /// Returns the kernel pages that can be had elsewhere without swapping.
+    fn others_available(&self) -> usize {
+        available_pages().saturating_sub(self.free + self.caches)
+    }
+}
+
+/// Returns the kernel pages that the kernel can have for itself without swapping.
+pub(crate) fn kernel_available_pages() -> usize {
+    Movable::now().others_available()
 }
 
 /// The right to take memory from the guest, from looking at how much it can spare until that is

@@ -204,6 +204,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_hinted_is_hinted_again_as_far_as_it_can_be_spared() -> Result {
+        // Somebody has less than the floor left, and lives on what the device has used.
+        const LEFT: u64 = 24 * MIB;
+        let available = || (memory::available_pages() * PAGE_SIZE) as u64;
+        let device = device()?;
+        let mut taken = KVVec::new();
+
+        device.change(HINT_ID, 2);
+        round(&device, 2)?;
+        while available() > LEFT {
+            taken.push(PageRun::alloc(MIN_ORDER).ok_or(ENOMEM)?, GFP_KERNEL)?;
+        }
+
+        device.change(HINT_ID, 3);
+        round(&device, 3)?;
+        assert!(available() > LEFT);
+        Ok(())
+    }
+
+    #[test]
     fn a_new_id_ends_the_round() {
         let device = device();
         assert!(device.is_ok());
