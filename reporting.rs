@@ -5,16 +5,22 @@
 //! The kernel's page reporting finds free pages from time to time, and sets them aside until the
 //! host has answered. It serves one device; others go without.
 //!
-//! A host that does not answer owns the pages of one report until it is reset. Nothing else waits
-//! for them but the kernel before it sleeps, so the device is reset then.
+//! A host that does not answer owns the pages of one report until it is reset, which is why they
+//! leave the floor. Nothing else waits for them but the kernel before it sleeps, so the device is
+//! reset then, and before it takes memory offline, which stays online then.
 //!
 //! Specification: clause 5.5.6.7, Free Page Reporting.
 
 #![forbid(unsafe_code)]
 
 use crate::{
+    floor_pages,
     rust::{
-        debugfs,
+        debugfs, memory,
+        memory_hotplug::{
+            GoingOffline,
+            OfflineNotifier, //
+        },
         page_reporting::{
             FreePages,
             Loan,
@@ -34,6 +40,7 @@ use crate::{
     virtio, //
 };
 
+use core::ops::Range;
 use kernel::{
     device::Core,
     new_mutex,
@@ -43,6 +50,7 @@ use kernel::{
         atomic::{
             Acquire,
             Atomic,
+            Full,
             Relaxed,
             Release, //
         },
@@ -58,7 +66,8 @@ use kernel::{
     }, //
 };
 
-/// How long the device may take for the last report before the system sleeps.
+/// How long the device may take for the last report before the system sleeps, or before memory goes
+/// offline.
 const PATIENCE: Delta = Delta::from_millis(2_000);
 
 /// How often it is looked for the answer.
@@ -89,7 +98,12 @@ impl Report for Reports {
     fn report(&self, pages: FreePages<'_>) -> Result {
         let mut queue = self.queue.lock();
 
-        if self.sleeping.load(Acquire) {
+        // These pages are set aside already, and a device may keep them for as long as it likes.
+        let available = match pages.are_movable() {
+            true => memory::available_pages(),
+            false => memory::kernel_available_pages(),
+        };
+        if self.sleeping.load(Acquire) || available < floor_pages() {
             return Err(EBUSY);
         }
         queue.lend(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
@@ -98,28 +112,50 @@ impl Report for Reports {
     }
 }
 
-impl Sleeper for Reports {
-    fn before_sleep(&self) {
+impl Reports {
+    /// Waits until no report is on its way, but not longer than [`PATIENCE`]. Returns whether none is.
+    fn settle(&self) -> bool {
         let start = Instant::<Monotonic>::now();
 
-        self.sleeping.store(true, Release);
         while self.queue.try_lock().is_none() {
             if start.elapsed() > PATIENCE {
-                dev_warn!(
-                    self.dev,
-                    "the device does not answer a report of free pages: resetting it, since the system wants to sleep\n"
-                );
-                self.out_of_time.store(true, Release);
-                self.answered.wake();
-                break;
+                return false;
             }
             fsleep(HEARTBEAT);
+        }
+        true
+    }
+}
+
+impl Sleeper for Reports {
+    fn before_sleep(&self) {
+        self.sleeping.store(true, Release);
+        if !self.settle() {
+            dev_warn!(
+                self.dev,
+                "the device does not answer a report of free pages: resetting it, since the system wants to sleep\n"
+            );
+            self.out_of_time.store(true, Release);
+            self.answered.wake();
         }
     }
 
     fn after_sleep(&self) {
-        self.out_of_time.store(false, Release);
+        if self.out_of_time.xchg(false, Full) && self.queue.lock().is_reset() {
+            dev_warn!(
+                self.dev,
+                "the system did not sleep, and the device was reset: no more ballooning until the driver is bound again\n"
+            );
+        }
         self.sleeping.store(false, Release);
+    }
+}
+
+impl GoingOffline for Reports {
+    /// Pages that are set aside for a report are neither in use nor free, and the kernel would try
+    /// over and over. It sets none aside any more of those that are to go.
+    fn going_offline(&self, _pfns: Range<u64>) -> Result {
+        self.settle().then_some(()).ok_or(EBUSY)
     }
 }
 
@@ -129,6 +165,7 @@ impl Sleeper for Reports {
 /// report until then.
 pub(crate) struct Reporting {
     _sleep: Pin<KBox<SleepNotifier<Reports>>>,
+    _offline: Pin<KBox<OfflineNotifier<Reports>>>,
     registered: SetOnce<Pin<KBox<Reporter<Reports>>>>,
     reports: Arc<Reports>,
 }
@@ -158,6 +195,7 @@ impl Reporting {
 
         Ok(Self {
             _sleep: KBox::pin_init(SleepNotifier::new(reports.clone()), GFP_KERNEL)?,
+            _offline: KBox::pin_init(OfflineNotifier::new(reports.clone()), GFP_KERNEL)?,
             registered: SetOnce::new(),
             reports,
         })

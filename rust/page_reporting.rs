@@ -46,6 +46,13 @@ impl FreePages<'_> {
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
+
+    /// Returns whether they lie where the kernel has nothing of its own (`ZONE_MOVABLE`). The pages of
+    /// one report are of one zone.
+    pub(crate) fn are_movable(&self) -> bool {
+        // SAFETY: By the type invariants the list has entries, of valid pages.
+        unsafe { bindings::balloon_rs_sg_is_movable(self.sg) }
+    }
 }
 
 /// Somebody who tells of free pages.

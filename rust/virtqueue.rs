@@ -397,7 +397,7 @@ impl<B> Virtqueue<B> {
     }
 
     /// Returns whether the device was reset: it will not access any buffer again.
-    pub(super) fn is_reset(&self) -> bool {
+    pub(crate) fn is_reset(&self) -> bool {
         self.binding.is_reset()
     }
 
