@@ -94,8 +94,8 @@ pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How long an allocation that has failed waits for the device: where it must be told before pages
-/// can be used, or when pages have just been moved.
+/// How long an allocation that has failed waits for the device, where it must be told before pages
+/// can be used.
 const OOM_PATIENCE: Delta = Delta::from_millis(100);
 
 /// How long unbinding waits for a device that gives no sign of life. The system may suspend after
@@ -169,6 +169,8 @@ struct Worker {
     actual: Option<u32>,
     /// When the device has answered, or pages have left the balloon, the last time.
     progress: Instant<Monotonic>,
+    /// Since when the device has not known of all pages that were moved.
+    moving: Option<Instant<Monotonic>>,
     /// What has ended all work, and was logged.
     error: Option<Error>,
     log_limit: LogLimit,
@@ -191,6 +193,7 @@ fn set_up(
             wanted: None,
             actual: None,
             progress: Instant::now(),
+            moving: None,
             error: None,
             log_limit: LogLimit::new(),
         },
@@ -404,15 +407,19 @@ impl Balloon {
     fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
         let limit = wanted.min(PAGES_PER_RUN);
         // Comes again when the device has answered.
-        let settled = self.moves().settled()?;
+        if !self.moves().is_settled() {
+            return None;
+        }
+        let still = self.moves().hold_still();
         let released = deflate::release(
             &self.deflate,
             &self.pages,
             &mut worker.batch,
             limit,
             Reason::Target,
-            &settled,
+            &still,
         );
+        drop(still);
 
         if released > 0 {
             worker.progress = Instant::now();
@@ -517,10 +524,19 @@ impl Balloon {
 
         // Also while the balloon cannot grow: that may take for ever.
         let resting = step == Step::Rest || worker.backoff.is_failing();
+        let is_silent = worker.progress.elapsed() > PATIENCE;
+        worker.moving = match self.moves().is_settled() {
+            true => None,
+            false => worker.moving.or(Some(Instant::now())),
+        };
         if resting {
-            self.moves().allow(!self.giving_back.load(Relaxed));
+            // Whoever wants pages moved would wait for a device that does not answer.
+            let too_long = |since: &Instant<_>| is_silent && since.elapsed() > PATIENCE;
+            let is_waiting = worker.moving.as_ref().is_some_and(too_long);
+            self.moves()
+                .allow(!is_waiting && !self.giving_back.load(Relaxed));
         }
-        if resting || worker.progress.elapsed() > PATIENCE {
+        if resting || is_silent {
             self.relax();
         }
 
@@ -589,13 +605,7 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
 
-        // The task tells the device of those that were made, and allows others when all is done.
-        self.moves().allow(false);
-        self.schedule();
-        let Some(settled) = within(OOM_PATIENCE, || self.moves().settled()) else {
-            return 0;
-        };
-
+        let still = self.moves().hold_still();
         let wanted = (self.pages.len() / 8).max(OOM_SHARE);
         let released = deflate::release(
             &self.deflate,
@@ -603,9 +613,9 @@ impl OomNotify for Task<Balloon> {
             &mut self.oom_batch.lock(),
             wanted,
             Reason::OutOfMemory,
-            &settled,
+            &still,
         );
-        drop(settled);
+        drop(still);
 
         if released > 0 {
             self.given_for_oom.add(released, Relaxed);

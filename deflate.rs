@@ -20,7 +20,7 @@ use crate::{
     },
     migration::{
         Moves,
-        Settled, //
+        Still, //
     },
     rust::{
         balloon_pages::BalloonPages,
@@ -139,24 +139,53 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
     }
 }
 
+/// What takes pages out of a balloon, but for those that the device may not know of yet.
+struct Taker<'a> {
+    balloon: &'a BalloonPages<Moves>,
+    still: &'a Still<'a>,
+    /// These, of which there are as many as moves. They have to go back.
+    unknown: PageList,
+}
+
+impl Taker<'_> {
+    /// Like [`BalloonPages::take`].
+    fn take(&mut self, max: usize, max_blocks: usize) -> PageList {
+        loop {
+            let mut pages = self.balloon.take(max, max_blocks);
+            let taken = pages.len();
+
+            self.still.set_aside(&mut pages, &mut self.unknown);
+            if taken == 0 || !pages.is_empty() {
+                return pages;
+            }
+        }
+    }
+}
+
 /// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device
 /// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
 /// has answered.
 ///
-/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before, which
-/// is what `_settled` shows. `batch` is where pages are put in order.
+/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before: those of
+/// which it does not stay in the balloon, and `still` keeps others from becoming such. `batch` is where
+/// pages are put in order.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<Moves>,
     batch: &mut Batch,
     wanted: usize,
     reason: Reason,
-    _settled: &Settled<'_>,
+    still: &Still<'_>,
 ) -> usize {
     let terms = deflate.lock().terms;
     let tell_first = match reason {
         Reason::Target | Reason::GoingOffline => terms.tell_first(),
         Reason::OutOfMemory => terms.tell_first_out_of_memory(),
+    };
+    let mut taker = Taker {
+        balloon,
+        still,
+        unknown: PageList::new(),
     };
     let mut released = 0;
 
@@ -164,16 +193,17 @@ pub(crate) fn release(
         let some = wanted - released;
 
         match if tell_first {
-            gather(deflate, balloon, batch, some);
+            gather(deflate, &mut taker, batch, some);
             tell(deflate, balloon, batch)
         } else {
-            free_first(deflate, balloon, some)
+            free_first(deflate, &mut taker, some)
         } {
             0 => break,
             n => released += n,
         }
     }
 
+    balloon.insert(taker.unknown);
     trace(deflate, released, reason);
     released
 }
@@ -228,9 +258,9 @@ pub(crate) fn is_answered(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Mo
 }
 
 /// Frees some pages, up to `wanted`, before the device has been told.
-fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted: usize) -> usize {
+fn free_first(deflate: &SpinLock<Deflate>, taker: &mut Taker<'_>, wanted: usize) -> usize {
     // All of them are noted under one hold of the lock.
-    let mut pages = balloon.take(wanted.min(1 << MAX_ORDER), usize::MAX);
+    let mut pages = taker.take(wanted.min(1 << MAX_ORDER), usize::MAX);
     let taken = pages.len();
 
     // What is noted in pages has to be freed page by page.
@@ -239,24 +269,19 @@ fn free_first(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, wanted
     taken
 }
 
-/// Fills `batch` with up to `wanted` pages from `balloon`, if the device can be told of them.
-fn gather(
-    deflate: &SpinLock<Deflate>,
-    balloon: &BalloonPages<Moves>,
-    batch: &mut Batch,
-    wanted: usize,
-) {
+/// Fills `batch` with up to `wanted` pages, if the device can be told of them.
+fn gather(deflate: &SpinLock<Deflate>, taker: &mut Taker<'_>, batch: &mut Batch, wanted: usize) {
     let blocks = deflate.lock().queue.room_for_blocks();
 
     while batch.pages() < wanted && batch.blocks() < blocks.min(BLOCKS_PER_BATCH) {
-        let mut pages = balloon.take(wanted - batch.pages(), blocks - batch.blocks());
+        let mut pages = taker.take(wanted - batch.pages(), blocks - batch.blocks());
         if pages.is_empty() {
             break;
         }
 
         batch.add(&mut pages);
         if !pages.is_empty() {
-            balloon.insert(pages);
+            taker.balloon.insert(pages);
             break;
         }
     }

@@ -5,7 +5,7 @@
 //! Compaction is not kept waiting for the device. A move is noted, and the balloon's task tells the
 //! device of many at once: first of the pages that are in the balloon now, and when it has
 //! answered, of those that are not any more. In between the balloon has pages that the device does
-//! not know of, and no page may leave it: the device would learn of such a page's departure first,
+//! not know of, and that may not leave it: the device would learn of such a page's departure first,
 //! and then take it from whoever uses it.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
@@ -23,6 +23,7 @@ use crate::{
             PageRef,
             Replace, //
         },
+        page_list::PageList,
         task::Waker, //
     },
     terms::Terms, //
@@ -64,8 +65,8 @@ struct Inner {
     terms: Terms,
     /// Whether the balloon's task lets pages be moved.
     allowed: bool,
-    /// How many [`Settled`] there are.
-    settled: usize,
+    /// How many [`Still`] there are.
+    still: usize,
     /// Moves that the device has not been told of. Never grows beyond its capacity.
     waiting: KVec<Move>,
     /// The new pages that the device has been told of, and has not answered for. As many at most.
@@ -86,13 +87,24 @@ impl Inner {
     }
 }
 
-/// What shows that the device knows of all pages in the balloon. As long as it exists, no page is
-/// moved.
-pub(crate) struct Settled<'a>(&'a Moves);
+/// As long as it exists, no page is moved.
+pub(crate) struct Still<'a>(&'a Moves);
 
-impl Drop for Settled<'_> {
+impl Still<'_> {
+    /// Takes those pages off `pages` of which the device may not know yet that they are in the balloon,
+    /// and puts them on `unknown`.
+    pub(crate) fn set_aside(&self, pages: &mut PageList, unknown: &mut PageList) {
+        let inner = self.0.inner.lock();
+
+        if !inner.telling.is_empty() || !inner.waiting.is_empty() {
+            pages.move_singles(unknown, |pfn| inner.is_new(pfn));
+        }
+    }
+}
+
+impl Drop for Still<'_> {
     fn drop(&mut self) {
-        self.0.inner.lock().settled -= 1;
+        self.0.inner.lock().still -= 1;
     }
 }
 
@@ -114,7 +126,7 @@ impl Moves {
                 Inner {
                     terms,
                     allowed: false,
-                    settled: 0,
+                    still: 0,
                     waiting,
                     telling,
                     told,
@@ -149,14 +161,10 @@ impl Moves {
         self.inner.lock().allowed = allowed;
     }
 
-    /// Returns a proof that the device knows of all pages in the balloon, if that is so.
-    pub(crate) fn settled(&self) -> Option<Settled<'_>> {
-        let mut inner = self.inner.lock();
-
-        inner.is_settled().then(|| {
-            inner.settled += 1;
-            Settled(self)
-        })
+    /// Keeps all pages where they are, for as long as the result exists.
+    pub(crate) fn hold_still(&self) -> Still<'_> {
+        self.inner.lock().still += 1;
+        Still(self)
     }
 
     /// Returns whether the device knows of all pages in the balloon now.
@@ -243,7 +251,7 @@ impl Replace for Moves {
         // The device must know of the old page's arrival before the page leaves, and of the new
         // page's departure, if it has been in the balloon before, before that comes again.
         if !inner.allowed
-            || inner.settled > 0
+            || inner.still > 0
             || inner.is_new(old.pfn())
             || inner.waiting.iter().any(|this| this.old == new)
         {

@@ -370,6 +370,22 @@ impl PageList {
         taken
     }
 
+    /// Moves those single pages to `other` for whose page frame number (of a kernel page)
+    /// `is_wanted` returns true.
+    pub(crate) fn move_singles(&mut self, other: &mut Self, is_wanted: impl Fn(u64) -> bool) {
+        for _ in 0..self.singles.len {
+            let Some(page) = self.pop() else { break };
+
+            // SAFETY: The page is of order 0 and was popped, so that it is the caller's to push.
+            unsafe {
+                match is_wanted(bindings::balloon_rs_page_to_pfn(page.as_ptr()) as u64) {
+                    true => other.push(page),
+                    false => self.push(page),
+                }
+            }
+        }
+    }
+
     /// Returns the first single page.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(super) fn first(&self) -> Option<NonNull<bindings::page>> {

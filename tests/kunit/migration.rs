@@ -75,13 +75,13 @@ mod tests {
         assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
 
         moves.allow(true);
-        let settled = moves.settled();
-        assert!(settled.is_some());
+        let still = moves.hold_still();
         assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
+        assert!(moves.is_settled());
 
-        drop(settled);
+        drop(still);
         assert_eq!(replace(&moves, &page, ELSEWHERE), Ok(()));
-        assert!(moves.settled().is_none());
+        assert!(!moves.is_settled());
     }
 
     #[test]
@@ -95,6 +95,22 @@ mod tests {
         // The second page takes the place of the first one, and is to leave at once.
         assert_eq!(replace(&moves, &first, pfn(&second)), Ok(()));
         assert_eq!(replace(&moves, &second, ELSEWHERE), Err(EAGAIN));
+    }
+
+    #[test]
+    fn only_what_the_device_knows_leaves_the_balloon() -> Result {
+        let (moves, first, mut second, mut others) = (moves()?, page()?, page()?, page()?);
+        let (known, unknown) = (pfn(&others), pfn(&second));
+
+        assert_eq!(replace(&moves, &first, unknown), Ok(()));
+        second.move_singles(&mut others, |_| true);
+        assert_eq!(others.len(), 2);
+
+        let mut aside = PageList::new();
+        moves.hold_still().set_aside(&mut others, &mut aside);
+        assert!(others.pfns().eq([known]));
+        assert!(aside.pfns().eq([unknown]));
+        Ok(())
     }
 
     #[test]
@@ -118,7 +134,7 @@ mod tests {
         };
 
         assert_eq!(replace(&moves, &page, u64::MAX), Err(EOVERFLOW));
-        assert!(moves.settled().is_some());
+        assert!(moves.is_settled());
     }
 
     #[test]
