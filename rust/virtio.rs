@@ -887,7 +887,15 @@ impl Config {
             );
         }
 
-        Ok(u32::from_le_bytes(value))
+        let value = u32::from_le_bytes(value);
+        // Whatever is read from where there is no device has all bits set.
+        //
+        // SAFETY: The device is valid, as above.
+        if value == u32::MAX && unsafe { bindings::balloon_rs_is_gone(self.dev.as_raw()) } {
+            return Err(ENODEV);
+        }
+
+        Ok(value)
     }
 
     /// Writes a little-endian field. May sleep.
