@@ -123,9 +123,11 @@ fn lets_others_in() -> Result<bool> {
     let (before, len) = (memory::ballooned_pages(), pages.len());
 
     workqueue::system_unbound().try_spawn(GFP_KERNEL, move || other.take(before, len))?;
-    eventually(|| Ok(this.begun.load(Acquire)))?;
+    let begun = eventually(|| Ok(this.begun.load(Acquire)));
     this.balloon.insert(pages);
+    // The other one has to end, whatever happens.
     this.inserted.store(true, Release);
+    begun?;
     eventually(|| Ok(this.over.load(Acquire)))?;
 
     Ok(this.between.load(Acquire))

@@ -218,14 +218,22 @@ impl<'a> Actor<'a> {
                 }
                 End::Hostile => self.act(Duration::from_secs(1)),
                 End::Silent => thread::park(),
+                End::FallsSilent => {
+                    self.behave_for(Duration::from_secs(3));
+                    self.end(End::Silent);
+                }
                 End::Gone => {
-                    let start = Instant::now();
-                    while start.elapsed() < Duration::from_secs(1) {
-                        self.behave();
-                    }
+                    self.behave_for(Duration::from_secs(1));
                     process::exit(0)
                 }
             }
+        }
+    }
+
+    fn behave_for(&self, time: Duration) {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            self.behave();
         }
     }
 

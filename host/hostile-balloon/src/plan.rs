@@ -82,6 +82,8 @@ pub(crate) enum End {
     Slow,
     /// It uses no buffer any more.
     Silent,
+    /// It uses no buffer any more after three seconds of being as it should.
+    FallsSilent,
     /// It vanishes, as if it were pulled out, after a second of being as it should.
     Gone,
 }

@@ -494,9 +494,11 @@ impl Guest {
         Ok(())
     }
 
-    /// Whether QEMU has crashed, whatever its guest did.
+    /// Whether QEMU has crashed, with nothing wrong in its guest before.
     pub fn is_lost(&self) -> bool {
+        let faults = self.console().faults(&self.config.expected);
         self.home().qemu.wait(Duration::from_secs(1)).is_err()
+            && faults.is_ok_and(|faults| faults.is_empty())
     }
 
     /// Fails when the guest has used up its time or its kernel has given up.

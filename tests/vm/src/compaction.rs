@@ -184,13 +184,13 @@ fn memory_offline(setup: &Setup) -> Result<()> {
 }
 
 /// A block of memory that can be taken away from the guest.
-struct Block {
-    state: String,
+pub(crate) struct Block {
+    pub(crate) state: String,
     pages: Range<u64>,
 }
 
 /// The block of memory that has most of the balloon in it, of those whose zones match a pattern.
-fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
+pub(crate) fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
     const MEMORY: &str = "/sys/devices/system/memory";
     let bytes = guest.read_file(&format!("{MEMORY}/block_size_bytes"))?;
     let pages = Size::bytes(u64::from_str_radix(bytes.trim(), 16)?).as_pages();

@@ -2,7 +2,7 @@
 
 //! A device that does what no device should, and a guest that goes on.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::iter;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +11,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vm::{Driver, Exit, Guest, Hostile, Link, Load, Machine, MemoryBackend, Size};
 
+use crate::compaction::fullest_block;
 use crate::lifecycle::{device, driver_directory};
+use crate::reporting::{FAST_REPORTS, take};
 use crate::sizes::{check_free, check_size};
 use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
 
@@ -57,12 +59,28 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: silent_report,
     },
     Scenario {
+        name: "silent_report_floor",
+        proves: "nor does it take what the guest is to keep",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_report_floor,
+    },
+    Scenario {
         name: "silent_offline",
         proves: "memory that a silent device has stays online, and whoever wants it offline is told so",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
         run: silent_offline,
+    },
+    Scenario {
+        name: "oom_with_unanswered_moves",
+        proves: "nor do pages of the balloon that were moved keep a process from getting the others",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: oom_with_unanswered_moves,
     },
     Scenario {
         name: "vanished_device",
@@ -77,6 +95,16 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 /// For how long devices are plugged, of each form, if nobody names seeds.
 const TIME: Duration = Duration::from_secs(30);
 
+/// The seeds in which something was found once. They come first.
+const FOUND: &[u64] = &[26, 127, 227, 380, 536, 610, 793, 903, 1232];
+const FOUND_AS_PCI: &[u64] = &[4, 56];
+
+/// A device that takes reports, and then keeps one.
+const REPORTS: [&str; 4] = ["--only", "falls-silent", "--offer", "free-page-reporting"];
+
+/// When such a device has fallen silent.
+const FELL_SILENT: Duration = Duration::from_secs(4);
+
 /// How many devices one guest gets at most. Its log, which is read again and again, grows with each.
 const DEVICES_PER_GUEST: usize = 100;
 
@@ -90,15 +118,26 @@ const NOISE: Size = Size::mib(64);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn hostile(setup: &Setup, link: Link) -> Result<()> {
-    let start = Instant::now();
-    let limit = setup.seeds().is_none().then_some(TIME);
-    let wanted = setup.seeds().unwrap_or(0..u64::MAX);
-    let goes_on = || limit.is_none_or(|limit| start.elapsed() < limit);
-    let mut seeds = wanted.clone();
-    let (mut lost, mut finds) = (0, 0);
-    while !seeds.is_empty() && goes_on() {
+    let known = match (setup.seeds(), link) {
+        (Some(_), _) => &[],
+        (None, Link::VhostUser) => FOUND,
+        (None, Link::VfioUser) => FOUND_AS_PCI,
+    };
+    let others = setup.seeds().unwrap_or(0..u64::MAX);
+    let mut seeds = known.iter().copied().chain(others).peekable();
+    // The time begins with the first device.
+    let begun = OnceCell::<Instant>::new();
+    let goes_on =
+        || setup.seeds().is_some() || begun.get().is_none_or(|begun| begun.elapsed() < TIME);
+    let (mut plugged, mut lost, mut finds) = (0, 0, 0);
+    while seeds.peek().is_some() && goes_on() {
         let is_lost = Cell::new(false);
-        let these = iter::from_fn(|| goes_on().then(|| seeds.next()).flatten());
+        let these = iter::from_fn(|| {
+            begun.get_or_init(Instant::now);
+            let seed = goes_on().then(|| seeds.next()).flatten()?;
+            plugged += 1;
+            Some(seed)
+        });
         match suffer(setup, link, these.take(DEVICES_PER_GUEST), &is_lost) {
             Ok(()) => {}
             // It is the device's peer as well, and not what is tested.
@@ -110,11 +149,9 @@ fn hostile(setup: &Setup, link: Link) -> Result<()> {
         }
     }
     // Whatever goes wrong is the end of the guest and of one device.
-    let plugged = seeds.start - wanted.start;
     let endured = plugged - lost - finds;
     setup.note(format!(
-        "{endured} of {plugged} devices endured, from seed {} on; QEMU crashed {lost} times, {finds} finds",
-        wanted.start
+        "{endured} of {plugged} devices endured; QEMU crashed {lost} times, {finds} finds"
     ));
     ensure!(
         endured + finds > 0,
@@ -265,7 +302,61 @@ fn silent_report(setup: &Setup) -> Result<()> {
     setup.tolerate(result)
 }
 
+fn silent_report_floor(setup: &Setup) -> Result<()> {
+    /// What the driver leaves to the guest, and by how much that may be missed.
+    const FLOOR: Size = Size::mib(256);
+    const SLACK: Size = Size::mib(16);
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .parameter(FAST_REPORTS)
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    let result = vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &["floor_mib=256"])?;
+        let device = Hostile::start(guest, Link::VhostUser, 0, &REPORTS)?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        thread::sleep(FELL_SILENT);
+
+        // What one process leaves is what the guest has, and what another one has used is to be reported.
+        let available = guest.meminfo()?.available;
+        let rest = take(guest, available.saturating_sub(FLOOR + Size::mib(48)))?;
+        take(guest, Size::mib(128))?.stop()?;
+        let before = guest.meminfo()?.available;
+        thread::sleep(Duration::from_secs(3));
+        let left = guest.meminfo()?.available;
+        setup.note(format!("{left} of {before} left"));
+        ensure!(left + SLACK > FLOOR, "reports leave {left} of {before}");
+        rest.stop()?;
+        guest.unplug_balloon()?;
+        guest.rmmod(setup.driver)
+    });
+    setup.tolerate(result)
+}
+
 fn silent_offline(setup: &Setup) -> Result<()> {
+    let messages = offline_with(setup, &[], &["--only", "silent"], |_| Ok(()));
+    // Pages in the balloon would be moved, which does not end either with a device that has fallen silent.
+    let empty: &[&str] = match setup.driver {
+        Driver::C => &[],
+        _ => &["inflate=0"],
+    };
+    let reports = offline_with(setup, empty, &REPORTS, |guest| {
+        // It has kept no report so far.
+        thread::sleep(FELL_SILENT);
+        take(guest, Size::mib(300))?.stop().map(|_| ())
+    });
+    setup.tolerate(messages.and(reports))
+}
+
+/// Takes blocks of memory offline of which a device has pages, once it was plugged and `ask` has been done.
+fn offline_with(
+    setup: &Setup,
+    parameters: &[&str],
+    arguments: &[&str],
+    ask: impl Fn(&Guest) -> Result<()>,
+) -> Result<()> {
     const BLOCKS: &str = "grep -l '^Movable' /sys/devices/system/memory/memory*/valid_zones";
     /// The driver waits for two seconds.
     const LIMIT: Duration = Duration::from_secs(6);
@@ -286,10 +377,11 @@ fn silent_offline(setup: &Setup) -> Result<()> {
         .config()
         .machine(Machine::I440fx)
         .parameter("movablecore=512M")
+        .parameter(FAST_REPORTS)
         .backend(MemoryBackend::Memfd)
         .balloon(None);
-    let result = vm::run(&config, |guest| {
-        guest.insmod(setup.driver, &[])?;
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, parameters)?;
         // The kernel has put things into some that cannot be moved, before it knew.
         let mut blocks = Vec::new();
         let listed = guest.sh(BLOCKS)?;
@@ -299,9 +391,10 @@ fn silent_offline(setup: &Setup) -> Result<()> {
             }
         }
         let free = guest.free()?;
-        let device = Hostile::start(guest, Link::VhostUser, 0, &["--only", "silent"])?;
+        let device = Hostile::start(guest, Link::VhostUser, 0, arguments)?;
         device.plug(guest, "pci.0")?;
         device.wait()?;
+        ask(guest)?;
         guest.wait_until("pages for the device", PATIENCE, || {
             Ok(guest.free()? + SENT < free)
         })?;
@@ -329,6 +422,63 @@ fn silent_offline(setup: &Setup) -> Result<()> {
                 "{block} stays online without the device"
             );
         }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
+    /// What the device wants.
+    const BALLOON: Size = Size::mib(128);
+    /// More than the guest can have without the balloon, in MiB.
+    const NEED: u64 = 48;
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .parameter("movablecore=512M")
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    let result = vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let arguments = ["--only", "falls-silent", "--offer", "deflate-on-oom"];
+        let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        guest.wait_until("the balloon", PATIENCE, || {
+            Ok(guest.vmstat("nr_balloon_pages")? == BALLOON.as_pages())
+        })?;
+        thread::sleep(FELL_SILENT);
+
+        // Has the pages of the balloon moved out of a block, which does not end, since only so many may be on their way.
+        let moved = guest.vmstat("balloon_migrate")?;
+        let available = guest.meminfo()?.available;
+        let block = fullest_block(guest, "^Movable")?;
+        let line = format!("echo offline >{}", block.state);
+        guest.exec_within(&["sh", "-c", &line], Duration::from_secs(3))?;
+        let moved = guest.vmstat("balloon_migrate")? - moved;
+        ensure!(moved > 0, "no page of the balloon was moved");
+        guest.wait_until("the rest of the block", PATIENCE, || {
+            Ok(guest.meminfo()?.available + NOISE > available)
+        })?;
+
+        let mib = guest.meminfo()?.available.as_mib() + NEED;
+        let mib = usize::try_from(mib)?;
+        let load = guest.start_load(Load::Hog { mib })?;
+        guest.wait_until("a process has the memory it needs", PATIENCE, || {
+            let status = load.status()?;
+            ensure!(
+                status.exit.is_none(),
+                "it ended with {:?} at {} MiB",
+                status.exit,
+                status.progress.mib
+            );
+            Ok(status.progress.mib >= mib)
+        })?;
+        load.stop()?;
+        let left = Size::pages(guest.vmstat("nr_balloon_pages")?);
+        setup.note(format!(
+            "{moved} pages were moved, and {left} of {BALLOON} left in the balloon"
+        ));
+        guest.unplug_balloon()?;
         guest.rmmod(setup.driver)
     });
     setup.tolerate(result)
@@ -367,6 +517,14 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
             device.wait()?;
             // Whatever there is to be waited for is on its way.
             thread::sleep(Duration::from_secs(3));
+            if link == Link::VfioUser && setup.driver != Driver::C {
+                // Where there is no device, all bits of everything are set.
+                let size = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/balloon")?;
+                ensure!(
+                    size.starts_with("target 0\n"),
+                    "the balloon of a device that is gone: {size}"
+                );
+            }
             begun.set(true);
             let start = Instant::now();
             way(setup, guest)?;
