@@ -286,7 +286,8 @@ fn silent_report(setup: &Setup) -> Result<()> {
         device.plug(guest, "pci.0")?;
         device.wait()?;
         // A report keeps pages from being free.
-        guest.wait_until("a report", PATIENCE, || Ok(guest.free()? + NOISE < free))?;
+        let report = || guest.wait_until("a report", PATIENCE, || Ok(guest.free()? + NOISE < free));
+        report()?;
         let start = Instant::now();
         guest.suspend(|| Ok(()))?;
         let took = start.elapsed();
@@ -295,6 +296,23 @@ fn silent_report(setup: &Setup) -> Result<()> {
             took.as_secs_f64()
         ));
         ensure!(took < LIMIT, "suspending took {took:?}");
+
+        // The same once more, and the system goes on at the last moment.
+        report()?;
+        let mark = guest.console().mark()?;
+        guest.write_file("/sys/power/pm_test", "freezer")?;
+        guest.write_file("/sys/power/state", "mem")?;
+        guest.wait_until(
+            "word of a device that was reset for nothing",
+            PATIENCE,
+            || {
+                Ok(guest
+                    .console()
+                    .count_since(mark, "the system did not sleep, and the device was reset")?
+                    > 0)
+            },
+        )?;
+
         guest.unplug_balloon()?;
         guest.rmmod(setup.driver)?;
         check_free(guest, free)
