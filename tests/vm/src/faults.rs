@@ -283,7 +283,7 @@ fn cgroup_pressure(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().disk(swap.path()), |guest| {
         guest.sh("mkswap /dev/vda && swapon /dev/vda")?;
         guest.sh(&format!(
-            "echo +memory >/sys/fs/cgroup/cgroup.subtree_control && mkdir {GROUP} && echo 32M >{GROUP}/memory.max"
+            "echo +memory >/sys/fs/cgroup/cgroup.subtree_control && mkdir {GROUP} && echo 32M >{GROUP}/memory.high"
         ))?;
         guest.insmod(setup.driver, &[])?;
         let load = churn(guest, 96)?;
