@@ -4,6 +4,8 @@
 
 #![no_main]
 
+use std::ops::Range;
+
 use fuzz::{Guest, Input, PAGE, bytes, page};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
@@ -27,17 +29,37 @@ fuzz_target!(|data: &[u8]| {
     };
     let seen = guest.serve(&counters, &mut reporting);
 
-    let (mut allowed, mut named, mut most) = (0, 0, 0);
-    for buffer in seen.buffers.iter().filter(|b| b.is_write_only()) {
-        let start = buffer.addr().raw_value();
-        let end = start.saturating_add(buffer.len().into());
-        // No page of the guest is behind those that fit into a set.
-        let pages = start.div_ceil(PAGE)..(end / PAGE).min(u64::BITS.into());
-        let range = pages.fold(0, |pages, number| pages | page(number));
-        allowed |= guest.whole(range);
-        named += end - start;
-        most += bytes(guest.whole(range));
+    let mut ranges: Vec<_> = seen
+        .buffers
+        .iter()
+        .filter(|buffer| buffer.is_write_only())
+        .map(|buffer| {
+            let start = buffer.addr().raw_value();
+            start..start.saturating_add(buffer.len().into())
+        })
+        .collect();
+    let named: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+    // No page of the guest is behind those that fit into a set.
+    let set = |first: u64, end: u64| {
+        (first..end.min(u64::BITS.into())).fold(0, |pages, number| pages | page(number))
+    };
+    // One may begin in a page, and another one end there.
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in &ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range.clone()),
+        }
     }
+    let whole = joined.iter().fold(0, |pages, range| {
+        pages | set(range.start.div_ceil(PAGE), range.end / PAGE)
+    });
+    let mut allowed = guest.whole(whole);
+    let mut most = ranges
+        .iter()
+        .map(|range| bytes(allowed & set(range.start / PAGE, range.end.div_ceil(PAGE))))
+        .sum();
     if input.option {
         (allowed, most) = (0, 0);
     }
