@@ -50,7 +50,6 @@ use kernel::{
         atomic::{
             Acquire,
             Atomic,
-            Full,
             Relaxed,
             Release, //
         },
@@ -98,12 +97,15 @@ impl Report for Reports {
     fn report(&self, pages: FreePages<'_>) -> Result {
         let mut queue = self.queue.lock();
 
+        if self.sleeping.load(Acquire) {
+            return Err(EBUSY);
+        }
         // These pages are set aside already, and a device may keep them for as long as it likes.
         let available = match pages.are_movable() {
             true => memory::available_pages(),
             false => memory::kernel_available_pages(),
         };
-        if self.sleeping.load(Acquire) || available < floor_pages() {
+        if available < floor_pages() {
             return Err(EBUSY);
         }
         queue.lend(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
@@ -113,7 +115,8 @@ impl Report for Reports {
 }
 
 impl Reports {
-    /// Waits until no report is on its way, but not longer than [`PATIENCE`]. Returns whether none is.
+    /// Waits until no report is on its way, but not longer than [`PATIENCE`]. Returns whether none
+    /// is.
     fn settle(&self) -> bool {
         let start = Instant::<Monotonic>::now();
 
@@ -141,11 +144,15 @@ impl Sleeper for Reports {
     }
 
     fn after_sleep(&self) {
-        if self.out_of_time.xchg(false, Full) && self.queue.lock().is_reset() {
-            dev_warn!(
-                self.dev,
-                "the system did not sleep, and the device was reset: no more ballooning until the driver is bound again\n"
-            );
+        if self.out_of_time.load(Acquire) {
+            // As long as that is set nothing keeps the lock for the device's sake.
+            if self.queue.lock().is_reset() {
+                dev_warn!(
+                    self.dev,
+                    "the system did not sleep, and the device was reset: no more ballooning until the driver is bound again\n"
+                );
+            }
+            self.out_of_time.store(false, Release);
         }
         self.sleeping.store(false, Release);
     }
