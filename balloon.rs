@@ -531,10 +531,12 @@ impl Balloon {
         };
         if resting {
             // Whoever wants pages moved would wait for a device that does not answer.
-            let too_long = |since: &Instant<_>| is_silent && since.elapsed() > PATIENCE;
-            let is_waiting = worker.moving.as_ref().is_some_and(too_long);
+            let is_stuck = is_silent
+                && worker
+                    .moving
+                    .is_some_and(|since| since.elapsed() > PATIENCE);
             self.moves()
-                .allow(!is_waiting && !self.giving_back.load(Relaxed));
+                .allow(!is_stuck && !self.giving_back.load(Relaxed));
         }
         if resting || is_silent {
             self.relax();

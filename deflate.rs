@@ -166,9 +166,9 @@ impl Taker<'_> {
 /// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
 /// has answered.
 ///
-/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before: those of
-/// which it does not stay in the balloon, and `still` keeps others from becoming such. `batch` is where
-/// pages are put in order.
+/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before: those
+/// of which it does not stay in the balloon, and `still` keeps others from becoming such. `batch` is
+/// where pages are put in order.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<Moves>,

@@ -91,8 +91,8 @@ impl Inner {
 pub(crate) struct Still<'a>(&'a Moves);
 
 impl Still<'_> {
-    /// Takes those pages off `pages` of which the device may not know yet that they are in the balloon,
-    /// and puts them on `unknown`.
+    /// Takes those pages off `pages` of which the device may not know yet that they are in the
+    /// balloon, and puts them on `unknown`.
     pub(crate) fn set_aside(&self, pages: &mut PageList, unknown: &mut PageList) {
         let inner = self.0.inner.lock();
 

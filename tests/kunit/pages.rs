@@ -39,20 +39,20 @@ pub(super) fn block(order: u32) -> Result<PageList> {
     Ok(batch.take_all())
 }
 
-/// Gathers `n` of the largest blocks.
-fn gather(n: usize) -> Result<Batch> {
+/// Gathers `n` of the largest blocks, `whole` or as single pages.
+fn gather(n: usize, whole: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
     memory::drain_free_lists();
     for _ in 0..n {
-        batch.alloc(MAX_ORDER, 1, true).map_err(|_| ENOMEM)?;
+        batch.alloc(MAX_ORDER, 1, whole).map_err(|_| ENOMEM)?;
     }
     Ok(batch)
 }
 
 /// Allocates a list of `n` of the largest blocks.
 fn blocks(n: usize) -> Result<PageList> {
-    Ok(gather(n)?.take_all())
+    Ok(gather(n, true)?.take_all())
 }
 
 /// Nobody moves a page in these tests.
@@ -103,14 +103,7 @@ impl Contended {
 /// Puts many single pages into a balloon. Returns whether others get at them before all are in.
 fn lets_others_in() -> Result<bool> {
     const BLOCKS: usize = 16;
-    let mut batch = Batch::new()?;
-
-    memory::drain_free_lists();
-    for _ in 0..BLOCKS {
-        batch.alloc(MAX_ORDER, 1, false).map_err(|_| ENOMEM)?;
-    }
-    let pages = batch.take_all();
-
+    let pages = gather(BLOCKS, false)?.take_all();
     let contended = Contended {
         balloon: Arc::pin_init(BalloonPages::new(false, Ok(Fixed)), GFP_KERNEL)?,
         begun: Atomic::new(false),
@@ -256,7 +249,7 @@ mod tests {
         let balloon = balloon();
         assert!(balloon.is_ok());
         let Ok(balloon) = balloon else { return };
-        let batch = gather(4);
+        let batch = gather(4, true);
         assert!(batch.is_ok());
         let Ok(mut batch) = batch else { return };
         let Some(first) = batch.first() else { return };

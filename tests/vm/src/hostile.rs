@@ -447,8 +447,8 @@ fn offline_with(
 fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
     /// What the device wants.
     const BALLOON: Size = Size::mib(128);
-    /// More than the guest can have without the balloon, in MiB.
-    const NEED: u64 = 48;
+    /// More than the guest can have without the balloon.
+    const NEED: Size = Size::mib(48);
     let config = setup
         .config()
         .machine(Machine::I440fx)
@@ -478,19 +478,7 @@ fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
             Ok(guest.meminfo()?.available + NOISE > available)
         })?;
 
-        let mib = guest.meminfo()?.available.as_mib() + NEED;
-        let mib = usize::try_from(mib)?;
-        let load = guest.start_load(Load::Hog { mib })?;
-        guest.wait_until("a process has the memory it needs", PATIENCE, || {
-            let status = load.status()?;
-            ensure!(
-                status.exit.is_none(),
-                "it ended with {:?} at {} MiB",
-                status.exit,
-                status.progress.mib
-            );
-            Ok(status.progress.mib >= mib)
-        })?;
+        let load = take(guest, guest.meminfo()?.available + NEED)?;
         load.stop()?;
         let left = Size::pages(guest.vmstat("nr_balloon_pages")?);
         setup.note(format!(

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use vm::{Guest, Load, Offer, RunningLoad, Size};
 
+use crate::reporting::wait_until_taken;
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -75,16 +76,7 @@ impl Shares {
 
     /// Waits until a process has all that it needs.
     fn wait(&self, guest: &Guest, load: &RunningLoad<'_>) -> Result<()> {
-        guest.wait_until("a process has the memory it needs", PATIENCE, || {
-            let status = load.status()?;
-            ensure!(
-                status.exit.is_none(),
-                "it ended with {:?} at {} MiB",
-                status.exit,
-                status.progress.mib
-            );
-            Ok(status.progress.mib >= self.need)
-        })
+        wait_until_taken(guest, load, self.need)
     }
 }
 

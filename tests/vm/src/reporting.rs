@@ -96,10 +96,22 @@ fn check_returned(
 pub(crate) fn take(guest: &Guest, size: Size) -> Result<RunningLoad<'_>> {
     let mib = usize::try_from(size.as_mib())?;
     let load = guest.start_load(Load::Hog { mib })?;
-    guest.wait_until("a process has its memory", LOAD_PATIENCE, || {
-        Ok(load.status()?.progress.mib >= mib)
-    })?;
+    wait_until_taken(guest, &load, mib)?;
     Ok(load)
+}
+
+/// Waits until a process that takes so many MiB has all of them.
+pub(crate) fn wait_until_taken(guest: &Guest, load: &RunningLoad<'_>, mib: usize) -> Result<()> {
+    guest.wait_until("a process has its memory", LOAD_PATIENCE, || {
+        let status = load.status()?;
+        ensure!(
+            status.exit.is_none(),
+            "it ended with {:?} at {} MiB",
+            status.exit,
+            status.progress.mib
+        );
+        Ok(status.progress.mib >= mib)
+    })
 }
 
 /// Waits until the host gets nothing more, and returns what QEMU has then.
