@@ -202,13 +202,17 @@ static unsigned long free_at(unsigned long pfn, unsigned long nr)
 /*
  * Allocates the pages from @pfn on, which are moved elsewhere if they are in use. One at a time: of
  * two callers in the same page block the one that fails ends the isolation of the other, too, which
- * is a BUG() with CONFIG_DEBUG_VM and a failure without.
+ * is a BUG() with CONFIG_DEBUG_VM and a failure without. The other one may also be somebody who
+ * takes memory offline: free pages that are isolated for that look like others, and whoever waits
+ * for them to be would wait without end.
  */
 static int alloc_range(unsigned long pfn, unsigned long nr)
 {
 	static DEFINE_MUTEX(lock);
 
 	guard(mutex)(&lock);
+	if (READ_ONCE(page_zone(pfn_to_page(pfn))->nr_isolate_pageblock))
+		return -EBUSY;
 	return alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
 }
 #endif

@@ -131,6 +131,22 @@ impl Zone {
 
         Hold { places, time }
     }
+
+    /// Has the zone look as if `more` page blocks in it were isolated, or so many fewer.
+    #[cfg(all(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST, CONFIG_CONTIG_ALLOC))]
+    pub(crate) fn isolate(self, more: isize) {
+        let zone = self.0.as_ptr();
+
+        // SAFETY: By the type invariants it is a zone. The number is changed under its lock, and no
+        // reference to it is made.
+        unsafe {
+            let flags = bindings::balloon_rs_lock_zone(zone);
+            let blocks = &raw mut (*zone).nr_isolate_pageblock;
+
+            blocks.write_volatile(blocks.read_volatile().wrapping_add_signed(more));
+            bindings::balloon_rs_unlock_zone(zone, flags);
+        }
+    }
 }
 
 /// Returns the first multiple of 2^`order` after `pfn`.

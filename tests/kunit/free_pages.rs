@@ -13,6 +13,7 @@ use crate::{
     message::Runs,
     rust::{
         batch::Batch,
+        claim::Claim,
         memory,
         page_list::{
             PageList,
@@ -227,6 +228,30 @@ mod tests {
 
         drain();
         assert_eq!(eventually(|| Ok(over.load(Acquire) == OTHERS)), Ok(()));
+    }
+
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    #[test]
+    fn nothing_is_claimed_where_somebody_isolates_memory() {
+        // Others may take some of it in the meantime, but not each time.
+        let claim = || {
+            let (pages, first) = take(1)?;
+
+            drop(pages);
+            memory::drain_free_lists();
+            Ok(Claim::new(first, BLOCK).is_some())
+        };
+        let isolate = |more| {
+            (0..)
+                .map_while(Zone::nth)
+                .for_each(|zone| zone.isolate(more))
+        };
+
+        isolate(1);
+        let claimed = (0..10).any(|_| claim() == Ok(true));
+        isolate(-1);
+        assert!(!claimed);
+        assert_eq!(eventually(claim), Ok(()));
     }
 
     #[test]
