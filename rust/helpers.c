@@ -566,14 +566,15 @@ static u32 config_len(struct pci_dev *pci, int pos)
  * beyond its end is a BUG() in the transport for PCI, which knows the length from a capability and
  * tells nobody; and what is beyond the end of the BAR is not mapped. If the device has several of
  * that kind, the shortest counts: which one the transport takes depends on the rest of them. The
- * other transports, and devices from before virtio 1.0, have no length.
+ * other transports, and devices from before virtio 1.0, have no length. A list of capabilities may
+ * be a circle: one with more than there is room for is none.
  */
 unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 {
 	unsigned int shortest = UINT_MAX;
 #ifdef CONFIG_PCI
 	struct pci_dev *pci = pci_of(vdev);
-	int pos;
+	int pos, left = (PCI_CFG_SPACE_SIZE - PCI_STD_HEADER_SIZEOF) / PCI_CAP_SIZEOF;
 
 	if (!pci || !virtio_has_feature(vdev, VIRTIO_F_VERSION_1))
 		return shortest;
@@ -581,6 +582,8 @@ unsigned int balloon_rs_config_len(struct virtio_device *vdev)
 	     pos = pci_find_next_capability(pci, pos, PCI_CAP_ID_VNDR)) {
 		u8 type;
 
+		if (!left--)
+			return 0;
 		pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, cfg_type), &type);
 		if (type == VIRTIO_PCI_CAP_DEVICE_CFG)
 			shortest = min(shortest, config_len(pci, pos));
