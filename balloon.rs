@@ -329,6 +329,11 @@ impl Balloon {
         task.dev.relax();
     }
 
+    /// Returns whether a queue is broken, so that nothing more comes of the work.
+    fn is_broken(&self, worker: &Worker) -> bool {
+        worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken()
+    }
+
     /// Returns the target in kernel pages.
     fn target(&self, worker: &Worker) -> Result<usize> {
         if self.giving_back.load(Relaxed) || self.floor.is_none() {
@@ -558,7 +563,7 @@ impl Balloon {
             again = Some(0);
         }
 
-        if worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken() {
+        if self.is_broken(worker) {
             return Err(EIO);
         }
 
@@ -650,6 +655,10 @@ impl GoingOffline for Task<Balloon> {
         .ok_or(EBUSY)?;
 
         let before = self.pages.len();
+        // No page is moved any more.
+        if before > 0 && (worker.error.is_some() || self.is_broken(&worker)) {
+            return Err(EBUSY);
+        }
         let all = deflate::evacuate(&self.deflate, &self.pages, &mut worker.batch, &pfns);
         if self.pages.len() == before {
             return all.then_some(()).ok_or(EBUSY);

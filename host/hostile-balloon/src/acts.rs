@@ -25,6 +25,9 @@ use crate::ring::{Buffer, Ring};
 /// How long the device stays in one mood, in milliseconds.
 const MOOD: std::ops::Range<u64> = 20..120;
 
+/// For how long a device is as it should that is not to the end.
+const HONEST: Duration = Duration::from_secs(3);
+
 /// How many requests, interrupts or changes a flood has at most.
 const FLOOD: u32 = 64;
 
@@ -219,8 +222,16 @@ impl<'a> Actor<'a> {
                 End::Hostile => self.act(Duration::from_secs(1)),
                 End::Silent => thread::park(),
                 End::FallsSilent => {
-                    self.behave_for(Duration::from_secs(3));
+                    self.behave_for(HONEST);
                     self.end(End::Silent);
+                }
+                End::Breaks => {
+                    self.behave_for(HONEST);
+                    self.with_ring(0, |mut ring| {
+                        ring.put_stranger(u32::from(ring.size()), 0);
+                        ring.interrupt();
+                    });
+                    self.end(End::WellBehaved);
                 }
                 End::Gone => {
                     self.behave_for(Duration::from_secs(1));

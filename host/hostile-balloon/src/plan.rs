@@ -84,6 +84,8 @@ pub(crate) enum End {
     Silent,
     /// It uses no buffer any more after three seconds of being as it should.
     FallsSilent,
+    /// It uses a buffer of the first queue that there is none of, after three seconds of being as it should.
+    Breaks,
     /// It vanishes, as if it were pulled out, after a second of being as it should.
     Gone,
 }

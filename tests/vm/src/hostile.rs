@@ -68,7 +68,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "silent_offline",
-        proves: "memory that a silent device has stays online, and whoever wants it offline is told so",
+        proves: "memory that a silent or broken device has stays online, and whoever wants it offline is told so",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -365,7 +365,13 @@ fn silent_offline(setup: &Setup) -> Result<()> {
         thread::sleep(FELL_SILENT);
         take(guest, Size::mib(300))?.stop().map(|_| ())
     });
-    setup.tolerate(messages.and(reports))
+    // Nor are they moved once a queue is broken.
+    let breaks = ["--only", "breaks", "--offer", "deflate-on-oom"];
+    let broken = offline_with(setup, &[], &breaks, |_| {
+        thread::sleep(FELL_SILENT);
+        Ok(())
+    });
+    setup.tolerate(messages.and(reports).and(broken))
 }
 
 /// Takes blocks of memory offline of which a device has pages, once it was plugged and `ask` has been done.
