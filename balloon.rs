@@ -264,6 +264,7 @@ impl Balloon {
         while !self.pages.take(usize::MAX, usize::MAX).is_empty() {}
 
         self.worker.lock().inflate.take_back();
+        self.moves().take_back();
         // Dropped when the lock has been released: that may sleep.
         let _before = self.deflate.lock().take_back();
     }

@@ -136,7 +136,19 @@ impl Moves {
         }))
     }
 
-    /// Forgets what a device that was reset has not been told.
+    /// Forgets what a device that was reset has not been told, and lets no page be moved before the
+    /// [`reset`](Self::reset) for the next one.
+    pub(crate) fn take_back(&self) {
+        let mut inner = self.inner.lock();
+
+        inner.telling.clear();
+        // Dropped when the lock has been released. Without capacity there is no room for a move.
+        let _waiting = mem::take(&mut inner.waiting);
+        let _told = inner.told.replace(KVec::new());
+        drop(inner);
+    }
+
+    /// Begins anew with a device that was reset.
     ///
     /// # Errors
     ///

@@ -326,18 +326,18 @@ fn consecutive(host: &Host, pages: usize) -> impl Iterator<Item = usize> + use<'
 }
 
 /// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns
-/// them, if they are free at once, and what the driver says first about the pages that have come in
-/// their places.
+/// where they are, and the pages, if they are free at once, and what the driver says first about the
+/// pages that have come in their places.
 ///
 /// # Errors
 ///
 /// `ENOENT` if the kernel has moved none. It leaves pages alone that have the wrong neighbours.
-fn take_out(host: &Host, pages: usize) -> Result<(Result<PageList>, Request)> {
+fn take_out(host: &Host, pages: usize) -> Result<(usize, Result<PageList>, Request)> {
     for first in consecutive(host, pages) {
         let taken = PageList::alloc_range(first, pages);
         fsleep(Delta::from_millis(20));
         if let Some(request) = host.device.next(INFLATE)? {
-            return Ok((taken, request));
+            return Ok((first, taken, request));
         }
     }
 
@@ -383,7 +383,7 @@ fn moved(features: &[Feature]) -> Result {
     let size = host.device.field(ACTUAL);
 
     // The old pages are free at once, unless the device must be told first.
-    let (taken, request) = take_out(&host, PAGES)?;
+    let (_, taken, request) = take_out(&host, PAGES)?;
     let waits = features.contains(&F_MUST_TELL_HOST) || features.contains(&F_PAGE_SETS);
     if taken.is_ok() == waits || host.device.field(ACTUAL) != size {
         return Err(EINVAL);
@@ -823,6 +823,19 @@ mod tests {
             // By far less than what it was sent.
             assert!(free() + (4 << 20) > before);
         }
+        Ok(())
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn what_was_moved_is_nobodys_while_the_system_sleeps() -> Result {
+        let host = movable(&[Feature::VERSION_1, F_MUST_TELL_HOST])?;
+        let (place, taken, _) = take_out(&host, PAGES)?;
+
+        // The pages are kept until the device has answered, and it does not.
+        assert!(taken.is_err() && PageList::alloc_range(place, PAGES).is_err());
+        host.device.freeze()?;
+        assert!(PageList::alloc_range(place, PAGES).is_ok());
         Ok(())
     }
 
