@@ -84,8 +84,9 @@ struct Reports {
     queue: Mutex<ReportingQueue>,
     #[pin]
     answered: WaitQueue,
-    /// Set while the system is about to sleep: nothing is reported.
+    /// Set while the system is about to sleep, or memory about to go offline: nothing is reported.
     sleeping: Atomic<bool>,
+    going_offline: Atomic<bool>,
     /// Set when the system cannot sleep for a report that is on its way.
     out_of_time: Atomic<bool>,
     /// How much was reported, in bytes.
@@ -95,17 +96,20 @@ struct Reports {
 
 impl Report for Reports {
     fn report(&self, pages: FreePages<'_>) -> Result {
-        let mut queue = self.queue.lock();
-
-        if self.sleeping.load(Acquire) {
-            return Err(EBUSY);
-        }
-        // These pages are set aside already, and a device may keep them for as long as it likes.
+        // A device may keep these pages for as long as it likes. They are set aside already: who
+        // takes memory after this look knows of them, and who had looked before has taken his.
+        let taking = memory::Taking::begin();
         let available = match pages.are_movable() {
             true => memory::available_pages(),
             false => memory::kernel_available_pages(),
         };
+        drop(taking);
         if available < floor_pages() {
+            return Err(EBUSY);
+        }
+
+        let mut queue = self.queue.lock();
+        if self.sleeping.load(Acquire) || self.going_offline.load(Acquire) {
             return Err(EBUSY);
         }
         queue.lend(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
@@ -160,9 +164,14 @@ impl Sleeper for Reports {
 
 impl GoingOffline for Reports {
     /// Pages that are set aside for a report are neither in use nor free, and the kernel would try
-    /// over and over. It sets none aside any more of those that are to go.
+    /// over and over. It sets none aside any more of those that are to go, but may have done so.
     fn going_offline(&self, _pfns: Range<u64>) -> Result {
+        self.going_offline.store(true, Release);
         self.settle().then_some(()).ok_or(EBUSY)
+    }
+
+    fn offline_over(&self) {
+        self.going_offline.store(false, Release);
     }
 }
 
@@ -194,6 +203,7 @@ impl Reporting {
             queue <- new_mutex!(queue, "Reporting::queue"),
             answered <- new_wait_queue!("Reporting::answered"),
             sleeping: Atomic::new(false),
+            going_offline: Atomic::new(false),
             out_of_time: Atomic::new(false),
             reported <- dir.file(c"reported_bytes", Atomic::new(0)),
         });

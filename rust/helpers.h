@@ -45,7 +45,10 @@ const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = __GFP_NORETRY | __GFP_NOWARN | __
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
 const size_t RUST_CONST_HELPER_PAGE_PRIVATE_OFFSET = offsetof(struct page, private);
 
+/* What is said before memory goes offline, and when it has gone or does not go. */
 const unsigned long RUST_CONST_HELPER_BALLOON_MEM_GOING_OFFLINE = MEM_GOING_OFFLINE;
+const unsigned long RUST_CONST_HELPER_BALLOON_MEM_OFFLINE = MEM_OFFLINE;
+const unsigned long RUST_CONST_HELPER_BALLOON_MEM_CANCEL_OFFLINE = MEM_CANCEL_OFFLINE;
 
 /* What a system says before it sleeps, and when it has slept or could not. */
 const unsigned long RUST_CONST_HELPER_BALLOON_PM_HIBERNATION_PREPARE = PM_HIBERNATION_PREPARE;

@@ -26,6 +26,12 @@ pub(crate) trait GoingOffline: Send + Sync {
     ///
     /// The memory stays online.
     fn going_offline(&self, pfns: Range<u64>) -> Result;
+
+    /// The memory is offline, or stays online.
+    ///
+    /// Called in process context, each time after [`going_offline`](Self::going_offline), whatever
+    /// that has returned.
+    fn offline_over(&self) {}
 }
 
 /// The chain of memory that goes online and offline.
@@ -48,8 +54,13 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
     }
 
     unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int {
-        if action != bindings::BALLOON_MEM_GOING_OFFLINE {
-            return bindings::NOTIFY_DONE as c_int;
+        match action {
+            bindings::BALLOON_MEM_GOING_OFFLINE => (),
+            bindings::BALLOON_MEM_OFFLINE | bindings::BALLOON_MEM_CANCEL_OFFLINE => {
+                who.offline_over();
+                return bindings::NOTIFY_OK as c_int;
+            }
+            _ => return bindings::NOTIFY_DONE as c_int,
         }
 
         // SAFETY: The chain passes the address of a `struct memory_notify`.

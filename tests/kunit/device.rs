@@ -473,6 +473,9 @@ fn stop(reason: u32) -> Result<u32> {
     Ok(device.field(STOP_REASON))
 }
 
+/// After which time the kernel has begun to report: two seconds after it was asked to.
+const BEGUN: Delta = Delta::from_millis(3_000);
+
 /// Has `act` do something about a report of free pages, and unbinds the driver. Returns whether the
 /// pages of the report are free again then.
 fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
@@ -904,11 +907,22 @@ mod tests {
         assert_eq!(while_reporting(|_, _| Ok(())), Ok(true));
     }
 
+    #[test]
+    fn nothing_is_reported_while_others_look_what_they_can_take() -> Result {
+        let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
+        let taking = memory::Taking::begin();
+
+        fsleep(BEGUN);
+        let report = device.next(REPORTS)?;
+        drop(taking);
+        assert!(report.is_none());
+
+        eventually(|| Ok(device.next(REPORTS)?.is_some()))
+    }
+
     #[cfg(CONFIG_PM_SLEEP)]
     #[test]
     fn a_report_that_is_longer_than_the_queue_is_not_sent() -> Result {
-        // When the kernel begins to report, two seconds after it was asked to.
-        const BEGUN: Delta = Delta::from_millis(3_000);
         let mut host = Host::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
 
         host.device.freeze()?;
