@@ -326,8 +326,8 @@ fn consecutive(host: &Host, pages: usize) -> impl Iterator<Item = usize> + use<'
 }
 
 /// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns
-/// where they are, and the pages, if they are free at once, and what the driver says first about the
-/// pages that have come in their places.
+/// where they are (a page frame number), they themselves, if they are free at once, and what the
+/// driver says first about the pages that have come in their places.
 ///
 /// # Errors
 ///
