@@ -371,7 +371,10 @@ fn silent_offline(setup: &Setup) -> Result<()> {
         thread::sleep(FELL_SILENT);
         Ok(())
     });
-    setup.tolerate(messages.and(reports).and(broken))
+    for result in [messages, reports, broken] {
+        setup.tolerate(result)?;
+    }
+    Ok(())
 }
 
 /// Takes blocks of memory offline of which a device has pages, once it was plugged and `ask` has been done.
