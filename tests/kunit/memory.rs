@@ -11,12 +11,16 @@ mod tests {
 
     #[test]
     fn what_is_kept_back_is_settled() -> Result {
+        let settled = || {
+            memory::settle_boosts();
+            eventually(|| Ok(memory::boosted_pages() == 0))
+        };
+        settled()?;
         let before = memory::available_pages();
         memory::boost(8 << 20 >> kernel::page::PAGE_SHIFT);
         assert!(memory::boosted_pages() > 0);
         assert!(memory::available_pages() < before);
 
-        memory::settle_boosts();
-        eventually(|| Ok(memory::boosted_pages() == 0))
+        settled()
     }
 }

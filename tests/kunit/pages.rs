@@ -108,8 +108,8 @@ impl Contended {
 
 /// Puts many single pages into a balloon. Returns whether others get at them before all are in.
 fn lets_others_in() -> Result<bool> {
-    const BLOCKS: usize = 16;
-    let pages = gather(BLOCKS, false)?.take_all();
+    const PAGES: usize = 1 << 14;
+    let pages = gather(PAGES >> MAX_ORDER, false)?.take_all();
     let contended = Contended {
         balloon: Arc::pin_init(BalloonPages::new(false, Ok(Fixed)), GFP_KERNEL)?,
         begun: Atomic::new(false),
