@@ -656,7 +656,7 @@ impl GoingOffline for Task<Balloon> {
         .ok_or(EBUSY)?;
 
         let before = self.pages.len();
-        // No page is moved any more.
+        // Nothing more comes of the work, and no page is moved any more.
         if before > 0 && (worker.error.is_some() || self.is_broken(&worker)) {
             return Err(EBUSY);
         }

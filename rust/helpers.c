@@ -211,7 +211,8 @@ static int alloc_range(unsigned long pfn, unsigned long nr)
 	static DEFINE_MUTEX(lock);
 
 	guard(mutex)(&lock);
-	if (READ_ONCE(page_zone(pfn_to_page(pfn))->nr_isolate_pageblock))
+	/* Without the zone's lock: what it would say may be over just as soon. */
+	if (data_race(page_zone(pfn_to_page(pfn))->nr_isolate_pageblock))
 		return -EBUSY;
 	return alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
 }
