@@ -28,7 +28,7 @@ use crate::{
     message::Runs,
     page_sets,
     rust::{
-        caches,
+        caches::Dropping,
         claim::Claim,
         debugfs,
         memory,
@@ -38,6 +38,7 @@ use crate::{
             Task,
             Waker, //
         },
+        thread::Thread,
         trace,
         virtqueue::{
             Either,
@@ -123,10 +124,10 @@ enum Work {
     Skip(Walk),
     /// To name what the walk finds, and keep it from being used.
     Discard(Walk),
-    /// To drop caches, which others may be dropping just now.
+    /// To drop caches, which another request may be doing just now.
     DropCaches(Caches),
     /// Caches are being dropped.
-    Dropping,
+    Dropping(Thread<HostRequests>),
     /// To say that it is over, and how it went.
     Complete(u8),
 }
@@ -190,7 +191,9 @@ impl Counters {
 pub(crate) struct HostRequests {
     #[pin]
     inner: Mutex<Inner>,
-    dropper: Arc<Task<Dropper>>,
+    /// How long dropping caches took that the budget has not been charged for, in nanoseconds.
+    spent: Arc<Atomic<i64>>,
+    waker: Waker<Self>,
     #[pin]
     counters: Counters,
     /// What times are counted from.
@@ -255,7 +258,7 @@ impl Inner {
     }
 
     /// Takes what the device has used, and what it has asked for.
-    fn collect(&mut self, dropper: &Task<Dropper>) {
+    fn collect(&mut self) {
         // A device that uses what it is offered at once would never come to an end.
         for _ in 0..self.queue.size() {
             let Some((buffer, len)) = self.queue.next_used() else {
@@ -270,7 +273,7 @@ impl Inner {
                     // A part of a request has no id to answer to. Devices that use buffers in order
                     // return those that an answer is behind with nothing in them.
                     if len as usize >= size_of::<Request>() {
-                        self.open_request(&request, dropper);
+                        self.open_request(&request);
                     }
                 }
                 Either::Right((mut message, claim)) => {
@@ -285,13 +288,13 @@ impl Inner {
         }
     }
 
-    fn open_request(&mut self, request: &Request, dropper: &Task<Dropper>) {
+    fn open_request(&mut self, request: &Request) {
         let id = u64::from_le(request.request_id);
         trace::request(self.queue.device(), id, u16::from_le(request.command));
         let known = id != 0 && !self.open.iter().any(|open| open.id == id);
         let legal = request.reserved == 0 && u32::from(request.block_shift) < u64::BITS;
         let work = if known && legal {
-            self.plan(request, dropper)
+            self.plan(request)
         } else {
             Work::Complete(request::MALFORMED)
         };
@@ -300,7 +303,7 @@ impl Inner {
         let _ = self.open.push_within_capacity(Open { id, work });
     }
 
-    fn plan(&mut self, request: &Request, dropper: &Task<Dropper>) -> Work {
+    fn plan(&mut self, request: &Request) -> Work {
         match u16::from_le(request.command) {
             // Where free pages have to hold some value, a copy must not lack it; and the kernel
             // would write to all pages that were discarded, when they are free again.
@@ -335,13 +338,13 @@ impl Inner {
                     slab: caches & request::CACHES_SLAB != 0,
                 })
             }
-            request::CANCEL => Work::Complete(self.cancel(u64::from_le(request.start), dropper)),
+            request::CANCEL => Work::Complete(self.cancel(u64::from_le(request.start))),
             _ => Work::Complete(request::UNSUPPORTED),
         }
     }
 
     /// Calls the request `id` off. Returns the status of the request to do so.
-    fn cancel(&mut self, id: u64, dropper: &Task<Dropper>) -> u8 {
+    fn cancel(&mut self, id: u64) -> u8 {
         let Some(open) = self.open.iter_mut().find(|open| open.id == id) else {
             return request::UNKNOWN_ID;
         };
@@ -349,8 +352,7 @@ impl Inner {
         match open.work {
             // It is over already, and only has to be told.
             Work::Complete(_) => return request::COMPLETE,
-            Work::Dropping => dropper.abandon(id),
-            Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) => (),
+            Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) | Work::Dropping(_) => (),
         }
         open.work = Work::Complete(request::CANCELLED);
         request::COMPLETE
@@ -378,17 +380,23 @@ impl Inner {
     }
 
     /// Gives `open` its turn.
-    fn turn(&mut self, open: &mut Open, dropper: &Task<Dropper>, counters: &Counters) -> Turn {
+    fn turn(&mut self, open: &mut Open, requests: &HostRequests) -> Turn {
+        let counters = &requests.counters;
         let step = match &mut open.work {
             Work::Skip(walk) => self.skip(open.id, walk, counters),
             Work::Discard(walk) => self.discard(open.id, walk, counters),
-            Work::DropCaches(caches) => {
-                if dropper.begin(open.id, *caches) {
-                    open.work = Work::Dropping;
+            Work::DropCaches(caches) => match requests.drop_caches(*caches) {
+                Some(Ok(thread)) => {
+                    open.work = Work::Dropping(thread);
+                    None
                 }
-                None
-            }
-            Work::Dropping => dropper.outcome(open.id).map(Some),
+                Some(Err(_)) => Some(Some(request::ABORTED)),
+                None => None,
+            },
+            Work::Dropping(thread) => thread.outcome().map(|outcome| match outcome {
+                Ok(()) => Some(request::COMPLETE),
+                Err(_) => Some(request::ABORTED),
+            }),
             Work::Complete(status) => {
                 let status = *status;
 
@@ -529,10 +537,12 @@ impl HostRequests {
     ) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_requests")?;
         let inner = Inner::new(dev, queue)?;
-        let dropper = Dropper::new(slot.waker())?;
+        let spent = Arc::new(Atomic::new(0), GFP_KERNEL)?;
+        let waker = slot.waker();
         let requests = try_pin_init!(Self {
             inner <- new_mutex!(inner, "HostRequests::inner"),
-            dropper,
+            spent,
+            waker,
             counters <- Counters::new(dir),
             start: Instant::now(),
         });
@@ -546,7 +556,6 @@ impl HostRequests {
         let before = mem::replace(&mut *self.inner.lock(), inner);
 
         drop(before);
-        self.dropper.resume();
         Ok(())
     }
 
@@ -555,13 +564,27 @@ impl HostRequests {
         drop(self.inner.lock().queue.take_back());
     }
 
-    /// Stops all work. Nothing is open any more.
+    /// Stops all work. Nothing is open any more: caches that are being dropped are left to their
+    /// thread, which is killed.
     pub(crate) fn stop(task: &Task<Self>) {
         task.stop();
-        task.dropper.stop();
-        *task.dropper.state.lock() = Dropping::Idle;
         task.inner.lock().open.clear();
         task.counters.open.store(0, Relaxed);
+    }
+
+    /// Begins to drop `caches`. Returns none while another request does so.
+    fn drop_caches(&self, caches: Caches) -> Option<Result<Thread<Self>>> {
+        let dropping = Dropping::begin()?;
+        let spent = self.spent.clone();
+        let waker = self.waker.clone();
+
+        Some(Thread::start(c"balloon_rs_drop", waker, move || {
+            let start = Instant::<Monotonic>::now();
+            let outcome = dropping.drop_caches(caches.pages, caches.slab);
+
+            spent.add(start.elapsed().as_nanos().max(DROPPING), Relaxed);
+            outcome
+        }))
     }
 
     /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
@@ -571,10 +594,8 @@ impl HostRequests {
         let start = now();
         inner.queue.disable_callback();
         // What the device has used comes back to the guest in any case.
-        inner.collect(&self.dropper);
-        inner
-            .budget
-            .spend(self.dropper.spent.xchg(0, Relaxed), start);
+        inner.collect();
+        inner.budget.spend(self.spent.xchg(0, Relaxed), start);
         // What has been done is told even so.
         let pause = inner.budget.pause(start);
 
@@ -594,7 +615,7 @@ impl HostRequests {
                 Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) if pause.is_some() => {
                     Turn::Wait
                 }
-                _ => inner.turn(&mut open, &self.dropper, &self.counters),
+                _ => inner.turn(&mut open, self),
             };
 
             // To the end, where there is room, since it comes from there: the next turn is another
@@ -607,7 +628,7 @@ impl HostRequests {
                 Turn::Again | Turn::Over => waiting = 0,
             }
             turns += 1;
-            inner.collect(&self.dropper);
+            inner.collect();
         }
         inner.queue.kick();
         self.counters.open.store(inner.open.len() as u64, Relaxed);
@@ -636,99 +657,6 @@ impl Job for HostRequests {
             Some(delay) if !inner.queue.is_broken() => task.schedule_in(delay),
             _ => (),
         }
-    }
-}
-
-/// Drops caches, for one request at a time. A task of its own, since it may take long.
-#[pin_data]
-struct Dropper {
-    #[pin]
-    state: Mutex<Dropping>,
-    /// How long it took that nobody has taken note of, in nanoseconds.
-    spent: Atomic<i64>,
-    requests: Waker<HostRequests>,
-}
-
-#[derive(Clone, Copy)]
-enum Dropping {
-    Idle,
-    /// For the request with this id, or for one that nobody waits for any more.
-    Busy(Option<u64>, Caches),
-    /// With this status.
-    Done(u64, u8),
-}
-
-impl Dropper {
-    fn new(requests: Waker<HostRequests>) -> Result<Arc<Task<Self>>> {
-        let slot = new_slot!(c"virtio_balloon_rs_caches")?;
-        let dropper = try_pin_init!(Self {
-            state <- new_mutex!(Dropping::Idle, "Dropper::state"),
-            spent: Atomic::new(0),
-            requests,
-        });
-
-        Arc::pin_init(Task::new(slot, dropper), GFP_KERNEL)
-    }
-}
-
-impl Task<Dropper> {
-    /// Begins for the request `id`, unless another one is not done yet.
-    fn begin(&self, id: u64, caches: Caches) -> bool {
-        let mut state = self.state.lock();
-
-        if !matches!(*state, Dropping::Idle) {
-            return false;
-        }
-        *state = Dropping::Busy(Some(id), caches);
-        self.schedule();
-        true
-    }
-
-    /// Returns the status of the request `id`, if it is done. The next one may begin then.
-    fn outcome(&self, id: u64) -> Option<u8> {
-        let mut state = self.state.lock();
-
-        match *state {
-            Dropping::Done(done, status) if done == id => {
-                *state = Dropping::Idle;
-                Some(status)
-            }
-            _ => None,
-        }
-    }
-
-    /// Forgets who waits: the request `id` is no longer wanted.
-    fn abandon(&self, id: u64) {
-        let mut state = self.state.lock();
-
-        *state = match *state {
-            Dropping::Busy(Some(busy), caches) if busy == id => Dropping::Busy(None, caches),
-            Dropping::Done(done, _) if done == id => Dropping::Idle,
-            other => other,
-        };
-    }
-}
-
-impl Job for Dropper {
-    fn run(task: &Task<Self>) {
-        let Dropping::Busy(_, caches) = *task.state.lock() else {
-            return;
-        };
-        let start = Instant::<Monotonic>::now();
-        let status = match caches::drop_caches(caches.pages, caches.slab) {
-            Ok(()) => request::COMPLETE,
-            Err(_) => request::ABORTED,
-        };
-        task.spent
-            .add(start.elapsed().as_nanos().max(DROPPING), Relaxed);
-
-        let mut state = task.state.lock();
-        *state = match *state {
-            Dropping::Busy(Some(id), _) => Dropping::Done(id, status),
-            _ => Dropping::Idle,
-        };
-        drop(state);
-        task.requests.schedule();
     }
 }
 

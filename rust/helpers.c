@@ -4,11 +4,15 @@
 #include <linux/debugfs.h>
 #include <linux/fs.h>
 #include <linux/fs_struct.h>
+#include <linux/kthread.h>
+#include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pageblock-flags.h>
 #include <linux/pci.h>
 #include <linux/pm_wakeup.h>
 #include <linux/poison.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/scatterlist.h>
 #include <linux/seq_file.h>
 #include <linux/suspend.h>
@@ -247,6 +251,44 @@ struct file *balloon_rs_open_as_init(const char *path, int flags)
 {
 	scoped_with_init_fs()
 		return filp_open(path, flags, 0);
+}
+
+/* This module may be unloaded as soon as it is put: the rest is the kernel's code. */
+static int run_thread(void *data)
+{
+	struct balloon_rs_thread_start *start = data;
+
+	allow_signal(SIGKILL);
+	start->run(start);
+	module_put_and_kthread_exit(0);
+}
+
+/* Starts a thread that holds a reference to this module. Returns it with a reference, or an error. */
+struct task_struct *balloon_rs_start_thread(const char *name,
+					    struct balloon_rs_thread_start *start)
+{
+	struct task_struct *thread;
+
+	if (!try_module_get(THIS_MODULE))
+		return ERR_PTR(-ENODEV);
+	thread = kthread_create(run_thread, start, "%s", name);
+	if (IS_ERR(thread)) {
+		module_put(THIS_MODULE);
+		return thread;
+	}
+	get_task_struct(thread);
+	wake_up_process(thread);
+	return thread;
+}
+
+/* How many there are to this module, for tests. */
+int balloon_rs_module_references(void)
+{
+#if defined(MODULE) && defined(CONFIG_MODULE_UNLOAD)
+	return module_refcount(THIS_MODULE);
+#else
+	return 0;
+#endif
 }
 
 /* The zones that have memory, of all nodes. */

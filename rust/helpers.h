@@ -116,6 +116,15 @@ void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);
 unsigned long balloon_rs_claim_range(unsigned long pfn, unsigned long nr);
 struct file *balloon_rs_open_as_init(const char *path, int flags);
+
+/* What a thread does. */
+struct balloon_rs_thread_start {
+	void (*run)(struct balloon_rs_thread_start *start);
+};
+
+struct task_struct *balloon_rs_start_thread(const char *name,
+					    struct balloon_rs_thread_start *start);
+int balloon_rs_module_references(void);
 struct zone *balloon_rs_nth_zone(unsigned long n);
 unsigned long balloon_rs_lock_zone(struct zone *zone);
 void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags);

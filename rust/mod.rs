@@ -28,6 +28,7 @@ pub(crate) mod range_stack;
 pub(crate) mod shrinker;
 pub(crate) mod sleep;
 pub(crate) mod task;
+pub(crate) mod thread;
 pub(crate) mod trace;
 pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;

@@ -8,12 +8,17 @@ use super::device::{
 };
 
 use crate::rust::{
-    caches,
+    caches::Dropping,
     fake_device::{
         FakeDevice,
         Request, //
     },
     memory,
+    shrinker::{
+        Shrink,
+        Shrinker, //
+    },
+    thread,
     virtio::Feature,
     virtio_balloon::{
         request,
@@ -28,6 +33,13 @@ use kernel::{
         PAGE_SIZE, //
     },
     prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
     time::{
         delay::fsleep,
         Delta, //
@@ -53,6 +65,71 @@ enum Message {
     Pages(u16, u64, u64),
     /// The id and the status.
     Completion(u64, u8),
+}
+
+/// A cache that gives nothing back before it may.
+struct SlowCache {
+    /// How often it was asked to give something back, and how often it has done so.
+    asked: Atomic<u32>,
+    done: Atomic<u32>,
+    may_end: Atomic<bool>,
+}
+
+impl Shrink for SlowCache {
+    fn count(&self) -> usize {
+        1
+    }
+
+    fn scan(&self, _wanted: usize) -> usize {
+        self.asked.add(1, Relaxed);
+        // A test that fails comes to an end as well.
+        for _ in 0..1_000 {
+            if self.may_end.load(Relaxed) {
+                break;
+            }
+            fsleep(Delta::from_millis(10));
+        }
+        self.done.add(1, Relaxed);
+        // So much that the kernel asks again, ten times and more.
+        1 << 10
+    }
+}
+
+/// Has caches dropped for a request, and `leave` the device before that is over.
+fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
+    let cache = Arc::new(
+        SlowCache {
+            asked: Atomic::new(0),
+            done: Atomic::new(0),
+            may_end: Atomic::new(false),
+        },
+        GFP_KERNEL,
+    )?;
+    let _shrinker = Shrinker::new(cache.clone(), c"virtio_balloon_rs_slow_cache")?;
+    let mut host = Host::new()?;
+    let references = thread::module_references();
+
+    host.ask(request::DROP_CACHES, 0, request::CACHES_SLAB, 1, 0)?;
+    eventually(|| Ok(cache.asked.load(Relaxed) > 0))?;
+    leave(host)?;
+
+    let is_left_behind = cache.done.load(Relaxed) == 0
+        && Dropping::begin().is_none()
+        && thread::module_references() > references;
+    cache.may_end.store(true, Relaxed);
+    eventually(|| Ok(thread::module_references() == references))?;
+
+    // The signal has ended it.
+    let is_killed = cache.asked.load(Relaxed) <= 2 && Dropping::begin().is_some();
+    (is_left_behind && is_killed).then_some(()).ok_or(EINVAL)
+}
+
+/// Returns whether caches can be dropped: there is no /proc yet when this runs in a kernel that the
+/// driver is built into.
+fn can_drop_caches() -> bool {
+    let dropping = Dropping::begin();
+
+    dropping.is_some_and(|dropping| dropping.drop_caches(true, true) != Err(ENOENT))
 }
 
 /// Returns the 64-bit number at `words`.
@@ -303,10 +380,9 @@ mod tests {
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
         let all = request::CACHES_PAGES | request::CACHES_SLAB;
-        // There is no /proc yet when this runs in a kernel that the driver is built into.
-        let expected = match caches::drop_caches(true, true) {
-            Err(ENOENT) => request::ABORTED,
-            _ => request::COMPLETE,
+        let expected = match can_drop_caches() {
+            true => request::COMPLETE,
+            false => request::ABORTED,
         };
 
         // One after the other, though they are asked for at once. The budget is not enough for
@@ -326,6 +402,44 @@ mod tests {
             host.answer(),
             Ok(Message::Completion(5, request::UNKNOWN_ID))
         );
+    }
+
+    #[test]
+    fn a_device_can_be_removed_while_caches_are_being_dropped() -> Result {
+        if !can_drop_caches() {
+            return Ok(());
+        }
+        leave_while_dropping(|host| {
+            drop(host);
+            Ok(())
+        })
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn the_system_can_suspend_while_caches_are_being_dropped() -> Result {
+        if !can_drop_caches() {
+            return Ok(());
+        }
+        leave_while_dropping(|host| host.device.freeze())
+    }
+
+    #[test]
+    fn dropping_caches_can_be_called_off() -> Result {
+        if !can_drop_caches() {
+            return Ok(());
+        }
+        leave_while_dropping(|mut host| {
+            host.ask(request::CANCEL, 0, 0, 2, 1)?;
+            for _ in 0..2 {
+                match host.answer()? {
+                    Message::Completion(1, request::CANCELLED) => (),
+                    Message::Completion(2, request::COMPLETE) => (),
+                    _ => return Err(EINVAL),
+                }
+            }
+            Ok(())
+        })
     }
 
     #[test]
