@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can be typed.
+//! The command line.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,10 +12,10 @@ use clap_complete::Shell;
 use crate::amount::{Amount, address};
 use crate::failure;
 
-/// Asks a guest for memory, and shows what it has given away
+/// Sets the balloon size of a VM, and shows its balloon and memory statistics
 ///
-/// The guest's driver gives memory to the balloon, which inflates, and the host can use it for something
-/// else. When the target is lowered the balloon deflates, and the guest has the memory back.
+/// Inflating the balloon moves memory from the guest to the host. Deflating it returns the memory to
+/// the guest. The guest's balloon driver does both when the target changes.
 #[derive(Parser)]
 #[command(
     name = "balloonctl",
@@ -33,14 +33,13 @@ pub(crate) struct Cli {
         global = true,
         value_name = "PATH",
         env = "BALLOON_SOCKET",
-        default_value = "/run/vhost-user-balloon/balloon.sock",
         value_hint = ValueHint::FilePath
     )]
-    socket: PathBuf,
-    /// The VM of this name, with the socket that vhost-user-balloon@NAME.service has
+    socket: Option<PathBuf>,
+    /// The VM's name, as in vhost-user-balloon@NAME.service
     #[arg(long, global = true, value_name = "NAME")]
     vm: Option<String>,
-    /// Print the daemon's answer as the JSON object that it is
+    /// Print raw JSON
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
@@ -48,25 +47,30 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
-    /// The control socket.
-    pub(crate) fn socket(&self) -> PathBuf {
+    /// The control socket, if the command line or the environment names one.
+    pub(crate) fn socket(&self) -> Option<PathBuf> {
         match &self.vm {
-            Some(name) => Path::new("/run/vhost-user-balloon")
-                .join(name)
-                .join("control.sock"),
+            Some(name) => Some(socket_of(name)),
             None => self.socket.clone(),
         }
     }
 }
 
+/// Where the daemon of vhost-user-balloon@NAME.service listens.
+pub(crate) fn socket_of(vm: &str) -> PathBuf {
+    Path::new("/run/vhost-user-balloon")
+        .join(vm)
+        .join("control.sock")
+}
+
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Show the balloon, the guest and what has been counted
+    /// Show the balloon, the guest and the counters
     Info,
-    /// Set how much memory the guest shall give away
+    /// Set the target: the size of the balloon
     ///
-    /// It is the balloon's size, not what remains to the guest. 0 deflates the balloon, and the guest has all of
-    /// its memory.
+    /// The target is the amount of memory that the guest gives up, not the amount that it keeps. 0 deflates
+    /// the balloon.
     Set {
         /// A size such as 2GiB or 512M (units of 1024), or a percentage of the guest's memory such as 50%
         size: Amount,
@@ -75,10 +79,10 @@ pub(crate) enum Command {
     },
     /// Show the guest's memory statistics
     Stats {
-        /// Ask the guest for new ones, instead of showing the last ones that it has sent
+        /// Request a new sample from the guest
         #[arg(long)]
         fresh: bool,
-        /// Show them again and again, with their changes, every 2 seconds or as many as named
+        /// Repeat every SECONDS (2 if omitted), with changes
         #[arg(
             long,
             value_name = "SECONDS",
@@ -88,12 +92,12 @@ pub(crate) enum Command {
         )]
         watch: Option<u32>,
     },
-    /// Show balloons and what their guests do, live
+    /// Show balloons and their guests, live
     Top {
-        /// The control sockets of the VMs, in place of that of --socket or --vm
+        /// The control sockets of the VMs
         #[arg(value_hint = ValueHint::FilePath)]
         sockets: Vec<PathBuf>,
-        /// The time between two looks
+        /// The refresh interval
         #[arg(
             long,
             value_name = "SECONDS",
@@ -102,22 +106,22 @@ pub(crate) enum Command {
         )]
         interval: u32,
     },
-    /// Set how often the guest is asked for statistics
+    /// Set the interval of the statistics
     Interval {
-        /// The time between two samples; 0 stops asking
+        /// The time between two samples; 0 turns statistics off
         seconds: u32,
     },
-    /// Ask the guest which of its pages are free, so that a migration can skip them
+    /// Control free page hinting, with which a migration skips free pages
     Hints {
-        /// What to do
+        /// The action
         action: Hints,
     },
-    /// Write which of the guest's memory is unused into a file, for a copy that leaves it out
+    /// Write a bitmap of unused guest pages, for tools that copy guest memory
     ///
-    /// The guest goes on, and may use that memory again at any time. A page can be left out of a copy only if it
-    /// was not written since before this command was started: begin to log all writes first.
+    /// The guest keeps running and may use these pages again at any time. A copy may leave out a page only
+    /// if it was not written since before this command started. Start a log of all writes first.
     Unused {
-        /// Leave blocks out that are smaller than 2^N pages of 4 KiB
+        /// Skip blocks smaller than 2^N pages of 4 KiB
         #[arg(
             long,
             value_name = "N",
@@ -127,17 +131,17 @@ pub(crate) enum Command {
         min_order: u8,
         #[command(flatten)]
         place: Place,
-        /// Where to write it, as a bitmap with a bit for each page of 4 KiB
+        /// The file to write, with one bit for each page of 4 KiB
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         out: PathBuf,
         #[command(flatten)]
         limit: Limit,
     },
-    /// Give unused memory of the guest back to the host, once
+    /// Return the guest's unused memory to the host once
     ///
-    /// The guest can use it again afterwards, and the balloon stays as it is.
+    /// The guest can use that memory again afterwards. The balloon keeps its size.
     Reclaim {
-        /// Leave blocks out that are smaller than 2^N pages of 4 KiB
+        /// Skip blocks smaller than 2^N pages of 4 KiB
         #[arg(
             long,
             value_name = "N",
@@ -150,20 +154,20 @@ pub(crate) enum Command {
         #[command(flatten)]
         limit: Limit,
     },
-    /// Have the guest drop its caches: those of files, and those of names and inodes
+    /// Make the guest drop its page cache and slab caches
     DropCaches {
-        /// Only the page cache, which has the contents of files
+        /// Drop the page cache (file contents) only
         #[arg(long)]
         pages: bool,
-        /// Only the slab caches of names and inodes; with --pages, both
+        /// Drop the slab caches (names and inodes) only; with --pages, both
         #[arg(long)]
         slab: bool,
         #[command(flatten)]
         limit: Limit,
     },
-    /// Print the daemon's numbers in Prometheus' text format
+    /// Print metrics in Prometheus' text format
     Metrics,
-    /// Print the completions for a shell
+    /// Print completions for a shell
     Completions {
         /// The shell
         shell: Shell,
@@ -171,24 +175,24 @@ pub(crate) enum Command {
     /// Write the man page into a directory
     #[command(hide = true)]
     Man {
-        /// Where to put it
+        /// The directory
         #[arg(value_hint = ValueHint::DirPath)]
         directory: PathBuf,
     },
 }
 
-/// Which part of the guest's memory is meant.
+/// A part of the guest's memory.
 #[derive(Args)]
 pub(crate) struct Place {
-    /// Look from this guest-physical address on, such as 0x100000 or 4GiB
+    /// The first guest-physical address, such as 0x100000 or 4GiB
     #[arg(long, value_name = "ADDRESS", default_value = "0", value_parser = address)]
     pub(crate) start: u64,
-    /// Look up to this address; 0 is the end of memory
+    /// The end address; 0 is the end of memory
     #[arg(long, value_name = "ADDRESS", default_value = "0", value_parser = address)]
     pub(crate) end: u64,
 }
 
-/// For how long to wait for the guest.
+/// How long to wait for the guest.
 #[derive(Args)]
 pub(crate) struct Limit {
     /// How long to wait for the guest
@@ -210,7 +214,7 @@ impl Limit {
 /// Whether to wait for the guest, and for how long.
 #[derive(Args)]
 pub(crate) struct Patience {
-    /// Wait until the balloon has the size, and show it on its way
+    /// Wait until the balloon has this size, and show its progress
     #[arg(long)]
     pub(crate) wait: bool,
     /// How long to wait
@@ -232,21 +236,21 @@ impl Patience {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Hints {
-    /// Ask for hints
+    /// Request hints
     Start,
-    /// Want no more hints; the guest does not use the hinted pages yet
+    /// Stop hinting; the guest keeps the hinted pages out of use
     Stop,
-    /// Let the guest use the hinted pages again
+    /// Return the hinted pages to the guest
     Done,
 }
 
 impl Hints {
-    /// What to say when it is done.
+    /// The message on success.
     pub(crate) fn done(self) -> &'static str {
         match self {
             Self::Start => "The guest is asked for hints.",
-            Self::Stop => "The guest is told to stop hinting.",
-            Self::Done => "The guest is told that it can use the hinted pages.",
+            Self::Stop => "The guest is asked to stop hinting.",
+            Self::Done => "The hinted pages are returned to the guest.",
         }
     }
 }

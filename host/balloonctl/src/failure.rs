@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What goes wrong, what to do about it, and the exit codes.
+//! Errors, advice and exit codes.
 
 use std::fmt::Write;
 use std::io;
@@ -14,21 +14,24 @@ use indicatif::HumanBytes;
 
 /// The exit codes, for the help and the man page.
 pub(crate) const EXIT_CODES: [(u8, &str); 8] = [
-    (0, "It is done."),
-    (1, "It failed."),
+    (0, "Success."),
+    (1, "The command failed."),
     (2, "The command line is wrong."),
-    (3, "The daemon cannot be reached, or does not answer."),
-    (4, "No guest is connected, or no driver works in it."),
+    (3, "The daemon cannot be reached, or does not respond."),
+    (
+        4,
+        "No VMM is connected, or the guest has no balloon driver.",
+    ),
     (5, "The size is out of range."),
-    (6, "The guest did not do it in time."),
-    (130, "It was interrupted, and the guest is told."),
+    (6, "The guest did not finish in time."),
+    (130, "Interrupted; the guest is asked to stop."),
 ];
 
 /// The exit codes as the end of the help.
 pub(crate) fn help() -> String {
     let mut text = style("Exit codes:").bold().underlined().to_string();
     for (code, meaning) in EXIT_CODES {
-        // A string takes everything.
+        // Writing to a string does not fail.
         let _ = write!(text, "\n  {code}  {meaning}");
     }
     text
@@ -40,33 +43,36 @@ fn end(status: RequestStatus) -> &'static str {
         RequestStatus::Complete => "the guest is done",
         RequestStatus::Waiting | RequestStatus::Open => "the guest is not done",
         RequestStatus::Aborted => "the guest had to stop before it was done",
-        RequestStatus::Cancelled => "somebody else told the guest to stop",
+        RequestStatus::Cancelled => "another client cancelled the request",
         RequestStatus::Unsupported => "the guest's driver does not know this request",
-        RequestStatus::Malformed => "the guest's driver does not take this request",
+        RequestStatus::Malformed => "the guest's driver refuses this request",
         RequestStatus::UnknownId => "the guest's driver has lost this request",
         RequestStatus::Reset => "the guest, its driver or the VMM went away",
     }
 }
 
-/// What goes wrong.
+/// An error.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    /// The daemon refuses it, or cannot be reached.
+    /// The daemon refuses the request, or cannot be reached.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// A percentage of what?
-    #[error("it is not known how much memory the guest has")]
+    /// The command line names no VM.
+    #[error("no VM is named")]
+    NoVm,
+    /// A percentage of an unknown amount.
+    #[error("the size of the guest's memory is not known")]
     MemoryUnknown,
-    /// The VMM goes away while the balloon is waited for.
+    /// The VMM disconnects during the wait.
     #[error("the VMM has disconnected")]
     Disconnected,
-    /// The driver goes away, or there is none, while the balloon is waited for.
+    /// The driver is unbound during the wait, or there is none.
     #[error("no balloon driver works in the guest")]
     NoDriver,
-    /// Another target was set while the balloon is waited for.
+    /// Another client has set the target during the wait.
     #[error("the target was set to {} meanwhile", HumanBytes(*.0))]
     Retargeted(u64),
-    /// The guest will not give memory away.
+    /// The guest's administrator has turned ballooning off.
     #[error("{}, and has given away {}", Shortfall::Excluded, HumanBytes(*.0))]
     Excluded(u64),
     /// The guest does not reach the target in time.
@@ -81,27 +87,27 @@ pub(crate) enum Failure {
         /// In bytes.
         target: u64,
         waited: Duration,
-        /// What the guest says.
+        /// The guest's stop reason.
         reason: Option<Shortfall>,
     },
     /// The guest does not end an answer in time.
     #[error(
         "{} within {} s",
-        if *seen { "the guest does not end its answer" } else { "the guest does not take the request" },
+        if *seen { "the guest has not finished its answer" } else { "the guest has not received the request" },
         waited.as_secs()
     )]
     Unanswered {
-        /// Whether the guest has got the request.
+        /// Whether the guest has received the request.
         seen: bool,
         waited: Duration,
     },
-    /// The guest has ended an answer otherwise than with all that it was asked for.
+    /// The guest has ended its answer early.
     #[error("{}", end(*.0))]
     Ended(RequestStatus),
-    /// Somebody does not want to wait any more.
+    /// A signal has ended the wait.
     #[error("interrupted")]
     Interrupted,
-    /// Nothing can be printed.
+    /// The output cannot be written.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
     /// Only a terminal can be drawn on.
@@ -113,36 +119,39 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// What to do about it.
+    /// The advice.
     fn advice(&self) -> String {
         match self {
             Self::Client(error) => return error.advice(),
+            Self::NoVm => "use --vm NAME, --socket PATH, or BALLOON_SOCKET in the environment",
             Self::MemoryUnknown => "start the guest, or name a size such as 2GiB",
             Self::Disconnected => "see whether the guest still runs; the target is kept for it",
             Self::NoDriver => "load the guest's balloon driver; the target is kept for it",
-            Self::Retargeted(_) => "see who else sets it; this command does not fight for it",
+            Self::Retargeted(_) => {
+                "find the other client; this command does not set its target again"
+            }
             Self::Excluded(_) => "let the guest's administrator allow its driver to inflate",
             Self::Late { reason: None, .. } => {
-                "see the guest's log; it goes on, and balloonctl info shows how far it is"
+                "see the guest's log; the guest continues, and balloonctl info shows its progress"
             }
             Self::Late { .. } => {
-                "set a smaller size, or free memory in the guest; it goes on by itself"
+                "set a smaller size, or free memory in the guest; the guest continues by itself"
             }
             Self::Unanswered { seen: true, .. } => {
-                "give it more time with --timeout, or see the guest's log; the guest is told to stop"
+                "raise --timeout, or see the guest's log; the guest is asked to stop"
             }
             Self::Unanswered { seen: false, .. } => {
-                "see that the guest is not paused, and look for its driver in the guest's log"
+                "check that the guest is not paused, and look for its driver in the guest's log"
             }
             Self::Ended(RequestStatus::Reset) => "wait until the guest runs, and try again",
             Self::Ended(RequestStatus::Unsupported | RequestStatus::Malformed) => {
-                "use a driver in the guest that knows this request, such as virtio_balloon_rs"
+                "use a guest driver with host requests, such as virtio_balloon_rs"
             }
             Self::Ended(_) => "see the guest's log, and try again",
-            Self::Interrupted => "the guest is told to stop; what it has done stays done",
-            Self::Output(_) => "see that there is room where the output goes",
+            Self::Interrupted => "the guest is asked to stop; what it has finished stays in effect",
+            Self::Output(_) => "check that the output is on a file system with free space",
             Self::NoTerminal => "use balloonctl info --json or balloonctl metrics for programs",
-            Self::File(..) => "name a place that is there and can be written",
+            Self::File(..) => "name a directory that exists and is writable",
         }
         .to_owned()
     }
@@ -165,6 +174,7 @@ impl Failure {
                 | ClientError::Silent(_)
                 | ClientError::Gone => 3,
             },
+            Self::NoVm => 2,
             Self::MemoryUnknown | Self::Disconnected | Self::NoDriver => 4,
             Self::Ended(RequestStatus::Reset) => 4,
             Self::Late { .. } | Self::Unanswered { .. } => 6,
@@ -178,9 +188,9 @@ impl Failure {
         }
     }
 
-    /// Says what is wrong and what to do about it, and returns the exit code.
+    /// Prints the error and the advice, and returns the exit code.
     pub(crate) fn report(&self) -> ExitCode {
-        // Whoever closes a pipe has seen enough.
+        // The reader has closed the pipe: it has read enough.
         if matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
             return ExitCode::SUCCESS;
         }

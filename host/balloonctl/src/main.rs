@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! balloonctl: asks a guest for memory and shows what it has given away, by way of the control socket of
-//! vhost-user-balloon.
+//! balloonctl: the client of vhost-user-balloon's control socket.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -36,7 +35,10 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Failure> {
     let json = cli.json;
     let socket = cli.socket();
-    let connect = || Client::connect(&socket);
+    let connect = || -> Result<Client, Failure> {
+        let socket = socket.as_deref().ok_or(Failure::NoVm)?;
+        Ok(Client::connect(socket)?)
+    };
     match cli.command {
         Command::Info => {
             let answer = connect()?.call(&Request::Info {})?;
@@ -81,7 +83,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Top { sockets, interval } => {
             let sockets = match sockets.is_empty() {
-                true => vec![socket.clone()],
+                true => vec![socket.clone().ok_or(Failure::NoVm)?],
                 false => sockets,
             };
             top::run(&sockets, Duration::from_secs(interval.into()))
@@ -90,7 +92,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             let answer = connect()?.call(&Request::SetStatsInterval { seconds })?;
             show(json, &answer, || {
                 Ok(match seconds {
-                    0 => "The guest is asked for statistics no more.".to_owned(),
+                    0 => "The guest is no longer asked for statistics.".to_owned(),
                     _ => format!("The guest is asked for statistics every {seconds} s."),
                 })
             })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The man page, made from the definition of the command line.
+//! The man page, generated from the definition of the command line.
 
 use std::fs;
 use std::io;
@@ -10,26 +10,26 @@ use clap::{Command, CommandFactory};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
-use crate::cli::Cli;
+use crate::cli::{Cli, socket_of};
 use crate::failure::{EXIT_CODES, Failure};
 
 const EXAMPLES: [(&str, &str); 6] = [
     (
-        "Ask the guest for half of its memory, and wait for a minute at most:",
-        "balloonctl set 50% --wait --timeout 60",
+        "Inflate the balloon to half of the guest's memory, and wait at most a minute:",
+        "balloonctl --vm vm1 set 50% --wait --timeout 60",
     ),
-    ("Let the guest have all of it back:", "balloonctl set 0"),
+    ("Deflate the balloon:", "balloonctl --vm vm1 set 0"),
     (
-        "See what the guest uses its memory for, every five seconds and as it is at that moment:",
-        "balloonctl stats --fresh --watch 5",
-    ),
-    (
-        "Which of the guest's pages are unused, now that all writes to its memory are logged?",
-        "balloonctl unused --out /run/vm/unused-pages",
+        "Show new memory statistics every five seconds:",
+        "balloonctl --vm vm1 stats --fresh --watch 5",
     ),
     (
-        "How much has the guest given away, in bytes?",
-        "balloonctl info --json | jq .size",
+        "Write a bitmap of unused pages, while all writes to guest memory are logged:",
+        "balloonctl --vm vm1 unused --out unused-pages",
+    ),
+    (
+        "Print the balloon size in bytes:",
+        "balloonctl --vm vm1 info --json | jq .size",
     ),
     (
         "Complete commands and options in bash:",
@@ -62,7 +62,7 @@ fn render(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
     let mut roff = Roff::new();
     commands(&mut roff, command);
     exit_codes(&mut roff);
-    files(&mut roff, command);
+    files(&mut roff);
     examples(&mut roff);
     roff.control("SH", ["SEE ALSO"]);
     roff.text([bold("vhost-user-balloon"), roman("(8)")]);
@@ -70,7 +70,7 @@ fn render(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// All commands on the one page: the generator would give each a page of its own.
+/// All commands on one page: the generator would write a page for each.
 fn commands(roff: &mut Roff, command: &Command) {
     roff.control("SH", ["COMMANDS"]);
     for command in command
@@ -118,19 +118,13 @@ fn exit_codes(roff: &mut Roff) {
     }
 }
 
-fn files(roff: &mut Roff, command: &Command) {
+fn files(roff: &mut Roff) {
     roff.control("SH", ["FILES"]);
-    let socket = command
-        .get_arguments()
-        .find(|argument| argument.get_id() == "socket");
-    for path in socket.into_iter().flat_map(clap::Arg::get_default_values) {
-        roff.control("TP", []);
-        roff.text([bold(path.to_string_lossy())]);
-        roff.text([roman(
-            "The control socket, unless --socket or BALLOON_SOCKET names another one. Only the user that the \
-             daemon runs as can use it, and root.",
-        )]);
-    }
+    roff.control("TP", []);
+    roff.text([bold(socket_of("NAME").to_string_lossy())]);
+    roff.text([roman(
+        "The control socket of the VM NAME, for --vm. Only the daemon's user and root can connect.",
+    )]);
 }
 
 fn examples(roff: &mut Roff) {

@@ -36,7 +36,7 @@ enum Conduct {
     Leaves,
     /// Its driver goes away.
     Unloads,
-    /// Begins, and then somebody else sets another target.
+    /// Begins, and then another client sets another target.
     Retargeted,
     /// Ends its answers so, after it was looked at twice.
     Ends(RequestStatus),
@@ -399,6 +399,17 @@ fn wrong_command_lines_are_refused() {
 }
 
 #[test]
+fn a_command_line_without_a_vm_is_refused() {
+    for arguments in [&["info"][..], &["top"]] {
+        let output = balloonctl(Path::new(""), arguments)
+            .env_remove("BALLOON_SOCKET")
+            .output()
+            .unwrap();
+        fails(&output, 2, "no VM is named");
+    }
+}
+
+#[test]
 fn a_daemon_that_cannot_be_reached_is_told() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("balloon.sock");
@@ -561,9 +572,9 @@ fn the_guest_is_asked_and_waited_for() {
 fn an_answer_that_ends_otherwise_is_told() {
     for (status, code, words) in [
         (RequestStatus::Aborted, 1, "had to stop"),
-        (RequestStatus::Cancelled, 1, "somebody else"),
+        (RequestStatus::Cancelled, 1, "another client"),
         (RequestStatus::Unsupported, 1, "does not know"),
-        (RequestStatus::Malformed, 1, "does not take"),
+        (RequestStatus::Malformed, 1, "refuses this request"),
         (RequestStatus::UnknownId, 1, "has lost"),
         (RequestStatus::Reset, 4, "went away"),
     ] {
@@ -577,9 +588,12 @@ fn a_guest_that_takes_too_long_is_told_to_stop() {
     for (status, words) in [
         (
             RequestStatus::Waiting,
-            "does not take the request within 1 s",
+            "has not received the request within 1 s",
         ),
-        (RequestStatus::Open, "does not end its answer within 1 s"),
+        (
+            RequestStatus::Open,
+            "has not finished its answer within 1 s",
+        ),
     ] {
         let daemon = Daemon::start(info(), Conduct::Idle(status), None);
         fails(&daemon.run(&["reclaim", "--timeout", "1"]), 6, words);
