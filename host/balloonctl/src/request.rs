@@ -18,7 +18,7 @@ use crate::failure::Failure;
 const POLL_INTERVAL: u16 = 100;
 
 /// Asks the guest for something, and waits until the answer is complete. Returns how it ended and how long it
-/// took. When it takes too long or is interrupted the guest is told that the answer is no longer wanted.
+/// took. On a timeout or an interrupt the request is cancelled.
 ///
 /// # Errors
 ///

@@ -37,7 +37,7 @@ pub(crate) fn table(stats: &Stats, before: Option<&Stats>) -> String {
     )
 }
 
-/// Shows samples until it is interrupted. A terminal shows the last one, everything else gets all.
+/// Shows samples until it is interrupted. A terminal shows the newest sample, other outputs get all.
 pub(crate) fn watch(
     client: &mut Client,
     fresh: bool,

@@ -117,7 +117,7 @@ impl Bitmap {
         Ok(())
     }
 
-    /// Writes what is left, and the header. Returns how many pages are in the bitmap.
+    /// Writes the remaining bits, and the header. Returns how many pages are in the bitmap.
     fn finish(mut self, id: u64, pages: u64) -> io::Result<u64> {
         self.go_to(u64::MAX)?;
         let length = pages.div_ceil(WORD).saturating_mul(8);
@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use proptest::prelude::{prop, prop_assert_eq, proptest};
 
-    /// What a reader finds: the fields of the header, and the pages.
+    /// The content of a file: the fields of the header, and the pages.
     fn read(bytes: &[u8]) -> ([u64; 3], Vec<u64>) {
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
         assert_eq!(bytes[..8], *b"UNUSEDPG");
