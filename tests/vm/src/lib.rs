@@ -45,7 +45,6 @@ mod reporting;
 mod sizes;
 mod snapshot;
 mod soak;
-mod speed;
 mod statistics;
 mod transports;
 mod unused;
@@ -68,7 +67,6 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     transports::SCENARIOS,
     queues::SCENARIOS,
     hinting::SCENARIOS,
-    speed::SCENARIOS,
     page_sets::SCENARIOS,
     costs::SCENARIOS,
     observability::SCENARIOS,

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use balloon_control::{HintAction, Request, Shortfall};
 use serde_json::Value;
-use vm::{Daemon, Device, Driver, Guest, HugePages, Load, MemoryBackend, Offer, Samples, Size};
+use vm::{Daemon, Guest, HugePages, Load, MemoryBackend, Offer, Size};
 
 use crate::sizes::check_size;
 use crate::{
@@ -84,14 +84,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
         run: hugetlb_memory,
-    },
-    Scenario {
-        name: "as_fast_as_qemu",
-        proves: "the C driver inflates 7 of 8 GiB as fast as on QEMU's own device",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: VHOST_USER_DEVICE,
-        run: as_fast_as_qemu,
     },
 ];
 
@@ -424,33 +416,4 @@ fn hugetlb_memory(setup: &Setup) -> Result<()> {
         );
         guest.rmmod(setup.driver)
     })
-}
-
-fn as_fast_as_qemu(setup: &Setup) -> Result<()> {
-    const RUNS: usize = 3;
-    let measure = |device, times: &mut Samples| {
-        let config = setup.config().memory(Size::gib(8)).device(device);
-        vm::run(&config, |guest| {
-            guest.insmod(Driver::C, &[])?;
-            times.add_time(guest.balloon().settle(Size::gib(7))?);
-            Ok(())
-        })
-    };
-    let (mut ours, mut theirs) = (Samples::default(), Samples::default());
-    for _ in 0..RUNS {
-        measure(Device::VhostUser, &mut ours)?;
-        measure(Device::Qemu, &mut theirs)?;
-    }
-    let ratio = ours.ratio(&theirs);
-    setup.note(format!(
-        "the C driver inflates 7 of 8 GiB in {}, on QEMU's device in {}, ratio {ratio:.2}",
-        ours.in_seconds(),
-        theirs.in_seconds()
-    ));
-    // What does not show in the noise is no difference.
-    ensure!(
-        ratio <= 1.0 || ours.overlaps(&theirs),
-        "it takes {ratio:.2} of the time on QEMU's device"
-    );
-    Ok(())
 }
