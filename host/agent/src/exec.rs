@@ -4,7 +4,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -26,8 +26,8 @@ pub(crate) fn install_tools() -> Result<()> {
     Ok(())
 }
 
-/// Runs a program, and kills it and what it started when it takes longer than `timeout`.
-pub(crate) fn run(argv: &[String], timeout: Duration) -> Result<Output> {
+/// Runs a program, and kills it and what it started when it takes longer than `timeout`, if there is one.
+pub(crate) fn run(argv: &[String], timeout: Option<Duration>) -> Result<Output> {
     let (program, arguments) = argv.split_first().context("there is no program to run")?;
     let child = Command::new(program)
         .args(arguments)
@@ -42,7 +42,11 @@ pub(crate) fn run(argv: &[String], timeout: Duration) -> Result<Output> {
 
     let (ended, output) = mpsc::channel();
     thread::spawn(move || ended.send(child.wait_with_output()));
-    let (exit, output) = match output.recv_timeout(timeout) {
+    let end = match timeout {
+        Some(timeout) => output.recv_timeout(timeout),
+        None => output.recv().map_err(RecvTimeoutError::from),
+    };
+    let (exit, output) = match end {
         Ok(output) => {
             let output = output?;
             (process::exit(output.status), Some(output))

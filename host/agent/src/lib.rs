@@ -36,8 +36,8 @@ pub enum Command {
     Exec {
         /// The program and its arguments.
         argv: Vec<String>,
-        /// How long it may take before it is killed, in milliseconds.
-        timeout_ms: u64,
+        /// How long it may take before it is killed, in milliseconds, if there is a limit.
+        timeout_ms: Option<u64>,
     },
     /// Reads a file; answered with [`Reply::Text`].
     ReadFile {

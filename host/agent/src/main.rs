@@ -96,7 +96,7 @@ fn execute(command: Command) -> Result<Reply> {
     Ok(match command {
         Command::Ping => Reply::Done,
         Command::Exec { argv, timeout_ms } => {
-            Reply::Output(exec::run(&argv, Duration::from_millis(timeout_ms))?)
+            Reply::Output(exec::run(&argv, timeout_ms.map(Duration::from_millis))?)
         }
         Command::ReadFile { path } => {
             let contents = fs::read(&path).with_context(|| format!("reading {path}"))?;

@@ -104,8 +104,7 @@ fn measure(artifacts: &Artifacts, contestant: Contestant, guests: Guests) -> Res
         .device(device)
         .memory(MEMORY)
         .accel(guests.accel())
-        .verbose(guests.verbose)
-        .timeout(Duration::from_secs(300));
+        .verbose(guests.verbose);
     let booting = Phase::start(&format!("{contestant}: booting"), None);
     let measurement = vm::run(&config, |guest| {
         guest.insmod(driver, &[])?;
@@ -118,9 +117,7 @@ fn measure(artifacts: &Artifacts, contestant: Contestant, guests: Guests) -> Res
 
         let using = Phase::start(&format!("{contestant}: the guest works"), None);
         let mib = usize::try_from(TOUCHED.as_mib())?;
-        guest
-            .load(Load::Touch { mib })?
-            .wait(Duration::from_secs(120))?;
+        guest.load(Load::Touch { mib })?.wait()?;
         using.finish();
         let used = guest.resident()?;
         settle(contestant, "inflating again", balloon, TARGET)?;

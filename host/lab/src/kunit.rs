@@ -44,7 +44,6 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
         .memory(memory)
         .accel(guests.accel())
         .verbose(guests.verbose)
-        .timeout(Duration::from_secs(300))
         .parameter("kunit.enable=1")
         .parameter("kunit.autorun=1");
     let start = report.begin(&name(""));

@@ -239,7 +239,7 @@ impl<'a> Balloon<'a> {
 
     fn reach_watched(&self, size: Size, mut watch: impl FnMut(Size)) -> Result<()> {
         let size = size.next_multiple_of(self.guest.page_size());
-        let (mut last, mut moved) = (None, Instant::now());
+        let (mut last, mut stopwatch) = (None, self.guest.stopwatch());
         loop {
             let now = self.size()?;
             watch(now);
@@ -247,12 +247,13 @@ impl<'a> Balloon<'a> {
                 return Ok(());
             }
             if last != Some(now) {
-                (last, moved) = (Some(now), Instant::now());
+                last = Some(now);
+                stopwatch.restart();
             }
-            if moved.elapsed() > STALL_TIMEOUT {
+            if stopwatch.has_passed(STALL_TIMEOUT) {
                 bail!(
                     "the balloon is stuck at {now} on its way to {size} for {} s, with {} available",
-                    moved.elapsed().as_secs(),
+                    STALL_TIMEOUT.as_secs(),
                     self.guest.meminfo()?.available
                 );
             }
@@ -263,13 +264,14 @@ impl<'a> Balloon<'a> {
 
     /// Waits until the balloon has kept one size for `quiet`, and returns that.
     pub fn rest(&self, quiet: Duration) -> Result<Size> {
-        let (mut last, mut moved) = (self.size()?, Instant::now());
-        while moved.elapsed() < quiet {
+        let (mut last, mut stopwatch) = (self.size()?, self.guest.stopwatch());
+        while !stopwatch.has_passed(quiet) {
             self.guest.check_alive()?;
             thread::sleep(self.control().interval());
             let now = self.size()?;
             if now != last {
-                (last, moved) = (now, Instant::now());
+                last = now;
+                stopwatch.restart();
             }
         }
         Ok(last)

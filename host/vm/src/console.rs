@@ -38,7 +38,7 @@ pub struct Console {
 }
 
 /// A place in a log: what was printed before it is of no interest any more.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark(usize);
 
 impl Console {

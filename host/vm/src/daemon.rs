@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use balloon_control::{Client, Info, Request};
@@ -18,9 +18,10 @@ use tempfile::TempDir;
 
 use crate::device::Device;
 use crate::qemu::Config;
+use crate::stopwatch::Stopwatch;
 
 /// How long it may take to start and to end.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running daemon. It is killed when it is dropped.
 #[derive(Debug)]
@@ -87,12 +88,12 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// It does not end in ten seconds, or ends with an error.
+    /// It does not end in twenty seconds, or ends with an error.
     pub fn end(&self) -> Result<()> {
         let mut child = self.child();
         kill(Pid::from_raw(child.id().try_into()?), Signal::SIGTERM)?;
-        let deadline = Instant::now() + PATIENCE;
-        while Instant::now() < deadline {
+        let stopwatch = Stopwatch::start(child.id());
+        while !stopwatch.has_passed(PATIENCE) {
             if let Some(status) = child.try_wait()? {
                 ensure!(status.success(), "the daemon ends with {status}");
                 return Ok(());
@@ -129,13 +130,13 @@ impl Daemon {
     }
 
     fn wait_ready(&self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let stopwatch = Stopwatch::start(self.id());
         while Client::connect(&self.control()).is_err() {
             if let Some(status) = self.child().try_wait()? {
                 bail!("the daemon ends with {status}; see its log");
             }
             ensure!(
-                Instant::now() < deadline,
+                !stopwatch.has_passed(PATIENCE),
                 "the daemon is not ready in {} s",
                 PATIENCE.as_secs()
             );

@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent::{Command, End, Exit, Load, LoadId, LoadStatus, Output, Reply};
+use agent::{Command, End, Exit, Load, LoadId, LoadStatus, Output, Progress, Reply};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::agent::{Agent, Pending};
@@ -19,28 +19,32 @@ use crate::memory_file::MemoryFile;
 use crate::qemu::{Config, Qemu};
 use crate::qmp::Qmp;
 use crate::size::Size;
+use crate::stopwatch::Stopwatch;
 
 mod power;
 
 pub use power::{Hibernated, hibernate};
 
-/// How long a guest may take to boot; a debug kernel under emulation needs the most of it.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a guest's kernel may print nothing while it boots or while a module is loaded, which runs its tests.
+const QUIET_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a command in the guest may take when nothing else is said.
-pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a load may take for what it is asked to do.
+/// How long a load may take for a MiB, or for one pass through its memory.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// How long loading or unloading a module may take. Its own tests run while it is loaded.
-const MODULE_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long unloading a module may take.
+const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a guest may take to switch itself off.
-const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(20);
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often something that is waited for is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often the guest is looked at while an answer is waited for.
+const ANSWER_INTERVAL: Duration = Duration::from_millis(200);
 
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 
@@ -108,7 +112,6 @@ pub struct Guest {
     home: RwLock<Arc<Home>>,
     console: Console,
     config: Config,
-    deadline: Instant,
 }
 
 /// Boots a guest, hands it to `body`, switches it off and searches its log for faults.
@@ -171,7 +174,7 @@ impl Home {
         };
         let socket = daemon.as_ref().map(|daemon| daemon.socket());
         let (qemu, streams) = Qemu::start(config, socket.as_deref())?;
-        let qmp = Qmp::new(streams.qmp)
+        let qmp = Qmp::new(streams.qmp, qemu.id())
             .with_context(|| format!("QEMU does not start: {}", qemu.complaint()))?;
         Ok(Self {
             qemu,
@@ -185,14 +188,12 @@ impl Home {
 
 impl Guest {
     fn boot(config: &Config) -> Result<Self> {
-        let deadline = Instant::now() + config.timeout;
         config.clear_logs()?;
         let home = Home::start(config, Agent::new)?;
         let guest = Self {
             home: RwLock::new(Arc::new(home)),
             console: Console::new(config.console()),
             config: config.clone(),
-            deadline,
         };
         if config.target > Size::default() {
             guest.balloon().request(config.target)?;
@@ -201,7 +202,8 @@ impl Guest {
     }
 
     fn ready(&self) -> Result<()> {
-        self.call(Command::Ping, BOOT_TIMEOUT)
+        let pending = self.home().agent.send(Command::Ping)?;
+        self.wait_printing(&pending)
             .context("the guest does not boot")?;
         Ok(())
     }
@@ -323,14 +325,20 @@ impl Guest {
     /// Loads a module with its parameters, such as `floor_mib=64`.
     pub fn insmod(&self, driver: Driver, parameters: &[&str]) -> Result<()> {
         let module = format!("/modules/{}", driver.file());
-        self.run_within(&[&["insmod", &module], parameters].concat(), MODULE_TIMEOUT)?;
+        let argv = [&["insmod", &module], parameters].concat();
+        let pending = self.start(&argv, None)?;
+        let output = program_output(self.wait_printing(&pending)?)?;
+        successful(&argv, output)?;
         Ok(())
     }
 
     /// Unloads a module.
     pub fn rmmod(&self, driver: Driver) -> Result<()> {
         self.save_coverage()?;
-        self.run_within(&["rmmod", driver.name()], MODULE_TIMEOUT)?;
+        let argv = ["rmmod", driver.name()];
+        let pending = self.start(&argv, None)?;
+        let output = program_output(self.wait(&pending, UNLOAD_TIMEOUT)?)?;
+        successful(&argv, output)?;
         Ok(())
     }
 
@@ -391,47 +399,32 @@ impl Guest {
 
     /// Runs a program in the guest and returns what it left behind, however it ended.
     pub fn exec(&self, argv: &[&str]) -> Result<Output> {
-        self.exec_within(argv, COMMAND_TIMEOUT)
+        self.output(&self.start(argv, None)?, COMMAND_TIMEOUT)
     }
 
-    /// The same with a time limit of its own.
+    /// The same, but the agent kills the program after `timeout`.
     pub fn exec_within(&self, argv: &[&str], timeout: Duration) -> Result<Output> {
-        let pending = self.start(argv, timeout)?;
-        self.output(&pending, timeout)
+        self.output(&self.start(argv, Some(timeout))?, timeout)
     }
 
-    /// Starts a program in the guest; [`Guest::output`] waits for its end.
-    pub fn start(&self, argv: &[&str], timeout: Duration) -> Result<Pending> {
+    /// Starts a program in the guest; [`Guest::output`] waits for its end. The agent kills it after `timeout`.
+    pub fn start(&self, argv: &[&str], timeout: Option<Duration>) -> Result<Pending> {
+        let timeout_ms = timeout.map(|timeout| timeout.as_millis().try_into());
         self.home().agent.send(Command::Exec {
             argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
-            timeout_ms: timeout.as_millis().try_into()?,
+            timeout_ms: timeout_ms.transpose()?,
         })
     }
 
     /// Waits for the end of a program that has been started.
     pub fn output(&self, pending: &Pending, timeout: Duration) -> Result<Output> {
-        // The agent ends it by itself; what is added is the time of the answer.
-        match self.wait(pending, timeout + Duration::from_secs(10))? {
-            Reply::Output(output) => Ok(output),
-            reply => bail!("the agent answers {reply:?} to a program"),
-        }
+        // The agent may have to kill the program first; what is added is the time of the answer.
+        program_output(self.wait(pending, timeout + Duration::from_secs(10))?)
     }
 
     /// Runs a program that must succeed, and returns what it wrote to its standard output.
     pub fn run(&self, argv: &[&str]) -> Result<String> {
-        self.run_within(argv, COMMAND_TIMEOUT)
-    }
-
-    fn run_within(&self, argv: &[&str], timeout: Duration) -> Result<String> {
-        let output = self.exec_within(argv, timeout)?;
-        ensure!(
-            output.exit == Exit::Status(0),
-            "'{}' ends with {:?} in the guest: {}",
-            argv.join(" "),
-            output.exit,
-            output.stderr.trim_end()
-        );
-        Ok(output.stdout)
+        successful(argv, self.exec(argv)?)
     }
 
     /// Runs a line of shell that must succeed, and returns what it wrote to its standard output.
@@ -474,18 +467,24 @@ impl Guest {
         }
     }
 
-    /// Waits until `condition` holds; `what` says in an error what did not come.
+    /// Measures time in which the guest could have been at work.
+    pub fn stopwatch(&self) -> Stopwatch {
+        Stopwatch::start(self.home().qemu.id())
+    }
+
+    /// Waits until `condition` holds; `what` says in an error what did not come. The guest is given up when it could have
+    /// been at work for `timeout`.
     pub fn wait_until(
         &self,
         what: &str,
         timeout: Duration,
         mut condition: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
-        let deadline = Instant::now() + timeout;
+        let stopwatch = self.stopwatch();
         while !condition()? {
             self.check_alive()?;
             ensure!(
-                Instant::now() < deadline,
+                !stopwatch.has_passed(timeout),
                 "{what}: not in {} s",
                 timeout.as_secs()
             );
@@ -501,13 +500,8 @@ impl Guest {
             && faults.is_ok_and(|faults| faults.is_empty())
     }
 
-    /// Fails when the guest has used up its time or its kernel has given up.
+    /// Fails when the guest's kernel has given up.
     pub fn check_alive(&self) -> Result<()> {
-        ensure!(
-            Instant::now() < self.deadline,
-            "all {} s that the guest has are used up",
-            self.config.timeout.as_secs()
-        );
         ensure!(!self.console.has_panicked()?, "the guest's kernel panics");
         Ok(())
     }
@@ -522,19 +516,66 @@ impl Guest {
     }
 
     fn wait(&self, pending: &Pending, timeout: Duration) -> Result<Reply> {
-        let deadline = Instant::now() + timeout;
+        let stopwatch = self.stopwatch();
         loop {
-            if let Some(reply) = pending.poll(Duration::from_millis(200))? {
+            if let Some(reply) = pending.poll(ANSWER_INTERVAL)? {
                 return Ok(reply);
             }
             self.check_alive()?;
             ensure!(
-                Instant::now() < deadline,
+                !stopwatch.has_passed(timeout),
                 "the guest does not answer in {} s",
                 timeout.as_secs()
             );
         }
     }
+
+    /// Waits for an answer for as long as the guest's kernel prints lines and reports no fault.
+    fn wait_printing(&self, pending: &Pending) -> Result<Reply> {
+        let mut stopwatch = self.stopwatch();
+        let mut printed = self.console.mark()?;
+        loop {
+            if let Some(reply) = pending.poll(ANSWER_INTERVAL)? {
+                return Ok(reply);
+            }
+            self.check_alive()?;
+            let now = self.console.mark()?;
+            if now != printed {
+                // A kernel that hangs may report that again and again.
+                let faults = self.console.faults(&self.config.expected)?;
+                if let Some(fault) = faults.first() {
+                    bail!("the guest's kernel reports: {fault}");
+                }
+                printed = now;
+                stopwatch.restart();
+            }
+            ensure!(
+                !stopwatch.has_passed(QUIET_LIMIT),
+                "the guest neither answers nor prints anything for {} s",
+                QUIET_LIMIT.as_secs()
+            );
+        }
+    }
+}
+
+/// What a program left behind.
+fn program_output(reply: Reply) -> Result<Output> {
+    match reply {
+        Reply::Output(output) => Ok(output),
+        reply => bail!("the agent answers {reply:?} to a program"),
+    }
+}
+
+/// What a program that must succeed wrote to its standard output.
+fn successful(argv: &[&str], output: Output) -> Result<String> {
+    ensure!(
+        output.exit == Exit::Status(0),
+        "'{}' ends with {:?} in the guest: {}",
+        argv.join(" "),
+        output.exit,
+        output.stderr.trim_end()
+    );
+    Ok(output.stdout)
 }
 
 /// A load that has been started in a guest.
@@ -566,25 +607,44 @@ impl RunningLoad<'_> {
     }
 
     fn wait_passes(&self, passes: u64) -> Result<()> {
-        self.guest
-            .wait_until(&format!("{passes} passes of a load"), LOAD_TIMEOUT, || {
-                let status = self.status()?;
-                ensure!(
-                    status.exit.is_none_or(|exit| exit == Exit::Status(0)),
-                    "a load ends with {:?}: {}",
-                    status.exit,
-                    status.stderr.trim_end()
-                );
-                Ok(status.progress.passes >= passes)
-            })
+        self.follow(|status| {
+            ensure!(
+                status.exit.is_none_or(|exit| exit == Exit::Status(0)),
+                "a load ends with {:?}: {}",
+                status.exit,
+                status.stderr.trim_end()
+            );
+            Ok(status.progress.passes >= passes)
+        })?;
+        Ok(())
     }
 
     /// Waits until it has ended by itself or has been killed.
-    pub fn wait(&self, timeout: Duration) -> Result<LoadStatus> {
-        self.guest.wait_until("the end of a load", timeout, || {
-            Ok(self.status()?.exit.is_some())
-        })?;
-        self.status()
+    pub fn wait(&self) -> Result<LoadStatus> {
+        self.follow(|status| Ok(status.exit.is_some()))
+    }
+
+    /// Waits until `condition` holds, for as long as it makes progress.
+    fn follow(&self, condition: impl Fn(&LoadStatus) -> Result<bool>) -> Result<LoadStatus> {
+        let mut stopwatch = self.guest.stopwatch();
+        let mut last = Progress::default();
+        loop {
+            let status = self.status()?;
+            if condition(&status)? {
+                return Ok(status);
+            }
+            if status.progress != last {
+                last = status.progress;
+                stopwatch.restart();
+            }
+            self.guest.check_alive()?;
+            ensure!(
+                !stopwatch.has_passed(LOAD_TIMEOUT),
+                "a load makes no progress for {} s: {last:?}",
+                LOAD_TIMEOUT.as_secs()
+            );
+            thread::sleep(POLL_INTERVAL);
+        }
     }
 
     /// Asks it to stop and waits for that.

@@ -6,7 +6,7 @@
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -30,7 +30,7 @@ const LONG_DOWNTIME: u64 = 60_000;
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What a migration has taken, as QEMU counts it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transfer {
     /// From its begin to its end.
     pub total: Duration,
@@ -126,7 +126,7 @@ impl Guest {
         qmp: &Qmp,
         mut watch: impl FnMut(&Transfer) -> Result<()>,
     ) -> Result<Transfer> {
-        let start = Instant::now();
+        let (mut last, mut stopwatch) = (None, self.stopwatch());
         loop {
             let info = MigrationInfo::query(qmp)?;
             let transfer = info.transfer();
@@ -140,9 +140,13 @@ impl Guest {
                 _ => watch(&transfer)?,
             }
             self.check_alive()?;
+            if last != Some(transfer) {
+                last = Some(transfer);
+                stopwatch.restart();
+            }
             ensure!(
-                start.elapsed() < TIMEOUT,
-                "the migration is not over in {} s: {transfer:?}",
+                !stopwatch.has_passed(TIMEOUT),
+                "the migration makes no progress for {} s: {transfer:?}",
                 TIMEOUT.as_secs()
             );
             thread::sleep(POLL_INTERVAL);

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use agent::PORT;
 use anyhow::{Context, Result, bail};
@@ -22,6 +22,7 @@ use crate::coverage::Coverage;
 use crate::daemon::Daemon;
 use crate::device::{Device, Offer, vhost_user_balloon};
 use crate::size::Size;
+use crate::stopwatch::Stopwatch;
 use crate::write_log::WriteLog;
 
 /// The child's file descriptors of the machine protocol and of the agent's port.
@@ -199,7 +200,6 @@ pub struct Config {
     pub(crate) name: String,
     pub(crate) memory: Size,
     pub(crate) target: Size,
-    pub(crate) timeout: Duration,
     pub(crate) expected: Vec<Regex>,
     pub(crate) device: Device,
     pub(crate) daemon: Option<Arc<Daemon>>,
@@ -227,7 +227,6 @@ impl Config {
             name: name.to_owned(),
             memory: Size::gib(1),
             target: Size::default(),
-            timeout: Duration::from_secs(120),
             expected: Vec::new(),
             device: Device::Qemu,
             daemon: None,
@@ -272,12 +271,6 @@ impl Config {
     /// Holds the guest's memory in this file, whatever the backend. QEMU makes it if it is not there.
     pub fn memory_file(mut self, file: &Path) -> Self {
         self.memory_file = Some(file.to_owned());
-        self
-    }
-
-    /// How long all that is done with the guest may take.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
         self
     }
 
@@ -628,8 +621,8 @@ impl Qemu {
 
     /// Waits for QEMU to end by itself, and says whether it did.
     pub(crate) fn wait(&self, timeout: Duration) -> Result<bool> {
-        let deadline = Instant::now() + timeout;
-        while Instant::now() < deadline {
+        let stopwatch = Stopwatch::start(self.id());
+        while !stopwatch.has_passed(timeout) {
             if let Some(status) = self.child().try_wait()? {
                 if !status.success() {
                     bail!("QEMU failed: {}", self.complaint());

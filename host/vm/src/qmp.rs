@@ -7,20 +7,27 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+
+use crate::stopwatch::Stopwatch;
 
 /// How long QEMU may take for an answer. Under emulation a busy guest holds QEMU's own lock for
 /// long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How often it is looked whether QEMU has had the time to answer.
+const INTERVAL: Duration = Duration::from_millis(200);
+
 /// A connection to QEMU.
 #[derive(Debug)]
 pub struct Qmp {
+    /// The number of QEMU's process.
+    process: u32,
     /// The stream and the answers, under one lock because QEMU answers in order.
     channel: Mutex<(UnixStream, Receiver<Answer>)>,
     events: Arc<Events>,
@@ -67,8 +74,8 @@ enum Message {
 }
 
 impl Qmp {
-    /// Takes over the stream of a QEMU that has just been started.
-    pub(crate) fn new(stream: UnixStream) -> Result<Self> {
+    /// Takes over the stream of a QEMU that has just been started, with the number of its process.
+    pub(crate) fn new(stream: UnixStream, process: u32) -> Result<Self> {
         let events = Arc::new(Events::default());
         let (sender, answers) = mpsc::channel();
         let reader = BufReader::new(stream.try_clone()?);
@@ -89,6 +96,7 @@ impl Qmp {
             }
         });
         let qmp = Self {
+            process,
             channel: Mutex::new((stream, answers)),
             events,
         };
@@ -107,11 +115,18 @@ impl Qmp {
         stream
             .write_all(line.as_bytes())
             .with_context(|| format!("QEMU is gone at {command}"))?;
-        match answers.recv_timeout(ANSWER_TIMEOUT) {
-            Ok(Answer::Return(value)) => Ok(serde_json::from_value(value)?),
-            Ok(Answer::Error(failure)) => bail!("QEMU refuses {command}: {}", failure.desc),
-            Err(RecvTimeoutError::Timeout) => Err(anyhow!("QEMU does not answer {command}")),
-            Err(RecvTimeoutError::Disconnected) => Err(anyhow!("QEMU is gone at {command}")),
+        let stopwatch = Stopwatch::start(self.process);
+        loop {
+            match answers.recv_timeout(INTERVAL) {
+                Ok(Answer::Return(value)) => return Ok(serde_json::from_value(value)?),
+                Ok(Answer::Error(failure)) => bail!("QEMU refuses {command}: {}", failure.desc),
+                Err(RecvTimeoutError::Disconnected) => bail!("QEMU is gone at {command}"),
+                Err(RecvTimeoutError::Timeout) => ensure!(
+                    !stopwatch.has_passed(ANSWER_TIMEOUT),
+                    "QEMU does not answer {command} in {} s",
+                    ANSWER_TIMEOUT.as_secs()
+                ),
+            }
         }
     }
 
@@ -131,20 +146,24 @@ impl Qmp {
         timeout: Duration,
         wanted: impl Fn(&Event) -> bool,
     ) -> Result<Event> {
-        let deadline = Instant::now() + timeout;
+        let stopwatch = Stopwatch::start(self.process);
         let mut seen = self.events.seen.lock().expect("a lock");
         loop {
             if let Some(event) = seen.iter().skip(mark).find(|event| wanted(event)) {
                 return Ok(event.clone());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                bail!(
-                    "QEMU did not tell in {} s what was waited for",
-                    timeout.as_secs()
-                );
-            }
-            seen = self.events.news.wait_timeout(seen, left).expect("a lock").0;
+            ensure!(
+                !stopwatch.has_passed(timeout),
+                "QEMU did not report in {} s what was waited for",
+                timeout.as_secs()
+            );
+            let interval = timeout.min(INTERVAL);
+            seen = self
+                .events
+                .news
+                .wait_timeout(seen, interval)
+                .expect("a lock")
+                .0;
         }
     }
 }

@@ -39,10 +39,10 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// The guest does not take it, or give it back, in a minute.
+    /// The size of what is plugged does not change for a minute.
     pub fn plug(&self, size: Size) -> Result<Duration> {
         let qmp = self.qmp();
-        let start = Instant::now();
+        let (start, mut last, mut stopwatch) = (Instant::now(), None, self.stopwatch());
         qmp.execute::<Value>(
             "qom-set",
             &json!({ "path": "/machine/peripheral/more0", "property": "requested-size", "value": size.as_bytes() }),
@@ -53,8 +53,12 @@ impl Guest {
             if plugged == size.as_bytes() {
                 return Ok(start.elapsed());
             }
+            if last != Some(plugged) {
+                last = Some(plugged);
+                stopwatch.restart();
+            }
             ensure!(
-                start.elapsed() < PATIENCE,
+                !stopwatch.has_passed(PATIENCE),
                 "{} of {size} are plugged",
                 Size::bytes(plugged)
             );

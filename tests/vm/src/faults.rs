@@ -87,9 +87,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How long all allocations of a step may take to fail.
-const LIFE: Duration = Duration::from_secs(1800);
-
 /// So much that there are blocks and single pages in it, and several messages.
 const SIZE: Size = Size::mib(24);
 
@@ -102,7 +99,7 @@ fn fail_each<T>(
     step: impl Fn(&Guest) -> T,
     check: impl Fn(&Guest, T) -> Result<()>,
 ) -> Result<()> {
-    let result = vm::run(&config.timeout(LIFE), |guest| {
+    let result = vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         guest.insmod(setup.driver, &[])?;
         let mut all = 0;

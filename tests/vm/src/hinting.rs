@@ -44,10 +44,7 @@ const SLOW: Size = Size::mib(32);
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn config(setup: &Setup) -> Config {
-    setup
-        .config()
-        .offer(&[Offer::FreePageHint])
-        .timeout(Duration::from_secs(600))
+    setup.config().offer(&[Offer::FreePageHint])
 }
 
 /// The memory of a guest with one process that holds some of it.

@@ -108,9 +108,6 @@ const FELL_SILENT: Duration = Duration::from_secs(4);
 /// How many devices one guest gets at most. Its log, which is read again and again, grows with each.
 const DEVICES_PER_GUEST: usize = 100;
 
-/// How long a guest may live.
-const LIFE: Duration = Duration::from_secs(1200);
-
 /// By how much free memory goes up and down by itself: what the kernel caches, and what KASAN keeps for a while.
 const NOISE: Size = Size::mib(64);
 
@@ -170,7 +167,6 @@ fn suffer(
 ) -> Result<()> {
     let config = setup
         .config()
-        .timeout(LIFE)
         .backend(MemoryBackend::Memfd)
         .hotplug_port()
         .balloon(None);

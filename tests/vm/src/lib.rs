@@ -140,11 +140,6 @@ impl Setup {
             .device(device)
             .accel(accel)
             .verbose(verbose);
-        let config = if kernel.is_slow() {
-            config.timeout(Duration::from_secs(600))
-        } else {
-            config
-        };
         Self {
             driver,
             device,

@@ -154,7 +154,7 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
-        shares.start(guest)?.wait(PATIENCE)?;
+        shares.start(guest)?.wait()?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(
             killed == 1,

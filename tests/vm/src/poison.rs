@@ -88,7 +88,6 @@ fn poison_features(setup: &Setup) -> Result<()> {
 fn config(setup: &Setup, parameter: &str) -> Config {
     setup
         .config()
-        .timeout(Duration::from_secs(400))
         .parameter(parameter)
         .parameter(FAST_REPORTS)
         .offer(&[Offer::FreePageReporting, Offer::PagePoison])

@@ -81,9 +81,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How long a guest may take that does much more than one thing.
-const PATIENCE: Duration = Duration::from_secs(400);
-
 /// A balloon that takes its time to inflate, and the memory for it.
 fn large(setup: &Setup) -> (Config, Size) {
     let (memory, target) = setup.by_speed(
@@ -91,7 +88,7 @@ fn large(setup: &Setup) -> (Config, Size) {
         (Size::gib(2), Size::mib(1200)),
     );
     let config = setup.config().memory(memory);
-    (config.timeout(PATIENCE), target)
+    (config, target)
 }
 
 /// Asks for `target` and waits until the balloon is on its way there.
@@ -145,7 +142,7 @@ fn suspend_to_ram(setup: &Setup) -> Result<()> {
         Some(Size::mib(100)),
         Some(Size::default()),
     ];
-    let config = setup.config().machine(Machine::I440fx).timeout(PATIENCE);
+    let config = setup.config().machine(Machine::I440fx);
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         guest.insmod(setup.driver, &[])?;
@@ -199,7 +196,7 @@ fn suspend_while_inflating(setup: &Setup) -> Result<()> {
 
 fn hibernate(setup: &Setup) -> Result<()> {
     let (before, after) = (Size::mib(400), Size::mib(500));
-    let config = setup.config().timeout(PATIENCE);
+    let config = setup.config();
     let (hibernated, (total, load)) = vm::hibernate(&config, |guest| {
         let total = guest.meminfo()?.total;
         guest.insmod(setup.driver, &[])?;
@@ -223,7 +220,7 @@ fn hibernate(setup: &Setup) -> Result<()> {
 
 fn reboot(setup: &Setup) -> Result<()> {
     let size = Size::mib(500);
-    vm::run(&setup.config().timeout(PATIENCE).reboots(), |guest| {
+    vm::run(&setup.config().reboots(), |guest| {
         let total = guest.meminfo()?.total;
         guest.insmod(setup.driver, &[])?;
         guest.balloon().settle(size)?;
@@ -246,7 +243,7 @@ fn reboot(setup: &Setup) -> Result<()> {
 
 fn reboot_to_empty(setup: &Setup) -> Result<()> {
     let size = Size::mib(500);
-    vm::run(&setup.config().timeout(PATIENCE).reboots(), |guest| {
+    vm::run(&setup.config().reboots(), |guest| {
         guest.insmod(setup.driver, &[])?;
         guest.balloon().settle(size)?;
         guest.reboot()?;

@@ -3,8 +3,6 @@
 //! Every set of features that a device may offer works. Most features have a queue, and the queues
 //! of a device are numbered by what it offers.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vm::{Guest, Machine, Size};
@@ -113,7 +111,6 @@ fn feature_subsets(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .memory(Size::mib(512))
-        .timeout(Duration::from_secs(400))
         .parameter(FAST_REPORTS)
         .hotplug_port()
         .balloon(None);

@@ -34,9 +34,6 @@ const TIME: Duration = Duration::from_secs(60);
 /// For how long it goes on in one guest at most.
 const TIME_PER_GUEST: Duration = Duration::from_secs(300);
 
-/// What a guest needs beside that.
-const OTHERS: Duration = Duration::from_secs(300);
-
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What tells the guest's processes to end.
@@ -81,7 +78,6 @@ fn race(
 ) -> Result<()> {
     let config = setup
         .config()
-        .timeout(time + OTHERS)
         .backend(MemoryBackend::Memfd)
         .hotplug_port()
         .balloon(None)
@@ -122,10 +118,9 @@ fn at_once(
     guest.insmod(setup.driver, &[])?;
     let mut plugged = Plugged::plug(setup, guest)?;
 
-    let life = time + OTHERS;
     let processes: Vec<_> = in_guest(setup.driver)
         .iter()
-        .map(|act| guest.start(&["sh", "-c", &over_and_over(act, &mut random)], life))
+        .map(|act| guest.start(&["sh", "-c", &over_and_over(act, &mut random)], None))
         .collect::<Result<_>>()?;
     let start = Instant::now();
     while start.elapsed() < time {

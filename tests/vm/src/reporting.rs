@@ -145,7 +145,6 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .memory(Size::gib(8))
-        .timeout(Duration::from_secs(400))
         .parameter(FAST_REPORTS)
         .offer(OFFER);
     vm::run(&config, |guest| {
@@ -155,7 +154,7 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
 
         let load = take(guest, half)?;
         let fill = format!("dd if=/dev/zero of=/tmp/file bs=1M count={}", half.as_mib());
-        let pending = guest.start(&["sh", "-c", &fill], LOAD_PATIENCE)?;
+        let pending = guest.start(&["sh", "-c", &fill], None)?;
         guest.output(&pending, LOAD_PATIENCE)?;
         let peak = guest.resident()?;
         let start = Instant::now();
@@ -186,11 +185,7 @@ fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
         "page_reporting.page_reporting_delay_ms=500",
         "page_reporting.page_reporting_delay_ms=3000",
     );
-    let config = setup
-        .config()
-        .timeout(Duration::from_secs(400))
-        .parameter(seldom)
-        .offer(OFFER);
+    let config = setup.config().parameter(seldom).offer(OFFER);
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         let data = guest.load(Load::Hold {

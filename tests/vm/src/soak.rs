@@ -29,12 +29,10 @@ const STEPS_PER_COUNT: usize = 1_000;
 /// The largest target, in pages.
 const MOST: u64 = 400 << 8;
 
-const LIFE: Duration = Duration::from_secs(3600);
-
 fn soak(setup: &Setup) -> Result<()> {
     let seed = setup.seeds().map_or(0, |seeds| seeds.start);
     let mut random = Rng::with_seed(seed);
-    vm::run(&setup.config().timeout(LIFE), |guest| {
+    vm::run(&setup.config(), |guest| {
         let free = guest.free()?;
         guest.insmod(setup.driver, &[])?;
         let empty = Count::of(guest)?;

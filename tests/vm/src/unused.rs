@@ -123,11 +123,7 @@ fn overwrite(
     total: &mut Size,
 ) -> Result<()> {
     let log = WriteLog::new()?;
-    let config = setup
-        .config()
-        .memory(memory)
-        .write_log(&log)
-        .timeout(Duration::from_secs(900));
+    let config = setup.config().memory(memory).write_log(&log);
     let mut random = Rng::with_seed(seed);
     vm::run(&config, |guest| {
         guest.insmod(driver, &[])?;

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Time limits that hold on a busy machine.
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+/// Measures for how long a process could have been at work. The clock stops while one of its threads is ready to run and
+/// waits for a processor: a machine that is busy with other things does not use up a time limit, and a process that hangs
+/// or sleeps does.
+#[derive(Debug)]
+pub struct Stopwatch {
+    process: u32,
+    start: Instant,
+    /// For how long each thread had waited for a processor at the start.
+    waits: HashMap<String, Duration>,
+}
+
+impl Stopwatch {
+    /// Starts to measure the process with this number.
+    pub(crate) fn start(process: u32) -> Self {
+        Self {
+            process,
+            start: Instant::now(),
+            waits: waits(process),
+        }
+    }
+
+    /// The time since the start, without the time that the thread which waited longest for a processor spent doing so.
+    pub fn elapsed(&self) -> Duration {
+        let before = |thread| self.waits.get(thread).copied().unwrap_or_default();
+        let longest = waits(self.process)
+            .iter()
+            .map(|(thread, wait)| wait.saturating_sub(before(thread)))
+            .max();
+        self.start
+            .elapsed()
+            .saturating_sub(longest.unwrap_or_default())
+    }
+
+    /// Whether that much time has passed. Cheap until it may have.
+    pub fn has_passed(&self, time: Duration) -> bool {
+        self.start.elapsed() > time && self.elapsed() > time
+    }
+
+    /// Starts again.
+    pub(crate) fn restart(&mut self) {
+        *self = Self::start(self.process);
+    }
+}
+
+/// For how long each thread of a process has waited for a processor. There are none if the process has ended, or if the
+/// machine's kernel does not count that.
+fn waits(process: u32) -> HashMap<String, Duration> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else {
+        return HashMap::new();
+    };
+    threads
+        .filter_map(Result::ok)
+        .filter_map(|thread| {
+            // The time on a processor, the time of waiting for one, and how often it had one.
+            let statistics = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            let wait = statistics.split_whitespace().nth(1)?.parse().ok()?;
+            let name = thread.file_name().into_string().ok()?;
+            Some((name, Duration::from_nanos(wait)))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::thread::sleep;
+
+    use super::*;
+
+    const A_WHILE: Duration = Duration::from_millis(300);
+
+    /// A process, which is killed at the end.
+    struct Process(std::process::Child);
+
+    impl Process {
+        fn start(command: &mut Command) -> Self {
+            Self(command.spawn().unwrap())
+        }
+    }
+
+    impl Drop for Process {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn the_time_of_a_process_that_sleeps_passes() {
+        let process = Process::start(Command::new("sleep").arg("60"));
+        let stopwatch = Stopwatch::start(process.0.id());
+        sleep(A_WHILE);
+        // It may have waited for a processor before it slept.
+        assert!(stopwatch.elapsed() > A_WHILE / 2);
+    }
+
+    #[test]
+    fn the_time_of_a_process_that_gets_no_processor_does_not_pass() {
+        // Five on one processor: each of them waits for most of the time.
+        let busy = || {
+            let mut command = Command::new("taskset");
+            Process::start(command.args(["-c", "0", "sh", "-c", "while :; do :; done"]))
+        };
+        let processes: Vec<_> = (0..5).map(|_| busy()).collect();
+        sleep(A_WHILE);
+        let stopwatch = Stopwatch::start(processes[0].0.id());
+        let start = Instant::now();
+        sleep(A_WHILE * 4);
+        assert!(stopwatch.elapsed() < start.elapsed() / 2);
+    }
+}
