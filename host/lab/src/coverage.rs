@@ -42,9 +42,9 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
         setup::counting(&places, &tree, &module, coverage)
     });
 
-    let mut report = Report::new();
+    let report = Report::new();
     if only.is_none_or(|only| only == "kunit") {
-        kunit::run_in(Kernel::Test, &with_kunit?, guests, &mut report);
+        kunit::run_in(Kernel::Test, &with_kunit?, guests, &report);
     }
     let artifacts = with_scenarios?;
     for scenario in SCENARIOS.iter().copied().flatten() {
@@ -58,7 +58,7 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
         }
         for &device in test::devices_of(scenario) {
             let variant = (Kernel::Test, Driver::Rust, device, false);
-            test::run_scenario(scenario, variant, &artifacts, guests, &mut report);
+            test::run_scenario(scenario, variant, &artifacts, guests, &report);
         }
     }
     let good = report.conclude();

@@ -39,8 +39,8 @@ const TIMEOUT: u32 = 10;
 /// Fuzzes one target or all of them, each for so many seconds. Says whether all is well.
 pub(crate) fn run(target: Option<&str>, seconds: u32) -> Result<bool> {
     let places = Places::find()?;
-    let mut report = Report::new();
-    fuzz(&places, target, seconds, &mut report)?;
+    let report = Report::new();
+    fuzz(&places, target, seconds, &report)?;
     Ok(report.conclude())
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn fuzz(
     places: &Places,
     only: Option<&str>,
     seconds: u32,
-    report: &mut Report,
+    report: &Report,
 ) -> Result<()> {
     let all = targets(&places.checkout.join(CRATE))?;
     let targets: Vec<_> = all
@@ -86,9 +86,9 @@ pub(crate) fn fuzz(
     drop(lock);
     for name in targets {
         let label = format!("fuzz {name}");
-        let start = report.begin(&label);
+        let running = report.begin(&label);
         let outcome = fuzz_target(places, &directory, &programs, name, seconds)?;
-        report.add(&label, Some(start.elapsed()), &outcome);
+        running.end(&outcome, &[]);
     }
     Ok(())
 }

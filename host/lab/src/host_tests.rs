@@ -20,7 +20,7 @@ static RESULT: LazyLock<Regex> = LazyLock::new(|| {
 });
 
 /// Builds and runs them.
-pub(crate) fn run(places: &Places, report: &mut Report) -> Result<()> {
+pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
     let cargo = || {
         let mut cargo = Command::new("cargo");
         cargo.args([
@@ -42,7 +42,7 @@ pub(crate) fn run(places: &Places, report: &mut Report) -> Result<()> {
     )?;
     phase.finish();
 
-    report.begin("host");
+    let _running = report.begin("host");
     let output = cargo().stdin(Stdio::null()).output()?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let log = places.build().join("host-tests.log");
@@ -60,7 +60,7 @@ pub(crate) fn run(places: &Places, report: &mut Report) -> Result<()> {
             Outcome::Failed(_) => Outcome::Failed(format!("see {}", log.display())),
             other => other,
         };
-        report.add(&format!("host {name}"), None, &outcome);
+        report.add(&format!("host {name}"), None, &outcome, &[]);
     }
     Ok(())
 }

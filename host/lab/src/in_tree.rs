@@ -42,7 +42,7 @@ const BUILD_MODULE: &str = r#"
 /// # Errors
 ///
 /// It cannot be put there, its sources are not in the kernel's style, or it does not build.
-pub(crate) fn run(places: &Places, accel: Accel, report: &mut Report) -> Result<()> {
+pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> {
     let source = kernel::source(places)?;
     let name = source.file_name().context("the source is a directory")?;
     let copy = places.cache.join("in-tree").join(name);
@@ -87,7 +87,7 @@ pub(crate) fn run(places: &Places, accel: Accel, report: &mut Report) -> Result<
     )?;
     phase.finish();
     for Case { name, outcome } in ktap::parse(&fs::read_to_string(log("kunit"))?) {
-        report.add(&format!("kunit {name} (in the tree)"), None, &outcome);
+        report.add(&format!("kunit {name} (in the tree)"), None, &outcome, &[]);
     }
 
     let module = copy.join(".kunit").join(PLACE).join("virtio-balloon-rs.ko");

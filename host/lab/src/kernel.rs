@@ -81,10 +81,11 @@ pub(crate) fn source(places: &Places) -> Result<PathBuf> {
             fs::remove_dir_all(&new)?;
         }
         fs::create_dir_all(&new)?;
-        let phase = Phase::start("Extracting the kernel", None);
+        let phase = Phase::start("Extracting the kernel", Some(checkpoints(&archive)?));
         phase.follow(
             Command::new("tar")
-                .args(["--checkpoint=.1000", "--strip-components=1", "-xf"])
+                .arg(format!("--checkpoint={RECORDS}"))
+                .args(["--checkpoint-action=echo=.", "--strip-components=1", "-xf"])
                 .arg(&archive)
                 .arg("-C")
                 .arg(&new),
@@ -94,6 +95,21 @@ pub(crate) fn source(places: &Places) -> Result<PathBuf> {
         phase.finish();
     }
     Ok(source)
+}
+
+/// How many records of an archive tar extracts before it prints a line.
+const RECORDS: u64 = 1000;
+
+/// The length of a record, in bytes.
+const RECORD: u64 = 10240;
+
+/// How many lines tar prints for an archive, which the bar is drawn from.
+fn checkpoints(archive: &Path) -> Result<u64> {
+    let list = output(Command::new("xz").args(["--robot", "--list"]).arg(archive))?;
+    let totals = list.lines().find(|line| line.starts_with("totals"));
+    let length = totals.and_then(|totals| totals.split_whitespace().nth(4));
+    let length: u64 = length.context("xz does not say the length")?.parse()?;
+    Ok(length / RECORD / RECORDS)
 }
 
 /// The build root's archive of the kernel's source, and its version.

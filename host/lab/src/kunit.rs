@@ -24,16 +24,16 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Runs KUnit in one kernel, or in [`KERNELS`].
 pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
-    let mut report = Report::new();
+    let report = Report::new();
     for kernel in only.map_or(KERNELS.to_vec(), |kernel| vec![kernel]) {
         let artifacts = setup::prepare(&places, kernel)?;
-        run_in(kernel, &artifacts, guests, &mut report);
+        run_in(kernel, &artifacts, guests, &report);
     }
     Ok(report.conclude())
 }
 
 /// Runs KUnit in a guest with this kernel. Every case is a result.
-pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &mut Report) {
+pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &Report) {
     let name = |case: &str| format!("kunit {case} ({kernel} kernel)");
     // The suites take up to eight of the largest blocks at once, of 512 MiB with pages of 64 KiB.
     let memory = match kernel {
@@ -46,7 +46,7 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
         .verbose(guests.verbose)
         .parameter("kunit.enable=1")
         .parameter("kunit.autorun=1");
-    let start = report.begin(&name(""));
+    let running = report.begin(&name("suites"));
     let log = config.logs();
     let result = vm::run(&config, |guest| {
         let mark = guest.console().mark()?;
@@ -60,22 +60,19 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
         guest.rmmod(Driver::Rust)?;
         Ok(cases)
     });
-    let cases = result.unwrap_or_else(|error| {
-        let reason = format!("{error:#}\nthe guest's log is in {}", log.display());
-        vec![Case {
-            name: "guest".to_owned(),
-            outcome: Outcome::Failed(reason),
-        }]
-    });
+    let (cases, whole) = match result {
+        Ok(cases) => (cases, Outcome::Passed),
+        Err(error) => {
+            let reason = format!("{error:#}\nthe guest's log is in {}", log.display());
+            (Vec::new(), Outcome::Failed(reason))
+        }
+    };
     for Case {
         name: case,
         outcome,
     } in cases
     {
-        report.add(&name(&case), None, &outcome);
+        report.add(&name(&case), None, &outcome, &[]);
     }
-    report.print(&format!(
-        "        KUnit in the {kernel} kernel took {:.1} s",
-        start.elapsed().as_secs_f64()
-    ));
+    running.end(&whole, &[]);
 }

@@ -18,6 +18,7 @@ mod coverage;
 mod deb;
 mod debian;
 mod demo;
+mod descendants;
 mod fuzz;
 mod host_tests;
 mod in_tree;
@@ -243,14 +244,16 @@ fn main() -> Result<ExitCode> {
             driver,
             device,
             guests,
-        } => test::run(
-            kernel.map(Kernel::from),
-            only.as_deref(),
-            long,
-            driver.into(),
-            device.map(Device::from),
-            guests,
-        ),
+        } => {
+            let wanted = test::Wanted {
+                kernel: kernel.map(Kernel::from),
+                only: only.as_deref(),
+                long,
+                driver: driver.into(),
+                device: device.map(Device::from),
+            };
+            test::run(wanted, guests)
+        }
         Command::Bench {
             docs: true, guests, ..
         } => bench::write_docs(guests),

@@ -1,20 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bars for what takes its time. Where standard error is no terminal, a line says what begins
-//! and another one how long it took.
+//! Bars for what takes its time. Where standard error is no terminal, a line says what begins, others how far it is, and
+//! the last one how long it took.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write, stderr};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
+use crate::descendants::Descendants;
+
+/// All bars, which a terminal shows below each other.
+pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
 const TICK: Duration = Duration::from_millis(100);
+
+/// How often a log is told how far something is.
+const LOG_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How often it is looked whether a command makes progress.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A command is given up when for so long it has printed nothing and has used no processor.
+const STALL_LIMIT: Duration = Duration::from_secs(300);
 
 /// Something that takes its time.
 pub(crate) struct Phase {
@@ -24,18 +41,19 @@ pub(crate) struct Phase {
 }
 
 impl Phase {
-    /// Begins a phase of `total` steps, or of nobody knows how many.
+    /// Begins a phase of `total` steps, or of an unknown number.
     pub(crate) fn start(name: &str, total: Option<u64>) -> Self {
         let (bar, template) = match total {
             Some(total) => (
                 ProgressBar::new(total),
-                "{prefix:28} [{bar:30}] {percent:>3}% {elapsed:>4} {msg}",
+                "{prefix:28} [{bar:30}] {percent:>3}% {elapsed:>4}, {eta} left {msg}",
             ),
             None => (
                 ProgressBar::new_spinner(),
                 "{prefix:28} {spinner} {elapsed:>4} {msg}",
             ),
         };
+        let bar = BARS.add(bar);
         let style = ProgressStyle::with_template(template).expect("the template is valid");
         bar.set_style(style.progress_chars("#> "));
         bar.set_prefix(name.to_owned());
@@ -55,7 +73,7 @@ impl Phase {
         self.bar.set_position(steps);
     }
 
-    /// Shows a few words beside the bar.
+    /// Shows a few words next to the bar.
     pub(crate) fn say(&self, words: &str) {
         self.bar.set_message(words.to_owned());
     }
@@ -63,19 +81,25 @@ impl Phase {
     /// Ends the phase, and leaves a line that says so.
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
-        eprintln!(
-            "{:28} done in {:.1} s",
-            self.name,
-            self.start.elapsed().as_secs_f64()
-        );
+        BARS.suspend(|| {
+            eprintln!(
+                "{:28} done in {:.1} s",
+                self.name,
+                self.start.elapsed().as_secs_f64()
+            );
+        });
     }
 
     /// Runs a command with its output going to `log`, and takes a step for each line of it.
     ///
     /// # Errors
     ///
-    /// The command fails; its output is shown then.
+    /// The command fails, or makes no progress; the end of its output is shown then.
     pub(crate) fn follow(&self, command: &mut Command, log: &Path) -> Result<()> {
+        self.follow_within(command, log, STALL_LIMIT)
+    }
+
+    fn follow_within(&self, command: &mut Command, log: &Path, limit: Duration) -> Result<()> {
         let program = command.get_program().to_string_lossy().into_owned();
         let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
@@ -88,31 +112,121 @@ impl Phase {
             .with_context(|| format!("starting {program}"))?;
         // The command object has the pipe's writing end, and must not keep it open.
         command.stdout(Stdio::null()).stderr(Stdio::null());
-        for (steps, line) in (1..).zip(BufReader::new(File::from(reader)).split(b'\n')) {
-            file.write_all(&line?)?;
-            file.write_all(b"\n")?;
-            self.set(steps);
+        let (end, ended) = mpsc::channel();
+        let is_stalled = thread::scope(|scope| -> Result<bool> {
+            let child = &child;
+            let watcher = scope.spawn(move || self.watch(child, &ended, limit));
+            for (steps, line) in (1..).zip(BufReader::new(File::from(reader)).split(b'\n')) {
+                file.write_all(&line?)?;
+                file.write_all(b"\n")?;
+                self.set(steps);
+            }
+            drop(end);
+            Ok(watcher.join().expect("it does not panic"))
+        })?;
+        let status = child.wait()?;
+        if status.success() && !is_stalled {
+            return Ok(());
         }
-        if !child.wait()?.success() {
-            self.bar.finish_and_clear();
-            let output = String::from_utf8_lossy(&fs::read(log)?).into_owned();
-            let from = output.lines().count().saturating_sub(40);
-            output
-                .lines()
-                .skip(from)
-                .for_each(|line| eprintln!("{line}"));
-            bail!(
-                "{}: {program} failed; all that it said is in {}",
+        self.bar.finish_and_clear();
+        let output = String::from_utf8_lossy(&fs::read(log)?).into_owned();
+        let from = output.lines().count().saturating_sub(40);
+        output
+            .lines()
+            .skip(from)
+            .for_each(|line| eprintln!("{line}"));
+        let what = match is_stalled {
+            true => format!(
+                "printed nothing and used no processor for {} s, and was killed",
+                limit.as_secs()
+            ),
+            false if output.contains("No space left on device") => {
+                "found the disk full; make room and run the same command again, which continues"
+                    .to_owned()
+            }
+            false => "failed".to_owned(),
+        };
+        bail!(
+            "{}: {program} {what}; its output is in {}",
+            self.name,
+            log.display()
+        );
+    }
+
+    /// Kills a command that makes no progress, and says whether it had to. Where standard error is no terminal, it prints
+    /// how far the command is.
+    fn watch(&self, child: &Child, ended: &Receiver<()>, limit: Duration) -> bool {
+        let (mut reported, mut moved) = (Instant::now(), Instant::now());
+        let mut last = None;
+        while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(WATCH_INTERVAL) {
+            let descendants = Descendants::of(child.id());
+            let progress = (self.bar.position(), descendants.processor_time());
+            if last.replace(progress) != Some(progress) {
+                moved = Instant::now();
+            }
+            if moved.elapsed() > limit {
+                descendants.kill();
+                return true;
+            }
+            if reported.elapsed() > LOG_INTERVAL && !stderr().is_terminal() {
+                reported = Instant::now();
+                self.report();
+            }
+        }
+        false
+    }
+
+    /// Prints how far it is.
+    fn report(&self) {
+        let took = self.start.elapsed().as_secs();
+        match self.bar.length() {
+            Some(total) if total > 0 => eprintln!(
+                "{}: {} %, {took} s so far, about {} s left",
                 self.name,
-                log.display()
-            );
+                (self.bar.position() * 100 / total).min(99),
+                self.bar.eta().as_secs()
+            ),
+            _ => eprintln!("{}: {took} s so far", self.name),
         }
-        Ok(())
     }
 }
 
 impl Drop for Phase {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_has_the_log() {
+        let directory = std::env::temp_dir();
+        let log = directory.join(format!("phase-{}.log", std::process::id()));
+        let phase = Phase::start("failing", None);
+        let error = phase
+            .follow(Command::new("sh").args(["-c", "echo line; exit 3"]), &log)
+            .unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("failing: sh failed"), "{text}");
+        assert_eq!(fs::read_to_string(&log).unwrap(), "line\n");
+        fs::remove_file(log).unwrap();
+    }
+
+    #[test]
+    fn a_command_that_hangs_is_killed_and_one_that_works_is_not() {
+        let log = std::env::temp_dir().join(format!("stall-{}.log", std::process::id()));
+        let limit = Duration::from_secs(2);
+        let follow = |script: &str| {
+            let phase = Phase::start("stalling", None);
+            phase.follow_within(Command::new("sh").args(["-c", script]), &log, limit)
+        };
+        let error = follow("echo line; sleep 600").unwrap_err().to_string();
+        assert!(error.contains("used no processor for 2 s"), "{error}");
+        // It prints nothing for longer than the limit.
+        follow("end=$(($(date +%s) + 5)); while [ $(date +%s) -lt $end ]; do :; done").unwrap();
+        fs::remove_file(log).unwrap();
     }
 }

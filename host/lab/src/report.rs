@@ -2,73 +2,162 @@
 
 //! The results of tests: a line for each, and how many there were.
 
-use std::io::{IsTerminal, stderr};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use vm::ktap::Outcome;
 
-/// Counts results and prints them as they come.
+use crate::progress::BARS;
+
+/// How many of the slowest tests are named in the end.
+const SLOWEST: usize = 10;
+
+/// Counts results and prints them as they come, from several threads.
 pub(crate) struct Report {
-    passed: usize,
-    failed: usize,
-    skipped: usize,
+    state: Mutex<State>,
     bar: ProgressBar,
+    start: Instant,
+}
+
+#[derive(Default)]
+struct State {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: usize,
+    /// What runs now.
+    running: Vec<String>,
+    /// What has run, and how long it took.
+    times: Vec<(Duration, String)>,
+}
+
+/// A test that runs.
+pub(crate) struct Running<'a> {
+    report: &'a Report,
+    name: String,
+    start: Instant,
 }
 
 impl Report {
     pub(crate) fn new() -> Self {
-        let bar = ProgressBar::new_spinner();
+        let bar = BARS.add(ProgressBar::new_spinner());
         let style = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}");
         bar.set_style(style.expect("the template is valid"));
+        bar.enable_steady_tick(Duration::from_millis(100));
         Self {
-            passed: 0,
-            failed: 0,
-            skipped: 0,
+            state: Mutex::default(),
             bar,
+            start: Instant::now(),
         }
     }
 
     /// Shows, on a terminal, that a test runs.
-    pub(crate) fn begin(&self, name: &str) -> Instant {
-        self.bar.set_message(name.to_owned());
-        self.bar.reset_elapsed();
-        if stderr().is_terminal() {
-            self.bar.enable_steady_tick(Duration::from_millis(100));
+    pub(crate) fn begin(&self, name: &str) -> Running<'_> {
+        let mut state = self.state();
+        state.running.push(name.to_owned());
+        self.show(&state);
+        Running {
+            report: self,
+            name: name.to_owned(),
+            start: Instant::now(),
         }
-        Instant::now()
     }
 
-    /// Takes in a result; `took` is not known of tests that run in one program with others.
-    pub(crate) fn add(&mut self, name: &str, took: Option<Duration>, outcome: &Outcome) {
-        let (count, word, reason) = match outcome {
-            Outcome::Passed => (&mut self.passed, "ok", ""),
-            Outcome::Failed(reason) => (&mut self.failed, "FAILED", reason.as_str()),
-            Outcome::Skipped(reason) => (&mut self.skipped, "skipped", reason.as_str()),
+    /// Takes in a result, with lines to be printed below it. How long it took is not known of tests that run in one
+    /// program with others.
+    pub(crate) fn add(
+        &self,
+        name: &str,
+        took: Option<Duration>,
+        outcome: &Outcome,
+        notes: &[String],
+    ) {
+        let mut state = self.state();
+        let (word, reason) = match outcome {
+            Outcome::Passed => ("ok", ""),
+            Outcome::Failed(reason) => ("FAILED", reason.as_str()),
+            Outcome::Skipped(reason) => ("skipped", reason.as_str()),
         };
-        *count += 1;
-        let took = took
+        match outcome {
+            Outcome::Passed => state.passed += 1,
+            Outcome::Failed(_) => state.failed.push(name.to_owned()),
+            Outcome::Skipped(_) => state.skipped += 1,
+        }
+        let seconds = took
             .map(|took| format!("{:6.1} s", took.as_secs_f64()))
             .unwrap_or_default();
-        self.print(&format!("{word:8}{name:70}{took}"));
-        for line in reason.lines() {
-            self.print(&format!("        {line}"));
+        let mut lines = format!("{word:8}{name:70}{seconds}").trim_end().to_owned();
+        for line in reason.lines().chain(notes.iter().map(String::as_str)) {
+            lines += &format!("\n        {line}");
         }
+        state.times.extend(took.map(|took| (took, name.to_owned())));
+        BARS.suspend(|| println!("{lines}"));
     }
 
-    /// Prints a line without disturbing what the terminal shows.
-    pub(crate) fn print(&self, line: &str) {
-        self.bar.suspend(|| println!("{}", line.trim_end()));
-    }
-
-    /// Prints the totals, and says whether all is well.
-    pub(crate) fn conclude(self) -> bool {
+    /// Prints the slowest tests, those that failed and the totals, and says whether all is well.
+    pub(crate) fn conclude(&self) -> bool {
         self.bar.finish_and_clear();
-        let skipped = match self.skipped {
+        let mut state = self.state();
+        let took = self.start.elapsed();
+        state
+            .times
+            .sort_by_key(|(took, _)| std::cmp::Reverse(*took));
+        if state.times.len() > SLOWEST {
+            println!(
+                "the slowest {SLOWEST} of {} that ran by themselves:",
+                state.times.len()
+            );
+            for (took, name) in &state.times[..SLOWEST] {
+                println!("        {name:70}{:6.1} s", took.as_secs_f64());
+            }
+        }
+        for name in &state.failed {
+            println!("FAILED  {name}");
+        }
+        println!(
+            "all took {} min {} s",
+            took.as_secs() / 60,
+            took.as_secs() % 60
+        );
+        let skipped = match state.skipped {
             0 => String::new(),
             skipped => format!(", {skipped} skipped"),
         };
-        println!("{} passed, {} failed{skipped}", self.passed, self.failed);
-        self.failed == 0 && self.passed > 0
+        println!(
+            "{} passed, {} failed{skipped}",
+            state.passed,
+            state.failed.len()
+        );
+        state.failed.is_empty() && state.passed > 0
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("a lock")
+    }
+
+    fn show(&self, state: &State) {
+        self.bar.set_message(state.running.join("; "));
+    }
+}
+
+impl Running<'_> {
+    /// For how long it has run.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Ends it with a result.
+    pub(crate) fn end(self, outcome: &Outcome, notes: &[String]) {
+        self.report
+            .add(&self.name, Some(self.elapsed()), outcome, notes);
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut state = self.report.state();
+        let place = state.running.iter().position(|name| *name == self.name);
+        place.map(|place| state.running.remove(place));
+        self.report.show(&state);
     }
 }

@@ -3,11 +3,15 @@
 //! All tests: the host's own, KUnit in guests, and scenarios in guests.
 
 use std::slice;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, available_parallelism};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
+use procfs::{Current, Meminfo};
 use scenarios::{SCENARIOS, Scenario, Setup};
 use vm::ktap::Outcome;
-use vm::{Artifacts, Device, Driver, Kernel};
+use vm::{Artifacts, Device, Driver, Kernel, Size};
 
 use crate::places::Places;
 use crate::report::Report;
@@ -41,8 +45,8 @@ const LONG_SCENARIOS: &[&str] = &[
     "races",
 ];
 
-/// The result for installing and removing the packages.
-const PACKAGES: &str = "packages are installed and removed (debian kernel)";
+/// How much memory a guest and what is around it may take.
+const MEMORY_PER_LANE: Size = Size::gib(9);
 
 /// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
 const DEVICE_SCENARIOS: &[&str] = &[
@@ -58,79 +62,177 @@ const DEVICE_SCENARIOS: &[&str] = &[
     "races",
 ];
 
-/// Runs all tests that are asked for, or, if it may take `long`, every test in every kernel. Says whether
-/// all is well.
-pub(crate) fn run(
-    kernel: Option<Kernel>,
-    only: Option<&str>,
-    long: bool,
-    driver: Driver,
-    device: Option<Device>,
-    guests: Guests,
-) -> Result<bool> {
-    let places = Places::find()?;
-    let mut report = Report::new();
-    std::fs::create_dir_all(places.build())?;
+/// What is asked for.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    /// The kernel to run in, or those that each test is for.
+    pub(crate) kernel: Option<Kernel>,
+    /// What the name of a scenario has to have in it, or the name of another kind of test.
+    pub(crate) only: Option<&'a str>,
+    /// Whether it may take long.
+    pub(crate) long: bool,
+    /// The driver that scenarios are run on.
+    pub(crate) driver: Driver,
+    /// The device that scenarios are run on, or those that each is for.
+    pub(crate) device: Option<Device>,
+}
 
+/// A test, or some that run in one place.
+type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+/// Runs all tests that are wanted, several at once. Says whether all is well.
+pub(crate) fn run(wanted: Wanted<'_>, guests: Guests) -> Result<bool> {
+    let places = Places::find()?;
+    let report = Report::new();
+    std::fs::create_dir_all(places.build())?;
+    let (sender, jobs) = mpsc::channel();
+    let jobs = Mutex::new(jobs);
+    let lanes = lanes()?;
+    thread::scope(|scope| {
+        for _ in 0..lanes {
+            scope.spawn(|| work(&jobs));
+        }
+        prepare(&places, wanted, guests, &report, sender)
+    })?;
+    Ok(report.conclude())
+}
+
+/// How many tests run at once: each guest has two processors, and may fill its memory.
+fn lanes() -> Result<usize> {
+    let meminfo = Meminfo::current()?;
+    let available = meminfo.mem_available.unwrap_or(meminfo.mem_free);
+    let fit = usize::try_from(available / MEMORY_PER_LANE.as_bytes())?;
+    Ok(fit.clamp(1, available_parallelism()?.get()))
+}
+
+/// Does one job after the other until there will be no more.
+fn work(jobs: &Mutex<Receiver<Job<'_>>>) {
+    let next = || jobs.lock().expect("a lock").recv();
+    while let Ok(job) = next() {
+        job();
+    }
+}
+
+/// Builds what the wanted tests need, and sends each of them as soon as that is there. What needs no guest is tested while
+/// the first kernel is built.
+fn prepare<'scope>(
+    places: &'scope Places,
+    wanted: Wanted<'_>,
+    guests: Guests,
+    report: &'scope Report,
+    sender: Sender<Job<'scope>>,
+) -> Result<()> {
+    let Wanted {
+        kernel, only, long, ..
+    } = wanted;
+    let send = move |job: Job<'scope>| {
+        let sent = sender.send(job);
+        sent.map_err(|_| anyhow!("no thread is left that runs tests"))
+    };
+    let outcome = |result: Result<()>| match result {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    };
     if only.is_none_or(|only| only == "host") {
-        host_tests::run(&places, &mut report)?;
-        fuzz::fuzz(&places, None, FUZZ_SECONDS, &mut report)?;
+        send(Box::new(move || {
+            let result = host_tests::run(places, report);
+            let result = result.and_then(|()| fuzz::fuzz(places, None, FUZZ_SECONDS, report));
+            if result.is_err() {
+                report.add("host", None, &outcome(result), &[]);
+            }
+        }))?;
     }
     if only.map_or(long && kernel.is_none(), |only| only == "in-tree") {
-        in_tree::run(&places, guests.accel(), &mut report)?;
+        let result = in_tree::run(places, guests.accel(), report);
+        report.add(
+            "the driver in a kernel's source",
+            None,
+            &outcome(result),
+            &[],
+        );
     }
     for this in Kernel::ALL {
         let is_debian = this == Kernel::Debian;
-        let wanted = |scenario: &&Scenario| {
-            let at_home = scenario.kernels.first() == Some(&this)
-                || this == Kernel::Debug && DEBUG_SCENARIOS.contains(&scenario.name);
-            // Debian's kernel is for a few scenarios, and for those that take long, too.
-            let in_time = long || is_debian || !takes_long(scenario);
-            // Of one that is asked for it is said that it is not for this kernel.
-            let is_for_it = scenario.kernels.contains(&this) || kernel.is_some() && only.is_some();
-            is_for_it
-                && kernel.map_or(long || at_home, |kernel| kernel == this)
-                && only.map_or(in_time, |only| scenario.name.contains(only))
-        };
-        let scenarios: Vec<_> = SCENARIOS.iter().copied().flatten().filter(wanted).collect();
-        let with_kunit = !is_debian
-            && driver == Driver::Rust
-            && device.is_none_or(|device| device == Device::Qemu)
-            && kernel.map_or(long || kunit::KERNELS.contains(&this), |kernel| {
-                kernel == this
-            })
-            && only.is_none_or(|only| only == "kunit");
+        let scenarios: Vec<_> = SCENARIOS
+            .iter()
+            .copied()
+            .flatten()
+            .filter(|scenario| is_wanted(scenario, this, wanted))
+            .collect();
+        let with_kunit = is_kunit_wanted(this, wanted);
         let with_packages = is_debian && only == Some("packages");
         if scenarios.is_empty() && !with_kunit && !with_packages {
             continue;
         }
-        let artifacts = match setup::prepare(&places, this) {
-            // What the packages do is a test, too.
-            Err(error) if is_debian => {
-                report.add(PACKAGES, None, &Outcome::Failed(format!("{error:#}")));
+        let artifacts = match setup::prepare(places, this) {
+            Ok(artifacts) => Arc::new(artifacts),
+            Err(error) => {
+                report.add(&prepared(this), None, &outcome(Err(error)), &[]);
                 continue;
             }
-            artifacts => artifacts?,
         };
         if is_debian {
-            report.add(PACKAGES, None, &Outcome::Passed);
+            // What the packages do is a test, too.
+            report.add(&prepared(this), None, &Outcome::Passed, &[]);
+        }
+        if with_kunit {
+            let artifacts = Arc::clone(&artifacts);
+            send(Box::new(move || {
+                kunit::run_in(this, &artifacts, guests, report);
+            }))?;
         }
         // Whether memory is zeroed on allocation, as Debian's kernel does it by default.
         let zeroing: &[bool] = if is_debian { &[false, true] } else { &[false] };
-        if with_kunit {
-            kunit::run_in(this, &artifacts, guests, &mut report);
-        }
         for scenario in scenarios {
-            let devices = device.as_ref().map(slice::from_ref);
+            let devices = wanted.device.as_ref().map(slice::from_ref);
             for &device in devices.unwrap_or_else(|| devices_of(scenario)) {
                 for &zeroing in zeroing {
-                    let variant = (this, driver, device, zeroing);
-                    run_scenario(scenario, variant, &artifacts, guests, &mut report);
+                    let variant = (this, wanted.driver, device, zeroing);
+                    let artifacts = Arc::clone(&artifacts);
+                    send(Box::new(move || {
+                        run_scenario(scenario, variant, &artifacts, guests, report);
+                    }))?;
                 }
             }
         }
     }
-    Ok(report.conclude())
+    Ok(())
+}
+
+/// What it is that makes the guests of a kernel ready.
+fn prepared(kernel: Kernel) -> String {
+    match kernel {
+        Kernel::Debian => "packages are installed and removed (debian kernel)".to_owned(),
+        _ => format!("a guest can be made ({kernel} kernel)"),
+    }
+}
+
+fn is_wanted(scenario: &Scenario, this: Kernel, wanted: Wanted<'_>) -> bool {
+    let Wanted {
+        kernel, only, long, ..
+    } = wanted;
+    let at_home = scenario.kernels.first() == Some(&this)
+        || this == Kernel::Debug && DEBUG_SCENARIOS.contains(&scenario.name);
+    // Debian's kernel is for a few scenarios, and for those that take long, too.
+    let in_time = long || this == Kernel::Debian || !takes_long(scenario);
+    // Of one that is asked for it is said that it is not for this kernel.
+    let is_for_it = scenario.kernels.contains(&this) || kernel.is_some() && only.is_some();
+    is_for_it
+        && kernel.map_or(long || at_home, |kernel| kernel == this)
+        && only.map_or(in_time, |only| scenario.name.contains(only))
+}
+
+fn is_kunit_wanted(this: Kernel, wanted: Wanted<'_>) -> bool {
+    let Wanted {
+        kernel, only, long, ..
+    } = wanted;
+    this != Kernel::Debian
+        && wanted.driver == Driver::Rust
+        && wanted.device.is_none_or(|device| device == Device::Qemu)
+        && kernel.map_or(long || kunit::KERNELS.contains(&this), |kernel| {
+            kernel == this
+        })
+        && only.is_none_or(|only| only == "kunit")
 }
 
 /// The devices that a scenario runs on if none is asked for.
@@ -152,41 +254,27 @@ pub(crate) fn run_scenario(
     (kernel, driver, device, zeroing): (Kernel, Driver, Device, bool),
     artifacts: &Artifacts,
     guests: Guests,
-    report: &mut Report,
+    report: &Report,
 ) {
     let mut label = format!("{kernel} kernel");
     if driver == Driver::C {
         label += ", C driver";
     }
-    label += match device {
-        Device::Qemu => "",
-        Device::VhostUser => ", vhost-user",
-        Device::Extended => ", extended",
-    };
+    if device != Device::Qemu {
+        label += &format!(", {}", device.name());
+    }
     if zeroing {
         label += ", zeroing";
     }
     let name = format!("scenario {} ({label})", scenario.name);
-    if !scenario.kernels.contains(&kernel) {
-        return report.add(
-            &name,
-            None,
-            &Outcome::Skipped("not for this kernel".to_owned()),
-        );
-    }
-    if !scenario.drivers.contains(&driver) {
-        return report.add(
-            &name,
-            None,
-            &Outcome::Skipped("not for this driver".to_owned()),
-        );
-    }
-    if !scenario.devices.contains(&device) {
-        return report.add(
-            &name,
-            None,
-            &Outcome::Skipped("not for this device".to_owned()),
-        );
+    let unfit = [
+        (scenario.kernels.contains(&kernel), "kernel"),
+        (scenario.drivers.contains(&driver), "driver"),
+        (scenario.devices.contains(&device), "device"),
+    ];
+    if let Some((_, what)) = unfit.iter().find(|(is_for_it, _)| !is_for_it) {
+        let outcome = Outcome::Skipped(format!("not for this {what}"));
+        return report.add(&name, None, &outcome, &[]);
     }
     let setup = Setup::new(
         scenario,
@@ -200,7 +288,7 @@ pub(crate) fn run_scenario(
     .with_zeroing(zeroing)
     .with_seeds(guests.seeds())
     .with_time(guests.time());
-    let start = report.begin(&format!("{name}: {}", scenario.proves));
+    let running = report.begin(&name);
     let outcome = match (scenario.run)(&setup) {
         Ok(()) => setup.skipped().map_or(Outcome::Passed, Outcome::Skipped),
         Err(error) => Outcome::Failed(format!(
@@ -208,8 +296,5 @@ pub(crate) fn run_scenario(
             setup.logs().display()
         )),
     };
-    report.add(&name, Some(start.elapsed()), &outcome);
-    for note in setup.notes() {
-        report.print(&format!("        {note}"));
-    }
+    running.end(&outcome, &setup.notes());
 }

@@ -18,6 +18,15 @@ pub enum Device {
 }
 
 impl Device {
+    /// Its name on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::VhostUser => "vhost-user",
+            Self::Extended => "extended",
+        }
+    }
+
     /// What QEMU has to know of the device when it is in a process of its own.
     pub(crate) fn properties(self) -> Value {
         let (queues, config_size) = match self {

@@ -3,6 +3,7 @@
 //! The host's reserve of huge pages.
 
 use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 
@@ -14,10 +15,14 @@ const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
 /// Which mappings the host gives transparent huge pages.
 const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
-/// Huge pages of 2 MiB that are reserved as long as this exists.
+/// Held by the one who has changed that number.
+static RESERVED: Mutex<()> = Mutex::new(());
+
+/// Huge pages of 2 MiB that are reserved as long as this exists. There is one at a time.
 #[derive(Debug)]
 pub struct HugePages {
     before: String,
+    _reserved: MutexGuard<'static, ()>,
 }
 
 impl HugePages {
@@ -27,6 +32,7 @@ impl HugePages {
     ///
     /// The host has no such huge pages, or not that many.
     pub fn reserve(size: Size) -> Result<Self> {
+        let reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
         let page = read("Hugepagesize")?;
         ensure!(
             page == Size::mib(2),
@@ -34,6 +40,7 @@ impl HugePages {
         );
         let this = Self {
             before: fs::read_to_string(NUMBER)?,
+            _reserved: reserved,
         };
         let wanted = this.before.trim().parse::<u64>()? + size.as_mib() / 2;
         fs::write(NUMBER, wanted.to_string()).context("reserving huge pages")?;

@@ -136,7 +136,9 @@ impl Setup {
         accel: Accel,
         verbose: bool,
     ) -> Self {
-        let config = Config::new(artifacts, scenario.name)
+        // Guests of other variants may run at the same time.
+        let name = format!("{}-{}", scenario.name, device.name());
+        let config = Config::new(artifacts, &name)
             .device(device)
             .accel(accel)
             .verbose(verbose);
