@@ -9,10 +9,12 @@ mod client;
 mod framing;
 mod protocol;
 mod server;
+mod socket;
 
 pub use client::{Answer, Client, ClientError};
 pub use protocol::{
     Begun, ByQueue, ControlError, Counters, Encodings, ErrorKind, Guest, HintAction, Info, Metrics,
     Progress, Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,
 };
-pub use server::{BindError, Handler, Server, SocketFile, listen, serve};
+pub use server::{Handler, Server, serve};
+pub use socket::{Access, BindError, SocketFile, listen};

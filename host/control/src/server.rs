@@ -3,24 +3,21 @@
 //! The daemon's side of the socket.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
-use nix::sys::stat::{Mode, fchmod};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::framing::{Line, read_line};
 use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
+use crate::socket::{Access, BindError, SocketFile, listen};
 
 /// How long a request may be, in bytes. The longest that makes sense has less than a hundred.
 const MAX_LINE: usize = 64 << 10;
@@ -30,6 +27,20 @@ const MAX_CONNECTIONS: usize = 32;
 
 /// How long to wait when the system has no file descriptor for another client.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long clients may take.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    /// To read an answer.
+    read: Duration,
+    /// From one request to the next, when another client has no place.
+    idle: Duration,
+}
+
+const PATIENCE: Patience = Patience {
+    read: Duration::from_secs(5),
+    idle: Duration::from_secs(10),
+};
 
 /// What does the work. It is called from one thread for each client.
 pub trait Handler: Send + Sync {
@@ -41,194 +52,134 @@ pub trait Handler: Send + Sync {
     fn handle(&self, request: Request) -> Result<Response, ControlError>;
 }
 
-/// Why there is no server.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// Another process listens there.
-    #[error("another daemon listens on {0}; stop that one, or choose another socket")]
-    Live(PathBuf),
-    /// There is a file which is not a socket.
-    #[error("{0} is not a socket; remove it, or choose another path")]
-    NotASocket(PathBuf),
-    /// Something else is wrong with the path.
-    #[error("cannot listen on {path}: {source}")]
-    Io {
-        /// Where the socket was to be.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-}
-
-/// A socket which is answered until this is dropped. Then the socket is removed, and all clients are
-/// disconnected; a request that is being handled is waited for.
+/// Answers the clients of a socket until this is dropped. Then all clients are disconnected; a request that
+/// is being handled is waited for. The socket stays as it is: another process may listen on it as well.
 #[derive(Debug)]
 pub struct Server {
-    socket: SocketFile,
-    listener: Arc<Listener>,
+    /// The thread ends when the other end of its stream is closed.
+    stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// The socket that clients connect to.
-#[derive(Debug)]
-struct Listener {
-    socket: UnixListener,
-    /// Nobody is to be accepted any more.
-    stopping: AtomicBool,
+    /// A socket of this server's own.
+    file: Option<SocketFile>,
 }
 
 impl Server {
-    /// Listens on the socket `path`, which only its owner may use, and has `handler` answer. A socket that a
-    /// dead process has left there is replaced.
+    /// Listens on the socket `path`, which only its owner may use, and has `handler` answer. The socket is
+    /// removed when the server is dropped.
     ///
     /// # Errors
     ///
-    /// Another process listens there, there is something else than a socket, or no socket can be made.
+    /// See [`listen`].
     pub fn bind(path: &Path, handler: Arc<dyn Handler>) -> Result<Self, BindError> {
-        let (listener, socket) = listen(path)?;
-        let listener = Arc::new(Listener {
-            socket: listener,
-            stopping: AtomicBool::new(false),
-        });
-        let thread = thread::Builder::new()
-            .name("control".to_owned())
-            .spawn({
-                let listener = Arc::clone(&listener);
-                move || accept(&listener, &*handler)
-            })
-            .map_err(|source| io_error(path, source))?;
-        Ok(Self {
-            socket,
-            listener,
-            thread: Some(thread),
-        })
+        let (listener, file) = listen(path, Access::default())?;
+        let mut server = Self::start(listener, handler).map_err(|source| BindError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        server.file = Some(file);
+        Ok(server)
     }
 
-    /// Where it listens.
-    pub fn path(&self) -> &Path {
-        &self.socket.path
+    /// Has `handler` answer the clients that connect to a socket.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread or no file descriptors.
+    pub fn start(listener: UnixListener, handler: Arc<dyn Handler>) -> io::Result<Self> {
+        Self::with_patience(listener, handler, PATIENCE)
+    }
+
+    fn with_patience(
+        listener: UnixListener,
+        handler: Arc<dyn Handler>,
+        patience: Patience,
+    ) -> io::Result<Self> {
+        // Another process may be faster than this one.
+        listener.set_nonblocking(true)?;
+        let (stop, stopped) = UnixStream::pair()?;
+        let thread = thread::Builder::new()
+            .name("control".to_owned())
+            .spawn(move || accept(&listener, &stopped, &*handler, patience))?;
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
+            file: None,
+        })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.socket.remove();
-        self.listener.stopping.store(true, Ordering::Release);
-        // This wakes the thread. It fails for no listening socket, and without it the thread could only be
-        // waited for in vain.
-        let woken = socket::shutdown(self.listener.socket.as_raw_fd(), socket::Shutdown::Both);
-        if let (Ok(()), Some(thread)) = (woken, self.thread.take()) {
+        if let Some(file) = &self.file {
+            file.remove();
+        }
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
             // A thread that has panicked has said so.
             let _ = thread.join();
         }
     }
 }
 
-/// A socket in the file system, by its place and its identity.
+/// A client that is connected.
 #[derive(Debug)]
-pub struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
+struct Connection {
+    stream: UnixStream,
+    /// Since when it has sent no request, unless one is being handled.
+    idle_since: Option<Instant>,
 }
 
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            path: path.to_owned(),
-            identity: identity(path)?,
-        })
-    }
-
-    /// Removes it, unless there is another one at its place by now.
-    pub fn remove(&self) {
-        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
-            // Nothing depends on it: the next daemon replaces it.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-fn io_error(path: &Path, source: impl Into<io::Error>) -> BindError {
-    BindError::Io {
-        path: path.to_owned(),
-        source: source.into(),
-    }
-}
-
-/// Listens on the socket `path`, which only its owner may use. A socket that a dead process has left there
-/// is replaced. The caller removes the file.
-///
-/// # Errors
-///
-/// Another process listens there, there is something else than a socket, or no socket can be made.
-pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
-    let failed = |source: io::Error| io_error(path, source);
-    // Of two daemons that start at once only one may find the stale socket: the other one would remove
-    // the socket of the first.
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let directory = File::open(directory).map_err(failed)?;
-    let _lock = Flock::lock(directory, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| io_error(path, errno))?;
-    remove_stale(path)?;
-
-    let descriptor = socket::socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .map_err(|errno| io_error(path, errno))?;
-    // The file gets the mode that the socket has now, so it is never open to others.
-    fchmod(&descriptor, Mode::S_IRUSR | Mode::S_IWUSR)
-        .and_then(|()| UnixAddr::new(path))
-        .and_then(|address| socket::bind(descriptor.as_raw_fd(), &address))
-        .and_then(|()| socket::listen(&descriptor, Backlog::MAXCONN))
-        .map_err(|errno| io_error(path, errno))?;
-    let socket = SocketFile::new(path).map_err(failed)?;
-    Ok((UnixListener::from(descriptor), socket))
-}
-
-/// Removes a socket that nobody listens on.
-fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let metadata = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|source| io_error(path, source))?,
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(BindError::NotASocket(path.to_owned()));
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(BindError::Live(path.to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|source| io_error(path, source))
-        }
-        Err(source) => Err(io_error(path, source)),
-    }
-}
-
-/// The clients that are connected, so that they can be disconnected.
+/// The clients that are connected.
 #[derive(Debug, Default)]
-struct Connections(Mutex<HashMap<u64, UnixStream>>);
+struct Connections(Mutex<HashMap<u64, Connection>>);
 
 impl Connections {
     /// No thread can leave it half changed.
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, UnixStream>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes room for another client, and says whether there is some. The client that has been idle for the
+    /// longest time gives up its place, if that was long enough.
+    fn make_room(&self, idle: Duration) -> bool {
+        let mut connections = self.lock();
+        if connections.len() < MAX_CONNECTIONS {
+            return true;
+        }
+        let longest = connections
+            .iter()
+            .filter_map(|(&id, connection)| Some((connection.idle_since?, id)))
+            .filter(|(since, _)| since.elapsed() >= idle)
+            .min();
+        let Some(connection) = longest.and_then(|(_, id)| connections.remove(&id)) else {
+            return false;
+        };
+        // Its thread ends by this.
+        let _ = connection.stream.shutdown(Shutdown::Both);
+        true
+    }
+
+    fn set_idle(&self, id: u64, idle_since: Option<Instant>) {
+        if let Some(connection) = self.lock().get_mut(&id) {
+            connection.idle_since = idle_since;
+        }
     }
 }
 
-/// A client's place among the connections.
+/// A client's place among the connections, and the handler of its requests.
 struct Place<'a> {
     connections: &'a Connections,
     id: u64,
+    handler: &'a dyn Handler,
+}
+
+impl Handler for Place<'_> {
+    fn handle(&self, request: Request) -> Result<Response, ControlError> {
+        self.connections.set_idle(self.id, None);
+        let result = self.handler.handle(request);
+        self.connections.set_idle(self.id, Some(Instant::now()));
+        result
+    }
 }
 
 impl Drop for Place<'_> {
@@ -237,44 +188,74 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Accepts clients until the listener is stopped, and disconnects them then.
-fn accept(listener: &Listener, handler: &dyn Handler) {
+/// Waits for a client, or until the server is stopped.
+fn wait(listener: &UnixListener, stopped: &UnixStream) -> Option<io::Result<UnixStream>> {
+    loop {
+        let event = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut events = [event(listener.as_fd()), event(stopped.as_fd())];
+        match poll(&mut events, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Some(Err(errno.into())),
+            Ok(_) => {}
+        }
+        if events[1].any().unwrap_or(true) {
+            return None;
+        }
+        match listener.accept() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            other => return Some(other.map(|(stream, _)| stream)),
+        }
+    }
+}
+
+/// Accepts clients until the server is stopped, and disconnects them then.
+fn accept(
+    listener: &UnixListener,
+    stopped: &UnixStream,
+    handler: &dyn Handler,
+    patience: Patience,
+) {
     let connections = Connections::default();
     thread::scope(|scope| {
         for id in 0.. {
-            let accepted = listener.socket.accept();
-            if listener.stopping.load(Ordering::Acquire) {
+            let Some(accepted) = wait(listener, stopped) else {
                 break;
-            }
-            let Ok((stream, _)) = accepted else {
+            };
+            let Ok(stream) = accepted else {
                 thread::sleep(EXHAUSTED_PAUSE);
                 continue;
             };
-            if connections.lock().len() >= MAX_CONNECTIONS {
-                turn_away(&stream);
-                continue;
-            }
-            let Ok(other_end) = stream.try_clone() else {
+            // A client that does not read must not keep a place.
+            let ready = stream
+                .set_nonblocking(false)
+                .and_then(|()| stream.set_write_timeout(Some(patience.read)))
+                .and_then(|()| stream.try_clone());
+            let Some(other_end) = ready.ok().filter(|_| connections.make_room(patience.idle))
+            else {
                 turn_away(&stream);
                 continue;
             };
-            connections.lock().insert(id, other_end);
+            let connection = Connection {
+                stream: other_end,
+                idle_since: Some(Instant::now()),
+            };
+            connections.lock().insert(id, connection);
             let place = Place {
                 connections: &connections,
                 id,
+                handler,
             };
             // Without a thread the place and the stream are dropped with the closure.
             let _ = thread::Builder::new()
                 .name("control-client".to_owned())
                 .spawn_scoped(scope, move || {
-                    // A client that goes away in the middle is no error of the daemon.
-                    let _ = serve(BufReader::new(&stream), &stream, handler);
-                    drop(place);
+                    // A client that disconnects early is no error of the daemon.
+                    let _ = serve(BufReader::new(&stream), &stream, &place);
                 });
         }
-        for stream in connections.lock().values() {
-            // Fails for those who are gone already.
-            let _ = stream.shutdown(Shutdown::Both);
+        for connection in connections.lock().values() {
+            // Fails for clients that have disconnected already.
+            let _ = connection.stream.shutdown(Shutdown::Both);
         }
     });
 }
@@ -335,9 +316,9 @@ fn reply(mut writer: impl Write, reply: &Reply<Response>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, Read};
-    use std::os::unix::fs::PermissionsExt;
-    use std::sync::{Barrier, mpsc};
+    use std::io::Read;
+    use std::path::PathBuf;
+    use std::sync::mpsc;
 
     use proptest::collection::vec;
     use proptest::prelude::{
@@ -395,88 +376,6 @@ mod tests {
     }
 
     #[test]
-    fn only_the_owner_may_use_the_socket() {
-        let (_directory, path) = place();
-        let _server = bind(&path).unwrap();
-        let mode = fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o7777, 0o600);
-    }
-
-    #[test]
-    fn the_socket_is_removed_at_the_end() {
-        let (_directory, path) = place();
-        let server = bind(&path).unwrap();
-        assert_eq!(server.path(), path);
-        drop(server);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn the_socket_of_another_is_left_alone() {
-        let (_directory, path) = place();
-        let first = bind(&path).unwrap();
-        fs::remove_file(&path).unwrap();
-        let _second = bind(&path).unwrap();
-        drop(first);
-        assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
-    }
-
-    #[test]
-    fn a_live_socket_is_not_replaced() {
-        let (_directory, path) = place();
-        let _server = bind(&path).unwrap();
-        assert!(matches!(bind(&path), Err(BindError::Live(live)) if live == path));
-        assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced() {
-        let (_directory, path) = place();
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        let _server = bind(&path).unwrap();
-        assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
-    }
-
-    #[test]
-    fn a_file_is_not_replaced() {
-        let (_directory, path) = place();
-        fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind(&path), Err(BindError::NotASocket(file)) if file == path));
-        assert_eq!(fs::read(&path).unwrap(), b"precious");
-    }
-
-    #[test]
-    fn a_directory_that_is_missing_is_named() {
-        let (_directory, path) = place();
-        let path = path.join("balloon.sock");
-        let error = bind(&path).unwrap_err().to_string();
-        assert!(error.contains(path.to_str().unwrap()), "{error}");
-    }
-
-    #[test]
-    fn of_many_that_start_at_once_one_wins() {
-        let (_directory, path) = place();
-        for _ in 0..200 {
-            drop(UnixListener::bind(&path).unwrap());
-            let start = Barrier::new(4);
-            let racer = || {
-                start.wait();
-                bind(&path).ok()
-            };
-            let servers: Vec<_> = thread::scope(|scope| {
-                let racers = [(); 4].map(|()| scope.spawn(racer));
-                racers
-                    .into_iter()
-                    .filter_map(|racer| racer.join().unwrap())
-                    .collect()
-            });
-            assert_eq!(servers.len(), 1);
-            assert_eq!(talk(&path, b"\n").len(), 1);
-        }
-    }
-
-    #[test]
     fn answers_come_in_order_and_errors_do_not_end_it() {
         let (_directory, path) = place();
         let _server = bind(&path).unwrap();
@@ -529,6 +428,60 @@ mod tests {
         last.shutdown(Shutdown::Write).unwrap();
         assert_eq!(last.read(&mut [0]).unwrap(), 0);
         assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
+    }
+
+    const SHORT: Patience = Patience {
+        read: Duration::from_millis(20),
+        idle: Duration::from_millis(20),
+    };
+
+    #[test]
+    fn idle_clients_make_room() {
+        let (_directory, path) = place();
+        let (listener, _) = listen(&path, Access::default()).unwrap();
+        let _server = Server::with_patience(listener, Arc::new(Echo), SHORT).unwrap();
+        let mut clients: Vec<_> = (0..MAX_CONNECTIONS)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        thread::sleep(2 * SHORT.idle);
+        for client in &mut clients[1..] {
+            client.write_all(b"{}\n").unwrap();
+            client.read_exact(&mut [0; 20]).unwrap();
+        }
+        assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
+        assert_eq!(clients[0].read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn clients_that_do_not_read_lose_their_places() {
+        let (_directory, path) = place();
+        let (listener, _) = listen(&path, Access::default()).unwrap();
+        let _server = Server::with_patience(listener, Arc::new(Echo), SHORT).unwrap();
+        let clients: Vec<_> = (0..MAX_CONNECTIONS)
+            .map(|_| {
+                let mut client = UnixStream::connect(&path).unwrap();
+                client.set_nonblocking(true).unwrap();
+                // Until neither side has room for more.
+                while client.write(&b"{}\n".repeat(1000)).is_ok() {}
+                client
+            })
+            .collect();
+        thread::sleep(5 * SHORT.read);
+        assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
+        drop(clients);
+    }
+
+    #[test]
+    fn another_process_goes_on_with_the_socket() {
+        let (_directory, path) = place();
+        let (listener, _file) = listen(&path, Access::default()).unwrap();
+        let first = Server::start(listener.try_clone().unwrap(), Arc::new(Echo)).unwrap();
+        assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
+        drop(first);
+        let mut early = UnixStream::connect(&path).unwrap();
+        early.write_all(b"{\"command\":\"info\"}\n").unwrap();
+        let _second = Server::start(listener, Arc::new(Echo)).unwrap();
+        early.read_exact(&mut [0; 4]).unwrap();
     }
 
     #[test]

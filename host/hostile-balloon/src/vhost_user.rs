@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Result, anyhow};
-use balloon_control::listen;
+use balloon_control::{Access, listen};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT};
 use vhost_user_balloon::queue::{MAX_QUEUE_SIZE, MAX_QUEUES};
@@ -59,9 +59,9 @@ impl Transport for VhostUser {
         announce: &dyn Fn(),
         begin: Box<dyn FnOnce()>,
     ) -> Result<()> {
-        let (outer, outer_file) = listen(socket)?;
+        let (outer, outer_file) = listen(socket, Access::default())?;
         let inner_path = socket.with_extension("library");
-        let (inner, inner_file) = listen(&inner_path)?;
+        let (inner, inner_file) = listen(&inner_path, Access::default())?;
         announce();
         let (front, _) = outer.accept()?;
         let name = "vhost-user".to_owned();

@@ -5,14 +5,13 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use balloon_control::{Server, SocketFile, listen};
+use balloon_control::{Access, Server, SocketFile, listen};
 use log::{debug, warn};
 use nix::sys::socket;
 use vhost::vhost_user::Listener;
@@ -32,8 +31,8 @@ pub struct Daemon {
     device: Arc<Device>,
     listener: Listener,
     socket: SocketFile,
-    /// Answered until this is dropped.
-    control: Option<Server>,
+    /// Answers until this is dropped.
+    _control: Option<Server>,
     stop: Stop,
 }
 
@@ -76,7 +75,7 @@ impl Daemon {
         });
         let path = options.state.clone();
         let device = Arc::new(Device::new(options.settings(), state, path, channel)?);
-        let (listener, socket) = listen(socket)?;
+        let (listener, socket) = listen(socket, Access::default())?;
         let stop = Stop(Arc::new(Stopping {
             stopped: AtomicBool::new(false),
             listener: listener.try_clone()?,
@@ -90,7 +89,7 @@ impl Daemon {
             device,
             listener: listener.into(),
             socket,
-            control,
+            _control: control,
             stop,
         })
     }
@@ -98,11 +97,6 @@ impl Daemon {
     /// What ends it.
     pub fn stop(&self) -> Stop {
         self.stop.clone()
-    }
-
-    /// Where the control socket is.
-    pub fn control(&self) -> Option<&Path> {
-        self.control.as_ref().map(Server::path)
     }
 
     /// Serves front ends until it is stopped.
