@@ -77,7 +77,9 @@ impl Said {
                 self.body.get(8..32) == later.body.get(8..32)
             }
             (request::ADD_MEM_REG, _) => false,
-            (10 | 12 | 13 | 14 | request::SET_VRING_ENABLE, request::GET_VRING_BASE) => same_queue,
+            (8 | 9 | 10 | 12 | 13 | 14 | request::SET_VRING_ENABLE, request::GET_VRING_BASE) => {
+                same_queue
+            }
             (this, later) => this == later && same_queue,
         }
     }

@@ -16,10 +16,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use std::{env, fs, thread};
+use std::{env, fs, process, thread};
 
 use anyhow::{Context, Result, bail};
-use balloon_control::listen;
+use balloon_control::{Access, listen};
 use log::{debug, error, info, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -60,7 +60,7 @@ const STEADY: Duration = Duration::from_secs(5);
 pub fn run(options: &Options) -> Result<()> {
     let socket = options.socket.as_deref().context("name a --socket")?;
     let signals = signals()?;
-    let (listener, file) = listen(socket)?;
+    let (listener, file) = listen(socket, Access::default())?;
     let keeper = Worker::start(socket, options).map(|worker| Keeper {
         listener,
         signals,
@@ -111,6 +111,7 @@ impl Worker {
         let inner = beside(socket, ".worker");
         let mut arguments: Vec<_> = env::args_os().skip(1).collect();
         arguments.extend(["--worker".into(), inner.clone().into()]);
+        arguments.extend(["--parent".into(), process::id().to_string().into()]);
         let state = options.state.is_none().then(|| beside(socket, ".state"));
         if let Some(state) = &state {
             // One that is left from a daemon before this one is of another guest.
@@ -349,7 +350,7 @@ impl Keeper {
                         (request::SET_BACKEND_REQ_FD, [socket]) => {
                             channel = Some(UnixStream::from(socket.try_clone()?));
                         }
-                        (request::SET_VRING_KICK, [event]) => look_at_queue(event),
+                        (request::SET_VRING_KICK, [event]) => signal(event),
                         (request::ADD_MEM_REG | request::SET_MEM_TABLE, _)
                             if has_private_memory(front, &message) =>
                         {
@@ -420,11 +421,11 @@ fn tell_change(channel: &UnixStream) {
     }
 }
 
-/// Has the device look at a queue when it gets it. What the guest has told before there was a device to hear
-/// it is lost, and a guest that waits for an answer tells nothing more.
-fn look_at_queue(event: &OwnedFd) {
+/// Signals the event of a queue. The guest may have sent a notification that no child has received, and a
+/// child that was killed may have owed the guest an interrupt. Each side would wait for the other one.
+fn signal(event: &OwnedFd) {
     if let Err(error) = write(event, &1_u64.to_ne_bytes()) {
-        warn!("cannot have the device look at a queue: {error}");
+        warn!("cannot signal the event of a queue: {error}");
     }
 }
 
@@ -469,12 +470,14 @@ impl Journal {
         let (request, queue) = (message.request(), queue(&message));
         match request {
             request::GET_CONFIG => return,
-            // A queue that has ended begins with other events.
+            // A queue that has ended begins with other rings, perhaps in other memory, and other events.
             request::GET_VRING_BASE => {
                 self.messages.retain(|old| {
                     !matches!(
                         old.request(),
-                        request::SET_VRING_BASE
+                        request::SET_VRING_NUM
+                            | request::SET_VRING_ADDR
+                            | request::SET_VRING_BASE
                             | request::SET_VRING_KICK
                             | request::SET_VRING_CALL
                             | request::SET_VRING_ERR
@@ -496,8 +499,7 @@ impl Journal {
         };
         match self.messages.iter_mut().find(again) {
             Some(old) => *old = message,
-            // The addresses of a queue that has ended stay where they were, and may be in memory that was
-            // added since when they are said again.
+            // Rings that were moved may be in memory that was added since.
             None if matches!(request, request::ADD_MEM_REG | request::SET_MEM_TABLE) => {
                 let addresses = |old: &Message| old.request() == request::SET_VRING_ADDR;
                 let place = self.messages.iter().position(addresses);
@@ -527,8 +529,10 @@ impl Journal {
             if let (Some(index), Some(base)) = (index, message.body_mut().get_mut(4..8)) {
                 base.copy_from_slice(&u32::from(index).to_ne_bytes());
             }
-            if let (request::SET_VRING_KICK, [event]) = (message.request(), message.descriptors()) {
-                look_at_queue(event);
+            if let (request::SET_VRING_KICK | request::SET_VRING_CALL, [event]) =
+                (message.request(), message.descriptors())
+            {
+                signal(event);
             }
             message.send(back)?;
             if is_answered(message) {
@@ -637,9 +641,8 @@ fn is_answered(message: &Message) -> bool {
 
 /// The queue that a message is about, or the place in the configuration space, or 0 if it is about neither.
 fn queue(message: &Message) -> u32 {
-    const SET_VRING_NUM: u32 = 8;
     match message.request() {
-        SET_VRING_NUM..=request::SET_VRING_ERR
+        request::SET_VRING_NUM..=request::SET_VRING_ERR
         | request::SET_VRING_ENABLE
         | request::SET_CONFIG => message.body().first().copied().unwrap_or_default().into(),
         _ => 0,
@@ -662,6 +665,7 @@ mod tests {
     use super::*;
     use crate::message::tests::message;
     use crate::testing::memory_file;
+    use nix::sys::eventfd::{EfdFlags, EventFd};
     use std::io;
     use std::os::unix::fs::FileExt;
 
@@ -744,7 +748,42 @@ mod tests {
         let told = told(&mut journal);
         assert!(told.contains(&(request::SET_VRING_ENABLE, vring(0, 1))));
         assert!(!told.contains(&(request::SET_VRING_ENABLE, vring(1, 1))));
-        assert_eq!(told.len(), 6);
+        assert_eq!(told.len(), 5);
+    }
+
+    #[test]
+    fn rings_of_a_queue_that_has_ended_are_gone_with_their_memory() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        let region = words(&[0, 0x8000, 0x2000, 0x20000, 0x1000]);
+        let file = file.try_clone().unwrap().into();
+        journal.record(message(request::ADD_MEM_REG, &region, vec![file]));
+        journal.record(message(request::SET_VRING_NUM, &vring(1, 16), vec![]));
+        let addresses = words(&[1, 0x20000, 0x21ff0, 0x21000, 0]);
+        journal.record(message(request::SET_VRING_ADDR, &addresses, vec![]));
+        journal.record(message(request::GET_VRING_BASE, &vring(1, 0), vec![]));
+        journal.answered(&mut message(request::GET_VRING_BASE, b"", vec![]));
+        journal.record(message(request::REM_MEM_REG, &region, vec![]));
+        let about = |(request, body): &(u32, Vec<u8>)| {
+            (8..=14).contains(request) && body.first() == Some(&1)
+        };
+        assert!(!told(&mut journal).iter().any(about));
+    }
+
+    #[test]
+    fn both_sides_look_at_a_queue_that_is_taken_up() {
+        let mut journal = journal(&memory_file(0x3000));
+        let events = [(); 2].map(|()| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+        for (request, event) in [request::SET_VRING_KICK, request::SET_VRING_CALL]
+            .into_iter()
+            .zip(&events)
+        {
+            let file = event.as_fd().try_clone_to_owned().unwrap();
+            journal.record(message(request, &words(&[0]), vec![file]));
+        }
+        assert!(events.iter().all(|event| event.read().is_err()));
+        told(&mut journal);
+        assert!(events.iter().all(|event| event.read().is_ok()));
     }
 
     #[test]

@@ -10,12 +10,13 @@ use std::path::Path;
 use std::process::{self, ExitCode};
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use clap_mangen::Man;
 use log::{LevelFilter, error, info};
-use nix::sys::prctl::{set_no_new_privs, set_pdeathsig};
+use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::getppid;
 use vhost_user_balloon::channel::Channel;
 use vhost_user_balloon::daemon::Daemon;
 use vhost_user_balloon::keeper;
@@ -48,8 +49,18 @@ fn main() -> ExitCode {
 
 /// Is the child that has the device.
 fn work(options: &Options) -> Result<()> {
-    // What it is without the process that has started it, nobody can reach.
+    // No front end can reach this process without the one that has started it, which may have ended before
+    // the kernel was asked for the signal.
     set_pdeathsig(Signal::SIGTERM)?;
+    ensure!(
+        options
+            .parent
+            .is_none_or(|parent| getppid().as_raw() == parent),
+        "the process that has started this one has ended"
+    );
+    // A core dump would have all of the guest's memory in it, and each hole in that memory would be filled
+    // to be written.
+    set_dumpable(false)?;
     // A device without the thread that serves it helps nobody. Another process takes it up.
     let default = panic::take_hook();
     panic::set_hook(Box::new(move |info| {

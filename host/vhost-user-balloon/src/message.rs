@@ -32,6 +32,8 @@ const SPACE: usize = rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS));
 pub mod request {
     /// The memory as a whole.
     pub const SET_MEM_TABLE: u32 = 5;
+    /// How many descriptors a queue has.
+    pub const SET_VRING_NUM: u32 = 8;
     /// Where a queue's rings are, in the front end's addresses.
     pub const SET_VRING_ADDR: u32 = 9;
     /// The index from which on a queue's available ring is to be read.

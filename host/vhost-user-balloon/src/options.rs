@@ -87,6 +87,10 @@ pub struct Options {
     #[arg(long, value_name = "PATH", hide = true)]
     pub worker: Option<PathBuf>,
 
+    /// The process that has started this one, which is to end with it
+    #[arg(long, value_name = "PID", hide = true)]
+    pub parent: Option<i32>,
+
     /// Write the man page to this directory, and do nothing else
     #[arg(long, value_name = "DIR", hide = true)]
     pub man: Option<PathBuf>,
