@@ -114,5 +114,5 @@ help:
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
 	@echo
 	@echo "Targets other than all, in-tree and clean make a Debian 13 build root and the guest kernels"
-	@echo "in ~/.cache/virtio-balloon-rs on first use. That needs root, 10 GiB of disk and a quarter"
-	@echo "to half an hour; later uses, also in other clones, start within seconds."
+	@echo "in ~/.cache/virtio-balloon-rs on first use. That needs root, 10 GiB of disk, 9 GiB of memory and a"
+	@echo "quarter of an hour to an hour; later uses, also in other clones, start within seconds."
