@@ -87,7 +87,7 @@ fn run_one(
     outcome
 }
 
-/// Puts the records of a benchmark in place of those that it had before.
+/// Replaces the records of a benchmark.
 fn keep(places: &Places, benchmark: &Benchmark, records: &[Record]) -> Result<()> {
     let old = match results(places).exists() {
         true => load(places)?,

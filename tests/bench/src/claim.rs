@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is promised of the results.
+//! Limits that the results must keep.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use vm::Samples;
 use crate::contestant::Contestant;
 use crate::record::Record;
 
-/// Something that is not to be more than a limit.
+/// A value and its upper limit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Claim {
     what: String,
@@ -36,7 +36,7 @@ impl Claim {
         limit: f64,
     ) -> Option<Self> {
         let ratio = times(records, name, of)?.ratio(times(records, name, to)?);
-        let what = format!("{name}: the time of {of} as a part of that of {to}");
+        let what = format!("{name}: time of {of} / time of {to}");
         Some(Self::new(what, ratio, limit))
     }
 
@@ -49,7 +49,7 @@ impl Claim {
         limit: f64,
     ) -> Option<Self> {
         let copied = |by| Some(find(records, name, by)?.transferred_mib? as f64);
-        let what = format!("{name}: what is copied with {of} as a part of that with {to}");
+        let what = format!("{name}: memory copied with {of} / with {to}");
         Some(Self::new(what, copied(of)? / copied(to)?, limit))
     }
 
@@ -74,14 +74,14 @@ fn find<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Rec
 impl fmt::Display for Claim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verdict = match self.holds() {
-            true => "at most",
-            false => "NOT at most",
+            true => "limit",
+            false => "EXCEEDS the limit",
         };
         // Two digits that are not zero.
         let digits = if self.value < 0.001 { 6 } else { 4 };
         write!(
             f,
-            "{}: {:.digits$}, {verdict} {}",
+            "{}: {:.digits$} ({verdict} {})",
             self.what, self.value, self.limit
         )
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests whose free memory is lone pages.
+//! Guests whose free memory is isolated pages.
 
 use anyhow::{Context, Result};
 use vm::Size;
@@ -12,7 +12,7 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-fragmented"],
-    answers: "How long does it take to have 3 of 8 GiB in lone pages of 4 KiB, between pages that are in use?",
+    answers: "Time to inflate by 3 of 8 GiB, where only isolated pages of 4 KiB are free, between pages in use.",
     run,
     claims,
 };
@@ -25,8 +25,8 @@ const RUNS: usize = 3;
 /// How many runs there are of what no claim is about.
 const FEWER_RUNS: usize = 2;
 
-/// The encodings that the driver can be made to use by its parameter. They are only to be looked at, and it takes a
-/// guest a quarter of a minute to fall to pieces.
+/// The encodings that the driver can be made to use by its parameter. No claim is about them, and
+/// fragmenting a guest takes a quarter of a minute.
 const ENCODINGS: &[(&str, &str)] = &[
     ("encoding=1", "ranges only"),
     ("encoding=2", "bitmaps only"),
@@ -56,8 +56,8 @@ fn subject(contestant: Contestant) -> Subject {
     Subject::new(NAME, contestant, MEMORY, AMOUNT)
 }
 
-/// Has a guest that was left hardly any free memory but lone pages give it away. The host has all of it, since the
-/// guest has written to it before.
+/// Inflates in a guest whose free memory is almost all isolated pages. The host provides all of it, since the guest
+/// has written to it before.
 fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Result<Run> {
     let driver = contestant.module().context("a balloon has a driver")?;
     let config = bench.config().using_memory().memory(MEMORY);
@@ -83,7 +83,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         })
         .and_then(|record| record.bits_per_page)
         .map(|bits| {
-            let what = "inflate-fragmented: bits that are sent for each page of the memory covered";
+            let what = "inflate-fragmented: bits sent per page of the memory covered";
             Claim::new(what, bits, 1.01)
         });
     Claim::ratio(records, NAME, ours, ours.base(), 0.5)

@@ -14,8 +14,7 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["guest-load"],
-    answers: "How much slower are others in the guest in the three seconds from when 4 of its 8 GiB are asked for, and for \
-              how long does a task stand still that is to run a thousand times a second?",
+    answers: "Throughput of a co-running load, and the longest stall of a 1 kHz task, in the 3 s after a 4 GiB inflate request.",
     run,
     claims: |_| Vec::new(),
 };
@@ -61,7 +60,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     })
 }
 
-/// Inflates beside a load.
+/// Inflates while a load runs.
 fn watch(contestant: Contestant, guest: &Guest, load: Load) -> Result<Run> {
     let load = guest.load(load)?;
     let before = Pace::of(&load, BEFORE)?;

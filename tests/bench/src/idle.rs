@@ -14,7 +14,7 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-idle", "deflate-idle"],
-    answers: "How long does it take to have 7 of 8 GiB from a guest that has not used them, and to give them back?",
+    answers: "Time to inflate and to deflate by 7 of 8 GiB, in an idle guest that has not used them.",
     run,
     claims,
 };
@@ -96,7 +96,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         .and_then(|record| record.wire_bytes)
         .map(|bytes| {
             let array = (AMOUNT.as_pages() * PFN_BYTES) as f64;
-            let what = "inflate-idle: what is sent as a part of an array of page frame numbers";
+            let what = "inflate-idle: bytes sent / bytes of an array of page frame numbers";
             Claim::new(what, bytes as f64 / array, 0.001)
         });
     ratios

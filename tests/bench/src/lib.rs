@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the balloon costs, side by side with what a user would take in place of it.
+//! What the balloon costs, compared with its alternatives.
 //!
 //! A benchmark is a function that boots guests with one contestant after the other, over and over, so that whatever
 //! else the machine does meets all of them, and that adds each run to what there is of the same kind:

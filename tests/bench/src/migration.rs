@@ -12,14 +12,14 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["migrate-idle"],
-    answers: "How long does it take to migrate a guest of 8 GiB that has not used its memory, and what is sent?",
+    answers: "Time and copied memory of migrating an idle guest of 8 GiB.",
     run: |bench| run(bench, "migrate-idle", Size::default()),
     claims: |_| Vec::new(),
 };
 
 pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["migrate-dirty"],
-    answers: "How long does it take to migrate a guest of 8 GiB that has written and freed 5 of them, and what is sent?",
+    answers: "Time and copied memory of migrating a guest of 8 GiB that has written and freed 5 GiB.",
     run: |bench| run(bench, "migrate-dirty", Size::gib(5)),
     claims,
 };
@@ -34,11 +34,11 @@ const CONTESTANTS: [Contestant; 3] = [
     Contestant::new(By::Rs, Device::Qemu),
 ];
 
-/// What the time and what is sent may be, of the C driver's.
+/// The limit of the time and of the copied memory, relative to the C driver's.
 const LIMIT: f64 = 0.7;
 
-/// Measures migrations of guests that have just been started. In one that has been copied before, the pages that nobody
-/// has written cost QEMU less: it has mapped them when it read them.
+/// Measures migrations of guests that have just been started. In a guest that has been copied before, unwritten pages
+/// cost QEMU less: it mapped them when it read them.
 fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
     bench.rounds(&[(RUNS, &CONTESTANTS)], |contestant| {
         let config = bench.config().using_memory().memory(MEMORY);

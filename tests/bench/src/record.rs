@@ -54,7 +54,7 @@ pub struct Run {
     pub transferred: Option<Size>,
     /// Where the time went.
     pub stages: Option<Stages>,
-    /// How many bits were sent for each page of the memory from the first page to the last one.
+    /// Bits sent per page of the covered memory.
     pub bits_per_page: Option<f64>,
     /// What a load in the guest did meanwhile, as a part of what it otherwise does.
     pub throughput: Option<f64>,
@@ -106,7 +106,7 @@ pub struct Record {
     /// Where the time went.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stages: Option<Stages>,
-    /// How many bits were sent for each page of the memory from the first page to the last one.
+    /// Bits sent per page of the covered memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_page: Option<f64>,
     /// What a load in the guest did meanwhile in each run, as a part of what it otherwise does.

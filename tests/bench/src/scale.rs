@@ -12,7 +12,7 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-scale"],
-    answers: "How does the time grow with the guest? Seven eighths of an idle guest's memory go.",
+    answers: "Time to inflate by seven eighths of an idle guest's memory, by the size of the guest.",
     run,
     claims,
 };
@@ -20,7 +20,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
 const NAME: &str = "inflate-scale";
 const RUNS: usize = 5;
 
-/// How many runs there are of the C driver, whose figures are only to be looked at and take longest.
+/// The runs of the C driver, which no claim is about and which take longest.
 const C_RUNS: usize = 2;
 
 /// A guest that is large enough not to measure what each guest takes, in MiB.
@@ -57,7 +57,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         .filter(|record| record.guest_mib > REFERENCE)
         .map(|record| {
             let what = format!(
-                "inflate-scale: the time for a GiB of {} as a part of that of {}",
+                "inflate-scale: time per GiB of {} / of {}",
                 Size::mib(record.guest_mib),
                 Size::mib(REFERENCE)
             );

@@ -14,16 +14,15 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["snapshot-idle"],
-    answers: "What does a snapshot of a guest of 8 GiB take that has not used its memory, as it is, and after unused \
-              memory was given back?",
+    answers: "Time and size of a snapshot of an idle guest of 8 GiB, without and with `reclaim` before it.",
     run: |bench| run(bench, "snapshot-idle", Size::default()),
     claims: |_| Vec::new(),
 };
 
 pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["snapshot-dirty"],
-    answers: "What does a snapshot of a guest of 8 GiB take that has written and freed 5 of them, as it is, and after \
-              unused memory was given back?",
+    answers: "Time and size of a snapshot of a guest of 8 GiB that has written and freed 5 GiB, without and with \
+              `reclaim` before it.",
     run: |bench| run(bench, "snapshot-dirty", Size::gib(5)),
     claims,
 };

@@ -16,7 +16,7 @@ use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-touched", "deflate-touched"],
-    answers: "How long does it take when the guest has used the memory, so that the host has to free it?",
+    answers: "The same for memory that the guest has used, so that the host has to free it.",
     run,
     claims,
 };
@@ -132,7 +132,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
     let ours = times(records, "inflate-touched", Contestant::OURS);
     ours.zip(hole)
         .map(|(ours, hole)| {
-            let what = "inflate-touched: the time as a part of that for one hole of the size";
+            let what = "inflate-touched: time / time of punching one hole of that size";
             Claim::new(what, ours.ratio(&hole.seconds), 1.2)
         })
         .into_iter()

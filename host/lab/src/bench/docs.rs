@@ -75,7 +75,7 @@ fn write_one(text: &mut String, benchmark: &Benchmark, records: &[Record]) -> Re
     Ok(())
 }
 
-/// The plots for which there are results of a benchmark. One that shows those of several is the last one's.
+/// The plots for which there are results of a benchmark. A plot of several benchmarks belongs to the last of them.
 fn shown(benchmark: &Benchmark, records: &[Record]) -> Vec<(&'static str, &'static str)> {
     let (name, shows, of) = plots::SCALE;
     let last_of = |plot: &Plot| {

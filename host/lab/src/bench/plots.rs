@@ -101,7 +101,7 @@ pub(super) struct Plot {
 
 type Part = (&'static str, &'static str, fn(&Record) -> Option<Samples>);
 
-/// All plots, but for that of [`SCALE`].
+/// All plots except [`SCALE`].
 pub(super) const PLOTS: &[Plot] = &[
     Plot {
         name: "idle",
@@ -140,7 +140,7 @@ pub(super) const PLOTS: &[Plot] = &[
     },
     Plot {
         name: "fragmented",
-        shows: "Time to inflate by 3 GiB in lone pages, guest of 8 GiB",
+        shows: "Time to inflate by 3 GiB in isolated pages, guest of 8 GiB",
         unit: Unit::Seconds,
         parts: &[("inflate", "inflate-fragmented", times)],
     },
@@ -164,7 +164,7 @@ pub(super) const PLOTS: &[Plot] = &[
     },
     Plot {
         name: "load",
-        shows: "Pace of a load beside inflating by 4 GiB, as a part of its pace before",
+        shows: "Throughput of a load while inflating by 4 GiB, relative to before",
         unit: Unit::Percent,
         parts: &[("pace", "guest-load", |record| {
             let parts = record.throughput.as_ref()?.values().iter();
@@ -173,7 +173,7 @@ pub(super) const PLOTS: &[Plot] = &[
     },
     Plot {
         name: "stalls",
-        shows: "Longest stall of a periodic task beside inflating by 4 GiB",
+        shows: "Longest stall of a periodic task while inflating by 4 GiB",
         unit: Unit::Milliseconds,
         parts: &[("stall", "guest-load", |record| record.stall_ms.clone())],
     },
@@ -280,7 +280,7 @@ impl Plot {
             .copied()
             .collect();
         match self.unit.is_logarithmic() {
-            // From a power of ten, which has a label, to where there is room for the text beside the last dot.
+            // From a power of ten, which has a label, to where there is room for the text next to the last dot.
             true => {
                 let decade = 10_f64.powf((values.min() * 0.8).log10().floor());
                 let range = decade..values.max() * 4.0;

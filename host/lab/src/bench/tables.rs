@@ -80,7 +80,7 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
         ),
         ("time", Box::new(|r| Some(r.seconds.in_seconds()))),
         (
-            "faster than the C driver (snapshot: than none)",
+            "speed-up",
             Box::new(|r| Some(speed_up(&r.seconds, &r.base(all)?.seconds))),
         ),
         ("bytes sent", Box::new(|r| r.wire_bytes.map(grouped))),
@@ -94,7 +94,7 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
             Box::new(|r| r.transferred_mib.map(|mib| format!("{} MiB", grouped(mib)))),
         ),
         (
-            "load's pace",
+            "load's throughput",
             Box::new(|r| Some(r.throughput.as_ref()?.in_unit(100.0, 0, "%"))),
         ),
         (
@@ -131,7 +131,7 @@ fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
         .any(|pair| pair[0].guest_mib != pair[1].guest_mib);
     let subject: [Column<'_>; SUBJECT_COLUMNS] = [
         ("", Box::new(|r| Some(r.contestant().to_string()))),
-        ("variety", Box::new(|r| r.detail.clone())),
+        ("variant", Box::new(|r| r.detail.clone())),
         (
             "guest",
             Box::new(move |r| several_guests.then(|| Size::mib(r.guest_mib).to_string())),
@@ -151,7 +151,7 @@ fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
         table.add_row(cells);
     }
     for (column, (head, _)) in table.column_iter_mut().zip(&columns) {
-        if !["", "variety", "guest"].contains(head) {
+        if !["", "variant", "guest"].contains(head) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
