@@ -24,9 +24,11 @@ use crate::{
     },
     inflate::{
         Inflate,
+        PageAllocator,
         Stop, //
     },
     log_limit::LogLimit,
+    memory_blocks::Taker,
     message::MessageQueue,
     migration::Moves,
     rust::{
@@ -37,6 +39,7 @@ use crate::{
         memory_hotplug::GoingOffline,
         oom::OomNotify,
         task::{
+            new_slot,
             Job,
             Slot,
             Task, //
@@ -76,6 +79,7 @@ use kernel::{
             Relaxed,
             Release, //
         },
+        Arc,
         Mutex,
         SpinLock, //
     },
@@ -90,6 +94,9 @@ use kernel::{
 
 /// How many pages one run moves at most, so that a new target is seen soon: 1 GiB.
 pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
+
+/// How many pages one run allocates at most where the kernel writes to them: 64 MiB.
+const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
 
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
@@ -127,6 +134,9 @@ pub(crate) struct Balloon {
     #[pin]
     pages: BalloonPages<Moves>,
 
+    /// What takes memory blocks, where that is better than to allocate memory.
+    taker: Option<Arc<Task<Taker<Balloon>>>>,
+
     /// What only the task uses.
     #[pin]
     worker: Mutex<Worker>,
@@ -160,6 +170,8 @@ struct Worker {
     /// Where pages are put in order.
     batch: Batch,
     backoff: Backoff,
+    /// Whether memory blocks were taken as far as they can be, for this target.
+    blocks_taken: bool,
     /// What keeps the balloon from growing, when it has to.
     stopped: Option<StopReason>,
     teller: Teller,
@@ -188,6 +200,7 @@ fn set_up(
             inflate: Inflate::new(inflate),
             batch: Batch::new()?,
             backoff: Backoff::new(),
+            blocks_taken: false,
             stopped: None,
             teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
             wanted: None,
@@ -203,13 +216,15 @@ fn set_up(
 
 impl Balloon {
     /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than
-    /// `floor` kernel pages are available, or not at all if there is no `floor`.
+    /// `floor` kernel pages are available, or not at all if there is no `floor`. Where the kernel
+    /// zeroes what it allocates, `memory_blocks` allows it to take these.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue,
         deflate: MessageQueue,
         floor: Option<usize>,
+        memory_blocks: bool,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
         // Memory that can come back by itself is still the guest's.
@@ -222,6 +237,13 @@ impl Balloon {
             );
         }
 
+        let taker = match floor {
+            Some(floor) if memory_blocks => {
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks");
+                Taker::new(slot_for_blocks, dev, floor, slot.waker())?
+            }
+            _ => None,
+        };
         let moves = Moves::new(slot.waker(), Terms::of(dev))?;
         let oom_batch = Batch::new()?;
         let dev = (&**dev).into();
@@ -230,6 +252,7 @@ impl Balloon {
             dev,
             floor,
             pages <- BalloonPages::new(adjust_managed, moves),
+            taker,
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
@@ -255,6 +278,9 @@ impl Balloon {
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
 
         self.giving_back.store(false, Relaxed);
+        if let Some(taker) = &self.taker {
+            taker.resume();
+        }
         Ok(())
     }
 
@@ -299,6 +325,9 @@ impl Balloon {
         // not run.
         task.stop();
         task.giving_back.store(true, Relaxed);
+        if let Some(taker) = &task.taker {
+            taker.leave();
+        }
 
         let mut worker = task.worker.lock();
         let start = Instant::<Monotonic>::now();
@@ -328,6 +357,14 @@ impl Balloon {
 
         task.deflate.lock().forget();
         task.dev.relax();
+    }
+
+    /// Stops all work: the system shuts down.
+    pub(crate) fn shut_down(task: &Task<Self>) {
+        task.stop();
+        if let Some(taker) = &task.taker {
+            taker.stop();
+        }
     }
 
     /// Returns whether a queue is broken, so that nothing more comes of the work.
@@ -373,12 +410,37 @@ impl Balloon {
             memory::settle_boosts();
         }
 
+        if let Some(taker) = &self.taker {
+            taker.want(wanted);
+            let ready = taker.ready().min(wanted);
+            if ready > 0 {
+                let source = &***taker;
+                let stop =
+                    worker
+                        .inflate
+                        .fill(&self.pages, &mut worker.batch, source, ready, may_send);
+                return (stop == Stop::Done).then_some(0);
+            }
+            if taker.is_busy() {
+                return None;
+            }
+            if !worker.blocks_taken && Taker::<Self>::is_worthwhile(wanted) {
+                worker.blocks_taken = true;
+                taker.begin(wanted);
+                return None;
+            }
+        }
+
         let taking = memory::Taking::begin();
         let above_floor = memory::available_pages().saturating_sub(self.floor.unwrap_or(0));
-        let now_wanted = wanted.min(PAGES_PER_RUN);
+        let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
+            true => ZEROED_PER_RUN,
+            false => PAGES_PER_RUN,
+        });
         let stop = worker.inflate.fill(
             &self.pages,
             &mut worker.batch,
+            PageAllocator::new(),
             now_wanted.min(above_floor),
             may_send,
         );
@@ -395,6 +457,7 @@ impl Balloon {
         };
 
         worker.stopped = Some(reason);
+        worker.blocks_taken = false;
         if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
@@ -490,6 +553,7 @@ impl Balloon {
         };
 
         if target_changed {
+            worker.blocks_taken = false;
             worker.backoff.reset();
             worker.stopped = None;
         }
@@ -517,6 +581,9 @@ impl Balloon {
         let step = self.step(worker, target);
         if step != Step::Rest {
             self.moves().allow(false);
+        }
+        if let (Some(taker), Step::Deflate(_) | Step::Rest) = (&self.taker, step) {
+            taker.cancel();
         }
 
         match step {
@@ -593,6 +660,9 @@ impl Show for Task<Balloon> {
         writeln!(f, "held {}", self.pages.len())?;
         writeln!(f, "inflating {}", worker.inflate.in_flight())?;
         writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
+        if let Some(taker) = &self.taker {
+            writeln!(f, "memory_blocks {}", taker.blocks())?;
+        }
         for (order, blocks) in self.pages.by_order().iter().enumerate() {
             writeln!(f, "order_{order}_blocks {blocks}")?;
         }
@@ -609,6 +679,13 @@ impl Show for Task<Balloon> {
 impl OomNotify for Task<Balloon> {
     /// Gives a part of the balloon back at once: enough for the guest to go on for a while.
     fn out_of_memory(&self) -> usize {
+        // What is not in the balloon yet goes first, and the device need not know of it.
+        let given = self.taker.as_ref().map_or(0, |taker| taker.cancel());
+        if given > 0 {
+            self.given_for_oom.add(given, Relaxed);
+            self.schedule();
+            return given;
+        }
         if self.giving_back.load(Relaxed) || self.pages.len() == 0 {
             return 0;
         }
@@ -641,6 +718,9 @@ impl GoingOffline for Task<Balloon> {
     fn going_offline(&self, pfns: Range<u64>) -> Result {
         let mut worker = self.worker.lock();
 
+        if let Some(taker) = &self.taker {
+            taker.cancel();
+        }
         // A block may be on its way into the balloon. And the kernel tries over and over to move
         // single pages which cannot be moved: those that the device has not answered for.
         within(PATIENCE, || {

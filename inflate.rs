@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    memory_blocks::Taker,
     message::{
         MessageQueue,
         Pages, //
@@ -22,12 +23,17 @@ use crate::{
             AllocError,
             Batch, //
         },
+        memory,
         page_list::MAX_ORDER,
+        task::Job,
         trace, //
     }, //
 };
 
-use kernel::error::code::EAGAIN;
+use kernel::{
+    error::code::EAGAIN,
+    page::PAGE_SHIFT, //
+};
 
 /// How many messages are sent with one notification: few enough to keep both sides busy, and enough
 /// to make the cost of a notification, which takes the virtual CPU out of the guest, one among
@@ -37,6 +43,12 @@ const MESSAGES_PER_NOTIFICATION: usize = 16;
 /// How many blocks are gathered before the first of them is sent: enough to find neighbours, and
 /// few enough for the device not to run out of work.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
+
+/// How many kernel pages are allocated at a time, and how many the device may have, where the
+/// kernel writes to what it allocates: 4 and 16 MiB. So much more of the host's memory does the
+/// guest take, at most, to give it back; and the device is at work while more is written to.
+const ZEROED_PORTION: usize = 1 << (22 - PAGE_SHIFT);
+const ZEROED_IN_FLIGHT: usize = 4 * ZEROED_PORTION;
 
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
@@ -94,40 +106,35 @@ impl Inflate {
         collected
     }
 
-    /// Takes up to `wanted` pages from the page allocator, in portions that go through `batch`, and
-    /// sends them to the device, as long as `may_send` holds. What it has answered in the meantime
-    /// is put into `balloon`.
+    /// Takes up to `wanted` pages from `source`, in portions that go through `batch`, and sends them
+    /// to the device, as long as `may_send` holds. What it has answered in the meantime is put into
+    /// `balloon`.
     pub(crate) fn fill(
         &mut self,
         balloon: &BalloonPages<Moves>,
         batch: &mut Batch,
+        mut source: impl Source,
         mut wanted: usize,
         may_send: impl Fn() -> bool,
     ) -> Stop {
-        // Once a block of some order is not to be had, larger ones are not tried again in this
-        // call.
-        let mut order = MAX_ORDER;
+        let (at_once, in_flight) = source.limits();
 
         while wanted > 0 {
-            if self.queue.room() == 0 && self.collect(balloon) == 0 {
+            let is_full = |this: &Self| this.queue.room() == 0 || this.in_flight >= in_flight;
+            if is_full(self) && (self.collect(balloon) == 0 || is_full(self)) {
                 self.queue.notify();
                 return Stop::NotNow;
             }
 
             let whole = self.queue.has_page_sets();
             let room = self.queue.room_for_blocks();
+            let portion = at_once.min(wanted);
             // A block may have to be split, and none is worth being left for that.
             let (portion, blocks) = match whole {
-                true => (wanted, room.max(1 << MAX_ORDER)),
-                false => (wanted.min(room), usize::MAX),
+                true => (portion, room.max(1 << MAX_ORDER)),
+                false => (portion.min(room), usize::MAX),
             };
-            gather(
-                batch,
-                portion,
-                blocks.min(BLOCKS_PER_BATCH),
-                &mut order,
-                whole,
-            );
+            source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), whole);
             wanted -= batch.pages();
 
             // Asked now, and not before: pages that were deflated by then may be among these.
@@ -141,7 +148,7 @@ impl Inflate {
                 self.queue.notify();
                 return stop;
             }
-            if self.queue.has_page_sets() {
+            if self.queue.has_page_sets() || at_once < usize::MAX {
                 self.queue.notify();
             }
         }
@@ -173,27 +180,72 @@ impl Inflate {
     }
 }
 
-/// Allocates up to `wanted` pages in blocks of up to 2^`order` pages, which stay whole if they may
-/// and `whole` is set, until there might be more than `blocks` of them.
-///
-/// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none,
-/// `order` is lowered.
-fn gather(batch: &mut Batch, wanted: usize, blocks: usize, order: &mut u32, whole: bool) {
-    while batch.blocks() + (1 << *order) <= blocks {
-        let Some(largest) = (wanted - batch.pages()).checked_ilog2() else {
-            break;
-        };
-        let try_order = largest.min(*order);
+/// Where pages for the balloon come from.
+pub(crate) trait Source {
+    /// Returns how many kernel pages are taken at a time, and from how many on that the device has
+    /// not answered for no more are taken.
+    fn limits(&self) -> (usize, usize) {
+        (usize::MAX, usize::MAX)
+    }
 
-        match batch.alloc(try_order, wanted - batch.pages(), whole) {
-            Ok(()) => (),
-            Err(AllocError::Full) => break,
-            Err(AllocError::NoBlock) => {
-                let Some(smaller) = try_order.checked_sub(1) else {
-                    break;
-                };
-                *order = smaller;
+    /// Puts up to `wanted` pages into `batch`, in blocks that stay whole if they may and `whole` is
+    /// set, until there might be more than `blocks` of them.
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool);
+}
+
+/// The page allocator.
+pub(crate) struct PageAllocator {
+    /// The order of the largest blocks that are tried: once a block of some order is not available,
+    /// larger ones are not tried again.
+    order: u32,
+}
+
+impl PageAllocator {
+    /// Begins with the largest blocks.
+    pub(crate) fn new() -> Self {
+        Self { order: MAX_ORDER }
+    }
+}
+
+impl Source for PageAllocator {
+    fn limits(&self) -> (usize, usize) {
+        match memory::is_zeroed_on_allocation() {
+            true => (ZEROED_PORTION, ZEROED_IN_FLIGHT),
+            false => (usize::MAX, usize::MAX),
+        }
+    }
+
+    /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none,
+    /// the order is lowered.
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool) {
+        while batch.blocks() + (1 << self.order) <= blocks {
+            let Some(largest) = (wanted - batch.pages()).checked_ilog2() else {
+                break;
+            };
+            let try_order = largest.min(self.order);
+
+            match batch.alloc(try_order, wanted - batch.pages(), whole) {
+                Ok(()) => (),
+                Err(AllocError::Full) => break,
+                Err(AllocError::NoBlock) => {
+                    let Some(smaller) = try_order.checked_sub(1) else {
+                        break;
+                    };
+                    self.order = smaller;
+                }
             }
         }
+    }
+}
+
+impl<S: Job> Source for &Taker<S> {
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, _blocks: usize, whole: bool) {
+        let mut pages = self.take_over(wanted);
+
+        if !whole {
+            pages.split_blocks();
+        }
+        // What there is no room for goes back.
+        batch.add(&mut pages);
     }
 }

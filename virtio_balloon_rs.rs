@@ -29,6 +29,7 @@ mod hinting;
 mod host_requests;
 mod inflate;
 mod log_limit;
+mod memory_blocks;
 mod message;
 mod migration;
 mod page_sets;
@@ -149,7 +150,14 @@ impl virtio::Driver for BalloonDriver {
         let queues = Queues::find(dev, forced_encoding(), &traffic)?;
         let floor = module_parameters::inflate.value().then(floor_pages);
         let slot = new_slot!(c"virtio_balloon_rs")?;
-        let balloon = Balloon::new(&slot, dev, queues.inflate, queues.deflate, floor)?;
+        let balloon = Balloon::new(
+            &slot,
+            dev,
+            queues.inflate,
+            queues.deflate,
+            floor,
+            module_parameters::memory_blocks.value(),
+        )?;
         let balloon = Arc::pin_init(Task::new(slot, balloon), GFP_KERNEL)?;
         let oom = dev
             .has_feature(virtio_balloon::F_DEFLATE_ON_OOM)
@@ -284,7 +292,7 @@ impl virtio::Driver for BalloonDriver {
     }
 
     fn shutdown(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
-        data.balloon.stop();
+        Balloon::shut_down(&data.balloon);
         if let Some(stats) = &data.stats {
             stats.stop();
         }
@@ -420,6 +428,10 @@ virtio::module_virtio_driver! {
         encoding: u8 {
             default: 0,
             description: "How pages are named, for measuring: 0 as short as possible, 1 ranges, 2 bitmaps, 3 page frame numbers",
+        },
+        memory_blocks: bool {
+            default: true,
+            description: "Whether free memory blocks are taken offline and online for the balloon where the kernel zeroes what it allocates",
         },
         floor_mib: u32 {
             default: 32,

@@ -555,6 +555,12 @@ unsigned long balloon_rs_ballooned_pages(void)
 	return max(pages, 0L);
 }
 
+/* Whether the kernel writes to all memory that it allocates. */
+bool balloon_rs_zeroes_on_alloc(void)
+{
+	return want_init_on_alloc(0);
+}
+
 bool balloon_rs_free_page_value(u32 *value)
 {
 	memset(value, want_init_on_free() ? 0 : PAGE_POISON, sizeof(*value));

@@ -144,6 +144,7 @@ unsigned long balloon_rs_free_pages(void);
 void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
+bool balloon_rs_zeroes_on_alloc(void);
 bool balloon_rs_free_page_value(u32 *value);
 bool balloon_rs_sg_is_movable(struct scatterlist *sg);
 u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents);
@@ -155,6 +156,18 @@ void balloon_rs_shut_device_down(struct virtio_device *vdev);
 void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
 void balloon_rs_stay_awake(struct virtio_device *vdev);
 void balloon_rs_relax(struct virtio_device *vdev);
+
+/* In memory_blocks.c. */
+void balloon_rs_begin_taking(void);
+void balloon_rs_end_taking(void);
+bool balloon_rs_is_taking(void);
+unsigned long balloon_rs_memory_block_pages(void);
+int balloon_rs_keep_online(unsigned long first, unsigned long nr);
+void balloon_rs_keep_no_more(void);
+struct page *balloon_rs_next_kept(void);
+bool balloon_rs_can_take_block(unsigned long first, unsigned long nr);
+ssize_t balloon_rs_write_within(struct file *file, const char *what, size_t len, unsigned int ms);
+bool balloon_rs_has_virtio_mem(struct virtio_device *vdev);
 
 /* What a file in debugfs shows. */
 struct balloon_rs_shown {

@@ -149,6 +149,13 @@ pub(crate) fn free_page_value() -> Option<u32> {
     unsafe { bindings::balloon_rs_free_page_value(&mut value) }.then_some(value)
 }
 
+/// Returns whether the kernel writes to all memory that it allocates (`init_on_alloc=1`): the host
+/// has to have it all first, and it takes much longer.
+pub(crate) fn is_zeroed_on_allocation() -> bool {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_zeroes_on_alloc() }
+}
+
 /// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
 pub(crate) fn total_pages() -> usize {
     // SAFETY: The function has no preconditions.

@@ -18,6 +18,7 @@ pub(crate) mod debugfs;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod fake_device;
 pub(crate) mod memory;
+pub(crate) mod memory_blocks;
 pub(crate) mod memory_hotplug;
 mod notifier;
 pub(crate) mod oom;

@@ -7,9 +7,12 @@
 
 use super::bindings;
 
-use core::ptr::{
-    self,
-    NonNull, //
+use core::{
+    mem,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
 };
 use kernel::prelude::*;
 
@@ -302,7 +305,7 @@ impl PageList {
 
                 count += 1;
                 if !bindings::balloon_rs_same_zone(page.as_ptr(), next.as_ptr()) {
-                    each(page, core::mem::take(&mut count));
+                    each(page, mem::take(&mut count));
                 }
                 page = next;
             }
@@ -328,6 +331,51 @@ impl PageList {
                 }
             }
         }
+    }
+
+    /// Puts what is on `other` at the end.
+    pub(crate) fn append(&mut self, mut other: Self) {
+        // SAFETY: What is popped is the caller's, in the form in which it is pushed.
+        unsafe {
+            while let Some(page) = other.pop_block() {
+                self.push_block(page);
+            }
+            while let Some(page) = other.pop() {
+                self.push(page);
+            }
+        }
+    }
+
+    /// Takes all but `len` pages off, or none if there are not more. Splits a block for that, if
+    /// need be.
+    pub(crate) fn split_off(&mut self, len: usize) -> Self {
+        let mut rest = mem::replace(self, Self::new());
+
+        // SAFETY: What is popped is the caller's, in the form in which it is pushed.
+        unsafe {
+            while rest
+                .first_block_len()
+                .is_some_and(|block| self.len() + block <= len)
+            {
+                if let Some(page) = rest.pop_block() {
+                    self.push_block(page);
+                }
+            }
+            if self.len() < len && rest.singles.len < len - self.len() {
+                let mut split = Self::new();
+
+                if let Some(page) = rest.pop_block() {
+                    split.push_block(page);
+                }
+                split.split_blocks();
+                rest.append(split);
+            }
+            while self.len() < len {
+                let Some(page) = rest.pop() else { break };
+                self.push(page);
+            }
+        }
+        rest
     }
 
     /// Allocates the `len` pages from the page frame number `first` on, wherever their contents

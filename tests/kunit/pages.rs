@@ -268,6 +268,23 @@ mod tests {
     }
 
     #[test]
+    fn a_list_is_split_at_any_page() {
+        const LEN: usize = 1 << MAX_ORDER;
+
+        for len in [0, 1, LEN - 1, LEN, LEN + 3, 3 * LEN, 3 * LEN + 1] {
+            let pages = blocks(3);
+            assert!(pages.is_ok());
+            let Ok(mut pages) = pages else { return };
+            let mut rest = pages.split_off(len);
+
+            assert_eq!(pages.len(), len.min(3 * LEN));
+            assert_eq!(rest.len(), 3 * LEN - pages.len());
+            rest.append(pages);
+            assert_eq!(rest.len(), 3 * LEN);
+        }
+    }
+
+    #[test]
     fn a_balloon_that_is_dropped_gives_everything_back() {
         let (total, ballooned) = (memory::total_pages(), memory::ballooned_pages());
 

@@ -126,7 +126,7 @@ fn hold(guest: &Guest) -> Result<vm::RunningLoad<'_>> {
 }
 
 /// Has the guest's kernel do something that moves pages.
-fn write(guest: &Guest, path: &str, value: &str) -> Result<()> {
+pub(crate) fn write(guest: &Guest, path: &str, value: &str) -> Result<()> {
     let line = format!("echo {value} >{path}");
     let output = guest.exec_within(&["sh", "-c", &line], PATIENCE)?;
     ensure!(

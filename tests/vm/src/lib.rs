@@ -49,6 +49,7 @@ mod statistics;
 mod transports;
 mod unused;
 mod vhost_user;
+mod zeroing;
 
 /// The scenarios, by topic.
 pub const SCENARIOS: &[&[Scenario]] = &[
@@ -74,6 +75,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     unused::SCENARIOS,
     snapshot::SCENARIOS,
     hostile::SCENARIOS,
+    zeroing::SCENARIOS,
 ];
 
 /// Something that the driver must do.

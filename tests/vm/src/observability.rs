@@ -88,7 +88,7 @@ pub(crate) fn show(guest: &Guest, name: &str) -> Result<String> {
 }
 
 /// The number that stands after `name`, in words that are `name number`.
-fn value(text: &str, name: &str) -> Result<u64> {
+pub(crate) fn value(text: &str, name: &str) -> Result<u64> {
     let mut words = text.split_whitespace().skip_while(|word| *word != name);
     let value = words
         .nth(1)

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests whose kernel zeroes all memory that it allocates, as those of distributions do.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use vm::{Config, Device, Guest, Load, Offer, Size};
+
+use crate::compaction::{fullest_block, write};
+use crate::observability::{show, value};
+use crate::reporting::wait_until_taken;
+use crate::sizes::{agree, check_size};
+use crate::{
+    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "zeroing_blocks",
+        proves: "where the kernel zeroes memory the balloon takes memory blocks, and the host needs no more of it meanwhile",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: blocks,
+    },
+    Scenario {
+        name: "zeroing_pages",
+        proves: "memory that the kernel has zeroed goes to the host in small steps",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: pages,
+    },
+    Scenario {
+        name: "zeroing_hotplug",
+        proves: "the balloon takes memory blocks while others take them offline and online, and leaves them to others",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: hotplug,
+    },
+    Scenario {
+        name: "zeroing_oom",
+        proves: "a process that runs out of memory lives, whether the balloon has memory blocks or is about to take them",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: oom,
+    },
+    Scenario {
+        name: "zeroing_fallback",
+        proves: "the balloon takes pages where memory blocks are in use, or cannot be taken offline",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: fallback,
+    },
+];
+
+/// How much more memory the guest may have of the host's on the way.
+const MOST_MORE: Size = Size::mib(32);
+
+/// A guest whose kernel zeroes memory.
+fn zeroing(setup: &Setup) -> Config {
+    setup.config().zeroing(true).parameter("init_on_alloc=1")
+}
+
+/// How much of the host's memory the guest's has.
+fn resident(setup: &Setup, guest: &Guest) -> Result<Size> {
+    match setup.device {
+        Device::Qemu => guest.resident(),
+        Device::VhostUser | Device::Extended => guest.memory_file()?.resident(),
+    }
+}
+
+/// Has the balloon take `size`. Returns how long it took, and how much more memory the guest had meanwhile than before.
+fn inflate(setup: &Setup, guest: &Guest, size: Size) -> Result<(Duration, Size)> {
+    let before = resident(setup, guest)?;
+    let mut most = before;
+    let took = guest.balloon().settle_watched(size, |_| {
+        if let Ok(now) = resident(setup, guest) {
+            most = most.max(now);
+        }
+    })?;
+    Ok((took, most.saturating_sub(before)))
+}
+
+/// How many memory blocks the driver has taken.
+fn taken(guest: &Guest) -> Result<u64> {
+    value(&show(guest, "balloon")?, "memory_blocks")
+}
+
+/// Checks that all memory blocks are online.
+fn check_online(guest: &Guest) -> Result<()> {
+    let states = guest.sh("cat /sys/devices/system/memory/memory*/state")?;
+    let online = states.lines().filter(|&state| state == "online").count();
+    let all = states.lines().count();
+    ensure!(online == all, "{online} of {all} memory blocks are online");
+    Ok(())
+}
+
+fn blocks(setup: &Setup) -> Result<()> {
+    let size = Size::gib(7) + Size::pages(3);
+    vm::run(&zeroing(setup).memory(Size::gib(8)), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let counters = || -> Result<[u64; 4]> {
+            Ok([
+                guest.meminfo()?.total.as_pages(),
+                guest.vmstat("balloon_inflate")?,
+                guest.vmstat("balloon_deflate")?,
+                guest.offline_pages(None)?,
+            ])
+        };
+        let [total, inflated, deflated, offline] = counters()?;
+        let data = guest.load(Load::Hold {
+            mib: 128,
+            threads: 2,
+        })?;
+        let pages = size.as_pages();
+
+        for round in 1..=2 {
+            let (took, more) = inflate(setup, guest, size)?;
+            let blocks = taken(guest)?;
+            setup.note(format!(
+                "{size} in {} ms with {blocks} memory blocks so far, at most {more} more than before",
+                took.as_millis()
+            ));
+            check_size(guest, size)?;
+            let expected = [total - pages, inflated + round * pages];
+            agree(|| {
+                let full = counters()?;
+                ensure!(
+                    full[..2] == expected && full[3] == offline + pages,
+                    "the total, what was inflated and what is offline are {full:?}, not {expected:?}"
+                );
+                Ok(())
+            })?;
+            ensure!(
+                more <= MOST_MORE,
+                "the guest had {more} more memory on its way"
+            );
+            ensure!(blocks >= 40 * round, "{blocks} memory blocks were taken");
+            check_online(guest)?;
+
+            let took = guest.balloon().settle(Size::default())?;
+            setup.note(format!("and back in {} ms", took.as_millis()));
+            check_size(guest, Size::default())?;
+            let expected = [
+                total,
+                inflated + round * pages,
+                deflated + round * pages,
+                offline,
+            ];
+            // The device may have to hear of some pages yet.
+            agree(|| {
+                let now = counters()?;
+                ensure!(
+                    now == expected,
+                    "with an empty balloon the counters are {now:?}, not {expected:?}"
+                );
+                Ok(())
+            })?;
+        }
+        data.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn pages(setup: &Setup) -> Result<()> {
+    let size = Size::mib(700);
+    vm::run(&zeroing(setup), |guest| {
+        guest.insmod(setup.driver, &["memory_blocks=0"])?;
+        let (took, more) = inflate(setup, guest, size)?;
+        setup.note(format!(
+            "{size} in {} ms, at most {more} more than before",
+            took.as_millis()
+        ));
+        check_size(guest, size)?;
+        ensure!(
+            more <= MOST_MORE,
+            "the guest had {more} more memory on its way"
+        );
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Brings all memory blocks online over and over, as udev does if a rule says so, and takes two of them offline.
+const OTHERS: &str = "cd /sys/devices/system/memory
+    while [ ! -e /stop ]; do
+        for block in memory8 memory9; do echo offline >$block/state; done
+        for block in memory*; do echo online >$block/state; done
+    done 2>/dev/null
+    for block in memory*; do echo online >$block/state; done";
+
+fn hotplug(setup: &Setup) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(300);
+    let size = Size::mib(768);
+    vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let total = guest.meminfo()?.total;
+        let data = guest.load(Load::Hold {
+            mib: 64,
+            threads: 1,
+        })?;
+        let others = guest.start(&["sh", "-c", OTHERS], Some(PATIENCE))?;
+        for _ in 0..5 {
+            guest.balloon().settle(size)?;
+            // Long enough for others to take some of it offline.
+            thread::sleep(Duration::from_millis(500));
+            guest.balloon().settle(Size::default())?;
+        }
+        guest.sh("touch /stop")?;
+        guest.output(&others, PATIENCE)?;
+        check_online(guest)?;
+        check_size(guest, Size::default())?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+
+        let before = taken(guest)?;
+        guest.balloon().settle(size)?;
+        let blocks = taken(guest)? - before;
+        ensure!(blocks > 0, "no memory block was taken");
+        let with_balloon = guest.meminfo()?.total;
+        let block = fullest_block(guest, ".")?;
+        write(guest, &block.state, "offline")?;
+        // Other memory takes its place, of which the device hears when the block is gone.
+        agree(|| check_size(guest, size))?;
+        write(guest, &block.state, "online")?;
+        let now = guest.meminfo()?.total;
+        ensure!(
+            now == with_balloon,
+            "the guest has {now} with the block back, and had {with_balloon} before it went"
+        );
+        data.stop()?;
+
+        // What is under way ends with the driver, and nothing stays behind.
+        guest.balloon().settle(Size::default())?;
+        guest.balloon().request(size)?;
+        guest.rmmod(setup.driver)?;
+        check_online(guest)?;
+        let now = guest.meminfo()?.total;
+        ensure!(
+            now == total,
+            "the guest had {total}, and has {now} without the driver"
+        );
+        setup.note(format!("{blocks} memory blocks of {size}, {before} before"));
+        Ok(())
+    })
+}
+
+fn oom(setup: &Setup) -> Result<()> {
+    let config = zeroing(setup)
+        .memory(Size::gib(2))
+        .offer(&[Offer::DeflateOnOom]);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let total = guest.meminfo()?.total;
+        let available = guest.meminfo()?.available.as_mib();
+        let (size, need) = (
+            Size::mib(available * 3 / 4),
+            usize::try_from(available / 2)?,
+        );
+        for is_inflated in [true, false] {
+            guest.balloon().request(size)?;
+            if is_inflated {
+                guest.balloon().reach(size)?;
+                let now = guest.meminfo()?.total;
+                ensure!(
+                    now == total,
+                    "memory that can come back counts as the guest's: {now} of {total}"
+                );
+            }
+            let load = guest.start_load(Load::Hog { mib: need })?;
+            wait_until_taken(guest, &load, need)?;
+            load.stop()?;
+            guest.balloon().settle(Size::default())?;
+        }
+        let killed = guest.vmstat("oom_kill")?;
+        ensure!(killed == 0, "{killed} processes were killed");
+        let blocks = taken(guest)?;
+        ensure!(blocks > 0, "no memory block was taken");
+        check_size(guest, Size::default())?;
+        check_online(guest)?;
+        setup.note(format!("{blocks} memory blocks were taken"));
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn fallback(setup: &Setup) -> Result<()> {
+    vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let inflate = |size: Size| -> Result<u64> {
+            let before = taken(guest)?;
+            let (took, more) = inflate(setup, guest, size)?;
+            let blocks = taken(guest)? - before;
+            check_size(guest, size)?;
+            ensure!(
+                more <= MOST_MORE,
+                "the guest had {more} more memory on its way"
+            );
+            setup.note(format!(
+                "{size} with {blocks} memory blocks in {} ms, at most {more} more than before",
+                took.as_millis()
+            ));
+            guest.balloon().settle(Size::default())?;
+            check_online(guest)?;
+            Ok(blocks)
+        };
+
+        // Half of the memory is in use, and some of the rest holds files.
+        let data = guest.load(Load::Hold {
+            mib: 800,
+            threads: 2,
+        })?;
+        guest.sh("dd if=/dev/zero of=/file bs=1M count=200 2>/dev/null")?;
+        inflate(Size::mib(700))?;
+        data.stop()?;
+        guest.sh("rm /file")?;
+
+        guest.sh("mount -o remount,ro /sys")?;
+        let blocks = inflate(Size::mib(300))?;
+        ensure!(
+            blocks == 0,
+            "{blocks} blocks were taken, which cannot be taken offline"
+        );
+        guest.rmmod(setup.driver)
+    })
+}
