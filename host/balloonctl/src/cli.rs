@@ -111,6 +111,23 @@ pub(crate) enum Command {
         /// The time between two samples; 0 turns statistics off
         seconds: u32,
     },
+    /// Give no memory back to the host for a limited time, regardless of what the guest gives away
+    ///
+    /// For times in which each page of the guest has to stay where it is: while a device has pinned it, or while
+    /// a snapshot is made or restored. Memory that the guest gives away in this time stays with the VM until the
+    /// guest gives it away again.
+    Inhibit {
+        /// The time limit, up to a day; repeat the command before it ends to extend it
+        #[arg(
+            long = "for",
+            value_name = "SECONDS",
+            default_value = "600",
+            value_parser = clap::value_parser!(u32).range(1..=86_400)
+        )]
+        seconds: u32,
+    },
+    /// Give memory back to the host again, before the time limit of inhibit ends
+    Resume,
     /// Control free page hinting, with which a migration skips free pages
     Hints {
         /// The action

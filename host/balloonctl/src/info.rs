@@ -43,6 +43,16 @@ fn state(info: &Info) -> Table {
             HumanCount(counters.discard_failures)
         ),
     ]);
+    if !info.withheld.is_empty() {
+        let mut reasons = info.withheld.join(", ");
+        if let Some(seconds) = info.inhibited {
+            reasons += &format!(" for {}", duration(seconds));
+        }
+        table.add_row([
+            "Not given back",
+            &format!("{}: {reasons}", HumanBytes(counters.withheld)),
+        ]);
+    }
     table.add_row([
         "Granule",
         &format!("{}, the least that is given back", HumanBytes(info.granule)),

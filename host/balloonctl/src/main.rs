@@ -97,6 +97,29 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 })
             })
         }
+        Command::Inhibit { seconds } => {
+            let seconds = seconds.into();
+            let answer = connect()?.call(&Request::Inhibit { seconds })?;
+            show(json, &answer, || {
+                Ok(format!(
+                    "No memory is given back to the host for {seconds} s."
+                ))
+            })
+        }
+        Command::Resume => {
+            let mut client = connect()?;
+            let answer = client.call(&Request::Resume {})?;
+            show(json, &answer, || {
+                let info: Info = client.call(&Request::Info {})?.parse()?;
+                Ok(match info.withheld.as_slice() {
+                    [] => "Memory is given back to the host again.".to_owned(),
+                    reasons => format!(
+                        "Memory is not given back to the host for another reason: {}.",
+                        reasons.join(", ")
+                    ),
+                })
+            })
+        }
         Command::Hints { action } => {
             let answer = connect()?.call(&Request::Hints {
                 action: action.into(),

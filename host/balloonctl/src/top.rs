@@ -406,6 +406,7 @@ mod tests {
                     discarded: size / 2,
                     ..Counters::default()
                 },
+                ..Info::default()
             },
             stats: Some(Stats {
                 values,

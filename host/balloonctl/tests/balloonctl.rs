@@ -78,6 +78,15 @@ impl Handler for Script {
             Request::Metrics {} => Response::Metrics(Metrics {
                 text: "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n".to_owned(),
             }),
+            Request::Inhibit { seconds } => {
+                info.inhibited = Some(seconds);
+                info.withheld = vec!["inhibited".to_owned()];
+                Response::Done {}
+            }
+            Request::Resume {} => {
+                info.withheld = vec!["pinned".to_owned()];
+                Response::Done {}
+            }
             Request::SetStatsInterval { .. } | Request::Hints { .. } => Response::Done {},
             Request::Unused { .. } | Request::Reclaim { .. } | Request::DropCaches { .. } => {
                 Response::Begun(Begun { id: ID })
@@ -160,6 +169,7 @@ fn info() -> Info {
             refused: [("bad-address".to_owned(), 2)].into(),
             ..Counters::default()
         },
+        ..Info::default()
     }
 }
 
@@ -361,6 +371,8 @@ fn refusals_have_their_exit_codes() {
             &["stats", "--watch"],
             &["interval", "5"],
             &["hints", "start"],
+            &["inhibit"],
+            &["resume"],
             &["metrics", "--json"],
             &["unused", "--out", "/nowhere/pages"],
             &["reclaim"],
@@ -383,6 +395,8 @@ fn wrong_command_lines_are_refused() {
         &["set", "1G", "--wait", "--timeout", "0"],
         &["stats", "--watch", "0"],
         &["interval", "-1"],
+        &["inhibit", "--for", "0"],
+        &["inhibit", "--for", "86401"],
         &["hints", "pause"],
         &["deflate"],
         &["unused"],
@@ -486,6 +500,13 @@ fn the_other_commands_say_what_they_should() {
         daemon.last_request(),
         Request::SetStatsInterval { seconds: 5 }
     );
+    succeeds(&daemon.run(&["inhibit", "--for", "60"]));
+    assert_eq!(daemon.last_request(), Request::Inhibit { seconds: 60 });
+    let inhibited = daemon.run(&["info"]);
+    assert!(stdout(&inhibited).contains("inhibited for 60 seconds"));
+    let resumed = daemon.run(&["resume"]);
+    succeeds(&resumed);
+    assert!(stdout(&resumed).contains("another reason: pinned"));
     for (name, action) in [
         ("start", HintAction::Start),
         ("stop", HintAction::Stop),

@@ -32,6 +32,13 @@ pub enum Request {
         /// The time between two samples in seconds. 0 stops asking.
         seconds: u32,
     },
+    /// Give no memory back to the host for a while, whatever the guest says; answered with [`Response::Done`].
+    Inhibit {
+        /// For how long, in seconds: 1 to 86400.
+        seconds: u64,
+    },
+    /// Give memory back to the host again, answered with [`Response::Done`].
+    Resume {},
     /// Free page hinting, answered with [`Response::Done`].
     Hints {
         /// What to do.
@@ -116,7 +123,7 @@ pub enum Response {
 }
 
 /// The state of the balloon and of the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Info {
     /// How much the guest is asked to give away, in bytes.
     pub target: u64,
@@ -126,6 +133,12 @@ pub struct Info {
     pub memory: Option<u64>,
     /// The smallest piece of memory that the host gets back, in bytes.
     pub granule: u64,
+    /// Why memory is not given back to the host, by the name of the reason. More may come in later versions.
+    #[serde(default)]
+    pub withheld: Vec<String>,
+    /// For how long a client still has no memory given back to the host, in seconds.
+    #[serde(default)]
+    pub inhibited: Option<u64>,
     /// How often the guest is asked for statistics, in seconds. 0 is never.
     pub stats_interval: u32,
     /// For how long the daemon has been running, in seconds.
@@ -191,6 +204,9 @@ pub struct Counters {
     pub discards: u64,
     /// How many times that failed.
     pub discard_failures: u64,
+    /// What must not be given back to the host and was named all the same, in bytes.
+    #[serde(default)]
+    pub withheld: u64,
     /// How long giving memory back has taken, in microseconds.
     pub discarding: u64,
     /// How long it has taken to find out which memory the messages of the inflate queue name, in microseconds.
@@ -546,6 +562,11 @@ mod tests {
                     action: HintAction::Done,
                 },
             ),
+            (
+                r#"{"command":"inhibit","seconds":60}"#,
+                Request::Inhibit { seconds: 60 },
+            ),
+            (r#"{"command":"resume"}"#, Request::Resume {}),
             (r#"{"command":"metrics"}"#, Request::Metrics {}),
         ] {
             assert_eq!(request(json).unwrap(), expected, "{json}");

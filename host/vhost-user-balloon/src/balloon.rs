@@ -6,6 +6,7 @@
 //! however often the guest names it. Where a granule has several pages, a number for each granule says how
 //! much of it is in the balloon, and the granule is given back when the rest comes in.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +17,7 @@ use log::error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::discard::{Granularity, Pieces};
+use crate::hazard::{Hazard, Identity};
 use crate::page_map::PageMap;
 
 /// What became of the pages of a message, in balloon pages.
@@ -111,12 +113,14 @@ struct Region {
     pages: Range<u64>,
     file: Arc<File>,
     /// What tells the file from others.
-    identity: (u64, u64),
+    identity: Identity,
     /// Where the region begins in the file, in bytes.
     offset: u64,
     /// A bit for each page.
     held: Vec<u64>,
     granules: Granules,
+    /// Why it must not be discarded.
+    hazard: Option<Hazard>,
 }
 
 impl Region {
@@ -144,6 +148,7 @@ impl Region {
             offset,
             held: vec![0; index((bytes / BALLOON_PAGE_SIZE).div_ceil(WORD))],
             granules: Granules::new(granularity.of(file), &place)?,
+            hazard: Hazard::of_file(file),
         })
     }
 
@@ -164,9 +169,11 @@ impl Region {
         let (first, offset) = (self.pages.start, self.offset);
         let bits = pages.start - first..pages.end - first;
         set(&mut self.held, bits, true, |run| {
-            self.granules.fill(in_file(&run, offset), |bytes| {
-                whole.push(&self.file, bytes);
-            });
+            self.granules
+                .fill(in_file(&run, offset), |bytes| match self.hazard {
+                    None => whole.push(&self.file, bytes),
+                    Some(_) => whole.withhold(bytes.end - bytes.start),
+                });
         })
     }
 
@@ -234,11 +241,21 @@ pub(crate) fn index(number: u64) -> usize {
 /// The guest's memory, with the balloon.
 #[derive(Debug, Default)]
 pub struct Balloon {
+    /// What memory is to be discarded in spite of.
+    allowed: Vec<Hazard>,
     /// In the order of their addresses.
     regions: Vec<Region>,
 }
 
 impl Balloon {
+    /// Memory that is discarded in spite of these hazards.
+    pub fn new(allowed: &[Hazard]) -> Self {
+        Self {
+            allowed: allowed.to_vec(),
+            regions: Vec::new(),
+        }
+    }
+
     /// Takes over the memory that the front end has sent. What is in the balloon stays there in regions
     /// that were there before, as when a stopped VM goes on.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap, granularity: Granularity) {
@@ -254,13 +271,33 @@ impl Balloon {
                      the VMM use a memory file, as QEMU's memory-backend-memfd with share=on is"
                 );
             }
-            self.regions.extend(new);
+            self.regions.extend(new.map(|region| {
+                Region {
+                    hazard: region
+                        .hazard
+                        .filter(|hazard| !self.allowed.contains(hazard)),
+                    ..region
+                }
+            }));
         }
         for region in old {
             if let Some(place) = self.regions.iter_mut().find(|new| new.is(&region)) {
                 *place = region;
             }
         }
+    }
+
+    /// The files that hold it.
+    pub fn files(&self) -> BTreeSet<Identity> {
+        self.regions.iter().map(|region| region.identity).collect()
+    }
+
+    /// Why some of it must not be discarded.
+    pub fn hazards(&self) -> BTreeSet<Hazard> {
+        self.regions
+            .iter()
+            .filter_map(|region| region.hazard)
+            .collect()
     }
 
     /// How much memory the guest has, in bytes.
@@ -334,8 +371,10 @@ impl Balloon {
             let granule = region.granules.size;
             let from = (region.offset + (start - first)).next_multiple_of(granule);
             let to = (region.offset + (end - first)) / granule * granule;
-            if from < to {
-                whole.push(&region.file, from..to);
+            match region.hazard {
+                None if from < to => whole.push(&region.file, from..to),
+                Some(_) if from < to => whole.withhold(to - from),
+                _ => {}
             }
         }
         inside
@@ -361,7 +400,6 @@ mod tests {
     use crate::discard::Discarder;
     use crate::testing::{HOLE, MemoryFiles, PAGE};
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
 
     /// Two regions of a file with a hole between them in the guest's address space.
     fn balloon(files: &MemoryFiles, granule: u64) -> Balloon {

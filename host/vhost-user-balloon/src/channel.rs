@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! From the process that has the device to the one that keeps the VMM's connection.
+//! Between the process that has the device and the one that keeps the VMM's connection.
 //!
 //! The device has to tell the front end that the configuration space has changed. The front end sends a
 //! socket for such messages, but the vhost-user library keeps that to itself and has no call for this
@@ -10,9 +10,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use log::warn;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, recv, send};
 
-/// The device's end of a stream in which each byte stands for a change.
+/// The device's end of a stream. Each byte that it sends stands for a change, and what it receives are the
+/// numbers of the processes of front ends, each of them before its front end is let through.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
 
@@ -20,6 +21,15 @@ impl Channel {
     /// A channel that this is the end of.
     pub fn new(end: OwnedFd) -> Self {
         Self(end)
+    }
+
+    /// The number of the front end's process, if the other process has sent it, and knows it.
+    pub fn vmm(&self) -> Option<i32> {
+        let mut bytes = [0; 256];
+        let length = recv(self.0.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT).ok()?;
+        // The last one is connected.
+        let last = bytes.get(..length)?.chunks_exact(size_of::<i32>()).last()?;
+        Some(i32::from_ne_bytes(*last.first_chunk()?)).filter(|&pid| pid > 0)
     }
 
     /// Tells the front end that the configuration space has changed.

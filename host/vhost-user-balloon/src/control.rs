@@ -11,7 +11,7 @@ use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::{Command, Wanted};
 
 use crate::config::bytes;
-use crate::device::Device;
+use crate::device::{Device, Sizes};
 use crate::features::{Feature, names};
 use crate::hinting::Hints;
 use crate::metrics;
@@ -20,6 +20,10 @@ use crate::requests::TooMany;
 /// How long a guest may take to send statistics. They come at once from a guest that is at work, and a
 /// client waits longer than this.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For how many seconds a client may have no memory given back to the host. One that dies must not end ballooning
+/// for good.
+const MAX_INHIBIT: u64 = 24 * 60 * 60;
 
 impl Handler for Device {
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
@@ -35,6 +39,8 @@ impl Handler for Device {
                     "see that the daemon can write its state file",
                 )),
             },
+            Request::Inhibit { seconds } => self.tell_inhibit(Some(seconds)),
+            Request::Resume {} => self.tell_inhibit(None),
             Request::Hints { action } => {
                 self.need(Feature::FreePageHinting)?;
                 self.command(match action {
@@ -54,6 +60,13 @@ impl Handler for Device {
                         ErrorKind::Unsupported,
                         "the guest relies on what its free pages hold, and none can be given back",
                         "start the guest's kernel without init_on_free and page_poison",
+                    ));
+                }
+                if let Some(reason) = self.info().withheld.first() {
+                    return Err(ControlError::new(
+                        ErrorKind::Failed,
+                        format!("no memory is given back to the host: {reason}"),
+                        "see `withheld` in docs/control.md, and --allow in vhost-user-balloon(8)",
                     ));
                 }
                 self.ask_guest(Command::UnusedDiscard(wanted))
@@ -89,7 +102,13 @@ impl Device {
     fn info(&self) -> Info {
         let state = self.state();
         let features = self.features_at_work();
-        let (memory, granule) = self.sizes();
+        let Sizes {
+            memory, granule, ..
+        } = self.sizes();
+        let inhibited = self.inhibited();
+        let hazards = self.hazards();
+        let mut withheld: Vec<_> = hazards.iter().map(ToString::to_string).collect();
+        withheld.extend(inhibited.map(|_| "inhibited".to_owned()));
         let shortfall = state.config.shortfall();
         Info {
             target: bytes(state.config.target),
@@ -99,6 +118,8 @@ impl Device {
                 .then_some(memory)
                 .filter(|&bytes| bytes > 0),
             granule: granule.unwrap_or(BALLOON_PAGE_SIZE),
+            withheld,
+            inhibited: inhibited.map(|rest| rest.as_secs().saturating_add(1)),
             stats_interval: state.stats_interval,
             uptime: self.counters.uptime().as_secs(),
             guest: Guest {
@@ -115,7 +136,7 @@ impl Device {
 
     /// A target may be set before there is a guest. What is more than its memory would leave it nothing.
     fn set(&self, bytes: u64) -> Result<Response, ControlError> {
-        let (memory, _) = self.sizes();
+        let Sizes { memory, .. } = self.sizes();
         if memory > 0 && bytes > memory {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
@@ -134,6 +155,25 @@ impl Device {
             ControlError::new(
                 ErrorKind::Failed,
                 format!("the target is set, but cannot be kept: {error}"),
+                "see that the daemon can write its state file",
+            )
+        })?;
+        Ok(Response::Done {})
+    }
+
+    /// Has no memory given back to the host for a while, or has it given back again.
+    fn tell_inhibit(&self, seconds: Option<u64>) -> Result<Response, ControlError> {
+        if seconds.is_some_and(|seconds| !(1..=MAX_INHIBIT).contains(&seconds)) {
+            return Err(ControlError::new(
+                ErrorKind::OutOfRange,
+                "the time limit has to be from 1 second to one day",
+                format!("name 1 to {MAX_INHIBIT} seconds, and ask again before they are over"),
+            ));
+        }
+        self.inhibit(seconds).map_err(|error| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("this holds, but cannot be kept over a restart of the daemon: {error}"),
                 "see that the daemon can write its state file",
             )
         })?;

@@ -129,6 +129,8 @@ pub struct Counters {
     pub discards: Counter,
     /// How many times that failed.
     pub discard_failures: Counter,
+    /// What must not be given back to the host and was named all the same, in bytes.
+    pub withheld: Counter,
     /// How long giving memory back has taken.
     pub discarding: Stopwatch,
     /// How long it has taken to find out which memory the messages of the inflate queue name.
@@ -170,6 +172,7 @@ impl Default for Counters {
             discarded: Counter::default(),
             discards: Counter::default(),
             discard_failures: Counter::default(),
+            withheld: Counter::default(),
             discarding: Stopwatch::default(),
             translating: Stopwatch::default(),
             reported: Counter::default(),
@@ -242,6 +245,7 @@ impl Counters {
             discarded: self.discarded.get(),
             discards: self.discards.get(),
             discard_failures: self.discard_failures.get(),
+            withheld: self.withheld.get(),
             discarding: self.discarding.microseconds(),
             translating: self.translating.microseconds(),
             reported: self.reported.get(),

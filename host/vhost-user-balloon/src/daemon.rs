@@ -18,7 +18,6 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 
 use crate::channel::Channel;
-use crate::config::Fields;
 use crate::device::Device;
 use crate::options::Options;
 use crate::state::State;
@@ -69,10 +68,9 @@ impl Daemon {
     pub fn new(options: &Options, channel: Channel) -> Result<Self> {
         let socket = options.worker.as_deref().context("name a socket")?;
         let state = options.state.as_deref().map(State::load).transpose()?;
-        let state = state.flatten().unwrap_or_else(|| State {
-            config: Fields::default(),
-            stats_interval: options.stats_interval,
-        });
+        let state = state
+            .flatten()
+            .unwrap_or_else(|| State::new(options.stats_interval));
         let path = options.state.clone();
         let device = Arc::new(Device::new(options.settings(), state, path, channel)?);
         let (listener, socket) = listen(socket, Access::default())?;

@@ -6,17 +6,18 @@
 //! Other threads set it up and control it. Of several locks they are taken in this order: the queue, the
 //! worker's data, then one of the others; the state comes after its file.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::Command;
-use log::{debug, error, warn};
+use log::{debug, error, info, warn};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -35,6 +36,7 @@ use crate::counters::Counters;
 use crate::deflate::Deflate;
 use crate::discard::{Discarder, Granularity, Pieces};
 use crate::features::{Feature, config_size, tells_before_use};
+use crate::hazard::{Hazard, Watch};
 use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
 use crate::page_map::PageMap;
@@ -64,6 +66,8 @@ pub struct Settings {
     pub granularity: Granularity,
     /// Whether a page that comes out of the balloon has memory at once.
     pub prefault: bool,
+    /// What memory is discarded in spite of.
+    pub allowed: Vec<Hazard>,
 }
 
 /// What the thread that serves the queues needs, and only it as long as a driver is at work.
@@ -83,6 +87,14 @@ struct Work {
 }
 
 impl Work {
+    /// Without memory yet. Memory is discarded in spite of these hazards.
+    fn new(allowed: &[Hazard]) -> Self {
+        Self {
+            balloon: Balloon::new(allowed),
+            ..Self::default()
+        }
+    }
+
     /// Whether the inflate queue is a new driver's, when it is served for the first time since it was
     /// started.
     ///
@@ -97,6 +109,17 @@ impl Work {
     fn is_new_driver(&self, next: u16) -> bool {
         next == 0 || self.position.is_some_and(|position| position != next)
     }
+}
+
+/// What the front end has said about the guest's memory.
+#[derive(Clone, Debug, Default)]
+pub struct Sizes {
+    /// How much there is, in bytes.
+    pub memory: u64,
+    /// The largest granule in bytes.
+    pub granule: Option<u64>,
+    /// Why some of it must not be discarded.
+    pub hazards: BTreeSet<Hazard>,
 }
 
 /// A balloon device.
@@ -130,8 +153,11 @@ pub struct Device {
     timer: TimerFd,
     /// Done when it was logged that the configuration space is too small.
     short_config: Once,
-    /// How much memory the guest has, and the largest granule, in bytes.
-    sizes: Mutex<(u64, Option<u64>)>,
+    sizes: Mutex<Sizes>,
+    /// What is known about the processes that have the guest's memory.
+    watch: Mutex<Watch>,
+    /// Why no memory is given back, as it was logged for the last time.
+    logged: Mutex<BTreeSet<Hazard>>,
     /// The number of the file descriptor that ends the worker.
     exit: Mutex<Option<RawFd>>,
 }
@@ -157,10 +183,10 @@ impl Device {
         // The timer may be stopped between the event and the reading, which must not wait then.
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let device = Self {
+            work: Mutex::new(Work::new(&settings.allowed)),
             settings,
             memory: GuestMemoryAtomic::new(GuestMemoryMmap::default()),
             acked: AtomicU64::new(0),
-            work: Mutex::default(),
             state: Mutex::new(state),
             hints: Mutex::default(),
             stats: Mutex::default(),
@@ -179,6 +205,8 @@ impl Device {
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             short_config: Once::new(),
             sizes: Mutex::default(),
+            watch: Mutex::default(),
+            logged: Mutex::default(),
             exit: Mutex::default(),
         };
         device.arm(interval)?;
@@ -213,7 +241,9 @@ impl Device {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .replace(GuestMemoryMmap::default());
-        *lock(&self.work) = Work::default();
+        *lock(&self.work) = Work::new(&self.settings.allowed);
+        *lock(&self.watch) = Watch::default();
+        lock(&self.logged).clear();
         *lock(&self.sizes) = Default::default();
         lock(&self.stats).restart();
         lock(&self.requests).disconnect(&self.counters);
@@ -265,9 +295,57 @@ impl Device {
         lock(&self.state).clone()
     }
 
-    /// How much memory the guest has and the largest granule, in bytes.
-    pub fn sizes(&self) -> (u64, Option<u64>) {
-        *lock(&self.sizes)
+    /// What the front end has said about the guest's memory.
+    pub fn sizes(&self) -> Sizes {
+        lock(&self.sizes).clone()
+    }
+
+    /// Why no memory is given back to the host, apart from what a client has asked for.
+    pub fn hazards(&self) -> BTreeSet<Hazard> {
+        let hazards = &self.process_hazards() | &lock(&self.sizes).hazards;
+        let mut logged = lock(&self.logged);
+        for hazard in &hazards - &*logged {
+            warn!(
+                "memory is not given back to the host: {}; see --allow {hazard} for what to do",
+                hazard.reason()
+            );
+        }
+        if hazards.is_empty() && !logged.is_empty() {
+            info!("memory is given back to the host again");
+        }
+        logged.clone_from(&hazards);
+        hazards
+    }
+
+    /// What processes do to the guest's memory that forbids to discard any of it.
+    fn process_hazards(&self) -> BTreeSet<Hazard> {
+        let mut hazards = lock(&self.watch).hazards(|| self.channel.vmm());
+        hazards.retain(|hazard| !self.settings.allowed.contains(hazard));
+        hazards
+    }
+
+    /// Whether no memory is to be given back to the host now.
+    fn is_inhibited(&self) -> bool {
+        self.inhibited().is_some() || !self.process_hazards().is_empty()
+    }
+
+    /// For how long a client has had no memory given back to the host.
+    pub fn inhibited(&self) -> Option<Duration> {
+        lock(&self.state).inhibited()
+    }
+
+    /// Has no memory given back to the host for so many seconds, or has it given back again.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written, and this will be forgotten with the process.
+    pub fn inhibit(&self, seconds: Option<u64>) -> io::Result<()> {
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let until = seconds.map(|seconds| now.as_secs().saturating_add(seconds));
+        let result = self.wish(|state| state.inhibited_until = until);
+        // What the worker is at may still be given back.
+        drop(lock(&self.work));
+        result
     }
 
     /// The last sample of the guest's statistics.
@@ -410,6 +488,10 @@ impl Device {
         let keep = self.keeps_free_pages();
         let mut vring = vring.get_mut();
         let mut work = lock(&self.work);
+        work.discarder.withhold = match kind {
+            Kind::Inflate | Kind::Reporting | Kind::Requests => self.is_inhibited(),
+            Kind::Deflate | Kind::Stats | Kind::Hinting => false,
+        };
         // What the page frame numbers are looked up in, and not what the library may have put in its place.
         let memory = Arc::clone(&work.memory);
         let memory: &GuestMemoryMmap = &memory;
@@ -571,7 +653,7 @@ impl VhostUserBackend for Device {
             return Vec::new();
         }
         let command = lock(&self.hints).command();
-        let (_, granule) = self.sizes();
+        let granule = lock(&self.sizes).granule;
         // There is none below a page, also while the memory is not known (PS-V3).
         let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
         let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
@@ -600,7 +682,13 @@ impl VhostUserBackend for Device {
             balloon, memory, ..
         } = &mut *work;
         balloon.set_memory(memory, self.settings.granularity);
-        *lock(&self.sizes) = (balloon.memory(), balloon.granule());
+        lock(&self.watch).set_files(balloon.files());
+        *lock(&self.sizes) = Sizes {
+            memory: balloon.memory(),
+            granule: balloon.granule(),
+            hazards: balloon.hazards(),
+        };
+        self.hazards();
         let large = balloon
             .granule()
             .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);

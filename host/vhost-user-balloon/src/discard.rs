@@ -115,33 +115,52 @@ pub struct Piece {
     pub range: Range<u64>,
 }
 
+impl Piece {
+    /// How long it is, in bytes.
+    fn length(&self) -> u64 {
+        self.range.end.saturating_sub(self.range.start)
+    }
+}
+
 /// Pieces, where one that continues the last one becomes a part of it.
 #[derive(Debug, Default)]
-pub struct Pieces(Vec<Piece>);
+pub struct Pieces {
+    pieces: Vec<Piece>,
+    /// How many bytes were left out, as they are not to be discarded.
+    withheld: u64,
+}
 
 impl Pieces {
     /// Adds a range of bytes of a file.
     pub fn push(&mut self, file: &Arc<File>, range: Range<u64>) {
-        match self.0.last_mut() {
+        match self.pieces.last_mut() {
             Some(last) if last.range.end == range.start && Arc::ptr_eq(&last.file, file) => {
                 last.range.end = range.end;
             }
-            _ => self.0.push(Piece {
+            _ => self.pieces.push(Piece {
                 file: Arc::clone(file),
                 range,
             }),
         }
     }
 
+    /// Takes note of so many bytes that are not to be discarded.
+    pub fn withhold(&mut self, bytes: u64) {
+        self.withheld = self.withheld.saturating_add(bytes);
+    }
+
     /// Removes all.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.pieces.clear();
+        self.withheld = 0;
     }
 }
 
 /// What gives memory back, and takes it again.
 #[derive(Debug, Default)]
 pub struct Discarder {
+    /// Whether no memory is to be given back now.
+    pub withhold: bool,
     /// The errors that were logged: one that comes once comes for every piece.
     logged: Vec<Errno>,
 }
@@ -150,13 +169,16 @@ impl Discarder {
     /// Punches a hole for each of the pieces, which are none afterwards.
     pub fn discard(&mut self, pieces: &mut Pieces, counters: &Counters) {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        for piece in pieces.0.drain(..) {
+        counters.withheld.add(std::mem::take(&mut pieces.withheld));
+        for piece in pieces.pieces.drain(..) {
+            if self.withhold {
+                counters.withheld.add(piece.length());
+                continue;
+            }
             match counters.discarding.time(|| allocate(&piece, flags)) {
                 Ok(()) => {
                     counters.discards.add(1);
-                    counters
-                        .discarded
-                        .add(piece.range.end.saturating_sub(piece.range.start));
+                    counters.discarded.add(piece.length());
                 }
                 Err(errno) => {
                     counters.discard_failures.add(1);
@@ -173,7 +195,7 @@ impl Discarder {
 
     /// Has memory ready for each of the pieces, which are none afterwards.
     pub fn prefault(&mut self, pieces: &mut Pieces) {
-        for piece in pieces.0.drain(..) {
+        for piece in pieces.pieces.drain(..) {
             if let Err(errno) = allocate(&piece, FallocateFlags::empty()) {
                 if self.is_new(errno) {
                     error!(
@@ -198,8 +220,7 @@ impl Discarder {
 
 fn allocate(piece: &Piece, flags: FallocateFlags) -> Result<(), Errno> {
     let offset = i64::try_from(piece.range.start).map_err(|_| Errno::EFBIG)?;
-    let length = piece.range.end.saturating_sub(piece.range.start);
-    let length = i64::try_from(length).map_err(|_| Errno::EFBIG)?;
+    let length = i64::try_from(piece.length()).map_err(|_| Errno::EFBIG)?;
     loop {
         match fallocate(&piece.file, flags, offset, length) {
             Err(Errno::EINTR) => {}

@@ -9,7 +9,7 @@
 //! to the next child, when one has crashed or is replaced after an update.
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -65,6 +65,7 @@ pub fn run(options: &Options) -> Result<()> {
         listener,
         signals,
         worker,
+        vmm: 0,
         taken: None,
         failures: 0,
     });
@@ -130,6 +131,12 @@ impl Worker {
         // Whatever is wrong with the command line is to be told at once.
         worker.connect()?;
         Ok(worker)
+    }
+
+    /// Tells the child which process it is going to serve, 0 if that is not known.
+    fn announce(&self, vmm: i32) -> Result<()> {
+        let told = (&self.changes).write_all(&vmm.to_ne_bytes());
+        told.context("telling the process with the device which VMM it serves")
     }
 
     /// Connects to the child, which may have just been started.
@@ -227,6 +234,8 @@ struct Keeper {
     listener: UnixListener,
     signals: SignalFd,
     worker: Worker,
+    /// The process of the front end, or 0.
+    vmm: i32,
     /// When a child has taken up the device of this front end.
     taken: Option<Instant>,
     /// How many in a row have failed.
@@ -311,6 +320,8 @@ impl Keeper {
         // it would not even be told to end.
         front.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         front.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+        // It is 0 where the process is in another namespace.
+        self.vmm = getsockopt(front, PeerCredentials).map_or(0, |peer| peer.pid());
         let mut journal = Journal::default();
         let mut channel = None;
         self.taken = None;
@@ -380,7 +391,11 @@ impl Keeper {
             self.failed()?;
         }
         loop {
-            let taken = self.worker.connect().and_then(|back| {
+            let taken = self
+                .worker
+                .announce(self.vmm)
+                .and_then(|()| self.worker.connect());
+            let taken = taken.and_then(|back| {
                 journal.tell(&back)?;
                 Ok(back)
             });

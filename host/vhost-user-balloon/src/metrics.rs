@@ -40,6 +40,12 @@ pub fn text(info: &Info) -> String {
     );
     metrics.one(
         "gauge",
+        "withheld",
+        "Whether some memory, or none, is given back to the host, for one reason or several.",
+        u64::from(!info.withheld.is_empty()),
+    );
+    metrics.one(
+        "gauge",
         "open_requests",
         "Requests that the guest is to answer.",
         info.guest.open_requests,
@@ -73,6 +79,11 @@ pub fn text(info: &Info) -> String {
             "discard_failures_total",
             "How often that failed.",
             counters.discard_failures,
+        ),
+        (
+            "withheld_bytes_total",
+            "What must not be given back to the host and was named all the same.",
+            counters.withheld,
         ),
         (
             "discarding_microseconds_total",
@@ -236,6 +247,8 @@ mod tests {
                 refused: [("truncated".to_owned(), 2)].into(),
                 ..Counters::default()
             },
+            withheld: vec!["pinned".to_owned()],
+            ..Info::default()
         };
         let text = text(&info);
         for expected in [
@@ -247,6 +260,8 @@ mod tests {
             "balloon_page_messages_total{encoding=\"bitmaps\"} 4\n",
             "balloon_received_bytes_total{queue=\"deflate\"} 0\n",
             "balloon_refused_total{reason=\"truncated\"} 2\n",
+            "balloon_withheld 1\n",
+            "balloon_withheld_bytes_total 0\n",
             "balloon_connected 1\nballoon_driver".split_at(20).0,
         ] {
             assert!(text.contains(expected), "{expected} is not in\n{text}");

@@ -10,6 +10,7 @@ use log::LevelFilter;
 use crate::device::Settings;
 use crate::discard::Granularity;
 use crate::features::{Feature, offer};
+use crate::hazard::Hazard;
 
 /// A virtio memory balloon for one VM, as a vhost-user device.
 ///
@@ -78,6 +79,14 @@ pub struct Options {
     #[arg(long)]
     pub prefault: bool,
 
+    /// Give memory back to the host in spite of these hazards, which would keep the daemon from it: pinned (a
+    /// device has the addresses of the guest's pages, as with VFIO), locked (the VMM has locked its memory),
+    /// userfaultfd, hugetlb (the host may have no huge page when the guest wants one back, and the VM ends
+    /// then) and disk-file (the guest's memory is a file on a disk). With pinned and userfaultfd the guest
+    /// can lose data
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub allow: Vec<Hazard>,
+
     /// What to log to the standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
     pub log: LevelFilter,
@@ -107,6 +116,7 @@ impl Options {
             features: offer(&features, self.extensions),
             granularity: self.granule,
             prefault: self.prefault,
+            allowed: self.allow.clone(),
         }
     }
 }

@@ -14,7 +14,6 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::channel::Channel;
-use crate::config::Fields;
 use crate::counters::{Counter, Counters};
 use crate::device::{Device, Settings};
 use crate::discard::Granularity;
@@ -276,11 +275,9 @@ pub(crate) fn device(features: &[Feature], extensions: bool) -> Device {
         features: offer(features, extensions),
         granularity: Granularity::Auto,
         prefault: false,
+        allowed: Vec::new(),
     };
-    let state = State {
-        config: Fields::default(),
-        stats_interval: 0,
-    };
+    let state = State::new(0);
     let nobody = Channel::new(memory_file(0).try_clone().unwrap().into());
     Device::new(settings, state, None, nobody).unwrap()
 }

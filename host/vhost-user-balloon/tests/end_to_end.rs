@@ -2,20 +2,21 @@
 
 //! The daemon with a front end on its real socket.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{env, thread};
 
 use balloon_control::{
-    Begun, Client, ClientError, ErrorKind, Info, Progress, Ranges, Request, RequestStatus,
+    Answer, Begun, Client, ClientError, ErrorKind, Info, Progress, Ranges, Request, RequestStatus,
 };
 use balloon_wire::{VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_PAGE_SETS};
+use io_uring::IoUring;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -26,6 +27,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 const MEMORY: u64 = 4 << 20;
@@ -682,4 +684,189 @@ fn there_is_one_daemon_for_a_socket() {
     assert!(!second.status.success());
     assert!(error.contains("another daemon"), "{error}");
     daemon.end();
+}
+
+/// A page of a file that is pinned as a device's would be, until this is dropped: by the fixed buffer of an io_uring.
+struct Pinned {
+    _ring: IoUring,
+    page: MmapRegion,
+}
+
+impl Pinned {
+    fn new(file: &File, offset: u64) -> Self {
+        let file = FileOffset::new(file.try_clone().unwrap(), offset);
+        let page: MmapRegion = MmapRegion::from_file(file, 4096).unwrap();
+        let ring = IoUring::new(4).unwrap();
+        let buffer = libc::iovec {
+            iov_base: page.as_ptr().cast(),
+            iov_len: page.size(),
+        };
+        // SAFETY: The page stays mapped for as long as the ring is there, which is dropped before it.
+        #[expect(unsafe_code, reason = "the kernel is given an address")]
+        let registered = unsafe { ring.submitter().register_buffers(&[buffer]) };
+        registered.unwrap();
+        Self { _ring: ring, page }
+    }
+
+    fn byte(&self) -> u8 {
+        self.page.as_volatile_slice().read_obj(0).unwrap()
+    }
+}
+
+/// Whether a test has this process for itself. If not, it was run in another one: what is pinned in a process, all
+/// daemons see that have it for their VMM.
+fn is_alone(test: &str) -> bool {
+    const ALONE: &str = "BALLOON_TEST_ALONE";
+    let alone = env::var_os(ALONE).is_some();
+    if !alone {
+        let mut test_again = Command::new(env::current_exe().unwrap());
+        test_again.args(["--exact", test]).env(ALONE, "1");
+        let output = test_again.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{text}"
+        );
+    }
+    alone
+}
+
+fn call(directory: &Path, request: &Request) -> Result<Answer, ClientError> {
+    Client::connect(&directory.join("control"))?.call(request)
+}
+
+#[test]
+fn pinned_memory_stays_where_it_is() {
+    if !is_alone("pinned_memory_stays_where_it_is") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--extensions"]);
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
+    assert_eq!(vmm.byte(0x100 << 12), 0);
+    assert_eq!(info(directory).withheld, [""; 0]);
+
+    // From now on a device of the VMM's has the address of the next page.
+    let pinned = Pinned::new(&vmm.memory, 0x101 << 12);
+    thread::sleep(Duration::from_millis(200));
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 1);
+    // The guest takes it back, and device and guest have the same page.
+    vmm.store(0x101 << 12, &[7]);
+    assert_eq!(pinned.byte(), 7);
+    let now = info(directory);
+    assert_eq!(now.withheld, ["pinned"]);
+    assert_eq!(now.counters.withheld, 1 << 12);
+    assert_eq!(now.counters.discarded, 1 << 12);
+    let reclaim = call(directory, &RECLAIM).unwrap_err();
+    assert!(reclaim.to_string().contains("pinned"), "{reclaim}");
+
+    drop(pinned);
+    wait_for("the end of the ring", || {
+        info(directory).withheld.is_empty()
+    });
+    vmm.inflate(0x102);
+    assert_eq!(vmm.byte(0x102 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn an_operator_may_allow_what_is_pinned() {
+    if !is_alone("an_operator_may_allow_what_is_pinned") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--allow", "pinned"]);
+    let mut vmm = Vmm::connect(directory);
+    let _pinned = Pinned::new(&vmm.memory, 0x101 << 12);
+    vmm.start(0);
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 0);
+    assert_eq!(info(directory).withheld, [""; 0]);
+    daemon.end();
+}
+
+#[test]
+fn a_client_inhibits_discarding_for_a_while() {
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    for seconds in [0, 86401] {
+        let error = call(directory, &Request::Inhibit { seconds }).unwrap_err();
+        assert!(
+            matches!(error, ClientError::Refused(error) if error.kind == ErrorKind::OutOfRange)
+        );
+    }
+    call(directory, &Request::Inhibit { seconds: 3600 }).unwrap();
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 1);
+    let now = info(directory);
+    assert_eq!(now.withheld, ["inhibited"]);
+    assert!(
+        now.inhibited
+            .is_some_and(|rest| (3590..=3600).contains(&rest))
+    );
+
+    // Another process of the device's knows of it.
+    let pid = Pid::from_raw(daemon.0.id().try_into().unwrap());
+    kill(pid, Signal::SIGHUP).unwrap();
+    wait_for("another process", || {
+        // The old one may go in the middle of an answer.
+        let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse::<Info>());
+        now.is_ok_and(|now| now.counters.inflated == 0 && now.guest.driver)
+    });
+    vmm.inflate(0x102);
+    assert_eq!(vmm.byte(0x102 << 12), 1);
+
+    call(directory, &Request::Resume {}).unwrap();
+    vmm.inflate(0x103);
+    assert_eq!(vmm.byte(0x103 << 12), 0);
+    assert_eq!(info(directory).withheld, [""; 0]);
+
+    call(directory, &Request::Inhibit { seconds: 1 }).unwrap();
+    wait_for("the end of the time", || {
+        info(directory).withheld.is_empty()
+    });
+    vmm.inflate(0x104);
+    assert_eq!(vmm.byte(0x104 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn a_broken_state_file_starts_the_daemon_all_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    fs::write(directory.join("state"), "").unwrap();
+    let daemon = start(directory, &[]);
+    assert_eq!(info(directory).target, 0);
+    assert!(directory.join("state.bad").exists());
+    daemon.end();
+}
+
+#[test]
+fn memory_in_a_file_on_a_disk_is_left_alone() {
+    for (arguments, withheld, byte) in [
+        (&[][..], &["disk-file"][..], 1),
+        (&["--allow", "disk-file"], &[], 0),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let daemon = start(directory, arguments);
+        let mut vmm = Vmm::connect(directory);
+        // Where programs are built is a disk.
+        let disk = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let file = tempfile::tempfile_in(disk).unwrap();
+        let mut memory = vec![0; usize::try_from(MEMORY).unwrap()];
+        vmm.memory.read_exact_at(&mut memory, 0).unwrap();
+        file.write_all_at(&memory, 0).unwrap();
+        vmm.memory = file;
+        vmm.start(0);
+        vmm.inflate(0x100);
+        assert_eq!(vmm.byte(0x100 << 12), byte);
+        assert_eq!(info(directory).withheld, withheld);
+        daemon.end();
+    }
 }

@@ -114,7 +114,8 @@ fn huge_pages(setup: &Setup) -> Result<()> {
         .config()
         .memory(memory)
         .backend(MemoryBackend::Hugetlb)
-        .preallocated();
+        .preallocated()
+        .daemon_argument("--allow=hugetlb");
     // How much the host has before and after inflating.
     let measure = |driver| {
         vm::run(&config, |guest| {

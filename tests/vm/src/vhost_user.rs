@@ -390,7 +390,8 @@ fn hugetlb_memory(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .backend(MemoryBackend::Hugetlb)
-        .daemon_argument("--granule=2M");
+        .daemon_argument("--granule=2M")
+        .daemon_argument("--allow=hugetlb");
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory that must not be discarded.
+//!
+//! A hole in the guest's memory does harm where a device or a program relies on the page that it replaces:
+//!
+//! - A device that has the addresses of pages (VFIO, iommufd, vDPA, RDMA, an io_uring with fixed buffers) keeps
+//!   the old page, and the guest gets a new one. Each sees other data from then on.
+//! - With userfaultfd a handler may fill the hole with old content, of a snapshot.
+//! - Memory that the VMM has locked is to be there at any time.
+//! - A huge page of hugetlbfs goes back to the pool, and the reservation with it. If the pool is empty when the
+//!   guest wants it back, the VM ends with SIGBUS.
+//! - A hole in a file on a disk is a change of the file system, which takes its time and may not be undone
+//!   when the disk is full.
+//!
+//! QEMU's own balloon asks QEMU, and no vhost-user message tells. So this looks at what the system says about
+//! the VMM, and about other processes with the guest's memory: a device that is served by another process is in
+//! neither of the VMM's own lists. What cannot be seen, a client can say: see `inhibit` in docs/control.md.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::File;
+use std::path::Path;
+use std::process;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use log::warn;
+use nix::sys::stat::{major, minor};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use procfs::ProcResult;
+use procfs::process::{FDTarget, Process, all_processes};
+
+/// How old what is known of the VMM may be when memory is discarded. It takes far less to find it out.
+const VMM_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How old what is known of other processes may be. It takes some milliseconds to look at all of them.
+const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
+
+/// So much memory is locked by programs that keep a password in it, in KiB.
+const FEW_LOCKED: u64 = 1 << 10;
+
+/// Why memory must not be discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Hazard {
+    /// A device may have the addresses of the guest's pages.
+    Pinned,
+    /// The VMM has locked its memory.
+    Locked,
+    /// A userfaultfd handler fills the guest's memory.
+    Userfaultfd,
+    /// A huge page of hugetlbfs may be gone when the guest wants it back.
+    Hugetlb,
+    /// The guest's memory is a file on a disk.
+    DiskFile,
+}
+
+impl fmt::Display for Hazard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pinned => "pinned",
+            Self::Locked => "locked",
+            Self::Userfaultfd => "userfaultfd",
+            Self::Hugetlb => "hugetlb",
+            Self::DiskFile => "disk-file",
+        })
+    }
+}
+
+impl Hazard {
+    /// What it is, for the log.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Pinned => {
+                "a device or another program has pinned the guest's memory (VFIO, vDPA, RDMA, io_uring), and \
+                 would go on with the old pages"
+            }
+            Self::Locked => "the VMM has locked the guest's memory",
+            Self::Userfaultfd => {
+                "the VMM has its memory filled through userfaultfd, and old content could come back"
+            }
+            Self::Hugetlb => {
+                "the guest's memory is in hugetlbfs, and the VM would end if the host had no huge page when the \
+                 guest wants one back"
+            }
+            Self::DiskFile => "the guest's memory is a file on a disk",
+        }
+    }
+
+    /// What a file of the guest's memory is discarded at the risk of.
+    pub fn of_file(file: &File) -> Option<Self> {
+        match fstatfs(file).map(|stat| stat.filesystem_type()) {
+            Ok(TMPFS_MAGIC) => None,
+            Ok(HUGETLBFS_MAGIC) => Some(Self::Hugetlb),
+            _ => Some(Self::DiskFile),
+        }
+    }
+}
+
+/// What names a file: the numbers of its device and its inode.
+pub type Identity = (u64, u64);
+
+/// What is known about the processes that have the guest's memory.
+#[derive(Debug, Default)]
+pub struct Watch {
+    vmm: Option<i32>,
+    files: BTreeSet<Identity>,
+    /// What the VMM does.
+    vmm_hazards: BTreeSet<Hazard>,
+    vmm_seen: Option<Instant>,
+    /// What other processes do.
+    others: BTreeSet<Hazard>,
+    others_seen: Option<Instant>,
+    /// Whether it was logged that the VMM cannot be looked at.
+    blind: bool,
+}
+
+impl Watch {
+    /// Takes note of the files that hold the guest's memory.
+    pub fn set_files(&mut self, files: BTreeSet<Identity>) {
+        if self.files != files {
+            self.files = files;
+            self.vmm_seen = None;
+            self.others_seen = None;
+        }
+    }
+
+    /// What the processes that have the guest's memory do to it, as it was a moment ago. `vmm` is asked for the
+    /// number of the VMM's process while that is not known.
+    pub fn hazards(&mut self, vmm: impl FnOnce() -> Option<i32>) -> BTreeSet<Hazard> {
+        self.vmm = self.vmm.or_else(vmm);
+        if is_old(self.vmm_seen, VMM_INTERVAL) {
+            self.look_at_vmm();
+            self.vmm_seen = Some(Instant::now());
+        }
+        if is_old(self.others_seen, OTHERS_INTERVAL) {
+            self.others = match self.files.is_empty() {
+                true => BTreeSet::new(),
+                false => others(&self.files, self.vmm),
+            };
+            self.others_seen = Some(Instant::now());
+        }
+        &self.vmm_hazards | &self.others
+    }
+
+    /// What was found stays when the VMM cannot be looked at any more.
+    fn look_at_vmm(&mut self) {
+        let Some(vmm) = self.vmm else {
+            return self.warn("its process is not known");
+        };
+        match Process::new(vmm).and_then(|vmm| memory(&vmm)) {
+            Ok(mut hazards) => {
+                // Those of another user are hidden.
+                hazards.extend(
+                    Process::new(vmm)
+                        .and_then(|vmm| open_files(&vmm))
+                        .unwrap_or_default(),
+                );
+                self.vmm_hazards = hazards;
+            }
+            Err(error) => self.warn(&error.to_string()),
+        }
+    }
+
+    fn warn(&mut self, reason: &str) {
+        if !self.blind && !self.files.is_empty() {
+            self.blind = true;
+            warn!(
+                "cannot find out whether the VMM has pinned or locked the guest's memory: {reason}; do not use \
+                 this balloon with VFIO, vDPA or userfaultfd, or let the daemon see the VMM's /proc/PID"
+            );
+        }
+    }
+}
+
+fn is_old(seen: Option<Instant>, interval: Duration) -> bool {
+    seen.is_none_or(|seen| seen.elapsed() > interval)
+}
+
+/// What a process has pinned or locked.
+fn memory(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
+    let status = process.status()?;
+    let pinned = status.vmpin.filter(|&kib| kib > 0);
+    // VFIO counts what it pins as locked.
+    let locked = status.vmlck.filter(|&kib| kib > FEW_LOCKED);
+    Ok(pinned
+        .map(|_| Hazard::Pinned)
+        .into_iter()
+        .chain(locked.map(|_| Hazard::Locked))
+        .collect())
+}
+
+/// What a process has open.
+fn open_files(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
+    Ok(process
+        .fd()?
+        // Some are closed meanwhile.
+        .filter_map(|fd| of_target(&fd.ok()?.target))
+        .collect())
+}
+
+fn of_target(target: &FDTarget) -> Option<Hazard> {
+    match target {
+        FDTarget::Path(path) => pins(path).then_some(Hazard::Pinned),
+        FDTarget::AnonInode(name) if name.contains("vfio") => Some(Hazard::Pinned),
+        FDTarget::AnonInode(name) if name.contains("userfaultfd") => Some(Hazard::Userfaultfd),
+        _ => None,
+    }
+}
+
+/// Whether this is a device file that memory is pinned with.
+fn pins(path: &Path) -> bool {
+    let is_in = |directory| path.starts_with(directory) && path != Path::new(directory);
+    let name = path.to_string_lossy();
+    is_in("/dev/vfio")
+        || is_in("/dev/infiniband")
+        || name.starts_with("/dev/vhost-vdpa")
+        || [Path::new("/dev/iommu"), Path::new("/dev/udmabuf")].contains(&path)
+}
+
+/// What other processes do that have mapped one of these files, as far as they can be looked at.
+fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> BTreeSet<Hazard> {
+    let Ok(processes) = all_processes() else {
+        return BTreeSet::new();
+    };
+    let me = i32::try_from(process::id()).ok();
+    processes
+        .filter_map(|process| {
+            let process = process.ok()?;
+            if [vmm, me].contains(&Some(process.pid)) {
+                return None;
+            }
+            // Few processes have anything pinned, and it takes longer to look at what one has mapped.
+            let hazards = memory(&process).ok().filter(|found| !found.is_empty())?;
+            maps(&process, files).then_some(hazards)
+        })
+        .flatten()
+        .collect()
+}
+
+fn maps(process: &Process, files: &BTreeSet<Identity>) -> bool {
+    let is_one = |&(device, inode): &Identity, map: &procfs::process::MemoryMap| {
+        let numbers = (map.dev.0.try_into(), map.dev.1.try_into());
+        map.inode == inode && numbers == (Ok(major(device)), Ok(minor(device)))
+    };
+    process.maps().is_ok_and(|maps| {
+        maps.iter()
+            .any(|map| files.iter().any(|file| is_one(file, map)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::memory_file;
+    use std::path::PathBuf;
+
+    #[test]
+    fn device_files_that_pin_are_known() {
+        let hazard = |path: &str| of_target(&FDTarget::Path(PathBuf::from(path)));
+        for path in [
+            "/dev/vfio/vfio",
+            "/dev/vfio/12",
+            "/dev/vfio/devices/vfio0",
+            "/dev/iommu",
+            "/dev/vhost-vdpa-0",
+            "/dev/infiniband/uverbs0",
+            "/dev/udmabuf",
+        ] {
+            assert_eq!(hazard(path), Some(Hazard::Pinned), "{path}");
+        }
+        for path in [
+            "/dev/kvm",
+            "/dev/vhost-net",
+            "/dev/vfiox",
+            "/dev/null",
+            "/tmp/vfio",
+        ] {
+            assert_eq!(hazard(path), None, "{path}");
+        }
+        let anonymous = |target: &str| of_target(&target.parse().unwrap());
+        assert_eq!(
+            anonymous("anon_inode:[userfaultfd]"),
+            Some(Hazard::Userfaultfd)
+        );
+        assert_eq!(anonymous("anon_inode:[vfio-device]"), Some(Hazard::Pinned));
+        assert_eq!(anonymous("anon_inode:[eventfd]"), None);
+        assert_eq!(anonymous("anon_inode:kvm-vm"), None);
+    }
+
+    #[test]
+    fn files_are_told_by_their_file_system() {
+        assert_eq!(Hazard::of_file(&memory_file(4096)), None);
+        // The sources are on a disk.
+        let disk = File::open(env!("CARGO_MANIFEST_DIR")).unwrap();
+        assert_eq!(Hazard::of_file(&disk), Some(Hazard::DiskFile));
+    }
+
+    #[test]
+    fn huge_pages_are_told_without_having_some() {
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+        let file = File::from(memfd_create("guest", flags).unwrap());
+        assert_eq!(Hazard::of_file(&file), Some(Hazard::Hugetlb));
+    }
+
+    #[test]
+    fn an_ordinary_process_is_no_hazard() {
+        let mut watch = Watch::default();
+        let hazards = watch.hazards(|| i32::try_from(process::id()).ok());
+        assert_eq!(hazards, BTreeSet::new());
+        assert!(!watch.blind);
+    }
+
+    #[test]
+    fn a_vmm_that_cannot_be_seen_is_logged_once() {
+        let mut watch = Watch::default();
+        watch.hazards(|| None);
+        assert!(!watch.blind, "there is no memory yet");
+        watch.set_files(BTreeSet::from([(1, 2)]));
+        watch.hazards(|| None);
+        assert!(watch.blind);
+    }
+}
