@@ -44,7 +44,11 @@ use crate::{
             Slot,
             Task, //
         },
-        trace::Reason, //
+        trace::Reason,
+        wakeup::{
+            Signal,
+            WakeupSource, //
+        }, //
     },
     stop_reason::{
         StopReason,
@@ -126,6 +130,7 @@ const ISOLATION: Msecs = 10;
 #[pin_data]
 pub(crate) struct Balloon {
     dev: ARef<virtio::Device>,
+    wakeup: Arc<WakeupSource>,
 
     /// Available pages below which the balloon does not grow; `None` if it stays empty whatever the
     /// target.
@@ -225,6 +230,7 @@ impl Balloon {
         deflate: MessageQueue,
         floor: Option<usize>,
         memory_blocks: bool,
+        wakeup: Arc<WakeupSource>,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
         // Memory that can come back by itself is still the guest's.
@@ -250,6 +256,7 @@ impl Balloon {
 
         Ok(try_pin_init!(Self {
             dev,
+            wakeup,
             floor,
             pages <- BalloonPages::new(adjust_managed, moves),
             taker,
@@ -302,16 +309,16 @@ impl Balloon {
     /// Says that the device may have a new target.
     pub(crate) fn target_changed(&self) {
         self.target_changed.store(true, Release);
-        self.dev.stay_awake();
+        self.wakeup.raise(Signal::Target);
     }
 
     /// Lets the system suspend again, unless there is a new target.
     fn relax(&self) {
-        self.dev.relax();
+        self.wakeup.lower(Signal::Target);
 
         // `target_changed` may have come in between.
         if self.target_changed.load(Acquire) {
-            self.dev.stay_awake();
+            self.wakeup.raise(Signal::Target);
         }
     }
 
@@ -356,7 +363,7 @@ impl Balloon {
         }
 
         task.deflate.lock().forget();
-        task.dev.relax();
+        task.wakeup.lower(Signal::Target);
     }
 
     /// Stops all work: the system shuts down.
@@ -763,7 +770,7 @@ impl Job for Balloon {
             Ok(Some(delay)) => task.schedule_in(delay),
             Ok(None) => (),
             Err(error) => {
-                task.dev.relax();
+                task.wakeup.lower(Signal::Target);
                 // The device would not learn of any, and until it has no page leaves the balloon.
                 task.moves().allow(false);
                 if worker.error.is_none() {

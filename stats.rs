@@ -20,13 +20,26 @@ use crate::rust::{
         stat,
         Stat, //
     },
-    virtqueue::Virtqueue, //
+    virtqueue::Virtqueue,
+    wakeup::{
+        Signal,
+        WakeupSource, //
+    }, //
 };
 
 use kernel::{
     new_mutex,
     prelude::*,
-    sync::Mutex, //
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        Arc,
+        Mutex, //
+    }, //
 };
 
 /// A virtqueue for statistics.
@@ -36,6 +49,9 @@ pub(crate) type StatsQueue = Virtqueue<KVec<Stat>>;
 #[pin_data]
 pub(crate) struct Stats {
     byte_order: ByteOrder,
+    wakeup: Arc<WakeupSource>,
+    /// Set when the device may have asked since the task began to run.
+    is_asked: Atomic<bool>,
     #[pin]
     inner: Mutex<Inner>,
 }
@@ -61,11 +77,14 @@ impl Stats {
     pub(crate) fn new(
         queue: StatsQueue,
         byte_order: ByteOrder,
+        wakeup: Arc<WakeupSource>,
     ) -> Result<impl PinInit<Self, Error>> {
         let inner = Inner::new(queue)?;
 
         Ok(try_pin_init!(Self {
             byte_order,
+            wakeup,
+            is_asked: Atomic::new(false),
             inner <- new_mutex!(inner, "Stats::inner"),
         }))
     }
@@ -76,11 +95,23 @@ impl Stats {
         *self.inner.lock() = Inner::new(queue)?;
         Ok(())
     }
-}
 
-impl Job for Stats {
-    fn run(task: &Task<Self>) {
-        let mut inner = task.inner.lock();
+    /// The device may have asked. The system stays awake until it is answered.
+    pub(crate) fn asked(task: &Task<Self>) {
+        task.is_asked.store(true, Release);
+        task.wakeup.raise(Signal::Statistics);
+        task.schedule();
+    }
+
+    /// Stops the task, which lets the system suspend.
+    pub(crate) fn stop(task: &Task<Self>) {
+        task.stop();
+        task.wakeup.lower(Signal::Statistics);
+    }
+
+    /// Answers the device, if it has asked.
+    fn answer(&self) {
+        let mut inner = self.inner.lock();
         let used = inner.queue.next_used().map(|(buffer, _)| buffer);
 
         // If the device still has the buffer, it called without reason.
@@ -88,7 +119,7 @@ impl Job for Stats {
             return;
         };
 
-        collect(&mut buffer, task.byte_order);
+        collect(&mut buffer, &memory::Info::now(), self.byte_order);
 
         // There is room: this is the only buffer. If the queue is broken or the device gone, nobody
         // asks any more, and the buffer waits for the next device.
@@ -99,30 +130,47 @@ impl Job for Stats {
     }
 }
 
-/// Fills `buffer` with the numbers of this moment: always the same ones, in the same order.
-fn collect(buffer: &mut KVec<Stat>, order: ByteOrder) {
-    let info = memory::Info::now();
+impl Job for Stats {
+    fn run(task: &Task<Self>) {
+        task.is_asked.xchg(false, Full);
+        task.answer();
+        task.wakeup.lower(Signal::Statistics);
+
+        // The device may have asked again in between.
+        if task.is_asked.load(Acquire) {
+            task.wakeup.raise(Signal::Statistics);
+        }
+    }
+}
+
+/// Fills `buffer` with the numbers in `info`: always the same ones, in the same order. What this
+/// kernel does not count is left out.
+pub(crate) fn collect(buffer: &mut KVec<Stat>, info: &memory::Info, order: ByteOrder) {
+    let events = info.has_events;
+    let hugetlb = info.has_hugetlb;
 
     buffer.clear();
-    for (tag, value) in [
-        (stat::SWAP_IN, info.swapped_in),
-        (stat::SWAP_OUT, info.swapped_out),
-        (stat::MAJFLT, info.major_faults),
-        (stat::MINFLT, info.faults),
-        (stat::MEMFREE, info.free),
-        (stat::MEMTOT, info.total),
-        (stat::AVAIL, info.available),
-        (stat::CACHES, info.caches),
-        (stat::HTLB_PGALLOC, info.hugetlb_allocations),
-        (stat::HTLB_PGFAIL, info.hugetlb_failures),
-        (stat::OOM_KILL, info.oom_kills),
-        (stat::ALLOC_STALL, info.allocation_stalls),
-        (stat::ASYNC_SCAN, info.async_scanned),
-        (stat::DIRECT_SCAN, info.direct_scanned),
-        (stat::ASYNC_RECLAIM, info.async_reclaimed),
-        (stat::DIRECT_RECLAIM, info.direct_reclaimed),
+    for (is_counted, tag, value) in [
+        (events, stat::SWAP_IN, info.swapped_in),
+        (events, stat::SWAP_OUT, info.swapped_out),
+        (events, stat::MAJFLT, info.major_faults),
+        (events, stat::MINFLT, info.faults),
+        (true, stat::MEMFREE, info.free),
+        (true, stat::MEMTOT, info.total),
+        (true, stat::AVAIL, info.available),
+        (true, stat::CACHES, info.caches),
+        (hugetlb, stat::HTLB_PGALLOC, info.hugetlb_allocations),
+        (hugetlb, stat::HTLB_PGFAIL, info.hugetlb_failures),
+        (events, stat::OOM_KILL, info.oom_kills),
+        (events, stat::ALLOC_STALL, info.allocation_stalls),
+        (true, stat::ASYNC_SCAN, info.async_scanned),
+        (true, stat::DIRECT_SCAN, info.direct_scanned),
+        (true, stat::ASYNC_RECLAIM, info.async_reclaimed),
+        (true, stat::DIRECT_RECLAIM, info.direct_reclaimed),
     ] {
-        // There is room for one of each kind.
-        let _ = buffer.push_within_capacity(Stat::new(tag, value, order));
+        if is_counted {
+            // There is room for one of each kind.
+            let _ = buffer.push_within_capacity(Stat::new(tag, value, order));
+        }
     }
 }

@@ -59,7 +59,8 @@ use rust::{
         Task, //
     },
     virtio,
-    virtio_balloon, //
+    virtio_balloon,
+    wakeup::WakeupSource, //
 };
 
 use balloon::Balloon;
@@ -142,7 +143,7 @@ impl virtio::Driver for BalloonDriver {
 
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
         poison::announce(dev)?;
-        dev.set_wakeup_capable();
+        let wakeup = Arc::new(WakeupSource::new(dev), GFP_KERNEL)?;
 
         let dir = debugfs_dir(dev)?;
         let traffic = dir.file(c"queues", AllTraffic::new()?);
@@ -157,6 +158,7 @@ impl virtio::Driver for BalloonDriver {
             queues.deflate,
             floor,
             module_parameters::memory_blocks.value(),
+            wakeup.clone(),
         )?;
         let balloon = Arc::pin_init(Task::new(slot, balloon), GFP_KERNEL)?;
         let oom = dev
@@ -167,7 +169,7 @@ impl virtio::Driver for BalloonDriver {
         let stats = queues
             .stats
             .map(|queue| {
-                let stats = Stats::new(queue, dev.byte_order())?;
+                let stats = Stats::new(queue, dev.byte_order(), wakeup)?;
                 let slot = new_slot!(c"virtio_balloon_rs_stats")?;
 
                 KBox::pin_init(Task::new(slot, stats), GFP_KERNEL)
@@ -224,7 +226,7 @@ impl virtio::Driver for BalloonDriver {
     fn queue_used(data: &Self::Data, index: usize) {
         match Queue::from_index(index) {
             Some(Queue::Inflate | Queue::Deflate) => data.balloon.schedule(),
-            Some(Queue::Stats) => data.stats.iter().for_each(|stats| stats.schedule()),
+            Some(Queue::Stats) => data.stats.iter().for_each(|stats| Stats::asked(stats)),
             Some(Queue::Hint) => data.hints.iter().for_each(|hints| hints.task.schedule()),
             Some(Queue::Report) => data.reporting.iter().for_each(Reporting::queue_used),
             Some(Queue::Request) => data
@@ -406,7 +408,7 @@ impl BalloonData {
         }
         Balloon::give_back(&self.balloon);
         if let Some(stats) = &self.stats {
-            stats.stop();
+            Stats::stop(stats);
         }
         if let Some(requests) = &self.requests {
             HostRequests::stop(requests);

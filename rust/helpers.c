@@ -431,6 +431,7 @@ static void events_info(struct balloon_rs_memory *info)
 
 	all_vm_events(events);
 
+	info->has_events = true;
 	info->swapped_in = pages_to_bytes(events[PSWPIN]);
 	info->swapped_out = pages_to_bytes(events[PSWPOUT]);
 	info->major_faults = events[PGMAJFAULT];
@@ -442,6 +443,7 @@ static void events_info(struct balloon_rs_memory *info)
 		info->allocation_stalls += events[ALLOCSTALL_NORMAL - ZONE_NORMAL + zone];
 
 #ifdef CONFIG_HUGETLB_PAGE
+	info->has_hugetlb = true;
 	info->hugetlb_allocations = events[HTLB_BUDDY_PGALLOC];
 	info->hugetlb_failures = events[HTLB_BUDDY_PGALLOC_FAIL];
 #endif

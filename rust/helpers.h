@@ -94,6 +94,9 @@ struct balloon_rs_memory {
 	u64 direct_scanned;
 	u64 async_reclaimed;
 	u64 direct_reclaimed;
+	/* Whether this kernel counts events, and those of huge pages. */
+	bool has_events;
+	bool has_hugetlb;
 };
 
 void balloon_rs_memory_info(struct balloon_rs_memory *info);

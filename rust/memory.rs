@@ -22,7 +22,8 @@ impl Info {
     pub(crate) fn now() -> Self {
         let mut info = MaybeUninit::zeroed();
 
-        // SAFETY: The function fills the struct in, all fields of which are integers.
+        // SAFETY: The function fills the struct in, all fields of which are integers
+        // or truth values.
         unsafe {
             bindings::balloon_rs_memory_info(info.as_mut_ptr());
             info.assume_init()

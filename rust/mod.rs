@@ -35,4 +35,5 @@ pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;
 pub(crate) mod virtqueue;
 pub(crate) mod wait;
+pub(crate) mod wakeup;
 pub(crate) mod zone;

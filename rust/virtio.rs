@@ -565,13 +565,13 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of
     /// this device (`power/wakeup` in sysfs). Callable from any context.
-    pub(crate) fn stay_awake(&self) {
+    pub(super) fn stay_awake(&self) {
         // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_stay_awake(self.as_raw()) };
     }
 
     /// Takes [`stay_awake`](Self::stay_awake) back, however often it was called.
-    pub(crate) fn relax(&self) {
+    pub(super) fn relax(&self) {
         // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_relax(self.as_raw()) };
     }
@@ -674,7 +674,7 @@ impl Device<device::Core<'_>> {
     }
 
     /// Lets the user decide whether [`stay_awake`](Self::stay_awake) has an effect.
-    pub(crate) fn set_wakeup_capable(&self) {
+    pub(super) fn set_wakeup_capable(&self) {
         // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_set_wakeup_capable(self.as_raw()) };
     }

@@ -20,4 +20,5 @@ mod memory;
 mod migration;
 mod pages;
 mod range_stack;
+mod stats;
 mod target;

@@ -71,6 +71,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: wakeup_source,
     },
     Scenario {
+        name: "wakeup_source_for_statistics",
+        proves: "the guest stays awake until it has answered a request for statistics",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        devices: ALL_DEVICES,
+        run: wakeup_source_for_statistics,
+    },
+    Scenario {
         name: "wakeup_source_while_stuck",
         proves: "a balloon that cannot grow does not keep its guest awake",
         kernels: BOTH_KERNELS,
@@ -326,6 +334,29 @@ fn wakeup_source(setup: &Setup) -> Result<()> {
             )?;
             guest.balloon().reach(size)?;
         }
+        check_rests(guest, &power)?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn wakeup_source_for_statistics(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let power = allow_wakeup(setup, guest)?;
+        check_rests(guest, &power)?;
+        let times = || -> Result<u64> {
+            let times = guest.read_file(&format!("{power}/wakeup_active_count"))?;
+            Ok(times.trim_end().parse()?)
+        };
+        let before = times()?;
+        poll(guest)?;
+        let sample = newer(guest, 0)?;
+        newer(guest, sample.taken)?;
+        let after = times()?;
+        ensure!(
+            after >= before + 2,
+            "the device has kept the guest awake {before} times, and {after} times after two answers"
+        );
         check_rests(guest, &power)?;
         guest.rmmod(setup.driver)
     })
