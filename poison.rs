@@ -21,19 +21,19 @@ use kernel::{
 };
 
 /// Gives up what does not go together with the value of free pages.
-pub(crate) fn negotiate(dev: &virtio::Device<Core<'_>>) {
+pub(crate) fn negotiate(features: &mut virtio::Features<'_>) {
     if memory::free_page_value().is_none() {
-        dev.clear_feature(virtio_balloon::F_PAGE_POISON);
-    } else if !dev.has_feature(virtio_balloon::F_PAGE_POISON)
-        && dev.has_feature(virtio_balloon::F_REPORTING)
+        features.clear(virtio_balloon::F_PAGE_POISON);
+    } else if !features.has(virtio_balloon::F_PAGE_POISON)
+        && features.has(virtio_balloon::F_REPORTING)
     {
         dev_info!(
-            dev,
+            features,
             "free pages are not reported: the host cannot be told what they are initialised to\n"
         );
-        dev.clear_feature(virtio_balloon::F_REPORTING);
+        features.clear(virtio_balloon::F_REPORTING);
         // The number of their queue would not be sure.
-        dev.clear_feature(virtio_balloon::F_HOST_REQUESTS);
+        features.clear(virtio_balloon::F_HOST_REQUESTS);
     }
 }
 

@@ -123,22 +123,22 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_HOST_REQUESTS,
     ];
 
-    fn validate(dev: &virtio::Device<device::Core<'_>>) -> Result {
+    fn validate(features: &mut virtio::Features<'_>) -> Result {
         // The balloon names pages by their guest physical addresses, whatever the device uses for
         // buffers.
-        dev.clear_feature(virtio::Feature::ACCESS_PLATFORM);
+        features.clear(virtio::Feature::ACCESS_PLATFORM);
         // A report of several parts would need memory while free pages are set aside.
-        dev.clear_feature(virtio::Feature::INDIRECT_DESC);
-        poison::negotiate(dev);
+        features.clear(virtio::Feature::INDIRECT_DESC);
+        poison::negotiate(features);
         if module_parameters::encoding.value() == encoding::PFNS {
-            dev.clear_feature(virtio_balloon::F_PAGE_SETS);
+            features.clear(virtio_balloon::F_PAGE_SETS);
         }
-        if !dev.has_feature(virtio::Feature::VERSION_1) {
-            dev.clear_feature(virtio_balloon::F_STOP_REASON);
-            dev.clear_feature(virtio_balloon::F_PAGE_SETS);
-            dev.clear_feature(virtio_balloon::F_HOST_REQUESTS);
+        if !features.has(virtio::Feature::VERSION_1) {
+            features.clear(virtio_balloon::F_STOP_REASON);
+            features.clear(virtio_balloon::F_PAGE_SETS);
+            features.clear(virtio_balloon::F_HOST_REQUESTS);
         }
-        check_fields(dev)
+        check_fields(features)
     }
 
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
@@ -309,9 +309,9 @@ impl virtio::Driver for BalloonDriver {
 }
 
 /// What was negotiated, in words.
-struct Features<'a>(&'a virtio::Device);
+struct Features<'a, 'b>(&'a virtio::Device<device::Core<'b>>);
 
-impl fmt::Display for Features<'_> {
+impl fmt::Display for Features<'_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("inflate and deflate")?;
         for (feature, words) in [
@@ -339,8 +339,8 @@ impl fmt::Display for Features<'_> {
 ///
 /// `EINVAL`: features are not given up for it, since such a device may number its queues in any
 /// way.
-fn check_fields(dev: &virtio::Device<device::Core<'_>>) -> Result {
-    let has = |feature| dev.has_feature(feature);
+fn check_fields(features: &virtio::Features<'_>) -> Result {
+    let has = |feature| features.has(feature);
     let fits = [
         (true, virtio_balloon::ACTUAL),
         (
@@ -357,11 +357,11 @@ fn check_fields(dev: &virtio::Device<device::Core<'_>>) -> Result {
         ),
     ]
     .into_iter()
-    .all(|(needed, field)| !needed || dev.has_field(field));
+    .all(|(needed, field)| !needed || features.have_field(field));
 
     if !fits {
         dev_err!(
-            dev,
+            features,
             "the configuration space is too short for what the device offers\n"
         );
     }

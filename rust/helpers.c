@@ -55,6 +55,21 @@ bool balloon_rs_same_zone(struct page *a, struct page *b)
 	return page_zone(a) == page_zone(b);
 }
 
+/* Whether the @nr pages from @pfn on are memory that is online, all in one zone. For tests. */
+bool balloon_rs_is_in_one_zone(unsigned long pfn, unsigned long nr)
+{
+	struct page *first = pfn_to_online_page(pfn);
+	unsigned long i;
+
+	for (i = 0; i < nr; i++) {
+		struct page *page = pfn_to_online_page(pfn + i);
+
+		if (!page || page_zone(page) != page_zone(first))
+			return false;
+	}
+	return nr;
+}
+
 void balloon_rs_get_page(struct page *page)
 {
 	get_page(page);

@@ -114,6 +114,7 @@ void balloon_rs_account_block(struct page *page, bool inflated, bool adjust_mana
 struct page *balloon_rs_pfn_to_page(unsigned long pfn);
 unsigned long balloon_rs_alloc_pages_bulk(gfp_t gfp, int nr, struct page **pages);
 bool balloon_rs_same_zone(struct page *a, struct page *b);
+bool balloon_rs_is_in_one_zone(unsigned long pfn, unsigned long nr);
 void balloon_rs_get_page(struct page *page);
 void balloon_rs_put_page(struct page *page);
 void balloon_rs_free_range(unsigned long pfn, unsigned long nr);

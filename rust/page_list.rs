@@ -383,17 +383,23 @@ impl PageList {
     ///
     /// # Errors
     ///
-    /// `EBUSY` if something is in the way.
+    /// `EBUSY` if something is in the way, `EINVAL` if that is not memory of one zone.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn alloc_range(first: usize, len: usize) -> kernel::error::Result<Self> {
         let mut pages = Self::new();
 
-        // SAFETY: The function checks the range.
+        let end = first.checked_add(len).ok_or(EINVAL)?;
+
+        // SAFETY: The function has no preconditions.
+        if !unsafe { bindings::balloon_rs_is_in_one_zone(first, len) } {
+            return Err(EINVAL);
+        }
+        // SAFETY: It was just checked that there is such memory, which tests do not take away.
         kernel::error::to_result(unsafe {
-            bindings::alloc_contig_range_noprof(first, first + len, 0, bindings::GFP_KERNEL)
+            bindings::alloc_contig_range_noprof(first, end, 0, bindings::GFP_KERNEL)
         })?;
 
-        for pfn in first..first + len {
+        for pfn in first..end {
             // SAFETY: The pages were just allocated, each as one of order 0.
             unsafe {
                 let page = bindings::balloon_rs_pfn_to_page(pfn);

@@ -165,12 +165,17 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
-        // virtio_device`.
-        let dev = unsafe { Self::device(vdev) };
+        // The device itself stays out of this: what another driver has left in `priv` is still there.
+        //
+        // INVARIANT: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`, and has the features to itself until the driver is probed.
+        let mut features = Features {
+            vdev,
+            _life: PhantomData,
+        };
 
         from_result(|| {
-            T::validate(dev)?;
+            T::validate(&mut features)?;
             Ok(0)
         })
     }
@@ -312,30 +317,82 @@ macro_rules! virtio_device_table {
 pub(crate) use virtio_device_table;
 
 /// A feature bit.
+///
+/// # Invariants
+///
+/// The bit number is below 64.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Feature(c_uint);
 
 impl Feature {
     /// The device complies with version 1 of the specification; a legacy device does not.
-    pub(crate) const VERSION_1: Self = Self(bindings::VIRTIO_F_VERSION_1);
+    pub(crate) const VERSION_1: Self = Self::new::<{ bindings::VIRTIO_F_VERSION_1 }>();
     /// The device reads and writes memory through an IOMMU or a platform that it must not go round.
-    pub(crate) const ACCESS_PLATFORM: Self = Self(bindings::VIRTIO_F_ACCESS_PLATFORM);
+    pub(crate) const ACCESS_PLATFORM: Self = Self::new::<{ bindings::VIRTIO_F_ACCESS_PLATFORM }>();
     /// A buffer may consist of several parts that are listed in memory of their own.
-    pub(crate) const INDIRECT_DESC: Self = Self(bindings::VIRTIO_RING_F_INDIRECT_DESC);
+    pub(crate) const INDIRECT_DESC: Self = Self::new::<{ bindings::VIRTIO_RING_F_INDIRECT_DESC }>();
 
-    /// Makes a feature of its bit number.
-    pub(super) const fn new(bit: c_uint) -> Self {
-        Self(bit)
+    /// Makes a feature of its bit number. One above 63 does not compile.
+    pub(super) const fn new<const BIT: c_uint>() -> Self {
+        const { assert!(BIT < u64::BITS) };
+        // INVARIANT: It was just checked.
+        Self(BIT)
     }
 
-    /// Returns a word with this bit set. Bits above 63 do not fit, and give 0.
+    /// Returns a word with this bit set.
     pub(super) const fn mask(self) -> u64 {
-        match 1u64.checked_shl(self.0) {
-            Some(mask) => mask,
-            None => 0,
-        }
+        1u64.wrapping_shl(self.0)
     }
+}
+
+/// The features of a device while they are negotiated, for [`Driver::validate`].
+///
+/// # Invariants
+///
+/// `vdev` is a valid device, whose features no other code accesses for `'a`.
+pub(crate) struct Features<'a> {
+    vdev: *mut bindings::virtio_device,
+    _life: PhantomData<&'a mut bindings::virtio_device>,
+}
+
+impl Features<'_> {
+    /// Returns whether the device offers `feature`, and the driver knows it and has not given it up.
+    pub(crate) fn has(&self, feature: Feature) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { *features_of(self.vdev) & feature.mask() != 0 }
+    }
+
+    /// Gives `feature` up.
+    pub(crate) fn clear(&mut self, feature: Feature) {
+        // SAFETY: By the type invariants.
+        unsafe { *features_of(self.vdev) &= !feature.mask() };
+    }
+
+    /// Returns whether the configuration space is long enough to have `field`.
+    pub(crate) fn have_field(&self, field: Field<u32>) -> bool {
+        // SAFETY: By the type invariants the device is valid.
+        field.is_within(unsafe { bindings::balloon_rs_config_len(self.vdev) })
+    }
+}
+
+impl AsRef<device::Device> for Features<'_> {
+    /// Returns the device, for the log.
+    fn as_ref(&self) -> &device::Device {
+        // SAFETY: By the type invariants the device is valid, and so is the `struct device` in it.
+        unsafe { device::Device::from_raw(&raw mut (*self.vdev).dev) }
+    }
+}
+
+/// Returns a pointer to the lower 64 feature bits of a device.
+///
+/// # Safety
+///
+/// `vdev` must be a valid device.
+unsafe fn features_of(vdev: *mut bindings::virtio_device) -> *mut u64 {
+    // SAFETY: By the requirements of this function. The field is a union of these bits and of all
+    // bits as an array.
+    unsafe { (&raw mut (*vdev).__bindgen_anon_1).cast() }
 }
 
 /// The byte order of what a device reads in buffers: little-endian, unless the device is a legacy
@@ -389,7 +446,7 @@ pub(crate) trait Driver {
 
     /// Gives features up that were offered and are known, but do not go together with the others or
     /// with this system. Called before the device is told which features are accepted.
-    fn validate(dev: &Device<device::Core<'_>>) -> Result;
+    fn validate(features: &mut Features<'_>) -> Result;
 
     /// Virtio driver probe.
     ///
@@ -529,7 +586,8 @@ impl Binding {
 /// # Invariants
 ///
 /// A [`Device`] instance represents a valid `struct virtio_device` created by the C portion of the
-/// kernel. Its `priv` field is null or an [`Arc<Binding>`] that was made a raw pointer.
+/// kernel. While a driver is bound to it, and from [`Driver::probe`] on while it binds, its `priv`
+/// field is null or an [`Arc<Binding>`] that was made a raw pointer.
 #[repr(transparent)]
 pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
     Opaque<bindings::virtio_device>,
@@ -547,22 +605,6 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { (*self.as_raw()).index as u32 }
     }
 
-    /// Returns whether `feature` was negotiated.
-    pub(crate) fn has_feature(&self, feature: Feature) -> bool {
-        // SAFETY: By the type invariants the device is valid. The features do not change while a
-        // driver can see them, but for `validate`, which has the device to itself.
-        let features = unsafe { *self.features() };
-
-        features & feature.mask() != 0
-    }
-
-    /// Returns a pointer to the lower 64 feature bits.
-    fn features(&self) -> *mut u64 {
-        // SAFETY: By the type invariants the device is valid. The field is a union of these bits
-        // and of all bits as an array.
-        unsafe { (&raw mut (*self.as_raw()).__bindgen_anon_1).cast() }
-    }
-
     /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of
     /// this device (`power/wakeup` in sysfs). Callable from any context.
     pub(super) fn stay_awake(&self) {
@@ -574,15 +616,6 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     pub(super) fn relax(&self) {
         // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_relax(self.as_raw()) };
-    }
-
-    /// Returns the byte order of what the device reads in buffers.
-    pub(crate) fn byte_order(&self) -> ByteOrder {
-        if self.has_feature(Feature::VERSION_1) {
-            ByteOrder::Little
-        } else {
-            ByteOrder::Native
-        }
     }
 }
 
@@ -652,10 +685,20 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 }
 
 impl Device<device::Core<'_>> {
-    /// Gives `feature` up. For [`Driver::validate`].
-    pub(crate) fn clear_feature(&self, feature: Feature) {
-        // SAFETY: By the type invariants the device is valid, and a bus callback has it to itself.
-        unsafe { *self.features() &= !feature.mask() };
+    /// Returns whether `feature` was negotiated.
+    pub(crate) fn has_feature(&self, feature: Feature) -> bool {
+        // SAFETY: By the type invariants the device is valid. The features do not change while the
+        // bus calls back, except in `validate`, which gets no device.
+        unsafe { *features_of(self.as_raw()) & feature.mask() != 0 }
+    }
+
+    /// Returns the byte order of what the device reads in buffers.
+    pub(crate) fn byte_order(&self) -> ByteOrder {
+        if self.has_feature(Feature::VERSION_1) {
+            ByteOrder::Little
+        } else {
+            ByteOrder::Native
+        }
     }
 
     fn shared_binding(&self) -> Result<Arc<Binding>> {
@@ -705,11 +748,6 @@ impl Device<device::Core<'_>> {
     fn config_len(&self) -> c_uint {
         // SAFETY: By the type invariants the device is valid.
         unsafe { bindings::balloon_rs_config_len(self.as_raw()) }
-    }
-
-    /// Returns whether the configuration space is long enough to have `field`.
-    pub(crate) fn has_field(&self, field: Field<u32>) -> bool {
-        field.is_within(self.config_len())
     }
 
     /// Finds the virtqueues called `names`. For [`Driver::probe`] and [`Driver::restore`], which

@@ -24,25 +24,26 @@ use kernel::{
 };
 
 /// The device wants statistics.
-pub(crate) const F_STATS_VQ: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STATS_VQ);
+pub(crate) const F_STATS_VQ: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_STATS_VQ }>();
 
 /// Pages may be used only after the device has been told, and has answered.
 pub(crate) const F_MUST_TELL_HOST: Feature =
-    Feature::new(bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST);
+    Feature::new::<{ bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST }>();
 
 /// The balloon may be deflated below the target to keep the guest from running out of memory.
 pub(crate) const F_DEFLATE_ON_OOM: Feature =
-    Feature::new(bindings::VIRTIO_BALLOON_F_DEFLATE_ON_OOM);
+    Feature::new::<{ bindings::VIRTIO_BALLOON_F_DEFLATE_ON_OOM }>();
 
 /// The device wants to know what is in free pages.
-pub(crate) const F_PAGE_POISON: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_PAGE_POISON);
+pub(crate) const F_PAGE_POISON: Feature =
+    Feature::new::<{ bindings::VIRTIO_BALLOON_F_PAGE_POISON }>();
 
 /// The device wants to know of free pages.
-pub(crate) const F_REPORTING: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_REPORTING);
+pub(crate) const F_REPORTING: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_REPORTING }>();
 
 /// The device wants to be given free pages for a while, so that a migration can leave them out.
 pub(crate) const F_FREE_PAGE_HINT: Feature =
-    Feature::new(bindings::VIRTIO_BALLOON_F_FREE_PAGE_HINT);
+    Feature::new::<{ bindings::VIRTIO_BALLOON_F_FREE_PAGE_HINT }>();
 
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;
@@ -75,7 +76,8 @@ pub(crate) const POISON_VAL: Field<u32> =
 
 /// The device wants to know why the balloon is smaller than it should be. An extension, as is the
 /// field.
-pub(crate) const F_STOP_REASON: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_STOP_REASON);
+pub(crate) const F_STOP_REASON: Feature =
+    Feature::new::<{ bindings::VIRTIO_BALLOON_F_STOP_REASON }>();
 
 /// Why the balloon is smaller than the target: one of [`stop_reason`].
 pub(crate) const STOP_REASON: Field<u32> =
@@ -98,10 +100,11 @@ pub(crate) mod stop_reason {
 }
 
 /// The device takes page sets in place of arrays of page frame numbers. An extension.
-pub(crate) const F_PAGE_SETS: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_PAGE_SETS);
+pub(crate) const F_PAGE_SETS: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_PAGE_SETS }>();
 
 /// The device sends requests. An extension.
-pub(crate) const F_HOST_REQUESTS: Feature = Feature::new(bindings::VIRTIO_BALLOON_F_HOST_REQUESTS);
+pub(crate) const F_HOST_REQUESTS: Feature =
+    Feature::new::<{ bindings::VIRTIO_BALLOON_F_HOST_REQUESTS }>();
 
 /// A request of the device. Little-endian.
 pub(crate) use bindings::virtio_balloon_request as Request;

@@ -156,6 +156,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_range_is_allocated_where_there_is_no_memory() {
+        for (first, len) in [
+            (usize::MAX - 1, 1),
+            (usize::MAX - 1, 4),
+            (usize::MAX >> kernel::page::PAGE_SHIFT, 1),
+            (0, 0),
+        ] {
+            let pages = PageList::alloc_range(first, len);
+            assert!(pages.is_err_and(|error| error == EINVAL));
+        }
+    }
+
+    #[test]
     fn a_block_becomes_pages_in_order() {
         for order in [0, 1, 5, 9, MAX_ORDER] {
             let pages = block(order);
