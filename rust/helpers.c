@@ -21,8 +21,8 @@
 #include <linux/virtio_pci.h>
 #include <linux/vmstat.h>
 
-#ifdef CONFIG_HIGHMEM
-#error "The driver keeps lists in pages that it frees, which have to be mapped: no CONFIG_HIGHMEM"
+#ifndef CONFIG_64BIT
+#error "The driver divides 64-bit numbers, and keeps lists in pages that are always mapped: it needs CONFIG_64BIT"
 #endif
 
 void balloon_rs_devinfo_init(struct balloon_dev_info *info)

@@ -100,13 +100,6 @@ impl Zone {
             let order = unsafe { bindings::balloon_rs_free_order(zone, *next as usize) };
             places += 1;
 
-            #[cfg(CONFIG_VIRTIO_BALLOON_RS_LIE)]
-            let order = if order == bindings::BALLOON_IN_USE && *next % 64 == 0 {
-                0
-            } else {
-                order
-            };
-
             match u32::try_from(order) {
                 Ok(order) if order >= min_order => {
                     let block = Block {

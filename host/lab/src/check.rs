@@ -25,11 +25,12 @@ pub(crate) fn clippy() -> Result<bool> {
         fs::remove_dir_all(&directory)?;
     }
     module::make(
-        &places,
+        &places.checkout,
         &tree,
         &directory,
         "Clippy: the module",
         &[
+            module::WITH_KUNIT,
             "CLIPPY=1",
             "KRUSTFLAGS=-Dwarnings",
             "W=1",

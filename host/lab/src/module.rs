@@ -7,97 +7,139 @@ use std::{fs, process};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
-use vm::Driver;
+use vm::{Driver, Kernel};
 
 use crate::kernel::Tree;
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// Builds the module for a kernel, unless these sources have been built for it before, in whatever checkout.
-/// Returns the file that has it.
+/// Has the KUnit suites in the module, which run when it is loaded.
+pub(crate) const WITH_KUNIT: &str = "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=y";
+
+/// What the driver asks when it looks for unused pages, in `rust/zone.rs`.
+const TRUTH: &str = "bindings::balloon_rs_free_order(zone, *next as usize)";
+
+/// What a lying driver has in its place: some pages are unused that are not.
+const LIE: &str = "match bindings::balloon_rs_free_order(zone, *next as usize) {
+    bindings::BALLOON_IN_USE if *next % 64 == 0 => 0,
+    order => order,
+}";
+
+/// The kernel has KCSAN look at C only. The same pass does it for Rust, for functions with an attribute that the compiler
+/// gives to none of them for this target.
+const SANITIZE_THREADS: &str = "KRUSTFLAGS=-Cpasses=forceattrs -Cllvm-args=-force-attribute=sanitize_thread \
+     '-Cpasses=function(tsan)' -Cllvm-args=-tsan-distinguish-volatile=1 \
+     -Cllvm-args=-tsan-instrument-func-entry-exit=0 -Cllvm-args=-tsan-compound-read-before-write=1";
+
+/// Counts how often each part of the module is executed. Each function has its counters in a section, and all sections of
+/// one name are to be one.
+const COUNT: [&str; 2] = [
+    "KRUSTFLAGS=-Cinstrument-coverage -Zno-profiler-runtime",
+    "LDFLAGS_MODULE=--force-group-allocation",
+];
+
+/// Builds the module with its KUnit suites for a kernel, unless these sources have been built for it before, in whatever
+/// checkout. Returns the file that has it.
 pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel);
-    build_as(
-        places,
-        tree,
-        Driver::Rust,
-        &directory,
-        "Building the module",
-        &[],
-    )
+    keep(places, tree, Driver::Rust, || {
+        make(
+            &places.checkout,
+            tree,
+            &directory,
+            "Building the module",
+            &[WITH_KUNIT],
+        )?;
+        Ok(directory.join(Driver::Rust.file()))
+    })
 }
 
-/// The same for a module that calls memory unused which is not.
+/// The same for a module that calls memory unused which is not, and has no suites.
 pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel).join("lying");
-    let variables = [
-        "CONFIG_VIRTIO_BALLOON_RS_LIE=y",
-        "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=n",
-    ];
-    build_as(
-        places,
-        tree,
-        Driver::Lying,
-        &directory,
-        "Building a lying module",
-        &variables,
-    )
+    keep(places, tree, Driver::Lying, || {
+        // Not in the directory, where kbuild has a link to the source.
+        let copy = directory.with_file_name("lying-source");
+        copy_lying(places, &copy)?;
+        make(&copy, tree, &directory, "Building a lying module", &[])?;
+        Ok(directory.join(Driver::Rust.file()))
+    })
 }
 
 /// The same for a module that counts how often each part of it is executed.
 pub(crate) fn build_counting(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel).join("counting");
     make(
-        places,
+        &places.checkout,
         tree,
         &directory,
         "Building a counting module",
-        // Each function has its counters in a section, and all sections of one name are to be one.
-        &[
-            "CONFIG_VIRTIO_BALLOON_RS_COVERAGE=y",
-            "LDFLAGS_MODULE=--force-group-allocation",
-        ],
+        &[&[WITH_KUNIT], &COUNT[..]].concat(),
     )?;
     Ok(directory.join(Driver::Rust.file()))
 }
 
-fn build_as(
+/// The module that was built for a kernel from these sources. If there is none, `build` builds it.
+fn keep(
     places: &Places,
     tree: &Tree,
     driver: Driver,
-    directory: &Path,
-    what: &str,
-    variables: &[&str],
+    build: impl FnOnce() -> Result<PathBuf>,
 ) -> Result<PathBuf> {
     let kept = tree.path.join("modules").join(key(places)?);
     let module = kept.join(driver.file());
     if !module.exists() {
-        make(places, tree, directory, what, variables)?;
+        let built = build()?;
         fs::create_dir_all(&kept)?;
         // Whoever looks finds all of it or nothing.
         let new = kept.join(format!("{}.new", process::id()));
-        fs::copy(directory.join(Driver::Rust.file()), &new)?;
+        fs::copy(built, &new)?;
         fs::rename(new, &module)?;
     }
     Ok(module)
 }
 
-/// What the module is made of, in a few characters.
+/// Copies the module's sources, and makes them lie.
+fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
+    for path in all_sources(places)? {
+        let mut text = fs::read_to_string(places.checkout.join(&path))?;
+        if path == Path::new("rust/zone.rs") {
+            ensure!(
+                text.matches(TRUTH).count() == 1,
+                "rust/zone.rs asks for free pages in another way than host/lab/src/module.rs expects: correct TRUTH and LIE there"
+            );
+            text = text.replace(TRUTH, LIE);
+        }
+        let path = copy.join(path);
+        fs::create_dir_all(path.with_file_name(""))?;
+        fs::write(path, text)?;
+    }
+    Ok(())
+}
+
+/// What the module is made of and how, in a few characters.
 pub(crate) fn key(places: &Places) -> Result<String> {
     let mut hash = Sha256::new();
-    let mut paths = sources(places, &["rs", "c", "h"])?;
-    paths.push("Kbuild".into());
-    for path in paths {
+    for path in all_sources(places)? {
         hash.update(path.as_os_str().as_encoded_bytes());
         hash.update(fs::read(places.checkout.join(path))?);
     }
+    for option in [WITH_KUNIT, LIE, SANITIZE_THREADS].iter().chain(&COUNT) {
+        hash.update(option);
+    }
     Ok(format!("{:.12}", format!("{:x}", hash.finalize())))
+}
+
+fn all_sources(places: &Places) -> Result<Vec<PathBuf>> {
+    let mut sources = sources(places, &["rs", "c", "h"])?;
+    sources.push("Kbuild".into());
+    Ok(sources)
 }
 
 /// The module's sources whose names end like that, as paths in the checkout.
 pub(crate) fn sources(places: &Places, extensions: &[&str]) -> Result<Vec<PathBuf>> {
     let mut sources = Vec::new();
-    for directory in ["", "rust", "tests/kunit"] {
+    for directory in ["", "rust", "tests/kunit", "uapi/linux"] {
         let entries = fs::read_dir(places.checkout.join(directory))
             .with_context(|| format!("reading {}", places.checkout.join(directory).display()))?;
         for entry in entries {
@@ -115,9 +157,9 @@ pub(crate) fn sources(places: &Places, extensions: &[&str]) -> Result<Vec<PathBu
     Ok(sources)
 }
 
-/// Runs the module's build in `directory`, with more variables for make.
+/// Builds the module from `source` in `directory`, with more variables for make.
 pub(crate) fn make(
-    places: &Places,
+    source: &Path,
     tree: &Tree,
     directory: &Path,
     what: &str,
@@ -127,8 +169,9 @@ pub(crate) fn make(
     let phase = Phase::start(&format!("{what} ({})", tree.kernel), None);
     phase.follow(
         tree.make()?
-            .arg(format!("M={}", places.checkout.display()))
+            .arg(format!("M={}", source.display()))
             .arg(format!("MO={}", directory.display()))
+            .args((tree.kernel == Kernel::Kcsan).then_some(SANITIZE_THREADS))
             .args(variables)
             .arg("modules"),
         &directory.join("build.log"),
