@@ -42,7 +42,8 @@ use crate::{
             new_slot,
             Job,
             Slot,
-            Task, //
+            Task,
+            TaskQueue, //
         },
         trace::Reason,
         wakeup::{
@@ -228,6 +229,7 @@ impl Balloon {
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue,
         deflate: MessageQueue,
+        tasks: &Arc<TaskQueue>,
         floor: Option<usize>,
         memory_blocks: bool,
         wakeup: Arc<WakeupSource>,
@@ -245,7 +247,7 @@ impl Balloon {
 
         let taker = match floor {
             Some(floor) if memory_blocks => {
-                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks");
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks", tasks);
                 Taker::new(slot_for_blocks, dev, floor, slot.waker())?
             }
             _ => None,

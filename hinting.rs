@@ -43,7 +43,8 @@ use crate::{
         task::{
             new_slot,
             Job,
-            Task, //
+            Task,
+            TaskQueue, //
         },
         virtio::ByteOrder,
         virtqueue::{
@@ -429,9 +430,10 @@ impl Hints {
     pub(crate) fn new(
         dev: &virtio::Device<Core<'_>>,
         queue: HintQueue,
+        tasks: &Arc<TaskQueue>,
         dir: &debugfs::Dir,
     ) -> Result<Self> {
-        let slot = new_slot!(c"virtio_balloon_rs_hint")?;
+        let slot = new_slot!(c"virtio_balloon_rs_hint", tasks)?;
         let hinting = Hinting::new(dev, queue, dir)?;
         let task = Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)?;
 

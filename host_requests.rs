@@ -36,6 +36,7 @@ use crate::{
             new_slot,
             Job,
             Task,
+            TaskQueue,
             Waker, //
         },
         thread::Thread,
@@ -533,9 +534,10 @@ impl HostRequests {
     pub(crate) fn new(
         dev: &virtio::Device<Core<'_>>,
         queue: RequestQueue,
+        tasks: &Arc<TaskQueue>,
         dir: &debugfs::Dir,
     ) -> Result<Arc<Task<Self>>> {
-        let slot = new_slot!(c"virtio_balloon_rs_requests")?;
+        let slot = new_slot!(c"virtio_balloon_rs_requests", tasks)?;
         let inner = Inner::new(dev, queue)?;
         let spent = Arc::new(Atomic::new(0), GFP_KERNEL)?;
         let waker = slot.waker();

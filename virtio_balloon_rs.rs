@@ -56,7 +56,8 @@ use rust::{
     oom::OomNotifier,
     task::{
         new_slot,
-        Task, //
+        Task,
+        TaskQueue, //
     },
     virtio,
     virtio_balloon,
@@ -145,17 +146,20 @@ impl virtio::Driver for BalloonDriver {
         poison::announce(dev)?;
         let wakeup = Arc::new(WakeupSource::new(dev), GFP_KERNEL)?;
 
-        let dir = debugfs_dir(dev)?;
+        // It lasts as long as the counters in it.
+        let dir = Dir::new(&name(dev)?)?;
         let traffic = dir.file(c"queues", AllTraffic::new()?);
         let traffic = KBox::pin_init(traffic, GFP_KERNEL)?;
         let queues = Queues::find(dev, forced_encoding(), &traffic)?;
         let floor = module_parameters::inflate.value().then(floor_pages);
-        let slot = new_slot!(c"virtio_balloon_rs")?;
+        let tasks = TaskQueue::new(&name(dev)?)?;
+        let slot = new_slot!(c"virtio_balloon_rs", tasks)?;
         let balloon = Balloon::new(
             &slot,
             dev,
             queues.inflate,
             queues.deflate,
+            &tasks,
             floor,
             module_parameters::memory_blocks.value(),
             wakeup.clone(),
@@ -170,7 +174,7 @@ impl virtio::Driver for BalloonDriver {
             .stats
             .map(|queue| {
                 let stats = Stats::new(queue, dev.byte_order(), wakeup)?;
-                let slot = new_slot!(c"virtio_balloon_rs_stats")?;
+                let slot = new_slot!(c"virtio_balloon_rs_stats", tasks)?;
 
                 KBox::pin_init(Task::new(slot, stats), GFP_KERNEL)
             })
@@ -178,7 +182,7 @@ impl virtio::Driver for BalloonDriver {
 
         let hints = queues
             .hints
-            .map(|queue| Hints::new(dev, queue, &dir))
+            .map(|queue| Hints::new(dev, queue, &tasks, &dir))
             .transpose()?;
         let reporting = queues
             .reports
@@ -187,7 +191,7 @@ impl virtio::Driver for BalloonDriver {
 
         let requests = queues
             .requests
-            .map(|queue| HostRequests::new(dev, queue, &dir))
+            .map(|queue| HostRequests::new(dev, queue, &tasks, &dir))
             .transpose()?;
 
         let shown = KBox::pin_init(dir.file(c"balloon", balloon.clone()), GFP_KERNEL)?;
@@ -392,12 +396,14 @@ fn forced_encoding() -> Option<Encoding> {
     }
 }
 
-/// Makes the directory where the device's counters are to be seen, which lasts as long as they do.
-fn debugfs_dir(dev: &virtio::Device<device::Core<'_>>) -> Result<Dir> {
+/// Returns the name of what belongs to the device, where there may be more than one.
+fn name(dev: &virtio::Device<device::Core<'_>>) -> Result<CString> {
     let dev: &device::Device<_> = dev.as_ref();
-    let name = CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))?;
 
-    Dir::new(&name)
+    Ok(CString::try_from_fmt(fmt!(
+        "virtio_balloon_rs-{}",
+        dev.name()
+    ))?)
 }
 
 impl BalloonData {

@@ -47,30 +47,46 @@ pub(crate) trait Job: Send + Sync + Sized {
     fn run(task: &Task<Self>);
 }
 
-/// A workqueue of its own: freezable, so that nothing is started while the system suspends; not
-/// bound to a CPU, since handling millions of pages takes a while; and with a thread that is there
-/// when memory is short.
-struct OwnedQueue(NonNull<bindings::workqueue_struct>);
+/// The workqueue of a device's tasks: freezable, so that nothing is started while the system
+/// suspends; not bound to a CPU, since handling millions of pages takes a while; and with a thread
+/// that is there when memory is short. Its priority and its CPUs can be set in
+/// `/sys/devices/virtual/workqueue/`.
+pub(crate) struct TaskQueue(NonNull<bindings::workqueue_struct>);
 
-impl OwnedQueue {
-    fn new(name: &'static CStr) -> Result<Self> {
-        // SAFETY: Both strings are static and null-terminated, and "%s" takes one string.
+// SAFETY: A workqueue may be used, and destroyed, from any thread.
+unsafe impl Send for TaskQueue {}
+
+// SAFETY: As above; the workqueue does its own locking.
+unsafe impl Sync for TaskQueue {}
+
+impl TaskQueue {
+    /// Makes a queue called `name`, as no other one that can be seen in sysfs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(name: &CStr) -> Result<Arc<Self>> {
+        // SAFETY: Both strings are null-terminated, "%s" takes one string, and the name is copied.
         let queue = unsafe {
             bindings::alloc_workqueue_noprof(
                 c"%s".as_char_ptr(),
                 bindings::wq_flags_WQ_FREEZABLE
                     | bindings::wq_flags_WQ_UNBOUND
-                    | bindings::wq_flags_WQ_MEM_RECLAIM,
-                1,
+                    | bindings::wq_flags_WQ_MEM_RECLAIM
+                    | bindings::wq_flags_WQ_SYSFS,
+                0,
                 name.as_char_ptr(),
             )
         };
 
-        NonNull::new(queue).map(Self).ok_or(ENOMEM)
+        Ok(Arc::new(
+            Self(NonNull::new(queue).ok_or(ENOMEM)?),
+            GFP_KERNEL,
+        )?)
     }
 }
 
-impl Drop for OwnedQueue {
+impl Drop for TaskQueue {
     fn drop(&mut self) {
         // SAFETY: The workqueue is ours, and no work is left: `Task` ended it before, or there was
         // none, and nobody can queue it any more.
@@ -90,7 +106,7 @@ impl Drop for OwnedQueue {
 struct Work {
     #[pin]
     dwork: Opaque<bindings::delayed_work>,
-    queue: OwnedQueue,
+    queue: Arc<TaskQueue>,
     task: Atomic<*mut c_void>,
 }
 
@@ -132,13 +148,14 @@ impl<S> Clone for Waker<S> {
 pub(crate) struct Slot<S>(Waker<S>);
 
 impl<S: Job> Slot<S> {
-    /// Makes a place for a task named `name`; see [`new_slot!`].
+    /// Makes a place for a task named `name` that runs on `queue`; see [`new_slot!`].
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     pub(crate) fn new(
         name: &'static CStr,
+        queue: Arc<TaskQueue>,
         work_key: Pin<&'static LockClassKey>,
         timer_key: Pin<&'static LockClassKey>,
     ) -> Result<Self> {
@@ -169,7 +186,7 @@ impl<S: Job> Slot<S> {
                         )
                     };
                 }),
-                queue: OwnedQueue::new(name)?,
+                queue,
                 task: Atomic::new(ptr::null_mut()),
             }),
             GFP_KERNEL,
@@ -313,9 +330,10 @@ impl<S: Job> PinnedDrop for Task<S> {
 
 /// Creates a [`Slot`] with lock classes of its own.
 macro_rules! new_slot {
-    ($name:expr $(,)?) => {
+    ($name:expr, $queue:expr $(,)?) => {
         $crate::rust::task::Slot::new(
             $name,
+            $queue.clone(),
             ::kernel::static_lock_class!(),
             ::kernel::static_lock_class!(),
         )

@@ -17,7 +17,10 @@ use crate::{
             Replace, //
         },
         page_list::PageList,
-        task::new_slot,
+        task::{
+            new_slot,
+            TaskQueue, //
+        },
         virtio_balloon::page_set, //
     },
     terms::Terms, //
@@ -25,7 +28,12 @@ use crate::{
 
 use kernel::{
     page::PAGE_SHIFT,
-    prelude::*, //
+    prelude::*,
+    str::CString,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
 };
 
 /// Those of the base protocol.
@@ -39,7 +47,11 @@ const ELSEWHERE: u64 = 1 << (43 - PAGE_SHIFT);
 
 /// Moves that nobody tells a device of.
 fn moves() -> Result<Pin<KBox<Moves>>> {
-    let slot = new_slot!(c"virtio_balloon_rs_kunit")?;
+    static QUEUES: Atomic<u32> = Atomic::new(0);
+    let number = QUEUES.fetch_add(1, Relaxed);
+    let name = CString::try_from_fmt(fmt!("virtio_balloon_rs_kunit-{number}"))?;
+    let tasks = TaskQueue::new(&name)?;
+    let slot = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
     let moves = KBox::pin_init(Moves::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
 
     moves.allow(true);

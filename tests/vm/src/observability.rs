@@ -3,19 +3,30 @@
 //! What can be seen of the driver in its guest: counters, events, and the log.
 
 use anyhow::{Context, Result, ensure};
-use vm::{Guest, Size};
+use vm::{Driver, Guest, Size};
 
+use crate::lifecycle::device;
 use crate::unused::{ask, unused};
-use crate::{BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
+use crate::{BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
 
-pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "observability",
-    proves: "counters, trace events and the log agree with the guest's kernel and with the device",
-    kernels: BOTH_KERNELS,
-    drivers: RUST_DRIVER,
-    devices: EXTENDED_DEVICE,
-    run: observability,
-}];
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "observability",
+        proves: "counters, trace events and the log agree with the guest's kernel and with the device",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: observability,
+    },
+    Scenario {
+        name: "kernel_threads",
+        proves: "a device has one kernel thread of its own (C driver: none), whose priority can be set",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        devices: EXTENDED_DEVICE,
+        run: kernel_threads,
+    },
+];
 
 fn observability(setup: &Setup) -> Result<()> {
     let size = Size::mib(300);
@@ -78,6 +89,41 @@ fn observability(setup: &Setup) -> Result<()> {
         }
         guest.rmmod(setup.driver)
     })
+}
+
+fn kernel_threads(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config(), |guest| {
+        let before = threads(guest)?;
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(Size::mib(100))?;
+        let new = threads(guest)?.saturating_sub(before);
+        match setup.driver {
+            Driver::C => ensure!(new == 0, "the C driver has {new} threads"),
+            _ => {
+                ensure!(new <= 1, "the device has {new} threads");
+                let device = device(guest, setup.driver)?;
+                let nice =
+                    format!("/sys/devices/virtual/workqueue/virtio_balloon_rs-{device}/nice");
+                guest.write_file(&nice, "5")?;
+                let found = guest.read_file(&nice)?;
+                ensure!(found.trim_end() == "5", "the priority is {found}");
+            }
+        }
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// How many threads the kernel has, except those that all workqueues share.
+fn threads(guest: &Guest) -> Result<usize> {
+    let names = guest.sh(
+        "for process in /proc/[0-9]*; do [ -e $process/exe ] || cat $process/comm; done 2>/dev/null; true",
+    )?;
+    let is_shared = |name: &&str| {
+        name.strip_prefix("kworker/")
+            .is_some_and(|pool| pool.starts_with(|c: char| c == 'u' || c.is_ascii_digit()))
+    };
+    Ok(names.lines().filter(|name| !is_shared(name)).count())
 }
 
 /// One of the driver's files in debugfs.
