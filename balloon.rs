@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    attributes,
     backoff::{
         Backoff,
         Cause, //
@@ -38,6 +39,7 @@ use crate::{
         memory,
         memory_hotplug::GoingOffline,
         oom::OomNotify,
+        sysfs::Attribute,
         task::{
             new_slot,
             Job,
@@ -51,6 +53,7 @@ use crate::{
             WakeupSource, //
         }, //
     },
+    settings::Settings,
     stop_reason::{
         StopReason,
         Teller, //
@@ -133,9 +136,10 @@ pub(crate) struct Balloon {
     dev: ARef<virtio::Device>,
     wakeup: Arc<WakeupSource>,
 
-    /// Available pages below which the balloon does not grow; `None` if it stays empty whatever the
-    /// target.
-    floor: Option<usize>,
+    settings: Arc<Settings>,
+
+    /// Why the balloon is smaller than the target, as a number of the protocol.
+    reason: Atomic<u32>,
 
     #[pin]
     pages: BalloonPages<Moves>,
@@ -157,6 +161,9 @@ pub(crate) struct Balloon {
     /// Set when the target may have changed: if it has, pauses end, and the reason for a stop is
     /// told anew.
     target_changed: Atomic<bool>,
+
+    /// The same for the settings.
+    settings_changed: Atomic<bool>,
 
     /// The pages that were given back to keep the guest from running out of memory, and that the
     /// task does not know of yet.
@@ -221,23 +228,22 @@ fn set_up(
 }
 
 impl Balloon {
-    /// Returns an initialiser for an empty balloon in `slot` that does not grow when fewer than
-    /// `floor` kernel pages are available, or not at all if there is no `floor`. Where the kernel
-    /// zeroes what it allocates, `memory_blocks` allows it to take these.
+    /// Returns an initialiser for an empty balloon in `slot`, whose other tasks run on `tasks`.
+    /// Where the kernel zeroes what it allocates, `memory_blocks` allows it to take these.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue,
         deflate: MessageQueue,
         tasks: &Arc<TaskQueue>,
-        floor: Option<usize>,
+        settings: Arc<Settings>,
         memory_blocks: bool,
         wakeup: Arc<WakeupSource>,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
         // Memory that can come back by itself is still the guest's.
         let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
-        if floor.is_none() {
+        if !settings.inflate() {
             dev_info!(
                 dev,
                 "{}: the balloon stays empty\n",
@@ -245,12 +251,12 @@ impl Balloon {
             );
         }
 
-        let taker = match floor {
-            Some(floor) if memory_blocks => {
+        let taker = match memory_blocks {
+            true => {
                 let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks", tasks);
-                Taker::new(slot_for_blocks, dev, floor, slot.waker())?
+                Taker::new(slot_for_blocks, dev, settings.clone(), slot.waker())?
             }
-            _ => None,
+            false => None,
         };
         let moves = Moves::new(slot.waker(), Terms::of(dev))?;
         let oom_batch = Batch::new()?;
@@ -259,13 +265,15 @@ impl Balloon {
         Ok(try_pin_init!(Self {
             dev,
             wakeup,
-            floor,
+            settings,
+            reason: Atomic::new(StopReason::value(None)),
             pages <- BalloonPages::new(adjust_managed, moves),
             taker,
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
             target_changed: Atomic::new(true),
+            settings_changed: Atomic::new(false),
             given_for_oom: Atomic::new(0),
             giving_back: Atomic::new(false),
             start: Instant::now(),
@@ -312,6 +320,33 @@ impl Balloon {
     pub(crate) fn target_changed(&self) {
         self.target_changed.store(true, Release);
         self.wakeup.raise(Signal::Target);
+    }
+
+    /// The device's target, in kernel pages, as it was seen last.
+    pub(crate) fn host_target(&self) -> usize {
+        target::pages(self.worker.lock().wanted.unwrap_or(0))
+    }
+
+    /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
+    pub(crate) fn size(&self) -> usize {
+        let leaving = self.deflate.lock().leaving();
+
+        self.pages.len() + leaving
+    }
+
+    /// Returns why the balloon is smaller than the target, as a number of the protocol.
+    pub(crate) fn reason(&self) -> u32 {
+        self.reason.load(Relaxed)
+    }
+
+    /// Announces `reason` in the guest, unless it was announced last.
+    fn announce(&self, reason: Option<StopReason>) {
+        let value = StopReason::value(reason);
+
+        if self.reason.xchg(value, Relaxed) != value {
+            self.dev
+                .announce_attribute(attributes::DIRECTORY, attributes::Reason::NAME);
+        }
     }
 
     /// Lets the system suspend again, unless there is a new target.
@@ -383,7 +418,7 @@ impl Balloon {
 
     /// Returns the target in kernel pages.
     fn target(&self, worker: &Worker) -> Result<usize> {
-        if self.giving_back.load(Relaxed) || self.floor.is_none() {
+        if self.giving_back.load(Relaxed) || !self.settings.inflate() {
             return Ok(0);
         }
 
@@ -441,7 +476,7 @@ impl Balloon {
         }
 
         let taking = memory::Taking::begin();
-        let above_floor = memory::available_pages().saturating_sub(self.floor.unwrap_or(0));
+        let above_floor = memory::available_pages().saturating_sub(self.settings.floor_pages());
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
             false => PAGES_PER_RUN,
@@ -517,7 +552,7 @@ impl Balloon {
     /// Returns why the balloon is smaller than the device wants it, where it goes from here with
     /// `step`.
     fn stop_reason(&self, worker: &Worker, step: Step) -> Result<Option<StopReason>> {
-        if self.floor.is_none() {
+        if !self.settings.inflate() {
             let wanted = worker.config.read_le32(virtio_balloon::NUM_PAGES)?;
             return Ok((wanted > 0).then_some(StopReason::Excluded));
         }
@@ -531,8 +566,7 @@ impl Balloon {
     /// Tells the device the balloon's size, if it has changed. Pages that the guest cannot use yet
     /// count.
     fn update_actual(&self, worker: &mut Worker) -> Result {
-        let leaving = self.deflate.lock().leaving();
-        let actual = target::balloon_pages(self.pages.len() + leaving);
+        let actual = target::balloon_pages(self.size());
 
         if worker.actual != Some(actual) {
             worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;
@@ -561,7 +595,7 @@ impl Balloon {
             worker.wanted.replace(wanted) != Some(wanted)
         };
 
-        if target_changed {
+        if target_changed | self.settings_changed.xchg(false, Full) {
             worker.blocks_taken = false;
             worker.backoff.reset();
             worker.stopped = None;
@@ -627,6 +661,7 @@ impl Balloon {
         self.update_actual(worker)?;
         let reason = self.stop_reason(worker, step)?;
         worker.teller.tell(&worker.config, reason)?;
+        self.announce(reason);
 
         // The memory first, the news of it later: a host that is busy reading keeps the guest's
         // CPUs waiting. (QEMU handles a queue, like every access to a device, under one lock.)
@@ -656,6 +691,14 @@ impl Balloon {
         }
 
         Ok(again)
+    }
+}
+
+impl Task<Balloon> {
+    /// Has the balloon follow the settings, which have changed.
+    pub(crate) fn settings_changed(&self) {
+        self.settings_changed.store(true, Release);
+        self.schedule();
     }
 }
 

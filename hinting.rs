@@ -24,7 +24,6 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    floor_pages,
     rust::{
         debugfs, memory,
         oom::{
@@ -52,6 +51,7 @@ use crate::{
             Virtqueue, //
         },
     },
+    settings::Settings,
     virtio,
     virtio_balloon::{
         HINT_DONE,
@@ -116,6 +116,7 @@ pub(crate) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
 #[pin_data]
 pub(crate) struct Hinting {
     byte_order: ByteOrder,
+    settings: Arc<Settings>,
     #[pin]
     worker: Mutex<Worker>,
     /// Memory that the device has used, and that is kept for as long as nobody needs it.
@@ -193,9 +194,9 @@ impl Worker {
     }
 
     /// Takes memory that is free, but not all of it.
-    fn gather(&mut self, needed: &Atomic<bool>) {
+    fn gather(&mut self, floor: usize, needed: &Atomic<bool>) {
         let _taking = memory::Taking::begin();
-        let mut wanted = memory::spare_pages(floor_pages());
+        let mut wanted = memory::spare_pages(floor);
         if self.queue.room() <= ROOM_FOR_IDS {
             wanted = 0;
         }
@@ -251,6 +252,7 @@ impl Hinting {
     fn new<'a>(
         dev: &virtio::Device<Core<'_>>,
         queue: HintQueue,
+        settings: Arc<Settings>,
         dir: &'a debugfs::Dir,
     ) -> Result<impl PinInit<Self, Error> + use<'a>> {
         let worker = Worker::new(dev, queue)?;
@@ -259,6 +261,7 @@ impl Hinting {
 
         Ok(try_pin_init!(Self {
             byte_order,
+            settings,
             worker <- new_mutex!(worker, "Hinting::worker"),
             held <- new_spinlock!(held, "Hinting::held"),
             needed: Atomic::new(false),
@@ -382,7 +385,7 @@ impl Hinting {
         // Whoever runs out of memory while this waits for its turn has nothing to gain here.
         let is_idle = worker.in_flight == 0 && worker.pending.pages() == 0;
         if worker.supplying && worker.more && is_idle {
-            worker.gather(&self.needed);
+            worker.gather(self.settings.floor_pages(), &self.needed);
         }
 
         let mut sent = worker.stop_due || worker.start_due;
@@ -431,10 +434,11 @@ impl Hints {
         dev: &virtio::Device<Core<'_>>,
         queue: HintQueue,
         tasks: &Arc<TaskQueue>,
+        settings: Arc<Settings>,
         dir: &debugfs::Dir,
     ) -> Result<Self> {
         let slot = new_slot!(c"virtio_balloon_rs_hint", tasks)?;
-        let hinting = Hinting::new(dev, queue, dir)?;
+        let hinting = Hinting::new(dev, queue, settings, dir)?;
         let task = Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)?;
 
         Ok(Self {

@@ -19,7 +19,6 @@
 use crate::{
     bitmap::Run,
     budget::Budget,
-    floor_pages,
     free_pages::{
         Unused,
         Walk, //
@@ -51,6 +50,7 @@ use crate::{
             PLACES_PER_HOLD, //
         }, //
     },
+    settings::Settings,
     virtio,
     virtio_balloon::{
         request,
@@ -195,6 +195,7 @@ pub(crate) struct HostRequests {
     /// How long dropping caches took that the budget has not been charged for, in nanoseconds.
     spent: Arc<Atomic<i64>>,
     waker: Waker<Self>,
+    settings: Arc<Settings>,
     #[pin]
     counters: Counters,
     /// What times are counted from.
@@ -385,7 +386,7 @@ impl Inner {
         let counters = &requests.counters;
         let step = match &mut open.work {
             Work::Skip(walk) => self.skip(open.id, walk, counters),
-            Work::Discard(walk) => self.discard(open.id, walk, counters),
+            Work::Discard(walk) => self.discard(open.id, walk, requests),
             Work::DropCaches(caches) => match requests.drop_caches(*caches) {
                 Some(Ok(thread)) => {
                     open.work = Work::Dropping(thread);
@@ -481,13 +482,15 @@ impl Inner {
 
     /// Sends a message about pages that are kept from being used until the device has used it.
     /// Returns the status if it was the last one; none if it has to wait.
-    fn discard(&mut self, id: u64, walk: &mut Walk, counters: &Counters) -> Option<Option<u8>> {
+    fn discard(&mut self, id: u64, walk: &mut Walk, requests: &HostRequests) -> Option<Option<u8>> {
+        let counters = &requests.counters;
+        let floor = requests.settings.floor_pages();
         if self.claims >= MAX_CLAIMS {
             return None;
         }
         // What the guest needs comes first.
         let _taking = memory::Taking::begin();
-        let spare = (memory::spare_pages(floor_pages()) as u64).min(claim_pages());
+        let spare = (memory::spare_pages(floor) as u64).min(claim_pages());
         if spare < 1 << memory::page_block_order() {
             // What the device has now may be all that it takes.
             return (self.claims == 0).then_some(Some(request::ABORTED));
@@ -535,6 +538,7 @@ impl HostRequests {
         dev: &virtio::Device<Core<'_>>,
         queue: RequestQueue,
         tasks: &Arc<TaskQueue>,
+        settings: Arc<Settings>,
         dir: &debugfs::Dir,
     ) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_requests", tasks)?;
@@ -545,6 +549,7 @@ impl HostRequests {
             inner <- new_mutex!(inner, "HostRequests::inner"),
             spent,
             waker,
+            settings,
             counters <- Counters::new(dir),
             start: Instant::now(),
         });

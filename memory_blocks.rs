@@ -35,6 +35,7 @@ use crate::{
         },
         zone::PLACES_PER_HOLD, //
     },
+    settings::Settings,
     virtio, //
 };
 
@@ -84,8 +85,7 @@ struct Candidate {
 #[pin_data]
 pub(crate) struct Taker<S> {
     dev: ARef<virtio::Device>,
-    /// Available pages that are left to the guest.
-    floor: usize,
+    settings: Arc<Settings>,
     taking_for: Waker<S>,
     #[pin]
     work: Mutex<Work>,
@@ -126,7 +126,7 @@ impl<S: Job> Taker<S> {
     pub(crate) fn new(
         slot: impl FnOnce() -> Result<Slot<Self>>,
         dev: &virtio::Device<Core<'_>>,
-        floor: usize,
+        settings: Arc<Settings>,
         taking_for: Waker<S>,
     ) -> Result<Option<Arc<Task<Self>>>> {
         if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
@@ -147,7 +147,7 @@ impl<S: Job> Taker<S> {
         let dev = (&**dev).into();
         let taker = try_pin_init!(Self {
             dev,
-            floor,
+            settings,
             taking_for,
             work <- new_mutex!(work, "Taker::work"),
             state <- new_spinlock!(state, "Taker::state"),
@@ -246,7 +246,9 @@ impl<S: Job> Taker<S> {
 
     /// Returns whether the guest can do without `pages` kernel pages.
     fn can_spare(&self, pages: u64) -> bool {
-        memory::available_pages() as u64 >= (self.floor as u64).saturating_add(pages)
+        let floor = self.settings.floor_pages() as u64;
+
+        memory::available_pages() as u64 >= floor.saturating_add(pages)
     }
 
     /// Takes one block, if one is wanted and there is one. Returns whether to continue.

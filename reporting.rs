@@ -14,7 +14,6 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    floor_pages,
     rust::{
         debugfs, memory,
         memory_hotplug::{
@@ -37,6 +36,7 @@ use crate::{
             WaitQueue, //
         },
     },
+    settings::Settings,
     virtio, //
 };
 
@@ -79,6 +79,7 @@ pub(crate) type ReportingQueue = Virtqueue<Loan>;
 #[pin_data]
 struct Reports {
     dev: ARef<virtio::Device>,
+    settings: Arc<Settings>,
     /// Locked for as long as a report is on its way.
     #[pin]
     queue: Mutex<ReportingQueue>,
@@ -104,7 +105,7 @@ impl Report for Reports {
             false => memory::kernel_available_pages(),
         };
         drop(taking);
-        if available < floor_pages() {
+        if available < self.settings.floor_pages() {
             return Err(EBUSY);
         }
 
@@ -195,11 +196,13 @@ impl Reporting {
     pub(crate) fn new(
         dev: &virtio::Device<Core<'_>>,
         queue: ReportingQueue,
+        settings: Arc<Settings>,
         dir: &debugfs::Dir,
     ) -> Result<Self> {
         let dev = (&**dev).into();
         let reports = try_pin_init!(Reports {
             dev,
+            settings,
             queue <- new_mutex!(queue, "Reporting::queue"),
             answered <- new_wait_queue!("Reporting::answered"),
             sleeping: Atomic::new(false),

@@ -41,7 +41,19 @@ impl StopReason {
         }
     }
 
-    fn value(reason: Option<Self>) -> u32 {
+    /// Returns the word for programs for what [`value`](Self::value) has returned.
+    pub(crate) fn name(value: u32) -> &'static str {
+        match value {
+            stop_reason::FLOOR => "floor",
+            stop_reason::NO_MEMORY => "no-memory",
+            stop_reason::AFTER_OOM => "after-oom",
+            stop_reason::EXCLUDED => "excluded",
+            _ => "none",
+        }
+    }
+
+    /// Returns the number of the protocol.
+    pub(crate) fn value(reason: Option<Self>) -> u32 {
         match reason {
             None => stop_reason::NONE,
             Some(Self::Floor) => stop_reason::FLOOR,

@@ -19,6 +19,7 @@
 
 #![deny(unsafe_code)]
 
+mod attributes;
 mod backoff;
 mod balloon;
 mod bitmap;
@@ -38,6 +39,7 @@ mod poison;
 mod queues;
 mod reporting;
 mod rust;
+mod settings;
 mod stats;
 mod stop_reason;
 mod target;
@@ -74,7 +76,6 @@ use host_requests::HostRequests;
 use kernel::{
     device,
     fmt,
-    page::PAGE_SHIFT,
     prelude::*,
     str::CString,
     sync::Arc, //
@@ -85,6 +86,7 @@ use queues::{
     Queues, //
 };
 use reporting::Reporting;
+use settings::Settings;
 use stats::Stats;
 
 struct BalloonDriver;
@@ -100,6 +102,7 @@ struct BalloonData {
     _oom: Option<Pin<KBox<OomNotifier<Task<Balloon>>>>>,
     _offline: Pin<KBox<OfflineNotifier<Task<Balloon>>>>,
     balloon: Arc<Task<Balloon>>,
+    settings: Arc<Settings>,
     stats: Option<Pin<KBox<Task<Stats>>>>,
     hints: Option<Hints>,
     reporting: Option<Reporting>,
@@ -123,6 +126,10 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_PAGE_SETS,
         virtio_balloon::F_HOST_REQUESTS,
     ];
+
+    fn attributes() -> &'static rust::sysfs::Attributes<BalloonData> {
+        &attributes::ATTRIBUTES
+    }
 
     fn validate(features: &mut virtio::Features<'_>) -> Result {
         // The balloon names pages by their guest physical addresses, whatever the device uses for
@@ -151,7 +158,7 @@ impl virtio::Driver for BalloonDriver {
         let traffic = dir.file(c"queues", AllTraffic::new()?);
         let traffic = KBox::pin_init(traffic, GFP_KERNEL)?;
         let queues = Queues::find(dev, forced_encoding(), &traffic)?;
-        let floor = module_parameters::inflate.value().then(floor_pages);
+        let settings = Arc::new(Settings::from_parameters(), GFP_KERNEL)?;
         let tasks = TaskQueue::new(&name(dev)?)?;
         let slot = new_slot!(c"virtio_balloon_rs", tasks)?;
         let balloon = Balloon::new(
@@ -160,7 +167,7 @@ impl virtio::Driver for BalloonDriver {
             queues.inflate,
             queues.deflate,
             &tasks,
-            floor,
+            settings.clone(),
             module_parameters::memory_blocks.value(),
             wakeup.clone(),
         )?;
@@ -182,16 +189,16 @@ impl virtio::Driver for BalloonDriver {
 
         let hints = queues
             .hints
-            .map(|queue| Hints::new(dev, queue, &tasks, &dir))
+            .map(|queue| Hints::new(dev, queue, &tasks, settings.clone(), &dir))
             .transpose()?;
         let reporting = queues
             .reports
-            .map(|queue| Reporting::new(dev, queue, &dir))
+            .map(|queue| Reporting::new(dev, queue, settings.clone(), &dir))
             .transpose()?;
 
         let requests = queues
             .requests
-            .map(|queue| HostRequests::new(dev, queue, &tasks, &dir))
+            .map(|queue| HostRequests::new(dev, queue, &tasks, settings.clone(), &dir))
             .transpose()?;
 
         let shown = KBox::pin_init(dir.file(c"balloon", balloon.clone()), GFP_KERNEL)?;
@@ -203,6 +210,7 @@ impl virtio::Driver for BalloonDriver {
             _oom: oom,
             _offline: offline,
             balloon,
+            settings,
             stats,
             hints,
             reporting,
@@ -380,11 +388,6 @@ mod encoding {
     pub(super) const BITMAPS: u8 = 2;
     /// No page sets, but arrays of page frame numbers.
     pub(super) const PFNS: u8 = 3;
-}
-
-/// Returns the available memory that no wish of the host's takes from the guest, in kernel pages.
-fn floor_pages() -> usize {
-    (module_parameters::floor_mib.value() as usize) << (20 - PAGE_SHIFT)
 }
 
 /// Returns the encoding that page sets must have, if there is one.

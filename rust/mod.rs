@@ -28,6 +28,7 @@ pub(crate) mod page_run;
 pub(crate) mod range_stack;
 pub(crate) mod shrinker;
 pub(crate) mod sleep;
+pub(crate) mod sysfs;
 pub(crate) mod task;
 pub(crate) mod thread;
 pub(crate) mod trace;

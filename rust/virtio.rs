@@ -18,6 +18,7 @@
 
 use super::{
     bindings,
+    sysfs::Attributes,
     virtqueue::{
         Traffic,
         Virtqueue, //
@@ -102,6 +103,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
         unsafe {
             (*vdrv).driver.name = name.as_char_ptr();
             (*vdrv).id_table = T::ID_TABLE.as_ptr();
+            (*vdrv).driver.dev_groups = T::attributes().as_ptr();
             (*vdrv).feature_table = T::FEATURES.as_ptr().cast();
             (*vdrv).feature_table_size = T::FEATURES.len() as c_uint;
             (*vdrv).validate = Some(Self::validate_callback);
@@ -444,6 +446,9 @@ pub(crate) trait Driver {
     /// The features that the driver knows, apart from those of the transport.
     const FEATURES: &'static [Feature];
 
+    /// The attributes of a device that the driver is bound to.
+    fn attributes() -> &'static Attributes<Self::Data>;
+
     /// Gives features up that were offered and are known, but do not go together with the others or
     /// with this system. Called before the device is told which features are accepted.
     fn validate(features: &mut Features<'_>) -> Result;
@@ -603,6 +608,18 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     fn index(&self) -> u32 {
         // SAFETY: By the type invariants the device is valid. Its number does not change.
         unsafe { (*self.as_raw()).index as u32 }
+    }
+
+    /// Announces that the attribute `name` in `directory` has changed. May sleep.
+    pub(crate) fn announce_attribute(&self, directory: &CStr, name: &CStr) {
+        // SAFETY: By the type invariants the device is valid. There need not be such an attribute.
+        unsafe {
+            bindings::sysfs_notify(
+                &raw mut (*self.as_raw()).dev.kobj,
+                directory.as_char_ptr(),
+                name.as_char_ptr(),
+            )
+        };
     }
 
     /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of

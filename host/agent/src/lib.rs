@@ -51,6 +51,18 @@ pub enum Command {
         /// What it is to hold.
         contents: String,
     },
+    /// Writes a file, and waits until the kernel says that an attribute in sysfs has changed; answered with
+    /// [`Reply::Text`], what it says then.
+    Watch {
+        /// Where the attribute is.
+        attribute: String,
+        /// Where the file is that is written.
+        path: String,
+        /// What it is to hold.
+        contents: String,
+        /// How long the change may take, in milliseconds.
+        timeout_ms: u64,
+    },
     /// Counts the pages with numbers from one to below another one that are marked as logically offline; answered with
     /// [`Reply::Pages`].
     CountOffline {

@@ -20,6 +20,7 @@ mod port;
 #[expect(unsafe_code, reason = "there is no crate for a kernel that takes over")]
 mod power;
 mod process;
+mod watch;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -103,13 +104,17 @@ fn execute(command: Command) -> Result<Reply> {
             Reply::Text(String::from_utf8_lossy(&contents).into_owned())
         }
         Command::WriteFile { path, contents } => {
-            OpenOptions::new()
-                .write(true)
-                .open(&path)
-                .and_then(|mut file| file.write_all(contents.as_bytes()))
-                .with_context(|| format!("writing '{}' to {path}", contents.trim_end()))?;
+            write(&path, &contents)?;
             Reply::Done
         }
+        Command::Watch {
+            attribute,
+            path,
+            contents,
+            timeout_ms,
+        } => Reply::Text(watch::change(&attribute, timeout_ms, || {
+            write(&path, &contents)
+        })?),
         Command::CountOffline { start, end } => Reply::Pages(pages::offline(start, end)?),
         Command::StartLoad(load) => Reply::Load(load::start(load)?),
         Command::LoadStatus(id) => Reply::Status(load::status(id)?),
@@ -128,4 +133,13 @@ fn execute(command: Command) -> Result<Reply> {
         }
         Command::End(end) => match power::end(end)? {},
     })
+}
+
+/// Writes a file in one write.
+fn write(path: &str, contents: &str) -> Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(contents.as_bytes()))
+        .with_context(|| format!("writing '{}' to {path}", contents.trim_end()))
 }

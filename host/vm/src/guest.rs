@@ -452,6 +452,21 @@ impl Guest {
         Ok(())
     }
 
+    /// Writes a file of the guest, and waits until the kernel announces a change of an attribute in sysfs. Returns what
+    /// that says then.
+    pub fn watch(&self, attribute: &str, path: &str, contents: &str) -> Result<String> {
+        let command = Command::Watch {
+            attribute: attribute.to_owned(),
+            path: path.to_owned(),
+            contents: contents.to_owned(),
+            timeout_ms: u64::try_from(COMMAND_TIMEOUT.as_millis() / 2)?,
+        };
+        match self.call(command, COMMAND_TIMEOUT)? {
+            Reply::Text(text) => Ok(text),
+            reply => bail!("the agent answers {reply:?} to a watch"),
+        }
+    }
+
     /// Starts a load, and waits until it has been through its memory once.
     pub fn load(&self, load: Load) -> Result<RunningLoad<'_>> {
         let load = self.start_load(load)?;

@@ -2,12 +2,19 @@
 
 //! What can be seen of the driver in its guest: counters, events, and the log.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Guest, Size};
 
 use crate::lifecycle::device;
 use crate::unused::{ask, unused};
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
+use crate::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
+};
+
+/// How long the balloon may take to notice something.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -17,6 +24,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: observability,
+    },
+    Scenario {
+        name: "attributes",
+        proves: "sysfs shows what the balloon does, takes settings at run time, and announces why it stops",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: attributes,
     },
     Scenario {
         name: "kernel_threads",
@@ -87,6 +102,66 @@ fn observability(setup: &Setup) -> Result<()> {
             let found = show(guest, name)?;
             ensure!(found.trim() == expected, "{name} is {found}");
         }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn attributes(setup: &Setup) -> Result<()> {
+    let size = Size::mib(100);
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, &["floor_mib=64"])?;
+        let device = device(guest, setup.driver)?;
+        let path = |name: &str| format!("/sys/bus/virtio/devices/{device}/balloon/{name}");
+        let write = |name: &str, value: &str| guest.write_file(&path(name), value);
+        let check = |name: &str, expected: &str| -> Result<()> {
+            let found = guest.read_file(&path(name))?;
+            ensure!(
+                found.trim_end() == expected,
+                "{name} is {found}, not {expected}"
+            );
+            Ok(())
+        };
+        check("floor_mib", "64")?;
+        check("inflate", "1")?;
+
+        guest.balloon().settle(size)?;
+        let kib = (size.as_bytes() >> 10).to_string();
+        check("target_kib", &kib)?;
+        check("actual_kib", &kib)?;
+        check("stop_reason", "none")?;
+
+        let reason = guest.watch(&path("stop_reason"), &path("inflate"), "0")?;
+        ensure!(
+            reason.trim_end() == "excluded",
+            "the reason with inflate=0 is {reason}"
+        );
+        guest.balloon().reach(Size::default())?;
+        check("actual_kib", "0")?;
+        let reason = guest.watch(&path("stop_reason"), &path("inflate"), "1")?;
+        ensure!(
+            reason.trim_end() == "none",
+            "the reason with inflate=1 is {reason}"
+        );
+        guest.balloon().reach(size)?;
+
+        // More than the guest has.
+        write("floor_mib", "1000000")?;
+        guest.balloon().request(size + size)?;
+        guest.wait_until("a balloon at its floor", PATIENCE, || {
+            Ok(guest.read_file(&path("stop_reason"))?.trim_end() == "floor")
+        })?;
+        ensure!(guest.balloon().size()? == size, "the balloon has grown");
+        write("floor_mib", "64")?;
+        guest.balloon().reach(size + size)?;
+        check("stop_reason", "none")?;
+
+        for (name, value) in [("inflate", "x"), ("floor_mib", "-1"), ("floor_mib", "x")] {
+            ensure!(
+                write(name, value).is_err(),
+                "{name} takes the value '{value}'"
+            );
+        }
+        check("floor_mib", "64")?;
         guest.rmmod(setup.driver)
     })
 }

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the guest's administrator decides for a device: module parameters are the defaults, and
+//! sysfs changes them at run time ([`attributes`](crate::attributes)).
+
+#![forbid(unsafe_code)]
+
+use crate::module_parameters;
+
+use kernel::{
+    page::PAGE_SHIFT,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
+};
+
+/// The settings of a device.
+pub(crate) struct Settings {
+    floor_mib: Atomic<u32>,
+    inflate: Atomic<bool>,
+}
+
+impl Settings {
+    /// Returns what the module's parameters say.
+    pub(crate) fn from_parameters() -> Self {
+        Self {
+            floor_mib: Atomic::new(module_parameters::floor_mib.value()),
+            inflate: Atomic::new(module_parameters::inflate.value()),
+        }
+    }
+
+    /// Returns the available memory below which the balloon does not grow, in MiB.
+    pub(crate) fn floor_mib(&self) -> u32 {
+        self.floor_mib.load(Relaxed)
+    }
+
+    /// Returns the same in kernel pages.
+    pub(crate) fn floor_pages(&self) -> usize {
+        (self.floor_mib() as usize) << (20 - PAGE_SHIFT)
+    }
+
+    pub(crate) fn set_floor_mib(&self, floor_mib: u32) {
+        self.floor_mib.store(floor_mib, Relaxed);
+    }
+
+    /// Returns whether the balloon follows the target. If not it stays empty.
+    pub(crate) fn inflate(&self) -> bool {
+        self.inflate.load(Relaxed)
+    }
+
+    pub(crate) fn set_inflate(&self, inflate: bool) {
+        self.inflate.store(inflate, Relaxed);
+    }
+}
