@@ -69,11 +69,23 @@ fn state(info: &Info) -> Table {
 
 fn balloon(info: &Info) -> String {
     let size = HumanBytes(info.size);
-    let mut text = if info.size == info.target {
+    let mut text = if info.is_reached() {
         format!("{size}, as asked for")
     } else {
-        format!("{size} of {} asked for", HumanBytes(info.target))
+        format!("{size} of {} asked for", HumanBytes(info.asked()))
     };
+    if info.asked() < info.target {
+        text += &format!(
+            "; the target of {} leaves the guest too little",
+            HumanBytes(info.target)
+        );
+    }
+    if let Some(seconds) = info.grace {
+        text += &format!(
+            "; the guest boots, and is left alone for {}",
+            duration(seconds)
+        );
+    }
     if let Some(reason) = info.guest.short_of_target {
         text += &format!("; {reason}");
     }

@@ -148,7 +148,7 @@ impl Vm {
         let cells =
             cells.map(|cell| Cell::new(Text::from(cell.unwrap_or_default()).right_aligned()));
         let row = Row::new([Cell::new(self.name.clone())].into_iter().chain(cells));
-        match info.size == info.target {
+        match info.is_reached() {
             true => row,
             false => row.style(Color::Yellow),
         }

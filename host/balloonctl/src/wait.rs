@@ -79,7 +79,7 @@ impl Bar {
         let reason = guest.short_of_target;
         if info.target != self.target {
             Err(Failure::Retargeted(info.target))
-        } else if *size == self.target {
+        } else if info.is_reached() {
             Ok(true)
         } else if !guest.connected {
             Err(Failure::Disconnected)

@@ -129,8 +129,19 @@ pub struct Info {
     pub target: u64,
     /// How much the guest has given away, in bytes, as it says itself.
     pub size: u64,
-    /// How much memory the guest has, in bytes, as far as the VMM has told.
+    /// How much memory the guest has, in bytes, in the balloon or not. It is what the guest says in its statistics,
+    /// or what the VMM has shared as long as there are none.
     pub memory: Option<u64>,
+    /// How much memory the VMM has shared, in bytes. It has memory that the guest has not, such as what a
+    /// virtio-mem device has not plugged.
+    #[serde(default)]
+    pub shared: Option<u64>,
+    /// The largest balloon that the daemon asks for, in bytes: it leaves the guest a floor.
+    #[serde(default)]
+    pub limit: Option<u64>,
+    /// For how long a guest that boots is still left alone, in seconds.
+    #[serde(default)]
+    pub grace: Option<u64>,
     /// The smallest piece of memory that the host gets back, in bytes.
     pub granule: u64,
     /// Why memory is not given back to the host, by the name of the reason. More may come in later versions.
@@ -147,6 +158,22 @@ pub struct Info {
     pub guest: Guest,
     /// What has been counted since the daemon was started.
     pub counters: Counters,
+}
+
+/// The size of the largest page that a guest's kernel has, in bytes. A driver rounds a target up to its pages.
+const LARGEST_PAGE: u64 = 64 << 10;
+
+impl Info {
+    /// How much the guest is asked for now, in bytes, without regard to a boot.
+    pub fn asked(&self) -> u64 {
+        self.target.min(self.limit.unwrap_or(u64::MAX))
+    }
+
+    /// Whether the guest has given away what it is asked for, rounded up to a page of its own.
+    pub fn is_reached(&self) -> bool {
+        let asked = self.asked();
+        (asked..asked.saturating_add(LARGEST_PAGE)).contains(&self.size)
+    }
 }
 
 /// What is known about the guest.
@@ -180,6 +207,18 @@ pub enum Shortfall {
     Excluded,
 }
 
+impl Shortfall {
+    /// Its name on the socket.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Floor => "floor",
+            Self::NoMemory => "no-memory",
+            Self::AfterOom => "after-oom",
+            Self::Excluded => "excluded",
+        }
+    }
+}
+
 impl fmt::Display for Shortfall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -204,6 +243,9 @@ pub struct Counters {
     pub discards: u64,
     /// How many times that failed.
     pub discard_failures: u64,
+    /// How many times the host had no memory for what the guest takes back.
+    #[serde(default)]
+    pub prefault_failures: u64,
     /// What must not be given back to the host and was named all the same, in bytes.
     #[serde(default)]
     pub withheld: u64,
@@ -356,6 +398,14 @@ impl Stat {
     /// The statistic of a tag on the wire, if there is one.
     pub fn from_tag(tag: u16) -> Option<Self> {
         Self::ALL.get(usize::from(tag)).copied()
+    }
+
+    /// Whether it only grows, until the guest starts again.
+    pub const fn is_counter(self) -> bool {
+        !matches!(
+            self,
+            Self::FreeMemory | Self::TotalMemory | Self::AvailableMemory | Self::DiskCaches
+        )
     }
 
     /// What it is counted in.
@@ -625,6 +675,21 @@ mod tests {
         });
         let guest: Guest = serde_json::from_value(guest).unwrap();
         assert_eq!(guest.short_of_target, Some(Shortfall::AfterOom));
+    }
+
+    #[test]
+    fn a_target_is_reached_in_pages_of_the_guest() {
+        let info = |target, size, limit| Info {
+            target,
+            size,
+            limit,
+            ..Info::default()
+        };
+        assert!(info(1_000_001_536, 1_000_013_824, None).is_reached());
+        assert!(info(0, 0, None).is_reached());
+        assert!(!info(1 << 30, (1 << 30) - 4096, None).is_reached());
+        assert!(!info(1 << 30, (1 << 30) + 65536, None).is_reached());
+        assert!(info(2 << 30, 1 << 30, Some(1 << 30)).is_reached());
     }
 
     #[test]

@@ -24,7 +24,10 @@ fuzz_target!(|data: &[u8]| {
     let mut deflate = Deflate {
         memory: &guest.memory,
         balloon: &mut balloon,
-        prefault: input.option.then_some(&mut discarder),
+        discarder: &mut discarder,
+        prefault: input.option,
+        told_before_use: false,
+        begun: false,
         format: input.format,
         counters: &counters,
         pages: &mut Pages::default(),

@@ -5,6 +5,8 @@
 
 #![no_main]
 
+use std::sync::Mutex;
+
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use fuzz::{Guest, Input};
 use libfuzzer_sys::fuzz_target;
@@ -16,9 +18,10 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let mut guest = Guest::new(input);
-    let mut hints = Hints::default();
+    let shared = Mutex::new(Hints::default());
     let counters = Counters::default();
     for step in input.word.to_le_bytes() {
+        let mut hints = shared.lock().expect("no panic before");
         match step % 8 {
             0 => hints.start(),
             1 => hints.stop(),
@@ -26,11 +29,12 @@ fuzz_target!(|data: &[u8]| {
             3 => hints.restart(),
             _ => {}
         }
+        drop(hints);
         guest.publish((step / 32).into());
         let before = counters.hinted.get();
         let mut hinting = Hinting {
             memory: &guest.memory,
-            hints: &mut hints,
+            hints: &shared,
             counters: &counters,
         };
         let seen = guest.serve(&counters, &mut hinting);
@@ -41,7 +45,9 @@ fuzz_target!(|data: &[u8]| {
         assert!(hinted - before <= named);
         // Nothing is hinted without a command.
         let idle = [VIRTIO_BALLOON_CMD_ID_STOP, VIRTIO_BALLOON_CMD_ID_DONE];
-        assert!(hinted == before || !idle.contains(&hints.command()));
+        assert!(
+            hinted == before || !idle.contains(&shared.lock().expect("no panic before").command())
+        );
     }
     guest.check_holes(0);
 });

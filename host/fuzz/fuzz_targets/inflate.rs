@@ -25,6 +25,7 @@ fuzz_target!(|data: &[u8]| {
         memory: &guest.memory,
         balloon: &mut balloon,
         told_before_use,
+        begun: false,
         discarder: &mut Discarder::default(),
         format: input.format,
         counters: &counters,
@@ -44,6 +45,6 @@ fuzz_target!(|data: &[u8]| {
     assert!(inflated <= bytes(named & !held));
     assert!(bytes(held) + inflated <= PAGES * PAGE);
     // What the device says is in the balloon comes out again.
-    let out = balloon.deflate(&ranges(u64::MAX), &mut Pieces::default());
+    let out = balloon.deflate(&ranges(u64::MAX));
     assert_eq!(out.moved * PAGE, bytes(held) + inflated);
 });

@@ -14,6 +14,7 @@ use fuzz::{Guest, Input, PAGE, PAGES, page};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::{Counter, Counters, Refusal};
 use vhost_user_balloon::discard::{Discarder, Pieces};
+use vhost_user_balloon::queue::{Budget, Next};
 use vhost_user_balloon::requests::{Answers, Requests};
 
 /// How many requests there can be: one for each step.
@@ -68,13 +69,15 @@ fuzz_target!(|data: &[u8]| {
                 counters: &counters,
                 keep: input.option,
                 pieces: &mut Pieces::default(),
+                budget: Budget::UNLIMITED,
+                done: &mut 0,
             };
-            let mut more = false;
+            let mut next = Next::Notified;
             // A request may be written over the rings, so that nothing is known of their elements.
-            let (taken, completed) = guest.act(|vring| more = answers.serve(vring, &messages));
+            let (taken, completed) = guest.act(|vring| next = answers.serve(vring, &messages));
             assert!(completed <= taken);
             used += u64::from(completed);
-            if !more {
+            if next == Next::Notified {
                 break;
             }
         }

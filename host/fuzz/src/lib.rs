@@ -28,7 +28,7 @@ use vhost_user_balloon::balloon::Balloon;
 use vhost_user_balloon::counters::{Counter, Counters};
 use vhost_user_balloon::discard::{Granularity, Pieces};
 use vhost_user_balloon::pages::Format;
-use vhost_user_balloon::queue::{Chain, Receiver, serve};
+use vhost_user_balloon::queue::{Budget, Chain, Next, Progress, Receiver, Unfinished, serve};
 use virtio_queue::QueueT;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
@@ -223,6 +223,7 @@ impl Guest {
     /// Has the device serve the queue until nothing is left, and returns what it has seen.
     pub fn serve(&self, counters: &Counters, receiver: &mut impl Receiver) -> Seen {
         let mut seen = Seen::default();
+        let mut unfinished = Unfinished::default();
         loop {
             let mut witness = Witness {
                 memory: &self.memory,
@@ -230,19 +231,20 @@ impl Guest {
                 receiver,
                 seen: &mut seen,
             };
-            let (mut more, messages) = (false, Counter::default());
+            let (mut next, messages) = (Next::Notified, Counter::default());
             self.watch(|vring| {
                 let heads = &mut Vec::new();
-                more = serve(
+                next = serve(
                     vring,
                     &self.memory,
                     heads,
+                    &mut unfinished,
                     counters,
                     &messages,
                     &mut witness,
                 );
             });
-            if !more {
+            if next == Next::Notified {
                 return seen;
             }
             assert!(messages.get() > 0, "the device is to go on with nothing");
@@ -321,7 +323,7 @@ struct Witness<'a, R> {
 }
 
 impl<R: Receiver> Receiver for Witness<'_, R> {
-    fn take(&mut self, chain: Chain<'_>) -> bool {
+    fn take(&mut self, chain: Chain<'_>, again: bool) -> bool {
         let buffers: Vec<_> = chain.clone().collect();
         let content = read(self.memory, &buffers).unwrap_or_default();
         self.seen.named |= match self.format {
@@ -329,11 +331,12 @@ impl<R: Receiver> Receiver for Witness<'_, R> {
             Format::PageSets => named_by_page_set(&content),
         };
         self.seen.buffers.extend(buffers);
-        self.receiver.take(chain)
+        self.receiver.take(chain, again)
     }
 
-    fn finish(&mut self) {
-        self.receiver.finish();
+    // What a message names does not change from one turn to the next, so that there is one.
+    fn finish(&mut self, done: &mut u64, _budget: Budget) -> Progress {
+        self.receiver.finish(done, Budget::UNLIMITED)
     }
 }
 

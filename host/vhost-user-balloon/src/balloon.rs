@@ -8,6 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -18,7 +19,8 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 
 use crate::discard::{Granularity, Pieces};
 use crate::hazard::{Hazard, Identity};
-use crate::page_map::PageMap;
+use crate::kept::{self, Kept};
+use crate::page_map::{PageMap, find};
 
 /// What became of the pages of a message, in balloon pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -152,6 +154,42 @@ impl Region {
         })
     }
 
+    /// Takes over what was in the balloon of memory that is in the same place of the guest and of the file.
+    fn inherit(&mut self, pages: &Range<u64>, identity: Identity, offset: u64, bitmap: &[u64]) {
+        let (start, end) = (
+            self.pages.start.max(pages.start),
+            self.pages.end.min(pages.end),
+        );
+        let place = |first: u64, offset: u64| {
+            let bytes = (start - first).checked_mul(BALLOON_PAGE_SIZE)?;
+            offset.checked_add(bytes)
+        };
+        let same = start < end
+            && self.identity == identity
+            && place(self.pages.start, self.offset) == place(pages.start, offset);
+        if !same {
+            return;
+        }
+        let mut bit = start - pages.start;
+        let end = end - pages.start;
+        while let Some(first) = find(bitmap, bit, true).filter(|&first| first < end) {
+            bit = find(bitmap, first, false).map_or(end, |bit| bit.min(end));
+            let shift = |bit: u64| bit + pages.start - self.pages.start;
+            set(&mut self.held, shift(first)..shift(bit), true, |_| {});
+        }
+    }
+
+    /// Fills granules with what is in the balloon.
+    fn refill(&mut self) {
+        self.granules.empty();
+        let offset = self.offset;
+        let mut bit = 0;
+        while let Some(first) = find(&self.held, bit, true) {
+            bit = find(&self.held, first, false).unwrap_or(self.pages.end - self.pages.start);
+            self.granules.fill(in_file(&(first..bit), offset), |_| {});
+        }
+    }
+
     /// Whether the other one is the same memory at the same place.
     fn is(&self, other: &Self) -> bool {
         (&self.pages, self.identity, self.offset, self.granules.size)
@@ -167,25 +205,39 @@ impl Region {
     /// not there.
     fn inflate(&mut self, pages: &Range<u64>, whole: &mut Pieces) -> u64 {
         let (first, offset) = (self.pages.start, self.offset);
+        let granule = self.granules.size;
         let bits = pages.start - first..pages.end - first;
         set(&mut self.held, bits, true, |run| {
             self.granules
                 .fill(in_file(&run, offset), |bytes| match self.hazard {
-                    None => whole.push(&self.file, bytes),
+                    None => whole.push(&self.file, bytes, granule),
                     Some(_) => whole.withhold(bytes.end - bytes.start),
                 });
         })
     }
 
-    /// Takes pages of the region out of the balloon, and adds them to `out`. Returns how many were there.
-    fn deflate(&mut self, pages: &Range<u64>, out: &mut Pieces) -> u64 {
+    /// Takes pages of the region out of the balloon. Returns how many were there.
+    fn deflate(&mut self, pages: &Range<u64>) -> u64 {
         let (first, offset) = (self.pages.start, self.offset);
         let bits = pages.start - first..pages.end - first;
         set(&mut self.held, bits, false, |run| {
-            let bytes = in_file(&run, offset);
-            self.granules.drain(&bytes);
-            out.push(&self.file, bytes);
+            self.granules.drain(&in_file(&run, offset));
         })
+    }
+
+    /// Adds those of these pages of the region to `held` that are in the balloon.
+    fn find(&self, pages: &Range<u64>, held: &mut Pieces) {
+        let (first, offset) = (self.pages.start, self.offset);
+        let end = pages.end - first;
+        let mut bit = pages.start - first;
+        while let Some(start) = find(&self.held, bit, true).filter(|&start| start < end) {
+            bit = find(&self.held, start, false).map_or(end, |bit| bit.min(end));
+            held.push(
+                &self.file,
+                in_file(&(start..bit), offset),
+                self.granules.size,
+            );
+        }
     }
 
     fn empty(&mut self) {
@@ -245,6 +297,12 @@ pub struct Balloon {
     allowed: Vec<Hazard>,
     /// In the order of their addresses.
     regions: Vec<Region>,
+    /// Where memory begins that is in no file, in bytes.
+    unbacked: BTreeSet<u64>,
+    /// Where another process finds what is in the balloon.
+    kept: Option<Kept>,
+    /// What another process has left there. The front end may send the memory piece by piece.
+    left: Vec<(kept::Region, Vec<u64>)>,
 }
 
 impl Balloon {
@@ -252,7 +310,77 @@ impl Balloon {
     pub fn new(allowed: &[Hazard]) -> Self {
         Self {
             allowed: allowed.to_vec(),
-            regions: Vec::new(),
+            ..Self::default()
+        }
+    }
+
+    /// Keeps what is in the balloon in a file, for another process, and takes over its content once there is
+    /// memory.
+    pub fn keep(&mut self, file: File) {
+        let kept = Kept::new(file);
+        match kept.load() {
+            Ok(left) => {
+                self.left = left;
+                self.kept = Some(kept);
+            }
+            Err(error) => kept::lost(&error),
+        }
+    }
+
+    /// Forgets what another process has left for memory that is not there when the driver continues.
+    pub fn taken_up(&mut self) {
+        self.left.clear();
+    }
+
+    /// Writes down that the balloon has changed in these pages, which are in memory and in order.
+    pub fn write_down(&mut self, changed: &[Range<u64>]) {
+        let Some(kept) = &self.kept else {
+            return;
+        };
+        let result = self
+            .regions
+            .iter()
+            .enumerate()
+            .try_for_each(|(number, region)| {
+                let first = region.pages.start;
+                let from = changed.partition_point(|pages| pages.end <= first);
+                let inside = changed.get(from..).unwrap_or_default().iter();
+                let words = inside
+                    .take_while(|pages| pages.start < region.pages.end)
+                    .map(|pages| {
+                        let end = pages.end.min(region.pages.end) - first;
+                        pages.start.saturating_sub(first) / WORD..end.div_ceil(WORD)
+                    });
+                kept.update(number, words, &region.held)
+            });
+        self.check(result);
+    }
+
+    /// Writes down all of it.
+    fn write_all_down(&mut self) {
+        let Some(kept) = &mut self.kept else {
+            return;
+        };
+        let regions = self.regions.iter();
+        let result = kept.reset(regions.map(|region| {
+            let Region {
+                pages,
+                identity,
+                offset,
+                held,
+                ..
+            } = region;
+            (pages.clone(), *identity, *offset, held.len())
+        }));
+        self.check(result);
+        let all = self.memory_ranges();
+        self.write_down(&all);
+    }
+
+    fn check(&mut self, result: io::Result<()>) {
+        if let Err(error) = result {
+            kept::lost(&error);
+            self.kept = None;
         }
     }
 
@@ -265,7 +393,10 @@ impl Balloon {
             let new = region.file_offset().and_then(|file| {
                 Region::new(start, region.len(), file.arc(), file.start(), granularity)
             });
-            if new.is_none() {
+            if new.is_some() {
+                self.unbacked.remove(&start);
+            } else if self.unbacked.insert(start) {
+                // A guest can have its VMM send the memory again as often as it likes.
                 error!(
                     "the guest's memory at {start:#x} is in no file that memory can be given back from; have \
                      the VMM use a memory file, as QEMU's memory-backend-memfd with share=on is"
@@ -280,11 +411,33 @@ impl Balloon {
                 }
             }));
         }
+        // What another process had, or this one, perhaps in regions of other sizes.
+        let same = old.len() == self.regions.len()
+            && old
+                .iter()
+                .all(|old| self.regions.iter().any(|new| new.is(old)));
+        for (region, bitmap) in &self.left {
+            for new in &mut self.regions {
+                new.inherit(&region.pages, region.identity, region.offset, bitmap);
+            }
+        }
         for region in old {
             if let Some(place) = self.regions.iter_mut().find(|new| new.is(&region)) {
                 *place = region;
+                continue;
+            }
+            for new in &mut self.regions {
+                new.inherit(&region.pages, region.identity, region.offset, &region.held);
             }
         }
+        if !same {
+            self.write_all_down();
+        }
+    }
+
+    /// Has granules be as full as the balloon says, for a driver that tells before it uses a page again.
+    pub fn refill(&mut self) {
+        self.regions.iter_mut().for_each(Region::refill);
     }
 
     /// The files that hold it.
@@ -321,9 +474,27 @@ impl Balloon {
         self.each(ranges, |region, pages| region.inflate(pages, whole))
     }
 
-    /// Takes ranges of balloon pages out of the balloon, and adds them to `out`.
-    pub fn deflate(&mut self, ranges: &[Range<u64>], out: &mut Pieces) -> Tally {
-        self.each(ranges, |region, pages| region.deflate(pages, out))
+    /// Takes ranges of balloon pages out of the balloon.
+    pub fn deflate(&mut self, ranges: &[Range<u64>]) -> Tally {
+        self.each(ranges, Region::deflate)
+    }
+
+    /// Adds what is in the balloon of a range of balloon pages to `held`.
+    pub fn find(&self, pages: &Range<u64>, held: &mut Pieces) {
+        for region in &self.regions {
+            let part = pages.start.max(region.pages.start)..pages.end.min(region.pages.end);
+            if !part.is_empty() {
+                region.find(&part, held);
+            }
+        }
+    }
+
+    /// Where its memory is, as ranges of balloon pages.
+    pub fn memory_ranges(&self) -> Vec<Range<u64>> {
+        self.regions
+            .iter()
+            .map(|region| region.pages.clone())
+            .collect()
     }
 
     /// Calls `act` for the part of each range that is in a region. It says how many of the pages it moves.
@@ -372,7 +543,7 @@ impl Balloon {
             let from = (region.offset + (start - first)).next_multiple_of(granule);
             let to = (region.offset + (end - first)) / granule * granule;
             match region.hazard {
-                None if from < to => whole.push(&region.file, from..to),
+                None if from < to => whole.push(&region.file, from..to, granule),
                 Some(_) if from < to => whole.withhold(to - from),
                 _ => {}
             }
@@ -390,6 +561,8 @@ impl Balloon {
     /// Forgets what is in the balloon.
     pub fn empty(&mut self) {
         self.regions.iter_mut().for_each(Region::empty);
+        self.taken_up();
+        self.write_all_down();
     }
 }
 
@@ -398,7 +571,8 @@ mod tests {
     use super::*;
     use crate::counters::Counters;
     use crate::discard::Discarder;
-    use crate::testing::{HOLE, MemoryFiles, PAGE};
+    use crate::queue::Budget;
+    use crate::testing::{HOLE, MemoryFiles, PAGE, memory_file};
     use proptest::prelude::*;
 
     /// Two regions of a file with a hole between them in the guest's address space.
@@ -410,7 +584,7 @@ mod tests {
 
     fn discard(pieces: &mut Pieces) {
         let counters = Counters::default();
-        Discarder::default().discard(pieces, &counters);
+        assert!(Discarder::default().discard(pieces, &counters, &mut 0, Budget::UNLIMITED));
         assert_eq!(counters.discard_failures.get(), 0);
     }
 
@@ -448,8 +622,12 @@ mod tests {
         discard(&mut pieces);
         assert_eq!(files.holes(), BTreeSet::new());
 
-        let mut out = Pieces::default();
-        let tally = balloon.deflate(&pages(&[4, 5]), &mut out);
+        let mut held = Pieces::default();
+        balloon.find(&(0..HOLE), &mut held);
+        discard(&mut held);
+        assert_eq!(files.holes(), BTreeSet::from([3, 4, 255]));
+        files.fill();
+        let tally = balloon.deflate(&pages(&[4, 5]));
         assert_eq!(
             tally,
             Tally {
@@ -469,7 +647,7 @@ mod tests {
         let mut balloon = balloon(&files, 8 * PAGE);
         let mut pieces = Pieces::default();
         balloon.inflate(&pages(&[8, 9, 10, 11, 12, 13, 14]), &mut pieces);
-        balloon.deflate(&pages(&[8]), &mut Pieces::default());
+        balloon.deflate(&pages(&[8]));
         balloon.inflate(&pages(&[15]), &mut pieces);
         discard(&mut pieces);
         assert_eq!(files.holes(), BTreeSet::new());
@@ -487,7 +665,7 @@ mod tests {
         balloon.settle();
         balloon.inflate(&pages(&[11, 12, 13, 14, 15]), &mut pieces);
         balloon.settle();
-        balloon.deflate(&pages(&[8]), &mut Pieces::default());
+        balloon.deflate(&pages(&[8]));
         discard(&mut pieces);
         assert_eq!(files.holes(), (12..16).collect());
     }
@@ -515,9 +693,61 @@ mod tests {
         discard(&mut pieces);
         assert_eq!(files.holes(), BTreeSet::from([8, 9]));
 
+        // So does memory that is cut otherwise.
+        balloon.set_memory(
+            &files.part(4 * PAGE, 16 * PAGE),
+            Granularity::Bytes(2 * PAGE),
+        );
+        let tally = balloon.inflate(&pages(&[8, 9, 10]), &mut pieces);
+        assert_eq!((tally.moved, tally.repeated), (1, 2));
+        balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
+        let tally = balloon.inflate(&pages(&[8, 9, 10]), &mut pieces);
+        assert_eq!((tally.moved, tally.repeated), (0, 3));
+
         let others = MemoryFiles::new(1 << 20, 1 << 20);
         balloon.set_memory(&others.memory(), Granularity::Bytes(2 * PAGE));
         assert_eq!(balloon.inflate(&pages(&[8]), &mut pieces).moved, 1);
+    }
+
+    #[test]
+    fn another_process_knows_what_is_in_the_balloon() {
+        let files = MemoryFiles::new(1 << 20, 1 << 20);
+        let kept = memory_file(0);
+        let process = || {
+            let mut balloon = Balloon::default();
+            balloon.keep(kept.try_clone().unwrap());
+            balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
+            balloon
+        };
+        let mut first = process();
+        let high = HOLE / PAGE;
+        let ranges = [3..5, 100..101, high + 1..high + 2];
+        first.inflate(&ranges, &mut Pieces::default());
+        first.write_down(&ranges);
+        first.deflate(&pages(&[4]));
+        first.write_down(&pages(&[4]));
+        // What was not written down was not used, and is done again.
+        first.inflate(&pages(&[50]), &mut Pieces::default());
+
+        let mut second = process();
+        second.refill();
+        let mut pieces = Pieces::default();
+        assert_eq!(
+            second
+                .inflate(&pages(&[3, 100, high + 1]), &mut pieces)
+                .repeated,
+            3
+        );
+        assert_eq!(second.inflate(&pages(&[2, 4, 50]), &mut pieces).moved, 3);
+        discard(&mut pieces);
+        assert_eq!(
+            files.holes(),
+            BTreeSet::from([2, 3]),
+            "it was half a granule"
+        );
+
+        second.empty();
+        assert_eq!(process().deflate(&pages(&[3, 100, high + 1])).moved, 0);
     }
 
     #[test]
@@ -559,7 +789,7 @@ mod tests {
                     balloon.inflate(&ranges, &mut pieces);
                     discard(&mut pieces);
                 } else {
-                    balloon.deflate(&ranges, &mut pieces);
+                    balloon.deflate(&ranges);
                 }
                 for page in ranges.into_iter().flatten().filter_map(|page| files.file_page(page)) {
                     if inflate { held.insert(page); } else { held.remove(&page); }

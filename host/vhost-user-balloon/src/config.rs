@@ -37,11 +37,12 @@ impl Default for Fields {
 impl Fields {
     /// What a driver reads.
     ///
-    /// `hint_command` is the command id of free page hinting, `granule` is the device's in bytes.
-    pub fn read(&self, hint_command: u32, granule: u32) -> [u8; config::SIZE] {
+    /// `target` is what the guest is asked for now, in balloon pages, `hint_command` is the command id of free page
+    /// hinting, and `granule` is the device's in bytes.
+    pub fn read(&self, target: u32, hint_command: u32, granule: u32) -> [u8; config::SIZE] {
         let mut bytes = [0; config::SIZE];
         for (offset, value) in [
-            (config::NUM_PAGES, self.target),
+            (config::NUM_PAGES, target),
             (config::ACTUAL, self.actual),
             (config::FREE_PAGE_HINT_CMD_ID, hint_command),
             (config::POISON_VAL, self.poison_val),
@@ -105,7 +106,7 @@ mod tests {
             poison_val: 4,
             stop_reason: 6,
         };
-        let bytes = fields.read(3, 5);
+        let bytes = fields.read(1, 3, 5);
         let values = bytes
             .chunks(4)
             .map(|field| u32::from_le_bytes(field.try_into().unwrap()));
@@ -116,7 +117,7 @@ mod tests {
     fn only_the_guests_fields_are_written() {
         let mut fields = Fields::default();
         fields.write(0, &[0xff; 24]);
-        assert_eq!(fields.read(0, 0)[..4], [0; 4]);
+        assert_eq!(fields.target, 0);
         assert_eq!((fields.actual, fields.stop_reason), (u32::MAX, u32::MAX));
         fields.write(4, &7_u32.to_le_bytes());
         assert_eq!(fields.actual, 7);
@@ -151,7 +152,7 @@ mod tests {
         ) {
             let mut fields = Fields { target: 9, actual, poison_val, stop_reason };
             let before = fields.clone();
-            let bytes = fields.read(1, 2);
+            let bytes = fields.read(9, 1, 2);
             fields.write(start, bytes.get(start..end.min(24)).unwrap_or_default());
             prop_assert_eq!(&fields, &before);
             let mut other = Fields { target: 9, ..Fields::default() };

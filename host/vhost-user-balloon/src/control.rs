@@ -92,7 +92,7 @@ impl Handler for Device {
                     .ok_or_else(|| no_request(id))
             }
             Request::Metrics {} => Ok(Response::Metrics(Metrics {
-                text: metrics::text(&self.info()),
+                text: metrics::text(&self.info(), self.stats().as_ref(), self.name()),
             })),
         }
     }
@@ -105,6 +105,7 @@ impl Device {
         let Sizes {
             memory, granule, ..
         } = self.sizes();
+        let shared = Some(memory).filter(|&bytes| bytes > 0 && self.connected());
         let inhibited = self.inhibited();
         let hazards = self.hazards();
         let mut withheld: Vec<_> = hazards.iter().map(ToString::to_string).collect();
@@ -113,10 +114,10 @@ impl Device {
         Info {
             target: bytes(state.config.target),
             size: bytes(state.config.actual),
-            memory: self
-                .connected()
-                .then_some(memory)
-                .filter(|&bytes| bytes > 0),
+            memory: shared.and_then(|_| self.guest_memory()),
+            shared,
+            limit: shared.and_then(|_| self.limit()),
+            grace: self.grace().map(|rest| rest.as_secs().saturating_add(1)),
             granule: granule.unwrap_or(BALLOON_PAGE_SIZE),
             withheld,
             inhibited: inhibited.map(|rest| rest.as_secs().saturating_add(1)),
@@ -136,12 +137,19 @@ impl Device {
 
     /// A target may be set before there is a guest. What is more than its memory would leave it nothing.
     fn set(&self, bytes: u64) -> Result<Response, ControlError> {
-        let Sizes { memory, .. } = self.sizes();
-        if memory > 0 && bytes > memory {
+        let memory = self.guest_memory();
+        if let Some(memory) = memory.filter(|&memory| bytes > memory) {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
                 format!("the guest has only {memory} bytes of memory"),
                 "ask for less than that",
+            ));
+        }
+        if let Some(limit) = self.limit().filter(|&limit| bytes > limit) {
+            return Err(ControlError::new(
+                ErrorKind::OutOfRange,
+                format!("more than {limit} bytes would leave the guest too little"),
+                "ask for less than that, or start the daemon with a smaller --floor",
             ));
         }
         let pages = u32::try_from(bytes / BALLOON_PAGE_SIZE).map_err(|_| {

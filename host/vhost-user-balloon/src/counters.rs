@@ -129,6 +129,8 @@ pub struct Counters {
     pub discards: Counter,
     /// How many times that failed.
     pub discard_failures: Counter,
+    /// How many times the host had no memory for what the guest takes back.
+    pub prefault_failures: Counter,
     /// What must not be given back to the host and was named all the same, in bytes.
     pub withheld: Counter,
     /// How long giving memory back has taken.
@@ -172,6 +174,7 @@ impl Default for Counters {
             discarded: Counter::default(),
             discards: Counter::default(),
             discard_failures: Counter::default(),
+            prefault_failures: Counter::default(),
             withheld: Counter::default(),
             discarding: Stopwatch::default(),
             translating: Stopwatch::default(),
@@ -245,6 +248,7 @@ impl Counters {
             discarded: self.discarded.get(),
             discards: self.discards.get(),
             discard_failures: self.discard_failures.get(),
+            prefault_failures: self.prefault_failures.get(),
             withheld: self.withheld.get(),
             discarding: self.discarding.microseconds(),
             translating: self.translating.microseconds(),

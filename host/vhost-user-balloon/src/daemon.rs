@@ -3,6 +3,7 @@
 //! The process that has the device: waits for front ends, which the keeper lets through to it, and serves
 //! them, one after the other.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -59,20 +60,21 @@ impl Stop {
 }
 
 impl Daemon {
-    /// Makes a device with its sockets, and with a channel to the process that keeps the connection.
+    /// Makes a device with its sockets, with a channel to the process that keeps the connection, and with that
+    /// one's file for what is in the balloon.
     ///
     /// # Errors
     ///
     /// There is another daemon on one of the sockets, the state file is of something else, or the system
     /// lacks something.
-    pub fn new(options: &Options, channel: Channel) -> Result<Self> {
+    pub fn new(options: &Options, channel: Channel, kept: Option<File>) -> Result<Self> {
         let socket = options.worker.as_deref().context("name a socket")?;
         let state = options.state.as_deref().map(State::load).transpose()?;
         let state = state
             .flatten()
             .unwrap_or_else(|| State::new(options.stats_interval));
         let path = options.state.clone();
-        let device = Arc::new(Device::new(options.settings(), state, path, channel)?);
+        let device = Arc::new(Device::new(options.settings(), state, path, channel, kept)?);
         let (listener, socket) = listen(socket, Access::default())?;
         let stop = Stop(Arc::new(Stopping {
             stopped: AtomicBool::new(false),

@@ -2,17 +2,18 @@
 
 //! Deflating: the guest takes pages back (specification, clause 5.5.6).
 //!
-//! There is nothing to do for the memory: the file gets a new page when the guest writes to it. On request
-//! the memory is there before the buffer is used, so that a host without memory shows in the daemon's log
-//! and the guest's first write does not have to wait.
+//! There is nothing to do for most memory: the file gets a new page when the guest writes to it. Where the file may
+//! have none (huge pages, a tmpfs that is full) the VM would end then. So the memory is there before the buffer is
+//! used, and while the host has none the buffer waits, if the driver waits for it. On request that is so for
+//! all memory.
 
 use vm_memory::GuestMemoryMmap;
 
-use crate::balloon::Balloon;
+use crate::balloon::{Balloon, Tally};
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
 use crate::pages::{Format, Pages};
-use crate::queue::{Chain, Kind, Receiver};
+use crate::queue::{Budget, Chain, Kind, Progress, Receiver};
 
 /// What receives the messages of the deflate queue.
 #[derive(Debug)]
@@ -21,8 +22,14 @@ pub struct Deflate<'a> {
     pub memory: &'a GuestMemoryMmap,
     /// Where the pages come from.
     pub balloon: &'a mut Balloon,
-    /// What has memory ready, if it is to be.
-    pub prefault: Option<&'a mut Discarder>,
+    /// What has memory ready.
+    pub discarder: &'a mut Discarder,
+    /// Whether it is to have all memory ready, and not only what may be gone.
+    pub prefault: bool,
+    /// Whether the driver tells before it uses a page again.
+    pub told_before_use: bool,
+    /// Whether another process may have begun with the messages, and pages of them be out of the balloon.
+    pub begun: bool,
     /// What the messages are.
     pub format: Format,
     /// What is counted.
@@ -34,37 +41,64 @@ pub struct Deflate<'a> {
 }
 
 impl Receiver for Deflate<'_> {
-    fn take(&mut self, chain: Chain<'_>) -> bool {
+    fn take(&mut self, chain: Chain<'_>, again: bool) -> bool {
         self.pages.read(
             self.format,
             Kind::Deflate,
             self.memory,
             chain,
             self.counters,
+            again,
         )
     }
 
-    fn finish(&mut self) {
-        let tally = self.balloon.deflate(self.pages.sorted(), self.pieces);
+    fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
+        let named = self.pages.sort(&self.balloon.memory_ranges());
+        // What was named twice, or is outside, is counted once.
+        let mut tally = if *done == 0 { named } else { Tally::default() };
+        let mut progress = Progress::Done;
+        for chunk in self.pages.chunks(*done) {
+            if budget.is_over() {
+                progress = Progress::More;
+                break;
+            }
+            self.balloon.find(&chunk, self.pieces);
+            let ready = self
+                .discarder
+                .prefault(self.pieces, self.prefault, self.counters);
+            if !ready && self.told_before_use {
+                progress = Progress::Blocked;
+                break;
+            }
+            *done = chunk.end;
+            tally.add(self.balloon.deflate(&[chunk]));
+        }
+        if progress == Progress::Done {
+            self.balloon.write_down(self.pages.ranges());
+        }
         self.pages.clear();
-        match &mut self.prefault {
-            Some(discarder) => discarder.prefault(self.pieces),
-            None => self.pieces.clear(),
+        if self.begun {
+            tally.repeated = 0;
         }
         tally.count(
             &self.counters.deflated,
             Refusal::NotInBalloon,
             self.counters,
         );
+        progress
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+
     use crate::counters::Counter;
     use crate::discard::Granularity;
-    use crate::queue::serve;
+    use crate::queue::{Next, Unfinished, serve};
     use crate::testing::GuestQueue;
 
     #[test]
@@ -82,7 +116,10 @@ mod tests {
         let mut receiver = Deflate {
             memory: &guest.memory,
             balloon: &mut balloon,
-            prefault: None,
+            discarder: &mut Discarder::default(),
+            prefault: false,
+            told_before_use: false,
+            begun: false,
             format: Format::Pfns,
             counters: &counters,
             pages: &mut Pages::default(),
@@ -93,6 +130,7 @@ mod tests {
             &mut guest.vring(),
             &guest.memory,
             &mut Vec::new(),
+            &mut Unfinished::default(),
             &counters,
             &messages,
             &mut receiver,
@@ -101,5 +139,64 @@ mod tests {
         assert_eq!(counters.refused(Refusal::NotInBalloon), 1);
         assert_eq!(messages.get(), 2);
         assert_eq!(guest.used(), 2);
+    }
+
+    /// No memory can be allocated beyond the end of a file that must not grow: a stand-in for a pool of huge pages
+    /// that is empty.
+    #[test]
+    fn a_driver_that_waits_gets_no_page_without_memory() {
+        for (told_before_use, next, used) in [(true, Next::Later, 0), (false, Next::Notified, 1)] {
+            let mut guest = GuestQueue::new();
+            let mut balloon = Balloon::default();
+            balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
+            balloon.inflate(&[0xefe..0xf00, 0xf01..0xf02], &mut Pieces::default());
+            guest.file().set_len(0xeff << 12).unwrap();
+            fcntl(guest.file(), FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+            guest.send(&[&[0xfe, 0xe, 0, 0, 0xff, 0xe, 0, 0]]);
+            let (counters, result) = serve_waiting(&guest, &mut balloon, told_before_use);
+            assert_eq!((result, guest.used()), (next, used));
+            assert_eq!(counters.prefault_failures.get(), 1);
+            let out = if told_before_use { 0 } else { 2 * 4096 };
+            assert_eq!(counters.deflated.get(), out);
+        }
+    }
+
+    #[test]
+    fn memory_is_there_before_the_buffer_is_used() {
+        let mut guest = GuestQueue::new();
+        let mut balloon = Balloon::default();
+        balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
+        balloon.inflate(&[0xefe..0xf00], &mut Pieces::default());
+        guest.send(&[&[0xfe, 0xe, 0, 0, 0xff, 0xe, 0, 0, 0, 0xf, 0, 0]]);
+        let blocks = || guest.file().metadata().unwrap().blocks();
+        let before = blocks();
+        let (counters, result) = serve_waiting(&guest, &mut balloon, true);
+        assert_eq!((result, guest.used()), (Next::Notified, 1));
+        // The third page was not in the balloon. The used ring has two pages.
+        assert_eq!(blocks(), before + (2 + 2) * 8);
+        assert_eq!(counters.deflated.get(), 2 * 4096);
+        assert_eq!(counters.refused(Refusal::NotInBalloon), 1);
+    }
+
+    fn serve_waiting(
+        guest: &GuestQueue,
+        balloon: &mut Balloon,
+        told_before_use: bool,
+    ) -> (Counters, Next) {
+        let counters = Counters::default();
+        let mut receiver = Deflate {
+            memory: &guest.memory,
+            balloon,
+            discarder: &mut Discarder::default(),
+            prefault: true,
+            told_before_use,
+            begun: false,
+            format: Format::Pfns,
+            counters: &counters,
+            pages: &mut Pages::default(),
+            pieces: &mut Pieces::default(),
+        };
+        let next = guest.serve(&counters, &mut receiver);
+        (counters, next)
     }
 }

@@ -7,12 +7,14 @@
 //! worker's data, then one of the others; the state comes after its file.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use balloon_wire::BALLOON_PAGE_SIZE;
@@ -32,16 +34,19 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::balloon::Balloon;
 use crate::channel::Channel;
+use crate::config::{Fields, bytes};
 use crate::counters::Counters;
 use crate::deflate::Deflate;
 use crate::discard::{Discarder, Granularity, Pieces};
 use crate::features::{Feature, config_size, tells_before_use};
+use crate::floor::Floor;
 use crate::hazard::{Hazard, Watch};
 use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
+use crate::kept;
 use crate::page_map::PageMap;
 use crate::pages::{Format, Pages};
-use crate::queue::{Kind, MAX_QUEUE_SIZE, MAX_QUEUES, serve};
+use crate::queue::{Budget, Kind, MAX_QUEUE_SIZE, MAX_QUEUES, Next, Unfinished, serve};
 use crate::reporting::Reporting;
 use crate::requests::{Answers, Requests, TooMany};
 use crate::state::State;
@@ -50,6 +55,15 @@ use crate::stats::Stats;
 /// What wakes the worker besides the queues. The numbers up to that of the queues are the library's.
 const WAKE: u64 = MAX_QUEUES as u64 + 1;
 const TIMER: u64 = MAX_QUEUES as u64 + 2;
+const RETRY: u64 = MAX_QUEUES as u64 + 3;
+const GRACE: u64 = MAX_QUEUES as u64 + 4;
+
+/// How long the guest waits for memory that the host does not have, before the host is asked again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// For how long nothing is locked after a queue has used up its time. Else the thread would mostly have the locks
+/// again before another one that waits for them is awake.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// The smallest part of the configuration space that is all of it to a driver, in bytes.
 const SMALLEST_CONFIG: u32 = 8;
@@ -68,6 +82,12 @@ pub struct Settings {
     pub prefault: bool,
     /// What memory is discarded in spite of.
     pub allowed: Vec<Hazard>,
+    /// The name of the VM, if it has one.
+    pub name: Option<String>,
+    /// What is left to the guest at least.
+    pub floor: Floor,
+    /// For how long a guest that boots is left alone by a target that was there before.
+    pub boot_grace: Duration,
 }
 
 /// What the thread that serves the queues needs, and only it as long as a driver is at work.
@@ -80,6 +100,11 @@ struct Work {
     pieces: Pieces,
     ranges: Vec<Range<u64>>,
     heads: Vec<u16>,
+    /// The batch of each kind of queue that was begun.
+    unfinished: [Unfinished; MAX_QUEUES],
+    /// For each kind of queue, whether it is served for the first time since a driver was taken up. Another
+    /// process may have begun with its messages.
+    taken_up: [bool; MAX_QUEUES],
     /// Where the inflate queue's available ring is to be read next.
     position: Option<u16>,
     /// Whether the inflate queue was served since it was started.
@@ -87,10 +112,18 @@ struct Work {
 }
 
 impl Work {
-    /// Without memory yet. Memory is discarded in spite of these hazards.
-    fn new(allowed: &[Hazard]) -> Self {
+    /// Without memory yet. Memory is discarded in spite of these hazards, and what is in the balloon is kept in a
+    /// file.
+    fn new(allowed: &[Hazard], kept: Option<&File>) -> Self {
+        let mut balloon = Balloon::new(allowed);
+        match kept.map(File::try_clone).transpose() {
+            Ok(Some(file)) => balloon.keep(file),
+            Ok(None) => {}
+            Err(error) => kept::lost(&error),
+        }
         Self {
-            balloon: Balloon::new(allowed),
+            balloon,
+            taken_up: [true; MAX_QUEUES],
             ..Self::default()
         }
     }
@@ -129,6 +162,8 @@ pub struct Device {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     acked: AtomicU64,
     work: Mutex<Work>,
+    /// What is in the balloon, for another process.
+    kept: Option<File>,
     state: Mutex<State>,
     hints: Mutex<Hints>,
     stats: Mutex<Stats>,
@@ -151,6 +186,18 @@ pub struct Device {
     pending: AtomicU64,
     wake: EventFd,
     timer: TimerFd,
+    /// Goes off when the deflate queue is to be served again.
+    retry: TimerFd,
+    /// Goes off when a guest has been left alone for long enough.
+    grace: TimerFd,
+    /// When that is.
+    grace_end: Mutex<Option<Instant>>,
+    /// What the guest was asked for last, in balloon pages.
+    asked: AtomicU32,
+    /// Whether the deflate queue waits for memory of the host's.
+    blocked: AtomicBool,
+    /// Done when it was logged that granules are large.
+    large_granules: Once,
     /// Done when it was logged that the configuration space is too small.
     short_config: Once,
     sizes: Mutex<Sizes>,
@@ -168,7 +215,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Device {
-    /// A device that begins in this state, and keeps the host's part of it at `path`.
+    /// A device that begins in this state, and keeps the host's part of it at `path`, and what is in the balloon
+    /// in the file `kept`.
     ///
     /// # Errors
     ///
@@ -178,12 +226,14 @@ impl Device {
         state: State,
         path: Option<PathBuf>,
         channel: Channel,
+        kept: Option<File>,
     ) -> io::Result<Self> {
         let interval = state.stats_interval;
         // The timer may be stopped between the event and the reading, which must not wait then.
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let device = Self {
-            work: Mutex::new(Work::new(&settings.allowed)),
+            work: Mutex::new(Work::new(&settings.allowed, kept.as_ref())),
+            kept,
             settings,
             memory: GuestMemoryAtomic::new(GuestMemoryMmap::default()),
             acked: AtomicU64::new(0),
@@ -203,6 +253,12 @@ impl Device {
             pending: AtomicU64::new(0),
             wake: EventFd::new(EFD_NONBLOCK)?,
             timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            retry: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            grace: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
+            grace_end: Mutex::default(),
+            asked: AtomicU32::new(0),
+            blocked: AtomicBool::new(false),
+            large_granules: Once::new(),
             short_config: Once::new(),
             sizes: Mutex::default(),
             watch: Mutex::default(),
@@ -227,6 +283,10 @@ impl Device {
         let timer = self.timer.as_fd().as_raw_fd();
         worker.register_listener(self.wake.as_raw_fd(), EventSet::IN, WAKE)?;
         worker.register_listener(timer, EventSet::IN, TIMER)?;
+        let grace = self.grace.as_fd().as_raw_fd();
+        worker.register_listener(grace, EventSet::IN, GRACE)?;
+        let retry = self.retry.as_fd().as_raw_fd();
+        worker.register_listener(retry, EventSet::IN, RETRY)?;
         self.connected.store(true, SeqCst);
         debug!("a front end is connected");
         Ok(())
@@ -241,11 +301,22 @@ impl Device {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .replace(GuestMemoryMmap::default());
-        *lock(&self.work) = Work::new(&self.settings.allowed);
+        *lock(&self.work) = Work::new(&self.settings.allowed, self.kept.as_ref());
         *lock(&self.watch) = Watch::default();
         lock(&self.logged).clear();
         *lock(&self.sizes) = Default::default();
-        lock(&self.stats).restart();
+        *lock(&self.answered) = None;
+        *lock(&self.grace_end) = None;
+        self.blocked.store(false, SeqCst);
+        self.acked.store(0, SeqCst);
+        // What the guest has said was about itself.
+        let mut state = lock(&self.state);
+        state.config = Fields {
+            target: state.config.target,
+            ..Fields::default()
+        };
+        drop(state);
+        lock(&self.stats).forget();
         lock(&self.requests).disconnect(&self.counters);
         self.connected.store(false, SeqCst);
         // The library forgets this file descriptor without closing it.
@@ -258,6 +329,8 @@ impl Device {
     fn stop(&self) {
         lock(&self.work).at_work = false;
         self.running.store(false, SeqCst);
+        // A driver that continues may have been left alone meanwhile.
+        self.config_changed.store(true, SeqCst);
     }
 
     /// Whether a VMM is connected.
@@ -293,6 +366,11 @@ impl Device {
     /// The state that is kept.
     pub fn state(&self) -> State {
         lock(&self.state).clone()
+    }
+
+    /// The name of the VM, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        self.settings.name.as_deref()
     }
 
     /// What the front end has said about the guest's memory.
@@ -379,12 +457,90 @@ impl Device {
         file.as_ref().map_or(Ok(()), |path| self.state().save(path))
     }
 
-    /// Has the guest give away so many balloon pages.
+    /// How much memory the guest has, in the balloon or not, in bytes: what it says in its statistics, or what the
+    /// VMM has shared. A VMM shares more than there is for the guest: what a virtio-mem device has not plugged,
+    /// NVDIMMs, memory of PCI devices.
+    pub fn guest_memory(&self) -> Option<u64> {
+        let shared = Some(lock(&self.sizes).memory).filter(|&bytes| bytes > 0)?;
+        // Linux takes what is in the balloon off the total, if it does not take it back when it runs out of memory.
+        let counts_balloon = Feature::DeflateOnOom.is_in(self.acked.load(SeqCst));
+        let said = lock(&self.stats)
+            .total()
+            .map(|(total, size)| match counts_balloon {
+                true => total,
+                false => total.saturating_add(size),
+            });
+        Some(said.unwrap_or(shared).min(shared))
+    }
+
+    /// The largest balloon that leaves the guest its floor, in bytes.
+    pub fn limit(&self) -> Option<u64> {
+        self.settings.floor.limit(self.guest_memory()?)
+    }
+
+    /// For how long a guest that boots is still left alone.
+    pub fn grace(&self) -> Option<Duration> {
+        let end = (*lock(&self.grace_end))?;
+        Some(end.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
+    }
+
+    /// How many balloon pages the guest is asked for now.
+    fn asked(&self) -> u32 {
+        // A driver that has not been seen yet may be that of a guest that boots.
+        let unseen = !self.running() && !self.settings.boot_grace.is_zero();
+        let alone = unseen || self.grace().is_some();
+        let limit = self
+            .limit()
+            .map_or(u64::MAX, |bytes| bytes / BALLOON_PAGE_SIZE);
+        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+        let config = &lock(&self.state).config;
+        let target = config.target.min(limit);
+        if alone {
+            target.min(config.actual)
+        } else {
+            target
+        }
+    }
+
+    /// Tells the guest if what it is asked for has changed without a client.
+    fn follow(&self) {
+        if self.asked.load(SeqCst) != self.asked() {
+            self.notify();
+        }
+    }
+
+    /// Leaves a guest alone that boots under a target that was there before.
+    fn leave_alone(&self) {
+        let grace = self.settings.boot_grace;
+        if grace.is_zero() || lock(&self.state).config.target == 0 {
+            return;
+        }
+        let after = Expiration::OneShot(TimeSpec::from_duration(grace));
+        match self.grace.set(after, TimerSetTimeFlags::empty()) {
+            Ok(()) => {
+                info!(
+                    "the guest has a new driver, and is left alone for {} s",
+                    grace.as_secs()
+                );
+                *lock(&self.grace_end) = Instant::now().checked_add(grace);
+            }
+            Err(error) => error!("cannot set a timer: {error}"),
+        }
+    }
+
+    /// Has the guest give away so many balloon pages, also while it boots.
     ///
     /// # Errors
     ///
     /// The file cannot be written, and the target will be forgotten with the process.
     pub fn set_target(&self, pages: u32) -> io::Result<()> {
+        if self.running() {
+            *lock(&self.grace_end) = None;
+        }
+        if lock(&self.state).config.target == pages {
+            self.follow();
+            return Ok(());
+        }
         let result = self.wish(|state| state.config.target = pages);
         self.notify();
         result
@@ -486,7 +642,13 @@ impl Device {
         };
 
         let keep = self.keeps_free_pages();
+        if kind == Kind::Deflate && self.blocked.load(SeqCst) {
+            return;
+        }
         let mut vring = vring.get_mut();
+        if !vring.is_enabled() {
+            return;
+        }
         let mut work = lock(&self.work);
         work.discarder.withhold = match kind {
             Kind::Inflate | Kind::Reporting | Kind::Requests => self.is_inhibited(),
@@ -495,6 +657,13 @@ impl Device {
         // What the page frame numbers are looked up in, and not what the library may have put in its place.
         let memory = Arc::clone(&work.memory);
         let memory: &GuestMemoryMmap = &memory;
+        if kind == Kind::Inflate && !work.at_work {
+            let queue = vring.get_queue();
+            if !queue.ready() {
+                return;
+            }
+            self.start(&mut work, queue.next_avail());
+        }
         let Work {
             balloon,
             discarder,
@@ -502,58 +671,86 @@ impl Device {
             pieces,
             ranges,
             heads,
+            unfinished,
+            taken_up,
             ..
         } = &mut *work;
-        let more = match kind {
+        let place = kind as usize;
+        let (Some(unfinished), Some(taken_up)) =
+            (unfinished.get_mut(place), taken_up.get_mut(place))
+        else {
+            return;
+        };
+        let next = match kind {
             Kind::Inflate => {
-                let queue = vring.get_queue();
-                if !queue.ready() {
-                    return;
-                }
-                let next = queue.next_avail();
-                if !work.at_work {
-                    self.start(&mut work, next);
-                }
-                let work = &mut *work;
                 let mut inflate = Inflate {
                     memory,
-                    balloon: &mut work.balloon,
-                    told_before_use: tells_before_use(acked),
-                    discarder: &mut work.discarder,
-                    format: Format::of(acked),
-                    counters,
-                    pages: &mut work.pages,
-                    pieces: &mut work.pieces,
-                };
-                let heads = &mut work.heads;
-                let more = serve(&mut vring, memory, heads, counters, messages, &mut inflate);
-                work.position = Some(vring.get_queue().next_avail());
-                more
-            }
-            Kind::Deflate => {
-                let mut deflate = Deflate {
-                    memory,
                     balloon,
-                    prefault: self.settings.prefault.then_some(discarder),
+                    told_before_use: tells_before_use(acked),
+                    begun: *taken_up,
+                    discarder,
                     format: Format::of(acked),
                     counters,
                     pages,
                     pieces,
                 };
-                serve(&mut vring, memory, heads, counters, messages, &mut deflate)
+                let next = serve(
+                    &mut vring,
+                    memory,
+                    heads,
+                    unfinished,
+                    counters,
+                    messages,
+                    &mut inflate,
+                );
+                work.position = Some(vring.get_queue().next_avail());
+                next
+            }
+            Kind::Deflate => {
+                let mut deflate = Deflate {
+                    memory,
+                    balloon,
+                    discarder,
+                    prefault: self.settings.prefault,
+                    told_before_use: tells_before_use(acked),
+                    begun: *taken_up,
+                    format: Format::of(acked),
+                    counters,
+                    pages,
+                    pieces,
+                };
+                serve(
+                    &mut vring,
+                    memory,
+                    heads,
+                    unfinished,
+                    counters,
+                    messages,
+                    &mut deflate,
+                )
             }
             Kind::Stats => {
-                lock(&self.stats).serve(&mut vring, memory, counters, messages);
+                let size = bytes(lock(&self.state).config.actual);
+                lock(&self.stats).serve(&mut vring, memory, counters, messages, size);
                 self.sampled.notify_all();
-                false
+                self.follow();
+                Next::Notified
             }
             Kind::Hinting => {
                 let mut hinting = Hinting {
                     memory,
-                    hints: &mut lock(&self.hints),
+                    hints: &self.hints,
                     counters,
                 };
-                serve(&mut vring, memory, heads, counters, messages, &mut hinting)
+                serve(
+                    &mut vring,
+                    memory,
+                    heads,
+                    unfinished,
+                    counters,
+                    messages,
+                    &mut hinting,
+                )
             }
             Kind::Reporting => {
                 let mut reporting = Reporting {
@@ -568,6 +765,7 @@ impl Device {
                     &mut vring,
                     memory,
                     heads,
+                    unfinished,
                     counters,
                     messages,
                     &mut reporting,
@@ -582,12 +780,37 @@ impl Device {
                     counters,
                     keep,
                     pieces,
+                    budget: Budget::turn(),
+                    done: &mut unfinished.done,
                 };
                 answers.serve(&mut vring, messages)
             }
         };
-        if more {
-            self.wake(number);
+        let pause = work.unfinished.get(place).is_some_and(Unfinished::is_some);
+        if let (false, Some(taken_up)) = (pause, work.taken_up.get_mut(place)) {
+            *taken_up = false;
+        }
+        drop(work);
+        drop(vring);
+        match next {
+            Next::Notified => {}
+            Next::Soon => {
+                if pause {
+                    thread::sleep(PAUSE);
+                }
+                self.wake(number);
+            }
+            Next::Later => self.retry(),
+        }
+    }
+
+    /// Has the deflate queue served again in a while.
+    fn retry(&self) {
+        self.blocked.store(true, SeqCst);
+        let after = Expiration::OneShot(TimeSpec::from_duration(RETRY_INTERVAL));
+        if let Err(error) = self.retry.set(after, TimerSetTimeFlags::empty()) {
+            error!("cannot set a timer: {error}");
+            self.blocked.store(false, SeqCst);
         }
     }
 
@@ -595,11 +818,24 @@ impl Device {
     fn start(&self, work: &mut Work, next: u16) {
         if work.is_new_driver(next) {
             work.balloon.empty();
+            work.taken_up = [false; MAX_QUEUES];
             lock(&self.hints).restart();
             lock(&self.state).config.actual = 0;
+            self.leave_alone();
             debug!("the guest has a driver, with an empty balloon");
         } else {
+            if tells_before_use(self.acked.load(SeqCst)) {
+                work.balloon.refill();
+            }
+            work.balloon.taken_up();
             debug!("the guest's driver goes on");
+        }
+        let target = bytes(lock(&self.state).config.target);
+        if let Some(limit) = self.limit().filter(|&limit| target > limit) {
+            warn!(
+                "the target of {target} bytes would leave a VM of {} bytes too little; it is asked for {limit} bytes",
+                self.guest_memory().unwrap_or_default()
+            );
         }
         work.at_work = true;
         self.running.store(true, SeqCst);
@@ -644,8 +880,10 @@ impl VhostUserBackend for Device {
         let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(size)) else {
             return Vec::new();
         };
-        if start == 0 && size >= SMALLEST_CONFIG && length < needed {
-            // The guest may ask as often as it likes.
+        // QEMU reads all that it has when it makes the device, before there is a driver. Others read what their
+        // guest reads, and no driver reads before it has accepted features.
+        let first = start == 0 && self.acked.load(SeqCst) == 0;
+        if first && size >= SMALLEST_CONFIG && length < needed {
             self.short_config.call_once(|| error!(
                 "the VMM has {size} bytes of configuration for a device that needs {needed}, and a Linux guest \
                  would crash; start QEMU's device with config_size={needed}, or this one with fewer --features"
@@ -657,7 +895,9 @@ impl VhostUserBackend for Device {
         // There is none below a page, also while the memory is not known (PS-V3).
         let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
         let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
-        let fields = lock(&self.state).config.read(command, granule);
+        let asked = self.asked();
+        self.asked.store(asked, SeqCst);
+        let fields = lock(&self.state).config.read(asked, command, granule);
         let rest = fields.get(start..).unwrap_or_default();
         // What comes after the last field is nothing.
         rest.iter()
@@ -689,14 +929,16 @@ impl VhostUserBackend for Device {
             hazards: balloon.hazards(),
         };
         self.hazards();
+        self.follow();
         let large = balloon
             .granule()
             .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);
         if large && self.settings.features & Feature::MustTellHost.mask() == 0 {
-            warn!(
+            // A guest can have its VMM send the memory again as often as it likes.
+            self.large_granules.call_once(|| warn!(
                 "the guest's memory is in huge pages, which come back to the host only when they are named at \
                  once; start this with --granule 2M, so that they may come in pieces"
-            );
+            ));
         }
         Ok(())
     }
@@ -711,14 +953,22 @@ impl VhostUserBackend for Device {
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         let acked = self.acked.load(SeqCst);
-        match usize::try_from(queue_index).map(|number| Kind::of(number, acked)) {
+        let kind = usize::try_from(queue_index).map(|number| Kind::of(number, acked));
+        match kind {
             Ok(Some(Kind::Inflate)) => {
                 self.stop();
                 debug!("the guest's driver stops");
             }
             Ok(Some(Kind::Stats)) => lock(&self.stats).restart(),
             Ok(Some(Kind::Requests)) => lock(&self.requests).restart(),
+            Ok(Some(Kind::Deflate)) => self.blocked.store(false, SeqCst),
             _ => {}
+        }
+        // What was begun begins again where the queue continues, or never.
+        if let Ok(Some(kind)) = kind {
+            if let Some(unfinished) = lock(&self.work).unfinished.get_mut(kind as usize) {
+                *unfinished = Unfinished::default();
+            }
         }
         Ok(())
     }
@@ -737,6 +987,18 @@ impl VhostUserBackend for Device {
                 let _ = self.wake.read();
                 let pending = self.pending.swap(0, SeqCst);
                 for number in (0..MAX_QUEUES).filter(|number| pending & (1 << number) != 0) {
+                    self.serve_queue(number, vrings);
+                }
+            }
+            GRACE => {
+                let _ = self.grace.wait();
+                *lock(&self.grace_end) = None;
+                self.follow();
+            }
+            RETRY => {
+                let _ = self.retry.wait();
+                self.blocked.store(false, SeqCst);
+                if let Some(number) = Kind::Deflate.number(self.acked.load(SeqCst)) {
                     self.serve_queue(number, vrings);
                 }
             }
@@ -765,7 +1027,90 @@ impl VhostUserBackend for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::device;
+    use crate::testing::{GuestQueue, device};
+    use balloon_control::{Handler, Request};
+
+    #[test]
+    fn a_driver_may_read_any_part_of_the_configuration() {
+        let device = device(&[Feature::Stats], true);
+        device.acked_features(Feature::Stats.mask());
+        lock(&device.state).config.stop_reason = 0x0102_0304;
+        let all = device.get_config(0, 64);
+        assert_eq!((all.len(), &all[24..]), (64, &[0; 40][..]));
+        for start in 0..40_usize {
+            for length in 0..24_usize {
+                let part = device.get_config(start.try_into().unwrap(), length.try_into().unwrap());
+                assert_eq!(part, all[start..start + length]);
+            }
+        }
+    }
+
+    /// A device with a guest of 16 MiB, whose driver has started at this index.
+    fn running(target: u64, next: u16) -> Device {
+        let device = device(&[Feature::Stats], true);
+        device
+            .set_target((target / BALLOON_PAGE_SIZE).try_into().unwrap())
+            .unwrap();
+        device.acked_features(Feature::Stats.mask());
+        let memory = GuestMemoryAtomic::new(GuestQueue::new().memory);
+        device.update_memory(memory).unwrap();
+        device.start(&mut lock(&device.work), next);
+        device
+    }
+
+    fn asked(device: &Device) -> u64 {
+        let config = device.get_config(0, 4);
+        u64::from(u32::from_le_bytes(config.try_into().unwrap())) * BALLOON_PAGE_SIZE
+    }
+
+    #[test]
+    fn a_kept_target_leaves_the_floor() {
+        let device = running(64 << 20, 7);
+        assert_eq!(asked(&device), 15 << 20);
+        assert_eq!(device.limit(), Some(15 << 20));
+        let error = device
+            .handle(Request::Set {
+                bytes: (15 << 20) + 4096,
+            })
+            .unwrap_err();
+        assert!(error.to_string().contains("15728640"), "{error}");
+        device.handle(Request::Set { bytes: 15 << 20 }).unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_boots_is_left_alone() {
+        let device = running(8 << 20, 0);
+        assert_eq!(asked(&device), 0);
+        assert!(device.grace().is_some());
+        // A client knows what it does.
+        device.set_target(2048).unwrap();
+        assert_eq!(asked(&device), 8 << 20);
+
+        let device = running(8 << 20, 0);
+        *lock(&device.grace_end) = Some(Instant::now());
+        assert_eq!(asked(&device), 8 << 20);
+        // One that continues keeps what it has.
+        device.stop();
+        lock(&device.state).config.actual = 1024;
+        assert_eq!(asked(&device), 4 << 20);
+        device.start(&mut lock(&device.work), 7);
+        assert_eq!(asked(&device), 8 << 20);
+    }
+
+    #[test]
+    fn nothing_of_a_guest_outlives_its_vmm() {
+        let device = running(8 << 20, 7);
+        device.set_config(0, &[0xff; 24]).unwrap();
+        assert!(device.answered().is_some() && device.state().config.actual > 0);
+        device.disconnect();
+        let expected = Fields {
+            target: 2048,
+            ..Fields::default()
+        };
+        assert_eq!(device.state().config, expected);
+        assert_eq!((device.answered(), device.guest_memory()), (None, None));
+        assert!(device.stats().is_none());
+    }
 
     #[test]
     fn too_short_a_configuration_is_refused() {

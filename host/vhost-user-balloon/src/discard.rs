@@ -18,8 +18,10 @@
 
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use balloon_wire::BALLOON_PAGE_SIZE;
 use log::error;
@@ -29,8 +31,15 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::counters::Counters;
+use crate::queue::Budget;
 
 const SHMEM_HUGE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// So much is discarded by one call: as much as takes a small part of the time that a queue has.
+const PART: u64 = 32 << 20;
+
+/// An error is logged once in this interval at most.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The size of a transparent huge page in bytes.
 const HUGE_PAGE: u64 = 2 << 20;
@@ -113,9 +122,27 @@ pub struct Piece {
     pub file: Arc<File>,
     /// The range in bytes.
     pub range: Range<u64>,
+    /// The granule of the file in bytes.
+    pub granule: u64,
 }
 
 impl Piece {
+    /// Its parts, each of a bounded size, and of whole granules if it has such.
+    fn parts(&self) -> impl Iterator<Item = Self> {
+        let step = PART.max(self.granule);
+        let mut start = self.range.start;
+        std::iter::from_fn(move || {
+            let end = (start / step + 1).saturating_mul(step).min(self.range.end);
+            let range = start..end;
+            start = end;
+            (!range.is_empty()).then(|| Self {
+                file: Arc::clone(&self.file),
+                range,
+                granule: self.granule,
+            })
+        })
+    }
+
     /// How long it is, in bytes.
     fn length(&self) -> u64 {
         self.range.end.saturating_sub(self.range.start)
@@ -131,8 +158,8 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// Adds a range of bytes of a file.
-    pub fn push(&mut self, file: &Arc<File>, range: Range<u64>) {
+    /// Adds a range of bytes of a file that has this granule.
+    pub fn push(&mut self, file: &Arc<File>, range: Range<u64>, granule: u64) {
         match self.pieces.last_mut() {
             Some(last) if last.range.end == range.start && Arc::ptr_eq(&last.file, file) => {
                 last.range.end = range.end;
@@ -140,8 +167,19 @@ impl Pieces {
             _ => self.pieces.push(Piece {
                 file: Arc::clone(file),
                 range,
+                granule,
             }),
         }
+    }
+
+    /// Leaves so many bytes out at the beginning.
+    fn skip(&mut self, mut bytes: u64) {
+        self.pieces.retain_mut(|piece| {
+            let skipped = bytes.min(piece.length());
+            piece.range.start += skipped;
+            bytes -= skipped;
+            piece.length() > 0
+        });
     }
 
     /// Takes note of so many bytes that are not to be discarded.
@@ -161,60 +199,111 @@ impl Pieces {
 pub struct Discarder {
     /// Whether no memory is to be given back now.
     pub withhold: bool,
-    /// The errors that were logged: one that comes once comes for every piece.
-    logged: Vec<Errno>,
+    /// When each error was logged: one that comes once comes for every piece.
+    logged: Vec<(Errno, Instant)>,
 }
 
 impl Discarder {
-    /// Punches a hole for each of the pieces, which are none afterwards.
-    pub fn discard(&mut self, pieces: &mut Pieces, counters: &Counters) {
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        counters.withheld.add(std::mem::take(&mut pieces.withheld));
-        for piece in pieces.pieces.drain(..) {
-            if self.withhold {
-                counters.withheld.add(piece.length());
-                continue;
-            }
-            match counters.discarding.time(|| allocate(&piece, flags)) {
-                Ok(()) => {
-                    counters.discards.add(1);
-                    counters.discarded.add(piece.length());
-                }
-                Err(errno) => {
-                    counters.discard_failures.add(1);
-                    if self.is_new(errno) {
-                        error!(
-                            "cannot give memory back to the host: {errno}; have the VMM use a memory file \
-                             that can have holes, as QEMU's memory-backend-memfd with share=on is"
-                        );
-                    }
-                }
-            }
+    /// Punches a hole for each of the pieces, which are none afterwards. The first `done` bytes of them were
+    /// dealt with before, and what is dealt with now is added. Returns whether there was time for all.
+    pub fn discard(
+        &mut self,
+        pieces: &mut Pieces,
+        counters: &Counters,
+        done: &mut u64,
+        budget: Budget,
+    ) -> bool {
+        if *done == 0 {
+            counters.withheld.add(pieces.withheld);
         }
+        pieces.skip(*done);
+        let mut in_time = true;
+        let mut parts = pieces.pieces.iter().flat_map(Piece::parts).peekable();
+        while let (Some(part), true) = (parts.next(), in_time) {
+            self.punch(&part, counters);
+            *done = done.saturating_add(part.length());
+            in_time = parts.peek().is_none() || !budget.is_over();
+        }
+        drop(parts);
+        pieces.clear();
+        in_time
     }
 
-    /// Has memory ready for each of the pieces, which are none afterwards.
-    pub fn prefault(&mut self, pieces: &mut Pieces) {
-        for piece in pieces.pieces.drain(..) {
-            if let Err(errno) = allocate(&piece, FallocateFlags::empty()) {
-                if self.is_new(errno) {
+    fn punch(&mut self, piece: &Piece, counters: &Counters) {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        if self.withhold {
+            counters.withheld.add(piece.length());
+            return;
+        }
+        match counters.discarding.time(|| allocate(piece, flags)) {
+            Ok(()) => {
+                counters.discards.add(1);
+                counters.discarded.add(piece.length());
+            }
+            Err(errno) => {
+                counters.discard_failures.add(1);
+                if self.is_due(errno) {
                     error!(
-                        "cannot have memory ready for the guest: {errno}; it gets its memory when it writes \
-                         to it, if the host has some"
+                        "cannot give memory back to the host: {errno}; have the VMM use a memory file that can \
+                         have holes, as QEMU's memory-backend-memfd with share=on is"
                     );
                 }
             }
         }
     }
+
+    /// Has memory ready for those of the pieces that need it, or for `all`. There are none afterwards. Returns
+    /// whether there was memory.
+    pub fn prefault(&mut self, pieces: &mut Pieces, all: bool, counters: &Counters) -> bool {
+        let mut ready = true;
+        for piece in &pieces.pieces {
+            if !all && !may_run_out(&piece.file) {
+                continue;
+            }
+            if let Err(errno) = allocate(piece, FallocateFlags::empty()) {
+                ready = false;
+                counters.prefault_failures.add(1);
+                if self.is_due(errno) {
+                    error!(
+                        "the host has no memory for what the guest takes back: {errno}; free memory on the host, \
+                         or huge pages, or room in the tmpfs, before the guest needs it"
+                    );
+                }
+            }
+        }
+        pieces.clear();
+        ready
+    }
+
+    /// Whether an error was not logged for a while.
+    fn is_due(&mut self, errno: Errno) -> bool {
+        let now = Instant::now();
+        match self.logged.iter_mut().find(|(logged, _)| *logged == errno) {
+            Some((_, at)) if now.duration_since(*at) < LOG_INTERVAL => return false,
+            Some((_, at)) => *at = now,
+            None => self.logged.push((errno, now)),
+        }
+        true
+    }
 }
 
-impl Discarder {
-    fn is_new(&mut self, errno: Errno) -> bool {
-        let new = !self.logged.contains(&errno);
-        if new {
-            self.logged.push(errno);
+/// Whether the file may have no memory for a page although the host has some: when its huge pages are used up,
+/// or the room in its tmpfs.
+fn may_run_out(file: &File) -> bool {
+    let Ok(metadata) = file.metadata() else {
+        return true;
+    };
+    match fstatfs(file) {
+        Ok(stat) if stat.filesystem_type() == HUGETLBFS_MAGIC => true,
+        // A memfd's tmpfs has no limit, and says so by having no blocks.
+        Ok(stat) if stat.filesystem_type() == TMPFS_MAGIC && stat.blocks() > 0 => {
+            let block = u64::try_from(stat.block_size()).unwrap_or_default();
+            let room = stat.blocks_available().saturating_mul(block);
+            room < metadata
+                .len()
+                .saturating_sub(metadata.blocks().saturating_mul(512))
         }
-        new
+        _ => false,
     }
 }
 
@@ -233,7 +322,56 @@ fn allocate(piece: &Piece, flags: FallocateFlags) -> Result<(), Errno> {
 mod tests {
     use super::*;
     use crate::testing::memory_file;
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+
+    fn discard(pieces: &mut Pieces, counters: &Counters) {
+        assert!(Discarder::default().discard(pieces, counters, &mut 0, Budget::UNLIMITED));
+    }
+
+    #[test]
+    fn a_long_piece_takes_several_turns() {
+        let file = memory_file(3 * PART);
+        let counters = Counters::default();
+        let mut discarder = Discarder::default();
+        let mut done = 0;
+        let mut turns = 0;
+        loop {
+            let mut pieces = Pieces::default();
+            pieces.push(&file, 4096..PART, 4096);
+            pieces.push(&file, PART + 4096..3 * PART, 4096);
+            pieces.withhold(5);
+            turns += 1;
+            if discarder.discard(&mut pieces, &counters, &mut done, Budget::spent()) {
+                break;
+            }
+        }
+        assert_eq!((turns, counters.discards.get()), (3, 3));
+        assert_eq!(counters.discarded.get(), 3 * PART - 8192);
+        assert_eq!(counters.withheld.get(), 5);
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_counted() {
+        // Nothing can be allocated in a file that is read-only.
+        let file = memory_file(4096);
+        let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let mut pieces = Pieces::default();
+        pieces.push(&Arc::new(read_only), 0..4096, 4096);
+        let counters = Counters::default();
+        let mut discarder = Discarder::default();
+        assert!(
+            discarder.prefault(&mut pieces, false, &counters),
+            "a memfd needs none"
+        );
+        pieces.push(&file, 0..4096, 4096);
+        assert!(discarder.prefault(&mut pieces, true, &counters));
+        let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        pieces.push(&Arc::new(read_only), 0..4096, 4096);
+        assert!(!discarder.prefault(&mut pieces, true, &counters));
+        assert_eq!(counters.prefault_failures.get(), 1);
+        assert!(!discarder.is_due(Errno::EBADF), "it was logged");
+    }
 
     #[test]
     fn neighbours_become_one_hole() {
@@ -243,10 +381,10 @@ mod tests {
 
         let mut pieces = Pieces::default();
         for page in [1, 2, 3, 8] {
-            pieces.push(&file, page * 4096..(page + 1) * 4096);
+            pieces.push(&file, page * 4096..(page + 1) * 4096, 4096);
         }
         let counters = Counters::default();
-        Discarder::default().discard(&mut pieces, &counters);
+        discard(&mut pieces, &counters);
         assert_eq!(counters.discards.get(), 2);
         assert_eq!(counters.discarded.get(), 4 * 4096);
         assert_eq!(file.metadata().unwrap().blocks(), blocks - 4 * 8);
@@ -258,8 +396,8 @@ mod tests {
             assert!(bytes.iter().all(|&byte| byte == expected), "page {page}");
         }
 
-        pieces.push(&file, 4096..8192);
-        Discarder::default().prefault(&mut pieces);
+        pieces.push(&file, 4096..8192, 4096);
+        assert!(Discarder::default().prefault(&mut pieces, true, &counters));
         assert_eq!(file.metadata().unwrap().blocks(), blocks - 3 * 8);
     }
 
@@ -267,9 +405,9 @@ mod tests {
     fn a_file_without_holes_is_counted() {
         let file = Arc::new(File::open("/dev/null").unwrap());
         let mut pieces = Pieces::default();
-        pieces.push(&file, 0..4096);
+        pieces.push(&file, 0..4096, 4096);
         let counters = Counters::default();
-        Discarder::default().discard(&mut pieces, &counters);
+        discard(&mut pieces, &counters);
         assert_eq!(counters.discard_failures.get(), 1);
         assert_eq!(counters.discarded.get(), 0);
     }

@@ -9,13 +9,15 @@
 //! the device has even seen the hint, and what it has written would be lost. A hint says only that the
 //! contents before the command may be left out of a copy, by those who know what was written since.
 
+use std::sync::Mutex;
 use std::time::SystemTime;
 
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::counters::{Counters, Refusal};
-use crate::queue::{Chain, Receiver, buffers, read};
+use crate::device::lock;
+use crate::queue::{Budget, Chain, Progress, Receiver, buffers, read};
 
 const STOP: u32 = VIRTIO_BALLOON_CMD_ID_STOP;
 const DONE: u32 = VIRTIO_BALLOON_CMD_ID_DONE;
@@ -98,7 +100,7 @@ pub struct Hinting<'a> {
     /// The guest's memory, where the messages are.
     pub memory: &'a GuestMemoryMmap,
     /// What was hinted.
-    pub hints: &'a mut Hints,
+    pub hints: &'a Mutex<Hints>,
     /// What is counted.
     pub counters: &'a Counters,
 }
@@ -107,8 +109,10 @@ impl Hinting<'_> {
     fn hint(&mut self, chain: Chain<'_>) -> Result<(), Refusal> {
         let mut id = Vec::new();
         read(self.memory, chain.clone(), size_of::<u32>(), &mut id)?;
+        // Not for longer than one message: the configuration space has the command.
+        let mut hints = lock(self.hints);
         match <[u8; 4]>::try_from(id.as_slice()) {
-            Ok(id) => self.hints.announce(u32::from_le_bytes(id)),
+            Ok(id) => hints.announce(u32::from_le_bytes(id)),
             Err(_) if !id.is_empty() => return Err(Refusal::Truncated),
             Err(_) => {}
         }
@@ -117,7 +121,7 @@ impl Hinting<'_> {
             if !descriptor.is_write_only() {
                 return;
             }
-            if self.hints.open != Some(self.hints.command) {
+            if hints.open != Some(hints.command) {
                 result = Err(Refusal::StaleHint);
                 return;
             }
@@ -135,14 +139,16 @@ impl Hinting<'_> {
 }
 
 impl Receiver for Hinting<'_> {
-    fn take(&mut self, chain: Chain<'_>) -> bool {
+    fn take(&mut self, chain: Chain<'_>, _again: bool) -> bool {
         if let Err(reason) = self.hint(chain) {
             self.counters.refuse(reason);
         }
         true
     }
 
-    fn finish(&mut self) {}
+    fn finish(&mut self, _done: &mut u64, _budget: Budget) -> Progress {
+        Progress::Done
+    }
 }
 
 #[cfg(test)]
@@ -152,12 +158,14 @@ mod tests {
 
     fn run(guest: &GuestQueue, hints: &mut Hints) -> Counters {
         let counters = Counters::default();
+        let shared = Mutex::new(std::mem::take(hints));
         let mut receiver = Hinting {
             memory: &guest.memory,
-            hints,
+            hints: &shared,
             counters: &counters,
         };
         guest.serve(&counters, &mut receiver);
+        *hints = shared.into_inner().unwrap();
         counters
     }
 

@@ -8,11 +8,11 @@
 
 use vm_memory::GuestMemoryMmap;
 
-use crate::balloon::Balloon;
+use crate::balloon::{Balloon, Tally};
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
 use crate::pages::{Format, Pages};
-use crate::queue::{Chain, Kind, Receiver};
+use crate::queue::{Budget, Chain, Kind, Progress, Receiver};
 
 /// What receives the messages of the inflate queue.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub struct Inflate<'a> {
     pub balloon: &'a mut Balloon,
     /// Whether the driver tells before it uses a page again.
     pub told_before_use: bool,
+    /// Whether another process may have begun with the messages, and pages of them be in the balloon.
+    pub begun: bool,
     /// What gives them back to the host.
     pub discarder: &'a mut Discarder,
     /// What the messages are.
@@ -36,7 +38,7 @@ pub struct Inflate<'a> {
 }
 
 impl Receiver for Inflate<'_> {
-    fn take(&mut self, chain: Chain<'_>) -> bool {
+    fn take(&mut self, chain: Chain<'_>, again: bool) -> bool {
         self.counters.translating.time(|| {
             self.pages.read(
                 self.format,
@@ -44,25 +46,43 @@ impl Receiver for Inflate<'_> {
                 self.memory,
                 chain,
                 self.counters,
+                again,
             )
         })
     }
 
-    fn finish(&mut self) {
-        let tally = self
-            .counters
-            .translating
-            .time(|| self.balloon.inflate(self.pages.sorted(), self.pieces));
+    fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
+        let translating = &self.counters.translating;
+        let named = translating.time(|| self.pages.sort(&self.balloon.memory_ranges()));
+        // What was named twice, or is outside, is counted once.
+        let mut tally = if *done == 0 { named } else { Tally::default() };
+        let mut progress = Progress::Done;
+        for chunk in self.pages.chunks(*done) {
+            if budget.is_over() {
+                progress = Progress::More;
+                break;
+            }
+            *done = chunk.end;
+            tally.add(translating.time(|| self.balloon.inflate(&[chunk], self.pieces)));
+            self.discarder
+                .discard(self.pieces, self.counters, &mut 0, Budget::UNLIMITED);
+        }
+        if progress == Progress::Done {
+            self.balloon.write_down(self.pages.ranges());
+        }
         self.pages.clear();
-        self.discarder.discard(self.pieces, self.counters);
-        if !self.told_before_use {
+        if progress == Progress::Done && !self.told_before_use {
             self.balloon.settle();
+        }
+        if self.begun {
+            tally.repeated = 0;
         }
         tally.count(
             &self.counters.inflated,
             Refusal::AlreadyInBalloon,
             self.counters,
         );
+        progress
     }
 }
 
@@ -80,6 +100,7 @@ mod tests {
             memory: &guest.memory,
             balloon,
             told_before_use: true,
+            begun: false,
             discarder: &mut Discarder::default(),
             format: Format::Pfns,
             counters: &counters,

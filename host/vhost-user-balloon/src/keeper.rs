@@ -9,6 +9,7 @@
 //! to the next child, when one has crashed or is replaced after an update.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -23,6 +24,7 @@ use balloon_control::{Access, listen};
 use log::{debug, error, info, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -100,6 +102,8 @@ struct Worker {
     socket: PathBuf,
     /// Where its state is if the user has named no place: it lasts as long as the daemon.
     state: Option<PathBuf>,
+    /// What is in the balloon, for the children.
+    kept: File,
     child: Child,
     /// Each byte from it stands for a change of the configuration space.
     changes: UnixStream,
@@ -119,12 +123,14 @@ impl Worker {
             let _ = fs::remove_file(state);
             arguments.extend(["--state".into(), state.into()]);
         }
-        let (child, changes) = spawn(&program, &arguments)?;
+        let kept = File::from(memfd_create("balloon", MFdFlags::MFD_CLOEXEC)?);
+        let (child, changes) = spawn(&program, &arguments, &kept)?;
         let mut worker = Self {
             program,
             arguments,
             socket: inner,
             state,
+            kept,
             child,
             changes,
         };
@@ -188,7 +194,7 @@ impl Worker {
     fn replace(&mut self) -> Result<()> {
         info!("starting the process with the device anew");
         self.stop()?;
-        (self.child, self.changes) = spawn(&self.program, &self.arguments)?;
+        (self.child, self.changes) = spawn(&self.program, &self.arguments, &self.kept)?;
         Ok(())
     }
 }
@@ -205,12 +211,13 @@ impl Drop for Worker {
     }
 }
 
-fn spawn(program: &Path, arguments: &[OsString]) -> Result<(Child, UnixStream)> {
+fn spawn(program: &Path, arguments: &[OsString], kept: &File) -> Result<(Child, UnixStream)> {
     let (changes, theirs) = UnixStream::pair()?;
     changes.set_nonblocking(true)?;
     let child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::from(kept.try_clone()?))
         .spawn()
         .with_context(|| format!("starting {}", program.display()))?;
     Ok((child, changes))

@@ -75,7 +75,10 @@ fn work(options: &Options) -> Result<()> {
 
     // The standard input is the other process's end of a stream.
     let channel = Channel::new(io::stdin().as_fd().try_clone_to_owned()?);
-    let daemon = Daemon::new(options, channel)?;
+    // The standard output is a file in memory that other processes with the device had before.
+    let kept = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let kept = Some(kept).filter(|kept| kept.metadata().is_ok_and(|metadata| metadata.is_file()));
+    let daemon = Daemon::new(options, channel, kept)?;
     let stop = daemon.stop();
     thread::Builder::new()
         .name("signals".to_owned())

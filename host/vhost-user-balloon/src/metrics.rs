@@ -4,12 +4,16 @@
 
 use std::fmt::Write;
 
-use balloon_control::{ByQueue, Info};
+use balloon_control::{ByQueue, Info, Shortfall, Stats, Unit};
 
-/// Writes the state of a balloon as metrics.
-pub fn text(info: &Info) -> String {
+/// Writes the state of a balloon as metrics, with the last sample of the guest's statistics, and the name of the VM
+/// as a label if it has one.
+pub fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> String {
     let counters = &info.counters;
-    let mut metrics = Metrics::default();
+    let mut metrics = Metrics {
+        text: String::new(),
+        vm: vm.map(escape),
+    };
     metrics.one(
         "gauge",
         "target_bytes",
@@ -25,6 +29,28 @@ pub fn text(info: &Info) -> String {
     if let Some(memory) = info.memory {
         metrics.one("gauge", "guest_memory_bytes", "The guest's memory.", memory);
     }
+    for (name, help, value) in [
+        (
+            "shared_memory_bytes",
+            "The memory that the VMM has shared, with what the guest does not have.",
+            info.shared,
+        ),
+        (
+            "limit_bytes",
+            "The largest balloon that leaves the guest its floor.",
+            info.limit,
+        ),
+    ] {
+        if let Some(value) = value {
+            metrics.one("gauge", name, help, value);
+        }
+    }
+    metrics.one(
+        "gauge",
+        "boot_grace_seconds",
+        "For how long a guest that boots is still left alone.",
+        info.grace.unwrap_or_default(),
+    );
     let (connected, driver) = (info.guest.connected.into(), info.guest.driver.into());
     metrics.one(
         "gauge",
@@ -81,6 +107,11 @@ pub fn text(info: &Info) -> String {
             counters.discard_failures,
         ),
         (
+            "prefault_failures_total",
+            "How often the host had no memory for what the guest takes back.",
+            counters.prefault_failures,
+        ),
+        (
             "withheld_bytes_total",
             "What must not be given back to the host and was named all the same.",
             counters.withheld,
@@ -119,18 +150,21 @@ pub fn text(info: &Info) -> String {
         metrics.one("counter", name, help, value);
     }
     metrics.many(
+        "counter",
         "messages_total",
         "Messages of the guest.",
         "queue",
         by_queue(counters.messages),
     );
     metrics.many(
+        "counter",
         "notifications_total",
         "Notifications of messages.",
         "queue",
         by_queue(counters.notifications),
     );
     metrics.many(
+        "counter",
         "received_bytes_total",
         "What was received to name pages.",
         "queue",
@@ -141,6 +175,7 @@ pub fn text(info: &Info) -> String {
         ],
     );
     metrics.many(
+        "counter",
         "page_messages_total",
         "Messages that named pages.",
         "encoding",
@@ -155,6 +190,7 @@ pub fn text(info: &Info) -> String {
         .map(|(status, &times)| (status.to_string(), times))
         .collect();
     metrics.many(
+        "counter",
         "answers_total",
         "Requests that have ended.",
         "status",
@@ -162,12 +198,43 @@ pub fn text(info: &Info) -> String {
     );
     let refused = counters.refused.iter();
     metrics.many(
+        "counter",
         "refused_total",
         "Messages with something that was refused.",
         "reason",
         refused.map(|(reason, &value)| (reason.as_str(), value)),
     );
-    metrics.0
+    let reason = info.guest.short_of_target.map(Shortfall::name);
+    metrics.many(
+        "gauge",
+        "short_of_target",
+        "Why the guest stays below the target.",
+        "reason",
+        reason.map(|reason| (reason, 1)),
+    );
+    if let Some(stats) = stats {
+        let help = "The age of the guest's statistics.";
+        metrics.one("gauge", "guest_statistics_age_seconds", help, stats.age);
+        for (stat, &value) in &stats.values {
+            let name = stat.to_string().replace('-', "_");
+            let help = format!("The guest's statistic {stat}.");
+            let (kind, name) = match (stat.unit(), stat.is_counter()) {
+                (Unit::Bytes, true) => ("counter", format!("guest_{name}_bytes_total")),
+                (Unit::Bytes, false) => ("gauge", format!("guest_{name}_bytes")),
+                (Unit::Times, _) => ("counter", format!("guest_{name}_total")),
+            };
+            metrics.one(kind, &name, &help, value);
+        }
+    }
+    metrics.text
+}
+
+/// The value of a label.
+fn escape(value: &str) -> String {
+    value
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
 }
 
 fn by_queue(of: ByQueue) -> [(&'static str, u64); 6] {
@@ -181,44 +248,57 @@ fn by_queue(of: ByQueue) -> [(&'static str, u64); 6] {
     ]
 }
 
-#[derive(Default)]
-struct Metrics(String);
+struct Metrics {
+    text: String,
+    /// The name of the VM.
+    vm: Option<String>,
+}
 
 impl Metrics {
     fn one(&mut self, kind: &str, name: &str, help: &str, value: u64) {
         self.head(kind, name, help);
-        self.line(name, "", value);
+        self.line(name, None, value);
     }
 
-    /// A counter with a value for each value of a label.
+    /// One with a value for each value of a label.
     fn many<'a>(
         &mut self,
+        kind: &str,
         name: &str,
         help: &str,
         label: &str,
         values: impl IntoIterator<Item = (&'a str, u64)>,
     ) {
-        self.head("counter", name, help);
+        self.head(kind, name, help);
         for (of, value) in values {
-            self.line(name, &format!("{{{label}=\"{of}\"}}"), value);
+            self.line(name, Some((label, of)), value);
         }
     }
 
     // Writing to a string does not fail.
     fn head(&mut self, kind: &str, name: &str, help: &str) {
-        let _ = writeln!(self.0, "# HELP balloon_{name} {help}");
-        let _ = writeln!(self.0, "# TYPE balloon_{name} {kind}");
+        let _ = writeln!(self.text, "# HELP balloon_{name} {help}");
+        let _ = writeln!(self.text, "# TYPE balloon_{name} {kind}");
     }
 
-    fn line(&mut self, name: &str, labels: &str, value: u64) {
-        let _ = writeln!(self.0, "balloon_{name}{labels} {value}");
+    fn line(&mut self, name: &str, label: Option<(&str, &str)>, value: u64) {
+        let vm = self.vm.as_deref().map(|vm| ("vm", vm));
+        let labels = vm.into_iter().chain(label);
+        let labels: Vec<_> = labels
+            .map(|(label, value)| format!("{label}=\"{value}\""))
+            .collect();
+        let labels = match labels.as_slice() {
+            [] => String::new(),
+            labels => format!("{{{}}}", labels.join(",")),
+        };
+        let _ = writeln!(self.text, "balloon_{name}{labels} {value}");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balloon_control::{Counters, Encodings, Guest, RequestStatus};
+    use balloon_control::{Counters, Encodings, Guest, RequestStatus, Stat};
 
     #[test]
     fn metrics_have_their_types_and_labels() {
@@ -250,7 +330,29 @@ mod tests {
             withheld: vec!["pinned".to_owned()],
             ..Info::default()
         };
-        let text = text(&info);
+        let stats = Stats {
+            age: 3,
+            values: [
+                (Stat::FreeMemory, 5),
+                (Stat::SwapIn, 6),
+                (Stat::OomKills, 7),
+            ]
+            .into(),
+            ..Stats::default()
+        };
+        let named = text(&info, Some(&stats), Some("a\"b"));
+        for expected in [
+            "balloon_target_bytes{vm=\"a\\\"b\"} 4096\n",
+            "balloon_messages_total{vm=\"a\\\"b\",queue=\"reports\"} 3\n",
+            "# TYPE balloon_guest_free_memory_bytes gauge\n",
+            "# TYPE balloon_guest_swap_in_bytes_total counter\n",
+            "balloon_guest_oom_kills_total{vm=\"a\\\"b\"} 7\n",
+            "balloon_guest_statistics_age_seconds{vm=\"a\\\"b\"} 3\n",
+        ] {
+            assert!(named.contains(expected), "{expected} is not in\n{named}");
+        }
+        let text = text(&info, None, None);
+        assert!(!text.contains("guest_free_memory"), "{text}");
         for expected in [
             "# TYPE balloon_target_bytes gauge\nballoon_target_bytes 4096\n",
             "# TYPE balloon_inflated_bytes_total counter\nballoon_inflated_bytes_total 8192\n",

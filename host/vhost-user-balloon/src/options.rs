@@ -3,6 +3,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
 use log::LevelFilter;
@@ -10,6 +11,7 @@ use log::LevelFilter;
 use crate::device::Settings;
 use crate::discard::Granularity;
 use crate::features::{Feature, offer};
+use crate::floor::Floor;
 use crate::hazard::Hazard;
 
 /// A virtio memory balloon for one VM, as a vhost-user device.
@@ -34,7 +36,7 @@ use crate::hazard::Hazard;
 /// It needs no privileges: only directories where it may make its sockets and
 /// its state file, and the memory file that the VMM hands over.
 #[derive(Clone, Debug, Parser)]
-#[command(version, verbatim_doc_comment)]
+#[command(version, verbatim_doc_comment, args_override_self = true)]
 pub struct Options {
     /// The socket that the VMM connects to; only the user whom the daemon runs as may
     #[arg(long, value_name = "PATH", required_unless_present_any = ["man", "worker"])]
@@ -75,7 +77,9 @@ pub struct Options {
     #[arg(long, value_name = "SIZE", default_value = "auto")]
     pub granule: Granularity,
 
-    /// Have memory ready for what comes out of the balloon
+    /// Have memory ready for what comes out of the balloon before the guest uses it again. That is so in any
+    /// case for hugetlbfs, and for a tmpfs that has no room for all of the guest's memory. A guest that tells
+    /// before it uses a page again (must-tell-host) waits until the host has memory
     #[arg(long)]
     pub prefault: bool,
 
@@ -86,6 +90,20 @@ pub struct Options {
     /// can lose data
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub allow: Vec<Hazard>,
+
+    /// The name of the VM, for the label `vm` of the metrics
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// How much memory to leave to the guest at least, whatever the target is: auto, or a size such as 512MiB.
+    /// auto is 64 MiB and a sixteenth of the guest's memory, and half of it at most. 0 leaves this to the guest's
+    /// driver
+    #[arg(long, value_name = "SIZE", default_value = "auto")]
+    pub floor: Floor,
+
+    /// For how long a guest that boots is left alone by a target that was there before
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub boot_grace: u32,
 
     /// What to log to the standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
@@ -109,7 +127,8 @@ impl Options {
     /// How the device is to be.
     pub fn settings(&self) -> Settings {
         let mut features = self.features.clone();
-        if self.granule.is_large() {
+        // A guest that tells before it uses a page again can wait for memory.
+        if self.granule.is_large() || self.prefault || self.allow.contains(&Hazard::Hugetlb) {
             features.push(Feature::MustTellHost);
         }
         Settings {
@@ -117,6 +136,9 @@ impl Options {
             granularity: self.granule,
             prefault: self.prefault,
             allowed: self.allow.clone(),
+            name: self.name.clone(),
+            floor: self.floor,
+            boot_grace: Duration::from_secs(self.boot_grace.into()),
         }
     }
 }
@@ -171,9 +193,15 @@ mod tests {
                 "stop-reason"
             ]
         );
-        assert_eq!(
-            offered(&["--features", "stats", "--granule", "2M"]),
-            ["must-tell-host", "stats"]
-        );
+        for option in [
+            &["--granule", "2M"][..],
+            &["--prefault"],
+            &["--allow", "hugetlb"],
+        ] {
+            assert_eq!(
+                offered(&[&["--features", "stats"], option].concat()),
+                ["must-tell-host", "stats"]
+            );
+        }
     }
 }

@@ -80,7 +80,7 @@ impl PageMap {
 }
 
 /// The first bit of a bitmap at or after `from` that is one, or zero.
-fn find(words: &[u64], from: u64, one: bool) -> Option<u64> {
+pub(crate) fn find(words: &[u64], from: u64, one: bool) -> Option<u64> {
     let start = from / WORD;
     let mut mask = u64::MAX << (from % WORD);
     for (number, &word) in (start..).zip(words.get(index(start)..)?) {

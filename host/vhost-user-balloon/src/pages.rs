@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use balloon_wire::page_set::{self, Command, PageSet};
+use balloon_wire::page_set::{self, Command, Encoding, PageSet};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_PFN_SHIFT};
 use log::debug;
 use vm_memory::GuestMemoryMmap;
@@ -17,8 +17,12 @@ use crate::queue::{Chain, Kind, read};
 /// How many pages a message may name by their numbers.
 const MAX_PFNS: usize = 64 << 10;
 
-/// How many ranges may be named before the device acts on them.
-const MAX_RANGES: usize = 64 << 10;
+/// How many ranges may be named before the device acts on them. One message can have many more.
+const MAX_RANGES: usize = 8 << 10;
+
+/// So many balloon pages are dealt with at once: as much as takes a small part of the time that a queue has. A
+/// range is cut where a multiple of them begins.
+const CHUNK: u64 = 8 << 10;
 
 /// The size of a page frame number in bytes.
 const PFN: usize = size_of::<u32>();
@@ -57,6 +61,8 @@ impl Format {
 pub struct Pages {
     /// In balloon pages. None is empty; those of several messages may overlap.
     ranges: Vec<Range<u64>>,
+    /// Space for the parts of them that are in memory.
+    parts: Vec<Range<u64>>,
     bytes: Vec<u8>,
 }
 
@@ -70,29 +76,33 @@ impl Pages {
         memory: &GuestMemoryMmap,
         chain: Chain<'_>,
         counters: &Counters,
+        again: bool,
     ) -> bool {
         self.bytes.clear();
         let read = read(memory, chain, format.limit(), &mut self.bytes);
-        if let Some(received) = counters.received.get(queue as usize) {
-            received.add(self.bytes.len() as u64);
-        }
-        let added = read.and_then(|()| match format {
-            Format::Pfns => self.add_pfns(counters),
-            Format::PageSets => self.add_page_set(queue, counters),
+        let encoding = read.and_then(|()| match format {
+            Format::Pfns => self.add_pfns().map(|()| None),
+            Format::PageSets => self.add_page_set(queue).map(Some),
         });
-        if let Err(reason) = added {
-            counters.refuse(reason);
+        if !again {
+            if let Some(received) = counters.received.get(queue as usize) {
+                received.add(self.bytes.len() as u64);
+            }
+            match encoding {
+                Ok(None) => counters.pfns.add(1),
+                Ok(Some(encoding)) => counters.page_set(encoding),
+                Err(reason) => counters.refuse(reason),
+            }
         }
         self.ranges.len() < MAX_RANGES
     }
 
     /// Adds the pages of an array of page frame numbers.
-    fn add_pfns(&mut self, counters: &Counters) -> Result<(), Refusal> {
+    fn add_pfns(&mut self) -> Result<(), Refusal> {
         let pfns = self.bytes.chunks_exact(PFN);
         if self.bytes.is_empty() || !pfns.remainder().is_empty() {
             return Err(Refusal::Truncated);
         }
-        counters.pfns.add(1);
         for pfn in pfns.filter_map(<[u8]>::first_chunk) {
             let page = u64::from(u32::from_le_bytes(*pfn));
             // Drivers name neighbours one after the other, upwards or downwards.
@@ -106,7 +116,7 @@ impl Pages {
     }
 
     /// Adds the pages of a page set.
-    fn add_page_set(&mut self, queue: Kind, counters: &Counters) -> Result<(), Refusal> {
+    fn add_page_set(&mut self, queue: Kind) -> Result<Encoding, Refusal> {
         let set = PageSet::parse(&self.bytes).map_err(|error| {
             debug!("a page set is malformed: {error}");
             Refusal::Malformed
@@ -115,19 +125,66 @@ impl Pages {
             (Kind::Inflate, Command::Inflate) | (Kind::Deflate, Command::Deflate) => {}
             _ => return Err(Refusal::Malformed),
         }
-        counters.page_set(set.encoding);
+        let encoding = set.encoding;
         // No page is smaller than a balloon page, and none ends beyond 2^64 bytes: no bit is shifted out.
         let shift = u32::from(set.page_shift).saturating_sub(VIRTIO_BALLOON_PFN_SHIFT);
         let ranges = set.ranges();
         self.ranges
             .extend(ranges.map(|range| range.start << shift..range.end << shift));
-        Ok(())
+        Ok(encoding)
     }
 
-    /// All of them in order, as ranges of balloon pages.
-    pub fn sorted(&mut self) -> &[Range<u64>] {
+    /// Puts them in order, makes one of those that meet, and leaves out what is not in these ranges of memory,
+    /// which are in order. Says how many pages were named more than once, or are outside of memory.
+    pub fn sort(&mut self, memory: &[Range<u64>]) -> Tally {
+        let (mut repeated, mut outside) = (0_u64, 0_u64);
         self.ranges.sort_unstable_by_key(|range| range.start);
+        self.ranges.dedup_by(|next, range| {
+            let meet = next.start <= range.end;
+            if meet {
+                repeated = repeated.saturating_add(range.end.min(next.end) - next.start);
+                range.end = range.end.max(next.end);
+            }
+            meet
+        });
+        self.parts.clear();
+        for range in &self.ranges {
+            let mut rest = range.end.saturating_sub(range.start);
+            let first = memory.partition_point(|region| region.end <= range.start);
+            for region in memory.get(first..).unwrap_or_default() {
+                let part = range.start.max(region.start)..range.end.min(region.end);
+                if part.is_empty() {
+                    break;
+                }
+                rest -= part.end - part.start;
+                self.parts.push(part);
+            }
+            outside = outside.saturating_add(rest);
+        }
+        std::mem::swap(&mut self.ranges, &mut self.parts);
+        Tally {
+            moved: 0,
+            repeated,
+            outside,
+        }
+    }
+
+    /// All of them. They are sorted.
+    pub fn ranges(&self) -> &[Range<u64>] {
         &self.ranges
+    }
+
+    /// All of them from the page `done` on, in pieces of a bounded size. They are sorted.
+    pub fn chunks(&self, done: u64) -> impl Iterator<Item = Range<u64>> {
+        self.ranges.iter().flat_map(move |range| {
+            let mut rest = range.start.max(done)..range.end;
+            std::iter::from_fn(move || {
+                let end = (rest.start / CHUNK + 1).saturating_mul(CHUNK).min(rest.end);
+                let chunk = rest.start..end;
+                rest.start = end;
+                (chunk.start < chunk.end).then_some(chunk)
+            })
+        })
     }
 
     /// Removes all.
@@ -137,6 +194,13 @@ impl Pages {
 }
 
 impl Tally {
+    /// Adds another one.
+    pub fn add(&mut self, other: Self) {
+        self.moved = self.moved.saturating_add(other.moved);
+        self.repeated = self.repeated.saturating_add(other.repeated);
+        self.outside = self.outside.saturating_add(other.outside);
+    }
+
     /// Counts the bytes that were moved, and a refusal if some pages were where they should be, or are not
     /// in the guest's memory.
     pub fn count(self, moved: &Counter, repeated: Refusal, counters: &Counters) {

@@ -6,6 +6,7 @@
 //! passed over.
 
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use balloon_wire::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_REPORTING,
@@ -27,6 +28,9 @@ pub const MAX_QUEUE_SIZE: usize = 1024;
 
 /// How many messages are taken from a queue before the others get their turn.
 pub const MAX_BATCH: usize = 256;
+
+/// For how long a queue is served before the others get their turn, and those who wait for a lock.
+const BUDGET: Duration = Duration::from_millis(20);
 
 /// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
 /// (docs/protocol.md, section 2).
@@ -85,81 +89,168 @@ impl Kind {
 /// A message of the guest.
 pub type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
 
-/// What is done with the messages of a queue.
-pub trait Receiver {
-    /// Takes a message in, and says whether there is room for another one.
-    fn take(&mut self, chain: Chain<'_>) -> bool;
+/// The time that a queue is served for.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget(Option<Instant>);
 
-    /// Does what the messages say that were taken in. The guest gets their buffers back afterwards.
-    fn finish(&mut self);
+impl Budget {
+    /// As much as there is.
+    pub const UNLIMITED: Self = Self(None);
+
+    /// What a queue has in one turn.
+    pub fn turn() -> Self {
+        Self(Some(Instant::now() + BUDGET))
+    }
+
+    /// One that is used up.
+    #[cfg(test)]
+    pub(crate) fn spent() -> Self {
+        Self(Some(Instant::now()))
+    }
+
+    /// Whether it is used up.
+    pub fn is_over(self) -> bool {
+        self.0.is_some_and(|end| Instant::now() >= end)
+    }
 }
 
-/// Takes a number of messages from the queue of a guest, and says whether there are more.
+/// How far a receiver is with the messages that it has taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// All is done, and the guest gets the buffers back.
+    Done,
+    /// There was no time for the rest.
+    More,
+    /// The host has no memory for the rest now.
+    Blocked,
+}
+
+/// A batch that was begun and is not done. Its messages are still in the available ring, and are read again: a
+/// front end that stops the queue finds them there, and so does a process that takes the device up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// How many messages it has. 0 if there is none.
+    pub messages: usize,
+    /// Up to where all of it is done, as the receiver counts.
+    pub done: u64,
+}
+
+impl Unfinished {
+    /// Whether there is one.
+    pub fn is_some(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+/// What is done with the messages of a queue.
+pub trait Receiver {
+    /// Takes a message in, and says whether there is room for another one. `again` says that the message was
+    /// taken in before, and the batch not finished.
+    fn take(&mut self, chain: Chain<'_>, again: bool) -> bool;
+
+    /// Does what the messages say that were taken in, from `done` on, as far as time allows. The guest gets their
+    /// buffers back when all is done.
+    fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress;
+}
+
+/// When a queue is to be served again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// When the guest tells of a message.
+    Notified,
+    /// As soon as others had their turn.
+    Soon,
+    /// When the host may have memory.
+    Later,
+}
+
+/// Takes a number of messages from the queue of a guest, and says when there may be more to do.
 pub fn serve(
     vring: &mut VringState,
     memory: &GuestMemoryMmap,
     heads: &mut Vec<u16>,
+    unfinished: &mut Unfinished,
     counters: &Counters,
     messages: &crate::counters::Counter,
     receiver: &mut impl Receiver,
-) -> bool {
+) -> Next {
     let queue = vring.get_queue_mut();
     if !queue.ready() {
-        return false;
+        return Next::Notified;
     }
-    let served = batch(queue, memory, heads, counters, receiver);
-    messages.add(heads.len() as u64);
+    let served = batch(queue, memory, heads, unfinished, counters, receiver);
+    if unfinished.messages == 0 {
+        messages.add(heads.len() as u64);
+    }
     match served {
-        Ok(Served { notify, more }) => {
+        Ok(Served { notify, next }) => {
             if notify {
                 // The front end may be gone, which its socket will tell.
                 let _ = vring.signal_used_queue();
             }
-            more || wants_more(vring.get_queue_mut(), memory, counters)
+            match next {
+                Next::Notified if wants_more(vring.get_queue_mut(), memory, counters) => Next::Soon,
+                next => next,
+            }
         }
         // There is nothing to be taken from a queue whose rings make no sense, until it is set up anew.
         Err(_) => {
             counters.refuse(Refusal::BadChain);
-            false
+            Next::Notified
         }
     }
 }
 
 struct Served {
     notify: bool,
-    more: bool,
+    next: Next,
 }
 
 fn batch(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
     heads: &mut Vec<u16>,
+    unfinished: &mut Unfinished,
     counters: &Counters,
     receiver: &mut impl Receiver,
 ) -> Result<Served, virtio_queue::Error> {
     heads.clear();
     queue.disable_notification(memory)?;
-    let mut more = false;
+    let Unfinished { messages, mut done } = std::mem::take(unfinished);
+    let again = messages > 0;
+    let limit = if again { messages } else { MAX_BATCH };
+    let first = queue.next_avail();
+    let mut next = Next::Notified;
     for chain in queue.iter(memory)? {
         heads.push(chain.head_index());
-        if !receiver.take(chain) || heads.len() == MAX_BATCH {
-            more = true;
+        let room = receiver.take(chain, again);
+        if heads.len() == limit || !(room || again) {
+            next = Next::Soon;
             break;
         }
     }
-    if heads.is_empty() {
+    let progress = match heads.is_empty() {
+        true => Progress::Done,
+        false => receiver.finish(&mut done, Budget::turn()),
+    };
+    if progress != Progress::Done {
+        queue.set_next_avail(first);
+        let messages = heads.len();
+        *unfinished = Unfinished { messages, done };
         return Ok(Served {
             notify: false,
-            more,
+            next: match progress {
+                Progress::Blocked => Next::Later,
+                _ => Next::Soon,
+            },
         });
     }
-    receiver.finish();
     for &head in &*heads {
         complete(queue, memory, head, 0, counters)?;
     }
     Ok(Served {
-        notify: wants_notification(queue, memory)?,
-        more,
+        notify: !heads.is_empty() && wants_notification(queue, memory)?,
+        next,
     })
 }
 
@@ -206,10 +297,11 @@ fn wants_more(queue: &mut Queue, memory: &GuestMemoryMmap, counters: &Counters) 
 ///
 /// # Errors
 ///
-/// The chain ends too early: it has a loop, or goes on outside of its table.
+/// The chain ends too early: it has a loop, or goes on outside of its table. Or it is longer than a queue: the
+/// library reads indirect tables, too, which were not negotiated, and bounds them by their own length.
 pub fn buffers(chain: Chain<'_>, mut each: impl FnMut(Descriptor)) -> Result<(), Refusal> {
     let mut complete = false;
-    for descriptor in chain {
+    for descriptor in chain.take(MAX_QUEUE_SIZE) {
         complete = !descriptor.has_next();
         each(descriptor);
     }
@@ -276,17 +368,24 @@ mod tests {
         bytes: Vec<u8>,
         errors: Vec<Refusal>,
         finished: usize,
+        /// What it was called with.
+        done: Vec<u64>,
+        /// What it says, the last one first.
+        progress: Vec<Progress>,
     }
 
     impl Receiver for Recorder {
-        fn take(&mut self, chain: Chain<'_>) -> bool {
+        fn take(&mut self, chain: Chain<'_>, _again: bool) -> bool {
             let result = read(&self.memory, chain, self.limit, &mut self.bytes);
             self.errors.extend(result.err());
             true
         }
 
-        fn finish(&mut self) {
+        fn finish(&mut self, done: &mut u64, _budget: Budget) -> Progress {
             self.finished += 1;
+            self.done.push(*done);
+            *done += 1;
+            self.progress.pop().unwrap_or(Progress::Done)
         }
     }
 
@@ -299,7 +398,43 @@ mod tests {
     }
 
     fn run(guest: &GuestQueue, recorder: &mut Recorder) -> bool {
-        guest.serve(&Counters::default(), recorder)
+        guest.serve(&Counters::default(), recorder) != Next::Notified
+    }
+
+    #[test]
+    fn an_unfinished_batch_stays_in_the_ring() {
+        let mut guest = GuestQueue::new();
+        guest.send(&[b"one"]);
+        guest.send(&[b"two"]);
+        let mut recorder = recorder(&guest);
+        recorder.progress = vec![Progress::Blocked, Progress::More];
+        let mut unfinished = Unfinished::default();
+        let counters = Counters::default();
+        let mut serve = |guest: &GuestQueue, recorder: &mut Recorder| {
+            guest.serve_on(&counters, &mut unfinished, recorder)
+        };
+        assert_eq!(serve(&guest, &mut recorder), Next::Soon);
+        assert_eq!((guest.used(), guest.next_avail()), (0, 0));
+        // What comes meanwhile belongs to the next batch.
+        guest.send(&[b"three"]);
+        assert_eq!(serve(&guest, &mut recorder), Next::Later);
+        assert_eq!((guest.used(), guest.next_avail()), (0, 0));
+        assert_eq!(serve(&guest, &mut recorder), Next::Soon);
+        assert_eq!((guest.used(), guest.next_avail()), (2, 2));
+        assert_eq!(serve(&guest, &mut recorder), Next::Notified);
+        assert_eq!(guest.used(), 3);
+        assert_eq!(recorder.done, [0, 1, 2, 0]);
+        assert_eq!(recorder.bytes, b"onetwoonetwoonetwothree");
+    }
+
+    #[test]
+    fn a_chain_is_no_longer_than_a_queue() {
+        let mut guest = GuestQueue::new();
+        guest.send_indirect(2000);
+        let mut recorder = recorder(&guest);
+        assert!(!run(&guest, &mut recorder));
+        assert_eq!(recorder.errors, [Refusal::BadChain]);
+        assert_eq!(guest.used(), 1);
     }
 
     #[test]

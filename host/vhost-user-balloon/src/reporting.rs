@@ -12,10 +12,10 @@ use vm_memory::Address;
 use crate::balloon::Balloon;
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
-use crate::queue::{Chain, Receiver, buffers};
+use crate::queue::{Budget, Chain, Progress, Receiver, buffers};
 
 /// How many ranges a message may have, and how many there may be before the device acts on them.
-const MAX_RANGES: usize = 64 << 10;
+const MAX_RANGES: usize = 8 << 10;
 
 /// What receives the messages of the reporting queue.
 #[derive(Debug)]
@@ -60,14 +60,15 @@ impl Reporting<'_> {
 }
 
 impl Receiver for Reporting<'_> {
-    fn take(&mut self, chain: Chain<'_>) -> bool {
-        if let Err(reason) = self.report(chain) {
+    fn take(&mut self, chain: Chain<'_>, again: bool) -> bool {
+        if let (Err(reason), false) = (self.report(chain), again) {
             self.counters.refuse(reason);
         }
         self.ranges.len() < MAX_RANGES
     }
 
-    fn finish(&mut self) {
+    fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
+        let first = *done == 0;
         self.ranges.sort_unstable_by_key(|range| range.start);
         // What is named many times is given back once: a hole takes time in proportion to its size.
         self.ranges.dedup_by(|next, range| {
@@ -79,15 +80,23 @@ impl Receiver for Reporting<'_> {
         });
         for range in self.ranges.drain(..) {
             let inside = self.balloon.whole_granules(&range, self.pieces);
-            self.counters.reported.add(inside);
-            if inside < range.end - range.start {
+            if first {
+                self.counters.reported.add(inside);
+            }
+            if first && inside < range.end - range.start {
                 self.counters.refuse(Refusal::OutsideMemory);
             }
         }
         if self.keep {
             self.pieces.clear();
         }
-        self.discarder.discard(self.pieces, self.counters);
+        match self
+            .discarder
+            .discard(self.pieces, self.counters, done, budget)
+        {
+            true => Progress::Done,
+            false => Progress::More,
+        }
     }
 }
 

@@ -27,7 +27,7 @@ use crate::counters::{Counter, Counters, Refusal};
 use crate::device::lock;
 use crate::discard::{Discarder, Pieces};
 use crate::page_map::PageMap;
-use crate::queue::{Chain, MAX_BATCH, buffers, complete, read, wants_notification};
+use crate::queue::{Budget, Chain, MAX_BATCH, Next, buffers, complete, read, wants_notification};
 
 /// How many requests are kept, open ones and those whose answers can be read. Cancels are not among them, of
 /// which there can be as many.
@@ -278,6 +278,20 @@ pub struct Answers<'a> {
     pub keep: bool,
     /// Space for the pieces of a message.
     pub pieces: &'a mut Pieces,
+    /// The time that there is.
+    pub budget: Budget,
+    /// How many bytes of the next message's memory have been given back, which there was no time to end.
+    pub done: &'a mut u64,
+}
+
+/// What becomes of a buffer.
+enum Fate {
+    /// It is used, with so many bytes written into it.
+    Used(u32),
+    /// There is no use for it now.
+    Left,
+    /// There was no time for all of the message.
+    Unfinished,
 }
 
 /// A buffer that was taken from the available ring.
@@ -289,10 +303,10 @@ struct Taken {
 
 impl Answers<'_> {
     /// Takes what has come, asks what there is to ask, and says whether there is more to take.
-    pub fn serve(&mut self, vring: &mut VringState, messages: &Counter) -> bool {
+    pub fn serve(&mut self, vring: &mut VringState, messages: &Counter) -> Next {
         let queue = vring.get_queue_mut();
         if !queue.ready() {
-            return false;
+            return Next::Notified;
         }
         match self.batch(queue, messages) {
             Ok((notify, more)) => {
@@ -300,12 +314,15 @@ impl Answers<'_> {
                     // The front end may be gone, which its socket will tell.
                     let _ = vring.signal_used_queue();
                 }
-                more
+                match more {
+                    true => Next::Soon,
+                    false => Next::Notified,
+                }
             }
             // There is nothing to be taken from a queue whose rings make no sense, until it is set up anew.
             Err(_) => {
                 self.counters.refuse(Refusal::BadChain);
-                false
+                Next::Notified
             }
         }
     }
@@ -318,12 +335,17 @@ impl Answers<'_> {
         // So many of them are to be used. Those behind are for requests that there are not.
         let mut needed = 0;
         let mut bytes = Vec::new();
-        let before = self.counters.discards.get();
+        let budget = self.budget;
+        let mut in_time = true;
         for chain in queue.iter(self.memory)?.take(MAX_BATCH) {
             let head = chain.head_index();
-            let (written, need) = match self.take(chain, &mut bytes, messages) {
-                Ok(Some(written)) => (written, true),
-                Ok(None) => (0, false),
+            let (written, need) = match self.take(chain, &mut bytes, messages, budget) {
+                Ok(Fate::Used(written)) => (written, true),
+                Ok(Fate::Left) => (0, false),
+                Ok(Fate::Unfinished) => {
+                    in_time = false;
+                    (0, false)
+                }
                 Err(reason) => {
                     self.counters.refuse(reason);
                     (0, true)
@@ -333,8 +355,9 @@ impl Answers<'_> {
             if need {
                 needed = taken.len();
             }
-            // It may have taken long, and others wait for this queue and for what it locks.
-            if self.counters.discards.get() != before {
+            // Others wait for this queue and for what it locks.
+            if !in_time || budget.is_over() {
+                in_time = false;
                 break;
             }
         }
@@ -354,17 +377,17 @@ impl Answers<'_> {
         queue.set_next_avail(queue.next_avail().wrapping_sub(unneeded));
         lock(self.requests).position = Some(queue.next_avail());
         let notify = needed > 0 && wants_notification(queue, self.memory)?;
-        Ok((notify, more))
+        Ok((notify, more || !in_time))
     }
 
-    /// Takes a message in, or fills a buffer with a request. Returns how many bytes were written, or nothing if
-    /// there is no use for the buffer.
+    /// Takes a message in, or fills a buffer with a request. Says what becomes of the buffer.
     fn take(
         &mut self,
         chain: Chain<'_>,
         bytes: &mut Vec<u8>,
         messages: &Counter,
-    ) -> Result<Option<u32>, Refusal> {
+        budget: Budget,
+    ) -> Result<Fate, Refusal> {
         let (mut readable, mut writable) = (false, 0_u64);
         buffers(chain.clone(), |descriptor| {
             if descriptor.is_write_only() {
@@ -375,8 +398,16 @@ impl Answers<'_> {
         })?;
         match (readable, writable) {
             (true, 0) => {
-                messages.add(1);
-                self.hear(chain, bytes).map(|()| Some(0))
+                let done = *self.done;
+                let heard = self.hear(chain, bytes, budget);
+                if !matches!(heard, Ok(Fate::Unfinished)) {
+                    messages.add(1);
+                    *self.done = 0;
+                } else if *self.done == done {
+                    // It is another message than before, and has no such memory.
+                    *self.done = 0;
+                }
+                heard
             }
             (false, room) if room >= REQUEST.into() => self.ask(chain),
             _ => Err(Refusal::Malformed),
@@ -384,10 +415,10 @@ impl Answers<'_> {
     }
 
     /// Fills a buffer with the next request, if there is one.
-    fn ask(&mut self, chain: Chain<'_>) -> Result<Option<u32>, Refusal> {
+    fn ask(&mut self, chain: Chain<'_>) -> Result<Fate, Refusal> {
         let mut requests = lock(self.requests);
         let Some((id, kept)) = requests.waiting() else {
-            return Ok(None);
+            return Ok(Fate::Left);
         };
         let request = kept.command.encode(id);
         let mut rest = request.as_slice();
@@ -401,14 +432,22 @@ impl Answers<'_> {
         }
         kept.status = RequestStatus::Open;
         self.counters.asked.add(1);
-        Ok(Some(REQUEST))
+        Ok(Fate::Used(REQUEST))
     }
 
     /// Does what a message of an answer says.
-    fn hear(&mut self, chain: Chain<'_>, bytes: &mut Vec<u8>) -> Result<(), Refusal> {
+    fn hear(
+        &mut self,
+        chain: Chain<'_>,
+        bytes: &mut Vec<u8>,
+        budget: Budget,
+    ) -> Result<Fate, Refusal> {
         bytes.clear();
         read(self.memory, chain, page_set::MAX_SIZE, bytes)?;
-        self.counters.received_answers.add(bytes.len() as u64);
+        let first = *self.done == 0;
+        if first {
+            self.counters.received_answers.add(bytes.len() as u64);
+        }
         let message = Message::parse(bytes).map_err(|error| {
             debug!("a message of an answer is malformed: {error}");
             Refusal::Malformed
@@ -416,13 +455,16 @@ impl Answers<'_> {
         match message {
             Message::Completion(completion) => {
                 let mut requests = lock(self.requests);
-                requests.end(completion.request_id, completion.status, self.counters)
+                requests.end(completion.request_id, completion.status, self.counters)?;
+                Ok(Fate::Used(0))
             }
             Message::Pages(set) => {
-                self.counters.page_set(set.encoding);
+                if first {
+                    self.counters.page_set(set.encoding);
+                }
                 match set.command {
-                    page_set::Command::UnusedSkip => self.keep(&set),
-                    _ => self.discard(&set),
+                    page_set::Command::UnusedSkip => self.keep(&set).map(|()| Fate::Used(0)),
+                    _ => self.discard(&set, budget),
                 }
             }
         }
@@ -444,7 +486,7 @@ impl Answers<'_> {
     }
 
     /// Gives pages back to the host, before the guest gets the buffer back that names them (HR-V5).
-    fn discard(&mut self, set: &PageSet<'_>) -> Result<(), Refusal> {
+    fn discard(&mut self, set: &PageSet<'_>, budget: Budget) -> Result<Fate, Refusal> {
         lock(self.requests).of(set)?;
         let (mut named, mut all) = (0_u64, 0_u64);
         for range in balloon_pages(set) {
@@ -457,15 +499,21 @@ impl Answers<'_> {
             self.pieces.clear();
         }
         let before = self.counters.discarded.get();
-        self.discarder.discard(self.pieces, self.counters);
+        let in_time = self
+            .discarder
+            .discard(self.pieces, self.counters, self.done, budget);
         let discarded = self.counters.discarded.get().saturating_sub(before);
         // Nobody but this thread ends a request of a guest that is connected.
         let mut requests = lock(self.requests);
         let kept = requests.of(set)?;
-        kept.named = kept.named.saturating_add(named);
         kept.discarded = kept.discarded.saturating_add(discarded);
+        if !in_time {
+            return Ok(Fate::Unfinished);
+        }
+        kept.named = kept.named.saturating_add(named);
         self.counters.unused.add(named);
-        tell(named < all)
+        tell(named < all)?;
+        Ok(Fate::Used(0))
     }
 }
 
@@ -516,6 +564,8 @@ mod tests {
         messages: Counter,
         /// Whether free pages hold something.
         keep: bool,
+        budget: Budget,
+        done: u64,
         /// How many buffers for requests the driver has made available.
         offered: u64,
     }
@@ -536,6 +586,8 @@ mod tests {
                 counters: Counters::default(),
                 messages: Counter::default(),
                 keep: false,
+                budget: Budget::UNLIMITED,
+                done: 0,
                 offered: 0,
             }
         }
@@ -549,8 +601,10 @@ mod tests {
                 counters: &self.counters,
                 keep: self.keep,
                 pieces: &mut Pieces::default(),
+                budget: self.budget,
+                done: &mut self.done,
             };
-            answers.serve(&mut self.guest.vring(), &self.messages)
+            answers.serve(&mut self.guest.vring(), &self.messages) != Next::Notified
         }
 
         /// Makes buffers for requests available, full of what was there before.
@@ -604,6 +658,16 @@ mod tests {
             let first = u64::from(command) | (12 << 16) | (1 << 24) | (1 << 32);
             let count = pages.end - pages.start;
             let words = [first, id, 0, count, ((FIRST + pages.start) << 12) | count];
+            self.guest.send(&[&words.map(u64::to_le_bytes).concat()]);
+        }
+
+        /// The same, with two ranges.
+        fn name_both(&mut self, command: u32, id: u64, pages: [Range<u64>; 2]) {
+            let first = u64::from(command) | (12 << 16) | (1 << 24) | (1 << 32);
+            let count: u64 = pages.iter().map(|pages| pages.end - pages.start).sum();
+            let [one, other] =
+                pages.map(|pages| ((FIRST + pages.start) << 12) | (pages.end - pages.start));
+            let words = [first, id, 0, count, one, other];
             self.guest.send(&[&words.map(u64::to_le_bytes).concat()]);
         }
 
@@ -763,10 +827,36 @@ mod tests {
         let id = world.asked(Command::UnusedDiscard(ALL));
         world.name(4, id, 1..2);
         world.name(4, id, 3..4);
+        world.budget = Budget::spent();
         assert!(world.serve());
         assert_eq!(world.contents(), [1, 0, 1, 1, 1]);
-        assert!(!world.serve());
+        assert!(world.serve());
         assert_eq!(world.contents(), [1, 0, 1, 0, 1]);
+        assert!(!world.serve());
+    }
+
+    #[test]
+    fn others_have_their_turn_within_a_message_that_takes_long() {
+        let mut world = World::new();
+        let id = world.asked(Command::UnusedDiscard(ALL));
+        // Two pieces, and two turns.
+        world.name_both(4, id, [0..1, 3..4]);
+        world.budget = Budget::spent();
+        let used = world.guest.used();
+        assert!(world.serve());
+        assert_eq!(world.contents(), [0, 1, 1, 1, 1]);
+        let now = world.progress(id);
+        assert_eq!(
+            (now.named, now.discarded, world.guest.used()),
+            (0, PAGE, used)
+        );
+        world.serve();
+        assert_eq!(world.contents(), [0, 1, 1, 0, 1]);
+        let now = world.progress(id);
+        assert_eq!((now.named, now.discarded), (2 * PAGE, 2 * PAGE));
+        assert_eq!(world.guest.used(), used + 1);
+        assert_eq!(world.messages.get(), 1);
+        assert_eq!(world.counters.snapshot().encodings.ranges, 1);
     }
 
     /// HR-V5

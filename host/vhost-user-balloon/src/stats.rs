@@ -25,14 +25,17 @@ const MAX_MESSAGE: usize = 4096;
 #[derive(Clone, Debug)]
 struct Sample {
     values: BTreeMap<Stat, u64>,
-    sequence: u64,
     at: Instant,
+    /// How much was in the balloon, in bytes.
+    size: u64,
 }
 
 /// The last sample, and whether another one is wanted.
 #[derive(Debug, Default)]
 pub struct Stats {
     sample: Option<Sample>,
+    /// The number of the last sample. 0 is none.
+    sequence: u64,
     wanted: bool,
     /// The position in the available ring of the buffer that was looked at.
     seen: Option<u16>,
@@ -51,29 +54,44 @@ impl Stats {
         self.wanted = true;
     }
 
+    /// Forgets the last sample, of a guest that is gone.
+    pub fn forget(&mut self) {
+        self.restart();
+        self.sample = None;
+    }
+
     /// The number of the last sample. 0 is none.
     pub fn sequence(&self) -> u64 {
-        self.sample.as_ref().map_or(0, |sample| sample.sequence)
+        self.sequence
+    }
+
+    /// How much memory the guest has, in bytes, as it said in the last sample, and how much was in the balloon
+    /// then. The guest's total has what is in the balloon or has not: that depends on its features.
+    pub fn total(&self) -> Option<(u64, u64)> {
+        let sample = self.sample.as_ref()?;
+        Some((*sample.values.get(&Stat::TotalMemory)?, sample.size))
     }
 
     /// The last sample.
     pub fn answer(&self) -> Option<Answer> {
         self.sample.as_ref().map(|sample| Answer {
             age: sample.at.elapsed().as_secs(),
-            sequence: sample.sequence,
+            sequence: self.sequence,
             values: sample.values.clone(),
         })
     }
 
-    /// Looks at what is on the queue, and gives it back if another sample is wanted.
+    /// Looks at what is on the queue, and gives it back if another sample is wanted. So many bytes are in the
+    /// balloon.
     pub fn serve(
         &mut self,
         vring: &mut VringState,
         memory: &GuestMemoryMmap,
         counters: &Counters,
         messages: &Counter,
+        size: u64,
     ) {
-        match self.look(vring, memory, counters, messages) {
+        match self.look(vring, memory, counters, messages, size) {
             Ok(true) => {
                 // The front end may be gone, which its socket will tell.
                 let _ = vring.signal_used_queue();
@@ -90,6 +108,7 @@ impl Stats {
         memory: &GuestMemoryMmap,
         counters: &Counters,
         messages: &Counter,
+        size: u64,
     ) -> Result<bool, Error> {
         let queue = vring.get_queue_mut();
         if !queue.ready() {
@@ -111,7 +130,7 @@ impl Stats {
                 messages.add(1);
                 self.bytes.clear();
                 match read(memory, chain, MAX_MESSAGE, &mut self.bytes) {
-                    Ok(()) => self.parse(counters),
+                    Ok(()) => self.parse(counters, size),
                     Err(reason) => counters.refuse(reason),
                 }
             }
@@ -130,7 +149,7 @@ impl Stats {
     }
 
     /// Tags that are not known are passed over, whatever their order (specification, clause 5.5.6.3.2).
-    fn parse(&mut self, counters: &Counters) {
+    fn parse(&mut self, counters: &Counters, size: u64) {
         if self.bytes.len() % stat::SIZE != 0 {
             counters.refuse(Refusal::Truncated);
             return;
@@ -146,10 +165,11 @@ impl Stats {
                 ))
             })
             .collect();
+        self.sequence += 1;
         self.sample = Some(Sample {
             values,
-            sequence: self.sequence() + 1,
             at: Instant::now(),
+            size,
         });
     }
 }
@@ -171,6 +191,7 @@ mod tests {
             &guest.memory,
             &counters,
             &Counter::default(),
+            1 << 20,
         );
         counters
     }
@@ -191,6 +212,8 @@ mod tests {
             BTreeMap::from([(Stat::FreeMemory, 1 << 20), (Stat::TotalMemory, 1 << 30)])
         );
 
+        assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
+
         stats.want();
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (1, 1));
@@ -198,6 +221,11 @@ mod tests {
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (2, 1));
         assert_eq!(stats.answer().unwrap().values[&Stat::FreeMemory], 7);
+        assert_eq!(stats.total(), None);
+
+        stats.forget();
+        assert!(stats.answer().is_none());
+        assert_eq!(stats.sequence(), 2, "the next one is newer");
     }
 
     #[test]

@@ -6,19 +6,26 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_user_backend::{VringMutex, VringState, VringT};
-use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
 
 use crate::channel::Channel;
 use crate::counters::{Counter, Counters};
 use crate::device::{Device, Settings};
 use crate::discard::Granularity;
 use crate::features::{Feature, offer};
-use crate::queue::{Receiver, serve};
+use crate::floor::Floor;
+use crate::queue::{Next, Receiver, Unfinished, serve};
 use crate::state::State;
 
 /// A balloon page in bytes.
@@ -29,7 +36,8 @@ pub(crate) const HOLE: u64 = 2 << 20;
 
 /// A file in memory.
 pub(crate) fn memory_file(bytes: u64) -> Arc<File> {
-    let file = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
+    let flags = MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create("guest", flags).unwrap());
     file.set_len(bytes).unwrap();
     Arc::new(file)
 }
@@ -72,6 +80,13 @@ impl MemoryFiles {
             region(HOLE, self.high, self.low),
         ])
         .unwrap()
+    }
+
+    /// A part of the low memory, in bytes, and none of the high memory.
+    pub(crate) fn part(&self, start: u64, end: u64) -> GuestMemoryMmap {
+        let file = FileOffset::from_arc(Arc::clone(&self.file), start);
+        let bytes = usize::try_from(end - start).unwrap();
+        GuestMemoryMmap::from_ranges_with_files([(GuestAddress(start), bytes, Some(file))]).unwrap()
     }
 
     /// The page in the file where the guest has this one.
@@ -130,6 +145,12 @@ impl GuestQueue {
             descriptors: 0,
             buffers: 8 << 20,
         }
+    }
+
+    /// What the memory is in.
+    pub(crate) fn file(&self) -> &File {
+        let region = self.memory.iter().next().unwrap();
+        region.file_offset().unwrap().file()
     }
 
     fn load(&self, address: u64) -> u16 {
@@ -225,12 +246,44 @@ impl GuestQueue {
         self.send_head(head);
     }
 
-    /// Has a device take messages, and says whether there are more.
-    pub(crate) fn serve(&self, counters: &Counters, receiver: &mut impl Receiver) -> bool {
+    /// Sends a message whose descriptors, so many empty ones, are in a table of their own.
+    pub(crate) fn send_indirect(&mut self, descriptors: u16) {
+        let head = self.descriptors;
+        for number in 0..descriptors {
+            let last = number + 1 == descriptors;
+            let flags = if last { 0 } else { VRING_DESC_F_NEXT };
+            let descriptor = Descriptor::new(0, 0, flags.try_into().unwrap(), number + 1);
+            let place = self.buffers + 16 * u64::from(number);
+            self.memory
+                .write_obj(descriptor, GuestAddress(place))
+                .unwrap();
+        }
+        self.describe(
+            self.buffers,
+            u32::from(descriptors) * 16,
+            VRING_DESC_F_INDIRECT,
+            0,
+        );
+        self.send_head(head);
+    }
+
+    /// Has a device take messages, and says when there may be more to do.
+    pub(crate) fn serve(&self, counters: &Counters, receiver: &mut impl Receiver) -> Next {
+        self.serve_on(counters, &mut Unfinished::default(), receiver)
+    }
+
+    /// The same, where a batch may have been begun.
+    pub(crate) fn serve_on(
+        &self,
+        counters: &Counters,
+        unfinished: &mut Unfinished,
+        receiver: &mut impl Receiver,
+    ) -> Next {
         serve(
             &mut self.vring(),
             &self.memory,
             &mut Vec::new(),
+            unfinished,
             counters,
             &Counter::default(),
             receiver,
@@ -276,8 +329,11 @@ pub(crate) fn device(features: &[Feature], extensions: bool) -> Device {
         granularity: Granularity::Auto,
         prefault: false,
         allowed: Vec::new(),
+        name: None,
+        floor: Floor::Bytes(1 << 20),
+        boot_grace: Duration::from_secs(60),
     };
     let state = State::new(0);
     let nobody = Channel::new(memory_file(0).try_clone().unwrap().into());
-    Device::new(settings, state, None, nobody).unwrap()
+    Device::new(settings, state, None, nobody, None).unwrap()
 }

@@ -163,9 +163,13 @@ impl Vmm {
     }
 
     fn start(&mut self, base: u16) {
+        self.start_with(base, MEMORY);
+    }
+
+    fn start_with(&mut self, base: u16, memory_size: u64) {
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
-            memory_size: MEMORY,
+            memory_size,
             userspace_addr: BASE,
             mmap_offset: 0,
             mmap_handle: self.memory.as_raw_fd(),
@@ -213,10 +217,12 @@ impl Vmm {
         self.sent += 1;
         self.store(AVAIL + 2, &self.sent.to_le_bytes());
         self.kick.write(1).unwrap();
-        self.call.read().unwrap();
         let mut used = [0; 2];
-        self.memory.read_exact_at(&mut used, USED + 2).unwrap();
-        assert_eq!(u16::from_le_bytes(used), self.sent);
+        // A guest is interrupted without a reason when another process takes the queue up.
+        while u16::from_le_bytes(used) != self.sent {
+            self.call.read().unwrap();
+            self.memory.read_exact_at(&mut used, USED + 2).unwrap();
+        }
     }
 
     /// Waits to be told that the configuration space has changed.
@@ -791,6 +797,35 @@ fn an_operator_may_allow_what_is_pinned() {
 }
 
 #[test]
+fn another_process_knows_what_is_in_the_balloon() {
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    let pid = Pid::from_raw(daemon.0.id().try_into().unwrap());
+    for (signal, other) in [(Signal::SIGHUP, 0x102), (Signal::SIGKILL, 0x103)] {
+        match signal {
+            Signal::SIGHUP => kill(pid, signal).unwrap(),
+            _ => kill(worker(pid), signal).unwrap(),
+        }
+        wait_for("another process", || {
+            let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse::<Info>());
+            now.is_ok_and(|now| now.counters.messages.inflate == 0 && now.guest.driver)
+        });
+        vmm.store(0x100 << 12, &[7]);
+        vmm.inflate(other);
+        vmm.inflate(0x100);
+        assert_eq!(vmm.byte(0x100 << 12), 7, "the page is still in the balloon");
+        assert_eq!(info(directory).counters.refused["already-in-balloon"], 1);
+    }
+    daemon.end();
+}
+
+/// The child of a daemon that has the device.
+fn worker(daemon: Pid) -> Pid {
+    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
+    Pid::from_raw(children.split_whitespace().next().unwrap().parse().unwrap())
+}
+
+#[test]
 fn a_client_inhibits_discarding_for_a_while() {
     let (directory, daemon, mut vmm) = set_up();
     let directory = directory.path();
@@ -869,4 +904,89 @@ fn memory_in_a_file_on_a_disk_is_left_alone() {
         assert_eq!(info(directory).withheld, withheld);
         daemon.end();
     }
+}
+
+/// How long a VMM waits at most while the guest keeps its device busy: for the configuration space, and for a queue to
+/// stop.
+#[test]
+#[ignore = "a measurement: run it with --ignored --nocapture"]
+fn longest_wait() {
+    const LARGE: u64 = 4 << 30;
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--extensions"]);
+    let mut longest = [Duration::ZERO; 2];
+    // All of memory as one range, and every other page of it in messages of a page each.
+    let range = [
+        0x010c_0001,
+        0,
+        0,
+        (LARGE >> 12) - 0x100,
+        0x100 << 12,
+        (LARGE >> 12) - 0x100,
+    ];
+    let range: Vec<u8> = range
+        .iter()
+        .flat_map(|word: &u64| word.to_le_bytes())
+        .collect();
+    let bitmaps: Vec<Vec<u8>> = (0..16_u64)
+        .map(|number| {
+            let words = vec![0x5555_5555_5555_5555_u64; 500];
+            let header = [0x020c_0001, 0, 0x100 + number * 32000, 500 * 32];
+            header
+                .iter()
+                .chain(&words)
+                .flat_map(|word| word.to_le_bytes())
+                .collect()
+        })
+        .collect();
+    for messages in [vec![range], bitmaps] {
+        let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_PAGE_SETS);
+        vmm.memory.set_len(LARGE).unwrap();
+        let ones = vec![1; 64 << 20];
+        for place in (64 << 20..LARGE).step_by(64 << 20) {
+            vmm.memory.write_all_at(&ones, place).unwrap();
+        }
+        vmm.start_with(0, LARGE);
+        let mut wait = |what: usize, call: &mut dyn FnMut()| {
+            let start = Instant::now();
+            call();
+            longest[what] = longest[what].max(start.elapsed());
+        };
+        for (number, message) in (0_u16..).zip(&messages) {
+            let place = (1 << 20) + 64 * 1024 * u64::from(number);
+            vmm.store(place, message);
+            let descriptor = DESCRIPTORS + 16 * u64::from(number);
+            vmm.store(descriptor, &place.to_le_bytes());
+            let length = u32::try_from(message.len()).unwrap();
+            vmm.store(descriptor + 8, &length.to_le_bytes());
+            vmm.store(AVAIL + 4 + 2 * u64::from(number), &number.to_le_bytes());
+        }
+        let sent = u16::try_from(messages.len()).unwrap();
+        vmm.store(AVAIL + 2, &sent.to_le_bytes());
+        vmm.kick.write(1).unwrap();
+        let used = |vmm: &Vmm| u16::from_le_bytes([vmm.byte(USED + 2), vmm.byte(USED + 3)]);
+        let mut reads = 0;
+        while used(&vmm) < sent {
+            wait(0, &mut || drop(vmm.config()));
+            reads += 1;
+            if reads == 5 {
+                wait(1, &mut || {
+                    vmm.front.get_vring_base(0).unwrap();
+                });
+                vmm.start_with(0, LARGE);
+            }
+        }
+        println!(
+            "{} messages, {reads} reads of the configuration space",
+            messages.len()
+        );
+        drop(vmm);
+        wait_for("the end of the VMM", || !info(directory).guest.connected);
+    }
+    println!(
+        "a read took {:?} at most, stopping a queue {:?}",
+        longest[0], longest[1]
+    );
+    daemon.end();
 }

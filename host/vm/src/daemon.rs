@@ -49,6 +49,8 @@ impl Daemon {
             .arg("--state")
             .arg(directory.path().join("state"))
             .args(["--features", &features.join(",")])
+            // Most tests are about the driver.
+            .args(["--floor", "0", "--boot-grace", "0"])
             .args((config.device == Device::Extended).then_some("--extensions"))
             .args(&config.daemon_arguments)
             .stdin(Stdio::null())

@@ -7,7 +7,7 @@ use crate::balloon::Balloon;
 use crate::deflate::Deflate;
 use crate::discard::{Discarder, Granularity, Pieces};
 use crate::inflate::Inflate;
-use crate::queue::{Receiver, serve};
+use crate::queue::{Next, Receiver, Unfinished, serve};
 use crate::testing::GuestQueue;
 use balloon_wire::{
     VIRTIO_BALLOON_PAGE_SET_BITMAP, VIRTIO_BALLOON_PAGE_SET_COUNT_BITS,
@@ -145,6 +145,7 @@ impl Machine {
                     memory,
                     balloon,
                     told_before_use: self.told_before_use,
+                    begun: false,
                     discarder: &mut Discarder::default(),
                     format,
                     counters: &counters,
@@ -158,7 +159,10 @@ impl Machine {
                 &mut Deflate {
                     memory,
                     balloon,
-                    prefault: None,
+                    discarder: &mut Discarder::default(),
+                    prefault: false,
+                    told_before_use: self.told_before_use,
+                    begun: false,
                     format,
                     counters: &counters,
                     pages,
@@ -198,7 +202,7 @@ impl Machine {
     fn empty(mut self) -> BTreeSet<u64> {
         let mut held = |page: &u64| {
             let page = *page..*page + 1;
-            self.balloon.deflate(&[page], &mut Pieces::default()).moved == 1
+            self.balloon.deflate(&[page]).moved == 1
         };
         (0..END).filter(&mut held).collect()
     }
@@ -208,7 +212,11 @@ fn finish(guest: &GuestQueue, counters: &Counters, receiver: &mut impl Receiver)
     let (memory, heads) = (&guest.memory, &mut Vec::new());
     let messages = Counter::default();
     let vring = &mut guest.vring();
-    while serve(vring, memory, heads, counters, &messages, receiver) {}
+    let unfinished = &mut Unfinished::default();
+    while serve(
+        vring, memory, heads, unfinished, counters, &messages, receiver,
+    ) != Next::Notified
+    {}
 }
 
 #[test]
@@ -343,12 +351,17 @@ fn a_message_has_64_kib_at_most() {
 
 #[test]
 fn lone_pages_fill_the_longest_message() {
-    let words = vec![0x5555_5555_5555_5555; page_set::MAX_SIZE / 8 - 4];
+    let mut words = vec![0x5555_5555_5555_5555; page_set::MAX_SIZE / 8 - 4];
+    // These would be the pages of the message, which is read again if there is no time for all of it.
+    words[28] = 0;
     let mut machine = Machine::new(4096, true);
     let counters = machine.inflate(&[Message::bitmap(0x101, &words)]);
-    assert_eq!(counters.inflated.get(), (END - 0x100) << 11);
+    assert_eq!(counters.inflated.get(), (END - 0x140) << 11);
     assert_eq!(counters.refused(Refusal::OutsideMemory), 1);
-    let holes: BTreeSet<_> = (0x101..END).step_by(2).collect();
+    let named = (0x101..END).step_by(2);
+    let holes: BTreeSet<_> = named
+        .filter(|page| !(0x801..0x841).contains(page))
+        .collect();
     assert_eq!(machine.holes(), holes.range(FREE).copied().collect());
     assert_eq!(machine.empty(), holes);
 }
