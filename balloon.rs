@@ -127,6 +127,9 @@ const HEARTBEAT: Delta = Delta::from_millis(5);
 /// How long it may take until an answer is noticed that the device has not interrupted for.
 const LOOK_AGAIN: Msecs = 1_000;
 
+/// How often the driver reports the size of a balloon that is on its way.
+const REPORT_INTERVAL: Delta = Delta::from_millis(1_000);
+
 /// How long compaction holds on to pages that it has isolated, more or less.
 const ISOLATION: Msecs = 10;
 
@@ -158,8 +161,10 @@ pub(crate) struct Balloon {
     #[pin]
     oom_batch: Mutex<Batch>,
 
-    /// Set when the target may have changed: if it has, pauses end, and the reason for a stop is
-    /// told anew.
+    /// Set when the device has just used buffers: what the task finds without that may be old.
+    is_alive: Atomic<bool>,
+
+    /// Set when the device has changed its configuration space, and the target was not read since.
     target_changed: Atomic<bool>,
 
     /// The same for the settings.
@@ -188,10 +193,14 @@ struct Worker {
     /// What keeps the balloon from growing, when it has to.
     stopped: Option<StopReason>,
     teller: Teller,
-    /// The target that was seen last, in balloon pages.
-    wanted: Option<u32>,
-    /// The size that the device was told last, in balloon pages.
+    /// The target that was read last, in balloon pages.
+    wanted: u32,
+    /// The size that was reported last, in balloon pages.
     actual: Option<u32>,
+    /// How many messages the device has answered, of each queue.
+    answered: [usize; 2],
+    /// When the configuration space was read or written last.
+    accessed: Instant<Monotonic>,
     /// When the device has answered, or pages have left the balloon, the last time.
     progress: Instant<Monotonic>,
     /// Since when the device has not known of all pages that were moved.
@@ -216,8 +225,10 @@ fn set_up(
             blocks_taken: false,
             stopped: None,
             teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
-            wanted: None,
+            wanted: 0,
             actual: None,
+            answered: [0; 2],
+            accessed: Instant::now(),
             progress: Instant::now(),
             moving: None,
             error: None,
@@ -272,6 +283,7 @@ impl Balloon {
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
+            is_alive: Atomic::new(false),
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
             given_for_oom: Atomic::new(0),
@@ -316,6 +328,11 @@ impl Balloon {
         self.pages.replacer()
     }
 
+    /// Says that the device has just used buffers.
+    pub(crate) fn queue_used(&self) {
+        self.is_alive.store(true, Relaxed);
+    }
+
     /// Says that the device may have a new target.
     pub(crate) fn target_changed(&self) {
         self.target_changed.store(true, Release);
@@ -324,7 +341,7 @@ impl Balloon {
 
     /// The device's target, in kernel pages, as it was seen last.
     pub(crate) fn host_target(&self) -> usize {
-        target::pages(self.worker.lock().wanted.unwrap_or(0))
+        target::pages(self.worker.lock().wanted)
     }
 
     /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
@@ -416,15 +433,32 @@ impl Balloon {
         worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken()
     }
 
-    /// Returns the target in kernel pages.
-    fn target(&self, worker: &Worker) -> Result<usize> {
-        if self.giving_back.load(Relaxed) || !self.settings.inflate() {
-            return Ok(0);
+    /// Reads the target if the device has changed its configuration space: no more often, since an
+    /// access may be the end of a guest whose device is gone (docs/reliability.md). Returns it, in
+    /// balloon pages, if it was read.
+    fn read_target(&self, worker: &mut Worker) -> Result<Option<u32>> {
+        if self.giving_back.load(Relaxed) || !self.target_changed.xchg(false, Full) {
+            return Ok(None);
         }
 
-        Ok(target::pages(
-            worker.config.read_le32(virtio_balloon::NUM_PAGES)?,
-        ))
+        worker.accessed = Instant::now();
+        match worker.config.read_le32(virtio_balloon::NUM_PAGES) {
+            Ok(wanted) => Ok(Some(wanted)),
+            Err(EAGAIN) => {
+                self.target_changed.store(true, Relaxed);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the target in kernel pages.
+    fn target(&self, worker: &Worker) -> usize {
+        if self.giving_back.load(Relaxed) || !self.settings.inflate() {
+            0
+        } else {
+            target::pages(worker.wanted)
+        }
     }
 
     /// Returns what is missing to have `target` kernel pages in the balloon.
@@ -551,27 +585,33 @@ impl Balloon {
 
     /// Returns why the balloon is smaller than the device wants it, where it goes from here with
     /// `step`.
-    fn stop_reason(&self, worker: &Worker, step: Step) -> Result<Option<StopReason>> {
-        if !self.settings.inflate() {
-            let wanted = worker.config.read_le32(virtio_balloon::NUM_PAGES)?;
-            return Ok((wanted > 0).then_some(StopReason::Excluded));
-        }
-
-        Ok(match step {
+    fn stop_reason(&self, worker: &Worker, step: Step) -> Option<StopReason> {
+        match step {
+            _ if !self.settings.inflate() => (worker.wanted > 0).then_some(StopReason::Excluded),
             Step::Inflate(_) => worker.stopped,
             Step::Deflate(_) | Step::Rest => None,
-        })
+        }
     }
 
-    /// Tells the device the balloon's size, if it has changed. Pages that the guest cannot use yet
-    /// count.
-    fn update_actual(&self, worker: &mut Worker) -> Result {
+    /// Returns whether the balloon's size depends on an answer of the device. Pages that the guest
+    /// cannot use yet count as being in the balloon.
+    fn is_changing(&self, worker: &Worker) -> bool {
+        worker.inflate.in_flight() > 0 || self.deflate.lock().leaving() > 0
+    }
+
+    /// Tells the device the balloon's size, and why it goes no further with `step`, as far as that
+    /// has changed. For when the device has just shown that it is alive.
+    fn report(&self, worker: &mut Worker, step: Step) -> Result {
         let actual = target::balloon_pages(self.size());
 
         if worker.actual != Some(actual) {
             worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;
             worker.actual = Some(actual);
         }
+        worker
+            .teller
+            .tell(&worker.config, self.stop_reason(worker, step))?;
+        worker.accessed = Instant::now();
 
         Ok(())
     }
@@ -586,21 +626,26 @@ impl Balloon {
         worker.inflate.queue.wake();
         self.deflate.lock().queue.wake();
 
-        let answers =
-            worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
+        worker.inflate.collect(&self.pages);
+        deflate::collect(&self.deflate, &self.pages);
+        // The notifiers take answers as well.
+        let answered = [
+            worker.inflate.queue.answered(),
+            self.deflate.lock().queue.answered(),
+        ];
+        let has_answered = mem::replace(&mut worker.answered, answered) != answered;
+        let is_alive = self.is_alive.xchg(false, Relaxed) && has_answered;
         // The device says that something has changed for other reasons, too, such as hints.
-        let target_changed = self.target_changed.xchg(false, Full) && {
-            let wanted = worker.config.read_le32(virtio_balloon::NUM_PAGES)?;
-
-            worker.wanted.replace(wanted) != Some(wanted)
-        };
+        let read = self.read_target(worker)?;
+        let target_changed =
+            read.is_some_and(|wanted| mem::replace(&mut worker.wanted, wanted) != wanted);
 
         if target_changed | self.settings_changed.xchg(false, Full) {
             worker.blocks_taken = false;
             worker.backoff.reset();
             worker.stopped = None;
         }
-        if target_changed || answers > 0 {
+        if target_changed || has_answered {
             worker.progress = Instant::now();
         }
 
@@ -618,10 +663,14 @@ impl Balloon {
             }
         }
 
-        let target = self.target(worker)?;
+        let target = self.target(worker);
         let mut again = None;
 
         let step = self.step(worker, target);
+        let is_there = step == Step::Rest && !self.is_changing(worker);
+        if is_alive && (is_there || worker.accessed.elapsed() > REPORT_INTERVAL) {
+            self.report(worker, step)?;
+        }
         if step != Step::Rest {
             self.moves().allow(false);
         }
@@ -658,10 +707,12 @@ impl Balloon {
             self.relax();
         }
 
-        self.update_actual(worker)?;
-        let reason = self.stop_reason(worker, step)?;
-        worker.teller.tell(&worker.config, reason)?;
-        self.announce(reason);
+        self.announce(self.stop_reason(worker, step));
+        // The size is reported when the device has answered what this run has sent.
+        let is_quiet = !self.is_changing(worker) && !self.deflate.lock().is_pending();
+        if is_quiet && (is_alive || read.is_some()) {
+            self.report(worker, step)?;
+        }
 
         // The memory first, the news of it later: a host that is busy reading keeps the guest's
         // CPUs waiting. (QEMU handles a queue, like every access to a device, under one lock.)
@@ -672,6 +723,7 @@ impl Balloon {
 
         // What was answered in the meantime is taken in the next run.
         if !worker.inflate.queue.sleep() | !self.deflate.lock().queue.sleep() {
+            self.queue_used();
             again = Some(0);
         }
 
@@ -686,6 +738,7 @@ impl Balloon {
             || worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
             || !self.moves().is_settled()
+            || self.target_changed.load(Relaxed) && !self.giving_back.load(Relaxed)
         {
             again.get_or_insert(LOOK_AGAIN);
         }
@@ -706,7 +759,7 @@ impl Show for Task<Balloon> {
     /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
     fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let worker = self.worker.lock();
-        let target = self.target(&worker).unwrap_or(0);
+        let target = self.target(&worker);
 
         writeln!(f, "target {target}")?;
         writeln!(f, "held {}", self.pages.len())?;
@@ -719,7 +772,7 @@ impl Show for Task<Balloon> {
             writeln!(f, "order_{order}_blocks {blocks}")?;
         }
         let reason = self.stop_reason(&worker, self.step(&worker, target));
-        let reason = reason.ok().flatten().map_or("none", StopReason::words);
+        let reason = reason.map_or("none", StopReason::words);
         writeln!(f, "stop_reason {reason}")?;
         match worker.error {
             Some(error) => writeln!(f, "last_error {error:?}"),

@@ -69,7 +69,9 @@ use kernel::{
     sync::{
         atomic::{
             Atomic,
-            Relaxed, //
+            Full,
+            Relaxed,
+            Release, //
         },
         Arc,
         Mutex,
@@ -122,6 +124,8 @@ pub(crate) struct Hinting {
     /// Memory that the device has used, and that is kept for as long as nobody needs it.
     #[pin]
     held: SpinLock<RunSet>,
+    /// Set when the device has changed its configuration space, and the id was not read since.
+    id_changed: Atomic<bool>,
     /// Set when somebody needed memory: there will be no more in this round.
     needed: Atomic<bool>,
     /// How much was hinted, in bytes.
@@ -132,6 +136,8 @@ pub(crate) struct Hinting {
 struct Worker {
     config: virtio::Config,
     queue: HintQueue,
+    /// The id that was read last.
+    wanted: u32,
     /// The id of the latest round.
     id: u32,
     /// Whether the device has to be told that a round is over, and that the one with `id` begins.
@@ -153,6 +159,7 @@ impl Worker {
         Ok(Self {
             config: dev.config()?,
             queue,
+            wanted: HINT_STOP,
             id: HINT_STOP,
             stop_due: false,
             start_due: false,
@@ -264,9 +271,15 @@ impl Hinting {
             settings,
             worker <- new_mutex!(worker, "Hinting::worker"),
             held <- new_spinlock!(held, "Hinting::held"),
+            id_changed: Atomic::new(true),
             needed: Atomic::new(false),
             hinted <- dir.file(c"hinted_bytes", Atomic::new(0)),
         }))
+    }
+
+    /// Says that the device may have a new id.
+    pub(crate) fn id_changed(&self) {
+        self.id_changed.store(true, Release);
     }
 
     /// Begins anew with a device that was reset. The task must not be running.
@@ -337,9 +350,23 @@ impl Hinting {
         freed
     }
 
+    /// Reads the id if the device has changed its configuration space, and no more often.
+    fn read_id(&self, worker: &mut Worker) -> Result {
+        if self.id_changed.xchg(false, Full) {
+            match worker.config.read_le32(HINT_ID) {
+                Ok(id) => worker.wanted = id,
+                Err(EAGAIN) => self.id_changed.store(true, Relaxed),
+                Err(error) => return Err(error),
+            }
+        }
+
+        Ok(())
+    }
+
     /// Follows what the host wants.
     fn follow(&self, worker: &mut Worker) -> Result {
-        let wanted = worker.config.read_le32(HINT_ID)?;
+        self.read_id(worker)?;
+        let wanted = worker.wanted;
 
         if wanted == HINT_STOP || wanted == HINT_DONE {
             worker.stop();
@@ -406,7 +433,8 @@ impl Hinting {
             return Err(EIO);
         }
         if worker.queue.in_flight() == 0 && !worker.stop_due && !worker.start_due {
-            return Ok(None);
+            let is_read = !self.id_changed.load(Relaxed);
+            return Ok((!is_read).then_some(LOOK_AGAIN_LATER));
         }
 
         Ok(Some(match worker.queue.enable_callback_delayed() {

@@ -220,6 +220,8 @@ pub(crate) struct MessageQueue {
     sorted: KVec<u64>,
     /// How many messages the device was not notified of.
     unannounced: usize,
+    /// How many messages the device has used since the beginning.
+    answered: usize,
 }
 
 impl MessageQueue {
@@ -242,6 +244,7 @@ impl MessageQueue {
             spare,
             sorted: KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?,
             unannounced: 0,
+            answered: 0,
         })
     }
 
@@ -391,9 +394,15 @@ impl MessageQueue {
     /// Returns the pages of the next message that the device has used.
     pub(crate) fn next_used(&mut self) -> Option<Pages> {
         let ((message, pages), _) = self.vq.next_used()?;
+        self.answered = self.answered.wrapping_add(1);
 
         self.keep(message);
         Some(pages)
+    }
+
+    /// Returns how many messages the device has used since the beginning, in the task and in notifiers.
+    pub(crate) fn answered(&self) -> usize {
+        self.answered
     }
 
     fn keep(&mut self, mut message: Message) {

@@ -69,13 +69,16 @@ pub(crate) struct Teller {
     /// Whether it wants to.
     wanted: bool,
     /// What it was told last.
-    told: Option<u32>,
+    told: u32,
 }
 
 impl Teller {
-    /// Begins with a device that was told nothing yet.
+    /// Begins with a device that was reset, which knows of no reason (docs/protocol.md, SR-V1).
     pub(crate) fn new(wanted: bool) -> Self {
-        Self { wanted, told: None }
+        Self {
+            wanted,
+            told: stop_reason::NONE,
+        }
     }
 
     /// Tells the device `reason`, unless it knows that already.
@@ -86,9 +89,9 @@ impl Teller {
     pub(crate) fn tell(&mut self, config: &virtio::Config, reason: Option<StopReason>) -> Result {
         let value = StopReason::value(reason);
 
-        if self.wanted && self.told != Some(value) {
+        if self.wanted && self.told != value {
             config.write_le32(STOP_REASON, value)?;
-            self.told = Some(value);
+            self.told = value;
         }
 
         Ok(())

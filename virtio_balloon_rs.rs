@@ -225,6 +225,7 @@ impl virtio::Driver for BalloonDriver {
             stats.schedule();
         }
         if let Some(hints) = &data.hints {
+            hints.task.id_changed();
             hints.task.schedule();
         }
         if let Some(reporting) = &data.reporting {
@@ -237,7 +238,10 @@ impl virtio::Driver for BalloonDriver {
 
     fn queue_used(data: &Self::Data, index: usize) {
         match Queue::from_index(index) {
-            Some(Queue::Inflate | Queue::Deflate) => data.balloon.schedule(),
+            Some(Queue::Inflate | Queue::Deflate) => {
+                data.balloon.queue_used();
+                data.balloon.schedule();
+            }
             Some(Queue::Stats) => data.stats.iter().for_each(|stats| Stats::asked(stats)),
             Some(Queue::Hint) => data.hints.iter().for_each(|hints| hints.task.schedule()),
             Some(Queue::Report) => data.reporting.iter().for_each(Reporting::queue_used),
@@ -253,6 +257,7 @@ impl virtio::Driver for BalloonDriver {
         data.balloon.target_changed();
         data.balloon.schedule();
         if let Some(hints) = &data.hints {
+            hints.task.id_changed();
             hints.task.schedule();
         }
     }

@@ -71,6 +71,13 @@ struct Inner {
     status: Atomic<u32>,
     queue_size: Atomic<u32>,
     config: [Atomic<u32>; CONFIG_FIELDS],
+    /// How many times the driver has read and written a field.
+    reads: Atomic<u32>,
+    writes: Atomic<u32>,
+    /// Whether reads fail, if it is not 0.
+    failing: Atomic<u32>,
+    /// One above what the next read returns instead of the field; 0 for the field.
+    torn: Atomic<u64>,
     queues: [Queue; QUEUES],
 }
 
@@ -198,6 +205,24 @@ impl FakeDevice {
 
         // SAFETY: The device is registered.
         unsafe { bindings::virtio_config_changed(&raw mut (*self.inner.as_ptr()).vdev) };
+    }
+
+    /// Has reads of the configuration space fail from now on, or not any more. As with transports
+    /// that fail, the driver's buffer stays as it is.
+    pub(crate) fn fail_reads(&self, fail: bool) {
+        self.inner().failing.store(fail.into(), Relaxed);
+    }
+
+    /// Has the next read of the configuration space return `value`, as if a field changed meanwhile.
+    pub(crate) fn tear_read(&self, value: u32) {
+        self.inner().torn.store(u64::from(value) + 1, Relaxed);
+    }
+
+    /// Returns how many times the driver has read and written fields of the configuration space.
+    pub(crate) fn accesses(&self) -> (u32, u32) {
+        let inner = self.inner();
+
+        (inner.reads.load(Relaxed), inner.writes.load(Relaxed))
     }
 
     /// Returns how often the driver has notified the device of new messages on queue `index`.
@@ -367,10 +392,19 @@ extern "C" fn get(
 ) {
     // SAFETY: The virtio core passes the device and a buffer of this length.
     unsafe {
-        let value = inner(vdev)
-            .config
-            .get(offset as usize / 4)
-            .map_or(0, |cell| cell.load(Relaxed));
+        let inner = inner(vdev);
+        inner.reads.add(1, Relaxed);
+        if inner.failing.load(Relaxed) > 0 {
+            return;
+        }
+        let value = match inner.torn.xchg(0, Relaxed) {
+            0 => inner
+                .config
+                .get(offset as usize / 4)
+                .map_or(0, |cell| cell.load(Relaxed)),
+            // CAST: One above a field.
+            torn => ((torn - 1) as u32).to_le(),
+        };
 
         ptr::copy_nonoverlapping((&raw const value).cast(), buf, (len as usize).min(4));
     }
@@ -387,6 +421,7 @@ extern "C" fn set(
     // SAFETY: The virtio core passes the device and a buffer of this length.
     unsafe {
         ptr::copy_nonoverlapping(buf, (&raw mut value).cast(), (len as usize).min(4));
+        inner(vdev).writes.add(1, Relaxed);
         if let Some(cell) = inner(vdev).config.get(offset as usize / 4) {
             cell.store(value, Relaxed);
         }

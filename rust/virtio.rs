@@ -758,6 +758,7 @@ impl Device<device::Core<'_>> {
             dev: (&**self).into(),
             binding: self.shared_binding()?,
             len: self.config_len(),
+            is_legacy: !self.has_feature(Feature::VERSION_1),
         })
     }
 
@@ -911,6 +912,8 @@ pub(crate) struct Config {
     dev: ARef<Device>,
     binding: Arc<Binding>,
     len: c_uint,
+    /// Whether the device is from before version 1 of the specification.
+    is_legacy: bool,
 }
 
 impl Config {
@@ -923,11 +926,35 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// `ENODEV` if the device is gone, `ENXIO` if it has no such field.
+    /// `ENODEV` if the device is gone, `ENXIO` if it has no such field, `EAGAIN` if the transport
+    /// could not read it, or the device changed it meanwhile.
     pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
         self.check(field)?;
-        let _open = self.binding.enter_config().ok_or(ENODEV)?;
-        let mut value = [0u8; 4];
+        let open = self.binding.enter_config().ok_or(ENODEV)?;
+        let value = self.get(&open, field, u32::MAX)?;
+
+        // The transports read a legacy device byte by byte: the value may be a part of the old one
+        // and a part of the new one.
+        if self.is_legacy && self.get(&open, field, u32::MAX)? != value {
+            return Err(EAGAIN);
+        }
+        // A read from where there is no device has all bits set. And a transport that fails to read
+        // says nothing, and leaves the buffer as it was.
+        //
+        // SAFETY: The device is valid, since its binding was entered.
+        if value == u32::MAX && unsafe { bindings::balloon_rs_is_gone(self.dev.as_raw()) } {
+            return Err(ENODEV);
+        }
+        if value == u32::MAX && self.get(&open, field, 0)? != value {
+            return Err(EAGAIN);
+        }
+
+        Ok(value)
+    }
+
+    /// Has the transport read `field`, which the device has, into a buffer that holds `before`.
+    fn get(&self, _open: &srcu::Guard<'_>, field: Field<u32>, before: u32) -> Result<u32> {
+        let mut value = before.to_le_bytes();
 
         // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
         // has the right length.
@@ -942,22 +969,14 @@ impl Config {
             );
         }
 
-        let value = u32::from_le_bytes(value);
-        // Whatever is read from where there is no device has all bits set.
-        //
-        // SAFETY: The device is valid, as above.
-        if value == u32::MAX && unsafe { bindings::balloon_rs_is_gone(self.dev.as_raw()) } {
-            return Err(ENODEV);
-        }
-
-        Ok(value)
+        Ok(u32::from_le_bytes(value))
     }
 
     /// Writes a little-endian field. May sleep.
     ///
     /// # Errors
     ///
-    /// As for [`read_le32`](Self::read_le32).
+    /// `ENODEV` if the device is gone, `ENXIO` if it has no such field.
     pub(crate) fn write_le32(&self, field: Field<u32>, value: u32) -> Result {
         self.check(field)?;
         let _open = self.binding.enter_config().ok_or(ENODEV)?;

@@ -28,6 +28,7 @@ use crate::{
             F_STATS_VQ,
             F_STOP_REASON,
             NUM_PAGES,
+            PFN_SHIFT,
             POISON_VAL,
             STOP_REASON, //
         },
@@ -283,18 +284,26 @@ fn misbehave(
     Ok(total - memory::total_pages())
 }
 
-/// Inflates to `pages` balloon pages, and deflates while the device does not answer, which leaves
-/// `left` balloon pages in the balloon. Returns how many messages the device found when it came
-/// back to life.
-fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32> {
+/// Inflates to `pages` balloon pages, and deflates while the device does not answer. Returns whether
+/// the guest has the pages then, and how many messages the device found when it came back to life.
+///
+/// # Errors
+///
+/// `EINVAL` if the driver tells the device another size before it has answered.
+fn deflate_unanswered(features: &[Feature], pages: u32) -> Result<(bool, u32)> {
     let mut host = Host::new(features)?;
     let mut messages = 0;
 
     host.resize(pages, pages)?;
+    let full = free();
+    let kicks = host.device.kicks(DEFLATE);
     host.device.change(NUM_PAGES, 0);
-    reaches(&host.device, left)?;
+    eventually(|| Ok(host.device.kicks(DEFLATE) > kicks))?;
     fsleep(Delta::from_millis(20));
-    reaches(&host.device, left)?;
+    let is_free = free() > full + (u64::from(pages) << PFN_SHIFT) / 2;
+    if host.device.field(ACTUAL) != pages {
+        return Err(EINVAL);
+    }
 
     while let Some(request) = host.device.next(DEFLATE)? {
         messages += 1;
@@ -307,7 +316,7 @@ fn deflate_unanswered(features: &[Feature], pages: u32, left: u32) -> Result<u32
     host.device.interrupt(DEFLATE)?;
     host.settle(0)?;
     compare(&host)?;
-    Ok(messages)
+    Ok((is_free, messages))
 }
 
 /// Returns where `pages` consecutive kernel pages of the balloon begin, aligned to that many (page frame
@@ -628,9 +637,9 @@ mod tests {
     #[test]
     fn blocks_come_back_when_the_device_has_answered() {
         let total = memory::total_pages();
-        let result = deflate_unanswered(&PAGE_SETS, BLOCKS * BLOCK, BLOCKS * BLOCK);
+        let result = deflate_unanswered(&PAGE_SETS, BLOCKS * BLOCK);
 
-        assert_eq!(result, Ok(1));
+        assert_eq!(result, Ok((false, 1)));
         assert_eq!(memory::total_pages(), total);
     }
 
@@ -736,7 +745,8 @@ mod tests {
 
         device.change(NUM_PAGES, 2 * MESSAGE);
         assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
-        fsleep(Delta::from_millis(20));
+        // So long that a balloon which is on its way is reported.
+        fsleep(Delta::from_millis(1_100));
         assert_eq!(device.field(ACTUAL), 0);
 
         // Out of order, and one only.
@@ -756,20 +766,96 @@ mod tests {
     }
 
     #[test]
+    fn a_target_costs_a_read_and_a_write() -> Result {
+        for features in [
+            &BASE[..],
+            &[Feature::VERSION_1, F_MUST_TELL_HOST],
+            &PAGE_SETS,
+            &[Feature::VERSION_1, F_STOP_REASON],
+        ] {
+            let mut host = Host::new(features)?;
+            eventually(|| Ok(host.device.accesses().1 > 0))?;
+            fsleep(Delta::from_millis(20));
+            let first = host.device.accesses();
+
+            for (n, target) in [(1, MANY), (2, MANY + 4 * MESSAGE), (3, MESSAGE), (4, 0)] {
+                host.resize(target, target)?;
+                // Nor do interrupts and time cost any.
+                host.device.interrupt(INFLATE)?;
+                host.device.interrupt(DEFLATE)?;
+                fsleep(Delta::from_millis(50));
+                assert_eq!(host.device.accesses(), (first.0 + n, first.1 + n));
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_silent_device_is_not_looked_at() -> Result {
+        for features in [
+            &BASE[..],
+            &[Feature::VERSION_1, F_MUST_TELL_HOST],
+            &PAGE_SETS,
+        ] {
+            let mut host = Host::new(features)?;
+
+            host.resize(MANY, MANY)?;
+            let (reads, writes) = host.device.accesses();
+            // The driver reads the target, and reports nothing.
+            host.device.change(NUM_PAGES, MESSAGE);
+            eventually(|| Ok(host.device.kicks(DEFLATE) > 0))?;
+            fsleep(Delta::from_millis(2_500));
+            host.device.freeze()?;
+            assert_eq!(host.device.accesses(), (reads + 1, writes));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_read_that_fails_is_no_target() -> Result {
+        let mut host = Host::new(&BASE)?;
+
+        host.resize(MESSAGE, MESSAGE)?;
+        host.device.fail_reads(true);
+        let (reads, _) = host.device.accesses();
+        host.device.change(NUM_PAGES, 2 * MESSAGE);
+        eventually(|| Ok(host.device.accesses().0 > reads))?;
+        fsleep(Delta::from_millis(50));
+        assert!(host.device.next(INFLATE)?.is_none() && host.device.next(DEFLATE)?.is_none());
+
+        // It is read again.
+        host.device.fail_reads(false);
+        host.settle(2 * MESSAGE)
+    }
+
+    #[test]
+    fn a_read_that_is_torn_is_no_target() -> Result {
+        // A device of before version 1.0.
+        let mut host = Host::new(&[])?;
+
+        host.resize(MESSAGE, MESSAGE)?;
+        host.device.tear_read(0);
+        host.resize(2 * MESSAGE, 2 * MESSAGE)?;
+        assert!(host.deflated.is_empty());
+        Ok(())
+    }
+
+    #[test]
     fn deflating_does_not_wait_for_the_device() {
-        let result = deflate_unanswered(&[Feature::VERSION_1], MANY, 0);
+        let result = deflate_unanswered(&[Feature::VERSION_1], MANY);
 
         // All is out of the balloon, and the queue is full of the news.
-        assert_eq!(result, Ok(QUEUE_SIZE));
+        assert_eq!(result, Ok((true, QUEUE_SIZE)));
     }
 
     #[test]
     fn deflating_waits_for_the_device_where_it_must() {
         let features = [Feature::VERSION_1, F_MUST_TELL_HOST];
-        let result = deflate_unanswered(&features, MANY, MANY);
+        let result = deflate_unanswered(&features, MANY);
 
         // The queue is full of what is to leave the balloon.
-        assert_eq!(result, Ok(QUEUE_SIZE));
+        assert_eq!(result, Ok((false, QUEUE_SIZE)));
     }
 
     #[test]

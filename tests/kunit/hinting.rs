@@ -189,6 +189,21 @@ mod tests {
     }
 
     #[test]
+    fn the_id_is_read_once_for_each_change() -> Result {
+        let device = device()?;
+        eventually(|| Ok(device.accesses().1 > 0))?;
+        fsleep(Delta::from_millis(20));
+        let (reads, _) = device.accesses();
+
+        device.change(HINT_ID, 2);
+        round(&device, 2)?;
+        fsleep(Delta::from_millis(20));
+        // The target may have changed as well.
+        assert_eq!(device.accesses().0, reads + 2);
+        Ok(())
+    }
+
+    #[test]
     fn a_round_ends_with_more_stretches_than_there_is_room_for() -> Result {
         const STRETCH: u64 = (PAGE_SIZE as u64) << MIN_ORDER;
         let device = device()?;

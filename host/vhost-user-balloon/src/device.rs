@@ -820,7 +820,8 @@ impl Device {
             work.balloon.empty();
             work.taken_up = [false; MAX_QUEUES];
             lock(&self.hints).restart();
-            lock(&self.state).config.actual = 0;
+            let config = &mut lock(&self.state).config;
+            (config.actual, config.stop_reason) = (0, 0);
             self.leave_alone();
             debug!("the guest has a driver, with an empty balloon");
         } else {

@@ -28,6 +28,7 @@ use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
 mod compaction;
+mod configuration;
 mod costs;
 mod faults;
 mod hinting;
@@ -70,6 +71,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     hinting::SCENARIOS,
     page_sets::SCENARIOS,
     costs::SCENARIOS,
+    configuration::SCENARIOS,
     observability::SCENARIOS,
     vhost_user::SCENARIOS,
     unused::SCENARIOS,

@@ -133,6 +133,16 @@ fn rebind(setup: &Setup) -> Result<()> {
     })
 }
 
+/// Waits until a balloon has begun to inflate, and says how far it is. The host learns of that when it is over.
+pub(crate) fn wait_inflating(guest: &Guest) -> Result<Size> {
+    let mut size = Size::default();
+    guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
+        size = guest.page_size() * guest.vmstat("nr_balloon_pages")?;
+        Ok(size > Size::mib(100))
+    })?;
+    Ok(size)
+}
+
 /// Where the driver is found in sysfs.
 pub(crate) fn driver_directory(driver: Driver) -> String {
     format!("/sys/bus/virtio/drivers/{}", driver.name())
@@ -164,10 +174,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
                 guest.plug_balloon(&device)?;
             }
             guest.balloon().request(target)?;
-            guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
-                Ok(guest.balloon().size()? > Size::mib(100))
-            })?;
-            let size = guest.balloon().size()?;
+            let size = wait_inflating(guest)?;
             ensure!(size < target, "the balloon was full before its device went");
             guest.unplug_balloon()?;
             let pages = guest.vmstat("nr_balloon_pages")?;
@@ -187,10 +194,7 @@ fn power_off_while_inflating(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().memory(memory), |guest| {
         guest.insmod(setup.driver, &[])?;
         guest.balloon().request(target)?;
-        guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
-            Ok(guest.balloon().size()? > Size::mib(100))
-        })?;
-        let size = guest.balloon().size()?;
+        let size = wait_inflating(guest)?;
         ensure!(
             size < target,
             "the balloon was full before the guest was switched off"

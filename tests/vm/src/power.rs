@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, ensure};
 use vm::{Config, Guest, Load, Machine, RunningLoad, Size};
 
-use crate::lifecycle::device;
+use crate::lifecycle::{device, wait_inflating};
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
@@ -102,9 +102,7 @@ fn large(setup: &Setup) -> (Config, Size) {
 /// Asks for `target` and waits until the balloon is on its way there.
 fn begin(guest: &Guest, target: Size) -> Result<()> {
     guest.balloon().request(target)?;
-    guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
-        Ok(guest.balloon().size()? > Size::mib(100))
-    })
+    wait_inflating(guest).map(|_| ())
 }
 
 /// Suspends the guest to RAM and asks for `target`, if there is one, while it sleeps.

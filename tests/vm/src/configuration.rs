@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How often the driver looks at the configuration space and writes to it. Each time costs an exit from the guest, and is
+//! the end of a QEMU whose vhost-user device has lost its back end.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use vm::{Device, Size};
+
+use crate::{ALL_DEVICES, BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "configuration_accesses",
+    proves: "a target costs a read and a write of the configuration space, whatever its size",
+    kernels: TEST_KERNEL,
+    drivers: BOTH_DRIVERS,
+    devices: ALL_DEVICES,
+    run: configuration_accesses,
+}];
+
+/// QEMU's trace events for what reads the configuration space of a device, and for what writes to it: for its own one,
+/// and the requests that a vhost-user device gets.
+fn events(device: Device) -> (&'static str, &'static str) {
+    match device {
+        Device::Qemu => ("virtio_balloon_get_config", "virtio_balloon_set_config"),
+        Device::VhostUser | Device::Extended => {
+            ("vhost_user_write req:24 ", "vhost_user_write req:25 ")
+        }
+    }
+}
+
+fn configuration_accesses(setup: &Setup) -> Result<()> {
+    /// So long that all is over that a target has brought about.
+    const REST: Duration = Duration::from_millis(1500);
+    let (read, write) = events(setup.device);
+    let name = |event: &str| event.split(' ').next().unwrap_or_default().to_owned();
+    let mut config = setup.config().memory(Size::gib(4));
+    for event in [name(read), name(write)] {
+        config = config.argument("-trace", &event);
+    }
+    let messages = setup.logs().join("qemu.log");
+    let counts = || -> Result<[usize; 2]> {
+        thread::sleep(REST);
+        let text = fs::read_to_string(&messages)?;
+        Ok([read, write].map(|event| text.matches(event).count()))
+    };
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let mut before = counts()?;
+        let [reads, writes] = before;
+        setup.note(format!("probe: {reads} reads, {writes} writes"));
+        ensure!(reads > 0, "QEMU's trace has no '{read}'");
+        for size in [Size::mib(100), Size::gib(3), Size::mib(1), Size::default()] {
+            let took = guest.balloon().settle(size)?;
+            let now = counts()?;
+            let [reads, writes] = [now[0] - before[0], now[1] - before[1]];
+            before = now;
+            let cost = format!("{size}: {reads} reads, {writes} writes");
+            setup.note(cost.clone());
+            // The driver writes once a second while the size changes, and when it is reached.
+            let most = usize::try_from(took.as_secs())? + 1;
+            let result = (|| {
+                ensure!(reads <= 1 && writes <= most, "a target of {cost}");
+                Ok(())
+            })();
+            setup.tolerate(result)?;
+        }
+        // Nor does a balloon cost any that cannot grow.
+        guest.balloon().request(guest.memory() - Size::pages(1))?;
+        guest.balloon().rest(Duration::from_secs(3))?;
+        before = counts()?;
+        thread::sleep(Duration::from_secs(5));
+        let now = counts()?;
+        let more = now[0] + now[1] - before[0] - before[1];
+        let result = (|| {
+            ensure!(
+                more == 0,
+                "a target that is out of reach costs {more} accesses in 5 s"
+            );
+            Ok(())
+        })();
+        setup.tolerate(result)?;
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
