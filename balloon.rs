@@ -177,6 +177,9 @@ pub(crate) struct Balloon {
     /// Set when all is to be given back, whatever the target.
     giving_back: Atomic<bool>,
 
+    /// Whether the device did not answer in time when the driver took leave of it.
+    was_silent: Atomic<bool>,
+
     /// What times are counted from.
     start: Instant<Monotonic>,
 }
@@ -288,6 +291,7 @@ impl Balloon {
             settings_changed: Atomic::new(false),
             given_for_oom: Atomic::new(0),
             giving_back: Atomic::new(false),
+            was_silent: Atomic::new(false),
             start: Instant::now(),
         }))
     }
@@ -311,6 +315,11 @@ impl Balloon {
             taker.resume();
         }
         Ok(())
+    }
+
+    /// Returns whether the device did not answer in time when the driver took leave of it.
+    pub(crate) fn was_silent(&self) -> bool {
+        self.was_silent.load(Relaxed)
     }
 
     /// Gives back what a device that did not answer has kept from that. It was reset, so that there
@@ -408,6 +417,7 @@ impl Balloon {
                     "the device does not answer in time: leaving without it, with {} MiB in the balloon\n",
                     mib(task.pages.len())
                 );
+                task.was_silent.store(true, Relaxed);
                 break;
             }
 
@@ -416,6 +426,10 @@ impl Balloon {
             }
         }
 
+        // A report of free pages was not answered either.
+        if worker.inflate.queue.is_reset() {
+            task.was_silent.store(true, Relaxed);
+        }
         task.deflate.lock().forget();
         task.wakeup.lower(Signal::Target);
     }

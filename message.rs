@@ -429,6 +429,11 @@ impl MessageQueue {
         self.vq.enable_callback_delayed()
     }
 
+    /// Returns whether the device was reset.
+    pub(crate) fn is_reset(&self) -> bool {
+        self.vq.is_reset()
+    }
+
     /// Returns whether the queue will never work again.
     pub(crate) fn is_broken(&self) -> bool {
         self.vq.is_broken()

@@ -283,6 +283,15 @@ impl virtio::Driver for BalloonDriver {
     }
 
     fn restore(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) -> Result {
+        // QEMU does not outlive the start of a device that has lost its back end.
+        if data.balloon.was_silent() {
+            dev_warn!(
+                dev,
+                "the device did not answer before the system slept: no more ballooning until the driver is bound again\n"
+            );
+            return Err(ENODEV);
+        }
+
         // The device has forgotten it.
         poison::announce(dev)?;
 

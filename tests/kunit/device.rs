@@ -808,6 +808,8 @@ mod tests {
             fsleep(Delta::from_millis(2_500));
             host.device.freeze()?;
             assert_eq!(host.device.accesses(), (reads + 1, writes));
+            // Nor is it started again.
+            assert!(host.device.restore(QUEUE_SIZE).is_err() && !host.device.is_ready());
         }
         Ok(())
     }

@@ -43,6 +43,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "slow_device",
     "vanished_device",
     "races",
+    "random_kills",
 ];
 
 /// How much memory a guest and what is around it may take.

@@ -120,6 +120,22 @@ impl Daemon {
         ))
     }
 
+    /// Has the process with the device stop where it is. It still exists.
+    pub fn stop_worker(&self) -> Result<()> {
+        Ok(kill(self.worker()?, Signal::SIGSTOP)?)
+    }
+
+    /// Kills all of its processes, with no time for anything.
+    pub fn kill(&self) -> Result<()> {
+        let worker = self.worker()?;
+        let mut child = self.child();
+        child.kill()?;
+        // It may have ended with its parent.
+        let _ = kill(worker, Signal::SIGKILL);
+        child.wait()?;
+        Ok(())
+    }
+
     /// Kills the process that has the device.
     pub fn kill_worker(&self) -> Result<()> {
         Ok(kill(self.worker()?, Signal::SIGKILL)?)

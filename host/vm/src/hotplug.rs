@@ -10,8 +10,8 @@ use balloon_control::{Begun, Progress, Request, RequestStatus};
 use serde_json::{Value, json};
 
 use crate::daemon::Daemon;
-use crate::device::{Device, vhost_user_balloon};
-use crate::guest::Guest;
+use crate::device::vhost_user_balloon;
+use crate::guest::{Driver, Guest};
 use crate::qemu::Config;
 use crate::size::Size;
 
@@ -55,6 +55,14 @@ impl Guest {
             self.sh("cat /sys/bus/virtio/drivers/virtio_balloon*/virtio*/status || true")?;
         // The last digit has all bits then, and the first one tells of a failure.
         Ok(status.trim_end().ends_with("0f"))
+    }
+
+    /// Whether a driver is loaded.
+    pub fn is_loaded(&self, driver: Driver) -> Result<bool> {
+        let modules = self.read_file("/proc/modules")?;
+        Ok(modules
+            .lines()
+            .any(|line| line.split(' ').next() == Some(driver.name())))
     }
 
     /// Takes the balloon away from the guest, and waits until it is gone.
@@ -122,12 +130,13 @@ impl Guest {
         self.unplug_daemon(daemon)
     }
 
-    /// Gives the guest a balloon of a daemon of its own, with the extended protocol. For guests
-    /// with [`Config::hotplug_port`] and no other balloon.
+    /// Gives the guest a balloon of a daemon of its own. For guests with [`Config::hotplug_port`] and no other
+    /// balloon.
     pub fn plug_daemon(&self) -> Result<Daemon> {
         let daemon = Daemon::start(self.config())?;
         self.connect("balloon", &daemon.socket())?;
-        let mut device = vhost_user_balloon("pci", "balloon", &Device::Extended.properties());
+        let properties = self.config().device.properties();
+        let mut device = vhost_user_balloon("pci", "balloon", &properties);
         device["bus"] = json!("port0");
         self.qmp().execute::<Value>("device_add", &device)?;
         Ok(daemon)
@@ -151,7 +160,7 @@ impl Guest {
     }
 
     /// Closes the connection, after the device was unplugged.
-    pub(crate) fn disconnect(&self, chardev: &str) -> Result<()> {
+    pub fn disconnect(&self, chardev: &str) -> Result<()> {
         // QEMU may not be done with it for a moment.
         self.wait_until("a device that is gone", PATIENCE, || {
             let gone = self

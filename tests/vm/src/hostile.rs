@@ -292,6 +292,12 @@ fn silent_report(setup: &Setup) -> Result<()> {
             took.as_secs_f64()
         ));
         ensure!(took < LIMIT, "suspending took {took:?}");
+        // The driver does not start an unresponsive device again, unless it is bound again.
+        let name = crate::lifecycle::device(guest, setup.driver)?;
+        for file in ["unbind", "bind"] {
+            let file = format!("{}/{file}", driver_directory(setup.driver));
+            guest.write_file(&file, &name)?;
+        }
 
         // The same once more, and the system goes on at the last moment.
         report()?;

@@ -30,6 +30,7 @@ use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 mod compaction;
 mod configuration;
 mod costs;
+mod daemon_killed;
 mod faults;
 mod hinting;
 mod hostile;
@@ -74,6 +75,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     configuration::SCENARIOS,
     observability::SCENARIOS,
     vhost_user::SCENARIOS,
+    daemon_killed::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,
     hostile::SCENARIOS,

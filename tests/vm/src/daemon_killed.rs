@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The processes that have the balloon device are killed, and the guest continues without it.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use balloon_control::{HintAction, Request};
+use fastrand::Rng;
+use serde_json::Value;
+use vm::{Config, Daemon, Device, Driver, Guest, Load, MemoryBackend, Offer, RunningLoad, Size};
+
+use crate::lifecycle::{device, driver_directory};
+use crate::reporting::FAST_REPORTS;
+use crate::sizes::check_free;
+use crate::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "daemon_killed",
+        proves: "a guest outlives its balloon's device, whatever both were doing, and has all of its memory again",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: daemon_killed,
+    },
+    Scenario {
+        name: "random_kills",
+        proves: "the same at 200 random moments, while the guest's data stay intact",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: random_kills,
+    },
+];
+
+/// How long the guest may take to do what it is asked for.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long it may take to leave a device that does not answer.
+const LEAVE: Duration = Duration::from_secs(6);
+
+/// How much there is in the balloon, or is to be.
+const SIZE: Size = Size::mib(400);
+
+/// What a guest and its device are doing when the device's processes are killed. The last ones are for devices with the
+/// extended protocol.
+const STATES: [(&str, fn(&Guest, &Daemon) -> Result<()>); 9] = [
+    ("empty", |_, _| Ok(())),
+    ("idle", |guest, daemon| reach(guest, daemon, SIZE)),
+    ("inflating", |guest, daemon| {
+        start(guest, daemon, SIZE, "balloon_inflate")
+    }),
+    ("deflating", |guest, daemon| {
+        reach(guest, daemon, SIZE)?;
+        start(guest, daemon, Size::default(), "balloon_deflate")
+    }),
+    ("out of reach", |guest, daemon| {
+        set(daemon, guest.memory() - Size::pages(1))?;
+        guest.wait_until("a balloon that has grown", PATIENCE, || {
+            let size = Size::bytes(daemon.info()?.size);
+            Ok(size > SIZE && balloon(guest)? == size)
+        })
+    }),
+    ("hints", |guest, daemon| {
+        daemon.call::<Value>(&Request::Hints {
+            action: HintAction::Start,
+        })?;
+        guest.wait_until("hints", PATIENCE, || Ok(daemon.info()?.counters.hinted > 0))
+    }),
+    ("report", |guest, _| {
+        // What is free from now on is reported.
+        guest.load(Load::Touch { mib: 200 })?.wait()?;
+        Ok(())
+    }),
+    ("statistics", |_, daemon| {
+        daemon.call::<Value>(&Request::SetStatsInterval { seconds: 1 })?;
+        Ok(())
+    }),
+    ("request", |_, daemon| {
+        daemon.call::<Value>(&Request::Reclaim {
+            block: 2 << 20,
+            start: 0,
+            end: 0,
+        })?;
+        Ok(())
+    }),
+];
+
+const INFLATING: usize = 2;
+
+/// The states that a device can be in.
+fn states(setup: &Setup) -> &'static [(&'static str, fn(&Guest, &Daemon) -> Result<()>)] {
+    match (setup.device, setup.driver) {
+        (Device::Extended, Driver::Rust) => &STATES,
+        _ => &STATES[..STATES.len() - 1],
+    }
+}
+
+/// The ways to leave a device whose processes are gone. The last one is for devices that have something to answer: QEMU
+/// does not outlive that the driver starts such a device again, and the driver has to know that it does not answer.
+const WAYS: [(&str, fn(&Setup, &Guest) -> Result<()>); 4] = [
+    ("unplug", |_, _| Ok(())),
+    ("unbind", |setup, guest| {
+        let device = device(guest, setup.driver)?;
+        let file = format!("{}/unbind", driver_directory(setup.driver));
+        guest.write_file(&file, &device)
+    }),
+    ("rmmod", |setup, guest| guest.rmmod(setup.driver)),
+    ("suspend and resume", |_, guest| guest.suspend_devices()),
+];
+
+const SUSPEND: usize = 3;
+
+fn set(daemon: &Daemon, size: Size) -> Result<()> {
+    daemon.call::<Value>(&Request::Set {
+        bytes: size.as_bytes(),
+    })?;
+    Ok(())
+}
+
+/// Asks for `size` and waits until the driver has begun, as this counter says. As long as it has not read the target,
+/// QEMU does not outlive the device.
+fn start(guest: &Guest, daemon: &Daemon, size: Size, counter: &str) -> Result<()> {
+    let before = guest.vmstat(counter)?;
+    set(daemon, size)?;
+    guest.wait_until("a balloon on its way", PATIENCE, || {
+        Ok(guest.vmstat(counter)? > before)
+    })
+}
+
+fn balloon(guest: &Guest) -> Result<Size> {
+    Ok(guest.page_size() * guest.vmstat("nr_balloon_pages")?)
+}
+
+fn reach(guest: &Guest, daemon: &Daemon, size: Size) -> Result<()> {
+    set(daemon, size)?;
+    guest.wait_until("a balloon of the size that it is to have", PATIENCE, || {
+        Ok(balloon(guest)? == size && daemon.info()?.size == size.as_bytes())
+    })
+}
+
+/// A guest that gets devices while it runs.
+fn config(setup: &Setup) -> Config {
+    setup
+        .config()
+        .backend(MemoryBackend::Memfd)
+        .hotplug_port()
+        .balloon(None)
+        .reboots()
+        .parameter(FAST_REPORTS)
+        .offer(&[Offer::FreePageHint, Offer::FreePageReporting])
+}
+
+/// Gives the guest a device, and kills its processes so long after a state was begun. Without a time the device stops
+/// before, and the driver takes what it has answered: an access to the configuration space just then would be the end of
+/// QEMU, whatever the driver.
+fn lose(setup: &Setup, guest: &Guest, state: usize, delay: Option<Duration>) -> Result<()> {
+    const SETTLE: Duration = Duration::from_millis(500);
+    let (name, begin) = states(setup)[state];
+    guest.write_file("/dev/kmsg", &format!("{name}, killed after {delay:?}"))?;
+    let daemon = guest.plug_daemon()?;
+    guest.wait_balloon()?;
+    // The driver has made its first report.
+    for size in [Size::mib(1), Size::default()] {
+        reach(guest, &daemon, size)?;
+    }
+    begin(guest, &daemon)?;
+    if delay.is_none() {
+        daemon.stop_worker()?;
+    }
+    thread::sleep(delay.unwrap_or(SETTLE));
+    daemon.kill()
+}
+
+/// Has the guest leave a device whose processes are gone, and looks whether it has all of its memory.
+fn leave(setup: &Setup, guest: &Guest, way: usize, total: Size, free: Size) -> Result<Duration> {
+    let (_, leave) = WAYS[way];
+    let start = guest.stopwatch();
+    leave(setup, guest)?;
+    guest.unplug_balloon()?;
+    let took = start.elapsed();
+    guest.disconnect("balloon")?;
+    if !guest.is_loaded(setup.driver)? {
+        guest.insmod(setup.driver, &[])?;
+    }
+    ensure!(took < LEAVE, "leaving the device took {took:.1?}");
+    let pages = guest.vmstat("nr_balloon_pages")?;
+    ensure!(pages == 0, "{pages} pages went with the device");
+    let now = guest.meminfo()?.total;
+    ensure!(now == total, "the guest had {total}, and has {now}");
+    guest.wait_until("free memory as before", PATIENCE, || {
+        Ok(guest.free()? + Size::mib(64) > free)
+    })?;
+    Ok(took)
+}
+
+/// Boots a guest with the driver and with data in memory.
+fn with_data(
+    setup: &Setup,
+    body: impl FnOnce(&Guest, &RunningLoad<'_>, Size, Size) -> Result<()>,
+) -> Result<()> {
+    vm::run(&config(setup), |guest| {
+        let before = guest.free()?;
+        guest.insmod(setup.driver, &[])?;
+        let load = guest.load(Load::Hold {
+            mib: 96,
+            threads: 1,
+        })?;
+        body(guest, &load, guest.meminfo()?.total, guest.free()?)?;
+        load.verify(1)?;
+        load.stop()?;
+        check_free(guest, before)
+    })
+}
+
+fn daemon_killed(setup: &Setup) -> Result<()> {
+    if setup.driver == Driver::C {
+        return each_alone(setup);
+    }
+    with_data(setup, |guest, load, total, free| {
+        let mut longest = Duration::ZERO;
+        for state in 0..states(setup).len() {
+            let (name, _) = states(setup)[state];
+            let way = match name {
+                "idle" => SUSPEND,
+                _ => state % SUSPEND,
+            };
+            let what = || format!("killed while {name}, {}", WAYS[way].0);
+            lose(setup, guest, state, None).with_context(what)?;
+            load.verify(2).with_context(what)?;
+            longest = longest.max(leave(setup, guest, way, total, free).with_context(what)?);
+        }
+        setup.note(format!(
+            "{:.1} s to leave a device at most",
+            longest.as_secs_f64()
+        ));
+        Ok(())
+    })?;
+    // The guest reboots with such a device, and switches itself off.
+    vm::run(&config(setup), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        lose(setup, guest, INFLATING, None)?;
+        guest.reboot()
+    })
+}
+
+/// Has a guest of its own lose its device in each state, and says which have lived on.
+fn each_alone(setup: &Setup) -> Result<()> {
+    for (state, (name, _)) in states(setup).iter().enumerate() {
+        let result = vm::run_and_kill(&config(setup), |guest| {
+            guest.insmod(setup.driver, &[])?;
+            let load = guest.load(Load::Hold {
+                mib: 96,
+                threads: 1,
+            })?;
+            lose(setup, guest, state, None)?;
+            load.verify(10)
+        });
+        setup.tolerate(result.with_context(|| format!("killed while {name}")))?;
+    }
+    Ok(())
+}
+
+fn random_kills(setup: &Setup) -> Result<()> {
+    /// How many times one guest loses its device at most: its log is read again and again.
+    const PER_GUEST: u64 = 50;
+    let mut seeds = setup.seeds().unwrap_or(0..200).peekable();
+    let (mut killed, mut lost, mut verified) = (0, Vec::new(), 0);
+    while seeds.peek().is_some() {
+        let (mut last, mut is_lost) = (0, false);
+        let result = with_data(setup, |guest, load, total, free| {
+            for seed in seeds.by_ref().take(usize::try_from(PER_GUEST)?) {
+                last = seed;
+                let mut rng = Rng::with_seed(seed);
+                let state = rng.usize(..states(setup).len());
+                let delay = Duration::from_micros(rng.u64(..300_000));
+                let way = rng.usize(..SUSPEND);
+                killed += 1;
+                lose(setup, guest, state, Some(delay))
+                    .and_then(|()| load.verify(2))
+                    .and_then(|()| leave(setup, guest, way, total, free))
+                    .inspect_err(|_| is_lost = guest.is_lost())
+                    .with_context(|| {
+                        let (name, _) = states(setup)[state];
+                        format!("seed {seed}: killed {delay:?} after {name}")
+                    })?;
+            }
+            verified += load.status()?.progress.passes;
+            Ok(())
+        });
+        match result {
+            Err(error) if is_lost => lost.push(format!("{error:#}")),
+            result => setup.tolerate(result.with_context(|| format!("seed {last}")))?,
+        }
+    }
+    let vms = lost.len();
+    setup.note(format!(
+        "{killed} times killed, {vms} VMs lost, data verified {verified} times"
+    ));
+    lost.iter().for_each(|error| setup.note(error.clone()));
+    let result = (|| {
+        ensure!(lost.is_empty(), "QEMU did not live on {vms} times");
+        Ok(())
+    })();
+    setup.tolerate(result)
+}
