@@ -39,14 +39,14 @@ struct FloorMib;
 impl Attribute<BalloonData> for FloorMib {
     const NAME: &'static CStr = c"floor_mib";
     const STORE: Option<fn(&BalloonData, &str) -> Result> = Some(|data, text| {
-        data.settings
-            .set_floor_mib(text.parse().map_err(|_| EINVAL)?);
+        let floor_mib = text.parse().ok().filter(|&floor_mib| floor_mib >= -1);
+        data.settings.set_floor_mib(floor_mib.ok_or(EINVAL)?);
         data.balloon.settings_changed();
         Ok(())
     });
-    type Value = u32;
+    type Value = i32;
 
-    fn show(data: &BalloonData) -> Result<u32> {
+    fn show(data: &BalloonData) -> Result<i32> {
         Ok(data.settings.floor_mib())
     }
 }

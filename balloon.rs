@@ -121,6 +121,10 @@ const PATIENCE: Delta = Delta::from_millis(2_000);
 /// not heard of by then it forgets with the reset that comes next.
 const FAREWELL: Delta = Delta::from_millis(10_000);
 
+/// A balloon that could not grow tries again before its pause is over, when the guest can spare so
+/// many kernel pages more: 16 MiB.
+const WORTHWHILE: usize = 1 << (24 - PAGE_SHIFT);
+
 /// How often unbinding looks for a sign of life.
 const HEARTBEAT: Delta = Delta::from_millis(5);
 
@@ -195,6 +199,8 @@ struct Worker {
     blocks_taken: bool,
     /// What keeps the balloon from growing, when it has to.
     stopped: Option<StopReason>,
+    /// What the guest could spare when the balloon did not grow, in kernel pages.
+    spare: usize,
     teller: Teller,
     /// The target that was read last, in balloon pages.
     wanted: u32,
@@ -227,6 +233,7 @@ fn set_up(
             backoff: Backoff::new(),
             blocks_taken: false,
             stopped: None,
+            spare: 0,
             teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
             wanted: 0,
             actual: None,
@@ -475,6 +482,11 @@ impl Balloon {
         }
     }
 
+    /// Returns the kernel pages that the guest can spare.
+    fn spare_pages(&self) -> usize {
+        memory::available_pages().saturating_sub(self.settings.floor_pages())
+    }
+
     /// Returns what is missing to have `target` kernel pages in the balloon.
     fn step(&self, worker: &Worker, target: usize) -> Step {
         Step::towards(target, self.pages.len(), worker.inflate.in_flight())
@@ -485,7 +497,13 @@ impl Balloon {
     fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
         let now = self.start.elapsed().as_millis();
         if let Some(pause) = worker.backoff.remaining(now) {
-            return Some(pause);
+            if worker.stopped == Some(StopReason::AfterOom) {
+                return Some(pause);
+            }
+            // Memory may have come, with which there is something to do.
+            if self.spare_pages() < worker.spare.saturating_add(WORTHWHILE) {
+                return Some(pause.min(LOOK_AGAIN));
+            }
         }
 
         // A page that was deflated and that the device has not been told about yet may be among
@@ -524,7 +542,7 @@ impl Balloon {
         }
 
         let taking = memory::Taking::begin();
-        let above_floor = memory::available_pages().saturating_sub(self.settings.floor_pages());
+        let above_floor = self.spare_pages();
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
             false => PAGES_PER_RUN,
@@ -550,6 +568,7 @@ impl Balloon {
 
         worker.stopped = Some(reason);
         worker.blocks_taken = false;
+        worker.spare = self.spare_pages();
         if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
@@ -560,7 +579,10 @@ impl Balloon {
             );
         }
 
-        worker.backoff.remaining(now)
+        worker
+            .backoff
+            .remaining(now)
+            .map(|pause| pause.min(LOOK_AGAIN))
     }
 
     /// Shrinks the balloon by up to `wanted` pages. Returns how long to wait before there is more

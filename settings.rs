@@ -5,7 +5,11 @@
 
 #![forbid(unsafe_code)]
 
-use crate::module_parameters;
+use crate::{
+    module_parameters,
+    rust::memory,
+    target, //
+};
 
 use kernel::{
     page::PAGE_SHIFT,
@@ -17,7 +21,7 @@ use kernel::{
 
 /// The settings of a device.
 pub(crate) struct Settings {
-    floor_mib: Atomic<u32>,
+    floor_mib: Atomic<i32>,
     inflate: Atomic<bool>,
 }
 
@@ -30,17 +34,21 @@ impl Settings {
         }
     }
 
-    /// Returns the available memory below which the balloon does not grow, in MiB.
-    pub(crate) fn floor_mib(&self) -> u32 {
+    /// Returns the available memory below which the balloon does not grow, in MiB; -1 if it depends
+    /// on the guest's memory.
+    pub(crate) fn floor_mib(&self) -> i32 {
         self.floor_mib.load(Relaxed)
     }
 
     /// Returns the same in kernel pages.
     pub(crate) fn floor_pages(&self) -> usize {
-        (self.floor_mib() as usize) << (20 - PAGE_SHIFT)
+        match usize::try_from(self.floor_mib()) {
+            Ok(mib) => mib << (20 - PAGE_SHIFT),
+            Err(_) => target::floor(memory::present_pages()),
+        }
     }
 
-    pub(crate) fn set_floor_mib(&self, floor_mib: u32) {
+    pub(crate) fn set_floor_mib(&self, floor_mib: i32) {
         self.floor_mib.store(floor_mib, Relaxed);
     }
 

@@ -31,6 +31,31 @@ pub(crate) fn balloon_pages(pages: usize) -> u32 {
     u32::try_from(pages.saturating_mul(BALLOON_PAGES_PER_PAGE)).unwrap_or(u32::MAX)
 }
 
+/// Returns how many kernel pages a guest needs for itself that has `present` in all: 8 MiB, and a
+/// part of its memory that becomes smaller with its size. There is room in it for the kernel's notes
+/// (`struct page`) of 14 times as much memory that may be plugged into a guest of 1 GiB.
+pub(crate) fn floor(present: usize) -> usize {
+    const MIB: usize = 1 << (20 - PAGE_SHIFT);
+    /// Up to how many MiB the guest needs one part in how many.
+    const PARTS: [(usize, usize); 5] = [
+        (128, 2),
+        (512, 4),
+        (2_048, 8),
+        (8_192, 16),
+        (usize::MAX, 32),
+    ];
+    let mut floor = 8 * MIB;
+    let mut start = 0;
+
+    for (end, parts) in PARTS {
+        let end = end.saturating_mul(MIB).min(present);
+        floor += end.saturating_sub(start) / parts;
+        start = end;
+    }
+
+    floor
+}
+
 /// Returns the device's names of the balloon pages in the kernel page `pfn`.
 ///
 /// The base protocol has 32 bits for the number of a balloon page: it cannot name memory beyond 16

@@ -458,9 +458,9 @@ virtio::module_virtio_driver! {
             default: true,
             description: "Whether free memory blocks are taken offline and online for the balloon where the kernel zeroes what it allocates",
         },
-        floor_mib: u32 {
-            default: 32,
-            description: "Available memory in MiB below which the balloon does not grow, nor are hints given (0: no limit)",
+        floor_mib: i32 {
+            default: -1,
+            description: "Available memory in MiB below which the balloon does not grow, nor are hints given (0: no limit, -1: by the guest's memory)",
         },
     },
 }

@@ -550,6 +550,31 @@ void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches)
 	}
 }
 
+/*
+ * How much of the page cache processes have mapped, at least: shared memory, which is no page cache,
+ * may be mapped as well.
+ */
+unsigned long balloon_rs_mapped_file_pages(void)
+{
+	unsigned long mapped = global_node_page_state(NR_FILE_MAPPED);
+	unsigned long shmem = global_node_page_state(NR_SHMEM);
+	unsigned long cache = global_node_page_state(NR_ACTIVE_FILE) +
+			      global_node_page_state(NR_INACTIVE_FILE);
+
+	return min(mapped - min(mapped, shmem), cache);
+}
+
+/* The guest's memory, whether or not it is in a balloon. */
+unsigned long balloon_rs_present_pages(void)
+{
+	unsigned long n, pages = 0;
+	struct zone *zone;
+
+	for (n = 0; (zone = balloon_rs_nth_zone(n)); n++)
+		pages += READ_ONCE(zone->present_pages);
+	return pages;
+}
+
 unsigned long balloon_rs_total_pages(void)
 {
 	return totalram_pages();

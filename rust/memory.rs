@@ -32,15 +32,28 @@ impl Info {
 }
 
 /// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo, but
-/// for what the kernel keeps back at the moment. That may be more than 100 MiB, and an allocation
-/// that wants some of it kills a process.
+/// for two things. What the kernel keeps back at the moment may be more than 100 MiB, and an
+/// allocation that wants some of it kills a process. What processes have mapped of files is in use,
+/// such as the programs that run: they would wait for the disk with each step.
 pub(crate) fn available_pages() -> usize {
-    // SAFETY: The function has no preconditions.
-    let pages = unsafe { bindings::si_mem_available() };
+    // SAFETY: The functions have no preconditions.
+    let (pages, mapped) = unsafe {
+        (
+            bindings::si_mem_available(),
+            bindings::balloon_rs_mapped_file_pages(),
+        )
+    };
 
     usize::try_from(pages)
         .unwrap_or(0)
+        .saturating_sub(mapped as usize)
         .saturating_sub(boosted_pages())
+}
+
+/// Returns the kernel pages that the guest has in all, in balloons or not.
+pub(crate) fn present_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_present_pages() as usize }
 }
 
 /// Returns the kernel pages that are kept back for a while.

@@ -3,12 +3,16 @@
 use crate::target::{
     balloon_pages,
     balloon_pfns,
+    floor,
     pages,
     Step,
     BALLOON_PAGES_PER_PAGE, //
 };
 
-use kernel::prelude::*;
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
 
 #[kunit_tests(virtio_balloon_rs_target)]
 mod tests {
@@ -53,6 +57,26 @@ mod tests {
             assert_eq!(Step::towards(pages(target), held, 0), Step::Rest);
             assert!(balloon_pages(held) >= target);
         }
+    }
+
+    #[test]
+    fn the_floor_grows_with_the_guest() {
+        let mib = |mib: usize| mib << (20 - PAGE_SHIFT);
+
+        for (present, left) in [
+            (0, 8),
+            (64, 40),
+            (128, 72),
+            (512, 168),
+            (1_024, 232),
+            (2_048, 360),
+            (8_192, 744),
+            (32_768, 1_512),
+            (1 << 20, 488 + (1 << 15)),
+        ] {
+            assert_eq!(floor(mib(present)), mib(left));
+        }
+        assert!(floor(usize::MAX) < usize::MAX);
     }
 
     #[test]

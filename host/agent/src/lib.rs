@@ -182,6 +182,11 @@ pub enum Load {
         /// How many threads share the work.
         threads: usize,
     },
+    /// Maps the first disk, and reads from each page over and over until it is stopped.
+    Map {
+        /// How much of it, in MiB.
+        mib: usize,
+    },
     /// Computes until it is stopped, with hardly any memory. A pass is always as much work.
     Compute {
         /// How many threads do it, each for itself.

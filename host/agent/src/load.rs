@@ -24,6 +24,8 @@ mod copy;
 mod fragment;
 mod hog;
 mod hold;
+#[expect(unsafe_code, reason = "a file that is mapped may change")]
+mod map;
 mod tick;
 mod touch;
 
@@ -129,6 +131,7 @@ pub(crate) fn run(load: &str) -> Result<()> {
         Load::Copy { mib, threads } => copy::run(mib, threads, stop),
         Load::Compute { threads } => compute::run(threads, stop),
         Load::Tick { microseconds } => tick::run(microseconds, stop),
+        Load::Map { mib } => map::run(mib, stop),
         Load::Churn { mib, threads, seed } => churn::run(mib, threads, seed, stop),
     }
 }

@@ -107,7 +107,7 @@ fn measure(artifacts: &Artifacts, contestant: Contestant, guests: Guests) -> Res
         .verbose(guests.verbose);
     let booting = Phase::start(&format!("{contestant}: booting"), None);
     let measurement = vm::run(&config, |guest| {
-        guest.insmod(driver, &[])?;
+        guest.insmod(driver, driver.low_floor())?;
         booting.finish();
         let balloon = guest.balloon();
         let free_before = guest.meminfo()?.free;

@@ -27,6 +27,7 @@ const CHECK_STYLE: &str =
 const KUNIT: &str = r#"
     [ "$1" = kvm ] || [ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
     exec python3 tools/testing/kunit/kunit.py run --arch=x86_64 --kunitconfig="$2" --kconfig_add=CONFIG_MODULES=y \
+        --kernel_args=virtio_balloon_rs.floor_mib=32 \
         --jobs="$(nproc)" --raw_output=kunit 'virtio_balloon_rs*'
 "#;
 

@@ -50,7 +50,8 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     let log = config.logs();
     let result = vm::run(&config, |guest| {
         let mark = guest.console().mark()?;
-        guest.insmod(Driver::Rust, &[])?;
+        // Some cases take nearly all of the guest's memory.
+        guest.insmod(Driver::Rust, &["floor_mib=32"])?;
         // The console may be behind: this line comes after all results.
         guest.write_file("/dev/kmsg", &format!("{END}\n"))?;
         guest.wait_until("the last results", PATIENCE, || {

@@ -73,6 +73,14 @@ impl Driver {
         }
     }
 
+    /// The parameters with which it leaves so little to its guest that nearly all can be taken.
+    pub fn low_floor(self) -> &'static [&'static str] {
+        match self {
+            Self::C => &[],
+            Self::Rust | Self::Lying => &["floor_mib=32"],
+        }
+    }
+
     /// The module's name, and the driver's on the virtio bus.
     pub fn name(self) -> &'static str {
         match self {

@@ -91,16 +91,16 @@ impl Guest {
     /// Plugs a module of memory, and waits for the guest to use all of it. For guests with
     /// [`Config::memory_slot`].
     pub fn plug_memory(&self, size: Size) -> Result<()> {
-        let total = self.meminfo()?.total + size;
+        // A balloon may take some of it at once, which is not in the total then.
+        let all = || self.meminfo().map(|memory| memory.total + memory.balloon);
+        let total = all()? + size;
         let backend = json!({
             "qom-type": "memory-backend-memfd", "id": "module", "size": size.as_bytes(), "share": true,
         });
         self.qmp().execute::<Value>("object-add", &backend)?;
         let device = json!({ "driver": "pc-dimm", "id": "dimm0", "memdev": "module" });
         self.qmp().execute::<Value>("device_add", &device)?;
-        self.wait_until("more memory", PATIENCE, || {
-            Ok(self.meminfo()?.total == total)
-        })
+        self.wait_until("more memory", PATIENCE, || Ok(all()? >= total))
     }
 
     /// Takes the module of memory away from the guest, which has to do without it before.

@@ -96,7 +96,7 @@ impl Contestant {
     ) -> Result<T> {
         vm::run(&self.config(config, amount), |guest| {
             if let Some(driver) = self.module() {
-                guest.insmod(driver, &[])?;
+                guest.insmod(driver, driver.low_floor())?;
             }
             if self.driver == By::VirtioMem {
                 guest.plug(amount)?;

@@ -63,7 +63,7 @@ fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Resul
     let config = bench.config().using_memory().memory(MEMORY);
     vm::run(&contestant.config(config, AMOUNT), |guest| {
         let load = guest.fragment()?;
-        guest.insmod(driver, parameters)?;
+        guest.insmod(driver, &[driver.low_floor(), parameters].concat())?;
         let mut run = measure(guest, || contestant.inflate(guest, AMOUNT))?;
         if let Some(sent) = run.sent {
             let bits = (sent.bytes * 8) as f64;

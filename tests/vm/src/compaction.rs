@@ -72,7 +72,7 @@ fn huge_pages(setup: &Setup) -> Result<()> {
 /// The share of the huge pages it wants that a guest gets out of memory that is cut up by the balloon.
 fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
     vm::run(&setup.config().memory(Size::mib(768)), |guest| {
-        guest.insmod(driver, &[])?;
+        guest.insmod(driver, driver.low_floor())?;
         let free = guest.meminfo()?.free;
         let data = hold(guest)?;
         // Another process has one of each two pages, and the balloon gets those in between.
@@ -141,7 +141,7 @@ pub(crate) fn write(guest: &Guest, path: &str, value: &str) -> Result<()> {
 fn memory_offline(setup: &Setup) -> Result<()> {
     let size = Size::mib(640);
     vm::run(&setup.config().parameter("movablecore=512M"), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         let data = hold(guest)?;
         guest.balloon().settle(size)?;

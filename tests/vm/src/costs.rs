@@ -97,7 +97,7 @@ fn idle(setup: &Setup) -> Result<()> {
         discards: 16,
     };
     vm::run(&setup.config(), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         Costs::of(setup, guest, SIZE)?.check(setup, "inflating", BOTH)?;
         Costs::of(setup, guest, Size::default())?.check(setup, "deflating", BOTH)?;
         guest.rmmod(setup.driver)

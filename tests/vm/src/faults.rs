@@ -344,7 +344,7 @@ fn cpu_hotplug(setup: &Setup) -> Result<()> {
 fn memory_hotplug(setup: &Setup) -> Result<()> {
     let module = Size::mib(512);
     vm::run(&setup.config().memory_slot(module), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let total = guest.meminfo()?.total;
         let load = churn(guest, 64)?;
         for _ in 0..3 {

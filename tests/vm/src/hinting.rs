@@ -93,7 +93,7 @@ fn migrate_with_hints(setup: &Setup) -> Result<()> {
             without.sent,
             shares.freed
         );
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let quarter = Size::mib(shares.freed.as_mib() / 4);
         for balloon in [Size::default(), quarter, Size::default()] {
             shares.write_and_free(guest)?;
@@ -131,7 +131,7 @@ fn migrate_with_hints(setup: &Setup) -> Result<()> {
 
 fn migrate_while_allocating(setup: &Setup) -> Result<()> {
     vm::run(&config(setup), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         let load = shares.hold(guest)?;
         // The process takes the memory while hints about it are under way, and when all have arrived.
@@ -173,7 +173,7 @@ fn migrate_while_allocating(setup: &Setup) -> Result<()> {
 
 fn migrate_cancelled(setup: &Setup) -> Result<()> {
     vm::run(&config(setup), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         let load = shares.hold(guest)?;
         let free = shares.write_and_free(guest)?;

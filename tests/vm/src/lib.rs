@@ -32,6 +32,7 @@ mod configuration;
 mod costs;
 mod daemon_killed;
 mod faults;
+mod floor;
 mod hinting;
 mod hostile;
 mod lifecycle;
@@ -56,6 +57,7 @@ mod zeroing;
 /// The scenarios, by topic.
 pub const SCENARIOS: &[&[Scenario]] = &[
     sizes::SCENARIOS,
+    floor::SCENARIOS,
     soak::SCENARIOS,
     memory::SCENARIOS,
     compaction::SCENARIOS,

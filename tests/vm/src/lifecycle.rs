@@ -168,7 +168,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
         .balloon(Some(&device.to_string()));
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         for round in 0..3 {
             if round > 0 {
                 guest.plug_balloon(&device)?;

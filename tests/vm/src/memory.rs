@@ -39,7 +39,7 @@ fn memory_returned(setup: &Setup) -> Result<()> {
     // Some of what is left to the guest may be what it had used.
     let (used, size, tolerance) = (Size::mib(600), Size::mib(800), Size::mib(120));
     vm::run(&setup.config(), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let touch = || -> Result<Size> {
             guest.touch(used)?;
             guest.resident()

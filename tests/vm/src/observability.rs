@@ -155,7 +155,7 @@ fn attributes(setup: &Setup) -> Result<()> {
         guest.balloon().reach(size + size)?;
         check("stop_reason", "none")?;
 
-        for (name, value) in [("inflate", "x"), ("floor_mib", "-1"), ("floor_mib", "x")] {
+        for (name, value) in [("inflate", "x"), ("floor_mib", "-2"), ("floor_mib", "x")] {
             ensure!(
                 write(name, value).is_err(),
                 "{name} takes the value '{value}'"

@@ -90,7 +90,7 @@ const OOM: &str = "invoked oom-killer|Out of memory";
 
 fn deflate_on_oom(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().offer(ON), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let total = guest.meminfo()?.total;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
@@ -117,7 +117,7 @@ fn deflate_on_oom(setup: &Setup) -> Result<()> {
 
 fn oom_while_inflating(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().offer(ON), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         let start = Size::mib(shares.balloon.as_mib() / 2);
         let mut on_the_way = 0;
@@ -151,7 +151,7 @@ fn oom_while_inflating(setup: &Setup) -> Result<()> {
 
 fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().expect(OOM), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
         shares.start(guest)?.wait()?;
@@ -172,7 +172,7 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
 
 fn no_swing_after_oom(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().offer(ON), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
         let load = shares.start_and_wait(guest)?;

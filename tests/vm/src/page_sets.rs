@@ -49,16 +49,16 @@ fn encodings(setup: &Setup) -> Result<()> {
         Ok((size, guest.sent()?.since(before)))
     };
     let fresh = vm::run(&config, |guest| {
-        guest.insmod(Driver::Rust, &[])?;
+        guest.insmod(Driver::Rust, Driver::Rust.low_floor())?;
         inflate(guest)
     })?;
     let fragmented = vm::run(&config, |guest| {
         let _load = guest.fragment()?;
-        guest.insmod(Driver::Rust, &[])?;
+        guest.insmod(Driver::Rust, Driver::Rust.low_floor())?;
         inflate(guest)
     })?;
     let long_running = vm::run(&config, |guest| {
-        guest.insmod(Driver::Rust, &[])?;
+        guest.insmod(Driver::Rust, Driver::Rust.low_floor())?;
         let _loads = use_for_long(guest)?;
         inflate(guest)
     })?;

@@ -260,7 +260,7 @@ fn listed(guest: &Guest) -> Result<Size> {
 
 fn small_guest(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().memory(Size::mib(128)), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         for size in [
             Size::mib(16),
             Size::pages(1),

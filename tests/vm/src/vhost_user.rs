@@ -337,7 +337,7 @@ fn hint(guest: &Guest, action: HintAction) -> Result<()> {
 
 fn hints(setup: &Setup) -> Result<()> {
     vm::run(&setup.config().offer(&[Offer::FreePageHint]), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         wait_driver(guest)?;
         let free = guest.free()?;
         for _ in 0..2 {

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the balloon leaves to the guest, and what it does when there is more.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use tempfile::NamedTempFile;
+use vm::{Guest, Load, Size};
+
+use crate::{ALL_DEVICES, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "floor_by_size",
+        proves: "without floor_mib the balloon leaves a guest what its size asks for",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: floor_by_size,
+    },
+    Scenario {
+        name: "floor_and_programs",
+        proves: "the balloon leaves processes the files that they have mapped, in addition to the floor",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: floor_and_programs,
+    },
+    Scenario {
+        name: "memory_comes",
+        proves: "8 GiB can be plugged into a guest of 1 GiB at its floor, and a balloon that has waited for memory takes it",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        // What QEMU says of its own device's balloon counts the module as well.
+        devices: VHOST_USER_DEVICE,
+        run: memory_comes,
+    },
+];
+
+/// For how long the balloon does not move once it is as large as it can be.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// How far the available memory may be from the floor.
+const NOISE: Size = Size::mib(24);
+
+/// Asks for all of the guest's memory, and waits for what the balloon can have of it.
+fn take_all(guest: &Guest) -> Result<Size> {
+    guest.balloon().request(guest.memory() - Size::pages(1))?;
+    guest.balloon().rest(QUIET)
+}
+
+fn floor_by_size(setup: &Setup) -> Result<()> {
+    for (memory, floor) in [
+        (Size::mib(512), Size::mib(168)),
+        (Size::gib(1), Size::mib(232)),
+        (Size::gib(8), Size::mib(744)),
+    ] {
+        vm::run(&setup.config().memory(memory), |guest| {
+            guest.insmod(setup.driver, &[])?;
+            let size = take_all(guest)?;
+            let left = guest.meminfo()?.available;
+            setup.note(format!("{size} of {memory}, {left} left"));
+            ensure!(
+                left.abs_diff(floor) < NOISE,
+                "the balloon leaves {left} of {memory}, not {floor}"
+            );
+            guest.balloon().settle(Size::default())?;
+            guest.rmmod(setup.driver)
+        })?;
+    }
+    Ok(())
+}
+
+fn floor_and_programs(setup: &Setup) -> Result<()> {
+    let (mapped, floor) = (Size::mib(300), Size::mib(100));
+    let disk = NamedTempFile::new()?;
+    disk.as_file().set_len(mapped.as_bytes())?;
+    vm::run(&setup.config().read_only_disk(disk.path()), |guest| {
+        guest.insmod(setup.driver, &[&format!("floor_mib={}", floor.as_mib())])?;
+        let load = guest.load(Load::Map {
+            mib: usize::try_from(mapped.as_mib())?,
+        })?;
+        let size = take_all(guest)?;
+        let left = guest.meminfo()?.available;
+        let faults = guest.vmstat("pgmajfault")?;
+        load.verify(20)?;
+        let faults = guest.vmstat("pgmajfault")? - faults;
+        setup.note(format!("{size}, {left} left, {faults} major faults"));
+        ensure!(
+            left + NOISE > mapped + floor,
+            "the balloon leaves {left}, of which {mapped} are mapped"
+        );
+        ensure!(faults < 100, "a process waits for the disk {faults} times");
+        load.stop()?;
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn memory_comes(setup: &Setup) -> Result<()> {
+    /// So long that the driver's next try would be ten seconds away.
+    const LONG: Duration = Duration::from_secs(15);
+    /// The driver needs up to a second; a busy machine needs more.
+    const LIMIT: Duration = Duration::from_secs(4);
+    let module = Size::gib(8);
+    vm::run(&setup.config().memory_slot(module), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let load = guest.load(Load::Hold {
+            mib: 150,
+            threads: 1,
+        })?;
+        let size = take_all(guest)?;
+        let grown = |from: Size, by: Size| {
+            let start = Instant::now();
+            guest.wait_until("a balloon that grows", LIMIT, || {
+                Ok(guest.balloon().size()? >= from + by)
+            })?;
+            anyhow::Ok(start.elapsed())
+        };
+
+        thread::sleep(LONG);
+        load.stop()?;
+        let freed = grown(size, Size::mib(100))?;
+
+        thread::sleep(LONG);
+        let size = guest.balloon().size()?;
+        guest.plug_memory(module)?;
+        let plugged = grown(size, guest.memory() - Size::pages(1) - size)?;
+        setup.note(format!(
+            "the balloon took what was freed after {freed:.1?}, and what was plugged after {plugged:.1?}"
+        ));
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
