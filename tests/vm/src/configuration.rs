@@ -69,7 +69,9 @@ fn configuration_accesses(setup: &Setup) -> Result<()> {
             setup.tolerate(result)?;
         }
         // Nor does a balloon cost any that cannot grow.
-        guest.balloon().request(guest.memory() - Size::pages(1))?;
+        guest
+            .balloon()
+            .request(guest.meminfo()?.total - Size::mib(1))?;
         guest.balloon().rest(Duration::from_secs(3))?;
         before = counts()?;
         thread::sleep(Duration::from_secs(5));

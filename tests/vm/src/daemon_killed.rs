@@ -57,7 +57,7 @@ const STATES: [(&str, fn(&Guest, &Daemon) -> Result<()>); 9] = [
         start(guest, daemon, Size::default(), "balloon_deflate")
     }),
     ("out of reach", |guest, daemon| {
-        set(daemon, guest.memory() - Size::pages(1))?;
+        set(daemon, guest.meminfo()?.total - Size::mib(1))?;
         guest.wait_until("a balloon that has grown", PATIENCE, || {
             let size = Size::bytes(daemon.info()?.size);
             Ok(size > SIZE && balloon(guest)? == size)
