@@ -820,8 +820,10 @@ impl Device {
             work.balloon.empty();
             work.taken_up = [false; MAX_QUEUES];
             lock(&self.hints).restart();
-            let config = &mut lock(&self.state).config;
-            (config.actual, config.stop_reason) = (0, 0);
+            {
+                let mut state = lock(&self.state);
+                (state.config.actual, state.config.stop_reason) = (0, 0);
+            }
             self.leave_alone();
             debug!("the guest has a driver, with an empty balloon");
         } else {
