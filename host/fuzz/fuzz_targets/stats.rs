@@ -26,7 +26,9 @@ fuzz_target!(|data: &[u8]| {
         }
         wishes += u16::from(step % 4 < 2);
         guest.publish((step / 32).into());
-        granted += guest.watch(|vring| stats.serve(vring, &guest.memory, &counters, &messages, 0));
+        let size = (step % 8 < 4).then_some(0);
+        granted +=
+            guest.watch(|vring| stats.serve(vring, &guest.memory, &counters, &messages, size));
 
         // A buffer goes back for a wish only, and has one sample at most.
         assert!(granted <= wishes);

@@ -68,6 +68,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// The smallest part of the configuration space that is all of it to a driver, in bytes.
 const SMALLEST_CONFIG: u32 = 8;
 
+/// The largest page of a guest's kernel, in balloon pages.
+const LARGEST_PAGE: u32 = 16;
+
 /// The largest granule that the configuration space can tell, in bytes.
 const LARGEST_GRANULE: u32 = 1 << 31;
 
@@ -730,7 +733,11 @@ impl Device {
                 )
             }
             Kind::Stats => {
-                let size = bytes(lock(&self.state).config.actual);
+                let actual = lock(&self.state).config.actual;
+                // A guest rounds up to its own pages.
+                let above = actual.checked_sub(self.asked.load(SeqCst));
+                let is_at_rest = above.is_some_and(|pages| pages < LARGEST_PAGE);
+                let size = is_at_rest.then(|| bytes(actual));
                 lock(&self.stats).serve(&mut vring, memory, counters, messages, size);
                 self.sampled.notify_all();
                 self.follow();
@@ -931,6 +938,7 @@ impl VhostUserBackend for Device {
             granule: balloon.granule(),
             hazards: balloon.hazards(),
         };
+        lock(&self.stats).forget_total();
         self.hazards();
         self.follow();
         let large = balloon

@@ -26,14 +26,13 @@ const MAX_MESSAGE: usize = 4096;
 struct Sample {
     values: BTreeMap<Stat, u64>,
     at: Instant,
-    /// How much was in the balloon, in bytes.
-    size: u64,
 }
 
 /// The last sample, and whether another one is wanted.
 #[derive(Debug, Default)]
 pub struct Stats {
     sample: Option<Sample>,
+    total: Option<(u64, u64)>,
     /// The number of the last sample. 0 is none.
     sequence: u64,
     wanted: bool,
@@ -58,6 +57,13 @@ impl Stats {
     pub fn forget(&mut self) {
         self.restart();
         self.sample = None;
+        self.total = None;
+    }
+
+    /// Forgets how much memory the guest has, and wants a new sample: it may have been given more, or less.
+    pub fn forget_total(&mut self) {
+        self.total = None;
+        self.want();
     }
 
     /// The number of the last sample. 0 is none.
@@ -65,11 +71,10 @@ impl Stats {
         self.sequence
     }
 
-    /// How much memory the guest has, in bytes, as it said in the last sample, and how much was in the balloon
-    /// then. The guest's total has what is in the balloon or has not: that depends on its features.
+    /// How much memory the guest has, in bytes, as the last sample of a balloon at rest has it, and how much was in
+    /// the balloon then. The guest's total includes the balloon or does not: that depends on its features.
     pub fn total(&self) -> Option<(u64, u64)> {
-        let sample = self.sample.as_ref()?;
-        Some((*sample.values.get(&Stat::TotalMemory)?, sample.size))
+        self.total
     }
 
     /// The last sample.
@@ -81,15 +86,15 @@ impl Stats {
         })
     }
 
-    /// Looks at what is on the queue, and gives it back if another sample is wanted. So many bytes are in the
-    /// balloon.
+    /// Looks at what is on the queue, and gives it back if another sample is wanted. `size` is the balloon's, in
+    /// bytes, if it is at rest: of a balloon on its way the guest's total and the size do not go together.
     pub fn serve(
         &mut self,
         vring: &mut VringState,
         memory: &GuestMemoryMmap,
         counters: &Counters,
         messages: &Counter,
-        size: u64,
+        size: Option<u64>,
     ) {
         match self.look(vring, memory, counters, messages, size) {
             Ok(true) => {
@@ -108,7 +113,7 @@ impl Stats {
         memory: &GuestMemoryMmap,
         counters: &Counters,
         messages: &Counter,
-        size: u64,
+        size: Option<u64>,
     ) -> Result<bool, Error> {
         let queue = vring.get_queue_mut();
         if !queue.ready() {
@@ -149,7 +154,7 @@ impl Stats {
     }
 
     /// Tags that are not known are passed over, whatever their order (specification, clause 5.5.6.3.2).
-    fn parse(&mut self, counters: &Counters, size: u64) {
+    fn parse(&mut self, counters: &Counters, size: Option<u64>) {
         if self.bytes.len() % stat::SIZE != 0 {
             counters.refuse(Refusal::Truncated);
             return;
@@ -164,12 +169,14 @@ impl Stats {
                     u64::from_le_bytes(*val),
                 ))
             })
-            .collect();
+            .collect::<BTreeMap<_, _>>();
+        if let (Some(&total), Some(size)) = (values.get(&Stat::TotalMemory), size) {
+            self.total = Some((total, size));
+        }
         self.sequence += 1;
         self.sample = Some(Sample {
             values,
             at: Instant::now(),
-            size,
         });
     }
 }
@@ -185,13 +192,17 @@ mod tests {
     }
 
     fn serve(stats: &mut Stats, guest: &GuestQueue) -> Counters {
+        serve_with(stats, guest, Some(1 << 20))
+    }
+
+    fn serve_with(stats: &mut Stats, guest: &GuestQueue, size: Option<u64>) -> Counters {
         let counters = Counters::default();
         stats.serve(
             &mut guest.vring(),
             &guest.memory,
             &counters,
             &Counter::default(),
-            1 << 20,
+            size,
         );
         counters
     }
@@ -221,11 +232,32 @@ mod tests {
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (2, 1));
         assert_eq!(stats.answer().unwrap().values[&Stat::FreeMemory], 7);
-        assert_eq!(stats.total(), None);
-
         stats.forget();
         assert!(stats.answer().is_none());
         assert_eq!(stats.sequence(), 2, "the next one is newer");
+    }
+
+    #[test]
+    fn the_total_is_that_of_a_balloon_at_rest() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        guest.send(&[&entry(5, 1 << 30)]);
+        serve(&mut stats, &guest);
+        assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
+        // Half of it is on its way into the balloon, whose size is not known yet.
+        stats.want();
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(5, 1 << 29)]);
+        serve_with(&mut stats, &guest, None);
+        assert_eq!(stats.sequence(), 2);
+        assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
+        // The guest has been given more memory.
+        stats.forget_total();
+        assert_eq!(stats.total(), None);
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(5, 1 << 31)]);
+        serve(&mut stats, &guest);
+        assert_eq!(stats.total(), Some((1 << 31, 1 << 20)));
     }
 
     #[test]
