@@ -284,39 +284,47 @@ fn misbehave(
     Ok(total - memory::total_pages())
 }
 
-/// Inflates to `pages` balloon pages, and deflates while the device does not answer. Returns whether
-/// the guest has the pages then, and how many messages the device found when it came back to life.
+/// Inflates to `pages` balloon pages, and deflates while the device does not answer, until it has
+/// `messages` of the driver's. Returns whether the guest has the pages then.
 ///
 /// # Errors
 ///
-/// `EINVAL` if the driver tells the device another size before it has answered.
-fn deflate_unanswered(features: &[Feature], pages: u32) -> Result<(bool, u32)> {
+/// `ETIMEDOUT` if there are fewer messages, `EINVAL` if there are more, or if the driver reports
+/// another size before the device has answered.
+fn deflate_unanswered(features: &[Feature], pages: u32, messages: usize) -> Result<bool> {
     let mut host = Host::new(features)?;
-    let mut messages = 0;
+    let mut requests = KVec::new();
 
     host.resize(pages, pages)?;
     let full = free();
-    let kicks = host.device.kicks(DEFLATE);
     host.device.change(NUM_PAGES, 0);
-    eventually(|| Ok(host.device.kicks(DEFLATE) > kicks))?;
-    fsleep(Delta::from_millis(20));
-    let is_free = free() > full + (u64::from(pages) << PFN_SHIFT) / 2;
-    if host.device.field(ACTUAL) != pages {
+    // The driver may take its time.
+    eventually(|| {
+        while let Some(request) = host.device.next(DEFLATE)? {
+            requests.push(request, GFP_KERNEL)?;
+        }
+        Ok(requests.len() >= messages)
+    })?;
+    let mut is_free = false;
+    for _ in 0..20 {
+        fsleep(Delta::from_millis(20));
+        is_free |= free() > full + (u64::from(pages) << PFN_SHIFT) / 2;
+    }
+    if host.device.field(ACTUAL) != pages || host.device.next(DEFLATE)?.is_some() {
         return Err(EINVAL);
     }
 
-    while let Some(request) = host.device.next(DEFLATE)? {
-        messages += 1;
-        let told = names(&host.device, DEFLATE, &request)?;
+    for request in &requests {
+        let told = names(&host.device, DEFLATE, request)?;
         host.deflated.extend_from_slice(&told, GFP_KERNEL)?;
-        host.device.answer(DEFLATE, &request, 0)?;
+        host.device.answer(DEFLATE, request, 0)?;
     }
 
     // All has to be told in the end.
     host.device.interrupt(DEFLATE)?;
     host.settle(0)?;
     compare(&host)?;
-    Ok((is_free, messages))
+    Ok(is_free)
 }
 
 /// Returns where `pages` consecutive kernel pages of the balloon begin, aligned to that many (page frame
@@ -637,9 +645,9 @@ mod tests {
     #[test]
     fn blocks_come_back_when_the_device_has_answered() {
         let total = memory::total_pages();
-        let result = deflate_unanswered(&PAGE_SETS, BLOCKS * BLOCK);
+        let result = deflate_unanswered(&PAGE_SETS, BLOCKS * BLOCK, 1);
 
-        assert_eq!(result, Ok((false, 1)));
+        assert_eq!(result, Ok(false));
         assert_eq!(memory::total_pages(), total);
     }
 
@@ -845,19 +853,19 @@ mod tests {
 
     #[test]
     fn deflating_does_not_wait_for_the_device() {
-        let result = deflate_unanswered(&[Feature::VERSION_1], MANY);
+        let result = deflate_unanswered(&[Feature::VERSION_1], MANY, QUEUE_SIZE as usize);
 
         // All is out of the balloon, and the queue is full of the news.
-        assert_eq!(result, Ok((true, QUEUE_SIZE)));
+        assert_eq!(result, Ok(true));
     }
 
     #[test]
     fn deflating_waits_for_the_device_where_it_must() {
         let features = [Feature::VERSION_1, F_MUST_TELL_HOST];
-        let result = deflate_unanswered(&features, MANY);
+        let result = deflate_unanswered(&features, MANY, QUEUE_SIZE as usize);
 
         // The queue is full of what is to leave the balloon.
-        assert_eq!(result, Ok((false, QUEUE_SIZE)));
+        assert_eq!(result, Ok(false));
     }
 
     #[test]
