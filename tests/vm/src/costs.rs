@@ -93,8 +93,8 @@ fn idle(setup: &Setup) -> Result<()> {
         notifications: 4,
         // One for each block of 4 MiB, and some for messages: page by page there would be 200,000.
         allocations: 256,
-        // One for each range.
-        discards: 16,
+        // One for each range, and for each 32 MiB of it: others have their turn in between.
+        discards: 16 + SIZE.as_mib() / 32,
     };
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;

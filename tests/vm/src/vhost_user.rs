@@ -238,7 +238,7 @@ fn stop_reasons(setup: &Setup) -> Result<()> {
                 .with_context(|| format!("the reason is {last:?}, not {reason:?}"))
         };
         guest.insmod(setup.driver, &["floor_mib=200"])?;
-        guest.balloon().request(Size::mib(1000))?;
+        guest.balloon().request(Size::mib(900))?;
         expect(Some(Shortfall::Floor))?;
         guest.balloon().settle(Size::mib(100))?;
         expect(None)?;
