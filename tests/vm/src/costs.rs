@@ -122,7 +122,7 @@ fn fragmented(setup: &Setup) -> Result<()> {
     let config = setup.config().using_memory().memory(MEMORY);
     vm::run(&config, |guest| {
         let load = guest.fragment()?;
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         Costs::of(setup, guest, SIZE)?.check(setup, "inflating", LIMITS)?;
         guest.balloon().settle(Size::default())?;
         load.stop()?;

@@ -97,7 +97,7 @@ fn fragmented(setup: &Setup) -> Result<()> {
     let size = Size::mib(150);
     // What the guest has is all but used up by pages with a free one between each two.
     vm::run(&setup.config().memory(Size::mib(768)), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let free = guest.meminfo()?.free;
         let taken = free.saturating_sub(Size::mib(64));
         let load = guest.load(Load::Fragment {

@@ -104,7 +104,7 @@ fn check_online(guest: &Guest) -> Result<()> {
 fn blocks(setup: &Setup) -> Result<()> {
     let size = Size::gib(7) + Size::pages(3);
     vm::run(&zeroing(setup).memory(Size::gib(8)), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let counters = || -> Result<[u64; 4]> {
             Ok([
                 guest.meminfo()?.total.as_pages(),
@@ -171,7 +171,7 @@ fn blocks(setup: &Setup) -> Result<()> {
 fn pages(setup: &Setup) -> Result<()> {
     let size = Size::mib(700);
     vm::run(&zeroing(setup), |guest| {
-        guest.insmod(setup.driver, &["memory_blocks=0"])?;
+        guest.insmod(setup.driver, &["memory_blocks=0", "floor_mib=32"])?;
         let (took, more) = inflate(setup, guest, size)?;
         setup.note(format!(
             "{size} in {} ms, at most {more} more than before",
@@ -199,7 +199,7 @@ fn hotplug(setup: &Setup) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(300);
     let size = Size::mib(768);
     vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let total = guest.meminfo()?.total;
         let data = guest.load(Load::Hold {
             mib: 64,
@@ -256,7 +256,7 @@ fn oom(setup: &Setup) -> Result<()> {
         .memory(Size::gib(2))
         .offer(&[Offer::DeflateOnOom]);
     vm::run(&config, |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let total = guest.meminfo()?.total;
         let available = guest.meminfo()?.available.as_mib();
         let (size, need) = (
@@ -291,7 +291,7 @@ fn oom(setup: &Setup) -> Result<()> {
 
 fn fallback(setup: &Setup) -> Result<()> {
     vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
         let inflate = |size: Size| -> Result<u64> {
             let before = taken(guest)?;
             let (took, more) = inflate(setup, guest, size)?;
