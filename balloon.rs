@@ -134,6 +134,9 @@ const LOOK_AGAIN: Msecs = 1_000;
 /// How often the driver reports the size of a balloon that is on its way.
 const REPORT_INTERVAL: Delta = Delta::from_millis(1_000);
 
+/// For how long a device counts as alive that has just used a buffer.
+const ALIVE: Delta = Delta::from_millis(100);
+
 /// How long compaction holds on to pages that it has isolated, more or less.
 const ISOLATION: Msecs = 10;
 
@@ -208,6 +211,8 @@ struct Worker {
     actual: Option<u32>,
     /// How many messages the device has answered, of each queue.
     answered: [usize; 2],
+    /// When the device has shown that it is alive, the last time.
+    alive: Option<Instant<Monotonic>>,
     /// When the configuration space was read or written last.
     accessed: Instant<Monotonic>,
     /// When the device has answered, or pages have left the balloon, the last time.
@@ -238,6 +243,7 @@ fn set_up(
             wanted: 0,
             actual: None,
             answered: [0; 2],
+            alive: None,
             accessed: Instant::now(),
             progress: Instant::now(),
             moving: None,
@@ -670,7 +676,11 @@ impl Balloon {
             self.deflate.lock().queue.answered(),
         ];
         let has_answered = mem::replace(&mut worker.answered, answered) != answered;
-        let is_alive = self.is_alive.xchg(false, Relaxed) && has_answered;
+        if self.is_alive.xchg(false, Relaxed) && has_answered {
+            worker.alive = Some(Instant::now());
+        }
+        // The size may be final only in a run that comes soon after that.
+        let is_alive = worker.alive.is_some_and(|at| at.elapsed() < ALIVE);
         // The device says that something has changed for other reasons, too, such as hints.
         let read = self.read_target(worker)?;
         let target_changed =
@@ -865,8 +875,12 @@ impl GoingOffline for Task<Balloon> {
         // A block may be on its way into the balloon. And the kernel tries over and over to move
         // single pages which cannot be moved: those that the device has not answered for.
         within(PATIENCE, || {
-            worker.inflate.collect(&self.pages);
-            deflate::collect(&self.deflate, &self.pages);
+            let answers = worker.inflate.collect(&self.pages)
+                + deflate::collect(&self.deflate, &self.pages);
+            // The device need not interrupt for an answer that was taken before.
+            if answers > 0 {
+                self.queue_used();
+            }
             self.deflate.lock().tell();
             self.moves().tell(&mut worker.inflate, &self.deflate);
             (worker.inflate.in_flight() == 0
@@ -889,6 +903,9 @@ impl GoingOffline for Task<Balloon> {
         let answered = within(PATIENCE, || {
             deflate::is_answered(&self.deflate, &self.pages).then_some(())
         });
+        if answered.is_some() {
+            self.queue_used();
+        }
         drop(worker);
 
         self.schedule();

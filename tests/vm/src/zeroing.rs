@@ -199,7 +199,7 @@ fn hotplug(setup: &Setup) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(300);
     let size = Size::mib(768);
     vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        guest.insmod(setup.driver, &[])?;
         let total = guest.meminfo()?.total;
         let data = guest.load(Load::Hold {
             mib: 64,
