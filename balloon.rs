@@ -168,7 +168,8 @@ pub(crate) struct Balloon {
     #[pin]
     oom_batch: Mutex<Batch>,
 
-    /// Set when the device has just used buffers: what the task finds without that may be old.
+    /// Set when the device has just used buffers: an answer that the task finds without that may be
+    /// older than the device's end.
     is_alive: Atomic<bool>,
 
     /// Set when the device has changed its configuration space, and the target was not read since.

@@ -114,7 +114,7 @@ pub(crate) enum Command {
     /// Give no memory back to the host for a limited time, regardless of what the guest gives away
     ///
     /// For times in which each page of the guest has to stay where it is: while a device has pinned it, or while
-    /// a snapshot is made or restored. Memory that the guest gives away in this time stays with the VM until the
+    /// a snapshot is made or restored. Memory that the guest gives away until then stays with the VM until the
     /// guest gives it away again.
     Inhibit {
         /// The time limit, up to a day; repeat the command before it ends to extend it

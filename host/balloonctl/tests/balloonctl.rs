@@ -434,7 +434,7 @@ fn a_daemon_that_cannot_be_reached_is_told() {
     fails(&named, 3, "/run/vhost-user-balloon/no-such-vm/control.sock");
 
     drop(UnixListener::bind(&path).unwrap());
-    fails(&run(), 3, "nobody listens");
+    fails(&run(), 3, "no daemon listens");
 
     fs::remove_file(&path).unwrap();
     let listener = UnixListener::bind(&path).unwrap();

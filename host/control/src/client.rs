@@ -30,7 +30,7 @@ pub enum ClientError {
     #[error("there is no socket {0}")]
     Missing(PathBuf),
     /// Nobody listens on the socket.
-    #[error("nobody listens on {0}")]
+    #[error("no daemon listens on {0}")]
     Stale(PathBuf),
     /// The socket belongs to somebody else.
     #[error("no permission to use {path}, it belongs to {owner}")]
@@ -118,7 +118,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// There is no such socket, nobody listens on it, or its owner is somebody else.
+    /// There is no such socket, no daemon listens on it, or it belongs to another user.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path).map_err(|error| unreachable(path, error))?;
         stream

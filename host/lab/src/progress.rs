@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bars for what takes its time. Where standard error is no terminal, a line says what begins, others how far it is, and
-//! the last one how long it took.
+//! Bars for what takes its time. Where standard error is no terminal, it prints a line when a
+//! phase begins, one each half a minute with the progress, and one at the end with the time.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write, stderr};
@@ -24,7 +24,7 @@ pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::n
 
 const TICK: Duration = Duration::from_millis(100);
 
-/// How often a log is told how far something is.
+/// How often the progress of a phase is printed where standard error is no terminal.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How often it is looked whether a command makes progress.

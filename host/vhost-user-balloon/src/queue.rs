@@ -297,7 +297,7 @@ fn wants_more(queue: &mut Queue, memory: &GuestMemoryMmap, counters: &Counters) 
 ///
 /// # Errors
 ///
-/// The chain ends too early: it has a loop, or goes on outside of its table. Or it is longer than a queue: the
+/// The chain ends too early: it has a loop, or continues outside of its table. Or it is longer than a queue: the
 /// library reads indirect tables, too, which were not negotiated, and bounds them by their own length.
 pub fn buffers(chain: Chain<'_>, mut each: impl FnMut(Descriptor)) -> Result<(), Refusal> {
     let mut complete = false;
@@ -370,7 +370,7 @@ mod tests {
         finished: usize,
         /// What it was called with.
         done: Vec<u64>,
-        /// What it says, the last one first.
+        /// What it returns, in reverse order.
         progress: Vec<Progress>,
     }
 
