@@ -257,7 +257,6 @@ fn set_up(
 
 impl Balloon {
     /// Returns an initialiser for an empty balloon in `slot`, whose other tasks run on `tasks`.
-    /// Where the kernel zeroes what it allocates, `memory_blocks` allows it to take these.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
@@ -265,7 +264,6 @@ impl Balloon {
         deflate: MessageQueue,
         tasks: &Arc<TaskQueue>,
         settings: Arc<Settings>,
-        memory_blocks: bool,
         wakeup: Arc<WakeupSource>,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
@@ -279,7 +277,7 @@ impl Balloon {
             );
         }
 
-        let taker = match memory_blocks {
+        let taker = match settings.memory_blocks() {
             true => {
                 let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks", tasks);
                 Taker::new(slot_for_blocks, dev, settings.clone(), slot.waker())?
@@ -876,8 +874,8 @@ impl GoingOffline for Task<Balloon> {
         // A block may be on its way into the balloon. And the kernel tries over and over to move
         // single pages which cannot be moved: those that the device has not answered for.
         within(PATIENCE, || {
-            let answers = worker.inflate.collect(&self.pages)
-                + deflate::collect(&self.deflate, &self.pages);
+            let answers =
+                worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
             // The device need not interrupt for an answer that was taken before.
             if answers > 0 {
                 self.queue_used();

@@ -23,6 +23,7 @@ use kernel::{
 pub(crate) struct Settings {
     floor_mib: Atomic<i32>,
     inflate: Atomic<bool>,
+    memory_blocks: bool,
 }
 
 impl Settings {
@@ -31,6 +32,7 @@ impl Settings {
         Self {
             floor_mib: Atomic::new(module_parameters::floor_mib.value()),
             inflate: Atomic::new(module_parameters::inflate.value()),
+            memory_blocks: module_parameters::memory_blocks.value(),
         }
     }
 
@@ -59,5 +61,11 @@ impl Settings {
 
     pub(crate) fn set_inflate(&self, inflate: bool) {
         self.inflate.store(inflate, Relaxed);
+    }
+
+    /// Returns whether the driver may take memory blocks offline where the kernel zeroes pages. It
+    /// does not change at run time.
+    pub(crate) fn memory_blocks(&self) -> bool {
+        self.memory_blocks
     }
 }

@@ -168,7 +168,6 @@ impl virtio::Driver for BalloonDriver {
             queues.deflate,
             &tasks,
             settings.clone(),
-            module_parameters::memory_blocks.value(),
             wakeup.clone(),
         )?;
         let balloon = Arc::pin_init(Task::new(slot, balloon), GFP_KERNEL)?;
@@ -417,10 +416,7 @@ fn forced_encoding() -> Option<Encoding> {
 fn name(dev: &virtio::Device<device::Core<'_>>) -> Result<CString> {
     let dev: &device::Device<_> = dev.as_ref();
 
-    Ok(CString::try_from_fmt(fmt!(
-        "virtio_balloon_rs-{}",
-        dev.name()
-    ))?)
+    CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))
 }
 
 impl BalloonData {

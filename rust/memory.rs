@@ -46,7 +46,7 @@ pub(crate) fn available_pages() -> usize {
 
     usize::try_from(pages)
         .unwrap_or(0)
-        .saturating_sub(mapped as usize)
+        .saturating_sub(mapped)
         .saturating_sub(boosted_pages())
 }
 

@@ -53,7 +53,7 @@ impl<D: 'static> RawAttribute<D> {
         // SAFETY: What is not set below may be zero.
         let mut raw: bindings::device_attribute = unsafe { MaybeUninit::zeroed().assume_init() };
 
-        raw.attr.name = A::NAME.as_ptr().cast();
+        raw.attr.name = A::NAME.to_bytes_with_nul().as_ptr().cast();
         raw.attr.mode = mode;
         raw.__bindgen_anon_1.show = Some(show::<D, A>);
         raw.__bindgen_anon_2.store = Some(store::<D, A>);
@@ -77,7 +77,7 @@ impl<D: 'static> RawGroup<D> {
         // SAFETY: What is not set below may be zero.
         let mut raw: bindings::attribute_group = unsafe { MaybeUninit::zeroed().assume_init() };
 
-        raw.name = name.as_ptr().cast();
+        raw.name = name.to_bytes_with_nul().as_ptr().cast();
         // The attribute is what a `device_attribute` begins with, and none is a null pointer.
         raw.__bindgen_anon_2.attrs = list.as_ptr().cast_mut().cast();
         Self(Opaque::new(raw), PhantomData)

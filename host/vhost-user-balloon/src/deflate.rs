@@ -166,7 +166,7 @@ mod tests {
         let mut guest = GuestQueue::new();
         let mut balloon = Balloon::default();
         balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
-        balloon.inflate(&[0xefe..0xf00], &mut Pieces::default());
+        balloon.inflate(&[0xefe..0xeff, 0xeff..0xf00], &mut Pieces::default());
         guest.send(&[&[0xfe, 0xe, 0, 0, 0xff, 0xe, 0, 0, 0, 0xf, 0, 0]]);
         let blocks = || guest.file().metadata().unwrap().blocks();
         let before = blocks();

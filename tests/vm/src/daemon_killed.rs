@@ -44,9 +44,15 @@ const LEAVE: Duration = Duration::from_secs(6);
 /// How much there is in the balloon, or is to be.
 const SIZE: Size = Size::mib(400);
 
+/// Brings a guest and its device into a state, with the name of that.
+type State = (&'static str, fn(&Guest, &Daemon) -> Result<()>);
+
+/// Leaves a device, with the name of the way.
+type Way = (&'static str, fn(&Setup, &Guest) -> Result<()>);
+
 /// What a guest and its device are doing when the device's processes are killed. The last ones are for devices with the
 /// extended protocol.
-const STATES: [(&str, fn(&Guest, &Daemon) -> Result<()>); 9] = [
+const STATES: [State; 9] = [
     ("empty", |_, _| Ok(())),
     ("idle", |guest, daemon| reach(guest, daemon, SIZE)),
     ("inflating", |guest, daemon| {
@@ -91,7 +97,7 @@ const STATES: [(&str, fn(&Guest, &Daemon) -> Result<()>); 9] = [
 const INFLATING: usize = 2;
 
 /// The states that a device can be in.
-fn states(setup: &Setup) -> &'static [(&'static str, fn(&Guest, &Daemon) -> Result<()>)] {
+fn states(setup: &Setup) -> &'static [State] {
     match (setup.device, setup.driver) {
         (Device::Extended, Driver::Rust) => &STATES,
         _ => &STATES[..STATES.len() - 1],
@@ -100,7 +106,7 @@ fn states(setup: &Setup) -> &'static [(&'static str, fn(&Guest, &Daemon) -> Resu
 
 /// The ways to leave a device whose processes are gone. The last one is for devices that have something to answer: QEMU
 /// does not outlive that the driver starts such a device again, and the driver has to know that it does not answer.
-const WAYS: [(&str, fn(&Setup, &Guest) -> Result<()>); 4] = [
+const WAYS: [Way; 4] = [
     ("unplug", |_, _| Ok(())),
     ("unbind", |setup, guest| {
         let device = device(guest, setup.driver)?;

@@ -94,12 +94,12 @@ const SIZE: Size = Size::mib(24);
 /// `step` has returned goes to `check`.
 fn fail_each<T>(
     setup: &Setup,
-    config: Config,
+    config: &Config,
     before: impl Fn(&Guest) -> Result<()>,
     step: impl Fn(&Guest) -> T,
     check: impl Fn(&Guest, T) -> Result<()>,
 ) -> Result<()> {
-    let result = vm::run(&config, |guest| {
+    let result = vm::run(config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         guest.insmod(setup.driver, &[])?;
         let mut all = 0;
@@ -137,7 +137,7 @@ fn failing_probe(setup: &Setup) -> Result<()> {
     let refused = Cell::new(0);
     fail_each(
         setup,
-        setup.config(),
+        &setup.config(),
         |guest| guest.rmmod(setup.driver),
         |guest| {
             let loaded = guest.insmod(setup.driver, &[]);
@@ -177,7 +177,7 @@ fn failing_inflate(setup: &Setup) -> Result<()> {
     };
     fail_each(
         setup,
-        setup.config(),
+        &setup.config(),
         |_| Ok(()),
         |guest| guest.balloon().settle(size),
         |_, reached| reached.map(|_| ()),
@@ -189,7 +189,7 @@ fn failing_deflate(setup: &Setup) -> Result<()> {
     const FULL: Size = Size::mib(256);
     fail_each(
         setup,
-        setup.config(),
+        &setup.config(),
         |guest| guest.balloon().settle(FULL).map(|_| ()),
         |guest| guest.balloon().settle(Size::default()),
         |_, reached| reached.map(|_| ()),
@@ -220,7 +220,7 @@ fn failing_request(setup: &Setup) -> Result<()> {
     for request in requests {
         fail_each(
             setup,
-            setup.config(),
+            &setup.config(),
             |_| Ok(()),
             |guest| end(guest, &request),
             |_, outcome| match outcome?.status {
@@ -249,7 +249,7 @@ fn failing_suspend(setup: &Setup) -> Result<()> {
     let (slept, bound_again) = (Cell::new(0), Cell::new(0));
     fail_each(
         setup,
-        setup.config().machine(Machine::I440fx),
+        &setup.config().machine(Machine::I440fx),
         |_| Ok(()),
         |guest| guest.suspend(|| Ok(())),
         |guest, outcome| {
