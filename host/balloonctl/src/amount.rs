@@ -21,6 +21,11 @@ pub(crate) enum Amount {
 }
 
 impl Amount {
+    /// Whether it depends on how much memory the guest has.
+    pub(crate) fn is_relative(self) -> bool {
+        matches!(self, Self::Percent(_))
+    }
+
     /// In bytes, for a guest with that much memory. A percentage is rounded down to whole pages.
     ///
     /// # Errors

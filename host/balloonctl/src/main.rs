@@ -49,6 +49,11 @@ fn run(cli: Cli) -> Result<(), Failure> {
             wait: patience,
         } => {
             let mut client = connect()?;
+            if size.is_relative() {
+                // The guest's statistics say how much memory it has. Without an answer, the daemon knows only
+                // what the VMM shares.
+                let _ = client.call(&Request::Stats { fresh: true });
+            }
             let before: Info = client.call(&Request::Info {})?.parse()?;
             let bytes = size.of(before.memory)?;
             let answer = client.call(&Request::Set { bytes })?;
