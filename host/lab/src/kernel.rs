@@ -61,9 +61,9 @@ fn toolchain(kernel: Kernel) -> &'static [&'static str] {
 /// How many lines make prints for a whole build, which the bar is drawn from.
 fn build_lines(kernel: Kernel) -> u64 {
     match kernel {
-        Kernel::Debug => 2030,
+        Kernel::Debug => 1720,
         Kernel::Arm64 | Kernel::Arm64LargePages => 1590,
-        _ => 2010,
+        _ => 1700,
     }
 }
 
