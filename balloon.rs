@@ -280,7 +280,13 @@ impl Balloon {
         let taker = match settings.memory_blocks() {
             true => {
                 let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks", tasks);
-                Taker::new(slot_for_blocks, dev, settings.clone(), slot.waker())?
+                Taker::new(
+                    slot_for_blocks,
+                    dev,
+                    settings.clone(),
+                    usize::MAX,
+                    slot.waker(),
+                )?
             }
             false => None,
         };

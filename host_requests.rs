@@ -24,6 +24,7 @@ use crate::{
         Walk, //
     },
     log_limit::LogLimit,
+    memory_blocks::Taker,
     message::Runs,
     page_sets,
     rust::{
@@ -31,6 +32,7 @@ use crate::{
         claim::Claim,
         debugfs,
         memory,
+        memory_blocks::MemoryBlock,
         task::{
             new_slot,
             Job,
@@ -102,6 +104,15 @@ const TURNS_PER_RUN: usize = 64;
 const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
 const MAX_CLAIMS: usize = 4;
 
+/// The first of these where the kernel writes to what is claimed, so that the host needs hardly
+/// more memory for a while: 4 MiB.
+const ZEROED_CLAIM_PAGES: u64 = 1 << (22 - PAGE_SHIFT);
+
+/// For how many messages memory blocks are kept from being used, and how many kernel pages of them
+/// are ready for the next message before the driver takes no more for now.
+const MAX_BLOCKS: usize = 2;
+const MOST_READY: usize = 1;
+
 /// What dropping caches costs of the budget at least, in nanoseconds: the kernel logs a line for it
 /// each time.
 const DROPPING: i64 = 500_000_000;
@@ -119,18 +130,40 @@ struct Open {
     work: Work,
 }
 
+impl Open {
+    /// Returns whether memory blocks are to be taken for the request.
+    fn needs_blocks(&self) -> bool {
+        matches!(&self.work, Work::Discard(discard) if discard.blocks.is_some())
+    }
+}
+
 /// What is left to be done for a request.
 enum Work {
     /// To name what the walk finds.
     Skip(Walk),
-    /// To name what the walk finds, and keep it from being used.
-    Discard(Walk),
+    /// To name memory, and keep it from being used.
+    Discard(Discard),
     /// To drop caches, which another request may be doing just now.
     DropCaches(Caches),
     /// Caches are being dropped.
     Dropping(Thread<HostRequests>),
     /// To say that it is over, and how it went.
     Complete(u8),
+}
+
+/// What is left to be named of memory that is kept from being used.
+struct Discard {
+    /// Memory blocks come first, if they are taken at all.
+    blocks: Option<Blocks>,
+    /// The walk's memory comes next, except for these blocks.
+    walk: Walk,
+    named: KVec<MemoryBlock>,
+}
+
+/// Memory blocks that are taken for a request.
+struct Blocks {
+    taker: Arc<Task<Taker<HostRequests>>>,
+    is_begun: bool,
 }
 
 /// What caches to drop.
@@ -146,6 +179,9 @@ struct Counters {
     /// What was named, in bytes.
     #[pin]
     named: debugfs::File<Atomic<u64>>,
+    /// What of that was taken as memory blocks, in bytes.
+    #[pin]
+    blocks: debugfs::File<Atomic<u64>>,
     /// The longest time for which a zone's lock was held, in nanoseconds.
     #[pin]
     longest_hold: debugfs::File<Atomic<u64>>,
@@ -166,6 +202,7 @@ impl Counters {
     fn new(dir: &debugfs::Dir) -> impl PinInit<Self> + use<'_> {
         pin_init!(Self {
             named <- dir.file(c"unused_named_bytes", Atomic::new(0)),
+            blocks <- dir.file(c"unused_block_bytes", Atomic::new(0)),
             longest_hold <- dir.file(c"unused_longest_hold_ns", Atomic::new(0)),
             most_places <- dir.file(c"unused_most_places_per_hold", Atomic::new(0)),
             open <- dir.file(c"requests_open", Atomic::new(0)),
@@ -196,6 +233,8 @@ pub(crate) struct HostRequests {
     spent: Arc<Atomic<i64>>,
     waker: Waker<Self>,
     settings: Arc<Settings>,
+    /// What takes memory blocks, where that is better than to allocate memory.
+    taker: Option<Arc<Task<Taker<Self>>>>,
     #[pin]
     counters: Counters,
     /// What times are counted from.
@@ -260,7 +299,7 @@ impl Inner {
     }
 
     /// Takes what the device has used, and what it has asked for.
-    fn collect(&mut self) {
+    fn collect(&mut self, requests: &HostRequests) {
         // A device that uses what it is offered at once would never come to an end.
         for _ in 0..self.queue.size() {
             let Some((buffer, len)) = self.queue.next_used() else {
@@ -275,7 +314,7 @@ impl Inner {
                     // A part of a request has no id to answer to. Devices that use buffers in order
                     // return those that an answer is behind with nothing in them.
                     if len as usize >= size_of::<Request>() {
-                        self.open_request(&request);
+                        self.open_request(&request, requests);
                     }
                 }
                 Either::Right((mut message, claim)) => {
@@ -290,13 +329,13 @@ impl Inner {
         }
     }
 
-    fn open_request(&mut self, request: &Request) {
+    fn open_request(&mut self, request: &Request, requests: &HostRequests) {
         let id = u64::from_le(request.request_id);
         trace::request(self.queue.device(), id, u16::from_le(request.command));
         let known = id != 0 && !self.open.iter().any(|open| open.id == id);
         let legal = request.reserved == 0 && u32::from(request.block_shift) < u64::BITS;
         let work = if known && legal {
-            self.plan(request)
+            self.plan(request, requests)
         } else {
             Work::Complete(request::MALFORMED)
         };
@@ -305,7 +344,7 @@ impl Inner {
         let _ = self.open.push_within_capacity(Open { id, work });
     }
 
-    fn plan(&mut self, request: &Request) -> Work {
+    fn plan(&mut self, request: &Request, requests: &HostRequests) -> Work {
         match u16::from_le(request.command) {
             // Where free pages have to hold some value, a copy must not lack it; and the kernel
             // would write to all pages that were discarded, when they are free again.
@@ -325,7 +364,14 @@ impl Inner {
                 memory::page_block_order(),
                 (claim_pages() >> memory::page_block_order()) as usize,
             ) {
-                Ok(walk) => Work::Discard(walk),
+                Ok(walk) => Work::Discard(Discard {
+                    // They may lie anywhere.
+                    blocks: requests
+                        .blocks()
+                        .filter(|_| request.start == 0 && request.end == 0),
+                    walk,
+                    named: KVec::new(),
+                }),
                 Err(_) => Work::Complete(request::ABORTED),
             },
             request::DROP_CACHES => {
@@ -386,7 +432,17 @@ impl Inner {
         let counters = &requests.counters;
         let step = match &mut open.work {
             Work::Skip(walk) => self.skip(open.id, walk, counters),
-            Work::Discard(walk) => self.discard(open.id, walk, requests),
+            Work::Discard(discard) => match &mut discard.blocks {
+                Some(blocks) => {
+                    let step = self.discard_block(open.id, blocks, &mut discard.named, counters);
+
+                    if step == Some(None) {
+                        discard.blocks = None;
+                    }
+                    step.map(|_| None)
+                }
+                None => self.discard(open.id, discard, requests),
+            },
             Work::DropCaches(caches) => match requests.drop_caches(*caches) {
                 Some(Ok(thread)) => {
                     open.work = Work::Dropping(thread);
@@ -482,7 +538,13 @@ impl Inner {
 
     /// Sends a message about pages that are kept from being used until the device has used it.
     /// Returns the status if it was the last one; none if it has to wait.
-    fn discard(&mut self, id: u64, walk: &mut Walk, requests: &HostRequests) -> Option<Option<u8>> {
+    fn discard(
+        &mut self,
+        id: u64,
+        discard: &mut Discard,
+        requests: &HostRequests,
+    ) -> Option<Option<u8>> {
+        let walk = &mut discard.walk;
         let counters = &requests.counters;
         let floor = requests.settings.floor_pages();
         if self.claims >= MAX_CLAIMS {
@@ -501,6 +563,15 @@ impl Inner {
         // Blocks that lie side by side are taken together: it is the taking that costs.
         let found = unused.side_by_side(spare);
         let over = found.is_none() && unused.is_over();
+        if let Some((zone, run)) = found {
+            let block = MemoryBlock::of(run.first(), MemoryBlock::pages());
+
+            if let Some(block) = block.filter(|block| discard.named.contains(block)) {
+                walk.go_on_at(zone, block.pfns().end);
+                self.spare.get_or_insert(message);
+                return Some(None);
+            }
+        }
         let claim = found.and_then(|(_, run)| Claim::new(run.first(), run.len()));
         let claimed = claim.as_ref().map_or(0, Claim::len);
 
@@ -526,6 +597,45 @@ impl Inner {
         }
         Some(over.then_some(request::COMPLETE))
     }
+
+    /// Sends a message about a part of a memory block that is kept from being used until the device
+    /// has used it, and that the kernel has not written to. Returns how many kernel pages it has,
+    /// none if there are no more blocks; none at all if it waits for the device or the taker.
+    fn discard_block(
+        &mut self,
+        id: u64,
+        blocks: &mut Blocks,
+        named: &mut KVec<MemoryBlock>,
+        counters: &Counters,
+    ) -> Option<Option<u64>> {
+        let taker = &blocks.taker;
+        if self.claims >= MAX_BLOCKS {
+            return None;
+        }
+        if !blocks.is_begun {
+            blocks.is_begun = true;
+            taker.begin(usize::MAX);
+        }
+        if taker.ready() == 0 {
+            return (!taker.is_busy()).then_some(None);
+        }
+
+        let mut message = self.message()?;
+        let (first, pages) = taker.take_adjacent()?;
+        let claim = Claim::of(pages);
+        let mut run = Run::new(first, claim.len());
+        let written = page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
+        let pages = written.ok()?;
+
+        self.send(message, Some(claim))?;
+        self.named(id, pages, counters);
+        counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
+        if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {
+            // Else it is named once more.
+            let _ = named.push(block, GFP_KERNEL);
+        }
+        Some(Some(pages))
+    }
 }
 
 impl HostRequests {
@@ -545,11 +655,25 @@ impl HostRequests {
         let inner = Inner::new(dev, queue)?;
         let spent = Arc::new(Atomic::new(0), GFP_KERNEL)?;
         let waker = slot.waker();
+        let taker = match settings.memory_blocks() {
+            true => {
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_discard", tasks);
+                Taker::new(
+                    slot_for_blocks,
+                    dev,
+                    settings.clone(),
+                    MOST_READY,
+                    waker.clone(),
+                )?
+            }
+            false => None,
+        };
         let requests = try_pin_init!(Self {
             inner <- new_mutex!(inner, "HostRequests::inner"),
             spent,
             waker,
             settings,
+            taker,
             counters <- Counters::new(dir),
             start: Instant::now(),
         });
@@ -563,6 +687,9 @@ impl HostRequests {
         let before = mem::replace(&mut *self.inner.lock(), inner);
 
         drop(before);
+        if let Some(taker) = &self.taker {
+            taker.resume();
+        }
         Ok(())
     }
 
@@ -571,12 +698,38 @@ impl HostRequests {
         drop(self.inner.lock().queue.take_back());
     }
 
+    /// Stops all work: the system shuts down.
+    pub(crate) fn shut_down(task: &Task<Self>) {
+        task.stop();
+        if let Some(taker) = &task.taker {
+            taker.stop();
+        }
+    }
+
     /// Stops all work. Nothing is open any more: caches that are being dropped are left to their
     /// thread, which is killed.
     pub(crate) fn stop(task: &Task<Self>) {
         task.stop();
+        if let Some(taker) = &task.taker {
+            taker.leave();
+        }
         task.inner.lock().open.clear();
         task.counters.open.store(0, Relaxed);
+    }
+
+    /// Returns what a request for memory blocks begins with, if they are taken.
+    fn blocks(&self) -> Option<Blocks> {
+        Some(Blocks {
+            taker: self.taker.clone()?,
+            is_begun: false,
+        })
+    }
+
+    /// Returns how long other tasks have worked for requests since the last call, in nanoseconds.
+    fn spent(&self) -> i64 {
+        let taking = self.taker.as_ref().map_or(0, |taker| taker.spent());
+
+        self.spent.xchg(0, Relaxed) + taking
     }
 
     /// Begins to drop `caches`. Returns none while another request does so.
@@ -601,8 +754,8 @@ impl HostRequests {
         let start = now();
         inner.queue.disable_callback();
         // What the device has used comes back to the guest in any case.
-        inner.collect();
-        inner.budget.spend(self.spent.xchg(0, Relaxed), start);
+        inner.collect(self);
+        inner.budget.spend(self.spent(), start);
         // What has been done is told even so.
         let pause = inner.budget.pause(start);
 
@@ -635,7 +788,13 @@ impl HostRequests {
                 Turn::Again | Turn::Over => waiting = 0,
             }
             turns += 1;
-            inner.collect();
+            inner.collect(self);
+        }
+        if let Some(taker) = &self.taker {
+            // The requests may have been cancelled.
+            if taker.is_busy() && !inner.open.iter().any(Open::needs_blocks) {
+                taker.cancel();
+            }
         }
         inner.queue.kick();
         self.counters.open.store(inner.open.len() as u64, Relaxed);
@@ -684,7 +843,12 @@ fn message(flags: kernel::alloc::Flags) -> Result<KVec<u64>> {
 
 /// Returns how many kernel pages are kept from being used for one message.
 fn claim_pages() -> u64 {
-    CLAIM_PAGES.max(1 << memory::page_block_order())
+    let pages = match memory::is_zeroed_on_allocation() {
+        true => ZEROED_CLAIM_PAGES,
+        false => CLAIM_PAGES,
+    };
+
+    pages.max(1 << memory::page_block_order())
 }
 
 /// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of

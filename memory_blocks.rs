@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory for the balloon that the kernel has not zeroed.
+//! Memory for the host that the kernel has not zeroed.
 //!
 //! A kernel with `init_on_alloc=1` writes to all memory that it allocates. So does the host then,
 //! which inflates because it is short of memory. Memory blocks that are free, or nearly, go another
-//! way ([`MemoryBlock::take`]): a task takes one after the other, and the balloon takes their pages
-//! over from it. What they do not cover comes from the page allocator.
+//! way ([`MemoryBlock::take`]): a task takes one after the other, for the balloon, for hints or for
+//! the host's requests, which take their pages over from it.
 //!
-//! The task holds none of the balloon's locks: notifiers of memory that goes offline, which others
+//! The task holds none of their locks: notifiers of memory that goes offline, which others
 //! take as well, are called under the kernel's lock for that, and take those locks.
 
 #![forbid(unsafe_code)]
@@ -51,11 +51,19 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex,
         SpinLock, //
     },
-    time::Msecs, //
+    time::{
+        Instant,
+        Monotonic,
+        Msecs, //
+    }, //
 };
 
 /// How long the kernel may try to take a block offline. One that is free takes a few milliseconds.
@@ -65,8 +73,8 @@ const PATIENCE: Msecs = 100;
 const MAX_FAILURES: usize = 3;
 
 /// What part of a block may be in use, as a divisor: what is has to be moved, into memory that is
-/// zeroed first.
-const MOST_IN_USE: u64 = 4;
+/// zeroed first, and the kernel looks for a signal only when it has tried to move all of it.
+const MOST_IN_USE: u64 = 32;
 
 /// What part of a block is worth taking it, as a divisor. The rest is given back.
 const WORTHWHILE: u64 = 8;
@@ -86,11 +94,15 @@ struct Candidate {
 pub(crate) struct Taker<S> {
     dev: ARef<virtio::Device>,
     settings: Arc<Settings>,
+    /// From how many pages on that are ready it waits until some are taken over.
+    most_ready: usize,
     taking_for: Waker<S>,
     #[pin]
     work: Mutex<Work>,
     #[pin]
     state: SpinLock<State>,
+    /// How long the task has run since [`spent`](Self::spent), in nanoseconds.
+    spent: Atomic<i64>,
 }
 
 /// What only the taker's task uses.
@@ -127,6 +139,7 @@ impl<S: Job> Taker<S> {
         slot: impl FnOnce() -> Result<Slot<Self>>,
         dev: &virtio::Device<Core<'_>>,
         settings: Arc<Settings>,
+        most_ready: usize,
         taking_for: Waker<S>,
     ) -> Result<Option<Arc<Task<Self>>>> {
         if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
@@ -148,9 +161,11 @@ impl<S: Job> Taker<S> {
         let taker = try_pin_init!(Self {
             dev,
             settings,
+            most_ready,
             taking_for,
             work <- new_mutex!(work, "Taker::work"),
             state <- new_spinlock!(state, "Taker::state"),
+            spent: Atomic::new(0),
         });
 
         Ok(Some(Arc::pin_init(Task::new(slot()?, taker), GFP_KERNEL)?))
@@ -176,6 +191,11 @@ impl<S: Job> Taker<S> {
         self.state.lock().ready.len()
     }
 
+    /// Returns how long the task has run since the last call, in nanoseconds.
+    pub(crate) fn spent(&self) -> i64 {
+        self.spent.xchg(0, Relaxed)
+    }
+
     /// Returns how many blocks were taken so far.
     pub(crate) fn blocks(&self) -> u64 {
         self.state.lock().blocks
@@ -189,18 +209,6 @@ impl<S: Job> Taker<S> {
 
         state.wanted = state.wanted.saturating_sub(pages.len() as u64);
         pages
-    }
-
-    /// Wants no more, and gives back what is ready. Returns how many kernel pages it was.
-    pub(crate) fn cancel(&self) -> usize {
-        let mut state = self.state.lock();
-
-        state.wanted = 0;
-        // Freed without the lock.
-        let ready = mem::replace(&mut state.ready, PageList::new());
-        drop(state);
-
-        ready.len()
     }
 
     /// Ends it: the task has nothing more to do.
@@ -311,6 +319,31 @@ impl<S: Job> Task<Taker<S>> {
         self.schedule();
     }
 
+    /// Returns the first pages that were taken and are adjacent, with the page frame number of the
+    /// first one (of a kernel page).
+    pub(crate) fn take_adjacent(&self) -> Option<(u64, PageList)> {
+        let pages = self.state.lock().ready.take_adjacent();
+
+        self.schedule();
+        pages
+    }
+
+    /// Wants no more, and gives back what is ready. Returns how many kernel pages it was.
+    pub(crate) fn cancel(&self) -> usize {
+        let mut state = self.state.lock();
+
+        state.wanted = 0;
+        // Freed without the lock.
+        let ready = mem::replace(&mut state.ready, PageList::new());
+        let is_busy = state.is_busy;
+        drop(state);
+
+        if is_busy {
+            self.schedule();
+        }
+        ready.len()
+    }
+
     /// Ends all work, and gives back what was taken.
     pub(crate) fn leave(&self) {
         self.stop();
@@ -332,8 +365,12 @@ impl<S: Job> Job for Taker<S> {
     fn run(task: &Task<Self>) {
         let mut work = task.work.lock();
 
-        if task.is_busy() {
-            match task.take_one(&mut work) {
+        if task.is_busy() && task.ready() < task.most_ready {
+            let start = Instant::<Monotonic>::now();
+            let is_more = task.take_one(&mut work);
+
+            task.spent.add(start.elapsed().as_nanos(), Relaxed);
+            match is_more {
                 true => return task.schedule(),
                 false => task.end(&mut work),
             }

@@ -328,7 +328,7 @@ impl virtio::Driver for BalloonDriver {
         }
         // Caches that are being dropped do not concern the device.
         if let Some(requests) = &data.requests {
-            requests.stop();
+            HostRequests::shut_down(requests);
         }
     }
 }

@@ -4,15 +4,24 @@
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
-use super::bindings;
+use super::{
+    bindings,
+    page_list::PageList, //
+};
 
-/// Pages that lie side by side, and belong to nobody else. Dropping it frees them.
-///
+/// Adjacent pages that belong to the driver. Dropping it frees them.
+pub(crate) struct Claim(Pages);
+
+enum Pages {
+    Range(Range),
+    Blocks(PageList),
+}
+
 /// # Invariants
 ///
 /// The `len` pages from the page frame number `first` on are of order 0, and a reference to each is
 /// owned by this.
-pub(crate) struct Claim {
+struct Range {
     first: usize,
     len: usize,
 }
@@ -29,16 +38,24 @@ impl Claim {
         let len = unsafe { bindings::balloon_rs_claim_range(first, len as usize) };
 
         // INVARIANT: The pages were just allocated.
-        (len > 0).then_some(Self { first, len })
+        (len > 0).then_some(Self(Pages::Range(Range { first, len })))
+    }
+
+    /// Claims what is on a list of adjacent pages.
+    pub(crate) fn of(pages: PageList) -> Self {
+        Self(Pages::Blocks(pages))
     }
 
     /// Returns the number of pages.
     pub(crate) fn len(&self) -> u64 {
-        self.len as u64
+        match &self.0 {
+            Pages::Range(range) => range.len as u64,
+            Pages::Blocks(pages) => pages.len() as u64,
+        }
     }
 }
 
-impl Drop for Claim {
+impl Drop for Range {
     fn drop(&mut self) {
         // SAFETY: By the type invariants the pages are ours.
         unsafe { bindings::balloon_rs_free_range(self.first, self.len) };

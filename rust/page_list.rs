@@ -346,6 +346,25 @@ impl PageList {
         }
     }
 
+    /// Takes those of the first blocks off that are adjacent. Returns them with the page frame
+    /// number (of a kernel page) of their first page.
+    pub(crate) fn take_adjacent(&mut self) -> Option<(u64, Self)> {
+        // SAFETY: By the type invariants the pages on the list are valid.
+        let pfn = |page: NonNull<bindings::page>| unsafe {
+            bindings::balloon_rs_page_to_pfn(page.as_ptr()) as u64
+        };
+        let first = pfn(self.blocks.first?);
+        let mut taken = Self::new();
+
+        while self.blocks.first.map(pfn) == Some(first + taken.len() as u64) {
+            let Some(page) = self.pop_block() else { break };
+
+            // SAFETY: The block was on the list, and is marked.
+            unsafe { taken.push_block(page) };
+        }
+        Some((first, taken))
+    }
+
     /// Takes all but `len` pages off, or none if there are not more. Splits a block for that, if
     /// need be.
     pub(crate) fn split_off(&mut self, len: usize) -> Self {

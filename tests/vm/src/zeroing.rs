@@ -3,9 +3,10 @@
 //! Guests whose kernel zeroes all memory that it allocates, as those of distributions do.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use balloon_control::{Begun, Progress, Request, RequestStatus};
 use vm::{Config, Device, Guest, Load, Offer, Size};
 
 use crate::compaction::{fullest_block, write};
@@ -56,6 +57,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: fallback,
+    },
+    Scenario {
+        name: "zeroing_reclaim",
+        proves: "where the kernel zeroes memory the host gets free memory back, and needs no more of it meanwhile",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: reclaim,
     },
 ];
 
@@ -327,5 +336,69 @@ fn fallback(setup: &Setup) -> Result<()> {
             "{blocks} blocks were taken, which cannot be taken offline"
         );
         guest.rmmod(setup.driver)
+    })
+}
+
+fn reclaim(setup: &Setup) -> Result<()> {
+    let taken = reclaim_from(setup, Size::gib(8), Size::mib(6800), &[])?;
+    ensure!(taken >= Size::gib(6), "{taken} were taken as memory blocks");
+    // Without memory blocks it takes much longer.
+    let taken = reclaim_from(setup, Size::mib(512), Size::mib(256), &["memory_blocks=0"])?;
+    ensure!(
+        taken == Size::default(),
+        "{taken} were taken as memory blocks"
+    );
+    Ok(())
+}
+
+/// Has a guest with some memory use a part of it, and looks whether the host gets that back. Returns how much of that
+/// was memory blocks.
+fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) -> Result<Size> {
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let config = zeroing(setup).using_memory().memory(memory);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, parameters)?;
+        let total = guest.meminfo()?.total;
+        let data = guest.load(Load::Hold {
+            mib: 64,
+            threads: 1,
+        })?;
+        guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
+        guest.touch(used)?;
+
+        let before = resident(setup, guest)?;
+        let mut most = before;
+        let start = Instant::now();
+        let begun: Begun = guest.daemon()?.call(&Request::Reclaim {
+            block: 2 << 20,
+            start: 0,
+            end: 0,
+        })?;
+        guest.wait_until("memory to come back", PATIENCE, || {
+            most = most.max(resident(setup, guest)?);
+            let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
+            Ok(progress.status == RequestStatus::Complete)
+        })?;
+        let (took, after) = (start.elapsed(), resident(setup, guest)?);
+        let more = most.saturating_sub(before);
+        let blocks = Size::bytes(show(guest, "unused_block_bytes")?.trim().parse()?);
+        setup.note(format!(
+            "the guest's memory took {before}, and takes {after} after {} ms, at most {more} more than before; {blocks} were memory blocks",
+            took.as_millis()
+        ));
+        ensure!(
+            more <= MOST_MORE,
+            "the guest had {more} more memory on its way"
+        );
+        ensure!(
+            after + Size::bytes(used.as_bytes() / 10 * 9) < before,
+            "the guest's memory took {before}, and takes {after} after it had freed {used}"
+        );
+        data.stop()?;
+        check_online(guest)?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        guest.rmmod(setup.driver)?;
+        Ok(blocks)
     })
 }
