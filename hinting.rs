@@ -16,6 +16,10 @@
 //! QEMU takes a lock for each buffer that its migration keeps for up to 50 ms at a time. So memory
 //! is collected first, neighbouring blocks become one buffer, and the largest come first.
 //!
+//! A kernel with `init_on_alloc=1` writes to all memory that it allocates, which the host then has
+//! to provide and to migrate. So hints are about memory blocks there, which the kernel does not
+//! write to ([`memory_blocks`](crate::memory_blocks)), unless the administrator forbids that.
+//!
 //! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is taken under the first one,
 //! but without reclaim, and under the second one not at all: it is taken by those who reclaim.
 //!
@@ -24,8 +28,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    memory_blocks::Taker,
     rust::{
         debugfs, memory,
+        memory_blocks::MemoryBlock,
         oom::{
             OomNotifier,
             OomNotify, //
@@ -43,7 +49,8 @@ use crate::{
             new_slot,
             Job,
             Task,
-            TaskQueue, //
+            TaskQueue,
+            Waker, //
         },
         virtio::ByteOrder,
         virtqueue::{
@@ -119,6 +126,8 @@ pub(crate) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
 pub(crate) struct Hinting {
     byte_order: ByteOrder,
     settings: Arc<Settings>,
+    /// What takes memory blocks, where that is better than to allocate memory.
+    taker: Option<Arc<Task<Taker<Self>>>>,
     #[pin]
     worker: Mutex<Worker>,
     /// Memory that the device has used, and that is kept for as long as nobody needs it.
@@ -136,6 +145,7 @@ pub(crate) struct Hinting {
 struct Worker {
     config: virtio::Config,
     queue: HintQueue,
+    taker: Option<Arc<Task<Taker<Hinting>>>>,
     /// The id that was read last.
     wanted: u32,
     /// The id of the latest round.
@@ -155,10 +165,15 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(dev: &virtio::Device<Core<'_>>, queue: HintQueue) -> Result<Self> {
+    fn new(
+        dev: &virtio::Device<Core<'_>>,
+        queue: HintQueue,
+        taker: Option<Arc<Task<Taker<Hinting>>>>,
+    ) -> Result<Self> {
         Ok(Self {
             config: dev.config()?,
             queue,
+            taker,
             wanted: HINT_STOP,
             id: HINT_STOP,
             stop_due: false,
@@ -175,7 +190,43 @@ impl Worker {
     fn stop(&mut self) {
         self.stop_due |= self.supplying;
         self.supplying = false;
-        self.pending.free(usize::MAX);
+        self.free_pending();
+    }
+
+    /// Gives back what the device was not given yet. Returns how many kernel pages it was.
+    fn free_pending(&mut self) -> usize {
+        let ready = self.taker.as_ref().map_or(0, |taker| taker.cancel());
+
+        ready + self.pending.free(usize::MAX)
+    }
+
+    /// Begins to take memory blocks that are free, but not all of them, if any are taken.
+    fn begin_blocks(&self, floor: usize) {
+        if let Some(taker) = &self.taker {
+            let _taking = memory::Taking::begin();
+            let spare = memory::spare_pages(floor);
+
+            taker.begin(spare - spare % MemoryBlock::pages() as usize);
+        }
+    }
+
+    /// Takes over the blocks that are ready.
+    fn take_blocks(&mut self) {
+        let Some(taker) = &self.taker else { return };
+        // What is ready when it is over is the last.
+        self.more = taker.is_busy();
+        let mut pages = taker.take_over(usize::MAX);
+
+        while let Some(run) = PageRun::from_block(&mut pages) {
+            if self.pending.insert(run).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Returns whether memory blocks are being taken for this round.
+    fn awaits_blocks(&self) -> bool {
+        self.more && self.taker.is_some()
     }
 
     /// Sends the ids that are due. Returns whether none is left.
@@ -259,16 +310,26 @@ impl Hinting {
     fn new<'a>(
         dev: &virtio::Device<Core<'_>>,
         queue: HintQueue,
+        tasks: &Arc<TaskQueue>,
         settings: Arc<Settings>,
+        waker: Waker<Self>,
         dir: &'a debugfs::Dir,
     ) -> Result<impl PinInit<Self, Error> + use<'a>> {
-        let worker = Worker::new(dev, queue)?;
+        let taker = match settings.memory_blocks() {
+            true => {
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_hint_blocks", tasks);
+                Taker::new(slot_for_blocks, dev, settings.clone(), usize::MAX, waker)?
+            }
+            false => None,
+        };
+        let worker = Worker::new(dev, queue, taker.clone())?;
         let held = RunSet::new(MAX_RUNS)?;
         let byte_order = dev.byte_order();
 
         Ok(try_pin_init!(Self {
             byte_order,
             settings,
+            taker,
             worker <- new_mutex!(worker, "Hinting::worker"),
             held <- new_spinlock!(held, "Hinting::held"),
             id_changed: Atomic::new(true),
@@ -284,9 +345,12 @@ impl Hinting {
 
     /// Begins anew with a device that was reset. The task must not be running.
     pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>, queue: HintQueue) -> Result {
-        let worker = Worker::new(dev, queue)?;
+        let worker = Worker::new(dev, queue, self.taker.clone())?;
 
         *self.worker.lock() = worker;
+        if let Some(taker) = &self.taker {
+            taker.resume();
+        }
         Ok(())
     }
 
@@ -301,8 +365,19 @@ impl Hinting {
     /// Stops the task and gives back what is held: the device is about to be reset.
     pub(crate) fn leave(task: &Task<Self>) {
         task.stop();
-        task.worker.lock().pending.free(usize::MAX);
+        task.worker.lock().free_pending();
         task.release();
+        if let Some(taker) = &task.taker {
+            taker.leave();
+        }
+    }
+
+    /// Stops all work: the system shuts down.
+    pub(crate) fn shut_down(task: &Task<Self>) {
+        task.stop();
+        if let Some(taker) = &task.taker {
+            taker.stop();
+        }
     }
 
     /// Gives back what is held. Returns how many kernel pages it was.
@@ -388,6 +463,7 @@ impl Hinting {
             // by now.
             self.release();
             memory::drain_free_lists();
+            worker.begin_blocks(self.settings.floor_pages());
         } else if self.needed.load(Relaxed) {
             worker.stop();
         }
@@ -411,7 +487,9 @@ impl Hinting {
 
         // Whoever runs out of memory while this waits for its turn has nothing to gain here.
         let is_idle = worker.in_flight == 0 && worker.pending.pages() == 0;
-        if worker.supplying && worker.more && is_idle {
+        if worker.supplying && worker.awaits_blocks() {
+            worker.take_blocks();
+        } else if worker.supplying && worker.more && is_idle {
             worker.gather(self.settings.floor_pages(), &self.needed);
         }
 
@@ -419,7 +497,7 @@ impl Hinting {
         if worker.send_ids(self.byte_order) && worker.supplying {
             let supplied = worker.supply();
 
-            if supplied == 0 && worker.in_flight == 0 {
+            if supplied == 0 && worker.in_flight == 0 && !worker.awaits_blocks() {
                 worker.stop();
                 worker.send_ids(self.byte_order);
             }
@@ -466,7 +544,7 @@ impl Hints {
         dir: &debugfs::Dir,
     ) -> Result<Self> {
         let slot = new_slot!(c"virtio_balloon_rs_hint", tasks)?;
-        let hinting = Hinting::new(dev, queue, settings, dir)?;
+        let hinting = Hinting::new(dev, queue, tasks, settings, slot.waker(), dir)?;
         let task = Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)?;
 
         Ok(Self {
@@ -512,8 +590,7 @@ impl OomNotify for Task<Hinting> {
         for _ in 0..OOM_PATIENCE {
             // The task may be allocating itself, in the transport.
             if let Some(mut worker) = self.worker.try_lock() {
-                let freed =
-                    self.collect(&mut worker) + worker.pending.free(usize::MAX) + self.release();
+                let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
 
                 if freed > 0 {
                     return freed;

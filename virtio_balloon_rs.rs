@@ -324,7 +324,7 @@ impl virtio::Driver for BalloonDriver {
             stats.stop();
         }
         if let Some(hints) = &data.hints {
-            hints.task.stop();
+            Hinting::shut_down(&hints.task);
         }
         // Caches that are being dropped do not concern the device.
         if let Some(requests) = &data.requests {
@@ -452,7 +452,7 @@ virtio::module_virtio_driver! {
         },
         memory_blocks: bool {
             default: true,
-            description: "Whether free memory blocks are taken offline and online for the balloon where the kernel zeroes what it allocates",
+            description: "Whether free memory blocks are taken offline and online, for the balloon and for the host, where the kernel zeroes what it allocates",
         },
         floor_mib: i32 {
             default: -1,

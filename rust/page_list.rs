@@ -73,7 +73,7 @@ pub(super) unsafe fn mark_block(page: NonNull<bindings::page>, order: u32) {
 /// # Safety
 ///
 /// `page` must begin a block that was marked, and that the caller owns.
-unsafe fn unmark_block(page: NonNull<bindings::page>) -> u32 {
+pub(super) unsafe fn unmark_block(page: NonNull<bindings::page>) -> u32 {
     // SAFETY: By the requirements of this function.
     unsafe { bindings::balloon_rs_unmark_block(page.as_ptr()) }
 }

@@ -6,6 +6,10 @@
 
 use super::{
     bindings,
+    page_list::{
+        unmark_block,
+        PageList, //
+    },
     virtqueue::{
         Access,
         Buffer, //
@@ -54,6 +58,25 @@ impl PageRun {
         //
         // SAFETY: The page was just allocated.
         unsafe {
+            bindings::balloon_rs_set_page_order(page.as_ptr(), order);
+            Some(Self {
+                first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
+                len: 1 << order,
+            })
+        }
+    }
+
+    /// Takes the first block off a list.
+    pub(crate) fn from_block(list: &mut PageList) -> Option<Self> {
+        let page = list.pop_block()?;
+
+        // INVARIANT: The block is this one's, which notes its order. It comes from the page
+        // allocator, as its largest blocks do, so that it is not longer than the longest run.
+        //
+        // SAFETY: The block was on the list, which is marked, and not in high memory.
+        unsafe {
+            let order = unmark_block(page);
+
             bindings::balloon_rs_set_page_order(page.as_ptr(), order);
             Some(Self {
                 first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,

@@ -213,7 +213,7 @@ fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shares) -> Resu
 }
 
 /// Checks that the guest gets back, within seconds, what was kept from it while it migrated.
-fn check_all_back(guest: &Guest, before: Size) -> Result<()> {
+pub(crate) fn check_all_back(guest: &Guest, before: Size) -> Result<()> {
     let mut free = Size::default();
     guest
         .wait_until("all memory is free again", Duration::from_secs(10), || {

@@ -2,6 +2,7 @@
 
 //! Guests whose kernel zeroes all memory that it allocates, as those of distributions do.
 
+use std::mem;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,11 +11,13 @@ use balloon_control::{Begun, Progress, Request, RequestStatus};
 use vm::{Config, Device, Guest, Load, Offer, Size};
 
 use crate::compaction::{fullest_block, write};
+use crate::hinting::check_all_back;
 use crate::observability::{show, value};
 use crate::reporting::wait_until_taken;
 use crate::sizes::{agree, check_size};
 use crate::{
-    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -65,6 +68,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: reclaim,
+    },
+    Scenario {
+        name: "zeroing_hints",
+        proves: "where the kernel zeroes memory a guest migrates without its unused memory, and the host needs no more of it meanwhile",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
+        run: hints,
     },
 ];
 
@@ -400,5 +411,57 @@ fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) ->
         ensure!(now == total, "the guest had {total}, and has {now}");
         guest.rmmod(setup.driver)?;
         Ok(blocks)
+    })
+}
+
+fn hints(setup: &Setup) -> Result<()> {
+    const SLOW: Size = Size::mib(32);
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let memory = Size::gib(4);
+    let config = zeroing(setup).memory(memory).offer(&[Offer::FreePageHint]);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let total = guest.meminfo()?.total;
+        let data = guest.load(Load::Hold {
+            mib: 64,
+            threads: 1,
+        })?;
+        guest.touch(Size::gib(1))?;
+        let (free, before) = (guest.free()?, resident(setup, guest)?);
+
+        let migration = guest.migrate(SLOW)?;
+        let mut most = before;
+        let hinted = || -> Result<Size> {
+            let bytes = show(guest, "hinted_bytes")?;
+            Ok(Size::bytes(bytes.trim().parse()?))
+        };
+        guest.wait_until("hints", PATIENCE, || {
+            most = most.max(resident(setup, guest)?);
+            Ok(hinted()? >= Size::gib(2))
+        })?;
+        // What is hinted now, if there is more, is the rest.
+        let mut last = Size::default();
+        guest.wait_until("the last hint", PATIENCE, || {
+            most = most.max(resident(setup, guest)?);
+            let now = hinted()?;
+            Ok(mem::replace(&mut last, now) == now)
+        })?;
+        let more = most.saturating_sub(before);
+        let transfer = migration.finish()?;
+        setup.note(format!(
+            "{last} hinted, {} sent, at most {more} more than before",
+            transfer.sent
+        ));
+        ensure!(
+            more <= MOST_MORE,
+            "the guest had {more} more memory on its way"
+        );
+        data.verify(20)?;
+        check_all_back(guest, free)?;
+        data.stop()?;
+        check_online(guest)?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        guest.rmmod(setup.driver)
     })
 }
