@@ -77,6 +77,22 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: QEMU_DEVICE,
         run: hints,
     },
+    Scenario {
+        name: "zeroing_virtio_mem",
+        proves: "the balloon leaves memory blocks alone along with a virtio-mem device, which continues to work",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
+        run: virtio_mem,
+    },
+    Scenario {
+        name: "zeroing_hibernate",
+        proves: "a guest whose balloon has memory blocks hibernates, and the balloon takes memory blocks after it",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: hibernate,
+    },
 ];
 
 /// How much more memory the guest may have of the host's on the way.
@@ -462,6 +478,83 @@ fn hints(setup: &Setup) -> Result<()> {
         check_online(guest)?;
         let now = guest.meminfo()?.total;
         ensure!(now == total, "the guest had {total}, and has {now}");
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn virtio_mem(setup: &Setup) -> Result<()> {
+    let (size, more) = (Size::mib(512), Size::gib(1));
+    let config = zeroing(setup)
+        .memory(Size::gib(2))
+        .virtio_mem(more)
+        .balloon(Some("virtio-balloon-pci,id=balloon0"));
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let total = guest.meminfo()?.total;
+        let data = guest.load(Load::Hold {
+            mib: 64,
+            threads: 1,
+        })?;
+        for _ in 0..2 {
+            guest.plug(more)?;
+            guest.balloon().settle(size)?;
+            guest.plug(Size::default())?;
+            check_size(guest, size)?;
+            let now = guest.meminfo()?.total;
+            ensure!(
+                now + size == total,
+                "the guest has {now} along with a balloon of {size}, and had {total} before"
+            );
+            guest.balloon().settle(Size::default())?;
+        }
+        let blocks = taken(guest)?;
+        ensure!(
+            blocks == 0,
+            "{blocks} memory blocks were taken, which virtio-mem needs the kernel's callback for"
+        );
+        check_online(guest)?;
+        data.verify(5)?;
+        data.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn hibernate(setup: &Setup) -> Result<()> {
+    let (before, after) = (Size::mib(1024), Size::mib(1200));
+    let config = zeroing(setup).memory(Size::gib(2));
+    let blocks = |guest: &Guest, size: Size| -> Result<u64> {
+        guest.balloon().reach(size)?;
+        check_size(guest, size)?;
+        check_online(guest)?;
+        let blocks = taken(guest)?;
+        ensure!(blocks > 0, "no memory block was taken");
+        Ok(blocks)
+    };
+    let (hibernated, (total, load, taken_before)) = vm::hibernate(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let total = guest.meminfo()?.total;
+        let data = guest.load(Load::Hold {
+            mib: 64,
+            threads: 1,
+        })?;
+        guest.balloon().request(before)?;
+        let taken = blocks(guest, before)?;
+        Ok((total, data.id(), taken))
+    })?;
+    hibernated.resume(after, |guest| {
+        let taken = blocks(guest, after)?;
+        ensure!(
+            taken > taken_before,
+            "{taken} memory blocks were taken, and {taken_before} before"
+        );
+        let data = guest.running(load);
+        data.verify(2)?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        data.verify(2)?;
+        data.stop()?;
         guest.rmmod(setup.driver)
     })
 }
