@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb in-tree demo bench bench-docs test test-long coverage kunit fuzz clippy fmt fmt-check clean help
+.PHONY: all deb in-tree demo bench bench-docs test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -72,6 +72,15 @@ fuzz:
 clippy:
 	@$(lab) clippy
 
+# The SVG files are committed. Changing a diagram needs graphviz.
+diagrams: $(patsubst %.dot,%.svg,$(wildcard docs/diagrams/*.dot))
+
+docs/diagrams/%.svg: docs/diagrams/%.dot
+	@command -v dot >/dev/null || { echo "dot is missing; install the package graphviz" >&2; exit 1; }
+	dot -Tsvg -o $@.new $<
+	sed -i '1a <!-- SPDX-License-Identifier: GPL-2.0 -->' $@.new
+	mv $@.new $@
+
 fmt:
 	@$(lab) fmt
 
@@ -95,6 +104,7 @@ help:
 	@echo "make kunit      run KUnit in guests"
 	@echo "make fuzz       fuzz the input of guests, front ends and clients"
 	@echo "make clippy     run clippy on all Rust, and sparse on the module's C"
+	@echo "make diagrams   draw docs/diagrams/*.svg from their sources; needs graphviz"
 	@echo "make fmt        format the sources (make fmt-check: check only)"
 	@echo "make clean      remove build products of this checkout"
 	@echo
@@ -113,6 +123,6 @@ help:
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
 	@echo
-	@echo "Targets other than all, in-tree and clean make a Debian 13 build root and the guest kernels"
+	@echo "Targets other than all, in-tree, diagrams and clean make a Debian 13 build root and the guest kernels"
 	@echo "in ~/.cache/virtio-balloon-rs on first use. That needs root, 10 GiB of disk, 9 GiB of memory and a"
 	@echo "quarter of an hour to an hour; later uses, also in other clones, start within seconds."
