@@ -135,9 +135,13 @@ impl Device {
         }
     }
 
-    /// A target may be set before there is a guest. What is more than its memory would leave it nothing.
+    /// A target may be set before there is a guest. What is more than its memory would leave it nothing. Memory that was
+    /// plugged a moment ago counts: what the guest is asked for follows when it has taken that into use.
     fn set(&self, bytes: u64) -> Result<Response, ControlError> {
-        let memory = self.guest_memory();
+        let (memory, limit) = match self.is_outdated() {
+            true => (Some(self.sizes().memory), None),
+            false => (self.guest_memory(), self.limit()),
+        };
         if let Some(memory) = memory.filter(|&memory| bytes > memory) {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
@@ -145,7 +149,7 @@ impl Device {
                 "ask for less than that",
             ));
         }
-        if let Some(limit) = self.limit().filter(|&limit| bytes > limit) {
+        if let Some(limit) = limit.filter(|&limit| bytes > limit) {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
                 format!("more than {limit} bytes would leave the guest too little"),

@@ -61,6 +61,17 @@ const GRACE: u64 = MAX_QUEUES as u64 + 4;
 /// How long the guest waits for memory that the host does not have, before the host is asked again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
+/// How often a guest is asked for statistics after its VMM has changed its memory, and how many times.
+const SOON: Duration = Duration::from_secs(1);
+const SOON_TIMES: u32 = 10;
+
+/// A balloon that has not moved for so long is at rest: a driver tells its size once a second on the way.
+const REST: Duration = Duration::from_secs(2);
+
+/// How long a driver has to send its first statistics. Until then it keeps the balloon that it has: the guest may have
+/// much less memory than the VMM has shared.
+const REPORT_TIME: Duration = Duration::from_secs(5);
+
 /// For how long nothing is locked after a queue has used up its time. Else the thread would mostly have the locks
 /// again before another one that waits for them is awake.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -195,8 +206,14 @@ pub struct Device {
     grace: TimerFd,
     /// When that is.
     grace_end: Mutex<Option<Instant>>,
+    /// When a driver was taken up.
+    started: Mutex<Option<Instant>>,
     /// What the guest was asked for last, in balloon pages.
     asked: AtomicU32,
+    /// When that or the balloon's size changed.
+    moved: Mutex<Option<Instant>>,
+    /// How many times the guest is still asked for statistics soon.
+    soon: AtomicU32,
     /// Whether the deflate queue waits for memory of the host's.
     blocked: AtomicBool,
     /// Done when it was logged that granules are large.
@@ -259,7 +276,10 @@ impl Device {
             retry: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             grace: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
             grace_end: Mutex::default(),
+            started: Mutex::default(),
             asked: AtomicU32::new(0),
+            moved: Mutex::default(),
+            soon: AtomicU32::new(0),
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
             short_config: Once::new(),
@@ -310,6 +330,10 @@ impl Device {
         *lock(&self.sizes) = Default::default();
         *lock(&self.answered) = None;
         *lock(&self.grace_end) = None;
+        *lock(&self.started) = None;
+        if self.soon.swap(0, SeqCst) > 0 {
+            self.arm_ordinary();
+        }
         self.blocked.store(false, SeqCst);
         self.acked.store(0, SeqCst);
         // What the guest has said was about itself.
@@ -487,11 +511,31 @@ impl Device {
         Some(end.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
     }
 
+    /// Whether the guest's driver is still to send its first statistics.
+    fn is_unreported(&self) -> bool {
+        let started = *lock(&self.started);
+        let is_asked = lock(&self.state).stats_interval > 0;
+        is_asked
+            && Feature::Stats.is_in(self.features_at_work())
+            && started.is_some_and(|started| started.elapsed() < REPORT_TIME)
+            && lock(&self.stats).total().is_none()
+    }
+
+    /// Whether the balloon has the size that it is asked for, or has not moved for a while.
+    fn is_at_rest(&self) -> bool {
+        let actual = lock(&self.state).config.actual;
+        // A guest rounds up to its own pages.
+        let above = actual.checked_sub(self.asked.load(SeqCst));
+        let moved = *lock(&self.moved);
+        above.is_some_and(|pages| pages < LARGEST_PAGE)
+            || moved.is_some_and(|moved| moved.elapsed() > REST)
+    }
+
     /// How many balloon pages the guest is asked for now.
     fn asked(&self) -> u32 {
         // A driver that has not been seen yet may be that of a guest that boots.
         let unseen = !self.running() && !self.settings.boot_grace.is_zero();
-        let alone = unseen || self.grace().is_some();
+        let alone = unseen || self.grace().is_some() || self.is_unreported();
         let limit = self
             .limit()
             .map_or(u64::MAX, |bytes| bytes / BALLOON_PAGE_SIZE);
@@ -560,17 +604,59 @@ impl Device {
     }
 
     fn arm(&self, seconds: u32) -> io::Result<()> {
+        self.soon.store(0, SeqCst);
         if seconds == 0 {
             return Ok(self.timer.unset()?);
         }
         // The first sample comes at once: whoever changes the interval wants to see one.
-        let first = TimeSpec::from_duration(Duration::from_millis(1));
-        let interval = TimeSpec::from_duration(Duration::from_secs(seconds.into()));
-        self.timer.set(
-            Expiration::IntervalDelayed(first, interval),
-            TimerSetTimeFlags::empty(),
-        )?;
-        Ok(())
+        self.set_timer(
+            Duration::from_millis(1),
+            Duration::from_secs(seconds.into()),
+        )
+    }
+
+    fn arm_timer(&self, first: Duration, interval: Duration) {
+        if let Err(error) = self.set_timer(first, interval) {
+            error!("cannot set a timer: {error}");
+        }
+    }
+
+    fn set_timer(&self, first: Duration, interval: Duration) -> io::Result<()> {
+        let (first, interval) = (
+            TimeSpec::from_duration(first),
+            TimeSpec::from_duration(interval),
+        );
+        let after = Expiration::IntervalDelayed(first, interval);
+        Ok(self.timer.set(after, TimerSetTimeFlags::empty())?)
+    }
+
+    /// Whether the guest may have more memory than its last statistics say.
+    pub fn is_outdated(&self) -> bool {
+        self.soon.load(SeqCst) > 0
+    }
+
+    /// Asks the guest for statistics a few times, since it may have been given more memory: it needs a while to take it
+    /// into use.
+    fn ask_soon(&self) {
+        let interval = lock(&self.state).stats_interval;
+        if interval == 0 {
+            lock(&self.stats).forget_total();
+        } else if lock(&self.stats).total().is_some() {
+            self.soon.store(SOON_TIMES, SeqCst);
+            self.arm_timer(SOON, SOON);
+        }
+    }
+
+    /// Goes back to the ordinary interval when the guest has been asked soon for long enough.
+    fn asked_soon(&self) {
+        if self.is_outdated() && self.soon.fetch_sub(1, SeqCst) == 1 {
+            self.arm_ordinary();
+        }
+    }
+
+    fn arm_ordinary(&self) {
+        let interval = Duration::from_secs(lock(&self.state).stats_interval.into());
+        self.arm_timer(interval, interval);
     }
 
     /// Changes the command of free page hinting.
@@ -734,10 +820,7 @@ impl Device {
             }
             Kind::Stats => {
                 let actual = lock(&self.state).config.actual;
-                // A guest rounds up to its own pages.
-                let above = actual.checked_sub(self.asked.load(SeqCst));
-                let is_at_rest = above.is_some_and(|pages| pages < LARGEST_PAGE);
-                let size = is_at_rest.then(|| bytes(actual));
+                let size = self.is_at_rest().then(|| bytes(actual));
                 lock(&self.stats).serve(&mut vring, memory, counters, messages, size);
                 self.sampled.notify_all();
                 self.follow();
@@ -848,6 +931,7 @@ impl Device {
             );
         }
         work.at_work = true;
+        *lock(&self.started) = Some(Instant::now());
         self.running.store(true, SeqCst);
         if self.config_changed.swap(false, SeqCst) {
             self.channel.config_changed();
@@ -906,7 +990,9 @@ impl VhostUserBackend for Device {
         let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
         let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
         let asked = self.asked();
-        self.asked.store(asked, SeqCst);
+        if self.asked.swap(asked, SeqCst) != asked {
+            *lock(&self.moved) = Some(Instant::now());
+        }
         let fields = lock(&self.state).config.read(asked, command, granule);
         let rest = fields.get(start..).unwrap_or_default();
         // What comes after the last field is nothing.
@@ -920,7 +1006,12 @@ impl VhostUserBackend for Device {
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         *lock(&self.answered) = Some(Instant::now());
         if let Ok(offset) = usize::try_from(offset) {
-            lock(&self.state).config.write(offset, bytes);
+            let config = &mut lock(&self.state).config;
+            let before = config.actual;
+            config.write(offset, bytes);
+            if config.actual != before {
+                *lock(&self.moved) = Some(Instant::now());
+            }
         }
         Ok(())
     }
@@ -938,7 +1029,7 @@ impl VhostUserBackend for Device {
             granule: balloon.granule(),
             hazards: balloon.hazards(),
         };
-        lock(&self.stats).forget_total();
+        self.ask_soon();
         self.hazards();
         self.follow();
         let large = balloon
@@ -1016,6 +1107,7 @@ impl VhostUserBackend for Device {
             TIMER => {
                 // A timer that was stopped by now has nothing to read, and what matters is that it was due.
                 let _ = self.timer.wait();
+                self.asked_soon();
                 lock(&self.stats).want();
                 if let Some(number) = Kind::Stats.number(self.acked.load(SeqCst)) {
                     self.serve_queue(number, vrings);
@@ -1062,11 +1154,32 @@ mod tests {
         device
             .set_target((target / BALLOON_PAGE_SIZE).try_into().unwrap())
             .unwrap();
+        device.set_stats_interval(10).unwrap();
         device.acked_features(Feature::Stats.mask());
         let memory = GuestMemoryAtomic::new(GuestQueue::new().memory);
         device.update_memory(memory).unwrap();
         device.start(&mut lock(&device.work), next);
+        report_late(&device);
         device
+    }
+
+    /// Has the driver send statistics with this total.
+    fn report(device: &Device, total: u64) {
+        let mut guest = GuestQueue::new();
+        guest.send(&[&[&5_u16.to_le_bytes()[..], &total.to_le_bytes()].concat()]);
+        let (counters, messages) = Default::default();
+        lock(&device.stats).serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &counters,
+            &messages,
+            Some(0),
+        );
+    }
+
+    /// Has the driver not send statistics in time.
+    fn report_late(device: &Device) {
+        *lock(&device.started) = Instant::now().checked_sub(REPORT_TIME);
     }
 
     fn asked(device: &Device) -> u64 {
@@ -1105,7 +1218,50 @@ mod tests {
         lock(&device.state).config.actual = 1024;
         assert_eq!(asked(&device), 4 << 20);
         device.start(&mut lock(&device.work), 7);
+        report_late(&device);
         assert_eq!(asked(&device), 8 << 20);
+    }
+
+    #[test]
+    fn a_driver_keeps_its_balloon_until_it_reports() {
+        let device = running(8 << 20, 7);
+        lock(&device.state).config.actual = 1024;
+        device.stop();
+        device.start(&mut lock(&device.work), 7);
+        assert_eq!(asked(&device), 4 << 20);
+        report_late(&device);
+        assert_eq!(asked(&device), 8 << 20);
+    }
+
+    #[test]
+    fn a_balloon_that_cannot_grow_is_at_rest() {
+        let device = running(8 << 20, 7);
+        assert_eq!(asked(&device), 8 << 20);
+        assert!(!device.is_at_rest());
+        *lock(&device.moved) = Instant::now().checked_sub(2 * REST);
+        assert!(device.is_at_rest());
+        device.set_config(4, &7_u32.to_le_bytes()).unwrap();
+        assert!(!device.is_at_rest());
+        device.set_config(4, &2048_u32.to_le_bytes()).unwrap();
+        assert!(device.is_at_rest());
+    }
+
+    #[test]
+    fn memory_that_was_plugged_counts_before_the_guest_has_it() {
+        let device = running(0, 7);
+        report(&device, 4 << 20);
+        assert_eq!(device.limit(), Some(3 << 20));
+        let set = |bytes| device.handle(Request::Set { bytes });
+        assert!(set(8 << 20).is_err());
+        device
+            .update_memory(GuestMemoryAtomic::new(GuestQueue::new().memory))
+            .unwrap();
+        set(8 << 20).unwrap();
+        assert_eq!(asked(&device), 3 << 20);
+        for _ in 0..SOON_TIMES {
+            device.asked_soon();
+        }
+        assert!(set(8 << 20).is_err());
     }
 
     #[test]

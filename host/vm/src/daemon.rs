@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Daemon {
     child: Mutex<Child>,
+    log: PathBuf,
+    /// How long the log of those before it is.
+    log_start: u64,
     /// The sockets and the state. Not in the checkout: the path of a socket has to be short.
     directory: TempDir,
 }
@@ -35,10 +38,10 @@ impl Daemon {
     /// Starts the daemon for a guest with this configuration.
     pub fn start(config: &Config) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        let mut features = vec!["stats", "event-idx"];
-        features.extend(config.offers.iter().map(|offer| offer.feature()));
         fs::create_dir_all(config.logs())?;
         let log = config.logs().join("daemon.log");
+        let stderr = File::options().create(true).append(true).open(&log)?;
+        let log_start = stderr.metadata()?.len();
 
         let mut command = Command::new(config.tool("vhost-user-balloon"));
         command
@@ -48,17 +51,24 @@ impl Daemon {
             .arg(control(&directory))
             .arg("--state")
             .arg(directory.path().join("state"))
-            .args(["--features", &features.join(",")])
-            // Most tests are about the driver.
-            .args(["--floor", "0", "--boot-grace", "0"])
             .args((config.device == Device::Extended).then_some("--extensions"))
-            .args(&config.daemon_arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::options().create(true).append(true).open(log)?);
+            .stderr(stderr);
+        if !config.daemon_defaults {
+            let mut features = vec!["stats", "event-idx"];
+            features.extend(config.offers.iter().map(|offer| offer.feature()));
+            command.args(["--features", &features.join(",")]);
+            // Most tests are about the driver.
+            command.args(["--floor", "0", "--boot-grace", "0"]);
+        }
+        // They override what comes before.
+        command.args(&config.daemon_arguments);
         let child = command.spawn().context("starting the daemon")?;
         let daemon = Self {
             child: Mutex::new(child),
+            log,
+            log_start,
             directory,
         };
         daemon.wait_ready()?;
@@ -73,6 +83,13 @@ impl Daemon {
     /// Its control socket.
     pub fn control(&self) -> PathBuf {
         control(&self.directory)
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> Result<String> {
+        let text = fs::read(&self.log)?;
+        let mine = text.get(usize::try_from(self.log_start)?..);
+        Ok(String::from_utf8_lossy(mine.unwrap_or_default()).into_owned())
     }
 
     /// Asks it for something.

@@ -205,6 +205,7 @@ pub struct Config {
     pub(crate) daemon: Option<Arc<Daemon>>,
     pub(crate) offers: Vec<Offer>,
     pub(crate) daemon_arguments: Vec<String>,
+    pub(crate) daemon_defaults: bool,
     verbose: bool,
     accel: Accel,
     backend: MemoryBackend,
@@ -232,6 +233,7 @@ impl Config {
             daemon: None,
             offers: Vec::new(),
             daemon_arguments: Vec::new(),
+            daemon_defaults: false,
             verbose: false,
             accel: Accel::detect(),
             backend: MemoryBackend::Anonymous,
@@ -335,6 +337,13 @@ impl Config {
     /// One more argument for the program of the vhost-user device.
     pub fn daemon_argument(mut self, argument: &str) -> Self {
         self.daemon_arguments.push(argument.to_owned());
+        self
+    }
+
+    /// Leaves the features, the floor and the boot grace of the vhost-user device at the program's own defaults. Else
+    /// the features are what [`Config::offer`] says, and the daemon has no floor of its own.
+    pub fn daemon_defaults(mut self) -> Self {
+        self.daemon_defaults = true;
         self
     }
 

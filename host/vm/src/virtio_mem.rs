@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! virtio-mem: what a host would take in place of a balloon.
+//! virtio-mem: a host may use it instead of a balloon, or along with one.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,18 +24,28 @@ impl Config {
         let base = self.memory - more;
         self.memory(base)
             .balloon(None)
-            .parameter("memhp_default_state=online_movable")
-            .argument("-m", &format!("maxmem={}B", (base + more).as_bytes()))
+            .device_of_memory("ram", more)
+    }
+
+    /// Gives the guest a virtio-mem device along with its balloon. It can have up to `more` and has no memory at first.
+    pub fn virtio_mem_with_balloon(self, more: Size) -> Self {
+        self.device_of_memory("memfd,share=on,reserve=off", more)
+    }
+
+    fn device_of_memory(self, backend: &str, more: Size) -> Self {
+        let most = self.memory + more;
+        self.parameter("memhp_default_state=online_movable")
+            .argument("-m", &format!("maxmem={}B", most.as_bytes()))
             .argument(
                 "-object",
-                &format!("memory-backend-ram,id=more,size={}", more.as_bytes()),
+                &format!("memory-backend-{backend},id=more,size={}", more.as_bytes()),
             )
             .extra_device("virtio-mem-pci,id=more0,memdev=more,requested-size=0")
     }
 }
 
 impl Guest {
-    /// Has the virtio-mem device give the guest `size`. Returns how long it took.
+    /// Has the virtio-mem device give the guest `size`, or take back what is more. Returns how long it took.
     ///
     /// # Errors
     ///
@@ -48,8 +58,12 @@ impl Guest {
             &json!({ "path": "/machine/peripheral/more0", "property": "requested-size", "value": size.as_bytes() }),
         )?;
         loop {
-            let devices: Value = qmp.execute("query-memory-devices", &json!({}))?;
-            let plugged = devices[0]["data"]["size"].as_u64().context("a size")?;
+            let devices: Vec<Value> = qmp.execute("query-memory-devices", &json!({}))?;
+            let device = devices
+                .iter()
+                .find(|device| device["data"]["id"] == "more0");
+            let said = device.and_then(|device| device["data"]["size"].as_u64());
+            let plugged = said.context("no virtio-mem device says its size")?;
             if plugged == size.as_bytes() {
                 return Ok(start.elapsed());
             }

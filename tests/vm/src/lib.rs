@@ -33,6 +33,7 @@ mod costs;
 mod daemon_killed;
 mod faults;
 mod floor;
+mod guest_memory;
 mod hinting;
 mod hostile;
 mod lifecycle;
@@ -77,6 +78,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     configuration::SCENARIOS,
     observability::SCENARIOS,
     vhost_user::SCENARIOS,
+    guest_memory::SCENARIOS,
     daemon_killed::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,

@@ -87,7 +87,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 fn daemon_restart(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
@@ -127,7 +127,7 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
 }
 
 /// Waits until the device has the guest's driver.
-fn wait_driver(guest: &Guest) -> Result<()> {
+pub(crate) fn wait_driver(guest: &Guest) -> Result<()> {
     guest.wait_until("the device has a driver", PATIENCE, || {
         // It may be on its way.
         Ok(guest.daemon()?.info().is_ok_and(|info| info.guest.driver))
@@ -160,7 +160,12 @@ fn vmm_restart(setup: &Setup) -> Result<()> {
 }
 
 /// Runs balloonctl and checks its exit code. Returns what it wrote.
-fn balloonctl(setup: &Setup, socket: &Path, arguments: &[&str], exit: i32) -> Result<String> {
+pub(crate) fn balloonctl(
+    setup: &Setup,
+    socket: &Path,
+    arguments: &[&str],
+    exit: i32,
+) -> Result<String> {
     let output = Command::new(setup.tool("balloonctl"))
         .arg("--socket")
         .arg(socket)

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How much memory the daemon takes the guest for having, and what it leaves to the guest.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use vm::{Daemon, Driver, Guest, Size};
+
+use crate::sizes::check_size;
+use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
+use crate::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "guest_memory",
+        proves: "sizes refer to what the guest has: without NVDIMM, ivshmem, and what virtio-mem has not plugged",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: guest_memory,
+    },
+    Scenario {
+        name: "kept_target",
+        proves: "the target of a larger VM leaves a smaller one time to boot, and then its floor",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: kept_target,
+    },
+];
+
+/// For how long a balloon does not move that cannot grow.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// What the guest has, in the balloon or not.
+fn memory(guest: &Guest) -> Result<Size> {
+    let memory = guest.meminfo()?;
+    Ok(memory.total + memory.balloon)
+}
+
+/// The largest balloon that leaves the floor of the default `--floor auto`.
+fn limit(memory: Size) -> Size {
+    let floor = Size::mib(64) + Size::bytes(memory.as_bytes() / 16);
+    Size::pages((memory - floor).as_pages())
+}
+
+/// Waits until the daemon knows what the guest has. A balloon that moves is in neither of the guest's two numbers, or in
+/// both.
+fn wait_known(guest: &Guest, daemon: &Daemon) -> Result<Size> {
+    let mut last = Size::default();
+    guest.wait_until("a daemon that knows the guest's memory", PATIENCE, || {
+        last = memory(guest)?;
+        let info = daemon.info()?;
+        let limit = limit(last).as_bytes();
+        Ok(info.memory == Some(last.as_bytes()) && info.limit == Some(limit))
+    })?;
+    Ok(last)
+}
+
+fn guest_memory(setup: &Setup) -> Result<()> {
+    let (more, plugged) = (Size::gib(8), Size::gib(1));
+    let config = setup
+        .config()
+        .virtio_mem_with_balloon(more)
+        .argument("-m", "slots=1,maxmem=10G")
+        .argument("-machine", "nvdimm=on")
+        .argument("-object", "memory-backend-memfd,id=nv,size=256M,share=on")
+        .extra_device("nvdimm,id=nv0,memdev=nv")
+        .argument("-object", "memory-backend-memfd,id=iv,size=64M,share=on")
+        .extra_device("ivshmem-plain,memdev=iv")
+        .daemon_argument("--floor=auto");
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        let daemon = guest.daemon()?;
+        let socket = daemon.control();
+        let run = |arguments: &[&str], exit| balloonctl(setup, &socket, arguments, exit);
+        let at_first = wait_known(guest, &daemon)?;
+        let shared = daemon.info()?.shared.context("no memory is shared")?;
+        ensure!(
+            shared >= (guest.memory() + more + Size::mib(256 + 64)).as_bytes(),
+            "QEMU has shared {shared} bytes only"
+        );
+        run(&["set", "2G"], 5)?;
+        run(&["set", "50%", "--wait"], 0)?;
+        check_size(guest, Size::pages((at_first.as_bytes() / 2) >> 12))?;
+        run(&["stats", "--fresh"], 0)?;
+        ensure!(wait_known(guest, &daemon)? == at_first);
+
+        // This driver stops at its own floor, which is higher.
+        let most = limit(at_first);
+        guest.balloon().request(most)?;
+        let size = guest.balloon().rest(QUIET)?;
+        ensure!(setup.driver == Driver::C || size < most);
+        guest.plug(plugged)?;
+        let now = wait_known(guest, &daemon)?;
+        ensure!(now == at_first + plugged, "{at_first} became {now}");
+        guest.balloon().reach(most)?;
+        let most = limit(now) - Size::mib(300);
+        guest.balloon().settle(most)?;
+        setup.note(format!(
+            "{at_first} of {} shared, then {now}, of which {most} were in the balloon",
+            Size::bytes(shared)
+        ));
+
+        guest.balloon().settle(Size::default())?;
+        guest.plug(Size::default())?;
+        let now = wait_known(guest, &daemon)?;
+        ensure!(now == at_first, "{at_first} became {now}");
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn kept_target(setup: &Setup) -> Result<()> {
+    /// The default of `--boot-grace`, in seconds.
+    const GRACE: u64 = 30;
+    let target = Size::mib(1500);
+    let config = setup.config().daemon_defaults();
+    let daemon = Arc::new(Daemon::start(&config)?);
+    let config = config.daemon(&daemon);
+    vm::run(&config.clone().memory(Size::gib(2)), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        // A target that is set now is followed now.
+        guest.balloon().settle(target)?;
+        check_size(guest, target)
+    })?;
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        let grace = daemon.info()?.grace;
+        ensure!(
+            grace.is_some_and(|seconds| (GRACE / 2..=GRACE).contains(&seconds)),
+            "the guest is left alone for {grace:?} s"
+        );
+        while daemon.info()?.grace.is_some() {
+            let balloon = guest.meminfo()?.balloon;
+            // It may have ended meanwhile.
+            ensure!(
+                balloon == Size::default() || daemon.info()?.grace.is_none(),
+                "{balloon} are in the balloon of a guest that is left alone"
+            );
+            thread::sleep(Duration::from_millis(200));
+        }
+        guest.wait_until("a balloon that grows", PATIENCE, || {
+            Ok(guest.balloon().size()? > Size::default())
+        })?;
+        let size = guest.balloon().rest(QUIET)?;
+        let memory = wait_known(guest, &daemon)?;
+        let left = guest.meminfo()?;
+        setup.note(format!(
+            "{size} of {memory} are in the balloon, and {} available",
+            left.available
+        ));
+        ensure!(
+            size <= limit(memory) && size > Size::mib(500),
+            "{size} of {memory} are in the balloon, and the limit is {}",
+            limit(memory)
+        );
+        ensure!(setup.driver != Driver::C || size == limit(memory));
+        let log = daemon.log()?;
+        ensure!(
+            log.contains(&format!(
+                "the target of {} bytes would leave",
+                target.as_bytes()
+            )),
+            "the daemon says {log}"
+        );
+        guest.touch(Size::mib(16))?;
+        guest.rmmod(setup.driver)
+    })?;
+    daemon.end()
+}
