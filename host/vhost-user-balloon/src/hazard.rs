@@ -113,6 +113,8 @@ pub struct Watch {
     others_seen: Option<Instant>,
     /// Whether it was logged that the VMM cannot be looked at.
     blind: bool,
+    /// Whether it was looked at whether the VMM's mappings can be read.
+    mappings_seen: bool,
 }
 
 impl Watch {
@@ -129,6 +131,7 @@ impl Watch {
     /// number of the VMM's process while that is not known.
     pub fn hazards(&mut self, vmm: impl FnOnce() -> Option<i32>) -> BTreeSet<Hazard> {
         self.vmm = self.vmm.or_else(vmm);
+        self.look_at_mappings();
         if is_old(self.vmm_seen, VMM_INTERVAL) {
             self.look_at_vmm();
             self.vmm_seen = Some(Instant::now());
@@ -141,6 +144,24 @@ impl Watch {
             self.others_seen = Some(Instant::now());
         }
         &self.vmm_hazards | &self.others
+    }
+
+    /// The supervisor refuses memory that is private to the VMM, unless it cannot see that. A driver's messages in
+    /// private memory do not arrive, and the device seems to have no driver.
+    fn look_at_mappings(&mut self) {
+        let Some(vmm) = self
+            .vmm
+            .filter(|_| !self.mappings_seen && !self.files.is_empty())
+        else {
+            return;
+        };
+        self.mappings_seen = true;
+        if let Err(error) = Process::new(vmm).and_then(|vmm| vmm.maps()) {
+            warn!(
+                "cannot find out whether the VMM has shared the guest's memory: {error}; if the balloon stays without \
+                 a driver, start the VMM with shared memory, as QEMU's memory-backend-memfd with share=on is"
+            );
+        }
     }
 
     /// What was found stays when the VMM cannot be looked at any more.

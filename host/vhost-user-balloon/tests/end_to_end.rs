@@ -5,8 +5,9 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -62,8 +63,14 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 /// A daemon, as its users start it.
 struct Running(Child);
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-user-balloon");
+
 fn command(directory: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-balloon"));
+    command_of(Path::new(PROGRAM), directory)
+}
+
+fn command_of(program: &Path, directory: &Path) -> Command {
+    let mut command = Command::new(program);
     for name in ["socket", "control", "state"] {
         command.arg(format!("--{name}")).arg(directory.join(name));
     }
@@ -776,6 +783,38 @@ fn pinned_memory_stays_where_it_is() {
     });
     vmm.inflate(0x102);
     assert_eq!(vmm.byte(0x102 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn mappings_that_cannot_be_read_are_logged() {
+    const NOBODY: u32 = 65534;
+    // Other users cannot be anyone else.
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
+    // Where programs are built is root's own.
+    let program = directory.join("program");
+    fs::copy(PROGRAM, &program).unwrap();
+    let log = directory.join("log");
+    let daemon = command_of(&program, directory)
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .stderr(File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let daemon = Running(daemon);
+    let control = directory.join("control");
+    wait_for("the daemon", || Client::connect(&control).is_ok());
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    wait_for("a warning", || {
+        let log = fs::read_to_string(&log).unwrap();
+        log.contains("cannot find out whether the VMM has shared the guest's memory")
+    });
     daemon.end();
 }
 
