@@ -53,6 +53,7 @@ mod statistics;
 mod transports;
 mod unused;
 mod vhost_user;
+mod withheld;
 mod zeroing;
 
 /// The scenarios, by topic.
@@ -79,6 +80,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     observability::SCENARIOS,
     vhost_user::SCENARIOS,
     guest_memory::SCENARIOS,
+    withheld::SCENARIOS,
     daemon_killed::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,
