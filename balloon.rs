@@ -768,7 +768,7 @@ impl Balloon {
         // The memory first, the news of it later: a host that is busy reading keeps the guest's
         // CPUs waiting. (QEMU handles a queue, like every access to a device, under one lock.)
         if again != Some(0) {
-            self.deflate.lock().tell();
+            deflate::tell_backlog(&self.deflate);
             self.moves().tell(&mut worker.inflate, &self.deflate);
         }
 
@@ -886,7 +886,7 @@ impl GoingOffline for Task<Balloon> {
             if answers > 0 {
                 self.queue_used();
             }
-            self.deflate.lock().tell();
+            deflate::tell_backlog(&self.deflate);
             self.moves().tell(&mut worker.inflate, &self.deflate);
             (worker.inflate.in_flight() == 0
                 && !self.deflate.lock().is_pending()

@@ -90,19 +90,11 @@ impl Deflate {
         self.queue.take_back()
     }
 
-    /// Tells the device as much of what it has to know as the queue has room for.
-    pub(crate) fn tell(&mut self) {
-        while self.queue.room() > 0 && !self.backlog.is_empty() {
-            if !self.tell_next() {
-                break;
-            }
-        }
-
-        self.queue.notify();
-    }
-
-    /// Sends one message about pages in the backlog. Returns whether it succeeded.
+    /// Sends one message about pages in the backlog. Returns whether there may be another one.
     fn tell_next(&mut self) -> bool {
+        if self.queue.room() == 0 || self.backlog.is_empty() {
+            return false;
+        }
         // Whatever was in the balloon has a name.
         let Ok(message) = self.queue.write(&mut self.backlog) else {
             return false;
@@ -113,6 +105,14 @@ impl Deflate {
             .send(message, Pages::List(PageList::new()))
             .is_ok()
     }
+}
+
+/// Tells the device as much of what it has to know as the queue has room for: one message under each
+/// hold of the lock.
+pub(crate) fn tell_backlog(deflate: &SpinLock<Deflate>) {
+    while deflate.lock().tell_next() {}
+
+    deflate.lock().queue.notify();
 }
 
 /// Takes note of what the device has answered. Returns the number of answers.
@@ -166,7 +166,7 @@ impl Taker<'_> {
 /// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
 /// has answered.
 ///
-/// The device learns of it by [`Deflate::tell`]. It has to know of the pages' arrival before: those
+/// The device learns of it by [`tell_backlog`]. It has to know of the pages' arrival before: those
 /// of which it does not stay in the balloon, and `still` keeps others from becoming such. `batch` is
 /// where pages are put in order.
 pub(crate) fn release(
@@ -252,7 +252,7 @@ pub(crate) fn is_over(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
 /// Returns whether the device knows of all that has left the balloon, after it was told as much as
 /// it can be now.
 pub(crate) fn is_answered(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
-    deflate.lock().tell();
+    tell_backlog(deflate);
     collect(deflate, balloon);
     !deflate.lock().is_pending()
 }
