@@ -69,7 +69,8 @@ struct Inner {
     still: usize,
     /// Moves that the device has not been told of. Never grows beyond its capacity.
     waiting: KVec<Move>,
-    /// The new pages that the device has been told of, and has not answered for. As many at most.
+    /// The new pages of `waiting`, and those of a message that the device has not used. As many at most, in ascending order.
+    waiting_new: KVec<u64>,
     telling: KVec<u64>,
     /// Moves of which the device knows the new pages, if any. `None` while they are part of a
     /// message.
@@ -79,7 +80,9 @@ struct Inner {
 impl Inner {
     /// Returns whether the device may not know yet that the page `pfn` is in the balloon.
     fn is_new(&self, pfn: u64) -> bool {
-        self.telling.contains(&pfn) || self.waiting.iter().any(|this| this.new == pfn)
+        let is_in = |pfns: &[u64]| pfns.binary_search(&pfn).is_ok();
+
+        is_in(&self.telling) || is_in(&self.waiting_new)
     }
 
     fn is_settled(&self) -> bool {
@@ -117,6 +120,7 @@ impl Moves {
     /// `ENOMEM`.
     pub(crate) fn new(waker: Waker<Balloon>, terms: Terms) -> Result<impl PinInit<Self, Error>> {
         let waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let waiting_new = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
         let telling = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
         let told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
 
@@ -128,6 +132,7 @@ impl Moves {
                     allowed: false,
                     still: 0,
                     waiting,
+                    waiting_new,
                     telling,
                     told,
                 },
@@ -142,6 +147,7 @@ impl Moves {
         let mut inner = self.inner.lock();
 
         inner.telling.clear();
+        inner.waiting_new.clear();
         // Dropped when the lock has been released. Without capacity there is no room for a move.
         let _waiting = mem::take(&mut inner.waiting);
         let _told = inner.told.replace(KVec::new());
@@ -160,6 +166,7 @@ impl Moves {
 
         inner.terms = terms;
         inner.telling.clear();
+        inner.waiting_new.clear();
         // What was there is freed without the lock.
         mem::swap(&mut inner.waiting, &mut waiting);
         mem::swap(&mut inner.told, &mut told);
@@ -206,13 +213,11 @@ impl Moves {
         };
         let waiting = mem::replace(&mut inner.waiting, told);
 
-        for this in &waiting {
-            // There is room for as many as can be waiting.
-            let _ = inner.telling.push_within_capacity(this.new);
-        }
+        // No message is in flight.
+        mem::swap(&mut inner.waiting_new, &mut inner.telling);
         if let Err(waiting) = inflate.queue.send_moves(waiting, |this| this.new) {
             inner.told = Some(mem::replace(&mut inner.waiting, waiting));
-            inner.telling.clear();
+            mem::swap(&mut inner.waiting_new, &mut inner.telling);
             return;
         }
         drop(guard);
@@ -277,6 +282,12 @@ impl Replace for Moves {
         };
         let first = inner.waiting.is_empty();
         let result = inner.waiting.push_within_capacity(this).map_err(|_| EAGAIN);
+        if result.is_ok() {
+            let place = inner.waiting_new.partition_point(|&pfn| pfn < new);
+
+            // There is room for as many as can be waiting.
+            let _ = inner.waiting_new.insert_within_capacity(place, new);
+        }
         drop(inner);
 
         if first {
