@@ -194,7 +194,10 @@ int balloon_rs_free_order(struct zone *zone, unsigned long pfn)
 }
 
 #ifdef CONFIG_CONTIG_ALLOC
-/* How many pages from @pfn on, but at most @nr, are unused just now, and in one zone. */
+/*
+ * How many pages from @pfn on, but at most @nr, are in page blocks that are unused just now, and in
+ * one zone. Looks once at each page block.
+ */
 static unsigned long free_at(unsigned long pfn, unsigned long nr)
 {
 	struct page *page = pfn_to_online_page(pfn);
@@ -208,7 +211,7 @@ static unsigned long free_at(unsigned long pfn, unsigned long nr)
 	while (found < nr) {
 		int order = balloon_rs_free_order(zone, pfn + found);
 
-		if (order < 0)
+		if (order < (int)pageblock_order)
 			break;
 		found += 1UL << order;
 	}
