@@ -57,6 +57,57 @@ pub(crate) struct Inflate {
     in_flight: usize,
 }
 
+/// What is asked for next.
+#[derive(Clone, Copy)]
+struct Kind {
+    order: u32,
+    /// Whether the block stays one.
+    whole: bool,
+}
+
+impl Kind {
+    /// Returns what comes first.
+    fn first(whole: bool) -> Self {
+        Self {
+            order: MAX_ORDER,
+            whole,
+        }
+    }
+
+    /// Returns what this becomes where no more than `pages` kernel pages are wanted. `None` if
+    /// there are none.
+    fn up_to(self, pages: usize) -> Option<Self> {
+        let order = self.order.min(pages.checked_ilog2()?);
+
+        Some(Self {
+            order,
+            whole: self.whole && order >= memory::page_block_order(),
+        })
+    }
+
+    /// Returns what comes next when there is no such block: smaller ones, and after the smallest
+    /// that may stay whole single pages, which may come from everywhere. `None` after a single page.
+    fn next(self) -> Option<Self> {
+        if self.whole && self.order <= memory::page_block_order() {
+            return Some(Self::first(false));
+        }
+
+        Some(Self {
+            order: self.order.checked_sub(1)?,
+            ..self
+        })
+    }
+
+    /// Returns how many blocks such a block becomes.
+    fn blocks(self) -> usize {
+        if self.whole {
+            1
+        } else {
+            1 << self.order
+        }
+    }
+}
+
 /// Why [`Inflate::fill`] stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -118,6 +169,7 @@ impl Inflate {
         may_send: impl Fn() -> bool,
     ) -> Stop {
         let (at_once, in_flight) = source.limits();
+        let whole = self.queue.has_page_sets();
 
         while wanted > 0 {
             let is_full = |this: &Self| this.queue.room() == 0 || this.in_flight >= in_flight;
@@ -126,7 +178,6 @@ impl Inflate {
                 return Stop::NotNow;
             }
 
-            let whole = self.queue.has_page_sets();
             let room = self.queue.room_for_blocks();
             let portion = at_once.min(wanted);
             // A block may have to be split, and none is worth being left for that.
@@ -148,7 +199,7 @@ impl Inflate {
                 self.queue.notify();
                 return stop;
             }
-            if self.queue.has_page_sets() || at_once < usize::MAX {
+            if whole || at_once < usize::MAX {
                 self.queue.notify();
             }
         }
@@ -195,15 +246,15 @@ pub(crate) trait Source {
 
 /// The page allocator.
 pub(crate) struct PageAllocator {
-    /// The order of the largest blocks that are tried: once a block of some order is not available,
-    /// larger ones are not tried again.
-    order: u32,
+    /// What is tried next: nothing that was not available is tried again. `None` before the first
+    /// try.
+    kind: Option<Kind>,
 }
 
 impl PageAllocator {
     /// Begins with the largest blocks.
     pub(crate) fn new() -> Self {
-        Self { order: MAX_ORDER }
+        Self { kind: None }
     }
 }
 
@@ -215,23 +266,24 @@ impl Source for PageAllocator {
         }
     }
 
-    /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none,
-    /// the order is lowered.
+    /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none
+    /// of a kind, the next kind is tried.
     fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool) {
-        while batch.blocks() + (1 << self.order) <= blocks {
-            let Some(largest) = (wanted - batch.pages()).checked_ilog2() else {
-                break;
-            };
-            let try_order = largest.min(self.order);
+        let kind = self.kind.get_or_insert(Kind::first(whole));
 
-            match batch.alloc(try_order, wanted - batch.pages(), whole) {
+        while let Some(this) = kind.up_to(wanted - batch.pages()) {
+            if batch.blocks() + this.blocks() > blocks {
+                break;
+            }
+
+            match batch.alloc(this.order, wanted - batch.pages(), this.whole) {
                 Ok(()) => (),
                 Err(AllocError::Full) => break,
                 Err(AllocError::NoBlock) => {
-                    let Some(smaller) = try_order.checked_sub(1) else {
+                    let Some(next) = this.next() else {
                         break;
                     };
-                    self.order = smaller;
+                    *kind = next;
                 }
             }
         }

@@ -11,6 +11,7 @@
 
 use super::{
     bindings,
+    memory,
     page_list::{
         self,
         PageList, //
@@ -195,9 +196,9 @@ impl Batch {
 
     /// Takes a block of 2^`order` pages from the page allocator. The memory is not initialised.
     ///
-    /// With `whole` it stays a block, if it cannot fragment the memory: from the size of a page
-    /// block on, and not where the kernel counts on pages that can be moved. Else its pages are
-    /// single ones, which compaction can move.
+    /// With `whole`, and from the size of a page block on, it stays a block, which cannot fragment
+    /// the memory. It is not taken from where the kernel counts on pages that can be moved,
+    /// `ZONE_MOVABLE` and CMA. Else its pages are single ones, which compaction can move.
     ///
     /// With an `order` of 0 it takes up to `wanted` single pages: not all that there are, but
     /// several at once, which is much cheaper for each of them. Only for these is memory reclaimed,
@@ -221,17 +222,18 @@ impl Batch {
 
     /// Does what [`alloc`](Self::alloc) does for an `order` that is not 0.
     fn alloc_block(&mut self, order: u32, whole: bool) -> Result<(), AllocError> {
+        let whole = whole && order >= memory::page_block_order();
+        let flags = match whole {
+            true => bindings::GFP_WHOLE_BLOCK,
+            false => bindings::GFP_SPLIT_BLOCK,
+        };
+
         // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
-        let page = unsafe { bindings::alloc_pages(bindings::GFP_BALLOON_BLOCK, order) };
+        let page = unsafe { bindings::alloc_pages(flags, order) };
         let page = NonNull::new(page);
         let page = page.ok_or(AllocError::NoBlock)?;
         // SAFETY: The page was just allocated.
-        let (pfn, whole) = unsafe {
-            (
-                bindings::balloon_rs_page_to_pfn(page.as_ptr()),
-                whole && bindings::balloon_rs_may_stay_whole(page.as_ptr(), order),
-            )
-        };
+        let pfn = unsafe { bindings::balloon_rs_page_to_pfn(page.as_ptr()) };
 
         let Some(window) = self.window(pfn) else {
             // SAFETY: The block was just allocated with this order.

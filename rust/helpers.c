@@ -97,16 +97,6 @@ unsigned int balloon_rs_free_block(unsigned long pfn)
 	return order;
 }
 
-/*
- * Whether a block can stay in one piece: if it cannot fragment memory, and keeps none from what is
- * to be movable.
- */
-bool balloon_rs_may_stay_whole(struct page *page, unsigned int order)
-{
-	return order >= pageblock_order && page_zonenum(page) != ZONE_MOVABLE &&
-	       !zone_cma_pages(page_zone(page));
-}
-
 /* Marks the block for everybody who looks at pages, and notes its order. */
 void balloon_rs_mark_block(struct page *page, unsigned int order)
 {

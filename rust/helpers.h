@@ -19,23 +19,28 @@
 #define BALLOON_NOT_HERE	(-2)
 
 #ifdef __BINDGEN__
+#define GFP_TRY (__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
+
 /*
- * Pages that can be moved may come from where the kernel counts on it; others must not be in the
- * way there.
+ * A block that stays whole cannot be moved: it must not come from CMA or ZONE_MOVABLE. No
+ * large block is worth reclaim.
  */
+const gfp_t RUST_CONST_HELPER_GFP_WHOLE_BLOCK = (GFP_HIGHUSER | GFP_TRY) & ~__GFP_RECLAIM;
+
+/* Single balloon pages can be moved, if the kernel is built for it. */
 #ifdef CONFIG_BALLOON_MIGRATION
-#define GFP_BALLOON (GFP_HIGHUSER_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
+#define GFP_BALLOON (GFP_HIGHUSER_MOVABLE | GFP_TRY)
 #else
-#define GFP_BALLOON (GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
+#define GFP_BALLOON (GFP_HIGHUSER | GFP_TRY)
 #endif
 
 /*
  * A block that is split into balloon pages. Reclaim is left out: a large block is worth having only
  * when it is there for the taking.
  */
-const gfp_t RUST_CONST_HELPER_GFP_BALLOON_BLOCK = GFP_BALLOON & ~__GFP_RECLAIM;
+const gfp_t RUST_CONST_HELPER_GFP_SPLIT_BLOCK = GFP_BALLOON & ~__GFP_RECLAIM;
 
-/* One balloon page, where some light reclaim is allowed to get it. */
+/* One balloon page, for which some light reclaim is allowed. */
 const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON;
 
 /* A block that is hinted: memory that is free, and nothing else. */
@@ -106,7 +111,6 @@ void *balloon_rs_page_address(struct page *page);
 void *balloon_rs_phys_to_virt(phys_addr_t address);
 void balloon_rs_set_page_order(struct page *page, unsigned int order);
 unsigned int balloon_rs_free_block(unsigned long pfn);
-bool balloon_rs_may_stay_whole(struct page *page, unsigned int order);
 void balloon_rs_mark_block(struct page *page, unsigned int order);
 unsigned int balloon_rs_unmark_block(struct page *page);
 void balloon_rs_split_block(struct page *page, unsigned int order);

@@ -6,8 +6,9 @@ use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use vm::{Driver, Exit, Guest, Load, Size};
+use vm::{Device, Driver, Exit, Guest, Load, Size};
 
+use crate::observability::{show, value};
 use crate::sizes::{check_free, check_size};
 use crate::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
@@ -261,30 +262,58 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
     })
 }
 
+/// Checks that the balloon has blocks from everywhere but an area of `area` pages.
+fn check_blocks(guest: &Guest, area: u64) -> Result<()> {
+    let balloon = show(guest, "balloon")?;
+    let mut pages = 0;
+    for order in 1..=10 {
+        pages += value(&balloon, &format!("order_{order}_blocks"))? << order;
+    }
+    let elsewhere = guest.memory().as_pages() - area;
+    ensure!(
+        pages * 20 > elsewhere * 17,
+        "{pages} pages of the balloon are in blocks, where {elsewhere} are not in the area"
+    );
+    Ok(())
+}
+
 fn contiguous_allocation(setup: &Setup) -> Result<()> {
     const AREA: &str = "/sys/kernel/debug/cma/hugetlb0";
-    let (size, wanted) = (Size::mib(2560), Size::mib(64));
+    let wanted = Size::mib(64);
+    // What stays whole keeps away from the area, which is taken when nothing else is left.
+    let has_blocks = setup.driver == Driver::Rust && setup.device == Device::Extended;
+    let parameters: &[&str] = if has_blocks { &["floor_mib=32"] } else { &[] };
     // The area is the only one whose size is a kernel parameter here, and is of 1 GiB at least.
     let config = setup
         .config()
         .memory(Size::gib(4))
         .parameter("hugetlb_cma=1G");
     vm::run(&config, |guest| {
-        guest.insmod(setup.driver, &[])?;
+        guest.insmod(setup.driver, parameters)?;
         let number = |file: &str| -> Result<u64> {
             Ok(guest.read_file(&format!("{AREA}/{file}"))?.trim().parse()?)
         };
         let used = number("used")?;
         let data = hold(guest)?;
+        let size = if has_blocks {
+            let size = Size::mib(guest.meminfo()?.available.as_mib() - 120);
+            guest.balloon().settle(size)?;
+            check_blocks(guest, number("count")?)?;
+            // The pages that move need a place outside of the area: blocks leave the balloon first.
+            size.saturating_sub(Size::mib(160))
+        } else {
+            Size::mib(2560)
+        };
         guest.balloon().settle(size)?;
         let (free, all) = (guest.vmstat("nr_free_cma")?, number("count")?);
+        let least = if has_blocks { 5 } else { 10 };
         ensure!(
-            free * 10 < all,
+            free * least < all,
             "the area is not full of the balloon: {free} pages of {all} are free"
         );
 
         let moved = guest.vmstat("balloon_migrate")?;
-        let count = wanted.as_pages();
+        let count = wanted.as_pages() + if has_blocks { free } else { 0 };
         write(guest, &format!("{AREA}/alloc"), &count.to_string())?;
         let moved = guest.vmstat("balloon_migrate")? - moved;
         let now = number("used")?;
@@ -294,11 +323,11 @@ fn contiguous_allocation(setup: &Setup) -> Result<()> {
         );
         // The free ones are in one place, which is as good as any other.
         ensure!(
-            moved * 2 > count,
+            moved * 2 > wanted.as_pages(),
             "{moved} pages of the balloon moved for {count} pages in one piece"
         );
         check_size(guest, size)?;
-        setup.note(format!("{moved} pages moved for {wanted} in one piece"));
+        setup.note(format!("{moved} pages moved for {count} in one piece"));
 
         write(guest, &format!("{AREA}/free"), &count.to_string())?;
         data.stop()?;
