@@ -525,10 +525,8 @@ impl Balloon {
         }
 
         if worker.stopped == Some(StopReason::Floor) {
-            // Neither is counted as available: what the processors keep on lists of their own, and
-            // what the kernel keeps back.
+            // What the processors keep on lists of their own is not counted as available.
             memory::drain_free_lists();
-            memory::settle_boosts();
         }
 
         if let Some(taker) = &self.taker {

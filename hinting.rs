@@ -91,9 +91,11 @@ use kernel::{
     },
 };
 
-/// The order of the smallest blocks that are taken: 256 KiB. Sending less costs less than hinting
-/// it.
-pub(crate) const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
+/// Returns the order of the smallest blocks that are taken. Less than a page block may come from a
+/// page block of another type. The kernel would change its type, and raise a watermark.
+pub(crate) fn min_order() -> u32 {
+    memory::page_block_order()
+}
 
 /// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
 const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
@@ -106,8 +108,8 @@ const ROOM_FOR_IDS: usize = 2;
 /// have to be cleared.
 const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 
-/// How many runs are kept at most.
-pub(crate) const MAX_RUNS: usize = 1024;
+/// How many runs are kept at most for each entry of the queue.
+pub(crate) const RUNS_PER_ENTRY: usize = 8;
 
 /// How long an allocation that has failed waits for the device to use what it was given, in
 /// milliseconds.
@@ -170,6 +172,8 @@ impl Worker {
         queue: HintQueue,
         taker: Option<Arc<Task<Taker<Hinting>>>>,
     ) -> Result<Self> {
+        let pending = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
+
         Ok(Self {
             config: dev.config()?,
             queue,
@@ -181,7 +185,7 @@ impl Worker {
             supplying: false,
             more: false,
             keeping: false,
-            pending: RunSet::new(MAX_RUNS)?,
+            pending,
             in_flight: 0,
         })
     }
@@ -265,7 +269,7 @@ impl Worker {
             // guest would have less than it is to keep.
             let missing = wanted.saturating_sub(self.pending.pages());
             order = order.min(missing.checked_ilog2().unwrap_or(0));
-            if order < MIN_ORDER {
+            if order < min_order() {
                 break;
             }
             let Some(run) = PageRun::alloc(order) else {
@@ -315,6 +319,7 @@ impl Hinting {
         waker: Waker<Self>,
         dir: &'a debugfs::Dir,
     ) -> Result<impl PinInit<Self, Error> + use<'a>> {
+        let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
         let taker = match settings.memory_blocks() {
             true => {
                 let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_hint_blocks", tasks);
@@ -323,7 +328,6 @@ impl Hinting {
             false => None,
         };
         let worker = Worker::new(dev, queue, taker.clone())?;
-        let held = RunSet::new(MAX_RUNS)?;
         let byte_order = dev.byte_order();
 
         Ok(try_pin_init!(Self {

@@ -17,7 +17,6 @@ use crate::{
         Unused,
         Walk, //
     },
-    hinting,
     message::Runs,
     rust::{
         memory,
@@ -381,6 +380,9 @@ impl<S: Job> Job for Taker<S> {
     }
 }
 
+/// The order of the smallest free blocks that count: 256 KiB.
+const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
+
 /// Returns the memory blocks most of whose pages are free.
 ///
 /// # Errors
@@ -389,11 +391,7 @@ impl<S: Job> Job for Taker<S> {
 fn candidates() -> Result<KVec<Candidate>> {
     let pages = MemoryBlock::pages();
     let mut found: KVec<Candidate> = KVec::new();
-    let mut walk = Walk::new(
-        0..u64::MAX >> PAGE_SHIFT,
-        hinting::MIN_ORDER,
-        PLACES_PER_HOLD,
-    )?;
+    let mut walk = Walk::new(0..u64::MAX >> PAGE_SHIFT, MIN_ORDER, PLACES_PER_HOLD)?;
     let mut unused = Unused::new(&mut walk, usize::MAX, |_| ());
 
     while let Some(run) = unused.first() {

@@ -222,10 +222,12 @@ impl Batch {
 
     /// Does what [`alloc`](Self::alloc) does for an `order` that is not 0.
     fn alloc_block(&mut self, order: u32, whole: bool) -> Result<(), AllocError> {
-        let whole = whole && order >= memory::page_block_order();
-        let flags = match whole {
-            true => bindings::GFP_WHOLE_BLOCK,
-            false => bindings::GFP_SPLIT_BLOCK,
+        let is_large = order >= memory::page_block_order();
+        let whole = whole && is_large;
+        let flags = match (whole, is_large) {
+            (true, _) => bindings::GFP_WHOLE_BLOCK,
+            (false, true) => bindings::GFP_SPLIT_BLOCK,
+            (false, false) => bindings::GFP_SPLIT_SMALL_BLOCK,
         };
 
         // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.

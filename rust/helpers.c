@@ -493,32 +493,6 @@ unsigned long balloon_rs_boosted_pages(void)
 	return pages;
 }
 
-/*
- * Has kswapd look after that. The page allocator does so where memory was taken by somebody who may
- * wake kswapd. After others, such as who takes what is free and nothing else, it would be kept back
- * until memory is short.
- */
-void balloon_rs_settle_boosts(void)
-{
-	const gfp_t gfp = (GFP_HIGHUSER_MOVABLE & ~__GFP_DIRECT_RECLAIM) |
-			  __GFP_NOWARN | __GFP_THISNODE;
-	struct zone *zone;
-	unsigned long n;
-
-	if (!balloon_rs_boosted_pages())
-		return;
-
-	for (n = 0; (zone = balloon_rs_nth_zone(n)); n++) {
-		struct page *page;
-
-		/* Whoever allocates next from there wakes it. */
-		set_bit(ZONE_BOOSTED_WATERMARK, &zone->flags);
-		page = alloc_pages_node(zone_to_nid(zone), gfp, 0);
-		if (page)
-			__free_page(page);
-	}
-}
-
 unsigned long balloon_rs_free_pages(void)
 {
 	return global_zone_page_state(NR_FREE_PAGES);

@@ -22,8 +22,9 @@
 #define GFP_TRY (__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
 
 /*
- * A block that stays whole cannot be moved: it must not come from CMA or ZONE_MOVABLE. No
- * large block is worth reclaim.
+ * A block that stays whole cannot be moved: it must not come from CMA or ZONE_MOVABLE. It has at
+ * least the size of a page block, which the page allocator hands out without raising a watermark.
+ * No large block is worth reclaim.
  */
 const gfp_t RUST_CONST_HELPER_GFP_WHOLE_BLOCK = (GFP_HIGHUSER | GFP_TRY) & ~__GFP_RECLAIM;
 
@@ -34,17 +35,20 @@ const gfp_t RUST_CONST_HELPER_GFP_WHOLE_BLOCK = (GFP_HIGHUSER | GFP_TRY) & ~__GF
 #define GFP_BALLOON (GFP_HIGHUSER | GFP_TRY)
 #endif
 
-/*
- * A block that is split into balloon pages. Reclaim is left out: a large block is worth having only
- * when it is there for the taking.
- */
+/* A block of at least a page block that is split into single pages. */
 const gfp_t RUST_CONST_HELPER_GFP_SPLIT_BLOCK = GFP_BALLOON & ~__GFP_RECLAIM;
+
+/*
+ * The same for a smaller block. It may come from a page block of another type, for which the page
+ * allocator raises a watermark. kswapd lowers it again, and may be woken for that.
+ */
+const gfp_t RUST_CONST_HELPER_GFP_SPLIT_SMALL_BLOCK = GFP_BALLOON & ~__GFP_DIRECT_RECLAIM;
 
 /* One balloon page, for which some light reclaim is allowed. */
 const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON;
 
-/* A block that is hinted: memory that is free, and nothing else. */
-const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+/* A block that is hinted: free memory, and at least a page block. Nothing is reclaimed. */
+const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = GFP_TRY;
 
 /* Where these lie in struct page: bindgen's names for the unions around them are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
@@ -147,7 +151,6 @@ void balloon_rs_unregister_pm_notifier(struct notifier_block *block);
 unsigned int balloon_rs_page_block_order(void);
 void balloon_rs_account_reclaimed(unsigned long pages);
 unsigned long balloon_rs_boosted_pages(void);
-void balloon_rs_settle_boosts(void);
 unsigned long balloon_rs_free_pages(void);
 void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches);
 unsigned long balloon_rs_mapped_file_pages(void);

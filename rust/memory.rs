@@ -62,13 +62,6 @@ pub(crate) fn boosted_pages() -> usize {
     unsafe { bindings::balloon_rs_boosted_pages() as usize }
 }
 
-/// Has the kernel give up what it keeps back for a while, as soon as it has reclaimed something in
-/// its place.
-pub(crate) fn settle_boosts() {
-    // SAFETY: The function has no preconditions.
-    unsafe { bindings::balloon_rs_settle_boosts() };
-}
-
 /// Returns the kernel pages that are free.
 pub(crate) fn free_pages() -> usize {
     // SAFETY: The function has no preconditions.
@@ -176,13 +169,13 @@ pub(crate) fn total_pages() -> usize {
     unsafe { bindings::balloon_rs_total_pages() as usize }
 }
 
-/// Has the kernel keep back `pages` kernel pages for a while, in some zone.
+/// Has the kernel keep back `pages` kernel pages of each zone for a while.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn boost(pages: usize) {
     // SAFETY: The function has no preconditions.
-    let zone = unsafe { bindings::balloon_rs_nth_zone(0) };
+    let zones = (0..).map(|n| unsafe { bindings::balloon_rs_nth_zone(n) });
 
-    if !zone.is_null() {
+    for zone in zones.take_while(|zone| !zone.is_null()) {
         // SAFETY: Zones exist as long as the kernel runs. Others write the field as well, and no
         // reference to it is made.
         unsafe { (&raw mut (*zone).watermark_boost).write_volatile(pages as c_ulong) };
