@@ -109,6 +109,9 @@ const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
 /// How many pages are given back at least when the guest runs out of memory: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
+/// How many pages on the per-CPU page lists are worth draining these: 4 MiB.
+const WORTH_DRAINING: usize = 1 << (22 - PAGE_SHIFT);
+
 /// How long an allocation that has failed waits for the device, where it must be told before pages
 /// can be used.
 const OOM_PATIENCE: Delta = Delta::from_millis(100);
@@ -524,9 +527,14 @@ impl Balloon {
             return None;
         }
 
+        let floor = self.settings.floor_pages();
         if worker.stopped == Some(StopReason::Floor) {
-            // What the processors keep on lists of their own is not counted as available.
-            memory::drain_free_lists();
+            // To drain the per-CPU page lists disturbs all CPUs: only where the balloon grows by it.
+            let with_lists = memory::available_pages() + memory::listed_pages();
+
+            if with_lists.saturating_sub(floor) >= wanted.min(WORTH_DRAINING) {
+                memory::drain_free_lists();
+            }
         }
 
         if let Some(taker) = &self.taker {

@@ -383,6 +383,23 @@ void balloon_rs_drain_free_lists(void)
 #endif
 }
 
+/*
+ * How many free pages the CPUs keep on lists of their own. The counters are read without their
+ * locks: the result is a guess in any case.
+ */
+unsigned long balloon_rs_listed_pages(void)
+{
+	unsigned long n, pages = 0;
+	struct zone *zone;
+	int cpu;
+
+	for (n = 0; (zone = balloon_rs_nth_zone(n)); n++) {
+		for_each_online_cpu(cpu)
+			pages += data_race(per_cpu_ptr(zone->per_cpu_pageset, cpu)->count);
+	}
+	return pages;
+}
+
 /* Held by who takes what the guest can spare, of all devices. */
 static DEFINE_MUTEX(spare_lock);
 

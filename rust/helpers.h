@@ -142,6 +142,7 @@ unsigned long balloon_rs_lock_zone(struct zone *zone);
 void balloon_rs_unlock_zone(struct zone *zone, unsigned long flags);
 int balloon_rs_free_order(struct zone *zone, unsigned long pfn);
 void balloon_rs_drain_free_lists(void);
+unsigned long balloon_rs_listed_pages(void);
 void balloon_rs_lock_spare(void);
 void balloon_rs_unlock_spare(void);
 int balloon_rs_register_memory_notifier(struct notifier_block *block);

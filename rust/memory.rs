@@ -140,6 +140,13 @@ pub(crate) fn drain_free_lists() {
     unsafe { bindings::balloon_rs_drain_free_lists() };
 }
 
+/// Returns the free kernel pages on the per-CPU page lists, which [`available_pages`] does not
+/// count.
+pub(crate) fn listed_pages() -> usize {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_listed_pages() as usize }
+}
+
 /// Returns the order of a page block: what the kernel keeps together of one kind, to have memory in
 /// large pieces.
 pub(crate) fn page_block_order() -> u32 {

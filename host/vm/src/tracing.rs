@@ -31,7 +31,17 @@ const ALLOCATIONS: &[&str] = &[
     "kmem/kmem_cache_alloc",
 ];
 
+/// When the kernel has emptied page blocks, for which it first drains the processors' lists of free pages.
+const DRAINS: &[&str] = &["page_isolation/test_pages_isolated"];
+
 impl Guest {
+    /// Does something, and returns how many times the processors' lists of free pages were drained meanwhile to allocate
+    /// a given range.
+    pub fn trace_drains<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
+        let (result, trace) = self.trace(DRAINS, SMALL_BUFFER, work)?;
+        Ok((result, events(&trace).count()))
+    }
+
     /// Does something, and returns for how long the driver's tasks have run on the guest's processors meanwhile:
     /// without the time in which they waited.
     pub fn trace_running<T>(
