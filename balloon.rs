@@ -839,6 +839,9 @@ impl Show for Task<Balloon> {
 }
 
 impl OomNotify for Task<Balloon> {
+    /// That of virtio_balloon.
+    const PRIORITY: c_int = 80;
+
     /// Gives a part of the balloon back at once: enough for the guest to go on for a while.
     fn out_of_memory(&self) -> usize {
         // What is not in the balloon yet goes first, and the device need not know of it.

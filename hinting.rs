@@ -28,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    balloon::Balloon,
     memory_blocks::Taker,
     rust::{
         debugfs, memory,
@@ -585,6 +586,9 @@ impl Shrink for Task<Hinting> {
 }
 
 impl OomNotify for Task<Hinting> {
+    /// Before the balloon, which then need not give anything.
+    const PRIORITY: c_int = Task::<Balloon>::PRIORITY + 1;
+
     /// Waits for what the device has, which it uses soon. What it had used before was given back by
     /// the shrinker.
     fn out_of_memory(&self) -> usize {

@@ -23,6 +23,9 @@ use kernel::{
 ///   that `call` can make sense of, until `unregister` returns.
 /// - The block is not accessed after that, or if `register` has failed.
 pub(crate) unsafe trait Chain<T> {
+    /// Those with larger ones are called first.
+    const PRIORITY: c_int = 0;
+
     /// Puts a block on the chain. Returns 0, or an error.
     ///
     /// # Safety
@@ -82,7 +85,7 @@ impl<C: Chain<T>, T> Notifier<C, T> {
                     slot.write(bindings::notifier_block {
                         notifier_call: Some(Self::callback),
                         next: core::ptr::null_mut(),
-                        priority: 0,
+                        priority: C::PRIORITY,
                     });
                     to_result(C::register(slot))
                 }

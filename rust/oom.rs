@@ -16,6 +16,9 @@ use kernel::prelude::*;
 
 /// Somebody who can give memory back.
 pub(crate) trait OomNotify: Send + Sync {
+    /// Those with larger ones are asked first.
+    const PRIORITY: c_int;
+
     /// Gives memory back, and returns how many pages it was.
     ///
     /// Called in process context, on behalf of an allocation that has failed, under the lock of the
@@ -33,6 +36,8 @@ pub(crate) type OomNotifier<T> = Notifier<OomChain, T>;
 // SAFETY: The functions are those of one chain, which calls with the address of an `unsigned long`,
 // and has stopped when the second one returns.
 unsafe impl<T: OomNotify> Chain<T> for OomChain {
+    const PRIORITY: c_int = T::PRIORITY;
+
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
         // SAFETY: By the requirements of this function.
         unsafe { bindings::register_oom_notifier(block) }
