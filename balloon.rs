@@ -36,7 +36,10 @@ use crate::{
         balloon_pages::BalloonPages,
         batch::Batch,
         debugfs::Show,
-        memory,
+        memory::{
+            self,
+            Node, //
+        },
         memory_hotplug::GoingOffline,
         oom::OomNotify,
         sysfs::Attribute,
@@ -154,7 +157,6 @@ pub(crate) struct Balloon {
     /// Why the balloon is smaller than the target, as a number of the protocol.
     reason: Atomic<u32>,
 
-    #[pin]
     pages: BalloonPages<Moves>,
 
     /// What takes memory blocks, where that is better than to allocate memory.
@@ -294,6 +296,7 @@ impl Balloon {
             false => None,
         };
         let moves = Moves::new(slot.waker(), Terms::of(dev))?;
+        let pages = BalloonPages::new(adjust_managed, moves)?;
         let oom_batch = Batch::new()?;
         let dev = (&**dev).into();
 
@@ -302,7 +305,7 @@ impl Balloon {
             wakeup,
             settings,
             reason: Atomic::new(StopReason::value(None)),
-            pages <- BalloonPages::new(adjust_managed, moves),
+            pages,
             taker,
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
@@ -346,7 +349,7 @@ impl Balloon {
     /// Gives back what a device that did not answer has kept from that. It was reset, so that there
     /// is no balloon any more.
     pub(crate) fn take_back(&self) {
-        while !self.pages.take(usize::MAX, usize::MAX).is_empty() {}
+        while !self.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
 
         self.worker.lock().inflate.take_back();
         self.moves().take_back();
@@ -498,7 +501,10 @@ impl Balloon {
 
     /// Returns the kernel pages that the guest can spare.
     fn spare_pages(&self) -> usize {
-        memory::available_pages().saturating_sub(self.settings.floor_pages())
+        let floor = self.settings.floor_pages();
+        let nodes: usize = Node::all().map(|node| room(node, floor)).sum();
+
+        memory::available_pages().saturating_sub(floor).min(nodes)
     }
 
     /// Returns what is missing to have `target` kernel pages in the balloon.
@@ -564,13 +570,40 @@ impl Balloon {
             true => ZEROED_PER_RUN,
             false => PAGES_PER_RUN,
         });
-        let stop = worker.inflate.fill(
-            &self.pages,
-            &mut worker.batch,
-            PageAllocator::new(),
-            now_wanted.min(above_floor),
-            may_send,
-        );
+        let mut left = now_wanted.min(above_floor);
+        let mut stop = Stop::Done;
+        // From each node in proportion to what it has. The queue may be full before each one has given
+        // its share: the node that has given least is the first one.
+        let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
+        let first = Node::all()
+            .max_by_key(|&node| target::part(1 << 10, room(node, floor), node.present_pages()));
+        let others = Node::all().filter(|&node| Some(node) != first);
+        let mut nodes = Iterator::chain(first.into_iter(), others).peekable();
+        while let Some(node) = nodes.next() {
+            let room = room(node, floor);
+            let share = match nodes.peek() {
+                Some(_) => target::part(left, room, all),
+                None => left,
+            };
+            all = all.saturating_sub(room);
+            left -= share;
+
+            worker.batch.take_from(node);
+            match worker.inflate.fill(
+                &self.pages,
+                &mut worker.batch,
+                PageAllocator::new(),
+                share,
+                may_send,
+            ) {
+                Stop::Done => (),
+                Stop::NoMemory => stop = Stop::NoMemory,
+                Stop::NotNow => {
+                    stop = Stop::NotNow;
+                    break;
+                }
+            }
+        }
         drop(taking);
 
         let reason = match stop {
@@ -812,6 +845,15 @@ impl Task<Balloon> {
     }
 }
 
+/// Returns how many kernel pages `node` can give, so that it keeps its share of a `floor` that is to
+/// be available to the guest.
+fn room(node: Node, floor: usize) -> usize {
+    let present = Node::all().map(Node::present_pages).sum();
+    let share = target::part(floor, node.present_pages(), present);
+
+    node.available_pages().saturating_sub(share)
+}
+
 impl Show for Task<Balloon> {
     /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
     fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -851,12 +893,14 @@ impl OomNotify for Task<Balloon> {
             self.schedule();
             return given;
         }
-        if self.giving_back.load(Relaxed) || self.pages.len() == 0 {
+        // An allocation may be bound to a node: memory of another one would not help it.
+        let there = self.pages.len_where_needed();
+        if self.giving_back.load(Relaxed) || there == 0 {
             return 0;
         }
 
         let still = self.moves().hold_still();
-        let wanted = (self.pages.len() / 8).max(OOM_SHARE);
+        let wanted = (there / 8).max(OOM_SHARE);
         let released = deflate::release(
             &self.deflate,
             &self.pages,

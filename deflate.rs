@@ -143,6 +143,8 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
 struct Taker<'a> {
     balloon: &'a BalloonPages<Moves>,
     still: &'a Still<'a>,
+    /// Whether only nodes that are short of memory get some.
+    where_needed: bool,
     /// These, of which there are as many as moves. They have to go back.
     unknown: PageList,
 }
@@ -151,7 +153,7 @@ impl Taker<'_> {
     /// Like [`BalloonPages::take`].
     fn take(&mut self, max: usize, max_blocks: usize) -> PageList {
         loop {
-            let mut pages = self.balloon.take(max, max_blocks);
+            let mut pages = self.balloon.take(max, max_blocks, self.where_needed);
             let taken = pages.len();
 
             self.still.set_aside(&mut pages, &mut self.unknown);
@@ -185,6 +187,7 @@ pub(crate) fn release(
     let mut taker = Taker {
         balloon,
         still,
+        where_needed: matches!(reason, Reason::OutOfMemory),
         unknown: PageList::new(),
     };
     let mut released = 0;

@@ -72,6 +72,14 @@ pub(crate) fn balloon_pfns(pfn: u64) -> Result<RangeInclusive<u32>> {
     Ok(first.try_into().map_err(|_| EOVERFLOW)?..=last.try_into().map_err(|_| EOVERFLOW)?)
 }
 
+/// Returns the part of `whole` that `some` is of `all`, or up to a thousandth of `whole` less.
+pub(crate) fn part(whole: usize, some: usize, all: usize) -> usize {
+    // Dividing first leaves room for the product.
+    let in_1024 = (some.min(all) << 10) / all.max(1);
+
+    whole / 1024 * in_1024 + whole % 1024 * in_1024 / 1024
+}
+
 /// What to do next. All numbers are kernel pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {

@@ -12,6 +12,7 @@
 
 use super::{
     bindings,
+    memory::Node,
     page_list::{
         self,
         PageList,
@@ -27,12 +28,14 @@ use core::{
 use kernel::{
     container_of,
     new_spinlock,
+    page::PAGE_SHIFT,
     prelude::*,
     sync::{
         atomic::{
             Atomic,
             Relaxed, //
         },
+        Arc,
         SpinLock, //
     },
     time::{
@@ -171,7 +174,8 @@ impl Blocks {
     }
 }
 
-/// Pages in the balloon. Compaction may move them if `R` agrees.
+/// Pages of one node that are in the balloon. Compaction may move them if `R` agrees: those that it
+/// moves to other nodes stay here.
 ///
 /// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these
 /// functions; under it only the zones' counters are touched. The same holds for the lock of
@@ -181,31 +185,33 @@ impl Blocks {
 ///
 /// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction.
 #[pin_data(PinnedDrop)]
-pub(crate) struct BalloonPages<R: Replace> {
+struct NodePages<R: Replace> {
     #[pin]
     info: Opaque<bindings::balloon_dev_info>,
     singles: Atomic<usize>,
     #[pin]
     blocks: SpinLock<Blocks>,
     adjust_managed: bool,
-    #[pin]
-    replace: R,
+    replace: Arc<R>,
 }
 
 // SAFETY: The pages are not tied to a thread.
-unsafe impl<R: Replace> Send for BalloonPages<R> {}
+unsafe impl<R: Replace> Send for NodePages<R> {}
 
 // SAFETY: The core guards `info` with its lock.
-unsafe impl<R: Replace> Sync for BalloonPages<R> {}
+unsafe impl<R: Replace> Sync for NodePages<R> {}
 
-impl<R: Replace> BalloonPages<R> {
-    /// Returns an initialiser for an empty balloon.
+impl<R: Replace> NodePages<R> {
+    /// Makes an empty one.
     ///
-    /// If `adjust_managed` is set, the guest's total memory shrinks by what is in the balloon.
-    pub(crate) fn new(
-        adjust_managed: bool,
-        replace: impl PinInit<R, Error>,
-    ) -> impl PinInit<Self, Error> {
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    fn new(adjust_managed: bool, replace: Arc<R>) -> Result<Pin<KBox<Self>>> {
+        KBox::pin_init(Self::init(adjust_managed, replace), GFP_KERNEL)
+    }
+
+    fn init(adjust_managed: bool, replace: Arc<R>) -> impl PinInit<Self, Error> {
         // INVARIANT: An empty list has no pages.
         try_pin_init!(Self {
             info <- Opaque::ffi_init(|slot: *mut bindings::balloon_dev_info| {
@@ -216,9 +222,9 @@ impl<R: Replace> BalloonPages<R> {
                 }
             }),
             singles: Atomic::new(0),
-            blocks <- new_spinlock!(Blocks::new(), "BalloonPages::blocks"),
+            blocks <- new_spinlock!(Blocks::new(), "NodePages::blocks"),
             adjust_managed,
-            replace <- replace,
+            replace,
         })
     }
 
@@ -260,27 +266,13 @@ impl<R: Replace> BalloonPages<R> {
         }
     }
 
-    /// Returns what follows the moves.
-    pub(crate) fn replacer(&self) -> &R {
-        &self.replace
-    }
-
-    /// Returns how many pages (kernel pages) are in the balloon.
-    pub(crate) fn len(&self) -> usize {
+    /// Returns how many pages (kernel pages) there are.
+    fn len(&self) -> usize {
         self.singles.load(Relaxed) + self.blocks.lock().list.len()
     }
 
-    /// Returns how many blocks of each order are in the balloon, single pages being those of order
-    /// 0.
-    pub(crate) fn by_order(&self) -> ByOrder {
-        let mut by_order = self.blocks.lock().by_order;
-
-        by_order[0] = self.singles.load(Relaxed);
-        by_order
-    }
-
     /// Puts `pages` into the balloon.
-    pub(crate) fn insert(&self, mut pages: PageList) {
+    fn insert(&self, mut pages: PageList) {
         // INVARIANT: That many pages are added to the list. Counted before, since they may be taken
         // at once.
         self.singles.add(pages.singles(), Relaxed);
@@ -335,12 +327,11 @@ impl<R: Replace> BalloonPages<R> {
         }
     }
 
-    /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
-    /// fit, or else single pages, up to the same number.
+    /// Takes up to `max` pages (kernel pages) out: up to `max_blocks` blocks that fit, or else
+    /// single pages, up to the same number.
     ///
-    /// None are returned if the balloon is empty, or if compaction holds all that are left just
-    /// now.
-    pub(crate) fn take(&self, max: usize, max_blocks: usize) -> PageList {
+    /// None are returned if there are none, or if compaction holds all that are left just now.
+    fn take(&self, max: usize, max_blocks: usize) -> PageList {
         let mut pages = PageList::new();
 
         for _ in 0..max_blocks {
@@ -405,10 +396,10 @@ impl<R: Replace> BalloonPages<R> {
         true
     }
 
-    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel
-    /// pages).
-    pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
-        let (mut taken, mut kept) = (PageList::new(), Blocks::new());
+    /// Takes all blocks out that begin in `pfns` (page frame numbers of kernel pages), and puts them
+    /// on `taken`.
+    fn take_blocks(&self, pfns: &Range<u64>, taken: &mut PageList) {
+        let mut kept = Blocks::new();
         let mut blocks = self.blocks.lock();
 
         while let Some(block) = blocks.pop() {
@@ -425,14 +416,11 @@ impl<R: Replace> BalloonPages<R> {
             }
         }
         *blocks = kept;
-        drop(blocks);
-
-        taken
     }
 }
 
 #[pinned_drop]
-impl<R: Replace> PinnedDrop for BalloonPages<R> {
+impl<R: Replace> PinnedDrop for NodePages<R> {
     fn drop(self: Pin<&mut Self>) {
         // Pages that compaction has isolated refer to `info`. They, or those that take their
         // places, come back soon, whatever the host does.
@@ -446,3 +434,135 @@ impl<R: Replace> PinnedDrop for BalloonPages<R> {
 
 /// How many single pages are taken out under one hold of the core's lock.
 const PAGES_PER_HOLD: usize = 512;
+
+/// How many pages (kernel pages) leave a node before it is decided again which node is next: 64 MiB.
+const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
+
+/// Pages in the balloon, by the nodes that they are on.
+///
+/// # Invariants
+///
+/// The pages of `nodes` are on the node with that number, unless compaction has moved them since.
+pub(crate) struct BalloonPages<R: Replace> {
+    nodes: KVec<Pin<KBox<NodePages<R>>>>,
+    replace: Arc<R>,
+}
+
+impl<R: Replace> BalloonPages<R> {
+    /// Makes an empty balloon.
+    ///
+    /// If `adjust_managed` is set, the guest's total memory shrinks by what is in the balloon.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what `replace` says.
+    pub(crate) fn new(adjust_managed: bool, replace: impl PinInit<R, Error>) -> Result<Self> {
+        let replace = Arc::pin_init(replace, GFP_KERNEL)?;
+        let mut nodes = KVec::new();
+
+        for _ in 0..Node::count() {
+            nodes.push(NodePages::new(adjust_managed, replace.clone())?, GFP_KERNEL)?;
+        }
+        Ok(Self { nodes, replace })
+    }
+
+    /// Returns what follows the moves.
+    pub(crate) fn replacer(&self) -> &R {
+        &self.replace
+    }
+
+    /// Returns how many pages (kernel pages) are in the balloon.
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.iter().map(|node| node.len()).sum()
+    }
+
+    /// Returns how many pages (kernel pages) of nodes that are short of memory are in the balloon.
+    pub(crate) fn len_where_needed(&self) -> usize {
+        self.filled(true).map(|(_, node)| node.len()).sum()
+    }
+
+    /// Returns how many blocks of each order are in the balloon, single pages being those of order
+    /// 0.
+    pub(crate) fn by_order(&self) -> ByOrder {
+        let mut by_order = [0; MAX_ORDER as usize + 1];
+
+        for node in &self.nodes {
+            by_order[0] += node.singles.load(Relaxed);
+            for (sum, blocks) in by_order.iter_mut().zip(node.blocks.lock().by_order) {
+                *sum += blocks;
+            }
+        }
+        by_order
+    }
+
+    /// Returns what there is of nodes that have something in the balloon, or of those of them that
+    /// are short of memory if `where_needed` is set.
+    fn filled(&self, where_needed: bool) -> impl Iterator<Item = (Node, &NodePages<R>)> {
+        self.nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, pages)| pages.len() > 0)
+            .filter_map(|(number, pages)| Some((Node::new(number)?, &**pages)))
+            .filter(move |(node, _)| !where_needed || node.is_short())
+    }
+
+    /// Puts `pages` into the balloon.
+    pub(crate) fn insert(&self, mut pages: PageList) {
+        // All that there are are on the only node.
+        if let [node] = self.nodes.as_slice() {
+            return node.insert(pages);
+        }
+
+        while let Some((number, some)) = pages.take_node() {
+            if let Some(node) = self.nodes.get(number) {
+                node.insert(some);
+            }
+        }
+    }
+
+    /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
+    /// fit, or else single pages, up to the same number. They are of one node: of those that are
+    /// short of memory if `where_needed` is set, and in any case of the one with the largest share
+    /// of its memory in the balloon.
+    ///
+    /// None are returned if there are none, or if compaction holds all that are left just now.
+    pub(crate) fn take(&self, max: usize, max_blocks: usize, where_needed: bool) -> PageList {
+        let max = match self.nodes.len() {
+            1 => max,
+            _ => max.min(PAGES_PER_NODE),
+        };
+        // A share in thousandths, and the node's number, of what was tried last.
+        let mut tried = None;
+
+        loop {
+            let next = self
+                .filled(where_needed)
+                .map(|(node, pages)| {
+                    let share = pages.len().saturating_mul(1_000) / node.present_pages().max(1);
+                    ((share, node.number()), pages)
+                })
+                .filter(|(place, _)| tried.is_none_or(|tried| *place < tried))
+                .max_by_key(|(place, _)| *place);
+            let Some((place, pages)) = next else {
+                return PageList::new();
+            };
+
+            let taken = pages.take(max, max_blocks);
+            if !taken.is_empty() {
+                return taken;
+            }
+            tried = Some(place);
+        }
+    }
+
+    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel
+    /// pages).
+    pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
+        let mut taken = PageList::new();
+
+        for node in &self.nodes {
+            node.take_blocks(pfns, &mut taken);
+        }
+        taken
+    }
+}

@@ -11,7 +11,10 @@
 
 use super::{
     bindings,
-    memory,
+    memory::{
+        self,
+        Node, //
+    },
     page_list::{
         self,
         PageList, //
@@ -121,6 +124,8 @@ pub(crate) struct Batch {
     unused: KVec<KBox<Bits>>,
     /// Where the window lies that was used last.
     hint: usize,
+    /// Where memory is allocated, unless it is everywhere.
+    node: Option<Node>,
     pages: usize,
     blocks: usize,
 }
@@ -141,6 +146,7 @@ impl Batch {
             windows: KVec::with_capacity(MAX_WINDOWS, GFP_KERNEL)?,
             unused,
             hint: 0,
+            node: None,
             pages: 0,
             blocks: 0,
         })
@@ -154,6 +160,15 @@ impl Batch {
     /// Returns how many blocks there are: less than or as many as pages.
     pub(crate) fn blocks(&self) -> usize {
         self.blocks
+    }
+
+    /// Has [`alloc`](Self::alloc) take memory from `node` and no other one.
+    pub(crate) fn take_from(&mut self, node: Node) {
+        self.node = Some(node);
+    }
+
+    fn node(&self) -> c_int {
+        self.node.map_or(bindings::NUMA_NO_NODE, Node::number)
     }
 
     /// Frees the memory that was needed for windows, but for one.
@@ -231,7 +246,7 @@ impl Batch {
         };
 
         // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
-        let page = unsafe { bindings::alloc_pages(flags, order) };
+        let page = unsafe { bindings::balloon_rs_alloc_block(self.node(), flags, order) };
         let page = NonNull::new(page);
         let page = page.ok_or(AllocError::NoBlock)?;
         // SAFETY: The page was just allocated.
@@ -276,6 +291,7 @@ impl Batch {
         // SAFETY: The flags are valid ones, and there is room for so many pages.
         unsafe {
             bindings::balloon_rs_alloc_pages_bulk(
+                self.node(),
                 bindings::GFP_BALLOON_PAGE,
                 wanted as c_int,
                 pages.as_mut_ptr(),

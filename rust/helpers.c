@@ -45,9 +45,132 @@ void *balloon_rs_phys_to_virt(phys_addr_t address)
 	return phys_to_virt(address);
 }
 
-unsigned long balloon_rs_alloc_pages_bulk(gfp_t gfp, int nr, struct page **pages)
+int balloon_rs_page_to_nid(struct page *page)
 {
-	return alloc_pages_bulk(gfp, nr, pages);
+	return page_to_nid(page);
+}
+
+/* The number of a node that has memory, or -1. */
+int balloon_rs_nth_node(unsigned long n)
+{
+	int node;
+
+	for_each_node_state(node, N_MEMORY) {
+		if (!n--)
+			return node;
+	}
+	return -1;
+}
+
+/* All nodes have smaller numbers. */
+unsigned int balloon_rs_node_ids(void)
+{
+	return nr_node_ids;
+}
+
+unsigned long balloon_rs_node_present(int node)
+{
+	return node_present_pages(node);
+}
+
+static unsigned long node_counter(struct pglist_data *pgdat, enum node_stat_item item)
+{
+	return max(atomic_long_read(&pgdat->vm_stat[item]), 0L);
+}
+
+static unsigned long file_pages(struct pglist_data *pgdat)
+{
+	return node_counter(pgdat, NR_ACTIVE_FILE) + node_counter(pgdat, NR_INACTIVE_FILE);
+}
+
+/*
+ * How much of the node's page cache processes have mapped, at least: shared memory, which is no page
+ * cache, may be mapped as well.
+ */
+static unsigned long mapped_file_pages(struct pglist_data *pgdat)
+{
+	unsigned long mapped = node_counter(pgdat, NR_FILE_MAPPED);
+
+	mapped -= min(mapped, node_counter(pgdat, NR_SHMEM));
+	return min(mapped, file_pages(pgdat));
+}
+
+/*
+ * What MemAvailable would be if there were this node only, without what its zones keep back and
+ * what processes have mapped.
+ */
+unsigned long balloon_rs_node_available(int node)
+{
+	struct pglist_data *pgdat = NODE_DATA(node);
+	unsigned long low = 0, cache;
+	long available = -(long)(pgdat->totalreserve_pages + mapped_file_pages(pgdat));
+	int i;
+
+	for (i = 0; i < MAX_NR_ZONES; i++) {
+		struct zone *zone = &pgdat->node_zones[i];
+
+		low += low_wmark_pages(zone);
+		available += zone_page_state(zone, NR_FREE_PAGES);
+		available -= READ_ONCE(zone->watermark_boost);
+	}
+	cache = file_pages(pgdat);
+	available += cache - min(cache / 2, low);
+	cache = node_counter(pgdat, NR_SLAB_RECLAIMABLE_B) +
+		node_counter(pgdat, NR_KERNEL_MISC_RECLAIMABLE);
+	available += cache - min(cache / 2, low);
+	return max(available, 0L);
+}
+
+/* Whether an allocation that the page allocator insists on may have failed in the zone. */
+static bool zone_is_short(struct zone *zone)
+{
+	unsigned long kept = 2 * high_wmark_pages(zone) + zone->lowmem_reserve[MAX_NR_ZONES - 1] +
+			     data_race(zone->nr_free_highatomic) +
+			     zone_page_state(zone, NR_FREE_CMA_PAGES);
+	int order;
+
+	/* The limit is the high watermark. Some memory may have become free since. */
+	if (zone_page_state(zone, NR_FREE_PAGES) <= kept)
+		return true;
+
+	for (order = PAGE_ALLOC_COSTLY_ORDER; order < NR_PAGE_ORDERS; order++) {
+		if (data_race(zone->free_area[order].nr_free))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Whether the kernel may have run out of memory for lack of it on this node: if it has nothing in
+ * any of the node's zones. Not every allocation may take from ZONE_MOVABLE.
+ */
+bool balloon_rs_node_is_short(int node)
+{
+	int i;
+
+	for (i = 0; i < MAX_NR_ZONES; i++) {
+		struct zone *zone = &NODE_DATA(node)->node_zones[i];
+
+		if (populated_zone(zone) && i != ZONE_MOVABLE && !zone_is_short(zone))
+			return false;
+	}
+	return true;
+}
+
+/* From this node and no other one, unless it is NUMA_NO_NODE. */
+static gfp_t gfp_of(int node, gfp_t gfp)
+{
+	return node == NUMA_NO_NODE ? gfp : gfp | __GFP_THISNODE;
+}
+
+struct page *balloon_rs_alloc_block(int node, gfp_t gfp, unsigned int order)
+{
+	return alloc_pages_node(node, gfp_of(node, gfp), order);
+}
+
+unsigned long balloon_rs_alloc_pages_bulk(int node, gfp_t gfp, int nr, struct page **pages)
+{
+	return alloc_pages_bulk_node(gfp_of(node, gfp), node, nr, pages);
 }
 
 bool balloon_rs_same_zone(struct page *a, struct page *b)
@@ -534,18 +657,15 @@ void balloon_rs_movable_pages(unsigned long *free, unsigned long *caches)
 	}
 }
 
-/*
- * How much of the page cache processes have mapped, at least: shared memory, which is no page cache,
- * may be mapped as well.
- */
+/* How much of the page cache processes have mapped, at least. */
 unsigned long balloon_rs_mapped_file_pages(void)
 {
-	unsigned long mapped = global_node_page_state(NR_FILE_MAPPED);
-	unsigned long shmem = global_node_page_state(NR_SHMEM);
-	unsigned long cache = global_node_page_state(NR_ACTIVE_FILE) +
-			      global_node_page_state(NR_INACTIVE_FILE);
+	unsigned long pages = 0;
+	int node;
 
-	return min(mapped - min(mapped, shmem), cache);
+	for_each_node_state(node, N_MEMORY)
+		pages += mapped_file_pages(NODE_DATA(node));
+	return pages;
 }
 
 /* The guest's memory, whether or not it is in a balloon. */

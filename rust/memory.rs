@@ -62,6 +62,62 @@ pub(crate) fn boosted_pages() -> usize {
     unsafe { bindings::balloon_rs_boosted_pages() as usize }
 }
 
+/// A node: memory that is equally far from all processors.
+///
+/// # Invariants
+///
+/// There is memory on it, or there was.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Node(c_int);
+
+impl Node {
+    /// Returns all that have memory.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        (0..)
+            // SAFETY: The function has no preconditions.
+            .map(|n| unsafe { bindings::balloon_rs_nth_node(n) })
+            .take_while(|&number| number >= 0)
+            // INVARIANT: It has memory.
+            .map(Self)
+    }
+
+    /// Returns the node `number`, which has memory or had some.
+    pub(super) fn new(number: usize) -> Option<Self> {
+        // INVARIANT: That is what the caller says.
+        c_int::try_from(number).ok().map(Self)
+    }
+
+    /// Returns a number that is larger than those of all nodes.
+    pub(super) fn count() -> usize {
+        // SAFETY: The function has no preconditions.
+        unsafe { bindings::balloon_rs_node_ids() as usize }
+    }
+
+    /// Returns its number.
+    pub(super) fn number(self) -> c_int {
+        self.0
+    }
+
+    /// Returns how many kernel pages there are.
+    pub(crate) fn present_pages(self) -> usize {
+        // SAFETY: By the type invariants it is a node.
+        unsafe { bindings::balloon_rs_node_present(self.0) as usize }
+    }
+
+    /// Returns the kernel pages that are available there without swapping: what [`available_pages`] is
+    /// for all nodes.
+    pub(crate) fn available_pages(self) -> usize {
+        // SAFETY: By the type invariants it is a node.
+        unsafe { bindings::balloon_rs_node_available(self.0) as usize }
+    }
+
+    /// Returns whether an allocation may just have failed for lack of memory there.
+    pub(crate) fn is_short(self) -> bool {
+        // SAFETY: By the type invariants it is a node.
+        unsafe { bindings::balloon_rs_node_is_short(self.0) }
+    }
+}
+
 /// Returns the kernel pages that are free.
 pub(crate) fn free_pages() -> usize {
     // SAFETY: The function has no preconditions.

@@ -284,6 +284,34 @@ impl PageList {
         Some(page)
     }
 
+    /// Takes the first pages off that are all on one node: blocks, if there are any, or else single
+    /// pages. Returns the node's number with them.
+    pub(super) fn take_node(&mut self) -> Option<(usize, Self)> {
+        let mut taken = Self::new();
+        let mut node = None;
+
+        while let Some(page) = self.blocks.first.or(self.singles.first) {
+            // SAFETY: By the type invariants the page is valid.
+            let this = unsafe { bindings::balloon_rs_page_to_nid(page.as_ptr()) } as usize;
+            if *node.get_or_insert(this) != this {
+                break;
+            }
+
+            // SAFETY: What is popped is the caller's to push.
+            unsafe {
+                match self.pop_block() {
+                    Some(page) => taken.push_block(page),
+                    None => {
+                        self.pop();
+                        taken.push(page);
+                    }
+                }
+            }
+        }
+
+        node.map(|node| (node, taken))
+    }
+
     /// Returns the length of the first block in kernel pages.
     pub(super) fn first_block_len(&self) -> Option<usize> {
         // SAFETY: By the type invariants the page begins a block of the list.

@@ -70,8 +70,8 @@ impl Replace for Fixed {
     }
 }
 
-fn balloon() -> Result<Pin<KBox<BalloonPages<Fixed>>>> {
-    KBox::pin_init(BalloonPages::new(true, Ok(Fixed)), GFP_KERNEL)
+fn balloon() -> Result<BalloonPages<Fixed>> {
+    BalloonPages::new(true, Ok(Fixed))
 }
 
 /// A balloon that gets pages, and from which somebody else takes some meanwhile.
@@ -95,7 +95,7 @@ impl Contended {
 
         self.begun.store(true, Release);
         while !self.inserted.load(Acquire) {
-            let some = self.balloon.take(1, 1).len();
+            let some = self.balloon.take(1, 1, false).len();
 
             taken += some;
             if some > 0 && memory::ballooned_pages() + taken + NOT_COUNTED < before + len {
@@ -111,7 +111,7 @@ fn lets_others_in() -> Result<bool> {
     const PAGES: usize = 1 << 14;
     let pages = gather(PAGES >> MAX_ORDER, false)?.take_all();
     let contended = Contended {
-        balloon: Arc::pin_init(BalloonPages::new(false, Ok(Fixed)), GFP_KERNEL)?,
+        balloon: Arc::new(BalloonPages::new(false, Ok(Fixed))?, GFP_KERNEL)?,
         begun: Atomic::new(false),
         inserted: Atomic::new(false),
         over: Atomic::new(false),
@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(memory::total_pages(), total - 64);
         assert_eq!(memory::ballooned_pages(), ballooned + 64);
 
-        let some = balloon.take(10, usize::MAX);
+        let some = balloon.take(10, usize::MAX, false);
         assert_eq!(some.len(), 10);
         assert_eq!(balloon.len(), 54);
         assert_eq!(memory::total_pages(), total - 54);
@@ -218,8 +218,8 @@ mod tests {
         assert!(consecutive(&some));
 
         // More than there is.
-        assert_eq!(balloon.take(1_000, usize::MAX).len(), 54);
-        assert!(balloon.take(1, usize::MAX).is_empty());
+        assert_eq!(balloon.take(1_000, usize::MAX, false).len(), 54);
+        assert!(balloon.take(1, usize::MAX, false).is_empty());
         assert_eq!(memory::total_pages(), total);
         assert_eq!(memory::ballooned_pages(), ballooned);
     }
@@ -249,9 +249,9 @@ mod tests {
         assert!(balloon.by_order() == held(0, 3));
 
         // A block stays whole if it fits, and is split if nothing else is there.
-        assert_eq!(balloon.take(2 * LEN - 1, usize::MAX).len(), LEN);
-        assert_eq!(balloon.take(LEN, 1).len(), LEN);
-        assert_eq!(balloon.take(100, 10).len(), 10);
+        assert_eq!(balloon.take(2 * LEN - 1, usize::MAX, false).len(), LEN);
+        assert_eq!(balloon.take(LEN, 1, false).len(), LEN);
+        assert_eq!(balloon.take(100, 10, false).len(), 10);
         assert_eq!(balloon.len(), LEN - 10);
         assert_eq!(memory::total_pages(), total - LEN + 10);
         assert_eq!(memory::ballooned_pages(), ballooned + LEN - 10);
@@ -295,6 +295,17 @@ mod tests {
             rest.append(pages);
             assert_eq!(rest.len(), 3 * LEN);
         }
+    }
+
+    #[test]
+    fn nothing_is_taken_for_nodes_with_enough_memory() -> Result {
+        let balloon = balloon()?;
+
+        balloon.insert(blocks(1)?);
+        assert_eq!(balloon.len_where_needed(), 0);
+        assert!(balloon.take(usize::MAX, usize::MAX, true).is_empty());
+        assert_eq!(balloon.len(), 1 << MAX_ORDER);
+        Ok(())
     }
 
     #[test]

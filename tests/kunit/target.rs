@@ -5,6 +5,7 @@ use crate::target::{
     balloon_pfns,
     floor,
     pages,
+    part,
     Step,
     BALLOON_PAGES_PER_PAGE, //
 };
@@ -113,6 +114,16 @@ mod tests {
             names,
             Ok(first..=first + (BALLOON_PAGES_PER_PAGE as u32 - 1))
         );
+    }
+
+    #[test]
+    fn parts_are_about_in_proportion() {
+        assert_eq!(part(100, 0, 0), 0);
+        assert_eq!(part(100, 7, 7), 100);
+        assert_eq!(part(4_096, 1, 2), 2_048);
+        assert_eq!(part(100, 9, 7), 100);
+        assert_eq!(part(1_000, 1, 3), 333);
+        assert_eq!(part(usize::MAX >> 12, 1, 1), usize::MAX >> 12);
     }
 
     #[test]

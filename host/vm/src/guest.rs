@@ -400,6 +400,17 @@ impl Guest {
             .parse()?)
     }
 
+    /// How much of a NUMA node's memory is in balloons.
+    pub fn node_balloon(&self, node: u32) -> Result<Size> {
+        self.fold_counters()?;
+        let text = self.read_file(&format!("/sys/devices/system/node/node{node}/vmstat"))?;
+        let pages = text
+            .lines()
+            .find_map(|line| line.strip_prefix("nr_balloon_pages "))
+            .context("the node does not count the pages in balloons")?;
+        Ok(self.page_size() * pages.parse()?)
+    }
+
     /// Has each processor hand in what it has counted for itself, so that sums are exact.
     fn fold_counters(&self) -> Result<()> {
         self.write_file("/proc/sys/vm/stat_refresh", "1")

@@ -212,6 +212,7 @@ pub struct Config {
     pub(crate) memory_file: Option<PathBuf>,
     machine: Machine,
     cpus: u32,
+    nodes: u32,
     parameters: Vec<String>,
     balloon: Balloon,
     devices: Vec<String>,
@@ -243,6 +244,7 @@ impl Config {
                 Architecture::Arm64 => Machine::Virt,
             },
             cpus: 2,
+            nodes: 1,
             parameters: Vec::new(),
             balloon: Balloon::Default,
             devices: Vec::new(),
@@ -255,6 +257,12 @@ impl Config {
     /// How much memory the guest has.
     pub fn memory(mut self, memory: Size) -> Self {
         self.memory = memory;
+        self
+    }
+
+    /// How many NUMA nodes the guest has, each with its share of the memory and of the processors.
+    pub fn nodes(mut self, nodes: u32) -> Self {
+        self.nodes = nodes;
         self
     }
 
@@ -479,8 +487,22 @@ impl Config {
             (None, MemoryBackend::Anonymous | MemoryBackend::Memfd) => Some("memfd".to_owned()),
             (None, MemoryBackend::Hugetlb) => Some("memfd,hugetlb=on,hugetlbsize=2M".to_owned()),
         };
-        if let Some(backend) = backend {
-            let bytes = self.memory.as_bytes();
+        let bytes = self.memory.as_bytes();
+        if self.nodes > 1 {
+            let backend = backend.map_or("ram".to_owned(), |backend| backend + ",share=on");
+            let (size, cpus) = (bytes / u64::from(self.nodes), self.cpus / self.nodes);
+            for node in 0..self.nodes {
+                let (first, last) = (node * cpus, (node + 1) * cpus - 1);
+                option(
+                    "-object",
+                    format!("memory-backend-{backend},id=memory{node},size={size}"),
+                );
+                option(
+                    "-numa",
+                    format!("node,nodeid={node},cpus={first}-{last},memdev=memory{node}"),
+                );
+            }
+        } else if let Some(backend) = backend {
             machine += ",memory-backend=memory";
             option(
                 "-object",
@@ -489,8 +511,9 @@ impl Config {
         }
         option("-machine", machine);
         option("-cpu", "max".to_owned());
-        option("-smp", self.cpus.to_string());
-        option("-m", format!("{}B", self.memory.as_bytes()));
+        // The processors of a node share caches, those of different nodes do not.
+        option("-smp", format!("{},sockets={}", self.cpus, self.nodes));
+        option("-m", format!("{bytes}B"));
         option("-display", "none".to_owned());
         option("-run-with", "exit-with-parent=on".to_owned());
 
@@ -722,7 +745,7 @@ mod tests {
     fn defaults_are_a_pc_with_a_balloon() {
         let line = config().command_line(None).join(" ");
         assert!(
-            line.contains("-machine q35,accel=tcg -cpu max -smp 2 -m 1073741824B"),
+            line.contains("-machine q35,accel=tcg -cpu max -smp 2,sockets=1 -m 1073741824B"),
             "{line}"
         );
         assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
@@ -797,6 +820,17 @@ mod tests {
             .command_line(None)
             .join(" ");
         assert!(line.contains("memory-backend-file,mem-path=/m,"), "{line}");
+    }
+
+    #[test]
+    fn nodes_share_the_memory() {
+        let line = config().nodes(2).command_line(None).join(" ");
+        for part in [
+            "memory-backend-ram,id=memory1,size=536870912",
+            "node,nodeid=1,cpus=1-1,memdev=memory1",
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
     }
 
     #[test]

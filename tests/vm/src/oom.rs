@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use vm::{Guest, Load, Offer, RunningLoad, Size};
+use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 
 use crate::reporting::wait_until_taken;
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
@@ -89,11 +89,15 @@ const ON: &[Offer] = &[Offer::DeflateOnOom];
 const OOM: &str = "invoked oom-killer|Out of memory";
 
 fn deflate_on_oom(setup: &Setup) -> Result<()> {
-    vm::run(&setup.config().offer(ON), |guest| {
+    let config = setup.config().nodes(2).offer(ON).expect(OOM);
+    vm::run(&config, |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let total = guest.meminfo()?.total;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
+        if setup.driver == Driver::Rust {
+            check_nodes(setup, guest, shares.balloon)?;
+        }
         let with_balloon = guest.meminfo()?.total;
         ensure!(
             with_balloon == total,
@@ -111,8 +115,110 @@ fn deflate_on_oom(setup: &Setup) -> Result<()> {
         load.stop()?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
+        guest.write_file("/proc/sys/vm/oom_kill_allocating_task", "1")?;
+        guest.sh(&format!(
+            "echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control && mkdir {0} && echo 0 >{0}/cpuset.mems",
+            Bound::GROUP
+        ))?;
+        for bound in [Bound::Policy, Bound::Cpuset] {
+            oom_on_one_node(setup, guest, bound)?;
+        }
         guest.rmmod(setup.driver)
     })
+}
+
+/// Checks that each of the two nodes has given its part of a balloon of `size`.
+fn check_nodes(setup: &Setup, guest: &Guest, size: Size) -> Result<()> {
+    let nodes = [guest.node_balloon(0)?, guest.node_balloon(1)?];
+    setup.note(format!("the nodes gave {} and {}", nodes[0], nodes[1]));
+    ensure!(
+        nodes
+            .iter()
+            .all(|node| node.as_bytes() * 5 > size.as_bytes() * 2),
+        "the nodes gave {} and {} of {size}",
+        nodes[0],
+        nodes[1]
+    );
+    Ok(())
+}
+
+/// What binds a process to a node.
+#[derive(Clone, Copy, Debug)]
+enum Bound {
+    /// The memory policy of the file system that it writes to.
+    Policy,
+    /// A cpuset.
+    Cpuset,
+}
+
+impl Bound {
+    const GROUP: &str = "/sys/fs/cgroup/node";
+
+    /// Has a process fill a file with memory of node 0. It may be killed for that.
+    fn fill(self, guest: &Guest, size: Size) -> Result<Output> {
+        let (policy, join) = match self {
+            Self::Policy => (",mpol=bind:0", String::new()),
+            Self::Cpuset => ("", format!("echo $$ >{}/cgroup.procs && ", Self::GROUP)),
+        };
+        guest.sh(&format!(
+            "mkdir -p /tmp/node && mount -t tmpfs -o size=100%{policy} node /tmp/node"
+        ))?;
+        let dd = format!(
+            "dd if=/dev/zero of=/tmp/node/file bs=1M count={}",
+            size.as_mib()
+        );
+        // Nothing that the agent starts would be killed.
+        let line = format!("echo 0 >/proc/self/oom_score_adj && {join}exec {dd}");
+        let output = guest.exec_within(&["sh", "-c", &line], PATIENCE)?;
+        guest.sh("umount /tmp/node")?;
+        Ok(output)
+    }
+}
+
+/// Has a process that is bound to one node fill a file, first with some of what is in the balloon, and then with more than
+/// there is.
+fn oom_on_one_node(setup: &Setup, guest: &Guest, bound: Bound) -> Result<()> {
+    // Ends the pause after the last time.
+    guest.balloon().settle(Size::default())?;
+    guest.balloon().settle(Size::mib(400))?;
+    let balloons = || anyhow::Ok([guest.node_balloon(0)?, guest.node_balloon(1)?]);
+    let words = |nodes: [Size; 2]| format!("{} and {}", nodes[0], nodes[1]);
+    let before = balloons()?;
+    let free = guest.sh(
+        "sed -n 's/.*MemFree: *\\([0-9]*\\) kB/\\1/p' /sys/devices/system/node/node0/meminfo",
+    )?;
+    let free = Size::kib(free.trim().parse()?);
+    let kills = || guest.vmstat("oom_kill");
+    let killed = kills()?;
+    let output = bound.fill(guest, free + Size::mib(64))?;
+    let helped = output.exit == Exit::Status(0) && kills()? == killed;
+    let some = balloons()?;
+    bound.fill(guest, Size::gib(1))?;
+    let after = balloons()?;
+    setup.note(format!(
+        "{bound:?}: the nodes had {} in the balloon, {} when a process {} what it needed, and {} at the end",
+        words(before),
+        words(some),
+        if helped { "had got" } else { "was killed for" },
+        words(after)
+    ));
+    ensure!(
+        kills()? > killed,
+        "a process has got more memory than the node has"
+    );
+    if setup.driver == Driver::Rust {
+        ensure!(
+            helped,
+            "no process gets the node's memory back from the balloon: {output:?}"
+        );
+        ensure!(
+            after[0] < before[0] && after[1] >= before[1],
+            "{} were in the balloon, and {} after node 0 had run out of memory",
+            words(before),
+            words(after)
+        );
+    }
+    Ok(())
 }
 
 fn oom_while_inflating(setup: &Setup) -> Result<()> {
