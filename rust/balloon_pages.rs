@@ -12,18 +12,25 @@
 
 use super::{
     bindings,
-    memory::Node,
+    memory::{
+        self,
+        Node, //
+    },
     page_list::{
         self,
         PageList,
-        MAX_ORDER, //
+        MAX_ORDER,
+        ORDER_MASK, //
     },
 };
 
 use core::{
     marker::PhantomData,
     ops::Range,
-    ptr::NonNull, //
+    ptr::{
+        self,
+        NonNull, //
+    },
 };
 use kernel::{
     container_of,
@@ -125,10 +132,12 @@ pub(crate) type ByOrder = [usize; MAX_ORDER as usize + 1];
 ///
 /// # Invariants
 ///
-/// There are no single pages in `list`, and as many blocks of each order as `by_order` says.
+/// There are no single pages in `list`, and as many blocks of each order as `by_order` says. Each
+/// has `owner` noted in its first page, and no other page has.
 struct Blocks {
     list: PageList,
     by_order: ByOrder,
+    owner: usize,
 }
 
 impl Blocks {
@@ -137,6 +146,7 @@ impl Blocks {
         Self {
             list: PageList::new(),
             by_order: [0; MAX_ORDER as usize + 1],
+            owner: 0,
         }
     }
 
@@ -150,6 +160,7 @@ impl Blocks {
         // begins a block that is nobody else's; it stays one in the list, where its order can be
         // read.
         let order = unsafe {
+            page_list::set_owner(page, self.owner);
             self.list.push_block(page);
             page_list::order(page)
         };
@@ -163,14 +174,46 @@ impl Blocks {
     /// Takes the first block.
     fn pop(&mut self) -> Option<NonNull<bindings::page>> {
         let page = self.list.pop_block()?;
-        // SAFETY: The block was on the list, and is marked.
-        let order = unsafe { page_list::order(page) };
+
+        // SAFETY: The block was on the list.
+        unsafe { self.let_go(page) };
+        Some(page)
+    }
+
+    /// Takes the block that begins at the page frame number `pfn`, if there is one.
+    fn take_at(&mut self, pfn: u64) -> Option<NonNull<bindings::page>> {
+        // SAFETY: The function has no preconditions.
+        let private = unsafe { bindings::balloon_rs_offline_private(pfn as usize) } as usize;
+        if private & !ORDER_MASK != self.owner || private & ORDER_MASK == 0 {
+            return None;
+        }
+
+        // SAFETY: There is a page, and by the type invariants it begins one of these blocks.
+        unsafe {
+            let page = NonNull::new(bindings::balloon_rs_pfn_to_page(pfn as usize))?;
+
+            self.list.remove_block(page);
+            self.let_go(page);
+            Some(page)
+        }
+    }
+
+    /// The block that begins with `page` has left the list.
+    ///
+    /// # Safety
+    ///
+    /// It must be one.
+    unsafe fn let_go(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: The caller has the block, which is marked.
+        let order = unsafe {
+            page_list::set_owner(page, 0);
+            page_list::order(page)
+        };
 
         // INVARIANT: One less.
         if let Some(blocks) = self.by_order.get_mut(order as usize) {
             *blocks -= 1;
         }
-        Some(page)
     }
 }
 
@@ -183,7 +226,12 @@ impl Blocks {
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction.
+/// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction. The
+/// owner of `blocks` is the address of this.
+//
+// So aligned that there is room for an order in the address. The core notes the address of `info` in
+// single pages: at the beginning it is an owner with an order of 0, which no block has.
+#[repr(C, align(64))]
 #[pin_data(PinnedDrop)]
 struct NodePages<R: Replace> {
     #[pin]
@@ -208,7 +256,11 @@ impl<R: Replace> NodePages<R> {
     ///
     /// `ENOMEM`.
     fn new(adjust_managed: bool, replace: Arc<R>) -> Result<Pin<KBox<Self>>> {
-        KBox::pin_init(Self::init(adjust_managed, replace), GFP_KERNEL)
+        let this = KBox::pin_init(Self::init(adjust_managed, replace), GFP_KERNEL)?;
+
+        // INVARIANT: There are no blocks.
+        this.blocks.lock().owner = ptr::from_ref(&*this).addr();
+        Ok(this)
     }
 
     fn init(adjust_managed: bool, replace: Arc<R>) -> impl PinInit<Self, Error> {
@@ -397,25 +449,19 @@ impl<R: Replace> NodePages<R> {
     }
 
     /// Takes all blocks out that begin in `pfns` (page frame numbers of kernel pages), and puts them
-    /// on `taken`.
-    fn take_blocks(&self, pfns: &Range<u64>, taken: &mut PageList) {
-        let mut kept = Blocks::new();
-        let mut blocks = self.blocks.lock();
+    /// on `taken`. Looks at each page block there, and at no others.
+    fn take_blocks(&self, pfns: Range<u64>, taken: &mut PageList) {
+        let step = 1 << memory::page_block_order();
 
-        while let Some(block) = blocks.pop() {
+        for pfn in (pfns.start.next_multiple_of(step)..pfns.end).step_by(step as usize) {
+            let Some(block) = self.blocks.lock().take_at(pfn) else {
+                continue;
+            };
+
+            self.account(block, false);
             // SAFETY: The block was on a list, and is marked.
-            unsafe {
-                let pfn = bindings::balloon_rs_page_to_pfn(block.as_ptr()) as u64;
-
-                if pfns.contains(&pfn) {
-                    self.account(block, false);
-                    taken.push_block(block);
-                } else {
-                    kept.push(block);
-                }
-            }
+            unsafe { taken.push_block(block) };
         }
-        *blocks = kept;
     }
 }
 
@@ -560,8 +606,11 @@ impl<R: Replace> BalloonPages<R> {
     pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
         let mut taken = PageList::new();
 
-        for node in &self.nodes {
-            node.take_blocks(pfns, &mut taken);
+        for (node, pages) in self.filled(false) {
+            let span = node.span();
+            let there = span.start.max(pfns.start)..span.end.min(pfns.end);
+
+            pages.take_blocks(there, &mut taken);
         }
         taken
     }

@@ -50,6 +50,17 @@ int balloon_rs_page_to_nid(struct page *page)
 	return page_to_nid(page);
 }
 
+/*
+ * The private field of a page that is marked as offline, or 0. Such a page keeps it for as long as
+ * its owner holds the owner's lock; for a page of others the value is a guess.
+ */
+unsigned long balloon_rs_offline_private(unsigned long pfn)
+{
+	struct page *page = pfn_to_online_page(pfn);
+
+	return page && PageOffline(page) ? data_race(page_private(page)) : 0;
+}
+
 /* The number of a node that has memory, or -1. */
 int balloon_rs_nth_node(unsigned long n)
 {
@@ -66,6 +77,16 @@ int balloon_rs_nth_node(unsigned long n)
 unsigned int balloon_rs_node_ids(void)
 {
 	return nr_node_ids;
+}
+
+unsigned long balloon_rs_node_start(int node)
+{
+	return node_start_pfn(node);
+}
+
+unsigned long balloon_rs_node_end(int node)
+{
+	return node_end_pfn(node);
 }
 
 unsigned long balloon_rs_node_present(int node)

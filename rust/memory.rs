@@ -6,7 +6,10 @@
 
 use super::bindings;
 
-use core::mem::MaybeUninit;
+use core::{
+    mem::MaybeUninit,
+    ops::Range, //
+};
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
@@ -96,6 +99,17 @@ impl Node {
     /// Returns its number.
     pub(super) fn number(self) -> c_int {
         self.0
+    }
+
+    /// Returns its place (page frame numbers of kernel pages). Parts of that may belong to other
+    /// nodes, or to none.
+    pub(super) fn span(self) -> Range<u64> {
+        // SAFETY: By the type invariants it is a node.
+        unsafe {
+            let start = bindings::balloon_rs_node_start(self.0) as u64;
+
+            start..bindings::balloon_rs_node_end(self.0) as u64
+        }
     }
 
     /// Returns how many kernel pages there are.

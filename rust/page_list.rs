@@ -40,20 +40,41 @@ unsafe fn page_of(lru: *mut bindings::list_head) -> NonNull<bindings::page> {
     unsafe { NonNull::new_unchecked(lru.byte_sub(bindings::PAGE_LRU_OFFSET).cast()) }
 }
 
+/// The bits of a page's `private` field that have the order. The others have the owner, if there is
+/// one.
+pub(super) const ORDER_MASK: usize = 63;
+
+/// Returns the `private` field of `page`.
+///
+/// # Safety
+///
+/// `page` must point to a `struct page`.
+unsafe fn private(page: NonNull<bindings::page>) -> *mut c_ulong {
+    // SAFETY: The field lies that far into the `struct page` that the caller vouches for.
+    unsafe { page.as_ptr().byte_add(bindings::PAGE_PRIVATE_OFFSET) }.cast()
+}
+
 /// Returns the order that is noted in `page`: 0 for a page that stands for itself.
 ///
 /// # Safety
 ///
-/// `page` must point to a `struct page` that the caller owns, in whose `private` field nothing else
-/// was noted.
+/// `page` must point to a `struct page` that the caller owns, in whose `private` field nothing but
+/// the order and the owner was noted.
 pub(super) unsafe fn order(page: NonNull<bindings::page>) -> u32 {
-    // SAFETY: The field lies that far into the `struct page` that the caller vouches for.
-    unsafe {
-        page.as_ptr()
-            .byte_add(bindings::PAGE_PRIVATE_OFFSET)
-            .cast::<c_ulong>()
-            .read() as u32
-    }
+    // SAFETY: By the requirements of this function.
+    unsafe { (private(page).read() as usize & ORDER_MASK) as u32 }
+}
+
+/// Notes the owner of the block that begins with `page`, or that there is none (0).
+///
+/// # Safety
+///
+/// As for [`order`]. `owner` must have no bits of [`ORDER_MASK`].
+pub(super) unsafe fn set_owner(page: NonNull<bindings::page>, owner: usize) {
+    // Others may read the field of a page that is marked.
+    //
+    // SAFETY: By the requirements of this function.
+    unsafe { private(page).write_volatile(owner as c_ulong | order(page) as c_ulong) };
 }
 
 /// Marks all pages of a block as offline, so that nobody looks at what is in them, and notes the
@@ -158,6 +179,22 @@ impl Ring {
         };
 
         Some(page)
+    }
+
+    /// Takes `page` out.
+    ///
+    /// # Safety
+    ///
+    /// It must be in the ring.
+    unsafe fn remove(&mut self, page: NonNull<bindings::page>) {
+        // The ring begins with any of its pages, for a moment.
+        //
+        // INVARIANT: The page is one of the ring, and so is the first one, if there is another one.
+        let first = self.first.replace(page);
+        self.pop();
+        if first != Some(page) {
+            self.first = first;
+        }
     }
 
     /// Takes the last page out.
@@ -282,6 +319,23 @@ impl PageList {
         // INVARIANT: The block's pages are off the list.
         self.block_pages -= 1 << unsafe { order(page) };
         Some(page)
+    }
+
+    /// Takes the block that begins with `page` off the list. The caller owns it, and it stays
+    /// marked.
+    ///
+    /// # Safety
+    ///
+    /// It must be on the list.
+    pub(super) unsafe fn remove_block(&mut self, page: NonNull<bindings::page>) {
+        // SAFETY: By the requirements of this function. By the type invariants the order is where
+        // it is read.
+        //
+        // INVARIANT: The block's pages are off the list.
+        unsafe {
+            self.blocks.remove(page);
+            self.block_pages -= 1 << order(page);
+        }
     }
 
     /// Takes the first pages off that are all on one node: blocks, if there are any, or else single

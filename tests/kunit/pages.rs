@@ -298,6 +298,35 @@ mod tests {
     }
 
     #[test]
+    fn blocks_are_found_among_those_of_others() -> Result {
+        const LEN: usize = 1 << MAX_ORDER;
+        let (one, other) = (balloon()?, balloon()?);
+        // Marked like the rest, and in no balloon.
+        let mut batch = gather(9, true)?;
+        let mut some = PageList::new();
+
+        for n in 0..6 {
+            batch.take_first(&mut some);
+            let balloon = if n % 2 == 0 { &one } else { &other };
+            balloon.insert(core::mem::replace(&mut some, PageList::new()));
+        }
+        one.insert(block(MAX_ORDER)?);
+
+        // From the middle, the end and the beginning of the list.
+        let taken = one.take_blocks(&(0..u64::MAX));
+        assert_eq!(taken.len(), 3 * LEN);
+        assert!(one.by_order() == held(LEN, 0));
+        assert!(other.by_order() == held(0, 3));
+        assert_eq!(batch.blocks(), 3);
+
+        // What has left a balloon is found in it no more.
+        drop(taken);
+        assert!(one.take_blocks(&(0..u64::MAX)).is_empty());
+        assert_eq!(other.take(usize::MAX, usize::MAX, false).len(), 3 * LEN);
+        Ok(())
+    }
+
+    #[test]
     fn nothing_is_taken_for_nodes_with_enough_memory() -> Result {
         let balloon = balloon()?;
 
