@@ -254,7 +254,7 @@ impl Batch {
 
         let Some(window) = self.window(pfn) else {
             // SAFETY: The block was just allocated with this order.
-            unsafe { bindings::__free_pages(page.as_ptr(), order) };
+            unsafe { bindings::balloon_rs_free_block(page.as_ptr(), order) };
             return Err(AllocError::Full);
         };
 

@@ -224,20 +224,18 @@ void balloon_rs_put_page(struct page *page)
 	put_page(page);
 }
 
-/* For a block that is free_block()'s to free. */
-void balloon_rs_set_page_order(struct page *page, unsigned int order)
+/* For a block whose order balloon_rs_take_order() returns. */
+void balloon_rs_set_order(struct page *page, unsigned int order)
 {
 	set_page_private(page, order);
 }
 
-/* Frees the block that begins with @pfn, and returns its order. */
-unsigned int balloon_rs_free_block(unsigned long pfn)
+/* Takes the note of a block's order back. */
+unsigned int balloon_rs_take_order(struct page *page)
 {
-	struct page *page = pfn_to_page(pfn);
 	unsigned int order = page_private(page);
 
 	set_page_private(page, 0);
-	__free_pages(page, order);
 	return order;
 }
 
@@ -311,6 +309,45 @@ void balloon_rs_free_range(unsigned long pfn, unsigned long nr)
 #endif
 	for (; nr; pfn++, nr--)
 		__free_page(pfn_to_page(pfn));
+}
+
+/*
+ * Frees a block that is not marked. The page allocator keeps a page with a memory error to itself only
+ * if the page is freed alone.
+ */
+void balloon_rs_free_block(struct page *page, unsigned int order)
+{
+	unsigned long i;
+
+	for (i = 0; i < 1UL << order; i++) {
+		if (PageHWPoison(page + i)) {
+			balloon_rs_split_block(page, order);
+			balloon_rs_free_range(page_to_pfn(page), 1UL << order);
+			return;
+		}
+	}
+	__free_pages(page, order);
+}
+
+/* For tests: has the page a memory error. */
+bool balloon_rs_set_error(unsigned long pfn)
+{
+	SetPageHWPoison(pfn_to_page(pfn));
+	return PageHWPoison(pfn_to_page(pfn));
+}
+
+/* For tests: mends a page with a memory error. Returns whether it was kept aside when it was freed. */
+bool balloon_rs_mend(unsigned long pfn)
+{
+	struct page *page = pfn_to_page(pfn);
+	bool is_aside = !page_count(page) && !is_free_buddy_page(page);
+
+	ClearPageHWPoison(page);
+	if (is_aside) {
+		init_page_count(page);
+		__free_page(page);
+	}
+	return is_aside;
 }
 
 /*
@@ -488,7 +525,7 @@ static bool drain_zone(int node, gfp_t gfp, unsigned int order)
 		return false;
 	pfn = page_to_pfn(page);
 	is_it = page_zone(page) == zone || !populated_zone(zone);
-	__free_pages(page, order);
+	balloon_rs_free_block(page, order);
 
 	/* Whoever was faster has it; it is drained for nevertheless, or only another time. */
 	if (!is_it || alloc_range(pfn, 1UL << order))

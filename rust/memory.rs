@@ -265,3 +265,20 @@ pub(crate) fn ballooned_pages() -> usize {
     // SAFETY: The function has no preconditions.
     unsafe { bindings::balloon_rs_ballooned_pages() as usize }
 }
+
+/// Drops `owner` while its page `pfn` has a memory error. Returns whether the page allocator has
+/// kept that page aside; `None` if this kernel knows of no errors. The page is mended after that.
+///
+/// # Safety
+///
+/// The page must be one that dropping `owner` frees.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(super) unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
+    // SAFETY: By the requirements of this function the page is ours.
+    let has_error = unsafe { bindings::balloon_rs_set_error(pfn) };
+
+    drop(owner);
+    drain_free_lists();
+    // SAFETY: It was freed: the page allocator has it, or has kept it aside.
+    has_error.then(|| unsafe { bindings::balloon_rs_mend(pfn) })
+}

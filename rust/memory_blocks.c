@@ -136,8 +136,9 @@ static bool can_be_moved(struct page *page)
 
 /*
  * Whether the memory block of @nr pages from @first on can be taken: its pages are of one zone in
- * which they also come online, and free, or such that the kernel can move them. Without a lock: it
- * may be over just as soon, and then the kernel does not take it offline.
+ * which they also come online, and free, or such that the kernel can move them. With a memory error
+ * it would not come online again. Without a lock: it may be over just as soon, and then the kernel
+ * does not take it offline.
  */
 bool balloon_rs_can_take_block(unsigned long first, unsigned long nr)
 {
@@ -163,7 +164,7 @@ bool balloon_rs_can_take_block(unsigned long first, unsigned long nr)
 
 			if (order <= MAX_PAGE_ORDER)
 				pfn += (1UL << order) - 1;
-		} else if (page_has_type(page) || PageReserved(page) ||
+		} else if (page_has_type(page) || PageReserved(page) || PageHWPoison(page) ||
 			   (page_count(page) && !can_be_moved(page))) {
 			return false;
 		}

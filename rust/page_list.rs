@@ -6,6 +6,8 @@
 //! [`include/linux/mm_types.h`](srctree/include/linux/mm_types.h)
 
 use super::bindings;
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use super::memory;
 
 use core::{
     mem,
@@ -563,6 +565,21 @@ impl PageList {
         }
     }
 
+    /// Frees the pages, of which page `n` of the first block, or the first single page, has a memory
+    /// error. Returns whether that page was kept aside.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
+        let page = self.blocks.first.or(self.singles.first)?;
+        let len = self.first_block_len().unwrap_or(1);
+
+        // SAFETY: By the type invariants the page is one of the list's.
+        unsafe {
+            let pfn = bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize;
+
+            memory::drop_with_error(self, pfn + n % len)
+        }
+    }
+
     /// Moves all but the first `len` single pages to `other`.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn split_at(&mut self, len: usize, other: &mut Self) {
@@ -634,7 +651,7 @@ impl Drop for PageList {
     fn drop(&mut self) {
         while let Some(page) = self.pop_block() {
             // SAFETY: The block was on the list, which owned it.
-            unsafe { bindings::__free_pages(page.as_ptr(), unmark_block(page)) };
+            unsafe { bindings::balloon_rs_free_block(page.as_ptr(), unmark_block(page)) };
         }
 
         // Neighbours are freed together: they go back to the page allocator as blocks, which need

@@ -16,6 +16,9 @@ use super::{
     },
 };
 
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use super::memory;
+
 use core::{
     mem,
     ptr::NonNull, //
@@ -58,7 +61,7 @@ impl PageRun {
         //
         // SAFETY: The page was just allocated.
         unsafe {
-            bindings::balloon_rs_set_page_order(page.as_ptr(), order);
+            bindings::balloon_rs_set_order(page.as_ptr(), order);
             Some(Self {
                 first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
                 len: 1 << order,
@@ -77,7 +80,7 @@ impl PageRun {
         unsafe {
             let order = unmark_block(page);
 
-            bindings::balloon_rs_set_page_order(page.as_ptr(), order);
+            bindings::balloon_rs_set_order(page.as_ptr(), order);
             Some(Self {
                 first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
                 len: 1 << order,
@@ -89,6 +92,15 @@ impl PageRun {
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn first(&self) -> usize {
         self.first
+    }
+
+    /// Frees the run, whose page `n` has a memory error. Returns whether that page was kept aside.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
+        let pfn = self.first + n % self.len;
+
+        // SAFETY: The page is one of the run.
+        unsafe { memory::drop_with_error(self, pfn) }
     }
 
     /// Returns the length in kernel pages.
@@ -113,7 +125,13 @@ impl PageRun {
     fn free_block(&mut self) -> usize {
         // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
         // first page.
-        let freed = 1 << unsafe { bindings::balloon_rs_free_block(self.first) };
+        let freed = unsafe {
+            let page = bindings::balloon_rs_pfn_to_page(self.first);
+            let order = bindings::balloon_rs_take_order(page);
+
+            bindings::balloon_rs_free_block(page, order);
+            1 << order
+        };
 
         self.first += freed;
         self.len -= freed;

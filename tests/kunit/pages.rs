@@ -14,6 +14,7 @@ use crate::rust::{
         PageList,
         MAX_ORDER, //
     },
+    page_run::PageRun, //
 };
 
 use core::hint::spin_loop;
@@ -334,6 +335,21 @@ mod tests {
         assert_eq!(balloon.len_where_needed(), 0);
         assert!(balloon.take(usize::MAX, usize::MAX, true).is_empty());
         assert_eq!(balloon.len(), 1 << MAX_ORDER);
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_with_a_memory_error_is_kept_aside() -> Result {
+        for place in [0, 1, (1 << MAX_ORDER) - 1] {
+            let block = blocks(1)?;
+            assert_ne!(block.free_with_error(place), Some(false));
+
+            let run = PageRun::alloc(MAX_ORDER).ok_or(ENOMEM)?;
+            assert_ne!(run.free_with_error(place), Some(false));
+        }
+
+        // Single pages that are freed together.
+        assert_ne!(block(MAX_ORDER)?.free_with_error(0), Some(false));
         Ok(())
     }
 

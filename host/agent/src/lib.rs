@@ -63,13 +63,15 @@ pub enum Command {
         /// How long the change may take, in milliseconds.
         timeout_ms: u64,
     },
-    /// Counts the pages with numbers from one to below another one that are marked as logically offline; answered with
+    /// Counts the pages with numbers from one to below another one that have all of some flags; answered with
     /// [`Reply::Pages`].
-    CountOffline {
+    CountPages {
         /// The first page's number.
         start: u64,
         /// The number after the last page's; memory may end before.
         end: u64,
+        /// The flags.
+        flags: Vec<PageFlag>,
     },
     /// Starts a load on the guest's memory; answered with [`Reply::Load`].
     StartLoad(Load),
@@ -207,6 +209,19 @@ pub enum Load {
         /// What makes one run differ from another.
         seed: u64,
     },
+}
+
+/// What the kernel says of a page, by its bit in /proc/kpageflags.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum PageFlag {
+    /// It is free.
+    Buddy = 10,
+    /// A process has mapped it.
+    Mapped = 11,
+    /// It has a memory error.
+    MemoryError = 19,
+    /// It is logically offline, as a balloon's are.
+    Offline = 23,
 }
 
 /// How a load fares.

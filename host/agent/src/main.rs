@@ -115,7 +115,9 @@ fn execute(command: Command) -> Result<Reply> {
         } => Reply::Text(watch::change(&attribute, timeout_ms, || {
             write(&path, &contents)
         })?),
-        Command::CountOffline { start, end } => Reply::Pages(pages::offline(start, end)?),
+        Command::CountPages { start, end, flags } => {
+            Reply::Pages(pages::count(start, end, &flags)?)
+        }
         Command::StartLoad(load) => Reply::Load(load::start(load)?),
         Command::LoadStatus(id) => Reply::Status(load::status(id)?),
         Command::StopLoad(id) => Reply::Status(load::stop(id)?),

@@ -5,20 +5,19 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use agent::PageFlag;
 use anyhow::{Context, Result};
 
 /// A word with flags for each page.
 const FLAGS: &str = "/proc/kpageflags";
 const WORD: usize = size_of::<u64>();
 
-/// The flag of a page that is logically offline.
-const OFFLINE: u64 = 1 << 23;
-
 /// How many pages are looked at with one call.
 const CHUNK: u64 = 1 << 13;
 
-/// How many of the pages with numbers from `start` to `end` are marked as logically offline.
-pub(crate) fn offline(start: u64, end: u64) -> Result<u64> {
+/// How many of the pages with numbers from `start` to `end` have all of `flags`.
+pub(crate) fn count(start: u64, end: u64, flags: &[PageFlag]) -> Result<u64> {
+    let flags = flags.iter().fold(0, |all, &flag| all | (1 << flag as u32));
     let file = File::open(FLAGS).with_context(|| format!("opening {FLAGS}"))?;
     let mut number = 0;
     let mut page = start;
@@ -32,7 +31,7 @@ pub(crate) fn offline(start: u64, end: u64) -> Result<u64> {
         let words = words[..length].chunks_exact(WORD);
         page += words.len() as u64;
         for word in words {
-            number += u64::from(u64::from_ne_bytes(word.try_into()?) & OFFLINE != 0);
+            number += u64::from(u64::from_ne_bytes(word.try_into()?) & flags == flags);
         }
     }
     Ok(number)

@@ -54,7 +54,7 @@ mod tracing;
 mod virtio_mem;
 mod write_log;
 
-pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output};
+pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output, PageFlag};
 
 pub use crate::agent::Pending;
 pub use crate::balloon::{Balloon, Sample};

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use agent::{Command, Load, Reply};
+use agent::{Command, Load, PageFlag, Reply};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::guest::{COMMAND_TIMEOUT, Guest, RunningLoad};
@@ -41,8 +41,17 @@ impl Guest {
 
     /// How many pages are marked as logically offline, as a balloon's are: of all, or of those with numbers in a range.
     pub fn offline_pages(&self, range: Option<Range<u64>>) -> Result<u64> {
-        let Range { start, end } = range.unwrap_or(0..u64::MAX);
-        match self.call(Command::CountOffline { start, end }, COMMAND_TIMEOUT)? {
+        self.count_pages(range.unwrap_or(0..u64::MAX), &[PageFlag::Offline])
+    }
+
+    /// How many pages with numbers in a range have all of some flags.
+    pub fn count_pages(&self, range: Range<u64>, flags: &[PageFlag]) -> Result<u64> {
+        let command = Command::CountPages {
+            start: range.start,
+            end: range.end,
+            flags: flags.to_vec(),
+        };
+        match self.call(command, COMMAND_TIMEOUT)? {
             Reply::Pages(pages) => Ok(pages),
             reply => bail!("the agent answers {reply:?} to a question about pages"),
         }

@@ -50,6 +50,9 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+/// Where the balloon has large pieces, and where it has single pages.
+pub(crate) const BLOCKS_OR_PAGES: &[Device] = &[Device::Extended, Device::Qemu];
+
 /// How long it may take to move the balloon's pages: the host hears of each one by itself.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -187,7 +190,7 @@ fn memory_offline(setup: &Setup) -> Result<()> {
 /// A block of memory that can be taken away from the guest.
 pub(crate) struct Block {
     pub(crate) state: String,
-    pages: Range<u64>,
+    pub(crate) pages: Range<u64>,
 }
 
 /// The block of memory that has most of the balloon in it, of those whose zones match a pattern.

@@ -2,9 +2,13 @@
 
 //! What becomes of the memory: the host really gets it, and the guest keeps what is its own.
 
-use anyhow::{Result, ensure};
-use vm::{Load, Size};
+use std::ops::Range;
 
+use anyhow::{Result, ensure};
+use vm::{Load, PageFlag, Size};
+
+use crate::compaction::{BLOCKS_OR_PAGES, fullest_block};
+use crate::reporting::wait_until_taken;
 use crate::sizes::check_size;
 use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
@@ -32,6 +36,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: fragmented,
+    },
+    Scenario {
+        name: "memory_error",
+        proves: "the guest never uses a page again that has had a memory error in the balloon",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: BLOCKS_OR_PAGES,
+        run: memory_error,
     },
 ];
 
@@ -129,6 +141,60 @@ fn free_blocks(buddyinfo: &str) -> Size {
             .sum()
     };
     buddyinfo.lines().map(orders).sum()
+}
+
+fn memory_error(setup: &Setup) -> Result<()> {
+    const FILE: &str = "/sys/devices/system/memory/hard_offline_page";
+    let size = Size::mib(640);
+    vm::run(&setup.config(), |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        guest.balloon().settle(size)?;
+        let block = fullest_block(guest, ".")?;
+        let Range { start, end } = block.pages;
+        let pages = guest.offline_pages(Some(start..end))?;
+        ensure!(
+            pages == end - start,
+            "no block is full of the balloon: at most {pages} of {} pages are in it",
+            end - start
+        );
+        // The first and the last page of blocks, and one in between.
+        let errors = [start, start + 1_300, end - 1];
+        for page in errors {
+            let address = (guest.page_size() * page).as_bytes();
+            // The kernel fails the write, since the page is in use, and notes the error.
+            let _ = guest.write_file(FILE, &address.to_string());
+        }
+        let count = |flags: &[PageFlag]| guest.count_pages(start..end, flags);
+        let noted = count(&[PageFlag::MemoryError])?;
+        ensure!(
+            noted == errors.len() as u64,
+            "the kernel has noted {noted} memory errors of {}",
+            errors.len()
+        );
+
+        for _ in 0..2 {
+            guest.balloon().settle(Size::default())?;
+            let free = count(&[PageFlag::MemoryError, PageFlag::Buddy])?;
+            let need = usize::try_from(guest.meminfo()?.available.as_mib() - 100)?;
+            let load = guest.start_load(Load::Hog { mib: need })?;
+            wait_until_taken(guest, &load, need)?;
+            let mapped = count(&[PageFlag::MemoryError, PageFlag::Mapped])?;
+            load.stop()?;
+            ensure!(
+                free == 0 && mapped == 0,
+                "{free} pages with memory errors are free, and a process has got {mapped}"
+            );
+            guest.balloon().settle(size)?;
+        }
+        let noted = count(&[PageFlag::MemoryError])?;
+        ensure!(
+            noted == errors.len() as u64,
+            "{noted} memory errors are left of {}",
+            errors.len()
+        );
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
 }
 
 #[cfg(test)]
