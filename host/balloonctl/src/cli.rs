@@ -111,11 +111,10 @@ pub(crate) enum Command {
         /// The time between two samples; 0 turns statistics off
         seconds: u32,
     },
-    /// Give no memory back to the host for a limited time, regardless of what the guest gives away
+    /// Stop returning memory to the host, for a limited time
     ///
-    /// For times in which each page of the guest has to stay where it is: while a device has pinned it, or while
-    /// a snapshot is made or restored. Memory that the guest gives away until then stays with the VM until the
-    /// guest gives it away again.
+    /// Use it while guest memory must stay in place: while a device pins it, or during a snapshot. The guest
+    /// can still inflate. Memory that it inflates meanwhile stays with the VM until it is inflated again.
     Inhibit {
         /// The time limit, up to a day; repeat the command before it ends to extend it
         #[arg(
@@ -126,9 +125,9 @@ pub(crate) enum Command {
         )]
         seconds: u32,
     },
-    /// Give memory back to the host again, before the time limit of inhibit ends
+    /// End inhibit: return memory to the host again
     Resume,
-    /// Control free page hinting, with which a migration skips free pages
+    /// Control free page hinting, for migrations that skip free pages
     Hints {
         /// The action
         action: Hints,

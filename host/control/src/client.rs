@@ -72,6 +72,7 @@ impl ClientError {
             Self::Stale(_) => {
                 "the daemon has died and left its socket: start vhost-user-balloon again".to_owned()
             }
+            Self::Denied { owner, .. } if owner == "root" => "run this as root".to_owned(),
             Self::Denied { owner, .. } => format!("run this as {owner} or as root"),
             Self::Connect { .. } => {
                 "name the daemon's control socket with --socket or BALLOON_SOCKET".to_owned()
@@ -279,5 +280,11 @@ mod tests {
         let denied = unreachable(&path, io::ErrorKind::PermissionDenied.into());
         let me = User::from_uid(Uid::current()).unwrap().unwrap().name;
         assert!(matches!(denied, ClientError::Denied { owner, .. } if owner == me));
+        let advice = |owner: &str| {
+            let (path, owner) = (path.clone(), owner.to_owned());
+            ClientError::Denied { path, owner }.advice()
+        };
+        assert_eq!(advice("root"), "run this as root");
+        assert_eq!(advice("me"), "run this as me or as root");
     }
 }

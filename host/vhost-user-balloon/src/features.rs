@@ -18,19 +18,19 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 /// A feature that can be left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Feature {
-    /// The guest does not use a page that it takes back before the device knows.
+    /// The guest notifies the device before it reuses a page.
     MustTellHost,
     /// The guest sends memory statistics.
     Stats,
-    /// The guest takes memory back rather than run out of it.
+    /// The guest deflates before it runs out of memory.
     DeflateOnOom,
-    /// The guest tells on request which memory is free.
+    /// The guest lists free pages on request, for a migration.
     FreePageHinting,
-    /// The guest tells what its free pages hold.
+    /// The guest reports the content of its free pages.
     PagePoison,
-    /// The guest tells of free memory by itself.
+    /// The guest reports free pages continuously.
     FreePageReporting,
-    /// Each side tells from which message on it wants to be notified.
+    /// Both sides suppress needless notifications.
     EventIdx,
     /// The guest names pages by ranges and bitmaps; an extension.
     #[value(skip)]

@@ -24,29 +24,29 @@ use crate::hazard::Hazard;
 ///   -device vhost-user-test-device-pci,chardev=balloon,virtio-id=5,
 ///           num_vqs=6,vq_size=256,config_size=24
 ///
-/// with the two parts of the last line in one. The memory has to be shared.
+/// The last two lines are one argument. The memory has to be shared.
 ///
-/// The daemon serves one VMM at a time, and waits for the next one when that is
-/// gone. It ends on SIGTERM and SIGINT, and a guest that still runs is then
-/// without its balloon for good: QEMU's device cannot be given another daemon.
-/// The daemon's own process only keeps the connection. The device is in a child,
-/// which is started anew when it has crashed, and on SIGHUP, as after an update.
-/// The guest does not notice.
+/// The daemon serves one VMM at a time, and then waits for the next one. It ends
+/// on SIGTERM and SIGINT. A guest that still runs has no balloon from then on:
+/// QEMU's device cannot reconnect. A supervisor process holds the connection,
+/// and a worker process implements the device. The supervisor restarts the
+/// worker after a crash, and on SIGHUP, as after an update. The guest does not
+/// notice.
 ///
-/// It needs no privileges: only directories where it may make its sockets and
-/// its state file, and the memory file that the VMM hands over.
+/// The daemon needs no privileges: only directories in which it may create its
+/// sockets and its state file, and the memory file that it gets from the VMM.
 #[derive(Clone, Debug, Parser)]
 #[command(version, verbatim_doc_comment, args_override_self = true)]
 pub struct Options {
-    /// The socket that the VMM connects to; only the user whom the daemon runs as may
+    /// The socket for the VMM (mode 0600)
     #[arg(long, value_name = "PATH", required_unless_present_any = ["man", "worker"])]
     pub socket: Option<PathBuf>,
 
-    /// The socket that balloonctl connects to; only the user whom the daemon runs as may
+    /// The socket for balloonctl (mode 0600)
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 
-    /// Keep the target and the interval of the statistics in this file, also when the daemon has ended
+    /// Keep the target and the statistics interval in this file
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,
 
@@ -59,35 +59,37 @@ pub struct Options {
     )]
     pub features: Vec<Feature>,
 
-    /// Offer the features of the extended protocol, which are not in the virtio specification: page-sets,
-    /// with which the guest names memory by ranges and bitmaps, stop-reason, with which it tells why it
-    /// stops short of the target, and host-requests, with which it can be asked for unused memory. QEMU's
-    /// device needs num_vqs=6 and config_size=24 then, while 5 and 16 are enough otherwise
+    /// Offer the extended protocol, which is not in the virtio specification
+    ///
+    /// page-sets describe memory as ranges and bitmaps. stop-reason tells why the guest stays below the target.
+    /// host-requests ask the guest for unused memory. QEMU's device then needs num_vqs=6 and config_size=24;
+    /// otherwise 5 and 16 are enough.
     #[arg(long)]
     pub extensions: bool,
 
-    /// How often the guest is asked for statistics at first; 0 is never
+    /// The initial interval of the statistics; 0 turns them off
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub stats_interval: u32,
 
-    /// The smallest piece of shared memory to give back: auto, 4K or 2M. auto is 2M where the host has
-    /// huge pages for shared memory. Memory in hugetlbfs is given back by its own huge pages in any case.
-    /// With 2M the guest has to tell before it uses a page again (must-tell-host), so that huge pages may
-    /// come in pieces
+    /// The smallest piece of shared memory to return: auto, 4K or 2M
+    ///
+    /// auto is 2M on a host with huge pages for shared memory. Memory in hugetlbfs is returned in its own huge
+    /// pages in any case. With 2M the guest has to notify before it reuses a page (must-tell-host), so that
+    /// messages may contain parts of huge pages.
     #[arg(long, value_name = "SIZE", default_value = "auto")]
     pub granule: Granularity,
 
-    /// Have memory ready for what comes out of the balloon before the guest uses it again. That is so in any
-    /// case for hugetlbfs, and for a tmpfs that has no room for all of the guest's memory. A guest that tells
-    /// before it uses a page again (must-tell-host) waits until the host has memory
+    /// Allocate host memory before the guest reuses deflated pages
+    ///
+    /// The daemon always does so for hugetlbfs, and for a tmpfs without room for all of the guest's memory. A
+    /// guest that notifies before it reuses a page (must-tell-host) waits until the host has memory.
     #[arg(long)]
     pub prefault: bool,
 
-    /// Give memory back to the host in spite of these hazards, which would keep the daemon from it: pinned (a
-    /// device has the addresses of the guest's pages, as with VFIO), locked (the VMM has locked its memory),
-    /// userfaultfd, hugetlb (the host may have no huge page when the guest wants one back, and the VM ends
-    /// then) and disk-file (the guest's memory is a file on a disk). With pinned and userfaultfd the guest
-    /// can lose data
+    /// Return memory to the host in spite of these hazards
+    ///
+    /// Each of them would otherwise keep the daemon from it. With pinned and userfaultfd the guest can lose data.
+    /// With hugetlb the VM ends if the host has no huge page when the guest reuses one.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub allow: Vec<Hazard>,
 
@@ -95,17 +97,18 @@ pub struct Options {
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
 
-    /// How much memory to leave to the guest at least, whatever the target is: auto, or a size such as 512MiB.
-    /// auto is 64 MiB and a sixteenth of the guest's memory, and half of it at most. 0 leaves this to the guest's
-    /// driver
+    /// The memory to leave to the guest: auto, or a size such as 512MiB
+    ///
+    /// It limits every target. auto is 64 MiB and a sixteenth of the guest's memory, and at most half of it. 0
+    /// leaves the limit to the guest's driver.
     #[arg(long, value_name = "SIZE", default_value = "auto")]
     pub floor: Floor,
 
-    /// For how long a guest that boots is left alone by a target that was there before
+    /// How long to wait before a booting guest has to inflate to an earlier target
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub boot_grace: u32,
 
-    /// What to log to the standard error: off, error, warn, info, debug or trace
+    /// The log level on standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
     pub log: LevelFilter,
 
