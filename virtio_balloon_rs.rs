@@ -150,6 +150,14 @@ impl virtio::Driver for BalloonDriver {
     }
 
     fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
+        if rust::memory::is_crash_kernel() {
+            dev_info!(
+                dev,
+                "this is a crash kernel, which needs its memory: no ballooning\n"
+            );
+            return Err(ENODEV);
+        }
+
         poison::announce(dev)?;
         let wakeup = Arc::new(WakeupSource::new(dev), GFP_KERNEL)?;
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 #include "helpers.h"
 
+#include <linux/crash_dump.h>
 #include <linux/debugfs.h>
 #include <linux/fs.h>
 #include <linux/fs_struct.h>
@@ -757,6 +758,12 @@ unsigned long balloon_rs_ballooned_pages(void)
 					->vm_node_stat_diff[NR_BALLOON_PAGES];
 
 	return max(pages, 0L);
+}
+
+/* Whether this kernel was started to save the memory of one that has panicked. */
+bool balloon_rs_is_crash_kernel(void)
+{
+	return is_kdump_kernel();
 }
 
 /* Whether the kernel writes to all memory that it allocates. */

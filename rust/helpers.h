@@ -171,6 +171,7 @@ unsigned long balloon_rs_mapped_file_pages(void);
 unsigned long balloon_rs_total_pages(void);
 unsigned long balloon_rs_present_pages(void);
 unsigned long balloon_rs_ballooned_pages(void);
+bool balloon_rs_is_crash_kernel(void);
 bool balloon_rs_zeroes_on_alloc(void);
 bool balloon_rs_free_page_value(u32 *value);
 bool balloon_rs_sg_is_movable(struct scatterlist *sg);

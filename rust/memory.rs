@@ -233,6 +233,13 @@ pub(crate) fn free_page_value() -> Option<u32> {
     unsafe { bindings::balloon_rs_free_page_value(&mut value) }.then_some(value)
 }
 
+/// Returns whether the kernel is a crash kernel: it was started to save the memory of a kernel that
+/// has panicked, has a small part of the guest's memory, and needs all of that.
+pub(crate) fn is_crash_kernel() -> bool {
+    // SAFETY: The function has no preconditions.
+    unsafe { bindings::balloon_rs_is_crash_kernel() }
+}
+
 /// Returns whether the kernel writes to all memory that it allocates (`init_on_alloc=1`): the host
 /// has to have it all first, and it takes much longer.
 pub(crate) fn is_zeroed_on_allocation() -> bool {

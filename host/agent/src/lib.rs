@@ -84,8 +84,10 @@ pub enum Command {
         /// The word for /sys/power/state.
         state: String,
     },
-    /// Makes a kernel ready for [`End::Kexec`].
+    /// Makes a kernel ready for [`End::Kexec`], or for a panic.
     LoadKernel {
+        /// When it is to take over.
+        when: TakeOver,
         /// The file that has its image.
         kernel: String,
         /// The file that has its initramfs.
@@ -95,6 +97,15 @@ pub enum Command {
     },
     /// Ends the guest's kernel; there is no answer.
     End(End),
+}
+
+/// When a kernel that was loaded takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TakeOver {
+    /// At the end of the present one.
+    End,
+    /// When the present one panics.
+    Panic,
 }
 
 /// How a kernel ends.

@@ -126,11 +126,12 @@ fn execute(command: Command) -> Result<Reply> {
             Reply::Done
         }
         Command::LoadKernel {
+            when,
             kernel,
             initramfs,
             command_line,
         } => {
-            power::load_kernel(&kernel, &initramfs, &command_line)?;
+            power::load_kernel(when, &kernel, &initramfs, &command_line)?;
             Reply::Done
         }
         Command::End(end) => match power::end(end)? {},

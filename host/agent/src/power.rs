@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use agent::End;
+use agent::{End, TakeOver};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::libc;
@@ -35,7 +35,18 @@ pub(crate) fn sleep(state: &str) -> Result<()> {
 }
 
 /// Makes a kernel ready to take over.
-pub(crate) fn load_kernel(kernel: &str, initramfs: &str, command_line: &str) -> Result<()> {
+pub(crate) fn load_kernel(
+    when: TakeOver,
+    kernel: &str,
+    initramfs: &str,
+    command_line: &str,
+) -> Result<()> {
+    /// The kernel's KEXEC_FILE_ON_CRASH.
+    const ON_CRASH: u64 = 2;
+    let flags = match when {
+        TakeOver::End => 0,
+        TakeOver::Panic => ON_CRASH,
+    };
     let open = |path: &str| File::open(path).with_context(|| format!("opening {path}"));
     let (image, ramfs) = (open(kernel)?, open(initramfs)?);
     let command_line = CString::new(command_line)?;
@@ -48,7 +59,7 @@ pub(crate) fn load_kernel(kernel: &str, initramfs: &str, command_line: &str) -> 
             ramfs.as_raw_fd(),
             command_line.as_bytes_with_nul().len(),
             command_line.as_ptr(),
-            0_u64,
+            flags,
         )
     };
     Errno::result(result).with_context(|| format!("loading {kernel} to take over"))?;

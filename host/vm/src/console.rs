@@ -86,9 +86,12 @@ impl Console {
         Ok(faults(&self.text()?, expected))
     }
 
-    /// Whether the kernel has given up.
-    pub(crate) fn has_panicked(&self) -> Result<bool> {
-        Ok(self.text()?.contains("Kernel panic"))
+    /// Whether the kernel has given up, in a way that none of the `expected` patterns matches.
+    pub(crate) fn has_panicked(&self, expected: &[Regex]) -> Result<bool> {
+        let is_panic = |line: &str| {
+            line.contains("Kernel panic") && !expected.iter().any(|pattern| pattern.is_match(line))
+        };
+        Ok(self.text()?.lines().any(is_panic))
     }
 
     fn read(&self) -> Result<Vec<u8>> {

@@ -536,7 +536,10 @@ impl Guest {
 
     /// Fails when the guest's kernel has given up.
     pub fn check_alive(&self) -> Result<()> {
-        ensure!(!self.console.has_panicked()?, "the guest's kernel panics");
+        ensure!(
+            !self.console.has_panicked(&self.config.expected)?,
+            "the guest's kernel panics"
+        );
         Ok(())
     }
 

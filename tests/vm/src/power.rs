@@ -2,6 +2,7 @@
 
 //! The guest sleeps, hibernates, reboots, or goes on with another kernel, and its balloon with it.
 
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, ensure};
@@ -10,7 +11,9 @@ use vm::{Config, Guest, Load, Machine, RunningLoad, Size};
 use crate::lifecycle::{device, wait_inflating};
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup};
+use crate::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -61,6 +64,16 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: kexec,
+    },
+    Scenario {
+        name: "crash_dump",
+        proves: "a crash kernel keeps its memory, and saves that of a guest with a full balloon",
+        kernels: TEST_KERNEL,
+        // The C driver inflates in a crash kernel as in any other one.
+        drivers: RUST_DRIVER,
+        // A dump of shared memory takes that from the host again: there is no shared page of zeroes.
+        devices: QEMU_DEVICE,
+        run: crash_dump,
     },
     Scenario {
         name: "wakeup_source",
@@ -298,6 +311,66 @@ fn kexec(setup: &Setup) -> Result<()> {
         }
         setup.note(format!("{on_the_way} of {target} were in the balloon"));
         Ok(())
+    })
+}
+
+fn crash_dump(setup: &Setup) -> Result<()> {
+    const DUMP: &str = "/proc/vmcore";
+    /// How long it takes to read what there was of memory.
+    const PATIENCE: Duration = Duration::from_secs(300);
+    // An emulated processor takes about a millisecond for each page of a dump.
+    let (memory, reserved) = (Size::mib(768), Size::mib(128));
+    let (used, size) = (Size::mib(450), Size::mib(300));
+    let config = setup
+        .config()
+        .memory(memory)
+        .kexec()
+        .parameter(&format!("crashkernel={}M", reserved.as_mib()))
+        .expect("sysrq triggered crash");
+    vm::run(&config, |guest| {
+        guest.load_crash_kernel()?;
+        guest.insmod(setup.driver, &[])?;
+        guest.touch(used)?;
+        let total = guest.meminfo()?.total;
+        guest.balloon().settle(size)?;
+        guest.panic()?;
+
+        let before = guest.meminfo()?;
+        ensure!(
+            before.total < reserved,
+            "a crash kernel with {} of {total}",
+            before.total
+        );
+        guest.insmod(setup.driver, &[])?;
+        // The host still wants what it wanted of the kernel before.
+        thread::sleep(Duration::from_secs(3));
+        let now = guest.meminfo()?;
+        ensure!(
+            now.total == before.total && now.balloon == Size::default(),
+            "the balloon of a crash kernel has {}",
+            now.balloon
+        );
+
+        let booted = guest.resident()?;
+        let length = guest.run(&["stat", "-c", "%s", DUMP])?;
+        let read = guest.exec_within(&["sh", "-c", &format!("cat {DUMP} | wc -c")], PATIENCE)?;
+        ensure!(
+            read.stdout == length && Size::bytes(length.trim().parse()?) + reserved >= total,
+            "{} bytes of {length} were saved: {}",
+            read.stdout,
+            read.stderr
+        );
+        let dumped = guest.resident()?;
+        setup.note(format!(
+            "{} bytes were saved; QEMU had {booted} before, and {dumped} after",
+            length.trim()
+        ));
+        // A page of private memory that is only read is the host's page of zeroes.
+        ensure!(
+            dumped < booted + Size::mib(64),
+            "QEMU had {booted}, and {dumped} after the dump"
+        );
+        guest.rmmod(setup.driver)
     })
 }
 

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use agent::{Command, End};
+use agent::{Command, End, TakeOver};
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
@@ -62,11 +62,16 @@ impl Guest {
         self.qmp().execute::<Value>("system_wakeup", &json!({}))?;
         self.wait(&pending, SLEEP_TIMEOUT)?;
         // One of a hundred times the first message to a guest that has slept does not arrive.
+        self.wait_listening()?;
+        Ok(result)
+    }
+
+    /// Waits until the guest answers, where messages may be lost.
+    fn wait_listening(&self) -> Result<()> {
         self.wait_until("a guest that listens", SLEEP_TIMEOUT, || {
             let ping = self.home().agent.send(Command::Ping)?;
             Ok(ping.poll(PING_TIMEOUT)?.is_some())
-        })?;
-        Ok(result)
+        })
     }
 
     /// Has the guest suspend all of its devices and resume them at once, without falling asleep.
@@ -90,20 +95,37 @@ impl Guest {
 
     /// Has the guest reboot, and waits until it is up again. For guests with [`Config::reboots`].
     pub fn reboot(&self) -> Result<()> {
-        self.restart(End::Reboot)
+        self.restart(Command::End(End::Reboot))?;
+        self.ready()
     }
 
     /// Makes the guest's kernel ready to take over from itself. For guests with [`Config::kexec`].
     pub fn load_kernel(&self) -> Result<()> {
+        let command_line = self.read_file("/proc/cmdline")?;
+        self.load_from_disks(TakeOver::End, command_line.trim_end())
+    }
+
+    /// Makes the guest's kernel ready to take over from itself when it panics, on one processor and with the memory that
+    /// the parameter `crashkernel=` has set aside. For guests with [`Config::kexec`].
+    pub fn load_crash_kernel(&self) -> Result<()> {
+        let command_line = self.read_file("/proc/cmdline")?;
+        let words = command_line
+            .split_whitespace()
+            .filter(|word| !word.starts_with("crashkernel="));
+        let command_line = words.chain(["nr_cpus=1"]).collect::<Vec<_>>().join(" ");
+        self.load_from_disks(TakeOver::Panic, &command_line)
+    }
+
+    fn load_from_disks(&self, when: TakeOver, command_line: &str) -> Result<()> {
         self.sh(&format!(
             "cat /dev/vda >{KERNEL} && cat /dev/vdb >{INITRAMFS}"
         ))?;
-        let command_line = self.read_file("/proc/cmdline")?.trim_end().to_owned();
         self.call(
             Command::LoadKernel {
+                when,
                 kernel: KERNEL.to_owned(),
                 initramfs: INITRAMFS.to_owned(),
-                command_line,
+                command_line: command_line.to_owned(),
             },
             COMMAND_TIMEOUT,
         )?;
@@ -113,19 +135,30 @@ impl Guest {
 
     /// Has the kernel that was loaded take over, and waits until it is up.
     pub fn kexec(&self) -> Result<()> {
-        self.restart(End::Kexec)
+        self.restart(Command::End(End::Kexec))?;
+        self.ready()
     }
 
-    fn restart(&self, end: End) -> Result<()> {
+    /// Has the kernel panic, and waits until the one is up that was loaded for that.
+    pub fn panic(&self) -> Result<()> {
+        self.restart(Command::WriteFile {
+            path: "/proc/sysrq-trigger".to_owned(),
+            contents: "c".to_owned(),
+        })?;
+        // What comes before the next kernel has reset the port goes to the one that is no more.
+        self.wait_listening()
+    }
+
+    /// Has the kernel end, and waits until another one starts.
+    fn restart(&self, command: Command) -> Result<()> {
         self.save_coverage()?;
         let mark = self.console.mark()?;
-        let pending = self.home().agent.send(Command::End(end))?;
+        let pending = self.home().agent.send(command)?;
         // The kernel that ends must not be asked whether it is up.
         self.wait_until("a kernel that starts", RESTART_TIMEOUT, || {
             pending.poll(Duration::ZERO)?;
             Ok(self.console.count_since(mark, "^Linux version")? > 0)
-        })?;
-        self.ready()
+        })
     }
 
     /// What is different after each boot.
