@@ -40,6 +40,31 @@ impl Claim {
         Some(Self::new(what, ratio, limit))
     }
 
+    /// A claim that the median of a contestant's times is a part of its times in some variety, if there are both.
+    pub(crate) fn ratio_to_detail(
+        records: &[Record],
+        name: &str,
+        of: Contestant,
+        detail: &str,
+        limit: f64,
+    ) -> Option<Self> {
+        let other = records.iter().find(|record| {
+            record.name == name
+                && record.contestant() == of
+                && record.detail.as_deref() == Some(detail)
+        })?;
+        let ratio = times(records, name, of)?.ratio(&other.seconds);
+        let what = format!("{name}: time of {of} / the same, {detail}");
+        Some(Self::new(what, ratio, limit))
+    }
+
+    /// A claim that the guest has at most so many MiB more of the host's memory on the way, if that was measured.
+    pub(crate) fn peak(records: &[Record], name: &str, of: Contestant, limit: f64) -> Option<Self> {
+        let peak = find(records, name, of)?.peak_mib? as f64;
+        let what = format!("{name}: MiB more of the host's memory on the way with {of}");
+        Some(Self::new(what, peak, limit))
+    }
+
     /// A claim that what one contestant copies is a part of what another one does, if there are both.
     pub(crate) fn copied(
         records: &[Record],

@@ -145,10 +145,21 @@ impl Contestant {
 
     /// How much of the host's memory the guest's has.
     pub fn host_memory(self, guest: &Guest) -> Result<Size> {
-        match self.device {
-            Device::Qemu => guest.resident(),
-            Device::VhostUser => guest.memory_file()?.resident(),
-        }
+        self.meter(guest)?()
+    }
+
+    /// What says how much of the host's memory the guest's has, as often as it is asked.
+    pub(crate) fn meter<'a>(
+        self,
+        guest: &'a Guest,
+    ) -> Result<Box<dyn Fn() -> Result<Size> + Send + 'a>> {
+        Ok(match self.device {
+            Device::Qemu => Box::new(|| guest.resident()),
+            Device::VhostUser => {
+                let file = guest.memory_file()?;
+                Box::new(move || file.resident())
+            }
+        })
     }
 }
 

@@ -36,10 +36,11 @@ mod record;
 mod scale;
 mod snapshot;
 mod touched;
+mod zeroing;
 
 pub use crate::claim::Claim;
 pub use crate::contestant::{By, Contestant, Device};
-pub use crate::record::{Record, Run, Stages, Subject, measure};
+pub use crate::record::{Record, Run, Stages, Subject, measure, measure_peak};
 
 /// The benchmarks.
 pub const BENCHMARKS: &[&Benchmark] = &[
@@ -52,6 +53,9 @@ pub const BENCHMARKS: &[&Benchmark] = &[
     &snapshot::IDLE,
     &snapshot::DIRTY,
     &guest_load::BENCHMARK,
+    &zeroing::IDLE,
+    &zeroing::IN_USE,
+    &zeroing::FRAGMENTED,
 ];
 
 /// Something to be measured.

@@ -2,9 +2,11 @@
 
 //! What was measured.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use vm::{Guest, Samples, Sent, Size};
 
@@ -56,6 +58,8 @@ pub struct Run {
     pub stages: Option<Stages>,
     /// Bits sent per page of the covered memory.
     pub bits_per_page: Option<f64>,
+    /// How much more of the host's memory the guest had on the way than before.
+    pub peak: Option<Size>,
     /// What a load in the guest did meanwhile, as a part of what it otherwise does.
     pub throughput: Option<f64>,
     /// By how much a periodic task in the guest was late, at most.
@@ -109,6 +113,9 @@ pub struct Record {
     /// Bits sent per page of the covered memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_page: Option<f64>,
+    /// How much more of the host's memory the guest had on the way than before, in the run with the most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_mib: Option<u64>,
     /// What a load in the guest did meanwhile in each run, as a part of what it otherwise does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throughput: Option<Samples>,
@@ -152,6 +159,7 @@ impl Record {
                 give_back: stage(|stages| stages.give_back).unwrap_or_default(),
             }),
             bits_per_page: median(&|run| run.bits_per_page),
+            peak_mib: runs.iter().filter_map(|run| Some(run.peak?.as_mib())).max(),
             throughput: all(&|run| run.throughput),
             stall_ms: all(&|run| run.stall.map(|stall| seconds(stall) * 1e3)),
         }
@@ -206,5 +214,41 @@ pub fn measure(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result
         host_cpu: Some(host_cpu),
         guest_cpu: Some(guest_cpu),
         ..Run::default()
+    })
+}
+
+/// How often the host's memory is looked at.
+const SAMPLING: Duration = Duration::from_millis(1);
+
+/// The same, and looks all the time at how much of the host's memory the contestant's guest has.
+///
+/// # Errors
+///
+/// As for [`measure`].
+pub fn measure_peak(
+    guest: &Guest,
+    contestant: Contestant,
+    work: impl FnOnce() -> Result<Duration>,
+) -> Result<Run> {
+    let meter = contestant.meter(guest)?;
+    let before = meter()?;
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let is_over = &is_over;
+        let sampler = scope.spawn(move || -> Result<Size> {
+            let mut most = before;
+            while !is_over.load(Ordering::Relaxed) {
+                most = most.max(meter()?);
+                thread::sleep(SAMPLING);
+            }
+            Ok(most)
+        });
+        let run = measure(guest, work);
+        is_over.store(true, Ordering::Relaxed);
+        let most = sampler.join().ok().context("the sampler has panicked")??;
+        Ok(Run {
+            peak: Some(most.saturating_sub(before)),
+            ..run?
+        })
     })
 }

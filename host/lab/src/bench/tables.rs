@@ -94,6 +94,10 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
             Box::new(|r| r.transferred_mib.map(|mib| format!("{} MiB", grouped(mib)))),
         ),
         (
+            "peak above the beginning",
+            Box::new(|r| r.peak_mib.map(|mib| format!("{} MiB", grouped(mib)))),
+        ),
+        (
             "load's throughput",
             Box::new(|r| Some(r.throughput.as_ref()?.in_unit(100.0, 0, "%"))),
         ),
