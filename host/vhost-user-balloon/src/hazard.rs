@@ -15,7 +15,8 @@
 //!
 //! QEMU's own balloon asks QEMU, and no vhost-user message tells. So this looks at what the system says about
 //! the VMM, and about other processes with the guest's memory: a device that is served by another process is in
-//! neither of the VMM's own lists. What cannot be seen, a client can say: see `inhibit` in docs/control.md.
+//! neither of the VMM's own lists. A VMM whose state cannot be read counts as a hazard of its own. What cannot be seen
+//! of other processes, a client can say: see `inhibit` in docs/control.md.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -53,6 +54,8 @@ pub enum Hazard {
     Hugetlb,
     /// The guest's memory is a file on a disk.
     DiskFile,
+    /// The state of the VMM's process cannot be read, so it may have pinned or locked its memory.
+    Unseen,
 }
 
 impl fmt::Display for Hazard {
@@ -63,6 +66,7 @@ impl fmt::Display for Hazard {
             Self::Userfaultfd => "userfaultfd",
             Self::Hugetlb => "hugetlb",
             Self::DiskFile => "disk-file",
+            Self::Unseen => "unseen",
         })
     }
 }
@@ -84,6 +88,10 @@ impl Hazard {
                  guest wants one back"
             }
             Self::DiskFile => "the guest's memory is a file on a disk",
+            Self::Unseen => {
+                "the daemon cannot read /proc/PID/status of the VMM, which may have pinned or locked the guest's \
+                 memory (ProtectProc=, hidepid, another PID namespace)"
+            }
         }
     }
 
@@ -111,8 +119,6 @@ pub struct Watch {
     /// What other processes do.
     others: BTreeSet<Hazard>,
     others_seen: Option<Instant>,
-    /// Whether it was logged that the VMM cannot be looked at.
-    blind: bool,
     /// Whether it was looked at whether the VMM's mappings can be read.
     mappings_seen: bool,
 }
@@ -131,16 +137,16 @@ impl Watch {
     /// number of the VMM's process while that is not known.
     pub fn hazards(&mut self, vmm: impl FnOnce() -> Option<i32>) -> BTreeSet<Hazard> {
         self.vmm = self.vmm.or_else(vmm);
+        if self.files.is_empty() {
+            return BTreeSet::new();
+        }
         self.look_at_mappings();
         if is_old(self.vmm_seen, VMM_INTERVAL) {
             self.look_at_vmm();
             self.vmm_seen = Some(Instant::now());
         }
         if is_old(self.others_seen, OTHERS_INTERVAL) {
-            self.others = match self.files.is_empty() {
-                true => BTreeSet::new(),
-                false => others(&self.files, self.vmm),
-            };
+            self.others = others(&self.files, self.vmm);
             self.others_seen = Some(Instant::now());
         }
         &self.vmm_hazards | &self.others
@@ -149,10 +155,7 @@ impl Watch {
     /// The supervisor refuses memory that is private to the VMM, unless it cannot see that. A driver's messages in
     /// private memory do not arrive, and the device seems to have no driver.
     fn look_at_mappings(&mut self) {
-        let Some(vmm) = self
-            .vmm
-            .filter(|_| !self.mappings_seen && !self.files.is_empty())
-        else {
+        let Some(vmm) = self.vmm.filter(|_| !self.mappings_seen) else {
             return;
         };
         self.mappings_seen = true;
@@ -164,32 +167,18 @@ impl Watch {
         }
     }
 
-    /// What was found stays when the VMM cannot be looked at any more.
     fn look_at_vmm(&mut self) {
-        let Some(vmm) = self.vmm else {
-            return self.warn("its process is not known");
-        };
-        match Process::new(vmm).and_then(|vmm| memory(&vmm)) {
-            Ok(mut hazards) => {
+        let vmm = self.vmm.and_then(|vmm| Process::new(vmm).ok());
+        match vmm.as_ref().and_then(|vmm| memory(vmm).ok()) {
+            Some(mut hazards) => {
                 // Those of another user are hidden.
-                hazards.extend(
-                    Process::new(vmm)
-                        .and_then(|vmm| open_files(&vmm))
-                        .unwrap_or_default(),
-                );
+                hazards.extend(vmm.and_then(|vmm| open_files(&vmm).ok()).unwrap_or_default());
                 self.vmm_hazards = hazards;
             }
-            Err(error) => self.warn(&error.to_string()),
-        }
-    }
-
-    fn warn(&mut self, reason: &str) {
-        if !self.blind && !self.files.is_empty() {
-            self.blind = true;
-            warn!(
-                "cannot find out whether the VMM has pinned or locked the guest's memory: {reason}; do not use \
-                 this balloon with VFIO, vDPA or userfaultfd, or let the daemon see the VMM's /proc/PID"
-            );
+            // What was found stays, and there may be more by now.
+            None => {
+                self.vmm_hazards.insert(Hazard::Unseen);
+            }
         }
     }
 }
@@ -275,6 +264,7 @@ mod tests {
     use super::*;
     use crate::testing::memory_file;
     use std::path::PathBuf;
+    use std::process::Command;
 
     #[test]
     fn device_files_that_pin_are_known() {
@@ -325,21 +315,46 @@ mod tests {
         assert_eq!(Hazard::of_file(&file), Some(Hazard::Hugetlb));
     }
 
-    #[test]
-    fn an_ordinary_process_is_no_hazard() {
+    /// Watches a process that has some memory of a guest.
+    fn watch() -> Watch {
         let mut watch = Watch::default();
-        let hazards = watch.hazards(|| i32::try_from(process::id()).ok());
-        assert_eq!(hazards, BTreeSet::new());
-        assert!(!watch.blind);
+        watch.set_files(BTreeSet::from([(1, 2)]));
+        watch
     }
 
     #[test]
-    fn a_vmm_that_cannot_be_seen_is_logged_once() {
-        let mut watch = Watch::default();
-        watch.hazards(|| None);
-        assert!(!watch.blind, "there is no memory yet");
-        watch.set_files(BTreeSet::from([(1, 2)]));
-        watch.hazards(|| None);
-        assert!(watch.blind);
+    fn an_ordinary_process_is_no_hazard() {
+        let hazards = watch().hazards(|| i32::try_from(process::id()).ok());
+        assert_eq!(hazards, BTreeSet::new());
+    }
+
+    #[test]
+    fn a_vmm_that_cannot_be_seen_is_a_hazard() {
+        assert_eq!(
+            Watch::default().hazards(|| None),
+            BTreeSet::new(),
+            "there is no memory yet"
+        );
+        assert_eq!(watch().hazards(|| None), BTreeSet::from([Hazard::Unseen]));
+
+        let mut child = Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let mut watch = watch();
+        watch.vmm_hazards.insert(Hazard::Pinned);
+        assert_eq!(
+            watch.hazards(|| Some(pid)),
+            BTreeSet::from([Hazard::Pinned, Hazard::Unseen])
+        );
+    }
+
+    #[test]
+    fn the_service_sees_the_vmm() {
+        let unit = include_str!("../systemd/vhost-user-balloon@.service");
+        let values: Vec<_> = unit
+            .lines()
+            .filter_map(|line| line.strip_prefix("ProtectProc="))
+            .collect();
+        assert_eq!(values, ["default"]);
     }
 }

@@ -88,8 +88,9 @@ pub struct Options {
 
     /// Return memory to the host in spite of these hazards
     ///
-    /// Each of them would otherwise keep the daemon from it. With pinned and userfaultfd the guest can lose data.
-    /// With hugetlb the VM ends if the host has no huge page when the guest reuses one.
+    /// Each of them would otherwise keep the daemon from it. With pinned, userfaultfd
+    /// and unseen the guest can lose data. With hugetlb the VM ends if the host has no huge page when the guest
+    /// reuses one.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub allow: Vec<Hazard>,
 
