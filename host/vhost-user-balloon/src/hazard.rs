@@ -20,7 +20,8 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::process;
 use std::time::{Duration, Instant};
@@ -113,14 +114,18 @@ pub type Identity = (u64, u64);
 pub struct Watch {
     vmm: Option<i32>,
     files: BTreeSet<Identity>,
-    /// What the VMM does.
-    vmm_hazards: BTreeSet<Hazard>,
+    /// What the VMM has pinned or locked.
+    pinned: BTreeSet<Hazard>,
+    /// What the VMM has open.
+    opened: BTreeSet<Hazard>,
     vmm_seen: Option<Instant>,
     /// What other processes do.
     others: BTreeSet<Hazard>,
     others_seen: Option<Instant>,
     /// Whether it was looked at whether the VMM's mappings can be read.
     mappings_seen: bool,
+    /// Whether it was logged that the files that the VMM has open cannot be listed.
+    warned: bool,
 }
 
 impl Watch {
@@ -146,10 +151,12 @@ impl Watch {
             self.vmm_seen = Some(Instant::now());
         }
         if is_old(self.others_seen, OTHERS_INTERVAL) {
-            self.others = others(&self.files, self.vmm);
+            if let Ok(others) = others(&self.files, self.vmm) {
+                self.others = others;
+            }
             self.others_seen = Some(Instant::now());
         }
-        &self.vmm_hazards | &self.others
+        &(&self.pinned | &self.opened) | &self.others
     }
 
     /// The supervisor refuses memory that is private to the VMM, unless it cannot see that. A driver's messages in
@@ -168,17 +175,37 @@ impl Watch {
     }
 
     fn look_at_vmm(&mut self) {
-        let vmm = self.vmm.and_then(|vmm| Process::new(vmm).ok());
-        match vmm.as_ref().and_then(|vmm| memory(vmm).ok()) {
-            Some(mut hazards) => {
-                // Those of another user are hidden.
-                hazards.extend(vmm.and_then(|vmm| open_files(&vmm).ok()).unwrap_or_default());
-                self.vmm_hazards = hazards;
-            }
-            // What was found stays, and there may be more by now.
+        let vmm = self.vmm;
+        self.note(
+            vmm.and_then(|vmm| memory(&Process::new(vmm).ok()?).ok()),
+            vmm.map(open_files),
+        );
+    }
+
+    /// Takes note of what a look at the VMM has found. What was found before stays where there is no new answer.
+    fn note(
+        &mut self,
+        pinned: Option<BTreeSet<Hazard>>,
+        opened: Option<io::Result<BTreeSet<Hazard>>>,
+    ) {
+        match pinned {
+            Some(pinned) => self.pinned = pinned,
+            // There may be more by now.
             None => {
-                self.vmm_hazards.insert(Hazard::Unseen);
+                self.pinned.insert(Hazard::Unseen);
+                return;
             }
+        }
+        match opened {
+            Some(Ok(opened)) => self.opened = opened,
+            Some(Err(error)) if !self.warned => {
+                self.warned = true;
+                warn!(
+                    "cannot list the files that the VMM has open: {error}; a userfaultfd or udmabuf of the VMM's \
+                     is not seen, so send `inhibit` before one is used, or run the daemon as the VMM's user"
+                );
+            }
+            _ => {}
         }
     }
 }
@@ -200,13 +227,21 @@ fn memory(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
         .collect())
 }
 
-/// What a process has open.
-fn open_files(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
-    Ok(process
-        .fd()?
-        // Some are closed meanwhile.
-        .filter_map(|fd| of_target(&fd.ok()?.target))
-        .collect())
+/// What a process has open. The library has a list of the same, which leaves out what it fails to read.
+fn open_files(process: i32) -> io::Result<BTreeSet<Hazard>> {
+    let mut hazards = BTreeSet::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        match fs::read_link(entry?.path()) {
+            Ok(target) => {
+                let target = target.to_string_lossy().parse();
+                hazards.extend(target.ok().and_then(|target| of_target(&target)));
+            }
+            // It was closed meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(hazards)
 }
 
 fn of_target(target: &FDTarget) -> Option<Hazard> {
@@ -229,12 +264,9 @@ fn pins(path: &Path) -> bool {
 }
 
 /// What other processes do that have mapped one of these files, as far as they can be looked at.
-fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> BTreeSet<Hazard> {
-    let Ok(processes) = all_processes() else {
-        return BTreeSet::new();
-    };
+fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> ProcResult<BTreeSet<Hazard>> {
     let me = i32::try_from(process::id()).ok();
-    processes
+    Ok(all_processes()?
         .filter_map(|process| {
             let process = process.ok()?;
             if [vmm, me].contains(&Some(process.pid)) {
@@ -245,7 +277,7 @@ fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> BTreeSet<Hazard> {
             maps(&process, files).then_some(hazards)
         })
         .flatten()
-        .collect()
+        .collect())
 }
 
 fn maps(process: &Process, files: &BTreeSet<Identity>) -> bool {
@@ -341,11 +373,36 @@ mod tests {
         child.wait().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let mut watch = watch();
-        watch.vmm_hazards.insert(Hazard::Pinned);
+        watch.pinned.insert(Hazard::Pinned);
         assert_eq!(
             watch.hazards(|| Some(pid)),
             BTreeSet::from([Hazard::Pinned, Hazard::Unseen])
         );
+    }
+
+    #[test]
+    fn what_the_vmm_has_open_is_listed() {
+        let file = File::open("/dev/null").unwrap();
+        let mine = i32::try_from(process::id()).unwrap();
+        assert_eq!(open_files(mine).unwrap(), BTreeSet::new());
+        drop(file);
+        assert!(open_files(0).is_err());
+    }
+
+    #[test]
+    fn a_hazard_stays_while_it_cannot_be_looked_for() {
+        let mut watch = watch();
+        let found = BTreeSet::from([Hazard::Userfaultfd]);
+        let none = BTreeSet::new;
+        watch.note(Some(none()), Some(Ok(found.clone())));
+        assert!(!watch.warned);
+        // There is no file descriptor left, for example.
+        for _ in 0..2 {
+            watch.note(Some(none()), Some(Err(ErrorKind::PermissionDenied.into())));
+            assert_eq!((&watch.opened, watch.warned), (&found, true));
+        }
+        watch.note(Some(none()), Some(Ok(none())));
+        assert_eq!(watch.opened, none());
     }
 
     #[test]
