@@ -323,7 +323,7 @@ impl Balloon {
                 self.left = left;
                 self.kept = Some(kept);
             }
-            Err(error) => kept::lost(&error),
+            Err(error) => kept.give_up(&error),
         }
     }
 
@@ -378,9 +378,11 @@ impl Balloon {
     }
 
     fn check(&mut self, result: io::Result<()>) {
-        if let Err(error) = result {
-            kept::lost(&error);
-            self.kept = None;
+        let Err(error) = result else {
+            return;
+        };
+        if let Some(kept) = self.kept.take() {
+            kept.give_up(&error);
         }
     }
 
@@ -573,6 +575,7 @@ mod tests {
     use crate::discard::Discarder;
     use crate::queue::Budget;
     use crate::testing::{HOLE, MemoryFiles, PAGE, memory_file};
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use proptest::prelude::*;
 
     /// Two regions of a file with a hole between them in the guest's address space.
@@ -748,6 +751,32 @@ mod tests {
 
         second.empty();
         assert_eq!(process().deflate(&pages(&[3, 100, high + 1])).moved, 0);
+    }
+
+    /// The next process must not count a page as in the balloon whose deflation was not written down.
+    #[test]
+    fn a_file_that_cannot_be_written_is_given_up() {
+        let files = MemoryFiles::new(1 << 20, 1 << 20);
+        let kept = memory_file(0);
+        let process = || {
+            let mut balloon = Balloon::default();
+            balloon.keep(kept.try_clone().unwrap());
+            balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
+            balloon
+        };
+        let mut first = process();
+        first.inflate(&pages(&[8]), &mut Pieces::default());
+        first.write_down(&pages(&[8]));
+        fcntl(&*kept, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+        first.deflate(&pages(&[8]));
+        first.write_down(&pages(&[8]));
+
+        let mut second = process();
+        second.refill();
+        let mut pieces = Pieces::default();
+        second.inflate(&pages(&[9]), &mut pieces);
+        discard(&mut pieces);
+        assert_eq!(files.holes(), BTreeSet::new());
     }
 
     #[test]

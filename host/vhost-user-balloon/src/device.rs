@@ -130,10 +130,11 @@ impl Work {
     /// file.
     fn new(allowed: &[Hazard], kept: Option<&File>) -> Self {
         let mut balloon = Balloon::new(allowed);
-        match kept.map(File::try_clone).transpose() {
-            Ok(Some(file)) => balloon.keep(file),
-            Ok(None) => {}
-            Err(error) => kept::lost(&error),
+        if let Some(kept) = kept {
+            match kept.try_clone() {
+                Ok(file) => balloon.keep(file),
+                Err(error) => kept::give_up(kept, &error),
+            }
         }
         Self {
             balloon,

@@ -13,7 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use log::warn;
+use log::{error, warn};
 use serde::{Deserialize, Serialize};
 
 use crate::balloon::index;
@@ -67,11 +67,18 @@ impl Kept {
         self.regions.iter().map(load).collect()
     }
 
+    /// Gives the file up after an error.
+    pub fn give_up(self, error: &io::Error) {
+        give_up(&self.file, error);
+    }
+
     /// Has the file have these regions, with nothing in the balloon.
     pub fn reset(
         &mut self,
         regions: impl Iterator<Item = (Range<u64>, Identity, u64, usize)>,
     ) -> io::Result<()> {
+        // An empty file has no regions, for as long as this takes.
+        self.file.set_len(0)?;
         self.regions.clear();
         let mut end = BITMAPS;
         for (pages, identity, offset, words) in regions {
@@ -90,8 +97,6 @@ impl Kept {
         if length > BITMAPS - 8 {
             return Err(io::Error::other("there are too many regions of memory"));
         }
-        // An empty file has no regions, for as long as this takes.
-        self.file.set_len(0)?;
         self.file.set_len(end)?;
         self.file.write_all_at(&table, 8)?;
         self.file.write_all_at(&length.to_ne_bytes(), 0)
@@ -133,9 +138,13 @@ impl Kept {
     }
 }
 
-/// Logs that another process will not know what is in the balloon.
-pub fn lost(error: &io::Error) {
+/// Empties a file that cannot be kept up to date, so that another process does not take old bits for new ones. That
+/// needs no memory.
+pub fn give_up(file: &File, error: &io::Error) {
     warn!("cannot keep what is in the balloon for a restart of this process: {error}");
+    if let Err(error) = file.set_len(0) {
+        error!("cannot empty the file with what is in the balloon: {error}; restart the VM");
+    }
 }
 
 fn read_regions(file: &File) -> Option<Vec<Region>> {
@@ -186,6 +195,16 @@ mod tests {
 
         kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
         assert_eq!(open().load().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_table_that_is_too_long_leaves_none() {
+        let file = memory_file(0);
+        let mut kept = Kept::new(file.try_clone().unwrap());
+        kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
+        let many = (0..2000).map(|number| (number * 64..(number + 1) * 64, (1, 2), 0, 1));
+        kept.reset(many).unwrap_err();
+        assert_eq!(Kept::new(file.try_clone().unwrap()).load().unwrap(), []);
     }
 
     #[test]
