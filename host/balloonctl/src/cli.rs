@@ -116,7 +116,8 @@ pub(crate) enum Command {
     /// Use it while guest memory must stay in place: while a device pins it, or during a snapshot. The guest
     /// can still inflate. Memory that it inflates meanwhile stays with the VM until it is inflated again.
     Inhibit {
-        /// The time limit, up to a day; repeat the command before it ends to extend it
+        /// The time limit, up to a day; repeat the command before it ends to extend it. A shorter time than the
+        /// remaining one changes nothing
         #[arg(
             long = "for",
             value_name = "SECONDS",
@@ -126,6 +127,8 @@ pub(crate) enum Command {
         seconds: u32,
     },
     /// End inhibit: return memory to the host again
+    ///
+    /// This ends the inhibit commands of all clients.
     Resume,
     /// Control free page hinting, for migrations that skip free pages
     Hints {

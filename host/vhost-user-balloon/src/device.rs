@@ -440,7 +440,8 @@ impl Device {
         lock(&self.state).inhibited()
     }
 
-    /// Has no memory given back to the host for so many seconds, or has it given back again.
+    /// Has no memory given back to the host for so many seconds at least, or has it given back again. Another client
+    /// may have asked for longer.
     ///
     /// # Errors
     ///
@@ -448,7 +449,9 @@ impl Device {
     pub fn inhibit(&self, seconds: Option<u64>) -> io::Result<()> {
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let until = seconds.map(|seconds| now.as_secs().saturating_add(seconds));
-        let result = self.wish(|state| state.inhibited_until = until);
+        let result = self.wish(|state| {
+            state.inhibited_until = until.map(|until| until.max(state.inhibited_until.unwrap_or(0)));
+        });
         // What the worker is at may still be given back.
         drop(lock(&self.work));
         result

@@ -884,6 +884,9 @@ fn a_client_inhibits_discarding_for_a_while() {
         now.inhibited
             .is_some_and(|rest| (3590..=3600).contains(&rest))
     );
+    // Another client needs it for a shorter time.
+    call(directory, &Request::Inhibit { seconds: 1 }).unwrap();
+    assert!(info(directory).inhibited.is_some_and(|rest| rest > 3000));
 
     // Another process of the device's knows of it.
     let pid = Pid::from_raw(daemon.0.id().try_into().unwrap());
