@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::Command;
@@ -49,7 +49,7 @@ use crate::pages::{Format, Pages};
 use crate::queue::{Budget, Kind, MAX_QUEUE_SIZE, MAX_QUEUES, Next, Unfinished, serve};
 use crate::reporting::Reporting;
 use crate::requests::{Answers, Requests, TooMany};
-use crate::state::State;
+use crate::state::{State, since_boot};
 use crate::stats::Stats;
 
 /// What wakes the worker besides the queues. The numbers up to that of the queues are the library's.
@@ -437,7 +437,7 @@ impl Device {
 
     /// For how long a client has had no memory given back to the host.
     pub fn inhibited(&self) -> Option<Duration> {
-        lock(&self.state).inhibited()
+        lock(&self.state).inhibited(since_boot())
     }
 
     /// Has no memory given back to the host for so many seconds at least, or has it given back again. Another client
@@ -447,10 +447,9 @@ impl Device {
     ///
     /// The file cannot be written, and this will be forgotten with the process.
     pub fn inhibit(&self, seconds: Option<u64>) -> io::Result<()> {
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        let until = seconds.map(|seconds| now.as_secs().saturating_add(seconds));
-        let result = self.wish(|state| {
-            state.inhibited_until = until.map(|until| until.max(state.inhibited_until.unwrap_or(0)));
+        let result = self.wish(|state| match seconds {
+            Some(seconds) => state.inhibit(since_boot(), Duration::from_secs(seconds)),
+            None => state.inhibited = None,
         });
         // What the worker is at may still be given back.
         drop(lock(&self.work));

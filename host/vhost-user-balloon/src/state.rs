@@ -9,10 +9,11 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use log::warn;
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -28,8 +29,23 @@ pub struct State {
     pub config: Fields,
     /// How often the guest is asked for statistics, in seconds. 0 is never.
     pub stats_interval: u32,
-    /// Until when no memory is given back to the host, in seconds of the system's clock, if a client has said so.
-    pub inhibited_until: Option<u64>,
+    /// When no memory is given back to the host, if a client has said so.
+    pub inhibited: Option<Inhibited>,
+}
+
+/// A time in which no memory is given back to the host, by [`since_boot`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inhibited {
+    /// When a client asked for it. What is ahead of the clock is of before a reboot of the host, which ends all that
+    /// could have pinned memory.
+    pub from: Duration,
+    /// When it ends.
+    pub until: Duration,
+}
+
+/// The time since the host was booted. Unlike the time of day it is not set, and it also counts while the host sleeps.
+pub fn since_boot() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
 /// What is in the file. Fields that a newer daemon has added are passed over.
@@ -41,7 +57,7 @@ struct Settings {
     target: u32,
     stats_interval: u32,
     #[serde(default)]
-    inhibited_until: Option<u64>,
+    inhibited: Option<Inhibited>,
 }
 
 impl State {
@@ -50,7 +66,7 @@ impl State {
         Self {
             config: Fields::default(),
             stats_interval,
-            inhibited_until: None,
+            inhibited: None,
         }
     }
 
@@ -72,7 +88,8 @@ impl State {
         };
         let aside = beside(path, ".bad");
         warn!(
-            "{} has no state of a balloon that this daemon can read ({reason}); moved it to {}, and starting without it",
+            "{} has no state of a balloon that this daemon can read ({reason}); moved it to {}, and starting \
+             without it: the target, the interval of the statistics and an `inhibit` are lost",
             path.display(),
             aside.display()
         );
@@ -95,7 +112,7 @@ impl State {
             version: VERSION,
             target: self.config.target,
             stats_interval: self.stats_interval,
-            inhibited_until: self.inhibited_until,
+            inhibited: self.inhibited,
         };
         let mut new = NamedTempFile::new_in(directory)?;
         new.write_all(&serde_json::to_vec(&settings)?)?;
@@ -104,12 +121,21 @@ impl State {
         File::open(directory)?.sync_all()
     }
 
-    /// For how long no memory is to be given back to the host, if a client has said so.
-    pub fn inhibited(&self) -> Option<Duration> {
-        let until =
-            SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(self.inhibited_until?))?;
-        let rest = until.duration_since(SystemTime::now()).ok()?;
-        Some(rest).filter(|rest| !rest.is_zero())
+    /// Has no memory given back to the host for so long from `now` on, or until a later end that a client asked for
+    /// before.
+    pub fn inhibit(&mut self, now: Duration, time: Duration) {
+        let rest = self.inhibited(now).unwrap_or_default();
+        self.inhibited = Some(Inhibited {
+            from: now,
+            until: now.saturating_add(rest.max(time)),
+        });
+    }
+
+    /// For how long from `now` on no memory is to be given back to the host, if a client has said so.
+    pub fn inhibited(&self, now: Duration) -> Option<Duration> {
+        let Inhibited { from, until } = self.inhibited?;
+        let rest = until.checked_sub(now)?;
+        (from <= now && !rest.is_zero()).then_some(rest)
     }
 }
 
@@ -121,7 +147,7 @@ impl From<Settings> for State {
                 ..Fields::default()
             },
             stats_interval: settings.stats_interval,
-            inhibited_until: settings.inhibited_until,
+            inhibited: settings.inhibited,
         }
     }
 }
@@ -144,7 +170,10 @@ mod tests {
                 ..Fields::default()
             },
             stats_interval: 3,
-            inhibited_until: Some(1 << 40),
+            inhibited: Some(Inhibited {
+                from: Duration::from_secs(5),
+                until: Duration::from_secs(10),
+            }),
         }
     }
 
@@ -197,9 +226,27 @@ mod tests {
 
     #[test]
     fn a_time_limit_ends() {
-        let mut state = state();
-        assert!(state.inhibited().is_some());
-        state.inhibited_until = Some(1);
-        assert_eq!(state.inhibited(), None);
+        let mut state = State::new(0);
+        let at = Duration::from_millis;
+        state.inhibit(at(900), Duration::from_secs(600));
+        assert_eq!(state.inhibited(at(900)), Some(Duration::from_secs(600)));
+        assert_eq!(state.inhibited(at(600_899)), Some(at(1)));
+        assert_eq!(state.inhibited(at(600_900)), None);
+        // The host was booted again.
+        assert_eq!(state.inhibited(at(899)), None);
+    }
+
+    #[test]
+    fn a_time_limit_is_extended_and_not_shortened() {
+        let mut state = State::new(0);
+        let at = Duration::from_secs;
+        state.inhibit(at(10), at(600));
+        state.inhibit(at(20), at(1));
+        assert_eq!(state.inhibited(at(20)), Some(at(590)));
+        state.inhibit(at(30), at(600));
+        assert_eq!(state.inhibited(at(30)), Some(at(600)));
+        // The host was booted again.
+        state.inhibit(at(1), at(5));
+        assert_eq!(state.inhibited(at(1)), Some(at(5)));
     }
 }
