@@ -93,13 +93,15 @@ impl Receiver for Deflate<'_> {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
+    use std::sync::Arc;
 
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
     use crate::counters::Counter;
     use crate::discard::Granularity;
     use crate::queue::{Next, Unfinished, serve};
-    use crate::testing::GuestQueue;
+    use crate::testing::{GuestQueue, huge_file};
 
     #[test]
     fn pages_come_out_once() {
@@ -141,24 +143,49 @@ mod tests {
         assert_eq!(guest.used(), 2);
     }
 
-    /// No memory can be allocated beyond the end of a file that must not grow: a stand-in for a pool of huge pages
-    /// that is empty.
     #[test]
     fn a_driver_that_waits_gets_no_page_without_memory() {
         for (told_before_use, next, used) in [(true, Next::Later, 0), (false, Next::Notified, 1)] {
             let mut guest = GuestQueue::new();
+            let (file, bytes) = huge_file();
+            let region = GuestRegionMmap::from_range(
+                GuestAddress(1 << 30),
+                usize::try_from(bytes).unwrap(),
+                Some(FileOffset::from_arc(file, 0)),
+            );
+            guest.memory = guest
+                .memory
+                .insert_region(Arc::new(region.unwrap()))
+                .unwrap();
             let mut balloon = Balloon::default();
             balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
-            balloon.inflate(&[0xefe..0xf00, 0xf01..0xf02], &mut Pieces::default());
-            guest.file().set_len(0xeff << 12).unwrap();
-            fcntl(guest.file(), FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
-            guest.send(&[&[0xfe, 0xe, 0, 0, 0xff, 0xe, 0, 0]]);
+            balloon.inflate(
+                &[0x40000..0x40001, 0x40001..0x40002],
+                &mut Pieces::default(),
+            );
+            guest.send(&[&[0, 0, 4, 0, 1, 0, 4, 0]]);
             let (counters, result) = serve_waiting(&guest, &mut balloon, told_before_use);
             assert_eq!((result, guest.used()), (next, used));
             assert_eq!(counters.prefault_failures.get(), 1);
             let out = if told_before_use { 0 } else { 2 * 4096 };
             assert_eq!(counters.deflated.get(), out);
         }
+    }
+
+    /// No memory can be allocated beyond the end of a file that must not grow, however long the driver waits.
+    #[test]
+    fn a_driver_does_not_wait_for_what_never_comes() {
+        let mut guest = GuestQueue::new();
+        let mut balloon = Balloon::default();
+        balloon.set_memory(&guest.memory, Granularity::Bytes(4096));
+        balloon.inflate(&[0xefe..0xeff, 0xeff..0xf00], &mut Pieces::default());
+        guest.file().set_len(0xeff << 12).unwrap();
+        fcntl(guest.file(), FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+        guest.send(&[&[0xfe, 0xe, 0, 0, 0xff, 0xe, 0, 0]]);
+        let (counters, result) = serve_waiting(&guest, &mut balloon, true);
+        assert_eq!((result, guest.used()), (Next::Notified, 1));
+        assert_eq!(counters.prefault_failures.get(), 1);
+        assert_eq!(counters.deflated.get(), 2 * 4096);
     }
 
     #[test]

@@ -253,20 +253,29 @@ impl Discarder {
     }
 
     /// Has memory ready for those of the pieces that need it, or for `all`. There are none afterwards. Returns
-    /// whether there was memory.
+    /// whether there may be memory: it is no use to wait where the file's memory cannot be allocated at all.
     pub fn prefault(&mut self, pieces: &mut Pieces, all: bool, counters: &Counters) -> bool {
         let mut ready = true;
         for piece in &pieces.pieces {
             if !all && !may_run_out(&piece.file) {
                 continue;
             }
-            if let Err(errno) = allocate(piece, FallocateFlags::empty()) {
-                ready = false;
-                counters.prefault_failures.add(1);
-                if self.is_due(errno) {
+            let Err(errno) = allocate(piece, FallocateFlags::empty()) else {
+                continue;
+            };
+            counters.prefault_failures.add(1);
+            let short = matches!(errno, Errno::ENOMEM | Errno::ENOSPC | Errno::EDQUOT);
+            ready &= !short;
+            if self.is_due(errno) {
+                if short {
                     error!(
                         "the host has no memory for what the guest takes back: {errno}; free memory on the host, \
                          or huge pages, or room in the tmpfs, before the guest needs it"
+                    );
+                } else {
+                    error!(
+                        "cannot allocate memory in the guest's memory file: {errno}; have the VMM use a memory \
+                         file that is open for writing, as QEMU's memory-backend-memfd is, or leave out --prefault"
                     );
                 }
             }
@@ -321,7 +330,7 @@ fn allocate(piece: &Piece, flags: FallocateFlags) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::memory_file;
+    use crate::testing::{huge_file, memory_file};
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
@@ -366,9 +375,23 @@ mod tests {
         );
         pieces.push(&file, 0..4096, 4096);
         assert!(discarder.prefault(&mut pieces, true, &counters));
+        let (huge, granule) = huge_file();
+        pieces.push(&huge, 0..4096, granule);
+        assert!(!discarder.prefault(&mut pieces, false, &counters));
+        assert_eq!(counters.prefault_failures.get(), 1);
+        assert!(!discarder.is_due(Errno::ENOSPC), "it was logged");
+    }
+
+    #[test]
+    fn only_a_shortage_is_worth_waiting_for() {
+        // Nothing can be allocated in a file that is read-only.
+        let file = memory_file(4096);
         let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let mut pieces = Pieces::default();
         pieces.push(&Arc::new(read_only), 0..4096, 4096);
-        assert!(!discarder.prefault(&mut pieces, true, &counters));
+        let counters = Counters::default();
+        let mut discarder = Discarder::default();
+        assert!(discarder.prefault(&mut pieces, true, &counters));
         assert_eq!(counters.prefault_failures.get(), 1);
         assert!(!discarder.is_due(Errno::EBADF), "it was logged");
     }

@@ -42,6 +42,21 @@ pub(crate) fn memory_file(bytes: u64) -> Arc<File> {
     Arc::new(file)
 }
 
+/// A file in huge pages so large that the host has none of them, if it has two sizes. It has room for one.
+pub(crate) fn huge_file() -> (Arc<File>, u64) {
+    let sizes = [
+        (MFdFlags::MFD_HUGE_1GB, 1 << 30),
+        (MFdFlags::MFD_HUGE_2MB, 2 << 20),
+    ];
+    let mut files = sizes.iter().filter_map(|&(size, bytes)| {
+        let file = memfd_create("guest", MFdFlags::MFD_HUGETLB | size).ok()?;
+        Some((File::from(file), bytes))
+    });
+    let (file, bytes) = files.next().unwrap();
+    file.set_len(bytes).unwrap();
+    (Arc::new(file), bytes)
+}
+
 /// A guest's memory: a file with two regions, one at 0 and one at [`HOLE`] in the guest's address space,
 /// and no byte that is zero.
 pub(crate) struct MemoryFiles {
