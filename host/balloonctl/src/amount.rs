@@ -4,7 +4,7 @@
 
 use std::str::FromStr;
 
-use bytesize::ByteSize;
+use balloon_control::parse_size;
 
 use crate::failure::Failure;
 
@@ -54,20 +54,9 @@ impl FromStr for Amount {
                 _ => Err("a percentage is a whole number from 0 to 100".to_owned()),
             };
         }
-        // Tools do not agree on what a bare number is: bytes here, KiB or MiB there.
-        if text != "0" && text.ends_with(|last: char| last.is_ascii_digit()) {
-            return Err(format!("a unit is missing, as in {text}M or {text}B"));
-        }
-        // The crate takes these letters for powers of ten, where all who speak of memory mean 1024.
-        let size = if text.ends_with(|last: char| "kKmMgGtTpPeE".contains(last)) {
-            format!("{text}iB")
-        } else {
-            text.to_owned()
-        };
-        match size.parse() {
-            Ok(ByteSize(bytes)) => Ok(Self::Bytes(bytes)),
-            Err(_) => Err("write it like 2GiB, 512M or 50%".to_owned()),
-        }
+        parse_size(text)
+            .map(Self::Bytes)
+            .map_err(|error| format!("{error}, or like 50%"))
     }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The control protocol of the balloon device: what is said, and both sides of the socket.
+//! The control protocol of the balloon device: what is said, and both sides of the socket. Both of its programs also
+//! read sizes in the same way.
 //!
 //! Each request and each response is a JSON object on a line of its own. docs/control.md has the protocol
 //! for those who speak it without this library.
@@ -9,6 +10,7 @@ mod client;
 mod framing;
 mod protocol;
 mod server;
+mod size;
 mod socket;
 
 pub use client::{Answer, Client, ClientError};
@@ -17,4 +19,5 @@ pub use protocol::{
     Progress, Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,
 };
 pub use server::{Handler, Server, serve};
+pub use size::parse_size;
 pub use socket::{Access, BindError, SocketFile, listen};

@@ -4,8 +4,8 @@
 
 use std::str::FromStr;
 
+use balloon_control::parse_size;
 use balloon_wire::BALLOON_PAGE_SIZE;
-use bytesize::ByteSize;
 
 /// What every guest needs, in bytes.
 const BASE: u64 = 64 << 20;
@@ -29,10 +29,9 @@ impl FromStr for Floor {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "auto" => Ok(Self::Auto),
-            _ => text
-                .parse()
-                .map(|ByteSize(bytes)| Self::Bytes(bytes))
-                .map_err(|_| "use auto, or a size such as 512MiB".to_owned()),
+            _ => parse_size(text)
+                .map(Self::Bytes)
+                .map_err(|error| format!("{error}, or use auto")),
         }
     }
 }
@@ -72,7 +71,9 @@ mod tests {
         assert_eq!("auto".parse(), Ok(Floor::Auto));
         assert_eq!("512MiB".parse(), Ok(Floor::Bytes(512 << 20)));
         assert_eq!("0".parse(), Ok(Floor::Bytes(0)));
+        assert_eq!("512M".parse(), Ok(Floor::Bytes(512 << 20)));
         assert!("half".parse::<Floor>().is_err());
+        assert!("512".parse::<Floor>().is_err());
     }
 
     #[test]
