@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -447,13 +448,16 @@ impl Device {
     ///
     /// The file cannot be written, and this will be forgotten with the process.
     pub fn inhibit(&self, seconds: Option<u64>) -> io::Result<()> {
-        let result = self.wish(|state| match seconds {
-            Some(seconds) => state.inhibit(since_boot(), Duration::from_secs(seconds)),
-            None => state.inhibited = None,
-        });
+        {
+            let mut state = lock(&self.state);
+            match seconds {
+                Some(seconds) => state.inhibit(since_boot(), Duration::from_secs(seconds)),
+                None => state.inhibited = None,
+            }
+        }
         // What the worker is at may still be given back.
         drop(lock(&self.work));
-        result
+        self.save()
     }
 
     /// The last sample of the guest's statistics.
@@ -479,11 +483,10 @@ impl Device {
         }
     }
 
-    /// Changes what the host wants, and writes it to the file.
-    fn wish(&self, change: impl FnOnce(&mut State)) -> io::Result<()> {
-        // From before the change, so that the file has the last wish in the end.
+    /// Writes what the host wants to the file. It may have to wait for a disk, so this comes last. One thread at a time
+    /// writes the state as it is then, so the file has the last wish in the end.
+    fn save(&self) -> io::Result<()> {
         let file = lock(&self.file);
-        change(&mut lock(&self.state));
         file.as_ref().map_or(Ok(()), |path| self.state().save(path))
     }
 
@@ -587,13 +590,13 @@ impl Device {
         if self.running() {
             *lock(&self.grace_end) = None;
         }
-        if lock(&self.state).config.target == pages {
+        let before = mem::replace(&mut lock(&self.state).config.target, pages);
+        if before == pages {
             self.follow();
             return Ok(());
         }
-        let result = self.wish(|state| state.config.target = pages);
         self.notify();
-        result
+        self.save()
     }
 
     /// Sets how often the guest is asked for statistics, in seconds, and asks it for some. 0 is never.
@@ -603,7 +606,8 @@ impl Device {
     /// The system has no such timer, or the file cannot be written.
     pub fn set_stats_interval(&self, seconds: u32) -> io::Result<()> {
         self.arm(seconds)?;
-        self.wish(|state| state.stats_interval = seconds)
+        lock(&self.state).stats_interval = seconds;
+        self.save()
     }
 
     fn arm(&self, seconds: u32) -> io::Result<()> {
@@ -1133,8 +1137,11 @@ impl VhostUserBackend for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{GuestQueue, device};
+    use crate::testing::{GuestQueue, device, device_with, memory_file};
     use balloon_control::{Handler, Request};
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_driver_may_read_any_part_of_the_configuration() {
@@ -1153,7 +1160,12 @@ mod tests {
 
     /// A device with a guest of 16 MiB, whose driver has started at this index.
     fn running(target: u64, next: u16) -> Device {
-        let device = device(&[Feature::Stats], true);
+        running_with(memory_file(0).try_clone().unwrap(), target, next)
+    }
+
+    /// The same with this end of a channel.
+    fn running_with(end: impl Into<OwnedFd>, target: u64, next: u16) -> Device {
+        let device = device_with(end, &[Feature::Stats], true);
         device
             .set_target((target / BALLOON_PAGE_SIZE).try_into().unwrap())
             .unwrap();
@@ -1202,6 +1214,28 @@ mod tests {
             .unwrap_err();
         assert!(error.to_string().contains("15728640"), "{error}");
         device.handle(Request::Set { bytes: 15 << 20 }).unwrap();
+    }
+
+    #[test]
+    fn a_guest_does_not_wait_for_the_hosts_disk() {
+        let (end, other) = UnixStream::pair().unwrap();
+        let device = running_with(end, 8 << 20, 7);
+        other
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
+        (&other).read_exact(&mut [0]).unwrap();
+        thread::scope(|scope| {
+            let _disk = lock(&device.file);
+            scope.spawn(|| device.set_target(1024));
+            (&other).read_exact(&mut [0]).unwrap();
+            assert_eq!(asked(&device), 4 << 20);
+            scope.spawn(|| device.inhibit(Some(60)));
+            let start = Instant::now();
+            while device.inhibited().is_none() {
+                assert!(start.elapsed() < Duration::from_secs(5));
+                thread::yield_now();
+            }
+        });
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -339,6 +340,15 @@ impl GuestQueue {
 
 /// A device that nobody is connected to.
 pub(crate) fn device(features: &[Feature], extensions: bool) -> Device {
+    device_with(memory_file(0).try_clone().unwrap(), features, extensions)
+}
+
+/// A device with this end of a channel.
+pub(crate) fn device_with(
+    end: impl Into<OwnedFd>,
+    features: &[Feature],
+    extensions: bool,
+) -> Device {
     let settings = Settings {
         features: offer(features, extensions),
         granularity: Granularity::Auto,
@@ -349,6 +359,5 @@ pub(crate) fn device(features: &[Feature], extensions: bool) -> Device {
         boot_grace: Duration::from_secs(60),
     };
     let state = State::new(0);
-    let nobody = Channel::new(memory_file(0).try_clone().unwrap().into());
-    Device::new(settings, state, None, nobody, None).unwrap()
+    Device::new(settings, state, None, Channel::new(end.into()), None).unwrap()
 }
