@@ -403,12 +403,17 @@ static unsigned long free_at(unsigned long pfn, unsigned long nr)
 static int alloc_range(unsigned long pfn, unsigned long nr)
 {
 	static DEFINE_MUTEX(lock);
+	int ret;
 
 	guard(mutex)(&lock);
 	/* Without the zone's lock: what it would say may be over just as soon. */
 	if (data_race(page_zone(pfn_to_page(pfn))->nr_isolate_pageblock))
 		return -EBUSY;
-	return alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
+	if (!balloon_rs_try_begin_isolating())
+		return -EBUSY;
+	ret = alloc_contig_range(pfn, pfn + nr, ACR_FLAGS_NONE, __GFP_NOWARN);
+	balloon_rs_end_isolating();
+	return ret;
 }
 #endif
 

@@ -188,6 +188,8 @@ void balloon_rs_relax(struct virtio_device *vdev);
 /* In memory_blocks.c. */
 void balloon_rs_begin_taking(void);
 void balloon_rs_end_taking(void);
+bool balloon_rs_try_begin_isolating(void);
+void balloon_rs_end_isolating(void);
 bool balloon_rs_is_taking(void);
 unsigned long balloon_rs_memory_block_pages(void);
 int balloon_rs_keep_online(unsigned long first, unsigned long nr);

@@ -37,6 +37,20 @@ void balloon_rs_end_taking(void)
 	mutex_unlock(&taking_lock);
 }
 
+/*
+ * Begins to isolate page blocks, as taking a block does: if two do that at once, the one that fails
+ * ends the isolation of the other. Does not wait: who takes a block may wait for the caller's locks.
+ */
+bool balloon_rs_try_begin_isolating(void)
+{
+	return mutex_trylock(&taking_lock);
+}
+
+void balloon_rs_end_isolating(void)
+{
+	mutex_unlock(&taking_lock);
+}
+
 /* Whether the caller is called by a thread that takes a block. */
 bool balloon_rs_is_taking(void)
 {
@@ -219,6 +233,15 @@ void balloon_rs_begin_taking(void)
 }
 
 void balloon_rs_end_taking(void)
+{
+}
+
+bool balloon_rs_try_begin_isolating(void)
+{
+	return true;
+}
+
+void balloon_rs_end_isolating(void)
 {
 }
 
