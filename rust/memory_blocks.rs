@@ -88,8 +88,11 @@ impl MemoryBlock {
     /// Returns whether the block looks as if it could be taken: its pages are free, or the kernel
     /// can move them.
     pub(crate) fn can_be_taken(self) -> bool {
-        let pfns = self.pfns();
+        Self::range_can_be_taken(self.pfns())
+    }
 
+    /// The same of the memory block with `pfns` (page frame numbers of kernel pages).
+    pub(super) fn range_can_be_taken(pfns: Range<u64>) -> bool {
         // SAFETY: The function looks whether there are such pages.
         unsafe {
             bindings::balloon_rs_can_take_block(

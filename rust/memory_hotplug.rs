@@ -55,9 +55,22 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
     }
 
     unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int {
+        // SAFETY: The chain passes the address of a `struct memory_notify`.
+        let what = unsafe { &*data.cast::<bindings::memory_notify>() };
+        let first = what.start_pfn as u64;
+        let pfns = first..first.saturating_add(what.nr_pages as u64);
+
         // What this driver takes offline itself has nothing in it that would have to be given back.
+        // But others may have allocated pages there before the kernel isolated the block, for which
+        // the kernel would wait with its locks for memory hotplug.
         if MemoryBlock::is_being_taken() {
-            return bindings::NOTIFY_DONE as c_int;
+            let is_taken = action != bindings::BALLOON_MEM_GOING_OFFLINE
+                || MemoryBlock::range_can_be_taken(pfns);
+
+            return match is_taken {
+                true => bindings::NOTIFY_DONE as c_int,
+                false => bindings::NOTIFY_BAD as c_int,
+            };
         }
 
         match action {
@@ -69,11 +82,7 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
             _ => return bindings::NOTIFY_DONE as c_int,
         }
 
-        // SAFETY: The chain passes the address of a `struct memory_notify`.
-        let what = unsafe { &*data.cast::<bindings::memory_notify>() };
-        let first = what.start_pfn as u64;
-
-        match who.going_offline(first..first.saturating_add(what.nr_pages as u64)) {
+        match who.going_offline(pfns) {
             Ok(()) => bindings::NOTIFY_OK as c_int,
             Err(_) => bindings::NOTIFY_BAD as c_int,
         }
