@@ -228,11 +228,12 @@ impl<S: Job> Taker<S> {
 
     /// Returns the next block that is to be taken.
     fn next(&self, work: &mut Work) -> Option<MemoryBlock> {
-        // Only one driver can have what comes online.
+        // Only one driver can have what comes online. A virtio-mem device may be plugged at any time,
+        // and its driver fails for good while this one has it.
+        if has_virtio_mem(&self.dev) || work.offline.len() == MAX_OFFLINE {
+            return None;
+        }
         if work.candidates.is_none() {
-            if has_virtio_mem(&self.dev) || work.offline.len() == MAX_OFFLINE {
-                return None;
-            }
             work.candidates = candidates().ok();
         }
 
