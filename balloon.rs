@@ -336,7 +336,7 @@ impl Balloon {
 
         self.giving_back.store(false, Relaxed);
         if let Some(taker) = &self.taker {
-            taker.resume();
+            taker.enter();
         }
         Ok(())
     }

@@ -354,7 +354,7 @@ impl Hinting {
 
         *self.worker.lock() = worker;
         if let Some(taker) = &self.taker {
-            taker.resume();
+            taker.enter();
         }
         Ok(())
     }

@@ -688,7 +688,7 @@ impl HostRequests {
 
         drop(before);
         if let Some(taker) = &self.taker {
-            taker.resume();
+            taker.enter();
         }
         Ok(())
     }

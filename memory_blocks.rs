@@ -344,6 +344,13 @@ impl<S: Job> Task<Taker<S>> {
         ready.len()
     }
 
+    /// Takes up the work again after [`leave`](Self::leave). Blocks may be offline that could not be
+    /// brought online while the system hibernated.
+    pub(crate) fn enter(&self) {
+        self.resume();
+        self.schedule();
+    }
+
     /// Ends all work, and gives back what was taken.
     pub(crate) fn leave(&self) {
         self.stop();
