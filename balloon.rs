@@ -982,6 +982,9 @@ impl Job for Balloon {
                 task.wakeup.lower(Signal::Target);
                 // The device would not learn of any, and until it has no page leaves the balloon.
                 task.moves().allow(false);
+                if let Some(taker) = &task.taker {
+                    taker.cancel();
+                }
                 if worker.error.is_none() {
                     dev_err!(
                         task.dev,
