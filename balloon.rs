@@ -917,7 +917,13 @@ impl OomNotify for Task<Balloon> {
         }
 
         let is_over = || deflate::is_over(&self.deflate, &self.pages).then_some(());
-        within(OOM_PATIENCE, is_over).map_or(0, |()| released)
+        if within(OOM_PATIENCE, is_over).is_none() {
+            return 0;
+        }
+        // The device need not interrupt for an answer that was taken here.
+        self.queue_used();
+        self.schedule();
+        released
     }
 }
 
