@@ -516,12 +516,13 @@ impl Balloon {
     /// another try, unless something happens before.
     fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
         let now = self.start.elapsed().as_millis();
+        let ready = self.taker.as_ref().map_or(0, |taker| taker.ready());
         if let Some(pause) = worker.backoff.remaining(now) {
             if worker.stopped == Some(StopReason::AfterOom) {
                 return Some(pause);
             }
             // Memory may have come, with which there is something to do.
-            if self.spare_pages() < worker.spare.saturating_add(WORTHWHILE) {
+            if ready == 0 && self.spare_pages() < worker.spare.saturating_add(WORTHWHILE) {
                 return Some(pause.min(LOOK_AGAIN));
             }
         }
@@ -545,13 +546,16 @@ impl Balloon {
 
         if let Some(taker) = &self.taker {
             taker.want(wanted);
-            let ready = taker.ready().min(wanted);
+            let ready = ready.min(wanted);
             if ready > 0 {
                 let source = &***taker;
                 let stop =
                     worker
                         .inflate
                         .fill(&self.pages, &mut worker.batch, source, ready, may_send);
+                if stop == Stop::Done {
+                    worker.stopped = None;
+                }
                 return (stop == Stop::Done).then_some(0);
             }
             if taker.is_busy() {
@@ -559,6 +563,7 @@ impl Balloon {
             }
             if !worker.blocks_taken && Taker::<Self>::is_worthwhile(wanted) {
                 worker.blocks_taken = true;
+                worker.stopped = None;
                 taker.begin(wanted);
                 return None;
             }
