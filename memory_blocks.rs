@@ -289,7 +289,9 @@ impl<S: Job> Taker<S> {
                 self.taking_for.schedule();
                 true
             }
-            Taken::Not => {
+            // It says nothing about the next one: a block of CMA, or one that others have got hold of.
+            Taken::Not(EBUSY | EPERM) => true,
+            Taken::Not(_) => {
                 work.failures += 1;
                 work.failures < MAX_FAILURES
             }
@@ -300,10 +302,12 @@ impl<S: Job> Taker<S> {
         }
     }
 
-    /// Brings blocks online that could not be before. Returns whether all are.
+    /// Brings blocks online that could not be before. Returns whether all are: online, or not there
+    /// any more, as those of memory that was unplugged.
     fn bring_online(work: &mut Work) -> bool {
-        work.offline
-            .retain(|block| !matches!(block.bring_online(), Ok(()) | Err(EINVAL)));
+        work.offline.retain(|block| {
+            !matches!(block.bring_online(), Ok(()) | Err(EINVAL | ENOENT | ENODEV))
+        });
         work.offline.is_empty()
     }
 }

@@ -37,7 +37,8 @@ use kernel::{
     types::NotThreadSafe, //
 };
 
-/// How long it may take to bring a block online: no more than its pages are written to then.
+/// How long it may take to bring a block online. The kernel does not look for a signal then, and does
+/// no more than to write to the `struct page`s.
 const ONLINE_PATIENCE: Msecs = 1_000;
 
 /// How many times it is tried while others take memory offline or online. The kernel waits for 5
@@ -52,8 +53,9 @@ pub(crate) struct MemoryBlock(u64);
 pub(crate) enum Taken {
     /// These are its pages.
     Pages(PageList),
-    /// It is as it was.
-    Not,
+    /// It is as it was: the kernel does not take it offline (`EINTR`: not in time), or others have
+    /// brought it online.
+    Not(Error),
     /// It is offline, and could not be brought online.
     Offline,
 }
@@ -147,8 +149,8 @@ impl MemoryBlock {
     pub(crate) fn take(self, patience: Msecs) -> Taken {
         let _turn = Turn::wait();
 
-        if self.write(c"offline", patience).is_err() {
-            return Taken::Not;
+        if let Err(error) = self.write(c"offline", patience) {
+            return Taken::Not(error);
         }
         let kept = Kept::begin(self.pfns());
         let online = self.bring_online();
@@ -157,7 +159,7 @@ impl MemoryBlock {
         match online {
             // Others may have brought it online.
             _ if !pages.is_empty() => Taken::Pages(pages),
-            Ok(()) | Err(EINVAL) => Taken::Not,
+            Ok(()) | Err(EINVAL) => Taken::Not(EINVAL),
             Err(_) => Taken::Offline,
         }
     }
