@@ -86,8 +86,10 @@ static void keep_page(struct page *page, unsigned int order)
 	bool is_kept;
 	unsigned long i;
 
+	/* Others may bring it online as movable memory, which what is kept is not. */
 	scoped_guard(spinlock, &kept_lock)
-		is_kept = page_to_pfn(page) - kept_first < kept_nr;
+		is_kept = page_to_pfn(page) - kept_first < kept_nr &&
+			  page_zonenum(page) != ZONE_MOVABLE;
 	if (!is_kept) {
 		generic_online_page(page, order);
 		return;
