@@ -93,6 +93,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: EXTENDED_DEVICE,
         run: hibernate,
     },
+    Scenario {
+        name: "zeroing_broken_page",
+        proves: "the balloon leaves a memory block with a broken page alone, since it could not come online again",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: broken_page,
+    },
 ];
 
 /// How much more memory the guest may have of the host's on the way.
@@ -555,6 +563,36 @@ fn hibernate(setup: &Setup) -> Result<()> {
         ensure!(now == total, "the guest had {total}, and has {now}");
         data.verify(2)?;
         data.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Reports a memory error in some memory blocks of 128 MiB, in pages that are most likely free.
+const BREAK: &str = "for block in 8 9 10 11 12 13; do
+        echo $((block * 32768 + 12345)) >/sys/kernel/debug/hwpoison/corrupt-pfn
+    done";
+
+fn broken_page(setup: &Setup) -> Result<()> {
+    // More than the other blocks have.
+    let size = Size::mib(1600);
+    vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let total = guest.meminfo()?.total;
+        guest.sh(BREAK)?;
+        let broken = guest.sh("grep ^HardwareCorrupted: /proc/meminfo")?;
+        ensure!(
+            broken.split_whitespace().nth(1) == Some("24"),
+            "not all six pages are broken: {broken}"
+        );
+        guest.balloon().settle(size)?;
+        check_size(guest, size)?;
+        check_online(guest)?;
+        let blocks = taken(guest)?;
+        ensure!(blocks > 0, "no memory block was taken");
+        guest.balloon().settle(Size::default())?;
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+        setup.note(format!("{blocks} memory blocks of {size}"));
         guest.rmmod(setup.driver)
     })
 }
