@@ -210,8 +210,10 @@ pub struct Device {
     grace_end: Mutex<Option<Instant>>,
     /// When a driver was taken up.
     started: Mutex<Option<Instant>>,
-    /// What the guest was asked for last, in balloon pages.
+    /// The target that the guest has read last, in balloon pages.
     asked: AtomicU32,
+    /// The target that the guest was notified of last, in balloon pages.
+    told: AtomicU32,
     /// When that or the balloon's size changed.
     moved: Mutex<Option<Instant>>,
     /// How many times the guest is still asked for statistics soon.
@@ -280,6 +282,7 @@ impl Device {
             grace_end: Mutex::default(),
             started: Mutex::default(),
             asked: AtomicU32::new(0),
+            told: AtomicU32::new(0),
             moved: Mutex::default(),
             soon: AtomicU32::new(0),
             blocked: AtomicBool::new(false),
@@ -555,9 +558,10 @@ impl Device {
         }
     }
 
-    /// Tells the guest if what it is asked for has changed without a client.
+    /// Tells the guest if what it is asked for has changed without a client. A guest that has read it for another
+    /// reason may not have noticed.
     fn follow(&self) {
-        if self.asked.load(SeqCst) != self.asked() {
+        if self.told.load(SeqCst) != self.asked() {
             self.notify();
         }
     }
@@ -568,6 +572,8 @@ impl Device {
         if grace.is_zero() || lock(&self.state).config.target == 0 {
             return;
         }
+        // The timer goes off after this.
+        let end = Instant::now().checked_add(grace);
         let after = Expiration::OneShot(TimeSpec::from_duration(grace));
         match self.grace.set(after, TimerSetTimeFlags::empty()) {
             Ok(()) => {
@@ -575,7 +581,7 @@ impl Device {
                     "the guest has a new driver, and is left alone for {} s",
                     grace.as_secs()
                 );
-                *lock(&self.grace_end) = Instant::now().checked_add(grace);
+                *lock(&self.grace_end) = end;
             }
             Err(error) => error!("cannot set a timer: {error}"),
         }
@@ -713,6 +719,7 @@ impl Device {
     /// Tells the guest that the configuration space has changed, now or when it has a driver. Front ends
     /// do not expect the message while there is none.
     fn notify(&self) {
+        self.told.store(self.asked(), SeqCst);
         self.config_changed.store(true, SeqCst);
         if self.running() && self.config_changed.swap(false, SeqCst) {
             self.channel.config_changed();
@@ -940,6 +947,7 @@ impl Device {
         work.at_work = true;
         *lock(&self.started) = Some(Instant::now());
         self.running.store(true, SeqCst);
+        self.told.store(self.asked(), SeqCst);
         if self.config_changed.swap(false, SeqCst) {
             self.channel.config_changed();
         }
@@ -1101,8 +1109,10 @@ impl VhostUserBackend for Device {
             }
             GRACE => {
                 let _ = self.grace.wait();
-                *lock(&self.grace_end) = None;
-                self.follow();
+                // Another driver may have started since the timer went off.
+                if self.grace().is_none() {
+                    self.follow();
+                }
             }
             RETRY => {
                 let _ = self.retry.wait();
@@ -1299,6 +1309,25 @@ mod tests {
             device.asked_soon();
         }
         assert!(set(8 << 20).is_err());
+    }
+
+    #[test]
+    fn the_end_of_the_grace_is_not_missed() {
+        let (end, mut other) = UnixStream::pair().unwrap();
+        let device = running_with(end, 8 << 20, 0);
+        other.read_exact(&mut [0]).unwrap();
+        other.set_nonblocking(true).unwrap();
+        let handle = || device.handle_event(GRACE.try_into().unwrap(), EventSet::IN, &[], 0);
+        // That of the driver before.
+        handle().unwrap();
+        assert!(device.grace().is_some() && other.read(&mut [0]).is_err());
+
+        *lock(&device.grace_end) = Some(Instant::now());
+        // The guest reads for another reason, and the front end reads all.
+        device.get_config(8, 4);
+        handle().unwrap();
+        other.read_exact(&mut [0]).unwrap();
+        assert_eq!(asked(&device), 8 << 20);
     }
 
     #[test]
