@@ -73,6 +73,10 @@ const REST: Duration = Duration::from_secs(2);
 /// much less memory than the VMM has shared.
 const REPORT_TIME: Duration = Duration::from_secs(5);
 
+/// How long an access to the configuration space waits until it is known whether the driver is a new one. The test
+/// must not depend on how busy the machine is.
+const KNOWN_TIME: Duration = Duration::from_millis(if cfg!(test) { 1000 } else { 20 });
+
 /// For how long nothing is locked after a queue has used up its time. Else the thread would mostly have the locks
 /// again before another one that waits for them is awake.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -195,6 +199,9 @@ pub struct Device {
     connected: AtomicBool,
     /// Whether a driver's queues are served.
     running: AtomicBool,
+    /// Whether a driver has accepted features, and it is not known yet whether it is a new one.
+    unknown: Mutex<bool>,
+    known: Condvar,
     /// Whether the configuration space has changed while there was nobody to tell.
     config_changed: AtomicBool,
     answered: Mutex<Option<Instant>>,
@@ -271,6 +278,8 @@ impl Device {
             counters: Counters::default(),
             connected: AtomicBool::new(false),
             running: AtomicBool::new(false),
+            unknown: Mutex::new(false),
+            known: Condvar::new(),
             // A guest that went on without the device may have missed a change.
             config_changed: AtomicBool::new(true),
             answered: Mutex::default(),
@@ -361,8 +370,25 @@ impl Device {
     fn stop(&self) {
         lock(&self.work).at_work = false;
         self.running.store(false, SeqCst);
+        self.set_unknown(false);
         // A driver that continues may have been left alone meanwhile.
         self.config_changed.store(true, SeqCst);
+    }
+
+    fn set_unknown(&self, unknown: bool) {
+        *lock(&self.unknown) = unknown;
+        self.known.notify_all();
+    }
+
+    /// Waits until it is known whether the driver is a new one, if it has just accepted features. A new one must not
+    /// read the target of the one before it, and what it writes must not be taken for that one's.
+    fn wait_known(&self) {
+        let unknown = lock(&self.unknown);
+        let waited = self
+            .known
+            .wait_timeout_while(unknown, KNOWN_TIME, |unknown| *unknown);
+        // A front end may accept features long before there are queues.
+        *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
     }
 
     /// Whether a VMM is connected.
@@ -753,10 +779,6 @@ impl Device {
             return;
         }
         let mut work = lock(&self.work);
-        work.discarder.withhold = match kind {
-            Kind::Inflate | Kind::Reporting | Kind::Requests => self.is_inhibited(),
-            Kind::Deflate | Kind::Stats | Kind::Hinting => false,
-        };
         // What the page frame numbers are looked up in, and not what the library may have put in its place.
         let memory = Arc::clone(&work.memory);
         let memory: &GuestMemoryMmap = &memory;
@@ -767,6 +789,10 @@ impl Device {
             }
             self.start(&mut work, queue.next_avail());
         }
+        work.discarder.withhold = match kind {
+            Kind::Inflate | Kind::Reporting | Kind::Requests => self.is_inhibited(),
+            Kind::Deflate | Kind::Stats | Kind::Hinting => false,
+        };
         let Work {
             balloon,
             discarder,
@@ -948,6 +974,7 @@ impl Device {
         *lock(&self.started) = Some(Instant::now());
         self.running.store(true, SeqCst);
         self.told.store(self.asked(), SeqCst);
+        self.set_unknown(false);
         if self.config_changed.swap(false, SeqCst) {
             self.channel.config_changed();
         }
@@ -972,6 +999,10 @@ impl VhostUserBackend for Device {
 
     fn acked_features(&self, features: u64) {
         self.acked.store(features, SeqCst);
+        // A front end that logs writes for a migration repeats them.
+        if !self.running() {
+            self.set_unknown(true);
+        }
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -999,6 +1030,7 @@ impl VhostUserBackend for Device {
             ));
             return Vec::new();
         }
+        self.wait_known();
         let command = lock(&self.hints).command();
         let granule = lock(&self.sizes).granule;
         // There is none below a page, also while the memory is not known (PS-V3).
@@ -1020,6 +1052,7 @@ impl VhostUserBackend for Device {
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         *lock(&self.answered) = Some(Instant::now());
+        self.wait_known();
         if let Ok(offset) = usize::try_from(offset) {
             let config = &mut lock(&self.state).config;
             let before = config.actual;
@@ -1149,6 +1182,7 @@ mod tests {
     use super::*;
     use crate::testing::{GuestQueue, device, device_with, memory_file};
     use balloon_control::{Handler, Request};
+    use balloon_wire::{VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};
     use std::io::Read;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
@@ -1309,6 +1343,30 @@ mod tests {
             device.asked_soon();
         }
         assert!(set(8 << 20).is_err());
+    }
+
+    #[test]
+    fn a_guest_that_reboots_starts_from_nothing() {
+        let device = running(8 << 20, 7);
+        lock(&device.state).config.actual = 1024;
+        device.stop();
+        device.acked_features(Feature::Stats.mask());
+        thread::scope(|scope| {
+            let target = scope.spawn(|| asked(&device));
+            let excluded = VIRTIO_BALLOON_STOP_REASON_EXCLUDED.to_le_bytes();
+            let place = u32::try_from(config::STOP_REASON).unwrap();
+            let device = &device;
+            scope.spawn(move || device.set_config(place, &excluded));
+            // They come first, and wait.
+            thread::sleep(Duration::from_millis(50));
+            device.start(&mut lock(&device.work), 0);
+            assert_eq!(target.join().unwrap(), 0);
+        });
+        let fields = device.state().config;
+        assert_eq!(
+            (fields.actual, fields.stop_reason),
+            (0, VIRTIO_BALLOON_STOP_REASON_EXCLUDED)
+        );
     }
 
     #[test]
