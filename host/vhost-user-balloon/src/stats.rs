@@ -36,6 +36,8 @@ pub struct Stats {
     /// The number of the last sample. 0 is none.
     sequence: u64,
     wanted: bool,
+    /// Whether the guest has filled the buffer since the queue began. Before, what is in it may be as old as a pause.
+    fresh: bool,
     /// The position in the available ring of the buffer that was looked at.
     seen: Option<u16>,
     bytes: Vec<u8>,
@@ -47,10 +49,10 @@ impl Stats {
         self.wanted = true;
     }
 
-    /// Takes note that the queue begins anew. What is in the buffer may be as old as the pause.
+    /// Takes note that the queue begins again.
     pub fn restart(&mut self) {
         self.seen = None;
-        self.wanted = true;
+        self.fresh = false;
     }
 
     /// Forgets the last sample, of a guest that is gone.
@@ -130,7 +132,7 @@ impl Stats {
                 break;
             };
             let head = chain.head_index();
-            if self.seen != Some(position) {
+            if self.fresh && self.seen != Some(position) {
                 self.seen = Some(position);
                 messages.add(1);
                 self.bytes.clear();
@@ -139,13 +141,13 @@ impl Stats {
                     Err(reason) => counters.refuse(reason),
                 }
             }
-            if !self.wanted {
+            if self.fresh && !self.wanted {
                 // The guest is to tell of the buffer after this one.
                 queue.enable_notification(memory)?;
                 queue.go_to_previous_position();
                 break;
             }
-            self.wanted = false;
+            (self.fresh, self.wanted) = (true, false);
             self.seen = None;
             complete(queue, memory, head, 0, counters)?;
             used = true;
@@ -207,10 +209,41 @@ mod tests {
         counters
     }
 
+    /// As it is when the guest has filled a buffer for it.
+    fn at_work() -> Stats {
+        Stats {
+            fresh: true,
+            ..Stats::default()
+        }
+    }
+
+    #[test]
+    fn an_old_sample_is_not_taken_for_a_new_one() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        // Another process has asked for it, or it is of a new driver.
+        guest.send(&[&entry(5, 1 << 30)]);
+        serve_with(&mut stats, &guest, Some(0));
+        assert_eq!((stats.sequence(), guest.used()), (0, 1));
+        guest.send(&[&entry(5, 1 << 30)]);
+        serve_with(&mut stats, &guest, Some(0));
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+
+        // The guest was paused, and its balloon has grown.
+        stats.restart();
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 2));
+        assert_eq!(stats.total(), Some((1 << 30, 0)));
+        guest.send(&[&entry(5, 1 << 29)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (2, 2));
+        assert_eq!(stats.total(), Some((1 << 29, 1 << 20)));
+    }
+
     #[test]
     fn the_buffer_stays_until_another_sample_is_wanted() {
         let mut guest = GuestQueue::new();
-        let mut stats = Stats::default();
+        let mut stats = at_work();
         guest.send(&[&entry(5, 1 << 30), &entry(0xfffe, 1), &entry(4, 1 << 20)]);
         serve(&mut stats, &guest);
         serve(&mut stats, &guest);
@@ -240,7 +273,7 @@ mod tests {
     #[test]
     fn the_total_is_that_of_a_balloon_at_rest() {
         let mut guest = GuestQueue::new();
-        let mut stats = Stats::default();
+        let mut stats = at_work();
         guest.send(&[&entry(5, 1 << 30)]);
         serve(&mut stats, &guest);
         assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
@@ -263,7 +296,7 @@ mod tests {
     #[test]
     fn a_wish_is_kept_until_there_is_a_buffer() {
         let mut guest = GuestQueue::new();
-        let mut stats = Stats::default();
+        let mut stats = at_work();
         stats.want();
         serve(&mut stats, &guest);
         guest.send(&[&entry(4, 7)]);
@@ -276,7 +309,7 @@ mod tests {
     #[test]
     fn half_an_entry_is_refused() {
         let mut guest = GuestQueue::new();
-        let mut stats = Stats::default();
+        let mut stats = at_work();
         guest.send(&[&entry(4, 7)[..9]]);
         let counters = serve(&mut stats, &guest);
         assert_eq!(counters.refused(Refusal::Truncated), 1);
