@@ -19,7 +19,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 
 use crate::discard::{Granularity, Pieces};
 use crate::hazard::{Hazard, Identity};
-use crate::kept::{self, Kept};
+use crate::kept::Kept;
 use crate::page_map::{PageMap, find};
 
 /// What became of the pages of a message, in balloon pages.
@@ -154,8 +154,14 @@ impl Region {
         })
     }
 
-    /// Takes over what was in the balloon of memory that is in the same place of the guest and of the file.
-    fn inherit(&mut self, pages: &Range<u64>, identity: Identity, offset: u64, bitmap: &[u64]) {
+    /// Takes over what is in the balloon of absent memory that is in the same place of the guest and of the file.
+    fn inherit(&mut self, absent: &mut Absent) {
+        let Absent {
+            pages,
+            identity,
+            offset,
+            held,
+        } = absent;
         let (start, end) = (
             self.pages.start.max(pages.start),
             self.pages.end.min(pages.end),
@@ -165,17 +171,18 @@ impl Region {
             offset.checked_add(bytes)
         };
         let same = start < end
-            && self.identity == identity
-            && place(self.pages.start, self.offset) == place(pages.start, offset);
+            && self.identity == *identity
+            && place(self.pages.start, self.offset) == place(pages.start, *offset);
         if !same {
             return;
         }
         let mut bit = start - pages.start;
         let end = end - pages.start;
-        while let Some(first) = find(bitmap, bit, true).filter(|&first| first < end) {
-            bit = find(bitmap, first, false).map_or(end, |bit| bit.min(end));
+        while let Some(first) = find(held, bit, true).filter(|&first| first < end) {
+            bit = find(held, first, false).map_or(end, |bit| bit.min(end));
             let shift = |bit: u64| bit + pages.start - self.pages.start;
             set(&mut self.held, shift(first)..shift(bit), true, |_| {});
+            set(held, first..bit, false, |_| {});
         }
     }
 
@@ -246,6 +253,48 @@ impl Region {
     }
 }
 
+/// Memory that the front end has not sent, or has taken back, and of which there is some in the balloon.
+#[derive(Debug)]
+struct Absent {
+    /// Its balloon pages.
+    pages: Range<u64>,
+    /// What tells its file from others.
+    identity: Identity,
+    /// Where it begins in the file, in bytes.
+    offset: u64,
+    /// A bit for each page.
+    held: Vec<u64>,
+}
+
+impl Absent {
+    /// Takes pages out of the balloon.
+    fn deflate(&mut self, pages: &Range<u64>) {
+        let first = self.pages.start;
+        let (start, end) = (pages.start.max(first), pages.end.min(self.pages.end));
+        if start < end {
+            set(&mut self.held, start - first..end - first, false, |_| {});
+        }
+    }
+}
+
+impl From<Region> for Absent {
+    fn from(region: Region) -> Self {
+        let Region {
+            pages,
+            identity,
+            offset,
+            held,
+            ..
+        } = region;
+        Self {
+            pages,
+            identity,
+            offset,
+            held,
+        }
+    }
+}
+
 /// Where the pages of a region are in its file, in bytes.
 fn in_file(pages: &Range<u64>, offset: u64) -> Range<u64> {
     offset + pages.start * BALLOON_PAGE_SIZE..offset + pages.end * BALLOON_PAGE_SIZE
@@ -285,6 +334,21 @@ pub(crate) fn set(
     changed
 }
 
+/// Puts ranges in order, and makes one of those that meet. Returns how much is in several of them.
+pub(crate) fn merge(ranges: &mut Vec<Range<u64>>) -> u64 {
+    let mut repeated = 0_u64;
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, range| {
+        let meet = next.start <= range.end;
+        if meet {
+            repeated = repeated.saturating_add(range.end.min(next.end) - next.start);
+            range.end = range.end.max(next.end);
+        }
+        meet
+    });
+    repeated
+}
+
 /// Memory of which there is more than fits into a `usize` cannot have been mapped.
 pub(crate) fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
@@ -301,8 +365,9 @@ pub struct Balloon {
     unbacked: BTreeSet<u64>,
     /// Where another process finds what is in the balloon.
     kept: Option<Kept>,
-    /// What another process has left there. The front end may send the memory piece by piece.
-    left: Vec<(kept::Region, Vec<u64>)>,
+    /// Memory that may come, or come back: the front end sends it piece by piece, and takes a piece back to change its
+    /// bounds. None of it is in `regions`.
+    absent: Vec<Absent>,
 }
 
 impl Balloon {
@@ -320,16 +385,17 @@ impl Balloon {
         let kept = Kept::new(file);
         match kept.load() {
             Ok(left) => {
-                self.left = left;
+                let absent = left.into_iter().map(|(region, held)| Absent {
+                    pages: region.pages,
+                    identity: region.identity,
+                    offset: region.offset,
+                    held,
+                });
+                self.absent.extend(absent);
                 self.kept = Some(kept);
             }
             Err(error) => kept.give_up(&error),
         }
-    }
-
-    /// Forgets what another process has left for memory that is not there when the driver continues.
-    pub fn taken_up(&mut self) {
-        self.left.clear();
     }
 
     /// Writes down that the balloon has changed in these pages, which are in memory and in order.
@@ -418,20 +484,19 @@ impl Balloon {
             && old
                 .iter()
                 .all(|old| self.regions.iter().any(|new| new.is(old)));
-        for (region, bitmap) in &self.left {
-            for new in &mut self.regions {
-                new.inherit(&region.pages, region.identity, region.offset, bitmap);
-            }
-        }
         for region in old {
-            if let Some(place) = self.regions.iter_mut().find(|new| new.is(&region)) {
-                *place = region;
-                continue;
-            }
-            for new in &mut self.regions {
-                new.inherit(&region.pages, region.identity, region.offset, &region.held);
+            match self.regions.iter_mut().find(|new| new.is(&region)) {
+                Some(place) => *place = region,
+                None => self.absent.push(region.into()),
             }
         }
+        for absent in &mut self.absent {
+            for region in &mut self.regions {
+                region.inherit(absent);
+            }
+        }
+        self.absent
+            .retain(|absent| absent.held.iter().any(|&word| word != 0));
         if !same {
             self.write_all_down();
         }
@@ -478,6 +543,11 @@ impl Balloon {
 
     /// Takes ranges of balloon pages out of the balloon.
     pub fn deflate(&mut self, ranges: &[Range<u64>]) -> Tally {
+        for range in ranges {
+            for absent in &mut self.absent {
+                absent.deflate(range);
+            }
+        }
         self.each(ranges, Region::deflate)
     }
 
@@ -497,6 +567,14 @@ impl Balloon {
             .iter()
             .map(|region| region.pages.clone())
             .collect()
+    }
+
+    /// The same with absent memory, of which pages may come out of the balloon. No two ranges meet.
+    pub fn known_ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges = self.memory_ranges();
+        ranges.extend(self.absent.iter().map(|absent| absent.pages.clone()));
+        merge(&mut ranges);
+        ranges
     }
 
     /// Calls `act` for the part of each range that is in a region. It says how many of the pages it moves.
@@ -563,7 +641,7 @@ impl Balloon {
     /// Forgets what is in the balloon.
     pub fn empty(&mut self) {
         self.regions.iter_mut().for_each(Region::empty);
-        self.taken_up();
+        self.absent.clear();
         self.write_all_down();
     }
 }
@@ -709,6 +787,29 @@ mod tests {
 
         let others = MemoryFiles::new(1 << 20, 1 << 20);
         balloon.set_memory(&others.memory(), Granularity::Bytes(2 * PAGE));
+        assert_eq!(balloon.inflate(&pages(&[8]), &mut pieces).moved, 1);
+    }
+
+    /// A front end takes memory back and adds it again to change its bounds, which takes two messages.
+    #[test]
+    fn memory_that_comes_back_keeps_its_balloon() {
+        let files = MemoryFiles::new(1 << 20, 1 << 20);
+        let mut balloon = balloon(&files, PAGE);
+        let mut pieces = Pieces::default();
+        balloon.inflate(&pages(&[8, 9]), &mut pieces);
+        balloon.set_memory(&files.part(16 * PAGE, 32 * PAGE), Granularity::Bytes(PAGE));
+        assert_eq!(balloon.known_ranges().first(), Some(&(0..256)));
+        // The guest takes a page back meanwhile.
+        let tally = balloon.deflate(&pages(&[9]));
+        assert_eq!((tally.moved, tally.outside), (0, 1));
+        balloon.set_memory(&files.memory(), Granularity::Bytes(PAGE));
+        let tally = balloon.inflate(&pages(&[8, 9]), &mut pieces);
+        assert_eq!((tally.moved, tally.repeated), (1, 1));
+        assert_eq!(balloon.known_ranges(), balloon.memory_ranges());
+        // Another driver knows nothing of it.
+        balloon.set_memory(&files.part(16 * PAGE, 32 * PAGE), Granularity::Bytes(PAGE));
+        balloon.empty();
+        balloon.set_memory(&files.memory(), Granularity::Bytes(PAGE));
         assert_eq!(balloon.inflate(&pages(&[8]), &mut pieces).moved, 1);
     }
 

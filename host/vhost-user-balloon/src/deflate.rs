@@ -53,7 +53,8 @@ impl Receiver for Deflate<'_> {
     }
 
     fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
-        let named = self.pages.sort(&self.balloon.memory_ranges());
+        // Pages of memory that the front end has taken back may be in the balloon when it comes back.
+        let named = self.pages.sort(&self.balloon.known_ranges());
         // What was named twice, or is outside, is counted once.
         let mut tally = if *done == 0 { named } else { Tally::default() };
         let mut progress = Progress::Done;

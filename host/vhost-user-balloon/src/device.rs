@@ -960,7 +960,6 @@ impl Device {
             if tells_before_use(self.acked.load(SeqCst)) {
                 work.balloon.refill();
             }
-            work.balloon.taken_up();
             debug!("the guest's driver goes on");
         }
         let target = bytes(lock(&self.state).config.target);

@@ -9,7 +9,7 @@ use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_PFN_SHIFT};
 use log::debug;
 use vm_memory::GuestMemoryMmap;
 
-use crate::balloon::Tally;
+use crate::balloon::{Tally, merge};
 use crate::counters::{Counter, Counters, Refusal};
 use crate::features::Feature;
 use crate::queue::{Chain, Kind, read};
@@ -137,16 +137,8 @@ impl Pages {
     /// Puts them in order, makes one of those that meet, and leaves out what is not in these ranges of memory,
     /// which are in order. Says how many pages were named more than once, or are outside of memory.
     pub fn sort(&mut self, memory: &[Range<u64>]) -> Tally {
-        let (mut repeated, mut outside) = (0_u64, 0_u64);
-        self.ranges.sort_unstable_by_key(|range| range.start);
-        self.ranges.dedup_by(|next, range| {
-            let meet = next.start <= range.end;
-            if meet {
-                repeated = repeated.saturating_add(range.end.min(next.end) - next.start);
-                range.end = range.end.max(next.end);
-            }
-            meet
-        });
+        let repeated = merge(&mut self.ranges);
+        let mut outside = 0_u64;
         self.parts.clear();
         for range in &self.ranges {
             let mut rest = range.end.saturating_sub(range.start);
