@@ -47,7 +47,7 @@ use crate::inflate::Inflate;
 use crate::kept;
 use crate::page_map::PageMap;
 use crate::pages::{Format, Pages};
-use crate::queue::{Budget, Kind, MAX_QUEUE_SIZE, MAX_QUEUES, Next, Unfinished, serve};
+use crate::queue::{BUDGET, Budget, Kind, MAX_QUEUE_SIZE, MAX_QUEUES, Next, Unfinished, serve};
 use crate::reporting::Reporting;
 use crate::requests::{Answers, Requests, TooMany};
 use crate::state::{State, since_boot};
@@ -77,8 +77,8 @@ const REPORT_TIME: Duration = Duration::from_secs(5);
 /// must not depend on how busy the machine is.
 const KNOWN_TIME: Duration = Duration::from_millis(if cfg!(test) { 1000 } else { 20 });
 
-/// For how long nothing is locked after a queue has used up its time. Else the thread would mostly have the locks
-/// again before another one that waits for them is awake.
+/// For how long nothing is locked when the thread has been at work for as long as a queue has. Else it would mostly
+/// have the locks again before another one that waits for them is awake.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// The smallest part of the configuration space that is all of it to a driver, in bytes.
@@ -128,6 +128,8 @@ struct Work {
     position: Option<u16>,
     /// Whether the inflate queue was served since it was started.
     at_work: bool,
+    /// When the thread left time to others.
+    paused: Option<Instant>,
 }
 
 impl Work {
@@ -916,9 +918,13 @@ impl Device {
                 answers.serve(&mut vring, messages)
             }
         };
-        let pause = work.unfinished.get(place).is_some_and(Unfinished::is_some);
-        if let (false, Some(taken_up)) = (pause, work.taken_up.get_mut(place)) {
+        let unfinished = work.unfinished.get(place).is_some_and(Unfinished::is_some);
+        if let (false, Some(taken_up)) = (unfinished, work.taken_up.get_mut(place)) {
             *taken_up = false;
+        }
+        let pause = next == Next::Soon && work.paused.is_none_or(|at| at.elapsed() >= BUDGET);
+        if pause {
+            work.paused = Some(Instant::now());
         }
         drop(work);
         drop(vring);
@@ -1179,6 +1185,7 @@ impl VhostUserBackend for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::MAX_BATCH;
     use crate::testing::{GuestQueue, device, device_with, memory_file};
     use balloon_control::{Handler, Request};
     use balloon_wire::{VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};
@@ -1369,6 +1376,28 @@ mod tests {
             (fields.actual, fields.stop_reason),
             (0, VIRTIO_BALLOON_STOP_REASON_EXCLUDED)
         );
+    }
+
+    #[test]
+    fn a_busy_guest_leaves_time_to_others() {
+        let device = running(0, 0);
+        let mut guest = GuestQueue::new();
+        device
+            .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+            .unwrap();
+        for _ in 0..MAX_BATCH + 1 {
+            guest.send(&[&[0, 1, 0, 0]]);
+        }
+        let before = Instant::now().checked_sub(2 * BUDGET);
+        for (paused, pauses) in [(before, true), (Some(Instant::now() + BUDGET), false)] {
+            lock(&device.work).paused = paused;
+            // All of the batch is done in time, and there is more.
+            device.serve_queue(0, &guest.vrings());
+            assert_eq!(lock(&device.work).paused != paused, pauses);
+            for _ in 0..MAX_BATCH {
+                guest.send(&[&[0, 1, 0, 0]]);
+            }
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub const MAX_BATCH: usize = 256;
 
 /// For how long a queue is served before the others get their turn, and those who wait for a lock. What tests count must
 /// not depend on how busy the machine is.
-const BUDGET: Duration = Duration::from_millis(if cfg!(test) { 10_000 } else { 20 });
+pub const BUDGET: Duration = Duration::from_millis(if cfg!(test) { 10_000 } else { 20 });
 
 /// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
 /// (docs/protocol.md, section 2).

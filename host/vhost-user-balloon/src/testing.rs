@@ -155,6 +155,7 @@ impl GuestQueue {
             .unwrap();
         vring.set_queue_event_idx(true);
         vring.set_queue_ready(true);
+        vring.set_enabled(true);
         Self {
             memory,
             vring,
