@@ -142,6 +142,20 @@ mod tests {
         assert_eq!(guest.used(), 2);
     }
 
+    /// The messages are read in each turn, before anything is done about them.
+    #[test]
+    fn few_long_messages_are_a_batch() {
+        let (mut guest, mut balloon) = guest();
+        let pfns: Vec<u8> = (0_u32..64 << 10)
+            .flat_map(|number| (0x100 + number % 1024).to_le_bytes())
+            .collect();
+        for _ in 0..6 {
+            guest.send(&[&pfns]);
+        }
+        run(&guest, &mut balloon);
+        assert_eq!(guest.used(), 4);
+    }
+
     #[test]
     fn a_page_is_punched_once() {
         let (mut guest, mut balloon) = guest();

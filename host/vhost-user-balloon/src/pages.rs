@@ -20,6 +20,9 @@ const MAX_PFNS: usize = 64 << 10;
 /// How many ranges may be named before the device acts on them. One message can have many more.
 const MAX_RANGES: usize = 8 << 10;
 
+/// How many bytes of messages are read before the device acts on them. They are read again in each turn.
+const MAX_READ: usize = 1 << 20;
+
 /// So many balloon pages are dealt with at once: as much as takes a small part of the time that a queue has. A
 /// range is cut where a multiple of them begins.
 const CHUNK: u64 = 8 << 10;
@@ -64,6 +67,8 @@ pub struct Pages {
     /// Space for the parts of them that are in memory.
     parts: Vec<Range<u64>>,
     bytes: Vec<u8>,
+    /// How many bytes were read for this batch.
+    read: usize,
 }
 
 impl Pages {
@@ -94,7 +99,8 @@ impl Pages {
                 Err(reason) => counters.refuse(reason),
             }
         }
-        self.ranges.len() < MAX_RANGES
+        self.read = self.read.saturating_add(self.bytes.len());
+        self.ranges.len() < MAX_RANGES && self.read < MAX_READ
     }
 
     /// Adds the pages of an array of page frame numbers.
@@ -182,6 +188,7 @@ impl Pages {
     /// Removes all.
     pub fn clear(&mut self) {
         self.ranges.clear();
+        self.read = 0;
     }
 }
 
