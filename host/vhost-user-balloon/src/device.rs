@@ -359,9 +359,10 @@ impl Device {
             ..Fields::default()
         };
         drop(state);
-        lock(&self.stats).forget();
-        lock(&self.requests).disconnect(&self.counters);
         self.connected.store(false, SeqCst);
+        lock(&self.stats).forget();
+        self.sampled.notify_all();
+        lock(&self.requests).disconnect(&self.counters);
         // The library forgets this file descriptor without closing it.
         if let Some(exit) = lock(&self.exit).take() {
             let _ = nix::unistd::close(exit);
@@ -496,22 +497,20 @@ impl Device {
         lock(&self.stats).answer()
     }
 
-    /// Asks the guest for a new sample, and waits for it.
+    /// Asks the guest for a new sample, and waits for it as long as there is a front end.
     pub fn fresh_stats(&self, timeout: Duration) -> Option<balloon_control::Stats> {
         let mut stats = lock(&self.stats);
         stats.want();
         let before = stats.sequence();
         let number = Kind::Stats.number(self.acked.load(SeqCst))?;
         self.wake(number);
-        let (stats, timeout) = self
+        let (stats, _) = self
             .sampled
-            .wait_timeout_while(stats, timeout, |stats| stats.sequence() == before)
+            .wait_timeout_while(stats, timeout, |stats| {
+                self.connected() && stats.sequence() == before
+            })
             .unwrap_or_else(PoisonError::into_inner);
-        if timeout.timed_out() {
-            None
-        } else {
-            stats.answer()
-        }
+        stats.answer().filter(|_| stats.sequence() != before)
     }
 
     /// Writes what the host wants to the file. It may have to wait for a disk, so this comes last. One thread at a time
@@ -1398,6 +1397,21 @@ mod tests {
                 guest.send(&[&[0, 1, 0, 0]]);
             }
         }
+    }
+
+    #[test]
+    fn a_client_does_not_wait_for_a_guest_that_is_gone() {
+        let device = running(0, 7);
+        device.connected.store(true, SeqCst);
+        thread::scope(|scope| {
+            let start = Instant::now();
+            let stats = scope.spawn(|| device.fresh_stats(Duration::from_secs(600)));
+            // It waits first.
+            thread::sleep(Duration::from_millis(50));
+            device.disconnect();
+            assert!(stats.join().unwrap().is_none());
+            assert!(start.elapsed() < Duration::from_secs(300));
+        });
     }
 
     #[test]
