@@ -41,7 +41,7 @@ use crate::deflate::Deflate;
 use crate::discard::{Discarder, Granularity, Pieces};
 use crate::features::{Feature, config_size, tells_before_use};
 use crate::floor::Floor;
-use crate::hazard::{Hazard, Watch};
+use crate::hazard::{Hazard, Identity, Watch};
 use crate::hinting::{Hinting, Hints};
 use crate::inflate::Inflate;
 use crate::kept;
@@ -173,6 +173,8 @@ pub struct Sizes {
     pub memory: u64,
     /// The largest granule in bytes.
     pub granule: Option<u64>,
+    /// The files that hold it.
+    pub files: BTreeSet<Identity>,
     /// Why some of it must not be discarded.
     pub hazards: BTreeSet<Hazard>,
 }
@@ -441,7 +443,20 @@ impl Device {
 
     /// Why no memory is given back to the host, apart from what a client has asked for.
     pub fn hazards(&self) -> BTreeSet<Hazard> {
-        let hazards = &self.process_hazards() | &lock(&self.sizes).hazards;
+        let Sizes { files, hazards, .. } = self.sizes();
+        &self.process_hazards(&files) | &hazards
+    }
+
+    /// What processes with these files of the guest's memory do to it that forbids to discard any of it. It may take
+    /// long to find out.
+    fn process_hazards(&self, files: &BTreeSet<Identity>) -> BTreeSet<Hazard> {
+        let mut hazards = lock(&self.watch).hazards(files, || self.channel.vmm());
+        hazards.retain(|hazard| !self.settings.allowed.contains(hazard));
+        self.log(&hazards | &self.sizes().hazards);
+        hazards
+    }
+
+    fn log(&self, hazards: BTreeSet<Hazard>) {
         let mut logged = lock(&self.logged);
         for hazard in &hazards - &*logged {
             warn!(
@@ -452,20 +467,7 @@ impl Device {
         if hazards.is_empty() && !logged.is_empty() {
             info!("memory is given back to the host again");
         }
-        logged.clone_from(&hazards);
-        hazards
-    }
-
-    /// What processes do to the guest's memory that forbids to discard any of it.
-    fn process_hazards(&self) -> BTreeSet<Hazard> {
-        let mut hazards = lock(&self.watch).hazards(|| self.channel.vmm());
-        hazards.retain(|hazard| !self.settings.allowed.contains(hazard));
-        hazards
-    }
-
-    /// Whether no memory is to be given back to the host now.
-    fn is_inhibited(&self) -> bool {
-        self.inhibited().is_some() || !self.process_hazards().is_empty()
+        *logged = hazards;
     }
 
     /// For how long a client has had no memory given back to the host.
@@ -775,6 +777,15 @@ impl Device {
         if kind == Kind::Deflate && self.blocked.load(SeqCst) {
             return;
         }
+        // The front end must not wait for the locks below while processes are looked at.
+        let looked = match kind {
+            Kind::Inflate | Kind::Reporting | Kind::Requests => {
+                let files = self.sizes().files;
+                let is_hazardous = !self.process_hazards(&files).is_empty();
+                Some((files, is_hazardous))
+            }
+            Kind::Deflate | Kind::Stats | Kind::Hinting => None,
+        };
         let mut vring = vring.get_mut();
         if !vring.is_enabled() {
             return;
@@ -790,9 +801,10 @@ impl Device {
             }
             self.start(&mut work, queue.next_avail());
         }
-        work.discarder.withhold = match kind {
-            Kind::Inflate | Kind::Reporting | Kind::Requests => self.is_inhibited(),
-            Kind::Deflate | Kind::Stats | Kind::Hinting => false,
+        work.discarder.withhold = match looked {
+            Some((files, _)) if files != work.balloon.files() => return self.wake(number),
+            Some((_, is_hazardous)) => is_hazardous || self.inhibited().is_some(),
+            None => false,
         };
         let Work {
             balloon,
@@ -1075,14 +1087,13 @@ impl VhostUserBackend for Device {
             balloon, memory, ..
         } = &mut *work;
         balloon.set_memory(memory, self.settings.granularity);
-        lock(&self.watch).set_files(balloon.files());
         *lock(&self.sizes) = Sizes {
             memory: balloon.memory(),
             granule: balloon.granule(),
+            files: balloon.files(),
             hazards: balloon.hazards(),
         };
         self.ask_soon();
-        self.hazards();
         self.follow();
         let large = balloon
             .granule()
@@ -1191,6 +1202,7 @@ mod tests {
     use std::io::Read;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
 
     #[test]
     fn a_driver_may_read_any_part_of_the_configuration() {
@@ -1411,6 +1423,31 @@ mod tests {
             device.disconnect();
             assert!(stats.join().unwrap().is_none());
             assert!(start.elapsed() < Duration::from_secs(300));
+        });
+    }
+
+    #[test]
+    fn a_front_end_does_not_wait_for_a_look_at_processes() {
+        let device = running(0, 7);
+        let guest = GuestQueue::new();
+        let vrings = guest.vrings();
+        let (done, is_done) = mpsc::channel();
+        thread::scope(|scope| {
+            // A process that is looked at hangs in the kernel.
+            let look = lock(&device.watch);
+            scope.spawn(|| device.serve_queue(0, &vrings));
+            // It looks.
+            thread::sleep(Duration::from_millis(50));
+            scope.spawn(|| {
+                drop(vrings[0].get_mut());
+                device
+                    .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+                    .unwrap();
+                done.send(()).unwrap();
+            });
+            let result = is_done.recv_timeout(Duration::from_secs(10));
+            drop(look);
+            result.unwrap();
         });
     }
 

@@ -129,19 +129,21 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Takes note of the files that hold the guest's memory.
-    pub fn set_files(&mut self, files: BTreeSet<Identity>) {
-        if self.files != files {
-            self.files = files;
+    /// What the processes that have these files of the guest's memory do to it, as it was a moment ago. `vmm` is asked
+    /// for the number of the VMM's process while that is not known.
+    ///
+    /// It may take long to look at a process, so no lock may be held that the front end waits for.
+    pub fn hazards(
+        &mut self,
+        files: &BTreeSet<Identity>,
+        vmm: impl FnOnce() -> Option<i32>,
+    ) -> BTreeSet<Hazard> {
+        self.vmm = self.vmm.or_else(vmm);
+        if self.files != *files {
+            self.files.clone_from(files);
             self.vmm_seen = None;
             self.others_seen = None;
         }
-    }
-
-    /// What the processes that have the guest's memory do to it, as it was a moment ago. `vmm` is asked for the
-    /// number of the VMM's process while that is not known.
-    pub fn hazards(&mut self, vmm: impl FnOnce() -> Option<i32>) -> BTreeSet<Hazard> {
-        self.vmm = self.vmm.or_else(vmm);
         if self.files.is_empty() {
             return BTreeSet::new();
         }
@@ -347,35 +349,36 @@ mod tests {
         assert_eq!(Hazard::of_file(&file), Some(Hazard::Hugetlb));
     }
 
-    /// Watches a process that has some memory of a guest.
-    fn watch() -> Watch {
-        let mut watch = Watch::default();
-        watch.set_files(BTreeSet::from([(1, 2)]));
-        watch
+    /// Some memory of a guest.
+    fn files() -> BTreeSet<Identity> {
+        BTreeSet::from([(1, 2)])
     }
 
     #[test]
     fn an_ordinary_process_is_no_hazard() {
-        let hazards = watch().hazards(|| i32::try_from(process::id()).ok());
+        let hazards = Watch::default().hazards(&files(), || i32::try_from(process::id()).ok());
         assert_eq!(hazards, BTreeSet::new());
     }
 
     #[test]
     fn a_vmm_that_cannot_be_seen_is_a_hazard() {
         assert_eq!(
-            Watch::default().hazards(|| None),
+            Watch::default().hazards(&BTreeSet::new(), || None),
             BTreeSet::new(),
             "there is no memory yet"
         );
-        assert_eq!(watch().hazards(|| None), BTreeSet::from([Hazard::Unseen]));
+        assert_eq!(
+            Watch::default().hazards(&files(), || None),
+            BTreeSet::from([Hazard::Unseen])
+        );
 
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let mut watch = watch();
+        let mut watch = Watch::default();
         watch.pinned.insert(Hazard::Pinned);
         assert_eq!(
-            watch.hazards(|| Some(pid)),
+            watch.hazards(&files(), || Some(pid)),
             BTreeSet::from([Hazard::Pinned, Hazard::Unseen])
         );
     }
@@ -391,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_hazard_stays_while_it_cannot_be_looked_for() {
-        let mut watch = watch();
+        let mut watch = Watch::default();
         let found = BTreeSet::from([Hazard::Userfaultfd]);
         let none = BTreeSet::new;
         watch.note(Some(none()), Some(Ok(found.clone())));
