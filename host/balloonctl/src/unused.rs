@@ -2,11 +2,13 @@
 
 //! The file with the guest's unused pages (docs/unused-pages.md).
 
-use std::fs::{self, File};
+use std::fs::{File, Permissions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use balloon_control::{Client, Ranges, Request};
+use tempfile::Builder;
 
 use crate::amount::PAGE;
 use crate::failure::Failure;
@@ -29,22 +31,25 @@ const WORD: u64 = u64::BITS as u64;
 /// The daemon does not have them any more, or the file cannot be written.
 pub(crate) fn save(client: &mut Client, id: u64, path: &Path) -> Result<u64, Failure> {
     let failed = |error| Failure::File(path.to_owned(), error);
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let file = File::create(&part).map_err(failed)?;
-    let result = write(client, id, BufWriter::new(file), failed)
-        .and_then(|count| fs::rename(&part, path).map_err(failed).map(|()| count));
-    if result.is_err() {
-        // It is of no use to anybody.
-        let _ = fs::remove_file(&part);
-    }
-    result
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // With the permissions of any other output. Unless it is persisted, it is removed.
+    let part = Builder::new()
+        .permissions(Permissions::from_mode(0o666))
+        .tempfile_in(directory)
+        .map_err(failed)?;
+    let count = write(client, id, BufWriter::new(part.as_file()), failed)?;
+    part.as_file().sync_all().map_err(failed)?;
+    part.persist(path).map_err(|error| failed(error.error))?;
+    Ok(count)
 }
 
 fn write(
     client: &mut Client,
     id: u64,
-    file: BufWriter<File>,
+    file: BufWriter<&File>,
     failed: impl Fn(io::Error) -> Failure,
 ) -> Result<u64, Failure> {
     let mut bitmap = Bitmap::new(file);
@@ -67,8 +72,8 @@ fn write(
 }
 
 /// A bitmap that is written as it grows, with holes in the file for what is all zeroes.
-struct Bitmap {
-    file: BufWriter<File>,
+struct Bitmap<'a> {
+    file: BufWriter<&'a File>,
     /// Which word is being made, and what is in it.
     place: u64,
     word: u64,
@@ -76,8 +81,8 @@ struct Bitmap {
     count: u64,
 }
 
-impl Bitmap {
-    fn new(file: BufWriter<File>) -> Self {
+impl<'a> Bitmap<'a> {
+    fn new(file: BufWriter<&'a File>) -> Self {
         Self {
             file,
             place: 0,
@@ -137,6 +142,8 @@ impl Bitmap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+
     use proptest::prelude::{prop, prop_assert_eq, proptest};
 
     /// The content of a file: the fields of the header, and the pages.
@@ -158,7 +165,8 @@ mod tests {
         fn a_file_has_the_pages(gaps in prop::collection::vec((0_u64..300, 1_u64..300), 0..20)) {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("pages");
-            let mut bitmap = Bitmap::new(BufWriter::new(File::create(&path).unwrap()));
+            let file = File::create(&path).unwrap();
+            let mut bitmap = Bitmap::new(BufWriter::new(&file));
             let mut expected = Vec::new();
             let mut end = 0;
             for (gap, length) in gaps {

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -521,6 +522,19 @@ fn the_other_commands_say_what_they_should() {
         stdout(&metrics),
         "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n"
     );
+}
+
+#[test]
+fn another_file_is_not_written_through_a_link() {
+    let daemon = Daemon::obedient();
+    let place = |name| daemon.directory.path().join(name);
+    fs::write(place("other"), "mine").unwrap();
+    symlink(place("other"), place("pages.part")).unwrap();
+    symlink(place("other"), place("pages")).unwrap();
+    let out = place("pages");
+    succeeds(&daemon.run(&["unused", "--out", out.to_str().unwrap()]));
+    assert!(fs::read(place("other")).unwrap() == b"mine");
+    assert_eq!(fs::read(out).unwrap()[..8], *b"UNUSEDPG");
 }
 
 #[test]
