@@ -164,9 +164,9 @@ impl Vm {
         match info.guest.short_of_target {
             _ if !info.guest.connected => "no VMM is connected".to_owned(),
             _ if !info.guest.driver => "no balloon driver works in the guest".to_owned(),
-            _ if info.size == info.target => format!("{size}, as asked for"),
-            Some(reason) => format!("{size} of {}; {reason}", HumanBytes(info.target)),
-            None => format!("{size} of {}", HumanBytes(info.target)),
+            _ if info.is_reached() => format!("{size}, as asked for"),
+            Some(reason) => format!("{size} of {}; {reason}", HumanBytes(info.asked())),
+            None => format!("{size} of {}", HumanBytes(info.asked())),
         }
     }
 
@@ -459,6 +459,17 @@ mod tests {
             lines[6].contains("db: the daemon has closed the connection"),
             "{lines:#?}"
         );
+    }
+
+    #[test]
+    fn a_size_is_rounded_up_to_pages_of_the_guest() {
+        let mut top = Top::new(&[PathBuf::from("/run/db.sock")]);
+        top.vms[0].update(Ok(look(2, 6 * GIB + (60 << 10))));
+        assert_eq!(top.vms[0].state(), "6.00 GiB, as asked for");
+        let mut limited = look(4, 3 * GIB);
+        limited.info.limit = Some(4 * GIB);
+        top.vms[0].update(Ok(limited));
+        assert_eq!(top.vms[0].state(), "3.00 GiB of 4.00 GiB");
     }
 
     #[test]
