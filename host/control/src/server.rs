@@ -296,7 +296,7 @@ fn parse(line: Line) -> Result<Request, ControlError> {
         ControlError::new(
             ErrorKind::BadRequest,
             message,
-            "send one JSON object a line, as docs/control.md says",
+            "send one JSON object a line, such as {\"command\":\"info\"}",
         )
     };
     match line {

@@ -66,7 +66,7 @@ impl Handler for Device {
                     return Err(ControlError::new(
                         ErrorKind::Failed,
                         format!("no memory is given back to the host: {reason}"),
-                        "see `withheld` in docs/control.md, and --allow in vhost-user-balloon(8)",
+                        "see --allow in vhost-user-balloon(8)",
                     ));
                 }
                 self.ask_guest(Command::UnusedDiscard(wanted))

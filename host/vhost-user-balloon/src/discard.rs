@@ -243,10 +243,14 @@ impl Discarder {
             Err(errno) => {
                 counters.discard_failures.add(1);
                 if self.is_due(errno) {
-                    error!(
-                        "cannot give memory back to the host: {errno}; have the VMM use a memory file that can \
-                         have holes, as QEMU's memory-backend-memfd with share=on is"
-                    );
+                    let advice = match errno {
+                        Errno::EOPNOTSUPP | Errno::ENODEV | Errno::EBADF => {
+                            "have the VMM use a memory file that is open for writing and can have holes, as \
+                             QEMU's memory-backend-memfd with share=on is"
+                        }
+                        _ => "fallocate(2) says what this means for FALLOC_FL_PUNCH_HOLE",
+                    };
+                    error!("cannot give memory back to the host: {errno}; {advice}");
                 }
             }
         }
