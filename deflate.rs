@@ -296,9 +296,12 @@ fn tell(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, batch: &mut 
     let mut told = 0;
 
     while batch.pages() > 0 {
+        let draft = deflate.lock().queue.draft();
+        // A message may name thousands of blocks or pages: it is written without the lock.
+        let written = draft.map(|draft| draft.write(batch));
         let sent = {
             let mut this = deflate.lock();
-            let sent = this.queue.send_some(batch);
+            let sent = this.queue.send_written(written);
 
             this.leaving += sent.as_ref().map_or(0, |pages| *pages);
             sent

@@ -198,6 +198,36 @@ impl Runs for Sorted<'_> {
     }
 }
 
+/// An empty message of a queue.
+pub(crate) struct Draft {
+    message: Message,
+    command: Command,
+}
+
+impl Draft {
+    /// Writes a message about the first pages in `batch`, as many as it has room for.
+    pub(crate) fn write(mut self, batch: &mut Batch) -> Written {
+        let mut named = Named {
+            batch,
+            pages: PageList::new(),
+        };
+        let result = self.message.write(self.command, &mut named);
+
+        Written {
+            message: self.message,
+            pages: named.pages,
+            result,
+        }
+    }
+}
+
+/// A message about `pages`, unless `result` is an error.
+pub(crate) struct Written {
+    message: Message,
+    pages: PageList,
+    result: Result,
+}
+
 /// What belongs to a message until the device has used it.
 pub(crate) enum Pages {
     /// Pages that are nowhere else.
@@ -285,11 +315,7 @@ impl MessageQueue {
     ///
     /// `ENOMEM`, or `EOVERFLOW` if a page has no name in the protocol.
     pub(crate) fn write(&mut self, runs: &mut impl Runs) -> Result<Message> {
-        let mut message = match self.spare.pop() {
-            Some(message) => message,
-            // Not GFP_NOWAIT, for the reason that batches have.
-            None => self.format.allocate(__GFP_NOWARN)?,
-        };
+        let mut message = self.empty()?;
 
         match message.write(self.command, runs) {
             Ok(()) => Ok(message),
@@ -298,6 +324,26 @@ impl MessageQueue {
                 Err(error)
             }
         }
+    }
+
+    fn empty(&mut self) -> Result<Message> {
+        match self.spare.pop() {
+            Some(message) => Ok(message),
+            // Not GFP_NOWAIT, for the reason that batches have.
+            None => self.format.allocate(__GFP_NOWARN),
+        }
+    }
+
+    /// Returns a message that can be written without the queue. Does not sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn draft(&mut self) -> Result<Draft> {
+        Ok(Draft {
+            message: self.empty()?,
+            command: self.command,
+        })
     }
 
     /// Sends `message`. `pages` belong to it until the device has used it.
@@ -326,17 +372,28 @@ impl MessageQueue {
     /// Returns the pages that could not be sent, and are in `batch` no more; and why: `EAGAIN` if
     /// there is no room in the queue, or nobody to tell, else as for [`write`](Self::write).
     pub(crate) fn send_some(&mut self, batch: &mut Batch) -> Result<usize, (PageList, Error)> {
-        let mut named = Named {
-            batch,
-            pages: PageList::new(),
-        };
-        let message = match self.write(&mut named) {
-            Ok(message) => message,
-            Err(error) => return Err((named.pages, error)),
-        };
-        let pages = named.pages.len();
+        let written = self.draft().map(|draft| draft.write(batch));
 
-        match self.send(message, Pages::List(named.pages)) {
+        self.send_written(written)
+    }
+
+    /// Sends what [`Draft::write`] has returned, with the result of [`send_some`](Self::send_some).
+    pub(crate) fn send_written(
+        &mut self,
+        written: Result<Written>,
+    ) -> Result<usize, (PageList, Error)> {
+        let Written {
+            message,
+            pages: list,
+            result,
+        } = written.map_err(|error| (PageList::new(), error))?;
+        if let Err(error) = result {
+            self.keep(message);
+            return Err((list, error));
+        }
+        let pages = list.len();
+
+        match self.send(message, Pages::List(list)) {
             Err(Pages::List(list)) => Err((list, EAGAIN)),
             _ => Ok(pages),
         }
