@@ -108,7 +108,7 @@ help:
 	@echo "make fmt        format the sources (make fmt-check: check only)"
 	@echo "make clean      remove build products of this checkout"
 	@echo
-	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, arm64, arm64-64k"
+	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, latency, arm64, arm64-64k"
 	@echo "                   (pages of 64 KiB), or debian (Debian's own, with the module from the package)"
 	@echo "ONLY=TEXT          run only the scenarios with TEXT in their name (or: host, kunit, packages,"
 	@echo "                   in-tree), or the benchmarks"

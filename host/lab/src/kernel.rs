@@ -52,7 +52,7 @@ impl Tree {
 /// C is done to Rust as well, and clang is a compiler for other architectures, too.
 fn toolchain(kernel: Kernel) -> &'static [&'static str] {
     match kernel {
-        Kernel::Test | Kernel::Debian => &[],
+        Kernel::Test | Kernel::Debian | Kernel::Latency => &[],
         Kernel::Debug | Kernel::Kcsan => &["LLVM=1"],
         Kernel::Arm64 | Kernel::Arm64LargePages => &["LLVM=1", "ARCH=arm64"],
     }

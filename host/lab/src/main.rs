@@ -164,6 +164,7 @@ enum KernelName {
     /// Debian's own, with the module from the package.
     Debian,
     Kcsan,
+    Latency,
     Arm64,
     /// With pages of 64 KiB.
     #[value(name = "arm64-64k")]
@@ -209,6 +210,7 @@ impl From<KernelName> for Kernel {
             KernelName::Debug => Self::Debug,
             KernelName::Debian => Self::Debian,
             KernelName::Kcsan => Self::Kcsan,
+            KernelName::Latency => Self::Latency,
             KernelName::Arm64 => Self::Arm64,
             KernelName::Arm64LargePages => Self::Arm64LargePages,
         }

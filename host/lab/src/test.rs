@@ -55,6 +55,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "silent_report",
     "request_flood",
     "huge_pages",
+    "latency",
 ];
 
 /// How much memory a guest and what is around it may take.

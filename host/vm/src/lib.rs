@@ -77,4 +77,5 @@ pub use crate::sent::Sent;
 pub use crate::size::Size;
 pub use crate::snapshot::Snapshot;
 pub use crate::stopwatch::Stopwatch;
+pub use crate::tracing::{Off, Section};
 pub use crate::write_log::WriteLog;

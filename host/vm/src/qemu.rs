@@ -40,6 +40,8 @@ pub enum Kernel {
     Debian,
     /// Finds accesses to memory that race with each other.
     Kcsan,
+    /// Measures for how long interrupts, or preemption, are off.
+    Latency,
     /// The test kernel for arm64.
     Arm64,
     /// The same with pages of 64 KiB.
@@ -48,11 +50,12 @@ pub enum Kernel {
 
 impl Kernel {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Test,
         Self::Debug,
         Self::Debian,
         Self::Kcsan,
+        Self::Latency,
         Self::Arm64,
         Self::Arm64LargePages,
     ];
@@ -60,7 +63,9 @@ impl Kernel {
     /// What it runs on.
     pub fn architecture(self) -> Architecture {
         match self {
-            Self::Test | Self::Debug | Self::Debian | Self::Kcsan => Architecture::X86_64,
+            Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => {
+                Architecture::X86_64
+            }
             Self::Arm64 | Self::Arm64LargePages => Architecture::Arm64,
         }
     }
@@ -76,7 +81,9 @@ impl Kernel {
     /// Whether it looks for faults, which takes many times as long as to do without.
     pub fn is_slow(self) -> bool {
         match self {
-            Self::Test | Self::Debian | Self::Arm64 | Self::Arm64LargePages => false,
+            Self::Test | Self::Debian | Self::Latency | Self::Arm64 | Self::Arm64LargePages => {
+                false
+            }
             Self::Debug | Self::Kcsan => true,
         }
     }
@@ -89,6 +96,7 @@ impl fmt::Display for Kernel {
             Self::Debug => "debug",
             Self::Debian => "debian",
             Self::Kcsan => "kcsan",
+            Self::Latency => "latency",
             Self::Arm64 => "arm64",
             Self::Arm64LargePages => "arm64-64k",
         })
@@ -525,9 +533,6 @@ impl Config {
                 // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
                 // memory for none while the kernel identifies the processor, if an interrupt comes just then.
                 "no5lvl",
-                // The kernel panics if its timer does not interrupt it within ten ticks. On a busy machine QEMU may get
-                // no processor for so long.
-                "no_timer_check",
                 "console=ttyS0",
                 // How a machine without ACPI and without a keyboard's controller ends.
                 "reboot=triple",

@@ -2,6 +2,7 @@
 
 //! What a driver's tasks do in the guest, as the kernel's own trace events tell it.
 
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -34,7 +35,73 @@ const ALLOCATIONS: &[&str] = &[
 /// When the kernel has emptied page blocks, for which it first drains the processors' lists of free pages.
 const DRAINS: &[&str] = &["page_isolation/test_pages_isolated"];
 
+/// What a part of the kernel can switch off, in the words of the kernel's tracers.
+#[derive(Clone, Copy, Debug)]
+pub enum Off {
+    /// Interrupts.
+    Interrupts,
+    /// Preemption.
+    Preemption,
+}
+
+impl Off {
+    fn tracer(self) -> &'static str {
+        match self {
+            Self::Interrupts => "irqsoff",
+            Self::Preemption => "preemptoff",
+        }
+    }
+}
+
+/// A part of the kernel with interrupts, or preemption, off.
+#[derive(Debug)]
+pub struct Section {
+    /// How long that took.
+    pub time: Duration,
+    /// Where it began, and where it ended.
+    pub ends: [String; 2],
+}
+
+impl Section {
+    /// Reads the trace of the longest one.
+    fn parse(trace: &str) -> Result<Self> {
+        let after = |mark: &str| {
+            let rest = trace.lines().find_map(|line| line.strip_prefix(mark));
+            rest.with_context(|| format!("the trace has no line with {mark:?}"))
+        };
+        let words = after("# latency: ")?;
+        let (microseconds, _) = words.split_once(" us").context("the trace has no time")?;
+        Ok(Self {
+            time: Duration::from_micros(microseconds.parse()?),
+            ends: [after("#  => started at:")?, after("#  => ended at:")?]
+                .map(|end| end.trim().to_owned()),
+        })
+    }
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [start, end] = &self.ends;
+        write!(f, "{:?} from {start} to {end}", self.time)
+    }
+}
+
 impl Guest {
+    /// Does something, and returns the longest part of the kernel with something off meanwhile.
+    pub fn trace_longest<T>(
+        &self,
+        off: Off,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, Section)> {
+        let set = |file: &str, value: &str| self.write_file(&format!("{TRACING}/{file}"), value);
+        set("current_tracer", off.tracer())?;
+        set("tracing_max_latency", "0")?;
+        let result = work()?;
+        let trace = self.read_file(&format!("{TRACING}/trace"))?;
+        set("current_tracer", "nop")?;
+        Ok((result, Section::parse(&trace)?))
+    }
+
     /// Does something, and returns how many times the processors' lists of free pages were drained meanwhile to allocate
     /// a given range.
     pub fn trace_drains<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
@@ -235,5 +302,26 @@ mod tests {
     fn only_the_driver_s_allocations_count() {
         assert_eq!(allocations(TRACE, Driver::C).unwrap(), 1);
         assert!(allocations(TRACE, Driver::Rust).is_err());
+    }
+
+    #[test]
+    fn the_longest_section_is_read() {
+        let trace = "\
+# tracer: irqsoff
+#
+# irqsoff latency trace v1.1.5 on 7.3.4
+# --------------------------------------------------------------------
+# latency: 259 us, #4/4, CPU#0 | (M:preempt(lazy) VP:0, KP:0, SP:0 HP:0 #P:1)
+#    -----------------
+#  => started at: _raw_spin_lock_irqsave
+#  => ended at:   _raw_spin_unlock_irqrestore
+";
+        let section = Section::parse(trace).unwrap();
+        assert_eq!(section.time, Duration::from_micros(259));
+        assert_eq!(
+            section.to_string(),
+            "259µs from _raw_spin_lock_irqsave to _raw_spin_unlock_irqrestore"
+        );
+        assert!(Section::parse("# tracer: irqsoff\n").is_err());
     }
 }

@@ -36,6 +36,7 @@ mod floor;
 mod guest_memory;
 mod hinting;
 mod hostile;
+mod latency;
 mod lifecycle;
 mod memory;
 mod observability;
@@ -63,6 +64,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     soak::SCENARIOS,
     memory::SCENARIOS,
     compaction::SCENARIOS,
+    latency::SCENARIOS,
     reporting::SCENARIOS,
     poison::SCENARIOS,
     statistics::SCENARIOS,
