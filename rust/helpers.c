@@ -330,14 +330,15 @@ void balloon_rs_free_block(struct page *page, unsigned int order)
 	__free_pages(page, order);
 }
 
-/* For tests: has the page a memory error. */
+#ifdef CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST
+/* Marks the page as one with a memory error. Returns whether it is one. */
 bool balloon_rs_set_error(unsigned long pfn)
 {
 	SetPageHWPoison(pfn_to_page(pfn));
 	return PageHWPoison(pfn_to_page(pfn));
 }
 
-/* For tests: mends a page with a memory error. Returns whether it was kept aside when it was freed. */
+/* Mends a page with a memory error. Returns whether the kernel kept it aside when it was freed. */
 bool balloon_rs_mend(unsigned long pfn)
 {
 	struct page *page = pfn_to_page(pfn);
@@ -350,6 +351,7 @@ bool balloon_rs_mend(unsigned long pfn)
 	}
 	return is_aside;
 }
+#endif
 
 /*
  * The order of the block that begins at @pfn and is on one of the zone's free lists. Else
