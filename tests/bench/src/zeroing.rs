@@ -69,7 +69,7 @@ fn idle(bench: &Bench<'_>) -> Result<()> {
 fn idle_claims(records: &[Record]) -> Vec<Claim> {
     let (ours, on_qemu) = (Contestant::OURS, Contestant::ON_QEMU[0]);
     let ratios = [
-        (IDLE.names[0], ours, 1.0 / 25.0),
+        (IDLE.names[0], ours, 1.0 / 50.0),
         (IDLE.names[1], ours, 1.0 / 30.0),
         (IDLE.names[0], on_qemu, 1.0 / 5.0),
     ];
