@@ -86,7 +86,7 @@ static void keep_page(struct page *page, unsigned int order)
 	bool is_kept;
 	unsigned long i;
 
-	/* Others may bring it online as movable memory, which what is kept is not. */
+	/* A user may bring the block online as movable memory. Pages of the balloon are not movable. */
 	scoped_guard(spinlock, &kept_lock)
 		is_kept = page_to_pfn(page) - kept_first < kept_nr &&
 			  page_zonenum(page) != ZONE_MOVABLE;

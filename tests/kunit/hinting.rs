@@ -118,7 +118,7 @@ fn round(device: &FakeDevice, id: u32) -> Result<u64> {
     }
 }
 
-/// Cuts nearly all free memory into stretches that are as short as hints may be, and do not touch.
+/// Cuts nearly all free memory into ranges that are as short as hints may be, and do not touch.
 /// Returns what lies between them, and how many there are.
 fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
     const REST: u64 = 48 * MIB;
@@ -134,8 +134,8 @@ fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
 
     let all = runs.len();
     runs.retain(|run| run.first() >> min_order() & 1 == 1);
-    let stretches = all - runs.len();
-    Ok((runs, stretches))
+    let ranges = all - runs.len();
+    Ok((runs, ranges))
 }
 
 /// Leaves nearly all free memory in halves of page blocks whose pages are movable. Returns the
@@ -244,20 +244,20 @@ mod tests {
     }
 
     #[test]
-    fn a_round_ends_with_more_stretches_than_there_is_room_for() -> Result {
+    fn a_round_ends_with_more_ranges_than_there_is_room_for() -> Result {
         const MAX_RUNS: usize = RUNS_PER_ENTRY * QUEUE_SIZE as usize;
-        let stretch = (PAGE_SIZE as u64) << min_order();
-        if memory::Info::now().free < 5 * MAX_RUNS as u64 * stretch / 2 {
-            // Page blocks are so large that there cannot be that many stretches.
+        let smallest = (PAGE_SIZE as u64) << min_order();
+        if memory::Info::now().free < 5 * MAX_RUNS as u64 * smallest / 2 {
+            // Page blocks are so large that there cannot be that many ranges.
             return Ok(());
         }
         let device = device()?;
-        let (between, stretches) = cut_up()?;
-        assert!(stretches > MAX_RUNS + MAX_RUNS / 8);
+        let (between, ranges) = cut_up()?;
+        assert!(ranges > MAX_RUNS + MAX_RUNS / 8);
 
         device.change(HINT_ID, 2);
         let hinted = round(&device, 2)?;
-        assert!(hinted > MAX_RUNS as u64 * stretch);
+        assert!(hinted > MAX_RUNS as u64 * smallest);
 
         drop(between);
         Ok(())

@@ -157,10 +157,10 @@ impl Work {
     /// message for that. Pages of the driver before it would complete granules of which the guest uses the
     /// rest, and their contents would be lost. But a driver sets its rings up from index 0, and a front end
     /// that only stops a queue starts it where it was stopped. So an index that is not the one where this
-    /// device stopped belongs to somebody else. Index 0 does as well: it is that of an old driver only if
+    /// device stopped belongs to another driver. Index 0 does as well: it is that of an old driver only if
     /// that one has not inflated anything, or after a multiple of 65536 messages. Then the daemon asks for an
-    /// empty balloon until the boot grace ends, and for the target after that. Nothing is lost before this question is asked, as only the inflate
-    /// queue punches what is in the balloon.
+    /// empty balloon until the boot grace ends, and for the target after that. Nothing is lost before this
+    /// question is asked: only the inflate queue punches what is in the balloon.
     fn is_new_driver(&self, next: u16) -> bool {
         next == 0 || self.position.is_some_and(|position| position != next)
     }

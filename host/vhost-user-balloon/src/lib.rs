@@ -12,7 +12,8 @@
 //! A message goes through these modules: the vhost-user library sets the queues up,
 //! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
 //! [`inflate`], [`deflate`], [`stats`], [`hinting`], [`reporting`] and [`requests`] make sense of them,
-//! [`pages`] reads what names pages, [`hazard`] finds out what must not be discarded, [`balloon`] knows the guest's memory and what of it is in the balloon, and
+//! [`pages`] reads what names pages, [`hazard`] finds out what must not be discarded, [`balloon`] knows the
+//! guest's memory and what of it is in the balloon, and
 //! [`discard`] gives memory back to the host.
 
 pub mod balloon;
