@@ -533,6 +533,9 @@ impl Config {
                 // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
                 // memory for none while the kernel identifies the processor, if an interrupt comes just then.
                 "no5lvl",
+                // The kernel panics if its timer does not interrupt it within ten ticks. On a busy machine QEMU may get
+                // no processor for so long.
+                "no_timer_check",
                 "console=ttyS0",
                 // How a machine without ACPI and without a keyboard's controller ends.
                 "reboot=triple",
