@@ -22,8 +22,9 @@ all:
 
 # The driver's directory in a kernel's source, and its files.
 place := $(KSRC)/drivers/virtio/virtio_balloon_rs
-sources := Kbuild Kconfig .kunitconfig $(wildcard *.rs rust/*.c rust/*.h tests/kunit/*.rs uapi/linux/*.h) \
-	$(filter-out %_generated.rs,$(wildcard rust/*.rs))
+folders := balloon device features messages rust sources tests/kunit uapi
+sources = Kbuild Kconfig .kunitconfig $(wildcard *.rs) \
+	$(shell find $(folders) -name '*.[ch]' -o -name '*.rs' ! -name '*_generated.rs')
 
 in-tree:
 	@test -e '$(KSRC)/drivers/virtio/Kconfig' || \

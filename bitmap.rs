@@ -20,7 +20,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::virtio_balloon::{
+use crate::rust::virtio_balloon::{
     page_set::{
         BITMAP,
         COUNT_BITS,

@@ -16,16 +16,16 @@
 
 use crate::{
     bitmap::Run,
-    message::Runs,
-    rust::{
+    messages::message::Runs,
+    rust::mm::{
         batch::Block,
         memory,
         page_list::MAX_ORDER,
         zone::{
             Hold,
             Zone, //
-        },
-    },
+        }, //
+    }, //
 };
 
 use core::ops::Range;

@@ -6,12 +6,10 @@
 //! takes that much from the page allocator, tells the host which pages it got, and leaves them
 //! alone; when the target falls, the pages go back to the page allocator.
 //!
-//! Where to look: [`balloon`] decides what to do, [`inflate`] and [`deflate`] do it, [`target`] and
-//! [`backoff`] are the arithmetic, [`stop_reason`] says why it goes no further; [`migration`] lets
-//! compaction move pages of the balloon. [`message`] is how the device is told: as arrays of page
-//! frame numbers ([`pfns`]) or as page sets ([`page_sets`], with the encoder in [`bitmap`]).
-//! [`stats`], [`hinting`] and [`reporting`] are features of their own. [`rust`] is the layer over
-//! the kernel's C, with the virtio bus.
+//! Where to look: [`device`] has what all features share, [`balloon`] decides how large the balloon
+//! is to be and moves pages, [`messages`] describes pages to the device, with the encoder of
+//! [`bitmap`]. [`features`] has statistics, hints, reports and the host's requests, [`sources`] the
+//! ways to memory. [`rust`] is the layer over the kernel's C, with the virtio bus.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
 //!
@@ -19,75 +17,73 @@
 
 #![deny(unsafe_code)]
 
-mod attributes;
-mod backoff;
 mod balloon;
 mod bitmap;
-mod budget;
-mod deflate;
+mod device;
+mod features;
 mod free_pages;
-mod hinting;
-mod host_requests;
-mod inflate;
-mod log_limit;
-mod memory_blocks;
-mod message;
-mod migration;
-mod page_sets;
-mod pfns;
-mod poison;
-mod queues;
-mod reporting;
+mod messages;
 mod rust;
-mod settings;
-mod stats;
-mod stop_reason;
-mod target;
-mod terms;
+mod sources;
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 #[path = "tests/kunit/mod.rs"]
 mod kunit;
 
-use rust::{
-    debugfs::{
-        Dir,
-        File, //
-    },
-    memory_hotplug::OfflineNotifier,
-    oom::OomNotifier,
-    task::{
-        new_slot,
-        Task,
-        TaskQueue, //
-    },
-    virtio,
-    virtio_balloon,
-    wakeup::WakeupSource, //
-};
-
-use balloon::Balloon;
+use balloon::control_loop::Balloon;
 use bitmap::Encoding;
-use hinting::{
-    Hinting,
-    Hints, //
+use device::{
+    attributes,
+    poison,
+    queues::{
+        AllTraffic,
+        Queue,
+        Queues, //
+    },
+    settings::Settings, //
 };
-use host_requests::HostRequests;
+use features::{
+    hinting::{
+        Hinting,
+        Hints, //
+    },
+    host_requests::HostRequests,
+    reporting::Reporting,
+    stats::Stats, //
+};
 use kernel::{
-    device,
+    device::{
+        Core,
+        Device, //
+    },
     fmt,
     prelude::*,
     str::CString,
     sync::Arc, //
 };
-use queues::{
-    AllTraffic,
-    Queue,
-    Queues, //
+use rust::{
+    fs::{
+        debugfs::{
+            Dir,
+            File, //
+        },
+        sysfs::Attributes, //
+    },
+    notifiers::{
+        memory_hotplug::OfflineNotifier,
+        oom::OomNotifier, //
+    },
+    virtio,
+    virtio_balloon,
+    work::{
+        task::{
+            new_slot,
+            Task,
+            TaskQueue, //
+        },
+        wakeup::WakeupSource, //
+    }, //
 };
-use reporting::Reporting;
-use settings::Settings;
-use stats::Stats;
 
 struct BalloonDriver;
 
@@ -127,7 +123,7 @@ impl virtio::Driver for BalloonDriver {
         virtio_balloon::F_HOST_REQUESTS,
     ];
 
-    fn attributes() -> &'static rust::sysfs::Attributes<BalloonData> {
+    fn attributes() -> &'static Attributes<BalloonData> {
         &attributes::ATTRIBUTES
     }
 
@@ -149,8 +145,8 @@ impl virtio::Driver for BalloonDriver {
         check_fields(features)
     }
 
-    fn probe(dev: &virtio::Device<device::Core<'_>>) -> Result<Self::Data> {
-        if rust::memory::is_crash_kernel() {
+    fn probe(dev: &virtio::Device<Core<'_>>) -> Result<Self::Data> {
+        if rust::mm::memory::is_crash_kernel() {
             dev_info!(
                 dev,
                 "this is a crash kernel, which needs its memory: no ballooning\n"
@@ -225,7 +221,7 @@ impl virtio::Driver for BalloonDriver {
         })
     }
 
-    fn ready(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+    fn ready(dev: &virtio::Device<Core<'_>>, data: &Self::Data) {
         data.balloon.target_changed();
         data.balloon.schedule();
         if let Some(stats) = &data.stats {
@@ -269,11 +265,11 @@ impl virtio::Driver for BalloonDriver {
         }
     }
 
-    fn unbind(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+    fn unbind(_dev: &virtio::Device<Core<'_>>, data: &Self::Data) {
         data.leave();
     }
 
-    fn freeze(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+    fn freeze(_dev: &virtio::Device<Core<'_>>, data: &Self::Data) {
         // The host need not keep what it knows of the balloon, and an image on the disk must not
         // lack memory: as if the driver were unbound.
         data.leave();
@@ -289,7 +285,7 @@ impl virtio::Driver for BalloonDriver {
         }
     }
 
-    fn restore(dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) -> Result {
+    fn restore(dev: &virtio::Device<Core<'_>>, data: &Self::Data) -> Result {
         // QEMU does not outlive the start of a device that has lost its back end.
         if data.balloon.was_silent() {
             dev_warn!(
@@ -326,7 +322,7 @@ impl virtio::Driver for BalloonDriver {
         Ok(())
     }
 
-    fn shutdown(_dev: &virtio::Device<device::Core<'_>>, data: &Self::Data) {
+    fn shutdown(_dev: &virtio::Device<Core<'_>>, data: &Self::Data) {
         Balloon::shut_down(&data.balloon);
         if let Some(stats) = &data.stats {
             stats.stop();
@@ -342,7 +338,7 @@ impl virtio::Driver for BalloonDriver {
 }
 
 /// What was negotiated, in words.
-struct Features<'a, 'b>(&'a virtio::Device<device::Core<'b>>);
+struct Features<'a, 'b>(&'a virtio::Device<Core<'b>>);
 
 impl fmt::Display for Features<'_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -421,8 +417,8 @@ fn forced_encoding() -> Option<Encoding> {
 }
 
 /// Returns the name of what belongs to the device, where there may be more than one.
-fn name(dev: &virtio::Device<device::Core<'_>>) -> Result<CString> {
-    let dev: &device::Device<_> = dev.as_ref();
+fn name(dev: &virtio::Device<Core<'_>>) -> Result<CString> {
+    let dev: &Device<_> = dev.as_ref();
 
     CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))
 }

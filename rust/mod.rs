@@ -10,31 +10,10 @@
 // Only this module may look into the generated bindings.
 mod bindings;
 
-pub(crate) mod balloon_pages;
-pub(crate) mod batch;
-pub(crate) mod caches;
-pub(crate) mod claim;
-pub(crate) mod debugfs;
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-pub(crate) mod fake_device;
-pub(crate) mod memory;
-pub(crate) mod memory_blocks;
-pub(crate) mod memory_hotplug;
-mod notifier;
-pub(crate) mod oom;
-pub(crate) mod page_list;
-pub(crate) mod page_reporting;
-pub(crate) mod page_run;
-pub(crate) mod range_stack;
-pub(crate) mod shrinker;
-pub(crate) mod sleep;
-pub(crate) mod sysfs;
-pub(crate) mod task;
-pub(crate) mod thread;
+pub(crate) mod fs;
+pub(crate) mod mm;
+pub(crate) mod notifiers;
 pub(crate) mod trace;
 pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;
-pub(crate) mod virtqueue;
-pub(crate) mod wait;
-pub(crate) mod wakeup;
-pub(crate) mod zone;
+pub(crate) mod work;

@@ -5,7 +5,7 @@
 //!
 //! C header: `trace.h`
 
-use super::bindings;
+use crate::rust::bindings;
 
 /// `pages` kernel pages went to the device `virtio<device>`, which has not answered yet.
 pub(crate) fn inflate(device: u32, pages: usize) {

@@ -5,13 +5,13 @@
 //! C headers: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h),
 //! and `uapi/linux/virtio_balloon_ext.h` of this repository.
 
-use super::{
+use crate::rust::{
     bindings,
     virtio::{
         ByteOrder,
         Feature,
         Field, //
-    },
+    }, //
 };
 
 use core::mem::offset_of;

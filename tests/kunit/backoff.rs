@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::backoff::{
+use crate::balloon::backoff::{
     Backoff,
     Cause::{
         NoMemory,

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use super::device::free;
-use crate::rust::{
+use crate::rust::mm::{
     batch::{
         AllocError,
         Batch, //
     },
     memory,
     page_list::{
-        PageList,
-        MAX_ORDER, //
-    },
+        PageList, //
+        MAX_ORDER,
+    }, //
 };
 
 use kernel::prelude::*;

@@ -10,7 +10,7 @@ use crate::{
         Run,
         Subject, //
     },
-    virtio_balloon::{
+    rust::virtio_balloon::{
         page_set::{
             BITMAP,
             INFLATE,
@@ -18,7 +18,7 @@ use crate::{
             RANGES, //
         },
         PageSet, //
-    },
+    }, //
 };
 
 use kernel::{

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::budget::Budget;
+use crate::features::budget::Budget;
 
 use kernel::prelude::*;
 

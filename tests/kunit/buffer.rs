@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::{
-    rust::{
-        virtio::ByteOrder,
-        virtqueue::Buffer, //
+use crate::rust::{
+    virtio::{
+        virtqueue::Buffer,
+        ByteOrder, //
     },
     virtio_balloon::{
         stat,
         Stat, //
-    },
+    }, //
 };
 
 use kernel::prelude::*;

@@ -3,19 +3,26 @@
 //! The whole driver on a device in the kernel, which can do what no real device does.
 
 use crate::{
-    balloon::PAGES_PER_RUN,
+    balloon::{
+        control_loop::PAGES_PER_RUN,
+        target::BALLOON_PAGES_PER_PAGE, //
+    },
     rust::{
-        fake_device::{
-            FakeDevice,
-            Request,
-            QUEUE_SIZE, //
+        mm::{
+            memory,
+            page_list::{
+                PageList, //
+                MAX_ORDER,
+            }, //
         },
-        memory,
-        page_list::{
-            PageList,
-            MAX_ORDER, //
+        virtio::{
+            fake_device::{
+                FakeDevice,
+                Request, //
+                QUEUE_SIZE,
+            },
+            Feature, //
         },
-        virtio::Feature,
         virtio_balloon::{
             page_set,
             stat,
@@ -31,9 +38,8 @@ use crate::{
             PFN_SHIFT,
             POISON_VAL,
             STOP_REASON, //
-        },
-    },
-    target::BALLOON_PAGES_PER_PAGE,
+        }, //
+    }, //
 };
 
 use kernel::{

@@ -10,21 +10,21 @@ use crate::{
         Unused,
         Walk, //
     },
-    message::Runs,
-    rust::{
+    messages::message::Runs,
+    rust::mm::{
         batch::Batch,
         claim::Claim,
         memory,
         page_list::{
-            PageList,
-            MAX_ORDER, //
+            PageList, //
+            MAX_ORDER,
         },
         zone::{
             Hold,
-            Zone,
-            PLACES_PER_HOLD, //
-        },
-    },
+            Zone, //
+            PLACES_PER_HOLD,
+        }, //
+    }, //
 };
 
 use core::ops::Range;

@@ -7,28 +7,32 @@ use super::device::{
     free, //
 };
 use crate::{
-    hinting::{
+    features::hinting::{
         min_order,
         RUNS_PER_ENTRY, //
     },
     rust::{
-        batch::Batch,
-        fake_device::{
-            FakeDevice,
-            Request,
-            QUEUE_SIZE, //
+        mm::{
+            batch::Batch,
+            memory,
+            page_list::PageList,
+            page_run::PageRun, //
         },
-        memory,
-        page_list::PageList,
-        page_run::PageRun,
-        virtio::Feature,
+        virtio::{
+            fake_device::{
+                FakeDevice,
+                Request, //
+                QUEUE_SIZE,
+            },
+            Feature, //
+        },
         virtio_balloon::{
             F_FREE_PAGE_HINT,
             HINT_DONE,
             HINT_ID,
             HINT_STOP, //
-        },
-    },
+        }, //
+    }, //
 };
 
 use kernel::{

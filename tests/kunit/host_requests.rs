@@ -8,23 +8,27 @@ use super::device::{
 };
 
 use crate::rust::{
-    caches::Dropping,
-    fake_device::{
-        FakeDevice,
-        Request, //
+    mm::{
+        caches::Dropping,
+        memory, //
     },
-    memory,
-    shrinker::{
+    notifiers::shrinker::{
         Shrink,
         Shrinker, //
     },
-    thread,
-    virtio::Feature,
+    virtio::{
+        fake_device::{
+            FakeDevice,
+            Request, //
+        },
+        Feature, //
+    },
     virtio_balloon::{
         request,
         F_HOST_REQUESTS,
         F_STATS_VQ, //
     },
+    work::thread, //
 };
 
 use kernel::{

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::rust::memory;
+use crate::rust::mm::memory;
 
 use kernel::prelude::*;
 

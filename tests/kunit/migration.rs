@@ -4,26 +4,30 @@
 //! whole driver.
 
 use crate::{
+    balloon::migration::Moves,
     bitmap::Encoding,
-    message::{
-        Sorted,
-        MOVES_PER_MESSAGE, //
-    },
-    migration::Moves,
-    page_sets,
-    rust::{
-        balloon_pages::{
-            OldPage,
-            Replace, //
+    messages::{
+        message::{
+            Sorted, //
+            MOVES_PER_MESSAGE,
         },
-        page_list::PageList,
-        task::{
+        page_sets,
+        terms::Terms, //
+    },
+    rust::{
+        mm::{
+            balloon_pages::{
+                OldPage,
+                Replace, //
+            },
+            page_list::PageList, //
+        },
+        virtio_balloon::page_set,
+        work::task::{
             new_slot,
             TaskQueue, //
-        },
-        virtio_balloon::page_set, //
-    },
-    terms::Terms, //
+        }, //
+    }, //
 };
 
 use kernel::{

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use super::device::eventually;
-use crate::rust::{
+use crate::rust::mm::{
     balloon_pages::{
         BalloonPages,
         ByOrder,
@@ -11,8 +11,8 @@ use crate::rust::{
     batch::Batch,
     memory,
     page_list::{
-        PageList,
-        MAX_ORDER, //
+        PageList, //
+        MAX_ORDER,
     },
     page_run::PageRun, //
 };

@@ -3,15 +3,15 @@
 //! What statistics there are in kernels that do not count everything.
 
 use crate::{
+    features::stats::collect,
     rust::{
-        memory,
+        mm::memory,
         virtio::ByteOrder,
         virtio_balloon::{
             stat,
             Stat, //
-        },
-    },
-    stats::collect,
+        }, //
+    }, //
 };
 
 use kernel::prelude::*;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::target::{
+use crate::balloon::target::{
     balloon_pages,
     balloon_pfns,
     floor,
     pages,
     part,
-    Step,
-    BALLOON_PAGES_PER_PAGE, //
+    Step, //
+    BALLOON_PAGES_PER_PAGE,
 };
 
 use kernel::{

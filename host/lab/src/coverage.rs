@@ -20,7 +20,7 @@ use crate::report::Report;
 use crate::{Guests, kernel, kunit, module, setup, test};
 
 /// What is in the module for its tests alone.
-const FOR_TESTS: [&str; 2] = ["tests", "rust/fake_device.rs"];
+const FOR_TESTS: [&str; 2] = ["tests", "rust/virtio/fake_device.rs"];
 
 /// What the lines are executed by.
 const PARTS: [&str; 2] = ["kunit", "scenarios"];

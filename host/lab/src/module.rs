@@ -16,7 +16,7 @@ use crate::progress::Phase;
 /// Has the KUnit suites in the module, which run when it is loaded.
 pub(crate) const WITH_KUNIT: &str = "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=y";
 
-/// What the driver asks when it looks for unused pages, in `rust/zone.rs`.
+/// What the driver asks when it looks for unused pages, in `rust/mm/zone.rs`.
 const TRUTH: &str = "bindings::balloon_rs_free_order(zone, *next as usize)";
 
 /// What a lying driver has in its place: some pages are unused that are not.
@@ -99,14 +99,26 @@ fn keep(
     Ok(module)
 }
 
+/// The folders with the module's sources, beside those at the root.
+const FOLDERS: [&str; 8] = [
+    "balloon",
+    "device",
+    "features",
+    "messages",
+    "rust",
+    "sources",
+    "tests/kunit",
+    "uapi",
+];
+
 /// Copies the module's sources, and makes them lie.
 fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
     for path in all_sources(places)? {
         let mut text = fs::read_to_string(places.checkout.join(&path))?;
-        if path == Path::new("rust/zone.rs") {
+        if path == Path::new("rust/mm/zone.rs") {
             ensure!(
                 text.matches(TRUTH).count() == 1,
-                "rust/zone.rs asks for free pages in another way than host/lab/src/module.rs expects: correct TRUTH and LIE there"
+                "rust/mm/zone.rs asks for free pages in another way than host/lab/src/module.rs expects: correct TRUTH and LIE there"
             );
             text = text.replace(TRUTH, LIE);
         }
@@ -139,22 +151,50 @@ fn all_sources(places: &Places) -> Result<Vec<PathBuf>> {
 /// The module's sources whose names end like that, as paths in the checkout.
 pub(crate) fn sources(places: &Places, extensions: &[&str]) -> Result<Vec<PathBuf>> {
     let mut sources = Vec::new();
-    for directory in ["", "rust", "tests/kunit", "uapi/linux"] {
-        let entries = fs::read_dir(places.checkout.join(directory))
-            .with_context(|| format!("reading {}", places.checkout.join(directory).display()))?;
-        for entry in entries {
-            let path = Path::new(directory).join(entry?.file_name());
-            if path
-                .extension()
-                .is_some_and(|this| extensions.iter().any(|&extension| this == extension))
-            {
-                sources.push(path);
-            }
-        }
+    add_files(places, Path::new(""), extensions, &mut sources)?;
+    for folder in FOLDERS {
+        add_folder(places, Path::new(folder), extensions, &mut sources)?;
     }
     ensure!(!sources.is_empty(), "there are no sources of the module");
     sources.sort();
     Ok(sources)
+}
+
+/// Adds the files of a folder whose names end like that. Returns the folders in it.
+fn add_files(
+    places: &Places,
+    folder: &Path,
+    extensions: &[&str],
+    sources: &mut Vec<PathBuf>,
+) -> Result<Vec<PathBuf>> {
+    let full = places.checkout.join(folder);
+    let mut folders = Vec::new();
+    for entry in fs::read_dir(&full).with_context(|| format!("reading {}", full.display()))? {
+        let entry = entry?;
+        let path = folder.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            folders.push(path);
+        } else if path
+            .extension()
+            .is_some_and(|this| extensions.iter().any(|&extension| this == extension))
+        {
+            sources.push(path);
+        }
+    }
+    Ok(folders)
+}
+
+/// The same with the folders in it.
+fn add_folder(
+    places: &Places,
+    folder: &Path,
+    extensions: &[&str],
+    sources: &mut Vec<PathBuf>,
+) -> Result<()> {
+    for inner in add_files(places, folder, extensions, sources)? {
+        add_folder(places, &inner, extensions, sources)?;
+    }
+    Ok(())
 }
 
 /// Builds the module from `source` in `directory`, with more variables for make.

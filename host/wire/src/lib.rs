@@ -21,16 +21,18 @@ mod bitmap;
 
 /// What the encoder takes from the headers, under the names that it has in the guest.
 #[cfg(test)]
-mod virtio_balloon {
-    pub(crate) use crate::virtio_balloon_page_set as PageSet;
+mod rust {
+    pub(crate) mod virtio_balloon {
+        pub(crate) use crate::virtio_balloon_page_set as PageSet;
 
-    #[allow(clippy::cast_possible_truncation, reason = "the values are small")]
-    pub(crate) mod page_set {
-        pub(crate) const RANGES: u8 = crate::VIRTIO_BALLOON_PAGE_SET_RANGES as u8;
-        pub(crate) const BITMAP: u8 = crate::VIRTIO_BALLOON_PAGE_SET_BITMAP as u8;
-        pub(crate) const MORE: u32 = crate::VIRTIO_BALLOON_PAGE_SET_MORE;
-        pub(crate) const MAX_BYTES: usize = crate::VIRTIO_BALLOON_PAGE_SET_MAX_BYTES as usize;
-        pub(crate) const COUNT_BITS: u32 = crate::VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
+        #[allow(clippy::cast_possible_truncation, reason = "the values are small")]
+        pub(crate) mod page_set {
+            pub(crate) const RANGES: u8 = crate::VIRTIO_BALLOON_PAGE_SET_RANGES as u8;
+            pub(crate) const BITMAP: u8 = crate::VIRTIO_BALLOON_PAGE_SET_BITMAP as u8;
+            pub(crate) const MORE: u32 = crate::VIRTIO_BALLOON_PAGE_SET_MORE;
+            pub(crate) const MAX_BYTES: usize = crate::VIRTIO_BALLOON_PAGE_SET_MAX_BYTES as usize;
+            pub(crate) const COUNT_BITS: u32 = crate::VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
+        }
     }
 }
 

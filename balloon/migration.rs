@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Compaction moves pages of the balloon out of its way: another page takes the place of each.
+//!
+//! Compaction is not kept waiting for the device. A move is noted, and the balloon's task tells the
+//! device of many at once: first of the pages that are in the balloon now, and when it has
+//! answered, of those that are not any more. In between the balloon has pages that the device does
+//! not know of, and that may not leave it: the device would learn of such a page's departure first,
+//! and then take it from whoever uses it.
+//!
+//! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::{
+        control_loop::Balloon,
+        deflate::Deflate,
+        inflate::Inflate, //
+    },
+    messages::{
+        message::MOVES_PER_MESSAGE,
+        terms::Terms, //
+    },
+    rust::{
+        mm::{
+            balloon_pages::{
+                OldPage,
+                PageRef,
+                Replace, //
+            },
+            page_list::PageList, //
+        },
+        work::task::Waker, //
+    }, //
+};
+
+use core::mem;
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    sync::SpinLock,
+    time::{
+        delay::fsleep,
+        Delta, //
+    }, //
+};
+
+/// How long it takes compaction to come again when more has been moved than the device could be
+/// told of.
+const PAUSE: Delta = Delta::from_micros(200);
+
+/// A page that has taken the place of another one. The numbers are those of kernel pages.
+pub(crate) struct Move {
+    new: u64,
+    old: u64,
+    /// Keeps the old page from being used before the device has been told, where it insists on
+    /// that.
+    _kept: Option<PageRef>,
+}
+
+/// The moves that the device has to be told of.
+#[pin_data]
+pub(crate) struct Moves {
+    waker: Waker<Balloon>,
+    #[pin]
+    inner: SpinLock<Inner>,
+}
+
+struct Inner {
+    terms: Terms,
+    /// Whether the balloon's task lets pages be moved.
+    allowed: bool,
+    /// How many [`Still`] there are.
+    still: usize,
+    /// Moves that the device has not been told of. Never grows beyond its capacity.
+    waiting: KVec<Move>,
+    /// The new pages of `waiting`, and those of a message that the device has not used. As many at most, in ascending order.
+    waiting_new: KVec<u64>,
+    telling: KVec<u64>,
+    /// Moves of which the device knows the new pages, if any. `None` while they are part of a
+    /// message.
+    told: Option<KVec<Move>>,
+}
+
+impl Inner {
+    /// Returns whether the device may not know yet that the page `pfn` is in the balloon.
+    fn is_new(&self, pfn: u64) -> bool {
+        let is_in = |pfns: &[u64]| pfns.binary_search(&pfn).is_ok();
+
+        is_in(&self.telling) || is_in(&self.waiting_new)
+    }
+
+    fn is_settled(&self) -> bool {
+        self.waiting.is_empty() && self.told.as_ref().is_some_and(|told| told.is_empty())
+    }
+}
+
+/// As long as it exists, no page is moved.
+pub(crate) struct Still<'a>(&'a Moves);
+
+impl Still<'_> {
+    /// Takes those pages off `pages` of which the device may not know yet that they are in the
+    /// balloon, and puts them on `unknown`.
+    pub(crate) fn set_aside(&self, pages: &mut PageList, unknown: &mut PageList) {
+        let inner = self.0.inner.lock();
+
+        if !inner.telling.is_empty() || !inner.waiting.is_empty() {
+            pages.move_singles(unknown, |pfn| inner.is_new(pfn));
+        }
+    }
+}
+
+impl Drop for Still<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().still -= 1;
+    }
+}
+
+impl Moves {
+    /// Returns an initialiser for a balloon whose task `waker` schedules. No page is moved before
+    /// that [allows](Self::allow) it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(waker: Waker<Balloon>, terms: Terms) -> Result<impl PinInit<Self, Error>> {
+        let waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let waiting_new = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let telling = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
+
+        Ok(try_pin_init!(Self {
+            waker,
+            inner <- new_spinlock!(
+                Inner {
+                    terms,
+                    allowed: false,
+                    still: 0,
+                    waiting,
+                    waiting_new,
+                    telling,
+                    told,
+                },
+                "Moves::inner"
+            ),
+        }))
+    }
+
+    /// Forgets what a device that was reset has not been told, and lets no page be moved before the
+    /// [`reset`](Self::reset) for the next one.
+    pub(crate) fn take_back(&self) {
+        let mut inner = self.inner.lock();
+
+        inner.telling.clear();
+        inner.waiting_new.clear();
+        // Dropped when the lock has been released. Without capacity there is no room for a move.
+        let _waiting = mem::take(&mut inner.waiting);
+        let _told = inner.told.replace(KVec::new());
+        drop(inner);
+    }
+
+    /// Begins anew with a device that was reset.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn reset(&self, terms: Terms) -> Result {
+        let mut waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
+        let mut told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
+        let mut inner = self.inner.lock();
+
+        inner.terms = terms;
+        inner.telling.clear();
+        inner.waiting_new.clear();
+        // What was there is freed without the lock.
+        mem::swap(&mut inner.waiting, &mut waiting);
+        mem::swap(&mut inner.told, &mut told);
+        drop(inner);
+        Ok(())
+    }
+
+    /// Allows or forbids moves. They are forbidden while the balloon changes its size, so that it
+    /// gets there: compaction comes back.
+    pub(crate) fn allow(&self, allowed: bool) {
+        self.inner.lock().allowed = allowed;
+    }
+
+    /// Keeps all pages where they are, for as long as the result exists.
+    pub(crate) fn hold_still(&self) -> Still<'_> {
+        self.inner.lock().still += 1;
+        Still(self)
+    }
+
+    /// Returns whether the device knows of all pages in the balloon now.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.inner.lock().is_settled()
+    }
+
+    /// Tells the device what it has to be told next, if that is possible now.
+    pub(crate) fn tell(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
+        self.tell_new(inflate, deflate);
+        self.tell_old(deflate);
+    }
+
+    fn tell_new(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
+        // A new page may be one that was deflated a moment ago, which the device has to hear first.
+        // And one round after the other: a page may be a new one in the first and an old one in the
+        // second. Nothing is deflated in between, since the lock is kept.
+        let deflate = deflate.lock();
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+
+        if inflate.queue.room() == 0 || deflate.is_pending() || inner.waiting.is_empty() {
+            return;
+        }
+        let Some(told) = inner.told.take_if(|told| told.is_empty()) else {
+            return;
+        };
+        let waiting = mem::replace(&mut inner.waiting, told);
+
+        // No message is in flight.
+        mem::swap(&mut inner.waiting_new, &mut inner.telling);
+        if let Err(waiting) = inflate.queue.send_moves(waiting, |this| this.new) {
+            inner.told = Some(mem::replace(&mut inner.waiting, waiting));
+            mem::swap(&mut inner.waiting_new, &mut inner.telling);
+            return;
+        }
+        drop(guard);
+        drop(deflate);
+
+        inflate.queue.notify();
+    }
+
+    fn tell_old(&self, deflate: &SpinLock<Deflate>) {
+        let mut deflate = deflate.lock();
+        if deflate.queue.room() == 0 {
+            return;
+        }
+        let Some(moves) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
+            return;
+        };
+
+        match deflate.queue.send_moves(moves, |this| this.old) {
+            Ok(()) => deflate.queue.notify(),
+            Err(moves) => self.inner.lock().told = Some(moves),
+        }
+    }
+
+    /// The device knows the new pages of `moves`.
+    pub(crate) fn told_new(&self, moves: KVec<Move>) {
+        let mut inner = self.inner.lock();
+
+        inner.telling.clear();
+        inner.told = Some(moves);
+    }
+
+    /// The device knows that the old pages of `moves` have left the balloon.
+    pub(crate) fn told_old(&self, mut moves: KVec<Move>) {
+        moves.clear();
+        self.inner.lock().told = Some(moves);
+    }
+}
+
+impl Replace for Moves {
+    fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
+        let mut inner = self.inner.lock();
+
+        // A page that the protocol cannot name is no use in the balloon.
+        if !inner.terms.can_name(new) {
+            return Err(EOVERFLOW);
+        }
+
+        // The device must know of the old page's arrival before the page leaves, and of the new
+        // page's departure, if it has been in the balloon before, before that comes again.
+        if !inner.allowed
+            || inner.still > 0
+            || inner.is_new(old.pfn())
+            || inner.waiting.iter().any(|this| this.old == new)
+        {
+            return Err(EAGAIN);
+        }
+
+        let this = Move {
+            new,
+            old: old.pfn(),
+            _kept: inner.terms.tell_first().then(|| old.keep()),
+        };
+        let first = inner.waiting.is_empty();
+        let result = inner.waiting.push_within_capacity(this).map_err(|_| EAGAIN);
+        if result.is_ok() {
+            let place = inner.waiting_new.partition_point(|&pfn| pfn < new);
+
+            // There is room for as many as can be waiting.
+            let _ = inner.waiting_new.insert_within_capacity(place, new);
+        }
+        drop(inner);
+
+        if first {
+            self.waker.schedule();
+        }
+        if result.is_err() && may_sleep {
+            // Compaction gives up after some tries, which take less time than the device's answer.
+            fsleep(PAUSE);
+        }
+
+        result
+    }
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is in free pages, if the kernel cares.
+//!
+//! With `init_on_free=1` or `page_poison=1` free pages hold a value that the kernel counts on, and
+//! a host that takes the memory away has to know it.
+//!
+//! Specification: clauses 5.5.3.1, Driver Requirements: Feature bits, and 5.5.6.6, Page Poison.
+
+#![forbid(unsafe_code)]
+
+use crate::rust::{
+    mm::memory,
+    virtio,
+    virtio_balloon, //
+};
+
+use kernel::{
+    device::Core,
+    prelude::*, //
+};
+
+/// Gives up what does not go together with the value of free pages.
+pub(crate) fn negotiate(features: &mut virtio::Features<'_>) {
+    if memory::free_page_value().is_none() {
+        features.clear(virtio_balloon::F_PAGE_POISON);
+    } else if !features.has(virtio_balloon::F_PAGE_POISON)
+        && features.has(virtio_balloon::F_REPORTING)
+    {
+        dev_info!(
+            features,
+            "free pages are not reported: the host cannot be told what they are initialised to\n"
+        );
+        features.clear(virtio_balloon::F_REPORTING);
+        // The number of their queue would not be sure.
+        features.clear(virtio_balloon::F_HOST_REQUESTS);
+    }
+}
+
+/// Tells the device the value. To be done after each reset, before the device is ready.
+///
+/// # Errors
+///
+/// As for [`virtio::Config::write_le32`].
+pub(crate) fn announce(dev: &virtio::Device<Core<'_>>) -> Result {
+    match memory::free_page_value() {
+        Some(value) if dev.has_feature(virtio_balloon::F_PAGE_POISON) => {
+            dev.config()?.write_le32(virtio_balloon::POISON_VAL, value)
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The device's virtqueues.
+//!
+//! Specification: clause 5.5.2, Virtqueues. Devices number the queues that they have one after the
+//! other, and leave out those whose feature they do not offer (QEMU), or that was not accepted. So
+//! a feature that has a queue must be accepted whenever it is offered, or the queues after it have
+//! other numbers than some devices think. Only reporting, which has the last queue of the base
+//! protocol, may be given up, and the host's requests with it.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    bitmap::Encoding,
+    features::{
+        hinting::HintQueue,
+        host_requests::RequestQueue,
+        reporting::ReportingQueue,
+        stats::StatsQueue, //
+    },
+    messages::message::{
+        Command,
+        Format,
+        MessageQueue, //
+    },
+    rust::{
+        fs::debugfs::Show,
+        virtio::{
+            self,
+            virtqueue::{
+                Traffic,
+                Virtqueue, //
+            },
+            FoundQueues, //
+        },
+        virtio_balloon, //
+    }, //
+};
+
+use kernel::{
+    device::Core,
+    fmt,
+    prelude::*,
+    sync::{
+        atomic::Relaxed,
+        Arc, //
+    }, //
+};
+
+/// What the device notifies the driver of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Queue {
+    /// Pages have been taken note of: inflating.
+    Inflate = 0,
+    /// Pages have been taken note of: deflating.
+    Deflate = 1,
+    /// The device wants new statistics.
+    Stats = 2,
+    /// Hints have been taken note of.
+    Hint = 3,
+    /// Free pages have been taken note of.
+    Report = 4,
+    /// The device has a request, or has taken note of answers.
+    Request = 5,
+}
+
+impl Queue {
+    /// All of them, in the order of their numbers on a device that has them all.
+    const ALL: [Self; 6] = [
+        Self::Inflate,
+        Self::Deflate,
+        Self::Stats,
+        Self::Hint,
+        Self::Report,
+        Self::Request,
+    ];
+
+    /// Returns the queue with an index as in [`Queues::find`].
+    pub(crate) fn from_index(index: usize) -> Option<Self> {
+        Self::ALL.get(index).copied()
+    }
+
+    /// Returns the queue's name, in the kernel's log and in debugfs.
+    fn name(self) -> &'static CStr {
+        match self {
+            Self::Inflate => c"inflate",
+            Self::Deflate => c"deflate",
+            Self::Stats => c"stats",
+            Self::Hint => c"free_page_hint",
+            Self::Report => c"reporting",
+            Self::Request => c"requests",
+        }
+    }
+
+    /// Returns whether `dev` has the queue.
+    fn is_of(self, dev: &virtio::Device<Core<'_>>) -> bool {
+        dev.has_feature(match self {
+            Self::Inflate | Self::Deflate => return true,
+            Self::Stats => virtio_balloon::F_STATS_VQ,
+            Self::Hint => virtio_balloon::F_FREE_PAGE_HINT,
+            Self::Report => virtio_balloon::F_REPORTING,
+            Self::Request => virtio_balloon::F_HOST_REQUESTS,
+        })
+    }
+}
+
+/// What has gone through the queues since the driver was bound.
+pub(crate) struct AllTraffic([Arc<Traffic>; Queue::ALL.len()]);
+
+impl AllTraffic {
+    /// Begins with nothing.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        let new = || Arc::new(Traffic::new(), GFP_KERNEL);
+
+        Ok(Self([new()?, new()?, new()?, new()?, new()?, new()?]))
+    }
+}
+
+impl Show for AllTraffic {
+    /// Writes a line for each queue.
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (queue, traffic) in Queue::ALL.iter().zip(&self.0) {
+            writeln!(
+                f,
+                "{} buffers {} bytes {} notifications {}",
+                queue.name().to_str().unwrap_or_default(),
+                traffic.buffers.load(Relaxed),
+                traffic.bytes.load(Relaxed),
+                traffic.notifications.load(Relaxed)
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// The queues, for those who use them.
+pub(crate) struct Queues {
+    pub(crate) inflate: MessageQueue,
+    pub(crate) deflate: MessageQueue,
+    pub(crate) stats: Option<StatsQueue>,
+    pub(crate) hints: Option<HintQueue>,
+    pub(crate) reports: Option<ReportingQueue>,
+    pub(crate) requests: Option<RequestQueue>,
+}
+
+impl Queues {
+    /// Finds the queues of the features that were negotiated. Page sets have the encoding `forced`,
+    /// if there is one. What goes through the queues is added to `traffic`.
+    ///
+    /// # Errors
+    ///
+    /// What [`virtio::Device::find_vqs`] says.
+    pub(crate) fn find(
+        dev: &virtio::Device<Core<'_>>,
+        forced: Option<Encoding>,
+        traffic: &AllTraffic,
+    ) -> Result<Self> {
+        let format = if dev.has_feature(virtio_balloon::F_PAGE_SETS) {
+            Format::PageSets(forced)
+        } else {
+            Format::Pfns(dev.byte_order())
+        };
+        let names = Queue::ALL.map(|queue| queue.is_of(dev).then(|| queue.name()));
+        let mut queues = Found {
+            queues: dev.find_vqs(names)?,
+            traffic,
+        };
+
+        Ok(Self {
+            inflate: MessageQueue::new(queues.take(Queue::Inflate)?, format, Command::Inflate)?,
+            deflate: MessageQueue::new(queues.take(Queue::Deflate)?, format, Command::Deflate)?,
+            stats: queues.take_if(Queue::Stats, dev)?,
+            hints: queues.take_if(Queue::Hint, dev)?,
+            reports: queues.take_if(Queue::Report, dev)?,
+            requests: queues.take_if(Queue::Request, dev)?,
+        })
+    }
+}
+
+/// The queues that a device has, until they are used.
+struct Found<'a> {
+    queues: FoundQueues<{ Queue::ALL.len() }>,
+    traffic: &'a AllTraffic,
+}
+
+impl Found<'_> {
+    fn take<B>(&mut self, queue: Queue) -> Result<Virtqueue<B>> {
+        let index = queue as usize;
+        let traffic = self.traffic.0.get(index).ok_or(ENOENT)?;
+
+        self.queues.take(index, traffic.clone())
+    }
+
+    fn take_if<B>(
+        &mut self,
+        queue: Queue,
+        dev: &virtio::Device<Core<'_>>,
+    ) -> Result<Option<Virtqueue<B>>> {
+        queue.is_of(dev).then(|| self.take(queue)).transpose()
+    }
+}

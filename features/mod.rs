@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The features of a device other than the balloon, each with its own queue and task.
+
+pub(crate) mod budget;
+pub(crate) mod hinting;
+pub(crate) mod host_requests;
+pub(crate) mod reporting;
+pub(crate) mod stats;

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory statistics for the host.
+//!
+//! The roles are swapped on this queue: the driver always has one buffer with the device, which
+//! uses it when it wants new numbers. Then the driver fills it and offers it again.
+//!
+//! Specification: clause 5.5.6.3, Memory Statistics.
+
+#![forbid(unsafe_code)]
+
+use crate::rust::{
+    mm::memory,
+    virtio::{
+        virtqueue::Virtqueue,
+        ByteOrder, //
+    },
+    virtio_balloon::{
+        stat,
+        Stat, //
+    },
+    work::{
+        task::{
+            Job,
+            Task, //
+        },
+        wakeup::{
+            Signal,
+            WakeupSource, //
+        }, //
+    }, //
+};
+
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        Arc,
+        Mutex, //
+    }, //
+};
+
+/// A virtqueue for statistics.
+pub(crate) type StatsQueue = Virtqueue<KVec<Stat>>;
+
+/// The statistics queue.
+#[pin_data]
+pub(crate) struct Stats {
+    byte_order: ByteOrder,
+    wakeup: Arc<WakeupSource>,
+    /// Set when the device may have asked since the task began to run.
+    is_asked: Atomic<bool>,
+    #[pin]
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    queue: StatsQueue,
+    /// The buffer while the device does not have it.
+    buffer: Option<KVec<Stat>>,
+}
+
+impl Inner {
+    fn new(queue: StatsQueue) -> Result<Self> {
+        Ok(Self {
+            queue,
+            buffer: Some(KVec::with_capacity(stat::KINDS, GFP_KERNEL)?),
+        })
+    }
+}
+
+impl Stats {
+    /// Returns an initialiser for a queue that the device has no buffer of yet: the task has to run
+    /// once.
+    pub(crate) fn new(
+        queue: StatsQueue,
+        byte_order: ByteOrder,
+        wakeup: Arc<WakeupSource>,
+    ) -> Result<impl PinInit<Self, Error>> {
+        let inner = Inner::new(queue)?;
+
+        Ok(try_pin_init!(Self {
+            byte_order,
+            wakeup,
+            is_asked: Atomic::new(false),
+            inner <- new_mutex!(inner, "Stats::inner"),
+        }))
+    }
+
+    /// Takes up the work again with the queue of a device that was reset. The task must not be
+    /// running.
+    pub(crate) fn attach(&self, queue: StatsQueue) -> Result {
+        *self.inner.lock() = Inner::new(queue)?;
+        Ok(())
+    }
+
+    /// The device may have asked. The system stays awake until it is answered.
+    pub(crate) fn asked(task: &Task<Self>) {
+        task.is_asked.store(true, Release);
+        task.wakeup.raise(Signal::Statistics);
+        task.schedule();
+    }
+
+    /// Stops the task, which lets the system suspend.
+    pub(crate) fn stop(task: &Task<Self>) {
+        task.stop();
+        task.wakeup.lower(Signal::Statistics);
+    }
+
+    /// Answers the device, if it has asked.
+    fn answer(&self) {
+        let mut inner = self.inner.lock();
+        let used = inner.queue.next_used().map(|(buffer, _)| buffer);
+
+        // If the device still has the buffer, it called without reason.
+        let Some(mut buffer) = used.or_else(|| inner.buffer.take()) else {
+            return;
+        };
+
+        collect(&mut buffer, &memory::Info::now(), self.byte_order);
+
+        // There is room: this is the only buffer. If the queue is broken or the device gone, nobody
+        // asks any more, and the buffer waits for the next device.
+        match inner.queue.add(buffer) {
+            Ok(()) => inner.queue.kick(),
+            Err(buffer) => inner.buffer = Some(buffer),
+        }
+    }
+}
+
+impl Job for Stats {
+    fn run(task: &Task<Self>) {
+        task.is_asked.xchg(false, Full);
+        task.answer();
+        task.wakeup.lower(Signal::Statistics);
+
+        // The device may have asked again in between.
+        if task.is_asked.load(Acquire) {
+            task.wakeup.raise(Signal::Statistics);
+        }
+    }
+}
+
+/// Fills `buffer` with the numbers in `info`: always the same ones, in the same order. What this
+/// kernel does not count is left out.
+pub(crate) fn collect(buffer: &mut KVec<Stat>, info: &memory::Info, order: ByteOrder) {
+    let events = info.has_events;
+    let hugetlb = info.has_hugetlb;
+
+    buffer.clear();
+    for (is_counted, tag, value) in [
+        (events, stat::SWAP_IN, info.swapped_in),
+        (events, stat::SWAP_OUT, info.swapped_out),
+        (events, stat::MAJFLT, info.major_faults),
+        (events, stat::MINFLT, info.faults),
+        (true, stat::MEMFREE, info.free),
+        (true, stat::MEMTOT, info.total),
+        (true, stat::AVAIL, info.available),
+        (true, stat::CACHES, info.caches),
+        (hugetlb, stat::HTLB_PGALLOC, info.hugetlb_allocations),
+        (hugetlb, stat::HTLB_PGFAIL, info.hugetlb_failures),
+        (events, stat::OOM_KILL, info.oom_kills),
+        (events, stat::ALLOC_STALL, info.allocation_stalls),
+        (true, stat::ASYNC_SCAN, info.async_scanned),
+        (true, stat::DIRECT_SCAN, info.direct_scanned),
+        (true, stat::ASYNC_RECLAIM, info.async_reclaimed),
+        (true, stat::DIRECT_RECLAIM, info.direct_reclaimed),
+    ] {
+        if is_counted {
+            // There is room for one of each kind.
+            let _ = buffer.push_within_capacity(Stat::new(tag, value, order));
+        }
+    }
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Messages that describe pages.
+
+pub(crate) mod message;
+pub(crate) mod page_sets;
+pub(crate) mod pfns;
+pub(crate) mod terms;

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The base protocol's messages: arrays of page frame numbers of balloon pages.
+//!
+//! Specification: clause 5.5.6, Device Operation.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::target,
+    messages::message::Runs,
+    rust::virtio::ByteOrder, //
+};
+
+use kernel::prelude::*;
+
+/// How many page frame numbers a message has at most.
+///
+/// The specification has no limit, but devices have: Firecracker passes over longer messages
+/// without a word, so that the memory is lost to both sides, and Cloud Hypervisor refuses them.
+/// What would be gained by longer messages is gained by sending many with each notification.
+pub(crate) const PFNS_PER_MESSAGE: usize = 256;
+
+/// Names as many of `runs` in `array`, which is empty and never grows, as there is room for.
+///
+/// # Errors
+///
+/// `EOVERFLOW` if a page has no name in the base protocol. Pages before it have been taken off
+/// `runs`.
+pub(crate) fn write(array: &mut KVec<u32>, order: ByteOrder, runs: &mut impl Runs) -> Result {
+    while let Some(run) = runs.first() {
+        let room = PFNS_PER_MESSAGE.saturating_sub(array.len()) / target::BALLOON_PAGES_PER_PAGE;
+        let named = run.len().min(room as u64);
+        if named == 0 {
+            break;
+        }
+
+        for pfn in run.first()..run.first() + named {
+            for balloon_pfn in target::balloon_pfns(pfn)? {
+                array
+                    .push_within_capacity(order.to_device32(balloon_pfn))
+                    .map_err(|_| ENOSPC)?;
+            }
+        }
+        runs.advance(named);
+    }
+
+    Ok(())
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What was negotiated about the balloon's pages.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::target,
+    rust::{
+        virtio,
+        virtio_balloon, //
+    }, //
+};
+
+use kernel::device::Core;
+
+/// The terms on which a device takes and gives pages.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms {
+    /// `VIRTIO_BALLOON_F_MUST_TELL_HOST`.
+    pub(crate) must_tell_host: bool,
+    /// `VIRTIO_BALLOON_F_PAGE_SETS`.
+    pub(crate) page_sets: bool,
+}
+
+impl Terms {
+    /// Returns those of `dev`.
+    pub(crate) fn of(dev: &virtio::Device<Core<'_>>) -> Self {
+        Self {
+            must_tell_host: dev.has_feature(virtio_balloon::F_MUST_TELL_HOST),
+            page_sets: dev.has_feature(virtio_balloon::F_PAGE_SETS),
+        }
+    }
+
+    /// Returns whether pages that leave the balloon may be used only after the device has answered.
+    pub(crate) fn tell_first(self) -> bool {
+        self.must_tell_host || self.page_sets
+    }
+
+    /// Returns whether that holds for a guest that has run out of memory, too. For balloons that
+    /// give memory back then (docs/protocol.md, PS-D14).
+    pub(crate) fn tell_first_out_of_memory(self) -> bool {
+        self.must_tell_host
+    }
+
+    /// Returns whether the kernel page `pfn` has a name in messages.
+    pub(crate) fn can_name(self, pfn: u64) -> bool {
+        self.page_sets || target::balloon_pfns(pfn).is_ok()
+    }
+}

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Attributes of a device in sysfs.
+//!
+//! The driver core creates them when the driver has bound, and removes them, which waits for
+//! readers, before it unbinds.
+//!
+//! C headers: [`include/linux/sysfs.h`](srctree/include/linux/sysfs.h),
+//! [`include/linux/device.h`](srctree/include/linux/device.h)
+
+use crate::rust::bindings;
+
+use core::{
+    marker::PhantomData,
+    mem::MaybeUninit, //
+};
+use kernel::{
+    device,
+    error::from_result,
+    fmt,
+    page::PAGE_SIZE,
+    prelude::*,
+    str::CString,
+    types::Opaque, //
+};
+
+/// An attribute of a device whose driver has the data `D`.
+pub(crate) trait Attribute<D> {
+    /// Its name.
+    const NAME: &'static CStr;
+
+    /// Sets the attribute to a text without white space around it. `None` if it is read-only.
+    const STORE: Option<fn(&D, &str) -> Result> = None;
+
+    /// What is shown.
+    type Value: fmt::Display;
+
+    /// Returns what is shown. May sleep.
+    fn show(data: &D) -> Result<Self::Value>;
+}
+
+/// An attribute as the driver core wants it.
+#[repr(transparent)]
+pub(crate) struct RawAttribute<D>(Opaque<bindings::device_attribute>, PhantomData<fn(&D)>);
+
+// SAFETY: Only the driver core accesses it, which does its own locking.
+unsafe impl<D> Sync for RawAttribute<D> {}
+
+impl<D: 'static> RawAttribute<D> {
+    /// Makes one of `A`. For [`attributes!`].
+    pub(crate) const fn new<A: Attribute<D>>() -> Self {
+        let mode = if A::STORE.is_some() { 0o644 } else { 0o444 };
+        // SAFETY: What is not set below may be zero.
+        let mut raw: bindings::device_attribute = unsafe { MaybeUninit::zeroed().assume_init() };
+
+        raw.attr.name = A::NAME.to_bytes_with_nul().as_ptr().cast();
+        raw.attr.mode = mode;
+        raw.__bindgen_anon_1.show = Some(show::<D, A>);
+        raw.__bindgen_anon_2.store = Some(store::<D, A>);
+        Self(Opaque::new(raw), PhantomData)
+    }
+}
+
+/// A directory of attributes as the driver core wants it.
+#[repr(transparent)]
+pub(crate) struct RawGroup<D>(Opaque<bindings::attribute_group>, PhantomData<fn(&D)>);
+
+// SAFETY: As for `RawAttribute`.
+unsafe impl<D> Sync for RawGroup<D> {}
+
+impl<D: 'static> RawGroup<D> {
+    /// Makes one of the attributes in `list`, which ends with none. For [`attributes!`].
+    pub(crate) const fn new(
+        name: &'static CStr,
+        list: &'static [Option<&'static RawAttribute<D>>],
+    ) -> Self {
+        // SAFETY: What is not set below may be zero.
+        let mut raw: bindings::attribute_group = unsafe { MaybeUninit::zeroed().assume_init() };
+
+        raw.name = name.to_bytes_with_nul().as_ptr().cast();
+        // The attribute is what a `device_attribute` begins with, and none is a null pointer.
+        raw.__bindgen_anon_2.attrs = list.as_ptr().cast_mut().cast();
+        Self(Opaque::new(raw), PhantomData)
+    }
+}
+
+/// The attributes of a driver with the data `D`; see [`attributes!`].
+pub(crate) struct Attributes<D: 'static>([Option<&'static RawGroup<D>>; 2]);
+
+impl<D> Attributes<D> {
+    /// Makes them of one directory. For [`attributes!`].
+    pub(crate) const fn new(group: &'static RawGroup<D>) -> Self {
+        Self([Some(group), None])
+    }
+
+    /// Returns them as a `struct device_driver` has them. None is a null pointer.
+    pub(in crate::rust) fn as_ptr(&'static self) -> *mut *const bindings::attribute_group {
+        self.0.as_ptr().cast_mut().cast()
+    }
+}
+
+/// Declares the [`Attributes`] of a driver, in a directory of the device's.
+macro_rules! attributes {
+    (
+        $(#[$meta:meta])*
+        $vis:vis static $name:ident: $data:ty = $directory:ident { $($attribute:ty),* $(,)? }
+    ) => {
+        $(#[$meta])*
+        $vis static $name: $crate::rust::fs::sysfs::Attributes<$data> = {
+            static LIST: &[Option<&$crate::rust::fs::sysfs::RawAttribute<$data>>] = &[
+                $({
+                    static ATTRIBUTE: $crate::rust::fs::sysfs::RawAttribute<$data> =
+                        $crate::rust::fs::sysfs::RawAttribute::new::<$attribute>();
+                    Some(&ATTRIBUTE)
+                },)*
+                None,
+            ];
+            static GROUP: $crate::rust::fs::sysfs::RawGroup<$data> =
+                $crate::rust::fs::sysfs::RawGroup::new($directory, LIST);
+
+            $crate::rust::fs::sysfs::Attributes::new(&GROUP)
+        };
+    };
+}
+pub(crate) use attributes;
+
+/// Returns the data of the driver of the device.
+///
+/// # Safety
+///
+/// `dev` must be the argument of a callback, of a device whose driver has the data `D`.
+unsafe fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
+    // SAFETY: The attributes of a driver exist only while the device has its data.
+    unsafe {
+        let dev: &device::Device<device::CoreInternal<'_>> = device::Device::from_raw(dev);
+
+        Pin::get_ref(dev.drvdata_borrow::<D>())
+    }
+}
+
+extern "C" fn show<D: 'static, A: Attribute<D>>(
+    dev: *mut bindings::device,
+    _attribute: *mut bindings::device_attribute,
+    page: *mut c_char,
+) -> isize {
+    // SAFETY: This is a callback, for an attribute of `D`.
+    let data: &D = unsafe { data(dev) };
+
+    from_result(|| {
+        let value = A::show(data)?;
+        let text = CString::try_from_fmt(fmt!("{value}\n"))?;
+        let len = text.to_bytes().len();
+        if len > PAGE_SIZE {
+            return Err(EOVERFLOW);
+        }
+        // SAFETY: sysfs passes a page, which no other code accesses.
+        unsafe { page.copy_from_nonoverlapping(text.as_char_ptr(), len) };
+        Ok(len as isize)
+    })
+}
+
+extern "C" fn store<D: 'static, A: Attribute<D>>(
+    dev: *mut bindings::device,
+    _attribute: *mut bindings::device_attribute,
+    text: *const c_char,
+    len: usize,
+) -> isize {
+    // SAFETY: This is a callback, for an attribute of `D`.
+    let data: &D = unsafe { data(dev) };
+
+    from_result(|| {
+        // SAFETY: sysfs passes that many bytes, which stay as they are.
+        let text = unsafe { core::slice::from_raw_parts(text.cast::<u8>(), len) };
+        let text = core::str::from_utf8(text).map_err(|_| EINVAL)?.trim();
+        // The mode of a read-only attribute keeps sysfs from calling this.
+        let store = A::STORE.ok_or(EIO)?;
+
+        store(data, text)?;
+        Ok(len as isize)
+    })
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Free page reporting: the kernel takes free pages aside, tells of them, and puts them back.
+//!
+//! C header: [`include/linux/page_reporting.h`](srctree/include/linux/page_reporting.h)
+
+use crate::rust::{
+    bindings,
+    virtio::virtqueue::{
+        Access,
+        Virtqueue, //
+    },
+    work::wait::WaitQueue, //
+};
+
+use core::marker::PhantomData;
+use kernel::{
+    container_of,
+    error::{
+        from_result,
+        to_result, //
+    },
+    prelude::*,
+    sync::Arc,
+    time::Msecs,
+    types::Opaque, //
+};
+
+/// How long it may take until something is noticed that the device has not interrupted for.
+const LOOK_AGAIN: Msecs = 100;
+
+/// Free pages that nobody can allocate.
+///
+/// # Invariants
+///
+/// `sg` is a list of `n` entries, whose memory is free and set aside for `'a`.
+pub(crate) struct FreePages<'a> {
+    sg: *mut bindings::scatterlist,
+    n: c_uint,
+    bytes: u64,
+    _aside: PhantomData<&'a mut ()>,
+}
+
+impl FreePages<'_> {
+    /// Returns how much memory it is, in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Returns whether they lie where the kernel has nothing of its own (`ZONE_MOVABLE`). The pages of
+    /// one report are of one zone.
+    pub(crate) fn are_movable(&self) -> bool {
+        // SAFETY: By the type invariants the list has entries, of valid pages.
+        unsafe { bindings::balloon_rs_sg_is_movable(self.sg) }
+    }
+}
+
+/// Somebody who tells of free pages.
+pub(crate) trait Report: Send + Sync {
+    /// Tells of `pages`, which go back to the page allocator when this returns.
+    ///
+    /// Called in process context, by a freezable work.
+    ///
+    /// # Errors
+    ///
+    /// Any error means that nobody was told. The pages will be reported again.
+    fn report(&self, pages: FreePages<'_>) -> Result;
+}
+
+/// The registration of a [`Report`], which is told of pages as long as this exists.
+///
+/// # Invariants
+///
+/// `info` is registered, with a callback for a `Reporter<T>`.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Reporter<T: Report> {
+    #[pin]
+    info: Opaque<bindings::page_reporting_dev_info>,
+    who: Arc<T>,
+}
+
+// SAFETY: A registration may be undone from any thread, and `T` is `Send` and `Sync`.
+unsafe impl<T: Report> Send for Reporter<T> {}
+
+// SAFETY: `who` is only accessed through a shared reference.
+unsafe impl<T: Report> Sync for Reporter<T> {}
+
+impl<T: Report> Reporter<T> {
+    /// Returns an initialiser for a registration of `who`, who can be told of at most `capacity`
+    /// stretches of memory at a time.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if there is one already: the kernel has room for one.
+    pub(crate) fn new(who: Arc<T>, capacity: usize) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            who,
+            // The last field that is initialised: the callback may come at once.
+            info <- Opaque::try_ffi_init(|slot: *mut bindings::page_reporting_dev_info| {
+                // SAFETY: `slot` is valid for writes, and stays where it is until it is
+                // unregistered. The struct may be zero apart from what is set here.
+                unsafe {
+                    slot.write_bytes(0, 1);
+                    (*slot).report = Some(Self::callback);
+                    (*slot).order = bindings::BALLOON_REPORTING_ORDER;
+                    // CAST: A virtqueue has at most 2^15 entries.
+                    (*slot).capacity = capacity as c_uint;
+                    to_result(bindings::page_reporting_register(slot))
+                }
+            }),
+        })
+    }
+
+    extern "C" fn callback(
+        info: *mut bindings::page_reporting_dev_info,
+        sg: *mut bindings::scatterlist,
+        n: c_uint,
+    ) -> c_int {
+        // SAFETY: By the type invariants the struct is part of a live `Reporter<T>`.
+        let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
+        // SAFETY: The kernel passes a list of `n` entries.
+        let bytes = unsafe { bindings::balloon_rs_sg_bytes(sg, n) };
+
+        from_result(|| {
+            // INVARIANT: The kernel has set the pages of the list aside until this returns.
+            this.who.report(FreePages {
+                sg,
+                n,
+                bytes,
+                _aside: PhantomData,
+            })?;
+            Ok(0)
+        })
+    }
+}
+
+#[pinned_drop]
+impl<T: Report> PinnedDrop for Reporter<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariants the struct is registered. When this returns the callback
+        // does not run.
+        unsafe { bindings::page_reporting_unregister(self.info.get()) };
+    }
+}
+
+/// Memory that is lent to the device for a while: it does not belong to the queue.
+pub(crate) struct Loan(());
+
+impl Virtqueue<Loan> {
+    /// Lends `pages` to the device, and waits until it has used them, or for as long as `may_wait`
+    /// returns true. `waiting` has to be woken when either has changed.
+    ///
+    /// Until then the device may do anything to the pages, so only a reset ends the wait early: one
+    /// that comes from elsewhere, as when the driver is unbound, or one that this does when there
+    /// is no time to wait.
+    ///
+    /// # Errors
+    ///
+    /// `EIO` if the device cannot be told, `ENODEV` if it was reset.
+    pub(crate) fn lend(
+        &mut self,
+        pages: &FreePages<'_>,
+        waiting: &WaitQueue,
+        may_wait: impl Fn() -> bool,
+    ) -> Result {
+        // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
+        // borrowed, and this does not return before the device has used it or was reset.
+        unsafe { self.add_sg(pages.sg, pages.n, Access::Write, Loan(())) }.map_err(|_| EIO)?;
+        self.kick();
+
+        let mut is_used = false;
+        waiting.wait_until(LOOK_AGAIN, || {
+            is_used = self.next_used().is_some();
+            is_used || self.is_reset() || !may_wait()
+        });
+
+        if !is_used {
+            self.reset_device();
+        }
+        is_used.then_some(()).ok_or(ENODEV)
+    }
+}

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Blocks of memory that lie side by side.
+//!
+//! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
+
+use crate::rust::{
+    bindings,
+    mm::page_list::{
+        unmark_block,
+        PageList, //
+    },
+    virtio::virtqueue::{
+        Access,
+        Buffer, //
+    }, //
+};
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use crate::rust::mm::memory;
+
+use core::{
+    mem,
+    ptr::NonNull, //
+};
+use kernel::{
+    alloc::kvec::InsertError,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*, //
+};
+
+/// The longest run in kernel pages: its length in bytes has to fit into 32 bits.
+const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
+
+/// Blocks from the page allocator that lie side by side. What is in them means nothing to anybody.
+/// Dropping it frees them.
+///
+/// # Invariants
+///
+/// The `len` pages from the page frame number `first` on are blocks that this owns, in the linear
+/// mapping. The first page of each has the block's order in its `private` field. `len` is 1 to
+/// [`MAX_PAGES`].
+pub(crate) struct PageRun {
+    first: usize,
+    len: usize,
+}
+
+impl PageRun {
+    /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
+    /// reserve is touched. Does not sleep.
+    pub(crate) fn alloc(order: u32) -> Option<Self> {
+        // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
+        let page = unsafe { bindings::alloc_pages(bindings::GFP_HINT_BLOCK, order) };
+        let page = NonNull::new(page)?;
+
+        // INVARIANT: The block was just allocated with this order, which is noted here, and not
+        // from high memory. The largest order is far below the longest run.
+        //
+        // SAFETY: The page was just allocated.
+        unsafe {
+            bindings::balloon_rs_set_order(page.as_ptr(), order);
+            Some(Self {
+                first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
+                len: 1 << order,
+            })
+        }
+    }
+
+    /// Takes the first block off a list.
+    pub(crate) fn from_block(list: &mut PageList) -> Option<Self> {
+        let page = list.pop_block()?;
+
+        // INVARIANT: The block is this one's, which notes its order. It comes from the page
+        // allocator, as its largest blocks do, so that it is not longer than the longest run.
+        //
+        // SAFETY: The block was on the list, which is marked, and not in high memory.
+        unsafe {
+            let order = unmark_block(page);
+
+            bindings::balloon_rs_set_order(page.as_ptr(), order);
+            Some(Self {
+                first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
+                len: 1 << order,
+            })
+        }
+    }
+
+    /// Returns the page frame number of the first page, in kernel pages.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Frees the run, whose page `n` has a memory error. Returns whether that page was kept aside.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
+        let pfn = self.first + n % self.len;
+
+        // SAFETY: The page is one of the run.
+        unsafe { memory::drop_with_error(self, pfn) }
+    }
+
+    /// Returns the length in kernel pages.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Makes one run of this and `next`, if that follows at once and the result is not too long.
+    fn join(&mut self, next: Self) -> Result<(), Self> {
+        if self.first + self.len != next.first || self.len + next.len > MAX_PAGES {
+            return Err(next);
+        }
+
+        // INVARIANT: The blocks of `next` lie after the others, and belong to this run from now on.
+        self.len += next.len;
+        mem::forget(next);
+        Ok(())
+    }
+
+    /// Frees the first block, and returns its length in kernel pages. The run must not be used when
+    /// its length is 0.
+    fn free_block(&mut self) -> usize {
+        // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
+        // first page.
+        let freed = unsafe {
+            let page = bindings::balloon_rs_pfn_to_page(self.first);
+            let order = bindings::balloon_rs_take_order(page);
+
+            bindings::balloon_rs_free_block(page, order);
+            1 << order
+        };
+
+        self.first += freed;
+        self.len -= freed;
+        freed
+    }
+}
+
+impl Drop for PageRun {
+    fn drop(&mut self) {
+        while self.len > 0 {
+            self.free_block();
+        }
+    }
+}
+
+// SAFETY: The memory is in the linear mapping, and the run's as long as it exists. Nobody accesses
+// it through a shared reference, and any content is valid.
+unsafe impl Buffer for PageRun {
+    fn memory(&self) -> (NonNull<u8>, usize, Access) {
+        // SAFETY: By the type invariants the pages are in the linear mapping, which has no null
+        // pointers.
+        let address = unsafe {
+            let page = bindings::balloon_rs_pfn_to_page(self.first);
+
+            NonNull::new_unchecked(bindings::balloon_rs_page_address(page))
+        };
+
+        (address.cast(), self.len * PAGE_SIZE, Access::Write)
+    }
+}
+
+/// A number of runs in the order of their addresses, where neighbours become one. Never allocates
+/// after it was made.
+pub(crate) struct RunSet {
+    /// Never grows beyond its capacity.
+    runs: KVec<PageRun>,
+    pages: usize,
+}
+
+impl RunSet {
+    /// Makes an empty set with room for `capacity` runs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(capacity: usize) -> Result<Self> {
+        Ok(Self {
+            runs: KVec::with_capacity(capacity, GFP_KERNEL)?,
+            pages: 0,
+        })
+    }
+
+    /// Returns how many kernel pages there are in all runs.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Adds `run`.
+    ///
+    /// # Errors
+    ///
+    /// Returns it, if there is no room for one that is no neighbour.
+    pub(crate) fn insert(&mut self, run: PageRun) -> Result<(), PageRun> {
+        let pages = run.len;
+        let after = self.runs.partition_point(|this| this.first < run.first);
+        let before = after.checked_sub(1);
+
+        // To the end of the one before, or as one of its own, and then to the beginning of the one
+        // after.
+        let place = match self.join_before(before, run) {
+            Ok(place) => place,
+            Err(run) => {
+                self.insert_at(after, run)?;
+                after
+            }
+        };
+        self.join_after(place);
+
+        self.pages += pages;
+        Ok(())
+    }
+
+    fn join_before(&mut self, before: Option<usize>, run: PageRun) -> Result<usize, PageRun> {
+        match before.and_then(|place| Some((place, self.runs.get_mut(place)?))) {
+            Some((place, this)) => this.join(run).map(|()| place),
+            None => Err(run),
+        }
+    }
+
+    fn insert_at(&mut self, place: usize, run: PageRun) -> Result<(), PageRun> {
+        self.runs
+            .insert_within_capacity(place, run)
+            .map_err(|error| match error {
+                InsertError::IndexOutOfBounds(run) | InsertError::OutOfCapacity(run) => run,
+            })
+    }
+
+    fn join_after(&mut self, place: usize) {
+        if place + 1 >= self.runs.len() {
+            return;
+        }
+        let Ok(next) = self.runs.remove(place + 1) else {
+            return;
+        };
+        let result = match self.runs.get_mut(place) {
+            Some(this) => this.join(next),
+            None => Err(next),
+        };
+
+        if let Err(next) = result {
+            // There is room, since it was there before.
+            let _ = self.insert_at(place + 1, next);
+        }
+    }
+
+    /// Takes the longest run out.
+    pub(crate) fn take_longest(&mut self) -> Option<PageRun> {
+        let (place, _) = self
+            .runs
+            .iter()
+            .enumerate()
+            .max_by_key(|(_, run)| run.len)?;
+        let run = self.runs.remove(place).ok()?;
+
+        self.pages -= run.len;
+        Some(run)
+    }
+
+    /// Frees blocks until it is `wanted` pages or more, or none is left. Returns how many pages it
+    /// was.
+    pub(crate) fn free(&mut self, wanted: usize) -> usize {
+        let mut freed = 0;
+
+        while freed < wanted {
+            let Some(last) = self.runs.last_mut() else {
+                break;
+            };
+
+            freed += last.free_block();
+            if last.len == 0 {
+                self.runs.pop();
+            }
+        }
+
+        self.pages -= freed;
+        freed
+    }
+}

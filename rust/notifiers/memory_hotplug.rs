@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Being told before memory is taken offline.
+//!
+//! C header: [`include/linux/memory.h`](srctree/include/linux/memory.h)
+
+use crate::rust::{
+    bindings,
+    mm::memory_blocks::MemoryBlock,
+    notifiers::notifier::{
+        Chain,
+        Notifier, //
+    }, //
+};
+
+use core::ops::Range;
+use kernel::prelude::*;
+
+/// Somebody who keeps memory that cannot be moved.
+pub(crate) trait GoingOffline: Send + Sync {
+    /// Gives back what is in `pfns` (page frame numbers of kernel pages), which nobody can allocate
+    /// any more.
+    ///
+    /// Called in process context.
+    ///
+    /// # Errors
+    ///
+    /// The memory stays online.
+    fn going_offline(&self, pfns: Range<u64>) -> Result;
+
+    /// The memory is offline, or stays online.
+    ///
+    /// Called in process context, each time after [`going_offline`](Self::going_offline), whatever
+    /// that has returned.
+    fn offline_over(&self) {}
+}
+
+/// The chain of memory that goes online and offline.
+pub(crate) struct MemoryChain;
+
+/// The registration of a [`GoingOffline`], which is told for as long as this exists.
+pub(crate) type OfflineNotifier<T> = Notifier<MemoryChain, T>;
+
+// SAFETY: The functions are those of one chain, which calls with a `struct memory_notify` before
+// memory goes offline, and has stopped when the second one returns.
+unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
+    unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
+        // SAFETY: By the requirements of this function.
+        unsafe { bindings::balloon_rs_register_memory_notifier(block) }
+    }
+
+    unsafe fn unregister(block: *mut bindings::notifier_block) {
+        // SAFETY: By the requirements of this function.
+        unsafe { bindings::balloon_rs_unregister_memory_notifier(block) };
+    }
+
+    unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int {
+        // SAFETY: The chain passes the address of a `struct memory_notify`.
+        let what = unsafe { &*data.cast::<bindings::memory_notify>() };
+        let first = what.start_pfn as u64;
+        let pfns = first..first.saturating_add(what.nr_pages as u64);
+
+        // What this driver takes offline itself has nothing in it that would have to be given back.
+        // But others may have allocated pages there before the kernel isolated the block, for which
+        // the kernel would wait with its locks for memory hotplug.
+        if MemoryBlock::is_being_taken() {
+            let is_taken = action != bindings::BALLOON_MEM_GOING_OFFLINE
+                || MemoryBlock::range_can_be_taken(pfns);
+
+            return match is_taken {
+                true => bindings::NOTIFY_DONE as c_int,
+                false => bindings::NOTIFY_BAD as c_int,
+            };
+        }
+
+        match action {
+            bindings::BALLOON_MEM_GOING_OFFLINE => (),
+            bindings::BALLOON_MEM_OFFLINE | bindings::BALLOON_MEM_CANCEL_OFFLINE => {
+                who.offline_over();
+                return bindings::NOTIFY_OK as c_int;
+            }
+            _ => return bindings::NOTIFY_DONE as c_int,
+        }
+
+        match who.going_offline(pfns) {
+            Ok(()) => bindings::NOTIFY_OK as c_int,
+            Err(_) => bindings::NOTIFY_BAD as c_int,
+        }
+    }
+}

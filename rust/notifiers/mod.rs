@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Callbacks for events of the kernel: out of memory, memory offlining, suspend, shrinkers.
+
+pub(crate) mod memory_hotplug;
+mod notifier;
+pub(crate) mod oom;
+pub(crate) mod shrinker;
+pub(crate) mod sleep;

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Being called by the kernel when something happens, on a notifier chain.
+//!
+//! C header: [`include/linux/notifier.h`](srctree/include/linux/notifier.h)
+
+use crate::rust::bindings;
+
+use core::marker::PhantomData;
+use kernel::{
+    container_of,
+    error::to_result,
+    prelude::*,
+    sync::Arc,
+    types::Opaque, //
+};
+
+/// A notifier chain, on which a `T` can be called.
+///
+/// # Safety
+///
+/// - When `register` has returned 0, the block's callback is called with the block, and with data
+///   that `call` can make sense of, until `unregister` returns.
+/// - The block is not accessed after that, or if `register` has failed.
+pub(crate) unsafe trait Chain<T> {
+    /// Those with larger ones are called first.
+    const PRIORITY: c_int = 0;
+
+    /// Puts a block on the chain. Returns 0, or an error.
+    ///
+    /// # Safety
+    ///
+    /// The block must be initialised, and stay valid and where it is until it is unregistered.
+    unsafe fn register(block: *mut bindings::notifier_block) -> c_int;
+
+    /// Takes a block off the chain.
+    ///
+    /// # Safety
+    ///
+    /// The block must be registered.
+    unsafe fn unregister(block: *mut bindings::notifier_block);
+
+    /// Calls `who`. Returns what the chain expects.
+    ///
+    /// # Safety
+    ///
+    /// `action` and `data` must be what the chain passes to its callbacks.
+    unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int;
+}
+
+/// The registration of a `T` on the chain `C`, as long as this exists.
+///
+/// # Invariants
+///
+/// `block` is registered on `C`, with a callback for a `Notifier<C, T>`.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Notifier<C: Chain<T>, T> {
+    #[pin]
+    block: Opaque<bindings::notifier_block>,
+    who: Arc<T>,
+    _chain: PhantomData<C>,
+}
+
+// SAFETY: A notifier block may be unregistered from any thread.
+unsafe impl<C: Chain<T>, T: Send + Sync> Send for Notifier<C, T> {}
+
+// SAFETY: `who` is only accessed through a shared reference.
+unsafe impl<C: Chain<T>, T: Send + Sync> Sync for Notifier<C, T> {}
+
+impl<C: Chain<T>, T> Notifier<C, T> {
+    /// Returns an initialiser for a registration of `who`.
+    ///
+    /// # Errors
+    ///
+    /// What the registration says.
+    pub(crate) fn new(who: Arc<T>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            who,
+            _chain: PhantomData,
+            // The last field that is initialised: the callback may come at once.
+            block <- Opaque::try_ffi_init(|slot: *mut bindings::notifier_block| {
+                // SAFETY: `slot` is valid for writes, and stays where it is until it is
+                // unregistered.
+                unsafe {
+                    slot.write(bindings::notifier_block {
+                        notifier_call: Some(Self::callback),
+                        next: core::ptr::null_mut(),
+                        priority: C::PRIORITY,
+                    });
+                    to_result(C::register(slot))
+                }
+            }),
+        })
+    }
+
+    extern "C" fn callback(
+        block: *mut bindings::notifier_block,
+        action: c_ulong,
+        data: *mut c_void,
+    ) -> c_int {
+        // SAFETY: By the type invariants the block is part of a live `Notifier<C, T>`, and called
+        // by `C`.
+        unsafe {
+            let this = &*container_of!(Opaque::cast_from(block), Self, block);
+
+            C::call(&this.who, action, data)
+        }
+    }
+}
+
+#[pinned_drop]
+impl<C: Chain<T>, T> PinnedDrop for Notifier<C, T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariants the block is registered. When this returns the callback
+        // does not run.
+        unsafe { C::unregister(self.block.get()) };
+    }
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Being asked for memory while there still is some.
+//!
+//! C header: [`include/linux/shrinker.h`](srctree/include/linux/shrinker.h)
+
+use crate::rust::bindings;
+
+use core::ptr::NonNull;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+/// Somebody who can give pages back at once.
+pub(crate) trait Shrink: Send + Sync {
+    /// Returns how many pages (kernel pages) can be given back.
+    fn count(&self) -> usize;
+
+    /// Gives about `wanted` pages back, and returns how many it was.
+    ///
+    /// Called from wherever memory is allocated: it must neither allocate nor sleep, and no lock
+    /// must be taken under which others allocate.
+    fn scan(&self, wanted: usize) -> usize;
+}
+
+/// The registration of a [`Shrink`], which is asked for as long as this exists.
+///
+/// # Invariants
+///
+/// `shrinker` is registered, with callbacks for `T`, and `_who` as its data.
+pub(crate) struct Shrinker<T: Shrink> {
+    shrinker: NonNull<bindings::shrinker>,
+    _who: Arc<T>,
+}
+
+// SAFETY: A shrinker may be freed from any thread, and `T` is `Send` and `Sync`.
+unsafe impl<T: Shrink> Send for Shrinker<T> {}
+
+// SAFETY: There is nothing that can be done with a shared reference.
+unsafe impl<T: Shrink> Sync for Shrinker<T> {}
+
+impl<T: Shrink> Shrinker<T> {
+    /// Registers `who` under `name`, which may be seen in debugfs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(who: Arc<T>, name: &'static CStr) -> Result<Self> {
+        // SAFETY: Both strings are static and null-terminated, and "%s" takes one string.
+        let shrinker =
+            unsafe { bindings::shrinker_alloc(0, c"%s".as_char_ptr(), name.as_char_ptr()) };
+        let shrinker = NonNull::new(shrinker).ok_or(ENOMEM)?;
+        let data: *const T = &*who;
+
+        // SAFETY: The shrinker was just allocated, and is registered once it is complete. The data
+        // lives until the shrinker was freed, since `who` does.
+        //
+        // INVARIANT: The shrinker is registered here.
+        unsafe {
+            (*shrinker.as_ptr()).count_objects = Some(Self::count);
+            (*shrinker.as_ptr()).scan_objects = Some(Self::scan);
+            (*shrinker.as_ptr()).private_data = data.cast_mut().cast();
+            bindings::shrinker_register(shrinker.as_ptr());
+        }
+
+        Ok(Self {
+            shrinker,
+            _who: who,
+        })
+    }
+
+    /// Returns whom a callback is for.
+    ///
+    /// # Safety
+    ///
+    /// `shrinker` must be the argument of a callback.
+    unsafe fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
+        // SAFETY: By the type invariants the data is of this type, and lives longer than the
+        // callback runs.
+        unsafe { &*(*shrinker).private_data.cast::<T>() }
+    }
+
+    extern "C" fn count(
+        shrinker: *mut bindings::shrinker,
+        _control: *mut bindings::shrink_control,
+    ) -> c_ulong {
+        // SAFETY: This is a callback.
+        unsafe { Self::who(shrinker) }.count()
+    }
+
+    extern "C" fn scan(
+        shrinker: *mut bindings::shrinker,
+        control: *mut bindings::shrink_control,
+    ) -> c_ulong {
+        // SAFETY: This is a callback, which gets a valid pointer.
+        let (who, wanted) = unsafe { (Self::who(shrinker), (*control).nr_to_scan) };
+        let freed = who.scan(wanted);
+
+        // Otherwise a block of a thousand pages would count as the hundred that were asked for, and
+        // whoever reclaims would not know that there is memory now, and ask until nothing is left.
+        //
+        // SAFETY: The pointer is valid, as above, and this is called by somebody who reclaims.
+        unsafe {
+            (*control).nr_scanned = freed.max(wanted);
+            bindings::balloon_rs_account_reclaimed(freed);
+        }
+        freed
+    }
+}
+
+impl<T: Shrink> Drop for Shrinker<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the shrinker is registered. When this returns no callback
+        // runs.
+        unsafe { bindings::shrinker_free(self.shrinker.as_ptr()) };
+    }
+}

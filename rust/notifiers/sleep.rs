@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Being told before the system sleeps.
+//!
+//! C header: [`include/linux/suspend.h`](srctree/include/linux/suspend.h)
+
+use crate::rust::{
+    bindings,
+    notifiers::notifier::{
+        Chain,
+        Notifier, //
+    }, //
+};
+
+use kernel::prelude::*;
+
+/// Somebody who keeps the system awake unless told that it wants to sleep.
+pub(crate) trait Sleeper: Send + Sync {
+    /// The system is about to suspend or to hibernate. Processes and freezable workqueues are
+    /// frozen next.
+    ///
+    /// Called in process context, and may sleep.
+    fn before_sleep(&self);
+
+    /// Processes run again, whether the system has slept or could not.
+    fn after_sleep(&self);
+}
+
+/// The chain of the system's sleep.
+pub(crate) struct SleepChain;
+
+/// The registration of a [`Sleeper`], which is told for as long as this exists.
+pub(crate) type SleepNotifier<T> = Notifier<SleepChain, T>;
+
+// SAFETY: The functions are those of one chain, which has stopped when the second one returns. Its
+// data are not looked at.
+unsafe impl<T: Sleeper> Chain<T> for SleepChain {
+    unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
+        // SAFETY: By the requirements of this function.
+        unsafe { bindings::balloon_rs_register_pm_notifier(block) }
+    }
+
+    unsafe fn unregister(block: *mut bindings::notifier_block) {
+        // SAFETY: By the requirements of this function.
+        unsafe { bindings::balloon_rs_unregister_pm_notifier(block) };
+    }
+
+    unsafe fn call(who: &T, action: c_ulong, _data: *mut c_void) -> c_int {
+        match action {
+            bindings::BALLOON_PM_SUSPEND_PREPARE
+            | bindings::BALLOON_PM_HIBERNATION_PREPARE
+            | bindings::BALLOON_PM_RESTORE_PREPARE => who.before_sleep(),
+            _ => who.after_sleep(),
+        }
+
+        bindings::NOTIFY_OK as c_int
+    }
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tasks, threads, wait queues and wakeup sources.
+
+pub(crate) mod task;
+pub(crate) mod thread;
+pub(crate) mod wait;
+pub(crate) mod wakeup;

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Work that belongs to the state it works on.
+//!
+//! The `kernel` crate's work items own a reference to their data while they are queued, which
+//! cannot be taken back when the work is cancelled. A [`Task`] is the other way round: it owns its
+//! state, and dropping it ends the work first. Nothing leaks, and nothing runs on after its owner
+//! is gone.
+//!
+//! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
+
+use core::{
+    marker::PhantomData,
+    ops::Deref,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
+};
+use kernel::{
+    bindings,
+    container_of,
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Relaxed,
+            Release, //
+        },
+        Arc,
+        LockClassKey, //
+    },
+    time::{
+        msecs_to_jiffies,
+        Msecs, //
+    },
+    types::Opaque, //
+};
+
+/// What a [`Task`] does when it is scheduled.
+pub(crate) trait Job: Send + Sync + Sized {
+    /// Does the work once. Never runs twice at the same time for one task.
+    ///
+    /// Runs in process context, in a freezable workqueue: it must end soon, since the system is not
+    /// suspended before, and must not wait for anything that only the device can bring about.
+    fn run(task: &Task<Self>);
+}
+
+/// The workqueue of a device's tasks: freezable, so that nothing is started while the system
+/// suspends; not bound to a CPU, since handling millions of pages takes a while; and with a thread
+/// that is there when memory is short. Its priority and its CPUs can be set in
+/// `/sys/devices/virtual/workqueue/`.
+pub(crate) struct TaskQueue(NonNull<bindings::workqueue_struct>);
+
+// SAFETY: A workqueue may be used, and destroyed, from any thread.
+unsafe impl Send for TaskQueue {}
+
+// SAFETY: As above; the workqueue does its own locking.
+unsafe impl Sync for TaskQueue {}
+
+impl TaskQueue {
+    /// Makes a queue called `name`, as no other one that can be seen in sysfs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(name: &CStr) -> Result<Arc<Self>> {
+        // SAFETY: Both strings are null-terminated, "%s" takes one string, and the name is copied.
+        let queue = unsafe {
+            bindings::alloc_workqueue_noprof(
+                c"%s".as_char_ptr(),
+                bindings::wq_flags_WQ_FREEZABLE
+                    | bindings::wq_flags_WQ_UNBOUND
+                    | bindings::wq_flags_WQ_MEM_RECLAIM
+                    | bindings::wq_flags_WQ_SYSFS,
+                0,
+                name.as_char_ptr(),
+            )
+        };
+
+        Ok(Arc::new(
+            Self(NonNull::new(queue).ok_or(ENOMEM)?),
+            GFP_KERNEL,
+        )?)
+    }
+}
+
+impl Drop for TaskQueue {
+    fn drop(&mut self) {
+        // SAFETY: The workqueue is ours, and no work is left: `Task` ended it before, or there was
+        // none, and nobody can queue it any more.
+        unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
+    }
+}
+
+/// A work item that can be queued.
+///
+/// # Invariants
+///
+/// - `dwork` is initialised, is only ever queued on `queue`, and its function is the one of `S`,
+///   for the [`Task<S>`] that owns this.
+/// - `task` is null, or points to that task. While the work function runs, the task has not been
+///   dropped.
+#[pin_data(PinnedDrop)]
+struct Work {
+    #[pin]
+    dwork: Opaque<bindings::delayed_work>,
+    queue: Arc<TaskQueue>,
+    task: Atomic<*mut c_void>,
+}
+
+// SAFETY: Work may be queued from any thread, and the task is `Send` and `Sync` by the bound of
+// `Job`.
+unsafe impl Send for Work {}
+
+// SAFETY: As above; the workqueue does its own locking.
+unsafe impl Sync for Work {}
+
+#[pinned_drop]
+impl PinnedDrop for Work {
+    fn drop(self: Pin<&mut Self>) {
+        // The work may be queued although there never was a task.
+        //
+        // SAFETY: By the type invariants `dwork` is initialised.
+        unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+    }
+}
+
+/// Schedules a [`Task`] for whoever cannot know the task itself, such as a part of its state.
+///
+/// As long as there is no task, and when the task is gone, it does nothing.
+pub(crate) struct Waker<S> {
+    work: Arc<Work>,
+    _task: PhantomData<fn(&S)>,
+}
+
+impl<S> Clone for Waker<S> {
+    fn clone(&self) -> Self {
+        Self {
+            work: self.work.clone(),
+            _task: PhantomData,
+        }
+    }
+}
+
+/// The place of a [`Task`] that is not there yet.
+pub(crate) struct Slot<S>(Waker<S>);
+
+impl<S: Job> Slot<S> {
+    /// Makes a place for a task named `name` that runs on `queue`; see [`new_slot!`].
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(
+        name: &'static CStr,
+        queue: Arc<TaskQueue>,
+        work_key: Pin<&'static LockClassKey>,
+        timer_key: Pin<&'static LockClassKey>,
+    ) -> Result<Self> {
+        // INVARIANT: `dwork` is initialised here, and its function is for `Task<S>`, of which there
+        // is none.
+        let work = Arc::pin_init(
+            try_pin_init!(Work {
+                dwork <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
+                    // SAFETY: `slot` is valid for writes; `run` is a work function.
+                    unsafe {
+                        bindings::init_work_with_key(
+                            &raw mut (*slot).work,
+                            Some(Self::run),
+                            false,
+                            name.as_char_ptr(),
+                            work_key.as_ptr(),
+                        )
+                    };
+                    // SAFETY: The timer is a delayed work's, so that `delayed_work_timer_fn` and
+                    // the flag are the right ones.
+                    unsafe {
+                        bindings::timer_init_key(
+                            &raw mut (*slot).timer,
+                            Some(bindings::delayed_work_timer_fn),
+                            bindings::TIMER_IRQSAFE,
+                            name.as_char_ptr(),
+                            timer_key.as_ptr(),
+                        )
+                    };
+                }),
+                queue,
+                task: Atomic::new(ptr::null_mut()),
+            }),
+            GFP_KERNEL,
+        )?;
+
+        Ok(Self(Waker {
+            work,
+            _task: PhantomData,
+        }))
+    }
+
+    /// Returns a waker for the task that will be here.
+    pub(crate) fn waker(&self) -> Waker<S> {
+        self.0.clone()
+    }
+
+    extern "C" fn run(work: *mut bindings::work_struct) {
+        // SAFETY: By the type invariants of `Work` the work item is the `dwork.work` of one, whose
+        // task is null or a live `Task<S>`.
+        let task = unsafe {
+            let dwork = container_of!(work, bindings::delayed_work, work);
+            let work = &*container_of!(Opaque::cast_from(dwork), Work, dwork);
+
+            // Pairs with the release in `Task::new`.
+            work.task.load(Acquire).cast::<Task<S>>().as_ref()
+        };
+
+        if let Some(task) = task {
+            S::run(task);
+        }
+    }
+}
+
+impl<S: Job> Waker<S> {
+    /// Runs the task as soon as possible, and once more if it is running now. Callable from any
+    /// context.
+    pub(crate) fn schedule(&self) {
+        // `mod_` and not `queue_`: a run that was put off is to begin at once.
+        //
+        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as
+        // `work`, and the work was ended before.
+        unsafe {
+            bindings::mod_delayed_work_on(
+                bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
+                self.work.queue.0.as_ptr(),
+                self.work.dwork.get(),
+                0,
+            )
+        };
+    }
+
+    /// Runs the task in `delay` milliseconds, unless it is scheduled for some time already.
+    pub(crate) fn schedule_in(&self, delay: Msecs) {
+        // SAFETY: As in `schedule`.
+        unsafe {
+            bindings::queue_delayed_work_on(
+                bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
+                self.work.queue.0.as_ptr(),
+                self.work.dwork.get(),
+                msecs_to_jiffies(delay),
+            )
+        };
+    }
+}
+
+/// State and the work that is done on it.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Task<S: Job> {
+    waker: Waker<S>,
+    stopped: Atomic<bool>,
+    #[pin]
+    state: S,
+}
+
+impl<S: Job> Task<S> {
+    /// Returns an initialiser for a task in `slot` that works on `state`.
+    pub(crate) fn new(slot: Slot<S>, state: impl PinInit<S, Error>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            waker: slot.0,
+            stopped: Atomic::new(false),
+            state <- state,
+        })
+        .pin_chain(|this| {
+            let task = ptr::from_ref(&*this).cast_mut();
+
+            // INVARIANT: The task is initialised and pinned, the only one in its slot, and ends the
+            // work before it is dropped.
+            this.waker.work.task.store(task.cast(), Release);
+            Ok(())
+        })
+    }
+
+    /// Waits until the task does not run and keeps it from running until [`resume`](Self::resume).
+    ///
+    /// May sleep. To be called from where a task is stopped and resumed one after the other, as in
+    /// the callbacks of a bus.
+    pub(crate) fn stop(&self) {
+        if !self.stopped.xchg(true, Relaxed) {
+            // SAFETY: By the type invariants `dwork` is initialised.
+            unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };
+        }
+    }
+
+    /// Takes [`stop`](Self::stop) back.
+    pub(crate) fn resume(&self) {
+        if self.stopped.xchg(false, Relaxed) {
+            // SAFETY: By the type invariants `dwork` is initialised, and `stop` has disabled it.
+            unsafe { bindings::enable_delayed_work(self.waker.work.dwork.get()) };
+        }
+    }
+
+    /// See [`Waker::schedule`].
+    pub(crate) fn schedule(&self) {
+        self.waker.schedule();
+    }
+
+    /// See [`Waker::schedule_in`].
+    pub(crate) fn schedule_in(&self, delay: Msecs) {
+        self.waker.schedule_in(delay);
+    }
+}
+
+impl<S: Job> Deref for Task<S> {
+    type Target = S;
+
+    fn deref(&self) -> &S {
+        &self.state
+    }
+}
+
+#[pinned_drop]
+impl<S: Job> PinnedDrop for Task<S> {
+    fn drop(self: Pin<&mut Self>) {
+        // When this returns the work function does not run, and whoever still has a waker cannot
+        // queue it.
+        //
+        // SAFETY: By the type invariants `dwork` is initialised.
+        unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };
+    }
+}
+
+/// Creates a [`Slot`] with lock classes of its own.
+macro_rules! new_slot {
+    ($name:expr, $queue:expr $(,)?) => {
+        $crate::rust::work::task::Slot::new(
+            $name,
+            $queue.clone(),
+            ::kernel::static_lock_class!(),
+            ::kernel::static_lock_class!(),
+        )
+    };
+}
+pub(crate) use new_slot;

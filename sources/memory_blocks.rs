@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory for the host that the kernel has not zeroed.
+//!
+//! A kernel with `init_on_alloc=1` writes to all memory that it allocates. So does the host then,
+//! which inflates because it is short of memory. Memory blocks that are free, or nearly, go another
+//! way ([`MemoryBlock::take`]): a task takes one after the other, for the balloon, for hints or for
+//! the host's requests, which take their pages over from it.
+//!
+//! The task holds none of their locks: notifiers of memory that goes offline, which others
+//! take as well, are called under the kernel's lock for that, and take those locks.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::settings::Settings,
+    free_pages::{
+        Unused,
+        Walk, //
+    },
+    messages::message::Runs,
+    rust::{
+        mm::{
+            memory,
+            memory_blocks::{
+                has_virtio_mem,
+                MemoryBlock,
+                Taken, //
+            },
+            page_list::PageList,
+            zone::PLACES_PER_HOLD, //
+        },
+        virtio,
+        work::task::{
+            Job,
+            Slot,
+            Task,
+            Waker, //
+        }, //
+    }, //
+};
+
+use core::{
+    cmp::Reverse,
+    mem, //
+};
+use kernel::{
+    device::Core,
+    new_mutex,
+    new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex,
+        SpinLock, //
+    },
+    time::{
+        Instant,
+        Monotonic,
+        Msecs, //
+    }, //
+};
+
+/// How long the kernel may try to take a block offline. One that is free takes a few milliseconds.
+const PATIENCE: Msecs = 100;
+
+/// How many blocks in a row are tried in vain before it is left at that.
+const MAX_FAILURES: usize = 3;
+
+/// What part of a block may be in use, as a divisor: what is has to be moved, into memory that is
+/// zeroed first, and the kernel looks for a signal only when it has tried to move all of it.
+const MOST_IN_USE: u64 = 32;
+
+/// What part of a block is worth taking it, as a divisor. The rest is given back.
+const WORTHWHILE: u64 = 8;
+
+/// When blocks that could not be brought online are tried again.
+const AGAIN: Msecs = 1_000;
+
+/// A block that may be taken.
+struct Candidate {
+    block: MemoryBlock,
+    /// How many of its pages are free.
+    free: u64,
+}
+
+/// Takes memory blocks for a task `S`.
+#[pin_data]
+pub(crate) struct Taker<S> {
+    dev: ARef<virtio::Device>,
+    settings: Arc<Settings>,
+    /// From how many pages on that are ready it waits until some are taken over.
+    most_ready: usize,
+    taking_for: Waker<S>,
+    #[pin]
+    work: Mutex<Work>,
+    #[pin]
+    state: SpinLock<State>,
+    /// How long the task has run since [`spent`](Self::spent), in nanoseconds.
+    spent: Atomic<i64>,
+}
+
+/// What only the taker's task uses.
+struct Work {
+    /// Those that are left to be tried. `None` if they were not looked for.
+    candidates: Option<KVec<Candidate>>,
+    /// How many were tried in vain, one after the other.
+    failures: usize,
+    /// Those that could not be brought online. Never grows beyond its capacity.
+    offline: KVec<MemoryBlock>,
+}
+
+struct State {
+    /// How many kernel pages are wanted, those that are ready included.
+    wanted: u64,
+    /// Whether there may be more to come.
+    is_busy: bool,
+    ready: PageList,
+    /// How many blocks were taken, since the device was bound.
+    blocks: u64,
+}
+
+/// How many blocks may be offline at once, because they could not be brought online.
+const MAX_OFFLINE: usize = 4;
+
+impl<S: Job> Taker<S> {
+    /// Returns a task that takes blocks for the one that `taking_for` wakes, in `slot`. None if the
+    /// page allocator does not zero memory, or the kernel takes no memory offline.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(
+        slot: impl FnOnce() -> Result<Slot<Self>>,
+        dev: &virtio::Device<Core<'_>>,
+        settings: Arc<Settings>,
+        most_ready: usize,
+        taking_for: Waker<S>,
+    ) -> Result<Option<Arc<Task<Self>>>> {
+        if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
+            return Ok(None);
+        }
+
+        let work = Work {
+            candidates: None,
+            failures: 0,
+            offline: KVec::with_capacity(MAX_OFFLINE, GFP_KERNEL)?,
+        };
+        let state = State {
+            wanted: 0,
+            is_busy: false,
+            ready: PageList::new(),
+            blocks: 0,
+        };
+        let dev = (&**dev).into();
+        let taker = try_pin_init!(Self {
+            dev,
+            settings,
+            most_ready,
+            taking_for,
+            work <- new_mutex!(work, "Taker::work"),
+            state <- new_spinlock!(state, "Taker::state"),
+            spent: Atomic::new(0),
+        });
+
+        Ok(Some(Arc::pin_init(Task::new(slot()?, taker), GFP_KERNEL)?))
+    }
+
+    /// Returns how many kernel pages are worth taking a block for.
+    pub(crate) fn is_worthwhile(wanted: usize) -> bool {
+        wanted as u64 >= MemoryBlock::pages() / WORTHWHILE
+    }
+
+    /// Says how many kernel pages are wanted by now, those that are ready included.
+    pub(crate) fn want(&self, wanted: usize) {
+        self.state.lock().wanted = wanted as u64;
+    }
+
+    /// Returns whether more may be [ready](Self::ready) soon.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.state.lock().is_busy
+    }
+
+    /// Returns how many kernel pages can be [taken over](Self::take_over) now.
+    pub(crate) fn ready(&self) -> usize {
+        self.state.lock().ready.len()
+    }
+
+    /// Returns how long the task has run since the last call, in nanoseconds.
+    pub(crate) fn spent(&self) -> i64 {
+        self.spent.xchg(0, Relaxed)
+    }
+
+    /// Returns how many blocks were taken so far.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.state.lock().blocks
+    }
+
+    /// Returns up to `max` kernel pages of what was taken.
+    pub(crate) fn take_over(&self, max: usize) -> PageList {
+        let mut state = self.state.lock();
+        let rest = state.ready.split_off(max);
+        let pages = mem::replace(&mut state.ready, rest);
+
+        state.wanted = state.wanted.saturating_sub(pages.len() as u64);
+        pages
+    }
+
+    /// Ends it: the task has nothing more to do.
+    fn end(&self, work: &mut Work) {
+        work.candidates = None;
+        work.failures = 0;
+        self.state.lock().is_busy = false;
+        self.taking_for.schedule();
+    }
+
+    /// Returns whether there is to be one more.
+    fn is_more_wanted(&self) -> bool {
+        let state = self.state.lock();
+        let missing = state.wanted.saturating_sub(state.ready.len() as u64);
+
+        missing > 0 && Self::is_worthwhile(missing as usize)
+    }
+
+    /// Returns the next block that is to be taken.
+    fn next(&self, work: &mut Work) -> Option<MemoryBlock> {
+        // Only one driver can have what comes online. A virtio-mem device may be plugged at any time,
+        // and its driver fails for good while this one has it.
+        if has_virtio_mem(&self.dev) || work.offline.len() == MAX_OFFLINE {
+            return None;
+        }
+        if work.candidates.is_none() {
+            work.candidates = candidates().ok();
+        }
+
+        let candidates = work.candidates.as_mut()?;
+        loop {
+            // Of those that are as free as each other, the first one.
+            let (best, _) = candidates
+                .iter()
+                .enumerate()
+                .max_by_key(|(_, this)| (this.free, Reverse(this.block)))?;
+            let block = candidates.remove(best).ok()?.block;
+
+            if block.can_be_taken() {
+                return Some(block);
+            }
+        }
+    }
+
+    /// Returns whether the guest can do without `pages` kernel pages.
+    fn can_spare(&self, pages: u64) -> bool {
+        let floor = self.settings.floor_pages() as u64;
+
+        memory::available_pages() as u64 >= floor.saturating_add(pages)
+    }
+
+    /// Takes one block, if one is wanted and there is one. Returns whether to continue.
+    fn take_one(&self, work: &mut Work) -> bool {
+        if !self.is_more_wanted() || !self.can_spare(MemoryBlock::pages()) {
+            return false;
+        }
+        let Some(block) = self.next(work) else {
+            return false;
+        };
+
+        match block.take(PATIENCE) {
+            Taken::Pages(pages) => {
+                work.failures = 0;
+                // Others may have taken memory in the meantime. They come first.
+                if !self.can_spare(0) {
+                    return false;
+                }
+                let mut state = self.state.lock();
+                let unwanted = match state.wanted {
+                    0 => Some(pages),
+                    _ => {
+                        state.ready.append(pages);
+                        state.blocks += 1;
+                        None
+                    }
+                };
+                drop(state);
+                drop(unwanted);
+                self.taking_for.schedule();
+                true
+            }
+            // It says nothing about the next one: a block of CMA, or one that others have got hold of.
+            Taken::Not(EBUSY | EPERM) => true,
+            Taken::Not(_) => {
+                work.failures += 1;
+                work.failures < MAX_FAILURES
+            }
+            Taken::Offline => {
+                let _ = work.offline.push_within_capacity(block);
+                false
+            }
+        }
+    }
+
+    /// Brings blocks online that could not be before. Returns whether all are: online, or not there
+    /// any more, as those of memory that was unplugged.
+    fn bring_online(work: &mut Work) -> bool {
+        work.offline.retain(|block| {
+            !matches!(block.bring_online(), Ok(()) | Err(EINVAL | ENOENT | ENODEV))
+        });
+        work.offline.is_empty()
+    }
+}
+
+impl<S: Job> Task<Taker<S>> {
+    /// Begins to take blocks until `wanted` kernel pages are ready, or until there are no more.
+    pub(crate) fn begin(&self, wanted: usize) {
+        let mut state = self.state.lock();
+
+        state.wanted = wanted as u64;
+        state.is_busy = true;
+        drop(state);
+        self.schedule();
+    }
+
+    /// Returns the first pages that were taken and are adjacent, with the page frame number of the
+    /// first one (of a kernel page).
+    pub(crate) fn take_adjacent(&self) -> Option<(u64, PageList)> {
+        let pages = self.state.lock().ready.take_adjacent();
+
+        self.schedule();
+        pages
+    }
+
+    /// Wants no more, and gives back what is ready. Returns how many kernel pages it was.
+    pub(crate) fn cancel(&self) -> usize {
+        let mut state = self.state.lock();
+
+        state.wanted = 0;
+        // Freed without the lock.
+        let ready = mem::replace(&mut state.ready, PageList::new());
+        let is_busy = state.is_busy;
+        drop(state);
+
+        if is_busy {
+            self.schedule();
+        }
+        ready.len()
+    }
+
+    /// Takes up the work again after [`leave`](Self::leave). Blocks may be offline that could not be
+    /// brought online while the system hibernated.
+    pub(crate) fn enter(&self) {
+        self.resume();
+        self.schedule();
+    }
+
+    /// Ends all work, and gives back what was taken.
+    pub(crate) fn leave(&self) {
+        self.stop();
+        self.cancel();
+
+        let mut work = self.work.lock();
+        self.end(&mut work);
+        if !Taker::<S>::bring_online(&mut work) {
+            dev_warn!(
+                self.dev,
+                "{} blocks of memory are offline and cannot be brought online\n",
+                work.offline.len()
+            );
+        }
+    }
+}
+
+impl<S: Job> Job for Taker<S> {
+    fn run(task: &Task<Self>) {
+        let mut work = task.work.lock();
+
+        if task.is_busy() && task.ready() < task.most_ready {
+            let start = Instant::<Monotonic>::now();
+            let is_more = task.take_one(&mut work);
+
+            task.spent.add(start.elapsed().as_nanos(), Relaxed);
+            match is_more {
+                true => return task.schedule(),
+                false => task.end(&mut work),
+            }
+        }
+        if !Self::bring_online(&mut work) {
+            task.schedule_in(AGAIN);
+        }
+    }
+}
+
+/// The order of the smallest free blocks that count: 256 KiB.
+const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
+
+/// Returns the memory blocks most of whose pages are free.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+fn candidates() -> Result<KVec<Candidate>> {
+    let pages = MemoryBlock::pages();
+    let mut found: KVec<Candidate> = KVec::new();
+    let mut walk = Walk::new(0..u64::MAX >> PAGE_SHIFT, MIN_ORDER, PLACES_PER_HOLD)?;
+    let mut unused = Unused::new(&mut walk, usize::MAX, |_| ());
+
+    while let Some(run) = unused.first() {
+        let block = MemoryBlock::of(run.first(), pages).ok_or(EINVAL)?;
+        let free = run.len().min(block.pfns().end.saturating_sub(run.first()));
+
+        match found.last_mut() {
+            Some(last) if last.block == block => last.free += free,
+            _ => found.push(Candidate { block, free }, GFP_KERNEL)?,
+        }
+        unused.advance(free);
+    }
+
+    found.retain(|this| this.free >= pages - pages / MOST_IN_USE);
+    Ok(found)
+}
