@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use agent::Exit;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::guest::{Driver, Guest};
+use crate::qmp::Qmp;
 
 /// The driver's sections: what describes each function, its counters, and the functions' names.
-const SECTIONS: [&str; 3] = ["__llvm_prf_data", "__llvm_prf_cnts", "__llvm_prf_names"];
+pub(crate) const SECTIONS: [&str; 3] = ["__llvm_prf_data", "__llvm_prf_cnts", "__llvm_prf_names"];
 
 /// The length of the description of a function.
 const DESCRIPTION: u64 = 64;
@@ -61,39 +60,18 @@ impl Coverage {
             ],
         })
     }
-}
 
-impl Guest {
-    /// Writes down what the driver has counted, if it is loaded and does that. What comes later is
-    /// lost with the module.
-    pub(crate) fn save_coverage(&self) -> Result<()> {
+    /// Writes down what the driver has counted, through the machine protocol of the QEMU that its guest is in. Its
+    /// sections lie at these `addresses`.
+    pub(crate) fn save(&self, qmp: &Qmp, addresses: [u64; 3]) -> Result<()> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let Some(coverage) = &self.config().artifacts.coverage else {
-            return Ok(());
-        };
-        let directory = format!("/sys/module/{}/sections", Driver::Rust.name());
-        let files = SECTIONS.map(|section| format!("{directory}/{section}"));
-        let output = self.exec(&["cat", &files[0], &files[1], &files[2]])?;
-        if output.exit != Exit::Status(0) {
-            return Ok(());
-        }
-        let addresses = output
-            .stdout
-            .lines()
-            .map(|line| Ok(u64::from_str_radix(line.trim_start_matches("0x"), 16)?))
-            .collect::<Result<Vec<_>>>()?;
-        ensure!(
-            addresses.len() == SECTIONS.len(),
-            "the sections lie at {addresses:x?}"
-        );
-
         let name = format!(
             "{}-{}",
             std::process::id(),
             NUMBER.fetch_add(1, Ordering::Relaxed)
         );
-        let part = coverage.directory.join(format!("{name}.part"));
-        let [descriptions, counters, names] = coverage.lengths;
+        let part = self.directory.join(format!("{name}.part"));
+        let [descriptions, counters, names] = self.lengths;
         let header = [
             MAGIC,
             VERSION,
@@ -115,10 +93,10 @@ impl Guest {
             LAST_KIND,
         ];
         let mut raw: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
-        for (address, length) in addresses.iter().zip(coverage.lengths) {
+        for (address, length) in addresses.iter().zip(self.lengths) {
             // Addresses have a sign for QEMU.
             let address = i64::from_ne_bytes(address.to_ne_bytes());
-            self.qmp().execute::<Value>(
+            qmp.execute::<Value>(
                 "memsave",
                 &json!({ "val": address, "size": length, "filename": part }),
             )?;
@@ -126,7 +104,7 @@ impl Guest {
         }
         raw.resize(raw.len().next_multiple_of(size_of::<u64>()), 0);
         fs::remove_file(part)?;
-        fs::write(coverage.directory.join(format!("{name}.profraw")), raw)?;
+        fs::write(self.directory.join(format!("{name}.profraw")), raw)?;
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 //! The daemon that has the guest's balloon device.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
@@ -16,8 +16,6 @@ use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
-use crate::device::Device;
-use crate::qemu::Config;
 use crate::stopwatch::Stopwatch;
 
 /// How long it may take to start and to end.
@@ -35,15 +33,15 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon for a guest with this configuration.
-    pub fn start(config: &Config) -> Result<Self> {
+    /// Starts `program` with `arguments`, and has it log to a file in the directory `logs`.
+    pub(crate) fn start(program: &Path, logs: &Path, arguments: &[String]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        fs::create_dir_all(config.logs())?;
-        let log = config.logs().join("daemon.log");
+        fs::create_dir_all(logs)?;
+        let log = logs.join("daemon.log");
         let stderr = File::options().create(true).append(true).open(&log)?;
         let log_start = stderr.metadata()?.len();
 
-        let mut command = Command::new(config.tool("vhost-user-balloon"));
+        let mut command = Command::new(program);
         command
             .arg("--socket")
             .arg(socket(&directory))
@@ -51,19 +49,10 @@ impl Daemon {
             .arg(control(&directory))
             .arg("--state")
             .arg(directory.path().join("state"))
-            .args((config.device == Device::Extended).then_some("--extensions"))
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
-        if !config.daemon_defaults {
-            let mut features = vec!["stats", "event-idx"];
-            features.extend(config.offers.iter().map(|offer| offer.feature()));
-            command.args(["--features", &features.join(",")]);
-            // Most tests are about the driver.
-            command.args(["--floor", "0", "--boot-grace", "0"]);
-        }
-        // They override what comes before.
-        command.args(&config.daemon_arguments);
         let child = command.spawn().context("starting the daemon")?;
         let daemon = Self {
             child: Mutex::new(child),

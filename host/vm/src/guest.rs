@@ -2,40 +2,35 @@
 
 //! A running guest and what can be done with it.
 
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::Duration;
 
-use agent::{Command, End, Exit, Load, LoadId, LoadStatus, Output, Progress, Reply};
-use anyhow::{Context, Result, bail, ensure};
+use agent::{Command, End, Exit, Reply};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::agent::{Agent, Pending};
-use crate::balloon::Balloon;
+use crate::config::Config;
 use crate::console::Console;
+use crate::coverage::SECTIONS;
 use crate::daemon::Daemon;
+use crate::driver::Driver;
+use crate::home::Home;
 use crate::memory_file::MemoryFile;
-use crate::qemu::{Config, Qemu};
 use crate::qmp::Qmp;
 use crate::size::Size;
 use crate::stopwatch::Stopwatch;
 
-mod power;
-
-pub use power::{Hibernated, hibernate};
+pub(crate) mod load;
+pub(crate) mod memory;
+pub(crate) mod power;
+mod program;
 
 /// How long a guest's kernel may print nothing while it boots or while a module is loaded, which runs its tests.
 const QUIET_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a command in the guest may take when nothing else is said.
 pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long a load may take for a MiB, or for one pass through its memory.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(180);
-
-/// How long unloading a module may take.
-const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long a guest may take to switch itself off.
 const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(60);
@@ -51,68 +46,6 @@ const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 /// What is in the backtrace of a leak that is the driver core's: it notes why a device cannot be probed yet, and forgets
 /// the note if the device goes meanwhile.
 const KERNELS_OWN_LEAK: &str = "device_set_deferred_probe_reason";
-
-/// The drivers that can be loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Driver {
-    /// This repository's.
-    Rust,
-    /// The kernel's own.
-    C,
-    /// This repository's, built to say of memory in use that it is unused.
-    Lying,
-}
-
-impl Driver {
-    /// The file that has the module.
-    pub fn file(self) -> &'static str {
-        match self {
-            Self::Rust => "virtio-balloon-rs.ko",
-            Self::C => "virtio_balloon.ko",
-            Self::Lying => "virtio-balloon-rs-lying.ko",
-        }
-    }
-
-    /// The parameters with which it leaves so little to its guest that nearly all can be taken.
-    pub fn low_floor(self) -> &'static [&'static str] {
-        match self {
-            Self::C => &[],
-            Self::Rust | Self::Lying => &["floor_mib=32"],
-        }
-    }
-
-    /// The module's name, and the driver's on the virtio bus.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Rust | Self::Lying => "virtio_balloon_rs",
-            Self::C => "virtio_balloon",
-        }
-    }
-}
-
-/// The guest's own view of its memory, from /proc/meminfo.
-#[derive(Clone, Copy, Debug)]
-pub struct Meminfo {
-    /// All that the kernel manages.
-    pub total: Size,
-    /// What is not used at all, without what is on the processors' own lists.
-    pub free: Size,
-    /// What can be had without swapping.
-    pub available: Size,
-    /// What is in balloons.
-    pub balloon: Size,
-}
-
-/// The QEMU that a guest is in, and the ways into it. A guest that migrates gets another one.
-#[derive(Debug)]
-pub(crate) struct Home {
-    pub(crate) qemu: Qemu,
-    /// The file that holds the guest's memory, if it has a name.
-    pub(crate) memory_file: Option<PathBuf>,
-    pub(crate) qmp: Arc<Qmp>,
-    pub(crate) agent: Agent,
-    pub(crate) daemon: Option<Arc<Daemon>>,
-}
 
 /// A running guest.
 #[derive(Debug)]
@@ -170,30 +103,6 @@ fn live<T>(
     }
 }
 
-impl Home {
-    /// Starts a QEMU; `agent` makes the connection to the agent from the stream that leads to it.
-    pub(crate) fn start(
-        config: &Config,
-        agent: impl FnOnce(UnixStream) -> Result<Agent>,
-    ) -> Result<Self> {
-        let daemon = match &config.daemon {
-            None if config.has_daemon() => Some(Arc::new(Daemon::start(config)?)),
-            daemon => daemon.clone(),
-        };
-        let socket = daemon.as_ref().map(|daemon| daemon.socket());
-        let (qemu, streams) = Qemu::start(config, socket.as_deref())?;
-        let qmp = Qmp::new(streams.qmp, qemu.id())
-            .with_context(|| format!("QEMU does not start: {}", qemu.complaint()))?;
-        Ok(Self {
-            qemu,
-            memory_file: config.memory_file.clone(),
-            qmp: Arc::new(qmp),
-            agent: agent(streams.agent)?,
-            daemon,
-        })
-    }
-}
-
 impl Guest {
     fn boot(config: &Config) -> Result<Self> {
         config.clear_logs()?;
@@ -204,7 +113,7 @@ impl Guest {
             config: config.clone(),
         };
         if config.target > Size::default() {
-            guest.balloon().request(config.target)?;
+            guest.home().control(config.memory).request(config.target)?;
         }
         Ok(guest)
     }
@@ -253,6 +162,28 @@ impl Guest {
         Ok(())
     }
 
+    /// Writes down what the driver has counted, if it is loaded and does that. What comes later is
+    /// lost with the module.
+    fn save_coverage(&self) -> Result<()> {
+        let Some(coverage) = &self.config.artifacts.coverage else {
+            return Ok(());
+        };
+        let directory = format!("/sys/module/{}/sections", Driver::Rust.name());
+        let files = SECTIONS.map(|section| format!("{directory}/{section}"));
+        let output = self.exec(&["cat", &files[0], &files[1], &files[2]])?;
+        if output.exit != Exit::Status(0) {
+            return Ok(());
+        }
+        let addresses = output
+            .stdout
+            .lines()
+            .map(|line| Ok(u64::from_str_radix(line.trim_start_matches("0x"), 16)?))
+            .collect::<Result<Vec<_>>>()?;
+        let addresses = <[u64; 3]>::try_from(addresses)
+            .map_err(|addresses| anyhow!("the sections lie at {addresses:x?}"))?;
+        coverage.save(&self.qmp(), addresses)
+    }
+
     /// The QEMU that the guest is in now.
     pub(crate) fn home(&self) -> Arc<Home> {
         Arc::clone(&self.home.read().expect("a lock"))
@@ -299,11 +230,6 @@ impl Guest {
             .context("the guest's balloon is QEMU's own")
     }
 
-    /// The balloon, as the host sees it.
-    pub fn balloon(&self) -> Balloon<'_> {
-        Balloon::new(self)
-    }
-
     /// How much of the host's memory QEMU has in use.
     pub fn resident(&self) -> Result<Size> {
         self.home().qemu.resident()
@@ -328,177 +254,6 @@ impl Guest {
     /// The guest's memory is no anonymous mapping of its own.
     pub fn transparent_huge_pages(&self) -> Result<Size> {
         self.home().qemu.transparent_huge_pages(self.memory())
-    }
-
-    /// Loads a module with its parameters, such as `floor_mib=64`.
-    pub fn insmod(&self, driver: Driver, parameters: &[&str]) -> Result<()> {
-        let module = format!("/modules/{}", driver.file());
-        let argv = [&["insmod", &module], parameters].concat();
-        let pending = self.start(&argv, None)?;
-        let output = program_output(self.wait_printing(&pending)?)?;
-        successful(&argv, output)?;
-        Ok(())
-    }
-
-    /// Unloads a module.
-    pub fn rmmod(&self, driver: Driver) -> Result<()> {
-        self.save_coverage()?;
-        let argv = ["rmmod", driver.name()];
-        let pending = self.start(&argv, None)?;
-        let output = program_output(self.wait(&pending, UNLOAD_TIMEOUT)?)?;
-        successful(&argv, output)?;
-        Ok(())
-    }
-
-    /// The guest's own view of its memory.
-    pub fn meminfo(&self) -> Result<Meminfo> {
-        self.fold_counters()?;
-        let text = self.read_file("/proc/meminfo")?;
-        let field = |name: &str| -> Result<Size> {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            let kib = line.and_then(|line| line.split_whitespace().next());
-            Ok(Size::kib(
-                kib.with_context(|| format!("/proc/meminfo has no {name}"))?
-                    .parse()?,
-            ))
-        };
-        Ok(Meminfo {
-            total: field("MemTotal")?,
-            free: field("MemFree")?,
-            available: field("MemAvailable")?,
-            balloon: field("Balloon")?,
-        })
-    }
-
-    /// What is not used at all, with what is on the processors' own lists, which MemFree leaves out. Both from
-    /// one file: the lists may be emptied at any moment.
-    pub fn free(&self) -> Result<Size> {
-        self.fold_counters()?;
-        let zones = self.read_file("/proc/zoneinfo")?;
-        zones
-            .lines()
-            .filter_map(|line| {
-                let line = line.trim_start();
-                line.strip_prefix("pages free")
-                    .or_else(|| line.strip_prefix("count:"))
-            })
-            .map(|pages| Ok(self.page_size() * pages.trim().parse()?))
-            .sum()
-    }
-
-    /// A counter of /proc/vmstat, such as `nr_balloon_pages`.
-    pub fn vmstat(&self, name: &str) -> Result<u64> {
-        self.fold_counters()?;
-        let text = self.read_file("/proc/vmstat")?;
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(line
-            .with_context(|| format!("/proc/vmstat has no {name}"))?
-            .parse()?)
-    }
-
-    /// How much of a NUMA node's memory is in balloons.
-    pub fn node_balloon(&self, node: u32) -> Result<Size> {
-        self.fold_counters()?;
-        let text = self.read_file(&format!("/sys/devices/system/node/node{node}/vmstat"))?;
-        let pages = text
-            .lines()
-            .find_map(|line| line.strip_prefix("nr_balloon_pages "))
-            .context("the node does not count the pages in balloons")?;
-        Ok(self.page_size() * pages.parse()?)
-    }
-
-    /// Has each processor hand in what it has counted for itself, so that sums are exact.
-    fn fold_counters(&self) -> Result<()> {
-        self.write_file("/proc/sys/vm/stat_refresh", "1")
-    }
-
-    /// Runs a program in the guest and returns what it left behind, however it ended.
-    pub fn exec(&self, argv: &[&str]) -> Result<Output> {
-        self.output(&self.start(argv, None)?, COMMAND_TIMEOUT)
-    }
-
-    /// The same, but the agent kills the program after `timeout`.
-    pub fn exec_within(&self, argv: &[&str], timeout: Duration) -> Result<Output> {
-        self.output(&self.start(argv, Some(timeout))?, timeout)
-    }
-
-    /// Starts a program in the guest; [`Guest::output`] waits for its end. The agent kills it after `timeout`.
-    pub fn start(&self, argv: &[&str], timeout: Option<Duration>) -> Result<Pending> {
-        let timeout_ms = timeout.map(|timeout| timeout.as_millis().try_into());
-        self.home().agent.send(Command::Exec {
-            argv: argv.iter().map(|&argument| argument.to_owned()).collect(),
-            timeout_ms: timeout_ms.transpose()?,
-        })
-    }
-
-    /// Waits for the end of a program that has been started.
-    pub fn output(&self, pending: &Pending, timeout: Duration) -> Result<Output> {
-        // The agent may have to kill the program first; what is added is the time of the answer.
-        program_output(self.wait(pending, timeout + Duration::from_secs(10))?)
-    }
-
-    /// Runs a program that must succeed, and returns what it wrote to its standard output.
-    pub fn run(&self, argv: &[&str]) -> Result<String> {
-        successful(argv, self.exec(argv)?)
-    }
-
-    /// Runs a line of shell that must succeed, and returns what it wrote to its standard output.
-    pub fn sh(&self, line: &str) -> Result<String> {
-        self.run(&["sh", "-c", line])
-    }
-
-    /// Reads a file of the guest.
-    pub fn read_file(&self, path: &str) -> Result<String> {
-        match self.call(
-            Command::ReadFile {
-                path: path.to_owned(),
-            },
-            COMMAND_TIMEOUT,
-        )? {
-            Reply::Text(text) => Ok(text),
-            reply => bail!("the agent answers {reply:?} to a read"),
-        }
-    }
-
-    /// Writes a file of the guest, in one write.
-    pub fn write_file(&self, path: &str, contents: &str) -> Result<()> {
-        let (path, contents) = (path.to_owned(), contents.to_owned());
-        self.call(Command::WriteFile { path, contents }, COMMAND_TIMEOUT)?;
-        Ok(())
-    }
-
-    /// Writes a file of the guest, and waits until the kernel announces a change of an attribute in sysfs. Returns what
-    /// that says then.
-    pub fn watch(&self, attribute: &str, path: &str, contents: &str) -> Result<String> {
-        let command = Command::Watch {
-            attribute: attribute.to_owned(),
-            path: path.to_owned(),
-            contents: contents.to_owned(),
-            timeout_ms: u64::try_from(COMMAND_TIMEOUT.as_millis() / 2)?,
-        };
-        match self.call(command, COMMAND_TIMEOUT)? {
-            Reply::Text(text) => Ok(text),
-            reply => bail!("the agent answers {reply:?} to a watch"),
-        }
-    }
-
-    /// Starts a load, and waits until it has been through its memory once.
-    pub fn load(&self, load: Load) -> Result<RunningLoad<'_>> {
-        let load = self.start_load(load)?;
-        load.wait_passes(1)?;
-        Ok(load)
-    }
-
-    /// Starts a load.
-    pub fn start_load(&self, load: Load) -> Result<RunningLoad<'_>> {
-        match self.call(Command::StartLoad(load), COMMAND_TIMEOUT)? {
-            Reply::Load(id) => Ok(RunningLoad { guest: self, id }),
-            reply => bail!("the agent answers {reply:?} to a load"),
-        }
     }
 
     /// Measures time in which the guest could have been at work.
@@ -541,11 +296,6 @@ impl Guest {
             "the guest's kernel panics"
         );
         Ok(())
-    }
-
-    /// A load that was started before the guest was hibernated.
-    pub fn running(&self, id: LoadId) -> RunningLoad<'_> {
-        RunningLoad { guest: self, id }
     }
 
     pub(crate) fn call(&self, command: Command, timeout: Duration) -> Result<Reply> {
@@ -591,119 +341,6 @@ impl Guest {
                 "the guest neither answers nor prints anything for {} s",
                 QUIET_LIMIT.as_secs()
             );
-        }
-    }
-}
-
-/// What a program left behind.
-fn program_output(reply: Reply) -> Result<Output> {
-    match reply {
-        Reply::Output(output) => Ok(output),
-        reply => bail!("the agent answers {reply:?} to a program"),
-    }
-}
-
-/// What a program that must succeed wrote to its standard output.
-fn successful(argv: &[&str], output: Output) -> Result<String> {
-    ensure!(
-        output.exit == Exit::Status(0),
-        "'{}' ends with {:?} in the guest: {}",
-        argv.join(" "),
-        output.exit,
-        output.stderr.trim_end()
-    );
-    Ok(output.stdout)
-}
-
-/// A load that has been started in a guest.
-#[derive(Debug)]
-pub struct RunningLoad<'a> {
-    guest: &'a Guest,
-    id: LoadId,
-}
-
-impl RunningLoad<'_> {
-    /// Its name in the guest.
-    pub fn id(&self) -> LoadId {
-        self.id
-    }
-
-    /// How it fares.
-    pub fn status(&self) -> Result<LoadStatus> {
-        self.call(Command::LoadStatus(self.id), COMMAND_TIMEOUT)
-    }
-
-    /// Waits until it has been through all of its memory `passes` more times, which is where it finds out that
-    /// something is not as it was.
-    ///
-    /// # Errors
-    ///
-    /// It has failed, or takes too long.
-    pub fn verify(&self, passes: u64) -> Result<()> {
-        self.wait_passes(self.status()?.progress.passes + passes)
-    }
-
-    fn wait_passes(&self, passes: u64) -> Result<()> {
-        self.follow(|status| {
-            ensure!(
-                status.exit.is_none_or(|exit| exit == Exit::Status(0)),
-                "a load ends with {:?}: {}",
-                status.exit,
-                status.stderr.trim_end()
-            );
-            Ok(status.progress.passes >= passes)
-        })?;
-        Ok(())
-    }
-
-    /// Waits until it has ended by itself or has been killed.
-    pub fn wait(&self) -> Result<LoadStatus> {
-        self.follow(|status| Ok(status.exit.is_some()))
-    }
-
-    /// Waits until `condition` holds, for as long as it makes progress.
-    fn follow(&self, condition: impl Fn(&LoadStatus) -> Result<bool>) -> Result<LoadStatus> {
-        let mut stopwatch = self.guest.stopwatch();
-        let mut last = Progress::default();
-        loop {
-            let status = self.status()?;
-            if condition(&status)? {
-                return Ok(status);
-            }
-            if status.progress != last {
-                last = status.progress;
-                stopwatch.restart();
-            }
-            self.guest.check_alive()?;
-            ensure!(
-                !stopwatch.has_passed(LOAD_TIMEOUT),
-                "a load makes no progress for {} s: {last:?}",
-                LOAD_TIMEOUT.as_secs()
-            );
-            thread::sleep(POLL_INTERVAL);
-        }
-    }
-
-    /// Asks it to stop and waits for that.
-    ///
-    /// # Errors
-    ///
-    /// It has failed, or has been killed.
-    pub fn stop(self) -> Result<LoadStatus> {
-        let status = self.call(Command::StopLoad(self.id), COMMAND_TIMEOUT)?;
-        ensure!(
-            status.exit == Some(Exit::Status(0)),
-            "a load ends with {:?}: {}",
-            status.exit,
-            status.stderr.trim_end()
-        );
-        Ok(status)
-    }
-
-    fn call(&self, command: Command, timeout: Duration) -> Result<LoadStatus> {
-        match self.guest.call(command, timeout)? {
-            Reply::Status(status) => Ok(status),
-            reply => bail!("the agent answers {reply:?} about a load"),
         }
     }
 }

@@ -9,10 +9,11 @@ use anyhow::{Context, Result, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
 use serde_json::{Value, json};
 
+use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::device::vhost_user_balloon;
-use crate::guest::{Driver, Guest};
-use crate::qemu::Config;
+use crate::driver::Driver;
+use crate::guest::Guest;
 use crate::size::Size;
 
 /// How long a device may take to come or to go.
@@ -133,7 +134,7 @@ impl Guest {
     /// Gives the guest a balloon of a daemon of its own. For guests with [`Config::hotplug_port`] and no other
     /// balloon.
     pub fn plug_daemon(&self) -> Result<Daemon> {
-        let daemon = Daemon::start(self.config())?;
+        let daemon = self.config().start_daemon()?;
         self.connect("balloon", &daemon.socket())?;
         let properties = self.config().device.properties();
         let mut device = vhost_user_balloon("pci", "balloon", &properties);

@@ -29,16 +29,21 @@
 
 mod agent;
 mod balloon;
+mod config;
 mod console;
+mod control;
 mod coverage;
 mod daemon;
 mod device;
+mod driver;
 mod fault_injection;
 mod guest;
+mod home;
 mod hostile;
 mod hotplug;
 mod huge_pages;
 pub mod ktap;
+mod machine;
 mod memory_file;
 mod memory_use;
 mod migration;
@@ -57,20 +62,24 @@ mod write_log;
 pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output, PageFlag};
 
 pub use crate::agent::Pending;
-pub use crate::balloon::{Balloon, Sample};
+pub use crate::balloon::Balloon;
+pub use crate::config::{Artifacts, Config};
 pub use crate::console::{Console, Mark};
+pub use crate::control::Sample;
 pub use crate::coverage::Coverage;
 pub use crate::daemon::Daemon;
 pub use crate::device::{Device, Offer};
+pub use crate::driver::Driver;
 pub use crate::fault_injection::Allocation;
-pub use crate::guest::{
-    Driver, Guest, Hibernated, Meminfo, RunningLoad, hibernate, run, run_and_kill,
-};
+pub use crate::guest::load::RunningLoad;
+pub use crate::guest::memory::Meminfo;
+pub use crate::guest::power::{Hibernated, hibernate};
+pub use crate::guest::{Guest, run, run_and_kill};
 pub use crate::hostile::{Hostile, Link};
 pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
+pub use crate::machine::{Accel, Architecture, Kernel, Machine, MemoryBackend};
 pub use crate::memory_file::MemoryFile;
 pub use crate::migration::{Migration, Transfer};
-pub use crate::qemu::{Accel, Architecture, Artifacts, Config, Kernel, Machine, MemoryBackend};
 pub use crate::qmp::{Event, Qmp};
 pub use crate::samples::Samples;
 pub use crate::sent::Sent;

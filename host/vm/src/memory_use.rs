@@ -7,8 +7,9 @@ use std::ops::Range;
 use agent::{Command, Load, PageFlag, Reply};
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::guest::{COMMAND_TIMEOUT, Guest, RunningLoad};
-use crate::qemu::Config;
+use crate::config::Config;
+use crate::guest::load::RunningLoad;
+use crate::guest::{COMMAND_TIMEOUT, Guest};
 use crate::size::Size;
 
 impl Config {

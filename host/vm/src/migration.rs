@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::guest::{Guest, Home};
+use crate::guest::Guest;
+use crate::home::Home;
 use crate::qmp::Qmp;
 use crate::size::Size;
 

@@ -11,7 +11,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::guest::{Guest, Home};
+use crate::guest::Guest;
+use crate::home::Home;
 use crate::memory_file::MemoryFile;
 use crate::qmp::Qmp;
 use crate::size::Size;

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::guest::{Driver, Guest};
+use crate::driver::Driver;
+use crate::guest::Guest;
 use crate::size::Size;
 
 const TRACING: &str = "/sys/kernel/tracing";

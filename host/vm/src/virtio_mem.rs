@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::config::Config;
 use crate::guest::Guest;
-use crate::qemu::Config;
 use crate::size::Size;
 
 /// How often QEMU is asked how far the guest is.

@@ -119,7 +119,7 @@ fn kept_target(setup: &Setup) -> Result<()> {
     const GRACE: u64 = 30;
     let target = Size::mib(1500);
     let config = setup.config().daemon_defaults();
-    let daemon = Arc::new(Daemon::start(&config)?);
+    let daemon = Arc::new(config.start_daemon()?);
     let config = config.daemon(&daemon);
     vm::run(&config.clone().memory(Size::gib(2)), |guest| {
         guest.insmod(setup.driver, &[])?;

@@ -136,7 +136,7 @@ pub(crate) fn wait_driver(guest: &Guest) -> Result<()> {
 
 fn vmm_restart(setup: &Setup) -> Result<()> {
     let config = setup.config();
-    let daemon = Arc::new(Daemon::start(&config)?);
+    let daemon = Arc::new(config.start_daemon()?);
     for round in 0..2 {
         vm::run(&config.clone().daemon(&daemon), |guest| {
             // The host's wish stays what it is.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{COMMAND_TIMEOUT, Guest, live};
 use crate::agent::Pending;
-use crate::qemu::Config;
+use crate::config::Config;
 use crate::size::Size;
 
 /// How long a guest may take to fall asleep, and to go on when it has been woken up.

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What guest to boot.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use regex::Regex;
+
+use crate::coverage::Coverage;
+use crate::daemon::Daemon;
+use crate::device::{Device, Offer};
+use crate::machine::{Accel, Architecture, Kernel, Machine, MemoryBackend};
+use crate::size::Size;
+use crate::write_log::WriteLog;
+
+mod command_line;
+
+pub(crate) use command_line::{AGENT_FD, QMP_FD};
+
+/// What a guest is made of.
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    /// Which kernel it is.
+    pub kernel: Kernel,
+    /// The kernel's image.
+    pub image: PathBuf,
+    /// QEMU's program for the kernel's architecture.
+    pub qemu: PathBuf,
+    /// The initramfs with the agent, the tools and the modules.
+    pub initramfs: PathBuf,
+    /// The directory of the host's programs: the vhost-user device and its client.
+    pub tools: PathBuf,
+    /// The directory that gets a directory of logs for each guest.
+    pub logs: PathBuf,
+    /// Where to put what the driver counts, if it is built for that.
+    pub coverage: Option<Coverage>,
+}
+
+/// The balloon device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Balloon {
+    /// The one that the rest of the configuration describes.
+    Default,
+    /// Another one of QEMU's, or none.
+    Other(Option<String>),
+}
+
+/// What guest to boot. The default is a q35 machine, or for arm64 a virt machine, with two processors, 1 GiB of memory
+/// and QEMU's balloon on PCI with the id `balloon0`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub(crate) artifacts: Artifacts,
+    pub(crate) name: String,
+    pub(crate) memory: Size,
+    pub(crate) target: Size,
+    pub(crate) expected: Vec<Regex>,
+    pub(crate) device: Device,
+    pub(crate) daemon: Option<Arc<Daemon>>,
+    pub(crate) offers: Vec<Offer>,
+    pub(crate) daemon_arguments: Vec<String>,
+    pub(crate) daemon_defaults: bool,
+    pub(crate) verbose: bool,
+    accel: Accel,
+    backend: MemoryBackend,
+    pub(crate) memory_file: Option<PathBuf>,
+    machine: Machine,
+    cpus: u32,
+    nodes: u32,
+    parameters: Vec<String>,
+    balloon: Balloon,
+    devices: Vec<String>,
+    arguments: Vec<String>,
+    reboots: bool,
+    zeroing: bool,
+}
+
+impl Config {
+    /// The default guest. Its logs go to the directory `name` under the artifacts' logs.
+    pub fn new(artifacts: &Artifacts, name: &str) -> Self {
+        Self {
+            artifacts: artifacts.clone(),
+            name: name.to_owned(),
+            memory: Size::gib(1),
+            target: Size::default(),
+            expected: Vec::new(),
+            device: Device::Qemu,
+            daemon: None,
+            offers: Vec::new(),
+            daemon_arguments: Vec::new(),
+            daemon_defaults: false,
+            verbose: false,
+            accel: Accel::detect(),
+            backend: MemoryBackend::Anonymous,
+            memory_file: None,
+            machine: match artifacts.kernel.architecture() {
+                Architecture::X86_64 => Machine::Q35,
+                Architecture::Arm64 => Machine::Virt,
+            },
+            cpus: 2,
+            nodes: 1,
+            parameters: Vec::new(),
+            balloon: Balloon::Default,
+            devices: Vec::new(),
+            arguments: Vec::new(),
+            reboots: false,
+            zeroing: false,
+        }
+    }
+
+    /// How much memory the guest has.
+    pub fn memory(mut self, memory: Size) -> Self {
+        self.memory = memory;
+        self
+    }
+
+    /// How many NUMA nodes the guest has, each with its share of the memory and of the processors.
+    pub fn nodes(mut self, nodes: u32) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
+    /// What the balloon is asked for before the guest boots.
+    pub fn target(mut self, target: Size) -> Self {
+        self.target = target;
+        self
+    }
+
+    /// What holds the guest's memory in the host.
+    pub fn backend(mut self, backend: MemoryBackend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// Holds the guest's memory in this file, whatever the backend. QEMU makes it if it is not there.
+    pub fn memory_file(mut self, file: &Path) -> Self {
+        self.memory_file = Some(file.to_owned());
+        self
+    }
+
+    /// A pattern for lines of the log that begin with a fault which is meant to happen.
+    pub fn expect(mut self, pattern: &str) -> Self {
+        self.expected
+            .push(Regex::new(pattern).expect("a scenario's pattern is valid"));
+        self
+    }
+
+    /// What runs the guest's instructions.
+    pub fn accel(mut self, accel: Accel) -> Self {
+        self.accel = accel;
+        self
+    }
+
+    /// Whether the guest's log is also written to the standard error while it runs.
+    pub fn verbose(mut self, verbose: bool) -> Self {
+        self.verbose = verbose;
+        self
+    }
+
+    /// The board.
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.machine = machine;
+        if machine == Machine::I440fx {
+            self.cpus = 1;
+        }
+        self
+    }
+
+    /// How many processors the guest has.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// One more parameter on the kernel's command line.
+    pub fn parameter(mut self, parameter: &str) -> Self {
+        self.parameters.push(parameter.to_owned());
+        self
+    }
+
+    /// Whose balloon device the guest has, unless [`Config::balloon`] says more.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Gives the guest, which has a device of a daemon, that of one that is running already.
+    pub fn daemon(mut self, daemon: &Arc<Daemon>) -> Self {
+        self.daemon = Some(Arc::clone(daemon));
+        self
+    }
+
+    /// What the balloon device offers.
+    pub fn offer(mut self, offers: &[Offer]) -> Self {
+        self.offers.extend_from_slice(offers);
+        self
+    }
+
+    /// One more argument for the program of the vhost-user device.
+    pub fn daemon_argument(mut self, argument: &str) -> Self {
+        self.daemon_arguments.push(argument.to_owned());
+        self
+    }
+
+    /// Leaves the features, the floor and the boot grace of the vhost-user device at the program's own defaults. Else
+    /// the features are what [`Config::offer`] says, and the daemon has no floor of its own.
+    pub fn daemon_defaults(mut self) -> Self {
+        self.daemon_defaults = true;
+        self
+    }
+
+    /// A balloon device of QEMU's in its words, or none.
+    pub fn balloon(mut self, device: Option<&str>) -> Self {
+        self.balloon = Balloon::Other(device.map(str::to_owned));
+        self
+    }
+
+    /// Whether the guest's balloon is the daemon's.
+    pub(crate) fn has_daemon(&self) -> bool {
+        self.device != Device::Qemu && self.balloon == Balloon::Default
+    }
+
+    /// One more device, before the balloon.
+    pub fn extra_device(mut self, device: &str) -> Self {
+        self.devices.push(device.to_owned());
+        self
+    }
+
+    /// One more disk, which is in `file`.
+    pub fn disk(self, file: &Path) -> Self {
+        self.drive(file, "")
+    }
+
+    /// One more disk that cannot be written to, so that other guests may have it as well.
+    pub fn read_only_disk(self, file: &Path) -> Self {
+        self.drive(file, ",readonly=on")
+    }
+
+    fn drive(self, file: &Path, properties: &str) -> Self {
+        let id = format!("disk{}", self.devices.len());
+        let drive = format!(
+            "if=none,id={id},format=raw,file={}{properties}",
+            file.display()
+        );
+        self.argument("-drive", &drive)
+            .extra_device(&format!("virtio-blk-pci,drive={id}"))
+    }
+
+    /// Records which pages the guest writes. It is slower then.
+    pub fn write_log(self, log: &WriteLog) -> Self {
+        let plugin = self.tool("libwrite_log.so");
+        let value = format!("{},log={}", plugin.display(), log.path().display());
+        self.argument("-plugin", &value)
+    }
+
+    /// Has QEMU go on when the guest reboots, in place of ending.
+    pub fn reboots(mut self) -> Self {
+        self.reboots = true;
+        self
+    }
+
+    /// Whether the guest's kernel zeroes memory that it allocates if that is its default, as it is for those of
+    /// distributions. It would hide what ballooning itself costs.
+    pub fn zeroing(mut self, zeroing: bool) -> Self {
+        self.zeroing = zeroing;
+        self
+    }
+
+    /// Takes all of the guest's memory from the host at once, whether the guest uses it or not.
+    pub fn preallocated(mut self) -> Self {
+        self.arguments.push("-mem-prealloc".to_owned());
+        self
+    }
+
+    /// One more option of QEMU with its value.
+    pub fn argument(mut self, option: &str, value: &str) -> Self {
+        self.arguments.extend([option.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// The same for another part of the guest's life, with logs of its own.
+    pub(crate) fn part(mut self, name: &str) -> Self {
+        self.name = format!("{}/{name}", self.name);
+        self
+    }
+
+    /// Starts a daemon for this guest.
+    pub fn start_daemon(&self) -> Result<Daemon> {
+        let mut arguments = Vec::new();
+        if self.device == Device::Extended {
+            arguments.push("--extensions".to_owned());
+        }
+        if !self.daemon_defaults {
+            let mut features = vec!["stats", "event-idx"];
+            features.extend(self.offers.iter().map(|offer| offer.feature()));
+            arguments.extend(["--features".to_owned(), features.join(",")]);
+            // Most tests are about the driver.
+            arguments.extend(["--floor", "0", "--boot-grace", "0"].map(str::to_owned));
+        }
+        // They override what comes before.
+        arguments.extend_from_slice(&self.daemon_arguments);
+        Daemon::start(&self.tool("vhost-user-balloon"), &self.logs(), &arguments)
+    }
+
+    /// One of the host's programs.
+    pub fn tool(&self, name: &str) -> PathBuf {
+        self.artifacts.tools.join(name)
+    }
+
+    /// The directory of the guest's logs.
+    pub fn logs(&self) -> PathBuf {
+        self.artifacts.logs.join(&self.name)
+    }
+
+    pub(crate) fn console(&self) -> PathBuf {
+        self.logs().join("console.log")
+    }
+
+    pub(crate) fn messages(&self) -> PathBuf {
+        self.logs().join("qemu.log")
+    }
+
+    /// Begins the logs anew. Every QEMU that the guest is in writes to the end of them.
+    pub(crate) fn clear_logs(&self) -> Result<()> {
+        let logs = self.logs();
+        fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;
+        fs::write(self.console(), "")?;
+        fs::write(self.messages(), "")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! QEMU's command line.
+
+use std::path::Path;
+
+use agent::PORT;
+
+use super::{Balloon, Config};
+use crate::device::vhost_user_balloon;
+use crate::machine::{Accel, Architecture, Machine, MemoryBackend};
+
+/// The child's file descriptors of the machine protocol and of the agent's port.
+pub(crate) const QMP_FD: i32 = 3;
+pub(crate) const AGENT_FD: i32 = 4;
+
+/// Options with their values, as they stand on the command line.
+#[derive(Default)]
+struct Options(Vec<String>);
+
+impl Options {
+    fn add(&mut self, option: &str, value: impl Into<String>) {
+        self.0.extend([option.to_owned(), value.into()]);
+    }
+}
+
+impl Config {
+    /// The options of a QEMU for this guest; `daemon` is the socket of the daemon that has the balloon.
+    pub(crate) fn command_line(&self, daemon: Option<&Path>) -> Vec<String> {
+        let mut options = Options::default();
+        self.board(&mut options, daemon.is_some());
+        options.add("-kernel", self.artifacts.image.display().to_string());
+        options.add("-initrd", self.artifacts.initramfs.display().to_string());
+        options.add("-append", self.kernel_parameters());
+        self.channels(&mut options);
+        self.add_devices(&mut options, daemon);
+
+        let mut line = options.0;
+        line.extend(["-nodefaults", "-no-user-config"].map(str::to_owned));
+        if !self.reboots {
+            line.push("-no-reboot".to_owned());
+        }
+        line.extend(self.arguments.iter().cloned());
+        line
+    }
+
+    /// The machine with its processors and memory.
+    fn board(&self, options: &mut Options, has_daemon: bool) {
+        let machine = match self.machine {
+            Machine::Q35 => "q35",
+            Machine::I440fx => "pc",
+            // The kernel needs the timer to measure its clock with, and looks for it only where
+            // there is no ACPI.
+            Machine::Microvm => "microvm,acpi=off,pit=on,rtc=on",
+            Machine::Virt => "virt",
+        };
+        let accel = match self.artifacts.kernel.architecture() {
+            Architecture::X86_64 => self.accel,
+            Architecture::Arm64 => Accel::Tcg,
+        };
+        let mut machine = format!("{machine},accel={}", accel.name());
+        let backend = self.memory_backend(has_daemon);
+        let bytes = self.memory.as_bytes();
+        if self.nodes > 1 {
+            let backend = backend.map_or("ram".to_owned(), |backend| backend + ",share=on");
+            self.add_nodes(options, &backend);
+        } else if let Some(backend) = backend {
+            machine += ",memory-backend=memory";
+            options.add(
+                "-object",
+                format!("memory-backend-{backend},id=memory,size={bytes},share=on"),
+            );
+        }
+        options.add("-machine", machine);
+        options.add("-cpu", "max");
+        // The processors of a node share caches, those of different nodes do not.
+        options.add("-smp", format!("{},sockets={}", self.cpus, self.nodes));
+        options.add("-m", format!("{bytes}B"));
+        options.add("-display", "none");
+        options.add("-run-with", "exit-with-parent=on");
+    }
+
+    /// The memory backend's type with its properties, if it is not QEMU's default.
+    fn memory_backend(&self, has_daemon: bool) -> Option<String> {
+        match (&self.memory_file, self.backend) {
+            (Some(file), _) => Some(format!("file,mem-path={}", file.display())),
+            (None, MemoryBackend::Anonymous) if !has_daemon => None,
+            (None, MemoryBackend::Anonymous | MemoryBackend::Memfd) => Some("memfd".to_owned()),
+            (None, MemoryBackend::Hugetlb) => Some("memfd,hugetlb=on,hugetlbsize=2M".to_owned()),
+        }
+    }
+
+    /// NUMA nodes, each with its share of the memory and of the processors.
+    fn add_nodes(&self, options: &mut Options, backend: &str) {
+        let size = self.memory.as_bytes() / u64::from(self.nodes);
+        let cpus = self.cpus / self.nodes;
+        for node in 0..self.nodes {
+            let (first, last) = (node * cpus, (node + 1) * cpus - 1);
+            options.add(
+                "-object",
+                format!("memory-backend-{backend},id=memory{node},size={size}"),
+            );
+            options.add(
+                "-numa",
+                format!("node,nodeid={node},cpus={first}-{last},memdev=memory{node}"),
+            );
+        }
+    }
+
+    fn kernel_parameters(&self) -> String {
+        let mut parameters = vec!["panic=-1", "sysctl.kernel.hung_task_timeout_secs=30"];
+        parameters.extend_from_slice(match self.artifacts.kernel.architecture() {
+            Architecture::X86_64 => &[
+                // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
+                // memory for none while the kernel identifies the processor, if an interrupt comes just then.
+                "no5lvl",
+                // The kernel panics if its timer does not interrupt it within ten ticks. On a busy machine QEMU may get
+                // no processor for so long.
+                "no_timer_check",
+                "console=ttyS0",
+                // How a machine without ACPI and without a keyboard's controller ends.
+                "reboot=triple",
+            ],
+            Architecture::Arm64 => &["console=ttyAMA0"],
+        });
+        if !self.zeroing {
+            parameters.push("init_on_alloc=0");
+        }
+        parameters.extend(self.parameters.iter().map(String::as_str));
+        parameters.join(" ")
+    }
+
+    /// The guest's console, the machine protocol and the agent's port.
+    fn channels(&self, options: &mut Options) {
+        let console = self.console();
+        let (backend, file, append) = if self.verbose {
+            ("stdio,id=console,signal=off", "logfile", "logappend")
+        } else {
+            ("file,id=console", "path", "append")
+        };
+        options.add(
+            "-chardev",
+            format!("{backend},{file}={},{append}=on", console.display()),
+        );
+        options.add("-serial", "chardev:console");
+        options.add("-chardev", format!("socket,id=qmp,fd={QMP_FD}"));
+        options.add("-mon", "chardev=qmp,mode=control");
+        options.add("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
+        options.add("-device", format!("virtio-serial-{}", self.bus()));
+        options.add(
+            "-device",
+            format!("virtserialport,chardev=agent,name={PORT}"),
+        );
+    }
+
+    fn add_devices(&self, options: &mut Options, daemon: Option<&Path>) {
+        options.add("-object", "iothread,id=iothread0");
+        if let Some(socket) = daemon {
+            options.add(
+                "-chardev",
+                format!("socket,id=balloon,path={}", socket.display()),
+            );
+        }
+        for device in &self.devices {
+            options.add("-device", device);
+        }
+        if let Some(balloon) = self.balloon_device(daemon.is_some()) {
+            options.add("-device", balloon);
+        }
+    }
+
+    /// What the names of the machine's virtio devices end with.
+    fn bus(&self) -> &'static str {
+        match self.machine {
+            Machine::Q35 | Machine::I440fx | Machine::Virt => "pci",
+            Machine::Microvm => "device",
+        }
+    }
+
+    fn balloon_device(&self, has_daemon: bool) -> Option<String> {
+        if let Balloon::Other(device) = &self.balloon {
+            return device.clone();
+        }
+        let bus = self.bus();
+        if has_daemon {
+            return Some(vhost_user_balloon(bus, "balloon", &self.device.properties()).to_string());
+        }
+        let properties = self.offers.iter().map(|offer| offer.property());
+        Some(
+            std::iter::once(format!(
+                "virtio-balloon-{bus},id=balloon0,iothread=iothread0"
+            ))
+            .chain(properties.map(str::to_owned))
+            .collect::<Vec<_>>()
+            .join(","),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Artifacts;
+    use crate::device::{Device, Offer};
+    use crate::machine::Kernel;
+
+    fn config() -> Config {
+        config_for(Kernel::Test)
+    }
+
+    fn config_for(kernel: Kernel) -> Config {
+        let artifacts = Artifacts {
+            kernel,
+            image: "k".into(),
+            qemu: "q".into(),
+            initramfs: "i".into(),
+            tools: "t".into(),
+            logs: "/logs".into(),
+            coverage: None,
+        };
+        Config::new(&artifacts, "name").accel(Accel::Tcg)
+    }
+
+    #[test]
+    fn defaults_are_a_pc_with_a_balloon() {
+        let line = config().command_line(None).join(" ");
+        assert!(
+            line.contains("-machine q35,accel=tcg -cpu max -smp 2,sockets=1 -m 1073741824B"),
+            "{line}"
+        );
+        assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
+        assert!(line.contains("path=/logs/name/console.log"), "{line}");
+    }
+
+    #[test]
+    fn a_microvm_has_no_pci() {
+        let line = config()
+            .machine(Machine::Microvm)
+            .command_line(None)
+            .join(" ");
+        assert!(line.contains("-device virtio-balloon-device"), "{line}");
+        assert!(!line.contains("pci"), "{line}");
+    }
+
+    #[test]
+    fn another_architecture_is_translated() {
+        let line = config_for(Kernel::Arm64)
+            .accel(Accel::Kvm)
+            .command_line(None)
+            .join(" ");
+        assert!(line.contains("-machine virt,accel=tcg "), "{line}");
+        assert!(line.contains("console=ttyAMA0"), "{line}");
+        assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
+    }
+
+    #[test]
+    fn offers_are_properties() {
+        let line = config()
+            .offer(&[Offer::FreePageHint, Offer::PagePoison])
+            .command_line(None)
+            .join(" ");
+        let device =
+            "virtio-balloon-pci,id=balloon0,iothread=iothread0,free-page-hint=on,page-poison=on";
+        assert!(line.contains(device), "{line}");
+    }
+
+    #[test]
+    fn a_daemon_shares_the_memory() {
+        let line = config()
+            .device(Device::Extended)
+            .command_line(Some(Path::new("/s")))
+            .join(" ");
+        for part in [
+            "share=on",
+            "path=/s",
+            r#""chardev":"balloon""#,
+            r#""num_vqs":6"#,
+            r#""config_size":24"#,
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+        assert!(!line.contains("-device virtio-balloon"), "{line}");
+    }
+
+    #[test]
+    fn memory_comes_from_its_backend() {
+        let line = config()
+            .backend(MemoryBackend::Hugetlb)
+            .command_line(None)
+            .join(" ");
+        assert!(line.contains("accel=tcg,memory-backend=memory"), "{line}");
+        assert!(
+            line.contains(
+                "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,id=memory,size=1073741824,share=on"
+            ),
+            "{line}"
+        );
+        let line = config()
+            .memory_file(Path::new("/m"))
+            .command_line(None)
+            .join(" ");
+        assert!(line.contains("memory-backend-file,mem-path=/m,"), "{line}");
+    }
+
+    #[test]
+    fn nodes_share_the_memory() {
+        let line = config().nodes(2).command_line(None).join(" ");
+        for part in [
+            "memory-backend-ram,id=memory1,size=536870912",
+            "node,nodeid=1,cpus=1-1,memdev=memory1",
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_balloon_can_be_left_out() {
+        let line = config().balloon(None).command_line(None).join(" ");
+        assert!(!line.contains("virtio-balloon-pci"), "{line}");
+    }
+}

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The memory of a guest, as its kernel counts it.
+
+use anyhow::{Context, Result};
+
+use super::Guest;
+use crate::size::Size;
+
+/// The guest's own view of its memory, from /proc/meminfo.
+#[derive(Clone, Copy, Debug)]
+pub struct Meminfo {
+    /// All that the kernel manages.
+    pub total: Size,
+    /// What is not used at all, without what is on the processors' own lists.
+    pub free: Size,
+    /// What can be had without swapping.
+    pub available: Size,
+    /// What is in balloons.
+    pub balloon: Size,
+}
+
+impl Guest {
+    /// The guest's own view of its memory.
+    pub fn meminfo(&self) -> Result<Meminfo> {
+        self.fold_counters()?;
+        let text = self.read_file("/proc/meminfo")?;
+        let field = |name: &str| -> Result<Size> {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let kib = line.and_then(|line| line.split_whitespace().next());
+            Ok(Size::kib(
+                kib.with_context(|| format!("/proc/meminfo has no {name}"))?
+                    .parse()?,
+            ))
+        };
+        Ok(Meminfo {
+            total: field("MemTotal")?,
+            free: field("MemFree")?,
+            available: field("MemAvailable")?,
+            balloon: field("Balloon")?,
+        })
+    }
+
+    /// What is not used at all, with what is on the processors' own lists, which MemFree leaves out. Both from
+    /// one file: the lists may be emptied at any moment.
+    pub fn free(&self) -> Result<Size> {
+        self.fold_counters()?;
+        let zones = self.read_file("/proc/zoneinfo")?;
+        zones
+            .lines()
+            .filter_map(|line| {
+                let line = line.trim_start();
+                line.strip_prefix("pages free")
+                    .or_else(|| line.strip_prefix("count:"))
+            })
+            .map(|pages| Ok(self.page_size() * pages.trim().parse()?))
+            .sum()
+    }
+
+    /// A counter of /proc/vmstat, such as `nr_balloon_pages`.
+    pub fn vmstat(&self, name: &str) -> Result<u64> {
+        self.fold_counters()?;
+        let text = self.read_file("/proc/vmstat")?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line
+            .with_context(|| format!("/proc/vmstat has no {name}"))?
+            .parse()?)
+    }
+
+    /// How much of a NUMA node's memory is in balloons.
+    pub fn node_balloon(&self, node: u32) -> Result<Size> {
+        self.fold_counters()?;
+        let text = self.read_file(&format!("/sys/devices/system/node/node{node}/vmstat"))?;
+        let pages = text
+            .lines()
+            .find_map(|line| line.strip_prefix("nr_balloon_pages "))
+            .context("the node does not count the pages in balloons")?;
+        Ok(self.page_size() * pages.parse()?)
+    }
+
+    /// Has each processor hand in what it has counted for itself, so that sums are exact.
+    fn fold_counters(&self) -> Result<()> {
+        self.write_file("/proc/sys/vm/stat_refresh", "1")
+    }
+}

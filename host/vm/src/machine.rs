@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a guest runs on: its kernel, architecture and board.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use crate::size::Size;
+
+/// The guests' kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// As fast as a distribution's.
+    Test,
+    /// Finds what the other one survives, and is many times slower.
+    Debug,
+    /// Debian's own, with the module from the package.
+    Debian,
+    /// Finds accesses to memory that race with each other.
+    Kcsan,
+    /// Measures for how long interrupts, or preemption, are off.
+    Latency,
+    /// The test kernel for arm64.
+    Arm64,
+    /// The same with pages of 64 KiB.
+    Arm64LargePages,
+}
+
+impl Kernel {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Test,
+        Self::Debug,
+        Self::Debian,
+        Self::Kcsan,
+        Self::Latency,
+        Self::Arm64,
+        Self::Arm64LargePages,
+    ];
+
+    /// What it runs on.
+    pub fn architecture(self) -> Architecture {
+        match self {
+            Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => {
+                Architecture::X86_64
+            }
+            Self::Arm64 | Self::Arm64LargePages => Architecture::Arm64,
+        }
+    }
+
+    /// The size of its pages.
+    pub fn page_size(self) -> Size {
+        match self {
+            Self::Arm64LargePages => Size::kib(64),
+            _ => Size::kib(4),
+        }
+    }
+
+    /// Whether it looks for faults, which takes many times as long as to do without.
+    pub fn is_slow(self) -> bool {
+        match self {
+            Self::Test | Self::Debian | Self::Latency | Self::Arm64 | Self::Arm64LargePages => {
+                false
+            }
+            Self::Debug | Self::Kcsan => true,
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Test => "test",
+            Self::Debug => "debug",
+            Self::Debian => "debian",
+            Self::Kcsan => "kcsan",
+            Self::Latency => "latency",
+            Self::Arm64 => "arm64",
+            Self::Arm64LargePages => "arm64-64k",
+        })
+    }
+}
+
+/// What a kernel runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// What the host is, too.
+    X86_64,
+    /// What QEMU has to translate.
+    Arm64,
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+impl Accel {
+    /// KVM where the processor says that it can; /dev/kvm alone may exist and still not run a
+    /// kernel.
+    pub fn detect() -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let virtualises = cpuinfo
+            .lines()
+            .filter(|line| line.starts_with("flags"))
+            .flat_map(str::split_whitespace)
+            .any(|flag| flag == "vmx" || flag == "svm");
+        if virtualises && Path::new("/dev/kvm").exists() {
+            Self::Kvm
+        } else {
+            Self::Tcg
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// The board.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// A PC with PCI Express.
+    Q35,
+    /// An older PC, with PCI. Only there does QEMU's firmware switch ACPI on again after a sleep, without
+    /// which the guest can neither sleep again nor switch itself off. It has one processor: under emulation
+    /// another one does not always come up again after a sleep.
+    I440fx,
+    /// A machine without PCI, whose virtio devices, the balloon too, are on virtio-mmio.
+    Microvm,
+    /// QEMU's own board for arm64, with PCI Express and without ACPI.
+    Virt,
+}
+
+/// What holds the guest's memory in the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryBackend {
+    /// Private anonymous memory, or a shared memory file if the balloon is a vhost-user device.
+    Anonymous,
+    /// A shared memory file, as a vhost-user device needs it.
+    Memfd,
+    /// A shared memory file of huge pages of 2 MiB.
+    Hugetlb,
+}
