@@ -15,8 +15,8 @@ use sha2::{Digest, Sha256};
 
 use crate::kernel::{lock, package_version};
 use crate::places::Places;
+use crate::platform::Platform;
 use crate::progress::Phase;
-use crate::setup::Platform;
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
 

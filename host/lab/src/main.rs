@@ -27,6 +27,7 @@ mod kernel;
 mod kunit;
 mod module;
 mod places;
+mod platform;
 mod progress;
 mod report;
 mod setup;

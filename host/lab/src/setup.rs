@@ -10,17 +10,8 @@ use vm::{Architecture, Artifacts, Coverage, Driver, Kernel};
 
 use crate::kernel::Tree;
 use crate::places::Places;
+use crate::platform::Platform;
 use crate::{arm64, debian, initramfs, kernel, module};
-
-/// What else a guest takes that is of its kernel's architecture.
-pub(crate) struct Platform {
-    /// QEMU's program.
-    pub(crate) qemu: PathBuf,
-    /// The agent.
-    pub(crate) agent: PathBuf,
-    /// The busybox.
-    pub(crate) shell: PathBuf,
-}
 
 /// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
@@ -67,11 +58,7 @@ fn artifacts(
     // guest/lab has put them all there.
     let tools = env::current_exe()?.with_file_name("");
     let platform = match kernel.architecture() {
-        Architecture::X86_64 => Platform {
-            qemu: "qemu-system-x86_64".into(),
-            agent: tools.join("agent"),
-            shell: "/usr/bin/busybox".into(),
-        },
+        Architecture::X86_64 => Platform::of_build_root(&tools),
         Architecture::Arm64 => arm64::prepare(places, &tools)?,
     };
     let initramfs = match coverage {
