@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use vm::{Device, Driver, Exit, Guest, Load, Size};
 
-use crate::observability::{show, value};
+use crate::debugfs::{show, value};
 use crate::sizes::{check_free, check_size};
 use crate::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,

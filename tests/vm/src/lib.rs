@@ -31,6 +31,7 @@ mod compaction;
 mod configuration;
 mod costs;
 mod daemon_killed;
+mod debugfs;
 mod faults;
 mod floor;
 mod guest_memory;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Guest, Size};
 
+use crate::debugfs::{show, value};
 use crate::lifecycle::device;
 use crate::unused::{ask, unused};
 use crate::{
@@ -199,22 +200,6 @@ fn threads(guest: &Guest) -> Result<usize> {
             .is_some_and(|pool| pool.starts_with(|c: char| c == 'u' || c.is_ascii_digit()))
     };
     Ok(names.lines().filter(|name| !is_shared(name)).count())
-}
-
-/// One of the driver's files in debugfs.
-pub(crate) fn show(guest: &Guest, name: &str) -> Result<String> {
-    guest.sh(&format!(
-        "cat /sys/kernel/debug/virtio_balloon_rs-virtio*/{name}"
-    ))
-}
-
-/// The number that stands after `name`, in words that are `name number`.
-pub(crate) fn value(text: &str, name: &str) -> Result<u64> {
-    let mut words = text.split_whitespace().skip_while(|word| *word != name);
-    let value = words
-        .nth(1)
-        .with_context(|| format!("{name} is not in {text}"))?;
-    Ok(value.parse()?)
 }
 
 /// The sum of `field` in all `events` called `name`.

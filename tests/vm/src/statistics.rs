@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, ensure};
 use vm::{Guest, Load, Sample, Size};
 
+use crate::debugfs::show;
 use crate::lifecycle::device;
-use crate::observability::show;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::sizes::check_size;
 use crate::{

@@ -11,7 +11,7 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 use vm::{Driver, Guest, Kernel, Load, Size, WriteLog};
 
-use crate::observability::show;
+use crate::debugfs::show;
 use crate::{
     ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };

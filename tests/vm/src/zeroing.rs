@@ -11,8 +11,8 @@ use balloon_control::{Begun, Progress, Request, RequestStatus};
 use vm::{Config, Device, Guest, Load, Offer, Size};
 
 use crate::compaction::{fullest_block, write};
+use crate::debugfs::{show, value};
 use crate::hinting::check_all_back;
-use crate::observability::{show, value};
 use crate::reporting::wait_until_taken;
 use crate::sizes::{agree, check_size};
 use crate::{
