@@ -19,6 +19,7 @@ use vhost_user_balloon::queue::{Kind, MAX_QUEUES};
 use virtio_bindings::bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
 
 use crate::device::{Device, Transport, any_field};
+use crate::mood::{Act, Mood};
 use crate::plan::End;
 use crate::ring::{Buffer, Ring};
 
@@ -34,93 +35,6 @@ const FLOOD: u32 = 64;
 /// Which field of the configuration space is the target, and which one the command id of free page hinting.
 const TARGET: usize = 0;
 const HINTS: usize = 2;
-
-/// How the device feels about its driver for a while.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mood {
-    /// It answers.
-    WellBehaved,
-    /// It does what a driver has to put up with.
-    Careless,
-    /// It does what no device may do. Some of it ends a queue for good.
-    Cruel,
-}
-
-/// Something that the device does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Act {
-    /// Uses all buffers of a queue, in order and with the right lengths.
-    Use,
-    /// Uses one of them, which is not the first one to come.
-    UseAny,
-    /// Uses some with lengths that cannot be.
-    UseWithAnyLength,
-    /// Uses a buffer that it does not have.
-    UseStranger,
-    /// Uses a buffer once more.
-    UseTwice,
-    /// Moves the used ring's index.
-    MoveIndex,
-    /// Interrupts for nothing.
-    Interrupt,
-    /// Interrupts for nothing, and says that nothing has changed in the configuration space, many times.
-    Storm,
-    /// Has the driver notify it of nothing, or of everything.
-    Mute,
-    /// Writes to rings that are the driver's.
-    Scribble,
-    /// Writes to the memory that it was given, before it uses the buffers.
-    Overwrite,
-    /// Wants another balloon.
-    Target,
-    /// Changes the command id of free page hinting.
-    Hints,
-    /// Changes any field, and may say so.
-    Field,
-    /// Changes all fields with every read, or does so no more.
-    Wild,
-    /// Makes a request that makes sense.
-    Ask,
-    /// Makes a request of random bytes.
-    AskAnything,
-    /// Makes as many requests as there are buffers for.
-    AskMuch,
-    /// Does nothing.
-    Pause,
-    /// Begins a queue anew that the driver goes on with.
-    ResetQueue,
-    /// Says that it needs to be reset, and goes on.
-    NeedReset,
-}
-
-/// How often an act comes in each mood. Those of a whole PCI device alone are the last ones, so that the others' seeds
-/// stay what they are.
-const ACTS: [(Act, [u32; 3]); 21] = [
-    (Act::Use, [40, 20, 10]),
-    (Act::UseAny, [0, 20, 10]),
-    (Act::UseWithAnyLength, [0, 10, 10]),
-    (Act::UseStranger, [0, 0, 1]),
-    (Act::UseTwice, [0, 0, 1]),
-    (Act::MoveIndex, [0, 0, 1]),
-    (Act::Interrupt, [0, 10, 10]),
-    (Act::Storm, [0, 2, 4]),
-    (Act::Mute, [0, 0, 2]),
-    (Act::Scribble, [0, 0, 1]),
-    (Act::Overwrite, [2, 10, 10]),
-    (Act::Target, [6, 10, 10]),
-    (Act::Hints, [2, 6, 6]),
-    (Act::Field, [0, 4, 6]),
-    (Act::Wild, [0, 0, 4]),
-    (Act::Ask, [4, 10, 6]),
-    (Act::AskAnything, [0, 6, 6]),
-    (Act::AskMuch, [0, 2, 4]),
-    (Act::Pause, [10, 20, 20]),
-    (Act::ResetQueue, [0, 0, 1]),
-    (Act::NeedReset, [0, 0, 1]),
-];
-
-/// How many of them are for every device.
-const ACTS_FOR_ALL: usize = 19;
 
 /// What acts.
 pub(crate) struct Actor<'a> {
@@ -258,20 +172,9 @@ impl<'a> Actor<'a> {
     }
 
     fn step(&mut self, mood: Mood) {
-        let acts = if self.transport.is_pci() {
-            &ACTS[..]
-        } else {
-            &ACTS[..ACTS_FOR_ALL]
-        };
-        let weight = |(_, weights): &(Act, [u32; 3])| weights[mood as usize];
-        let mut place = self.random.u32(..acts.iter().map(weight).sum::<u32>());
-        let chosen = acts.iter().find(|act| {
-            let found = place < weight(act);
-            place = place.saturating_sub(weight(act));
-            found
-        });
-        let Some((act, _)) = chosen else { return };
-        self.perform(*act);
+        let is_pci = self.transport.is_pci();
+        let act = Act::choose(mood, is_pci, &mut self.random);
+        self.perform(act);
         // Some come so fast that the driver sees several at once.
         if self.random.bool() {
             thread::sleep(Duration::from_millis(self.random.u64(..4)));
@@ -282,34 +185,6 @@ impl<'a> Actor<'a> {
         let queue = self.random.usize(..MAX_QUEUES);
         match act {
             Act::Use => (0..MAX_QUEUES).for_each(|queue| self.use_all(queue)),
-            Act::UseAny => self.on(queue, act, |ring, random| {
-                ring.take();
-                let held = ring.memo.held.len();
-                if held > 0 {
-                    let buffer = ring.memo.held.swap_remove(random.usize(..held));
-                    ring.put(buffer.id, 0);
-                }
-            }),
-            Act::UseWithAnyLength => self.on(queue, act, |ring, random| {
-                ring.take();
-                for buffer in std::mem::take(&mut ring.memo.held) {
-                    ring.put(buffer.id, any_length(random));
-                }
-            }),
-            Act::UseStranger => self.on(queue, act, |ring, random| {
-                let ids = [u32::from(ring.size()), u32::MAX, random.u32(..1024)];
-                ring.put_stranger(ids[random.usize(..ids.len())], 0);
-            }),
-            Act::UseTwice => self.on(queue, act, |ring, random| {
-                if let Some(id) = ring.memo.before {
-                    ring.put_stranger(id, any_length(random));
-                }
-            }),
-            Act::MoveIndex => self.on(queue, act, |ring, random| {
-                let steps = [1, 2, ring.size(), u16::MAX, random.u16(..)];
-                ring.skip(steps[random.usize(..steps.len())]);
-            }),
-            Act::Interrupt => self.on(queue, act, |_, _| {}),
             Act::Storm => {
                 for _ in 0..self.random.u32(..FLOOD) {
                     (0..MAX_QUEUES).for_each(|queue| self.interrupt(queue));
@@ -317,29 +192,9 @@ impl<'a> Actor<'a> {
                 }
                 info!("{act:?}");
             }
-            Act::Mute => self.on(queue, act, |ring, random| {
-                let flags =
-                    u16::from(random.bool()) * u16::try_from(VRING_USED_F_NO_NOTIFY).unwrap_or(0);
-                ring.mute(flags, random.u16(..));
-            }),
-            Act::Scribble => self.on(queue, act, |ring, random| {
-                ring.scribble(random);
-            }),
             Act::Overwrite => self.overwrite(queue),
             Act::Target => self.set(TARGET),
-            Act::Hints => {
-                let (hint, random) = (self.hint, &mut self.random);
-                self.hint = match random.u8(..6) {
-                    0 => VIRTIO_BALLOON_CMD_ID_STOP,
-                    1 => VIRTIO_BALLOON_CMD_ID_DONE,
-                    2 => hint.wrapping_sub(1),
-                    3 => random.u32(..),
-                    _ => hint.wrapping_add(1),
-                };
-                info!("hints with the id {}", self.hint);
-                self.device.config().fields[HINTS] = self.hint;
-                self.changed();
-            }
+            Act::Hints => self.change_hint(),
             Act::Field => {
                 let field = self.random.usize(..self.device.config().fields.len());
                 self.set(field);
@@ -354,12 +209,37 @@ impl<'a> Actor<'a> {
             Act::AskAnything => self.ask(1, Self::anything),
             Act::AskMuch => self.ask(FLOOD, Self::request),
             Act::Pause => thread::sleep(Duration::from_millis(self.random.u64(..20))),
-            Act::ResetQueue => self.on(queue, act, |ring, _| ring.begin_anew()),
             Act::NeedReset => {
                 info!("{act:?}");
                 self.transport.need_reset();
             }
+            Act::UseAny
+            | Act::UseWithAnyLength
+            | Act::UseStranger
+            | Act::UseTwice
+            | Act::MoveIndex
+            | Act::Interrupt
+            | Act::Mute
+            | Act::Scribble
+            | Act::ResetQueue => {
+                self.on(queue, act, |ring, random| disturb(ring, act, random));
+            }
         }
+    }
+
+    /// Goes on to another command id of free page hinting.
+    fn change_hint(&mut self) {
+        let (hint, random) = (self.hint, &mut self.random);
+        self.hint = match random.u8(..6) {
+            0 => VIRTIO_BALLOON_CMD_ID_STOP,
+            1 => VIRTIO_BALLOON_CMD_ID_DONE,
+            2 => hint.wrapping_sub(1),
+            3 => random.u32(..),
+            _ => hint.wrapping_add(1),
+        };
+        info!("hints with the id {}", self.hint);
+        self.device.config().fields[HINTS] = self.hint;
+        self.changed();
     }
 
     /// Does something to a queue, if it is ready, and interrupts nearly always.
@@ -517,6 +397,48 @@ impl<'a> Actor<'a> {
             self.random.fill(part);
         }
         bytes
+    }
+}
+
+/// Does an act that is about one ring.
+fn disturb(ring: &mut Ring<'_>, act: Act, random: &mut Rng) {
+    match act {
+        Act::UseAny => {
+            ring.take();
+            let held = ring.memo.held.len();
+            if held > 0 {
+                let buffer = ring.memo.held.swap_remove(random.usize(..held));
+                ring.put(buffer.id, 0);
+            }
+        }
+        Act::UseWithAnyLength => {
+            ring.take();
+            for buffer in std::mem::take(&mut ring.memo.held) {
+                ring.put(buffer.id, any_length(random));
+            }
+        }
+        Act::UseStranger => {
+            let ids = [u32::from(ring.size()), u32::MAX, random.u32(..1024)];
+            ring.put_stranger(ids[random.usize(..ids.len())], 0);
+        }
+        Act::UseTwice => {
+            if let Some(id) = ring.memo.before {
+                ring.put_stranger(id, any_length(random));
+            }
+        }
+        Act::MoveIndex => {
+            let steps = [1, 2, ring.size(), u16::MAX, random.u16(..)];
+            ring.skip(steps[random.usize(..steps.len())]);
+        }
+        Act::Mute => {
+            let flags =
+                u16::from(random.bool()) * u16::try_from(VRING_USED_F_NO_NOTIFY).unwrap_or(0);
+            ring.mute(flags, random.u16(..));
+        }
+        Act::Scribble => ring.scribble(random),
+        Act::ResetQueue => ring.begin_anew(),
+        // The interrupt alone, which comes after every disturbance.
+        _ => {}
     }
 }
 

@@ -22,7 +22,9 @@ use vhost_user_balloon::features::Feature;
 
 mod acts;
 mod device;
+mod mood;
 mod pci;
+mod pci_space;
 mod plan;
 mod relay;
 mod ring;
