@@ -156,37 +156,13 @@ impl<'a> PageSet<'a> {
         if flags & !VIRTIO_BALLOON_PAGE_SET_MORE != 0 {
             return Err(Error::Reserved);
         }
-        let words = payload.chunks_exact(WORD);
-        if !words.remainder().is_empty() {
-            return Err(Error::Truncated);
-        }
-        let (encoding, payload) = match u32::from(encoding) {
-            VIRTIO_BALLOON_PAGE_SET_RANGES if first_pfn == 0 => {
-                (Encoding::Ranges, Payload::Ranges(words))
-            }
-            VIRTIO_BALLOON_PAGE_SET_RANGES => return Err(Error::Reserved),
-            VIRTIO_BALLOON_PAGE_SET_BITMAP if first_pfn < end => (
-                Encoding::Bitmap,
-                Payload::Bitmap(Bits::new(first_pfn, words)),
-            ),
-            VIRTIO_BALLOON_PAGE_SET_BITMAP => return Err(Error::Overflow),
-            _ => return Err(Error::Encoding(encoding)),
-        };
+        let (encoding, payload) = parse_payload(encoding, payload, first_pfn, end)?;
         let ranges = RawRanges {
             payload,
             least: 0,
             end,
         };
-
-        let named = ranges.clone().try_fold(0, |sum, range| {
-            range.map(|range| sum + (range.end - range.start))
-        })?;
-        if named != count {
-            return Err(Error::Count { said: count, named });
-        }
-        if named == 0 {
-            return Err(Error::Empty);
-        }
+        ranges.check_count(count)?;
         Ok(Self {
             command,
             page_shift,
@@ -214,6 +190,31 @@ pub(crate) fn field<const N: usize>(structure: &[u8], offset: usize) -> [u8; N] 
         .unwrap_or([0; N])
 }
 
+/// Reads how pages up to `end` are encoded.
+fn parse_payload(
+    encoding: u8,
+    payload: &[u8],
+    first_pfn: u64,
+    end: u64,
+) -> Result<(Encoding, Payload<'_>), Error> {
+    let words = payload.chunks_exact(WORD);
+    if !words.remainder().is_empty() {
+        return Err(Error::Truncated);
+    }
+    match u32::from(encoding) {
+        VIRTIO_BALLOON_PAGE_SET_RANGES if first_pfn == 0 => {
+            Ok((Encoding::Ranges, Payload::Ranges(words)))
+        }
+        VIRTIO_BALLOON_PAGE_SET_RANGES => Err(Error::Reserved),
+        VIRTIO_BALLOON_PAGE_SET_BITMAP if first_pfn < end => {
+            let bits = Bits::new(first_pfn, words);
+            Ok((Encoding::Bitmap, Payload::Bitmap(bits)))
+        }
+        VIRTIO_BALLOON_PAGE_SET_BITMAP => Err(Error::Overflow),
+        _ => Err(Error::Encoding(encoding)),
+    }
+}
+
 /// The next word of a payload.
 fn next_word(words: &mut ChunksExact<'_, u8>) -> Option<u64> {
     let bytes = words.next()?.first_chunk()?;
@@ -228,6 +229,22 @@ struct RawRanges<'a> {
     least: u64,
     /// Where the last one may end.
     end: u64,
+}
+
+impl RawRanges<'_> {
+    /// Checks all ranges, and that they have the number of pages that the header says.
+    fn check_count(&self, said: u64) -> Result<(), Error> {
+        let named = self.clone().try_fold(0, |sum, range| {
+            range.map(|range| sum + (range.end - range.start))
+        })?;
+        if named != said {
+            return Err(Error::Count { said, named });
+        }
+        if named == 0 {
+            return Err(Error::Empty);
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Debug)]
