@@ -103,7 +103,14 @@ pub(crate) fn run(wanted: Wanted<'_>, guests: Guests) -> Result<bool> {
         for _ in 0..lanes {
             scope.spawn(|| work(&jobs));
         }
-        prepare(&places, wanted, guests, &report, sender)
+        let preparation = Preparation {
+            places: &places,
+            wanted,
+            guests,
+            report: &report,
+            jobs: sender,
+        };
+        preparation.run()
     })?;
     Ok(report.conclude())
 }
@@ -124,45 +131,58 @@ fn work(jobs: &Mutex<Receiver<Job<'_>>>) {
     }
 }
 
-/// Builds what the wanted tests need, and sends each of them as soon as that is there. What needs no guest is tested while
-/// the first kernel is built.
-fn prepare<'scope>(
+/// The builds, and the tests that they are for.
+struct Preparation<'scope, 'wanted> {
     places: &'scope Places,
-    wanted: Wanted<'_>,
+    wanted: Wanted<'wanted>,
     guests: Guests,
     report: &'scope Report,
-    sender: Sender<Job<'scope>>,
-) -> Result<()> {
-    let Wanted {
-        kernel, only, long, ..
-    } = wanted;
-    let send = move |job: Job<'scope>| {
-        let sent = sender.send(job);
+    jobs: Sender<Job<'scope>>,
+}
+
+impl<'scope> Preparation<'scope, '_> {
+    /// Builds what the wanted tests need, and sends each of them as soon as that is there. What needs no guest is tested
+    /// while the first kernel is built.
+    fn run(self) -> Result<()> {
+        let Wanted {
+            kernel, only, long, ..
+        } = self.wanted;
+        if only.is_none_or(|only| only == "host") {
+            self.send_host_tests()?;
+        }
+        if only.map_or(long && kernel.is_none(), |only| only == "in-tree") {
+            let result = in_tree::run(self.places, self.guests.accel(), self.report);
+            self.report.add(
+                "the driver in a kernel's source",
+                None,
+                &outcome(result),
+                &[],
+            );
+        }
+        Kernel::ALL
+            .into_iter()
+            .try_for_each(|this| self.prepare(this))
+    }
+
+    fn send(&self, job: impl FnOnce() + Send + 'scope) -> Result<()> {
+        let sent = self.jobs.send(Box::new(job));
         sent.map_err(|_| anyhow!("no thread is left that runs tests"))
-    };
-    let outcome = |result: Result<()>| match result {
-        Ok(()) => Outcome::Passed,
-        Err(error) => Outcome::Failed(format!("{error:#}")),
-    };
-    if only.is_none_or(|only| only == "host") {
-        send(Box::new(move || {
+    }
+
+    fn send_host_tests(&self) -> Result<()> {
+        let (places, report) = (self.places, self.report);
+        self.send(move || {
             let result = host_tests::run(places, report);
             let result = result.and_then(|()| fuzz::fuzz(places, None, FUZZ_SECONDS, report));
             if result.is_err() {
                 report.add("host", None, &outcome(result), &[]);
             }
-        }))?;
+        })
     }
-    if only.map_or(long && kernel.is_none(), |only| only == "in-tree") {
-        let result = in_tree::run(places, guests.accel(), report);
-        report.add(
-            "the driver in a kernel's source",
-            None,
-            &outcome(result),
-            &[],
-        );
-    }
-    for this in Kernel::ALL {
+
+    /// Builds a kernel with its modules, and sends the tests that run in it.
+    fn prepare(&self, this: Kernel) -> Result<()> {
+        let (wanted, guests, report) = (self.wanted, self.guests, self.report);
         let is_debian = this == Kernel::Debian;
         let scenarios: Vec<_> = SCENARIOS
             .iter()
@@ -171,15 +191,15 @@ fn prepare<'scope>(
             .filter(|scenario| is_wanted(scenario, this, wanted))
             .collect();
         let with_kunit = is_kunit_wanted(this, wanted);
-        let with_packages = is_debian && only == Some("packages");
+        let with_packages = is_debian && wanted.only == Some("packages");
         if scenarios.is_empty() && !with_kunit && !with_packages {
-            continue;
+            return Ok(());
         }
-        let artifacts = match setup::prepare(places, this) {
+        let artifacts = match setup::prepare(self.places, this) {
             Ok(artifacts) => Arc::new(artifacts),
             Err(error) => {
                 report.add(&prepared(this), None, &outcome(Err(error)), &[]);
-                continue;
+                return Ok(());
             }
         };
         if is_debian {
@@ -188,31 +208,23 @@ fn prepare<'scope>(
         }
         if with_kunit {
             let artifacts = Arc::clone(&artifacts);
-            send(Box::new(move || {
-                kunit::run_in(this, &artifacts, guests, report);
-            }))?;
+            self.send(move || kunit::run_in(this, &artifacts, guests, report))?;
         }
-        // Whether memory is zeroed on allocation, as Debian's kernel does it by default.
-        let zeroing: &[bool] = if is_debian { &[false, true] } else { &[false] };
         for scenario in scenarios {
-            let devices = wanted.device.as_ref().map(slice::from_ref);
-            let own = match this {
-                // What one device shows of the driver is enough for the run that developers wait for.
-                Kernel::Debug if kernel.is_none() && !long => &scenario.devices[..1],
-                _ => devices_of(scenario),
-            };
-            for &device in devices.unwrap_or(own) {
-                for &zeroing in zeroing {
-                    let variant = (this, wanted.driver, device, zeroing);
-                    let artifacts = Arc::clone(&artifacts);
-                    send(Box::new(move || {
-                        run_scenario(scenario, variant, &artifacts, guests, report);
-                    }))?;
-                }
+            for &variant in &variants(scenario, this, wanted) {
+                let artifacts = Arc::clone(&artifacts);
+                self.send(move || run_scenario(scenario, variant, &artifacts, guests, report))?;
             }
         }
+        Ok(())
     }
-    Ok(())
+}
+
+fn outcome(result: Result<()>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
 }
 
 /// What it is that makes the guests of a kernel ready.
@@ -251,6 +263,29 @@ fn is_kunit_wanted(this: Kernel, wanted: Wanted<'_>) -> bool {
         && only.is_none_or(|only| only == "kunit")
 }
 
+/// What a scenario runs with: the kernel, the driver, the device, and whether the kernel zeroes memory on allocation.
+type Variant = (Kernel, Driver, Device, bool);
+
+/// The wanted variants of a scenario in one kernel.
+fn variants(scenario: &Scenario, this: Kernel, wanted: Wanted<'_>) -> Vec<Variant> {
+    let devices = wanted.device.as_ref().map(slice::from_ref);
+    let own = match this {
+        // What one device shows of the driver is enough for the run that developers wait for.
+        Kernel::Debug if wanted.kernel.is_none() && !wanted.long => &scenario.devices[..1],
+        _ => devices_of(scenario),
+    };
+    // Debian's kernel zeroes memory by default.
+    let zeroing: &[bool] = match this {
+        Kernel::Debian => &[false, true],
+        _ => &[false],
+    };
+    let devices = devices.unwrap_or(own).iter();
+    devices
+        .flat_map(|&device| zeroing.iter().map(move |&zeroing| (device, zeroing)))
+        .map(|(device, zeroing)| (this, wanted.driver, device, zeroing))
+        .collect()
+}
+
 /// The devices that a scenario runs on if none is asked for.
 pub(crate) fn devices_of(scenario: &Scenario) -> &'static [Device] {
     match scenario.devices {
@@ -267,7 +302,7 @@ pub(crate) fn takes_long(scenario: &Scenario) -> bool {
 /// Runs a scenario in one variant.
 pub(crate) fn run_scenario(
     scenario: &Scenario,
-    (kernel, driver, device, zeroing): (Kernel, Driver, Device, bool),
+    (kernel, driver, device, zeroing): Variant,
     artifacts: &Artifacts,
     guests: Guests,
     report: &Report,

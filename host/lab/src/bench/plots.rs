@@ -340,23 +340,32 @@ impl Plot {
                     (left, place + SINK),
                     label.clone(),
                 ))?;
-                let dots = row.samples.values().iter();
-                chart.draw_series(
-                    dots.map(|&x| Circle::new((x, y), 5, row.colour.mix(0.45).filled())),
-                )?;
-                let (median, max) = (row.samples.median(), row.samples.max());
-                let bar = |from: f64, to: f64| {
-                    PathElement::new([(median, from), (median, to)], row.colour.stroke_width(3))
-                };
-                chart.draw_series([bar(y - 0.32, y + 0.32)])?;
-                let text = self.unit.text(median);
+                chart.draw_series(dots(row, y))?;
+                chart.draw_series([median_bar(row, y)])?;
+                let text = self.unit.text(row.samples.median());
                 let text = Text::new(text, (10, SINK), value.clone());
-                chart.draw_series([EmptyElement::at((max, y)) + text])?;
+                chart.draw_series([EmptyElement::at((row.samples.max(), y)) + text])?;
                 y += 1.0;
             }
         }
         area.present()
     }
+}
+
+/// A dot for each sample of a row at height `y`.
+fn dots(row: &Row, y: f64) -> impl Iterator<Item = Circle<(f64, f64), i32>> {
+    let style = row.colour.mix(0.45).filled();
+    row.samples
+        .values()
+        .iter()
+        .map(move |&x| Circle::new((x, y), 5, style))
+}
+
+/// A bar at the median of a row at height `y`.
+fn median_bar(row: &Row, y: f64) -> PathElement<(f64, f64)> {
+    let median = row.samples.median();
+    let ends = [(median, y - 0.32), (median, y + 0.32)];
+    PathElement::new(ends, row.colour.stroke_width(3))
 }
 
 /// Draws the time by the guest's size, with a line for each contestant.
