@@ -12,10 +12,11 @@ use balloon_control::RequestStatus;
 use balloon_wire::request::{Command, Wanted};
 use fuzz::{Guest, Input, PAGE, PAGES, page};
 use libfuzzer_sys::fuzz_target;
+use vhost_user_balloon::answers::Answers;
 use vhost_user_balloon::counters::{Counter, Counters, Refusal};
 use vhost_user_balloon::discard::{Discarder, Pieces};
 use vhost_user_balloon::queue::{Budget, Next};
-use vhost_user_balloon::requests::{Answers, Requests};
+use vhost_user_balloon::requests::Requests;
 
 /// How many requests there can be: one for each step.
 const IDS: u64 = 8;

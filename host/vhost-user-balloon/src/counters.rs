@@ -11,7 +11,7 @@ use balloon_control::{ByQueue, Counters as Snapshot, Encodings, Received, Reques
 use balloon_wire::page_set::Encoding;
 use log::warn;
 
-use crate::queue::MAX_QUEUES;
+use crate::kind::{ByKind, Kind};
 
 /// A guest can cause any number of refusals, so each kind is logged once in this time at most.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -148,10 +148,10 @@ pub struct Counters {
     /// How many of them have ended, by the number of the status.
     pub answered: [Counter; RequestStatus::ALL.len()],
     /// How many messages came on each kind of queue, in the order of the specification.
-    pub messages: [Counter; MAX_QUEUES],
+    pub messages: ByKind<Counter>,
     /// How many times there was an event for each, in the same order: the guest's notifications, of which
     /// several may be one event, and a few when a queue is set up.
-    pub notifications: [Counter; MAX_QUEUES],
+    pub notifications: ByKind<Counter>,
     /// How long the messages of the inflate and the deflate queue were, in bytes, as far as they could be read.
     pub received: [Counter; 2],
     /// The same, of the messages of answers.
@@ -183,8 +183,8 @@ impl Default for Counters {
             unused: Counter::default(),
             asked: Counter::default(),
             answered: Default::default(),
-            messages: Default::default(),
-            notifications: Default::default(),
+            messages: ByKind::default(),
+            notifications: ByKind::default(),
             received: Default::default(),
             received_answers: Counter::default(),
             pfns: Counter::default(),
@@ -282,15 +282,15 @@ impl Counters {
     }
 }
 
-fn by_queue(counters: &[Counter; MAX_QUEUES]) -> ByQueue {
-    let [inflate, deflate, stats, hints, reports, requests] = counters;
+fn by_queue(counters: &ByKind<Counter>) -> ByQueue {
+    let count = |kind| counters.of(kind).get();
     ByQueue {
-        inflate: inflate.get(),
-        deflate: deflate.get(),
-        stats: stats.get(),
-        hints: hints.get(),
-        reports: reports.get(),
-        requests: requests.get(),
+        inflate: count(Kind::Inflate),
+        deflate: count(Kind::Deflate),
+        stats: count(Kind::Stats),
+        hints: count(Kind::Hinting),
+        reports: count(Kind::Reporting),
+        requests: count(Kind::Requests),
     }
 }
 

@@ -16,8 +16,8 @@ use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::counters::{Counters, Refusal};
-use crate::device::lock;
 use crate::queue::{Budget, Chain, Progress, Receiver, buffers, read};
+use crate::sync::lock;
 
 const STOP: u32 = VIRTIO_BALLOON_CMD_ID_STOP;
 const DONE: u32 = VIRTIO_BALLOON_CMD_ID_DONE;

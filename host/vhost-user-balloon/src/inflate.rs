@@ -11,8 +11,9 @@ use vm_memory::GuestMemoryMmap;
 use crate::balloon::{Balloon, Tally};
 use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
+use crate::kind::Kind;
 use crate::pages::{Format, Pages};
-use crate::queue::{Budget, Chain, Kind, Progress, Receiver};
+use crate::queue::{Budget, Chain, Progress, Receiver};
 
 /// What receives the messages of the inflate queue.
 #[derive(Debug)]

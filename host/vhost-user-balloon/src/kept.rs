@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use log::{error, warn};
 use serde::{Deserialize, Serialize};
 
-use crate::balloon::index;
+use crate::bitmap::index;
 use crate::hazard::Identity;
 
 /// Where the bitmaps begin. The table of regions is in front of them, with its length before it.

@@ -11,12 +11,14 @@
 //!
 //! A message goes through these modules: the vhost-user library sets the queues up,
 //! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
-//! [`inflate`], [`deflate`], [`stats`], [`hinting`], [`reporting`] and [`requests`] make sense of them,
+//! [`inflate`], [`deflate`], [`stats`], [`hinting`], [`reporting`] and [`answers`] make sense of them,
 //! [`pages`] reads what names pages, [`hazard`] finds out what must not be discarded, [`balloon`] knows the
 //! guest's memory and what of it is in the balloon, and
 //! [`discard`] gives memory back to the host.
 
+pub mod answers;
 pub mod balloon;
+mod bitmap;
 pub mod channel;
 pub mod config;
 mod control;
@@ -32,6 +34,7 @@ pub mod hinting;
 pub mod inflate;
 pub mod keeper;
 pub mod kept;
+pub mod kind;
 pub mod message;
 pub mod metrics;
 pub mod options;
@@ -42,6 +45,9 @@ pub mod reporting;
 pub mod requests;
 pub mod state;
 pub mod stats;
+mod sync;
+mod timer;
+mod work;
 
 #[cfg(test)]
 mod testing;

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::balloon::{WORD, index, set};
+use crate::bitmap::{WORD, find, index, set};
 
 /// The pages of a region of memory.
 #[derive(Debug)]
@@ -77,20 +77,6 @@ impl PageMap {
             })
         })
     }
-}
-
-/// The first bit of a bitmap at or after `from` that is one, or zero.
-pub(crate) fn find(words: &[u64], from: u64, one: bool) -> Option<u64> {
-    let start = from / WORD;
-    let mut mask = u64::MAX << (from % WORD);
-    for (number, &word) in (start..).zip(words.get(index(start)..)?) {
-        let found = mask & if one { word } else { !word };
-        if found != 0 {
-            return Some(number * WORD + u64::from(found.trailing_zeros()));
-        }
-        mask = u64::MAX;
-    }
-    None
 }
 
 #[cfg(test)]

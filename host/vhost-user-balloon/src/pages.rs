@@ -12,7 +12,8 @@ use vm_memory::GuestMemoryMmap;
 use crate::balloon::{Tally, merge};
 use crate::counters::{Counter, Counters, Refusal};
 use crate::features::Feature;
-use crate::queue::{Chain, Kind, read};
+use crate::kind::Kind;
+use crate::queue::{Chain, read};
 
 /// How many pages a message may name by their numbers.
 const MAX_PFNS: usize = 64 << 10;

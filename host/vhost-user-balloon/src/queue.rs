@@ -8,20 +8,13 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use balloon_wire::{
-    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ,
-};
 use vhost_user_backend::VringState;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::counters::{Counters, Refusal};
-
-/// How many queues a balloon can have.
-pub const MAX_QUEUES: usize = 6;
+use crate::counters::{Counter, Counters, Refusal};
 
 /// How many descriptors a queue can have.
 pub const MAX_QUEUE_SIZE: usize = 1024;
@@ -32,60 +25,6 @@ pub const MAX_BATCH: usize = 256;
 /// For how long a queue is served before the others get their turn, and those who wait for a lock. What tests count must
 /// not depend on how busy the machine is.
 pub const BUDGET: Duration = Duration::from_millis(if cfg!(test) { 10_000 } else { 20 });
-
-/// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
-/// (docs/protocol.md, section 2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Pages that go into the balloon.
-    Inflate,
-    /// Pages that come out of the balloon.
-    Deflate,
-    /// The guest's memory statistics.
-    Stats,
-    /// Free page hinting.
-    Hinting,
-    /// Free page reporting.
-    Reporting,
-    /// Host requests.
-    Requests,
-}
-
-impl Kind {
-    /// Every queue that there can be.
-    pub const ALL: [Self; MAX_QUEUES] = [
-        Self::Inflate,
-        Self::Deflate,
-        Self::Stats,
-        Self::Hinting,
-        Self::Reporting,
-        Self::Requests,
-    ];
-
-    /// What the queue with this number is for. The specification has fixed numbers, but Linux, QEMU and
-    /// others number the queues that are there one after the other, so that is what a device must do.
-    pub fn of(number: usize, acked_features: u64) -> Option<Self> {
-        Self::present(acked_features).nth(number)
-    }
-
-    /// The number of the queue.
-    pub fn number(self, acked_features: u64) -> Option<usize> {
-        Self::present(acked_features).position(|kind| kind == self)
-    }
-
-    fn present(acked_features: u64) -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(move |kind| {
-            let bit = match kind {
-                Self::Inflate | Self::Deflate => return true,
-                Self::Stats => VIRTIO_BALLOON_F_STATS_VQ,
-                Self::Hinting => VIRTIO_BALLOON_F_FREE_PAGE_HINT,
-                Self::Reporting => VIRTIO_BALLOON_F_REPORTING,
-                Self::Requests => VIRTIO_BALLOON_F_HOST_REQUESTS,
-            };
-            acked_features & (1 << bit) != 0
-        })
-    }
-}
 
 /// A message of the guest.
 pub type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
@@ -172,7 +111,7 @@ pub fn serve(
     heads: &mut Vec<u16>,
     unfinished: &mut Unfinished,
     counters: &Counters,
-    messages: &crate::counters::Counter,
+    messages: &Counter,
     receiver: &mut impl Receiver,
 ) -> Next {
     let queue = vring.get_queue_mut();
@@ -356,11 +295,6 @@ mod tests {
     use super::*;
     use crate::testing::GuestQueue;
 
-    const STATS: u64 = 1 << VIRTIO_BALLOON_F_STATS_VQ;
-    const HINTING: u64 = 1 << VIRTIO_BALLOON_F_FREE_PAGE_HINT;
-    const REPORTING: u64 = 1 << VIRTIO_BALLOON_F_REPORTING;
-    const REQUESTS: u64 = 1 << VIRTIO_BALLOON_F_HOST_REQUESTS;
-
     /// Keeps what it takes.
     #[derive(Default)]
     struct Recorder {
@@ -436,30 +370,6 @@ mod tests {
         assert!(!run(&guest, &mut recorder));
         assert_eq!(recorder.errors, [Refusal::BadChain]);
         assert_eq!(guest.used(), 1);
-    }
-
-    #[test]
-    fn queues_are_numbered_densely() {
-        assert_eq!(Kind::of(2, STATS | HINTING | REPORTING), Some(Kind::Stats));
-        assert_eq!(
-            Kind::of(4, STATS | HINTING | REPORTING),
-            Some(Kind::Reporting)
-        );
-        assert_eq!(Kind::of(3, STATS | REPORTING), Some(Kind::Reporting));
-        assert_eq!(Kind::of(2, REPORTING), Some(Kind::Reporting));
-        assert_eq!(Kind::of(2, 0), None);
-        assert_eq!(Kind::Reporting.number(REPORTING), Some(2));
-        assert_eq!(Kind::Stats.number(REPORTING), None);
-        // The last of those that are there (HR-D1).
-        for (others, number) in [
-            (0, 2),
-            (STATS, 3),
-            (STATS | REPORTING, 4),
-            (STATS | HINTING | REPORTING, 5),
-        ] {
-            assert_eq!(Kind::Requests.number(others | REQUESTS), Some(number));
-            assert_eq!(Kind::of(number, others), None);
-        }
     }
 
     #[test]

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How much of each granule is in the balloon.
+
+use std::ops::Range;
+
+use balloon_wire::BALLOON_PAGE_SIZE;
+
+use crate::bitmap::index;
+
+/// How much of each granule of a region is in the balloon and may still be changed.
+#[derive(Debug)]
+pub(crate) struct Granules {
+    /// The size of a granule in bytes.
+    pub(crate) size: u64,
+    /// Which granule of the file the region begins in.
+    first: u64,
+    /// So many bytes of each. Nothing where a granule is a page.
+    filled: Vec<u64>,
+}
+
+impl Granules {
+    /// None are filled of those that these bytes of a file are in.
+    pub(crate) fn new(size: u64, bytes: &Range<u64>) -> Option<Self> {
+        let first = bytes.start / size;
+        let last = bytes.end.checked_next_multiple_of(size)? / size;
+        let number = if size == BALLOON_PAGE_SIZE {
+            0
+        } else {
+            index(last - first)
+        };
+        Some(Self {
+            size,
+            first,
+            filled: vec![0; number],
+        })
+    }
+
+    /// The granules that these bytes of the file are in: where each one is, how many of the bytes are in it,
+    /// and how much of it is filled.
+    pub(crate) fn of(
+        &mut self,
+        bytes: &Range<u64>,
+    ) -> impl Iterator<Item = (Range<u64>, u64, &mut u64)> {
+        let Range { start, end } = *bytes;
+        let size = self.size;
+        let granules = start / size..end.div_ceil(size);
+        let place = index(granules.start - self.first);
+        let filled = self.filled.get_mut(place..).unwrap_or_default();
+        granules.zip(filled).map(move |(granule, filled)| {
+            let granule = granule * size..(granule + 1) * size;
+            let part = end.min(granule.end) - start.max(granule.start);
+            (granule, part, filled)
+        })
+    }
+
+    /// Fills them with these bytes of the file, which are not in them yet, and calls `whole` for what is whole
+    /// now.
+    pub(crate) fn fill(&mut self, bytes: Range<u64>, mut whole: impl FnMut(Range<u64>)) {
+        if self.filled.is_empty() {
+            whole(bytes);
+            return;
+        }
+        let size = self.size;
+        for (granule, part, filled) in self.of(&bytes) {
+            *filled += part;
+            if *filled == size {
+                whole(granule);
+            }
+        }
+    }
+
+    /// Takes these bytes of the file out again.
+    pub(crate) fn drain(&mut self, bytes: &Range<u64>) {
+        if self.filled.is_empty() {
+            return;
+        }
+        for (_, part, filled) in self.of(bytes) {
+            *filled = filled.saturating_sub(part);
+        }
+    }
+
+    /// Forgets what they are filled with.
+    pub(crate) fn empty(&mut self) {
+        self.filled.fill(0);
+    }
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A region of the guest's memory, with what of it is in the balloon.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use balloon_wire::BALLOON_PAGE_SIZE;
+
+use super::granules::Granules;
+use crate::bitmap::{WORD, find, index, set};
+use crate::discard::{Granularity, Pieces};
+use crate::hazard::{Hazard, Identity};
+
+/// A region of the guest's memory.
+#[derive(Debug)]
+pub(crate) struct Region {
+    /// Its balloon pages.
+    pub(crate) pages: Range<u64>,
+    pub(crate) file: Arc<File>,
+    /// What tells the file from others.
+    pub(crate) identity: Identity,
+    /// Where the region begins in the file, in bytes.
+    pub(crate) offset: u64,
+    /// A bit for each page.
+    pub(crate) held: Vec<u64>,
+    pub(crate) granules: Granules,
+    /// Why it must not be discarded.
+    pub(crate) hazard: Option<Hazard>,
+}
+
+impl Region {
+    /// The region whose first byte is at the guest's physical address `start`.
+    pub(crate) fn new(
+        start: u64,
+        bytes: u64,
+        file: &Arc<File>,
+        offset: u64,
+        granularity: Granularity,
+    ) -> Option<Self> {
+        let end = start.checked_add(bytes)?;
+        let metadata = file.metadata().ok()?;
+        let aligned = [start, bytes, offset]
+            .iter()
+            .all(|value| value % BALLOON_PAGE_SIZE == 0);
+        if !aligned {
+            return None;
+        }
+        let place = offset..offset.checked_add(bytes)?;
+        Some(Self {
+            pages: start / BALLOON_PAGE_SIZE..end / BALLOON_PAGE_SIZE,
+            file: Arc::clone(file),
+            identity: (metadata.dev(), metadata.ino()),
+            offset,
+            held: vec![0; index((bytes / BALLOON_PAGE_SIZE).div_ceil(WORD))],
+            granules: Granules::new(granularity.of(file), &place)?,
+            hazard: Hazard::of_file(file),
+        })
+    }
+
+    /// Takes over what is in the balloon of absent memory that is in the same place of the guest and of the file.
+    pub(crate) fn inherit(&mut self, absent: &mut Absent) {
+        let Absent {
+            pages,
+            identity,
+            offset,
+            held,
+        } = absent;
+        let (start, end) = (
+            self.pages.start.max(pages.start),
+            self.pages.end.min(pages.end),
+        );
+        let place = |first: u64, offset: u64| {
+            let bytes = (start - first).checked_mul(BALLOON_PAGE_SIZE)?;
+            offset.checked_add(bytes)
+        };
+        let same = start < end
+            && self.identity == *identity
+            && place(self.pages.start, self.offset) == place(pages.start, *offset);
+        if !same {
+            return;
+        }
+        let mut bit = start - pages.start;
+        let end = end - pages.start;
+        while let Some(first) = find(held, bit, true).filter(|&first| first < end) {
+            bit = find(held, first, false).map_or(end, |bit| bit.min(end));
+            let shift = |bit: u64| bit + pages.start - self.pages.start;
+            set(&mut self.held, shift(first)..shift(bit), true, |_| {});
+            set(held, first..bit, false, |_| {});
+        }
+    }
+
+    /// Fills granules with what is in the balloon.
+    pub(crate) fn refill(&mut self) {
+        self.granules.empty();
+        let offset = self.offset;
+        let mut bit = 0;
+        while let Some(first) = find(&self.held, bit, true) {
+            bit = find(&self.held, first, false).unwrap_or(self.pages.end - self.pages.start);
+            self.granules.fill(in_file(&(first..bit), offset), |_| {});
+        }
+    }
+
+    /// Whether the other one is the same memory at the same place.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        (&self.pages, self.identity, self.offset, self.granules.size)
+            == (
+                &other.pages,
+                other.identity,
+                other.offset,
+                other.granules.size,
+            )
+    }
+
+    /// Puts pages of the region into the balloon, and adds what is whole now to `whole`. Returns how many were
+    /// not there.
+    pub(crate) fn inflate(&mut self, pages: &Range<u64>, whole: &mut Pieces) -> u64 {
+        let (first, offset) = (self.pages.start, self.offset);
+        let granule = self.granules.size;
+        let bits = pages.start - first..pages.end - first;
+        set(&mut self.held, bits, true, |run| {
+            self.granules
+                .fill(in_file(&run, offset), |bytes| match self.hazard {
+                    None => whole.push(&self.file, bytes, granule),
+                    Some(_) => whole.withhold(bytes.end - bytes.start),
+                });
+        })
+    }
+
+    /// Takes pages of the region out of the balloon. Returns how many were there.
+    pub(crate) fn deflate(&mut self, pages: &Range<u64>) -> u64 {
+        let (first, offset) = (self.pages.start, self.offset);
+        let bits = pages.start - first..pages.end - first;
+        set(&mut self.held, bits, false, |run| {
+            self.granules.drain(&in_file(&run, offset));
+        })
+    }
+
+    /// Adds those of these pages of the region to `held` that are in the balloon.
+    pub(crate) fn find(&self, pages: &Range<u64>, held: &mut Pieces) {
+        let (first, offset) = (self.pages.start, self.offset);
+        let end = pages.end - first;
+        let mut bit = pages.start - first;
+        while let Some(start) = find(&self.held, bit, true).filter(|&start| start < end) {
+            bit = find(&self.held, start, false).map_or(end, |bit| bit.min(end));
+            held.push(
+                &self.file,
+                in_file(&(start..bit), offset),
+                self.granules.size,
+            );
+        }
+    }
+
+    pub(crate) fn empty(&mut self) {
+        self.held.fill(0);
+        self.granules.empty();
+    }
+}
+
+/// Memory that the front end has not sent, or has taken back, and of which there is some in the balloon.
+#[derive(Debug)]
+pub(crate) struct Absent {
+    /// Its balloon pages.
+    pub(crate) pages: Range<u64>,
+    /// What tells its file from others.
+    pub(crate) identity: Identity,
+    /// Where it begins in the file, in bytes.
+    pub(crate) offset: u64,
+    /// A bit for each page.
+    pub(crate) held: Vec<u64>,
+}
+
+impl Absent {
+    /// Takes pages out of the balloon.
+    pub(crate) fn deflate(&mut self, pages: &Range<u64>) {
+        let first = self.pages.start;
+        let (start, end) = (pages.start.max(first), pages.end.min(self.pages.end));
+        if start < end {
+            set(&mut self.held, start - first..end - first, false, |_| {});
+        }
+    }
+}
+
+impl From<Region> for Absent {
+    fn from(region: Region) -> Self {
+        let Region {
+            pages,
+            identity,
+            offset,
+            held,
+            ..
+        } = region;
+        Self {
+            pages,
+            identity,
+            offset,
+            held,
+        }
+    }
+}
+
+/// Where the pages of a region are in its file, in bytes.
+fn in_file(pages: &Range<u64>, offset: u64) -> Range<u64> {
+    offset + pages.start * BALLOON_PAGE_SIZE..offset + pages.end * BALLOON_PAGE_SIZE
+}

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the front end has the device do.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Instant;
+
+use balloon_wire::BALLOON_PAGE_SIZE;
+use log::{debug, error, warn};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VringMutex};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+use super::{Device, GRACE, RETRY, Sizes, TIMER, WAKE};
+use crate::features::{Feature, config_size};
+use crate::kind::{Kind, MAX_QUEUES};
+use crate::queue::{MAX_QUEUE_SIZE, Unfinished};
+use crate::sync::lock;
+use crate::work::Work;
+
+/// The smallest part of the configuration space that is all of it to a driver, in bytes.
+const SMALLEST_CONFIG: u32 = 8;
+
+/// The largest granule that the configuration space can tell, in bytes.
+const LARGEST_GRANULE: u32 = 1 << 31;
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = VringMutex;
+
+    fn num_queues(&self) -> usize {
+        MAX_QUEUES
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        self.settings.features
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.acked.store(features, SeqCst);
+        // A front end that logs writes for a migration repeats them.
+        if !self.running() {
+            self.set_unknown(true);
+        }
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    /// The queues have it themselves.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let needed = config_size(self.settings.features);
+        let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(size)) else {
+            return Vec::new();
+        };
+        // QEMU reads all that it has when it makes the device, before there is a driver. Others read what their
+        // guest reads, and no driver reads before it has accepted features.
+        let first = start == 0 && self.acked.load(SeqCst) == 0;
+        if first && size >= SMALLEST_CONFIG && length < needed {
+            self.short_config.call_once(|| error!(
+                "the VMM has {size} bytes of configuration for a device that needs {needed}, and a Linux guest \
+                 would crash; start QEMU's device with config_size={needed}, or this one with fewer --features"
+            ));
+            return Vec::new();
+        }
+        self.wait_known();
+        let command = lock(&self.hints).command();
+        let granule = lock(&self.sizes).granule;
+        // There is none below a page, also while the memory is not known (PS-V3).
+        let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
+        let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
+        let asked = self.asked();
+        if self.asked.swap(asked, SeqCst) != asked {
+            lock(&self.times).moved = Some(Instant::now());
+        }
+        let fields = lock(&self.state).config.read(asked, command, granule);
+        let rest = fields.get(start..).unwrap_or_default();
+        // What comes after the last field is nothing.
+        rest.iter()
+            .copied()
+            .chain(std::iter::repeat(0))
+            .take(length)
+            .collect()
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        lock(&self.times).answered = Some(Instant::now());
+        self.wait_known();
+        if let Ok(offset) = usize::try_from(offset) {
+            let config = &mut lock(&self.state).config;
+            let before = config.actual;
+            config.write(offset, bytes);
+            if config.actual != before {
+                lock(&self.times).moved = Some(Instant::now());
+            }
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        let mut work = lock(&self.work);
+        work.memory = memory.memory().into_inner();
+        let Work {
+            balloon, memory, ..
+        } = &mut *work;
+        balloon.set_memory(memory, self.settings.granularity);
+        *lock(&self.sizes) = Sizes {
+            memory: balloon.memory(),
+            granule: balloon.granule(),
+            files: balloon.files(),
+            hazards: balloon.hazards(),
+        };
+        self.ask_soon();
+        self.follow();
+        let large = balloon
+            .granule()
+            .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);
+        if large && self.settings.features & Feature::MustTellHost.mask() == 0 {
+            // A guest can have its VMM send the memory again as often as it likes.
+            self.large_granules.call_once(|| warn!(
+                "the guest's memory is in huge pages, which come back to the host only when they are named at \
+                 once; start this with --granule 2M, so that they may come in pieces"
+            ));
+        }
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::CLOEXEC)
+            .inspect_err(|error| error!("cannot make an event: {error}"))
+            .ok()?;
+        *lock(&self.exit) = Some(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        let acked = self.acked.load(SeqCst);
+        let kind = usize::try_from(queue_index).map(|number| Kind::of(number, acked));
+        match kind {
+            Ok(Some(Kind::Inflate)) => {
+                self.stop();
+                debug!("the guest's driver stops");
+            }
+            Ok(Some(Kind::Stats)) => lock(&self.stats).restart(),
+            Ok(Some(Kind::Requests)) => lock(&self.requests).restart(),
+            Ok(Some(Kind::Deflate)) => self.blocked.store(false, SeqCst),
+            _ => {}
+        }
+        // What was begun begins again where the queue continues, or never.
+        if let Ok(Some(kind)) = kind {
+            *lock(&self.work).unfinished.of_mut(kind) = Unfinished::default();
+        }
+        Ok(())
+    }
+
+    /// Never fails: an error would end the worker, and a guest could have its device stop.
+    fn handle_event(
+        &self,
+        event: u16,
+        _evset: EventSet,
+        vrings: &[VringMutex],
+        _thread_id: usize,
+    ) -> io::Result<()> {
+        match u64::from(event) {
+            WAKE => {
+                // It is not blocking, and what matters is what is pending.
+                let _ = self.wake.read();
+                let pending = self.pending.swap(0, SeqCst);
+                for number in (0..MAX_QUEUES).filter(|number| pending & (1 << number) != 0) {
+                    self.serve_queue(number, vrings);
+                }
+            }
+            GRACE => {
+                self.grace.acknowledge();
+                // Another driver may have started since the timer went off.
+                if self.grace().is_none() {
+                    self.follow();
+                }
+            }
+            RETRY => {
+                self.retry.acknowledge();
+                self.blocked.store(false, SeqCst);
+                if let Some(number) = Kind::Deflate.number(self.acked.load(SeqCst)) {
+                    self.serve_queue(number, vrings);
+                }
+            }
+            TIMER => {
+                self.timer.acknowledge();
+                self.asked_soon();
+                lock(&self.stats).want();
+                if let Some(number) = Kind::Stats.number(self.acked.load(SeqCst)) {
+                    self.serve_queue(number, vrings);
+                }
+            }
+            _ => {
+                lock(&self.times).answered = Some(Instant::now());
+                let kind = Kind::of(event.into(), self.acked.load(SeqCst));
+                if let Some(kind) = kind {
+                    self.counters.notifications.of(kind).add(1);
+                }
+                self.serve_queue(event.into(), vrings);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Why memory is not given back to the host.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::time::Duration;
+
+use log::{info, warn};
+
+use super::{Device, Sizes};
+use crate::hazard::{Hazard, Identity};
+use crate::state::since_boot;
+use crate::sync::lock;
+
+impl Device {
+    /// Why no memory is given back to the host, apart from what a client has asked for.
+    pub fn hazards(&self) -> BTreeSet<Hazard> {
+        let Sizes { files, hazards, .. } = self.sizes();
+        &self.process_hazards(&files) | &hazards
+    }
+
+    /// What processes with these files of the guest's memory do to it that forbids to discard any of it. It may take
+    /// long to find out.
+    pub(super) fn process_hazards(&self, files: &BTreeSet<Identity>) -> BTreeSet<Hazard> {
+        let mut hazards = lock(&self.watch).hazards(files, || self.channel.vmm());
+        hazards.retain(|hazard| !self.settings.allowed.contains(hazard));
+        self.log(&hazards | &self.sizes().hazards);
+        hazards
+    }
+
+    fn log(&self, hazards: BTreeSet<Hazard>) {
+        let mut logged = lock(&self.logged);
+        for hazard in &hazards - &*logged {
+            warn!(
+                "memory is not given back to the host: {}; see --allow {hazard} for what to do",
+                hazard.reason()
+            );
+        }
+        if hazards.is_empty() && !logged.is_empty() {
+            info!("memory is given back to the host again");
+        }
+        *logged = hazards;
+    }
+
+    /// For how long a client has had no memory given back to the host.
+    pub fn inhibited(&self) -> Option<Duration> {
+        lock(&self.state).inhibited(since_boot())
+    }
+
+    /// Has no memory given back to the host for so many seconds at least, or has it given back again. Another client
+    /// may have asked for longer.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written, and this will be forgotten with the process.
+    pub fn inhibit(&self, seconds: Option<u64>) -> io::Result<()> {
+        {
+            let mut state = lock(&self.state);
+            match seconds {
+                Some(seconds) => state.inhibit(since_boot(), Duration::from_secs(seconds)),
+                None => state.inhibited = None,
+            }
+        }
+        // What the worker is at may still be given back.
+        drop(lock(&self.work));
+        self.save()
+    }
+}

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Serving the queues.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{debug, error, warn};
+use vhost_user_backend::{VringMutex, VringState, VringT};
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryMmap;
+
+use super::Device;
+use crate::answers::Answers;
+use crate::config::bytes;
+use crate::counters::{Counter, Counters};
+use crate::deflate::Deflate;
+use crate::features::tells_before_use;
+use crate::hazard::Identity;
+use crate::hinting::Hinting;
+use crate::inflate::Inflate;
+use crate::kind::{ByKind, Kind};
+use crate::pages::Format;
+use crate::queue::{BUDGET, Budget, Next, Receiver, Unfinished, serve};
+use crate::reporting::Reporting;
+use crate::sync::lock;
+use crate::work::Work;
+
+/// How long the guest waits for memory that the host does not have, before the host is asked again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// For how long nothing is locked when the thread has been at work for as long as a queue has. Else it would mostly
+/// have the locks again before another one that waits for them is awake.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A queue that is served for a while.
+struct Turn<'a> {
+    vring: &'a mut VringState,
+    /// The guest's memory, where the messages are.
+    memory: &'a GuestMemoryMmap,
+    /// The features that the driver has accepted.
+    acked: u64,
+    counters: &'a Counters,
+    /// The counter of the queue's messages.
+    messages: &'a Counter,
+}
+
+impl Turn<'_> {
+    /// Takes a batch of messages.
+    fn serve(
+        &mut self,
+        heads: &mut Vec<u16>,
+        unfinished: &mut Unfinished,
+        receiver: &mut impl Receiver,
+    ) -> Next {
+        serve(
+            self.vring,
+            self.memory,
+            heads,
+            unfinished,
+            self.counters,
+            self.messages,
+            receiver,
+        )
+    }
+}
+
+impl Device {
+    /// Has the worker serve a queue.
+    pub(super) fn wake(&self, number: usize) {
+        self.pending.fetch_or(1 << number, SeqCst);
+        if let Err(error) = self.wake.write(1) {
+            error!("cannot wake the worker: {error}");
+        }
+    }
+
+    /// Serves a queue for a bounded number of messages and a bounded time.
+    pub(super) fn serve_queue(&self, number: usize, vrings: &[VringMutex]) {
+        let acked = self.acked.load(SeqCst);
+        let (Some(kind), Some(vring)) = (Kind::of(number, acked), vrings.get(number)) else {
+            return;
+        };
+        if kind == Kind::Deflate && self.blocked.load(SeqCst) {
+            return;
+        }
+        // The front end must not wait for the locks below while processes are looked at.
+        let looked = self.look(kind);
+        let mut vring = vring.get_mut();
+        if !vring.is_enabled() {
+            return;
+        }
+        let mut work = lock(&self.work);
+        if kind == Kind::Inflate && !work.at_work {
+            let queue = vring.get_queue();
+            if !queue.ready() {
+                return;
+            }
+            self.start(&mut work, queue.next_avail());
+        }
+        work.discarder.withhold = match looked {
+            Some((files, _)) if files != work.balloon.files() => return self.wake(number),
+            Some((_, is_hazardous)) => is_hazardous || self.inhibited().is_some(),
+            None => false,
+        };
+        // What the page frame numbers are looked up in, and not what the library may have put in its place.
+        let memory = Arc::clone(&work.memory);
+        let mut turn = Turn {
+            vring: &mut vring,
+            memory: &memory,
+            acked,
+            counters: &self.counters,
+            messages: self.counters.messages.of(kind),
+        };
+        let next = self.serve_kind(kind, &mut turn, &mut work);
+        if !work.unfinished.of(kind).is_some() {
+            *work.taken_up.of_mut(kind) = false;
+        }
+        let pause = next == Next::Soon && work.paused.is_none_or(|at| at.elapsed() >= BUDGET);
+        if pause {
+            work.paused = Some(Instant::now());
+        }
+        drop(work);
+        drop(vring);
+        match next {
+            Next::Notified => {}
+            Next::Soon => {
+                if pause {
+                    thread::sleep(PAUSE);
+                }
+                self.wake(number);
+            }
+            Next::Later => self.retry(),
+        }
+    }
+
+    /// For a queue whose messages give memory back: the files that hold the guest's memory, and whether processes do
+    /// something to it that forbids that.
+    fn look(&self, kind: Kind) -> Option<(BTreeSet<Identity>, bool)> {
+        match kind {
+            Kind::Inflate | Kind::Reporting | Kind::Requests => {
+                let files = self.sizes().files;
+                let is_hazardous = !self.process_hazards(&files).is_empty();
+                Some((files, is_hazardous))
+            }
+            Kind::Deflate | Kind::Stats | Kind::Hinting => None,
+        }
+    }
+
+    fn serve_kind(&self, kind: Kind, turn: &mut Turn<'_>, work: &mut Work) -> Next {
+        match kind {
+            Kind::Inflate => serve_inflate(turn, work),
+            Kind::Deflate => self.serve_deflate(turn, work),
+            Kind::Stats => self.serve_stats(turn),
+            Kind::Hinting => self.serve_hinting(turn, work),
+            Kind::Reporting => self.serve_reporting(turn, work),
+            Kind::Requests => self.serve_requests(turn, work),
+        }
+    }
+
+    fn serve_deflate(&self, turn: &mut Turn<'_>, work: &mut Work) -> Next {
+        let mut deflate = Deflate {
+            memory: turn.memory,
+            balloon: &mut work.balloon,
+            discarder: &mut work.discarder,
+            prefault: self.settings.prefault,
+            told_before_use: tells_before_use(turn.acked),
+            begun: *work.taken_up.of(Kind::Deflate),
+            format: Format::of(turn.acked),
+            counters: turn.counters,
+            pages: &mut work.pages,
+            pieces: &mut work.pieces,
+        };
+        let unfinished = work.unfinished.of_mut(Kind::Deflate);
+        turn.serve(&mut work.heads, unfinished, &mut deflate)
+    }
+
+    fn serve_stats(&self, turn: &mut Turn<'_>) -> Next {
+        let actual = lock(&self.state).config.actual;
+        let size = self.is_at_rest().then(|| bytes(actual));
+        lock(&self.stats).serve(turn.vring, turn.memory, turn.counters, turn.messages, size);
+        self.sampled.notify_all();
+        self.follow();
+        Next::Notified
+    }
+
+    fn serve_hinting(&self, turn: &mut Turn<'_>, work: &mut Work) -> Next {
+        let mut hinting = Hinting {
+            memory: turn.memory,
+            hints: &self.hints,
+            counters: turn.counters,
+        };
+        let unfinished = work.unfinished.of_mut(Kind::Hinting);
+        turn.serve(&mut work.heads, unfinished, &mut hinting)
+    }
+
+    fn serve_reporting(&self, turn: &mut Turn<'_>, work: &mut Work) -> Next {
+        let mut reporting = Reporting {
+            balloon: &work.balloon,
+            discarder: &mut work.discarder,
+            counters: turn.counters,
+            keep: self.keeps_free_pages(),
+            ranges: &mut work.ranges,
+            pieces: &mut work.pieces,
+        };
+        let unfinished = work.unfinished.of_mut(Kind::Reporting);
+        turn.serve(&mut work.heads, unfinished, &mut reporting)
+    }
+
+    fn serve_requests(&self, turn: &mut Turn<'_>, work: &mut Work) -> Next {
+        let mut answers = Answers {
+            memory: turn.memory,
+            requests: &self.requests,
+            balloon: &work.balloon,
+            discarder: &mut work.discarder,
+            counters: turn.counters,
+            keep: self.keeps_free_pages(),
+            pieces: &mut work.pieces,
+            budget: Budget::turn(),
+            done: &mut work.unfinished.of_mut(Kind::Requests).done,
+        };
+        answers.serve(turn.vring, turn.messages)
+    }
+
+    /// Has the deflate queue served again in a while.
+    fn retry(&self) {
+        self.blocked.store(true, SeqCst);
+        if !self.retry.once(RETRY_INTERVAL) {
+            self.blocked.store(false, SeqCst);
+        }
+    }
+
+    /// A driver is at work, on an inflate queue that is to be read from `next` on.
+    pub(super) fn start(&self, work: &mut Work, next: u16) {
+        if work.is_new_driver(next) {
+            work.balloon.empty();
+            work.taken_up = ByKind::default();
+            lock(&self.hints).restart();
+            {
+                let mut state = lock(&self.state);
+                (state.config.actual, state.config.stop_reason) = (0, 0);
+            }
+            self.leave_alone();
+            debug!("the guest has a driver, with an empty balloon");
+        } else {
+            if tells_before_use(self.acked.load(SeqCst)) {
+                work.balloon.refill();
+            }
+            debug!("the guest's driver goes on");
+        }
+        self.warn_of_limit();
+        work.at_work = true;
+        lock(&self.times).started = Some(Instant::now());
+        self.running.store(true, SeqCst);
+        self.told.store(self.asked(), SeqCst);
+        self.set_unknown(false);
+        if self.config_changed.swap(false, SeqCst) {
+            self.channel.config_changed();
+        }
+    }
+
+    fn warn_of_limit(&self) {
+        let target = bytes(lock(&self.state).config.target);
+        if let Some(limit) = self.limit().filter(|&limit| target > limit) {
+            warn!(
+                "the target of {target} bytes would leave a VM of {} bytes too little; it is asked for {limit} bytes",
+                self.guest_memory().unwrap_or_default()
+            );
+        }
+    }
+}
+
+fn serve_inflate(turn: &mut Turn<'_>, work: &mut Work) -> Next {
+    let mut inflate = Inflate {
+        memory: turn.memory,
+        balloon: &mut work.balloon,
+        told_before_use: tells_before_use(turn.acked),
+        begun: *work.taken_up.of(Kind::Inflate),
+        discarder: &mut work.discarder,
+        format: Format::of(turn.acked),
+        counters: turn.counters,
+        pages: &mut work.pages,
+        pieces: &mut work.pieces,
+    };
+    let unfinished = work.unfinished.of_mut(Kind::Inflate);
+    let next = turn.serve(&mut work.heads, unfinished, &mut inflate);
+    work.position = Some(turn.vring.get_queue().next_avail());
+    next
+}

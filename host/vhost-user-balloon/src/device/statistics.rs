@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! When the guest is asked for statistics.
+
+use std::io;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use log::error;
+
+use super::Device;
+use crate::kind::Kind;
+use crate::sync::lock;
+
+/// How often a guest is asked for statistics after its VMM has changed its memory, and how many times.
+const SOON: Duration = Duration::from_secs(1);
+pub(super) const SOON_TIMES: u32 = 10;
+
+impl Device {
+    /// The last sample of the guest's statistics.
+    pub fn stats(&self) -> Option<balloon_control::Stats> {
+        lock(&self.stats).answer()
+    }
+
+    /// Asks the guest for a new sample, and waits for it as long as there is a front end.
+    pub fn fresh_stats(&self, timeout: Duration) -> Option<balloon_control::Stats> {
+        let mut stats = lock(&self.stats);
+        stats.want();
+        let before = stats.sequence();
+        let number = Kind::Stats.number(self.acked.load(SeqCst))?;
+        self.wake(number);
+        let (stats, _) = self
+            .sampled
+            .wait_timeout_while(stats, timeout, |stats| {
+                self.connected() && stats.sequence() == before
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        stats.answer().filter(|_| stats.sequence() != before)
+    }
+
+    /// Sets how often the guest is asked for statistics, in seconds, and asks it for some. 0 is never.
+    ///
+    /// # Errors
+    ///
+    /// The system has no such timer, or the file cannot be written.
+    pub fn set_stats_interval(&self, seconds: u32) -> io::Result<()> {
+        self.arm(seconds)?;
+        lock(&self.state).stats_interval = seconds;
+        self.save()
+    }
+
+    pub(super) fn arm(&self, seconds: u32) -> io::Result<()> {
+        self.soon.store(0, SeqCst);
+        if seconds == 0 {
+            return self.timer.stop();
+        }
+        // The first sample comes at once: whoever changes the interval wants to see one.
+        self.timer.every(
+            Duration::from_millis(1),
+            Duration::from_secs(seconds.into()),
+        )
+    }
+
+    /// Whether the guest may have more memory than its last statistics say.
+    pub fn is_outdated(&self) -> bool {
+        self.soon.load(SeqCst) > 0
+    }
+
+    /// Asks the guest for statistics a few times, since it may have been given more memory: it needs a while to take it
+    /// into use.
+    pub(super) fn ask_soon(&self) {
+        let interval = lock(&self.state).stats_interval;
+        if interval == 0 {
+            lock(&self.stats).forget_total();
+        } else if lock(&self.stats).total().is_some() {
+            self.soon.store(SOON_TIMES, SeqCst);
+            self.ask_every(SOON);
+        }
+    }
+
+    /// Goes back to the ordinary interval when the guest has been asked soon for long enough.
+    pub(super) fn asked_soon(&self) {
+        if self.is_outdated() && self.soon.fetch_sub(1, SeqCst) == 1 {
+            self.arm_ordinary();
+        }
+    }
+
+    pub(super) fn arm_ordinary(&self) {
+        let interval = Duration::from_secs(lock(&self.state).stats_interval.into());
+        self.ask_every(interval);
+    }
+
+    fn ask_every(&self, interval: Duration) {
+        if let Err(error) = self.timer.every(interval, interval) {
+            error!("cannot set a timer: {error}");
+        }
+    }
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use super::statistics::SOON_TIMES;
+use super::target::{REPORT_TIME, REST};
+use super::*;
+use crate::queue::BUDGET;
+use crate::queue::MAX_BATCH;
+use crate::testing::{GuestQueue, device, device_with, memory_file};
+use balloon_control::{Handler, Request};
+use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
+use std::thread;
+use vhost_user_backend::{VhostUserBackend, VringT};
+
+#[test]
+fn a_driver_may_read_any_part_of_the_configuration() {
+    let device = device(&[Feature::Stats], true);
+    device.acked_features(Feature::Stats.mask());
+    lock(&device.state).config.stop_reason = 0x0102_0304;
+    let all = device.get_config(0, 64);
+    assert_eq!((all.len(), &all[24..]), (64, &[0; 40][..]));
+    for start in 0..40_usize {
+        for length in 0..24_usize {
+            let part = device.get_config(start.try_into().unwrap(), length.try_into().unwrap());
+            assert_eq!(part, all[start..start + length]);
+        }
+    }
+}
+
+/// A device with a guest of 16 MiB, whose driver has started at this index.
+fn running(target: u64, next: u16) -> Device {
+    running_with(memory_file(0).try_clone().unwrap(), target, next)
+}
+
+/// The same with this end of a channel.
+fn running_with(end: impl Into<OwnedFd>, target: u64, next: u16) -> Device {
+    let device = device_with(end, &[Feature::Stats], true);
+    device
+        .set_target((target / BALLOON_PAGE_SIZE).try_into().unwrap())
+        .unwrap();
+    device.set_stats_interval(10).unwrap();
+    device.acked_features(Feature::Stats.mask());
+    let memory = GuestMemoryAtomic::new(GuestQueue::new().memory);
+    device.update_memory(memory).unwrap();
+    device.start(&mut lock(&device.work), next);
+    report_late(&device);
+    device
+}
+
+/// Has the driver send statistics with this total.
+fn report(device: &Device, total: u64) {
+    let mut guest = GuestQueue::new();
+    let (counters, messages) = Default::default();
+    // The first buffer may be old, and is given back.
+    for _ in 0..2 {
+        guest.send(&[&[&5_u16.to_le_bytes()[..], &total.to_le_bytes()].concat()]);
+        lock(&device.stats).serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &counters,
+            &messages,
+            Some(0),
+        );
+    }
+}
+
+/// Has the driver not send statistics in time.
+fn report_late(device: &Device) {
+    lock(&device.times).started = Instant::now().checked_sub(REPORT_TIME);
+}
+
+fn asked(device: &Device) -> u64 {
+    let config = device.get_config(0, 4);
+    u64::from(u32::from_le_bytes(config.try_into().unwrap())) * BALLOON_PAGE_SIZE
+}
+
+#[test]
+fn a_kept_target_leaves_the_floor() {
+    let device = running(64 << 20, 7);
+    assert_eq!(asked(&device), 15 << 20);
+    assert_eq!(device.limit(), Some(15 << 20));
+    let error = device
+        .handle(Request::Set {
+            bytes: (15 << 20) + 4096,
+        })
+        .unwrap_err();
+    assert!(error.to_string().contains("15728640"), "{error}");
+    device.handle(Request::Set { bytes: 15 << 20 }).unwrap();
+}
+
+#[test]
+fn a_guest_does_not_wait_for_the_hosts_disk() {
+    let (end, other) = UnixStream::pair().unwrap();
+    let device = running_with(end, 8 << 20, 7);
+    other
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    (&other).read_exact(&mut [0]).unwrap();
+    thread::scope(|scope| {
+        let _disk = lock(&device.file);
+        scope.spawn(|| device.set_target(1024));
+        (&other).read_exact(&mut [0]).unwrap();
+        assert_eq!(asked(&device), 4 << 20);
+        scope.spawn(|| device.inhibit(Some(60)));
+        let start = Instant::now();
+        while device.inhibited().is_none() {
+            assert!(start.elapsed() < Duration::from_secs(5));
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_boots_is_left_alone() {
+    let device = running(8 << 20, 0);
+    assert_eq!(asked(&device), 0);
+    assert!(device.grace().is_some());
+    // A client knows what it does.
+    device.set_target(2048).unwrap();
+    assert_eq!(asked(&device), 8 << 20);
+
+    let device = running(8 << 20, 0);
+    lock(&device.times).grace_end = Some(Instant::now());
+    assert_eq!(asked(&device), 8 << 20);
+    // One that continues keeps what it has.
+    device.stop();
+    lock(&device.state).config.actual = 1024;
+    assert_eq!(asked(&device), 4 << 20);
+    device.start(&mut lock(&device.work), 7);
+    report_late(&device);
+    assert_eq!(asked(&device), 8 << 20);
+}
+
+#[test]
+fn a_driver_keeps_its_balloon_until_it_reports() {
+    let device = running(8 << 20, 7);
+    lock(&device.state).config.actual = 1024;
+    device.stop();
+    device.start(&mut lock(&device.work), 7);
+    assert_eq!(asked(&device), 4 << 20);
+    report_late(&device);
+    assert_eq!(asked(&device), 8 << 20);
+}
+
+#[test]
+fn a_balloon_that_cannot_grow_is_at_rest() {
+    let device = running(8 << 20, 7);
+    assert_eq!(asked(&device), 8 << 20);
+    assert!(!device.is_at_rest());
+    lock(&device.times).moved = Instant::now().checked_sub(2 * REST);
+    assert!(device.is_at_rest());
+    device.set_config(4, &7_u32.to_le_bytes()).unwrap();
+    assert!(!device.is_at_rest());
+    device.set_config(4, &2048_u32.to_le_bytes()).unwrap();
+    assert!(device.is_at_rest());
+}
+
+#[test]
+fn memory_that_was_plugged_counts_before_the_guest_has_it() {
+    let device = running(0, 7);
+    report(&device, 4 << 20);
+    assert_eq!(device.limit(), Some(3 << 20));
+    let set = |bytes| device.handle(Request::Set { bytes });
+    assert!(set(8 << 20).is_err());
+    device
+        .update_memory(GuestMemoryAtomic::new(GuestQueue::new().memory))
+        .unwrap();
+    set(8 << 20).unwrap();
+    assert_eq!(asked(&device), 3 << 20);
+    for _ in 0..SOON_TIMES {
+        device.asked_soon();
+    }
+    assert!(set(8 << 20).is_err());
+}
+
+#[test]
+fn a_guest_that_reboots_starts_from_nothing() {
+    let device = running(8 << 20, 7);
+    lock(&device.state).config.actual = 1024;
+    device.stop();
+    device.acked_features(Feature::Stats.mask());
+    thread::scope(|scope| {
+        let target = scope.spawn(|| asked(&device));
+        let excluded = VIRTIO_BALLOON_STOP_REASON_EXCLUDED.to_le_bytes();
+        let place = u32::try_from(config::STOP_REASON).unwrap();
+        let device = &device;
+        scope.spawn(move || device.set_config(place, &excluded));
+        // They come first, and wait.
+        thread::sleep(Duration::from_millis(50));
+        device.start(&mut lock(&device.work), 0);
+        assert_eq!(target.join().unwrap(), 0);
+    });
+    let fields = device.state().config;
+    assert_eq!(
+        (fields.actual, fields.stop_reason),
+        (0, VIRTIO_BALLOON_STOP_REASON_EXCLUDED)
+    );
+}
+
+#[test]
+fn a_busy_guest_leaves_time_to_others() {
+    let device = running(0, 0);
+    let mut guest = GuestQueue::new();
+    device
+        .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+        .unwrap();
+    for _ in 0..MAX_BATCH + 1 {
+        guest.send(&[&[0, 1, 0, 0]]);
+    }
+    let before = Instant::now().checked_sub(2 * BUDGET);
+    for (paused, pauses) in [(before, true), (Some(Instant::now() + BUDGET), false)] {
+        lock(&device.work).paused = paused;
+        // All of the batch is done in time, and there is more.
+        device.serve_queue(0, &guest.vrings());
+        assert_eq!(lock(&device.work).paused != paused, pauses);
+        for _ in 0..MAX_BATCH {
+            guest.send(&[&[0, 1, 0, 0]]);
+        }
+    }
+}
+
+#[test]
+fn a_client_does_not_wait_for_a_guest_that_is_gone() {
+    let device = running(0, 7);
+    device.connected.store(true, SeqCst);
+    thread::scope(|scope| {
+        let start = Instant::now();
+        let stats = scope.spawn(|| device.fresh_stats(Duration::from_secs(600)));
+        // It waits first.
+        thread::sleep(Duration::from_millis(50));
+        device.disconnect();
+        assert!(stats.join().unwrap().is_none());
+        assert!(start.elapsed() < Duration::from_secs(300));
+    });
+}
+
+#[test]
+fn a_front_end_does_not_wait_for_a_look_at_processes() {
+    let device = running(0, 7);
+    let guest = GuestQueue::new();
+    let vrings = guest.vrings();
+    let (done, is_done) = mpsc::channel();
+    thread::scope(|scope| {
+        // A process that is looked at hangs in the kernel.
+        let look = lock(&device.watch);
+        scope.spawn(|| device.serve_queue(0, &vrings));
+        // It looks.
+        thread::sleep(Duration::from_millis(50));
+        scope.spawn(|| {
+            drop(vrings[0].get_mut());
+            device
+                .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+                .unwrap();
+            done.send(()).unwrap();
+        });
+        let result = is_done.recv_timeout(Duration::from_secs(10));
+        drop(look);
+        result.unwrap();
+    });
+}
+
+#[test]
+fn the_end_of_the_grace_is_not_missed() {
+    let (end, mut other) = UnixStream::pair().unwrap();
+    let device = running_with(end, 8 << 20, 0);
+    other.read_exact(&mut [0]).unwrap();
+    other.set_nonblocking(true).unwrap();
+    let handle = || device.handle_event(GRACE.try_into().unwrap(), EventSet::IN, &[], 0);
+    // That of the driver before.
+    handle().unwrap();
+    assert!(device.grace().is_some() && other.read(&mut [0]).is_err());
+
+    lock(&device.times).grace_end = Some(Instant::now());
+    // The guest reads for another reason, and the front end reads all.
+    device.get_config(8, 4);
+    handle().unwrap();
+    other.read_exact(&mut [0]).unwrap();
+    assert_eq!(asked(&device), 8 << 20);
+}
+
+#[test]
+fn nothing_of_a_guest_outlives_its_vmm() {
+    let device = running(8 << 20, 7);
+    device.set_config(0, &[0xff; 24]).unwrap();
+    assert!(device.answered().is_some() && device.state().config.actual > 0);
+    device.disconnect();
+    let expected = Fields {
+        target: 2048,
+        ..Fields::default()
+    };
+    assert_eq!(device.state().config, expected);
+    assert_eq!((device.answered(), device.guest_memory()), (None, None));
+    assert!(device.stats().is_none());
+}
+
+#[test]
+fn too_short_a_configuration_is_refused() {
+    let device = device(&[Feature::Stats], true);
+    assert_eq!(device.get_config(0, 16).len(), 0);
+    assert_eq!(device.get_config(0, 24).len(), 24);
+    assert_eq!(device.get_config(0, 32).len(), 32);
+    // Some front ends ask for one field at a time.
+    assert_eq!(device.get_config(0, 4).len(), 4);
+    assert_eq!(device.get_config(u32::MAX, 4), [0; 4]);
+}
+
+#[test]
+fn a_granule_is_told_without_memory() {
+    let device = device(&[], true);
+    assert_eq!(device.get_config(16, 4), 4096_u32.to_le_bytes());
+}

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which queue is which.
+
+use balloon_wire::{
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ,
+};
+
+/// How many queues a balloon can have.
+pub const MAX_QUEUES: usize = 6;
+
+/// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
+/// (docs/protocol.md, section 2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Pages that go into the balloon.
+    Inflate,
+    /// Pages that come out of the balloon.
+    Deflate,
+    /// The guest's memory statistics.
+    Stats,
+    /// Free page hinting.
+    Hinting,
+    /// Free page reporting.
+    Reporting,
+    /// Host requests.
+    Requests,
+}
+
+impl Kind {
+    /// Every queue that there can be.
+    pub const ALL: [Self; MAX_QUEUES] = [
+        Self::Inflate,
+        Self::Deflate,
+        Self::Stats,
+        Self::Hinting,
+        Self::Reporting,
+        Self::Requests,
+    ];
+
+    /// What the queue with this number is for. The specification has fixed numbers, but Linux, QEMU and
+    /// others number the queues that are there one after the other, so that is what a device must do.
+    pub fn of(number: usize, acked_features: u64) -> Option<Self> {
+        Self::present(acked_features).nth(number)
+    }
+
+    /// The number of the queue.
+    pub fn number(self, acked_features: u64) -> Option<usize> {
+        Self::present(acked_features).position(|kind| kind == self)
+    }
+
+    fn present(acked_features: u64) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |kind| {
+            let bit = match kind {
+                Self::Inflate | Self::Deflate => return true,
+                Self::Stats => VIRTIO_BALLOON_F_STATS_VQ,
+                Self::Hinting => VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+                Self::Reporting => VIRTIO_BALLOON_F_REPORTING,
+                Self::Requests => VIRTIO_BALLOON_F_HOST_REQUESTS,
+            };
+            acked_features & (1 << bit) != 0
+        })
+    }
+}
+
+/// One of something for each kind of queue.
+#[derive(Debug, Default)]
+pub struct ByKind<T>([T; MAX_QUEUES]);
+
+impl<T> ByKind<T> {
+    /// As many as there are kinds, made by `make`.
+    pub fn from_fn(mut make: impl FnMut() -> T) -> Self {
+        Self(std::array::from_fn(|_| make()))
+    }
+
+    /// That of one kind.
+    pub fn of(&self, kind: Kind) -> &T {
+        let [inflate, deflate, stats, hinting, reporting, requests] = &self.0;
+        match kind {
+            Kind::Inflate => inflate,
+            Kind::Deflate => deflate,
+            Kind::Stats => stats,
+            Kind::Hinting => hinting,
+            Kind::Reporting => reporting,
+            Kind::Requests => requests,
+        }
+    }
+
+    /// That of one kind, to be changed.
+    pub fn of_mut(&mut self, kind: Kind) -> &mut T {
+        let [inflate, deflate, stats, hinting, reporting, requests] = &mut self.0;
+        match kind {
+            Kind::Inflate => inflate,
+            Kind::Deflate => deflate,
+            Kind::Stats => stats,
+            Kind::Hinting => hinting,
+            Kind::Reporting => reporting,
+            Kind::Requests => requests,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATS: u64 = 1 << VIRTIO_BALLOON_F_STATS_VQ;
+    const HINTING: u64 = 1 << VIRTIO_BALLOON_F_FREE_PAGE_HINT;
+    const REPORTING: u64 = 1 << VIRTIO_BALLOON_F_REPORTING;
+    const REQUESTS: u64 = 1 << VIRTIO_BALLOON_F_HOST_REQUESTS;
+
+    #[test]
+    fn queues_are_numbered_densely() {
+        assert_eq!(Kind::of(2, STATS | HINTING | REPORTING), Some(Kind::Stats));
+        assert_eq!(
+            Kind::of(4, STATS | HINTING | REPORTING),
+            Some(Kind::Reporting)
+        );
+        assert_eq!(Kind::of(3, STATS | REPORTING), Some(Kind::Reporting));
+        assert_eq!(Kind::of(2, REPORTING), Some(Kind::Reporting));
+        assert_eq!(Kind::of(2, 0), None);
+        assert_eq!(Kind::Reporting.number(REPORTING), Some(2));
+        assert_eq!(Kind::Stats.number(REPORTING), None);
+        // The last of those that are there (HR-D1).
+        for (others, number) in [
+            (0, 2),
+            (STATS, 3),
+            (STATS | REPORTING, 4),
+            (STATS | HINTING | REPORTING, 5),
+        ] {
+            assert_eq!(Kind::Requests.number(others | REQUESTS), Some(number));
+            assert_eq!(Kind::of(number, others), None);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Timers that the worker waits for together with the queues.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::time::Duration;
+
+use log::error;
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+/// A timer that is readable after it has gone off.
+#[derive(Debug)]
+pub(crate) struct Timer(TimerFd);
+
+impl Timer {
+    /// A timer that is not set.
+    ///
+    /// # Errors
+    ///
+    /// The system has no file descriptors.
+    pub(crate) fn new() -> io::Result<Self> {
+        // The timer may be stopped between the event and the reading, which must not wait then.
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        Ok(Self(TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?))
+    }
+
+    /// Has it go off once, and says whether it will.
+    pub(crate) fn once(&self, after: Duration) -> bool {
+        let after = Expiration::OneShot(TimeSpec::from_duration(after));
+        let set = self.0.set(after, TimerSetTimeFlags::empty());
+        set.inspect_err(|error| error!("cannot set a timer: {error}"))
+            .is_ok()
+    }
+
+    /// Has it go off again and again.
+    ///
+    /// # Errors
+    ///
+    /// The system has no such timer.
+    pub(crate) fn every(&self, first: Duration, interval: Duration) -> io::Result<()> {
+        let [first, interval] = [first, interval].map(TimeSpec::from_duration);
+        let after = Expiration::IntervalDelayed(first, interval);
+        Ok(self.0.set(after, TimerSetTimeFlags::empty())?)
+    }
+
+    /// Stops it.
+    ///
+    /// # Errors
+    ///
+    /// The system has no such timer.
+    pub(crate) fn stop(&self) -> io::Result<()> {
+        Ok(self.0.unset()?)
+    }
+
+    /// Makes it unreadable until it goes off again.
+    pub(crate) fn acknowledge(&self) {
+        // One that was stopped by now has nothing to read.
+        let _ = self.0.wait();
+    }
+}
+
+impl AsRawFd for Timer {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the thread that serves the queues has at hand.
+
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::balloon::Balloon;
+use crate::discard::{Discarder, Pieces};
+use crate::hazard::Hazard;
+use crate::kept;
+use crate::kind::ByKind;
+use crate::pages::Pages;
+use crate::queue::Unfinished;
+
+/// What the thread that serves the queues needs, and only it as long as a driver is at work.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    pub(crate) memory: Arc<GuestMemoryMmap>,
+    pub(crate) balloon: Balloon,
+    pub(crate) discarder: Discarder,
+    pub(crate) pages: Pages,
+    pub(crate) pieces: Pieces,
+    pub(crate) ranges: Vec<Range<u64>>,
+    pub(crate) heads: Vec<u16>,
+    /// The batch of each kind of queue that was begun.
+    pub(crate) unfinished: ByKind<Unfinished>,
+    /// For each kind of queue, whether it is served for the first time since a driver was taken up. Another
+    /// process may have begun with its messages.
+    pub(crate) taken_up: ByKind<bool>,
+    /// Where the inflate queue's available ring is to be read next.
+    pub(crate) position: Option<u16>,
+    /// Whether the inflate queue was served since it was started.
+    pub(crate) at_work: bool,
+    /// When the thread left time to others.
+    pub(crate) paused: Option<Instant>,
+}
+
+impl Work {
+    /// Without memory yet. Memory is discarded in spite of these hazards, and what is in the balloon is kept in a
+    /// file.
+    pub(crate) fn new(allowed: &[Hazard], kept: Option<&File>) -> Self {
+        let mut balloon = Balloon::new(allowed);
+        if let Some(kept) = kept {
+            match kept.try_clone() {
+                Ok(file) => balloon.keep(file),
+                Err(error) => kept::give_up(kept, &error),
+            }
+        }
+        Self {
+            balloon,
+            taken_up: ByKind::from_fn(|| true),
+            ..Self::default()
+        }
+    }
+
+    /// Whether the inflate queue is a new driver's, when it is served for the first time since it was
+    /// started.
+    ///
+    /// A guest that was reset, or whose driver was loaded anew, has an empty balloon, and there is no
+    /// message for that. Pages of the driver before it would complete granules of which the guest uses the
+    /// rest, and their contents would be lost. But a driver sets its rings up from index 0, and a front end
+    /// that only stops a queue starts it where it was stopped. So an index that is not the one where this
+    /// device stopped belongs to another driver. Index 0 does as well: it is that of an old driver only if
+    /// that one has not inflated anything, or after a multiple of 65536 messages. Then the daemon asks for an
+    /// empty balloon until the boot grace ends, and for the target after that. Nothing is lost before this
+    /// question is asked: only the inflate queue punches what is in the balloon.
+    pub(crate) fn is_new_driver(&self, next: u16) -> bool {
+        next == 0 || self.position.is_some_and(|position| position != next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_driver_is_told_by_its_index() {
+        let work = |position| Work {
+            position,
+            ..Work::default()
+        };
+        assert!(work(None).is_new_driver(0));
+        assert!(work(Some(7)).is_new_driver(0));
+        assert!(work(Some(7)).is_new_driver(8));
+        assert!(!work(Some(7)).is_new_driver(7));
+        // The device itself is new, and knows nothing of the driver before.
+        assert!(!work(None).is_new_driver(7));
+    }
+}
