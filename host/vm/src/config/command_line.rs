@@ -117,6 +117,9 @@ impl Config {
                 // The kernel panics if its timer does not interrupt it within ten ticks. On a busy machine QEMU may get
                 // no processor for so long.
                 "no_timer_check",
+                // Linux 7.3's watchdog of clocksources waits with interrupts off, and takes the time from the clocksource.
+                // While that is jiffies, and another processor waits in stop_machine(), both wait for ever.
+                "tsc=nowatchdog",
                 "console=ttyS0",
                 // How a machine without ACPI and without a keyboard's controller ends.
                 "reboot=triple",
