@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the policy is given, and what it asks for.
+
+use serde::{Deserialize, Serialize};
+
+/// A number of pages of 4 KiB.
+pub type Pages = u64;
+
+/// Milliseconds of a clock that does not go back.
+pub type Millis = u64;
+
+/// A GiB.
+pub const GIB: Pages = 1 << 18;
+
+/// A MiB.
+pub const MIB: Pages = 1 << 8;
+
+/// A VM, by a number that no other VM gets while the policy knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct VmId(pub u32);
+
+/// What the administrator has set for a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The VM keeps this much.
+    pub floor: Pages,
+    /// The VM gets no more than this.
+    pub ceiling: Pages,
+    /// Its share when there is not enough for all.
+    pub weight: u16,
+}
+
+/// Why a guest has stopped inflating below its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stopped {
+    /// It has reached the driver's reserve, or it cannot allocate memory.
+    Full,
+    /// It ran out of memory.
+    AfterOom,
+    /// Its administrator has turned ballooning off.
+    Excluded,
+}
+
+/// The guest's statistics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// When the guest was asked for it.
+    pub taken: Millis,
+    /// Free memory.
+    pub free: Pages,
+    /// Memory that processes can get without swapping.
+    pub available: Pages,
+    /// The number of allocations that had to reclaim memory themselves.
+    pub stalls: u64,
+    /// Pages read from swap.
+    pub swapped_in: Pages,
+    /// The number of processes killed for lack of memory.
+    pub kills: u64,
+}
+
+/// The state of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Which one.
+    pub id: VmId,
+    /// What is set for it.
+    pub settings: Settings,
+    /// Its memory, in the balloon or not.
+    pub memory: Pages,
+    /// The balloon's target.
+    pub target: Pages,
+    /// The balloon's size. The host has this memory back.
+    pub size: Pages,
+    /// What the host has given to the VM, if the host can tell.
+    pub resident: Option<Pages>,
+    /// The newest action for this VM of which, and of all older ones, the fate was known before the device reported
+    /// this state: they were carried out, refused, or lost for good.
+    pub answered: u64,
+    /// The discard granularity.
+    pub granule: Pages,
+    /// The guest's driver works.
+    pub driver: bool,
+    /// The VM must be left alone: it is paused, it migrates, or a client has an open request.
+    pub frozen: bool,
+    /// Why the balloon is smaller than its target.
+    pub stopped: Option<Stopped>,
+    /// The newest statistics.
+    pub sample: Option<Sample>,
+}
+
+/// How much the host's own processes wait for memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostPressure {
+    /// Hardly ever.
+    #[default]
+    None,
+    /// Some of them do.
+    Some,
+    /// All of them do at times.
+    Full,
+}
+
+/// Memory for a VM that is about to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reservation {
+    /// Which one.
+    pub id: u32,
+    /// How much.
+    pub pages: Pages,
+}
+
+/// The state of the host and of its VMs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observation {
+    /// When.
+    pub now: Millis,
+    /// What the VMs may have together.
+    pub pool: Pages,
+    /// What of it stays free, for the host's own needs.
+    pub reserve: Pages,
+    /// How much the host itself waits for memory.
+    #[serde(default)]
+    pub pressure: HostPressure,
+    /// Memory for VMs to come.
+    #[serde(default)]
+    pub reservations: Vec<Reservation>,
+    /// The VMs, each one once.
+    pub vms: Vec<Vm>,
+}
+
+/// A sign that a guest needs memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pressure {
+    /// The guest killed a process, or nearly did.
+    Oom,
+    /// The balloon shrank below its target.
+    SelfDeflated,
+    /// Allocations had to reclaim memory themselves.
+    Stalls,
+    /// The guest reads from swap.
+    SwapIn,
+    /// Hardly any memory is available.
+    LowAvailable,
+    /// The VM quickly uses the last memory that it has not used before.
+    Growth,
+}
+
+/// Why a target changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cause {
+    /// The guest shows a sign that it needs memory.
+    Pressed(Pressure),
+    /// The guest has less than it needs or can use, and there is memory for it.
+    Wanted,
+    /// The guest does not use the memory.
+    Unused,
+    /// The VM has more than its ceiling.
+    Ceiling,
+    /// Other VMs, a reservation or the host need the memory, and this VM has more than its share.
+    Contended,
+    /// The guest does not give the memory: the target follows the balloon.
+    Abandoned,
+}
+
+/// A new target for a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Action {
+    /// Later actions have higher numbers.
+    pub number: u64,
+    /// Which VM.
+    pub vm: VmId,
+    /// The target.
+    pub target: Pages,
+    /// Why.
+    pub cause: Cause,
+    /// The numbers that imply the target.
+    pub account: Account,
+}
+
+/// How the policy sees a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// Which VM.
+    pub vm: VmId,
+    /// Its memory.
+    pub memory: Pages,
+    /// What the VM may have according to the target: its memory without the balloon's target.
+    pub grant: Pages,
+    /// What the VM can touch until its device reports something else, and what counts against the pool.
+    pub charge: Pages,
+    /// What the guest has in use and cannot reclaim, as far as known.
+    pub used: Option<Pages>,
+    /// What the guest should have free.
+    pub headroom: Pages,
+    /// What the guest cannot do without.
+    pub need: Pages,
+    /// What the guest can use, its caches and its recent peak included.
+    pub want: Pages,
+    /// What the VM gets of the capacity.
+    pub share: Pages,
+    /// Why the policy takes no memory from the VM now.
+    pub spared: Option<Spared>,
+    /// The newest sign of need.
+    pub pressed: Option<Pressure>,
+}
+
+/// Why the policy takes no memory from a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Spared {
+    /// No driver works: the guest boots, or has none.
+    NoDriver,
+    /// It must be left alone.
+    Frozen,
+    /// Ballooning is turned off in the guest.
+    Excluded,
+    /// The device has refused a target. The policy tries again later.
+    Refused,
+    /// Another program changes the target.
+    OtherController,
+    /// There are no statistics, or only old ones.
+    NoStatistics,
+    /// The guest has not given memory that it was asked for. The policy asks again later.
+    Uncooperative,
+    /// The VM or the policy has just started. If others wait for memory, it gives what it does not need all the same.
+    Starting,
+}
+
+/// What the policy asks for, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// New targets.
+    pub actions: Vec<Action>,
+    /// Reservations that have their memory from now on.
+    pub admitted: Vec<u32>,
+    /// What can be divided: the pool without its reserves and reservations.
+    pub capacity: Pages,
+    /// What all VMs can touch, with the reservations that have their memory.
+    pub charged: Pages,
+    /// The VMs.
+    pub accounts: Vec<Account>,
+}

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The step from an observation to actions.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::tracker::Tracker;
+use crate::{
+    Account, Action, Cause, Claim, Decision, HostPressure, MIB, Millis, Observation, Pages, Spared,
+    Vm, VmId, share,
+};
+
+/// What is kept for guests that need memory at once, while others are still asked for it.
+const FAST_RESERVE: Pages = 512 * MIB;
+
+/// The target of a VM that is not short of memory stays the same for this long.
+const INTERVAL: Millis = 10_000;
+
+/// Smaller changes are not worth one, unless a guest needs them.
+const LEAST_CHANGE: Pages = 32 * MIB;
+
+/// No change is smaller than this.
+const LEAST_URGENT_CHANGE: Pages = 4 * MIB;
+
+/// For how long a VM keeps memory that it does not use, as long as no other VM needs it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Profile {
+    /// For an hour or so.
+    Performance,
+    /// For some minutes.
+    #[default]
+    Balanced,
+    /// For half a minute or so.
+    Density,
+}
+
+impl Profile {
+    /// In which time the excess of the recent peak fades to a half.
+    const fn peak_half_life(self) -> Millis {
+        match self {
+            Self::Performance => 3_600_000,
+            Self::Balanced => 300_000,
+            Self::Density => 10_000,
+        }
+    }
+}
+
+/// Why there is no room for a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// What can be divided in all.
+    pub pool: Pages,
+    /// What stays free.
+    pub reserve: Pages,
+    /// What the VMs are sure to have.
+    pub floors: Pages,
+    /// What is reserved already.
+    pub reserved: Pages,
+    /// What was asked for.
+    pub asked: Pages,
+}
+
+/// Decides how the memory of a host is divided between its VMs.
+#[derive(Debug, Default)]
+pub struct Policy {
+    profile: Profile,
+    now: Millis,
+    number: u64,
+    trackers: BTreeMap<VmId, Tracker>,
+    /// The reservations that have their memory.
+    admitted: BTreeSet<u32>,
+}
+
+/// A step in progress.
+struct Step<'a> {
+    observation: &'a Observation,
+    decision: Decision,
+    /// Memory that no VM can touch.
+    free: Pages,
+    /// The part of it that is for guests in need.
+    fast: Pages,
+    /// A guest in need, or a reservation, waits for memory that others have.
+    lacking: bool,
+}
+
+impl Policy {
+    /// A policy that knows no VM yet.
+    pub fn new(profile: Profile) -> Self {
+        Self {
+            profile,
+            ..Self::default()
+        }
+    }
+
+    /// Changes the profile.
+    pub const fn set_profile(&mut self, profile: Profile) {
+        self.profile = profile;
+    }
+
+    /// Whether `asked` can be reserved in addition to what is reserved and to the floors of the VMs.
+    ///
+    /// # Errors
+    ///
+    /// There is no room for it.
+    pub fn admit(observation: &Observation, asked: Pages) -> Result<(), Refusal> {
+        let (pool, reserve) = (observation.pool, observation.reserve);
+        let sum = |pages: &mut dyn Iterator<Item = Pages>| pages.fold(0, Pages::saturating_add);
+        let floors = sum(&mut observation.vms.iter().map(|vm| vm.settings.floor));
+        let reserved = sum(&mut observation.reservations.iter().map(|one| one.pages));
+        let taken = sum(&mut [reserve, floors, reserved, asked].into_iter());
+        match taken > pool {
+            true => Err(Refusal {
+                pool,
+                reserve,
+                floors,
+                reserved,
+                asked,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Decides what to do now. The clock does not go back: an older observation counts as
+    /// one of the same moment as its predecessor.
+    pub fn step(&mut self, observation: &Observation) -> Decision {
+        self.now = self.now.max(observation.now);
+        self.track(observation);
+        let reserve = scaled(observation.reserve, observation.pressure);
+        let limit = observation.pool.saturating_sub(reserve);
+        let fast = FAST_RESERVE.max(observation.pool / 100).min(limit / 8);
+        let charged = self.charged(observation);
+        let accounts = observation.vms.iter().map(|vm| {
+            let tracker = &self.trackers[&vm.id];
+            tracker.account(vm, self.now, charged > limit)
+        });
+        let mut step = Step {
+            observation,
+            decision: Decision {
+                capacity: limit.saturating_sub(fast),
+                charged,
+                accounts: accounts.collect(),
+                ..Decision::default()
+            },
+            free: limit.saturating_sub(charged),
+            fast,
+            lacking: charged > limit.saturating_sub(fast / 2),
+        };
+        step.divide();
+        self.raise(&mut step);
+        self.cut(&mut step);
+        step.decision
+    }
+
+    fn track(&mut self, observation: &Observation) {
+        let Self { now, trackers, .. } = self;
+        let mut known = std::mem::take(trackers);
+        for vm in &observation.vms {
+            let mut tracker = known.remove(&vm.id).unwrap_or_else(|| Tracker::new(*now));
+            tracker.observe(vm, *now, self.profile.peak_half_life());
+            trackers.insert(vm.id, tracker);
+        }
+        self.admitted
+            .retain(|&id| observation.reservations.iter().any(|one| one.id == id));
+    }
+
+    /// What the VMs can touch, and the reservations that have their memory.
+    fn charged(&self, observation: &Observation) -> Pages {
+        let vms = observation.vms.iter();
+        let charges = vms.map(|vm| self.trackers[&vm.id].charge(vm));
+        let admitted = observation
+            .reservations
+            .iter()
+            .filter(|one| self.admitted.contains(&one.id))
+            .map(|one| one.pages);
+        charges.chain(admitted).fold(0, Pages::saturating_add)
+    }
+
+    /// Gives memory to those below their share, to the neediest first, as far as it is free.
+    fn raise(&mut self, step: &mut Step<'_>) {
+        let vms = step
+            .observation
+            .vms
+            .iter()
+            .zip(step.decision.accounts.clone());
+        let (mut short, mut others): (Vec<_>, Vec<_>) = vms
+            .filter(|(_, account)| is_movable(account) && account.share > account.grant)
+            .partition(|(vm, account)| {
+                let missing = account.need.saturating_sub(account.grant);
+                account.pressed.is_some() || missing >= least_change(vm)
+            });
+        for order in [&mut short, &mut others] {
+            order.sort_by_key(|(vm, account)| {
+                let part = u128::from(account.grant) * 1_000 / u128::from(account.share);
+                (part, vm.id)
+            });
+        }
+        for (vm, account) in &short {
+            let cause = account.pressed.map_or(Cause::Wanted, Cause::Pressed);
+            let given = self.give(step, vm, account, cause, LEAST_URGENT_CHANGE);
+            step.lacking |= given < account.share.saturating_sub(LEAST_URGENT_CHANGE);
+        }
+        self.reserve(step);
+        step.free = step.free.saturating_sub(step.fast);
+        for (vm, account) in &others {
+            if self.is_due(vm) {
+                self.give(step, vm, account, Cause::Wanted, least_change(vm));
+            }
+        }
+    }
+
+    /// Raises the grant of a VM to its share, or as far as free memory goes. Returns the grant then.
+    fn give(
+        &mut self,
+        step: &mut Step<'_>,
+        vm: &Vm,
+        account: &Account,
+        cause: Cause,
+        least: Pages,
+    ) -> Pages {
+        let affordable = account.charge.saturating_add(step.free);
+        let balloon = vm.memory.saturating_sub(account.share.min(affordable));
+        // Rounded up: the VM does not get more than that.
+        let target = balloon.next_multiple_of(vm.granule.max(1));
+        let grant = vm.memory.saturating_sub(target);
+        if grant < account.grant.saturating_add(least) {
+            return account.grant;
+        }
+        step.free = step
+            .free
+            .saturating_sub(grant.saturating_sub(account.charge));
+        self.send(step, account, target, cause);
+        grant
+    }
+
+    /// Gives reservations their memory.
+    fn reserve(&mut self, step: &mut Step<'_>) {
+        for reservation in &step.observation.reservations {
+            if self.admitted.contains(&reservation.id) {
+                continue;
+            }
+            if reservation.pages <= step.free {
+                step.free -= reservation.pages;
+                self.admitted.insert(reservation.id);
+                step.decision.admitted.push(reservation.id);
+            } else {
+                step.lacking = true;
+            }
+        }
+    }
+
+    /// Asks VMs for what they have beyond their share.
+    fn cut(&mut self, step: &mut Step<'_>) {
+        let vms = step
+            .observation
+            .vms
+            .iter()
+            .zip(step.decision.accounts.clone());
+        for (vm, account) in vms {
+            let granule = vm.granule.max(1);
+            if account.spared == Some(Spared::Uncooperative) {
+                // Rounded up: the VM does not get more than it has.
+                let target = vm.size.next_multiple_of(granule);
+                if target < vm.memory - account.grant {
+                    self.send(step, &account, target, Cause::Abandoned);
+                }
+                continue;
+            }
+            let least = match step.lacking {
+                true => LEAST_URGENT_CHANGE,
+                false => least_change(vm),
+            };
+            let excess = account.grant.saturating_sub(account.share);
+            let spared = match account.spared {
+                // Others wait for what it does not need.
+                Some(Spared::Starting) => !step.lacking,
+                other => other.is_some(),
+            };
+            if spared || excess < least || !(step.lacking || self.is_due(vm)) {
+                continue;
+            }
+            // Rounded down: the VM keeps at least its share.
+            let target = (vm.memory - account.share) / granule * granule;
+            if target > vm.memory - account.grant {
+                let cause = if account.share < account.want {
+                    Cause::Contended
+                } else if account.share == vm.settings.ceiling {
+                    Cause::Ceiling
+                } else {
+                    Cause::Unused
+                };
+                self.send(step, &account, target, cause);
+            }
+        }
+    }
+
+    /// Whether the last change is long enough ago for one that is not urgent.
+    fn is_due(&self, vm: &Vm) -> bool {
+        let moved = self.trackers[&vm.id].moved;
+        moved.is_none_or(|moved| self.now.saturating_sub(moved) >= INTERVAL)
+    }
+
+    fn send(&mut self, step: &mut Step<'_>, account: &Account, target: Pages, cause: Cause) {
+        self.number += 1;
+        if let Some(tracker) = self.trackers.get_mut(&account.vm) {
+            tracker.send(self.number, target, self.now);
+        }
+        step.decision.actions.push(Action {
+            number: self.number,
+            vm: account.vm,
+            target,
+            cause,
+            account: *account,
+        });
+    }
+}
+
+impl Step<'_> {
+    /// Divides the capacity: first what guests need, then what they want beyond that.
+    fn divide(&mut self) {
+        let Decision {
+            capacity, accounts, ..
+        } = &mut self.decision;
+        let reserved = self.observation.reservations.iter().map(|one| one.pages);
+        let fixed = accounts
+            .iter()
+            .filter(|account| !is_movable(account))
+            .map(|account| account.charge);
+        *capacity = reserved.chain(fixed).fold(*capacity, Pages::saturating_sub);
+        let mut movable: Vec<_> = self
+            .observation
+            .vms
+            .iter()
+            .zip(accounts)
+            .filter(|(_, account)| is_movable(account))
+            .collect();
+        let claims = movable.iter().map(|(vm, account)| Claim {
+            // What is not taken from a VM is not there for others.
+            floor: match account.spared {
+                None | Some(Spared::Starting) => vm.settings.floor.min(account.need),
+                Some(_) => account.grant,
+            },
+            want: account.need,
+            weight: vm.settings.weight,
+        });
+        let claims: Vec<_> = claims.collect();
+        let needs = share(*capacity, &claims);
+        let claims: Vec<_> = movable
+            .iter()
+            .zip(&needs)
+            .map(|((vm, account), &need)| Claim {
+                floor: need,
+                want: account.want,
+                weight: vm.settings.weight,
+            })
+            .collect();
+        for ((vm, account), share) in movable.iter_mut().zip(share(*capacity, &claims)) {
+            // Floors hold even if they do not fit.
+            account.share = share.max(vm.settings.floor.min(account.need));
+        }
+    }
+}
+
+/// Whether the VM's target may change at all.
+const fn is_movable(account: &Account) -> bool {
+    !matches!(
+        account.spared,
+        Some(
+            Spared::NoDriver
+                | Spared::Frozen
+                | Spared::Excluded
+                | Spared::OtherController
+                | Spared::Refused
+        )
+    )
+}
+
+/// The smallest change that is worth one when nothing is urgent.
+fn least_change(vm: &Vm) -> Pages {
+    LEAST_CHANGE.max(vm.memory / 64)
+}
+
+/// The reserve of a host that waits for memory is larger.
+const fn scaled(reserve: Pages, pressure: HostPressure) -> Pages {
+    match pressure {
+        HostPressure::None => reserve,
+        HostPressure::Some => reserve.saturating_add(reserve / 2),
+        HostPressure::Full => reserve.saturating_mul(2),
+    }
+}

@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the policy remembers about a VM.
+
+use crate::estimate::Estimate;
+use crate::{Account, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm};
+
+/// Statistics older than this say nothing about the guest's present state.
+const STALE_AFTER: Millis = 2_500;
+
+/// For how long a sign of pressure counts.
+const PRESSED_FOR: Millis = 2_000;
+
+/// For how long the death of a process counts: what it needed, it will need again.
+const OOM_FOR: Millis = 300_000;
+
+/// The least that a guest under pressure gets at once.
+const LEAST_RAISE: Pages = 256 * MIB;
+
+/// The most that it gets at once, unless it uses more.
+const MOST_RAISE: Pages = 1024 * MIB;
+
+/// An action that the device has not answered after a minute has no effect any more.
+const LOST_AFTER: Millis = 60_000;
+
+/// For how long a VM that has just appeared keeps what no other VM waits for.
+const GRACE: Millis = 30_000;
+
+/// A guest that is asked for memory has to give `LEAST_PROGRESS` within `PATIENCE`.
+const PATIENCE: Millis = 4_000;
+const LEAST_PROGRESS: Pages = 60 * MIB;
+
+/// After which time a guest that did not give memory is asked again, the first time and at most.
+const FIRST_RETRY: Millis = 10_000;
+const LAST_RETRY: Millis = 300_000;
+
+/// For how long a VM is left alone whose target another program has changed.
+const LEFT_ALONE: Millis = 600_000;
+
+/// Growth at which a VM without much untouched memory left is under pressure, in pages a second.
+const FAST_GROWTH: Pages = 640 * MIB;
+
+/// An action that was sent.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    number: u64,
+    target: Pages,
+    at: Millis,
+}
+
+/// What was observed the last time.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    at: Millis,
+    target: Pages,
+    size: Pages,
+    resident: Option<Pages>,
+    stopped: Option<Stopped>,
+    sample: Option<Sample>,
+}
+
+/// A guest has not given what it was asked for.
+#[derive(Clone, Copy, Debug)]
+struct Unwilling {
+    /// When it is asked again.
+    until: Millis,
+    /// It had nothing to give.
+    full: bool,
+}
+
+/// A sign of pressure.
+#[derive(Clone, Copy, Debug)]
+struct Pressed {
+    at: Millis,
+    sign: Pressure,
+    raise: Raise,
+}
+
+/// What a VM is to get.
+#[derive(Clone, Copy, Debug)]
+struct Raise {
+    /// In all.
+    usable: Pages,
+    /// How much more that is than what it had.
+    by: Pages,
+}
+
+#[derive(Debug)]
+pub(crate) struct Tracker {
+    since: Millis,
+    seen: Option<Seen>,
+    /// Since when the balloon has had its size.
+    settled: Millis,
+    /// Actions that may or may not have been carried out.
+    sent: Vec<Sent>,
+    /// The target that the device should have.
+    expected: Option<Pages>,
+    estimate: Option<Estimate>,
+    pressed: Option<Pressed>,
+    /// When a process died, and what the guest would have needed.
+    killed: Option<(Millis, Raise)>,
+    /// When a target was sent the last time.
+    pub(crate) moved: Option<Millis>,
+    /// When the present wait for memory from the guest began, and the balloon's size then.
+    waiting: Option<(Millis, Pages)>,
+    unwilling: Option<Unwilling>,
+    retry_after: Millis,
+    refused_until: Millis,
+    left_alone_until: Millis,
+}
+
+impl Tracker {
+    pub(crate) fn new(now: Millis) -> Self {
+        Self {
+            since: now,
+            seen: None,
+            settled: now,
+            sent: Vec::new(),
+            expected: None,
+            estimate: None,
+            pressed: None,
+            killed: None,
+            moved: None,
+            waiting: None,
+            unwilling: None,
+            retry_after: FIRST_RETRY,
+            refused_until: 0,
+            left_alone_until: 0,
+        }
+    }
+
+    /// Takes what was observed into account.
+    pub(crate) fn observe(&mut self, vm: &Vm, now: Millis, peak_half_life: Millis) {
+        self.settle_actions(vm, now);
+        if !vm.driver {
+            // Another guest may come, with other statistics.
+            *self = Self {
+                sent: std::mem::take(&mut self.sent),
+                expected: self.expected,
+                ..Self::new(now)
+            };
+            return;
+        }
+        let last = self.seen.replace(Seen {
+            at: now,
+            target: vm.target,
+            size: vm.size,
+            resident: vm.resident,
+            stopped: vm.stopped,
+            sample: vm.sample,
+        });
+        if last.is_none_or(|last| last.size != vm.size) {
+            self.settled = now;
+        }
+        if vm.sample.is_some_and(|sample| sample.taken >= self.settled) {
+            self.estimate = Estimate::update(self.estimate, vm, peak_half_life);
+        }
+        if let Some(last) = last {
+            if let Some(sign) = self.sign(vm, &last, now) {
+                self.press(sign, vm, now);
+            }
+        }
+        self.watch_progress(vm, now);
+    }
+
+    /// Finds out what has become of the actions that were sent.
+    fn settle_actions(&mut self, vm: &Vm, now: Millis) {
+        let lost = |sent: &Sent| now.saturating_sub(sent.at) > LOST_AFTER;
+        if self.sent.iter().any(lost) {
+            self.expected = None;
+        }
+        let answered = self
+            .sent
+            .iter()
+            .filter(|sent| sent.number <= vm.answered)
+            .max_by_key(|sent| sent.number);
+        if let Some(sent) = answered {
+            self.expected = Some(sent.target);
+        }
+        let answered = answered.is_some();
+        self.sent
+            .retain(|sent| sent.number > vm.answered && !lost(sent));
+        if !self.sent.is_empty() {
+            return;
+        }
+        if self.expected.is_some_and(|expected| expected != vm.target) {
+            let unchanged = self.seen.is_some_and(|seen| seen.target == vm.target);
+            if answered && unchanged {
+                self.refused_until = now + FIRST_RETRY;
+            } else {
+                self.left_alone_until = now + LEFT_ALONE;
+            }
+        }
+        self.expected = Some(vm.target);
+    }
+
+    /// Whether the VM shows a new sign of pressure.
+    fn sign(&self, vm: &Vm, last: &Seen, now: Millis) -> Option<Pressure> {
+        let new = vm.sample.filter(|new| {
+            last.sample.is_none_or(|old| new.taken > old.taken)
+                && now.saturating_sub(new.taken) <= STALE_AFTER
+        });
+        let headroom = self.headroom(vm);
+        let is_low = |sample: Sample, part: u64| sample.available < headroom / part;
+        let low = |part: u64| new.is_some_and(|new| is_low(new, part));
+        // Counters that went back are those of another boot.
+        let more = |counter: fn(&Sample) -> u64| {
+            let old = last.sample.map(|sample| counter(&sample))?;
+            new.map(|new| counter(&new))?.checked_sub(old)
+        };
+        let grew = |counter, by| more(counter).is_some_and(|more| more > by);
+        // A limit of a container kills processes as well, and memory is low before the kill, not after it.
+        let was_low = low(1) || last.sample.is_some_and(|old| is_low(old, 1));
+        let after_oom = vm.stopped == Some(Stopped::AfterOom) && last.stopped != vm.stopped;
+        if after_oom || (grew(|sample| sample.kills, 0) && was_low) {
+            return Some(Pressure::Oom);
+        }
+        if vm.size < last.size && vm.size < vm.target && self.sent.is_empty() {
+            return Some(Pressure::SelfDeflated);
+        }
+        // The next sign counts when the effect of the last raise shows.
+        let waits = self.pressed.is_some_and(|pressed| {
+            now.saturating_sub(pressed.at) <= PRESSED_FOR
+                && (!self.sent.is_empty() || self.settled > new.map_or(0, |new| new.taken))
+        });
+        let usable = vm.memory.saturating_sub(vm.size);
+        let untouched = vm.resident.map(|resident| usable.saturating_sub(resident));
+        // A guest in need has touched its memory.
+        if waits || untouched.is_some_and(|untouched| untouched >= headroom / 2) {
+            return None;
+        }
+        if low(4) {
+            return Some(Pressure::LowAvailable);
+        }
+        // An inflating balloon causes stalls itself.
+        let still = now.saturating_sub(self.settled) > PATIENCE / 4;
+        let inflating = (vm.target > vm.size && !still) || !self.sent.is_empty();
+        if !inflating {
+            if grew(|sample| sample.stalls, 0) {
+                return Some(Pressure::Stalls);
+            }
+            if grew(|sample| sample.swapped_in, MIB) {
+                return Some(Pressure::SwapIn);
+            }
+        }
+        let growth = vm.resident?.saturating_sub(last.resident?);
+        let fast = FAST_GROWTH.saturating_mul(now - last.at).max(1);
+        let grows = match self.fresh(vm, now) {
+            true => growth.saturating_mul(1_000) >= fast,
+            false => growth > 0,
+        };
+        grows.then_some(Pressure::Growth)
+    }
+
+    /// The guest gets more, twice as much as the last time if that was just now.
+    fn press(&mut self, sign: Pressure, vm: &Vm, now: Millis) {
+        let used = self.estimate.map_or(0, |estimate| estimate.used);
+        let first = LEAST_RAISE.max(used / 4);
+        // What the VM has not touched yet counts as given.
+        let usable = vm.memory.saturating_sub(vm.size.min(self.target(vm)));
+        let usable = usable.min(vm.resident.unwrap_or(usable));
+        let raise = |by: Pages| Raise {
+            usable: usable.saturating_add(by),
+            by,
+        };
+        if sign == Pressure::Oom {
+            let again = self.killed(now).map(|killed| killed.by.saturating_mul(2));
+            self.killed = Some((now, raise(again.unwrap_or(first).max(first))));
+        }
+        let again = self
+            .pressed
+            .filter(|pressed| now.saturating_sub(pressed.at) <= PRESSED_FOR);
+        let by = again.map_or(first, |pressed| {
+            let doubled = pressed.raise.by.saturating_mul(2);
+            doubled.min(MOST_RAISE.max(used)).max(first)
+        });
+        self.pressed = Some(Pressed {
+            at: now,
+            sign,
+            raise: raise(by),
+        });
+    }
+
+    /// What the guest would have needed to keep a process that died not long ago.
+    fn killed(&self, now: Millis) -> Option<Raise> {
+        let killed = self
+            .killed
+            .filter(|(at, _)| now.saturating_sub(*at) <= OOM_FOR);
+        killed.map(|(_, raise)| raise)
+    }
+
+    /// Gives up on a guest that does not give what it was asked for.
+    fn watch_progress(&mut self, vm: &Vm, now: Millis) {
+        if vm.target <= vm.size {
+            if self.waiting.take().is_some_and(|(_, size)| vm.size > size) {
+                self.retry_after = FIRST_RETRY;
+            }
+            return;
+        }
+        let (since, size) = *self.waiting.get_or_insert((now, vm.size));
+        let stopped = matches!(vm.stopped, Some(Stopped::Full | Stopped::AfterOom))
+            && now.saturating_sub(self.settled) >= PATIENCE / 4;
+        if !stopped && now.saturating_sub(since) < PATIENCE {
+            return;
+        }
+        let missing = vm.target - vm.size;
+        if missing > LEAST_PROGRESS && vm.size.saturating_sub(size) < LEAST_PROGRESS {
+            let full = vm
+                .sample
+                .is_some_and(|sample| sample.available < self.headroom(vm));
+            self.unwilling = Some(Unwilling {
+                until: now.saturating_add(self.retry_after),
+                full,
+            });
+            self.retry_after = self.retry_after.saturating_mul(2).min(LAST_RETRY);
+        }
+        self.waiting = Some((now, vm.size));
+    }
+
+    /// Remembers an action.
+    pub(crate) fn send(&mut self, number: u64, target: Pages, now: Millis) {
+        self.moved = Some(now);
+        self.sent.push(Sent {
+            number,
+            target,
+            at: now,
+        });
+    }
+
+    /// The target when all actions have been carried out.
+    pub(crate) fn target(&self, vm: &Vm) -> Pages {
+        self.sent.last().map_or(vm.target, |sent| sent.target)
+    }
+
+    /// The guest does not give what it was asked for, and has no reason to give it now.
+    fn is_uncooperative(&self, vm: &Vm, now: Millis) -> bool {
+        self.unwilling
+            .filter(|unwilling| now < unwilling.until)
+            .is_some_and(|unwilling| {
+                let available = vm.sample.map_or(0, |sample| sample.available);
+                !unwilling.full || available < self.headroom(vm)
+            })
+    }
+
+    /// The present sign of pressure.
+    pub(crate) fn pressure(&self, now: Millis) -> Option<Pressure> {
+        self.pressed
+            .filter(|pressed| now.saturating_sub(pressed.at) <= PRESSED_FOR)
+            .map(|pressed| pressed.sign)
+    }
+
+    fn fresh(&self, vm: &Vm, now: Millis) -> bool {
+        vm.sample
+            .is_some_and(|sample| now.saturating_sub(sample.taken) <= STALE_AFTER)
+    }
+
+    fn headroom(&self, vm: &Vm) -> Pages {
+        let least = Estimate::update(None, vm, 0);
+        let estimate = self.estimate.or(least);
+        estimate.map_or(LEAST_RAISE, |estimate| estimate.headroom(vm.memory))
+    }
+
+    /// Why nothing is to be taken from the VM. `overcommitted` says that the VMs can touch more than there is.
+    fn spared(&self, vm: &Vm, now: Millis, overcommitted: bool) -> Option<Spared> {
+        if !vm.driver {
+            Some(Spared::NoDriver)
+        } else if vm.frozen {
+            Some(Spared::Frozen)
+        } else if vm.stopped == Some(Stopped::Excluded) {
+            Some(Spared::Excluded)
+        } else if now < self.refused_until {
+            Some(Spared::Refused)
+        } else if now < self.left_alone_until {
+            Some(Spared::OtherController)
+        } else if self.estimate.is_none() || !self.fresh(vm, now) {
+            Some(Spared::NoStatistics)
+        } else if self.is_uncooperative(vm, now) {
+            Some(Spared::Uncooperative)
+        } else if now.saturating_sub(self.since) < GRACE && !overcommitted {
+            Some(Spared::Starting)
+        } else {
+            None
+        }
+    }
+
+    /// What the VM can touch until its device reports something else.
+    pub(crate) fn charge(&self, vm: &Vm) -> Pages {
+        let balloon = self
+            .sent
+            .iter()
+            .map(|sent| sent.target)
+            .fold(vm.target.min(vm.size), Pages::min);
+        let usable = match vm.driver {
+            true => vm.memory.saturating_sub(balloon),
+            false => vm.memory,
+        };
+        usable.max(vm.resident.unwrap_or(0))
+    }
+
+    /// How the policy sees the VM, before the capacity is divided.
+    pub(crate) fn account(&self, vm: &Vm, now: Millis, overcommitted: bool) -> Account {
+        let spared = self.spared(vm, now, overcommitted);
+        let grant = vm.memory.saturating_sub(self.target(vm));
+        let headroom = self.headroom(vm);
+        let known = self
+            .estimate
+            .filter(|_| spared != Some(Spared::NoStatistics));
+        let mut need = known.map_or(grant, |estimate| estimate.used.saturating_add(headroom / 2));
+        if let Some(pressed) = self.pressed.filter(|_| self.pressure(now).is_some()) {
+            need = need.max(pressed.raise.usable);
+        }
+        if let Some(killed) = self.killed(now) {
+            need = need.max(killed.usable);
+        }
+        // Without statistics, memory that was never touched is what shows that a guest has enough.
+        let occupied = known.map_or(vm.resident.unwrap_or(vm.memory), |known| known.wanted());
+        let wanted = match self.pressure(now) {
+            // A part of it may not be enough, and then the next process dies.
+            Some(Pressure::Oom | Pressure::SelfDeflated) => vm.memory,
+            _ => occupied.saturating_add(headroom),
+        };
+        let ceiling = vm.settings.ceiling.min(vm.memory);
+        let floor = vm.settings.floor.min(ceiling);
+        let need = need.clamp(floor, ceiling);
+        Account {
+            vm: vm.id,
+            memory: vm.memory,
+            grant,
+            charge: self.charge(vm),
+            used: self.estimate.map(|estimate| estimate.used),
+            headroom,
+            need,
+            want: wanted.clamp(need, ceiling),
+            share: grant,
+            spared,
+            pressed: self.pressure(now),
+        }
+    }
+}

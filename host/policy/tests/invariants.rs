@@ -1,0 +1,656 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What holds for each step, whatever guests and connections do. docs/manager.md lists the invariants by number.
+//!
+//! `PROPTEST_CASES` sets the number of cases.
+
+mod world;
+
+use std::env;
+
+use balloon_policy::{
+    Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy, Profile,
+    Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
+};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use world::{Behaviour, Guest, World};
+
+/// Thousands, unless the environment says otherwise.
+fn cases() -> ProptestConfig {
+    let config = ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    match env::var_os("PROPTEST_CASES") {
+        Some(_) => config,
+        None => ProptestConfig {
+            cases: 2_000,
+            ..config
+        },
+    }
+}
+
+/// A number of any magnitude.
+fn pages() -> impl Strategy<Value = Pages> {
+    (0_u32..=44, any::<u64>()).prop_map(|(bits, value)| value % (1 << bits))
+}
+
+fn any_sample() -> impl Strategy<Value = Sample> {
+    (
+        any::<u64>(),
+        any::<u64>(),
+        any::<u64>(),
+        any::<u64>(),
+        any::<u64>(),
+        any::<u64>(),
+    )
+        .prop_map(
+            |(taken, free, available, stalls, swapped_in, kills)| Sample {
+                taken: taken % 100_000,
+                free,
+                available,
+                stalls: stalls % 3,
+                swapped_in,
+                kills: kills % 3,
+            },
+        )
+}
+
+fn any_vm() -> impl Strategy<Value = Vm> {
+    let settings = (pages(), pages(), any::<u16>());
+    let state = (pages(), pages(), pages(), option::of(pages()), 0_u64..20);
+    let granule = prop_oneof![Just(0_u64), Just(1), Just(16), Just(512)];
+    let stopped = option::of(prop_oneof![
+        Just(Stopped::Full),
+        Just(Stopped::AfterOom),
+        Just(Stopped::Excluded)
+    ]);
+    let flags = (
+        granule,
+        prop::bool::weighted(0.8),
+        prop::bool::weighted(0.1),
+        stopped,
+    );
+    (settings, state, flags, option::of(any_sample())).prop_map(
+        |((floor, ceiling, weight), (memory, target, size, resident, answered), flags, sample)| {
+            let (granule, driver, frozen, stopped) = flags;
+            Vm {
+                id: VmId(0),
+                settings: Settings {
+                    floor: floor.min(ceiling),
+                    ceiling,
+                    weight,
+                },
+                memory,
+                target,
+                size,
+                resident,
+                answered,
+                granule,
+                driver,
+                frozen,
+                stopped,
+                sample,
+            }
+        },
+    )
+}
+
+fn any_pressure() -> impl Strategy<Value = HostPressure> {
+    prop_oneof![
+        Just(HostPressure::None),
+        Just(HostPressure::Some),
+        Just(HostPressure::Full)
+    ]
+}
+
+/// An observation without any sense, except that each VM has its own id.
+fn any_observation() -> impl Strategy<Value = Observation> {
+    let host = (0_u64..100_000, pages(), pages(), any_pressure());
+    let reservations = vec((0_u32..4, pages()), 0..3);
+    (host, reservations, vec(any_vm(), 0..6)).prop_map(
+        |((now, pool, reserve, pressure), reservations, mut vms)| {
+            for (id, vm) in (0..).zip(&mut vms) {
+                vm.id = VmId(id);
+            }
+            let mut reservations: Vec<_> = reservations
+                .into_iter()
+                .map(|(id, pages)| Reservation { id, pages })
+                .collect();
+            reservations.sort_by_key(|one| one.id);
+            reservations.dedup_by_key(|one| one.id);
+            Observation {
+                now,
+                pool,
+                reserve,
+                pressure,
+                reservations,
+                vms,
+            }
+        },
+    )
+}
+
+fn vm<'a>(observation: &'a Observation, action: &Action) -> &'a Vm {
+    let mut vms = observation.vms.iter();
+    vms.find(|vm| vm.id == action.vm).expect("the VM exists")
+}
+
+fn grant(vm: &Vm, action: &Action) -> Pages {
+    vm.memory.saturating_sub(action.target)
+}
+
+fn limit(observation: &Observation) -> Pages {
+    let reserve = match observation.pressure {
+        HostPressure::None => observation.reserve,
+        HostPressure::Some => observation.reserve.saturating_add(observation.reserve / 2),
+        HostPressure::Full => observation.reserve.saturating_mul(2),
+    };
+    observation.pool.saturating_sub(reserve)
+}
+
+/// 1: all that VMs can touch, and the reservations, are charged.
+fn check_conservation(
+    observation: &Observation,
+    decision: &Decision,
+    admitted: Pages,
+) -> Result<(), TestCaseError> {
+    let charges = decision.accounts.iter().map(|account| account.charge);
+    let sum = charges.fold(admitted, Pages::saturating_add);
+    prop_assert_eq!(decision.charged, sum);
+    prop_assert_eq!(decision.accounts.len(), observation.vms.len());
+    for (account, vm) in decision.accounts.iter().zip(&observation.vms) {
+        let balloon = if vm.driver { vm.target.min(vm.size) } else { 0 };
+        prop_assert!(account.charge >= vm.memory.saturating_sub(balloon));
+        prop_assert!(account.charge >= vm.resident.unwrap_or(0));
+    }
+    Ok(())
+}
+
+/// 3: the raises and the admitted reservations of a step take no more than is free.
+fn check_phases(observation: &Observation, decision: &Decision) -> Result<(), TestCaseError> {
+    let free = limit(observation).saturating_sub(decision.charged);
+    let raises = decision
+        .actions
+        .iter()
+        .map(|action| grant(vm(observation, action), action).saturating_sub(action.account.charge));
+    let reservations = observation.reservations.iter();
+    let admitted = reservations
+        .filter(|one| decision.admitted.contains(&one.id))
+        .map(|one| one.pages);
+    prop_assert!(raises.chain(admitted).sum::<Pages>() <= free);
+    Ok(())
+}
+
+/// 4: grants are between floor and ceiling, and targets are multiples of the granule. A target that follows a balloon
+/// leaves the VM what it has.
+fn check_bounds(observation: &Observation, decision: &Decision) -> Result<(), TestCaseError> {
+    for action in &decision.actions {
+        let vm = vm(observation, action);
+        let granule = vm.granule.max(1);
+        let grant = grant(vm, action);
+        prop_assert_eq!(action.target % granule, 0);
+        if action.cause == Cause::Abandoned {
+            prop_assert!(action.target >= vm.size && action.target - vm.size < granule);
+            continue;
+        }
+        let raise = grant > action.account.grant;
+        prop_assert!(
+            raise || grant >= vm.settings.floor.min(vm.memory),
+            "{:?}",
+            action
+        );
+        prop_assert!(!raise || grant <= vm.settings.ceiling, "{:?}", action);
+    }
+    Ok(())
+}
+
+/// 5: nothing is taken from a VM whose state is not known, or that must be left alone.
+fn check_cuts(
+    observation: &Observation,
+    decision: &Decision,
+    now: u64,
+) -> Result<(), TestCaseError> {
+    for action in &decision.actions {
+        let vm = vm(observation, action);
+        let fixed = vm.frozen || !vm.driver || vm.stopped == Some(Stopped::Excluded);
+        prop_assert!(!fixed, "{:?}", action);
+        if grant(vm, action) >= action.account.grant {
+            continue;
+        }
+        let fresh = vm
+            .sample
+            .is_some_and(|sample| now.saturating_sub(sample.taken) <= 2_500);
+        prop_assert!(fresh, "{:?}", action);
+        let starting = action.account.spared == Some(Spared::Starting);
+        prop_assert!(starting || action.account.spared.is_none(), "{:?}", action);
+        // What a guest under pressure has beyond its share, others are short of.
+        prop_assert!(action.account.pressed.is_none() || action.cause != Cause::Unused);
+    }
+    Ok(())
+}
+
+/// 14: the numbers of an action imply it.
+fn check_explanation(observation: &Observation, decision: &Decision) -> Result<(), TestCaseError> {
+    for action in &decision.actions {
+        let account = &action.account;
+        prop_assert!(decision.accounts.contains(account));
+        let vm = vm(observation, action);
+        let granule = vm.granule.max(1);
+        let exact = vm.memory.saturating_sub(account.share);
+        match action.cause {
+            Cause::Pressed(sign) => {
+                prop_assert_eq!(account.pressed, Some(sign));
+                prop_assert!(account.share > account.grant && action.target >= exact);
+            }
+            Cause::Wanted => {
+                prop_assert!(account.share > account.grant && action.target >= exact);
+            }
+            Cause::Unused => {
+                prop_assert!(account.share >= account.want && account.want < account.grant);
+                prop_assert_eq!(action.target, exact / granule * granule);
+            }
+            Cause::Ceiling => {
+                prop_assert!(account.share == vm.settings.ceiling && account.share < account.grant);
+                prop_assert_eq!(action.target, exact / granule * granule);
+            }
+            Cause::Contended => {
+                prop_assert!(account.share < account.want && account.share < account.grant);
+                prop_assert_eq!(action.target, exact / granule * granule);
+            }
+            Cause::Abandoned => prop_assert_eq!(account.spared, Some(Spared::Uncooperative)),
+        }
+    }
+    Ok(())
+}
+
+fn check(
+    observation: &Observation,
+    decision: &Decision,
+    admitted: Pages,
+) -> Result<(), TestCaseError> {
+    check_conservation(observation, decision, admitted)?;
+    check_phases(observation, decision)?;
+    check_bounds(observation, decision)?;
+    check_explanation(observation, decision)
+}
+
+/// The reference: page after page.
+fn share_by_page(capacity: Pages, claims: &[Claim]) -> Vec<Pages> {
+    let floors: Pages = claims.iter().map(|claim| claim.floor).sum();
+    let fits = floors <= capacity;
+    let mut shares: Vec<_> = claims
+        .iter()
+        .map(|claim| if fits { claim.floor } else { 0 })
+        .collect();
+    for _ in shares.iter().sum::<Pages>()..capacity {
+        let most = |index: usize| {
+            if fits {
+                claims[index].want
+            } else {
+                claims[index].floor
+            }
+        };
+        let next = (0..claims.len())
+            .filter(|&index| shares[index] < most(index))
+            .min_by(|&a, &b| {
+                let level = |index: usize, other: usize| {
+                    u128::from(shares[index] + 1) * u128::from(claims[other].weight.max(1))
+                };
+                level(a, b).cmp(&level(b, a))
+            });
+        match next {
+            Some(index) => shares[index] += 1,
+            None => break,
+        }
+    }
+    shares
+}
+
+fn small_claims() -> impl Strategy<Value = Vec<Claim>> {
+    let claim = (0_u64..60, 0_u64..100, 0_u16..9).prop_map(|(floor, want, weight)| Claim {
+        floor,
+        want,
+        weight,
+    });
+    vec(claim, 0..6)
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    #[test]
+    fn invariant_1_4_5_13_any_observations(
+        observations in vec(any_observation(), 1..12),
+    ) {
+        let mut policy = Policy::new(Profile::Density);
+        let mut now = 0;
+        let mut admitted = std::collections::BTreeSet::new();
+        for observation in &observations {
+            now = now.max(observation.now);
+            let decision = policy.step(observation);
+            let reservations = &observation.reservations;
+            admitted.retain(|&id| reservations.iter().any(|one| one.id == id));
+            let held = reservations.iter().filter(|one| admitted.contains(&one.id));
+            check(observation, &decision, held.map(|one| one.pages).sum())?;
+            check_cuts(observation, &decision, now)?;
+            admitted.extend(decision.admitted);
+        }
+    }
+
+    #[test]
+    fn invariant_2_guests_never_have_more_than_the_pool(seed in any::<u64>(), count in 1_usize..6) {
+        let mut world = World::hostile(seed, count);
+        for step in 0..60 {
+            let time = world.rng.u64(20..=3_000);
+            let (observation, decision) = world.step(time);
+            check(&observation, &decision, 0)?;
+            prop_assert!(world.reachable() <= world.limit(), "step {}", step);
+            if world.rng.u32(..30) == 0 {
+                world.restart();
+                prop_assert!(world.reachable() <= world.limit(), "restart {}", step);
+            }
+            // Demands change all the time.
+            for index in 0..world.guests.len() {
+                if world.rng.u32(..4) == 0 {
+                    world.guests[index].used = world.rng.u64(0..=world.guests[index].memory);
+                }
+                world.guests[index].frozen = world.rng.u32(..10) == 0;
+            }
+        }
+    }
+
+    #[test]
+    fn invariant_3_raises_are_paid_first(mut observation in any_observation()) {
+        // Guests that are short, so that there are raises.
+        let now = 50_000;
+        for vm in &mut observation.vms {
+            (vm.driver, vm.frozen, vm.stopped, vm.answered) = (true, false, None, 0);
+            vm.settings.ceiling = vm.memory;
+            vm.size = vm.size.min(vm.memory);
+            vm.target = vm.size;
+        }
+        let mut policy = Policy::new(Profile::Density);
+        for step in 0..3 {
+            observation.now = now + step * 100;
+            for vm in &mut observation.vms {
+                let sample = Sample { taken: observation.now, free: 0, available: 0, stalls: step, swapped_in: 0, kills: 0 };
+                vm.sample = Some(sample);
+            }
+            let decision = policy.step(&observation);
+            check_phases(&observation, &decision)?;
+            // The device has carried nothing out yet: the messages still count.
+            let next = policy.step(&observation);
+            let sent = decision.actions.iter().map(|action| {
+                grant(vm(&observation, action), action).saturating_sub(action.account.charge)
+            });
+            let reservations = observation.reservations.iter().filter(|one| decision.admitted.contains(&one.id));
+            let paid = sent.chain(reservations.map(|one| one.pages)).sum::<Pages>();
+            prop_assert_eq!(next.charged, decision.charged + paid);
+        }
+    }
+
+    #[test]
+    fn invariant_6_a_guest_in_need_gets_free_memory_at_once(used in 2_u64..8, others in 0_usize..4) {
+        let (memory, used) = (8 * GIB, used * GIB / 2);
+        let mut guests = vec![Guest::new(Behaviour::Honest, memory, used, memory - used)];
+        // They pay: all of their memory is free.
+        guests.extend((0..others).map(|_| Guest::new(Behaviour::Honest, memory, GIB / 8, 0)));
+        let taken: Pages = guests.iter().map(Guest::reachable).sum();
+        let mut world = World::new(0, taken + GIB, guests);
+        let (_, decision) = world.step(100);
+        let (_, next) = world.step(100);
+        let mut actions = decision.actions.iter().chain(&next.actions);
+        let raise = actions.find(|action| action.vm == VmId(0)).expect("a raise");
+        prop_assert!(matches!(raise.cause, Cause::Pressed(_) | Cause::Wanted));
+        prop_assert!(memory - raise.target >= used + 64 * MIB);
+    }
+
+    #[test]
+    fn invariant_7_no_guest_starves_beside_one_with_more_than_its_share(
+        used in vec(1_u64..32, 2..6), greedy in any::<bool>(), pool in 4_u64..16,
+    ) {
+        let memory = 4 * GIB;
+        let mut guests: Vec<_> = used.iter().map(|used| Guest::new(Behaviour::Honest, memory, used * GIB / 8, 0)).collect();
+        if greedy {
+            guests[0].behaviour = Behaviour::Greedy;
+        }
+        let mut world = World::new(0, pool * GIB, guests);
+        for _ in 0..600 {
+            world.step(100);
+        }
+        // One needs more; the others have to pay, and soon.
+        let last = world.guests.len() - 1;
+        world.guests[last].used = memory - GIB / 2;
+        for _ in 0..20 {
+            world.step(100);
+        }
+        let (observation, decision) = world.step(100);
+        let granted = |account: &balloon_policy::Account| {
+            let mut actions = decision.actions.iter();
+            let action = actions.find(|action| action.vm == account.vm);
+            action.map_or(account.grant, |action| account.memory - action.target)
+        };
+        let starving = observation.vms.iter().zip(&decision.accounts).find(|(vm, account)| {
+            let least = vm.memory / 64 + MIB;
+            granted(account) + least < account.need.min(account.share)
+        });
+        let rich = observation.vms.iter().zip(&decision.accounts).find(|(vm, account)| {
+            // Guests give no memory that they use.
+            granted(account) > account.share.max(account.need) + vm.memory / 64 + MIB && account.spared.is_none()
+        });
+        prop_assert!(starving.is_none() || rich.is_none(), "{starving:?} {rich:?}");
+    }
+
+    #[test]
+    fn invariant_8_shares_are_those_of_the_reference(capacity in 0_u64..300, claims in small_claims()) {
+        prop_assert_eq!(share(capacity, &claims), share_by_page(capacity, &claims));
+    }
+
+    #[test]
+    fn invariant_8_shares_are_monotonous(
+        capacity in pages(),
+        more in pages(),
+        claims in vec((pages(), pages(), any::<u16>()), 1..8),
+        changed in any::<prop::sample::Index>(),
+    ) {
+        let mut claims: Vec<_> = claims
+            .into_iter()
+            .map(|(floor, want, weight)| Claim { floor, want: want.max(floor), weight })
+            .collect();
+        let floors: Pages = claims.iter().map(|claim| claim.floor).sum();
+        let capacity = capacity + floors;
+        let shares = share(capacity, &claims);
+        prop_assert!(shares.iter().sum::<Pages>() <= capacity);
+        for (claim, &share) in claims.iter().zip(&shares) {
+            prop_assert!(claim.floor <= share && share <= claim.want);
+        }
+        let no_less = |a: &[Pages], b: &[Pages]| a.iter().zip(b).all(|(a, b)| a >= b);
+        // In the capacity.
+        prop_assert!(no_less(&share(capacity + more, &claims), &shares));
+        // What was shared is shared the same way.
+        let settled: Vec<_> = claims.iter().zip(&shares).map(|(claim, &want)| Claim { want, ..*claim }).collect();
+        prop_assert_eq!(&share(capacity, &settled), &shares);
+        // A claim that wants more, or weighs more, gets no less, and the others get no more.
+        let index = changed.index(claims.len());
+        let before = claims[index];
+        claims[index].want += more;
+        let greedy = share(capacity, &claims);
+        prop_assert!(greedy[index] >= shares[index]);
+        claims[index] = Claim { weight: before.weight.saturating_add(7), ..before };
+        prop_assert!(share(capacity, &claims)[index] >= shares[index]);
+        // A new claim takes, and gives nothing.
+        claims[index] = before;
+        claims.push(Claim { floor: 0, want: more, weight: 9 });
+        let crowded = share(capacity, &claims);
+        prop_assert!(no_less(&shares, &crowded[..shares.len()]));
+        prop_assert!((0..shares.len()).all(|other| other == index || greedy[other] <= shares[other]));
+    }
+
+    #[test]
+    fn invariant_9_constant_demands_end_in_rest(used in vec(1_u64..24, 1..6), pool in 6_u64..40, seed in any::<u64>()) {
+        let memory = 4 * GIB;
+        let guests = used.iter().map(|used| Guest::new(Behaviour::Honest, memory, used * GIB / 8, 0)).collect();
+        let mut world = World::new(seed, pool * GIB, guests);
+        // The peaks have faded then.
+        for _ in 0..300 {
+            world.step(1_000);
+        }
+        let needs: Pages = used.iter().map(|used| used * GIB / 8 + GIB / 2).sum();
+        for _ in 0..60 {
+            // Less than the hysteresis.
+            for (guest, used) in world.guests.iter_mut().zip(&used) {
+                guest.used = used * GIB / 8 + world.rng.u64(0..=4 * MIB);
+            }
+            let (observation, decision) = world.step(1_000);
+            // With guests that lack memory there is no rest.
+            prop_assert!(decision.actions.is_empty() || needs > limit(&observation), "{:?}", decision.actions);
+        }
+    }
+
+    #[test]
+    fn invariant_10_others_get_what_an_honest_guest_would_leave_them(
+        used in vec(0_u64..32, 2..6), pool in 2_u64..16, lie in any_sample(),
+    ) {
+        let memory = 4 * GIB;
+        let shares = |behaviour| {
+            let guests = used.iter().map(|used| Guest::new(Behaviour::Honest, memory, used * GIB / 8, 0)).collect();
+            let mut world = World::new(0, pool * GIB, guests);
+            world.guests[0].behaviour = behaviour;
+            let mut observation = world.observe();
+            let mut policy = Policy::new(Profile::Density);
+            policy.step(&observation);
+            observation.now += 31_000;
+            for vm in &mut observation.vms {
+                if let Some(sample) = &mut vm.sample {
+                    sample.taken = observation.now;
+                }
+            }
+            if behaviour == Behaviour::Honest {
+                observation.vms[0].sample = Some(Sample { taken: observation.now, ..lie });
+            }
+            policy.step(&observation).accounts
+        };
+        // The greedy one has no memory left, and demands all that it can have.
+        let (with_lie, with_demand) = (shares(Behaviour::Honest), shares(Behaviour::Greedy));
+        for (lied, demanded) in with_lie.iter().zip(&with_demand).skip(1) {
+            prop_assert!(lied.share >= demanded.share, "{lied:?} {demanded:?}");
+        }
+    }
+
+    #[test]
+    fn invariant_11_a_restart_cuts_nothing_and_changes_nothing(
+        used in vec(1_u64..16, 1..5), at in 1_u64..200,
+    ) {
+        let memory = 4 * GIB;
+        let end = |restart: Option<u64>| {
+            let guests = used.iter().map(|used| Guest::new(Behaviour::Honest, memory, used * GIB / 8, 0)).collect();
+            let mut world = World::new(0, 24 * GIB, guests);
+            for second in 0..500 {
+                if Some(second) == restart {
+                    world.restart();
+                }
+                let (observation, decision) = world.step(1_000);
+                let grace = restart.is_some_and(|restart| (restart..restart + 29).contains(&second));
+                if grace {
+                    for action in &decision.actions {
+                        prop_assert!(grant(vm(&observation, action), action) >= action.account.grant);
+                    }
+                }
+            }
+            Ok(world.guests.iter().map(Guest::grant).collect::<Vec<_>>())
+        };
+        let (restarted, other) = (end(Some(at))?, end(None)?);
+        for (restarted, other) in restarted.iter().zip(&other) {
+            prop_assert!(restarted.abs_diff(*other) <= memory / 64, "{restarted} {other}");
+        }
+    }
+
+    #[test]
+    fn invariant_12_a_worse_host_raises_no_share(observations in vec(any_observation(), 1..6)) {
+        let shares = |pressure| {
+            let mut policy = Policy::new(Profile::Density);
+            let (last, before) = observations.split_last().expect("there is one");
+            for observation in before {
+                policy.step(observation);
+            }
+            let worse = Observation { pressure, ..last.clone() };
+            policy.step(&worse).accounts
+        };
+        let pressures = [HostPressure::None, HostPressure::Some, HostPressure::Full];
+        let [none, some, full] = pressures.map(shares);
+        for ((none, some), full) in none.iter().zip(&some).zip(&full) {
+            let movable = !matches!(
+                none.spared,
+                Some(Spared::NoDriver | Spared::Frozen | Spared::Excluded | Spared::Refused | Spared::OtherController)
+            );
+            if movable {
+                prop_assert!(some.share <= none.share && full.share <= some.share);
+            }
+        }
+    }
+
+    #[test]
+    fn invariant_13_counters_that_go_back_mean_nothing(old in any_sample(), new in any_sample()) {
+        let mut policy = Policy::new(Profile::Density);
+        let mut guest = Guest::new(Behaviour::Honest, 4 * GIB, GIB, 2 * GIB);
+        guest.settings.floor = GIB;
+        let mut world = World::new(0, 64 * GIB, vec![guest]);
+        let mut observation = world.observe();
+        let enough = GIB;
+        observation.vms[0].sample = Some(Sample { free: enough, available: enough, taken: 1_000, ..old });
+        policy.step(&observation);
+        observation.now += 1_000;
+        let back = |new: u64, old: u64| new.min(old);
+        observation.vms[0].sample = Some(Sample {
+            taken: 2_000,
+            free: enough,
+            available: enough,
+            stalls: back(new.stalls, old.stalls),
+            swapped_in: back(new.swapped_in, old.swapped_in),
+            kills: back(new.kills, old.kills),
+        });
+        let decision = policy.step(&observation);
+        prop_assert_eq!(decision.accounts[0].pressed, None);
+    }
+
+    #[test]
+    fn invariant_14_replay_gives_the_same_actions(seed in any::<u64>(), count in 1_usize..6) {
+        let mut world = World::hostile(seed, count);
+        let mut log = Vec::new();
+        for _ in 0..40 {
+            let time = world.rng.u64(20..=3_000);
+            log.push(world.step(time));
+        }
+        let mut policy = Policy::new(Profile::Density);
+        for (observation, decision) in &log {
+            prop_assert_eq!(&policy.step(observation), decision);
+            check_explanation(observation, decision)?;
+        }
+    }
+}
+
+proptest! {
+    // Each case takes ten minutes of simulated time.
+    #![proptest_config(ProptestConfig { cases: cases().cases / 20, ..cases() })]
+
+    #[test]
+    fn invariant_9_periodic_demands_cost_few_actions(period in 20_usize..120, high in 4_u64..12) {
+        let memory = 4 * GIB;
+        let guests = (0..3).map(|_| Guest::new(Behaviour::Honest, memory, GIB / 4, 0)).collect();
+        let mut world = World::new(0, 16 * GIB, guests);
+        world.policy = Policy::new(Profile::Balanced);
+        let mut actions = 0_usize;
+        for second in 0..600 {
+            let busy = second % period < period / 2;
+            world.guests[0].used = if busy { high * GIB / 4 } else { GIB / 4 };
+            for _ in 0..10 {
+                actions += world.step(100).1.actions.len();
+            }
+        }
+        // A raise and a cut in each period, and some to begin with.
+        prop_assert!(actions <= 2 * 600 / period + 20, "{actions} actions");
+    }
+}
