@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb in-tree demo bench bench-docs test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
+.PHONY: all deb in-tree demo bench bench-docs simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -55,6 +55,9 @@ test-long:
 	@$(lab) test --long --kernel test --device extended $(guests)
 	@$(lab) test --long --kernel test --driver c --device extended $(guests)
 
+	@guest/build-root env PROPTEST_CASES=100000 cargo test --release --locked --manifest-path host/Cargo.toml \
+		--package balloon-policy
+
 coverage:
 	@$(lab) coverage $(if $(ONLY),--only '$(ONLY)') $(guests)
 
@@ -63,6 +66,10 @@ bench:
 
 bench-docs:
 	@$(lab) bench --docs $(guests)
+
+simulate:
+	@guest/build-root cargo run --release --locked --quiet --manifest-path host/Cargo.toml \
+		--package balloon-simulator -- $(if $(SEEDS),--seeds $(SEEDS))
 
 kunit:
 	@$(lab) kunit $(if $(KERNEL),--kernel $(KERNEL)) $(guests)
@@ -102,6 +109,7 @@ help:
 	@echo "make coverage   show which lines of the module KUnit and the scenarios execute"
 	@echo "make bench      benchmark against the C driver, virtio-mem and free page reporting (20 minutes)"
 	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
+	@echo "make simulate   compare the policy of docs/manager.md with other rules, on simulated hosts"
 	@echo "make kunit      run KUnit in guests"
 	@echo "make fuzz       fuzz the input of guests, front ends and clients"
 	@echo "make clippy     run clippy on all Rust, and sparse on the module's C"
@@ -118,7 +126,8 @@ help:
 	@echo "                   (default: qemu, and a few on the others)"
 	@echo "TARGET=NAME        fuzz that target only"
 	@echo "SECONDS=NUMBER     fuzz each target for that time (default: 60)"
-	@echo "SEEDS=FROM..TO     plug the hostile devices of these seeds (default: from 0 on, for half a minute)"
+	@echo "SEEDS=FROM..TO     plug the hostile devices of these seeds (default: from 0 on, for half a minute), or"
+	@echo "                   simulate the hosts of these seeds (default: 0..100)"
 	@echo "TIME=NUMBER        run the races for that many seconds (default: 60)"
 	@echo "ACCEL=kvm|tcg      QEMU's accelerator (default: kvm if the processor supports it)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
