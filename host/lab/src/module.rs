@@ -113,6 +113,10 @@ const FOLDERS: [&str; 8] = [
 
 /// Copies the module's sources, and makes them lie.
 fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
+    // Files that have moved since the last copy would be there twice.
+    if copy.exists() {
+        fs::remove_dir_all(copy)?;
+    }
     for path in all_sources(places)? {
         let mut text = fs::read_to_string(places.checkout.join(&path))?;
         if path == Path::new("rust/mm/zone.rs") {
