@@ -1,46 +1,107 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Between the process that has the device and the one that keeps the VMM's connection.
+//! Between the worker and its supervisor.
 //!
-//! The device has to tell the front end that the configuration space has changed. The front end sends a
-//! socket for such messages, but the vhost-user library keeps that to itself and has no call for this
-//! message. So the process through which all of the front end's messages go sends it.
+//! The supervisor sends messages: at first [`START`], then [`SERVE`] for each front end. It closes its end to
+//! end the worker. The worker sends bytes. One of them is [`CONFIG_CHANGED`]: the device has to tell the front
+//! end that the configuration space has changed. The front end sends a socket for such messages, but the
+//! vhost-user library does not hand it out and has no call for this message. So the supervisor sends it.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 
 use log::warn;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, send};
 
-/// The device's end of a stream. Each byte that it sends stands for a change, and what it receives are the
-/// numbers of the processes of front ends, each of them before its front end is let through.
+use crate::message::Message;
+
+/// The version of the protocol between a supervisor and its worker, and of the snapshot for the next supervisor.
+/// A program that does not know it does not start as a worker.
+pub const VERSION: u32 = 1;
+
+/// Get ready. The file with what is in the balloon comes with the message, and the listening control socket if
+/// there is one.
+pub const START: u32 = 1;
+
+/// Serve the front end that connects to the socket that comes with the message. The body is the number of the
+/// front end's process, or 0 if that is not known.
+pub const SERVE: u32 = 2;
+
+/// The worker is ready.
+pub const READY: u8 = 1;
+
+/// The configuration space has changed.
+pub const CONFIG_CHANGED: u8 = 2;
+
+/// The worker's end.
 #[derive(Debug)]
-pub struct Channel(OwnedFd);
+pub struct Channel {
+    end: UnixStream,
+    /// The number of the front end's process, or 0.
+    vmm: Arc<AtomicI32>,
+}
 
 impl Channel {
-    /// A channel that this is the end of.
+    /// A channel with this end.
     pub fn new(end: OwnedFd) -> Self {
-        Self(end)
+        Self {
+            end: end.into(),
+            vmm: Arc::default(),
+        }
     }
 
-    /// The number of the front end's process, if the other process has sent it, and knows it.
+    /// Another handle of it.
+    ///
+    /// # Errors
+    ///
+    /// The system has no file descriptor.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            end: self.end.try_clone()?,
+            vmm: Arc::clone(&self.vmm),
+        })
+    }
+
+    /// Waits for a message of the supervisor's.
+    ///
+    /// # Errors
+    ///
+    /// The supervisor has closed its end, or has ended.
+    pub fn receive(&self) -> io::Result<Message> {
+        Message::receive(&self.end)
+    }
+
+    /// Takes note which process the front end is, by the body of a message.
+    pub fn set_vmm(&self, body: &[u8]) {
+        let pid = body.first_chunk().map_or(0, |pid| i32::from_ne_bytes(*pid));
+        self.vmm.store(pid, SeqCst);
+    }
+
+    /// The number of the front end's process, if that is known.
     pub fn vmm(&self) -> Option<i32> {
-        let mut bytes = [0; 256];
-        let length = recv(self.0.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT).ok()?;
-        // The last one is connected.
-        let last = bytes.get(..length)?.chunks_exact(size_of::<i32>()).last()?;
-        Some(i32::from_ne_bytes(*last.first_chunk()?)).filter(|&pid| pid > 0)
+        Some(self.vmm.load(SeqCst)).filter(|&pid| pid > 0)
+    }
+
+    /// Reports that the worker is ready.
+    pub fn ready(&self) {
+        self.send(READY);
     }
 
     /// Tells the front end that the configuration space has changed.
     pub fn config_changed(&self) {
+        self.send(CONFIG_CHANGED);
+    }
+
+    fn send(&self, byte: u8) {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match send(self.0.as_raw_fd(), &[0], flags) {
-            // One that is full says so already.
+        match send(self.end.as_raw_fd(), &[byte], flags) {
+            // A full one has a message of this kind in it.
             Ok(_) | Err(Errno::EAGAIN) => {}
-            Err(error) => {
-                warn!("cannot tell the VMM that the configuration has changed: {error}");
-            }
+            Err(error) => warn!("the supervisor cannot be reached: {error}"),
         }
     }
 }

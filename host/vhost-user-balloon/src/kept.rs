@@ -2,9 +2,9 @@
 
 //! What is in the balloon, where another process finds it that takes the device up.
 //!
-//! It is in a file in memory, which the keeper has and gives to each child. Without it a child would not know which
-//! pages come out of the balloon, have no memory ready for them, and take the guest's messages about them for
-//! nonsense. A child writes down what a batch has changed after the memory was discarded, or is there again, and
+//! It is in a file in memory, which the supervisor has and gives to each worker. Without it a worker would not know
+//! which pages come out of the balloon, would have no memory ready for them, and would refuse the guest's messages
+//! about them. A worker writes what a batch has changed after the memory was discarded, or is there again, and
 //! before the guest gets its buffers back. One that is killed in between leaves the old bits, and the next one does
 //! the batch again.
 

@@ -6,8 +6,8 @@
 //! Each VM has a daemon of its own, which serves one front end at a time. So each can have a user of its
 //! own, and what goes wrong in one daemon stays with its VM: a crash, a leak, or a guest that keeps it busy.
 //!
-//! It has two processes: [`keeper`] has the VMM's connection, and is the parent of the one that has the
-//! device, which may crash or be replaced while the guest goes on.
+//! It has two processes: the [`supervisor`] has the VMM's connection, and is the parent of the [`worker`],
+//! which has the device. Both can crash or be replaced while the guest runs.
 //!
 //! A message goes through these modules: the vhost-user library sets the queues up,
 //! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
@@ -23,7 +23,6 @@ pub mod channel;
 pub mod config;
 mod control;
 pub mod counters;
-pub mod daemon;
 pub mod deflate;
 pub mod device;
 pub mod discard;
@@ -32,7 +31,6 @@ pub mod floor;
 pub mod hazard;
 pub mod hinting;
 pub mod inflate;
-pub mod keeper;
 pub mod kept;
 pub mod kind;
 pub mod message;
@@ -45,9 +43,11 @@ pub mod reporting;
 pub mod requests;
 pub mod state;
 pub mod stats;
+pub mod supervisor;
 mod sync;
 mod timer;
 mod work;
+pub mod worker;
 
 #[cfg(test)]
 mod testing;

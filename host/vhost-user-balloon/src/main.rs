@@ -3,24 +3,19 @@
 //! The daemon's process: its command line, its log and its signals.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::AsFd;
 use std::panic;
 use std::path::Path;
 use std::process::{self, ExitCode};
-use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use clap_mangen::Man;
-use log::{LevelFilter, error, info};
-use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
+use log::{LevelFilter, error};
+use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::getppid;
-use vhost_user_balloon::channel::Channel;
-use vhost_user_balloon::daemon::Daemon;
-use vhost_user_balloon::keeper;
 use vhost_user_balloon::options::Options;
+use vhost_user_balloon::{supervisor, worker};
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -34,9 +29,7 @@ fn main() -> ExitCode {
     let result = match &options.man {
         Some(directory) => write_man_page(directory),
         None if options.worker.is_some() => work(&options),
-        None => set_no_new_privs()
-            .map_err(Into::into)
-            .and_then(|()| keeper::run(&options)),
+        None => supervise(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -47,49 +40,40 @@ fn main() -> ExitCode {
     }
 }
 
-/// Is the child that has the device.
+/// Is the process that has the device.
 fn work(options: &Options) -> Result<()> {
-    // No front end can reach this process without the one that has started it, which may have ended before
-    // the kernel was asked for the signal.
-    set_pdeathsig(Signal::SIGTERM)?;
+    // A worker whose supervisor has ended sees the end of its channel, unless it hangs. The supervisor may
+    // have ended before the kernel was asked for the signal.
+    set_pdeathsig(Signal::SIGKILL)?;
     ensure!(
         options
             .parent
             .is_none_or(|parent| getppid().as_raw() == parent),
-        "the process that has started this one has ended"
+        "the supervisor of this worker has ended"
     );
     // A core dump would have all of the guest's memory in it, and each hole in that memory would be filled
     // to be written.
     set_dumpable(false)?;
-    // A device without the thread that serves it helps nobody. Another process takes it up.
+    set_name(c"balloon-worker")?;
+    // A device without the thread that serves it is of no use. Another process takes it up.
     let default = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
         default(info);
         process::abort();
     }));
-    // The threads to come inherit this, so the signals are for the one that waits for them.
+    // It is the supervisor that ends on an interrupt from the terminal.
     let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
+    worker::run(options)
+}
 
-    // The standard input is the other process's end of a stream.
-    let channel = Channel::new(io::stdin().as_fd().try_clone_to_owned()?);
-    // The standard output is a file in memory that other processes with the device had before.
-    let kept = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-    let kept = Some(kept).filter(|kept| kept.metadata().is_ok_and(|metadata| metadata.is_file()));
-    let daemon = Daemon::new(options, channel, kept)?;
-    let stop = daemon.stop();
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            match signals.wait() {
-                Ok(signal) => info!("ending on {signal}"),
-                Err(error) => error!("cannot wait for signals: {error}"),
-            }
-            stop.stop();
-        })?;
-    daemon.run()
+/// Is the process that has the VMM's connection.
+fn supervise(options: &Options) -> Result<()> {
+    set_no_new_privs()?;
+    // It may have been started by the number of a file descriptor.
+    set_name(c"vhost-user-ball")?;
+    supervisor::run(options)
 }
 
 fn write_man_page(directory: &Path) -> Result<()> {

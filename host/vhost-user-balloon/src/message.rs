@@ -20,16 +20,25 @@ const HEADER: usize = 12;
 /// How long the rest of a message may be, in bytes.
 const MAX_BODY: usize = 4096;
 
-/// How many file descriptors may come with a message, and how many the kernel lets anybody send at once. Where
-/// there is no room for all of them, those that there is room for would be left open.
+/// How many file descriptors may come with a message.
 const MAX_DESCRIPTORS: usize = 32;
-const MOST_DESCRIPTORS: usize = 253;
 
-/// The space that these take beside a message, in bytes.
-const SPACE: usize = rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS));
+/// How many file descriptors a process can send at once: the kernel's `SCM_MAX_FD`. A receiver with less space would
+/// leave some of them open.
+const KERNEL_MAX_DESCRIPTORS: usize = 253;
+
+/// The space that these take with a message, in bytes.
+const SPACE: usize = rustix::cmsg_space!(ScmRights(KERNEL_MAX_DESCRIPTORS));
+
+/// The flag of a message that is to be answered.
+const NEED_REPLY: u32 = 1 << 3;
 
 /// The front end's requests that mean something here.
 pub mod request {
+    /// The features that the device offers.
+    pub const GET_FEATURES: u32 = 1;
+    /// The features that the driver has accepted.
+    pub const SET_FEATURES: u32 = 2;
     /// The memory as a whole.
     pub const SET_MEM_TABLE: u32 = 5;
     /// How many descriptors a queue has.
@@ -42,12 +51,16 @@ pub mod request {
     pub const GET_VRING_BASE: u32 = 11;
     /// The event through which the guest tells of messages in a queue.
     pub const SET_VRING_KICK: u32 = 12;
-    /// The event through which the guest is told of answers.
+    /// The event that interrupts the guest.
     pub const SET_VRING_CALL: u32 = 13;
     /// The event for errors of a queue.
     pub const SET_VRING_ERR: u32 = 14;
     /// What the protocol can beyond its basics.
     pub const GET_PROTOCOL_FEATURES: u32 = 15;
+    /// The features of the protocol that the front end uses.
+    pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    /// How many queues the device can have.
+    pub const GET_QUEUE_NUM: u32 = 17;
     /// Whether a queue is in use.
     pub const SET_VRING_ENABLE: u32 = 18;
     /// The socket for the device's own messages.
@@ -56,6 +69,8 @@ pub mod request {
     pub const GET_CONFIG: u32 = 24;
     /// What the guest has written into it.
     pub const SET_CONFIG: u32 = 25;
+    /// How many regions of memory there can be.
+    pub const GET_MAX_MEM_SLOTS: u32 = 36;
     /// A part of the memory.
     pub const ADD_MEM_REG: u32 = 37;
     /// A part of the memory that is gone.
@@ -69,7 +84,114 @@ pub struct Message {
     descriptors: Vec<OwnedFd>,
 }
 
+/// A message of the front end's, which may still be in the socket.
+#[derive(Debug)]
+pub struct Head {
+    /// The message.
+    pub message: Message,
+    /// Its place in the socket.
+    pub queued: Queued,
+}
+
+/// So many bytes at the start of what is in a socket.
+#[derive(Debug)]
+pub struct Queued(usize);
+
+impl Queued {
+    /// Takes them out of the socket.
+    ///
+    /// # Errors
+    ///
+    /// The other side has closed the connection.
+    pub fn take(self, mut from: &UnixStream) -> io::Result<()> {
+        // The file descriptors are not received again.
+        from.read_exact(&mut vec![0; self.0])
+    }
+}
+
+impl Head {
+    /// Reads the next message, and leaves it in the socket: if this process is killed, another one reads it
+    /// again. A message that was sent in several parts is taken out of the socket.
+    ///
+    /// # Errors
+    ///
+    /// The other side has closed the connection, or does not use the protocol.
+    pub fn peek(from: &UnixStream) -> io::Result<Self> {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut bytes = vec![0; HEADER];
+        let (received, _) = receive_part(from, &mut bytes, flags)?;
+        if received == HEADER {
+            let size = HEADER + Message::size(&bytes)?;
+            bytes.resize(size, 0);
+            let (received, descriptors) = receive_part(from, &mut bytes, flags)?;
+            if received == size {
+                let mut message = Message { bytes, descriptors };
+                // When a message has none, Linux adds those of the next message.
+                if !message.has_descriptors() {
+                    message.descriptors.clear();
+                }
+                return Ok(Self {
+                    message,
+                    queued: Queued(size),
+                });
+            }
+        }
+        Ok(Self {
+            message: Message::receive(from)?,
+            queued: Queued(0),
+        })
+    }
+}
+
 impl Message {
+    /// A message of this process's own.
+    pub fn new(request: u32, body: &[u8], descriptors: Vec<OwnedFd>) -> Self {
+        const VERSION: u32 = 1;
+        // No message of this process's own is nearly that long.
+        let size = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        let header = [request, VERSION, size].map(u32::to_ne_bytes);
+        Self {
+            bytes: [header.as_flattened(), body].concat(),
+            descriptors,
+        }
+    }
+
+    /// The answer to a message, with this body.
+    pub fn answer(&self, body: &[u8]) -> Self {
+        const REPLY: u32 = 1 << 2;
+        let mut answer = Self::new(self.request(), body, Vec::new());
+        answer.set_flag(REPLY, true);
+        answer
+    }
+
+    /// The message with these bytes, and these file descriptors.
+    ///
+    /// # Errors
+    ///
+    /// The bytes are not one whole message.
+    pub fn from_bytes(bytes: Vec<u8>, descriptors: Vec<OwnedFd>) -> io::Result<Self> {
+        if bytes.len() < HEADER || bytes.len() != HEADER + Self::size(&bytes)? {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        Ok(Self { bytes, descriptors })
+    }
+
+    /// All of its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// How long the body of the message with this header is.
+    fn size(header: &[u8]) -> io::Result<usize> {
+        let size = header.get(8..).and_then(<[u8]>::first_chunk);
+        let size = size.map_or(u32::MAX, |size| u32::from_ne_bytes(*size));
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        if size > MAX_BODY {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        Ok(size)
+    }
+
     /// Receives a message, and never a part of the next one.
     ///
     /// # Errors
@@ -78,12 +200,8 @@ impl Message {
     pub fn receive(mut from: &UnixStream) -> io::Result<Self> {
         let mut bytes = vec![0; HEADER];
         let descriptors = receive(from, &mut bytes)?;
+        let size = Self::size(&bytes)?;
         let mut message = Self { bytes, descriptors };
-        let size = message.word(8).unwrap_or(u32::MAX);
-        let size = usize::try_from(size).unwrap_or(usize::MAX);
-        if size > MAX_BODY {
-            return Err(ErrorKind::InvalidData.into());
-        }
         message.bytes.resize(HEADER + size, 0);
         from.read_exact(message.bytes.get_mut(HEADER..).unwrap_or_default())?;
         Ok(message)
@@ -113,8 +231,20 @@ impl Message {
 
     /// Whether it wants to be answered: some requests always do, others when this bit is set.
     pub fn wants_answer(&self) -> bool {
-        const NEED_REPLY: u32 = 1 << 3;
         self.word(4).unwrap_or_default() & NEED_REPLY != 0
+    }
+
+    /// Asks for an answer, or does not.
+    pub fn set_wants_answer(&mut self, wanted: bool) {
+        self.set_flag(NEED_REPLY, wanted);
+    }
+
+    fn set_flag(&mut self, flag: u32, set: bool) {
+        let flags = self.word(4).unwrap_or_default();
+        let flags = if set { flags | flag } else { flags & !flag };
+        if let Some(bytes) = self.bytes.get_mut(4..8) {
+            bytes.copy_from_slice(&flags.to_ne_bytes());
+        }
     }
 
     /// What is after the header.
@@ -125,6 +255,30 @@ impl Message {
     /// The same, to be changed.
     pub fn body_mut(&mut self) -> &mut [u8] {
         self.bytes.get_mut(HEADER..).unwrap_or_default()
+    }
+
+    /// Whether file descriptors belong to the message, by the protocol.
+    fn has_descriptors(&self) -> bool {
+        /// The bit in the body of a message with an event that there is none.
+        const NO_EVENT: u8 = 1;
+        match self.request() {
+            request::SET_MEM_TABLE | request::ADD_MEM_REG | request::SET_BACKEND_REQ_FD => true,
+            request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => self
+                .body()
+                .get(1)
+                .is_some_and(|flags| flags & NO_EVENT == 0),
+            _ => false,
+        }
+    }
+
+    /// Its body, and the file descriptors that came with it.
+    pub fn into_parts(self) -> (Vec<u8>, Vec<OwnedFd>) {
+        let Self {
+            mut bytes,
+            descriptors,
+        } = self;
+        bytes.drain(..HEADER.min(bytes.len()));
+        (bytes, descriptors)
     }
 
     /// The file descriptors that came with it.
@@ -140,11 +294,22 @@ impl Message {
 
 /// Fills a header, and returns the file descriptors that came with it.
 fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
+    let (received, descriptors) = receive_part(from, header, RecvFlags::CMSG_CLOEXEC)?;
+    from.read_exact(header.get_mut(received..).unwrap_or_default())?;
+    Ok(descriptors)
+}
+
+/// Receives up to so many bytes, and the file descriptors that came with them.
+fn receive_part(
+    from: &UnixStream,
+    bytes: &mut [u8],
+    flags: RecvFlags,
+) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = retry_on_intr(|| {
-        let mut parts = [IoSliceMut::new(header)];
-        recvmsg(from, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+        let mut parts = [IoSliceMut::new(bytes)];
+        recvmsg(from, &mut parts, &mut control, flags)
     })?
     .bytes;
     let mut descriptors = Vec::new();
@@ -159,8 +324,7 @@ fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>>
     if descriptors.len() > MAX_DESCRIPTORS {
         return Err(ErrorKind::InvalidData.into());
     }
-    from.read_exact(header.get_mut(received..).unwrap_or_default())?;
-    Ok(descriptors)
+    Ok((received, descriptors))
 }
 
 #[cfg(test)]
@@ -174,11 +338,7 @@ pub(crate) mod tests {
 
     /// A message with this body and these files.
     pub(crate) fn message(request: u32, body: &[u8], descriptors: Vec<OwnedFd>) -> Message {
-        let size = u32::try_from(body.len()).unwrap();
-        Message {
-            bytes: [&[request, 1, size].map(u32::to_ne_bytes).concat(), body].concat(),
-            descriptors,
-        }
+        Message::new(request, body, descriptors)
     }
 
     #[test]
@@ -210,17 +370,69 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_message_stays_until_it_is_taken() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = || memory_file(1).try_clone().unwrap().into();
+        message(5, b"one", vec![file(), file()])
+            .send(&ours)
+            .unwrap();
+        message(2, b"", vec![]).send(&ours).unwrap();
+        message(13, &[0, 1, 0, 0], vec![]).send(&ours).unwrap();
+        message(37, b"last", vec![file()]).send(&ours).unwrap();
+        for (request, body, files) in [
+            (5, "one", 2),
+            (2, "", 0),
+            (13, "\0\x01\0\0", 0),
+            (37, "last", 1),
+        ] {
+            for _ in 0..2 {
+                let head = Head::peek(&theirs).unwrap();
+                assert_eq!(head.message.request(), request);
+                assert_eq!(head.message.body(), body.as_bytes());
+                assert_eq!(head.message.descriptors().len(), files);
+            }
+            Head::peek(&theirs).unwrap().queued.take(&theirs).unwrap();
+        }
+        assert_eq!(
+            Head::peek(&theirs).unwrap_err().kind(),
+            ErrorKind::WouldBlock
+        );
+        drop(ours);
+        assert_eq!(
+            Head::peek(&theirs).unwrap_err().kind(),
+            ErrorKind::UnexpectedEof
+        );
+    }
+
+    #[test]
+    fn a_message_in_parts_is_taken_at_once() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let whole = message(1, b"body", vec![]);
+        ours.write_all(&whole.bytes()[..14]).unwrap();
+        let sender = std::thread::spawn(move || {
+            ours.write_all(&whole.bytes()[14..]).unwrap();
+            message(2, b"", vec![]).send(&ours).unwrap();
+            ours
+        });
+        let head = Head::peek(&theirs).unwrap();
+        let _ours = sender.join().unwrap();
+        assert_eq!(head.message.body(), b"body");
+        head.queued.take(&theirs).unwrap();
+        assert_eq!(Head::peek(&theirs).unwrap().message.request(), 2);
+    }
+
+    #[test]
     fn too_many_descriptors_are_closed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (end, pipe) = pipe2(OFlag::O_NONBLOCK).unwrap();
-        let files = (0..MOST_DESCRIPTORS).map(|_| pipe.try_clone().unwrap());
+        let files = (0..KERNEL_MAX_DESCRIPTORS).map(|_| pipe.try_clone().unwrap());
         message(1, b"", files.collect()).send(&ours).unwrap();
         drop(pipe);
         assert_eq!(
             Message::receive(&theirs).unwrap_err().kind(),
             ErrorKind::InvalidData
         );
-        // It has an end when nobody has the other one open.
+        // It has an end when the other one is closed everywhere.
         assert_eq!(read(&end, &mut [0]), Ok(0));
     }
 

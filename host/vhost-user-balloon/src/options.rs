@@ -26,12 +26,16 @@ use crate::hazard::Hazard;
 ///
 /// The last two lines are one argument. The memory has to be shared.
 ///
-/// The daemon serves one VMM at a time, and then waits for the next one. It ends
-/// on SIGTERM and SIGINT. A guest that still runs has no balloon from then on:
-/// QEMU's device cannot reconnect. A supervisor process holds the connection,
-/// and a worker process implements the device. The supervisor restarts the
-/// worker after a crash, and on SIGHUP, as after an update. The guest does not
-/// notice.
+/// The daemon serves one VMM at a time, and then waits for the next one. It has
+/// two processes. The supervisor holds the connection. The worker implements the
+/// device, and is replaced when it has crashed or does not respond. On SIGHUP, as
+/// after an update, the program at the daemon's path takes over. If that does not
+/// start, the running one continues. The guest does not notice.
+///
+/// The daemon ends on SIGTERM and SIGINT. Without systemd a guest that still runs
+/// has no balloon from then on: QEMU's device cannot reconnect. As a service with
+/// a file descriptor store the daemon leaves the connection to systemd, and
+/// continues with it at its next start, also after a crash.
 ///
 /// The daemon needs no privileges: only directories in which it may create its
 /// sockets and its state file, and the memory file that it gets from the VMM.
@@ -113,12 +117,15 @@ pub struct Options {
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
     pub log: LevelFilter,
 
-    /// Have the device at work behind this socket, where the process that keeps the VMM's connection
-    /// connects to
-    #[arg(long, value_name = "PATH", hide = true)]
-    pub worker: Option<PathBuf>,
+    /// Have the device, for a supervisor that hands it over in this version
+    #[arg(long, value_name = "VERSION", hide = true)]
+    pub worker: Option<u32>,
 
-    /// The process that has started this one, which is to end with it
+    /// Continue with the snapshot of a supervisor that is in the standard input
+    #[arg(long, hide = true)]
+    pub resume: bool,
+
+    /// The supervisor, which this process is to end with
     #[arg(long, value_name = "PID", hide = true)]
     pub parent: Option<i32>,
 

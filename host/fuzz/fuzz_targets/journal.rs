@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The front end's messages, and what another child is told of them.
+//! The front end's messages, and which of them another worker receives.
 //!
-//! The input is a number of events. A message, or an answer, is 5 bytes and a body: the kind of the event
-//! and how many files come with it, the request, its flags, and the body's size.
+//! The input is a number of events. A message is 5 bytes and a body: the kind of the event and how many files
+//! come with it, the request, its flags, and the body's size.
 
 #![no_main]
 
@@ -19,15 +19,15 @@ use libfuzzer_sys::fuzz_target;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
-use vhost_user_balloon::keeper::Journal;
 use vhost_user_balloon::message::{Message, request};
+use vhost_user_balloon::supervisor::journal::Journal;
 
 const NEED_REPLY: u8 = 1 << 3;
 
-/// More would wait for somebody who takes them out of the socket.
+/// More do not fit into a socket.
 const MOST_MESSAGES: usize = 64;
 
-/// A file as memory and as an event. Nobody can write to it, so each input finds the same.
+/// A file as memory and as an event. It is sealed, so each input finds the same.
 static FILE: LazyLock<OwnedFd> = LazyLock::new(|| {
     let file = memfd_create("memory", MFdFlags::MFD_ALLOW_SEALING).expect("a file");
     let mut file = File::from(file);
@@ -38,14 +38,14 @@ static FILE: LazyLock<OwnedFd> = LazyLock::new(|| {
 
 /// A message as the other side has it.
 #[derive(Clone, Debug, PartialEq)]
-struct Said {
+struct Sent {
     request: u32,
     need_reply: bool,
     files: usize,
     body: Vec<u8>,
 }
 
-impl Said {
+impl Sent {
     fn new(message: &Message) -> Self {
         Self {
             request: message.request(),
@@ -64,11 +64,7 @@ impl Said {
         .then_some(first)
     }
 
-    fn is_answered(&self) -> bool {
-        self.need_reply || matches!(self.request, 1 | 11 | 15 | 17 | 24 | 36)
-    }
-
-    /// Whether there is nothing left of it when `later` is said.
+    /// Whether nothing is left of it after `later`.
     fn is_undone_by(&self, later: &Self) -> bool {
         let same_queue = self.queue() == later.queue();
         match (self.request, later.request) {
@@ -77,40 +73,40 @@ impl Said {
                 self.body.get(8..32) == later.body.get(8..32)
             }
             (request::ADD_MEM_REG, _) => false,
-            (8 | 9 | 10 | 12 | 13 | 14 | request::SET_VRING_ENABLE, request::GET_VRING_BASE) => {
+            (8 | 9 | 12 | 13 | 14 | request::SET_VRING_ENABLE, request::GET_VRING_BASE) => {
                 same_queue
             }
             (this, later) => this == later && same_queue,
         }
     }
 
-    /// Whether a child hears this one for the other one: an index in a queue may be a later one.
-    fn stands_for(&self, said: &Self) -> bool {
-        let mut said = said.clone();
-        if said.request == request::SET_VRING_BASE && said.body.len() >= 8 && self.body.len() >= 8 {
-            said.body[4..8].copy_from_slice(&self.body[4..8]);
+    /// Whether a worker may receive this one for the other one: an index in a queue may be a later one.
+    fn stands_for(&self, sent: &Self) -> bool {
+        let mut sent = sent.clone();
+        if sent.request == request::SET_VRING_BASE && sent.body.len() >= 8 && self.body.len() >= 8 {
+            sent.body[4..8].copy_from_slice(&self.body[4..8]);
         }
-        *self == said
+        *self == sent
     }
 }
 
-/// What a child is to hear, without what waits for an answer.
-fn expected(settled: &[Said]) -> Vec<&Said> {
-    let lasts = |said: &Said| {
+/// What a worker is to receive.
+fn expected(settled: &[Sent]) -> Vec<&Sent> {
+    let lasts = |sent: &Sent| {
         !matches!(
-            said.request,
+            sent.request,
             request::GET_CONFIG | request::GET_VRING_BASE | request::REM_MEM_REG
         )
     };
     (1..)
         .zip(settled)
-        .filter(|(next, said)| {
-            lasts(said)
+        .filter(|(next, sent)| {
+            lasts(sent)
                 && !settled[*next..]
                     .iter()
-                    .any(|later| said.is_undone_by(later))
+                    .any(|later| sent.is_undone_by(later))
         })
-        .map(|(_, said)| said)
+        .map(|(_, sent)| sent)
         .collect()
 }
 
@@ -132,21 +128,22 @@ fn receive(files: usize, input: &mut &[u8]) -> Option<Message> {
     Message::receive(&there).ok()
 }
 
-/// What a child hears that answers everything.
-fn hear(journal: &mut Journal, most: usize) -> Vec<Said> {
-    let (back, mut child) = UnixStream::pair().expect("sockets");
+/// What a worker that accepts everything receives.
+fn replay(journal: &mut Journal, most: usize) -> Vec<Sent> {
+    let (back, mut worker) = UnixStream::pair().expect("sockets");
     let timeout = Some(Duration::from_secs(1));
     back.set_read_timeout(timeout).expect("a timeout");
-    let answer = [1_u32, 5, 0].map(u32::to_ne_bytes);
+    // With a body of 64 bits, 0, that accepts a message.
+    let answer = [1_u32, 5, 8, 0, 0].map(u32::to_ne_bytes);
     let answers = answer.as_flattened().repeat(most);
-    child.write_all(&answers).expect("room");
-    journal.tell(&back).expect("a child that answers");
+    worker.write_all(&answers).expect("room");
+    journal.replay(&back).expect("a worker that answers");
     back.shutdown(Shutdown::Write).expect("an end");
-    std::iter::from_fn(|| match Message::receive(&child) {
+    std::iter::from_fn(|| match Message::receive(&worker) {
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => None,
         other => Some(other.expect("a message")),
     })
-    .map(|message| Said::new(&message))
+    .map(|message| Sent::new(&message))
     .collect()
 }
 
@@ -157,7 +154,7 @@ fn open_descriptors() -> usize {
 
 fn run(mut input: &[u8]) {
     let mut journal = Journal::default();
-    let (mut settled, mut outstanding) = (Vec::new(), None);
+    let mut settled = Vec::new();
     while settled.len() < MOST_MESSAGES {
         let Some((&event, rest)) = input.split_first() else {
             return;
@@ -168,47 +165,22 @@ fn run(mut input: &[u8]) {
             files @ 0..8 => files.into(),
             _ => 40,
         };
-        match event & 3 {
-            0 | 1 => {
-                let Some(message) = receive(files, &mut input) else {
-                    return;
-                };
-                let said = Said::new(&message);
-                assert_eq!(said.files, files);
-                journal.record(message);
-                if said.is_answered() {
-                    outstanding = Some(said);
-                } else {
-                    settled.push(said);
-                }
+        if event & 3 < 3 {
+            let Some(mut message) = receive(files, &mut input) else {
+                return;
+            };
+            assert_eq!(message.descriptors().len(), files);
+            journal.prepare(&mut message);
+            settled.push(Sent::new(&message));
+            journal.record(message);
+        } else {
+            let received = replay(&mut journal, settled.len());
+            let mut expected = expected(&settled);
+            for sent in &received {
+                let found = expected.iter().position(|other| sent.stands_for(other));
+                expected.remove(found.expect("a message that counts"));
             }
-            2 => {
-                let Some(mut answer) = receive(0, &mut input) else {
-                    return;
-                };
-                let mut body = answer.body().to_vec();
-                journal.answered(&mut answer);
-                if let Some(said) = outstanding.take() {
-                    if let (request::GET_PROTOCOL_FEATURES, [low, ..]) = (said.request, &mut *body)
-                    {
-                        *low &= !NEED_REPLY;
-                    }
-                    settled.push(said);
-                }
-                assert_eq!(answer.body(), body);
-            }
-            _ => {
-                let mut heard = hear(&mut journal, settled.len());
-                if outstanding.is_some() {
-                    assert_eq!(heard.pop(), outstanding);
-                }
-                let mut expected = expected(&settled);
-                for said in &heard {
-                    let found = expected.iter().position(|other| said.stands_for(other));
-                    expected.remove(found.expect("a message that holds"));
-                }
-                assert!(expected.is_empty(), "the child misses {expected:?}");
-            }
+            assert!(expected.is_empty(), "the worker misses {expected:?}");
         }
     }
 }

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The supervisor: keeps the VMM's connection while the worker, which has the device, is replaced.
+//!
+//! QEMU's generic vhost-user device does not connect again: once its connection has ended, the guest has a
+//! dead device, and QEMU itself ends at the next access to the configuration space. So the connection belongs
+//! to a small process that does not act on what a guest writes. The device is in another one, the [`worker`].
+//! The supervisor records which messages set the device up, in the [`journal`], and sends them to the next
+//! worker when one has crashed. A [`snapshot`] of all that survives the supervisor, too.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{env, io, mem};
+
+use anyhow::{Context, Result};
+use balloon_control::Access;
+use log::info;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use sd_notify::NotifyState;
+
+mod forward;
+pub mod journal;
+mod memory;
+mod recovery;
+mod snapshot;
+mod socket;
+mod update;
+mod vmm;
+mod worker;
+
+use crate::options::Options;
+use snapshot::{Current, Snapshot, Store, notify};
+use socket::Socket;
+use update::{RESUME, own_path};
+use vmm::Vmm;
+use worker::{SELF, Worker};
+
+/// How long a front end waits for another worker before the supervisor answers what it can.
+const ABSENCE: Duration = Duration::from_millis(50);
+
+/// Serves front ends until a signal ends the process.
+///
+/// # Errors
+///
+/// The socket is in use, or the worker does not start.
+pub fn run(options: &Options) -> Result<()> {
+    let signals = signals()?;
+    let stdin = io::stdin();
+    let (store, snapshot) = Store::open(options.resume.then(|| stdin.as_fd()));
+    let mut supervisor = Supervisor::new(options, signals, store, snapshot)?;
+    let result = supervisor.run();
+    supervisor.end();
+    result
+}
+
+/// Blocks the signals that the supervisor waits for.
+fn signals() -> Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGCHLD,
+    ] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Ok(SignalFd::with_flags(&signals, flags)?)
+}
+
+/// How a run of the loop ends.
+enum Event {
+    Continue,
+    Stop,
+}
+
+/// What has happened.
+struct Ready {
+    signal: bool,
+    client: bool,
+    worker: bool,
+    backend: bool,
+    frontend: bool,
+    /// Whether the next message of the front end was waited for.
+    reads: bool,
+}
+
+#[derive(Debug)]
+struct Supervisor {
+    /// The program that takes over after an update.
+    program: PathBuf,
+    /// The running program, and the one before it if it has replaced that.
+    own_program: OwnedFd,
+    old_program: Option<OwnedFd>,
+    signals: SignalFd,
+    socket: Socket,
+    control: Option<Socket>,
+    /// The state file if it ends with the daemon.
+    own_state: Option<PathBuf>,
+    store: Store,
+    /// What is in the balloon, for the workers.
+    kept: File,
+    /// The arguments of workers, and those for the next front end.
+    arguments: Vec<OsString>,
+    new_arguments: Vec<OsString>,
+    worker: Option<Worker>,
+    /// The worker's connection for the front end's messages.
+    backend: Option<UnixStream>,
+    /// Since when there is no such connection.
+    absent_since: Instant,
+    /// Whether the worker is to end.
+    stopping: bool,
+    /// When to start the next worker.
+    start_at: Instant,
+    failures: u32,
+    /// A worker of a new program, to see whether that works.
+    trial: Option<Worker>,
+    vmm: Option<Vmm>,
+    /// How often systemd expects to be notified, and when it was.
+    watchdog: Option<Duration>,
+    notified: Instant,
+    /// Whether a worker has been ready.
+    is_ready: bool,
+    /// Whether there was a supervisor before this one.
+    resumed: bool,
+}
+
+impl Supervisor {
+    fn new(
+        options: &Options,
+        signals: SignalFd,
+        store: Store,
+        snapshot: Option<Snapshot>,
+    ) -> Result<Self> {
+        let path = options.socket.as_deref().context("name a --socket")?;
+        let program = own_path().context("finding this program")?;
+        let own_program = File::open(SELF)?.into();
+        let resumed = snapshot.is_some();
+        let Snapshot {
+            socket,
+            control,
+            program: old_program,
+            kept,
+            arguments: old_arguments,
+            frontend,
+        } = snapshot.map_or_else(Snapshot::empty, Ok)?;
+        let vmm = frontend
+            .map(|(frontend, journal)| Vmm::new(frontend, journal))
+            .transpose()?
+            .filter(|vmm| !vmm.is_gone());
+        let socket = Socket::new(path, Access::default(), socket)?;
+        let control = options
+            .control
+            .as_deref()
+            .map(|path| Socket::new(path, Access::default(), control))
+            .transpose()
+            .inspect_err(|_| socket.remove())?;
+        let own_state = options
+            .state
+            .is_none()
+            .then(|| socket.with_suffix(".state"));
+        if let (Some(state), None) = (&own_state, &vmm) {
+            // One that is left from a daemon before this one is of another guest.
+            let _ = fs::remove_file(state);
+        }
+        let new_arguments = worker_arguments(own_state.as_deref());
+        let mut arguments = new_arguments.clone();
+        if vmm.is_some() {
+            info!("continuing with the VMM that is connected");
+            if arguments != old_arguments {
+                info!("new options are used from the next VM on");
+                arguments = old_arguments;
+            }
+        }
+        let now = Instant::now();
+        Ok(Self {
+            program,
+            own_program,
+            old_program,
+            signals,
+            socket,
+            control,
+            own_state,
+            store,
+            kept: File::from(kept),
+            arguments,
+            new_arguments,
+            worker: None,
+            backend: None,
+            absent_since: now,
+            stopping: false,
+            start_at: now,
+            failures: 0,
+            trial: None,
+            vmm,
+            watchdog: sd_notify::watchdog_enabled().map(|limit| limit / 4),
+            notified: now,
+            is_ready: false,
+            resumed,
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.save();
+        loop {
+            self.advance()?;
+            if let Event::Stop = self.wait()? {
+                return Ok(());
+            }
+            if self
+                .watchdog
+                .is_some_and(|interval| self.notified.elapsed() >= interval)
+            {
+                notify(&[NotifyState::Watchdog]);
+                self.notified = Instant::now();
+            }
+        }
+    }
+
+    /// Leaves the worker and the sockets as the next supervisor expects them.
+    fn end(&mut self) {
+        notify(&[NotifyState::Stopping]);
+        self.stop_worker();
+        if self.store.is_persistent() {
+            return;
+        }
+        self.socket.remove();
+        if let Some(control) = &self.control {
+            control.remove();
+        }
+        if let Some(state) = &self.own_state {
+            // There is none if nothing has changed.
+            let _ = fs::remove_file(state);
+        }
+    }
+
+    fn save(&mut self) {
+        let mut store = mem::take(&mut self.store);
+        store.save(&Snapshot {
+            program: Some(self.own_program.as_fd()),
+            ..self.snapshot()
+        });
+        self.store = store;
+    }
+
+    /// What there is to hand over, without a program to go back to.
+    fn snapshot(&self) -> Current<'_> {
+        Snapshot {
+            socket: Some(self.socket.current()),
+            control: self.control.as_ref().map(Socket::current),
+            program: None,
+            kept: self.kept.as_fd(),
+            arguments: self.arguments.clone(),
+            frontend: self.vmm.as_ref().map(|vmm| (&vmm.frontend, &vmm.journal)),
+        }
+    }
+
+    /// How long to wait if nothing happens.
+    fn timeout(&self) -> PollTimeout {
+        const TICK: u16 = 20;
+        const LONG: u16 = 10_000;
+        let in_progress = |vmm: &Vmm| vmm.pending.is_some() || self.backend.is_none();
+        let worker = self.worker.as_ref();
+        if worker.is_none_or(|worker| worker.deadline().is_some())
+            || self.trial.is_some()
+            || self.vmm.as_ref().is_some_and(in_progress)
+        {
+            return TICK.into();
+        }
+        let watchdog = self
+            .watchdog
+            .and_then(|interval| u16::try_from(interval.as_millis()).ok());
+        watchdog.unwrap_or(LONG).min(LONG).into()
+    }
+
+    /// Waits for something to do.
+    fn poll(&self) -> Result<Ready> {
+        let vmm = self.vmm.as_ref();
+        let reads = vmm.is_some_and(|vmm| {
+            vmm.pending.is_none()
+                && (self.backend.is_some()
+                    || self.absent_since.elapsed() >= ABSENCE && !vmm.blocked)
+        });
+        let channel = self.worker.as_ref().filter(|worker| !worker.has_ended());
+        let sources = [
+            Some((self.signals.as_fd(), true)),
+            Some((self.socket.listener.as_fd(), true)),
+            channel.map(|worker| (worker.channel(), true)),
+            self.backend.as_ref().map(|backend| (backend.as_fd(), true)),
+            vmm.map(|vmm| (vmm.frontend.as_fd(), reads)),
+        ];
+        let mut events: Vec<_> = sources
+            .iter()
+            .flatten()
+            .map(|(fd, wanted)| {
+                let flags = if *wanted {
+                    PollFlags::POLLIN
+                } else {
+                    PollFlags::empty()
+                };
+                PollFd::new(*fd, flags)
+            })
+            .collect();
+        match poll(&mut events, self.timeout()) {
+            // A debugger has looked at the process, or it was stopped for a while.
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut events = events.iter().map(|event| event.any().unwrap_or(true));
+        let [signal, client, worker, backend, frontend] =
+            sources.map(|source| source.is_some() && events.next() == Some(true));
+        Ok(Ready {
+            signal,
+            client,
+            worker,
+            backend,
+            frontend,
+            reads,
+        })
+    }
+
+    /// Waits until there is something to do, and does it.
+    fn wait(&mut self) -> Result<Event> {
+        let ready = self.poll()?;
+        if ready.signal {
+            while let Some(signal) = self.signals.read_signal()? {
+                match Signal::try_from(i32::try_from(signal.ssi_signo)?) {
+                    Ok(Signal::SIGCHLD) => {}
+                    Ok(Signal::SIGHUP) if self.trial.is_some() => {}
+                    Ok(Signal::SIGHUP) => self.update(),
+                    other => {
+                        info!("ending on {}", other.map_or("a signal", Signal::as_str));
+                        return Ok(Event::Stop);
+                    }
+                }
+            }
+        }
+        if ready.worker {
+            self.on_worker();
+        }
+        if ready.backend {
+            self.on_answer();
+        }
+        if ready.frontend {
+            self.on_frontend(ready.reads);
+        }
+        if ready.client {
+            self.accept();
+        }
+        Ok(Event::Continue)
+    }
+}
+
+/// The arguments for a worker: those of this process, and the state file if they name none.
+fn worker_arguments(state: Option<&Path>) -> Vec<OsString> {
+    let mut arguments: Vec<_> = env::args_os()
+        .skip(1)
+        .filter(|argument| argument != RESUME)
+        .collect();
+    if let Some(state) = state {
+        arguments.extend(["--state".into(), state.into()]);
+    }
+    arguments
+}

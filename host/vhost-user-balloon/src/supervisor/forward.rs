@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Forwards the messages of the front end to the worker, and the worker's answers to the front end.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+use sd_notify::NotifyState;
+
+use super::Supervisor;
+use super::journal::{Journal, has_reply, is_answered, is_refusal, signal};
+use super::memory::is_private;
+use super::snapshot::notify;
+use super::vmm::Vmm;
+use crate::message::{Head, Message, request};
+
+/// How long a process may take to end after its file descriptors are closed.
+const END_OF_PROCESS: Duration = Duration::from_millis(500);
+
+/// How long to wait when the system has no file descriptor for another front end.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+impl Supervisor {
+    pub(super) fn on_worker(&mut self) {
+        let Some(worker) = &mut self.worker else {
+            return;
+        };
+        let events = worker.read();
+        if events.ready && !self.is_ready {
+            self.is_ready = true;
+            notify(&[NotifyState::Ready]);
+        }
+        if let (true, Some(vmm)) = (events.config_changed, &self.vmm) {
+            vmm.config_changed();
+        }
+    }
+
+    pub(super) fn on_answer(&mut self) {
+        let (Some(backend), Some(vmm)) = (&self.backend, &mut self.vmm) else {
+            return;
+        };
+        let Ok(mut answer) = Message::receive(backend) else {
+            return self.on_backend_closed();
+        };
+        let Some(head) = vmm.take_answered() else {
+            return;
+        };
+        if is_refusal(&head.message, &answer) {
+            // The library closes its end.
+            self.disconnect();
+            return self.refuse(head);
+        }
+        Journal::prepare_answer(&mut answer);
+        if has_reply(&head.message) {
+            vmm.keep_answer(Message::new(answer.request(), answer.body(), Vec::new()));
+        }
+        self.complete(head, true, &answer);
+    }
+
+    /// Takes a message that was dealt with out of the socket, and answers it if the front end waits for that.
+    /// If the supervisor is killed in between, the next one either deals with the message again or knows it.
+    fn complete(&mut self, head: Head, recorded: bool, answer: &Message) {
+        let Some(vmm) = &mut self.vmm else {
+            return;
+        };
+        let wanted = has_reply(&head.message);
+        let Head { message, queued } = head;
+        if recorded && vmm.journal.record(message) {
+            self.save();
+        }
+        let Some(vmm) = &self.vmm else {
+            return;
+        };
+        let mut done = queued.take(&vmm.frontend);
+        if done.is_ok() && wanted {
+            done = answer.send(&vmm.frontend);
+        }
+        if done.is_err() {
+            self.drop_vmm();
+        }
+    }
+
+    /// The worker's connection has ended, because the worker has, or because the vhost-user library does not
+    /// accept a message.
+    pub(super) fn on_backend_closed(&mut self) {
+        self.disconnect();
+        let ended = self
+            .worker
+            .as_mut()
+            .is_none_or(|worker| worker.ends_within(END_OF_PROCESS));
+        let answered = self
+            .vmm
+            .as_mut()
+            .filter(|_| !ended)
+            .and_then(Vmm::take_answered);
+        match answered {
+            Some(head) => self.refuse(head),
+            None if ended => {}
+            None => {
+                warn!("the worker has closed its connection");
+                self.kill();
+            }
+        }
+    }
+
+    /// Leaves a message out that the worker does not accept.
+    pub(super) fn refuse(&mut self, head: Head) {
+        let Some(vmm) = &mut self.vmm else {
+            return;
+        };
+        vmm.log_refusal(&head.message);
+        let message = &head.message;
+        let answer = vmm.own_answer(message).or_else(|| {
+            // An answer without a body is an error that the front end expects.
+            (message.request() == request::GET_CONFIG).then(|| message.answer(&[]))
+        });
+        match answer {
+            Some(answer) => self.complete(head, false, &answer),
+            None => {
+                error!("disconnecting the VMM, which waits for an answer that there is not");
+                self.drop_vmm();
+            }
+        }
+    }
+
+    pub(super) fn on_frontend(&mut self, reads: bool) {
+        let Some(vmm) = &self.vmm else {
+            return;
+        };
+        if !reads {
+            if vmm.is_gone() {
+                self.drop_vmm();
+            }
+            return;
+        }
+        match Head::peek(&vmm.frontend) {
+            Ok(head) => self.handle(head),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => self.drop_vmm(),
+        }
+    }
+
+    fn drop_vmm(&mut self) {
+        if self.vmm.take().is_some() {
+            info!("the VMM is gone");
+        }
+        self.disconnect();
+        if self.arguments != self.new_arguments {
+            self.stop_worker();
+            self.arguments.clone_from(&self.new_arguments);
+        }
+        self.save();
+    }
+
+    /// Deals with a message of the front end.
+    fn handle(&mut self, mut head: Head) {
+        let Some(vmm) = &mut self.vmm else {
+            return;
+        };
+        let adds_memory = matches!(
+            head.message.request(),
+            request::ADD_MEM_REG | request::SET_MEM_TABLE
+        );
+        if adds_memory && is_private(&vmm.frontend, &head.message).unwrap_or_default() {
+            error!(
+                "the guest's memory is not shared with other processes; start the VMM with shared memory, as \
+                 QEMU's memory-backend-memfd with share=on is"
+            );
+            return self.drop_vmm();
+        }
+        vmm.journal.prepare(&mut head.message);
+        let Some(backend) = &self.backend else {
+            return self.answer_without_worker(head);
+        };
+        if let (request::SET_VRING_KICK, [event]) =
+            (head.message.request(), head.message.descriptors())
+        {
+            signal(event);
+        }
+        let sent = head.message.send(backend);
+        if is_answered(&head.message) {
+            vmm.expect_answer(Some(head));
+        } else if sent.is_ok() {
+            let answer = head.message.answer(&[]);
+            self.complete(head, true, &answer);
+        }
+        if sent.is_err() {
+            self.on_backend_closed();
+        }
+    }
+
+    /// Deals with a message while there is no worker, as far as that is possible: QEMU's main loop waits.
+    fn answer_without_worker(&mut self, head: Head) {
+        let Some(vmm) = &mut self.vmm else {
+            return;
+        };
+        match vmm.own_answer(&head.message) {
+            Some(answer) => self.complete(head, true, &answer),
+            None => vmm.blocked = true,
+        }
+    }
+
+    pub(super) fn accept(&mut self) {
+        let frontend = match self.socket.listener.accept() {
+            Ok((frontend, _)) => frontend,
+            Err(error) => {
+                let kind = error.kind();
+                if ![io::ErrorKind::WouldBlock, io::ErrorKind::ConnectionAborted].contains(&kind) {
+                    warn!("cannot serve a VMM now: {error}");
+                    thread::sleep(EXHAUSTED_PAUSE);
+                }
+                return;
+            }
+        };
+        if let Some(vmm) = &self.vmm {
+            if vmm.is_silent() {
+                warn!("disconnecting a client that has sent nothing");
+            } else if !vmm.is_gone() {
+                error!(
+                    "refusing a second VMM or device on {}: each device of each VM needs a daemon with a \
+                     --socket of its own",
+                    self.socket.path.display()
+                );
+                return;
+            }
+            self.drop_vmm();
+        }
+        match Vmm::new(frontend, Journal::default()) {
+            Ok(vmm) => {
+                info!("a VMM is connected");
+                self.vmm = Some(vmm);
+                self.absent_since = Instant::now();
+                self.save();
+            }
+            Err(error) => warn!("cannot serve a VMM now: {error:#}"),
+        }
+    }
+}

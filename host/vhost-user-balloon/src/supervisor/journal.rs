@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What another worker needs to take up the device.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result};
+use log::{error, warn};
+use nix::sys::uio::pread;
+use nix::unistd::write;
+
+use super::memory::{regions, word};
+use crate::message::{Message, request};
+
+/// The protocol feature that the front end may ask for an acknowledgement of each message.
+const REPLY_ACK: u8 = 1 << 3;
+
+/// The messages that set the device up, without those that later messages have replaced or ended.
+#[derive(Debug, Default)]
+pub struct Journal {
+    messages: Vec<Message>,
+    /// Changes whenever another set of file descriptors belongs to the messages.
+    descriptors: u64,
+}
+
+impl Journal {
+    /// A journal of these messages.
+    pub fn new(messages: Vec<Message>) -> Self {
+        Self {
+            messages,
+            descriptors: 0,
+        }
+    }
+
+    /// The messages.
+    pub fn messages(&self) -> &[Message] {
+        &self.messages
+    }
+
+    /// A number that changes with the file descriptors.
+    pub fn descriptors(&self) -> u64 {
+        self.descriptors
+    }
+
+    /// Whether the worker acknowledges messages: the protocol's features are negotiated.
+    pub fn acknowledges(&self) -> bool {
+        self.find(request::SET_PROTOCOL_FEATURES, 0).is_some()
+    }
+
+    /// Prepares a message of the front end for the worker, which is to acknowledge it.
+    pub fn prepare(&self, message: &mut Message) {
+        // The front end does not negotiate it: it would wait whenever the guest writes its balloon's size,
+        // and the guest with it.
+        if message.request() == request::SET_PROTOCOL_FEATURES {
+            if let Some(features) = message.body_mut().first_mut() {
+                *features |= REPLY_ACK;
+            }
+        }
+        message.set_wants_answer(!has_reply(message) && self.acknowledges());
+    }
+
+    /// Prepares the worker's answer for the front end.
+    pub fn prepare_answer(answer: &mut Message) {
+        // The library offers it by itself.
+        if answer.request() == request::GET_PROTOCOL_FEATURES {
+            if let Some(features) = answer.body_mut().first_mut() {
+                *features &= !REPLY_ACK;
+            }
+        }
+    }
+
+    /// The event of the front end's that the configuration space has changed.
+    pub fn channel(&self) -> Option<&OwnedFd> {
+        let message = self.find(request::SET_BACKEND_REQ_FD, 0)?;
+        message.descriptors().first()
+    }
+
+    /// Whether a queue has a size and rings.
+    pub fn has_rings(&self, queue: u32) -> bool {
+        [request::SET_VRING_NUM, request::SET_VRING_ADDR]
+            .iter()
+            .all(|&request| self.find(request, queue).is_some())
+    }
+
+    fn find(&self, request: u32, queue: u32) -> Option<&Message> {
+        self.messages
+            .iter()
+            .find(|message| message.request() == request && self::queue(message) == queue)
+    }
+
+    /// Records a message that the worker has acted upon, and returns whether that makes a difference. It
+    /// replaces an earlier one in its place: messages depend on those before them, such as the features of the
+    /// protocol.
+    pub fn record(&mut self, message: Message) -> bool {
+        let (request, queue) = (message.request(), queue(&message));
+        let before = self.descriptor_count();
+        let mut changed = !message.descriptors().is_empty();
+        match request {
+            request::GET_CONFIG => return false,
+            // A queue that has ended begins with other rings, perhaps in other memory, and other events. The
+            // front end may ask for its index once more.
+            request::GET_VRING_BASE => {
+                let index = self.used_index(queue);
+                self.messages.retain_mut(|old| {
+                    if self::queue(old) != queue || !is_about_queue(old) {
+                        return true;
+                    }
+                    set_base(old, index);
+                    old.request() == request::SET_VRING_BASE
+                });
+            }
+            request::REM_MEM_REG => self.messages.retain(|old| {
+                old.request() != request::ADD_MEM_REG || region(old) != region(&message)
+            }),
+            _ => {
+                let again = |old: &&mut Message| {
+                    request != request::ADD_MEM_REG
+                        && (old.request(), self::queue(old)) == (request, queue)
+                };
+                match self.messages.iter_mut().find(again) {
+                    Some(old) => {
+                        changed |= !old.descriptors().is_empty();
+                        *old = message;
+                    }
+                    // Rings that were moved may be in memory that was added since.
+                    None if matches!(request, request::ADD_MEM_REG | request::SET_MEM_TABLE) => {
+                        let addresses = |old: &Message| old.request() == request::SET_VRING_ADDR;
+                        let place = self.messages.iter().position(addresses);
+                        self.messages
+                            .insert(place.unwrap_or(self.messages.len()), message);
+                    }
+                    None => self.messages.push(message),
+                }
+            }
+        }
+        if changed || self.descriptor_count() != before {
+            self.descriptors += 1;
+        }
+        true
+    }
+
+    fn descriptor_count(&self) -> usize {
+        self.messages
+            .iter()
+            .map(|message| message.descriptors().len())
+            .sum()
+    }
+
+    /// Sends all of it to another worker. A message that the worker refuses, although the one before it did
+    /// not, is removed.
+    ///
+    /// # Errors
+    ///
+    /// The worker is gone, does not answer, or has refused a message.
+    pub fn replay(&mut self, backend: &UnixStream) -> Result<()> {
+        for place in 0..self.messages.len() {
+            let queue = self.messages.get(place).map(queue);
+            let index = queue.and_then(|queue| self.used_index(queue));
+            let Some(message) = self.messages.get_mut(place) else {
+                break;
+            };
+            // Messages of the guest that the last worker has used are not to be served again.
+            set_base(message, index);
+            if let (request::SET_VRING_KICK | request::SET_VRING_CALL, [event]) =
+                (message.request(), message.descriptors())
+            {
+                signal(event);
+            }
+            message.send(backend)?;
+            if !is_answered(message) {
+                continue;
+            }
+            let answer = Message::receive(backend)
+                .with_context(|| format!("waiting for the answer to {}", name(message)))?;
+            if is_refusal(message, &answer) {
+                let message = self.messages.remove(place);
+                self.descriptors += 1;
+                error!(
+                    "the worker refuses {}; continuing without it",
+                    name(&message)
+                );
+                anyhow::bail!("the worker has refused {}", name(&message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a queue is to continue: behind what was used, or where it has ended.
+    pub fn index_of(&self, queue: u32) -> Option<u16> {
+        let base = || {
+            let base = self.find(request::SET_VRING_BASE, queue)?;
+            let bytes = base.body().get(4..)?.first_chunk()?;
+            Some(u16::from_ne_bytes(*bytes))
+        };
+        self.used_index(queue).or_else(base)
+    }
+
+    /// How many messages of a queue have been used, as its used ring says.
+    fn used_index(&self, queue: u32) -> Option<u16> {
+        const USED: usize = 16;
+        self.index(self.find(request::SET_VRING_ADDR, queue)?, USED)
+    }
+
+    /// The index of the ring whose address is at this place of a message.
+    fn index(&self, addresses: &Message, ring: usize) -> Option<u16> {
+        // Both rings begin with flags of 16 bits.
+        let address = word(addresses.body(), ring)?.checked_add(2)?;
+        let mut index = [0; 2];
+        let (file, at) = self.locate(address)?;
+        let read = pread(file, &mut index, at.try_into().ok()?);
+        (read == Ok(index.len())).then(|| u16::from_le_bytes(index))
+    }
+
+    /// Where an address of the front end's is in the memory that it has sent.
+    fn locate(&self, address: u64) -> Option<(&OwnedFd, u64)> {
+        self.messages
+            .iter()
+            .filter(|message| {
+                [request::ADD_MEM_REG, request::SET_MEM_TABLE].contains(&message.request())
+            })
+            .flat_map(|message| regions(message).zip(message.descriptors()))
+            .find_map(|(region, file)| {
+                let distance = address.checked_sub(region.address)?;
+                let at = region.offset.checked_add(distance)?;
+                (distance < region.size).then_some((file, at))
+            })
+    }
+}
+
+/// Has the message with a queue's index, if this is one, name this index.
+fn set_base(message: &mut Message, index: Option<u16>) {
+    let is_base = message.request() == request::SET_VRING_BASE;
+    if let (true, Some(index), Some(base)) = (is_base, index, message.body_mut().get_mut(4..8)) {
+        base.copy_from_slice(&u32::from(index).to_ne_bytes());
+    }
+}
+
+/// Signals the event of a queue. The guest may have sent a notification that no worker has received, and a
+/// worker that was killed may have owed the guest an interrupt. Each side would wait for the other one.
+pub(super) fn signal(event: &OwnedFd) {
+    if let Err(error) = write(event, &1_u64.to_ne_bytes()) {
+        warn!("cannot signal the event of a queue: {error}");
+    }
+}
+
+/// Whether the protocol has a reply to a message in any case.
+pub(super) fn has_reply(message: &Message) -> bool {
+    matches!(
+        message.request(),
+        request::GET_FEATURES
+            | request::GET_PROTOCOL_FEATURES
+            | request::GET_QUEUE_NUM
+            | request::GET_MAX_MEM_SLOTS
+            | request::GET_VRING_BASE
+            | request::GET_CONFIG
+    )
+}
+
+/// Whether the worker answers a message.
+pub(super) fn is_answered(message: &Message) -> bool {
+    has_reply(message) || message.wants_answer()
+}
+
+/// Whether an answer to a message is that the worker does not accept it.
+pub(super) fn is_refusal(message: &Message, answer: &Message) -> bool {
+    !has_reply(message) && word(answer.body(), 0) != Some(0)
+}
+
+/// A message's name in the specification of vhost-user.
+pub(super) fn name(message: &Message) -> String {
+    let (request, queue) = (message.request(), queue(message));
+    match request {
+        request::SET_FEATURES => "SET_FEATURES".to_owned(),
+        request::SET_MEM_TABLE => "SET_MEM_TABLE".to_owned(),
+        request::SET_VRING_NUM => format!("SET_VRING_NUM of queue {queue}"),
+        request::SET_VRING_ADDR => format!("SET_VRING_ADDR of queue {queue}"),
+        request::GET_VRING_BASE => format!("GET_VRING_BASE of queue {queue}"),
+        request::GET_CONFIG => "GET_CONFIG".to_owned(),
+        request::SET_CONFIG => "SET_CONFIG".to_owned(),
+        request::ADD_MEM_REG => "ADD_MEM_REG".to_owned(),
+        _ => format!("the message {request}"),
+    }
+}
+
+/// Whether a message is about a queue.
+pub(super) fn is_about_queue(message: &Message) -> bool {
+    matches!(
+        message.request(),
+        request::SET_VRING_NUM..=request::SET_VRING_ERR | request::SET_VRING_ENABLE
+    )
+}
+
+/// The queue that a message is about, or the place in the configuration space, or 0 if it is about neither.
+pub(super) fn queue(message: &Message) -> u32 {
+    if is_about_queue(message) || message.request() == request::SET_CONFIG {
+        message.body().first().copied().unwrap_or_default().into()
+    } else {
+        0
+    }
+}
+
+/// What names a region that is added or removed: its address in the guest, its size, and the front end's
+/// address. The offset in the file comes behind them, and is 0 in QEMU's removals.
+fn region(message: &Message) -> Option<&[u8]> {
+    message.body().get(8..32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::tests::message;
+    use crate::testing::memory_file;
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use std::fs;
+    use std::io;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+    use std::thread;
+
+    use super::request::{GET_FEATURES, SET_FEATURES};
+
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().copied().flat_map(u64::to_ne_bytes).collect()
+    }
+
+    fn vring(queue: u32, value: u32) -> Vec<u8> {
+        [queue, value].map(u32::to_ne_bytes).concat()
+    }
+
+    /// A journal of a device with one queue at work, whose memory is at 0x10000 in the front end and at
+    /// 0x1000 in the file, and whose used ring is at the memory's end.
+    fn journal(file: &fs::File) -> Journal {
+        let mut journal = Journal::default();
+        let mut record = |request, body: Vec<u8>, files| {
+            journal.record(message(request, &body, files));
+        };
+        let region = words(&[0, 0, 0x2000, 0x10000, 0x1000]);
+        record(SET_FEATURES, words(&[1]), vec![]);
+        record(
+            request::ADD_MEM_REG,
+            region,
+            vec![file.try_clone().unwrap().into()],
+        );
+        for queue in [0, 1] {
+            record(request::SET_VRING_BASE, vring(queue, 7), vec![]);
+            let addresses = words(&[u64::from(queue), 0x10000, 0x11ff0, 0x11000, 0]);
+            record(request::SET_VRING_ADDR, addresses, vec![]);
+            record(request::SET_VRING_ENABLE, vring(queue, 1), vec![]);
+        }
+        journal
+    }
+
+    /// What another worker receives.
+    fn replayed(journal: &mut Journal) -> Vec<(u32, Vec<u8>)> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        journal.replay(&ours).unwrap();
+        drop(ours);
+        std::iter::from_fn(|| Message::receive(&theirs).ok())
+            .map(|message| (message.request(), message.body().to_vec()))
+            .collect()
+    }
+
+    #[test]
+    fn a_queue_goes_on_where_it_was_used() {
+        let file = memory_file(0x3000);
+        file.write_all_at(&[0, 0, 0x34, 0x12], 0x1000 + 0x1ff0)
+            .unwrap();
+        let replayed = replayed(&mut journal(&file));
+        assert!(replayed.contains(&(request::SET_VRING_BASE, vring(0, 0x1234))));
+        assert!(replayed.contains(&(request::SET_VRING_BASE, vring(1, 0x1234))));
+        assert_eq!(replayed.len(), 8);
+    }
+
+    #[test]
+    fn a_repeated_message_is_replayed_once_and_in_its_place() {
+        let mut journal = journal(&memory_file(0x3000));
+        journal.record(message(SET_FEATURES, &words(&[2]), vec![]));
+        journal.record(message(request::SET_CONFIG, b"\0first", vec![]));
+        journal.record(message(request::SET_CONFIG, b"\0last", vec![]));
+        let replayed = replayed(&mut journal);
+        let count = |request| {
+            replayed
+                .iter()
+                .filter(|(other, _)| *other == request)
+                .count()
+        };
+        assert_eq!((count(SET_FEATURES), count(request::SET_CONFIG)), (1, 1));
+        assert_eq!(replayed.first(), Some(&(SET_FEATURES, words(&[2]))));
+        assert!(replayed.contains(&(request::SET_CONFIG, b"\0last".to_vec())));
+    }
+
+    #[test]
+    fn a_queue_that_has_ended_stays_so() {
+        let file = memory_file(0x3000);
+        file.write_all_at(&[0, 0, 0x34, 0x12], 0x1000 + 0x1ff0)
+            .unwrap();
+        let mut journal = journal(&file);
+        journal.record(message(request::GET_VRING_BASE, &vring(1, 0), vec![]));
+        let replayed = replayed(&mut journal);
+        assert!(replayed.contains(&(request::SET_VRING_ENABLE, vring(0, 1))));
+        assert!(!replayed.contains(&(request::SET_VRING_ENABLE, vring(1, 1))));
+        // The front end may not have received the answer.
+        assert!(replayed.contains(&(request::SET_VRING_BASE, vring(1, 0x1234))));
+        assert_eq!(replayed.len(), 6);
+    }
+
+    #[test]
+    fn rings_of_a_queue_that_has_ended_are_gone_with_their_memory() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        let region = words(&[0, 0x8000, 0x2000, 0x20000, 0x1000]);
+        let file = file.try_clone().unwrap().into();
+        journal.record(message(request::ADD_MEM_REG, &region, vec![file]));
+        journal.record(message(request::SET_VRING_NUM, &vring(1, 16), vec![]));
+        let addresses = words(&[1, 0x20000, 0x21ff0, 0x21000, 0]);
+        journal.record(message(request::SET_VRING_ADDR, &addresses, vec![]));
+        journal.record(message(request::GET_VRING_BASE, &vring(1, 0), vec![]));
+        journal.record(message(request::REM_MEM_REG, &region, vec![]));
+        let about = |(request, body): &(u32, Vec<u8>)| {
+            (8..=14).contains(request)
+                && *request != request::SET_VRING_BASE
+                && body.first() == Some(&1)
+        };
+        assert!(!replayed(&mut journal).iter().any(about));
+    }
+
+    #[test]
+    fn both_sides_look_at_a_queue_that_is_taken_up() {
+        let mut journal = journal(&memory_file(0x3000));
+        let events = [(); 2].map(|()| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+        for (request, event) in [request::SET_VRING_KICK, request::SET_VRING_CALL]
+            .into_iter()
+            .zip(&events)
+        {
+            let file = event.as_fd().try_clone_to_owned().unwrap();
+            journal.record(message(request, &words(&[0]), vec![file]));
+        }
+        assert!(events.iter().all(|event| event.read().is_err()));
+        replayed(&mut journal);
+        assert!(events.iter().all(|event| event.read().is_ok()));
+    }
+
+    #[test]
+    fn memory_that_is_gone_is_not_replayed() {
+        let mut journal = journal(&memory_file(0x3000));
+        let mut remove = |start| {
+            let region = words(&[0, 0, 0x2000, start, 0]);
+            journal.record(message(request::REM_MEM_REG, &region, vec![]));
+            replayed(&mut journal)
+                .iter()
+                .any(|(request, _)| *request == request::ADD_MEM_REG)
+        };
+        assert!(remove(0x20000), "another region stays");
+        assert!(!remove(0x10000));
+    }
+
+    #[test]
+    fn memory_is_replayed_before_the_rings_in_it() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        let region = words(&[0, 0x8000, 0x2000, 0x20000, 0x1000]);
+        let file = file.try_clone().unwrap().into();
+        journal.record(message(request::ADD_MEM_REG, &region, vec![file]));
+        let addresses = words(&[0, 0x20000, 0x21ff0, 0x21000, 0]);
+        journal.record(message(request::SET_VRING_ADDR, &addresses, vec![]));
+        let replayed = replayed(&mut journal);
+        let memory = replayed.iter().position(|(_, body)| *body == region);
+        let rings = replayed.iter().position(|(_, body)| *body == addresses);
+        assert!(memory < rings, "{memory:?} {rings:?}");
+    }
+
+    #[test]
+    fn the_answers_of_another_worker_are_not_for_the_front_end() {
+        let mut journal = Journal::default();
+        journal.record(message(GET_FEATURES, b"", vec![]));
+        journal.record(message(SET_FEATURES, &words(&[1]), vec![]));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let worker = thread::spawn(move || -> io::Result<u32> {
+            Message::receive(&theirs)?;
+            message(GET_FEATURES, &words(&[3]), vec![]).send(&theirs)?;
+            Ok(Message::receive(&theirs)?.request())
+        });
+        journal.replay(&ours).unwrap();
+        assert_eq!(worker.join().unwrap().unwrap(), SET_FEATURES);
+    }
+
+    #[test]
+    fn a_message_that_another_worker_refuses_is_left_out() {
+        let mut journal = Journal::default();
+        let mut record = |request, body: &[u8]| {
+            let mut message = message(request, body, vec![]);
+            journal.prepare(&mut message);
+            journal.record(message);
+        };
+        record(request::SET_PROTOCOL_FEATURES, &words(&[0x11]));
+        record(SET_FEATURES, &words(&[1]));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let worker = thread::spawn(move || {
+            let features = Message::receive(&theirs).unwrap();
+            assert_eq!(features.body(), words(&[0x19]));
+            assert!(!features.wants_answer());
+            let refused = Message::receive(&theirs).unwrap();
+            assert!(refused.wants_answer());
+            refused.answer(&words(&[1])).send(&theirs).unwrap();
+        });
+        let error = journal.replay(&ours).unwrap_err().to_string();
+        worker.join().unwrap();
+        assert!(error.contains("SET_FEATURES"), "{error}");
+        assert_eq!(journal.messages().len(), 1);
+    }
+
+    #[test]
+    fn the_front_end_does_not_wait_for_acknowledgements() {
+        let mut answer = message(request::GET_PROTOCOL_FEATURES, &words(&[0x19]), vec![]);
+        Journal::prepare_answer(&mut answer);
+        assert_eq!(answer.body(), words(&[0x11]));
+    }
+
+    #[test]
+    fn changes_of_file_descriptors_are_noticed() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        let mut number = journal.descriptors();
+        let mut changes = |request, body: &[u8], files| {
+            journal.record(message(request, body, files));
+            let changed = journal.descriptors() != number;
+            number = journal.descriptors();
+            changed
+        };
+        assert!(!changes(request::SET_CONFIG, b"\0content", vec![]));
+        assert!(!changes(request::SET_VRING_ENABLE, &vring(0, 0), vec![]));
+        let event = || vec![file.try_clone().unwrap().into()];
+        assert!(changes(request::SET_VRING_CALL, &words(&[0]), event()));
+        assert!(changes(request::SET_VRING_CALL, &words(&[0]), event()));
+        assert!(changes(request::SET_VRING_CALL, &words(&[0]), vec![]));
+        assert!(!changes(request::GET_VRING_BASE, &vring(1, 0), vec![]));
+        let region = words(&[0, 0, 0x2000, 0x10000, 0]);
+        assert!(changes(request::REM_MEM_REG, &region, vec![]));
+    }
+}

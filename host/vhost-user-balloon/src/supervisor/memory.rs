@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's memory, as the front end's messages describe it.
+
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+
+use crate::message::Message;
+
+/// A region of the guest's memory, in bytes.
+pub(super) struct Region {
+    pub(super) size: u64,
+    /// The front end's own address of it.
+    pub(super) address: u64,
+    /// Where it begins in its file.
+    pub(super) offset: u64,
+}
+
+/// The regions in a message that adds memory.
+pub(super) fn regions(message: &Message) -> impl Iterator<Item = Region> {
+    /// The address in the guest, and the fields above.
+    const REGION: usize = 32;
+    // Both kinds of messages have 8 bytes in front of the regions.
+    const REGIONS: usize = 8;
+    let regions = message.body().get(REGIONS..).unwrap_or_default();
+    regions.chunks_exact(REGION).filter_map(|region| {
+        Some(Region {
+            size: word(region, 8)?,
+            address: word(region, 16)?,
+            offset: word(region, 24)?,
+        })
+    })
+}
+
+/// Whether some of the memory in a message is private to the front end, which is the peer of this socket. No
+/// other process sees what the guest writes to such memory.
+///
+/// # Errors
+///
+/// The front end's mappings cannot be read: its process belongs to another user, or to another namespace.
+pub(super) fn is_private(frontend: &UnixStream, message: &Message) -> io::Result<bool> {
+    let peer = getsockopt(frontend, PeerCredentials)?;
+    let maps = fs::read_to_string(format!("/proc/{}/maps", peer.pid()))?;
+    Ok(regions(message).any(|region| has_private(&maps, region.address)))
+}
+
+/// Whether an address is in a private mapping, by the lines of /proc/PID/maps: start, end and permissions of
+/// each mapping.
+fn has_private(maps: &str, address: u64) -> bool {
+    maps.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        let (range, permissions) = (words.next(), words.next());
+        let bounds = range.and_then(|range| range.split_once('-'));
+        let number = |text| u64::from_str_radix(text, 16).unwrap_or_default();
+        bounds.is_some_and(|(start, end)| (number(start)..number(end)).contains(&address))
+            && permissions.is_some_and(|permissions| permissions.ends_with('p'))
+    })
+}
+
+/// The 64 bits at a place in a message.
+pub(super) fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    let bytes = bytes.get(at..)?.first_chunk()?;
+    Some(u64::from_ne_bytes(*bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::request;
+    use crate::message::tests::message;
+
+    #[test]
+    fn private_memory_is_noticed() {
+        let maps = "7f0000000000-7f0000002000 rw-s 00000000 00:01 7 /memfd:memory (deleted)\n\
+                    7f0000002000-7f0000003000 rw-p 00000000 00:00 0\n";
+        assert!(!has_private(maps, 0x7f00_0000_0000));
+        assert!(!has_private(maps, 0x7f00_0000_1fff));
+        assert!(has_private(maps, 0x7f00_0000_2000));
+        assert!(!has_private(maps, 0x7f00_0000_3000));
+        // This process is its own peer here.
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let stack = std::ptr::from_ref(&maps).addr() as u64;
+        let region = [0, 0, 0x1000, stack, 0].map(u64::to_ne_bytes).concat();
+        let message = message(request::ADD_MEM_REG, &region, vec![]);
+        assert!(is_private(&ours, &message).unwrap());
+    }
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Replaces the program of both processes, and goes back to the one before if the new one does not work.
+
+use std::env;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Instant;
+
+use log::{error, info};
+use sd_notify::NotifyState;
+
+use super::Supervisor;
+use super::snapshot::{Snapshot, memory_file, notify};
+use super::worker::{Worker, command};
+
+/// The option of a supervisor that continues where this one ends.
+pub(super) const RESUME: &str = "--resume";
+
+impl Supervisor {
+    /// Has the program at this supervisor's path tried, and takes it if it works.
+    pub(super) fn update(&mut self) {
+        info!("trying the program {}", self.program.display());
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            notify(&[NotifyState::Reloading, now]);
+        }
+        // It has no device.
+        let trial = memory_file()
+            .and_then(|kept| Worker::start(&self.program, &self.arguments, &kept, None));
+        match trial {
+            Ok(trial) => self.trial = Some(trial),
+            Err(error) => self.keep_program(&format!("{error:#}")),
+        }
+    }
+
+    /// Gives a new program up.
+    fn keep_program(&mut self, reason: &str) {
+        error!(
+            "the program {} does not start; continuing with the running one: {reason}",
+            self.program.display()
+        );
+        self.trial = None;
+        notify(&[NotifyState::Ready]);
+    }
+
+    /// Takes the new program if its worker is ready.
+    pub(super) fn check_trial(&mut self) {
+        let Some(trial) = &mut self.trial else {
+            return;
+        };
+        trial.read();
+        if trial.is_ready() {
+            trial.stop();
+            trial.wait();
+            self.trial = None;
+            let program = self.program.clone();
+            let own_program = self.own_program.try_clone().ok();
+            self.replace_program(&program, own_program.as_ref().map(AsFd::as_fd));
+        } else if let Some(status) = trial.status() {
+            self.keep_program(&format!("it ends with {status}"));
+        } else if trial.deadline().is_some_and(|due| Instant::now() >= due) {
+            self.keep_program("it is not ready in time");
+        }
+    }
+
+    /// Replaces the program of this process. Hands over the program to go back to if the new one fails.
+    /// Returns if that is not possible.
+    pub(super) fn replace_program(&mut self, program: &Path, fallback: Option<BorrowedFd<'_>>) {
+        self.stop_worker();
+        self.save();
+        let snapshot = Snapshot {
+            program: fallback,
+            ..self.snapshot()
+        };
+        let error = match snapshot.store(self.store.number()) {
+            Ok(stored) => command(program)
+                .args(env::args_os().skip(1).filter(|argument| argument != RESUME))
+                .arg(RESUME)
+                .stdin(Stdio::from(stored.into_socket()))
+                .exec()
+                .into(),
+            Err(error) => error,
+        };
+        self.keep_program(&format!("{error:#}"));
+    }
+}
+
+/// The path at which this program was started.
+pub(super) fn own_path() -> io::Result<PathBuf> {
+    let path = env::current_exe()?.into_os_string();
+    // The kernel says so of a program that has been replaced since.
+    let path = path
+        .as_bytes()
+        .strip_suffix(b" (deleted)")
+        .map_or_else(|| path.clone(), |path| OsStr::from_bytes(path).to_owned());
+    Ok(path.into())
+}

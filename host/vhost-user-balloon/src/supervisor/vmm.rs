@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The front end that is connected.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use log::{error, warn};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{MsgFlags, getsockopt, send};
+
+use super::journal::{Journal, has_reply, name, queue};
+use super::worker::ANSWER_TIMEOUT;
+use crate::message::{Head, Message, request};
+
+/// How many workers may crash at a message before it is left out.
+const MAX_CRASHES: u32 = 3;
+
+/// How long a client may send nothing when another one connects.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// How long a worker may be silent before it has to show that it responds.
+const PROBE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What the worker has not answered yet.
+#[derive(Debug)]
+pub(super) struct Pending {
+    /// The front end's message. None is the supervisor's own, which shows whether the worker responds.
+    pub(super) head: Option<Head>,
+    since: Instant,
+}
+
+/// The front end that is connected.
+#[derive(Debug)]
+pub(super) struct Vmm {
+    pub(super) frontend: UnixStream,
+    pub(super) journal: Journal,
+    since: Instant,
+    /// The number of its process, or 0.
+    pub(super) pid: i32,
+    pub(super) pending: Option<Pending>,
+    /// When the worker has answered for the last time.
+    answered: Instant,
+    /// Whether the next message needs a worker, and there is none.
+    pub(super) blocked: bool,
+    /// How many workers have crashed at the next message.
+    crashes: u32,
+    /// The last answer to each request that has a reply.
+    answers: Vec<Message>,
+    /// How many messages the worker has not accepted.
+    refused: u32,
+}
+
+impl Vmm {
+    pub(super) fn new(frontend: UnixStream, journal: Journal) -> Result<Self> {
+        // Messages come as a whole. A front end that sends half of one, or does not read, must not keep the
+        // supervisor waiting.
+        frontend.set_nonblocking(false)?;
+        frontend.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        frontend.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+        // It is 0 if the process is in another namespace.
+        let pid = getsockopt(&frontend, PeerCredentials).map_or(0, |peer| peer.pid());
+        let now = Instant::now();
+        Ok(Self {
+            frontend,
+            journal,
+            since: now,
+            pid,
+            pending: None,
+            answered: now,
+            blocked: false,
+            crashes: 0,
+            answers: Vec::new(),
+            refused: 0,
+        })
+    }
+
+    /// Whether it has closed the connection.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut events = [PollFd::new(self.frontend.as_fd(), PollFlags::empty())];
+        poll(&mut events, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Whether it has sent nothing for a while since it has connected.
+    pub(super) fn is_silent(&self) -> bool {
+        let has_sent = !self.journal.messages().is_empty() || self.pending.is_some();
+        !has_sent && self.since.elapsed() >= SILENCE
+    }
+
+    /// Takes note that the worker has a message to answer.
+    pub(super) fn expect_answer(&mut self, head: Option<Head>) {
+        self.pending = Some(Pending {
+            head,
+            since: Instant::now(),
+        });
+    }
+
+    /// Takes note of an answer of the worker's, and returns what it answers.
+    pub(super) fn take_answered(&mut self) -> Option<Head> {
+        self.answered = Instant::now();
+        self.crashes = 0;
+        self.pending.take()?.head
+    }
+
+    /// Whether the worker should have answered by now.
+    pub(super) fn is_overdue(&self) -> bool {
+        let pending = self.pending.as_ref();
+        pending.is_some_and(|pending| pending.since.elapsed() >= ANSWER_TIMEOUT)
+    }
+
+    /// A message for a worker that has sent nothing for a while: the front end's last question for the configuration
+    /// space.
+    pub(super) fn probe(&self) -> Option<Message> {
+        let is_due = self.pending.is_none() && self.answered.elapsed() >= PROBE_INTERVAL;
+        let config = self.answer_to(request::GET_CONFIG).filter(|_| is_due)?;
+        Some(Message::new(request::GET_CONFIG, config.body(), Vec::new()))
+    }
+
+    /// A worker has crashed or hung. Returns the message that it had to answer if that has happened often. Else
+    /// the next worker gets it.
+    pub(super) fn crashed(&mut self) -> Option<Head> {
+        let head = self.pending.take()?.head?;
+        self.crashes += 1;
+        if self.crashes < MAX_CRASHES {
+            return None;
+        }
+        self.crashes = 0;
+        Some(head)
+    }
+
+    /// Keeps an answer for the time in which there is no worker.
+    pub(super) fn keep_answer(&mut self, answer: Message) {
+        self.answers.retain(|old| old.request() != answer.request());
+        self.answers.push(answer);
+    }
+
+    fn answer_to(&self, request: u32) -> Option<&Message> {
+        let mut answers = self.answers.iter();
+        answers.find(|answer| answer.request() == request)
+    }
+
+    /// The answer to a message without a worker, if that is possible: the index of a queue, as the queue has it,
+    /// or what a worker has answered before.
+    pub(super) fn own_answer(&self, message: &Message) -> Option<Message> {
+        match message.request() {
+            request::GET_VRING_BASE => {
+                let queue = queue(message);
+                let index = self.journal.index_of(queue).unwrap_or_default();
+                let body = [queue, index.into()].map(u32::to_ne_bytes);
+                Some(message.answer(body.as_flattened()))
+            }
+            request::GET_CONFIG => {
+                /// The offset and the size come first.
+                const PLACE: usize = 8;
+                let config = self.answer_to(request::GET_CONFIG)?;
+                let same = config.body().get(..PLACE) == message.body().get(..PLACE);
+                same.then(|| message.answer(config.body()))
+            }
+            request if has_reply(message) => {
+                let before = self.answer_to(request)?;
+                Some(message.answer(before.body()))
+            }
+            _ => Some(message.answer(&[])),
+        }
+    }
+
+    /// Logs that the worker does not accept a message.
+    pub(super) fn log_refusal(&mut self, message: &Message) {
+        self.refused += 1;
+        // A guest can have its VMM send any number of them.
+        if self.refused.is_power_of_two() {
+            error!(
+                "the worker does not accept {} from the VMM, and the VM runs without its balloon",
+                name(message)
+            );
+        }
+    }
+
+    /// Tells it that the configuration space has changed, if there is a driver to tell. QEMU does not expect
+    /// the message otherwise.
+    pub(super) fn config_changed(&self) {
+        // The request, version 1 of the protocol, and the size of the rest.
+        const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+        let Some(channel) = self.journal.channel().filter(|_| self.journal.has_rings(0)) else {
+            return;
+        };
+        let message = CONFIG_CHANGE.map(u32::to_ne_bytes).concat();
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(channel.as_raw_fd(), &message, flags) {
+            // A full one has enough of these messages in it.
+            Ok(_) | Err(Errno::EAGAIN) => {}
+            Err(error) => warn!("cannot tell the VMM that the configuration has changed: {error}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::tests::message;
+
+    fn connected() -> (Vmm, UnixStream) {
+        let (frontend, vmm) = UnixStream::pair().unwrap();
+        (Vmm::new(frontend, Journal::default()).unwrap(), vmm)
+    }
+
+    #[test]
+    fn a_message_at_which_every_worker_crashes_is_left_out() {
+        let (mut vmm, frontend) = connected();
+        for crashes in 1..=MAX_CRASHES {
+            message(request::SET_CONFIG, b"\0", vec![])
+                .send(&frontend)
+                .unwrap();
+            let head = Head::peek(&vmm.frontend).unwrap();
+            vmm.expect_answer(Some(head));
+            assert_eq!(vmm.crashed().is_some(), crashes == MAX_CRASHES);
+        }
+        // The next message is another one.
+        vmm.expect_answer(Some(Head::peek(&vmm.frontend).unwrap()));
+        assert!(vmm.crashed().is_none());
+    }
+
+    #[test]
+    fn the_supervisor_answers_as_a_worker_has() {
+        let (mut vmm, _front) = connected();
+        let question = |size| {
+            let words = [0_u32, size, 0].map(u32::to_ne_bytes);
+            message(request::GET_CONFIG, words.as_flattened(), vec![])
+        };
+        let features = message(request::GET_FEATURES, b"", vec![]);
+        assert!(vmm.own_answer(&question(16)).is_none());
+        assert!(vmm.own_answer(&features).is_none());
+        vmm.keep_answer(question(16));
+        vmm.keep_answer(features.answer(b"features"));
+        assert!(vmm.own_answer(&question(16)).is_some());
+        assert!(vmm.own_answer(&question(8)).is_none());
+        assert_eq!(vmm.own_answer(&features).unwrap().body(), b"features");
+        // A queue that a worker has not started.
+        let base = message(request::GET_VRING_BASE, &[3, 0, 0, 0, 0, 0, 0, 0], vec![]);
+        let answer = vmm.own_answer(&base).unwrap();
+        assert_eq!(answer.body(), [3, 0, 0, 0, 0, 0, 0, 0]);
+    }
+}

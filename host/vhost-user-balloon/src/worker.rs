@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The worker: the process that has the device. It serves the front ends that its supervisor lets through,
+//! one after the other.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use balloon_control::Server;
+use log::{debug, warn};
+use vhost_user_backend::VhostUserDaemon;
+
+use crate::channel::{Channel, SERVE, START, VERSION};
+use crate::device::Device;
+use crate::options::Options;
+use crate::state::State;
+
+/// Serves front ends until the supervisor closes the channel, which is the standard input.
+///
+/// # Errors
+///
+/// The supervisor is another program, the state file has something else in it, or the system lacks something.
+pub fn run(options: &Options) -> Result<()> {
+    ensure!(
+        options.worker == Some(VERSION),
+        "a worker of version {VERSION} cannot serve a supervisor of another version"
+    );
+    let channel = Channel::new(io::stdin().as_fd().try_clone_to_owned()?);
+    let start = channel.receive().context("waiting for the supervisor")?;
+    ensure!(
+        start.request() == START,
+        "the supervisor does not start this worker"
+    );
+    let mut files = start.into_parts().1.into_iter();
+    let kept = files.next().map(File::from);
+    let control = files.next().map(UnixListener::from);
+
+    let state = options.state.as_deref().map(State::load).transpose()?;
+    let state = state
+        .flatten()
+        .unwrap_or_else(|| State::new(options.stats_interval));
+    let path = options.state.clone();
+    let device = Device::new(options.settings(), state, path, channel.try_clone()?, kept)?;
+    let device = Arc::new(device);
+    let _control = control
+        .map(|listener| Server::start(listener, Arc::clone(&device) as _))
+        .transpose()?;
+    channel.ready();
+    while let Ok(message) = channel.receive() {
+        let request = message.request();
+        let (body, mut files) = message.into_parts();
+        let (SERVE, Some(socket)) = (request, files.pop()) else {
+            warn!("the supervisor has sent an unknown message");
+            continue;
+        };
+        channel.set_vmm(&body);
+        serve(&device, socket.into())?;
+    }
+    debug!("the supervisor ends this worker");
+    Ok(())
+}
+
+/// Serves the front end that has connected to this socket.
+fn serve(device: &Arc<Device>, socket: UnixListener) -> Result<()> {
+    let name = "vhost-user".to_owned();
+    let mut library = VhostUserDaemon::new(name, Arc::clone(device), device.memory())
+        .map_err(|error| anyhow!("{error}"))?;
+    library
+        .start(&mut socket.into())
+        .map_err(|error| anyhow!("cannot serve a VMM: {error}"))?;
+    for handler in library.get_epoll_handlers() {
+        device.connect(&handler)?;
+    }
+    if let Err(error) = library.wait() {
+        debug!("the connection has ended: {error}");
+    }
+    // This waits until the messages are finished that have been taken from the queues.
+    drop(library);
+    device.disconnect();
+    Ok(())
+}

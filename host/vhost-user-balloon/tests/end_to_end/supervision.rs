@@ -1,0 +1,475 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What happens to a front end when a process of the daemon ends or hangs, or when the front end is set up in
+//! a wrong way.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::sync::mpsc;
+
+use rustix::process::{Resource, Rlimit, prlimit};
+use service_manager::ServiceManager;
+
+use super::*;
+
+/// The children of a process.
+fn children(pid: u32) -> Vec<Pid> {
+    fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+        .unwrap_or_default()
+        .split_whitespace()
+        .map(|pid| Pid::from_raw(pid.parse().unwrap()))
+        .collect()
+}
+
+impl Running {
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.0.id().try_into().unwrap())
+    }
+
+    /// The process that has the device, when there is one.
+    fn worker(&self) -> Pid {
+        let mut worker = None;
+        wait_for("a worker", || {
+            worker = children(self.0.id()).first().copied();
+            worker.is_some()
+        });
+        worker.unwrap()
+    }
+
+    fn wait_for_another(&self, worker: Pid) {
+        wait_for("another worker", || {
+            children(self.0.id())
+                .first()
+                .is_some_and(|&now| now != worker)
+        });
+    }
+}
+
+/// A daemon with its log in a file.
+fn start_logged(directory: &Path, arguments: &[&str]) -> Running {
+    let log = open_log(directory);
+    let daemon = command(directory)
+        .args(arguments)
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let control = directory.join("control");
+    wait_for("the daemon", || Client::connect(&control).is_ok());
+    Running(daemon)
+}
+
+fn open_log(directory: &Path) -> File {
+    let mut options = File::options();
+    options.create(true).append(true);
+    options.open(directory.join("log")).unwrap()
+}
+
+fn log(directory: &Path) -> String {
+    fs::read_to_string(directory.join("log")).unwrap()
+}
+
+fn wait_for_line(directory: &Path, line: &str) {
+    wait_for(line, || log(directory).contains(line));
+}
+
+/// Stops a process where it is.
+fn stop(process: Pid) {
+    kill(process, Signal::SIGSTOP).unwrap();
+    // Each of its threads stops when it has a processor.
+    wait_for("the stop", || {
+        let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        threads
+            .map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap())
+            .all(|stat| stat.contains(") T "))
+    });
+}
+
+/// Waits until the daemon says so of itself. A client that a worker serves is disconnected when the worker is
+/// replaced.
+fn wait_for_info(what: &str, directory: &Path, is: impl Fn(&Info) -> bool) {
+    wait_for(what, || {
+        let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse());
+        now.is_ok_and(|now| is(&now))
+    });
+}
+
+/// Sets a size, and inflates a page: the whole way of a VM that works.
+fn works(directory: &Path, vmm: &mut Vmm, pfn: u32) {
+    assert_eq!(vmm.config().len(), 16);
+    vmm.store(u64::from(pfn) << 12, &[1]);
+    vmm.inflate(pfn);
+    assert_eq!(vmm.byte(u64::from(pfn) << 12), 0);
+    assert!(info(directory).guest.driver);
+}
+
+#[test]
+fn killed_workers_are_replaced() {
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    set(directory, 5 << 12);
+    for pfn in 0x101..0x105 {
+        let worker = daemon.worker();
+        kill(worker, Signal::SIGKILL).unwrap();
+        // The front end waits for another worker.
+        assert_eq!(vmm.config().len(), 16);
+        daemon.wait_for_another(worker);
+        wait_for_info("the driver", directory, |now| now.guest.driver);
+        assert_eq!(vmm.config()[..4], 5_u32.to_le_bytes());
+        works(directory, &mut vmm, pfn);
+    }
+    daemon.end();
+}
+
+#[test]
+fn another_worker_interrupts_the_guest() {
+    let (_directory, daemon, vmm) = set_up();
+    // The worker may have been killed before it did so itself.
+    kill(daemon.worker(), Signal::SIGKILL).unwrap();
+    let (sender, interrupt) = mpsc::channel();
+    thread::spawn(move || sender.send(vmm.call.read().unwrap()));
+    interrupt.recv_timeout(Duration::from_secs(10)).unwrap();
+    daemon.end();
+}
+
+#[test]
+fn workers_that_cannot_be_started_are_tried_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    let mut vmm = inflated(directory);
+    vmm.config();
+    let limit = |current| {
+        let pid = rustix::process::Pid::from_raw(daemon.pid().as_raw());
+        let maximum = Some(1024);
+        let limit = Rlimit { current, maximum };
+        prlimit(pid, Resource::Nofile, limit).unwrap();
+    };
+    limit(Some(3));
+    kill(daemon.worker(), Signal::SIGKILL).unwrap();
+    wait_for("several tries", || {
+        log(directory).matches("Too many open files").count() >= 4
+    });
+    // The front end does not wait for a worker.
+    let start = Instant::now();
+    vmm.write_config(&[[0; 4], 1_u32.to_le_bytes()].concat());
+    assert_eq!(vmm.config().len(), 16);
+    assert_eq!(vmm.front.get_vring_base(0).unwrap(), 1);
+    assert!(start.elapsed() < Duration::from_secs(2));
+    vmm.start(1);
+    limit(Some(1024));
+    let start = Instant::now();
+    while !call(directory, &Request::Info {})
+        .and_then(|answer| answer.parse::<Info>())
+        .is_ok_and(|now| now.guest.driver && now.size == 1 << 12)
+    {
+        assert!(start.elapsed() < Duration::from_secs(30));
+        thread::sleep(Duration::from_millis(50));
+    }
+    works(directory, &mut vmm, 0x101);
+    daemon.end();
+}
+
+#[test]
+fn a_worker_that_hangs_is_replaced() {
+    let (directory, daemon, mut vmm) = set_up();
+    let worker = daemon.worker();
+    stop(worker);
+    // QEMU would wait for this with its main loop.
+    assert_eq!(vmm.config().len(), 16);
+    assert_ne!(daemon.worker(), worker);
+    wait_for_info("the driver", directory.path(), |now| now.guest.driver);
+    works(directory.path(), &mut vmm, 0x101);
+    daemon.end();
+}
+
+#[test]
+fn a_worker_that_hangs_unnoticed_is_probed() {
+    let (directory, daemon, mut vmm) = set_up();
+    vmm.config();
+    let worker = daemon.worker();
+    stop(worker);
+    let start = Instant::now();
+    while daemon.worker() == worker {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        thread::sleep(Duration::from_millis(50));
+    }
+    wait_for_info("the driver", directory.path(), |now| now.guest.driver);
+    works(directory.path(), &mut vmm, 0x101);
+    daemon.end();
+}
+
+#[test]
+fn a_killed_supervisor_leaves_no_worker() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let is_left = || {
+        let processes = fs::read_dir("/proc").unwrap();
+        processes.filter_map(Result::ok).any(|process| {
+            let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.contains(directory.to_str().unwrap()) && line.contains("--worker")
+        })
+    };
+    for _ in 0..20 {
+        let mut daemon = command(directory).spawn().unwrap();
+        wait_for("the socket", || directory.join("socket").exists());
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        wait_for("the end of the worker", || !is_left());
+    }
+}
+
+#[test]
+fn a_worker_that_crashes_writes_no_core() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    info(directory);
+    kill(daemon.worker(), Signal::SIGABRT).unwrap();
+    wait_for_line(directory, "the worker has ended: signal: 6 (SIGABRT)");
+    assert!(!log(directory).contains("core dumped"));
+    daemon.end();
+}
+
+/// A daemon that is started again and again.
+struct Service {
+    directory: TempDir,
+    manager: ServiceManager,
+}
+
+impl Service {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let manager = ServiceManager::new(directory.path()).unwrap();
+        Self { directory, manager }
+    }
+
+    fn start(&self, arguments: &[&str]) -> Running {
+        let directory = self.directory.path();
+        let mut command = command(directory);
+        command.args(arguments).stderr(open_log(directory));
+        self.manager.prepare(&mut command).unwrap();
+        let daemon = Running(command.spawn().unwrap());
+        wait_for("the daemon", || self.manager.is_ready());
+        daemon
+    }
+
+    /// Ends a daemon, and looks what it leaves.
+    fn end(&self, daemon: &mut Running, signal: Signal) {
+        kill(daemon.pid(), signal).unwrap();
+        let status = daemon.0.wait().unwrap();
+        assert!(status.success() || status.signal() == Some(Signal::SIGKILL as i32));
+        assert_eq!(self.manager.stored(), 1);
+    }
+}
+
+#[test]
+fn a_restart_of_the_supervisor_keeps_the_vmm() {
+    let service = Service::new();
+    let directory = service.directory.path();
+    let mut daemon = service.start(&[]);
+    let mut vmm = inflated(directory);
+    set(directory, 7 << 12);
+    let mut config = vmm.config();
+    config[4..8].copy_from_slice(&3_u32.to_le_bytes());
+    vmm.write_config(&config);
+    wait_for_info("the balloon's size", directory, |now| now.size == 3 << 12);
+    for (pfn, signal) in (0x101..).zip([Signal::SIGTERM, Signal::SIGKILL].repeat(3)) {
+        service.end(&mut daemon, signal);
+        // A client and a front end that come now wait.
+        let mut client = Client::connect(&directory.join("control")).unwrap();
+        daemon = service.start(&[]);
+        client.call(&Request::Info {}).unwrap();
+        wait_for_info("the driver", directory, |now| now.guest.driver);
+        let info = info(directory);
+        assert_eq!((info.target, info.size), (7 << 12, 3 << 12));
+        works(directory, &mut vmm, pfn);
+    }
+    // Other options are for other VMs.
+    service.end(&mut daemon, Signal::SIGTERM);
+    let mut daemon = service.start(&["--features", "event-idx"]);
+    wait_for_info("the driver", directory, |now| now.guest.driver);
+    works(directory, &mut vmm, 0x120);
+    drop(vmm);
+    wait_for_info("the end of the VMM", directory, |now| !now.guest.connected);
+    let vmm = inflated(directory);
+    service.end(&mut daemon, Signal::SIGTERM);
+    drop(vmm);
+    let daemon = service.start(&[]);
+    wait_for_info("the end of the VMM", directory, |now| !now.guest.connected);
+    inflated(directory);
+    let lines = log(directory);
+    assert!(!lines.contains("ERROR"), "{lines}");
+    daemon.end();
+}
+
+#[test]
+fn a_supervisor_is_killed_at_any_time() {
+    let service = Service::new();
+    let directory = service.directory.path();
+    let mut daemon = service.start(&[]);
+    let mut vmm = inflated(directory);
+    for round in 0..20_u32 {
+        let pid = daemon.pid();
+        let killer = thread::spawn(move || {
+            thread::sleep(Duration::from_micros(u64::from(round) * 150));
+            kill(pid, Signal::SIGKILL).unwrap();
+        });
+        for value in 0..10_u32 {
+            vmm.write_config(&[[0; 4], value.to_le_bytes()].concat());
+        }
+        let reader = thread::spawn(move || {
+            let config = vmm.config();
+            (vmm, config)
+        });
+        killer.join().unwrap();
+        service.end(&mut daemon, Signal::SIGKILL);
+        daemon = service.start(&[]);
+        let (back, config) = reader.join().unwrap();
+        vmm = back;
+        assert_eq!(config[4..8], 9_u32.to_le_bytes());
+        wait_for_info("the size", directory, |now| now.size == 9 << 12);
+        works(directory, &mut vmm, 0x101 + round);
+    }
+    daemon.end();
+}
+
+/// A daemon whose program can be replaced.
+struct Installed {
+    directory: TempDir,
+    program: PathBuf,
+}
+
+impl Installed {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("vhost-user-balloon");
+        fs::copy(env!("CARGO_BIN_EXE_vhost-user-balloon"), &program).unwrap();
+        Self { directory, program }
+    }
+
+    fn start(&self) -> Running {
+        let directory = self.directory.path();
+        let log = File::create(directory.join("log")).unwrap();
+        let mut command = Command::new(&self.program);
+        for name in ["socket", "control", "state"] {
+            command.arg(format!("--{name}")).arg(directory.join(name));
+        }
+        let daemon = command.stderr(log).spawn().unwrap();
+        wait_for("the daemon", || {
+            Client::connect(&directory.join("control")).is_ok()
+        });
+        Running(daemon)
+    }
+
+    /// Replaces the program as a package does.
+    fn install(&self, script: Option<&str>) {
+        let new = self.program.with_extension("new");
+        match script {
+            Some(script) => fs::write(&new, script).unwrap(),
+            None => drop(fs::copy(env!("CARGO_BIN_EXE_vhost-user-balloon"), &new).unwrap()),
+        }
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(&new, &self.program).unwrap();
+    }
+}
+
+#[test]
+fn an_update_replaces_both_processes() {
+    let installed = Installed::new();
+    let directory = installed.directory.path();
+    let daemon = installed.start();
+    let mut vmm = inflated(directory);
+    for pfn in 0x101..0x104 {
+        let worker = daemon.worker();
+        installed.install(None);
+        kill(daemon.pid(), Signal::SIGHUP).unwrap();
+        let new = fs::canonicalize(&installed.program).unwrap();
+        wait_for("the new program", || {
+            fs::read_link(format!("/proc/{}/exe", daemon.0.id())).is_ok_and(|path| path == new)
+        });
+        daemon.wait_for_another(worker);
+        wait_for_info("the driver", directory, |now| now.guest.driver);
+        works(directory, &mut vmm, pfn);
+    }
+    daemon.end();
+    assert!(!directory.join("socket").exists() && !directory.join("control").exists());
+}
+
+#[test]
+fn a_program_that_does_not_start_is_not_used() {
+    let installed = Installed::new();
+    let directory = installed.directory.path();
+    let daemon = installed.start();
+    let mut vmm = inflated(directory);
+    let worker = daemon.worker();
+    for (pfn, script) in (0x101..).zip(["#!/bin/sh\nexit 1\n", "nonsense", "#!/no/such/program\n"])
+    {
+        fs::write(directory.join("log"), "").unwrap();
+        installed.install(Some(script));
+        kill(daemon.pid(), Signal::SIGHUP).unwrap();
+        wait_for_line(directory, "continuing with the running one");
+        assert!(children(daemon.0.id()).contains(&worker));
+        works(directory, &mut vmm, pfn);
+    }
+    // The running program is used for other workers, too.
+    fs::remove_file(&installed.program).unwrap();
+    kill(worker, Signal::SIGKILL).unwrap();
+    daemon.wait_for_another(worker);
+    wait_for_info("the driver", directory, |now| now.guest.driver);
+    works(directory, &mut vmm, 0x110);
+    daemon.end();
+}
+
+#[test]
+fn a_program_that_fails_later_is_replaced_by_the_one_before() {
+    let installed = Installed::new();
+    let directory = installed.directory.path();
+    let daemon = installed.start();
+    let mut vmm = inflated(directory);
+    // The trial is good, and so is the supervisor, but there is no worker after that.
+    let real = directory.join("real");
+    fs::copy(env!("CARGO_BIN_EXE_vhost-user-balloon"), &real).unwrap();
+    fs::set_permissions(&real, fs::Permissions::from_mode(0o755)).unwrap();
+    let state = directory.join("state");
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *--resume*) rm -rf {0}; mkdir {0};; esac\nexec {1} \"$@\"\n",
+        state.display(),
+        real.display()
+    );
+    set(directory, 5 << 12);
+    installed.install(Some(&script));
+    kill(daemon.pid(), Signal::SIGHUP).unwrap();
+    wait_for_line(directory, "continuing with the one before it");
+    fs::remove_dir(&state).unwrap();
+    wait_for_info("the driver", directory, |now| now.guest.driver);
+    works(directory, &mut vmm, 0x101);
+    daemon.end();
+}
+
+#[test]
+fn a_second_device_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    let mut vmm = inflated(directory);
+    let mut second = UnixStream::connect(directory.join("socket")).unwrap();
+    assert_eq!(second.read(&mut [0]).unwrap(), 0);
+    wait_for_line(directory, "refusing a second VMM or device");
+    works(directory, &mut vmm, 0x101);
+    daemon.end();
+}
+
+#[test]
+fn a_silent_client_makes_room_for_a_vmm() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    let mut silent = UnixStream::connect(directory.join("socket")).unwrap();
+    thread::sleep(Duration::from_millis(1100));
+    let mut vmm = inflated(directory);
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0);
+    works(directory, &mut vmm, 0x101);
+    daemon.end();
+}
