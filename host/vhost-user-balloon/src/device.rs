@@ -44,6 +44,9 @@ mod queues;
 mod statistics;
 mod target;
 
+/// The guest has not read a target yet. No balloon has so many pages.
+const NOT_ASKED: u32 = u32::MAX;
+
 /// What wakes the worker besides the queues. The numbers up to that of the queues are the library's.
 const WAKE: u64 = MAX_QUEUES as u64 + 1;
 const TIMER: u64 = MAX_QUEUES as u64 + 2;
@@ -137,7 +140,7 @@ pub struct Device {
     /// Goes off when a guest has been left alone for long enough.
     grace: Timer,
     times: Mutex<Times>,
-    /// The target that the guest has read last, in balloon pages.
+    /// The target that the guest has read last, in balloon pages, or [`NOT_ASKED`].
     asked: AtomicU32,
     /// The target that the guest was notified of last, in balloon pages.
     told: AtomicU32,
@@ -199,7 +202,7 @@ impl Device {
             retry: Timer::new()?,
             grace: Timer::new()?,
             times: Mutex::default(),
-            asked: AtomicU32::new(0),
+            asked: AtomicU32::new(NOT_ASKED),
             told: AtomicU32::new(0),
             soon: AtomicU32::new(0),
             blocked: AtomicBool::new(false),
@@ -252,13 +255,8 @@ impl Device {
         *lock(&self.watch) = Watch::default();
         lock(&self.logged).clear();
         *lock(&self.sizes) = Default::default();
-        // When the balloon moved is the device's own.
-        let mut times = lock(&self.times);
-        *times = Times {
-            moved: times.moved,
-            ..Times::default()
-        };
-        drop(times);
+        *lock(&self.times) = Times::default();
+        self.asked.store(NOT_ASKED, SeqCst);
         if self.soon.swap(0, SeqCst) > 0 {
             self.arm_ordinary();
         }

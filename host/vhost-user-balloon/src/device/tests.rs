@@ -146,6 +146,20 @@ fn a_driver_keeps_its_balloon_until_it_reports() {
 }
 
 #[test]
+fn a_balloon_is_not_at_rest_before_the_guest_was_asked() {
+    // Another worker takes up a driver whose balloon is on its way. The size comes later.
+    let device = running(8 << 20, 7);
+    assert!(!device.is_at_rest());
+    device.set_config(4, &1024_u32.to_le_bytes()).unwrap();
+    assert!(!device.is_at_rest());
+    assert_eq!(asked(&device), 8 << 20);
+    device.set_config(4, &2048_u32.to_le_bytes()).unwrap();
+    assert!(device.is_at_rest());
+    device.disconnect();
+    assert!(!device.is_at_rest());
+}
+
+#[test]
 fn a_balloon_that_cannot_grow_is_at_rest() {
     let device = running(8 << 20, 7);
     assert_eq!(asked(&device), 8 << 20);
