@@ -56,6 +56,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "request_flood",
     "huge_pages",
     "latency",
+    "service_restart",
 ];
 
 /// How much memory a guest and what is around it may take.

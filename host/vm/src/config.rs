@@ -288,6 +288,17 @@ impl Config {
 
     /// Starts a daemon for this guest.
     pub fn start_daemon(&self) -> Result<Daemon> {
+        let program = self.tool("vhost-user-balloon");
+        Daemon::start(&program, &self.logs(), &self.arguments_of_daemon())
+    }
+
+    /// Starts a daemon for this guest as a service, which can be restarted while the guest runs.
+    pub fn start_daemon_service(&self) -> Result<Daemon> {
+        let program = self.tool("vhost-user-balloon");
+        Daemon::start_service(&program, &self.logs(), &self.arguments_of_daemon())
+    }
+
+    fn arguments_of_daemon(&self) -> Vec<String> {
         let mut arguments = Vec::new();
         if self.device == Device::Extended {
             arguments.push("--extensions".to_owned());
@@ -301,7 +312,7 @@ impl Config {
         }
         // They override what comes before.
         arguments.extend_from_slice(&self.daemon_arguments);
-        Daemon::start(&self.tool("vhost-user-balloon"), &self.logs(), &arguments)
+        arguments
     }
 
     /// One of the host's programs.

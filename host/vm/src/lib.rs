@@ -67,7 +67,7 @@ pub use crate::config::{Artifacts, Config};
 pub use crate::console::{Console, Mark};
 pub use crate::control::Sample;
 pub use crate::coverage::Coverage;
-pub use crate::daemon::Daemon;
+pub use crate::daemon::{Daemon, Processes};
 pub use crate::device::{Device, Offer};
 pub use crate::driver::Driver;
 pub use crate::fault_injection::Allocation;

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balloon_control::{HintAction, Request, Shortfall};
+use fastrand::Rng;
 use serde_json::Value;
-use vm::{Daemon, Guest, HugePages, Load, MemoryBackend, Offer, Size};
+use vm::{Daemon, Guest, HugePages, Load, MemoryBackend, Offer, Processes, Size};
 
 use crate::sizes::check_size;
 use crate::{
@@ -28,6 +29,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
         run: daemon_restart,
+    },
+    Scenario {
+        name: "service_restart",
+        proves: "the device's processes are restarted, updated and killed while the balloon is at work, and no message is lost",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: service_restart,
     },
     Scenario {
         name: "vmm_restart",
@@ -98,16 +107,13 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
         for (kill, size) in [(true, Size::mib(400)), (false, Size::mib(100))] {
             let before = guest.balloon().size()?;
             let total = guest.meminfo()?.total;
-            let worker = daemon.worker()?;
+            let processes = daemon.processes()?;
             if kill {
                 daemon.kill_worker()?;
             } else {
-                daemon.replace_worker()?;
+                daemon.replace_processes()?;
             }
-            guest.wait_until("another process with the device", PATIENCE, || {
-                Ok(daemon.worker().is_ok_and(|now| now != worker))
-            })?;
-            wait_driver(guest)?;
+            wait_restarted(guest, processes)?;
             let after = guest.balloon().size()?;
             ensure!(
                 after == before,
@@ -132,6 +138,84 @@ pub(crate) fn wait_driver(guest: &Guest) -> Result<()> {
         // It may be on its way.
         Ok(guest.daemon()?.info().is_ok_and(|info| info.guest.driver))
     })
+}
+
+/// Ends processes of the daemon, with the name of the way.
+type NamedRestart = (&'static str, fn(&Daemon) -> Result<()>);
+
+const RESTARTS: [NamedRestart; 4] = [
+    ("restarted", Daemon::restart),
+    ("killed", Daemon::kill_and_restart),
+    ("updated", Daemon::replace_processes),
+    ("without its worker", Daemon::kill_worker),
+];
+
+fn service_restart(setup: &Setup) -> Result<()> {
+    const ROUNDS: usize = 20;
+    // It leaves the guest what the driver keeps free by default.
+    const LARGEST: u64 = 500;
+    let config = setup.config();
+    let daemon = Arc::new(config.start_daemon_service()?);
+    vm::run(&config.daemon(&daemon), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(Size::mib(300))?;
+        let load = guest.load(Load::Hold {
+            mib: 96,
+            threads: 1,
+        })?;
+        let mut rng = Rng::with_seed(0);
+        for (round, (name, restart)) in (0..ROUNDS).zip(RESTARTS.iter().cycle()) {
+            let what = || format!("round {round}: {name}");
+            let before = daemon.processes()?;
+            // The balloon is on its way.
+            let size = Size::mib(rng.u64(..LARGEST));
+            guest.balloon().request(size).with_context(what)?;
+            thread::sleep(Duration::from_millis(rng.u64(..500)));
+            restart(&daemon)
+                .and_then(|()| wait_restarted(guest, before))
+                .with_context(what)?;
+        }
+        load.verify(1)?;
+        load.stop()?;
+
+        // Another worker counts from 0 what comes out of the balloon, and what comes in again: the device and
+        // the guest know of the same pages.
+        let size = Size::mib(LARGEST);
+        guest.balloon().settle(size)?;
+        check_size(guest, size)?;
+        let before = daemon.processes()?;
+        daemon.kill_worker()?;
+        wait_restarted(guest, before)?;
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.balloon().settle(size)?;
+        check_size(guest, size)?;
+        let counters = daemon.info()?.counters;
+        let (deflated, inflated) = (counters.deflated, counters.inflated);
+        ensure!(
+            deflated == size.as_bytes() && inflated == size.as_bytes(),
+            "{size} came out and in, and the device counts {deflated} and {inflated} bytes"
+        );
+        ensure!(
+            counters.refused.is_empty(),
+            "refused: {:?}",
+            counters.refused
+        );
+        setup.note(format!(
+            "{ROUNDS} restarts, and guest and device agree on {} pages",
+            size.as_pages()
+        ));
+        guest.rmmod(setup.driver)
+    })?;
+    daemon.end()
+}
+
+/// Waits for other processes than these, and until the device has the guest's driver.
+fn wait_restarted(guest: &Guest, before: Processes) -> Result<()> {
+    guest.wait_until("other processes of the daemon", PATIENCE, || {
+        Ok(guest.daemon()?.processes().is_ok_and(|now| now != before))
+    })?;
+    wait_driver(guest)
 }
 
 fn vmm_restart(setup: &Setup) -> Result<()> {
@@ -284,17 +368,14 @@ fn host_requests(setup: &Setup) -> Result<()> {
 
         let restarts: [Option<Restart>; 3] = [
             None,
-            Some(Daemon::replace_worker),
+            Some(Daemon::replace_processes),
             Some(Daemon::kill_worker),
         ];
         for restart in restarts {
             if let Some(restart) = restart {
-                let worker = daemon.worker()?;
+                let processes = daemon.processes()?;
                 restart(&daemon)?;
-                guest.wait_until("another process with the device", PATIENCE, || {
-                    Ok(daemon.worker().is_ok_and(|now| now != worker))
-                })?;
-                wait_driver(guest)?;
+                wait_restarted(guest, processes)?;
             }
             let free = guest.free()?;
             let unused = json(&["unused", "--out", out])?;
