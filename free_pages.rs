@@ -16,7 +16,7 @@
 
 use crate::{
     bitmap::Run,
-    messages::message::Runs,
+    messages::runs::Runs,
     rust::mm::{
         batch::Block,
         memory,

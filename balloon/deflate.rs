@@ -14,6 +14,7 @@
 
 use crate::{
     balloon::migration::{
+        Move,
         Moves,
         Still, //
     },
@@ -53,7 +54,7 @@ const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The deflate queue.
 pub(crate) struct Deflate {
-    pub(crate) queue: MessageQueue,
+    pub(crate) queue: MessageQueue<Move>,
     terms: Terms,
     /// Kernel pages that are free when the device has answered.
     leaving: usize,
@@ -63,7 +64,7 @@ pub(crate) struct Deflate {
 
 impl Deflate {
     /// Begins with an empty queue.
-    pub(crate) fn new(queue: MessageQueue, terms: Terms) -> Self {
+    pub(crate) fn new(queue: MessageQueue<Move>, terms: Terms) -> Self {
         Self {
             queue,
             terms,
@@ -88,7 +89,7 @@ impl Deflate {
     }
 
     /// Takes back what a device has that was reset. It has to be dropped without a spinlock.
-    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload>> {
+    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload<Move>>> {
         self.forget();
         self.leaving = 0;
         self.queue.take_back()

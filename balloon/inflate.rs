@@ -11,7 +11,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::migration::Moves,
+    balloon::migration::{
+        Move,
+        Moves, //
+    },
     messages::message::{
         MessageQueue,
         Pages, //
@@ -19,23 +22,15 @@ use crate::{
     rust::{
         mm::{
             balloon_pages::BalloonPages,
-            batch::{
-                AllocError,
-                Batch, //
-            },
-            memory,
+            batch::Batch,
             page_list::MAX_ORDER, //
         },
-        trace,
-        work::task::Job, //
+        trace, //
     },
-    sources::memory_blocks::Taker, //
+    sources::source::Source, //
 };
 
-use kernel::{
-    error::code::EAGAIN,
-    page::PAGE_SHIFT, //
-};
+use kernel::error::code::EAGAIN;
 
 /// How many messages are sent with one notification: few enough to keep both sides busy, and enough
 /// to make the cost of a notification, which takes the virtual CPU out of the guest, one among
@@ -46,68 +41,11 @@ const MESSAGES_PER_NOTIFICATION: usize = 16;
 /// few enough for the device not to run out of work.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
 
-/// How many kernel pages are allocated at a time, and how many the device may have, where the
-/// kernel writes to what it allocates: 4 and 16 MiB. So much more of the host's memory does the
-/// guest take, at most, to give it back; and the device is at work while more is written to.
-const ZEROED_PORTION: usize = 1 << (22 - PAGE_SHIFT);
-const ZEROED_IN_FLIGHT: usize = 4 * ZEROED_PORTION;
-
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
-    pub(crate) queue: MessageQueue,
+    pub(crate) queue: MessageQueue<Move>,
     /// Pages in messages that the device has not used yet.
     in_flight: usize,
-}
-
-/// What is asked for next.
-#[derive(Clone, Copy)]
-struct Kind {
-    order: u32,
-    /// Whether the block stays one.
-    whole: bool,
-}
-
-impl Kind {
-    /// Returns what comes first.
-    fn first(whole: bool) -> Self {
-        Self {
-            order: MAX_ORDER,
-            whole,
-        }
-    }
-
-    /// Returns what this becomes where no more than `pages` kernel pages are wanted. `None` if
-    /// there are none.
-    fn up_to(self, pages: usize) -> Option<Self> {
-        let order = self.order.min(pages.checked_ilog2()?);
-
-        Some(Self {
-            order,
-            whole: self.whole && order >= memory::page_block_order(),
-        })
-    }
-
-    /// Returns what comes next when there is no such block: smaller ones, and after the smallest
-    /// that may stay whole single pages, which may come from everywhere. `None` after a single page.
-    fn next(self) -> Option<Self> {
-        if self.whole && self.order <= memory::page_block_order() {
-            return Some(Self::first(false));
-        }
-
-        Some(Self {
-            order: self.order.checked_sub(1)?,
-            ..self
-        })
-    }
-
-    /// Returns how many blocks such a block becomes.
-    fn blocks(self) -> usize {
-        if self.whole {
-            1
-        } else {
-            1 << self.order
-        }
-    }
 }
 
 /// Why [`Inflate::fill`] stopped.
@@ -123,7 +61,7 @@ pub(crate) enum Stop {
 
 impl Inflate {
     /// Begins with an empty queue.
-    pub(crate) fn new(queue: MessageQueue) -> Self {
+    pub(crate) fn new(queue: MessageQueue<Move>) -> Self {
         Self {
             queue,
             in_flight: 0,
@@ -230,76 +168,5 @@ impl Inflate {
         }
 
         Stop::Done
-    }
-}
-
-/// Where pages for the balloon come from.
-pub(crate) trait Source {
-    /// Returns how many kernel pages are taken at a time, and from how many on that the device has
-    /// not answered for no more are taken.
-    fn limits(&self) -> (usize, usize) {
-        (usize::MAX, usize::MAX)
-    }
-
-    /// Puts up to `wanted` pages into `batch`, in blocks that stay whole if they may and `whole` is
-    /// set, until there might be more than `blocks` of them.
-    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool);
-}
-
-/// The page allocator.
-pub(crate) struct PageAllocator {
-    /// What is tried next: nothing that was not available is tried again. `None` before the first
-    /// try.
-    kind: Option<Kind>,
-}
-
-impl PageAllocator {
-    /// Begins with the largest blocks.
-    pub(crate) fn new() -> Self {
-        Self { kind: None }
-    }
-}
-
-impl Source for PageAllocator {
-    fn limits(&self) -> (usize, usize) {
-        match memory::is_zeroed_on_allocation() {
-            true => (ZEROED_PORTION, ZEROED_IN_FLIGHT),
-            false => (usize::MAX, usize::MAX),
-        }
-    }
-
-    /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none
-    /// of a kind, the next kind is tried.
-    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool) {
-        let kind = self.kind.get_or_insert(Kind::first(whole));
-
-        while let Some(this) = kind.up_to(wanted - batch.pages()) {
-            if batch.blocks() + this.blocks() > blocks {
-                break;
-            }
-
-            match batch.alloc(this.order, wanted - batch.pages(), this.whole) {
-                Ok(()) => (),
-                Err(AllocError::Full) => break,
-                Err(AllocError::NoBlock) => {
-                    let Some(next) = this.next() else {
-                        break;
-                    };
-                    *kind = next;
-                }
-            }
-        }
-    }
-}
-
-impl<S: Job> Source for &Taker<S> {
-    fn gather(&mut self, batch: &mut Batch, wanted: usize, _blocks: usize, whole: bool) {
-        let mut pages = self.take_over(wanted);
-
-        if !whole {
-            pages.split_blocks();
-        }
-        // What there is no room for goes back.
-        batch.add(&mut pages);
     }
 }

@@ -13,11 +13,6 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::{
-        control_loop::Balloon,
-        deflate::Deflate,
-        inflate::Inflate, //
-    },
     messages::{
         message::MOVES_PER_MESSAGE,
         terms::Terms, //
@@ -52,8 +47,8 @@ const PAUSE: Delta = Delta::from_micros(200);
 
 /// A page that has taken the place of another one. The numbers are those of kernel pages.
 pub(crate) struct Move {
-    new: u64,
-    old: u64,
+    pub(super) new: u64,
+    pub(super) old: u64,
     /// Keeps the old page from being used before the device has been told, where it insists on
     /// that.
     _kept: Option<PageRef>,
@@ -62,7 +57,7 @@ pub(crate) struct Move {
 /// The moves that the device has to be told of.
 #[pin_data]
 pub(crate) struct Moves {
-    waker: Waker<Balloon>,
+    waker: Waker,
     #[pin]
     inner: SpinLock<Inner>,
 }
@@ -124,7 +119,7 @@ impl Moves {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(waker: Waker<Balloon>, terms: Terms) -> Result<impl PinInit<Self, Error>> {
+    pub(crate) fn new(waker: Waker, terms: Terms) -> Result<impl PinInit<Self, Error>> {
         let waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
         let waiting_new = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
         let telling = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
@@ -197,53 +192,49 @@ impl Moves {
         self.inner.lock().is_settled()
     }
 
-    /// Tells the device what it has to be told next, if that is possible now.
-    pub(crate) fn tell(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
-        self.tell_new(inflate, deflate);
-        self.tell_old(deflate);
-    }
-
-    fn tell_new(&self, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
-        // A new page may be one that was deflated a moment ago, which the device has to hear first.
-        // And one round after the other: a page may be a new one in the first and an old one in the
-        // second. Nothing is deflated in between, since the lock is kept.
-        let deflate = deflate.lock();
+    /// Reports the new pages of the migrations that wait, by `send`, unless the device has not
+    /// acknowledged all of the last ones. `send` returns the migrations if it could not.
+    pub(super) fn report_new(
+        &self,
+        send: impl FnOnce(KVec<Move>) -> core::result::Result<(), KVec<Move>>,
+    ) -> bool {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
 
-        if inflate.queue.room() == 0 || deflate.is_pending() || inner.waiting.is_empty() {
-            return;
+        if inner.waiting.is_empty() {
+            return false;
         }
         let Some(told) = inner.told.take_if(|told| told.is_empty()) else {
-            return;
+            return false;
         };
         let waiting = mem::replace(&mut inner.waiting, told);
 
         // No message is in flight.
         mem::swap(&mut inner.waiting_new, &mut inner.telling);
-        if let Err(waiting) = inflate.queue.send_moves(waiting, |this| this.new) {
+        if let Err(waiting) = send(waiting) {
             inner.told = Some(mem::replace(&mut inner.waiting, waiting));
             mem::swap(&mut inner.waiting_new, &mut inner.telling);
-            return;
+            return false;
         }
-        drop(guard);
-        drop(deflate);
-
-        inflate.queue.notify();
+        true
     }
 
-    fn tell_old(&self, deflate: &SpinLock<Deflate>) {
-        let mut deflate = deflate.lock();
-        if deflate.queue.room() == 0 {
-            return;
-        }
+    /// Reports the old pages of the migrations whose new pages the device knows, by `send`. Returns
+    /// whether that was done.
+    pub(super) fn report_old(
+        &self,
+        send: impl FnOnce(KVec<Move>) -> core::result::Result<(), KVec<Move>>,
+    ) -> bool {
         let Some(moves) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
-            return;
+            return false;
         };
 
-        match deflate.queue.send_moves(moves, |this| this.old) {
-            Ok(()) => deflate.queue.notify(),
-            Err(moves) => self.inner.lock().told = Some(moves),
+        match send(moves) {
+            Ok(()) => true,
+            Err(moves) => {
+                self.inner.lock().told = Some(moves);
+                false
+            }
         }
     }
 

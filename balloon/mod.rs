@@ -3,9 +3,17 @@
 //! The balloon: from the host's target to pages in messages.
 
 pub(crate) mod backoff;
-pub(crate) mod control_loop;
-pub(crate) mod deflate;
-pub(crate) mod inflate;
+mod control_loop;
+mod deflate;
+pub(crate) mod feature;
+mod inflate;
 pub(crate) mod migration;
+mod migration_reports;
+mod offline;
+pub(crate) mod oom;
+mod quiesce;
+pub(crate) mod resize;
+pub(crate) mod state;
+mod status;
 pub(crate) mod stop_reason;
 pub(crate) mod target;

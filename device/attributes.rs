@@ -5,12 +5,14 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::stop_reason::StopReason,
+    device::{
+        announced::STOP_REASON,
+        bound::Bound, //
+    },
     rust::fs::sysfs::{
         attributes,
         Attribute, //
-    },
-    BalloonData, //
+    }, //
 };
 
 use kernel::{
@@ -20,11 +22,11 @@ use kernel::{
 };
 
 /// The directory that they are in.
-pub(crate) const DIRECTORY: &CStr = c"balloon";
+const DIRECTORY: &CStr = STOP_REASON.directory;
 
 attributes! {
     /// All of them.
-    pub(crate) static ATTRIBUTES: BalloonData = DIRECTORY {
+    pub(crate) static ATTRIBUTES: Bound = DIRECTORY {
         FloorMib,
         Inflate,
         TargetKib,
@@ -36,72 +38,69 @@ attributes! {
 /// See [`Settings::floor_mib`](crate::device::settings::Settings::floor_mib).
 struct FloorMib;
 
-impl Attribute<BalloonData> for FloorMib {
+impl Attribute<Bound> for FloorMib {
     const NAME: &'static CStr = c"floor_mib";
-    const STORE: Option<fn(&BalloonData, &str) -> Result> = Some(|data, text| {
+    const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
         let floor_mib = text.parse().ok().filter(|&floor_mib| floor_mib >= -1);
-        data.settings.set_floor_mib(floor_mib.ok_or(EINVAL)?);
-        data.balloon.settings_changed();
-        Ok(())
+        let floor_mib = floor_mib.ok_or(EINVAL)?;
+        bound.set(|settings| settings.set_floor_mib(floor_mib))
     });
     type Value = i32;
 
-    fn show(data: &BalloonData) -> Result<i32> {
-        Ok(data.settings.floor_mib())
+    fn show(bound: &Bound) -> Result<i32> {
+        Ok(bound.settings().floor_mib())
     }
 }
 
 /// See [`Settings::inflate`](crate::device::settings::Settings::inflate).
 struct Inflate;
 
-impl Attribute<BalloonData> for Inflate {
+impl Attribute<Bound> for Inflate {
     const NAME: &'static CStr = c"inflate";
-    const STORE: Option<fn(&BalloonData, &str) -> Result> = Some(|data, text| {
-        data.settings
-            .set_inflate(kstrtobool_bytes(text.as_bytes())?);
-        data.balloon.settings_changed();
-        Ok(())
+    const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
+        let inflate = kstrtobool_bytes(text.as_bytes())?;
+        bound.set(|settings| settings.set_inflate(inflate))
     });
     type Value = u8;
 
-    fn show(data: &BalloonData) -> Result<u8> {
-        Ok(data.settings.inflate().into())
+    fn show(bound: &Bound) -> Result<u8> {
+        Ok(bound.settings().inflate().into())
     }
 }
 
 /// The host's target.
 struct TargetKib;
 
-impl Attribute<BalloonData> for TargetKib {
+impl Attribute<Bound> for TargetKib {
     const NAME: &'static CStr = c"target_kib";
     type Value = usize;
 
-    fn show(data: &BalloonData) -> Result<usize> {
-        Ok(kib(data.balloon.host_target()))
+    fn show(bound: &Bound) -> Result<usize> {
+        Ok(kib(bound.status()?.target()))
     }
 }
 
 /// What is in the balloon.
 struct ActualKib;
 
-impl Attribute<BalloonData> for ActualKib {
+impl Attribute<Bound> for ActualKib {
     const NAME: &'static CStr = c"actual_kib";
     type Value = usize;
 
-    fn show(data: &BalloonData) -> Result<usize> {
-        Ok(kib(data.balloon.size()))
+    fn show(bound: &Bound) -> Result<usize> {
+        Ok(kib(bound.status()?.size()))
     }
 }
 
 /// Why the balloon is smaller than the target. Changes are announced.
-pub(crate) struct Reason;
+struct Reason;
 
-impl Attribute<BalloonData> for Reason {
-    const NAME: &'static CStr = c"stop_reason";
+impl Attribute<Bound> for Reason {
+    const NAME: &'static CStr = STOP_REASON.name;
     type Value = &'static str;
 
-    fn show(data: &BalloonData) -> Result<&'static str> {
-        Ok(StopReason::name(data.balloon.reason()))
+    fn show(bound: &Bound) -> Result<&'static str> {
+        Ok(bound.status()?.stop_reason())
     }
 }
 

@@ -2,8 +2,14 @@
 
 //! What all features of a device share.
 
+pub(crate) mod announced;
 pub(crate) mod attributes;
+pub(crate) mod bound;
+pub(crate) mod driver;
+pub(crate) mod feature;
 pub(crate) mod log_limit;
+pub(crate) mod negotiation;
 pub(crate) mod poison;
 pub(crate) mod queues;
 pub(crate) mod settings;
+pub(crate) mod timeouts;

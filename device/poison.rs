@@ -9,15 +9,25 @@
 
 #![forbid(unsafe_code)]
 
-use crate::rust::{
-    mm::memory,
-    virtio,
-    virtio_balloon, //
+use crate::{
+    device::{
+        feature::{
+            Feature,
+            Setup, //
+        },
+        queues::Queues, //
+    },
+    rust::{
+        mm::memory,
+        virtio,
+        virtio_balloon, //
+    }, //
 };
 
 use kernel::{
     device::Core,
-    prelude::*, //
+    prelude::*,
+    sync::Arc, //
 };
 
 /// Gives up what does not go together with the value of free pages.
@@ -37,16 +47,37 @@ pub(crate) fn negotiate(features: &mut virtio::Features<'_>) {
     }
 }
 
-/// Tells the device the value. To be done after each reset, before the device is ready.
-///
-/// # Errors
-///
-/// As for [`virtio::Config::write_le32`].
-pub(crate) fn announce(dev: &virtio::Device<Core<'_>>) -> Result {
-    match memory::free_page_value() {
-        Some(value) if dev.has_feature(virtio_balloon::F_PAGE_POISON) => {
-            dev.config()?.write_le32(virtio_balloon::POISON_VAL, value)
+/// The value of free pages, of which the device is notified after each reset, before it is ready.
+pub(crate) struct Poison {
+    value: u32,
+}
+
+impl Poison {
+    /// Sets the feature up.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or as for [`virtio::Config::write_le32`].
+    pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+        match memory::free_page_value() {
+            Some(value) if setup.dev.has_feature(virtio_balloon::F_PAGE_POISON) => {
+                let poison = Self { value };
+
+                poison.notify(setup.dev)?;
+                Ok(Some(Arc::new(poison, GFP_KERNEL)?))
+            }
+            _ => Ok(None),
         }
-        _ => Ok(()),
+    }
+
+    fn notify(&self, dev: &virtio::Device<Core<'_>>) -> Result {
+        dev.config()?
+            .write_le32(virtio_balloon::POISON_VAL, self.value)
+    }
+}
+
+impl Feature for Poison {
+    fn restore(&self, dev: &virtio::Device<Core<'_>>, _queues: &mut Queues<'_>) -> Result {
+        self.notify(dev)
     }
 }

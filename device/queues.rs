@@ -10,31 +10,15 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{
-    bitmap::Encoding,
-    features::{
-        hinting::HintQueue,
-        host_requests::RequestQueue,
-        reporting::ReportingQueue,
-        stats::StatsQueue, //
+use crate::rust::{
+    fs::debugfs::Show,
+    virtio::{
+        self,
+        FoundQueues,
+        Traffic,
+        Virtqueue, //
     },
-    messages::message::{
-        Command,
-        Format,
-        MessageQueue, //
-    },
-    rust::{
-        fs::debugfs::Show,
-        virtio::{
-            self,
-            virtqueue::{
-                Traffic,
-                Virtqueue, //
-            },
-            FoundQueues, //
-        },
-        virtio_balloon, //
-    }, //
+    virtio_balloon, //
 };
 
 use kernel::{
@@ -75,11 +59,6 @@ impl Queue {
         Self::Request,
     ];
 
-    /// Returns the queue with an index as in [`Queues::find`].
-    pub(crate) fn from_index(index: usize) -> Option<Self> {
-        Self::ALL.get(index).copied()
-    }
-
     /// Returns the queue's name, in the kernel's log and in debugfs.
     fn name(self) -> &'static CStr {
         match self {
@@ -105,9 +84,9 @@ impl Queue {
 }
 
 /// What has gone through the queues since the driver was bound.
-pub(crate) struct AllTraffic([Arc<Traffic>; Queue::ALL.len()]);
+pub(crate) struct Statistics([Arc<Traffic>; Queue::ALL.len()]);
 
-impl AllTraffic {
+impl Statistics {
     /// Begins with nothing.
     ///
     /// # Errors
@@ -120,7 +99,7 @@ impl AllTraffic {
     }
 }
 
-impl Show for AllTraffic {
+impl Show for Statistics {
     /// Writes a line for each queue.
     fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (queue, traffic) in Queue::ALL.iter().zip(&self.0) {
@@ -137,69 +116,43 @@ impl Show for AllTraffic {
     }
 }
 
-/// The queues, for those who use them.
-pub(crate) struct Queues {
-    pub(crate) inflate: MessageQueue,
-    pub(crate) deflate: MessageQueue,
-    pub(crate) stats: Option<StatsQueue>,
-    pub(crate) hints: Option<HintQueue>,
-    pub(crate) reports: Option<ReportingQueue>,
-    pub(crate) requests: Option<RequestQueue>,
+/// The queues of a device, until the features take them.
+pub(crate) struct Queues<'a> {
+    found: FoundQueues<{ Queue::ALL.len() }>,
+    has: [bool; Queue::ALL.len()],
+    statistics: &'a Statistics,
 }
 
-impl Queues {
-    /// Finds the queues of the features that were negotiated. Page sets have the encoding `forced`,
-    /// if there is one. What goes through the queues is added to `traffic`.
+impl<'a> Queues<'a> {
+    /// Finds the queues of the features that were negotiated. What goes through the queues is added
+    /// to `statistics`.
     ///
     /// # Errors
     ///
     /// What [`virtio::Device::find_vqs`] says.
-    pub(crate) fn find(
-        dev: &virtio::Device<Core<'_>>,
-        forced: Option<Encoding>,
-        traffic: &AllTraffic,
-    ) -> Result<Self> {
-        let format = if dev.has_feature(virtio_balloon::F_PAGE_SETS) {
-            Format::PageSets(forced)
-        } else {
-            Format::Pfns(dev.byte_order())
-        };
+    pub(crate) fn find(dev: &virtio::Device<Core<'_>>, statistics: &'a Statistics) -> Result<Self> {
+        let has = Queue::ALL.map(|queue| queue.is_of(dev));
         let names = Queue::ALL.map(|queue| queue.is_of(dev).then(|| queue.name()));
-        let mut queues = Found {
-            queues: dev.find_vqs(names)?,
-            traffic,
-        };
 
         Ok(Self {
-            inflate: MessageQueue::new(queues.take(Queue::Inflate)?, format, Command::Inflate)?,
-            deflate: MessageQueue::new(queues.take(Queue::Deflate)?, format, Command::Deflate)?,
-            stats: queues.take_if(Queue::Stats, dev)?,
-            hints: queues.take_if(Queue::Hint, dev)?,
-            reports: queues.take_if(Queue::Report, dev)?,
-            requests: queues.take_if(Queue::Request, dev)?,
+            found: dev.find_vqs(names)?,
+            has,
+            statistics,
         })
     }
-}
 
-/// The queues that a device has, until they are used.
-struct Found<'a> {
-    queues: FoundQueues<{ Queue::ALL.len() }>,
-    traffic: &'a AllTraffic,
-}
-
-impl Found<'_> {
-    fn take<B>(&mut self, queue: Queue) -> Result<Virtqueue<B>> {
+    /// Takes `queue`, for buffers of type `B`. Returns `None` if the device does not have it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn take<B>(&mut self, queue: Queue) -> Result<Option<Virtqueue<B>>> {
         let index = queue as usize;
-        let traffic = self.traffic.0.get(index).ok_or(ENOENT)?;
 
-        self.queues.take(index, traffic.clone())
-    }
-
-    fn take_if<B>(
-        &mut self,
-        queue: Queue,
-        dev: &virtio::Device<Core<'_>>,
-    ) -> Result<Option<Virtqueue<B>>> {
-        queue.is_of(dev).then(|| self.take(queue)).transpose()
+        if !self.has.get(index).is_some_and(|&has| has) {
+            return Ok(None);
+        }
+        let traffic = self.statistics.0.get(index).ok_or(ENOENT)?;
+        self.found.take(index, traffic.clone()).map(Some)
     }
 }

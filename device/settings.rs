@@ -7,7 +7,7 @@
 
 use crate::{
     balloon::target,
-    module_parameters,
+    bitmap::Encoding,
     rust::mm::memory, //
 };
 
@@ -19,21 +19,55 @@ use kernel::{
     }, //
 };
 
+/// The module's parameters.
+pub(crate) struct Parameters {
+    pub(crate) inflate: bool,
+    /// How pages are described: 0 in as few bytes as possible, or one of the constants below.
+    pub(crate) encoding: u8,
+    pub(crate) memory_blocks: bool,
+    pub(crate) floor_mib: i32,
+}
+
+impl Parameters {
+    /// Page sets are ranges.
+    const RANGES: u8 = 1;
+    /// Page sets are bitmaps.
+    const BITMAPS: u8 = 2;
+    /// No page sets, but arrays of page frame numbers.
+    const PFNS: u8 = 3;
+
+    /// Returns whether page sets are not to be negotiated.
+    pub(crate) fn forbids_page_sets(&self) -> bool {
+        self.encoding == Self::PFNS
+    }
+}
+
 /// The settings of a device.
 pub(crate) struct Settings {
     floor_mib: Atomic<i32>,
     inflate: Atomic<bool>,
     memory_blocks: bool,
+    encoding: Option<Encoding>,
 }
 
 impl Settings {
-    /// Returns what the module's parameters say.
-    pub(crate) fn from_parameters() -> Self {
+    /// Begins with what the module's parameters say.
+    pub(crate) fn new(parameters: Parameters) -> Self {
         Self {
-            floor_mib: Atomic::new(module_parameters::floor_mib.value()),
-            inflate: Atomic::new(module_parameters::inflate.value()),
-            memory_blocks: module_parameters::memory_blocks.value(),
+            floor_mib: Atomic::new(parameters.floor_mib),
+            inflate: Atomic::new(parameters.inflate),
+            memory_blocks: parameters.memory_blocks,
+            encoding: match parameters.encoding {
+                Parameters::RANGES => Some(Encoding::Ranges),
+                Parameters::BITMAPS => Some(Encoding::Bitmap),
+                _ => None,
+            },
         }
+    }
+
+    /// Returns the encoding that page sets must have, if there is one.
+    pub(crate) fn encoding(&self) -> Option<Encoding> {
+        self.encoding
     }
 
     /// Returns the available memory below which the balloon does not grow, in MiB; -1 if it depends
@@ -50,6 +84,7 @@ impl Settings {
         }
     }
 
+    /// Sets it.
     pub(crate) fn set_floor_mib(&self, floor_mib: i32) {
         self.floor_mib.store(floor_mib, Relaxed);
     }
@@ -59,6 +94,7 @@ impl Settings {
         self.inflate.load(Relaxed)
     }
 
+    /// Sets it.
     pub(crate) fn set_inflate(&self, inflate: bool) {
         self.inflate.store(inflate, Relaxed);
     }

@@ -28,8 +28,20 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::control_loop::Balloon,
-    device::settings::Settings,
+    balloon::oom,
+    device::{
+        feature::{
+            Feature,
+            Quiesce,
+            Setup, //
+        },
+        queues::{
+            Queue,
+            Queues, //
+        },
+        settings::Settings,
+        timeouts, //
+    },
     rust::{
         fs::debugfs,
         mm::{
@@ -53,23 +65,22 @@ use crate::{
         },
         virtio::{
             self,
-            virtqueue::{
-                Either,
-                Virtqueue, //
-            },
-            ByteOrder, //
+            ByteOrder,
+            Either,
+            Virtqueue, //
         },
         virtio_balloon::{
             HINT_DONE,
             HINT_ID,
             HINT_STOP, //
         },
-        work::task::{
-            new_slot,
-            Job,
-            Task,
-            TaskQueue,
-            Waker, //
+        work::{
+            poll::within,
+            task::{
+                new_slot,
+                Job,
+                Task, //
+            }, //
         }, //
     },
     sources::memory_blocks::Taker, //
@@ -92,11 +103,7 @@ use kernel::{
         Mutex,
         SpinLock, //
     },
-    time::{
-        delay::fsleep,
-        Delta,
-        Msecs, //
-    },
+    time::Msecs,
 };
 
 /// Returns the order of the smallest blocks that are taken. Less than a page block may come from a
@@ -119,15 +126,6 @@ const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 /// How many runs are kept at most for each entry of the queue.
 pub(crate) const RUNS_PER_ENTRY: usize = 8;
 
-/// How long an allocation that has failed waits for the device to use what it was given, in
-/// milliseconds.
-const OOM_PATIENCE: u32 = 500;
-
-/// How long it may take until an answer is noticed that the device has not interrupted for, during
-/// a round and after.
-const LOOK_AGAIN: Msecs = 20;
-const LOOK_AGAIN_LATER: Msecs = 1_000;
-
 /// A virtqueue for hints: ids and memory.
 pub(crate) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
 
@@ -137,7 +135,7 @@ pub(crate) struct Hinting {
     byte_order: ByteOrder,
     settings: Arc<Settings>,
     /// What takes memory blocks, where that is better than to allocate memory.
-    taker: Option<Arc<Task<Taker<Self>>>>,
+    taker: Option<Arc<Task<Taker>>>,
     #[pin]
     worker: Mutex<Worker>,
     /// Memory that the device has used, and that is kept for as long as nobody needs it.
@@ -155,7 +153,7 @@ pub(crate) struct Hinting {
 struct Worker {
     config: virtio::Config,
     queue: HintQueue,
-    taker: Option<Arc<Task<Taker<Hinting>>>>,
+    taker: Option<Arc<Task<Taker>>>,
     /// The id that was read last.
     wanted: u32,
     /// The id of the latest round.
@@ -178,7 +176,7 @@ impl Worker {
     fn new(
         dev: &virtio::Device<Core<'_>>,
         queue: HintQueue,
-        taker: Option<Arc<Task<Taker<Hinting>>>>,
+        taker: Option<Arc<Task<Taker>>>,
     ) -> Result<Self> {
         let pending = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
 
@@ -314,82 +312,41 @@ impl Worker {
 }
 
 impl Hinting {
-    /// Returns an initialiser. The counters are to be seen in `dir`.
+    /// Sets the feature up for `queue`.
     ///
     /// # Errors
     ///
     /// `ENOMEM`, or what [`virtio::Device::config`] says.
-    fn new<'a>(
-        dev: &virtio::Device<Core<'_>>,
-        queue: HintQueue,
-        tasks: &Arc<TaskQueue>,
-        settings: Arc<Settings>,
-        waker: Waker<Self>,
-        dir: &'a debugfs::Dir,
-    ) -> Result<impl PinInit<Self, Error> + use<'a>> {
+    fn new(setup: &Setup<'_, '_>, queue: HintQueue) -> Result<Arc<Task<Self>>> {
+        let slot = new_slot!(c"virtio_balloon_rs_hint", setup.tasks)?;
         let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
-        let taker = match settings.memory_blocks() {
+        let taker = match setup.settings.memory_blocks() {
             true => {
-                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_hint_blocks", tasks);
-                Taker::new(slot_for_blocks, dev, settings.clone(), usize::MAX, waker)?
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_hint_blocks", setup.tasks);
+                let settings = setup.settings.clone();
+                Taker::new(
+                    slot_for_blocks,
+                    setup.dev,
+                    settings,
+                    usize::MAX,
+                    slot.waker(),
+                )?
             }
             false => None,
         };
-        let worker = Worker::new(dev, queue, taker.clone())?;
-        let byte_order = dev.byte_order();
-
-        Ok(try_pin_init!(Self {
-            byte_order,
-            settings,
+        let worker = Worker::new(setup.dev, queue, taker.clone())?;
+        let hinting = try_pin_init!(Self {
+            byte_order: setup.dev.byte_order(),
+            settings: setup.settings.clone(),
             taker,
             worker <- new_mutex!(worker, "Hinting::worker"),
             held <- new_spinlock!(held, "Hinting::held"),
             id_changed: Atomic::new(true),
             needed: Atomic::new(false),
-            hinted <- dir.file(c"hinted_bytes", Atomic::new(0)),
-        }))
-    }
+            hinted <- setup.dir.file(c"hinted_bytes", Atomic::new(0)),
+        });
 
-    /// Says that the device may have a new id.
-    pub(crate) fn id_changed(&self) {
-        self.id_changed.store(true, Release);
-    }
-
-    /// Begins anew with a device that was reset. The task must not be running.
-    pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>, queue: HintQueue) -> Result {
-        let worker = Worker::new(dev, queue, self.taker.clone())?;
-
-        *self.worker.lock() = worker;
-        if let Some(taker) = &self.taker {
-            taker.enter();
-        }
-        Ok(())
-    }
-
-    /// Gives back what the device has, which was reset.
-    pub(crate) fn take_back(&self) {
-        let mut worker = self.worker.lock();
-
-        worker.in_flight = 0;
-        drop(worker.queue.take_back());
-    }
-
-    /// Stops the task and gives back what is held: the device is about to be reset.
-    pub(crate) fn leave(task: &Task<Self>) {
-        task.stop();
-        task.worker.lock().free_pending();
-        task.release();
-        if let Some(taker) = &task.taker {
-            taker.leave();
-        }
-    }
-
-    /// Stops all work: the system shuts down.
-    pub(crate) fn shut_down(task: &Task<Self>) {
-        task.stop();
-        if let Some(taker) = &task.taker {
-            taker.stop();
-        }
+        Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)
     }
 
     /// Gives back what is held. Returns how many kernel pages it was.
@@ -524,46 +481,95 @@ impl Hinting {
         }
         if worker.queue.in_flight() == 0 && !worker.stop_due && !worker.start_due {
             let is_read = !self.id_changed.load(Relaxed);
-            return Ok((!is_read).then_some(LOOK_AGAIN_LATER));
+            return Ok((!is_read).then_some(timeouts::MISSED_INTERRUPT));
         }
 
         Ok(Some(match worker.queue.enable_callback_delayed() {
             false => 0,
-            true if worker.supplying => LOOK_AGAIN,
-            true => LOOK_AGAIN_LATER,
+            true if worker.supplying => timeouts::MISSED_HINT_INTERRUPT,
+            true => timeouts::MISSED_INTERRUPT,
         }))
     }
 }
 
-/// Free page hinting of a bound device, with those who ask for the memory.
+/// Free page hinting of a bound device, with what calls it.
 pub(crate) struct Hints {
     _oom: Pin<KBox<OomNotifier<Task<Hinting>>>>,
     _shrinker: Shrinker<Task<Hinting>>,
-    pub(crate) task: Arc<Task<Hinting>>,
+    task: Arc<Task<Hinting>>,
 }
 
 impl Hints {
-    /// Sets all up. The counters are to be seen in `dir`.
+    /// Sets the feature up, if it was negotiated.
     ///
     /// # Errors
     ///
     /// `ENOMEM`, or what [`virtio::Device::config`] says.
-    pub(crate) fn new(
-        dev: &virtio::Device<Core<'_>>,
-        queue: HintQueue,
-        tasks: &Arc<TaskQueue>,
-        settings: Arc<Settings>,
-        dir: &debugfs::Dir,
-    ) -> Result<Self> {
-        let slot = new_slot!(c"virtio_balloon_rs_hint", tasks)?;
-        let hinting = Hinting::new(dev, queue, tasks, settings, slot.waker(), dir)?;
-        let task = Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)?;
-
-        Ok(Self {
+    pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+        let Some(queue) = setup.queues.take(Queue::Hint)? else {
+            return Ok(None);
+        };
+        let task = Hinting::new(setup, queue)?;
+        let hints = Self {
             _oom: KBox::pin_init(OomNotifier::new(task.clone()), GFP_KERNEL)?,
             _shrinker: Shrinker::new(task.clone(), c"virtio_balloon_rs")?,
             task,
-        })
+        };
+
+        Ok(Some(Arc::new(hints, GFP_KERNEL)?))
+    }
+}
+
+impl Feature for Hints {
+    fn ready(&self, _dev: &virtio::Device<Core<'_>>) {
+        self.config_changed();
+    }
+
+    fn queue_used(&self, queue: Queue) {
+        if queue == Queue::Hint {
+            self.task.schedule();
+        }
+    }
+
+    /// The device may have a new id.
+    fn config_changed(&self) {
+        self.task.id_changed.store(true, Release);
+        self.task.schedule();
+    }
+
+    fn quiesce(&self, why: Quiesce) -> Result {
+        let task = &self.task;
+
+        task.stop();
+        match (&task.taker, why) {
+            (Some(taker), Quiesce::Shutdown) => taker.stop(),
+            (None, Quiesce::Shutdown) => (),
+            (taker, Quiesce::Reset) => {
+                task.worker.lock().free_pending();
+                task.release();
+                taker.iter().for_each(|taker| taker.leave());
+            }
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self) {
+        let mut worker = self.task.worker.lock();
+
+        worker.in_flight = 0;
+        drop(worker.queue.take_back());
+    }
+
+    fn restore(&self, dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
+        let task = &self.task;
+        let Some(queue) = queues.take(Queue::Hint)? else {
+            return Ok(());
+        };
+
+        *task.worker.lock() = Worker::new(dev, queue, task.taker.clone())?;
+        task.taker.iter().for_each(|taker| taker.enter());
+        task.resume();
+        Ok(())
     }
 }
 
@@ -594,7 +600,7 @@ impl Shrink for Task<Hinting> {
 
 impl OomNotify for Task<Hinting> {
     /// Before the balloon, which then need not give anything.
-    const PRIORITY: c_int = Task::<Balloon>::PRIORITY + 1;
+    const PRIORITY: c_int = oom::PRIORITY + 1;
 
     /// Waits for what the device has, which it uses soon. What it had used before was given back by
     /// the shrinker.
@@ -602,26 +608,20 @@ impl OomNotify for Task<Hinting> {
         self.needed.store(true, Relaxed);
         let before = memory::free_pages();
 
-        for _ in 0..OOM_PATIENCE {
+        within(timeouts::OOM_HINTS, || {
             // The task may be allocating itself, in the transport.
-            if let Some(mut worker) = self.worker.try_lock() {
-                let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
+            let mut worker = self.worker.try_lock()?;
+            let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
 
-                if freed > 0 {
-                    return freed;
-                }
-                if worker.in_flight == 0 {
-                    // The task may have been faster. Nobody is to be killed for memory that is
-                    // there by now.
-                    let freed = memory::free_pages().saturating_sub(before);
+            if freed == 0 && worker.in_flight == 0 {
+                // The task may have been faster. Nobody is to be killed for memory that is there by
+                // now.
+                let freed = memory::free_pages().saturating_sub(before);
 
-                    return if freed >= WORTHWHILE { freed } else { 0 };
-                }
+                return Some(if freed >= WORTHWHILE { freed } else { 0 });
             }
-
-            fsleep(Delta::from_millis(1));
-        }
-
-        0
+            (freed > 0).then_some(freed)
+        })
+        .unwrap_or(0)
     }
 }

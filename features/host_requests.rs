@@ -19,8 +19,18 @@
 use crate::{
     bitmap::Run,
     device::{
+        feature::{
+            Feature,
+            Quiesce,
+            Setup, //
+        },
         log_limit::LogLimit,
-        settings::Settings, //
+        queues::{
+            Queue,
+            Queues, //
+        },
+        settings::Settings,
+        timeouts, //
     },
     features::budget::Budget,
     free_pages::{
@@ -28,8 +38,8 @@ use crate::{
         Walk, //
     },
     messages::{
-        message::Runs,
-        page_sets, //
+        page_sets,
+        runs::Runs, //
     },
     rust::{
         fs::debugfs,
@@ -46,11 +56,9 @@ use crate::{
         trace,
         virtio::{
             self,
-            virtqueue::{
-                Either,
-                Inbox,
-                Virtqueue, //
-            }, //
+            Either,
+            Inbox,
+            Virtqueue, //
         },
         virtio_balloon::{
             request,
@@ -62,7 +70,6 @@ use crate::{
                 new_slot,
                 Job,
                 Task,
-                TaskQueue,
                 Waker, //
             },
             thread::Thread, //
@@ -127,12 +134,9 @@ const MOST_READY: usize = 1;
 /// each time.
 const DROPPING: i64 = 500_000_000;
 
-/// How long it may take until an answer is noticed that the device has not interrupted for.
-const LOOK_AGAIN: Msecs = 1_000;
-
 /// What the queue carries: requests, or messages with the memory that belongs to them until they
 /// are used.
-pub(crate) type RequestQueue = Virtqueue<Either<Inbox<Request>, (KVec<u64>, Option<Claim>)>>;
+type RequestQueue = Virtqueue<Either<Inbox<Request>, (KVec<u64>, Option<Claim>)>>;
 
 /// A request that was not completed.
 struct Open {
@@ -156,7 +160,7 @@ enum Work {
     /// To drop caches, which another request may be doing just now.
     DropCaches(Caches),
     /// Caches are being dropped.
-    Dropping(Thread<HostRequests>),
+    Dropping(Thread),
     /// To say that it is over, and how it went.
     Complete(u8),
 }
@@ -172,7 +176,7 @@ struct Discard {
 
 /// Memory blocks that are taken for a request.
 struct Blocks {
-    taker: Arc<Task<Taker<HostRequests>>>,
+    taker: Arc<Task<Taker>>,
     is_begun: bool,
 }
 
@@ -241,10 +245,10 @@ pub(crate) struct HostRequests {
     inner: Mutex<Inner>,
     /// How long dropping caches took that the budget has not been charged for, in nanoseconds.
     spent: Arc<Atomic<i64>>,
-    waker: Waker<Self>,
+    waker: Waker,
     settings: Arc<Settings>,
     /// What takes memory blocks, where that is better than to allocate memory.
-    taker: Option<Arc<Task<Taker<Self>>>>,
+    taker: Option<Arc<Task<Taker>>>,
     #[pin]
     counters: Counters,
     /// What times are counted from.
@@ -649,29 +653,26 @@ impl Inner {
 }
 
 impl HostRequests {
-    /// Sets all up. The counters are to be seen in `dir`.
+    /// Sets the feature up, if it was negotiated.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(
-        dev: &virtio::Device<Core<'_>>,
-        queue: RequestQueue,
-        tasks: &Arc<TaskQueue>,
-        settings: Arc<Settings>,
-        dir: &debugfs::Dir,
-    ) -> Result<Arc<Task<Self>>> {
-        let slot = new_slot!(c"virtio_balloon_rs_requests", tasks)?;
-        let inner = Inner::new(dev, queue)?;
-        let spent = Arc::new(Atomic::new(0), GFP_KERNEL)?;
+    pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+        let Some(queue) = setup.queues.take(Queue::Request)? else {
+            return Ok(None);
+        };
+        let slot = new_slot!(c"virtio_balloon_rs_requests", setup.tasks)?;
+        let inner = Inner::new(setup.dev, queue)?;
         let waker = slot.waker();
-        let taker = match settings.memory_blocks() {
+        let taker = match setup.settings.memory_blocks() {
             true => {
-                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_discard", tasks);
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_discard", setup.tasks);
+                let settings = setup.settings.clone();
                 Taker::new(
                     slot_for_blocks,
-                    dev,
-                    settings.clone(),
+                    setup.dev,
+                    settings,
                     MOST_READY,
                     waker.clone(),
                 )?
@@ -680,51 +681,15 @@ impl HostRequests {
         };
         let requests = try_pin_init!(Self {
             inner <- new_mutex!(inner, "HostRequests::inner"),
-            spent,
+            spent: Arc::new(Atomic::new(0), GFP_KERNEL)?,
             waker,
-            settings,
+            settings: setup.settings.clone(),
             taker,
-            counters <- Counters::new(dir),
+            counters <- Counters::new(&setup.dir),
             start: Instant::now(),
         });
 
-        Arc::pin_init(Task::new(slot, requests), GFP_KERNEL)
-    }
-
-    /// Begins anew with a device that was reset. The task must not be running.
-    pub(crate) fn attach(&self, dev: &virtio::Device<Core<'_>>, queue: RequestQueue) -> Result {
-        let inner = Inner::new(dev, queue)?;
-        let before = mem::replace(&mut *self.inner.lock(), inner);
-
-        drop(before);
-        if let Some(taker) = &self.taker {
-            taker.enter();
-        }
-        Ok(())
-    }
-
-    /// Gives back what the device has, which was reset.
-    pub(crate) fn take_back(&self) {
-        drop(self.inner.lock().queue.take_back());
-    }
-
-    /// Stops all work: the system shuts down.
-    pub(crate) fn shut_down(task: &Task<Self>) {
-        task.stop();
-        if let Some(taker) = &task.taker {
-            taker.stop();
-        }
-    }
-
-    /// Stops all work. Nothing is open any more: caches that are being dropped are left to their
-    /// thread, which is killed.
-    pub(crate) fn stop(task: &Task<Self>) {
-        task.stop();
-        if let Some(taker) = &task.taker {
-            taker.leave();
-        }
-        task.inner.lock().open.clear();
-        task.counters.open.store(0, Relaxed);
+        Ok(Some(Arc::pin_init(Task::new(slot, requests), GFP_KERNEL)?))
     }
 
     /// Returns what a request for memory blocks begins with, if they are taken.
@@ -743,7 +708,7 @@ impl HostRequests {
     }
 
     /// Begins to drop `caches`. Returns none while another request does so.
-    fn drop_caches(&self, caches: Caches) -> Option<Result<Thread<Self>>> {
+    fn drop_caches(&self, caches: Caches) -> Option<Result<Thread>> {
         let dropping = Dropping::begin()?;
         let spent = self.spent.clone();
         let waker = self.waker.clone();
@@ -814,13 +779,58 @@ impl HostRequests {
         if turns == TURNS_PER_RUN || !inner.queue.enable_callback() {
             Some(0)
         } else if let Some(pause) = pause {
-            Some(pause.min(LOOK_AGAIN))
+            Some(pause.min(timeouts::MISSED_INTERRUPT))
         } else if inner.messages > 0 || !inner.open.is_empty() || inner.inboxes == 0 {
             // Without a buffer for a request, because there was no memory, the device cannot ask.
-            Some(LOOK_AGAIN)
+            Some(timeouts::MISSED_INTERRUPT)
         } else {
             None
         }
+    }
+}
+
+impl Feature for Task<HostRequests> {
+    fn ready(&self, _dev: &virtio::Device<Core<'_>>) {
+        self.schedule();
+    }
+
+    fn queue_used(&self, queue: Queue) {
+        if queue == Queue::Request {
+            self.schedule();
+        }
+    }
+
+    /// Nothing is open any more after that: caches that are being dropped are left to their thread,
+    /// which is killed. On shutdown they do not concern the device.
+    fn quiesce(&self, why: Quiesce) -> Result {
+        self.stop();
+        match (&self.taker, why) {
+            (Some(taker), Quiesce::Shutdown) => taker.stop(),
+            (None, Quiesce::Shutdown) => (),
+            (taker, Quiesce::Reset) => {
+                taker.iter().for_each(|taker| taker.leave());
+                self.inner.lock().open.clear();
+                self.counters.open.store(0, Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self) {
+        drop(self.inner.lock().queue.take_back());
+    }
+
+    fn restore(&self, dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
+        let Some(queue) = queues.take(Queue::Request)? else {
+            return Ok(());
+        };
+        let inner = Inner::new(dev, queue)?;
+        let before = mem::replace(&mut *self.inner.lock(), inner);
+
+        drop(before);
+        self.taker.iter().for_each(|taker| taker.enter());
+        self.resume();
+        Ok(())
     }
 }
 

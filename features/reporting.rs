@@ -14,7 +14,18 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    device::settings::Settings,
+    device::{
+        feature::{
+            Feature,
+            Setup, //
+        },
+        queues::{
+            Queue,
+            Queues, //
+        },
+        settings::Settings,
+        timeouts, //
+    },
     rust::{
         fs::debugfs,
         mm::{
@@ -38,11 +49,14 @@ use crate::{
         },
         virtio::{
             self,
-            virtqueue::Virtqueue, //
+            Virtqueue, //
         },
-        work::wait::{
-            new_wait_queue,
-            WaitQueue, //
+        work::{
+            poll::poll,
+            wait::{
+                new_wait_queue,
+                WaitQueue, //
+            }, //
         }, //
     }, //
 };
@@ -64,23 +78,10 @@ use kernel::{
         Mutex,
         SetOnce, //
     },
-    time::{
-        delay::fsleep,
-        Delta,
-        Instant,
-        Monotonic, //
-    }, //
 };
 
-/// How long the device may take for the last report before the system sleeps, or before memory goes
-/// offline.
-const PATIENCE: Delta = Delta::from_millis(2_000);
-
-/// How often it is looked for the answer.
-const HEARTBEAT: Delta = Delta::from_millis(5);
-
 /// A virtqueue for reports.
-pub(crate) type ReportingQueue = Virtqueue<Loan>;
+type ReportingQueue = Virtqueue<Loan>;
 
 /// What reports go through.
 #[pin_data]
@@ -127,18 +128,12 @@ impl Report for Reports {
 }
 
 impl Reports {
-    /// Waits until no report is on its way, but not longer than [`PATIENCE`]. Returns whether none
-    /// is.
+    /// Waits until no report is on its way, but not longer than [`timeouts::UNRESPONSIVE`]. Returns
+    /// whether none is.
     fn settle(&self) -> bool {
-        let start = Instant::<Monotonic>::now();
+        let is_settled = || self.queue.try_lock().map(|_| ());
 
-        while self.queue.try_lock().is_none() {
-            if start.elapsed() > PATIENCE {
-                return false;
-            }
-            fsleep(HEARTBEAT);
-        }
-        true
+        poll(timeouts::POLL_INTERVAL, timeouts::UNRESPONSIVE, is_settled).is_some()
     }
 }
 
@@ -195,41 +190,40 @@ pub(crate) struct Reporting {
 }
 
 impl Reporting {
-    /// Sets all up. The counters are to be seen in `dir`.
+    /// Sets the feature up, if it was negotiated.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(
-        dev: &virtio::Device<Core<'_>>,
-        queue: ReportingQueue,
-        settings: Arc<Settings>,
-        dir: &debugfs::Dir,
-    ) -> Result<Self> {
-        let dev = (&**dev).into();
+    pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+        let Some(queue) = setup.queues.take(Queue::Report)? else {
+            return Ok(None);
+        };
         let reports = try_pin_init!(Reports {
-            dev,
-            settings,
+            dev: (&**setup.dev).into(),
+            settings: setup.settings.clone(),
             queue <- new_mutex!(queue, "Reporting::queue"),
             answered <- new_wait_queue!("Reporting::answered"),
             sleeping: Atomic::new(false),
             going_offline: Atomic::new(false),
             out_of_time: Atomic::new(false),
-            reported <- dir.file(c"reported_bytes", Atomic::new(0)),
+            reported <- setup.dir.file(c"reported_bytes", Atomic::new(0)),
         });
-
         let reports = Arc::pin_init(reports, GFP_KERNEL)?;
-
-        Ok(Self {
+        let reporting = Self {
             _sleep: KBox::pin_init(SleepNotifier::new(reports.clone()), GFP_KERNEL)?,
             _offline: KBox::pin_init(OfflineNotifier::new(reports.clone()), GFP_KERNEL)?,
             registered: SetOnce::new(),
             reports,
-        })
-    }
+        };
 
-    /// Begins, unless it has begun before. The device must be ready.
-    pub(crate) fn start(&self, dev: &virtio::Device<Core<'_>>) {
+        Ok(Some(Arc::new(reporting, GFP_KERNEL)?))
+    }
+}
+
+impl Feature for Reporting {
+    /// Begins, unless it has begun before.
+    fn ready(&self, dev: &virtio::Device<Core<'_>>) {
         if self.registered.as_ref().is_some() {
             return;
         }
@@ -247,13 +241,16 @@ impl Reporting {
         }
     }
 
-    /// Goes on with the queue of a device that was reset.
-    pub(crate) fn attach(&self, queue: ReportingQueue) {
-        *self.reports.queue.lock() = queue;
+    fn queue_used(&self, queue: Queue) {
+        if queue == Queue::Report {
+            self.reports.answered.wake();
+        }
     }
 
-    /// The device has answered.
-    pub(crate) fn queue_used(&self) {
-        self.reports.answered.wake();
+    fn restore(&self, _dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
+        if let Some(queue) = queues.take(Queue::Report)? {
+            *self.reports.queue.lock() = queue;
+        }
+        Ok(())
     }
 }

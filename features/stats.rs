@@ -9,29 +9,45 @@
 
 #![forbid(unsafe_code)]
 
-use crate::rust::{
-    mm::memory,
-    virtio::{
-        virtqueue::Virtqueue,
-        ByteOrder, //
-    },
-    virtio_balloon::{
-        stat,
-        Stat, //
-    },
-    work::{
-        task::{
-            Job,
-            Task, //
+use crate::{
+    device::{
+        feature::{
+            Feature,
+            Quiesce,
+            Setup, //
         },
-        wakeup::{
-            Signal,
-            WakeupSource, //
+        queues::{
+            Queue,
+            Queues, //
+        }, //
+    },
+    rust::{
+        mm::memory,
+        virtio::{
+            self,
+            ByteOrder,
+            Virtqueue, //
+        },
+        virtio_balloon::{
+            stat,
+            Stat, //
+        },
+        work::{
+            task::{
+                new_slot,
+                Job,
+                Task, //
+            },
+            wakeup::{
+                Signal,
+                WakeupSource, //
+            }, //
         }, //
     }, //
 };
 
 use kernel::{
+    device::Core,
     new_mutex,
     prelude::*,
     sync::{
@@ -47,7 +63,7 @@ use kernel::{
 };
 
 /// A virtqueue for statistics.
-pub(crate) type StatsQueue = Virtqueue<KVec<Stat>>;
+type StatsQueue = Virtqueue<KVec<Stat>>;
 
 /// The statistics queue.
 #[pin_data]
@@ -76,41 +92,25 @@ impl Inner {
 }
 
 impl Stats {
-    /// Returns an initialiser for a queue that the device has no buffer of yet: the task has to run
-    /// once.
-    pub(crate) fn new(
-        queue: StatsQueue,
-        byte_order: ByteOrder,
-        wakeup: Arc<WakeupSource>,
-    ) -> Result<impl PinInit<Self, Error>> {
+    /// Sets the feature up, if it was negotiated.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+        let Some(queue) = setup.queues.take(Queue::Stats)? else {
+            return Ok(None);
+        };
         let inner = Inner::new(queue)?;
-
-        Ok(try_pin_init!(Self {
-            byte_order,
-            wakeup,
+        let slot = new_slot!(c"virtio_balloon_rs_stats", setup.tasks)?;
+        let stats = try_pin_init!(Self {
+            byte_order: setup.dev.byte_order(),
+            wakeup: setup.wakeup.clone(),
             is_asked: Atomic::new(false),
             inner <- new_mutex!(inner, "Stats::inner"),
-        }))
-    }
+        });
 
-    /// Takes up the work again with the queue of a device that was reset. The task must not be
-    /// running.
-    pub(crate) fn attach(&self, queue: StatsQueue) -> Result {
-        *self.inner.lock() = Inner::new(queue)?;
-        Ok(())
-    }
-
-    /// The device may have asked. The system stays awake until it is answered.
-    pub(crate) fn asked(task: &Task<Self>) {
-        task.is_asked.store(true, Release);
-        task.wakeup.raise(Signal::Statistics);
-        task.schedule();
-    }
-
-    /// Stops the task, which lets the system suspend.
-    pub(crate) fn stop(task: &Task<Self>) {
-        task.stop();
-        task.wakeup.lower(Signal::Statistics);
+        Ok(Some(Arc::pin_init(Task::new(slot, stats), GFP_KERNEL)?))
     }
 
     /// Answers the device, if it has asked.
@@ -131,6 +131,37 @@ impl Stats {
             Ok(()) => inner.queue.kick(),
             Err(buffer) => inner.buffer = Some(buffer),
         }
+    }
+}
+
+impl Feature for Task<Stats> {
+    /// The device gets its first buffer.
+    fn ready(&self, _dev: &virtio::Device<Core<'_>>) {
+        self.schedule();
+    }
+
+    /// The device may have asked. The system stays awake until it is answered.
+    fn queue_used(&self, queue: Queue) {
+        if queue == Queue::Stats {
+            self.is_asked.store(true, Release);
+            self.wakeup.raise(Signal::Statistics);
+            self.schedule();
+        }
+    }
+
+    /// Also lets the system suspend.
+    fn quiesce(&self, _why: Quiesce) -> Result {
+        self.stop();
+        self.wakeup.lower(Signal::Statistics);
+        Ok(())
+    }
+
+    fn restore(&self, _dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
+        if let Some(queue) = queues.take(Queue::Stats)? {
+            *self.inner.lock() = Inner::new(queue)?;
+            self.resume();
+        }
+        Ok(())
     }
 }
 

@@ -8,30 +8,28 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::{
-        migration::Move,
-        target, //
-    },
+    balloon::target,
     bitmap::{
         Encoding,
         Run, //
     },
     messages::{
         page_sets,
-        pfns, //
+        pfns,
+        runs::{
+            Runs,
+            Sorted, //
+        }, //
     },
     rust::{
         mm::{
             batch::Batch,
-            page_list::PageList,
-            range_stack::RangeStack, //
+            page_list::PageList, //
         },
         virtio::{
-            virtqueue::{
-                Either,
-                Virtqueue, //
-            },
-            ByteOrder, //
+            ByteOrder,
+            Either,
+            Virtqueue, //
         },
         virtio_balloon::page_set, //
     }, //
@@ -126,20 +124,6 @@ impl Message {
     }
 }
 
-/// Runs of pages that a message is to name, in ascending order if it is to be a short one.
-pub(crate) trait Runs {
-    /// Returns the first run, if there is one left.
-    fn first(&mut self) -> Option<Run>;
-
-    /// Takes `pages` pages off the beginning of the first run.
-    fn advance(&mut self, pages: u64);
-
-    /// Returns whether one message has to name all of them, in whatever encoding.
-    fn are_one_message(&self) -> bool {
-        false
-    }
-}
-
 /// A batch, of which each block goes to a list when it was named.
 pub(crate) struct Named<'a> {
     batch: &'a mut Batch,
@@ -158,51 +142,6 @@ impl Runs for Named<'_> {
         if pages > 0 {
             self.batch.take_first(&mut self.pages);
         }
-    }
-}
-
-impl Runs for RangeStack {
-    fn first(&mut self) -> Option<Run> {
-        let range = self.top()?;
-
-        Run::new(range.first, range.len)
-    }
-
-    fn advance(&mut self, pages: u64) {
-        self.take(pages);
-    }
-}
-
-/// A single run.
-impl Runs for Option<Run> {
-    fn first(&mut self) -> Option<Run> {
-        *self
-    }
-
-    fn advance(&mut self, pages: u64) {
-        *self = self.and_then(|run| {
-            Run::new(
-                run.first().saturating_add(pages),
-                run.len().saturating_sub(pages),
-            )
-        });
-    }
-}
-
-/// Pages that are in order.
-pub(crate) struct Sorted<'a>(pub(crate) &'a [u64]);
-
-impl Runs for Sorted<'_> {
-    fn first(&mut self) -> Option<Run> {
-        Run::new(*self.0.first()?, 1)
-    }
-
-    fn advance(&mut self, pages: u64) {
-        self.0 = self.0.get(pages as usize..).unwrap_or_default();
-    }
-
-    fn are_one_message(&self) -> bool {
-        true
     }
 }
 
@@ -237,19 +176,19 @@ pub(crate) struct Written {
 }
 
 /// What belongs to a message until the device has used it.
-pub(crate) enum Pages {
+pub(crate) enum Pages<M> {
     /// Pages that are nowhere else.
     List(PageList),
-    /// Moves of pages within the balloon.
-    Moves(KVec<Move>),
+    /// Migrations of pages within the balloon.
+    Moves(KVec<M>),
 }
 
 /// What a virtqueue for messages carries.
-pub(crate) type Payload = (Message, Pages);
+pub(crate) type Payload<M> = (Message, Pages<M>);
 
-/// A virtqueue for messages.
-pub(crate) struct MessageQueue {
-    vq: Virtqueue<Payload>,
+/// A virtqueue for messages, also about migrations of the type `M`.
+pub(crate) struct MessageQueue<M> {
+    vq: Virtqueue<Payload<M>>,
     format: Format,
     command: Command,
     /// Buffers that are not in use.
@@ -262,13 +201,13 @@ pub(crate) struct MessageQueue {
     answered: usize,
 }
 
-impl MessageQueue {
+impl<M> MessageQueue<M> {
     /// Begins with an empty queue.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(vq: Virtqueue<Payload>, format: Format, command: Command) -> Result<Self> {
+    pub(crate) fn new(vq: Virtqueue<Payload<M>>, format: Format, command: Command) -> Result<Self> {
         let mut spare = KVec::with_capacity(vq.room().max(RESERVE), GFP_KERNEL)?;
 
         for _ in 0..RESERVE {
@@ -359,7 +298,7 @@ impl MessageQueue {
     /// # Errors
     ///
     /// Returns the pages, if the queue is full, broken, or gone.
-    pub(crate) fn send(&mut self, message: Message, pages: Pages) -> Result<(), Pages> {
+    pub(crate) fn send(&mut self, message: Message, pages: Pages<M>) -> Result<(), Pages<M>> {
         match self.vq.add((message, pages)) {
             Ok(()) => {
                 self.unannounced += 1;
@@ -414,9 +353,9 @@ impl MessageQueue {
     /// Returns the moves, if there is no room or no memory for a message.
     pub(crate) fn send_moves(
         &mut self,
-        moves: KVec<Move>,
-        pfn: impl Fn(&Move) -> u64,
-    ) -> Result<(), KVec<Move>> {
+        moves: KVec<M>,
+        pfn: impl Fn(&M) -> u64,
+    ) -> Result<(), KVec<M>> {
         let mut sorted = core::mem::replace(&mut self.sorted, KVec::new());
         for pfn in moves.iter().map(pfn) {
             let place = sorted.partition_point(|&this| this < pfn);
@@ -452,12 +391,12 @@ impl MessageQueue {
     }
 
     /// Takes back what a device has that was reset. Nothing can be sent any more.
-    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload>> {
+    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload<M>>> {
         self.vq.take_back()
     }
 
     /// Returns the pages of the next message that the device has used.
-    pub(crate) fn next_used(&mut self) -> Option<Pages> {
+    pub(crate) fn next_used(&mut self) -> Option<Pages<M>> {
         let ((message, pages), _) = self.vq.next_used()?;
         self.answered = self.answered.wrapping_add(1);
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Messages that describe pages.
+//! Messages that describe pages to the device.
 
 pub(crate) mod message;
 pub(crate) mod page_sets;
 pub(crate) mod pfns;
+pub(crate) mod runs;
 pub(crate) mod terms;

@@ -15,7 +15,7 @@ use crate::{
         Encoding,
         Subject, //
     },
-    messages::message::Runs,
+    messages::runs::Runs,
     rust::virtio_balloon::PageSet, //
 };
 

@@ -8,7 +8,7 @@
 
 use crate::{
     balloon::target,
-    messages::message::Runs,
+    messages::runs::Runs,
     rust::virtio::ByteOrder, //
 };
 

@@ -13,6 +13,7 @@
 #include <linux/virtio_balloon.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>
+#include <linux/virtio_pci.h>
 #include <linux/virtio_ring.h>
 
 #include "../uapi/linux/virtio_balloon_ext.h"

@@ -9,8 +9,6 @@
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pageblock-flags.h>
-#include <linux/pci.h>
-#include <linux/pm_wakeup.h>
 #include <linux/poison.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
@@ -19,7 +17,6 @@
 #include <linux/suspend.h>
 #include <linux/swap.h>
 #include <linux/virtio_config.h>
-#include <linux/virtio_pci.h>
 #include <linux/vmstat.h>
 
 #ifndef CONFIG_64BIT
@@ -790,117 +787,9 @@ bool balloon_rs_sg_is_movable(struct scatterlist *sg)
 	return is_zone_movable_page(sg_page(sg));
 }
 
-u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents)
-{
-	u64 bytes = 0;
-
-	for (; nents; nents--, sg = sg_next(sg))
-		bytes += sg->length;
-	return bytes;
-}
-
-void balloon_rs_virtio_device_ready(struct virtio_device *vdev)
+void rust_helper_virtio_device_ready(struct virtio_device *vdev)
 {
 	virtio_device_ready(vdev);
-}
-
-#ifdef CONFIG_PCI
-static struct pci_dev *pci_of(struct virtio_device *vdev)
-{
-	struct device *parent = vdev->dev.parent;
-
-	return parent && dev_is_pci(parent) ? to_pci_dev(parent) : NULL;
-}
-
-/* How much of the configuration space that the capability at @pos describes is in its BAR. */
-static u32 config_len(struct pci_dev *pci, int pos)
-{
-	resource_size_t room = 0;
-	u32 offset, length;
-	u8 bar;
-
-	pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, bar), &bar);
-	pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, offset), &offset);
-	pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, length), &length);
-	if (bar < PCI_STD_NUM_BARS && offset < pci_resource_len(pci, bar))
-		room = pci_resource_len(pci, bar) - offset;
-	return min_t(resource_size_t, length, room);
-}
-#endif
-
-/*
- * How long the configuration space is at least, in bytes, as far as it can be too short: to read
- * beyond its end is a BUG() in the transport for PCI, which knows the length from a capability and
- * tells nobody; and what is beyond the end of the BAR is not mapped. If the device has several of
- * that kind, the shortest counts: which one the transport takes depends on the rest of them. The
- * other transports, and devices from before virtio 1.0, have no length. A list of capabilities may
- * be a circle: one with more than there is room for is none.
- */
-unsigned int balloon_rs_config_len(struct virtio_device *vdev)
-{
-	unsigned int shortest = UINT_MAX;
-#ifdef CONFIG_PCI
-	struct pci_dev *pci = pci_of(vdev);
-	int pos, left = (PCI_CFG_SPACE_SIZE - PCI_STD_HEADER_SIZEOF) / PCI_CAP_SIZEOF;
-
-	if (!pci || !virtio_has_feature(vdev, VIRTIO_F_VERSION_1))
-		return shortest;
-	for (pos = pci_find_capability(pci, PCI_CAP_ID_VNDR); pos > 0;
-	     pos = pci_find_next_capability(pci, pos, PCI_CAP_ID_VNDR)) {
-		u8 type;
-
-		if (!left--)
-			return 0;
-		pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, cfg_type), &type);
-		if (type == VIRTIO_PCI_CAP_DEVICE_CFG)
-			shortest = min(shortest, config_len(pci, pos));
-	}
-	if (shortest == UINT_MAX)
-		return 0;
-#endif
-	return shortest;
-}
-
-/* Whether the device was taken out. It does nothing any more, and answers nothing. */
-bool balloon_rs_is_gone(struct virtio_device *vdev)
-{
-#ifdef CONFIG_PCI
-	return pci_of(vdev) && !pci_device_is_present(pci_of(vdev));
-#else
-	return false;
-#endif
-}
-
-/* The transport for PCI would wait without end for the answer of a device that is gone. */
-void balloon_rs_reset_device(struct virtio_device *vdev)
-{
-	if (balloon_rs_is_gone(vdev))
-		virtio_break_device(vdev);
-	else
-		virtio_reset_device(vdev);
-}
-
-void balloon_rs_shut_device_down(struct virtio_device *vdev)
-{
-	if (balloon_rs_is_gone(vdev))
-		virtio_break_device(vdev);
-	else
-		virtio_device_shutdown(vdev);
-}
-
-void balloon_rs_set_wakeup_capable(struct virtio_device *vdev)
-{
-	device_set_wakeup_capable(&vdev->dev, true);
-}
-
-void balloon_rs_stay_awake(struct virtio_device *vdev)
-{
-	pm_stay_awake(&vdev->dev);
-}
-
-void balloon_rs_relax(struct virtio_device *vdev)
-{
-	pm_relax(&vdev->dev);
 }
 
 struct dentry *balloon_rs_create_dir(const char *name)

@@ -175,15 +175,7 @@ bool balloon_rs_is_crash_kernel(void);
 bool balloon_rs_zeroes_on_alloc(void);
 bool balloon_rs_free_page_value(u32 *value);
 bool balloon_rs_sg_is_movable(struct scatterlist *sg);
-u64 balloon_rs_sg_bytes(struct scatterlist *sg, unsigned int nents);
-void balloon_rs_virtio_device_ready(struct virtio_device *vdev);
-unsigned int balloon_rs_config_len(struct virtio_device *vdev);
-bool balloon_rs_is_gone(struct virtio_device *vdev);
-void balloon_rs_reset_device(struct virtio_device *vdev);
-void balloon_rs_shut_device_down(struct virtio_device *vdev);
-void balloon_rs_set_wakeup_capable(struct virtio_device *vdev);
-void balloon_rs_stay_awake(struct virtio_device *vdev);
-void balloon_rs_relax(struct virtio_device *vdev);
+void rust_helper_virtio_device_ready(struct virtio_device *vdev);
 
 /* In memory_blocks.c. */
 void balloon_rs_begin_taking(void);

@@ -9,6 +9,7 @@ use crate::rust::{
     bindings,
     virtio::{
         ByteOrder,
+        DeviceId,
         Feature,
         Field, //
     }, //
@@ -22,6 +23,9 @@ use kernel::{
         FromBytes, //
     }, //
 };
+
+/// The devices: memory balloons of any vendor.
+pub(crate) const DEVICE_ID: DeviceId = DeviceId::any_vendor(bindings::VIRTIO_ID_BALLOON);
 
 /// The device wants statistics.
 pub(crate) const F_STATS_VQ: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_STATS_VQ }>();

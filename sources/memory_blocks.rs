@@ -18,9 +18,10 @@ use crate::{
         Unused,
         Walk, //
     },
-    messages::message::Runs,
+    messages::runs::Runs,
     rust::{
         mm::{
+            batch::Batch,
             memory,
             memory_blocks::{
                 has_virtio_mem,
@@ -37,7 +38,8 @@ use crate::{
             Task,
             Waker, //
         }, //
-    }, //
+    },
+    sources::source::Source, //
 };
 
 use core::{
@@ -90,14 +92,14 @@ struct Candidate {
     free: u64,
 }
 
-/// Takes memory blocks for a task `S`.
+/// Takes memory blocks for a task.
 #[pin_data]
-pub(crate) struct Taker<S> {
+pub(crate) struct Taker {
     dev: ARef<virtio::Device>,
     settings: Arc<Settings>,
     /// From how many pages on that are ready it waits until some are taken over.
     most_ready: usize,
-    taking_for: Waker<S>,
+    taking_for: Waker,
     #[pin]
     work: Mutex<Work>,
     #[pin]
@@ -129,7 +131,7 @@ struct State {
 /// How many blocks may be offline at once, because they could not be brought online.
 const MAX_OFFLINE: usize = 4;
 
-impl<S: Job> Taker<S> {
+impl Taker {
     /// Returns a task that takes blocks for the one that `taking_for` wakes, in `slot`. None if the
     /// page allocator does not zero memory, or the kernel takes no memory offline.
     ///
@@ -141,7 +143,7 @@ impl<S: Job> Taker<S> {
         dev: &virtio::Device<Core<'_>>,
         settings: Arc<Settings>,
         most_ready: usize,
-        taking_for: Waker<S>,
+        taking_for: Waker,
     ) -> Result<Option<Arc<Task<Self>>>> {
         if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
             return Ok(None);
@@ -314,7 +316,7 @@ impl<S: Job> Taker<S> {
     }
 }
 
-impl<S: Job> Task<Taker<S>> {
+impl Task<Taker> {
     /// Begins to take blocks until `wanted` kernel pages are ready, or until there are no more.
     pub(crate) fn begin(&self, wanted: usize) {
         let mut state = self.state.lock();
@@ -364,7 +366,7 @@ impl<S: Job> Task<Taker<S>> {
 
         let mut work = self.work.lock();
         self.end(&mut work);
-        if !Taker::<S>::bring_online(&mut work) {
+        if !Taker::bring_online(&mut work) {
             dev_warn!(
                 self.dev,
                 "{} blocks of memory are offline and cannot be brought online\n",
@@ -374,7 +376,7 @@ impl<S: Job> Task<Taker<S>> {
     }
 }
 
-impl<S: Job> Job for Taker<S> {
+impl Job for Taker {
     fn run(task: &Task<Self>) {
         let mut work = task.work.lock();
 
@@ -421,4 +423,16 @@ fn candidates() -> Result<KVec<Candidate>> {
 
     found.retain(|this| this.free >= pages - pages / MOST_IN_USE);
     Ok(found)
+}
+
+impl Source for &Taker {
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, _blocks: usize, whole: bool) {
+        let mut pages = self.take_over(wanted);
+
+        if !whole {
+            pages.split_blocks();
+        }
+        // What there is no room for goes back.
+        batch.add(&mut pages);
+    }
 }

@@ -6,7 +6,8 @@
 
 use crate::rust::{
     bindings,
-    virtio::virtqueue::{
+    virtio::{
+        sg_bytes,
         Access,
         Virtqueue, //
     },
@@ -119,7 +120,7 @@ impl<T: Report> Reporter<T> {
         // SAFETY: By the type invariants the struct is part of a live `Reporter<T>`.
         let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
         // SAFETY: The kernel passes a list of `n` entries.
-        let bytes = unsafe { bindings::balloon_rs_sg_bytes(sg, n) };
+        let bytes = unsafe { sg_bytes(sg, n) };
 
         from_result(|| {
             // INVARIANT: The kernel has set the pages of the list aside until this returns.

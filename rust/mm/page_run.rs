@@ -10,7 +10,7 @@ use crate::rust::{
         unmark_block,
         PageList, //
     },
-    virtio::virtqueue::{
+    virtio::{
         Access,
         Buffer, //
     }, //

@@ -2,6 +2,7 @@
 
 //! Tasks, threads, wait queues and wakeup sources.
 
+pub(crate) mod poll;
 pub(crate) mod task;
 pub(crate) mod thread;
 pub(crate) mod wait;

@@ -130,22 +130,11 @@ impl PinnedDrop for Work {
 /// Schedules a [`Task`] for whoever cannot know the task itself, such as a part of its state.
 ///
 /// As long as there is no task, and when the task is gone, it does nothing.
-pub(crate) struct Waker<S> {
-    work: Arc<Work>,
-    _task: PhantomData<fn(&S)>,
-}
-
-impl<S> Clone for Waker<S> {
-    fn clone(&self) -> Self {
-        Self {
-            work: self.work.clone(),
-            _task: PhantomData,
-        }
-    }
-}
+#[derive(Clone)]
+pub(crate) struct Waker(Arc<Work>);
 
 /// The place of a [`Task`] that is not there yet.
-pub(crate) struct Slot<S>(Waker<S>);
+pub(crate) struct Slot<S>(Waker, PhantomData<fn(&S)>);
 
 impl<S: Job> Slot<S> {
     /// Makes a place for a task named `name` that runs on `queue`; see [`new_slot!`].
@@ -192,14 +181,11 @@ impl<S: Job> Slot<S> {
             GFP_KERNEL,
         )?;
 
-        Ok(Self(Waker {
-            work,
-            _task: PhantomData,
-        }))
+        Ok(Self(Waker(work), PhantomData))
     }
 
     /// Returns a waker for the task that will be here.
-    pub(crate) fn waker(&self) -> Waker<S> {
+    pub(crate) fn waker(&self) -> Waker {
         self.0.clone()
     }
 
@@ -220,7 +206,7 @@ impl<S: Job> Slot<S> {
     }
 }
 
-impl<S: Job> Waker<S> {
+impl Waker {
     /// Runs the task as soon as possible, and once more if it is running now. Callable from any
     /// context.
     pub(crate) fn schedule(&self) {
@@ -231,8 +217,8 @@ impl<S: Job> Waker<S> {
         unsafe {
             bindings::mod_delayed_work_on(
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
-                self.work.queue.0.as_ptr(),
-                self.work.dwork.get(),
+                self.0.queue.0.as_ptr(),
+                self.0.dwork.get(),
                 0,
             )
         };
@@ -244,8 +230,8 @@ impl<S: Job> Waker<S> {
         unsafe {
             bindings::queue_delayed_work_on(
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
-                self.work.queue.0.as_ptr(),
-                self.work.dwork.get(),
+                self.0.queue.0.as_ptr(),
+                self.0.dwork.get(),
                 msecs_to_jiffies(delay),
             )
         };
@@ -255,7 +241,7 @@ impl<S: Job> Waker<S> {
 /// State and the work that is done on it.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Task<S: Job> {
-    waker: Waker<S>,
+    waker: Waker,
     stopped: Atomic<bool>,
     #[pin]
     state: S,
@@ -274,7 +260,7 @@ impl<S: Job> Task<S> {
 
             // INVARIANT: The task is initialised and pinned, the only one in its slot, and ends the
             // work before it is dropped.
-            this.waker.work.task.store(task.cast(), Release);
+            this.waker.0.task.store(task.cast(), Release);
             Ok(())
         })
     }
@@ -286,7 +272,7 @@ impl<S: Job> Task<S> {
     pub(crate) fn stop(&self) {
         if !self.stopped.xchg(true, Relaxed) {
             // SAFETY: By the type invariants `dwork` is initialised.
-            unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };
+            unsafe { bindings::disable_delayed_work_sync(self.waker.0.dwork.get()) };
         }
     }
 
@@ -294,7 +280,7 @@ impl<S: Job> Task<S> {
     pub(crate) fn resume(&self) {
         if self.stopped.xchg(false, Relaxed) {
             // SAFETY: By the type invariants `dwork` is initialised, and `stop` has disabled it.
-            unsafe { bindings::enable_delayed_work(self.waker.work.dwork.get()) };
+            unsafe { bindings::enable_delayed_work(self.waker.0.dwork.get()) };
         }
     }
 
@@ -324,7 +310,7 @@ impl<S: Job> PinnedDrop for Task<S> {
         // queue it.
         //
         // SAFETY: By the type invariants `dwork` is initialised.
-        unsafe { bindings::disable_delayed_work_sync(self.waker.work.dwork.get()) };
+        unsafe { bindings::disable_delayed_work_sync(self.waker.0.dwork.get()) };
     }
 }
 

@@ -12,10 +12,7 @@
 
 use crate::rust::{
     bindings,
-    work::task::{
-        Job,
-        Waker, //
-    }, //
+    work::task::Waker, //
 };
 
 use core::ptr::NonNull;
@@ -36,7 +33,7 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A thread that does one piece of work, and schedules the task `S` when it has ended.
+/// A thread that does one piece of work, and schedules a task when it has ended.
 ///
 /// Dropping this kills the thread, and waits for it only if its work has ended.
 ///
@@ -44,26 +41,26 @@ use kernel::{
 ///
 /// `thread` is a thread of the kernel's, with a reference that is released on drop. It was started
 /// with `shared`.
-pub(crate) struct Thread<S: Job> {
+pub(crate) struct Thread {
     thread: NonNull<bindings::task_struct>,
-    shared: Arc<Shared<S>>,
+    shared: Arc<Shared>,
 }
 
 // SAFETY: A thread may be killed, and its reference released, from any thread.
-unsafe impl<S: Job> Send for Thread<S> {}
+unsafe impl Send for Thread {}
 
 // SAFETY: A shared reference gives access to `shared` only, which is `Sync`.
-unsafe impl<S: Job> Sync for Thread<S> {}
+unsafe impl Sync for Thread {}
 
 /// What the thread and its owner have in common.
 #[pin_data]
-struct Shared<S: Job> {
+struct Shared {
     outcome: SetOnce<Result>,
     /// Set before the signal is sent, which is lost on a thread that does not accept it yet.
     is_killed: Atomic<bool>,
     /// The task to be scheduled, until the owner has left.
     #[pin]
-    waker: Mutex<Option<Waker<S>>>,
+    waker: Mutex<Option<Waker>>,
 }
 
 /// What a thread starts with.
@@ -72,19 +69,19 @@ struct Shared<S: Job> {
 ///
 /// `raw` has the callback for `Self`.
 #[repr(C)]
-struct Start<S: Job, F> {
+struct Start<F> {
     raw: Opaque<bindings::balloon_rs_thread_start>,
     work: F,
-    shared: Arc<Shared<S>>,
+    shared: Arc<Shared>,
 }
 
-impl<S: Job> Thread<S> {
+impl Thread {
     /// Starts a thread called `name` that does `work`.
     ///
     /// # Errors
     ///
     /// `ENOMEM`, or `ENODEV` if the module is being unloaded.
-    pub(crate) fn start<F>(name: &'static CStr, waker: Waker<S>, work: F) -> Result<Self>
+    pub(crate) fn start<F>(name: &'static CStr, waker: Waker, work: F) -> Result<Self>
     where
         F: FnOnce() -> Result + Send + 'static,
     {
@@ -137,7 +134,7 @@ impl<S: Job> Thread<S> {
         // SAFETY: By the type invariants of `Start` it is part of one, which `start` has made. It
         // is taken only here.
         let start = unsafe {
-            KBox::from_raw(container_of!(Opaque::cast_from(start), Start<S, F>, raw).cast_mut())
+            KBox::from_raw(container_of!(Opaque::cast_from(start), Start<F>, raw).cast_mut())
         };
         let Start { work, shared, .. } = KBox::into_inner(start);
         // Either way what the work owns is gone before the task hears of it.
@@ -155,7 +152,7 @@ impl<S: Job> Thread<S> {
     }
 }
 
-impl<S: Job> Drop for Thread<S> {
+impl Drop for Thread {
     fn drop(&mut self) {
         // What the task belongs to may be gone as soon as this returns.
         drop(self.shared.waker.lock().take());

@@ -2,7 +2,7 @@
 
 use crate::rust::{
     virtio::{
-        virtqueue::Buffer,
+        Buffer,
         ByteOrder, //
     },
     virtio_balloon::{

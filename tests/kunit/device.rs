@@ -4,7 +4,7 @@
 
 use crate::{
     balloon::{
-        control_loop::PAGES_PER_RUN,
+        resize::PAGES_PER_RUN,
         target::BALLOON_PAGES_PER_PAGE, //
     },
     rust::{

@@ -10,7 +10,7 @@ use crate::{
         Unused,
         Walk, //
     },
-    messages::message::Runs,
+    messages::runs::Runs,
     rust::mm::{
         batch::Batch,
         claim::Claim,

@@ -4,14 +4,15 @@
 //! whole driver.
 
 use crate::{
-    balloon::migration::Moves,
+    balloon::{
+        migration::Moves,
+        state::Balloon, //
+    },
     bitmap::Encoding,
     messages::{
-        message::{
-            Sorted, //
-            MOVES_PER_MESSAGE,
-        },
+        message::MOVES_PER_MESSAGE,
         page_sets,
+        runs::Sorted,
         terms::Terms, //
     },
     rust::{
@@ -25,6 +26,7 @@ use crate::{
         virtio_balloon::page_set,
         work::task::{
             new_slot,
+            Slot,
             TaskQueue, //
         }, //
     }, //
@@ -55,7 +57,7 @@ fn moves() -> Result<Pin<KBox<Moves>>> {
     let number = QUEUES.fetch_add(1, Relaxed);
     let name = CString::try_from_fmt(fmt!("virtio_balloon_rs_kunit-{number}"))?;
     let tasks = TaskQueue::new(&name)?;
-    let slot = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
+    let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
     let moves = KBox::pin_init(Moves::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
 
     moves.allow(true);

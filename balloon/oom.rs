@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Deflating for a guest that has run out of memory.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::{
+        deflate,
+        state::Balloon, //
+    },
+    device::timeouts,
+    rust::{
+        notifiers::oom::OomNotify,
+        trace::Reason,
+        work::{
+            poll::within,
+            task::Task, //
+        }, //
+    }, //
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::atomic::Relaxed, //
+};
+
+/// How many pages are given back at least when the guest runs out of memory: 64 MiB.
+const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
+
+/// The priority of the notifier, which is that of virtio_balloon.
+pub(crate) const PRIORITY: c_int = 80;
+
+impl OomNotify for Task<Balloon> {
+    const PRIORITY: c_int = PRIORITY;
+
+    /// Gives a part of the balloon back at once: enough for the guest to go on for a while.
+    fn out_of_memory(&self) -> usize {
+        // What is not in the balloon yet goes first, and the device need not know of it.
+        let given = self.taker.as_ref().map_or(0, |taker| taker.cancel());
+        if given > 0 {
+            self.given_for_oom.add(given, Relaxed);
+            self.schedule();
+            return given;
+        }
+        // An allocation may be bound to a node: memory of another one would not help it.
+        let there = self.pages.len_where_needed();
+        if self.giving_back.load(Relaxed) || there == 0 {
+            return 0;
+        }
+
+        let still = self.moves().hold_still();
+        let wanted = (there / 8).max(OOM_SHARE);
+        let released = deflate::release(
+            &self.deflate,
+            &self.pages,
+            &mut self.oom_batch.lock(),
+            wanted,
+            Reason::OutOfMemory,
+            &still,
+        );
+        drop(still);
+
+        if released > 0 {
+            self.given_for_oom.add(released, Relaxed);
+            self.schedule();
+        }
+
+        let is_over = || deflate::is_over(&self.deflate, &self.pages).then_some(());
+        if within(timeouts::OOM, is_over).is_none() {
+            return 0;
+        }
+        // The device need not interrupt for an answer that was taken here.
+        self.queue_used();
+        self.schedule();
+        released
+    }
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The end of a balloon, before its device is reset or when the system shuts down.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::state::{
+        mib,
+        Balloon, //
+    },
+    device::timeouts,
+    rust::work::{
+        task::Task,
+        wakeup::Signal, //
+    }, //
+};
+
+use kernel::{
+    prelude::*,
+    sync::atomic::Relaxed,
+    time::{
+        delay::fsleep,
+        Instant,
+        Monotonic, //
+    }, //
+};
+
+/// Stops the task, deflates the balloon and notifies the device, for as long as the device makes
+/// progress. For when the device is about to be reset.
+///
+/// Waits at most [`timeouts::UNRESPONSIVE`] for progress, and [`timeouts::TEARDOWN`] in all. What
+/// remains in the balloon after that is freed when it is dropped.
+///
+/// # Errors
+///
+/// `ETIMEDOUT` if the device did not respond in time.
+pub(super) fn teardown(task: &Task<Balloon>) -> Result {
+    // The caller does the task's work from here on. While the system suspends, the task would
+    // not run.
+    task.stop();
+    task.giving_back.store(true, Relaxed);
+    if let Some(taker) = &task.taker {
+        taker.leave();
+    }
+
+    let mut result = deflate_all(task);
+
+    // A report of free pages was not answered either.
+    if task.worker.lock().inflate.queue.is_reset() {
+        result = Err(ETIMEDOUT);
+    }
+    task.deflate.lock().forget();
+    task.wakeup.lower(Signal::Target);
+    result
+}
+
+/// Does the task's work until the balloon is empty and the device has acknowledged all messages.
+fn deflate_all(task: &Task<Balloon>) -> Result {
+    let mut worker = task.worker.lock();
+    let start = Instant::<Monotonic>::now();
+    worker.progress = start;
+
+    while let Ok(again) = task.advance(&mut worker) {
+        if task.pages.len() == 0
+            && worker.inflate.in_flight() == 0
+            && !task.deflate.lock().is_pending()
+        {
+            break;
+        }
+
+        if worker.progress.elapsed() > timeouts::UNRESPONSIVE
+            || start.elapsed() > timeouts::TEARDOWN
+        {
+            dev_warn!(
+                task.dev,
+                "the device does not answer in time: leaving without it, with {} MiB in the balloon\n",
+                mib(task.pages.len())
+            );
+            return Err(ETIMEDOUT);
+        }
+
+        if again != Some(0) {
+            fsleep(timeouts::POLL_INTERVAL);
+        }
+    }
+    Ok(())
+}
+
+/// Stops all work: the system shuts down.
+pub(super) fn shut_down(task: &Task<Balloon>) {
+    task.stop();
+    if let Some(taker) = &task.taker {
+        taker.stop();
+    }
+}
+
+/// Frees the pages that a device that did not respond has kept from that. It was reset, so that
+/// there is no balloon any more.
+pub(super) fn reclaim(balloon: &Balloon) {
+    while !balloon.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
+
+    balloon.worker.lock().inflate.take_back();
+    balloon.moves().take_back();
+    // Dropped when the lock has been released: that may sleep.
+    let _before = balloon.deflate.lock().take_back();
+}

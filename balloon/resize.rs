@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The steps towards the target: growing and shrinking the balloon.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::{
+        backoff::Cause,
+        deflate,
+        inflate::Stop,
+        state::{
+            mib,
+            room,
+            Balloon,
+            Worker, //
+        },
+        stop_reason::StopReason,
+        target, //
+    },
+    device::timeouts,
+    rust::{
+        mm::memory::{
+            self,
+            Node, //
+        },
+        trace::Reason,
+        work::task::Task, //
+    },
+    sources::{
+        memory_blocks::Taker,
+        page_allocator::PageAllocator, //
+    }, //
+};
+
+use core::ops::ControlFlow;
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    time::{
+        Instant,
+        Msecs, //
+    }, //
+};
+
+/// How many pages one run moves at most, so that a new target is seen soon: 1 GiB.
+pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
+
+/// How many pages one run allocates at most where the kernel writes to them: 64 MiB.
+const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
+
+/// How many pages on the per-CPU page lists are worth draining these: 4 MiB.
+const WORTH_DRAINING: usize = 1 << (22 - PAGE_SHIFT);
+
+/// A balloon that could not grow tries again before its pause is over, when the guest can spare so
+/// many kernel pages more: 16 MiB.
+const WORTHWHILE: usize = 1 << (24 - PAGE_SHIFT);
+
+impl Balloon {
+    /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth
+    /// another try, unless something happens before.
+    pub(super) fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
+        let now = self.start.elapsed().as_millis();
+        let ready = self.taker.as_ref().map_or(0, |taker| taker.ready());
+
+        if let Some(pause) = self.pause(worker, ready, now) {
+            return Some(pause);
+        }
+        if !self.may_send() {
+            return None;
+        }
+        self.drain_lists(worker, wanted);
+
+        if let Some(taker) = &self.taker {
+            if let ControlFlow::Break(again) = self.grow_by_blocks(worker, taker, wanted, ready) {
+                return again;
+            }
+        }
+
+        let reserve = memory::Taking::begin();
+        let above_floor = self.spare_pages();
+        let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
+            true => ZEROED_PER_RUN,
+            false => PAGES_PER_RUN,
+        });
+        let stop = self.grow_by_nodes(worker, now_wanted.min(above_floor));
+        drop(reserve);
+
+        match stop {
+            Stop::Done if now_wanted <= above_floor => {
+                worker.stopped = None;
+                (now_wanted < wanted).then_some(0)
+            }
+            Stop::NotNow => None,
+            Stop::Done => self.give_up(worker, StopReason::Floor, target, now),
+            Stop::NoMemory => self.give_up(worker, StopReason::NoMemory, target, now),
+        }
+    }
+
+    /// Returns how much longer the balloon does not grow, after it could not. `ready` pages are in
+    /// memory blocks that were allocated.
+    fn pause(&self, worker: &Worker, ready: usize, now: i64) -> Option<Msecs> {
+        let pause = worker.backoff.remaining(now)?;
+
+        if worker.stopped == Some(StopReason::AfterOom) {
+            return Some(pause);
+        }
+        // The guest may have got memory, with which there is something to do.
+        let is_over = ready > 0 || self.spare_pages() >= worker.spare.saturating_add(WORTHWHILE);
+        (!is_over).then_some(pause.min(timeouts::MISSED_INTERRUPT))
+    }
+
+    /// Returns whether pages may be inflated. A page that was deflated and not reported yet may be
+    /// among those that are allocated: the device would see the deflate after the next inflate.
+    fn may_send(&self) -> bool {
+        self.moves().is_settled() && !self.deflate.lock().is_pending()
+    }
+
+    /// Drains the per-CPU page lists if that makes the balloon grow: it interrupts all CPUs.
+    fn drain_lists(&self, worker: &Worker, wanted: usize) {
+        if worker.stopped != Some(StopReason::Floor) {
+            return;
+        }
+        let with_lists = memory::available_pages() + memory::listed_pages();
+        let above_floor = with_lists.saturating_sub(self.settings.floor_pages());
+
+        if above_floor >= wanted.min(WORTH_DRAINING) {
+            memory::drain_free_lists();
+        }
+    }
+
+    /// Grows the balloon by the `ready` pages of memory blocks, or has more of these allocated.
+    /// Continues if the page allocator is next.
+    fn grow_by_blocks(
+        &self,
+        worker: &mut Worker,
+        taker: &Task<Taker>,
+        wanted: usize,
+        ready: usize,
+    ) -> ControlFlow<Option<Msecs>> {
+        taker.want(wanted);
+        let ready = ready.min(wanted);
+
+        if ready > 0 {
+            let source = &**taker;
+            let stop = worker
+                .inflate
+                .fill(&self.pages, &mut worker.batch, source, ready, || {
+                    self.may_send()
+                });
+            if stop == Stop::Done {
+                worker.stopped = None;
+            }
+            return ControlFlow::Break((stop == Stop::Done).then_some(0));
+        }
+        if taker.is_busy() {
+            return ControlFlow::Break(None);
+        }
+        if !worker.blocks_taken && Taker::is_worthwhile(wanted) {
+            worker.blocks_taken = true;
+            worker.stopped = None;
+            taker.begin(wanted);
+            return ControlFlow::Break(None);
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Grows the balloon by up to `left` pages from the page allocator, from each node in proportion
+    /// to what it has. The queue may be full before each one has given its share: the node that has
+    /// given least is the first one.
+    fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
+        let floor = self.settings.floor_pages();
+        let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
+        let first = Node::all()
+            .max_by_key(|&node| target::part(1 << 10, room(node, floor), node.present_pages()));
+        let others = Node::all().filter(|&node| Some(node) != first);
+        let mut nodes = Iterator::chain(first.into_iter(), others).peekable();
+        let mut stop = Stop::Done;
+
+        while let Some(node) = nodes.next() {
+            let room = room(node, floor);
+            let share = match nodes.peek() {
+                Some(_) => target::part(left, room, all),
+                None => left,
+            };
+            all = all.saturating_sub(room);
+            left -= share;
+
+            worker.batch.take_from(node);
+            let source = PageAllocator::new();
+            match worker
+                .inflate
+                .fill(&self.pages, &mut worker.batch, source, share, || {
+                    self.may_send()
+                }) {
+                Stop::Done => (),
+                Stop::NoMemory => stop = Stop::NoMemory,
+                Stop::NotNow => return Stop::NotNow,
+            }
+        }
+        stop
+    }
+
+    /// Notes why the balloon cannot grow to `target`, and logs it the first time. Returns how long to
+    /// wait before it is worth another try.
+    fn give_up(
+        &self,
+        worker: &mut Worker,
+        reason: StopReason,
+        target: usize,
+        now: i64,
+    ) -> Option<Msecs> {
+        worker.stopped = Some(reason);
+        worker.blocks_taken = false;
+        worker.spare = self.spare_pages();
+        if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
+            dev_info!(
+                self.dev,
+                "{} of {} MiB in the balloon: {}; trying again from time to time\n",
+                mib(self.pages.len() + worker.inflate.in_flight()),
+                mib(target),
+                reason.words()
+            );
+        }
+
+        worker
+            .backoff
+            .remaining(now)
+            .map(|pause| pause.min(timeouts::MISSED_INTERRUPT))
+    }
+
+    /// Shrinks the balloon by up to `wanted` pages. Returns how long to wait before there is more
+    /// to do, unless something happens before.
+    pub(super) fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
+        let limit = wanted.min(PAGES_PER_RUN);
+        // Comes again when the device has answered.
+        if !self.moves().is_settled() {
+            return None;
+        }
+        let still = self.moves().hold_still();
+        let released = deflate::release(
+            &self.deflate,
+            &self.pages,
+            &mut worker.batch,
+            limit,
+            Reason::Target,
+            &still,
+        );
+        drop(still);
+
+        if released > 0 {
+            worker.progress = Instant::now();
+        }
+
+        if released == limit {
+            (limit < wanted).then_some(0)
+        } else if self.deflate.lock().is_pending() {
+            None
+        } else {
+            // Nothing stands in the way but compaction, which has pages of the balloon in its
+            // hands.
+            Some(timeouts::ISOLATION)
+        }
+    }
+}

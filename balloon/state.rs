@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The state of a balloon, and what can be read off it.
+//!
+//! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then
+//! [`Moves`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory is allocated
+//! under the first one only, which nobody takes who frees memory for others but the notifier of
+//! memory that goes offline.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::{
+        backoff::Backoff,
+        deflate::Deflate,
+        inflate::Inflate,
+        migration::{
+            Move,
+            Moves, //
+        },
+        stop_reason::{
+            StopReason,
+            Teller, //
+        },
+        target::{
+            self,
+            Step, //
+        }, //
+    },
+    device::{
+        announced,
+        log_limit::LogLimit,
+        settings::Settings, //
+    },
+    messages::{
+        message::MessageQueue,
+        terms::Terms, //
+    },
+    rust::{
+        mm::{
+            balloon_pages::BalloonPages,
+            batch::Batch,
+            memory::{
+                self,
+                Node, //
+            }, //
+        },
+        virtio,
+        virtio_balloon,
+        work::{
+            task::{
+                new_slot,
+                Slot,
+                Task,
+                TaskQueue, //
+            },
+            wakeup::{
+                Signal,
+                WakeupSource, //
+            }, //
+        }, //
+    },
+    sources::memory_blocks::Taker, //
+};
+
+use core::mem;
+use kernel::{
+    device::Core,
+    new_mutex,
+    new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Relaxed,
+            Release, //
+        },
+        Arc,
+        Mutex,
+        SpinLock, //
+    },
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
+};
+
+/// A memory balloon.
+#[pin_data]
+pub(crate) struct Balloon {
+    pub(super) dev: ARef<virtio::Device>,
+    pub(super) wakeup: Arc<WakeupSource>,
+
+    pub(super) settings: Arc<Settings>,
+
+    /// Why the balloon is smaller than the target, as a number of the protocol.
+    pub(super) reason: Atomic<u32>,
+
+    pub(super) pages: BalloonPages<Moves>,
+
+    /// What takes memory blocks, where that is better than to allocate memory.
+    pub(super) taker: Option<Arc<Task<Taker>>>,
+
+    /// What only the task uses.
+    #[pin]
+    pub(super) worker: Mutex<Worker>,
+
+    #[pin]
+    pub(super) deflate: SpinLock<Deflate>,
+
+    /// Where pages are put in order when the guest has run out of memory.
+    #[pin]
+    pub(super) oom_batch: Mutex<Batch>,
+
+    /// Set when the device has just used buffers: an answer that the task finds without that may be
+    /// older than the device's end.
+    pub(super) is_alive: Atomic<bool>,
+
+    /// Set when the device has changed its configuration space, and the target was not read since.
+    pub(super) target_changed: Atomic<bool>,
+
+    /// The same for the settings.
+    pub(super) settings_changed: Atomic<bool>,
+
+    /// The pages that were given back to keep the guest from running out of memory, and that the
+    /// task does not know of yet.
+    pub(super) given_for_oom: Atomic<usize>,
+
+    /// Set when all is to be given back, whatever the target.
+    pub(super) giving_back: Atomic<bool>,
+
+    /// What times are counted from.
+    pub(super) start: Instant<Monotonic>,
+}
+
+/// What only the task uses.
+pub(super) struct Worker {
+    pub(super) config: virtio::Config,
+    pub(super) inflate: Inflate,
+    /// Where pages are put in order.
+    pub(super) batch: Batch,
+    pub(super) backoff: Backoff,
+    /// Whether memory blocks were taken as far as they can be, for this target.
+    pub(super) blocks_taken: bool,
+    /// What keeps the balloon from growing, when it has to.
+    pub(super) stopped: Option<StopReason>,
+    /// What the guest could spare when the balloon did not grow, in kernel pages.
+    pub(super) spare: usize,
+    pub(super) teller: Teller,
+    /// The target that was read last, in balloon pages.
+    pub(super) wanted: u32,
+    /// The size that was reported last, in balloon pages.
+    pub(super) actual: Option<u32>,
+    /// How many messages the device has answered, of each queue.
+    pub(super) answered: [usize; 2],
+    /// When the device has shown that it is alive, the last time.
+    pub(super) alive: Option<Instant<Monotonic>>,
+    /// When the configuration space was read or written last.
+    pub(super) accessed: Instant<Monotonic>,
+    /// When the device has answered, or pages have left the balloon, the last time.
+    pub(super) progress: Instant<Monotonic>,
+    /// Since when the device has not known of all pages that were moved.
+    pub(super) moving: Option<Instant<Monotonic>>,
+    /// What has ended all work, and was logged.
+    pub(super) error: Option<Error>,
+    pub(super) log_limit: LogLimit,
+}
+
+/// Sets up what exists for as long as the device is not reset.
+fn set_up(
+    dev: &virtio::Device<Core<'_>>,
+    inflate: MessageQueue<Move>,
+    deflate: MessageQueue<Move>,
+) -> Result<(Worker, Deflate)> {
+    Ok((
+        Worker {
+            config: dev.config()?,
+            inflate: Inflate::new(inflate),
+            batch: Batch::new()?,
+            backoff: Backoff::new(),
+            blocks_taken: false,
+            stopped: None,
+            spare: 0,
+            teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
+            wanted: 0,
+            actual: None,
+            answered: [0; 2],
+            alive: None,
+            accessed: Instant::now(),
+            progress: Instant::now(),
+            moving: None,
+            error: None,
+            log_limit: LogLimit::new(),
+        },
+        Deflate::new(deflate, Terms::of(dev)),
+    ))
+}
+
+impl Balloon {
+    /// Returns an initialiser for an empty balloon in `slot`, whose other tasks run on `tasks`.
+    pub(crate) fn new(
+        slot: &Slot<Self>,
+        dev: &virtio::Device<Core<'_>>,
+        inflate: MessageQueue<Move>,
+        deflate: MessageQueue<Move>,
+        tasks: &Arc<TaskQueue>,
+        settings: Arc<Settings>,
+        wakeup: Arc<WakeupSource>,
+    ) -> Result<impl PinInit<Self, Error>> {
+        let (worker, deflate) = set_up(dev, inflate, deflate)?;
+        // Memory that can come back by itself is still the guest's.
+        let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
+        if !settings.inflate() {
+            dev_info!(
+                dev,
+                "{}: the balloon stays empty\n",
+                StopReason::Excluded.words()
+            );
+        }
+
+        let taker = match settings.memory_blocks() {
+            true => {
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks", tasks);
+                Taker::new(
+                    slot_for_blocks,
+                    dev,
+                    settings.clone(),
+                    usize::MAX,
+                    slot.waker(),
+                )?
+            }
+            false => None,
+        };
+        let moves = Moves::new(slot.waker(), Terms::of(dev))?;
+        let pages = BalloonPages::new(adjust_managed, moves)?;
+        let oom_batch = Batch::new()?;
+        let dev = (&**dev).into();
+
+        Ok(try_pin_init!(Self {
+            dev,
+            wakeup,
+            settings,
+            reason: Atomic::new(StopReason::value(None)),
+            pages,
+            taker,
+            worker <- new_mutex!(worker, "Balloon::worker"),
+            deflate <- new_spinlock!(deflate, "Balloon::deflate"),
+            oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
+            is_alive: Atomic::new(false),
+            target_changed: Atomic::new(true),
+            settings_changed: Atomic::new(false),
+            given_for_oom: Atomic::new(0),
+            giving_back: Atomic::new(false),
+            start: Instant::now(),
+        }))
+    }
+
+    /// Takes up the work again with a device that was reset. The task must not be running.
+    pub(crate) fn attach(
+        &self,
+        dev: &virtio::Device<Core<'_>>,
+        inflate: MessageQueue<Move>,
+        deflate: MessageQueue<Move>,
+    ) -> Result {
+        let (worker, deflate) = set_up(dev, inflate, deflate)?;
+
+        self.moves().reset(Terms::of(dev))?;
+        *self.worker.lock() = worker;
+        // What was there before is dropped when the lock has been released: that may sleep.
+        let _before = mem::replace(&mut *self.deflate.lock(), deflate);
+
+        self.giving_back.store(false, Relaxed);
+        if let Some(taker) = &self.taker {
+            taker.enter();
+        }
+        Ok(())
+    }
+
+    pub(super) fn moves(&self) -> &Moves {
+        self.pages.replacer()
+    }
+
+    /// Says that the device has just used buffers.
+    pub(crate) fn queue_used(&self) {
+        self.is_alive.store(true, Relaxed);
+    }
+
+    /// Says that the device may have a new target.
+    pub(crate) fn target_changed(&self) {
+        self.target_changed.store(true, Release);
+        self.wakeup.raise(Signal::Target);
+    }
+
+    /// The device's target, in kernel pages, as it was read last.
+    pub(crate) fn host_target(&self) -> usize {
+        target::pages(self.worker.lock().wanted)
+    }
+
+    /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
+    pub(crate) fn size(&self) -> usize {
+        let leaving = self.deflate.lock().leaving();
+
+        self.pages.len() + leaving
+    }
+
+    /// Returns why the balloon is smaller than the target, as a number of the protocol.
+    pub(crate) fn reason(&self) -> u32 {
+        self.reason.load(Relaxed)
+    }
+
+    /// Announces `reason` in the guest, unless it was announced last.
+    pub(super) fn announce(&self, reason: Option<StopReason>) {
+        let value = StopReason::value(reason);
+
+        if self.reason.xchg(value, Relaxed) != value {
+            announced::STOP_REASON.announce(&self.dev);
+        }
+    }
+
+    /// Lets the system suspend again, unless there is a new target.
+    pub(super) fn relax(&self) {
+        self.wakeup.lower(Signal::Target);
+
+        // `target_changed` may have come in between.
+        if self.target_changed.load(Acquire) {
+            self.wakeup.raise(Signal::Target);
+        }
+    }
+
+    /// Returns the settings of the device.
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Says that the settings have changed.
+    pub(super) fn settings_changed(&self) {
+        self.settings_changed.store(true, Release);
+    }
+
+    /// Returns whether a queue is broken, so that nothing more comes of the work.
+    pub(super) fn is_broken(&self, worker: &Worker) -> bool {
+        worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken()
+    }
+
+    /// Reads the target if the device has changed its configuration space: no more often, since an
+    /// access may be the end of a guest whose device is gone (docs/reliability.md). Returns it, in
+    /// balloon pages, if it was read.
+    pub(super) fn read_target(&self, worker: &mut Worker) -> Result<Option<u32>> {
+        if self.giving_back.load(Relaxed) || !self.target_changed.xchg(false, Full) {
+            return Ok(None);
+        }
+
+        worker.accessed = Instant::now();
+        match worker.config.read_le32(virtio_balloon::NUM_PAGES) {
+            Ok(wanted) => Ok(Some(wanted)),
+            Err(EAGAIN) => {
+                self.target_changed.store(true, Relaxed);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the target in kernel pages.
+    pub(super) fn target(&self, worker: &Worker) -> usize {
+        if self.giving_back.load(Relaxed) || !self.settings.inflate() {
+            0
+        } else {
+            target::pages(worker.wanted)
+        }
+    }
+
+    /// Returns the kernel pages that the guest can spare.
+    pub(super) fn spare_pages(&self) -> usize {
+        let floor = self.settings.floor_pages();
+        let nodes: usize = Node::all().map(|node| room(node, floor)).sum();
+
+        memory::available_pages().saturating_sub(floor).min(nodes)
+    }
+
+    /// Returns what is missing to have `target` kernel pages in the balloon.
+    pub(super) fn step(&self, worker: &Worker, target: usize) -> Step {
+        Step::towards(target, self.pages.len(), worker.inflate.in_flight())
+    }
+
+    /// Returns why the balloon is smaller than the device wants it, where it goes from here with
+    /// `step`.
+    pub(super) fn stop_reason(&self, worker: &Worker, step: Step) -> Option<StopReason> {
+        match step {
+            _ if !self.settings.inflate() => (worker.wanted > 0).then_some(StopReason::Excluded),
+            Step::Inflate(_) => worker.stopped,
+            Step::Deflate(_) | Step::Rest => None,
+        }
+    }
+
+    /// Returns whether the balloon's size depends on an answer of the device. Pages that the guest
+    /// cannot use yet count as being in the balloon.
+    pub(super) fn is_changing(&self, worker: &Worker) -> bool {
+        worker.inflate.in_flight() > 0 || self.deflate.lock().leaving() > 0
+    }
+
+    /// Tells the device the balloon's size, and why it goes no further with `step`, as far as that
+    /// has changed. For when the device has just shown that it is alive.
+    pub(super) fn report(&self, worker: &mut Worker, step: Step) -> Result {
+        let actual = target::balloon_pages(self.size());
+
+        if worker.actual != Some(actual) {
+            worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;
+            worker.actual = Some(actual);
+        }
+        worker
+            .teller
+            .tell(&worker.config, self.stop_reason(worker, step))?;
+        worker.accessed = Instant::now();
+
+        Ok(())
+    }
+}
+
+/// Returns how many kernel pages `node` can give, so that it keeps its share of a `floor` that is to
+/// be available to the guest.
+pub(super) fn room(node: Node, floor: usize) -> usize {
+    let present = Node::all().map(Node::present_pages).sum();
+    let share = target::part(floor, node.present_pages(), present);
+
+    node.available_pages().saturating_sub(share)
+}
+
+/// Converts kernel pages to MiB.
+pub(super) fn mib(pages: usize) -> usize {
+    pages >> (20 - PAGE_SHIFT)
+}

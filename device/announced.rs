@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The attributes of a device whose changes are announced to who polls them.
+
+#![forbid(unsafe_code)]
+
+use crate::rust::virtio;
+
+use kernel::prelude::*;
+
+/// The place of an attribute in sysfs.
+pub(crate) struct Announced {
+    /// The directory of all attributes.
+    pub(crate) directory: &'static CStr,
+    pub(crate) name: &'static CStr,
+}
+
+/// Why the balloon is smaller than the target.
+pub(crate) const STOP_REASON: Announced = Announced {
+    directory: c"balloon",
+    name: c"stop_reason",
+};
+
+impl Announced {
+    /// Announces that the attribute of `dev` has changed. May sleep.
+    pub(crate) fn announce(&self, dev: &virtio::Device) {
+        dev.announce_attribute(self.directory, self.name);
+    }
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A bound device: its features, and the order in which they are called.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        feature::{
+            Feature,
+            Probe,
+            Quiesce,
+            Setup,
+            Status, //
+        },
+        negotiation,
+        queues::{
+            Queue,
+            Queues,
+            Statistics, //
+        },
+        settings::{
+            Parameters,
+            Settings, //
+        }, //
+    },
+    rust::{
+        fs::debugfs::{
+            Dir,
+            File, //
+        },
+        mm::memory,
+        virtio,
+        work::{
+            task::TaskQueue,
+            wakeup::WakeupSource, //
+        }, //
+    }, //
+};
+
+use kernel::{
+    device::{
+        Core,
+        Device, //
+    },
+    prelude::*,
+    str::CString,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    }, //
+};
+
+/// A bound device.
+pub(crate) struct Bound {
+    /// In the order in which they are quiesced, and dropped.
+    features: KVec<Arc<dyn Feature>>,
+    settings: Arc<Settings>,
+    /// What has gone through the queues, in debugfs.
+    statistics: Pin<KBox<File<Statistics>>>,
+    /// Whether the device did not respond in time when the features were quiesced.
+    is_unresponsive: Atomic<bool>,
+}
+
+impl Bound {
+    /// A callback for each [`Queue`].
+    pub(crate) const QUEUE_CALLBACKS: &'static [fn(&Self)] = &[
+        |bound| bound.queue_used(Queue::Inflate),
+        |bound| bound.queue_used(Queue::Deflate),
+        |bound| bound.queue_used(Queue::Stats),
+        |bound| bound.queue_used(Queue::Hint),
+        |bound| bound.queue_used(Queue::Report),
+        |bound| bound.queue_used(Queue::Request),
+    ];
+
+    /// Sets the features of `dev` up that `probes` has and that were negotiated.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` in a crash kernel, or what a feature says.
+    pub(crate) fn probe(
+        dev: &virtio::Device<Core<'_>>,
+        parameters: Parameters,
+        probes: &[Probe],
+    ) -> Result<Self> {
+        if memory::is_crash_kernel() {
+            dev_info!(
+                dev,
+                "this is a crash kernel, which needs its memory: no ballooning\n"
+            );
+            return Err(ENODEV);
+        }
+
+        let wakeup = Arc::new(WakeupSource::new(dev), GFP_KERNEL)?;
+        // It lasts as long as the counters in it.
+        let dir = Dir::new(&name(dev)?)?;
+        let statistics = dir.file(c"queues", Statistics::new()?);
+        let statistics = KBox::pin_init(statistics, GFP_KERNEL)?;
+        let settings = Arc::new(Settings::new(parameters), GFP_KERNEL)?;
+        let mut setup = Setup {
+            dev,
+            queues: Queues::find(dev, &statistics)?,
+            tasks: TaskQueue::new(&name(dev)?)?,
+            settings: settings.clone(),
+            wakeup,
+            dir,
+        };
+        let mut features = KVec::new();
+
+        for probe in probes {
+            if let Some(feature) = probe(&mut setup)? {
+                features.push(feature, GFP_KERNEL)?;
+            }
+        }
+        drop(setup);
+        dev_info!(dev, "features: {}\n", negotiation::Negotiated(dev));
+
+        Ok(Self {
+            features,
+            settings,
+            statistics,
+            is_unresponsive: Atomic::new(false),
+        })
+    }
+
+    /// See [`Feature::ready`].
+    pub(crate) fn ready(&self, dev: &virtio::Device<Core<'_>>) {
+        self.features.iter().for_each(|feature| feature.ready(dev));
+    }
+
+    fn queue_used(&self, queue: Queue) {
+        self.features
+            .iter()
+            .for_each(|feature| feature.queue_used(queue));
+    }
+
+    /// See [`Feature::config_changed`].
+    pub(crate) fn config_changed(&self) {
+        self.features
+            .iter()
+            .for_each(|feature| feature.config_changed());
+    }
+
+    /// Changes a setting, and lets the features know.
+    pub(crate) fn set(&self, change: impl FnOnce(&Settings)) -> Result {
+        change(&self.settings);
+        self.features
+            .iter()
+            .for_each(|feature| feature.settings_changed());
+        Ok(())
+    }
+
+    /// Returns the settings.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Returns the balloon's status.
+    pub(crate) fn status(&self) -> Result<&dyn Status> {
+        let mut features = self.features.iter();
+
+        features.find_map(|feature| feature.status()).ok_or(ENODEV)
+    }
+
+    /// See [`Feature::quiesce`].
+    pub(crate) fn quiesce(&self, why: Quiesce) {
+        for feature in &self.features {
+            if feature.quiesce(why).is_err() {
+                self.is_unresponsive.store(true, Relaxed);
+            }
+        }
+    }
+
+    /// See [`Feature::reclaim`].
+    pub(crate) fn reclaim(&self) {
+        self.features.iter().for_each(|feature| feature.reclaim());
+    }
+
+    /// See [`Feature::restore`].
+    pub(crate) fn restore(&self, dev: &virtio::Device<Core<'_>>) -> Result {
+        // QEMU exits at the start of a device that has lost its back end.
+        if self.is_unresponsive.load(Relaxed) {
+            dev_warn!(
+                dev,
+                "the device did not answer before the system slept: no more ballooning until the driver is bound again\n"
+            );
+            return Err(ENODEV);
+        }
+
+        let mut queues = Queues::find(dev, &self.statistics)?;
+
+        for feature in &self.features {
+            feature.restore(dev, &mut queues)?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns the name of what belongs to the device, where there may be more than one.
+fn name(dev: &virtio::Device<Core<'_>>) -> Result<CString> {
+    let dev: &Device<_> = dev.as_ref();
+
+    CString::try_from_fmt(fmt!("virtio_balloon_rs-{}", dev.name()))
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The callbacks of the virtio bus, which go to all features of the device.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        attributes::ATTRIBUTES,
+        bound::Bound,
+        feature::{
+            Probe,
+            Quiesce, //
+        },
+        negotiation,
+        settings::Parameters, //
+    },
+    rust::{
+        fs::sysfs::Attributes,
+        virtio, //
+    }, //
+};
+
+use core::marker::PhantomData;
+use kernel::{
+    device::Core,
+    prelude::*, //
+};
+
+/// What the driver is made of.
+pub(crate) trait Features {
+    /// The ids of its devices.
+    const ID_TABLE: virtio::IdTable;
+
+    /// The features of a device, in the order in which they are quiesced and dropped.
+    const PROBES: &'static [Probe];
+
+    /// Returns the values of the module's parameters.
+    fn parameters() -> Parameters;
+}
+
+/// The driver with the features `F`.
+pub(crate) struct Driver<F>(PhantomData<F>);
+
+impl<F: Features> virtio::Driver for Driver<F> {
+    type Data = Bound;
+
+    const ID_TABLE: virtio::IdTable = F::ID_TABLE;
+    const FEATURES: &'static [virtio::Feature] = &negotiation::FEATURES;
+    const QUEUE_CALLBACKS: &'static [fn(&Bound)] = Bound::QUEUE_CALLBACKS;
+
+    fn attributes() -> Option<&'static Attributes<Bound>> {
+        Some(&ATTRIBUTES)
+    }
+
+    fn validate(features: &mut virtio::Features<'_>) -> Result {
+        negotiation::validate(features, &F::parameters())
+    }
+
+    fn probe(dev: &virtio::Device<Core<'_>>) -> impl PinInit<Bound, Error> {
+        Bound::probe(dev, F::parameters(), F::PROBES)
+    }
+
+    fn ready(dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+        bound.ready(dev);
+    }
+
+    fn config_changed(bound: &Bound) {
+        bound.config_changed();
+    }
+
+    fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+        bound.quiesce(Quiesce::Reset);
+    }
+
+    /// As if the driver were unbound: the host need not keep what it knows of the balloon, and an
+    /// image on the disk must not lack memory.
+    fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+        bound.quiesce(Quiesce::Reset);
+    }
+
+    fn frozen(bound: &Bound) {
+        bound.reclaim();
+    }
+
+    fn restore(dev: &virtio::Device<Core<'_>>, bound: &Bound) -> Result {
+        bound.restore(dev)
+    }
+
+    fn shutdown(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+        bound.quiesce(Quiesce::Shutdown);
+    }
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Features: what the driver does for a device, each on its own.
+//!
+//! A feature sees the same life cycle: it is probed, and from then on called back through
+//! [`Feature`]. Adding one takes a file with an implementation, and an entry in the list of the
+//! crate's root.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        queues::{
+            Queue,
+            Queues, //
+        },
+        settings::Settings, //
+    },
+    rust::{
+        fs::debugfs,
+        virtio,
+        work::{
+            task::TaskQueue,
+            wakeup::WakeupSource, //
+        }, //
+    }, //
+};
+
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::Arc, //
+};
+
+/// Why a feature has to come to rest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Quiesce {
+    /// The device will be reset: the driver is unbound, or the system suspends.
+    Reset,
+    /// The system shuts down. Memory need not go back to the page allocator.
+    Shutdown,
+}
+
+/// A feature of a device. All functions have defaults: to do nothing.
+pub(crate) trait Feature: Send + Sync {
+    /// The device is ready: buffers may be offered.
+    fn ready(&self, _dev: &virtio::Device<Core<'_>>) {}
+
+    /// The device has used buffers of a queue, which may be one of another feature. Runs in
+    /// interrupt context.
+    fn queue_used(&self, _queue: Queue) {}
+
+    /// The device has changed its configuration space. Runs in interrupt context.
+    fn config_changed(&self) {}
+
+    /// The guest's administrator has changed a setting.
+    fn settings_changed(&self) {}
+
+    /// Ends all work. Called in the order of the list of features.
+    ///
+    /// # Errors
+    ///
+    /// Any error means that the device did not respond in time.
+    fn quiesce(&self, _why: Quiesce) -> Result {
+        Ok(())
+    }
+
+    /// The device was reset after [`quiesce`](Self::quiesce), and the driver stays bound. Frees the
+    /// buffers that the device still had.
+    fn reclaim(&self) {}
+
+    /// Continues with the same device after a reset: takes its queues out of `queues`.
+    ///
+    /// # Errors
+    ///
+    /// The device is not used any more.
+    fn restore(&self, _dev: &virtio::Device<Core<'_>>, _queues: &mut Queues<'_>) -> Result {
+        Ok(())
+    }
+
+    /// Returns the balloon's status, if this feature is the balloon.
+    fn status(&self) -> Option<&dyn Status> {
+        None
+    }
+}
+
+/// The status of a balloon, for sysfs.
+pub(crate) trait Status {
+    /// Returns the device's target in kernel pages.
+    fn target(&self) -> usize;
+
+    /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
+    fn size(&self) -> usize;
+
+    /// Returns why the balloon is smaller than the target, in a word.
+    fn stop_reason(&self) -> &'static str;
+}
+
+/// What a feature is made of.
+pub(crate) struct Setup<'a, 'core> {
+    pub(crate) dev: &'a virtio::Device<Core<'core>>,
+    pub(crate) queues: Queues<'a>,
+    /// Where the feature's task runs.
+    pub(crate) tasks: Arc<TaskQueue>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) wakeup: Arc<WakeupSource>,
+    /// Where the feature's counters are, in debugfs.
+    pub(crate) dir: debugfs::Dir,
+}
+
+/// Sets a feature up, or returns `None` if it was not negotiated.
+pub(crate) type Probe = fn(&mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>>;

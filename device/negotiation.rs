@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which features are negotiated.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        poison,
+        settings::Parameters, //
+    },
+    rust::{
+        virtio::{
+            self,
+            Feature,
+            Field, //
+        },
+        virtio_balloon::{
+            ACTUAL,
+            F_DEFLATE_ON_OOM,
+            F_FREE_PAGE_HINT,
+            F_HOST_REQUESTS,
+            F_MUST_TELL_HOST,
+            F_PAGE_POISON,
+            F_PAGE_SETS,
+            F_REPORTING,
+            F_STATS_VQ,
+            F_STOP_REASON,
+            HINT_ID,
+            POISON_VAL,
+            STOP_REASON, //
+        }, //
+    }, //
+};
+
+use kernel::{
+    device::Core,
+    fmt,
+    prelude::*, //
+};
+
+/// A feature that the driver knows.
+struct Known {
+    feature: Feature,
+    /// What it is called in the log.
+    words: &'static str,
+    /// The field of the configuration space that comes with it.
+    field: Option<Field<u32>>,
+}
+
+const fn known(feature: Feature, words: &'static str, field: Option<Field<u32>>) -> Known {
+    Known {
+        feature,
+        words,
+        field,
+    }
+}
+
+/// All features that the driver knows.
+const KNOWN: [Known; 9] = [
+    known(F_MUST_TELL_HOST, "the host is told first", None),
+    known(F_STATS_VQ, "statistics", None),
+    known(F_DEFLATE_ON_OOM, "deflate on OOM", None),
+    known(F_FREE_PAGE_HINT, "free page hinting", Some(HINT_ID)),
+    known(F_PAGE_POISON, "page poison", Some(POISON_VAL)),
+    known(F_REPORTING, "free page reporting", None),
+    known(F_STOP_REASON, "stop reasons", Some(STOP_REASON)),
+    known(F_PAGE_SETS, "page sets", None),
+    known(F_HOST_REQUESTS, "host requests", None),
+];
+
+/// Those of the extended protocol.
+const EXTENSIONS: [Feature; 3] = [F_STOP_REASON, F_PAGE_SETS, F_HOST_REQUESTS];
+
+/// The bits of all features that the driver knows.
+pub(crate) const FEATURES: [Feature; KNOWN.len()] = {
+    let mut features = [F_MUST_TELL_HOST; KNOWN.len()];
+    let mut n = 0;
+
+    while n < KNOWN.len() {
+        features[n] = KNOWN[n].feature;
+        n += 1;
+    }
+    features
+};
+
+/// Gives features up that do not go together with the others, or with this system.
+///
+/// # Errors
+///
+/// `EINVAL` if the configuration space lacks a field of a negotiated feature. The driver does not
+/// give the feature up instead, since such a device may number its queues in any way.
+pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Parameters) -> Result {
+    // The balloon names pages by their guest physical addresses, whatever the device uses for
+    // buffers.
+    features.clear(Feature::ACCESS_PLATFORM);
+    // A report of several parts would need memory while free pages are isolated.
+    features.clear(Feature::INDIRECT_DESC);
+    poison::negotiate(features);
+    if parameters.forbids_page_sets() {
+        features.clear(F_PAGE_SETS);
+    }
+    if !features.has(Feature::VERSION_1) {
+        for extension in EXTENSIONS {
+            features.clear(extension);
+        }
+    }
+
+    let mut fields = KNOWN
+        .iter()
+        .filter(|known| features.has(known.feature))
+        .filter_map(|known| known.field);
+    if features.have_field(ACTUAL) && fields.all(|field| features.have_field(field)) {
+        return Ok(());
+    }
+
+    dev_err!(
+        features,
+        "the configuration space is too short for what the device offers\n"
+    );
+    Err(EINVAL)
+}
+
+/// What was negotiated with a device, in words.
+pub(crate) struct Negotiated<'a, 'b>(pub(crate) &'a virtio::Device<Core<'b>>);
+
+impl fmt::Display for Negotiated<'_, '_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("inflate and deflate")?;
+        for known in &KNOWN {
+            if self.0.has_feature(known.feature) {
+                write!(f, ", {}", known.words)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How long the driver waits, and how often it looks, in one place.
+
+#![forbid(unsafe_code)]
+
+use kernel::time::{
+    Delta,
+    Msecs, //
+};
+
+/// How long a device may make no progress before it counts as unresponsive: then teardown ends, the
+/// system may suspend, and page migration is refused.
+pub(crate) const UNRESPONSIVE: Delta = Delta::from_millis(2_000);
+
+/// How long teardown takes at most, for a device that makes progress. Messages that it has not
+/// acknowledged by then are discarded by the reset that follows.
+pub(crate) const TEARDOWN: Delta = Delta::from_millis(10_000);
+
+/// The interval at which progress is polled during teardown.
+pub(crate) const POLL_INTERVAL: Delta = Delta::from_millis(5);
+
+/// How long an OOM notifier waits for the device, where it must be told before pages can be used.
+pub(crate) const OOM: Delta = Delta::from_millis(100);
+
+/// How long an OOM notifier waits for the device to use hints.
+pub(crate) const OOM_HINTS: Delta = Delta::from_millis(500);
+
+/// When a task looks for used buffers that the device has not interrupted for.
+pub(crate) const MISSED_INTERRUPT: Msecs = 1_000;
+
+/// The same during a round of hints, which a migration waits for.
+pub(crate) const MISSED_HINT_INTERRUPT: Msecs = 20;
+
+/// The interval at which the size of a balloon is reported while it changes.
+pub(crate) const REPORT_INTERVAL: Delta = Delta::from_millis(1_000);
+
+/// For how long a device that has used a buffer counts as alive.
+pub(crate) const ALIVE: Delta = Delta::from_millis(100);
+
+/// How long compaction keeps pages isolated, more or less.
+pub(crate) const ISOLATION: Msecs = 10;

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Ranges of pages that a message describes, whatever they come from.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    bitmap::Run,
+    rust::mm::range_stack::RangeStack, //
+};
+
+/// Runs of pages that a message is to name, in ascending order if it is to be a short one.
+pub(crate) trait Runs {
+    /// Returns the first run, if there is one left.
+    fn first(&mut self) -> Option<Run>;
+
+    /// Takes `pages` pages off the beginning of the first run.
+    fn advance(&mut self, pages: u64);
+
+    /// Returns whether one message has to name all of them, in whatever encoding.
+    fn are_one_message(&self) -> bool {
+        false
+    }
+}
+
+impl Runs for RangeStack {
+    fn first(&mut self) -> Option<Run> {
+        let range = self.top()?;
+
+        Run::new(range.first, range.len)
+    }
+
+    fn advance(&mut self, pages: u64) {
+        self.take(pages);
+    }
+}
+
+/// A single run.
+impl Runs for Option<Run> {
+    fn first(&mut self) -> Option<Run> {
+        *self
+    }
+
+    fn advance(&mut self, pages: u64) {
+        *self = self.and_then(|run| {
+            Run::new(
+                run.first().saturating_add(pages),
+                run.len().saturating_sub(pages),
+            )
+        });
+    }
+}
+
+/// Pages that are in order.
+pub(crate) struct Sorted<'a>(pub(crate) &'a [u64]);
+
+impl Runs for Sorted<'_> {
+    fn first(&mut self) -> Option<Run> {
+        Run::new(*self.0.first()?, 1)
+    }
+
+    fn advance(&mut self, pages: u64) {
+        self.0 = self.0.get(pages as usize..).unwrap_or_default();
+    }
+
+    fn are_one_message(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The configuration space.
+//!
+//! C header: [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
+
+use crate::rust::virtio::{
+    binding::Binding,
+    device::Device,
+    feature::Feature,
+    field::Field,
+    transport, //
+};
+
+use kernel::{
+    device,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        srcu,
+        Arc, //
+    }, //
+};
+
+impl Device<device::Core<'_>> {
+    /// Returns a handle to the configuration space, which works until the device is unbound or
+    /// reset.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the device has no configuration space.
+    pub(crate) fn config(&self) -> Result<Config> {
+        // SAFETY: By the type invariants the device is valid, and so are its operations.
+        let ops = unsafe { &*(*self.as_raw()).config };
+
+        if ops.get.is_none() || ops.set.is_none() {
+            return Err(EINVAL);
+        }
+
+        // INVARIANT: The binding is this device's.
+        Ok(Config {
+            dev: (&**self).into(),
+            binding: self.shared_binding()?,
+            len: self.config_len(),
+            is_legacy: !self.has_feature(Feature::VERSION_1),
+        })
+    }
+
+    /// Returns how long the configuration space is, in bytes, or more where it cannot be too short.
+    fn config_len(&self) -> c_uint {
+        // SAFETY: By the type invariants the device is valid.
+        unsafe { transport::config_len(self.as_raw()) }
+    }
+}
+
+/// A handle to a device's configuration space, which works until the device is unbound or reset.
+///
+/// # Invariants
+///
+/// - `binding` is the binding of `dev`.
+/// - `len` is not more than the transport takes for the length of the configuration space.
+pub(crate) struct Config {
+    dev: ARef<Device>,
+    binding: Arc<Binding>,
+    len: c_uint,
+    /// Whether the device is from before version 1 of the specification.
+    is_legacy: bool,
+}
+
+impl Config {
+    /// Keeps the transport from being asked for what is not there.
+    fn check(&self, field: Field<u32>) -> Result {
+        field.is_within(self.len).then_some(()).ok_or(ENXIO)
+    }
+
+    /// Reads a little-endian field. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone, `ENXIO` if it has no such field, `EAGAIN` if the transport
+    /// could not read it, or the device changed it meanwhile.
+    pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
+        self.check(field)?;
+        let open = self.binding.enter_config().ok_or(ENODEV)?;
+        let value = self.get(&open, field, u32::MAX)?;
+
+        // The transports read a legacy device byte by byte: the value may be a part of the old one
+        // and a part of the new one.
+        if self.is_legacy && self.get(&open, field, u32::MAX)? != value {
+            return Err(EAGAIN);
+        }
+        // A read from where there is no device has all bits set. And a transport that fails to read
+        // says nothing, and leaves the buffer as it was.
+        //
+        // SAFETY: The device is valid, since its binding was entered.
+        if value == u32::MAX && unsafe { transport::is_gone(self.dev.as_raw()) } {
+            return Err(ENODEV);
+        }
+        if value == u32::MAX && self.get(&open, field, 0)? != value {
+            return Err(EAGAIN);
+        }
+
+        Ok(value)
+    }
+
+    /// Has the transport read `field`, which the device has, into a buffer that holds `before`.
+    fn get(&self, _open: &srcu::Guard<'_>, field: Field<u32>, before: u32) -> Result<u32> {
+        let mut value = before.to_le_bytes();
+
+        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
+        // has the right length.
+        unsafe {
+            let get = (*(*self.dev.as_raw()).config).get.ok_or(ENODEV)?;
+
+            get(
+                self.dev.as_raw(),
+                field.offset,
+                value.as_mut_ptr().cast(),
+                4,
+            );
+        }
+
+        Ok(u32::from_le_bytes(value))
+    }
+
+    /// Writes a little-endian field. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone, `ENXIO` if it has no such field.
+    pub(crate) fn write_le32(&self, field: Field<u32>, value: u32) -> Result {
+        self.check(field)?;
+        let _open = self.binding.enter_config().ok_or(ENODEV)?;
+        let value = value.to_le_bytes();
+
+        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
+        // has the right length.
+        unsafe {
+            let set = (*(*self.dev.as_raw()).config).set.ok_or(ENODEV)?;
+
+            set(self.dev.as_raw(), field.offset, value.as_ptr().cast(), 4);
+        }
+
+        Ok(())
+    }
+}

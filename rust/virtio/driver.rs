@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Virtio drivers.
+//!
+//! The life of a device, which the [`Adapter`] conducts and no driver has to think of:
+//!
+//! - bind: [`Driver::validate`], [`Driver::probe`], the device is made ready, [`Driver::ready`];
+//! - unbind: [`Driver::unbind`], the device is revoked, reset, and its virtqueues are deleted;
+//! - suspend: [`Driver::freeze`], then as for unbind, [`Driver::frozen`]; resume:
+//!   [`Driver::restore`], then as for bind;
+//! - shutdown: [`Driver::shutdown`], the device is revoked and reset.
+//!
+//! "Revoked" means that every handle to the device, be it a [`Config`](super::Config) or a
+//! [`Virtqueue`](super::Virtqueue), fails from then on in all threads, and that no thread is inside
+//! of one any more.
+//!
+//! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
+//! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
+
+use crate::rust::{
+    bindings,
+    fs::sysfs::Attributes,
+    virtio::{
+        binding::Binding,
+        device::Device,
+        feature::{
+            Feature,
+            Features, //
+        },
+        transport, //
+    }, //
+};
+
+use core::{
+    mem::offset_of,
+    ptr, //
+};
+use kernel::{
+    device,
+    device_id::RawDeviceId,
+    driver,
+    error::{
+        from_result,
+        to_result, //
+    },
+    prelude::*,
+    types::Opaque, //
+};
+
+/// An adapter for the registration of virtio drivers.
+pub(crate) struct Adapter<T: Driver>(T);
+
+// SAFETY:
+// - `bindings::virtio_driver` is a C type declared as `repr(C)`.
+// - `T::Data` is the type of the driver's device private data.
+// - `struct virtio_driver` embeds a `struct device_driver`.
+// - `DEVICE_DRIVER_OFFSET` is the correct byte offset to the embedded `struct device_driver`.
+unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
+    type DriverType = RawDriver;
+    type DriverData<'bound> = T::Data;
+    const DEVICE_DRIVER_OFFSET: usize = offset_of!(bindings::virtio_driver, driver);
+}
+
+/// A `struct virtio_driver` that begins as zeroes.
+#[repr(transparent)]
+pub(crate) struct RawDriver(bindings::virtio_driver);
+
+impl Default for RawDriver {
+    fn default() -> Self {
+        // SAFETY: The struct consists of integers and of pointers that may be null.
+        Self(unsafe { core::mem::zeroed() })
+    }
+}
+
+// SAFETY: A call to `unregister` for a given instance of `DriverType` is guaranteed to be valid if
+// a preceding call to `register` has been successful.
+unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
+    unsafe fn register(
+        vdrv: &Opaque<Self::DriverType>,
+        name: &'static CStr,
+        module: &'static ThisModule,
+    ) -> Result {
+        let vdrv = vdrv.get().cast::<bindings::virtio_driver>();
+
+        // SAFETY: It's safe to set the fields of `struct virtio_driver` on initialization.
+        // `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
+        unsafe {
+            (*vdrv).driver.name = name.as_char_ptr();
+            (*vdrv).id_table = T::ID_TABLE.as_ptr();
+            (*vdrv).driver.dev_groups =
+                T::attributes().map_or(ptr::null_mut(), |attributes| attributes.as_ptr());
+            (*vdrv).feature_table = T::FEATURES.as_ptr().cast();
+            (*vdrv).feature_table_size = T::FEATURES.len() as c_uint;
+            (*vdrv).validate = Some(Self::validate_callback);
+            (*vdrv).probe = Some(Self::probe_callback);
+            (*vdrv).remove = Some(Self::remove_callback);
+            (*vdrv).config_changed = Some(Self::config_changed_callback);
+            (*vdrv).freeze = Some(Self::freeze_callback);
+            (*vdrv).restore = Some(Self::restore_callback);
+            (*vdrv).shutdown = Some(Self::shutdown_callback);
+        }
+
+        // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`.
+        to_result(unsafe { bindings::__register_virtio_driver(vdrv, module.as_ptr()) })
+    }
+
+    unsafe fn unregister(vdrv: &Opaque<Self::DriverType>) {
+        // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`.
+        unsafe { bindings::unregister_virtio_driver(vdrv.get().cast()) };
+    }
+}
+
+impl<T: Driver> Adapter<T> {
+    /// Returns the device of a bus callback.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must be valid for `'a`, which must not be longer than the callback runs.
+    unsafe fn device<'a>(
+        vdev: *mut bindings::virtio_device,
+    ) -> &'a Device<device::CoreInternal<'a>> {
+        // SAFETY: By the requirements of this function.
+        unsafe { &*vdev.cast() }
+    }
+
+    /// Returns the device of a bus callback, and the driver's data.
+    ///
+    /// # Safety
+    ///
+    /// As for [`device`](Self::device). [`device::Device::set_drvdata`] must have succeeded for the
+    /// device, which must not be unbound completely yet.
+    unsafe fn bound<'a>(
+        vdev: *mut bindings::virtio_device,
+    ) -> (&'a Device<device::CoreInternal<'a>>, &'a T::Data) {
+        // SAFETY: By the requirements of this function; `T::Data` is what `probe_callback` has
+        // stored.
+        unsafe {
+            let dev = Self::device(vdev);
+            let data = AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>();
+
+            (dev, data.get_ref())
+        }
+    }
+
+    /// Makes the device live, and lets the driver begin.
+    fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: &T::Data) {
+        // SAFETY: The device is valid, and the driver has set its virtqueues up. `queue_used` expects
+        // data of this type.
+        unsafe {
+            bindings::virtio_device_ready(dev.as_raw());
+            binding.make_ready(ptr::from_ref(data).cast_mut().cast());
+        }
+
+        T::ready(dev, data);
+    }
+
+    extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // The device itself stays out of this: what another driver has left in `priv` is still there.
+        //
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`, and has the features to itself until the driver is probed.
+        let mut features = unsafe { Features::new(vdev) };
+
+        from_result(|| {
+            T::validate(&mut features)?;
+            Ok(0)
+        })
+    }
+
+    extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`.
+        let dev = unsafe { Self::device(vdev) };
+
+        from_result(|| {
+            let binding = dev.open(Self::queue_used)?;
+            let dev_ref: &device::Device<device::CoreInternal<'_>> = dev.as_ref();
+
+            dev_ref
+                .set_drvdata(T::probe(dev))
+                .inspect_err(|_| dev.close())?;
+
+            // SAFETY: As above, and the driver's data was just stored.
+            let (dev, data) = unsafe { Self::bound(vdev) };
+            Self::make_ready(dev, &binding, data);
+            Ok(0)
+        })
+    }
+
+    extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: `remove_callback` is only ever called after a successful call to
+        // `probe_callback`.
+        let (dev, data) = unsafe { Self::bound(vdev) };
+
+        T::unbind(dev, data);
+        dev.close();
+    }
+
+    extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: The virtio core passes configuration changes on only after a successful call to
+        // `probe_callback` and before `remove_callback`.
+        let (_, data) = unsafe { Self::bound(vdev) };
+
+        T::config_changed(data);
+    }
+
+    extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: `freeze_callback` is only ever called for a bound device.
+        let (dev, data) = unsafe { Self::bound(vdev) };
+
+        T::freeze(dev, data);
+        dev.close();
+        T::frozen(data);
+        0
+    }
+
+    extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: `restore_callback` is only ever called for a bound device.
+        let (dev, data) = unsafe { Self::bound(vdev) };
+
+        from_result(|| {
+            let binding = dev.open(Self::queue_used)?;
+
+            T::restore(dev, data).inspect_err(|_| dev.close())?;
+            Self::make_ready(dev, &binding, data);
+            Ok(0)
+        })
+    }
+
+    extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: `shutdown_callback` is only ever called for a bound device.
+        let (dev, data) = unsafe { Self::bound(vdev) };
+
+        T::shutdown(dev, data);
+
+        if let Some(binding) = dev.binding() {
+            // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their
+            // way.
+            binding.reset(|| unsafe { transport::shutdown(vdev) });
+        }
+    }
+
+    /// Passes the callback of a virtqueue on to the driver's for this queue.
+    ///
+    /// # Safety
+    ///
+    /// `data` must be a pointer to the driver's data.
+    unsafe fn queue_used(data: *mut c_void, index: usize) {
+        // SAFETY: By the requirements of this function.
+        let data = unsafe { &*data.cast::<T::Data>() };
+
+        if let Some(callback) = T::QUEUE_CALLBACKS.get(index) {
+            callback(data);
+        }
+    }
+}
+
+/// Declares a kernel module that exposes a single virtio driver.
+macro_rules! module_virtio_driver {
+    ($($f:tt)*) => {
+        ::kernel::module_driver!(<T>, $crate::rust::virtio::driver::Adapter<T>, { $($f)* });
+    };
+}
+pub(crate) use module_virtio_driver;
+
+/// Abstraction for `bindings::virtio_device_id`.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct DeviceId(bindings::virtio_device_id);
+
+impl DeviceId {
+    /// Makes an id for devices of the type `device`, of any vendor.
+    pub(crate) const fn any_vendor(device: u32) -> Self {
+        Self(bindings::virtio_device_id {
+            device,
+            vendor: bindings::VIRTIO_DEV_ANY_ID,
+        })
+    }
+}
+
+// SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `virtio_device_id` and does not add
+// additional invariants, so it's safe to transmute to `RawType`.
+unsafe impl RawDeviceId for DeviceId {
+    type RawType = bindings::virtio_device_id;
+}
+
+/// `IdTable` type for virtio drivers. A `struct virtio_device_id` has no place for driver data, so
+/// there is no `IdInfo` to pass to [`Driver::probe`].
+pub(crate) type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
+
+/// Creates a virtio `IdTable` with its alias for modpost.
+macro_rules! virtio_device_table {
+    ($name:ident, [$($id:expr),* $(,)?]) => {
+        ::kernel::module_device_table!(
+            "virtio", $crate::rust::virtio::driver::DeviceId, $name, @none, [$($id),*]
+        );
+    };
+}
+pub(crate) use virtio_device_table;
+
+/// The virtio driver trait.
+///
+/// Drivers must implement this trait in order to get a virtio driver registered.
+pub(crate) trait Driver {
+    /// The type of the driver's bus device private data.
+    type Data: Send + Sync + 'static;
+
+    /// The table of device ids supported by the driver.
+    const ID_TABLE: IdTable;
+
+    /// The features that the driver knows, apart from those of the transport.
+    const FEATURES: &'static [Feature];
+
+    /// A callback for each virtqueue, in the order of what is passed to [`Device::find_vqs`]: the
+    /// device has used buffers. It may be called at any time, also spuriously. Runs in interrupt
+    /// context.
+    const QUEUE_CALLBACKS: &'static [fn(&Self::Data)];
+
+    /// The attributes of a device that the driver is bound to, if there are any.
+    fn attributes() -> Option<&'static Attributes<Self::Data>> {
+        None
+    }
+
+    /// Gives features up that were offered and are known, but do not go together with the others or
+    /// with this system. Called before the device is told which features are accepted.
+    fn validate(_features: &mut Features<'_>) -> Result {
+        Ok(())
+    }
+
+    /// Virtio driver probe.
+    ///
+    /// Finds the virtqueues and returns an initialiser for the data. The device is not ready yet:
+    /// it must not be offered buffers.
+    fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self::Data, Error>;
+
+    /// The device is ready: buffers may be offered. Called after [`probe`](Self::probe) and
+    /// [`restore`](Self::restore).
+    fn ready(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+
+    /// The device has changed its configuration space. Runs in interrupt context.
+    fn config_changed(_data: &Self::Data) {}
+
+    /// Virtio driver unbind.
+    ///
+    /// Ends the I/O with the device, which is revoked and reset afterwards. Everything else is
+    /// released when the data is dropped.
+    fn unbind(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+
+    /// Like [`unbind`](Self::unbind), but the data remains.
+    fn freeze(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+
+    /// The device was reset after [`freeze`](Self::freeze). Buffers that it still had are freed: it
+    /// may be long until it is restored, if it can be.
+    fn frozen(_data: &Self::Data) {}
+
+    /// Finds the virtqueues again and puts them where the old ones are.
+    ///
+    /// # Errors
+    ///
+    /// The device stays reset. A driver without this does not support suspend.
+    fn restore(_dev: &Device<device::Core<'_>>, _data: &Self::Data) -> Result {
+        Err(ENOTSUPP)
+    }
+
+    /// Stops all work: the system shuts down. The data remains, and so does the memory.
+    fn shutdown(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages from the page allocator, in blocks as large as possible.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    rust::mm::{
+        batch::{
+            AllocError,
+            Batch, //
+        },
+        memory,
+        page_list::MAX_ORDER, //
+    },
+    sources::source::Source, //
+};
+
+use kernel::page::PAGE_SHIFT;
+
+/// How many kernel pages are allocated at a time, and how many the device may have, where the
+/// kernel writes to what it allocates: 4 and 16 MiB. So much more of the host's memory does the
+/// guest take, at most, to give it back; and the device is at work while more is written to.
+const ZEROED_PORTION: usize = 1 << (22 - PAGE_SHIFT);
+const ZEROED_IN_FLIGHT: usize = 4 * ZEROED_PORTION;
+
+/// What is asked for next.
+#[derive(Clone, Copy)]
+struct Kind {
+    order: u32,
+    /// Whether the block stays one.
+    whole: bool,
+}
+
+impl Kind {
+    /// Returns what comes first.
+    fn first(whole: bool) -> Self {
+        Self {
+            order: MAX_ORDER,
+            whole,
+        }
+    }
+
+    /// Returns what this becomes where no more than `pages` kernel pages are wanted. `None` if
+    /// there are none.
+    fn up_to(self, pages: usize) -> Option<Self> {
+        let order = self.order.min(pages.checked_ilog2()?);
+
+        Some(Self {
+            order,
+            whole: self.whole && order >= memory::page_block_order(),
+        })
+    }
+
+    /// Returns what comes next when there is no such block: smaller ones, and after the smallest
+    /// that may stay whole single pages, which may come from everywhere. `None` after a single page.
+    fn next(self) -> Option<Self> {
+        if self.whole && self.order <= memory::page_block_order() {
+            return Some(Self::first(false));
+        }
+
+        Some(Self {
+            order: self.order.checked_sub(1)?,
+            ..self
+        })
+    }
+
+    /// Returns how many blocks such a block becomes.
+    fn blocks(self) -> usize {
+        if self.whole {
+            1
+        } else {
+            1 << self.order
+        }
+    }
+}
+
+/// The page allocator.
+pub(crate) struct PageAllocator {
+    /// What is tried next: nothing that was not available is tried again. `None` before the first
+    /// try.
+    kind: Option<Kind>,
+}
+
+impl PageAllocator {
+    /// Begins with the largest blocks.
+    pub(crate) fn new() -> Self {
+        Self { kind: None }
+    }
+}
+
+impl Source for PageAllocator {
+    fn limits(&self) -> (usize, usize) {
+        match memory::is_zeroed_on_allocation() {
+            true => (ZEROED_PORTION, ZEROED_IN_FLIGHT),
+            false => (usize::MAX, usize::MAX),
+        }
+    }
+
+    /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none
+    /// of a kind, the next kind is tried.
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool) {
+        let kind = self.kind.get_or_insert(Kind::first(whole));
+
+        while let Some(this) = kind.up_to(wanted - batch.pages()) {
+            if batch.blocks() + this.blocks() > blocks {
+                break;
+            }
+
+            match batch.alloc(this.order, wanted - batch.pages(), this.whole) {
+                Ok(()) => (),
+                Err(AllocError::Full) => break,
+                Err(AllocError::NoBlock) => {
+                    let Some(next) = this.next() else {
+                        break;
+                    };
+                    *kind = next;
+                }
+            }
+        }
+    }
+}
