@@ -20,15 +20,18 @@
 
 #![forbid(unsafe_code)]
 
-use crate::rust::virtio_balloon::{
-    page_set::{
-        BITMAP,
-        COUNT_BITS,
-        MAX_BYTES,
-        MORE,
-        RANGES, //
-    },
-    PageSet, //
+use crate::rust::{
+    mm::pfn_range::PfnRange,
+    virtio_balloon::{
+        page_set::{
+            BITMAP,
+            COUNT_BITS,
+            MAX_BYTES,
+            MORE,
+            RANGES, //
+        },
+        PageSet, //
+    }, //
 };
 
 /// How many pages a word of a bitmap stands for.
@@ -37,49 +40,16 @@ const PAGES_PER_WORD: u64 = 64;
 /// From this number of pages on, a range takes a second word.
 const LONG: u64 = 1 << COUNT_BITS;
 
-/// The end of all page frame numbers that have a name.
-const PFN_END: u64 = 1 << (u64::BITS - COUNT_BITS);
-
 /// The length of the longest payload in words.
 const MAX_WORDS: usize = (MAX_BYTES - size_of::<PageSet>()) / size_of::<u64>();
 
 /// The length of the shortest payload, in words, that has room for any range.
 const MIN_WORDS: usize = 2;
 
-/// Pages that lie side by side: one at least, and all of them have names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    first: u64,
-    len: u64,
-}
-
-impl Run {
-    /// Returns the run of `len` pages from the page frame number `first` on. There is none without
-    /// a page, and none beyond page frame number 2^52 - 1.
-    pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
-        let end = first.checked_add(len)?;
-
-        (len > 0 && end <= PFN_END).then_some(Self { first, len })
-    }
-
-    /// Returns the first page frame number.
-    pub(crate) fn first(self) -> u64 {
-        self.first
-    }
-
-    /// Returns the number of pages.
-    pub(crate) fn len(self) -> u64 {
-        self.len
-    }
-
-    /// Returns the page frame number after the last page.
-    fn end(self) -> u64 {
-        self.first.saturating_add(self.len)
-    }
-
+impl PfnRange {
     /// Returns the length as a range, in words.
     fn words(self) -> u64 {
-        if self.len < LONG {
+        if self.len() < LONG {
             1
         } else {
             2
@@ -99,13 +69,13 @@ impl Run {
 
     /// Writes the run to the beginning of `ranges`.
     fn write(self, ranges: &mut [u64]) {
-        let first = self.first << COUNT_BITS;
+        let first = self.first() << COUNT_BITS;
 
         match ranges {
-            [word, ..] if self.len < LONG => *word = (first | self.len).to_le(),
+            [word, ..] if self.len() < LONG => *word = (first | self.len()).to_le(),
             [word, len, ..] => {
                 *word = first.to_le();
-                *len = self.len.to_le();
+                *len = self.len().to_le();
             }
             _ => (),
         }
@@ -113,7 +83,7 @@ impl Run {
 
     /// Sets the bits of the run in `bitmap`, which begins with the page `first`.
     fn mark(self, bitmap: &mut [u64], first: u64) {
-        let start = self.first.saturating_sub(first);
+        let start = self.first().saturating_sub(first);
         let end = self.end().saturating_sub(first);
         let words = index(start / PAGES_PER_WORD)..index(end.div_ceil(PAGES_PER_WORD));
         let head = u64::MAX << (start % PAGES_PER_WORD);
@@ -201,7 +171,7 @@ pub(crate) struct Encoder<'a> {
     /// The first page.
     first: u64,
     /// The last run, which may become longer. None: there is none at all.
-    last: Option<Run>,
+    last: Option<PfnRange>,
     /// How many pages there are, the last run's included.
     count: u64,
 }
@@ -238,7 +208,7 @@ impl<'a> Encoder<'a> {
     /// Runs should come in ascending order: one that does not lie after the others goes to the next
     /// message.
     #[must_use]
-    pub(crate) fn push(&mut self, run: Run) -> Option<Run> {
+    pub(crate) fn push(&mut self, run: PfnRange) -> Option<PfnRange> {
         let (part, rest) = match (self.forced, self.last) {
             (Some(Encoding::Bitmap), None) => self.cut(run),
             _ => (Some(run), None),
@@ -284,41 +254,41 @@ impl<'a> Encoder<'a> {
 
     /// Cuts `run` where the largest bitmap that begins with it ends. Returns what lies before and
     /// after that.
-    fn cut(&self, run: Run) -> (Option<Run>, Option<Run>) {
+    fn cut(&self, run: PfnRange) -> (Option<PfnRange>, Option<PfnRange>) {
         let end = run
-            .first
+            .first()
             .saturating_add(self.room().saturating_mul(PAGES_PER_WORD))
             .min(run.end());
 
         (
-            Run::new(run.first, end.saturating_sub(run.first)),
-            Run::new(end, run.end().saturating_sub(end)),
+            PfnRange::new(run.first(), end.saturating_sub(run.first())),
+            PfnRange::new(end, run.end().saturating_sub(end)),
         )
     }
 
     /// Adds `run`, if it lies after the others and there is room. Returns whether it was added.
-    fn add(&mut self, run: Run) -> bool {
+    fn add(&mut self, run: PfnRange) -> bool {
         let Some(last) = self.last else {
             // A single run is never longer as a range, and there is room for any.
-            self.first = run.first;
+            self.first = run.first();
             self.last = Some(run);
-            self.count = run.len;
+            self.count = run.len();
             return true;
         };
 
         // Neighbours become one run, which may become longer still. Others end it.
-        let (ended, next) = match run.first.checked_sub(last.end()) {
+        let (ended, next) = match run.first().checked_sub(last.end()) {
             Some(0) => (
                 None,
-                Run {
-                    first: last.first,
-                    len: last.len.saturating_add(run.len),
-                },
+                PfnRange::new(last.first(), last.len().saturating_add(run.len())),
             ),
-            Some(_) => (Some(last), run),
+            Some(_) => (Some(last), Some(run)),
             None => return false,
         };
-        let ranges = self.ranges.saturating_add(ended.map_or(0, Run::words));
+        let Some(next) = next else {
+            return false;
+        };
+        let ranges = self.ranges.saturating_add(ended.map_or(0, PfnRange::words));
 
         if !self.make_room(self.size(self.ranges, last), self.size(ranges, next)) {
             return false;
@@ -327,7 +297,7 @@ impl<'a> Encoder<'a> {
             self.write(ended);
         }
         self.last = Some(next);
-        self.count = self.count.saturating_add(run.len);
+        self.count = self.count.saturating_add(run.len());
         true
     }
 
@@ -363,7 +333,7 @@ impl<'a> Encoder<'a> {
         let mut words = ranges.iter().copied().map(u64::from_le);
 
         bitmap.fill(0);
-        while let Some(run) = Run::read(&mut words) {
+        while let Some(run) = PfnRange::read(&mut words) {
             run.mark(bitmap, self.first);
         }
         ranges.fill(0);
@@ -371,7 +341,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// Writes `run` after the others.
-    fn write(&mut self, run: Run) {
+    fn write(&mut self, run: PfnRange) {
         match self.encoding {
             Encoding::Ranges => {
                 if let Some(rest) = self.payload.get_mut(index(self.ranges)..) {
@@ -384,7 +354,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// Returns the size of `ranges` words and of the run `last` after them.
-    fn size(&self, ranges: u64, last: Run) -> Size {
+    fn size(&self, ranges: u64, last: PfnRange) -> Size {
         Size {
             ranges: ranges.saturating_add(last.words()),
             bitmap: last

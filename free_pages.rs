@@ -15,12 +15,11 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    bitmap::Run,
     messages::runs::Runs,
     rust::mm::{
-        batch::Block,
-        memory,
-        page_list::MAX_ORDER,
+        drain,
+        page::MAX_ORDER,
+        pfn_range::PfnRange,
         zone::{
             Hold,
             Zone, //
@@ -41,7 +40,7 @@ pub(crate) struct Walk {
     zone: usize,
     next: u64,
     /// What was found under one hold of a lock. Never grows beyond its capacity.
-    found: KVec<Block>,
+    found: KVec<PfnRange>,
     /// How many blocks of that have been named, and how many pages of the next one.
     named: usize,
     pages: u64,
@@ -77,7 +76,7 @@ impl Walk {
         if self.zone == 0 && self.next == 0 {
             // Pages on the processors' own lists are unused, too, and keep others from being
             // blocks.
-            memory::drain_free_lists();
+            drain::drain_free_lists();
         }
         let span = zone.span();
         let end = span.end.min(self.range.end);
@@ -108,13 +107,13 @@ impl Walk {
     }
 
     /// Returns the next run of what was found.
-    fn first(&mut self) -> Option<Run> {
+    fn first(&mut self) -> Option<PfnRange> {
         while let Some(block) = self.found.get(self.named) {
-            let first = (block.pfn + self.pages).max(self.range.start);
-            let end = (block.pfn + block.len).min(self.range.end);
+            let first = (block.first() + self.pages).max(self.range.start);
+            let end = (block.end()).min(self.range.end);
 
-            if let Some(run) = Run::new(first, end.saturating_sub(first)) {
-                self.pages = first - block.pfn;
+            if let Some(run) = PfnRange::new(first, end.saturating_sub(first)) {
+                self.pages = first - block.first();
                 return Some(run);
             }
             self.named += 1;
@@ -148,7 +147,7 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
 
     /// Takes the next run, with those after it that lie side by side in the same zone, up to `max`
     /// pages. Returns the zone with it.
-    pub(crate) fn side_by_side(&mut self, max: u64) -> Option<(usize, Run)> {
+    pub(crate) fn side_by_side(&mut self, max: u64) -> Option<(usize, PfnRange)> {
         let first = self.first()?.first();
         let zone = self.walk.found_in;
         let mut len = 0;
@@ -163,7 +162,7 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
             self.advance(some);
             len += some;
         }
-        Some((zone, Run::new(first, len)?))
+        Some((zone, PfnRange::new(first, len)?))
     }
 
     /// Returns whether there is no more to be found, and nothing left to be named.
@@ -173,7 +172,7 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
 }
 
 impl<F: FnMut(Hold)> Runs for Unused<'_, F> {
-    fn first(&mut self) -> Option<Run> {
+    fn first(&mut self) -> Option<PfnRange> {
         loop {
             if let Some(run) = self.walk.first() {
                 return Some(run);

@@ -42,9 +42,9 @@ use crate::{
         settings::Parameters, //
     },
     features::{
-        hinting::Hints,
-        host_requests::HostRequests,
+        hinting::feature::Hints,
         reporting::Reporting,
+        requests,
         stats::Stats, //
     },
     rust::{
@@ -68,7 +68,7 @@ impl Features for BalloonFeatures {
         BalloonFeature::probe,
         Stats::probe,
         Reporting::probe,
-        HostRequests::probe,
+        requests::feature::probe,
     ];
 
     fn parameters() -> Parameters {

@@ -87,7 +87,7 @@ impl Balloon {
         // Free first, notify later: a host that is busy reading keeps the guest's CPUs waiting. (QEMU
         // handles a queue, like every access to a device, under one lock.)
         if again != Some(0) {
-            deflate::tell_backlog(&self.deflate);
+            deflate::send_backlog(&self.deflate);
             migration_reports::send(self.moves(), &mut worker.inflate, &self.deflate);
         }
 

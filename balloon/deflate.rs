@@ -14,9 +14,9 @@
 
 use crate::{
     balloon::migration::{
-        Move,
-        Moves,
-        Still, //
+        Migration,
+        MigrationGuard,
+        PendingMigrations, //
     },
     messages::{
         message::{
@@ -24,16 +24,14 @@ use crate::{
             Pages,
             Payload, //
         },
-        terms::Terms, //
+        negotiated::Negotiated, //
     },
     rust::{
         mm::{
             balloon_pages::BalloonPages,
             batch::Batch,
-            page_list::{
-                PageList, //
-                MAX_ORDER,
-            },
+            page::MAX_ORDER,
+            page_list::PageList,
             range_stack::RangeStack, //
         },
         trace::{
@@ -54,8 +52,8 @@ const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The deflate queue.
 pub(crate) struct Deflate {
-    pub(crate) queue: MessageQueue<Move>,
-    terms: Terms,
+    pub(crate) queue: MessageQueue<Migration>,
+    terms: Negotiated,
     /// Kernel pages that are free when the device has answered.
     leaving: usize,
     /// What the device has to be told when the queue has room again.
@@ -64,7 +62,7 @@ pub(crate) struct Deflate {
 
 impl Deflate {
     /// Begins with an empty queue.
-    pub(crate) fn new(queue: MessageQueue<Move>, terms: Terms) -> Self {
+    pub(crate) fn new(queue: MessageQueue<Migration>, terms: Negotiated) -> Self {
         Self {
             queue,
             terms,
@@ -89,14 +87,14 @@ impl Deflate {
     }
 
     /// Takes back what a device has that was reset. It has to be dropped without a spinlock.
-    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload<Move>>> {
+    pub(crate) fn detach_unused(&mut self) -> KVec<Option<Payload<Migration>>> {
         self.forget();
         self.leaving = 0;
-        self.queue.take_back()
+        self.queue.detach_unused()
     }
 
     /// Sends one message about pages in the backlog. Returns whether there may be another one.
-    fn tell_next(&mut self) -> bool {
+    fn send_next(&mut self) -> bool {
         if self.queue.room() == 0 || self.backlog.is_empty() {
             return false;
         }
@@ -114,14 +112,17 @@ impl Deflate {
 
 /// Tells the device as much of what it has to know as the queue has room for: one message under each
 /// hold of the lock.
-pub(crate) fn tell_backlog(deflate: &SpinLock<Deflate>) {
-    while deflate.lock().tell_next() {}
+pub(crate) fn send_backlog(deflate: &SpinLock<Deflate>) {
+    while deflate.lock().send_next() {}
 
     deflate.lock().queue.notify();
 }
 
 /// Takes note of what the device has answered. Returns the number of answers.
-pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> usize {
+pub(crate) fn collect(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<PendingMigrations>,
+) -> usize {
     let mut answers = 0;
 
     loop {
@@ -138,7 +139,7 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
                 drop(pages);
                 deflate.lock().leaving -= freed;
             }
-            Pages::Moves(moves) => balloon.replacer().told_old(moves),
+            Pages::PendingMigrations(moves) => balloon.replacer().acknowledged_old(moves),
         }
         answers += 1;
     }
@@ -146,8 +147,8 @@ pub(crate) fn collect(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>
 
 /// What takes pages out of a balloon, but for those that the device may not know of yet.
 struct Taker<'a> {
-    balloon: &'a BalloonPages<Moves>,
-    still: &'a Still<'a>,
+    balloon: &'a BalloonPages<PendingMigrations>,
+    still: &'a MigrationGuard<'a>,
     /// Whether only nodes that are short of memory get some.
     where_needed: bool,
     /// These, of which there are as many as moves. They have to go back.
@@ -161,7 +162,8 @@ impl Taker<'_> {
             let mut pages = self.balloon.take(max, max_blocks, self.where_needed);
             let taken = pages.len();
 
-            self.still.set_aside(&mut pages, &mut self.unknown);
+            self.still
+                .split_off_unacknowledged(&mut pages, &mut self.unknown);
             if taken == 0 || !pages.is_empty() {
                 return pages;
             }
@@ -173,21 +175,21 @@ impl Taker<'_> {
 /// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
 /// has answered.
 ///
-/// The device learns of it by [`tell_backlog`]. It has to know of the pages' arrival before: those
+/// The device learns of it by [`send_backlog`]. It has to know of the pages' arrival before: those
 /// of which it does not stay in the balloon, and `still` keeps others from becoming such. `batch` is
 /// where pages are put in order.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
-    balloon: &BalloonPages<Moves>,
+    balloon: &BalloonPages<PendingMigrations>,
     batch: &mut Batch,
     wanted: usize,
     reason: Reason,
-    still: &Still<'_>,
+    still: &MigrationGuard<'_>,
 ) -> usize {
     let terms = deflate.lock().terms;
-    let tell_first = match reason {
-        Reason::Target | Reason::GoingOffline => terms.tell_first(),
-        Reason::OutOfMemory => terms.tell_first_out_of_memory(),
+    let notify_first = match reason {
+        Reason::Target | Reason::GoingOffline => terms.notify_first(),
+        Reason::OutOfMemory => terms.notify_first_out_of_memory(),
     };
     let mut taker = Taker {
         balloon,
@@ -200,7 +202,7 @@ pub(crate) fn release(
     while released < wanted {
         let some = wanted - released;
 
-        match if tell_first {
+        match if notify_first {
             gather(deflate, &mut taker, batch, some);
             tell(deflate, balloon, batch)
         } else {
@@ -220,7 +222,7 @@ pub(crate) fn release(
 /// Returns whether it could be told of all.
 pub(crate) fn evacuate(
     deflate: &SpinLock<Deflate>,
-    balloon: &BalloonPages<Moves>,
+    balloon: &BalloonPages<PendingMigrations>,
     batch: &mut Batch,
     pfns: &Range<u64>,
 ) -> bool {
@@ -251,16 +253,22 @@ fn trace(deflate: &SpinLock<Deflate>, pages: usize, reason: Reason) {
 
 /// Returns whether pages that were released because memory ran out can be used: only where the
 /// device must be told first does that depend on its answer.
-pub(crate) fn is_over(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
-    let tell_first = deflate.lock().terms.tell_first_out_of_memory();
+pub(crate) fn is_over(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<PendingMigrations>,
+) -> bool {
+    let notify_first = deflate.lock().terms.notify_first_out_of_memory();
 
-    !tell_first || is_answered(deflate, balloon)
+    !notify_first || is_answered(deflate, balloon)
 }
 
 /// Returns whether the device knows of all that has left the balloon, after it was told as much as
 /// it can be now.
-pub(crate) fn is_answered(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>) -> bool {
-    tell_backlog(deflate);
+pub(crate) fn is_answered(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<PendingMigrations>,
+) -> bool {
+    send_backlog(deflate);
     collect(deflate, balloon);
     !deflate.lock().is_pending()
 }
@@ -297,7 +305,11 @@ fn gather(deflate: &SpinLock<Deflate>, taker: &mut Taker<'_>, batch: &mut Batch,
 
 /// Tells the device of what is in `batch`, which is freed when it has answered. Returns how many
 /// pages it could be told of; the others stay in the balloon.
-fn tell(deflate: &SpinLock<Deflate>, balloon: &BalloonPages<Moves>, batch: &mut Batch) -> usize {
+fn tell(
+    deflate: &SpinLock<Deflate>,
+    balloon: &BalloonPages<PendingMigrations>,
+    batch: &mut Batch,
+) -> usize {
     let mut told = 0;
 
     while batch.pages() > 0 {

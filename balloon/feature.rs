@@ -6,7 +6,7 @@
 
 use crate::{
     balloon::{
-        migration::Move,
+        migration::Migration,
         quiesce,
         state::Balloon, //
     },
@@ -65,7 +65,7 @@ fn take_queues(
     dev: &virtio::Device<Core<'_>>,
     queues: &mut Queues<'_>,
     settings: &Settings,
-) -> Result<(MessageQueue<Move>, MessageQueue<Move>)> {
+) -> Result<(MessageQueue<Migration>, MessageQueue<Migration>)> {
     let format = match dev.has_feature(F_PAGE_SETS) {
         true => Format::PageSets(settings.encoding()),
         false => Format::Pfns(dev.byte_order()),

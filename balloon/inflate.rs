@@ -12,8 +12,8 @@
 
 use crate::{
     balloon::migration::{
-        Move,
-        Moves, //
+        Migration,
+        PendingMigrations, //
     },
     messages::message::{
         MessageQueue,
@@ -23,7 +23,7 @@ use crate::{
         mm::{
             balloon_pages::BalloonPages,
             batch::Batch,
-            page_list::MAX_ORDER, //
+            page::MAX_ORDER, //
         },
         trace, //
     },
@@ -43,7 +43,7 @@ const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
-    pub(crate) queue: MessageQueue<Move>,
+    pub(crate) queue: MessageQueue<Migration>,
     /// Pages in messages that the device has not used yet.
     in_flight: usize,
 }
@@ -61,7 +61,7 @@ pub(crate) enum Stop {
 
 impl Inflate {
     /// Begins with an empty queue.
-    pub(crate) fn new(queue: MessageQueue<Move>) -> Self {
+    pub(crate) fn new(queue: MessageQueue<Migration>) -> Self {
         Self {
             queue,
             in_flight: 0,
@@ -69,9 +69,9 @@ impl Inflate {
     }
 
     /// Frees what a device has that was reset.
-    pub(crate) fn take_back(&mut self) {
+    pub(crate) fn detach_unused(&mut self) {
         self.in_flight = 0;
-        drop(self.queue.take_back());
+        drop(self.queue.detach_unused());
     }
 
     /// Returns how many pages the device has not answered for yet.
@@ -80,7 +80,7 @@ impl Inflate {
     }
 
     /// Puts the pages that the device has answered for into `balloon`. Returns how many there were.
-    pub(crate) fn collect(&mut self, balloon: &BalloonPages<Moves>) -> usize {
+    pub(crate) fn collect(&mut self, balloon: &BalloonPages<PendingMigrations>) -> usize {
         let mut collected = 0;
 
         while let Some(pages) = self.queue.next_used() {
@@ -89,7 +89,7 @@ impl Inflate {
                     collected += pages.len();
                     balloon.insert(pages);
                 }
-                Pages::Moves(moves) => balloon.replacer().told_new(moves),
+                Pages::PendingMigrations(moves) => balloon.replacer().acknowledged_new(moves),
             }
         }
 
@@ -102,7 +102,7 @@ impl Inflate {
     /// `balloon`.
     pub(crate) fn fill(
         &mut self,
-        balloon: &BalloonPages<Moves>,
+        balloon: &BalloonPages<PendingMigrations>,
         batch: &mut Batch,
         mut source: impl Source,
         mut wanted: usize,
@@ -162,7 +162,7 @@ impl Inflate {
             }
 
             // The device reads these while the next ones are written.
-            if self.queue.unannounced() == MESSAGES_PER_NOTIFICATION {
+            if self.queue.unnotified() == MESSAGES_PER_NOTIFICATION {
                 self.queue.notify();
             }
         }

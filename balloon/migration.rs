@@ -14,17 +14,17 @@
 
 use crate::{
     messages::{
-        message::MOVES_PER_MESSAGE,
-        terms::Terms, //
+        message::MIGRATIONS_PER_MESSAGE,
+        negotiated::Negotiated, //
     },
     rust::{
         mm::{
-            balloon_pages::{
+            page_list::PageList,
+            replace::{
+                MigratePage,
                 OldPage,
-                PageRef,
-                Replace, //
-            },
-            page_list::PageList, //
+                PageRef, //
+            }, //
         },
         work::task::Waker, //
     }, //
@@ -46,7 +46,7 @@ use kernel::{
 const PAUSE: Delta = Delta::from_micros(200);
 
 /// A page that has taken the place of another one. The numbers are those of kernel pages.
-pub(crate) struct Move {
+pub(crate) struct Migration {
     pub(super) new: u64,
     pub(super) old: u64,
     /// Keeps the old page from being used before the device has been told, where it insists on
@@ -56,26 +56,26 @@ pub(crate) struct Move {
 
 /// The moves that the device has to be told of.
 #[pin_data]
-pub(crate) struct Moves {
+pub(crate) struct PendingMigrations {
     waker: Waker,
     #[pin]
     inner: SpinLock<Inner>,
 }
 
 struct Inner {
-    terms: Terms,
+    terms: Negotiated,
     /// Whether the balloon's task lets pages be moved.
     allowed: bool,
-    /// How many [`Still`] there are.
+    /// How many [`MigrationGuard`] there are.
     still: usize,
     /// Moves that the device has not been told of. Never grows beyond its capacity.
-    waiting: KVec<Move>,
+    waiting: KVec<Migration>,
     /// The new pages of `waiting`, and those of a message that the device has not used. As many at most, in ascending order.
     waiting_new: KVec<u64>,
     telling: KVec<u64>,
     /// Moves of which the device knows the new pages, if any. `None` while they are part of a
     /// message.
-    told: Option<KVec<Move>>,
+    told: Option<KVec<Migration>>,
 }
 
 impl Inner {
@@ -92,12 +92,12 @@ impl Inner {
 }
 
 /// As long as it exists, no page is moved.
-pub(crate) struct Still<'a>(&'a Moves);
+pub(crate) struct MigrationGuard<'a>(&'a PendingMigrations);
 
-impl Still<'_> {
+impl MigrationGuard<'_> {
     /// Takes those pages off `pages` of which the device may not know yet that they are in the
     /// balloon, and puts them on `unknown`.
-    pub(crate) fn set_aside(&self, pages: &mut PageList, unknown: &mut PageList) {
+    pub(crate) fn split_off_unacknowledged(&self, pages: &mut PageList, unknown: &mut PageList) {
         let inner = self.0.inner.lock();
 
         if !inner.telling.is_empty() || !inner.waiting.is_empty() {
@@ -106,24 +106,24 @@ impl Still<'_> {
     }
 }
 
-impl Drop for Still<'_> {
+impl Drop for MigrationGuard<'_> {
     fn drop(&mut self) {
         self.0.inner.lock().still -= 1;
     }
 }
 
-impl Moves {
+impl PendingMigrations {
     /// Returns an initialiser for a balloon whose task `waker` schedules. No page is moved before
     /// that [allows](Self::allow) it.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(waker: Waker, terms: Terms) -> Result<impl PinInit<Self, Error>> {
-        let waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
-        let waiting_new = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
-        let telling = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
-        let told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
+    pub(crate) fn new(waker: Waker, terms: Negotiated) -> Result<impl PinInit<Self, Error>> {
+        let waiting = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
+        let waiting_new = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
+        let telling = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
+        let told = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
 
         Ok(try_pin_init!(Self {
             waker,
@@ -137,14 +137,14 @@ impl Moves {
                     telling,
                     told,
                 },
-                "Moves::inner"
+                "PendingMigrations::inner"
             ),
         }))
     }
 
     /// Forgets what a device that was reset has not been told, and lets no page be moved before the
     /// [`reset`](Self::reset) for the next one.
-    pub(crate) fn take_back(&self) {
+    pub(crate) fn detach_unused(&self) {
         let mut inner = self.inner.lock();
 
         inner.telling.clear();
@@ -160,9 +160,9 @@ impl Moves {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn reset(&self, terms: Terms) -> Result {
-        let mut waiting = KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?;
-        let mut told = Some(KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?);
+    pub(crate) fn reset(&self, terms: Negotiated) -> Result {
+        let mut waiting = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
+        let mut told = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
         let mut inner = self.inner.lock();
 
         inner.terms = terms;
@@ -182,9 +182,9 @@ impl Moves {
     }
 
     /// Keeps all pages where they are, for as long as the result exists.
-    pub(crate) fn hold_still(&self) -> Still<'_> {
+    pub(crate) fn block(&self) -> MigrationGuard<'_> {
         self.inner.lock().still += 1;
-        Still(self)
+        MigrationGuard(self)
     }
 
     /// Returns whether the device knows of all pages in the balloon now.
@@ -196,7 +196,7 @@ impl Moves {
     /// acknowledged all of the last ones. `send` returns the migrations if it could not.
     pub(super) fn report_new(
         &self,
-        send: impl FnOnce(KVec<Move>) -> core::result::Result<(), KVec<Move>>,
+        send: impl FnOnce(KVec<Migration>) -> core::result::Result<(), KVec<Migration>>,
     ) -> bool {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
@@ -223,7 +223,7 @@ impl Moves {
     /// whether that was done.
     pub(super) fn report_old(
         &self,
-        send: impl FnOnce(KVec<Move>) -> core::result::Result<(), KVec<Move>>,
+        send: impl FnOnce(KVec<Migration>) -> core::result::Result<(), KVec<Migration>>,
     ) -> bool {
         let Some(moves) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
             return false;
@@ -239,7 +239,7 @@ impl Moves {
     }
 
     /// The device knows the new pages of `moves`.
-    pub(crate) fn told_new(&self, moves: KVec<Move>) {
+    pub(crate) fn acknowledged_new(&self, moves: KVec<Migration>) {
         let mut inner = self.inner.lock();
 
         inner.telling.clear();
@@ -247,18 +247,18 @@ impl Moves {
     }
 
     /// The device knows that the old pages of `moves` have left the balloon.
-    pub(crate) fn told_old(&self, mut moves: KVec<Move>) {
+    pub(crate) fn acknowledged_old(&self, mut moves: KVec<Migration>) {
         moves.clear();
         self.inner.lock().told = Some(moves);
     }
 }
 
-impl Replace for Moves {
+impl MigratePage for PendingMigrations {
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
         let mut inner = self.inner.lock();
 
         // A page that the protocol cannot name is no use in the balloon.
-        if !inner.terms.can_name(new) {
+        if !inner.terms.can_describe(new) {
             return Err(EOVERFLOW);
         }
 
@@ -272,10 +272,10 @@ impl Replace for Moves {
             return Err(EAGAIN);
         }
 
-        let this = Move {
+        let this = Migration {
             new,
             old: old.pfn(),
-            _kept: inner.terms.tell_first().then(|| old.keep()),
+            _kept: inner.terms.notify_first().then(|| old.keep()),
         };
         let first = inner.waiting.is_empty();
         let result = inner.waiting.push_within_capacity(this).map_err(|_| EAGAIN);

@@ -41,7 +41,7 @@ impl GoingOffline for Task<Balloon> {
             if answers > 0 {
                 self.queue_used();
             }
-            deflate::tell_backlog(&self.deflate);
+            deflate::send_backlog(&self.deflate);
             migration_reports::send(self.moves(), &mut worker.inflate, &self.deflate);
             (worker.inflate.in_flight() == 0
                 && !self.deflate.lock().is_pending()

@@ -50,7 +50,7 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
 
-        let still = self.moves().hold_still();
+        let still = self.moves().block();
         let wanted = (there / 8).max(OOM_SHARE);
         let released = deflate::release(
             &self.deflate,

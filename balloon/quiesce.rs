@@ -100,8 +100,8 @@ pub(super) fn shut_down(task: &Task<Balloon>) {
 pub(super) fn reclaim(balloon: &Balloon) {
     while !balloon.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
 
-    balloon.worker.lock().inflate.take_back();
-    balloon.moves().take_back();
+    balloon.worker.lock().inflate.detach_unused();
+    balloon.moves().detach_unused();
     // Dropped when the lock has been released: that may sleep.
-    let _before = balloon.deflate.lock().take_back();
+    let _before = balloon.deflate.lock().detach_unused();
 }

@@ -20,9 +20,10 @@ use crate::{
     },
     device::timeouts,
     rust::{
-        mm::memory::{
-            self,
-            Node, //
+        mm::{
+            drain,
+            memory,
+            node::Node, //
         },
         trace::Reason,
         work::task::Task, //
@@ -77,7 +78,7 @@ impl Balloon {
             }
         }
 
-        let reserve = memory::Taking::begin();
+        let reserve = memory::ReserveGuard::begin();
         let above_floor = self.spare_pages();
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
@@ -125,7 +126,7 @@ impl Balloon {
         let above_floor = with_lists.saturating_sub(self.settings.floor_pages());
 
         if above_floor >= wanted.min(WORTH_DRAINING) {
-            memory::drain_free_lists();
+            drain::drain_free_lists();
         }
     }
 
@@ -237,7 +238,7 @@ impl Balloon {
         if !self.moves().is_settled() {
             return None;
         }
-        let still = self.moves().hold_still();
+        let still = self.moves().block();
         let released = deflate::release(
             &self.deflate,
             &self.pages,

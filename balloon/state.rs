@@ -3,7 +3,7 @@
 //! The state of a balloon, and what can be read off it.
 //!
 //! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then
-//! [`Moves`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory is allocated
+//! [`PendingMigrations`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory is allocated
 //! under the first one only, which nobody takes who frees memory for others but the notifier of
 //! memory that goes offline.
 
@@ -15,12 +15,12 @@ use crate::{
         deflate::Deflate,
         inflate::Inflate,
         migration::{
-            Move,
-            Moves, //
+            Migration,
+            PendingMigrations, //
         },
         stop_reason::{
             StopReason,
-            Teller, //
+            StopReasonReporter, //
         },
         target::{
             self,
@@ -34,16 +34,14 @@ use crate::{
     },
     messages::{
         message::MessageQueue,
-        terms::Terms, //
+        negotiated::Negotiated, //
     },
     rust::{
         mm::{
             balloon_pages::BalloonPages,
             batch::Batch,
-            memory::{
-                self,
-                Node, //
-            }, //
+            memory,
+            node::Node, //
         },
         virtio,
         virtio_balloon,
@@ -100,7 +98,7 @@ pub(crate) struct Balloon {
     /// Why the balloon is smaller than the target, as a number of the protocol.
     pub(super) reason: Atomic<u32>,
 
-    pub(super) pages: BalloonPages<Moves>,
+    pub(super) pages: BalloonPages<PendingMigrations>,
 
     /// What takes memory blocks, where that is better than to allocate memory.
     pub(super) taker: Option<Arc<Task<Taker>>>,
@@ -150,7 +148,7 @@ pub(super) struct Worker {
     pub(super) stopped: Option<StopReason>,
     /// What the guest could spare when the balloon did not grow, in kernel pages.
     pub(super) spare: usize,
-    pub(super) teller: Teller,
+    pub(super) reporter: StopReasonReporter,
     /// The target that was read last, in balloon pages.
     pub(super) wanted: u32,
     /// The size that was reported last, in balloon pages.
@@ -173,8 +171,8 @@ pub(super) struct Worker {
 /// Sets up what exists for as long as the device is not reset.
 fn set_up(
     dev: &virtio::Device<Core<'_>>,
-    inflate: MessageQueue<Move>,
-    deflate: MessageQueue<Move>,
+    inflate: MessageQueue<Migration>,
+    deflate: MessageQueue<Migration>,
 ) -> Result<(Worker, Deflate)> {
     Ok((
         Worker {
@@ -185,7 +183,7 @@ fn set_up(
             blocks_taken: false,
             stopped: None,
             spare: 0,
-            teller: Teller::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
+            reporter: StopReasonReporter::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
             wanted: 0,
             actual: None,
             answered: [0; 2],
@@ -196,7 +194,7 @@ fn set_up(
             error: None,
             log_limit: LogLimit::new(),
         },
-        Deflate::new(deflate, Terms::of(dev)),
+        Deflate::new(deflate, Negotiated::of(dev)),
     ))
 }
 
@@ -205,8 +203,8 @@ impl Balloon {
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
-        inflate: MessageQueue<Move>,
-        deflate: MessageQueue<Move>,
+        inflate: MessageQueue<Migration>,
+        deflate: MessageQueue<Migration>,
         tasks: &Arc<TaskQueue>,
         settings: Arc<Settings>,
         wakeup: Arc<WakeupSource>,
@@ -235,7 +233,7 @@ impl Balloon {
             }
             false => None,
         };
-        let moves = Moves::new(slot.waker(), Terms::of(dev))?;
+        let moves = PendingMigrations::new(slot.waker(), Negotiated::of(dev))?;
         let pages = BalloonPages::new(adjust_managed, moves)?;
         let oom_batch = Batch::new()?;
         let dev = (&**dev).into();
@@ -263,12 +261,12 @@ impl Balloon {
     pub(crate) fn attach(
         &self,
         dev: &virtio::Device<Core<'_>>,
-        inflate: MessageQueue<Move>,
-        deflate: MessageQueue<Move>,
+        inflate: MessageQueue<Migration>,
+        deflate: MessageQueue<Migration>,
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
-        self.moves().reset(Terms::of(dev))?;
+        self.moves().reset(Negotiated::of(dev))?;
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
@@ -280,7 +278,7 @@ impl Balloon {
         Ok(())
     }
 
-    pub(super) fn moves(&self) -> &Moves {
+    pub(super) fn moves(&self) -> &PendingMigrations {
         self.pages.replacer()
     }
 
@@ -413,7 +411,7 @@ impl Balloon {
             worker.actual = Some(actual);
         }
         worker
-            .teller
+            .reporter
             .tell(&worker.config, self.stop_reason(worker, step))?;
         worker.accessed = Instant::now();
 

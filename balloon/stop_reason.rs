@@ -65,14 +65,14 @@ impl StopReason {
 }
 
 /// Tells a device that wants to know.
-pub(crate) struct Teller {
+pub(crate) struct StopReasonReporter {
     /// Whether it wants to.
     wanted: bool,
     /// What it was told last.
     told: u32,
 }
 
-impl Teller {
+impl StopReasonReporter {
     /// Begins with a device that was reset, which knows of no reason (docs/protocol.md, SR-V1).
     pub(crate) fn new(wanted: bool) -> Self {
         Self {

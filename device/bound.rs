@@ -116,7 +116,7 @@ impl Bound {
             }
         }
         drop(setup);
-        dev_info!(dev, "features: {}\n", negotiation::Negotiated(dev));
+        dev_info!(dev, "features: {}\n", negotiation::NegotiatedFeatures(dev));
 
         Ok(Self {
             features,

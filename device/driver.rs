@@ -17,6 +17,7 @@ use crate::{
     },
     rust::{
         fs::sysfs::Attributes,
+        mm::locks,
         virtio, //
     }, //
 };
@@ -48,6 +49,10 @@ impl<F: Features> virtio::Driver for Driver<F> {
     const ID_TABLE: virtio::IdTable = F::ID_TABLE;
     const FEATURES: &'static [virtio::Feature] = &negotiation::FEATURES;
     const QUEUE_CALLBACKS: &'static [fn(&Bound)] = Bound::QUEUE_CALLBACKS;
+
+    fn init() {
+        locks::init();
+    }
 
     fn attributes() -> Option<&'static Attributes<Bound>> {
         Some(&ATTRIBUTES)

@@ -122,9 +122,9 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
 }
 
 /// What was negotiated with a device, in words.
-pub(crate) struct Negotiated<'a, 'b>(pub(crate) &'a virtio::Device<Core<'b>>);
+pub(crate) struct NegotiatedFeatures<'a, 'b>(pub(crate) &'a virtio::Device<Core<'b>>);
 
-impl fmt::Display for Negotiated<'_, '_> {
+impl fmt::Display for NegotiatedFeatures<'_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("inflate and deflate")?;
         for known in &KNOWN {

@@ -15,7 +15,7 @@ use crate::rust::{
     virtio::{
         self,
         FoundQueues,
-        Traffic,
+        QueueStats,
         Virtqueue, //
     },
     virtio_balloon, //
@@ -84,7 +84,7 @@ impl Queue {
 }
 
 /// What has gone through the queues since the driver was bound.
-pub(crate) struct Statistics([Arc<Traffic>; Queue::ALL.len()]);
+pub(crate) struct Statistics([Arc<QueueStats>; Queue::ALL.len()]);
 
 impl Statistics {
     /// Begins with nothing.
@@ -93,7 +93,7 @@ impl Statistics {
     ///
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self> {
-        let new = || Arc::new(Traffic::new(), GFP_KERNEL);
+        let new = || Arc::new(QueueStats::new(), GFP_KERNEL);
 
         Ok(Self([new()?, new()?, new()?, new()?, new()?, new()?]))
     }

@@ -4,6 +4,6 @@
 
 pub(crate) mod budget;
 pub(crate) mod hinting;
-pub(crate) mod host_requests;
 pub(crate) mod reporting;
+pub(crate) mod requests;
 pub(crate) mod stats;

@@ -32,8 +32,8 @@ use crate::{
             memory,
             page_reporting::{
                 FreePages,
-                Loan,
                 Report,
+                ReportToken,
                 Reporter, //
             }, //
         },
@@ -42,9 +42,9 @@ use crate::{
                 GoingOffline,
                 OfflineNotifier, //
             },
-            sleep::{
-                SleepNotifier,
-                Sleeper, //
+            suspend::{
+                SuspendNotifier,
+                SuspendNotify, //
             }, //
         },
         virtio::{
@@ -81,7 +81,7 @@ use kernel::{
 };
 
 /// A virtqueue for reports.
-type ReportingQueue = Virtqueue<Loan>;
+type ReportingQueue = Virtqueue<ReportToken>;
 
 /// What reports go through.
 #[pin_data]
@@ -107,7 +107,7 @@ impl Report for Reports {
     fn report(&self, pages: FreePages<'_>) -> Result {
         // A device may keep these pages for as long as it likes. They are set aside already: who
         // takes memory after this look knows of them, and who had looked before has taken his.
-        let taking = memory::Taking::begin();
+        let taking = memory::ReserveGuard::begin();
         let available = match pages.are_movable() {
             true => memory::available_pages(),
             false => memory::kernel_available_pages(),
@@ -121,7 +121,7 @@ impl Report for Reports {
         if self.sleeping.load(Acquire) || self.going_offline.load(Acquire) {
             return Err(EBUSY);
         }
-        queue.lend(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
+        queue.report_and_wait(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
         self.reported.add(pages.bytes(), Relaxed);
         Ok(())
     }
@@ -137,8 +137,8 @@ impl Reports {
     }
 }
 
-impl Sleeper for Reports {
-    fn before_sleep(&self) {
+impl SuspendNotify for Reports {
+    fn before_suspend(&self) {
         self.sleeping.store(true, Release);
         if !self.settle() {
             dev_warn!(
@@ -150,7 +150,7 @@ impl Sleeper for Reports {
         }
     }
 
-    fn after_sleep(&self) {
+    fn after_suspend(&self) {
         if self.out_of_time.load(Acquire) {
             // As long as that is set nothing keeps the lock for the device's sake.
             if self.queue.lock().is_reset() {
@@ -183,7 +183,7 @@ impl GoingOffline for Reports {
 /// It has to be dropped after the device was reset, since a device that does not answer keeps a
 /// report until then.
 pub(crate) struct Reporting {
-    _sleep: Pin<KBox<SleepNotifier<Reports>>>,
+    _sleep: Pin<KBox<SuspendNotifier<Reports>>>,
     _offline: Pin<KBox<OfflineNotifier<Reports>>>,
     registered: SetOnce<Pin<KBox<Reporter<Reports>>>>,
     reports: Arc<Reports>,
@@ -211,7 +211,7 @@ impl Reporting {
         });
         let reports = Arc::pin_init(reports, GFP_KERNEL)?;
         let reporting = Self {
-            _sleep: KBox::pin_init(SleepNotifier::new(reports.clone()), GFP_KERNEL)?,
+            _sleep: KBox::pin_init(SuspendNotifier::new(reports.clone()), GFP_KERNEL)?,
             _offline: KBox::pin_init(OfflineNotifier::new(reports.clone()), GFP_KERNEL)?,
             registered: SetOnce::new(),
             reports,

@@ -22,7 +22,7 @@ use crate::{
         }, //
     },
     rust::{
-        mm::memory,
+        mm::info::Info,
         virtio::{
             self,
             ByteOrder,
@@ -123,7 +123,7 @@ impl Stats {
             return;
         };
 
-        collect(&mut buffer, &memory::Info::now(), self.byte_order);
+        collect(&mut buffer, &Info::now(), self.byte_order);
 
         // There is room: this is the only buffer. If the queue is broken or the device gone, nobody
         // asks any more, and the buffer waits for the next device.
@@ -180,7 +180,7 @@ impl Job for Stats {
 
 /// Fills `buffer` with the numbers in `info`: always the same ones, in the same order. What this
 /// kernel does not count is left out.
-pub(crate) fn collect(buffer: &mut KVec<Stat>, info: &memory::Info, order: ByteOrder) {
+pub(crate) fn collect(buffer: &mut KVec<Stat>, info: &Info, order: ByteOrder) {
     let events = info.has_events;
     let hugetlb = info.has_hugetlb;
 

@@ -9,10 +9,7 @@
 
 use crate::{
     balloon::target,
-    bitmap::{
-        Encoding,
-        Run, //
-    },
+    bitmap::Encoding,
     messages::{
         page_sets,
         pfns,
@@ -24,7 +21,8 @@ use crate::{
     rust::{
         mm::{
             batch::Batch,
-            page_list::PageList, //
+            page_list::PageList,
+            pfn_range::PfnRange, //
         },
         virtio::{
             ByteOrder,
@@ -42,7 +40,8 @@ use kernel::{
 
 /// How many moves a message names at most: as many pages as fit into one of the base protocol. A
 /// page set has room for more.
-pub(crate) const MOVES_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
+pub(crate) const MIGRATIONS_PER_MESSAGE: usize =
+    pfns::PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
 
 /// How many messages of the base protocol the device has at most. QEMU reads all that there are in
 /// one go, under a lock that the guest's CPUs need for their timers.
@@ -84,7 +83,7 @@ impl Format {
     /// Returns how many blocks a message names at least, wherever they lie.
     fn blocks_per_message(self) -> usize {
         match self {
-            Self::Pfns(_) => MOVES_PER_MESSAGE,
+            Self::Pfns(_) => MIGRATIONS_PER_MESSAGE,
             Self::PageSets(_) => page_sets::RUNS_PER_MESSAGE,
         }
     }
@@ -125,16 +124,14 @@ impl Message {
 }
 
 /// A batch, of which each block goes to a list when it was named.
-pub(crate) struct Named<'a> {
+pub(crate) struct Described<'a> {
     batch: &'a mut Batch,
     pages: PageList,
 }
 
-impl Runs for Named<'_> {
-    fn first(&mut self) -> Option<Run> {
-        let block = self.batch.first()?;
-
-        Run::new(block.pfn, block.len)
+impl Runs for Described<'_> {
+    fn first(&mut self) -> Option<PfnRange> {
+        self.batch.first()
     }
 
     fn advance(&mut self, pages: u64) {
@@ -154,7 +151,7 @@ pub(crate) struct Draft {
 impl Draft {
     /// Writes a message about the first pages in `batch`, as many as it has room for.
     pub(crate) fn write(mut self, batch: &mut Batch) -> Written {
-        let mut named = Named {
+        let mut named = Described {
             batch,
             pages: PageList::new(),
         };
@@ -180,7 +177,7 @@ pub(crate) enum Pages<M> {
     /// Pages that are nowhere else.
     List(PageList),
     /// Migrations of pages within the balloon.
-    Moves(KVec<M>),
+    PendingMigrations(KVec<M>),
 }
 
 /// What a virtqueue for messages carries.
@@ -196,7 +193,7 @@ pub(crate) struct MessageQueue<M> {
     /// Space to put moves in order.
     sorted: KVec<u64>,
     /// How many messages the device was not notified of.
-    unannounced: usize,
+    unnotified: usize,
     /// How many messages the device has used since the beginning.
     answered: usize,
 }
@@ -219,8 +216,8 @@ impl<M> MessageQueue<M> {
             format,
             command,
             spare,
-            sorted: KVec::with_capacity(MOVES_PER_MESSAGE, GFP_KERNEL)?,
-            unannounced: 0,
+            sorted: KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?,
+            unnotified: 0,
             answered: 0,
         })
     }
@@ -301,7 +298,7 @@ impl<M> MessageQueue<M> {
     pub(crate) fn send(&mut self, message: Message, pages: Pages<M>) -> Result<(), Pages<M>> {
         match self.vq.add((message, pages)) {
             Ok(()) => {
-                self.unannounced += 1;
+                self.unnotified += 1;
                 Ok(())
             }
             Err((message, pages)) => {
@@ -351,7 +348,7 @@ impl<M> MessageQueue<M> {
     /// # Errors
     ///
     /// Returns the moves, if there is no room or no memory for a message.
-    pub(crate) fn send_moves(
+    pub(crate) fn send_migrations(
         &mut self,
         moves: KVec<M>,
         pfn: impl Fn(&M) -> u64,
@@ -371,28 +368,28 @@ impl<M> MessageQueue<M> {
         let Ok(message) = message else {
             return Err(moves);
         };
-        match self.send(message, Pages::Moves(moves)) {
-            Err(Pages::Moves(moves)) => Err(moves),
+        match self.send(message, Pages::PendingMigrations(moves)) {
+            Err(Pages::PendingMigrations(moves)) => Err(moves),
             _ => Ok(()),
         }
     }
 
     /// Returns how many messages the device was not notified of.
-    pub(crate) fn unannounced(&self) -> usize {
-        self.unannounced
+    pub(crate) fn unnotified(&self) -> usize {
+        self.unnotified
     }
 
     /// Notifies the device of what was sent: once, however much it is.
     pub(crate) fn notify(&mut self) {
-        if self.unannounced > 0 {
+        if self.unnotified > 0 {
             self.vq.kick();
-            self.unannounced = 0;
+            self.unnotified = 0;
         }
     }
 
     /// Takes back what a device has that was reset. Nothing can be sent any more.
-    pub(crate) fn take_back(&mut self) -> KVec<Option<Payload<M>>> {
-        self.vq.take_back()
+    pub(crate) fn detach_unused(&mut self) -> KVec<Option<Payload<M>>> {
+        self.vq.detach_unused()
     }
 
     /// Returns the pages of the next message that the device has used.

@@ -3,7 +3,7 @@
 //! Messages that describe pages to the device.
 
 pub(crate) mod message;
+pub(crate) mod negotiated;
 pub(crate) mod page_sets;
 pub(crate) mod pfns;
 pub(crate) mod runs;
-pub(crate) mod terms;

@@ -4,15 +4,15 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{
-    bitmap::Run,
-    rust::mm::range_stack::RangeStack, //
+use crate::rust::mm::{
+    pfn_range::PfnRange,
+    range_stack::RangeStack, //
 };
 
 /// Runs of pages that a message is to name, in ascending order if it is to be a short one.
 pub(crate) trait Runs {
     /// Returns the first run, if there is one left.
-    fn first(&mut self) -> Option<Run>;
+    fn first(&mut self) -> Option<PfnRange>;
 
     /// Takes `pages` pages off the beginning of the first run.
     fn advance(&mut self, pages: u64);
@@ -24,10 +24,8 @@ pub(crate) trait Runs {
 }
 
 impl Runs for RangeStack {
-    fn first(&mut self) -> Option<Run> {
-        let range = self.top()?;
-
-        Run::new(range.first, range.len)
+    fn first(&mut self) -> Option<PfnRange> {
+        self.top()
     }
 
     fn advance(&mut self, pages: u64) {
@@ -36,14 +34,14 @@ impl Runs for RangeStack {
 }
 
 /// A single run.
-impl Runs for Option<Run> {
-    fn first(&mut self) -> Option<Run> {
+impl Runs for Option<PfnRange> {
+    fn first(&mut self) -> Option<PfnRange> {
         *self
     }
 
     fn advance(&mut self, pages: u64) {
         *self = self.and_then(|run| {
-            Run::new(
+            PfnRange::new(
                 run.first().saturating_add(pages),
                 run.len().saturating_sub(pages),
             )
@@ -55,8 +53,8 @@ impl Runs for Option<Run> {
 pub(crate) struct Sorted<'a>(pub(crate) &'a [u64]);
 
 impl Runs for Sorted<'_> {
-    fn first(&mut self) -> Option<Run> {
-        Run::new(*self.0.first()?, 1)
+    fn first(&mut self) -> Option<PfnRange> {
+        PfnRange::new(*self.0.first()?, 1)
     }
 
     fn advance(&mut self, pages: u64) {

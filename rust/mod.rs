@@ -13,6 +13,7 @@ mod bindings;
 pub(crate) mod fs;
 pub(crate) mod mm;
 pub(crate) mod notifiers;
+pub(crate) mod this_module;
 pub(crate) mod trace;
 pub(crate) mod virtio;
 pub(crate) mod virtio_balloon;

@@ -11,7 +11,15 @@
 #include <linux/tracepoint.h>
 
 #include "../uapi/linux/virtio_balloon_ext.h"
-#include "helpers.h"
+
+#ifndef TRACE_HEADER_MULTI_READ
+/* Why pages leave the balloon. */
+enum balloon_rs_reason {
+	BALLOON_RS_TARGET,
+	BALLOON_RS_OUT_OF_MEMORY,
+	BALLOON_RS_GOING_OFFLINE,
+};
+#endif
 
 TRACE_DEFINE_ENUM(BALLOON_RS_TARGET);
 TRACE_DEFINE_ENUM(BALLOON_RS_OUT_OF_MEMORY);

@@ -9,8 +9,7 @@ use crate::rust::bindings;
 
 /// `pages` kernel pages went to the device `virtio<device>`, which has not answered yet.
 pub(crate) fn inflate(device: u32, pages: usize) {
-    // SAFETY: The function writes two numbers down, which may be any.
-    unsafe { bindings::balloon_rs_trace_inflate(device, pages) }
+    bindings::rust_do_trace_virtio_balloon_rs_inflate(device, pages);
 }
 
 /// Why pages leave the balloon.
@@ -32,20 +31,16 @@ pub(crate) fn deflate(device: u32, pages: usize, reason: Reason) {
         Reason::GoingOffline => bindings::balloon_rs_reason_BALLOON_RS_GOING_OFFLINE,
     };
 
-    // SAFETY: The function writes three numbers down, which may be any.
-    unsafe { bindings::balloon_rs_trace_deflate(device, pages, reason) }
+    bindings::rust_do_trace_virtio_balloon_rs_deflate(device, pages, reason);
 }
 
 /// The device `virtio<device>` has made the request `id`.
 pub(crate) fn request(device: u32, id: u64, command: u16) {
-    // SAFETY: The function writes three numbers down, which may be any: also a command that nobody
-    // knows.
-    unsafe { bindings::balloon_rs_trace_request(device, id, command) }
+    bindings::rust_do_trace_virtio_balloon_rs_request(device, id, command);
 }
 
 /// A part of the answer to the request `id` was sent, which names `pages` kernel pages; or, with a
 /// `status` that is not 0, the last one.
 pub(crate) fn answer(device: u32, id: u64, pages: usize, status: u8) {
-    // SAFETY: The function writes four numbers down, which may be any.
-    unsafe { bindings::balloon_rs_trace_answer(device, id, pages, status) }
+    bindings::rust_do_trace_virtio_balloon_rs_answer(device, id, pages, status);
 }

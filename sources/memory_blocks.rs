@@ -23,13 +23,13 @@ use crate::{
         mm::{
             batch::Batch,
             memory,
-            memory_blocks::{
+            memory_block::{
                 has_virtio_mem,
                 MemoryBlock,
                 Taken, //
             },
             page_list::PageList,
-            zone::PLACES_PER_HOLD, //
+            zone::PFNS_PER_HOLD, //
         },
         virtio,
         work::task::{
@@ -407,7 +407,7 @@ const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
 fn candidates() -> Result<KVec<Candidate>> {
     let pages = MemoryBlock::pages();
     let mut found: KVec<Candidate> = KVec::new();
-    let mut walk = Walk::new(0..u64::MAX >> PAGE_SHIFT, MIN_ORDER, PLACES_PER_HOLD)?;
+    let mut walk = Walk::new(0..u64::MAX >> PAGE_SHIFT, MIN_ORDER, PFNS_PER_HOLD)?;
     let mut unused = Unused::new(&mut walk, usize::MAX, |_| ());
 
     while let Some(run) = unused.first() {

@@ -11,7 +11,7 @@ use crate::{
             Batch, //
         },
         memory,
-        page_list::MAX_ORDER, //
+        page::MAX_ORDER, //
     },
     sources::source::Source, //
 };

@@ -8,9 +8,15 @@
 //!
 //! C header: [`include/linux/debugfs.h`](srctree/include/linux/debugfs.h)
 
-use crate::rust::bindings;
+use crate::rust::{
+    bindings,
+    this_module, //
+};
 
-use core::ops::Deref;
+use core::{
+    ops::Deref,
+    ptr, //
+};
 use kernel::{
     container_of,
     fmt,
@@ -65,8 +71,7 @@ unsafe impl Sync for RawDir {}
 
 impl Drop for RawDir {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants. No file is left in it.
-        unsafe { bindings::balloon_rs_remove_shown(self.0) };
+        remove(self.0);
     }
 }
 
@@ -77,10 +82,16 @@ impl Dir {
     ///
     /// `ENOMEM`.
     pub(crate) fn new(name: &CStr) -> Result<Self> {
+        #[cfg(not(CONFIG_DEBUG_FS))]
+        let dir = {
+            let _ = name;
+            ptr::null_mut()
+        };
+        #[cfg(CONFIG_DEBUG_FS)]
         // SAFETY: The name is a string.
-        //
+        let dir = unsafe { bindings::debugfs_create_dir(name.as_char_ptr(), ptr::null_mut()) };
         // INVARIANT: It is what the function returns.
-        let dir = RawDir(unsafe { bindings::balloon_rs_create_dir(name.as_char_ptr()) });
+        let dir = RawDir(dir);
 
         Ok(Self(Arc::new(dir, GFP_KERNEL)?))
     }
@@ -93,21 +104,34 @@ impl Dir {
     ) -> impl PinInit<File<T>> + use<'_, T> {
         pin_init!(&this in File {
             what,
-            raw <- Opaque::new(bindings::balloon_rs_shown {
-                show: Some(File::<T>::callback),
+            raw <- Opaque::new(RawFile {
+                show: File::<T>::callback,
             }),
             // The last one but for what keeps the directory: the callback may come at once.
             //
-            // SAFETY: The name is a string, and the directory is there. What is shown stays where
-            // it is until the file is removed.
-            //
             // INVARIANT: It is what the function returns.
-            dentry: unsafe {
-                bindings::balloon_rs_create_shown(
-                    name.as_char_ptr(),
-                    self.0.0,
-                    Opaque::cast_into(&raw const (*this.as_ptr()).raw),
-                )
+            dentry: {
+                #[cfg(not(CONFIG_DEBUG_FS))]
+                let dentry = {
+                    let _ = (name, this);
+                    ptr::null_mut()
+                };
+                #[cfg(CONFIG_DEBUG_FS)]
+                // SAFETY: The name is a string, and the directory is there. What is shown stays where
+                // it is until the file is removed.
+                let dentry = unsafe {
+                    let raw = Opaque::cast_into(&raw const (*this.as_ptr()).raw);
+
+                    bindings::debugfs_create_file_full(
+                        name.as_char_ptr(),
+                        0o400,
+                        self.0.0,
+                        raw.cast(),
+                        ptr::null(),
+                        &OPERATIONS.0,
+                    )
+                };
+                dentry
             },
             _dir: self.clone(),
         })
@@ -124,7 +148,7 @@ impl Dir {
 pub(crate) struct File<T: Show> {
     what: T,
     #[pin]
-    raw: Opaque<bindings::balloon_rs_shown>,
+    raw: Opaque<RawFile>,
     dentry: *mut bindings::dentry,
     _dir: Dir,
 }
@@ -144,12 +168,14 @@ impl<T: Show> Deref for File<T> {
 }
 
 impl<T: Show> File<T> {
-    extern "C" fn callback(m: *mut bindings::seq_file, shown: *mut bindings::balloon_rs_shown) {
-        // SAFETY: By the type invariants it is part of a live `File<T>`, and nobody else uses the
-        // sequence.
+    /// # Safety
+    ///
+    /// `raw` must be that of a live `File<T>`, and `m` a sequence that nobody else uses.
+    unsafe fn callback(m: *mut bindings::seq_file, raw: *mut RawFile) {
+        // SAFETY: By the requirements of this function.
         let (this, m) = unsafe {
             (
-                &*container_of!(Opaque::cast_from(shown), Self, raw),
+                &*container_of!(Opaque::cast_from(raw), Self, raw),
                 SeqFile::from_raw(m),
             )
         };
@@ -161,8 +187,7 @@ impl<T: Show> File<T> {
 #[pinned_drop]
 impl<T: Show> PinnedDrop for File<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants. When this returns the callback does not run.
-        unsafe { bindings::balloon_rs_remove_shown(self.dentry) };
+        remove(self.dentry);
     }
 }
 
@@ -173,4 +198,55 @@ impl<T: Show> fmt::Display for Shown<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.show(f)
     }
+}
+
+/// What the kernel knows of a file.
+struct RawFile {
+    show: unsafe fn(*mut bindings::seq_file, *mut RawFile),
+}
+
+/// The operations of all files, which keep the module for as long as one is open.
+#[cfg(CONFIG_DEBUG_FS)]
+struct Operations(bindings::file_operations);
+
+#[cfg(CONFIG_DEBUG_FS)]
+// SAFETY: The operations are only read.
+unsafe impl Sync for Operations {}
+
+#[cfg(CONFIG_DEBUG_FS)]
+static OPERATIONS: Operations = Operations(bindings::file_operations {
+    owner: this_module::as_ptr(),
+    open: Some(open),
+    read: Some(bindings::seq_read),
+    llseek: Some(bindings::seq_lseek),
+    release: Some(bindings::single_release),
+    ..pin_init::zeroed()
+});
+
+#[cfg(CONFIG_DEBUG_FS)]
+extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: The kernel opens a file that `create_file` has made.
+    unsafe { bindings::single_open(file, Some(show), (*inode).i_private) }
+}
+
+#[cfg(CONFIG_DEBUG_FS)]
+extern "C" fn show(m: *mut bindings::seq_file, _: *mut c_void) -> c_int {
+    // SAFETY: `open` has passed what `create_file` has, which is there as long as the file.
+    unsafe {
+        let raw: *mut RawFile = (*m).private.cast();
+
+        ((*raw).show)(m, raw);
+    }
+    0
+}
+
+/// Removes a file or directory, if it is one. When this returns no operation runs.
+fn remove(dentry: *mut bindings::dentry) {
+    #[cfg(CONFIG_DEBUG_FS)]
+    // SAFETY: By the type invariants of the callers' types it is what creating it has returned.
+    unsafe {
+        bindings::debugfs_remove(dentry)
+    };
+    #[cfg(not(CONFIG_DEBUG_FS))]
+    let _ = dentry;
 }

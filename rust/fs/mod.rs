@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files of a device in debugfs and sysfs.
+//! Files of a device in debugfs and sysfs, and files of the kernel's that the driver writes.
 
 pub(crate) mod debugfs;
+pub(in crate::rust) mod file;
 pub(crate) mod sysfs;

@@ -12,21 +12,24 @@
 use crate::rust::{
     bindings,
     mm::{
-        memory::{
-            self,
-            Node, //
+        memory,
+        node::Node,
+        owned::{
+            on,
+            Allocated,
+            Block,
+            Single, //
         },
-        page_list::{
-            self,
-            PageList, //
-        }, //
+        page::{
+            Page, //
+            ORDER_MASK,
+        },
+        page_list::PageList,
+        pfn_range::PfnRange, //
     }, //
 };
 
-use core::ptr::{
-    self,
-    NonNull, //
-};
+use core::ptr;
 use kernel::{
     alloc::flags::__GFP_NOWARN,
     prelude::*, //
@@ -100,15 +103,6 @@ pub(crate) enum AllocError {
     NoBlock,
     /// There are no more windows.
     Full,
-}
-
-/// A block of neighbouring pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Block {
-    /// The first page frame number, in kernel pages.
-    pub(crate) pfn: u64,
-    /// The number of pages, at least 1.
-    pub(crate) len: u64,
 }
 
 /// A batch of memory. Dropping it frees the memory.
@@ -247,36 +241,25 @@ impl Batch {
             (false, false) => bindings::GFP_SPLIT_SMALL_BLOCK,
         };
 
-        // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
-        let page = unsafe { bindings::balloon_rs_alloc_block(self.node(), flags, order) };
-        let page = NonNull::new(page);
-        let page = page.ok_or(AllocError::NoBlock)?;
-        // SAFETY: The page was just allocated.
-        let pfn = unsafe { bindings::balloon_rs_page_to_pfn(page.as_ptr()) };
-
+        let block = Allocated::new(self.node(), flags, order).ok_or(AllocError::NoBlock)?;
+        let pfn = block.page().pfn();
         let Some(window) = self.window(pfn) else {
-            // SAFETY: The block was just allocated with this order.
-            unsafe { bindings::balloon_rs_free_block(page.as_ptr(), order) };
             return Err(AllocError::Full);
         };
 
         // A block does not cross the end of a window: it is aligned to its length, and shorter.
         //
-        // INVARIANT: The bits stand for the block, or for the pages it is split into, and that is
-        // how they are marked.
-        //
-        // SAFETY: The block was just allocated with this order and without `__GFP_COMP`, and nobody
-        // else knows it.
-        let blocks = unsafe {
-            if whole {
-                page_list::mark_block(page, order);
-                window.set(pfn, 1);
-                1
-            } else {
-                bindings::balloon_rs_split_block(page.as_ptr(), order);
-                window.set(pfn, 1 << order);
-                1 << order
-            }
+        // INVARIANT: The bits stand for the block, or for the pages it is split into.
+        let blocks = if whole {
+            block.mark().into_page();
+            window.set(pfn, 1);
+            1
+        } else {
+            block.split(|page| {
+                page.into_page();
+            });
+            window.set(pfn, 1 << order);
+            1 << order
         };
 
         self.blocks += blocks;
@@ -290,29 +273,27 @@ impl Batch {
         let wanted = wanted.min(MAX_SINGLES);
         let mut result = Err(AllocError::NoBlock);
 
+        let node = self.node();
         // SAFETY: The flags are valid ones, and there is room for so many pages.
         unsafe {
-            bindings::balloon_rs_alloc_pages_bulk(
-                self.node(),
-                bindings::GFP_BALLOON_PAGE,
-                wanted as c_int,
+            bindings::alloc_pages_bulk_node(
+                on(node, bindings::GFP_BALLOON_PAGE),
+                node,
+                wanted,
                 pages.as_mut_ptr(),
             )
         };
 
-        for page in pages.into_iter().map_while(NonNull::new) {
+        for page in pages {
             // SAFETY: The page was just allocated, and nobody else knows it. It has an order of 0.
-            //
-            // INVARIANT: It is marked as the batch's pages are, or free again.
-            unsafe {
-                bindings::balloon_rs_split_block(page.as_ptr(), 0);
-                result = if self.add_block(page, 0) {
-                    Ok(())
-                } else {
-                    bindings::__free_pages(page.as_ptr(), 0);
-                    Err(AllocError::Full)
-                };
-            }
+            let Some(page) = (unsafe { Page::from_raw(page).map(|page| Single::new(page)) }) else {
+                break;
+            };
+
+            result = match self.add_single(page) {
+                Ok(()) => Ok(()),
+                Err(_) => Err(AllocError::Full),
+            };
         }
 
         result
@@ -320,55 +301,57 @@ impl Batch {
 
     /// Takes what is on `list`, or as much as there is room for: the rest stays on the list.
     pub(crate) fn add(&mut self, list: &mut PageList) {
-        while let Some(page) = list.pop_block() {
-            // SAFETY: The block was on the list, and is marked.
-            //
-            // INVARIANT: The block is marked and the batch's, or the list's again.
-            unsafe {
-                if !self.add_block(page, page_list::order(page)) {
-                    list.push_block(page);
-                    return;
-                }
+        while let Some(block) = list.pop_block() {
+            if let Err(block) = self.add_block(block) {
+                return list.push_block(block);
             }
         }
-
         while let Some(page) = list.pop() {
-            // SAFETY: The page was on the list, and its `private` field is 0.
-            //
-            // INVARIANT: The page is the batch's, or the list's again.
-            unsafe {
-                if !self.add_block(page, 0) {
-                    list.push(page);
-                    return;
-                }
+            if let Err(page) = self.add_single(page) {
+                return list.push(page);
             }
         }
     }
 
-    /// Adds a block. Returns whether there was room.
-    ///
-    /// # Safety
-    ///
-    /// The caller owns the block, in the form that the type invariants ask for.
-    unsafe fn add_block(&mut self, page: NonNull<bindings::page>, order: u32) -> bool {
-        // SAFETY: The caller vouches for the page.
-        let pfn = unsafe { bindings::balloon_rs_page_to_pfn(page.as_ptr()) };
+    /// Adds a block, or returns it if there is no room.
+    fn add_block(&mut self, block: Block) -> Result<(), Block> {
+        if !self.add_page(block.page(), block.len()) {
+            return Err(block);
+        }
+        // INVARIANT: The bit that was set stands for it.
+        block.into_page();
+        Ok(())
+    }
+
+    /// Adds a page of order 0, or returns it if there is no room.
+    fn add_single(&mut self, page: Single) -> Result<(), Single> {
+        if !self.add_page(page.page(), 1) {
+            return Err(page);
+        }
+        // INVARIANT: The bit that was set stands for it.
+        page.into_page();
+        Ok(())
+    }
+
+    /// Sets the bit for a block of `len` pages. Returns whether there was room.
+    fn add_page(&mut self, page: Page, len: usize) -> bool {
+        let pfn = page.pfn();
         let Some(window) = self.window(pfn) else {
             return false;
         };
 
         window.set(pfn, 1);
         self.blocks += 1;
-        self.pages += 1 << order;
+        self.pages += len;
         true
     }
 
     /// Returns the first page of the first block, and its window is the first one then.
-    fn first_page(&mut self) -> Option<NonNull<bindings::page>> {
+    fn first_page(&mut self) -> Option<Page> {
         loop {
             if let Some(pfn) = self.windows.first_mut()?.first_block() {
                 // SAFETY: By the type invariants there is such a page.
-                return NonNull::new(unsafe { bindings::balloon_rs_pfn_to_page(pfn) });
+                return Some(unsafe { Page::from_pfn(pfn) });
             }
 
             // INVARIANT: No bit of the window is set, and there is room for all windows.
@@ -379,16 +362,10 @@ impl Batch {
     }
 
     /// Returns the first block.
-    pub(crate) fn first(&mut self) -> Option<Block> {
+    pub(crate) fn first(&mut self) -> Option<PfnRange> {
         let page = self.first_page()?;
 
-        // SAFETY: By the type invariants the page begins a block that is ours.
-        unsafe {
-            Some(Block {
-                pfn: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as u64,
-                len: 1 << page_list::order(page),
-            })
-        }
+        PfnRange::new(page.pfn() as u64, 1 << order(page))
     }
 
     /// Moves the first block to the end of `list`.
@@ -396,24 +373,20 @@ impl Batch {
         let Some(page) = self.first_page() else {
             return;
         };
+        let order = order(page);
 
-        // SAFETY: By the type invariants the page begins a block that is ours. It is the list's
-        // from here on.
-        //
         // INVARIANT: The block's bit is cleared.
+        if let Some(window) = self.windows.first_mut() {
+            window.clear(page.pfn());
+        }
+        self.blocks -= 1;
+        self.pages -= 1 << order;
+
+        // SAFETY: By the type invariants the page begins a block that was ours, in this form.
         unsafe {
-            let pfn = bindings::balloon_rs_page_to_pfn(page.as_ptr());
-            let order = page_list::order(page);
-
-            if let Some(window) = self.windows.first_mut() {
-                window.clear(pfn);
-            }
-            self.blocks -= 1;
-            self.pages -= 1 << order;
-
             match order {
-                0 => list.push(page),
-                _ => list.push_block(page),
+                0 => list.push(Single::new(page)),
+                _ => list.push_block(Block::from_page(page)),
             }
         }
     }
@@ -434,4 +407,9 @@ impl Drop for Batch {
     fn drop(&mut self) {
         drop(self.take_all());
     }
+}
+
+/// Returns the order that is noted in the first page of a block.
+fn order(page: Page) -> u32 {
+    (page.private() & ORDER_MASK) as u32
 }

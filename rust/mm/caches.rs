@@ -4,10 +4,9 @@
 //!
 //! C header: [`include/linux/fs.h`](srctree/include/linux/fs.h)
 
-use crate::rust::bindings;
+use crate::rust::fs::file::WritableFile;
 
 use kernel::{
-    error::from_err_ptr,
     prelude::*,
     sync::atomic::{
         Acquire,
@@ -16,13 +15,13 @@ use kernel::{
     }, //
 };
 
-/// Whether a [`Dropping`] exists.
+/// Whether a [`CacheDropper`] exists.
 static IS_DROPPING: Atomic<bool> = Atomic::new(false);
 
 /// The right to drop caches, which one at a time has.
-pub(crate) struct Dropping(());
+pub(crate) struct CacheDropper(());
 
-impl Dropping {
+impl CacheDropper {
     /// Takes it, or returns none while another caller has it.
     pub(crate) fn begin() -> Option<Self> {
         (!IS_DROPPING.xchg(true, Acquire)).then_some(Self(()))
@@ -39,31 +38,11 @@ impl Dropping {
     pub(crate) fn drop_caches(&self, pages: bool, slab: bool) -> Result {
         let value = [b'0' + u8::from(pages) + 2 * u8::from(slab)];
 
-        // SAFETY: The path is a C string, the buffer has a length of 1, and the file is closed at
-        // the end.
-        unsafe {
-            let file = from_err_ptr(bindings::balloon_rs_open_as_init(
-                c"/proc/sys/vm/drop_caches".as_char_ptr(),
-                bindings::O_WRONLY as c_int,
-            ))?;
-            let written = bindings::kernel_write(
-                file,
-                value.as_ptr().cast(),
-                value.len(),
-                core::ptr::null_mut(),
-            );
-
-            bindings::fput(file);
-            if written < 0 {
-                return Err(Error::from_errno(written as c_int));
-            }
-        }
-
-        Ok(())
+        WritableFile::open(c"/proc/sys/vm/drop_caches")?.write(&value)
     }
 }
 
-impl Drop for Dropping {
+impl Drop for CacheDropper {
     fn drop(&mut self) {
         IS_DROPPING.store(false, Release);
     }

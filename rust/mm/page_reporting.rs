@@ -6,6 +6,10 @@
 
 use crate::rust::{
     bindings,
+    mm::{
+        page::Page,
+        zone::Zone, //
+    },
     virtio::{
         sg_bytes,
         Access,
@@ -21,6 +25,7 @@ use kernel::{
         from_result,
         to_result, //
     },
+    page::PAGE_SHIFT,
     prelude::*,
     sync::Arc,
     time::Msecs,
@@ -29,6 +34,11 @@ use kernel::{
 
 /// How long it may take until something is noticed that the device has not interrupted for.
 const LOOK_AGAIN: Msecs = 100;
+
+/// The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size
+/// of a huge page of most hosts. A page block, the kernel's own choice, is that much, or as much as
+/// 512 MiB with pages of 64 KiB.
+const ORDER: c_uint = 21u32.saturating_sub(PAGE_SHIFT as u32);
 
 /// Free pages that nobody can allocate.
 ///
@@ -52,7 +62,7 @@ impl FreePages<'_> {
     /// one report are of one zone.
     pub(crate) fn are_movable(&self) -> bool {
         // SAFETY: By the type invariants the list has entries, of valid pages.
-        unsafe { bindings::balloon_rs_sg_is_movable(self.sg) }
+        unsafe { sg_page(self.sg) }.is_some_and(|page| Zone::of(page).is_movable())
     }
 }
 
@@ -103,7 +113,7 @@ impl<T: Report> Reporter<T> {
                 unsafe {
                     slot.write_bytes(0, 1);
                     (*slot).report = Some(Self::callback);
-                    (*slot).order = bindings::BALLOON_REPORTING_ORDER;
+                    (*slot).order = ORDER;
                     // CAST: A virtqueue has at most 2^15 entries.
                     (*slot).capacity = capacity as c_uint;
                     to_result(bindings::page_reporting_register(slot))
@@ -145,9 +155,9 @@ impl<T: Report> PinnedDrop for Reporter<T> {
 }
 
 /// Memory that is lent to the device for a while: it does not belong to the queue.
-pub(crate) struct Loan(());
+pub(crate) struct ReportToken(());
 
-impl Virtqueue<Loan> {
+impl Virtqueue<ReportToken> {
     /// Lends `pages` to the device, and waits until it has used them, or for as long as `may_wait`
     /// returns true. `waiting` has to be woken when either has changed.
     ///
@@ -158,7 +168,7 @@ impl Virtqueue<Loan> {
     /// # Errors
     ///
     /// `EIO` if the device cannot be told, `ENODEV` if it was reset.
-    pub(crate) fn lend(
+    pub(crate) fn report_and_wait(
         &mut self,
         pages: &FreePages<'_>,
         waiting: &WaitQueue,
@@ -166,7 +176,8 @@ impl Virtqueue<Loan> {
     ) -> Result {
         // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
         // borrowed, and this does not return before the device has used it or was reset.
-        unsafe { self.add_sg(pages.sg, pages.n, Access::Write, Loan(())) }.map_err(|_| EIO)?;
+        unsafe { self.add_sg(pages.sg, pages.n, Access::Write, ReportToken(())) }
+            .map_err(|_| EIO)?;
         self.kick();
 
         let mut is_used = false;
@@ -180,4 +191,16 @@ impl Virtqueue<Loan> {
         }
         is_used.then_some(()).ok_or(ENODEV)
     }
+}
+
+/// Returns the page of an entry of a scatterlist.
+///
+/// # Safety
+///
+/// The entry must be valid.
+unsafe fn sg_page(sg: *mut bindings::scatterlist) -> Option<Page> {
+    // The lowest two bits say whether the list goes on.
+    //
+    // SAFETY: By the requirements of this function.
+    unsafe { Page::from_raw(((*sg).page_link & !3) as *mut bindings::page) }
 }

@@ -6,9 +6,10 @@
 
 use crate::rust::{
     bindings,
-    mm::page_list::{
-        unmark_block,
-        PageList, //
+    mm::{
+        owned::Allocated,
+        page::Page,
+        page_list::PageList, //
     },
     virtio::{
         Access,
@@ -17,7 +18,7 @@ use crate::rust::{
 };
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-use crate::rust::mm::memory;
+use crate::rust::mm::page_list_tests::drop_with_error;
 
 use core::{
     mem,
@@ -52,39 +53,26 @@ impl PageRun {
     /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
     /// reserve is touched. Does not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
-        // SAFETY: The flags are valid ones, and an order that is too large makes the call fail.
-        let page = unsafe { bindings::alloc_pages(bindings::GFP_HINT_BLOCK, order) };
-        let page = NonNull::new(page)?;
-
-        // INVARIANT: The block was just allocated with this order, which is noted here, and not
-        // from high memory. The largest order is far below the longest run.
-        //
-        // SAFETY: The page was just allocated.
-        unsafe {
-            bindings::balloon_rs_set_order(page.as_ptr(), order);
-            Some(Self {
-                first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
-                len: 1 << order,
-            })
-        }
+        Allocated::new(bindings::NUMA_NO_NODE, bindings::GFP_HINT_BLOCK, order).map(Self::of)
     }
 
     /// Takes the first block off a list.
     pub(crate) fn from_block(list: &mut PageList) -> Option<Self> {
-        let page = list.pop_block()?;
+        list.pop_block().map(|block| Self::of(block.unmark()))
+    }
 
-        // INVARIANT: The block is this one's, which notes its order. It comes from the page
-        // allocator, as its largest blocks do, so that it is not longer than the longest run.
+    /// Makes a run of a block.
+    fn of(block: Allocated) -> Self {
+        let (page, order) = block.into_parts();
+
+        // INVARIANT: The block is this one's, which notes its order. The largest order is far below
+        // the longest run.
         //
-        // SAFETY: The block was on the list, which is marked, and not in high memory.
-        unsafe {
-            let order = unmark_block(page);
-
-            bindings::balloon_rs_set_order(page.as_ptr(), order);
-            Some(Self {
-                first: bindings::balloon_rs_page_to_pfn(page.as_ptr()) as usize,
-                len: 1 << order,
-            })
+        // SAFETY: The block is ours.
+        unsafe { page.set_private(order as usize) };
+        Self {
+            first: page.pfn(),
+            len: 1 << order,
         }
     }
 
@@ -100,7 +88,7 @@ impl PageRun {
         let pfn = self.first + n % self.len;
 
         // SAFETY: The page is one of the run.
-        unsafe { memory::drop_with_error(self, pfn) }
+        unsafe { drop_with_error(self, pfn) }
     }
 
     /// Returns the length in kernel pages.
@@ -125,14 +113,14 @@ impl PageRun {
     fn free_block(&mut self) -> usize {
         // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
         // first page.
-        let freed = unsafe {
-            let page = bindings::balloon_rs_pfn_to_page(self.first);
-            let order = bindings::balloon_rs_take_order(page);
+        let block = unsafe {
+            let page = Page::from_pfn(self.first);
 
-            bindings::balloon_rs_free_block(page, order);
-            1 << order
+            Allocated::from_parts(page, page.private() as u32)
         };
+        let freed = block.len();
 
+        drop(block);
         self.first += freed;
         self.len -= freed;
         freed
@@ -151,15 +139,10 @@ impl Drop for PageRun {
 // it through a shared reference, and any content is valid.
 unsafe impl Buffer for PageRun {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
-        // SAFETY: By the type invariants the pages are in the linear mapping, which has no null
-        // pointers.
-        let address = unsafe {
-            let page = bindings::balloon_rs_pfn_to_page(self.first);
+        // SAFETY: By the type invariants there is such a page.
+        let address = unsafe { Page::from_pfn(self.first) }.address();
 
-            NonNull::new_unchecked(bindings::balloon_rs_page_address(page))
-        };
-
-        (address.cast(), self.len * PAGE_SIZE, Access::Write)
+        (address, self.len * PAGE_SIZE, Access::Write)
     }
 }
 

@@ -6,7 +6,14 @@
 
 use crate::rust::{
     bindings,
-    mm::batch::Block, //
+    mm::{
+        node::{
+            online_cpus,
+            Node, //
+        },
+        page::Page,
+        pfn_range::PfnRange, //
+    }, //
 };
 
 use core::{
@@ -19,18 +26,19 @@ use kernel::{
         Delta,
         Instant,
         Monotonic, //
-    }, //
+    },
+    types::NotThreadSafe, //
 };
 
 /// How many places are looked at under one hold of a zone's lock, whatever the guest's size.
-pub(crate) const PLACES_PER_HOLD: usize = 1024;
+pub(crate) const PFNS_PER_HOLD: usize = 1024;
 
 /// A zone.
 ///
 /// # Invariants
 ///
 /// The pointer is that of a zone: these exist as long as the kernel runs.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Zone(NonNull<bindings::zone>);
 
 // SAFETY: Zones may be looked at from any thread.
@@ -38,6 +46,21 @@ unsafe impl Send for Zone {}
 
 // SAFETY: All that can be done with a zone is done under its lock.
 unsafe impl Sync for Zone {}
+
+/// Reads a field of a zone that may be changing, which is no worse than an old value.
+macro_rules! read {
+    ($zone:expr, $($field:tt)+) => {{
+        let zone: Zone = $zone;
+
+        // SAFETY: By the type invariants it is a zone. A volatile access stands for READ_ONCE().
+        unsafe { (&raw const (*zone.0.as_ptr()).$($field)+).read_volatile() }
+    }};
+}
+
+/// Returns a counter, which may be negative for a moment.
+fn count(counter: bindings::atomic_long_t) -> usize {
+    counter.counter.max(0) as usize
+}
 
 /// What a look at a zone has cost.
 #[derive(Clone, Copy)]
@@ -49,34 +72,171 @@ pub(crate) struct Hold {
 }
 
 impl Zone {
+    /// Returns the zone of a page.
+    pub(super) fn of(page: Page) -> Self {
+        // INVARIANT: That is one.
+        Self(page.zone())
+    }
+
+    /// Makes one of a pointer that [`Node::zones`] returned.
+    pub(super) fn from_raw(zone: NonNull<bindings::zone>) -> Self {
+        // INVARIANT: That is one.
+        Self(zone)
+    }
+
+    /// Has the zone keep back `pages` kernel pages for a while.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(super) fn set_boost(self, pages: usize) {
+        // SAFETY: By the type invariants it is a zone. Others write the field as well, and no
+        // reference to it is made.
+        unsafe { (&raw mut (*self.0.as_ptr()).watermark_boost).write_volatile(pages) };
+    }
+
+    /// Returns the zones of all nodes that have memory.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        Node::online()
+            .flat_map(|node| node.zones())
+            // INVARIANT: These are zones.
+            .map(Self)
+            .filter(|zone| zone.present_pages() > 0)
+    }
+
     /// Returns zone number `n` of those that have memory, of all nodes.
     pub(crate) fn nth(n: usize) -> Option<Self> {
-        // SAFETY: The function has no preconditions.
-        //
-        // INVARIANT: It returns a zone or null.
-        NonNull::new(unsafe { bindings::balloon_rs_nth_zone(n) }).map(Self)
+        Self::all().nth(n)
+    }
+
+    /// Returns how many kernel pages there are.
+    pub(super) fn present_pages(self) -> usize {
+        read!(self, present_pages)
+    }
+
+    /// Returns how many kernel pages are kept back for a while, beside the watermarks, since memory of
+    /// one kind was taken for another.
+    pub(super) fn boost(self) -> usize {
+        read!(self, watermark_boost)
+    }
+
+    /// Returns the low watermark in kernel pages, with the [`boost`](Self::boost).
+    pub(super) fn low_watermark(self) -> usize {
+        read!(
+            self,
+            _watermark[bindings::zone_watermarks_WMARK_LOW as usize]
+        ) + self.boost()
+    }
+
+    fn high_watermark(self) -> usize {
+        read!(
+            self,
+            _watermark[bindings::zone_watermarks_WMARK_HIGH as usize]
+        ) + self.boost()
+    }
+
+    /// Returns how many kernel pages are free.
+    pub(super) fn free_pages(self) -> usize {
+        count(read!(
+            self,
+            vm_stat[bindings::zone_stat_item_NR_FREE_PAGES as usize]
+        ))
+    }
+
+    /// Returns how many free kernel pages are for pages that can be moved (CMA).
+    pub(super) fn free_cma_pages(self) -> usize {
+        count(read!(
+            self,
+            vm_stat[bindings::zone_stat_item_NR_FREE_CMA_PAGES as usize]
+        ))
+    }
+
+    /// Returns how many kernel pages have files in them.
+    pub(super) fn file_pages(self) -> usize {
+        count(read!(
+            self,
+            vm_stat[bindings::zone_stat_item_NR_ZONE_ACTIVE_FILE as usize]
+        )) + count(read!(
+            self,
+            vm_stat[bindings::zone_stat_item_NR_ZONE_INACTIVE_FILE as usize]
+        ))
+    }
+
+    /// Returns the zone's place among those of its node.
+    pub(super) fn kind(self) -> bindings::zone_type {
+        let node = read!(self, zone_pgdat);
+        // SAFETY: A zone is in the array of its node.
+        let index = unsafe {
+            let zones = (&raw mut (*node).node_zones).cast::<bindings::zone>();
+
+            self.0.as_ptr().offset_from(zones)
+        };
+
+        index as bindings::zone_type
+    }
+
+    /// Returns whether only pages may be there that can be moved.
+    pub(super) fn is_movable(self) -> bool {
+        self.kind() == bindings::zone_type_ZONE_MOVABLE
+    }
+
+    /// Returns whether an allocation that the page allocator insists on may have failed in the zone:
+    /// the limit is the high watermark, and some memory may have become free since.
+    pub(super) fn is_short(self) -> bool {
+        let reserve = read!(self, lowmem_reserve[bindings::MAX_NR_ZONES as usize - 1]);
+        let kept = 2 * self.high_watermark()
+            + reserve as usize
+            + read!(self, nr_free_highatomic)
+            + self.free_cma_pages();
+
+        if self.free_pages() <= kept {
+            return true;
+        }
+        let first = bindings::PAGE_ALLOC_COSTLY_ORDER as usize;
+        // SAFETY: By the type invariants it is a zone, which has such an area.
+        (first..bindings::NR_PAGE_ORDERS as usize).all(|order| unsafe {
+            let areas = (&raw const (*self.0.as_ptr()).free_area).cast::<bindings::free_area>();
+
+            (&raw const (*areas.add(order)).nr_free).read_volatile() == 0
+        })
+    }
+
+    /// Returns how many free kernel pages the CPUs keep on lists of their own. The counters are read
+    /// without their locks: the result is a guess in any case.
+    pub(super) fn listed_pages(self) -> usize {
+        let lists = read!(self, per_cpu_pageset);
+        // SAFETY: The zone has such lists for each CPU.
+        let count = |cpu| unsafe {
+            let lists: *mut bindings::per_cpu_pages =
+                bindings::per_cpu_ptr(lists.cast(), cpu).cast();
+
+            (&raw const (*lists).count).read_volatile()
+        };
+
+        online_cpus().map(|cpu| count(cpu).max(0) as usize).sum()
     }
 
     /// Returns where the zone lies (page frame numbers of kernel pages). Parts of that may belong
     /// to other zones, or to none.
     pub(crate) fn span(self) -> Range<u64> {
-        // SAFETY: By the type invariants it is a zone. A span that is changing is no worse than an
-        // old one.
-        let (first, len) = unsafe {
-            let zone = self.0.as_ptr();
-
-            (
-                (&raw const (*zone).zone_start_pfn).read_volatile() as u64,
-                (&raw const (*zone).spanned_pages).read_volatile() as u64,
-            )
-        };
+        let first = read!(self, zone_start_pfn) as u64;
+        let len = read!(self, spanned_pages) as u64;
 
         first..first.saturating_add(len)
     }
 
+    /// Takes the zone's lock. Nothing may sleep, or take another lock, until the result is dropped.
+    pub(super) fn lock(self) -> LockedZone {
+        // SAFETY: By the type invariants it is a zone.
+        let flags = unsafe { bindings::zone_lock_irqsave(self.0.as_ptr()) };
+
+        LockedZone {
+            zone: self,
+            flags,
+            _same_cpu: NotThreadSafe,
+        }
+    }
+
     /// Looks from `*next` on, up to `end`, for blocks of 2^`min_order` pages or more that are on
     /// the zone's free lists, and puts them on `found`: all of them are there at the same moment.
-    /// Goes on until `found` is full, or until it has looked at [`PLACES_PER_HOLD`] places; `*next`
+    /// Goes on until `found` is full, or until it has looked at [`PFNS_PER_HOLD`] places; `*next`
     /// is where to go on.
     ///
     /// Blocks are found in the order of their addresses, and not of the lists: lists change between
@@ -86,58 +246,46 @@ impl Zone {
         next: &mut u64,
         end: u64,
         min_order: u32,
-        found: &mut KVec<Block>,
+        found: &mut KVec<PfnRange>,
     ) -> Hold {
-        let zone = self.0.as_ptr();
         let mut places = 0;
-
-        // SAFETY: By the type invariants it is a zone. Nothing in between sleeps or takes a lock.
-        let flags = unsafe { bindings::balloon_rs_lock_zone(zone) };
+        let zone = self.lock();
         let start = Instant::<Monotonic>::now();
 
-        while *next < end && places < PLACES_PER_HOLD {
-            // SAFETY: The zone's lock is held.
-            let order = unsafe { bindings::balloon_rs_free_order(zone, *next as usize) };
+        while *next < end && places < PFNS_PER_HOLD {
+            let order = zone.free_order(*next as usize);
             places += 1;
 
-            match u32::try_from(order) {
-                Ok(order) if order >= min_order => {
-                    let block = Block {
-                        pfn: *next,
-                        len: 1 << order,
-                    };
-                    if found.push_within_capacity(block).is_err() {
+            match order {
+                Ok(Some(order)) if order >= min_order => {
+                    let full = PfnRange::new(*next, 1 << order)
+                        .map(|block| found.push_within_capacity(block).is_err());
+                    if full != Some(false) {
                         break;
                     }
                     *next += 1 << order;
                 }
-                Err(_) if order == bindings::BALLOON_NOT_HERE => {
-                    *next = next_multiple(*next, bindings::BALLOON_SECTION_ORDER);
-                }
-                _ => *next = next_multiple(*next, min_order),
+                Ok(_) => *next = next_multiple(*next, min_order),
+                Err(NotHere) => *next = next_multiple(*next, bindings::BALLOON_SECTION_ORDER),
             }
         }
 
         let time = start.elapsed();
-        // SAFETY: The lock was taken above.
-        unsafe { bindings::balloon_rs_unlock_zone(zone, flags) };
-
+        drop(zone);
         Hold { places, time }
     }
 
     /// Has the zone look as if `more` page blocks in it were isolated, or so many fewer.
     #[cfg(all(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST, CONFIG_CONTIG_ALLOC))]
     pub(crate) fn isolate(self, more: isize) {
-        let zone = self.0.as_ptr();
+        let _locked = self.lock();
 
         // SAFETY: By the type invariants it is a zone. The number is changed under its lock, and no
         // reference to it is made.
         unsafe {
-            let flags = bindings::balloon_rs_lock_zone(zone);
-            let blocks = &raw mut (*zone).nr_isolate_pageblock;
+            let blocks = &raw mut (*self.0.as_ptr()).nr_isolate_pageblock;
 
             blocks.write_volatile(blocks.read_volatile().wrapping_add_signed(more));
-            bindings::balloon_rs_unlock_zone(zone, flags);
         }
     }
 }
@@ -145,4 +293,36 @@ impl Zone {
 /// Returns the first multiple of 2^`order` after `pfn`.
 fn next_multiple(pfn: u64, order: u32) -> u64 {
     ((pfn >> order) + 1) << order
+}
+
+/// The section of memory around a page is not the zone's.
+pub(super) struct NotHere;
+
+/// A zone whose lock is held.
+///
+/// # Invariants
+///
+/// The lock was taken with the interrupts in the state `flags`.
+pub(super) struct LockedZone {
+    zone: Zone,
+    flags: c_ulong,
+    _same_cpu: NotThreadSafe,
+}
+
+impl LockedZone {
+    /// Returns the order of the block that begins at `pfn` and is on one of the zone's free lists, or
+    /// none if there is no such block.
+    pub(super) fn free_order(&self, pfn: usize) -> Result<Option<u32>, NotHere> {
+        let page = Page::online(pfn).ok_or(NotHere)?;
+        let order = page.free_order();
+
+        Ok(order.filter(|_| page.zone() == self.zone.0))
+    }
+}
+
+impl Drop for LockedZone {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::zone_unlock_irqrestore(self.zone.0.as_ptr(), self.flags) };
+    }
 }

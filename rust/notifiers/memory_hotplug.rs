@@ -6,7 +6,10 @@
 
 use crate::rust::{
     bindings,
-    mm::memory_blocks::MemoryBlock,
+    mm::hotplug::{
+        is_taking,
+        range_can_be_taken, //
+    },
     notifiers::notifier::{
         Chain,
         Notifier, //
@@ -45,13 +48,24 @@ pub(crate) type OfflineNotifier<T> = Notifier<MemoryChain, T>;
 // memory goes offline, and has stopped when the second one returns.
 unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
+        #[cfg(CONFIG_MEMORY_HOTPLUG)]
         // SAFETY: By the requirements of this function.
-        unsafe { bindings::balloon_rs_register_memory_notifier(block) }
+        return unsafe { bindings::register_memory_notifier(block) };
+        #[cfg(not(CONFIG_MEMORY_HOTPLUG))]
+        {
+            let _ = block;
+            0
+        }
     }
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
+        #[cfg(CONFIG_MEMORY_HOTPLUG)]
         // SAFETY: By the requirements of this function.
-        unsafe { bindings::balloon_rs_unregister_memory_notifier(block) };
+        unsafe {
+            bindings::unregister_memory_notifier(block)
+        };
+        #[cfg(not(CONFIG_MEMORY_HOTPLUG))]
+        let _ = block;
     }
 
     unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int {
@@ -63,9 +77,9 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
         // What this driver takes offline itself has nothing in it that would have to be given back.
         // But others may have allocated pages there before the kernel isolated the block, for which
         // the kernel would wait with its locks for memory hotplug.
-        if MemoryBlock::is_being_taken() {
-            let is_taken = action != bindings::BALLOON_MEM_GOING_OFFLINE
-                || MemoryBlock::range_can_be_taken(pfns);
+        if is_taking() {
+            let is_taken =
+                action != bindings::BALLOON_MEM_GOING_OFFLINE || range_can_be_taken(pfns);
 
             return match is_taken {
                 true => bindings::NOTIFY_DONE as c_int,

@@ -6,4 +6,4 @@ pub(crate) mod memory_hotplug;
 mod notifier;
 pub(crate) mod oom;
 pub(crate) mod shrinker;
-pub(crate) mod sleep;
+pub(crate) mod suspend;

@@ -71,13 +71,9 @@ impl<T: Shrink> Shrinker<T> {
     }
 
     /// Returns whom a callback is for.
-    ///
-    /// # Safety
-    ///
-    /// `shrinker` must be the argument of a callback.
-    unsafe fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
-        // SAFETY: By the type invariants the data is of this type, and lives longer than the
-        // callback runs.
+    fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
+        // SAFETY: The kernel calls back with a shrinker that `new` has registered. By the type
+        // invariants the data is of this type, and lives longer than the callback runs.
         unsafe { &*(*shrinker).private_data.cast::<T>() }
     }
 
@@ -85,8 +81,7 @@ impl<T: Shrink> Shrinker<T> {
         shrinker: *mut bindings::shrinker,
         _control: *mut bindings::shrink_control,
     ) -> c_ulong {
-        // SAFETY: This is a callback.
-        unsafe { Self::who(shrinker) }.count()
+        Self::who(shrinker).count()
     }
 
     extern "C" fn scan(
@@ -94,17 +89,15 @@ impl<T: Shrink> Shrinker<T> {
         control: *mut bindings::shrink_control,
     ) -> c_ulong {
         // SAFETY: This is a callback, which gets a valid pointer.
-        let (who, wanted) = unsafe { (Self::who(shrinker), (*control).nr_to_scan) };
-        let freed = who.scan(wanted);
+        let wanted = unsafe { (*control).nr_to_scan };
+        let freed = Self::who(shrinker).scan(wanted);
 
         // Otherwise a block of a thousand pages would count as the hundred that were asked for, and
         // whoever reclaims would not know that there is memory now, and ask until nothing is left.
         //
         // SAFETY: The pointer is valid, as above, and this is called by somebody who reclaims.
-        unsafe {
-            (*control).nr_scanned = freed.max(wanted);
-            bindings::balloon_rs_account_reclaimed(freed);
-        }
+        unsafe { (*control).nr_scanned = freed.max(wanted) };
+        bindings::mm_account_reclaimed_pages(freed);
         freed
     }
 }

@@ -61,9 +61,9 @@ unsafe impl<B: Buffer, T> Buffer for (B, T) {
 }
 
 /// A place for a `T` that the device writes.
-pub(crate) struct Inbox<T>(KBox<T>);
+pub(crate) struct DeviceWritable<T>(KBox<T>);
 
-impl<T: FromBytes + Zeroable> Inbox<T> {
+impl<T: FromBytes + Zeroable> DeviceWritable<T> {
     /// Makes one, with nothing in it but zeroes.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl<T: FromBytes + Zeroable> Inbox<T> {
 
 // SAFETY: The memory is allocated by kmalloc, and is not accessed through shared references. Any
 // bytes are a `T`.
-unsafe impl<T: FromBytes> Buffer for Inbox<T> {
+unsafe impl<T: FromBytes> Buffer for DeviceWritable<T> {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         (
             NonNull::from(&*self.0).cast(),

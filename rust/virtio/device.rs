@@ -59,6 +59,30 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         unsafe { (*self.as_raw()).index as u32 }
     }
 
+    /// Returns whether there is a device of the type `id` on the bus.
+    pub(crate) fn bus_has_device(&self, id: u32) -> bool {
+        extern "C" fn has_id(dev: *mut bindings::device, id: *mut c_void) -> c_int {
+            // SAFETY: The bus calls for one of its devices, with the address of an id.
+            unsafe {
+                let dev = kernel::container_of!(dev, bindings::virtio_device, dev);
+
+                ((*dev).id.device == *id.cast::<u32>()).into()
+            }
+        }
+        let mut id = id;
+
+        // SAFETY: By the type invariants the device is valid, and on a bus. The id is there until the
+        // function returns.
+        unsafe {
+            bindings::bus_for_each_dev(
+                (*self.as_raw()).dev.bus,
+                ptr::null_mut(),
+                (&raw mut id).cast(),
+                Some(has_id),
+            ) != 0
+        }
+    }
+
     /// Announces that the attribute `name` in `directory` has changed. May sleep.
     pub(crate) fn announce_attribute(&self, directory: &CStr, name: &CStr) {
         // SAFETY: By the type invariants the device is valid. There need not be such an attribute.

@@ -82,6 +82,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
     ) -> Result {
         let vdrv = vdrv.get().cast::<bindings::virtio_driver>();
 
+        T::init();
         // SAFETY: It's safe to set the fields of `struct virtio_driver` on initialization.
         // `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
         unsafe {
@@ -123,23 +124,24 @@ impl<T: Driver> Adapter<T> {
         unsafe { &*vdev.cast() }
     }
 
-    /// Returns the device of a bus callback, and the driver's data.
-    ///
-    /// # Safety
-    ///
-    /// As for [`device`](Self::device). [`device::Device::set_drvdata`] must have succeeded for the
-    /// device, which must not be unbound completely yet.
-    unsafe fn bound<'a>(
+    /// Calls `f` for a bus callback that comes between a successful call to `probe_callback` and the
+    /// end of `remove_callback`, with the device and the driver's data.
+    fn with_bound<R>(
         vdev: *mut bindings::virtio_device,
-    ) -> (&'a Device<device::CoreInternal<'a>>, &'a T::Data) {
-        // SAFETY: By the requirements of this function; `T::Data` is what `probe_callback` has
-        // stored.
-        unsafe {
+        f: impl FnOnce(&Device<device::CoreInternal<'_>>, &T::Data) -> R,
+    ) -> R {
+        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
+        // virtio_device`. `T::Data` is what `probe_callback` has stored.
+        let (dev, data) = unsafe {
             let dev = Self::device(vdev);
-            let data = AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>();
 
-            (dev, data.get_ref())
-        }
+            (
+                dev,
+                AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>(),
+            )
+        };
+
+        f(dev, data.get_ref())
     }
 
     /// Makes the device live, and lets the driver begin.
@@ -180,64 +182,54 @@ impl<T: Driver> Adapter<T> {
                 .set_drvdata(T::probe(dev))
                 .inspect_err(|_| dev.close())?;
 
-            // SAFETY: As above, and the driver's data was just stored.
-            let (dev, data) = unsafe { Self::bound(vdev) };
-            Self::make_ready(dev, &binding, data);
+            Self::with_bound(vdev, |dev, data| Self::make_ready(dev, &binding, data));
             Ok(0)
         })
     }
 
     extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: `remove_callback` is only ever called after a successful call to
-        // `probe_callback`.
-        let (dev, data) = unsafe { Self::bound(vdev) };
-
-        T::unbind(dev, data);
-        dev.close();
+        Self::with_bound(vdev, |dev, data| {
+            T::unbind(dev, data);
+            dev.close();
+        });
     }
 
+    // The virtio core passes configuration changes on only while the driver is bound.
     extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The virtio core passes configuration changes on only after a successful call to
-        // `probe_callback` and before `remove_callback`.
-        let (_, data) = unsafe { Self::bound(vdev) };
-
-        T::config_changed(data);
+        Self::with_bound(vdev, |_, data| T::config_changed(data));
     }
 
     extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: `freeze_callback` is only ever called for a bound device.
-        let (dev, data) = unsafe { Self::bound(vdev) };
-
-        T::freeze(dev, data);
-        dev.close();
-        T::frozen(data);
-        0
+        Self::with_bound(vdev, |dev, data| {
+            T::freeze(dev, data);
+            dev.close();
+            T::frozen(data);
+            0
+        })
     }
 
     extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: `restore_callback` is only ever called for a bound device.
-        let (dev, data) = unsafe { Self::bound(vdev) };
+        Self::with_bound(vdev, |dev, data| {
+            from_result(|| {
+                let binding = dev.open(Self::queue_used)?;
 
-        from_result(|| {
-            let binding = dev.open(Self::queue_used)?;
-
-            T::restore(dev, data).inspect_err(|_| dev.close())?;
-            Self::make_ready(dev, &binding, data);
-            Ok(0)
+                T::restore(dev, data).inspect_err(|_| dev.close())?;
+                Self::make_ready(dev, &binding, data);
+                Ok(0)
+            })
         })
     }
 
     extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: `shutdown_callback` is only ever called for a bound device.
-        let (dev, data) = unsafe { Self::bound(vdev) };
+        Self::with_bound(vdev, |dev, data| {
+            T::shutdown(dev, data);
 
-        T::shutdown(dev, data);
-
-        if let Some(binding) = dev.binding() {
-            // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their
-            // way.
-            binding.reset(|| unsafe { transport::shutdown(vdev) });
-        }
+            if let Some(binding) = dev.binding() {
+                // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their
+                // way.
+                binding.reset(|| unsafe { transport::shutdown(vdev) });
+            }
+        });
     }
 
     /// Passes the callback of a virtqueue on to the driver's for this queue.
@@ -315,6 +307,9 @@ pub(crate) trait Driver {
     /// device has used buffers. It may be called at any time, also spuriously. Runs in interrupt
     /// context.
     const QUEUE_CALLBACKS: &'static [fn(&Self::Data)];
+
+    /// Prepares what all devices share. Called once, before any of them is probed.
+    fn init() {}
 
     /// The attributes of a device that the driver is bound to, if there are any.
     fn attributes() -> Option<&'static Attributes<Self::Data>> {

@@ -281,7 +281,7 @@ impl FakeDevice {
                 _ => (0, desc.len as usize),
             };
             let len = readable / size_of::<u16>();
-            let memory = bindings::balloon_rs_phys_to_virt(desc.addr).cast::<u16>();
+            let memory = bindings::phys_to_virt(desc.addr).cast::<u16>();
             let mut words = KVec::with_capacity(len, GFP_KERNEL)?;
 
             for n in 0..len {
@@ -364,13 +364,10 @@ impl Drop for FakeDevice {
     }
 }
 
-/// Returns the device that `vdev` is a part of.
-///
-/// # Safety
-///
-/// `vdev` must be the first part of an `Inner`.
-unsafe fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
-    // SAFETY: By the requirements of this function.
+/// Returns the device that `vdev` is a part of, for callbacks of the virtio core.
+fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
+    // SAFETY: The core passes a device that `new` has registered, which is what its `Inner` begins
+    // with.
     unsafe { &*vdev.cast() }
 }
 
@@ -429,18 +426,16 @@ extern "C" fn set(
 }
 
 extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
-    // SAFETY: The virtio core passes the device. CAST: Only bytes are stored.
-    unsafe { inner(vdev) }.status.load(Relaxed) as u8
+    // CAST: Only bytes are stored.
+    inner(vdev).status.load(Relaxed) as u8
 }
 
 extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
-    // SAFETY: The virtio core passes the device.
-    unsafe { inner(vdev) }.status.store(status.into(), Relaxed);
+    inner(vdev).status.store(status.into(), Relaxed);
 }
 
 extern "C" fn reset(vdev: *mut bindings::virtio_device) {
-    // SAFETY: The virtio core passes the device.
-    unsafe { inner(vdev) }.status.store(0, Relaxed);
+    inner(vdev).status.store(0, Relaxed);
 }
 
 extern "C" fn find_vqs(
@@ -508,8 +503,7 @@ extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
 }
 
 extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
-    // SAFETY: The virtio core passes the device.
-    unsafe { inner(vdev) }.offered
+    inner(vdev).offered
 }
 
 extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {

@@ -12,7 +12,10 @@ use crate::rust::{
     }, //
 };
 
-use core::marker::PhantomData;
+use core::{
+    cell::Cell,
+    marker::PhantomData, //
+};
 use kernel::{
     device,
     prelude::*, //
@@ -73,16 +76,21 @@ impl Features<'_> {
         }
     }
 
+    fn bits(&self) -> &Cell<u64> {
+        // SAFETY: By the type invariants.
+        unsafe { Cell::from_mut(&mut *features_of(self.vdev)) }
+    }
+
     /// Returns whether the device offers `feature`, and the driver knows it and has not given it up.
     pub(crate) fn has(&self, feature: Feature) -> bool {
-        // SAFETY: By the type invariants.
-        unsafe { *features_of(self.vdev) & feature.mask() != 0 }
+        self.bits().get() & feature.mask() != 0
     }
 
     /// Gives `feature` up.
     pub(crate) fn clear(&mut self, feature: Feature) {
-        // SAFETY: By the type invariants.
-        unsafe { *features_of(self.vdev) &= !feature.mask() };
+        let bits = self.bits();
+
+        bits.set(bits.get() & !feature.mask());
     }
 
     /// Returns whether the configuration space is long enough to have `field`.

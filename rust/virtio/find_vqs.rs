@@ -9,8 +9,10 @@ use crate::rust::{
     virtio::{
         binding::Binding,
         device::Device,
-        Traffic,
-        Virtqueue, //
+        virtqueue::{
+            QueueStats,
+            Virtqueue, //
+        }, //
     }, //
 };
 
@@ -101,7 +103,11 @@ impl<const N: usize> FoundQueues<N> {
     /// # Errors
     ///
     /// `ENOENT` if there is no such queue or it was taken before; `ENOMEM`.
-    pub(crate) fn take<B>(&mut self, index: usize, traffic: Arc<Traffic>) -> Result<Virtqueue<B>> {
+    pub(crate) fn take<B>(
+        &mut self,
+        index: usize,
+        traffic: Arc<QueueStats>,
+    ) -> Result<Virtqueue<B>> {
         let vq = self.vqs.get_mut(index).ok_or(ENOENT)?;
         let vq = NonNull::new(core::mem::replace(vq, ptr::null_mut())).ok_or(ENOENT)?;
 

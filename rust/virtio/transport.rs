@@ -76,7 +76,7 @@ impl PciDevice {
             }
         };
 
-        usize::try_from(next).ok().filter(|&next| next > 0)
+        Some(next.into()).filter(|&next| next > 0)
     }
 
     /// Returns the length of a BAR in bytes, or 0 if there is none with this number.

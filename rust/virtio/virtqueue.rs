@@ -42,7 +42,7 @@ use kernel::{
 };
 
 /// What has gone through a virtqueue, for those who look.
-pub(crate) struct Traffic {
+pub(crate) struct QueueStats {
     /// Buffers that the device was offered.
     pub(crate) buffers: Atomic<u64>,
     /// Their length in bytes, whatever the device has read or written of it.
@@ -51,7 +51,7 @@ pub(crate) struct Traffic {
     pub(crate) notifications: Atomic<u64>,
 }
 
-impl Traffic {
+impl QueueStats {
     /// Begins with nothing.
     pub(crate) fn new() -> Self {
         Self {
@@ -72,7 +72,7 @@ impl Traffic {
 pub(crate) struct Virtqueue<B> {
     vq: NonNull<bindings::virtqueue>,
     binding: Arc<Binding>,
-    traffic: Arc<Traffic>,
+    traffic: Arc<QueueStats>,
     slots: KVec<Option<B>>,
     free: KVec<usize>,
 }
@@ -124,7 +124,7 @@ impl<B> Virtqueue<B> {
     pub(in crate::rust) unsafe fn new(
         vq: NonNull<bindings::virtqueue>,
         binding: Arc<Binding>,
-        traffic: Arc<Traffic>,
+        traffic: Arc<QueueStats>,
     ) -> Result<Self> {
         // SAFETY: `vq` is valid by the requirements of this function.
         let size = unsafe { bindings::virtqueue_get_vring_size(vq.as_ptr()) } as usize;
@@ -227,16 +227,21 @@ impl<B> Virtqueue<B> {
         }
     }
 
+    /// Calls a function of the ring code, unless the device is revoked. It must be one that takes any
+    /// virtqueue.
+    fn call<R>(&self, f: unsafe extern "C" fn(*mut bindings::virtqueue) -> R) -> Option<R> {
+        let _open = self.binding.enter()?;
+
+        // SAFETY: `vq` is valid since `binding` was entered. The callers have `&mut self` where the
+        // function changes something, so that nobody else uses it.
+        Some(unsafe { f(self.vq.as_ptr()) })
+    }
+
     /// Tells the device about the buffers that were added, if it wants to know.
     pub(crate) fn kick(&mut self) {
-        if let Some(_open) = self.binding.enter() {
-            // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
-            unsafe {
-                if bindings::virtqueue_kick_prepare(self.vq.as_ptr()) {
-                    self.traffic.notifications.add(1, Relaxed);
-                    bindings::virtqueue_notify(self.vq.as_ptr());
-                }
-            }
+        if self.call(bindings::virtqueue_kick_prepare) == Some(true) {
+            self.traffic.notifications.add(1, Relaxed);
+            self.call(bindings::virtqueue_notify);
         }
     }
 
@@ -260,7 +265,7 @@ impl<B> Virtqueue<B> {
 
     /// Takes all buffers back from a device that was reset, after which the queue has room for none.
     /// Returns none if the device was not reset.
-    pub(crate) fn take_back(&mut self) -> KVec<Option<B>> {
+    pub(crate) fn detach_unused(&mut self) -> KVec<Option<B>> {
         if !self.is_reset() {
             return KVec::new();
         }
@@ -272,10 +277,7 @@ impl<B> Virtqueue<B> {
 
     /// Says that no callbacks are needed for now. The device may still call.
     pub(crate) fn disable_callback(&mut self) {
-        if let Some(_open) = self.binding.enter() {
-            // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
-            unsafe { bindings::virtqueue_disable_cb(self.vq.as_ptr()) };
-        }
+        self.call(bindings::virtqueue_disable_cb);
     }
 
     /// Asks for a callback when the next buffer has been used.
@@ -283,12 +285,7 @@ impl<B> Virtqueue<B> {
     /// Returns false if that is so already: used buffers are waiting to be taken.
     #[must_use]
     pub(crate) fn enable_callback(&mut self) -> bool {
-        let Some(_open) = self.binding.enter() else {
-            return true;
-        };
-
-        // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
-        unsafe { bindings::virtqueue_enable_cb(self.vq.as_ptr()) }
+        self.call(bindings::virtqueue_enable_cb).unwrap_or(true)
     }
 
     /// Asks for a callback when most of the buffers in flight have been used.
@@ -296,12 +293,8 @@ impl<B> Virtqueue<B> {
     /// Returns false if that is so already: used buffers are waiting to be taken.
     #[must_use]
     pub(crate) fn enable_callback_delayed(&mut self) -> bool {
-        let Some(_open) = self.binding.enter() else {
-            return true;
-        };
-
-        // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
-        unsafe { bindings::virtqueue_enable_cb_delayed(self.vq.as_ptr()) }
+        self.call(bindings::virtqueue_enable_cb_delayed)
+            .unwrap_or(true)
     }
 
     /// Returns whether the device was reset: it will not access any buffer again.

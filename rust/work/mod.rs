@@ -2,6 +2,7 @@
 
 //! Tasks, threads, wait queues and wakeup sources.
 
+pub(in crate::rust) mod deadline;
 pub(crate) mod poll;
 pub(crate) mod task;
 pub(crate) mod thread;

@@ -117,13 +117,20 @@ unsafe impl Send for Work {}
 // SAFETY: As above; the workqueue does its own locking.
 unsafe impl Sync for Work {}
 
+impl Work {
+    /// Waits until the work does not run, and keeps it from being queued. May be called more than
+    /// once.
+    fn disable(&self) {
+        // SAFETY: By the type invariants `dwork` is initialised.
+        unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+    }
+}
+
 #[pinned_drop]
 impl PinnedDrop for Work {
     fn drop(self: Pin<&mut Self>) {
         // The work may be queued although there never was a task.
-        //
-        // SAFETY: By the type invariants `dwork` is initialised.
-        unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
+        self.disable();
     }
 }
 
@@ -271,8 +278,7 @@ impl<S: Job> Task<S> {
     /// the callbacks of a bus.
     pub(crate) fn stop(&self) {
         if !self.stopped.xchg(true, Relaxed) {
-            // SAFETY: By the type invariants `dwork` is initialised.
-            unsafe { bindings::disable_delayed_work_sync(self.waker.0.dwork.get()) };
+            self.waker.0.disable();
         }
     }
 
@@ -308,9 +314,7 @@ impl<S: Job> PinnedDrop for Task<S> {
     fn drop(self: Pin<&mut Self>) {
         // When this returns the work function does not run, and whoever still has a waker cannot
         // queue it.
-        //
-        // SAFETY: By the type invariants `dwork` is initialised.
-        unsafe { bindings::disable_delayed_work_sync(self.waker.0.dwork.get()) };
+        self.waker.0.disable();
     }
 }
 

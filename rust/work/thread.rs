@@ -12,12 +12,12 @@
 
 use crate::rust::{
     bindings,
+    this_module,
     work::task::Waker, //
 };
 
 use core::ptr::NonNull;
 use kernel::{
-    container_of,
     error::from_err_ptr,
     new_mutex,
     prelude::*,
@@ -29,8 +29,7 @@ use kernel::{
         Arc,
         Mutex,
         SetOnce, //
-    },
-    types::Opaque, //
+    }, //
 };
 
 /// A thread that does one piece of work, and schedules a task when it has ended.
@@ -64,13 +63,7 @@ struct Shared {
 }
 
 /// What a thread starts with.
-///
-/// # Invariants
-///
-/// `raw` has the callback for `Self`.
-#[repr(C)]
 struct Start<F> {
-    raw: Opaque<bindings::balloon_rs_thread_start>,
     work: F,
     shared: Arc<Shared>,
 }
@@ -93,12 +86,9 @@ impl Thread {
             }),
             GFP_KERNEL,
         )?;
-        // INVARIANT: The callback is the one for this type.
+        let reference = ModuleReference::take()?;
         let start = KBox::new(
             Start {
-                raw: Opaque::new(bindings::balloon_rs_thread_start {
-                    run: Some(Self::run::<F>),
-                }),
                 work,
                 shared: shared.clone(),
             },
@@ -106,11 +96,15 @@ impl Thread {
         )?;
         let start = KBox::into_raw(start);
 
-        // SAFETY: The name is a string. `start` is valid until the callback has taken it.
+        // SAFETY: Both strings are null-terminated, and "%s" takes one string. `start` is valid until
+        // the callback has taken it.
         let thread = from_err_ptr(unsafe {
-            bindings::balloon_rs_start_thread(
+            bindings::kthread_create_on_node(
+                Some(Self::run::<F>),
+                start.cast(),
+                bindings::NUMA_NO_NODE,
+                c"%s".as_char_ptr(),
                 name.as_char_ptr(),
-                Opaque::cast_into(&raw const (*start).raw),
             )
         })
         .inspect_err(|_| {
@@ -118,6 +112,13 @@ impl Thread {
             drop(unsafe { KBox::from_raw(start) });
         })?;
 
+        // The thread releases it when it has ended.
+        core::mem::forget(reference);
+        // SAFETY: The thread was just created, and does not run yet.
+        unsafe {
+            bindings::get_task_struct(thread);
+            bindings::wake_up_process(thread);
+        }
         // INVARIANT: It is a thread, with a reference to it.
         Ok(Self {
             thread: NonNull::new(thread).ok_or(ENOMEM)?,
@@ -130,13 +131,33 @@ impl Thread {
         self.shared.outcome.copy()
     }
 
-    extern "C" fn run<F: FnOnce() -> Result>(start: *mut bindings::balloon_rs_thread_start) {
-        // SAFETY: By the type invariants of `Start` it is part of one, which `start` has made. It
-        // is taken only here.
-        let start = unsafe {
-            KBox::from_raw(container_of!(Opaque::cast_from(start), Start<F>, raw).cast_mut())
+    extern "C" fn run<F: FnOnce() -> Result>(start: *mut c_void) -> c_int {
+        /// What `allow_signal()` passes for a handler.
+        const ALLOW: usize = 2;
+        // SAFETY: A handler is a pointer, and this number stands for no function.
+        unsafe {
+            let handler = core::mem::transmute::<usize, bindings::__sighandler_t>(ALLOW);
+
+            bindings::kernel_sigaction(bindings::SIGKILL as c_int, handler);
+        }
+        Self::work::<F>(start);
+
+        // This module may be unloaded as soon as the reference is gone: the rest is the kernel's
+        // code. A thread of a driver that is built in just returns.
+        #[cfg(MODULE)]
+        // SAFETY: The thread has a reference, and nothing is left to be dropped.
+        unsafe {
+            bindings::__module_put_and_kthread_exit(this_module::as_ptr(), 0)
         };
-        let Start { work, shared, .. } = KBox::into_inner(start);
+        #[cfg(not(MODULE))]
+        0
+    }
+
+    /// Does the work, and says how it went.
+    fn work<F: FnOnce() -> Result>(start: *mut c_void) {
+        // SAFETY: `start` has made it, and it is taken only here.
+        let start = unsafe { KBox::<Start<F>>::from_raw(start.cast()) };
+        let Start { work, shared } = KBox::into_inner(start);
         // Either way what the work owns is gone before the task hears of it.
         let outcome = if shared.is_killed.load(Relaxed) {
             drop(work);
@@ -174,9 +195,31 @@ impl Drop for Thread {
     }
 }
 
-/// Returns how many references to this module there are.
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-pub(crate) fn module_references() -> c_int {
-    // SAFETY: The function has no preconditions.
-    unsafe { bindings::balloon_rs_module_references() }
+/// A reference to this module.
+struct ModuleReference(());
+
+impl ModuleReference {
+    /// Takes one.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the module is being unloaded.
+    fn take() -> Result<Self> {
+        #[cfg(all(MODULE, CONFIG_MODULE_UNLOAD))]
+        // SAFETY: The module is there.
+        if !unsafe { bindings::try_module_get(this_module::as_ptr()) } {
+            return Err(ENODEV);
+        }
+        Ok(Self(()))
+    }
+}
+
+impl Drop for ModuleReference {
+    fn drop(&mut self) {
+        #[cfg(all(MODULE, CONFIG_MODULE_UNLOAD))]
+        // SAFETY: There is a reference.
+        unsafe {
+            bindings::module_put(this_module::as_ptr())
+        };
+    }
 }

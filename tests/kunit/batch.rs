@@ -6,11 +6,9 @@ use crate::rust::mm::{
         AllocError,
         Batch, //
     },
-    memory,
-    page_list::{
-        PageList, //
-        MAX_ORDER,
-    }, //
+    drain,
+    page::MAX_ORDER,
+    page_list::PageList, //
 };
 
 use kernel::prelude::*;
@@ -19,7 +17,7 @@ use kernel::prelude::*;
 fn gather(orders: &[u32], whole: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
-    memory::drain_free_lists();
+    drain::drain_free_lists();
     for &order in orders {
         batch.alloc(order, 1, whole).map_err(|_| ENOMEM)?;
     }
@@ -36,12 +34,12 @@ fn empty(batch: &mut Batch) -> Result<(usize, usize)> {
     let (mut blocks, mut pages, mut end) = (0, 0, 0);
 
     while let Some(block) = batch.first() {
-        if block.pfn < end || batch.first() != Some(block) {
+        if block.first() < end || batch.first() != Some(block) {
             return Err(EINVAL);
         }
-        end = block.pfn + block.len;
+        end = block.end();
         blocks += 1;
-        pages += block.len as usize;
+        pages += block.len() as usize;
 
         batch.take_first(&mut list);
         if list.len() != pages {

@@ -7,17 +7,19 @@ use crate::{
     bitmap::{
         Encoder,
         Encoding,
-        Run,
         Subject, //
     },
-    rust::virtio_balloon::{
-        page_set::{
-            BITMAP,
-            INFLATE,
-            MORE,
-            RANGES, //
-        },
-        PageSet, //
+    rust::{
+        mm::pfn_range::PfnRange,
+        virtio_balloon::{
+            page_set::{
+                BITMAP,
+                INFLATE,
+                MORE,
+                RANGES, //
+            },
+            PageSet, //
+        }, //
     }, //
 };
 
@@ -40,7 +42,7 @@ fn encode(
     let mut encoder = Encoder::new(payload, forced).ok_or(ENOSPC)?;
 
     for &(first, len) in runs {
-        let run = Run::new(first, len).ok_or(EINVAL)?;
+        let run = PfnRange::new(first, len).ok_or(EINVAL)?;
 
         if encoder.push(run).is_some() {
             return Err(ENOSPC);
@@ -164,6 +166,6 @@ mod tests {
             outline(&mut payload, None, &[(0, END)]),
             Ok((RANGES, 0, END, 2))
         );
-        assert_eq!(Run::new(END - 1, 2), None);
+        assert_eq!(PfnRange::new(END - 1, 2), None);
     }
 }

@@ -9,11 +9,11 @@ use crate::{
     },
     rust::{
         mm::{
+            drain,
+            info::Info,
             memory,
-            page_list::{
-                PageList, //
-                MAX_ORDER,
-            }, //
+            page::MAX_ORDER,
+            page_list::PageList, //
         },
         virtio::{
             fake_device::{
@@ -94,8 +94,8 @@ pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result 
 
 /// Returns how many bytes are free, those on the processors' lists as well.
 pub(super) fn free() -> u64 {
-    memory::drain_free_lists();
-    memory::Info::now().free
+    drain::drain_free_lists();
+    Info::now().free
 }
 
 /// Waits until the driver has set the balloon's size to `size` balloon pages, with nobody
@@ -507,7 +507,7 @@ fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<
     let mut report = None;
 
     // Pages on the lists of the processors keep others from becoming blocks that are reported.
-    memory::drain_free_lists();
+    drain::drain_free_lists();
     eventually(|| {
         report = device.next(REPORTS)?;
         Ok(report.is_some())
@@ -664,7 +664,7 @@ mod tests {
         let Ok(device) = device else { return };
 
         let total = statistic(&device, stat::MEMTOT);
-        let info = memory::Info::now();
+        let info = Info::now();
         let kinds = match (info.has_events, info.has_hugetlb) {
             (true, true) => 16,
             (true, false) => 14,
@@ -1017,7 +1017,7 @@ mod tests {
     #[test]
     fn nothing_is_reported_while_others_look_what_they_can_take() -> Result {
         let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
-        let taking = memory::Taking::begin();
+        let taking = memory::ReserveGuard::begin();
 
         fsleep(BEGUN);
         let report = device.next(REPORTS)?;

@@ -13,16 +13,15 @@ use crate::{
     messages::runs::Runs,
     rust::mm::{
         batch::Batch,
-        claim::Claim,
-        memory,
-        page_list::{
-            PageList, //
-            MAX_ORDER,
-        },
+        contig::Claim,
+        drain,
+        info::Info,
+        page::MAX_ORDER,
+        page_list::PageList,
         zone::{
             Hold,
             Zone, //
-            PLACES_PER_HOLD,
+            PFNS_PER_HOLD,
         }, //
     }, //
 };
@@ -56,7 +55,7 @@ fn walk_with(
     min_order: u32,
     mut between: impl FnMut(u64) -> Result,
 ) -> Result<u64> {
-    let mut walk = Walk::new(range.clone(), min_order, PLACES_PER_HOLD)?;
+    let mut walk = Walk::new(range.clone(), min_order, PFNS_PER_HOLD)?;
     let (mut pages, mut end) = (0, range.start);
 
     loop {
@@ -75,7 +74,7 @@ fn walk_with(
         }
         let over = unused.is_over();
 
-        if most > PLACES_PER_HOLD {
+        if most > PFNS_PER_HOLD {
             return Err(EINVAL);
         }
         if over {
@@ -104,11 +103,11 @@ fn walk_zones(min_order: u32) -> Result<u64> {
 fn take(blocks: usize) -> Result<(PageList, u64)> {
     let mut batch = Batch::new()?;
 
-    memory::drain_free_lists();
+    drain::drain_free_lists();
     for _ in 0..blocks {
         batch.alloc(MAX_ORDER, 1, false).map_err(|_| ENOMEM)?;
     }
-    let first = batch.first().ok_or(ENOMEM)?.pfn;
+    let first = batch.first().ok_or(ENOMEM)?.first();
     Ok((batch.take_all(), first))
 }
 
@@ -117,7 +116,7 @@ fn every_second() -> Result<(PageList, Range<u64>)> {
     let (mut pages, first) = take(1)?;
 
     pages.split_alternating(&mut PageList::new());
-    memory::drain_free_lists();
+    drain::drain_free_lists();
     Ok((pages, first..first + BLOCK))
 }
 
@@ -170,7 +169,7 @@ mod tests {
             let (pages, first) = take(1)?;
 
             drop(pages);
-            memory::drain_free_lists();
+            drain::drain_free_lists();
             Ok(walk(first + 100..first + 200, 0)? == 100)
         });
         assert_eq!(found, Ok(()));
@@ -185,7 +184,7 @@ mod tests {
             // The second half is in use.
             pages.split_at(BLOCK as usize / 2, &mut rest);
             drop(pages);
-            memory::drain_free_lists();
+            drain::drain_free_lists();
             let found = walk(first..first + BLOCK, MAX_ORDER - 1)?;
             let larger = walk(first..first + BLOCK, MAX_ORDER)?;
 
@@ -198,8 +197,8 @@ mod tests {
 
     #[test]
     fn all_zones_are_walked() {
-        memory::drain_free_lists();
-        let free = memory::Info::now().free >> kernel::page::PAGE_SHIFT;
+        drain::drain_free_lists();
+        let free = Info::now().free >> kernel::page::PAGE_SHIFT;
         let found = walk_zones(0);
         const SHARE: u64 = 50;
 
@@ -213,7 +212,7 @@ mod tests {
         const TIMES: usize = 100;
         const OTHERS: usize = 3;
 
-        let drain = || (0..TIMES).for_each(|_| memory::drain_free_lists());
+        let drain = || (0..TIMES).for_each(|_| drain::drain_free_lists());
         let over = Arc::new(Atomic::new(0), GFP_KERNEL);
         assert!(over.is_ok());
         let Ok(over) = over else { return };
@@ -242,7 +241,7 @@ mod tests {
             let (pages, first) = take(1)?;
 
             drop(pages);
-            memory::drain_free_lists();
+            drain::drain_free_lists();
             isolate(isolated);
             let claim = Claim::new(first, BLOCK);
             isolate(-isolated);

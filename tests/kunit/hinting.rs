@@ -7,13 +7,15 @@ use super::device::{
     free, //
 };
 use crate::{
-    features::hinting::{
+    features::hinting::worker::{
         min_order,
         RUNS_PER_ENTRY, //
     },
     rust::{
         mm::{
             batch::Batch,
+            drain,
+            info::Info,
             memory,
             page_list::PageList,
             page_run::PageRun, //
@@ -99,7 +101,7 @@ fn answer(device: &FakeDevice, request: &Request) -> Result {
 /// `EINVAL` if the round does not have the id `id`, `ELOOP` if more is hinted than there is.
 fn round(device: &FakeDevice, id: u32) -> Result<u64> {
     let (request, message) = next(device)?;
-    let total = memory::Info::now().total;
+    let total = Info::now().total;
     let mut hinted = 0;
 
     if message != Message::Id(id) {
@@ -128,8 +130,8 @@ fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
     const REST: u64 = 48 * MIB;
     let mut runs = KVVec::new();
 
-    memory::drain_free_lists();
-    while memory::Info::now().free > REST {
+    drain::drain_free_lists();
+    while Info::now().free > REST {
         let Some(run) = PageRun::alloc(min_order()) else {
             break;
         };
@@ -150,8 +152,8 @@ fn halve_page_blocks() -> Result<KVVec<PageList>> {
     let mut halves = KVVec::new();
     let mut batch = Batch::new()?;
 
-    memory::drain_free_lists();
-    while memory::Info::now().free > REST && batch.alloc(half, 1, false).is_ok() {
+    drain::drain_free_lists();
+    while Info::now().free > REST && batch.alloc(half, 1, false).is_ok() {
         halves.push(batch.take_all(), GFP_KERNEL)?;
     }
     halves.retain(|half_block| {
@@ -251,7 +253,7 @@ mod tests {
     fn a_round_ends_with_more_ranges_than_there_is_room_for() -> Result {
         const MAX_RUNS: usize = RUNS_PER_ENTRY * QUEUE_SIZE as usize;
         let smallest = (PAGE_SIZE as u64) << min_order();
-        if memory::Info::now().free < 5 * MAX_RUNS as u64 * smallest / 2 {
+        if Info::now().free < 5 * MAX_RUNS as u64 * smallest / 2 {
             // Page blocks are so large that there cannot be that many ranges.
             return Ok(());
         }
@@ -273,7 +275,7 @@ mod tests {
         const LEFT: u64 = 24 * MIB;
         const SMALL: u32 = 18 - PAGE_SHIFT as u32;
         // What the kernel keeps back for a while, up to a page block, is not what this is about.
-        let available = || memory::Info::now().available;
+        let available = || Info::now().available;
         let device = device()?;
         let mut taken = KVVec::new();
 

@@ -9,13 +9,15 @@ use super::device::{
 
 use crate::rust::{
     mm::{
-        caches::Dropping,
+        caches::CacheDropper,
+        info::Info,
         memory, //
     },
     notifiers::shrinker::{
         Shrink,
         Shrinker, //
     },
+    this_module,
     virtio::{
         fake_device::{
             FakeDevice,
@@ -27,8 +29,7 @@ use crate::rust::{
         request,
         F_HOST_REQUESTS,
         F_STATS_VQ, //
-    },
-    work::thread, //
+    }, //
 };
 
 use kernel::{
@@ -57,7 +58,7 @@ const REQUESTS: usize = 2;
 struct Host {
     device: FakeDevice,
     /// Buffers for requests.
-    inboxes: KVec<Request>,
+    request_buffers: KVec<Request>,
     /// Messages of the driver that are not answered yet, in order.
     messages: KVec<Request>,
 }
@@ -111,27 +112,27 @@ fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
     )?;
     let _shrinker = Shrinker::new(cache.clone(), c"virtio_balloon_rs_slow_cache")?;
     let mut host = Host::new()?;
-    let references = thread::module_references();
+    let references = this_module::references();
 
     host.ask(request::DROP_CACHES, 0, request::CACHES_SLAB, 1, 0)?;
     eventually(|| Ok(cache.asked.load(Relaxed) > 0))?;
     leave(host)?;
 
     let is_left_behind = cache.done.load(Relaxed) == 0
-        && Dropping::begin().is_none()
-        && thread::module_references() > references;
+        && CacheDropper::begin().is_none()
+        && this_module::references() > references;
     cache.may_end.store(true, Relaxed);
-    eventually(|| Ok(thread::module_references() == references))?;
+    eventually(|| Ok(this_module::references() == references))?;
 
     // The signal has ended it.
-    let is_killed = cache.asked.load(Relaxed) <= 2 && Dropping::begin().is_some();
+    let is_killed = cache.asked.load(Relaxed) <= 2 && CacheDropper::begin().is_some();
     (is_left_behind && is_killed).then_some(()).ok_or(EINVAL)
 }
 
 /// Returns whether caches can be dropped: there is no /proc yet when this runs in a kernel that the
 /// driver is built into.
 fn can_drop_caches() -> bool {
-    let dropping = Dropping::begin();
+    let dropping = CacheDropper::begin();
 
     dropping.is_some_and(|dropping| dropping.drop_caches(true, true) != Err(ENOENT))
 }
@@ -172,7 +173,7 @@ impl Host {
     fn with(features: &[Feature]) -> Result<Self> {
         Ok(Self {
             device: FakeDevice::new(features)?,
-            inboxes: KVec::new(),
+            request_buffers: KVec::new(),
             messages: KVec::new(),
         })
     }
@@ -182,7 +183,7 @@ impl Host {
         while let Some(request) = self.device.next(REQUESTS)? {
             let list = match request.writable {
                 0 => &mut self.messages,
-                _ => &mut self.inboxes,
+                _ => &mut self.request_buffers,
             };
             list.push(request, GFP_KERNEL)?;
         }
@@ -194,10 +195,10 @@ impl Host {
     fn inbox(&mut self) -> Result<Request> {
         eventually(|| {
             self.collect()?;
-            Ok(!self.inboxes.is_empty())
+            Ok(!self.request_buffers.is_empty())
         })?;
 
-        self.inboxes.pop().ok_or(EINVAL)
+        self.request_buffers.pop().ok_or(EINVAL)
     }
 
     /// Takes the next message, which is not answered yet.
@@ -269,7 +270,7 @@ mod tests {
                 assert_eq!(answer, Ok((request::ABORTED, 0)));
                 continue;
             }
-            let free = memory::Info::now().free >> PAGE_SHIFT;
+            let free = Info::now().free >> PAGE_SHIFT;
             let answer = host.answers(request::UNUSED_SKIP, id);
             assert!(answer.is_ok_and(|(status, pages)| {
                 status == request::COMPLETE && pages > free / 10 * 9 && pages < free / 10 * 11

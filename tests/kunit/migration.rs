@@ -5,23 +5,23 @@
 
 use crate::{
     balloon::{
-        migration::Moves,
+        migration::PendingMigrations,
         state::Balloon, //
     },
     bitmap::Encoding,
     messages::{
-        message::MOVES_PER_MESSAGE,
+        message::MIGRATIONS_PER_MESSAGE,
+        negotiated::Negotiated,
         page_sets,
-        runs::Sorted,
-        terms::Terms, //
+        runs::Sorted, //
     },
     rust::{
         mm::{
-            balloon_pages::{
-                OldPage,
-                Replace, //
-            },
-            page_list::PageList, //
+            page_list::PageList,
+            replace::{
+                MigratePage,
+                OldPage, //
+            }, //
         },
         virtio_balloon::page_set,
         work::task::{
@@ -43,7 +43,7 @@ use kernel::{
 };
 
 /// Those of the base protocol.
-const TERMS: Terms = Terms {
+const TERMS: Negotiated = Negotiated {
     must_tell_host: false,
     page_sets: false,
 };
@@ -52,13 +52,13 @@ const TERMS: Terms = Terms {
 const ELSEWHERE: u64 = 1 << (43 - PAGE_SHIFT);
 
 /// Moves that nobody tells a device of.
-fn moves() -> Result<Pin<KBox<Moves>>> {
+fn moves() -> Result<Pin<KBox<PendingMigrations>>> {
     static QUEUES: Atomic<u32> = Atomic::new(0);
     let number = QUEUES.fetch_add(1, Relaxed);
     let name = CString::try_from_fmt(fmt!("virtio_balloon_rs_kunit-{number}"))?;
     let tasks = TaskQueue::new(&name)?;
     let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
-    let moves = KBox::pin_init(Moves::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
+    let moves = KBox::pin_init(PendingMigrations::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
 
     moves.allow(true);
     Ok(moves)
@@ -69,7 +69,7 @@ fn page() -> Result<PageList> {
 }
 
 /// Moves the page on `old` to `new`.
-fn replace(moves: &Moves, old: &PageList, new: u64) -> Result {
+fn replace(moves: &PendingMigrations, old: &PageList, new: u64) -> Result {
     moves.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new, true)
 }
 
@@ -93,7 +93,7 @@ mod tests {
         assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
 
         moves.allow(true);
-        let still = moves.hold_still();
+        let still = moves.block();
         assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
         assert!(moves.is_settled());
 
@@ -125,7 +125,9 @@ mod tests {
         assert_eq!(others.len(), 2);
 
         let mut aside = PageList::new();
-        moves.hold_still().set_aside(&mut others, &mut aside);
+        moves
+            .block()
+            .split_off_unacknowledged(&mut others, &mut aside);
         assert!(others.pfns().eq([known]));
         assert!(aside.pfns().eq([unknown]));
         Ok(())
@@ -161,11 +163,11 @@ mod tests {
         assert!(moves.is_ok());
         let Ok(moves) = moves else { return };
 
-        for n in 0..MOVES_PER_MESSAGE as u64 + 1 {
+        for n in 0..MIGRATIONS_PER_MESSAGE as u64 + 1 {
             let page = page();
             assert!(page.is_ok());
             let Ok(page) = page else { return };
-            let expected = if n < MOVES_PER_MESSAGE as u64 {
+            let expected = if n < MIGRATIONS_PER_MESSAGE as u64 {
                 Ok(())
             } else {
                 Err(EAGAIN)
@@ -180,7 +182,7 @@ mod tests {
         // So far from each other that a bitmap has room for two of them.
         const STEP: usize = page_sets::WORDS_PER_MESSAGE * u64::BITS as usize / 2;
         let mut pages = KVec::new();
-        for n in 0..MOVES_PER_MESSAGE {
+        for n in 0..MIGRATIONS_PER_MESSAGE {
             pages.push((n * STEP) as u64, GFP_KERNEL)?;
         }
 
@@ -189,7 +191,7 @@ mod tests {
             let mut moves = Sorted(&pages);
 
             let named = page_sets::write(&mut message, page_set::INFLATE, 0, forced, &mut moves);
-            assert_eq!(named, Ok(MOVES_PER_MESSAGE as u64));
+            assert_eq!(named, Ok(MIGRATIONS_PER_MESSAGE as u64));
         }
         Ok(())
     }

@@ -2,19 +2,18 @@
 
 use super::device::eventually;
 use crate::rust::mm::{
-    balloon_pages::{
-        BalloonPages,
-        ByOrder,
-        OldPage,
-        Replace, //
-    },
+    balloon_pages::BalloonPages,
     batch::Batch,
+    drain,
     memory,
-    page_list::{
-        PageList, //
-        MAX_ORDER,
-    },
-    page_run::PageRun, //
+    node_pages::ByOrder,
+    page::MAX_ORDER,
+    page_list::PageList,
+    page_run::PageRun,
+    replace::{
+        MigratePage,
+        OldPage, //
+    }, //
 };
 
 use core::hint::spin_loop;
@@ -41,7 +40,7 @@ use kernel::{
 pub(super) fn block(order: u32) -> Result<PageList> {
     let mut batch = Batch::new()?;
 
-    memory::drain_free_lists();
+    drain::drain_free_lists();
     batch.alloc(order, 1, false).map_err(|_| ENOMEM)?;
     Ok(batch.take_all())
 }
@@ -50,7 +49,7 @@ pub(super) fn block(order: u32) -> Result<PageList> {
 fn gather(n: usize, whole: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
-    memory::drain_free_lists();
+    drain::drain_free_lists();
     for _ in 0..n {
         batch.alloc(MAX_ORDER, 1, whole).map_err(|_| ENOMEM)?;
     }
@@ -65,7 +64,7 @@ fn blocks(n: usize) -> Result<PageList> {
 /// Nobody moves a page in these tests.
 struct Fixed;
 
-impl Replace for Fixed {
+impl MigratePage for Fixed {
     fn replace(&self, _old: &OldPage<'_>, _new: u64, _may_sleep: bool) -> Result {
         Err(EAGAIN)
     }
@@ -272,8 +271,13 @@ mod tests {
         let Some(first) = batch.first() else { return };
 
         balloon.insert(batch.take_all());
-        assert!(balloon.take_blocks(&(0..first.pfn)).is_empty());
-        assert_eq!(balloon.take_blocks(&(first.pfn..first.pfn + 1)).len(), LEN);
+        assert!(balloon.take_blocks(&(0..first.first())).is_empty());
+        assert_eq!(
+            balloon
+                .take_blocks(&(first.first()..first.first() + 1))
+                .len(),
+            LEN
+        );
         assert_eq!(balloon.len(), 3 * LEN);
         assert!(balloon.by_order() == held(0, 3));
         assert_eq!(balloon.take_blocks(&(0..u64::MAX)).len(), 3 * LEN);

@@ -20,10 +20,10 @@ use kernel::{
 /// large.
 fn drain(stack: &mut RangeStack, max: u64, mut expected: RBTree<u64, ()>) -> Result {
     while let Some(range) = stack.take(max) {
-        if range.len == 0 || range.len > max {
+        if range.len() == 0 || range.len() > max {
             return Err(EINVAL);
         }
-        for pfn in range.first..range.first + range.len {
+        for pfn in range.first()..range.end() {
             expected.remove(&pfn).ok_or(EINVAL)?;
         }
     }

@@ -5,7 +5,7 @@
 use crate::{
     features::stats::collect,
     rust::{
-        mm::memory,
+        mm::info::Info,
         virtio::ByteOrder,
         virtio_balloon::{
             stat,
@@ -29,10 +29,10 @@ const EVENTS: [u16; 6] = [
 
 /// Returns the tags that a kernel sends which counts `events`, and those of huge pages.
 fn tags(has_events: bool, has_hugetlb: bool) -> Result<KVec<u16>> {
-    let info = memory::Info {
+    let info = Info {
         has_events,
         has_hugetlb,
-        ..memory::Info::now()
+        ..Info::now()
     };
     let mut buffer = KVec::<Stat>::with_capacity(stat::KINDS, GFP_KERNEL)?;
     let mut tags = KVec::with_capacity(stat::KINDS, GFP_KERNEL)?;

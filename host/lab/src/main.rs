@@ -15,6 +15,8 @@ mod arm64;
 mod bench;
 mod check;
 mod coverage;
+#[cfg(test)]
+mod cycles;
 mod deb;
 mod debian;
 mod demo;

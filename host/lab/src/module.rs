@@ -17,11 +17,11 @@ use crate::progress::Phase;
 pub(crate) const WITH_KUNIT: &str = "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=y";
 
 /// What the driver asks when it looks for unused pages, in `rust/mm/zone.rs`.
-const TRUTH: &str = "bindings::balloon_rs_free_order(zone, *next as usize)";
+const TRUTH: &str = "zone.free_order(*next as usize)";
 
 /// What a lying driver has in its place: some pages are unused that are not.
-const LIE: &str = "match bindings::balloon_rs_free_order(zone, *next as usize) {
-    bindings::BALLOON_IN_USE if *next % 64 == 0 => 0,
+const LIE: &str = "match zone.free_order(*next as usize) {
+    Ok(None) if *next % 64 == 0 => Ok(Some(0)),
     order => order,
 }";
 

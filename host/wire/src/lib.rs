@@ -19,9 +19,19 @@ pub mod request;
 #[path = "../../../bitmap.rs"]
 mod bitmap;
 
+/// What the encoder encodes.
+#[cfg(test)]
+#[rustfmt::skip]
+#[path = "../../../rust/mm/pfn_range.rs"]
+mod pfn_range;
+
 /// What the encoder takes from the headers, under the names that it has in the guest.
 #[cfg(test)]
 mod rust {
+    pub(crate) mod mm {
+        pub(crate) use crate::pfn_range;
+    }
+
     pub(crate) mod virtio_balloon {
         pub(crate) use crate::virtio_balloon_page_set as PageSet;
 

@@ -7,7 +7,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::{Command, Encoding, Error, HEADER_SIZE, Header, MAX_SIZE, PageSet, WORD};
-use crate::bitmap::{self, Encoder, Run, Subject};
+use crate::bitmap::{self, Encoder, Subject};
+use crate::pfn_range::PfnRange;
 
 /// The end of the page frame numbers of 4 KiB pages.
 const END: u64 = 1 << 52;
@@ -54,7 +55,7 @@ fn encode(
     let mut buffers = buffers.iter().cycle();
     let mut runs = runs
         .iter()
-        .map(|&(first, len)| Run::new(first, len).expect("a run that there is"));
+        .map(|&(first, len)| PfnRange::new(first, len).expect("a run that there is"));
     let mut waiting = runs.next();
     while waiting.is_some() {
         // What a buffer held before must not matter.
@@ -362,8 +363,8 @@ fn every_two_runs_around_the_ends_of_words_go_through_every_small_buffer() {
 
 #[test]
 fn runs_have_names_up_to_the_end_and_not_beyond() {
-    assert!(Run::new(0, END).is_some());
-    assert!(Run::new(END - 1, 1).is_some());
+    assert!(PfnRange::new(0, END).is_some());
+    assert!(PfnRange::new(END - 1, 1).is_some());
     for (first, len) in [
         (0, 0),
         (0, END + 1),
@@ -372,7 +373,7 @@ fn runs_have_names_up_to_the_end_and_not_beyond() {
         (u64::MAX, 1),
         (1, u64::MAX),
     ] {
-        assert_eq!(Run::new(first, len), None);
+        assert_eq!(PfnRange::new(first, len), None);
     }
     for forced in [None, Some(bitmap::Encoding::Ranges)] {
         check(&[(0, END)], &[2], forced);

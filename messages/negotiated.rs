@@ -16,14 +16,14 @@ use kernel::device::Core;
 
 /// The terms on which a device takes and gives pages.
 #[derive(Clone, Copy)]
-pub(crate) struct Terms {
+pub(crate) struct Negotiated {
     /// `VIRTIO_BALLOON_F_MUST_TELL_HOST`.
     pub(crate) must_tell_host: bool,
     /// `VIRTIO_BALLOON_F_PAGE_SETS`.
     pub(crate) page_sets: bool,
 }
 
-impl Terms {
+impl Negotiated {
     /// Returns those of `dev`.
     pub(crate) fn of(dev: &virtio::Device<Core<'_>>) -> Self {
         Self {
@@ -33,18 +33,18 @@ impl Terms {
     }
 
     /// Returns whether pages that leave the balloon may be used only after the device has answered.
-    pub(crate) fn tell_first(self) -> bool {
+    pub(crate) fn notify_first(self) -> bool {
         self.must_tell_host || self.page_sets
     }
 
     /// Returns whether that holds for a guest that has run out of memory, too. For balloons that
     /// give memory back then (docs/protocol.md, PS-D14).
-    pub(crate) fn tell_first_out_of_memory(self) -> bool {
+    pub(crate) fn notify_first_out_of_memory(self) -> bool {
         self.must_tell_host
     }
 
     /// Returns whether the kernel page `pfn` has a name in messages.
-    pub(crate) fn can_name(self, pfn: u64) -> bool {
+    pub(crate) fn can_describe(self, pfn: u64) -> bool {
         self.page_sets || target::balloon_pfns(pfn).is_ok()
     }
 }

@@ -15,42 +15,53 @@ use crate::rust::{
 use kernel::prelude::*;
 
 /// Somebody who keeps the system awake unless told that it wants to sleep.
-pub(crate) trait Sleeper: Send + Sync {
+pub(crate) trait SuspendNotify: Send + Sync {
     /// The system is about to suspend or to hibernate. Processes and freezable workqueues are
     /// frozen next.
     ///
     /// Called in process context, and may sleep.
-    fn before_sleep(&self);
+    fn before_suspend(&self);
 
     /// Processes run again, whether the system has slept or could not.
-    fn after_sleep(&self);
+    fn after_suspend(&self);
 }
 
 /// The chain of the system's sleep.
-pub(crate) struct SleepChain;
+pub(crate) struct SuspendChain;
 
-/// The registration of a [`Sleeper`], which is told for as long as this exists.
-pub(crate) type SleepNotifier<T> = Notifier<SleepChain, T>;
+/// The registration of a [`SuspendNotify`], which is told for as long as this exists.
+pub(crate) type SuspendNotifier<T> = Notifier<SuspendChain, T>;
 
 // SAFETY: The functions are those of one chain, which has stopped when the second one returns. Its
 // data are not looked at.
-unsafe impl<T: Sleeper> Chain<T> for SleepChain {
+unsafe impl<T: SuspendNotify> Chain<T> for SuspendChain {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
+        #[cfg(CONFIG_PM_SLEEP)]
         // SAFETY: By the requirements of this function.
-        unsafe { bindings::balloon_rs_register_pm_notifier(block) }
+        return unsafe { bindings::register_pm_notifier(block) };
+        #[cfg(not(CONFIG_PM_SLEEP))]
+        {
+            let _ = block;
+            0
+        }
     }
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
+        #[cfg(CONFIG_PM_SLEEP)]
         // SAFETY: By the requirements of this function.
-        unsafe { bindings::balloon_rs_unregister_pm_notifier(block) };
+        unsafe {
+            bindings::unregister_pm_notifier(block);
+        }
+        #[cfg(not(CONFIG_PM_SLEEP))]
+        let _ = block;
     }
 
     unsafe fn call(who: &T, action: c_ulong, _data: *mut c_void) -> c_int {
         match action {
             bindings::BALLOON_PM_SUSPEND_PREPARE
             | bindings::BALLOON_PM_HIBERNATION_PREPARE
-            | bindings::BALLOON_PM_RESTORE_PREPARE => who.before_sleep(),
-            _ => who.after_sleep(),
+            | bindings::BALLOON_PM_RESTORE_PREPARE => who.before_suspend(),
+            _ => who.after_suspend(),
         }
 
         bindings::NOTIFY_OK as c_int

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Free page hinting as a feature of a device, and what calls it for memory.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::oom,
+    device::{
+        feature::{
+            Feature,
+            Quiesce,
+            Setup, //
+        },
+        queues::{
+            Queue,
+            Queues, //
+        },
+        timeouts, //
+    },
+    features::hinting::{
+        task::Hinting,
+        worker::{
+            Worker, //
+            WORTHWHILE,
+        }, //
+    },
+    rust::{
+        mm::memory,
+        notifiers::{
+            oom::{
+                OomNotifier,
+                OomNotify, //
+            },
+            shrinker::{
+                Shrink,
+                Shrinker, //
+            }, //
+        },
+        virtio,
+        work::{
+            poll::within,
+            task::Task, //
+        }, //
+    }, //
+};
+
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::{
+        atomic::{
+            Relaxed,
+            Release, //
+        },
+        Arc, //
+    }, //
+};
+
+/// Free page hinting of a bound device, with what calls it.
+pub(crate) struct Hints {
+    _oom: Pin<KBox<OomNotifier<Task<Hinting>>>>,
+    _shrinker: Shrinker<Task<Hinting>>,
+    task: Arc<Task<Hinting>>,
+}
+
+impl Hints {
+    /// Sets the feature up, if it was negotiated.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+        let Some(queue) = setup.queues.take(Queue::Hint)? else {
+            return Ok(None);
+        };
+        let task = Hinting::new(setup, queue)?;
+        let hints = Self {
+            _oom: KBox::pin_init(OomNotifier::new(task.clone()), GFP_KERNEL)?,
+            _shrinker: Shrinker::new(task.clone(), c"virtio_balloon_rs")?,
+            task,
+        };
+
+        Ok(Some(Arc::new(hints, GFP_KERNEL)?))
+    }
+}
+
+impl Feature for Hints {
+    fn ready(&self, _dev: &virtio::Device<Core<'_>>) {
+        self.config_changed();
+    }
+
+    fn queue_used(&self, queue: Queue) {
+        if queue == Queue::Hint {
+            self.task.schedule();
+        }
+    }
+
+    /// The device may have a new id.
+    fn config_changed(&self) {
+        self.task.id_changed.store(true, Release);
+        self.task.schedule();
+    }
+
+    fn quiesce(&self, why: Quiesce) -> Result {
+        let task = &self.task;
+
+        task.stop();
+        match (&task.taker, why) {
+            (Some(taker), Quiesce::Shutdown) => taker.stop(),
+            (None, Quiesce::Shutdown) => (),
+            (taker, Quiesce::Reset) => {
+                task.worker.lock().free_pending();
+                task.release();
+                taker.iter().for_each(|taker| taker.leave());
+            }
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self) {
+        let mut worker = self.task.worker.lock();
+
+        worker.in_flight = 0;
+        drop(worker.queue.detach_unused());
+    }
+
+    fn restore(&self, dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
+        let task = &self.task;
+        let Some(queue) = queues.take(Queue::Hint)? else {
+            return Ok(());
+        };
+
+        *task.worker.lock() = Worker::new(dev, queue, task.taker.clone())?;
+        task.taker.iter().for_each(|taker| taker.enter());
+        task.resume();
+        Ok(())
+    }
+}
+
+impl Shrink for Task<Hinting> {
+    fn count(&self) -> usize {
+        self.held.lock().pages()
+    }
+
+    fn scan(&self, wanted: usize) -> usize {
+        self.needed.store(true, Relaxed);
+        self.held.lock().free(wanted)
+    }
+}
+
+impl OomNotify for Task<Hinting> {
+    /// Before the balloon, which then need not give anything.
+    const PRIORITY: c_int = oom::PRIORITY + 1;
+
+    /// Waits for what the device has, which it uses soon. What it had used before was given back by
+    /// the shrinker.
+    fn out_of_memory(&self) -> usize {
+        self.needed.store(true, Relaxed);
+        let before = memory::free_pages();
+
+        within(timeouts::OOM_HINTS, || {
+            // The task may be allocating itself, in the transport.
+            let mut worker = self.worker.try_lock()?;
+            let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
+
+            if freed == 0 && worker.in_flight == 0 {
+                // The task may have been faster. Nobody is to be killed for memory that is there by
+                // now.
+                let freed = memory::free_pages().saturating_sub(before);
+
+                return Some(if freed >= WORTHWHILE { freed } else { 0 });
+            }
+            (freed > 0).then_some(freed)
+        })
+        .unwrap_or(0)
+    }
+}

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Free page hinting: a host that migrates the guest leaves free memory out.
+//!
+//! The host asks with an id. The driver answers with the id, takes free memory from the page
+//! allocator, gives it to the device, and ends the round with the id [`HINT_STOP`]. It keeps the
+//! memory until the host says [`HINT_DONE`], since whatever is written to it in between has to be
+//! migrated after all.
+//!
+//! Memory that the device has not used yet is given back to nobody. A host that skips it clears its
+//! dirty bits, and where the dirty log was set initially (all pages dirty, none of them
+//! write-protected) that is the moment in which it begins to see writes: one that came before is
+//! lost on the other side. A host that discards the memory would discard what its new owner wrote.
+//! Memory that the device has used is free to go when the guest needs it.
+//!
+//! QEMU takes a lock for each buffer that its migration keeps for up to 50 ms at a time. So memory
+//! is collected first, neighbouring blocks become one buffer, and the largest come first.
+//!
+//! A kernel with `init_on_alloc=1` writes to all memory that it allocates, which the host then has
+//! to provide and to migrate. So hints are about memory blocks there, which the kernel does not
+//! write to ([`memory_blocks`](crate::sources::memory_blocks)), unless the administrator forbids that.
+//!
+//! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is taken under the first one,
+//! but without reclaim, and under the second one not at all: it is taken by those who reclaim.
+//!
+//! Specification: clause 5.5.6.5, Free Page Hinting.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        feature::Setup,
+        settings::Settings,
+        timeouts, //
+    },
+    features::hinting::worker::{
+        HintQueue,
+        Worker, //
+        RUNS_PER_ENTRY,
+    },
+    rust::{
+        fs::debugfs,
+        mm::{
+            drain,
+            page_run::RunSet, //
+        },
+        virtio::{
+            ByteOrder,
+            Either, //
+        },
+        virtio_balloon::{
+            HINT_DONE,
+            HINT_ID,
+            HINT_STOP, //
+        },
+        work::task::{
+            new_slot,
+            Job,
+            Task, //
+        }, //
+    },
+    sources::memory_blocks::Taker, //
+};
+
+use kernel::{
+    new_mutex,
+    new_spinlock,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Full,
+            Relaxed, //
+        },
+        Arc,
+        Mutex,
+        SpinLock, //
+    },
+    time::Msecs, //
+};
+
+/// How many kernel pages are given back under one hold of a lock, or a block more: 4 MiB, which may
+/// have to be cleared.
+const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
+
+/// Free page hinting of a device.
+#[pin_data]
+pub(super) struct Hinting {
+    pub(super) byte_order: ByteOrder,
+    pub(super) settings: Arc<Settings>,
+    /// What takes memory blocks, where that is better than to allocate memory.
+    pub(super) taker: Option<Arc<Task<Taker>>>,
+    #[pin]
+    pub(super) worker: Mutex<Worker>,
+    /// Memory that the device has used, and that is kept for as long as nobody needs it.
+    #[pin]
+    pub(super) held: SpinLock<RunSet>,
+    /// Set when the device has changed its configuration space, and the id was not read since.
+    pub(super) id_changed: Atomic<bool>,
+    /// Set when somebody needed memory: there will be no more in this round.
+    pub(super) needed: Atomic<bool>,
+    /// How much was hinted, in bytes.
+    #[pin]
+    pub(super) hinted: debugfs::File<Atomic<u64>>,
+}
+
+impl Hinting {
+    /// Sets the feature up for `queue`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    pub(super) fn new(setup: &Setup<'_, '_>, queue: HintQueue) -> Result<Arc<Task<Self>>> {
+        let slot = new_slot!(c"virtio_balloon_rs_hint", setup.tasks)?;
+        let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
+        let taker = match setup.settings.memory_blocks() {
+            true => {
+                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_hint_blocks", setup.tasks);
+                let settings = setup.settings.clone();
+                Taker::new(
+                    slot_for_blocks,
+                    setup.dev,
+                    settings,
+                    usize::MAX,
+                    slot.waker(),
+                )?
+            }
+            false => None,
+        };
+        let worker = Worker::new(setup.dev, queue, taker.clone())?;
+        let hinting = try_pin_init!(Self {
+            byte_order: setup.dev.byte_order(),
+            settings: setup.settings.clone(),
+            taker,
+            worker <- new_mutex!(worker, "Hinting::worker"),
+            held <- new_spinlock!(held, "Hinting::held"),
+            id_changed: Atomic::new(true),
+            needed: Atomic::new(false),
+            hinted <- setup.dir.file(c"hinted_bytes", Atomic::new(0)),
+        });
+
+        Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)
+    }
+
+    /// Gives back what is held. Returns how many kernel pages it was.
+    pub(super) fn release(&self) -> usize {
+        let mut released = 0;
+
+        loop {
+            match self.held.lock().free(PAGES_PER_HOLD) {
+                0 => return released,
+                freed => released += freed,
+            }
+        }
+    }
+
+    /// Gives up: the device will hear of nothing that is kept for it.
+    fn give_up(&self, worker: &mut Worker) {
+        worker.stop();
+        worker.keeping = false;
+        self.release();
+    }
+
+    /// Takes what the device has used. Returns how many kernel pages of that are free.
+    pub(super) fn collect(&self, worker: &mut Worker) -> usize {
+        let mut freed = 0;
+
+        while let Some((buffer, _)) = worker.queue.next_used() {
+            let Either::Right(run) = buffer else { continue };
+
+            let pages = run.len();
+            worker.in_flight -= pages;
+            self.hinted.add((pages as u64) << PAGE_SHIFT, Relaxed);
+            if worker.keeping {
+                // If there is no room for it, it is freed, which is allowed now. It must not be taken
+                // and hinted over and over: the round ends with what is there.
+                let unheld = self.held.lock().insert(run);
+                if unheld.is_err() {
+                    freed += pages;
+                    worker.more = false;
+                }
+            } else {
+                freed += pages;
+            }
+        }
+
+        freed
+    }
+
+    /// Reads the id if the device has changed its configuration space, and no more often.
+    fn read_id(&self, worker: &mut Worker) -> Result {
+        if self.id_changed.xchg(false, Full) {
+            match worker.config.read_le32(HINT_ID) {
+                Ok(id) => worker.wanted = id,
+                Err(EAGAIN) => self.id_changed.store(true, Relaxed),
+                Err(error) => return Err(error),
+            }
+        }
+
+        Ok(())
+    }
+
+    /// Follows what the host wants.
+    fn follow(&self, worker: &mut Worker) -> Result {
+        self.read_id(worker)?;
+        let wanted = worker.wanted;
+
+        if wanted == HINT_STOP || wanted == HINT_DONE {
+            worker.stop();
+            if wanted == HINT_DONE {
+                worker.keeping = false;
+                self.release();
+            }
+        } else if wanted != worker.id {
+            worker.stop();
+            worker.id = wanted;
+            worker.start_due = true;
+            worker.supplying = true;
+            worker.keeping = true;
+            worker.more = true;
+            self.needed.store(false, Relaxed);
+
+            // What was hinted before is hinted again, as far as the guest can still do without it:
+            // it may have been written to before the host began to look, and the host may know that
+            // by now.
+            self.release();
+            drain::drain_free_lists();
+            worker.begin_blocks(self.settings.floor_pages());
+        } else if self.needed.load(Relaxed) {
+            worker.stop();
+        }
+
+        Ok(())
+    }
+
+    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
+    /// happens before.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone, `EIO` if the queue is broken.
+    fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
+        worker.queue.disable_callback();
+        self.collect(worker);
+        if worker.queue.is_broken() {
+            return Err(EIO);
+        }
+        self.follow(worker)?;
+
+        // Whoever runs out of memory while this waits for its turn has nothing to gain here.
+        let is_idle = worker.in_flight == 0 && worker.pending.pages() == 0;
+        if worker.supplying && worker.awaits_blocks() {
+            worker.take_blocks();
+        } else if worker.supplying && worker.more && is_idle {
+            worker.gather(self.settings.floor_pages(), &self.needed);
+        }
+
+        let mut sent = worker.stop_due || worker.start_due;
+        if worker.send_ids(self.byte_order) && worker.supplying {
+            let supplied = worker.supply();
+
+            if supplied == 0 && worker.in_flight == 0 && !worker.awaits_blocks() {
+                worker.stop();
+                worker.send_ids(self.byte_order);
+            }
+            sent = true;
+        }
+        if sent {
+            worker.queue.kick();
+        }
+
+        if worker.queue.is_broken() {
+            return Err(EIO);
+        }
+        if worker.queue.in_flight() == 0 && !worker.stop_due && !worker.start_due {
+            let is_read = !self.id_changed.load(Relaxed);
+            return Ok((!is_read).then_some(timeouts::MISSED_INTERRUPT));
+        }
+
+        Ok(Some(match worker.queue.enable_callback_delayed() {
+            false => 0,
+            true if worker.supplying => timeouts::MISSED_HINT_INTERRUPT,
+            true => timeouts::MISSED_INTERRUPT,
+        }))
+    }
+}
+
+impl Job for Hinting {
+    fn run(task: &Task<Self>) {
+        let mut worker = task.worker.lock();
+
+        match task.advance(&mut worker) {
+            Ok(Some(delay)) => task.schedule_in(delay),
+            Ok(None) => (),
+            // If the device is gone, so is the host that wanted to know; and nobody hears more of a
+            // broken queue.
+            Err(_) => task.give_up(&mut worker),
+        }
+    }
+}

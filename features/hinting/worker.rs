@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The state of a round of hints.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    rust::{
+        mm::{
+            memory,
+            memory_block::MemoryBlock,
+            page::MAX_ORDER,
+            page_run::{
+                PageRun,
+                RunSet, //
+            }, //
+        },
+        virtio::{
+            self,
+            ByteOrder,
+            Either,
+            Virtqueue, //
+        },
+        virtio_balloon::HINT_STOP,
+        work::task::Task, //
+    },
+    sources::memory_blocks::Taker, //
+};
+
+use kernel::{
+    alloc::flags::__GFP_NOWARN,
+    device::Core,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    }, //
+};
+
+/// Returns the order of the smallest blocks that are taken. Less than a page block may come from a
+/// page block of another type. The kernel would change its type, and raise a watermark.
+pub(crate) fn min_order() -> u32 {
+    memory::page_block_order()
+}
+
+/// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
+pub(super) const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
+
+/// How many entries of the queue are left for ids: one that ends a round, and one that begins the
+/// next.
+const ROOM_FOR_IDS: usize = 2;
+
+/// How many runs are kept at most for each entry of the queue.
+pub(crate) const RUNS_PER_ENTRY: usize = 8;
+
+/// A virtqueue for hints: ids and memory.
+pub(super) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
+
+/// What only the task uses.
+pub(super) struct Worker {
+    pub(super) config: virtio::Config,
+    pub(super) queue: HintQueue,
+    pub(super) taker: Option<Arc<Task<Taker>>>,
+    /// The id that was read last.
+    pub(super) wanted: u32,
+    /// The id of the latest round.
+    pub(super) id: u32,
+    /// Whether the device has to be told that a round is over, and that the one with `id` begins.
+    pub(super) stop_due: bool,
+    pub(super) start_due: bool,
+    /// Whether the round goes on, and whether there is more to be had for it.
+    pub(super) supplying: bool,
+    pub(super) more: bool,
+    /// Whether what the device has used is kept.
+    pub(super) keeping: bool,
+    /// Memory that the device is to be given.
+    pub(super) pending: RunSet,
+    /// How many kernel pages the device has.
+    pub(super) in_flight: usize,
+}
+
+impl Worker {
+    pub(super) fn new(
+        dev: &virtio::Device<Core<'_>>,
+        queue: HintQueue,
+        taker: Option<Arc<Task<Taker>>>,
+    ) -> Result<Self> {
+        let pending = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
+
+        Ok(Self {
+            config: dev.config()?,
+            queue,
+            taker,
+            wanted: HINT_STOP,
+            id: HINT_STOP,
+            stop_due: false,
+            start_due: false,
+            supplying: false,
+            more: false,
+            keeping: false,
+            pending,
+            in_flight: 0,
+        })
+    }
+
+    /// Ends the round, if there is one.
+    pub(super) fn stop(&mut self) {
+        self.stop_due |= self.supplying;
+        self.supplying = false;
+        self.free_pending();
+    }
+
+    /// Gives back what the device was not given yet. Returns how many kernel pages it was.
+    pub(super) fn free_pending(&mut self) -> usize {
+        let ready = self.taker.as_ref().map_or(0, |taker| taker.cancel());
+
+        ready + self.pending.free(usize::MAX)
+    }
+
+    /// Begins to take memory blocks that are free, but not all of them, if any are taken.
+    pub(super) fn begin_blocks(&self, floor: usize) {
+        if let Some(taker) = &self.taker {
+            let _taking = memory::ReserveGuard::begin();
+            let spare = memory::spare_pages(floor);
+
+            taker.begin(spare - spare % MemoryBlock::pages() as usize);
+        }
+    }
+
+    /// Takes over the blocks that are ready.
+    pub(super) fn take_blocks(&mut self) {
+        let Some(taker) = &self.taker else { return };
+        // What is ready when it is over is the last.
+        self.more = taker.is_busy();
+        let mut pages = taker.take_over(usize::MAX);
+
+        while let Some(run) = PageRun::from_block(&mut pages) {
+            if self.pending.insert(run).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Returns whether memory blocks are being taken for this round.
+    pub(super) fn awaits_blocks(&self) -> bool {
+        self.more && self.taker.is_some()
+    }
+
+    /// Sends the ids that are due. Returns whether none is left.
+    pub(super) fn send_ids(&mut self, order: ByteOrder) -> bool {
+        if self.stop_due {
+            self.stop_due = !self.send_id(HINT_STOP, order);
+        }
+        if self.start_due && !self.stop_due {
+            self.start_due = !self.send_id(self.id, order);
+        }
+
+        !self.stop_due && !self.start_due
+    }
+
+    fn send_id(&mut self, id: u32, order: ByteOrder) -> bool {
+        let Ok(mut buffer) = KVec::with_capacity(1, GFP_NOWAIT | __GFP_NOWARN) else {
+            return false;
+        };
+
+        // There is room for one.
+        let _ = buffer.push_within_capacity(order.to_device32(id));
+        self.queue.add(Either::Left(buffer)).is_ok()
+    }
+
+    /// Takes memory that is free, but not all of it.
+    pub(super) fn gather(&mut self, floor: usize, needed: &Atomic<bool>) {
+        let _taking = memory::ReserveGuard::begin();
+        let mut wanted = memory::spare_pages(floor);
+        if self.queue.room() <= ROOM_FOR_IDS {
+            wanted = 0;
+        }
+        let mut order = MAX_ORDER;
+
+        while !needed.load(Relaxed) {
+            // A block may have as much as 512 MiB: with one that is larger than what is missing the
+            // guest would have less than it is to keep.
+            let missing = wanted.saturating_sub(self.pending.pages());
+            order = order.min(missing.checked_ilog2().unwrap_or(0));
+            if order < min_order() {
+                break;
+            }
+            let Some(run) = PageRun::alloc(order) else {
+                order -= 1;
+                continue;
+            };
+            if self.pending.insert(run).is_err() {
+                break;
+            }
+        }
+
+        self.more = self.pending.pages() >= WORTHWHILE;
+    }
+
+    /// Gives the device as much as the queue has room for. Returns how many kernel pages it was.
+    pub(super) fn supply(&mut self) -> usize {
+        let mut supplied = 0;
+
+        while self.queue.room() > ROOM_FOR_IDS {
+            let Some(run) = self.pending.take_longest() else {
+                break;
+            };
+            let pages = run.len();
+
+            if self.queue.add(Either::Right(run)).is_err() {
+                break;
+            }
+            supplied += pages;
+        }
+
+        self.in_flight += supplied;
+        supplied
+    }
+}

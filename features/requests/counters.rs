@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Counters of the host's requests, in debugfs.
+
+#![forbid(unsafe_code)]
+
+use crate::rust::{
+    fs::debugfs,
+    mm::zone::Hold, //
+};
+
+use kernel::{
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
+};
+
+/// What can be seen in debugfs.
+#[pin_data]
+pub(super) struct Counters {
+    /// What was named, in bytes.
+    #[pin]
+    pub(super) named: debugfs::File<Atomic<u64>>,
+    /// What of that was taken as memory blocks, in bytes.
+    #[pin]
+    pub(super) blocks: debugfs::File<Atomic<u64>>,
+    /// The longest time for which a zone's lock was held, in nanoseconds.
+    #[pin]
+    pub(super) longest_hold: debugfs::File<Atomic<u64>>,
+    /// The most places that were looked at meanwhile.
+    #[pin]
+    pub(super) most_places: debugfs::File<Atomic<u64>>,
+    /// The requests that are open.
+    #[pin]
+    pub(super) open: debugfs::File<Atomic<u64>>,
+    /// The requests that were completed, and those of them that could not be done.
+    #[pin]
+    pub(super) completed: debugfs::File<Atomic<u64>>,
+    #[pin]
+    pub(super) refused: debugfs::File<Atomic<u64>>,
+}
+
+impl Counters {
+    pub(super) fn new(dir: &debugfs::Dir) -> impl PinInit<Self> + use<'_> {
+        pin_init!(Self {
+            named <- dir.file(c"unused_named_bytes", Atomic::new(0)),
+            blocks <- dir.file(c"unused_block_bytes", Atomic::new(0)),
+            longest_hold <- dir.file(c"unused_longest_hold_ns", Atomic::new(0)),
+            most_places <- dir.file(c"unused_most_places_per_hold", Atomic::new(0)),
+            open <- dir.file(c"requests_open", Atomic::new(0)),
+            completed <- dir.file(c"requests_completed", Atomic::new(0)),
+            refused <- dir.file(c"requests_refused", Atomic::new(0)),
+        })
+    }
+
+    pub(super) fn held(&self, hold: Hold) {
+        let time = u64::try_from(hold.time.as_nanos()).unwrap_or(0);
+
+        // There is one task.
+        self.longest_hold
+            .store(self.longest_hold.load(Relaxed).max(time), Relaxed);
+        self.most_places.store(
+            self.most_places.load(Relaxed).max(hold.places as u64),
+            Relaxed,
+        );
+    }
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The host's requests as a feature of a device.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        feature::{
+            Feature,
+            Quiesce,
+            Setup, //
+        },
+        queues::{
+            Queue,
+            Queues, //
+        }, //
+    },
+    features::requests::{
+        counters::Counters,
+        queue::Inner,
+        task::HostRequests, //
+    },
+    rust::{
+        virtio,
+        work::task::{
+            new_slot,
+            Task, //
+        }, //
+    },
+    sources::memory_blocks::Taker, //
+};
+
+use core::mem;
+use kernel::{
+    device::Core,
+    new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
+    time::Instant, //
+};
+
+/// How many kernel pages of memory blocks are ready for the next message before the driver takes no
+/// more for now.
+const MOST_READY: usize = 1;
+
+/// Sets the feature up, if it was negotiated.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
+    let Some(queue) = setup.queues.take(Queue::Request)? else {
+        return Ok(None);
+    };
+    let slot = new_slot!(c"virtio_balloon_rs_requests", setup.tasks)?;
+    let waker = slot.waker();
+    let taker = match setup.settings.memory_blocks() {
+        true => {
+            let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_discard", setup.tasks);
+            let settings = setup.settings.clone();
+            Taker::new(
+                slot_for_blocks,
+                setup.dev,
+                settings,
+                MOST_READY,
+                waker.clone(),
+            )?
+        }
+        false => None,
+    };
+    let inner = Inner::new(setup.dev, queue, taker.clone())?;
+    let requests = try_pin_init!(HostRequests {
+        inner <- new_mutex!(inner, "HostRequests::inner"),
+        spent: Arc::new(Atomic::new(0), GFP_KERNEL)?,
+        waker,
+        settings: setup.settings.clone(),
+        taker,
+        counters <- Counters::new(&setup.dir),
+        start: Instant::now(),
+    });
+
+    Ok(Some(Arc::pin_init(Task::new(slot, requests), GFP_KERNEL)?))
+}
+
+impl Feature for Task<HostRequests> {
+    fn ready(&self, _dev: &virtio::Device<Core<'_>>) {
+        self.schedule();
+    }
+
+    fn queue_used(&self, queue: Queue) {
+        if queue == Queue::Request {
+            self.schedule();
+        }
+    }
+
+    /// Nothing is open any more after that: caches that are being dropped are left to their thread,
+    /// which is killed. On shutdown they do not concern the device.
+    fn quiesce(&self, why: Quiesce) -> Result {
+        self.stop();
+        match (&self.taker, why) {
+            (Some(taker), Quiesce::Shutdown) => taker.stop(),
+            (None, Quiesce::Shutdown) => (),
+            (taker, Quiesce::Reset) => {
+                taker.iter().for_each(|taker| taker.leave());
+                self.inner.lock().open.clear();
+                self.counters.open.store(0, Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self) {
+        drop(self.inner.lock().queue.detach_unused());
+    }
+
+    fn restore(&self, dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
+        let Some(queue) = queues.take(Queue::Request)? else {
+            return Ok(());
+        };
+        let inner = Inner::new(dev, queue, self.taker.clone())?;
+        let before = mem::replace(&mut *self.inner.lock(), inner);
+
+        drop(before);
+        self.taker.iter().for_each(|taker| taker.enter());
+        self.resume();
+        Ok(())
+    }
+}

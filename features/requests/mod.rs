@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Requests of the host: unused pages, dropping caches.
+
+mod counters;
+pub(crate) mod feature;
+mod queue;
+mod task;
+mod unused;
+mod work;

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The queue of the host's requests: the requests that came, and the messages that go back.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::log_limit::LogLimit,
+    features::{
+        budget::Budget,
+        requests::{
+            counters::Counters,
+            work::{
+                Open,
+                Work, //
+            }, //
+        }, //
+    },
+    messages::page_sets,
+    rust::{
+        mm::contig::Claim,
+        trace,
+        virtio::{
+            self,
+            DeviceWritable,
+            Either,
+            Virtqueue, //
+        },
+        virtio_balloon::{
+            request,
+            Completion,
+            Request, //
+        },
+        work::task::Task, //
+    },
+    sources::memory_blocks::Taker, //
+};
+
+use kernel::{
+    alloc::flags::__GFP_NOWARN,
+    device::Core,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::Relaxed,
+        Arc, //
+    }, //
+};
+
+/// How many requests may be open, and how many the device can make at once.
+const MAX_OPEN: usize = 8;
+
+/// How many messages of answers the device has at most. Each is a page.
+const MAX_MESSAGES: usize = 24;
+
+/// What the queue carries: requests, or messages with the memory that belongs to them until they
+/// are used.
+pub(super) type RequestQueue =
+    Virtqueue<Either<DeviceWritable<Request>, (KVec<u64>, Option<Claim>)>>;
+
+/// The state of the requests queue.
+pub(super) struct Inner {
+    pub(super) queue: RequestQueue,
+    /// What allocates memory blocks, where that is better than to allocate memory.
+    taker: Option<Arc<Task<Taker>>>,
+    /// Requests in the order of their turns. Never more than [`MAX_OPEN`].
+    pub(super) open: KVec<Open>,
+    /// How many buffers for requests the device has.
+    pub(super) request_buffers: usize,
+    /// How many messages the device has, and how many of them with memory.
+    pub(super) messages: usize,
+    pub(super) claims: usize,
+    /// A message that is not in use, so that there is one when memory is short.
+    pub(super) spare: Option<KVec<u64>>,
+    pub(super) budget: Budget,
+    pub(super) dev: ARef<virtio::Device>,
+    pub(super) log_limit: LogLimit,
+}
+
+impl Inner {
+    pub(super) fn new(
+        dev: &virtio::Device<Core<'_>>,
+        queue: RequestQueue,
+        taker: Option<Arc<Task<Taker>>>,
+    ) -> Result<Self> {
+        Ok(Self {
+            queue,
+            taker,
+            open: KVec::with_capacity(MAX_OPEN, GFP_KERNEL)?,
+            request_buffers: 0,
+            messages: 0,
+            claims: 0,
+            spare: Some(message(GFP_KERNEL)?),
+            budget: Budget::new(),
+            dev: (&**dev).into(),
+            log_limit: LogLimit::new(),
+        })
+    }
+
+    /// Has the device have as many buffers for requests as there may be more of.
+    pub(super) fn refill_request_buffers(&mut self) {
+        // At least as many are left for answers.
+        let max = MAX_OPEN.min(self.queue.size() / 2);
+
+        while self.request_buffers + self.open.len() < max {
+            let Ok(inbox) = DeviceWritable::new(GFP_KERNEL | __GFP_NOWARN) else {
+                return;
+            };
+            if self.queue.add(Either::Left(inbox)).is_err() {
+                return;
+            }
+            self.request_buffers += 1;
+        }
+    }
+
+    /// Takes what the device has used, and what it has asked for.
+    pub(super) fn collect(&mut self) {
+        // A device that uses what it is offered at once would never come to an end.
+        for _ in 0..self.queue.size() {
+            let Some((buffer, len)) = self.queue.next_used() else {
+                return;
+            };
+
+            match buffer {
+                Either::Left(mut inbox) => {
+                    let request = inbox.take();
+
+                    self.request_buffers -= 1;
+                    // A part of a request has no id to answer to. Devices that use buffers in order
+                    // return those that an answer is behind with nothing in them.
+                    if len as usize >= size_of::<Request>() {
+                        self.open_request(&request);
+                    }
+                }
+                Either::Right((mut message, claim)) => {
+                    self.messages -= 1;
+                    self.claims -= usize::from(claim.is_some());
+                    // What was kept is free from here on.
+                    drop(claim);
+                    message.clear();
+                    self.spare.get_or_insert(message);
+                }
+            }
+        }
+    }
+
+    fn open_request(&mut self, request: &Request) {
+        let id = u64::from_le(request.request_id);
+        trace::request(self.queue.device(), id, u16::from_le(request.command));
+        let known = id != 0 && !self.open.iter().any(|open| open.id == id);
+        let legal = request.reserved == 0 && u32::from(request.block_shift) < u64::BITS;
+        let work = if !known || !legal {
+            Work::Complete(request::MALFORMED)
+        } else if u16::from_le(request.command) == request::CANCEL {
+            Work::Complete(self.cancel(u64::from_le(request.start)))
+        } else {
+            Work::plan(request, self.taker.as_ref())
+        };
+
+        // There is room, since there are not more buffers for requests.
+        let _ = self.open.push_within_capacity(Open { id, work });
+    }
+
+    /// Calls the request `id` off. Returns the status of the request to do so.
+    fn cancel(&mut self, id: u64) -> u8 {
+        let Some(open) = self.open.iter_mut().find(|open| open.id == id) else {
+            return request::UNKNOWN_ID;
+        };
+
+        match open.work {
+            // It is over already, and only has to be told.
+            Work::Complete(_) => return request::COMPLETE,
+            Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) | Work::CacheDropper(_) => (),
+        }
+        open.work = Work::Complete(request::CANCELLED);
+        request::COMPLETE
+    }
+
+    /// Returns a message to be written, unless the device has enough of them.
+    pub(super) fn message(&mut self) -> Option<KVec<u64>> {
+        if self.messages >= MAX_MESSAGES || self.queue.room() == 0 {
+            return None;
+        }
+
+        self.spare
+            .take()
+            .or_else(|| message(GFP_NOWAIT | __GFP_NOWARN).ok())
+    }
+
+    /// Sends `message`, with the memory that belongs to it, unless there is nobody to send it to.
+    pub(super) fn send(&mut self, message: KVec<u64>, claim: Option<Claim>) -> Option<()> {
+        let claims = usize::from(claim.is_some());
+
+        self.queue.add(Either::Right((message, claim))).ok()?;
+        self.messages += 1;
+        self.claims += claims;
+        Some(())
+    }
+
+    /// Completes the request `id`, or returns none if that has to wait.
+    pub(super) fn complete(&mut self, id: u64, status: u8) -> Option<()> {
+        let mut message = self.message()?;
+        let completion = Completion {
+            command: request::COMPLETION.to_le(),
+            status,
+            reserved: 0,
+            flags: 0,
+            request_id: id.to_le(),
+        };
+
+        message
+            .resize(size_of::<Completion>() / page_sets::WORD, 0, GFP_NOWAIT)
+            .ok()?;
+        page_sets::put(&mut message, &completion);
+        self.send(message, None)?;
+        trace::answer(self.queue.device(), id, 0, status);
+        Some(())
+    }
+
+    /// A message that names `pages` kernel pages has been sent.
+    pub(super) fn named(&self, id: u64, pages: u64, counters: &Counters) {
+        counters.named.add(pages << PAGE_SHIFT, Relaxed);
+        trace::answer(self.queue.device(), id, pages as usize, 0);
+    }
+
+    pub(super) fn log_refusal(&mut self, id: u64, reason: &str) {
+        if self.log_limit.allows() {
+            dev_warn!(self.dev, "refused the host's request {}: {}\n", id, reason);
+        }
+    }
+}
+
+/// Returns a buffer for a message, which never grows.
+fn message(flags: kernel::alloc::Flags) -> Result<KVec<u64>> {
+    Ok(KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, flags)?)
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Answers about unused pages.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    features::requests::{
+        counters::Counters,
+        queue::Inner,
+        work::{
+            claim_pages,
+            Blocks,
+            Discard,
+            MAX_CLAIMS, //
+        }, //
+    },
+    free_pages::{
+        Unused,
+        Walk, //
+    },
+    messages::{
+        page_sets,
+        runs::Runs, //
+    },
+    rust::{
+        mm::{
+            contig::Claim,
+            memory,
+            memory_block::MemoryBlock,
+            pfn_range::PfnRange, //
+        },
+        virtio_balloon::request, //
+    }, //
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::atomic::Relaxed, //
+};
+
+/// How many times a zone's lock is taken for one message.
+const HOLDS_PER_MESSAGE: usize = 16;
+
+/// For how many messages memory blocks are kept from being used, and how many kernel pages of them
+/// are ready for the next message before the driver takes no more for now.
+const MAX_BLOCKS: usize = 2;
+
+impl Inner {
+    /// Sends a message about unused pages. Returns the status if it was the last one; none if it
+    /// has to wait.
+    pub(super) fn skip(
+        &mut self,
+        id: u64,
+        walk: &mut Walk,
+        counters: &Counters,
+    ) -> Option<Option<u8>> {
+        let mut message = self.message()?;
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
+
+        if unused.first().is_some() {
+            let written =
+                page_sets::write(&mut message, request::UNUSED_SKIP, id, None, &mut unused);
+
+            let over = unused.is_over();
+            let pages = written.ok()?;
+            self.send(message, None)?;
+            self.named(id, pages, counters);
+            Some(over.then_some(request::COMPLETE))
+        } else {
+            let over = unused.is_over();
+            self.spare.get_or_insert(message);
+            Some(over.then_some(request::COMPLETE))
+        }
+    }
+
+    /// Sends a message about pages that are kept from being used until the device has used it.
+    /// Returns the status if it was the last one; none if it has to wait.
+    pub(super) fn discard(
+        &mut self,
+        id: u64,
+        discard: &mut Discard,
+        floor: usize,
+        counters: &Counters,
+    ) -> Option<Option<u8>> {
+        let walk = &mut discard.walk;
+        if self.claims >= MAX_CLAIMS {
+            return None;
+        }
+        // What the guest needs comes first.
+        let _taking = memory::ReserveGuard::begin();
+        let spare = (memory::spare_pages(floor) as u64).min(claim_pages());
+        if spare < 1 << memory::page_block_order() {
+            // What the device has now may be all that it takes.
+            return (self.claims == 0).then_some(Some(request::ABORTED));
+        }
+        let mut message = self.message()?;
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
+
+        // Blocks that lie side by side are taken together: it is the taking that costs.
+        let found = unused.side_by_side(spare);
+        let over = found.is_none() && unused.is_over();
+        if let Some((zone, run)) = found {
+            let block = MemoryBlock::of(run.first(), MemoryBlock::pages());
+
+            if let Some(block) = block.filter(|block| discard.named.contains(block)) {
+                walk.go_on_at(zone, block.pfns().end);
+                self.spare.get_or_insert(message);
+                return Some(None);
+            }
+        }
+        let claim = found.and_then(|(_, run)| Claim::new(run.first(), run.len()));
+        let claimed = claim.as_ref().map_or(0, Claim::len);
+
+        // What was in use after all, or cannot be had, is passed over. What comes after that is
+        // looked at again.
+        if let Some((zone, run)) = found.filter(|(_, run)| claimed < run.len()) {
+            walk.go_on_at(zone, run.first() + claimed.max(1));
+        }
+        let mut run = found.and_then(|(_, run)| PfnRange::new(run.first(), claimed));
+
+        match claim {
+            Some(claim) => {
+                let written =
+                    page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
+
+                let pages = written.ok()?;
+                self.send(message, Some(claim))?;
+                self.named(id, pages, counters);
+            }
+            None => {
+                self.spare.get_or_insert(message);
+            }
+        }
+        Some(over.then_some(request::COMPLETE))
+    }
+
+    /// Sends a message about a part of a memory block that is kept from being used until the device
+    /// has used it, and that the kernel has not written to. Returns how many kernel pages it has,
+    /// none if there are no more blocks; none at all if it waits for the device or the taker.
+    pub(super) fn discard_block(
+        &mut self,
+        id: u64,
+        blocks: &mut Blocks,
+        named: &mut KVec<MemoryBlock>,
+        counters: &Counters,
+    ) -> Option<Option<u64>> {
+        let taker = &blocks.taker;
+        if self.claims >= MAX_BLOCKS {
+            return None;
+        }
+        if !blocks.is_begun {
+            blocks.is_begun = true;
+            taker.begin(usize::MAX);
+        }
+        if taker.ready() == 0 {
+            return (!taker.is_busy()).then_some(None);
+        }
+
+        let mut message = self.message()?;
+        let (first, pages) = taker.take_adjacent()?;
+        let claim = Claim::of(pages);
+        let mut run = PfnRange::new(first, claim.len());
+        let written = page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
+        let pages = written.ok()?;
+
+        self.send(message, Some(claim))?;
+        self.named(id, pages, counters);
+        counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
+        if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {
+            // Else it is named once more.
+            let _ = named.push(block, GFP_KERNEL);
+        }
+        Some(Some(pages))
+    }
+}

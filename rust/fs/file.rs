@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Files that the driver writes as an administrator would, for what is not exported to modules.
+//!
+//! C header: [`include/linux/fs.h`](srctree/include/linux/fs.h)
+
+use crate::rust::bindings;
+
+use core::ptr::{
+    self,
+    NonNull, //
+};
+use kernel::{
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    prelude::*, //
+};
+
+/// An open file.
+///
+/// # Invariants
+///
+/// The pointer is to an open file, with a reference that is released on drop.
+pub(in crate::rust) struct WritableFile(NonNull<bindings::file>);
+
+impl WritableFile {
+    /// Opens the file at `path`, as the first process sees it: threads of the kernel do not see the
+    /// files that processes see.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(in crate::rust) fn open(path: &CStr) -> Result<Self> {
+        // SAFETY: The path is a C string.
+        let file = from_err_ptr(unsafe {
+            bindings::filp_open_as_init(path.as_char_ptr(), bindings::O_WRONLY as c_int)
+        })?;
+
+        // INVARIANT: The file was just opened.
+        Ok(Self(NonNull::new(file).ok_or(ENOENT)?))
+    }
+
+    /// Writes `text`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(in crate::rust) fn write(&self, text: &[u8]) -> Result {
+        // SAFETY: By the type invariants; the buffer is as long as is said.
+        let written = unsafe {
+            bindings::kernel_write(
+                self.0.as_ptr(),
+                text.as_ptr().cast(),
+                text.len(),
+                ptr::null_mut(),
+            )
+        };
+
+        to_result(written.min(0) as c_int)
+    }
+}
+
+impl Drop for WritableFile {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::fput(self.0.as_ptr()) };
+    }
+}

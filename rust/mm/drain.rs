@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Draining the per-CPU page lists.
+
+use crate::rust::{
+    bindings,
+    mm::{
+        contig::alloc_range,
+        memory,
+        node::Node,
+        owned::{
+            free_range,
+            Allocated, //
+        },
+        zone::Zone, //
+    }, //
+};
+
+/// What the zones are called that are drained: where the kernel allocates for itself, and below
+/// 4 GiB.
+#[cfg(CONFIG_CONTIG_ALLOC)]
+const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
+    (0, bindings::zone_type_ZONE_NORMAL),
+    #[cfg(CONFIG_ZONE_DMA32)]
+    (
+        1 << bindings::___GFP_DMA32_BIT,
+        bindings::zone_type_ZONE_DMA32,
+    ),
+];
+
+/// Puts the free pages that the processors keep on lists of their own back to where blocks are made
+/// of them. They may be an eighth of the memory when much has just been freed. May sleep.
+///
+/// The call for it is the page allocator's own. But to allocate a given range is to begin with that,
+/// in the range's zone; so a free page block of each zone is such a range: if possible not one for
+/// movable pages, as most that were just freed are. Page blocks may be so large that none is free:
+/// then it is as much as can be had of one in which the kernel can move what is in use. Without
+/// `CONFIG_CONTIG_ALLOC` the pages stay where they are.
+pub(crate) fn drain_free_lists() {
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    for node in Node::online() {
+        for &(gfp, kind) in ZONES {
+            let mut order = memory::page_block_order();
+
+            if drain_zone(node, gfp, kind, order) {
+                continue;
+            }
+            let movable = gfp | 1 << bindings::___GFP_MOVABLE_BIT;
+            while !drain_zone(node, movable, kind, order) && order > 0 {
+                order -= 1;
+            }
+        }
+    }
+}
+
+/// Drains the zone `kind` of a node by allocating a free block in it. Returns whether there was one
+/// for that.
+#[cfg(CONFIG_CONTIG_ALLOC)]
+fn drain_zone(node: Node, gfp: bindings::gfp_t, kind: bindings::zone_type, order: u32) -> bool {
+    let Some(zone) = node.zones().map(Zone::from_raw).nth(kind as usize) else {
+        return false;
+    };
+    let Some(block) = Allocated::new(node.number(), gfp | bindings::GFP_DRAIN, order) else {
+        return false;
+    };
+    let first = block.page().pfn();
+    let is_it = Zone::of(block.page()) == zone || zone.present_pages() == 0;
+
+    drop(block);
+    // The block may have been reallocated meanwhile: the kernel drains the lists before it fails, so
+    // that is fine.
+    //
+    // SAFETY: The block was just allocated, so that there are such pages. If they are allocated
+    // again, they are freed.
+    unsafe {
+        if !is_it || alloc_range(first, 1 << order).is_err() {
+            return false;
+        }
+        free_range(first, 1 << order);
+    }
+    true
+}

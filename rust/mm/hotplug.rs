@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Taking memory offline and online.
+//!
+//! C header: [`include/linux/memory_hotplug.h`](srctree/include/linux/memory_hotplug.h)
+
+use crate::rust::{
+    bindings,
+    mm::{
+        locks::{
+            HOTPLUG,
+            KEPT, //
+        },
+        memory::adjust_managed,
+        owned::Block,
+        page::{
+            Page, //
+            MAX_ORDER,
+        },
+        page_list::PageList,
+        zone::Zone, //
+    }, //
+};
+
+use core::{
+    ops::Range,
+    ptr, //
+};
+use kernel::{
+    current,
+    error::to_result,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        lock::GlobalGuard, //
+    }, //
+};
+
+/// The thread that takes a block, or null.
+static TAKING: Atomic<*mut c_void> = Atomic::new(ptr::null_mut());
+
+fn this_thread() -> *mut c_void {
+    ptr::from_ref(current!()).cast_mut().cast()
+}
+
+/// Returns whether the caller is called by a thread that takes a block, of this driver's.
+pub(in crate::rust) fn is_taking() -> bool {
+    TAKING.load(Relaxed) == this_thread()
+}
+
+/// The right to take blocks. One thread at a time has it, of all devices.
+pub(super) struct Turn {
+    _lock: GlobalGuard<HOTPLUG>,
+}
+
+impl Turn {
+    /// Waits for it: at most for as long as taking a block takes.
+    pub(super) fn wait() -> Self {
+        let lock = HOTPLUG.lock();
+
+        TAKING.store(this_thread(), Relaxed);
+        Self { _lock: lock }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        TAKING.store(ptr::null_mut(), Relaxed);
+    }
+}
+
+/// As long as it exists, pages that come online are kept.
+pub(super) struct Keeping(());
+
+impl Keeping {
+    /// Begins to keep the pages in `pfns` (page frame numbers of kernel pages). Only for who has a
+    /// [`Turn`]. Returns none if another driver keeps pages.
+    pub(super) fn begin(pfns: Range<u64>) -> Option<Self> {
+        KEPT.lock().keep(pfns.start as usize..pfns.end as usize);
+
+        #[cfg(CONFIG_MEMORY_HOTREMOVE)]
+        // SAFETY: The function is such a callback, and is there until this is dropped.
+        return to_result(unsafe { bindings::set_online_page_callback(Some(keep_page)) })
+            .ok()
+            .map(|()| Self(()));
+        #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
+        None
+    }
+
+    /// Ends it, and returns the pages.
+    pub(super) fn end(self) -> PageList {
+        drop(self);
+        KEPT.lock().take()
+    }
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        #[cfg(CONFIG_MEMORY_HOTREMOVE)]
+        // SAFETY: The callback was set. This waits for who brings memory online just now.
+        unsafe {
+            bindings::restore_online_page_callback(Some(keep_page))
+        };
+    }
+}
+
+/// Makes a block of pages that come online, as if it were allocated and marked. All pages have a
+/// reference, are marked, and are not managed when they come here.
+#[cfg(CONFIG_MEMORY_HOTREMOVE)]
+extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
+    // SAFETY: The kernel passes a page.
+    let Some(first) = (unsafe { Page::from_raw(page) }) else {
+        return;
+    };
+
+    // A user may bring the block online as movable memory. Pages of the balloon are not movable.
+    if Zone::of(first).is_movable() || !KEPT.lock().keeps(first.pfn()) {
+        // SAFETY: This is what the kernel does without a callback.
+        return unsafe { bindings::generic_online_page(page, order) };
+    }
+
+    // SAFETY: The kernel passes a block of this order, which is the driver's from here on. It is
+    // marked.
+    let block = unsafe {
+        for n in 1..1 << order {
+            first.add(n).set_count(0);
+        }
+        first.set_private(order as usize);
+        allow_access(first, order);
+        Block::from_page(first)
+    };
+    adjust_managed(first, 1 << order);
+    KEPT.lock().push(block);
+}
+
+/// Lets the kernel access the pages, as if they were allocated.
+#[cfg(CONFIG_MEMORY_HOTREMOVE)]
+fn allow_access(_page: Page, _order: u32) {
+    #[cfg(CONFIG_KASAN_GENERIC)]
+    {
+        unsafe extern "C" {
+            // From mm/kasan/kasan.h. The value 0 says that memory may be accessed.
+            fn kasan_poison(addr: *const c_void, size: usize, value: u8, init: bool);
+        }
+        // SAFETY: The memory is the driver's.
+        unsafe {
+            kasan_poison(
+                _page.address().as_ptr().cast(),
+                kernel::page::PAGE_SIZE << _order,
+                0,
+                false,
+            )
+        };
+    }
+}
+
+/// Returns whether memory may come online in the zone that it is in, which depends on where that
+/// lies.
+fn comes_back(zone: Zone, pfns: &Range<u64>) -> bool {
+    let span = zone.span();
+
+    match zone.kind() {
+        bindings::zone_type_ZONE_MOVABLE => false,
+        bindings::zone_type_ZONE_NORMAL => true,
+        _ => span.start < pfns.start && pfns.end < span.end,
+    }
+}
+
+/// Returns whether the memory block with `pfns` (page frame numbers of kernel pages) looks as if it
+/// could be taken: its pages are of one zone in which they also come online, and free, or such that
+/// the kernel can move them. With a memory error it would not come online again. Without a lock: it
+/// may be over just as soon, and then the kernel does not take it offline.
+pub(in crate::rust) fn range_can_be_taken(pfns: Range<u64>) -> bool {
+    let Some(zone) = Page::online(pfns.start as usize).map(Zone::of) else {
+        return false;
+    };
+    if is_early(pfns.start) || !comes_back(zone, &pfns) {
+        return false;
+    }
+
+    let mut pfn = pfns.start as usize;
+    while pfn < pfns.end as usize {
+        let Some(page) = Page::online(pfn).filter(|&page| Zone::of(page) == zone) else {
+            return false;
+        };
+
+        pfn += match page.free_order() {
+            Some(order) if order <= MAX_ORDER => 1 << order,
+            Some(_) => 1,
+            None if is_in_the_way(page) => return false,
+            None => 1,
+        };
+    }
+    true
+}
+
+/// Returns whether a page that is not free cannot be moved.
+fn is_in_the_way(page: Page) -> bool {
+    page.has_type()
+        || page.is_reserved()
+        || page.has_error()
+        || page.count() > 0 && !page.is_movable()
+}
+
+/// Returns whether the page `pfn` is boot memory of a kernel that refuses to take that offline, and
+/// logs each attempt.
+fn is_early(pfn: u64) -> bool {
+    #[cfg(all(CONFIG_ARM64, CONFIG_SPARSEMEM))]
+    // SAFETY: There is such a section.
+    return unsafe { bindings::pfn_in_early_section(pfn as usize) };
+    #[cfg(not(all(CONFIG_ARM64, CONFIG_SPARSEMEM)))]
+    {
+        let _ = pfn;
+        false
+    }
+}

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Locks that all devices of the driver share.
+
+use crate::rust::mm::kept::Kept;
+
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        global_lock, //
+    }, //
+};
+
+global_lock! {
+    /// Held from the check of how much memory the guest can spare until that was allocated.
+    // SAFETY: `init` is called before any device is probed.
+    pub(super) unsafe(uninit) static RESERVE: Mutex<()> = ();
+}
+
+global_lock! {
+    /// Held while a range of memory is allocated.
+    // SAFETY: As above.
+    pub(super) unsafe(uninit) static CONTIG: Mutex<()> = ();
+}
+
+global_lock! {
+    /// Held by the thread that takes a memory block offline. It isolates page blocks, as allocating a
+    /// range does: if two do that at once, the one that fails ends the isolation of the other.
+    // SAFETY: As above.
+    pub(super) unsafe(uninit) static HOTPLUG: Mutex<()> = ();
+}
+
+global_lock! {
+    /// Pages that came online.
+    // SAFETY: As above.
+    pub(super) unsafe(uninit) static KEPT: SpinLock<Kept> = Kept::new();
+}
+
+/// Makes the locks usable. To be called when the module is loaded.
+pub(crate) fn init() {
+    static IS_DONE: Atomic<bool> = Atomic::new(false);
+
+    if !IS_DONE.xchg(true, Relaxed) {
+        // SAFETY: This is done once.
+        unsafe {
+            RESERVE.init();
+            CONTIG.init();
+            HOTPLUG.init();
+            KEPT.init();
+        }
+    }
+}

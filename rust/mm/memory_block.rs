@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory blocks, the pieces of memory that the kernel takes offline and online.
+//!
+//! Where the kernel writes to all memory that it allocates, a memory block is the way to memory that
+//! it has not written to: the block goes offline, which only takes its pages off the free lists, and
+//! comes online again, for which the kernel asks a callback what to do with the pages. This callback
+//! keeps them.
+//!
+//! The functions for that are not exported to modules, except the callback's: the kernel is asked
+//! as an administrator would, by files in /sys.
+//!
+//! C header: [`include/linux/memory_hotplug.h`](srctree/include/linux/memory_hotplug.h)
+
+use crate::rust::{
+    bindings,
+    fs::file::WritableFile,
+    mm::{
+        hotplug::{
+            range_can_be_taken,
+            Keeping,
+            Turn, //
+        },
+        page_list::PageList, //
+    },
+    virtio,
+    work::deadline::Deadline, //
+};
+
+use core::ops::Range;
+use kernel::{
+    error::code::ERESTARTNOINTR,
+    page::PAGE_SHIFT,
+    prelude::*,
+    str::CString,
+    time::Msecs, //
+};
+
+/// How long it may take to bring a block online. The kernel does not look for a signal then, and does
+/// no more than to write to the `struct page`s.
+const ONLINE_PATIENCE: Msecs = 1_000;
+
+/// How many times it is tried while others take memory offline or online. The kernel waits for 5
+/// milliseconds each time.
+const TRIES: usize = 40;
+
+/// A memory block.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct MemoryBlock(u64);
+
+/// What has become of a block that was to be taken.
+pub(crate) enum Taken {
+    /// These are its pages.
+    Pages(PageList),
+    /// It is as it was: the kernel does not take it offline (`EINTR`: not in time), or others have
+    /// brought it online.
+    Not(Error),
+    /// It is offline, and could not be brought online.
+    Offline,
+}
+
+impl MemoryBlock {
+    /// Returns how many kernel pages a block has: none if the kernel does not take memory offline.
+    pub(crate) fn pages() -> u64 {
+        #[cfg(CONFIG_MEMORY_HOTREMOVE)]
+        return bindings::memory_block_size_bytes() as u64 >> PAGE_SHIFT;
+        #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
+        0
+    }
+
+    /// Returns the block in which the page `pfn` (of a kernel page) lies, where blocks have `pages`
+    /// pages.
+    pub(crate) fn of(pfn: u64, pages: u64) -> Option<Self> {
+        pfn.checked_div(pages).map(Self)
+    }
+
+    /// Returns the block's page frame numbers, in kernel pages.
+    pub(crate) fn pfns(self) -> Range<u64> {
+        let pages = Self::pages();
+        let first = self.0.saturating_mul(pages);
+
+        first..first.saturating_add(pages)
+    }
+
+    /// Returns whether the block looks as if it could be taken: its pages are free, or the kernel
+    /// can move them.
+    pub(crate) fn can_be_taken(self) -> bool {
+        range_can_be_taken(self.pfns())
+    }
+
+    /// Writes to the file that says whether the block is online. What takes longer than `patience`
+    /// ends when it is interrupted.
+    fn write(self, what: &CStr, patience: Msecs) -> Result {
+        let path =
+            CString::try_from_fmt(fmt!("/sys/devices/system/memory/memory{}/state", self.0))?;
+
+        let file = WritableFile::open(&path)?;
+        let deadline = Deadline::new()?;
+
+        for _ in 0..TRIES {
+            match deadline.limit(patience, || file.write(what.to_bytes())) {
+                Err(ERESTARTNOINTR) => (),
+                result => return result,
+            }
+        }
+        Err(ERESTARTNOINTR)
+    }
+
+    /// Brings the block online, as what it was before.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(crate) fn bring_online(self) -> Result {
+        self.write(c"online_kernel", ONLINE_PATIENCE)
+    }
+
+    /// Takes the block, all or nothing. What is in use of it is moved elsewhere, for which there is
+    /// as much time as `patience` says.
+    pub(crate) fn take(self, patience: Msecs) -> Taken {
+        let _turn = Turn::wait();
+
+        if let Err(error) = self.write(c"offline", patience) {
+            return Taken::Not(error);
+        }
+        let kept = Keeping::begin(self.pfns());
+        let online = self.bring_online();
+        let pages = kept.map_or(PageList::new(), Keeping::end);
+
+        match online {
+            // Others may have brought it online.
+            _ if !pages.is_empty() => Taken::Pages(pages),
+            Ok(()) | Err(EINVAL) => Taken::Not(EINVAL),
+            Err(_) => Taken::Offline,
+        }
+    }
+}
+
+/// Returns whether the guest has a virtio-mem device, whose driver keeps pages that come online all
+/// the time, as only one can.
+pub(crate) fn has_virtio_mem(dev: &virtio::Device) -> bool {
+    dev.bus_has_device(bindings::VIRTIO_ID_MEM)
+}

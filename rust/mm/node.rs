@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! NUMA nodes.
+//!
+//! C headers: [`include/linux/nodemask.h`](srctree/include/linux/nodemask.h),
+//! [`include/linux/mmzone.h`](srctree/include/linux/mmzone.h)
+
+use crate::rust::bindings;
+
+use core::{
+    ops::Range,
+    ptr::NonNull, //
+};
+use kernel::prelude::*;
+
+/// Returns the numbers of the bits that are set in a mask of the kernel's.
+fn bits<const N: usize>(mask: [c_ulong; N]) -> impl Iterator<Item = usize> {
+    const BITS: usize = c_ulong::BITS as usize;
+
+    (0..N * BITS).filter(move |&bit| {
+        mask.get(bit / BITS)
+            .is_some_and(|word| word & (1 << (bit % BITS)) != 0)
+    })
+}
+
+/// Returns the nodes that are in a state.
+fn nodes_in(state: bindings::node_states) -> impl Iterator<Item = Node> {
+    // SAFETY: There is such a mask. It changes when memory is plugged: an old one is as good.
+    let mask = unsafe {
+        let masks = (&raw const bindings::node_states).cast::<bindings::nodemask_t>();
+
+        masks.add(state as usize).read_volatile()
+    };
+
+    // INVARIANT: There is such a node.
+    bits(mask.bits).map(|number| Node(number as c_int))
+}
+
+/// Returns the numbers of the CPUs that are online.
+pub(super) fn online_cpus() -> impl Iterator<Item = c_int> {
+    // SAFETY: The mask exists. It changes when a CPU is plugged: an old one is as good.
+    let mask = unsafe { (&raw const bindings::__cpu_online_mask).read_volatile() };
+
+    bits(mask.bits).map(|cpu| cpu as c_int)
+}
+
+/// Returns a counter of all nodes.
+pub(super) fn counter(item: bindings::node_stat_item) -> usize {
+    // SAFETY: There is such a counter.
+    let counter = unsafe {
+        let counters = (&raw const bindings::vm_node_stat).cast::<bindings::atomic_long_t>();
+
+        counters.add(item as usize).read_volatile()
+    };
+
+    counter.counter.max(0) as usize
+}
+
+/// Reads a field of a node that may be changing, which is no worse than an old value.
+macro_rules! read {
+    ($node:expr, $field:ident) => {{
+        let node: Node = $node;
+
+        // SAFETY: By the type invariants it is a node. A volatile access stands for READ_ONCE().
+        unsafe { (&raw const (*node.data()).$field).read_volatile() }
+    }};
+}
+
+/// A node: memory that is equally far from all processors.
+///
+/// # Invariants
+///
+/// There is memory on it, or there was.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Node(c_int);
+
+impl Node {
+    /// Returns all that have memory.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        nodes_in(bindings::node_states_N_MEMORY)
+    }
+
+    /// Returns all that are online.
+    pub(super) fn online() -> impl Iterator<Item = Self> {
+        nodes_in(bindings::node_states_N_ONLINE)
+    }
+
+    /// Returns the node `number`, which has memory or had some.
+    pub(in crate::rust) fn new(number: usize) -> Option<Self> {
+        // INVARIANT: That is what the caller says.
+        c_int::try_from(number).ok().map(Self)
+    }
+
+    /// Returns a number that is larger than those of all nodes.
+    pub(in crate::rust) fn count() -> usize {
+        nodes_in(bindings::node_states_N_POSSIBLE)
+            .last()
+            .map_or(0, |node| node.0 as usize + 1)
+    }
+
+    /// Returns its number.
+    pub(in crate::rust) fn number(self) -> c_int {
+        self.0
+    }
+
+    fn data(self) -> *mut bindings::pglist_data {
+        // SAFETY: By the type invariants it is a node. Its data exist as long as the kernel runs.
+        unsafe { bindings::NODE_DATA(self.0) }
+    }
+
+    /// Returns its zones, also those that have no memory.
+    pub(super) fn zones(self) -> impl Iterator<Item = NonNull<bindings::zone>> {
+        let data = self.data();
+
+        (0..bindings::MAX_NR_ZONES as usize).map(move |n| {
+            // SAFETY: The data are valid, and have so many zones.
+            unsafe {
+                let zones = (&raw mut (*data).node_zones).cast::<bindings::zone>();
+
+                NonNull::new_unchecked(zones.add(n))
+            }
+        })
+    }
+
+    /// Returns a counter of the node.
+    fn counter(self, item: bindings::node_stat_item) -> usize {
+        // SAFETY: The data are valid, and have such a counter.
+        let counter = unsafe {
+            let counters = (&raw const (*self.data()).vm_stat).cast::<bindings::atomic_long_t>();
+
+            counters.add(item as usize).read_volatile()
+        };
+
+        counter.counter.max(0) as usize
+    }
+
+    /// Returns its place (page frame numbers of kernel pages). Parts of that may belong to other
+    /// nodes, or to none.
+    pub(in crate::rust) fn span(self) -> Range<u64> {
+        let start = read!(self, node_start_pfn) as u64;
+        let len = read!(self, node_spanned_pages) as u64;
+
+        start..start.saturating_add(len)
+    }
+
+    /// Returns how many kernel pages there are.
+    pub(crate) fn present_pages(self) -> usize {
+        read!(self, node_present_pages)
+    }
+
+    /// Returns how many kernel pages the zones keep back.
+    pub(super) fn reserved_pages(self) -> usize {
+        read!(self, totalreserve_pages)
+    }
+
+    /// Returns how many kernel pages have files in them.
+    pub(super) fn file_pages(self) -> usize {
+        self.counter(bindings::node_stat_item_NR_ACTIVE_FILE)
+            + self.counter(bindings::node_stat_item_NR_INACTIVE_FILE)
+    }
+
+    /// Returns how many kernel pages of the page cache processes have mapped, at least: shared
+    /// memory, which is no page cache, may be mapped as well.
+    pub(super) fn mapped_file_pages(self) -> usize {
+        self.counter(bindings::node_stat_item_NR_FILE_MAPPED)
+            .saturating_sub(self.counter(bindings::node_stat_item_NR_SHMEM))
+            .min(self.file_pages())
+    }
+
+    /// Returns how many kernel pages of slabs and the like can be reclaimed.
+    pub(super) fn reclaimable_pages(self) -> usize {
+        self.counter(bindings::node_stat_item_NR_SLAB_RECLAIMABLE_B)
+            + self.counter(bindings::node_stat_item_NR_KERNEL_MISC_RECLAIMABLE)
+    }
+
+    /// Returns how many kernel pages of the node are in balloons. The counters of the CPUs are added
+    /// up, so that tests can rely on the number.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(super) fn ballooned_on_cpus(self) -> isize {
+        const ITEM: usize = bindings::node_stat_item_NR_BALLOON_PAGES as usize;
+
+        // SAFETY: The data are valid, and have such counters for each CPU.
+        let diff = |cpu| unsafe {
+            let all = (*self.data()).per_cpu_nodestats;
+            let this: *mut bindings::per_cpu_nodestat =
+                bindings::per_cpu_ptr(all.cast(), cpu).cast();
+            let counters = (&raw const (*this).vm_node_stat_diff).cast::<i8>();
+
+            counters.add(ITEM).read_volatile()
+        };
+
+        online_cpus().map(|cpu| isize::from(diff(cpu))).sum()
+    }
+}

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages that the driver owns.
+//!
+//! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
+
+use crate::rust::{
+    bindings,
+    mm::page::{
+        Page, //
+        ORDER_MASK,
+    }, //
+};
+
+use core::mem;
+use kernel::prelude::*;
+
+/// A block that was just allocated: it is not marked, and the `private` fields of its pages mean
+/// nothing. Dropping it frees it.
+///
+/// # Invariants
+///
+/// `page` begins a block of 2^`order` pages that this owns.
+pub(in crate::rust) struct Allocated {
+    page: Page,
+    order: u32,
+}
+
+impl Allocated {
+    /// Allocates a block of 2^`order` pages from `node`, or from anywhere if that is `NUMA_NO_NODE`.
+    pub(in crate::rust) fn new(node: c_int, gfp: bindings::gfp_t, order: u32) -> Option<Self> {
+        let gfp = on(node, gfp);
+        // SAFETY: The flags are valid ones, and an order that is too large makes the call fail. The
+        // function returns a page or null.
+        let page = unsafe { Page::from_raw(bindings::alloc_pages_node(node, gfp, order)) }?;
+
+        // INVARIANT: The block was just allocated with this order.
+        Some(Self { page, order })
+    }
+
+    /// Returns the first page.
+    pub(in crate::rust) fn page(&self) -> Page {
+        self.page
+    }
+
+    /// Returns the length in kernel pages.
+    pub(in crate::rust) fn len(&self) -> usize {
+        1 << self.order
+    }
+
+    /// Returns the first page and the order. The block is the caller's from now on.
+    pub(in crate::rust) fn into_parts(self) -> (Page, u32) {
+        let parts = (self.page, self.order);
+
+        mem::forget(self);
+        parts
+    }
+
+    /// Takes [`into_parts`](Self::into_parts) back.
+    ///
+    /// # Safety
+    ///
+    /// The page must begin an unmarked block of this order, which the caller gives away.
+    pub(in crate::rust) unsafe fn from_parts(page: Page, order: u32) -> Self {
+        // INVARIANT: By the requirements of this function.
+        Self { page, order }
+    }
+
+    /// Marks the block, which stays one.
+    pub(in crate::rust) fn mark(self) -> Block {
+        let (page, order) = self.into_parts();
+
+        // INVARIANT: The pages are marked, and the order is noted.
+        //
+        // SAFETY: By the type invariants of `Allocated` the block is ours.
+        unsafe {
+            page.set_private(order as usize);
+            bindings::set_pages_offline(page.as_ptr(), order);
+        }
+        Block(page)
+    }
+
+    /// Makes order-0 pages of it, and calls `each` with each of them.
+    pub(in crate::rust) fn split(self, mut each: impl FnMut(Single)) {
+        let (page, order) = self.into_parts();
+
+        // SAFETY: By the type invariants the block is ours, and has no tail pages of a compound page:
+        // it was allocated without `__GFP_COMP`.
+        unsafe { bindings::split_page(page.as_ptr(), order) };
+        for n in 0..1 << order {
+            // SAFETY: The page is of the block, of order 0 from now on, and nobody else knows it.
+            each(unsafe { Single::new(page.add(n)) });
+        }
+    }
+}
+
+impl Drop for Allocated {
+    fn drop(&mut self) {
+        let (page, order) = (self.page, self.order);
+        // SAFETY: All pages are of the block.
+        let mut pages = (0..1 << order).map(|n| unsafe { page.add(n) });
+
+        // The page allocator keeps a page with a memory error aside only if it is freed alone.
+        if order > 0 && pages.any(Page::has_error) {
+            // INVARIANT: The block is owned by this one from now on.
+            let this = Self { page, order };
+
+            return this.split(drop);
+        }
+        // SAFETY: By the type invariants.
+        unsafe { bindings::__free_pages(page.as_ptr(), order) };
+    }
+}
+
+/// Returns `gfp` for memory of `node` and no other one, unless that is `NUMA_NO_NODE`.
+pub(in crate::rust) fn on(node: c_int, gfp: bindings::gfp_t) -> bindings::gfp_t {
+    match node {
+        bindings::NUMA_NO_NODE => gfp,
+        _ => gfp | 1 << bindings::___GFP_THISNODE_BIT,
+    }
+}
+
+/// A page of order 0. Dropping it frees it.
+///
+/// # Invariants
+///
+/// The page is of order 0, its `private` field is 0, and one of its references is this one's.
+#[repr(transparent)]
+pub(in crate::rust) struct Single(Page);
+
+impl Single {
+    /// Makes one of `page`.
+    ///
+    /// # Safety
+    ///
+    /// The page must be of order 0; the caller gives a reference to it away.
+    pub(in crate::rust) unsafe fn new(page: Page) -> Self {
+        // INVARIANT: What was in the field before means nothing.
+        //
+        // SAFETY: By the requirements of this function.
+        unsafe { page.set_private(0) };
+        Self(page)
+    }
+
+    /// Returns the page.
+    pub(in crate::rust) fn page(&self) -> Page {
+        self.0
+    }
+
+    /// Returns the page, whose reference is the caller's from now on.
+    pub(in crate::rust) fn into_page(self) -> Page {
+        let page = self.0;
+
+        mem::forget(self);
+        page
+    }
+}
+
+impl Drop for Single {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::__free_pages(self.0.as_ptr(), 0) };
+    }
+}
+
+/// A block that stays unsplit. Dropping it frees it.
+///
+/// # Invariants
+///
+/// The page begins a block that this owns, of the order in its `private` field, where the owner is
+/// noted as well, if there is one. All pages of the block are marked as offline.
+#[repr(transparent)]
+pub(in crate::rust) struct Block(Page);
+
+impl Block {
+    /// Makes one of `page`.
+    ///
+    /// # Safety
+    ///
+    /// By the type invariants; the caller gives the block away.
+    pub(in crate::rust) unsafe fn from_page(page: Page) -> Self {
+        // INVARIANT: By the requirements of this function.
+        Self(page)
+    }
+
+    /// Returns the first page.
+    pub(in crate::rust) fn page(&self) -> Page {
+        self.0
+    }
+
+    /// Returns the first page, which stands for the block from now on.
+    pub(in crate::rust) fn into_page(self) -> Page {
+        let page = self.0;
+
+        mem::forget(self);
+        page
+    }
+
+    /// Returns the order.
+    pub(in crate::rust) fn order(&self) -> u32 {
+        (self.0.private() & ORDER_MASK) as u32
+    }
+
+    /// Returns the length in kernel pages.
+    pub(in crate::rust) fn len(&self) -> usize {
+        1 << self.order()
+    }
+
+    /// Notes the owner, an address with no bits of [`ORDER_MASK`], or none (0).
+    pub(in crate::rust) fn set_owner(&mut self, owner: usize) {
+        let private = owner & !ORDER_MASK | self.order() as usize;
+
+        // SAFETY: By the type invariants the page is ours.
+        unsafe { self.0.set_private(private) };
+    }
+
+    /// Takes the marks off, as they have to be before the block is freed or split.
+    pub(in crate::rust) fn unmark(self) -> Allocated {
+        let order = self.order();
+        let page = self.into_page();
+
+        // SAFETY: By the type invariants the block is ours, and marked.
+        unsafe {
+            page.set_private(0);
+            bindings::clear_pages_offline(page.as_ptr(), order);
+        }
+        // INVARIANT: The block is owned by this one from now on.
+        Allocated { page, order }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // INVARIANT: The block is owned by this one from now on.
+        drop(Self(self.0).unmark());
+    }
+}
+
+/// Frees `len` pages of order 0 from the page frame number `first` on. Together they go back to the
+/// page allocator as blocks, which need not be put together again from order-0 pages.
+///
+/// # Safety
+///
+/// The caller gives a reference to each page away.
+pub(in crate::rust) unsafe fn free_range(first: usize, len: usize) {
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    // SAFETY: By the requirements of this function. The kernel's function takes pages of one zone.
+    unsafe {
+        if len > 1 && Page::from_pfn(first).zone() == Page::from_pfn(first + len - 1).zone() {
+            return bindings::free_contig_range(first, len);
+        }
+    }
+    for pfn in first..first + len {
+        // SAFETY: By the requirements of this function.
+        drop(unsafe { Single(Page::from_pfn(pfn)) });
+    }
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What only tests do with lists of pages.
+
+use crate::rust::{
+    bindings,
+    mm::{
+        drain,
+        owned::Single,
+        page::Page,
+        page_list::PageList, //
+    }, //
+};
+
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
+
+impl PageList {
+    /// Allocates the `len` pages from the page frame number `first` on, wherever their contents
+    /// have to go for that.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if something is in the way, `EINVAL` if that is not memory of one zone.
+    pub(crate) fn alloc_range(first: usize, len: usize) -> Result<Self> {
+        let mut pages = Self::new();
+        let end = first.checked_add(len).ok_or(EINVAL)?;
+        let zone = |pfn| Page::online(pfn).map(Page::zone);
+
+        if len == 0 || zone(first).is_none() || (first..end).any(|pfn| zone(pfn) != zone(first)) {
+            return Err(EINVAL);
+        }
+        // SAFETY: It was just checked that there is such memory, which tests do not take away.
+        to_result(unsafe {
+            bindings::alloc_contig_range_noprof(first, end, 0, bindings::GFP_KERNEL)
+        })?;
+
+        for pfn in first..end {
+            // SAFETY: The pages were just allocated, each as one of order 0.
+            pages.push(unsafe { Single::new(Page::from_pfn(pfn)) });
+        }
+        Ok(pages)
+    }
+
+    /// Moves every second order-0 page to `other`.
+    pub(crate) fn split_alternating(&mut self, other: &mut Self) {
+        for n in 0..self.singles() {
+            let Some(page) = self.pop() else { break };
+
+            match n % 2 {
+                0 => self.push(page),
+                _ => other.push(page),
+            }
+        }
+    }
+
+    /// Frees the pages, of which page `n` of the first block, or the first order-0 page, has a memory
+    /// error. Returns whether that page was kept aside.
+    pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
+        let page = self.blocks.first().or(self.singles.first())?;
+        let len = self.first_block_len().unwrap_or(1);
+
+        // SAFETY: The page is one of the list's.
+        unsafe { drop_with_error(self, page.pfn() + n % len) }
+    }
+
+    /// Moves all but the first `len` order-0 pages to `other`.
+    pub(crate) fn split_at(&mut self, len: usize, other: &mut Self) {
+        while self.singles() > len {
+            let Some(page) = self.pop_last() else { break };
+            other.push_first(page);
+        }
+    }
+
+    /// Returns the page frame numbers of the order-0 pages, in kernel pages.
+    pub(crate) fn pfns(&self) -> impl Iterator<Item = u64> + use<'_> {
+        // SAFETY: The page is on the list, which is borrowed.
+        core::iter::successors(self.singles.first(), |&page| unsafe {
+            Some(self.singles.next(page))
+        })
+        .take(self.singles())
+        .map(|page| page.pfn() as u64)
+    }
+}
+
+/// Drops `owner` while its page `pfn` has a memory error. Returns whether the page allocator has
+/// kept that page aside; `None` if this kernel knows of no errors. The page is repaired after that.
+///
+/// # Safety
+///
+/// The page must be one that dropping `owner` frees.
+pub(in crate::rust) unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
+    #[cfg(CONFIG_MEMORY_FAILURE)]
+    // SAFETY: By the requirements of this function the page is ours. When it was freed, the page
+    // allocator has it, or has kept it aside: then it has no references, and is no free block.
+    return unsafe {
+        use core::sync::atomic::{
+            AtomicU64,
+            Ordering, //
+        };
+
+        let page = Page::from_pfn(pfn);
+        let flags = AtomicU64::from_ptr(page.field(0));
+        let error = 1 << bindings::pageflags_PG_hwpoison;
+
+        flags.fetch_or(error, Ordering::Relaxed);
+        drop(owner);
+        drain::drain_free_lists();
+
+        let is_aside = page.count() == 0 && !bindings::is_free_buddy_page(page.as_ptr());
+        flags.fetch_and(!error, Ordering::Relaxed);
+        if is_aside {
+            page.set_count(1);
+            bindings::__free_pages(page.as_ptr(), 0);
+        }
+        Some(is_aside)
+    };
+    #[cfg(not(CONFIG_MEMORY_FAILURE))]
+    {
+        let _ = pfn;
+        drop(owner);
+        None
+    }
+}

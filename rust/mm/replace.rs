@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page migration, as the owner of a balloon sees it.
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use crate::rust::mm::page_list::PageList;
+use crate::rust::{
+    bindings,
+    mm::page::Page, //
+};
+
+use core::marker::PhantomData;
+use kernel::prelude::*;
+
+/// What follows compaction when it moves pages of a balloon.
+pub(crate) trait MigratePage: Send + Sync {
+    /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel
+    /// page) to take its place. The old page goes back to the page allocator when this returns and
+    /// all its references are gone.
+    ///
+    /// Called in process context, with the page locked. It must not wait for the device, and must
+    /// not sleep at all unless `may_sleep` is set.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then, and
+    /// compaction tries some more times.
+    fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
+}
+
+/// A page of a balloon that compaction wants to have somewhere else.
+///
+/// # Invariants
+///
+/// `page` is valid, and isolated from the balloon's list, for `'a`.
+pub(crate) struct OldPage<'a> {
+    pub(super) page: Page,
+    pub(super) _balloon: PhantomData<&'a ()>,
+}
+
+impl<'a> OldPage<'a> {
+    /// Makes an old page of the first one on `pages`, if there is one.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn first_of(pages: &'a PageList) -> Option<Self> {
+        // INVARIANT: The page is on the list, and on no balloon's, for `'a`.
+        Some(Self {
+            page: pages.singles.first()?,
+            _balloon: PhantomData,
+        })
+    }
+
+    /// Returns the page's number, in kernel pages.
+    pub(crate) fn pfn(&self) -> u64 {
+        self.page.pfn() as u64
+    }
+
+    /// Keeps the page from being freed for as long as the result exists.
+    pub(crate) fn keep(&self) -> PageRef {
+        // SAFETY: By the type invariants the page is valid, and the balloon has a reference to it.
+        //
+        // INVARIANT: The reference that is taken here is the result's.
+        unsafe { bindings::get_page(self.page.as_ptr()) };
+        PageRef(self.page)
+    }
+}
+
+/// A reference to a page.
+///
+/// # Invariants
+///
+/// The page is valid, and one of its references is this one.
+pub(crate) struct PageRef(Page);
+
+impl Drop for PageRef {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the reference is ours.
+        unsafe { bindings::put_page(self.0.as_ptr()) };
+    }
+}
