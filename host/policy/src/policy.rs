@@ -148,7 +148,7 @@ impl Policy {
             fast,
             lacking: charged > limit.saturating_sub(fast / 2),
         };
-        step.divide();
+        step.divide(&self.admitted);
         self.raise(&mut step);
         self.cut(&mut step);
         step.decision
@@ -318,17 +318,25 @@ impl Policy {
 }
 
 impl Step<'_> {
-    /// Divides the capacity: first what guests need, then what they want beyond that.
-    fn divide(&mut self) {
+    /// Divides the capacity: first what guests need, then what they want beyond that. A reservation that waits for its
+    /// memory comes between the two: guests that run do not starve for one that is to start.
+    fn divide(&mut self, admitted: &BTreeSet<u32>) {
         let Decision {
             capacity, accounts, ..
         } = &mut self.decision;
-        let reserved = self.observation.reservations.iter().map(|one| one.pages);
+        let sum = |is_admitted: bool| {
+            let reservations = self.observation.reservations.iter();
+            reservations
+                .filter(|one| admitted.contains(&one.id) == is_admitted)
+                .map(|one| one.pages)
+                .fold(0, Pages::saturating_add)
+        };
         let fixed = accounts
             .iter()
             .filter(|account| !is_movable(account))
             .map(|account| account.charge);
-        *capacity = reserved.chain(fixed).fold(*capacity, Pages::saturating_sub);
+        *capacity = fixed.fold(capacity.saturating_sub(sum(true)), Pages::saturating_sub);
+        let for_wants = capacity.saturating_sub(sum(false));
         let mut movable: Vec<_> = self
             .observation
             .vms
@@ -356,7 +364,8 @@ impl Step<'_> {
                 weight: vm.settings.weight,
             })
             .collect();
-        for ((vm, account), share) in movable.iter_mut().zip(share(*capacity, &claims)) {
+        let shares = share(for_wants.max(needs.iter().sum()), &claims);
+        for ((vm, account), share) in movable.iter_mut().zip(shares) {
             // Floors hold even if they do not fit.
             account.share = share.max(vm.settings.floor.min(account.need));
         }

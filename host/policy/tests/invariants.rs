@@ -654,3 +654,27 @@ proptest! {
         prop_assert!(actions <= 2 * 600 / period + 20, "{actions} actions");
     }
 }
+
+/// A reservation gets what guests do not need, and waits for the rest.
+#[test]
+fn a_reservation_takes_nothing_that_guests_need() {
+    for (used, admitted) in [(GIB, true), (3 * GIB, false)] {
+        let guests = vec![Guest::new(Behaviour::Honest, 4 * GIB, used, 0)];
+        let mut world = World::new(0, 6 * GIB, guests);
+        let mut got = false;
+        for _ in 0..600 {
+            world.step(100);
+            let mut observation = world.observe();
+            observation.now = world.now;
+            observation.reservations = vec![Reservation {
+                id: 1,
+                pages: 3 * GIB,
+            }];
+            let decision = world.policy.step(&observation);
+            got |= decision.admitted == [1];
+            world.send(&decision);
+        }
+        assert_eq!(got, admitted);
+        assert!(world.guests[0].grant() >= used);
+    }
+}
