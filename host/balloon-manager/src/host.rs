@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The host's memory: the pool, its reserve, and how much the host waits for memory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use balloon_policy::{GIB, HostPressure, Millis, Pages};
+
+use crate::config::{Config, PAGE};
+
+/// The part of the time, in thousandths, in which some of the host's processes, or all, wait for memory.
+const SOME: u64 = 150;
+const FULL: u64 = 100;
+
+/// What is known about the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reading {
+    pub(crate) pool: Pages,
+    pub(crate) reserve: Pages,
+    pub(crate) pressure: HostPressure,
+}
+
+/// Reads the host's files below a directory.
+#[derive(Debug)]
+pub(crate) struct Host {
+    proc: PathBuf,
+    /// The time of the last look at the pressure, and the waiting times until then, in microseconds.
+    last: Option<(Millis, [u64; 2])>,
+    pressure: HostPressure,
+}
+
+impl Host {
+    pub(crate) fn new(proc: &Path) -> Self {
+        Self {
+            proc: proc.to_owned(),
+            last: None,
+            pressure: HostPressure::None,
+        }
+    }
+
+    /// `resident` is what the VMs have of the host's memory.
+    pub(crate) fn read(
+        &mut self,
+        config: &Config,
+        now: Millis,
+        resident: Pages,
+    ) -> Result<Reading> {
+        let pool = match (&config.host.pool, &config.host.cgroup) {
+            (Some(pool), _) => pool.of(0),
+            (None, Some(cgroup)) => cgroup_pool(cgroup, resident)?,
+            (None, None) => self.measure(resident)?,
+        };
+        let reserve = match config.host.reserve {
+            Some(reserve) => reserve.of(pool),
+            None => usual_reserve(pool),
+        };
+        Ok(Reading {
+            pool,
+            reserve,
+            pressure: self.pressure(now),
+        })
+    }
+
+    /// What is available, and what the VMs have already, without what they have in swap: that is memory which the host
+    /// lacks.
+    fn measure(&self, resident: Pages) -> Result<Pages> {
+        let path = self.proc.join("meminfo");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let field = |name: &str| -> Result<Pages> {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|line| line.split_whitespace().next());
+            let kib: u64 = number
+                .with_context(|| format!("{} has no {name}", path.display()))?
+                .parse()?;
+            Ok(kib * 1024 / PAGE)
+        };
+        let swapped = field("SwapTotal:")?.saturating_sub(field("SwapFree:")?);
+        Ok((field("MemAvailable:")? + resident).saturating_sub(swapped))
+    }
+
+    /// How much the host has waited since the last look. Kernels without this statistic never wait.
+    fn pressure(&mut self, now: Millis) -> HostPressure {
+        let Ok(text) = fs::read_to_string(self.proc.join("pressure/memory")) else {
+            return HostPressure::None;
+        };
+        let total = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split("total=").nth(1)?.trim().parse::<u64>().ok()
+        };
+        let totals = [total("some"), total("full")].map(Option::unwrap_or_default);
+        let Some((then, old)) = self.last else {
+            self.last = Some((now, totals));
+            return self.pressure;
+        };
+        let time = now.saturating_sub(then);
+        if time < 1_000 {
+            return self.pressure;
+        }
+        // Microseconds in milliseconds are thousandths.
+        let [some, full] =
+            [0, 1].map(|index: usize| totals[index].saturating_sub(old[index]) / time);
+        self.last = Some((now, totals));
+        self.pressure = match (some >= SOME, full >= FULL) {
+            (_, true) => HostPressure::Full,
+            (true, false) => HostPressure::Some,
+            (false, false) => HostPressure::None,
+        };
+        self.pressure
+    }
+}
+
+/// The limit of a cgroup, of version 1 or 2, without what others than the VMs have in it.
+fn cgroup_pool(cgroup: &Path, resident: Pages) -> Result<Pages> {
+    for (limit, usage) in [
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ] {
+        let Ok(limit) = fs::read_to_string(cgroup.join(limit)) else {
+            continue;
+        };
+        if limit.trim() == "max" {
+            bail!(
+                "the cgroup {} has no limit: set one, or host.pool",
+                cgroup.display()
+            );
+        }
+        let number = |text: &str| -> Result<Pages> { Ok(text.trim().parse::<u64>()? / PAGE) };
+        let used = number(&fs::read_to_string(cgroup.join(usage))?)?;
+        return Ok(number(&limit)?.saturating_sub(used.saturating_sub(resident)));
+    }
+    bail!(
+        "{} is no memory cgroup: set host.cgroup to one",
+        cgroup.display()
+    );
+}
+
+/// 6 % of the first 4 GiB, 4 % of the next 8, 2 % of the next 16, and 1 % of the rest.
+fn usual_reserve(pool: Pages) -> Pages {
+    let mut rest = pool;
+    let mut reserve = 0;
+    for (size, percent) in [(4 * GIB, 6), (8 * GIB, 4), (16 * GIB, 2), (Pages::MAX, 1)] {
+        let part = rest.min(size);
+        reserve += part / 100 * percent;
+        rest -= part;
+    }
+    reserve
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(directory: &Path, name: &str, text: &str) {
+        let path = directory.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn config(text: &str) -> Config {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn the_pool_is_measured() {
+        let proc = tempfile::tempdir().unwrap();
+        let meminfo =
+            "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nSwapTotal: 800 kB\nSwapFree: 400 kB\n";
+        write(proc.path(), "meminfo", meminfo);
+        let mut host = Host::new(proc.path());
+        let reading = host.read(&Config::default(), 0, 250).unwrap();
+        assert_eq!(reading.pool, 1_000 + 250 - 100);
+        let set = config("[host]\npool = '1GiB'\nreserve = '10%'");
+        let reading = host.read(&set, 0, 250).unwrap();
+        assert_eq!(
+            (reading.pool, reading.reserve),
+            (GIB, GIB / 100 * 10 + GIB % 100 / 10)
+        );
+    }
+
+    #[test]
+    fn cgroups_of_both_versions_are_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let group = directory.path();
+        assert!(cgroup_pool(group, 0).is_err());
+        write(group, "memory.limit_in_bytes", "40960000\n");
+        write(group, "memory.usage_in_bytes", "4096000\n");
+        assert_eq!(cgroup_pool(group, 400).unwrap(), 10_000 - 600);
+        write(group, "memory.max", "8192000\n");
+        write(group, "memory.current", "4096\n");
+        assert_eq!(cgroup_pool(group, 400).unwrap(), 2_000);
+        write(group, "memory.max", "max\n");
+        let error = cgroup_pool(group, 0).unwrap_err().to_string();
+        assert!(error.contains("has no limit"), "{error}");
+    }
+
+    #[test]
+    fn waiting_is_pressure() {
+        let proc = tempfile::tempdir().unwrap();
+        let mut host = Host::new(proc.path());
+        assert_eq!(host.pressure(0), HostPressure::None);
+        let mut waited = |some: u64, full: u64, now| {
+            let text = format!("some avg10=0.00 total={some}\nfull avg10=0.00 total={full}\n");
+            write(proc.path(), "pressure/memory", &text);
+            host.pressure(now)
+        };
+        assert_eq!(waited(5_000_000, 0, 0), HostPressure::None);
+        assert_eq!(waited(5_100_000, 0, 1_000), HostPressure::None);
+        assert_eq!(waited(5_300_000, 0, 2_000), HostPressure::Some);
+        assert_eq!(waited(9_000_000, 0, 2_500), HostPressure::Some);
+        assert_eq!(waited(9_000_000, 300_000, 4_000), HostPressure::Full);
+        assert_eq!(waited(9_000_000, 300_000, 5_000), HostPressure::None);
+    }
+
+    #[test]
+    fn the_reserve_grows_slowly() {
+        assert_eq!(usual_reserve(4 * GIB), 4 * GIB / 100 * 6);
+        // About 900 MiB.
+        assert_eq!(usual_reserve(28 * GIB) / 256, 901);
+    }
+}

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The program: its command line, its signals, and the loop of the manager.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use log::LevelFilter;
+use sd_notify::NotifyState;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+
+use crate::config::Config;
+use crate::control::{Request, SOCKET};
+use crate::manager::Manager;
+use crate::record::Record;
+use crate::status::{Past, Reserved, Status, VmStatus};
+use crate::vm::{Connection, Failure};
+
+mod config;
+mod control;
+mod host;
+mod manager;
+mod metrics;
+mod record;
+mod resident;
+mod status;
+mod text;
+mod vm;
+
+/// Moves memory between the VMs of a host
+///
+/// Each VM has a vhost-user-balloon daemon. The manager sets the targets of their balloons: guests that need memory get
+/// it, and guests that do not use it give it. What all guests can touch stays within the pool. SIGHUP reloads the
+/// configuration, and SIGTERM ends the manager; the balloons stay as they are.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Manage the VMs of this host
+    Run {
+        /// Read this file, and neither /etc/balloon-manager/config.toml nor drop-ins
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Set no target, and log what would be done
+        #[arg(long)]
+        observe: bool,
+        /// Write each decision to this file
+        #[arg(long, value_name = "FILE")]
+        record: Option<PathBuf>,
+        /// Listen on this socket (mode 0600)
+        #[arg(long, value_name = "PATH", default_value = SOCKET)]
+        socket: PathBuf,
+        /// The log level on standard error
+        #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
+        log: LevelFilter,
+    },
+    /// Check the configuration
+    Check {
+        /// Check this file, and neither /etc/balloon-manager/config.toml nor drop-ins
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Decide again what a recording has, and compare
+    Replay {
+        /// The recording
+        file: PathBuf,
+    },
+    /// Show the host and its VMs
+    Top {
+        #[command(flatten)]
+        client: Client,
+        /// Repeat it every second
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Show why a VM has the memory that it has
+    Explain {
+        /// The VM
+        vm: String,
+        #[command(flatten)]
+        client: Client,
+    },
+    /// Reserve memory for a VM that is about to start, and wait until it is free
+    Reserve {
+        /// How much, such as 8GiB: all of the VM's memory
+        size: String,
+        /// For how long, in seconds
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        #[command(flatten)]
+        client: Client,
+    },
+    /// End a reservation before its time
+    Release {
+        /// The number that `reserve` has printed
+        id: u32,
+        #[command(flatten)]
+        client: Client,
+    },
+    /// Print metrics for Prometheus
+    Metrics {
+        #[command(flatten)]
+        client: Client,
+    },
+}
+
+#[derive(clap::Args, Debug)]
+struct Client {
+    /// The manager's socket
+    #[arg(long, value_name = "PATH", default_value = SOCKET)]
+    socket: PathBuf,
+    /// Print the response as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match &cli.command {
+        Command::Run { log, .. } => *log,
+        _ => LevelFilter::Info,
+    };
+    env_logger::Builder::new()
+        .filter_level(level)
+        .format_timestamp(None)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let result = runtime
+        .map_err(Into::into)
+        .and_then(|runtime| runtime.block_on(execute(cli.command)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn execute(command: Command) -> Result<()> {
+    match command {
+        Command::Run {
+            config,
+            observe,
+            record,
+            socket,
+            ..
+        } => run(config.as_deref(), observe, record.as_deref(), &socket).await,
+        Command::Check { config } => {
+            println!("{:#?}", Config::load(config.as_deref())?);
+            Ok(())
+        }
+        Command::Replay { file } => {
+            let count = manager::replay(&file)?;
+            println!("{count} decisions are as recorded");
+            Ok(())
+        }
+        Command::Top { client, watch } => loop {
+            let status: Status = match ask(&client, &Request::Status {}).await? {
+                Some(status) => status,
+                None => return Ok(()),
+            };
+            print!("{}", text::top(&status));
+            if !watch {
+                return Ok(());
+            }
+            sleep(Duration::from_secs(1)).await;
+        },
+        Command::Explain { vm, client } => {
+            #[derive(Deserialize)]
+            struct Explanation {
+                vm: VmStatus,
+                history: Vec<Past>,
+            }
+            let request = Request::Explain { vm };
+            if let Some(Explanation { vm, history }) = ask(&client, &request).await? {
+                let now = ask::<Status>(&client, &Request::Status {}).await?;
+                let now = now.map_or(0, |status| status.now);
+                print!("{}", text::explain(now, &vm, &history));
+            }
+            Ok(())
+        }
+        Command::Reserve {
+            size,
+            seconds,
+            client,
+        } => reserve(&client, &size, seconds).await,
+        Command::Release { id, client } => {
+            ask::<serde_json::Value>(&client, &Request::Release { id }).await?;
+            Ok(())
+        }
+        Command::Metrics { client } => {
+            let metrics: Option<balloon_control::Metrics> =
+                ask(&client, &Request::Metrics {}).await?;
+            print!(
+                "{}",
+                metrics.map(|metrics| metrics.text).unwrap_or_default()
+            );
+            Ok(())
+        }
+    }
+}
+
+/// Manages the VMs until a signal ends it.
+async fn run(
+    path: Option<&Path>,
+    observe: bool,
+    record: Option<&Path>,
+    socket: &Path,
+) -> Result<()> {
+    let config = Config::load(path)?;
+    let record = record.map(Record::create).transpose()?;
+    let (reports, mut reported) = mpsc::unbounded_channel();
+    let (calls, mut called) = mpsc::channel(16);
+    let _socket = control::serve(socket, calls)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let mut manager = Manager::new(config, observe, record, reports);
+    log::info!("managing with the profile {:?}", manager.profile());
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut seconds = interval(Duration::from_secs(1));
+    seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    // Reports of several VMs are for one decision.
+    let mut decide = None;
+    notify(&[NotifyState::Ready]);
+    loop {
+        let due = async {
+            match decide {
+                Some(time) => tokio::time::sleep_until(time).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            report = reported.recv() => {
+                if let Some((id, state)) = report {
+                    manager.report(id, state);
+                    decide = decide.or(Some(Instant::now() + Duration::from_millis(10)));
+                }
+            }
+            call = called.recv() => {
+                if let Some((request, response)) = call {
+                    // The client may have gone.
+                    let _ = response.send(control::handle(&mut manager, request));
+                }
+            }
+            () = due => {
+                decide = None;
+                if let Err(error) = manager.step() {
+                    log::error!("no decision: {error:#}");
+                }
+            }
+            _ = seconds.tick() => {
+                manager.discover();
+                decide = decide.or(Some(Instant::now()));
+                notify(&[NotifyState::Watchdog]);
+            }
+            _ = hangup.recv() => reload(&mut manager, path),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    notify(&[NotifyState::Stopping]);
+    log::info!("ending; the balloons stay as they are");
+    Ok(())
+}
+
+/// Without systemd this has no effect.
+fn notify(states: &[NotifyState<'_>]) {
+    let _ = sd_notify::notify(states);
+}
+
+fn reload(manager: &mut Manager, path: Option<&Path>) {
+    match Config::load(path).and_then(|config| manager.reload(config)) {
+        Ok(differences) if differences.is_empty() => log::info!("the configuration is unchanged"),
+        Ok(differences) => {
+            for line in differences {
+                log::info!("configuration: {line}");
+            }
+        }
+        Err(error) => log::error!("{error:#}"),
+    }
+}
+
+async fn reserve(client: &Client, size: &str, seconds: u64) -> Result<()> {
+    let bytes = balloon_control::parse_size(size)
+        .map_err(|error| anyhow::anyhow!("'{size}' is no size: {error}"))?;
+    let quiet = Client {
+        socket: client.socket.clone(),
+        json: false,
+    };
+    let request = Request::Reserve { bytes, seconds };
+    let Some(mut reserved) = ask::<Reserved>(&quiet, &request).await? else {
+        return Ok(());
+    };
+    let id = reserved.id;
+    while !reserved.admitted {
+        sleep(Duration::from_millis(100)).await;
+        match ask(&quiet, &Request::Reservation { id }).await {
+            Ok(Some(now)) => reserved = now,
+            Ok(None) | Err(_) => {
+                bail!("the memory was not free within {seconds} s; reserve for longer")
+            }
+        }
+    }
+    match client.json {
+        true => println!("{}", serde_json::to_string(&reserved)?),
+        false => println!("reservation {id}: the memory is free for {seconds} s"),
+    }
+    Ok(())
+}
+
+/// Asks the manager. Prints the response, and returns nothing, if it is wanted as JSON.
+async fn ask<T: DeserializeOwned>(client: &Client, request: &Request) -> Result<Option<T>> {
+    let mut connection = Connection::open(&client.socket)
+        .await
+        .context("is the manager running? systemctl start balloon-manager")?;
+    let answer = connection
+        .call::<serde_json::Value>(request, Duration::from_secs(5))
+        .await;
+    match answer {
+        Ok(answer) if client.json => {
+            println!("{answer}");
+            Ok(None)
+        }
+        Ok(answer) => Ok(Some(serde_json::from_value(answer)?)),
+        Err(Failure::Refused(error)) => bail!("{error}; {}", error.advice),
+        Err(Failure::Broken(error)) => Err(error),
+    }
+}

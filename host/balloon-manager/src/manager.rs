@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The manager: observes the host and its VMs, asks the policy, and sends its targets.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use balloon_policy::{
+    Account, Decision, Millis, Observation, Pages, Policy, Profile, Refusal, Reservation, VmId,
+};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::config::{Config, PAGE};
+use crate::host::Host;
+use crate::record::{Line, Record};
+use crate::status::{Counts, Past, Reserved, Status, VmStatus};
+use crate::text;
+use crate::vm::{self, Handle, Order, State};
+
+/// How many actions of a VM are kept for explanations.
+const HISTORY: usize = 20;
+
+/// A VM and its tasks.
+#[derive(Debug)]
+struct Known {
+    name: String,
+    handle: Handle,
+    state: Option<State>,
+    account: Option<Account>,
+    history: VecDeque<Past>,
+    /// In observe mode: the newest action.
+    observed: u64,
+}
+
+/// A reservation and when it ends.
+#[derive(Clone, Copy, Debug)]
+struct Lease {
+    reservation: Reservation,
+    until: Instant,
+    admitted: bool,
+}
+
+pub(crate) struct Manager {
+    config: Config,
+    observe: bool,
+    epoch: Instant,
+    policy: Policy,
+    host: Host,
+    reports: mpsc::UnboundedSender<(VmId, State)>,
+    vms: BTreeMap<VmId, Known>,
+    paths: BTreeMap<PathBuf, VmId>,
+    next_vm: u32,
+    leases: Vec<Lease>,
+    next_lease: u32,
+    last: Observation,
+    charged: Pages,
+    record: Option<Record>,
+    counts: Counts,
+    /// Floors that do not fit are reported once.
+    complained: Option<Refusal>,
+}
+
+impl Manager {
+    pub(crate) fn new(
+        config: Config,
+        observe: bool,
+        record: Option<Record>,
+        reports: mpsc::UnboundedSender<(VmId, State)>,
+    ) -> Self {
+        Self {
+            policy: Policy::new(config.profile),
+            config,
+            observe,
+            epoch: Instant::now(),
+            host: Host::new(Path::new("/proc")),
+            reports,
+            vms: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            next_vm: 0,
+            leases: Vec::new(),
+            next_lease: 1,
+            last: Observation::default(),
+            charged: 0,
+            record,
+            counts: Counts::default(),
+            complained: None,
+        }
+    }
+
+    /// Finds the sockets that have come, and forgets those that have gone.
+    pub(crate) fn discover(&mut self) {
+        let found = glob::glob(&self.config.sockets).into_iter().flatten();
+        let found: Vec<PathBuf> = found.filter_map(Result::ok).collect();
+        self.paths.retain(|path, id| {
+            let stays = found.contains(path);
+            if !stays {
+                if let Some(gone) = self.vms.remove(id) {
+                    log::info!("{}: its control socket has gone", gone.name);
+                }
+            }
+            stays
+        });
+        for path in found {
+            if self.paths.contains_key(&path) {
+                continue;
+            }
+            let id = VmId(self.next_vm);
+            self.next_vm += 1;
+            let name = name_of(&path);
+            log::info!("{name}: found at {}", path.display());
+            let handle = vm::start(id, path.clone(), self.epoch, self.reports.clone());
+            self.paths.insert(path, id);
+            self.vms.insert(
+                id,
+                Known {
+                    name,
+                    handle,
+                    state: None,
+                    account: None,
+                    history: VecDeque::new(),
+                    observed: 0,
+                },
+            );
+        }
+    }
+
+    /// Takes a report of a VM.
+    pub(crate) fn report(&mut self, id: VmId, state: State) {
+        if let Some(known) = self.vms.get_mut(&id) {
+            known.state = Some(state);
+        }
+    }
+
+    /// Decides, and sends the targets.
+    pub(crate) fn step(&mut self) -> Result<()> {
+        let observation = self.observation()?;
+        self.check_floors(&observation);
+        let decision = self.policy.step(&observation);
+        self.counts.decisions += 1;
+        if let Some(record) = &mut self.record {
+            record.write(&Line {
+                profile: self.config.profile,
+                observation: observation.clone(),
+                decision: decision.clone(),
+            })?;
+        }
+        for lease in &mut self.leases {
+            lease.admitted |= decision.admitted.contains(&lease.reservation.id);
+        }
+        self.act(&observation, &decision);
+        self.charged = decision.charged;
+        self.last = observation;
+        Ok(())
+    }
+
+    fn now(&self) -> Millis {
+        Millis::try_from(self.epoch.elapsed().as_millis()).unwrap_or(Millis::MAX)
+    }
+
+    fn observation(&mut self) -> Result<Observation> {
+        let now = self.now();
+        let instant = Instant::now();
+        self.leases.retain(|lease| lease.until > instant);
+        let vms = self.vms.iter().filter_map(|(&id, known)| {
+            let mut vm = known.state.as_ref()?.vm(id, &known.name, &self.config)?;
+            vm.answered = vm.answered.max(known.observed);
+            Some(vm)
+        });
+        let vms: Vec<_> = vms.collect();
+        let resident = vms.iter().filter_map(|vm| vm.resident).sum();
+        let reading = self.host.read(&self.config, now, resident)?;
+        Ok(Observation {
+            now,
+            pool: reading.pool,
+            reserve: reading.reserve,
+            pressure: reading.pressure,
+            reservations: self.leases.iter().map(|lease| lease.reservation).collect(),
+            vms,
+        })
+    }
+
+    fn act(&mut self, observation: &Observation, decision: &Decision) {
+        for account in &decision.accounts {
+            let Some(known) = self.vms.get_mut(&account.vm) else {
+                continue;
+            };
+            known.account = Some(*account);
+            let vm = observation.vms.iter().find(|vm| vm.id == account.vm);
+            let available = vm.and_then(|vm| vm.sample).map(|sample| sample.available);
+            let busy = account.pressed.is_some()
+                || account.need > account.grant
+                || available.is_some_and(|available| available < 2 * account.headroom);
+            let pace = if busy { vm::FAST } else { vm::SLOW };
+            known.handle.pace.send_if_modified(|old| {
+                let changes = *old != pace;
+                *old = pace;
+                changes
+            });
+        }
+        for action in &decision.actions {
+            let Some(known) = self.vms.get_mut(&action.vm) else {
+                continue;
+            };
+            let what = if self.observe { "would set" } else { "sets" };
+            log::info!("{}: {what} {}", known.name, text::action(action));
+            known.history.push_front(Past {
+                at: observation.now,
+                action: *action,
+            });
+            known.history.truncate(HISTORY);
+            let old = action.account.memory - action.account.grant;
+            match action.target < old {
+                true => self.counts.raises += 1,
+                false => self.counts.cuts += 1,
+            }
+            if self.observe {
+                known.observed = action.number;
+                continue;
+            }
+            let order = Order {
+                number: action.number,
+                bytes: action.target * PAGE,
+            };
+            // The task ends only when the VM has gone.
+            let _ = known.handle.orders.send(order);
+        }
+    }
+
+    /// Says once when the floors of all VMs do not fit.
+    fn check_floors(&mut self, observation: &Observation) {
+        let refusal = Policy::admit(observation, 0).err();
+        let new = refusal.map(|refusal| (refusal.floors, refusal.pool / balloon_policy::GIB));
+        let old = self
+            .complained
+            .map(|refusal| (refusal.floors, refusal.pool / balloon_policy::GIB));
+        if let Some(refusal) = refusal.filter(|_| new != old) {
+            log::error!("the floors do not fit: {}", text::refusal(&refusal));
+        }
+        self.complained = refusal;
+    }
+
+    /// Takes a new configuration, unless its floors do not fit and those of the present one do.
+    pub(crate) fn reload(&mut self, config: Config) -> Result<Vec<String>> {
+        let differences = config.differences(&self.config);
+        let old = std::mem::replace(&mut self.config, config);
+        let check = self.observation().map(|new| Policy::admit(&new, 0));
+        let fitted = Policy::admit(&self.last, 0).is_ok();
+        let refused = match check {
+            Ok(Err(refusal)) if fitted => Some(anyhow::anyhow!(
+                "the floors do not fit: {}",
+                text::refusal(&refusal)
+            )),
+            Ok(_) => None,
+            Err(error) => Some(error),
+        };
+        match refused {
+            Some(error) => {
+                self.config = old;
+                Err(error.context("the configuration stays as it was"))
+            }
+            None => {
+                self.policy.set_profile(self.config.profile);
+                Ok(differences)
+            }
+        }
+    }
+
+    /// Reserves memory for a VM that is about to start.
+    pub(crate) fn reserve(&mut self, bytes: u64, time: Duration) -> Result<Reserved, Refusal> {
+        let pages = bytes.div_ceil(PAGE);
+        if let Err(refusal) = Policy::admit(&self.last, pages) {
+            self.counts.refused += 1;
+            return Err(refusal);
+        }
+        let id = self.next_lease;
+        self.next_lease += 1;
+        let reservation = Reservation { id, pages };
+        self.leases.push(Lease {
+            reservation,
+            until: Instant::now() + time,
+            admitted: false,
+        });
+        self.last.reservations.push(reservation);
+        Ok(Reserved {
+            id,
+            admitted: false,
+        })
+    }
+
+    /// A reservation, as long as it lasts.
+    pub(crate) fn reservation(&self, id: u32) -> Option<Reserved> {
+        let lease = self
+            .leases
+            .iter()
+            .find(|lease| lease.reservation.id == id)?;
+        Some(Reserved {
+            id,
+            admitted: lease.admitted,
+        })
+    }
+
+    /// Ends a reservation. Returns whether there was one.
+    pub(crate) fn release(&mut self, id: u32) -> bool {
+        let before = self.leases.len();
+        self.leases.retain(|lease| lease.reservation.id != id);
+        self.last.reservations.retain(|one| one.id != id);
+        self.leases.len() < before
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let vms = self.vms.values().map(|known| VmStatus {
+            name: known.name.clone(),
+            account: known.account,
+            resident: known.state.as_ref().and_then(|state| state.resident),
+            last: known.history.front().cloned(),
+        });
+        Status {
+            now: self.now(),
+            observe: self.observe,
+            pool: self.last.pool,
+            reserve: self.last.reserve,
+            charged: self.charged,
+            reserved: self
+                .leases
+                .iter()
+                .map(|lease| lease.reservation.pages)
+                .sum(),
+            vms: vms.collect(),
+        }
+    }
+
+    /// A VM and its last actions, the newest first.
+    pub(crate) fn history(&self, name: &str) -> Option<(VmStatus, Vec<Past>)> {
+        let known = self.vms.values().find(|known| known.name == name)?;
+        let status = self.status().vms.into_iter().find(|vm| vm.name == name)?;
+        Some((status, known.history.iter().cloned().collect()))
+    }
+
+    pub(crate) const fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    pub(crate) const fn profile(&self) -> Profile {
+        self.config.profile
+    }
+}
+
+/// The name of a VM: its daemon's directory, if the socket has the usual name, or else the name of the socket.
+fn name_of(path: &Path) -> String {
+    let usual = path.file_name().is_some_and(|name| name == "control.sock");
+    let named = match usual {
+        true => path.parent().and_then(Path::file_name),
+        false => path.file_stem(),
+    };
+    named.unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Reads a recording, and decides again. Returns how many decisions there are.
+///
+/// # Errors
+///
+/// A decision differs, or the recording cannot be read.
+pub(crate) fn replay(path: &Path) -> Result<usize> {
+    let mut policy: Option<Policy> = None;
+    let mut count = 0;
+    for line in Record::read(path)? {
+        let line = line.with_context(|| format!("line {} of {}", count + 1, path.display()))?;
+        let policy = policy.get_or_insert_with(|| Policy::new(line.profile));
+        policy.set_profile(line.profile);
+        let decision = policy.step(&line.observation);
+        count += 1;
+        anyhow::ensure!(
+            decision == line.decision,
+            "decision {count} differs: recorded {:?}, now {:?}",
+            line.decision.actions,
+            decision.actions
+        );
+        for action in &decision.actions {
+            println!(
+                "{:>8}.{:03} vm {}: {}",
+                line.observation.now / 1_000,
+                line.observation.now % 1_000,
+                action.vm.0,
+                text::action(action)
+            );
+        }
+    }
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vms_have_the_names_of_their_directories() {
+        assert_eq!(
+            name_of(Path::new("/run/vhost-user-balloon/web/control.sock")),
+            "web"
+        );
+        assert_eq!(name_of(Path::new("/run/balloons/db.sock")), "db");
+    }
+}

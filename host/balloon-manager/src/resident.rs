@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the host has given to a VM: the blocks of its memory files, which the daemon has open.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+/// Smaller files are the daemon's own.
+const LEAST: u64 = 1 << 20;
+
+/// The memory files of a VM, once they are known.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    files: Vec<PathBuf>,
+}
+
+impl Memory {
+    /// In bytes, for the VM that shares so many bytes with this process or a child of it. Nothing without the right to
+    /// look at its files, or if they do not have that size.
+    pub(crate) fn resident(&mut self, pid: i32, shared: u64) -> Option<u64> {
+        let known = self.blocks(shared);
+        if known.is_some() {
+            return known;
+        }
+        self.files = find(pid);
+        self.blocks(shared)
+    }
+
+    fn blocks(&self, shared: u64) -> Option<u64> {
+        let (mut size, mut blocks) = (0, 0);
+        for file in &self.files {
+            let metadata = fs::metadata(file).ok()?;
+            size += metadata.len();
+            blocks += metadata.blocks() * 512;
+        }
+        (size == shared && shared > 0).then_some(blocks)
+    }
+}
+
+/// The large files that the process or its children have open, each one once.
+fn find(pid: i32) -> Vec<PathBuf> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.unwrap_or_default();
+    let processes = children
+        .split_whitespace()
+        .filter_map(|child| child.parse().ok());
+    let mut files = BTreeMap::new();
+    for process in processes.chain([pid]) {
+        let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else {
+            continue;
+        };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let Ok(metadata) = fs::metadata(&path) else {
+                continue;
+            };
+            if metadata.is_file() && metadata.len() >= LEAST {
+                files
+                    .entry((metadata.dev(), metadata.ino()))
+                    .or_insert(path);
+            }
+        }
+    }
+    files.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    #[test]
+    fn the_blocks_of_the_memory_file_count() {
+        let file = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
+        // No other file of this process has that size.
+        let size = (64 << 20) + 12_345 * 4096;
+        file.set_len(size).unwrap();
+        file.write_all_at(&[1; 8192], 1 << 20).unwrap();
+        let mut memory = Memory {
+            files: find(std::process::id().try_into().unwrap()),
+        };
+        memory
+            .files
+            .retain(|path| fs::metadata(path).is_ok_and(|metadata| metadata.len() == size));
+        assert_eq!(memory.blocks(size), Some(8192));
+        assert_eq!(memory.blocks(size + 1), None);
+        assert_eq!(Memory::default().blocks(0), None);
+    }
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The state of the manager, for its clients.
+
+use balloon_policy::{Account, Action, Millis, Pages};
+use serde::{Deserialize, Serialize};
+
+/// An action that was decided.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Past {
+    /// In milliseconds since the manager was started.
+    pub(crate) at: Millis,
+    pub(crate) action: Action,
+}
+
+/// What is counted for the metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) decisions: u64,
+    pub(crate) raises: u64,
+    pub(crate) cuts: u64,
+    pub(crate) refused: u64,
+}
+
+/// A VM for clients.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct VmStatus {
+    pub(crate) name: String,
+    pub(crate) account: Option<Account>,
+    pub(crate) resident: Option<Pages>,
+    pub(crate) last: Option<Past>,
+}
+
+/// The host for clients.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Status {
+    pub(crate) now: Millis,
+    pub(crate) observe: bool,
+    pub(crate) pool: Pages,
+    pub(crate) reserve: Pages,
+    pub(crate) charged: Pages,
+    pub(crate) reserved: Pages,
+    pub(crate) vms: Vec<VmStatus>,
+}
+
+/// A reservation for clients.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Reserved {
+    pub(crate) id: u32,
+    /// The memory is free.
+    pub(crate) admitted: bool,
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Numbers and reasons in words.
+
+use std::fmt::Write;
+
+use balloon_policy::{Account, Action, Cause, Pages, Pressure, Refusal, Spared};
+use bytesize::ByteSize;
+
+use crate::config::PAGE;
+use crate::status::{Past, Status, VmStatus};
+
+/// A number of pages as a size.
+pub(crate) fn size(pages: Pages) -> String {
+    ByteSize(pages.saturating_mul(PAGE)).to_string()
+}
+
+const fn pressure(sign: Pressure) -> &'static str {
+    match sign {
+        Pressure::Oom => "it killed a process",
+        Pressure::SelfDeflated => "its balloon shrank below the target",
+        Pressure::Stalls => "allocations had to reclaim memory",
+        Pressure::SwapIn => "it reads from swap",
+        Pressure::LowAvailable => "hardly any memory is available",
+        Pressure::Growth => "it quickly uses its last memory",
+    }
+}
+
+const fn cause(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Pressed(sign) => pressure(sign),
+        Cause::Wanted => "it can use more, and there is memory for it",
+        Cause::Unused => "it does not use the memory",
+        Cause::Ceiling => "it has more than its ceiling",
+        Cause::Contended => "others need the memory, and it has more than its share",
+        Cause::Abandoned => "it does not give the memory",
+    }
+}
+
+const fn spared(reason: Spared) -> &'static str {
+    match reason {
+        Spared::NoDriver => "no driver",
+        Spared::Frozen => "left alone",
+        Spared::Excluded => "ballooning is off in the guest",
+        Spared::Refused => "its daemon refused a target",
+        Spared::OtherController => "another program changes its target",
+        Spared::NoStatistics => "no recent statistics",
+        Spared::Uncooperative => "does not give memory",
+        Spared::Starting => "starting",
+    }
+}
+
+/// What an action does, and the numbers that imply it.
+pub(crate) fn action(action: &Action) -> String {
+    let account = &action.account;
+    let grant = account.memory.saturating_sub(action.target);
+    format!(
+        "its grant from {} to {}, since {} ({})",
+        size(account.grant),
+        size(grant),
+        cause(action.cause),
+        numbers(account)
+    )
+}
+
+fn numbers(account: &Account) -> String {
+    let used = account.used.map_or_else(
+        || "unknown use".to_owned(),
+        |used| format!("uses {}", size(used)),
+    );
+    format!(
+        "{used}, headroom {}, needs {}, wants {}, share {}",
+        size(account.headroom),
+        size(account.need),
+        size(account.want),
+        size(account.share)
+    )
+}
+
+/// The arithmetic of a refusal.
+pub(crate) fn refusal(refusal: &Refusal) -> String {
+    let Refusal {
+        pool,
+        reserve,
+        floors,
+        reserved,
+        asked,
+    } = *refusal;
+    let sum = [reserve, floors, reserved, asked]
+        .iter()
+        .fold(0, |sum: Pages, part| sum.saturating_add(*part));
+    format!(
+        "the reserve of {} + floors of {} + reservations of {} + {} asked for = {}, and the pool has {}",
+        size(reserve),
+        size(floors),
+        size(reserved),
+        size(asked),
+        size(sum),
+        size(pool)
+    )
+}
+
+/// A VM's state in a word or two.
+fn state(account: &Account) -> &'static str {
+    match (account.pressed, account.spared) {
+        (Some(_), _) => "in need",
+        (None, Some(reason)) => spared(reason),
+        (None, None) if account.share < account.want => "contended",
+        (None, None) => "ok",
+    }
+}
+
+/// A table of all VMs.
+pub(crate) fn top(status: &Status) -> String {
+    let mut text = format!(
+        "pool {}, reserve {}, charged {}, reserved {}, free {}{}\n",
+        size(status.pool),
+        size(status.reserve),
+        size(status.charged),
+        size(status.reserved),
+        size(status.pool.saturating_sub(status.charged)),
+        if status.observe {
+            ", observing only"
+        } else {
+            ""
+        }
+    );
+    let row = |text: &mut String, cells: [&str; 7]| {
+        let [name, rest @ ..] = cells;
+        let _ = write!(text, "{name:<16}");
+        for cell in rest {
+            let _ = write!(text, " {cell:>10}");
+        }
+        *text = text.trim_end().to_owned();
+        text.push('\n');
+    };
+    row(
+        &mut text,
+        [
+            "VM", "memory", "grant", "resident", "need", "share", "state",
+        ],
+    );
+    for vm in &status.vms {
+        let Some(account) = &vm.account else {
+            row(&mut text, [&vm.name, "", "", "", "", "", "unknown"]);
+            continue;
+        };
+        row(
+            &mut text,
+            [
+                &vm.name,
+                &size(account.memory),
+                &size(account.grant),
+                &vm.resident.map_or_else(String::new, size),
+                &size(account.need),
+                &size(account.share),
+                state(account),
+            ],
+        );
+    }
+    text
+}
+
+/// All about a VM.
+pub(crate) fn explain(now: u64, vm: &VmStatus, history: &[Past]) -> String {
+    let mut text = String::new();
+    match &vm.account {
+        None => {
+            let _ = writeln!(text, "{}: its daemon has not reported a VM", vm.name);
+        }
+        Some(account) => {
+            let _ = writeln!(
+                text,
+                "{}: {} of {} granted, {} charged, {}",
+                vm.name,
+                size(account.grant),
+                size(account.memory),
+                size(account.charge),
+                state(account)
+            );
+            let _ = writeln!(text, "{}", numbers(account));
+        }
+    }
+    for past in history {
+        let ago = now.saturating_sub(past.at) / 1_000;
+        let _ = writeln!(text, "{ago:>6} s ago: {}", action(&past.action));
+    }
+    text
+}

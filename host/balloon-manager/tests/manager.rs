@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The manager with control sockets of guests that the tests play.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use balloon_control::{
+    ControlError, ErrorKind, Guest, Handler, Info, Request, Response, Server, Stat, Stats,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const GIB: u64 = 1 << 30;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_balloon-manager");
+
+/// A guest whose balloon follows its target at once, as far as its processes leave memory.
+#[derive(Clone, Copy, Debug)]
+struct State {
+    memory: u64,
+    used: u64,
+    target: u64,
+    size: u64,
+    stalls: u64,
+    sets: u64,
+    /// The daemon refuses targets.
+    refuses: bool,
+}
+
+#[derive(Clone)]
+struct Fake(Arc<Mutex<State>>);
+
+impl Fake {
+    fn new(memory: u64, used: u64) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            memory,
+            used,
+            target: 0,
+            size: 0,
+            stalls: 0,
+            sets: 0,
+            refuses: false,
+        })))
+    }
+
+    fn get(&self) -> State {
+        *self.0.lock().unwrap()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.0.lock().unwrap());
+    }
+
+    fn grant(&self) -> u64 {
+        let state = self.get();
+        state.memory - state.target
+    }
+
+    /// What the guest can touch.
+    fn usable(&self) -> u64 {
+        let state = self.get();
+        state.memory - state.size
+    }
+}
+
+impl Handler for Fake {
+    fn handle(&self, request: Request) -> Result<Response, ControlError> {
+        let mut state = self.0.lock().unwrap();
+        match request {
+            Request::Info {} => Ok(Response::Info(Info {
+                target: state.target,
+                size: state.size,
+                memory: Some(state.memory),
+                shared: Some(state.memory),
+                granule: 4096,
+                guest: Guest {
+                    connected: true,
+                    driver: true,
+                    ..Guest::default()
+                },
+                ..Info::default()
+            })),
+            Request::Set { .. } if state.refuses => Err(ControlError::new(
+                ErrorKind::Failed,
+                "no",
+                "ask another one",
+            )),
+            Request::Set { bytes } => {
+                state.target = bytes;
+                let most = state.memory.saturating_sub(state.used).max(state.size);
+                state.size = bytes.min(most);
+                state.sets += 1;
+                Ok(Response::Done {})
+            }
+            Request::Stats { .. } => {
+                let usable = state.memory - state.size;
+                let available = usable.saturating_sub(state.used);
+                state.stalls += u64::from(available < 16 << 20);
+                Ok(Response::Stats(Stats {
+                    values: BTreeMap::from([
+                        (Stat::FreeMemory, available),
+                        (Stat::AvailableMemory, available),
+                        (Stat::AllocStalls, state.stalls),
+                    ]),
+                    ..Stats::default()
+                }))
+            }
+            _ => Err(ControlError::new(ErrorKind::Unsupported, "no", "no")),
+        }
+    }
+}
+
+/// A host with sockets, and the manager.
+struct Host {
+    directory: TempDir,
+    servers: Vec<Server>,
+    manager: Option<Child>,
+}
+
+impl Host {
+    fn new(config: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let host = Self {
+            directory,
+            servers: Vec::new(),
+            manager: None,
+        };
+        host.configure(config);
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn configure(&self, config: &str) {
+        let sockets = self.path("vms/*/control.sock");
+        let text = format!("sockets = '{}'\n{config}", sockets.display());
+        fs::write(self.path("config.toml"), text).unwrap();
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        let directory = self.path("vms").join(name);
+        fs::create_dir_all(&directory).unwrap();
+        directory.join("control.sock")
+    }
+
+    fn add(&mut self, name: &str, guest: &Fake) {
+        let server = Server::bind(&self.socket(name), Arc::new(guest.clone())).unwrap();
+        self.servers.push(server);
+    }
+
+    fn run(&mut self, arguments: &[&str]) {
+        let child = Command::new(PROGRAM)
+            .args(["run", "--config"])
+            .arg(self.path("config.toml"))
+            .arg("--socket")
+            .arg(self.path("manager.sock"))
+            .args(arguments)
+            .stderr(fs::File::create(self.path("log")).unwrap())
+            .spawn()
+            .unwrap();
+        self.manager = Some(child);
+        let socket = self.path("manager.sock");
+        wait_for("the manager", || socket.exists());
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    fn signal(&self, signal: Signal) {
+        let id = self.manager.as_ref().unwrap().id();
+        kill(Pid::from_raw(id.try_into().unwrap()), signal).unwrap();
+    }
+
+    /// Asks the manager.
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let (command, rest) = arguments.split_first().unwrap();
+        Command::new(PROGRAM)
+            .arg(command)
+            .arg("--socket")
+            .arg(self.path("manager.sock"))
+            .args(rest)
+            .output()
+            .unwrap()
+    }
+
+    fn end(&mut self) {
+        self.signal(Signal::SIGTERM);
+        assert!(self.manager.take().unwrap().wait().unwrap().success());
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(mut manager) = self.manager.take() {
+            // It may have ended.
+            let _ = manager.kill();
+            let _ = manager.wait();
+        }
+    }
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "{what} does not come"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn words(output: &[u8]) -> String {
+    String::from_utf8_lossy(output).into_owned()
+}
+
+const SMALL: &str = "[host]\npool = '6GiB'\nreserve = '256MiB'\n";
+
+#[test]
+fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    let record = host.path("record.jsonl");
+    host.run(&["--record", record.to_str().unwrap()]);
+    // Together they could touch 8 GiB.
+    let fits = || web.usable() + db.usable() <= 6 * GIB - 256 * (1 << 20);
+    wait_for("memory that fits", fits);
+
+    for (busy, idle) in [(&web, &db), (&db, &web)] {
+        idle.change(|state| state.used = GIB / 2);
+        busy.change(|state| state.used = 7 * GIB / 2);
+        wait_for("memory for the busy guest", || {
+            assert!(fits());
+            busy.usable() > 7 * GIB / 2 && busy.get().size <= busy.get().target
+        });
+    }
+    let explained = words(&host.ask(&["explain", "db"]).stdout);
+    assert!(explained.starts_with("db: "), "{explained}");
+    assert!(explained.contains("its grant from"), "{explained}");
+    let top = words(&host.ask(&["top"]).stdout);
+    assert!(top.contains("pool 6.0 GiB") && top.contains("web"), "{top}");
+    let metrics = words(&host.ask(&["metrics"]).stdout);
+    assert!(
+        metrics.contains("balloon_manager_vm_memory_bytes{vm=\"db\"} 4294967296"),
+        "{metrics}"
+    );
+    host.end();
+
+    let replay = |path: &Path| {
+        Command::new(PROGRAM)
+            .arg("replay")
+            .arg(path)
+            .output()
+            .unwrap()
+    };
+    let output = replay(&record);
+    assert!(output.status.success(), "{}", words(&output.stderr));
+    assert!(words(&output.stdout).contains("decisions are as recorded"));
+    // Another target would not follow from the observation.
+    let text = fs::read_to_string(&record).unwrap();
+    let changed = text.replacen(
+        "\"actions\":[{\"number\":1",
+        "\"actions\":[{\"number\":2",
+        1,
+    );
+    assert_ne!(text, changed);
+    fs::write(&record, changed).unwrap();
+    let output = replay(&record);
+    assert!(!output.status.success());
+    assert!(
+        words(&output.stderr).contains("differs"),
+        "{}",
+        words(&output.stderr)
+    );
+}
+
+#[test]
+fn a_daemon_that_hangs_delays_no_other_vm() {
+    let mut host = Host::new(SMALL);
+    let hanging = UnixListener::bind(host.socket("hanging")).unwrap();
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    wait_for("memory that fits", || web.usable() + db.usable() <= 6 * GIB);
+    drop(hanging);
+}
+
+#[test]
+fn vms_come_and_go() {
+    let mut host = Host::new(SMALL);
+    host.run(&[]);
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    wait_for("the VM", || {
+        words(&host.ask(&["top"]).stdout).contains("web")
+    });
+    host.servers.clear();
+    wait_for("its end", || {
+        !words(&host.ask(&["top"]).stdout).contains("web")
+    });
+    assert!(host.log().contains("web: its control socket has gone"));
+}
+
+#[test]
+fn observing_sets_no_target() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&["--observe"]);
+    wait_for("decisions", || {
+        host.log().contains("web: would set its grant from 4.0 GiB")
+    });
+    assert_eq!((web.get().sets, db.get().sets), (0, 0));
+}
+
+#[test]
+fn a_daemon_that_refuses_targets_is_asked_again_later() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    web.change(|state| state.refuses = true);
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    wait_for("a refusal", || host.log().contains("no; ask another one"));
+    wait_for("memory of the other VM", || db.usable() < 2 * GIB);
+    assert_eq!(web.grant(), 4 * GIB);
+    assert_eq!(host.log().matches("no; ask another one").count(), 1);
+}
+
+#[test]
+fn reservations_are_admitted_or_refused_with_the_arithmetic() {
+    let mut host = Host::new(SMALL);
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    host.run(&[]);
+    wait_for("the VM", || {
+        words(&host.ask(&["top"]).stdout).contains("4.0 GiB")
+    });
+    // 1.75 GiB are free, without what the VM does not use.
+    let output = host.ask(&["reserve", "4GiB", "--seconds", "50"]);
+    assert!(output.status.success(), "{}", words(&output.stderr));
+    assert!(words(&output.stdout).contains("the memory is free for 50 s"));
+    assert!(web.grant() < 2 * GIB);
+    let output = host.ask(&["reserve", "2GiB"]);
+    let error = words(&output.stderr);
+    let sum = "256.0 MiB + floors of 512.0 MiB + reservations of 4.0 GiB + 2.0 GiB asked for = 6.8 GiB, and the pool has 6.0 GiB";
+    assert!(error.contains(sum), "{error}");
+    assert!(host.ask(&["release", "1"]).status.success());
+    assert!(!host.ask(&["release", "1"]).status.success());
+    assert!(host.ask(&["reserve", "2GiB"]).status.success());
+}
+
+#[test]
+fn a_reload_shows_what_changes_and_refuses_floors_that_do_not_fit() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    wait_for("the VMs", || {
+        words(&host.ask(&["top"]).stdout).contains("4.0 GiB")
+    });
+    wait_for("memory that fits", || web.usable() + db.usable() <= 6 * GIB);
+    host.configure(&format!("profile = 'density'\n{SMALL}"));
+    host.signal(Signal::SIGHUP);
+    wait_for("the profile", || {
+        host.log().contains("configuration: + profile = Density")
+    });
+    host.configure(&format!("{SMALL}[vm.'*']\nfloor = '3GiB'\n"));
+    host.signal(Signal::SIGHUP);
+    wait_for("the refusal", || host.log().contains("floors of 6.0 GiB"));
+    assert!(host.log().contains("the configuration stays as it was"));
+    host.configure("flor = 1\n");
+    host.signal(Signal::SIGHUP);
+    wait_for("the mistake", || {
+        host.log().contains("unknown field `flor`")
+    });
+    host.end();
+}
+
+#[test]
+fn wrong_configurations_are_refused() {
+    let host = Host::new("[vm.a]\nflor = '1GiB'\n");
+    let output = Command::new(PROGRAM)
+        .args(["check", "--config"])
+        .arg(host.path("config.toml"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let error = words(&output.stderr);
+    assert!(
+        error.contains("config.toml is not valid") && error.contains("unknown field `flor`"),
+        "{error}"
+    );
+    let output = host.ask(&["top"]);
+    assert!(words(&output.stderr).contains("is the manager running?"));
+}
