@@ -208,7 +208,12 @@ impl Counters {
         if last == 0 || now.saturating_sub(last) > milliseconds(LOG_INTERVAL) {
             refused.logged.store(now, Relaxed);
             let times = refused.messages.get();
-            warn!("the guest's driver sent what is refused: {reason} ({times} times so far)");
+            // What a driver of another kind of device sends is no list of pages.
+            let hint = match reason {
+                Refusal::Truncated => "; QEMU's device needs virtio-id=5",
+                _ => "",
+            };
+            warn!("refused a message of the guest's driver: {reason} ({times} so far){hint}");
         }
     }
 

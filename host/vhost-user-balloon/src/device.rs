@@ -150,8 +150,6 @@ pub struct Device {
     blocked: AtomicBool,
     /// Done when it was logged that granules are large.
     large_granules: Once,
-    /// Done when it was logged that the configuration space is too small.
-    short_config: Once,
     sizes: Mutex<Sizes>,
     /// What is known about the processes that have the guest's memory.
     watch: Mutex<Watch>,
@@ -207,7 +205,6 @@ impl Device {
             soon: AtomicU32::new(0),
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
-            short_config: Once::new(),
             sizes: Mutex::default(),
             watch: Mutex::default(),
             logged: Mutex::default(),

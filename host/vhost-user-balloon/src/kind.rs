@@ -50,7 +50,8 @@ impl Kind {
         Self::present(acked_features).position(|kind| kind == self)
     }
 
-    fn present(acked_features: u64) -> impl Iterator<Item = Self> {
+    /// The queues of a device with these features.
+    pub fn present(acked_features: u64) -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(move |kind| {
             let bit = match kind {
                 Self::Inflate | Self::Deflate => return true,

@@ -29,6 +29,7 @@ mod forward;
 pub mod journal;
 mod memory;
 mod recovery;
+mod setup;
 mod snapshot;
 mod socket;
 mod update;
@@ -267,7 +268,8 @@ impl Supervisor {
     fn timeout(&self) -> PollTimeout {
         const TICK: u16 = 20;
         const LONG: u16 = 10_000;
-        let in_progress = |vmm: &Vmm| vmm.pending.is_some() || self.backend.is_none();
+        let in_progress =
+            |vmm: &Vmm| vmm.pending.is_some() || vmm.setup.is_pending() || self.backend.is_none();
         let worker = self.worker.as_ref();
         if worker.is_none_or(|worker| worker.deadline().is_some())
             || self.trial.is_some()

@@ -34,6 +34,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 #[path = "end_to_end/supervision.rs"]
 mod supervision;
+#[path = "end_to_end/wrong_options.rs"]
+mod wrong_options;
 
 const MEMORY: u64 = 4 << 20;
 

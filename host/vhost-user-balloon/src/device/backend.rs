@@ -73,10 +73,7 @@ impl VhostUserBackend for Device {
         // guest reads, and no driver reads before it has accepted features.
         let first = start == 0 && self.acked.load(SeqCst) == 0;
         if first && size >= SMALLEST_CONFIG && length < needed {
-            self.short_config.call_once(|| error!(
-                "the VMM has {size} bytes of configuration for a device that needs {needed}, and a Linux guest \
-                 would crash; start QEMU's device with config_size={needed}, or this one with fewer --features"
-            ));
+            // The supervisor logs it.
             return Vec::new();
         }
         self.wait_known();

@@ -12,6 +12,7 @@ use sd_notify::NotifyState;
 use super::Supervisor;
 use super::journal::{Journal, has_reply, is_answered, is_refusal, signal};
 use super::memory::is_private;
+use super::setup::Verdict;
 use super::snapshot::notify;
 use super::vmm::Vmm;
 use crate::message::{Head, Message, request};
@@ -107,10 +108,17 @@ impl Supervisor {
 
     /// Leaves a message out that the worker does not accept.
     pub(super) fn refuse(&mut self, head: Head) {
-        let Some(vmm) = &mut self.vmm else {
+        if let Some(vmm) = &mut self.vmm {
+            vmm.log_refusal(&head.message);
+        }
+        self.leave_out(head);
+    }
+
+    /// Answers a message of the front end that no worker gets.
+    fn leave_out(&mut self, head: Head) {
+        let Some(vmm) = &self.vmm else {
             return;
         };
-        vmm.log_refusal(&head.message);
         let message = &head.message;
         let answer = vmm.own_answer(message).or_else(|| {
             // An answer without a body is an error that the front end expects.
@@ -164,11 +172,13 @@ impl Supervisor {
             request::ADD_MEM_REG | request::SET_MEM_TABLE
         );
         if adds_memory && is_private(&vmm.frontend, &head.message).unwrap_or_default() {
-            error!(
-                "the guest's memory is not shared with other processes; start the VMM with shared memory, as \
-                 QEMU's memory-backend-memfd with share=on is"
-            );
-            return self.drop_vmm();
+            vmm.setup.private_memory();
+            return self.leave_out(head);
+        }
+        match vmm.setup.check(&head.message, &vmm.journal) {
+            Verdict::Forward => {}
+            Verdict::LeaveOut => return self.leave_out(head),
+            Verdict::Disconnect => return self.drop_vmm(),
         }
         vmm.journal.prepare(&mut head.message);
         let Some(backend) = &self.backend else {

@@ -83,6 +83,16 @@ impl Journal {
             .all(|&request| self.find(request, queue).is_some())
     }
 
+    /// Whether the rings that a message names are in the memory that the front end has sent.
+    pub fn has_memory_for(&self, message: &Message) -> bool {
+        /// Where the addresses of the rings are in the message.
+        const RINGS: [usize; 3] = [8, 16, 24];
+        let address = |at| word(message.body(), at);
+        RINGS
+            .iter()
+            .all(|&at| address(at).is_some_and(|ring| self.locate(ring).is_some()))
+    }
+
     fn find(&self, request: u32, queue: u32) -> Option<&Message> {
         self.messages
             .iter()

@@ -48,6 +48,9 @@ impl Supervisor {
         if self.vmm.is_some() && self.backend.is_none() && !self.stopping {
             self.attach_worker();
         }
+        if let Some(vmm) = &mut self.vmm {
+            vmm.setup.check_queues();
+        }
         self.probe();
         Ok(())
     }

@@ -14,6 +14,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{MsgFlags, getsockopt, send};
 
 use super::journal::{Journal, has_reply, name, queue};
+use super::setup::Setup;
 use super::worker::ANSWER_TIMEOUT;
 use crate::message::{Head, Message, request};
 
@@ -39,6 +40,7 @@ pub(super) struct Pending {
 pub(super) struct Vmm {
     pub(super) frontend: UnixStream,
     pub(super) journal: Journal,
+    pub(super) setup: Setup,
     since: Instant,
     /// The number of its process, or 0.
     pub(super) pid: i32,
@@ -67,6 +69,7 @@ impl Vmm {
         let now = Instant::now();
         Ok(Self {
             frontend,
+            setup: Setup::new(&journal),
             journal,
             since: now,
             pid,
@@ -135,6 +138,7 @@ impl Vmm {
     /// Keeps an answer for the time in which there is no worker.
     pub(super) fn keep_answer(&mut self, answer: Message) {
         self.answers.retain(|old| old.request() != answer.request());
+        self.setup.answered(&answer);
         self.answers.push(answer);
     }
 

@@ -28,7 +28,7 @@ impl Running {
     }
 
     /// The process that has the device, when there is one.
-    fn worker(&self) -> Pid {
+    pub(super) fn worker(&self) -> Pid {
         let mut worker = None;
         wait_for("a worker", || {
             worker = children(self.0.id()).first().copied();
@@ -37,7 +37,7 @@ impl Running {
         worker.unwrap()
     }
 
-    fn wait_for_another(&self, worker: Pid) {
+    pub(super) fn wait_for_another(&self, worker: Pid) {
         wait_for("another worker", || {
             children(self.0.id())
                 .first()
@@ -47,7 +47,7 @@ impl Running {
 }
 
 /// A daemon with its log in a file.
-fn start_logged(directory: &Path, arguments: &[&str]) -> Running {
+pub(super) fn start_logged(directory: &Path, arguments: &[&str]) -> Running {
     let log = open_log(directory);
     let daemon = command(directory)
         .args(arguments)
@@ -65,11 +65,11 @@ fn open_log(directory: &Path) -> File {
     options.open(directory.join("log")).unwrap()
 }
 
-fn log(directory: &Path) -> String {
+pub(super) fn log(directory: &Path) -> String {
     fs::read_to_string(directory.join("log")).unwrap()
 }
 
-fn wait_for_line(directory: &Path, line: &str) {
+pub(super) fn wait_for_line(directory: &Path, line: &str) {
     wait_for(line, || log(directory).contains(line));
 }
 

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Checks how the front end sets the device up.
+//!
+//! A VM whose QEMU has wrong options must not end: it runs without a balloon, or QEMU does not start. So a message that
+//! no worker accepts is left out here. Each problem is logged once for each VM, with the right option.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use log::{Level, error, log};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
+use super::journal::{Journal, is_about_queue, queue};
+use super::memory::word;
+use crate::features::config_size;
+use crate::kind::{Kind, MAX_QUEUES};
+use crate::message::{Message, request};
+use crate::queue::MAX_QUEUE_SIZE;
+
+/// How long after its last message a front end has announced all of its queues.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// The smallest configuration space of a balloon. A shorter read is of one field.
+const SMALLEST_CONFIG: usize = 8;
+
+/// What to do with a message of the front end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The worker gets it.
+    Forward,
+    /// The worker does not get it, and the front end does not notice.
+    LeaveOut,
+    /// The front end loses its connection. It has not started its VM yet.
+    Disconnect,
+}
+
+/// What is wrong with the options of the front end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Problem {
+    NoConfig,
+    ShortConfig,
+    PrivateMemory,
+    QueueSize,
+}
+
+/// What is known of the front end's options.
+#[derive(Debug)]
+pub(super) struct Setup {
+    /// The features that the device offers.
+    offered: u64,
+    /// How many queues the front end has announced.
+    queues: usize,
+    /// Whether that was checked.
+    checked: bool,
+    /// When the last message has come.
+    last: Instant,
+    logged: BTreeSet<Problem>,
+}
+
+impl Setup {
+    /// The setup of a front end with this journal. What an earlier supervisor has checked is not checked again.
+    pub(super) fn new(journal: &Journal) -> Self {
+        Self {
+            offered: 0,
+            queues: 0,
+            checked: !journal.messages().is_empty(),
+            last: Instant::now(),
+            logged: BTreeSet::new(),
+        }
+    }
+
+    /// Takes note of an answer of the worker's.
+    pub(super) fn answered(&mut self, answer: &Message) {
+        if answer.request() == request::GET_FEATURES {
+            self.offered = word(answer.body(), 0).unwrap_or_default();
+        }
+    }
+
+    /// Whether the number of queues has still to be checked.
+    pub(super) fn is_pending(&self) -> bool {
+        self.queues > 0 && !self.checked
+    }
+
+    /// Checks the number of queues, when the front end has announced all of them. A driver that misses one does not
+    /// start.
+    pub(super) fn check_queues(&mut self) {
+        if !self.is_pending() || self.last.elapsed() < QUIET {
+            return;
+        }
+        self.checked = true;
+        let (has, needed) = (self.queues, Kind::present(self.offered).count());
+        let level = match has {
+            _ if has < needed => Level::Error,
+            _ if has > MAX_QUEUES => Level::Warn,
+            _ if has > needed => Level::Info,
+            _ => return,
+        };
+        log!(
+            level,
+            "QEMU's device has {has} queues, and a balloon with these --features and --extensions has {needed}; \
+             start QEMU's device with num_vqs={needed}"
+        );
+    }
+
+    /// Checks a message of the front end.
+    pub(super) fn check(&mut self, message: &Message, journal: &Journal) -> Verdict {
+        self.last = Instant::now();
+        let queue = queue(message);
+        if is_about_queue(message) {
+            let number = usize::try_from(queue).unwrap_or(usize::MAX);
+            self.queues = self.queues.max(number.saturating_add(1));
+            if number >= MAX_QUEUES {
+                return Verdict::LeaveOut;
+            }
+        }
+        match message.request() {
+            request::SET_PROTOCOL_FEATURES if !has_config(message) => {
+                let needed = config_size(self.offered);
+                self.log(
+                    Problem::NoConfig,
+                    &format!(
+                        "QEMU's device has no configuration space, and the guest would read a target of \
+                         16 TiB; start it with config_size={needed}"
+                    ),
+                );
+                Verdict::Disconnect
+            }
+            request::GET_CONFIG => {
+                self.check_config(message);
+                Verdict::Forward
+            }
+            request::SET_VRING_NUM if !has_queue_size(message) => {
+                self.log(
+                    Problem::QueueSize,
+                    &format!(
+                        "QEMU's device has queues of a size that is no power of two up to {MAX_QUEUE_SIZE}; start \
+                         it with vq_size=256"
+                    ),
+                );
+                Verdict::LeaveOut
+            }
+            request::SET_VRING_ADDR if !journal.has_memory_for(message) => {
+                self.private_memory();
+                Verdict::LeaveOut
+            }
+            // Without rings a queue does not start.
+            request::SET_VRING_KICK if !journal.has_rings(queue) => Verdict::LeaveOut,
+            _ => Verdict::Forward,
+        }
+    }
+
+    /// Logs that the daemon cannot see the guest's memory.
+    pub(super) fn private_memory(&mut self) {
+        self.log(
+            Problem::PrivateMemory,
+            "the guest's memory is not shared with other processes; start the VMM with shared memory, as QEMU's \
+             memory-backend-memfd with share=on is, and with memory-backend= in QEMU's option -machine",
+        );
+    }
+
+    fn check_config(&mut self, message: &Message) {
+        let needed = config_size(self.offered);
+        let read = word(message.body(), 0).unwrap_or_default();
+        // The offset comes first.
+        let (offset, size) = (read & u64::from(u32::MAX), read >> 32);
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        // QEMU reads all that it has, and other VMMs what their guest reads.
+        if offset == 0 && (SMALLEST_CONFIG..needed).contains(&size) {
+            self.log(
+                Problem::ShortConfig,
+                &format!(
+                    "QEMU's device has {size} bytes of configuration space, and a balloon with these --features \
+                     and --extensions has {needed}; start QEMU's device with config_size={needed}"
+                ),
+            );
+        }
+    }
+
+    fn log(&mut self, problem: Problem, text: &str) {
+        if self.logged.insert(problem) {
+            error!("{text}");
+        }
+    }
+}
+
+/// Whether the front end uses the device's configuration space.
+fn has_config(message: &Message) -> bool {
+    let features = word(message.body(), 0).unwrap_or_default();
+    features & VhostUserProtocolFeatures::CONFIG.bits() != 0
+}
+
+/// Whether the device can have a queue of this size.
+fn has_queue_size(message: &Message) -> bool {
+    let size = word(message.body(), 0).unwrap_or_default() >> 32;
+    size.is_power_of_two() && size <= MAX_QUEUE_SIZE as u64
+}
