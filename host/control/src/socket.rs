@@ -71,6 +71,20 @@ impl Default for Access {
     }
 }
 
+impl Access {
+    /// Gives these permissions to the file of a socket.
+    ///
+    /// # Errors
+    ///
+    /// The process is not in the group, or the file is not its own.
+    pub fn apply(&self, path: &Path) -> io::Result<()> {
+        if let Some(group) = self.group {
+            chown(path, None, Some(group.as_raw()))?;
+        }
+        fs::set_permissions(path, Permissions::from_mode(self.mode))
+    }
+}
+
 /// A socket in the file system, by its path and its identity.
 #[derive(Debug)]
 pub struct SocketFile {
@@ -136,10 +150,7 @@ pub fn listen(path: &Path, access: Access) -> Result<(UnixListener, SocketFile),
         .and_then(|address| socket::bind(descriptor.as_raw_fd(), &address))
         .map_err(|errno| io_error(path, errno))?;
     let publish = || {
-        if let Some(group) = access.group {
-            chown(&new, None, Some(group.as_raw()))?;
-        }
-        fs::set_permissions(&new, Permissions::from_mode(access.mode))?;
+        access.apply(&new)?;
         socket::listen(&descriptor, Backlog::MAXCONN)?;
         let file = SocketFile::new(&new)?;
         fs::rename(&new, path)?;

@@ -5,8 +5,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use balloon_control::Access;
 use clap::Parser;
 use log::LevelFilter;
+use nix::unistd::{Gid, Group};
 
 use crate::device::Settings;
 use crate::discard::Granularity;
@@ -42,13 +44,31 @@ use crate::hazard::Hazard;
 #[derive(Clone, Debug, Parser)]
 #[command(version, verbatim_doc_comment, args_override_self = true)]
 pub struct Options {
-    /// The socket for the VMM (mode 0600)
+    /// The socket for the VMM
     #[arg(long, value_name = "PATH", required_unless_present_any = ["man", "worker"])]
     pub socket: Option<PathBuf>,
 
-    /// The socket for balloonctl (mode 0600)
+    /// The group that the VMM's socket belongs to, for a VMM of another user
+    ///
+    /// The daemon must be in the group. The mode is 0660 then.
+    #[arg(long, value_name = "GROUP", value_parser = group)]
+    pub socket_group: Option<Gid>,
+
+    /// The mode of the VMM's socket, such as 0660. The default is 0600
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub socket_mode: Option<u32>,
+
+    /// The socket for balloonctl
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// The group whose members may use balloonctl
+    #[arg(long, value_name = "GROUP", value_parser = group)]
+    pub control_group: Option<Gid>,
+
+    /// The mode of balloonctl's socket. The default is 0600, and 0660 with --control-group
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub control_mode: Option<u32>,
 
     /// Keep the target and the statistics interval in this file
     #[arg(long, value_name = "FILE")]
@@ -134,7 +154,45 @@ pub struct Options {
     pub man: Option<PathBuf>,
 }
 
+/// The group with a name or a number.
+fn group(name: &str) -> Result<Gid, String> {
+    match Group::from_name(name) {
+        Ok(Some(group)) => Ok(group.gid),
+        Ok(None) => name
+            .parse()
+            .map(Gid::from_raw)
+            .map_err(|_| "there is no such group".to_owned()),
+        Err(errno) => Err(errno.desc().to_owned()),
+    }
+}
+
+/// Permissions of a file, in octal.
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok();
+    mode.filter(|mode| (0o600..=0o777).contains(mode))
+        .ok_or_else(|| "not an octal mode from 0600 to 0777".to_owned())
+}
+
+/// The access to a socket with these options.
+fn access(group: Option<Gid>, mode: Option<u32>) -> Access {
+    let default = if group.is_some() { 0o660 } else { 0o600 };
+    Access {
+        mode: mode.unwrap_or(default),
+        group,
+    }
+}
+
 impl Options {
+    /// Who may connect as the VMM.
+    pub fn socket_access(&self) -> Access {
+        access(self.socket_group, self.socket_mode)
+    }
+
+    /// Who may connect to the control socket.
+    pub fn control_access(&self) -> Access {
+        access(self.control_group, self.control_mode)
+    }
+
     /// How the device is to be.
     pub fn settings(&self) -> Settings {
         let mut features = self.features.clone();
@@ -171,6 +229,36 @@ mod tests {
         assert!(parse(&["--man", "."]).is_ok());
         assert!(parse(&["--socket", "s", "--features", "nonsense"]).is_err());
         assert!(parse(&["--socket", "s", "--features", "stop-reason"]).is_err());
+    }
+
+    #[test]
+    fn others_connect_if_asked_for() {
+        let access = |arguments: &[&str]| {
+            let arguments = [&["--socket", "s"], arguments].concat();
+            let options = parse(&arguments).unwrap();
+            [options.socket_access(), options.control_access()]
+        };
+        let open = |mode, group: Option<u32>| Access {
+            mode,
+            group: group.map(Gid::from_raw),
+        };
+        let closed = open(0o600, None);
+        assert_eq!(access(&[]), [closed; 2]);
+        assert_eq!(
+            access(&["--socket-group", "root"]),
+            [open(0o660, Some(0)), closed]
+        );
+        assert_eq!(
+            access(&["--control-group", "7", "--socket-mode", "0666"]),
+            [open(0o666, None), open(0o660, Some(7))]
+        );
+        for wrong in [
+            ["--socket-group", "no such group"],
+            ["--control-mode", "0400"],
+            ["--control-mode", "0999"],
+        ] {
+            assert!(parse(&[&["--socket", "s"], &wrong[..]].concat()).is_err());
+        }
     }
 
     #[test]

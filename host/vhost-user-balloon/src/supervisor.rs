@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use std::{env, io, mem};
 
 use anyhow::{Context, Result};
-use balloon_control::Access;
 use log::info;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -157,11 +156,11 @@ impl Supervisor {
             .map(|(frontend, journal)| Vmm::new(frontend, journal))
             .transpose()?
             .filter(|vmm| !vmm.is_gone());
-        let socket = Socket::new(path, Access::default(), socket)?;
+        let socket = Socket::new(path, options.socket_access(), socket)?;
         let control = options
             .control
             .as_deref()
-            .map(|path| Socket::new(path, Access::default(), control))
+            .map(|path| Socket::new(path, options.control_access(), control))
             .transpose()
             .inspect_err(|_| socket.remove())?;
         let own_state = options

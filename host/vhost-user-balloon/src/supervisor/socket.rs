@@ -5,7 +5,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use balloon_control::{Access, SocketFile, listen};
 
 use super::snapshot::Listening;
@@ -22,6 +22,9 @@ impl Socket {
     /// Continues with a socket of the supervisor before this one, or listens.
     pub(super) fn new(path: &Path, access: Access, kept: Option<Listening>) -> Result<Self> {
         if let Some((_, listener)) = kept.filter(|(kept, _)| kept == path && path.exists()) {
+            access
+                .apply(path)
+                .with_context(|| format!("changing the access to {}", path.display()))?;
             return Ok(Self {
                 path: path.to_owned(),
                 listener,
