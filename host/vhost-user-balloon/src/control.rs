@@ -16,14 +16,11 @@ use crate::features::{Feature, names};
 use crate::hinting::Hints;
 use crate::metrics;
 use crate::requests::TooMany;
+use crate::state::MAX_INHIBIT;
 
 /// How long a guest may take to send statistics. They come at once from a guest that is at work, and a
 /// client waits longer than this.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// For how many seconds a client may have no memory given back to the host. One that dies must not end ballooning
-/// for good.
-const MAX_INHIBIT: u64 = 24 * 60 * 60;
 
 impl Handler for Device {
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
@@ -175,11 +172,12 @@ impl Device {
 
     /// Has no memory given back to the host for a while, or has it given back again.
     fn tell_inhibit(&self, seconds: Option<u64>) -> Result<Response, ControlError> {
-        if seconds.is_some_and(|seconds| !(1..=MAX_INHIBIT).contains(&seconds)) {
+        let limit = MAX_INHIBIT.as_secs();
+        if seconds.is_some_and(|seconds| !(1..=limit).contains(&seconds)) {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
                 "the time limit has to be from 1 second to one day",
-                format!("name 1 to {MAX_INHIBIT} seconds, and ask again before they are over"),
+                format!("name 1 to {limit} seconds, and ask again before they are over"),
             ));
         }
         self.inhibit(seconds).map_err(|error| {

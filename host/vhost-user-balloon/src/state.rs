@@ -22,6 +22,10 @@ use crate::config::Fields;
 /// The version of the file's format. It changes only when a daemon of this version would misread the file.
 const VERSION: u32 = 1;
 
+/// For how long a client can have no memory given back to the host, before it asks again. One that dies must not end
+/// ballooning for good.
+pub const MAX_INHIBIT: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// What a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
@@ -71,31 +75,40 @@ impl State {
     }
 
     /// Reads it from a file, if there is one. One that makes no sense is moved aside, since a VM with the
-    /// defaults is better than none.
+    /// defaults is better than none. It may have had an `inhibit`, so no memory is given back to the host for as long
+    /// as a client can have asked for.
     ///
     /// # Errors
     ///
     /// The file cannot be read.
-    pub fn load(path: &Path) -> Result<Option<Self>> {
+    pub fn load(path: &Path, stats_interval: u32) -> Result<Self> {
         let text = match fs::read(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Ok(Self::new(stats_interval));
+            }
             other => other.with_context(|| format!("reading {}", path.display()))?,
         };
         let reason = match serde_json::from_slice::<Settings>(&text) {
-            Ok(settings) if settings.version <= VERSION => return Ok(Some(settings.into())),
+            Ok(settings) if settings.version <= VERSION => return Ok(settings.into()),
             Ok(settings) => format!("its version is {}", settings.version),
             Err(error) => error.to_string(),
         };
         let aside = beside(path, ".bad");
         warn!(
             "{} has no state of a balloon that this daemon can read ({reason}); moved it to {}, and starting \
-             without it: the target, the interval of the statistics and an `inhibit` are lost",
+             without it: the target and the interval of the statistics are lost, and no memory is given back to the \
+             host for a day, or until `balloonctl resume`",
             path.display(),
             aside.display()
         );
-        fs::rename(path, &aside)
+        let mut state = Self::new(stats_interval);
+        state.inhibit(since_boot(), MAX_INHIBIT);
+        // The file is there at any time: without one there is no inhibit.
+        fs::copy(path, &aside)
+            .map(drop)
+            .and_then(|()| state.save(path))
             .with_context(|| format!("moving {} to {}", path.display(), aside.display()))?;
-        Ok(None)
+        Ok(state)
     }
 
     /// Writes it to a file, which has the old or the new state at any time, also after a loss of power.
@@ -181,13 +194,13 @@ mod tests {
     fn the_hosts_settings_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
-        assert_eq!(State::load(&path).unwrap(), None);
+        assert_eq!(State::load(&path, 7).unwrap(), State::new(7));
         let mut state = state();
         state.save(&path).unwrap();
-        assert_eq!(State::load(&path).unwrap().as_ref(), Some(&state));
+        assert_eq!(State::load(&path, 7).unwrap(), state);
         state.config.actual = 4;
         state.save(&path).unwrap();
-        assert_eq!(State::load(&path).unwrap().unwrap().config.actual, 0);
+        assert_eq!(State::load(&path, 7).unwrap().config.actual, 0);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
@@ -202,11 +215,19 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("state");
             fs::write(&path, text).unwrap();
-            assert_eq!(State::load(&path).unwrap(), None, "{text}");
-            assert!(!path.exists());
+            let state = State::load(&path, 7).unwrap();
+            assert_eq!(
+                (state.config.target, state.stats_interval),
+                (0, 7),
+                "{text}"
+            );
+            // The file may have had an inhibit.
+            let rest = state.inhibited(since_boot()).unwrap();
+            assert!(rest > MAX_INHIBIT - Duration::from_secs(60), "{text}");
+            assert_eq!(State::load(&path, 8).unwrap(), state);
             let aside = fs::read_to_string(directory.path().join("state.bad"));
             assert_eq!(aside.unwrap(), text);
-            state().save(&path).unwrap();
+            self::state().save(&path).unwrap();
         }
     }
 
@@ -219,7 +240,7 @@ mod tests {
             "{\"version\":1,\"target\":5,\"stats_interval\":3,\"mood\":\"good\"}",
         ] {
             fs::write(&path, text).unwrap();
-            let state = State::load(&path).unwrap().unwrap();
+            let state = State::load(&path, 7).unwrap();
             assert_eq!((state.config.target, state.stats_interval), (5, 3));
         }
     }

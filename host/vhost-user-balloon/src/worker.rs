@@ -39,10 +39,11 @@ pub fn run(options: &Options) -> Result<()> {
     let kept = files.next().map(File::from);
     let control = files.next().map(UnixListener::from);
 
-    let state = options.state.as_deref().map(State::load).transpose()?;
-    let state = state
-        .flatten()
-        .unwrap_or_else(|| State::new(options.stats_interval));
+    let interval = options.stats_interval;
+    let state = match &options.state {
+        Some(path) => State::load(path, interval)?,
+        None => State::new(interval),
+    };
     let path = options.state.clone();
     let device = Device::new(options.settings(), state, path, channel.try_clone()?, kept)?;
     let device = Arc::new(device);

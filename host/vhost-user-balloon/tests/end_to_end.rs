@@ -926,6 +926,15 @@ fn a_broken_state_file_starts_the_daemon_all_the_same() {
     let daemon = start(directory, &[]);
     assert_eq!(info(directory).target, 0);
     assert!(directory.join("state.bad").exists());
+    // The file may have had one, and another worker must not forget it.
+    assert_eq!(info(directory).withheld, ["inhibited"]);
+    let worker = daemon.worker();
+    kill(worker, Signal::SIGKILL).unwrap();
+    daemon.wait_for_another(worker);
+    wait_for("another worker", || {
+        let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse::<Info>());
+        now.is_ok_and(|now| now.withheld == ["inhibited"])
+    });
     daemon.end();
 }
 
