@@ -6,14 +6,20 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 /// Smaller files are the daemon's own.
 const LEAST: u64 = 1 << 20;
+
+/// Files that were not found are looked for again after this time.
+const RETRY: Duration = Duration::from_secs(30);
 
 /// The memory files of a VM, once they are known.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     files: Vec<PathBuf>,
+    /// What the files were looked for, and when.
+    last: Option<(i32, u64, Instant)>,
 }
 
 impl Memory {
@@ -24,6 +30,13 @@ impl Memory {
         if known.is_some() {
             return known;
         }
+        let failed = self.last.is_some_and(|(old, size, time)| {
+            (old, size) == (pid, shared) && time.elapsed() < RETRY
+        });
+        if failed {
+            return None;
+        }
+        self.last = Some((pid, shared, Instant::now()));
         self.files = find(pid);
         self.blocks(shared)
     }
@@ -83,6 +96,7 @@ mod tests {
         file.write_all_at(&[1; 8192], 1 << 20).unwrap();
         let mut memory = Memory {
             files: find(std::process::id().try_into().unwrap()),
+            last: None,
         };
         memory
             .files
@@ -90,5 +104,17 @@ mod tests {
         assert_eq!(memory.blocks(size), Some(8192));
         assert_eq!(memory.blocks(size + 1), None);
         assert_eq!(Memory::default().blocks(0), None);
+    }
+
+    #[test]
+    fn files_that_were_not_found_are_not_looked_for_all_the_time() {
+        let pid = std::process::id().try_into().unwrap();
+        let mut memory = Memory::default();
+        assert_eq!(memory.resident(pid, 1), None);
+        let first = memory.last;
+        assert_eq!(memory.resident(pid, 1), None);
+        assert_eq!(memory.last, first);
+        assert_eq!(memory.resident(pid, 2), None);
+        assert_ne!(memory.last, first);
     }
 }
