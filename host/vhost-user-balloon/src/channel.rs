@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 
 use log::warn;
 use nix::errno::Errno;
@@ -27,8 +27,8 @@ pub const VERSION: u32 = 1;
 /// there is one.
 pub const START: u32 = 1;
 
-/// Serve the front end that connects to the socket that comes with the message. The body is the number of the
-/// front end's process, or 0 if that is not known.
+/// Serve the front end that connects to the socket that comes with the message. The body has two numbers of 32 bits:
+/// that of the front end's process, or 0 if that is not known, and 1 if the guest's driver continues.
 pub const SERVE: u32 = 2;
 
 /// The worker is ready.
@@ -43,6 +43,8 @@ pub struct Channel {
     end: UnixStream,
     /// The number of the front end's process, or 0.
     vmm: Arc<AtomicI32>,
+    /// Whether the driver that starts first continues with an earlier worker's device.
+    continues: Arc<AtomicBool>,
 }
 
 impl Channel {
@@ -51,6 +53,7 @@ impl Channel {
         Self {
             end: end.into(),
             vmm: Arc::default(),
+            continues: Arc::default(),
         }
     }
 
@@ -63,6 +66,7 @@ impl Channel {
         Ok(Self {
             end: self.end.try_clone()?,
             vmm: Arc::clone(&self.vmm),
+            continues: Arc::clone(&self.continues),
         })
     }
 
@@ -75,10 +79,24 @@ impl Channel {
         Message::receive(&self.end)
     }
 
-    /// Takes note which process the front end is, by the body of a message.
+    /// Takes note which front end is served, by the body of a message.
     pub fn set_vmm(&self, body: &[u8]) {
-        let pid = body.first_chunk().map_or(0, |pid| i32::from_ne_bytes(*pid));
-        self.vmm.store(pid, SeqCst);
+        let number = |at| {
+            let bytes = body.get(at..).and_then(<[u8]>::first_chunk);
+            bytes.map_or(0, |bytes| i32::from_ne_bytes(*bytes))
+        };
+        self.vmm.store(number(0), SeqCst);
+        self.continues.store(number(4) != 0, SeqCst);
+    }
+
+    /// Whether the driver that starts first continues with an earlier worker's device.
+    pub fn continues(&self) -> bool {
+        self.continues.load(SeqCst)
+    }
+
+    /// Takes note that a driver has started. The next one is another one.
+    pub fn started(&self) {
+        self.continues.store(false, SeqCst);
     }
 
     /// The number of the front end's process, if that is known.

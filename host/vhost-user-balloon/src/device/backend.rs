@@ -49,7 +49,7 @@ impl VhostUserBackend for Device {
     fn acked_features(&self, features: u64) {
         self.acked.store(features, SeqCst);
         // A front end that logs writes for a migration repeats them.
-        if !self.running() {
+        if !self.running() && !self.channel.continues() {
             self.set_unknown(true);
         }
     }

@@ -238,7 +238,8 @@ impl Device {
             work.balloon.empty();
             work.taken_up = ByKind::default();
             lock(&self.hints).restart();
-            {
+            // Of a driver that continues the supervisor has sent them before.
+            if !self.channel.continues() {
                 let mut state = lock(&self.state);
                 (state.config.actual, state.config.stop_reason) = (0, 0);
             }
@@ -250,6 +251,7 @@ impl Device {
             }
             debug!("the guest's driver goes on");
         }
+        self.channel.started();
         self.warn_of_limit();
         work.at_work = true;
         lock(&self.times).started = Some(Instant::now());

@@ -146,6 +146,21 @@ fn a_driver_keeps_its_balloon_until_it_reports() {
 }
 
 #[test]
+fn a_driver_that_continues_keeps_its_size() {
+    let device = device(&[Feature::Stats], true);
+    for (continues, size) in [(1, 5), (0, 0)] {
+        let body = [1_i32, continues].map(i32::to_ne_bytes);
+        device.channel.set_vmm(body.as_flattened());
+        device.acked_features(Feature::Stats.mask());
+        device.set_config(4, &5_u32.to_le_bytes()).unwrap();
+        // Its driver has sent a multiple of 65536 messages.
+        device.start(&mut lock(&device.work), 0);
+        assert_eq!(device.state().config.actual, size);
+        device.stop();
+    }
+}
+
+#[test]
 fn a_balloon_is_not_at_rest_before_the_guest_was_asked() {
     // Another worker takes up a driver whose balloon is on its way. The size comes later.
     let device = running(8 << 20, 7);

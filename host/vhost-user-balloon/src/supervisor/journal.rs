@@ -157,14 +157,17 @@ impl Journal {
             .sum()
     }
 
-    /// Sends all of it to another worker. A message that the worker refuses, although the one before it did
-    /// not, is removed.
+    /// Sends all of it to another worker. The queues start last: the worker then knows what the guest has written into
+    /// the configuration space. A message that the worker refuses, although the one before it did not, is removed.
     ///
     /// # Errors
     ///
     /// The worker is gone, does not answer, or has refused a message.
     pub fn replay(&mut self, backend: &UnixStream) -> Result<()> {
-        for place in 0..self.messages.len() {
+        let starts = |message: &Message| message.request() == request::SET_VRING_KICK;
+        let (starts, others): (Vec<_>, Vec<_>) = (0..self.messages.len())
+            .partition(|&place| self.messages.get(place).is_some_and(starts));
+        for place in others.into_iter().chain(starts) {
             let queue = self.messages.get(place).map(queue);
             let index = queue.and_then(|queue| self.used_index(queue));
             let Some(message) = self.messages.get_mut(place) else {
@@ -478,6 +481,20 @@ mod tests {
         let memory = replayed.iter().position(|(_, body)| *body == region);
         let rings = replayed.iter().position(|(_, body)| *body == addresses);
         assert!(memory < rings, "{memory:?} {rings:?}");
+    }
+
+    #[test]
+    fn queues_start_when_the_configuration_is_known() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        let event = vec![file.try_clone().unwrap().into()];
+        journal.record(message(request::SET_VRING_KICK, &words(&[0]), event));
+        journal.record(message(request::SET_CONFIG, b"\0size", vec![]));
+        let replayed = replayed(&mut journal);
+        assert_eq!(
+            replayed.last(),
+            Some(&(request::SET_VRING_KICK, words(&[0])))
+        );
     }
 
     #[test]

@@ -139,8 +139,9 @@ impl Supervisor {
         if !worker.is_ready() {
             return;
         }
+        let path = self.socket.with_suffix(".worker");
         let attached = worker
-            .connect(&self.socket.with_suffix(".worker"), vmm.pid)
+            .connect(&path, vmm.pid, vmm.journal.has_rings(0))
             .and_then(|backend| vmm.journal.replay(&backend).map(|()| backend));
         match attached {
             Ok(backend) => {

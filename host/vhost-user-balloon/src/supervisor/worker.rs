@@ -160,16 +160,17 @@ impl Worker {
         events
     }
 
-    /// Connects to it, for the front end in the process `vmm`. The worker gets a socket that listens on this
+    /// Connects to it, for the front end in the process `vmm`. Its driver `continues`, or is still to start. The worker gets a socket that listens on this
     /// path for a moment, since that is what the vhost-user library takes.
-    pub(super) fn connect(&self, path: &Path, vmm: i32) -> Result<UnixStream> {
+    pub(super) fn connect(&self, path: &Path, vmm: i32, continues: bool) -> Result<UnixStream> {
         let (listener, file) = listen(path, Access::default())?;
         let stream = UnixStream::connect(path);
         file.remove();
         let stream = stream?;
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
-        Message::new(SERVE, &vmm.to_ne_bytes(), vec![listener.into()]).send(&self.channel)?;
+        let body = [vmm, continues.into()].map(i32::to_ne_bytes);
+        Message::new(SERVE, body.as_flattened(), vec![listener.into()]).send(&self.channel)?;
         Ok(stream)
     }
 
