@@ -19,10 +19,7 @@ use crate::rust::{
     }, //
 };
 
-use kernel::{
-    error::to_result,
-    prelude::*, //
-};
+use kernel::prelude::*;
 
 /// Allocates the `len` pages from the page frame number `first` on, which are moved elsewhere if they
 /// are in use. Each is a page of order 0 then.
@@ -34,36 +31,42 @@ use kernel::{
 ///
 /// # Errors
 ///
-/// `EBUSY`, or what the kernel says.
+/// `EBUSY`, `EOPNOTSUPP` without `CONFIG_CONTIG_ALLOC`, or what the kernel says.
 ///
 /// # Safety
 ///
 /// There must be such pages, which are of one zone.
-#[cfg(CONFIG_CONTIG_ALLOC)]
 pub(super) unsafe fn alloc_range(first: usize, len: usize) -> Result {
-    let _one = CONTIG.lock();
-    // SAFETY: By the requirements of this function. The zone's lock is not taken: what the counter
-    // would say may be over just as soon.
-    let isolated = unsafe {
-        let zone = Page::from_pfn(first).zone().as_ptr();
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    {
+        let _one = CONTIG.lock();
+        // SAFETY: By the requirements of this function. The zone's lock is not taken: what the counter
+        // would say may be over just as soon.
+        let isolated = unsafe {
+            let zone = Page::from_pfn(first).zone().as_ptr();
 
-        (&raw const (*zone).nr_isolate_pageblock).read_volatile()
-    };
-    if isolated != 0 {
-        return Err(EBUSY);
+            (&raw const (*zone).nr_isolate_pageblock).read_volatile()
+        };
+        if isolated != 0 {
+            return Err(EBUSY);
+        }
+        // Not waited for: the thread that takes a memory block may wait for locks of the caller.
+        let _isolating = HOTPLUG.try_lock().ok_or(EBUSY)?;
+
+        // SAFETY: By the requirements of this function.
+        kernel::error::to_result(unsafe {
+            bindings::alloc_contig_range_noprof(first, first + len, 0, bindings::__GFP_NOWARN)
+        })
     }
-    // Not waited for: the thread that takes a memory block may wait for locks of the caller.
-    let _isolating = HOTPLUG.try_lock().ok_or(EBUSY)?;
-
-    // SAFETY: By the requirements of this function.
-    to_result(unsafe {
-        bindings::alloc_contig_range_noprof(first, first + len, 0, bindings::__GFP_NOWARN)
-    })
+    #[cfg(not(CONFIG_CONTIG_ALLOC))]
+    {
+        let _ = (first, len, &CONTIG, &HOTPLUG);
+        Err(EOPNOTSUPP)
+    }
 }
 
 /// Returns how many pages from `first` on, but at most `max`, are in pageblocks that are unused now,
 /// and in one zone. Looks once at each pageblock.
-#[cfg(CONFIG_CONTIG_ALLOC)]
 fn unused_at(first: usize, max: usize) -> usize {
     let Some(zone) = Page::online(first).map(Zone::of) else {
         return 0;
@@ -105,7 +108,6 @@ impl Claim {
     ///
     /// The pages are marked as offline: their memory is not taken offline, and nobody looks at what
     /// is in them.
-    #[cfg(CONFIG_CONTIG_ALLOC)]
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
         let first = usize::try_from(first).ok()?;
         let block = 1 << memory::page_block_order();
@@ -133,12 +135,6 @@ impl Claim {
         }
         // INVARIANT: The pages were just allocated.
         Some(Self(Pages::Range(Range { first, len })))
-    }
-
-    /// Without `CONFIG_CONTIG_ALLOC` there is no such allocation.
-    #[cfg(not(CONFIG_CONTIG_ALLOC))]
-    pub(crate) fn new(_first: u64, _len: u64) -> Option<Self> {
-        None
     }
 
     /// Claims what is on a list of adjacent pages.

@@ -18,7 +18,6 @@ use crate::rust::{
 
 /// What the zones are called that are drained: where the kernel allocates for itself, and below
 /// 4 GiB.
-#[cfg(CONFIG_CONTIG_ALLOC)]
 const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
     (0, bindings::zone_type_ZONE_NORMAL),
     #[cfg(CONFIG_ZONE_DMA32)]
@@ -37,7 +36,9 @@ const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
 /// then it is as much as can be had of one in which the kernel can move what is in use. Without
 /// `CONFIG_CONTIG_ALLOC` the pages stay where they are.
 pub(crate) fn drain_free_lists() {
-    #[cfg(CONFIG_CONTIG_ALLOC)]
+    if !cfg!(CONFIG_CONTIG_ALLOC) {
+        return;
+    }
     for node in Node::online() {
         for &(gfp, kind) in ZONES {
             let mut order = memory::page_block_order();
@@ -55,7 +56,6 @@ pub(crate) fn drain_free_lists() {
 
 /// Drains the zone `kind` of a node by allocating a free block in it. Returns whether there was one
 /// for that.
-#[cfg(CONFIG_CONTIG_ALLOC)]
 fn drain_zone(node: Node, gfp: bindings::gfp_t, kind: bindings::zone_type, order: u32) -> bool {
     let Some(zone) = node.zones().map(Zone::from_raw).nth(kind as usize) else {
         return false;

@@ -225,7 +225,15 @@ pub(crate) fn boost(pages: usize) {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn ballooned_pages() -> usize {
     let on_cpus: isize = Node::online().map(Node::ballooned_on_cpus).sum();
+    // SAFETY: There is such a counter.
+    let counter = unsafe {
+        let counters = (&raw const bindings::vm_node_stat).cast::<bindings::atomic_long_t>();
 
-    crate::rust::mm::node::counter(bindings::node_stat_item_NR_BALLOON_PAGES)
-        .saturating_add_signed(on_cpus)
+        counters
+            .add(bindings::node_stat_item_NR_BALLOON_PAGES as usize)
+            .read_volatile()
+    };
+
+    // Either part may be negative.
+    (counter.counter as isize + on_cpus).max(0) as usize
 }
