@@ -4,22 +4,69 @@
 
 use kernel::{
     bindings,
-    types::Opaque, //
+    prelude::*, //
 };
 
 #[cfg(MODULE)]
 #[allow(improper_ctypes)] // The struct has fields of no size.
 unsafe extern "C" {
-    static __this_module: Opaque<bindings::module>;
+    static __this_module: kernel::types::Opaque<bindings::module>;
 }
 
 /// Returns the module, or null if the driver is built in.
+#[cfg_attr(not(MODULE), allow(dead_code))]
 pub(super) const fn as_ptr() -> *mut bindings::module {
     #[cfg(MODULE)]
     // SAFETY: The module is there; no reference to what is in it is made.
     return unsafe { __this_module.get() };
     #[cfg(not(MODULE))]
     core::ptr::null_mut()
+}
+
+/// A reference to the module.
+pub(super) struct Reference(());
+
+impl Reference {
+    /// Takes one.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the module is being unloaded.
+    pub(super) fn take() -> Result<Self> {
+        #[cfg(all(MODULE, CONFIG_MODULE_UNLOAD))]
+        // SAFETY: The module is there.
+        if !unsafe { bindings::try_module_get(as_ptr()) } {
+            return Err(ENODEV);
+        }
+        Ok(Self(()))
+    }
+
+    /// Releases it in a thread of the kernel's, which ends. The module may be unloaded as soon as the
+    /// reference is gone: the rest is the kernel's code. A thread of a driver that is built in
+    /// returns 0.
+    ///
+    /// # Safety
+    ///
+    /// Nothing may be left in the thread that has to be dropped.
+    pub(super) unsafe fn release_and_exit(self) -> c_int {
+        #[cfg(MODULE)]
+        // SAFETY: This is a reference, which is not released twice, since the call does not return.
+        unsafe {
+            bindings::__module_put_and_kthread_exit(as_ptr(), 0)
+        };
+        #[cfg(not(MODULE))]
+        0
+    }
+}
+
+impl Drop for Reference {
+    fn drop(&mut self) {
+        #[cfg(all(MODULE, CONFIG_MODULE_UNLOAD))]
+        // SAFETY: There is a reference.
+        unsafe {
+            bindings::module_put(as_ptr())
+        };
+    }
 }
 
 /// Returns how many references to the module there are.

@@ -16,12 +16,9 @@ use crate::rust::{
 };
 
 use core::mem::offset_of;
-use kernel::{
-    prelude::*,
-    transmute::{
-        AsBytes,
-        FromBytes, //
-    }, //
+use kernel::transmute::{
+    AsBytes,
+    FromBytes, //
 };
 
 /// The devices: memory balloons of any vendor.
@@ -115,9 +112,6 @@ pub(crate) use bindings::virtio_balloon_request as Request;
 
 // SAFETY: The struct consists of integers, which may have any value.
 unsafe impl FromBytes for Request {}
-
-// SAFETY: As above.
-unsafe impl Zeroable for Request {}
 
 /// The end of an answer. Little-endian.
 pub(crate) use bindings::virtio_balloon_completion as Completion;

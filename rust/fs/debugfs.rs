@@ -8,10 +8,7 @@
 //!
 //! C header: [`include/linux/debugfs.h`](srctree/include/linux/debugfs.h)
 
-use crate::rust::{
-    bindings,
-    this_module, //
-};
+use crate::rust::bindings;
 
 use core::{
     ops::Deref,
@@ -215,7 +212,7 @@ unsafe impl Sync for Operations {}
 
 #[cfg(CONFIG_DEBUG_FS)]
 static OPERATIONS: Operations = Operations(bindings::file_operations {
-    owner: this_module::as_ptr(),
+    owner: crate::rust::this_module::as_ptr(),
     open: Some(open),
     read: Some(bindings::seq_read),
     llseek: Some(bindings::seq_lseek),

@@ -2,6 +2,7 @@
 
 //! Files of a device in debugfs and sysfs, and files of the kernel's that the driver writes.
 
+#[cfg_attr(not(CONFIG_DEBUG_FS), allow(dead_code))]
 pub(crate) mod debugfs;
 pub(in crate::rust) mod file;
 pub(crate) mod sysfs;

@@ -10,10 +10,7 @@
 
 use crate::rust::bindings;
 
-use core::{
-    marker::PhantomData,
-    mem::MaybeUninit, //
-};
+use core::marker::PhantomData;
 use kernel::{
     device,
     error::from_result,
@@ -50,8 +47,7 @@ impl<D: 'static> RawAttribute<D> {
     /// Makes one of `A`. For [`attributes!`].
     pub(crate) const fn new<A: Attribute<D>>() -> Self {
         let mode = if A::STORE.is_some() { 0o644 } else { 0o444 };
-        // SAFETY: What is not set below may be zero.
-        let mut raw: bindings::device_attribute = unsafe { MaybeUninit::zeroed().assume_init() };
+        let mut raw: bindings::device_attribute = pin_init::zeroed();
 
         raw.attr.name = A::NAME.to_bytes_with_nul().as_ptr().cast();
         raw.attr.mode = mode;
@@ -74,8 +70,7 @@ impl<D: 'static> RawGroup<D> {
         name: &'static CStr,
         list: &'static [Option<&'static RawAttribute<D>>],
     ) -> Self {
-        // SAFETY: What is not set below may be zero.
-        let mut raw: bindings::attribute_group = unsafe { MaybeUninit::zeroed().assume_init() };
+        let mut raw: bindings::attribute_group = pin_init::zeroed();
 
         raw.name = name.to_bytes_with_nul().as_ptr().cast();
         // The attribute is what a `device_attribute` begins with, and none is a null pointer.
@@ -124,13 +119,10 @@ macro_rules! attributes {
 }
 pub(crate) use attributes;
 
-/// Returns the data of the driver of the device.
-///
-/// # Safety
-///
-/// `dev` must be the argument of a callback, of a device whose driver has the data `D`.
-unsafe fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
-    // SAFETY: The attributes of a driver exist only while the device has its data.
+/// Returns the data of the driver of the device, for a callback of an attribute of `D`.
+fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
+    // SAFETY: The driver core calls back for attributes of a driver with the data `D`, which exist
+    // only while the device has its data.
     unsafe {
         let dev: &device::Device<device::CoreInternal<'_>> = device::Device::from_raw(dev);
 
@@ -143,8 +135,7 @@ extern "C" fn show<D: 'static, A: Attribute<D>>(
     _attribute: *mut bindings::device_attribute,
     page: *mut c_char,
 ) -> isize {
-    // SAFETY: This is a callback, for an attribute of `D`.
-    let data: &D = unsafe { data(dev) };
+    let data: &D = data(dev);
 
     from_result(|| {
         let value = A::show(data)?;
@@ -165,8 +156,7 @@ extern "C" fn store<D: 'static, A: Attribute<D>>(
     text: *const c_char,
     len: usize,
 ) -> isize {
-    // SAFETY: This is a callback, for an attribute of `D`.
-    let data: &D = unsafe { data(dev) };
+    let data: &D = data(dev);
 
     from_result(|| {
         // SAFETY: sysfs passes that many bytes, which stay as they are.

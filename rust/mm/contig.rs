@@ -42,12 +42,7 @@ pub(super) unsafe fn alloc_range(first: usize, len: usize) -> Result {
         let _one = CONTIG.lock();
         // SAFETY: By the requirements of this function. The zone's lock is not taken: what the counter
         // would say may be over just as soon.
-        let isolated = unsafe {
-            let zone = Page::from_pfn(first).zone().as_ptr();
-
-            (&raw const (*zone).nr_isolate_pageblock).read_volatile()
-        };
-        if isolated != 0 {
+        if Zone::of(unsafe { Page::from_pfn(first) }).is_isolating() {
             return Err(EBUSY);
         }
         // Not waited for: the thread that takes a memory block may wait for locks of the caller.

@@ -9,10 +9,7 @@ use crate::rust::{
     mm::node::counter as node_counter, //
 };
 
-use kernel::{
-    page::PAGE_SHIFT,
-    prelude::*, //
-};
+use kernel::page::PAGE_SHIFT;
 
 /// The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it
 /// booted.
@@ -78,7 +75,7 @@ impl Info {
         /// One event for each zone, and the zones depend on the configuration.
         const FIRST_STALL: usize =
             (bindings::vm_event_item_ALLOCSTALL_NORMAL - bindings::zone_type_ZONE_NORMAL) as usize;
-        let mut counts: [c_ulong; LEN] = [0; LEN];
+        let mut counts: [kernel::ffi::c_ulong; LEN] = [0; LEN];
 
         // SAFETY: The function writes as many numbers as there are.
         unsafe { bindings::all_vm_events(counts.as_mut_ptr()) };

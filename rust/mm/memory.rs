@@ -9,7 +9,11 @@ use crate::rust::{
     bindings,
     mm::{
         locks::RESERVE,
-        node::Node,
+        node::{
+            count,
+            read_global,
+            Node, //
+        },
         page::Page,
         zone::Zone, //
     }, //
@@ -72,16 +76,9 @@ impl Node {
 
 /// Returns the kernel pages that are free.
 pub(crate) fn free_pages() -> usize {
-    // SAFETY: There is such a counter.
-    let counter = unsafe {
-        let counters = (&raw const bindings::vm_zone_stat).cast::<bindings::atomic_long_t>();
+    let item = bindings::zone_stat_item_NR_FREE_PAGES as usize;
 
-        counters
-            .add(bindings::zone_stat_item_NR_FREE_PAGES as usize)
-            .read_volatile()
-    };
-
-    counter.counter.max(0) as usize
+    count(read_global!(vm_zone_stat).get(item))
 }
 
 /// What part of the free memory is always left to the guest, as a divisor.
@@ -189,10 +186,7 @@ pub(crate) fn is_zeroed_on_allocation() -> bool {
 
 /// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
 pub(crate) fn total_pages() -> usize {
-    // SAFETY: The counter exists.
-    let counter = unsafe { (&raw const bindings::_totalram_pages).read_volatile() };
-
-    counter.counter as usize
+    count(Some(&read_global!(_totalram_pages)))
 }
 
 /// Adds `pages` to the number of managed pages of the zone of `page`.
@@ -201,18 +195,19 @@ pub(super) fn adjust_managed(page: Page, pages: c_long) {
     unsafe { bindings::adjust_managed_page_count(page.as_ptr(), pages) };
 }
 
-/// Adds `pages` to the number of ballooned pages of the node of `page`.
-pub(super) fn count_ballooned(page: Page, pages: c_long) {
+/// Counts `pages` kernel pages, of which `page` is the first, as inflated (or as deflated).
+pub(super) fn count_ballooned(page: Page, pages: c_long, inflated: bool) {
     let item = bindings::node_stat_item_NR_BALLOON_PAGES;
+    let (event, change) = match inflated {
+        true => (bindings::vm_event_item_BALLOON_INFLATE, pages),
+        false => (bindings::vm_event_item_BALLOON_DEFLATE, -pages),
+    };
 
-    // SAFETY: The page is on a node.
-    unsafe { bindings::mod_node_page_state(bindings::NODE_DATA(page.nid() as c_int), item, pages) };
-}
-
-/// Counts `n` events.
-pub(super) fn count_events(event: bindings::vm_event_item, n: c_long) {
-    // SAFETY: The function has no preconditions.
-    unsafe { bindings::count_vm_events(event, n) };
+    // SAFETY: There is such an event, and the page is on a node.
+    unsafe {
+        bindings::count_vm_events(event, pages);
+        bindings::mod_node_page_state(bindings::NODE_DATA(page.nid() as c_int), item, change);
+    }
 }
 
 /// Has the kernel keep back `pages` kernel pages of each zone for a while.
@@ -225,15 +220,11 @@ pub(crate) fn boost(pages: usize) {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn ballooned_pages() -> usize {
     let on_cpus: isize = Node::online().map(Node::ballooned_on_cpus).sum();
-    // SAFETY: There is such a counter.
-    let counter = unsafe {
-        let counters = (&raw const bindings::vm_node_stat).cast::<bindings::atomic_long_t>();
-
-        counters
-            .add(bindings::node_stat_item_NR_BALLOON_PAGES as usize)
-            .read_volatile()
-    };
+    let item = bindings::node_stat_item_NR_BALLOON_PAGES as usize;
+    let counter = read_global!(vm_node_stat)
+        .get(item)
+        .map_or(0, |counter| counter.counter);
 
     // Either part may be negative.
-    (counter.counter as isize + on_cpus).max(0) as usize
+    (counter as isize + on_cpus).max(0) as usize
 }

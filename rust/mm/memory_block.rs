@@ -30,7 +30,6 @@ use crate::rust::{
 use core::ops::Range;
 use kernel::{
     error::code::ERESTARTNOINTR,
-    page::PAGE_SHIFT,
     prelude::*,
     str::CString,
     time::Msecs, //
@@ -63,7 +62,7 @@ impl MemoryBlock {
     /// Returns how many kernel pages a block has: none if the kernel does not take memory offline.
     pub(crate) fn pages() -> u64 {
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-        return bindings::memory_block_size_bytes() as u64 >> PAGE_SHIFT;
+        return bindings::memory_block_size_bytes() as u64 >> kernel::page::PAGE_SHIFT;
         #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
         0
     }

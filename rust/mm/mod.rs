@@ -7,8 +7,14 @@ pub(crate) mod batch;
 pub(crate) mod caches;
 pub(crate) mod contig;
 pub(crate) mod drain;
+// Without memory hotplug nothing comes online.
+#[cfg_attr(
+    not(CONFIG_MEMORY_HOTREMOVE),
+    allow(dead_code, unused_imports, unused_variables)
+)]
 pub(in crate::rust) mod hotplug;
 pub(crate) mod info;
+#[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]
 mod kept;
 pub(crate) mod locks;
 pub(crate) mod memory;

@@ -8,29 +8,45 @@
 use crate::rust::bindings;
 
 use core::{
-    ops::Range,
-    ptr::NonNull, //
+    mem::offset_of,
+    ops::Range, //
 };
 use kernel::prelude::*;
+
+/// Reads a variable of the kernel's that may be changing, which is no worse than an old value.
+macro_rules! read_global {
+    ($name:ident) => {
+        // SAFETY: The variable exists. A volatile access stands for READ_ONCE().
+        unsafe { (&raw const $crate::rust::bindings::$name).read_volatile() }
+    };
+}
+pub(super) use read_global;
+
+/// Returns the number in a counter of the kernel's that may be negative for a moment.
+pub(super) fn count(counter: Option<&bindings::atomic_long_t>) -> usize {
+    counter.map_or(0, |counter| counter.counter.max(0) as usize)
+}
 
 /// Returns the numbers of the bits that are set in a mask of the kernel's.
 fn bits<const N: usize>(mask: [c_ulong; N]) -> impl Iterator<Item = usize> {
     const BITS: usize = c_ulong::BITS as usize;
 
-    (0..N * BITS).filter(move |&bit| {
-        mask.get(bit / BITS)
-            .is_some_and(|word| word & (1 << (bit % BITS)) != 0)
+    mask.into_iter().enumerate().flat_map(|(index, mut word)| {
+        core::iter::from_fn(move || {
+            let bit = word.trailing_zeros() as usize;
+
+            // Clears the lowest bit.
+            word &= word.wrapping_sub(1);
+            (bit < BITS).then_some(index * BITS + bit)
+        })
     })
 }
 
 /// Returns the nodes that are in a state.
 fn nodes_in(state: bindings::node_states) -> impl Iterator<Item = Node> {
-    // SAFETY: There is such a mask. It changes when memory is plugged: an old one is as good.
-    let mask = unsafe {
-        let masks = (&raw const bindings::node_states).cast::<bindings::nodemask_t>();
-
-        masks.add(state as usize).read_volatile()
-    };
+    // It changes when memory is plugged: an old one is as good.
+    let masks = read_global!(node_states);
+    let mask = masks.get(state as usize).copied().unwrap_or_default();
 
     // INVARIANT: There is such a node.
     bits(mask.bits).map(|number| Node(number as c_int))
@@ -38,22 +54,13 @@ fn nodes_in(state: bindings::node_states) -> impl Iterator<Item = Node> {
 
 /// Returns the numbers of the CPUs that are online.
 pub(super) fn online_cpus() -> impl Iterator<Item = c_int> {
-    // SAFETY: The mask exists. It changes when a CPU is plugged: an old one is as good.
-    let mask = unsafe { (&raw const bindings::__cpu_online_mask).read_volatile() };
-
-    bits(mask.bits).map(|cpu| cpu as c_int)
+    // It changes when a CPU is plugged: an old one is as good.
+    bits(read_global!(__cpu_online_mask).bits).map(|cpu| cpu as c_int)
 }
 
 /// Returns a counter of all nodes.
 pub(super) fn counter(item: bindings::node_stat_item) -> usize {
-    // SAFETY: There is such a counter.
-    let counter = unsafe {
-        let counters = (&raw const bindings::vm_node_stat).cast::<bindings::atomic_long_t>();
-
-        counters.add(item as usize).read_volatile()
-    };
-
-    counter.counter.max(0) as usize
+    count(read_global!(vm_node_stat).get(item as usize))
 }
 
 /// Reads a field of a node that may be changing, which is no worse than an old value.
@@ -109,17 +116,13 @@ impl Node {
     }
 
     /// Returns its zones, also those that have no memory.
-    pub(super) fn zones(self) -> impl Iterator<Item = NonNull<bindings::zone>> {
-        let data = self.data();
+    pub(super) fn zones(self) -> impl Iterator<Item = *mut bindings::zone> {
+        let zones: *mut bindings::zone = self
+            .data()
+            .wrapping_byte_add(offset_of!(bindings::pglist_data, node_zones))
+            .cast();
 
-        (0..bindings::MAX_NR_ZONES as usize).map(move |n| {
-            // SAFETY: The data are valid, and have so many zones.
-            unsafe {
-                let zones = (&raw mut (*data).node_zones).cast::<bindings::zone>();
-
-                NonNull::new_unchecked(zones.add(n))
-            }
-        })
+        (0..bindings::MAX_NR_ZONES as usize).map(move |n| zones.wrapping_add(n))
     }
 
     /// Returns a counter of the node.

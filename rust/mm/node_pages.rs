@@ -278,16 +278,11 @@ impl<R: MigratePage> NodePages<R> {
     /// Accounts for a block as the core does for its pages.
     fn account(&self, block: &Block, inflated: bool) {
         let pages = block.len() as c_long;
-        let (event, change) = match inflated {
-            true => (bindings::vm_event_item_BALLOON_INFLATE, pages),
-            false => (bindings::vm_event_item_BALLOON_DEFLATE, -pages),
-        };
 
-        memory::count_events(event, pages);
         if self.adjust_managed {
-            memory::adjust_managed(block.page(), -change);
+            memory::adjust_managed(block.page(), if inflated { -pages } else { pages });
         }
-        memory::count_ballooned(block.page(), change);
+        memory::count_ballooned(block.page(), pages, inflated);
     }
 
     /// Adjusts the zones' numbers of managed pages for all order-0 pages in `pages`.

@@ -85,11 +85,13 @@ impl Allocated {
         let (page, order) = self.into_parts();
 
         // SAFETY: By the type invariants the block is ours, and has no tail pages of a compound page:
-        // it was allocated without `__GFP_COMP`.
-        unsafe { bindings::split_page(page.as_ptr(), order) };
-        for n in 0..1 << order {
-            // SAFETY: The page is of the block, of order 0 from now on, and nobody else knows it.
-            each(unsafe { Single::new(page.add(n)) });
+        // it was allocated without `__GFP_COMP`. Its pages are of order 0 from now on, and nobody
+        // else knows them.
+        unsafe {
+            bindings::split_page(page.as_ptr(), order);
+            for n in 0..1 << order {
+                each(Single::new(page.add(n)));
+            }
         }
     }
 }

@@ -78,30 +78,32 @@ impl Page {
         self.0.as_ptr()
     }
 
+    /// Calls one of the kernel's functions for any page.
+    fn call<R>(self, f: unsafe extern "C" fn(*const bindings::page) -> R) -> R {
+        // SAFETY: By the type invariants.
+        unsafe { f(self.as_ptr()) }
+    }
+
     /// Returns the page frame number.
     pub(in crate::rust) fn pfn(self) -> usize {
-        // SAFETY: By the type invariants.
-        unsafe { bindings::page_to_pfn(self.as_ptr()) }
+        self.call(bindings::page_to_pfn)
     }
 
     /// Returns the number of the node that the page is on.
     pub(in crate::rust) fn nid(self) -> usize {
-        // SAFETY: By the type invariants.
-        unsafe { bindings::page_to_nid(self.as_ptr()) as usize }
+        self.call(bindings::page_to_nid) as usize
     }
 
     /// Returns the zone that the page is in.
-    pub(in crate::rust) fn zone(self) -> NonNull<bindings::zone> {
-        // SAFETY: By the type invariants. A page is in a zone, and zones exist as long as the kernel
-        // runs.
-        unsafe { NonNull::new_unchecked(bindings::page_zone(self.as_ptr())) }
+    pub(in crate::rust) fn zone(self) -> *mut bindings::zone {
+        self.call(bindings::page_zone)
     }
 
     /// Returns the address of the page in the linear mapping.
     pub(in crate::rust) fn address(self) -> NonNull<u8> {
-        // SAFETY: By the type invariants. There is no high memory in a 64-bit kernel, and no null
-        // pointer in the linear mapping.
-        unsafe { NonNull::new_unchecked(bindings::page_address(self.as_ptr()).cast()) }
+        // SAFETY: There is no high memory in a 64-bit kernel, and no null pointer in the linear
+        // mapping.
+        unsafe { NonNull::new_unchecked(self.call(bindings::page_address).cast()) }
     }
 
     /// Returns a pointer to the list head in the page.
@@ -155,6 +157,7 @@ impl Page {
     /// # Safety
     ///
     /// The caller must own the page.
+    #[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]
     pub(in crate::rust) unsafe fn set_count(self, count: u32) {
         let field = self.field::<u32>(bindings::PAGE_REFCOUNT_OFFSET);
 

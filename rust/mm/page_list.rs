@@ -134,10 +134,7 @@ impl PageList {
         };
         let mut count = 0;
 
-        for _ in 0..self.singles.len() {
-            // SAFETY: The page is in the ring.
-            let next = unsafe { self.singles.next(page) };
-
+        for next in self.singles.cycle().skip(1).take(self.singles.len()) {
             count += 1;
             if page.zone() != next.zone() {
                 each(page, mem::take(&mut count));

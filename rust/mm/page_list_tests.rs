@@ -76,12 +76,10 @@ impl PageList {
 
     /// Returns the page frame numbers of the order-0 pages, in kernel pages.
     pub(crate) fn pfns(&self) -> impl Iterator<Item = u64> + use<'_> {
-        // SAFETY: The page is on the list, which is borrowed.
-        core::iter::successors(self.singles.first(), |&page| unsafe {
-            Some(self.singles.next(page))
-        })
-        .take(self.singles())
-        .map(|page| page.pfn() as u64)
+        self.singles
+            .cycle()
+            .take(self.singles())
+            .map(|page| page.pfn() as u64)
     }
 }
 

@@ -127,10 +127,14 @@ impl<T: Report> Reporter<T> {
         sg: *mut bindings::scatterlist,
         n: c_uint,
     ) -> c_int {
-        // SAFETY: By the type invariants the struct is part of a live `Reporter<T>`.
-        let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
-        // SAFETY: The kernel passes a list of `n` entries.
-        let bytes = unsafe { sg_bytes(sg, n) };
+        // SAFETY: By the type invariants the struct is part of a live `Reporter<T>`. The kernel passes
+        // a list of `n` entries.
+        let (this, bytes) = unsafe {
+            (
+                &*container_of!(Opaque::cast_from(info), Self, info),
+                sg_bytes(sg, n),
+            )
+        };
 
         from_result(|| {
             // INVARIANT: The kernel has set the pages of the list aside until this returns.

@@ -111,14 +111,13 @@ impl<T: Linked> Ring<T> {
         self.first
     }
 
-    /// Returns the page after `page`.
-    ///
-    /// # Safety
-    ///
-    /// `page` must be in the ring.
-    pub(in crate::rust) unsafe fn next(&self, page: Page) -> Page {
-        // SAFETY: By the type invariants its neighbours are pages of the ring.
-        unsafe { Page::of_lru((*page.lru()).next) }
+    /// Returns the pages, from the first one on and then over again.
+    pub(in crate::rust) fn cycle(&self) -> impl Iterator<Item = Page> + use<'_, T> {
+        core::iter::successors(self.first, |page| {
+            // SAFETY: By the type invariants the neighbours of a page of the ring are pages of the
+            // ring, which is borrowed.
+            Some(unsafe { Page::of_lru((*page.lru()).next) })
+        })
     }
 
     /// Puts `new` at the end.

@@ -8,6 +8,7 @@ use crate::rust::{
     bindings,
     mm::{
         node::{
+            count,
             online_cpus,
             Node, //
         },
@@ -16,10 +17,7 @@ use crate::rust::{
     }, //
 };
 
-use core::{
-    ops::Range,
-    ptr::NonNull, //
-};
+use core::ops::Range;
 use kernel::{
     prelude::*,
     time::{
@@ -39,7 +37,7 @@ pub(crate) const PFNS_PER_HOLD: usize = 1024;
 ///
 /// The pointer is that of a zone: these exist as long as the kernel runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Zone(NonNull<bindings::zone>);
+pub(crate) struct Zone(*mut bindings::zone);
 
 // SAFETY: Zones may be looked at from any thread.
 unsafe impl Send for Zone {}
@@ -53,13 +51,8 @@ macro_rules! read {
         let zone: Zone = $zone;
 
         // SAFETY: By the type invariants it is a zone. A volatile access stands for READ_ONCE().
-        unsafe { (&raw const (*zone.0.as_ptr()).$($field)+).read_volatile() }
+        unsafe { (&raw const (*zone.0).$($field)+).read_volatile() }
     }};
-}
-
-/// Returns a counter, which may be negative for a moment.
-fn count(counter: bindings::atomic_long_t) -> usize {
-    counter.counter.max(0) as usize
 }
 
 /// What a look at a zone has cost.
@@ -79,7 +72,7 @@ impl Zone {
     }
 
     /// Makes one of a pointer that [`Node::zones`] returned.
-    pub(super) fn from_raw(zone: NonNull<bindings::zone>) -> Self {
+    pub(super) fn from_raw(zone: *mut bindings::zone) -> Self {
         // INVARIANT: That is one.
         Self(zone)
     }
@@ -89,7 +82,7 @@ impl Zone {
     pub(super) fn set_boost(self, pages: usize) {
         // SAFETY: By the type invariants it is a zone. Others write the field as well, and no
         // reference to it is made.
-        unsafe { (&raw mut (*self.0.as_ptr()).watermark_boost).write_volatile(pages) };
+        unsafe { (&raw mut (*self.0).watermark_boost).write_volatile(pages) };
     }
 
     /// Returns the zones of all nodes that have memory.
@@ -132,31 +125,37 @@ impl Zone {
         ) + self.boost()
     }
 
+    /// Returns whether pageblocks of the zone are isolated.
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    pub(super) fn is_isolating(self) -> bool {
+        read!(self, nr_isolate_pageblock) != 0
+    }
+
     /// Returns how many kernel pages are free.
     pub(super) fn free_pages(self) -> usize {
-        count(read!(
+        count(Some(&read!(
             self,
             vm_stat[bindings::zone_stat_item_NR_FREE_PAGES as usize]
-        ))
+        )))
     }
 
     /// Returns how many free kernel pages are for pages that can be moved (CMA).
     pub(super) fn free_cma_pages(self) -> usize {
-        count(read!(
+        count(Some(&read!(
             self,
             vm_stat[bindings::zone_stat_item_NR_FREE_CMA_PAGES as usize]
-        ))
+        )))
     }
 
     /// Returns how many kernel pages have files in them.
     pub(super) fn file_pages(self) -> usize {
-        count(read!(
+        count(Some(&read!(
             self,
             vm_stat[bindings::zone_stat_item_NR_ZONE_ACTIVE_FILE as usize]
-        )) + count(read!(
+        ))) + count(Some(&read!(
             self,
             vm_stat[bindings::zone_stat_item_NR_ZONE_INACTIVE_FILE as usize]
-        ))
+        )))
     }
 
     /// Returns the zone's place among those of its node.
@@ -166,7 +165,7 @@ impl Zone {
         let index = unsafe {
             let zones = (&raw mut (*node).node_zones).cast::<bindings::zone>();
 
-            self.0.as_ptr().offset_from(zones)
+            self.0.offset_from(zones)
         };
 
         index as bindings::zone_type
@@ -192,7 +191,7 @@ impl Zone {
         let first = bindings::PAGE_ALLOC_COSTLY_ORDER as usize;
         // SAFETY: By the type invariants it is a zone, which has such an area.
         (first..bindings::NR_PAGE_ORDERS as usize).all(|order| unsafe {
-            let areas = (&raw const (*self.0.as_ptr()).free_area).cast::<bindings::free_area>();
+            let areas = (&raw const (*self.0).free_area).cast::<bindings::free_area>();
 
             (&raw const (*areas.add(order)).nr_free).read_volatile() == 0
         })
@@ -203,14 +202,14 @@ impl Zone {
     pub(super) fn listed_pages(self) -> usize {
         let lists = read!(self, per_cpu_pageset);
         // SAFETY: The zone has such lists for each CPU.
-        let count = |cpu| unsafe {
+        let listed = |cpu| unsafe {
             let lists: *mut bindings::per_cpu_pages =
                 bindings::per_cpu_ptr(lists.cast(), cpu).cast();
 
             (&raw const (*lists).count).read_volatile()
         };
 
-        online_cpus().map(|cpu| count(cpu).max(0) as usize).sum()
+        online_cpus().map(|cpu| listed(cpu).max(0) as usize).sum()
     }
 
     /// Returns where the zone lies (page frame numbers of kernel pages). Parts of that may belong
@@ -225,7 +224,7 @@ impl Zone {
     /// Takes the zone's lock. Nothing may sleep, or take another lock, until the result is dropped.
     pub(super) fn lock(self) -> LockedZone {
         // SAFETY: By the type invariants it is a zone.
-        let flags = unsafe { bindings::zone_lock_irqsave(self.0.as_ptr()) };
+        let flags = unsafe { bindings::zone_lock_irqsave(self.0) };
 
         LockedZone {
             zone: self,
@@ -283,7 +282,7 @@ impl Zone {
         // SAFETY: By the type invariants it is a zone. The number is changed under its lock, and no
         // reference to it is made.
         unsafe {
-            let blocks = &raw mut (*self.0.as_ptr()).nr_isolate_pageblock;
+            let blocks = &raw mut (*self.0).nr_isolate_pageblock;
 
             blocks.write_volatile(blocks.read_volatile().wrapping_add_signed(more));
         }
@@ -323,6 +322,6 @@ impl LockedZone {
 impl Drop for LockedZone {
     fn drop(&mut self) {
         // SAFETY: By the type invariants.
-        unsafe { bindings::zone_unlock_irqrestore(self.zone.0.as_ptr(), self.flags) };
+        unsafe { bindings::zone_unlock_irqrestore(self.zone.0, self.flags) };
     }
 }

@@ -47,16 +47,11 @@ pub(crate) type OfflineNotifier<T> = Notifier<MemoryChain, T>;
 // SAFETY: The functions are those of one chain, which calls with a `struct memory_notify` before
 // memory goes offline, and has stopped when the second one returns.
 unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
-    unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
-        #[cfg(CONFIG_MEMORY_HOTPLUG)]
-        // SAFETY: By the requirements of this function.
-        return unsafe { bindings::register_memory_notifier(block) };
-        #[cfg(not(CONFIG_MEMORY_HOTPLUG))]
-        {
-            let _ = block;
-            0
-        }
-    }
+    #[cfg(CONFIG_MEMORY_HOTPLUG)]
+    const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int> =
+        Some(bindings::register_memory_notifier);
+    #[cfg(not(CONFIG_MEMORY_HOTPLUG))]
+    const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int> = None;
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
         #[cfg(CONFIG_MEMORY_HOTPLUG)]

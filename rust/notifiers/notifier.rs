@@ -19,19 +19,16 @@ use kernel::{
 ///
 /// # Safety
 ///
-/// - When `register` has returned 0, the block's callback is called with the block, and with data
+/// - When `REGISTER` has returned 0, the block's callback is called with the block, and with data
 ///   that `call` can make sense of, until `unregister` returns.
-/// - The block is not accessed after that, or if `register` has failed.
+/// - The block is not accessed after that, or if `REGISTER` has failed.
 pub(crate) unsafe trait Chain<T> {
     /// Those with larger ones are called first.
     const PRIORITY: c_int = 0;
 
-    /// Puts a block on the chain. Returns 0, or an error.
-    ///
-    /// # Safety
-    ///
-    /// The block must be initialised, and stay valid and where it is until it is unregistered.
-    unsafe fn register(block: *mut bindings::notifier_block) -> c_int;
+    /// Puts a block on the chain, which must be initialised, and stay valid and where it is until it is
+    /// unregistered. Returns 0, or an error. `None` if the kernel has no such chain.
+    const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int>;
 
     /// Takes a block off the chain.
     ///
@@ -87,7 +84,7 @@ impl<C: Chain<T>, T> Notifier<C, T> {
                         next: core::ptr::null_mut(),
                         priority: C::PRIORITY,
                     });
-                    to_result(C::register(slot))
+                    C::REGISTER.map_or(Ok(()), |register| to_result(register(slot)))
                 }
             }),
         })

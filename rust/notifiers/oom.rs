@@ -38,10 +38,8 @@ pub(crate) type OomNotifier<T> = Notifier<OomChain, T>;
 unsafe impl<T: OomNotify> Chain<T> for OomChain {
     const PRIORITY: c_int = T::PRIORITY;
 
-    unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
-        // SAFETY: By the requirements of this function.
-        unsafe { bindings::register_oom_notifier(block) }
-    }
+    const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int> =
+        Some(bindings::register_oom_notifier);
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
         // SAFETY: By the requirements of this function.

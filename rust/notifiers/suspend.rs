@@ -35,16 +35,11 @@ pub(crate) type SuspendNotifier<T> = Notifier<SuspendChain, T>;
 // SAFETY: The functions are those of one chain, which has stopped when the second one returns. Its
 // data are not looked at.
 unsafe impl<T: SuspendNotify> Chain<T> for SuspendChain {
-    unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
-        #[cfg(CONFIG_PM_SLEEP)]
-        // SAFETY: By the requirements of this function.
-        return unsafe { bindings::register_pm_notifier(block) };
-        #[cfg(not(CONFIG_PM_SLEEP))]
-        {
-            let _ = block;
-            0
-        }
-    }
+    #[cfg(CONFIG_PM_SLEEP)]
+    const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int> =
+        Some(bindings::register_pm_notifier);
+    #[cfg(not(CONFIG_PM_SLEEP))]
+    const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int> = None;
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
         #[cfg(CONFIG_PM_SLEEP)]

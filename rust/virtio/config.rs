@@ -31,7 +31,12 @@ impl Device<device::Core<'_>> {
     /// `EINVAL` if the device has no configuration space.
     pub(crate) fn config(&self) -> Result<Config> {
         // SAFETY: By the type invariants the device is valid, and so are its operations.
-        let ops = unsafe { &*(*self.as_raw()).config };
+        let (ops, len) = unsafe {
+            (
+                &*(*self.as_raw()).config,
+                transport::config_len(self.as_raw()),
+            )
+        };
 
         if ops.get.is_none() || ops.set.is_none() {
             return Err(EINVAL);
@@ -41,15 +46,9 @@ impl Device<device::Core<'_>> {
         Ok(Config {
             dev: (&**self).into(),
             binding: self.shared_binding()?,
-            len: self.config_len(),
+            len,
             is_legacy: !self.has_feature(Feature::VERSION_1),
         })
-    }
-
-    /// Returns how long the configuration space is, in bytes, or more where it cannot be too short.
-    fn config_len(&self) -> c_uint {
-        // SAFETY: By the type invariants the device is valid.
-        unsafe { transport::config_len(self.as_raw()) }
     }
 }
 

@@ -95,23 +95,24 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         };
     }
 
+    /// Calls a function of the driver core, which must be one for any device.
+    #[cfg(CONFIG_PM_SLEEP)]
+    fn call(&self, f: unsafe extern "C" fn(*mut bindings::device)) {
+        // SAFETY: By the type invariants the device is valid.
+        unsafe { f(&raw mut (*self.as_raw()).dev) };
+    }
+
     /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of
     /// this device (`power/wakeup` in sysfs). Callable from any context.
     pub(crate) fn stay_awake(&self) {
-        // SAFETY: By the type invariants the device is valid.
         #[cfg(CONFIG_PM_SLEEP)]
-        unsafe {
-            bindings::pm_stay_awake(&raw mut (*self.as_raw()).dev)
-        };
+        self.call(bindings::pm_stay_awake);
     }
 
     /// Takes [`stay_awake`](Self::stay_awake) back, however often it was called.
     pub(crate) fn relax(&self) {
-        // SAFETY: By the type invariants the device is valid.
         #[cfg(CONFIG_PM_SLEEP)]
-        unsafe {
-            bindings::pm_relax(&raw mut (*self.as_raw()).dev)
-        };
+        self.call(bindings::pm_relax);
     }
 }
 impl Device<device::CoreInternal<'_>> {
@@ -138,19 +139,14 @@ impl Device<device::CoreInternal<'_>> {
 
         binding.reset(reset);
 
-        if binding.has_queues() {
-            // SAFETY: By the type invariants the device is valid and was reset. The queues are used
-            // only through the binding.
-            unsafe {
-                if let Some(del_vqs) = (*(*self.as_raw()).config).del_vqs {
-                    del_vqs(self.as_raw());
-                }
-            }
-        }
-
-        // SAFETY: By the type invariants `priv` is an `Arc<Binding>`, which is taken back here.
-        // Interrupts, which look at it, ended with the virtqueues.
+        // SAFETY: By the type invariants the device is valid and was reset. The queues are used only
+        // through the binding. `priv` is an `Arc<Binding>`, which is taken back here: interrupts,
+        // which look at it, end with the virtqueues.
         unsafe {
+            let del_vqs = (*(*self.as_raw()).config).del_vqs;
+            if let Some(del_vqs) = del_vqs.filter(|_| binding.has_queues()) {
+                del_vqs(self.as_raw());
+            }
             let binding: *const Binding = (*self.as_raw()).priv_.cast();
 
             (*self.as_raw()).priv_ = ptr::null_mut();
@@ -185,12 +181,7 @@ impl Device<device::Core<'_>> {
     }
 
     pub(super) fn shared_binding(&self) -> Result<Arc<Binding>> {
-        // SAFETY: By the type invariants the device is valid.
-        let binding: *const Binding = unsafe { (*self.as_raw()).priv_ }.cast();
-
-        if binding.is_null() {
-            return Err(ENODEV);
-        }
+        let binding: *const Binding = self.binding().ok_or(ENODEV)?;
 
         // SAFETY: By the type invariants the pointer is from `Arc::into_raw`. The count that it
         // stands for is kept.

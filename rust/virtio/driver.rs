@@ -67,8 +67,7 @@ pub(crate) struct RawDriver(bindings::virtio_driver);
 
 impl Default for RawDriver {
     fn default() -> Self {
-        // SAFETY: The struct consists of integers and of pointers that may be null.
-        Self(unsafe { core::mem::zeroed() })
+        Self(pin_init::zeroed())
     }
 }
 
@@ -83,8 +82,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
         let vdrv = vdrv.get().cast::<bindings::virtio_driver>();
 
         T::init();
-        // SAFETY: It's safe to set the fields of `struct virtio_driver` on initialization.
-        // `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
+        // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`, whose fields may be set on
+        // initialization. `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
         unsafe {
             (*vdrv).driver.name = name.as_char_ptr();
             (*vdrv).id_table = T::ID_TABLE.as_ptr();
@@ -99,10 +98,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             (*vdrv).freeze = Some(Self::freeze_callback);
             (*vdrv).restore = Some(Self::restore_callback);
             (*vdrv).shutdown = Some(Self::shutdown_callback);
+            to_result(bindings::__register_virtio_driver(vdrv, module.as_ptr()))
         }
-
-        // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`.
-        to_result(unsafe { bindings::__register_virtio_driver(vdrv, module.as_ptr()) })
     }
 
     unsafe fn unregister(vdrv: &Opaque<Self::DriverType>) {

@@ -18,10 +18,7 @@ use crate::rust::{
 };
 
 use core::{
-    mem::{
-        offset_of,
-        MaybeUninit, //
-    },
+    mem::offset_of,
     ptr::{
         self,
         NonNull, //
@@ -125,8 +122,8 @@ static CONFIG_OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
     del_vqs: Some(del_vqs),
     get_features: Some(get_features),
     finalize_features: Some(finalize_features),
-    // SAFETY: The remaining operations are optional: null pointers.
-    ..unsafe { MaybeUninit::zeroed().assume_init() }
+    // The remaining operations are optional.
+    ..pin_init::zeroed()
 };
 
 impl FakeDevice {
@@ -136,15 +133,12 @@ impl FakeDevice {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
         // SAFETY: All parts of the struct may be zero: integers, null pointers, and what
-        // `register_virtio_device` initialises.
-        let inner = unsafe {
-            inner.as_mut_ptr().write_bytes(0, 1);
-            KBox::into_raw(inner.assume_init())
-        };
-
-        // SAFETY: The struct is valid and nobody else knows it yet. Once registration was tried, it
-        // is freed by the release function only.
+        // `register_virtio_device` initialises. The struct is valid then, and nobody else knows it
+        // yet. Once registration was tried, it is freed by the release function only.
         unsafe {
+            inner.as_mut_ptr().write_bytes(0, 1);
+            let inner = KBox::into_raw(inner.assume_init());
+
             for &feature in features {
                 (*inner).offered |= feature.mask();
             }
@@ -164,6 +158,12 @@ impl FakeDevice {
                 inner: NonNull::new_unchecked(inner),
             })
         }
+    }
+
+    /// Calls a function of the virtio core, which must be one for any registered device.
+    fn call<R>(&self, f: unsafe extern "C" fn(*mut bindings::virtio_device) -> R) -> R {
+        // SAFETY: By the type invariants the device is registered.
+        unsafe { f(&raw mut (*self.inner.as_ptr()).vdev) }
     }
 
     fn inner(&self) -> &Inner {
@@ -203,8 +203,7 @@ impl FakeDevice {
             cell.store(value.to_le(), Relaxed);
         }
 
-        // SAFETY: The device is registered.
-        unsafe { bindings::virtio_config_changed(&raw mut (*self.inner.as_ptr()).vdev) };
+        self.call(bindings::virtio_config_changed);
     }
 
     /// Has reads of the configuration space fail from now on, or not any more. As with transports
@@ -234,8 +233,7 @@ impl FakeDevice {
     /// Has the driver leave the device, as if the system were about to sleep.
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn freeze(&self) -> Result {
-        // SAFETY: The device is registered.
-        to_result(unsafe { bindings::virtio_device_freeze(&raw mut (*self.inner.as_ptr()).vdev) })
+        to_result(self.call(bindings::virtio_device_freeze))
     }
 
     /// Has the driver go on with the device after that, with queues of `queue_size` entries (a power
@@ -243,9 +241,8 @@ impl FakeDevice {
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn restore(&self, queue_size: u32) -> Result {
         self.inner().queue_size.store(queue_size, Relaxed);
-        // SAFETY: The device is registered, and frozen by `freeze`, or else the driver's callback
-        // fails.
-        to_result(unsafe { bindings::virtio_device_restore(&raw mut (*self.inner.as_ptr()).vdev) })
+        // If the device is not frozen the driver's callback fails.
+        to_result(self.call(bindings::virtio_device_restore))
     }
 
     /// Takes the next message off queue `index`, if there is one.
@@ -359,8 +356,7 @@ impl FakeDevice {
 
 impl Drop for FakeDevice {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants the device is registered.
-        unsafe { bindings::unregister_virtio_device(&raw mut (*self.inner.as_ptr()).vdev) };
+        self.call(bindings::unregister_virtio_device);
     }
 }
 

@@ -187,12 +187,7 @@ pub(super) unsafe fn is_gone(vdev: *mut bindings::virtio_device) -> bool {
 /// `vdev` must be a valid device, and only one thread may reset it.
 pub(super) unsafe fn reset(vdev: *mut bindings::virtio_device) {
     // SAFETY: By the requirements of this function.
-    unsafe {
-        match is_gone(vdev) {
-            true => bindings::virtio_break_device(vdev),
-            false => bindings::virtio_reset_device(vdev),
-        }
-    }
+    unsafe { end(vdev, bindings::virtio_reset_device) };
 }
 
 /// Resets the device for shutdown, after which its virtqueues remain.
@@ -202,10 +197,23 @@ pub(super) unsafe fn reset(vdev: *mut bindings::virtio_device) {
 /// As for [`reset`].
 pub(super) unsafe fn shutdown(vdev: *mut bindings::virtio_device) {
     // SAFETY: By the requirements of this function.
+    unsafe { end(vdev, bindings::virtio_device_shutdown) };
+}
+
+/// Resets the device by `f`, or marks it as broken if it is gone.
+///
+/// # Safety
+///
+/// As for [`reset`], and for `f`.
+unsafe fn end(
+    vdev: *mut bindings::virtio_device,
+    f: unsafe extern "C" fn(*mut bindings::virtio_device),
+) {
+    // SAFETY: By the requirements of this function.
     unsafe {
         match is_gone(vdev) {
             true => bindings::virtio_break_device(vdev),
-            false => bindings::virtio_device_shutdown(vdev),
+            false => f(vdev),
         }
     }
 }

@@ -5,6 +5,8 @@
 //! C headers: [`include/linux/timer.h`](srctree/include/linux/timer.h),
 //! [`include/linux/sched/signal.h`](srctree/include/linux/sched/signal.h)
 
+use crate::rust::work::signal;
+
 use kernel::{
     bindings,
     container_of,
@@ -64,31 +66,21 @@ impl Deadline {
 
     /// Calls `f`, with a signal pending from `ms` milliseconds on. Afterwards no signal is pending.
     pub(in crate::rust) fn limit<T>(&self, ms: Msecs, f: impl FnOnce() -> T) -> T {
-        /// What `allow_signal()` and `disallow_signal()` pass for a handler.
-        const ALLOW: usize = 2;
-        const IGNORE: usize = 1;
-        // SAFETY: A handler is a pointer, and such numbers stand for no function.
-        let handler = |number: usize| unsafe {
-            core::mem::transmute::<usize, bindings::__sighandler_t>(number)
-        };
-
-        // SAFETY: The timer is initialised, and is stopped before the thread goes on; these are
-        // functions for the thread's own signals.
+        signal::allow(bindings::SIGINT);
+        // SAFETY: The timer is initialised, and is stopped before the thread goes on.
         unsafe {
-            bindings::kernel_sigaction(bindings::SIGINT as c_int, handler(ALLOW));
             bindings::mod_timer(
                 self.timer.get(),
                 bindings::jiffies.wrapping_add(msecs_to_jiffies(ms)),
-            );
-        }
+            )
+        };
         let result = f();
 
         // SAFETY: As above.
-        unsafe {
-            bindings::timer_delete_sync(self.timer.get());
-            bindings::kernel_sigaction(bindings::SIGINT as c_int, handler(IGNORE));
-            bindings::flush_signals(self.thread);
-        }
+        unsafe { bindings::timer_delete_sync(self.timer.get()) };
+        signal::disallow(bindings::SIGINT);
+        // SAFETY: It is this thread.
+        unsafe { bindings::flush_signals(self.thread) };
         result
     }
 

@@ -4,6 +4,7 @@
 
 pub(in crate::rust) mod deadline;
 pub(crate) mod poll;
+mod signal;
 pub(crate) mod task;
 pub(crate) mod thread;
 pub(crate) mod wait;

@@ -160,7 +160,8 @@ impl<S: Job> Slot<S> {
         let work = Arc::pin_init(
             try_pin_init!(Work {
                 dwork <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
-                    // SAFETY: `slot` is valid for writes; `run` is a work function.
+                    // SAFETY: `slot` is valid for writes; `run` is a work function. The timer is a
+                    // delayed work's, so that its function and the flag are the right ones.
                     unsafe {
                         bindings::init_work_with_key(
                             &raw mut (*slot).work,
@@ -168,11 +169,7 @@ impl<S: Job> Slot<S> {
                             false,
                             name.as_char_ptr(),
                             work_key.as_ptr(),
-                        )
-                    };
-                    // SAFETY: The timer is a delayed work's, so that `delayed_work_timer_fn` and
-                    // the flag are the right ones.
-                    unsafe {
+                        );
                         bindings::timer_init_key(
                             &raw mut (*slot).timer,
                             Some(bindings::delayed_work_timer_fn),

@@ -12,8 +12,11 @@
 
 use crate::rust::{
     bindings,
-    this_module,
-    work::task::Waker, //
+    this_module::Reference,
+    work::{
+        signal,
+        task::Waker, //
+    }, //
 };
 
 use core::ptr::NonNull;
@@ -65,6 +68,7 @@ struct Shared {
 /// What a thread starts with.
 struct Start<F> {
     work: F,
+    reference: Reference,
     shared: Arc<Shared>,
 }
 
@@ -86,10 +90,10 @@ impl Thread {
             }),
             GFP_KERNEL,
         )?;
-        let reference = ModuleReference::take()?;
         let start = KBox::new(
             Start {
                 work,
+                reference: Reference::take()?,
                 shared: shared.clone(),
             },
             GFP_KERNEL,
@@ -112,8 +116,6 @@ impl Thread {
             drop(unsafe { KBox::from_raw(start) });
         })?;
 
-        // The thread releases it when it has ended.
-        core::mem::forget(reference);
         // SAFETY: The thread was just created, and does not run yet.
         unsafe {
             bindings::get_task_struct(thread);
@@ -132,32 +134,22 @@ impl Thread {
     }
 
     extern "C" fn run<F: FnOnce() -> Result>(start: *mut c_void) -> c_int {
-        /// What `allow_signal()` passes for a handler.
-        const ALLOW: usize = 2;
-        // SAFETY: A handler is a pointer, and this number stands for no function.
-        unsafe {
-            let handler = core::mem::transmute::<usize, bindings::__sighandler_t>(ALLOW);
+        signal::allow(bindings::SIGKILL);
+        let reference = Self::work::<F>(start);
 
-            bindings::kernel_sigaction(bindings::SIGKILL as c_int, handler);
-        }
-        Self::work::<F>(start);
-
-        // This module may be unloaded as soon as the reference is gone: the rest is the kernel's
-        // code. A thread of a driver that is built in just returns.
-        #[cfg(MODULE)]
-        // SAFETY: The thread has a reference, and nothing is left to be dropped.
-        unsafe {
-            bindings::__module_put_and_kthread_exit(this_module::as_ptr(), 0)
-        };
-        #[cfg(not(MODULE))]
-        0
+        // SAFETY: Nothing else is left.
+        unsafe { reference.release_and_exit() }
     }
 
-    /// Does the work, and says how it went.
-    fn work<F: FnOnce() -> Result>(start: *mut c_void) {
+    /// Does the work, and says how it went. Returns the thread's reference to the module.
+    fn work<F: FnOnce() -> Result>(start: *mut c_void) -> Reference {
         // SAFETY: `start` has made it, and it is taken only here.
         let start = unsafe { KBox::<Start<F>>::from_raw(start.cast()) };
-        let Start { work, shared } = KBox::into_inner(start);
+        let Start {
+            work,
+            reference,
+            shared,
+        } = KBox::into_inner(start);
         // Either way what the work owns is gone before the task hears of it.
         let outcome = if shared.is_killed.load(Relaxed) {
             drop(work);
@@ -170,6 +162,7 @@ impl Thread {
         if let Some(waker) = &*shared.waker.lock() {
             waker.schedule();
         };
+        reference
     }
 }
 
@@ -192,34 +185,5 @@ impl Drop for Thread {
                 bindings::put_task_struct(self.thread.as_ptr());
             }
         }
-    }
-}
-
-/// A reference to this module.
-struct ModuleReference(());
-
-impl ModuleReference {
-    /// Takes one.
-    ///
-    /// # Errors
-    ///
-    /// `ENODEV` if the module is being unloaded.
-    fn take() -> Result<Self> {
-        #[cfg(all(MODULE, CONFIG_MODULE_UNLOAD))]
-        // SAFETY: The module is there.
-        if !unsafe { bindings::try_module_get(this_module::as_ptr()) } {
-            return Err(ENODEV);
-        }
-        Ok(Self(()))
-    }
-}
-
-impl Drop for ModuleReference {
-    fn drop(&mut self) {
-        #[cfg(all(MODULE, CONFIG_MODULE_UNLOAD))]
-        // SAFETY: There is a reference.
-        unsafe {
-            bindings::module_put(this_module::as_ptr())
-        };
     }
 }
