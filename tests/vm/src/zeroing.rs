@@ -62,6 +62,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: fallback,
     },
     Scenario {
+        name: "zeroing_cma",
+        proves: "the balloon takes the memory blocks around those of CMA, which the kernel does not take offline",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: cma,
+    },
+    Scenario {
         name: "zeroing_reclaim",
         proves: "where the kernel zeroes memory the host gets free memory back, and needs no more of it meanwhile",
         kernels: TEST_KERNEL,
@@ -370,6 +378,26 @@ fn fallback(setup: &Setup) -> Result<()> {
             blocks == 0,
             "{blocks} blocks were taken, which cannot be taken offline"
         );
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn cma(setup: &Setup) -> Result<()> {
+    // More than lies before the area, which is of 1 GiB at least and begins at 4 GiB.
+    let size = Size::mib(2_560);
+    let config = zeroing(setup)
+        .memory(Size::gib(4))
+        .parameter("hugetlb_cma=1G");
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        guest.balloon().settle(size)?;
+        check_size(guest, size)?;
+        let blocks = taken(guest)?;
+        setup.note(format!("{blocks} memory blocks of {size}"));
+        // Blocks of 128 MiB.
+        ensure!(blocks >= 19, "{blocks} memory blocks were taken");
+        check_online(guest)?;
+        guest.balloon().settle(Size::default())?;
         guest.rmmod(setup.driver)
     })
 }
