@@ -61,6 +61,8 @@ pub struct Section {
     pub time: Duration,
     /// Where it began, and where it ended.
     pub ends: [String; 2],
+    /// The functions that were not over at the end, the innermost one first.
+    pub stack: Vec<String>,
 }
 
 impl Section {
@@ -76,6 +78,11 @@ impl Section {
             time: Duration::from_micros(microseconds.parse()?),
             ends: [after("#  => started at:")?, after("#  => ended at:")?]
                 .map(|end| end.trim().to_owned()),
+            stack: trace
+                .lines()
+                .filter_map(|line| line.strip_prefix(" => "))
+                .map(|function| function.trim().to_owned())
+                .collect(),
         })
     }
 }
@@ -83,7 +90,8 @@ impl Section {
 impl fmt::Display for Section {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [start, end] = &self.ends;
-        write!(f, "{:?} from {start} to {end}", self.time)
+        let stack = self.stack.join(" < ");
+        write!(f, "{:?} from {start} to {end}: {stack}", self.time)
     }
 }
 
