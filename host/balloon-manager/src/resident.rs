@@ -2,14 +2,12 @@
 
 //! What the host has given to a VM: the blocks of its memory files, which the daemon has open.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-
-/// Smaller files are the daemon's own.
-const LEAST: u64 = 1 << 20;
 
 /// Files that were not found are looked for again after this time.
 const RETRY: Duration = Duration::from_secs(30);
@@ -37,7 +35,7 @@ impl Memory {
             return None;
         }
         self.last = Some((pid, shared, Instant::now()));
-        self.files = find(pid);
+        self.files = find(pid, shared);
         self.blocks(shared)
     }
 
@@ -52,8 +50,9 @@ impl Memory {
     }
 }
 
-/// The large files that the process or its children have open, each one once.
-fn find(pid: i32) -> Vec<PathBuf> {
+/// The largest files that the process or its children have open, each one once, as many as have `shared` bytes together.
+/// The daemon has smaller files of its own, such as its program.
+fn find(pid: i32, shared: u64) -> Vec<PathBuf> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();
     let processes = children
@@ -68,14 +67,23 @@ fn find(pid: i32) -> Vec<PathBuf> {
             let Ok(metadata) = fs::metadata(&path) else {
                 continue;
             };
-            if metadata.is_file() && metadata.len() >= LEAST {
+            if metadata.is_file() {
                 files
                     .entry((metadata.dev(), metadata.ino()))
-                    .or_insert(path);
+                    .or_insert((metadata.len(), path));
             }
         }
     }
-    files.into_values().collect()
+    let mut files: Vec<_> = files.into_values().collect();
+    files.sort_by_key(|(size, _)| Reverse(*size));
+    let mut rest = shared;
+    let fits = |(size, _): &(u64, PathBuf)| {
+        let fits = *size > 0 && *size <= rest;
+        rest -= if fits { *size } else { 0 };
+        fits
+    };
+    let files = files.into_iter().filter(fits);
+    files.map(|(_, path)| path).collect()
 }
 
 #[cfg(test)]
@@ -94,13 +102,12 @@ mod tests {
         let size = (64 << 20) + 12_345 * 4096;
         file.set_len(size).unwrap();
         file.write_all_at(&[1; 8192], 1 << 20).unwrap();
-        let mut memory = Memory {
-            files: find(std::process::id().try_into().unwrap()),
-            last: None,
-        };
-        memory
-            .files
-            .retain(|path| fs::metadata(path).is_ok_and(|metadata| metadata.len() == size));
+        // A program that the daemon has open.
+        let other = File::from(memfd_create("program", MFdFlags::empty()).unwrap());
+        other.set_len(3 << 20).unwrap();
+        let mut memory = Memory::default();
+        let pid = std::process::id().try_into().unwrap();
+        assert_eq!(memory.resident(pid, size), Some(8192));
         assert_eq!(memory.blocks(size), Some(8192));
         assert_eq!(memory.blocks(size + 1), None);
         assert_eq!(Memory::default().blocks(0), None);
