@@ -324,12 +324,15 @@ mod tests {
 #    -----------------
 #  => started at: _raw_spin_lock_irqsave
 #  => ended at:   _raw_spin_unlock_irqrestore
+# => stack trace
+ => __rmqueue_pcplist
+ => migrate_pages
 ";
         let section = Section::parse(trace).unwrap();
         assert_eq!(section.time, Duration::from_micros(259));
         assert_eq!(
             section.to_string(),
-            "259µs from _raw_spin_lock_irqsave to _raw_spin_unlock_irqrestore"
+            "259µs from _raw_spin_lock_irqsave to _raw_spin_unlock_irqrestore: __rmqueue_pcplist < migrate_pages"
         );
         assert!(Section::parse("# tracer: irqsoff\n").is_err());
     }
