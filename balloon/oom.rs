@@ -35,7 +35,7 @@ pub(crate) const PRIORITY: c_int = 80;
 impl OomNotify for Task<Balloon> {
     const PRIORITY: c_int = PRIORITY;
 
-    /// Gives a part of the balloon back at once: enough for the guest to go on for a while.
+    /// Gives a part of the balloon back at once: enough for the guest to continue for a while.
     fn out_of_memory(&self) -> usize {
         // What is not in the balloon yet goes first, and the device need not know of it.
         let given = self.taker.as_ref().map_or(0, |taker| taker.cancel());

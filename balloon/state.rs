@@ -4,8 +4,8 @@
 //!
 //! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then
 //! [`PendingMigrations`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory is allocated
-//! under the first one only, which nobody takes who frees memory for others but the notifier of
-//! memory that goes offline.
+//! under the first one only. Of the callers that free memory for others, only the notifier of memory
+//! that goes offline takes it.
 
 #![forbid(unsafe_code)]
 

@@ -32,7 +32,7 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Why a feature has to come to rest.
+/// Why a feature is quiesced.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Quiesce {
     /// The device will be reset: the driver is unbound, or the system suspends.

@@ -165,7 +165,7 @@ impl OomNotify for Task<Hinting> {
             let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
 
             if freed == 0 && worker.in_flight == 0 {
-                // The task may have been faster. Nobody is to be killed for memory that is there by
+                // The task may have been faster. No process is killed for memory that is free by
                 // now.
                 let freed = memory::free_pages().saturating_sub(before);
 

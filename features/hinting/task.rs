@@ -7,7 +7,7 @@
 //! memory until the host says [`HINT_DONE`], since whatever is written to it in between has to be
 //! migrated after all.
 //!
-//! Memory that the device has not used yet is given back to nobody. A host that skips it clears its
+//! Memory that the device has not used yet is not given back. A host that skips it clears its
 //! dirty bits, and where the dirty log was set initially (all pages dirty, none of them
 //! write-protected) that is the moment in which it begins to see writes: one that came before is
 //! lost on the other side. A host that discards the memory would discard what its new owner wrote.
@@ -93,12 +93,12 @@ pub(super) struct Hinting {
     pub(super) taker: Option<Arc<Task<Taker>>>,
     #[pin]
     pub(super) worker: Mutex<Worker>,
-    /// Memory that the device has used, and that is kept for as long as nobody needs it.
+    /// Memory that the device has used, and that is kept until the guest needs it.
     #[pin]
     pub(super) held: SpinLock<RunSet>,
     /// Set when the device has changed its configuration space, and the id was not read since.
     pub(super) id_changed: Atomic<bool>,
-    /// Set when somebody needed memory: there will be no more in this round.
+    /// Set when the guest needed memory: this round takes no more.
     pub(super) needed: Atomic<bool>,
     /// How much was hinted, in bytes.
     #[pin]
@@ -174,7 +174,7 @@ impl Hinting {
             self.hinted.add((pages as u64) << PAGE_SHIFT, Relaxed);
             if worker.keeping {
                 // If there is no room for it, it is freed, which is allowed now. It must not be taken
-                // and hinted over and over: the round ends with what is there.
+                // and hinted over and over: the round ends.
                 let unheld = self.held.lock().insert(run);
                 if unheld.is_err() {
                     freed += pages;
@@ -248,7 +248,7 @@ impl Hinting {
         }
         self.follow(worker)?;
 
-        // Whoever runs out of memory while this waits for its turn has nothing to gain here.
+        // An OOM notifier that waits for the lock would get nothing from an idle round.
         let is_idle = worker.in_flight == 0 && worker.pending.pages() == 0;
         if worker.supplying && worker.awaits_blocks() {
             worker.take_blocks();
@@ -293,8 +293,7 @@ impl Job for Hinting {
         match task.advance(&mut worker) {
             Ok(Some(delay)) => task.schedule_in(delay),
             Ok(None) => (),
-            // If the device is gone, so is the host that wanted to know; and nobody hears more of a
-            // broken queue.
+            // A device that is gone needs no hints, and a broken queue delivers none.
             Err(_) => task.give_up(&mut worker),
         }
     }

@@ -69,10 +69,10 @@ pub(super) struct Worker {
     pub(super) wanted: u32,
     /// The id of the latest round.
     pub(super) id: u32,
-    /// Whether the device has to be told that a round is over, and that the one with `id` begins.
+    /// Whether to notify the device that a round is over, and that the one with `id` begins.
     pub(super) stop_due: bool,
     pub(super) start_due: bool,
-    /// Whether the round goes on, and whether there is more to be had for it.
+    /// Whether the round continues, and whether more free memory is available for it.
     pub(super) supplying: bool,
     pub(super) more: bool,
     /// Whether what the device has used is kept.

@@ -169,7 +169,7 @@ impl Inner {
         };
 
         match open.work {
-            // It is over already, and only has to be told.
+            // It is over already, and only its completion is due.
             Work::Complete(_) => return request::COMPLETE,
             Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) | Work::CacheDropper(_) => (),
         }
@@ -188,7 +188,7 @@ impl Inner {
             .or_else(|| message(GFP_NOWAIT | __GFP_NOWARN).ok())
     }
 
-    /// Sends `message`, with the memory that belongs to it, unless there is nobody to send it to.
+    /// Sends `message`, with the memory that belongs to it. Returns none if the queue is full or broken.
     pub(super) fn send(&mut self, message: KVec<u64>, claim: Option<Claim>) -> Option<()> {
         let claims = usize::from(claim.is_some());
 
@@ -198,7 +198,7 @@ impl Inner {
         Some(())
     }
 
-    /// Completes the request `id`, or returns none if that has to wait.
+    /// Completes the request `id`, or returns none if no message is available yet.
     pub(super) fn complete(&mut self, id: u64, status: u8) -> Option<()> {
         let mut message = self.message()?;
         let completion = Completion {

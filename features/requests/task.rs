@@ -3,13 +3,13 @@
 //! Requests of the host: unused pages, dropping caches.
 //!
 //! The device has buffers of the driver's that it fills in, one for each request; the answers go
-//! through the same queue, each message with the request's id, and the last one is a completion.
+//! through the same queue, each message with the request's id. A completion ends an answer.
 //! Several requests may be open. They take turns, message by message, and between two messages the
 //! driver looks for new requests, so that nothing waits for a long answer, and calling one off
 //! takes effect at once.
 //!
 //! What the host can cost the guest is bounded: the memory for answers ([`MAX_OPEN`],
-//! [`MAX_MESSAGES`]), what is kept from being used ([`CLAIM_PAGES`]), and the time ([`Budget`]).
+//! [`MAX_MESSAGES`]), the pages that are isolated at a time ([`CLAIM_PAGES`]), and the time ([`Budget`]).
 //!
 //! What an answer means is said in [`free_pages`](crate::free_pages), and in docs/protocol.md,
 //! section 5.
@@ -88,9 +88,9 @@ pub(super) struct HostRequests {
 
 /// What a request has come to in its turn.
 enum Turn {
-    /// It goes on.
+    /// It continues.
     Again,
-    /// It has to wait for the device, or for caches to be dropped.
+    /// It waits for the device, or for caches to be dropped.
     Wait,
     /// It is completed.
     Over,
@@ -250,7 +250,7 @@ impl Job for HostRequests {
     fn run(task: &Task<Self>) {
         let mut inner = task.inner.lock();
 
-        // If the queue is broken, so is the device, and nobody asks any more.
+        // If the queue is broken, so is the device: no further request arrives.
         match task.advance(&mut inner) {
             Some(delay) if !inner.queue.is_broken() => task.schedule_in(delay),
             _ => (),

@@ -48,8 +48,8 @@ const HOLDS_PER_MESSAGE: usize = 16;
 const MAX_BLOCKS: usize = 2;
 
 impl Inner {
-    /// Sends a message about unused pages. Returns the status if it was the last one; none if it
-    /// has to wait.
+    /// Sends a message about unused pages. Returns the status after the final message; none while
+    /// it waits for the device.
     pub(super) fn skip(
         &mut self,
         id: u64,
@@ -76,7 +76,7 @@ impl Inner {
     }
 
     /// Sends a message about pages that are kept from being used until the device has used it.
-    /// Returns the status if it was the last one; none if it has to wait.
+    /// Returns the status after the final message; none while it waits for the device.
     pub(super) fn discard(
         &mut self,
         id: u64,
@@ -113,7 +113,7 @@ impl Inner {
         let claim = found.and_then(|(_, run)| Claim::new(run.first(), run.len()));
         let claimed = claim.as_ref().map_or(0, Claim::len);
 
-        // What was in use after all, or cannot be had, is passed over. What comes after that is
+        // Pages that were in use after all, or cannot be isolated, are passed over. What comes after that is
         // looked at again.
         if let Some((zone, run)) = found.filter(|(_, run)| claimed < run.len()) {
             walk.go_on_at(zone, run.first() + claimed.max(1));

@@ -57,7 +57,7 @@ impl Open {
 
 /// What is left to be done for a request.
 pub(super) enum Work {
-    /// To name what the walk finds.
+    /// To name the blocks that the walk yields.
     Skip(Walk),
     /// To name memory, and keep it from being used.
     Discard(Discard),

@@ -167,7 +167,7 @@ impl<T: Show> Deref for File<T> {
 impl<T: Show> File<T> {
     /// # Safety
     ///
-    /// `raw` must be that of a live `File<T>`, and `m` a sequence that nobody else uses.
+    /// `raw` must be that of a live `File<T>`, and `m` a sequence that no other thread uses.
     unsafe fn callback(m: *mut bindings::seq_file, raw: *mut RawFile) {
         // SAFETY: By the requirements of this function.
         let (this, m) = unsafe {

@@ -101,17 +101,17 @@ impl Claim {
     /// first of all, or if the kernel cannot do it. May sleep: what others take of the pages
     /// meanwhile is moved away again.
     ///
-    /// The pages are marked as offline: their memory is not taken offline, and nobody looks at what
-    /// is in them.
+    /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
+    /// their content.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
         let first = usize::try_from(first).ok()?;
         let block = 1 << memory::page_block_order();
         let mut len = unused_at(first, len as usize) / block * block;
 
-        // One block that cannot be had, as those of CMA, spoils all.
+        // One block that cannot be allocated, as those of CMA, fails the whole range.
         //
         // SAFETY: The pages were free in one zone. If the memory has gone offline since, it has not
-        // gone away: nobody removes memory that was online a moment ago.
+        // gone away: the kernel removes no memory that was online a moment ago.
         while len > 0 && unsafe { alloc_range(first, len) }.is_err() {
             len = len / 2 / block * block;
         }

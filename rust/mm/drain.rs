@@ -33,7 +33,7 @@ const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
 /// The call for it is the page allocator's own. But to allocate a given range is to begin with that,
 /// in the range's zone; so a free page block of each zone is such a range: if possible not one for
 /// movable pages, as most that were just freed are. Page blocks may be so large that none is free:
-/// then it is as much as can be had of one in which the kernel can move what is in use. Without
+/// then it is as much as is available of one in which the kernel can move what is in use. Without
 /// `CONFIG_CONTIG_ALLOC` the pages stay where they are.
 pub(crate) fn drain_free_lists() {
     if !cfg!(CONFIG_CONTIG_ALLOC) {

@@ -25,8 +25,8 @@ use kernel::{
     sync::lock::GlobalGuard, //
 };
 
-/// Returns the kernel pages that can be had without swapping: `MemAvailable` of /proc/meminfo, but
-/// for two things. What the kernel keeps back at the moment may be more than 100 MiB, and an
+/// Returns the kernel pages that are available without swapping: `MemAvailable` of /proc/meminfo,
+/// with two exceptions. What the kernel keeps back at the moment may be more than 100 MiB, and an
 /// allocation that wants some of it kills a process. What processes have mapped of files is in use,
 /// such as the programs that run: they would wait for the disk with each step.
 pub(crate) fn available_pages() -> usize {
@@ -45,7 +45,7 @@ pub(crate) fn present_pages() -> usize {
     Zone::all().map(Zone::present_pages).sum()
 }
 
-/// Returns the kernel pages that are kept back for a while.
+/// Returns the kernel pages that watermark boosts reserve for a while.
 pub(crate) fn boosted_pages() -> usize {
     Zone::all().map(Zone::boost).sum()
 }
@@ -84,8 +84,8 @@ pub(crate) fn free_pages() -> usize {
 /// What part of the free memory is always left to the guest, as a divisor.
 const LEFT_FREE: usize = 8;
 
-/// Returns the kernel pages that the guest can do without for a while: free ones, but for an eighth
-/// of them, and for 16 MiB and 1/512 of all memory, which is more than what the page allocator
+/// Returns the kernel pages that the guest can do without for a while: free ones, except an eighth
+/// of them, and except 16 MiB and 1/512 of all memory, which is more than what the page allocator
 /// wants to have at hand; and no more than leave `floor` available.
 ///
 /// What the kernel cannot use for itself does not count, however much there is of it.
@@ -120,7 +120,7 @@ impl Movable {
         this
     }
 
-    /// Returns the kernel pages that can be had elsewhere without swapping.
+    /// Returns the kernel pages that are available elsewhere without swapping.
     fn others_available(&self) -> usize {
         available_pages().saturating_sub(self.free + self.caches)
     }

@@ -6,7 +6,7 @@
 //! the inflate and deflate events), marks the pages offline, and lets compaction find them. Blocks
 //! need not be moved for larger ones, and are kept here, with the same accounting. What the core
 //! could do as well, but would do for each page alone, is to adjust the zones' numbers of managed
-//! pages, which has the kernel compute its reserves anew each time.
+//! pages, which makes the kernel compute its reserves again each time.
 //!
 //! C header: [`include/linux/balloon.h`](srctree/include/linux/balloon.h)
 

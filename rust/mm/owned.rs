@@ -85,8 +85,8 @@ impl Allocated {
         let (page, order) = self.into_parts();
 
         // SAFETY: By the type invariants the block is ours, and has no tail pages of a compound page:
-        // it was allocated without `__GFP_COMP`. Its pages are of order 0 from now on, and nobody
-        // else knows them.
+        // it was allocated without `__GFP_COMP`. Its pages are of order 0 from now on, and no
+        // other code has a pointer to them.
         unsafe {
             bindings::split_page(page.as_ptr(), order);
             for n in 0..1 << order {

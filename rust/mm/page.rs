@@ -183,7 +183,7 @@ impl Page {
         is_free.then(|| self.private() as u32)
     }
 
-    /// Returns whether the page is marked as offline: nobody looks at what is in it.
+    /// Returns whether the page is marked as offline: dumps leave out its content.
     pub(in crate::rust) fn is_offline(self) -> bool {
         self.page_type() >> 24 == bindings::pagetype_PGTY_offline
     }

@@ -203,7 +203,7 @@ impl Virtqueue<ReportToken> {
 ///
 /// The entry must be valid.
 unsafe fn sg_page(sg: *mut bindings::scatterlist) -> Option<Page> {
-    // The lowest two bits say whether the list goes on.
+    // The lowest two bits say whether the list continues.
     //
     // SAFETY: By the requirements of this function.
     unsafe { Page::from_raw(((*sg).page_link & !3) as *mut bindings::page) }

@@ -2,7 +2,7 @@
 
 //! A list of page frame numbers that needs no memory but the pages that are on it.
 //!
-//! When memory is given back because there is none left, the device still has to be told which
+//! When memory is given back because there is none left, the driver still has to name to the device which
 //! pages it was. The list of them is kept in some of these pages themselves. Neighbours share an
 //! entry, so that most of the time one page is enough for a hundred thousand others.
 //!
@@ -35,7 +35,7 @@ const CAPACITY: usize = (PAGE_SIZE - size_of::<Header>()) / size_of::<PfnRange>(
 /// # Invariants
 ///
 /// - The stack owns a reference to `top`, and to each page below, as their headers tell.
-/// - Each of these pages is of order 0 and in the kernel's linear mapping, and nobody else uses its
+/// - Each of these pages is of order 0 and in the kernel's linear mapping, and no other code uses its
 ///   content. The content does not survive hibernation: the pages are still marked as offline, and
 ///   such pages are left out of the image. So a stack must be emptied before. It begins with a
 ///   `Header`, followed by `len` initialised ranges, 1 to [`CAPACITY`] of them.

@@ -65,7 +65,7 @@ unsafe impl Linked for Block {
 ///
 /// # Safety
 ///
-/// Both must be valid list heads that nobody else uses.
+/// Both must be valid list heads that no other thread uses.
 unsafe fn link(prev: *mut bindings::list_head, next: *mut bindings::list_head) {
     // Compaction looks at the pages of others, too, where `next` is what tells a tail page from a
     // head: it has to see the old value or the new one.
@@ -158,7 +158,7 @@ impl<T: Linked> Ring<T> {
     pub(in crate::rust) fn pop(&mut self) -> Option<T> {
         let page = self.first?;
 
-        // INVARIANT: The page leaves the ring; if it was the last one, the ring is empty.
+        // INVARIANT: The page leaves the ring; a ring without pages is empty.
         self.len -= 1;
         // SAFETY: By the type invariants the neighbours are pages of the ring, and the page comes
         // from a `T`.
@@ -175,7 +175,7 @@ impl<T: Linked> Ring<T> {
         }
     }
 
-    /// Takes the last one out.
+    /// Takes the final page out.
     pub(in crate::rust) fn pop_last(&mut self) -> Option<T> {
         // INVARIANT: The ring begins with its last page.
         self.first = self.last();

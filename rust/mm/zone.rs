@@ -104,8 +104,8 @@ impl Zone {
         read!(self, present_pages)
     }
 
-    /// Returns how many kernel pages are kept back for a while, beside the watermarks, since memory of
-    /// one kind was taken for another.
+    /// Returns how many kernel pages the watermark boost reserves for a while, since memory of one
+    /// migrate type was taken for another.
     pub(super) fn boost(self) -> usize {
         read!(self, watermark_boost)
     }
@@ -236,7 +236,7 @@ impl Zone {
     /// Looks from `*next` on, up to `end`, for blocks of 2^`min_order` pages or more that are on
     /// the zone's free lists, and puts them on `found`: all of them are there at the same moment.
     /// Goes on until `found` is full, or until it has looked at [`PFNS_PER_HOLD`] places; `*next`
-    /// is where to go on.
+    /// is where to continue.
     ///
     /// Blocks are found in the order of their addresses, and not of the lists: lists change between
     /// one look and the next, addresses do not. `*next` must be a multiple of 2^`min_order`.

@@ -29,7 +29,7 @@ pub(crate) trait SuspendNotify: Send + Sync {
 /// The chain of the system's sleep.
 pub(crate) struct SuspendChain;
 
-/// The registration of a [`SuspendNotify`], which is told for as long as this exists.
+/// The registration of a [`SuspendNotify`], which is called for as long as this exists.
 pub(crate) type SuspendNotifier<T> = Notifier<SuspendChain, T>;
 
 // SAFETY: The functions are those of one chain, which has stopped when the second one returns. Its

@@ -131,7 +131,7 @@ impl Binding {
         self.data.store(data, Release);
     }
 
-    /// Takes note of the queues that are about to be found, one bit for each place in what was
+    /// Records the queues that `find_vqs` is about to set up, one bit for each place in what was
     /// passed to `find_vqs`, or of none (0).
     pub(super) fn set_queues(&self, present: u32) {
         self.vqs.store(present, Relaxed);
@@ -167,7 +167,7 @@ impl Binding {
         vqs.trailing_zeros() as usize
     }
 
-    /// Cuts the device off: every later [`enter`](Self::enter) fails, and nobody is inside any more.
+    /// Cuts the device off: every later [`enter`](Self::enter) fails, and no reader is inside any more.
     /// Then has `reset` reset it, unless that was done before.
     pub(super) fn reset(&self, reset: impl FnOnce()) {
         let _one = self.resetting.lock();

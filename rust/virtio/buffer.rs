@@ -73,7 +73,7 @@ impl<T: FromBytes + Zeroable> DeviceWritable<T> {
         Ok(Self(KBox::init(pin_init::init_zeroed(), flags)?))
     }
 
-    /// Returns what was written, and has zeroes there again.
+    /// Returns the bytes that the device wrote, and fills the buffer with zeroes.
     pub(crate) fn take(&mut self) -> T {
         mem::replace(&mut *self.0, pin_init::zeroed())
     }

@@ -314,7 +314,7 @@ pub(crate) trait Driver {
     }
 
     /// Gives features up that were offered and are known, but do not go together with the others or
-    /// with this system. Called before the device is told which features are accepted.
+    /// with this system. Called before the accepted features are written to the device.
     fn validate(_features: &mut Features<'_>) -> Result {
         Ok(())
     }

@@ -133,8 +133,8 @@ impl FakeDevice {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
         // SAFETY: All parts of the struct may be zero: integers, null pointers, and what
-        // `register_virtio_device` initialises. The struct is valid then, and nobody else knows it
-        // yet. Once registration was tried, it is freed by the release function only.
+        // `register_virtio_device` initialises. The struct is valid then, and no other code has a pointer
+        // to it yet. Once registration was tried, it is freed by the release function only.
         unsafe {
             inner.as_mut_ptr().write_bytes(0, 1);
             let inner = KBox::into_raw(inner.assume_init());

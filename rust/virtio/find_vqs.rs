@@ -89,7 +89,7 @@ impl Device<device::Core<'_>> {
 ///
 /// # Invariants
 ///
-/// The pointers are null or to virtqueues that nobody else uses, valid while `binding` can be
+/// The pointers are null or to virtqueues that no other thread uses, valid while `binding` can be
 /// entered.
 pub(crate) struct FoundQueues<const N: usize> {
     vqs: [*mut bindings::virtqueue; N],

@@ -233,7 +233,7 @@ impl<B> Virtqueue<B> {
         let _open = self.binding.enter()?;
 
         // SAFETY: `vq` is valid since `binding` was entered. The callers have `&mut self` where the
-        // function changes something, so that nobody else uses it.
+        // function changes something, so that no other thread uses it.
         Some(unsafe { f(self.vq.as_ptr()) })
     }
 

@@ -67,7 +67,7 @@ impl Deadline {
     /// Calls `f`, with a signal pending from `ms` milliseconds on. Afterwards no signal is pending.
     pub(in crate::rust) fn limit<T>(&self, ms: Msecs, f: impl FnOnce() -> T) -> T {
         signal::allow(bindings::SIGINT);
-        // SAFETY: The timer is initialised, and is stopped before the thread goes on.
+        // SAFETY: The timer is initialised, and is stopped before the thread continues.
         unsafe {
             bindings::mod_timer(
                 self.timer.get(),

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Files that were not found are looked for again after this time.
+/// The interval at which files that were not found are looked for again.
 const RETRY: Duration = Duration::from_secs(30);
 
 /// The memory files of a VM, once they are known.

@@ -56,9 +56,9 @@ pub(crate) enum Act {
     AskMuch,
     /// Does nothing.
     Pause,
-    /// Begins a queue anew that the driver goes on with.
+    /// Resets its side of a queue that the driver continues to use.
     ResetQueue,
-    /// Says that it needs to be reset, and goes on.
+    /// Says that it needs to be reset, and continues.
     NeedReset,
 }
 

@@ -99,7 +99,7 @@ fn keep(
     Ok(module)
 }
 
-/// The folders with the module's sources, beside those at the root.
+/// The folders with the module's sources. Others are at the root.
 const FOLDERS: [&str; 8] = [
     "balloon",
     "device",

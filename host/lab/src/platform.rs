@@ -15,7 +15,7 @@ pub(crate) struct Platform {
 }
 
 impl Platform {
-    /// For guests of the build root's architecture; the agent is beside the other `tools`.
+    /// For guests of the build root's architecture; the agent is in the directory of the other `tools`.
     pub(crate) fn of_build_root(tools: &Path) -> Self {
         Self {
             qemu: "qemu-system-x86_64".into(),

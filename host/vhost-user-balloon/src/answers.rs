@@ -5,7 +5,7 @@
 //! Buffers are used in the order in which they were made available, and one for a request stays in the
 //! available ring until there is something to ask for: it is only looked at. One that a message of an answer
 //! comes behind is used without a request in it, and the driver makes it available again (HR-V9). So the used
-//! ring says where the queue goes on, for a front end that stops it as for another process that takes it up,
+//! ring says where the queue continues, for a front end that stops it as for another process that takes it up,
 //! and there is nothing of the guest's that could get lost meanwhile.
 
 use std::ops::Range;
@@ -90,7 +90,7 @@ impl Answers<'_> {
                     false => Next::Notified,
                 }
             }
-            // There is nothing to be taken from a queue whose rings make no sense, until it is set up anew.
+            // There is nothing to be taken from a queue whose rings make no sense, until it is set up again.
             Err(_) => {
                 self.counters.refuse(Refusal::BadChain);
                 Next::Notified
@@ -98,7 +98,7 @@ impl Answers<'_> {
         }
     }
 
-    /// Returns whether the guest wants to be told of buffers that it got back, and whether there are more.
+    /// Returns whether the guest wants a notification of used buffers, and whether there are more.
     fn batch(&mut self, queue: &mut Queue, messages: &Counter) -> Result<(bool, bool), Error> {
         lock(self.requests).start(queue.next_avail(), self.counters);
         queue.disable_notification(self.memory)?;
@@ -274,7 +274,7 @@ impl Answers<'_> {
             .discarder
             .discard(self.pieces, self.counters, self.done, budget);
         let discarded = self.counters.discarded.get().saturating_sub(before);
-        // Nobody but this thread ends a request of a guest that is connected.
+        // Only this thread ends a request of a guest that is connected.
         let mut requests = lock(self.requests);
         let kept = requests.of(set)?;
         kept.discarded = kept.discarded.saturating_add(discarded);

@@ -61,7 +61,7 @@ impl Work {
     /// Whether the inflate queue is a new driver's, when it is served for the first time since it was
     /// started.
     ///
-    /// A guest that was reset, or whose driver was loaded anew, has an empty balloon, and there is no
+    /// A guest that was reset, or whose driver was loaded again, has an empty balloon, and there is no
     /// message for that. Pages of the driver before it would complete granules of which the guest uses the
     /// rest, and their contents would be lost. But a driver sets its rings up from index 0, and a front end
     /// that only stops a queue starts it where it was stopped. So an index that is not the one where this

@@ -255,7 +255,7 @@ impl Config {
         self.argument("-plugin", &value)
     }
 
-    /// Has QEMU go on when the guest reboots, in place of ending.
+    /// Lets QEMU continue when the guest reboots, instead of ending.
     pub fn reboots(mut self) -> Self {
         self.reboots = true;
         self
@@ -333,7 +333,7 @@ impl Config {
         self.logs().join("qemu.log")
     }
 
-    /// Begins the logs anew. Every QEMU that the guest is in writes to the end of them.
+    /// Empties the logs. Every QEMU that the guest is in writes to the end of them.
     pub(crate) fn clear_logs(&self) -> Result<()> {
         let logs = self.logs();
         fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;

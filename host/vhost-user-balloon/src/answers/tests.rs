@@ -75,7 +75,7 @@ impl World {
         answers.serve(&mut self.guest.vring(), &self.messages) != Next::Notified
     }
 
-    /// Makes buffers for requests available, full of what was there before.
+    /// Makes buffers for requests available, with stale bytes in them.
     fn offer(&mut self, buffers: u64) {
         for _ in 0..buffers {
             let place = BUFFERS + 64 * self.offered;
@@ -208,7 +208,7 @@ fn buffers_in_front_of_a_message_come_back_empty() {
     world.name(3, id, 0..1);
     world.offer(1);
     world.serve();
-    // In the order in which they came, with the last one left.
+    // In the order in which they came, with the newest left.
     assert_eq!((world.guest.used(), world.guest.next_avail()), (4, 4));
     let used = |number| world.guest.used_element(number);
     assert_eq!([1, 2, 3].map(used), [(1, 0), (2, 0), (3, 0)]);
@@ -539,7 +539,7 @@ fn a_cancel_is_a_request_of_its_own() {
     assert_eq!(world.pages(id), [FIRST]);
     assert_eq!(lock(&world.requests).open(), 0);
 
-    // Nobody has seen this one.
+    // The guest has not seen this one.
     let id = world.begin(Command::UnusedSkip(ALL));
     lock(&world.requests).cancel(id).unwrap();
     assert_eq!(world.status(id), RequestStatus::Cancelled);
@@ -595,7 +595,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     /// In whatever order buffers come and requests are made: they are used in order, each request is asked
-    /// once, and what is left in the ring is for requests only.
+    /// once, and the buffers that remain in the ring are for requests only.
     #[test]
     fn buffers_are_used_in_order(steps in prop::collection::vec(0_u8..6, 0..40)) {
         let mut world = World::new();

@@ -249,7 +249,7 @@ impl Device {
             if tells_before_use(self.acked.load(SeqCst)) {
                 work.balloon.refill();
             }
-            debug!("the guest's driver goes on");
+            debug!("the guest's driver continues");
         }
         self.channel.started();
         self.warn_of_limit();

@@ -55,7 +55,7 @@ impl Device {
         if seconds == 0 {
             return self.timer.stop();
         }
-        // The first sample comes at once: whoever changes the interval wants to see one.
+        // The first sample comes at once: a client that changes the interval wants to see one.
         self.timer.every(
             Duration::from_millis(1),
             Duration::from_secs(seconds.into()),

@@ -117,8 +117,9 @@ impl Config {
                 // The kernel panics if its timer does not interrupt it within ten ticks. On a busy machine QEMU may get
                 // no processor for so long.
                 "no_timer_check",
-                // Linux 7.3's watchdog of clocksources waits with interrupts off, and takes the time from the clocksource.
-                // While that is jiffies, and another processor waits in stop_machine(), both wait for ever.
+                // Linux 7.3's clocksource watchdog waits for another processor with interrupts off, until a timeout on the
+                // current clocksource. Early at boot that is jiffies, which stand still while both processors have
+                // interrupts off: the other one in stop_machine().
                 "tsc=nowatchdog",
                 "console=ttyS0",
                 // How a machine without ACPI and without a keyboard's controller ends.

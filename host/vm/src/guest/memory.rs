@@ -12,9 +12,9 @@ use crate::size::Size;
 pub struct Meminfo {
     /// All that the kernel manages.
     pub total: Size,
-    /// What is not used at all, without what is on the processors' own lists.
+    /// What is not used at all, without the per-CPU page lists.
     pub free: Size,
-    /// What can be had without swapping.
+    /// What is available without swapping.
     pub available: Size,
     /// What is in balloons.
     pub balloon: Size,
@@ -43,7 +43,7 @@ impl Guest {
         })
     }
 
-    /// What is not used at all, with what is on the processors' own lists, which MemFree leaves out. Both from
+    /// What is not used at all, with the per-CPU page lists, which MemFree leaves out. Both from
     /// one file: the lists may be emptied at any moment.
     pub fn free(&self) -> Result<Size> {
         self.fold_counters()?;
