@@ -166,16 +166,19 @@ fn memory_that_comes_back_keeps_its_balloon() {
     assert_eq!(balloon.inflate(&pages(&[8]), &mut pieces).moved, 1);
 }
 
+/// The balloon of a process that takes the device up, with granules of two pages.
+fn kept_balloon(files: &MemoryFiles, kept: &File) -> Balloon {
+    let mut balloon = Balloon::default();
+    balloon.keep(kept.try_clone().unwrap());
+    balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
+    balloon
+}
+
 #[test]
 fn another_process_knows_what_is_in_the_balloon() {
     let files = MemoryFiles::new(1 << 20, 1 << 20);
     let kept = memory_file(0);
-    let process = || {
-        let mut balloon = Balloon::default();
-        balloon.keep(kept.try_clone().unwrap());
-        balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
-        balloon
-    };
+    let process = || kept_balloon(&files, &kept);
     let mut first = process();
     let high = HOLE / PAGE;
     let ranges = [3..5, 100..101, high + 1..high + 2];
@@ -214,12 +217,7 @@ fn another_process_knows_what_is_in_the_balloon() {
 fn a_file_that_cannot_be_written_is_given_up() {
     let files = MemoryFiles::new(1 << 20, 1 << 20);
     let kept = memory_file(0);
-    let process = || {
-        let mut balloon = Balloon::default();
-        balloon.keep(kept.try_clone().unwrap());
-        balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
-        balloon
-    };
+    let process = || kept_balloon(&files, &kept);
     let mut first = process();
     first.inflate(&pages(&[8]), &mut Pieces::default());
     first.write_down(&pages(&[8]));
