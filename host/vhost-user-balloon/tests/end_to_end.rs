@@ -85,10 +85,10 @@ fn command_of(program: &Path, directory: &Path) -> Command {
 }
 
 fn start(directory: &Path, arguments: &[&str]) -> Running {
-    let daemon = command(directory).args(arguments).spawn().unwrap();
+    let daemon = Running(command(directory).args(arguments).spawn().unwrap());
     let control = directory.join("control");
     wait_for("the daemon", || Client::connect(&control).is_ok());
-    Running(daemon)
+    daemon
 }
 
 impl Running {
@@ -99,6 +99,15 @@ impl Running {
         )
         .unwrap();
         assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Running {
+    /// A test that fails leaves no daemon.
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -665,13 +674,7 @@ fn half_a_message_does_not_keep_the_daemon() {
     let mut front = UnixStream::connect(directory.path().join("socket")).unwrap();
     front.write_all(&[1; 4]).unwrap();
     wait_for("the VMM", || info(directory.path()).guest.connected);
-    let mut daemon = daemon.0;
-    kill(
-        Pid::from_raw(daemon.id().try_into().unwrap()),
-        Signal::SIGTERM,
-    )
-    .unwrap();
-    wait_for("the end", || daemon.try_wait().unwrap().is_some());
+    daemon.end();
 }
 
 #[test]
