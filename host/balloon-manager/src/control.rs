@@ -45,17 +45,24 @@ pub(crate) enum Request {
     Metrics {},
 }
 
+/// How long to wait after a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
 /// A request, and where its response goes.
 pub(crate) type Call = (Request, oneshot::Sender<Value>);
 
-/// Listens on the socket, and passes requests on. The socket goes when the file is dropped.
+/// Listens on the socket, and passes requests on.
 pub(crate) fn serve(path: &Path, calls: mpsc::Sender<Call>) -> Result<SocketFile> {
     let (listener, file) = listen(path, Access::default())?;
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener).context("cannot listen")?;
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(answer(stream, calls.clone()));
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => drop(tokio::spawn(answer(stream, calls.clone()))),
+                // There may be file descriptors again later.
+                Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+            }
         }
     });
     Ok(file)

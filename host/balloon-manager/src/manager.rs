@@ -141,11 +141,16 @@ impl Manager {
         let decision = self.policy.step(&observation);
         self.counts.decisions += 1;
         if let Some(record) = &mut self.record {
-            record.write(&Line {
+            let line = Line {
                 profile: self.config.profile,
                 observation: observation.clone(),
                 decision: decision.clone(),
-            })?;
+            };
+            // The VMs come first: what was decided is sent all the same.
+            if let Err(error) = record.write(&line) {
+                log::error!("recording no more decisions: {error:#}");
+                self.record = None;
+            }
         }
         for lease in &mut self.leases {
             lease.admitted |= decision.admitted.contains(&lease.reservation.id);
