@@ -8,8 +8,9 @@
 //! driver looks for new requests, so that nothing waits for a long answer, and calling one off
 //! takes effect at once.
 //!
-//! What the host can cost the guest is bounded: the memory for answers ([`MAX_OPEN`],
-//! [`MAX_MESSAGES`]), the pages that are isolated at a time ([`CLAIM_PAGES`]), and the time ([`Budget`]).
+//! What the host can cost the guest is bounded: the memory for answers (`MAX_OPEN` and
+//! `MAX_MESSAGES` in `queue.rs`), the pages that are isolated at a time (`CLAIM_PAGES` in
+//! `work.rs`), and the time ([`Budget`](crate::features::budget::Budget)).
 //!
 //! What an answer means is said in [`free_pages`](crate::free_pages), and in docs/protocol.md,
 //! section 5.

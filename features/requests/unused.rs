@@ -43,8 +43,7 @@ use kernel::{
 /// How many times a zone's lock is taken for one message.
 const HOLDS_PER_MESSAGE: usize = 16;
 
-/// For how many messages memory blocks are kept from being used, and how many kernel pages of them
-/// are ready for the next message before the driver takes no more for now.
+/// The number of messages with memory blocks that the device has at a time.
 const MAX_BLOCKS: usize = 2;
 
 impl Inner {

@@ -110,8 +110,9 @@ impl Claim {
 
         // One block that cannot be allocated, as those of CMA, fails the whole range.
         //
-        // SAFETY: The pages were free in one zone. If the memory has gone offline since, it has not
-        // gone away: the kernel removes no memory that was online a moment ago.
+        // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps its
+        // `struct page`s until it is removed. A removal between the look and this call is a race that
+        // `alloc_contig_range()` leaves to all of its callers.
         while len > 0 && unsafe { alloc_range(first, len) }.is_err() {
             len = len / 2 / block * block;
         }

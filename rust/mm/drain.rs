@@ -70,8 +70,8 @@ fn drain_zone(node: Node, gfp: bindings::gfp_t, kind: bindings::zone_type, order
     // The block may have been reallocated meanwhile: the kernel drains the lists before it fails, so
     // that is fine.
     //
-    // SAFETY: The block was just allocated, so that there are such pages. If they are allocated
-    // again, they are freed.
+    // SAFETY: The block was just allocated, so that its pages exist, in one zone. `alloc_range`
+    // returns one reference to each page, and `free_range` drops these.
     unsafe {
         if !is_it || alloc_range(first, 1 << order).is_err() {
             return false;

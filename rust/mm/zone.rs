@@ -42,7 +42,8 @@ pub(crate) struct Zone(*mut bindings::zone);
 // SAFETY: Zones may be looked at from any thread.
 unsafe impl Send for Zone {}
 
-// SAFETY: All that can be done with a zone is done under its lock.
+// SAFETY: Fields are read by volatile accesses. All else is done under the zone's lock. No reference
+// to the zone is made.
 unsafe impl Sync for Zone {}
 
 /// Reads a field of a zone that may be changing, which is no worse than an old value.
