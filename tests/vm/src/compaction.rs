@@ -9,11 +9,11 @@ use anyhow::{Context, Result, ensure};
 use vm::{Device, Driver, Exit, Guest, Load, Size};
 
 use crate::debugfs::{show, value};
-use crate::sizes::{check_free, check_size};
-use crate::{
+use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
     TEST_KERNEL,
 };
+use crate::sizes::{check_free, check_size};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use vm::{Device, Size};
 
-use crate::{ALL_DEVICES, BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "configuration_accesses",

@@ -7,7 +7,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 use vm::{Guest, Size};
 
-use crate::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -13,8 +13,8 @@ use vm::{Config, Daemon, Device, Driver, Guest, Load, MemoryBackend, Offer, Runn
 
 use crate::lifecycle::{device, driver_directory};
 use crate::reporting::FAST_REPORTS;
+use crate::scenario::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
 use crate::sizes::check_free;
-use crate::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

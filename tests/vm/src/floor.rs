@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use tempfile::NamedTempFile;
 use vm::{Guest, Load, Size};
 
-use crate::{QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

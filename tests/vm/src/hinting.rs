@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use vm::{Config, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
 
+use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
 use crate::sizes::check_size;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

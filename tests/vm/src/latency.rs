@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use vm::{Accel, Driver, Guest, Kernel, MemoryBackend, Off, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, fullest_block, write};
-use crate::{BOTH_DRIVERS, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "latency",

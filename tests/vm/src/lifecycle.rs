@@ -9,8 +9,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vm::{Device, Driver, Guest, Size};
 
+use crate::scenario::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+};
 use crate::sizes::{check_free, check_size};
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -9,8 +9,8 @@ use vm::{Load, PageFlag, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, fullest_block};
 use crate::reporting::wait_until_taken;
+use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 use crate::sizes::check_size;
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -9,10 +9,10 @@ use vm::{Driver, Guest, Size};
 
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
-use crate::unused::{ask, unused};
-use crate::{
+use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
 };
+use crate::unused::{ask, unused};
 
 /// How long the balloon may take to notice something.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -83,28 +83,34 @@ fn observability(setup: &Setup) -> Result<()> {
         );
         check_traffic(guest, "deflate")?;
 
-        let ((answer, _), events) = guest.trace_balloon(|| ask(guest, &unused(2 << 20)))?;
-        let named = Size::pages(sum(&events, "answer", "pages")?);
-        ensure!(
-            named.as_bytes() == answer.named && answer.named > 0,
-            "{named} of {} bytes in {events:#?}",
-            answer.named
-        );
-        let has = |part: &str| events.iter().any(|event| event.contains(part));
-        ensure!(
-            has("command=unused-skip") && has("status=complete"),
-            "no request, or no end of it: {events:#?}"
-        );
-        for (name, expected) in [
-            ("requests_completed", "1"),
-            ("requests_open", "0"),
-            ("requests_refused", "0"),
-        ] {
-            let found = show(guest, name)?;
-            ensure!(found.trim() == expected, "{name} is {found}");
-        }
+        check_request(guest)?;
         guest.rmmod(setup.driver)
     })
+}
+
+/// Checks that the events and the counters have a request of the host's.
+fn check_request(guest: &Guest) -> Result<()> {
+    let ((answer, _), events) = guest.trace_balloon(|| ask(guest, &unused(2 << 20)))?;
+    let named = Size::pages(sum(&events, "answer", "pages")?);
+    ensure!(
+        named.as_bytes() == answer.named && answer.named > 0,
+        "{named} of {} bytes in {events:#?}",
+        answer.named
+    );
+    let has = |part: &str| events.iter().any(|event| event.contains(part));
+    ensure!(
+        has("command=unused-skip") && has("status=complete"),
+        "no request, or no end of it: {events:#?}"
+    );
+    for (name, expected) in [
+        ("requests_completed", "1"),
+        ("requests_open", "0"),
+        ("requests_refused", "0"),
+    ] {
+        let found = show(guest, name)?;
+        ensure!(found.trim() == expected, "{name} is {found}");
+    }
+    Ok(())
 }
 
 fn attributes(setup: &Setup) -> Result<()> {

@@ -9,7 +9,9 @@ use anyhow::{Result, ensure};
 use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 
 use crate::reporting::wait_until_taken;
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

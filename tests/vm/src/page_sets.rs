@@ -5,7 +5,7 @@
 use anyhow::{Result, ensure};
 use vm::{Driver, Guest, HugePages, Load, MemoryBackend, Samples, Sent, Size};
 
-use crate::{EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

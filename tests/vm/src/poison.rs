@@ -11,10 +11,10 @@ use vm::{Config, Driver, Guest, Load, Machine, Offer, Size};
 
 use crate::queues::{PAGE_POISON, REPORTING};
 use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
-use crate::transports::accepted;
-use crate::{
+use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
+use crate::transports::accepted;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -9,9 +9,11 @@ use anyhow::{Result, ensure};
 use vm::{Config, Device, Guest, Load, Machine, RunningLoad, Size};
 
 use crate::lifecycle::{device, wait_inflating};
+use crate::scenario::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

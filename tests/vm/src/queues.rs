@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use vm::{Guest, Machine, Size};
 
 use crate::reporting::{FAST_REPORTS, check_reporting};
+use crate::scenario::{BOTH_DRIVERS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
 use crate::sizes::check_size;
 use crate::statistics::{newer, poll};
 use crate::transports::accepted;
-use crate::{BOTH_DRIVERS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Guest, Load, Offer, RunningLoad, Size};
 
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use vm::{Guest, Size};
 
-use crate::{
+use crate::scenario::{
     ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup,
     TEST_KERNEL,
 };

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use vm::{Load, Size, Snapshot};
 
-use crate::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "snapshot",

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use vm::{Guest, Load, Size};
 
+use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
 use crate::sizes::{agree, check_free, check_size};
-use crate::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "soak",

@@ -10,11 +10,11 @@ use vm::{Guest, Load, Sample, Size};
 use crate::debugfs::show;
 use crate::lifecycle::device;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
-use crate::sizes::check_size;
-use crate::{
+use crate::scenario::{
     ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup,
     TEST_KERNEL,
 };
+use crate::sizes::check_size;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

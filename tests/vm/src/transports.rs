@@ -5,8 +5,8 @@
 use anyhow::{Context, Result, ensure};
 use vm::{Config, Driver, Guest, Machine, Size};
 
+use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
 use crate::sizes::check_size;
-use crate::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

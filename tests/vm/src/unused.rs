@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use vm::{Driver, Guest, Kernel, Load, Size, WriteLog};
 
 use crate::debugfs::show;
-use crate::{
+use crate::scenario::{
     ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 

@@ -2,7 +2,6 @@
 
 //! The balloon device that is a process of its own.
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -10,16 +9,15 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use balloon_control::{HintAction, Request, Shortfall};
+use balloon_control::Shortfall;
 use fastrand::Rng;
 use serde_json::Value;
 use vm::{Daemon, Guest, HugePages, Load, MemoryBackend, Offer, Processes, Size};
 
-use crate::sizes::check_size;
-use crate::{
-    BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
-    VHOST_USER_DEVICE,
+use crate::scenario::{
+    BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
 };
+use crate::sizes::check_size;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -61,30 +59,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: stop_reasons,
-    },
-    Scenario {
-        name: "host_requests",
-        proves: "the guest answers the host's requests, while its data stay intact, and after a restart of the device",
-        kernels: BOTH_KERNELS,
-        drivers: RUST_DRIVER,
-        devices: EXTENDED_DEVICE,
-        run: host_requests,
-    },
-    Scenario {
-        name: "hints",
-        proves: "a host without a migration gets hints as well, and the guest its memory back",
-        kernels: TEST_KERNEL,
-        drivers: BOTH_DRIVERS,
-        devices: VHOST_USER_DEVICE,
-        run: hints,
-    },
-    Scenario {
-        name: "hints_leave_floor",
-        proves: "hints leave the guest what floor_mib says",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: VHOST_USER_DEVICE,
-        run: hints_leave_floor,
     },
     Scenario {
         name: "hugetlb_memory",
@@ -211,7 +185,7 @@ fn service_restart(setup: &Setup) -> Result<()> {
 }
 
 /// Waits for other processes than these, and until the device has the guest's driver.
-fn wait_restarted(guest: &Guest, before: Processes) -> Result<()> {
+pub(crate) fn wait_restarted(guest: &Guest, before: Processes) -> Result<()> {
     guest.wait_until("other processes of the daemon", PATIENCE, || {
         Ok(guest.daemon()?.processes().is_ok_and(|now| now != before))
     })?;
@@ -335,141 +309,6 @@ fn stop_reasons(setup: &Setup) -> Result<()> {
 
         guest.insmod(setup.driver, &["inflate=0"])?;
         expect(Some(Shortfall::Excluded))?;
-        guest.rmmod(setup.driver)
-    })
-}
-
-fn host_requests(setup: &Setup) -> Result<()> {
-    type Restart = fn(&Daemon) -> Result<()>;
-    let directory = setup.logs();
-    let file = directory.join("unused-pages");
-    let out = file.to_str().context("a path that is text")?;
-    vm::run(&setup.config(), |guest| {
-        let daemon = guest.daemon()?;
-        let run = |arguments: &[&str], exit| balloonctl(setup, &daemon.control(), arguments, exit);
-        let json = |arguments: &[&str]| -> Result<Value> {
-            Ok(serde_json::from_str(&run(
-                &[&["--json"], arguments].concat(),
-                0,
-            )?)?)
-        };
-        let amount = |answer: &Value, what| -> Result<Size> {
-            Ok(Size::bytes(answer[what].as_u64().context("an amount")?))
-        };
-        run(&["reclaim"], 4)?;
-        guest.insmod(setup.driver, &[])?;
-        wait_driver(guest)?;
-        // Only what the guest has used can come back.
-        guest.touch(Size::mib(500))?;
-        let data = guest.load(Load::Hold {
-            mib: 200,
-            threads: 2,
-        })?;
-
-        let restarts: [Option<Restart>; 3] = [
-            None,
-            Some(Daemon::replace_processes),
-            Some(Daemon::kill_worker),
-        ];
-        for restart in restarts {
-            if let Some(restart) = restart {
-                let processes = daemon.processes()?;
-                restart(&daemon)?;
-                wait_restarted(guest, processes)?;
-            }
-            let free = guest.free()?;
-            let unused = json(&["unused", "--out", out])?;
-            let named = amount(&unused, "named")?;
-            ensure!(
-                named + Size::mib(64) > free && named < free + Size::mib(64),
-                "{named} are unused, and {free} are free"
-            );
-            let bitmap = fs::read(&file)?;
-            let pages: u32 = bitmap.iter().skip(64).map(|byte| byte.count_ones()).sum();
-            ensure!(
-                Size::bytes(u64::from(pages) * 4096) == named,
-                "{named} are unused, and {pages} pages in the file"
-            );
-
-            let resident = guest.resident()?;
-            let answer = json(&["reclaim"])?;
-            let (named, discarded) = (amount(&answer, "named")?, amount(&answer, "discarded")?);
-            ensure!(
-                named > Size::mib(100) && discarded == named,
-                "{free} are free, {named} were named and {discarded} given back"
-            );
-            let now = guest.resident()?;
-            setup.note(format!(
-                "{discarded} of {free} free memory went back, and {resident} became {now}"
-            ));
-            run(&["drop-caches"], 0)?;
-            run(&["drop-caches", "--slab"], 0)?;
-            data.verify(1)?;
-        }
-        data.stop()?;
-        let refused = daemon.info()?.counters.refused;
-        ensure!(refused.is_empty(), "refused: {refused:?}");
-        guest.rmmod(setup.driver)?;
-        run(&["unused", "--out", out], 4)?;
-        Ok(())
-    })
-}
-
-/// Has the device ask for hints, or be done with them.
-fn hint(guest: &Guest, action: HintAction) -> Result<()> {
-    guest.daemon()?.call::<Value>(&Request::Hints { action })?;
-    Ok(())
-}
-
-fn hints(setup: &Setup) -> Result<()> {
-    vm::run(&setup.config().offer(&[Offer::FreePageHint]), |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
-        wait_driver(guest)?;
-        let free = guest.free()?;
-        for _ in 0..2 {
-            let before = guest.daemon()?.info()?.counters.hinted;
-            hint(guest, HintAction::Start)?;
-            guest.wait_until("hints for all free memory", PATIENCE, || {
-                let hinted = guest.daemon()?.info()?.counters.hinted - before;
-                Ok(Size::bytes(hinted) + Size::mib(150) > free)
-            })?;
-            let now = guest.free()?;
-            ensure!(
-                now < Size::mib(150),
-                "{now} of {free} are free in a guest that has hinted all"
-            );
-            hint(guest, HintAction::Stop)?;
-            hint(guest, HintAction::Done)?;
-            guest.wait_until("all memory is free again", PATIENCE, || {
-                Ok(guest.free()? + Size::mib(32) > free)
-            })?;
-        }
-        guest.rmmod(setup.driver)
-    })
-}
-
-fn hints_leave_floor(setup: &Setup) -> Result<()> {
-    let floor = Size::mib(400);
-    vm::run(&setup.config().offer(&[Offer::FreePageHint]), |guest| {
-        guest.insmod(setup.driver, &[&format!("floor_mib={}", floor.as_mib())])?;
-        wait_driver(guest)?;
-        let free = guest.free()?;
-        hint(guest, HintAction::Start)?;
-        let available = || -> Result<Size> { Ok(guest.meminfo()?.available) };
-        guest.wait_until("hints for all but the floor", PATIENCE, || {
-            Ok(available()? < floor + Size::mib(32))
-        })?;
-        // Enough for what it may not take.
-        thread::sleep(Duration::from_secs(1));
-        let left = available()?;
-        ensure!(
-            left + Size::mib(16) > floor,
-            "hints have left {left} of {free}, not {floor}"
-        );
-        hint(guest, HintAction::Done)?;
-        guest.wait_until("all memory is free again", PATIENCE, || {
-            Ok(guest.free()? + Size::mib(32) > free)
-        })?;
         guest.rmmod(setup.driver)
     })
 }

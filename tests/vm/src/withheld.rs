@@ -15,11 +15,11 @@ use tempfile::{NamedTempFile, TempDir};
 use vm::{Guest, HugePages, MemoryBackend, Size};
 
 use crate::reporting::FAST_REPORTS;
-use crate::sizes::check_size;
-use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
-use crate::{
+use crate::scenario::{
     BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
 };
+use crate::sizes::check_size;
+use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -2,23 +2,19 @@
 
 //! Guests whose kernel zeroes all memory that it allocates, as those of distributions do.
 
-use std::mem;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use balloon_control::{Begun, Progress, Request, RequestStatus};
 use vm::{Config, Device, Guest, Load, Offer, Size};
 
 use crate::compaction::{fullest_block, write};
 use crate::debugfs::{show, value};
-use crate::hinting::check_all_back;
 use crate::reporting::wait_until_taken;
-use crate::sizes::{agree, check_size};
-use crate::{
-    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+use crate::scenario::{
+    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
+use crate::sizes::{agree, check_size};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -70,38 +66,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: cma,
     },
     Scenario {
-        name: "zeroing_reclaim",
-        proves: "where the kernel zeroes memory the host gets free memory back, and needs no more of it meanwhile",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: EXTENDED_DEVICE,
-        run: reclaim,
-    },
-    Scenario {
-        name: "zeroing_hints",
-        proves: "where the kernel zeroes memory a guest migrates without its unused memory, and the host needs no more of it meanwhile",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: QEMU_DEVICE,
-        run: hints,
-    },
-    Scenario {
-        name: "zeroing_virtio_mem",
-        proves: "the balloon leaves memory blocks alone along with a virtio-mem device, which continues to work",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: QEMU_DEVICE,
-        run: virtio_mem,
-    },
-    Scenario {
-        name: "zeroing_hibernate",
-        proves: "a guest whose balloon has memory blocks hibernates, and the balloon takes memory blocks after it",
-        kernels: TEST_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: EXTENDED_DEVICE,
-        run: hibernate,
-    },
-    Scenario {
         name: "zeroing_broken_page",
         proves: "the balloon leaves a memory block with a broken page alone, since it could not come online again",
         kernels: TEST_KERNEL,
@@ -112,15 +76,15 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// How much more memory the guest may have of the host's on the way.
-const MOST_MORE: Size = Size::mib(32);
+pub(crate) const MOST_MORE: Size = Size::mib(32);
 
 /// A guest whose kernel zeroes memory.
-fn zeroing(setup: &Setup) -> Config {
+pub(crate) fn zeroing(setup: &Setup) -> Config {
     setup.config().zeroing(true).parameter("init_on_alloc=1")
 }
 
 /// How much of the host's memory the guest's has.
-fn resident(setup: &Setup, guest: &Guest) -> Result<Size> {
+pub(crate) fn resident(setup: &Setup, guest: &Guest) -> Result<Size> {
     match setup.device {
         Device::Qemu => guest.resident(),
         Device::VhostUser | Device::Extended => guest.memory_file()?.resident(),
@@ -140,12 +104,12 @@ fn inflate(setup: &Setup, guest: &Guest, size: Size) -> Result<(Duration, Size)>
 }
 
 /// How many memory blocks the driver has taken.
-fn taken(guest: &Guest) -> Result<u64> {
+pub(crate) fn taken(guest: &Guest) -> Result<u64> {
     value(&show(guest, "balloon")?, "memory_blocks")
 }
 
 /// Checks that all memory blocks are online.
-fn check_online(guest: &Guest) -> Result<()> {
+pub(crate) fn check_online(guest: &Guest) -> Result<()> {
     let states = guest.sh("cat /sys/devices/system/memory/memory*/state")?;
     let online = states.lines().filter(|&state| state == "online").count();
     let all = states.lines().count();
@@ -153,19 +117,32 @@ fn check_online(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the guest's total, what was inflated and deflated, and what is offline are these numbers of pages.
+fn agree_on(guest: &Guest, balloon: &str, expected: [u64; 4]) -> Result<()> {
+    agree(|| {
+        let now = counters(guest)?;
+        ensure!(
+            now == expected,
+            "with {balloon} balloon the counters are {now:?}, not {expected:?}"
+        );
+        Ok(())
+    })
+}
+
+fn counters(guest: &Guest) -> Result<[u64; 4]> {
+    Ok([
+        guest.meminfo()?.total.as_pages(),
+        guest.vmstat("balloon_inflate")?,
+        guest.vmstat("balloon_deflate")?,
+        guest.offline_pages(None)?,
+    ])
+}
+
 fn blocks(setup: &Setup) -> Result<()> {
     let size = Size::gib(7) + Size::pages(3);
     vm::run(&zeroing(setup).memory(Size::gib(8)), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let counters = || -> Result<[u64; 4]> {
-            Ok([
-                guest.meminfo()?.total.as_pages(),
-                guest.vmstat("balloon_inflate")?,
-                guest.vmstat("balloon_deflate")?,
-                guest.offline_pages(None)?,
-            ])
-        };
-        let [total, inflated, deflated, offline] = counters()?;
+        let [total, inflated, deflated, offline] = counters(guest)?;
         let data = guest.load(Load::Hold {
             mib: 128,
             threads: 2,
@@ -180,15 +157,14 @@ fn blocks(setup: &Setup) -> Result<()> {
                 took.as_millis()
             ));
             check_size(guest, size)?;
-            let expected = [total - pages, inflated + round * pages];
-            agree(|| {
-                let full = counters()?;
-                ensure!(
-                    full[..2] == expected && full[3] == offline + pages,
-                    "the total, what was inflated and what is offline are {full:?}, not {expected:?}"
-                );
-                Ok(())
-            })?;
+            let (in_all, before) = (round * pages, (round - 1) * pages);
+            let full = [
+                total - pages,
+                inflated + in_all,
+                deflated + before,
+                offline + pages,
+            ];
+            agree_on(guest, "a full", full)?;
             ensure!(
                 more <= MOST_MORE,
                 "the guest had {more} more memory on its way"
@@ -199,21 +175,9 @@ fn blocks(setup: &Setup) -> Result<()> {
             let took = guest.balloon().settle(Size::default())?;
             setup.note(format!("and back in {} ms", took.as_millis()));
             check_size(guest, Size::default())?;
-            let expected = [
-                total,
-                inflated + round * pages,
-                deflated + round * pages,
-                offline,
-            ];
             // The device may have to hear of some pages yet.
-            agree(|| {
-                let now = counters()?;
-                ensure!(
-                    now == expected,
-                    "with an empty balloon the counters are {now:?}, not {expected:?}"
-                );
-                Ok(())
-            })?;
+            let empty = [total, inflated + in_all, deflated + in_all, offline];
+            agree_on(guest, "an empty", empty)?;
         }
         data.stop()?;
         guest.rmmod(setup.driver)
@@ -398,199 +362,6 @@ fn cma(setup: &Setup) -> Result<()> {
         ensure!(blocks >= 19, "{blocks} memory blocks were taken");
         check_online(guest)?;
         guest.balloon().settle(Size::default())?;
-        guest.rmmod(setup.driver)
-    })
-}
-
-fn reclaim(setup: &Setup) -> Result<()> {
-    let taken = reclaim_from(setup, Size::gib(8), Size::mib(6800), &[])?;
-    ensure!(taken >= Size::gib(6), "{taken} were taken as memory blocks");
-    // Without memory blocks it takes much longer.
-    let taken = reclaim_from(setup, Size::mib(512), Size::mib(256), &["memory_blocks=0"])?;
-    ensure!(
-        taken == Size::default(),
-        "{taken} were taken as memory blocks"
-    );
-    Ok(())
-}
-
-/// Has a guest with some memory use a part of it, and looks whether the host gets that back. Returns how much of that
-/// was memory blocks.
-fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) -> Result<Size> {
-    const PATIENCE: Duration = Duration::from_secs(120);
-    let config = zeroing(setup).using_memory().memory(memory);
-    vm::run(&config, |guest| {
-        guest.insmod(setup.driver, parameters)?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
-        guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
-        guest.touch(used)?;
-
-        let before = resident(setup, guest)?;
-        let mut most = before;
-        let start = Instant::now();
-        let begun: Begun = guest.daemon()?.call(&Request::Reclaim {
-            block: 2 << 20,
-            start: 0,
-            end: 0,
-        })?;
-        guest.wait_until("memory to come back", PATIENCE, || {
-            most = most.max(resident(setup, guest)?);
-            let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
-            Ok(progress.status == RequestStatus::Complete)
-        })?;
-        let (took, after) = (start.elapsed(), resident(setup, guest)?);
-        let more = most.saturating_sub(before);
-        let blocks = Size::bytes(show(guest, "unused_block_bytes")?.trim().parse()?);
-        setup.note(format!(
-            "the guest's memory took {before}, and takes {after} after {} ms, at most {more} more than before; {blocks} were memory blocks",
-            took.as_millis()
-        ));
-        ensure!(
-            more <= MOST_MORE,
-            "the guest had {more} more memory on its way"
-        );
-        ensure!(
-            after + Size::bytes(used.as_bytes() / 10 * 9) < before,
-            "the guest's memory took {before}, and takes {after} after it had freed {used}"
-        );
-        data.stop()?;
-        check_online(guest)?;
-        let now = guest.meminfo()?.total;
-        ensure!(now == total, "the guest had {total}, and has {now}");
-        guest.rmmod(setup.driver)?;
-        Ok(blocks)
-    })
-}
-
-fn hints(setup: &Setup) -> Result<()> {
-    const SLOW: Size = Size::mib(32);
-    const PATIENCE: Duration = Duration::from_secs(120);
-    let memory = Size::gib(4);
-    let config = zeroing(setup).memory(memory).offer(&[Offer::FreePageHint]);
-    vm::run(&config, |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
-        guest.touch(Size::gib(1))?;
-        let (free, before) = (guest.free()?, resident(setup, guest)?);
-
-        let migration = guest.migrate(SLOW)?;
-        let mut most = before;
-        let hinted = || -> Result<Size> {
-            let bytes = show(guest, "hinted_bytes")?;
-            Ok(Size::bytes(bytes.trim().parse()?))
-        };
-        guest.wait_until("hints", PATIENCE, || {
-            most = most.max(resident(setup, guest)?);
-            Ok(hinted()? >= Size::gib(2))
-        })?;
-        // What is hinted now, if there is more, is the rest.
-        let mut last = Size::default();
-        guest.wait_until("the last hint", PATIENCE, || {
-            most = most.max(resident(setup, guest)?);
-            let now = hinted()?;
-            Ok(mem::replace(&mut last, now) == now)
-        })?;
-        let more = most.saturating_sub(before);
-        let transfer = migration.finish()?;
-        setup.note(format!(
-            "{last} hinted, {} sent, at most {more} more than before",
-            transfer.sent
-        ));
-        ensure!(
-            more <= MOST_MORE,
-            "the guest had {more} more memory on its way"
-        );
-        data.verify(20)?;
-        check_all_back(guest, free)?;
-        data.stop()?;
-        check_online(guest)?;
-        let now = guest.meminfo()?.total;
-        ensure!(now == total, "the guest had {total}, and has {now}");
-        guest.rmmod(setup.driver)
-    })
-}
-
-fn virtio_mem(setup: &Setup) -> Result<()> {
-    let (size, more) = (Size::mib(512), Size::gib(1));
-    let config = zeroing(setup)
-        .memory(Size::gib(2))
-        .virtio_mem(more)
-        .balloon(Some("virtio-balloon-pci,id=balloon0"));
-    vm::run(&config, |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
-        for _ in 0..2 {
-            guest.plug(more)?;
-            guest.balloon().settle(size)?;
-            guest.plug(Size::default())?;
-            check_size(guest, size)?;
-            let now = guest.meminfo()?.total;
-            ensure!(
-                now + size == total,
-                "the guest has {now} along with a balloon of {size}, and had {total} before"
-            );
-            guest.balloon().settle(Size::default())?;
-        }
-        let blocks = taken(guest)?;
-        ensure!(
-            blocks == 0,
-            "{blocks} memory blocks were taken, which virtio-mem needs the kernel's callback for"
-        );
-        check_online(guest)?;
-        data.verify(5)?;
-        data.stop()?;
-        guest.rmmod(setup.driver)
-    })
-}
-
-fn hibernate(setup: &Setup) -> Result<()> {
-    let (before, after) = (Size::mib(1024), Size::mib(1200));
-    let config = zeroing(setup).memory(Size::gib(2));
-    let blocks = |guest: &Guest, size: Size| -> Result<u64> {
-        guest.balloon().reach(size)?;
-        check_size(guest, size)?;
-        check_online(guest)?;
-        let blocks = taken(guest)?;
-        ensure!(blocks > 0, "no memory block was taken");
-        Ok(blocks)
-    };
-    let (hibernated, (total, load, taken_before)) = vm::hibernate(&config, |guest| {
-        guest.insmod(setup.driver, &[])?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
-        guest.balloon().request(before)?;
-        let taken = blocks(guest, before)?;
-        Ok((total, data.id(), taken))
-    })?;
-    hibernated.resume(after, |guest| {
-        let taken = blocks(guest, after)?;
-        ensure!(
-            taken > taken_before,
-            "{taken} memory blocks were taken, and {taken_before} before"
-        );
-        let data = guest.running(load);
-        data.verify(2)?;
-        guest.balloon().settle(Size::default())?;
-        check_size(guest, Size::default())?;
-        let now = guest.meminfo()?.total;
-        ensure!(now == total, "the guest had {total}, and has {now}");
-        data.verify(2)?;
-        data.stop()?;
         guest.rmmod(setup.driver)
     })
 }

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A scenario, and what it runs with.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
+
+/// Something that the driver must do.
+pub struct Scenario {
+    /// What it is called.
+    pub name: &'static str,
+    /// What is known when it has passed.
+    pub proves: &'static str,
+    /// The kernels that it is for.
+    pub kernels: &'static [Kernel],
+    /// The drivers that can do it.
+    pub drivers: &'static [Driver],
+    /// The devices that can do it.
+    pub devices: &'static [Device],
+    /// Does it.
+    pub run: fn(&Setup) -> Result<()>,
+}
+
+pub(crate) const ALL_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug, Kernel::Debian];
+pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
+    Kernel::Test,
+    Kernel::Debug,
+    Kernel::Debian,
+    Kernel::Arm64,
+    Kernel::Arm64LargePages,
+];
+pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
+pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];
+pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
+pub(crate) const BOTH_DRIVERS: &[Driver] = &[Driver::Rust, Driver::C];
+pub(crate) const RUST_DRIVER: &[Driver] = &[Driver::Rust];
+pub(crate) const ALL_DEVICES: &[Device] = &[Device::Qemu, Device::VhostUser, Device::Extended];
+pub(crate) const QEMU_DEVICE: &[Device] = &[Device::Qemu];
+pub(crate) const VHOST_USER_DEVICE: &[Device] = &[Device::VhostUser, Device::Extended];
+pub(crate) const EXTENDED_DEVICE: &[Device] = &[Device::Extended];
+
+/// What a scenario runs with.
+pub struct Setup {
+    /// The driver that it is about.
+    pub driver: Driver,
+    /// The balloon device of its guests.
+    pub device: Device,
+    /// The kernel of its guests.
+    pub kernel: Kernel,
+    config: Config,
+    seeds: Option<Range<u64>>,
+    time: Option<Duration>,
+    notes: RefCell<Vec<String>>,
+    skipped: RefCell<Option<String>>,
+}
+
+impl Setup {
+    /// A setup for one run of a scenario.
+    pub fn new(
+        scenario: &Scenario,
+        kernel: Kernel,
+        driver: Driver,
+        device: Device,
+        artifacts: &Artifacts,
+        accel: Accel,
+        verbose: bool,
+    ) -> Self {
+        // Guests of other variants may run at the same time.
+        let name = format!("{}-{}", scenario.name, device.name());
+        let config = Config::new(artifacts, &name)
+            .device(device)
+            .accel(accel)
+            .verbose(verbose);
+        Self {
+            driver,
+            device,
+            kernel,
+            config,
+            seeds: None,
+            time: None,
+            notes: RefCell::default(),
+            skipped: RefCell::default(),
+        }
+    }
+
+    /// Has the guests' kernels zero memory, as [`Config::zeroing`] says.
+    pub fn with_zeroing(mut self, zeroing: bool) -> Self {
+        self.config = self.config.zeroing(zeroing);
+        self
+    }
+
+    /// Has scenarios that come from seeds use these.
+    pub fn with_seeds(mut self, seeds: Option<Range<u64>>) -> Self {
+        self.seeds = seeds;
+        self
+    }
+
+    /// The seeds that were asked for.
+    pub(crate) fn seeds(&self) -> Option<Range<u64>> {
+        self.seeds.clone()
+    }
+
+    /// Has scenarios that go on for as long as one likes take so long.
+    pub fn with_time(mut self, time: Option<Duration>) -> Self {
+        self.time = time;
+        self
+    }
+
+    /// The time that was asked for.
+    pub(crate) fn time(&self) -> Option<Duration> {
+        self.time
+    }
+
+    /// The configuration that the scenario's guests start from.
+    pub fn config(&self) -> Config {
+        self.config.clone()
+    }
+
+    /// Returns `fast`, or `slow` where the guests' kernel is many times slower than others.
+    pub(crate) fn by_speed<T>(&self, fast: T, slow: T) -> T {
+        if self.kernel.is_slow() { slow } else { fast }
+    }
+
+    /// One of the host's programs.
+    pub fn tool(&self, name: &str) -> PathBuf {
+        self.config.tool(name)
+    }
+
+    /// Where the guests' logs are.
+    pub fn logs(&self) -> PathBuf {
+        self.config.logs()
+    }
+
+    /// Has a line printed below the scenario's result.
+    pub fn note(&self, line: String) {
+        self.notes.borrow_mut().push(line);
+    }
+
+    /// Notes what has gone wrong with the C driver, of which it is only told how it fares.
+    ///
+    /// # Errors
+    ///
+    /// Whatever has gone wrong with the other one.
+    pub(crate) fn tolerate(&self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(error) if self.driver == Driver::C => self.note(format!("{error:#}")),
+            result => return result,
+        }
+        Ok(())
+    }
+
+    /// Says why the scenario cannot be run on this machine. It returns then, and has not passed.
+    pub fn skip(&self, reason: &str) {
+        *self.skipped.borrow_mut() = Some(reason.to_owned());
+    }
+
+    /// Why it has not been run, if it has not.
+    pub fn skipped(&self) -> Option<String> {
+        self.skipped.borrow().clone()
+    }
+
+    /// The lines to be printed below the result.
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.borrow().clone()
+    }
+}

@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Devices that stop using buffers: the guest can leave them, suspend, and keep its memory.
+
+use std::cell::Cell;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use vm::{Driver, Exit, Guest, Hostile, Link, Machine, MemoryBackend, Size};
+
+use crate::compaction::fullest_block;
+use crate::hostile::{NOISE, PATIENCE};
+use crate::lifecycle::{device, driver_directory};
+use crate::reporting::{FAST_REPORTS, take};
+use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
+use crate::sizes::check_free;
+
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "silent_device",
+        proves: "a device that never uses a buffer keeps nobody from leaving it",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_device,
+    },
+    Scenario {
+        name: "slow_device",
+        proves: "nor does one that uses a buffer a second",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: slow_device,
+    },
+    Scenario {
+        name: "silent_report",
+        proves: "a report of free pages that is never answered does not keep the system awake",
+        kernels: BOTH_KERNELS,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_report,
+    },
+    Scenario {
+        name: "silent_report_floor",
+        proves: "nor does it take what the guest is to keep",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_report_floor,
+    },
+    Scenario {
+        name: "silent_offline",
+        proves: "memory that a silent or broken device has stays online, and whoever wants it offline is told so",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: silent_offline,
+    },
+    Scenario {
+        name: "oom_with_unanswered_moves",
+        proves: "nor do pages of the balloon that were moved keep a process from getting the others",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: oom_with_unanswered_moves,
+    },
+    Scenario {
+        name: "vanished_device",
+        proves: "a device that was pulled out keeps nobody from leaving it",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: vanished_device,
+    },
+];
+
+/// A device that takes reports, and then keeps one.
+const REPORTS: [&str; 4] = ["--only", "falls-silent", "--offer", "free-page-reporting"];
+
+/// When such a device has fallen silent.
+const FELL_SILENT: Duration = Duration::from_secs(4);
+
+/// A way to leave a device: what it is called, whether the guest goes on without it, and how to go it. The guest has the
+/// device then.
+type Way = (&'static str, bool, fn(&Setup, &Guest) -> Result<()>);
+
+const WAYS: [Way; 6] = [
+    ("unbind", true, |setup, guest| {
+        let device = device(guest, setup.driver)?;
+        guest.write_file(
+            &format!("{}/unbind", driver_directory(setup.driver)),
+            &device,
+        )
+    }),
+    ("rmmod", true, |setup, guest| guest.rmmod(setup.driver)),
+    ("unplug", true, |_, guest| guest.unplug_balloon()),
+    ("suspend and resume", false, |_, guest| {
+        guest.suspend(|| Ok(()))
+    }),
+    ("reboot", false, |_, guest| guest.reboot()),
+    ("shutdown", false, |_, guest| guest.shut_down()),
+];
+
+fn silent_device(setup: &Setup) -> Result<()> {
+    leave(
+        setup,
+        &WAYS,
+        Link::VhostUser,
+        "silent",
+        Duration::from_secs(6),
+    )
+}
+
+fn slow_device(setup: &Setup) -> Result<()> {
+    leave(
+        setup,
+        &WAYS,
+        Link::VhostUser,
+        "slow",
+        Duration::from_secs(15),
+    )
+}
+
+fn silent_report(setup: &Setup) -> Result<()> {
+    /// The kernel gives up after 20 seconds.
+    const LIMIT: Duration = Duration::from_secs(10);
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    let result = vm::run(&config, |guest| {
+        let free = guest.free()?;
+        guest.insmod(setup.driver, &[])?;
+        let arguments = ["--only", "silent", "--offer", "free-page-reporting"];
+        let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        // A report keeps pages from being free.
+        let report = || guest.wait_until("a report", PATIENCE, || Ok(guest.free()? + NOISE < free));
+        report()?;
+        let start = Instant::now();
+        guest.suspend(|| Ok(()))?;
+        let took = start.elapsed();
+        setup.note(format!(
+            "suspended and resumed in {:.1} s",
+            took.as_secs_f64()
+        ));
+        ensure!(took < LIMIT, "suspending took {took:?}");
+        // The driver does not start an unresponsive device again, unless it is bound again.
+        let name = crate::lifecycle::device(guest, setup.driver)?;
+        for file in ["unbind", "bind"] {
+            let file = format!("{}/{file}", driver_directory(setup.driver));
+            guest.write_file(&file, &name)?;
+        }
+
+        // The same once more, and the system goes on at the last moment.
+        report()?;
+        let mark = guest.console().mark()?;
+        guest.write_file("/sys/power/pm_test", "freezer")?;
+        guest.write_file("/sys/power/state", "mem")?;
+        guest.wait_until(
+            "word of a device that was reset for nothing",
+            PATIENCE,
+            || {
+                Ok(guest
+                    .console()
+                    .count_since(mark, "the system did not sleep, and the device was reset")?
+                    > 0)
+            },
+        )?;
+
+        guest.unplug_balloon()?;
+        guest.rmmod(setup.driver)?;
+        check_free(guest, free)
+    });
+    setup.tolerate(result)
+}
+
+fn silent_report_floor(setup: &Setup) -> Result<()> {
+    /// What the driver leaves to the guest, and by how much that may be missed.
+    const FLOOR: Size = Size::mib(256);
+    const SLACK: Size = Size::mib(16);
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .parameter(FAST_REPORTS)
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    let result = vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &["floor_mib=256"])?;
+        let device = Hostile::start(guest, Link::VhostUser, 0, &REPORTS)?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        thread::sleep(FELL_SILENT);
+
+        // What one process leaves is what the guest has, and what another one has used is to be reported.
+        let available = guest.meminfo()?.available;
+        let rest = take(guest, available.saturating_sub(FLOOR + Size::mib(48)))?;
+        take(guest, Size::mib(128))?.stop()?;
+        let before = guest.meminfo()?.available;
+        thread::sleep(Duration::from_secs(3));
+        let left = guest.meminfo()?.available;
+        setup.note(format!("{left} of {before} left"));
+        ensure!(left + SLACK > FLOOR, "reports leave {left} of {before}");
+        rest.stop()?;
+        guest.unplug_balloon()?;
+        guest.rmmod(setup.driver)
+    });
+    setup.tolerate(result)
+}
+
+fn silent_offline(setup: &Setup) -> Result<()> {
+    let messages = offline_with(setup, &[], &["--only", "silent"], |_| Ok(()));
+    // Pages in the balloon would be moved, which does not end either with a device that has fallen silent.
+    let empty: &[&str] = match setup.driver {
+        Driver::C => &[],
+        _ => &["inflate=0"],
+    };
+    let reports = offline_with(setup, empty, &REPORTS, |guest| {
+        // It has kept no report so far.
+        thread::sleep(FELL_SILENT);
+        take(guest, Size::mib(300))?.stop().map(|_| ())
+    });
+    // Nor are they moved once a queue is broken.
+    let breaks = ["--only", "breaks", "--offer", "deflate-on-oom"];
+    let broken = offline_with(setup, &[], &breaks, |_| {
+        thread::sleep(FELL_SILENT);
+        Ok(())
+    });
+    for result in [messages, reports, broken] {
+        setup.tolerate(result)?;
+    }
+    Ok(())
+}
+
+/// Takes a block offline, if that is possible, and has it back. If it takes longer than it may, it is interrupted.
+fn offline(guest: &Guest, block: &str) -> Result<bool> {
+    /// The driver waits for two seconds.
+    const LIMIT: Duration = Duration::from_secs(6);
+    let state = block.replace("valid_zones", "state");
+    let line = format!("echo offline >{state} && echo online_movable >{state}");
+    let output = guest.exec_within(&["sh", "-c", &line], LIMIT)?;
+    ensure!(
+        matches!(output.exit, Exit::Status(_)),
+        "'{line}' is not over in {LIMIT:?}"
+    );
+    Ok(output.exit == Exit::Status(0))
+}
+
+/// Takes blocks of memory offline of which a device has pages, once it was plugged and `ask` has been done.
+fn offline_with(
+    setup: &Setup,
+    parameters: &[&str],
+    arguments: &[&str],
+    ask: impl Fn(&Guest) -> Result<()>,
+) -> Result<()> {
+    const BLOCKS: &str = "grep -l '^Movable' /sys/devices/system/memory/memory*/valid_zones";
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .parameter("movablecore=512M")
+        .parameter(FAST_REPORTS)
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, parameters)?;
+        // The kernel has put things into some that cannot be moved, before it knew.
+        let mut blocks = Vec::new();
+        let listed = guest.sh(BLOCKS)?;
+        for block in listed.lines() {
+            if offline(guest, block)? {
+                blocks.push(block);
+            }
+        }
+        let device = Hostile::start(guest, Link::VhostUser, 0, arguments)?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        ask(guest)?;
+
+        // The device may have nothing yet.
+        let (mut refused, mut longest) = (Vec::new(), Duration::ZERO);
+        guest.wait_until("a block that stays online", PATIENCE, || {
+            for block in &blocks {
+                let start = Instant::now();
+                if !offline(guest, block)? {
+                    refused.push(block);
+                }
+                longest = longest.max(start.elapsed());
+            }
+            Ok(!refused.is_empty())
+        })?;
+        setup.note(format!(
+            "{} of {} blocks stay online, which is said within {:.1} s",
+            refused.len(),
+            blocks.len(),
+            longest.as_secs_f64()
+        ));
+
+        guest.unplug_balloon()?;
+        for block in refused {
+            ensure!(
+                offline(guest, block)?,
+                "{block} stays online without the device"
+            );
+        }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
+    /// What the device wants.
+    const BALLOON: Size = Size::mib(128);
+    /// More than the guest can have without the balloon.
+    const NEED: Size = Size::mib(48);
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .parameter("movablecore=512M")
+        .backend(MemoryBackend::Memfd)
+        .balloon(None);
+    let result = vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        let arguments = ["--only", "falls-silent", "--offer", "deflate-on-oom"];
+        let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
+        device.plug(guest, "pci.0")?;
+        device.wait()?;
+        guest.wait_until("the balloon", PATIENCE, || {
+            Ok(guest.vmstat("nr_balloon_pages")? == BALLOON.as_pages())
+        })?;
+        thread::sleep(FELL_SILENT);
+
+        // Has the pages of the balloon moved out of a block, which does not end, since only so many may be on their way.
+        let moved = guest.vmstat("balloon_migrate")?;
+        let available = guest.meminfo()?.available;
+        let block = fullest_block(guest, "^Movable")?;
+        let line = format!("echo offline >{}", block.state);
+        guest.exec_within(&["sh", "-c", &line], Duration::from_secs(3))?;
+        let moved = guest.vmstat("balloon_migrate")? - moved;
+        ensure!(moved > 0, "no page of the balloon was moved");
+        guest.wait_until("the rest of the block", PATIENCE, || {
+            Ok(guest.meminfo()?.available + NOISE > available)
+        })?;
+
+        let load = take(guest, guest.meminfo()?.available + NEED)?;
+        load.stop()?;
+        let left = Size::pages(guest.vmstat("nr_balloon_pages")?);
+        setup.note(format!(
+            "{moved} pages were moved, and {left} of {BALLOON} left in the balloon"
+        ));
+        guest.unplug_balloon()?;
+        guest.rmmod(setup.driver)
+    });
+    setup.tolerate(result)
+}
+
+fn vanished_device(setup: &Setup) -> Result<()> {
+    // Before it resumes a device the virtio core resets it, and the transport for PCI waits for that. And QEMU does not
+    // survive a reboot.
+    let ways: Vec<Way> = WAYS
+        .into_iter()
+        .filter(|(name, _, _)| !matches!(*name, "suspend and resume" | "reboot"))
+        .collect();
+    leave(setup, &ways, Link::VfioUser, "gone", Duration::from_secs(6))
+}
+
+/// Goes these ways to leave a device that is `like` this, each of which may take so long.
+fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -> Result<()> {
+    let config = setup
+        .config()
+        .machine(Machine::I440fx)
+        .backend(MemoryBackend::Memfd)
+        .balloon(None)
+        .reboots();
+    let config = match link {
+        // The virtio core complains of a device that is not reset, even if there is none.
+        Link::VfioUser => config.expect("WARNING: .*virtio.c:.* at virtio_dev_remove"),
+        Link::VhostUser => config,
+    };
+    for &(name, goes_on, way) in ways {
+        let took = Cell::new(None);
+        let begun = Cell::new(false);
+        let end = vm::run_and_kill(&config, |guest| {
+            guest.insmod(setup.driver, &[])?;
+            let device = Hostile::start(guest, link, 0, &["--only", like])?;
+            device.plug(guest, "pci.0")?;
+            device.wait()?;
+            // Whatever there is to be waited for is on its way.
+            thread::sleep(Duration::from_secs(3));
+            if link == Link::VfioUser && setup.driver != Driver::C {
+                // Where there is no device, all bits of everything are set.
+                let size = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/balloon")?;
+                ensure!(
+                    size.starts_with("target 0\n"),
+                    "the balloon of a device that is gone: {size}"
+                );
+            }
+            begun.set(true);
+            let start = Instant::now();
+            way(setup, guest)?;
+            took.set(Some(start.elapsed()));
+            if goes_on {
+                let pages = guest.vmstat("nr_balloon_pages")?;
+                ensure!(pages == 0, "{pages} pages went with the device");
+            }
+            Ok(())
+        });
+        let time = took.get().filter(|time| *time < limit);
+        match setup.driver {
+            Driver::C if begun.get() => {}
+            _ => {
+                end.with_context(|| format!("{name} on a {like} device"))?;
+                ensure!(time.is_some(), "{name} takes {took:?}");
+            }
+        }
+        setup.note(match time {
+            Some(time) => format!("{name}: {:.1} s", time.as_secs_f64()),
+            None => format!("{name}: not in {} s", limit.as_secs()),
+        });
+    }
+    Ok(())
+}
