@@ -8,16 +8,15 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::thread;
-use std::time::Duration;
 
 use agent::{Load, LoadId, LoadStatus, Progress};
 use anyhow::{Context, Result};
 
 use crate::process;
 
+mod child;
 mod churn;
 mod compute;
 mod copy;
@@ -29,11 +28,10 @@ mod map;
 mod tick;
 mod touch;
 
+use child::Stop;
+
 /// Makes this program run a load in place of being the guest's init.
 pub(crate) const ARGUMENT: &str = "load";
-
-const MIB: usize = 1 << 20;
-const PAGE_SIZE: usize = 4096;
 
 static LOADS: LazyLock<Mutex<HashMap<LoadId, Arc<Running>>>> = LazyLock::new(Mutex::default);
 
@@ -133,77 +131,5 @@ pub(crate) fn run(load: &str) -> Result<()> {
         Load::Tick { microseconds } => tick::run(microseconds, stop),
         Load::Map { mib } => map::run(mib, stop),
         Load::Churn { mib, threads, seed } => churn::run(mib, threads, seed, stop),
-    }
-}
-
-/// Tells the parent how the load fares.
-fn report(mib: usize, passes: u64) -> Result<()> {
-    say(&Progress {
-        mib,
-        passes,
-        stall_us: 0,
-    })
-}
-
-/// The same, in all details.
-fn say(progress: &Progress) -> Result<()> {
-    println!("{}", serde_json::to_string(progress)?);
-    Ok(())
-}
-
-/// Has several threads work until they are done, which count passes, and says how many there are.
-fn in_threads(
-    mib: usize,
-    threads: usize,
-    stop: Stop,
-    work: impl Fn(&AtomicU64) + Sync,
-) -> Result<()> {
-    let passes = AtomicU64::new(0);
-    thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| work(&passes));
-        }
-        while !stop.is_asked() {
-            report(mib, passes.load(Ordering::Relaxed))?;
-            thread::sleep(Duration::from_millis(20));
-        }
-        report(mib, passes.load(Ordering::Relaxed))
-    })
-}
-
-/// Writes to every page, so that it is really there.
-fn touch_pages(memory: &mut [u8]) {
-    for page in memory.chunks_mut(PAGE_SIZE) {
-        page[0] = 1;
-    }
-}
-
-/// Says whether the parent wants the load to end.
-#[derive(Clone, Copy)]
-struct Stop(&'static AtomicBool);
-
-impl Stop {
-    fn when_stdin_closes() -> Self {
-        static STOP: AtomicBool = AtomicBool::new(false);
-        let stop = Self(&STOP);
-        thread::spawn(move || {
-            let _ = std::io::stdin().read_to_end(&mut Vec::new());
-            stop.ask();
-        });
-        stop
-    }
-
-    fn ask(self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    fn is_asked(self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn wait(self) {
-        while !self.is_asked() {
-            thread::sleep(Duration::from_millis(20));
-        }
     }
 }

@@ -13,7 +13,7 @@ use indicatif::{HumanBytes, HumanCount};
 
 use crate::failure::Failure;
 use crate::info::duration;
-use crate::print;
+use crate::output::print;
 
 /// A sample as a table, with what has changed since the one before it.
 pub(crate) fn table(stats: &Stats, before: Option<&Stats>) -> String {

@@ -210,7 +210,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::protocol::{ErrorKind, Metrics};
+    use crate::protocol::{ErrorKind, Metrics, Stats};
 
     /// Asks a daemon that answers one request with `answer` and goes away.
     fn ask(answer: &'static str) -> (Client, Result<Answer, ClientError>) {
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(answer.json(), "{ \"text\":\"one\",  \"new\":1}");
         assert_eq!(answer.parse::<Metrics>().unwrap().text, "one");
         assert!(matches!(
-            answer.parse::<crate::Stats>(),
+            answer.parse::<Stats>(),
             Err(ClientError::Garbled(_))
         ));
     }

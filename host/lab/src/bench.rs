@@ -2,21 +2,23 @@
 
 //! The benchmarks: runs them, and keeps, shows and draws the results.
 
-use std::fs;
 use std::io::{IsTerminal, stderr};
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use benchmarks::{BENCHMARKS, Bench, Benchmark, Record};
 use vm::{Artifacts, Kernel};
 
+use crate::cli::Guests;
 use crate::places::Places;
 use crate::progress::Phase;
-use crate::{Guests, setup};
+use crate::setup;
 
 mod docs;
 mod plots;
+mod results;
 mod tables;
+
+use results::{all_names, directory, keep, load};
 
 /// Runs the benchmarks with `only` in a name of theirs, or all. Says whether all is as it is promised.
 pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
@@ -85,56 +87,4 @@ fn run_one(
     };
     phase.finish();
     outcome
-}
-
-/// Replaces the records of a benchmark.
-fn keep(places: &Places, benchmark: &Benchmark, records: &[Record]) -> Result<()> {
-    let old = match results(places).exists() {
-        true => load(places)?,
-        false => Vec::new(),
-    };
-    let others = old
-        .into_iter()
-        .filter(|record| !benchmark.names.contains(&&*record.name));
-    let mut all: Vec<Record> = others.chain(records.iter().cloned()).collect();
-    let names = all_names();
-    all.sort_by_key(|record| names.iter().position(|name| *name == record.name));
-    let json = serde_json::to_string_pretty(&all)?;
-    fs::create_dir_all(directory(places))?;
-    fs::write(results(places), json + "\n")?;
-    Ok(())
-}
-
-fn load(places: &Places) -> Result<Vec<Record>> {
-    let path = results(places);
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} is no results", path.display()))
-}
-
-/// The names of all records, in the order of the benchmarks.
-fn all_names() -> Vec<&'static str> {
-    let names = BENCHMARKS.iter().flat_map(|benchmark| benchmark.names);
-    names.copied().collect()
-}
-
-fn directory(places: &Places) -> PathBuf {
-    places.build().join("bench")
-}
-
-fn results(places: &Places) -> PathBuf {
-    directory(places).join("results.json")
-}
-
-/// Those of a benchmark.
-fn of<'a>(
-    benchmark: &'a Benchmark,
-    records: &'a [Record],
-) -> impl Iterator<Item = (&'static str, Vec<&'a Record>)> {
-    benchmark.names.iter().filter_map(|&name| {
-        let records: Vec<_> = records
-            .iter()
-            .filter(|record| record.name == name)
-            .collect();
-        (!records.is_empty()).then_some((name, records))
-    })
 }

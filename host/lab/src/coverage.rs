@@ -15,9 +15,10 @@ use scenarios::SCENARIOS;
 use serde_json::Value;
 use vm::{Artifacts, Coverage, Driver, Kernel};
 
+use crate::cli::Guests;
 use crate::places::Places;
 use crate::report::Report;
-use crate::{Guests, kernel, kunit, module, setup, test};
+use crate::{kernel, kunit, module, setup, test};
 
 /// What is in the module for its tests alone.
 const FOR_TESTS: [&str; 2] = ["tests", "rust/virtio/fake_device.rs"];

@@ -11,9 +11,10 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use vm::{Artifacts, Balloon, Config, Device, Driver, Kernel, Load, Size};
 
+use crate::cli::Guests;
 use crate::places::Places;
 use crate::progress::Phase;
-use crate::{Guests, setup};
+use crate::setup;
 
 const MEMORY: Size = Size::gib(8);
 const TARGET: Size = Size::gib(7);

@@ -8,9 +8,10 @@ use anyhow::Result;
 use vm::ktap::{self, Case, Outcome};
 use vm::{Artifacts, Config, Driver, Kernel, Size};
 
+use crate::cli::Guests;
 use crate::places::Places;
 use crate::report::Report;
-use crate::{Guests, setup};
+use crate::setup;
 
 /// Where it runs when no kernel is asked for.
 pub(crate) const KERNELS: [Kernel; 2] = [Kernel::Test, Kernel::Debug];

@@ -2,21 +2,17 @@
 
 //! The program behind make. It runs in the build root, with the checkout as its current directory.
 
-use std::ops::Range;
 use std::process::ExitCode;
-use std::str::FromStr;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use vm::{Accel, Device, Driver, Kernel};
+use anyhow::Result;
+use clap::Parser;
+use vm::{Device, Kernel};
 
 mod arm64;
 mod bench;
 mod check;
+mod cli;
 mod coverage;
-#[cfg(test)]
-mod cycles;
 mod deb;
 mod debian;
 mod demo;
@@ -33,211 +29,11 @@ mod platform;
 mod progress;
 mod report;
 mod setup;
+#[cfg(test)]
+mod structure;
 mod test;
 
-#[derive(Parser)]
-#[command(about, max_term_width = 100)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Inflate a balloon to 7 of a guest's 8 GiB and deflate it, with this driver and the C driver
-    Demo {
-        #[command(flatten)]
-        guests: Guests,
-    },
-    /// Run the host's unit tests and fuzz targets, KUnit in guests and the scenarios in guests
-    Test {
-        /// Run the tests in this kernel only
-        #[arg(long)]
-        kernel: Option<KernelName>,
-        /// Run only what has this in its name; "host", "kunit", "packages" and "in-tree" stand for all tests of theirs
-        #[arg(long)]
-        only: Option<String>,
-        /// Run what takes long as well, and everything in all kernels
-        #[arg(long)]
-        long: bool,
-        /// Run the scenarios on this driver
-        #[arg(long, default_value = "rs")]
-        driver: DriverName,
-        /// Run the scenarios on this balloon device [default: QEMU's, and a few on both]
-        #[arg(long)]
-        device: Option<DeviceName>,
-        #[command(flatten)]
-        guests: Guests,
-    },
-    /// Measure what the balloon costs, and what others in its place do
-    Bench {
-        /// Run only what has this in its name
-        #[arg(long)]
-        only: Option<String>,
-        /// Run nothing, and write docs/performance.md and its plots from the last results
-        #[arg(long, conflicts_with = "only")]
-        docs: bool,
-        #[command(flatten)]
-        guests: Guests,
-    },
-    /// Say which lines of the module KUnit and the scenarios execute
-    Coverage {
-        /// Run only what has this in its name, or "kunit", and add it to what was executed before
-        #[arg(long)]
-        only: Option<String>,
-        #[command(flatten)]
-        guests: Guests,
-    },
-    /// Run KUnit in guests
-    Kunit {
-        /// Run it in this kernel only
-        #[arg(long)]
-        kernel: Option<KernelName>,
-        #[command(flatten)]
-        guests: Guests,
-    },
-    /// Fuzz what comes from guests, front ends and clients
-    Fuzz {
-        /// Run this target only
-        #[arg(long)]
-        target: Option<String>,
-        /// For how long to run each target
-        #[arg(long, default_value_t = 60)]
-        seconds: u32,
-    },
-    /// Build Debian packages of the module and of the host's programs
-    Deb,
-    /// Have clippy look at the module and at the host's programs
-    Clippy,
-    /// Format the sources
-    Fmt {
-        /// Change nothing, and fail when there is something to change
-        #[arg(long)]
-        check: bool,
-    },
-}
-
-/// How guests are run.
-#[derive(Args, Clone, Copy)]
-struct Guests {
-    /// What runs the guest's instructions [default: kvm where the processor can, else tcg]
-    #[arg(long)]
-    accel: Option<AccelName>,
-    /// Show the guests' logs while they run
-    #[arg(long)]
-    verbose: bool,
-    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for half a minute],
-    /// or have races and targets come from the first one
-    #[arg(long)]
-    seeds: Option<Seeds>,
-    /// For how many seconds to have the driver's work race [default: 60]
-    #[arg(long)]
-    time: Option<u64>,
-}
-
-/// Some seeds that follow each other.
-#[derive(Clone, Copy)]
-struct Seeds {
-    first: u64,
-    end: u64,
-}
-
-impl FromStr for Seeds {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let (first, end) = text.split_once("..").context("name seeds as in 0..1000")?;
-        Ok(Self {
-            first: first.parse()?,
-            end: end.parse()?,
-        })
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum AccelName {
-    Kvm,
-    Tcg,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum KernelName {
-    Test,
-    Debug,
-    /// Debian's own, with the module from the package.
-    Debian,
-    Kcsan,
-    Latency,
-    Arm64,
-    /// With pages of 64 KiB.
-    #[value(name = "arm64-64k")]
-    Arm64LargePages,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DriverName {
-    Rs,
-    C,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceName {
-    Qemu,
-    VhostUser,
-    /// The vhost-user device with the extended protocol.
-    Extended,
-}
-
-impl Guests {
-    fn accel(self) -> Accel {
-        match self.accel {
-            None => Accel::detect(),
-            Some(AccelName::Kvm) => Accel::Kvm,
-            Some(AccelName::Tcg) => Accel::Tcg,
-        }
-    }
-
-    fn seeds(self) -> Option<Range<u64>> {
-        self.seeds.map(|Seeds { first, end }| first..end)
-    }
-
-    fn time(self) -> Option<Duration> {
-        self.time.map(Duration::from_secs)
-    }
-}
-
-impl From<KernelName> for Kernel {
-    fn from(name: KernelName) -> Self {
-        match name {
-            KernelName::Test => Self::Test,
-            KernelName::Debug => Self::Debug,
-            KernelName::Debian => Self::Debian,
-            KernelName::Kcsan => Self::Kcsan,
-            KernelName::Latency => Self::Latency,
-            KernelName::Arm64 => Self::Arm64,
-            KernelName::Arm64LargePages => Self::Arm64LargePages,
-        }
-    }
-}
-
-impl From<DriverName> for Driver {
-    fn from(name: DriverName) -> Self {
-        match name {
-            DriverName::Rs => Self::Rust,
-            DriverName::C => Self::C,
-        }
-    }
-}
-
-impl From<DeviceName> for Device {
-    fn from(name: DeviceName) -> Self {
-        match name {
-            DeviceName::Qemu => Self::Qemu,
-            DeviceName::VhostUser => Self::VhostUser,
-            DeviceName::Extended => Self::Extended,
-        }
-    }
-}
+use cli::{Cli, Command};
 
 fn main() -> Result<ExitCode> {
     let good = match Cli::parse().command {

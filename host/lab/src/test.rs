@@ -13,9 +13,10 @@ use scenarios::{SCENARIOS, Scenario, Setup};
 use vm::ktap::Outcome;
 use vm::{Artifacts, Device, Driver, Kernel, Size};
 
+use crate::cli::Guests;
 use crate::places::Places;
 use crate::report::Report;
-use crate::{Guests, fuzz, host_tests, in_tree, kunit, setup};
+use crate::{fuzz, host_tests, in_tree, kunit, setup};
 
 /// For how long each fuzz target runs: enough for the inputs in the repository, and to find what is close
 /// to them.

@@ -2,7 +2,7 @@
 
 //! What a guest uses, how fast that grows, and how much it was a while ago.
 
-use crate::{MIB, Millis, Pages, Vm};
+use crate::observation::{MIB, Millis, Pages, Vm};
 
 /// The least headroom.
 const HEADROOM: Pages = 128 * MIB;

@@ -2,7 +2,7 @@
 
 //! Weighted max-min fairness, in whole pages.
 
-use crate::Pages;
+use crate::observation::Pages;
 
 /// One VM's claim on memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,11 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::tracker::Tracker;
-use crate::{
-    Account, Action, Cause, Claim, Decision, HostPressure, MIB, Millis, Observation, Pages, Spared,
-    Vm, VmId, share,
+use crate::fair::{Claim, share};
+use crate::observation::{
+    Account, Action, Cause, Decision, HostPressure, MIB, Millis, Observation, Pages, Spared, Vm,
+    VmId,
 };
+use crate::tracker::Tracker;
 
 /// What is kept for guests that need memory at once, while others are still asked for it.
 const FAST_RESERVE: Pages = 512 * MIB;

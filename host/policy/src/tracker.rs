@@ -3,7 +3,7 @@
 //! What the policy remembers about a VM.
 
 use crate::estimate::Estimate;
-use crate::{Account, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm};
+use crate::observation::{Account, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm};
 
 /// Statistics older than this say nothing about the guest's present state.
 const STALE_AFTER: Millis = 2_500;

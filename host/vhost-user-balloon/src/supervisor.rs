@@ -27,6 +27,7 @@ use sd_notify::NotifyState;
 mod forward;
 pub mod journal;
 mod memory;
+mod program;
 mod recovery;
 mod setup;
 mod snapshot;
@@ -36,11 +37,12 @@ mod vmm;
 mod worker;
 
 use crate::options::Options;
-use snapshot::{Current, Snapshot, Store, notify};
+use journal::Journal;
+use program::{RESUME, SELF, own_path};
+use snapshot::{Current, Listening, Snapshot, Store, notify};
 use socket::Socket;
-use update::{RESUME, own_path};
 use vmm::Vmm;
-use worker::{SELF, Worker};
+use worker::Worker;
 
 /// How long a front end waits for another worker before the supervisor answers what it can.
 const ABSENCE: Duration = Duration::from_millis(50);
@@ -152,17 +154,8 @@ impl Supervisor {
             arguments: old_arguments,
             frontend,
         } = snapshot.map_or_else(Snapshot::empty, Ok)?;
-        let vmm = frontend
-            .map(|(frontend, journal)| Vmm::new(frontend, journal))
-            .transpose()?
-            .filter(|vmm| !vmm.is_gone());
-        let socket = Socket::new(path, options.socket_access(), socket)?;
-        let control = options
-            .control
-            .as_deref()
-            .map(|path| Socket::new(path, options.control_access(), control))
-            .transpose()
-            .inspect_err(|_| socket.remove())?;
+        let vmm = connected(frontend)?;
+        let (socket, control) = sockets(options, path, socket, control)?;
         let own_state = options
             .state
             .is_none()
@@ -172,14 +165,10 @@ impl Supervisor {
             let _ = fs::remove_file(state);
         }
         let new_arguments = worker_arguments(own_state.as_deref());
-        let mut arguments = new_arguments.clone();
-        if vmm.is_some() {
-            info!("continuing with the VMM that is connected");
-            if arguments != old_arguments {
-                info!("new options are used from the next VM on");
-                arguments = old_arguments;
-            }
-        }
+        let arguments = match vmm {
+            Some(_) => continue_with(old_arguments, &new_arguments),
+            None => new_arguments.clone(),
+        };
         let now = Instant::now();
         Ok(Self {
             program,
@@ -358,6 +347,38 @@ impl Supervisor {
         }
         Ok(Event::Continue)
     }
+}
+
+/// The sockets at the paths of the options, of which another supervisor may have left some.
+fn sockets(
+    options: &Options,
+    path: &Path,
+    socket: Option<Listening>,
+    control: Option<Listening>,
+) -> Result<(Socket, Option<Socket>)> {
+    let socket = Socket::new(path, options.socket_access(), socket)?;
+    let control = options
+        .control
+        .as_deref()
+        .map(|path| Socket::new(path, options.control_access(), control))
+        .transpose()
+        .inspect_err(|_| socket.remove())?;
+    Ok((socket, control))
+}
+
+/// The front end of another supervisor's, unless it is gone.
+fn connected(frontend: Option<(UnixStream, Journal)>) -> Result<Option<Vmm>> {
+    let vmm = frontend.map(|(frontend, journal)| Vmm::new(frontend, journal));
+    Ok(vmm.transpose()?.filter(|vmm| !vmm.is_gone()))
+}
+
+/// The arguments of workers for the VMM that is connected: they stay what they are.
+fn continue_with(old: Vec<OsString>, new: &[OsString]) -> Vec<OsString> {
+    info!("continuing with the VMM that is connected");
+    if old != new {
+        info!("new options are used from the next VM on");
+    }
+    old
 }
 
 /// The arguments for a worker: those of this process, and the state file if they name none.

@@ -16,9 +16,7 @@ use crate::machine::{Accel, Architecture, Kernel, Machine, MemoryBackend};
 use crate::size::Size;
 use crate::write_log::WriteLog;
 
-mod command_line;
-
-pub(crate) use command_line::{AGENT_FD, QMP_FD};
+pub(crate) mod command_line;
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]

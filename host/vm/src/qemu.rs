@@ -15,7 +15,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
 
-use crate::config::{AGENT_FD, Config, QMP_FD};
+use crate::config::Config;
+use crate::config::command_line::{AGENT_FD, QMP_FD};
 use crate::size::Size;
 use crate::stopwatch::Stopwatch;
 

@@ -5,10 +5,10 @@
 use anyhow::{Context, Result};
 use vm::Size;
 
+use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
 use crate::contestant::Contestant;
 use crate::record::{Record, Run, Subject, measure};
-use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-fragmented"],

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use vm::{Guest, Load, RunningLoad, Size};
 
+use crate::bench::{Bench, Benchmark};
 use crate::contestant::{Contestant, Device};
 use crate::record::{Run, Subject};
-use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["guest-load"],

@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use vm::Size;
 
+use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Stages, Subject, measure};
-use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-idle", "deflate-idle"],

@@ -21,11 +21,7 @@
 //! }
 //! ```
 
-use std::cell::RefCell;
-
-use anyhow::Result;
-use vm::{Accel, Artifacts, Config};
-
+mod bench;
 mod claim;
 mod contestant;
 mod fragmented;
@@ -38,6 +34,7 @@ mod snapshot;
 mod touched;
 mod zeroing;
 
+pub use crate::bench::{Bench, Benchmark};
 pub use crate::claim::Claim;
 pub use crate::contestant::{By, Contestant, Device};
 pub use crate::record::{Record, Run, Stages, Subject, measure, measure_peak};
@@ -57,90 +54,3 @@ pub const BENCHMARKS: &[&Benchmark] = &[
     &zeroing::IN_USE,
     &zeroing::FRAGMENTED,
 ];
-
-/// Something to be measured.
-pub struct Benchmark {
-    /// What its records are called. Those of one benchmark come from the same guests.
-    pub names: &'static [&'static str],
-    /// What one learns from it.
-    pub answers: &'static str,
-    /// Does it.
-    pub run: fn(&Bench) -> Result<()>,
-    /// What is promised of the results, which are the records with its names.
-    pub claims: fn(&[Record]) -> Vec<Claim>,
-}
-
-/// What a benchmark runs with, and where its results go.
-pub struct Bench<'a> {
-    config: Config,
-    watch: &'a dyn Fn(&str),
-    keep: &'a dyn Fn(&[Record]) -> Result<()>,
-    series: RefCell<Vec<(Subject, Vec<Run>)>>,
-}
-
-impl<'a> Bench<'a> {
-    /// A bench for one benchmark, which says by `watch` what it is at, and has the results so far kept after each
-    /// round.
-    pub fn new(
-        benchmark: &Benchmark,
-        artifacts: &Artifacts,
-        accel: Accel,
-        verbose: bool,
-        watch: &'a dyn Fn(&str),
-        keep: &'a dyn Fn(&[Record]) -> Result<()>,
-    ) -> Self {
-        let name = format!("bench-{}", benchmark.names[0]);
-        Self {
-            config: Config::new(artifacts, &name).accel(accel).verbose(verbose),
-            watch,
-            keep,
-            series: RefCell::default(),
-        }
-    }
-
-    /// The configuration that its guests start from.
-    pub fn config(&self) -> Config {
-        self.config.clone()
-    }
-
-    /// Has all contestants do something in turn, those of each group as many times as is said of it.
-    ///
-    /// # Errors
-    ///
-    /// The first one of theirs, or the results cannot be kept.
-    pub fn rounds(
-        &self,
-        groups: &[(usize, &[Contestant])],
-        mut each: impl FnMut(Contestant) -> Result<()>,
-    ) -> Result<()> {
-        let rounds = groups.iter().map(|&(runs, _)| runs).max();
-        for round in 1..=rounds.unwrap_or(0) {
-            for &(runs, contestants) in groups.iter().filter(|&&(runs, _)| round <= runs) {
-                for &contestant in contestants {
-                    (self.watch)(&format!("run {round} of {runs}: {contestant}"));
-                    each(contestant)?;
-                }
-            }
-            (self.keep)(&self.records())?;
-        }
-        Ok(())
-    }
-
-    /// Adds a run to those of the same subject.
-    pub fn add(&self, subject: Subject, run: Run) {
-        let mut series = self.series.borrow_mut();
-        match series.iter_mut().find(|(other, _)| *other == subject) {
-            Some((_, runs)) => runs.push(run),
-            None => series.push((subject, vec![run])),
-        }
-    }
-
-    /// What was measured.
-    pub fn records(&self) -> Vec<Record> {
-        let series = self.series.borrow();
-        series
-            .iter()
-            .map(|(subject, runs)| Record::new(subject, runs))
-            .collect()
-    }
-}

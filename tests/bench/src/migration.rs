@@ -5,10 +5,10 @@
 use anyhow::Result;
 use vm::{Offer, Size};
 
+use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Subject};
-use crate::{Bench, Benchmark};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["migrate-idle"],

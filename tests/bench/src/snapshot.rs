@@ -7,10 +7,10 @@ use std::time::Instant;
 use anyhow::Result;
 use vm::{Driver, Size};
 
+use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
 use crate::contestant::{Contestant, Device};
 use crate::record::{Record, Run, Subject};
-use crate::{Bench, Benchmark};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["snapshot-idle"],

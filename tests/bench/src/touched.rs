@@ -9,10 +9,10 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vm::{Config, Guest, Load, Size};
 
+use crate::bench::{Bench, Benchmark};
 use crate::claim::{Claim, times};
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Subject, measure};
-use crate::{Bench, Benchmark};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-touched", "deflate-touched"],

@@ -5,10 +5,10 @@
 use anyhow::Result;
 use vm::{Config, Guest, Load, Size};
 
+use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
 use crate::contestant::Contestant;
 use crate::record::{Record, Subject, measure_peak};
-use crate::{Bench, Benchmark};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["inflate-zeroing", "deflate-zeroing"],

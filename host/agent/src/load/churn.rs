@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail};
 use fastrand::Rng;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::child::{MIB, Stop, report};
 use super::hold::{check, fill};
-use super::{MIB, Stop, report};
 
 /// The largest piece of memory that is taken at once, in words.
 const LARGEST: usize = 16 * MIB / size_of::<u64>();

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 
-use super::{Stop, in_threads};
+use super::child::{Stop, in_threads};
 
 /// How many steps there are in a pass: a few milliseconds of an emulated processor's time.
 const STEPS: u64 = 1 << 20;

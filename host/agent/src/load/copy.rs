@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::Result;
 
-use super::{MIB, Stop, in_threads};
+use super::child::{MIB, Stop, in_threads};
 
 pub(super) fn run(mib: usize, threads: usize, stop: Stop) -> Result<()> {
     in_threads(mib, threads, stop, |passes| {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{MIB, PAGE_SIZE, Stop, report};
+use super::child::{MIB, PAGE_SIZE, Stop, report};
 
 /// How much memory has the free pages at even numbers, or at odd ones: not more than one of compaction's steps.
 const STRETCH: usize = 32 * PAGE_SIZE;

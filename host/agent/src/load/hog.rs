@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 
-use super::{MIB, Stop, report, touch_pages};
+use super::child::{MIB, Stop, report, touch_pages};
 
 const STEP_MIB: usize = 8;
 

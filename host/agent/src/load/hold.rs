@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use super::{MIB, Stop, report};
+use super::child::{MIB, Stop, report};
 
 /// How many words are verified and written again before the next ones: a few pages.
 const CHUNK: usize = 8192;

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result};
 use memmap2::MmapOptions;
 
-use super::{MIB, PAGE_SIZE, Stop, in_threads};
+use super::child::{MIB, PAGE_SIZE, Stop, in_threads};
 
 const DISK: &str = "/dev/vda";
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use agent::Progress;
 use anyhow::Result;
 
-use super::{Stop, say};
+use super::child::{Stop, say};
 
 /// How often it says how late it was.
 const SAYINGS: Duration = Duration::from_millis(50);

@@ -7,7 +7,7 @@ use std::thread;
 
 use anyhow::Result;
 
-use super::{MIB, report, touch_pages};
+use super::child::{MIB, report, touch_pages};
 
 pub(super) fn run(mib: usize) -> Result<()> {
     let mut memory = vec![0; mib * MIB];

@@ -12,7 +12,8 @@ use benchmarks::{BENCHMARKS, Benchmark, Record};
 use vm::{Accel, Kernel, Size};
 
 use super::plots::{self, Plot};
-use super::{directory, of, tables};
+use super::results::{directory, of};
+use super::tables;
 use crate::kernel;
 use crate::places::Places;
 

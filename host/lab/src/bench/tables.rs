@@ -7,7 +7,7 @@ use comfy_table::presets::{ASCII_MARKDOWN, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, Table};
 use vm::{Samples, Size};
 
-use super::of;
+use super::results::of;
 
 /// A column: its head, and what is in it of a record, if there is anything.
 type Column<'a> = (&'a str, Box<dyn Fn(&Record) -> Option<String> + 'a>);

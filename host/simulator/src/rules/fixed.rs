@@ -4,7 +4,7 @@
 
 use balloon_policy::Pages;
 
-use super::{Rule, View};
+use super::rule::{Rule, View};
 use crate::guest::Guest;
 
 /// No target changes after the start.

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use balloon_policy::{Millis, Pages};
 
-use super::{Rule, Timer, View, grant, target, thousandths};
+use super::rule::{Rule, Timer, View, grant, target, thousandths};
 
 const INTERVAL: Millis = 10_000;
 

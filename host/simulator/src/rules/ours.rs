@@ -4,7 +4,7 @@
 
 use balloon_policy::{Claim, MIB, Pages, Policy, Profile, share};
 
-use super::{Rule, View, grant};
+use super::rule::{Rule, View, grant};
 
 #[derive(Debug)]
 pub(crate) struct Ours {

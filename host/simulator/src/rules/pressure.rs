@@ -4,7 +4,7 @@
 
 use balloon_policy::{MIB, Millis, Pages};
 
-use super::{Rule, Timer, View, grant, target, thousandths};
+use super::rule::{Rule, Timer, View, grant, target, thousandths};
 
 /// hypeman: below 10 % of available host memory VMs give in proportion to what they have above their floor, until it
 /// is 15 %; then they get it back.

@@ -4,7 +4,7 @@
 
 use balloon_policy::{Millis, Pages, Vm};
 
-use super::{Rule, Timer, View, grant, target};
+use super::rule::{Rule, Timer, View, grant, target};
 
 const INTERVAL: Millis = 10_000;
 

@@ -4,7 +4,7 @@
 
 use balloon_policy::{MIB, Millis, Pages, Vm};
 
-use super::{Rule, Timer, View, grant, target, thousandths};
+use super::rule::{Rule, Timer, View, grant, target, thousandths};
 
 /// squeezed: every ten seconds all domains get the same part of what lies between their minimum and maximum.
 #[derive(Debug, Default)]

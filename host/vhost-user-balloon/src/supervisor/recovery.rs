@@ -10,8 +10,9 @@ use anyhow::{Result, bail};
 use log::error;
 
 use super::Supervisor;
+use super::program::SELF;
 use super::vmm::Vmm;
-use super::worker::{SELF, Worker};
+use super::worker::Worker;
 
 /// How long a worker runs until its failures are forgotten.
 const STEADY: Duration = Duration::from_secs(5);

@@ -3,12 +3,9 @@
 //! Replaces the program of both processes, and goes back to the one before if the new one does not work.
 
 use std::env;
-use std::ffi::OsStr;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -16,11 +13,9 @@ use log::{error, info};
 use sd_notify::NotifyState;
 
 use super::Supervisor;
+use super::program::{RESUME, command};
 use super::snapshot::{Snapshot, memory_file, notify};
-use super::worker::{Worker, command};
-
-/// The option of a supervisor that continues where this one ends.
-pub(super) const RESUME: &str = "--resume";
+use super::worker::Worker;
 
 impl Supervisor {
     /// Has the program at this supervisor's path tried, and takes it if it works.
@@ -88,15 +83,4 @@ impl Supervisor {
         };
         self.keep_program(&format!("{error:#}"));
     }
-}
-
-/// The path at which this program was started.
-pub(super) fn own_path() -> io::Result<PathBuf> {
-    let path = env::current_exe()?.into_os_string();
-    // The kernel says so of a program that has been replaced since.
-    let path = path
-        .as_bytes()
-        .strip_suffix(b" (deleted)")
-        .map_or_else(|| path.clone(), |path| OsStr::from_bytes(path).to_owned());
-    Ok(path.into())
 }

@@ -8,9 +8,8 @@ use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{self, Child, Command, ExitStatus, Stdio};
+use std::process::{self, Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,11 +17,9 @@ use anyhow::{Context, Result};
 use balloon_control::{Access, listen};
 use log::warn;
 
+use super::program::command;
 use crate::channel::{CONFIG_CHANGED, READY, SERVE, START, VERSION};
 use crate::message::Message;
-
-/// The running program, also when its file has been replaced or removed.
-pub(super) const SELF: &str = "/proc/self/exe";
 
 /// How long a worker may take until it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,17 +29,6 @@ pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often to look whether it has ended.
 const INTERVAL: Duration = Duration::from_millis(2);
-
-/// Runs a program as another process of this daemon.
-pub(super) fn command(program: &Path) -> Command {
-    let mut command = Command::new(program);
-    command.arg0("vhost-user-balloon");
-    // They are about file descriptors that this process has received.
-    for variable in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"] {
-        command.env_remove(variable);
-    }
-    command
-}
 
 /// A process that has the device, or is going to.
 #[derive(Debug)]

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The commands: each sends requests, and prints what has become of them.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use balloon_control::{Answer, Client, Info, Metrics, Request};
+use clap::CommandFactory;
+use clap_complete::Shell;
+use indicatif::{HumanBytes, HumanCount};
+
+use crate::amount::{Amount, PAGE};
+use crate::cli::{Cli, Command, Hints, Limit, Patience, Place};
+use crate::failure::Failure;
+use crate::output;
+use crate::{info, man, request, stats, top, unused, wait};
+
+/// Does what the command line says.
+pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
+    let session = Session {
+        socket: cli.socket(),
+        json: cli.json,
+    };
+    match cli.command {
+        Command::Info => session.info(),
+        Command::Set { size, wait } => session.set(size, &wait),
+        Command::Stats { fresh, watch } => session.stats(fresh, watch),
+        Command::Top { sockets, interval } => session.top(sockets, interval),
+        Command::Interval { seconds } => session.interval(seconds),
+        Command::Inhibit { seconds } => session.inhibit(seconds),
+        Command::Resume => session.resume(),
+        Command::Hints { action } => session.hints(action),
+        Command::Unused {
+            min_order,
+            place,
+            out,
+            limit,
+        } => session.unused(min_order, &place, &out, &limit),
+        Command::Reclaim {
+            min_order,
+            place,
+            limit,
+        } => session.reclaim(min_order, &place, &limit),
+        Command::DropCaches { pages, slab, limit } => session.drop_caches(pages, slab, &limit),
+        Command::Metrics => session.metrics(),
+        Command::Completions { shell } => completions(shell),
+        Command::Man { directory } => man::generate(&directory),
+    }
+}
+
+/// What holds for all commands.
+struct Session {
+    socket: Option<PathBuf>,
+    json: bool,
+}
+
+impl Session {
+    fn connect(&self) -> Result<Client, Failure> {
+        let socket = self.socket.as_deref().ok_or(Failure::NoVm)?;
+        Ok(Client::connect(socket)?)
+    }
+
+    /// Sends one request on a connection of its own.
+    fn call(&self, request: &Request) -> Result<Answer, Failure> {
+        Ok(self.connect()?.call(request)?)
+    }
+
+    fn show(
+        &self,
+        answer: &Answer,
+        human: impl FnOnce() -> Result<String, Failure>,
+    ) -> Result<(), Failure> {
+        output::show(self.json, answer, human)
+    }
+
+    fn info(&self) -> Result<(), Failure> {
+        let answer = self.call(&Request::Info {})?;
+        self.show(&answer, || Ok(info::table(&answer.parse()?)))
+    }
+
+    fn set(&self, size: Amount, patience: &Patience) -> Result<(), Failure> {
+        let mut client = self.connect()?;
+        if size.is_relative() {
+            // The guest's statistics say how much memory it has. Without an answer, the daemon knows only
+            // what the VMM shares.
+            let _ = client.call(&Request::Stats { fresh: true });
+        }
+        let before: Info = client.call(&Request::Info {})?.parse()?;
+        let bytes = size.of(before.memory)?;
+        let answer = client.call(&Request::Set { bytes })?;
+        if patience.wait {
+            let (answer, took) = wait::wait(&mut client, before.size, patience.timeout())?;
+            return self.show(&answer, || {
+                let info: Info = answer.parse()?;
+                Ok(format!(
+                    "The guest has given away {}, after {:.1} s.",
+                    HumanBytes(info.size),
+                    took.as_secs_f64()
+                ))
+            });
+        }
+        self.show(&answer, || {
+            Ok(format!(
+                "The target is {} now, and the guest has given away {}.",
+                HumanBytes(bytes),
+                HumanBytes(before.size)
+            ))
+        })
+    }
+
+    fn stats(&self, fresh: bool, watch: Option<u32>) -> Result<(), Failure> {
+        let mut client = self.connect()?;
+        if let Some(interval) = watch {
+            return stats::watch(&mut client, fresh, interval, self.json);
+        }
+        let answer = client.call(&Request::Stats { fresh })?;
+        self.show(&answer, || Ok(stats::table(&answer.parse()?, None)))
+    }
+
+    fn top(&self, sockets: Vec<PathBuf>, interval: u32) -> Result<(), Failure> {
+        let sockets = match sockets.is_empty() {
+            true => vec![self.socket.clone().ok_or(Failure::NoVm)?],
+            false => sockets,
+        };
+        top::run(&sockets, Duration::from_secs(interval.into()))
+    }
+
+    fn interval(&self, seconds: u32) -> Result<(), Failure> {
+        let answer = self.call(&Request::SetStatsInterval { seconds })?;
+        self.show(&answer, || {
+            Ok(match seconds {
+                0 => "The guest is no longer asked for statistics.".to_owned(),
+                _ => format!("The guest is asked for statistics every {seconds} s."),
+            })
+        })
+    }
+
+    fn inhibit(&self, seconds: u32) -> Result<(), Failure> {
+        let seconds = seconds.into();
+        let answer = self.call(&Request::Inhibit { seconds })?;
+        self.show(&answer, || {
+            Ok(format!(
+                "No memory is given back to the host for {seconds} s."
+            ))
+        })
+    }
+
+    fn resume(&self) -> Result<(), Failure> {
+        let mut client = self.connect()?;
+        let answer = client.call(&Request::Resume {})?;
+        self.show(&answer, || {
+            let info: Info = client.call(&Request::Info {})?.parse()?;
+            Ok(match info.withheld.as_slice() {
+                [] => "Memory is given back to the host again.".to_owned(),
+                reasons => format!(
+                    "Memory is not given back to the host for another reason: {}.",
+                    reasons.join(", ")
+                ),
+            })
+        })
+    }
+
+    fn hints(&self, action: Hints) -> Result<(), Failure> {
+        let answer = self.call(&Request::Hints {
+            action: action.into(),
+        })?;
+        self.show(&answer, || Ok(action.done().to_owned()))
+    }
+
+    fn unused(
+        &self,
+        min_order: u8,
+        place: &Place,
+        out: &Path,
+        limit: &Limit,
+    ) -> Result<(), Failure> {
+        let mut client = self.connect()?;
+        let request = Request::Unused {
+            block: PAGE << min_order,
+            start: place.start,
+            end: place.end,
+        };
+        let (answer, progress, took) = request::ask(&mut client, &request, limit.timeout())?;
+        let pages = unused::save(&mut client, progress.id, out)?;
+        self.show(&answer, || {
+            Ok(format!(
+                "{} of the guest are unused, in {} pages, found in {:.1} s. See {}.",
+                HumanBytes(progress.named),
+                HumanCount(pages),
+                took.as_secs_f64(),
+                out.display()
+            ))
+        })
+    }
+
+    fn reclaim(&self, min_order: u8, place: &Place, limit: &Limit) -> Result<(), Failure> {
+        let request = Request::Reclaim {
+            block: PAGE << min_order,
+            start: place.start,
+            end: place.end,
+        };
+        let (answer, progress, took) =
+            request::ask(&mut self.connect()?, &request, limit.timeout())?;
+        self.show(&answer, || {
+            Ok(format!(
+                "The host got {} back, of {} unused, after {:.1} s.",
+                HumanBytes(progress.discarded),
+                HumanBytes(progress.named),
+                took.as_secs_f64()
+            ))
+        })
+    }
+
+    fn drop_caches(&self, pages: bool, slab: bool, limit: &Limit) -> Result<(), Failure> {
+        let request = Request::DropCaches {
+            pages: pages || !slab,
+            slab: slab || !pages,
+        };
+        let (answer, _, took) = request::ask(&mut self.connect()?, &request, limit.timeout())?;
+        self.show(&answer, || {
+            Ok(format!(
+                "The guest has dropped its caches, after {:.1} s.",
+                took.as_secs_f64()
+            ))
+        })
+    }
+
+    fn metrics(&self) -> Result<(), Failure> {
+        let answer = self.call(&Request::Metrics {})?;
+        self.show(&answer, || {
+            Ok(answer.parse::<Metrics>()?.text.trim_end().to_owned())
+        })
+    }
+}
+
+fn completions(shell: Shell) -> Result<(), Failure> {
+    // The generator panics when it cannot write, and memory can always be written.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "balloonctl", &mut script);
+    Ok(io::stdout().write_all(&script)?)
+}

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is printed on success.
+
+use std::io::{self, Write};
+
+use balloon_control::Answer;
+
+use crate::failure::Failure;
+
+/// Prints an answer as it came, or as people like it.
+pub(crate) fn show(
+    json: bool,
+    answer: &Answer,
+    human: impl FnOnce() -> Result<String, Failure>,
+) -> Result<(), Failure> {
+    if json {
+        print(answer.json())
+    } else {
+        print(&human()?)
+    }
+}
+
+/// Prints a text. Unlike `println!` it does not panic when nobody reads it.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    Ok(writeln!(io::stdout(), "{text}")?)
+}
