@@ -384,8 +384,8 @@ mod tests {
 
     fn look(seconds: u64, size: u64) -> Look {
         let values = Stat::ALL
-            .into_iter()
-            .map(|stat| (stat, seconds << 20))
+            .iter()
+            .map(|&stat| (stat, seconds << 20))
             .collect();
         Look {
             at: Instant::now() + Duration::from_secs(seconds),

@@ -74,7 +74,11 @@ impl Handler for Script {
             Request::Stats { .. } => Response::Stats(Stats {
                 age: 3,
                 sequence: u64::try_from(self.seen.lock().unwrap().len()).unwrap(),
-                values: Stat::ALL.into_iter().zip((0..).map(|n| n * 1000)).collect(),
+                values: Stat::ALL
+                    .iter()
+                    .copied()
+                    .zip((0..).map(|n| n * 1000))
+                    .collect(),
             }),
             Request::Metrics {} => Response::Metrics(Metrics {
                 text: "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n".to_owned(),

@@ -2,55 +2,28 @@
 
 //! The daemon's side of the socket.
 
-use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader, Write};
+mod connections;
+mod requests;
+
+use std::io::{self, BufReader};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::framing::{Line, read_line};
-use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
 use crate::socket::{Access, BindError, SocketFile, listen};
 
-/// How long a request may be, in bytes. The longest that makes sense has less than a hundred.
-const MAX_LINE: usize = 64 << 10;
-
-/// How many clients there may be at once, each of which costs a thread.
-const MAX_CONNECTIONS: usize = 32;
+use connections::{Connection, Connections, PATIENCE, Patience, Place, turn_away};
+pub use requests::{Handler, serve};
 
 /// How long to wait when the system has no file descriptor for another client.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
-
-/// How long clients may take.
-#[derive(Clone, Copy, Debug)]
-struct Patience {
-    /// To read an answer.
-    read: Duration,
-    /// From one request to the next, when another client has no place.
-    idle: Duration,
-}
-
-const PATIENCE: Patience = Patience {
-    read: Duration::from_secs(5),
-    idle: Duration::from_secs(10),
-};
-
-/// What does the work. It is called from one thread for each client.
-pub trait Handler: Send + Sync {
-    /// Does what a request asks for.
-    ///
-    /// # Errors
-    ///
-    /// What the client shall know when it is not done.
-    fn handle(&self, request: Request) -> Result<Response, ControlError>;
-}
 
 /// Answers the clients of a socket until this is dropped. Then all clients are disconnected; a request that
 /// is being handled is waited for. The socket stays as it is: another process may listen on it as well.
@@ -118,73 +91,6 @@ impl Drop for Server {
             // A thread that has panicked has said so.
             let _ = thread.join();
         }
-    }
-}
-
-/// A client that is connected.
-#[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
-    /// Since when it has sent no request, unless one is being handled.
-    idle_since: Option<Instant>,
-}
-
-/// The clients that are connected.
-#[derive(Debug, Default)]
-struct Connections(Mutex<HashMap<u64, Connection>>);
-
-impl Connections {
-    /// No thread can leave it half changed.
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes room for another client, and says whether there is some. The client that has been idle for the
-    /// longest time gives up its place, if that was long enough.
-    fn make_room(&self, idle: Duration) -> bool {
-        let mut connections = self.lock();
-        if connections.len() < MAX_CONNECTIONS {
-            return true;
-        }
-        let longest = connections
-            .iter()
-            .filter_map(|(&id, connection)| Some((connection.idle_since?, id)))
-            .filter(|(since, _)| since.elapsed() >= idle)
-            .min();
-        let Some(connection) = longest.and_then(|(_, id)| connections.remove(&id)) else {
-            return false;
-        };
-        // Its thread ends by this.
-        let _ = connection.stream.shutdown(Shutdown::Both);
-        true
-    }
-
-    fn set_idle(&self, id: u64, idle_since: Option<Instant>) {
-        if let Some(connection) = self.lock().get_mut(&id) {
-            connection.idle_since = idle_since;
-        }
-    }
-}
-
-/// A client's place among the connections, and the handler of its requests.
-struct Place<'a> {
-    connections: &'a Connections,
-    id: u64,
-    handler: &'a dyn Handler,
-}
-
-impl Handler for Place<'_> {
-    fn handle(&self, request: Request) -> Result<Response, ControlError> {
-        self.connections.set_idle(self.id, None);
-        let result = self.handler.handle(request);
-        self.connections.set_idle(self.id, Some(Instant::now()));
-        result
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.connections.lock().remove(&self.id);
     }
 }
 
@@ -260,63 +166,9 @@ fn accept(
     });
 }
 
-/// Tells a client that there are too many. It fits into the socket's buffer, so nobody is waited for.
-fn turn_away(stream: &UnixStream) {
-    let error = ControlError::new(
-        ErrorKind::Failed,
-        format!("the daemon serves {MAX_CONNECTIONS} clients already"),
-        "close other clients, such as those that watch statistics, and try again",
-    );
-    // It is told or it is not: there is nobody else to tell.
-    let _ = reply(stream, &Reply::Error(error));
-}
-
-/// Answers one client, line by line.
-///
-/// # Errors
-///
-/// The client goes away before it has all answers.
-pub fn serve(
-    mut reader: impl BufRead,
-    mut writer: impl Write,
-    handler: &dyn Handler,
-) -> io::Result<()> {
-    while let Some(line) = read_line(&mut reader, MAX_LINE)? {
-        let answer = match parse(line).and_then(|request| handler.handle(request)) {
-            Ok(response) => Reply::Ok(response),
-            Err(error) => Reply::Error(error),
-        };
-        reply(&mut writer, &answer)?;
-    }
-    Ok(())
-}
-
-fn parse(line: Line) -> Result<Request, ControlError> {
-    let bad_request = |message| {
-        ControlError::new(
-            ErrorKind::BadRequest,
-            message,
-            "send one JSON object a line, such as {\"command\":\"info\"}",
-        )
-    };
-    match line {
-        Line::TooLong => Err(bad_request(format!(
-            "the request is longer than {MAX_LINE} bytes"
-        ))),
-        Line::Whole(line) => serde_json::from_slice(&line)
-            .map_err(|error| bad_request(format!("the request is malformed: {error}"))),
-    }
-}
-
-fn reply(mut writer: impl Write, reply: &Reply<Response>) -> io::Result<()> {
-    let mut line = serde_json::to_vec(reply)?;
-    line.push(b'\n');
-    writer.write_all(&line)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{BufRead, Read, Write};
     use std::path::PathBuf;
     use std::sync::mpsc;
 
@@ -327,8 +179,10 @@ mod tests {
     use serde_json::Value;
     use tempfile::TempDir;
 
+    use super::connections::MAX_CONNECTIONS;
+    use super::requests::MAX_LINE;
     use super::*;
-    use crate::protocol::Stats;
+    use crate::protocol::{ControlError, Request, Response, Stats};
 
     /// Says yes to all, and gives the bytes of `set` back as a sample's number.
     struct Echo;

@@ -93,7 +93,8 @@ pub(crate) enum End {
 impl Plan {
     /// The device of a seed, from the seed's random numbers.
     pub(crate) fn new(random: &mut Rng, is_pci: bool) -> Self {
-        let chosen: Vec<Feature> = Feature::ALL.into_iter().filter(|_| random.bool()).collect();
+        let all = Feature::ALL.iter().copied();
+        let chosen: Vec<Feature> = all.filter(|_| random.bool()).collect();
         let mut features = offer(&chosen, false);
         for feature in [VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_IN_ORDER] {
             if random.u8(..4) == 0 {
@@ -130,8 +131,8 @@ impl Plan {
     pub(crate) fn only(end: End, offered: &[Feature]) -> Self {
         let features = match offered {
             [] => Feature::ALL
-                .into_iter()
-                .filter(|feature| *feature != Feature::PageSets)
+                .iter()
+                .filter(|&&feature| feature != Feature::PageSets)
                 .fold(offer(&[], true), |set, feature| set | feature.mask()),
             offered => offer(offered, false),
         };

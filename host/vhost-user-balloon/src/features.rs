@@ -11,12 +11,13 @@ use balloon_wire::{
     VIRTIO_BALLOON_F_STOP_REASON, config,
 };
 use clap::ValueEnum;
+use strum::VariantArray;
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 /// A feature that can be left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, VariantArray)]
 pub enum Feature {
     /// The guest notifies the device before it reuses a page.
     MustTellHost,
@@ -45,18 +46,7 @@ pub enum Feature {
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Self; 10] = [
-        Self::MustTellHost,
-        Self::Stats,
-        Self::DeflateOnOom,
-        Self::FreePageHinting,
-        Self::PagePoison,
-        Self::FreePageReporting,
-        Self::EventIdx,
-        Self::PageSets,
-        Self::HostRequests,
-        Self::StopReason,
-    ];
+    pub const ALL: &[Self] = Self::VARIANTS;
 
     /// The feature's bit, alone.
     pub const fn mask(self) -> u64 {

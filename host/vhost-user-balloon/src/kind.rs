@@ -6,13 +6,14 @@ use balloon_wire::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_REPORTING,
     VIRTIO_BALLOON_F_STATS_VQ,
 };
+use strum::VariantArray;
 
 /// How many queues a balloon can have.
-pub const MAX_QUEUES: usize = 6;
+pub const MAX_QUEUES: usize = Kind::ALL.len();
 
 /// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
 /// (docs/protocol.md, section 2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, VariantArray)]
 pub enum Kind {
     /// Pages that go into the balloon.
     Inflate,
@@ -30,14 +31,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every queue that there can be.
-    pub const ALL: [Self; MAX_QUEUES] = [
-        Self::Inflate,
-        Self::Deflate,
-        Self::Stats,
-        Self::Hinting,
-        Self::Reporting,
-        Self::Requests,
-    ];
+    pub const ALL: &[Self] = Self::VARIANTS;
 
     /// What the queue with this number is for. The specification has fixed numbers, but Linux, QEMU and
     /// others number the queues that are there one after the other, so that is what a device must do.
@@ -52,7 +46,7 @@ impl Kind {
 
     /// The queues of a device with these features.
     pub fn present(acked_features: u64) -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(move |kind| {
+        Self::ALL.iter().copied().filter(move |kind| {
             let bit = match kind {
                 Self::Inflate | Self::Deflate => return true,
                 Self::Stats => VIRTIO_BALLOON_F_STATS_VQ,
@@ -77,28 +71,12 @@ impl<T> ByKind<T> {
 
     /// That of one kind.
     pub fn of(&self, kind: Kind) -> &T {
-        let [inflate, deflate, stats, hinting, reporting, requests] = &self.0;
-        match kind {
-            Kind::Inflate => inflate,
-            Kind::Deflate => deflate,
-            Kind::Stats => stats,
-            Kind::Hinting => hinting,
-            Kind::Reporting => reporting,
-            Kind::Requests => requests,
-        }
+        &self.0[kind as usize]
     }
 
     /// That of one kind, to be changed.
     pub fn of_mut(&mut self, kind: Kind) -> &mut T {
-        let [inflate, deflate, stats, hinting, reporting, requests] = &mut self.0;
-        match kind {
-            Kind::Inflate => inflate,
-            Kind::Deflate => deflate,
-            Kind::Stats => stats,
-            Kind::Hinting => hinting,
-            Kind::Reporting => reporting,
-            Kind::Requests => requests,
-        }
+        &mut self.0[kind as usize]
     }
 }
 

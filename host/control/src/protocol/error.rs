@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Why a request is refused.
+
+use serde::{Deserialize, Serialize};
+
+/// Why the daemon does not do what it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ControlError {
+    /// For programs.
+    pub kind: ErrorKind,
+    /// What is wrong, for people.
+    pub message: String,
+    /// What they can do about it.
+    pub advice: String,
+}
+
+impl ControlError {
+    /// An error of a kind, with what is wrong and what to do about it.
+    pub fn new(kind: ErrorKind, message: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            advice: advice.into(),
+        }
+    }
+}
+
+/// The kind of an error, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// No VMM is connected.
+    NoGuest,
+    /// No driver in the guest works with the device.
+    NoDriver,
+    /// A number is too large or too small.
+    OutOfRange,
+    /// The guest's driver has not negotiated the feature that this needs.
+    Unsupported,
+    /// The guest did not answer in time.
+    Timeout,
+    /// The request is not one of this protocol.
+    BadRequest,
+    /// Anything else.
+    Failed,
+}

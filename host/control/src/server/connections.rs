@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How many clients there may be, and how long they may take.
+
+use std::collections::HashMap;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::requests::{Handler, reply};
+use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
+
+/// How many clients there may be at once, each of which costs a thread.
+pub(super) const MAX_CONNECTIONS: usize = 32;
+
+/// How long clients may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// To read an answer.
+    pub(super) read: Duration,
+    /// From one request to the next, when another client has no place.
+    pub(super) idle: Duration,
+}
+
+pub(super) const PATIENCE: Patience = Patience {
+    read: Duration::from_secs(5),
+    idle: Duration::from_secs(10),
+};
+
+/// A client that is connected.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) stream: UnixStream,
+    /// Since when it has sent no request, unless one is being handled.
+    pub(super) idle_since: Option<Instant>,
+}
+
+/// The clients that are connected.
+#[derive(Debug, Default)]
+pub(super) struct Connections(Mutex<HashMap<u64, Connection>>);
+
+impl Connections {
+    /// No thread can leave it half changed.
+    pub(super) fn lock(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes room for another client, and says whether there is some. The client that has been idle for the
+    /// longest time gives up its place, if that was long enough.
+    pub(super) fn make_room(&self, idle: Duration) -> bool {
+        let mut connections = self.lock();
+        if connections.len() < MAX_CONNECTIONS {
+            return true;
+        }
+        let longest = connections
+            .iter()
+            .filter_map(|(&id, connection)| Some((connection.idle_since?, id)))
+            .filter(|(since, _)| since.elapsed() >= idle)
+            .min();
+        let Some(connection) = longest.and_then(|(_, id)| connections.remove(&id)) else {
+            return false;
+        };
+        // Its thread ends by this.
+        let _ = connection.stream.shutdown(Shutdown::Both);
+        true
+    }
+
+    fn set_idle(&self, id: u64, idle_since: Option<Instant>) {
+        if let Some(connection) = self.lock().get_mut(&id) {
+            connection.idle_since = idle_since;
+        }
+    }
+}
+
+/// A client's place among the connections, and the handler of its requests.
+pub(super) struct Place<'a> {
+    pub(super) connections: &'a Connections,
+    pub(super) id: u64,
+    pub(super) handler: &'a dyn Handler,
+}
+
+impl Handler for Place<'_> {
+    fn handle(&self, request: Request) -> Result<Response, ControlError> {
+        self.connections.set_idle(self.id, None);
+        let result = self.handler.handle(request);
+        self.connections.set_idle(self.id, Some(Instant::now()));
+        result
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.connections.lock().remove(&self.id);
+    }
+}
+
+/// Tells a client that there are too many. It fits into the socket's buffer, so nobody is waited for.
+pub(super) fn turn_away(stream: &UnixStream) {
+    let error = ControlError::new(
+        ErrorKind::Failed,
+        format!("the daemon serves {MAX_CONNECTIONS} clients already"),
+        "close other clients, such as those that watch statistics, and try again",
+    );
+    // It is told or it is not: there is nobody else to tell.
+    let _ = reply(stream, &Reply::Error(error));
+}

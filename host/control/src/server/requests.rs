@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads the requests of a client, and writes the responses.
+
+use std::io::{self, BufRead, Write};
+
+use crate::framing::{Line, read_line};
+use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
+
+/// How long a request may be, in bytes. The longest that makes sense has less than a hundred.
+pub(super) const MAX_LINE: usize = 64 << 10;
+
+/// What does the work. It is called from one thread for each client.
+pub trait Handler: Send + Sync {
+    /// Does what a request asks for.
+    ///
+    /// # Errors
+    ///
+    /// What the client shall know when it is not done.
+    fn handle(&self, request: Request) -> Result<Response, ControlError>;
+}
+
+/// Answers one client, line by line.
+///
+/// # Errors
+///
+/// The client goes away before it has all answers.
+pub fn serve(
+    mut reader: impl BufRead,
+    mut writer: impl Write,
+    handler: &dyn Handler,
+) -> io::Result<()> {
+    while let Some(line) = read_line(&mut reader, MAX_LINE)? {
+        let answer = match parse(line).and_then(|request| handler.handle(request)) {
+            Ok(response) => Reply::Ok(response),
+            Err(error) => Reply::Error(error),
+        };
+        reply(&mut writer, &answer)?;
+    }
+    Ok(())
+}
+
+fn parse(line: Line) -> Result<Request, ControlError> {
+    let bad_request = |message| {
+        ControlError::new(
+            ErrorKind::BadRequest,
+            message,
+            "send one JSON object a line, such as {\"command\":\"info\"}",
+        )
+    };
+    match line {
+        Line::TooLong => Err(bad_request(format!(
+            "the request is longer than {MAX_LINE} bytes"
+        ))),
+        Line::Whole(line) => serde_json::from_slice(&line)
+            .map_err(|error| bad_request(format!("the request is malformed: {error}"))),
+    }
+}
+
+pub(super) fn reply(mut writer: impl Write, reply: &Reply<Response>) -> io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    writer.write_all(&line)
+}
