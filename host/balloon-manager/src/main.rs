@@ -7,21 +7,22 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use balloon_policy::VmId;
 use clap::{Parser, Subcommand};
 use log::LevelFilter;
 use sd_notify::NotifyState;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::config::Config;
-use crate::control::{Request, SOCKET};
+use crate::control::{Call, Request, SOCKET};
 use crate::manager::Manager;
 use crate::record::Record;
 use crate::status::{Past, Reserved, Status, VmStatus};
-use crate::vm::{Connection, Failure};
+use crate::vm::{Connection, Failure, State};
 
 mod config;
 mod control;
@@ -169,31 +170,8 @@ async fn execute(command: Command) -> Result<()> {
             println!("{count} decisions are as recorded");
             Ok(())
         }
-        Command::Top { client, watch } => loop {
-            let status: Status = match ask(&client, &Request::Status {}).await? {
-                Some(status) => status,
-                None => return Ok(()),
-            };
-            print!("{}", text::top(&status));
-            if !watch {
-                return Ok(());
-            }
-            sleep(Duration::from_secs(1)).await;
-        },
-        Command::Explain { vm, client } => {
-            #[derive(Deserialize)]
-            struct Explanation {
-                vm: VmStatus,
-                history: Vec<Past>,
-            }
-            let request = Request::Explain { vm };
-            if let Some(Explanation { vm, history }) = ask(&client, &request).await? {
-                let now = ask::<Status>(&client, &Request::Status {}).await?;
-                let now = now.map_or(0, |status| status.now);
-                print!("{}", text::explain(now, &vm, &history));
-            }
-            Ok(())
-        }
+        Command::Top { client, watch } => top(&client, watch).await,
+        Command::Explain { vm, client } => explain(&client, vm).await,
         Command::Reserve {
             size,
             seconds,
@@ -215,6 +193,32 @@ async fn execute(command: Command) -> Result<()> {
     }
 }
 
+async fn top(client: &Client, watch: bool) -> Result<()> {
+    while let Some(status) = ask::<Status>(client, &Request::Status {}).await? {
+        print!("{}", text::top(&status));
+        if !watch {
+            break;
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+    Ok(())
+}
+
+async fn explain(client: &Client, vm: String) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Explanation {
+        vm: VmStatus,
+        history: Vec<Past>,
+    }
+    let request = Request::Explain { vm };
+    if let Some(Explanation { vm, history }) = ask(client, &request).await? {
+        let now = ask::<Status>(client, &Request::Status {}).await?;
+        let now = now.map_or(0, |status| status.now);
+        print!("{}", text::explain(now, &vm, &history));
+    }
+    Ok(())
+}
+
 /// Manages the VMs until a signal ends it.
 async fn run(
     path: Option<&Path>,
@@ -224,12 +228,25 @@ async fn run(
 ) -> Result<()> {
     let config = Config::load(path)?;
     let record = record.map(Record::create).transpose()?;
-    let (reports, mut reported) = mpsc::unbounded_channel();
-    let (calls, mut called) = mpsc::channel(16);
+    let (reports, reported) = mpsc::unbounded_channel();
+    let (calls, called) = mpsc::channel(16);
     let _socket = control::serve(socket, calls)
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
     let mut manager = Manager::new(config, observe, record, reports);
     log::info!("managing with the profile {:?}", manager.profile());
+    manage(&mut manager, path, reported, called).await?;
+    notify(&[NotifyState::Stopping]);
+    log::info!("ending; the balloons stay as they are");
+    Ok(())
+}
+
+/// Serves VMs, clients and signals, until one of these ends it.
+async fn manage(
+    manager: &mut Manager,
+    path: Option<&Path>,
+    mut reported: UnboundedReceiver<(VmId, State)>,
+    mut called: Receiver<Call>,
+) -> Result<()> {
     let mut hangup = signal(SignalKind::hangup())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -255,7 +272,7 @@ async fn run(
             call = called.recv() => {
                 if let Some((request, response)) = call {
                     // The client may have gone.
-                    let _ = response.send(control::handle(&mut manager, request));
+                    let _ = response.send(control::handle(manager, request));
                 }
             }
             () = due => {
@@ -269,14 +286,11 @@ async fn run(
                 decide = decide.or(Some(Instant::now()));
                 notify(&[NotifyState::Watchdog]);
             }
-            _ = hangup.recv() => reload(&mut manager, path),
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            _ = hangup.recv() => reload(manager, path),
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
         }
     }
-    notify(&[NotifyState::Stopping]);
-    log::info!("ending; the balloons stay as they are");
-    Ok(())
 }
 
 /// Without systemd this has no effect.

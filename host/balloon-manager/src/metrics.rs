@@ -8,6 +8,7 @@ use balloon_policy::{Account, Pages};
 
 use crate::config::PAGE;
 use crate::manager::Manager;
+use crate::status::{Counts, Status, VmStatus};
 
 fn head(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(text, "# HELP balloon_manager_{name} {help}");
@@ -60,6 +61,13 @@ const PER_VM: [PerVm; 6] = [
 pub(crate) fn text(manager: &Manager) -> String {
     let status = manager.status();
     let mut text = String::new();
+    pool(&mut text, &status);
+    vms(&mut text, &status.vms);
+    counts(&mut text, manager.counts());
+    text
+}
+
+fn pool(text: &mut String, status: &Status) {
     for (name, help, pages) in [
         (
             "pool_bytes",
@@ -82,66 +90,51 @@ pub(crate) fn text(manager: &Manager) -> String {
             status.reserved,
         ),
     ] {
-        head(&mut text, name, "gauge", help);
-        let _ = writeln!(
-            text,
-            "balloon_manager_{name} {}",
-            pages.saturating_mul(PAGE)
-        );
+        head(text, name, "gauge", help);
+        let bytes = pages.saturating_mul(PAGE);
+        let _ = writeln!(text, "balloon_manager_{name} {bytes}");
     }
+}
+
+fn vms(text: &mut String, vms: &[VmStatus]) {
+    let line = |text: &mut String, name: &str, vm: &VmStatus, value: u64| {
+        let vm = escaped(&vm.name);
+        let _ = writeln!(text, "balloon_manager_{name}{{vm=\"{vm}\"}} {value}");
+    };
     for (name, help, value) in PER_VM {
-        head(&mut text, name, "gauge", help);
-        for vm in &status.vms {
+        head(text, name, "gauge", help);
+        for vm in vms {
             if let Some(account) = &vm.account {
-                let bytes = value(account).saturating_mul(PAGE);
-                let _ = writeln!(
-                    text,
-                    "balloon_manager_{name}{{vm=\"{}\"}} {bytes}",
-                    escaped(&vm.name)
-                );
+                line(text, name, vm, value(account).saturating_mul(PAGE));
             }
         }
     }
-    head(
-        &mut text,
-        "vm_pressed",
-        "gauge",
-        "Whether the guest shows a sign of pressure.",
-    );
-    for vm in &status.vms {
+    let (name, help) = ("vm_pressed", "Whether the guest shows a sign of pressure.");
+    head(text, name, "gauge", help);
+    for vm in vms {
         let pressed = vm.account.is_some_and(|account| account.pressed.is_some());
-        let _ = writeln!(
-            text,
-            "balloon_manager_vm_pressed{{vm=\"{}\"}} {}",
-            escaped(&vm.name),
-            u8::from(pressed)
-        );
+        line(text, name, vm, u64::from(pressed));
     }
-    let counts = manager.counts();
+}
+
+fn counts(text: &mut String, counts: Counts) {
+    let Counts {
+        decisions,
+        raises,
+        cuts,
+        refused,
+    } = counts;
     for (name, help, count) in [
-        (
-            "decisions_total",
-            "Decisions of the policy.",
-            counts.decisions,
-        ),
-        (
-            "raises_total",
-            "Targets that give memory to a VM.",
-            counts.raises,
-        ),
-        (
-            "cuts_total",
-            "Targets that take memory from a VM.",
-            counts.cuts,
-        ),
+        ("decisions_total", "Decisions of the policy.", decisions),
+        ("raises_total", "Targets that give memory to a VM.", raises),
+        ("cuts_total", "Targets that take memory from a VM.", cuts),
         (
             "refused_reservations_total",
             "Reservations without room.",
-            counts.refused,
+            refused,
         ),
     ] {
-        head(&mut text, name, "counter", help);
+        head(text, name, "counter", help);
         let _ = writeln!(text, "balloon_manager_{name} {count}");
     }
-    text
 }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use balloon_control::{Counters, Encodings, Guest, Info};
+use balloon_control::{ByQueue, Counters, Encodings, Guest, Info};
 use comfy_table::presets::{NOTHING, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use console::Term;
@@ -150,6 +150,9 @@ fn refused(counters: &Counters) -> String {
     refused.join(", ")
 }
 
+/// What came, how much memory it named, how much was received for that, and the queue.
+type Row = (&'static str, Option<u64>, Option<u64>, fn(ByQueue) -> u64);
+
 fn messages(counters: &Counters) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_FULL_CONDENSED).set_header([
@@ -159,52 +162,40 @@ fn messages(counters: &Counters) -> Table {
         "Received",
         "Notified",
     ]);
-    let (of, received, notified) = (counters.messages, counters.received, counters.notifications);
-    let bytes = |bytes: Option<u64>| bytes.map(|bytes| HumanBytes(bytes).to_string());
-    for (what, memory, messages, received, notified) in [
+    let received = counters.received;
+    let rows: [Row; 6] = [
         (
             "inflated",
             Some(counters.inflated),
-            of.inflate,
             Some(received.inflate),
-            notified.inflate,
+            |of| of.inflate,
         ),
         (
             "deflated",
             Some(counters.deflated),
-            of.deflate,
             Some(received.deflate),
-            notified.deflate,
+            |of| of.deflate,
         ),
-        (
-            "reported free",
-            Some(counters.reported),
-            of.reports,
-            None,
-            notified.reports,
-        ),
-        (
-            "hinted free",
-            Some(counters.hinted),
-            of.hints,
-            None,
-            notified.hints,
-        ),
-        ("statistics", None, of.stats, None, notified.stats),
+        ("reported free", Some(counters.reported), None, |of| {
+            of.reports
+        }),
+        ("hinted free", Some(counters.hinted), None, |of| of.hints),
+        ("statistics", None, None, |of| of.stats),
         (
             "named unused",
             Some(counters.unused),
-            of.requests,
             Some(received.requests),
-            notified.requests,
+            |of| of.requests,
         ),
-    ] {
+    ];
+    let bytes = |bytes: Option<u64>| bytes.map(|bytes| HumanBytes(bytes).to_string());
+    for (what, memory, received, of) in rows {
         table.add_row([
             what.to_owned(),
             bytes(memory).unwrap_or_default(),
-            HumanCount(messages).to_string(),
+            HumanCount(of(counters.messages)).to_string(),
             bytes(received).unwrap_or_default(),
-            HumanCount(notified).to_string(),
+            HumanCount(of(counters.notifications)).to_string(),
         ]);
     }
     for column in table.column_iter_mut().skip(1) {

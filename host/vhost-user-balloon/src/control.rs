@@ -28,14 +28,7 @@ impl Handler for Device {
             Request::Info {} => Ok(Response::Info(self.info())),
             Request::Set { bytes } => self.set(bytes),
             Request::Stats { fresh } => self.tell_stats(fresh),
-            Request::SetStatsInterval { seconds } => match self.set_stats_interval(seconds) {
-                Ok(()) => Ok(Response::Done {}),
-                Err(error) => Err(ControlError::new(
-                    ErrorKind::Failed,
-                    format!("the interval cannot be set and kept: {error}"),
-                    "see that the daemon can write its state file",
-                )),
-            },
+            Request::SetStatsInterval { seconds } => self.set_interval(seconds),
             Request::Inhibit { seconds } => self.tell_inhibit(Some(seconds)),
             Request::Resume {} => self.tell_inhibit(None),
             Request::Hints { action } => {
@@ -50,24 +43,7 @@ impl Handler for Device {
             Request::Unused { block, start, end } => {
                 self.ask_guest(Command::UnusedSkip(wanted(block, start, end)?))
             }
-            Request::Reclaim { block, start, end } => {
-                let wanted = wanted(block, start, end)?;
-                if self.keeps_free_pages() {
-                    return Err(ControlError::new(
-                        ErrorKind::Unsupported,
-                        "the guest relies on what its free pages hold, and none can be given back",
-                        "start the guest's kernel without init_on_free and page_poison",
-                    ));
-                }
-                if let Some(reason) = self.info().withheld.first() {
-                    return Err(ControlError::new(
-                        ErrorKind::Failed,
-                        format!("no memory is given back to the host: {reason}"),
-                        "see --allow in vhost-user-balloon(8)",
-                    ));
-                }
-                self.ask_guest(Command::UnusedDiscard(wanted))
-            }
+            Request::Reclaim { block, start, end } => self.reclaim(wanted(block, start, end)?),
             Request::DropCaches { pages, slab } if pages || slab => {
                 self.ask_guest(Command::DropCaches { pages, slab })
             }
@@ -168,6 +144,35 @@ impl Device {
             )
         })?;
         Ok(Response::Done {})
+    }
+
+    fn set_interval(&self, seconds: u32) -> Result<Response, ControlError> {
+        self.set_stats_interval(seconds).map_err(|error| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("the interval cannot be set and kept: {error}"),
+                "see that the daemon can write its state file",
+            )
+        })?;
+        Ok(Response::Done {})
+    }
+
+    fn reclaim(&self, wanted: Wanted) -> Result<Response, ControlError> {
+        if self.keeps_free_pages() {
+            return Err(ControlError::new(
+                ErrorKind::Unsupported,
+                "the guest relies on what its free pages hold, and none can be given back",
+                "start the guest's kernel without init_on_free and page_poison",
+            ));
+        }
+        if let Some(reason) = self.info().withheld.first() {
+            return Err(ControlError::new(
+                ErrorKind::Failed,
+                format!("no memory is given back to the host: {reason}"),
+                "see --allow in vhost-user-balloon(8)",
+            ));
+        }
+        self.ask_guest(Command::UnusedDiscard(wanted))
     }
 
     /// Has no memory given back to the host for a while, or has it given back again.

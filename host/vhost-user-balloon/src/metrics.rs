@@ -4,230 +4,156 @@
 
 use std::fmt::Write;
 
-use balloon_control::{ByQueue, Info, Shortfall, Stats, Unit};
+use balloon_control::{Counters, Encodings, Info, Received, Shortfall, Stats, Unit};
 
 /// Writes the state of a balloon as metrics, with the last sample of the guest's statistics, and the name of the VM
 /// as a label if it has one.
 pub fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> String {
-    let counters = &info.counters;
     let mut metrics = Metrics {
         text: String::new(),
         vm: vm.map(escape),
     };
-    metrics.one(
-        "gauge",
-        "target_bytes",
-        "What the guest is asked to give away.",
-        info.target,
-    );
-    metrics.one(
-        "gauge",
-        "size_bytes",
-        "What the guest has given away.",
-        info.size,
-    );
-    if let Some(memory) = info.memory {
-        metrics.one("gauge", "guest_memory_bytes", "The guest's memory.", memory);
-    }
-    for (name, help, value) in [
-        (
-            "shared_memory_bytes",
-            "The memory that the VMM has shared, with what the guest does not have.",
-            info.shared,
-        ),
-        (
-            "limit_bytes",
-            "The largest balloon that leaves the guest its floor.",
-            info.limit,
-        ),
-    ] {
-        if let Some(value) = value {
+    for (name, help, value) in GAUGES {
+        if let Some(value) = value(info) {
             metrics.one("gauge", name, help, value);
         }
     }
-    metrics.one(
-        "gauge",
-        "boot_grace_seconds",
-        "For how long a guest that boots is still left alone.",
-        info.grace.unwrap_or_default(),
-    );
-    let (connected, driver) = (info.guest.connected.into(), info.guest.driver.into());
-    metrics.one(
-        "gauge",
-        "connected",
-        "Whether a VMM is connected.",
-        connected,
-    );
-    metrics.one(
-        "gauge",
-        "driver",
-        "Whether the guest has a driver at work.",
-        driver,
-    );
-    metrics.one(
-        "gauge",
-        "withheld",
-        "Whether some memory, or none, is given back to the host, for one reason or several.",
-        u64::from(!info.withheld.is_empty()),
-    );
-    metrics.one(
-        "gauge",
-        "open_requests",
-        "Requests that the guest is to answer.",
-        info.guest.open_requests,
-    );
-    if let Some(answered) = info.guest.answered {
-        let help = "Time since the guest did something.";
-        metrics.one("gauge", "guest_answered_seconds", help, answered);
+    for (name, help, value) in COUNTERS {
+        metrics.one("counter", name, help, value(&info.counters));
     }
-    for (name, help, value) in [
-        (
-            "inflated_bytes_total",
-            "What went into the balloon.",
-            counters.inflated,
-        ),
-        (
-            "deflated_bytes_total",
-            "What came out of the balloon.",
-            counters.deflated,
-        ),
-        (
-            "discarded_bytes_total",
-            "What was given back to the host.",
-            counters.discarded,
-        ),
-        (
-            "discards_total",
-            "How often memory was given back.",
-            counters.discards,
-        ),
-        (
-            "discard_failures_total",
-            "How often that failed.",
-            counters.discard_failures,
-        ),
-        (
-            "prefault_failures_total",
-            "How often the host had no memory for what the guest takes back.",
-            counters.prefault_failures,
-        ),
-        (
-            "withheld_bytes_total",
-            "What must not be given back to the host and was named all the same.",
-            counters.withheld,
-        ),
-        (
-            "discarding_microseconds_total",
-            "How long giving memory back has taken.",
-            counters.discarding,
-        ),
-        (
-            "translating_microseconds_total",
-            "How long it has taken to find out which memory inflating messages name.",
-            counters.translating,
-        ),
-        (
-            "reported_bytes_total",
-            "What was reported as free.",
-            counters.reported,
-        ),
-        (
-            "hinted_bytes_total",
-            "What was hinted as free.",
-            counters.hinted,
-        ),
-        (
-            "unused_bytes_total",
-            "What was named as unused on request.",
-            counters.unused,
-        ),
-        (
-            "requests_total",
-            "Requests that the guest was asked.",
-            counters.asked,
-        ),
-    ] {
-        metrics.one("counter", name, help, value);
-    }
-    metrics.many(
-        "counter",
-        "messages_total",
-        "Messages of the guest.",
-        "queue",
-        by_queue(counters.messages),
-    );
-    metrics.many(
-        "counter",
-        "notifications_total",
-        "Notifications of messages.",
-        "queue",
-        by_queue(counters.notifications),
-    );
-    metrics.many(
-        "counter",
-        "received_bytes_total",
-        "What was received to name pages.",
-        "queue",
-        [
-            ("inflate", counters.received.inflate),
-            ("deflate", counters.received.deflate),
-            ("requests", counters.received.requests),
-        ],
-    );
-    metrics.many(
-        "counter",
-        "page_messages_total",
-        "Messages that named pages.",
-        "encoding",
-        [
-            ("pfns", counters.encodings.pfns),
-            ("ranges", counters.encodings.ranges),
-            ("bitmaps", counters.encodings.bitmaps),
-        ],
-    );
-    let answered = counters.answered.iter();
-    let answered: Vec<_> = answered
-        .map(|(status, &times)| (status.to_string(), times))
-        .collect();
-    metrics.many(
-        "counter",
-        "answers_total",
-        "Requests that have ended.",
-        "status",
-        answered.iter().map(|(status, times)| (&**status, *times)),
-    );
-    let refused = counters.refused.iter();
-    metrics.many(
-        "counter",
-        "refused_total",
-        "Messages with something that was refused.",
-        "reason",
-        refused.map(|(reason, &value)| (reason.as_str(), value)),
-    );
-    let reason = info.guest.short_of_target.map(Shortfall::name);
-    metrics.many(
-        "gauge",
-        "short_of_target",
-        "Why the guest stays below the target.",
-        "reason",
-        reason.map(|reason| (reason, 1)),
-    );
+    metrics.by_queue(&info.counters);
+    metrics.by_outcome(info);
     if let Some(stats) = stats {
-        let help = "The age of the guest's statistics.";
-        metrics.one("gauge", "guest_statistics_age_seconds", help, stats.age);
-        for (stat, &value) in &stats.values {
-            let name = stat.to_string().replace('-', "_");
-            let help = format!("The guest's statistic {stat}.");
-            let (kind, name) = match (stat.unit(), stat.is_counter()) {
-                (Unit::Bytes, true) => ("counter", format!("guest_{name}_bytes_total")),
-                (Unit::Bytes, false) => ("gauge", format!("guest_{name}_bytes")),
-                (Unit::Times, _) => ("counter", format!("guest_{name}_total")),
-            };
-            metrics.one(kind, &name, &help, value);
-        }
+        metrics.statistics(stats);
     }
     metrics.text
 }
+
+/// A number: its name, its help, and where it is. It is left out while it is unknown.
+type Gauge = (&'static str, &'static str, fn(&Info) -> Option<u64>);
+
+const GAUGES: [Gauge; 11] = [
+    (
+        "target_bytes",
+        "What the guest is asked to give away.",
+        |info| Some(info.target),
+    ),
+    ("size_bytes", "What the guest has given away.", |info| {
+        Some(info.size)
+    }),
+    ("guest_memory_bytes", "The guest's memory.", |info| {
+        info.memory
+    }),
+    (
+        "shared_memory_bytes",
+        "The memory that the VMM has shared, with what the guest does not have.",
+        |info| info.shared,
+    ),
+    (
+        "limit_bytes",
+        "The largest balloon that leaves the guest its floor.",
+        |info| info.limit,
+    ),
+    (
+        "boot_grace_seconds",
+        "For how long a guest that boots is still left alone.",
+        |info| Some(info.grace.unwrap_or_default()),
+    ),
+    ("connected", "Whether a VMM is connected.", |info| {
+        Some(info.guest.connected.into())
+    }),
+    (
+        "driver",
+        "Whether the guest has a driver at work.",
+        |info| Some(info.guest.driver.into()),
+    ),
+    (
+        "withheld",
+        "Whether some memory, or none, is given back to the host, for one reason or several.",
+        |info| Some(u64::from(!info.withheld.is_empty())),
+    ),
+    (
+        "open_requests",
+        "Requests that the guest is to answer.",
+        |info| Some(info.guest.open_requests),
+    ),
+    (
+        "guest_answered_seconds",
+        "Time since the guest did something.",
+        |info| info.guest.answered,
+    ),
+];
+
+/// A number that only grows.
+type Total = (&'static str, &'static str, fn(&Counters) -> u64);
+
+const COUNTERS: [Total; 13] = [
+    (
+        "inflated_bytes_total",
+        "What went into the balloon.",
+        |counters| counters.inflated,
+    ),
+    (
+        "deflated_bytes_total",
+        "What came out of the balloon.",
+        |counters| counters.deflated,
+    ),
+    (
+        "discarded_bytes_total",
+        "What was given back to the host.",
+        |counters| counters.discarded,
+    ),
+    (
+        "discards_total",
+        "How often memory was given back.",
+        |counters| counters.discards,
+    ),
+    (
+        "discard_failures_total",
+        "How often that failed.",
+        |counters| counters.discard_failures,
+    ),
+    (
+        "prefault_failures_total",
+        "How often the host had no memory for what the guest takes back.",
+        |counters| counters.prefault_failures,
+    ),
+    (
+        "withheld_bytes_total",
+        "What must not be given back to the host and was named all the same.",
+        |counters| counters.withheld,
+    ),
+    (
+        "discarding_microseconds_total",
+        "How long giving memory back has taken.",
+        |counters| counters.discarding,
+    ),
+    (
+        "translating_microseconds_total",
+        "How long it has taken to find out which memory inflating messages name.",
+        |counters| counters.translating,
+    ),
+    (
+        "reported_bytes_total",
+        "What was reported as free.",
+        |counters| counters.reported,
+    ),
+    (
+        "hinted_bytes_total",
+        "What was hinted as free.",
+        |counters| counters.hinted,
+    ),
+    (
+        "unused_bytes_total",
+        "What was named as unused on request.",
+        |counters| counters.unused,
+    ),
+    (
+        "requests_total",
+        "Requests that the guest was asked.",
+        |counters| counters.asked,
+    ),
+];
 
 /// The value of a label.
 fn escape(value: &str) -> String {
@@ -235,17 +161,6 @@ fn escape(value: &str) -> String {
         .replace('\\', "\\\\")
         .replace('"', "\\\"")
         .replace('\n', "\\n")
-}
-
-fn by_queue(of: ByQueue) -> [(&'static str, u64); 6] {
-    [
-        ("inflate", of.inflate),
-        ("deflate", of.deflate),
-        ("stats", of.stats),
-        ("hints", of.hints),
-        ("reports", of.reports),
-        ("requests", of.requests),
-    ]
 }
 
 struct Metrics {
@@ -258,6 +173,97 @@ impl Metrics {
     fn one(&mut self, kind: &str, name: &str, help: &str, value: u64) {
         self.head(kind, name, help);
         self.line(name, None, value);
+    }
+
+    fn by_queue(&mut self, counters: &Counters) {
+        for (name, help, of) in [
+            (
+                "messages_total",
+                "Messages of the guest.",
+                counters.messages,
+            ),
+            (
+                "notifications_total",
+                "Notifications of messages.",
+                counters.notifications,
+            ),
+        ] {
+            self.many("counter", name, help, "queue", of.named());
+        }
+        let Received {
+            inflate,
+            deflate,
+            requests,
+        } = counters.received;
+        self.many(
+            "counter",
+            "received_bytes_total",
+            "What was received to name pages.",
+            "queue",
+            [
+                ("inflate", inflate),
+                ("deflate", deflate),
+                ("requests", requests),
+            ],
+        );
+    }
+
+    fn by_outcome(&mut self, info: &Info) {
+        let counters = &info.counters;
+        let Encodings {
+            pfns,
+            ranges,
+            bitmaps,
+        } = counters.encodings;
+        self.many(
+            "counter",
+            "page_messages_total",
+            "Messages that named pages.",
+            "encoding",
+            [("pfns", pfns), ("ranges", ranges), ("bitmaps", bitmaps)],
+        );
+        let answered = counters.answered.iter();
+        let answered: Vec<_> = answered
+            .map(|(status, &times)| (status.to_string(), times))
+            .collect();
+        self.many(
+            "counter",
+            "answers_total",
+            "Requests that have ended.",
+            "status",
+            answered.iter().map(|(status, times)| (&**status, *times)),
+        );
+        let refused = counters.refused.iter();
+        self.many(
+            "counter",
+            "refused_total",
+            "Messages with something that was refused.",
+            "reason",
+            refused.map(|(reason, &value)| (reason.as_str(), value)),
+        );
+        let reason = info.guest.short_of_target.map(Shortfall::name);
+        self.many(
+            "gauge",
+            "short_of_target",
+            "Why the guest stays below the target.",
+            "reason",
+            reason.map(|reason| (reason, 1)),
+        );
+    }
+
+    fn statistics(&mut self, stats: &Stats) {
+        let help = "The age of the guest's statistics.";
+        self.one("gauge", "guest_statistics_age_seconds", help, stats.age);
+        for (stat, &value) in &stats.values {
+            let name = stat.to_string().replace('-', "_");
+            let help = format!("The guest's statistic {stat}.");
+            let (kind, name) = match (stat.unit(), stat.is_counter()) {
+                (Unit::Bytes, true) => ("counter", format!("guest_{name}_bytes_total")),
+                (Unit::Bytes, false) => ("gauge", format!("guest_{name}_bytes")),
+                (Unit::Times, _) => ("counter", format!("guest_{name}_total")),
+            };
+            self.one(kind, &name, &help, value);
+        }
     }
 
     /// One with a value for each value of a label.
@@ -297,8 +303,42 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
-    use balloon_control::{Counters, Encodings, Guest, RequestStatus, Stat};
+    use balloon_control::{ByQueue, Guest, RequestStatus, Stat};
+
+    /// Gives each number in a value another one.
+    fn number(value: &mut Value, next: &mut u64) {
+        match value {
+            Value::Number(_) => {
+                *next += 1;
+                *value = (*next).into();
+            }
+            Value::Object(fields) => fields.values_mut().for_each(|value| number(value, next)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_counter_is_a_metric() {
+        const FIRST: u64 = 7_000_000;
+        let mut value = serde_json::to_value(Counters::default()).unwrap();
+        let mut last = FIRST;
+        number(&mut value, &mut last);
+        let info = Info {
+            counters: serde_json::from_value(value).unwrap(),
+            ..Info::default()
+        };
+        let text = text(&info, None, None);
+        assert!(last > FIRST + 20);
+        for number in FIRST + 1..=last {
+            assert!(
+                text.contains(&format!(" {number}\n")),
+                "{number} is not in\n{text}"
+            );
+        }
+    }
 
     #[test]
     fn metrics_have_their_types_and_labels() {
