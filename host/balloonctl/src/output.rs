@@ -21,7 +21,7 @@ pub(crate) fn show(
     }
 }
 
-/// Prints a text. Unlike `println!` it does not panic when nobody reads it.
+/// Prints a text. Unlike `println!` it does not panic when its reader has ended.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
     Ok(writeln!(io::stdout(), "{text}")?)
 }

@@ -41,7 +41,7 @@ pub enum RequestStatus {
     Complete,
     /// The driver had to stop. What it has named until then holds.
     Aborted,
-    /// The driver has stopped because nobody wants the answer any more. What it has named until then holds.
+    /// The driver has stopped: the request was cancelled. What it has named until then holds.
     Cancelled,
     /// The driver does not know the command.
     Unsupported,

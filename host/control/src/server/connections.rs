@@ -95,13 +95,13 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Tells a client that there are too many. It fits into the socket's buffer, so nobody is waited for.
+/// Tells a client that there are too many. It fits into the socket's buffer, so this does not wait.
 pub(super) fn turn_away(stream: &UnixStream) {
     let error = ControlError::new(
         ErrorKind::Failed,
         format!("the daemon serves {MAX_CONNECTIONS} clients already"),
         "close other clients, such as those that watch statistics, and try again",
     );
-    // It is told or it is not: there is nobody else to tell.
+    // A client that is gone does not need it.
     let _ = reply(stream, &Reply::Error(error));
 }

@@ -16,7 +16,7 @@ pub trait Handler: Send + Sync {
     ///
     /// # Errors
     ///
-    /// What the client shall know when it is not done.
+    /// Why it is not done, for the client.
     fn handle(&self, request: Request) -> Result<Response, ControlError>;
 }
 

@@ -86,7 +86,7 @@ fn too_long(path: &str, text: &str) -> Result<Vec<String>> {
     Ok(file.into_iter().chain(functions).collect())
 }
 
-/// Adds the Rust files in a folder, but for what is built there.
+/// Adds the Rust files in a folder, without what is built there.
 fn find(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
