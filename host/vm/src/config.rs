@@ -120,6 +120,11 @@ impl Config {
         self
     }
 
+    /// Whether QEMU can migrate the guest without losing what it writes: see `Migration::finish`.
+    pub(crate) fn migrates(&self) -> bool {
+        self.nodes == 1 || self.accel == Accel::Kvm
+    }
+
     /// What the balloon is asked for before the guest boots.
     pub fn target(mut self, target: Size) -> Self {
         self.target = target;

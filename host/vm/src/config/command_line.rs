@@ -318,6 +318,14 @@ mod tests {
     }
 
     #[test]
+    fn emulated_guests_migrate_with_one_node_only() {
+        let config = || config().accel(Accel::Tcg);
+        assert!(config().migrates());
+        assert!(!config().nodes(2).migrates());
+        assert!(config().nodes(2).accel(Accel::Kvm).migrates());
+    }
+
+    #[test]
     fn a_balloon_can_be_left_out() {
         let line = config().balloon(None).command_line(None).join(" ");
         assert!(!line.contains("virtio-balloon-pci"), "{line}");
