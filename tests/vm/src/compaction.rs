@@ -193,28 +193,38 @@ pub(crate) struct Block {
     pub(crate) pages: Range<u64>,
 }
 
+const MEMORY: &str = "/sys/devices/system/memory";
+
 /// The block of memory that has most of the balloon in it, of those whose zones match a pattern.
 pub(crate) fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
-    const MEMORY: &str = "/sys/devices/system/memory";
+    fullest_block_of(guest, MEMORY, zones)
+}
+
+/// The same of the blocks in a directory, such as that of a NUMA node.
+pub(crate) fn fullest_block_of(guest: &Guest, directory: &str, zones: &str) -> Result<Block> {
     let bytes = guest.read_file(&format!("{MEMORY}/block_size_bytes"))?;
     let pages = Size::bytes(u64::from_str_radix(bytes.trim(), 16)?).as_pages();
-    let files = guest.sh(&format!("grep -l '{zones}' {MEMORY}/memory*/valid_zones"))?;
-    let mut fullest = None;
+    let files = guest.sh(&format!(
+        "grep -l '{zones}' {directory}/memory*/valid_zones"
+    ))?;
+    let mut blocks = Vec::new();
     for file in files.lines() {
         let directory = file.trim_end_matches("/valid_zones");
         let index = guest.read_file(&format!("{directory}/phys_index"))?;
         let first = u64::from_str_radix(index.trim(), 16)? * pages;
-        let range = first..first + pages;
-        let full = guest.offline_pages(Some(range.clone()))?;
+        blocks.push(Block {
+            state: format!("{directory}/state"),
+            pages: first..first + pages,
+        });
+    }
+    // The last one is not for others: the kernel has put its own data there when it booted, or the firmware has.
+    blocks.sort_by_key(|block| block.pages.start);
+    blocks.pop();
+    let mut fullest = None;
+    for block in blocks {
+        let full = guest.offline_pages(Some(block.pages.clone()))?;
         if fullest.as_ref().is_none_or(|(most, _)| full > *most) {
-            let state = format!("{directory}/state");
-            fullest = Some((
-                full,
-                Block {
-                    state,
-                    pages: range,
-                },
-            ));
+            fullest = Some((full, block));
         }
     }
     let (_, block) = fullest.context("the guest has no such block of memory")?;

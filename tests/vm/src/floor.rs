@@ -52,7 +52,7 @@ fn balloon(guest: &Guest) -> Result<Size> {
 }
 
 /// Asks for all of the guest's memory, and waits for what the balloon can have of it.
-fn take_all(guest: &Guest) -> Result<Size> {
+pub(crate) fn take_all(guest: &Guest) -> Result<Size> {
     guest.balloon().request(guest.memory() - Size::pages(1))?;
     guest.balloon().rest(QUIET)
 }

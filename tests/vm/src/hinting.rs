@@ -38,7 +38,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// What is copied in a second while something else is to happen: all of a guest takes half a minute.
-const SLOW: Size = Size::mib(32);
+pub(crate) const SLOW: Size = Size::mib(32);
 
 /// How long a load may take for all of its memory.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -48,7 +48,7 @@ fn config(setup: &Setup) -> Config {
 }
 
 /// The memory of a guest with one process that holds some of it.
-struct Shares {
+pub(crate) struct Shares {
     hold: usize,
     /// What another process has written and freed: no page of it is zero, so that all of it would be
     /// sent.
@@ -56,7 +56,7 @@ struct Shares {
 }
 
 impl Shares {
-    fn of(guest: &Guest) -> Result<Self> {
+    pub(crate) fn of(guest: &Guest) -> Result<Self> {
         let available = guest.meminfo()?.available;
         Ok(Self {
             hold: usize::try_from(available.as_mib() / 10)?,
@@ -74,7 +74,7 @@ impl Shares {
     }
 
     /// Writes and frees the other share, and returns what is free then.
-    fn write_and_free(&self, guest: &Guest) -> Result<Size> {
+    pub(crate) fn write_and_free(&self, guest: &Guest) -> Result<Size> {
         guest.touch(self.freed)?;
         guest.free()
     }
@@ -197,7 +197,7 @@ fn migrate_cancelled(setup: &Setup) -> Result<()> {
 }
 
 /// Waits until hints have taken out of a migration what the guest has written and freed.
-fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shares) -> Result<()> {
+pub(crate) fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shares) -> Result<()> {
     guest.wait_until("hints", PATIENCE, || {
         let Transfer {
             sent, remaining, ..

@@ -32,6 +32,7 @@ mod hostile;
 mod latency;
 mod lifecycle;
 mod memory;
+mod nodes;
 mod observability;
 mod oom;
 mod page_sets;
@@ -68,6 +69,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     poison::SCENARIOS,
     statistics::SCENARIOS,
     oom::SCENARIOS,
+    nodes::SCENARIOS,
     faults::SCENARIOS,
     lifecycle::SCENARIOS,
     races::SCENARIOS,

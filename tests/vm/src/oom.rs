@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 
+use crate::nodes::{check_nodes, on_both};
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
@@ -122,26 +123,11 @@ fn deflate_on_oom(setup: &Setup) -> Result<()> {
             "echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control && mkdir {0} && echo 0 >{0}/cpuset.mems",
             Bound::GROUP
         ))?;
-        for bound in [Bound::Policy, Bound::Cpuset] {
+        for bound in [Bound::Cpuset, Bound::Policy] {
             oom_on_one_node(setup, guest, bound)?;
         }
         guest.rmmod(setup.driver)
     })
-}
-
-/// Checks that each of the two nodes has given its part of a balloon of `size`.
-fn check_nodes(setup: &Setup, guest: &Guest, size: Size) -> Result<()> {
-    let nodes = [guest.node_balloon(0)?, guest.node_balloon(1)?];
-    setup.note(format!("the nodes gave {} and {}", nodes[0], nodes[1]));
-    ensure!(
-        nodes
-            .iter()
-            .all(|node| node.as_bytes() * 5 > size.as_bytes() * 2),
-        "the nodes gave {} and {} of {size}",
-        nodes[0],
-        nodes[1]
-    );
-    Ok(())
 }
 
 /// What binds a process to a node.
@@ -183,13 +169,10 @@ fn oom_on_one_node(setup: &Setup, guest: &Guest, bound: Bound) -> Result<()> {
     // Ends the pause after the last time.
     guest.balloon().settle(Size::default())?;
     guest.balloon().settle(Size::mib(400))?;
-    let balloons = || anyhow::Ok([guest.node_balloon(0)?, guest.node_balloon(1)?]);
+    let balloons = || on_both(|node| guest.node_balloon(node));
     let words = |nodes: [Size; 2]| format!("{} and {}", nodes[0], nodes[1]);
     let before = balloons()?;
-    let free = guest.sh(
-        "sed -n 's/.*MemFree: *\\([0-9]*\\) kB/\\1/p' /sys/devices/system/node/node0/meminfo",
-    )?;
-    let free = Size::kib(free.trim().parse()?);
+    let free = guest.node_free(0)?;
     let kills = || guest.vmstat("oom_kill");
     let killed = kills()?;
     let output = bound.fill(guest, free + Size::mib(64))?;

@@ -72,8 +72,7 @@ pub(crate) fn newer(guest: &Guest, than: u64) -> Result<Sample> {
 }
 
 fn statistics(setup: &Setup) -> Result<()> {
-    // The load's memory stays on the processors' own lists for a while, where it does not count as free.
-    let (size, tolerance) = (Size::mib(300), Size::mib(64));
+    let size = Size::mib(300);
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         poll(guest)?;
@@ -91,18 +90,7 @@ fn statistics(setup: &Setup) -> Result<()> {
         load.wait()?;
         let now = SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
         let sample = newer(guest, now)?;
-        let meminfo = guest.meminfo()?;
-        for (name, here) in [
-            ("total-memory", meminfo.total),
-            ("free-memory", meminfo.free),
-            ("available-memory", meminfo.available),
-        ] {
-            let there = Size::bytes(sample.get(name)?);
-            ensure!(
-                there.abs_diff(here) <= tolerance,
-                "{name} is {there}, and the guest says {here}"
-            );
-        }
+        check_memory(guest, &sample)?;
         // Counters can only have grown in between.
         for (name, here) in [
             ("minor-faults", guest.vmstat("pgfault")?),
@@ -122,6 +110,25 @@ fn statistics(setup: &Setup) -> Result<()> {
         );
         guest.rmmod(setup.driver)
     })
+}
+
+/// Checks that a new sample has the sizes that the guest says itself.
+pub(crate) fn check_memory(guest: &Guest, sample: &Sample) -> Result<()> {
+    // A load's memory stays on the processors' own lists for a while, where it does not count as free.
+    const TOLERANCE: Size = Size::mib(64);
+    let meminfo = guest.meminfo()?;
+    for (name, here) in [
+        ("total-memory", meminfo.total),
+        ("free-memory", meminfo.free),
+        ("available-memory", meminfo.available),
+    ] {
+        let there = Size::bytes(sample.get(name)?);
+        ensure!(
+            there.abs_diff(here) <= TOLERANCE,
+            "{name} is {there}, and the guest says {here}"
+        );
+    }
+    Ok(())
 }
 
 fn statistics_while_stuck(setup: &Setup) -> Result<()> {

@@ -73,12 +73,22 @@ impl Guest {
 
     /// How much of a NUMA node's memory is in balloons.
     pub fn node_balloon(&self, node: u32) -> Result<Size> {
+        self.node_vmstat(node, "nr_balloon_pages")
+    }
+
+    /// How much of a NUMA node's memory is free.
+    pub fn node_free(&self, node: u32) -> Result<Size> {
+        self.node_vmstat(node, "nr_free_pages")
+    }
+
+    /// The memory that a NUMA node counts in pages.
+    fn node_vmstat(&self, node: u32, name: &str) -> Result<Size> {
         self.fold_counters()?;
         let text = self.read_file(&format!("/sys/devices/system/node/node{node}/vmstat"))?;
         let pages = text
             .lines()
-            .find_map(|line| line.strip_prefix("nr_balloon_pages "))
-            .context("the node does not count the pages in balloons")?;
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+            .with_context(|| format!("a node does not count {name}"))?;
         Ok(self.page_size() * pages.parse()?)
     }
 

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest with two NUMA nodes. What it does when one of them is full is in `oom`.
+
+use anyhow::{Result, ensure};
+use vm::{Driver, Guest, Offer, Size};
+
+use crate::compaction::{fullest_block_of, write};
+use crate::floor::take_all;
+use crate::hinting::{SLOW, Shares, check_all_back, wait_hints};
+use crate::scenario::{BOTH_DRIVERS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
+use crate::sizes::check_size;
+use crate::statistics::{check_memory, newer, poll};
+
+pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "two_nodes",
+    proves: "of two NUMA nodes each keeps its part of the floor, both are hinted, and memory of each can go offline",
+    kernels: TEST_KERNEL,
+    drivers: BOTH_DRIVERS,
+    devices: QEMU_DEVICE,
+    run: two_nodes,
+}];
+
+/// What there is of each of the two nodes.
+pub(crate) fn on_both(what: impl Fn(u32) -> Result<Size>) -> Result<[Size; 2]> {
+    Ok([what(0)?, what(1)?])
+}
+
+/// Checks that each of the two nodes has given its part of a balloon of `size`.
+pub(crate) fn check_nodes(setup: &Setup, guest: &Guest, size: Size) -> Result<()> {
+    let nodes = on_both(|node| guest.node_balloon(node))?;
+    setup.note(format!("the nodes gave {} and {}", nodes[0], nodes[1]));
+    ensure!(
+        nodes
+            .iter()
+            .all(|node| node.as_bytes() * 5 > size.as_bytes() * 2),
+        "the nodes gave {} and {} of {size}",
+        nodes[0],
+        nodes[1]
+    );
+    Ok(())
+}
+
+fn two_nodes(setup: &Setup) -> Result<()> {
+    // Blocks of memory can go offline for certain where no other pages than movable ones are.
+    let config = setup
+        .config()
+        .memory(Size::mib(1536))
+        .nodes(2)
+        .parameter("movablecore=768M")
+        .offer(&[Offer::FreePageHint]);
+    vm::run(&config, |guest| {
+        poll(guest)?;
+        if setup.driver == Driver::Rust {
+            guest.insmod(setup.driver, &[])?;
+            floor(setup, guest)?;
+            guest.rmmod(setup.driver)?;
+        }
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        hints(setup, guest)?;
+        offline(setup, guest)?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Has the balloon take all that it can have, and reads the statistics then.
+fn floor(setup: &Setup, guest: &Guest) -> Result<()> {
+    // More than a quarter of the floor of a guest of 1 GiB.
+    const LEAST: Size = Size::mib(64);
+    let size = take_all(guest)?;
+    check_nodes(setup, guest, size)?;
+    let left = on_both(|node| guest.node_free(node))?;
+    setup.note(format!("and have {} and {} left", left[0], left[1]));
+    ensure!(
+        left.iter().all(|&left| left > LEAST),
+        "the nodes have {} and {} left",
+        left[0],
+        left[1]
+    );
+    let sample = newer(guest, 0)?;
+    check_memory(guest, &newer(guest, sample.taken)?)?;
+    guest.balloon().settle(Size::default())?;
+    Ok(())
+}
+
+/// Begins to migrate the guest, and checks that it has given hints of both nodes.
+fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
+    let balloon = Size::mib(128);
+    let shares = Shares::of(guest)?;
+    guest.balloon().settle(balloon)?;
+    let free = shares.write_and_free(guest)?;
+    let before = on_both(|node| guest.node_free(node))?;
+    let migration = guest.migrate(SLOW)?;
+    wait_hints(guest, &migration, &shares)?;
+    let meanwhile = on_both(|node| guest.node_free(node))?;
+    setup.note(format!(
+        "{} and {} were free, and {} and {} when they were hinted",
+        before[0], before[1], meanwhile[0], meanwhile[1]
+    ));
+    // Memory of the zone for movable pages is not hinted.
+    ensure!(
+        before
+            .iter()
+            .zip(&meanwhile)
+            .all(|(&before, &meanwhile)| meanwhile + Size::mib(128) < before),
+        "one node is not hinted"
+    );
+    // Where the guest cannot go on with two nodes: see `Migration::finish`.
+    migration.cancel()?;
+    check_all_back(guest, free)?;
+    check_size(guest, balloon)
+}
+
+/// Takes a block of memory of each node away, and gives it back.
+fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
+    let size = Size::mib(400);
+    guest.balloon().settle(size)?;
+    let total = guest.meminfo()?.total;
+    for node in [0, 1] {
+        let directory = format!("/sys/devices/system/node/node{node}");
+        let block = fullest_block_of(guest, &directory, "^Movable")?;
+        let pages = guest.offline_pages(Some(block.pages.clone()))?;
+        write(guest, &block.state, "offline")?;
+        // Other memory takes its place.
+        guest.balloon().reach(size)?;
+        check_size(guest, size)?;
+        write(guest, &block.state, "online_movable")?;
+        setup.note(format!(
+            "{pages} pages of the balloon were in the memory of node {node} that went offline"
+        ));
+        ensure!(
+            pages > 0 || setup.driver == Driver::C,
+            "the balloon has nothing of node {node}"
+        );
+        let now = guest.meminfo()?.total;
+        ensure!(now == total, "the guest had {total}, and has {now}");
+    }
+    guest.balloon().settle(Size::default())?;
+    check_size(guest, Size::default())
+}
