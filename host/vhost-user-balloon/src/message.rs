@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use rustix::io::retry_on_intr;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
@@ -82,6 +82,8 @@ pub mod request {
 pub struct Message {
     bytes: Vec<u8>,
     descriptors: Vec<OwnedFd>,
+    /// Whether this process could not receive all of its file descriptors.
+    is_truncated: bool,
 }
 
 /// A message of the front end's, which may still be in the socket.
@@ -119,16 +121,26 @@ impl Head {
     pub fn peek(from: &UnixStream) -> io::Result<Self> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let mut bytes = vec![0; HEADER];
-        let (received, _) = receive_part(from, &mut bytes, flags)?;
-        if received == HEADER {
+        let header = receive_part(from, &mut bytes, flags)?;
+        if header.received == HEADER {
+            drop(header);
             let size = HEADER + Message::size(&bytes)?;
             bytes.resize(size, 0);
-            let (received, descriptors) = receive_part(from, &mut bytes, flags)?;
+            let Part {
+                received,
+                descriptors,
+                is_truncated,
+            } = receive_part(from, &mut bytes, flags)?;
             if received == size {
-                let mut message = Message { bytes, descriptors };
+                let mut message = Message {
+                    bytes,
+                    descriptors,
+                    is_truncated,
+                };
                 // When a message has none, Linux adds those of the next message.
                 if !message.has_descriptors() {
                     message.descriptors.clear();
+                    message.is_truncated = false;
                 }
                 return Ok(Self {
                     message,
@@ -153,6 +165,7 @@ impl Message {
         Self {
             bytes: [header.as_flattened(), body].concat(),
             descriptors,
+            is_truncated: false,
         }
     }
 
@@ -173,7 +186,11 @@ impl Message {
         if bytes.len() < HEADER || bytes.len() != HEADER + Self::size(&bytes)? {
             return Err(ErrorKind::InvalidData.into());
         }
-        Ok(Self { bytes, descriptors })
+        Ok(Self {
+            bytes,
+            descriptors,
+            is_truncated: false,
+        })
     }
 
     /// All of its bytes.
@@ -199,9 +216,18 @@ impl Message {
     /// The other side is gone, or does not speak the protocol.
     pub fn receive(mut from: &UnixStream) -> io::Result<Self> {
         let mut bytes = vec![0; HEADER];
-        let descriptors = receive(from, &mut bytes)?;
+        let Part {
+            received,
+            descriptors,
+            is_truncated,
+        } = receive_part(from, &mut bytes, RecvFlags::CMSG_CLOEXEC)?;
+        from.read_exact(bytes.get_mut(received..).unwrap_or_default())?;
         let size = Self::size(&bytes)?;
-        let mut message = Self { bytes, descriptors };
+        let mut message = Self {
+            bytes,
+            descriptors,
+            is_truncated,
+        };
         message.bytes.resize(HEADER + size, 0);
         from.read_exact(message.bytes.get_mut(HEADER..).unwrap_or_default())?;
         Ok(message)
@@ -276,6 +302,7 @@ impl Message {
         let Self {
             mut bytes,
             descriptors,
+            ..
         } = self;
         bytes.drain(..HEADER.min(bytes.len()));
         (bytes, descriptors)
@@ -286,45 +313,51 @@ impl Message {
         &self.descriptors
     }
 
+    /// Whether this process could not receive all of its file descriptors: it has as many as it may have.
+    pub fn is_truncated(&self) -> bool {
+        self.is_truncated
+    }
+
     fn word(&self, at: usize) -> Option<u32> {
         let bytes = self.bytes.get(at..)?.first_chunk()?;
         Some(u32::from_ne_bytes(*bytes))
     }
 }
 
-/// Fills a header, and returns the file descriptors that came with it.
-fn receive(mut from: &UnixStream, header: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
-    let (received, descriptors) = receive_part(from, header, RecvFlags::CMSG_CLOEXEC)?;
-    from.read_exact(header.get_mut(received..).unwrap_or_default())?;
-    Ok(descriptors)
+/// Some of the bytes of a message.
+struct Part {
+    /// How many bytes.
+    received: usize,
+    /// The file descriptors that came with them.
+    descriptors: Vec<OwnedFd>,
+    is_truncated: bool,
 }
 
 /// Receives up to so many bytes, and the file descriptors that came with them.
-fn receive_part(
-    from: &UnixStream,
-    bytes: &mut [u8],
-    flags: RecvFlags,
-) -> io::Result<(usize, Vec<OwnedFd>)> {
+fn receive_part(from: &UnixStream, bytes: &mut [u8], flags: RecvFlags) -> io::Result<Part> {
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = retry_on_intr(|| {
         let mut parts = [IoSliceMut::new(bytes)];
         recvmsg(from, &mut parts, &mut control, flags)
-    })?
-    .bytes;
+    })?;
     let mut descriptors = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             descriptors.extend(rights);
         }
     }
-    if received == 0 {
+    if received.bytes == 0 {
         return Err(ErrorKind::UnexpectedEof.into());
     }
     if descriptors.len() > MAX_DESCRIPTORS {
         return Err(ErrorKind::InvalidData.into());
     }
-    Ok((received, descriptors))
+    Ok(Part {
+        received: received.bytes,
+        descriptors,
+        is_truncated: received.flags.contains(ReturnFlags::CTRUNC),
+    })
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use log::{error, info, warn};
 use sd_notify::NotifyState;
 
 use super::Supervisor;
-use super::journal::{Journal, has_reply, is_answered, is_refusal, signal};
-use super::memory::is_private;
+use super::journal::{Journal, has_reply, is_answered, is_refusal, name, signal};
+use super::memory::{adds_memory, is_private};
 use super::setup::Verdict;
 use super::snapshot::notify;
 use super::vmm::Vmm;
@@ -116,9 +116,10 @@ impl Supervisor {
 
     /// Answers a message of the front end that no worker gets.
     fn leave_out(&mut self, head: Head) {
-        let Some(vmm) = &self.vmm else {
+        let Some(vmm) = &mut self.vmm else {
             return;
         };
+        vmm.setup.left_out(&head.message);
         let message = &head.message;
         let answer = vmm.own_answer(message).or_else(|| {
             // An answer without a body is an error that the front end expects.
@@ -167,11 +168,13 @@ impl Supervisor {
         let Some(vmm) = &mut self.vmm else {
             return;
         };
-        let adds_memory = matches!(
-            head.message.request(),
-            request::ADD_MEM_REG | request::SET_MEM_TABLE
-        );
-        if adds_memory && is_private(&vmm.frontend, &head.message).unwrap_or_default() {
+        if head.message.is_truncated() {
+            vmm.setup.no_descriptors(&name(&head.message));
+            return self.leave_out(head);
+        }
+        if adds_memory(&head.message)
+            && is_private(&vmm.frontend, &head.message).unwrap_or_default()
+        {
             vmm.setup.private_memory();
             return self.leave_out(head);
         }

@@ -10,7 +10,7 @@ use log::{error, warn};
 use nix::sys::uio::pread;
 use nix::unistd::write;
 
-use super::memory::{regions, word};
+use super::memory::{adds_memory, regions, word};
 use crate::message::{Message, request};
 
 /// The protocol feature that the front end may ask for an acknowledgement of each message.
@@ -229,9 +229,7 @@ impl Journal {
     fn locate(&self, address: u64) -> Option<(&OwnedFd, u64)> {
         self.messages
             .iter()
-            .filter(|message| {
-                [request::ADD_MEM_REG, request::SET_MEM_TABLE].contains(&message.request())
-            })
+            .filter(|message| adds_memory(message))
             .flat_map(|message| regions(message).zip(message.descriptors()))
             .find_map(|(region, file)| {
                 let distance = address.checked_sub(region.address)?;

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
-use crate::message::Message;
+use crate::message::{Message, request};
 
 /// A region of the guest's memory, in bytes.
 pub(super) struct Region {
@@ -18,6 +18,14 @@ pub(super) struct Region {
     pub(super) address: u64,
     /// Where it begins in its file.
     pub(super) offset: u64,
+}
+
+/// Whether a message adds memory.
+pub(super) fn adds_memory(message: &Message) -> bool {
+    matches!(
+        message.request(),
+        request::ADD_MEM_REG | request::SET_MEM_TABLE
+    )
 }
 
 /// The regions in a message that adds memory.
@@ -70,7 +78,6 @@ pub(super) fn word(bytes: &[u8], at: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::request;
     use crate::message::tests::message;
 
     #[test]

@@ -12,7 +12,7 @@ use log::{Level, error, log};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::journal::{Journal, is_about_queue, queue};
-use super::memory::word;
+use super::memory::{adds_memory, word};
 use crate::features::config_size;
 use crate::kind::{Kind, MAX_QUEUES};
 use crate::message::{Message, request};
@@ -42,6 +42,7 @@ enum Problem {
     ShortConfig,
     PrivateMemory,
     QueueSize,
+    Descriptors,
 }
 
 /// What is known of the front end's options.
@@ -55,6 +56,8 @@ pub(super) struct Setup {
     checked: bool,
     /// When the last message has come.
     last: Instant,
+    /// Whether a message that adds memory was left out, so that memory is missing for that.
+    lacks_memory: bool,
     logged: BTreeSet<Problem>,
 }
 
@@ -66,6 +69,7 @@ impl Setup {
             queues: 0,
             checked: !journal.messages().is_empty(),
             last: Instant::now(),
+            lacks_memory: false,
             logged: BTreeSet::new(),
         }
     }
@@ -141,13 +145,31 @@ impl Setup {
                 Verdict::LeaveOut
             }
             request::SET_VRING_ADDR if !journal.has_memory_for(message) => {
-                self.private_memory();
+                if !self.lacks_memory {
+                    self.private_memory();
+                }
                 Verdict::LeaveOut
             }
             // Without rings a queue does not start.
             request::SET_VRING_KICK if !journal.has_rings(queue) => Verdict::LeaveOut,
             _ => Verdict::Forward,
         }
+    }
+
+    /// Takes note of a message that no worker gets.
+    pub(super) fn left_out(&mut self, message: &Message) {
+        self.lacks_memory |= adds_memory(message);
+    }
+
+    /// Logs that the supervisor could not receive the file descriptors of this message.
+    pub(super) fn no_descriptors(&mut self, message: &str) {
+        self.log(
+            Problem::Descriptors,
+            &format!(
+                "no file descriptor is left for {message} from the VMM, and the VM runs without its balloon; raise \
+                 LimitNOFILE= of the daemon's service, and start the VM again"
+            ),
+        );
     }
 
     /// Logs that the daemon cannot see the guest's memory.

@@ -37,6 +37,23 @@ impl Running {
         worker.unwrap()
     }
 
+    /// Lets the supervisor have no more file descriptors than it has. A lower limit would end its poll() of these.
+    fn limit_descriptors(&self) {
+        let descriptors = PathBuf::from(format!("/proc/{}/fd", self.pid()));
+        let free = (0_u64..).find(|number| {
+            let descriptor = descriptors.join(number.to_string());
+            fs::symlink_metadata(descriptor).is_err()
+        });
+        self.allow_descriptors(free);
+    }
+
+    fn allow_descriptors(&self, current: Option<u64>) {
+        let pid = rustix::process::Pid::from_raw(self.pid().as_raw());
+        let maximum = Some(1024);
+        let limit = Rlimit { current, maximum };
+        prlimit(pid, Resource::Nofile, limit).unwrap();
+    }
+
     pub(super) fn wait_for_another(&self, worker: Pid) {
         wait_for("another worker", || {
             children(self.0.id())
@@ -136,19 +153,7 @@ fn workers_that_cannot_be_started_are_tried_again() {
     let daemon = start_logged(directory, &[]);
     let mut vmm = inflated(directory);
     vmm.config();
-    let limit = |current| {
-        let pid = rustix::process::Pid::from_raw(daemon.pid().as_raw());
-        let maximum = Some(1024);
-        let limit = Rlimit { current, maximum };
-        prlimit(pid, Resource::Nofile, limit).unwrap();
-    };
-    // The supervisor can open nothing more. A lower limit would end its poll() of the open ones.
-    let descriptors = PathBuf::from(format!("/proc/{}/fd", daemon.pid()));
-    let free = (0_u64..).find(|number| {
-        let descriptor = descriptors.join(number.to_string());
-        fs::symlink_metadata(descriptor).is_err()
-    });
-    limit(free);
+    daemon.limit_descriptors();
     kill(daemon.worker(), Signal::SIGKILL).unwrap();
     wait_for("several tries", || {
         log(directory).matches("Too many open files").count() >= 4
@@ -160,7 +165,7 @@ fn workers_that_cannot_be_started_are_tried_again() {
     assert_eq!(vmm.front.get_vring_base(0).unwrap(), 1);
     assert!(start.elapsed() < Duration::from_secs(2));
     // The supervisor cannot receive the file descriptors of a guest's start before.
-    limit(Some(1024));
+    daemon.allow_descriptors(Some(1024));
     vmm.start(1);
     let start = Instant::now();
     while !call(directory, &Request::Info {})
@@ -171,6 +176,26 @@ fn workers_that_cannot_be_started_are_tried_again() {
         thread::sleep(Duration::from_millis(50));
     }
     works(directory, &mut vmm, 0x101);
+    daemon.end();
+}
+
+#[test]
+fn missing_file_descriptors_are_not_taken_for_wrong_options() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    let mut vmm = Vmm::connect(directory);
+    vmm.config();
+    daemon.limit_descriptors();
+    vmm.start(0);
+    assert_eq!(vmm.config().len(), 16);
+    daemon.allow_descriptors(Some(1024));
+    let lines = log(directory);
+    assert!(
+        lines.contains("no file descriptor is left for SET_MEM_TABLE from the VMM"),
+        "{lines}"
+    );
+    assert!(!lines.contains("memory-backend"), "{lines}");
     daemon.end();
 }
 
