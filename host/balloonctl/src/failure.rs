@@ -22,7 +22,7 @@ pub(crate) const EXIT_CODES: [(u8, &str); 8] = [
         4,
         "No VMM is connected, or the guest has no balloon driver.",
     ),
-    (5, "The size is out of range."),
+    (5, "A size, an address or a time is out of range."),
     (6, "The guest did not finish in time."),
     (130, "Interrupted; the guest is asked to stop."),
 ];
@@ -104,6 +104,9 @@ pub(crate) enum Failure {
     /// The guest has ended its answer early.
     #[error("{}", end(*.0))]
     Ended(RequestStatus),
+    /// The daemon keeps few requests.
+    #[error("the daemon no longer has the request")]
+    Forgotten,
     /// A signal has ended the wait.
     #[error("interrupted")]
     Interrupted,
@@ -119,6 +122,14 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// An error of a question about a request of this program's. Its id is no number of the command line.
+    pub(crate) fn of_request(error: ClientError) -> Self {
+        match error {
+            ClientError::Refused(error) if error.kind == ErrorKind::OutOfRange => Self::Forgotten,
+            error => error.into(),
+        }
+    }
+
     /// The advice.
     fn advice(&self) -> String {
         match self {
@@ -148,6 +159,7 @@ impl Failure {
                 "use a guest driver with host requests, such as virtio_balloon_rs"
             }
             Self::Ended(_) => "see the guest's log, and try again",
+            Self::Forgotten => "try again, with fewer requests of other clients at the same time",
             Self::Interrupted => "the guest is asked to stop; what it has finished stays in effect",
             Self::Output(_) => "check that the output is on a file system with free space",
             Self::NoTerminal => "use balloonctl info --json or balloonctl metrics for programs",
@@ -181,6 +193,7 @@ impl Failure {
             Self::Retargeted(_)
             | Self::Excluded(_)
             | Self::Ended(_)
+            | Self::Forgotten
             | Self::Output(_)
             | Self::NoTerminal
             | Self::File(..) => 1,
@@ -198,5 +211,23 @@ impl Failure {
         let help = style("help:").for_stderr().green().bold();
         eprintln!("{error} {self}\n{help} {}", self.advice());
         ExitCode::from(self.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_documented() {
+        let document = include_str!("../../../docs/troubleshooting.md");
+        let (_, section) = document.split_once("\n## balloonctl\n").unwrap();
+        let mut documented: Vec<u8> = section
+            .lines()
+            .filter_map(|line| line.strip_prefix("| ")?.split(" | ").next()?.parse().ok())
+            .collect();
+        documented.dedup();
+        let codes = EXIT_CODES.iter().map(|&(code, _)| code);
+        assert!(codes.skip(1).eq(documented));
     }
 }

@@ -51,7 +51,9 @@ fn wait(
     let start = Instant::now();
     let bar = Bar::new(memory.unwrap_or(0));
     loop {
-        let answer = client.call(&Request::Progress { id })?;
+        let answer = client
+            .call(&Request::Progress { id })
+            .map_err(Failure::of_request)?;
         let progress: Progress = answer.parse()?;
         match progress.status {
             RequestStatus::Complete => return Ok((answer, progress)),

@@ -57,7 +57,8 @@ fn write(
     let mut end = 0;
     while let Some(start) = from {
         let request = Request::Ranges { id, from: start };
-        let ranges: Ranges = client.call(&request)?.parse()?;
+        let answer = client.call(&request).map_err(Failure::of_request)?;
+        let ranges: Ranges = answer.parse()?;
         for (address, bytes) in ranges.ranges {
             let first = address / PAGE;
             bitmap

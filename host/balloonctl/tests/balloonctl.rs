@@ -43,6 +43,8 @@ enum Conduct {
     Ends(RequestStatus),
     /// Stays like this.
     Idle(RequestStatus),
+    /// Is as it should be. The daemon forgets its requests, or only what they were answered.
+    Forgotten { at_once: bool },
 }
 
 struct Script {
@@ -59,6 +61,15 @@ impl Handler for Script {
         let mut info = self.info.lock().unwrap();
         if let (Some(kind), false) = (self.refusal, request == (Request::Info {})) {
             return Err(ControlError::new(kind, "what is wrong", "what to do"));
+        }
+        let is_forgotten = match request {
+            Request::Progress { .. } => self.conduct == Conduct::Forgotten { at_once: true },
+            Request::Ranges { .. } => self.conduct == Conduct::Forgotten { at_once: false },
+            _ => false,
+        };
+        if is_forgotten {
+            let kind = ErrorKind::OutOfRange;
+            return Err(ControlError::new(kind, "there is no request", "what to do"));
         }
         Ok(match request {
             Request::Info {} => {
@@ -126,7 +137,7 @@ impl Script {
             Conduct::Unloads => info.guest.driver = false,
             Conduct::Retargeted if info.size == GIB / 2 => info.size += GIB / 4,
             Conduct::Retargeted => info.target = 7 * GIB,
-            Conduct::Ends(_) | Conduct::Idle(_) => {}
+            Conduct::Ends(_) | Conduct::Idle(_) | Conduct::Forgotten { .. } => {}
         }
     }
 
@@ -386,6 +397,23 @@ fn refusals_have_their_exit_codes() {
             fails(&daemon.run(arguments), code, "what is wrong");
         }
     }
+}
+
+#[test]
+fn a_forgotten_request_is_no_number_out_of_range() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("pages");
+    let unused = ["unused", "--out", out.to_str().unwrap()];
+    for (at_once, arguments) in [
+        (true, &["reclaim"][..]),
+        (true, &["drop-caches"]),
+        (true, &unused),
+        (false, &unused),
+    ] {
+        let daemon = Daemon::start(info(), Conduct::Forgotten { at_once }, None);
+        fails(&daemon.run(arguments), 1, "no longer has the request");
+    }
+    assert!(!out.exists());
 }
 
 #[test]
