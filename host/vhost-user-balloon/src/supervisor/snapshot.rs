@@ -4,7 +4,7 @@
 //! is in the balloon.
 //!
 //! All of it is in one message that waits in a socket: the file descriptors, the first of which is a file with
-//! the rest. Whichever process has the socket can read the message, and leaves it there. The supervisor keeps
+//! the rest. A VM may have more memory regions than a message takes file descriptors: see [`put_descriptors`]. Whichever process has the socket can read the message, and leaves it there. The supervisor keeps
 //! the socket in systemd's file descriptor store, so that a crash leaves it behind, and passes it on as the
 //! standard input when it replaces itself.
 
@@ -25,8 +25,9 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rustix::io::retry_on_intr;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg,
+    sendmsg, socketpair,
 };
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
@@ -35,7 +36,7 @@ use super::journal::Journal;
 use crate::channel::VERSION;
 use crate::message::Message;
 
-/// How many file descriptors a message can have.
+/// How many file descriptors a message can have: the kernel's `SCM_MAX_FD`.
 const MAX_DESCRIPTORS: usize = 253;
 
 const SPACE: usize = rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS));
@@ -142,25 +143,7 @@ impl Current<'_> {
             let messages = journal.messages().iter();
             descriptors.extend(messages.flat_map(Message::descriptors).map(AsFd::as_fd));
         }
-        ensure!(
-            descriptors.len() <= MAX_DESCRIPTORS,
-            "{} file descriptors are more than the {MAX_DESCRIPTORS} that can be kept",
-            descriptors.len()
-        );
-        let (socket, other_end) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
-        let mut space = [MaybeUninit::uninit(); SPACE];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let pushed = control.push(SendAncillaryMessage::ScmRights(&descriptors));
-        ensure!(pushed, "the file descriptors do not fit into a message");
-        retry_on_intr(|| {
-            let parts = [IoSlice::new(&[0])];
-            sendmsg(&other_end, &parts, &mut control, SendFlags::NOSIGNAL)
-        })?;
+        let socket = put_descriptors(&descriptors)?;
         let stored = Stored { socket, file };
         stored.update(&self.content(number)?)?;
         Ok(stored)
@@ -211,13 +194,49 @@ pub(super) fn memory_file() -> Result<File> {
     Ok(memfd_create("balloon", MFdFlags::MFD_CLOEXEC)?.into())
 }
 
+/// Puts file descriptors into a socket, as one message. What it has no room for waits in sockets of its own: they come
+/// last in the message, and its only byte is their number.
+fn put_descriptors(descriptors: &[BorrowedFd<'_>]) -> Result<OwnedFd> {
+    let too_many = descriptors.len().saturating_sub(MAX_DESCRIPTORS);
+    // Each of the sockets takes a place in the message.
+    let sockets = too_many.div_ceil(MAX_DESCRIPTORS - 1);
+    let first = MAX_DESCRIPTORS.saturating_sub(sockets);
+    let (first, others) = descriptors.split_at(first.min(descriptors.len()));
+    let others: Vec<OwnedFd> = others
+        .chunks(MAX_DESCRIPTORS)
+        .map(put_descriptors)
+        .collect::<Result<_>>()?;
+    let number = [u8::try_from(others.len())?];
+    let message: Vec<_> = first
+        .iter()
+        .copied()
+        .chain(others.iter().map(AsFd::as_fd))
+        .collect();
+
+    let (socket, other_end) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    let mut space = [MaybeUninit::uninit(); SPACE];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let pushed = control.push(SendAncillaryMessage::ScmRights(&message));
+    ensure!(pushed, "the file descriptors do not fit into a message");
+    retry_on_intr(|| {
+        let parts = [IoSlice::new(&number)];
+        sendmsg(&other_end, &parts, &mut control, SendFlags::NOSIGNAL)
+    })?;
+    Ok(socket)
+}
+
 /// Reads the file descriptors that wait in a socket, and leaves them there.
 fn peek_descriptors(socket: BorrowedFd<'_>) -> Result<Vec<OwnedFd>> {
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    retry_on_intr(|| {
-        let mut byte = [0];
-        let mut parts = [IoSliceMut::new(&mut byte)];
+    let mut number = [0];
+    let received = retry_on_intr(|| {
+        let mut parts = [IoSliceMut::new(&mut number)];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         recvmsg(socket, &mut parts, &mut control, flags)
     })?;
@@ -226,6 +245,14 @@ fn peek_descriptors(socket: BorrowedFd<'_>) -> Result<Vec<OwnedFd>> {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             descriptors.extend(rights);
         }
+    }
+    ensure!(
+        !received.flags.contains(ReturnFlags::CTRUNC),
+        "this process may not have enough file descriptors; raise LimitNOFILE= of its service"
+    );
+    let first = descriptors.len().saturating_sub(number[0].into());
+    for socket in descriptors.split_off(first) {
+        descriptors.extend(peek_descriptors(socket.as_fd())?);
     }
     Ok(descriptors)
 }
@@ -412,6 +439,56 @@ pub(super) fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(state) {
         if error.kind() != io::ErrorKind::NotFound {
             warn!("cannot notify systemd: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::request;
+    use crate::message::tests::message;
+    use crate::testing;
+
+    #[test]
+    fn any_number_of_memory_regions_is_kept() {
+        // A message has room for 250 next to the two files and the connection.
+        for regions in [0, 249, 250, 251, 300] {
+            let (frontend, _vmm) = UnixStream::pair().unwrap();
+            let messages = (1..=regions).map(|size| {
+                let file = testing::memory_file(size).try_clone().unwrap();
+                message(request::ADD_MEM_REG, b"", vec![file.into()])
+            });
+            let journal = Journal::new(messages.collect());
+            let kept = testing::memory_file(7);
+            let current = Current {
+                socket: None,
+                control: None,
+                program: None,
+                kept: kept.as_fd(),
+                arguments: Vec::new(),
+                frontend: Some((&frontend, &journal)),
+            };
+            let stored = current.store(3).unwrap();
+            // What is read stays there.
+            for _ in 0..2 {
+                let (number, snapshot) = load(stored.socket.as_fd()).unwrap();
+                assert_eq!(number, 3);
+                let size = |fd: &OwnedFd| {
+                    File::from(fd.try_clone().unwrap())
+                        .metadata()
+                        .unwrap()
+                        .len()
+                };
+                assert_eq!(size(&snapshot.kept), 7);
+                let (_, journal) = snapshot.frontend.unwrap();
+                let sizes = journal
+                    .messages()
+                    .iter()
+                    .flat_map(Message::descriptors)
+                    .map(size);
+                assert!(sizes.eq(1..=regions), "{regions}");
+            }
         }
     }
 }

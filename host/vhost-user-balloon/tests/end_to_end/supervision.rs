@@ -334,6 +334,42 @@ fn a_restart_of_the_supervisor_keeps_the_vmm() {
 }
 
 #[test]
+fn a_restart_keeps_a_vm_with_many_memory_regions() {
+    // A message takes 253 file descriptors.
+    const REGIONS: u64 = 300;
+    const PAGE: u64 = 4096;
+    // They begin here, for the guest and for the front end.
+    const FIRST: u64 = 1 << 32;
+    let service = Service::new();
+    let directory = service.directory.path();
+    let mut daemon = service.start(&[]);
+    let mut vmm = inflated(directory);
+    let memory = File::from(memfd_create("plugged", MFdFlags::empty()).unwrap());
+    memory.set_len(REGIONS * PAGE).unwrap();
+    for offset in (0..REGIONS).map(|number| number * PAGE) {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: FIRST + offset,
+            memory_size: PAGE,
+            userspace_addr: FIRST + offset,
+            mmap_offset: offset,
+            mmap_handle: memory.as_raw_fd(),
+        };
+        vmm.front.add_mem_region(&region).unwrap();
+    }
+    let shared = MEMORY + REGIONS * PAGE;
+    for (pfn, signal) in (0x101..).zip([Signal::SIGTERM, Signal::SIGKILL]) {
+        wait_for_info("all memory", directory, |now| now.shared == Some(shared));
+        service.end(&mut daemon, signal);
+        daemon = service.start(&[]);
+        wait_for_info("the driver", directory, |now| now.guest.driver);
+        works(directory, &mut vmm, pfn);
+    }
+    let lines = log(directory);
+    assert!(!lines.contains("ERROR"), "{lines}");
+    daemon.end();
+}
+
+#[test]
 fn a_supervisor_is_killed_at_any_time() {
     let service = Service::new();
     let directory = service.directory.path();
