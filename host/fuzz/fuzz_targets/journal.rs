@@ -22,8 +22,6 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use vhost_user_balloon::message::{Message, request};
 use vhost_user_balloon::supervisor::journal::Journal;
 
-const NEED_REPLY: u8 = 1 << 3;
-
 /// More do not fit into a socket.
 const MOST_MESSAGES: usize = 64;
 
