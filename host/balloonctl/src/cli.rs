@@ -125,11 +125,18 @@ pub(crate) enum Command {
             value_parser = clap::value_parser!(u32).range(1..=86_400)
         )]
         seconds: u32,
+        /// A name, such as that of the program that needs this. It has a time limit of its own
+        #[arg(long, value_name = "NAME")]
+        owner: Option<String>,
     },
     /// End inhibit: return memory to the host again
     ///
-    /// This ends the inhibit commands of all clients.
-    Resume,
+    /// Without a name this ends the inhibit commands of all clients.
+    Resume {
+        /// End the inhibit command with this name only
+        #[arg(long, value_name = "NAME")]
+        owner: Option<String>,
+    },
     /// Control free page hinting, for migrations that skip free pages
     Hints {
         /// The action

@@ -29,8 +29,8 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Stats { fresh, watch } => session.stats(fresh, watch),
         Command::Top { sockets, interval } => session.top(sockets, interval),
         Command::Interval { seconds } => session.interval(seconds),
-        Command::Inhibit { seconds } => session.inhibit(seconds),
-        Command::Resume => session.resume(),
+        Command::Inhibit { seconds, owner } => session.inhibit(seconds, owner),
+        Command::Resume { owner } => session.resume(owner),
         Command::Hints { action } => session.hints(action),
         Command::Unused {
             min_order,
@@ -137,9 +137,9 @@ impl Session {
         })
     }
 
-    fn inhibit(&self, seconds: u32) -> Result<(), Failure> {
+    fn inhibit(&self, seconds: u32, owner: Option<String>) -> Result<(), Failure> {
         let seconds = seconds.into();
-        let answer = self.call(&Request::Inhibit { seconds })?;
+        let answer = self.call(&Request::Inhibit { seconds, owner })?;
         self.show(&answer, || {
             Ok(format!(
                 "No memory is given back to the host for {seconds} s."
@@ -147,17 +147,16 @@ impl Session {
         })
     }
 
-    fn resume(&self) -> Result<(), Failure> {
+    fn resume(&self, owner: Option<String>) -> Result<(), Failure> {
         let mut client = self.connect()?;
-        let answer = client.call(&Request::Resume {})?;
+        let answer = client.call(&Request::Resume { owner })?;
         self.show(&answer, || {
             let info: Info = client.call(&Request::Info {})?.parse()?;
-            Ok(match info.withheld.as_slice() {
-                [] => "Memory is given back to the host again.".to_owned(),
-                reasons => format!(
-                    "Memory is not given back to the host for another reason: {}.",
-                    reasons.join(", ")
-                ),
+            Ok(match info::withheld(&info) {
+                None => "Memory is given back to the host again.".to_owned(),
+                Some(reasons) => {
+                    format!("Memory is not given back to the host for another reason: {reasons}.")
+                }
             })
         })
     }

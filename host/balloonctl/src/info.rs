@@ -43,11 +43,7 @@ fn state(info: &Info) -> Table {
             HumanCount(counters.discard_failures)
         ),
     ]);
-    if !info.withheld.is_empty() {
-        let mut reasons = info.withheld.join(", ");
-        if let Some(seconds) = info.inhibited {
-            reasons += &format!(" for {}", duration(seconds));
-        }
+    if let Some(reasons) = withheld(info) {
         table.add_row([
             "Not given back",
             &format!("{}: {reasons}", HumanBytes(counters.withheld)),
@@ -65,6 +61,26 @@ fn state(info: &Info) -> Table {
         column.set_padding((0, 2));
     }
     table
+}
+
+/// Why memory is not given back to the host, if it is not.
+pub(crate) fn withheld(info: &Info) -> Option<String> {
+    let mut text = info.withheld.join(", ");
+    // It is the last reason.
+    if let (Some(seconds), true) = (info.inhibited, info.inhibitors.is_empty()) {
+        text += &format!(" for {}", duration(seconds));
+    }
+    for (number, (owner, &seconds)) in info.inhibitors.iter().enumerate() {
+        text += match number {
+            0 => "",
+            _ => ",",
+        };
+        if !owner.is_empty() {
+            text += &format!(" by {owner}");
+        }
+        text += &format!(" for {}", duration(seconds));
+    }
+    (!info.withheld.is_empty()).then_some(text)
 }
 
 fn balloon(info: &Info) -> String {

@@ -57,7 +57,7 @@ struct Script {
 
 impl Handler for Script {
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
-        self.seen.lock().unwrap().push(request);
+        self.seen.lock().unwrap().push(request.clone());
         let mut info = self.info.lock().unwrap();
         if let (Some(kind), false) = (self.refusal, request == (Request::Info {})) {
             return Err(ControlError::new(kind, "what is wrong", "what to do"));
@@ -94,12 +94,19 @@ impl Handler for Script {
             Request::Metrics {} => Response::Metrics(Metrics {
                 text: "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n".to_owned(),
             }),
-            Request::Inhibit { seconds } => {
+            Request::Inhibit { seconds, owner } => {
                 info.inhibited = Some(seconds);
+                info.inhibitors.insert(owner.unwrap_or_default(), seconds);
                 info.withheld = vec!["inhibited".to_owned()];
                 Response::Done {}
             }
-            Request::Resume {} => {
+            Request::Resume { owner: Some(owner) } => {
+                info.inhibitors.remove(&owner);
+                Response::Done {}
+            }
+            Request::Resume { owner: None } => {
+                info.inhibited = None;
+                info.inhibitors.clear();
                 info.withheld = vec!["pinned".to_owned()];
                 Response::Done {}
             }
@@ -234,7 +241,7 @@ impl Daemon {
     }
 
     fn last_request(&self) -> Request {
-        *self.script.seen.lock().unwrap().last().unwrap()
+        self.script.seen.lock().unwrap().last().unwrap().clone()
     }
 }
 
@@ -533,13 +540,6 @@ fn the_other_commands_say_what_they_should() {
         daemon.last_request(),
         Request::SetStatsInterval { seconds: 5 }
     );
-    succeeds(&daemon.run(&["inhibit", "--for", "60"]));
-    assert_eq!(daemon.last_request(), Request::Inhibit { seconds: 60 });
-    let inhibited = daemon.run(&["info"]);
-    assert!(stdout(&inhibited).contains("inhibited for 60 seconds"));
-    let resumed = daemon.run(&["resume"]);
-    succeeds(&resumed);
-    assert!(stdout(&resumed).contains("another reason: pinned"));
     for (name, action) in [
         ("start", HintAction::Start),
         ("stop", HintAction::Stop),
@@ -554,6 +554,30 @@ fn the_other_commands_say_what_they_should() {
         stdout(&metrics),
         "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n"
     );
+}
+
+#[test]
+fn an_owner_resumes_for_itself() {
+    let daemon = Daemon::obedient();
+    succeeds(&daemon.run(&["inhibit", "--for", "60"]));
+    let request = Request::Inhibit {
+        seconds: 60,
+        owner: None,
+    };
+    assert_eq!(daemon.last_request(), request);
+    let inhibited = daemon.run(&["info"]);
+    assert!(stdout(&inhibited).contains("inhibited for 60 seconds"));
+
+    succeeds(&daemon.run(&["inhibit", "--for", "7200", "--owner", "backup"]));
+    let inhibited = daemon.run(&["info"]);
+    assert!(stdout(&inhibited).contains("inhibited for 60 seconds, by backup for 2 hours"));
+    let resumed = daemon.run(&["resume", "--owner", "backup"]);
+    succeeds(&resumed);
+    assert!(stdout(&resumed).contains("another reason: inhibited for 60 seconds."));
+
+    let resumed = daemon.run(&["resume"]);
+    succeeds(&resumed);
+    assert!(stdout(&resumed).contains("another reason: pinned."));
 }
 
 #[test]
@@ -577,7 +601,7 @@ fn unused_pages_are_written_to_a_file() {
     let output = daemon.run(&["unused", "--out", out, "--min-order", "3", "--end", "4GiB"]);
     succeeds(&output);
     assert!(stdout(&output).contains("3.00 GiB of the guest are unused, in 4 pages"));
-    let asked = daemon.script.seen.lock().unwrap()[1];
+    let asked = daemon.script.seen.lock().unwrap()[1].clone();
     let expected = Request::Unused {
         block: 32768,
         start: 0,
@@ -630,7 +654,7 @@ fn the_guest_is_asked_and_waited_for() {
     ] {
         let daemon = Daemon::obedient();
         succeeds(&daemon.run(&[&["drop-caches"], options].concat()));
-        let asked = daemon.script.seen.lock().unwrap()[1];
+        let asked = daemon.script.seen.lock().unwrap()[1].clone();
         assert_eq!(asked, Request::DropCaches { pages, slab });
     }
 }

@@ -2,6 +2,7 @@
 
 //! What the control socket is answered.
 
+use std::io;
 use std::time::Duration;
 
 use balloon_control::{
@@ -16,7 +17,7 @@ use crate::features::{Feature, names};
 use crate::hinting::Hints;
 use crate::metrics;
 use crate::requests::TooMany;
-use crate::state::MAX_INHIBIT;
+use crate::state::{MAX_INHIBIT, MAX_INHIBITORS};
 
 /// How long a guest may take to send statistics. They come at once from a guest that is at work, and a
 /// client waits longer than this.
@@ -29,8 +30,12 @@ impl Handler for Device {
             Request::Set { bytes } => self.set(bytes),
             Request::Stats { fresh } => self.tell_stats(fresh),
             Request::SetStatsInterval { seconds } => self.set_interval(seconds),
-            Request::Inhibit { seconds } => self.tell_inhibit(Some(seconds)),
-            Request::Resume {} => self.tell_inhibit(None),
+            Request::Inhibit { seconds, owner } => self.inhibit_for(seconds, owner.as_deref()),
+            Request::Resume { owner } => {
+                self.resume(owner.as_deref())
+                    .map_err(|error| cannot_keep(&error))?;
+                Ok(Response::Done {})
+            }
             Request::Hints { action } => {
                 self.need(Feature::FreePageHinting)?;
                 self.command(match action {
@@ -79,7 +84,9 @@ impl Device {
             memory, granule, ..
         } = self.sizes();
         let shared = Some(memory).filter(|&bytes| bytes > 0 && self.connected());
-        let inhibited = self.inhibited();
+        let seconds = |rest: Duration| rest.as_secs().saturating_add(1);
+        let inhibitors = self.inhibitors();
+        let inhibited = inhibitors.values().max().copied();
         let hazards = self.hazards();
         let mut withheld: Vec<_> = hazards.iter().map(ToString::to_string).collect();
         withheld.extend(inhibited.map(|_| "inhibited".to_owned()));
@@ -90,10 +97,14 @@ impl Device {
             memory: shared.and_then(|_| self.guest_memory()),
             shared,
             limit: shared.and_then(|_| self.limit()),
-            grace: self.grace().map(|rest| rest.as_secs().saturating_add(1)),
+            grace: self.grace().map(seconds),
             granule: granule.unwrap_or(BALLOON_PAGE_SIZE),
             withheld,
-            inhibited: inhibited.map(|rest| rest.as_secs().saturating_add(1)),
+            inhibited: inhibited.map(seconds),
+            inhibitors: inhibitors
+                .into_iter()
+                .map(|(owner, rest)| (owner, seconds(rest)))
+                .collect(),
             stats_interval: state.stats_interval,
             uptime: self.counters.uptime().as_secs(),
             guest: Guest {
@@ -175,23 +186,35 @@ impl Device {
         self.ask_guest(Command::UnusedDiscard(wanted))
     }
 
-    /// Has no memory given back to the host for a while, or has it given back again.
-    fn tell_inhibit(&self, seconds: Option<u64>) -> Result<Response, ControlError> {
+    /// Has no memory given back to the host for a while.
+    fn inhibit_for(&self, seconds: u64, owner: Option<&str>) -> Result<Response, ControlError> {
         let limit = MAX_INHIBIT.as_secs();
-        if seconds.is_some_and(|seconds| !(1..=limit).contains(&seconds)) {
+        if !(1..=limit).contains(&seconds) {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
                 "the time limit has to be from 1 second to one day",
                 format!("name 1 to {limit} seconds, and ask again before they are over"),
             ));
         }
-        self.inhibit(seconds).map_err(|error| {
-            ControlError::new(
+        if owner.is_some_and(|owner| !is_owner(owner)) {
+            return Err(ControlError::new(
+                ErrorKind::OutOfRange,
+                "the name of an owner has 1 to 64 bytes, and no control characters",
+                "choose another name",
+            ));
+        }
+        let time = Duration::from_secs(seconds);
+        let owner = owner.unwrap_or_default();
+        if !self
+            .inhibit(owner, time)
+            .map_err(|error| cannot_keep(&error))?
+        {
+            return Err(ControlError::new(
                 ErrorKind::Failed,
-                format!("this holds, but cannot be kept over a restart of the daemon: {error}"),
-                "see that the daemon can write its state file",
-            )
-        })?;
+                format!("{MAX_INHIBITORS} owners keep memory from the host already"),
+                "end one of those that `balloonctl info` shows: balloonctl resume --owner NAME",
+            ));
+        }
         Ok(Response::Done {})
     }
 
@@ -255,6 +278,19 @@ impl Device {
         }
         Ok(())
     }
+}
+
+/// Whether this can be the name of an owner. It is shown in lines of text.
+fn is_owner(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && !name.chars().any(char::is_control)
+}
+
+fn cannot_keep(error: &io::Error) -> ControlError {
+    ControlError::new(
+        ErrorKind::Failed,
+        format!("this holds, but cannot be kept over a restart of the daemon: {error}"),
+        "see that the daemon can write its state file",
+    )
 }
 
 /// Which unused memory is meant, in bytes.
@@ -321,6 +357,37 @@ mod tests {
             kind(device.handle(Request::Set { bytes: 1 << 60 })),
             ErrorKind::OutOfRange
         );
+    }
+
+    #[test]
+    fn an_owner_ends_its_own_inhibit() {
+        let device = device(&[Feature::Stats], false);
+        let inhibit = |owner: &str| {
+            device.handle(Request::Inhibit {
+                seconds: 60,
+                owner: (!owner.is_empty()).then(|| owner.to_owned()),
+            })
+        };
+        let resume = |owner: Option<&str>| {
+            let owner = owner.map(str::to_owned);
+            device.handle(Request::Resume { owner }).unwrap();
+            let info = device.info();
+            assert_eq!(info.withheld.is_empty(), info.inhibitors.is_empty());
+            info.inhibitors.into_keys().collect::<Vec<_>>()
+        };
+        for owner in ["", "backup", "snapshot"] {
+            inhibit(owner).unwrap();
+        }
+        assert_eq!(resume(Some("backup")), ["", "snapshot"]);
+        assert_eq!(resume(Some("backup")), ["", "snapshot"]);
+        assert_eq!(resume(None), [""; 0]);
+        for name in ["\n", &"x".repeat(65)] {
+            assert_eq!(kind(inhibit(name)), ErrorKind::OutOfRange);
+        }
+        for number in 0..MAX_INHIBITORS {
+            inhibit(&format!("{number}")).unwrap();
+        }
+        assert_eq!(kind(inhibit("another")), ErrorKind::Failed);
     }
 
     #[test]

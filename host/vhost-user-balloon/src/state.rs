@@ -5,6 +5,7 @@
 //! What the guest has said is not in the file. A process that takes the device up while the guest goes on
 //! hears it from the one that keeps the connection, and another guest has not said it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -26,6 +27,9 @@ const VERSION: u32 = 1;
 /// ballooning for good.
 pub const MAX_INHIBIT: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How many owners may have asked for that at the same time.
+pub const MAX_INHIBITORS: usize = 32;
+
 /// What a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
@@ -33,8 +37,9 @@ pub struct State {
     pub config: Fields,
     /// How often the guest is asked for statistics, in seconds. 0 is never.
     pub stats_interval: u32,
-    /// When no memory is given back to the host, if a client has said so.
-    pub inhibited: Option<Inhibited>,
+    /// When no memory is given back to the host, by the owners that have said so. The empty name is for clients that
+    /// gave none.
+    pub inhibitors: BTreeMap<String, Inhibited>,
 }
 
 /// A time in which no memory is given back to the host, by [`since_boot`].
@@ -45,6 +50,14 @@ pub struct Inhibited {
     pub from: Duration,
     /// When it ends.
     pub until: Duration,
+}
+
+impl Inhibited {
+    /// How much of it is left.
+    fn rest(self, now: Duration) -> Option<Duration> {
+        let rest = self.until.checked_sub(now)?;
+        (self.from <= now && !rest.is_zero()).then_some(rest)
+    }
 }
 
 /// The time since the host was booted. Unlike the time of day it is not set, and it also counts while the host sleeps.
@@ -60,8 +73,11 @@ struct Settings {
     /// In balloon pages.
     target: u32,
     stats_interval: u32,
+    /// The last to end of those below. Older daemons know no other.
     #[serde(default)]
     inhibited: Option<Inhibited>,
+    #[serde(default)]
+    inhibitors: BTreeMap<String, Inhibited>,
 }
 
 impl State {
@@ -70,7 +86,7 @@ impl State {
         Self {
             config: Fields::default(),
             stats_interval,
-            inhibited: None,
+            inhibitors: BTreeMap::new(),
         }
     }
 
@@ -102,7 +118,7 @@ impl State {
             aside.display()
         );
         let mut state = Self::new(stats_interval);
-        state.inhibit(since_boot(), MAX_INHIBIT);
+        state.inhibit(since_boot(), "", MAX_INHIBIT);
         // The file is there at any time: without one there is no inhibit.
         fs::copy(path, &aside)
             .map(drop)
@@ -125,7 +141,12 @@ impl State {
             version: VERSION,
             target: self.config.target,
             stats_interval: self.stats_interval,
-            inhibited: self.inhibited,
+            inhibited: self
+                .inhibitors
+                .values()
+                .max_by_key(|one| one.until)
+                .copied(),
+            inhibitors: self.inhibitors.clone(),
         };
         let mut new = NamedTempFile::new_in(directory)?;
         new.write_all(&serde_json::to_vec(&settings)?)?;
@@ -134,21 +155,38 @@ impl State {
         File::open(directory)?.sync_all()
     }
 
-    /// Has no memory given back to the host for so long from `now` on, or until a later end that a client asked for
-    /// before.
-    pub fn inhibit(&mut self, now: Duration, time: Duration) {
-        let rest = self.inhibited(now).unwrap_or_default();
-        self.inhibited = Some(Inhibited {
-            from: now,
-            until: now.saturating_add(rest.max(time)),
-        });
+    /// Has no memory given back to the host for so long from `now` on, or until a later end that this owner asked for
+    /// before. Returns whether there was room for another owner.
+    pub fn inhibit(&mut self, now: Duration, owner: &str, time: Duration) -> bool {
+        self.inhibitors.retain(|_, one| one.rest(now).is_some());
+        let rest = self.inhibitors.get(owner).and_then(|one| one.rest(now));
+        if rest.is_none() && self.inhibitors.len() >= MAX_INHIBITORS {
+            return false;
+        }
+        let until = now.saturating_add(rest.unwrap_or_default().max(time));
+        let one = Inhibited { from: now, until };
+        self.inhibitors.insert(owner.to_owned(), one);
+        true
     }
 
-    /// For how long from `now` on no memory is to be given back to the host, if a client has said so.
+    /// Ends what an owner, or any, has asked for.
+    pub fn resume(&mut self, owner: Option<&str>) {
+        match owner {
+            Some(owner) => drop(self.inhibitors.remove(owner)),
+            None => self.inhibitors.clear(),
+        }
+    }
+
+    /// For how long from `now` on no memory is to be given back to the host, by the owners that have said so.
+    pub fn inhibitors(&self, now: Duration) -> impl Iterator<Item = (&str, Duration)> {
+        self.inhibitors
+            .iter()
+            .filter_map(move |(owner, one)| Some((owner.as_str(), one.rest(now)?)))
+    }
+
+    /// The longest of these times.
     pub fn inhibited(&self, now: Duration) -> Option<Duration> {
-        let Inhibited { from, until } = self.inhibited?;
-        let rest = until.checked_sub(now)?;
-        (from <= now && !rest.is_zero()).then_some(rest)
+        self.inhibitors(now).map(|(_, rest)| rest).max()
     }
 }
 
@@ -160,7 +198,10 @@ impl From<Settings> for State {
                 ..Fields::default()
             },
             stats_interval: settings.stats_interval,
-            inhibited: settings.inhibited,
+            inhibitors: match settings.inhibited {
+                Some(one) if settings.inhibitors.is_empty() => [(String::new(), one)].into(),
+                _ => settings.inhibitors,
+            },
         }
     }
 }
@@ -176,6 +217,14 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 mod tests {
     use super::*;
 
+    fn inhibited(owner: &str, until: u64) -> (String, Inhibited) {
+        let one = Inhibited {
+            from: Duration::from_secs(5),
+            until: Duration::from_secs(until),
+        };
+        (owner.to_owned(), one)
+    }
+
     fn state() -> State {
         State {
             config: Fields {
@@ -183,10 +232,7 @@ mod tests {
                 ..Fields::default()
             },
             stats_interval: 3,
-            inhibited: Some(Inhibited {
-                from: Duration::from_secs(5),
-                until: Duration::from_secs(10),
-            }),
+            inhibitors: [inhibited("", 10), inhibited("backup", 9)].into(),
         }
     }
 
@@ -246,10 +292,50 @@ mod tests {
     }
 
     #[test]
+    fn older_daemons_know_of_one_inhibit() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        state().save(&path).unwrap();
+        let mut text: serde_json::Value =
+            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(text["inhibited"]["until"]["secs"], 10);
+        // What such a daemon writes.
+        text.as_object_mut().unwrap().remove("inhibitors");
+        fs::write(&path, text.to_string()).unwrap();
+        let state = State::load(&path, 7).unwrap();
+        assert_eq!(state.inhibitors, [inhibited("", 10)].into());
+    }
+
+    #[test]
+    fn each_owner_has_a_time_limit_of_its_own() {
+        let mut state = State::new(0);
+        let at = Duration::from_secs;
+        assert!(state.inhibit(at(10), "", at(600)));
+        assert!(state.inhibit(at(10), "backup", at(60)));
+        assert_eq!(state.inhibited(at(20)), Some(at(590)));
+        state.resume(Some("snapshot"));
+        state.resume(Some(""));
+        assert_eq!(
+            state.inhibitors(at(20)).collect::<Vec<_>>(),
+            [("backup", at(50))]
+        );
+        state.inhibit(at(20), "", at(1));
+        state.resume(None);
+        assert_eq!(state.inhibited(at(20)), None);
+
+        for number in 0..MAX_INHIBITORS {
+            assert!(state.inhibit(at(30), &number.to_string(), at(60)));
+        }
+        assert!(!state.inhibit(at(30), "another", at(60)));
+        assert!(state.inhibit(at(30), "0", at(70)));
+        assert!(state.inhibit(at(90), "another", at(60)));
+    }
+
+    #[test]
     fn a_time_limit_ends() {
         let mut state = State::new(0);
         let at = Duration::from_millis;
-        state.inhibit(at(900), Duration::from_secs(600));
+        state.inhibit(at(900), "", Duration::from_secs(600));
         assert_eq!(state.inhibited(at(900)), Some(Duration::from_secs(600)));
         assert_eq!(state.inhibited(at(600_899)), Some(at(1)));
         assert_eq!(state.inhibited(at(600_900)), None);
@@ -261,13 +347,13 @@ mod tests {
     fn a_time_limit_is_extended_and_not_shortened() {
         let mut state = State::new(0);
         let at = Duration::from_secs;
-        state.inhibit(at(10), at(600));
-        state.inhibit(at(20), at(1));
+        state.inhibit(at(10), "", at(600));
+        state.inhibit(at(20), "", at(1));
         assert_eq!(state.inhibited(at(20)), Some(at(590)));
-        state.inhibit(at(30), at(600));
+        state.inhibit(at(30), "", at(600));
         assert_eq!(state.inhibited(at(30)), Some(at(600)));
         // The host was booted again.
-        state.inhibit(at(1), at(5));
+        state.inhibit(at(1), "", at(5));
         assert_eq!(state.inhibited(at(1)), Some(at(5)));
     }
 }

@@ -873,17 +873,24 @@ fn worker(daemon: Pid) -> Pid {
     Pid::from_raw(children.split_whitespace().next().unwrap().parse().unwrap())
 }
 
+fn inhibit(seconds: u64) -> Request {
+    Request::Inhibit {
+        seconds,
+        owner: None,
+    }
+}
+
 #[test]
 fn a_client_inhibits_discarding_for_a_while() {
     let (directory, daemon, mut vmm) = set_up();
     let directory = directory.path();
     for seconds in [0, 86401] {
-        let error = call(directory, &Request::Inhibit { seconds }).unwrap_err();
+        let error = call(directory, &inhibit(seconds)).unwrap_err();
         assert!(
             matches!(error, ClientError::Refused(error) if error.kind == ErrorKind::OutOfRange)
         );
     }
-    call(directory, &Request::Inhibit { seconds: 3600 }).unwrap();
+    call(directory, &inhibit(3600)).unwrap();
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 1);
     let now = info(directory);
@@ -893,7 +900,7 @@ fn a_client_inhibits_discarding_for_a_while() {
             .is_some_and(|rest| (3590..=3600).contains(&rest))
     );
     // Another client needs it for a shorter time.
-    call(directory, &Request::Inhibit { seconds: 1 }).unwrap();
+    call(directory, &inhibit(1)).unwrap();
     assert!(info(directory).inhibited.is_some_and(|rest| rest > 3000));
 
     // Another process of the device's knows of it.
@@ -907,12 +914,12 @@ fn a_client_inhibits_discarding_for_a_while() {
     vmm.inflate(0x102);
     assert_eq!(vmm.byte(0x102 << 12), 1);
 
-    call(directory, &Request::Resume {}).unwrap();
+    call(directory, &Request::Resume { owner: None }).unwrap();
     vmm.inflate(0x103);
     assert_eq!(vmm.byte(0x103 << 12), 0);
     assert_eq!(info(directory).withheld, [""; 0]);
 
-    call(directory, &Request::Inhibit { seconds: 1 }).unwrap();
+    call(directory, &inhibit(1)).unwrap();
     wait_for("the end of the time", || {
         info(directory).withheld.is_empty()
     });

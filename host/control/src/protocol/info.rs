@@ -2,6 +2,7 @@
 
 //! The state of the balloon and of the guest.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,9 @@ pub struct Info {
     /// For how long a client still has no memory given back to the host, in seconds.
     #[serde(default)]
     pub inhibited: Option<u64>,
+    /// The same for each owner. The empty name is for clients that gave none.
+    #[serde(default)]
+    pub inhibitors: BTreeMap<String, u64>,
     /// How often the guest is asked for statistics, in seconds. 0 is never.
     pub stats_interval: u32,
     /// For how long the daemon has been running, in seconds.

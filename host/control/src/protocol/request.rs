@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// What a client wants.
 // The braces are for serde: it lets a unit variant have any fields.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// The state of the balloon and of the guest, answered with [`Info`](crate::Info).
@@ -32,9 +32,16 @@ pub enum Request {
     Inhibit {
         /// For how long, in seconds: 1 to 86400.
         seconds: u64,
+        /// Who needs that, so that it can be ended apart from that of others: 1 to 64 bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        owner: Option<String>,
     },
     /// Give memory back to the host again, answered with [`Response::Done`](crate::Response::Done).
-    Resume {},
+    Resume {
+        /// End what this owner has asked for, and not what others have.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        owner: Option<String>,
+    },
     /// Free page hinting, answered with [`Response::Done`](crate::Response::Done).
     Hints {
         /// What to do.
@@ -130,9 +137,25 @@ mod tests {
             ),
             (
                 r#"{"command":"inhibit","seconds":60}"#,
-                Request::Inhibit { seconds: 60 },
+                Request::Inhibit {
+                    seconds: 60,
+                    owner: None,
+                },
             ),
-            (r#"{"command":"resume"}"#, Request::Resume {}),
+            (
+                r#"{"command":"inhibit","seconds":60,"owner":"backup"}"#,
+                Request::Inhibit {
+                    seconds: 60,
+                    owner: Some("backup".to_owned()),
+                },
+            ),
+            (r#"{"command":"resume"}"#, Request::Resume { owner: None }),
+            (
+                r#"{"command":"resume","owner":"backup"}"#,
+                Request::Resume {
+                    owner: Some("backup".to_owned()),
+                },
+            ),
             (r#"{"command":"metrics"}"#, Request::Metrics {}),
         ] {
             assert_eq!(request(json).unwrap(), expected, "{json}");

@@ -2,7 +2,7 @@
 
 //! Why memory is not given back to the host.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
@@ -43,27 +43,43 @@ impl Device {
         *logged = hazards;
     }
 
+    /// For how long no memory is given back to the host for each owner that has asked for that.
+    pub fn inhibitors(&self) -> BTreeMap<String, Duration> {
+        let state = lock(&self.state);
+        let inhibitors = state.inhibitors(since_boot());
+        inhibitors
+            .map(|(owner, rest)| (owner.to_owned(), rest))
+            .collect()
+    }
+
     /// For how long a client has had no memory given back to the host.
     pub fn inhibited(&self) -> Option<Duration> {
         lock(&self.state).inhibited(since_boot())
     }
 
-    /// Has no memory given back to the host for so many seconds at least, or has it given back again. Another client
-    /// may have asked for longer.
+    /// Has no memory given back to the host for so long at least. Other owners may have asked for longer. Returns
+    /// whether there was room for another owner.
     ///
     /// # Errors
     ///
     /// The file cannot be written, and this will be forgotten with the process.
-    pub fn inhibit(&self, seconds: Option<u64>) -> io::Result<()> {
-        {
-            let mut state = lock(&self.state);
-            match seconds {
-                Some(seconds) => state.inhibit(since_boot(), Duration::from_secs(seconds)),
-                None => state.inhibited = None,
-            }
+    pub fn inhibit(&self, owner: &str, time: Duration) -> io::Result<bool> {
+        if !lock(&self.state).inhibit(since_boot(), owner, time) {
+            return Ok(false);
         }
         // What the worker is at may still be given back.
         drop(lock(&self.work));
+        self.save()?;
+        Ok(true)
+    }
+
+    /// Has memory given back to the host again, as far as this depends on an owner, or on any.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written, and this will be forgotten with the process.
+    pub fn resume(&self, owner: Option<&str>) -> io::Result<()> {
+        lock(&self.state).resume(owner);
         self.save()
     }
 }

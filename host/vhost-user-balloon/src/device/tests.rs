@@ -104,7 +104,7 @@ fn a_guest_does_not_wait_for_the_hosts_disk() {
         scope.spawn(|| device.set_target(1024));
         (&other).read_exact(&mut [0]).unwrap();
         assert_eq!(asked(&device), 4 << 20);
-        scope.spawn(|| device.inhibit(Some(60)));
+        scope.spawn(|| device.inhibit("", Duration::from_secs(60)));
         let start = Instant::now();
         while device.inhibited().is_none() {
             assert!(start.elapsed() < Duration::from_secs(5));
