@@ -93,7 +93,6 @@ impl BalloonFeature {
             setup.dev,
             inflate,
             deflate,
-            &setup.tasks,
             setup.settings.clone(),
             setup.wakeup.clone(),
         )?;

@@ -199,13 +199,12 @@ fn set_up(
 }
 
 impl Balloon {
-    /// Returns an initialiser for an empty balloon in `slot`, whose other tasks run on `tasks`.
+    /// Returns an initialiser for an empty balloon in `slot`.
     pub(crate) fn new(
         slot: &Slot<Self>,
         dev: &virtio::Device<Core<'_>>,
         inflate: MessageQueue<Migration>,
         deflate: MessageQueue<Migration>,
-        tasks: &Arc<TaskQueue>,
         settings: Arc<Settings>,
         wakeup: Arc<WakeupSource>,
     ) -> Result<impl PinInit<Self, Error>> {
@@ -222,7 +221,8 @@ impl Balloon {
 
         let taker = match settings.memory_blocks() {
             true => {
-                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_blocks", tasks);
+                let slot_for_blocks =
+                    |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_blocks", tasks);
                 Taker::new(
                     slot_for_blocks,
                     dev,

@@ -36,6 +36,7 @@ use crate::{
             Job,
             Slot,
             Task,
+            TaskQueue,
             Waker, //
         }, //
     },
@@ -139,7 +140,7 @@ impl Taker {
     ///
     /// `ENOMEM`.
     pub(crate) fn new(
-        slot: impl FnOnce() -> Result<Slot<Self>>,
+        slot: impl FnOnce(&Arc<TaskQueue>) -> Result<Slot<Self>>,
         dev: &virtio::Device<Core<'_>>,
         settings: Arc<Settings>,
         most_ready: usize,
@@ -171,7 +172,14 @@ impl Taker {
             spent: Atomic::new(0),
         });
 
-        Ok(Some(Arc::pin_init(Task::new(slot()?, taker), GFP_KERNEL)?))
+        // Not on the queue of the tasks that give memory back: its thread for when memory is short must
+        // not wait for others to move their pages, and the kernel warns if it flushes their works.
+        let tasks = TaskQueue::without_rescuer(c"virtio_balloon_rs_blocks")?;
+
+        Ok(Some(Arc::pin_init(
+            Task::new(slot(&tasks)?, taker),
+            GFP_KERNEL,
+        )?))
     }
 
     /// Returns how many kernel pages are worth taking a block for.

@@ -56,7 +56,8 @@ use crate::{
         work::task::{
             new_slot,
             Job,
-            Task, //
+            Task,
+            TaskQueue, //
         }, //
     },
     sources::memory_blocks::Taker, //
@@ -116,7 +117,8 @@ impl Hinting {
         let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
         let taker = match setup.settings.memory_blocks() {
             true => {
-                let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_hint_blocks", setup.tasks);
+                let slot_for_blocks =
+                    |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_hint_blocks", tasks);
                 let settings = setup.settings.clone();
                 Taker::new(
                     slot_for_blocks,

@@ -25,7 +25,8 @@ use crate::{
         virtio,
         work::task::{
             new_slot,
-            Task, //
+            Task,
+            TaskQueue, //
         }, //
     },
     sources::memory_blocks::Taker, //
@@ -63,7 +64,8 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
     let waker = slot.waker();
     let taker = match setup.settings.memory_blocks() {
         true => {
-            let slot_for_blocks = || new_slot!(c"virtio_balloon_rs_discard", setup.tasks);
+            let slot_for_blocks =
+                |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_discard", tasks);
             let settings = setup.settings.clone();
             Taker::new(
                 slot_for_blocks,

@@ -47,10 +47,8 @@ pub(crate) trait Job: Send + Sync + Sized {
     fn run(task: &Task<Self>);
 }
 
-/// The workqueue of a device's tasks: freezable, so that nothing is started while the system
-/// suspends; not bound to a CPU, since handling millions of pages takes a while; and with a thread
-/// that is there when memory is short. Its priority and its CPUs can be set in
-/// `/sys/devices/virtual/workqueue/`.
+/// A workqueue of a device's tasks: freezable, so that nothing is started while the system suspends;
+/// and not bound to a CPU, since handling millions of pages takes a while.
 pub(crate) struct TaskQueue(NonNull<bindings::workqueue_struct>);
 
 // SAFETY: A workqueue may be used, and destroyed, from any thread.
@@ -60,20 +58,34 @@ unsafe impl Send for TaskQueue {}
 unsafe impl Sync for TaskQueue {}
 
 impl TaskQueue {
-    /// Makes a queue called `name`, as no other one that can be seen in sysfs.
+    /// Makes a queue called `name`, as no other one, with a thread that is there when memory is
+    /// short. Its priority and its CPUs can be set in `/sys/devices/virtual/workqueue/`.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     pub(crate) fn new(name: &CStr) -> Result<Arc<Self>> {
+        Self::with_flags(
+            name,
+            bindings::wq_flags_WQ_MEM_RECLAIM | bindings::wq_flags_WQ_SYSFS,
+        )
+    }
+
+    /// Makes a queue without such a thread: for tasks that wait for others, which may need memory.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn without_rescuer(name: &CStr) -> Result<Arc<Self>> {
+        Self::with_flags(name, 0)
+    }
+
+    fn with_flags(name: &CStr, flags: u32) -> Result<Arc<Self>> {
         // SAFETY: Both strings are null-terminated, "%s" takes one string, and the name is copied.
         let queue = unsafe {
             bindings::alloc_workqueue_noprof(
                 c"%s".as_char_ptr(),
-                bindings::wq_flags_WQ_FREEZABLE
-                    | bindings::wq_flags_WQ_UNBOUND
-                    | bindings::wq_flags_WQ_MEM_RECLAIM
-                    | bindings::wq_flags_WQ_SYSFS,
+                bindings::wq_flags_WQ_FREEZABLE | bindings::wq_flags_WQ_UNBOUND | flags,
                 0,
                 name.as_char_ptr(),
             )

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use vm::{Driver, Guest, Size};
+use vm::{Config, Driver, Guest, Size};
 
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
@@ -174,7 +174,14 @@ fn attributes(setup: &Setup) -> Result<()> {
 }
 
 fn kernel_threads(setup: &Setup) -> Result<()> {
-    vm::run(&setup.config(), |guest| {
+    threads_with(setup, &setup.config())?;
+    // There the driver also takes memory blocks.
+    let zeroing = setup.config().zeroing(true).parameter("init_on_alloc=1");
+    threads_with(setup, &zeroing)
+}
+
+fn threads_with(setup: &Setup, config: &Config) -> Result<()> {
+    vm::run(config, |guest| {
         let before = threads(guest)?;
         guest.insmod(setup.driver, &[])?;
         guest.balloon().settle(Size::mib(100))?;
