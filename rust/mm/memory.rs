@@ -160,6 +160,12 @@ pub(crate) fn page_block_order() -> u32 {
     bindings::pageblock_order()
 }
 
+/// Returns whether the page `pfn` (of a kernel page) is marked as offline.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) fn is_offline(pfn: usize) -> bool {
+    Page::online(pfn).is_some_and(Page::is_offline)
+}
+
 /// Returns what each word of free pages is set to when they are freed; `None` if they are left as
 /// they are.
 pub(crate) fn free_page_value() -> Option<u32> {

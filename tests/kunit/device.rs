@@ -60,7 +60,7 @@ const STATS: usize = 2;
 const REPORTS: usize = 2;
 
 /// What devices offer that speak the base protocol, or that of page sets.
-const BASE: [Feature; 1] = [Feature::VERSION_1];
+pub(super) const BASE: [Feature; 1] = [Feature::VERSION_1];
 const PAGE_SETS: [Feature; 2] = [Feature::VERSION_1, F_PAGE_SETS];
 
 /// How many balloon pages a message of the base protocol names at most.
@@ -196,14 +196,14 @@ fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
 }
 
 /// A device that keeps a list of what it was told.
-struct Host {
+pub(super) struct Host {
     device: FakeDevice,
-    inflated: KVec<u32>,
+    pub(super) inflated: KVec<u32>,
     deflated: KVec<u32>,
 }
 
 impl Host {
-    fn new(features: &[Feature]) -> Result<Self> {
+    pub(super) fn new(features: &[Feature]) -> Result<Self> {
         Ok(Self {
             device: FakeDevice::new(features)?,
             inflated: KVec::new(),
@@ -213,7 +213,7 @@ impl Host {
 
     /// Sets the target and answers everything until the balloon has the size `size`, both in
     /// balloon pages.
-    fn resize(&mut self, target: u32, size: u32) -> Result {
+    pub(super) fn resize(&mut self, target: u32, size: u32) -> Result {
         self.device.change(NUM_PAGES, target);
         self.settle(size)
     }
@@ -777,6 +777,28 @@ mod tests {
         ));
         assert!(device.interrupt(INFLATE).is_ok());
         assert_eq!(reaches(&device, 2 * MESSAGE), Ok(()));
+    }
+
+    #[test]
+    fn pages_are_marked_when_the_device_has_answered() -> Result {
+        let device = FakeDevice::new(&BASE)?;
+        let mut request = None;
+
+        device.change(NUM_PAGES, MESSAGE);
+        eventually(|| {
+            request = device.next(INFLATE)?;
+            Ok(request.is_some())
+        })?;
+        let request = request.ok_or(EINVAL)?;
+        let pfns = request.pfns()?;
+        let is_marked = |&pfn: &u32| memory::is_offline(pfn as usize / BALLOON_PAGES_PER_PAGE);
+        assert!(!pfns.is_empty() && !pfns.iter().any(is_marked));
+
+        device.answer(INFLATE, &request, 0)?;
+        device.interrupt(INFLATE)?;
+        reaches(&device, MESSAGE)?;
+        assert!(pfns.iter().all(is_marked));
+        Ok(())
     }
 
     #[test]

@@ -234,6 +234,19 @@ mod tests {
         assert!(round(&device, 8).is_ok());
     }
 
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn an_id_of_before_a_suspend_is_a_new_one() -> Result {
+        let device = device()?;
+
+        device.change(HINT_ID, 7);
+        round(&device, 7)?;
+        device.freeze()?;
+        device.restore(QUEUE_SIZE)?;
+        assert!(round(&device, 7).is_ok_and(|hinted| hinted > 0));
+        Ok(())
+    }
+
     #[test]
     fn the_id_is_read_once_for_each_change() -> Result {
         let device = device()?;

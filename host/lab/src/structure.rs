@@ -3,6 +3,7 @@
 //! Tests of how the sources are cut, the driver's and those of the host's programs.
 
 mod cycles;
+mod parity;
 mod sizes;
 
 use std::path::PathBuf;
