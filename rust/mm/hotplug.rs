@@ -52,13 +52,13 @@ pub(in crate::rust) fn is_taking() -> bool {
 }
 
 /// The right to take blocks. One thread at a time has it, of all devices.
-pub(super) struct Turn {
+pub(crate) struct Turn {
     _lock: GlobalGuard<HOTPLUG>,
 }
 
 impl Turn {
     /// Waits for it: at most for as long as taking a block takes.
-    pub(super) fn wait() -> Self {
+    pub(crate) fn wait() -> Self {
         let lock = HOTPLUG.lock();
 
         TAKING.store(this_thread(), Relaxed);

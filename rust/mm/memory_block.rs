@@ -39,6 +39,9 @@ use kernel::{
 /// no more than to write to the `struct page`s.
 const ONLINE_PATIENCE: Msecs = 1_000;
 
+/// What makes a block what it was before it went offline.
+const ONLINE_KERNEL: &CStr = c"online_kernel";
+
 /// How many times it is tried while others take memory offline or online. The kernel waits for 5
 /// milliseconds each time.
 const TRIES: usize = 40;
@@ -105,25 +108,40 @@ impl MemoryBlock {
         Err(ERESTARTNOINTR)
     }
 
+    /// Takes the block offline, as a user does.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn take_offline(self, patience: Msecs) -> Result {
+        self.write(c"offline", patience)
+    }
+
     /// Brings the block online, as what it was before.
     ///
     /// # Errors
     ///
     /// What the kernel says.
     pub(crate) fn bring_online(self) -> Result {
-        self.write(c"online_kernel", ONLINE_PATIENCE)
+        self.write(ONLINE_KERNEL, ONLINE_PATIENCE)
     }
 
     /// Takes the block, all or nothing. What is in use of it is moved elsewhere, for which there is
     /// as much time as `patience` says.
     pub(crate) fn take(self, patience: Msecs) -> Taken {
+        self.take_and_write(patience, ONLINE_KERNEL)
+    }
+
+    /// The same, but with `online` written to the block's file.
+    pub(crate) fn take_and_write(self, patience: Msecs, online: &CStr) -> Taken {
         let _turn = Turn::wait();
 
         if let Err(error) = self.write(c"offline", patience) {
             return Taken::Not(error);
         }
         let kept = Keeping::begin(self.pfns());
-        let online = self.bring_online();
+        let online = self.write(online, ONLINE_PATIENCE);
         let pages = kept.map_or(PageList::new(), Keeping::end);
 
         match online {

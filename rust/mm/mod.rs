@@ -12,7 +12,7 @@ pub(crate) mod drain;
     not(CONFIG_MEMORY_HOTREMOVE),
     allow(dead_code, unused_imports, unused_variables)
 )]
-pub(in crate::rust) mod hotplug;
+pub(crate) mod hotplug;
 pub(crate) mod info;
 #[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]
 mod kept;

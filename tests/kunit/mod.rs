@@ -17,6 +17,7 @@ mod free_pages;
 mod hinting;
 mod host_requests;
 mod memory;
+mod memory_blocks;
 mod migration;
 mod pages;
 mod range_stack;
