@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use balloon_control::{Begun, ControlError, Info, Metrics, Progress, Ranges, Request, Stats};
+use balloon_control::{Begun, ControlError, Info, Metrics, Progress, Ranges, Request, Stat, Stats};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -71,4 +71,13 @@ fn every_command_has_an_example() {
         .map(|name| format!("{name:?}"))
         .collect();
     assert_eq!(documented, known);
+}
+
+#[test]
+fn every_statistic_is_in_the_example() {
+    let documented = examples()
+        .into_iter()
+        .find_map(|(_, mut response)| serde_json::from_value::<Stats>(response["ok"].take()).ok());
+    let documented: Vec<_> = documented.unwrap().values.into_keys().collect();
+    assert_eq!(documented, Stat::ALL);
 }

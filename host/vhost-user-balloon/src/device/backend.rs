@@ -148,21 +148,22 @@ impl VhostUserBackend for Device {
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         let acked = self.acked.load(SeqCst);
-        let kind = usize::try_from(queue_index).map(|number| Kind::of(number, acked));
+        let number = usize::try_from(queue_index).ok();
+        let Some(kind) = number.and_then(|number| Kind::of(number, acked)) else {
+            return Ok(());
+        };
         match kind {
-            Ok(Some(Kind::Inflate)) => {
+            Kind::Inflate => {
                 self.stop();
                 debug!("the guest's driver stops");
             }
-            Ok(Some(Kind::Stats)) => lock(&self.stats).restart(),
-            Ok(Some(Kind::Requests)) => lock(&self.requests).restart(),
-            Ok(Some(Kind::Deflate)) => self.blocked.store(false, SeqCst),
-            _ => {}
+            Kind::Deflate => self.blocked.store(false, SeqCst),
+            Kind::Stats => lock(&self.stats).restart(),
+            Kind::Hinting | Kind::Reporting => {}
+            Kind::Requests => lock(&self.requests).restart(),
         }
         // What was begun begins again where the queue continues, or never.
-        if let Ok(Some(kind)) = kind {
-            *lock(&self.work).unfinished.of_mut(kind) = Unfinished::default();
-        }
+        *lock(&self.work).unfinished.of_mut(kind) = Unfinished::default();
         Ok(())
     }
 
