@@ -283,6 +283,12 @@ impl Config {
         self
     }
 
+    /// The same with this after its name.
+    pub fn name_suffix(mut self, suffix: &str) -> Self {
+        self.name += suffix;
+        self
+    }
+
     /// The same for another part of the guest's life, with logs of its own.
     pub(crate) fn part(mut self, name: &str) -> Self {
         self.name = format!("{}/{name}", self.name);

@@ -90,7 +90,10 @@ impl Setup {
 
     /// Has the guests' kernels zero memory, as [`Config::zeroing`] says.
     pub fn with_zeroing(mut self, zeroing: bool) -> Self {
-        self.config = self.config.zeroing(zeroing);
+        if zeroing {
+            // Both variants may run at the same time.
+            self.config = self.config.zeroing(true).name_suffix("-zeroing");
+        }
         self
     }
 
