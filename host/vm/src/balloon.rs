@@ -15,6 +15,12 @@ use crate::size::Size;
 /// How long the balloon's size may stay the same on its way to a target.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Writes what this driver says of itself to the guest's log. The C driver says nothing.
+const LOG_STATE: &str = r#"
+    cat /sys/kernel/debug/virtio_balloon_rs-*/* 2>/dev/null |
+        while read line; do echo "$line" >/dev/kmsg; done
+"#;
+
 /// A guest's balloon.
 #[derive(Clone, Copy, Debug)]
 pub struct Balloon<'a> {
@@ -95,6 +101,7 @@ impl Balloon<'_> {
                 stopwatch.restart();
             }
             if stopwatch.has_passed(STALL_TIMEOUT) {
+                self.guest.sh(LOG_STATE)?;
                 bail!(
                     "the balloon is stuck at {now} on its way to {size} for {} s, with {} available",
                     STALL_TIMEOUT.as_secs(),
