@@ -50,17 +50,27 @@ const CHECK_PROGRAMS: &str = r#"
     test -s bash-completion/completions/balloonctl
     test -s zsh/vendor-completions/_balloonctl
     test -s fish/vendor_completions.d/balloonctl.fish
-    systemd-analyze verify --man=no vhost-user-balloon@vm.service
+    systemd-analyze verify --man=no vhost-user-balloon@vm.service vhost-user-balloon-connection@vm.target
 "#;
 
+/// What the packages make of a system.
+pub(crate) struct Installed {
+    /// Its kernel's image.
+    pub(crate) image: PathBuf,
+    /// The drivers, as guests load them.
+    pub(crate) drivers: Vec<PathBuf>,
+    /// The system with the packages.
+    pub(crate) system: vm::System,
+}
+
 /// Builds the packages, installs them in a system with Debian's kernel, looks at what that has done, and removes
-/// them. The drivers are put into `directory`. Returns the kernel's image and the drivers, as guests load them.
+/// them from a copy. The drivers are put into `directory`.
 ///
 /// # Errors
 ///
 /// They do not build, or do not do what they should.
-pub(crate) fn install(places: &Places, directory: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
-    let system = System::new(places, deb::build(places)?)?;
+pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
+    let mut system = System::new(places, deb::build(places)?)?;
     system.follow(
         "Installing the packages",
         "apt-get install --yes --no-install-recommends /packages/*.deb",
@@ -80,6 +90,11 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<(PathBuf, Vec
         .map(|(file, module)| system.decompress(module, &directory.join(file)));
     system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
 
+    system.begin_changes(places.build().join("debian-removed"))?;
+    let installed = vm::System {
+        layers: system.layers.clone(),
+        packages: system.packages.clone(),
+    };
     system.follow(
         "Removing the packages",
         "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl",
@@ -99,7 +114,11 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<(PathBuf, Vec
         .path
         .join("boot")
         .join(format!("vmlinuz-{}", system.release));
-    Ok((image, modules.into_iter().collect::<Result<_>>()?))
+    Ok(Installed {
+        image,
+        drivers: modules.into_iter().collect::<Result<_>>()?,
+        system: installed,
+    })
 }
 
 /// A Debian system with its kernel, and with what the packages need but without them.
@@ -108,7 +127,9 @@ struct System {
     path: PathBuf,
     /// The kernel's tree that the module's package has made in it, in the cache, or will have.
     tree: PathBuf,
-    /// What has been changed since.
+    /// The directories that it consists of, the uppermost first.
+    layers: Vec<PathBuf>,
+    /// What is changed in it now.
     changes: PathBuf,
     /// The packages, which it sees in /packages.
     packages: PathBuf,
@@ -127,34 +148,43 @@ impl System {
             "debian-tree-{:.12}",
             format!("{:x}", hash.finalize())
         ));
-        let changes = places.build().join("debian");
-        if changes.exists() {
-            fs::remove_dir_all(&changes)?;
-        }
-        for directory in ["root", "upper", "work"] {
-            fs::create_dir_all(changes.join(directory))?;
-        }
         let release = fs::read_dir(path.join("usr/lib/modules"))?
             .next()
             .context("the Debian system has no kernel")??
             .file_name()
             .to_string_lossy()
             .into_owned();
-        Ok(Self {
+        let layers = [tree.exists().then(|| tree.clone()), Some(path.clone())];
+        let mut system = Self {
             path,
             tree,
-            changes,
+            layers: layers.into_iter().flatten().collect(),
+            changes: PathBuf::new(),
             packages,
             release,
-        })
+        };
+        system.begin_changes(places.build().join("debian"))?;
+        Ok(system)
+    }
+
+    /// Leaves what has been changed, and puts the next changes into `directory`.
+    fn begin_changes(&mut self, directory: PathBuf) -> Result<()> {
+        if !self.changes.as_os_str().is_empty() {
+            self.layers.insert(0, self.changes.join("upper"));
+        }
+        if directory.exists() {
+            fs::remove_dir_all(&directory)?;
+        }
+        for part in ["root", "upper", "work"] {
+            fs::create_dir_all(directory.join(part))?;
+        }
+        self.changes = directory;
+        Ok(())
     }
 
     /// A shell that runs `script` in it.
     fn shell(&self, script: &str, arguments: &[&str]) -> Command {
-        let mut layers = self.path.clone().into_os_string();
-        if self.tree.exists() {
-            layers = [self.tree.as_os_str(), &layers].join(OsStr::new(":"));
-        }
+        let layers: Vec<_> = self.layers.iter().map(|layer| layer.as_os_str()).collect();
         let mut command = Command::new("unshare");
         command
             .args([
@@ -165,7 +195,7 @@ impl System {
                 ENTER,
                 "sh",
             ])
-            .arg(layers)
+            .arg(layers.join(OsStr::new(":")))
             .args([&self.changes, &self.packages])
             .args(["sh", "-euc", script, "sh"])
             .args(arguments);

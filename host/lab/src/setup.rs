@@ -17,15 +17,18 @@ use crate::{arm64, debian, initramfs, kernel, module};
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
-    let (image, modules) = match kernel {
-        Kernel::Debian => debian::install(places, &build)?,
-        _ => {
-            let tree = kernel::build(places, kernel)?;
-            let module = module::build(places, &tree)?;
-            (tree.image(), modules(places, &tree, module)?)
-        }
-    };
-    artifacts(places, kernel, image, &modules, None)
+    if kernel == Kernel::Debian {
+        let debian = debian::install(places, &build)?;
+        let artifacts = artifacts(places, kernel, debian.image, &debian.drivers, None)?;
+        return Ok(Artifacts {
+            system: Some(debian.system),
+            ..artifacts
+        });
+    }
+    let tree = kernel::build(places, kernel)?;
+    let module = module::build(places, &tree)?;
+    let modules = modules(places, &tree, module)?;
+    artifacts(places, kernel, tree.image(), &modules, None)
 }
 
 /// The same for the driver in `module`, which counts.
@@ -76,5 +79,6 @@ fn artifacts(
         tools,
         logs,
         coverage,
+        system: None,
     })
 }

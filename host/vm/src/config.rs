@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use regex::Regex;
 
+use crate::container::System;
 use crate::coverage::Coverage;
 use crate::daemon::Daemon;
 use crate::device::{Device, Offer};
@@ -35,6 +36,8 @@ pub struct Artifacts {
     pub logs: PathBuf,
     /// Where to put what the driver counts, if it is built for that.
     pub coverage: Option<Coverage>,
+    /// A Debian system with systemd in which the packages are installed, if there is one.
+    pub system: Option<System>,
 }
 
 /// The balloon device.
@@ -301,10 +304,17 @@ impl Config {
         Daemon::start(&program, &self.logs(), &self.arguments_of_daemon())
     }
 
-    /// Starts a daemon for this guest as a service, which can be restarted while the guest runs.
+    /// Starts a daemon for this guest as a service, which can be restarted while the guest runs: the unit of the package
+    /// under systemd if there is a system that has both.
     pub fn start_daemon_service(&self) -> Result<Daemon> {
-        let program = self.tool("vhost-user-balloon");
-        Daemon::start_service(&program, &self.logs(), &self.arguments_of_daemon())
+        let arguments = self.arguments_of_daemon();
+        match &self.artifacts.system {
+            Some(system) => Daemon::start_unit(system, &self.logs(), &arguments),
+            None => {
+                let program = self.tool("vhost-user-balloon");
+                Daemon::start_service(&program, &self.logs(), &arguments)
+            }
+        }
     }
 
     fn arguments_of_daemon(&self) -> Vec<String> {

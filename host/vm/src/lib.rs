@@ -12,7 +12,7 @@
 //! # fn main() -> anyhow::Result<()> {
 //! # let artifacts = Artifacts {
 //! #     kernel: Kernel::Test, image: "".into(), qemu: "".into(), initramfs: "".into(), tools: "".into(),
-//! #     logs: "".into(), coverage: None,
+//! #     logs: "".into(), coverage: None, system: None,
 //! # };
 //! let config = Config::new(&artifacts, "a_quarter").memory(Size::gib(1));
 //! vm::run(&config, |guest| {
@@ -31,6 +31,7 @@ mod agent;
 mod balloon;
 mod config;
 mod console;
+mod container;
 mod control;
 mod coverage;
 mod daemon;
@@ -65,6 +66,7 @@ pub use crate::agent::Pending;
 pub use crate::balloon::Balloon;
 pub use crate::config::{Artifacts, Config};
 pub use crate::console::{Console, Mark};
+pub use crate::container::{Container, System};
 pub use crate::control::Sample;
 pub use crate::coverage::Coverage;
 pub use crate::daemon::{Daemon, Processes};

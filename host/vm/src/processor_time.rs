@@ -53,7 +53,7 @@ impl Guest {
 impl Daemon {
     /// How much of the host's processors its two processes have used.
     fn cpu_time(&self) -> Result<Duration> {
-        Ok(of_process(self.id())? + of_process(self.worker()?.as_raw().try_into()?)?)
+        Ok(of_process(self.id()?)? + of_process(self.worker()?.as_raw().try_into()?)?)
     }
 }
 

@@ -12,12 +12,16 @@ use anyhow::{Context, Result, ensure};
 use balloon_control::Shortfall;
 use fastrand::Rng;
 use serde_json::Value;
-use vm::{Daemon, Guest, HugePages, Load, MemoryBackend, Offer, Processes, Size};
+use vm::{Daemon, Guest, HugePages, Kernel, Load, MemoryBackend, Offer, Processes, Size};
 
 use crate::scenario::{
     BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
 };
 use crate::sizes::check_size;
+
+/// The kernel of the other scenarios, and that of a system which has systemd and the unit of the package.
+const SERVICE_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debian];
+const DEBIAN_KERNEL: &[Kernel] = &[Kernel::Debian];
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -31,10 +35,18 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "service_restart",
         proves: "the device's processes are restarted, updated and killed while the balloon is at work, and no message is lost",
-        kernels: TEST_KERNEL,
+        kernels: SERVICE_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
         run: service_restart,
+    },
+    Scenario {
+        name: "unit",
+        proves: "whatever an operator and apt do to the device's unit, the guest keeps its balloon, and lives on without it",
+        kernels: DEBIAN_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: unit,
     },
     Scenario {
         name: "vmm_restart",
@@ -182,6 +194,105 @@ fn service_restart(setup: &Setup) -> Result<()> {
         guest.rmmod(setup.driver)
     })?;
     daemon.end()
+}
+
+/// The unit of the device, as its package installs it.
+const UNIT: &str = "vhost-user-balloon@vm.service";
+
+/// Has systemd notice within two seconds that the unit hangs.
+const SHORT_WATCHDOG: &str = r"
+    mkdir -p /run/systemd/system/$unit.d
+    printf '[Service]\nWatchdogSec=2\n' >/run/systemd/system/$unit.d/watchdog.conf
+    systemctl daemon-reload
+";
+
+/// Something that is done to the unit in its system, after which other processes have the device.
+type NamedChange = (&'static str, &'static str);
+
+/// What operators, updates and crashes do.
+const CHANGES: &[NamedChange] = &[
+    ("the unit is restarted", "systemctl restart $unit"),
+    ("the unit is reloaded", "systemctl reload $unit"),
+    (
+        "the unit is stopped and started",
+        "systemctl stop $unit; systemctl start $unit",
+    ),
+    (
+        "all processes are killed",
+        "systemctl kill --signal=KILL $unit",
+    ),
+    (
+        "the package is installed again",
+        "apt-get install --yes --reinstall /packages/vhost-user-balloon_*.deb",
+    ),
+    (
+        "the supervisor hangs until the watchdog ends it",
+        "systemctl kill --signal=STOP --kill-whom=main $unit",
+    ),
+    (
+        "the options are wrong, and right again",
+        "options=/etc/vhost-user-balloon/vm.conf
+         cp $options /tmp/options
+         echo 'OPTIONS=--no-such-option' >$options
+         ! systemctl restart $unit
+         sleep 3
+         [ $(systemctl is-failed $unit) = failed ]
+         [ $(systemctl show --property=NRestarts --value $unit) = 0 ]
+         cp /tmp/options $options
+         systemctl start $unit",
+    ),
+];
+
+fn unit(setup: &Setup) -> Result<()> {
+    const SIZE: Size = Size::mib(300);
+    // The system has process numbers of its own.
+    let config = setup
+        .config()
+        .daemon_argument("--allow")
+        .daemon_argument("unseen");
+    let daemon = Arc::new(config.start_daemon_service()?);
+    let system = daemon.system().context("there is no system with systemd")?;
+    let shell = |script: &str| {
+        let script = format!("unit={UNIT}\n{script}");
+        system.run("sh", &["-euc", &script])
+    };
+    // It counts from the first restart on.
+    shell(SHORT_WATCHDOG)?;
+    vm::run(&config.daemon(&daemon), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(SIZE)?;
+        for (name, change) in CHANGES {
+            let before = daemon.processes()?;
+            // The balloon is what it was, and follows.
+            shell(change)
+                .and_then(|_| wait_restarted(guest, before))
+                .and_then(|()| check_size(guest, SIZE))
+                .and_then(|()| guest.balloon().settle(Size::default()))
+                .and_then(|_| guest.balloon().settle(SIZE))
+                .with_context(|| format!("when {name}"))?;
+        }
+
+        // A program that does not start leaves the one that runs.
+        let before = daemon.processes()?;
+        shell("mv /usr/bin/vhost-user-balloon /tmp; cp /bin/false /usr/bin/vhost-user-balloon")?;
+        shell("systemctl reload $unit")?;
+        guest.balloon().settle(Size::default())?;
+        ensure!(
+            daemon.processes()? == before,
+            "the running program has ended"
+        );
+        shell("mv /tmp/vhost-user-balloon /usr/bin")?;
+
+        // Other users have no access.
+        shell(
+            "! setpriv --reuid=daemon --clear-groups balloonctl --socket /run/vhost-user-balloon/vm/control.sock info",
+        )?;
+
+        // The guest lives on when all is removed.
+        guest.balloon().settle(SIZE)?;
+        shell("apt-get remove --yes vhost-user-balloon")?;
+        guest.rmmod(setup.driver)
+    })
 }
 
 /// Waits for other processes than these, and until the device has the guest's driver.

@@ -221,6 +221,7 @@ mod tests {
             tools: "t".into(),
             logs: "/logs".into(),
             coverage: None,
+            system: None,
         };
         Config::new(&artifacts, "name").accel(Accel::Tcg)
     }
