@@ -120,9 +120,12 @@ macro_rules! attributes {
 pub(crate) use attributes;
 
 /// Returns the data of the driver of the device, for a callback of an attribute of `D`.
-fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
-    // SAFETY: The driver core calls back for attributes of a driver with the data `D`, which exist
-    // only while the device has its data.
+///
+/// # Safety
+///
+/// `dev` must be bound for `'a`, to a driver with the data `D`.
+unsafe fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
+    // SAFETY: By the requirements of this function.
     unsafe {
         let dev: &device::Device<device::CoreInternal<'_>> = device::Device::from_raw(dev);
 
@@ -130,37 +133,58 @@ fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
     }
 }
 
-extern "C" fn show<D: 'static, A: Attribute<D>>(
+/// Shows the attribute `A`.
+///
+/// # Safety
+///
+/// `dev` must be bound to a driver with the data `D`, and `page` a page of zeroes that no other code
+/// accesses, until this returns. That is so when sysfs calls for an attribute of [`attributes!`].
+unsafe extern "C" fn show<D: 'static, A: Attribute<D>>(
     dev: *mut bindings::device,
     _attribute: *mut bindings::device_attribute,
     page: *mut c_char,
 ) -> isize {
-    let data: &D = data(dev);
+    // SAFETY: By the requirements of this function.
+    let (data, page) = unsafe {
+        (
+            data::<D>(dev),
+            core::slice::from_raw_parts_mut(page.cast::<u8>(), PAGE_SIZE),
+        )
+    };
 
     from_result(|| {
         let value = A::show(data)?;
         let text = CString::try_from_fmt(fmt!("{value}\n"))?;
-        let len = text.to_bytes().len();
-        if len > PAGE_SIZE {
-            return Err(EOVERFLOW);
-        }
-        // SAFETY: sysfs passes a page, which no other code accesses.
-        unsafe { page.copy_from_nonoverlapping(text.as_char_ptr(), len) };
-        Ok(len as isize)
+        let text = text.to_bytes();
+
+        page.get_mut(..text.len())
+            .ok_or(EOVERFLOW)?
+            .copy_from_slice(text);
+        Ok(text.len() as isize)
     })
 }
 
-extern "C" fn store<D: 'static, A: Attribute<D>>(
+/// Sets the attribute `A`.
+///
+/// # Safety
+///
+/// `dev` must be bound to a driver with the data `D`, and the `len` bytes of `text` must not change,
+/// until this returns. That is so when sysfs calls for an attribute of [`attributes!`].
+unsafe extern "C" fn store<D: 'static, A: Attribute<D>>(
     dev: *mut bindings::device,
     _attribute: *mut bindings::device_attribute,
     text: *const c_char,
     len: usize,
 ) -> isize {
-    let data: &D = data(dev);
+    // SAFETY: By the requirements of this function.
+    let (data, text) = unsafe {
+        (
+            data::<D>(dev),
+            core::slice::from_raw_parts(text.cast::<u8>(), len),
+        )
+    };
 
     from_result(|| {
-        // SAFETY: sysfs passes that many bytes, which stay as they are.
-        let text = unsafe { core::slice::from_raw_parts(text.cast::<u8>(), len) };
         let text = core::str::from_utf8(text).map_err(|_| EINVAL)?.trim();
         // The mode of a read-only attribute keeps sysfs from calling this.
         let store = A::STORE.ok_or(EIO)?;

@@ -194,14 +194,17 @@ impl<R: MigratePage> NodePages<R> {
         })
     }
 
-    extern "C" fn migrate(
+    /// # Safety
+    ///
+    /// Only for the balloon core, which calls it with the `info` of a balloon that has pages, a page
+    /// that it has isolated from there, and the page that is to replace it.
+    unsafe extern "C" fn migrate(
         info: *mut bindings::balloon_dev_info,
         new: *mut bindings::page,
         old: *mut bindings::page,
         mode: bindings::migrate_mode,
     ) -> c_int {
-        // SAFETY: The core calls with the `info` of a balloon that has pages, and so has not been
-        // dropped, and with valid pages.
+        // SAFETY: By the requirements of this function. A balloon that has pages has not been dropped.
         let (this, old, new) = unsafe {
             (
                 &*container_of!(Opaque::cast_from(info), Self, info),

@@ -61,8 +61,11 @@ impl FreePages<'_> {
     /// Returns whether they lie where the kernel has nothing of its own (`ZONE_MOVABLE`). The pages of
     /// one report are of one zone.
     pub(crate) fn are_movable(&self) -> bool {
+        // The lowest two bits say whether the list continues.
+        //
         // SAFETY: By the type invariants the list has entries, of valid pages.
-        unsafe { sg_page(self.sg) }.is_some_and(|page| Zone::of(page).is_movable())
+        unsafe { Page::from_raw(((*self.sg).page_link & !3) as *mut bindings::page) }
+            .is_some_and(|page| Zone::of(page).is_movable())
     }
 }
 
@@ -122,13 +125,17 @@ impl<T: Report> Reporter<T> {
         })
     }
 
-    extern "C" fn callback(
+    /// # Safety
+    ///
+    /// Only for free page reporting, which calls it with the `info` of a `Reporter<T>` and a list of
+    /// `n` entries, whose pages it has set aside until this returns.
+    unsafe extern "C" fn callback(
         info: *mut bindings::page_reporting_dev_info,
         sg: *mut bindings::scatterlist,
         n: c_uint,
     ) -> c_int {
-        // SAFETY: By the type invariants the struct is part of a live `Reporter<T>`. The kernel passes
-        // a list of `n` entries.
+        // SAFETY: By the requirements of this function. By the type invariants the struct is part of
+        // a live `Reporter<T>`.
         let (this, bytes) = unsafe {
             (
                 &*container_of!(Opaque::cast_from(info), Self, info),
@@ -137,7 +144,7 @@ impl<T: Report> Reporter<T> {
         };
 
         from_result(|| {
-            // INVARIANT: The kernel has set the pages of the list aside until this returns.
+            // INVARIANT: By the requirements of this function.
             this.who.report(FreePages {
                 sg,
                 n,
@@ -195,16 +202,4 @@ impl Virtqueue<ReportToken> {
         }
         is_used.then_some(()).ok_or(ENODEV)
     }
-}
-
-/// Returns the page of an entry of a scatterlist.
-///
-/// # Safety
-///
-/// The entry must be valid.
-unsafe fn sg_page(sg: *mut bindings::scatterlist) -> Option<Page> {
-    // The lowest two bits say whether the list continues.
-    //
-    // SAFETY: By the requirements of this function.
-    unsafe { Page::from_raw(((*sg).page_link & !3) as *mut bindings::page) }
 }

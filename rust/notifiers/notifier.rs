@@ -90,13 +90,16 @@ impl<C: Chain<T>, T> Notifier<C, T> {
         })
     }
 
-    extern "C" fn callback(
+    /// # Safety
+    ///
+    /// Only for the chain `C`, which calls it with the block of a `Notifier<C, T>`.
+    unsafe extern "C" fn callback(
         block: *mut bindings::notifier_block,
         action: c_ulong,
         data: *mut c_void,
     ) -> c_int {
-        // SAFETY: By the type invariants the block is part of a live `Notifier<C, T>`, and called
-        // by `C`.
+        // SAFETY: By the requirements of this function. By the type invariants the block is part of
+        // a live `Notifier<C, T>`.
         unsafe {
             let this = &*container_of!(Opaque::cast_from(block), Self, block);
 

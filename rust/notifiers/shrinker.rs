@@ -71,32 +71,43 @@ impl<T: Shrink> Shrinker<T> {
     }
 
     /// Returns whom a callback is for.
-    fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
-        // SAFETY: The kernel calls back with a shrinker that `new` has registered. By the type
-        // invariants the data is of this type, and lives longer than the callback runs.
+    ///
+    /// # Safety
+    ///
+    /// `shrinker` must be one that [`new`](Self::new) has registered, and must not be freed for `'a`.
+    unsafe fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
+        // SAFETY: By the requirements of this function. By the type invariants the data is of this
+        // type, and lives as long as the shrinker.
         unsafe { &*(*shrinker).private_data.cast::<T>() }
     }
 
-    extern "C" fn count(
+    /// # Safety
+    ///
+    /// Only for the kernel's shrinkers, which call it with one that [`new`](Self::new) has registered,
+    /// and do not free that meanwhile.
+    unsafe extern "C" fn count(
         shrinker: *mut bindings::shrinker,
         _control: *mut bindings::shrink_control,
     ) -> c_ulong {
-        Self::who(shrinker).count()
+        // SAFETY: By the requirements of this function.
+        unsafe { Self::who(shrinker) }.count()
     }
 
-    extern "C" fn scan(
+    /// # Safety
+    ///
+    /// As for [`count`](Self::count); `control` must be valid, and no other code may use it.
+    unsafe extern "C" fn scan(
         shrinker: *mut bindings::shrinker,
         control: *mut bindings::shrink_control,
     ) -> c_ulong {
-        // SAFETY: This is a callback, which gets a valid pointer.
-        let wanted = unsafe { (*control).nr_to_scan };
-        let freed = Self::who(shrinker).scan(wanted);
+        // SAFETY: By the requirements of this function.
+        let (who, control) = unsafe { (Self::who(shrinker), &mut *control) };
+        let wanted = control.nr_to_scan;
+        let freed = who.scan(wanted);
 
-        // Otherwise a block of a thousand pages would count as the hundred that were asked for, and
-        // whoever reclaims would not know that there is memory now, and ask until nothing is left.
-        //
-        // SAFETY: The pointer is valid, as above, and this is called by somebody who reclaims.
-        unsafe { (*control).nr_scanned = freed.max(wanted) };
+        // Otherwise a block of a thousand pages would count as the hundred that were asked for.
+        // Reclaim would not know that there is memory now, and ask until nothing is left.
+        control.nr_scanned = freed.max(wanted);
         bindings::mm_account_reclaimed_pages(freed);
         freed
     }

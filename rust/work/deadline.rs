@@ -5,7 +5,10 @@
 //! C headers: [`include/linux/timer.h`](srctree/include/linux/timer.h),
 //! [`include/linux/sched/signal.h`](srctree/include/linux/sched/signal.h)
 
-use crate::rust::work::signal;
+use crate::rust::work::signal::{
+    self,
+    Signal, //
+};
 
 use kernel::{
     bindings,
@@ -66,7 +69,7 @@ impl Deadline {
 
     /// Calls `f`, with a signal pending from `ms` milliseconds on. Afterwards no signal is pending.
     pub(in crate::rust) fn limit<T>(&self, ms: Msecs, f: impl FnOnce() -> T) -> T {
-        signal::allow(bindings::SIGINT);
+        signal::allow(Signal::Interrupt);
         // SAFETY: The timer is initialised, and is stopped before the thread continues.
         unsafe {
             bindings::mod_timer(
@@ -78,15 +81,17 @@ impl Deadline {
 
         // SAFETY: As above.
         unsafe { bindings::timer_delete_sync(self.timer.get()) };
-        signal::disallow(bindings::SIGINT);
+        signal::disallow(Signal::Interrupt);
         // SAFETY: It is this thread.
         unsafe { bindings::flush_signals(self.thread) };
         result
     }
 
-    extern "C" fn expire(timer: *mut bindings::timer_list) {
-        // SAFETY: By the type invariants the timer is part of a live `Deadline`, whose thread waits
-        // for it.
+    /// # Safety
+    ///
+    /// `timer` must be that of a `Deadline` whose thread waits for it.
+    unsafe extern "C" fn expire(timer: *mut bindings::timer_list) {
+        // SAFETY: By the requirements of this function.
         unsafe {
             let this = container_of!(Opaque::cast_from(timer), Self, timer);
 

@@ -9,6 +9,15 @@ use kernel::{
     prelude::*, //
 };
 
+/// A signal that threads of this driver accept.
+#[derive(Clone, Copy)]
+pub(super) enum Signal {
+    /// What the thread is doing takes too long.
+    Interrupt = bindings::SIGINT as isize,
+    /// The thread is to end.
+    Kill = bindings::SIGKILL as isize,
+}
+
 /// What `allow_signal()` and `disallow_signal()` pass for a handler.
 #[derive(Clone, Copy)]
 enum Handler {
@@ -16,9 +25,9 @@ enum Handler {
     Allow = 2,
 }
 
-fn set_handler(signal: u32, handler: Handler) {
+fn set_handler(signal: Signal, handler: Handler) {
     // SAFETY: A handler is a pointer, and these numbers stand for no function. The kernel's function
-    // is for the thread's own signals.
+    // sets it for the thread itself, which has a handler for each of these signals.
     unsafe {
         let handler = core::mem::transmute::<usize, bindings::__sighandler_t>(handler as usize);
 
@@ -27,11 +36,11 @@ fn set_handler(signal: u32, handler: Handler) {
 }
 
 /// Accepts a signal from now on, in the thread that calls.
-pub(super) fn allow(signal: u32) {
+pub(super) fn allow(signal: Signal) {
     set_handler(signal, Handler::Allow);
 }
 
 /// Takes [`allow`] back.
-pub(super) fn disallow(signal: u32) {
+pub(super) fn disallow(signal: Signal) {
     set_handler(signal, Handler::Ignore);
 }

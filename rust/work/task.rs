@@ -205,9 +205,12 @@ impl<S: Job> Slot<S> {
         self.0.clone()
     }
 
-    extern "C" fn run(work: *mut bindings::work_struct) {
-        // SAFETY: By the type invariants of `Work` the work item is the `dwork.work` of one, whose
-        // task is null or a live `Task<S>`.
+    /// # Safety
+    ///
+    /// Only for the workqueue, which calls it with the `dwork.work` of a [`Work`] for a `Task<S>`.
+    unsafe extern "C" fn run(work: *mut bindings::work_struct) {
+        // SAFETY: By the requirements of this function. By the type invariants of `Work` the task is
+        // null or a live `Task<S>`.
         let task = unsafe {
             let dwork = container_of!(work, bindings::delayed_work, work);
             let work = &*container_of!(Opaque::cast_from(dwork), Work, dwork);

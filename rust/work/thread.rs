@@ -14,7 +14,10 @@ use crate::rust::{
     bindings,
     this_module::Reference,
     work::{
-        signal,
+        signal::{
+            self,
+            Signal, //
+        },
         task::Waker, //
     }, //
 };
@@ -133,18 +136,20 @@ impl Thread {
         self.shared.outcome.copy()
     }
 
-    extern "C" fn run<F: FnOnce() -> Result>(start: *mut c_void) -> c_int {
-        signal::allow(bindings::SIGKILL);
-        let reference = Self::work::<F>(start);
+    /// # Safety
+    ///
+    /// `start` must be a `KBox<Start<F>>` that was made a raw pointer, which the caller gives away.
+    unsafe extern "C" fn run<F: FnOnce() -> Result>(start: *mut c_void) -> c_int {
+        signal::allow(Signal::Kill);
+        // SAFETY: By the requirements of this function.
+        let reference = Self::work(unsafe { KBox::<Start<F>>::from_raw(start.cast()) });
 
         // SAFETY: Nothing else is left.
         unsafe { reference.release_and_exit() }
     }
 
     /// Does the work, and says how it went. Returns the thread's reference to the module.
-    fn work<F: FnOnce() -> Result>(start: *mut c_void) -> Reference {
-        // SAFETY: `start` has made it, and it is taken only here.
-        let start = unsafe { KBox::<Start<F>>::from_raw(start.cast()) };
+    fn work<F: FnOnce() -> Result>(start: KBox<Start<F>>) -> Reference {
         let Start {
             work,
             reference,
