@@ -52,23 +52,29 @@ impl Show for Atomic<u64> {
 
 /// A directory, which is there for as long as this or a file in it exists.
 #[derive(Clone)]
-pub(crate) struct Dir(Arc<RawDir>);
+pub(crate) struct Dir(Arc<Dentry>);
 
+/// A directory or a file, which is removed on drop. No operation runs after that.
+///
 /// # Invariants
 ///
-/// It is what creating a directory has returned: a directory, or an error, which all functions of
+/// It is what creating it has returned: a directory, a file, or an error, which all functions of
 /// debugfs take.
-struct RawDir(*mut bindings::dentry);
+struct Dentry(*mut bindings::dentry);
 
-// SAFETY: A directory may be used from any thread.
-unsafe impl Send for RawDir {}
+// SAFETY: Directories and files may be used from any thread.
+unsafe impl Send for Dentry {}
 
 // SAFETY: As above.
-unsafe impl Sync for RawDir {}
+unsafe impl Sync for Dentry {}
 
-impl Drop for RawDir {
+impl Drop for Dentry {
     fn drop(&mut self) {
-        remove(self.0);
+        #[cfg(CONFIG_DEBUG_FS)]
+        // SAFETY: By the type invariants.
+        unsafe {
+            bindings::debugfs_remove(self.0)
+        };
     }
 }
 
@@ -88,7 +94,7 @@ impl Dir {
         // SAFETY: The name is a string.
         let dir = unsafe { bindings::debugfs_create_dir(name.as_char_ptr(), ptr::null_mut()) };
         // INVARIANT: It is what the function returns.
-        let dir = RawDir(dir);
+        let dir = Dentry(dir);
 
         Ok(Self(Arc::new(dir, GFP_KERNEL)?))
     }
@@ -128,7 +134,7 @@ impl Dir {
                         &OPERATIONS.0,
                     )
                 };
-                dentry
+                Dentry(dentry)
             },
             _dir: self.clone(),
         })
@@ -139,18 +145,18 @@ impl Dir {
 ///
 /// # Invariants
 ///
-/// `dentry` is what creating a file has returned, for the callback of a `File<T>` with `raw`: a
-/// file, or an error.
-#[pin_data(PinnedDrop)]
+/// `dentry` is for the callback of a `File<T>` with `raw`.
+#[pin_data]
 pub(crate) struct File<T: Show> {
+    /// The first field, since it is dropped first.
+    dentry: Dentry,
     what: T,
     #[pin]
     raw: Opaque<RawFile>,
-    dentry: *mut bindings::dentry,
     _dir: Dir,
 }
 
-// SAFETY: A file may be removed from any thread, and `T` is `Send` and `Sync`.
+// SAFETY: The callback may be called from any thread, and `T` is `Send` and `Sync`.
 unsafe impl<T: Show> Send for File<T> {}
 
 // SAFETY: `what` is only accessed through a shared reference.
@@ -178,13 +184,6 @@ impl<T: Show> File<T> {
         };
 
         seq_print!(m, "{}", Shown(&this.what));
-    }
-}
-
-#[pinned_drop]
-impl<T: Show> PinnedDrop for File<T> {
-    fn drop(self: Pin<&mut Self>) {
-        remove(self.dentry);
     }
 }
 
@@ -220,30 +219,25 @@ static OPERATIONS: Operations = Operations(bindings::file_operations {
     ..pin_init::zeroed()
 });
 
+/// # Safety
+///
+/// Only for debugfs, which calls it when it opens a file that [`Dir::file`] has created.
 #[cfg(CONFIG_DEBUG_FS)]
-extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    // SAFETY: The kernel opens a file that `create_file` has made.
+unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: By the requirements of this function.
     unsafe { bindings::single_open(file, Some(show), (*inode).i_private) }
 }
 
+/// # Safety
+///
+/// Only for debugfs, which calls it for a file that [`open`] has opened and that was not removed.
 #[cfg(CONFIG_DEBUG_FS)]
-extern "C" fn show(m: *mut bindings::seq_file, _: *mut c_void) -> c_int {
-    // SAFETY: `open` has passed what `create_file` has, which is there as long as the file.
+unsafe extern "C" fn show(m: *mut bindings::seq_file, _: *mut c_void) -> c_int {
+    // SAFETY: By the requirements of this function. `open` has passed what `Dir::file` has.
     unsafe {
         let raw: *mut RawFile = (*m).private.cast();
 
         ((*raw).show)(m, raw);
     }
     0
-}
-
-/// Removes a file or directory, if it is one. When this returns no operation runs.
-fn remove(dentry: *mut bindings::dentry) {
-    #[cfg(CONFIG_DEBUG_FS)]
-    // SAFETY: By the type invariants of the callers' types it is what creating it has returned.
-    unsafe {
-        bindings::debugfs_remove(dentry)
-    };
-    #[cfg(not(CONFIG_DEBUG_FS))]
-    let _ = dentry;
 }
