@@ -119,7 +119,6 @@ impl Show for Statistics {
 /// The queues of a device, until the features take them.
 pub(crate) struct Queues<'a> {
     found: FoundQueues<{ Queue::ALL.len() }>,
-    has: [bool; Queue::ALL.len()],
     statistics: &'a Statistics,
 }
 
@@ -131,12 +130,10 @@ impl<'a> Queues<'a> {
     ///
     /// What [`virtio::Device::find_vqs`] says.
     pub(crate) fn find(dev: &virtio::Device<Core<'_>>, statistics: &'a Statistics) -> Result<Self> {
-        let has = Queue::ALL.map(|queue| queue.is_of(dev));
         let names = Queue::ALL.map(|queue| queue.is_of(dev).then(|| queue.name()));
 
         Ok(Self {
             found: dev.find_vqs(names)?,
-            has,
             statistics,
         })
     }
@@ -148,11 +145,8 @@ impl<'a> Queues<'a> {
     /// `ENOMEM`.
     pub(crate) fn take<B>(&mut self, queue: Queue) -> Result<Option<Virtqueue<B>>> {
         let index = queue as usize;
-
-        if !self.has.get(index).is_some_and(|&has| has) {
-            return Ok(None);
-        }
         let traffic = self.statistics.0.get(index).ok_or(ENOENT)?;
-        self.found.take(index, traffic.clone()).map(Some)
+
+        self.found.take(index, traffic.clone())
     }
 }

@@ -35,7 +35,8 @@ use kernel::{
 ///
 /// - While a [`srcu::Guard`] that [`enter`](Self::enter) has returned exists, the device is bound,
 ///   its virtqueues are there, and it was not reset since.
-/// - `data` is null or points to the driver's data, of the type that `queue_used` expects.
+/// - `data` is null or points to the driver's data, of the type that `queue_used` expects. The data is
+///   there until the virtqueues were deleted.
 #[pin_data]
 pub(crate) struct Binding {
     #[pin]
@@ -121,7 +122,8 @@ impl Binding {
     ///
     /// # Safety
     ///
-    /// `data` must be the driver's data, of the type that `queue_used` expects.
+    /// `data` must be the driver's data, of the type that `queue_used` expects, and must be there until
+    /// the virtqueues were deleted.
     pub(super) unsafe fn make_ready(&self, data: *mut c_void) {
         self.state.store(READY, Release);
         // Pairs with the acquire in `call_back`: who sees the pointer sees the data, and may use the
@@ -144,12 +146,17 @@ impl Binding {
 
     /// Calls the driver back for the queue with the number `number`. A device that calls before it is
     /// ready is ignored.
-    pub(super) fn call_back(&self, number: usize) {
+    ///
+    /// # Safety
+    ///
+    /// The queue must not have been deleted.
+    pub(super) unsafe fn call_back(&self, number: usize) {
         // Pairs with the release in `make_ready`.
         let data = self.data.load(Acquire);
 
         if !data.is_null() {
-            // SAFETY: By the type invariants `data` is what the function expects.
+            // SAFETY: By the type invariants `data` is what the function expects, and by the
+            // requirements of this function it is there.
             unsafe { (self.queue_used)(data, self.position(number)) };
         }
     }

@@ -45,7 +45,7 @@ impl Device<device::Core<'_>> {
         // INVARIANT: The binding is this device's.
         Ok(Config {
             dev: (&**self).into(),
-            binding: self.shared_binding()?,
+            binding: self.binding().ok_or(ENODEV)?,
             len,
             is_legacy: !self.has_feature(Feature::VERSION_1),
         })
@@ -66,10 +66,70 @@ pub(crate) struct Config {
     is_legacy: bool,
 }
 
+/// A field of a device's configuration space that can be accessed.
+///
+/// # Invariants
+///
+/// The device has the field, and stays bound for as long as `_bound` exists.
+struct Accessible<'a> {
+    dev: &'a Device,
+    field: Field<u32>,
+    _bound: srcu::Guard<'a>,
+}
+
+impl Accessible<'_> {
+    /// Has the transport read the field into a buffer that holds `before`.
+    fn read(&self, before: u32) -> Result<u32> {
+        let mut value = before.to_le_bytes();
+
+        // SAFETY: By the type invariants. The buffer has the right length.
+        unsafe {
+            let get = (*(*self.dev.as_raw()).config).get.ok_or(ENODEV)?;
+
+            get(
+                self.dev.as_raw(),
+                self.field.offset,
+                value.as_mut_ptr().cast(),
+                4,
+            );
+        }
+
+        Ok(u32::from_le_bytes(value))
+    }
+
+    /// Has the transport write the field.
+    fn write(&self, value: u32) -> Result {
+        let value = value.to_le_bytes();
+
+        // SAFETY: By the type invariants. The buffer has the right length.
+        unsafe {
+            let set = (*(*self.dev.as_raw()).config).set.ok_or(ENODEV)?;
+
+            set(
+                self.dev.as_raw(),
+                self.field.offset,
+                value.as_ptr().cast(),
+                4,
+            );
+        }
+
+        Ok(())
+    }
+}
+
 impl Config {
-    /// Keeps the transport from being asked for what is not there.
-    fn check(&self, field: Field<u32>) -> Result {
-        field.is_within(self.len).then_some(()).ok_or(ENXIO)
+    /// Keeps the device bound, and the transport from being asked for what is not there.
+    fn access(&self, field: Field<u32>) -> Result<Accessible<'_>> {
+        if !field.is_within(self.len) {
+            return Err(ENXIO);
+        }
+
+        // INVARIANT: That is so while the binding was entered; `len` is not too large.
+        Ok(Accessible {
+            dev: &self.dev,
+            field,
+            _bound: self.binding.enter_config().ok_or(ENODEV)?,
+        })
     }
 
     /// Reads a little-endian field. May sleep.
@@ -79,47 +139,26 @@ impl Config {
     /// `ENODEV` if the device is gone, `ENXIO` if it has no such field, `EAGAIN` if the transport
     /// could not read it, or the device changed it meanwhile.
     pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
-        self.check(field)?;
-        let open = self.binding.enter_config().ok_or(ENODEV)?;
-        let value = self.get(&open, field, u32::MAX)?;
+        let field = self.access(field)?;
+        let value = field.read(u32::MAX)?;
 
         // The transports read a legacy device byte by byte: the value may be a part of the old one
         // and a part of the new one.
-        if self.is_legacy && self.get(&open, field, u32::MAX)? != value {
+        if self.is_legacy && field.read(u32::MAX)? != value {
             return Err(EAGAIN);
         }
         // A read from where there is no device has all bits set. And a transport that fails to read
         // says nothing, and leaves the buffer as it was.
         //
-        // SAFETY: The device is valid, since its binding was entered.
+        // SAFETY: The reference keeps the device valid.
         if value == u32::MAX && unsafe { transport::is_gone(self.dev.as_raw()) } {
             return Err(ENODEV);
         }
-        if value == u32::MAX && self.get(&open, field, 0)? != value {
+        if value == u32::MAX && field.read(0)? != value {
             return Err(EAGAIN);
         }
 
         Ok(value)
-    }
-
-    /// Has the transport read `field`, which the device has, into a buffer that holds `before`.
-    fn get(&self, _open: &srcu::Guard<'_>, field: Field<u32>, before: u32) -> Result<u32> {
-        let mut value = before.to_le_bytes();
-
-        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
-        // has the right length.
-        unsafe {
-            let get = (*(*self.dev.as_raw()).config).get.ok_or(ENODEV)?;
-
-            get(
-                self.dev.as_raw(),
-                field.offset,
-                value.as_mut_ptr().cast(),
-                4,
-            );
-        }
-
-        Ok(u32::from_le_bytes(value))
     }
 
     /// Writes a little-endian field. May sleep.
@@ -128,18 +167,6 @@ impl Config {
     ///
     /// `ENODEV` if the device is gone, `ENXIO` if it has no such field.
     pub(crate) fn write_le32(&self, field: Field<u32>, value: u32) -> Result {
-        self.check(field)?;
-        let _open = self.binding.enter_config().ok_or(ENODEV)?;
-        let value = value.to_le_bytes();
-
-        // SAFETY: The device is bound, since its binding was entered, and has the field. The buffer
-        // has the right length.
-        unsafe {
-            let set = (*(*self.dev.as_raw()).config).set.ok_or(ENODEV)?;
-
-            set(self.dev.as_raw(), field.offset, value.as_ptr().cast(), 4);
-        }
-
-        Ok(())
+        self.access(field)?.write(value)
     }
 }

@@ -9,11 +9,13 @@ use crate::rust::{
     virtio::{
         binding::Binding,
         feature::{
-            features_of,
             ByteOrder,
             Feature, //
         },
-        transport, //
+        transport::{
+            features_of,
+            reset_by, //
+        }, //
     }, //
 };
 
@@ -30,7 +32,8 @@ use kernel::{
     prelude::*,
     sync::{
         aref::AlwaysRefCounted,
-        Arc, //
+        Arc,
+        ArcBorrow, //
     },
     types::Opaque, //
 };
@@ -61,8 +64,11 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Returns whether there is a device of the type `id` on the bus.
     pub(crate) fn bus_has_device(&self, id: u32) -> bool {
-        extern "C" fn has_id(dev: *mut bindings::device, id: *mut c_void) -> c_int {
-            // SAFETY: The bus calls for one of its devices, with the address of an id.
+        /// # Safety
+        ///
+        /// `dev` must be a device on the bus, and `id` point to a `u32`.
+        unsafe extern "C" fn has_id(dev: *mut bindings::device, id: *mut c_void) -> c_int {
+            // SAFETY: By the requirements of this function.
             unsafe {
                 let dev = kernel::container_of!(dev, bindings::virtio_device, dev);
 
@@ -95,26 +101,26 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         };
     }
 
-    /// Calls a function of the driver core, which must be one for any device.
-    #[cfg(CONFIG_PM_SLEEP)]
-    fn call(&self, f: unsafe extern "C" fn(*mut bindings::device)) {
-        // SAFETY: By the type invariants the device is valid.
-        unsafe { f(&raw mut (*self.as_raw()).dev) };
-    }
-
     /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of
     /// this device (`power/wakeup` in sysfs). Callable from any context.
     pub(crate) fn stay_awake(&self) {
         #[cfg(CONFIG_PM_SLEEP)]
-        self.call(bindings::pm_stay_awake);
+        // SAFETY: By the type invariants the device is valid.
+        unsafe {
+            bindings::pm_stay_awake(&raw mut (*self.as_raw()).dev)
+        };
     }
 
     /// Takes [`stay_awake`](Self::stay_awake) back, however often it was called.
     pub(crate) fn relax(&self) {
         #[cfg(CONFIG_PM_SLEEP)]
-        self.call(bindings::pm_relax);
+        // SAFETY: By the type invariants the device is valid.
+        unsafe {
+            bindings::pm_relax(&raw mut (*self.as_raw()).dev)
+        };
     }
 }
+
 impl Device<device::CoreInternal<'_>> {
     /// Begins to use the device. The result is the binding that all handles will share.
     pub(super) fn open(&self, queue_used: unsafe fn(*mut c_void, usize)) -> Result<Arc<Binding>> {
@@ -129,8 +135,9 @@ impl Device<device::CoreInternal<'_>> {
 
     /// Ends the use of the device: cuts it off, resets it and deletes its virtqueues.
     pub(super) fn close(&self) {
-        // SAFETY: By the type invariants the device is valid.
-        let reset = || unsafe { transport::reset(self.as_raw()) };
+        // SAFETY: By the type invariants the device is valid. One callback of the bus at a time resets
+        // it, and threads that do so are waited for.
+        let reset = || unsafe { reset_by(bindings::virtio_reset_device, self.as_raw()) };
 
         let Some(binding) = self.binding() else {
             // A device that could not be restored has been closed before.
@@ -153,13 +160,16 @@ impl Device<device::CoreInternal<'_>> {
             drop(Arc::from_raw(binding));
         }
     }
-}
 
-impl<Ctx: device::DeviceContext> Device<Ctx> {
-    pub(super) fn binding(&self) -> Option<&Binding> {
-        // SAFETY: By the type invariants `priv` is null or a valid pointer. It changes only in
-        // `open` and `close`, before and after the device can be used.
-        unsafe { (*self.as_raw()).priv_.cast::<Binding>().as_ref() }
+    /// Ends the use of the device for shutdown: cuts it off and resets it. Its virtqueues stay, since
+    /// interrupts may still be on their way.
+    pub(super) fn shut_down(&self) {
+        if let Some(binding) = self.binding() {
+            // SAFETY: By the type invariants the device is valid. One thread at a time resets it.
+            binding.reset(|| unsafe {
+                reset_by(bindings::virtio_device_shutdown, self.as_raw());
+            });
+        }
     }
 }
 
@@ -180,14 +190,15 @@ impl Device<device::Core<'_>> {
         }
     }
 
-    pub(super) fn shared_binding(&self) -> Result<Arc<Binding>> {
-        let binding: *const Binding = self.binding().ok_or(ENODEV)?;
+    /// Returns the binding, or none before [`open`](Device::open) and after [`close`](Device::close).
+    pub(super) fn binding(&self) -> Option<Arc<Binding>> {
+        // SAFETY: By the type invariants `priv` is null or from `Arc::into_raw`. It changes only in
+        // other callbacks of the bus, which come one after the other.
+        unsafe {
+            let binding: *const Binding = (*self.as_raw()).priv_.cast();
 
-        // SAFETY: By the type invariants the pointer is from `Arc::into_raw`. The count that it
-        // stands for is kept.
-        let owned = core::mem::ManuallyDrop::new(unsafe { Arc::from_raw(binding) });
-
-        Ok(Arc::clone(&owned))
+            (!binding.is_null()).then(|| ArcBorrow::from_raw(binding).into())
+        }
     }
 
     /// Lets the user decide whether [`stay_awake`](Self::stay_awake) has an effect.

@@ -26,8 +26,7 @@ use crate::rust::{
         feature::{
             Feature,
             Features, //
-        },
-        transport, //
+        }, //
     }, //
 };
 
@@ -49,6 +48,54 @@ use kernel::{
 
 /// An adapter for the registration of virtio drivers.
 pub(crate) struct Adapter<T: Driver>(T);
+
+/// A device that the driver `T` is bound to, as a callback of the bus sees it.
+///
+/// # Invariants
+///
+/// `data` is the driver's data of the device, and stays where it is until the device has been closed.
+struct Bound<'a, T: Driver> {
+    dev: &'a Device<device::CoreInternal<'a>>,
+    data: &'a T::Data,
+}
+
+impl<'a, T: Driver> Bound<'a, T> {
+    /// Returns the device of a callback of the bus.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must be valid for `'a`, which must not be longer than the callback runs. The callback
+    /// must come between a successful `set_drvdata` in `probe_callback` and the end of
+    /// `remove_callback`.
+    unsafe fn new(vdev: *mut bindings::virtio_device) -> Self {
+        // INVARIANT: `T::Data` is what `probe_callback` has stored. The driver core drops it after
+        // `remove_callback`, which closes the device.
+        //
+        // SAFETY: By the requirements of this function.
+        unsafe {
+            let dev: &Device<device::CoreInternal<'a>> = &*vdev.cast();
+            let data = AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>();
+
+            Self {
+                dev,
+                data: data.get_ref(),
+            }
+        }
+    }
+
+    /// Makes the device live, and lets the driver begin.
+    fn make_ready(&self, binding: &Binding) {
+        // SAFETY: The device is valid, and the driver has set its virtqueues up. By the type
+        // invariants the data may be used until the device has been closed, and is what `queue_used`
+        // expects.
+        unsafe {
+            bindings::virtio_device_ready(self.dev.as_raw());
+            binding.make_ready(ptr::from_ref(self.data).cast_mut().cast());
+        }
+
+        T::ready(self.dev, self.data);
+    }
+}
 
 // SAFETY:
 // - `bindings::virtio_driver` is a C type declared as `repr(C)`.
@@ -109,55 +156,14 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 }
 
 impl<T: Driver> Adapter<T> {
-    /// Returns the device of a bus callback.
-    ///
     /// # Safety
     ///
-    /// `vdev` must be valid for `'a`, which must not be longer than the callback runs.
-    unsafe fn device<'a>(
-        vdev: *mut bindings::virtio_device,
-    ) -> &'a Device<device::CoreInternal<'a>> {
-        // SAFETY: By the requirements of this function.
-        unsafe { &*vdev.cast() }
-    }
-
-    /// Calls `f` for a bus callback that comes between a successful call to `probe_callback` and the
-    /// end of `remove_callback`, with the device and the driver's data.
-    fn with_bound<R>(
-        vdev: *mut bindings::virtio_device,
-        f: impl FnOnce(&Device<device::CoreInternal<'_>>, &T::Data) -> R,
-    ) -> R {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
-        // virtio_device`. `T::Data` is what `probe_callback` has stored.
-        let (dev, data) = unsafe {
-            let dev = Self::device(vdev);
-
-            (
-                dev,
-                AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>(),
-            )
-        };
-
-        f(dev, data.get_ref())
-    }
-
-    /// Makes the device live, and lets the driver begin.
-    fn make_ready(dev: &Device<device::CoreInternal<'_>>, binding: &Binding, data: &T::Data) {
-        // SAFETY: The device is valid, and the driver has set its virtqueues up. `queue_used` expects
-        // data of this type.
-        unsafe {
-            bindings::virtio_device_ready(dev.as_raw());
-            binding.make_ready(ptr::from_ref(data).cast_mut().cast());
-        }
-
-        T::ready(dev, data);
-    }
-
-    extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
+    /// Only for the virtio bus, which calls it with a valid device, and lets no other code access its
+    /// features meanwhile.
+    unsafe extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
         // The device itself stays out of this: what another driver has left in `priv` is still there.
         //
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
-        // virtio_device`, and has the features to itself until the driver is probed.
+        // SAFETY: By the requirements of this function.
         let mut features = unsafe { Features::new(vdev) };
 
         from_result(|| {
@@ -166,10 +172,13 @@ impl<T: Driver> Adapter<T> {
         })
     }
 
-    extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio bus only ever calls back with a valid pointer to a `struct
-        // virtio_device`.
-        let dev = unsafe { Self::device(vdev) };
+    /// # Safety
+    ///
+    /// Only for the virtio bus, which calls it with a valid device, and no other callback of the
+    /// device meanwhile.
+    unsafe extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: By the requirements of this function.
+        let dev: &Device<device::CoreInternal<'_>> = unsafe { &*vdev.cast() };
 
         from_result(|| {
             let binding = dev.open(Self::queue_used)?;
@@ -179,54 +188,70 @@ impl<T: Driver> Adapter<T> {
                 .set_drvdata(T::probe(dev))
                 .inspect_err(|_| dev.close())?;
 
-            Self::with_bound(vdev, |dev, data| Self::make_ready(dev, &binding, data));
+            // SAFETY: By the requirements of this function; the data was just stored.
+            unsafe { Bound::<T>::new(vdev) }.make_ready(&binding);
             Ok(0)
         })
     }
 
-    extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
-        Self::with_bound(vdev, |dev, data| {
-            T::unbind(dev, data);
-            dev.close();
-        });
+    /// # Safety
+    ///
+    /// Only for the virtio bus, as for the other callbacks below. The bus calls them with a device that
+    /// `probe_callback` has bound the driver to, and that stays bound meanwhile.
+    unsafe extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: By the requirements of this function.
+        let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
+
+        T::unbind(dev, data);
+        dev.close();
     }
 
-    // The virtio core passes configuration changes on only while the driver is bound.
-    extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
-        Self::with_bound(vdev, |_, data| T::config_changed(data));
+    /// # Safety
+    ///
+    /// As for `remove_callback`.
+    unsafe extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: By the requirements of this function.
+        T::config_changed(unsafe { Bound::<T>::new(vdev) }.data);
     }
 
-    extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        Self::with_bound(vdev, |dev, data| {
-            T::freeze(dev, data);
-            dev.close();
-            T::frozen(data);
-            0
+    /// # Safety
+    ///
+    /// As for `remove_callback`.
+    unsafe extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: By the requirements of this function.
+        let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
+
+        T::freeze(dev, data);
+        dev.close();
+        T::frozen(data);
+        0
+    }
+
+    /// # Safety
+    ///
+    /// As for `remove_callback`.
+    unsafe extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: By the requirements of this function.
+        let bound = unsafe { Bound::<T>::new(vdev) };
+
+        from_result(|| {
+            let binding = bound.dev.open(Self::queue_used)?;
+
+            T::restore(bound.dev, bound.data).inspect_err(|_| bound.dev.close())?;
+            bound.make_ready(&binding);
+            Ok(0)
         })
     }
 
-    extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        Self::with_bound(vdev, |dev, data| {
-            from_result(|| {
-                let binding = dev.open(Self::queue_used)?;
+    /// # Safety
+    ///
+    /// As for `remove_callback`.
+    unsafe extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: By the requirements of this function.
+        let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
 
-                T::restore(dev, data).inspect_err(|_| dev.close())?;
-                Self::make_ready(dev, &binding, data);
-                Ok(0)
-            })
-        })
-    }
-
-    extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
-        Self::with_bound(vdev, |dev, data| {
-            T::shutdown(dev, data);
-
-            if let Some(binding) = dev.binding() {
-                // SAFETY: The device is valid. The virtqueues stay: interrupts may still be on their
-                // way.
-                binding.reset(|| unsafe { transport::shutdown(vdev) });
-            }
-        });
+        T::shutdown(dev, data);
+        dev.shut_down();
     }
 
     /// Passes the callback of a virtqueue on to the driver's for this queue.

@@ -12,6 +12,7 @@
 use crate::rust::{
     bindings,
     virtio::{
+        transport::features_of,
         Feature,
         Field, //
     }, //
@@ -182,9 +183,8 @@ impl FakeDevice {
 
     /// Returns whether `feature` was negotiated.
     pub(crate) fn has_feature(&self, feature: Feature) -> bool {
-        // SAFETY: The device is valid; the union of the features begins with the lower 64.
-        let features =
-            unsafe { *(&raw const (*self.inner.as_ptr()).vdev.__bindgen_anon_1).cast::<u64>() };
+        // SAFETY: By the type invariants the device is valid.
+        let features = unsafe { *features_of(&raw mut (*self.inner.as_ptr()).vdev) };
 
         features & feature.mask() != 0
     }

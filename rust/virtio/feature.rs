@@ -8,7 +8,10 @@ use crate::rust::{
     bindings,
     virtio::{
         field::Field,
-        transport, //
+        transport::{
+            self,
+            features_of, //
+        }, //
     }, //
 };
 
@@ -77,8 +80,8 @@ impl Features<'_> {
     }
 
     fn bits(&self) -> &Cell<u64> {
-        // SAFETY: By the type invariants.
-        unsafe { Cell::from_mut(&mut *features_of(self.vdev)) }
+        // SAFETY: By the type invariants: only this accesses the bits, and not from several threads.
+        unsafe { &*features_of(self.vdev).cast::<Cell<u64>>() }
     }
 
     /// Returns whether the device offers `feature`, and the driver knows it and has not given it up.
@@ -106,17 +109,6 @@ impl AsRef<device::Device> for Features<'_> {
         // SAFETY: By the type invariants the device is valid, and so is the `struct device` in it.
         unsafe { device::Device::from_raw(&raw mut (*self.vdev).dev) }
     }
-}
-
-/// Returns a pointer to the lower 64 feature bits of a device.
-///
-/// # Safety
-///
-/// `vdev` must be a valid device.
-pub(super) unsafe fn features_of(vdev: *mut bindings::virtio_device) -> *mut u64 {
-    // SAFETY: By the requirements of this function. The field is a union of these bits and of all
-    // bits as an array.
-    unsafe { (&raw mut (*vdev).__bindgen_anon_1).cast() }
 }
 
 /// The byte order of what a device reads in buffers: little-endian, unless the device is a legacy

@@ -42,7 +42,7 @@ impl Device<device::Core<'_>> {
         &self,
         names: [Option<&'static CStr>; N],
     ) -> Result<FoundQueues<N>> {
-        let binding = self.shared_binding()?;
+        let binding = self.binding().ok_or(ENODEV)?;
         if binding.has_queues() {
             return Err(EBUSY);
         }
@@ -98,32 +98,37 @@ pub(crate) struct FoundQueues<const N: usize> {
 
 impl<const N: usize> FoundQueues<N> {
     /// Takes the queue with index `index`, for buffers of type `B`. What goes through it is added
-    /// to `traffic`.
+    /// to `traffic`. Returns none if there is no such queue, or it was taken before.
     ///
     /// # Errors
     ///
-    /// `ENOENT` if there is no such queue or it was taken before; `ENOMEM`.
+    /// `ENOMEM`.
     pub(crate) fn take<B>(
         &mut self,
         index: usize,
         traffic: Arc<QueueStats>,
-    ) -> Result<Virtqueue<B>> {
-        let vq = self.vqs.get_mut(index).ok_or(ENOENT)?;
-        let vq = NonNull::new(core::mem::replace(vq, ptr::null_mut())).ok_or(ENOENT)?;
+    ) -> Result<Option<Virtqueue<B>>> {
+        let vq = self.vqs.get_mut(index);
+        let vq = vq.and_then(|vq| NonNull::new(core::mem::replace(vq, ptr::null_mut())));
 
         // SAFETY: By the type invariants, and since the queue can be taken only once.
-        unsafe { Virtqueue::new(vq, self.binding.clone(), traffic) }
+        vq.map(|vq| unsafe { Virtqueue::new(vq, self.binding.clone(), traffic) })
+            .transpose()
     }
 }
 
 /// The callback of all virtqueues, which calls the driver's for this one.
-extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
-    // SAFETY: The virtio core calls back with a valid queue, the device of which is valid. `priv`
-    // is an `Arc<Binding>` from before the queues are found until after they were deleted.
-    let (binding, number) = unsafe {
+///
+/// # Safety
+///
+/// Only for the virtio core, which calls it with a queue of a device that [`Device::find_vqs`] has set
+/// up, and that was not deleted.
+unsafe extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
+    // SAFETY: By the requirements of this function. `priv` is an `Arc<Binding>` from before the queues
+    // are found until after they were deleted.
+    unsafe {
         let binding = (*(*vq).vdev).priv_.cast::<Binding>();
-        (&*binding, (*vq).index as usize)
-    };
 
-    binding.call_back(number);
+        (*binding).call_back((*vq).index as usize);
+    }
 }

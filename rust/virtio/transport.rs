@@ -134,6 +134,17 @@ impl PciDevice {
     }
 }
 
+/// Returns a pointer to the lower 64 feature bits of a device.
+///
+/// # Safety
+///
+/// `vdev` must be a valid device.
+pub(super) unsafe fn features_of(vdev: *mut bindings::virtio_device) -> *mut u64 {
+    // SAFETY: By the requirements of this function. The field is a union of these bits and of all
+    // bits as an array.
+    unsafe { (&raw mut (*vdev).__bindgen_anon_1).cast() }
+}
+
 /// Returns how long the configuration space is at least, in bytes, as far as it can be too short.
 ///
 /// To read beyond its end is a `BUG()` in the transport for PCI, which knows the length from a
@@ -148,11 +159,9 @@ pub(super) unsafe fn config_len(vdev: *mut bindings::virtio_device) -> c_uint {
     {
         // SAFETY: By the requirements of this function.
         let (pci, is_modern) = unsafe {
-            let features = (&raw const (*vdev).__bindgen_anon_1).cast::<u64>();
-
             (
                 PciDevice::of(vdev),
-                *features & (1 << bindings::VIRTIO_F_VERSION_1) != 0,
+                *features_of(vdev) & (1 << bindings::VIRTIO_F_VERSION_1) != 0,
             )
         };
 
@@ -180,34 +189,16 @@ pub(super) unsafe fn is_gone(vdev: *mut bindings::virtio_device) -> bool {
     }
 }
 
-/// Resets the device. The transport for PCI would wait without end for a device that is gone.
+/// Resets the device by `f`, or marks it as broken if it is gone: the transport for PCI would wait for
+/// it without end.
 ///
 /// # Safety
 ///
-/// `vdev` must be a valid device, and only one thread may reset it.
-pub(super) unsafe fn reset(vdev: *mut bindings::virtio_device) {
-    // SAFETY: By the requirements of this function.
-    unsafe { end(vdev, bindings::virtio_reset_device) };
-}
-
-/// Resets the device for shutdown, after which its virtqueues remain.
-///
-/// # Safety
-///
-/// As for [`reset`].
-pub(super) unsafe fn shutdown(vdev: *mut bindings::virtio_device) {
-    // SAFETY: By the requirements of this function.
-    unsafe { end(vdev, bindings::virtio_device_shutdown) };
-}
-
-/// Resets the device by `f`, or marks it as broken if it is gone.
-///
-/// # Safety
-///
-/// As for [`reset`], and for `f`.
-unsafe fn end(
-    vdev: *mut bindings::virtio_device,
+/// `vdev` must be a valid device, only one thread may reset it, and `f` must be a function that does
+/// so.
+pub(super) unsafe fn reset_by(
     f: unsafe extern "C" fn(*mut bindings::virtio_device),
+    vdev: *mut bindings::virtio_device,
 ) {
     // SAFETY: By the requirements of this function.
     unsafe {

@@ -15,7 +15,7 @@ use crate::rust::{
             Access,
             Buffer, //
         },
-        transport, //
+        transport::reset_by, //
     }, //
 };
 
@@ -204,17 +204,20 @@ impl<B> Virtqueue<B> {
 
         // The flags only have to be ones that never sleep.
         //
-        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that nobody
-        // else uses it. The caller vouches for the memory.
-        let added = to_result(unsafe { add(self.vq.as_ptr(), sg, n, token, bindings::GFP_NOWAIT) });
+        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that no other
+        // thread uses it. The caller vouches for the list and the memory.
+        let (added, bytes) = unsafe {
+            let bytes = sg_bytes(sg, n);
+            let added = add(self.vq.as_ptr(), sg, n, token, bindings::GFP_NOWAIT);
+
+            (to_result(added), bytes)
+        };
 
         match (added, self.slots.get_mut(index)) {
             (Ok(()), Some(slot)) => {
                 // INVARIANT: The device owns the buffer, which is in the slot below its token.
                 *slot = Some(buffer);
                 self.traffic.buffers.add(1, Relaxed);
-                // SAFETY: The caller vouches for the list.
-                let bytes = unsafe { sg_bytes(sg, n) };
                 self.traffic.bytes.add(bytes, Relaxed);
                 Ok(())
             }
@@ -227,21 +230,30 @@ impl<B> Virtqueue<B> {
         }
     }
 
-    /// Calls a function of the ring code, unless the device is revoked. It must be one that takes any
-    /// virtqueue.
-    fn call<R>(&self, f: unsafe extern "C" fn(*mut bindings::virtqueue) -> R) -> Option<R> {
+    /// Calls a function of the ring code, unless the device is revoked.
+    ///
+    /// # Safety
+    ///
+    /// `f` must be a function that takes any virtqueue which no other thread uses.
+    unsafe fn call<R>(
+        &mut self,
+        f: unsafe extern "C" fn(*mut bindings::virtqueue) -> R,
+    ) -> Option<R> {
         let _open = self.binding.enter()?;
 
-        // SAFETY: `vq` is valid since `binding` was entered. The callers have `&mut self` where the
-        // function changes something, so that no other thread uses it.
+        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that no other
+        // thread uses it. The caller vouches for the function.
         Some(unsafe { f(self.vq.as_ptr()) })
     }
 
     /// Tells the device about the buffers that were added, if it wants to know.
     pub(crate) fn kick(&mut self) {
-        if self.call(bindings::virtqueue_kick_prepare) == Some(true) {
-            self.traffic.notifications.add(1, Relaxed);
-            self.call(bindings::virtqueue_notify);
+        // SAFETY: The functions take such a virtqueue.
+        unsafe {
+            if self.call(bindings::virtqueue_kick_prepare) == Some(true) {
+                self.traffic.notifications.add(1, Relaxed);
+                self.call(bindings::virtqueue_notify);
+            }
         }
     }
 
@@ -277,7 +289,8 @@ impl<B> Virtqueue<B> {
 
     /// Says that no callbacks are needed for now. The device may still call.
     pub(crate) fn disable_callback(&mut self) {
-        self.call(bindings::virtqueue_disable_cb);
+        // SAFETY: The function takes such a virtqueue.
+        unsafe { self.call(bindings::virtqueue_disable_cb) };
     }
 
     /// Asks for a callback when the next buffer has been used.
@@ -285,7 +298,8 @@ impl<B> Virtqueue<B> {
     /// Returns false if that is so already: used buffers are waiting to be taken.
     #[must_use]
     pub(crate) fn enable_callback(&mut self) -> bool {
-        self.call(bindings::virtqueue_enable_cb).unwrap_or(true)
+        // SAFETY: The function takes such a virtqueue.
+        unsafe { self.call(bindings::virtqueue_enable_cb) }.unwrap_or(true)
     }
 
     /// Asks for a callback when most of the buffers in flight have been used.
@@ -293,8 +307,8 @@ impl<B> Virtqueue<B> {
     /// Returns false if that is so already: used buffers are waiting to be taken.
     #[must_use]
     pub(crate) fn enable_callback_delayed(&mut self) -> bool {
-        self.call(bindings::virtqueue_enable_cb_delayed)
-            .unwrap_or(true)
+        // SAFETY: The function takes such a virtqueue.
+        unsafe { self.call(bindings::virtqueue_enable_cb_delayed) }.unwrap_or(true)
     }
 
     /// Returns whether the device was reset: it will not access any buffer again.
@@ -317,7 +331,7 @@ impl<B> Virtqueue<B> {
         self.binding.reset(|| {
             // SAFETY: The device is valid: its driver is not unbound completely before it was reset,
             // and one at a time does that.
-            unsafe { transport::reset(device) }
+            unsafe { reset_by(bindings::virtio_reset_device, device) }
         });
     }
 
