@@ -20,10 +20,7 @@ use crate::rust::{
             Block,
             Single, //
         },
-        page::{
-            Page, //
-            ORDER_MASK,
-        },
+        page::Page,
         page_list::PageList,
         pfn_range::PfnRange, //
     }, //
@@ -163,10 +160,6 @@ impl Batch {
         self.node = Some(node);
     }
 
-    fn node(&self) -> c_int {
-        self.node.map_or(bindings::NUMA_NO_NODE, Node::number)
-    }
-
     /// Frees the memory that was needed for windows, but for one.
     pub(crate) fn shrink(&mut self) {
         self.unused.truncate(1);
@@ -241,7 +234,7 @@ impl Batch {
             (false, false) => bindings::GFP_SPLIT_SMALL_BLOCK,
         };
 
-        let block = Allocated::new(self.node(), flags, order).ok_or(AllocError::NoBlock)?;
+        let block = Allocated::new(self.node, flags, order).ok_or(AllocError::NoBlock)?;
         let pfn = block.page().pfn();
         let Some(window) = self.window(pfn) else {
             return Err(AllocError::Full);
@@ -273,16 +266,9 @@ impl Batch {
         let wanted = wanted.min(MAX_SINGLES);
         let mut result = Err(AllocError::NoBlock);
 
-        let node = self.node();
-        // SAFETY: The flags are valid ones, and there is room for so many pages.
-        unsafe {
-            bindings::alloc_pages_bulk_node(
-                on(node, bindings::GFP_BALLOON_PAGE),
-                node,
-                wanted,
-                pages.as_mut_ptr(),
-            )
-        };
+        let (nid, gfp) = on(self.node, bindings::GFP_BALLOON_PAGE);
+        // SAFETY: It is a node or none, and there is room for so many pages.
+        unsafe { bindings::alloc_pages_bulk_node(gfp, nid, wanted, pages.as_mut_ptr()) };
 
         for page in pages {
             // SAFETY: The page was just allocated, and nobody else knows it. It has an order of 0.
@@ -365,7 +351,7 @@ impl Batch {
     pub(crate) fn first(&mut self) -> Option<PfnRange> {
         let page = self.first_page()?;
 
-        PfnRange::new(page.pfn() as u64, 1 << order(page))
+        PfnRange::new(page.pfn() as u64, 1 << page.order())
     }
 
     /// Moves the first block to the end of `list`.
@@ -373,7 +359,7 @@ impl Batch {
         let Some(page) = self.first_page() else {
             return;
         };
-        let order = order(page);
+        let order = page.order();
 
         // INVARIANT: The block's bit is cleared.
         if let Some(window) = self.windows.first_mut() {
@@ -407,9 +393,4 @@ impl Drop for Batch {
     fn drop(&mut self) {
         drop(self.take_all());
     }
-}
-
-/// Returns the order that is noted in the first page of a block.
-fn order(page: Page) -> u32 {
-    (page.private() & ORDER_MASK) as u32
 }

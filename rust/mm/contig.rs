@@ -40,9 +40,8 @@ pub(super) unsafe fn alloc_range(first: usize, len: usize) -> Result {
     #[cfg(CONFIG_CONTIG_ALLOC)]
     {
         let _one = CONTIG.lock();
-        // SAFETY: By the requirements of this function. The zone's lock is not taken: what the counter
-        // would say may be over just as soon.
-        if Zone::of(unsafe { Page::from_pfn(first) }).is_isolating() {
+        // The zone's lock is not taken: what the counter would say may be over just as soon.
+        if Page::online(first).is_none_or(|page| Zone::of(page).is_isolating()) {
             return Err(EBUSY);
         }
         // Not waited for: the thread that takes a memory block may wait for locks of the caller.

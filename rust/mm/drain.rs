@@ -57,10 +57,10 @@ pub(crate) fn drain_free_lists() {
 /// Drains the zone `kind` of a node by allocating a free block in it. Returns whether there was one
 /// for that.
 fn drain_zone(node: Node, gfp: bindings::gfp_t, kind: bindings::zone_type, order: u32) -> bool {
-    let Some(zone) = node.zones().map(Zone::from_raw).nth(kind as usize) else {
+    let Some(zone) = node.zones().nth(kind as usize) else {
         return false;
     };
-    let Some(block) = Allocated::new(node.number(), gfp | bindings::GFP_DRAIN, order) else {
+    let Some(block) = Allocated::new(Some(node), gfp | bindings::GFP_DRAIN, order) else {
         return false;
     };
     let first = block.page().pfn();

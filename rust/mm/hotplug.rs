@@ -107,11 +107,15 @@ impl Drop for Keeping {
     }
 }
 
-/// Makes a block of pages that come online, as if it were allocated and marked. All pages have a
-/// reference, are marked, and are not managed when they come here.
+/// Makes a block of pages that come online, as if it were allocated and marked.
+///
+/// # Safety
+///
+/// Only for the kernel, which calls it with the first of 2^`order` pages that come online, and gives
+/// them away. All of them have a reference, are marked, and are not managed.
 #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
-    // SAFETY: The kernel passes a page.
+unsafe extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
+    // SAFETY: By the requirements of this function.
     let Some(first) = (unsafe { Page::from_raw(page) }) else {
         return;
     };
@@ -122,8 +126,8 @@ extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
         return unsafe { bindings::generic_online_page(page, order) };
     }
 
-    // SAFETY: The kernel passes a block of this order, which is the driver's from here on. It is
-    // marked.
+    // SAFETY: By the requirements of this function it is a block of this order, which is marked, and
+    // the driver's from here on.
     let block = unsafe {
         for n in 1..1 << order {
             first.add(n).set_count(0);
@@ -137,15 +141,19 @@ extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
 }
 
 /// Lets the kernel access the pages, as if they were allocated.
+///
+/// # Safety
+///
+/// The page must begin a block of this order that the caller owns.
 #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-fn allow_access(_page: Page, _order: u32) {
+unsafe fn allow_access(_page: Page, _order: u32) {
     #[cfg(CONFIG_KASAN_GENERIC)]
     {
         unsafe extern "C" {
             // From mm/kasan/kasan.h. The value 0 says that memory may be accessed.
             fn kasan_poison(addr: *const c_void, size: usize, value: u8, init: bool);
         }
-        // SAFETY: The memory is the driver's.
+        // SAFETY: By the requirements of this function.
         unsafe {
             kasan_poison(
                 _page.address().as_ptr().cast(),
@@ -174,10 +182,11 @@ fn comes_back(zone: Zone, pfns: &Range<u64>) -> bool {
 /// the kernel can move them. With a memory error it would not come online again. Without a lock: it
 /// may be over just as soon, and then the kernel does not take it offline.
 pub(in crate::rust) fn range_can_be_taken(pfns: Range<u64>) -> bool {
-    let Some(zone) = Page::online(pfns.start as usize).map(Zone::of) else {
+    let Some(first) = Page::online(pfns.start as usize) else {
         return false;
     };
-    if is_early(pfns.start) || !comes_back(zone, &pfns) {
+    let zone = Zone::of(first);
+    if is_early(first) || !comes_back(zone, &pfns) {
         return false;
     }
 
@@ -205,15 +214,15 @@ fn is_in_the_way(page: Page) -> bool {
         || page.count() > 0 && !page.is_movable()
 }
 
-/// Returns whether the page `pfn` is boot memory of a kernel that refuses to take that offline, and
-/// logs each attempt.
-fn is_early(pfn: u64) -> bool {
+/// Returns whether the page is boot memory of a kernel that refuses to take that offline, and logs
+/// each attempt.
+fn is_early(page: Page) -> bool {
     #[cfg(all(CONFIG_ARM64, CONFIG_SPARSEMEM))]
-    // SAFETY: There is such a section.
-    return unsafe { bindings::pfn_in_early_section(pfn as usize) };
+    // SAFETY: A page of the memory map is in a section.
+    return unsafe { bindings::pfn_in_early_section(page.pfn()) };
     #[cfg(not(all(CONFIG_ARM64, CONFIG_SPARSEMEM)))]
     {
-        let _ = pfn;
+        let _ = page;
         false
     }
 }

@@ -54,10 +54,9 @@ impl Node {
     /// Returns the kernel pages that are available there without swapping: what [`available_pages`] is
     /// for all nodes.
     pub(crate) fn available_pages(self) -> usize {
-        let zones = || self.zones().map(Zone::from_raw);
-        let low: usize = zones().map(Zone::low_watermark).sum();
-        let free: usize = zones().map(Zone::free_pages).sum();
-        let boost: usize = zones().map(Zone::boost).sum();
+        let low: usize = self.zones().map(Zone::low_watermark).sum();
+        let free: usize = self.zones().map(Zone::free_pages).sum();
+        let boost: usize = self.zones().map(Zone::boost).sum();
         let cache = |pages: usize| pages - (pages / 2).min(low);
 
         (free + cache(self.file_pages()) + cache(self.reclaimable_pages()))
@@ -68,7 +67,6 @@ impl Node {
     /// has nothing in any of the node's zones. Not every allocation may take from `ZONE_MOVABLE`.
     pub(crate) fn is_short(self) -> bool {
         self.zones()
-            .map(Zone::from_raw)
             .filter(|zone| zone.present_pages() > 0 && !zone.is_movable())
             .all(Zone::is_short)
     }
@@ -76,9 +74,9 @@ impl Node {
 
 /// Returns the kernel pages that are free.
 pub(crate) fn free_pages() -> usize {
-    let item = bindings::zone_stat_item_NR_FREE_PAGES as usize;
-
-    count(read_global!(vm_zone_stat).get(item))
+    count(read_global!(
+        vm_zone_stat[bindings::zone_stat_item_NR_FREE_PAGES as usize]
+    ))
 }
 
 /// What part of the free memory is always left to the guest, as a divisor.
@@ -192,7 +190,7 @@ pub(crate) fn is_zeroed_on_allocation() -> bool {
 
 /// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
 pub(crate) fn total_pages() -> usize {
-    count(Some(&read_global!(_totalram_pages)))
+    count(read_global!(_totalram_pages))
 }
 
 /// Adds `pages` to the number of managed pages of the zone of `page`.
@@ -226,11 +224,8 @@ pub(crate) fn boost(pages: usize) {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn ballooned_pages() -> usize {
     let on_cpus: isize = Node::online().map(Node::ballooned_on_cpus).sum();
-    let item = bindings::node_stat_item_NR_BALLOON_PAGES as usize;
-    let counter = read_global!(vm_node_stat)
-        .get(item)
-        .map_or(0, |counter| counter.counter);
+    let counter = read_global!(vm_node_stat[bindings::node_stat_item_NR_BALLOON_PAGES as usize]);
 
     // Either part may be negative.
-    (counter as isize + on_cpus).max(0) as usize
+    (counter.counter as isize + on_cpus).max(0) as usize
 }

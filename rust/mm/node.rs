@@ -7,24 +7,22 @@
 
 use crate::rust::bindings;
 
-use core::{
-    mem::offset_of,
-    ops::Range, //
-};
+use core::ops::Range;
 use kernel::prelude::*;
 
-/// Reads a variable of the kernel's that may be changing, which is no worse than an old value.
+/// Reads a variable of the kernel's, or a part of one, that may be changing, which is no worse than an
+/// old value.
 macro_rules! read_global {
-    ($name:ident) => {
+    ($($place:tt)+) => {
         // SAFETY: The variable exists. A volatile access stands for READ_ONCE().
-        unsafe { (&raw const $crate::rust::bindings::$name).read_volatile() }
+        unsafe { (&raw const $crate::rust::bindings::$($place)+).read_volatile() }
     };
 }
 pub(super) use read_global;
 
 /// Returns the number in a counter of the kernel's that may be negative for a moment.
-pub(super) fn count(counter: Option<&bindings::atomic_long_t>) -> usize {
-    counter.map_or(0, |counter| counter.counter.max(0) as usize)
+pub(super) fn count(counter: bindings::atomic_long_t) -> usize {
+    counter.counter.max(0) as usize
 }
 
 /// Returns the numbers of the bits that are set in a mask of the kernel's.
@@ -45,31 +43,30 @@ fn bits<const N: usize>(mask: [c_ulong; N]) -> impl Iterator<Item = usize> {
 /// Returns the nodes that are in a state.
 fn nodes_in(state: bindings::node_states) -> impl Iterator<Item = Node> {
     // It changes when memory is plugged: an old one is as good.
-    let masks = read_global!(node_states);
-    let mask = masks.get(state as usize).copied().unwrap_or_default();
+    let mask = read_global!(node_states[state as usize].bits);
 
-    // INVARIANT: There is such a node.
-    bits(mask.bits).map(|number| Node(number as c_int))
+    // INVARIANT: Nodes in any state are possible.
+    bits(mask).map(|number| Node(number as c_int))
 }
 
 /// Returns the numbers of the CPUs that are online.
 pub(super) fn online_cpus() -> impl Iterator<Item = c_int> {
     // It changes when a CPU is plugged: an old one is as good.
-    bits(read_global!(__cpu_online_mask).bits).map(|cpu| cpu as c_int)
+    bits(read_global!(__cpu_online_mask.bits)).map(|cpu| cpu as c_int)
 }
 
 /// Returns a counter of all nodes.
 pub(super) fn counter(item: bindings::node_stat_item) -> usize {
-    count(read_global!(vm_node_stat).get(item as usize))
+    count(read_global!(vm_node_stat[item as usize]))
 }
 
 /// Reads a field of a node that may be changing, which is no worse than an old value.
 macro_rules! read {
-    ($node:expr, $field:ident) => {{
+    ($node:expr, $($field:tt)+) => {{
         let node: Node = $node;
 
         // SAFETY: By the type invariants it is a node. A volatile access stands for READ_ONCE().
-        unsafe { (&raw const (*node.data()).$field).read_volatile() }
+        unsafe { (&raw const (*node.data()).$($field)+).read_volatile() }
     }};
 }
 
@@ -77,7 +74,8 @@ macro_rules! read {
 ///
 /// # Invariants
 ///
-/// There is memory on it, or there was.
+/// The node is possible (`N_POSSIBLE`): its data exist as long as the kernel runs, also while it has no
+/// memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Node(c_int);
 
@@ -92,10 +90,9 @@ impl Node {
         nodes_in(bindings::node_states_N_ONLINE)
     }
 
-    /// Returns the node `number`, which has memory or had some.
+    /// Returns the node `number`, if that is possible.
     pub(in crate::rust) fn new(number: usize) -> Option<Self> {
-        // INVARIANT: That is what the caller says.
-        c_int::try_from(number).ok().map(Self)
+        nodes_in(bindings::node_states_N_POSSIBLE).find(|node| node.0 as usize == number)
     }
 
     /// Returns a number that is larger than those of all nodes.
@@ -110,31 +107,14 @@ impl Node {
         self.0
     }
 
-    fn data(self) -> *mut bindings::pglist_data {
-        // SAFETY: By the type invariants it is a node. Its data exist as long as the kernel runs.
+    pub(super) fn data(self) -> *mut bindings::pglist_data {
+        // SAFETY: By the type invariants it is a node.
         unsafe { bindings::NODE_DATA(self.0) }
-    }
-
-    /// Returns its zones, also those that have no memory.
-    pub(super) fn zones(self) -> impl Iterator<Item = *mut bindings::zone> {
-        let zones: *mut bindings::zone = self
-            .data()
-            .wrapping_byte_add(offset_of!(bindings::pglist_data, node_zones))
-            .cast();
-
-        (0..bindings::MAX_NR_ZONES as usize).map(move |n| zones.wrapping_add(n))
     }
 
     /// Returns a counter of the node.
     fn counter(self, item: bindings::node_stat_item) -> usize {
-        // SAFETY: The data are valid, and have such a counter.
-        let counter = unsafe {
-            let counters = (&raw const (*self.data()).vm_stat).cast::<bindings::atomic_long_t>();
-
-            counters.add(item as usize).read_volatile()
-        };
-
-        counter.counter.max(0) as usize
+        count(read!(self, vm_stat[item as usize]))
     }
 
     /// Returns its place (page frame numbers of kernel pages). Parts of that may belong to other

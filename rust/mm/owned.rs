@@ -6,9 +6,12 @@
 
 use crate::rust::{
     bindings,
-    mm::page::{
-        Page, //
-        ORDER_MASK,
+    mm::{
+        node::Node,
+        page::{
+            Page, //
+            ORDER_MASK,
+        }, //
     }, //
 };
 
@@ -20,21 +23,27 @@ use kernel::prelude::*;
 ///
 /// # Invariants
 ///
-/// `page` begins a block of 2^`order` pages that this owns.
+/// `page` begins a block of 2^`order` pages that this owns, which is no compound page.
 pub(in crate::rust) struct Allocated {
     page: Page,
     order: u32,
 }
 
 impl Allocated {
-    /// Allocates a block of 2^`order` pages from `node`, or from anywhere if that is `NUMA_NO_NODE`.
-    pub(in crate::rust) fn new(node: c_int, gfp: bindings::gfp_t, order: u32) -> Option<Self> {
-        let gfp = on(node, gfp);
-        // SAFETY: The flags are valid ones, and an order that is too large makes the call fail. The
-        // function returns a page or null.
-        let page = unsafe { Page::from_raw(bindings::alloc_pages_node(node, gfp, order)) }?;
+    /// Allocates a block of 2^`order` pages from `node`, or from any node, those near this CPU first.
+    /// The latter is what `alloc_pages()` does for a task without a memory policy, as all tasks of this
+    /// driver are. A cpuset applies either way.
+    pub(in crate::rust) fn new(
+        node: Option<Node>,
+        gfp: bindings::gfp_t,
+        order: u32,
+    ) -> Option<Self> {
+        let (nid, gfp) = on(node, gfp);
+        // SAFETY: It is a node or none. An order that is too large makes the call fail. The function
+        // returns a page or null.
+        let page = unsafe { Page::from_raw(bindings::alloc_pages_node(nid, gfp, order)) }?;
 
-        // INVARIANT: The block was just allocated with this order.
+        // INVARIANT: The block was just allocated with this order, and is no compound page.
         Some(Self { page, order })
     }
 
@@ -60,7 +69,8 @@ impl Allocated {
     ///
     /// # Safety
     ///
-    /// The page must begin an unmarked block of this order, which the caller gives away.
+    /// The page must begin an unmarked block of this order, which is no compound page, and which the
+    /// caller gives away.
     pub(in crate::rust) unsafe fn from_parts(page: Page, order: u32) -> Self {
         // INVARIANT: By the requirements of this function.
         Self { page, order }
@@ -84,9 +94,8 @@ impl Allocated {
     pub(in crate::rust) fn split(self, mut each: impl FnMut(Single)) {
         let (page, order) = self.into_parts();
 
-        // SAFETY: By the type invariants the block is ours, and has no tail pages of a compound page:
-        // it was allocated without `__GFP_COMP`. Its pages are of order 0 from now on, and no
-        // other code has a pointer to them.
+        // SAFETY: By the type invariants the block is ours, and is no compound page. Its pages are of
+        // order 0 from now on, and no other code has a pointer to them.
         unsafe {
             bindings::split_page(page.as_ptr(), order);
             for n in 0..1 << order {
@@ -114,11 +123,14 @@ impl Drop for Allocated {
     }
 }
 
-/// Returns `gfp` for memory of `node` and no other one, unless that is `NUMA_NO_NODE`.
-pub(in crate::rust) fn on(node: c_int, gfp: bindings::gfp_t) -> bindings::gfp_t {
+/// Returns the number of `node`, and `gfp` for memory of that node and no other one. For any node,
+/// returns `NUMA_NO_NODE`. The flags do not ask for a compound page.
+pub(in crate::rust) fn on(node: Option<Node>, gfp: bindings::gfp_t) -> (c_int, bindings::gfp_t) {
+    let gfp = gfp & !(1 << bindings::___GFP_COMP_BIT);
+
     match node {
-        bindings::NUMA_NO_NODE => gfp,
-        _ => gfp | 1 << bindings::___GFP_THISNODE_BIT,
+        None => (bindings::NUMA_NO_NODE, gfp),
+        Some(node) => (node.number(), gfp | 1 << bindings::___GFP_THISNODE_BIT),
     }
 }
 
@@ -200,7 +212,7 @@ impl Block {
 
     /// Returns the order.
     pub(in crate::rust) fn order(&self) -> u32 {
-        (self.0.private() & ORDER_MASK) as u32
+        self.0.order()
     }
 
     /// Returns the length in kernel pages.

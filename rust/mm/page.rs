@@ -6,7 +6,10 @@
 
 use crate::rust::bindings;
 
-use core::ptr::NonNull;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 use kernel::prelude::*;
 
 /// The largest order of a block that the page allocator hands out.
@@ -15,6 +18,21 @@ pub(crate) const MAX_ORDER: u32 = bindings::BALLOON_MAX_PAGE_ORDER;
 /// The bits of a page's `private` field that have the order of a block. The others have the block's
 /// owner, if there is one.
 pub(in crate::rust) const ORDER_MASK: usize = 63;
+
+/// A field of `struct page`, of type `T`.
+///
+/// # Invariants
+///
+/// The struct has such a field at this offset. If `T` is an integer, other code may write the field.
+struct Field<T>(usize, PhantomData<T>);
+
+// INVARIANT: These are fields of `struct page`; the flags are its first one.
+const FLAGS: Field<c_ulong> = Field(0, PhantomData);
+const LRU: Field<bindings::list_head> = Field(bindings::PAGE_LRU_OFFSET, PhantomData);
+const MAPPING: Field<usize> = Field(bindings::PAGE_MAPPING_OFFSET, PhantomData);
+const PRIVATE: Field<usize> = Field(bindings::PAGE_PRIVATE_OFFSET, PhantomData);
+const REFCOUNT: Field<u32> = Field(bindings::PAGE_REFCOUNT_OFFSET, PhantomData);
+const TYPE: Field<u32> = Field(bindings::PAGE_TYPE_OFFSET, PhantomData);
 
 /// A kernel page, by its `struct page`. What can be read here may change at any time, unless the
 /// caller owns the page.
@@ -78,37 +96,34 @@ impl Page {
         self.0.as_ptr()
     }
 
-    /// Calls one of the kernel's functions for any page.
-    fn call<R>(self, f: unsafe extern "C" fn(*const bindings::page) -> R) -> R {
-        // SAFETY: By the type invariants.
-        unsafe { f(self.as_ptr()) }
-    }
-
     /// Returns the page frame number.
     pub(in crate::rust) fn pfn(self) -> usize {
-        self.call(bindings::page_to_pfn)
+        // SAFETY: By the type invariants.
+        unsafe { bindings::page_to_pfn(self.as_ptr()) }
     }
 
     /// Returns the number of the node that the page is on.
     pub(in crate::rust) fn nid(self) -> usize {
-        self.call(bindings::page_to_nid) as usize
+        // SAFETY: By the type invariants.
+        unsafe { bindings::page_to_nid(self.as_ptr()) as usize }
     }
 
     /// Returns the zone that the page is in.
     pub(in crate::rust) fn zone(self) -> *mut bindings::zone {
-        self.call(bindings::page_zone)
+        // SAFETY: By the type invariants.
+        unsafe { bindings::page_zone(self.as_ptr()) }
     }
 
     /// Returns the address of the page in the linear mapping.
     pub(in crate::rust) fn address(self) -> NonNull<u8> {
-        // SAFETY: There is no high memory in a 64-bit kernel, and no null pointer in the linear
-        // mapping.
-        unsafe { NonNull::new_unchecked(self.call(bindings::page_address).cast()) }
+        // SAFETY: By the type invariants. There is no high memory in a 64-bit kernel, and no null
+        // pointer in the linear mapping.
+        unsafe { NonNull::new_unchecked(bindings::page_address(self.as_ptr()).cast()) }
     }
 
     /// Returns a pointer to the list head in the page.
     pub(in crate::rust) fn lru(self) -> *mut bindings::list_head {
-        self.field(bindings::PAGE_LRU_OFFSET)
+        self.field(LRU)
     }
 
     /// Returns the page that the list head `lru` lies in.
@@ -123,19 +138,30 @@ impl Page {
         Self(unsafe { NonNull::new_unchecked(lru.byte_sub(bindings::PAGE_LRU_OFFSET).cast()) })
     }
 
-    pub(super) fn field<T>(self, offset: usize) -> *mut T {
-        self.as_ptr().wrapping_byte_add(offset).cast()
+    fn field<T>(self, field: Field<T>) -> *mut T {
+        self.as_ptr().wrapping_byte_add(field.0).cast()
     }
 
-    fn read<T: Copy>(self, offset: usize) -> T {
-        // SAFETY: By the type invariants. The callers name fields of this type, which are integers,
-        // and which other code may write: a volatile access stands for READ_ONCE().
-        unsafe { self.field::<T>(offset).read_volatile() }
+    fn read<T: Copy>(self, field: Field<T>) -> T {
+        // SAFETY: By the type invariants of `Page` and `Field`. A volatile access stands for
+        // READ_ONCE().
+        unsafe { self.field(field).read_volatile() }
+    }
+
+    /// Returns a pointer to the flags.
+    #[cfg(all(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST, CONFIG_MEMORY_FAILURE))]
+    pub(super) fn flags(self) -> *mut c_ulong {
+        self.field(FLAGS)
     }
 
     /// Returns the `private` field.
     pub(in crate::rust) fn private(self) -> usize {
-        self.read(bindings::PAGE_PRIVATE_OFFSET)
+        self.read(PRIVATE)
+    }
+
+    /// Returns the order of the block that begins with the page, if that is one of the driver's.
+    pub(super) fn order(self) -> u32 {
+        (self.private() & ORDER_MASK) as u32
     }
 
     /// Sets the `private` field.
@@ -144,12 +170,10 @@ impl Page {
     ///
     /// The caller must own the page.
     pub(in crate::rust) unsafe fn set_private(self, value: usize) {
-        let field = self.field::<usize>(bindings::PAGE_PRIVATE_OFFSET);
-
         // Others may read it.
         //
         // SAFETY: By the type invariants and the requirements of this function.
-        unsafe { field.write_volatile(value) };
+        unsafe { self.field(PRIVATE).write_volatile(value) };
     }
 
     /// Sets the reference count.
@@ -159,15 +183,13 @@ impl Page {
     /// The caller must own the page.
     #[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]
     pub(in crate::rust) unsafe fn set_count(self, count: u32) {
-        let field = self.field::<u32>(bindings::PAGE_REFCOUNT_OFFSET);
-
         // SAFETY: By the type invariants and the requirements of this function.
-        unsafe { field.write_volatile(count) };
+        unsafe { self.field(REFCOUNT).write_volatile(count) };
     }
 
     /// Returns the page's type, or a number that is none.
     fn page_type(self) -> u32 {
-        self.read(bindings::PAGE_TYPE_OFFSET)
+        self.read(TYPE)
     }
 
     /// Returns whether the page has a type.
@@ -190,7 +212,7 @@ impl Page {
 
     /// Returns whether the page has a flag.
     fn has_flag(self, flag: bindings::pageflags) -> bool {
-        self.read::<c_ulong>(0) & (1 << flag) != 0
+        self.read(FLAGS) & (1 << flag) != 0
     }
 
     /// Returns whether the page has a memory error.
@@ -216,14 +238,13 @@ impl Page {
 
     /// Returns the number of references to the page.
     pub(in crate::rust) fn count(self) -> u32 {
-        self.folio().read(bindings::PAGE_REFCOUNT_OFFSET)
+        self.folio().read(REFCOUNT)
     }
 
     /// Returns whether the kernel can migrate the page without waiting for a disk or a server.
     pub(in crate::rust) fn is_movable(self) -> bool {
         let folio = self.folio();
-        let mapping: usize = folio.read(bindings::PAGE_MAPPING_OFFSET);
-        let is_anonymous = mapping & bindings::BALLOON_MAPPING_ANON != 0;
+        let is_anonymous = folio.read(MAPPING) & bindings::BALLOON_MAPPING_ANON != 0;
 
         folio.has_flag(bindings::pageflags_PG_lru)
             && !folio.has_flag(bindings::pageflags_PG_locked)

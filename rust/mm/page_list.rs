@@ -8,14 +8,12 @@ use crate::rust::mm::{
         Block,
         Single, //
     },
-    page::{
-        Page, //
-        ORDER_MASK,
-    },
+    page::Page,
     ring::Ring, //
 };
 
 use core::mem;
+
 /// Memory that is owned by the list: order-0 pages, and unsplit blocks.
 ///
 /// The list can be moved; it never allocates. Dropping it frees the memory.
@@ -121,9 +119,7 @@ impl PageList {
 
     /// Returns the length of the first block in kernel pages.
     pub(in crate::rust) fn first_block_len(&self) -> Option<usize> {
-        self.blocks
-            .first()
-            .map(|page| 1 << (page.private() & ORDER_MASK))
+        self.blocks.first().map(|page| 1 << page.order())
     }
 
     /// Calls `each` for all order-0 pages that follow each other and are in the same zone: with one
@@ -231,21 +227,17 @@ impl Drop for PageList {
     fn drop(&mut self) {
         while self.pop_block().is_some() {}
 
-        let mut start = 0;
-        let mut len = 0;
-        while let Some(page) = self.pop() {
-            let pfn = page.into_page().pfn();
+        while let Some(first) = self.pop() {
+            let first = first.into_page().pfn();
+            let mut len = 1;
 
-            if pfn != start + len {
-                // SAFETY: These pages were on the list, which owned a reference to each.
-                unsafe { free_range(start, len) };
-                start = pfn;
-                len = 0;
+            while self.singles.first().map(Page::pfn) == Some(first + len) {
+                let Some(page) = self.pop() else { break };
+                page.into_page();
+                len += 1;
             }
-            len += 1;
+            // SAFETY: These pages were on the list, which owned a reference to each.
+            unsafe { free_range(first, len) };
         }
-
-        // SAFETY: As above.
-        unsafe { free_range(start, len) };
     }
 }

@@ -100,7 +100,7 @@ pub(in crate::rust) unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option
         };
 
         let page = Page::from_pfn(pfn);
-        let flags = AtomicU64::from_ptr(page.field(0));
+        let flags = AtomicU64::from_ptr(page.flags().cast());
         let error = 1 << bindings::pageflags_PG_hwpoison;
 
         flags.fetch_or(error, Ordering::Relaxed);

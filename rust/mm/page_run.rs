@@ -53,7 +53,7 @@ impl PageRun {
     /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
     /// reserve is touched. Does not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
-        Allocated::new(bindings::NUMA_NO_NODE, bindings::GFP_HINT_BLOCK, order).map(Self::of)
+        Allocated::new(None, bindings::GFP_HINT_BLOCK, order).map(Self::of)
     }
 
     /// Takes the first block off a list.
@@ -108,29 +108,36 @@ impl PageRun {
         Ok(())
     }
 
-    /// Frees the first block, and returns its length in kernel pages. The run must not be used when
-    /// its length is 0.
-    fn free_block(&mut self) -> usize {
+    /// Splits the first block off, and returns it with the rest. Its order stays in its first page: the
+    /// page allocator clears the field when it frees the block.
+    fn split_first(self) -> (Allocated, Option<Self>) {
+        let (first, len) = (self.first, self.len);
+
+        mem::forget(self);
         // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
         // first page.
         let block = unsafe {
-            let page = Page::from_pfn(self.first);
+            let page = Page::from_pfn(first);
 
             Allocated::from_parts(page, page.private() as u32)
         };
-        let freed = block.len();
+        let (first, len) = (first + block.len(), len - block.len());
 
-        drop(block);
-        self.first += freed;
-        self.len -= freed;
-        freed
+        // INVARIANT: These are the other blocks.
+        (block, (len > 0).then(|| Self { first, len }))
     }
 }
 
 impl Drop for PageRun {
     fn drop(&mut self) {
-        while self.len > 0 {
-            self.free_block();
+        // INVARIANT: The blocks are owned by this one from now on.
+        let mut rest = Some(Self {
+            first: self.first,
+            len: self.len,
+        });
+
+        while let Some(run) = rest {
+            (_, rest) = run.split_first();
         }
     }
 }
@@ -249,13 +256,15 @@ impl RunSet {
         let mut freed = 0;
 
         while freed < wanted {
-            let Some(last) = self.runs.last_mut() else {
+            let Some(last) = self.runs.pop() else {
                 break;
             };
+            let (block, rest) = last.split_first();
 
-            freed += last.free_block();
-            if last.len == 0 {
-                self.runs.pop();
+            freed += block.len();
+            if let Some(rest) = rest {
+                // There is room, since the run was there before.
+                let _ = self.runs.push_within_capacity(rest);
             }
         }
 

@@ -17,7 +17,10 @@ use crate::rust::{
     }, //
 };
 
-use core::ops::Range;
+use core::{
+    mem::offset_of,
+    ops::Range, //
+};
 use kernel::{
     prelude::*,
     time::{
@@ -65,17 +68,27 @@ pub(crate) struct Hold {
     pub(crate) time: Delta,
 }
 
+/// Returns where the zones of a node are.
+fn zones_of(node: *mut bindings::pglist_data) -> *mut bindings::zone {
+    node.wrapping_byte_add(offset_of!(bindings::pglist_data, node_zones))
+        .cast()
+}
+
+impl Node {
+    /// Returns its zones, also those that have no memory.
+    pub(super) fn zones(self) -> impl Iterator<Item = Zone> {
+        let zones = zones_of(self.data());
+
+        // INVARIANT: A node has that many zones.
+        (0..bindings::MAX_NR_ZONES as usize).map(move |n| Zone(zones.wrapping_add(n)))
+    }
+}
+
 impl Zone {
     /// Returns the zone of a page.
     pub(super) fn of(page: Page) -> Self {
         // INVARIANT: That is one.
         Self(page.zone())
-    }
-
-    /// Makes one of a pointer that [`Node::zones`] returned.
-    pub(super) fn from_raw(zone: *mut bindings::zone) -> Self {
-        // INVARIANT: That is one.
-        Self(zone)
     }
 
     /// Has the zone keep back `pages` kernel pages for a while.
@@ -89,9 +102,7 @@ impl Zone {
     /// Returns the zones of all nodes that have memory.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         Node::online()
-            .flat_map(|node| node.zones())
-            // INVARIANT: These are zones.
-            .map(Self)
+            .flat_map(Node::zones)
             .filter(|zone| zone.present_pages() > 0)
     }
 
@@ -132,42 +143,31 @@ impl Zone {
         read!(self, nr_isolate_pageblock) != 0
     }
 
+    /// Returns a counter of the zone.
+    fn counter(self, item: bindings::zone_stat_item) -> usize {
+        count(read!(self, vm_stat[item as usize]))
+    }
+
     /// Returns how many kernel pages are free.
     pub(super) fn free_pages(self) -> usize {
-        count(Some(&read!(
-            self,
-            vm_stat[bindings::zone_stat_item_NR_FREE_PAGES as usize]
-        )))
+        self.counter(bindings::zone_stat_item_NR_FREE_PAGES)
     }
 
     /// Returns how many free kernel pages are for pages that can be moved (CMA).
     pub(super) fn free_cma_pages(self) -> usize {
-        count(Some(&read!(
-            self,
-            vm_stat[bindings::zone_stat_item_NR_FREE_CMA_PAGES as usize]
-        )))
+        self.counter(bindings::zone_stat_item_NR_FREE_CMA_PAGES)
     }
 
     /// Returns how many kernel pages have files in them.
     pub(super) fn file_pages(self) -> usize {
-        count(Some(&read!(
-            self,
-            vm_stat[bindings::zone_stat_item_NR_ZONE_ACTIVE_FILE as usize]
-        ))) + count(Some(&read!(
-            self,
-            vm_stat[bindings::zone_stat_item_NR_ZONE_INACTIVE_FILE as usize]
-        )))
+        self.counter(bindings::zone_stat_item_NR_ZONE_ACTIVE_FILE)
+            + self.counter(bindings::zone_stat_item_NR_ZONE_INACTIVE_FILE)
     }
 
     /// Returns the zone's place among those of its node.
     pub(super) fn kind(self) -> bindings::zone_type {
-        let node = read!(self, zone_pgdat);
-        // SAFETY: A zone is in the array of its node.
-        let index = unsafe {
-            let zones = (&raw mut (*node).node_zones).cast::<bindings::zone>();
-
-            self.0.offset_from(zones)
-        };
+        let zones = zones_of(read!(self, zone_pgdat));
+        let index = (self.0.addr() - zones.addr()) / size_of::<bindings::zone>();
 
         index as bindings::zone_type
     }
@@ -190,12 +190,8 @@ impl Zone {
             return true;
         }
         let first = bindings::PAGE_ALLOC_COSTLY_ORDER as usize;
-        // SAFETY: By the type invariants it is a zone, which has such an area.
-        (first..bindings::NR_PAGE_ORDERS as usize).all(|order| unsafe {
-            let areas = (&raw const (*self.0).free_area).cast::<bindings::free_area>();
-
-            (&raw const (*areas.add(order)).nr_free).read_volatile() == 0
-        })
+        (first..bindings::NR_PAGE_ORDERS as usize)
+            .all(|order| read!(self, free_area[order].nr_free) == 0)
     }
 
     /// Returns how many free kernel pages the CPUs keep on lists of their own. The counters are read
