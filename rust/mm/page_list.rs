@@ -125,23 +125,22 @@ impl PageList {
     /// Calls `each` for all order-0 pages that follow each other and are in the same zone: with one
     /// of them, and how many there are.
     pub(in crate::rust) fn zones(&self, mut each: impl FnMut(Page, usize)) {
-        let Some(mut page) = self.singles.first() else {
+        let Some(mut first) = self.singles.first() else {
             return;
         };
+        let mut zone = first.zone();
         let mut count = 0;
 
-        for next in self.singles.cycle().skip(1).take(self.singles.len()) {
-            count += 1;
-            if page.zone() != next.zone() {
-                each(page, mem::take(&mut count));
-            }
-            page = next;
-        }
+        for page in self.singles.cycle().take(self.singles.len()) {
+            let this = page.zone();
 
-        // The ring ends in the zone where it begins.
-        if count > 0 {
-            each(page, count);
+            if this != zone {
+                each(first, mem::take(&mut count));
+                (first, zone) = (page, this);
+            }
+            count += 1;
         }
+        each(first, count);
     }
 
     /// Makes order-0 pages of all blocks.
