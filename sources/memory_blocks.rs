@@ -26,6 +26,7 @@ use crate::{
             memory_block::{
                 has_virtio_mem,
                 MemoryBlock,
+                OfflineBlock,
                 Taken, //
             },
             page_list::PageList,
@@ -116,7 +117,7 @@ struct Work {
     /// How many were tried in vain, one after the other.
     failures: usize,
     /// Those that could not be brought online. Never grows beyond its capacity.
-    offline: KVec<MemoryBlock>,
+    offline: KVec<OfflineBlock>,
 }
 
 struct State {
@@ -307,7 +308,7 @@ impl Taker {
                 work.failures += 1;
                 work.failures < MAX_FAILURES
             }
-            Taken::Offline => {
+            Taken::Offline(block) => {
                 let _ = work.offline.push_within_capacity(block);
                 false
             }

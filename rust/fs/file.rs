@@ -10,6 +10,11 @@ use core::ptr::{
     self,
     NonNull, //
 };
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
 use kernel::{
     error::{
         from_err_ptr,
@@ -25,6 +30,13 @@ use kernel::{
 /// The pointer is to an open file, with a reference that is released on drop.
 pub(in crate::rust) struct WritableFile(NonNull<bindings::file>);
 
+// SAFETY: A file may be written, and closed, from any thread.
+unsafe impl Send for WritableFile {}
+
+/// How many files were opened, or could not be.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static OPENED: Atomic<usize> = Atomic::new(0);
+
 impl WritableFile {
     /// Opens the file at `path`, as the first process sees it: threads of the kernel do not see the
     /// files that processes see.
@@ -33,6 +45,8 @@ impl WritableFile {
     ///
     /// What the kernel says.
     pub(in crate::rust) fn open(path: &CStr) -> Result<Self> {
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        OPENED.add(1, Relaxed);
         // SAFETY: The path is a C string.
         let file = from_err_ptr(unsafe {
             bindings::filp_open_as_init(path.as_char_ptr(), bindings::O_WRONLY as c_int)

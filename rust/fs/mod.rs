@@ -4,5 +4,5 @@
 
 #[cfg_attr(not(CONFIG_DEBUG_FS), allow(dead_code))]
 pub(crate) mod debugfs;
-pub(in crate::rust) mod file;
+pub(crate) mod file;
 pub(crate) mod sysfs;

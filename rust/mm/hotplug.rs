@@ -23,6 +23,7 @@ use crate::rust::{
 };
 
 use core::{
+    marker::PhantomData,
     ops::Range,
     ptr, //
 };
@@ -72,35 +73,40 @@ impl Drop for Turn {
     }
 }
 
-/// As long as it exists, pages that come online are kept.
-pub(super) struct Keeping(());
+/// The driver's callback for pages that come online, as long as this exists.
+///
+/// # Invariants
+///
+/// The kernel's callback is [`keep_page`].
+pub(super) struct OnlinePageCallback<'a>(PhantomData<&'a Turn>);
 
-impl Keeping {
-    /// Begins to keep the pages in `pfns` (page frame numbers of kernel pages). Only for who has a
-    /// [`Turn`]. Returns none if another driver keeps pages.
-    pub(super) fn begin(pfns: Range<u64>) -> Option<Self> {
+impl<'a> OnlinePageCallback<'a> {
+    /// Sets the callback, which keeps the pages in `pfns` (page frame numbers of kernel pages). Returns
+    /// none if another driver has a callback.
+    pub(super) fn set(_turn: &'a Turn, pfns: Range<u64>) -> Option<Self> {
         KEPT.lock().keep(pfns.start as usize..pfns.end as usize);
 
+        // INVARIANT: The callback was set.
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
         // SAFETY: The function is such a callback, and is there until this is dropped.
         return to_result(unsafe { bindings::set_online_page_callback(Some(keep_page)) })
             .ok()
-            .map(|()| Self(()));
+            .map(|()| Self(PhantomData));
         #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
         None
     }
 
-    /// Ends it, and returns the pages.
-    pub(super) fn end(self) -> PageList {
+    /// Restores the kernel's callback, and returns the pages.
+    pub(super) fn restore(self) -> PageList {
         drop(self);
         KEPT.lock().take()
     }
 }
 
-impl Drop for Keeping {
+impl Drop for OnlinePageCallback<'_> {
     fn drop(&mut self) {
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-        // SAFETY: The callback was set. This waits for who brings memory online just now.
+        // SAFETY: By the type invariants. The function waits for who brings memory online just now.
         unsafe {
             bindings::restore_online_page_callback(Some(keep_page))
         };

@@ -18,13 +18,13 @@ use crate::rust::{
     mm::{
         hotplug::{
             range_can_be_taken,
-            Keeping,
+            OnlinePageCallback,
             Turn, //
         },
         page_list::PageList, //
     },
     virtio,
-    work::deadline::Deadline, //
+    work::deadline, //
 };
 
 use core::ops::Range;
@@ -57,8 +57,8 @@ pub(crate) enum Taken {
     /// It is as it was: the kernel does not take it offline (`EINTR`: not in time), or others have
     /// brought it online.
     Not(Error),
-    /// It is offline, and could not be brought online.
-    Offline,
+    /// It could not be brought online.
+    Offline(OfflineBlock),
 }
 
 impl MemoryBlock {
@@ -90,41 +90,18 @@ impl MemoryBlock {
         range_can_be_taken(self.pfns())
     }
 
-    /// Writes to the file that says whether the block is online. What takes longer than `patience`
-    /// ends when it is interrupted.
-    fn write(self, what: &CStr, patience: Msecs) -> Result {
-        let path =
-            CString::try_from_fmt(fmt!("/sys/devices/system/memory/memory{}/state", self.0))?;
-
-        let file = WritableFile::open(&path)?;
-        let deadline = Deadline::new()?;
-
-        for _ in 0..TRIES {
-            match deadline.limit(patience, || file.write(what.to_bytes())) {
-                Err(ERESTARTNOINTR) => (),
-                result => return result,
-            }
-        }
-        Err(ERESTARTNOINTR)
-    }
-
-    /// Takes the block offline, as a user does.
+    /// Takes the block offline. What is in use of it is moved elsewhere, for which there is as much
+    /// time as `patience` says.
     ///
     /// # Errors
     ///
     /// What the kernel says.
-    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-    pub(crate) fn take_offline(self, patience: Msecs) -> Result {
-        self.write(c"offline", patience)
-    }
+    pub(crate) fn take_offline(self, patience: Msecs) -> Result<OfflineBlock> {
+        // While the block is offline there may be no memory for this.
+        let state = StateFile::open(self)?;
 
-    /// Brings the block online, as what it was before.
-    ///
-    /// # Errors
-    ///
-    /// What the kernel says.
-    pub(crate) fn bring_online(self) -> Result {
-        self.write(ONLINE_KERNEL, ONLINE_PATIENCE)
+        state.write(c"offline", patience)?;
+        Ok(OfflineBlock(state))
     }
 
     /// Takes the block, all or nothing. What is in use of it is moved elsewhere, for which there is
@@ -135,21 +112,64 @@ impl MemoryBlock {
 
     /// The same, but with `online` written to the block's file.
     pub(crate) fn take_and_write(self, patience: Msecs, online: &CStr) -> Taken {
-        let _turn = Turn::wait();
+        let turn = Turn::wait();
 
-        if let Err(error) = self.write(c"offline", patience) {
-            return Taken::Not(error);
-        }
-        let kept = Keeping::begin(self.pfns());
-        let online = self.write(online, ONLINE_PATIENCE);
-        let pages = kept.map_or(PageList::new(), Keeping::end);
+        let block = match self.take_offline(patience) {
+            Ok(block) => block,
+            Err(error) => return Taken::Not(error),
+        };
+        let callback = OnlinePageCallback::set(&turn, self.pfns());
+        let online = block.write(online);
+        let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
 
         match online {
             // Others may have brought it online.
             _ if !pages.is_empty() => Taken::Pages(pages),
             Ok(()) | Err(EINVAL) => Taken::Not(EINVAL),
-            Err(_) => Taken::Offline,
+            Err(_) => Taken::Offline(block),
         }
+    }
+}
+
+/// A memory block that was taken offline. It can be brought online without allocating anything, apart
+/// from what the kernel allocates itself.
+pub(crate) struct OfflineBlock(StateFile);
+
+impl OfflineBlock {
+    /// Brings the block online, as what it was before.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(crate) fn bring_online(&self) -> Result {
+        self.write(ONLINE_KERNEL)
+    }
+
+    fn write(&self, online: &CStr) -> Result {
+        self.0.write(online, ONLINE_PATIENCE)
+    }
+}
+
+/// The file that says whether a memory block is online.
+struct StateFile(WritableFile);
+
+impl StateFile {
+    fn open(block: MemoryBlock) -> Result<Self> {
+        let path =
+            CString::try_from_fmt(fmt!("/sys/devices/system/memory/memory{}/state", block.0))?;
+
+        Ok(Self(WritableFile::open(&path)?))
+    }
+
+    /// Writes a state. What takes longer than `patience` ends when it is interrupted.
+    fn write(&self, state: &CStr, patience: Msecs) -> Result {
+        for _ in 0..TRIES {
+            match deadline::limit(patience, || self.0.write(state.to_bytes())) {
+                Err(ERESTARTNOINTR) => (),
+                result => return result,
+            }
+        }
+        Err(ERESTARTNOINTR)
     }
 }
 

@@ -18,84 +18,67 @@ use kernel::{
         msecs_to_jiffies,
         Msecs, //
     },
-    types::{
-        NotThreadSafe,
-        Opaque, //
-    }, //
+    types::Opaque, //
 };
 
-/// A timer that sends the thread a signal.
-///
-/// # Invariants
-///
-/// `timer` is initialised, and `thread` is the thread that this belongs to, for as long as the timer
-/// runs.
-#[pin_data]
-pub(in crate::rust) struct Deadline {
-    #[pin]
-    timer: Opaque<bindings::timer_list>,
+#[cfg(not(CONFIG_DEBUG_OBJECTS_TIMERS))]
+use bindings::timer_init_key as timer_init;
+#[cfg(CONFIG_DEBUG_OBJECTS_TIMERS)]
+use bindings::timer_init_key_on_stack as timer_init;
+
+/// A timer on a thread's stack, and the thread that it sends a signal.
+struct Deadline {
+    timer: bindings::timer_list,
     thread: *mut bindings::task_struct,
-    _this_thread: NotThreadSafe,
 }
 
-impl Deadline {
-    /// Makes one for the thread that calls.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM`.
-    pub(in crate::rust) fn new() -> Result<Pin<KBox<Self>>> {
-        KBox::pin_init(
-            pin_init!(Self {
-                timer <- Opaque::ffi_init(|slot| {
-                    // SAFETY: `slot` is valid for writes, and stays where it is.
-                    unsafe {
-                        bindings::timer_init_key(
-                            slot,
-                            Some(Self::expire),
-                            0,
-                            c"balloon_rs_deadline".as_char_ptr(),
-                            kernel::static_lock_class!().as_ptr(),
-                        )
-                    }
-                }),
-                // SAFETY: The function has no preconditions.
-                thread: unsafe { bindings::get_current() },
-                _this_thread: NotThreadSafe,
-            }),
-            GFP_KERNEL,
-        )
+/// Calls `f`, with a signal pending from `ms` milliseconds on. Afterwards no signal is pending.
+/// Allocates nothing.
+pub(in crate::rust) fn limit<T>(ms: Msecs, f: impl FnOnce() -> T) -> T {
+    let deadline = Opaque::new(Deadline {
+        timer: pin_init::zeroed(),
+        // SAFETY: The function has no preconditions.
+        thread: unsafe { bindings::get_current() },
+    });
+    let deadline = deadline.get();
+
+    signal::allow(Signal::Interrupt);
+    // SAFETY: `deadline` stays where it is, and its timer is deleted below before it ends. The name
+    // and the key are static.
+    unsafe {
+        timer_init(
+            &raw mut (*deadline).timer,
+            Some(expire),
+            0,
+            c"balloon_rs_deadline".as_char_ptr(),
+            kernel::static_lock_class!().as_ptr(),
+        );
+        bindings::mod_timer(
+            &raw mut (*deadline).timer,
+            bindings::jiffies.wrapping_add(msecs_to_jiffies(ms)),
+        );
     }
+    let result = f();
 
-    /// Calls `f`, with a signal pending from `ms` milliseconds on. Afterwards no signal is pending.
-    pub(in crate::rust) fn limit<T>(&self, ms: Msecs, f: impl FnOnce() -> T) -> T {
-        signal::allow(Signal::Interrupt);
-        // SAFETY: The timer is initialised, and is stopped before the thread continues.
-        unsafe {
-            bindings::mod_timer(
-                self.timer.get(),
-                bindings::jiffies.wrapping_add(msecs_to_jiffies(ms)),
-            )
-        };
-        let result = f();
-
-        // SAFETY: As above.
-        unsafe { bindings::timer_delete_sync(self.timer.get()) };
-        signal::disallow(Signal::Interrupt);
-        // SAFETY: It is this thread.
-        unsafe { bindings::flush_signals(self.thread) };
-        result
+    // SAFETY: The timer is initialised, and the thread is this one.
+    unsafe {
+        bindings::timer_delete_sync(&raw mut (*deadline).timer);
+        #[cfg(CONFIG_DEBUG_OBJECTS_TIMERS)]
+        bindings::timer_destroy_on_stack(&raw mut (*deadline).timer);
+        bindings::flush_signals((*deadline).thread);
     }
+    signal::disallow(Signal::Interrupt);
+    result
+}
 
-    /// # Safety
-    ///
-    /// `timer` must be that of a `Deadline` whose thread waits for it.
-    unsafe extern "C" fn expire(timer: *mut bindings::timer_list) {
-        // SAFETY: By the requirements of this function.
-        unsafe {
-            let this = container_of!(Opaque::cast_from(timer), Self, timer);
+/// # Safety
+///
+/// `timer` must be that of a `Deadline` whose thread waits for it.
+unsafe extern "C" fn expire(timer: *mut bindings::timer_list) {
+    // SAFETY: By the requirements of this function.
+    unsafe {
+        let deadline = container_of!(timer, Deadline, timer);
 
-            bindings::send_sig(bindings::SIGINT as c_int, (*this).thread, 1);
-        }
+        bindings::send_sig(bindings::SIGINT as c_int, (*deadline).thread, 1);
     }
 }

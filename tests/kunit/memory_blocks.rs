@@ -10,13 +10,16 @@ use super::device::{
 };
 use crate::{
     balloon::target::BALLOON_PAGES_PER_PAGE,
-    rust::mm::{
-        contig::Claim,
-        hotplug::Turn,
-        memory,
-        memory_block::{
-            MemoryBlock,
-            Taken, //
+    rust::{
+        fs::file,
+        mm::{
+            contig::Claim,
+            hotplug::Turn,
+            memory,
+            memory_block::{
+                MemoryBlock,
+                Taken, //
+            }, //
         }, //
     }, //
 };
@@ -24,6 +27,7 @@ use crate::{
 use core::ops::Range;
 use kernel::{
     prelude::*,
+    sync::atomic::Relaxed,
     time::Msecs, //
 };
 
@@ -122,8 +126,7 @@ mod tests {
 
         let taken = block.take_and_write(PATIENCE, c"online_movable");
         assert!(matches!(taken, Taken::Not(EINVAL)));
-        block.take_offline(PATIENCE)?;
-        block.bring_online()?;
+        block.take_offline(PATIENCE)?.bring_online()?;
         assert_eq!(memory::total_pages(), total);
 
         // And else it is.
@@ -134,5 +137,20 @@ mod tests {
         drop(taken);
         assert_eq!(memory::total_pages(), total);
         Ok(())
+    }
+
+    #[test]
+    fn no_file_is_opened_while_a_block_is_offline() {
+        if has_none() {
+            return;
+        }
+        // The file is opened before the block goes offline, and once is enough.
+        let opened = blocks().find_map(|block| {
+            let before = file::OPENED.load(Relaxed);
+            let taken = block.take(PATIENCE);
+
+            matches!(taken, Taken::Pages(_)).then(|| file::OPENED.load(Relaxed) - before)
+        });
+        assert_eq!(opened, Some(1));
     }
 }
