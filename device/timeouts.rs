@@ -23,7 +23,7 @@ pub(crate) const POLL_INTERVAL: Delta = Delta::from_millis(5);
 /// How long an OOM notifier waits for the device, where it must be notified before pages can be used.
 pub(crate) const OOM: Delta = Delta::from_millis(100);
 
-/// How long an OOM notifier waits for the device to use hints.
+/// How long an OOM notifier waits for the device to use hints, once until it uses some.
 pub(crate) const OOM_HINTS: Delta = Delta::from_millis(500);
 
 /// When a task looks for used buffers that the device has not interrupted for.

@@ -15,8 +15,7 @@ use crate::{
         queues::{
             Queue,
             Queues, //
-        },
-        timeouts, //
+        }, //
     },
     features::hinting::{
         task::Hinting,
@@ -38,10 +37,7 @@ use crate::{
             }, //
         },
         virtio,
-        work::{
-            poll::within,
-            task::Task, //
-        }, //
+        work::task::Task, //
     }, //
 };
 
@@ -153,26 +149,28 @@ impl OomNotify for Task<Hinting> {
     /// Before the balloon, which then need not give anything.
     const PRIORITY: c_int = oom::PRIORITY + 1;
 
-    /// Waits for what the device has, which it uses soon. What it had used before was given back by
-    /// the shrinker.
+    /// Waits for what the device has, which it uses soon: QEMU holds a lock for 50 ms at a time. What
+    /// it had used before was given back by the shrinker. If the wait was in vain, the kernel kills a
+    /// process, and the next calls do not wait before the device has used something.
     fn out_of_memory(&self) -> usize {
         self.needed.store(true, Relaxed);
         let before = memory::free_pages();
 
-        within(timeouts::OOM_HINTS, || {
-            // The task may be allocating itself, in the transport.
-            let mut worker = self.worker.try_lock()?;
-            let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
+        self.oom_timeout
+            .poll(|| {
+                // The task may be allocating itself, in the transport.
+                let mut worker = self.worker.try_lock()?;
+                let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
 
-            if freed == 0 && worker.in_flight == 0 {
-                // The task may have been faster. No process is killed for memory that is free by
-                // now.
-                let freed = memory::free_pages().saturating_sub(before);
+                if freed == 0 && worker.in_flight == 0 {
+                    // The task may have been faster. No process is killed for memory that is free by
+                    // now.
+                    let freed = memory::free_pages().saturating_sub(before);
 
-                return Some(if freed >= WORTHWHILE { freed } else { 0 });
-            }
-            (freed > 0).then_some(freed)
-        })
-        .unwrap_or(0)
+                    return Some(if freed >= WORTHWHILE { freed } else { 0 });
+                }
+                (freed > 0).then_some(freed)
+            })
+            .unwrap_or(0)
     }
 }

@@ -53,11 +53,14 @@ use crate::{
             HINT_ID,
             HINT_STOP, //
         },
-        work::task::{
-            new_slot,
-            Job,
-            Task,
-            TaskQueue, //
+        work::{
+            poll::StallTimeout,
+            task::{
+                new_slot,
+                Job,
+                Task,
+                TaskQueue, //
+            }, //
         }, //
     },
     sources::memory_blocks::Taker, //
@@ -101,6 +104,8 @@ pub(super) struct Hinting {
     pub(super) id_changed: Atomic<bool>,
     /// Set when the guest needed memory: this round takes no more.
     pub(super) needed: Atomic<bool>,
+    /// For how long OOM notifiers wait for the device to use hints.
+    pub(super) oom_timeout: StallTimeout,
     /// How much was hinted, in bytes.
     #[pin]
     pub(super) hinted: debugfs::File<Atomic<u64>>,
@@ -139,6 +144,7 @@ impl Hinting {
             held <- new_spinlock!(held, "Hinting::held"),
             id_changed: Atomic::new(true),
             needed: Atomic::new(false),
+            oom_timeout: StallTimeout::new(timeouts::OOM_HINTS),
             hinted <- setup.dir.file(c"hinted_bytes", Atomic::new(0)),
         });
 
@@ -169,6 +175,7 @@ impl Hinting {
         let mut freed = 0;
 
         while let Some((buffer, _)) = worker.queue.next_used() {
+            self.oom_timeout.progress();
             let Either::Right(run) = buffer else { continue };
 
             let pages = run.len();

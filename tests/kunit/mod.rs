@@ -20,6 +20,7 @@ mod memory;
 mod memory_blocks;
 mod migration;
 mod pages;
+mod poll;
 mod range_stack;
 mod stats;
 mod target;
