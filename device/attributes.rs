@@ -43,7 +43,8 @@ impl Attribute<Bound> for FloorMib {
     const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
         let floor_mib = text.parse().ok().filter(|&floor_mib| floor_mib >= -1);
         let floor_mib = floor_mib.ok_or(EINVAL)?;
-        bound.set(|settings| settings.set_floor_mib(floor_mib))
+        bound.set(|settings| settings.set_floor_mib(floor_mib));
+        Ok(())
     });
     type Value = i32;
 
@@ -59,7 +60,8 @@ impl Attribute<Bound> for Inflate {
     const NAME: &'static CStr = c"inflate";
     const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
         let inflate = kstrtobool_bytes(text.as_bytes())?;
-        bound.set(|settings| settings.set_inflate(inflate))
+        bound.set(|settings| settings.set_inflate(inflate));
+        Ok(())
     });
     type Value = u8;
 

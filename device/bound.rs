@@ -145,12 +145,11 @@ impl Bound {
     }
 
     /// Changes a setting, and lets the features know.
-    pub(crate) fn set(&self, change: impl FnOnce(&Settings)) -> Result {
+    pub(crate) fn set(&self, change: impl FnOnce(&Settings)) {
         change(&self.settings);
         self.features
             .iter()
             .for_each(|feature| feature.settings_changed());
-        Ok(())
     }
 
     /// Returns the settings.

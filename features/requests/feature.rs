@@ -77,7 +77,7 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
         }
         false => None,
     };
-    let inner = Inner::new(setup.dev, queue, taker.clone())?;
+    let inner = Inner::new(setup.dev, queue)?;
     let requests = try_pin_init!(HostRequests {
         inner <- new_mutex!(inner, "HostRequests::inner"),
         spent: Arc::new(Atomic::new(0), GFP_KERNEL)?,
@@ -126,7 +126,7 @@ impl Feature for Task<HostRequests> {
         let Some(queue) = queues.take(Queue::Request)? else {
             return Ok(());
         };
-        let inner = Inner::new(dev, queue, self.taker.clone())?;
+        let inner = Inner::new(dev, queue)?;
         let before = mem::replace(&mut *self.inner.lock(), inner);
 
         drop(before);

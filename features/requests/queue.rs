@@ -62,8 +62,6 @@ pub(super) type RequestQueue =
 /// The state of the requests queue.
 pub(super) struct Inner {
     pub(super) queue: RequestQueue,
-    /// What allocates memory blocks, where that is better than to allocate memory.
-    taker: Option<Arc<Task<Taker>>>,
     /// Requests in the order of their turns. Never more than [`MAX_OPEN`].
     pub(super) open: KVec<Open>,
     /// How many buffers for requests the device has.
@@ -79,14 +77,9 @@ pub(super) struct Inner {
 }
 
 impl Inner {
-    pub(super) fn new(
-        dev: &virtio::Device<Core<'_>>,
-        queue: RequestQueue,
-        taker: Option<Arc<Task<Taker>>>,
-    ) -> Result<Self> {
+    pub(super) fn new(dev: &virtio::Device<Core<'_>>, queue: RequestQueue) -> Result<Self> {
         Ok(Self {
             queue,
-            taker,
             open: KVec::with_capacity(MAX_OPEN, GFP_KERNEL)?,
             request_buffers: 0,
             messages: 0,
@@ -114,8 +107,9 @@ impl Inner {
         }
     }
 
-    /// Takes what the device has used, and what it has asked for.
-    pub(super) fn collect(&mut self) {
+    /// Takes what the device has used, and what it has asked for. Memory blocks for that are allocated
+    /// by `taker`, if there is one.
+    pub(super) fn collect(&mut self, taker: Option<&Arc<Task<Taker>>>) {
         // A device that uses what it is offered at once would never come to an end.
         for _ in 0..self.queue.size() {
             let Some((buffer, len)) = self.queue.next_used() else {
@@ -130,7 +124,7 @@ impl Inner {
                     // A part of a request has no id to answer to. Devices that use buffers in order
                     // return those that an answer is behind with nothing in them.
                     if len as usize >= size_of::<Request>() {
-                        self.open_request(&request);
+                        self.open_request(&request, taker);
                     }
                 }
                 Either::Right((mut message, claim)) => {
@@ -145,7 +139,7 @@ impl Inner {
         }
     }
 
-    fn open_request(&mut self, request: &Request) {
+    fn open_request(&mut self, request: &Request, taker: Option<&Arc<Task<Taker>>>) {
         let id = u64::from_le(request.request_id);
         trace::request(self.queue.device(), id, u16::from_le(request.command));
         let known = id != 0 && !self.open.iter().any(|open| open.id == id);
@@ -155,7 +149,7 @@ impl Inner {
         } else if u16::from_le(request.command) == request::CANCEL {
             Work::Complete(self.cancel(u64::from_le(request.start)))
         } else {
-            Work::plan(request, self.taker.as_ref())
+            Work::plan(request, taker)
         };
 
         // There is room, since there are not more buffers for requests.

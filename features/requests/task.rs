@@ -182,7 +182,7 @@ impl HostRequests {
         let start = now();
         inner.queue.disable_callback();
         // What the device has used comes back to the guest in any case.
-        inner.collect();
+        inner.collect(self.taker.as_ref());
         inner.budget.spend(self.spent(), start);
         // Completed requests are reported even so.
         let pause = inner.budget.pause(start);
@@ -242,7 +242,7 @@ impl HostRequests {
                 Turn::Again | Turn::Over => waiting = 0,
             }
             turns += 1;
-            inner.collect();
+            inner.collect(self.taker.as_ref());
         }
     }
 }
