@@ -9,14 +9,10 @@ use crate::{
         deflate,
         state::Balloon, //
     },
-    device::timeouts,
     rust::{
         notifiers::oom::OomNotify,
         trace::Reason,
-        work::{
-            poll::within,
-            task::Task, //
-        }, //
+        work::task::Task, //
     }, //
 };
 
@@ -68,7 +64,7 @@ impl OomNotify for Task<Balloon> {
         }
 
         let is_over = || deflate::is_over(&self.deflate, &self.pages).then_some(());
-        if within(timeouts::OOM, is_over).is_none() {
+        if self.oom_timeout.poll(is_over).is_none() {
             return 0;
         }
         // The device need not interrupt for an answer that was taken here.

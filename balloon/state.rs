@@ -30,7 +30,8 @@ use crate::{
     device::{
         announced,
         log_limit::LogLimit,
-        settings::Settings, //
+        settings::Settings,
+        timeouts, //
     },
     messages::{
         message::MessageQueue,
@@ -46,6 +47,7 @@ use crate::{
         virtio,
         virtio_balloon,
         work::{
+            poll::StallTimeout,
             task::{
                 new_slot,
                 Slot,
@@ -113,6 +115,9 @@ pub(crate) struct Balloon {
     /// Where pages are put in order when the guest has run out of memory.
     #[pin]
     pub(super) oom_batch: Mutex<Batch>,
+
+    /// For how long OOM notifiers wait for the device, where it must be notified first.
+    pub(super) oom_timeout: StallTimeout,
 
     /// Set when the device has just used buffers: an answer that the task finds without that may be
     /// older than the device's end.
@@ -248,6 +253,7 @@ impl Balloon {
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
+            oom_timeout: StallTimeout::new(timeouts::OOM),
             is_alive: Atomic::new(false),
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
@@ -285,6 +291,7 @@ impl Balloon {
     /// Says that the device has just used buffers.
     pub(crate) fn queue_used(&self) {
         self.is_alive.store(true, Relaxed);
+        self.oom_timeout.progress();
     }
 
     /// Says that the device may have a new target.

@@ -20,7 +20,8 @@ pub(crate) const TEARDOWN: Delta = Delta::from_millis(10_000);
 /// The interval at which progress is polled during teardown.
 pub(crate) const POLL_INTERVAL: Delta = Delta::from_millis(5);
 
-/// How long an OOM notifier waits for the device, where it must be notified before pages can be used.
+/// How long an OOM notifier waits for the device, where it must be notified before pages can be used,
+/// once until the device uses buffers.
 pub(crate) const OOM: Delta = Delta::from_millis(100);
 
 /// How long an OOM notifier waits for the device to use hints, once until it uses some.
