@@ -83,6 +83,17 @@ pub(super) fn log(directory: &Path) -> String {
     fs::read_to_string(directory.join("log")).unwrap()
 }
 
+/// The errors in the log. These front ends have one queue, which is logged if the daemon has the time for that.
+fn errors(directory: &Path) -> Vec<String> {
+    log(directory)
+        .lines()
+        .filter(|line| {
+            line.contains("ERROR") && !line.contains("start QEMU's device with num_vqs=")
+        })
+        .map(str::to_owned)
+        .collect()
+}
+
 pub(super) fn wait_for_line(directory: &Path, line: &str) {
     wait_for(line, || log(directory).contains(line));
 }
@@ -328,8 +339,7 @@ fn a_restart_of_the_supervisor_keeps_the_vmm() {
     let daemon = service.start(&[]);
     wait_for_info("the end of the VMM", directory, |now| !now.guest.connected);
     inflated(directory);
-    let lines = log(directory);
-    assert!(!lines.contains("ERROR"), "{lines}");
+    assert_eq!(errors(directory), [""; 0]);
     daemon.end();
 }
 
@@ -364,8 +374,7 @@ fn a_restart_keeps_a_vm_with_many_memory_regions() {
         wait_for_info("the driver", directory, |now| now.guest.driver);
         works(directory, &mut vmm, pfn);
     }
-    let lines = log(directory);
-    assert!(!lines.contains("ERROR"), "{lines}");
+    assert_eq!(errors(directory), [""; 0]);
     daemon.end();
 }
 
