@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory that is not given back to the host.
+
+use super::requests::RECLAIM;
+use super::*;
+
+/// A page of a file that is pinned as a device's would be, until this is dropped: by the fixed buffer of an io_uring.
+struct Pinned {
+    _ring: IoUring,
+    page: MmapRegion,
+}
+
+impl Pinned {
+    fn new(file: &File, offset: u64) -> Self {
+        let file = FileOffset::new(file.try_clone().unwrap(), offset);
+        let page: MmapRegion = MmapRegion::from_file(file, 4096).unwrap();
+        let ring = IoUring::new(4).unwrap();
+        let buffer = libc::iovec {
+            iov_base: page.as_ptr().cast(),
+            iov_len: page.size(),
+        };
+        // SAFETY: The page stays mapped for as long as the ring is there, which is dropped before it.
+        #[expect(unsafe_code, reason = "the kernel is given an address")]
+        let registered = unsafe { ring.submitter().register_buffers(&[buffer]) };
+        registered.unwrap();
+        Self { _ring: ring, page }
+    }
+
+    fn byte(&self) -> u8 {
+        self.page.as_volatile_slice().read_obj(0).unwrap()
+    }
+}
+
+/// Whether a test has this process for itself. If not, it was run in another one: what is pinned in a process, all
+/// daemons see that have it for their VMM.
+fn is_alone(test: &str) -> bool {
+    const ALONE: &str = "BALLOON_TEST_ALONE";
+    let alone = env::var_os(ALONE).is_some();
+    if !alone {
+        let mut test_again = Command::new(env::current_exe().unwrap());
+        let test = format!("withheld::{test}");
+        test_again.args(["--exact", &test]).env(ALONE, "1");
+        let output = test_again.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{text}"
+        );
+    }
+    alone
+}
+
+#[test]
+fn pinned_memory_stays_where_it_is() {
+    if !is_alone("pinned_memory_stays_where_it_is") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--extensions"]);
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    vmm.inflate(0x100);
+    assert_eq!(vmm.byte(0x100 << 12), 0);
+    assert_eq!(info(directory).withheld, [""; 0]);
+
+    // From now on a device of the VMM's has the address of the next page.
+    let pinned = Pinned::new(&vmm.memory, 0x101 << 12);
+    thread::sleep(Duration::from_millis(200));
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 1);
+    // The guest takes it back, and device and guest have the same page.
+    vmm.store(0x101 << 12, &[7]);
+    assert_eq!(pinned.byte(), 7);
+    let now = info(directory);
+    assert_eq!(now.withheld, ["pinned"]);
+    assert_eq!(now.counters.withheld, 1 << 12);
+    assert_eq!(now.counters.discarded, 1 << 12);
+    let reclaim = call(directory, &RECLAIM).unwrap_err();
+    assert!(reclaim.to_string().contains("pinned"), "{reclaim}");
+
+    drop(pinned);
+    wait_for("the end of the ring", || {
+        info(directory).withheld.is_empty()
+    });
+    vmm.inflate(0x102);
+    assert_eq!(vmm.byte(0x102 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn mappings_that_cannot_be_read_are_logged() {
+    const NOBODY: u32 = 65534;
+    // Other users cannot be anyone else.
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
+    // Where programs are built is root's own.
+    let program = directory.join("program");
+    fs::copy(PROGRAM, &program).unwrap();
+    let log = directory.join("log");
+    let daemon = command_of(&program, directory)
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .stderr(File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let daemon = Running(daemon);
+    let control = directory.join("control");
+    wait_for("the daemon", || Client::connect(&control).is_ok());
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    wait_for("a warning", || {
+        let log = fs::read_to_string(&log).unwrap();
+        log.contains("cannot find out whether the VMM has shared the guest's memory")
+    });
+    daemon.end();
+}
+
+#[test]
+fn an_operator_may_allow_what_is_pinned() {
+    if !is_alone("an_operator_may_allow_what_is_pinned") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--allow", "pinned"]);
+    let mut vmm = Vmm::connect(directory);
+    let _pinned = Pinned::new(&vmm.memory, 0x101 << 12);
+    vmm.start(0);
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 0);
+    assert_eq!(info(directory).withheld, [""; 0]);
+    daemon.end();
+}
+
+fn inhibit(seconds: u64) -> Request {
+    Request::Inhibit {
+        seconds,
+        owner: None,
+    }
+}
+
+#[test]
+fn a_client_inhibits_discarding_for_a_while() {
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    for seconds in [0, 86401] {
+        let error = call(directory, &inhibit(seconds)).unwrap_err();
+        assert!(
+            matches!(error, ClientError::Refused(error) if error.kind == ErrorKind::OutOfRange)
+        );
+    }
+    call(directory, &inhibit(3600)).unwrap();
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 1);
+    let now = info(directory);
+    assert_eq!(now.withheld, ["inhibited"]);
+    assert!(
+        now.inhibited
+            .is_some_and(|rest| (3590..=3600).contains(&rest))
+    );
+    // Another client needs it for a shorter time.
+    call(directory, &inhibit(1)).unwrap();
+    assert!(info(directory).inhibited.is_some_and(|rest| rest > 3000));
+
+    // Another process of the device's knows of it.
+    let pid = Pid::from_raw(daemon.0.id().try_into().unwrap());
+    kill(pid, Signal::SIGHUP).unwrap();
+    wait_for("another process", || {
+        // The old one may go in the middle of an answer.
+        let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse::<Info>());
+        now.is_ok_and(|now| now.counters.inflated == 0 && now.guest.driver)
+    });
+    vmm.inflate(0x102);
+    assert_eq!(vmm.byte(0x102 << 12), 1);
+
+    call(directory, &Request::Resume { owner: None }).unwrap();
+    vmm.inflate(0x103);
+    assert_eq!(vmm.byte(0x103 << 12), 0);
+    assert_eq!(info(directory).withheld, [""; 0]);
+
+    call(directory, &inhibit(1)).unwrap();
+    wait_for("the end of the time", || {
+        info(directory).withheld.is_empty()
+    });
+    vmm.inflate(0x104);
+    assert_eq!(vmm.byte(0x104 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn memory_in_a_file_on_a_disk_is_left_alone() {
+    for (arguments, withheld, byte) in [
+        (&[][..], &["disk-file"][..], 1),
+        (&["--allow", "disk-file"], &[], 0),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let daemon = start(directory, arguments);
+        let mut vmm = Vmm::connect(directory);
+        // Where programs are built is a disk.
+        let disk = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let file = tempfile::tempfile_in(disk).unwrap();
+        let mut memory = vec![0; usize::try_from(MEMORY).unwrap()];
+        vmm.memory.read_exact_at(&mut memory, 0).unwrap();
+        file.write_all_at(&memory, 0).unwrap();
+        vmm.memory = file;
+        vmm.start(0);
+        vmm.inflate(0x100);
+        assert_eq!(vmm.byte(0x100 << 12), byte);
+        assert_eq!(info(directory).withheld, withheld);
+        daemon.end();
+    }
+}
