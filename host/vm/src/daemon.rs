@@ -2,7 +2,6 @@
 
 //! The daemon that has the guest's balloon device.
 
-use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,39 +13,12 @@ use serde::de::DeserializeOwned;
 
 use crate::container::{Container, System};
 use crate::daemon::process::Process;
+use crate::daemon::runner::Runner;
 use crate::daemon::unit::Unit;
 
 mod process;
+mod runner;
 mod unit;
-
-/// What starts and ends the daemon.
-trait Runner: Debug + Send + Sync {
-    /// The socket that QEMU connects to.
-    fn socket(&self) -> PathBuf;
-
-    /// The control socket.
-    fn control(&self) -> PathBuf;
-
-    /// The system whose unit the daemon is, if it is one.
-    fn system(&self) -> Option<&Container> {
-        None
-    }
-
-    /// The number of the process that keeps QEMU's connection.
-    fn id(&self) -> Result<u32>;
-
-    /// What the daemon has logged.
-    fn log(&self) -> Result<String>;
-
-    /// Ends the daemon with `signal`, and starts it again.
-    fn restart(&self, signal: Signal) -> Result<()>;
-
-    /// Ends the daemon as the system does when it goes down.
-    fn end(&self) -> Result<()>;
-
-    /// Kills all processes of the daemon, with no time for anything.
-    fn kill(&self) -> Result<()>;
-}
 
 /// A running daemon. It is killed when it is dropped.
 #[derive(Debug)]

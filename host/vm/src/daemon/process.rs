@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use service_manager::ServiceManager;
 use tempfile::TempDir;
 
-use super::Runner;
+use super::runner::Runner;
 use crate::stopwatch::Stopwatch;
 
 /// How long it may take to start and to end.

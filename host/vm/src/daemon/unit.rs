@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use nix::sys::signal::Signal;
 
-use super::Runner;
+use super::runner::Runner;
 use crate::container::{Container, System};
 
 /// The unit, as its package has installed it.
