@@ -23,6 +23,7 @@ use crate::{
         mm::{
             drain,
             memory,
+            memory_block::has_virtio_mem,
             node::Node, //
         },
         trace::Reason,
@@ -170,6 +171,9 @@ impl Balloon {
     /// to what it has. The queue may be full before each one has given its share: the node that has
     /// given least is the first one.
     fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
+        // The driver of a virtio-mem device unplugs parts of a memory block. It notifies no other driver of
+        // that, and the kernel moves single pages only.
+        let keeps_blocks = !has_virtio_mem(&self.dev);
         let floor = self.settings.floor_pages();
         let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
         let first = Node::all()
@@ -188,7 +192,7 @@ impl Balloon {
             left -= share;
 
             worker.batch.take_from(node);
-            let source = PageAllocator::new();
+            let source = PageAllocator::new(keeps_blocks);
             match worker
                 .inflate
                 .fill(&self.pages, &mut worker.batch, source, share, || {

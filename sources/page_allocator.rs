@@ -80,12 +80,17 @@ pub(crate) struct PageAllocator {
     /// What is tried next: nothing that was not available is tried again. `None` before the first
     /// try.
     kind: Option<Kind>,
+    /// Whether blocks stay whole where they may.
+    keeps_blocks: bool,
 }
 
 impl PageAllocator {
-    /// Begins with the largest blocks.
-    pub(crate) fn new() -> Self {
-        Self { kind: None }
+    /// Begins with the largest blocks, which are split unless `keeps_blocks` is set.
+    pub(crate) fn new(keeps_blocks: bool) -> Self {
+        Self {
+            kind: None,
+            keeps_blocks,
+        }
     }
 }
 
@@ -100,7 +105,9 @@ impl Source for PageAllocator {
     /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none
     /// of a kind, the next kind is tried.
     fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool) {
-        let kind = self.kind.get_or_insert(Kind::first(whole));
+        let kind = self
+            .kind
+            .get_or_insert(Kind::first(whole && self.keeps_blocks));
 
         while let Some(this) = kind.up_to(wanted - batch.pages()) {
             if batch.blocks() + this.blocks() > blocks {

@@ -56,6 +56,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "silent_report",
     "request_flood",
     "huge_pages",
+    "virtio_mem",
     "latency",
     "service_restart",
 ];

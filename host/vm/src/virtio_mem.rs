@@ -24,17 +24,18 @@ impl Config {
         let base = self.memory - more;
         self.memory(base)
             .balloon(None)
-            .device_of_memory("ram", more)
+            .device_of_memory("ram", more, "online_movable")
     }
 
     /// Gives the guest a virtio-mem device along with its balloon. It can have up to `more` and has no memory at first.
-    pub fn virtio_mem_with_balloon(self, more: Size) -> Self {
-        self.device_of_memory("memfd,share=on,reserve=off", more)
+    /// The guest's kernel uses that memory as `online` says.
+    pub fn virtio_mem_with_balloon(self, more: Size, online: &str) -> Self {
+        self.device_of_memory("memfd,share=on,reserve=off", more, online)
     }
 
-    fn device_of_memory(self, backend: &str, more: Size) -> Self {
+    fn device_of_memory(self, backend: &str, more: Size, online: &str) -> Self {
         let most = self.memory + more;
-        self.parameter("memhp_default_state=online_movable")
+        self.parameter(&format!("memhp_default_state={online}"))
             .argument("-m", &format!("maxmem={}B", most.as_bytes()))
             .argument(
                 "-object",
@@ -51,8 +52,17 @@ impl Guest {
     ///
     /// The size of what is plugged does not change for a minute.
     pub fn plug(&self, size: Size) -> Result<Duration> {
+        let start = Instant::now();
+        let plugged = self.plug_within(size, PATIENCE)?;
+        ensure!(plugged == size, "{plugged} of {size} are plugged");
+        Ok(start.elapsed())
+    }
+
+    /// Asks the virtio-mem device to give the guest `size`. Returns what is plugged when that has not changed for the
+    /// time `patience`.
+    pub fn plug_within(&self, size: Size, patience: Duration) -> Result<Size> {
         let qmp = self.qmp();
-        let (start, mut last, mut stopwatch) = (Instant::now(), None, self.stopwatch());
+        let (mut last, mut stopwatch) = (None, self.stopwatch());
         qmp.execute::<Value>(
             "qom-set",
             &json!({ "path": "/machine/peripheral/more0", "property": "requested-size", "value": size.as_bytes() }),
@@ -63,19 +73,14 @@ impl Guest {
                 .iter()
                 .find(|device| device["data"]["id"] == "more0");
             let said = device.and_then(|device| device["data"]["size"].as_u64());
-            let plugged = said.context("no virtio-mem device says its size")?;
-            if plugged == size.as_bytes() {
-                return Ok(start.elapsed());
-            }
+            let plugged = Size::bytes(said.context("no virtio-mem device says its size")?);
             if last != Some(plugged) {
                 last = Some(plugged);
                 stopwatch.restart();
             }
-            ensure!(
-                !stopwatch.has_passed(PATIENCE),
-                "{} of {size} are plugged",
-                Size::bytes(plugged)
-            );
+            if plugged == size || stopwatch.has_passed(patience) {
+                return Ok(plugged);
+            }
             thread::sleep(INTERVAL);
         }
     }

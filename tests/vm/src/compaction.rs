@@ -41,6 +41,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: blocks_offline,
     },
     Scenario {
+        name: "virtio_mem",
+        proves: "virtio-mem unplugs parts of memory that is full of the balloon",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: BLOCKS_OR_PAGES,
+        run: virtio_mem,
+    },
+    Scenario {
         name: "contiguous_allocation",
         proves: "the balloon makes room for an allocation from the contiguous memory allocator",
         kernels: TEST_KERNEL,
@@ -117,6 +125,48 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
         check_size(guest, Size::default())?;
         guest.rmmod(driver)?;
         Ok(f64::from(got) / f64::from(wanted))
+    })
+}
+
+fn virtio_mem(setup: &Setup) -> Result<()> {
+    let here = unplugged_with(setup, setup.driver)?;
+    if setup.driver == Driver::Rust {
+        let c = unplugged_with(setup, Driver::C)?;
+        // With page sets a page is free when the device has answered. The kernel looks for the last ones of a part before.
+        let least = match setup.device {
+            Device::Extended => Size::mib(c.as_mib() * 3 / 4),
+            // Where the kernel puts its own pages is a matter of chance.
+            _ => c.saturating_sub(Size::mib(32)),
+        };
+        ensure!(
+            here >= least,
+            "{here} are unplugged, and {c} with the C driver"
+        );
+    }
+    Ok(())
+}
+
+/// How much memory can be taken away from a guest with a balloon that had been plugged into it, part by part.
+fn unplugged_with(setup: &Setup, driver: Driver) -> Result<Size> {
+    // For how long the guest makes no progress when it gives up.
+    const STUCK: Duration = Duration::from_secs(15);
+    let more = Size::mib(512);
+    let config = setup
+        .config()
+        .virtio_mem_with_balloon(more, "online_kernel");
+    vm::run(&config, |guest| {
+        guest.insmod(driver, driver.low_floor())?;
+        guest.plug(more)?;
+        let data = hold(guest)?;
+        guest.balloon().settle(Size::mib(768))?;
+        let unplugged = more - guest.plug_within(Size::default(), STUCK)?;
+        setup.note(format!(
+            "{driver:?} driver: {unplugged} of {more} unplugged"
+        ));
+        data.stop()?;
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(driver)?;
+        Ok(unplugged)
     })
 }
 

@@ -64,7 +64,7 @@ fn guest_memory(setup: &Setup) -> Result<()> {
     let (more, plugged) = (Size::gib(8), Size::gib(1));
     let config = setup
         .config()
-        .virtio_mem_with_balloon(more)
+        .virtio_mem_with_balloon(more, "online_movable")
         .argument("-m", "slots=1,maxmem=10G")
         .argument("-machine", "nvdimm=on")
         .argument("-object", "memory-backend-memfd,id=nv,size=256M,share=on")
