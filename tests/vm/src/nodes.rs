@@ -105,7 +105,7 @@ fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
             .all(|(&before, &meanwhile)| meanwhile + Size::mib(128) < before),
         "one node is not hinted"
     );
-    // Where the guest cannot go on with two nodes: see `Migration::finish`.
+    // Where the guest cannot continue with two nodes: see `Migration::finish`.
     migration.cancel()?;
     check_all_back(guest, free)?;
     check_size(guest, balloon)

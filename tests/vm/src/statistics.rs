@@ -114,7 +114,7 @@ fn statistics(setup: &Setup) -> Result<()> {
 
 /// Checks that a new sample has the sizes that the guest says itself.
 pub(crate) fn check_memory(guest: &Guest, sample: &Sample) -> Result<()> {
-    // A load's memory stays on the processors' own lists for a while, where it does not count as free.
+    // A load's memory stays on the per-CPU page lists for a while, where it does not count as free.
     const TOLERANCE: Size = Size::mib(64);
     let meminfo = guest.meminfo()?;
     for (name, here) in [
