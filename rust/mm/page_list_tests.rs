@@ -5,7 +5,6 @@
 use crate::rust::{
     bindings,
     mm::{
-        drain,
         owned::Single,
         page::Page,
         page_list::PageList, //
@@ -105,7 +104,7 @@ pub(in crate::rust) unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option
 
         flags.fetch_or(error, Ordering::Relaxed);
         drop(owner);
-        drain::drain_free_lists();
+        crate::rust::mm::drain::drain_free_lists();
 
         let is_aside = page.count() == 0 && !bindings::is_free_buddy_page(page.as_ptr());
         flags.fetch_and(!error, Ordering::Relaxed);
