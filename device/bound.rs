@@ -17,7 +17,7 @@ use crate::{
         queues::{
             Queue,
             Queues,
-            Statistics, //
+            Traffic, //
         },
         settings::{
             Parameters,
@@ -60,14 +60,14 @@ pub(crate) struct Bound {
     features: KVec<Arc<dyn Feature>>,
     settings: Arc<Settings>,
     /// What has gone through the queues, in debugfs.
-    statistics: Pin<KBox<File<Statistics>>>,
+    traffic: Pin<KBox<File<Traffic>>>,
     /// Whether the device did not respond in time when the features were quiesced.
     is_unresponsive: Atomic<bool>,
 }
 
 impl Bound {
     /// A callback for each [`Queue`].
-    pub(crate) const QUEUE_CALLBACKS: &'static [fn(&Self)] = &[
+    pub(crate) const QUEUE_CALLBACKS: &'static [fn(&Self); Queue::ALL.len()] = &[
         |bound| bound.queue_used(Queue::Inflate),
         |bound| bound.queue_used(Queue::Deflate),
         |bound| bound.queue_used(Queue::Stats),
@@ -97,12 +97,12 @@ impl Bound {
         let wakeup = Arc::new(WakeupSource::new(dev), GFP_KERNEL)?;
         // It lasts as long as the counters in it.
         let dir = Dir::new(&name(dev)?)?;
-        let statistics = dir.file(c"queues", Statistics::new()?);
-        let statistics = KBox::pin_init(statistics, GFP_KERNEL)?;
+        let traffic = dir.file(c"queues", Traffic::new()?);
+        let traffic = KBox::pin_init(traffic, GFP_KERNEL)?;
         let settings = Arc::new(Settings::new(parameters), GFP_KERNEL)?;
         let mut setup = Setup {
             dev,
-            queues: Queues::find(dev, &statistics)?,
+            queues: Queues::find(dev, &traffic)?,
             tasks: TaskQueue::new(&name(dev)?)?,
             settings: settings.clone(),
             wakeup,
@@ -121,7 +121,7 @@ impl Bound {
         Ok(Self {
             features,
             settings,
-            statistics,
+            traffic,
             is_unresponsive: Atomic::new(false),
         })
     }
@@ -189,7 +189,7 @@ impl Bound {
             return Err(ENODEV);
         }
 
-        let mut queues = Queues::find(dev, &self.statistics)?;
+        let mut queues = Queues::find(dev, &self.traffic)?;
 
         for feature in &self.features {
             feature.restore(dev, &mut queues)?;

@@ -50,7 +50,7 @@ pub(crate) enum Queue {
 
 impl Queue {
     /// All of them, in the order of their numbers on a device that has them all.
-    const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::Inflate,
         Self::Deflate,
         Self::Stats,
@@ -84,9 +84,9 @@ impl Queue {
 }
 
 /// What has gone through the queues since the driver was bound.
-pub(crate) struct Statistics([Arc<QueueStats>; Queue::ALL.len()]);
+pub(crate) struct Traffic([Arc<QueueStats>; Queue::ALL.len()]);
 
-impl Statistics {
+impl Traffic {
     /// Begins with nothing.
     ///
     /// # Errors
@@ -99,7 +99,7 @@ impl Statistics {
     }
 }
 
-impl Show for Statistics {
+impl Show for Traffic {
     /// Writes a line for each queue.
     fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (queue, traffic) in Queue::ALL.iter().zip(&self.0) {
@@ -119,22 +119,22 @@ impl Show for Statistics {
 /// The queues of a device, until the features take them.
 pub(crate) struct Queues<'a> {
     found: FoundQueues<{ Queue::ALL.len() }>,
-    statistics: &'a Statistics,
+    traffic: &'a Traffic,
 }
 
 impl<'a> Queues<'a> {
     /// Finds the queues of the features that were negotiated. What goes through the queues is added
-    /// to `statistics`.
+    /// to `traffic`.
     ///
     /// # Errors
     ///
     /// What [`virtio::Device::find_vqs`] says.
-    pub(crate) fn find(dev: &virtio::Device<Core<'_>>, statistics: &'a Statistics) -> Result<Self> {
+    pub(crate) fn find(dev: &virtio::Device<Core<'_>>, traffic: &'a Traffic) -> Result<Self> {
         let names = Queue::ALL.map(|queue| queue.is_of(dev).then(|| queue.name()));
 
         Ok(Self {
             found: dev.find_vqs(names)?,
-            statistics,
+            traffic,
         })
     }
 
@@ -145,7 +145,7 @@ impl<'a> Queues<'a> {
     /// `ENOMEM`.
     pub(crate) fn take<B>(&mut self, queue: Queue) -> Result<Option<Virtqueue<B>>> {
         let index = queue as usize;
-        let traffic = self.statistics.0.get(index).ok_or(ENOENT)?;
+        let traffic = self.traffic.0.get(index).ok_or(ENOENT)?;
 
         self.found.take(index, traffic.clone())
     }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How long the driver waits, and how often it looks, in one place.
+//! How long the driver waits, and how often it looks.
+//!
+//! Two limits are in `rust/mm/`, next to what the kernel does in that time: `memory_block` brings blocks online,
+//! and `page_reporting` looks for a report that the device has not interrupted for.
 
 #![forbid(unsafe_code)]
 
@@ -41,3 +44,9 @@ pub(crate) const ALIVE: Delta = Delta::from_millis(100);
 
 /// How long compaction keeps pages isolated, more or less.
 pub(crate) const ISOLATION: Msecs = 10;
+
+/// How long the kernel may try to take a memory block offline. One that is free takes a few milliseconds.
+pub(crate) const OFFLINE: Msecs = 100;
+
+/// When memory blocks that could not be brought online are tried again.
+pub(crate) const ONLINE_AGAIN: Msecs = 1_000;

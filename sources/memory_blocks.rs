@@ -13,7 +13,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    device::settings::Settings,
+    device::{
+        settings::Settings,
+        timeouts, //
+    },
     free_pages::{
         Unused,
         Walk, //
@@ -66,13 +69,9 @@ use kernel::{
     },
     time::{
         Instant,
-        Monotonic,
-        Msecs, //
+        Monotonic, //
     }, //
 };
-
-/// How long the kernel may try to take a block offline. One that is free takes a few milliseconds.
-const PATIENCE: Msecs = 100;
 
 /// How many blocks in a row are tried in vain before it is left at that.
 const MAX_FAILURES: usize = 3;
@@ -83,9 +82,6 @@ const MOST_IN_USE: u64 = 32;
 
 /// What part of a block is worth taking it, as a divisor. The rest is given back.
 const WORTHWHILE: u64 = 8;
-
-/// When blocks that could not be brought online are tried again.
-const AGAIN: Msecs = 1_000;
 
 /// A block that may be taken.
 struct Candidate {
@@ -281,7 +277,7 @@ impl Taker {
             return false;
         };
 
-        match block.take(PATIENCE) {
+        match block.take(timeouts::OFFLINE) {
             Taken::Pages(pages) => {
                 work.failures = 0;
                 // Others may have taken memory in the meantime. They come first.
@@ -400,7 +396,7 @@ impl Job for Taker {
             }
         }
         if !Self::bring_online(&mut work) {
-            task.schedule_in(AGAIN);
+            task.schedule_in(timeouts::ONLINE_AGAIN);
         }
     }
 }

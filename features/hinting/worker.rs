@@ -127,7 +127,9 @@ impl Worker {
             let _taking = memory::ReserveGuard::begin();
             let spare = memory::spare_pages(floor);
 
-            taker.begin(spare - spare % MemoryBlock::pages() as usize);
+            let rest = spare.checked_rem(MemoryBlock::pages() as usize);
+
+            taker.begin(spare - rest.unwrap_or(0));
         }
     }
 
