@@ -12,7 +12,7 @@ use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// The packages' version, which is that of the host's programs.
+/// The packages' version, which is that of the host's programs and of the module (`rust/version.c`).
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Builds the packages.
@@ -62,4 +62,15 @@ fn changelog() -> Result<String> {
         "virtio-balloon-rs ({VERSION}) unstable; urgency=medium\n\n  * Version {VERSION}.\n\n \
          -- The virtio_balloon_rs developers <virtio-balloon-rs@localhost>  {date}"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::VERSION;
+
+    #[test]
+    fn the_module_has_the_version_of_the_programs() {
+        let module = include_str!("../../../rust/version.c");
+        assert!(module.contains(&format!("MODULE_VERSION(\"{VERSION}\")")));
+    }
 }
