@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use balloon_policy::VmId;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 use sd_notify::NotifyState;
 use serde::Deserialize;
@@ -115,6 +115,12 @@ enum Command {
         #[command(flatten)]
         client: Client,
     },
+    /// Write the man pages to a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory
+        directory: PathBuf,
+    },
 }
 
 #[derive(clap::Args, Debug)]
@@ -170,6 +176,8 @@ async fn execute(command: Command) -> Result<()> {
             println!("{count} decisions are as recorded");
             Ok(())
         }
+        Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
+            .with_context(|| format!("cannot write to {}", directory.display())),
         Command::Top { client, watch } => top(&client, watch).await,
         Command::Explain { vm, client } => explain(&client, vm).await,
         Command::Reserve {

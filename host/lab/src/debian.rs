@@ -42,15 +42,16 @@ const ENTER: &str = r#"
 
 /// What the host's programs bring along, for their version.
 const CHECK_PROGRAMS: &str = r#"
-    for program in vhost-user-balloon balloonctl; do
+    for program in vhost-user-balloon balloonctl balloon-manager; do
         [ "$($program --version)" = "$program $1" ]
     done
     cd /usr/share
-    gzip --test man/man8/vhost-user-balloon.8.gz man/man1/balloonctl.1.gz
+    gzip --test man/man8/vhost-user-balloon.8.gz man/man1/balloonctl.1.gz man/man1/balloon-manager.1.gz man/man1/balloon-manager-run.1.gz
     test -s bash-completion/completions/balloonctl
     test -s zsh/vendor-completions/_balloonctl
     test -s fish/vendor_completions.d/balloonctl.fish
-    systemd-analyze verify --man=no vhost-user-balloon@vm.service vhost-user-balloon-connection@vm.target
+    systemd-analyze verify --man=no vhost-user-balloon@vm.service vhost-user-balloon-connection@vm.target \
+        balloon-manager.service
 "#;
 
 /// What the packages make of a system.
@@ -97,7 +98,7 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     };
     system.follow(
         "Removing the packages",
-        "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl",
+        "apt-get remove --yes virtio-balloon-rs-dkms vhost-user-balloon balloonctl balloon-manager",
         &[],
     )?;
     let drivers = system.drivers()?;

@@ -288,6 +288,13 @@ fn unit(setup: &Setup) -> Result<()> {
             "! setpriv --reuid=daemon --clear-groups balloonctl --socket /run/vhost-user-balloon/vm/control.sock info",
         )?;
 
+        // The manager finds the balloon.
+        shell("systemctl start balloon-manager")?;
+        guest.wait_until("the manager sees the guest", PATIENCE, || {
+            Ok(shell("balloon-manager top")?.contains("\nvm "))
+        })?;
+        shell("systemctl stop balloon-manager")?;
+
         // The guest lives on when all is removed.
         guest.balloon().settle(SIZE)?;
         shell("apt-get remove --yes vhost-user-balloon")?;
