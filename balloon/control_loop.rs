@@ -115,9 +115,10 @@ impl Balloon {
             self.deflate.lock().queue.answered(),
         ];
         let has_answered = mem::replace(&mut worker.answered, answered) != answered;
-        if self.is_alive.xchg(false, Relaxed) && has_answered {
-            worker.alive = Some(Instant::now());
-        }
+        // One look at the clock: the processor may be taken away for longer than a response counts.
+        let now = self.start.elapsed().as_millis();
+        let interrupted = self.interrupted.xchg(false, Relaxed);
+        let is_alive = worker.liveness.note(now, has_answered, interrupted);
 
         // A configuration change has other reasons, too, such as hints.
         let target = self.read_target(worker)?;
@@ -132,12 +133,7 @@ impl Balloon {
             worker.progress = Instant::now();
         }
 
-        Ok(Events {
-            target,
-            is_alive: worker
-                .alive
-                .is_some_and(|at| at.elapsed() < timeouts::ALIVE),
-        })
+        Ok(Events { target, is_alive })
     }
 
     /// Begins a pause after the OOM notifier has deflated the balloon.

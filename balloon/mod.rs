@@ -7,6 +7,7 @@ mod control_loop;
 mod deflate;
 pub(crate) mod feature;
 mod inflate;
+pub(crate) mod liveness;
 pub(crate) mod migration;
 mod migration_reports;
 mod offline;

@@ -14,6 +14,7 @@ use crate::{
         backoff::Backoff,
         deflate::Deflate,
         inflate::Inflate,
+        liveness::Liveness,
         migration::{
             Migration,
             PendingMigrations, //
@@ -119,9 +120,8 @@ pub(crate) struct Balloon {
     /// For how long OOM notifiers wait for the device, where it must be notified first.
     pub(super) oom_timeout: StallTimeout,
 
-    /// Set when the device has just used buffers: an answer that the task finds without that may be
-    /// older than the device's end.
-    pub(super) is_alive: Atomic<bool>,
+    /// Set when the device has interrupted for used buffers.
+    pub(super) interrupted: Atomic<bool>,
 
     /// Set when the device has changed its configuration space, and the target was not read since.
     pub(super) target_changed: Atomic<bool>,
@@ -160,8 +160,8 @@ pub(super) struct Worker {
     pub(super) actual: Option<u32>,
     /// How many messages the device has answered, of each queue.
     pub(super) answered: [usize; 2],
-    /// When the device has shown that it is alive, the last time.
-    pub(super) alive: Option<Instant<Monotonic>>,
+    /// Whether the device has just responded.
+    pub(super) liveness: Liveness,
     /// When the configuration space was read or written last.
     pub(super) accessed: Instant<Monotonic>,
     /// When the device has answered, or pages have left the balloon, the last time.
@@ -192,7 +192,7 @@ fn set_up(
             wanted: 0,
             actual: None,
             answered: [0; 2],
-            alive: None,
+            liveness: Liveness::new(),
             accessed: Instant::now(),
             progress: Instant::now(),
             moving: None,
@@ -254,7 +254,7 @@ impl Balloon {
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
             oom_timeout: StallTimeout::new(timeouts::OOM),
-            is_alive: Atomic::new(false),
+            interrupted: Atomic::new(false),
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
             given_for_oom: Atomic::new(0),
@@ -290,7 +290,7 @@ impl Balloon {
 
     /// Says that the device has just used buffers.
     pub(crate) fn queue_used(&self) {
-        self.is_alive.store(true, Relaxed);
+        self.interrupted.store(true, Relaxed);
         self.oom_timeout.progress();
     }
 

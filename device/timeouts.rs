@@ -40,7 +40,7 @@ pub(crate) const MISSED_HINT_INTERRUPT: Msecs = 20;
 pub(crate) const REPORT_INTERVAL: Delta = Delta::from_millis(1_000);
 
 /// For how long a device that has used a buffer counts as alive.
-pub(crate) const ALIVE: Delta = Delta::from_millis(100);
+pub(crate) const ALIVE: Msecs = 100;
 
 /// How long compaction keeps pages isolated, more or less.
 pub(crate) const ISOLATION: Msecs = 10;

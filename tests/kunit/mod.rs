@@ -16,6 +16,7 @@ mod device;
 mod free_pages;
 mod hinting;
 mod host_requests;
+mod liveness;
 mod memory;
 mod memory_blocks;
 mod migration;
