@@ -27,7 +27,7 @@ impl Liveness {
         }
     }
 
-    /// Takes note of what was found at `now`: whether the device has used buffers since the last time, and
+    /// Takes note at `now` whether the device has used buffers since the last time, and
     /// whether it has interrupted. Returns whether the device has just responded.
     ///
     /// Used buffers that were found without an interrupt may be older than the end of the device, unless

@@ -108,7 +108,7 @@ impl Setup {
         self.seeds.clone()
     }
 
-    /// Has scenarios that go on for as long as one likes take so long.
+    /// Sets how long scenarios without an end of their own run.
     pub fn with_time(mut self, time: Option<Duration>) -> Self {
         self.time = time;
         self
@@ -144,7 +144,7 @@ impl Setup {
         self.notes.borrow_mut().push(line);
     }
 
-    /// Notes what has gone wrong with the C driver, of which it is only told how it fares.
+    /// Notes what has gone wrong with the C driver, whose faults are reported only.
     ///
     /// # Errors
     ///

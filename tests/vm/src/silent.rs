@@ -19,7 +19,7 @@ use crate::sizes::check_free;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "silent_device",
-        proves: "a device that never uses a buffer keeps nobody from leaving it",
+        proves: "a guest can leave a device that never uses a buffer",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -51,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "silent_offline",
-        proves: "memory that a silent or broken device has stays online, and whoever wants it offline is told so",
+        proves: "memory that a silent or broken device has stays online, and the attempt to take it offline fails",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -67,7 +67,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "vanished_device",
-        proves: "a device that was pulled out keeps nobody from leaving it",
+        proves: "a guest can leave a device that was pulled out",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -81,7 +81,7 @@ const REPORTS: [&str; 4] = ["--only", "falls-silent", "--offer", "free-page-repo
 /// When such a device has fallen silent.
 const FELL_SILENT: Duration = Duration::from_secs(4);
 
-/// A way to leave a device: what it is called, whether the guest goes on without it, and how to go it. The guest has the
+/// A way to leave a device: its name, whether the guest continues without it, and how to go it. The guest has the
 /// device then.
 type Way = (&'static str, bool, fn(&Setup, &Guest) -> Result<()>);
 
@@ -155,7 +155,7 @@ fn silent_report(setup: &Setup) -> Result<()> {
             guest.write_file(&file, &name)?;
         }
 
-        // The same once more, and the system goes on at the last moment.
+        // The same once more, and the system continues at the last moment.
         report()?;
         let mark = guest.console().mark()?;
         guest.write_file("/sys/power/pm_test", "freezer")?;
