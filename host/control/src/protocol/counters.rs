@@ -54,8 +54,9 @@ pub struct Counters {
     pub refused: BTreeMap<String, u64>,
 }
 
-/// How many there were, by the queue.
+/// How many there were, by the queue. A daemon may know fewer queues than its client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ByQueue {
     /// Of the inflate queue.
     pub inflate: u64,

@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::IntoDeserializer;
+use serde::de::value::{Error, StringDeserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use strum::VariantArray;
 
 /// A sample of the guest's memory statistics.
@@ -15,8 +17,19 @@ pub struct Stats {
     pub age: u64,
     /// The number of the sample. Each one has a higher number than the one before it.
     pub sequence: u64,
-    /// The statistics that the guest has sent.
+    /// The statistics that the guest has sent. Clients leave out those that only a newer daemon knows.
+    #[serde(deserialize_with = "known")]
     pub values: BTreeMap<Stat, u64>,
+}
+
+/// Reads the statistics that have a [`Stat`].
+fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Stat, u64>, D::Error> {
+    let all = BTreeMap::<String, u64>::deserialize(deserializer)?;
+    let known = |(name, value): (String, u64)| {
+        let name: StringDeserializer<Error> = name.into_deserializer();
+        Some((Stat::deserialize(name).ok()?, value))
+    };
+    Ok(all.into_iter().filter_map(known).collect())
 }
 
 /// A statistic (specification, clause 5.5.6.4, and linux/virtio_balloon.h for those that are newer), in the
@@ -136,5 +149,12 @@ mod tests {
             assert_eq!(serde_json::to_value(stat).unwrap(), Value::from(name));
         }
         assert_eq!(Stat::from_tag(16), None);
+    }
+
+    #[test]
+    fn a_client_leaves_out_statistics_that_are_new() {
+        let sample = r#"{ "age": 1, "sequence": 2, "values": { "moods": 3, "oom-kills": 4 } }"#;
+        let sample: Stats = serde_json::from_str(sample).unwrap();
+        assert_eq!(sample.values, BTreeMap::from([(Stat::OomKills, 4)]));
     }
 }
