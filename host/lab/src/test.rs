@@ -354,3 +354,17 @@ pub(crate) fn run_scenario(
     };
     running.end(&outcome, &setup.notes());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lists_name_scenarios() {
+        let lists = [DEBUG_SCENARIOS, LONG_SCENARIOS, DEVICE_SCENARIOS];
+        for name in lists.concat() {
+            let mut all = SCENARIOS.iter().copied().flatten();
+            assert!(all.any(|scenario| scenario.name == name), "{name}");
+        }
+    }
+}
