@@ -13,6 +13,12 @@ unsafe extern "C" {
     static __this_module: kernel::types::Opaque<bindings::module>;
 }
 
+/// What `modinfo` shows as the module's version. `module!` has no field for it.
+#[cfg(MODULE)]
+#[link_section = ".modinfo"]
+#[used]
+static VERSION: [u8; 14] = *b"version=0.2.0\0";
+
 /// Returns the module, or null if the driver is built in.
 #[cfg_attr(not(MODULE), allow(dead_code))]
 pub(super) const fn as_ptr() -> *mut bindings::module {

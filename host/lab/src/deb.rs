@@ -12,7 +12,7 @@ use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// The packages' version, which is that of the host's programs and of the module (`rust/version.c`).
+/// The packages' version, which is that of the host's programs and of the module (`rust/this_module.rs`).
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Builds the packages.
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn the_module_has_the_version_of_the_programs() {
-        let module = include_str!("../../../rust/version.c");
-        assert!(module.contains(&format!("MODULE_VERSION(\"{VERSION}\")")));
+        let module = include_str!("../../../rust/this_module.rs");
+        assert!(module.contains(&format!("version={VERSION}\\0")));
     }
 }
