@@ -10,7 +10,6 @@ use crate::device::timeouts;
 /// When the device has responded.
 ///
 /// Points in time are milliseconds on a clock that does not go back.
-#[derive(Clone, Copy)]
 pub(crate) struct Liveness {
     /// When used buffers were last looked for.
     looked: Option<i64>,
@@ -27,11 +26,12 @@ impl Liveness {
         }
     }
 
-    /// Takes note at `now` whether the device has used buffers since the last time, and
-    /// whether it has interrupted. Returns whether the device has just responded.
+    /// Notes at `now` whether the device has used buffers since the last call, and whether it has
+    /// interrupted. Returns whether the device has just responded.
     ///
-    /// Used buffers that were found without an interrupt may be older than the end of the device, unless
-    /// they were not there a moment ago. The kernel calls nothing for an interrupt that comes later.
+    /// Without an interrupt, the device may have used the buffers long ago and have ended since. If the last
+    /// call was a moment ago, it has used them since then. Their interrupt may still come, but the kernel
+    /// ignores an interrupt when no used buffers are left.
     pub(crate) fn note(&mut self, now: i64, answered: bool, interrupted: bool) -> bool {
         let recent = i64::from(timeouts::ALIVE);
         let is_recent = |at: Option<i64>| at.is_some_and(|at| now.saturating_sub(at) < recent);

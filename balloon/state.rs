@@ -120,7 +120,7 @@ pub(crate) struct Balloon {
     /// For how long OOM notifiers wait for the device, where it must be notified first.
     pub(super) oom_timeout: StallTimeout,
 
-    /// Set when the device has interrupted for used buffers.
+    /// Set by the device's interrupt for used buffers, and where the driver has just seen used buffers.
     pub(super) interrupted: Atomic<bool>,
 
     /// Set when the device has changed its configuration space, and the target was not read since.

@@ -53,7 +53,7 @@ pub enum Request {
         block: u64,
         /// The first address that is asked for.
         start: u64,
-        /// The address after the last one, or 0 for the end of memory.
+        /// The address at which to stop, or 0 for the end of memory.
         end: u64,
     },
     /// Ask the guest for unused memory, and give it back to the host; answered with [`Begun`](crate::Begun).
@@ -62,7 +62,7 @@ pub enum Request {
         block: u64,
         /// The first address that is asked for.
         start: u64,
-        /// The address after the last one, or 0 for the end of memory.
+        /// The address at which to stop, or 0 for the end of memory.
         end: u64,
     },
     /// Ask the guest to have less memory for caches, answered with [`Begun`](crate::Begun).
