@@ -56,6 +56,7 @@ mod sent;
 mod size;
 mod snapshot;
 mod stopwatch;
+mod time_stamp_counter;
 mod tracing;
 mod virtio_mem;
 mod write_log;

@@ -9,6 +9,7 @@ use agent::PORT;
 use super::{Balloon, Config};
 use crate::device::vhost_user_balloon;
 use crate::machine::{Accel, Architecture, Machine, MemoryBackend};
+use crate::time_stamp_counter;
 
 /// The child's file descriptors of the machine protocol and of the agent's port.
 pub(crate) const QMP_FD: i32 = 3;
@@ -54,11 +55,7 @@ impl Config {
             Machine::Microvm => "microvm,acpi=off,pit=on,rtc=on",
             Machine::Virt => "virt",
         };
-        let accel = match self.artifacts.kernel.architecture() {
-            Architecture::X86_64 => self.accel,
-            Architecture::Arm64 => Accel::Tcg,
-        };
-        let mut machine = format!("{machine},accel={}", accel.name());
+        let mut machine = format!("{machine},accel={}", self.accelerator().name());
         let backend = self.memory_backend(has_daemon);
         let bytes = self.memory.as_bytes();
         if self.nodes > 1 {
@@ -78,6 +75,14 @@ impl Config {
         options.add("-m", format!("{bytes}B"));
         options.add("-display", "none");
         options.add("-run-with", "exit-with-parent=on");
+    }
+
+    /// The accelerator that the guest's architecture allows.
+    fn accelerator(&self) -> Accel {
+        match self.artifacts.kernel.architecture() {
+            Architecture::X86_64 => self.accel,
+            Architecture::Arm64 => Accel::Tcg,
+        }
     }
 
     /// The memory backend's type with its properties, if it is not QEMU's default.
@@ -109,7 +114,8 @@ impl Config {
 
     fn kernel_parameters(&self) -> String {
         let mut parameters = vec!["panic=-1", "sysctl.kernel.hung_task_timeout_secs=30"];
-        parameters.extend_from_slice(match self.artifacts.kernel.architecture() {
+        let architecture = self.artifacts.kernel.architecture();
+        parameters.extend_from_slice(match architecture {
             Architecture::X86_64 => &[
                 // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
                 // memory for none while the kernel identifies the processor, if an interrupt comes just then.
@@ -130,6 +136,14 @@ impl Config {
         if !self.zeroing {
             parameters.push("init_on_alloc=0");
         }
+        // On a busy machine the kernel measures the counter by a timer whose interrupts come late. It finds a frequency
+        // that is a fraction of the right one, and its clock runs several times too fast.
+        let frequency = match (architecture, self.accelerator()) {
+            (Architecture::X86_64, Accel::Tcg) => time_stamp_counter::khz(),
+            _ => None,
+        };
+        let frequency = frequency.map(|khz| format!("tsc_early_khz={khz}"));
+        parameters.extend(frequency.as_deref());
         parameters.extend(self.parameters.iter().map(String::as_str));
         parameters.join(" ")
     }
@@ -245,6 +259,18 @@ mod tests {
             .join(" ");
         assert!(line.contains("-device virtio-balloon-device"), "{line}");
         assert!(!line.contains("pci"), "{line}");
+    }
+
+    #[test]
+    fn an_emulated_guest_need_not_measure_its_time_stamp_counter() {
+        let khz = time_stamp_counter::khz().map(|khz| format!("tsc_early_khz={khz}"));
+        let has_khz = |config: Config| {
+            let line = config.command_line(None).join(" ");
+            khz.as_ref().is_some_and(|khz| line.contains(khz))
+        };
+        assert_eq!(has_khz(config()), khz.is_some());
+        assert!(!has_khz(config().accel(Accel::Kvm)));
+        assert!(!has_khz(config_for(Kernel::Arm64)));
     }
 
     #[test]
