@@ -311,12 +311,9 @@ impl Taker {
         }
     }
 
-    /// Brings blocks online that could not be before. Returns whether all are: online, or not there
-    /// any more, as those of memory that was unplugged.
+    /// Brings blocks online that could not be before. Returns whether none is offline any more.
     fn bring_online(work: &mut Work) -> bool {
-        work.offline.retain(|block| {
-            !matches!(block.bring_online(), Ok(()) | Err(EINVAL | ENOENT | ENODEV))
-        });
+        work.offline.retain(|block| block.bring_online().is_err());
         work.offline.is_empty()
     }
 }

@@ -16,6 +16,12 @@ use crate::rust::{
     }, //
 };
 
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
+
 /// What the zones are called that are drained: where the kernel allocates for itself, and below
 /// 4 GiB.
 const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
@@ -27,6 +33,10 @@ const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
     ),
 ];
 
+/// How many times the lists were drained.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static DRAINS: Atomic<usize> = Atomic::new(0);
+
 /// Puts the free pages that the processors keep on lists of their own back to where blocks are made
 /// of them. They may be an eighth of the memory when much has just been freed. May sleep.
 ///
@@ -36,6 +46,8 @@ const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
 /// then it is as much as is available of one in which the kernel can move what is in use. Without
 /// `CONFIG_CONTIG_ALLOC` the pages stay where they are.
 pub(crate) fn drain_free_lists() {
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    DRAINS.add(1, Relaxed);
     if !cfg!(CONFIG_CONTIG_ALLOC) {
         return;
     }

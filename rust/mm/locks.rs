@@ -40,6 +40,14 @@ global_lock! {
     pub(super) unsafe(uninit) static KEPT: SpinLock<Kept> = Kept::new();
 }
 
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+global_lock! {
+    /// The OOM notifier that was registered last, if it is still.
+    // SAFETY: As above.
+    pub(in crate::rust) unsafe(uninit) static OOM_NOTIFIER: Mutex<Atomic<*mut c_void>> =
+        Atomic::new(core::ptr::null_mut());
+}
+
 /// Makes the locks usable. To be called when the module is loaded.
 pub(crate) fn init() {
     static IS_DONE: Atomic<bool> = Atomic::new(false);
@@ -51,6 +59,8 @@ pub(crate) fn init() {
             CONTIG.init();
             HOTPLUG.init();
             KEPT.init();
+            #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+            OOM_NOTIFIER.init();
         }
     }
 }

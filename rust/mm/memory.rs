@@ -19,6 +19,11 @@ use crate::rust::{
     }, //
 };
 
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
@@ -66,6 +71,10 @@ impl Node {
     /// Returns whether an allocation may just have failed for lack of memory there: whether the kernel
     /// has nothing in any of the node's zones. Not every allocation may take from `ZONE_MOVABLE`.
     pub(crate) fn is_short(self) -> bool {
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        if IS_SHORT.load(Relaxed) {
+            return true;
+        }
         self.zones()
             .filter(|zone| zone.present_pages() > 0 && !zone.is_movable())
             .all(Zone::is_short)
@@ -185,7 +194,46 @@ pub(crate) fn is_crash_kernel() -> bool {
 /// Returns whether the kernel writes to all memory that it allocates (`init_on_alloc=1`): the host
 /// has to have it all first, and it takes much longer.
 pub(crate) fn is_zeroed_on_allocation() -> bool {
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    if ZEROES_ON_ALLOCATION.load(Relaxed) {
+        return true;
+    }
     bindings::want_init_on_alloc(0)
+}
+
+/// What the driver takes a kernel for, for as long as this exists.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) struct Pretence(&'static Atomic<bool>);
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+static ZEROES_ON_ALLOCATION: Atomic<bool> = Atomic::new(false);
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+static IS_SHORT: Atomic<bool> = Atomic::new(false);
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+impl Pretence {
+    fn begin(what: &'static Atomic<bool>) -> Self {
+        what.store(true, Relaxed);
+        Self(what)
+    }
+
+    /// It zeroes what it allocates.
+    pub(crate) fn zeroes_on_allocation() -> Self {
+        Self::begin(&ZEROES_ON_ALLOCATION)
+    }
+
+    /// All of its nodes are short of memory.
+    pub(crate) fn is_short() -> Self {
+        Self::begin(&IS_SHORT)
+    }
+}
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+impl Drop for Pretence {
+    fn drop(&mut self) {
+        self.0.store(false, Relaxed);
+    }
 }
 
 /// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.

@@ -35,8 +35,9 @@ use kernel::{
     time::Msecs, //
 };
 
-/// How long it may take to bring a block online. The kernel does not look for a signal then, and does
-/// no more than to write to the `struct page`s.
+/// How long it may take to bring a block online before the kernel is sent a signal. It does not look for
+/// one, and does no more than to write to the `struct page`s: what is needed is that afterwards no
+/// signal is pending. A write that is to be repeated leaves one.
 const ONLINE_PATIENCE: Msecs = 1_000;
 
 /// What makes a block what it was before it went offline.
@@ -125,7 +126,7 @@ impl MemoryBlock {
         match online {
             // Others may have brought it online.
             _ if !pages.is_empty() => Taken::Pages(pages),
-            Ok(()) | Err(EINVAL) => Taken::Not(EINVAL),
+            Ok(()) => Taken::Not(EINVAL),
             Err(_) => Taken::Offline(block),
         }
     }
@@ -136,7 +137,14 @@ impl MemoryBlock {
 pub(crate) struct OfflineBlock(StateFile);
 
 impl OfflineBlock {
-    /// Brings the block online, as what it was before.
+    /// Makes one of the file at `path`.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn of_file(path: &CStr) -> Result<Self> {
+        Ok(Self(StateFile(WritableFile::open(path)?)))
+    }
+
+    /// Brings the block online, as what it was before. Does nothing if it is online, or not there any
+    /// more, as one of memory that was unplugged.
     ///
     /// # Errors
     ///
@@ -146,7 +154,10 @@ impl OfflineBlock {
     }
 
     fn write(&self, online: &CStr) -> Result {
-        self.0.write(online, ONLINE_PATIENCE)
+        match self.0.write(online, ONLINE_PATIENCE) {
+            Err(EINVAL | ENODEV) => Ok(()),
+            result => result,
+        }
     }
 }
 

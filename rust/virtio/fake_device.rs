@@ -29,6 +29,7 @@ use kernel::{
     container_of,
     error::to_result,
     prelude::*,
+    str::CString,
     sync::{
         atomic::{
             Acquire,
@@ -61,6 +62,45 @@ struct Queue {
     kicks: Atomic<u32>,
 }
 
+impl Queue {
+    /// Answers all messages, and interrupts the driver if that is wanted.
+    ///
+    /// # Safety
+    ///
+    /// `vq` must be this queue, which the driver has not deleted.
+    unsafe fn answer_all(&self, vq: *mut bindings::virtqueue, interrupt: bool) {
+        // SAFETY: By the requirements of this function. The ring has `num` entries.
+        unsafe {
+            let ring = &*bindings::virtqueue_get_vring(vq);
+            let slot = |n: u32| (n & (ring.num - 1)) as usize;
+            let (mut seen, mut answered) = (self.seen.load(Relaxed), self.answered.load(Relaxed));
+
+            // CAST: Indices into a ring are 16 bits wide, and wrap around.
+            while (&raw const (*ring.avail).idx).read_volatile() != seen as u16 {
+                // What the driver wrote before the index has to be read after it.
+                barrier::smp_mb(barrier::Read);
+                let head = (*ring.avail).ring.as_ptr().add(slot(seen)).read();
+                let used = (*ring.used).ring.as_mut_ptr().add(slot(answered));
+                used.write(bindings::vring_used_elem {
+                    id: head.into(),
+                    len: 0,
+                });
+                seen = seen.wrapping_add(1);
+                answered = answered.wrapping_add(1);
+            }
+            // The driver must not see the index before the entries.
+            barrier::smp_mb(barrier::Write);
+            // CAST: As above.
+            (&raw mut (*ring.used).idx).write_volatile(answered as u16);
+            self.seen.store(seen, Relaxed);
+            self.answered.store(answered, Relaxed);
+            if interrupt {
+                bindings::vring_interrupt(0, vq.cast());
+            }
+        }
+    }
+}
+
 /// What the device consists of. Freed by its release function.
 #[repr(C)]
 struct Inner {
@@ -74,6 +114,9 @@ struct Inner {
     writes: Atomic<u32>,
     /// Whether reads fail, if it is not 0.
     failing: Atomic<u32>,
+    /// Whether the device answers each message as soon as it is notified, if it is not 0: with an
+    /// interrupt if it is 2.
+    answering: Atomic<u32>,
     /// One above what the next read returns instead of the field; 0 for the field.
     torn: Atomic<u64>,
     queues: [Queue; QUEUES],
@@ -131,6 +174,15 @@ impl FakeDevice {
     /// Registers a device that offers `features`. The driver has bound to it when this returns, if
     /// it wanted to.
     pub(crate) fn new(features: &[Feature]) -> Result<Self> {
+        Self::with_id(bindings::VIRTIO_ID_BALLOON, features)
+    }
+
+    /// Registers a virtio-mem device, to which no driver binds.
+    pub(crate) fn virtio_mem() -> Result<Self> {
+        Self::with_id(bindings::VIRTIO_ID_MEM, &[])
+    }
+
+    fn with_id(id: u32, features: &[Feature]) -> Result<Self> {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
         // SAFETY: All parts of the struct may be zero: integers, null pointers, and what
@@ -144,7 +196,7 @@ impl FakeDevice {
                 (*inner).offered |= feature.mask();
             }
             (*inner).queue_size.store(QUEUE_SIZE, Relaxed);
-            (*inner).vdev.id.device = bindings::VIRTIO_ID_BALLOON;
+            (*inner).vdev.id.device = id;
             (*inner).vdev.config = &CONFIG_OPS;
             (*inner).vdev.dev.release = Some(release);
 
@@ -210,6 +262,23 @@ impl FakeDevice {
     /// that fail, the driver's buffer stays as it is.
     pub(crate) fn fail_reads(&self, fail: bool) {
         self.inner().failing.store(fail.into(), Relaxed);
+    }
+
+    /// Has the device answer all messages from now on as soon as it is notified of them, with interrupts or
+    /// without.
+    pub(crate) fn answer_all(&self, interrupt: bool) {
+        self.inner()
+            .answering
+            .store(1 + u32::from(interrupt), Relaxed);
+    }
+
+    /// Returns the path of a file of the device's in sysfs.
+    pub(crate) fn path(&self, directory: &CStr, file: &CStr) -> Result<CString> {
+        let index = self.inner().vdev.index;
+
+        CString::try_from_fmt(fmt!(
+            "/sys/bus/virtio/devices/virtio{index}/{directory}/{file}"
+        ))
     }
 
     /// Has the next read of the configuration space return `value`, as if a field changed meanwhile.
@@ -504,15 +573,27 @@ extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
 
 extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
     // SAFETY: The virtio core passes the device.
-    unsafe { bindings::vring_transport_features(vdev) };
+    unsafe {
+        // No other driver can do anything with the device.
+        if (*vdev).id.device != bindings::VIRTIO_ID_BALLOON {
+            return ENODEV.to_errno();
+        }
+        bindings::vring_transport_features(vdev);
+    }
     0
 }
 
 extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
     // SAFETY: The virtio core passes a queue of the device.
     unsafe {
-        if let Some(queue) = inner((*vq).vdev).queues.get((*vq).index as usize) {
+        let inner = inner((*vq).vdev);
+
+        if let Some(queue) = inner.queues.get((*vq).index as usize) {
             queue.kicks.add(1, Relaxed);
+            match inner.answering.load(Relaxed) {
+                0 => (),
+                how => queue.answer_all(vq, how == 2),
+            }
         }
     }
     true

@@ -52,8 +52,8 @@ use kernel::{
     },
 };
 
-const INFLATE: usize = 0;
-const DEFLATE: usize = 1;
+pub(super) const INFLATE: usize = 0;
+pub(super) const DEFLATE: usize = 1;
 const STATS: usize = 2;
 
 /// The queue of a device that reports free pages, and has neither statistics nor hints.
@@ -180,7 +180,7 @@ fn page_set(queue: usize, request: &Request) -> Result<KVec<u32>> {
 }
 
 /// Takes what is on a queue, answers it, and puts the page frame numbers on `pfns`.
-fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
+pub(super) fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
     let mut served = false;
 
     while let Some(request) = device.next(queue)? {
@@ -197,7 +197,7 @@ fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
 
 /// A device that keeps a list of what it was told.
 pub(super) struct Host {
-    device: FakeDevice,
+    pub(super) device: FakeDevice,
     pub(super) inflated: KVec<u32>,
     deflated: KVec<u32>,
 }

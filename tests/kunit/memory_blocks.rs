@@ -5,30 +5,54 @@
 #![forbid(unsafe_code)]
 
 use super::device::{
+    eventually,
+    serve,
     Host,
-    BASE, //
+    BASE,
+    DEFLATE,
+    INFLATE, //
 };
 use crate::{
     balloon::target::BALLOON_PAGES_PER_PAGE,
+    device::announced,
     rust::{
         fs::file,
         mm::{
             contig::Claim,
+            drain,
             hotplug::Turn,
-            memory,
+            info::Info,
+            memory::{
+                self,
+                Pretence, //
+            },
             memory_block::{
                 MemoryBlock,
+                OfflineBlock,
                 Taken, //
-            }, //
+            },
+            page_list::PageList, //
+        },
+        virtio::fake_device::FakeDevice,
+        virtio_balloon::{
+            ACTUAL,
+            NUM_PAGES, //
         }, //
     }, //
 };
 
 use core::ops::Range;
 use kernel::{
+    page::PAGE_SHIFT,
     prelude::*,
     sync::atomic::Relaxed,
-    time::Msecs, //
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic,
+        Msecs, //
+    }, //
 };
 
 /// How long the kernel may try to take a block offline.
@@ -51,6 +75,119 @@ fn blocks() -> impl Iterator<Item = MemoryBlock> {
 /// in run before /sys is mounted.
 fn has_none() -> bool {
     MemoryBlock::pages() == 0 || cfg!(CONFIG_ARM64) || !cfg!(MODULE)
+}
+
+/// Returns the size of a block in bytes.
+fn block_bytes() -> u64 {
+    MemoryBlock::pages() << PAGE_SHIFT
+}
+
+/// Takes a block, so that no other code has it.
+fn take() -> Result<PageList> {
+    let taken = blocks().find_map(|block| match block.take(PATIENCE) {
+        Taken::Pages(pages) => Some(pages),
+        _ => None,
+    });
+
+    taken.ok_or(ENOENT)
+}
+
+/// Answers everything until the balloon has not grown for `time`.
+fn grow_until_stuck(host: &mut Host, time: Delta) -> Result {
+    let mut last = (host.device.field(ACTUAL), Instant::<Monotonic>::now());
+
+    while last.1.elapsed() < time {
+        serve(&host.device, INFLATE, &mut host.inflated)?;
+        let now = host.device.field(ACTUAL);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+        fsleep(Delta::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Asks for all memory while the driver cannot take a block, and returns when it waits for one.
+fn wait_for_turn(host: &Host) -> Result {
+    let drains = drain::DRAINS.load(Relaxed);
+
+    host.device.change(NUM_PAGES, u32::MAX);
+    // It begins to look for blocks with that.
+    eventually(|| Ok(drain::DRAINS.load(Relaxed) > drains))?;
+    fsleep(Delta::from_millis(50));
+    Ok(())
+}
+
+/// Plugs a virtio-mem device when the driver is about to take the first block. Returns how many it
+/// takes.
+///
+/// # Errors
+///
+/// `ENOENT` if there are not enough.
+fn taken_with_virtio_mem() -> Result<usize> {
+    let _zeroing = Pretence::zeroes_on_allocation();
+    let before = blocks().count();
+    if before < 3 {
+        return Err(ENOENT);
+    }
+    let host = Host::new(&BASE)?;
+    let turn = Turn::wait();
+
+    wait_for_turn(&host)?;
+    let _virtio_mem = FakeDevice::virtio_mem()?;
+    drop(turn);
+    fsleep(Delta::from_millis(1_000));
+    Ok(before - blocks().count())
+}
+
+/// Breaks a queue when blocks are ready that the device has no room for.
+///
+/// # Errors
+///
+/// `ETIMEDOUT` if the guest does not get the blocks back.
+fn break_queue() -> Result {
+    let _zeroing = Pretence::zeroes_on_allocation();
+    let host = Host::new(&BASE)?;
+    let before = Info::now().free;
+
+    host.device.change(NUM_PAGES, u32::MAX);
+    eventually(|| Ok(Info::now().free + block_bytes() < before))?;
+    host.device.answer_raw(DEFLATE, u32::MAX, 0)?;
+    host.device.interrupt(DEFLATE)?;
+    // What the device has is much less than a block.
+    eventually(|| Ok(Info::now().free + block_bytes() / 2 > before))?;
+    fsleep(Delta::from_millis(500));
+    eventually(|| Ok(Info::now().free + block_bytes() / 2 > before))
+}
+
+/// Gives the guest a block back, and a little more, while a balloon that cannot grow pauses. Returns
+/// whether the balloon has the block before the pause ends, and how many times the per-CPU page lists
+/// were drained until then.
+fn grow_in_pause() -> Result<(bool, usize)> {
+    /// The pauses end 0.2, 0.6, 1.4, 3.0, 6.2 and 12.6 seconds after the first failure.
+    const IN_THE_SIXTH: Delta = Delta::from_millis(7_000);
+    const BEFORE_ITS_END: Delta = Delta::from_millis(5_000);
+    let _zeroing = Pretence::zeroes_on_allocation();
+    // With the block taken, what is left is not worth another try.
+    let come_back = (take()?, super::pages::blocks(3)?);
+    let mut host = Host::new(&BASE)?;
+
+    host.device.change(NUM_PAGES, u32::MAX);
+    grow_until_stuck(&mut host, IN_THE_SIXTH)?;
+    let pages = MemoryBlock::pages() as u32 * BALLOON_PAGES_PER_PAGE as u32;
+    let (wanted, drains) = (
+        host.device.field(ACTUAL) + pages,
+        drain::DRAINS.load(Relaxed),
+    );
+    let start = Instant::<Monotonic>::now();
+    drop(come_back);
+    while host.device.field(ACTUAL) < wanted && start.elapsed() < BEFORE_ITS_END {
+        serve(&host.device, INFLATE, &mut host.inflated)?;
+        fsleep(Delta::from_millis(1));
+    }
+
+    let has_block = host.device.field(ACTUAL) >= wanted;
+    Ok((has_block, drain::DRAINS.load(Relaxed) - drains))
 }
 
 #[kunit_tests(virtio_balloon_rs_memory_blocks)]
@@ -153,5 +290,50 @@ mod tests {
             matches!(taken, Taken::Pages(_)).then(|| file::OPENED.load(Relaxed) - before)
         });
         assert_eq!(opened, Some(1));
+    }
+
+    #[test]
+    fn no_block_is_taken_along_with_a_virtio_mem_device() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        assert_eq!(taken_with_virtio_mem(), Ok(1));
+        Ok(())
+    }
+
+    #[test]
+    fn a_broken_queue_gives_ready_blocks_back() {
+        if has_none() {
+            return;
+        }
+        assert_eq!(break_queue(), Ok(()));
+    }
+
+    #[test]
+    fn a_ready_block_is_sent_before_a_pause_ends() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        let (has_block, drains) = grow_in_pause()?;
+        assert!(has_block);
+        // Once before the first block is taken, and once to find it.
+        assert!(drains <= 2);
+        Ok(())
+    }
+
+    #[test]
+    fn a_block_of_unplugged_memory_is_forgotten() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        // A file of a device that is not there any more, as the block is not.
+        let host = Host::new(&BASE)?;
+        let path = host
+            .device
+            .path(announced::STOP_REASON.directory, c"floor_mib")?;
+        let block = OfflineBlock::of_file(&path)?;
+        drop(host);
+        assert_eq!(block.bring_online(), Ok(()));
+        Ok(())
     }
 }
