@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    device::timeouts,
     messages::{
         message::MIGRATIONS_PER_MESSAGE,
         negotiated::Negotiated, //
@@ -26,7 +27,10 @@ use crate::{
                 PageRef, //
             }, //
         },
-        work::task::Waker, //
+        work::{
+            poll::StallTimeout,
+            task::Waker, //
+        }, //
     }, //
 };
 
@@ -58,6 +62,8 @@ pub(crate) struct Migration {
 #[pin_data]
 pub(crate) struct PendingMigrations {
     waker: Waker,
+    /// For how long a caller waits who needs the old pages to be free.
+    timeout: StallTimeout,
     #[pin]
     inner: SpinLock<Inner>,
 }
@@ -127,6 +133,7 @@ impl PendingMigrations {
 
         Ok(try_pin_init!(Self {
             waker,
+            timeout: StallTimeout::new(timeouts::MIGRATION),
             inner <- new_spinlock!(
                 Inner {
                     terms,
@@ -250,11 +257,14 @@ impl PendingMigrations {
     pub(crate) fn acknowledged_old(&self, mut moves: KVec<Migration>) {
         moves.clear();
         self.inner.lock().told = Some(moves);
+        self.timeout.progress();
     }
 }
 
 impl MigratePage for PendingMigrations {
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
+        // Who has isolated a pageblock looks whether it is free as soon as its last page was moved.
+        let is_last = old.is_last_of_isolated();
         let mut inner = self.inner.lock();
 
         // A page that the protocol cannot name is no use in the balloon.
@@ -264,7 +274,9 @@ impl MigratePage for PendingMigrations {
 
         // The device must know of the old page's arrival before the page leaves, and of the new
         // page's departure, if it has been in the balloon before, before that comes again.
+        let is_awaited = is_last && inner.terms.notify_first();
         if !inner.allowed
+            || is_awaited && !may_sleep
             || inner.still > 0
             || inner.is_new(old.pfn())
             || inner.waiting.iter().any(|this| this.old == new)
@@ -290,7 +302,9 @@ impl MigratePage for PendingMigrations {
         if first {
             self.waker.schedule();
         }
-        if result.is_err() && may_sleep {
+        if result.is_ok() && is_awaited {
+            self.timeout.poll(|| self.is_settled().then_some(()));
+        } else if result.is_err() && may_sleep {
             // Compaction gives up after some tries, which take less time than the device's answer.
             fsleep(PAUSE);
         }

@@ -30,6 +30,10 @@ pub(crate) const OOM: Delta = Delta::from_millis(100);
 /// How long an OOM notifier waits for the device to use hints, once until it uses some.
 pub(crate) const OOM_HINTS: Delta = Delta::from_millis(500);
 
+/// How long page migration waits for the device to acknowledge pages that have moved, once until it
+/// acknowledges some.
+pub(crate) const MIGRATION: Delta = Delta::from_millis(100);
+
 /// When a task looks for used buffers that the device has not interrupted for.
 pub(crate) const MISSED_INTERRUPT: Msecs = 1_000;
 

@@ -6,7 +6,11 @@
 use crate::rust::mm::page_list::PageList;
 use crate::rust::{
     bindings,
-    mm::page::Page, //
+    mm::{
+        memory,
+        page::Page,
+        zone::Zone, //
+    }, //
 };
 
 use core::marker::PhantomData;
@@ -52,6 +56,16 @@ impl<'a> OldPage<'a> {
     /// Returns the page's number, in kernel pages.
     pub(crate) fn pfn(&self) -> u64 {
         self.page.pfn() as u64
+    }
+
+    /// Returns whether the kernel may have isolated the page's pageblock, and there is no page of a balloon
+    /// after it there: the caller then looks whether all pages are free that it has isolated.
+    pub(crate) fn is_last_of_isolated(&self) -> bool {
+        let next = self.page.pfn() + 1;
+        let end = next.next_multiple_of(1 << memory::page_block_order());
+        let is_offline = |pfn| Page::online(pfn).is_some_and(Page::is_offline);
+
+        Zone::of(self.page).is_isolating() && !(next..end).any(is_offline)
     }
 
     /// Keeps the page from being freed for as long as the result exists.

@@ -138,9 +138,11 @@ impl Zone {
     }
 
     /// Returns whether pageblocks of the zone are isolated.
-    #[cfg(CONFIG_CONTIG_ALLOC)]
     pub(super) fn is_isolating(self) -> bool {
-        read!(self, nr_isolate_pageblock) != 0
+        #[cfg(CONFIG_MEMORY_ISOLATION)]
+        return read!(self, nr_isolate_pageblock) != 0;
+        #[cfg(not(CONFIG_MEMORY_ISOLATION))]
+        false
     }
 
     /// Returns a counter of the zone.

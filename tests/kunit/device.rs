@@ -443,6 +443,25 @@ fn moved(features: &[Feature]) -> Result {
     compare(&host)
 }
 
+/// Allocates each page block that is full of the balloon, where the device answers at once. Returns how
+/// many there are.
+///
+/// # Errors
+///
+/// What the kernel says if one cannot be allocated at the first attempt.
+fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
+    let pages = 1 << memory::page_block_order();
+    let host = movable(features)?;
+    let mut taken = 0;
+
+    host.device.answer_all(true);
+    for first in consecutive(&host, pages) {
+        PageList::alloc_range(first, pages)?;
+        taken += 1;
+    }
+    Ok(taken)
+}
+
 /// Waits for the driver's statistics, and returns the value of the kind `tag`.
 fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     let mut request = None;
@@ -885,6 +904,14 @@ mod tests {
 
         // All is out of the balloon, and the queue is full of the news.
         assert_eq!(result, Ok(true));
+    }
+
+    #[test]
+    fn a_page_block_is_free_as_soon_as_its_last_page_has_moved() -> Result {
+        for features in [&[Feature::VERSION_1, F_MUST_TELL_HOST][..], &PAGE_SETS] {
+            assert!(take_out_page_blocks(features)? > 1);
+        }
+        Ok(())
     }
 
     #[test]
