@@ -251,15 +251,10 @@ fn trace(deflate: &SpinLock<Deflate>, pages: usize, reason: Reason) {
     }
 }
 
-/// Returns whether pages that were released because memory ran out can be used: only where the
-/// device must be told first does that depend on its answer.
-pub(crate) fn is_over(
-    deflate: &SpinLock<Deflate>,
-    balloon: &BalloonPages<PendingMigrations>,
-) -> bool {
-    let notify_first = deflate.lock().terms.notify_first_out_of_memory();
-
-    !notify_first || is_answered(deflate, balloon)
+/// Returns whether pages that are released because memory ran out can be used only when the device has
+/// answered.
+pub(crate) fn is_awaited_out_of_memory(deflate: &SpinLock<Deflate>) -> bool {
+    deflate.lock().terms.notify_first_out_of_memory()
 }
 
 /// Returns whether the device knows of all that has left the balloon, after it was told as much as

@@ -13,6 +13,8 @@ use crate::device::timeouts;
 pub(crate) struct Liveness {
     /// When used buffers were last looked for.
     looked: Option<i64>,
+    /// When used buffers were last found.
+    found: Option<i64>,
     /// When the device has last shown that it responds.
     alive: Option<i64>,
 }
@@ -22,6 +24,7 @@ impl Liveness {
     pub(crate) const fn new() -> Self {
         Self {
             looked: None,
+            found: None,
             alive: None,
         }
     }
@@ -31,14 +34,17 @@ impl Liveness {
     ///
     /// Without an interrupt, the device may have used the buffers long ago and have ended since. If the last
     /// call was a moment ago, it has used them since then. Their interrupt may still come, but the kernel
-    /// ignores an interrupt when no used buffers are left.
+    /// ignores an interrupt when no used buffers are left. An OOM notifier that has waited for them may say
+    /// so after they were found.
     pub(crate) fn note(&mut self, now: i64, answered: bool, interrupted: bool) -> bool {
         let recent = i64::from(timeouts::ALIVE);
         let is_recent = |at: Option<i64>| at.is_some_and(|at| now.saturating_sub(at) < recent);
 
-        if answered && (interrupted || is_recent(self.looked)) {
+        let found = if answered { Some(now) } else { self.found };
+        if interrupted && is_recent(found) || answered && is_recent(self.looked) {
             self.alive = Some(now);
         }
+        self.found = found;
         self.looked = Some(now);
         is_recent(self.alive)
     }

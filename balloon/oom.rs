@@ -62,14 +62,19 @@ impl OomNotify for Task<Balloon> {
             self.given_for_oom.add(released, Relaxed);
             self.schedule();
         }
+        if !deflate::is_awaited_out_of_memory(&self.deflate) {
+            return released;
+        }
 
-        let is_over = || deflate::is_over(&self.deflate, &self.pages).then_some(());
-        if self.oom_timeout.poll(is_over).is_none() {
+        let is_answered = || deflate::is_answered(&self.deflate, &self.pages).then_some(());
+        if self.oom_timeout.poll(is_answered).is_none() {
             return 0;
         }
-        // The device need not interrupt for an answer that was taken here.
-        self.queue_used();
-        self.schedule();
+        if released > 0 {
+            // The device has used what it was sent just now. It need not interrupt for that.
+            self.queue_used();
+            self.schedule();
+        }
         released
     }
 }

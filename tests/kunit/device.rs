@@ -11,10 +11,14 @@ use crate::{
         mm::{
             drain,
             info::Info,
-            memory,
+            memory::{
+                self,
+                Pretence, //
+            },
             page::MAX_ORDER,
             page_list::PageList, //
         },
+        notifiers::oom::last::out_of_memory,
         virtio::{
             fake_device::{
                 FakeDevice,
@@ -28,6 +32,7 @@ use crate::{
             stat,
             stop_reason,
             ACTUAL,
+            F_DEFLATE_ON_OOM,
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
             F_PAGE_SETS,
@@ -460,6 +465,29 @@ fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
         taken += 1;
     }
     Ok(taken)
+}
+
+/// Has the balloon give memory back for an OOM, on a device that does not interrupt.
+///
+/// # Errors
+///
+/// `ETIMEDOUT` if the driver does not report the new size, `ENODATA` if nothing is given back.
+fn give_back_for_oom() -> Result {
+    // More than is given back.
+    const SIZE: u32 = 80 << (20 - PFN_SHIFT);
+    let _short = Pretence::is_short();
+    let mut host = Host::new(&[Feature::VERSION_1, F_MUST_TELL_HOST, F_DEFLATE_ON_OOM])?;
+    host.resize(SIZE, SIZE)?;
+    // Longer ago than a device counts as alive.
+    fsleep(Delta::from_millis(200));
+
+    host.device.answer_all(false);
+    let pages = out_of_memory() * BALLOON_PAGES_PER_PAGE;
+    if pages == 0 {
+        return Err(ENODATA);
+    }
+    // The balloon does not grow for 10 seconds, and nothing else happens meanwhile.
+    reaches(&host.device, SIZE - pages as u32)
 }
 
 /// Waits for the driver's statistics, and returns the value of the kind `tag`.
@@ -904,6 +932,11 @@ mod tests {
 
         // All is out of the balloon, and the queue is full of the news.
         assert_eq!(result, Ok(true));
+    }
+
+    #[test]
+    fn the_size_is_reported_after_an_oom_without_interrupts() {
+        assert_eq!(give_back_for_oom(), Ok(()));
     }
 
     #[test]

@@ -26,6 +26,15 @@ mod tests {
     }
 
     #[test]
+    fn used_buffers_may_be_found_before_it_is_known_that_they_are_new() {
+        let mut liveness = Liveness::new();
+
+        assert!(!liveness.note(1_000, true, false));
+        assert!(liveness.note(1_050, false, true));
+        assert!(!liveness.note(1_200, false, true));
+    }
+
+    #[test]
     fn used_buffers_may_be_older_than_the_end_of_the_device() {
         let mut liveness = Liveness::new();
 
