@@ -233,6 +233,7 @@ impl Balloon {
                     dev,
                     settings.clone(),
                     usize::MAX,
+                    Negotiated::of(dev).end(),
                     slot.waker(),
                 )?
             }

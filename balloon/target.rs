@@ -56,6 +56,10 @@ pub(crate) fn floor(present: usize) -> usize {
     floor
 }
 
+/// The page frame number of the first kernel page that has no name in the base protocol: that is at 16
+/// TiB.
+pub(crate) const END: u64 = (1 << u32::BITS) / BALLOON_PAGES_PER_PAGE as u64;
+
 /// Returns the device's names of the balloon pages in the kernel page `pfn`.
 ///
 /// The base protocol has 32 bits for the number of a balloon page: it cannot name memory beyond 16

@@ -43,8 +43,16 @@ impl Negotiated {
         self.must_tell_host
     }
 
+    /// Returns the page frame number of the first kernel page that has no name in messages.
+    pub(crate) fn end(self) -> u64 {
+        match self.page_sets {
+            true => u64::MAX,
+            false => target::END,
+        }
+    }
+
     /// Returns whether the kernel page `pfn` has a name in messages.
     pub(crate) fn can_describe(self, pfn: u64) -> bool {
-        self.page_sets || target::balloon_pfns(pfn).is_ok()
+        pfn < self.end()
     }
 }

@@ -17,11 +17,6 @@ use crate::{
         settings::Settings,
         timeouts, //
     },
-    free_pages::{
-        Unused,
-        Walk, //
-    },
-    messages::runs::Runs,
     rust::{
         mm::{
             batch::Batch,
@@ -32,8 +27,7 @@ use crate::{
                 OfflineBlock,
                 Taken, //
             },
-            page_list::PageList,
-            zone::PFNS_PER_HOLD, //
+            page_list::PageList, //
         },
         virtio,
         work::task::{
@@ -44,18 +38,17 @@ use crate::{
             Waker, //
         }, //
     },
-    sources::source::Source, //
+    sources::{
+        candidates::Candidates,
+        source::Source, //
+    }, //
 };
 
-use core::{
-    cmp::Reverse,
-    mem, //
-};
+use core::mem;
 use kernel::{
     device::Core,
     new_mutex,
     new_spinlock,
-    page::PAGE_SHIFT,
     prelude::*,
     sync::{
         aref::ARef,
@@ -76,19 +69,11 @@ use kernel::{
 /// How many blocks in a row are tried in vain before it is left at that.
 const MAX_FAILURES: usize = 3;
 
-/// What part of a block may be in use, as a divisor: what is has to be moved, into memory that is
-/// zeroed first, and the kernel looks for a signal only when it has tried to move all of it.
-const MOST_IN_USE: u64 = 32;
+/// How many times a zone's lock is taken in one run, to look for blocks.
+const HOLDS_PER_RUN: usize = 64;
 
 /// What part of a block is worth taking it, as a divisor. The rest is given back.
 const WORTHWHILE: u64 = 8;
-
-/// A block that may be taken.
-struct Candidate {
-    block: MemoryBlock,
-    /// How many of its pages are free.
-    free: u64,
-}
 
 /// Takes memory blocks for a task.
 #[pin_data]
@@ -97,6 +82,8 @@ pub(crate) struct Taker {
     settings: Arc<Settings>,
     /// From how many pages on that are ready it waits until some are taken over.
     most_ready: usize,
+    /// The page frame number from which on blocks are of no use (of a kernel page).
+    end: u64,
     taking_for: Waker,
     #[pin]
     work: Mutex<Work>,
@@ -109,7 +96,7 @@ pub(crate) struct Taker {
 /// What only the taker's task uses.
 struct Work {
     /// Those that are left to be tried. `None` if they were not looked for.
-    candidates: Option<KVec<Candidate>>,
+    candidates: Option<Candidates>,
     /// How many were tried in vain, one after the other.
     failures: usize,
     /// Those that could not be brought online. Never grows beyond its capacity.
@@ -130,8 +117,9 @@ struct State {
 const MAX_OFFLINE: usize = 4;
 
 impl Taker {
-    /// Returns a task that takes blocks for the one that `taking_for` wakes, in `slot`. None if the
-    /// page allocator does not zero memory, or the kernel takes no memory offline.
+    /// Returns a task that takes blocks below the page frame number `end` (of a kernel page) for the one
+    /// that `taking_for` wakes, in `slot`. None if the page allocator does not zero memory, or the kernel
+    /// takes no memory offline.
     ///
     /// # Errors
     ///
@@ -141,6 +129,7 @@ impl Taker {
         dev: &virtio::Device<Core<'_>>,
         settings: Arc<Settings>,
         most_ready: usize,
+        end: u64,
         taking_for: Waker,
     ) -> Result<Option<Arc<Task<Self>>>> {
         if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
@@ -163,6 +152,7 @@ impl Taker {
             dev,
             settings,
             most_ready,
+            end,
             taking_for,
             work <- new_mutex!(work, "Taker::work"),
             state <- new_spinlock!(state, "Taker::state"),
@@ -235,29 +225,25 @@ impl Taker {
         missing > 0 && Self::is_worthwhile(missing as usize)
     }
 
-    /// Returns the next block that is to be taken.
-    fn next(&self, work: &mut Work) -> Option<MemoryBlock> {
+    /// Returns the next block that is to be tried, none while the search is not over.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` if there are no more, `ENOMEM`.
+    fn next(&self, work: &mut Work) -> Result<Option<MemoryBlock>> {
         // Only one driver can have what comes online. A virtio-mem device may be plugged at any time,
         // and its driver fails for good while this one has it.
         if has_virtio_mem(&self.dev) || work.offline.len() == MAX_OFFLINE {
-            return None;
+            return Err(ENOENT);
         }
-        if work.candidates.is_none() {
-            work.candidates = candidates().ok();
-        }
+        let candidates = match &mut work.candidates {
+            Some(candidates) => candidates,
+            none => none.insert(Candidates::new(self.end)?),
+        };
 
-        let candidates = work.candidates.as_mut()?;
-        loop {
-            // Of those that are as free as each other, the first one.
-            let (best, _) = candidates
-                .iter()
-                .enumerate()
-                .max_by_key(|(_, this)| (this.free, Reverse(this.block)))?;
-            let block = candidates.remove(best).ok()?.block;
-
-            if block.can_be_taken() {
-                return Some(block);
-            }
+        match candidates.look(HOLDS_PER_RUN)? {
+            true => Ok(None),
+            false => candidates.pop().map(Some).ok_or(ENOENT),
         }
     }
 
@@ -273,8 +259,10 @@ impl Taker {
         if !self.is_more_wanted() || !self.can_spare(MemoryBlock::pages()) {
             return false;
         }
-        let Some(block) = self.next(work) else {
-            return false;
+        let block = match self.next(work) {
+            Ok(Some(block)) if block.can_be_taken() => block,
+            Ok(_) => return true,
+            Err(_) => return false,
         };
 
         match block.take(timeouts::OFFLINE) {
@@ -396,35 +384,6 @@ impl Job for Taker {
             task.schedule_in(timeouts::ONLINE_AGAIN);
         }
     }
-}
-
-/// The order of the smallest free blocks that count: 256 KiB.
-const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
-
-/// Returns the memory blocks most of whose pages are free.
-///
-/// # Errors
-///
-/// `ENOMEM`.
-fn candidates() -> Result<KVec<Candidate>> {
-    let pages = MemoryBlock::pages();
-    let mut found: KVec<Candidate> = KVec::new();
-    let mut walk = Walk::new(0..u64::MAX >> PAGE_SHIFT, MIN_ORDER, PFNS_PER_HOLD)?;
-    let mut unused = Unused::new(&mut walk, usize::MAX, |_| ());
-
-    while let Some(run) = unused.first() {
-        let block = MemoryBlock::of(run.first(), pages).ok_or(EINVAL)?;
-        let free = run.len().min(block.pfns().end.saturating_sub(run.first()));
-
-        match found.last_mut() {
-            Some(last) if last.block == block => last.free += free,
-            _ => found.push(Candidate { block, free }, GFP_KERNEL)?,
-        }
-        unused.advance(free);
-    }
-
-    found.retain(|this| this.free >= pages - pages / MOST_IN_USE);
-    Ok(found)
 }
 
 impl Source for &Taker {

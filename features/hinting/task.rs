@@ -130,6 +130,7 @@ impl Hinting {
                     setup.dev,
                     settings,
                     usize::MAX,
+                    u64::MAX,
                     slot.waker(),
                 )?
             }

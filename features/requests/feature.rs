@@ -72,6 +72,7 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
                 setup.dev,
                 settings,
                 MOST_READY,
+                u64::MAX,
                 waker.clone(),
             )?
         }

@@ -13,8 +13,12 @@ use super::device::{
     INFLATE, //
 };
 use crate::{
-    balloon::target::BALLOON_PAGES_PER_PAGE,
+    balloon::target::{
+        self,
+        BALLOON_PAGES_PER_PAGE, //
+    },
     device::announced,
+    messages::negotiated::Negotiated,
     rust::{
         fs::file,
         mm::{
@@ -38,7 +42,8 @@ use crate::{
             ACTUAL,
             NUM_PAGES, //
         }, //
-    }, //
+    },
+    sources::candidates::Candidates, //
 };
 
 use core::ops::Range;
@@ -105,6 +110,21 @@ fn grow_until_stuck(host: &mut Host, time: Delta) -> Result {
         fsleep(Delta::from_millis(1));
     }
     Ok(())
+}
+
+/// Finds candidates below the page frame number `end`, with `holds` at a time. Returns them in the order
+/// in which they are taken, and how many times it had to look.
+fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
+    let mut candidates = Candidates::new(end)?;
+    let (mut found, mut looks) = (KVec::new(), 1);
+
+    while candidates.look(holds)? {
+        looks += 1;
+    }
+    while let Some(block) = candidates.pop() {
+        found.push(block, GFP_KERNEL)?;
+    }
+    Ok((found, looks))
 }
 
 /// Asks for all memory while the driver cannot take a block, and returns when it waits for one.
@@ -290,6 +310,48 @@ mod tests {
             matches!(taken, Taken::Pages(_)).then(|| file::OPENED.load(Relaxed) - before)
         });
         assert_eq!(opened, Some(1));
+    }
+
+    #[test]
+    fn candidates_are_looked_for_in_steps() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        let (at_once, looks) = find(u64::MAX, usize::MAX)?;
+        assert_eq!(looks, 1);
+        assert!(!at_once.is_empty());
+
+        // One hold of a lock at a time finds the same.
+        let (in_steps, looks) = find(u64::MAX, 1)?;
+        assert!(looks > 1);
+        assert_eq!(in_steps.len(), at_once.len());
+        assert!(in_steps.iter().all(|block| at_once.contains(block)));
+        Ok(())
+    }
+
+    #[test]
+    fn candidates_are_those_that_the_device_can_be_told_of() -> Result {
+        let negotiated = |page_sets| Negotiated {
+            must_tell_host: false,
+            page_sets,
+        };
+        for page_sets in [false, true] {
+            let end = negotiated(page_sets).end();
+            assert!(negotiated(page_sets).can_describe(end - 1));
+            assert!(!negotiated(page_sets).can_describe(end));
+        }
+        let end = negotiated(false).end();
+        assert!(target::balloon_pfns(end - 1).is_ok() && target::balloon_pfns(end).is_err());
+        if has_none() {
+            return Ok(());
+        }
+
+        let (all, _) = find(u64::MAX, usize::MAX)?;
+        let last = all.iter().max().ok_or(ENOENT)?;
+        let (below, _) = find(last.pfns().start, usize::MAX)?;
+        assert_eq!(below.len() + 1, all.len());
+        assert!(!below.contains(last));
+        Ok(())
     }
 
     #[test]

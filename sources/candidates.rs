@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which memory blocks may be taken: those that are free, or nearly.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    free_pages::{
+        Unused,
+        Walk, //
+    },
+    messages::runs::Runs,
+    rust::mm::{
+        memory_block::MemoryBlock,
+        zone::PFNS_PER_HOLD, //
+    }, //
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
+
+/// What part of a block may be in use, as a divisor: what is has to be moved, into memory that is
+/// zeroed first, and the kernel looks for a signal only when it has tried to move all of it.
+const MOST_IN_USE: u64 = 32;
+
+/// The order of the smallest free blocks that count: 256 KiB.
+const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
+
+/// A block that may be taken.
+struct Candidate {
+    block: MemoryBlock,
+    /// How many of its pages are free.
+    free: u64,
+}
+
+/// The blocks that may be taken. They are looked for in steps: a large guest has hundreds of thousands.
+pub(crate) struct Candidates {
+    /// `None` when all were found.
+    walk: Option<Walk>,
+    found: KVVec<Candidate>,
+    /// Which of those that were found are next: the first from this place on with so many bits in the
+    /// number of their pages in use, or more.
+    next: usize,
+    bits: u32,
+}
+
+/// Returns how many bits a number has.
+fn bits(number: u64) -> u32 {
+    u64::BITS - number.leading_zeros()
+}
+
+impl Candidates {
+    /// Begins to look for blocks below the page frame number `end` (of a kernel page).
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(end: u64) -> Result<Self> {
+        let end = end.min(u64::MAX >> PAGE_SHIFT);
+
+        Ok(Self {
+            walk: Some(Walk::new(0..end, MIN_ORDER, PFNS_PER_HOLD)?),
+            found: KVVec::new(),
+            next: 0,
+            bits: 0,
+        })
+    }
+
+    /// Looks for more, and takes a zone's lock up to `holds` times for that. Returns whether there may
+    /// be more after that.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn look(&mut self, holds: usize) -> Result<bool> {
+        let Some(walk) = &mut self.walk else {
+            return Ok(false);
+        };
+        let pages = MemoryBlock::pages();
+        let mut unused = Unused::new(walk, holds, |_| ());
+
+        while let Some(run) = unused.first() {
+            let block = MemoryBlock::of(run.first(), pages).ok_or(EINVAL)?;
+            let free = run.len().min(block.pfns().end.saturating_sub(run.first()));
+
+            match self.found.last_mut() {
+                Some(last) if last.block == block => last.free += free,
+                _ => self.found.push(Candidate { block, free }, GFP_KERNEL)?,
+            }
+            unused.advance(free);
+        }
+        if !unused.is_over() {
+            return Ok(true);
+        }
+
+        self.walk = None;
+        self.found
+            .retain(|this| this.free >= pages - pages / MOST_IN_USE);
+        Ok(false)
+    }
+
+    /// Returns the next block of those that were found: the free ones first, and then the others by how
+    /// many of their pages are in use, to a power of two.
+    pub(crate) fn pop(&mut self) -> Option<MemoryBlock> {
+        let pages = MemoryBlock::pages();
+
+        while self.bits <= bits(pages / MOST_IN_USE) {
+            while let Some(this) = self.found.get(self.next) {
+                self.next += 1;
+                if bits(pages.saturating_sub(this.free)) == self.bits {
+                    return Some(this.block);
+                }
+            }
+            self.bits += 1;
+            self.next = 0;
+        }
+        None
+    }
+}
