@@ -9,6 +9,7 @@ use crate::{
         deflate,
         state::Balloon, //
     },
+    device::timeouts,
     rust::{
         notifiers::oom::OomNotify,
         trace::Reason,
@@ -42,8 +43,12 @@ impl OomNotify for Task<Balloon> {
         }
         // An allocation may be bound to a node: memory of another one would not help it.
         let there = self.pages.len_where_needed();
-        if self.giving_back.load(Relaxed) || there == 0 {
+        if self.giving_back.load(Relaxed) {
             return 0;
+        }
+        if there == 0 {
+            let taker = self.taker.as_ref();
+            return taker.map_or(0, |taker| taker.cancel_and_wait(timeouts::OOM_BLOCK));
         }
 
         let still = self.moves().block();

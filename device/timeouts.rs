@@ -27,6 +27,9 @@ pub(crate) const POLL_INTERVAL: Delta = Delta::from_millis(5);
 /// once until the device uses buffers.
 pub(crate) const OOM: Delta = Delta::from_millis(100);
 
+/// How long an OOM notifier waits for the memory block that is being taken, if the balloon is empty.
+pub(crate) const OOM_BLOCK: Delta = Delta::from_millis(500);
+
 /// How long an OOM notifier waits for the device to use hints, once until it uses some.
 pub(crate) const OOM_HINTS: Delta = Delta::from_millis(500);
 

@@ -30,12 +30,15 @@ use crate::{
             page_list::PageList, //
         },
         virtio,
-        work::task::{
-            Job,
-            Slot,
-            Task,
-            TaskQueue,
-            Waker, //
+        work::{
+            poll::within,
+            task::{
+                Job,
+                Slot,
+                Task,
+                TaskQueue,
+                Waker, //
+            }, //
         }, //
     },
     sources::{
@@ -61,6 +64,7 @@ use kernel::{
         SpinLock, //
     },
     time::{
+        Delta,
         Instant,
         Monotonic, //
     }, //
@@ -340,6 +344,20 @@ impl Task<Taker> {
             self.schedule();
         }
         ready.len()
+    }
+
+    /// The same, for a caller that has no other memory: it waits until the block that is being taken is
+    /// free again, or not taken.
+    pub(crate) fn cancel_and_wait(&self, timeout: Delta) -> usize {
+        let given = self.cancel();
+        if given > 0 || !self.is_busy() {
+            return given;
+        }
+
+        within(timeout, || {
+            (!self.is_busy()).then_some(MemoryBlock::pages() as usize)
+        })
+        .unwrap_or(0)
     }
 
     /// Takes up the work again after [`leave`](Self::leave). Blocks may be offline that could not be

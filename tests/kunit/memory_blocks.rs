@@ -13,9 +13,12 @@ use super::device::{
     INFLATE, //
 };
 use crate::{
-    balloon::target::{
-        self,
-        BALLOON_PAGES_PER_PAGE, //
+    balloon::{
+        state::Balloon,
+        target::{
+            self,
+            BALLOON_PAGES_PER_PAGE, //
+        }, //
     },
     device::announced,
     messages::negotiated::Negotiated,
@@ -37,10 +40,23 @@ use crate::{
             },
             page_list::PageList, //
         },
-        virtio::fake_device::FakeDevice,
+        notifiers::oom::last::out_of_memory,
+        virtio::{
+            fake_device::FakeDevice,
+            Feature, //
+        },
         virtio_balloon::{
             ACTUAL,
+            F_DEFLATE_ON_OOM,
             NUM_PAGES, //
+        },
+        work::{
+            task::{
+                new_slot,
+                Slot,
+                TaskQueue, //
+            },
+            thread::Thread, //
         }, //
     },
     sources::candidates::Candidates, //
@@ -50,7 +66,10 @@ use core::ops::Range;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
-    sync::atomic::Relaxed,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
     time::{
         delay::fsleep,
         Delta,
@@ -208,6 +227,32 @@ fn grow_in_pause() -> Result<(bool, usize)> {
 
     let has_block = host.device.field(ACTUAL) >= wanted;
     Ok((has_block, drain::DRAINS.load(Relaxed) - drains))
+}
+
+/// Runs out of memory while the driver takes a block for an empty balloon. Returns how many pages it
+/// says come back.
+fn give_back_while_taking() -> Result<usize> {
+    static IS_HELD: Atomic<bool> = Atomic::new(false);
+    static IS_AWAITED: Atomic<bool> = Atomic::new(false);
+    let _zeroing = Pretence::zeroes_on_allocation();
+    let host = Host::new(&[Feature::VERSION_1, F_DEFLATE_ON_OOM])?;
+
+    // Another thread keeps the driver from being done with its first block.
+    let tasks = TaskQueue::new(c"virtio_balloon_rs_kunit-blocks")?;
+    let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
+    let _other = Thread::start(c"balloon_rs_kunit", slot.waker(), || {
+        let turn = Turn::wait();
+        IS_HELD.store(true, Relaxed);
+        let result = eventually(|| Ok(IS_AWAITED.load(Relaxed)));
+        fsleep(Delta::from_millis(20));
+        drop(turn);
+        result
+    })?;
+    eventually(|| Ok(IS_HELD.load(Relaxed)))?;
+    wait_for_turn(&host)?;
+
+    IS_AWAITED.store(true, Relaxed);
+    Ok(out_of_memory())
 }
 
 #[kunit_tests(virtio_balloon_rs_memory_blocks)]
@@ -396,6 +441,15 @@ mod tests {
         let block = OfflineBlock::of_file(&path)?;
         drop(host);
         assert_eq!(block.bring_online(), Ok(()));
+        Ok(())
+    }
+
+    #[test]
+    fn an_oom_waits_for_the_block_that_is_being_taken() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        assert!(give_back_while_taking()? > 0);
         Ok(())
     }
 }
