@@ -41,6 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long it may take to leave a device that does not answer.
 const LEAVE: Duration = Duration::from_secs(6);
 
+/// How many times the data are verified that a guest has that keeps such a device.
+const ROUNDS_ALONE: u64 = 10;
+
 /// How much there is in the balloon, or is to be.
 const SIZE: Size = Size::mib(400);
 
@@ -207,7 +210,7 @@ fn with_data(
     setup: &Setup,
     body: impl FnOnce(&Guest, &RunningLoad<'_>, Size, Size) -> Result<()>,
 ) -> Result<()> {
-    vm::run(&config(setup), |guest| {
+    let live = |guest: &Guest| {
         let before = guest.free()?;
         guest.insmod(setup.driver, &[])?;
         let load = guest.load(Load::Hold {
@@ -217,12 +220,26 @@ fn with_data(
         body(guest, &load, guest.meminfo()?.total, guest.free()?)?;
         load.verify(1)?;
         load.stop()?;
-        check_free(guest, before)
-    })
+        if leaves(setup) {
+            check_free(guest, before)?;
+        }
+        Ok(())
+    };
+    if leaves(setup) {
+        vm::run(&config(setup), live)
+    } else {
+        vm::run_and_kill(&config(setup), live)
+    }
+}
+
+/// Whether the driver leaves a device whose processes are gone. With the C driver that does not end, and the guest does
+/// not switch itself off either.
+fn leaves(setup: &Setup) -> bool {
+    setup.driver != Driver::C
 }
 
 fn daemon_killed(setup: &Setup) -> Result<()> {
-    if setup.driver == Driver::C {
+    if !leaves(setup) {
         return each_alone(setup);
     }
     with_data(setup, |guest, load, total, free| {
@@ -255,14 +272,9 @@ fn daemon_killed(setup: &Setup) -> Result<()> {
 /// Has a guest of its own lose its device in each state, and says which have lived on.
 fn each_alone(setup: &Setup) -> Result<()> {
     for (state, (name, _)) in states(setup).iter().enumerate() {
-        let result = vm::run_and_kill(&config(setup), |guest| {
-            guest.insmod(setup.driver, &[])?;
-            let load = guest.load(Load::Hold {
-                mib: 96,
-                threads: 1,
-            })?;
+        let result = with_data(setup, |guest, load, _, _| {
             lose(setup, guest, state, None)?;
-            load.verify(10)
+            load.verify(ROUNDS_ALONE)
         });
         setup.tolerate(result.with_context(|| format!("killed while {name}")))?;
     }
@@ -271,27 +283,18 @@ fn each_alone(setup: &Setup) -> Result<()> {
 
 fn random_kills(setup: &Setup) -> Result<()> {
     /// How many times one guest loses its device at most: its log is read again and again.
-    const PER_GUEST: u64 = 50;
+    const PER_GUEST: usize = 50;
+    let per_guest = if leaves(setup) { PER_GUEST } else { 1 };
     let mut seeds = setup.seeds().unwrap_or(0..200).peekable();
     let (mut killed, mut lost, mut verified) = (0, Vec::new(), 0);
     while seeds.peek().is_some() {
         let (mut last, mut is_lost) = (0, false);
         let result = with_data(setup, |guest, load, total, free| {
-            for seed in seeds.by_ref().take(usize::try_from(PER_GUEST)?) {
+            for seed in seeds.by_ref().take(per_guest) {
                 last = seed;
-                let mut rng = Rng::with_seed(seed);
-                let state = rng.usize(..states(setup).len());
-                let delay = Duration::from_micros(rng.u64(..300_000));
-                let way = rng.usize(..SUSPEND);
                 killed += 1;
-                lose(setup, guest, state, Some(delay))
-                    .and_then(|()| load.verify(2))
-                    .and_then(|()| leave(setup, guest, way, total, free))
-                    .inspect_err(|_| is_lost = guest.is_lost())
-                    .with_context(|| {
-                        let (name, _) = states(setup)[state];
-                        format!("seed {seed}: killed {delay:?} after {name}")
-                    })?;
+                random_kill(setup, guest, load, seed, (total, free))
+                    .inspect_err(|_| is_lost = guest.is_lost())?;
             }
             verified += load.status()?.progress.passes;
             Ok(())
@@ -311,4 +314,31 @@ fn random_kills(setup: &Setup) -> Result<()> {
         Ok(())
     })();
     setup.tolerate(result)
+}
+
+/// Has a guest with so much memory, and so much of it free, lose its device in a state and after a time that this seed
+/// gives, and leave it in such a way.
+fn random_kill(
+    setup: &Setup,
+    guest: &Guest,
+    load: &RunningLoad<'_>,
+    seed: u64,
+    (total, free): (Size, Size),
+) -> Result<()> {
+    let mut rng = Rng::with_seed(seed);
+    let state = rng.usize(..states(setup).len());
+    let delay = Duration::from_micros(rng.u64(..300_000));
+    let way = rng.usize(..SUSPEND);
+    let lose = || -> Result<()> {
+        lose(setup, guest, state, Some(delay))?;
+        if !leaves(setup) {
+            return load.verify(ROUNDS_ALONE);
+        }
+        load.verify(2)?;
+        leave(setup, guest, way, total, free).map(drop)
+    };
+    lose().with_context(|| {
+        let (name, _) = states(setup)[state];
+        format!("seed {seed}: killed {delay:?} after {name}")
+    })
 }
