@@ -41,6 +41,7 @@ pub mod pages;
 pub mod queue;
 pub mod reporting;
 pub mod requests;
+pub mod sandbox;
 pub mod state;
 pub mod stats;
 pub mod supervisor;

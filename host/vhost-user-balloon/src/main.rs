@@ -15,7 +15,7 @@ use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::getppid;
 use vhost_user_balloon::options::Options;
-use vhost_user_balloon::{supervisor, worker};
+use vhost_user_balloon::{sandbox, supervisor, worker};
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -51,6 +51,7 @@ fn work(options: &Options) -> Result<()> {
             .is_none_or(|parent| getppid().as_raw() == parent),
         "the supervisor of this worker has ended"
     );
+    sandbox::prepare();
     // A core dump would have all of the guest's memory in it, and each hole in that memory would be filled
     // to be written.
     set_dumpable(false)?;

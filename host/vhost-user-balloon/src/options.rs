@@ -15,6 +15,7 @@ use crate::discard::Granularity;
 use crate::features::{Feature, offer};
 use crate::floor::Floor;
 use crate::hazard::Hazard;
+use crate::sandbox::Sandbox;
 
 /// A virtio memory balloon for one VM, as a vhost-user device.
 ///
@@ -132,6 +133,13 @@ pub struct Options {
     /// How long to wait before a booting guest has to inflate to an earlier target
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub boot_grace: u32,
+
+    /// How far to confine the worker: full or none
+    ///
+    /// With full the worker makes only the system calls that it needs. One that it does not need ends it, with the
+    /// call's name in the log, and the supervisor starts another worker. none is for debugging.
+    #[arg(long, value_name = "LEVEL", default_value = "full")]
+    pub sandbox: Sandbox,
 
     /// The log level on standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]

@@ -11,12 +11,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use balloon_control::Server;
-use log::{debug, warn};
+use log::{debug, info, warn};
 use vhost_user_backend::VhostUserDaemon;
 
 use crate::channel::{Channel, SERVE, START, VERSION};
 use crate::device::Device;
 use crate::options::Options;
+use crate::sandbox::{self, Sandbox};
 use crate::state::State;
 
 /// Serves front ends until the supervisor closes the channel, which is the standard input.
@@ -47,6 +48,11 @@ pub fn run(options: &Options) -> Result<()> {
     let path = options.state.clone();
     let device = Device::new(options.settings(), state, path, channel.try_clone()?, kept)?;
     let device = Arc::new(device);
+    // Before there is another thread.
+    match options.sandbox {
+        Sandbox::Full => sandbox::enter(),
+        Sandbox::None => info!("the worker is not confined (--sandbox none)"),
+    }
     let _control = control
         .map(|listener| Server::start(listener, Arc::clone(&device) as _))
         .transpose()?;

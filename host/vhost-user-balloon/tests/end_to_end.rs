@@ -34,6 +34,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 #[path = "end_to_end/requests.rs"]
 mod requests;
+#[path = "end_to_end/sandbox.rs"]
+mod sandbox;
 #[path = "end_to_end/supervision.rs"]
 mod supervision;
 #[path = "end_to_end/withheld.rs"]
