@@ -131,6 +131,8 @@ pub struct Options {
     pub floor: Floor,
 
     /// How long to wait before a booting guest has to inflate to an earlier target
+    ///
+    /// The log says so if no driver has started the device by then.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub boot_grace: u32,
 

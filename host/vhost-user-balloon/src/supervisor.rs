@@ -133,6 +133,8 @@ struct Supervisor {
     is_ready: bool,
     /// Whether there was a supervisor before this one.
     resumed: bool,
+    /// How long a guest may take to boot.
+    boot: Duration,
 }
 
 impl Supervisor {
@@ -154,7 +156,8 @@ impl Supervisor {
             arguments: old_arguments,
             frontend,
         } = snapshot.map_or_else(Snapshot::empty, Ok)?;
-        let vmm = connected(frontend)?;
+        let boot = Duration::from_secs(options.boot_grace.into());
+        let vmm = connected(frontend, boot)?;
         let (socket, control) = sockets(options, path, socket, control)?;
         let own_state = options
             .state
@@ -194,6 +197,7 @@ impl Supervisor {
             notified: now,
             is_ready: false,
             resumed,
+            boot,
         })
     }
 
@@ -268,7 +272,13 @@ impl Supervisor {
         let watchdog = self
             .watchdog
             .and_then(|interval| u16::try_from(interval.as_millis()).ok());
-        watchdog.unwrap_or(LONG).min(LONG).into()
+        let driver = self.vmm.as_ref().and_then(|vmm| vmm.setup.driver_due());
+        let driver = driver.and_then(|due| {
+            let rest = due.saturating_duration_since(Instant::now());
+            u16::try_from(rest.as_millis() + 1).ok()
+        });
+        let timeouts = [watchdog, driver].into_iter().flatten();
+        timeouts.fold(LONG, u16::min).into()
     }
 
     /// Waits for something to do.
@@ -367,8 +377,8 @@ fn sockets(
 }
 
 /// The front end of another supervisor's, unless it is gone.
-fn connected(frontend: Option<(UnixStream, Journal)>) -> Result<Option<Vmm>> {
-    let vmm = frontend.map(|(frontend, journal)| Vmm::new(frontend, journal));
+fn connected(frontend: Option<(UnixStream, Journal)>, boot: Duration) -> Result<Option<Vmm>> {
+    let vmm = frontend.map(|(frontend, journal)| Vmm::new(frontend, journal, boot));
     Ok(vmm.transpose()?.filter(|vmm| !vmm.is_gone()))
 }
 

@@ -240,7 +240,7 @@ impl Supervisor {
             }
             self.drop_vmm();
         }
-        match Vmm::new(frontend, Journal::default()) {
+        match Vmm::new(frontend, Journal::default(), self.boot) {
             Ok(vmm) => {
                 info!("a VMM is connected");
                 self.vmm = Some(vmm);

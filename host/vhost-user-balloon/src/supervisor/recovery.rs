@@ -51,6 +51,7 @@ impl Supervisor {
         }
         if let Some(vmm) = &mut self.vmm {
             vmm.setup.check_queues();
+            vmm.setup.check_driver();
         }
         self.probe();
         Ok(())

@@ -6,9 +6,10 @@
 //! no worker accepts is left out here. Each problem is logged once for each VM, with the right option.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::time::{Duration, Instant};
 
-use log::{Level, error, log};
+use log::{Level, error, info, log};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::journal::{Journal, is_about_queue, queue};
@@ -58,16 +59,24 @@ pub(super) struct Setup {
     last: Instant,
     /// Whether a message that adds memory was left out, so that memory is missing for that.
     lacks_memory: bool,
+    /// Whether the front end is QEMU.
+    is_qemu: bool,
+    /// Until when a driver should have started the device, while none has.
+    driver_due: Option<Instant>,
     logged: BTreeSet<Problem>,
 }
 
 impl Setup {
-    /// The setup of a front end with this journal. What an earlier supervisor has checked is not checked again.
-    pub(super) fn new(journal: &Journal) -> Self {
+    /// The setup of the front end in the process `pid` with this journal, whose guest boots in so much time. What an
+    /// earlier supervisor has checked is not checked again.
+    pub(super) fn new(journal: &Journal, pid: i32, boot: Duration) -> Self {
+        let checked = !journal.messages().is_empty();
         Self {
             offered: 0,
             queues: 0,
-            checked: !journal.messages().is_empty(),
+            checked,
+            is_qemu: is_qemu(pid),
+            driver_due: (!checked).then(|| Instant::now() + boot),
             last: Instant::now(),
             lacks_memory: false,
             logged: BTreeSet::new(),
@@ -107,6 +116,22 @@ impl Setup {
         );
     }
 
+    /// When to check whether a driver has started.
+    pub(super) fn driver_due(&self) -> Option<Instant> {
+        self.driver_due
+    }
+
+    /// Logs that no driver has started in time. No message tells which device QEMU shows to the guest.
+    pub(super) fn check_driver(&mut self) {
+        if self.driver_due.is_some_and(|due| Instant::now() >= due) {
+            self.driver_due = None;
+            info!(
+                "no driver has started the device yet; if the guest has booted, its kernel lacks a driver for a \
+                 virtio balloon, or QEMU's device has another number than virtio-id=5"
+            );
+        }
+    }
+
     /// Checks a message of the front end.
     pub(super) fn check(&mut self, message: &Message, journal: &Journal) -> Verdict {
         self.last = Instant::now();
@@ -117,6 +142,9 @@ impl Setup {
             if number >= MAX_QUEUES {
                 return Verdict::LeaveOut;
             }
+        }
+        if message.request() == request::SET_VRING_ADDR {
+            self.driver_due = None;
         }
         match message.request() {
             request::SET_PROTOCOL_FEATURES if !has_config(message) => {
@@ -188,7 +216,8 @@ impl Setup {
         let (offset, size) = (read & u64::from(u32::MAX), read >> 32);
         let size = usize::try_from(size).unwrap_or(usize::MAX);
         // QEMU reads all that it has, and other VMMs what their guest reads.
-        if offset == 0 && (SMALLEST_CONFIG..needed).contains(&size) {
+        let smallest = if self.is_qemu { 1 } else { SMALLEST_CONFIG };
+        if offset == 0 && (smallest..needed).contains(&size) {
             self.log(
                 Problem::ShortConfig,
                 &format!(
@@ -204,6 +233,11 @@ impl Setup {
             error!("{text}");
         }
     }
+}
+
+/// Whether a process is QEMU, as far as its name tells.
+fn is_qemu(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu"))
 }
 
 /// Whether the front end uses the device's configuration space.

@@ -58,7 +58,7 @@ pub(super) struct Vmm {
 }
 
 impl Vmm {
-    pub(super) fn new(frontend: UnixStream, journal: Journal) -> Result<Self> {
+    pub(super) fn new(frontend: UnixStream, journal: Journal, boot: Duration) -> Result<Self> {
         // Messages come as a whole. A front end that sends half of one, or does not read, must not keep the
         // supervisor waiting.
         frontend.set_nonblocking(false)?;
@@ -69,7 +69,7 @@ impl Vmm {
         let now = Instant::now();
         Ok(Self {
             frontend,
-            setup: Setup::new(&journal),
+            setup: Setup::new(&journal, pid, boot),
             journal,
             since: now,
             pid,

@@ -110,6 +110,12 @@ const ROWS: &[Row] = &[
         line: "config_size=16",
         ..RIGHT
     },
+    // The target, and not the balloon's size.
+    Row {
+        device: "virtio-id=5,num_vqs=5,vq_size=256,config_size=4",
+        line: "config_size=16",
+        ..RIGHT
+    },
     Row {
         device: "virtio-id=5,num_vqs=5,vq_size=256,config_size=64",
         ..RIGHT
@@ -146,6 +152,16 @@ const ROWS: &[Row] = &[
         memory: &[],
         outcome: NoBalloon,
         line: "memory-backend=",
+        ..RIGHT
+    },
+    // The daemon cannot tell that this memory was to stay.
+    Row {
+        memory: &[
+            "-machine",
+            "memory-backend=memory",
+            "-object",
+            "memory-backend-memfd,id=memory,size=64M,share=on,prealloc=on",
+        ],
         ..RIGHT
     },
     // The extensions on one side only.
@@ -400,6 +416,29 @@ fn no_option_ends_the_vm() {
         assert_eq!(daemon.worker(), worker, "{what}: another worker: {lines}");
         daemon.end();
     }
+}
+
+#[test]
+fn a_device_without_a_driver_may_be_another_one() {
+    if !has_qemu() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &["--boot-grace", "1"]);
+    let socket = directory.join("socket");
+    let mut qemu = Qemu::start(&socket, SHARED, &[RIGHT.device]);
+    qemu.run(&RIGHT, directory).unwrap();
+    thread::sleep(Duration::from_millis(1500));
+    drop(qemu);
+    wait_for_line(directory, "the VMM is gone");
+    assert!(!log(directory).contains("virtio-id=5"));
+
+    // This guest has no driver for that device.
+    let device = RIGHT.device.replace("virtio-id=5", "virtio-id=4");
+    let _qemu = Qemu::start(&socket, SHARED, &[&device]);
+    wait_for_line(directory, "virtio-id=5");
+    daemon.end();
 }
 
 #[test]
