@@ -209,7 +209,10 @@ mod tests {
 
     fn connected() -> (Vmm, UnixStream) {
         let (frontend, vmm) = UnixStream::pair().unwrap();
-        (Vmm::new(frontend, Journal::default()).unwrap(), vmm)
+        (
+            Vmm::new(frontend, Journal::default(), Duration::ZERO).unwrap(),
+            vmm,
+        )
     }
 
     #[test]
