@@ -58,6 +58,12 @@ const WORTH_DRAINING: usize = 1 << (22 - PAGE_SHIFT);
 /// many kernel pages more: 16 MiB.
 const WORTHWHILE: usize = 1 << (24 - PAGE_SHIFT);
 
+/// Returns whether the balloon may grow before its pause is over: `ready` pages are in memory blocks that
+/// were allocated, and the guest can spare `more` pages than when the balloon could not grow.
+pub(crate) fn ends_pause(stopped: Option<StopReason>, ready: usize, more: usize) -> bool {
+    stopped != Some(StopReason::AfterOom) && (ready > 0 || more >= WORTHWHILE)
+}
+
 impl Balloon {
     /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth
     /// another try, unless something happens before.
@@ -104,12 +110,15 @@ impl Balloon {
     fn pause(&self, worker: &Worker, ready: usize, now: i64) -> Option<Msecs> {
         let pause = worker.backoff.remaining(now)?;
 
-        if worker.stopped == Some(StopReason::AfterOom) {
-            return Some(pause);
+        let more = self.spare_pages().saturating_sub(worker.spare);
+        if ends_pause(worker.stopped, ready, more) {
+            return None;
         }
-        // The guest may have got memory, with which there is something to do.
-        let is_over = ready > 0 || self.spare_pages() >= worker.spare.saturating_add(WORTHWHILE);
-        (!is_over).then_some(pause.min(timeouts::MISSED_INTERRUPT))
+        // The guest may get memory.
+        Some(match worker.stopped {
+            Some(StopReason::AfterOom) => pause,
+            _ => pause.min(timeouts::MISSED_INTERRUPT),
+        })
     }
 
     /// Returns whether pages may be inflated. A page that was deflated and not reported yet may be

@@ -269,7 +269,7 @@ impl Taker {
             Err(_) => return false,
         };
 
-        match block.take(timeouts::OFFLINE) {
+        match block.take(timeouts::OFFLINE, || self.is_more_wanted()) {
             Taken::Pages(pages) => {
                 work.failures = 0;
                 // Others may have taken memory in the meantime. They come first.
@@ -290,8 +290,9 @@ impl Taker {
                 self.taking_for.schedule();
                 true
             }
-            // It says nothing about the next one: a block of CMA, or one that others have got hold of.
-            Taken::Not(EBUSY | EPERM) => true,
+            // It says nothing about the next one: a block of CMA, one that others have got hold of, or one
+            // that is not wanted any more.
+            Taken::Not(EBUSY | EPERM | ECANCELED) => true,
             Taken::Not(_) => {
                 work.failures += 1;
                 work.failures < MAX_FAILURES

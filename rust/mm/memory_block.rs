@@ -29,7 +29,10 @@ use crate::rust::{
 
 use core::ops::Range;
 use kernel::{
-    error::code::ERESTARTNOINTR,
+    error::code::{
+        ECANCELED,
+        ERESTARTNOINTR, //
+    },
     prelude::*,
     str::CString,
     time::Msecs, //
@@ -105,21 +108,24 @@ impl MemoryBlock {
         Ok(OfflineBlock(state))
     }
 
-    /// Takes the block, all or nothing. What is in use of it is moved elsewhere, for which there is
-    /// as much time as `patience` says.
-    pub(crate) fn take(self, patience: Msecs) -> Taken {
-        self.take_and_write(patience, ONLINE_KERNEL)
+    /// Takes the block, all or nothing, if it `is_wanted` when other devices have taken theirs. What is in
+    /// use of it is moved elsewhere, for which there is as much time as `patience` says.
+    pub(crate) fn take(self, patience: Msecs, is_wanted: impl FnOnce() -> bool) -> Taken {
+        let turn = Turn::wait();
+
+        match is_wanted() {
+            true => self.take_and_write(&turn, patience, ONLINE_KERNEL),
+            false => Taken::Not(ECANCELED),
+        }
     }
 
     /// The same, but with `online` written to the block's file.
-    pub(crate) fn take_and_write(self, patience: Msecs, online: &CStr) -> Taken {
-        let turn = Turn::wait();
-
+    pub(crate) fn take_and_write(self, turn: &Turn, patience: Msecs, online: &CStr) -> Taken {
         let block = match self.take_offline(patience) {
             Ok(block) => block,
             Err(error) => return Taken::Not(error),
         };
-        let callback = OnlinePageCallback::set(&turn, self.pfns());
+        let callback = OnlinePageCallback::set(turn, self.pfns());
         let online = block.write(online);
         let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
 

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::balloon::backoff::{
-    Backoff,
-    Cause::{
-        NoMemory,
-        OutOfMemory, //
-    }, //
+use crate::balloon::{
+    backoff::{
+        Backoff,
+        Cause::{
+            NoMemory,
+            OutOfMemory, //
+        }, //
+    },
+    resize::ends_pause,
+    stop_reason::StopReason, //
 };
 
 use kernel::prelude::*;
@@ -101,5 +105,16 @@ mod tests {
         backoff.reset();
         backoff.fail(NoMemory, 5_000);
         assert_eq!(backoff.remaining(0), Some(200));
+    }
+
+    #[test]
+    fn memory_that_comes_ends_a_pause() {
+        let at_floor = |ready, more| ends_pause(Some(StopReason::Floor), ready, more);
+
+        assert!(!at_floor(0, 0));
+        assert!(at_floor(0, usize::MAX));
+        // However little is left to the guest.
+        assert!(at_floor(1, 0));
+        assert!(!ends_pause(Some(StopReason::AfterOom), 1, usize::MAX));
     }
 }

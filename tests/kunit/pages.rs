@@ -57,7 +57,7 @@ fn gather(n: usize, whole: bool) -> Result<Batch> {
 }
 
 /// Allocates a list of `n` of the largest blocks.
-pub(super) fn blocks(n: usize) -> Result<PageList> {
+fn blocks(n: usize) -> Result<PageList> {
     Ok(gather(n, true)?.take_all())
 }
 
