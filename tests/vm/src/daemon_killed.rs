@@ -55,7 +55,7 @@ type Way = (&'static str, fn(&Setup, &Guest) -> Result<()>);
 
 /// What a guest and its device are doing when the device's processes are killed. The last ones are for devices with the
 /// extended protocol.
-const STATES: [State; 9] = [
+const STATES: [State; 10] = [
     ("empty", |_, _| Ok(())),
     ("idle", |guest, daemon| reach(guest, daemon, SIZE)),
     ("inflating", |guest, daemon| {
@@ -95,7 +95,18 @@ const STATES: [State; 9] = [
         })?;
         Ok(())
     }),
+    ("unused pages", |_, daemon| {
+        daemon.call::<Value>(&Request::Unused {
+            block: 4 << 10,
+            start: 0,
+            end: 0,
+        })?;
+        Ok(())
+    }),
 ];
+
+/// How many of them are for the extended protocol.
+const EXTENDED: usize = 2;
 
 const INFLATING: usize = 2;
 
@@ -103,7 +114,7 @@ const INFLATING: usize = 2;
 fn states(setup: &Setup) -> &'static [State] {
     match (setup.device, setup.driver) {
         (Device::Extended, Driver::Rust) => &STATES,
-        _ => &STATES[..STATES.len() - 1],
+        _ => &STATES[..STATES.len() - EXTENDED],
     }
 }
 
