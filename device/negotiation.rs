@@ -5,11 +5,9 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    device::{
-        poison,
-        settings::Parameters, //
-    },
+    device::settings::Parameters,
     rust::{
+        mm::memory,
         virtio::{
             self,
             Feature,
@@ -96,7 +94,7 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
     features.clear(Feature::ACCESS_PLATFORM);
     // A report of several parts would need memory while free pages are isolated.
     features.clear(Feature::INDIRECT_DESC);
-    poison::negotiate(features);
+    validate_poison(features);
     if parameters.forbids_page_sets() {
         features.clear(F_PAGE_SETS);
     }
@@ -119,6 +117,23 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
         "the configuration space is too short for what the device offers\n"
     );
     Err(EINVAL)
+}
+
+/// Gives up what does not go together with the value of free pages.
+///
+/// Specification: clause 5.5.3.1, Driver Requirements: Feature bits.
+fn validate_poison(features: &mut virtio::Features<'_>) {
+    if memory::free_page_value().is_none() {
+        features.clear(F_PAGE_POISON);
+    } else if !features.has(F_PAGE_POISON) && features.has(F_REPORTING) {
+        dev_info!(
+            features,
+            "free pages are not reported: the host cannot be told what they are initialised to\n"
+        );
+        features.clear(F_REPORTING);
+        // The number of their queue would not be sure.
+        features.clear(F_HOST_REQUESTS);
+    }
 }
 
 /// What was negotiated with a device, in words.

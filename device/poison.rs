@@ -5,7 +5,7 @@
 //! With `init_on_free=1` or `page_poison=1` free pages hold a value that the kernel counts on, and
 //! a host that takes the memory away has to know it.
 //!
-//! Specification: clauses 5.5.3.1, Driver Requirements: Feature bits, and 5.5.6.6, Page Poison.
+//! Specification: clause 5.5.6.6, Page Poison.
 
 #![forbid(unsafe_code)]
 
@@ -29,23 +29,6 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
-
-/// Gives up what does not go together with the value of free pages.
-pub(crate) fn negotiate(features: &mut virtio::Features<'_>) {
-    if memory::free_page_value().is_none() {
-        features.clear(virtio_balloon::F_PAGE_POISON);
-    } else if !features.has(virtio_balloon::F_PAGE_POISON)
-        && features.has(virtio_balloon::F_REPORTING)
-    {
-        dev_info!(
-            features,
-            "free pages are not reported: the host cannot be told what they are initialised to\n"
-        );
-        features.clear(virtio_balloon::F_REPORTING);
-        // The number of their queue would not be sure.
-        features.clear(virtio_balloon::F_HOST_REQUESTS);
-    }
-}
 
 /// The value of free pages, of which the device is notified after each reset, before it is ready.
 pub(crate) struct Poison {
