@@ -39,7 +39,11 @@ use crate::{
         },
         feature::Probe,
         poison::Poison,
-        settings::Parameters, //
+        settings::{
+            Floor,
+            Parameters,
+            WireFormat, //
+        }, //
     },
     features::{
         hinting::feature::Hints,
@@ -57,6 +61,8 @@ use crate::{
     }, //
 };
 
+use kernel::prelude::*;
+
 /// The features of this driver.
 struct BalloonFeatures;
 
@@ -71,13 +77,13 @@ impl Features for BalloonFeatures {
         requests::feature::probe,
     ];
 
-    fn parameters() -> Parameters {
-        Parameters {
+    fn parameters() -> Result<Parameters> {
+        Ok(Parameters {
             inflate: module_parameters::inflate.value(),
-            encoding: module_parameters::encoding.value(),
+            wire_format: WireFormat::from_parameter(module_parameters::encoding.value())?,
             memory_blocks: module_parameters::memory_blocks.value(),
-            floor_mib: module_parameters::floor_mib.value(),
-        }
+            floor: Floor::from_parameter(module_parameters::floor_mib.value())?,
+        })
     }
 }
 

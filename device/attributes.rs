@@ -7,7 +7,8 @@
 use crate::{
     device::{
         announced::STOP_REASON,
-        bound::Bound, //
+        bound::Bound,
+        settings::Floor, //
     },
     rust::fs::sysfs::{
         attributes,
@@ -41,9 +42,8 @@ struct FloorMib;
 impl Attribute<Bound> for FloorMib {
     const NAME: &'static CStr = c"floor_mib";
     const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
-        let floor_mib = text.parse().ok().filter(|&floor_mib| floor_mib >= -1);
-        let floor_mib = floor_mib.ok_or(EINVAL)?;
-        bound.set(|settings| settings.set_floor_mib(floor_mib));
+        let floor = text.parse().ok().and_then(Floor::new).ok_or(EINVAL)?;
+        bound.set(|settings| settings.set_floor(floor));
         Ok(())
     });
     type Value = i32;

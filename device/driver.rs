@@ -37,7 +37,11 @@ pub(crate) trait Features {
     const PROBES: &'static [Probe];
 
     /// Returns the values of the module's parameters.
-    fn parameters() -> Parameters;
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if one has no legal value, which was logged.
+    fn parameters() -> Result<Parameters>;
 }
 
 /// The driver with the features `F`.
@@ -50,8 +54,9 @@ impl<F: Features> virtio::Driver for Driver<F> {
     const FEATURES: &'static [virtio::Feature] = &negotiation::FEATURES;
     const QUEUE_CALLBACKS: &'static [fn(&Bound)] = Bound::QUEUE_CALLBACKS;
 
-    fn init() {
+    fn init() -> Result {
         locks::init();
+        F::parameters().map(|_| ())
     }
 
     fn attributes() -> Option<&'static Attributes<Bound>> {
@@ -59,11 +64,11 @@ impl<F: Features> virtio::Driver for Driver<F> {
     }
 
     fn validate(features: &mut virtio::Features<'_>) -> Result {
-        negotiation::validate(features, &F::parameters())
+        negotiation::validate(features, &F::parameters()?)
     }
 
     fn probe(dev: &virtio::Device<Core<'_>>) -> impl PinInit<Bound, Error> {
-        Bound::probe(dev, F::parameters(), F::PROBES)
+        F::parameters().and_then(|parameters| Bound::probe(dev, parameters, F::PROBES))
     }
 
     fn ready(dev: &virtio::Device<Core<'_>>, bound: &Bound) {

@@ -95,7 +95,7 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
     // A report of several parts would need memory while free pages are isolated.
     features.clear(Feature::INDIRECT_DESC);
     validate_poison(features);
-    if parameters.forbids_page_sets() {
+    if !parameters.wire_format.has_page_sets() {
         features.clear(F_PAGE_SETS);
     }
     if !features.has(Feature::VERSION_1) {

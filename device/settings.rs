@@ -13,6 +13,7 @@ use crate::{
 
 use kernel::{
     page::PAGE_SHIFT,
+    prelude::*,
     sync::atomic::{
         Atomic,
         Relaxed, //
@@ -22,23 +23,78 @@ use kernel::{
 /// The module's parameters.
 pub(crate) struct Parameters {
     pub(crate) inflate: bool,
-    /// How pages are described: 0 in as few bytes as possible, or one of the constants below.
-    pub(crate) encoding: u8,
+    pub(crate) wire_format: WireFormat,
     pub(crate) memory_blocks: bool,
-    pub(crate) floor_mib: i32,
+    pub(crate) floor: Floor,
 }
 
-impl Parameters {
-    /// Page sets are ranges.
-    const RANGES: u8 = 1;
-    /// Page sets are bitmaps.
-    const BITMAPS: u8 = 2;
-    /// No page sets, but arrays of page frame numbers.
-    const PFNS: u8 = 3;
+/// How messages describe pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WireFormat {
+    /// As page sets, each in the encoding with fewer bytes.
+    Shortest,
+    /// As page sets that are ranges.
+    Ranges,
+    /// As page sets that are bitmaps.
+    Bitmaps,
+    /// As arrays of page frame numbers.
+    Pfns,
+}
 
-    /// Returns whether page sets are not to be negotiated.
-    pub(crate) fn forbids_page_sets(&self) -> bool {
-        self.encoding == Self::PFNS
+impl WireFormat {
+    /// Returns the format that the module parameter `encoding` stands for.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`, and a line in the log.
+    pub(crate) fn from_parameter(encoding: u8) -> Result<Self> {
+        match encoding {
+            0 => Ok(Self::Shortest),
+            1 => Ok(Self::Ranges),
+            2 => Ok(Self::Bitmaps),
+            3 => Ok(Self::Pfns),
+            _ => {
+                pr_err!("encoding={encoding}: give a number from 0 to 3\n");
+                Err(EINVAL)
+            }
+        }
+    }
+
+    /// Returns whether page sets may be negotiated.
+    pub(crate) fn has_page_sets(self) -> bool {
+        self != Self::Pfns
+    }
+
+    /// Returns the encoding that page sets must have, if there is one.
+    fn encoding(self) -> Option<Encoding> {
+        match self {
+            Self::Ranges => Some(Encoding::Ranges),
+            Self::Bitmaps => Some(Encoding::Bitmap),
+            Self::Shortest | Self::Pfns => None,
+        }
+    }
+}
+
+/// The available memory below which the balloon does not grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Floor(i32);
+
+impl Floor {
+    /// Returns a floor of `mib` MiB, or one that depends on the guest's memory if `mib` is -1.
+    pub(crate) fn new(mib: i32) -> Option<Self> {
+        (mib >= -1).then_some(Self(mib))
+    }
+
+    /// Returns the floor that the module parameter `floor_mib` stands for.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`, and a line in the log.
+    pub(crate) fn from_parameter(floor_mib: i32) -> Result<Self> {
+        Self::new(floor_mib).ok_or_else(|| {
+            pr_err!("floor_mib={floor_mib}: give a number of MiB, or -1\n");
+            EINVAL
+        })
     }
 }
 
@@ -54,14 +110,10 @@ impl Settings {
     /// Begins with what the module's parameters say.
     pub(crate) fn new(parameters: Parameters) -> Self {
         Self {
-            floor_mib: Atomic::new(parameters.floor_mib),
+            floor_mib: Atomic::new(parameters.floor.0),
             inflate: Atomic::new(parameters.inflate),
             memory_blocks: parameters.memory_blocks,
-            encoding: match parameters.encoding {
-                Parameters::RANGES => Some(Encoding::Ranges),
-                Parameters::BITMAPS => Some(Encoding::Bitmap),
-                _ => None,
-            },
+            encoding: parameters.wire_format.encoding(),
         }
     }
 
@@ -85,8 +137,8 @@ impl Settings {
     }
 
     /// Sets it.
-    pub(crate) fn set_floor_mib(&self, floor_mib: i32) {
-        self.floor_mib.store(floor_mib, Relaxed);
+    pub(crate) fn set_floor(&self, floor: Floor) {
+        self.floor_mib.store(floor.0, Relaxed);
     }
 
     /// Returns whether the balloon follows the target. If not it stays empty.

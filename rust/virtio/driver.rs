@@ -128,7 +128,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
     ) -> Result {
         let vdrv = vdrv.get().cast::<bindings::virtio_driver>();
 
-        T::init();
+        T::init()?;
         // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`, whose fields may be set on
         // initialization. `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
         unsafe {
@@ -331,7 +331,13 @@ pub(crate) trait Driver {
     const QUEUE_CALLBACKS: &'static [fn(&Self::Data)];
 
     /// Prepares what all devices share. Called once, before any of them is probed.
-    fn init() {}
+    ///
+    /// # Errors
+    ///
+    /// The driver is not registered.
+    fn init() -> Result {
+        Ok(())
+    }
 
     /// The attributes of a device that the driver is bound to, if there are any.
     fn attributes() -> Option<&'static Attributes<Self::Data>> {

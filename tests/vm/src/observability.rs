@@ -113,9 +113,29 @@ fn check_request(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// Checks that the module does not load with parameters that have no legal value, and says why.
+fn check_refused(setup: &Setup, guest: &Guest) -> Result<()> {
+    for (parameter, line) in [
+        ("encoding=4", "encoding=4: give a number from 0 to 3"),
+        ("floor_mib=-2", "floor_mib=-2: give a number of MiB, or -1"),
+    ] {
+        let mark = guest.console().mark()?;
+        ensure!(
+            guest.insmod(setup.driver, &[parameter]).is_err(),
+            "the module accepts {parameter}"
+        );
+        ensure!(
+            guest.console().count_since(mark, line)? > 0,
+            "'{line}' is not in the guest's log"
+        );
+    }
+    Ok(())
+}
+
 fn attributes(setup: &Setup) -> Result<()> {
     let size = Size::mib(100);
     vm::run(&setup.config(), |guest| {
+        check_refused(setup, guest)?;
         guest.insmod(setup.driver, &["floor_mib=64"])?;
         let device = device(guest, setup.driver)?;
         let path = |name: &str| format!("/sys/bus/virtio/devices/{device}/balloon/{name}");
