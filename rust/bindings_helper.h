@@ -16,22 +16,27 @@
 #include "helpers.c"
 #include "trace.h"
 
-#define GFP_TRY (__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
+/* What Batch::alloc() allocates for the balloon. */
+#define GFP_BALLOON (__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
 
-/* Order-0 balloon pages can be moved, if the kernel is built for it. */
+/* Order-0 pages of the balloon can be moved, if the kernel is built for it. */
 #ifdef CONFIG_BALLOON_MIGRATION
-#define GFP_BALLOON (GFP_HIGHUSER_MOVABLE | GFP_TRY)
+#define GFP_BALLOON_SINGLES (GFP_HIGHUSER_MOVABLE | GFP_BALLOON)
 #else
-#define GFP_BALLOON (GFP_HIGHUSER | GFP_TRY)
+#define GFP_BALLOON_SINGLES (GFP_HIGHUSER | GFP_BALLOON)
 #endif
 
-/* See Batch::alloc() for the first four, PageRun::alloc() and drain_free_lists(). */
-const gfp_t RUST_CONST_HELPER_GFP_WHOLE_BLOCK = (GFP_HIGHUSER | GFP_TRY) & ~__GFP_RECLAIM;
-const gfp_t RUST_CONST_HELPER_GFP_SPLIT_BLOCK = GFP_BALLOON & ~__GFP_RECLAIM;
-const gfp_t RUST_CONST_HELPER_GFP_SPLIT_SMALL_BLOCK = GFP_BALLOON & ~__GFP_DIRECT_RECLAIM;
-const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON;
-const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = GFP_TRY;
-const gfp_t RUST_CONST_HELPER_GFP_DRAIN = GFP_TRY | __GFP_THISNODE;
+const gfp_t RUST_CONST_HELPER_GFP_WHOLE_BLOCK = (GFP_HIGHUSER | GFP_BALLOON) & ~__GFP_RECLAIM;
+const gfp_t RUST_CONST_HELPER_GFP_SPLIT_BLOCK = GFP_BALLOON_SINGLES & ~__GFP_RECLAIM;
+const gfp_t RUST_CONST_HELPER_GFP_SPLIT_SMALL_BLOCK = GFP_BALLOON_SINGLES & ~__GFP_DIRECT_RECLAIM;
+const gfp_t RUST_CONST_HELPER_GFP_BALLOON_PAGE = GFP_BALLOON_SINGLES;
+
+/* What PageRun::alloc() allocates for hints: no reclaim, since OOM notifiers wait for it. */
+const gfp_t RUST_CONST_HELPER_GFP_HINT_BLOCK = __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+
+/* What drain_free_lists() allocates, and frees at once. */
+const gfp_t RUST_CONST_HELPER_GFP_DRAIN =
+	__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC | __GFP_THISNODE;
 
 /* Where these lie in struct page: bindgen's names for the unions around them are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);

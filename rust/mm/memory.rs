@@ -191,14 +191,21 @@ pub(crate) fn is_crash_kernel() -> bool {
     bindings::is_kdump_kernel()
 }
 
-/// Returns whether the kernel writes to all memory that it allocates (`init_on_alloc=1`): the host
-/// has to have it all first, and it takes much longer.
+/// Returns whether the kernel zeroes what it allocates for the balloon and for hints
+/// (`init_on_alloc=1`): the host has to have all of it first, and it takes much longer.
 pub(crate) fn is_zeroed_on_allocation() -> bool {
+    // Flags may ask for zeroes, too.
+    const FLAGS: bindings::gfp_t = bindings::GFP_WHOLE_BLOCK
+        | bindings::GFP_SPLIT_BLOCK
+        | bindings::GFP_SPLIT_SMALL_BLOCK
+        | bindings::GFP_BALLOON_PAGE
+        | bindings::GFP_HINT_BLOCK;
+
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     if ZEROES_ON_ALLOCATION.load(Relaxed) {
         return true;
     }
-    bindings::want_init_on_alloc(0)
+    bindings::want_init_on_alloc(FLAGS)
 }
 
 /// What the driver takes a kernel for, for as long as this exists.
