@@ -145,8 +145,8 @@ pub(crate) fn collect(
     }
 }
 
-/// What takes pages out of a balloon, but for those that the device may not know of yet.
-struct Taker<'a> {
+/// Takes pages out of a balloon, except those that the device may not know of yet.
+struct Dequeue<'a> {
     balloon: &'a BalloonPages<PendingMigrations>,
     still: &'a MigrationGuard<'a>,
     /// Whether only nodes that are short of memory get some.
@@ -155,7 +155,7 @@ struct Taker<'a> {
     unknown: PageList,
 }
 
-impl Taker<'_> {
+impl Dequeue<'_> {
     /// Like [`BalloonPages::take`].
     fn take(&mut self, max: usize, max_blocks: usize) -> PageList {
         loop {
@@ -191,7 +191,7 @@ pub(crate) fn release(
         Reason::Target | Reason::GoingOffline => terms.notify_first(),
         Reason::OutOfMemory => terms.notify_first_out_of_memory(),
     };
-    let mut taker = Taker {
+    let mut dequeue = Dequeue {
         balloon,
         still,
         where_needed: matches!(reason, Reason::OutOfMemory),
@@ -203,17 +203,17 @@ pub(crate) fn release(
         let some = wanted - released;
 
         match if notify_first {
-            gather(deflate, &mut taker, batch, some);
+            gather(deflate, &mut dequeue, batch, some);
             tell(deflate, balloon, batch)
         } else {
-            free_first(deflate, &mut taker, some)
+            free_first(deflate, &mut dequeue, some)
         } {
             0 => break,
             n => released += n,
         }
     }
 
-    balloon.insert(taker.unknown);
+    balloon.insert(dequeue.unknown);
     trace(deflate, released, reason);
     released
 }
@@ -269,9 +269,9 @@ pub(crate) fn is_answered(
 }
 
 /// Frees some pages, up to `wanted`, before the device has been told.
-fn free_first(deflate: &SpinLock<Deflate>, taker: &mut Taker<'_>, wanted: usize) -> usize {
+fn free_first(deflate: &SpinLock<Deflate>, dequeue: &mut Dequeue<'_>, wanted: usize) -> usize {
     // All of them are noted under one hold of the lock.
-    let mut pages = taker.take(wanted.min(1 << MAX_ORDER), usize::MAX);
+    let mut pages = dequeue.take(wanted.min(1 << MAX_ORDER), usize::MAX);
     let taken = pages.len();
 
     // What is noted in pages has to be freed page by page.
@@ -281,18 +281,23 @@ fn free_first(deflate: &SpinLock<Deflate>, taker: &mut Taker<'_>, wanted: usize)
 }
 
 /// Fills `batch` with up to `wanted` pages, if the device can be told of them.
-fn gather(deflate: &SpinLock<Deflate>, taker: &mut Taker<'_>, batch: &mut Batch, wanted: usize) {
+fn gather(
+    deflate: &SpinLock<Deflate>,
+    dequeue: &mut Dequeue<'_>,
+    batch: &mut Batch,
+    wanted: usize,
+) {
     let blocks = deflate.lock().queue.room_for_blocks();
 
     while batch.pages() < wanted && batch.blocks() < blocks.min(BLOCKS_PER_BATCH) {
-        let mut pages = taker.take(wanted - batch.pages(), blocks - batch.blocks());
+        let mut pages = dequeue.take(wanted - batch.pages(), blocks - batch.blocks());
         if pages.is_empty() {
             break;
         }
 
         batch.add(&mut pages);
         if !pages.is_empty() {
-            taker.balloon.insert(pages);
+            dequeue.balloon.insert(pages);
             break;
         }
     }
