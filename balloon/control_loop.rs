@@ -117,8 +117,8 @@ impl Balloon {
         let has_answered = mem::replace(&mut worker.answered, answered) != answered;
         // One look at the clock: the processor may be taken away for longer than a response counts.
         let now = self.start.elapsed().as_millis();
-        let interrupted = self.interrupted.xchg(false, Relaxed);
-        let is_alive = worker.liveness.note(now, has_answered, interrupted);
+        let just_used = self.just_used.xchg(false, Relaxed);
+        let is_alive = worker.liveness.note(now, has_answered, just_used);
 
         // A configuration change has other reasons, too, such as hints.
         let target = self.read_target(worker)?;

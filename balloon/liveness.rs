@@ -29,19 +29,19 @@ impl Liveness {
         }
     }
 
-    /// Notes at `now` whether the device has used buffers since the last call, and whether it has
-    /// interrupted. Returns whether the device has just responded.
+    /// Notes at `now` whether the device has used buffers since the last call, and whether it is known
+    /// to have used some just now. Returns whether the device has just responded.
     ///
-    /// Without an interrupt, the device may have used the buffers long ago and have ended since. If the last
-    /// call was a moment ago, it has used them since then. Their interrupt may still come, but the kernel
-    /// ignores an interrupt when no used buffers are left. An OOM notifier that has waited for them may say
-    /// so after they were found.
-    pub(crate) fn note(&mut self, now: i64, answered: bool, interrupted: bool) -> bool {
+    /// If that is not known, the device may have used the buffers long ago and have ended since. If the
+    /// last call was a moment ago, it has used them since then. Their interrupt may still come, but the
+    /// kernel ignores an interrupt when no used buffers are left. An OOM notifier that has waited for them
+    /// may say so after they were found.
+    pub(crate) fn note(&mut self, now: i64, answered: bool, just_used: bool) -> bool {
         let recent = i64::from(timeouts::ALIVE);
         let is_recent = |at: Option<i64>| at.is_some_and(|at| now.saturating_sub(at) < recent);
 
         let found = if answered { Some(now) } else { self.found };
-        if interrupted && is_recent(found) || answered && is_recent(self.looked) {
+        if just_used && is_recent(found) || answered && is_recent(self.looked) {
             self.alive = Some(now);
         }
         self.found = found;

@@ -120,8 +120,8 @@ pub(crate) struct Balloon {
     /// For how long OOM notifiers wait for the device, where it must be notified first.
     pub(super) oom_timeout: StallTimeout,
 
-    /// Set by the device's interrupt for used buffers, and where the driver has just seen used buffers.
-    pub(super) interrupted: Atomic<bool>,
+    /// Set when the device has just used buffers, by its interrupt or by the task that finds them.
+    pub(super) just_used: Atomic<bool>,
 
     /// Set when the device has changed its configuration space, and the target was not read since.
     pub(super) target_changed: Atomic<bool>,
@@ -255,7 +255,7 @@ impl Balloon {
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
             oom_timeout: StallTimeout::new(timeouts::OOM),
-            interrupted: Atomic::new(false),
+            just_used: Atomic::new(false),
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
             given_for_oom: Atomic::new(0),
@@ -291,7 +291,7 @@ impl Balloon {
 
     /// Says that the device has just used buffers.
     pub(crate) fn queue_used(&self) {
-        self.interrupted.store(true, Relaxed);
+        self.just_used.store(true, Relaxed);
         self.oom_timeout.progress();
     }
 
