@@ -86,7 +86,7 @@ impl Inner {
     fn new(queue: StatsQueue) -> Result<Self> {
         Ok(Self {
             queue,
-            buffer: Some(KVec::with_capacity(stat::KINDS, GFP_KERNEL)?),
+            buffer: Some(new_buffer()?),
         })
     }
 }
@@ -178,34 +178,46 @@ impl Job for Stats {
     }
 }
 
+/// Returns the value of a statistic, if this kernel counts it.
+type Value = fn(&Info) -> Option<u64>;
+
+/// What the driver sends: statistics with their tags.
+const STATISTICS: &[(u16, Value)] = &[
+    (stat::SWAP_IN, |info| info.swapped_in),
+    (stat::SWAP_OUT, |info| info.swapped_out),
+    (stat::MAJFLT, |info| info.major_faults),
+    (stat::MINFLT, |info| info.faults),
+    (stat::MEMFREE, |info| Some(info.free)),
+    (stat::MEMTOT, |info| Some(info.total)),
+    (stat::AVAIL, |info| Some(info.available)),
+    (stat::CACHES, |info| Some(info.caches)),
+    (stat::HTLB_PGALLOC, |info| info.hugetlb_allocations),
+    (stat::HTLB_PGFAIL, |info| info.hugetlb_failures),
+    (stat::OOM_KILL, |info| info.oom_kills),
+    (stat::ALLOC_STALL, |info| info.allocation_stalls),
+    (stat::ASYNC_SCAN, |info| Some(info.async_scanned)),
+    (stat::DIRECT_SCAN, |info| Some(info.direct_scanned)),
+    (stat::ASYNC_RECLAIM, |info| Some(info.async_reclaimed)),
+    (stat::DIRECT_RECLAIM, |info| Some(info.direct_reclaimed)),
+];
+
+/// Returns an empty buffer with room for all statistics.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+pub(crate) fn new_buffer() -> Result<KVec<Stat>> {
+    Ok(KVec::with_capacity(STATISTICS.len(), GFP_KERNEL)?)
+}
+
 /// Fills `buffer` with the numbers in `info`: always the same ones, in the same order. What this
 /// kernel does not count is left out.
 pub(crate) fn collect(buffer: &mut KVec<Stat>, info: &Info, order: ByteOrder) {
-    let events = info.has_events;
-    let hugetlb = info.has_hugetlb;
-
     buffer.clear();
-    for (is_counted, tag, value) in [
-        (events, stat::SWAP_IN, info.swapped_in),
-        (events, stat::SWAP_OUT, info.swapped_out),
-        (events, stat::MAJFLT, info.major_faults),
-        (events, stat::MINFLT, info.faults),
-        (true, stat::MEMFREE, info.free),
-        (true, stat::MEMTOT, info.total),
-        (true, stat::AVAIL, info.available),
-        (true, stat::CACHES, info.caches),
-        (hugetlb, stat::HTLB_PGALLOC, info.hugetlb_allocations),
-        (hugetlb, stat::HTLB_PGFAIL, info.hugetlb_failures),
-        (events, stat::OOM_KILL, info.oom_kills),
-        (events, stat::ALLOC_STALL, info.allocation_stalls),
-        (true, stat::ASYNC_SCAN, info.async_scanned),
-        (true, stat::DIRECT_SCAN, info.direct_scanned),
-        (true, stat::ASYNC_RECLAIM, info.async_reclaimed),
-        (true, stat::DIRECT_RECLAIM, info.direct_reclaimed),
-    ] {
-        if is_counted {
-            // There is room for one of each kind.
-            let _ = buffer.push_within_capacity(Stat::new(tag, value, order));
+    for (tag, value) in STATISTICS {
+        if let Some(value) = value(info) {
+            // By `new_buffer` there is room.
+            let _ = buffer.push_within_capacity(Stat::new(*tag, value, order));
         }
     }
 }

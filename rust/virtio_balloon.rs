@@ -200,8 +200,9 @@ unsafe impl AsBytes for Stat {}
 pub(crate) mod stat {
     use super::bindings;
 
-    /// How many kinds of statistics there are.
-    pub(crate) const KINDS: usize = bindings::VIRTIO_BALLOON_S_NR as usize;
+    /// The first tag that is not the kernel's: its header has all below.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) const END: u16 = bindings::VIRTIO_BALLOON_S_NR as u16;
 
     /// Memory swapped in, since the guest booted.
     pub(crate) const SWAP_IN: u16 = bindings::VIRTIO_BALLOON_S_SWAP_IN as u16;

@@ -12,28 +12,25 @@ use crate::rust::{
 use kernel::page::PAGE_SHIFT;
 
 /// The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it
-/// booted.
+/// booted. `None` is what this kernel does not count.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Info {
     pub(crate) free: u64,
     pub(crate) total: u64,
     pub(crate) available: u64,
     pub(crate) caches: u64,
-    pub(crate) swapped_in: u64,
-    pub(crate) swapped_out: u64,
-    pub(crate) major_faults: u64,
-    pub(crate) faults: u64,
-    pub(crate) hugetlb_allocations: u64,
-    pub(crate) hugetlb_failures: u64,
-    pub(crate) oom_kills: u64,
-    pub(crate) allocation_stalls: u64,
+    pub(crate) swapped_in: Option<u64>,
+    pub(crate) swapped_out: Option<u64>,
+    pub(crate) major_faults: Option<u64>,
+    pub(crate) faults: Option<u64>,
+    pub(crate) hugetlb_allocations: Option<u64>,
+    pub(crate) hugetlb_failures: Option<u64>,
+    pub(crate) oom_kills: Option<u64>,
+    pub(crate) allocation_stalls: Option<u64>,
     pub(crate) async_scanned: u64,
     pub(crate) direct_scanned: u64,
     pub(crate) async_reclaimed: u64,
     pub(crate) direct_reclaimed: u64,
-    /// Whether this kernel counts events, and those of huge pages.
-    pub(crate) has_events: bool,
-    pub(crate) has_hugetlb: bool,
 }
 
 fn bytes(pages: usize) -> u64 {
@@ -80,27 +77,25 @@ impl Info {
         // SAFETY: The function writes as many numbers as there are.
         unsafe { bindings::all_vm_events(counts.as_mut_ptr()) };
 
-        let count = |event: bindings::vm_event_item| {
-            counts.get(event as usize).map_or(0, |&count| count as u64)
-        };
+        let count = |event: bindings::vm_event_item| Some(*counts.get(event as usize)? as u64);
         let stalls = counts.iter().skip(FIRST_STALL);
 
         Self {
-            swapped_in: count(bindings::vm_event_item_PSWPIN) << PAGE_SHIFT,
-            swapped_out: count(bindings::vm_event_item_PSWPOUT) << PAGE_SHIFT,
+            swapped_in: count(bindings::vm_event_item_PSWPIN).map(|pages| pages << PAGE_SHIFT),
+            swapped_out: count(bindings::vm_event_item_PSWPOUT).map(|pages| pages << PAGE_SHIFT),
             major_faults: count(bindings::vm_event_item_PGMAJFAULT),
             faults: count(bindings::vm_event_item_PGFAULT),
             oom_kills: count(bindings::vm_event_item_OOM_KILL),
-            allocation_stalls: stalls
-                .take(bindings::MAX_NR_ZONES as usize)
-                .map(|&count| count as u64)
-                .sum(),
+            allocation_stalls: Some(
+                stalls
+                    .take(bindings::MAX_NR_ZONES as usize)
+                    .map(|&count| count as u64)
+                    .sum(),
+            ),
             #[cfg(CONFIG_HUGETLB_PAGE)]
             hugetlb_allocations: count(bindings::vm_event_item_HTLB_BUDDY_PGALLOC),
             #[cfg(CONFIG_HUGETLB_PAGE)]
             hugetlb_failures: count(bindings::vm_event_item_HTLB_BUDDY_PGALLOC_FAIL),
-            has_events: true,
-            has_hugetlb: cfg!(CONFIG_HUGETLB_PAGE),
             ..Self::default()
         }
     }
