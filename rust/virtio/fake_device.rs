@@ -213,10 +213,10 @@ impl FakeDevice {
         }
     }
 
-    /// Calls a function of the virtio core, which must be one for any registered device.
-    fn call<R>(&self, f: unsafe extern "C" fn(*mut bindings::virtio_device) -> R) -> R {
-        // SAFETY: By the type invariants the device is registered.
-        unsafe { f(&raw mut (*self.inner.as_ptr()).vdev) }
+    /// Returns the device as the virtio core sees it. By the type invariants it is registered.
+    fn vdev(&self) -> *mut bindings::virtio_device {
+        // SAFETY: By the type invariants.
+        unsafe { &raw mut (*self.inner.as_ptr()).vdev }
     }
 
     fn inner(&self) -> &Inner {
@@ -235,8 +235,8 @@ impl FakeDevice {
 
     /// Returns whether `feature` was negotiated.
     pub(crate) fn has_feature(&self, feature: Feature) -> bool {
-        // SAFETY: By the type invariants the device is valid.
-        let features = unsafe { *features_of(&raw mut (*self.inner.as_ptr()).vdev) };
+        // SAFETY: The device is registered.
+        let features = unsafe { *features_of(self.vdev()) };
 
         features & feature.mask() != 0
     }
@@ -255,7 +255,8 @@ impl FakeDevice {
             cell.store(value.to_le(), Relaxed);
         }
 
-        self.call(bindings::virtio_config_changed);
+        // SAFETY: The device is registered.
+        unsafe { bindings::virtio_config_changed(self.vdev()) };
     }
 
     /// Has reads of the configuration space fail from now on, or not any more. As with transports
@@ -302,7 +303,8 @@ impl FakeDevice {
     /// Has the driver leave the device, as if the system were about to sleep.
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn freeze(&self) -> Result {
-        to_result(self.call(bindings::virtio_device_freeze))
+        // SAFETY: The device is registered.
+        to_result(unsafe { bindings::virtio_device_freeze(self.vdev()) })
     }
 
     /// Has the driver go on with the device after that, with queues of `queue_size` entries (a power
@@ -310,8 +312,8 @@ impl FakeDevice {
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn restore(&self, queue_size: u32) -> Result {
         self.inner().queue_size.store(queue_size, Relaxed);
-        // If the device is not frozen the driver's callback fails.
-        to_result(self.call(bindings::virtio_device_restore))
+        // SAFETY: The device is registered. If it is not frozen the driver's callback fails.
+        to_result(unsafe { bindings::virtio_device_restore(self.vdev()) })
     }
 
     /// Takes the next message off queue `index`, if there is one.
@@ -425,20 +427,26 @@ impl FakeDevice {
 
 impl Drop for FakeDevice {
     fn drop(&mut self) {
-        self.call(bindings::unregister_virtio_device);
+        // SAFETY: The device is registered. Nothing uses it any more.
+        unsafe { bindings::unregister_virtio_device(self.vdev()) };
     }
 }
 
-/// Returns the device that `vdev` is a part of, for callbacks of the virtio core.
-fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
-    // SAFETY: The core passes a device that `new` has registered, which is what its `Inner` begins
-    // with.
+/// Returns the device that `vdev` is a part of.
+///
+/// # Safety
+///
+/// [`FakeDevice::new`] must have registered `vdev`, which must not be released for `'a`.
+unsafe fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
+    // SAFETY: By the requirements of this function. `Inner` begins with its `vdev`.
     unsafe { &*vdev.cast() }
 }
 
-extern "C" fn release(dev: *mut bindings::device) {
-    // SAFETY: The device is the one in an `Inner` that was allocated in `new`, and nobody uses it
-    // any more.
+/// # Safety
+///
+/// Only for the driver core, which calls it with the device in an [`Inner`] that nothing uses any more.
+unsafe extern "C" fn release(dev: *mut bindings::device) {
+    // SAFETY: By the requirements of this function. `FakeDevice::new` has allocated the `Inner`.
     drop(unsafe {
         let vdev = container_of!(dev, bindings::virtio_device, dev);
 
@@ -446,13 +454,17 @@ extern "C" fn release(dev: *mut bindings::device) {
     });
 }
 
-extern "C" fn get(
+/// # Safety
+///
+/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered,
+/// and a buffer of `len` bytes.
+unsafe extern "C" fn get(
     vdev: *mut bindings::virtio_device,
     offset: c_uint,
     buf: *mut c_void,
     len: c_uint,
 ) {
-    // SAFETY: The virtio core passes the device and a buffer of this length.
+    // SAFETY: By the requirements of this function.
     unsafe {
         let inner = inner(vdev);
         inner.reads.add(1, Relaxed);
@@ -472,7 +484,11 @@ extern "C" fn get(
     }
 }
 
-extern "C" fn set(
+/// # Safety
+///
+/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered,
+/// and a buffer of `len` bytes.
+unsafe extern "C" fn set(
     vdev: *mut bindings::virtio_device,
     offset: c_uint,
     buf: *const c_void,
@@ -480,7 +496,7 @@ extern "C" fn set(
 ) {
     let mut value = 0u32;
 
-    // SAFETY: The virtio core passes the device and a buffer of this length.
+    // SAFETY: By the requirements of this function.
     unsafe {
         ptr::copy_nonoverlapping(buf, (&raw mut value).cast(), (len as usize).min(4));
         inner(vdev).writes.add(1, Relaxed);
@@ -490,27 +506,45 @@ extern "C" fn set(
     }
 }
 
-extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
+/// # Safety
+///
+/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered.
+unsafe extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
+    // SAFETY: By the requirements of this function.
+    let inner = unsafe { inner(vdev) };
+
     // CAST: Only bytes are stored.
-    inner(vdev).status.load(Relaxed) as u8
+    inner.status.load(Relaxed) as u8
 }
 
-extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
-    inner(vdev).status.store(status.into(), Relaxed);
+/// # Safety
+///
+/// As for [`get_status`].
+unsafe extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
+    // SAFETY: By the requirements of this function.
+    unsafe { inner(vdev) }.status.store(status.into(), Relaxed);
 }
 
-extern "C" fn reset(vdev: *mut bindings::virtio_device) {
-    inner(vdev).status.store(0, Relaxed);
+/// # Safety
+///
+/// As for [`get_status`].
+unsafe extern "C" fn reset(vdev: *mut bindings::virtio_device) {
+    // SAFETY: By the requirements of this function.
+    unsafe { inner(vdev) }.status.store(0, Relaxed);
 }
 
-extern "C" fn find_vqs(
+/// # Safety
+///
+/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered,
+/// and arrays of `nvqs` entries.
+unsafe extern "C" fn find_vqs(
     vdev: *mut bindings::virtio_device,
     nvqs: c_uint,
     vqs: *mut *mut bindings::virtqueue,
     infos: *mut bindings::virtqueue_info,
     _affinity: *mut bindings::irq_affinity,
 ) -> c_int {
-    // SAFETY: The virtio core passes the device, and arrays of `nvqs` entries.
+    // SAFETY: By the requirements of this function.
     unsafe {
         // Queues without a name do not count: this is how all transports number them.
         let mut queues = inner(vdev).queues.iter().zip(0..);
@@ -554,8 +588,11 @@ extern "C" fn find_vqs(
     0
 }
 
-extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
-    // SAFETY: The virtio core passes the device, the queues of which are not used any more.
+/// # Safety
+///
+/// As for [`get_status`]. The queues must not be used any more.
+unsafe extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
+    // SAFETY: By the requirements of this function.
     unsafe {
         for queue in &inner(vdev).queues {
             let vq = queue.vq.xchg(ptr::null_mut(), Relaxed);
@@ -567,12 +604,19 @@ extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
     }
 }
 
-extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
-    inner(vdev).offered
+/// # Safety
+///
+/// As for [`get_status`].
+unsafe extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
+    // SAFETY: By the requirements of this function.
+    unsafe { inner(vdev) }.offered
 }
 
-extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
-    // SAFETY: The virtio core passes the device.
+/// # Safety
+///
+/// As for [`get_status`].
+unsafe extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
+    // SAFETY: By the requirements of this function.
     unsafe {
         // No other driver can do anything with the device.
         if (*vdev).id.device != bindings::VIRTIO_ID_BALLOON {
@@ -583,8 +627,12 @@ extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
     0
 }
 
-extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
-    // SAFETY: The virtio core passes a queue of the device.
+/// # Safety
+///
+/// Only for the virtio core, which calls it with a queue of a device that [`FakeDevice::new`] has
+/// registered.
+unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
+    // SAFETY: By the requirements of this function.
     unsafe {
         let inner = inner((*vq).vdev);
 
