@@ -137,7 +137,7 @@ impl Feature for BalloonFeature {
 
     fn quiesce(&self, why: Quiesce) -> Result {
         match why {
-            Quiesce::Reset => quiesce::teardown(&self.task),
+            Quiesce::Reset { begin } => quiesce::teardown(&self.task, begin),
             Quiesce::Shutdown => {
                 quiesce::shut_down(&self.task);
                 Ok(())

@@ -29,13 +29,13 @@ use kernel::{
 /// Stops the task, deflates the balloon and notifies the device, for as long as the device makes
 /// progress. For when the device is about to be reset.
 ///
-/// Waits at most [`timeouts::UNRESPONSIVE`] for progress, and [`timeouts::TEARDOWN`] in all. What
-/// remains in the balloon after that is freed when it is dropped.
+/// Waits at most [`timeouts::UNRESPONSIVE`] for progress, and until [`timeouts::TEARDOWN`] after
+/// `begin` in all. What remains in the balloon after that is freed when it is dropped.
 ///
 /// # Errors
 ///
 /// `ETIMEDOUT` if the device did not respond in time.
-pub(super) fn teardown(task: &Task<Balloon>) -> Result {
+pub(super) fn teardown(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     // The caller does the task's work from here on. While the system suspends, the task would
     // not run.
     task.stop();
@@ -44,7 +44,7 @@ pub(super) fn teardown(task: &Task<Balloon>) -> Result {
         taker.leave();
     }
 
-    let mut result = deflate_all(task);
+    let mut result = deflate_all(task, begin);
 
     // A report of free pages was not answered either.
     if task.worker.lock().inflate.queue.is_reset() {
@@ -56,10 +56,9 @@ pub(super) fn teardown(task: &Task<Balloon>) -> Result {
 }
 
 /// Does the task's work until the balloon is empty and the device has acknowledged all messages.
-fn deflate_all(task: &Task<Balloon>) -> Result {
+fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     let mut worker = task.worker.lock();
-    let start = Instant::<Monotonic>::now();
-    worker.progress = start;
+    worker.progress = Instant::now();
 
     while let Ok(again) = task.advance(&mut worker) {
         if task.pages.len() == 0
@@ -70,7 +69,7 @@ fn deflate_all(task: &Task<Balloon>) -> Result {
         }
 
         if worker.progress.elapsed() > timeouts::UNRESPONSIVE
-            || start.elapsed() > timeouts::TEARDOWN
+            || begin.elapsed() > timeouts::TEARDOWN
         {
             dev_warn!(
                 task.dev,

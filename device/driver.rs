@@ -25,7 +25,8 @@ use crate::{
 use core::marker::PhantomData;
 use kernel::{
     device::Core,
-    prelude::*, //
+    prelude::*,
+    time::Instant, //
 };
 
 /// What the driver is made of.
@@ -80,13 +81,15 @@ impl<F: Features> virtio::Driver for Driver<F> {
     }
 
     fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        bound.quiesce(Quiesce::Reset);
+        let begin = Instant::now();
+
+        bound.quiesce(Quiesce::Reset { begin });
     }
 
     /// As if the driver were unbound: the host need not keep what it knows of the balloon, and an
     /// image on the disk must not lack memory.
-    fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        bound.quiesce(Quiesce::Reset);
+    fn freeze(dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+        Self::unbind(dev, bound);
     }
 
     fn frozen(bound: &Bound) {

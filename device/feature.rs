@@ -29,14 +29,22 @@ use crate::{
 use kernel::{
     device::Core,
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
 };
 
 /// Why a feature is quiesced.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Quiesce {
-    /// The device will be reset: the driver is unbound, or the system suspends.
-    Reset,
+    /// The device will be reset: the driver is unbound, or the system suspends. All features have
+    /// [`timeouts::TEARDOWN`](crate::device::timeouts::TEARDOWN) from `begin` on together.
+    Reset {
+        /// When the first feature was called.
+        begin: Instant<Monotonic>,
+    },
     /// The system shuts down. Memory need not go back to the page allocator.
     Shutdown,
 }

@@ -16,8 +16,12 @@ use kernel::time::{
 /// system may suspend, and page migration is refused.
 pub(crate) const UNRESPONSIVE: Delta = Delta::from_millis(2_000);
 
-/// How long teardown takes at most, for a device that makes progress. Messages that it has not
+/// How long teardown takes at most, for a device that makes progress: from the first feature on that
+/// is quiesced, memory blocks included that its tasks still take. Messages that the device has not
 /// acknowledged by then are discarded by the reset that follows.
+///
+/// A memory block is not left half taken. So a feature that comes after the balloon may add
+/// [`OFFLINE`], and the time that the kernel has to bring blocks online.
 pub(crate) const TEARDOWN: Delta = Delta::from_millis(10_000);
 
 /// The interval at which progress is polled during teardown.

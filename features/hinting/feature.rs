@@ -105,7 +105,7 @@ impl Feature for Hints {
         match (&task.taker, why) {
             (Some(taker), Quiesce::Shutdown) => taker.stop(),
             (None, Quiesce::Shutdown) => (),
-            (taker, Quiesce::Reset) => {
+            (taker, Quiesce::Reset { .. }) => {
                 task.worker.lock().free_pending();
                 task.release();
                 taker.iter().for_each(|taker| taker.leave());

@@ -110,7 +110,7 @@ impl Feature for Task<HostRequests> {
         match (&self.taker, why) {
             (Some(taker), Quiesce::Shutdown) => taker.stop(),
             (None, Quiesce::Shutdown) => (),
-            (taker, Quiesce::Reset) => {
+            (taker, Quiesce::Reset { .. }) => {
                 taker.iter().for_each(|taker| taker.leave());
                 self.inner.lock().open.clear();
                 self.counters.open.store(0, Relaxed);
