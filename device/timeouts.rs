@@ -2,8 +2,9 @@
 
 //! How long the driver waits, and how often it looks.
 //!
-//! Two limits are in `rust/mm/`, next to what the kernel does in that time: `memory_block` brings blocks online,
-//! and `page_reporting` looks for a report that the device has not interrupted for.
+//! Three limits are in `rust/mm/`, next to what the kernel does in that time: `memory_block` brings blocks online,
+//! `balloon_pages` waits for page migration, and `page_reporting` looks for a report that the device has not
+//! interrupted for.
 
 #![forbid(unsafe_code)]
 

@@ -111,7 +111,7 @@ impl HostRequests {
         let spent = self.spent.clone();
         let waker = self.waker.clone();
 
-        Some(Thread::start(c"balloon_rs_drop", waker, move || {
+        Some(Thread::start(c"balloon_rs_drop", Some(waker), move || {
             let start = Instant::<Monotonic>::now();
             let outcome = dropping.drop_caches(caches.pages, caches.slab);
 

@@ -2,28 +2,45 @@
 
 //! The pages in the balloon.
 
-use crate::rust::mm::{
-    node::Node,
-    node_pages::{
-        ByOrder,
-        NodePages, //
+use crate::rust::{
+    mm::{
+        node::Node,
+        node_pages::{
+            ByOrder,
+            NodePages, //
+        },
+        page::MAX_ORDER,
+        page_list::PageList,
+        replace::MigratePage, //
     },
-    page::MAX_ORDER,
-    page_list::PageList,
-    replace::MigratePage, //
+    work::{
+        poll,
+        thread::Thread, //
+    }, //
 };
 
-use core::ops::Range;
+use core::{
+    mem,
+    ops::Range, //
+};
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    time::Delta, //
 };
 
 /// How many pages (kernel pages) leave a node before it is decided again which node is next: 64 MiB.
 const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
 
+/// How long dropping a balloon waits for pages that are isolated for page migration.
+const MIGRATION_PATIENCE: Delta = Delta::from_millis(2_000);
+
 /// Pages in the balloon, by the nodes that they are on.
+///
+/// Dropping it frees the pages. The kernel isolates some of them for page migration together with pages
+/// of others, and returns all at the end: as late as when a disk has written one of the others. A
+/// thread waits for that if it takes longer than [`MIGRATION_PATIENCE`].
 ///
 /// # Invariants
 ///
@@ -149,5 +166,28 @@ impl<R: MigratePage> BalloonPages<R> {
             pages.take_blocks(there, &mut taken);
         }
         taken
+    }
+}
+
+impl<R: MigratePage> Drop for BalloonPages<R> {
+    fn drop(&mut self) {
+        let mut nodes = mem::replace(&mut self.nodes, KVec::new());
+
+        let freed = poll::within(MIGRATION_PATIENCE, || {
+            nodes.retain(|node| !node.free());
+            nodes.is_empty().then_some(())
+        });
+        if freed.is_some() {
+            return;
+        }
+        pr_info!(
+            "page migration holds pages of a balloon that has ended: a thread waits for them\n"
+        );
+        // Without a thread, such as while the module is unloaded, the pages are waited for here.
+        let thread = Thread::start(c"balloon_rs_pages", None, move || {
+            drop(nodes);
+            Ok(())
+        });
+        drop(thread);
     }
 }

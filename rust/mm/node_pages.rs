@@ -354,6 +354,14 @@ impl<R: MigratePage> NodePages<R> {
         pages
     }
 
+    /// Frees all pages, except those that are isolated for page migration. Returns whether there are
+    /// none of these.
+    pub(super) fn free(&self) -> bool {
+        while !self.take(usize::MAX, usize::MAX).is_empty() {}
+
+        self.len() == 0
+    }
+
     /// Makes single pages of a block, if there is one. They stay in the balloon.
     fn split_block(&self) -> bool {
         let Some(block) = self.pop_block(usize::MAX) else {
@@ -385,13 +393,11 @@ impl<R: MigratePage> NodePages<R> {
 
 #[pinned_drop]
 impl<R: MigratePage> PinnedDrop for NodePages<R> {
+    /// Waits for the pages that are isolated for page migration, which refer to `info`: they, or those
+    /// that take their places, return when it ends.
     fn drop(self: Pin<&mut Self>) {
-        // Pages that compaction has isolated refer to `info`. They, or those that take their
-        // places, come back soon, whatever the host does.
-        while self.len() > 0 {
-            if self.take(usize::MAX, usize::MAX).is_empty() {
-                fsleep(Delta::from_millis(1));
-            }
+        while !self.free() {
+            fsleep(Delta::from_millis(1));
         }
     }
 }

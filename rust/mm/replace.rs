@@ -17,7 +17,7 @@ use core::marker::PhantomData;
 use kernel::prelude::*;
 
 /// What follows compaction when it moves pages of a balloon.
-pub(crate) trait MigratePage: Send + Sync {
+pub(crate) trait MigratePage: Send + Sync + 'static {
     /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel
     /// page) to take its place. The old page goes back to the page allocator when this returns and
     /// all its references are gone.

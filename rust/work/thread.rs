@@ -76,12 +76,13 @@ struct Start<F> {
 }
 
 impl Thread {
-    /// Starts a thread called `name` that does `work`.
+    /// Starts a thread called `name` that does `work`, and then schedules the task of `waker` if there is
+    /// one. Without a thread, `work` is dropped.
     ///
     /// # Errors
     ///
     /// `ENOMEM`, or `ENODEV` if the module is being unloaded.
-    pub(crate) fn start<F>(name: &'static CStr, waker: Waker, work: F) -> Result<Self>
+    pub(crate) fn start<F>(name: &'static CStr, waker: Option<Waker>, work: F) -> Result<Self>
     where
         F: FnOnce() -> Result + Send + 'static,
     {
@@ -89,7 +90,7 @@ impl Thread {
             pin_init!(Shared {
                 outcome: SetOnce::new(),
                 is_killed: Atomic::new(false),
-                waker <- new_mutex!(Some(waker), "Thread::waker"),
+                waker <- new_mutex!(waker, "Thread::waker"),
             }),
             GFP_KERNEL,
         )?;

@@ -239,7 +239,7 @@ fn give_back_while_taking() -> Result<usize> {
     // Another thread keeps the driver from being done with its first block.
     let tasks = TaskQueue::new(c"virtio_balloon_rs_kunit-blocks")?;
     let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
-    let _other = Thread::start(c"balloon_rs_kunit", slot.waker(), || {
+    let _other = Thread::start(c"balloon_rs_kunit", Some(slot.waker()), || {
         let turn = Turn::wait();
         IS_HELD.store(true, Relaxed);
         let result = eventually(|| Ok(IS_AWAITED.load(Relaxed)));

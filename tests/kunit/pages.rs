@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use super::device::eventually;
-use crate::rust::mm::{
-    balloon_pages::BalloonPages,
-    batch::Batch,
-    drain,
-    memory,
-    node_pages::ByOrder,
-    page::MAX_ORDER,
-    page_list::PageList,
-    page_run::PageRun,
-    replace::{
-        MigratePage,
-        OldPage, //
-    }, //
+use crate::rust::{
+    mm::{
+        balloon_pages::BalloonPages,
+        batch::Batch,
+        drain,
+        memory,
+        node_pages::ByOrder,
+        page::MAX_ORDER,
+        page_list::PageList,
+        page_run::PageRun,
+        replace::{
+            MigratePage,
+            OldPage, //
+        }, //
+    },
+    this_module, //
 };
 
 use core::hint::spin_loop;
@@ -29,6 +32,7 @@ use kernel::{
         Arc, //
     },
     time::{
+        delay::fsleep,
         Delta,
         Instant,
         Monotonic, //
@@ -72,6 +76,60 @@ impl MigratePage for Fixed {
 
 fn balloon() -> Result<BalloonPages<Fixed>> {
     BalloonPages::new(true, Ok(Fixed))
+}
+
+/// Page migration that takes long.
+struct Slow {
+    begun: Atomic<bool>,
+    may_end: Atomic<bool>,
+    /// Set when the first page was refused.
+    ended: Atomic<bool>,
+}
+
+impl MigratePage for Arc<Slow> {
+    fn replace(&self, _old: &OldPage<'_>, _new: u64, may_sleep: bool) -> Result {
+        if may_sleep {
+            self.begun.store(true, Release);
+            for _ in 0..1_000 {
+                if self.may_end.load(Acquire) {
+                    break;
+                }
+                fsleep(Delta::from_millis(10));
+            }
+            self.ended.store(true, Release);
+            // A test that fails comes to an end as well.
+            self.may_end.store(true, Release);
+        }
+        Err(EAGAIN)
+    }
+}
+
+/// Drops a balloon of single pages while the kernel migrates some of them. Returns whether that is
+/// over before the migration is.
+fn drop_while_migrating() -> Result<bool> {
+    let slow = Slow {
+        begun: Atomic::new(false),
+        may_end: Atomic::new(false),
+        ended: Atomic::new(false),
+    };
+    let slow = Arc::new(slow, GFP_KERNEL)?;
+    let balloon = BalloonPages::new(true, Ok(slow.clone()))?;
+    let pages = block(MAX_ORDER)?;
+    let first = pages.pfns().next().ok_or(EINVAL)? as usize;
+    let references = this_module::references();
+
+    balloon.insert(pages);
+    workqueue::system_unbound().try_spawn(GFP_KERNEL, move || {
+        drop(PageList::alloc_range(first, 1 << MAX_ORDER));
+    })?;
+    eventually(|| Ok(slow.begun.load(Acquire)))?;
+    drop(balloon);
+
+    let is_over = !slow.ended.load(Acquire);
+    let is_thread_there = this_module::references() > references || cfg!(not(MODULE));
+    slow.may_end.store(true, Release);
+    eventually(|| Ok(this_module::references() == references))?;
+    Ok(is_over && is_thread_there)
 }
 
 /// A balloon that gets pages, and from which somebody else takes some meanwhile.
@@ -355,6 +413,14 @@ mod tests {
         // Single pages that are freed together.
         assert_ne!(block(MAX_ORDER)?.free_with_error(0), Some(false));
         Ok(())
+    }
+
+    #[test]
+    fn a_balloon_that_is_dropped_does_not_wait_for_page_migration() -> Result {
+        let ballooned = memory::ballooned_pages();
+
+        assert_eq!(drop_while_migrating(), Ok(true));
+        eventually(|| Ok(memory::ballooned_pages() == ballooned))
     }
 
     #[test]
