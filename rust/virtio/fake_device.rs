@@ -19,7 +19,10 @@ use crate::rust::{
 };
 
 use core::{
-    mem::offset_of,
+    mem::{
+        offset_of,
+        ManuallyDrop, //
+    },
     ptr::{
         self,
         NonNull, //
@@ -101,6 +104,10 @@ impl Queue {
     }
 }
 
+/// Called when the driver notifies the device of new messages on a queue, with the index of that. The
+/// driver may hold spinlocks.
+pub(crate) type OnKick = fn(&FakeDevice, usize);
+
 /// What the device consists of. Freed by its release function.
 #[repr(C)]
 struct Inner {
@@ -119,6 +126,7 @@ struct Inner {
     answering: Atomic<u32>,
     /// One above what the next read returns instead of the field; 0 for the field.
     torn: Atomic<u64>,
+    on_kick: Option<OnKick>,
     queues: [Queue; QUEUES],
 }
 
@@ -143,6 +151,11 @@ pub(crate) struct Request {
 }
 
 impl Request {
+    /// Returns what names the message in [`FakeDevice::answer_raw`].
+    pub(crate) fn id(&self) -> u32 {
+        self.head.into()
+    }
+
     /// Returns what the driver wrote as little-endian page frame numbers.
     pub(crate) fn pfns(&self) -> Result<KVec<u32>> {
         let mut pfns = KVec::with_capacity(self.words.len() / 2, GFP_KERNEL)?;
@@ -174,18 +187,23 @@ impl FakeDevice {
     /// Registers a device that offers `features`. The driver has bound to it when this returns, if
     /// it wanted to.
     pub(crate) fn new(features: &[Feature]) -> Result<Self> {
-        Self::with_id(bindings::VIRTIO_ID_BALLOON, features)
+        Self::register(bindings::VIRTIO_ID_BALLOON, features, None)
+    }
+
+    /// The same for a device that calls `on_kick`.
+    pub(crate) fn with_callback(features: &[Feature], on_kick: OnKick) -> Result<Self> {
+        Self::register(bindings::VIRTIO_ID_BALLOON, features, Some(on_kick))
     }
 
     /// Registers a virtio-mem device, to which no driver binds.
     pub(crate) fn virtio_mem() -> Result<Self> {
-        Self::with_id(bindings::VIRTIO_ID_MEM, &[])
+        Self::register(bindings::VIRTIO_ID_MEM, &[], None)
     }
 
-    fn with_id(id: u32, features: &[Feature]) -> Result<Self> {
+    fn register(id: u32, features: &[Feature], on_kick: Option<OnKick>) -> Result<Self> {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
-        // SAFETY: All parts of the struct may be zero: integers, null pointers, and what
+        // SAFETY: All parts of the struct may be zero: integers, null pointers, no callback, and what
         // `register_virtio_device` initialises. The struct is valid then, and no other code has a pointer
         // to it yet. Once registration was tried, it is freed by the release function only.
         unsafe {
@@ -195,6 +213,7 @@ impl FakeDevice {
             for &feature in features {
                 (*inner).offered |= feature.mask();
             }
+            (*inner).on_kick = on_kick;
             (*inner).queue_size.store(QUEUE_SIZE, Relaxed);
             (*inner).vdev.id.device = id;
             (*inner).vdev.config = &CONFIG_OPS;
@@ -368,20 +387,25 @@ impl FakeDevice {
 
     /// Answers a message, and says that `len` bytes were written to it.
     pub(crate) fn answer(&self, index: usize, request: &Request, len: u32) -> Result {
-        self.answer_raw(index, u32::from(request.head), len)
+        self.answer_raw(index, request.id(), len)
     }
 
     /// Writes `words` into a message that has room for them, and answers it.
     pub(crate) fn fill(&self, index: usize, request: &Request, words: &[u16]) -> Result {
-        let len = size_of_val(words);
-        if len > request.writable {
+        self.write(request, words)?;
+        self.answer(index, request, size_of_val(words) as u32)
+    }
+
+    /// Writes `words` into a message that has room for them.
+    pub(crate) fn write(&self, request: &Request, words: &[u16]) -> Result {
+        if size_of_val(words) > request.writable {
             return Err(ENOSPC);
         }
 
         // SAFETY: The driver shares the memory until it is answered, and lets the device write that
         // much.
         unsafe { ptr::copy_nonoverlapping(words.as_ptr(), request.memory, words.len()) };
-        self.answer(index, request, len as u32)
+        Ok(())
     }
 
     /// Puts any answer on queue `index`.
@@ -633,16 +657,24 @@ unsafe extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_
 /// registered.
 unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
     // SAFETY: By the requirements of this function.
-    unsafe {
-        let inner = inner((*vq).vdev);
+    let (vdev, index) = unsafe { ((*vq).vdev, (*vq).index as usize) };
+    // SAFETY: By the requirements of this function.
+    let inner = unsafe { inner(vdev) };
 
-        if let Some(queue) = inner.queues.get((*vq).index as usize) {
-            queue.kicks.add(1, Relaxed);
-            match inner.answering.load(Relaxed) {
-                0 => (),
-                how => queue.answer_all(vq, how == 2),
-            }
+    if let Some(queue) = inner.queues.get(index) {
+        queue.kicks.add(1, Relaxed);
+        match inner.answering.load(Relaxed) {
+            0 => (),
+            // SAFETY: By the requirements of this function.
+            how => unsafe { queue.answer_all(vq, how == 2) },
         }
+    }
+    if let Some(on_kick) = inner.on_kick {
+        // INVARIANT: The device is registered until this function returns.
+        let device = ManuallyDrop::new(FakeDevice {
+            inner: NonNull::from(inner),
+        });
+        on_kick(&device, index);
     }
     true
 }

@@ -22,6 +22,7 @@ mod memory_blocks;
 mod migration;
 mod pages;
 mod poll;
+mod quiesce;
 mod range_stack;
 mod stats;
 mod target;

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The order in which features are quiesced.
+
+use super::device::eventually;
+
+use crate::rust::{
+    mm::memory,
+    virtio::{
+        fake_device::{
+            FakeDevice,
+            Request, //
+        },
+        Feature, //
+    },
+    virtio_balloon::{
+        request,
+        ACTUAL,
+        F_FREE_PAGE_HINT,
+        F_HOST_REQUESTS,
+        F_PAGE_SETS,
+        F_STATS_VQ,
+        HINT_ID,
+        HINT_STOP,
+        NUM_PAGES, //
+    }, //
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
+};
+
+const FEATURES: [Feature; 5] = [
+    Feature::VERSION_1,
+    F_PAGE_SETS,
+    F_STATS_VQ,
+    F_FREE_PAGE_HINT,
+    F_HOST_REQUESTS,
+];
+
+/// The queues of a device with these features.
+const INFLATE: usize = 0;
+const DEFLATE: usize = 1;
+const STATS: usize = 2;
+const HINTS: usize = 3;
+const REQUESTS: usize = 4;
+
+/// The size of the balloon, in balloon pages.
+const SIZE: u32 = 256;
+
+/// Set when the device is to act as soon as the driver deflates the balloon: it asks for statistics, and
+/// makes a request.
+static IS_DUE: Atomic<bool> = Atomic::new(false);
+
+/// The buffers for that.
+static STATS_ID: Atomic<u32> = Atomic::new(0);
+static REQUEST_ID: Atomic<u32> = Atomic::new(0);
+
+/// The free kernel pages at that moment, and what the driver has notified the device of since.
+static FREE: Atomic<usize> = Atomic::new(0);
+static STATS_KICKS: Atomic<u32> = Atomic::new(0);
+static REQUEST_KICKS: Atomic<u32> = Atomic::new(0);
+
+/// The words of a request.
+const REQUEST_WORDS: usize = 16;
+
+fn on_kick(device: &FakeDevice, queue: usize) {
+    match queue {
+        DEFLATE if IS_DUE.xchg(false, Relaxed) => (),
+        STATS => return STATS_KICKS.add(1, Relaxed),
+        REQUESTS => return REQUEST_KICKS.add(1, Relaxed),
+        _ => return,
+    }
+
+    FREE.store(memory::free_pages(), Relaxed);
+    STATS_KICKS.store(0, Relaxed);
+    REQUEST_KICKS.store(0, Relaxed);
+    let len = (REQUEST_WORDS * size_of::<u16>()) as u32;
+    for (queue, id, len) in [(STATS, &STATS_ID, 0), (REQUESTS, &REQUEST_ID, len)] {
+        let _ = device.answer_raw(queue, id.load(Relaxed), len);
+        let _ = device.interrupt(queue);
+    }
+}
+
+/// Waits for the next message on `queue`.
+fn next(device: &FakeDevice, queue: usize) -> Result<Request> {
+    let mut request = None;
+
+    eventually(|| {
+        request = device.next(queue)?;
+        Ok(request.is_some())
+    })?;
+    request.ok_or(EINVAL)
+}
+
+/// Answers the next message on `queue`, and returns it.
+fn serve(device: &FakeDevice, queue: usize) -> Result<Request> {
+    let request = next(device, queue)?;
+
+    device.answer(queue, &request, 0)?;
+    device.interrupt(queue)?;
+    Ok(request)
+}
+
+/// Takes part in a round of hints. Returns how many kernel pages were hinted.
+fn hint(device: &FakeDevice) -> Result<usize> {
+    let mut hinted = 0;
+
+    device.change(HINT_ID, 2);
+    loop {
+        let request = serve(device, HINTS)?;
+
+        hinted += request.writable >> PAGE_SHIFT;
+        if request.pfns()?.as_slice() == [HINT_STOP] {
+            return Ok(hinted);
+        }
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_quiesce)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_are_dropped_before_the_balloon_and_the_rest_after_it() -> Result {
+        let device = FakeDevice::with_callback(&FEATURES, on_kick)?;
+
+        device.change(NUM_PAGES, SIZE);
+        serve(&device, INFLATE)?;
+        eventually(|| Ok(device.field(ACTUAL) == SIZE))?;
+        let hinted = hint(&device)?;
+
+        let stats = next(&device, STATS)?;
+        let buffer = next(&device, REQUESTS)?;
+        let mut words = [0; REQUEST_WORDS];
+        words[0] = request::CANCEL.to_le();
+        words[4] = 1u16.to_le();
+        words[8] = 2u16.to_le();
+        device.write(&buffer, &words)?;
+
+        STATS_ID.store(stats.id(), Relaxed);
+        REQUEST_ID.store(buffer.id(), Relaxed);
+        STATS_KICKS.store(0, Relaxed);
+        REQUEST_KICKS.store(0, Relaxed);
+        let before = memory::free_pages();
+        IS_DUE.store(true, Relaxed);
+        // The device does not use what it is sent.
+        drop(device);
+
+        assert!(!IS_DUE.load(Relaxed));
+        assert!(FREE.load(Relaxed) > before + hinted / 2);
+        assert!(STATS_KICKS.load(Relaxed) > 0);
+        assert!(REQUEST_KICKS.load(Relaxed) > 0);
+        Ok(())
+    }
+}
