@@ -68,12 +68,12 @@ pub(crate) struct Bound {
 impl Bound {
     /// A callback for each [`Queue`].
     pub(crate) const QUEUE_CALLBACKS: &'static [fn(&Self); Queue::ALL.len()] = &[
-        |bound| bound.queue_used(Queue::Inflate),
-        |bound| bound.queue_used(Queue::Deflate),
-        |bound| bound.queue_used(Queue::Stats),
-        |bound| bound.queue_used(Queue::Hint),
-        |bound| bound.queue_used(Queue::Report),
-        |bound| bound.queue_used(Queue::Request),
+        Self::queue_used::<0>,
+        Self::queue_used::<1>,
+        Self::queue_used::<2>,
+        Self::queue_used::<3>,
+        Self::queue_used::<4>,
+        Self::queue_used::<5>,
     ];
 
     /// Sets the features of `dev` up that `probes` has and that were negotiated.
@@ -131,7 +131,10 @@ impl Bound {
         self.features.iter().for_each(|feature| feature.ready(dev));
     }
 
-    fn queue_used(&self, queue: Queue) {
+    /// See [`Feature::queue_used`]. `N` is the queue's place in [`Queue::ALL`].
+    fn queue_used<const N: usize>(&self) {
+        let queue = const { Queue::ALL[N] };
+
         self.features
             .iter()
             .for_each(|feature| feature.queue_used(queue));

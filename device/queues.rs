@@ -83,6 +83,16 @@ impl Queue {
     }
 }
 
+// A queue's place in the list is its index, in `Queues::take` and in `Bound::QUEUE_CALLBACKS`.
+const _: () = {
+    let mut n = 0;
+
+    while n < Queue::ALL.len() {
+        assert!(Queue::ALL[n] as usize == n);
+        n += 1;
+    }
+};
+
 /// What has gone through the queues since the driver was bound.
 pub(crate) struct Traffic([Arc<QueueStats>; Queue::ALL.len()]);
 
