@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The examples of docs/control.md are what this library sends and understands.
+//! The examples of docs/control.md are what this library sends and understands, and the fuzzer begins with all requests.
 
 use std::collections::BTreeSet;
 
@@ -54,23 +54,42 @@ fn examples_are_exact() {
     }
 }
 
-#[test]
-fn every_command_has_an_example() {
-    let documented: BTreeSet<_> = examples()
-        .into_iter()
-        .map(|(line, _)| serde_json::from_str::<Value>(line).unwrap()["command"].to_string())
-        .collect();
+/// The command of a request.
+fn command(line: &str) -> String {
+    serde_json::from_str::<Value>(line).unwrap()["command"].to_string()
+}
+
+/// All commands.
+fn commands() -> BTreeSet<String> {
     // Serde names all commands when it knows none of that name.
     let error = serde_json::from_str::<Request>(r#"{"command":"?"}"#).unwrap_err();
     let message = error.to_string();
     let (_, names) = message.split_once("expected one of ").unwrap();
-    let known: BTreeSet<_> = names
+    names
         .split('`')
         .skip(1)
         .step_by(2)
         .map(|name| format!("{name:?}"))
-        .collect();
-    assert_eq!(documented, known);
+        .collect()
+}
+
+#[test]
+fn every_command_has_an_example() {
+    let documented: BTreeSet<_> = examples().iter().map(|(line, _)| command(line)).collect();
+    assert_eq!(documented, commands());
+}
+
+#[test]
+fn every_command_is_in_the_fuzz_corpus() {
+    const INPUT: &str = include_str!("../../fuzz/corpus/control/every-request");
+    // The first byte is how much is read at once.
+    let lines: Vec<_> = INPUT[1..].lines().collect();
+    let fuzzed: BTreeSet<_> = lines.iter().map(|line| command(line)).collect();
+    assert_eq!(fuzzed, commands());
+    for line in lines {
+        let request: Request = serde_json::from_str(line).unwrap();
+        assert_eq!(serde_json::to_string(&request).unwrap(), line);
+    }
 }
 
 #[test]
