@@ -155,6 +155,19 @@ const COUNTERS: [Total; 13] = [
     ),
 ];
 
+/// The type and the name of the metric that is a statistic of the guest.
+fn guest_metric(statistic: &str, unit: Unit, is_counter: bool) -> (&'static str, String) {
+    let name = statistic.replace('-', "_");
+    let unit = match unit {
+        Unit::Bytes => "_bytes",
+        Unit::Times => "",
+    };
+    match is_counter {
+        true => ("counter", format!("guest_{name}{unit}_total")),
+        false => ("gauge", format!("guest_{name}{unit}")),
+    }
+}
+
 /// The value of a label.
 fn escape(value: &str) -> String {
     value
@@ -255,13 +268,8 @@ impl Metrics {
         let help = "The age of the guest's statistics.";
         self.one("gauge", "guest_statistics_age_seconds", help, stats.age);
         for (stat, &value) in &stats.values {
-            let name = stat.to_string().replace('-', "_");
             let help = format!("The guest's statistic {stat}.");
-            let (kind, name) = match (stat.unit(), stat.is_counter()) {
-                (Unit::Bytes, true) => ("counter", format!("guest_{name}_bytes_total")),
-                (Unit::Bytes, false) => ("gauge", format!("guest_{name}_bytes")),
-                (Unit::Times, _) => ("counter", format!("guest_{name}_total")),
-            };
+            let (kind, name) = guest_metric(&stat.to_string(), stat.unit(), stat.is_counter());
             self.one(kind, &name, &help, value);
         }
     }
@@ -337,6 +345,46 @@ mod tests {
                 text.contains(&format!(" {number}\n")),
                 "{number} is not in\n{text}"
             );
+        }
+    }
+
+    #[test]
+    fn a_statistic_that_goes_down_is_a_gauge() {
+        for (unit, is_counter, kind, name) in [
+            (Unit::Bytes, true, "counter", "guest_swap_in_bytes_total"),
+            (Unit::Bytes, false, "gauge", "guest_swap_in_bytes"),
+            (Unit::Times, true, "counter", "guest_swap_in_total"),
+            (Unit::Times, false, "gauge", "guest_swap_in"),
+        ] {
+            let metric = guest_metric("swap-in", unit, is_counter);
+            assert_eq!(metric, (kind, name.to_owned()));
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_prometheus() {
+        let all = Stats {
+            values: Stat::ALL.iter().map(|&stat| (stat, 1)).collect(),
+            ..Stats::default()
+        };
+        let info = Info {
+            counters: Counters {
+                answered: [(RequestStatus::Complete, 1)].into(),
+                refused: [("truncated".to_owned(), 1)].into(),
+                ..Counters::default()
+            },
+            ..Info::default()
+        };
+        let text = text(&info, Some(&all), None);
+        let types: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '))
+            .collect();
+        assert!(types.len() > GAUGES.len() + COUNTERS.len() + Stat::ALL.len());
+        for (name, kind) in types {
+            let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
+            assert!(name.chars().all(is_name), "{name}");
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{name}");
         }
     }
 
