@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The number of queues and the size of the configuration space that documents give QEMU's device are those of the
+//! balloon.
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{CommandFactory, ValueEnum};
+use vhost_user_balloon::features::{Feature, config_size, offer};
+use vhost_user_balloon::kind::Kind;
+use vhost_user_balloon::options::Options;
+
+/// What QEMU's device needs: the number of queues, and the size of the configuration space.
+type Needs = (usize, usize);
+
+/// What it needs with all features, and with or without `--extensions`.
+fn needs(extensions: bool) -> Needs {
+    let features = offer(Feature::value_variants(), extensions);
+    (Kind::present(features).count(), config_size(features))
+}
+
+/// The number that follows a property, as in `num_vqs=6` and `"num_vqs": 6`.
+fn number(line: &str, property: &str) -> Option<usize> {
+    let (_, value) = line.split_once(property)?;
+    let value = value.trim_start_matches(['"', ':', '=', ' ']);
+    let end = value.find(|c: char| !c.is_ascii_digit());
+    value[..end.unwrap_or(value.len())].parse().ok()
+}
+
+/// What each line of a text says that QEMU's device needs.
+fn said(text: &str) -> impl Iterator<Item = (&str, Option<Needs>)> {
+    text.lines().filter_map(|line| {
+        let queues = number(line, "num_vqs")?;
+        Some((line, number(line, "config_size").map(|size| (queues, size))))
+    })
+}
+
+fn documents(directory: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let mut documents = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "md") {
+            documents.push(path);
+        }
+    }
+    Ok(documents)
+}
+
+#[test]
+fn documents_name_the_queues_that_there_are() -> Result<(), Box<dyn Error>> {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut texts = vec![(
+        "--help".to_owned(),
+        Options::command().render_long_help().to_string(),
+    )];
+    for path in [documents(&checkout)?, documents(&checkout.join("docs"))?].concat() {
+        texts.push((path.display().to_string(), fs::read_to_string(&path)?));
+    }
+    let mut lines = 0;
+    for (name, text) in &texts {
+        for (line, needs_said) in said(text) {
+            assert!(
+                [needs(false), needs(true)].map(Some).contains(&needs_said),
+                "{name} says '{line}', and it is {:?} or, with --extensions, {:?}",
+                needs(false),
+                needs(true)
+            );
+            lines += 1;
+        }
+    }
+    assert!(lines > 5, "only {lines} lines have num_vqs=");
+    Ok(())
+}
+
+#[test]
+fn both_devices_are_explained() -> Result<(), Box<dyn Error>> {
+    let [(queues, size), (all_queues, whole_size)] = [needs(false), needs(true)];
+    let help = Options::command().render_long_help().to_string();
+    let expected = format!(
+        "needs num_vqs={all_queues} and config_size={whole_size}; otherwise {queues} and {size} are enough"
+    );
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(words(&help).contains(&expected), "{help}");
+    let howto = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/howto-qemu.md");
+    let howto = words(&fs::read_to_string(howto)?);
+    for expected in [
+        format!("`num_vqs={all_queues}`, `config_size={whole_size}` |"),
+        format!(
+            "`num_vqs={queues}` and `config_size={size}` only; {all_queues} and {whole_size} do no harm"
+        ),
+        format!("has {queues} queues, and a balloon ... has {all_queues}"),
+    ] {
+        assert!(
+            howto.contains(&expected),
+            "docs/howto-qemu.md lacks '{expected}'"
+        );
+    }
+    Ok(())
+}
