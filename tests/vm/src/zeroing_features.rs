@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
-use vm::{Guest, Load, Offer, Size};
+use vm::{Guest, Load, Offer, RunningLoad, Size};
 
 use crate::debugfs::show;
 use crate::hinting::check_all_back;
@@ -50,6 +50,31 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+/// Loads the driver, and has a program hold data. Returns the guest's memory, and the program.
+fn begin<'a>(
+    setup: &Setup,
+    guest: &'a Guest,
+    parameters: &[&str],
+) -> Result<(Size, RunningLoad<'a>)> {
+    guest.insmod(setup.driver, parameters)?;
+    let total = guest.meminfo()?.total;
+    let data = guest.load(Load::Hold {
+        mib: 64,
+        threads: 1,
+    })?;
+    Ok((total, data))
+}
+
+/// Checks that the program has its data, and the guest the `total` of its memory. Unloads the driver.
+fn end(setup: &Setup, guest: &Guest, total: Size, data: RunningLoad<'_>) -> Result<()> {
+    data.verify(2)?;
+    data.stop()?;
+    check_online(guest)?;
+    let now = guest.meminfo()?.total;
+    ensure!(now == total, "the guest had {total}, and has {now}");
+    guest.rmmod(setup.driver)
+}
+
 fn reclaim(setup: &Setup) -> Result<()> {
     let taken = reclaim_from(setup, Size::gib(8), Size::mib(6800), &[])?;
     ensure!(taken >= Size::gib(6), "{taken} were taken as memory blocks");
@@ -68,12 +93,7 @@ fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) ->
     const PATIENCE: Duration = Duration::from_secs(120);
     let config = zeroing(setup).using_memory().memory(memory);
     vm::run(&config, |guest| {
-        guest.insmod(setup.driver, parameters)?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
+        let (total, data) = begin(setup, guest, parameters)?;
         guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
         guest.touch(used)?;
 
@@ -105,11 +125,7 @@ fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) ->
             after + Size::bytes(used.as_bytes() / 10 * 9) < before,
             "the guest's memory took {before}, and takes {after} after it had freed {used}"
         );
-        data.stop()?;
-        check_online(guest)?;
-        let now = guest.meminfo()?.total;
-        ensure!(now == total, "the guest had {total}, and has {now}");
-        guest.rmmod(setup.driver)?;
+        end(setup, guest, total, data)?;
         Ok(blocks)
     })
 }
@@ -120,12 +136,7 @@ fn hints(setup: &Setup) -> Result<()> {
     let memory = Size::gib(4);
     let config = zeroing(setup).memory(memory).offer(&[Offer::FreePageHint]);
     vm::run(&config, |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
+        let (total, data) = begin(setup, guest, setup.driver.low_floor())?;
         guest.touch(Size::gib(1))?;
         let (free, before) = (guest.free()?, resident(setup, guest)?);
 
@@ -158,11 +169,7 @@ fn hints(setup: &Setup) -> Result<()> {
         );
         data.verify(20)?;
         check_all_back(guest, free)?;
-        data.stop()?;
-        check_online(guest)?;
-        let now = guest.meminfo()?.total;
-        ensure!(now == total, "the guest had {total}, and has {now}");
-        guest.rmmod(setup.driver)
+        end(setup, guest, total, data)
     })
 }
 
@@ -173,12 +180,7 @@ fn virtio_mem(setup: &Setup) -> Result<()> {
         .virtio_mem(more)
         .balloon(Some("virtio-balloon-pci,id=balloon0"));
     vm::run(&config, |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
+        let (total, data) = begin(setup, guest, setup.driver.low_floor())?;
         for _ in 0..2 {
             guest.plug(more)?;
             guest.balloon().settle(size)?;
@@ -196,10 +198,8 @@ fn virtio_mem(setup: &Setup) -> Result<()> {
             blocks == 0,
             "{blocks} memory blocks were taken, which virtio-mem needs the kernel's callback for"
         );
-        check_online(guest)?;
         data.verify(5)?;
-        data.stop()?;
-        guest.rmmod(setup.driver)
+        end(setup, guest, total, data)
     })
 }
 
@@ -215,12 +215,7 @@ fn hibernate(setup: &Setup) -> Result<()> {
         Ok(blocks)
     };
     let (hibernated, (total, load, taken_before)) = vm::hibernate(&config, |guest| {
-        guest.insmod(setup.driver, &[])?;
-        let total = guest.meminfo()?.total;
-        let data = guest.load(Load::Hold {
-            mib: 64,
-            threads: 1,
-        })?;
+        let (total, data) = begin(setup, guest, &[])?;
         guest.balloon().request(before)?;
         let taken = blocks(guest, before)?;
         Ok((total, data.id(), taken))
@@ -235,10 +230,6 @@ fn hibernate(setup: &Setup) -> Result<()> {
         data.verify(2)?;
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
-        let now = guest.meminfo()?.total;
-        ensure!(now == total, "the guest had {total}, and has {now}");
-        data.verify(2)?;
-        data.stop()?;
-        guest.rmmod(setup.driver)
+        end(setup, guest, total, data)
     })
 }
