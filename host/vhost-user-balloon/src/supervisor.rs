@@ -24,6 +24,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sd_notify::NotifyState;
 
+mod connection;
 mod forward;
 pub mod journal;
 mod memory;
@@ -37,6 +38,7 @@ mod vmm;
 mod worker;
 
 use crate::options::Options;
+use connection::Connection;
 use journal::Journal;
 use program::{RESUME, SELF, own_path};
 use snapshot::{Current, Listening, Snapshot, Store, notify};
@@ -157,7 +159,7 @@ impl Supervisor {
             frontend,
         } = snapshot.map_or_else(Snapshot::empty, Ok)?;
         let boot = Duration::from_secs(options.boot_grace.into());
-        let vmm = connected(frontend, boot)?;
+        let vmm = connected(frontend, boot);
         let (socket, control) = sockets(options, path, socket, control)?;
         let own_state = options
             .state
@@ -252,7 +254,7 @@ impl Supervisor {
             program: None,
             kept: self.kept.as_fd(),
             arguments: self.arguments.clone(),
-            frontend: self.vmm.as_ref().map(|vmm| (&vmm.frontend, &vmm.journal)),
+            frontend: self.vmm.as_ref().map(|vmm| (&vmm.connection, &vmm.journal)),
         }
     }
 
@@ -295,7 +297,7 @@ impl Supervisor {
             Some((self.socket.listener.as_fd(), true)),
             channel.map(|worker| (worker.channel(), true)),
             self.backend.as_ref().map(|backend| (backend.as_fd(), true)),
-            vmm.map(|vmm| (vmm.frontend.as_fd(), reads)),
+            vmm.map(|vmm| (vmm.connection.socket().as_fd(), reads)),
         ];
         let mut events: Vec<_> = sources
             .iter()
@@ -377,9 +379,11 @@ fn sockets(
 }
 
 /// The front end of another supervisor's, unless it is gone.
-fn connected(frontend: Option<(UnixStream, Journal)>, boot: Duration) -> Result<Option<Vmm>> {
-    let vmm = frontend.map(|(frontend, journal)| Vmm::new(frontend, journal, boot));
-    Ok(vmm.transpose()?.filter(|vmm| !vmm.is_gone()))
+fn connected(frontend: Option<(Connection, Journal)>, boot: Duration) -> Option<Vmm> {
+    let (connection, journal) = frontend?;
+    connection.resume().ok()?;
+    let vmm = Vmm::new(connection, journal, boot);
+    (!vmm.is_gone()).then_some(vmm)
 }
 
 /// The arguments of workers for the VMM that is connected: they stay what they are.

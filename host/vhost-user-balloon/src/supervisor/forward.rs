@@ -10,6 +10,7 @@ use log::{error, info, warn};
 use sd_notify::NotifyState;
 
 use super::Supervisor;
+use super::connection::Connection;
 use super::journal::{Journal, has_reply, is_answered, is_refusal, name, signal};
 use super::memory::{adds_memory, is_private};
 use super::setup::Verdict;
@@ -61,7 +62,6 @@ impl Supervisor {
     }
 
     /// Takes a message that was dealt with out of the socket, and answers it if the front end waits for that.
-    /// If the supervisor is killed in between, the next one either deals with the message again or knows it.
     fn complete(&mut self, head: Head, recorded: bool, answer: &Message) {
         let Some(vmm) = &mut self.vmm else {
             return;
@@ -74,11 +74,8 @@ impl Supervisor {
         let Some(vmm) = &self.vmm else {
             return;
         };
-        let mut done = queued.take(&vmm.frontend);
-        if done.is_ok() && wanted {
-            done = answer.send(&vmm.frontend);
-        }
-        if done.is_err() {
+        let answer = wanted.then_some(answer);
+        if vmm.connection.take(queued, answer).is_err() {
             self.drop_vmm();
         }
     }
@@ -144,7 +141,7 @@ impl Supervisor {
             }
             return;
         }
-        match Head::peek(&vmm.frontend) {
+        match vmm.connection.peek() {
             Ok(head) => self.handle(head),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => self.drop_vmm(),
@@ -173,7 +170,7 @@ impl Supervisor {
             return self.leave_out(head);
         }
         if adds_memory(&head.message)
-            && is_private(&vmm.frontend, &head.message).unwrap_or_default()
+            && is_private(vmm.connection.socket(), &head.message).unwrap_or_default()
         {
             vmm.setup.private_memory();
             return self.leave_out(head);
@@ -240,10 +237,10 @@ impl Supervisor {
             }
             self.drop_vmm();
         }
-        match Vmm::new(frontend, Journal::default(), self.boot) {
-            Ok(vmm) => {
+        match Connection::new(frontend) {
+            Ok(connection) => {
                 info!("a VMM is connected");
-                self.vmm = Some(vmm);
+                self.vmm = Some(Vmm::new(connection, Journal::default(), self.boot));
                 self.absent_since = Instant::now();
                 self.save();
             }

@@ -4,7 +4,8 @@
 //! is in the balloon.
 //!
 //! All of it is in one message that waits in a socket: the file descriptors, the first of which is a file with
-//! the rest. A VM may have more memory regions than a message takes file descriptors: see [`put_descriptors`]. Whichever process has the socket can read the message, and leaves it there. The supervisor keeps
+//! the rest. A VM may have more memory regions than a message takes file descriptors: see [`put_descriptors`].
+//! Whichever process has the socket can read the message, and leaves it there. The supervisor keeps
 //! the socket in systemd's file descriptor store, so that a crash leaves it behind, and passes it on as the
 //! standard input when it replaces itself.
 
@@ -32,6 +33,7 @@ use rustix::net::{
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 
+use super::connection::Connection;
 use super::journal::Journal;
 use crate::channel::VERSION;
 use crate::message::Message;
@@ -67,7 +69,7 @@ pub(super) type Listening = (PathBuf, UnixListener);
 
 /// What a supervisor has.
 #[derive(Debug)]
-pub(super) struct Snapshot<L = Listening, C = UnixStream, J = Journal, F = OwnedFd> {
+pub(super) struct Snapshot<L = Listening, C = Connection, J = Journal, F = OwnedFd> {
     pub(super) socket: Option<L>,
     pub(super) control: Option<L>,
     /// The program to go back to if the next supervisor's does not work.
@@ -94,7 +96,7 @@ impl Snapshot {
 
 /// What the supervisor has now.
 pub(super) type Current<'a> =
-    Snapshot<(&'a PathBuf, &'a UnixListener), &'a UnixStream, &'a Journal, BorrowedFd<'a>>;
+    Snapshot<(&'a PathBuf, &'a UnixListener), &'a Connection, &'a Journal, BorrowedFd<'a>>;
 
 /// A snapshot in a socket.
 #[derive(Debug)]
@@ -138,10 +140,12 @@ impl Current<'_> {
         let sockets = self.socket.iter().chain(&self.control);
         descriptors.extend(sockets.map(|(_, listener)| listener.as_fd()));
         descriptors.extend(self.program);
-        if let Some((frontend, journal)) = &self.frontend {
-            descriptors.push(frontend.as_fd());
+        if let Some((connection, journal)) = &self.frontend {
+            descriptors.push(connection.socket().as_fd());
             let messages = journal.messages().iter();
             descriptors.extend(messages.flat_map(Message::descriptors).map(AsFd::as_fd));
+            // A program of before there was a pipe passes over what comes last.
+            descriptors.extend(connection.pipe());
         }
         let socket = put_descriptors(&descriptors)?;
         let stored = Stored { socket, file };
@@ -282,14 +286,19 @@ fn load(socket: BorrowedFd<'_>) -> Result<(u64, Snapshot)> {
     let control = listening(content.control)?;
     let program = content.has_program.then(&mut next).transpose()?;
     let frontend = if content.connected {
-        let frontend = UnixStream::from(next()?);
+        let socket = UnixStream::from(next()?);
         let messages = content.messages.into_iter().map(|entry| {
             let descriptors = (0..entry.descriptors)
                 .map(|_| next())
                 .collect::<Result<_>>()?;
             Ok(Message::from_bytes(entry.bytes, descriptors)?)
         });
-        Some((frontend, Journal::new(messages.collect::<Result<_>>()?)))
+        let journal = Journal::new(messages.collect::<Result<_>>()?);
+        let connection = match (next(), next()) {
+            (Ok(reader), Ok(writer)) => Connection::of_another(socket, reader, writer),
+            _ => Connection::new(socket)?,
+        };
+        Some((connection, journal))
     } else {
         None
     };
@@ -452,9 +461,10 @@ mod tests {
 
     #[test]
     fn any_number_of_memory_regions_is_kept() {
-        // A message has room for 250 next to the two files and the connection.
-        for regions in [0, 249, 250, 251, 300] {
+        // A message has room for 248 next to the two files, the connection and its pipe.
+        for regions in [0, 247, 248, 249, 300] {
             let (frontend, _vmm) = UnixStream::pair().unwrap();
+            let connection = Connection::new(frontend).unwrap();
             let messages = (1..=regions).map(|size| {
                 let file = testing::memory_file(size).try_clone().unwrap();
                 message(request::ADD_MEM_REG, b"", vec![file.into()])
@@ -467,7 +477,7 @@ mod tests {
                 program: None,
                 kept: kept.as_fd(),
                 arguments: Vec::new(),
-                frontend: Some((&frontend, &journal)),
+                frontend: Some((&connection, &journal)),
             };
             let stored = current.store(3).unwrap();
             // What is read stays there.

@@ -3,16 +3,15 @@
 //! The front end that is connected.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
 use log::{error, warn};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{MsgFlags, getsockopt, send};
 
+use super::connection::Connection;
 use super::journal::{Journal, has_reply, name, queue};
 use super::setup::Setup;
 use super::worker::ANSWER_TIMEOUT;
@@ -38,7 +37,7 @@ pub(super) struct Pending {
 /// The front end that is connected.
 #[derive(Debug)]
 pub(super) struct Vmm {
-    pub(super) frontend: UnixStream,
+    pub(super) connection: Connection,
     pub(super) journal: Journal,
     pub(super) setup: Setup,
     since: Instant,
@@ -58,17 +57,12 @@ pub(super) struct Vmm {
 }
 
 impl Vmm {
-    pub(super) fn new(frontend: UnixStream, journal: Journal, boot: Duration) -> Result<Self> {
-        // Messages come as a whole. A front end that sends half of one, or does not read, must not keep the
-        // supervisor waiting.
-        frontend.set_nonblocking(false)?;
-        frontend.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-        frontend.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+    pub(super) fn new(connection: Connection, journal: Journal, boot: Duration) -> Self {
         // It is 0 if the process is in another namespace.
-        let pid = getsockopt(&frontend, PeerCredentials).map_or(0, |peer| peer.pid());
+        let pid = getsockopt(connection.socket(), PeerCredentials).map_or(0, |peer| peer.pid());
         let now = Instant::now();
-        Ok(Self {
-            frontend,
+        Self {
+            connection,
             setup: Setup::new(&journal, pid, boot),
             journal,
             since: now,
@@ -79,12 +73,15 @@ impl Vmm {
             crashes: 0,
             answers: Vec::new(),
             refused: 0,
-        })
+        }
     }
 
     /// Whether it has closed the connection.
     pub(super) fn is_gone(&self) -> bool {
-        let mut events = [PollFd::new(self.frontend.as_fd(), PollFlags::empty())];
+        let mut events = [PollFd::new(
+            self.connection.socket().as_fd(),
+            PollFlags::empty(),
+        )];
         poll(&mut events, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
@@ -204,15 +201,16 @@ impl Vmm {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
     use crate::message::tests::message;
 
     fn connected() -> (Vmm, UnixStream) {
         let (frontend, vmm) = UnixStream::pair().unwrap();
-        (
-            Vmm::new(frontend, Journal::default(), Duration::ZERO).unwrap(),
-            vmm,
-        )
+        let connection = Connection::new(frontend).unwrap();
+        let connected = Vmm::new(connection, Journal::default(), Duration::ZERO);
+        (connected, vmm)
     }
 
     #[test]
@@ -222,12 +220,12 @@ mod tests {
             message(request::SET_CONFIG, b"\0", vec![])
                 .send(&frontend)
                 .unwrap();
-            let head = Head::peek(&vmm.frontend).unwrap();
+            let head = vmm.connection.peek().unwrap();
             vmm.expect_answer(Some(head));
             assert_eq!(vmm.crashed().is_some(), crashes == MAX_CRASHES);
         }
         // The next message is another one.
-        vmm.expect_answer(Some(Head::peek(&vmm.frontend).unwrap()));
+        vmm.expect_answer(Some(vmm.connection.peek().unwrap()));
         assert!(vmm.crashed().is_none());
     }
 
