@@ -62,6 +62,9 @@ const BUFFERS: u64 = 0xb000;
 /// Two more than the device has.
 const QUEUES: u64 = 8;
 
+/// How long the daemon may take to answer, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -160,7 +163,9 @@ impl Vmm {
 
     /// Connects for a driver that accepts these features.
     fn connect_with(directory: &Path, features: u64) -> Self {
-        let mut front = Frontend::connect(directory.join("socket"), QUEUES).unwrap();
+        let socket = UnixStream::connect(directory.join("socket")).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut front = Frontend::from_stream(socket, QUEUES);
         front.set_owner().unwrap();
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let wanted = protocol | (1 << VIRTIO_F_VERSION_1) | features;
@@ -169,9 +174,7 @@ impl Vmm {
         assert!(offered.contains(VhostUserProtocolFeatures::BACKEND_REQ));
         front.set_protocol_features(offered).unwrap();
         let (changes, theirs) = UnixStream::pair().unwrap();
-        changes
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
+        changes.set_read_timeout(Some(PATIENCE)).unwrap();
         front.set_backend_request_fd(&theirs).unwrap();
         front.set_features(wanted).unwrap();
 
