@@ -3,13 +3,17 @@
 //! The unit tests of the host's own programs.
 
 use std::fs::{self, File};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::LazyLock;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use regex::Regex;
 use vm::ktap::Outcome;
 
+use crate::descendants::Descendants;
 use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
@@ -18,6 +22,15 @@ use crate::report::Report;
 static RESULT: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r"^test (?P<name>.*?) \.\.\. (?P<result>ok|FAILED|ignored)").expect("it is valid")
 });
+
+static SLOW: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"^test (?P<name>.*) has been running for over").expect("it is valid")
+});
+
+/// How long no test may end. The longest takes half a minute on an idle machine.
+const QUIET_LIMIT: Duration = Duration::from_secs(600);
+
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Builds and runs them.
 pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
@@ -45,11 +58,12 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
     let _running = report.begin("host");
     let log = places.build().join("host-tests.log");
     // Not a pipe: a process that a test has left would keep it open.
-    let status = cargo()
+    let mut child = cargo()
         .stdin(Stdio::null())
         .stdout(File::create(&log)?)
         .stderr(Stdio::null())
-        .status()?;
+        .spawn()?;
+    let status = wait_printing(&mut child, &log, QUIET_LIMIT)?;
     let stdout = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
     let results = results(&stdout);
     let failed = results
@@ -67,6 +81,50 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
         report.add(&format!("host {name}"), None, &outcome, &[]);
     }
     Ok(())
+}
+
+/// Waits for the end of a command that prints to `log`.
+///
+/// # Errors
+///
+/// It has printed nothing for the time `limit`, and was killed.
+fn wait_printing(child: &mut Child, log: &Path, limit: Duration) -> Result<ExitStatus> {
+    let (mut printed, mut since) = (0, Instant::now());
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        let now = fs::metadata(log)?.len();
+        if now != printed {
+            (printed, since) = (now, Instant::now());
+        }
+        if since.elapsed() > limit {
+            Descendants::of(child.id()).kill();
+            child.wait()?;
+            bail!(
+                "the tests printed nothing for {} s, and were killed; {} has those that were running: {}",
+                limit.as_secs(),
+                log.display(),
+                unfinished(&fs::read_to_string(log)?).join(", ")
+            );
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
+
+/// The tests that have been running for long and have no result.
+fn unfinished(stdout: &str) -> Vec<String> {
+    let ended = results(stdout);
+    stdout
+        .lines()
+        .filter_map(|line| {
+            let name = SLOW.captures(line)?["name"].to_owned();
+            ended
+                .iter()
+                .all(|(other, _)| *other != name)
+                .then_some(name)
+        })
+        .collect()
 }
 
 fn results(stdout: &str) -> Vec<(String, Outcome)> {
@@ -87,6 +145,27 @@ fn results(stdout: &str) -> Vec<(String, Outcome)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tests_that_hang_are_killed_and_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        let run = |script: &str| {
+            let mut child = Command::new("sh")
+                .args(["-c", script])
+                .stdout(File::create(&log).unwrap())
+                .spawn()
+                .unwrap();
+            wait_printing(&mut child, &log, Duration::from_secs(2))
+        };
+        assert!(run("for i in 1 2 3; do echo; sleep 1; done").is_ok());
+        let slow = "has been running for over 60 seconds";
+        let script = format!(
+            "echo 'test a {slow}'; echo 'test b {slow}'; echo 'test a ... ok'; while :; do sleep 1; done"
+        );
+        let error = run(&script).unwrap_err().to_string();
+        assert!(error.ends_with("running: b"), "{error}");
+    }
 
     #[test]
     fn results_are_read() {
