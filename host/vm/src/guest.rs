@@ -289,12 +289,10 @@ impl Guest {
             && faults.is_ok_and(|faults| faults.is_empty())
     }
 
-    /// Fails when the guest's kernel has given up.
+    /// Fails when the guest's kernel has reported a fault that the configuration does not expect.
     pub fn check_alive(&self) -> Result<()> {
-        ensure!(
-            !self.console.has_panicked(&self.config.expected)?,
-            "the guest's kernel panics"
-        );
+        let faults = self.console.faults(&self.config.expected)?;
+        ensure!(faults.is_empty(), "the guest's kernel reports a fault");
         Ok(())
     }
 
