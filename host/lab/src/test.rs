@@ -30,6 +30,7 @@ const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 const LONG_SCENARIOS: &[&str] = &[
     "soak",
     "unused_proof",
+    "unused_lie",
     "unused_bounded",
     "reclaim",
     "snapshot",
