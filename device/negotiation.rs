@@ -128,7 +128,7 @@ fn validate_poison(features: &mut virtio::Features<'_>) {
     } else if !features.has(F_PAGE_POISON) && features.has(F_REPORTING) {
         dev_info!(
             features,
-            "free pages are not reported: the host cannot be told what they are initialised to\n"
+            "free pages are not reported: they have a value, and the device offers no page poison\n"
         );
         features.clear(F_REPORTING);
         // The number of their queue would not be sure.

@@ -72,7 +72,7 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
     let mut longest = Duration::ZERO;
     for off in [Off::Interrupts, Off::Preemption] {
         let measure =
-            |what: &str, work: &dyn Fn() -> Result<()>| measure(setup, guest, what, off, || work());
+            |what: &str, work: &dyn Fn() -> Result<()>| measure(setup, guest, what, off, work);
         let offline = || offline(guest);
         let settle = |size: Size| guest.balloon().settle(size).map(drop);
 
