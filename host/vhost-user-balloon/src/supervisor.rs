@@ -161,14 +161,7 @@ impl Supervisor {
         let boot = Duration::from_secs(options.boot_grace.into());
         let vmm = connected(frontend, boot);
         let (socket, control) = sockets(options, path, socket, control)?;
-        let own_state = options
-            .state
-            .is_none()
-            .then(|| socket.with_suffix(".state"));
-        if let (Some(state), None) = (&own_state, &vmm) {
-            // One that is left from a daemon before this one is of another guest.
-            let _ = fs::remove_file(state);
-        }
+        let own_state = own_state(options, &socket, vmm.is_some());
         let new_arguments = worker_arguments(own_state.as_deref());
         let arguments = match vmm {
             Some(_) => continue_with(old_arguments, &new_arguments),
@@ -359,6 +352,19 @@ impl Supervisor {
         }
         Ok(Event::Continue)
     }
+}
+
+/// The state file that ends with the daemon, unless the options name another one.
+fn own_state(options: &Options, socket: &Socket, is_connected: bool) -> Option<PathBuf> {
+    if options.state.is_some() {
+        return None;
+    }
+    let state = socket.with_suffix(".state");
+    if !is_connected {
+        // One that is left from a daemon before this one is of another guest.
+        let _ = fs::remove_file(&state);
+    }
+    Some(state)
 }
 
 /// The sockets at the paths of the options, of which another supervisor may have left some.
