@@ -107,7 +107,7 @@ impl<R: MigratePage> BalloonPages<R> {
 
     /// Puts `pages` into the balloon.
     pub(crate) fn insert(&self, mut pages: PageList) {
-        // All that there are are on the only node.
+        // All pages are on the only node.
         if let [node] = self.nodes.as_slice() {
             return node.insert(pages);
         }

@@ -18,7 +18,7 @@ use crate::rust::mm::{
 use core::mem::size_of;
 use kernel::page::PAGE_SIZE;
 
-/// What a backlog page page begins with.
+/// What a backlog page begins with.
 #[repr(C)]
 struct Header {
     /// The backlog page below this one.
@@ -27,7 +27,7 @@ struct Header {
     len: usize,
 }
 
-/// How many ranges fit on a backlog page page.
+/// How many ranges fit on a backlog page.
 const CAPACITY: usize = (PAGE_SIZE - size_of::<Header>()) / size_of::<PfnRange>();
 
 /// A stack of ranges of page frame numbers.
