@@ -62,7 +62,7 @@ pub(crate) struct Migration {
 #[pin_data]
 pub(crate) struct PendingMigrations {
     waker: Waker,
-    /// For how long a caller waits who needs the old pages to be free.
+    /// How long page migration waits for the old pages to be free.
     timeout: StallTimeout,
     #[pin]
     inner: SpinLock<Inner>,
@@ -263,7 +263,7 @@ impl PendingMigrations {
 
 impl MigratePage for PendingMigrations {
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
-        // Who has isolated a pageblock looks whether it is free as soon as its last page was moved.
+        // The kernel checks whether an isolated pageblock is free as soon as its last page has moved.
         let is_last = old.is_last_of_isolated();
         let mut inner = self.inner.lock();
 

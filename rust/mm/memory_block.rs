@@ -38,9 +38,9 @@ use kernel::{
     time::Msecs, //
 };
 
-/// How long it may take to bring a block online before the kernel is sent a signal. It does not look for
-/// one, and does no more than to write to the `struct page`s: what is needed is that afterwards no
-/// signal is pending. A write that is to be repeated leaves one.
+/// How long bringing a block online may take before the task gets a signal. The kernel does not look for
+/// signals there: it only writes to the `struct page`s. The limit is there for its end, which clears the
+/// signal flag that a restarted write leaves.
 const ONLINE_PATIENCE: Msecs = 1_000;
 
 /// What makes a block what it was before it went offline.

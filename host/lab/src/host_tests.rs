@@ -27,7 +27,7 @@ static SLOW: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r"^test (?P<name>.*) has been running for over").expect("it is valid")
 });
 
-/// How long no test may end. The longest takes half a minute on an idle machine.
+/// How long the tests may run without a result of one of them.
 const QUIET_LIMIT: Duration = Duration::from_secs(600);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
