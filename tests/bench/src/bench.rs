@@ -11,15 +11,15 @@ use crate::claim::Claim;
 use crate::contestant::Contestant;
 use crate::record::{Record, Run, Subject};
 
-/// Something to be measured.
+/// A benchmark.
 pub struct Benchmark {
-    /// What its records are called. Those of one benchmark come from the same guests.
+    /// The names of its records. The records of one benchmark come from the same guests.
     pub names: &'static [&'static str],
-    /// What one learns from it.
+    /// The question that it answers.
     pub answers: &'static str,
     /// Does it.
     pub run: fn(&Bench) -> Result<()>,
-    /// What is promised of the results, which are the records with its names.
+    /// The claims about the results, which are the records with its names.
     pub claims: fn(&[Record]) -> Vec<Claim>,
 }
 
@@ -32,7 +32,7 @@ pub struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    /// A bench for one benchmark, which says by `watch` what it is at, and has the results so far kept after each
+    /// A bench for one benchmark. It reports its progress through `watch`, and stores the results after each
     /// round.
     pub fn new(
         benchmark: &Benchmark,
@@ -56,11 +56,11 @@ impl<'a> Bench<'a> {
         self.config.clone()
     }
 
-    /// Has all contestants do something in turn, those of each group as many times as is said of it.
+    /// Runs all contestants in turn, those of each group as many times as the group says.
     ///
     /// # Errors
     ///
-    /// The first one of theirs, or the results cannot be kept.
+    /// The first error of a contestant, or the results cannot be stored.
     pub fn rounds(
         &self,
         groups: &[(usize, &[Contestant])],
@@ -88,7 +88,7 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// What was measured.
+    /// The records.
     pub fn records(&self) -> Vec<Record> {
         let series = self.series.borrow();
         series

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Limits that the results must keep.
+//! Limits for the results.
 
 use std::fmt;
 
@@ -27,7 +27,7 @@ impl Claim {
         }
     }
 
-    /// A claim that the median of one contestant's times is a part of another one's, if there are both.
+    /// A claim about the ratio of two contestants' median times, if both have results.
     pub(crate) fn ratio(
         records: &[Record],
         name: &str,
@@ -40,7 +40,8 @@ impl Claim {
         Some(Self::new(what, ratio, limit))
     }
 
-    /// A claim that the median of a contestant's times is a part of its times in some variety, if there are both.
+    /// A claim about the ratio of a contestant's median time to that of a variant, if both have
+    /// results.
     pub(crate) fn ratio_to_detail(
         records: &[Record],
         name: &str,
@@ -58,14 +59,15 @@ impl Claim {
         Some(Self::new(what, ratio, limit))
     }
 
-    /// A claim that the guest has at most so many MiB more of the host's memory on the way, if that was measured.
+    /// A claim that the guest uses at most so many MiB more of the host's memory while it inflates,
+    /// if that was measured.
     pub(crate) fn peak(records: &[Record], name: &str, of: Contestant, limit: f64) -> Option<Self> {
         let peak = find(records, name, of)?.peak_mib? as f64;
         let what = format!("{name}: MiB more of the host's memory on the way with {of}");
         Some(Self::new(what, peak, limit))
     }
 
-    /// A claim that what one contestant copies is a part of what another one does, if there are both.
+    /// A claim about the ratio of the memory that two contestants copy, if both have results.
     pub(crate) fn copied(
         records: &[Record],
         name: &str,
@@ -78,7 +80,7 @@ impl Claim {
         Some(Self::new(what, copied(of)? / copied(to)?, limit))
     }
 
-    /// Whether it is true.
+    /// Whether the value is within the limit.
     pub fn holds(&self) -> bool {
         self.value <= self.limit
     }
@@ -102,7 +104,7 @@ impl fmt::Display for Claim {
             true => "limit",
             false => "EXCEEDS the limit",
         };
-        // Two digits that are not zero.
+        // Two significant digits.
         let digits = if self.value < 0.001 { 6 } else { 4 };
         write!(
             f,

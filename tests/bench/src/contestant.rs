@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who is compared: ways for a guest to give memory to the host.
+//! The configurations that benchmarks compare: ways for a guest to return memory to the host.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,46 +9,46 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use vm::{Config, Driver, Guest, Offer, Size};
 
-/// What in the guest gives memory away.
+/// The mechanism in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum By {
     /// This repository's balloon driver.
     Rs,
-    /// The kernel's own.
+    /// The kernel's balloon driver.
     C,
-    /// Unplugging memory.
+    /// virtio-mem, which unplugs memory.
     VirtioMem,
-    /// Free page reporting, which is asked for nothing.
+    /// Free page reporting, which needs no request.
     Reporting,
     /// Nothing.
     None,
 }
 
-/// Whose device the guest has.
+/// The device of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Device {
-    /// QEMU's own.
+    /// QEMU's device.
     Qemu,
-    /// This repository's, with the extended protocol.
+    /// This repository's device, with the extended protocol.
     VhostUser,
 }
 
-/// One of those who are compared.
+/// A configuration that is compared with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Contestant {
-    /// What in the guest gives memory away.
+    /// The mechanism in the guest.
     pub driver: By,
-    /// Whose device it has.
+    /// The device.
     pub device: Device,
 }
 
 impl Contestant {
-    /// The C driver as most have it today.
+    /// The C driver on QEMU's device, the usual configuration.
     pub const STOCK: Self = Self::new(By::C, Device::Qemu);
 
-    /// All that this repository has.
+    /// This driver on this repository's device.
     pub const OURS: Self = Self::new(By::Rs, Device::VhostUser);
 
     /// Both drivers on QEMU's device.
@@ -68,7 +68,7 @@ impl Contestant {
     /// A guest with free page reporting.
     pub const REPORTING: Self = Self::new(By::Reporting, Device::Qemu);
 
-    /// A guest on one of the devices that gives nothing away.
+    /// A guest on one of the devices, without a mechanism.
     pub const fn none(device: Device) -> Self {
         Self::new(By::None, device)
     }
@@ -78,16 +78,16 @@ impl Contestant {
         Self { driver, device }
     }
 
-    /// Whom one compares it with: the C driver on the same device.
+    /// The baseline: the C driver on the same device.
     pub fn base(self) -> Self {
         Self::new(By::C, self.device)
     }
 
-    /// Boots a guest that can give away `amount`, hands it to `body` and ends it.
+    /// Boots a guest that can return `amount`, passes it to `body` and ends it.
     ///
     /// # Errors
     ///
-    /// What [`vm::run`] says.
+    /// The error of [`vm::run`].
     pub fn run<T>(
         self,
         config: Config,
@@ -105,7 +105,7 @@ impl Contestant {
         })
     }
 
-    /// The guest that it needs.
+    /// The configuration of its guest.
     pub(crate) fn config(self, config: Config, amount: Size) -> Config {
         let config = config.device(match self.device {
             Device::Qemu => vm::Device::Qemu,
@@ -127,7 +127,7 @@ impl Contestant {
         }
     }
 
-    /// Has the guest give away `amount`, of which it has given nothing. Returns how long it took.
+    /// Makes the guest return `amount`, starting from nothing. Returns how long it took.
     pub fn inflate(self, guest: &Guest, amount: Size) -> Result<Duration> {
         match self.driver {
             By::VirtioMem => guest.plug(Size::default()),
@@ -135,7 +135,7 @@ impl Contestant {
         }
     }
 
-    /// Has the guest take back all of `amount`. Returns how long it took.
+    /// Makes the guest take back all of `amount`. Returns how long it took.
     pub fn deflate(self, guest: &Guest, amount: Size) -> Result<Duration> {
         match self.driver {
             By::VirtioMem => guest.plug(amount),
@@ -143,12 +143,12 @@ impl Contestant {
         }
     }
 
-    /// How much of the host's memory the guest's has.
+    /// How much of the host's memory the guest uses.
     pub fn host_memory(self, guest: &Guest) -> Result<Size> {
         self.meter(guest)?()
     }
 
-    /// What says how much of the host's memory the guest's has, as often as it is asked.
+    /// A function that returns how much of the host's memory the guest uses.
     pub(crate) fn meter<'a>(
         self,
         guest: &'a Guest,

@@ -22,11 +22,11 @@ const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(3);
 const RUNS: usize = 3;
 
-/// How many runs there are of what no claim is about.
+/// The number of runs of configurations without a claim.
 const FEWER_RUNS: usize = 2;
 
-/// The encodings that the driver can be made to use by its parameter. No claim is about them, and
-/// fragmenting a guest takes a quarter of a minute.
+/// The encodings that the driver's parameter selects. They have no claim, and few runs: fragmenting
+/// a guest takes 15 s.
 const ENCODINGS: &[(&str, &str)] = &[
     ("encoding=1", "ranges only"),
     ("encoding=2", "bitmaps only"),

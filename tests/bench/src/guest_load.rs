@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What others in the guest notice of it.
+//! The effect of inflating on other processes of the guest.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(4);
 const RUNS: usize = 2;
 
-/// For how long the load is watched before, and from when the memory is asked for.
+/// How long the load is measured before the request, and from the request on.
 const BEFORE: Duration = Duration::from_secs(1);
 const WINDOW: Duration = Duration::from_secs(3);
 
@@ -93,7 +93,7 @@ fn watch(contestant: Contestant, guest: &Guest, load: Load) -> Result<Run> {
 struct Pace(f64);
 
 impl Pace {
-    /// Watches it for so long.
+    /// Measures it for `time`.
     fn of(load: &RunningLoad<'_>, time: Duration) -> Result<Self> {
         let start = Instant::now();
         let before = load.status()?.progress.passes;

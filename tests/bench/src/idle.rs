@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests that have not used their memory yet, and where the time goes in them.
+//! Guests that have not used their memory yet, and the stages of inflating in them.
 
 use std::time::Duration;
 
@@ -23,10 +23,10 @@ const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(7);
 const RUNS: usize = 5;
 
-/// How many runs there are of what no claim is about.
+/// The number of runs of configurations without a claim.
 const FEWER_RUNS: usize = 3;
 
-/// How many runs there are in which the stages are measured.
+/// The number of runs that measure the stages.
 const TRACED_RUNS: usize = 3;
 
 /// The length of a page frame number of the base protocol, in bytes.
@@ -49,7 +49,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
             Ok(())
         })
     })?;
-    // In guests of their own: what is traced takes longer.
+    // In guests of their own, since tracing costs time.
     let traced = [By::Rs, By::C].map(|driver| Contestant::new(driver, Device::VhostUser));
     bench.rounds(&[(TRACED_RUNS, &traced)], |contestant| {
         contestant.run(config(), AMOUNT, |guest| {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the balloon costs, compared with its alternatives.
+//! The costs of the balloon, compared with its alternatives.
 //!
-//! A benchmark is a function that boots guests with one contestant after the other, over and over, so that whatever
-//! else the machine does meets all of them, and that adds each run to what there is of the same kind:
+//! A benchmark is a function that boots guests with one contestant after the other, repeatedly, so that other load
+//! on the machine affects all of them. It adds each run to the runs of the same subject:
 //!
 //! ```no_run
 //! use benchmarks::{Bench, Contestant, Subject, measure};

@@ -37,14 +37,14 @@ const CONTESTANTS: [Contestant; 3] = [
 /// The limit of the time and of the copied memory, relative to the C driver's.
 const LIMIT: f64 = 0.7;
 
-/// Measures migrations of guests that have just been started. In a guest that has been copied before, unwritten pages
-/// cost QEMU less: it mapped them when it read them.
+/// Measures migrations of freshly booted guests. In a second migration unwritten pages cost QEMU less, since it
+/// mapped them when it first read them.
 fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
     bench.rounds(&[(RUNS, &CONTESTANTS)], |contestant| {
         let config = bench.config().using_memory().memory(MEMORY);
         let config = config.offer(&[Offer::FreePageHint]);
         contestant.run(config, written, |guest| {
-            // Under emulation, page faults for so much take a quarter of a minute.
+            // Under emulation, faulting in this much as small pages takes 15 s.
             guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
             if written > Size::default() {
                 guest.touch(written)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What was measured.
+//! The records of measurements.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,7 +12,7 @@ use vm::{Guest, Samples, Sent, Size};
 
 use crate::contestant::{By, Contestant, Device};
 
-/// What is measured.
+/// The subject of a measurement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
     name: &'static str,
@@ -23,7 +23,8 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// What a benchmark calls `name`, with one of the contestants, for `amount` of a guest's `memory`.
+    /// The subject `name` of a benchmark, with one of the contestants, for `amount` of a guest's
+    /// `memory`.
     pub fn new(name: &'static str, contestant: Contestant, memory: Size, amount: Size) -> Self {
         Self {
             name,
@@ -34,33 +35,33 @@ impl Subject {
         }
     }
 
-    /// The same in some variety.
+    /// The same subject in a variant.
     pub fn detail(mut self, detail: &str) -> Self {
         self.detail = Some(detail.to_owned());
         self
     }
 }
 
-/// What one run has taken, as far as it was measured.
+/// The results of one run, as far as they were measured.
 #[derive(Clone, Debug, Default)]
 pub struct Run {
     /// How long it took.
     pub took: Duration,
-    /// What the guest has sent for it.
+    /// The messages that the guest has sent.
     pub sent: Option<Sent>,
     /// The time of the host's processors, the guest's part included.
     pub host_cpu: Option<Duration>,
     /// The time of the guest's processors, as the guest sees it.
     pub guest_cpu: Option<Duration>,
-    /// What had to be copied.
+    /// The copied memory.
     pub transferred: Option<Size>,
-    /// Where the time went.
+    /// The time of the stages.
     pub stages: Option<Stages>,
     /// Bits sent per page of the covered memory.
     pub bits_per_page: Option<f64>,
-    /// How much more of the host's memory the guest had on the way than before.
+    /// How much more of the host's memory the guest used while it inflated.
     pub peak: Option<Size>,
-    /// What a load in the guest did meanwhile, as a part of what it otherwise does.
+    /// The throughput of a load in the guest meanwhile, relative to its usual throughput.
     pub throughput: Option<f64>,
     /// By how much a periodic task in the guest was late, at most.
     pub stall: Option<Duration>,
@@ -69,31 +70,32 @@ pub struct Run {
 /// The stages of inflating.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stages {
-    /// The driver runs: it allocates pages, accounts for them and writes down which ones they are, in seconds.
+    /// The driver runs: it allocates pages, accounts for them and writes messages, in seconds.
     pub allocate: f64,
-    /// Neither the driver nor the device runs: notifications and interrupts are on their way, in seconds.
+    /// Neither the driver nor the device runs: notifications and interrupts are in flight, in
+    /// seconds.
     pub send: f64,
-    /// The device finds out which memory the pages are, in seconds.
+    /// The device decodes messages, in seconds.
     pub translate: f64,
     /// The host takes the memory, in seconds.
     pub give_back: f64,
 }
 
-/// The runs of a subject. What is not in `seconds` is the median of the runs.
+/// The runs of a subject. All fields but `seconds` are medians of the runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// What was measured.
+    /// The subject.
     pub name: String,
-    /// What in the guest gave memory away.
+    /// The mechanism in the guest.
     pub driver: By,
-    /// Whose device it had.
+    /// The device.
     pub device: Device,
-    /// In which variety, if there are several.
+    /// The variant, if there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// The guest's memory.
     pub guest_mib: u64,
-    /// How much of it this is about.
+    /// The amount that the guest returns or migrates.
     pub amount_mib: u64,
     /// How long each run took, in seconds.
     pub seconds: Samples,
@@ -105,18 +107,20 @@ pub struct Record {
     pub host_cpu_s: Option<f64>,
     /// The time of the guest's processors, as the guest sees it, in seconds.
     pub guest_cpu_s: Option<f64>,
-    /// What had to be copied.
+    /// The copied memory.
     pub transferred_mib: Option<u64>,
-    /// Where the time went.
+    /// The time of the stages.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stages: Option<Stages>,
     /// Bits sent per page of the covered memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_page: Option<f64>,
-    /// How much more of the host's memory the guest had on the way than before, in the run with the most.
+    /// How much more of the host's memory the guest used while it inflated, in the run with the
+    /// most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_mib: Option<u64>,
-    /// What a load in the guest did meanwhile in each run, as a part of what it otherwise does.
+    /// The throughput of a load in the guest meanwhile in each run, relative to its usual
+    /// throughput.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throughput: Option<Samples>,
     /// By how much a periodic task in the guest was late at most in each run, in milliseconds.
@@ -131,7 +135,7 @@ impl Record {
             (!values.is_empty()).then(|| values.into_iter().collect())
         };
         let median = |value: &dyn Fn(&Run) -> Option<f64>| all(value).map(|all| all.median());
-        // Each run has a whole number of it.
+        // The value of one run, since the mean of two may be no whole number.
         let whole = |value: &dyn Fn(&Run) -> Option<u64>| -> Option<u64> {
             let mut values: Vec<u64> = runs.iter().filter_map(value).collect();
             values.sort_unstable();
@@ -165,13 +169,13 @@ impl Record {
         }
     }
 
-    /// Who it is about.
+    /// The contestant.
     pub fn contestant(&self) -> Contestant {
         Contestant::new(self.driver, self.device)
     }
 
-    /// The record among `all` that one compares it with: of the same with the C driver on the same device, or with none
-    /// where the C driver has nothing.
+    /// The baseline among `all`: the same subject with the C driver on the same device, or without a mechanism where
+    /// the C driver has none.
     pub fn base<'a>(&self, all: &'a [Self]) -> Option<&'a Self> {
         let is_same = |other: &&Self| {
             (&other.name, other.guest_mib, other.amount_mib)
@@ -179,7 +183,7 @@ impl Record {
                 && other.device == self.device
                 && other.driver != self.driver
         };
-        // What there is in one variety only is compared with what has none.
+        // A variant without a counterpart is compared with the plain subject.
         let find = |driver: By, detail: &Option<String>| {
             let is_it = |other: &&Self| other.driver == driver && other.detail == *detail;
             all.iter().filter(is_same).find(is_it)
@@ -193,13 +197,13 @@ impl Record {
     }
 }
 
-/// Has something done with a guest that returns how long it took, and finds out what else it has taken.
+/// Runs `work`, which returns how long it took, and measures its other costs.
 ///
 /// # Errors
 ///
-/// What `work` says, or the guest does not answer.
+/// The error of `work`, or the guest does not respond.
 pub fn measure(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result<Run> {
-    // Only this repository's device counts.
+    // Only this repository's device has counters.
     let sent = || guest.sent().ok();
     let (sent_before, guest_before) = (sent(), guest.guest_cpu_time()?);
     let host_before = guest.host_cpu_time()?;
@@ -217,10 +221,10 @@ pub fn measure(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result
     })
 }
 
-/// How often the host's memory is looked at.
+/// How often the host's memory is sampled.
 const SAMPLING: Duration = Duration::from_millis(1);
 
-/// The same, and looks all the time at how much of the host's memory the contestant's guest has.
+/// The same, and samples how much of the host's memory the contestant's guest uses.
 ///
 /// # Errors
 ///

@@ -20,10 +20,10 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
 const NAME: &str = "inflate-scale";
 const RUNS: usize = 5;
 
-/// The runs of the C driver, which no claim is about and which take longest.
+/// The runs of the C driver, which have no claim and take longest.
 const C_RUNS: usize = 2;
 
-/// A guest that is large enough not to measure what each guest takes, in MiB.
+/// A guest large enough that the fixed cost of a guest does not matter, in MiB.
 const REFERENCE: u64 = 4096;
 
 fn run(bench: &Bench<'_>) -> Result<()> {
@@ -31,7 +31,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     let groups: [(_, &[_]); 2] = [(RUNS, &[ours]), (C_RUNS, &[ours.base()])];
     bench.rounds(&groups, |contestant| {
         for memory in [1, 2, 4, 8, 16].map(Size::gib) {
-            // The kernel cannot do without some of the smallest guest's memory.
+            // The kernel itself needs some of the smallest guest's memory.
             let amount = memory - Size::bytes(memory.as_bytes() / 8).max(Size::mib(256));
             let config = bench.config().memory(memory);
             contestant.run(config, amount, |guest| {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Snapshots, with and without the memory that the guest does not use (docs/snapshots.md).
+//! Snapshots, with and without the guest's unused memory (docs/snapshots.md).
 
 use std::time::Instant;
 
@@ -30,13 +30,13 @@ pub(crate) const DIRTY: Benchmark = Benchmark {
 const MEMORY: Size = Size::gib(8);
 const RUNS: usize = 3;
 
-/// Where guests' memory and snapshots are: in memory.
+/// The directory of guests' memory and snapshots, a tmpfs.
 const DIRECTORY: &str = "/dev/shm";
 
 const AS_IT_IS: Contestant = Contestant::none(Device::VhostUser);
 
 fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
-    // Both snapshots are of the same guest. It has a balloon device for the second one only.
+    // Both snapshots are of the same guest. The guest has a balloon device for the second one only.
     bench.rounds(&[(RUNS, &[AS_IT_IS])], |_| {
         let directory = tempfile::tempdir_in(DIRECTORY)?;
         let config = bench.config().using_memory().memory(MEMORY);

@@ -25,16 +25,16 @@ const MEMORY: Size = Size::gib(8);
 const AMOUNT: Size = Size::gib(4);
 const RUNS: usize = 3;
 
-/// How many runs there are of what no claim is about.
+/// The number of runs of configurations without a claim.
 const FEWER_RUNS: usize = 2;
 
-/// How much the host may miss of what the guest has given away.
+/// How much of the returned memory the host may miss.
 const TOLERANCE: Size = Size::mib(512);
 
-/// How long the host may have to wait for what the guest reports by itself.
+/// How long the host may have to wait for free page reporting.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// One fallocate() over memory of the same kind, which no guest survives.
+/// One fallocate() over memory of the same kind, which destroys the guest.
 const ONE_HOLE: Contestant = Contestant::none(Device::VhostUser);
 
 fn run(bench: &Bench<'_>) -> Result<()> {
@@ -83,14 +83,13 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     })
 }
 
-/// Has the guest use its memory and free it again. Page faults for small pages would take a quarter of a minute under
-/// emulation.
+/// Makes the guest use its memory and free it again. Page faults for small pages would take 15 s under emulation.
 fn use_memory(guest: &Guest) -> Result<()> {
     guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
     guest.touch(AMOUNT)
 }
 
-/// Has the guest use its memory and free it again, and waits until the host has it.
+/// Makes the guest use its memory and free it again, and waits until the host has it.
 fn report(guest: &Guest) -> Result<Run> {
     guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
     let idle = guest.resident()?;
@@ -102,20 +101,21 @@ fn report(guest: &Guest) -> Result<Run> {
     measure(guest, || {
         load.stop()?;
         let start = Instant::now();
-        guest.wait_until("the host gets what is free", PATIENCE, || {
+        guest.wait_until("the host gets the free memory", PATIENCE, || {
             Ok(guest.resident()? < idle + TOLERANCE)
         })?;
         Ok(start.elapsed())
     })
 }
 
-/// Punches a hole into the memory of a guest that has used it. Returns how long it takes for the amount.
+/// Punches a hole into the memory of a guest that has used it. Returns the time, scaled to the
+/// amount.
 fn one_hole(config: Config) -> Result<Duration> {
     let config = ONE_HOLE.config(config, AMOUNT);
     vm::run_and_kill(&config, |guest| {
         use_memory(guest)?;
         guest.qmp().execute::<Value>("stop", &json!({}))?;
-        // What the guest has begun to do is done by then.
+        // The guest has completed its work by then.
         thread::sleep(Duration::from_millis(100));
         let file = guest.memory_file()?;
         let before = file.resident()?;

@@ -37,13 +37,13 @@ pub(crate) const FRAGMENTED: Benchmark = Benchmark {
 const MEMORY: Size = Size::gib(8);
 const RUNS: usize = 3;
 
-/// How many runs there are of what takes long.
+/// The number of runs of slow configurations.
 const FEWER_RUNS: usize = 2;
 
-/// How much more of the host's memory the guest may have on the way, in MiB.
+/// How much more of the host's memory the guest may use while it inflates, in MiB.
 const MOST_MORE: f64 = 32.0;
 
-/// What the driver does without memory blocks.
+/// The driver without memory blocks.
 const PAGES_ONLY: &str = "pages only";
 
 fn config(bench: &Bench<'_>) -> Config {
@@ -83,10 +83,11 @@ fn idle_claims(records: &[Record]) -> Vec<Claim> {
         .collect()
 }
 
-/// Has a guest use half of its memory.
+/// Makes a guest use half of its memory.
 fn use_half(guest: &Guest) -> Result<vm::RunningLoad<'_>> {
     guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
-    // Files of a size as compilers write them, each with an inode and a name, and half of them removed.
+    // Files of the size of compiler output, each with an inode and a name. Half of them are removed
+    // again.
     guest.sh(
         "mkdir /objects && cd /objects && dd if=/dev/urandom of=object bs=16k count=1 2>/dev/null
          for d in $(seq 200); do

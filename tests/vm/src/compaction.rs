@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The balloon's pages do not stand in the way of those who need memory in one piece.
+//! Contiguous allocations and memory offlining succeed in a guest with pages in the balloon.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "memory_offline",
-        proves: "a block of memory that is full of balloon pages can be taken away from the guest",
+        proves: "a memory block that is full of balloon pages can be taken offline",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -34,7 +34,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "blocks_offline",
-        proves: "a block of memory that is full of large pieces of the balloon can be taken away, too",
+        proves: "a memory block that is full of unsplit blocks of the balloon can be taken offline, too",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -42,7 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "virtio_mem",
-        proves: "virtio-mem unplugs parts of memory that is full of the balloon",
+        proves: "virtio-mem unplugs parts of memory that is full of balloon pages",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: BLOCKS_OR_PAGES,
@@ -50,7 +50,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "contiguous_allocation",
-        proves: "the balloon makes room for an allocation from the contiguous memory allocator",
+        proves: "an allocation from the contiguous memory allocator migrates pages of the balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -58,13 +58,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Where the balloon has large pieces, and where it has single pages.
+/// A balloon with unsplit blocks, and one with order-0 pages.
 pub(crate) const BLOCKS_OR_PAGES: &[Device] = &[Device::Extended, Device::Qemu];
 
-/// How long it may take to move the balloon's pages: the host hears of each one by itself.
+/// How long migrating the balloon's pages may take: the C driver notifies the host of each page.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// The least share of the huge pages, to that with the C driver.
+/// The least share of huge pages, relative to the share with the C driver.
 const HUGE_PAGES_LIMIT: f64 = 0.95;
 
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
@@ -81,13 +81,14 @@ fn huge_pages(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// The share of the huge pages it wants that a guest gets out of memory that is cut up by the balloon.
+/// The share of the requested huge pages that a guest gets when the balloon has fragmented its
+/// memory.
 fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
     vm::run(&setup.config().memory(Size::mib(768)), |guest| {
         guest.insmod(driver, driver.low_floor())?;
         let free = guest.meminfo()?.free;
         let data = hold(guest)?;
-        // Another process has one of each two pages, and the balloon gets those in between.
+        // A process has every other page, and the balloon gets the pages in between.
         let fragment = guest.load(Load::Fragment {
             mib: usize::try_from(free.saturating_sub(Size::mib(96)).as_mib())?,
         })?;
@@ -104,18 +105,18 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
         let moved = guest.vmstat("balloon_migrate")?;
         let free = guest.meminfo()?.free;
         let wanted = u32::try_from(free.saturating_sub(Size::mib(48)).as_mib() / 2)?;
-        // By itself the kernel gives up compacting for a while when it has once been in vain.
+        // The kernel defers compaction after a failed attempt, so the test starts it.
         write(guest, "/proc/sys/vm/compact_memory", "1")?;
         write(guest, NR_HUGEPAGES, &wanted.to_string())?;
         let got: u32 = guest.read_file(NR_HUGEPAGES)?.trim().parse()?;
         let moved = guest.vmstat("balloon_migrate")? - moved;
         setup.note(format!(
-            "{driver:?} driver: {got} of {wanted} huge pages, {moved} of {} balloon pages moved",
+            "{driver:?} driver: {got} of {wanted} huge pages, {moved} of {} balloon pages migrated",
             size.as_pages()
         ));
         ensure!(
             moved > size.as_pages() / 10,
-            "only {moved} pages of the balloon were moved"
+            "only {moved} pages of the balloon were migrated"
         );
         check_size(guest, size)?;
         data.stop()?;
@@ -132,7 +133,7 @@ fn virtio_mem(setup: &Setup) -> Result<()> {
     let here = unplugged_with(setup, setup.driver)?;
     if setup.driver == Driver::Rust {
         let c = unplugged_with(setup, Driver::C)?;
-        // Where the kernel puts its own pages is a matter of chance.
+        // The kernel allocates its own pages at random places.
         ensure!(
             here + Size::mib(32) >= c,
             "{here} are unplugged, and {c} with the C driver"
@@ -141,9 +142,9 @@ fn virtio_mem(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// How much memory can be taken away from a guest with a balloon that had been plugged into it, part by part.
+/// How much plugged memory virtio-mem can unplug, part by part, from a guest with a balloon.
 fn unplugged_with(setup: &Setup, driver: Driver) -> Result<Size> {
-    // For how long the guest makes no progress when it gives up.
+    // The guest has given up when it has made no progress for so long.
     const STUCK: Duration = Duration::from_secs(15);
     let more = Size::mib(512);
     let config = setup
@@ -165,7 +166,7 @@ fn unplugged_with(setup: &Setup, driver: Driver) -> Result<Size> {
     })
 }
 
-/// Starts a process whose data have to stay what they are.
+/// Starts a process that verifies its data.
 fn hold(guest: &Guest) -> Result<vm::RunningLoad<'_>> {
     let data = guest.load(Load::Hold {
         mib: 32,
@@ -174,7 +175,7 @@ fn hold(guest: &Guest) -> Result<vm::RunningLoad<'_>> {
     Ok(data)
 }
 
-/// Has the guest's kernel do something that moves pages.
+/// Writes to a file of the guest's kernel that makes it migrate pages.
 pub(crate) fn write(guest: &Guest, path: &str, value: &str) -> Result<()> {
     let line = format!("echo {value} >{path}");
     let output = guest.exec_within(&["sh", "-c", &line], PATIENCE)?;
@@ -211,16 +212,16 @@ fn memory_offline(setup: &Setup) -> Result<()> {
         let moved = guest.vmstat("balloon_migrate")? - moved;
         ensure!(
             moved >= pages,
-            "{moved} pages of the balloon were moved, and {pages} had to be"
+            "{moved} pages of the balloon were migrated, out of {pages} in the block"
         );
         check_size(guest, size)?;
-        setup.note(format!("{moved} pages moved out of a block of {all}"));
+        setup.note(format!("{moved} pages migrated out of a block of {all}"));
 
         write(guest, &block.state, "online_movable")?;
         let now = guest.meminfo()?.total;
         ensure!(
             now == with_balloon,
-            "the guest has {now} with the block back, and had {with_balloon} before it went"
+            "the guest has {now} with the block online again, and had {with_balloon} before"
         );
         data.stop()?;
         guest.balloon().settle(Size::default())?;
@@ -232,7 +233,7 @@ fn memory_offline(setup: &Setup) -> Result<()> {
     })
 }
 
-/// A block of memory that can be taken away from the guest.
+/// A memory block that the guest's kernel can take offline.
 pub(crate) struct Block {
     pub(crate) state: String,
     pub(crate) pages: Range<u64>,
@@ -240,12 +241,13 @@ pub(crate) struct Block {
 
 const MEMORY: &str = "/sys/devices/system/memory";
 
-/// The block of memory that has most of the balloon in it, of those whose zones match a pattern.
+/// The memory block with the most pages of the balloon, among the blocks whose zones match a
+/// pattern.
 pub(crate) fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
     fullest_block_of(guest, MEMORY, zones)
 }
 
-/// The same of the blocks in a directory, such as that of a NUMA node.
+/// The same for the blocks in a directory, such as that of a NUMA node.
 pub(crate) fn fullest_block_of(guest: &Guest, directory: &str, zones: &str) -> Result<Block> {
     let bytes = guest.read_file(&format!("{MEMORY}/block_size_bytes"))?;
     let pages = Size::bytes(u64::from_str_radix(bytes.trim(), 16)?).as_pages();
@@ -262,7 +264,7 @@ pub(crate) fn fullest_block_of(guest: &Guest, directory: &str, zones: &str) -> R
             pages: first..first + pages,
         });
     }
-    // The last one is not for others: the kernel has put its own data there when it booted, or the firmware has.
+    // The last block has data that the kernel or the firmware allocated during boot.
     blocks.sort_by_key(|block| block.pages.start);
     blocks.pop();
     let mut fullest = None;
@@ -272,7 +274,7 @@ pub(crate) fn fullest_block_of(guest: &Guest, directory: &str, zones: &str) -> R
             fullest = Some((full, block));
         }
     }
-    let (_, block) = fullest.context("the guest has no such block of memory")?;
+    let (_, block) = fullest.context("the guest has no such memory block")?;
     Ok(block)
 }
 
@@ -297,11 +299,11 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
             events
                 .iter()
                 .any(|event| event.ends_with("reason=going-offline")),
-            "nothing is said of it: {events:#?}"
+            "no trace event for it: {events:#?}"
         );
         let state = guest.read_file(&block.state)?;
         ensure!(state.trim() == "offline", "the block is {}", state.trim());
-        // Other memory takes its place.
+        // The balloon then inflates elsewhere.
         guest.balloon().reach(size)?;
         check_size(guest, size)?;
 
@@ -309,7 +311,7 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
         let now = guest.meminfo()?.total;
         ensure!(
             now == with_balloon,
-            "the guest has {now} with the block back, and had {with_balloon} before it went"
+            "the guest has {now} with the block online again, and had {with_balloon} before"
         );
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
@@ -320,7 +322,7 @@ fn blocks_offline(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Checks that the balloon has blocks from everywhere but an area of `area` pages.
+/// Checks that the balloon has blocks from everywhere except an area of `area` pages.
 fn check_blocks(guest: &Guest, area: u64) -> Result<()> {
     let balloon = show(guest, "balloon")?;
     let mut pages = 0;
@@ -330,7 +332,7 @@ fn check_blocks(guest: &Guest, area: u64) -> Result<()> {
     let elsewhere = guest.memory().as_pages() - area;
     ensure!(
         pages * 20 > elsewhere * 17,
-        "{pages} pages of the balloon are in blocks, where {elsewhere} are not in the area"
+        "{pages} pages of the balloon are in blocks, and {elsewhere} are outside the area"
     );
     Ok(())
 }
@@ -338,10 +340,10 @@ fn check_blocks(guest: &Guest, area: u64) -> Result<()> {
 fn contiguous_allocation(setup: &Setup) -> Result<()> {
     const AREA: &str = "/sys/kernel/debug/cma/hugetlb0";
     let wanted = Size::mib(64);
-    // What stays whole keeps away from the area, which is taken when nothing else is left.
+    // Unsplit blocks are not in the area, which the balloon uses last.
     let has_blocks = setup.driver == Driver::Rust && setup.device == Device::Extended;
     let parameters: &[&str] = if has_blocks { &["floor_mib=32"] } else { &[] };
-    // The area is the only one whose size is a kernel parameter here, and is of 1 GiB at least.
+    // Only the size of this area is a kernel parameter here, and it is 1 GiB at least.
     let config = setup
         .config()
         .memory(Size::gib(4))
@@ -357,7 +359,8 @@ fn contiguous_allocation(setup: &Setup) -> Result<()> {
             let size = Size::mib(guest.meminfo()?.available.as_mib() - 120);
             guest.balloon().settle(size)?;
             check_blocks(guest, number("count")?)?;
-            // The pages that move need a place outside of the area: blocks leave the balloon first.
+            // The kernel needs free memory outside the area to migrate pages: the balloon deflates
+            // blocks first.
             size.saturating_sub(Size::mib(160))
         } else {
             Size::mib(2560)
@@ -377,15 +380,17 @@ fn contiguous_allocation(setup: &Setup) -> Result<()> {
         let now = number("used")?;
         ensure!(
             now == used + count,
-            "{now} pages of the area are in use, where {count} were added to {used}"
+            "{now} pages of the area are in use, not {count} more than {used}"
         );
-        // The free ones are in one place, which is as good as any other.
+        // The allocation may contain the free pages, which need no migration.
         ensure!(
             moved * 2 > wanted.as_pages(),
-            "{moved} pages of the balloon moved for {count} pages in one piece"
+            "{moved} pages of the balloon migrated for {count} contiguous pages"
         );
         check_size(guest, size)?;
-        setup.note(format!("{moved} pages moved for {count} in one piece"));
+        setup.note(format!(
+            "{moved} pages migrated for {count} contiguous pages"
+        ));
 
         write(guest, &format!("{AREA}/free"), &count.to_string())?;
         data.stop()?;

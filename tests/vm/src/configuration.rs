@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How often the driver looks at the configuration space and writes to it. Each time costs an exit from the guest, and is
-//! the end of a QEMU whose vhost-user device has lost its back end.
+//! How often the driver reads and writes the configuration space. Each access costs a VM exit, and QEMU aborts on it if
+//! its vhost-user device has lost the back end.
 
 use std::fs;
 use std::thread;
@@ -21,8 +21,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     run: configuration_accesses,
 }];
 
-/// QEMU's trace events for what reads the configuration space of a device, and for what writes to it: for its own one,
-/// and the requests that a vhost-user device gets.
+/// QEMU's trace events for reads and writes of the configuration space, for its own device and for a vhost-user
+/// device.
 fn events(device: Device) -> (&'static str, &'static str) {
     match device {
         Device::Qemu => ("virtio_balloon_get_config", "virtio_balloon_set_config"),
@@ -33,7 +33,7 @@ fn events(device: Device) -> (&'static str, &'static str) {
 }
 
 fn configuration_accesses(setup: &Setup) -> Result<()> {
-    /// So long that all is over that a target has brought about.
+    /// So long that all accesses for a target are over.
     const REST: Duration = Duration::from_millis(1500);
     let (read, write) = events(setup.device);
     let name = |event: &str| event.split(' ').next().unwrap_or_default().to_owned();
@@ -68,7 +68,7 @@ fn configuration_accesses(setup: &Setup) -> Result<()> {
             })();
             setup.tolerate(result)?;
         }
-        // Nor does a balloon cost any that cannot grow.
+        // A balloon that cannot inflate costs no accesses either.
         guest
             .balloon()
             .request(guest.meminfo()?.total - Size::mib(1))?;

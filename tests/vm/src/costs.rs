@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What ballooning costs, in numbers that are the same on a slow machine and on a busy one.
+//! The cost of ballooning, in counts that do not depend on the speed or the load of the machine.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "costs_idle",
-        proves: "nearly all of an idle guest's memory goes and comes back for next to nothing",
+        proves: "nearly all of an idle guest's memory is inflated and deflated with a few messages and calls",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -20,7 +20,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "costs_fragmented",
-        proves: "lone pages cost no more than a bit for each page, and are not allocated one by one",
+        proves: "isolated order-0 pages cost one bit for each page, and are allocated in bulk",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -28,21 +28,21 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// What something has cost, or may cost.
+/// The cost of an operation, or its limit.
 #[derive(Clone, Copy)]
 struct Costs {
-    /// What the guest sends to name its pages, in bytes.
+    /// The size of the guest's messages that list pages, in bytes.
     bytes: u64,
-    /// How many times it notifies the device.
+    /// How many times the guest notifies the device.
     notifications: u64,
     /// How many times the driver allocates memory, for the balloon or for itself.
     allocations: u64,
-    /// How many system calls give memory back.
+    /// How many system calls return memory to the host.
     discards: u64,
 }
 
 impl Costs {
-    /// Has the balloon go to a size, and says what that has cost.
+    /// Sets the balloon's size, and returns the cost.
     fn of(setup: &Setup, guest: &Guest, size: Size) -> Result<Self> {
         let discards = || -> Result<u64> { Ok(guest.daemon()?.info()?.counters.discards) };
         let (sent_before, discards_before) = (guest.sent()?, discards()?);
@@ -57,7 +57,7 @@ impl Costs {
         })
     }
 
-    /// Checks that nothing is more than in `limits`.
+    /// Checks that no count exceeds `limits`.
     fn check(self, setup: &Setup, what: &str, limits: Self) -> Result<()> {
         setup.note(format!("{what}: {self}"));
         let pairs = [
@@ -87,11 +87,11 @@ impl fmt::Display for Costs {
 fn idle(setup: &Setup) -> Result<()> {
     const SIZE: Size = Size::mib(800);
     const BOTH: Costs = Costs {
-        // A few ranges, of which each takes 8: page frame numbers would take 800 KiB.
+        // A few ranges of 8 bytes each. Page frame numbers would take 800 KiB.
         bytes: 256,
         // All of it is named at once.
         notifications: 4,
-        // One for each block of 4 MiB, and some for messages: page by page there would be 200,000.
+        // One for each block of 4 MiB, and some for messages. Order-0 pages would need 200,000.
         allocations: 256,
         // One for each range, and for each 32 MiB of it: others have their turn in between.
         discards: 16 + SIZE.as_mib() / 32,
@@ -106,7 +106,7 @@ fn idle(setup: &Setup) -> Result<()> {
 
 fn fragmented(setup: &Setup) -> Result<()> {
     const MEMORY: Size = Size::gib(2);
-    // A quarter of a GiB of it is not in lone pages.
+    // A quarter of a GiB of it is in larger blocks.
     const SIZE: Size = Size::mib(768);
     const LIMITS: Costs = Costs {
         // A bit for each page of the guest's memory, and a hundredth for headers: page frame numbers would take 768
@@ -114,9 +114,9 @@ fn fragmented(setup: &Setup) -> Result<()> {
         bytes: MEMORY.as_pages() / 8 * 101 / 100,
         // All of it is named at once.
         notifications: 4,
-        // Lone pages are allocated many at a time.
+        // Order-0 pages are allocated in bulk.
         allocations: 512,
-        // One for each lone page, of which no two are neighbours: half a GiB, and a tenth for what else is in pieces.
+        // One for each isolated page: half a GiB, and a tenth more for other fragments.
         discards: Size::mib(512).as_pages() * 11 / 10,
     };
     let config = setup.config().using_memory().memory(MEMORY);

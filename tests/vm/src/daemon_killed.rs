@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The processes that have the balloon device are killed, and the guest continues without it.
+//! The processes of the balloon device are killed, and the guest continues without the device.
 
 use std::thread;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::sizes::check_free;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "daemon_killed",
-        proves: "a guest outlives its balloon's device, whatever both were doing, and has all of its memory again",
+        proves: "a guest keeps running when the processes of its balloon device are killed, in any state, and gets all of its memory back",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -35,26 +35,25 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How long the guest may take to do what it is asked for.
+/// How long an operation of the guest may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long it may take to leave a device that does not answer.
+/// How long it may take to unbind an unresponsive device.
 const LEAVE: Duration = Duration::from_secs(6);
 
-/// How many times the data are verified that a guest has that keeps such a device.
+/// How many times a guest that keeps such a device verifies its data.
 const ROUNDS_ALONE: u64 = 10;
 
-/// How much there is in the balloon, or is to be.
+/// The size of the balloon, or its target.
 const SIZE: Size = Size::mib(400);
 
-/// Brings a guest and its device into a state, with the name of that.
+/// A state of a guest and its device: its name, and the function that establishes it.
 type State = (&'static str, fn(&Guest, &Daemon) -> Result<()>);
 
-/// Leaves a device, with the name of the way.
+/// A way to stop using a device: its name, and the function.
 type Way = (&'static str, fn(&Setup, &Guest) -> Result<()>);
 
-/// What a guest and its device are doing when the device's processes are killed. The last ones are for devices with the
-/// extended protocol.
+/// The states in which the device's processes are killed. The last ones are for devices with the extended protocol.
 const STATES: [State; 10] = [
     ("empty", |_, _| Ok(())),
     ("idle", |guest, daemon| reach(guest, daemon, SIZE)),
@@ -79,7 +78,7 @@ const STATES: [State; 10] = [
         guest.wait_until("hints", PATIENCE, || Ok(daemon.info()?.counters.hinted > 0))
     }),
     ("report", |guest, _| {
-        // What is free from now on is reported.
+        // The guest reports memory that is freed from now on.
         guest.load(Load::Touch { mib: 200 })?.wait()?;
         Ok(())
     }),
@@ -105,12 +104,12 @@ const STATES: [State; 10] = [
     }),
 ];
 
-/// How many of them are for the extended protocol.
+/// The number of states for the extended protocol.
 const EXTENDED: usize = 2;
 
 const INFLATING: usize = 2;
 
-/// The states that a device can be in.
+/// The states for a device.
 fn states(setup: &Setup) -> &'static [State] {
     match (setup.device, setup.driver) {
         (Device::Extended, Driver::Rust) => &STATES,
@@ -118,8 +117,8 @@ fn states(setup: &Setup) -> &'static [State] {
     }
 }
 
-/// The ways to leave a device whose processes are gone. The last one is for devices that have something to answer: QEMU
-/// does not outlive that the driver starts such a device again, and the driver has to know that it does not answer.
+/// The ways to stop using a device whose processes are gone. The last one is for devices that have not used a buffer:
+/// QEMU aborts if the driver restarts such a device, so the driver has to know that the device does not respond.
 const WAYS: [Way; 4] = [
     ("unplug", |_, _| Ok(())),
     ("unbind", |setup, guest| {
@@ -140,12 +139,12 @@ fn set(daemon: &Daemon, size: Size) -> Result<()> {
     Ok(())
 }
 
-/// Asks for `size` and waits until the driver has begun, as this counter says. As long as it has not read the target,
-/// QEMU does not outlive the device.
+/// Sets the target `size` and waits until this counter shows that the driver has begun. QEMU aborts if the driver
+/// reads the target of a device that is gone.
 fn start(guest: &Guest, daemon: &Daemon, size: Size, counter: &str) -> Result<()> {
     let before = guest.vmstat(counter)?;
     set(daemon, size)?;
-    guest.wait_until("a balloon on its way", PATIENCE, || {
+    guest.wait_until("an inflating or deflating balloon", PATIENCE, || {
         Ok(guest.vmstat(counter)? > before)
     })
 }
@@ -156,7 +155,7 @@ fn balloon(guest: &Guest) -> Result<Size> {
 
 fn reach(guest: &Guest, daemon: &Daemon, size: Size) -> Result<()> {
     set(daemon, size)?;
-    guest.wait_until("a balloon of the size that it is to have", PATIENCE, || {
+    guest.wait_until("a balloon of its target size", PATIENCE, || {
         Ok(balloon(guest)? == size && daemon.info()?.size == size.as_bytes())
     })
 }
@@ -173,9 +172,9 @@ fn config(setup: &Setup) -> Config {
         .offer(&[Offer::FreePageHint, Offer::FreePageReporting])
 }
 
-/// Gives the guest a device, and kills its processes so long after a state was begun. Without a time the device stops
-/// before, and the driver takes what it has answered: an access to the configuration space just then would be the end of
-/// QEMU, whatever the driver.
+/// Plugs a device, and kills its processes so long after the start of a state. Without a time the device stops first,
+/// and the driver collects the used buffers: QEMU would abort if any driver accessed the configuration space at that
+/// moment.
 fn lose(setup: &Setup, guest: &Guest, state: usize, delay: Option<Duration>) -> Result<()> {
     const SETTLE: Duration = Duration::from_millis(500);
     let (name, begin) = states(setup)[state];
@@ -194,7 +193,7 @@ fn lose(setup: &Setup, guest: &Guest, state: usize, delay: Option<Duration>) -> 
     daemon.kill()
 }
 
-/// Has the guest leave a device whose processes are gone, and looks whether it has all of its memory.
+/// Stops using a device whose processes are gone, and checks that the guest has all of its memory.
 fn leave(setup: &Setup, guest: &Guest, way: usize, total: Size, free: Size) -> Result<Duration> {
     let (_, leave) = WAYS[way];
     let start = guest.stopwatch();
@@ -243,8 +242,8 @@ fn with_data(
     }
 }
 
-/// Whether the driver leaves a device whose processes are gone. With the C driver that does not end, and the guest does
-/// not switch itself off either.
+/// Whether the driver can be unbound from a device whose processes are gone. With the C driver unbind does not end, and
+/// the guest does not power off either.
 fn leaves(setup: &Setup) -> bool {
     setup.driver != Driver::C
 }
@@ -267,12 +266,12 @@ fn daemon_killed(setup: &Setup) -> Result<()> {
             longest = longest.max(leave(setup, guest, way, total, free).with_context(what)?);
         }
         setup.note(format!(
-            "{:.1} s to leave a device at most",
+            "{:.1} s at most to stop using a device",
             longest.as_secs_f64()
         ));
         Ok(())
     })?;
-    // The guest reboots with such a device, and switches itself off.
+    // The guest reboots with such a device, and powers off.
     vm::run(&config(setup), |guest| {
         guest.insmod(setup.driver, &[])?;
         lose(setup, guest, INFLATING, None)?;
@@ -280,7 +279,7 @@ fn daemon_killed(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Has a guest of its own lose its device in each state, and says which have lived on.
+/// Kills the device of a guest in each state, and reports which guests keep running.
 fn each_alone(setup: &Setup) -> Result<()> {
     for (state, (name, _)) in states(setup).iter().enumerate() {
         let result = with_data(setup, |guest, load, _, _| {
@@ -293,7 +292,8 @@ fn each_alone(setup: &Setup) -> Result<()> {
 }
 
 fn random_kills(setup: &Setup) -> Result<()> {
-    /// How many times one guest loses its device at most: its log is read again and again.
+    /// How many times one guest loses its device at most: the test reads the guest's log
+    /// repeatedly.
     const PER_GUEST: usize = 50;
     let per_guest = if leaves(setup) { PER_GUEST } else { 1 };
     let mut seeds = setup.seeds().unwrap_or(0..200).peekable();
@@ -327,8 +327,8 @@ fn random_kills(setup: &Setup) -> Result<()> {
     setup.tolerate(result)
 }
 
-/// Has a guest with so much memory, and so much of it free, lose its device in a state and after a time that this seed
-/// gives, and leave it in such a way.
+/// Kills the device of a guest with so much total and free memory. The seed determines the state, the time, and the
+/// way to stop using the device.
 fn random_kill(
     setup: &Setup,
     guest: &Guest,

@@ -12,7 +12,7 @@ pub(crate) fn show(guest: &Guest, name: &str) -> Result<String> {
     ))
 }
 
-/// The number that stands after `name`, in words that are `name number`.
+/// The number after `name` in a text of `name number` pairs.
 pub(crate) fn value(text: &str, name: &str) -> Result<u64> {
     let mut words = text.split_whitespace().skip_while(|word| *word != name);
     let value = words

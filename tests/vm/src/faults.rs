@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Faults inside the guest: allocations that fail, and processors and memory that come and go.
+//! Faults inside the guest: failed allocations, and hotplug of processors and memory.
 
 use std::cell::Cell;
 use std::thread;
@@ -22,7 +22,7 @@ use crate::unused::{ask, unused};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "failing_inflate",
-        proves: "whichever allocation fails, the balloon grows in the end",
+        proves: "whichever allocation fails, the balloon reaches a larger target",
         kernels: DEBUG_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -30,7 +30,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "failing_deflate",
-        proves: "whichever allocation fails, the balloon shrinks",
+        proves: "whichever allocation fails, the balloon reaches a smaller target",
         kernels: DEBUG_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -54,7 +54,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "failing_suspend",
-        proves: "whichever allocation fails, the guest wakes up, and its balloon works or can be bound again",
+        proves: "whichever allocation fails, the guest resumes, and its balloon works or can be bound again",
         kernels: DEBUG_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -62,7 +62,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "cgroup_pressure",
-        proves: "processes that are kept short of memory lose no data to a balloon that grows and shrinks",
+        proves: "processes that are short of memory lose no data while the balloon inflates and deflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -70,7 +70,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "cpu_hotplug",
-        proves: "processors come and go while the balloon does",
+        proves: "ballooning works while processors are plugged and unplugged",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -78,20 +78,20 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "memory_hotplug",
-        proves: "the balloon takes memory that was plugged, and leaves it when it is to be unplugged",
+        proves: "the balloon inflates with plugged memory, and vacates it before it is unplugged",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
-        // What QEMU says of its own device's balloon counts the module as well.
+        // QEMU's own device counts the memory module as a part of the balloon.
         devices: VHOST_USER_DEVICE,
         run: memory_hotplug,
     },
 ];
 
-/// So much that there are blocks and single pages in it, and several messages.
+/// Enough for blocks, order-0 pages, and several messages.
 const SIZE: Size = Size::mib(24);
 
-/// Boots a guest in which each allocation of `step` fails in turn, with `before` before each. What
-/// `step` has returned goes to `check`.
+/// Boots a guest and fails the allocations of `step`, one in each run, after `before`. Passes the
+/// result of `step` to `check`.
 fn fail_each<T>(
     setup: &Setup,
     config: &Config,
@@ -110,7 +110,7 @@ fn fail_each<T>(
                 || step(guest),
                 |outcome| {
                     check(guest, outcome)?;
-                    // Whatever has become of it, ballooning works.
+                    // Whatever `step` returned, ballooning works.
                     guest.balloon().settle(SIZE)?;
                     check_size(guest, SIZE)?;
                     guest.balloon().settle(Size::default())?;
@@ -120,7 +120,9 @@ fn fail_each<T>(
                     Ok(())
                 },
             )?;
-            setup.note(format!("{kind}: {failed} allocations failed in turn"));
+            setup.note(format!(
+                "{kind}: {failed} allocations failed, one in each run"
+            ));
             all += failed;
         }
         ensure!(all > 0, "no allocation has failed");
@@ -132,7 +134,7 @@ fn fail_each<T>(
 }
 
 fn failing_probe(setup: &Setup) -> Result<()> {
-    /// What the driver's tasks need to begin.
+    /// The memory that the driver's tasks allocate when they start.
     const BEGIN: Duration = Duration::from_millis(300);
     let refused = Cell::new(0);
     fail_each(
@@ -162,7 +164,7 @@ fn failing_probe(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Binds the driver to the balloon that it has refused.
+/// Binds the driver to the balloon device that it has refused.
 fn bind(guest: &Guest, driver: Driver) -> Result<()> {
     let name = guest.sh("cd /sys/bus/virtio/devices && grep -l '^0x0005' */device")?;
     let name = name.split('/').next().context("a device")?;
@@ -171,7 +173,7 @@ fn bind(guest: &Guest, driver: Driver) -> Result<()> {
 
 fn failing_inflate(setup: &Setup) -> Result<()> {
     let size = match setup.driver {
-        // It allocates each page by itself.
+        // The C driver allocates each page by itself.
         Driver::C => Size::mib(1),
         _ => SIZE,
     };
@@ -185,7 +187,7 @@ fn failing_inflate(setup: &Setup) -> Result<()> {
 }
 
 fn failing_deflate(setup: &Setup) -> Result<()> {
-    /// Spread over more memory than the driver can put in order without allocating.
+    /// Spread over so much memory that the driver has to allocate to sort it.
     const FULL: Size = Size::mib(256);
     fail_each(
         setup,
@@ -197,7 +199,7 @@ fn failing_deflate(setup: &Setup) -> Result<()> {
 }
 
 fn failing_request(setup: &Setup) -> Result<()> {
-    // A part of the memory: the driver takes ten times as long to rest as a request has taken.
+    // Only a part of the memory: the driver pauses for ten times as long as a request has taken.
     let part = Size::mib(128).as_bytes();
     let requests = [
         Request::Unused {
@@ -216,7 +218,7 @@ fn failing_request(setup: &Setup) -> Result<()> {
         },
     ];
     let aborted = Cell::new(0);
-    // Each in a guest of its own, which has the whole of its time.
+    // Each in a guest of its own, with a CPU time budget of its own.
     for request in requests {
         fail_each(
             setup,
@@ -238,7 +240,7 @@ fn failing_request(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Makes a request and waits for its end, whatever that is.
+/// Makes a request and waits for its end, with any status.
 fn end(guest: &Guest, request: &Request) -> Result<Progress> {
     let daemon = guest.daemon()?;
     let begun: Begun = daemon.call(request)?;
@@ -266,7 +268,7 @@ fn failing_suspend(setup: &Setup) -> Result<()> {
         },
     )?;
     setup.note(format!(
-        "the guest slept {} times, and the driver was bound again {} times",
+        "the guest suspended {} times, and the driver was bound again {} times",
         slept.get(),
         bound_again.get()
     ));
@@ -300,7 +302,7 @@ fn cgroup_pressure(setup: &Setup) -> Result<()> {
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
         setup.note(format!(
-            "{swapped} were swapped out while the balloon grew and shrank {rounds} times"
+            "{swapped} were swapped out while the balloon inflated and deflated {rounds} times"
         ));
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
@@ -308,7 +310,7 @@ fn cgroup_pressure(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Starts processes whose data have to stay what they are.
+/// Starts processes that verify their data.
 fn churn(guest: &Guest, mib: usize) -> Result<RunningLoad<'_>> {
     guest.load(Load::Churn {
         mib,
@@ -350,7 +352,7 @@ fn memory_hotplug(setup: &Setup) -> Result<()> {
         for _ in 0..3 {
             guest.balloon().settle(Size::mib(300))?;
             guest.plug_memory(module)?;
-            // More than the guest has without the module, and then less.
+            // More than the guest has without the memory module, and then less.
             for size in [Size::mib(1100), Size::mib(500)] {
                 guest.balloon().settle(size)?;
                 check_size(guest, size)?;

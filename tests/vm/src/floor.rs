@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the balloon leaves to the guest, and what it does when there is more.
+//! The reserve that the driver leaves to the guest, and what the driver does when more memory is
+//! available.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,25 +15,25 @@ use crate::scenario::{QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "floor_by_size",
-        proves: "without floor_mib the balloon leaves a guest what its size asks for",
+        proves: "without floor_mib the reserve depends on the guest's size",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        // The daemon limits its target itself.
+        // The daemon itself limits the target.
         devices: QEMU_DEVICE,
         run: floor_by_size,
     },
     Scenario {
         name: "floor_and_programs",
-        proves: "the balloon leaves processes the files that they have mapped, in addition to the floor",
+        proves: "the balloon leaves the reserve and the page cache of mapped files to the guest",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        // The daemon limits its target itself.
+        // The daemon itself limits the target.
         devices: QEMU_DEVICE,
         run: floor_and_programs,
     },
     Scenario {
         name: "memory_comes",
-        proves: "8 GiB can be plugged into a guest of 1 GiB at its floor, and a balloon that has waited for memory takes it",
+        proves: "8 GiB can be plugged into a guest of 1 GiB at its reserve, and a balloon below its target inflates with them",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
@@ -40,18 +41,18 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// For how long the balloon does not move once it is as large as it can be.
+/// For how long the size of the balloon stays the same once the balloon is as large as possible.
 const QUIET: Duration = Duration::from_secs(3);
 
-/// How far the available memory may be from the floor.
+/// How far the available memory may be from the reserve.
 const NOISE: Size = Size::mib(24);
 
-/// How much is in the balloon, as the guest says. What QEMU says counts memory that was plugged as well.
+/// The size of the balloon in the guest. QEMU's number also contains plugged memory.
 fn balloon(guest: &Guest) -> Result<Size> {
     Ok(guest.page_size() * guest.vmstat("nr_balloon_pages")?)
 }
 
-/// Asks for all of the guest's memory, and waits for what the balloon can have of it.
+/// Sets all of the guest's memory as the target, and waits until the balloon stops inflating.
 pub(crate) fn take_all(guest: &Guest) -> Result<Size> {
     guest.balloon().request(guest.memory() - Size::pages(1))?;
     guest.balloon().rest(QUIET)
@@ -106,7 +107,7 @@ fn floor_and_programs(setup: &Setup) -> Result<()> {
 }
 
 fn memory_comes(setup: &Setup) -> Result<()> {
-    /// So long that the driver's next try would be ten seconds away.
+    /// So long that the driver's next attempt would be ten seconds away.
     const LONG: Duration = Duration::from_secs(15);
     /// The driver needs up to a second; a busy machine needs more.
     const LIMIT: Duration = Duration::from_secs(4);
@@ -135,7 +136,7 @@ fn memory_comes(setup: &Setup) -> Result<()> {
         guest.plug_memory(module)?;
         let plugged = grown(size, guest.memory() - Size::pages(1) - size)?;
         setup.note(format!(
-            "the balloon took what was freed after {freed:.1?}, and what was plugged after {plugged:.1?}"
+            "the balloon took freed memory after {freed:.1?}, and plugged memory after {plugged:.1?}"
         ));
         guest.rmmod(setup.driver)
     })

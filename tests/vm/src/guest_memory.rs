@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How much memory the daemon takes the guest for having, and what it leaves to the guest.
+//! The daemon's estimate of the guest's memory, and the daemon's floor.
 
 use std::sync::Arc;
 use std::thread;
@@ -16,7 +16,7 @@ use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "guest_memory",
-        proves: "sizes refer to what the guest has: without NVDIMM, ivshmem, and what virtio-mem has not plugged",
+        proves: "percentages refer to the guest's memory: without NVDIMM, ivshmem, and memory that virtio-mem has not plugged",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "kept_target",
-        proves: "the target of a larger VM leaves a smaller one time to boot, and then its floor",
+        proves: "with the kept target of a larger VM, the daemon lets a smaller VM boot first, and then respects its floor",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -32,10 +32,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// For how long a balloon does not move that cannot grow.
+/// For how long the size of a balloon that cannot grow stays the same.
 const QUIET: Duration = Duration::from_secs(3);
 
-/// What the guest has, in the balloon or not.
+/// The guest's memory, the balloon's included.
 fn memory(guest: &Guest) -> Result<Size> {
     let memory = guest.meminfo()?;
     Ok(memory.total + memory.balloon)
@@ -47,8 +47,8 @@ fn limit(memory: Size) -> Size {
     Size::pages((memory - floor).as_pages())
 }
 
-/// Waits until the daemon knows what the guest has. A balloon that moves is in neither of the guest's two numbers, or in
-/// both.
+/// Waits until the daemon knows the guest's memory. While the balloon changes its size, pages in flight are in neither
+/// of the guest's two numbers, or in both.
 fn wait_known(guest: &Guest, daemon: &Daemon) -> Result<Size> {
     let mut last = Size::default();
     guest.wait_until("a daemon that knows the guest's memory", PATIENCE, || {
@@ -90,7 +90,7 @@ fn guest_memory(setup: &Setup) -> Result<()> {
         run(&["stats", "--fresh"], 0)?;
         ensure!(wait_known(guest, &daemon)? == at_first);
 
-        // This driver stops at its own floor, which is higher.
+        // This driver stops at its own reserve, which is larger.
         let most = limit(at_first);
         guest.balloon().request(most)?;
         let size = guest.balloon().rest(QUIET)?;
@@ -124,7 +124,7 @@ fn kept_target(setup: &Setup) -> Result<()> {
     vm::run(&config.clone().memory(Size::gib(2)), |guest| {
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;
-        // A target that is set now is followed now.
+        // The daemon passes on a new target at once.
         guest.balloon().settle(target)?;
         check_size(guest, target)
     })?;
@@ -134,14 +134,14 @@ fn kept_target(setup: &Setup) -> Result<()> {
         let grace = daemon.info()?.grace;
         ensure!(
             grace.is_some_and(|seconds| (GRACE / 2..=GRACE).contains(&seconds)),
-            "the guest is left alone for {grace:?} s"
+            "the daemon waits {grace:?} s for the guest to boot"
         );
         while daemon.info()?.grace.is_some() {
             let balloon = guest.meminfo()?.balloon;
-            // It may have ended meanwhile.
+            // The wait may have ended meanwhile.
             ensure!(
                 balloon == Size::default() || daemon.info()?.grace.is_none(),
-                "{balloon} are in the balloon of a guest that is left alone"
+                "{balloon} are in the balloon of a guest that boots"
             );
             thread::sleep(Duration::from_millis(200));
         }

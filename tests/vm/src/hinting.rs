@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Free page hinting: a guest that migrates says what it does not use, and that is not copied.
+//! Free page hinting: a guest lists its free pages during a VM migration, and QEMU does not copy
+//! them.
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::sizes::check_size;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "migrate_with_hints",
-        proves: "a guest migrates without its unused memory, keeps its data, and has it all back",
+        proves: "a guest migrates without its unused memory, and has its data and all of its memory afterwards",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -21,7 +22,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "migrate_while_allocating",
-        proves: "a process gets the memory that a migration leaves out, and nobody is killed for it",
+        proves: "a process gets the memory that a migration leaves out, and no process is killed",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -29,7 +30,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "migrate_cancelled",
-        proves: "a guest has its memory back when its migration is cancelled, and migrates later",
+        proves: "a guest has its memory back when its migration is cancelled, and can migrate later",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -37,10 +38,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// What is copied in a second while something else is to happen: all of a guest takes half a minute.
+/// The bandwidth of a migration that must not end early: copying all of a guest takes half a
+/// minute.
 pub(crate) const SLOW: Size = Size::mib(32);
 
-/// How long a load may take for all of its memory.
+/// How long a load may take to allocate all of its memory.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn config(setup: &Setup) -> Config {
@@ -50,8 +52,8 @@ fn config(setup: &Setup) -> Config {
 /// The memory of a guest with one process that holds some of it.
 pub(crate) struct Shares {
     hold: usize,
-    /// What another process has written and freed: no page of it is zero, so that all of it would be
-    /// sent.
+    /// What another process has written and freed: no page of it is zero, so QEMU would send all of
+    /// it.
     freed: Size,
 }
 
@@ -64,7 +66,7 @@ impl Shares {
         })
     }
 
-    /// Starts the process that holds its share, and finds out from then on when that is damaged.
+    /// Starts the process that holds its share and verifies it.
     fn hold<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
         let load = guest.load(Load::Hold {
             mib: self.hold,
@@ -73,7 +75,7 @@ impl Shares {
         Ok(load)
     }
 
-    /// Writes and frees the other share, and returns what is free then.
+    /// Writes and frees the other share, and returns the size of free memory.
     pub(crate) fn write_and_free(&self, guest: &Guest) -> Result<Size> {
         guest.touch(self.freed)?;
         guest.free()
@@ -89,7 +91,7 @@ fn migrate_with_hints(setup: &Setup) -> Result<()> {
         let without = guest.migrate(SLOW)?.finish()?;
         ensure!(
             without.sent > shares.freed,
-            "{} were sent of a guest that has written {}, so nothing can be saved",
+            "{} were sent of a guest that has written {}, so hints cannot save anything",
             without.sent,
             shares.freed
         );
@@ -134,7 +136,8 @@ fn migrate_while_allocating(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         let load = shares.hold(guest)?;
-        // The process takes the memory while hints about it are under way, and when all have arrived.
+        // The process allocates the memory while hints are in flight, and when the device has used
+        // all.
         for early in [true, false] {
             let free = shares.write_and_free(guest)?;
             let need = guest.meminfo()?.available.as_mib() * 9 / 10;
@@ -155,7 +158,7 @@ fn migrate_while_allocating(setup: &Setup) -> Result<()> {
                 (migration, start()?)
             };
             greedy.verify(1)?;
-            // It still goes on when the process has all it needs.
+            // The migration is still active when the process has all of its memory.
             migration.progress()?;
             migration.finish()?;
             for load in [&greedy, &load] {
@@ -196,13 +199,14 @@ fn migrate_cancelled(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Waits until hints have taken out of a migration what the guest has written and freed.
+/// Waits until hints have removed the memory that the guest has written and freed from the
+/// migration.
 pub(crate) fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shares) -> Result<()> {
     guest.wait_until("hints", PATIENCE, || {
         let Transfer {
             sent, remaining, ..
         } = migration.progress()?;
-        // It ends up small without hints as well, when all has been sent.
+        // The rest also becomes small without hints, when all memory has been sent.
         ensure!(
             sent.as_mib() < shares.freed.as_mib() / 2,
             "{sent} are sent and {remaining} are left, though {} are unused",
@@ -212,7 +216,7 @@ pub(crate) fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shar
     })
 }
 
-/// Checks that the guest gets back, within seconds, what was kept from it while it migrated.
+/// Checks that the guest gets back, within seconds, the memory that it had hinted.
 pub(crate) fn check_all_back(guest: &Guest, before: Size) -> Result<()> {
     let mut free = Size::default();
     guest

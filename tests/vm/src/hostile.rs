@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A device that does what no device should, and a guest that goes on.
+//! Devices that violate the protocol or do not respond, and guests that keep running.
 
 use std::cell::{Cell, OnceCell};
 use std::iter;
@@ -16,7 +16,7 @@ use crate::sizes::{check_free, check_size};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hostile",
-        proves: "a device may do anything: the guest goes on, and its next balloon works",
+        proves: "whatever a device does, the guest keeps running, and its next balloon works",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hostile_pci",
-        proves: "the same, with nobody between the device and the driver's transport",
+        proves: "the same for a whole PCI device, without a virtio device of QEMU in between",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -32,17 +32,18 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// For how long devices are plugged, of each form, if nobody names seeds.
+/// For how long devices are plugged, of each form, without `SEEDS=`.
 const TIME: Duration = Duration::from_secs(30);
 
-/// The seeds in which something was found once. They come first.
+/// The seeds that once found a bug. They come first.
 const FOUND: &[u64] = &[26, 127, 227, 380, 536, 610, 793, 903, 1232];
 const FOUND_AS_PCI: &[u64] = &[4, 56];
 
-/// How many devices one guest gets at most. Its log, which is read again and again, grows with each.
+/// How many devices one guest gets at most. The guest's log grows with each device, and the test
+/// reads it repeatedly.
 const DEVICES_PER_GUEST: usize = 100;
 
-/// By how much free memory goes up and down by itself: what the kernel caches, and what KASAN keeps for a while.
+/// By how much free memory fluctuates: the kernel's caches, and KASAN's quarantine.
 pub(crate) const NOISE: Size = Size::mib(64);
 
 /// How long memory may take to be free when the device is gone.
@@ -56,11 +57,11 @@ fn hostile(setup: &Setup, link: Link) -> Result<()> {
     };
     let others = setup.seeds().unwrap_or(0..u64::MAX);
     let mut seeds = known.iter().copied().chain(others).peekable();
-    // The time begins with the first device.
+    // The time starts with the first device.
     let begun = OnceCell::<Instant>::new();
     let goes_on =
         || setup.seeds().is_some() || begun.get().is_none_or(|begun| begun.elapsed() < TIME);
-    let (mut plugged, mut lost, mut finds) = (0, 0, 0);
+    let (mut plugged, mut lost, mut bugs) = (0, 0, 0);
     while seeds.peek().is_some() && goes_on() {
         let is_lost = Cell::new(false);
         let these = iter::from_fn(|| {
@@ -71,28 +72,28 @@ fn hostile(setup: &Setup, link: Link) -> Result<()> {
         });
         match suffer(setup, link, these.take(DEVICES_PER_GUEST), &is_lost) {
             Ok(()) => {}
-            // It is the device's peer as well, and not what is tested.
+            // QEMU is the device's peer, too, and is not under test.
             Err(_) if is_lost.get() => lost += 1,
             result => {
-                finds += 1;
+                bugs += 1;
                 setup.tolerate(result)?;
             }
         }
     }
-    // Whatever goes wrong is the end of the guest and of one device.
-    let endured = plugged - lost - finds;
+    // A failure ends the guest, and concerns one device.
+    let endured = plugged - lost - bugs;
     setup.note(format!(
-        "{endured} of {plugged} devices endured; QEMU crashed {lost} times, {finds} finds"
+        "{endured} of {plugged} devices passed; QEMU crashed {lost} times, {bugs} bugs"
     ));
     ensure!(
-        endured + finds > 0,
-        "QEMU has crashed each time, so that nothing was found out"
+        endured + bugs > 0,
+        "QEMU has crashed each time, so nothing was tested"
     );
     Ok(())
 }
 
-/// Boots a guest and has it get the devices of these seeds, one after the other, and then one that is as it should be.
-/// Tells in `is_lost` if QEMU has not survived that.
+/// Boots a guest and plugs the devices of these seeds, one after the other, and then a well-behaved one. Sets
+/// `is_lost` if QEMU has crashed.
 fn suffer(
     setup: &Setup,
     link: Link,
@@ -106,7 +107,8 @@ fn suffer(
         .balloon(None);
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
-        // More than the load may still want: a device that has been given memory and is silent keeps it.
+        // More than the load may still need: an unresponsive device holds the memory that it was
+        // given.
         let parameters: &[&str] = match setup.driver {
             Driver::C => &[],
             _ => &["floor_mib=256"],
@@ -138,8 +140,8 @@ fn suffer(
     })
 }
 
-/// Has the guest get the device of `seed`, and lose it again, and looks at what is left of it. The guest has had a
-/// memory of `total`, of which as much was free.
+/// Plugs and unplugs the device of `seed`, and checks that nothing of it is left. Without the device the guest had
+/// `total` memory, and `free` of it was free.
 fn endure(guest: &Guest, link: Link, seed: u64, total: Size, free: Size) -> Result<()> {
     guest.write_file("/dev/kmsg", &format!("the device of seed {seed}"))?;
     let device = Hostile::start(guest, link, seed, &[])?;
@@ -153,7 +155,7 @@ fn endure(guest: &Guest, link: Link, seed: u64, total: Size, free: Size) -> Resu
     ensure!(pages == 0, "{pages} pages went with the device");
     let now = guest.meminfo()?.total;
     ensure!(now == total, "the guest had {total}, and has {now}");
-    // Hinted memory is counted nowhere else.
+    // Only free memory shows whether the guest has its hinted memory back.
     guest.wait_until("free memory as before", PATIENCE, || {
         Ok(guest.free()? + NOISE > free)
     })

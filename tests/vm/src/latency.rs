@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! For how long the kernel of a large guest has interrupts, or preemption, off.
+//! How long the kernel of a large guest disables interrupts or preemption.
 
 use std::thread;
 use std::time::Duration;
@@ -13,30 +13,30 @@ use crate::scenario::{BOTH_DRIVERS, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "latency",
-    proves: "a balloon in a guest of 64 GiB keeps interrupts and preemption off for 200,000 instructions at most",
+    proves: "a balloon in a guest of 64 GiB disables interrupts and preemption for 200,000 instructions at most",
     kernels: &[Kernel::Latency],
     drivers: BOTH_DRIVERS,
     devices: BLOCKS_OR_PAGES,
     run: latency,
 }];
 
-/// What no part of the kernel may take, at a nanosecond for each instruction.
+/// The limit for a section of the kernel, at a nanosecond for each instruction.
 const LIMIT: Duration = Duration::from_micros(200);
 
-/// What makes the kernel's per-CPU page lists as short as they can be.
+/// The value that makes the kernel's per-CPU page lists as short as possible.
 const SHORT_LISTS: &str = "1000000000";
 
-/// What gives them the length that they have by default.
+/// The value for their default length.
 const DEFAULT_LISTS: &str = "0";
 
 fn latency(setup: &Setup) -> Result<()> {
     let config = setup
         .config()
         .memory(Size::gib(64))
-        // Not all of it is the host's.
+        // The memory is larger than the host's.
         .backend(MemoryBackend::Memfd)
-        // The guest's clock counts instructions, those of its only processor: how fast the machine is, and what else it
-        // does, makes no difference.
+        // The guest's clock counts the instructions of its only processor, so the speed and the load of the machine do
+        // not matter.
         .accel(Accel::Tcg)
         .cpus(1)
         .argument("-icount", "shift=0")
@@ -55,7 +55,7 @@ fn latency(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Returns the longest part of the kernel with something off, while something is done.
+/// Returns the longest section of the kernel with `off` disabled, during an operation.
 fn measure(
     setup: &Setup,
     guest: &Guest,
@@ -76,8 +76,8 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
         let offline = || offline(guest);
         let settle = |size: Size| guest.balloon().settle(size).map(drop);
 
-        // Under one hold of a lock the kernel puts up to 2,016 order-0 pages on a per-CPU page list, to migrate the
-        // balloon's pages as well as for a process. That takes the longest. Without, it is seen what else takes long.
+        // Under one hold of a lock the kernel puts up to 2,016 order-0 pages on a per-CPU page list, for a process or
+        // to migrate the balloon's pages. That section is the longest. Short lists show the other long sections.
         guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "never")?;
         measure("a process", &|| guest.touch(Size::gib(2)))?;
         guest.insmod(setup.driver, setup.driver.low_floor())?;
@@ -94,7 +94,7 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
 }
 
 fn c_driver(setup: &Setup, guest: &Guest) -> Result<()> {
-    // With more it would take an hour, and for no page longer than for the first ones.
+    // With a larger balloon it would take an hour, and no page takes longer than the first ones.
     let size = Size::mib(512);
     guest.insmod(Driver::C, &[])?;
     for off in [Off::Interrupts, Off::Preemption] {
@@ -112,7 +112,7 @@ fn set_lists(guest: &Guest, fraction: &str) -> Result<()> {
     guest.write_file("/proc/sys/vm/percpu_pagelist_high_fraction", fraction)
 }
 
-/// Takes a block of memory that is full of the balloon away from the guest, and gives it back.
+/// Takes a memory block that is full of balloon pages offline, and online again.
 fn offline(guest: &Guest) -> Result<()> {
     let block = fullest_block(guest, ".")?;
     write(guest, &block.state, "offline")?;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the driver must do in a guest under QEMU.
+//! Scenarios: tests of the driver in guests under QEMU.
 //!
-//! A scenario is a function that boots guests and looks at them from both sides. It is given the
-//! driver and the kernel to do it with:
+//! A scenario is a function that boots guests and checks both sides. The driver and the kernel are
+//! parameters:
 //!
 //! ```no_run
 //! use scenarios::Setup;

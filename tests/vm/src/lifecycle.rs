@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The driver comes and goes, at any moment, and gives all memory back.
+//! Binding, unbinding, unloading and unplugging, at any moment: the guest gets all memory back.
 
 use std::thread;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::sizes::{check_free, check_size};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "rmmod_full",
-        proves: "unloading the module gives all memory back, loading it inflates again",
+        proves: "unloading the module returns all memory to the guest, loading it inflates again",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -25,7 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "rmmod_while_watched",
-        proves: "whoever has a file of the driver's open keeps the module, and not the device",
+        proves: "an open file of the driver holds the module, and not the device",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -33,7 +33,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "rebind",
-        proves: "unbinding gives all memory back, also while the balloon inflates",
+        proves: "unbinding returns all memory to the guest, also while the balloon inflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -41,7 +41,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "unplug_while_inflating",
-        proves: "a device may go at any moment, and another one may come",
+        proves: "a device can be unplugged at any moment, and another one plugged",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
@@ -49,7 +49,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "power_off_while_inflating",
-        proves: "a guest switches itself off while its balloon inflates",
+        proves: "a guest powers off while its balloon inflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -62,7 +62,7 @@ fn rmmod_full(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
         for _ in 0..2 {
-            // The device keeps its target when the driver goes.
+            // The device keeps its target when the driver is unloaded.
             guest.insmod(setup.driver, &[])?;
             guest.balloon().settle(size)?;
             check_size(guest, size)?;
@@ -71,7 +71,7 @@ fn rmmod_full(setup: &Setup) -> Result<()> {
             let now = guest.meminfo()?.total;
             ensure!(
                 now == total,
-                "the guest has {now} after the driver has gone, and had {total} before it came"
+                "the guest has {now} after the driver was unloaded, and had {total} before it was loaded"
             );
         }
         check_free(guest, free)
@@ -84,7 +84,7 @@ fn rmmod_while_watched(setup: &Setup) -> Result<()> {
         guest.wait_balloon()?;
         let (device, name) = (device(guest, setup.driver)?, setup.driver.name());
         let file = format!("/sys/kernel/debug/{name}-{device}/balloon");
-        // It is closed when the driver has left the device, and would be gone.
+        // The file is closed when the driver is unbound, and would otherwise be unloaded.
         let unloaded = guest.sh(&format!(
             "exec 3<{file}; echo {device} >{}/unbind; rmmod {name} 2>/dev/null && echo unloaded || echo loaded",
             driver_directory(setup.driver)
@@ -107,7 +107,7 @@ fn rebind(setup: &Setup) -> Result<()> {
         guest.balloon().settle(size)?;
         let mut full = 0;
         for round in 0..50 {
-            // Every second time the balloon is full, and else somewhere on its way.
+            // Every second time the balloon is full, otherwise it is still inflating.
             if round % 2 == 0 {
                 guest.wait_until("a full balloon", Duration::from_secs(30), || {
                     Ok(guest.balloon().size()? == size)
@@ -121,12 +121,12 @@ fn rebind(setup: &Setup) -> Result<()> {
                 .with_context(|| format!("after unbinding {round} times"))?;
             guest.write_file(&format!("{directory}/bind"), &device)?;
         }
-        // With page sets it is full before one can look.
+        // With page sets it is full before the test can check.
         ensure!(
             full < 50 || setup.device == Device::Extended,
             "the balloon was always full before it was unbound"
         );
-        // An empty balloon may just not have begun.
+        // An empty balloon may not have started to inflate.
         guest.balloon().settle(size)?;
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
@@ -135,7 +135,8 @@ fn rebind(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Waits until a balloon has begun to inflate, and says how far it is. The host learns of that when it is over.
+/// Waits until a balloon has begun to inflate, and returns its size. The driver reports the size to
+/// the host only at the end.
 pub(crate) fn wait_inflating(guest: &Guest) -> Result<Size> {
     let mut size = Size::default();
     guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
@@ -177,10 +178,16 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
             }
             guest.balloon().request(target)?;
             let size = wait_inflating(guest)?;
-            ensure!(size < target, "the balloon was full before its device went");
+            ensure!(
+                size < target,
+                "the balloon was full before its device was unplugged"
+            );
             guest.unplug_balloon()?;
             let pages = guest.vmstat("nr_balloon_pages")?;
-            ensure!(pages == 0, "{pages} pages went with the device");
+            ensure!(
+                pages == 0,
+                "{pages} pages are still in the balloon of an unplugged device"
+            );
             let now = guest.meminfo()?.total;
             ensure!(now == total, "the guest had {total}, and has {now}");
         }
@@ -191,7 +198,7 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
 
 fn power_off_while_inflating(setup: &Setup) -> Result<()> {
     let memory = setup.by_speed(Size::gib(4), Size::gib(1));
-    // More than there is to be had, so that it is on its way however fast it is.
+    // More than the guest has, so that even a fast balloon is still inflating.
     let target = memory - Size::mib(1);
     vm::run(&setup.config().memory(memory), |guest| {
         guest.insmod(setup.driver, &[])?;
@@ -199,7 +206,7 @@ fn power_off_while_inflating(setup: &Setup) -> Result<()> {
         let size = wait_inflating(guest)?;
         ensure!(
             size < target,
-            "the balloon was full before the guest was switched off"
+            "the balloon was full before the guest powered off"
         );
         Ok(())
     })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What becomes of the memory: the host really gets it, and the guest keeps what is its own.
+//! The balloon's memory: the host really gets it, and the guest keeps its data.
 
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "data_intact",
-        proves: "the guest's data stay what they are while the balloon comes and goes",
+        proves: "the guest's data stay intact while the balloon inflates and deflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -31,7 +31,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "fragmented",
-        proves: "the balloon takes single pages where there is nothing else",
+        proves: "the balloon inflates with order-0 pages where there are no free blocks",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -39,7 +39,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "memory_error",
-        proves: "the guest never uses a page again that has had a memory error in the balloon",
+        proves: "the guest never reuses a page that had a memory error in the balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: BLOCKS_OR_PAGES,
@@ -48,7 +48,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 fn memory_returned(setup: &Setup) -> Result<()> {
-    // Some of what is left to the guest may be what it had used.
+    // Some of the memory that is left to the guest may be memory that it had used.
     let (used, size, tolerance) = (Size::mib(600), Size::mib(800), Size::mib(120));
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
@@ -107,7 +107,7 @@ fn data_intact(setup: &Setup) -> Result<()> {
 
 fn fragmented(setup: &Setup) -> Result<()> {
     let size = Size::mib(150);
-    // What the guest has is all but used up by pages with a free one between each two.
+    // A process uses every other page of nearly all memory.
     vm::run(&setup.config().memory(Size::mib(768)), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let free = guest.meminfo()?.free;
@@ -118,7 +118,7 @@ fn fragmented(setup: &Setup) -> Result<()> {
         let blocks = free_blocks(&guest.read_file("/proc/buddyinfo")?);
         ensure!(
             blocks < size,
-            "{blocks} are free in blocks, which is no fragmented guest"
+            "{blocks} are free in blocks, so the guest is not fragmented"
         );
         guest.balloon().settle(size)?;
         check_size(guest, size)?;
@@ -130,8 +130,8 @@ fn fragmented(setup: &Setup) -> Result<()> {
     })
 }
 
-/// How much is free in blocks of 64 KiB or more, from what /proc/buddyinfo says: for each zone,
-/// after four words, the number of free blocks of each order.
+/// The free memory in blocks of 64 KiB or more, from /proc/buddyinfo: for each zone, after four
+/// words, the number of free blocks of each order.
 fn free_blocks(buddyinfo: &str) -> Size {
     let orders = |line: &str| -> Size {
         (0..)
@@ -161,14 +161,14 @@ fn memory_error(setup: &Setup) -> Result<()> {
         let errors = [start, start + 1_300, end - 1];
         for page in errors {
             let address = (guest.page_size() * page).as_bytes();
-            // The kernel fails the write, since the page is in use, and notes the error.
+            // The kernel fails the write, since the page is in use, and records the error.
             let _ = guest.write_file(FILE, &address.to_string());
         }
         let count = |flags: &[PageFlag]| guest.count_pages(start..end, flags);
         let noted = count(&[PageFlag::MemoryError])?;
         ensure!(
             noted == errors.len() as u64,
-            "the kernel has noted {noted} memory errors of {}",
+            "the kernel has recorded {noted} memory errors of {}",
             errors.len()
         );
 
@@ -182,7 +182,7 @@ fn memory_error(setup: &Setup) -> Result<()> {
             load.stop()?;
             ensure!(
                 free == 0 && mapped == 0,
-                "{free} pages with memory errors are free, and a process has got {mapped}"
+                "{free} pages with memory errors are free, and a process has mapped {mapped}"
             );
             guest.balloon().settle(size)?;
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest with two NUMA nodes. What it does when one of them is full is in `oom`.
+//! A guest with two NUMA nodes. `oom` has the scenario with a full node.
 
 use anyhow::{Result, ensure};
 use vm::{Driver, Guest, Offer, Size};
@@ -14,19 +14,19 @@ use crate::statistics::{check_memory, newer, poll};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "two_nodes",
-    proves: "of two NUMA nodes each keeps its part of the floor, both are hinted, and memory of each can go offline",
+    proves: "each of two NUMA nodes keeps its part of the reserve, the driver hints both, and memory of each can go offline",
     kernels: TEST_KERNEL,
     drivers: BOTH_DRIVERS,
     devices: QEMU_DEVICE,
     run: two_nodes,
 }];
 
-/// What there is of each of the two nodes.
+/// Calls `what` for each of the two nodes.
 pub(crate) fn on_both(what: impl Fn(u32) -> Result<Size>) -> Result<[Size; 2]> {
     Ok([what(0)?, what(1)?])
 }
 
-/// Checks that each of the two nodes has given its part of a balloon of `size`.
+/// Checks that each of the two nodes has its part of a balloon of `size`.
 pub(crate) fn check_nodes(setup: &Setup, guest: &Guest, size: Size) -> Result<()> {
     let nodes = on_both(|node| guest.node_balloon(node))?;
     setup.note(format!("the nodes gave {} and {}", nodes[0], nodes[1]));
@@ -42,7 +42,7 @@ pub(crate) fn check_nodes(setup: &Setup, guest: &Guest, size: Size) -> Result<()
 }
 
 fn two_nodes(setup: &Setup) -> Result<()> {
-    // Blocks of memory can go offline for certain where no other pages than movable ones are.
+    // Memory blocks can certainly go offline if all of their pages are movable.
     let config = setup
         .config()
         .memory(Size::mib(1536))
@@ -63,9 +63,9 @@ fn two_nodes(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Has the balloon take all that it can have, and reads the statistics then.
+/// Inflates the balloon as far as possible, and then reads the statistics.
 fn floor(setup: &Setup, guest: &Guest) -> Result<()> {
-    // More than a quarter of the floor of a guest of 1 GiB.
+    // More than a quarter of the reserve of a guest of 1 GiB.
     const LEAST: Size = Size::mib(64);
     let size = take_all(guest)?;
     check_nodes(setup, guest, size)?;
@@ -83,7 +83,7 @@ fn floor(setup: &Setup, guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Begins to migrate the guest, and checks that it has given hints of both nodes.
+/// Begins to migrate the guest, and checks that the driver has hinted memory of both nodes.
 fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
     let balloon = Size::mib(128);
     let shares = Shares::of(guest)?;
@@ -97,7 +97,7 @@ fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
         "{} and {} were free, and {} and {} when they were hinted",
         before[0], before[1], meanwhile[0], meanwhile[1]
     ));
-    // Memory of the zone for movable pages is not hinted.
+    // The driver does not hint memory of `ZONE_MOVABLE`.
     ensure!(
         before
             .iter()
@@ -105,13 +105,13 @@ fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
             .all(|(&before, &meanwhile)| meanwhile + Size::mib(128) < before),
         "one node is not hinted"
     );
-    // Where the guest cannot continue with two nodes: see `Migration::finish`.
+    // The guest cannot continue with two nodes here, see `Migration::finish`.
     migration.cancel()?;
     check_all_back(guest, free)?;
     check_size(guest, balloon)
 }
 
-/// Takes a block of memory of each node away, and gives it back.
+/// Takes a memory block of each node offline, and online again.
 fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
     let size = Size::mib(400);
     guest.balloon().settle(size)?;
@@ -121,7 +121,7 @@ fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
         let block = fullest_block_of(guest, &directory, "^Movable")?;
         let pages = guest.offline_pages(Some(block.pages.clone()))?;
         write(guest, &block.state, "offline")?;
-        // Other memory takes its place.
+        // The balloon then inflates elsewhere.
         guest.balloon().reach(size)?;
         check_size(guest, size)?;
         write(guest, &block.state, "online_movable")?;
@@ -130,7 +130,7 @@ fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
         ));
         ensure!(
             pages > 0 || setup.driver == Driver::C,
-            "the balloon has nothing of node {node}"
+            "the balloon has no memory of node {node}"
         );
         let now = guest.meminfo()?.total;
         ensure!(now == total, "the guest had {total}, and has {now}");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can be seen of the driver in its guest: counters, events, and the log.
+//! The driver's counters, trace events and log messages.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::scenario::{
 };
 use crate::unused::{ask, unused};
 
-/// How long the balloon may take to notice something.
+/// How long the driver may take to react.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -28,7 +28,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "attributes",
-        proves: "sysfs shows what the balloon does, takes settings at run time, and announces why it stops",
+        proves: "sysfs shows the balloon's state, accepts settings at run time, and notifies of a new stop reason",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -52,7 +52,7 @@ fn observability(setup: &Setup) -> Result<()> {
         let log = guest.console().text()?;
         ensure!(
             log.contains("features: inflate and deflate, statistics"),
-            "the log says nothing of the features"
+            "the log does not list the features"
         );
 
         let (_, events) = guest.trace_balloon(|| guest.balloon().settle(size))?;
@@ -88,7 +88,7 @@ fn observability(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Checks that the events and the counters have a request of the host's.
+/// Checks that trace events and counters contain a host request.
 fn check_request(guest: &Guest) -> Result<()> {
     let ((answer, _), events) = guest.trace_balloon(|| ask(guest, &unused(2 << 20)))?;
     let named = Size::pages(sum(&events, "answer", "pages")?);
@@ -171,13 +171,13 @@ fn attributes(setup: &Setup) -> Result<()> {
         );
         guest.balloon().reach(size)?;
 
-        // More than the guest has.
+        // More than the guest's memory.
         write("floor_mib", "1000000")?;
         guest.balloon().request(size + size)?;
         guest.wait_until("a balloon at its floor", PATIENCE, || {
             Ok(guest.read_file(&path("stop_reason"))?.trim_end() == "floor")
         })?;
-        ensure!(guest.balloon().size()? == size, "the balloon has grown");
+        ensure!(guest.balloon().size()? == size, "the balloon has inflated");
         write("floor_mib", "64")?;
         guest.balloon().reach(size + size)?;
         check("stop_reason", "none")?;
@@ -223,7 +223,7 @@ fn threads_with(setup: &Setup, config: &Config) -> Result<()> {
     })
 }
 
-/// How many threads the kernel has, except those that all workqueues share.
+/// The number of kernel threads, except those that all workqueues share.
 fn threads(guest: &Guest) -> Result<usize> {
     let names = guest.sh(
         "for process in /proc/[0-9]*; do [ -e $process/exe ] || cat $process/comm; done 2>/dev/null; true",
@@ -246,7 +246,8 @@ fn sum(events: &[String], name: &str, field: &str) -> Result<u64> {
     Ok(sum)
 }
 
-/// Checks that the device has received as much on a queue as the driver has sent.
+/// Checks that the device has received as many messages and bytes on a queue as the driver has
+/// sent.
 fn check_traffic(guest: &Guest, queue: &str) -> Result<()> {
     let text = show(guest, "queues")?;
     let line = text.lines().find_map(|line| line.strip_prefix(queue));
@@ -260,6 +261,9 @@ fn check_traffic(guest: &Guest, queue: &str) -> Result<()> {
         (value(line, "buffers")?, value(line, "bytes")?) == (messages, bytes),
         "the device has received {messages} messages of {bytes} bytes, and the driver says{line}"
     );
-    ensure!(value(line, "notifications")? > 0, "nobody was notified");
+    ensure!(
+        value(line, "notifications")? > 0,
+        "the driver has not notified the device"
+    );
     Ok(())
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that runs out of memory gets it from the balloon, where the host allows it.
+//! A guest that runs out of memory deflates the balloon, if the host allows it.
 
 use std::thread;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::scenario::{
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "deflate_on_oom",
-        proves: "a process that needs more than is left lives, because the balloon deflates",
+        proves: "a process that needs more memory than is left survives, because the balloon deflates",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -25,7 +25,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "oom_while_inflating",
-        proves: "a process that needs what the balloon is about to take gets it and lives",
+        proves: "a process that needs the same memory as an inflating balloon gets it and survives",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -41,7 +41,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "no_swing_after_oom",
-        proves: "memory that was given back to a process in need is not taken again at once",
+        proves: "memory that a process got by deflate on OOM is not inflated again at once",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -49,8 +49,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// What a guest has available before anything happens, of which the balloon takes three quarters
-/// and a process needs half.
+/// The available memory of an idle guest. The balloon takes three quarters of it, and a process
+/// needs half.
 struct Shares {
     balloon: Size,
     need: usize,
@@ -65,19 +65,19 @@ impl Shares {
         })
     }
 
-    /// Starts a process that takes what it needs.
+    /// Starts a process that allocates its share.
     fn start<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
         guest.start_load(Load::Hog { mib: self.need })
     }
 
-    /// Starts a process that takes what it needs, and waits until it has all of it.
+    /// Starts a process that allocates its share, and waits until it has all of it.
     fn start_and_wait<'a>(&self, guest: &'a Guest) -> Result<RunningLoad<'a>> {
         let load = self.start(guest)?;
         self.wait(guest, &load)?;
         Ok(load)
     }
 
-    /// Waits until a process has all that it needs.
+    /// Waits until a process has all of its share.
     fn wait(&self, guest: &Guest, load: &RunningLoad<'_>) -> Result<()> {
         wait_until_taken(guest, load, self.need)
     }
@@ -88,7 +88,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 const ON: &[Offer] = &[Offer::DeflateOnOom];
 
-/// The kernel's words when it looks for memory, and when it kills.
+/// The kernel's messages when it is out of memory, and when it kills a process.
 const OOM: &str = "invoked oom-killer|Out of memory";
 
 fn deflate_on_oom(setup: &Setup) -> Result<()> {
@@ -130,10 +130,10 @@ fn deflate_on_oom(setup: &Setup) -> Result<()> {
     })
 }
 
-/// What binds a process to a node.
+/// A way to bind a process to a node.
 #[derive(Clone, Copy, Debug)]
 enum Bound {
-    /// The memory policy of the file system that it writes to.
+    /// The memory policy of the file system that the process writes to.
     Policy,
     /// A cpuset.
     Cpuset,
@@ -142,7 +142,7 @@ enum Bound {
 impl Bound {
     const GROUP: &str = "/sys/fs/cgroup/node";
 
-    /// Has a process fill a file with memory of node 0. It may be killed for that.
+    /// Starts a process that fills a file with memory of node 0. The kernel may kill it.
     fn fill(self, guest: &Guest, size: Size) -> Result<Output> {
         let (policy, join) = match self {
             Self::Policy => (",mpol=bind:0", String::new()),
@@ -155,7 +155,7 @@ impl Bound {
             "dd if=/dev/zero of=/tmp/node/file bs=1M count={}",
             size.as_mib()
         );
-        // Nothing that the agent starts would be killed.
+        // The kernel would not kill a process of the agent.
         let line = format!("echo 0 >/proc/self/oom_score_adj && {join}exec {dd}");
         let output = guest.exec_within(&["sh", "-c", &line], PATIENCE)?;
         guest.sh("umount /tmp/node")?;
@@ -163,10 +163,10 @@ impl Bound {
     }
 }
 
-/// Has a process that is bound to one node fill a file, first with some of what is in the balloon, and then with more than
-/// there is.
+/// A process that is bound to one node fills a file, first with less memory than the node has in the balloon, and then
+/// with more than the node has.
 fn oom_on_one_node(setup: &Setup, guest: &Guest, bound: Bound) -> Result<()> {
-    // Ends the pause after the last time.
+    // Ends the pause after the previous OOM.
     guest.balloon().settle(Size::default())?;
     guest.balloon().settle(Size::mib(400))?;
     let balloons = || on_both(|node| guest.node_balloon(node));
@@ -181,24 +181,21 @@ fn oom_on_one_node(setup: &Setup, guest: &Guest, bound: Bound) -> Result<()> {
     bound.fill(guest, Size::gib(1))?;
     let after = balloons()?;
     setup.note(format!(
-        "{bound:?}: the nodes had {} in the balloon, {} when a process {} what it needed, and {} at the end",
+        "{bound:?}: the nodes had {} in the balloon, {} when a process {} its memory, and {} at the end",
         words(before),
         words(some),
         if helped { "had got" } else { "was killed for" },
         words(after)
     ));
-    ensure!(
-        kills()? > killed,
-        "a process has got more memory than the node has"
-    );
+    ensure!(kills()? > killed, "a process has more memory than the node");
     if setup.driver == Driver::Rust {
         ensure!(
             helped,
-            "no process gets the node's memory back from the balloon: {output:?}"
+            "the balloon returns no memory of the node to a process: {output:?}"
         );
         ensure!(
             after[0] < before[0] && after[1] >= before[1],
-            "{} were in the balloon, and {} after node 0 had run out of memory",
+            "{} were in the balloon, and {} after node 0 was out of memory",
             words(before),
             words(after)
         );
@@ -215,7 +212,7 @@ fn oom_while_inflating(setup: &Setup) -> Result<()> {
         for _ in 0..3 {
             guest.balloon().settle(start)?;
             let load = shares.start(guest)?;
-            // So that both want the same memory.
+            // So that both allocate the same memory.
             guest.wait_until("a process that has some memory", PATIENCE, || {
                 Ok(load.status()?.progress.mib > 0)
             })?;
@@ -231,10 +228,10 @@ fn oom_while_inflating(setup: &Setup) -> Result<()> {
         ensure!(killed == 0, "{killed} processes were killed");
         ensure!(
             on_the_way > 0,
-            "the balloon was there before the process was"
+            "the balloon reached its target before the process had its memory"
         );
         setup.note(format!(
-            "the balloon was on its way {on_the_way} of 3 times"
+            "the balloon was still inflating {on_the_way} of 3 times"
         ));
         guest.rmmod(setup.driver)
     })
@@ -247,14 +244,11 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
         guest.balloon().settle(shares.balloon)?;
         shares.start(guest)?.wait()?;
         let killed = guest.vmstat("oom_kill")?;
-        ensure!(
-            killed == 1,
-            "{killed} processes were killed in place of one"
-        );
+        ensure!(killed == 1, "{killed} processes were killed instead of one");
         let left = guest.balloon().size()?;
         ensure!(
             left == shares.balloon,
-            "the balloon has {left} in place of {}",
+            "the balloon has {left} instead of {}",
             shares.balloon
         );
         guest.rmmod(setup.driver)
@@ -269,7 +263,8 @@ fn no_swing_after_oom(setup: &Setup) -> Result<()> {
         let load = shares.start_and_wait(guest)?;
         load.stop()?;
 
-        // The memory is free again, and the host still wants it. It says so once more, which is no other target.
+        // The memory is free again, and the target has not changed. The host sets the same target
+        // again.
         guest.balloon().request(shares.balloon)?;
         let after = guest.balloon().size()?;
         let deflated = guest.vmstat("balloon_deflate")?;
@@ -277,10 +272,10 @@ fn no_swing_after_oom(setup: &Setup) -> Result<()> {
         let later = guest.balloon().size()?;
         ensure!(
             later == after && guest.vmstat("balloon_deflate")? == deflated,
-            "the balloon went from {after} to {later} right after the guest had been in need"
+            "the balloon went from {after} to {later} right after the guest was out of memory"
         );
 
-        // After the pause it is taken, without another round of need.
+        // After the pause the balloon inflates, and the guest does not run out of memory again.
         guest.balloon().settle(shares.balloon)?;
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");

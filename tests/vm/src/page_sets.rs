@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What page sets are good for, in figures: side by side with what a user would have otherwise.
+//! The benefits of page sets, compared with the base protocol.
 
 use anyhow::{Result, ensure};
 use vm::{Driver, Guest, HugePages, Load, MemoryBackend, Samples, Sent, Size};
@@ -10,7 +10,7 @@ use crate::scenario::{EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "page_sets_encodings",
-        proves: "a guest names its pages in the shorter way, whatever became of its memory",
+        proves: "a guest describes its pages in the shorter encoding, fragmented or not",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -18,7 +18,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "page_sets_huge_pages",
-        proves: "of memory in huge pages the host gets all that is in the balloon",
+        proves: "the host gets all memory of the balloon that is in huge pages",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -26,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "page_sets_huge_pages_qemu",
-        proves: "what is not in the balloon stays in the host's transparent huge pages, on QEMU's device, too",
+        proves: "memory outside the balloon stays in the host's transparent huge pages, on QEMU's device, too",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
@@ -36,12 +36,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 
 const RUNS: usize = 5;
 
-/// How many runs there are of what takes half a minute.
+/// The number of runs of half a minute each.
 const FEWER_RUNS: usize = 3;
 
 fn encodings(setup: &Setup) -> Result<()> {
     let config = setup.config().using_memory().memory(Size::gib(4));
-    // Nearly all that is free, so that it is not only the best of it.
+    // Nearly all free memory, so that small blocks are included.
     let inflate = |guest: &Guest| -> Result<(Size, Sent)> {
         let size = guest.free()?.saturating_sub(Size::mib(256));
         let before = guest.sent()?;
@@ -81,7 +81,7 @@ fn encodings(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Has processes come and go, until what is free lies between what some of them keep.
+/// Starts and ends processes until the free memory is fragmented by those that keep some.
 fn use_for_long(guest: &Guest) -> Result<Vec<vm::RunningLoad<'_>>> {
     const ROUNDS: usize = 8;
     let mut kept = Vec::new();
@@ -91,7 +91,7 @@ fn use_for_long(guest: &Guest) -> Result<Vec<vm::RunningLoad<'_>>> {
             mib: 32,
             threads: 1,
         })?;
-        // What comes now is between what the others have.
+        // This allocates memory between that of the other processes.
         let more = guest.start_load(Load::Hog { mib: 64 })?;
         guest.touch(Size::mib(256))?;
         guest.sh("dd if=/dev/zero of=/tmp/file bs=1M count=64 && rm /tmp/file")?;
@@ -146,10 +146,10 @@ fn huge_pages(setup: &Setup) -> Result<()> {
 }
 
 fn transparent_huge_pages(setup: &Setup) -> Result<()> {
-    /// The least part of what is not in the balloon that has to be in huge pages.
+    /// The least part of the memory outside the balloon that has to be in huge pages.
     const LIMIT: f64 = 0.95;
     if !vm::has_transparent_huge_pages() {
-        setup.skip("this machine gives no transparent huge pages to guests");
+        setup.skip("this machine does not back guests with transparent huge pages");
         return Ok(());
     }
     let (memory, size) = (Size::gib(8), Size::gib(4));
@@ -160,7 +160,7 @@ fn transparent_huge_pages(setup: &Setup) -> Result<()> {
             let before = guest.transparent_huge_pages()?;
             ensure!(
                 before.as_bytes() as f64 >= memory.as_bytes() as f64 * LIMIT,
-                "only {before} of the guest's memory are in huge pages from the beginning"
+                "only {before} of the guest's memory are in huge pages at first"
             );
             guest.balloon().settle(size)?;
             let after = guest.transparent_huge_pages()?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest whose free pages have a value gets them back with that value, or keeps them.
+//! Guests whose free pages hold a value: reported pages have that value again, or are not reported.
 
 use std::thread;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::transports::accepted;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "poison_features",
-        proves: "pages are reported only where the guest does not care what is in them",
+        proves: "pages are reported only if the guest does not rely on their content, or the device knows it",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -33,10 +33,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: ALL_DEVICES,
         run: poison_kept,
     },
-    // The C driver writes the value when it is bound, and the device forgets it when the guest sleeps.
+    // The C driver writes the value only on probe, and the device forgets it during a suspend.
     Scenario {
         name: "poison_after_resume",
-        proves: "free pages keep their value also after the guest has slept",
+        proves: "free pages keep their value also after a suspend",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -44,10 +44,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Has the kernel check that pages have been left alone while they were free.
+/// Makes the kernel check that free pages have not changed.
 const POISON: &str = "page_poison=1";
 
-/// Has the kernel count on it that free pages are zero.
+/// Makes the kernel rely on zeroed free pages.
 const ZERO: &str = "init_on_free=1";
 
 fn poison_features(setup: &Setup) -> Result<()> {
@@ -131,8 +131,9 @@ fn poison_kept(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Has a process use memory and end, and what it had be reported. The host can give zeroes back, and
-/// has to keep pages of any other value: that it does says that it has been told the value.
+/// Runs a process that uses memory, and waits until its memory is reported. The host can return
+/// zeroed pages only, and has to keep pages with any other value. So the host's memory shows whether
+/// it knows the value.
 fn use_and_report(setup: &Setup, guest: &Guest, parameter: &str) -> Result<()> {
     let used = Size::mib(400);
     if parameter == ZERO {
@@ -148,11 +149,12 @@ fn use_and_report(setup: &Setup, guest: &Guest, parameter: &str) -> Result<()> {
         (Driver::Rust, Some(before)) => {
             guest.wait_until("all is reported", Duration::from_secs(60), || {
                 let now = reported(setup, guest)?.unwrap_or_default();
-                // Not what is left on the processors' own lists, and what cannot be a block because of that.
+                // Except pages on per-CPU page lists, and pages that are not in a block because of
+                // those.
                 Ok(now.saturating_sub(before) >= used - Size::mib(100))
             })?;
         }
-        // It does not say; this is three times as long as it takes.
+        // The C driver has no counter. This is three times as long as it takes.
         _ => thread::sleep(Duration::from_secs(6)),
     }
     let left = guest.resident()?;

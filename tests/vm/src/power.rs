@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest sleeps, hibernates, reboots, or goes on with another kernel, and its balloon with it.
+//! Suspend, hibernation, reboot, and kexec, with a balloon.
 
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -18,7 +18,7 @@ use crate::statistics::{newer, poll};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "suspend_to_ram",
-        proves: "a guest that sleeps has all of its memory, and its balloon comes back by itself",
+        proves: "a suspended guest has all of its memory, and inflates the balloon again after resume",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -26,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "suspend_while_inflating",
-        proves: "a guest falls asleep while its balloon inflates, and inflates it when it wakes up",
+        proves: "a guest suspends while its balloon inflates, and continues to inflate after resume",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -34,7 +34,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hibernate",
-        proves: "a guest goes on in another QEMU, with its data, and with the balloon asked for there",
+        proves: "a hibernated guest resumes in another QEMU, with its data, and with that QEMU's target",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -42,7 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "reboot",
-        proves: "after a reboot with a full balloon both sides begin anew",
+        proves: "after a reboot with a full balloon both sides start with an empty one",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -50,16 +50,16 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "reboot_to_empty",
-        proves: "the host learns that a guest which has rebooted has an empty balloon",
+        proves: "the host sees that a guest has an empty balloon after a reboot",
         kernels: BOTH_KERNELS,
-        // The C driver tells the host a size only when it has something to do.
+        // The C driver writes `actual` only when it inflates or deflates.
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: reboot_to_empty,
     },
     Scenario {
         name: "kexec",
-        proves: "another kernel takes over while the balloon inflates, and has all memory",
+        proves: "a kernel that is started by kexec while the balloon inflates has all memory",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -67,16 +67,16 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "crash_dump",
-        proves: "a crash kernel keeps its memory, and saves that of a guest with a full balloon",
+        proves: "a crash kernel does not inflate, and saves the memory of a guest with a full balloon",
         kernels: TEST_KERNEL,
-        // The C driver inflates in a crash kernel as in any other one.
+        // The C driver inflates in a crash kernel, too.
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: crash_dump,
     },
     Scenario {
         name: "wakeup_source",
-        proves: "the device keeps a guest awake, where asked to, while its balloon changes, and no longer",
+        proves: "the device keeps a guest awake while its balloon changes, if the user enables that, and no longer",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -94,14 +94,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "wakeup_source_while_stuck",
         proves: "a balloon that cannot grow does not keep its guest awake",
         kernels: BOTH_KERNELS,
-        // The C driver tries again for ever, and keeps its guest awake for it.
+        // The C driver retries without end, and keeps its guest awake meanwhile.
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: wakeup_source_while_stuck,
     },
 ];
 
-/// A balloon that takes its time to inflate, and the memory for it.
+/// A balloon that is slow to inflate, and the memory for it.
 fn large(setup: &Setup) -> (Config, Size) {
     let (memory, target) = setup.by_speed(
         (Size::gib(4), Size::gib(3)),
@@ -111,38 +111,38 @@ fn large(setup: &Setup) -> (Config, Size) {
     (config, target)
 }
 
-/// Asks for `target` and waits until the balloon is on its way there.
+/// Sets `target` and waits until the balloon inflates.
 fn begin(guest: &Guest, target: Size) -> Result<()> {
     guest.balloon().request(target)?;
     wait_inflating(guest).map(|_| ())
 }
 
-/// Suspends the guest to RAM and asks for `target`, if there is one, while it sleeps.
+/// Suspends the guest to RAM, sets `target`, if there is one, while it is suspended, and resumes
+/// it.
 fn sleep(guest: &Guest, target: Option<Size>) -> Result<()> {
     guest.suspend(|| {
         let size = guest.balloon().size()?;
         ensure!(
             size == Size::default(),
-            "{size} are in the balloon of a guest that sleeps"
+            "{size} are in the balloon of a suspended guest"
         );
         target.map_or(Ok(()), |target| guest.balloon().request(target))
     })
 }
 
-/// Waits for the balloon to be as large as it has been asked to be, and checks that a guest which had
-/// `total` in the beginning has the rest.
+/// Waits until the balloon has reached `target`, and checks that the guest has the rest of `total`.
 fn check_rest(guest: &Guest, total: Size, target: Size) -> Result<()> {
     guest.balloon().reach(target)?;
     check_size(guest, target)?;
     let now = guest.meminfo()?.total;
     ensure!(
         now + target == total,
-        "the guest has {now} beside a balloon of {target}, and had {total} before"
+        "the guest has {now} along with a balloon of {target}, and had {total} before"
     );
     Ok(())
 }
 
-/// Starts to hold data, and waits until they are there.
+/// Starts a process that holds data, and waits until it has written them.
 fn hold(guest: &Guest) -> Result<RunningLoad<'_>> {
     let load = guest.load(Load::Hold {
         mib: 128,
@@ -200,12 +200,12 @@ fn suspend_while_inflating(setup: &Setup) -> Result<()> {
         }
         ensure!(
             on_the_way > 0,
-            "the balloon was full each time that the guest fell asleep"
+            "the balloon was full each time the guest suspended"
         );
         load.verify(2)?;
         load.stop()?;
         setup.note(format!(
-            "the balloon was on its way {on_the_way} of {ROUNDS} times"
+            "the balloon was inflating {on_the_way} of {ROUNDS} times"
         ));
         guest.rmmod(setup.driver)?;
         check_free(guest, free)
@@ -245,7 +245,7 @@ fn reboot(setup: &Setup) -> Result<()> {
         for _ in 0..2 {
             guest.reboot()?;
             check_begins_anew(guest, total)?;
-            // The device keeps its target, and the host sees the balloon of before until it hears of the
+            // The device keeps its target, and the host sees the old size until the driver reports the
             // new one.
             guest.insmod(setup.driver, &[])?;
             guest.wait_until("a full balloon", Duration::from_secs(30), || {
@@ -273,12 +273,12 @@ fn reboot_to_empty(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Checks that a kernel which has just booted knows of no balloon.
+/// Checks that a kernel that has just booted has no balloon.
 fn check_begins_anew(guest: &Guest, total: Size) -> Result<()> {
     let (now, pages) = (guest.meminfo()?.total, guest.vmstat("nr_balloon_pages")?);
     ensure!(
         now.abs_diff(total) < Size::mib(1) && pages == 0,
-        "the next kernel has {now} and {pages} pages in balloons, where there were {total} at first"
+        "the next kernel has {now} and {pages} pages in balloons, and the first one had {total}"
     );
     Ok(())
 }
@@ -295,11 +295,11 @@ fn kexec(setup: &Setup) -> Result<()> {
             begin(guest, target)?;
             guest.kexec()?;
             check_begins_anew(guest, total)?;
-            // What the host heard last.
+            // The last size that the driver reported.
             on_the_way = guest.balloon().size()?;
             ensure!(
                 on_the_way < target,
-                "the balloon was full before another kernel took over"
+                "the balloon was full before the other kernel was started"
             );
             let (total, load) = (guest.meminfo()?.total, hold(guest)?);
             guest.insmod(setup.driver, &[])?;
@@ -315,7 +315,7 @@ fn kexec(setup: &Setup) -> Result<()> {
 
 fn crash_dump(setup: &Setup) -> Result<()> {
     const DUMP: &str = "/proc/vmcore";
-    /// How long it takes to read what there was of memory.
+    /// How long it takes to read the crashed kernel's memory.
     const PATIENCE: Duration = Duration::from_secs(300);
     // An emulated processor takes about a millisecond for each page of a dump.
     let (memory, reserved) = (Size::mib(768), Size::mib(128));
@@ -341,7 +341,7 @@ fn crash_dump(setup: &Setup) -> Result<()> {
             before.total
         );
         guest.insmod(setup.driver, &[])?;
-        // The host still wants what it wanted of the kernel before.
+        // The host's target is still that of the crashed kernel.
         thread::sleep(Duration::from_secs(3));
         let now = guest.meminfo()?;
         ensure!(
@@ -364,7 +364,8 @@ fn crash_dump(setup: &Setup) -> Result<()> {
             "{} bytes were saved; QEMU had {booted} before, and {dumped} after",
             length.trim()
         ));
-        // A page of private memory that is only read is the host's page of zeroes. Shared memory has none.
+        // A page of private memory that is only read is the host's zero page. Shared memory has no
+        // zero page.
         ensure!(
             setup.device != Device::Qemu || dumped < booted + Size::mib(64),
             "QEMU had {booted}, and {dumped} after the dump"
@@ -373,7 +374,7 @@ fn crash_dump(setup: &Setup) -> Result<()> {
     })
 }
 
-/// The directory of the device's power management, where it has been allowed to keep the guest awake.
+/// Allows the device to keep the guest awake, and returns the directory of its power management.
 fn allow_wakeup(setup: &Setup, guest: &Guest) -> Result<String> {
     let device = device(guest, setup.driver)?;
     let power = format!("/sys/bus/virtio/devices/{device}/power");
@@ -397,7 +398,7 @@ fn wakeup_source(setup: &Setup) -> Result<()> {
                     let active = is_active(guest, &power)?;
                     ensure!(
                         guest.balloon().size()? != size,
-                        "the balloon has {size}, and has not been seen to keep the guest awake"
+                        "the balloon has {size}, and the device has not kept the guest awake"
                     );
                     Ok(active)
                 },
@@ -439,7 +440,7 @@ fn wakeup_source_while_stuck(setup: &Setup) -> Result<()> {
         let power = allow_wakeup(setup, guest)?;
         guest.balloon().request(guest.memory() - Size::pages(1))?;
         let size = guest.balloon().rest(Duration::from_secs(3))?;
-        ensure!(size > Size::mib(1), "the balloon has not grown at all");
+        ensure!(size > Size::mib(1), "the balloon has not inflated at all");
         check_rests(guest, &power)?;
         guest.balloon().settle(Size::default())?;
         guest.rmmod(setup.driver)
@@ -454,10 +455,10 @@ fn is_active(guest: &Guest, power: &str) -> Result<bool> {
         == "1")
 }
 
-/// Checks that the device lets the guest sleep, now or very soon.
+/// Checks that the device allows the guest to suspend, now or very soon.
 fn check_rests(guest: &Guest, power: &str) -> Result<()> {
     guest.wait_until(
-        "a device that lets the guest sleep",
+        "a device that does not keep the guest awake",
         Duration::from_secs(5),
         || Ok(!is_active(guest, power)?),
     )

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Every set of features that a device may offer works. Most features have a queue, and the queues
-//! of a device are numbered by what it offers.
+//! Every set of features that a device may offer works. Most features have a queue, and the offered
+//! features determine the numbers of the queues.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Something that a device may offer: what QEMU calls it, and the bit.
+/// A feature of a device: QEMU's name for it, and the bit.
 struct Feature {
     name: &'static str,
     bit: usize,
@@ -60,7 +60,7 @@ const FEATURES: [Feature; 4] = [
 pub(crate) const PAGE_POISON: usize = 4;
 pub(crate) const REPORTING: usize = 5;
 
-/// Which of the [`FEATURES`] a device offers: a bit for each, by its place there.
+/// Which of the [`FEATURES`] a device offers: a bit for each, by its index there.
 #[derive(Clone, Copy)]
 struct Subset(usize);
 
@@ -95,7 +95,7 @@ impl Subset {
             .collect()
     }
 
-    /// Adds the features to what else describes a device.
+    /// Adds the features to the description of a device.
     fn offered_by(self, mut device: Value) -> Value {
         device["id"] = json!("balloon0");
         // Hints need it.
@@ -159,7 +159,7 @@ fn feature_subsets_elsewhere(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Has every queue do its work, but the one for hints, which does it only while the guest migrates.
+/// Uses every queue, except the one for hints, which is used only during a VM migration.
 fn exercise(setup: &Setup, guest: &Guest, subset: Subset) -> Result<()> {
     for (feature, offered) in subset.features() {
         // The guest's free pages have no value that the host would have to keep.

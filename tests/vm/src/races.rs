@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Everything at once: the driver is bound and unbound, loaded and unloaded, the device comes and
-//! goes, the guest suspends its devices, targets change, memory is compacted, and the host makes
-//! requests.
+//! Everything at once. In the guest, the driver is bound and unbound, loaded and unloaded, and
+//! memory is compacted. Meanwhile the host plugs and unplugs the device, sets targets, makes
+//! requests, and suspends the guest's devices.
 
 use std::cell::Cell;
 use std::thread;
@@ -21,22 +21,22 @@ use crate::unused::unused;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "races",
-    proves: "whatever comes when something else goes on, the driver loses no memory, and works afterwards",
+    proves: "the driver loses no memory, and works afterwards, whatever happens at the same time",
     kernels: &[Kernel::Debug, Kernel::Kcsan],
     drivers: RUST_DRIVER,
     devices: &[Device::Extended, Device::Qemu],
     run: races,
 }];
 
-/// For how long everything goes on if nobody says more.
+/// The duration without `TIME=`.
 const TIME: Duration = Duration::from_secs(60);
 
-/// For how long it goes on in one guest at most.
+/// The longest duration in one guest.
 const TIME_PER_GUEST: Duration = Duration::from_secs(300);
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What tells the guest's processes to end.
+/// The file that makes the guest's processes end.
 const OVER: &str = "/tmp/over";
 
 const KCSAN: &str = "BUG: KCSAN: ";
@@ -54,7 +54,8 @@ fn races(setup: &Setup) -> Result<()> {
     for seed in first..first + guests {
         let is_lost = Cell::new(false);
         match race(setup, seed, each, &mut counts, &is_lost) {
-            // It crashes when a configuration changes while its driver goes, and is not what is tested.
+            // QEMU crashes when the configuration changes while the driver is being unbound. QEMU
+            // is not under test.
             Err(_) if is_lost.get() => lost += 1,
             result => result.with_context(|| format!("with the seed {seed}"))?,
         }
@@ -62,13 +63,13 @@ fn races(setup: &Setup) -> Result<()> {
     setup.note(counts.describe(each));
     ensure!(
         lost < guests,
-        "QEMU has crashed each time, so that nothing was found out"
+        "QEMU has crashed each time, so nothing was tested"
     );
     setup.note(format!("QEMU crashed {lost} times"));
     Ok(())
 }
 
-/// Has it all go on for `time` in a guest. Tells in `is_lost` if QEMU has not survived that.
+/// Runs everything for `time` in a guest. Sets `is_lost` if QEMU has crashed.
 fn race(
     setup: &Setup,
     seed: u64,
@@ -81,7 +82,7 @@ fn race(
         .backend(MemoryBackend::Memfd)
         .hotplug_port()
         .balloon(None)
-        // Some are the kernel's own. At the end they are looked at.
+        // Some are the kernel's own. The test checks them at the end.
         .expect("kmemleak: [0-9]+ new suspected");
     let config = match setup.kernel {
         Kernel::Kcsan => config.expect(KCSAN),
@@ -97,7 +98,7 @@ fn race(
     })
 }
 
-/// What goes on, and what has to be right afterwards.
+/// Runs everything, and checks the result.
 fn at_once(
     setup: &Setup,
     guest: &Guest,
@@ -138,13 +139,13 @@ fn at_once(
     load.stop()?;
     plugged.unplug(guest)?;
     let plugged = Plugged::plug(setup, guest)?;
-    // It may be loaded or not, and bound or not.
+    // The driver may be loaded or not, and bound or not.
     guest.exec(&["rmmod", setup.driver.name()])?;
     guest.insmod(setup.driver, &[])?;
     guest.wait_balloon()?;
     for size in [Size::mib(300), Size::default()] {
         plugged.request(guest, size)?;
-        guest.wait_until("a balloon of the size that was asked for", PATIENCE, || {
+        guest.wait_until("a balloon of the requested size", PATIENCE, || {
             Ok(Size::pages(guest.vmstat("nr_balloon_pages")?) == size)
         })?;
     }
@@ -155,7 +156,7 @@ fn at_once(
     check_free(guest, free)
 }
 
-/// What processes in the guest do over and over.
+/// The commands that processes in the guest repeat.
 fn in_guest(driver: Driver) -> [String; 3] {
     let (directory, name, file) = (driver_directory(driver), driver.name(), driver.file());
     [
@@ -167,8 +168,7 @@ fn in_guest(driver: Driver) -> [String; 3] {
     ]
 }
 
-/// A line of shell that does `act` again and again, with pauses in between, until all is over. It
-/// need not succeed.
+/// A shell command that repeats `act`, with pauses in between, until the end. `act` may fail.
 fn over_and_over(act: &str, random: &mut Rng) -> String {
     let pauses: Vec<_> = (0..50)
         .map(|_| format!("{:.3}", random.f64() * 2.0))
@@ -182,7 +182,7 @@ fn over_and_over(act: &str, random: &mut Rng) -> String {
 /// How often something was done.
 #[derive(Default)]
 struct Counts {
-    /// How many guests went through all of it.
+    /// The number of guests that completed.
     guests: u32,
     targets: u32,
     requests: u32,
@@ -206,7 +206,7 @@ impl Counts {
     }
 }
 
-/// Does something at random that comes from outside the guest.
+/// Does something random from outside the guest.
 fn from_outside(
     setup: &Setup,
     guest: &Guest,
@@ -220,7 +220,7 @@ fn from_outside(
             counts.plugged += 1;
             return Plugged::plug(setup, guest);
         }
-        // Processes that are just in the driver may keep the guest from it.
+        // Processes that are inside the driver may make the suspend fail.
         1 | 2 => match guest.suspend_devices() {
             Ok(()) => counts.suspended += 1,
             Err(_) => counts.awake += 1,
@@ -228,7 +228,7 @@ fn from_outside(
         3..=6 => counts.requests += u32::from(plugged.ask(random)),
         _ => {
             let size = Size::pages(random.u64(0..Size::mib(500).as_pages()));
-            // QEMU knows of no balloon for a moment when one is plugged.
+            // For a moment after plugging, QEMU does not know the balloon.
             counts.targets += u32::from(plugged.request(guest, size).is_ok());
         }
     }
@@ -258,7 +258,7 @@ impl Plugged {
         }
     }
 
-    /// Asks for a balloon of this size.
+    /// Sets the target.
     fn request(&self, guest: &Guest, size: Size) -> Result<()> {
         match self {
             Self::Qemu => guest.balloon().request(size),
@@ -291,7 +291,7 @@ impl Plugged {
     }
 }
 
-/// Fails if an access in the driver races with another one, and counts those elsewhere.
+/// Fails if an access in the driver races with another access, and counts races elsewhere.
 fn check_races(setup: &Setup, guest: &Guest) -> Result<()> {
     let faults = guest.console().faults(&[])?;
     let (ours, others): (Vec<_>, Vec<_>) = faults

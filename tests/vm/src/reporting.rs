@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The host gets what the guest does not use, without asking for it.
+//! Free page reporting: the host gets the guest's free memory without a request.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "free_page_reporting",
-        proves: "the host gets 6 GiB back that processes and files used, when they are gone",
+        proves: "the host gets 6 GiB back that processes and files have used and freed",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -21,7 +21,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "reporting_and_ballooning",
-        proves: "the guest's data stay what they are while pages are reported and ballooned",
+        proves: "the guest's data stay intact while pages are reported and ballooned",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -29,27 +29,27 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A device that takes reports.
+/// A device with free page reporting.
 pub(crate) const OFFER: &[Offer] = &[Offer::FreePageReporting];
 
-/// A kernel parameter that has the kernel report twenty times as often as it otherwise does.
+/// A kernel parameter that makes the kernel report twenty times as often as by default.
 pub(crate) const FAST_REPORTS: &str = "page_reporting.page_reporting_delay_ms=100";
 
-/// How long the host may have to wait for what is free.
+/// How long the host may have to wait for free memory.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How long a process may take to use memory.
+/// How long a process may take to write to its memory.
 const LOAD_PATIENCE: Duration = Duration::from_secs(120);
 
-/// How much the host may miss of what the guest used and freed: a twentieth, and in small guests as
-/// much as may be in pieces that are too small for a report.
+/// How much of the freed memory the host may miss: a twentieth and, in small guests, as much as may
+/// be in blocks that are too small for a report.
 fn tolerance(used: Size) -> Size {
     Size::bytes(used.as_bytes() / 20).max(Size::mib(64))
 }
 
-/// What a guest has used and given back, as the host sees it.
+/// The memory that a guest has used and returned, as the host sees it.
 pub(crate) struct Returned {
-    /// What QEMU had at the most, and afterwards.
+    /// QEMU's memory at its peak, and afterwards.
     peak: Size,
     left: Size,
 }
@@ -60,7 +60,8 @@ impl Returned {
     }
 }
 
-/// Has a process use memory and end, and checks that the host gets it, as far as it was used.
+/// Runs a process that uses memory, and checks that the host gets back what the process has
+/// written.
 pub(crate) fn check_reporting(guest: &Guest, used: Size) -> Result<Returned> {
     let idle = at_rest(guest)?;
     let load = take(guest, used)?;
@@ -69,7 +70,8 @@ pub(crate) fn check_reporting(guest: &Guest, used: Size) -> Result<Returned> {
     check_returned(guest, used, idle, peak, || Ok(()))
 }
 
-/// Waits until the host has got what the guest used, and does something over and over meanwhile.
+/// Waits until the host has the memory that the guest used, and calls a function repeatedly
+/// meanwhile.
 fn check_returned(
     guest: &Guest,
     used: Size,
@@ -77,13 +79,13 @@ fn check_returned(
     peak: Size,
     mut meanwhile: impl FnMut() -> Result<()>,
 ) -> Result<Returned> {
-    // Some of what the guest uses is what the host had not got.
+    // Some of the memory that the guest uses was resident before.
     let kept = tolerance(used).max(Size::bytes(used.as_bytes() / 4));
     ensure!(
         peak.saturating_sub(idle) >= used - kept,
         "QEMU has {peak} after the guest has used {used}, and had {idle} before"
     );
-    let came_back = guest.wait_until("the host gets what is free", PATIENCE, || {
+    let came_back = guest.wait_until("the host gets the free memory", PATIENCE, || {
         meanwhile()?;
         Ok(guest.resident()? <= idle + tolerance(used))
     });
@@ -92,7 +94,7 @@ fn check_returned(
     Ok(Returned { peak, left })
 }
 
-/// Has a process use memory, and waits until it has all of it.
+/// Starts a process that uses memory, and waits until it has all of it.
 pub(crate) fn take(guest: &Guest, size: Size) -> Result<RunningLoad<'_>> {
     let mib = usize::try_from(size.as_mib())?;
     let load = guest.start_load(Load::Hog { mib })?;
@@ -100,7 +102,7 @@ pub(crate) fn take(guest: &Guest, size: Size) -> Result<RunningLoad<'_>> {
     Ok(load)
 }
 
-/// Waits until a process that takes so many MiB has all of them.
+/// Waits until a process that allocates `mib` MiB has all of them.
 pub(crate) fn wait_until_taken(guest: &Guest, load: &RunningLoad<'_>, mib: usize) -> Result<()> {
     guest.wait_until("a process has its memory", LOAD_PATIENCE, || {
         let status = load.status()?;
@@ -114,7 +116,7 @@ pub(crate) fn wait_until_taken(guest: &Guest, load: &RunningLoad<'_>, mib: usize
     })
 }
 
-/// Waits until the host gets nothing more, and returns what QEMU has then.
+/// Waits until QEMU's memory stops shrinking, and returns its size.
 pub(crate) fn at_rest(guest: &Guest) -> Result<Size> {
     const QUIET: Duration = Duration::from_secs(1);
     let (mut least, mut since) = (guest.resident()?, Instant::now());
@@ -129,7 +131,7 @@ pub(crate) fn at_rest(guest: &Guest) -> Result<Size> {
     guest.resident()
 }
 
-/// What the driver says it has reported; the C driver does not say.
+/// The memory that the driver has reported. The C driver does not count it.
 pub(crate) fn reported(setup: &Setup, guest: &Guest) -> Result<Option<Size>> {
     match setup.driver {
         Driver::C => Ok(None),
@@ -180,7 +182,7 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
 
 fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
     let used = Size::mib(500);
-    // So seldom that the balloon comes and goes several times until all is reported.
+    // So rarely that the balloon inflates and deflates several times until everything is reported.
     let seldom = setup.by_speed(
         "page_reporting.page_reporting_delay_ms=500",
         "page_reporting.page_reporting_delay_ms=3000",
@@ -199,7 +201,7 @@ fn reporting_and_ballooning(setup: &Setup) -> Result<()> {
             let load = take(guest, used)?;
             let peak = guest.resident()?;
             load.stop()?;
-            // The balloon moves for as long as there is something to report.
+            // The balloon changes its size until everything is reported.
             check_returned(guest, used, idle, peak, || {
                 cycles += 1;
                 guest.balloon().settle(Size::mib(100))?;

@@ -29,7 +29,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hints",
-        proves: "a host without a migration gets hints as well, and the guest its memory back",
+        proves: "the host gets hints without a migration, too, and the guest gets its memory back",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -37,7 +37,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hints_leave_floor",
-        proves: "hints leave the guest what floor_mib says",
+        proves: "hints leave floor_mib of available memory to the guest",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: VHOST_USER_DEVICE,
@@ -56,7 +56,7 @@ fn amount(answer: &Value, what: &str) -> Result<Size> {
     Ok(Size::bytes(answer[what].as_u64().context("an amount")?))
 }
 
-/// Checks what the guest calls unused, which is written to `file`.
+/// Checks the memory that the guest lists as unused, which is written to `file`.
 fn check_unused(setup: &Setup, guest: &Guest, file: &Path) -> Result<()> {
     let out = file.to_str().context("a path that is text")?;
     let free = guest.free()?;
@@ -75,18 +75,18 @@ fn check_unused(setup: &Setup, guest: &Guest, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks what comes back to the host.
+/// Checks the memory that the guest returns to the host.
 fn check_reclaim(setup: &Setup, guest: &Guest) -> Result<()> {
     let (free, before) = (guest.free()?, guest.resident()?);
     let answer = answer(setup, guest, &["reclaim"])?;
     let (named, discarded) = (amount(&answer, "named")?, amount(&answer, "discarded")?);
     ensure!(
         named > Size::mib(100) && discarded == named,
-        "{free} are free, {named} were named and {discarded} given back"
+        "{free} are free, {named} were listed and {discarded} returned"
     );
     let now = guest.resident()?;
     setup.note(format!(
-        "{discarded} of {free} free memory went back, and {before} became {now}"
+        "{discarded} of {free} free memory were returned, and {before} became {now}"
     ));
     Ok(())
 }
@@ -105,7 +105,7 @@ fn host_requests(setup: &Setup) -> Result<()> {
         run(&["reclaim"], 4)?;
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;
-        // Only what the guest has used can come back.
+        // The host gets back only memory that the guest has used.
         guest.touch(Size::mib(500))?;
         let data = guest.load(Load::Hold {
             mib: 200,
@@ -133,7 +133,7 @@ fn host_requests(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Has the device ask for hints, or be done with them.
+/// Starts or ends hints.
 fn hint(guest: &Guest, action: HintAction) -> Result<()> {
     guest.daemon()?.call::<Value>(&Request::Hints { action })?;
     Ok(())
@@ -154,7 +154,7 @@ fn hints(setup: &Setup) -> Result<()> {
             let now = guest.free()?;
             ensure!(
                 now < Size::mib(150),
-                "{now} of {free} are free in a guest that has hinted all"
+                "{now} of {free} are free in a guest that has hinted everything"
             );
             hint(guest, HintAction::Stop)?;
             hint(guest, HintAction::Done)?;
@@ -177,7 +177,7 @@ fn hints_leave_floor(setup: &Setup) -> Result<()> {
         guest.wait_until("hints for all but the floor", PATIENCE, || {
             Ok(available()? < floor + Size::mib(32))
         })?;
-        // Enough for what it may not take.
+        // More than the memory that the driver may not hint.
         thread::sleep(Duration::from_secs(1));
         let left = available()?;
         ensure!(

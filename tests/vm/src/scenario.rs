@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A scenario, and what it runs with.
+//! A scenario, and its parameters.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -10,19 +10,19 @@ use std::time::Duration;
 use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
-/// Something that the driver must do.
+/// A scenario.
 pub struct Scenario {
-    /// What it is called.
+    /// The name.
     pub name: &'static str,
-    /// What is known when it has passed.
+    /// What a passed scenario proves.
     pub proves: &'static str,
-    /// The kernels that it is for.
+    /// The kernels to run it with.
     pub kernels: &'static [Kernel],
-    /// The drivers that can do it.
+    /// The drivers to run it with.
     pub drivers: &'static [Driver],
-    /// The devices that can do it.
+    /// The devices to run it with.
     pub devices: &'static [Device],
-    /// Does it.
+    /// Runs it.
     pub run: fn(&Setup) -> Result<()>,
 }
 
@@ -44,9 +44,9 @@ pub(crate) const QEMU_DEVICE: &[Device] = &[Device::Qemu];
 pub(crate) const VHOST_USER_DEVICE: &[Device] = &[Device::VhostUser, Device::Extended];
 pub(crate) const EXTENDED_DEVICE: &[Device] = &[Device::Extended];
 
-/// What a scenario runs with.
+/// The parameters of a scenario.
 pub struct Setup {
-    /// The driver that it is about.
+    /// The driver under test.
     pub driver: Driver,
     /// The balloon device of its guests.
     pub device: Device,
@@ -88,7 +88,7 @@ impl Setup {
         }
     }
 
-    /// Has the guests' kernels zero memory, as [`Config::zeroing`] says.
+    /// Makes the guests' kernels zero memory, see [`Config::zeroing`].
     pub fn with_zeroing(mut self, zeroing: bool) -> Self {
         if zeroing {
             // Both variants may run at the same time.
@@ -97,13 +97,13 @@ impl Setup {
         self
     }
 
-    /// Has scenarios that come from seeds use these.
+    /// Sets the seeds of scenarios with seeds.
     pub fn with_seeds(mut self, seeds: Option<Range<u64>>) -> Self {
         self.seeds = seeds;
         self
     }
 
-    /// The seeds that were asked for.
+    /// The requested seeds.
     pub(crate) fn seeds(&self) -> Option<Range<u64>> {
         self.seeds.clone()
     }
@@ -114,7 +114,7 @@ impl Setup {
         self
     }
 
-    /// The time that was asked for.
+    /// The requested duration.
     pub(crate) fn time(&self) -> Option<Duration> {
         self.time
     }
@@ -124,7 +124,7 @@ impl Setup {
         self.config.clone()
     }
 
-    /// Returns `fast`, or `slow` where the guests' kernel is many times slower than others.
+    /// Returns `fast`, or `slow` if the guests' kernel is many times slower than others.
     pub(crate) fn by_speed<T>(&self, fast: T, slow: T) -> T {
         if self.kernel.is_slow() { slow } else { fast }
     }
@@ -139,7 +139,7 @@ impl Setup {
         self.config.logs()
     }
 
-    /// Has a line printed below the scenario's result.
+    /// Prints a line below the scenario's result.
     pub fn note(&self, line: String) {
         self.notes.borrow_mut().push(line);
     }
@@ -148,7 +148,7 @@ impl Setup {
     ///
     /// # Errors
     ///
-    /// Whatever has gone wrong with the other one.
+    /// The failure, with the other driver.
     pub(crate) fn tolerate(&self, result: Result<()>) -> Result<()> {
         match result {
             Err(error) if self.driver == Driver::C => self.note(format!("{error:#}")),
@@ -157,12 +157,12 @@ impl Setup {
         Ok(())
     }
 
-    /// Says why the scenario cannot be run on this machine. It returns then, and has not passed.
+    /// Records why the scenario cannot run on this machine. It then returns, and has not passed.
     pub fn skip(&self, reason: &str) {
         *self.skipped.borrow_mut() = Some(reason.to_owned());
     }
 
-    /// Why it has not been run, if it has not.
+    /// Why the scenario was skipped, if it was.
     pub fn skipped(&self) -> Option<String> {
         self.skipped.borrow().clone()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Devices that stop using buffers: the guest can leave them, suspend, and keep its memory.
+//! Devices that stop using buffers: unbind, unplug and suspend end, and the guest keeps its memory.
 
 use std::cell::Cell;
 use std::thread;
@@ -19,7 +19,7 @@ use crate::sizes::check_free;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "silent_device",
-        proves: "a guest can leave a device that never uses a buffer",
+        proves: "unbind, unplug, suspend and shutdown end with a device that never uses a buffer",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -27,7 +27,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "slow_device",
-        proves: "nor does one that uses a buffer a second",
+        proves: "they also end with a device that uses one buffer a second",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -35,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "silent_report",
-        proves: "a report of free pages that is never answered does not keep the system awake",
+        proves: "the system suspends although the device never returns a report of free pages",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -43,7 +43,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "silent_report_floor",
-        proves: "nor does it take what the guest is to keep",
+        proves: "a report that the device never returns respects the reserve",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -51,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "silent_offline",
-        proves: "memory that a silent or broken device has stays online, and the attempt to take it offline fails",
+        proves: "memory that an unresponsive or broken device holds stays online, and the attempt to take it offline fails",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -59,7 +59,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "oom_with_unanswered_moves",
-        proves: "nor do pages of the balloon that were moved keep a process from getting the others",
+        proves: "pending page migrations do not keep a process from getting the other pages of the balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -67,7 +67,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "vanished_device",
-        proves: "a guest can leave a device that was pulled out",
+        proves: "unbind, unplug and shutdown end with a device that was pulled out",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
@@ -75,14 +75,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A device that takes reports, and then keeps one.
+/// A device that returns reports for a while, and then holds one.
 const REPORTS: [&str; 4] = ["--only", "falls-silent", "--offer", "free-page-reporting"];
 
-/// When such a device has fallen silent.
+/// When such a device has stopped responding.
 const FELL_SILENT: Duration = Duration::from_secs(4);
 
-/// A way to leave a device: its name, whether the guest continues without it, and how to go it. The guest has the
-/// device then.
+/// A way to stop using a device: its name, whether the guest then runs without the device, and the function that
+/// does it while the guest has the device.
 type Way = (&'static str, bool, fn(&Setup, &Guest) -> Result<()>);
 
 const WAYS: [Way; 6] = [
@@ -137,7 +137,7 @@ fn silent_report(setup: &Setup) -> Result<()> {
         let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
         device.plug(guest, "pci.0")?;
         device.wait()?;
-        // A report keeps pages from being free.
+        // The pages of a report do not count as free.
         let report = || guest.wait_until("a report", PATIENCE, || Ok(guest.free()? + NOISE < free));
         report()?;
         let start = Instant::now();
@@ -155,13 +155,13 @@ fn silent_report(setup: &Setup) -> Result<()> {
             guest.write_file(&file, &name)?;
         }
 
-        // The same once more, and the system continues at the last moment.
+        // The same again, and the system cancels the suspend at the last step.
         report()?;
         let mark = guest.console().mark()?;
         guest.write_file("/sys/power/pm_test", "freezer")?;
         guest.write_file("/sys/power/state", "mem")?;
         guest.wait_until(
-            "word of a device that was reset for nothing",
+            "a message about a device that was reset in vain",
             PATIENCE,
             || {
                 Ok(guest
@@ -179,7 +179,7 @@ fn silent_report(setup: &Setup) -> Result<()> {
 }
 
 fn silent_report_floor(setup: &Setup) -> Result<()> {
-    /// What the driver leaves to the guest, and by how much that may be missed.
+    /// The reserve, and the tolerance.
     const FLOOR: Size = Size::mib(256);
     const SLACK: Size = Size::mib(16);
     let config = setup
@@ -195,7 +195,8 @@ fn silent_report_floor(setup: &Setup) -> Result<()> {
         device.wait()?;
         thread::sleep(FELL_SILENT);
 
-        // What one process leaves is what the guest has, and what another one has used is to be reported.
+        // One process leaves the guest with so much memory, and another one has used memory that
+        // will be reported.
         let available = guest.meminfo()?.available;
         let rest = take(guest, available.saturating_sub(FLOOR + Size::mib(48)))?;
         take(guest, Size::mib(128))?.stop()?;
@@ -213,17 +214,18 @@ fn silent_report_floor(setup: &Setup) -> Result<()> {
 
 fn silent_offline(setup: &Setup) -> Result<()> {
     let messages = offline_with(setup, &[], &["--only", "silent"], |_| Ok(()));
-    // Pages in the balloon would be moved, which does not end either with a device that has fallen silent.
+    // The kernel would migrate pages of the balloon, which does not end either with an unresponsive
+    // device.
     let empty: &[&str] = match setup.driver {
         Driver::C => &[],
         _ => &["inflate=0"],
     };
     let reports = offline_with(setup, empty, &REPORTS, |guest| {
-        // It has kept no report so far.
+        // The device has not held a report yet.
         thread::sleep(FELL_SILENT);
         take(guest, Size::mib(300))?.stop().map(|_| ())
     });
-    // Nor are they moved once a queue is broken.
+    // The driver also refuses page migration once a queue is broken.
     let breaks = ["--only", "breaks", "--offer", "deflate-on-oom"];
     let broken = offline_with(setup, &[], &breaks, |_| {
         thread::sleep(FELL_SILENT);
@@ -235,7 +237,8 @@ fn silent_offline(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Takes a block offline, if that is possible, and has it back. If it takes longer than it may, it is interrupted.
+/// Takes a block offline, if that is possible, and online again. Interrupts the kernel after a
+/// timeout.
 fn offline(guest: &Guest, block: &str) -> Result<bool> {
     /// The driver waits for two seconds.
     const LIMIT: Duration = Duration::from_secs(6);
@@ -244,12 +247,12 @@ fn offline(guest: &Guest, block: &str) -> Result<bool> {
     let output = guest.exec_within(&["sh", "-c", &line], LIMIT)?;
     ensure!(
         matches!(output.exit, Exit::Status(_)),
-        "'{line}' is not over in {LIMIT:?}"
+        "'{line}' has not ended in {LIMIT:?}"
     );
     Ok(output.exit == Exit::Status(0))
 }
 
-/// Takes blocks of memory offline of which a device has pages, once it was plugged and `ask` has been done.
+/// Takes memory blocks offline while a device, which was plugged before `ask`, has pages of them.
 fn offline_with(
     setup: &Setup,
     parameters: &[&str],
@@ -266,7 +269,8 @@ fn offline_with(
         .balloon(None);
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, parameters)?;
-        // The kernel has put things into some that cannot be moved, before it knew.
+        // Before these zones were movable, the kernel allocated memory in some blocks that cannot
+        // be migrated.
         let mut blocks = Vec::new();
         let listed = guest.sh(BLOCKS)?;
         for block in listed.lines() {
@@ -279,7 +283,7 @@ fn offline_with(
         device.wait()?;
         ask(guest)?;
 
-        // The device may have nothing yet.
+        // The device may not have any pages yet.
         let (mut refused, mut longest) = (Vec::new(), Duration::ZERO);
         guest.wait_until("a block that stays online", PATIENCE, || {
             for block in &blocks {
@@ -292,7 +296,7 @@ fn offline_with(
             Ok(!refused.is_empty())
         })?;
         setup.note(format!(
-            "{} of {} blocks stay online, which is said within {:.1} s",
+            "{} of {} blocks stay online, reported within {:.1} s",
             refused.len(),
             blocks.len(),
             longest.as_secs_f64()
@@ -310,9 +314,9 @@ fn offline_with(
 }
 
 fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
-    /// What the device wants.
+    /// The device's target.
     const BALLOON: Size = Size::mib(128);
-    /// More than the guest can have without the balloon.
+    /// More than the guest has without the balloon's memory.
     const NEED: Size = Size::mib(48);
     let config = setup
         .config()
@@ -331,14 +335,15 @@ fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
         })?;
         thread::sleep(FELL_SILENT);
 
-        // Has the pages of the balloon moved out of a block, which does not end, since only so many may be on their way.
+        // Starts migrating the balloon's pages out of a block. This does not end, since the number
+        // of pending migrations is limited.
         let moved = guest.vmstat("balloon_migrate")?;
         let available = guest.meminfo()?.available;
         let block = fullest_block(guest, "^Movable")?;
         let line = format!("echo offline >{}", block.state);
         guest.exec_within(&["sh", "-c", &line], Duration::from_secs(3))?;
         let moved = guest.vmstat("balloon_migrate")? - moved;
-        ensure!(moved > 0, "no page of the balloon was moved");
+        ensure!(moved > 0, "no page of the balloon was migrated");
         guest.wait_until("the rest of the block", PATIENCE, || {
             Ok(guest.meminfo()?.available + NOISE > available)
         })?;
@@ -347,7 +352,7 @@ fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
         load.stop()?;
         let left = Size::pages(guest.vmstat("nr_balloon_pages")?);
         setup.note(format!(
-            "{moved} pages were moved, and {left} of {BALLOON} left in the balloon"
+            "{moved} pages were migrated, and {left} of {BALLOON} left in the balloon"
         ));
         guest.unplug_balloon()?;
         guest.rmmod(setup.driver)
@@ -356,8 +361,8 @@ fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
 }
 
 fn vanished_device(setup: &Setup) -> Result<()> {
-    // Before it resumes a device the virtio core resets it, and the transport for PCI waits for that. And QEMU does not
-    // survive a reboot.
+    // The virtio core resets a device before it resumes it, and the PCI transport waits for the reset. QEMU crashes on
+    // a reboot.
     let ways: Vec<Way> = WAYS
         .into_iter()
         .filter(|(name, _, _)| !matches!(*name, "suspend and resume" | "reboot"))
@@ -365,7 +370,7 @@ fn vanished_device(setup: &Setup) -> Result<()> {
     leave(setup, &ways, Link::VfioUser, "gone", Duration::from_secs(6))
 }
 
-/// Goes these ways to leave a device that is `like` this, each of which may take so long.
+/// Tries these ways to stop using a device that is `like` this. Each may take up to `limit`.
 fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -> Result<()> {
     let config = setup
         .config()
@@ -374,7 +379,7 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
         .balloon(None)
         .reboots();
     let config = match link {
-        // The virtio core complains of a device that is not reset, even if there is none.
+        // The virtio core warns about a device that was not reset, even if the device is gone.
         Link::VfioUser => config.expect("WARNING: .*virtio.c:.* at virtio_dev_remove"),
         Link::VhostUser => config,
     };
@@ -386,10 +391,10 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
             let device = Hostile::start(guest, link, 0, &["--only", like])?;
             device.plug(guest, "pci.0")?;
             device.wait()?;
-            // Whatever there is to be waited for is on its way.
+            // All buffers that the driver may have to wait for are in flight.
             thread::sleep(Duration::from_secs(3));
             if link == Link::VfioUser && setup.driver != Driver::C {
-                // Where there is no device, all bits of everything are set.
+                // All registers of an absent device read as ones.
                 let size = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/balloon")?;
                 ensure!(
                     size.starts_with("target 0\n"),

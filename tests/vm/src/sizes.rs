@@ -16,7 +16,7 @@ use crate::scenario::{
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "inflate_deflate",
-        proves: "the balloon takes every size it is asked for, and both sides agree on it",
+        proves: "the balloon reaches every requested size, and both sides agree on it",
         kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -24,7 +24,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "accounting",
-        proves: "the kernel's counters say what the balloon does, page by page",
+        proves: "the kernel's counters match the balloon to the page",
         kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -32,7 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "target_changes",
-        proves: "a target that changes on the way is followed",
+        proves: "the driver follows a target that changes before it is reached",
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -40,7 +40,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "target_beyond_memory",
-        proves: "a target that cannot be reached harms nobody, and a smaller one is taken at once",
+        proves: "a target that cannot be reached does not harm the guest, and the driver follows a smaller one at once",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -48,7 +48,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "floor",
-        proves: "the balloon leaves the guest what floor_mib says, and takes the rest",
+        proves: "the balloon leaves floor_mib of available memory to the guest, and takes the rest",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -56,7 +56,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "small_guest",
-        proves: "a guest of 128 MiB gives what it can and lives",
+        proves: "a guest of 128 MiB inflates as far as it can and survives",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -67,7 +67,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 fn inflate_deflate(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
-        // Up and down, by much and by little, by a page, and by what no block of pages divides.
+        // Up and down, in large and small steps, by a page, and by sizes that are no multiple of a
+        // block.
         for size in [
             Size::mib(128),
             Size::mib(400),
@@ -126,8 +127,8 @@ fn accounting(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Waits until `check` finds that counts agree. Pages that compaction has just moved out of the balloon are marked until
-/// the device knows that.
+/// Waits until `check` succeeds. Pages that compaction has just migrated out of the balloon stay marked until the device
+/// has used the driver's message.
 pub(crate) fn agree(check: impl Fn() -> Result<()>) -> Result<()> {
     const MOVES: Duration = Duration::from_secs(10);
     let start = Instant::now();
@@ -148,11 +149,11 @@ fn target_changes(setup: &Setup) -> Result<()> {
         let balloon = guest.balloon();
         let mut on_the_way = 0;
         for step in 0..50_u64 {
-            // Steps of about the golden ratio go up and down, and never to the same place.
+            // Steps of about the golden ratio go up and down, and never to the same target.
             let target = Size::pages(step * 618_034 % span.as_pages());
             let before = balloon.size()?;
             balloon.request(target)?;
-            // A guest may be there as soon as it moves at all, so every second target changes at once.
+            // A guest may reach the target at once, so every second target changes without a wait.
             let patience = Duration::from_millis(if step % 2 == 0 { 500 } else { 0 });
             let start = Instant::now();
             while balloon.size()? == before && start.elapsed() < patience {
@@ -177,19 +178,19 @@ fn target_changes(setup: &Setup) -> Result<()> {
 }
 
 fn target_beyond_memory(setup: &Setup) -> Result<()> {
-    /// So long that the driver's next try is seconds away.
+    /// So long that the driver's next attempt is seconds away.
     const QUIET: Duration = Duration::from_secs(7);
     let reaction_limit = setup.by_speed(Duration::from_secs(1), Duration::from_secs(4));
     vm::run(&setup.config(), |guest| {
         guest.insmod(setup.driver, &[])?;
         let mark = guest.console().mark()?;
-        // All of the guest's memory is more than its kernel can have.
+        // The guest's kernel cannot inflate all of its memory.
         let balloon = guest.balloon();
         balloon.request(guest.memory() - Size::pages(1))?;
         let size = balloon.rest(QUIET)?;
         ensure!(
             size > Size::mib(600),
-            "the balloon stops at {size}, though much more could be had"
+            "the balloon stops at {size}, although much more is available"
         );
         guest.run(&["true"])?;
         let kills = guest.vmstat("oom_kill")?;
@@ -203,7 +204,7 @@ fn target_beyond_memory(setup: &Setup) -> Result<()> {
             "the log got {lines} lines about a target out of reach"
         );
 
-        // The pauses between its tries must not matter.
+        // The pauses between the attempts must not delay the reaction.
         let start = Instant::now();
         balloon.request(Size::mib(64))?;
         guest.wait_until("the balloon gets smaller", reaction_limit, || {
@@ -224,7 +225,7 @@ fn floor(setup: &Setup) -> Result<()> {
     for floor in [Size::mib(300), Size::default()] {
         vm::run(&setup.config(), |guest| {
             guest.insmod(setup.driver, &[&format!("floor_mib={}", floor.as_mib())])?;
-            // Much of what has just been freed is not counted as free.
+            // Much of the memory that was just freed does not count as free.
             guest.touch(Size::mib(600))?;
             guest.balloon().request(guest.memory() - Size::pages(1))?;
             guest.balloon().rest(Duration::from_secs(3))?;
@@ -236,7 +237,7 @@ fn floor(setup: &Setup) -> Result<()> {
             let listed = listed(guest)?;
             ensure!(
                 floor == Size::default() || listed < Size::mib(8),
-                "the balloon leaves {listed} that are not counted, beside {left}"
+                "the balloon leaves {listed} that are not counted, and {left} that are"
             );
             if floor > Size::default() {
                 check_retries(guest)?;
@@ -248,22 +249,22 @@ fn floor(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the driver's next tries at the floor do not disturb all processors for nothing.
+/// Checks that the driver's next attempts at the reserve do not interrupt all processors in vain.
 fn check_retries(guest: &Guest) -> Result<()> {
     let (_, drains) = guest.trace_drains(|| {
-        // Another target has it try at once, and twice more before this is over.
+        // After a new target the driver tries at once, and twice more during this wait.
         guest.balloon().request(guest.memory() - Size::pages(2))?;
         thread::sleep(Duration::from_secs(1));
         Ok(())
     })?;
     ensure!(
         drains == 0,
-        "the processors' lists were drained {drains} times, with next to nothing on them"
+        "the per-CPU page lists were drained {drains} times, with hardly any pages on them"
     );
     Ok(())
 }
 
-/// What is free, and not counted as such: it is on the processors' own lists.
+/// Free memory that does not count as free: pages on per-CPU page lists.
 fn listed(guest: &Guest) -> Result<Size> {
     let zones = guest.read_file("/proc/zoneinfo")?;
     let count = |line: &str| {
@@ -292,7 +293,7 @@ fn small_guest(setup: &Setup) -> Result<()> {
         let size = guest.balloon().rest(Duration::from_secs(3))?;
         ensure!(
             size >= Size::mib(24),
-            "the balloon stops at {size}, where it has been bigger"
+            "the balloon stops at {size}, and has been larger"
         );
         ensure!(
             guest.vmstat("oom_kill")? == 0,
@@ -304,24 +305,23 @@ fn small_guest(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Checks from both sides that the balloon has a size, or what comes next in whole pages of the guest.
+/// Checks on both sides that the balloon has a size, rounded up to whole pages of the guest.
 pub(crate) fn check_size(guest: &Guest, size: Size) -> Result<()> {
     let size = size.next_multiple_of(guest.page_size());
     let seen = guest.balloon().size()?;
     ensure!(
         seen == size,
-        "the host sees a balloon of {seen}, where {size} was asked for"
+        "the host sees a balloon of {seen}, and the target is {size}"
     );
     let pages = guest.page_size() * guest.vmstat("nr_balloon_pages")?;
     ensure!(
         pages == size,
-        "the guest counts {pages} in balloons, where {size} was asked for"
+        "the guest counts {pages} in balloons, and the target is {size}"
     );
     Ok(())
 }
 
-/// Checks that the guest has as much free memory as before, but for what its kernel keeps in its
-/// own caches.
+/// Checks that the guest has as much free memory as before, except for the kernel's own caches.
 pub(crate) fn check_free(guest: &Guest, before: Size) -> Result<()> {
     let free = guest.free()?;
     let lost = before.saturating_sub(free);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Snapshots that leave out what the guest does not use (docs/snapshots.md).
+//! Snapshots without the guest's unused memory (docs/snapshots.md).
 
 use std::time::Instant;
 
@@ -11,14 +11,14 @@ use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "snapshot",
-    proves: "a snapshot has none of the memory that the guest has freed, and the guest goes on from it",
+    proves: "a snapshot has none of the memory that the guest has freed, and a restored guest runs",
     kernels: TEST_KERNEL,
     drivers: RUST_DRIVER,
     devices: EXTENDED_DEVICE,
     run: snapshot,
 }];
 
-/// Where guests' memory and snapshots are: in memory.
+/// The directory of guests' memory and snapshots, a tmpfs.
 const DIRECTORY: &str = "/dev/shm";
 
 fn snapshot(setup: &Setup) -> Result<()> {
@@ -35,8 +35,8 @@ fn snapshot(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Saves a guest that has used and freed `used`, and saves it once more after unused memory was given back. Goes on
-/// from the second one. Returns what each of them takes.
+/// Saves a guest that has used and freed `used`, and saves it again after it has returned its unused memory.
+/// Restores the second snapshot. Returns the sizes of both.
 fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
     let directory = tempfile::tempdir_in(DIRECTORY)?;
     let config = setup
@@ -67,7 +67,7 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
         let start = Instant::now();
         guest.reclaim()?;
         setup.note(format!(
-            "{what}: unused memory was given back in {} ms",
+            "{what}: unused memory was returned in {} ms",
             start.elapsed().as_millis()
         ));
         let snapshot = guest.save(directory.path())?;
@@ -75,7 +75,7 @@ fn save_twice(setup: &Setup, what: &str, used: Size) -> Result<(Size, Size)> {
 
         guest.restore(&snapshot)?;
         data.verify(2)?;
-        // All memory is as good as before.
+        // The guest can use all of its memory.
         guest.touch(Size::gib(4))?;
         guest.reclaim()?;
         data.verify(2)?;

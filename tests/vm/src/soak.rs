@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Thousands of targets, and not a page that is unaccounted for.
+//! Thousands of targets, with every page accounted for.
 
 use std::thread;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::sizes::{agree, check_free, check_size};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "soak",
-    proves: "after ten thousand targets every page is where both sides think it is",
+    proves: "after ten thousand targets both sides agree on every page",
     kernels: BOTH_KERNELS,
     drivers: BOTH_DRIVERS,
     devices: ALL_DEVICES,
@@ -23,7 +23,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
 
 const STEPS: usize = 10_000;
 
-/// How often all pages are counted meanwhile.
+/// How often the test counts all pages.
 const STEPS_PER_COUNT: usize = 1_000;
 
 /// The largest target, in pages.
@@ -44,7 +44,7 @@ fn soak(setup: &Setup) -> Result<()> {
         let mut reached = 0;
         for step in 1..=STEPS {
             let size = Size::pages(random.u64(0..MOST));
-            // Of four targets one changes before it is reached, or may.
+            // One of four targets may change before it is reached.
             if random.u8(0..4) > 0 || step % STEPS_PER_COUNT == 0 {
                 guest.balloon().settle(size)?;
                 reached += 1;
@@ -69,11 +69,11 @@ fn soak(setup: &Setup) -> Result<()> {
     })
 }
 
-/// What the guest's kernel counts.
+/// The counts of the guest's kernel.
 struct Count {
-    /// What it manages.
+    /// `MemTotal`.
     total: Size,
-    /// The pages that are marked as a balloon's are.
+    /// The pages that are marked PageOffline.
     offline: u64,
     /// How many pages more have been inflated than deflated.
     inflated: u64,
@@ -90,8 +90,8 @@ impl Count {
     }
 }
 
-/// Checks that the guest and the host agree on a balloon of this size to the page, where `empty`
-/// was counted without one.
+/// Checks that the guest and the host agree on a balloon of this size to the page. `empty` has the
+/// counts without a balloon.
 fn check_count(guest: &Guest, empty: &Count, size: Size) -> Result<()> {
     check_size(guest, size)?;
     let balloon = guest.meminfo()?.balloon;

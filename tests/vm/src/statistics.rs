@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The statistics that the host sees are the guest's own.
+//! The host sees the guest's own statistics.
 
 use std::time::{Duration, SystemTime};
 
@@ -19,7 +19,7 @@ use crate::sizes::check_size;
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "statistics",
-        proves: "the host sees what /proc/meminfo and /proc/vmstat say, all sixteen kinds of it",
+        proves: "the host sees the values of /proc/meminfo and /proc/vmstat, all sixteen of them",
         kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
@@ -27,16 +27,17 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "statistics_while_stuck",
-        proves: "statistics go on while the balloon cannot grow",
+        proves: "statistics are sent while the balloon cannot inflate",
         kernels: BOTH_KERNELS,
-        // The C driver takes what the kernel needs for itself: on a fast device it panics.
+        // The C driver inflates memory that the kernel itself needs: on a fast device the guest
+        // panics.
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: statistics_while_stuck,
     },
     Scenario {
         name: "no_ballooning",
-        proves: "inflate=0 keeps the balloon empty, while statistics and reports go on",
+        proves: "inflate=0 keeps the balloon empty, and statistics and reports continue",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -44,10 +45,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How many kinds there are.
+/// The number of statistics.
 const KINDS: usize = 16;
 
-/// What QEMU shows for a kind that the guest has not sent.
+/// QEMU's value for a statistic that the guest has not sent.
 const MISSING: u64 = u64::MAX;
 
 /// How long a sample may take, at an interval of one second.
@@ -58,7 +59,7 @@ pub(crate) fn poll(guest: &Guest) -> Result<()> {
     guest.balloon().poll_statistics(1)
 }
 
-/// Waits for a sample that is newer than `than`, and was not under way already.
+/// Waits for a sample that is newer than `than`, and was requested later.
 pub(crate) fn newer(guest: &Guest, than: u64) -> Result<Sample> {
     let mut found = None;
     guest.wait_until("a new sample of statistics", PATIENCE, || {
@@ -170,7 +171,7 @@ fn no_ballooning(setup: &Setup) -> Result<()> {
         let lines = guest
             .console()
             .count_since(mark, &format!("{device}: inflate=0"))?;
-        ensure!(lines == 1, "the log says {lines} times why nothing happens");
+        ensure!(lines == 1, "the log gives the reason {lines} times");
         let balloon = show(guest, "balloon")?;
         ensure!(
             balloon.contains("stop_reason inflate=0"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The balloon works on every transport and with every layout of the queues.
+//! The balloon works on every transport and with every virtqueue format.
 
 use anyhow::{Context, Result, ensure};
 use vm::{Config, Driver, Guest, Machine, Size};
@@ -98,13 +98,13 @@ pub(crate) fn accepted(guest: &Guest, driver: Driver, feature: usize) -> Result<
     Ok(*bit.context("the driver has no device")? == b'1')
 }
 
-/// Inflates and deflates on a device that has a feature, or has it not.
+/// Inflates and deflates on a device that has a feature, or lacks it.
 fn inflate(setup: &Setup, config: &Config, feature: usize, has_it: bool) -> Result<()> {
     vm::run(config, |guest| {
         guest.insmod(setup.driver, &[])?;
         ensure!(
             accepted(guest, setup.driver, feature)? == has_it,
-            "feature {feature} is not as it is to be tested"
+            "feature {feature} does not match the test"
         );
         for size in [
             Size::mib(256),

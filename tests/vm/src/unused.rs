@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Unused memory, on the host's request.
+//! Host requests for unused memory.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::scenario::{
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "unused_data_intact",
-        proves: "a guest does not miss unused memory that the host overwrites",
+        proves: "the guest's data stay intact when the host overwrites unused memory",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -27,7 +27,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "unused_proof",
-        proves: "memory that the driver calls unused, and that was not written since, holds nothing that matters",
+        proves: "memory that the driver lists as unused, and that was not written since, has no content that the guest needs",
         kernels: ALL_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -35,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "unused_bounded",
-        proves: "naming unused memory holds no lock for long, and costs the same for each GiB",
+        proves: "the driver never holds a lock for long to list unused memory, and takes the same time for each GiB",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -43,7 +43,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "reclaim",
-        proves: "the host gets memory back that the guest has freed, without inflating anything",
+        proves: "the host gets memory back that the guest has freed, without inflating",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -51,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "request_flood",
-        proves: "a host that asks without pause costs the guest a bounded part of its time",
+        proves: "requests without pause cost the guest a bounded part of its CPU time",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -59,7 +59,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "drop_caches",
-        proves: "the guest has less in its caches when the host wants it",
+        proves: "the guest drops caches on the host's request",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -67,7 +67,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "unused_lie",
-        proves: "the proof fails for a driver that calls memory unused which is not",
+        proves: "the proof fails for a driver that lists memory in use as unused",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -75,12 +75,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How many places the driver looks at under one hold of a zone's lock.
+/// How many PFNs the driver scans under one hold of a zone's lock.
 const PLACES_PER_HOLD: u64 = 1024;
 
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// What unused memory is overwritten with.
+/// The value that overwrites unused memory.
 const GARBAGE: u8 = 0xa5;
 
 fn proof(setup: &Setup) -> Result<()> {
@@ -112,12 +112,14 @@ fn lie(setup: &Setup) -> Result<()> {
     let mut total = Size::default();
     let outcome = overwrite_small(setup, Driver::Lying, &mut total);
     match outcome {
-        Ok(()) => bail!("{total} were overwritten, some of it in use, and nothing was noticed"),
+        Ok(()) => bail!(
+            "{total} were overwritten, some of it in use, and the corruption was not detected"
+        ),
         Err(error) if total == Size::default() => Err(error.context("nothing was overwritten")),
         Err(error) => {
             let first = error.to_string();
             let first = first.lines().next().unwrap_or_default();
-            setup.note(format!("noticed after {total}: {first}"));
+            setup.note(format!("detected after {total}: {first}"));
             Ok(())
         }
     }
@@ -129,13 +131,13 @@ fn overwrite_small(setup: &Setup, driver: Driver, total: &mut Size) -> Result<()
     overwrite(setup, driver, Size::gib(1), ROUNDS, 0, total)
 }
 
-/// Overwrites what the driver calls unused, and what was not written since, in a guest in which memory of all kinds is
-/// taken, verified and given back without pause, while the balloon grows and shrinks and memory is compacted. Adds what
-/// was overwritten to `total`.
+/// Overwrites the memory that the driver lists as unused and that was not written since. Meanwhile, processes of the
+/// guest allocate, verify and free memory of all kinds, the balloon inflates and deflates, and memory is compacted.
+/// Adds the amount of overwritten memory to `total`.
 ///
 /// # Errors
 ///
-/// Somebody has missed it.
+/// A process of the guest has detected corrupted data.
 fn overwrite(
     setup: &Setup,
     driver: Driver,
@@ -167,7 +169,7 @@ fn overwrite(
     })
 }
 
-/// One request, and what may be done with the answer.
+/// Makes one request, and overwrites the memory that its answer allows.
 fn overwrite_once(
     guest: &Guest,
     log: &WriteLog,
@@ -176,11 +178,12 @@ fn overwrite_once(
     total: &mut Size,
 ) -> Result<()> {
     let daemon = guest.daemon()?;
-    // The log begins before the request is made, which a guest that is stopped cannot hear.
+    // The log starts before the request. The guest is stopped, so it cannot receive the request
+    // earlier.
     stop(guest)?;
     log.clear()?;
     go_on(guest)?;
-    guest.wait_until("the device goes on", PATIENCE, || {
+    guest.wait_until("the device responds again", PATIENCE, || {
         Ok(daemon.info()?.guest.driver)
     })?;
     let begun: Begun = daemon.call(&unused(4096))?;
@@ -197,7 +200,7 @@ fn overwrite_once(
         unused.extend(ranges.ranges);
         from = ranges.next;
     }
-    // Some of it is in use by now.
+    // Some of the memory is in use by now.
     thread::sleep(pause);
 
     stop(guest)?;
@@ -224,7 +227,7 @@ fn overwrite_once(
     go_on(guest)
 }
 
-/// Makes a request and waits for its end. Returns how that went, and how long it took.
+/// Makes a request and waits for its end. Returns the result, and how long it took.
 pub(crate) fn ask(guest: &Guest, request: &Request) -> Result<(Progress, Duration)> {
     let start = Instant::now();
     let daemon = guest.daemon()?;
@@ -248,7 +251,7 @@ pub(crate) fn unused(block: u64) -> Request {
 }
 
 fn bounded(setup: &Setup) -> Result<()> {
-    /// How much longer than another GiB one may take to be named, in a larger guest.
+    /// How much longer a GiB may take in a larger guest.
     const LIMIT: f64 = 2.0;
     let mut for_each_gib = Vec::new();
     for memory in [Size::gib(2), Size::gib(8)] {
@@ -261,17 +264,17 @@ fn bounded(setup: &Setup) -> Result<()> {
                 let hold = Duration::from_nanos(counter(guest, "unused_longest_hold_ns")?);
                 let named = Size::bytes(progress.named);
                 setup.note(format!(
-                    "{memory}, {what}: {named} of {free} named in {} ms, the lock held for {} us and {places} places at most",
+                    "{memory}, {what}: {named} of {free} listed in {} ms, the lock held for {} us and {places} PFNs at most",
                     took.as_millis(),
                     hold.as_micros()
                 ));
                 ensure!(
                     places <= PLACES_PER_HOLD,
-                    "{places} places were looked at under one hold of a lock"
+                    "{places} PFNs were scanned under one hold of a lock"
                 );
                 ensure!(
                     named.as_bytes() * 10 > free.as_bytes() * 9,
-                    "{named} of {free} in free memory were named"
+                    "{named} of {free} free memory were listed"
                 );
                 guest.rmmod(setup.driver)?;
                 Ok(took)
@@ -291,12 +294,12 @@ fn bounded(setup: &Setup) -> Result<()> {
     }
     ensure!(
         for_each_gib[1] < for_each_gib[0] * LIMIT,
-        "lone pages take {for_each_gib:?} s for each GiB of the two guests"
+        "isolated pages take {for_each_gib:?} s for each GiB of the two guests"
     );
     Ok(())
 }
 
-/// Calls a request off that takes the guest long to answer.
+/// Cancels a request that takes the guest long to answer.
 fn call_off(setup: &Setup, guest: &Guest) -> Result<()> {
     guest.insmod(setup.driver, &[])?;
     let daemon = guest.daemon()?;
@@ -312,14 +315,14 @@ fn call_off(setup: &Setup, guest: &Guest) -> Result<()> {
     }
     let (progress, took) = (progress()?, start.elapsed());
     setup.note(format!(
-        "called off after {} were named: {:?} after {} ms",
+        "cancelled after {} were listed: {:?} after {} ms",
         Size::bytes(progress.named),
         progress.status,
         took.as_millis()
     ));
     ensure!(
         progress.status == RequestStatus::Cancelled,
-        "a request that was called off ends with {:?}",
+        "a cancelled request ends with {:?}",
         progress.status
     );
     guest.rmmod(setup.driver)
@@ -327,10 +330,10 @@ fn call_off(setup: &Setup, guest: &Guest) -> Result<()> {
 
 fn flood(setup: &Setup) -> Result<()> {
     const TIME: Duration = Duration::from_secs(20);
-    /// What the driver may spend at once, and of all time.
+    /// The driver's budget: CPU time at once, and as a part of all time.
     const AT_ONCE: Duration = Duration::from_secs(2);
     const SHARE: u32 = 10;
-    /// What else there is to do for an idle guest.
+    /// The CPU time of an idle guest.
     const OTHERS: Duration = Duration::from_secs(2);
     let requests = [
         unused(4096),
@@ -353,7 +356,7 @@ fn flood(setup: &Setup) -> Result<()> {
             let request = next.next().context("a cycle has no end")?;
             match daemon.call::<Begun>(request) {
                 Ok(_) => asked += 1,
-                // As many are open as can be.
+                // The maximum number of requests is open.
                 Err(_) => thread::sleep(Duration::from_millis(1)),
             }
         }
@@ -370,7 +373,7 @@ fn flood(setup: &Setup) -> Result<()> {
             spent < AT_ONCE + time / SHARE + OTHERS,
             "the guest was busy for {spent:?} of {time:?} with {asked} requests"
         );
-        // Nobody has to wait for the end of it.
+        // Ending the guest cancels the open requests.
         guest.balloon().settle(Size::mib(256))?;
         guest.balloon().settle(Size::default())?;
         daemon.call::<Value>(&Request::Stats { fresh: true })?;
@@ -397,7 +400,7 @@ fn reclaim(setup: &Setup) -> Result<()> {
             end: 0,
         })?;
         let mut least = free;
-        guest.wait_until("memory to come back", PATIENCE, || {
+        guest.wait_until("memory returned to the host", PATIENCE, || {
             least = least.min(guest.free()?);
             let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
             Ok(progress.status == RequestStatus::Complete)
@@ -427,7 +430,7 @@ fn drop_caches(setup: &Setup) -> Result<()> {
             let kib = line.split_whitespace().nth(1).context("a number")?;
             Ok(Size::kib(kib.parse()?))
         };
-        // Names and inodes that nobody uses any more.
+        // Names and inodes that are no longer in use.
         guest.sh("find /sys /proc/1 > /dev/null")?;
         let before = slab()?;
         let request = Request::DropCaches {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The balloon device that is a process of its own.
+//! The vhost-user balloon device.
 
 use std::path::Path;
 use std::process::Command;
@@ -19,14 +19,15 @@ use crate::scenario::{
 };
 use crate::sizes::check_size;
 
-/// The kernel of the other scenarios, and that of a system which has systemd and the unit of the package.
+/// The kernel of the other scenarios, and the kernel of a system with systemd and the package's
+/// unit.
 const SERVICE_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debian];
 const DEBIAN_KERNEL: &[Kernel] = &[Kernel::Debian];
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "daemon_restart",
-        proves: "a guest goes on without its balloon's device, and with it when it is back",
+        proves: "a guest runs without its balloon's device, and with it after a restart",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -34,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "service_restart",
-        proves: "the device's processes are restarted, updated and killed while the balloon is at work, and no message is lost",
+        proves: "no message is lost when the device's processes are restarted, updated and killed while the balloon changes its size",
         kernels: SERVICE_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -42,7 +43,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "unit",
-        proves: "whatever an operator and apt do to the device's unit, the guest keeps its balloon, and lives on without it",
+        proves: "whatever an operator or apt does to the device's unit, the guest keeps its balloon, and runs without it",
         kernels: DEBIAN_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -50,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "vmm_restart",
-        proves: "the device serves one guest after another, which begin with empty balloons",
+        proves: "the device serves one guest after the other, and each starts with an empty balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -58,7 +59,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "client",
-        proves: "balloonctl does what it says, and says what is wrong",
+        proves: "balloonctl works as documented, and its exit codes match the errors",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -66,7 +67,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "stop_reasons",
-        proves: "the host learns why the balloon is smaller than it has been asked to be",
+        proves: "the driver reports to the host why the balloon is below its target",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -74,7 +75,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "hugetlb_memory",
-        proves: "of memory in huge pages the host gets those that are in the balloon as a whole",
+        proves: "the host gets a huge page when all of it is in the balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -89,7 +90,7 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &[])?;
         let daemon = guest.daemon()?;
         guest.balloon().settle(Size::mib(300))?;
-        // One that is killed has no time for anything.
+        // A killed worker cannot clean up.
         for (kill, size) in [(true, Size::mib(400)), (false, Size::mib(100))] {
             let before = guest.balloon().size()?;
             let total = guest.meminfo()?.total;
@@ -109,7 +110,7 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
             let now = guest.meminfo()?.total;
             ensure!(
                 now == total,
-                "the guest had {total}, and has {now} though nobody asked"
+                "the guest had {total}, and has {now} without a request"
             );
             guest.balloon().settle(size)?;
             check_size(guest, size)?;
@@ -118,15 +119,15 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Waits until the device has the guest's driver.
+/// Waits until the guest's driver uses the device.
 pub(crate) fn wait_driver(guest: &Guest) -> Result<()> {
     guest.wait_until("the device has a driver", PATIENCE, || {
-        // It may be on its way.
+        // The driver may not have started yet.
         Ok(guest.daemon()?.info().is_ok_and(|info| info.guest.driver))
     })
 }
 
-/// Ends processes of the daemon, with the name of the way.
+/// A way to end processes of the daemon: its name, and the function.
 type NamedRestart = (&'static str, fn(&Daemon) -> Result<()>);
 
 const RESTARTS: [NamedRestart; 4] = [
@@ -138,7 +139,7 @@ const RESTARTS: [NamedRestart; 4] = [
 
 fn service_restart(setup: &Setup) -> Result<()> {
     const ROUNDS: usize = 20;
-    // It leaves the guest what the driver keeps free by default.
+    // It respects the driver's default reserve.
     const LARGEST: u64 = 500;
     let config = setup.config();
     let daemon = Arc::new(config.start_daemon_service()?);
@@ -153,7 +154,7 @@ fn service_restart(setup: &Setup) -> Result<()> {
         for (round, (name, restart)) in (0..ROUNDS).zip(RESTARTS.iter().cycle()) {
             let what = || format!("round {round}: {name}");
             let before = daemon.processes()?;
-            // The balloon is on its way.
+            // The balloon changes its size.
             let size = Size::mib(rng.u64(..LARGEST));
             guest.balloon().request(size).with_context(what)?;
             thread::sleep(Duration::from_millis(rng.u64(..500)));
@@ -164,8 +165,8 @@ fn service_restart(setup: &Setup) -> Result<()> {
         load.verify(1)?;
         load.stop()?;
 
-        // Another worker counts from 0 what comes out of the balloon, and what comes in again: the device and
-        // the guest know of the same pages.
+        // A new worker counts deflated and inflated memory from 0. If both counts match, the device and the
+        // guest agree on the pages of the balloon.
         let size = Size::mib(LARGEST);
         guest.balloon().settle(size)?;
         check_size(guest, size)?;
@@ -180,7 +181,7 @@ fn service_restart(setup: &Setup) -> Result<()> {
         let (deflated, inflated) = (counters.deflated, counters.inflated);
         ensure!(
             deflated == size.as_bytes() && inflated == size.as_bytes(),
-            "{size} came out and in, and the device counts {deflated} and {inflated} bytes"
+            "{size} were deflated and inflated, and the device counts {deflated} and {inflated} bytes"
         );
         ensure!(
             counters.refused.is_empty(),
@@ -199,17 +200,17 @@ fn service_restart(setup: &Setup) -> Result<()> {
 /// The unit of the device, as its package installs it.
 const UNIT: &str = "vhost-user-balloon@vm.service";
 
-/// Has systemd notice within two seconds that the unit hangs.
+/// Makes systemd detect within two seconds that the unit hangs.
 const SHORT_WATCHDOG: &str = r"
     mkdir -p /run/systemd/system/$unit.d
     printf '[Service]\nWatchdogSec=2\n' >/run/systemd/system/$unit.d/watchdog.conf
     systemctl daemon-reload
 ";
 
-/// Something that is done to the unit in its system, after which other processes have the device.
+/// An operation on the unit, after which new processes implement the device.
 type NamedChange = (&'static str, &'static str);
 
-/// What operators, updates and crashes do.
+/// Operations of operators, updates and crashes.
 const CHANGES: &[NamedChange] = &[
     ("the unit is restarted", "systemctl restart $unit"),
     ("the unit is reloaded", "systemctl reload $unit"),
@@ -245,7 +246,7 @@ const CHANGES: &[NamedChange] = &[
 
 fn unit(setup: &Setup) -> Result<()> {
     const SIZE: Size = Size::mib(300);
-    // The system has process numbers of its own.
+    // The system has a PID namespace of its own.
     let config = setup
         .config()
         .daemon_argument("--allow")
@@ -256,14 +257,14 @@ fn unit(setup: &Setup) -> Result<()> {
         let script = format!("unit={UNIT}\n{script}");
         system.run("sh", &["-euc", &script])
     };
-    // It counts from the first restart on.
+    // The count starts with the first restart.
     shell(SHORT_WATCHDOG)?;
     vm::run(&config.daemon(&daemon), |guest| {
         guest.insmod(setup.driver, &[])?;
         guest.balloon().settle(SIZE)?;
         for (name, change) in CHANGES {
             let before = daemon.processes()?;
-            // The balloon is what it was, and follows.
+            // The balloon has not changed, and follows a new target.
             shell(change)
                 .and_then(|_| wait_restarted(guest, before))
                 .and_then(|()| check_size(guest, SIZE))
@@ -272,7 +273,7 @@ fn unit(setup: &Setup) -> Result<()> {
                 .with_context(|| format!("when {name}"))?;
         }
 
-        // A program that does not start leaves the one that runs.
+        // If the new program does not start, the running one stays.
         let before = daemon.processes()?;
         shell("mv /usr/bin/vhost-user-balloon /tmp; cp /bin/false /usr/bin/vhost-user-balloon")?;
         shell("systemctl reload $unit")?;
@@ -288,21 +289,21 @@ fn unit(setup: &Setup) -> Result<()> {
             "! setpriv --reuid=daemon --clear-groups balloonctl --socket /run/vhost-user-balloon/vm/control.sock info",
         )?;
 
-        // The manager finds the balloon.
+        // The manager detects the balloon.
         shell("systemctl start balloon-manager")?;
         guest.wait_until("the manager sees the guest", PATIENCE, || {
             Ok(shell("balloon-manager top")?.contains("\nvm "))
         })?;
         shell("systemctl stop balloon-manager")?;
 
-        // The guest lives on when all is removed.
+        // The guest keeps running when the packages are removed.
         guest.balloon().settle(SIZE)?;
         shell("apt-get remove --yes vhost-user-balloon")?;
         guest.rmmod(setup.driver)
     })
 }
 
-/// Waits for other processes than these, and until the device has the guest's driver.
+/// Waits until new processes replace these, and the guest's driver uses the device.
 pub(crate) fn wait_restarted(guest: &Guest, before: Processes) -> Result<()> {
     guest.wait_until("other processes of the daemon", PATIENCE, || {
         Ok(guest.daemon()?.processes().is_ok_and(|now| now != before))
@@ -315,7 +316,7 @@ fn vmm_restart(setup: &Setup) -> Result<()> {
     let daemon = Arc::new(config.start_daemon()?);
     for round in 0..2 {
         vm::run(&config.clone().daemon(&daemon), |guest| {
-            // The host's wish stays what it is.
+            // The target stays.
             let target = Size::bytes(daemon.info()?.target);
             ensure!(
                 target == Size::mib(round * 200),
@@ -329,7 +330,7 @@ fn vmm_restart(setup: &Setup) -> Result<()> {
         let info = daemon.info()?;
         ensure!(
             !info.guest.connected && info.memory.is_none(),
-            "the device still knows of a guest that is gone: {info:?}"
+            "the device still has the state of a guest that has ended: {info:?}"
         );
     }
     daemon.end()
@@ -371,7 +372,7 @@ fn client(setup: &Setup) -> Result<()> {
         guest.balloon().reach(Size::mib(100))?;
         run(&["set", "2G"], 5)?;
         run(&["set", "many"], 2)?;
-        // A part of what the guest has, which is less than what the VM has.
+        // A part of the guest's memory, which is less than the VM's memory.
         run(&["set", "25%", "--wait"], 0)?;
         check_size(guest, Size::bytes(total.as_bytes() / 4 / 4096 * 4096))?;
         run(&["set", "256M", "--wait"], 0)?;
@@ -388,20 +389,20 @@ fn client(setup: &Setup) -> Result<()> {
                 .context("a total")?,
         );
         let here = guest.meminfo()?.total;
-        ensure!(said == here, "the guest has {here}, and says {said}");
+        ensure!(said == here, "the guest has {here}, and reports {said}");
         let metrics = run(&["metrics"], 0)?;
         ensure!(
             metrics.contains("268435456"),
             "the balloon's size is not in:\n{metrics}"
         );
-        // More than the guest can give, so this cannot be reached.
+        // More than the guest can inflate.
         let most = format!("{}M", (total - Size::mib(16)).as_mib());
         run(&["set", &most, "--wait", "--timeout", "2"], 6)?;
         run(&["set", "0", "--wait"], 0)?;
         guest.rmmod(setup.driver)?;
         Ok(socket)
     })?;
-    // The daemon ended with its guest.
+    // The daemon has ended with its guest.
     balloonctl(setup, &socket, &["info"], 3)?;
     Ok(())
 }
@@ -434,7 +435,7 @@ fn stop_reasons(setup: &Setup) -> Result<()> {
 fn hugetlb_memory(setup: &Setup) -> Result<()> {
     let (memory, size) = (Size::gib(1), Size::mib(512));
     let pages = HugePages::reserve(memory)?;
-    // Neither driver names a huge page at once.
+    // Neither driver sends a huge page in one message.
     let config = setup
         .config()
         .backend(MemoryBackend::Hugetlb)
@@ -443,7 +444,7 @@ fn hugetlb_memory(setup: &Setup) -> Result<()> {
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         wait_driver(guest)?;
-        // Only what the guest has used can come back.
+        // The host gets back only memory that the guest has used.
         guest.touch(Size::mib(700))?;
         let before = pages.free()?;
         guest.balloon().settle(size)?;

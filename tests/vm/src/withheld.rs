@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that the host must not take, or might not have when the guest wants it back.
+//! Memory that the daemon must not discard, or that the host may lack when the guest uses it again.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -24,7 +24,7 @@ use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "withheld_memory",
-        proves: "memory in huge pages, locked memory and memory in a file on a disk are not given back, and the daemon says why",
+        proves: "the daemon does not discard memory in huge pages, locked memory, and memory in a file on a disk, and logs the reason",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -32,7 +32,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "inhibit",
-        proves: "a client has no memory given back for as long as it says",
+        proves: "a client stops the daemon from discarding memory, for as long as it requests",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
@@ -40,7 +40,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "full_tmpfs",
-        proves: "a guest waits for memory that it takes back while its tmpfs is full",
+        proves: "a guest waits for memory that it deflates while its tmpfs is full",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -48,13 +48,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How much the guest uses before a part of it goes into the balloon.
+/// How much memory the guest uses before it inflates a part of it.
 const USED: Size = Size::mib(250);
 
-/// How much goes into the balloon.
+/// The size of the balloon.
 const SIZE: Size = Size::mib(200);
 
-/// Has the guest use memory, free it, and give a part of it away, and checks that nothing of it went back to the host.
+/// Makes the guest use memory, free it, and inflate a part of it, and checks that the daemon has
+/// discarded none of it.
 fn keeps(setup: &Setup, guest: &Guest, reason: &str) -> Result<Info> {
     let daemon = guest.daemon()?;
     guest.touch(USED)?;
@@ -132,7 +133,7 @@ fn inhibit(setup: &Setup) -> Result<()> {
             guest.touch(USED)?;
             let before = daemon.info()?.counters.discarded;
             run(end)?;
-            guest.wait_until("memory that is given back again", PATIENCE, || {
+            guest.wait_until("memory that the daemon discards again", PATIENCE, || {
                 Ok(daemon.info()?.withheld.is_empty())
             })?;
             guest.balloon().settle(SIZE)?;
@@ -146,7 +147,7 @@ fn inhibit(setup: &Setup) -> Result<()> {
     })
 }
 
-/// A tmpfs of a limited size, for as long as this exists.
+/// A tmpfs of a limited size, unmounted when this is dropped.
 struct Tmpfs(TempDir);
 
 impl Tmpfs {
@@ -167,7 +168,7 @@ impl Tmpfs {
         Ok(Self(directory))
     }
 
-    /// Writes a file until there is no room for more.
+    /// Writes a file until the file system is full.
     fn fill(&self) -> Result<File> {
         let file = tempfile::tempfile_in(self.0.path())?;
         let ones = vec![1; 1 << 20];
@@ -183,7 +184,7 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // It goes with the tests' own mounts in any case.
+        // It goes away with the tests' mount namespace in any case.
         let _: io::Result<_> = Command::new("umount").arg("-l").arg(self.0.path()).status();
     }
 }
@@ -191,7 +192,7 @@ impl Drop for Tmpfs {
 fn full_tmpfs(setup: &Setup) -> Result<()> {
     let (used, size) = (Size::mib(800), Size::mib(600));
     let tmpfs = Tmpfs::mount(Size::mib(1200))?;
-    // Memory that the guest has not used yet would be needed at once, and not be there.
+    // Otherwise the guest would at once need memory that the file system lacks.
     let config = setup
         .config()
         .memory_file(&tmpfs.0.path().join("memory"))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests whose kernel zeroes all memory that it allocates, as those of distributions do.
+//! Guests whose kernel zeroes all memory that it allocates, as many distributions' kernels do.
 
 use std::thread;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::sizes::{agree, check_size};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "zeroing_blocks",
-        proves: "where the kernel zeroes memory the balloon takes memory blocks, and the host needs no more of it meanwhile",
+        proves: "the balloon inflates with memory blocks where the kernel zeroes memory and does not need more of the host",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -27,7 +27,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_pages",
-        proves: "memory that the kernel has zeroed goes to the host in small steps",
+        proves: "memory that the kernel has zeroed is returned to the host in small steps",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
@@ -35,7 +35,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_hotplug",
-        proves: "the balloon takes memory blocks while others take them offline and online, and leaves them to others",
+        proves: "the balloon inflates with memory blocks while an administrator takes them offline and online, and vacates them",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -43,7 +43,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_oom",
-        proves: "a process that runs out of memory lives, whether the balloon has memory blocks or is about to take them",
+        proves: "a process that runs out of memory survives, whether the balloon has memory blocks or is about to take them",
         kernels: BOTH_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -51,7 +51,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_fallback",
-        proves: "the balloon takes pages where memory blocks are in use, or cannot be taken offline",
+        proves: "the balloon inflates with pages where memory blocks are in use, or cannot be taken offline",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -59,7 +59,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_cma",
-        proves: "the balloon takes the memory blocks around those of CMA, which the kernel does not take offline",
+        proves: "the balloon takes the memory blocks around CMA memory, which the kernel does not take offline",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -75,7 +75,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// How much more memory the guest may have of the host's on the way.
+/// How much more of the host's memory the guest may use while it inflates.
 pub(crate) const MOST_MORE: Size = Size::mib(32);
 
 /// A guest whose kernel zeroes memory.
@@ -83,7 +83,7 @@ pub(crate) fn zeroing(setup: &Setup) -> Config {
     setup.config().zeroing(true).parameter("init_on_alloc=1")
 }
 
-/// How much of the host's memory the guest's has.
+/// How much of the host's memory the guest uses.
 pub(crate) fn resident(setup: &Setup, guest: &Guest) -> Result<Size> {
     match setup.device {
         Device::Qemu => guest.resident(),
@@ -91,7 +91,8 @@ pub(crate) fn resident(setup: &Setup, guest: &Guest) -> Result<Size> {
     }
 }
 
-/// Has the balloon take `size`. Returns how long it took, and how much more memory the guest had meanwhile than before.
+/// Inflates by `size`. Returns how long it took, and how much more of the host's memory the guest
+/// used meanwhile.
 fn inflate(setup: &Setup, guest: &Guest, size: Size) -> Result<(Duration, Size)> {
     let before = resident(setup, guest)?;
     let mut most = before;
@@ -117,7 +118,8 @@ pub(crate) fn check_online(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the guest's total, what was inflated and deflated, and what is offline are these numbers of pages.
+/// Waits until the guest's total, the inflated and deflated pages, and the offline pages have these
+/// numbers.
 fn agree_on(guest: &Guest, balloon: &str, expected: [u64; 4]) -> Result<()> {
     agree(|| {
         let now = counters(guest)?;
@@ -167,7 +169,7 @@ fn blocks(setup: &Setup) -> Result<()> {
             agree_on(guest, "a full", full)?;
             ensure!(
                 more <= MOST_MORE,
-                "the guest had {more} more memory on its way"
+                "the guest used {more} more memory while it inflated"
             );
             ensure!(blocks >= 40 * round, "{blocks} memory blocks were taken");
             check_online(guest)?;
@@ -175,7 +177,7 @@ fn blocks(setup: &Setup) -> Result<()> {
             let took = guest.balloon().settle(Size::default())?;
             setup.note(format!("and back in {} ms", took.as_millis()));
             check_size(guest, Size::default())?;
-            // The device may have to hear of some pages yet.
+            // The driver may still have to report some pages.
             let empty = [total, inflated + in_all, deflated + in_all, offline];
             agree_on(guest, "an empty", empty)?;
         }
@@ -196,14 +198,15 @@ fn pages(setup: &Setup) -> Result<()> {
         check_size(guest, size)?;
         ensure!(
             more <= MOST_MORE,
-            "the guest had {more} more memory on its way"
+            "the guest used {more} more memory while it inflated"
         );
         guest.balloon().settle(Size::default())?;
         guest.rmmod(setup.driver)
     })
 }
 
-/// Brings all memory blocks online over and over, as udev does if a rule says so, and takes two of them offline.
+/// Brings all memory blocks online repeatedly, as a udev rule may do, and takes two of them
+/// offline.
 const OTHERS: &str = "cd /sys/devices/system/memory
     while [ ! -e /stop ]; do
         for block in memory8 memory9; do echo offline >$block/state; done
@@ -224,7 +227,7 @@ fn hotplug(setup: &Setup) -> Result<()> {
         let others = guest.start(&["sh", "-c", OTHERS], Some(PATIENCE))?;
         for _ in 0..5 {
             guest.balloon().settle(size)?;
-            // Long enough for others to take some of it offline.
+            // Long enough for the other process to take some of it offline.
             thread::sleep(Duration::from_millis(500));
             guest.balloon().settle(Size::default())?;
         }
@@ -242,17 +245,17 @@ fn hotplug(setup: &Setup) -> Result<()> {
         let with_balloon = guest.meminfo()?.total;
         let block = fullest_block(guest, ".")?;
         write(guest, &block.state, "offline")?;
-        // Other memory takes its place, of which the device hears when the block is gone.
+        // The balloon inflates elsewhere, after the block is offline.
         agree(|| check_size(guest, size))?;
         write(guest, &block.state, "online")?;
         let now = guest.meminfo()?.total;
         ensure!(
             now == with_balloon,
-            "the guest has {now} with the block back, and had {with_balloon} before it went"
+            "the guest has {now} with the block online again, and had {with_balloon} before"
         );
         data.stop()?;
 
-        // What is under way ends with the driver, and nothing stays behind.
+        // Unbinding ends the operation in progress, and leaves no block offline.
         guest.balloon().settle(Size::default())?;
         guest.balloon().request(size)?;
         guest.rmmod(setup.driver)?;
@@ -315,7 +318,7 @@ fn fallback(setup: &Setup) -> Result<()> {
             check_size(guest, size)?;
             ensure!(
                 more <= MOST_MORE,
-                "the guest had {more} more memory on its way"
+                "the guest used {more} more memory while it inflated"
             );
             setup.note(format!(
                 "{size} with {blocks} memory blocks in {} ms, at most {more} more than before",
@@ -347,7 +350,7 @@ fn fallback(setup: &Setup) -> Result<()> {
 }
 
 fn cma(setup: &Setup) -> Result<()> {
-    // More than lies before the area, which is of 1 GiB at least and begins at 4 GiB.
+    // More memory than there is below the area, which has 1 GiB at least and begins at 4 GiB.
     let size = Size::mib(2_560);
     let config = zeroing(setup)
         .memory(Size::gib(4))
@@ -372,7 +375,7 @@ const BREAK: &str = "for block in 8 9 10 11 12 13; do
     done";
 
 fn broken_page(setup: &Setup) -> Result<()> {
-    // More than the other blocks have.
+    // More than the memory of the other blocks.
     let size = Size::mib(1600);
     vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;

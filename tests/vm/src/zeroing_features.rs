@@ -18,7 +18,7 @@ use crate::zeroing::{MOST_MORE, check_online, resident, taken, zeroing};
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "zeroing_reclaim",
-        proves: "where the kernel zeroes memory the host gets free memory back, and needs no more of it meanwhile",
+        proves: "the host gets free memory back where the kernel zeroes memory, and does not need more of its own meanwhile",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -26,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_hints",
-        proves: "where the kernel zeroes memory a guest migrates without its unused memory, and the host needs no more of it meanwhile",
+        proves: "a guest whose kernel zeroes memory migrates without its unused memory, and the host does not need more memory meanwhile",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
@@ -34,7 +34,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_virtio_mem",
-        proves: "the balloon leaves memory blocks alone along with a virtio-mem device, which continues to work",
+        proves: "the balloon takes no memory blocks in a guest with a virtio-mem device, which continues to work",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
@@ -42,7 +42,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "zeroing_hibernate",
-        proves: "a guest whose balloon has memory blocks hibernates, and the balloon takes memory blocks after it",
+        proves: "a guest whose balloon has memory blocks hibernates, and the balloon takes memory blocks again after resume",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
@@ -50,7 +50,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Loads the driver, and has a program hold data. Returns the guest's memory, and the program.
+/// Loads the driver, and starts a program that holds data. Returns the guest's memory, and the
+/// program.
 fn begin<'a>(
     setup: &Setup,
     guest: &'a Guest,
@@ -87,8 +88,8 @@ fn reclaim(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Has a guest with some memory use a part of it, and looks whether the host gets that back. Returns how much of that
-/// was memory blocks.
+/// Makes a guest use a part of its memory, and checks that the host gets it back. Returns how much of it was memory
+/// blocks.
 fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) -> Result<Size> {
     const PATIENCE: Duration = Duration::from_secs(120);
     let config = zeroing(setup).using_memory().memory(memory);
@@ -105,7 +106,7 @@ fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) ->
             start: 0,
             end: 0,
         })?;
-        guest.wait_until("memory to come back", PATIENCE, || {
+        guest.wait_until("memory returned to the host", PATIENCE, || {
             most = most.max(resident(setup, guest)?);
             let progress: Progress = guest.daemon()?.call(&Request::Progress { id: begun.id })?;
             Ok(progress.status == RequestStatus::Complete)
@@ -119,7 +120,7 @@ fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) ->
         ));
         ensure!(
             more <= MOST_MORE,
-            "the guest had {more} more memory on its way"
+            "the guest used {more} more memory while it inflated"
         );
         ensure!(
             after + Size::bytes(used.as_bytes() / 10 * 9) < before,
@@ -150,7 +151,7 @@ fn hints(setup: &Setup) -> Result<()> {
             most = most.max(resident(setup, guest)?);
             Ok(hinted()? >= Size::gib(2))
         })?;
-        // What is hinted now, if there is more, is the rest.
+        // The driver may still hint the rest.
         let mut last = Size::default();
         guest.wait_until("the last hint", PATIENCE, || {
             most = most.max(resident(setup, guest)?);
@@ -165,7 +166,7 @@ fn hints(setup: &Setup) -> Result<()> {
         ));
         ensure!(
             more <= MOST_MORE,
-            "the guest had {more} more memory on its way"
+            "the guest used {more} more memory while it inflated"
         );
         data.verify(20)?;
         check_all_back(guest, free)?;
@@ -196,7 +197,7 @@ fn virtio_mem(setup: &Setup) -> Result<()> {
         let blocks = taken(guest)?;
         ensure!(
             blocks == 0,
-            "{blocks} memory blocks were taken, which virtio-mem needs the kernel's callback for"
+            "{blocks} memory blocks were taken, although virtio-mem needs the kernel's callback"
         );
         data.verify(5)?;
         end(setup, guest, total, data)
