@@ -78,7 +78,7 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
     println!("\n{}", table(&measurements));
     println!(
         "An idle guest of {MEMORY} inflates its balloon to {TARGET} and deflates it. What the host\n\
-         gets back is seen in a second round, after the guest has used and freed {TOUCHED}."
+         gets back is measured in a second round, after the guest has used and freed {TOUCHED}."
     );
     Ok(true)
 }

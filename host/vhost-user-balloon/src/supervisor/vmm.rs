@@ -194,7 +194,7 @@ impl Vmm {
         match send(channel.as_raw_fd(), &message, flags) {
             // A full one has enough of these messages in it.
             Ok(_) | Err(Errno::EAGAIN) => {}
-            Err(error) => warn!("cannot tell the VMM that the configuration has changed: {error}"),
+            Err(error) => warn!("cannot notify the VMM of a configuration change: {error}"),
         }
     }
 }
