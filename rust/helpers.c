@@ -51,11 +51,6 @@ void *rust_helper_page_address(const struct page *page)
 	return page_address(page);
 }
 
-void *rust_helper_phys_to_virt(phys_addr_t address)
-{
-	return phys_to_virt(address);
-}
-
 struct pglist_data *rust_helper_NODE_DATA(int nid)
 {
 	return NODE_DATA(nid);

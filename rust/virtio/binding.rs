@@ -2,6 +2,9 @@
 
 //! The right to use a device, which all handles to it share and which can be revoked.
 //!
+//! I/O needs a [`Device<Bound>`]. A callback of the bus has one; a handle has one for as long as it is
+//! inside of the binding, as [`Entered`].
+//!
 //! `Devres` of the `kernel` crate does not serve here. It revokes when the driver is unbound; a
 //! virtio device is also reset for suspend, on shutdown, and when it does not respond, while the
 //! driver stays bound. And the driver enters with a spinlock held and from the OOM notifier, while
@@ -9,12 +12,26 @@
 //!
 //! C header: [`include/linux/srcu.h`](srctree/include/linux/srcu.h)
 
-use core::ptr;
+use crate::rust::{
+    bindings,
+    virtio::device::Device, //
+};
+
+use core::{
+    ops::Deref,
+    ptr, //
+};
 use kernel::{
+    device::{
+        Bound,
+        Core,
+        CoreInternal, //
+    },
     new_mutex,
     new_srcu,
     prelude::*,
     sync::{
+        aref::ARef,
         atomic::{
             Acquire,
             Atomic,
@@ -23,6 +40,7 @@ use kernel::{
         },
         srcu,
         Arc,
+        ArcBorrow,
         Mutex,
         Srcu, //
     }, //
@@ -33,8 +51,9 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// - While a [`srcu::Guard`] that [`enter`](Self::enter) has returned exists, the device is bound,
-///   its virtqueues are there, and it was not reset since.
+/// - `dev` is bound, or is being bound, until the state is [`RESET`].
+/// - While an [`Entered`] that [`enter`](Self::enter) has returned exists, the virtqueues of the device
+///   are there, and it was not reset since.
 /// - `data` is null or points to the driver's data, of the type that `queue_used` expects. The data is
 ///   there until the virtqueues were deleted.
 #[pin_data]
@@ -49,8 +68,36 @@ pub(crate) struct Binding {
     vqs: Atomic<u32>,
     data: Atomic<*mut c_void>,
     queue_used: unsafe fn(*mut c_void, usize),
-    /// The device's number.
-    device: u32,
+    dev: ARef<Device>,
+}
+
+/// A device, which stays bound as long as this exists.
+///
+/// # Invariants
+///
+/// `dev` is that of a [`Binding`] whose state was not [`RESET`] when `_guard` was taken.
+pub(super) struct Entered<'a> {
+    dev: &'a Device,
+    _guard: srcu::Guard<'a>,
+}
+
+impl Deref for Entered<'_> {
+    type Target = Device<Bound>;
+
+    fn deref(&self) -> &Device<Bound> {
+        // SAFETY: By the type invariants, and those of `Binding`: to reset the device waits for the
+        // guard.
+        unsafe { self.dev.as_bound() }
+    }
+}
+
+/// How a device is reset.
+#[derive(Clone, Copy)]
+pub(super) enum Reset {
+    /// For the next driver, or to be used again.
+    Restart,
+    /// As the system shuts down.
+    Shutdown,
 }
 
 /// The device is not ready: its configuration space may be used, and nothing else.
@@ -58,7 +105,7 @@ const SETTING_UP: u32 = 0;
 /// The device may be used.
 const READY: u32 = 1;
 /// The device must not be used any more, but may still access the memory that it was given.
-const CUT_OFF: u32 = 2;
+const REVOKED: u32 = 2;
 /// The device has been reset: nothing is shared with it any more.
 const RESET: u32 = 3;
 
@@ -69,13 +116,16 @@ unsafe impl Send for Binding {}
 unsafe impl Sync for Binding {}
 
 impl Binding {
-    /// Begins to use the device with the number `device`, which has neither virtqueues nor data yet.
+    /// Begins to use the device, which has neither virtqueues nor data yet.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(super) fn new(device: u32, queue_used: unsafe fn(*mut c_void, usize)) -> Result<Arc<Self>> {
-        // INVARIANT: There are no virtqueues yet, and no data.
+    fn new(
+        dev: &Device<CoreInternal<'_>>,
+        queue_used: unsafe fn(*mut c_void, usize),
+    ) -> Result<Arc<Self>> {
+        // INVARIANT: A callback of the bus binds the device. There are no virtqueues yet, and no data.
         Arc::pin_init(
             try_pin_init!(Self {
                 users <- new_srcu!("virtio::Binding::users"),
@@ -84,33 +134,39 @@ impl Binding {
                 vqs: Atomic::new(0),
                 data: Atomic::new(ptr::null_mut()),
                 queue_used,
-                device,
+                dev: dev.into(),
             }),
             GFP_KERNEL,
         )
     }
 
-    /// Keeps the device usable for as long as the guard exists; `None` if it is not usable. No
+    /// Keeps the device usable for as long as the result exists; `None` if it is not usable. No
     /// buffer is offered to a device, and it is not notified, before it is ready.
     ///
     /// Specification: clause 3.1.1, Driver Requirements: Device Initialization.
-    pub(super) fn enter(&self) -> Option<srcu::Guard<'_>> {
-        let guard = self.users.read_lock();
-
-        (self.state.load(Acquire) == READY).then_some(guard)
+    pub(super) fn enter(&self) -> Option<Entered<'_>> {
+        self.enter_if(|state| state == READY)
     }
 
-    /// Keeps the device's configuration space usable for as long as the guard exists; `None` if it
+    /// Keeps the device's configuration space usable for as long as the result exists; `None` if it
     /// is not.
-    pub(super) fn enter_config(&self) -> Option<srcu::Guard<'_>> {
+    pub(super) fn enter_config(&self) -> Option<Entered<'_>> {
+        self.enter_if(|state| state <= READY)
+    }
+
+    fn enter_if(&self, is_open: impl FnOnce(u32) -> bool) -> Option<Entered<'_>> {
         let guard = self.users.read_lock();
 
-        (self.state.load(Acquire) <= READY).then_some(guard)
+        // INVARIANT: The state is not `RESET`, which is above `READY`.
+        is_open(self.state.load(Acquire)).then_some(Entered {
+            dev: &self.dev,
+            _guard: guard,
+        })
     }
 
     /// Returns the device's number.
     pub(super) fn device(&self) -> u32 {
-        self.device
+        self.dev.index()
     }
 
     /// Returns whether nothing is shared with the device any more.
@@ -174,16 +230,92 @@ impl Binding {
         vqs.trailing_zeros() as usize
     }
 
-    /// Cuts the device off: every later [`enter`](Self::enter) fails, and no reader is inside any more.
-    /// Then has `reset` reset it, unless that was done before.
-    pub(super) fn reset(&self, reset: impl FnOnce()) {
+    /// Revokes the device: every later [`enter`](Self::enter) fails, and no reader is inside any more.
+    /// Then resets it, unless that was done before.
+    pub(super) fn reset(&self, how: Reset) {
         let _one = self.resetting.lock();
 
         if !self.is_reset() {
-            self.state.store(CUT_OFF, Release);
+            self.state.store(REVOKED, Release);
             self.users.synchronize_expedited();
-            reset();
+            // SAFETY: By the type invariants the device is bound. One thread at a time has the lock.
+            unsafe { reset(self.dev.as_bound(), how) };
             self.state.store(RESET, Release);
+        }
+    }
+}
+
+/// Resets a device.
+///
+/// # Safety
+///
+/// Only one thread may reset it.
+unsafe fn reset(dev: &Device<Bound>, how: Reset) {
+    let by = match how {
+        Reset::Restart => bindings::virtio_reset_device,
+        Reset::Shutdown => bindings::virtio_device_shutdown,
+    };
+
+    // SAFETY: These functions do so, and only one thread does by the requirements of this function.
+    unsafe { dev.reset_by(by) };
+}
+
+impl Device<CoreInternal<'_>> {
+    /// Begins to use the device. The result is the binding that all handles will share.
+    pub(super) fn open(&self, queue_used: unsafe fn(*mut c_void, usize)) -> Result<Arc<Binding>> {
+        let binding = Binding::new(self, queue_used)?;
+
+        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use,
+        // which is this layer.
+        unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
+
+        Ok(binding)
+    }
+
+    /// Ends the use of the device: revokes it, resets it and deletes its virtqueues.
+    pub(super) fn close(&self) {
+        let Some(binding) = self.binding() else {
+            // A device that could not be restored has been closed before.
+            //
+            // SAFETY: One callback of the bus at a time resets it, and no other thread uses it.
+            return unsafe { reset(self, Reset::Restart) };
+        };
+
+        binding.reset(Reset::Restart);
+
+        // SAFETY: By the type invariants the device is valid and was reset. The queues are used only
+        // through the binding. `priv` is an `Arc<Binding>`, which is taken back here: interrupts,
+        // which look at it, end with the virtqueues.
+        unsafe {
+            let del_vqs = (*(*self.as_raw()).config).del_vqs;
+            if let Some(del_vqs) = del_vqs.filter(|_| binding.has_queues()) {
+                del_vqs(self.as_raw());
+            }
+            let binding: *const Binding = (*self.as_raw()).priv_.cast();
+
+            (*self.as_raw()).priv_ = ptr::null_mut();
+            drop(Arc::from_raw(binding));
+        }
+    }
+
+    /// Ends the use of the device for shutdown: revokes it and resets it. Its virtqueues stay, since
+    /// interrupts may still be on their way.
+    pub(super) fn shut_down(&self) {
+        if let Some(binding) = self.binding() {
+            binding.reset(Reset::Shutdown);
+        }
+    }
+}
+
+impl Device<Core<'_>> {
+    /// Returns the binding, or none before [`open`](Device::open) and after [`close`](Device::close).
+    pub(super) fn binding(&self) -> Option<Arc<Binding>> {
+        // SAFETY: By the type invariants `priv` is null or from `Arc::into_raw`. It changes only in
+        // other callbacks of the bus, which come one after the other.
+        unsafe {
+            let binding: *const Binding = (*self.as_raw()).priv_.cast();
+
+            (!binding.is_null()).then(|| ArcBorrow::from_raw(binding).into())
         }
     }
 }

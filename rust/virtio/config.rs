@@ -5,21 +5,19 @@
 //! C header: [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
 use crate::rust::virtio::{
-    binding::Binding,
+    binding::{
+        Binding,
+        Entered, //
+    },
     device::Device,
     feature::Feature,
-    field::Field,
-    transport, //
+    field::Field, //
 };
 
 use kernel::{
     device,
     prelude::*,
-    sync::{
-        aref::ARef,
-        srcu,
-        Arc, //
-    }, //
+    sync::Arc, //
 };
 
 impl Device<device::Core<'_>> {
@@ -31,12 +29,8 @@ impl Device<device::Core<'_>> {
     /// `EINVAL` if the device has no configuration space.
     pub(crate) fn config(&self) -> Result<Config> {
         // SAFETY: By the type invariants the device is valid, and so are its operations.
-        let (ops, len) = unsafe {
-            (
-                &*(*self.as_raw()).config,
-                transport::config_len(self.as_raw()),
-            )
-        };
+        let ops = unsafe { &*(*self.as_raw()).config };
+        let is_modern = self.has_feature(Feature::VERSION_1);
 
         if ops.get.is_none() || ops.set.is_none() {
             return Err(EINVAL);
@@ -44,10 +38,9 @@ impl Device<device::Core<'_>> {
 
         // INVARIANT: The binding is this device's.
         Ok(Config {
-            dev: (&**self).into(),
             binding: self.binding().ok_or(ENODEV)?,
-            len,
-            is_legacy: !self.has_feature(Feature::VERSION_1),
+            len: self.config_len(is_modern),
+            is_legacy: !is_modern,
         })
     }
 }
@@ -56,10 +49,8 @@ impl Device<device::Core<'_>> {
 ///
 /// # Invariants
 ///
-/// - `binding` is the binding of `dev`.
-/// - `len` is not more than the transport takes for the length of the configuration space.
+/// `len` is not more than the transport takes for the length of the configuration space.
 pub(crate) struct Config {
-    dev: ARef<Device>,
     binding: Arc<Binding>,
     len: c_uint,
     /// Whether the device is from before version 1 of the specification.
@@ -70,11 +61,10 @@ pub(crate) struct Config {
 ///
 /// # Invariants
 ///
-/// The device has the field, and stays bound for as long as `_bound` exists.
+/// The device has the field.
 struct Accessible<'a> {
-    dev: &'a Device,
+    dev: Entered<'a>,
     field: Field<u32>,
-    _bound: srcu::Guard<'a>,
 }
 
 impl Accessible<'_> {
@@ -124,11 +114,10 @@ impl Config {
             return Err(ENXIO);
         }
 
-        // INVARIANT: That is so while the binding was entered; `len` is not too large.
+        // INVARIANT: `len` is not too large.
         Ok(Accessible {
-            dev: &self.dev,
+            dev: self.binding.enter_config().ok_or(ENODEV)?,
             field,
-            _bound: self.binding.enter_config().ok_or(ENODEV)?,
         })
     }
 
@@ -149,9 +138,7 @@ impl Config {
         }
         // A read from where there is no device has all bits set. And a transport that fails to read
         // says nothing, and leaves the buffer as it was.
-        //
-        // SAFETY: The reference keeps the device valid.
-        if value == u32::MAX && unsafe { transport::is_gone(self.dev.as_raw()) } {
+        if value == u32::MAX && field.dev.is_gone() {
             return Err(ENODEV);
         }
         if value == u32::MAX && field.read(0)? != value {

@@ -6,16 +6,9 @@
 
 use crate::rust::{
     bindings,
-    virtio::{
-        binding::Binding,
-        feature::{
-            ByteOrder,
-            Feature, //
-        },
-        transport::{
-            features_of,
-            reset_by, //
-        }, //
+    virtio::feature::{
+        ByteOrder,
+        Feature, //
     }, //
 };
 
@@ -30,11 +23,7 @@ use core::{
 use kernel::{
     device,
     prelude::*,
-    sync::{
-        aref::AlwaysRefCounted,
-        Arc,
-        ArcBorrow, //
-    },
+    sync::aref::AlwaysRefCounted,
     types::Opaque, //
 };
 
@@ -44,7 +33,7 @@ use kernel::{
 ///
 /// A [`Device`] instance represents a valid `struct virtio_device` created by the C portion of the
 /// kernel. While a driver is bound to it, and from [`Driver::probe`] on while it binds, its `priv`
-/// field is null or an [`Arc<Binding>`] that was made a raw pointer.
+/// field is null or an `Arc<Binding>` that was made a raw pointer.
 #[repr(transparent)]
 pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
     Opaque<bindings::virtio_device>,
@@ -54,6 +43,14 @@ pub(crate) struct Device<Ctx: device::DeviceContext = device::Normal>(
 impl<Ctx: device::DeviceContext> Device<Ctx> {
     pub(super) fn as_raw(&self) -> *mut bindings::virtio_device {
         self.0.get()
+    }
+
+    /// Returns a pointer to the lower 64 feature bits.
+    pub(super) fn features(&self) -> *mut u64 {
+        // The field is a union of these bits and of all bits as an array.
+        self.as_raw()
+            .wrapping_byte_add(offset_of!(bindings::virtio_device, __bindgen_anon_1))
+            .cast()
     }
 
     /// Returns the device's number, which is also in its name.
@@ -121,64 +118,12 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     }
 }
 
-impl Device<device::CoreInternal<'_>> {
-    /// Begins to use the device. The result is the binding that all handles will share.
-    pub(super) fn open(&self, queue_used: unsafe fn(*mut c_void, usize)) -> Result<Arc<Binding>> {
-        let binding = Binding::new(self.index(), queue_used)?;
-
-        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use,
-        // which is this layer.
-        unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
-
-        Ok(binding)
-    }
-
-    /// Ends the use of the device: cuts it off, resets it and deletes its virtqueues.
-    pub(super) fn close(&self) {
-        // SAFETY: By the type invariants the device is valid. One callback of the bus at a time resets
-        // it, and threads that do so are waited for.
-        let reset = || unsafe { reset_by(bindings::virtio_reset_device, self.as_raw()) };
-
-        let Some(binding) = self.binding() else {
-            // A device that could not be restored has been closed before.
-            return reset();
-        };
-
-        binding.reset(reset);
-
-        // SAFETY: By the type invariants the device is valid and was reset. The queues are used only
-        // through the binding. `priv` is an `Arc<Binding>`, which is taken back here: interrupts,
-        // which look at it, end with the virtqueues.
-        unsafe {
-            let del_vqs = (*(*self.as_raw()).config).del_vqs;
-            if let Some(del_vqs) = del_vqs.filter(|_| binding.has_queues()) {
-                del_vqs(self.as_raw());
-            }
-            let binding: *const Binding = (*self.as_raw()).priv_.cast();
-
-            (*self.as_raw()).priv_ = ptr::null_mut();
-            drop(Arc::from_raw(binding));
-        }
-    }
-
-    /// Ends the use of the device for shutdown: cuts it off and resets it. Its virtqueues stay, since
-    /// interrupts may still be on their way.
-    pub(super) fn shut_down(&self) {
-        if let Some(binding) = self.binding() {
-            // SAFETY: By the type invariants the device is valid. One thread at a time resets it.
-            binding.reset(|| unsafe {
-                reset_by(bindings::virtio_device_shutdown, self.as_raw());
-            });
-        }
-    }
-}
-
 impl Device<device::Core<'_>> {
     /// Returns whether `feature` was negotiated.
     pub(crate) fn has_feature(&self, feature: Feature) -> bool {
         // SAFETY: By the type invariants the device is valid. The features do not change while the
         // bus calls back, except in `validate`, which gets no device.
-        unsafe { *features_of(self.as_raw()) & feature.mask() != 0 }
+        unsafe { *self.features() & feature.mask() != 0 }
     }
 
     /// Returns the byte order of what the device reads in buffers.
@@ -190,17 +135,6 @@ impl Device<device::Core<'_>> {
         }
     }
 
-    /// Returns the binding, or none before [`open`](Device::open) and after [`close`](Device::close).
-    pub(super) fn binding(&self) -> Option<Arc<Binding>> {
-        // SAFETY: By the type invariants `priv` is null or from `Arc::into_raw`. It changes only in
-        // other callbacks of the bus, which come one after the other.
-        unsafe {
-            let binding: *const Binding = (*self.as_raw()).priv_.cast();
-
-            (!binding.is_null()).then(|| ArcBorrow::from_raw(binding).into())
-        }
-    }
-
     /// Lets the user decide whether [`stay_awake`](Self::stay_awake) has an effect.
     pub(crate) fn set_wakeup_capable(&self) {
         // SAFETY: By the type invariants the device is valid.
@@ -208,6 +142,20 @@ impl Device<device::Core<'_>> {
         unsafe {
             bindings::device_set_wakeup_capable(&raw mut (*self.as_raw()).dev, true)
         };
+    }
+}
+
+impl Device {
+    /// Returns the device as one that is bound, or being bound.
+    ///
+    /// # Safety
+    ///
+    /// That must be so for as long as the result exists.
+    pub(super) unsafe fn as_bound(&self) -> &Device<device::Bound> {
+        // CAST: The context is a marker.
+        //
+        // SAFETY: The reference is valid, and by the requirements of this function the device is bound.
+        unsafe { &*ptr::from_ref(self).cast() }
     }
 }
 
@@ -225,8 +173,7 @@ kernel::impl_device_context_into_aref!(Device);
 // SAFETY: Instances of `Device` are always reference-counted.
 unsafe impl AlwaysRefCounted for Device {
     fn inc_ref(&self) {
-        // SAFETY: The existence of a shared reference guarantees that the refcount is non-zero.
-        unsafe { bindings::get_device(&raw mut (*self.as_raw()).dev) };
+        AsRef::<device::Device>::as_ref(self).inc_ref();
     }
 
     unsafe fn dec_ref(obj: NonNull<Self>) {

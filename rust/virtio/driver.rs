@@ -23,10 +23,8 @@ use crate::rust::{
     virtio::{
         binding::Binding,
         device::Device,
-        feature::{
-            Feature,
-            Features, //
-        }, //
+        feature::Feature,
+        negotiation::Features, //
     }, //
 };
 
@@ -161,10 +159,11 @@ impl<T: Driver> Adapter<T> {
     /// Only for the virtio bus, which calls it with a valid device, and lets no other code access its
     /// features meanwhile.
     unsafe extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // The device itself stays out of this: what another driver has left in `priv` is still there.
+        // The driver does not see the device itself: what another driver has left in `priv` is still
+        // there.
         //
-        // SAFETY: By the requirements of this function.
-        let mut features = unsafe { Features::new(vdev) };
+        // SAFETY: By the requirements of this function. The bus is binding the device.
+        let mut features = unsafe { Features::new(&*vdev.cast()) };
 
         from_result(|| {
             T::validate(&mut features)?;

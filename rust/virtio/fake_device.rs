@@ -12,7 +12,7 @@
 use crate::rust::{
     bindings,
     virtio::{
-        transport::features_of,
+        Device,
         Feature,
         Field, //
     }, //
@@ -31,6 +31,10 @@ use core::{
 use kernel::{
     container_of,
     error::to_result,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
     prelude::*,
     str::CString,
     sync::{
@@ -66,41 +70,93 @@ struct Queue {
 }
 
 impl Queue {
-    /// Answers all messages, and interrupts the driver if that is wanted.
-    ///
-    /// # Safety
-    ///
-    /// `vq` must be this queue, which the driver has not deleted.
-    unsafe fn answer_all(&self, vq: *mut bindings::virtqueue, interrupt: bool) {
-        // SAFETY: By the requirements of this function. The ring has `num` entries.
-        unsafe {
-            let ring = &*bindings::virtqueue_get_vring(vq);
-            let slot = |n: u32| (n & (ring.num - 1)) as usize;
-            let (mut seen, mut answered) = (self.seen.load(Relaxed), self.answered.load(Relaxed));
+    /// Returns the queue's ring, if the driver has set the queue up.
+    fn ring(&self) -> Option<Ring<'_>> {
+        let vq = NonNull::new(self.vq.load(Acquire))?;
+        // SAFETY: The queue is valid until the driver deletes it.
+        let ring = unsafe { &*bindings::virtqueue_get_vring(vq.as_ptr()) };
+
+        // INVARIANT: The driver deletes its queues when it is unbound, or suspended; tests have that done
+        // when they do not use the queue any more.
+        Some(Ring {
+            vq,
+            ring,
+            queue: self,
+        })
+    }
+}
+
+/// The ring of a queue, of which the device reads one part and writes another.
+///
+/// # Invariants
+///
+/// The driver has set `vq` up, and does not delete it as long as this exists. `ring` is its ring.
+struct Ring<'a> {
+    vq: NonNull<bindings::virtqueue>,
+    ring: &'a bindings::vring,
+    queue: &'a Queue,
+}
+
+impl Ring<'_> {
+    /// Returns the entry of the ring that has the index `index`.
+    fn slot(&self, index: u32) -> usize {
+        (index & (self.ring.num - 1)) as usize
+    }
+
+    /// Takes the next message, if there is one: returns its number, and its only descriptor.
+    fn next(&self) -> Option<(u16, bindings::vring_desc)> {
+        let seen = self.queue.seen.load(Relaxed);
+
+        // SAFETY: By the type invariants. The ring has `num` entries. An entry is the index of a
+        // descriptor.
+        let next = unsafe {
+            let avail = self.ring.avail;
 
             // CAST: Indices into a ring are 16 bits wide, and wrap around.
-            while (&raw const (*ring.avail).idx).read_volatile() != seen as u16 {
-                // What the driver wrote before the index has to be read after it.
-                barrier::smp_mb(barrier::Read);
-                let head = (*ring.avail).ring.as_ptr().add(slot(seen)).read();
-                let used = (*ring.used).ring.as_mut_ptr().add(slot(answered));
-                used.write(bindings::vring_used_elem {
-                    id: head.into(),
-                    len: 0,
-                });
-                seen = seen.wrapping_add(1);
-                answered = answered.wrapping_add(1);
+            if (&raw const (*avail).idx).read_volatile() == seen as u16 {
+                return None;
             }
-            // The driver must not see the index before the entries.
+            // What the driver wrote before the index has to be read after it.
+            barrier::smp_mb(barrier::Read);
+            let head = (*avail).ring.as_ptr().add(self.slot(seen)).read();
+
+            (head, self.ring.desc.add(usize::from(head)).read())
+        };
+
+        self.queue.seen.store(seen.wrapping_add(1), Relaxed);
+        Some(next)
+    }
+
+    /// Puts an answer on the ring.
+    fn answer(&self, id: u32, len: u32) {
+        let answered = self.queue.answered.load(Relaxed);
+        let next = answered.wrapping_add(1);
+
+        // SAFETY: By the type invariants. The ring has `num` entries.
+        unsafe {
+            let used = self.ring.used;
+            let entry = (*used).ring.as_mut_ptr().add(self.slot(answered));
+
+            entry.write(bindings::vring_used_elem { id, len });
+            // The driver must not see the index before the entry.
             barrier::smp_mb(barrier::Write);
-            // CAST: As above.
-            (&raw mut (*ring.used).idx).write_volatile(answered as u16);
-            self.seen.store(seen, Relaxed);
-            self.answered.store(answered, Relaxed);
-            if interrupt {
-                bindings::vring_interrupt(0, vq.cast());
-            }
+            // CAST: Indices into a ring are 16 bits wide, and wrap around.
+            (&raw mut (*used).idx).write_volatile(next as u16);
         }
+        self.queue.answered.store(next, Relaxed);
+    }
+
+    /// Answers all messages.
+    fn answer_all(&self) {
+        while let Some((head, _)) = self.next() {
+            self.answer(head.into(), 0);
+        }
+    }
+
+    /// Interrupts the driver.
+    fn interrupt(&self) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::vring_interrupt(0, self.vq.as_ptr().cast()) };
     }
 }
 
@@ -234,8 +290,8 @@ impl FakeDevice {
 
     /// Returns the device as the virtio core sees it. By the type invariants it is registered.
     fn vdev(&self) -> *mut bindings::virtio_device {
-        // SAFETY: By the type invariants.
-        unsafe { &raw mut (*self.inner.as_ptr()).vdev }
+        // It is what `Inner` begins with.
+        self.inner.as_ptr().cast()
     }
 
     fn inner(&self) -> &Inner {
@@ -255,7 +311,7 @@ impl FakeDevice {
     /// Returns whether `feature` was negotiated.
     pub(crate) fn has_feature(&self, feature: Feature) -> bool {
         // SAFETY: The device is registered.
-        let features = unsafe { *features_of(self.vdev()) };
+        let features = unsafe { *(*self.vdev().cast::<Device>()).features() };
 
         features & feature.mask() != 0
     }
@@ -337,52 +393,26 @@ impl FakeDevice {
 
     /// Takes the next message off queue `index`, if there is one.
     pub(crate) fn next(&self, index: usize) -> Result<Option<Request>> {
-        let queue = self.queue(index)?;
-        let vq = queue.vq.load(Acquire);
-        if vq.is_null() {
+        let Some((head, desc)) = self.queue(index)?.ring().and_then(|ring| ring.next()) else {
             return Ok(None);
+        };
+        let (readable, writable) = match u32::from(desc.flags) & bindings::VRING_DESC_F_WRITE {
+            0 => (desc.len as usize, 0),
+            _ => (0, desc.len as usize),
+        };
+        let memory = address(desc.addr).cast::<u16>();
+        let mut words = KVec::with_capacity(readable / size_of::<u16>(), GFP_KERNEL)?;
+
+        for n in 0..readable / size_of::<u16>() {
+            // SAFETY: The descriptor names memory that the driver shares.
+            words.push(unsafe { memory.add(n).read() }, GFP_KERNEL)?;
         }
-
-        // SAFETY: The queue is valid until the driver deletes it, which it does when it is unbound;
-        // tests do that last. The ring has `num` entries, and the descriptors name memory that the
-        // driver shares.
-        unsafe {
-            let ring = &*bindings::virtqueue_get_vring(vq);
-            let seen = queue.seen.load(Relaxed);
-
-            // CAST: Indices into a ring are 16 bits wide, and wrap around.
-            if (&raw const (*ring.avail).idx).read_volatile() == seen as u16 {
-                return Ok(None);
-            }
-            // What the driver wrote before the index has to be read after it.
-            barrier::smp_mb(barrier::Read);
-
-            let head = (*ring.avail)
-                .ring
-                .as_ptr()
-                .add((seen & (ring.num - 1)) as usize)
-                .read();
-            let desc = ring.desc.add(usize::from(head)).read();
-            let (readable, writable) = match u32::from(desc.flags) & bindings::VRING_DESC_F_WRITE {
-                0 => (desc.len as usize, 0),
-                _ => (0, desc.len as usize),
-            };
-            let len = readable / size_of::<u16>();
-            let memory = bindings::phys_to_virt(desc.addr).cast::<u16>();
-            let mut words = KVec::with_capacity(len, GFP_KERNEL)?;
-
-            for n in 0..len {
-                words.push(memory.add(n).read(), GFP_KERNEL)?;
-            }
-
-            queue.seen.store(seen.wrapping_add(1), Relaxed);
-            Ok(Some(Request {
-                head,
-                memory,
-                words,
-                writable,
-            }))
-        }
+        Ok(Some(Request {
+            head,
+            memory,
+            words,
+            writable,
+        }))
     }
 
     /// Answers a message, and says that `len` bytes were written to it.
@@ -410,41 +440,15 @@ impl FakeDevice {
 
     /// Puts any answer on queue `index`.
     pub(crate) fn answer_raw(&self, index: usize, id: u32, len: u32) -> Result {
-        let queue = self.queue(index)?;
-        let vq = queue.vq.load(Acquire);
-        if vq.is_null() {
-            return Err(ENODEV);
-        }
-
-        // SAFETY: As in `next`.
-        unsafe {
-            let ring = &*bindings::virtqueue_get_vring(vq);
-            let answered = queue.answered.load(Relaxed);
-
-            (*ring.used)
-                .ring
-                .as_mut_ptr()
-                .add((answered & (ring.num - 1)) as usize)
-                .write(bindings::vring_used_elem { id, len });
-            // The driver must not see the index before the entry.
-            barrier::smp_mb(barrier::Write);
-            // CAST: Indices into a ring are 16 bits wide, and wrap around.
-            (&raw mut (*ring.used).idx).write_volatile(answered.wrapping_add(1) as u16);
-            queue.answered.store(answered.wrapping_add(1), Relaxed);
-        }
-
+        self.queue(index)?.ring().ok_or(ENODEV)?.answer(id, len);
         Ok(())
     }
 
     /// Interrupts the driver on behalf of queue `index`.
     pub(crate) fn interrupt(&self, index: usize) -> Result {
-        let vq = self.queue(index)?.vq.load(Acquire);
-
-        if !vq.is_null() {
-            // SAFETY: As in `next`.
-            unsafe { bindings::vring_interrupt(0, vq.cast()) };
+        if let Some(ring) = self.queue(index)?.ring() {
+            ring.interrupt();
         }
-
         Ok(())
     }
 }
@@ -456,14 +460,38 @@ impl Drop for FakeDevice {
     }
 }
 
-/// Returns the device that `vdev` is a part of.
-///
-/// # Safety
-///
-/// [`FakeDevice::new`] must have registered `vdev`, which must not be released for `'a`.
-unsafe fn inner<'a>(vdev: *mut bindings::virtio_device) -> &'a Inner {
-    // SAFETY: By the requirements of this function. `Inner` begins with its `vdev`.
-    unsafe { &*vdev.cast() }
+/// Returns where the kernel has the memory at a physical address.
+fn address(physical: u64) -> *mut u8 {
+    let pfn = (physical >> PAGE_SHIFT) as usize;
+
+    // SAFETY: Memory that a driver shares has a page.
+    let page: *mut u8 = unsafe { bindings::page_address(bindings::pfn_to_page(pfn)).cast() };
+
+    page.wrapping_add(physical as usize % PAGE_SIZE)
+}
+
+/// Declares the operations of the device, which begin with its [`Inner`].
+macro_rules! operations {
+    ($(
+        $(#[$safety:meta])*
+        fn $name:ident($inner:ident: &Inner $(, $argument:ident: $type:ty)* $(,)?) $(-> $result:ty)?
+            $body:block
+    )*) => {$(
+        /// # Safety
+        ///
+        /// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has
+        /// registered.
+        $(#[$safety])*
+        unsafe extern "C" fn $name(
+            vdev: *mut bindings::virtio_device,
+            $($argument: $type),*
+        ) $(-> $result)? {
+            // SAFETY: By the requirements of this function. `Inner` begins with its `vdev`.
+            let $inner: &Inner = unsafe { &*vdev.cast() };
+
+            $body
+        }
+    )*};
 }
 
 /// # Safety
@@ -478,19 +506,9 @@ unsafe extern "C" fn release(dev: *mut bindings::device) {
     });
 }
 
-/// # Safety
-///
-/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered,
-/// and a buffer of `len` bytes.
-unsafe extern "C" fn get(
-    vdev: *mut bindings::virtio_device,
-    offset: c_uint,
-    buf: *mut c_void,
-    len: c_uint,
-) {
-    // SAFETY: By the requirements of this function.
-    unsafe {
-        let inner = inner(vdev);
+operations! {
+    /// `buf` is a buffer of `len` bytes.
+    fn get(inner: &Inner, offset: c_uint, buf: *mut c_void, len: c_uint) {
         inner.reads.add(1, Relaxed);
         if inner.failing.load(Relaxed) > 0 {
             return;
@@ -504,151 +522,139 @@ unsafe extern "C" fn get(
             torn => ((torn - 1) as u32).to_le(),
         };
 
-        ptr::copy_nonoverlapping((&raw const value).cast(), buf, (len as usize).min(4));
+        // SAFETY: By the requirements of this function.
+        unsafe { ptr::copy_nonoverlapping((&raw const value).cast(), buf, (len as usize).min(4)) };
     }
-}
 
-/// # Safety
-///
-/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered,
-/// and a buffer of `len` bytes.
-unsafe extern "C" fn set(
-    vdev: *mut bindings::virtio_device,
-    offset: c_uint,
-    buf: *const c_void,
-    len: c_uint,
-) {
-    let mut value = 0u32;
+    /// `buf` is a buffer of `len` bytes.
+    fn set(inner: &Inner, offset: c_uint, buf: *const c_void, len: c_uint) {
+        let mut value = 0u32;
 
-    // SAFETY: By the requirements of this function.
-    unsafe {
-        ptr::copy_nonoverlapping(buf, (&raw mut value).cast(), (len as usize).min(4));
-        inner(vdev).writes.add(1, Relaxed);
-        if let Some(cell) = inner(vdev).config.get(offset as usize / 4) {
+        // SAFETY: By the requirements of this function.
+        unsafe { ptr::copy_nonoverlapping(buf, (&raw mut value).cast(), (len as usize).min(4)) };
+        inner.writes.add(1, Relaxed);
+        if let Some(cell) = inner.config.get(offset as usize / 4) {
             cell.store(value, Relaxed);
         }
     }
+
+    fn get_status(inner: &Inner) -> u8 {
+        // CAST: Only bytes are stored.
+        inner.status.load(Relaxed) as u8
+    }
+
+    fn set_status(inner: &Inner, status: u8) {
+        inner.status.store(status.into(), Relaxed);
+    }
+
+    fn reset(inner: &Inner) {
+        inner.status.store(0, Relaxed);
+    }
+
+    /// Both arrays have `nvqs` entries.
+    fn find_vqs(
+        inner: &Inner,
+        nvqs: c_uint,
+        vqs: *mut *mut bindings::virtqueue,
+        infos: *mut bindings::virtqueue_info,
+        _affinity: *mut bindings::irq_affinity,
+    ) -> c_int {
+        // SAFETY: By the requirements of this function.
+        let (vqs, infos) = unsafe {
+            (
+                core::slice::from_raw_parts_mut(vqs, nvqs as usize),
+                core::slice::from_raw_parts(infos, nvqs as usize),
+            )
+        };
+
+        match inner.create_queues(vqs, infos) {
+            Ok(()) => 0,
+            Err(error) => {
+                inner.delete_queues();
+                error.to_errno()
+            }
+        }
+    }
+
+    /// The queues must not be used any more.
+    fn del_vqs(inner: &Inner) {
+        inner.delete_queues();
+    }
+
+    fn get_features(inner: &Inner) -> u64 {
+        inner.offered
+    }
+
+    fn finalize_features(inner: &Inner) -> c_int {
+        // No other driver can do anything with the device.
+        if inner.vdev.id.device != bindings::VIRTIO_ID_BALLOON {
+            return ENODEV.to_errno();
+        }
+        // SAFETY: The device is valid.
+        unsafe { bindings::vring_transport_features(inner.vdev()) };
+        0
+    }
 }
 
-/// # Safety
-///
-/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered.
-unsafe extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
-    // SAFETY: By the requirements of this function.
-    let inner = unsafe { inner(vdev) };
+impl Inner {
+    fn vdev(&self) -> *mut bindings::virtio_device {
+        // It is what this begins with.
+        ptr::from_ref(self).cast_mut().cast()
+    }
 
-    // CAST: Only bytes are stored.
-    inner.status.load(Relaxed) as u8
-}
+    /// Creates the queues that have a name: queues without one do not count, which is how all
+    /// transports number them.
+    fn create_queues(
+        &self,
+        vqs: &mut [*mut bindings::virtqueue],
+        infos: &[bindings::virtqueue_info],
+    ) -> Result {
+        let mut queues = self.queues.iter().zip(0..);
 
-/// # Safety
-///
-/// As for [`get_status`].
-unsafe extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
-    // SAFETY: By the requirements of this function.
-    unsafe { inner(vdev) }.status.store(status.into(), Relaxed);
-}
-
-/// # Safety
-///
-/// As for [`get_status`].
-unsafe extern "C" fn reset(vdev: *mut bindings::virtio_device) {
-    // SAFETY: By the requirements of this function.
-    unsafe { inner(vdev) }.status.store(0, Relaxed);
-}
-
-/// # Safety
-///
-/// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has registered,
-/// and arrays of `nvqs` entries.
-unsafe extern "C" fn find_vqs(
-    vdev: *mut bindings::virtio_device,
-    nvqs: c_uint,
-    vqs: *mut *mut bindings::virtqueue,
-    infos: *mut bindings::virtqueue_info,
-    _affinity: *mut bindings::irq_affinity,
-) -> c_int {
-    // SAFETY: By the requirements of this function.
-    unsafe {
-        // Queues without a name do not count: this is how all transports number them.
-        let mut queues = inner(vdev).queues.iter().zip(0..);
-
-        for index in 0..nvqs as usize {
-            let info = &*infos.add(index);
+        for (place, info) in vqs.iter_mut().zip(infos) {
+            *place = ptr::null_mut();
             if info.name.is_null() {
-                *vqs.add(index) = ptr::null_mut();
                 continue;
             }
-
-            let Some((queue, number)) = queues.next() else {
-                del_vqs(vdev);
-                return ENOENT.to_errno();
+            let (queue, number) = queues.next().ok_or(ENOENT)?;
+            // SAFETY: The device is valid, and the driver's name and callback are.
+            let vq = unsafe {
+                bindings::vring_create_virtqueue(
+                    number,
+                    self.queue_size.load(Relaxed),
+                    4096,
+                    self.vdev(),
+                    true,
+                    false,
+                    false,
+                    Some(notify),
+                    info.callback,
+                    info.name,
+                )
             };
-            let vq = bindings::vring_create_virtqueue(
-                number,
-                inner(vdev).queue_size.load(Relaxed),
-                4096,
-                vdev,
-                true,
-                false,
-                false,
-                Some(notify),
-                info.callback,
-                info.name,
-            );
-
             if vq.is_null() {
-                del_vqs(vdev);
-                return ENOMEM.to_errno();
+                return Err(ENOMEM);
             }
 
             queue.seen.store(0, Relaxed);
             queue.answered.store(0, Relaxed);
             queue.vq.store(vq, Release);
-            *vqs.add(index) = vq;
+            *place = vq;
         }
+        Ok(())
     }
 
-    0
-}
-
-/// # Safety
-///
-/// As for [`get_status`]. The queues must not be used any more.
-unsafe extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
-    // SAFETY: By the requirements of this function.
-    unsafe {
-        for queue in &inner(vdev).queues {
+    /// Deletes the queues, which are not used any more.
+    fn delete_queues(&self) {
+        for queue in &self.queues {
             let vq = queue.vq.xchg(ptr::null_mut(), Relaxed);
 
             if !vq.is_null() {
-                bindings::vring_del_virtqueue(vq);
+                // SAFETY: It comes from `vring_create_virtqueue`.
+                unsafe { bindings::vring_del_virtqueue(vq) };
             }
         }
     }
-}
-
-/// # Safety
-///
-/// As for [`get_status`].
-unsafe extern "C" fn get_features(vdev: *mut bindings::virtio_device) -> u64 {
-    // SAFETY: By the requirements of this function.
-    unsafe { inner(vdev) }.offered
-}
-
-/// # Safety
-///
-/// As for [`get_status`].
-unsafe extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_int {
-    // SAFETY: By the requirements of this function.
-    unsafe {
-        // No other driver can do anything with the device.
-        if (*vdev).id.device != bindings::VIRTIO_ID_BALLOON {
-            return ENODEV.to_errno();
-        }
-        bindings::vring_transport_features(vdev);
-    }
-    0
 }
 
 /// # Safety
@@ -656,17 +662,17 @@ unsafe extern "C" fn finalize_features(vdev: *mut bindings::virtio_device) -> c_
 /// Only for the virtio core, which calls it with a queue of a device that [`FakeDevice::new`] has
 /// registered.
 unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
-    // SAFETY: By the requirements of this function.
-    let (vdev, index) = unsafe { ((*vq).vdev, (*vq).index as usize) };
-    // SAFETY: By the requirements of this function.
-    let inner = unsafe { inner(vdev) };
+    // SAFETY: By the requirements of this function. `Inner` begins with its `vdev`.
+    let (inner, index) = unsafe { (&*(*vq).vdev.cast::<Inner>(), (*vq).index as usize) };
 
     if let Some(queue) = inner.queues.get(index) {
         queue.kicks.add(1, Relaxed);
-        match inner.answering.load(Relaxed) {
-            0 => (),
-            // SAFETY: By the requirements of this function.
-            how => unsafe { queue.answer_all(vq, how == 2) },
+        let answering = inner.answering.load(Relaxed);
+        if let Some(ring) = queue.ring().filter(|_| answering > 0) {
+            ring.answer_all();
+            if answering == 2 {
+                ring.interrupt();
+            }
         }
     }
     if let Some(on_kick) = inner.on_kick {

@@ -1,28 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Feature bits and their negotiation.
+//! Feature bits.
 //!
 //! C header: [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
-use crate::rust::{
-    bindings,
-    virtio::{
-        field::Field,
-        transport::{
-            self,
-            features_of, //
-        }, //
-    }, //
-};
+use crate::rust::bindings;
 
-use core::{
-    cell::Cell,
-    marker::PhantomData, //
-};
-use kernel::{
-    device,
-    prelude::*, //
-};
+use kernel::prelude::*;
 
 /// A feature bit.
 ///
@@ -51,63 +35,6 @@ impl Feature {
     /// Returns a word with this bit set.
     pub(super) const fn mask(self) -> u64 {
         1u64.wrapping_shl(self.0)
-    }
-}
-
-/// The features of a device while they are negotiated, for [`Driver::validate`].
-///
-/// # Invariants
-///
-/// `vdev` is a valid device, whose features no other code accesses for `'a`.
-pub(crate) struct Features<'a> {
-    vdev: *mut bindings::virtio_device,
-    _life: PhantomData<&'a mut bindings::virtio_device>,
-}
-
-impl Features<'_> {
-    /// Begins the negotiation with `vdev`.
-    ///
-    /// # Safety
-    ///
-    /// `vdev` must be a valid device, whose features no other code accesses for the lifetime of the
-    /// result.
-    pub(super) unsafe fn new(vdev: *mut bindings::virtio_device) -> Self {
-        // INVARIANT: By the requirements of this function.
-        Self {
-            vdev,
-            _life: PhantomData,
-        }
-    }
-
-    fn bits(&self) -> &Cell<u64> {
-        // SAFETY: By the type invariants: only this accesses the bits, and not from several threads.
-        unsafe { &*features_of(self.vdev).cast::<Cell<u64>>() }
-    }
-
-    /// Returns whether the device offers `feature`, and the driver knows it and has not given it up.
-    pub(crate) fn has(&self, feature: Feature) -> bool {
-        self.bits().get() & feature.mask() != 0
-    }
-
-    /// Gives `feature` up.
-    pub(crate) fn clear(&mut self, feature: Feature) {
-        let bits = self.bits();
-
-        bits.set(bits.get() & !feature.mask());
-    }
-
-    /// Returns whether the configuration space is long enough to have `field`.
-    pub(crate) fn have_field(&self, field: Field<u32>) -> bool {
-        // SAFETY: By the type invariants the device is valid.
-        field.is_within(unsafe { transport::config_len(self.vdev) })
-    }
-}
-
-impl AsRef<device::Device> for Features<'_> {
-    /// Returns the device, for the log.
-    fn as_ref(&self) -> &device::Device {
-        // SAFETY: By the type invariants the device is valid, and so is the `struct device` in it.
-        unsafe { device::Device::from_raw(&raw mut (*self.vdev).dev) }
     }
 }
 

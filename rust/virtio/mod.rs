@@ -13,6 +13,7 @@ pub(crate) mod fake_device;
 mod feature;
 mod field;
 mod find_vqs;
+mod negotiation;
 mod transport;
 mod virtqueue;
 
@@ -23,4 +24,5 @@ pub(crate) use driver::*;
 pub(crate) use feature::*;
 pub(crate) use field::*;
 pub(crate) use find_vqs::*;
+pub(crate) use negotiation::*;
 pub(crate) use virtqueue::*;

@@ -6,70 +6,74 @@
 //! C headers: [`include/uapi/linux/virtio_pci.h`](srctree/include/uapi/linux/virtio_pci.h),
 //! [`include/linux/pci.h`](srctree/include/linux/pci.h)
 
-use crate::rust::bindings;
-
-use kernel::prelude::*;
-
-/// A PCI device.
-///
-/// # Invariants
-///
-/// The pointer is valid for as long as the value exists.
-#[cfg(CONFIG_PCI)]
-struct PciDevice(core::ptr::NonNull<bindings::pci_dev>);
+use crate::rust::{
+    bindings,
+    virtio::device::Device, //
+};
 
 #[cfg(CONFIG_PCI)]
-impl PciDevice {
-    /// Returns the device that `vdev` is a function of, if that is a PCI device.
-    ///
-    /// # Safety
-    ///
-    /// `vdev` must be valid for as long as the result exists.
-    unsafe fn of(vdev: *mut bindings::virtio_device) -> Option<Self> {
-        // SAFETY: A device has a reference to its parent, which is part of a `struct pci_dev` if it
-        // is on that bus.
-        unsafe {
-            let parent = (*vdev).dev.parent;
+use core::{
+    mem::offset_of,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
+};
+#[cfg(CONFIG_PCI)]
+use kernel::{
+    device,
+    io::Io,
+    pci, //
+};
+use kernel::{
+    device::Bound,
+    prelude::*, //
+};
 
-            if parent.is_null() || !bindings::dev_is_pci(parent) {
-                return None;
-            }
-            // INVARIANT: It is valid as long as `vdev`.
-            core::ptr::NonNull::new(kernel::container_of!(parent, bindings::pci_dev, dev)).map(Self)
-        }
+/// The PCI device that a virtio device is a function of.
+#[cfg(CONFIG_PCI)]
+struct PciDevice<'a>(&'a pci::Device<Bound>);
+
+#[cfg(CONFIG_PCI)]
+impl<'a> PciDevice<'a> {
+    /// Returns the device that `dev` is a function of, if that is a PCI device.
+    fn of(dev: &'a Device<Bound>) -> Option<Self> {
+        // SAFETY: By the type invariants the device is valid.
+        let parent = NonNull::new(unsafe { (*dev.as_raw()).dev.parent })?;
+        // SAFETY: A device that is bound is registered. It has a reference to its parent, whose driver
+        // has registered it, and is not unbound before it has unregistered it.
+        let parent: &device::Device<Bound> = unsafe { device::Device::from_raw(parent.as_ptr()) };
+
+        parent.try_into().ok().map(Self)
+    }
+
+    fn as_raw(&self) -> *mut bindings::pci_dev {
+        // CAST: `pci::Device` is a transparent wrapper of a `struct pci_dev`.
+        ptr::from_ref(self.0).cast_mut().cast()
     }
 
     /// Reads a byte of the PCI configuration space, or a value with all bits set if that fails.
     fn read_byte(&self, pos: usize) -> u8 {
-        let mut value = u8::MAX;
-
-        // SAFETY: By the type invariants.
-        unsafe { bindings::pci_read_config_byte(self.0.as_ptr(), pos as c_int, &mut value) };
-        value
+        self.0.config_space().try_read8(pos).unwrap_or(u8::MAX)
     }
 
     /// Reads four bytes of the PCI configuration space, or a value with all bits set if that fails.
     fn read_dword(&self, pos: usize) -> u32 {
-        let mut value = u32::MAX;
-
-        // SAFETY: By the type invariants.
-        unsafe { bindings::pci_read_config_dword(self.0.as_ptr(), pos as c_int, &mut value) };
-        value
+        self.0.config_space().try_read32(pos).unwrap_or(u32::MAX)
     }
 
     /// Returns where the first vendor-specific capability is, or the next one after `pos`.
     fn next_vendor_cap(&self, pos: Option<usize>) -> Option<usize> {
         // CAST: A capability's position is a byte, and the id is, too.
         //
-        // SAFETY: By the type invariants.
+        // SAFETY: The reference is to a valid device.
         let next = unsafe {
             match pos {
-                None => bindings::pci_find_capability(
-                    self.0.as_ptr(),
-                    bindings::PCI_CAP_ID_VNDR as c_int,
-                ),
+                None => {
+                    bindings::pci_find_capability(self.as_raw(), bindings::PCI_CAP_ID_VNDR as c_int)
+                }
                 Some(pos) => bindings::pci_find_next_capability(
-                    self.0.as_ptr(),
+                    self.as_raw(),
                     pos as u8,
                     bindings::PCI_CAP_ID_VNDR as c_int,
                 ),
@@ -84,15 +88,13 @@ impl PciDevice {
         if u32::from(bar) >= bindings::PCI_STD_NUM_BARS {
             return 0;
         }
-        // SAFETY: By the type invariants; there is such a BAR.
-        unsafe { bindings::pci_resource_len(self.0.as_ptr(), c_int::from(bar)) }
+        self.0.resource_len(bar.into()).unwrap_or(0)
     }
 
     /// Returns how much of the configuration space that the capability at `pos` describes is within
     /// its BAR, in bytes.
     fn config_len_at(&self, pos: usize) -> u32 {
         use bindings::virtio_pci_cap as Cap;
-        use core::mem::offset_of;
 
         let bar = self.read_byte(pos + offset_of!(Cap, bar));
         let offset = self.read_dword(pos + offset_of!(Cap, offset));
@@ -116,8 +118,7 @@ impl PciDevice {
             let Some(pos) = pos else {
                 return shortest.unwrap_or(0);
             };
-            let kind =
-                self.read_byte(pos + core::mem::offset_of!(bindings::virtio_pci_cap, cfg_type));
+            let kind = self.read_byte(pos + offset_of!(bindings::virtio_pci_cap, cfg_type));
 
             if u32::from(kind) == bindings::VIRTIO_PCI_CAP_DEVICE_CFG {
                 let len = self.config_len_at(pos);
@@ -129,82 +130,48 @@ impl PciDevice {
 
     /// Returns whether the device can be accessed.
     fn is_present(&self) -> bool {
-        // SAFETY: By the type invariants.
-        unsafe { bindings::pci_device_is_present(self.0.as_ptr()) }
+        // SAFETY: The reference is to a valid device.
+        unsafe { bindings::pci_device_is_present(self.as_raw()) }
     }
 }
 
-/// Returns a pointer to the lower 64 feature bits of a device.
-///
-/// # Safety
-///
-/// `vdev` must be a valid device.
-pub(super) unsafe fn features_of(vdev: *mut bindings::virtio_device) -> *mut u64 {
-    // SAFETY: By the requirements of this function. The field is a union of these bits and of all
-    // bits as an array.
-    unsafe { (&raw mut (*vdev).__bindgen_anon_1).cast() }
-}
-
-/// Returns how long the configuration space is at least, in bytes, as far as it can be too short.
-///
-/// To read beyond its end is a `BUG()` in the transport for PCI, which knows the length from a
-/// capability and does not export it; and what is beyond the end of the BAR is not mapped. The other
-/// transports, and devices from before virtio 1.0, have no length.
-///
-/// # Safety
-///
-/// `vdev` must be a valid device.
-pub(super) unsafe fn config_len(vdev: *mut bindings::virtio_device) -> c_uint {
-    #[cfg(CONFIG_PCI)]
-    {
-        // SAFETY: By the requirements of this function.
-        let (pci, is_modern) = unsafe {
-            (
-                PciDevice::of(vdev),
-                *features_of(vdev) & (1 << bindings::VIRTIO_F_VERSION_1) != 0,
-            )
-        };
-
-        if let (Some(pci), true) = (pci, is_modern) {
+impl Device<Bound> {
+    /// Returns how long the configuration space is at least, in bytes, as far as it can be too short.
+    /// `is_modern` says whether the device complies with version 1 of the specification.
+    ///
+    /// To read beyond its end is a `BUG()` in the transport for PCI, which knows the length from a
+    /// capability and does not export it; and what is beyond the end of the BAR is not mapped. The
+    /// other transports, and devices from before virtio 1.0, have no length.
+    pub(super) fn config_len(&self, is_modern: bool) -> c_uint {
+        #[cfg(CONFIG_PCI)]
+        if let Some(pci) = PciDevice::of(self).filter(|_| is_modern) {
             return pci.config_len();
         }
+        let _ = is_modern;
+        c_uint::MAX
     }
-    let _ = vdev;
-    c_uint::MAX
-}
 
-/// Returns whether the device was removed: it does nothing any more.
-///
-/// # Safety
-///
-/// `vdev` must be a valid device.
-pub(super) unsafe fn is_gone(vdev: *mut bindings::virtio_device) -> bool {
-    #[cfg(CONFIG_PCI)]
-    // SAFETY: By the requirements of this function.
-    return unsafe { PciDevice::of(vdev) }.is_some_and(|pci| !pci.is_present());
-    #[cfg(not(CONFIG_PCI))]
-    {
-        let _ = vdev;
+    /// Returns whether the device was removed: it does nothing any more.
+    pub(super) fn is_gone(&self) -> bool {
+        #[cfg(CONFIG_PCI)]
+        return PciDevice::of(self).is_some_and(|pci| !pci.is_present());
+        #[cfg(not(CONFIG_PCI))]
         false
     }
-}
 
-/// Resets the device by `f`, or marks it as broken if it is gone: the transport for PCI would wait for
-/// it without end.
-///
-/// # Safety
-///
-/// `vdev` must be a valid device, only one thread may reset it, and `f` must be a function that does
-/// so.
-pub(super) unsafe fn reset_by(
-    f: unsafe extern "C" fn(*mut bindings::virtio_device),
-    vdev: *mut bindings::virtio_device,
-) {
-    // SAFETY: By the requirements of this function.
-    unsafe {
-        match is_gone(vdev) {
-            true => bindings::virtio_break_device(vdev),
-            false => f(vdev),
-        }
+    /// Resets the device by `f`, or marks it as broken if it is gone: the transport for PCI would wait
+    /// for it without end.
+    ///
+    /// # Safety
+    ///
+    /// Only one thread may reset the device, and `f` must be a function that does so.
+    pub(super) unsafe fn reset_by(&self, f: unsafe extern "C" fn(*mut bindings::virtio_device)) {
+        let f = match self.is_gone() {
+            true => bindings::virtio_break_device,
+            false => f,
+        };
+
+        // SAFETY: By the type invariants the device is valid. All else is required of the caller.
+        unsafe { f(self.as_raw()) };
     }
 }

@@ -10,12 +10,14 @@
 use crate::rust::{
     bindings,
     virtio::{
-        binding::Binding,
+        binding::{
+            Binding,
+            Reset, //
+        },
         buffer::{
             Access,
             Buffer, //
-        },
-        transport::reset_by, //
+        }, //
     }, //
 };
 
@@ -61,6 +63,20 @@ impl QueueStats {
         }
     }
 }
+
+/// A function of the ring code.
+///
+/// # Invariants
+///
+/// It takes any virtqueue that no other thread uses.
+struct RingFunction<R>(unsafe extern "C" fn(*mut bindings::virtqueue) -> R);
+
+// INVARIANT: These functions do.
+const KICK_PREPARE: RingFunction<bool> = RingFunction(bindings::virtqueue_kick_prepare);
+const NOTIFY: RingFunction<bool> = RingFunction(bindings::virtqueue_notify);
+const DISABLE_CB: RingFunction<()> = RingFunction(bindings::virtqueue_disable_cb);
+const ENABLE_CB: RingFunction<bool> = RingFunction(bindings::virtqueue_enable_cb);
+const ENABLE_CB_DELAYED: RingFunction<bool> = RingFunction(bindings::virtqueue_enable_cb_delayed);
 
 /// A virtqueue whose buffers are of type `B`.
 ///
@@ -231,29 +247,19 @@ impl<B> Virtqueue<B> {
     }
 
     /// Calls a function of the ring code, unless the device is revoked.
-    ///
-    /// # Safety
-    ///
-    /// `f` must be a function that takes any virtqueue which no other thread uses.
-    unsafe fn call<R>(
-        &mut self,
-        f: unsafe extern "C" fn(*mut bindings::virtqueue) -> R,
-    ) -> Option<R> {
+    fn call<R>(&mut self, function: RingFunction<R>) -> Option<R> {
         let _open = self.binding.enter()?;
 
-        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that no other
-        // thread uses it. The caller vouches for the function.
-        Some(unsafe { f(self.vq.as_ptr()) })
+        // SAFETY: By the type invariants of the function. `vq` is valid since `binding` was entered, and
+        // `&mut self` makes sure that no other thread uses it.
+        Some(unsafe { function.0(self.vq.as_ptr()) })
     }
 
     /// Tells the device about the buffers that were added, if it wants to know.
     pub(crate) fn kick(&mut self) {
-        // SAFETY: The functions take such a virtqueue.
-        unsafe {
-            if self.call(bindings::virtqueue_kick_prepare) == Some(true) {
-                self.traffic.notifications.add(1, Relaxed);
-                self.call(bindings::virtqueue_notify);
-            }
+        if self.call(KICK_PREPARE) == Some(true) {
+            self.traffic.notifications.add(1, Relaxed);
+            self.call(NOTIFY);
         }
     }
 
@@ -289,8 +295,7 @@ impl<B> Virtqueue<B> {
 
     /// Says that no callbacks are needed for now. The device may still call.
     pub(crate) fn disable_callback(&mut self) {
-        // SAFETY: The function takes such a virtqueue.
-        unsafe { self.call(bindings::virtqueue_disable_cb) };
+        self.call(DISABLE_CB);
     }
 
     /// Asks for a callback when the next buffer has been used.
@@ -298,8 +303,7 @@ impl<B> Virtqueue<B> {
     /// Returns false if that is so already: used buffers are waiting to be taken.
     #[must_use]
     pub(crate) fn enable_callback(&mut self) -> bool {
-        // SAFETY: The function takes such a virtqueue.
-        unsafe { self.call(bindings::virtqueue_enable_cb) }.unwrap_or(true)
+        self.call(ENABLE_CB).unwrap_or(true)
     }
 
     /// Asks for a callback when most of the buffers in flight have been used.
@@ -307,8 +311,7 @@ impl<B> Virtqueue<B> {
     /// Returns false if that is so already: used buffers are waiting to be taken.
     #[must_use]
     pub(crate) fn enable_callback_delayed(&mut self) -> bool {
-        // SAFETY: The function takes such a virtqueue.
-        unsafe { self.call(bindings::virtqueue_enable_cb_delayed) }.unwrap_or(true)
+        self.call(ENABLE_CB_DELAYED).unwrap_or(true)
     }
 
     /// Returns whether the device was reset: it will not access any buffer again.
@@ -320,19 +323,7 @@ impl<B> Virtqueue<B> {
     /// will not access any buffer again. The driver may go on with it after the system has slept, or
     /// when it is bound again. May sleep.
     pub(in crate::rust) fn reset_device(&self) {
-        let Some(open) = self.binding.enter() else {
-            // Somebody else does so.
-            return self.binding.reset(|| ());
-        };
-        // SAFETY: `vq` is valid since `binding` was entered.
-        let device = unsafe { (*self.vq.as_ptr()).vdev };
-
-        drop(open);
-        self.binding.reset(|| {
-            // SAFETY: The device is valid: its driver is not unbound completely before it was reset,
-            // and one at a time does that.
-            unsafe { reset_by(bindings::virtio_reset_device, device) }
-        });
+        self.binding.reset(Reset::Restart);
     }
 
     /// Returns whether the queue cannot be used any more: broken, or the device is gone.
