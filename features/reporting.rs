@@ -53,10 +53,7 @@ use crate::{
         },
         work::{
             poll::poll,
-            wait::{
-                new_wait_queue,
-                WaitQueue, //
-            }, //
+            wait::Completion, //
         }, //
     }, //
 };
@@ -92,7 +89,7 @@ struct Reports {
     #[pin]
     queue: Mutex<ReportingQueue>,
     #[pin]
-    answered: WaitQueue,
+    answered: Completion,
     /// Set while the system is about to sleep, or memory about to go offline: nothing is reported.
     sleeping: Atomic<bool>,
     going_offline: Atomic<bool>,
@@ -146,7 +143,7 @@ impl SuspendNotify for Reports {
                 "the device does not answer a report of free pages: resetting it, since the system wants to sleep\n"
             );
             self.out_of_time.store(true, Release);
-            self.answered.wake();
+            self.answered.complete();
         }
     }
 
@@ -203,7 +200,7 @@ impl Reporting {
             dev: (&**setup.dev).into(),
             settings: setup.settings.clone(),
             queue <- new_mutex!(queue, "Reporting::queue"),
-            answered <- new_wait_queue!("Reporting::answered"),
+            answered <- Completion::new(),
             sleeping: Atomic::new(false),
             going_offline: Atomic::new(false),
             out_of_time: Atomic::new(false),
@@ -243,7 +240,7 @@ impl Feature for Reporting {
 
     fn queue_used(&self, queue: Queue) {
         if queue == Queue::Report {
-            self.reports.answered.wake();
+            self.reports.answered.complete();
         }
     }
 

@@ -15,7 +15,7 @@ use crate::rust::{
         Access,
         Virtqueue, //
     },
-    work::wait::WaitQueue, //
+    work::wait::Completion, //
 };
 
 use core::marker::PhantomData;
@@ -170,7 +170,7 @@ pub(crate) struct ReportToken(());
 
 impl Virtqueue<ReportToken> {
     /// Lends `pages` to the device, and waits until it has used them, or for as long as `may_wait`
-    /// returns true. `waiting` has to be woken when either has changed.
+    /// returns true. `answered` has to be completed when either has changed.
     ///
     /// Until then the device may do anything to the pages, so only a reset ends the wait early: one
     /// that comes from elsewhere, as when the driver is unbound, or one that this does when there
@@ -182,7 +182,7 @@ impl Virtqueue<ReportToken> {
     pub(crate) fn report_and_wait(
         &mut self,
         pages: &FreePages<'_>,
-        waiting: &WaitQueue,
+        answered: &Completion,
         may_wait: impl Fn() -> bool,
     ) -> Result {
         // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
@@ -192,7 +192,7 @@ impl Virtqueue<ReportToken> {
         self.kick();
 
         let mut is_used = false;
-        waiting.wait_until(LOOK_AGAIN, || {
+        answered.wait_until(LOOK_AGAIN, || {
             is_used = self.next_used().is_some();
             is_used || self.is_reset() || !may_wait()
         });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tasks, threads, wait queues and wakeup sources.
+//! Tasks, threads, completions and wakeup sources.
 
 pub(in crate::rust) mod deadline;
 pub(crate) mod poll;

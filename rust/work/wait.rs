@@ -3,14 +3,13 @@
 //! Waiting for something that an interrupt announces.
 //!
 //! The condition variables of the `kernel` crate need a lock that both sides take, which an
-//! interrupt handler cannot.
+//! interrupt handler cannot, and the crate's completions have no timeout.
 //!
-//! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
+//! C header: [`include/linux/completion.h`](srctree/include/linux/completion.h)
 
 use kernel::{
     bindings,
     prelude::*,
-    sync::LockClassKey,
     time::{
         msecs_to_jiffies,
         Msecs, //
@@ -18,84 +17,48 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A queue of those who wait.
+/// A completion that may be completed many times, and that one thread at a time waits for.
 #[pin_data]
-pub(crate) struct WaitQueue {
+pub(crate) struct Completion {
     #[pin]
-    head: Opaque<bindings::wait_queue_head>,
+    inner: Opaque<bindings::completion>,
 }
 
-// SAFETY: A wait queue does its own locking.
-unsafe impl Send for WaitQueue {}
+// SAFETY: A completion does its own locking.
+unsafe impl Send for Completion {}
 
 // SAFETY: As above.
-unsafe impl Sync for WaitQueue {}
+unsafe impl Sync for Completion {}
 
-impl WaitQueue {
-    /// Returns an initialiser for an empty queue; see [`new_wait_queue!`].
-    pub(crate) fn new(name: &'static CStr, key: Pin<&'static LockClassKey>) -> impl PinInit<Self> {
+impl Completion {
+    /// Returns an initialiser for one that is not completed.
+    pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            // SAFETY: `slot` is valid for writes, and the name and the key are static.
-            head <- Opaque::ffi_init(|slot| unsafe {
-                bindings::__init_waitqueue_head(slot, name.as_char_ptr(), key.as_ptr())
-            }),
+            // SAFETY: `slot` is valid for writes.
+            inner <- Opaque::ffi_init(|slot| unsafe { bindings::init_completion(slot) }),
         })
     }
 
-    /// Waits until `condition`, which must not sleep, holds. It is looked at after each
-    /// [`wake`](Self::wake), and in any case after `interval` milliseconds.
+    /// Waits until `condition` holds. It is checked after each [`complete`](Self::complete), and in
+    /// any case every `interval` milliseconds.
     pub(crate) fn wait_until(&self, interval: Msecs, mut condition: impl FnMut() -> bool) {
-        let entry = Opaque::<bindings::wait_queue_entry>::uninit();
-
-        // SAFETY: `entry` is valid for writes. It is taken off the queue below, before it ends.
-        unsafe { bindings::init_wait_entry(entry.get(), 0) };
-
-        loop {
-            // Nothing is missed that happens after this.
+        while !condition() {
+            // A call of `complete` that came before counts: the condition may hold since.
             //
-            // SAFETY: Both are initialised. The state is one that a thread may sleep in; for as
-            // long as there are no signals, which a worker thread does not get.
+            // SAFETY: The completion is initialised. The wait ends early for a thread with a signal,
+            // which a worker thread does not get.
             unsafe {
-                bindings::prepare_to_wait_event(
-                    self.head.get(),
-                    entry.get(),
-                    bindings::TASK_INTERRUPTIBLE as c_int,
+                bindings::wait_for_completion_interruptible_timeout(
+                    self.inner.get(),
+                    msecs_to_jiffies(interval),
                 )
             };
-
-            if condition() {
-                break;
-            }
-
-            // SAFETY: Switches to another thread.
-            unsafe { bindings::schedule_timeout(msecs_to_jiffies(interval) as c_long) };
         }
-
-        // SAFETY: Both are initialised.
-        unsafe { bindings::finish_wait(self.head.get(), entry.get()) };
     }
 
-    /// Wakes those who wait. Callable from any context.
-    pub(crate) fn wake(&self) {
-        // SAFETY: The head is initialised.
-        unsafe {
-            bindings::__wake_up(
-                self.head.get(),
-                bindings::TASK_NORMAL,
-                0,
-                core::ptr::null_mut(),
-            )
-        };
+    /// Has the waiting thread check its condition. Callable from any context.
+    pub(crate) fn complete(&self) {
+        // SAFETY: The completion is initialised.
+        unsafe { bindings::complete(self.inner.get()) };
     }
 }
-
-/// Creates a [`WaitQueue`] initialiser with a lock class of its own.
-macro_rules! new_wait_queue {
-    ($name:literal $(,)?) => {
-        $crate::rust::work::wait::WaitQueue::new(
-            ::kernel::optional_name!($name),
-            ::kernel::static_lock_class!(),
-        )
-    };
-}
-pub(crate) use new_wait_queue;
