@@ -12,18 +12,10 @@
 
 #include "../uapi/linux/virtio_balloon_ext.h"
 
-#ifndef TRACE_HEADER_MULTI_READ
 /* Why pages leave the balloon. */
-enum balloon_rs_reason {
-	BALLOON_RS_TARGET,
-	BALLOON_RS_OUT_OF_MEMORY,
-	BALLOON_RS_GOING_OFFLINE,
-};
-#endif
-
-TRACE_DEFINE_ENUM(BALLOON_RS_TARGET);
-TRACE_DEFINE_ENUM(BALLOON_RS_OUT_OF_MEMORY);
-TRACE_DEFINE_ENUM(BALLOON_RS_GOING_OFFLINE);
+#define BALLOON_RS_TARGET		0
+#define BALLOON_RS_OUT_OF_MEMORY	1
+#define BALLOON_RS_GOING_OFFLINE	2
 
 /* Pages went to the device. It has not answered yet. */
 TRACE_EVENT(virtio_balloon_rs_inflate,

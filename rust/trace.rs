@@ -26,9 +26,9 @@ pub(crate) enum Reason {
 /// `pages` kernel pages left the balloon of `virtio<device>`.
 pub(crate) fn deflate(device: u32, pages: usize, reason: Reason) {
     let reason = match reason {
-        Reason::Target => bindings::balloon_rs_reason_BALLOON_RS_TARGET,
-        Reason::OutOfMemory => bindings::balloon_rs_reason_BALLOON_RS_OUT_OF_MEMORY,
-        Reason::GoingOffline => bindings::balloon_rs_reason_BALLOON_RS_GOING_OFFLINE,
+        Reason::Target => bindings::BALLOON_RS_TARGET,
+        Reason::OutOfMemory => bindings::BALLOON_RS_OUT_OF_MEMORY,
+        Reason::GoingOffline => bindings::BALLOON_RS_GOING_OFFLINE,
     };
 
     bindings::rust_do_trace_virtio_balloon_rs_deflate(device, pages, reason);
