@@ -141,20 +141,6 @@ void rust_helper_clear_pages_offline(struct page *page, unsigned int order)
 		__ClearPageOffline(page);
 }
 
-/* The kernel crate's helpers for locks keep no flags. */
-unsigned long rust_helper_zone_lock_irqsave(struct zone *zone)
-{
-	unsigned long flags;
-
-	spin_lock_irqsave(&zone->lock, flags);
-	return flags;
-}
-
-void rust_helper_zone_unlock_irqrestore(struct zone *zone, unsigned long flags)
-{
-	spin_unlock_irqrestore(&zone->lock, flags);
-}
-
 #ifdef CONFIG_SPARSEMEM
 bool rust_helper_pfn_in_early_section(unsigned long pfn)
 {

@@ -223,11 +223,11 @@ impl Zone {
     /// Takes the zone's lock. Nothing may sleep, or take another lock, until the result is dropped.
     pub(super) fn lock(self) -> LockedZone {
         // SAFETY: By the type invariants it is a zone.
-        let flags = unsafe { bindings::zone_lock_irqsave(self.0) };
+        unsafe { bindings::spin_lock_irq_disable(&raw mut (*self.0).lock) };
 
+        // INVARIANT: The lock was just taken.
         LockedZone {
             zone: self,
-            flags,
             _same_cpu: NotThreadSafe,
         }
     }
@@ -300,10 +300,9 @@ pub(super) struct NotHere;
 ///
 /// # Invariants
 ///
-/// The lock was taken with the interrupts in the state `flags`.
+/// The zone's lock was taken, and interrupts are disabled.
 pub(super) struct LockedZone {
     zone: Zone,
-    flags: c_ulong,
     _same_cpu: NotThreadSafe,
 }
 
@@ -321,6 +320,6 @@ impl LockedZone {
 impl Drop for LockedZone {
     fn drop(&mut self) {
         // SAFETY: By the type invariants.
-        unsafe { bindings::zone_unlock_irqrestore(self.zone.0, self.flags) };
+        unsafe { bindings::spin_unlock_irq_enable(&raw mut (*self.zone.0).lock) };
     }
 }
