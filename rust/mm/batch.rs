@@ -12,10 +12,10 @@
 use crate::rust::{
     bindings,
     mm::{
+        gfp::Gfp,
         memory,
         node::Node,
         owned::{
-            on,
             Allocated,
             Block,
             Single, //
@@ -229,9 +229,9 @@ impl Batch {
         let is_large = order >= memory::page_block_order();
         let whole = whole && is_large;
         let flags = match (whole, is_large) {
-            (true, _) => bindings::GFP_WHOLE_BLOCK,
-            (false, true) => bindings::GFP_SPLIT_BLOCK,
-            (false, false) => bindings::GFP_SPLIT_SMALL_BLOCK,
+            (true, _) => Gfp::UNSPLIT_BLOCK,
+            (false, true) => Gfp::SPLIT_BLOCK,
+            (false, false) => Gfp::SPLIT_SMALL_BLOCK,
         };
 
         let block = Allocated::new(self.node, flags, order).ok_or(AllocError::NoBlock)?;
@@ -266,7 +266,7 @@ impl Batch {
         let wanted = wanted.min(MAX_SINGLES);
         let mut result = Err(AllocError::NoBlock);
 
-        let (nid, gfp) = on(self.node, bindings::GFP_BALLOON_PAGE);
+        let (nid, gfp) = Gfp::BALLOON_PAGE.on(self.node);
         // SAFETY: It is a node or none, and there is room for so many pages.
         unsafe { bindings::alloc_pages_bulk_node(gfp, nid, wanted, pages.as_mut_ptr()) };
 

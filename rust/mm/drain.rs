@@ -6,6 +6,7 @@ use crate::rust::{
     bindings,
     mm::{
         contig::alloc_range,
+        gfp::Gfp,
         memory,
         node::Node,
         owned::{
@@ -22,14 +23,19 @@ use kernel::sync::atomic::{
     Relaxed, //
 };
 
-/// What the zones are called that are drained: where the kernel allocates for itself, and below
-/// 4 GiB.
-const ZONES: &[(bindings::gfp_t, bindings::zone_type)] = &[
-    (0, bindings::zone_type_ZONE_NORMAL),
+/// The zones that are drained: where the kernel allocates for itself, and below 4 GiB. Each with the
+/// flags for its memory, and for its movable memory.
+const ZONES: &[(bindings::zone_type, Gfp, Gfp)] = &[
+    (
+        bindings::zone_type_ZONE_NORMAL,
+        Gfp::DRAIN_NORMAL,
+        Gfp::DRAIN_NORMAL_MOVABLE,
+    ),
     #[cfg(CONFIG_ZONE_DMA32)]
     (
-        1 << bindings::___GFP_DMA32_BIT,
         bindings::zone_type_ZONE_DMA32,
+        Gfp::DRAIN_DMA32,
+        Gfp::DRAIN_DMA32_MOVABLE,
     ),
 ];
 
@@ -52,13 +58,12 @@ pub(crate) fn drain_free_lists() {
         return;
     }
     for node in Node::online() {
-        for &(gfp, kind) in ZONES {
+        for &(kind, gfp, movable) in ZONES {
             let mut order = memory::page_block_order();
 
             if drain_zone(node, gfp, kind, order) {
                 continue;
             }
-            let movable = gfp | 1 << bindings::___GFP_MOVABLE_BIT;
             while !drain_zone(node, movable, kind, order) && order > 0 {
                 order -= 1;
             }
@@ -68,11 +73,11 @@ pub(crate) fn drain_free_lists() {
 
 /// Drains the zone `kind` of a node by allocating a free block in it. Returns whether there was one
 /// for that.
-fn drain_zone(node: Node, gfp: bindings::gfp_t, kind: bindings::zone_type, order: u32) -> bool {
+fn drain_zone(node: Node, gfp: Gfp, kind: bindings::zone_type, order: u32) -> bool {
     let Some(zone) = node.zones().nth(kind as usize) else {
         return false;
     };
-    let Some(block) = Allocated::new(Some(node), gfp | bindings::GFP_DRAIN, order) else {
+    let Some(block) = Allocated::new(Some(node), gfp, order) else {
         return false;
     };
     let first = block.page().pfn();

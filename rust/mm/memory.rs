@@ -8,6 +8,7 @@
 use crate::rust::{
     bindings,
     mm::{
+        gfp::Gfp,
         locks::RESERVE,
         node::{
             count,
@@ -179,7 +180,7 @@ pub(crate) fn free_page_value() -> Option<u32> {
     if bindings::want_init_on_free() {
         Some(0)
     } else if bindings::page_poisoning_enabled_static() {
-        Some(u32::from_ne_bytes([bindings::BALLOON_PAGE_POISON; 4]))
+        Some(u32::from_ne_bytes([bindings::PAGE_POISON as u8; 4]))
     } else {
         None
     }
@@ -194,18 +195,12 @@ pub(crate) fn is_crash_kernel() -> bool {
 /// Returns whether the kernel zeroes what it allocates for the balloon and for hints
 /// (`init_on_alloc=1`): the host has to have all of it first, and it takes much longer.
 pub(crate) fn is_zeroed_on_allocation() -> bool {
-    // Flags may ask for zeroes, too.
-    const FLAGS: bindings::gfp_t = bindings::GFP_WHOLE_BLOCK
-        | bindings::GFP_SPLIT_BLOCK
-        | bindings::GFP_SPLIT_SMALL_BLOCK
-        | bindings::GFP_BALLOON_PAGE
-        | bindings::GFP_HINT_BLOCK;
-
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     if ZEROES_ON_ALLOCATION.load(Relaxed) {
         return true;
     }
-    bindings::want_init_on_alloc(FLAGS)
+    // Flags may ask for zeroes, too.
+    bindings::want_init_on_alloc(Gfp::ALL)
 }
 
 /// What the driver takes a kernel for, for as long as this exists.

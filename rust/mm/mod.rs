@@ -7,6 +7,7 @@ pub(crate) mod batch;
 pub(crate) mod caches;
 pub(crate) mod contig;
 pub(crate) mod drain;
+mod gfp;
 // Without memory hotplug nothing comes online.
 #[cfg_attr(
     not(CONFIG_MEMORY_HOTREMOVE),

@@ -7,6 +7,7 @@
 use crate::rust::{
     bindings,
     mm::{
+        gfp::Gfp,
         node::Node,
         page::{
             Page, //
@@ -16,7 +17,6 @@ use crate::rust::{
 };
 
 use core::mem;
-use kernel::prelude::*;
 
 /// A block that was just allocated: it is not marked, and the `private` fields of its pages mean
 /// nothing. Dropping it frees it.
@@ -33,12 +33,8 @@ impl Allocated {
     /// Allocates a block of 2^`order` pages from `node`, or from any node, those near this CPU first.
     /// The latter is what `alloc_pages()` does for a task without a memory policy, as all tasks of this
     /// driver are. A cpuset applies either way.
-    pub(in crate::rust) fn new(
-        node: Option<Node>,
-        gfp: bindings::gfp_t,
-        order: u32,
-    ) -> Option<Self> {
-        let (nid, gfp) = on(node, gfp);
+    pub(in crate::rust) fn new(node: Option<Node>, gfp: Gfp, order: u32) -> Option<Self> {
+        let (nid, gfp) = gfp.on(node);
         // SAFETY: It is a node or none. An order that is too large makes the call fail. The function
         // returns a page or null.
         let page = unsafe { Page::from_raw(bindings::alloc_pages_node(nid, gfp, order)) }?;
@@ -120,17 +116,6 @@ impl Drop for Allocated {
         }
         // SAFETY: By the type invariants.
         unsafe { bindings::__free_pages(page.as_ptr(), order) };
-    }
-}
-
-/// Returns the number of `node`, and `gfp` for memory of that node and no other one. For any node,
-/// returns `NUMA_NO_NODE`. The flags do not ask for a compound page.
-pub(in crate::rust) fn on(node: Option<Node>, gfp: bindings::gfp_t) -> (c_int, bindings::gfp_t) {
-    let gfp = gfp & !(1 << bindings::___GFP_COMP_BIT);
-
-    match node {
-        None => (bindings::NUMA_NO_NODE, gfp),
-        Some(node) => (node.number(), gfp | 1 << bindings::___GFP_THISNODE_BIT),
     }
 }
 

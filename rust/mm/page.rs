@@ -244,7 +244,7 @@ impl Page {
     /// Returns whether the kernel can migrate the page without waiting for a disk or a server.
     pub(in crate::rust) fn is_movable(self) -> bool {
         let folio = self.folio();
-        let is_anonymous = folio.read(MAPPING) & bindings::BALLOON_MAPPING_ANON != 0;
+        let is_anonymous = folio.read(MAPPING) & bindings::FOLIO_MAPPING_ANON as usize != 0;
 
         folio.has_flag(bindings::pageflags_PG_lru)
             && !folio.has_flag(bindings::pageflags_PG_locked)

@@ -5,8 +5,8 @@
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
 use crate::rust::{
-    bindings,
     mm::{
+        gfp::Gfp,
         owned::Allocated,
         page::Page,
         page_list::PageList, //
@@ -53,11 +53,7 @@ impl PageRun {
     /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
     /// reserve is touched. Does not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
-        const RECLAIM: bindings::gfp_t =
-            1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
-        const { assert!(bindings::GFP_HINT_BLOCK & RECLAIM == 0) };
-
-        Allocated::new(None, bindings::GFP_HINT_BLOCK, order).map(Self::of)
+        Allocated::new(None, Gfp::HINT_BLOCK, order).map(Self::of)
     }
 
     /// Takes the first block off a list.

@@ -52,10 +52,11 @@ unsafe impl<T: SuspendNotify> Chain<T> for SuspendChain {
     }
 
     unsafe fn call(who: &T, action: c_ulong, _data: *mut c_void) -> c_int {
-        match action {
-            bindings::BALLOON_PM_SUSPEND_PREPARE
-            | bindings::BALLOON_PM_HIBERNATION_PREPARE
-            | bindings::BALLOON_PM_RESTORE_PREPARE => who.before_suspend(),
+        // CAST: These are small numbers.
+        match action as u32 {
+            bindings::PM_SUSPEND_PREPARE
+            | bindings::PM_HIBERNATION_PREPARE
+            | bindings::PM_RESTORE_PREPARE => who.before_suspend(),
             _ => who.after_suspend(),
         }
 
