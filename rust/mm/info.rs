@@ -42,11 +42,9 @@ impl Info {
     pub(crate) fn now() -> Self {
         let mut info: bindings::sysinfo = Default::default();
 
-        // SAFETY: The functions have no preconditions but a valid pointer.
-        let available = unsafe {
-            bindings::si_meminfo(&mut info);
-            bindings::si_mem_available()
-        };
+        // SAFETY: The pointer is valid.
+        unsafe { bindings::si_meminfo(&mut info) };
+        let available = bindings::si_mem_available();
 
         Self {
             free: bytes(info.freeram),

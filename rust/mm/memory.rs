@@ -36,8 +36,7 @@ use kernel::{
 /// allocation that wants some of it kills a process. What processes have mapped of files is in use,
 /// such as the programs that run: they would wait for the disk with each step.
 pub(crate) fn available_pages() -> usize {
-    // SAFETY: The function has no preconditions.
-    let pages = unsafe { bindings::si_mem_available() };
+    let pages = bindings::si_mem_available();
     let mapped = Node::all().map(Node::mapped_file_pages).sum();
 
     usize::try_from(pages)

@@ -13,6 +13,7 @@ use crate::rust::work::signal::{
 use kernel::{
     bindings,
     container_of,
+    current,
     prelude::*,
     time::{
         msecs_to_jiffies,
@@ -37,8 +38,7 @@ struct Deadline {
 pub(in crate::rust) fn limit<T>(ms: Msecs, f: impl FnOnce() -> T) -> T {
     let deadline = Opaque::new(Deadline {
         timer: pin_init::zeroed(),
-        // SAFETY: The function has no preconditions.
-        thread: unsafe { bindings::get_current() },
+        thread: current!().as_ptr(),
     });
     let deadline = deadline.get();
 
