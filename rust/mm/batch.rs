@@ -22,7 +22,8 @@ use crate::rust::{
         },
         page::Page,
         page_list::PageList,
-        pfn_range::PfnRange, //
+        pfn_range::PfnRange,
+        ring::Linked, //
     }, //
 };
 
@@ -272,7 +273,8 @@ impl Batch {
 
         for page in pages {
             // SAFETY: The page was just allocated, and nobody else knows it. It has an order of 0.
-            let Some(page) = (unsafe { Page::from_raw(page).map(|page| Single::new(page)) }) else {
+            let Some(page) = (unsafe { Page::from_raw(page).map(|page| Single::from_page(page)) })
+            else {
                 break;
             };
 
@@ -371,7 +373,7 @@ impl Batch {
         // SAFETY: By the type invariants the page begins a block that was ours, in this form.
         unsafe {
             match order {
-                0 => list.push(Single::new(page)),
+                0 => list.push(Single::from_page(page)),
                 _ => list.push_block(Block::from_page(page)),
             }
         }

@@ -12,17 +12,17 @@ use crate::rust::{
             HOTPLUG, //
         },
         memory,
-        owned::free_range,
+        owned::PageRange,
         page::Page,
         page_list::PageList,
+        pfn_range::PfnRange,
         zone::Zone, //
     }, //
 };
 
 use kernel::prelude::*;
 
-/// Allocates the `len` pages from the page frame number `first` on, which are moved elsewhere if they
-/// are in use. Each is a page of order 0 then.
+/// Allocates the pages in `pfns`, which are moved elsewhere if they are in use.
 ///
 /// One caller at a time: of two in the same pageblock the one that fails ends the isolation of the
 /// other, too, which is a `BUG()` with `CONFIG_DEBUG_VM` and a failure without. The other one may also
@@ -36,25 +36,30 @@ use kernel::prelude::*;
 /// # Safety
 ///
 /// There must be such pages, which are of one zone.
-pub(super) unsafe fn alloc_range(first: usize, len: usize) -> Result {
+pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     #[cfg(CONFIG_CONTIG_ALLOC)]
     {
         let _one = CONTIG.lock();
         // The zone's lock is not taken: what the counter would say may be over just as soon.
+        let (first, end) = (pfns.first() as usize, pfns.end() as usize);
         if Page::online(first).is_none_or(|page| Zone::of(page).is_isolating()) {
             return Err(EBUSY);
         }
         // Not waited for: the thread that takes a memory block may wait for locks of the caller.
         let _isolating = HOTPLUG.try_lock().ok_or(EBUSY)?;
 
-        // SAFETY: By the requirements of this function.
-        kernel::error::to_result(unsafe {
-            bindings::alloc_contig_range_noprof(first, first + len, 0, bindings::__GFP_NOWARN)
-        })
+        // SAFETY: By the requirements of this function. The pages were allocated, each as one of order
+        // 0, if the call succeeds.
+        unsafe {
+            let error = bindings::alloc_contig_range_noprof(first, end, 0, bindings::__GFP_NOWARN);
+
+            kernel::error::to_result(error)?;
+            Ok(PageRange::new(pfns))
+        }
     }
     #[cfg(not(CONFIG_CONTIG_ALLOC))]
     {
-        let _ = (first, len, &CONTIG, &HOTPLUG);
+        let _ = (pfns, &CONTIG, &HOTPLUG);
         Err(EOPNOTSUPP)
     }
 }
@@ -81,17 +86,8 @@ fn unused_at(first: usize, max: usize) -> usize {
 pub(crate) struct Claim(Pages);
 
 enum Pages {
-    Range(Range),
+    Range(PageRange),
     Blocks(PageList),
-}
-
-/// # Invariants
-///
-/// The `len` pages from the page frame number `first` on are of order 0, and a reference to each is
-/// owned by this.
-struct Range {
-    first: usize,
-    len: usize,
 }
 
 impl Claim {
@@ -103,33 +99,22 @@ impl Claim {
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
-        let first = usize::try_from(first).ok()?;
-        let block = 1 << memory::page_block_order();
-        let mut len = unused_at(first, len as usize) / block * block;
+        let order = memory::page_block_order();
+        let mut blocks = unused_at(usize::try_from(first).ok()?, len as usize) >> order;
 
         // One block that cannot be allocated, as those of CMA, fails the whole range.
-        //
-        // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps its
-        // `struct page`s until it is removed. A removal between the look and this call is a race that
-        // `alloc_contig_range()` leaves to all of its callers.
-        while len > 0 && unsafe { alloc_range(first, len) }.is_err() {
-            len = len / 2 / block * block;
-        }
-        if len == 0 {
-            return None;
-        }
+        loop {
+            let pfns = PfnRange::new(first, (blocks << order) as u64)?;
 
-        for first in (first..first + len).step_by(block) {
-            // SAFETY: The pages were just allocated. Freeing them takes the marks off.
-            unsafe {
-                bindings::set_pages_offline(
-                    Page::from_pfn(first).as_ptr(),
-                    memory::page_block_order(),
-                )
-            };
+            // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps its
+            // `struct page`s until it is removed. A removal between the look and this call is a race
+            // that `alloc_contig_range()` leaves to all of its callers.
+            if let Ok(pages) = unsafe { alloc_range(pfns) } {
+                pages.mark_blocks(order);
+                return Some(Self(Pages::Range(pages)));
+            }
+            blocks /= 2;
         }
-        // INVARIANT: The pages were just allocated.
-        Some(Self(Pages::Range(Range { first, len })))
     }
 
     /// Claims what is on a list of adjacent pages.
@@ -140,15 +125,8 @@ impl Claim {
     /// Returns the number of pages.
     pub(crate) fn len(&self) -> u64 {
         match &self.0 {
-            Pages::Range(range) => range.len as u64,
+            Pages::Range(pages) => pages.pfns().len(),
             Pages::Blocks(pages) => pages.len() as u64,
         }
-    }
-}
-
-impl Drop for Range {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariants the pages are ours.
-        unsafe { free_range(self.first, self.len) };
     }
 }

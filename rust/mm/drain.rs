@@ -9,10 +9,8 @@ use crate::rust::{
         gfp::Gfp,
         memory,
         node::Node,
-        owned::{
-            free_range,
-            Allocated, //
-        },
+        owned::Allocated,
+        pfn_range::PfnRange,
         zone::Zone, //
     }, //
 };
@@ -80,20 +78,15 @@ fn drain_zone(node: Node, gfp: Gfp, kind: bindings::zone_type, order: u32) -> bo
     let Some(block) = Allocated::new(Some(node), gfp, order) else {
         return false;
     };
-    let first = block.page().pfn();
+    let Some(pfns) = PfnRange::new(block.page().pfn() as u64, block.len() as u64) else {
+        return false;
+    };
     let is_it = Zone::of(block.page()) == zone || zone.present_pages() == 0;
 
     drop(block);
     // The block may have been reallocated meanwhile: the kernel drains the lists before it fails, so
     // that is fine.
     //
-    // SAFETY: The block was just allocated, so that its pages exist, in one zone. `alloc_range`
-    // returns one reference to each page, and `free_range` drops these.
-    unsafe {
-        if !is_it || alloc_range(first, 1 << order).is_err() {
-            return false;
-        }
-        free_range(first, 1 << order);
-    }
-    true
+    // SAFETY: The block was just allocated, so that its pages exist, in one zone.
+    is_it && unsafe { alloc_range(pfns) }.is_ok()
 }

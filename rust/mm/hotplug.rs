@@ -18,6 +18,7 @@ use crate::rust::{
             MAX_ORDER,
         },
         page_list::PageList,
+        ring::Linked,
         zone::Zone, //
     }, //
 };

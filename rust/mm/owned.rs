@@ -12,11 +12,14 @@ use crate::rust::{
         page::{
             Page, //
             ORDER_MASK,
-        }, //
+        },
+        pfn_range::PfnRange,
+        ring::Linked, //
     }, //
 };
 
 use core::mem;
+use kernel::prelude::*;
 
 /// A block that was just allocated: it is not marked, and the `private` fields of its pages mean
 /// nothing. Dropping it frees it.
@@ -95,7 +98,7 @@ impl Allocated {
         unsafe {
             bindings::split_page(page.as_ptr(), order);
             for n in 0..1 << order {
-                each(Single::new(page.add(n)));
+                each(Single::from_page(page.add(n)));
             }
         }
     }
@@ -128,37 +131,43 @@ impl Drop for Allocated {
 pub(in crate::rust) struct Single(Page);
 
 impl Single {
+    /// Returns the page.
+    pub(in crate::rust) fn page(&self) -> Page {
+        self.0
+    }
+}
+
+// SAFETY: A page of order 0 that is allocated is on no other list.
+unsafe impl Linked for Single {
+    /// Returns the page, whose reference is the caller's from now on.
+    fn into_page(self) -> Page {
+        let page = self.0;
+
+        mem::forget(self);
+        page
+    }
+
     /// Makes one of `page`.
     ///
     /// # Safety
     ///
     /// The page must be of order 0; the caller gives a reference to it away.
-    pub(in crate::rust) unsafe fn new(page: Page) -> Self {
+    unsafe fn from_page(page: Page) -> Self {
         // INVARIANT: What was in the field before means nothing.
         //
         // SAFETY: By the requirements of this function.
         unsafe { page.set_private(0) };
         Self(page)
     }
-
-    /// Returns the page.
-    pub(in crate::rust) fn page(&self) -> Page {
-        self.0
-    }
-
-    /// Returns the page, whose reference is the caller's from now on.
-    pub(in crate::rust) fn into_page(self) -> Page {
-        let page = self.0;
-
-        mem::forget(self);
-        page
-    }
 }
 
 impl Drop for Single {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants.
-        unsafe { bindings::__free_pages(self.0.as_ptr(), 0) };
+        // INVARIANT: The page is owned by this one from now on, as a block of order 0.
+        drop(Allocated {
+            page: self.0,
+            order: 0,
+        });
     }
 }
 
@@ -172,27 +181,9 @@ impl Drop for Single {
 pub(in crate::rust) struct Block(Page);
 
 impl Block {
-    /// Makes one of `page`.
-    ///
-    /// # Safety
-    ///
-    /// By the type invariants; the caller gives the block away.
-    pub(in crate::rust) unsafe fn from_page(page: Page) -> Self {
-        // INVARIANT: By the requirements of this function.
-        Self(page)
-    }
-
     /// Returns the first page.
     pub(in crate::rust) fn page(&self) -> Page {
         self.0
-    }
-
-    /// Returns the first page, which stands for the block from now on.
-    pub(in crate::rust) fn into_page(self) -> Page {
-        let page = self.0;
-
-        mem::forget(self);
-        page
     }
 
     /// Returns the order.
@@ -228,6 +219,27 @@ impl Block {
     }
 }
 
+// SAFETY: A block that is allocated is on no other list.
+unsafe impl Linked for Block {
+    /// Returns the first page, which stands for the block from now on.
+    fn into_page(self) -> Page {
+        let page = self.0;
+
+        mem::forget(self);
+        page
+    }
+
+    /// Makes one of `page`.
+    ///
+    /// # Safety
+    ///
+    /// By the type invariants; the caller gives the block away.
+    unsafe fn from_page(page: Page) -> Self {
+        // INVARIANT: By the requirements of this function.
+        Self(page)
+    }
+}
+
 impl Drop for Block {
     fn drop(&mut self) {
         // INVARIANT: The block is owned by this one from now on.
@@ -235,22 +247,87 @@ impl Drop for Block {
     }
 }
 
-/// Frees `len` pages of order 0 from the page frame number `first` on. Together they go back to the
-/// page allocator as blocks, which need not be put together again from order-0 pages.
+/// Adjacent pages of order 0. Dropping it frees them: together they go back to the page allocator as
+/// blocks, which need not be put together again from order-0 pages.
 ///
-/// # Safety
+/// # Invariants
 ///
-/// The caller gives a reference to each page away.
-pub(in crate::rust) unsafe fn free_range(first: usize, len: usize) {
-    #[cfg(CONFIG_CONTIG_ALLOC)]
-    // SAFETY: By the requirements of this function. The kernel's function takes pages of one zone.
-    unsafe {
-        if len > 1 && Page::from_pfn(first).zone() == Page::from_pfn(first + len - 1).zone() {
-            return bindings::free_contig_range(first, len);
+/// The pages are of order 0, and one reference to each is this one's.
+pub(in crate::rust) struct PageRange(PfnRange);
+
+impl PageRange {
+    /// Makes one of the pages in `pfns`.
+    ///
+    /// # Safety
+    ///
+    /// The pages must be of order 0; the caller gives a reference to each away.
+    pub(super) unsafe fn new(pfns: PfnRange) -> Self {
+        // INVARIANT: By the requirements of this function.
+        Self(pfns)
+    }
+
+    /// Makes one of `page`. Returns it if its number is out of range, which no page's is.
+    pub(super) fn of(page: Single) -> Result<Self, Single> {
+        match PfnRange::new(page.page().pfn() as u64, 1) {
+            Some(pfns) => {
+                page.into_page();
+                // INVARIANT: The page is this one's from now on.
+                Ok(Self(pfns))
+            }
+            None => Err(page),
         }
     }
-    for pfn in first..first + len {
-        // SAFETY: By the requirements of this function.
-        drop(unsafe { Single(Page::from_pfn(pfn)) });
+
+    /// Adds `page`, or returns it if it is not adjacent to the others.
+    pub(super) fn push(&mut self, page: Single) -> Result<(), Single> {
+        match self.0.extended(page.page().pfn() as u64) {
+            Some(pfns) => {
+                page.into_page();
+                // INVARIANT: The page is this one's from now on.
+                self.0 = pfns;
+                Ok(())
+            }
+            None => Err(page),
+        }
+    }
+
+    /// Returns the page frame numbers.
+    pub(super) fn pfns(&self) -> PfnRange {
+        self.0
+    }
+
+    /// Marks the pages as offline, whose number must be a multiple of 2^`order`. Freeing them takes the
+    /// marks off.
+    pub(super) fn mark_blocks(&self, order: u32) {
+        for pfn in (self.0.first()..self.0.end()).step_by(1 << order) {
+            // SAFETY: By the type invariants these are pages that are owned by this.
+            unsafe { bindings::set_pages_offline(Page::from_pfn(pfn as usize).as_ptr(), order) };
+        }
+    }
+
+    /// Returns whether the pages are in one zone.
+    #[cfg(CONFIG_CONTIG_ALLOC)]
+    fn is_in_one_zone(&self) -> bool {
+        let ends = [self.0.first(), self.0.end() - 1];
+        // SAFETY: By the type invariants these are pages.
+        let [first, last] = ends.map(|pfn| unsafe { Page::from_pfn(pfn as usize) }.zone());
+
+        first == last
+    }
+}
+
+impl Drop for PageRange {
+    fn drop(&mut self) {
+        #[cfg(CONFIG_CONTIG_ALLOC)]
+        if self.0.len() > 1 && self.is_in_one_zone() {
+            // SAFETY: By the type invariants the pages are ours. They are in one zone.
+            return unsafe {
+                bindings::free_contig_range(self.0.first() as usize, self.0.len() as usize)
+            };
+        }
+        for pfn in self.0.first()..self.0.end() {
+            // SAFETY: By the type invariants the page is of order 0, and ours.
+            drop(unsafe { Single::from_page(Page::from_pfn(pfn as usize)) });
+        }
     }
 }

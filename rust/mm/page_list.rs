@@ -4,8 +4,8 @@
 
 use crate::rust::mm::{
     owned::{
-        free_range,
         Block,
+        PageRange,
         Single, //
     },
     page::Page,
@@ -226,17 +226,13 @@ impl Drop for PageList {
     fn drop(&mut self) {
         while self.pop_block().is_some() {}
 
-        while let Some(first) = self.pop() {
-            let first = first.into_page().pfn();
-            let mut len = 1;
-
-            while self.singles.first().map(Page::pfn) == Some(first + len) {
-                let Some(page) = self.pop() else { break };
-                page.into_page();
-                len += 1;
+        while let Some(Ok(mut range)) = self.pop().map(PageRange::of) {
+            while let Some(page) = self.pop() {
+                if let Err(page) = range.push(page) {
+                    self.push_first(page);
+                    break;
+                }
             }
-            // SAFETY: These pages were on the list, which owned a reference to each.
-            unsafe { free_range(first, len) };
         }
     }
 }

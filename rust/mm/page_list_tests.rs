@@ -7,7 +7,8 @@ use crate::rust::{
     mm::{
         owned::Single,
         page::Page,
-        page_list::PageList, //
+        page_list::PageList,
+        ring::Linked, //
     }, //
 };
 
@@ -38,7 +39,7 @@ impl PageList {
 
         for pfn in first..end {
             // SAFETY: The pages were just allocated, each as one of order 0.
-            pages.push(unsafe { Single::new(Page::from_pfn(pfn)) });
+            pages.push(unsafe { Single::from_page(Page::from_pfn(pfn)) });
         }
         Ok(pages)
     }

@@ -9,7 +9,8 @@ use crate::rust::{
         gfp::Gfp,
         owned::Allocated,
         page::Page,
-        page_list::PageList, //
+        page_list::PageList,
+        pfn_range::PfnRange, //
     },
     virtio::{
         Access,
@@ -41,28 +42,25 @@ const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 ///
 /// # Invariants
 ///
-/// The `len` pages from the page frame number `first` on are blocks that this owns, in the linear
-/// mapping. The first page of each has the block's order in its `private` field. `len` is 1 to
-/// [`MAX_PAGES`].
-pub(crate) struct PageRun {
-    first: usize,
-    len: usize,
-}
+/// The pages are blocks that this owns, in the linear mapping: [`MAX_PAGES`] at most. The first page
+/// of each block has the block's order in its `private` field.
+pub(crate) struct PageRun(PfnRange);
 
 impl PageRun {
     /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
     /// reserve is touched. Does not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
-        Allocated::new(None, Gfp::HINT_BLOCK, order).map(Self::of)
+        Allocated::new(None, Gfp::HINT_BLOCK, order).and_then(Self::of)
     }
 
     /// Takes the first block off a list.
     pub(crate) fn from_block(list: &mut PageList) -> Option<Self> {
-        list.pop_block().map(|block| Self::of(block.unmark()))
+        list.pop_block().and_then(|block| Self::of(block.unmark()))
     }
 
     /// Makes a run of a block.
-    fn of(block: Allocated) -> Self {
+    fn of(block: Allocated) -> Option<Self> {
+        let pfns = PfnRange::new(block.page().pfn() as u64, block.len() as u64)?;
         let (page, order) = block.into_parts();
 
         // INVARIANT: The block is this one's, which notes its order. The largest order is far below
@@ -70,22 +68,19 @@ impl PageRun {
         //
         // SAFETY: The block is ours.
         unsafe { page.set_private(order as usize) };
-        Self {
-            first: page.pfn(),
-            len: 1 << order,
-        }
+        Some(Self(pfns))
     }
 
     /// Returns the page frame number of the first page, in kernel pages.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn first(&self) -> usize {
-        self.first
+        self.0.first() as usize
     }
 
     /// Frees the run, whose page `n` has a memory error. Returns whether that page was kept aside.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
-        let pfn = self.first + n % self.len;
+        let pfn = self.first() + n % self.len();
 
         // SAFETY: The page is one of the run.
         unsafe { drop_with_error(self, pfn) }
@@ -93,48 +88,53 @@ impl PageRun {
 
     /// Returns the length in kernel pages.
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.0.len() as usize
     }
 
     /// Makes one run of this and `next`, if that follows at once and the result is not too long.
     fn join(&mut self, next: Self) -> Result<(), Self> {
-        if self.first + self.len != next.first || self.len + next.len > MAX_PAGES {
-            return Err(next);
-        }
+        let pages = self.len() + next.len();
+        let joined = PfnRange::new(self.0.first(), pages as u64);
 
-        // INVARIANT: The blocks of `next` lie after the others, and belong to this run from now on.
-        self.len += next.len;
-        mem::forget(next);
-        Ok(())
+        match joined.filter(|_| self.0.end() == next.0.first() && pages <= MAX_PAGES) {
+            Some(joined) => {
+                // INVARIANT: The blocks of `next` lie after the others, and belong to this run from now
+                // on.
+                self.0 = joined;
+                mem::forget(next);
+                Ok(())
+            }
+            None => Err(next),
+        }
     }
 
     /// Splits the first block off, and returns it with the rest. Its order stays in its first page: the
     /// page allocator clears the field when it frees the block.
     fn split_first(self) -> (Allocated, Option<Self>) {
-        let (first, len) = (self.first, self.len);
+        let pfns = self.0;
 
         mem::forget(self);
         // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
         // first page.
         let block = unsafe {
-            let page = Page::from_pfn(first);
+            let page = Page::from_pfn(pfns.first() as usize);
 
             Allocated::from_parts(page, page.private() as u32)
         };
-        let (first, len) = (first + block.len(), len - block.len());
+        let len = block.len() as u64;
 
         // INVARIANT: These are the other blocks.
-        (block, (len > 0).then(|| Self { first, len }))
+        (
+            block,
+            PfnRange::new(pfns.first() + len, pfns.len() - len).map(Self),
+        )
     }
 }
 
 impl Drop for PageRun {
     fn drop(&mut self) {
         // INVARIANT: The blocks are owned by this one from now on.
-        let mut rest = Some(Self {
-            first: self.first,
-            len: self.len,
-        });
+        let mut rest = Some(Self(self.0));
 
         while let Some(run) = rest {
             (_, rest) = run.split_first();
@@ -147,9 +147,9 @@ impl Drop for PageRun {
 unsafe impl Buffer for PageRun {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         // SAFETY: By the type invariants there is such a page.
-        let address = unsafe { Page::from_pfn(self.first) }.address();
+        let address = unsafe { Page::from_pfn(self.0.first() as usize) }.address();
 
-        (address, self.len * PAGE_SIZE, Access::Write)
+        (address, self.len() * PAGE_SIZE, Access::Write)
     }
 }
 
@@ -185,8 +185,10 @@ impl RunSet {
     ///
     /// Returns it, if there is no room for one that is no neighbour.
     pub(crate) fn insert(&mut self, run: PageRun) -> Result<(), PageRun> {
-        let pages = run.len;
-        let after = self.runs.partition_point(|this| this.first < run.first);
+        let pages = run.len();
+        let after = self
+            .runs
+            .partition_point(|this| this.0.first() < run.0.first());
         let before = after.checked_sub(1);
 
         // To the end of the one before, or as one of its own, and then to the beginning of the one
@@ -243,10 +245,10 @@ impl RunSet {
             .runs
             .iter()
             .enumerate()
-            .max_by_key(|(_, run)| run.len)?;
+            .max_by_key(|(_, run)| run.len())?;
         let run = self.runs.remove(place).ok()?;
 
-        self.pages -= run.len;
+        self.pages -= run.len();
         Some(run)
     }
 

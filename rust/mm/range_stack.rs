@@ -12,33 +12,72 @@ use crate::rust::mm::{
     owned::Single,
     page::Page,
     page_list::PageList,
-    pfn_range::PfnRange, //
+    pfn_range::PfnRange,
+    ring::Linked, //
 };
 
-use core::mem::size_of;
+use core::{
+    mem,
+    ptr::NonNull, //
+};
 use kernel::page::PAGE_SIZE;
 
-/// What a backlog page begins with.
+/// What a backlog page holds.
 #[repr(C)]
-struct Header {
+struct Backlog {
     /// The backlog page below this one.
     below: Option<Page>,
     /// How many ranges are on the page.
     len: usize,
+    /// The first page frame numbers, and the numbers of pages, of the ranges. The others are 0.
+    ranges: [(u64, u64); CAPACITY],
 }
 
 /// How many ranges fit on a backlog page.
-const CAPACITY: usize = (PAGE_SIZE - size_of::<Header>()) / size_of::<PfnRange>();
+const CAPACITY: usize = (PAGE_SIZE - 2 * size_of::<usize>()) / size_of::<(u64, u64)>();
+
+const _: () = assert!(size_of::<Backlog>() <= PAGE_SIZE);
+
+impl Backlog {
+    /// Returns the range that was added last.
+    fn last(&self) -> Option<PfnRange> {
+        let &(first, len) = self.ranges.get(self.len.checked_sub(1)?)?;
+
+        PfnRange::new(first, len)
+    }
+
+    /// Replaces the range that was added last.
+    fn set_last(&mut self, range: PfnRange) {
+        if let Some(last) = self.ranges.get_mut(self.len.wrapping_sub(1)) {
+            *last = (range.first(), range.len());
+        }
+    }
+
+    /// Adds the page `pfn` to the last range, or in a new one. Returns false if there is no room.
+    fn add(&mut self, pfn: u64) -> bool {
+        if let Some(longer) = self.last().and_then(|last| last.extended(pfn)) {
+            self.set_last(longer);
+            return true;
+        }
+        let Some(range) = PfnRange::new(pfn, 1).filter(|_| self.len < CAPACITY) else {
+            return false;
+        };
+
+        self.len += 1;
+        self.set_last(range);
+        true
+    }
+}
 
 /// A stack of ranges of page frame numbers.
 ///
 /// # Invariants
 ///
-/// - The stack owns a reference to `top`, and to each page below, as their headers tell.
+/// - The stack owns a reference to `top`, and to each page below, as their contents tell.
 /// - Each of these pages is of order 0 and in the kernel's linear mapping, and no other code uses its
-///   content. The content does not survive hibernation: the pages are still marked as offline, and
-///   such pages are left out of the image. So a stack must be emptied before. It begins with a
-///   `Header`, followed by `len` initialised ranges, 1 to [`CAPACITY`] of them.
+///   content, which is a `Backlog` with 1 to [`CAPACITY`] ranges. The content does not survive
+///   hibernation: the pages are still marked as offline, and such pages are left out of the image. So
+///   a stack must be emptied before.
 pub(crate) struct RangeStack {
     top: Option<Page>,
 }
@@ -55,47 +94,17 @@ impl RangeStack {
         self.top.is_none()
     }
 
-    /// Returns the header of a backlog page, and its first range.
-    fn content(page: Page) -> (*mut Header, *mut PfnRange) {
-        let header: *mut Header = page.address().as_ptr().cast();
-
-        (header, header.wrapping_add(1).cast())
+    /// Returns the content of the page on top.
+    fn backlog(&self) -> Option<NonNull<Backlog>> {
+        self.top.map(|page| page.address().cast())
     }
 
-    /// Returns the header of the page on top, and its last range.
-    fn last(&self) -> Option<(*mut Header, *mut PfnRange)> {
-        let (header, ranges) = Self::content(self.top?);
+    /// Returns the content of the page on top, to be changed.
+    fn backlog_mut(&mut self) -> Option<&mut Backlog> {
+        let mut backlog = self.backlog()?;
 
-        // SAFETY: By the type invariants the stack owns the page, of which the first `len` ranges,
-        // at least one, are initialised.
-        unsafe { Some((header, ranges.add((*header).len - 1))) }
-    }
-
-    /// Adds the page `pfn` to the range on top, or in a new range. Returns false if there is no
-    /// room.
-    fn add(&mut self, pfn: u64) -> bool {
-        let Some((header, last)) = self.last() else {
-            return false;
-        };
-
-        // SAFETY: By the type invariants the stack owns the page, and the last range is initialised.
-        // There is room for one more if `len` is below the capacity.
-        //
-        // INVARIANT: A range that is added is initialised before it is counted.
-        unsafe {
-            if let Some(longer) = (*last).extended(pfn) {
-                *last = longer;
-                return true;
-            }
-            let Some(range) = PfnRange::new(pfn, 1).filter(|_| (*header).len < CAPACITY) else {
-                return false;
-            };
-
-            last.add(1).write(range);
-            (*header).len += 1;
-        }
-
-        true
+        // SAFETY: By the type invariants the stack owns the page, whose content is a `Backlog`.
+        Some(unsafe { backlog.as_mut() })
     }
 
     /// Adds all order-0 pages on `pages` to the stack. Some of the pages become backlog pages, and
@@ -108,10 +117,10 @@ impl RangeStack {
         while let Some(page) = pages.pop_last() {
             let pfn = page.page().pfn() as u64;
 
-            if self.add(pfn) {
+            if self.backlog_mut().is_some_and(|backlog| backlog.add(pfn)) {
                 rest.push_first(page);
-            } else if let Some(range) = PfnRange::new(pfn, 1) {
-                self.push_page(page, range);
+            } else {
+                self.push_page(page);
             }
         }
 
@@ -119,52 +128,47 @@ impl RangeStack {
         *pages = rest;
     }
 
-    /// Makes a backlog page of `page`, with one range on it.
-    fn push_page(&mut self, page: Single, range: PfnRange) {
+    /// Makes a backlog page of `page`, which names itself.
+    fn push_page(&mut self, page: Single) {
         let page = page.into_page();
-        let (header, ranges) = Self::content(page);
+        let backlog: NonNull<Backlog> = page.address().cast();
 
-        // SAFETY: The page is ours, and is in the linear mapping.
+        // SAFETY: The page is ours, and is in the linear mapping. Zeroes are a `Backlog` without ranges.
         //
-        // INVARIANT: It has one range.
+        // INVARIANT: It gets a range.
         unsafe {
-            header.write(Header {
-                below: self.top,
-                len: 1,
-            });
-            ranges.write(range);
+            backlog.write_bytes(0, 1);
+            (*backlog.as_ptr()).below = self.top;
+            (*backlog.as_ptr()).add(page.pfn() as u64);
         }
         self.top = Some(page);
     }
 
     /// Returns the range on top, if there is one.
     pub(crate) fn top(&self) -> Option<PfnRange> {
-        // SAFETY: By the type invariants the last range is initialised.
-        self.last().map(|(_, last)| unsafe { *last })
+        // SAFETY: By the type invariants the stack owns the page, whose content is a `Backlog`.
+        unsafe { self.backlog()?.as_ref() }.last()
     }
 
     /// Takes up to `max` pages off the range on top; `None` if there are none, or if `max` is 0.
     pub(crate) fn take(&mut self, max: u64) -> Option<PfnRange> {
-        let whole = self.top()?;
-        let taken = PfnRange::new(whole.first(), whole.len().min(max))?;
-        let (header, last) = self.last()?;
+        let backlog = self.backlog_mut()?;
+        let range = backlog.last()?;
+        let taken = PfnRange::new(range.first(), range.len().min(max))?;
 
-        // SAFETY: By the type invariants the stack owns the page on top.
-        //
-        // INVARIANT: When the last range of a page is taken, the page leaves the stack.
-        unsafe {
-            if let Some(rest) = PfnRange::new(taken.end(), whole.len() - taken.len()) {
-                *last = rest;
-                return Some(taken);
-            }
+        if let Some(rest) = PfnRange::new(taken.end(), range.len() - taken.len()) {
+            backlog.set_last(rest);
+            return Some(taken);
+        }
+        backlog.len -= 1;
+        if backlog.len == 0 {
+            let below = backlog.below;
+            let top = mem::replace(&mut self.top, below);
 
-            (*header).len -= 1;
-            if (*header).len == 0 {
-                let below = (*header).below;
-                let top = core::mem::replace(&mut self.top, below);
-
-                drop(top.map(|page| Single::new(page)));
-            }
+            // INVARIANT: A page without ranges leaves the stack.
+            //
+            // SAFETY: By the type invariants the page is of order 0, and was ours.
+            drop(top.map(|page| unsafe { Single::from_page(page) }));
         }
         Some(taken)
     }

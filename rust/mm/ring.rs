@@ -6,13 +6,7 @@
 
 use crate::rust::{
     bindings,
-    mm::{
-        owned::{
-            Block,
-            Single, //
-        },
-        page::Page, //
-    }, //
+    mm::page::Page, //
 };
 
 use core::{
@@ -35,30 +29,6 @@ pub(in crate::rust) unsafe trait Linked {
     ///
     /// The page must come from there, and the result is the only one.
     unsafe fn from_page(page: Page) -> Self;
-}
-
-// SAFETY: A page of order 0 that is allocated is on no other list.
-unsafe impl Linked for Single {
-    fn into_page(self) -> Page {
-        self.into_page()
-    }
-
-    unsafe fn from_page(page: Page) -> Self {
-        // SAFETY: By the requirements of this function.
-        unsafe { Self::new(page) }
-    }
-}
-
-// SAFETY: A block that is allocated is on no other list.
-unsafe impl Linked for Block {
-    fn into_page(self) -> Page {
-        self.into_page()
-    }
-
-    unsafe fn from_page(page: Page) -> Self {
-        // SAFETY: By the requirements of this function.
-        unsafe { Self::from_page(page) }
-    }
 }
 
 /// Makes `next` the successor of `prev`.
