@@ -10,23 +10,16 @@ use crate::{
         mm::memory,
         virtio::{
             self,
-            Feature,
-            Field, //
+            Feature, //
         },
         virtio_balloon::{
             ACTUAL,
-            F_DEFLATE_ON_OOM,
-            F_FREE_PAGE_HINT,
             F_HOST_REQUESTS,
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
             F_PAGE_SETS,
             F_REPORTING,
-            F_STATS_VQ,
-            F_STOP_REASON,
-            HINT_ID,
-            POISON_VAL,
-            STOP_REASON, //
+            KNOWN, //
         }, //
     }, //
 };
@@ -36,39 +29,6 @@ use kernel::{
     fmt,
     prelude::*, //
 };
-
-/// A feature that the driver knows.
-struct Known {
-    feature: Feature,
-    /// What it is called in the log.
-    words: &'static str,
-    /// The field of the configuration space that comes with it.
-    field: Option<Field<u32>>,
-}
-
-const fn known(feature: Feature, words: &'static str, field: Option<Field<u32>>) -> Known {
-    Known {
-        feature,
-        words,
-        field,
-    }
-}
-
-/// All features that the driver knows.
-const KNOWN: [Known; 9] = [
-    known(F_MUST_TELL_HOST, "the host is told first", None),
-    known(F_STATS_VQ, "statistics", None),
-    known(F_DEFLATE_ON_OOM, "deflate on OOM", None),
-    known(F_FREE_PAGE_HINT, "free page hinting", Some(HINT_ID)),
-    known(F_PAGE_POISON, "page poison", Some(POISON_VAL)),
-    known(F_REPORTING, "free page reporting", None),
-    known(F_STOP_REASON, "stop reasons", Some(STOP_REASON)),
-    known(F_PAGE_SETS, "page sets", None),
-    known(F_HOST_REQUESTS, "host requests", None),
-];
-
-/// Those of the extended protocol.
-const EXTENSIONS: [Feature; 3] = [F_STOP_REASON, F_PAGE_SETS, F_HOST_REQUESTS];
 
 /// The bits of all features that the driver knows.
 pub(crate) const FEATURES: [Feature; KNOWN.len()] = {
@@ -99,9 +59,10 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
         features.clear(F_PAGE_SETS);
     }
     if !features.has(Feature::VERSION_1) {
-        for extension in EXTENSIONS {
-            features.clear(extension);
-        }
+        KNOWN
+            .iter()
+            .filter(|known| known.is_extension)
+            .for_each(|known| features.clear(known.feature));
     }
 
     let mut fields = KNOWN
@@ -142,7 +103,7 @@ pub(crate) struct NegotiatedFeatures<'a, 'b>(pub(crate) &'a virtio::Device<Core<
 impl fmt::Display for NegotiatedFeatures<'_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("inflate and deflate")?;
-        for known in &KNOWN {
+        for known in KNOWN {
             if self.0.has_feature(known.feature) {
                 write!(f, ", {}", known.words)?;
             }

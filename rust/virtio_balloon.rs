@@ -24,27 +24,58 @@ use kernel::transmute::{
 /// The devices: memory balloons of any vendor.
 pub(crate) const DEVICE_ID: DeviceId = DeviceId::any_vendor(bindings::VIRTIO_ID_BALLOON);
 
-/// The device wants statistics.
-pub(crate) const F_STATS_VQ: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_STATS_VQ }>();
+/// A feature that the driver knows.
+pub(crate) struct Known {
+    pub(crate) feature: Feature,
+    /// What it is called in the log.
+    pub(crate) words: &'static str,
+    /// The field of the configuration space that comes with it.
+    pub(crate) field: Option<Field<u32>>,
+    /// Whether it belongs to the extended protocol (docs/protocol.md).
+    pub(crate) is_extension: bool,
+}
 
-/// Pages may be used only after the device has been told, and has answered.
-pub(crate) const F_MUST_TELL_HOST: Feature =
-    Feature::new::<{ bindings::VIRTIO_BALLOON_F_MUST_TELL_HOST }>();
+/// Defines the features, and the list of all: so a feature that has a name is negotiated.
+macro_rules! features {
+    ($(
+        $(#[$doc:meta])*
+        $name:ident = $bit:ident, $words:literal, $field:expr, $is_extension:literal;
+    )*) => {
+        $(
+            $(#[$doc])*
+            pub(crate) const $name: Feature = Feature::new::<{ bindings::$bit }>();
+        )*
 
-/// The balloon may be deflated below the target to keep the guest from running out of memory.
-pub(crate) const F_DEFLATE_ON_OOM: Feature =
-    Feature::new::<{ bindings::VIRTIO_BALLOON_F_DEFLATE_ON_OOM }>();
+        /// All features that the driver knows.
+        pub(crate) const KNOWN: &[Known] = &[$(Known {
+            feature: $name,
+            words: $words,
+            field: $field,
+            is_extension: $is_extension,
+        }),*];
+    };
+}
 
-/// The device wants to know what is in free pages.
-pub(crate) const F_PAGE_POISON: Feature =
-    Feature::new::<{ bindings::VIRTIO_BALLOON_F_PAGE_POISON }>();
-
-/// The device wants to know of free pages.
-pub(crate) const F_REPORTING: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_REPORTING }>();
-
-/// The device wants to be given free pages for a while, so that a migration can leave them out.
-pub(crate) const F_FREE_PAGE_HINT: Feature =
-    Feature::new::<{ bindings::VIRTIO_BALLOON_F_FREE_PAGE_HINT }>();
+features! {
+    /// Pages may be used only after the device has been told, and has answered.
+    F_MUST_TELL_HOST = VIRTIO_BALLOON_F_MUST_TELL_HOST, "the host is told first", None, false;
+    /// The device wants statistics.
+    F_STATS_VQ = VIRTIO_BALLOON_F_STATS_VQ, "statistics", None, false;
+    /// The balloon may be deflated below the target to keep the guest from running out of memory.
+    F_DEFLATE_ON_OOM = VIRTIO_BALLOON_F_DEFLATE_ON_OOM, "deflate on OOM", None, false;
+    /// The device wants to be given free pages for a while, so that a migration can leave them out.
+    F_FREE_PAGE_HINT = VIRTIO_BALLOON_F_FREE_PAGE_HINT, "free page hinting", Some(HINT_ID), false;
+    /// The device wants to know what is in free pages.
+    F_PAGE_POISON = VIRTIO_BALLOON_F_PAGE_POISON, "page poison", Some(POISON_VAL), false;
+    /// The device wants to know of free pages.
+    F_REPORTING = VIRTIO_BALLOON_F_REPORTING, "free page reporting", None, false;
+    /// The device wants to know why the balloon is smaller than it should be.
+    F_STOP_REASON = VIRTIO_BALLOON_F_STOP_REASON, "stop reasons", Some(STOP_REASON), true;
+    /// The device takes page sets in place of arrays of page frame numbers.
+    F_PAGE_SETS = VIRTIO_BALLOON_F_PAGE_SETS, "page sets", None, true;
+    /// The device sends requests.
+    F_HOST_REQUESTS = VIRTIO_BALLOON_F_HOST_REQUESTS, "host requests", None, true;
+}
 
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;
@@ -75,12 +106,7 @@ pub(crate) const HINT_DONE: u32 = bindings::VIRTIO_BALLOON_CMD_ID_DONE;
 pub(crate) const POISON_VAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, poison_val));
 
-/// The device wants to know why the balloon is smaller than it should be. An extension, as is the
-/// field.
-pub(crate) const F_STOP_REASON: Feature =
-    Feature::new::<{ bindings::VIRTIO_BALLOON_F_STOP_REASON }>();
-
-/// Why the balloon is smaller than the target: one of [`stop_reason`].
+/// Why the balloon is smaller than the target: one of [`stop_reason`]. An extension.
 pub(crate) const STOP_REASON: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_ext_config, stop_reason));
 
@@ -99,13 +125,6 @@ pub(crate) mod stop_reason {
     /// The guest's administrator does not want it.
     pub(crate) const EXCLUDED: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_EXCLUDED;
 }
-
-/// The device takes page sets in place of arrays of page frame numbers. An extension.
-pub(crate) const F_PAGE_SETS: Feature = Feature::new::<{ bindings::VIRTIO_BALLOON_F_PAGE_SETS }>();
-
-/// The device sends requests. An extension.
-pub(crate) const F_HOST_REQUESTS: Feature =
-    Feature::new::<{ bindings::VIRTIO_BALLOON_F_HOST_REQUESTS }>();
 
 /// A request of the device. Little-endian.
 pub(crate) use bindings::virtio_balloon_request as Request;
