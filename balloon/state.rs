@@ -35,6 +35,7 @@ use crate::{
         timeouts, //
     },
     messages::{
+        balloon_page,
         message::MessageQueue,
         negotiated::Negotiated, //
     },
@@ -303,7 +304,7 @@ impl Balloon {
 
     /// The device's target, in kernel pages, as it was read last.
     pub(crate) fn host_target(&self) -> usize {
-        target::pages(self.worker.lock().wanted)
+        balloon_page::pages(self.worker.lock().wanted)
     }
 
     /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
@@ -376,7 +377,7 @@ impl Balloon {
         if self.giving_back.load(Relaxed) || !self.settings.inflate() {
             0
         } else {
-            target::pages(worker.wanted)
+            balloon_page::pages(worker.wanted)
         }
     }
 
@@ -412,7 +413,7 @@ impl Balloon {
     /// Tells the device the balloon's size, and why it goes no further with `step`, as far as that
     /// has changed. For when the device has just shown that it is alive.
     pub(super) fn report(&self, worker: &mut Worker, step: Step) -> Result {
-        let actual = target::balloon_pages(self.size());
+        let actual = balloon_page::balloon_pages(self.size());
 
         if worker.actual != Some(actual) {
             worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;

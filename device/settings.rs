@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::target,
     bitmap::Encoding,
     rust::mm::memory, //
 };
@@ -98,6 +97,31 @@ impl Floor {
     }
 }
 
+/// Returns how many kernel pages a guest needs for itself that has `present` in all: 8 MiB, and a
+/// part of its memory that becomes smaller with its size. There is room in it for the kernel's notes
+/// (`struct page`) of 14 times as much memory that may be plugged into a guest of 1 GiB.
+pub(crate) fn default_floor(present: usize) -> usize {
+    const MIB: usize = 1 << (20 - PAGE_SHIFT);
+    /// Up to how many MiB the guest needs one part in how many.
+    const PARTS: [(usize, usize); 5] = [
+        (128, 2),
+        (512, 4),
+        (2_048, 8),
+        (8_192, 16),
+        (usize::MAX, 32),
+    ];
+    let mut floor = 8 * MIB;
+    let mut start = 0;
+
+    for (end, parts) in PARTS {
+        let end = end.saturating_mul(MIB).min(present);
+        floor += end.saturating_sub(start) / parts;
+        start = end;
+    }
+
+    floor
+}
+
 /// The settings of a device.
 pub(crate) struct Settings {
     floor_mib: Atomic<i32>,
@@ -132,7 +156,7 @@ impl Settings {
     pub(crate) fn floor_pages(&self) -> usize {
         match usize::try_from(self.floor_mib()) {
             Ok(mib) => mib << (20 - PAGE_SHIFT),
-            Err(_) => target::floor(memory::present_pages()),
+            Err(_) => default_floor(memory::present_pages()),
         }
     }
 

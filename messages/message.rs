@@ -8,9 +8,9 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::target,
     bitmap::Encoding,
     messages::{
+        balloon_page::BALLOON_PAGES_PER_PAGE,
         page_sets,
         pfns,
         runs::{
@@ -40,8 +40,7 @@ use kernel::{
 
 /// How many moves a message names at most: as many pages as fit into one of the base protocol. A
 /// page set has room for more.
-pub(crate) const MIGRATIONS_PER_MESSAGE: usize =
-    pfns::PFNS_PER_MESSAGE / target::BALLOON_PAGES_PER_PAGE;
+pub(crate) const MIGRATIONS_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / BALLOON_PAGES_PER_PAGE;
 
 /// How many messages of the base protocol the device has at most. QEMU reads all that there are in
 /// one go, under a lock that the guest's CPUs need for their timers.

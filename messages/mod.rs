@@ -2,6 +2,7 @@
 
 //! Messages that describe pages to the device.
 
+pub(crate) mod balloon_page;
 pub(crate) mod message;
 pub(crate) mod negotiated;
 pub(crate) mod page_sets;

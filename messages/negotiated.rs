@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::target,
+    messages::balloon_page,
     rust::{
         virtio,
         virtio_balloon, //
@@ -47,7 +47,7 @@ impl Negotiated {
     pub(crate) fn end(self) -> u64 {
         match self.page_sets {
             true => u64::MAX,
-            false => target::END,
+            false => balloon_page::END,
         }
     }
 

@@ -7,8 +7,13 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::target,
-    messages::runs::Runs,
+    messages::{
+        balloon_page::{
+            balloon_pfns,
+            BALLOON_PAGES_PER_PAGE, //
+        },
+        runs::Runs, //
+    },
     rust::virtio::ByteOrder, //
 };
 
@@ -29,14 +34,14 @@ pub(crate) const PFNS_PER_MESSAGE: usize = 256;
 /// `runs`.
 pub(crate) fn write(array: &mut KVec<u32>, order: ByteOrder, runs: &mut impl Runs) -> Result {
     while let Some(run) = runs.first() {
-        let room = PFNS_PER_MESSAGE.saturating_sub(array.len()) / target::BALLOON_PAGES_PER_PAGE;
+        let room = PFNS_PER_MESSAGE.saturating_sub(array.len()) / BALLOON_PAGES_PER_PAGE;
         let named = run.len().min(room as u64);
         if named == 0 {
             break;
         }
 
         for pfn in run.first()..run.first() + named {
-            for balloon_pfn in target::balloon_pfns(pfn)? {
+            for balloon_pfn in balloon_pfns(pfn)? {
                 array
                     .push_within_capacity(order.to_device32(balloon_pfn))
                     .map_err(|_| ENOSPC)?;

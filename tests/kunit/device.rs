@@ -3,14 +3,12 @@
 //! The whole driver on a device in the kernel, which can do what no real device does.
 
 use crate::{
-    balloon::{
-        resize::PAGES_PER_RUN,
-        target::BALLOON_PAGES_PER_PAGE, //
-    },
+    balloon::resize::PAGES_PER_RUN,
     features::stats::{
         collect,
         new_buffer, //
     },
+    messages::balloon_page::BALLOON_PAGES_PER_PAGE,
     rust::{
         mm::{
             drain,

@@ -13,15 +13,15 @@ use super::device::{
     INFLATE, //
 };
 use crate::{
-    balloon::{
-        state::Balloon,
-        target::{
-            self,
-            BALLOON_PAGES_PER_PAGE, //
-        }, //
-    },
+    balloon::state::Balloon,
     device::announced,
-    messages::negotiated::Negotiated,
+    messages::{
+        balloon_page::{
+            balloon_pfns,
+            BALLOON_PAGES_PER_PAGE, //
+        },
+        negotiated::Negotiated, //
+    },
     rust::{
         fs::file,
         mm::{
@@ -385,7 +385,7 @@ mod tests {
             assert!(!negotiated(page_sets).can_describe(end));
         }
         let end = negotiated(false).end();
-        assert!(target::balloon_pfns(end - 1).is_ok() && target::balloon_pfns(end).is_err());
+        assert!(balloon_pfns(end - 1).is_ok() && balloon_pfns(end).is_err());
         if has_none() {
             return Ok(());
         }

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::balloon::target::{
-    balloon_pages,
-    balloon_pfns,
-    floor,
-    pages,
-    part,
-    Step, //
-    BALLOON_PAGES_PER_PAGE,
+use crate::{
+    balloon::target::{
+        part,
+        Step, //
+    },
+    device::settings::default_floor,
+    messages::balloon_page::{
+        balloon_pages,
+        balloon_pfns,
+        pages,
+        BALLOON_PAGES_PER_PAGE, //
+    }, //
 };
 
 use kernel::{
@@ -75,9 +79,9 @@ mod tests {
             (32_768, 1_512),
             (1 << 20, 488 + (1 << 15)),
         ] {
-            assert_eq!(floor(mib(present)), mib(left));
+            assert_eq!(default_floor(mib(present)), mib(left));
         }
-        assert!(floor(usize::MAX) < usize::MAX);
+        assert!(default_floor(usize::MAX) < usize::MAX);
     }
 
     #[test]
