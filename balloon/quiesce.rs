@@ -7,10 +7,12 @@
 use crate::{
     balloon::state::{
         mib,
-        Balloon, //
+        Balloon,
+        Worker, //
     },
     device::timeouts,
     rust::work::{
+        poll::poll,
         task::Task,
         wakeup::Signal, //
     }, //
@@ -20,7 +22,6 @@ use kernel::{
     prelude::*,
     sync::atomic::Relaxed,
     time::{
-        delay::fsleep,
         Instant,
         Monotonic, //
     }, //
@@ -60,30 +61,34 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     let mut worker = task.worker.lock();
     worker.progress = Instant::now();
 
-    while let Ok(again) = task.advance(&mut worker) {
-        if task.pages.len() == 0
-            && worker.inflate.in_flight() == 0
-            && !task.deflate.lock().is_pending()
-        {
-            break;
+    // What can be done at once is not waited for.
+    let advance = || loop {
+        match task.advance(&mut worker) {
+            Err(_) => return Some(Ok(())),
+            Ok(_) if is_over(task, &worker) => return Some(Ok(())),
+            Ok(_) if worker.progress.elapsed() > timeouts::UNRESPONSIVE => {
+                return Some(Err(ETIMEDOUT))
+            }
+            Ok(Some(0)) if begin.elapsed() <= timeouts::TEARDOWN => (),
+            Ok(_) => return None,
         }
+    };
+    let left = timeouts::TEARDOWN - begin.elapsed();
+    let result = poll(timeouts::POLL_INTERVAL, left, advance).unwrap_or(Err(ETIMEDOUT));
 
-        if worker.progress.elapsed() > timeouts::UNRESPONSIVE
-            || begin.elapsed() > timeouts::TEARDOWN
-        {
-            dev_warn!(
-                task.dev,
-                "the device does not answer in time: leaving without it, with {} MiB in the balloon\n",
-                mib(task.pages.len())
-            );
-            return Err(ETIMEDOUT);
-        }
-
-        if again != Some(0) {
-            fsleep(timeouts::POLL_INTERVAL);
-        }
+    if result.is_err() {
+        dev_warn!(
+            task.dev,
+            "the device does not answer in time: leaving without it, with {} MiB in the balloon\n",
+            mib(task.pages.len())
+        );
     }
-    Ok(())
+    result
+}
+
+/// Returns whether the balloon is empty, and the device knows of that.
+fn is_over(task: &Task<Balloon>, worker: &Worker) -> bool {
+    task.pages.len() == 0 && worker.inflate.in_flight() == 0 && !task.deflate.lock().is_pending()
 }
 
 /// Stops all work: the system shuts down.
