@@ -4,12 +4,14 @@
 
 #![forbid(unsafe_code)]
 
+use crate::device::timeouts;
+
 use kernel::time::Msecs;
 
 /// Why the balloon does not grow.
 #[derive(Clone, Copy)]
 pub(crate) enum Cause {
-    /// There was no memory to be had. Worth another try soon: memory comes and goes.
+    /// There was no memory to be had.
     NoMemory,
     /// The guest would have had to kill a process. Memory that is taken too soon is missed again at
     /// once, and the balloon would swing.
@@ -20,8 +22,8 @@ impl Cause {
     /// Returns the lengths of the first and of the longest pause.
     const fn pauses(self) -> (Msecs, Msecs) {
         match self {
-            Self::NoMemory => (200, 30_000),
-            Self::OutOfMemory => (10_000, 300_000),
+            Self::NoMemory => timeouts::NO_MEMORY_PAUSES,
+            Self::OutOfMemory => timeouts::OUT_OF_MEMORY_PAUSES,
         }
     }
 }

@@ -45,10 +45,6 @@ use kernel::{
     }, //
 };
 
-/// How long it takes compaction to come again when more has been moved than the device could be
-/// told of.
-const PAUSE: Delta = Delta::from_micros(200);
-
 /// A page that has taken the place of another one. The numbers are those of kernel pages.
 pub(crate) struct Migration {
     pub(super) new: u64,
@@ -262,6 +258,8 @@ impl PendingMigrations {
 }
 
 impl MigratePage for PendingMigrations {
+    const END_TIMEOUT: Delta = timeouts::MIGRATION_AT_END;
+
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
         // The kernel checks whether an isolated pageblock is free as soon as its last page has moved.
         let is_last = old.is_last_of_isolated();
@@ -306,7 +304,7 @@ impl MigratePage for PendingMigrations {
             self.timeout.poll(|| self.is_settled().then_some(()));
         } else if result.is_err() && may_sleep {
             // Compaction gives up after some tries, which take less time than the device's answer.
-            fsleep(PAUSE);
+            fsleep(timeouts::MIGRATION_RETRY);
         }
 
         result

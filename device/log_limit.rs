@@ -5,14 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+use crate::device::timeouts;
+
 use kernel::time::{
-    Delta,
     Instant,
     Monotonic, //
 };
-
-/// How long it is quiet after a line.
-const INTERVAL: Delta = Delta::from_secs(5);
 
 /// When something was logged.
 pub(crate) struct LogLimit(Option<Instant<Monotonic>>);
@@ -27,7 +25,10 @@ impl LogLimit {
     pub(crate) fn allows(&mut self) -> bool {
         let now = Instant::now();
 
-        if self.0.is_some_and(|last| now - last < INTERVAL) {
+        if self
+            .0
+            .is_some_and(|last| now - last < timeouts::LOG_INTERVAL)
+        {
             return false;
         }
         self.0 = Some(now);

@@ -118,7 +118,12 @@ impl Report for Reports {
         if self.sleeping.load(Acquire) || self.going_offline.load(Acquire) {
             return Err(EBUSY);
         }
-        queue.report_and_wait(&pages, &self.answered, || !self.out_of_time.load(Acquire))?;
+        queue.report_and_wait(
+            &pages,
+            &self.answered,
+            timeouts::MISSED_REPORT_INTERRUPT,
+            || !self.out_of_time.load(Acquire),
+        )?;
         self.reported.add(pages.bytes(), Relaxed);
         Ok(())
     }

@@ -23,6 +23,7 @@ use crate::{
             memory,
             memory_block::{
                 has_virtio_mem,
+                Limits,
                 MemoryBlock,
                 OfflineBlock,
                 Taken, //
@@ -78,6 +79,12 @@ const HOLDS_PER_RUN: usize = 64;
 
 /// What part of a block is worth taking it, as a divisor. The rest is given back.
 const WORTHWHILE: u64 = 8;
+
+/// How long the kernel may try.
+const LIMITS: Limits = Limits {
+    offline: timeouts::OFFLINE,
+    online: timeouts::ONLINE,
+};
 
 /// Takes memory blocks for a task.
 #[pin_data]
@@ -269,7 +276,7 @@ impl Taker {
             Err(_) => return false,
         };
 
-        match block.take(timeouts::OFFLINE, || self.is_more_wanted()) {
+        match block.take(LIMITS, || self.is_more_wanted()) {
             Taken::Pages(pages) => {
                 work.failures = 0;
                 // Others may have taken memory in the meantime. They come first.

@@ -26,21 +26,17 @@ use core::{
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
-    sync::Arc,
-    time::Delta, //
+    sync::Arc, //
 };
 
 /// How many pages (kernel pages) leave a node before it is decided again which node is next: 64 MiB.
 const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How long dropping a balloon waits for pages that are isolated for page migration.
-const MIGRATION_PATIENCE: Delta = Delta::from_millis(2_000);
-
 /// Pages in the balloon, by the nodes that they are on.
 ///
 /// Dropping it frees the pages. The kernel isolates some of them for page migration together with pages
 /// of others, and returns all at the end: as late as when a disk has written one of the others. A
-/// thread waits for that if it takes longer than [`MIGRATION_PATIENCE`].
+/// thread waits for that if it takes longer than [`MigratePage::END_TIMEOUT`].
 ///
 /// # Invariants
 ///
@@ -173,7 +169,7 @@ impl<R: MigratePage> Drop for BalloonPages<R> {
     fn drop(&mut self) {
         let mut nodes = mem::replace(&mut self.nodes, KVec::new());
 
-        let freed = poll::within(MIGRATION_PATIENCE, || {
+        let freed = poll::within(R::END_TIMEOUT, || {
             nodes.retain(|node| !node.free());
             nodes.is_empty().then_some(())
         });

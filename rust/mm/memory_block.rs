@@ -38,17 +38,19 @@ use kernel::{
     time::Msecs, //
 };
 
-/// How long bringing a block online may take before the task gets a signal. The kernel does not look for
-/// signals there: it only writes to the `struct page`s. The limit is there for its end, which clears the
-/// signal flag that a restarted write leaves.
-const ONLINE_PATIENCE: Msecs = 1_000;
-
 /// What makes a block what it was before it went offline.
 const ONLINE_KERNEL: &CStr = c"online_kernel";
 
 /// How many times it is tried while others take memory offline or online. The kernel waits for 5
 /// milliseconds each time.
 const TRIES: usize = 40;
+
+/// How long the kernel may try to take a block offline, and to bring it online.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) offline: Msecs,
+    pub(crate) online: Msecs,
+}
 
 /// A memory block.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,34 +96,36 @@ impl MemoryBlock {
         range_can_be_taken(self.pfns())
     }
 
-    /// Takes the block offline. What is in use of it is moved elsewhere, for which there is as much
-    /// time as `patience` says.
+    /// Takes the block offline. What is in use of it is moved elsewhere.
     ///
     /// # Errors
     ///
     /// What the kernel says.
-    pub(crate) fn take_offline(self, patience: Msecs) -> Result<OfflineBlock> {
+    pub(crate) fn take_offline(self, limits: Limits) -> Result<OfflineBlock> {
         // While the block is offline there may be no memory for this.
         let state = StateFile::open(self)?;
 
-        state.write(c"offline", patience)?;
-        Ok(OfflineBlock(state))
+        state.write(c"offline", limits.offline)?;
+        Ok(OfflineBlock {
+            state,
+            limit: limits.online,
+        })
     }
 
     /// Takes the block, all or nothing, if it `is_wanted` when other devices have taken theirs. What is in
-    /// use of it is moved elsewhere, for which there is as much time as `patience` says.
-    pub(crate) fn take(self, patience: Msecs, is_wanted: impl FnOnce() -> bool) -> Taken {
+    /// use of it is moved elsewhere.
+    pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Taken {
         let turn = Turn::wait();
 
         match is_wanted() {
-            true => self.take_and_write(&turn, patience, ONLINE_KERNEL),
+            true => self.take_and_write(&turn, limits, ONLINE_KERNEL),
             false => Taken::Not(ECANCELED),
         }
     }
 
     /// The same, but with `online` written to the block's file.
-    pub(crate) fn take_and_write(self, turn: &Turn, patience: Msecs, online: &CStr) -> Taken {
-        let block = match self.take_offline(patience) {
+    pub(crate) fn take_and_write(self, turn: &Turn, limits: Limits, online: &CStr) -> Taken {
+        let block = match self.take_offline(limits) {
             Ok(block) => block,
             Err(error) => return Taken::Not(error),
         };
@@ -140,13 +144,19 @@ impl MemoryBlock {
 
 /// A memory block that was taken offline. It can be brought online without allocating anything, apart
 /// from what the kernel allocates itself.
-pub(crate) struct OfflineBlock(StateFile);
+pub(crate) struct OfflineBlock {
+    state: StateFile,
+    /// How long bringing it online may take.
+    limit: Msecs,
+}
 
 impl OfflineBlock {
     /// Makes one of the file at `path`.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-    pub(crate) fn of_file(path: &CStr) -> Result<Self> {
-        Ok(Self(StateFile(WritableFile::open(path)?)))
+    pub(crate) fn of_file(path: &CStr, limit: Msecs) -> Result<Self> {
+        let state = StateFile(WritableFile::open(path)?);
+
+        Ok(Self { state, limit })
     }
 
     /// Brings the block online, as what it was before. Does nothing if it is online, or not there any
@@ -160,7 +170,7 @@ impl OfflineBlock {
     }
 
     fn write(&self, online: &CStr) -> Result {
-        match self.0.write(online, ONLINE_PATIENCE) {
+        match self.state.write(online, self.limit) {
             Err(EINVAL | ENODEV) => Ok(()),
             result => result,
         }
@@ -178,10 +188,10 @@ impl StateFile {
         Ok(Self(WritableFile::open(&path)?))
     }
 
-    /// Writes a state. What takes longer than `patience` ends when it is interrupted.
-    fn write(&self, state: &CStr, patience: Msecs) -> Result {
+    /// Writes a state. What takes longer than `limit` ends when it is interrupted.
+    fn write(&self, state: &CStr, limit: Msecs) -> Result {
         for _ in 0..TRIES {
-            match deadline::limit(patience, || self.0.write(state.to_bytes())) {
+            match deadline::limit(limit, || self.0.write(state.to_bytes())) {
                 Err(ERESTARTNOINTR) => (),
                 result => return result,
             }

@@ -25,7 +25,8 @@ use crate::rust::{
             MigratePage,
             OldPage, //
         }, //
-    }, //
+    },
+    work::poll::within, //
 };
 
 use core::{
@@ -44,10 +45,6 @@ use kernel::{
         },
         Arc,
         SpinLock, //
-    },
-    time::{
-        delay::fsleep,
-        Delta, //
     },
     types::Opaque, //
 };
@@ -396,8 +393,6 @@ impl<R: MigratePage> PinnedDrop for NodePages<R> {
     /// Waits for the pages that are isolated for page migration, which refer to `info`: they, or those
     /// that take their places, return when it ends.
     fn drop(self: Pin<&mut Self>) {
-        while !self.free() {
-            fsleep(Delta::from_millis(1));
-        }
+        while within(R::END_TIMEOUT, || self.free().then_some(())).is_none() {}
     }
 }

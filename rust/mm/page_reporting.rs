@@ -32,9 +32,6 @@ use kernel::{
     types::Opaque, //
 };
 
-/// How long it may take until something is noticed that the device has not interrupted for.
-const LOOK_AGAIN: Msecs = 100;
-
 /// The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size
 /// of a huge page of most hosts. A page block, the kernel's own choice, is that much, or as much as
 /// 512 MiB with pages of 64 KiB.
@@ -170,7 +167,8 @@ pub(crate) struct ReportToken(());
 
 impl Virtqueue<ReportToken> {
     /// Lends `pages` to the device, and waits until it has used them, or for as long as `may_wait`
-    /// returns true. `answered` has to be completed when either has changed.
+    /// returns true. `answered` has to be completed when either has changed. In any case that is
+    /// noticed at intervals of `interval`.
     ///
     /// Until then the device may do anything to the pages, so only a reset ends the wait early: one
     /// that comes from elsewhere, as when the driver is unbound, or one that this does when there
@@ -183,6 +181,7 @@ impl Virtqueue<ReportToken> {
         &mut self,
         pages: &FreePages<'_>,
         answered: &Completion,
+        interval: Msecs,
         may_wait: impl Fn() -> bool,
     ) -> Result {
         // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
@@ -192,7 +191,7 @@ impl Virtqueue<ReportToken> {
         self.kick();
 
         let mut is_used = false;
-        answered.wait_until(LOOK_AGAIN, || {
+        answered.wait_until(interval, || {
             is_used = self.next_used().is_some();
             is_used || self.is_reset() || !may_wait()
         });

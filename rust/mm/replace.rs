@@ -14,10 +14,16 @@ use crate::rust::{
 };
 
 use core::marker::PhantomData;
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::Delta, //
+};
 
 /// What follows compaction when it moves pages of a balloon.
 pub(crate) trait MigratePage: Send + Sync + 'static {
+    /// How long dropping a balloon waits for pages that are isolated for page migration.
+    const END_TIMEOUT: Delta;
+
     /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel
     /// page) to take its place. The old page goes back to the page allocator when this returns and
     /// all its references are gone.

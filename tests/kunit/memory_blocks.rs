@@ -14,7 +14,10 @@ use super::device::{
 };
 use crate::{
     balloon::state::Balloon,
-    device::announced,
+    device::{
+        announced,
+        timeouts, //
+    },
     messages::{
         balloon_page::{
             balloon_pfns,
@@ -34,6 +37,7 @@ use crate::{
                 Pretence, //
             },
             memory_block::{
+                Limits,
                 MemoryBlock,
                 OfflineBlock,
                 Taken, //
@@ -74,13 +78,15 @@ use kernel::{
         delay::fsleep,
         Delta,
         Instant,
-        Monotonic,
-        Msecs, //
+        Monotonic, //
     }, //
 };
 
-/// How long the kernel may try to take a block offline.
-const PATIENCE: Msecs = 1_000;
+/// How long the kernel may try.
+const LIMITS: Limits = Limits {
+    offline: 1_000,
+    online: timeouts::ONLINE,
+};
 
 /// How many blocks the guest has at most.
 const BLOCKS: u64 = 64;
@@ -108,7 +114,7 @@ fn block_bytes() -> u64 {
 
 /// Takes a block, so that no other code has it.
 fn take() -> Result<PageList> {
-    let taken = blocks().find_map(|block| match block.take(PATIENCE, || true) {
+    let taken = blocks().find_map(|block| match block.take(LIMITS, || true) {
         Taken::Pages(pages) => Some(pages),
         _ => None,
     });
@@ -312,7 +318,7 @@ mod tests {
         assert!(in_use.is_some());
 
         // The kernel can move single pages of the balloon, and would, with its locks held.
-        let taken = in_use.map(|block| block.take(PATIENCE, || true));
+        let taken = in_use.map(|block| block.take(LIMITS, || true));
         assert!(matches!(taken, Some(Taken::Not(EPERM))));
         Ok(())
     }
@@ -326,13 +332,13 @@ mod tests {
         assert!(block.is_some());
         let Some(block) = block else { return Ok(()) };
 
-        let taken = block.take_and_write(&Turn::wait(), PATIENCE, c"online_movable");
+        let taken = block.take_and_write(&Turn::wait(), LIMITS, c"online_movable");
         assert!(matches!(taken, Taken::Not(EINVAL)));
-        block.take_offline(PATIENCE)?.bring_online()?;
+        block.take_offline(LIMITS)?.bring_online()?;
         assert_eq!(memory::total_pages(), total);
 
         // And else it is.
-        let taken = block.take(PATIENCE, || true);
+        let taken = block.take(LIMITS, || true);
         assert!(
             matches!(&taken, Taken::Pages(pages) if pages.len() as u64 == MemoryBlock::pages())
         );
@@ -349,7 +355,7 @@ mod tests {
         // The file is opened before the block goes offline, and once is enough.
         let opened = blocks().find_map(|block| {
             let before = file::OPENED.load(Relaxed);
-            let taken = block.take(PATIENCE, || true);
+            let taken = block.take(LIMITS, || true);
 
             matches!(taken, Taken::Pages(_)).then(|| file::OPENED.load(Relaxed) - before)
         });
@@ -437,7 +443,7 @@ mod tests {
         let path = host
             .device
             .path(announced::STOP_REASON.directory, c"floor_mib")?;
-        let block = OfflineBlock::of_file(&path)?;
+        let block = OfflineBlock::of_file(&path, timeouts::ONLINE)?;
         drop(host);
         assert_eq!(block.bring_online(), Ok(()));
         Ok(())

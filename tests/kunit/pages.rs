@@ -1,22 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use super::device::eventually;
-use crate::rust::{
-    mm::{
-        balloon_pages::BalloonPages,
-        batch::Batch,
-        drain,
-        memory,
-        node_pages::ByOrder,
-        page::MAX_ORDER,
-        page_list::PageList,
-        page_run::PageRun,
-        replace::{
-            MigratePage,
-            OldPage, //
-        }, //
-    },
-    this_module, //
+use crate::{
+    device::timeouts,
+    rust::{
+        mm::{
+            balloon_pages::BalloonPages,
+            batch::Batch,
+            drain,
+            memory,
+            node_pages::ByOrder,
+            page::MAX_ORDER,
+            page_list::PageList,
+            page_run::PageRun,
+            replace::{
+                MigratePage,
+                OldPage, //
+            }, //
+        },
+        this_module, //
+    }, //
 };
 
 use core::hint::spin_loop;
@@ -69,6 +72,8 @@ fn blocks(n: usize) -> Result<PageList> {
 struct Fixed;
 
 impl MigratePage for Fixed {
+    const END_TIMEOUT: Delta = timeouts::MIGRATION_AT_END;
+
     fn replace(&self, _old: &OldPage<'_>, _new: u64, _may_sleep: bool) -> Result {
         Err(EAGAIN)
     }
@@ -87,6 +92,8 @@ struct Slow {
 }
 
 impl MigratePage for Arc<Slow> {
+    const END_TIMEOUT: Delta = timeouts::MIGRATION_AT_END;
+
     fn replace(&self, _old: &OldPage<'_>, _new: u64, may_sleep: bool) -> Result {
         if may_sleep {
             self.begun.store(true, Release);
