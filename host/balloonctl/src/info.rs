@@ -2,9 +2,10 @@
 
 //! The state of the balloon and of the guest, as a table.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use balloon_control::{ByQueue, Counters, Encodings, Guest, Info};
+use balloon_control::{ByQueue, Counters, Guest, Info};
 use comfy_table::presets::{NOTHING, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use console::Term;
@@ -53,7 +54,7 @@ fn state(info: &Info) -> Table {
         "Granule",
         &format!("{}, the least that is given back", HumanBytes(info.granule)),
     ]);
-    table.add_row(["Pages", &encodings(counters.encodings)]);
+    table.add_row(["Encodings", &by_name(&counters.encodings)]);
     table.add_row(["Requests", &requests(info)]);
     table.add_row(["Refused", &refused(counters)]);
     table.add_row(["Daemon", &format!("up for {}", duration(info.uptime))]);
@@ -130,13 +131,13 @@ fn driver(guest: &Guest) -> String {
     }
 }
 
-fn encodings(of: Encodings) -> String {
-    format!(
-        "named by {} arrays of numbers, {} lists of ranges, {} bitmaps",
-        HumanCount(of.pfns),
-        HumanCount(of.ranges),
-        HumanCount(of.bitmaps)
-    )
+/// Counts, each with its name.
+fn by_name(counts: &BTreeMap<String, u64>) -> String {
+    let counts: Vec<_> = counts
+        .iter()
+        .map(|(name, times)| format!("{} {name}", HumanCount(*times)))
+        .collect();
+    counts.join(", ")
 }
 
 fn requests(info: &Info) -> String {
@@ -158,12 +159,7 @@ fn refused(counters: &Counters) -> String {
     if counters.refused.is_empty() {
         return "nothing".to_owned();
     }
-    let refused: Vec<_> = counters
-        .refused
-        .iter()
-        .map(|(reason, times)| format!("{} {reason}", HumanCount(*times)))
-        .collect();
-    refused.join(", ")
+    by_name(&counters.refused)
 }
 
 /// What came, how much memory it named, how much was received for that, and the queue.

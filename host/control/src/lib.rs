@@ -15,8 +15,8 @@ mod socket;
 
 pub use client::{Answer, Client, ClientError};
 pub use protocol::{
-    Begun, ByQueue, ControlError, Counters, Encodings, ErrorKind, Guest, HintAction, Info, Metrics,
-    Progress, Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,
+    Begun, ByQueue, ControlError, Counters, ErrorKind, Guest, HintAction, Info, Metrics, Progress,
+    Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,
 };
 pub use server::{Handler, Server, serve};
 pub use size::parse_size;

@@ -10,7 +10,7 @@ mod request;
 mod response;
 mod stats;
 
-pub use counters::{ByQueue, Counters, Encodings, Received};
+pub use counters::{ByQueue, Counters, Received};
 pub use error::{ControlError, ErrorKind};
 pub use info::{Guest, Info, Shortfall};
 pub use progress::{Begun, Progress, Ranges, RequestStatus};

@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use balloon_control::{ByQueue, Counters as Snapshot, Encodings, Received, RequestStatus};
+use balloon_control::{ByQueue, Counters as Snapshot, Received, RequestStatus};
 use balloon_wire::page_set::Encoding;
 use log::warn;
 use strum::VariantArray;
@@ -16,6 +16,9 @@ use crate::kind::{ByKind, Kind};
 
 /// A guest can cause any number of refusals, so each kind is logged once in this time at most.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The name of the encoding that all drivers have, beside those of page sets.
+const PFNS: &str = "pfns";
 
 /// Why something that the guest sent is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, VariantArray)]
@@ -148,10 +151,8 @@ pub struct Counters {
     pub received_answers: Counter,
     /// How many of them were arrays of page frame numbers.
     pub pfns: Counter,
-    /// How many were page sets of ranges.
-    pub ranges: Counter,
-    /// How many were page sets that are bitmaps.
-    pub bitmaps: Counter,
+    /// How many were page sets, by their encoding.
+    page_sets: [Counter; Encoding::ALL.len()],
     refused: [Refused; Refusal::ALL.len()],
     start: Instant,
 }
@@ -178,8 +179,7 @@ impl Default for Counters {
             received: Default::default(),
             received_answers: Counter::default(),
             pfns: Counter::default(),
-            ranges: Counter::default(),
-            bitmaps: Counter::default(),
+            page_sets: Default::default(),
             refused: Default::default(),
             start: Instant::now(),
         }
@@ -216,10 +216,19 @@ impl Counters {
 
     /// Counts a page set.
     pub fn page_set(&self, encoding: Encoding) {
-        match encoding {
-            Encoding::Ranges => self.ranges.add(1),
-            Encoding::Bitmap => self.bitmaps.add(1),
+        if let Some(page_sets) = self.page_sets.get(encoding as usize) {
+            page_sets.add(1);
         }
+    }
+
+    /// How many messages named pages, by their encoding.
+    fn encodings(&self) -> BTreeMap<String, u64> {
+        let names = Encoding::ALL.iter().map(|encoding| encoding.name());
+        let page_sets = names.zip(self.page_sets.iter().map(Counter::get));
+        std::iter::once((PFNS, self.pfns.get()))
+            .chain(page_sets)
+            .map(|(name, times)| (name.to_owned(), times))
+            .collect()
     }
 
     /// For how long there is something to count.
@@ -264,11 +273,7 @@ impl Counters {
                 deflate: deflate.get(),
                 requests: self.received_answers.get(),
             },
-            encodings: Encodings {
-                pfns: self.pfns.get(),
-                ranges: self.ranges.get(),
-                bitmaps: self.bitmaps.get(),
-            },
+            encodings: self.encodings(),
             refused: Refusal::ALL
                 .iter()
                 .map(|&reason| (reason.to_string(), self.refused(reason)))

@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use balloon_control::{Counters, Encodings, Info, Received, Shortfall, Stats, Unit};
+use balloon_control::{Counters, Info, Received, Shortfall, Stats, Unit};
 
 /// Writes the state of a balloon as metrics, with the last sample of the guest's statistics, and the name of the VM
 /// as a label if it has one.
@@ -223,17 +223,13 @@ impl Metrics {
 
     fn by_outcome(&mut self, info: &Info) {
         let counters = &info.counters;
-        let Encodings {
-            pfns,
-            ranges,
-            bitmaps,
-        } = counters.encodings;
+        let encodings = counters.encodings.iter();
         self.many(
             "counter",
             "page_messages_total",
             "Messages that named pages.",
             "encoding",
-            [("pfns", pfns), ("ranges", ranges), ("bitmaps", bitmaps)],
+            encodings.map(|(encoding, &value)| (encoding.as_str(), value)),
         );
         let answered = counters.answered.iter();
         let answered: Vec<_> = answered
@@ -408,10 +404,7 @@ mod tests {
                     reports: 3,
                     ..ByQueue::default()
                 },
-                encodings: Encodings {
-                    bitmaps: 4,
-                    ..Encodings::default()
-                },
+                encodings: [("bitmaps".to_owned(), 4)].into(),
                 refused: [("truncated".to_owned(), 2)].into(),
                 ..Counters::default()
             },

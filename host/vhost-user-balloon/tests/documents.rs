@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The number of queues and the size of the configuration space that documents give QEMU's device are those of the
-//! balloon.
+//! Documents say what the daemon has: the number of queues, the size of the configuration space, the encodings of pages.
 
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use balloon_wire::page_set::Encoding;
 use clap::{CommandFactory, ValueEnum};
+use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::features::{Feature, config_size, offer};
 use vhost_user_balloon::kind::Kind;
 use vhost_user_balloon::options::Options;
@@ -96,6 +97,36 @@ fn both_devices_are_explained() -> Result<(), Box<dyn Error>> {
             howto.contains(&expected),
             "docs/howto-qemu.md lacks '{expected}'"
         );
+    }
+    Ok(())
+}
+
+/// The row of a table that begins with this cell.
+fn row<'a>(document: &'a str, cell: &str) -> &'a str {
+    let mut lines = document.lines();
+    lines
+        .find(|line| line.starts_with(&format!("| `{cell}` |")))
+        .unwrap_or_default()
+}
+
+#[test]
+fn every_encoding_is_documented() -> Result<(), Box<dyn Error>> {
+    let document = |name: &str| {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+        fs::read_to_string(docs.join(name))
+    };
+    let (control, metrics) = (document("control.md")?, document("metrics.md")?);
+    let encodings = Counters::default().snapshot().encodings;
+    assert_eq!(encodings.len(), Encoding::ALL.len() + 1);
+    for name in encodings.keys().map(|name| format!("`{name}`")) {
+        assert!(row(&control, "encodings").contains(&name), "{name}");
+        assert!(row(&metrics, "encoding").contains(&name), "{name}");
+    }
+    let protocol = document("protocol.md")?;
+    for encoding in Encoding::ALL {
+        let name = format!("{encoding:?}").to_uppercase();
+        let value = format!("_{name}` ({})", encoding.number());
+        assert!(row(&protocol, "encoding").contains(&value), "{value}");
     }
     Ok(())
 }

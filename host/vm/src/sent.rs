@@ -2,15 +2,16 @@
 
 //! What a guest has sent to inflate or deflate its balloon.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use anyhow::Result;
-use balloon_control::{Counters, Encodings};
+use anyhow::{Context, Result};
+use balloon_control::Counters;
 
 use crate::guest::Guest;
 
 /// What a guest has sent, as the daemon that has its device counts it.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Sent {
     /// The length of the messages in bytes.
     pub bytes: u64,
@@ -18,8 +19,8 @@ pub struct Sent {
     pub messages: u64,
     /// How many times the device was notified of them.
     pub notifications: u64,
-    /// What they were.
-    pub encodings: Encodings,
+    /// How many there were, by their encoding.
+    encodings: BTreeMap<String, u64>,
 }
 
 impl Guest {
@@ -40,36 +41,46 @@ impl Sent {
             bytes: counters.received.inflate + counters.received.deflate,
             messages: messages.inflate + messages.deflate,
             notifications: notifications.inflate + notifications.deflate,
-            encodings: counters.encodings,
+            encodings: counters.encodings.clone(),
         }
     }
 
+    /// How many messages there were in an encoding.
+    ///
+    /// # Errors
+    ///
+    /// The daemon does not count such messages.
+    pub fn encoded_as(&self, encoding: &str) -> Result<u64> {
+        let messages = self.encodings.get(encoding).copied();
+        messages.with_context(|| format!("the daemon counts no messages as {encoding}"))
+    }
+
     /// What it has sent since it had sent `before`.
-    pub fn since(self, before: Self) -> Self {
-        let (now, then) = (self.encodings, before.encodings);
+    pub fn since(mut self, before: &Self) -> Self {
+        for (encoding, messages) in &mut self.encodings {
+            *messages -= before.encodings.get(encoding).unwrap_or(&0);
+        }
         Self {
             bytes: self.bytes - before.bytes,
             messages: self.messages - before.messages,
             notifications: self.notifications - before.notifications,
-            encodings: Encodings {
-                pfns: now.pfns - then.pfns,
-                ranges: now.ranges - then.ranges,
-                bitmaps: now.bitmaps - then.bitmaps,
-            },
+            encodings: self.encodings,
         }
     }
 }
 
 impl fmt::Display for Sent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let encodings = self.encodings.iter();
+        let encodings: Vec<_> = encodings
+            .map(|(name, messages)| format!("{messages} {name}"))
+            .collect();
         write!(
             f,
-            "{} bytes in {} messages ({} of ranges, {} bitmaps, {} of page frame numbers), {} notifications",
+            "{} bytes in {} messages ({}), {} notifications",
             self.bytes,
             self.messages,
-            self.encodings.ranges,
-            self.encodings.bitmaps,
-            self.encodings.pfns,
+            encodings.join(", "),
             self.notifications
         )
     }

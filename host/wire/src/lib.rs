@@ -94,7 +94,35 @@ mod generated {
 
 #[cfg(test)]
 mod tests {
+    use super::page_set::Encoding;
+    use super::request::Completion;
     use super::*;
+
+    /// The numbers that the header defines below this comment, up to the next empty line.
+    fn defined_below(comment: &str) -> Vec<u32> {
+        const HEADER: &str = include_str!("../../../uapi/linux/virtio_balloon_ext.h");
+        let (_, below) = HEADER.split_once(comment).expect("the header has it");
+        below
+            .lines()
+            .skip(1)
+            .take_while(|line| !line.is_empty())
+            .filter_map(|line| line.strip_prefix("#define ")?.split_whitespace().nth(1))
+            .map(|number| number.parse().expect("it is a number"))
+            .collect()
+    }
+
+    #[test]
+    fn every_value_in_the_header_is_known() {
+        let encodings: Vec<_> = Encoding::ALL.iter().map(|e| e.number()).collect();
+        assert_eq!(defined_below("/* Values of encoding */"), encodings);
+        let statuses = defined_below("/* Values of status */");
+        assert!(statuses.len() > 1, "{statuses:?}");
+        for status in statuses {
+            let completion = [VIRTIO_BALLOON_COMPLETION | (status << 16), 0, 1, 0];
+            let bytes = completion.map(u32::to_le_bytes);
+            assert!(Completion::parse(bytes.as_flattened()).is_ok(), "{status}");
+        }
+    }
 
     #[test]
     fn fields_are_where_the_specification_has_them() {

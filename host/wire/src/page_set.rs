@@ -11,6 +11,7 @@ use std::mem::offset_of;
 use std::ops::Range;
 use std::slice::ChunksExact;
 
+use strum::VariantArray;
 use thiserror::Error;
 
 use crate::{
@@ -89,13 +90,40 @@ pub enum Command {
     UnusedDiscard,
 }
 
-/// How pages are encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How pages are encoded. A device counts page sets for each encoding, and shows the counts by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, VariantArray)]
 pub enum Encoding {
     /// As page frame numbers and numbers of pages.
     Ranges,
     /// As a bit for each page between the first one and the last one.
     Bitmap,
+}
+
+impl Encoding {
+    /// All of them.
+    pub const ALL: &[Self] = Self::VARIANTS;
+
+    /// Its number in the header of a message.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Ranges => VIRTIO_BALLOON_PAGE_SET_RANGES,
+            Self::Bitmap => VIRTIO_BALLOON_PAGE_SET_BITMAP,
+        }
+    }
+
+    /// Its name in counters and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ranges => "ranges",
+            Self::Bitmap => "bitmaps",
+        }
+    }
+
+    fn from_number(number: u8) -> Result<Self, Error> {
+        let mut all = Self::ALL.iter().copied();
+        all.find(|encoding| encoding.number() == number.into())
+            .ok_or(Error::Encoding(number))
+    }
 }
 
 /// A message in which everything is as it should be.
@@ -201,18 +229,14 @@ fn parse_payload(
     if !words.remainder().is_empty() {
         return Err(Error::Truncated);
     }
-    match u32::from(encoding) {
-        VIRTIO_BALLOON_PAGE_SET_RANGES if first_pfn == 0 => {
-            Ok((Encoding::Ranges, Payload::Ranges(words)))
-        }
-        VIRTIO_BALLOON_PAGE_SET_RANGES => Err(Error::Reserved),
-        VIRTIO_BALLOON_PAGE_SET_BITMAP if first_pfn < end => {
-            let bits = Bits::new(first_pfn, words);
-            Ok((Encoding::Bitmap, Payload::Bitmap(bits)))
-        }
-        VIRTIO_BALLOON_PAGE_SET_BITMAP => Err(Error::Overflow),
-        _ => Err(Error::Encoding(encoding)),
-    }
+    let encoding = Encoding::from_number(encoding)?;
+    let payload = match encoding {
+        Encoding::Ranges if first_pfn == 0 => Payload::Ranges(words),
+        Encoding::Ranges => return Err(Error::Reserved),
+        Encoding::Bitmap if first_pfn < end => Payload::Bitmap(Bits::new(first_pfn, words)),
+        Encoding::Bitmap => return Err(Error::Overflow),
+    };
+    Ok((encoding, payload))
 }
 
 /// The next word of a payload.

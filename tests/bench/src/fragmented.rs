@@ -65,7 +65,7 @@ fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Resul
         let load = guest.fragment()?;
         guest.insmod(driver, &[driver.low_floor(), parameters].concat())?;
         let mut run = measure(guest, || contestant.inflate(guest, AMOUNT))?;
-        if let Some(sent) = run.sent {
+        if let Some(sent) = &run.sent {
             let bits = (sent.bytes * 8) as f64;
             run.bits_per_page = Some(bits / guest.balloon_stretch()? as f64);
         }

@@ -151,8 +151,8 @@ impl Record {
             guest_mib: subject.memory.as_mib(),
             amount_mib: subject.amount.as_mib(),
             seconds: runs.iter().map(|run| seconds(run.took)).collect(),
-            wire_bytes: whole(&|run| Some(run.sent?.bytes)),
-            notifications: whole(&|run| Some(run.sent?.notifications)),
+            wire_bytes: whole(&|run| Some(run.sent.as_ref()?.bytes)),
+            notifications: whole(&|run| Some(run.sent.as_ref()?.notifications)),
             host_cpu_s: median(&|run| run.host_cpu.map(seconds)),
             guest_cpu_s: median(&|run| run.guest_cpu.map(seconds)),
             transferred_mib: whole(&|run| Some(run.transferred?.as_mib())),
@@ -214,7 +214,7 @@ pub fn measure(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result
         took,
         sent: sent()
             .zip(sent_before)
-            .map(|(now, before)| now.since(before)),
+            .map(|(now, before)| now.since(&before)),
         host_cpu: Some(host_cpu),
         guest_cpu: Some(guest_cpu),
         ..Run::default()

@@ -48,7 +48,7 @@ impl Costs {
         let (sent_before, discards_before) = (guest.sent()?, discards()?);
         let (_, allocations) =
             guest.trace_allocations(setup.driver, || guest.balloon().settle(size))?;
-        let sent = guest.sent()?.since(sent_before);
+        let sent = guest.sent()?.since(&sent_before);
         Ok(Self {
             bytes: sent.bytes,
             notifications: sent.notifications,

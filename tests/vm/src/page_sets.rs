@@ -46,7 +46,7 @@ fn encodings(setup: &Setup) -> Result<()> {
         let size = guest.free()?.saturating_sub(Size::mib(256));
         let before = guest.sent()?;
         guest.balloon().settle(size)?;
-        Ok((size, guest.sent()?.since(before)))
+        Ok((size, guest.sent()?.since(&before)))
     };
     let fresh = vm::run(&config, |guest| {
         guest.insmod(Driver::Rust, Driver::Rust.low_floor())?;
@@ -63,19 +63,19 @@ fn encodings(setup: &Setup) -> Result<()> {
         inflate(guest)
     })?;
     for (guest, (size, sent)) in [
-        ("fresh", fresh),
-        ("fragmented", fragmented),
-        ("long-running", long_running),
+        ("fresh", &fresh),
+        ("fragmented", &fragmented),
+        ("long-running", &long_running),
     ] {
         setup.note(format!("{size} of a {guest} guest: {sent}"));
     }
     let (fresh, fragmented) = (fresh.1, fragmented.1);
     ensure!(
-        fresh.encodings.bitmaps == 0,
+        fresh.encoded_as("bitmaps")? == 0,
         "a fresh guest sends bitmaps: {fresh}"
     );
     ensure!(
-        fragmented.encodings.bitmaps > fragmented.encodings.ranges,
+        fragmented.encoded_as("bitmaps")? > fragmented.encoded_as("ranges")?,
         "a fragmented guest sends hardly any bitmaps: {fragmented}"
     );
     Ok(())

@@ -48,8 +48,8 @@ pub struct Counters {
     pub notifications: ByQueue,
     /// How much was received to name pages, in bytes.
     pub received: Received,
-    /// How many messages named pages, by how they did.
-    pub encodings: Encodings,
+    /// How many messages named pages, by their encoding: `pfns` are arrays of page frame numbers, the others page sets.
+    pub encodings: BTreeMap<String, u64>,
     /// How many messages were refused, by the reason.
     pub refused: BTreeMap<String, u64>,
 }
@@ -103,15 +103,4 @@ pub struct Received {
     pub deflate: u64,
     /// Of the queue for host requests, in bytes.
     pub requests: u64,
-}
-
-/// How many messages named pages, by how they did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Encodings {
-    /// Arrays of page frame numbers.
-    pub pfns: u64,
-    /// Page sets of ranges.
-    pub ranges: u64,
-    /// Page sets that are bitmaps.
-    pub bitmaps: u64,
 }
