@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt, FdMapping};
+use procfs::process::{MemoryMap, Process};
 
 use crate::config::Config;
 use crate::config::command_line::{AGENT_FD, QMP_FD};
@@ -99,24 +100,22 @@ impl Qemu {
 
     /// How much of the host's memory QEMU has in use.
     pub(crate) fn resident(&self) -> Result<Size> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.and_then(|line| line.split_whitespace().next());
-        Ok(Size::kib(kib.context("QEMU has ended")?.parse()?))
+        let kib = self.process()?.status()?.vmrss;
+        Ok(Size::kib(kib.context("QEMU has ended")?))
     }
 
     /// How much of the mapping that has just the size of the guest's `memory` is in transparent huge pages.
     pub(crate) fn transparent_huge_pages(&self, memory: Size) -> Result<Size> {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.id()))?;
-        let value = |line: &str, name: &str| -> Option<Size> {
-            let kib = line.strip_prefix(name)?.split_whitespace().next()?;
-            Some(Size::kib(kib.parse().ok()?))
-        };
-        smaps
-            .lines()
-            .skip_while(|line| value(line, "Size:") != Some(memory))
-            .find_map(|line| value(line, "AnonHugePages:"))
-            .context("QEMU has no mapping of the guest's memory")
+        let maps = self.process()?.smaps()?;
+        let size = |map: &MemoryMap| Size::bytes(map.address.1 - map.address.0);
+        let mapping = maps.iter().find(|map| size(map) == memory);
+        let huge = mapping.and_then(|map| map.extension.map.get("AnonHugePages"));
+        let bytes = huge.context("QEMU has no mapping of the guest's memory")?;
+        Ok(Size::bytes(*bytes))
+    }
+
+    fn process(&self) -> Result<Process> {
+        Ok(Process::new(self.id().try_into()?)?)
     }
 
     /// The number of the process.

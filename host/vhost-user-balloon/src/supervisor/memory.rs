@@ -2,12 +2,12 @@
 
 //! The guest's memory, as the front end's messages describe it.
 
-use std::fs;
-use std::io;
 use std::os::unix::net::UnixStream;
 
+use anyhow::Result;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use procfs::process::{MMPermissions, MemoryMaps, Process};
 
 use crate::message::{Message, request};
 
@@ -50,22 +50,17 @@ pub(super) fn regions(message: &Message) -> impl Iterator<Item = Region> {
 /// # Errors
 ///
 /// The front end's mappings cannot be read: its process belongs to another user, or to another namespace.
-pub(super) fn is_private(frontend: &UnixStream, message: &Message) -> io::Result<bool> {
+pub(super) fn is_private(frontend: &UnixStream, message: &Message) -> Result<bool> {
     let peer = getsockopt(frontend, PeerCredentials)?;
-    let maps = fs::read_to_string(format!("/proc/{}/maps", peer.pid()))?;
+    let maps = Process::new(peer.pid())?.maps()?;
     Ok(regions(message).any(|region| has_private(&maps, region.address)))
 }
 
-/// Whether an address is in a private mapping, by the lines of /proc/PID/maps: start, end and permissions of
-/// each mapping.
-fn has_private(maps: &str, address: u64) -> bool {
-    maps.lines().any(|line| {
-        let mut words = line.split_whitespace();
-        let (range, permissions) = (words.next(), words.next());
-        let bounds = range.and_then(|range| range.split_once('-'));
-        let number = |text| u64::from_str_radix(text, 16).unwrap_or_default();
-        bounds.is_some_and(|(start, end)| (number(start)..number(end)).contains(&address))
-            && permissions.is_some_and(|permissions| permissions.ends_with('p'))
+/// Whether an address is in a private mapping.
+fn has_private(maps: &MemoryMaps, address: u64) -> bool {
+    maps.iter().any(|map| {
+        let (start, end) = map.address;
+        (start..end).contains(&address) && map.perms.contains(MMPermissions::PRIVATE)
     })
 }
 
@@ -77,17 +72,20 @@ pub(super) fn word(bytes: &[u8], at: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use procfs::FromRead;
+
     use super::*;
     use crate::message::tests::message;
 
     #[test]
     fn private_memory_is_noticed() {
         let maps = "7f0000000000-7f0000002000 rw-s 00000000 00:01 7 /memfd:memory (deleted)\n\
-                    7f0000002000-7f0000003000 rw-p 00000000 00:00 0\n";
-        assert!(!has_private(maps, 0x7f00_0000_0000));
-        assert!(!has_private(maps, 0x7f00_0000_1fff));
-        assert!(has_private(maps, 0x7f00_0000_2000));
-        assert!(!has_private(maps, 0x7f00_0000_3000));
+                    7f0000002000-7f0000003000 rw-p 00000000 00:00 0 \n";
+        let maps = MemoryMaps::from_read(maps.as_bytes()).unwrap();
+        assert!(!has_private(&maps, 0x7f00_0000_0000));
+        assert!(!has_private(&maps, 0x7f00_0000_1fff));
+        assert!(has_private(&maps, 0x7f00_0000_2000));
+        assert!(!has_private(&maps, 0x7f00_0000_3000));
         // This process is its own peer here.
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let stack = std::ptr::from_ref(&maps).addr() as u64;
