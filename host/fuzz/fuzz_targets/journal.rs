@@ -57,7 +57,8 @@ impl Sent {
         let first = self.body.first().copied().unwrap_or_default();
         matches!(
             self.request,
-            8..=14 | request::SET_VRING_ENABLE | request::SET_CONFIG
+            request::SET_VRING_NUM
+                ..=request::SET_VRING_ERR | request::SET_VRING_ENABLE | request::SET_CONFIG
         )
         .then_some(first)
     }
@@ -71,9 +72,15 @@ impl Sent {
                 self.body.get(8..32) == later.body.get(8..32)
             }
             (request::ADD_MEM_REG, _) => false,
-            (8 | 9 | 12 | 13 | 14 | request::SET_VRING_ENABLE, request::GET_VRING_BASE) => {
-                same_queue
-            }
+            (
+                request::SET_VRING_NUM
+                | request::SET_VRING_ADDR
+                | request::SET_VRING_KICK
+                | request::SET_VRING_CALL
+                | request::SET_VRING_ERR
+                | request::SET_VRING_ENABLE,
+                request::GET_VRING_BASE,
+            ) => same_queue,
             (this, later) => this == later && same_queue,
         }
     }

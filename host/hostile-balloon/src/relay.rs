@@ -3,13 +3,14 @@
 //! Between the front end and the vhost-user library, which keeps the socket for the device's own messages to
 //! itself.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 use log::{info, warn};
+use vhost::vhost_user::message::BackendReq;
 use vhost_user_balloon::message::{Message, request};
 
 /// How long the front end may take to hear of a change.
@@ -25,16 +26,16 @@ impl Channel {
     /// QEMU 11.1 does not survive to hear it after the driver has stopped the device: it takes the device's state,
     /// which is gone, for there. So no such message may be on its way then.
     pub(crate) fn config_changed(&self) {
-        // The request, version 1 of the protocol with a wish for an answer, and the size of the rest.
-        const CONFIG_CHANGE: [u32; 3] = [2, 1 | (1 << 3), 0];
         /// A header, and a word that says how it went.
         const ANSWER: usize = 20;
         let Some(mut socket) = self.0.get() else {
             return;
         };
+        let mut change = Message::new(BackendReq::CONFIG_CHANGE_MSG as u32, &[], Vec::new());
+        change.set_wants_answer(true);
         let told = socket
             .set_read_timeout(Some(PATIENCE))
-            .and_then(|()| socket.write_all(&CONFIG_CHANGE.map(u32::to_ne_bytes).concat()))
+            .and_then(|()| change.send(socket))
             .and_then(|()| socket.read_exact(&mut [0; ANSWER]));
         if let Err(error) = told {
             warn!("the front end does not hear of a change: {error}");

@@ -13,6 +13,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use vhost::vhost_user::message::VhostUserHeaderFlag;
 
 /// The size of a message's header in bytes: request, flags, and the size of the rest.
 const HEADER: usize = 12;
@@ -30,51 +31,50 @@ const KERNEL_MAX_DESCRIPTORS: usize = 253;
 /// The space that these take with a message, in bytes.
 const SPACE: usize = rustix::cmsg_space!(ScmRights(KERNEL_MAX_DESCRIPTORS));
 
-/// The flag of a message that is to be answered.
-const NEED_REPLY: u32 = 1 << 3;
-
 /// The front end's requests that mean something here.
 pub mod request {
+    use vhost::vhost_user::message::FrontendReq;
+
     /// The features that the device offers.
-    pub const GET_FEATURES: u32 = 1;
+    pub const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
     /// The features that the driver has accepted.
-    pub const SET_FEATURES: u32 = 2;
+    pub const SET_FEATURES: u32 = FrontendReq::SET_FEATURES as u32;
     /// The memory as a whole.
-    pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
     /// How many descriptors a queue has.
-    pub const SET_VRING_NUM: u32 = 8;
+    pub const SET_VRING_NUM: u32 = FrontendReq::SET_VRING_NUM as u32;
     /// Where a queue's rings are, in the front end's addresses.
-    pub const SET_VRING_ADDR: u32 = 9;
+    pub const SET_VRING_ADDR: u32 = FrontendReq::SET_VRING_ADDR as u32;
     /// The index from which on a queue's available ring is to be read.
-    pub const SET_VRING_BASE: u32 = 10;
+    pub const SET_VRING_BASE: u32 = FrontendReq::SET_VRING_BASE as u32;
     /// The end of a queue, answered with that index.
-    pub const GET_VRING_BASE: u32 = 11;
+    pub const GET_VRING_BASE: u32 = FrontendReq::GET_VRING_BASE as u32;
     /// The event through which the guest tells of messages in a queue.
-    pub const SET_VRING_KICK: u32 = 12;
+    pub const SET_VRING_KICK: u32 = FrontendReq::SET_VRING_KICK as u32;
     /// The event that interrupts the guest.
-    pub const SET_VRING_CALL: u32 = 13;
+    pub const SET_VRING_CALL: u32 = FrontendReq::SET_VRING_CALL as u32;
     /// The event for errors of a queue.
-    pub const SET_VRING_ERR: u32 = 14;
+    pub const SET_VRING_ERR: u32 = FrontendReq::SET_VRING_ERR as u32;
     /// What the protocol can beyond its basics.
-    pub const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub const GET_PROTOCOL_FEATURES: u32 = FrontendReq::GET_PROTOCOL_FEATURES as u32;
     /// The features of the protocol that the front end uses.
-    pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub const SET_PROTOCOL_FEATURES: u32 = FrontendReq::SET_PROTOCOL_FEATURES as u32;
     /// How many queues the device can have.
-    pub const GET_QUEUE_NUM: u32 = 17;
+    pub const GET_QUEUE_NUM: u32 = FrontendReq::GET_QUEUE_NUM as u32;
     /// Whether a queue is in use.
-    pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SET_VRING_ENABLE: u32 = FrontendReq::SET_VRING_ENABLE as u32;
     /// The socket for the device's own messages.
-    pub const SET_BACKEND_REQ_FD: u32 = 21;
+    pub const SET_BACKEND_REQ_FD: u32 = FrontendReq::SET_BACKEND_REQ_FD as u32;
     /// A part of the configuration space.
-    pub const GET_CONFIG: u32 = 24;
+    pub const GET_CONFIG: u32 = FrontendReq::GET_CONFIG as u32;
     /// What the guest has written into it.
-    pub const SET_CONFIG: u32 = 25;
+    pub const SET_CONFIG: u32 = FrontendReq::SET_CONFIG as u32;
     /// How many regions of memory there can be.
-    pub const GET_MAX_MEM_SLOTS: u32 = 36;
+    pub const GET_MAX_MEM_SLOTS: u32 = FrontendReq::GET_MAX_MEM_SLOTS as u32;
     /// A part of the memory.
-    pub const ADD_MEM_REG: u32 = 37;
+    pub const ADD_MEM_REG: u32 = FrontendReq::ADD_MEM_REG as u32;
     /// A part of the memory that is gone.
-    pub const REM_MEM_REG: u32 = 38;
+    pub const REM_MEM_REG: u32 = FrontendReq::REM_MEM_REG as u32;
 }
 
 /// A message.
@@ -171,9 +171,8 @@ impl Message {
 
     /// The answer to a message, with this body.
     pub fn answer(&self, body: &[u8]) -> Self {
-        const REPLY: u32 = 1 << 2;
         let mut answer = Self::new(self.request(), body, Vec::new());
-        answer.set_flag(REPLY, true);
+        answer.set_flag(VhostUserHeaderFlag::REPLY, true);
         answer
     }
 
@@ -257,19 +256,24 @@ impl Message {
 
     /// Whether it wants to be answered: some requests always do, others when this bit is set.
     pub fn wants_answer(&self) -> bool {
-        self.word(4).unwrap_or_default() & NEED_REPLY != 0
+        self.flags().contains(VhostUserHeaderFlag::NEED_REPLY)
     }
 
     /// Asks for an answer, or does not.
     pub fn set_wants_answer(&mut self, wanted: bool) {
-        self.set_flag(NEED_REPLY, wanted);
+        self.set_flag(VhostUserHeaderFlag::NEED_REPLY, wanted);
     }
 
-    fn set_flag(&mut self, flag: u32, set: bool) {
-        let flags = self.word(4).unwrap_or_default();
-        let flags = if set { flags | flag } else { flags & !flag };
+    /// Bits that the library does not know stay.
+    fn flags(&self) -> VhostUserHeaderFlag {
+        VhostUserHeaderFlag::from_bits_retain(self.word(4).unwrap_or_default())
+    }
+
+    fn set_flag(&mut self, flag: VhostUserHeaderFlag, set: bool) {
+        let mut flags = self.flags();
+        flags.set(flag, set);
         if let Some(bytes) = self.bytes.get_mut(4..8) {
-            bytes.copy_from_slice(&flags.to_ne_bytes());
+            bytes.copy_from_slice(&flags.bits().to_ne_bytes());
         }
     }
 

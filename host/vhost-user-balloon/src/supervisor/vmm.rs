@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{MsgFlags, getsockopt, send};
+use vhost::vhost_user::message::BackendReq;
 
 use super::connection::Connection;
 use super::journal::{Journal, has_reply, name, queue};
@@ -184,14 +185,12 @@ impl Vmm {
     /// Tells it that the configuration space has changed, if there is a driver to tell. QEMU does not expect
     /// the message otherwise.
     pub(super) fn config_changed(&self) {
-        // The request, version 1 of the protocol, and the size of the rest.
-        const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
         let Some(channel) = self.journal.channel().filter(|_| self.journal.has_rings(0)) else {
             return;
         };
-        let message = CONFIG_CHANGE.map(u32::to_ne_bytes).concat();
+        let message = Message::new(BackendReq::CONFIG_CHANGE_MSG as u32, &[], Vec::new());
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match send(channel.as_raw_fd(), &message, flags) {
+        match send(channel.as_raw_fd(), message.bytes(), flags) {
             // A full one has enough of these messages in it.
             Ok(_) | Err(Errno::EAGAIN) => {}
             Err(error) => warn!("cannot notify the VMM of a configuration change: {error}"),
