@@ -23,7 +23,7 @@ pub(crate) fn table(stats: &Stats, before: Option<&Stats>) -> String {
     header.extend(before.map(|_| "Change"));
     table.set_header(header);
     for (&stat, &value) in &stats.values {
-        let mut row = vec![stat.to_string(), amount(stat, value)];
+        let mut row = vec![stat.to_string(), amount(stat.unit(), value)];
         row.extend(before.map(|before| change(stat, before.values.get(&stat), value)));
         table.add_row(row);
     }
@@ -66,8 +66,9 @@ pub(crate) fn watch(
     }
 }
 
-fn amount(stat: Stat, value: u64) -> String {
-    match stat.unit() {
+/// A number with its unit.
+pub(crate) fn amount(unit: Unit, value: u64) -> String {
+    match unit {
         Unit::Bytes => HumanBytes(value).to_string(),
         Unit::Times => HumanCount(value).to_string(),
     }
@@ -76,7 +77,7 @@ fn amount(stat: Stat, value: u64) -> String {
 /// How much more or less it is than before, or nothing when it is the same.
 fn change(stat: Stat, before: Option<&u64>, now: u64) -> String {
     let before = before.copied().unwrap_or(now);
-    let difference = amount(stat, now.abs_diff(before));
+    let difference = amount(stat.unit(), now.abs_diff(before));
     match now.cmp(&before) {
         std::cmp::Ordering::Less => format!("-{difference}"),
         std::cmp::Ordering::Equal => String::new(),

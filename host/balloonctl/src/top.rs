@@ -9,9 +9,9 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use balloon_control::{Client, ClientError, Info, Request, Stat, Stats};
+use balloon_control::{Client, ClientError, Info, Request, Stat, Stats, Unit};
 use console::Term;
-use indicatif::{HumanBytes, HumanCount};
+use indicatif::HumanBytes;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style, Stylize};
@@ -22,6 +22,7 @@ use ratatui::widgets::{
 use ratatui::{DefaultTerminal, Frame};
 
 use crate::failure::Failure;
+use crate::stats::amount;
 
 /// How long a key may be without effect.
 const TICK: Duration = Duration::from_millis(100);
@@ -32,8 +33,8 @@ const HISTORY: usize = 512;
 /// How wide an amount is, with its unit and what comes after it.
 const AMOUNT: u16 = 11;
 
-/// The height of what is shown of one VM.
-const DETAILS: u16 = 9;
+/// How wide the statistics of one VM are: names, values and rates.
+const STATISTICS: u16 = 14 + 2 * (AMOUNT + 1);
 
 /// A VM as it was at some moment.
 struct Look {
@@ -81,13 +82,13 @@ impl Rate {
         })
     }
 
-    /// As an amount of memory. Nothing, if it does not change.
-    fn bytes(self) -> String {
-        let bytes = HumanBytes(self.change);
+    /// In this unit. Nothing, if it does not change.
+    fn show(self, unit: Unit) -> String {
+        let change = amount(unit, self.change);
         match self {
             Self { change: 0, .. } => String::new(),
-            Self { shrinks: true, .. } => format!("-{bytes}"),
-            Self { shrinks: false, .. } => format!("+{bytes}"),
+            Self { shrinks: true, .. } => format!("-{change}"),
+            Self { shrinks: false, .. } => format!("+{change}"),
         }
     }
 }
@@ -141,9 +142,10 @@ impl Vm {
             bytes(Some(info.size)),
             bytes(Some(info.target)),
             bytes(look.stat(Stat::AvailableMemory)),
-            self.rate(|look| Some(look.info.size)).map(Rate::bytes),
+            self.rate(|look| Some(look.info.size))
+                .map(|rate| rate.show(Unit::Bytes)),
             self.rate(|look| Some(look.info.counters.discarded))
-                .map(Rate::bytes),
+                .map(|rate| rate.show(Unit::Bytes)),
         ];
         let cells =
             cells.map(|cell| Cell::new(Text::from(cell.unwrap_or_default()).right_aligned()));
@@ -170,28 +172,42 @@ impl Vm {
         }
     }
 
-    /// What the guest has sent, a line for each.
+    /// What the guest has sent, a line for each: its name, its value, and how much that changes in a second.
     fn statistics(&self) -> Vec<Line<'static>> {
         let look = self.looks.as_ref().ok().map(|(look, _)| look);
-        let value = |stat| look.and_then(|look| look.stat(stat));
-        let bytes = |stat| value(stat).map(|bytes| HumanBytes(bytes).to_string());
-        let rate = |stat| self.rate(|look| look.stat(stat));
-        let times = |stat| rate(stat).map(|rate| HumanCount(rate.change).to_string());
-        [
-            ("free", bytes(Stat::FreeMemory)),
-            ("caches", bytes(Stat::DiskCaches)),
-            ("swap in/s", rate(Stat::SwapIn).map(Rate::bytes)),
-            ("swap out/s", rate(Stat::SwapOut).map(Rate::bytes)),
-            ("major faults/s", times(Stat::MajorFaults)),
-            ("alloc stalls/s", times(Stat::AllocStalls)),
-            (
-                "OOM kills",
-                value(Stat::OomKills).map(|kills| HumanCount(kills).to_string()),
-            ),
-        ]
-        .map(|(what, value)| Line::from(format!("{what:<14}{:>12}", value.unwrap_or_default())))
-        .to_vec()
+        let line = |stat: Stat| {
+            let value = look.and_then(|look| look.stat(stat));
+            let value = value.map(|value| amount(stat.unit(), value));
+            let rate = self.rate(|look| look.stat(stat));
+            let rate = rate.map(|rate| rate.show(stat.unit()));
+            let (value, rate) = (value.unwrap_or_default(), rate.unwrap_or_default());
+            let width = usize::from(AMOUNT + 1);
+            Line::from(format!("{stat:<14}{value:>width$}{rate:>width$}"))
+        };
+        shown().map(line).collect()
     }
+}
+
+/// The statistics that say how a guest is. There is no room for all of them.
+fn shown() -> impl Iterator<Item = Stat> {
+    Stat::ALL.iter().copied().filter(|stat| match stat {
+        Stat::SwapIn
+        | Stat::SwapOut
+        | Stat::MajorFaults
+        | Stat::FreeMemory
+        | Stat::DiskCaches
+        | Stat::OomKills
+        | Stat::AllocStalls => true,
+        // The table of all VMs has these.
+        Stat::TotalMemory | Stat::AvailableMemory => false,
+        Stat::MinorFaults
+        | Stat::HugetlbAllocations
+        | Stat::HugetlbFailures
+        | Stat::AsyncScans
+        | Stat::DirectScans
+        | Stat::AsyncReclaims
+        | Stat::DirectReclaims => false,
+    })
 }
 
 /// All that is shown.
@@ -209,9 +225,11 @@ impl Top {
     }
 
     fn draw(&mut self, frame: &mut Frame<'_>) {
+        // With a line above and below.
+        let details = u16::try_from(shown().count() + 2).unwrap_or(u16::MAX);
         let [table, details, help] = Layout::vertical([
             Constraint::Min(3),
-            Constraint::Length(DETAILS),
+            Constraint::Length(details),
             Constraint::Length(1),
         ])
         .areas(frame.area());
@@ -260,9 +278,10 @@ fn draw_details(vm: &Vm, frame: &mut Frame<'_>, area: Rect) {
     let block = Block::bordered().title(format!(" {}: {} ", vm.name, vm.state()));
     let inside = block.inner(area);
     frame.render_widget(block, area);
-    let [history, statistics] = Layout::horizontal([Constraint::Fill(1), Constraint::Length(27)])
-        .spacing(1)
-        .areas(inside);
+    let [history, statistics] =
+        Layout::horizontal([Constraint::Fill(1), Constraint::Length(STATISTICS)])
+            .spacing(1)
+            .areas(inside);
     let memory = vm
         .looks
         .as_ref()
@@ -449,7 +468,7 @@ mod tests {
             "{lines:#?}"
         );
         assert!(
-            lines[9].contains("swap in/s") && lines[9].contains("+1.00 MiB"),
+            lines[7].contains("swap-in          10.00 MiB   +1.00 MiB"),
             "{lines:#?}"
         );
 
@@ -477,7 +496,7 @@ mod tests {
         let rate = |before, now| {
             Rate::new(before, now, Duration::from_secs(2))
                 .unwrap()
-                .bytes()
+                .show(Unit::Bytes)
         };
         assert_eq!(rate(0, 2 << 20), "+1.00 MiB");
         assert_eq!(rate(2 << 20, 0), "-1.00 MiB");
