@@ -5,23 +5,22 @@
 
 #![no_main]
 
-use std::sync::Mutex;
-
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use fuzz::{Guest, Input};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
 use vhost_user_balloon::hinting::{Hinting, Hints};
+use vhost_user_balloon::sync::{Mutex, lock};
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {
         return;
     };
     let mut guest = Guest::new(input);
-    let shared = Mutex::new(Hints::default());
+    let shared = Mutex::<Hints>::default();
     let counters = Counters::default();
     for step in input.word.to_le_bytes() {
-        let mut hints = shared.lock().expect("no panic before");
+        let mut hints = lock(&shared);
         match step % 8 {
             0 => hints.start(),
             1 => hints.stop(),
@@ -45,9 +44,7 @@ fuzz_target!(|data: &[u8]| {
         assert!(hinted - before <= named);
         // Nothing is hinted without a command.
         let idle = [VIRTIO_BALLOON_CMD_ID_STOP, VIRTIO_BALLOON_CMD_ID_DONE];
-        assert!(
-            hinted == before || !idle.contains(&shared.lock().expect("no panic before").command())
-        );
+        assert!(hinted == before || !idle.contains(&lock(&shared).command()));
     }
     guest.check_holes(0);
 });

@@ -6,8 +6,6 @@
 
 #![no_main]
 
-use std::sync::Mutex;
-
 use balloon_control::RequestStatus;
 use balloon_wire::request::{Command, Wanted};
 use fuzz::{Guest, Input, PAGE, PAGES, page};
@@ -17,6 +15,7 @@ use vhost_user_balloon::counters::{Counter, Counters, Refusal};
 use vhost_user_balloon::discard::{Discarder, Pieces};
 use vhost_user_balloon::queue::{Budget, Next};
 use vhost_user_balloon::requests::Requests;
+use vhost_user_balloon::sync::{Level, Mutex, lock};
 
 /// How many requests there can be: one for each step.
 const IDS: u64 = 8;
@@ -27,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
     };
     let mut guest = Guest::new(input);
     let balloon = guest.balloon(0);
-    let requests = Mutex::new(Requests::after(0));
+    let requests = Mutex::new(Level::Short, Requests::after(0));
     let (counters, messages) = (Counters::default(), Counter::default());
     let all = Wanted {
         block_shift: 12,
@@ -46,7 +45,7 @@ fuzz_target!(|data: &[u8]| {
             _ => None,
         };
         {
-            let mut requests = requests.lock().expect("no panic before");
+            let mut requests = lock(&requests);
             if let Some(command) = command {
                 // There may be too many.
                 let begun = requests.begin(command, balloon.no_pages());
@@ -84,7 +83,7 @@ fuzz_target!(|data: &[u8]| {
         }
     }
 
-    let requests = requests.lock().expect("no panic before");
+    let requests = lock(&requests);
     let mut named = 0;
     for progress in (1..=2 * IDS).filter_map(|id| requests.progress(id)) {
         assert!(progress.discarded <= progress.named);

@@ -9,7 +9,6 @@
 //! and there is nothing of the guest's that could get lost meanwhile.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use balloon_control::RequestStatus;
 use balloon_wire::page_set::{self, PageSet};
@@ -25,7 +24,7 @@ use crate::counters::{Counter, Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
 use crate::queue::{Budget, Chain, MAX_BATCH, Next, buffers, complete, read, wants_notification};
 use crate::requests::Requests;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// The size of a request in bytes.
 const REQUEST: u32 = 32;

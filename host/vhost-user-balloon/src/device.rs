@@ -3,16 +3,15 @@
 //! The device: what the front end and the guest see of it.
 //!
 //! One thread serves all queues, each for a bounded number of messages before the next one has its turn.
-//! Other threads set it up and control it. Of several locks they are taken in this order: the queue, the
-//! worker's data, then one of the others; the state comes after its file.
+//! Other threads set it up and control it. [`sync`](crate::sync) has the order of the locks.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -33,7 +32,7 @@ use crate::kind::MAX_QUEUES;
 use crate::requests::Requests;
 use crate::state::State;
 use crate::stats::Stats;
-use crate::sync::lock;
+use crate::sync::{Level, Mutex, lock};
 use crate::timer::Timer;
 use crate::work::Work;
 
@@ -43,6 +42,9 @@ mod hazards;
 mod queues;
 mod statistics;
 mod target;
+
+/// What no file descriptor is.
+const NO_FD: RawFd = -1;
 
 /// The guest has not read a target yet. No balloon has so many pages.
 const NOT_ASKED: u32 = u32::MAX;
@@ -151,12 +153,10 @@ pub struct Device {
     /// Done when it was logged that granules are large.
     large_granules: Once,
     sizes: Mutex<Sizes>,
-    /// What is known about the processes that have the guest's memory.
+    /// What is known about the processes that have the guest's memory. Locked while they are looked at.
     watch: Mutex<Watch>,
-    /// Why no memory is given back, as it was logged for the last time.
-    logged: Mutex<BTreeSet<Hazard>>,
-    /// The number of the file descriptor that ends the worker.
-    exit: Mutex<Option<RawFd>>,
+    /// The file descriptor that ends the worker, or [`NO_FD`].
+    exit: AtomicI32,
 }
 
 impl Device {
@@ -175,22 +175,22 @@ impl Device {
     ) -> io::Result<Self> {
         let interval = state.stats_interval;
         let device = Self {
-            work: Mutex::new(Work::new(&settings.allowed, kept.as_ref())),
+            work: Mutex::new(Level::Work, Work::new(&settings.allowed, kept.as_ref())),
             kept,
             settings,
             memory: GuestMemoryAtomic::new(GuestMemoryMmap::default()),
             acked: AtomicU64::new(0),
-            state: Mutex::new(state),
+            state: Mutex::new(Level::Short, state),
             hints: Mutex::default(),
             stats: Mutex::default(),
             sampled: Condvar::new(),
             requests: Mutex::default(),
-            file: Mutex::new(path),
+            file: Mutex::new(Level::Slow, path),
             channel,
             counters: Counters::default(),
             connected: AtomicBool::new(false),
             running: AtomicBool::new(false),
-            unknown: Mutex::new(false),
+            unknown: Mutex::default(),
             known: Condvar::new(),
             // A guest that went on without the device may have missed a change.
             config_changed: AtomicBool::new(true),
@@ -206,9 +206,8 @@ impl Device {
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
             sizes: Mutex::default(),
-            watch: Mutex::default(),
-            logged: Mutex::default(),
-            exit: Mutex::default(),
+            watch: Mutex::new(Level::Slow, Watch::default()),
+            exit: AtomicI32::new(NO_FD),
         };
         device.arm(interval)?;
         Ok(device)
@@ -250,7 +249,6 @@ impl Device {
             .replace(GuestMemoryMmap::default());
         *lock(&self.work) = Work::new(&self.settings.allowed, self.kept.as_ref());
         *lock(&self.watch) = Watch::default();
-        lock(&self.logged).clear();
         *lock(&self.sizes) = Default::default();
         *lock(&self.times) = Times::default();
         self.asked.store(NOT_ASKED, SeqCst);
@@ -271,7 +269,8 @@ impl Device {
         self.sampled.notify_all();
         lock(&self.requests).disconnect(&self.counters);
         // The library forgets this file descriptor without closing it.
-        if let Some(exit) = lock(&self.exit).take() {
+        let exit = self.exit.swap(NO_FD, SeqCst);
+        if exit != NO_FD {
             let _ = nix::unistd::close(exit);
         }
         debug!("the front end is gone");
@@ -294,11 +293,9 @@ impl Device {
     /// read the target of the one before it, and what it writes must not be taken for that one's.
     fn wait_known(&self) {
         let unknown = lock(&self.unknown);
-        let waited = self
-            .known
-            .wait_timeout_while(unknown, KNOWN_TIME, |unknown| *unknown);
+        let mut unknown = unknown.wait_while(&self.known, KNOWN_TIME, |unknown| *unknown);
         // A front end may accept features long before there are queues.
-        *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
+        *unknown = false;
     }
 
     /// Whether a VMM is connected.

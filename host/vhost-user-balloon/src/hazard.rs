@@ -27,7 +27,7 @@ use std::process;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use log::warn;
+use log::{info, warn};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use procfs::ProcResult;
@@ -126,6 +126,8 @@ pub struct Watch {
     mappings_seen: bool,
     /// Whether it was logged that the files that the VMM has open cannot be listed.
     warned: bool,
+    /// Why no memory is given back, as it was logged for the last time.
+    logged: BTreeSet<Hazard>,
 }
 
 impl Watch {
@@ -174,6 +176,20 @@ impl Watch {
                  a driver, start the VMM with shared memory, as QEMU's memory-backend-memfd with share=on is"
             );
         }
+    }
+
+    /// Logs why no memory is given back to the host, when that has changed.
+    pub fn log(&mut self, hazards: BTreeSet<Hazard>) {
+        for hazard in &hazards - &self.logged {
+            warn!(
+                "memory is not given back to the host: {}; see --allow {hazard} for what to do",
+                hazard.reason()
+            );
+        }
+        if hazards.is_empty() && !self.logged.is_empty() {
+            info!("memory is given back to the host again");
+        }
+        self.logged = hazards;
     }
 
     fn look_at_vmm(&mut self) {

@@ -9,7 +9,6 @@
 //! the device has even seen the hint, and what it has written would be lost. A hint says only that the
 //! contents before the command may be left out of a copy, by those who know what was written since.
 
-use std::sync::Mutex;
 use std::time::SystemTime;
 
 use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
@@ -17,7 +16,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::counters::{Counters, Refusal};
 use crate::queue::{Budget, Chain, Progress, Receiver, buffers, read};
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 const STOP: u32 = VIRTIO_BALLOON_CMD_ID_STOP;
 const DONE: u32 = VIRTIO_BALLOON_CMD_ID_DONE;
@@ -154,18 +153,19 @@ impl Receiver for Hinting<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::Level;
     use crate::testing::GuestQueue;
 
     fn run(guest: &GuestQueue, hints: &mut Hints) -> Counters {
         let counters = Counters::default();
-        let shared = Mutex::new(std::mem::take(hints));
+        let shared = Mutex::new(Level::Short, std::mem::take(hints));
         let mut receiver = Hinting {
             memory: &guest.memory,
             hints: &shared,
             counters: &counters,
         };
         guest.serve(&counters, &mut receiver);
-        *hints = shared.into_inner().unwrap();
+        *hints = std::mem::take(&mut lock(&shared));
         counters
     }
 

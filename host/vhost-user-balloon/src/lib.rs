@@ -45,7 +45,7 @@ pub mod sandbox;
 pub mod state;
 pub mod stats;
 pub mod supervisor;
-mod sync;
+pub mod sync;
 mod timer;
 mod work;
 pub mod worker;

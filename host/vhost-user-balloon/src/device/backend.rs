@@ -99,13 +99,16 @@ impl VhostUserBackend for Device {
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         lock(&self.times).answered = Some(Instant::now());
         self.wait_known();
-        if let Ok(offset) = usize::try_from(offset) {
-            let config = &mut lock(&self.state).config;
-            let before = config.actual;
-            config.write(offset, bytes);
-            if config.actual != before {
-                lock(&self.times).moved = Some(Instant::now());
-            }
+        let Ok(offset) = usize::try_from(offset) else {
+            return Ok(());
+        };
+        let mut state = lock(&self.state);
+        let before = state.config.actual;
+        state.config.write(offset, bytes);
+        let has_moved = state.config.actual != before;
+        drop(state);
+        if has_moved {
+            lock(&self.times).moved = Some(Instant::now());
         }
         Ok(())
     }
@@ -142,7 +145,7 @@ impl VhostUserBackend for Device {
         let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::CLOEXEC)
             .inspect_err(|error| error!("cannot make an event: {error}"))
             .ok()?;
-        *lock(&self.exit) = Some(consumer.as_raw_fd());
+        self.exit.store(consumer.as_raw_fd(), SeqCst);
         Some((consumer, notifier))
     }
 

@@ -2,7 +2,6 @@
 
 //! What the host asks the guest for by free page hinting and host requests.
 
-use std::sync::MutexGuard;
 use std::sync::atomic::Ordering::SeqCst;
 
 use balloon_wire::request::Command;
@@ -12,7 +11,7 @@ use crate::hinting::Hints;
 use crate::kind::Kind;
 use crate::page_map::PageMap;
 use crate::requests::{Requests, TooMany};
-use crate::sync::lock;
+use crate::sync::{Guard, lock};
 
 impl Device {
     /// Changes the command of free page hinting.
@@ -22,7 +21,7 @@ impl Device {
     }
 
     /// What the guest is asked for.
-    pub fn requests(&self) -> MutexGuard<'_, Requests> {
+    pub fn requests(&self) -> Guard<'_, Requests> {
         lock(&self.requests)
     }
 

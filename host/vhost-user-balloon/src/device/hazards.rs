@@ -6,8 +6,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
-use log::{info, warn};
-
 use super::{Device, Sizes};
 use crate::hazard::{Hazard, Identity};
 use crate::state::since_boot;
@@ -23,24 +21,11 @@ impl Device {
     /// What processes with these files of the guest's memory do to it that forbids to discard any of it. It may take
     /// long to find out.
     pub(super) fn process_hazards(&self, files: &BTreeSet<Identity>) -> BTreeSet<Hazard> {
-        let mut hazards = lock(&self.watch).hazards(files, || self.channel.vmm());
+        let mut watch = lock(&self.watch);
+        let mut hazards = watch.hazards(files, || self.channel.vmm());
         hazards.retain(|hazard| !self.settings.allowed.contains(hazard));
-        self.log(&hazards | &self.sizes().hazards);
+        watch.log(&hazards | &self.sizes().hazards);
         hazards
-    }
-
-    fn log(&self, hazards: BTreeSet<Hazard>) {
-        let mut logged = lock(&self.logged);
-        for hazard in &hazards - &*logged {
-            warn!(
-                "memory is not given back to the host: {}; see --allow {hazard} for what to do",
-                hazard.reason()
-            );
-        }
-        if hazards.is_empty() && !logged.is_empty() {
-            info!("memory is given back to the host again");
-        }
-        *logged = hazards;
     }
 
     /// For how long no memory is given back to the host for each owner that has asked for that.

@@ -26,7 +26,7 @@ use crate::kind::{ByKind, Kind};
 use crate::pages::Format;
 use crate::queue::{BUDGET, Budget, Next, Receiver, Unfinished, serve};
 use crate::reporting::Reporting;
-use crate::sync::lock;
+use crate::sync::{Level, lock, order};
 use crate::work::Work;
 
 /// How long the guest waits for memory that the host does not have, before the host is asked again.
@@ -88,6 +88,7 @@ impl Device {
         }
         // The front end must not wait for the locks below while processes are looked at.
         let looked = self.look(kind);
+        let order = order(Level::Queue);
         let mut vring = vring.get_mut();
         if !vring.is_enabled() {
             return;
@@ -124,6 +125,7 @@ impl Device {
         }
         drop(work);
         drop(vring);
+        drop(order);
         match next {
             Next::Notified => {}
             Next::Soon => {

@@ -3,7 +3,6 @@
 //! When the guest is asked for statistics.
 
 use std::io;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
@@ -30,12 +29,9 @@ impl Device {
         let before = stats.sequence();
         let number = Kind::Stats.number(self.acked.load(SeqCst))?;
         self.wake(number);
-        let (stats, _) = self
-            .sampled
-            .wait_timeout_while(stats, timeout, |stats| {
-                self.connected() && stats.sequence() == before
-            })
-            .unwrap_or_else(PoisonError::into_inner);
+        let stats = stats.wait_while(&self.sampled, timeout, |stats| {
+            self.connected() && stats.sequence() == before
+        });
         stats.answer().filter(|_| stats.sequence() != before)
     }
 
