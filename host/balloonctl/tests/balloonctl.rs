@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::mem::discriminant;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -750,4 +751,48 @@ fn the_man_page_has_all_sections() {
     }
     let mut missing = balloonctl(Path::new("/nowhere"), &["man", "/nowhere"]);
     fails(&missing.output().unwrap(), 1, "/nowhere/balloonctl.1");
+}
+
+/// The command line that sends such a request, if it does not come only after others.
+fn command_line(request: &Request) -> Option<&'static [&'static str]> {
+    Some(match request {
+        Request::Info {} => &["info"],
+        Request::Set { .. } => &["set", "1GiB"],
+        Request::Stats { .. } => &["stats"],
+        Request::SetStatsInterval { .. } => &["interval", "10"],
+        Request::Inhibit { .. } => &["inhibit"],
+        Request::Resume { .. } => &["resume"],
+        Request::Hints { .. } => &["hints", "start"],
+        Request::Unused { .. } => &["unused", "--out", "unused-pages"],
+        Request::Reclaim { .. } => &["reclaim"],
+        Request::DropCaches { .. } => &["drop-caches"],
+        Request::Metrics {} => &["metrics"],
+        // These are about a request that the guest was asked.
+        Request::Progress { .. } | Request::Ranges { .. } | Request::Cancel { .. } => return None,
+    })
+}
+
+#[test]
+fn every_request_has_a_command_and_is_documented() {
+    const REQUESTS: &str = include_str!("../../fuzz/corpus/control/every-request");
+    const DOCUMENT: &str = include_str!("../../../docs/vhost-user-balloon.md");
+    // The first byte is the fuzzer's.
+    for line in REQUESTS[1..].lines() {
+        let request: Request = serde_json::from_str(line).unwrap();
+        let Some(arguments) = command_line(&request) else {
+            continue;
+        };
+        let daemon = Daemon::start(info(), Conduct::Ends(RequestStatus::Complete), None);
+        let mut command = daemon.command(arguments);
+        succeeds(&command.current_dir(&daemon.directory).output().unwrap());
+        let seen = daemon.script.seen.lock().unwrap();
+        let is_sent = seen
+            .iter()
+            .any(|sent| discriminant(sent) == discriminant(&request));
+        assert!(is_sent, "{arguments:?} sends {seen:?}");
+        assert!(
+            DOCUMENT.contains(&format!("`{}", arguments[0])),
+            "{arguments:?}"
+        );
+    }
 }
