@@ -96,9 +96,10 @@ impl Connection {
     ///
     /// The front end has closed the connection, or does not read.
     pub(super) fn take(&self, message: Queued, answer: Option<&Message>) -> io::Result<()> {
-        if let Some(answer) = answer {
-            self.prepare(answer)?;
-        }
+        let Some(answer) = answer else {
+            return message.take(&self.socket);
+        };
+        self.prepare(answer)?;
         message.take(&self.socket)?;
         self.send()
     }
