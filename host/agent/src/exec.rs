@@ -17,7 +17,7 @@ use crate::process;
 
 const TOOLS: &str = "/bin/busybox";
 
-/// Makes the shell's tools known by their names.
+/// Installs the shell's tools under their names.
 pub(crate) fn install_tools() -> Result<()> {
     let status = Command::new(TOOLS)
         .args(["--install", "-s", "/bin"])
@@ -26,7 +26,7 @@ pub(crate) fn install_tools() -> Result<()> {
     Ok(())
 }
 
-/// Runs a program, and kills it and what it started when it takes longer than `timeout`, if there is one.
+/// Runs a program, and kills it and its children after `timeout`, if there is one.
 pub(crate) fn run(argv: &[String], timeout: Option<Duration>) -> Result<Output> {
     let (program, arguments) = argv.split_first().context("there is no program to run")?;
     let child = Command::new(program)
@@ -53,7 +53,7 @@ pub(crate) fn run(argv: &[String], timeout: Option<Duration>) -> Result<Output> 
         }
         Err(_) => {
             killpg(group, Signal::SIGKILL)?;
-            // A process that waits in the kernel does not die of the signal; do not wait for it.
+            // The signal does not end a process that waits in the kernel, so do not wait for it.
             (
                 Exit::TimedOut,
                 output

@@ -1,42 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the host and the agent in the guest say to each other: one JSON object a line, over a
-//! virtio-serial port. The agent works on each request in a thread of its own, so that answers
-//! may come in another order than the requests; the id says what an answer belongs to.
+//! The protocol between the host and the agent in the guest: one JSON object a line, over a
+//! virtio-serial port. The agent handles each request in a thread of its own, so answers may come
+//! in another order than requests. The id assigns an answer to its request.
 
 use serde::{Deserialize, Serialize};
 
 /// The name of the virtio-serial port that the agent listens on.
 pub const PORT: &str = "org.virtio-balloon-rs.agent";
 
-/// What the host asks for.
+/// A request of the host.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
-    /// Comes back in the answer.
+    /// The answer has the same id.
     pub id: u64,
     /// What to do.
     pub command: Command,
 }
 
-/// What the guest answers.
+/// An answer of the guest.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Response {
     /// The id of the request.
     pub id: u64,
-    /// What came of it, or one sentence about why it failed.
+    /// The result, or a sentence that gives the error.
     pub result: Result<Reply, String>,
 }
 
-/// Something to do in the guest.
+/// A command for the guest.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// Does nothing; the answer says that the guest is up.
+    /// Does nothing. The answer shows that the guest is up.
     Ping,
     /// Runs a program to its end; answered with [`Reply::Output`].
     Exec {
         /// The program and its arguments.
         argv: Vec<String>,
-        /// How long it may take before it is killed, in milliseconds, if there is a limit.
+        /// The time in milliseconds after which the agent kills it, if there is a limit.
         timeout_ms: Option<u64>,
     },
     /// Reads a file; answered with [`Reply::Text`].
@@ -44,53 +44,53 @@ pub enum Command {
         /// Where the file is.
         path: String,
     },
-    /// Writes a file in one write, as files under /sys want it.
+    /// Writes a file with one call, as files under /sys require.
     WriteFile {
         /// Where the file is.
         path: String,
-        /// What it is to hold.
+        /// The new content.
         contents: String,
     },
-    /// Writes a file, and waits until the kernel says that an attribute in sysfs has changed; answered with
-    /// [`Reply::Text`], what it says then.
+    /// Writes a file, and waits until the kernel announces a change of an attribute in sysfs; answered with
+    /// [`Reply::Text`], the attribute's new value.
     Watch {
         /// Where the attribute is.
         attribute: String,
         /// Where the file is that is written.
         path: String,
-        /// What it is to hold.
+        /// The new content.
         contents: String,
         /// How long the change may take, in milliseconds.
         timeout_ms: u64,
     },
-    /// Counts the pages with numbers from one to below another one that have all of some flags; answered with
+    /// Counts the pages in a range of page frame numbers that have all of some flags; answered with
     /// [`Reply::Pages`].
     CountPages {
         /// The first page's number.
         start: u64,
-        /// The number after the last page's; memory may end before.
+        /// The end of the range; memory may end before it.
         end: u64,
         /// The flags.
         flags: Vec<PageFlag>,
     },
     /// Starts a load on the guest's memory; answered with [`Reply::Load`].
     StartLoad(Load),
-    /// How a load fares; answered with [`Reply::Status`].
+    /// Reads the status of a load; answered with [`Reply::Status`].
     LoadStatus(LoadId),
     /// Asks a load to stop; answered with [`Reply::Status`] when it has ended.
     StopLoad(LoadId),
-    /// Has the guest sleep; answered when it goes on. Until then nothing may be asked for.
+    /// Suspends the guest; answered after resume. The host must not send a request before that.
     Sleep {
-        /// The word for /sys/power/state.
+        /// The value for /sys/power/state.
         state: String,
     },
-    /// Makes a kernel ready for [`End::Kexec`], or for a panic.
+    /// Loads a kernel for [`End::Kexec`], or for a panic.
     LoadKernel {
-        /// When it is to take over.
+        /// When the kernel starts.
         when: TakeOver,
-        /// The file that has its image.
+        /// The file with its image.
         kernel: String,
-        /// The file that has its initramfs.
+        /// The file with its initramfs.
         initramfs: String,
         /// Its command line.
         command_line: String,
@@ -99,7 +99,7 @@ pub enum Command {
     End(End),
 }
 
-/// When a kernel that was loaded takes over.
+/// When a loaded kernel starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TakeOver {
     /// At the end of the present one.
@@ -108,42 +108,42 @@ pub enum TakeOver {
     Panic,
 }
 
-/// How a kernel ends.
+/// A way to end a kernel.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum End {
-    /// The machine is switched off.
+    /// Power-off.
     PowerOff,
     /// The machine is reset.
     Reboot,
-    /// The kernel that has been loaded takes over, and the machine goes on.
+    /// Starts the loaded kernel, without a reset.
     Kexec,
 }
 
-/// The good answers.
+/// The answers without an error.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
-    /// There is nothing more to say.
+    /// The command is done, and has no result.
     Done,
-    /// What a program left behind.
+    /// The result of a program.
     Output(Output),
     /// The contents of a file.
     Text(String),
     /// A number of pages.
     Pages(u64),
-    /// A load runs.
+    /// The load is running.
     Load(LoadId),
     /// How a load fares.
     Status(LoadStatus),
 }
 
-/// What a program left behind.
+/// The result of a program.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Output {
     /// How it ended.
     pub exit: Exit,
-    /// What it wrote to its standard output.
+    /// Its standard output.
     pub stdout: String,
-    /// What it wrote to its standard error.
+    /// Its standard error.
     pub stderr: String,
 }
 
@@ -154,19 +154,19 @@ pub enum Exit {
     Status(i32),
     /// This signal killed it.
     Signal(i32),
-    /// It took longer than it may.
+    /// The agent killed it after the timeout.
     TimedOut,
 }
 
-/// Names a load: its process id in the guest.
+/// The name of a load: its process id in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LoadId(pub u32);
 
-/// A process that does something to the guest's memory.
+/// A process that uses the guest's memory.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum Load {
-    /// Fills anonymous memory with a pattern and then, until it is stopped, verifies it and
-    /// writes the next one. Fails at the first word that is not what was written.
+    /// Fills anonymous memory with a pattern and then, until it is stopped, verifies it and writes
+    /// the next one. Fails at the first corrupted word.
     Hold {
         /// How much memory, in MiB.
         mib: usize,
@@ -178,14 +178,14 @@ pub enum Load {
         /// How much memory, in MiB.
         mib: usize,
     },
-    /// Takes more and more memory until it is stopped or killed.
+    /// Allocates more and more memory until it is stopped or killed.
     Hog {
-        /// Where it stops to grow, in MiB.
+        /// The maximum, in MiB.
         mib: usize,
     },
-    /// Takes memory, gives back one of each two pages and keeps the other until it is stopped.
+    /// Allocates memory, frees every other page and keeps the rest until it is stopped.
     Fragment {
-        /// How much memory is taken at first, in MiB.
+        /// How much memory it allocates at first, in MiB.
         mib: usize,
     },
     /// Copies memory until it is stopped. A pass is a MiB.
@@ -195,34 +195,34 @@ pub enum Load {
         /// How many threads share the work.
         threads: usize,
     },
-    /// Maps the first disk, and reads from each page over and over until it is stopped.
+    /// Maps the first disk, and reads from each page repeatedly until it is stopped.
     Map {
         /// How much of it, in MiB.
         mib: usize,
     },
-    /// Computes until it is stopped, with hardly any memory. A pass is always as much work.
+    /// Computes until it is stopped, with hardly any memory. Each pass is the same amount of work.
     Compute {
         /// How many threads do it, each for itself.
         threads: usize,
     },
-    /// Sleeps over and over until it is stopped, and says how late it was at most.
+    /// Sleeps repeatedly until it is stopped, and reports how late it woke up at most.
     Tick {
         /// For how long it sleeps each time.
         microseconds: u64,
     },
-    /// Takes, verifies and gives back memory of all kinds until it is stopped. Fails at the first word that is not what
-    /// was written. A pass is a piece that was verified.
+    /// Allocates, verifies and frees memory of all kinds until it is stopped. Fails at the first corrupted word. A pass
+    /// is a verified piece.
     Churn {
         /// How much memory it has at most, in MiB.
         mib: usize,
         /// How many threads share the work.
         threads: usize,
-        /// What makes one run differ from another.
+        /// The seed of the run.
         seed: u64,
     },
 }
 
-/// What the kernel says of a page, by its bit in /proc/kpageflags.
+/// A flag of a page, by its bit in /proc/kpageflags.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum PageFlag {
     /// It is free.
@@ -231,28 +231,28 @@ pub enum PageFlag {
     Mapped = 11,
     /// It has a memory error.
     MemoryError = 19,
-    /// It is logically offline, as a balloon's are.
+    /// It is logically offline, as a balloon's pages are.
     Offline = 23,
 }
 
 /// How a load fares.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LoadStatus {
-    /// What it said last.
+    /// Its last report.
     pub progress: Progress,
     /// How it ended, if it has.
     pub exit: Option<Exit>,
-    /// What it wrote to its standard error: the reason of a failure.
+    /// Its standard error: the reason of a failure.
     pub stderr: String,
 }
 
-/// What a load says while it runs.
+/// A report of a running load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// How much memory it holds, in MiB.
     pub mib: usize,
-    /// How often it has been through all of its memory.
+    /// The number of passes through all of its memory.
     pub passes: u64,
-    /// By how much it was late at most, in microseconds, if it is to be on time.
+    /// How late it woke up at most, in microseconds, if it measures that.
     pub stall_us: u64,
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Loads: processes that do something to the guest's memory. Each is this program again, with
-//! its load as an argument. It says how it fares on its standard output, a line of JSON each
-//! time, and stops when its standard input is closed.
+//! Loads: processes that use the guest's memory. Each is this program, with the load as an
+//! argument. It writes reports to its standard output, one line of JSON each, and stops when its
+//! standard input is closed.
 
 use std::collections::HashMap;
 use std::fs;
@@ -30,7 +30,7 @@ mod touch;
 
 use child::Stop;
 
-/// Makes this program run a load in place of being the guest's init.
+/// Makes this program run a load, instead of the guest's init.
 pub(crate) const ARGUMENT: &str = "load";
 
 static LOADS: LazyLock<Mutex<HashMap<LoadId, Arc<Running>>>> = LazyLock::new(Mutex::default);
@@ -98,7 +98,7 @@ fn find(id: LoadId) -> Result<Arc<Running>> {
         .with_context(|| format!("there is no load {}", id.0))
 }
 
-/// How a load fares.
+/// The status of a load.
 pub(crate) fn status(id: LoadId) -> Result<LoadStatus> {
     Ok(find(id)?.status.lock().expect("a lock").clone())
 }
@@ -116,9 +116,9 @@ pub(crate) fn stop(id: LoadId) -> Result<LoadStatus> {
     Ok(status.clone())
 }
 
-/// What the load's own process does.
+/// The load's own process.
 pub(crate) fn run(load: &str) -> Result<()> {
-    // The agent survives when memory runs out; its loads are what is to be killed.
+    // When memory runs out, the kernel must kill the loads and not the agent.
     fs::write("/proc/self/oom_score_adj", "0")?;
     let stop = Stop::when_stdin_closes();
     match serde_json::from_str(load).context("reading what load to run")? {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's init: mounts what is to be mounted and then does what the host asks for.
+//! The guest's init: mounts file systems, and then executes the host's requests.
 
 use std::convert::Infallible;
 use std::fs::{self, File, OpenOptions};
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// What process 1 does. Its end would be the kernel's, which says why on the console.
+/// The body of process 1. The kernel panics when it ends, and prints the reason on the console.
 fn init() -> Result<()> {
     for (what, directory) in [
         ("proc", "/proc"),
@@ -53,7 +53,7 @@ fn init() -> Result<()> {
         )
         .with_context(|| format!("mounting {what} on {directory}"))?;
     }
-    // The host must reach the agent most of all when the guest is out of memory.
+    // The agent must respond when the guest is out of memory.
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     exec::install_tools()?;
     match serve()? {}
@@ -65,7 +65,7 @@ fn serve() -> Result<Infallible> {
     loop {
         let port = port::open();
         *answers.lock().expect("a lock") = Some(port.try_clone()?);
-        // The port ends when its driver lets go of it, and comes again.
+        // The port disappears when its driver is unbound, and reappears later.
         for line in BufReader::new(port).lines().map_while(Result::ok) {
             let request: Request = serde_json::from_str(&line).context("reading a request")?;
             let answers = Arc::clone(&answers);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the kernel says of each page.
+//! The kernel's flags of each page.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,10 +12,10 @@ use anyhow::{Context, Result};
 const FLAGS: &str = "/proc/kpageflags";
 const WORD: usize = size_of::<u64>();
 
-/// How many pages are looked at with one call.
+/// How many pages one call reads.
 const CHUNK: u64 = 1 << 13;
 
-/// How many of the pages with numbers from `start` to `end` have all of `flags`.
+/// How many of the pages from `start` to `end` have all of `flags`.
 pub(crate) fn count(start: u64, end: u64, flags: &[PageFlag]) -> Result<u64> {
     let flags = flags.iter().fold(0, |all, &flag| all | (1 << flag as u32));
     let file = File::open(FLAGS).with_context(|| format!("opening {FLAGS}"))?;

@@ -11,13 +11,13 @@ use std::time::Duration;
 use agent::PORT;
 use anyhow::{Context, Result};
 
-/// How often it is looked whether the port is there.
+/// How often the agent checks whether the port exists.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 const PORTS: &str = "/sys/class/virtio-ports";
 const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_console";
 
-/// Opens the port as soon as it is there.
+/// Opens the port as soon as it exists.
 pub(crate) fn open() -> File {
     loop {
         if let Some(port) = find().and_then(|name| {
@@ -30,8 +30,8 @@ pub(crate) fn open() -> File {
     }
 }
 
-/// Does something while the port has no driver. A driver that is bound while the guest sleeps may miss
-/// afterwards that the host is connected, and then it transports nothing any more.
+/// Runs a function while the port has no driver. A driver that is bound during a suspend may miss that
+/// the host is connected, and then transports no more data.
 pub(crate) fn unbound<T>(action: impl FnOnce() -> T) -> Result<T> {
     let port = Path::new(PORTS).join(find().context("the port is gone")?);
     let device = fs::read_link(port.join("device"))?;
@@ -46,7 +46,7 @@ pub(crate) fn unbound<T>(action: impl FnOnce() -> T) -> Result<T> {
     Ok(result)
 }
 
-/// The port's name, when its driver has found it.
+/// The port's name, once its driver knows it.
 fn find() -> Option<OsString> {
     let is_ours = |name: &OsString| {
         fs::read_to_string(Path::new(PORTS).join(name).join("name"))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's sleep, the end of its kernel, and the one that comes after that.
+//! Suspend, the end of the guest's kernel, and kexec.
 
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -19,8 +19,7 @@ use crate::port;
 /// Ends the kernel.
 pub(crate) fn end(end: End) -> Result<Infallible> {
     let mode = match end {
-        // A machine without ACPI cannot switch itself off, but QEMU ends as well when it is told not
-        // to reboot one.
+        // A machine without ACPI cannot power off. QEMU's `-no-reboot` makes a reboot end QEMU, too.
         End::PowerOff if Path::new("/sys/firmware/acpi").exists() => RebootMode::RB_POWER_OFF,
         End::PowerOff | End::Reboot => RebootMode::RB_AUTOBOOT,
         End::Kexec => RebootMode::RB_KEXEC,
@@ -28,13 +27,13 @@ pub(crate) fn end(end: End) -> Result<Infallible> {
     Ok(reboot(mode)?)
 }
 
-/// Has the guest sleep, until it goes on.
+/// Suspends the guest, and returns after resume.
 pub(crate) fn sleep(state: &str) -> Result<()> {
     port::unbound(|| fs::write("/sys/power/state", state))?
         .with_context(|| format!("the guest does not sleep in state {state}"))
 }
 
-/// Makes a kernel ready to take over.
+/// Loads a kernel for kexec.
 pub(crate) fn load_kernel(
     when: TakeOver,
     kernel: &str,
@@ -50,8 +49,8 @@ pub(crate) fn load_kernel(
     let open = |path: &str| File::open(path).with_context(|| format!("opening {path}"));
     let (image, ramfs) = (open(kernel)?, open(initramfs)?);
     let command_line = CString::new(command_line)?;
-    // SAFETY: The kernel reads from two descriptors that are open, and from `command_line`, which
-    // has the length that it is told.
+    // SAFETY: The kernel reads from two open descriptors, and from `command_line`, whose length is
+    // passed.
     let result = unsafe {
         libc::syscall(
             libc::SYS_kexec_file_load,

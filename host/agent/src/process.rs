@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the agent's child processes have in common.
+//! Common code for the agent's child processes.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
 use agent::Exit;
 
-/// How a process ended, in the protocol's words.
+/// How a process ended, as a type of the protocol.
 pub(crate) fn exit(status: ExitStatus) -> Exit {
     match status.code() {
         Some(code) => Exit::Status(code),

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// What `attribute` says when the kernel has announced a change of it after `cause`.
+/// The value of `attribute` after the kernel has announced a change that `cause` triggers.
 pub(crate) fn change(
     attribute: &str,
     timeout_ms: u64,
@@ -17,7 +17,7 @@ pub(crate) fn change(
 ) -> Result<String> {
     let mut file = File::open(attribute).with_context(|| format!("opening {attribute}"))?;
     let mut text = String::new();
-    // Changes are announced to those who have read it.
+    // The kernel announces changes only to readers of the attribute.
     file.read_to_string(&mut text)?;
     cause()?;
     let announced = poll(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What systemd does for a service that is restarted: receives its notifications, keeps the file descriptors that
-//! it sends, and passes them to its next process.
+//! A substitute for systemd, for a service that is restarted. It receives the service's notifications, stores the
+//! file descriptors that it sends, and passes them to its next process.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -18,7 +18,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 /// The number of the first file descriptor that a service gets.
 const FIRST_DESCRIPTOR: i32 = 3;
 
-/// How many file descriptors a service may leave.
+/// How many file descriptors a service may store.
 const MAX_DESCRIPTORS: usize = 8;
 
 /// The manager of one service.
@@ -52,7 +52,7 @@ impl ServiceManager {
             socket: UnixDatagram::bind(&path)?,
             state: Mutex::default(),
         });
-        // A service waits for a manager that does not read.
+        // A service waits if its manager does not read.
         let reader = Arc::clone(&service);
         thread::Builder::new()
             .name("service-manager".to_owned())
@@ -60,7 +60,8 @@ impl ServiceManager {
         Ok(Self { path, service })
     }
 
-    /// Has a command start the service, with what its last process has left.
+    /// Prepares a command that starts the service, with the file descriptors that its previous
+    /// process stored.
     ///
     /// # Errors
     ///
@@ -89,12 +90,12 @@ impl ServiceManager {
         self.state().is_ready
     }
 
-    /// How many file descriptors the service has left.
+    /// The number of stored file descriptors.
     pub fn stored(&self) -> usize {
         self.state().stored.len()
     }
 
-    /// The state, with all that the service has sent.
+    /// The state, after all notifications of the service so far.
     fn state(&self) -> MutexGuard<'_, State> {
         while self.service.receive(RecvFlags::DONTWAIT).is_ok() {}
         self.service.state()
@@ -103,7 +104,7 @@ impl ServiceManager {
 
 impl Drop for ServiceManager {
     fn drop(&mut self) {
-        // The thread ends by this. A socket can always be shut down.
+        // This ends the thread. Shutting down a socket always succeeds.
         let _ = self.service.socket.shutdown(std::net::Shutdown::Both);
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The host's end of the conversation with the agent in the guest.
+//! The host's side of the protocol with the agent in the guest.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -14,8 +14,8 @@ use std::time::Duration;
 use agent::{Command, Reply, Request, Response};
 use anyhow::{Context, Result, anyhow, bail};
 
-/// Ids are unique among all guests: one that has been resumed by another QEMU still answers what it
-/// was asked before.
+/// Ids are unique among all guests: a guest that another QEMU has resumed still answers earlier
+/// requests.
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
 /// A connection to the agent.
@@ -25,7 +25,7 @@ pub(crate) struct Agent {
     requests: Arc<Requests>,
 }
 
-/// What the agent has been asked for. While a guest migrates, there are two streams for its answers.
+/// The open requests. While a guest migrates, there are two streams for its answers.
 #[derive(Debug, Default)]
 struct Requests {
     waiting: Mutex<HashMap<u64, Sender<Result<Reply, String>>>>,
@@ -39,12 +39,12 @@ pub struct Pending {
 }
 
 impl Agent {
-    /// Takes over the stream that leads to the agent's port. The agent itself may come later.
+    /// Adopts the stream to the agent's port. The agent may start later.
     pub(crate) fn new(stream: UnixStream) -> Result<Self> {
         Self::connect(stream, Arc::default())
     }
 
-    /// The same agent, by way of the QEMU that its guest migrates to.
+    /// The same agent, through the QEMU that its guest migrates to.
     pub(crate) fn by_way_of(&self, stream: UnixStream) -> Result<Self> {
         Self::connect(stream, Arc::clone(&self.requests))
     }
@@ -59,11 +59,11 @@ impl Agent {
                     break;
                 };
                 if let Some(sender) = answered.waiting.lock().expect("a lock").remove(&id) {
-                    // Nobody waits any more when this fails.
+                    // This fails only if the waiting caller has returned.
                     let _ = sender.send(result);
                 }
             }
-            // QEMU is gone: whoever still waits is told by its sender being dropped.
+            // QEMU has ended: dropping the senders notifies the callers that still wait.
             if answered.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
                 answered.waiting.lock().expect("a lock").clear();
             }
@@ -95,11 +95,11 @@ impl Agent {
 }
 
 impl Pending {
-    /// The answer, when it has come by `timeout`.
+    /// The answer, if it arrives within `timeout`.
     ///
     /// # Errors
     ///
-    /// The agent could not do what it was asked for, or the guest is gone.
+    /// The agent could not execute the request, or the guest has ended.
     pub(crate) fn poll(&self, timeout: Duration) -> Result<Option<Reply>> {
         match self.answer.recv_timeout(timeout) {
             Ok(Ok(reply)) => Ok(Some(reply)),

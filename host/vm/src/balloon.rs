@@ -12,10 +12,10 @@ use crate::control::{Control, Sample};
 use crate::guest::Guest;
 use crate::size::Size;
 
-/// How long the balloon's size may stay the same on its way to a target.
+/// How long the balloon's size may stay the same before it has reached its target.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Writes what this driver says of itself to the guest's log. The C driver says nothing.
+/// Writes this driver's state to the guest's log. The C driver has none to write.
 const LOG_STATE: &str = r#"
     cat /sys/kernel/debug/virtio_balloon_rs-*/* 2>/dev/null |
         while read line; do echo "$line" >/dev/kmsg; done
@@ -35,32 +35,32 @@ impl Guest {
 }
 
 impl Balloon<'_> {
-    /// Not kept: with each QEMU that the guest is in there is another device.
+    /// Not stored: each QEMU of the guest has another device.
     fn control(&self) -> Arc<dyn Control> {
         self.guest.home().control(self.guest.memory())
     }
 
-    /// How much the guest has given away.
+    /// The size of the balloon.
     pub fn size(&self) -> Result<Size> {
         self.control().size()
     }
 
-    /// Asks the guest to give away `size` from now on, and does not wait for it.
+    /// Sets the target `size`, and does not wait for the guest.
     pub fn request(&self, size: Size) -> Result<()> {
         self.control().request(size)
     }
 
-    /// Asks the guest for statistics every so many seconds.
+    /// Requests statistics from the guest every so many seconds.
     pub fn poll_statistics(&self, seconds: u32) -> Result<()> {
         self.control().poll_statistics(seconds)
     }
 
-    /// The statistics that have come last, if there have been any.
+    /// The latest statistics, if the guest has sent any.
     pub fn statistics(&self) -> Result<Option<Sample>> {
         self.control().statistics()
     }
 
-    /// Asks for `size` and waits for the balloon to have it, or what comes next in whole pages of the guest. Returns how
+    /// Sets the target `size` and waits until the balloon has it, rounded up to whole pages of the guest. Returns how
     /// long it took.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Balloon<'_> {
         self.settle_watched(size, |_| ())
     }
 
-    /// The same, and hands every size on the way to `watch`.
+    /// The same, and passes each intermediate size to `watch`.
     pub fn settle_watched(&self, size: Size, watch: impl FnMut(Size)) -> Result<Duration> {
         let start = Instant::now();
         self.request(size)?;
@@ -78,7 +78,7 @@ impl Balloon<'_> {
         Ok(start.elapsed())
     }
 
-    /// Waits for the balloon to have `size`, which it has been asked for before.
+    /// Waits until the balloon has the target `size`, which was set before.
     ///
     /// # Errors
     ///

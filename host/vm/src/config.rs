@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What guest to boot.
+//! The configuration of a guest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,10 +19,10 @@ use crate::write_log::WriteLog;
 
 pub(crate) mod command_line;
 
-/// What a guest is made of.
+/// The files of a guest.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
-    /// Which kernel it is.
+    /// The kind of kernel.
     pub kernel: Kernel,
     /// The kernel's image.
     pub image: PathBuf,
@@ -34,7 +34,7 @@ pub struct Artifacts {
     pub tools: PathBuf,
     /// The directory that gets a directory of logs for each guest.
     pub logs: PathBuf,
-    /// Where to put what the driver counts, if it is built for that.
+    /// The directory for coverage counters, if the driver is built with them.
     pub coverage: Option<Coverage>,
     /// A Debian system with systemd in which the packages are installed, if there is one.
     pub system: Option<System>,
@@ -43,14 +43,14 @@ pub struct Artifacts {
 /// The balloon device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Balloon {
-    /// The one that the rest of the configuration describes.
+    /// The device that the rest of the configuration describes.
     Default,
     /// Another one of QEMU's, or none.
     Other(Option<String>),
 }
 
-/// What guest to boot. The default is a q35 machine, or for arm64 a virt machine, with two processors, 1 GiB of memory
-/// and QEMU's balloon on PCI with the id `balloon0`.
+/// The configuration of a guest. The default is a q35 machine, or for arm64 a virt machine, with two processors, 1 GiB
+/// of memory and QEMU's balloon on PCI with the id `balloon0`.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub(crate) artifacts: Artifacts,
@@ -128,32 +128,33 @@ impl Config {
         self.nodes == 1 || self.accel == Accel::Kvm
     }
 
-    /// What the balloon is asked for before the guest boots.
+    /// The target that is set before the guest boots.
     pub fn target(mut self, target: Size) -> Self {
         self.target = target;
         self
     }
 
-    /// What holds the guest's memory in the host.
+    /// The backend of the guest's memory in the host.
     pub fn backend(mut self, backend: MemoryBackend) -> Self {
         self.backend = backend;
         self
     }
 
-    /// Holds the guest's memory in this file, whatever the backend. QEMU makes it if it is not there.
+    /// Holds the guest's memory in this file, whatever the backend. QEMU creates the file if it
+    /// does not exist.
     pub fn memory_file(mut self, file: &Path) -> Self {
         self.memory_file = Some(file.to_owned());
         self
     }
 
-    /// A pattern for lines of the log that begin with a fault which is meant to happen.
+    /// A pattern for the first lines of expected faults in the log.
     pub fn expect(mut self, pattern: &str) -> Self {
         self.expected
             .push(Regex::new(pattern).expect("a scenario's pattern is valid"));
         self
     }
 
-    /// What runs the guest's instructions.
+    /// The accelerator.
     pub fn accel(mut self, accel: Accel) -> Self {
         self.accel = accel;
         self
@@ -186,19 +187,19 @@ impl Config {
         self
     }
 
-    /// Whose balloon device the guest has, unless [`Config::balloon`] says more.
+    /// The guest's balloon device, unless [`Config::balloon`] overrides it.
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
     }
 
-    /// Gives the guest, which has a device of a daemon, that of one that is running already.
+    /// Connects the guest's vhost-user device to a running daemon.
     pub fn daemon(mut self, daemon: &Arc<Daemon>) -> Self {
         self.daemon = Some(Arc::clone(daemon));
         self
     }
 
-    /// What the balloon device offers.
+    /// The features that the balloon device offers.
     pub fn offer(mut self, offers: &[Offer]) -> Self {
         self.offers.extend_from_slice(offers);
         self
@@ -210,20 +211,20 @@ impl Config {
         self
     }
 
-    /// Leaves the features, the floor and the boot grace of the vhost-user device at the program's own defaults. Else
-    /// the features are what [`Config::offer`] says, and the daemon has no floor of its own.
+    /// Uses the daemon's own defaults for features, floor and boot grace. Otherwise [`Config::offer`] sets the
+    /// features, and the daemon has no floor.
     pub fn daemon_defaults(mut self) -> Self {
         self.daemon_defaults = true;
         self
     }
 
-    /// A balloon device of QEMU's in its words, or none.
+    /// A balloon device of QEMU, by its QEMU options, or none.
     pub fn balloon(mut self, device: Option<&str>) -> Self {
         self.balloon = Balloon::Other(device.map(str::to_owned));
         self
     }
 
-    /// Whether the guest's balloon is the daemon's.
+    /// Whether the daemon implements the guest's balloon.
     pub(crate) fn has_daemon(&self) -> bool {
         self.device != Device::Qemu && self.balloon == Balloon::Default
     }
@@ -239,7 +240,7 @@ impl Config {
         self.drive(file, "")
     }
 
-    /// One more disk that cannot be written to, so that other guests may have it as well.
+    /// One more read-only disk, which guests may share.
     pub fn read_only_disk(self, file: &Path) -> Self {
         self.drive(file, ",readonly=on")
     }
@@ -254,7 +255,7 @@ impl Config {
             .extra_device(&format!("virtio-blk-pci,drive={id}"))
     }
 
-    /// Records which pages the guest writes. It is slower then.
+    /// Records which pages the guest writes. This slows down the guest.
     pub fn write_log(self, log: &WriteLog) -> Self {
         let plugin = self.tool("libwrite_log.so");
         let value = format!("{},log={}", plugin.display(), log.path().display());
@@ -267,14 +268,14 @@ impl Config {
         self
     }
 
-    /// Whether the guest's kernel zeroes memory that it allocates if that is its default, as it is for those of
-    /// distributions. It would hide what ballooning itself costs.
+    /// Whether the guest's kernel zeroes memory that it allocates if that is its default, as in distributions'
+    /// kernels. Zeroing would hide the cost of ballooning itself.
     pub fn zeroing(mut self, zeroing: bool) -> Self {
         self.zeroing = zeroing;
         self
     }
 
-    /// Takes all of the guest's memory from the host at once, whether the guest uses it or not.
+    /// Allocates all of the guest's memory in the host at once, whether the guest uses it or not.
     pub fn preallocated(mut self) -> Self {
         self.arguments.push("-mem-prealloc".to_owned());
         self
@@ -326,10 +327,10 @@ impl Config {
             let mut features = vec!["stats", "event-idx"];
             features.extend(self.offers.iter().map(|offer| offer.feature()));
             arguments.extend(["--features".to_owned(), features.join(",")]);
-            // Most tests are about the driver.
+            // Most tests are about the driver, not the daemon's policy.
             arguments.extend(["--floor", "0", "--boot-grace", "0"].map(str::to_owned));
         }
-        // They override what comes before.
+        // These override earlier options.
         arguments.extend_from_slice(&self.daemon_arguments);
         arguments
     }
@@ -352,7 +353,7 @@ impl Config {
         self.logs().join("qemu.log")
     }
 
-    /// Empties the logs. Every QEMU that the guest is in writes to the end of them.
+    /// Empties the logs. Every QEMU of the guest appends to them.
     pub(crate) fn clear_logs(&self) -> Result<()> {
         let logs = self.logs();
         fs::create_dir_all(&logs).with_context(|| format!("making {}", logs.display()))?;

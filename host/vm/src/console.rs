@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's log: what its kernel prints on the serial line, kept whole in a file, and the
-//! kernel's reports of faults in it.
+//! The guest's log: all output of its kernel on the serial line, stored in a file, and the kernel's
+//! reports of faults in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ static FAULT: LazyLock<Regex> = LazyLock::new(|| {
     .expect("the pattern is valid")
 });
 
-/// What any report of the kernel has in it, whatever it begins with.
+/// The part that all reports of the kernel have in common.
 const CALL_TRACE: &str = "Call Trace:";
 
 /// How many lines before its call trace a report may begin: an out-of-memory report's header and
@@ -37,7 +37,7 @@ pub struct Console {
     path: PathBuf,
 }
 
-/// A place in a log: what was printed before it is of no interest any more.
+/// A place in a log. A search from it ignores earlier lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark(usize);
 
@@ -51,12 +51,12 @@ impl Console {
         &self.path
     }
 
-    /// All that has been printed, without the time stamps.
+    /// The whole log, without time stamps.
     pub fn text(&self) -> Result<String> {
         self.text_since(Mark::default())
     }
 
-    /// What has been printed since `mark`, without the time stamps.
+    /// The log since `mark`, without time stamps.
     pub fn text_since(&self, mark: Mark) -> Result<String> {
         static TIME: LazyLock<Regex> =
             LazyLock::new(|| Regex::new(r"(?m)^\[ *[0-9]+\.[0-9]+\] ").expect("it is valid"));
@@ -65,7 +65,7 @@ impl Console {
         Ok(TIME.replace_all(&text, "").into_owned())
     }
 
-    /// The end of the log at this moment.
+    /// The current end of the log.
     pub fn mark(&self) -> Result<Mark> {
         Ok(Mark(self.read()?.len()))
     }

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::stopwatch::Stopwatch;
 
-/// How long the system may take to boot without any work of its first process.
+/// How long the system may boot without CPU time of its first process.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Enters the cgroup `$1`, and then runs the rest of the line with that as its root.
@@ -56,7 +56,7 @@ const BOOT: &str = r#"
         /usr/lib/systemd/systemd --system --unit="$3"
 "#;
 
-/// What is active when the system has booted.
+/// The target that is active when the system has booted.
 const TARGET: &str = "multi-user.target";
 
 /// A system that can be booted.
@@ -73,7 +73,7 @@ pub struct System {
 pub struct Container {
     /// The parent of the system's first process.
     child: Child,
-    /// What its own cgroups are in. Dropped when the processes have ended.
+    /// The parent of its own cgroups. Dropped when the processes have ended.
     _cgroup: Cgroup,
     /// Where its changes are mounted, in its own namespace.
     _changes: TempDir,
@@ -84,7 +84,7 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// The caller may not make namespaces, or systemd does not become ready.
+    /// The caller has no permission to make namespaces, or systemd does not become ready.
     pub(crate) fn boot(system: &System, log: &Path) -> Result<Self> {
         let layers: Vec<_> = system
             .layers
@@ -137,7 +137,7 @@ impl Container {
     ///
     /// # Errors
     ///
-    /// It fails, with what it has written.
+    /// It fails; the error has its output.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let output = Command::new("nsenter")
             .arg(format!("--target={}", self.first_process()?))
@@ -163,12 +163,12 @@ impl Container {
         Ok(text)
     }
 
-    /// Where a file of the system is for processes outside.
+    /// The path of a file of the system for processes outside.
     pub fn path(&self, file: &str) -> Result<PathBuf> {
         Ok(format!("/proc/{}/root{file}", self.first_process()?).into())
     }
 
-    /// The number that process `id` of the system has outside.
+    /// The process id outside of process `id` in the system.
     pub(crate) fn outside(&self, id: u32) -> Result<u32> {
         let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/pid"));
         let ours = namespace(&self.first_process()?.to_string())?;
@@ -202,8 +202,8 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // All processes of the system end with the first one, and its parent after them. Each step fails only when
-        // that has happened already.
+        // All processes of the system end with the first one, and its parent ends after them. Each step fails only
+        // if the processes have already ended.
         match self.first_process() {
             Ok(first) => drop(kill(first, Signal::SIGKILL)),
             Err(_) => drop(self.child.kill()),
@@ -235,7 +235,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // A process that is still there keeps its cgroup.
+        // A cgroup with a process cannot be removed.
         let _ = remove(&self.0);
     }
 }

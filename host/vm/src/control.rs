@@ -15,7 +15,7 @@ use crate::daemon::Daemon;
 use crate::qmp::Qmp;
 use crate::size::Size;
 
-/// Statistics of the guest, as the host has got them.
+/// The guest's statistics, as the host has received them.
 #[derive(Clone, Debug)]
 pub struct Sample {
     values: BTreeMap<String, u64>,
@@ -42,19 +42,19 @@ impl Sample {
 
 /// How the host controls a balloon device.
 pub(crate) trait Control {
-    /// How much the guest has given away.
+    /// The size of the balloon.
     fn size(&self) -> Result<Size>;
 
-    /// Asks the guest to give away `size`.
+    /// Sets the target `size`.
     fn request(&self, size: Size) -> Result<()>;
 
-    /// Asks the guest for statistics every so many seconds.
+    /// Requests statistics from the guest every so many seconds.
     fn poll_statistics(&self, seconds: u32) -> Result<()>;
 
-    /// The statistics that have come last, if there have been any.
+    /// The latest statistics, if the guest has sent any.
     fn statistics(&self) -> Result<Option<Sample>>;
 
-    /// How often the size can be asked for without slowing the guest down.
+    /// The polling interval for the size that does not slow down the guest.
     fn interval(&self) -> Duration;
 }
 
@@ -99,7 +99,7 @@ impl Control for Daemon {
 #[derive(Debug)]
 pub(crate) struct QemuDevice {
     pub(crate) qmp: Arc<Qmp>,
-    /// How much memory the guest has been given: QEMU says what it keeps of that.
+    /// The VM's memory: QEMU's number is the part that the guest keeps.
     pub(crate) memory: Size,
 }
 
@@ -111,7 +111,7 @@ impl Control for QemuDevice {
     fn size(&self) -> Result<Size> {
         #[derive(Deserialize)]
         struct BalloonInfo {
-            /// What the guest keeps, in bytes.
+            /// The memory that the guest keeps, in bytes.
             actual: u64,
         }
 
@@ -156,8 +156,8 @@ impl Control for QemuDevice {
         }))
     }
 
-    /// QEMU answers under the lock that its devices need. Its own event comes once a second at most, too seldom to
-    /// measure with.
+    /// QEMU answers under the lock that its devices need. Its own event comes at most once a second, which is too
+    /// rare for measurements.
     fn interval(&self) -> Duration {
         Duration::from_millis(20)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What of the driver has been executed. A driver that is built to count that has its counters in
-//! its own memory, which QEMU reads behind the guest's back.
+//! Coverage of the driver. A driver with coverage counters has them in its own memory, and QEMU
+//! reads this memory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,20 +13,20 @@ use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 
-/// The driver's sections: what describes each function, its counters, and the functions' names.
+/// The driver's sections: the descriptions of functions, the counters, and the functions' names.
 pub(crate) const SECTIONS: [&str; 3] = ["__llvm_prf_data", "__llvm_prf_cnts", "__llvm_prf_names"];
 
 /// The length of the description of a function.
 const DESCRIPTION: u64 = 64;
 
-/// What a file of raw counters begins with, and the version of its format that LLVM 19 has.
+/// The magic number of a file of raw counters, and the version of LLVM 19's format.
 const MAGIC: u64 = u64::from_be_bytes(*b"\xfflprofr\x81");
 const VERSION: u64 = 10;
 
-/// The highest number of a kind of values, of which there are none.
+/// The highest number of a kind of values. The file has no values.
 const LAST_KIND: u64 = 2;
 
-/// Where to put what a driver has counted.
+/// The destination of a driver's counters.
 #[derive(Clone, Debug)]
 pub struct Coverage {
     directory: PathBuf,
@@ -35,11 +35,11 @@ pub struct Coverage {
 }
 
 impl Coverage {
-    /// Has what `module` counts put into `directory`: a file for each time that it was loaded.
+    /// Writes the counters of `module` to `directory`: a file for each time that it was loaded.
     ///
     /// # Errors
     ///
-    /// The module does not count.
+    /// The module has no counters.
     pub fn new(module: &Path, directory: &Path) -> Result<Self> {
         fs::create_dir_all(directory)?;
         let output = Command::new("llvm-size").arg("-A").arg(module).output()?;
@@ -61,8 +61,7 @@ impl Coverage {
         })
     }
 
-    /// Writes down what the driver has counted, through the machine protocol of the QEMU that its guest is in. Its
-    /// sections lie at these `addresses`.
+    /// Writes the driver's counters to a file. Reads them through QMP from its sections at these `addresses`.
     pub(crate) fn save(&self, qmp: &Qmp, addresses: [u64; 3]) -> Result<()> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let name = format!(
@@ -84,7 +83,7 @@ impl Coverage {
             0,
             0,
             names,
-            // Descriptions say how far away their counters are.
+            // Descriptions have the distance to their counters.
             addresses[1].wrapping_sub(addresses[0]),
             0,
             addresses[2],

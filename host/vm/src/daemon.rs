@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon that has the guest's balloon device.
+//! The daemon that implements the guest's balloon device.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ pub struct Daemon(Box<dyn Runner>);
 pub struct Processes(u32, Pid);
 
 impl Daemon {
-    /// Starts `program` with `arguments`, and has it log to a file in the directory `logs`.
+    /// Starts `program` with `arguments`. It logs to a file in the directory `logs`.
     pub(crate) fn start(program: &Path, logs: &Path, arguments: &[String]) -> Result<Self> {
         let process = Process::start(program, logs, arguments)?;
         Ok(Self(Box::new(process)))
@@ -51,7 +51,7 @@ impl Daemon {
         self.0.system()
     }
 
-    /// Has it end as a service, and starts it again.
+    /// Stops the service, and starts it again.
     ///
     /// # Errors
     ///
@@ -60,7 +60,7 @@ impl Daemon {
         self.0.restart(Signal::SIGTERM)
     }
 
-    /// The same with no time for anything.
+    /// The same by `SIGKILL`.
     pub fn kill_and_restart(&self) -> Result<()> {
         self.0.restart(Signal::SIGKILL)
     }
@@ -75,23 +75,23 @@ impl Daemon {
         self.0.control()
     }
 
-    /// What it has logged.
+    /// Its log.
     pub fn log(&self) -> Result<String> {
         self.0.log()
     }
 
-    /// Asks it for something.
+    /// Sends a request.
     pub fn call<T: DeserializeOwned>(&self, request: &Request) -> Result<T> {
         let mut client = Client::connect(&self.control())?;
         Ok(client.call(request)?.parse()?)
     }
 
-    /// What it knows of the balloon and of the guest.
+    /// The response to `info`.
     pub fn info(&self) -> Result<Info> {
         self.call(&Request::Info {})
     }
 
-    /// Has it end as it does when the system goes down.
+    /// Ends it as a system shutdown does.
     ///
     /// # Errors
     ///
@@ -100,12 +100,12 @@ impl Daemon {
         self.0.end()
     }
 
-    /// The number of the process that keeps QEMU's connection.
+    /// The process id of the supervisor.
     pub(crate) fn id(&self) -> Result<u32> {
         self.0.id()
     }
 
-    /// The process that has the device, a child of the daemon's own.
+    /// The worker process, a child of the supervisor.
     pub fn worker(&self) -> Result<Pid> {
         let pid = self.id()?;
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
@@ -115,27 +115,27 @@ impl Daemon {
         ))
     }
 
-    /// The processes of the daemon: the one that keeps QEMU's connection, and the one that has the device.
+    /// The processes of the daemon: supervisor and worker.
     pub fn processes(&self) -> Result<Processes> {
         Ok(Processes(self.id()?, self.worker()?))
     }
 
-    /// Has the process with the device stop where it is. It still exists.
+    /// Stops the worker with `SIGSTOP`. The process still exists.
     pub fn stop_worker(&self) -> Result<()> {
         Ok(kill(self.worker()?, Signal::SIGSTOP)?)
     }
 
-    /// Kills all of its processes, with no time for anything.
+    /// Kills all of its processes.
     pub fn kill(&self) -> Result<()> {
         self.0.kill()
     }
 
-    /// Kills the process that has the device.
+    /// Kills the worker.
     pub fn kill_worker(&self) -> Result<()> {
         Ok(kill(self.worker()?, Signal::SIGKILL)?)
     }
 
-    /// Has the daemon replace both of its processes, as after an update.
+    /// Makes the daemon replace both of its processes, as after an update.
     pub fn replace_processes(&self) -> Result<()> {
         let pid = self.id()?.try_into()?;
         Ok(kill(Pid::from_raw(pid), Signal::SIGHUP)?)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's balloon device: what there is to choose from.
+//! The balloon devices that a guest can have.
 
 use std::fmt;
 
 use serde_json::{Value, json};
 
-/// Whose balloon device the guest has.
+/// The guest's balloon device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
     /// QEMU's own.
@@ -27,7 +27,7 @@ impl Device {
         }
     }
 
-    /// What QEMU has to know of the device when it is in a process of its own.
+    /// QEMU's options for a device in another process.
     pub(crate) fn properties(self) -> Value {
         let (queues, config_size) = match self {
             Self::Extended => (6, 24),
@@ -37,8 +37,8 @@ impl Device {
     }
 }
 
-/// A balloon device in a process of its own as QEMU is told of it: `balloon0` on the transport `pci` or `device`, which
-/// is virtio-mmio, with its `properties`. `chardev` connects QEMU with the process.
+/// The QEMU option for a balloon device in another process: `balloon0` on the transport `pci` or `device`, which is
+/// virtio-mmio, with its `properties`. `chardev` connects QEMU with the process.
 pub(crate) fn vhost_user_balloon(transport: &str, chardev: &str, properties: &Value) -> Value {
     let mut device = json!({
         "driver": format!("vhost-user-test-device-{transport}"),
@@ -62,16 +62,16 @@ impl fmt::Display for Device {
     }
 }
 
-/// What a balloon device may offer beside statistics and the balloon itself.
+/// The optional features of a balloon device, in addition to statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offer {
-    /// The guest takes memory back before it kills a process.
+    /// Deflate on OOM.
     DeflateOnOom,
-    /// The guest says for a migration which memory is free.
+    /// Free page hinting.
     FreePageHint,
-    /// The guest says all the time which memory is free.
+    /// Free page reporting.
     FreePageReporting,
-    /// The guest says what free memory is filled with.
+    /// Page poison: the value of free pages.
     PagePoison,
 }
 

@@ -9,7 +9,7 @@ pub enum Driver {
     Rust,
     /// The kernel's own.
     C,
-    /// This repository's, built to say of memory in use that it is unused.
+    /// This repository's, built to list memory in use as unused.
     Lying,
 }
 
@@ -23,7 +23,7 @@ impl Driver {
         }
     }
 
-    /// The parameters with which it leaves so little to its guest that nearly all can be taken.
+    /// The parameters for a reserve so small that the balloon can take nearly all memory.
     pub fn low_floor(self) -> &'static [&'static str] {
         match self {
             Self::C => &[],

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Allocations of the driver that fail, one after the other. For debug kernels.
+//! Fault injection: fails the driver's allocations, one after the other. For debug kernels.
 
 use std::fmt;
 
@@ -8,19 +8,19 @@ use anyhow::{Context, Result, bail};
 
 use crate::guest::Guest;
 
-/// Where modules are on x86_64. The driver is the only one that a guest has loaded.
+/// The address range of modules on x86_64. The driver is the only module in a guest.
 const MODULES: [&str; 2] = ["0xffffffffa0000000", "0xffffffffff000000"];
 
-/// How many callers are looked at to find out who allocates: as many as the kernel can look at.
+/// The depth of the stack trace in which the kernel looks for the driver: the kernel's maximum.
 const DEPTH: &str = "32";
 
-/// More allocations than there should be in one step.
+/// An upper limit for the allocations of one step.
 const MOST: u64 = 5_000;
 
-/// What can fail.
+/// A kind of allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allocation {
-    /// What is smaller than a page.
+    /// Less than a page.
     Slab,
     /// Pages.
     Pages,
@@ -36,7 +36,7 @@ impl Allocation {
 }
 
 impl fmt::Display for Allocation {
-    /// The kernel's name of the facility that has it fail.
+    /// The kernel's name of the fault injection for it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Slab => "failslab",
@@ -46,18 +46,17 @@ impl fmt::Display for Allocation {
 }
 
 impl Guest {
-    /// Does `prepare` and `step` over and over. The first time the first allocation of the step
-    /// fails that is made in the driver or by what it calls, whichever process that is in, then the
-    /// second one, and so on, until there is none left to fail. `check` looks each time at what has
-    /// become of it, and is given what `step` has returned. Returns how many allocations have
-    /// failed.
+    /// Repeats `prepare` and `step`. In the first run the first allocation of the step by the
+    /// driver, or by a function that it calls, fails, in any process. In the second run the second
+    /// one fails, and so on, until a run has no failed allocation. `check` gets the result of
+    /// `step` each time. Returns how many allocations have failed.
     ///
-    /// To be called once for each kind of allocation in a guest: the kernel's count of them cannot
-    /// be set back.
+    /// Call this once for each kind of allocation in a guest: the kernel's count of them cannot be
+    /// reset.
     ///
     /// # Errors
     ///
-    /// What `prepare` and `check` return, with the number of the allocation.
+    /// The errors of `prepare` and `check`, with the number of the allocation.
     pub fn fail_each_allocation<T>(
         &self,
         kind: Allocation,
@@ -85,7 +84,7 @@ impl Guest {
         for number in 1..MOST {
             self.write_file("/dev/kmsg", &format!("{kind}: allocation {number}\n"))?;
             prepare().with_context(|| format!("{kind}: before allocation {number}"))?;
-            // Fails what makes the count a multiple of it, once.
+            // Fails one allocation, when the count is a multiple of this.
             set("interval", &(counted + number).to_string())?;
             set("times", "1")?;
             let outcome = step();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A running guest and what can be done with it.
+//! A running guest, and operations on it.
 
 use std::sync::{Arc, RwLock};
 use std::thread;
@@ -29,22 +29,22 @@ mod program;
 /// How long a guest's kernel may print nothing while it boots or while a module is loaded, which runs its tests.
 const QUIET_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long a command in the guest may take when nothing else is said.
+/// The default timeout of a command in the guest.
 pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a guest may take to switch itself off.
+/// How long a guest may take to power off.
 const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often something that is waited for is looked at.
+/// How often a condition is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often the guest is looked at while an answer is waited for.
+/// How often the guest is checked during a wait for an answer.
 const ANSWER_INTERVAL: Duration = Duration::from_millis(200);
 
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 
-/// What is in the backtrace of a leak that is the driver core's: it notes why a device cannot be probed yet, and forgets
-/// the note if the device goes meanwhile.
+/// The backtrace of a leak of the driver core: it stores why a device cannot be probed yet, and loses that text if the
+/// device is removed meanwhile.
 const KERNELS_OWN_LEAK: &str = "device_set_deferred_probe_reason";
 
 /// A running guest.
@@ -55,17 +55,17 @@ pub struct Guest {
     config: Config,
 }
 
-/// Boots a guest, hands it to `body`, switches it off and searches its log for faults.
+/// Boots a guest, passes it to `body`, powers it off and searches its log for faults.
 ///
 /// # Errors
 ///
-/// The guest does not boot, `body` fails, the guest does not switch itself off, or its log has a
-/// fault in it that the configuration does not expect.
+/// The guest does not boot, `body` fails, the guest does not power off, or its log has a fault that
+/// the configuration does not expect.
 pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
     live(config, body, Guest::power_off)
 }
 
-/// The same, but kills the guest at the end: nothing has to be left of it that could still do something.
+/// The same, but kills the guest at the end: `body` may leave the guest unable to run.
 ///
 /// # Errors
 ///
@@ -74,7 +74,7 @@ pub fn run_and_kill<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) 
     live(config, body, |_| Ok(()))
 }
 
-/// The whole life of a guest, with such an end.
+/// The whole life of a guest, with this end.
 fn live<T>(
     config: &Config,
     body: impl FnOnce(&Guest) -> Result<T>,
@@ -82,8 +82,8 @@ fn live<T>(
 ) -> Result<T> {
     let mut guest = Guest::boot(config)?;
     let mut ready = guest.ready();
-    // On a busy machine an emulated processor may stop for good while the kernel starts, long before
-    // anything that is tested is in it. Once, that is no result.
+    // On a busy machine an emulated processor may stop forever while the kernel starts, long before
+    // the driver is loaded. The first such failure is ignored.
     if ready.is_err() && guest.console.faults(&config.expected)?.is_empty() {
         eprintln!("a guest does not boot, and is started again");
         drop(guest);
@@ -92,7 +92,7 @@ fn live<T>(
     }
     let result = ready.and_then(|()| body(&guest));
     let result = result.and_then(|value| end(&guest).map(|()| value));
-    // The log is whole when QEMU has ended.
+    // The log is complete when QEMU has ended.
     drop(guest.home);
     match (result, guest.console.faults(&config.expected)?.first()) {
         (result, None) => result,
@@ -131,7 +131,7 @@ impl Guest {
         self.shut_down()
     }
 
-    /// Has the guest switch itself off, and waits for it.
+    /// Powers off the guest, and waits until QEMU has ended.
     pub fn shut_down(&self) -> Result<()> {
         let home = self.home();
         home.agent.send(Command::End(End::PowerOff))?;
@@ -143,8 +143,8 @@ impl Guest {
         Ok(())
     }
 
-    /// Has a debug kernel look for memory that nothing points to. The first scan only notes what
-    /// may be such, the second one reports what still is.
+    /// Makes a debug kernel search for leaked memory. The first scan only marks suspects, the
+    /// second one reports those that remain.
     fn find_leaks(&self) -> Result<()> {
         if self.exec(&["test", "-e", KMEMLEAK])?.exit != Exit::Status(0) {
             return Ok(());
@@ -162,8 +162,8 @@ impl Guest {
         Ok(())
     }
 
-    /// Writes down what the driver has counted, if it is loaded and does that. What comes later is
-    /// lost with the module.
+    /// Writes the driver's coverage counters to a file, if it is loaded and has them. Later counts
+    /// are lost with the module.
     fn save_coverage(&self) -> Result<()> {
         let Some(coverage) = &self.config.artifacts.coverage else {
             return Ok(());
@@ -184,12 +184,12 @@ impl Guest {
         coverage.save(&self.qmp(), addresses)
     }
 
-    /// The QEMU that the guest is in now.
+    /// The current QEMU of the guest.
     pub(crate) fn home(&self) -> Arc<Home> {
         Arc::clone(&self.home.read().expect("a lock"))
     }
 
-    /// Takes the guest for being in another QEMU from now on; the one it was in ends.
+    /// Makes another QEMU the current one, and ends the previous one.
     pub(crate) fn moved(&self, home: Home) {
         *self.home.write().expect("a lock") = Arc::new(home);
     }
@@ -198,7 +198,7 @@ impl Guest {
         &self.config
     }
 
-    /// How much memory the guest has been given.
+    /// The VM's memory.
     pub fn memory(&self) -> Size {
         self.config.memory
     }
@@ -222,7 +222,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// It is QEMU's own.
+    /// The device is QEMU's own.
     pub fn daemon(&self) -> Result<Arc<Daemon>> {
         self.home()
             .daemon
@@ -256,13 +256,13 @@ impl Guest {
         self.home().qemu.transparent_huge_pages(self.memory())
     }
 
-    /// Measures time in which the guest could have been at work.
+    /// Measures the time in which the guest could run.
     pub fn stopwatch(&self) -> Stopwatch {
         Stopwatch::start(self.home().qemu.id())
     }
 
-    /// Waits until `condition` holds; `what` says in an error what did not come. The guest is given up when it could have
-    /// been at work for `timeout`.
+    /// Waits until `condition` holds; `what` describes it in an error. Fails when the guest could run for `timeout`
+    /// meanwhile.
     pub fn wait_until(
         &self,
         what: &str,
@@ -282,7 +282,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Whether QEMU has crashed, with nothing wrong in its guest before.
+    /// Whether QEMU has crashed, without an earlier fault in its guest.
     pub fn is_lost(&self) -> bool {
         let faults = self.console().faults(&self.config.expected);
         self.home().qemu.wait(Duration::from_secs(1)).is_err()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The QEMU that a guest is in, and the ways into it.
+//! The QEMU of a guest, and the connections to it.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use crate::qemu::Qemu;
 use crate::qmp::Qmp;
 use crate::size::Size;
 
-/// The QEMU that a guest is in, and the ways into it. A guest that migrates gets another one.
+/// The QEMU of a guest, and the connections to it. A guest that migrates gets another one.
 #[derive(Debug)]
 pub(crate) struct Home {
     pub(crate) qemu: Qemu,
@@ -28,7 +28,7 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// Starts a QEMU; `agent` makes the connection to the agent from the stream that leads to it.
+    /// Starts a QEMU; `agent` makes the connection to the agent from its stream.
     pub(crate) fn start(
         config: &Config,
         agent: impl FnOnce(UnixStream) -> Result<Agent>,
@@ -50,7 +50,7 @@ impl Home {
         })
     }
 
-    /// The balloon device. The guest has been given so much `memory`.
+    /// The balloon device of a VM with so much `memory`.
     pub(crate) fn control(&self, memory: Size) -> Arc<dyn Control> {
         match &self.daemon {
             Some(daemon) => Arc::clone(daemon) as Arc<dyn Control>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The hostile balloon device, which is plugged into a guest that runs.
+//! The hostile balloon device, which is plugged into a running guest.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -22,9 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How the device is connected with its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
-    /// QEMU has the virtio device, and the process is its back end.
+    /// The process is the back end of QEMU's vhost-user device.
     VhostUser,
-    /// The process is a PCI device, and QEMU knows nothing of virtio.
+    /// The process is a whole PCI device, over vfio-user.
     VfioUser,
 }
 
@@ -35,13 +35,14 @@ pub struct Hostile {
     lines: Receiver<String>,
     link: Link,
     seed: u64,
-    /// What QEMU has to know of the device.
+    /// QEMU's options for the device.
     properties: Value,
     directory: TempDir,
 }
 
 impl Hostile {
-    /// Starts the device of `seed` with some more arguments. What it does is in `hostile.log`, beside the guest's logs.
+    /// Starts the device of `seed` with some more arguments. It logs its actions to `hostile.log`,
+    /// next to the guest's logs.
     ///
     /// # Errors
     ///
@@ -64,7 +65,7 @@ impl Hostile {
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                // Nobody waits for it after a time-out.
+                // The receiver is gone after a timeout.
                 let _ = sender.send(line);
             }
         });
@@ -110,12 +111,12 @@ impl Hostile {
         format!("hostile{}", self.seed)
     }
 
-    /// Waits until it has done what it wanted to do; what it does then is how it ends.
+    /// Waits until it has finished its actions and is ready for its end.
     pub fn wait(&self) -> Result<()> {
         self.line().map(|_| ())
     }
 
-    /// Has QEMU forget it, after it was unplugged.
+    /// Removes its chardev from QEMU, after it was unplugged.
     pub fn forget(self, guest: &Guest) -> Result<()> {
         match self.link {
             Link::VhostUser => guest.disconnect(&self.chardev()),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Balloon devices, and memory, that come and go while the guest runs.
+//! Hotplug of balloon devices and memory.
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,20 +16,19 @@ use crate::driver::Driver;
 use crate::guest::Guest;
 use crate::size::Size;
 
-/// How long a device may take to come or to go.
+/// How long plugging and unplugging may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the guest may take to answer a request.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(180);
 
 impl Config {
-    /// Gives the guest a port with the id `port0` that a device can be plugged in.
+    /// Adds a port with the id `port0` for hotplug.
     pub fn hotplug_port(self) -> Self {
         self.extra_device("pcie-root-port,id=port0,chassis=1")
     }
 
-    /// Gives the guest a slot for a module of memory of up to this size. What is plugged there can
-    /// be unplugged again.
+    /// Adds a slot for a memory module of up to this size, which can be unplugged again.
     pub fn memory_slot(self, size: Size) -> Self {
         let most = self.memory + size;
         self.parameter("memhp_default_state=online_movable")
@@ -38,8 +37,7 @@ impl Config {
 }
 
 impl Guest {
-    /// Gives the guest a balloon, which has to have the id `balloon0`, and waits for the driver to
-    /// use it.
+    /// Plugs a balloon, which must have the id `balloon0`, and waits until the driver uses it.
     pub fn plug_balloon(&self, device: &Value) -> Result<()> {
         self.qmp().execute::<Value>("device_add", device)?;
         self.wait_balloon()
@@ -54,7 +52,7 @@ impl Guest {
     pub fn has_balloon(&self) -> Result<bool> {
         let status =
             self.sh("cat /sys/bus/virtio/drivers/virtio_balloon*/virtio*/status || true")?;
-        // The last digit has all bits then, and the first one tells of a failure.
+        // The last digit has all bits if the device is ready. The first digit has the failure bit.
         Ok(status.trim_end().ends_with("0f"))
     }
 
@@ -66,10 +64,10 @@ impl Guest {
             .any(|line| line.split(' ').next() == Some(driver.name())))
     }
 
-    /// Takes the balloon away from the guest, and waits until it is gone.
+    /// Unplugs the balloon, and waits until it is gone.
     pub fn unplug_balloon(&self) -> Result<()> {
-        // It may be already. What a guest has written to the slot last it writes again when it goes
-        // on after a sleep. If that was to switch the slot off, QEMU unplugs what has come since.
+        // It may already be gone. On resume a guest repeats its last write to the slot. If that
+        // write powered off the slot, QEMU unplugs a device that was plugged since.
         let devices: Vec<Value> = self
             .qmp()
             .execute("qom-list", &json!({ "path": "/machine/peripheral" }))?;
@@ -89,10 +87,10 @@ impl Guest {
         Ok(())
     }
 
-    /// Plugs a module of memory, and waits for the guest to use all of it. For guests with
+    /// Plugs a memory module, and waits until the guest uses all of it. For guests with
     /// [`Config::memory_slot`].
     pub fn plug_memory(&self, size: Size) -> Result<()> {
-        // A balloon may take some of it at once, which is not in the total then.
+        // A balloon may take some of it at once, and the total excludes that memory.
         let all = || self.meminfo().map(|memory| memory.total + memory.balloon);
         let total = all()? + size;
         let backend = json!({
@@ -104,7 +102,7 @@ impl Guest {
         self.wait_until("more memory", PATIENCE, || Ok(all()? >= total))
     }
 
-    /// Takes the module of memory away from the guest, which has to do without it before.
+    /// Unplugs the memory module. The guest must offline the memory first.
     pub fn unplug_memory(&self) -> Result<()> {
         self.unplug("dimm0")?;
         self.qmp()
@@ -112,8 +110,8 @@ impl Guest {
         Ok(())
     }
 
-    /// Has unused memory given back by a balloon device that is there for just as long. For guests
-    /// with [`Config::hotplug_port`] and no other balloon.
+    /// Returns unused memory to the host through a balloon device that is plugged only for that.
+    /// For guests with [`Config::hotplug_port`] and no other balloon.
     ///
     /// # Errors
     ///
@@ -131,7 +129,7 @@ impl Guest {
         self.unplug_daemon(daemon)
     }
 
-    /// Gives the guest a balloon of a daemon of its own. For guests with [`Config::hotplug_port`] and no other
+    /// Plugs a balloon with a daemon of its own. For guests with [`Config::hotplug_port`] and no other
     /// balloon.
     pub fn plug_daemon(&self) -> Result<Daemon> {
         let daemon = self.config().start_daemon()?;
@@ -143,7 +141,7 @@ impl Guest {
         Ok(daemon)
     }
 
-    /// Takes the balloon of `daemon` away from the guest again, and waits until it is gone.
+    /// Unplugs the balloon of `daemon`, and waits until it is gone.
     pub fn unplug_daemon(&self, daemon: Daemon) -> Result<()> {
         self.unplug_balloon()?;
         self.disconnect("balloon")?;
@@ -162,7 +160,7 @@ impl Guest {
 
     /// Closes the connection, after the device was unplugged.
     pub fn disconnect(&self, chardev: &str) -> Result<()> {
-        // QEMU may not be done with it for a moment.
+        // QEMU may still use it for a moment.
         self.wait_until("a device that is gone", PATIENCE, || {
             let gone = self
                 .qmp()
@@ -171,7 +169,7 @@ impl Guest {
         })
     }
 
-    /// Waits until a request that a daemon has made of the guest is completed.
+    /// Waits until the guest has completed a request of a daemon.
     ///
     /// # Errors
     ///
@@ -186,7 +184,7 @@ impl Guest {
         Ok(progress)
     }
 
-    /// Waits until a request that a daemon has made of the guest ends in whatever way.
+    /// Waits until a request of a daemon has ended, with any status.
     ///
     /// # Errors
     ///

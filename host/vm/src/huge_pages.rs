@@ -15,7 +15,7 @@ const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
 /// Which mappings the host gives transparent huge pages.
 const TRANSPARENT: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
-/// Held by the one who has changed that number.
+/// Held by the process that has changed that number.
 static RESERVED: Mutex<()> = Mutex::new(());
 
 /// Huge pages of 2 MiB that are reserved as long as this exists. There is one at a time.
@@ -61,7 +61,7 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        // Nothing depends on it but how much memory the host has.
+        // A failure only costs memory of the host.
         let _ = fs::write(NUMBER, &self.before);
     }
 }
@@ -72,7 +72,7 @@ pub fn has_transparent_huge_pages() -> bool {
         .is_ok_and(|text| text.contains("[always]") || text.contains("[madvise]"))
 }
 
-/// A value of /proc/meminfo; one without a unit is taken for bytes.
+/// A value of /proc/meminfo. A value without a unit counts as bytes.
 fn read(name: &str) -> Result<Size> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text

@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The results of tests in the kernel: KTAP, as KUnit prints it among all the other lines of
-//! the log.
+//! The results of tests in the kernel: KTAP, which KUnit prints among the other lines of the log.
 
 use std::sync::LazyLock;
 
 use regex::Regex;
 
-/// What a test case came to.
+/// The result of a test case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It passed.
     Passed,
-    /// It did not, for this reason: what was printed since the last result.
+    /// It failed. The reason is the log since the previous result.
     Failed(String),
-    /// It did not run, for this reason.
+    /// It was skipped, for this reason.
     Skipped(String),
 }
 
-/// A test case that is not made of others.
+/// A test case without subtests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Case {
     /// The suites that it is in and its own name, with dots between them.
@@ -40,7 +39,7 @@ static LINE: LazyLock<Regex> = LazyLock::new(|| {
     .expect("the pattern is valid")
 });
 
-/// A suite, or a case with parameters, whose own result has not come yet.
+/// A suite, or a case with parameters, whose own result has not been printed yet.
 #[derive(Default)]
 struct Suite {
     name: String,
@@ -58,8 +57,8 @@ struct Parser {
     notes: Vec<String>,
 }
 
-/// Reads all results in `log`. A suite that breaks off or has less results than it planned is a
-/// failed case, and so is a log without any results.
+/// Reads all results in `log`. A suite without an end, or with fewer results than it planned, is a
+/// failed case. So is a log without any results.
 pub fn parse(log: &str) -> Vec<Case> {
     let mut parser = Parser {
         open: vec![Suite::default()],
@@ -91,7 +90,7 @@ impl Parser {
             self.open.resize_with(depth + 1, Suite::default);
             self.notes.clear();
         } else if depth >= self.open.len() {
-            // Looks like KTAP, but no suite has begun there.
+            // It looks like KTAP, but is outside of a suite.
         } else if found.name("result").is_some() {
             self.break_off(depth + 2);
             let failed = text("result") == "not ok";
@@ -130,8 +129,8 @@ impl Parser {
         });
     }
 
-    /// Takes in the result of the innermost suite. A suite is no case, but must not hide that
-    /// one of its cases is missing.
+    /// Adds the result of the innermost suite. A suite is no case, but it must not hide a missing
+    /// case.
     fn end_suite(&mut self, name: &str, failed: bool) {
         let suite = self.open.pop().expect("its depth was looked at");
         let planned = suite.plan.unwrap_or(suite.results);
@@ -147,7 +146,7 @@ impl Parser {
         }
     }
 
-    /// Ends the suites from `depth` on, whose own results will not come any more.
+    /// Ends the suites from `depth` on, which have no result.
     fn break_off(&mut self, depth: usize) {
         while self.open.len() > depth {
             let suite = self.open.pop().expect("its length was looked at");

@@ -2,9 +2,9 @@
 
 //! Boots guests under QEMU, talks to them and watches their logs.
 //!
-//! A guest is a [`Config`] and a closure that is handed the running [`Guest`]. When the closure
-//! returns, the guest is switched off and its whole log is searched for faults; a guest that
-//! warned, hung or crashed is an error whatever the closure returned:
+//! A guest is a [`Config`] and a closure that gets the running [`Guest`]. When the closure returns,
+//! [`run`] powers off the guest and searches its whole log for faults. A guest that warned, hung or
+//! crashed is an error whatever the closure returned:
 //!
 //! ```no_run
 //! use vm::{Artifacts, Config, Driver, Kernel, Size};
@@ -24,8 +24,7 @@
 //! # }
 //! ```
 //!
-//! What is asked for is a balloon's size: how much the guest gives away. (QEMU's own commands
-//! say how much the guest keeps.)
+//! Targets are sizes of the balloon. (QEMU's own commands count the memory that the guest keeps.)
 
 mod agent;
 mod balloon;

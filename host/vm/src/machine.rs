@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a guest runs on: its kernel, architecture and board.
+//! The kernel, architecture and board of a guest.
 
 use std::fmt;
 use std::fs;
@@ -13,13 +13,13 @@ use crate::size::Size;
 pub enum Kernel {
     /// As fast as a distribution's.
     Test,
-    /// Finds what the other one survives, and is many times slower.
+    /// With KASAN, lockdep and kmemleak, and many times slower.
     Debug,
     /// Debian's own, with the module from the package.
     Debian,
-    /// Finds accesses to memory that race with each other.
+    /// With KCSAN, which finds data races.
     Kcsan,
-    /// Measures for how long interrupts, or preemption, are off.
+    /// With tracers for the time with interrupts or preemption off.
     Latency,
     /// The test kernel for arm64.
     Arm64,
@@ -39,7 +39,7 @@ impl Kernel {
         Self::Arm64LargePages,
     ];
 
-    /// What it runs on.
+    /// Its architecture.
     pub fn architecture(self) -> Architecture {
         match self {
             Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => {
@@ -57,7 +57,7 @@ impl Kernel {
         }
     }
 
-    /// Whether it looks for faults, which takes many times as long as to do without.
+    /// Whether it has debug checks, which make it many times slower.
     pub fn is_slow(self) -> bool {
         match self {
             Self::Test | Self::Debian | Self::Latency | Self::Arm64 | Self::Arm64LargePages => {
@@ -82,16 +82,16 @@ impl fmt::Display for Kernel {
     }
 }
 
-/// What a kernel runs on.
+/// An architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
-    /// What the host is, too.
+    /// The host's architecture.
     X86_64,
-    /// What QEMU has to translate.
+    /// An architecture that QEMU emulates.
     Arm64,
 }
 
-/// What runs the guest's instructions.
+/// The accelerator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accel {
     /// The processor.
@@ -101,7 +101,7 @@ pub enum Accel {
 }
 
 impl Accel {
-    /// KVM where the processor says that it can; /dev/kvm alone may exist and still not run a
+    /// KVM if the processor supports it. A /dev/kvm that exists may still be unable to run a
     /// kernel.
     pub fn detect() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -130,9 +130,9 @@ impl Accel {
 pub enum Machine {
     /// A PC with PCI Express.
     Q35,
-    /// An older PC, with PCI. Only there does QEMU's firmware switch ACPI on again after a sleep, without
-    /// which the guest can neither sleep again nor switch itself off. It has one processor: under emulation
-    /// another one does not always come up again after a sleep.
+    /// An older PC, with PCI. Only on this board QEMU's firmware enables ACPI again on resume. Without ACPI
+    /// the guest can neither suspend again nor power off. It has one processor: under emulation another one
+    /// does not always come online again on resume.
     I440fx,
     /// A machine without PCI, whose virtio devices, the balloon too, are on virtio-mmio.
     Microvm,
@@ -140,7 +140,7 @@ pub enum Machine {
     Virt,
 }
 
-/// What holds the guest's memory in the host.
+/// The backend of the guest's memory in the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryBackend {
     /// Private anonymous memory, or a shared memory file if the balloon is a vhost-user device.

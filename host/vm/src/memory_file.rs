@@ -12,16 +12,17 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::size::Size;
 
-/// What QEMU calls it.
+/// QEMU's name for it.
 const NAME: &str = "/memfd:memory-backend-memfd";
 
 /// The unit of the number of blocks that a file has.
 const BLOCK: u64 = 512;
 
-/// How much is written at once: a part of what lies in one piece, in the file as in the guest.
+/// The length of one write, which divides every contiguous range.
 const CHUNK: Size = Size::mib(1);
 
-/// Where the memory of a q35 machine is in its file: up to some address at the same place, and the rest from 4 GiB on.
+/// The layout of a q35 machine's memory: up to some address the file offset is the address, and the
+/// rest is at 4 GiB.
 fn offset(address: Size, size: Size) -> Option<Size> {
     let low = match size < Size::mib(2816) {
         true => size,
@@ -46,7 +47,7 @@ impl MemoryFile {
         ))
     }
 
-    /// Finds that of a QEMU.
+    /// Opens that of a QEMU.
     pub(crate) fn of(qemu: u32) -> Result<Self> {
         for entry in fs::read_dir(format!("/proc/{qemu}/fd"))? {
             let path = entry?.path();
@@ -59,12 +60,13 @@ impl MemoryFile {
         bail!("the guest's memory is in no file")
     }
 
-    /// How much of the host's memory it has.
+    /// How much of the host's memory it uses.
     pub fn resident(&self) -> Result<Size> {
         Ok(Size::bytes(self.0.metadata()?.blocks() * BLOCK))
     }
 
-    /// Fills `length` of memory from the guest-physical address `address` on, behind the guest's back.
+    /// Fills `length` bytes from the guest-physical address `address` on, without the guest's
+    /// knowledge.
     pub fn fill(&self, address: Size, length: Size, byte: u8) -> Result<()> {
         let end = address + length;
         let (mut address, size) = (address, Size::bytes(self.0.metadata()?.len()));
@@ -79,7 +81,7 @@ impl MemoryFile {
         Ok(())
     }
 
-    /// Gives all of it back to the host, which no guest survives, and says how long that took.
+    /// Returns all of it to the host, which destroys the guest, and returns how long that took.
     pub fn punch(&self) -> Result<Duration> {
         let length = self.0.metadata()?.len();
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

@@ -13,15 +13,15 @@ use crate::guest::{COMMAND_TIMEOUT, Guest};
 use crate::size::Size;
 
 impl Config {
-    /// A guest that uses its memory. An emulated processor that has instructions for it clears memory byte by byte,
-    /// which takes much longer than what is measured.
+    /// A guest that uses its memory. An emulated processor with string instructions clears memory byte by byte,
+    /// which takes much longer than the measured operation.
     pub fn using_memory(self) -> Self {
         self.argument("-cpu", "max,-erms,-fsrm,-fzrm")
     }
 }
 
 impl Guest {
-    /// Has the guest use `size` of its memory and free it again.
+    /// Makes the guest use `size` of its memory and free it again.
     pub fn touch(&self, size: Size) -> Result<()> {
         let load = self.load(Load::Touch {
             mib: size.as_mib().try_into()?,
@@ -30,9 +30,9 @@ impl Guest {
         Ok(())
     }
 
-    /// Leaves the guest hardly any free memory but lone pages, for as long as the load runs.
+    /// Fragments the guest's free memory into isolated pages, while the load runs.
     pub fn fragment(&self) -> Result<RunningLoad<'_>> {
-        // By itself the kernel would begin to put the pages together.
+        // Otherwise the kernel would start compaction.
         self.write_file("/proc/sys/vm/compaction_proactiveness", "0")?;
         let taken = self.free()?.saturating_sub(Size::mib(256));
         self.load(Load::Fragment {
@@ -40,12 +40,13 @@ impl Guest {
         })
     }
 
-    /// How many pages are marked as logically offline, as a balloon's are: of all, or of those with numbers in a range.
+    /// How many pages are marked as logically offline, as a balloon's pages are: of all pages, or
+    /// of those in a range.
     pub fn offline_pages(&self, range: Option<Range<u64>>) -> Result<u64> {
         self.count_pages(range.unwrap_or(0..u64::MAX), &[PageFlag::Offline])
     }
 
-    /// How many pages with numbers in a range have all of some flags.
+    /// How many pages of a range have all of some flags.
     pub fn count_pages(&self, range: Range<u64>, flags: &[PageFlag]) -> Result<u64> {
         let command = Command::CountPages {
             start: range.start,
@@ -58,7 +59,7 @@ impl Guest {
         }
     }
 
-    /// How many pages of memory there are from the first to the last one that is in the balloon.
+    /// The number of pages between the lowest and the highest page of the balloon.
     pub fn balloon_stretch(&self) -> Result<u64> {
         let memory = memory_map(&self.read_file("/proc/iomem")?);
         let end = memory.last().context("the guest has no memory")?.end;
@@ -78,7 +79,7 @@ impl Guest {
     }
 }
 
-/// The memory in what /proc/iomem says, in pages.
+/// The memory in /proc/iomem, in pages.
 fn memory_map(iomem: &str) -> Vec<Range<u64>> {
     let address = |text| u64::from_str_radix(text, 16).ok();
     iomem
@@ -90,11 +91,11 @@ fn memory_map(iomem: &str) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// The least of the numbers up to `end` that is in a range for which `is_in` holds.
+/// The lowest number below `end` that is in a range for which `is_in` holds.
 fn nearest(end: u64, mut is_in: impl FnMut(Range<u64>) -> Result<bool>) -> Result<u64> {
     let mut range = 0..1;
     while !is_in(range.clone())? {
-        ensure!(range.end < end, "there is nothing to be found");
+        ensure!(range.end < end, "no range has such a number");
         range = range.end..(range.end * 2).min(end);
     }
     while range.end - range.start > 1 {

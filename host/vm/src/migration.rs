@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Live migration: a running guest moves to another QEMU, or is copied to nowhere to see what that
-//! takes.
+//! Live migration of a guest to another QEMU, or to /dev/null for a measurement.
 
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,36 +16,35 @@ use crate::home::Home;
 use crate::qmp::Qmp;
 use crate::size::Size;
 
-/// How long a migration may take from when nothing limits it any more.
+/// How long a migration may take without a bandwidth limit.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What QEMU takes for no limit of the bandwidth.
+/// QEMU's value for no limit of the bandwidth.
 const UNLIMITED: Size = Size::bytes(0);
 
-/// How long a guest may stand still on its way when it writes faster than it can be copied, in
-/// milliseconds.
+/// How long a guest may be stopped that writes faster than QEMU copies, in milliseconds.
 const LONG_DOWNTIME: u64 = 60_000;
 
-/// How often a migration is looked at.
+/// The polling interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What a migration has taken, as QEMU counts it.
+/// The costs of a migration, as QEMU counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transfer {
     /// From its begin to its end.
     pub total: Duration,
-    /// For how long the guest stood still.
+    /// For how long the guest was stopped.
     pub downtime: Duration,
     /// What was sent.
     pub sent: Size,
-    /// What QEMU knows to be left to send.
+    /// The amount that QEMU still has to send.
     pub remaining: Size,
-    /// How often QEMU looked for what the guest had written meanwhile: once at first, and once more
-    /// whenever it had sent all of that.
+    /// How often QEMU collected dirty pages: once at first, and once more whenever it had sent all
+    /// of them.
     pub rounds: u64,
 }
 
-/// A migration to another QEMU that is under way. When it is dropped the guest stays where it is.
+/// An active migration to another QEMU. When it is dropped, the guest stays in its QEMU.
 #[derive(Debug)]
 pub struct Migration<'a> {
     guest: &'a Guest,
@@ -92,7 +90,7 @@ impl MigrationInfo {
 }
 
 impl Guest {
-    /// Begins to move the guest to another QEMU, with at most `bandwidth` in a second.
+    /// Begins to migrate the guest to another QEMU, with at most `bandwidth` in a second.
     pub fn migrate(&self, bandwidth: Size) -> Result<Migration<'_>> {
         let config = self.config().clone().argument("-incoming", "defer");
         let home = self.home();
@@ -102,7 +100,7 @@ impl Guest {
             .qmp
             .execute::<Value>("migrate-incoming", &address)?;
         start(&home.qmp, bandwidth, &address)?;
-        // Before the first round, QEMU does not know what there is to send.
+        // Before the first round, QEMU does not know how much it has to send.
         self.wait_until("the begin of a migration", TIMEOUT, || {
             Ok(MigrationInfo::query(&home.qmp)?.transfer().rounds > 0)
         })?;
@@ -112,7 +110,7 @@ impl Guest {
         })
     }
 
-    /// Copies the guest to nowhere while it runs, in the way of a migration, and lets it go on.
+    /// Migrates the running guest to /dev/null, and resumes it.
     pub fn migrate_to_nowhere(&self) -> Result<Transfer> {
         let qmp = self.qmp();
         start(&qmp, UNLIMITED, &json!({ "uri": "exec:cat >/dev/null" }))?;
@@ -121,7 +119,7 @@ impl Guest {
         Ok(transfer)
     }
 
-    /// Waits for the end of a migration, and hands all that it takes on the way to `watch`.
+    /// Waits for the end of a migration, and passes intermediate costs to `watch`.
     pub(crate) fn wait_migrated(
         &self,
         qmp: &Qmp,
@@ -156,7 +154,7 @@ impl Guest {
 }
 
 impl Migration<'_> {
-    /// What it has taken so far.
+    /// Its costs so far.
     ///
     /// # Errors
     ///
@@ -171,8 +169,8 @@ impl Migration<'_> {
         Ok(info.transfer())
     }
 
-    /// Lifts the limit of the bandwidth, waits for the end, and goes on with the guest in the other QEMU. A
-    /// guest that writes faster than it can be copied stands still after the first round.
+    /// Lifts the limit of the bandwidth, waits for the end, and makes the other QEMU the current one. A
+    /// guest that writes faster than QEMU copies is stopped after the first round.
     ///
     /// # Errors
     ///
@@ -198,12 +196,12 @@ impl Migration<'_> {
         destination
             .qmp
             .wait_event(0, TIMEOUT, |event| event.name == "RESUME")
-            .context("the guest does not go on in the other QEMU")?;
+            .context("the guest does not resume in the other QEMU")?;
         self.guest.moved(destination);
         Ok(transfer)
     }
 
-    /// Ends it before its time, and leaves the guest where it is.
+    /// Cancels it. The guest stays in its QEMU.
     pub fn cancel(self) -> Result<()> {
         self.progress()?;
         let qmp = self.guest.qmp();
@@ -214,7 +212,7 @@ impl Migration<'_> {
     }
 }
 
-/// Has a QEMU begin to migrate its guest.
+/// Makes a QEMU begin to migrate its guest.
 fn start(qmp: &Qmp, bandwidth: Size, address: &Value) -> Result<()> {
     qmp.execute::<Value>(
         "migrate-set-parameters",
@@ -224,7 +222,7 @@ fn start(qmp: &Qmp, bandwidth: Size, address: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Where a QEMU waits for a guest: a name that is not in the file system, which nobody must clean up.
+/// The socket on which a QEMU waits for a guest: an abstract name, which needs no cleanup.
 fn address() -> Value {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How much of the processors is used up, by the host and in the guest.
+//! The CPU time of the host and of the guest.
 
 use std::fs;
 use std::time::Duration;
@@ -11,12 +11,11 @@ use nix::unistd::{SysconfVar, sysconf};
 use crate::daemon::Daemon;
 use crate::guest::Guest;
 
-/// How many times a second the guest counts what its processors do.
+/// The guest's clock ticks per second.
 const GUEST_TICKS: u64 = 100;
 
 impl Guest {
-    /// How much of the host's processors QEMU and the daemon have used, the guest's part included. It is counted in
-    /// hundredths of a second.
+    /// The CPU time of QEMU and the daemon, the guest's part included, in units of 10 ms.
     pub fn host_cpu_time(&self) -> Result<Duration> {
         let home = self.home();
         let mut total = of_process(home.qemu.id())?;
@@ -26,8 +25,7 @@ impl Guest {
         Ok(total)
     }
 
-    /// For how long the guest's processors have not been idle, as the guest sees it. It is counted in hundredths of a
-    /// second.
+    /// For how long the guest's processors have not been idle, as the guest counts it, in units of 10 ms.
     pub fn guest_cpu_time(&self) -> Result<Duration> {
         let stat = self.read_file("/proc/stat")?;
         let line = stat
@@ -35,7 +33,7 @@ impl Guest {
             .next()
             .and_then(|line| line.strip_prefix("cpu "));
         let fields = line.context("the guest's /proc/stat has no processors")?;
-        // User and system time, each with its variants, around the time without work and that for disks.
+        // User and system time with their variants; idle time and I/O wait are in between.
         let ticks: u64 = fields
             .split_whitespace()
             .enumerate()
@@ -51,13 +49,13 @@ impl Guest {
 }
 
 impl Daemon {
-    /// How much of the host's processors its two processes have used.
+    /// The CPU time of its two processes.
     fn cpu_time(&self) -> Result<Duration> {
         Ok(of_process(self.id()?)? + of_process(self.worker()?.as_raw().try_into()?)?)
     }
 }
 
-/// The time of a process.
+/// The CPU time of a process.
 fn of_process(pid: u32) -> Result<Duration> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The name, in parentheses, may have spaces in it; user and system time are the 12th

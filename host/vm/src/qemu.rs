@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Starting QEMU and looking at its process.
+//! A QEMU process.
 
 use std::fs::{self, File};
 use std::io::stderr;
@@ -36,7 +36,7 @@ pub(crate) struct Streams {
 }
 
 impl Qemu {
-    /// Starts it; `daemon` is the socket of the daemon that has the balloon, if there is one.
+    /// Starts it; `daemon` is the socket of the balloon's daemon, if there is one.
     pub(crate) fn start(config: &Config, daemon: Option<&Path>) -> Result<(Self, Streams)> {
         let messages = config.messages();
         let (qmp, qmp_end) = UnixStream::pair()?;
@@ -73,7 +73,7 @@ impl Qemu {
         Ok((qemu, Streams { qmp, agent }))
     }
 
-    /// Waits for QEMU to end by itself, and says whether it did.
+    /// Waits until QEMU has ended by itself, and returns whether it did.
     pub(crate) fn wait(&self, timeout: Duration) -> Result<bool> {
         let stopwatch = Stopwatch::start(self.id());
         while !stopwatch.has_passed(timeout) {
@@ -88,7 +88,7 @@ impl Qemu {
         Ok(false)
     }
 
-    /// What QEMU said before it ended.
+    /// The last output of QEMU.
     pub(crate) fn complaint(&self) -> String {
         let messages = fs::read_to_string(&self.messages).unwrap_or_default();
         messages
@@ -104,7 +104,8 @@ impl Qemu {
         Ok(Size::kib(kib.context("QEMU has ended")?))
     }
 
-    /// How much of the mapping that has just the size of the guest's `memory` is in transparent huge pages.
+    /// How much of the mapping with exactly the size of the guest's `memory` is in transparent huge
+    /// pages.
     pub(crate) fn transparent_huge_pages(&self, memory: Size) -> Result<Size> {
         let maps = self.process()?.smaps()?;
         let size = |map: &MemoryMap| Size::bytes(map.address.1 - map.address.0);

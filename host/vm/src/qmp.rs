@@ -20,7 +20,7 @@ use crate::stopwatch::Stopwatch;
 /// long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often it is looked whether QEMU has had the time to answer.
+/// How often the client checks whether QEMU's time is up.
 const INTERVAL: Duration = Duration::from_millis(200);
 
 /// A connection to QEMU.
@@ -33,10 +33,10 @@ pub struct Qmp {
     events: Arc<Events>,
 }
 
-/// Something that QEMU told without being asked.
+/// An event of QEMU.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Event {
-    /// What happened, such as `DEVICE_DELETED`.
+    /// The name, such as `DEVICE_DELETED`.
     #[serde(rename = "event")]
     pub name: String,
     /// The particulars.
@@ -74,7 +74,7 @@ enum Message {
 }
 
 impl Qmp {
-    /// Takes over the stream of a QEMU that has just been started, with the number of its process.
+    /// Adopts the stream of a QEMU that was just started, with its process id.
     pub(crate) fn new(stream: UnixStream, process: u32) -> Result<Self> {
         let events = Arc::new(Events::default());
         let (sender, answers) = mpsc::channel();
@@ -89,7 +89,7 @@ impl Qmp {
                         news.news.notify_all();
                     }
                     Message::Answer(answer) => {
-                        // Nobody waits for it after a time-out.
+                        // The receiver is gone after a timeout.
                         let _ = sender.send(answer);
                     }
                 }
@@ -104,7 +104,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Runs a command and returns what QEMU answers.
+    /// Runs a command and returns QEMU's answer.
     ///
     /// # Errors
     ///
@@ -130,7 +130,7 @@ impl Qmp {
         }
     }
 
-    /// How many events have come so far; [`Qmp::wait_event`] can leave them out.
+    /// The number of events so far; [`Qmp::wait_event`] can skip them.
     pub fn mark(&self) -> usize {
         self.events.seen.lock().expect("a lock").len()
     }
@@ -154,7 +154,7 @@ impl Qmp {
             }
             ensure!(
                 !stopwatch.has_passed(timeout),
-                "QEMU did not report in {} s what was waited for",
+                "QEMU did not send the expected event within {} s",
                 timeout.as_secs()
             );
             let interval = timeout.min(INTERVAL);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What was measured several times over.
+//! Repeated measurements.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use statrs::statistics::{Data, Max, Min, OrderStatistics};
 
-/// What was measured, each time, in one unit.
+/// Values of repeated measurements, in one unit.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Samples(Vec<f64>);
@@ -24,7 +24,7 @@ impl Samples {
         self.0.push(value);
     }
 
-    /// All of them, as they came.
+    /// All of them, in the order of measurement.
     pub fn values(&self) -> &[f64] {
         &self.0
     }
@@ -33,7 +33,7 @@ impl Samples {
         Data::new(self.0.clone())
     }
 
-    /// The one in the middle.
+    /// The median.
     pub fn median(&self) -> f64 {
         self.data().median()
     }
@@ -48,13 +48,12 @@ impl Samples {
         self.data().max()
     }
 
-    /// The median as a part of that of `others`.
+    /// The median relative to that of `others`.
     pub fn ratio(&self, others: &Self) -> f64 {
         self.median() / others.median()
     }
 
-    /// Whether the two differ by no more than each by itself does: some of these are less than some of `others`, and
-    /// some more.
+    /// Whether the ranges of the two overlap: some of these are less than some of `others`, and some more.
     pub fn overlaps(&self, others: &Self) -> bool {
         self.min() <= others.max() && others.min() <= self.max()
     }

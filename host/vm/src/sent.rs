@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a guest has sent to inflate or deflate its balloon.
+//! The messages that a guest has sent to inflate or deflate its balloon.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::guest::Guest;
 pub struct Sent {
     /// The length of the messages in bytes.
     pub bytes: u64,
-    /// How many there were.
+    /// Their number.
     pub messages: u64,
     /// How many times the device was notified of them.
     pub notifications: u64,
@@ -24,11 +24,11 @@ pub struct Sent {
 }
 
 impl Guest {
-    /// All that the guest has sent so far.
+    /// All messages of the guest so far.
     ///
     /// # Errors
     ///
-    /// The balloon is QEMU's own.
+    /// The device is QEMU's own.
     pub fn sent(&self) -> Result<Sent> {
         Ok(Sent::of(&self.daemon()?.info()?.counters))
     }

@@ -51,7 +51,7 @@ impl Size {
         self.0 >> 12
     }
 
-    /// How many times `unit` it takes for the whole amount.
+    /// The amount in `unit`s, rounded up.
     pub const fn div_ceil(self, unit: Self) -> u64 {
         self.0.div_ceil(unit.0)
     }
@@ -61,12 +61,12 @@ impl Size {
         Self(self.0.next_multiple_of(unit.0))
     }
 
-    /// How far two amounts are apart.
+    /// The difference of two amounts.
     pub const fn abs_diff(self, other: Self) -> Self {
         Self(self.0.abs_diff(other.0))
     }
 
-    /// What remains, or nothing when `other` is more.
+    /// The rest, or nothing when `other` is more.
     pub const fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that is saved to files, and goes on from there. docs/snapshots.md has the same for people.
+//! A guest that is saved to files, and restored from them. docs/snapshots.md describes the same
+//! steps.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,19 +22,19 @@ use crate::size::Size;
 #[derive(Debug)]
 pub struct Snapshot {
     directory: TempDir,
-    /// What the files take.
+    /// The size of the files.
     pub size: Size,
-    /// For how long the guest stood still.
+    /// For how long the guest was stopped.
     pub took: Duration,
 }
 
 impl Snapshot {
-    /// What is in the guest's memory. There is nothing in its holes.
+    /// The guest's memory, a file with holes.
     fn memory(&self) -> PathBuf {
         self.directory.path().join("memory")
     }
 
-    /// All else, in the way of a migration.
+    /// The rest of its state, as a migration stream.
     fn state(&self) -> Value {
         let path = self.directory.path().join("state");
         json!({ "uri": format!("file:{}", path.display()) })
@@ -41,7 +42,7 @@ impl Snapshot {
 }
 
 impl Guest {
-    /// Saves the guest while it stands still, and lets it go on. For guests with
+    /// Stops the guest, saves it, and resumes it. For guests with
     /// [`Config::memory_file`](crate::Config::memory_file) and devices that can be migrated. The snapshot is in a
     /// directory of its own in `parent`.
     pub fn save(&self, parent: &Path) -> Result<Snapshot> {
@@ -68,7 +69,7 @@ impl Guest {
         Ok(snapshot)
     }
 
-    /// Goes on with the guest as it was saved, in another QEMU, with memory of its own: the snapshot stays as it is.
+    /// Restores the guest in another QEMU, with a copy of the memory: the snapshot does not change.
     pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
         let home = self.home();
         let file = snapshot.directory.path().join("memory-of-the-restored");
@@ -87,7 +88,7 @@ impl Guest {
     }
 }
 
-/// Has a QEMU migrate all but memory that is shared.
+/// Makes a QEMU migrate its state except shared memory.
 fn leave_memory_alone(qmp: &Qmp) -> Result<()> {
     let capabilities =
         json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
@@ -95,7 +96,7 @@ fn leave_memory_alone(qmp: &Qmp) -> Result<()> {
     Ok(())
 }
 
-/// Copies a file, but for its holes.
+/// Copies a file and keeps its holes.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let status = Command::new("cp")
         .arg("--sparse=auto")

@@ -6,9 +6,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// Measures for how long a process could have been at work. The clock stops while one of its threads is ready to run and
-/// waits for a processor: a machine that is busy with other things does not use up a time limit, and a process that hangs
-/// or sleeps does.
+/// Measures for how long a process could run. The clock stops while one of its threads is runnable and waits for a
+/// processor. So a busy machine does not use up a time limit, but a process that hangs or sleeps does.
 #[derive(Debug)]
 pub struct Stopwatch {
     process: u32,
@@ -18,7 +17,7 @@ pub struct Stopwatch {
 }
 
 impl Stopwatch {
-    /// Starts to measure the process with this number.
+    /// Starts to measure the process with this id.
     pub(crate) fn start(process: u32) -> Self {
         Self {
             process,
@@ -27,7 +26,8 @@ impl Stopwatch {
         }
     }
 
-    /// The time since the start, without the time that the thread which waited longest for a processor spent doing so.
+    /// The time since the start, less the time for which a thread waited for a processor: the
+    /// longest of all threads.
     pub fn elapsed(&self) -> Duration {
         let before = |thread| self.waits.get(thread).copied().unwrap_or_default();
         let longest = waits(self.process)

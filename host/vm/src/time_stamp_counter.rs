@@ -10,7 +10,7 @@ use quanta::Clock;
 /// Processor flags without which the counter is not read: it would stop, or change its frequency.
 const FLAGS: [&str; 3] = ["constant_tsc", "nonstop_tsc", "rdtscp"];
 
-/// Ticks over which the frequency is calculated, for as many digits as a kHz has.
+/// The number of ticks for the calculation, enough for a precision of 1 kHz.
 const TICKS: u64 = 1 << 40;
 
 /// The counter's frequency in kHz, if it is constant. The first call takes up to a fifth of a second.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a driver's tasks do in the guest, as the kernel's own trace events tell it.
+//! The actions of a driver's tasks in the guest, from the kernel's trace events.
 
 use std::fmt;
 use std::time::Duration;
@@ -23,7 +23,7 @@ const TASKS: &[&str] = &[
     "workqueue/workqueue_execute_end",
 ];
 
-/// When a processor goes on with another process.
+/// When a processor switches to another process.
 const SWITCHES: &[&str] = &["sched/sched_switch"];
 
 /// When memory is allocated: pages, and what is smaller.
@@ -33,10 +33,10 @@ const ALLOCATIONS: &[&str] = &[
     "kmem/kmem_cache_alloc",
 ];
 
-/// When the kernel has emptied page blocks, for which it first drains the processors' lists of free pages.
+/// When the kernel has evacuated pageblocks, for which it first drains the per-CPU page lists.
 const DRAINS: &[&str] = &["page_isolation/test_pages_isolated"];
 
-/// What a part of the kernel can switch off, in the words of the kernel's tracers.
+/// What a section of the kernel can disable, by the names of the kernel's tracers.
 #[derive(Clone, Copy, Debug)]
 pub enum Off {
     /// Interrupts.
@@ -54,14 +54,14 @@ impl Off {
     }
 }
 
-/// A part of the kernel with interrupts, or preemption, off.
+/// A section of the kernel with interrupts or preemption off.
 #[derive(Debug)]
 pub struct Section {
     /// How long that took.
     pub time: Duration,
     /// Where it began, and where it ended.
     pub ends: [String; 2],
-    /// The functions that were not over at the end, the innermost one first.
+    /// The stack at the end, the innermost function first.
     pub stack: Vec<String>,
 }
 
@@ -96,7 +96,8 @@ impl fmt::Display for Section {
 }
 
 impl Guest {
-    /// Does something, and returns the longest part of the kernel with something off meanwhile.
+    /// Calls a function, and returns the longest section of the kernel with interrupts or
+    /// preemption off meanwhile.
     pub fn trace_longest<T>(
         &self,
         off: Off,
@@ -111,15 +112,14 @@ impl Guest {
         Ok((result, Section::parse(&trace)?))
     }
 
-    /// Does something, and returns how many times the processors' lists of free pages were drained meanwhile to allocate
-    /// a given range.
+    /// Calls a function, and returns how many times the kernel drained the per-CPU page lists meanwhile to allocate a
+    /// given range.
     pub fn trace_drains<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
         let (result, trace) = self.trace(DRAINS, SMALL_BUFFER, work)?;
         Ok((result, events(&trace).count()))
     }
 
-    /// Does something, and returns for how long the driver's tasks have run on the guest's processors meanwhile:
-    /// without the time in which they waited.
+    /// Calls a function, and returns the CPU time of the driver's tasks meanwhile.
     pub fn trace_running<T>(
         &self,
         driver: Driver,
@@ -129,7 +129,7 @@ impl Guest {
         Ok((result, running(&trace, driver)?))
     }
 
-    /// Does something, and returns how many times the driver's tasks have allocated memory meanwhile, be it for the
+    /// Calls a function, and returns how many times the driver's tasks have allocated memory meanwhile, for the
     /// balloon or for themselves.
     pub fn trace_allocations<T>(
         &self,
@@ -140,8 +140,8 @@ impl Guest {
         Ok((result, allocations(&trace, driver)?))
     }
 
-    /// Does something, and returns the driver's own events meanwhile, without the `virtio_balloon_rs_` that all begin
-    /// with: `inflate: virtio0: pages=1024`.
+    /// Calls a function, and returns the driver's own events meanwhile, without the prefix `virtio_balloon_rs_`:
+    /// `inflate: virtio0: pages=1024`.
     pub fn trace_balloon<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<String>)> {
         let (result, trace) = self.trace(&["virtio_balloon_rs"], SMALL_BUFFER, work)?;
         let events = trace.lines().filter_map(|line| {
@@ -151,7 +151,7 @@ impl Guest {
         Ok((result, events.collect()))
     }
 
-    /// Does something, and returns what the kernel says of it.
+    /// Calls a function, and returns the trace of it.
     fn trace<T>(
         &self,
         events: &[&str],
@@ -188,7 +188,7 @@ impl Guest {
 
 /// An event.
 struct Event<'a> {
-    /// The process that it came from.
+    /// The process of the event.
     process: &'a str,
     time: Duration,
     name: &'a str,
@@ -211,7 +211,7 @@ impl<'a> Event<'a> {
         })
     }
 
-    /// Whether it is about a task of the driver's.
+    /// Whether it is about a task of the driver.
     fn is_of(&self, driver: Driver) -> bool {
         self.rest.ends_with(&format!("[{}]", driver.name()))
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! virtio-mem: a host may use it instead of a balloon, or along with one.
+//! virtio-mem, instead of a balloon or along with one.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,14 +12,13 @@ use crate::config::Config;
 use crate::guest::Guest;
 use crate::size::Size;
 
-/// How often QEMU is asked how far the guest is.
+/// The polling interval.
 const INTERVAL: Duration = Duration::from_millis(5);
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Config {
-    /// Has up to `more` of the guest's memory come from a virtio-mem device, which has none at first. There is no
-    /// balloon then.
+    /// Adds a virtio-mem device with up to `more` memory, none of it plugged at first, and no balloon.
     pub fn virtio_mem(self, more: Size) -> Self {
         let base = self.memory - more;
         self.memory(base)
@@ -27,8 +26,8 @@ impl Config {
             .device_of_memory("ram", more, "online_movable")
     }
 
-    /// Gives the guest a virtio-mem device along with its balloon. It can have up to `more` and has no memory at first.
-    /// The guest's kernel uses that memory as `online` says.
+    /// Adds a virtio-mem device along with the balloon. It can have up to `more` memory, none of it plugged at first.
+    /// `online` sets how the guest's kernel onlines that memory.
     pub fn virtio_mem_with_balloon(self, more: Size, online: &str) -> Self {
         self.device_of_memory("memfd,share=on,reserve=off", more, online)
     }
@@ -46,11 +45,11 @@ impl Config {
 }
 
 impl Guest {
-    /// Has the virtio-mem device give the guest `size`, or take back what is more. Returns how long it took.
+    /// Makes the virtio-mem device plug or unplug memory up to `size`. Returns how long it took.
     ///
     /// # Errors
     ///
-    /// The size of what is plugged does not change for a minute.
+    /// The plugged size does not change for a minute.
     pub fn plug(&self, size: Size) -> Result<Duration> {
         let start = Instant::now();
         let plugged = self.plug_within(size, PATIENCE)?;
@@ -58,8 +57,8 @@ impl Guest {
         Ok(start.elapsed())
     }
 
-    /// Asks the virtio-mem device to give the guest `size`. Returns what is plugged when that has not changed for the
-    /// time `patience`.
+    /// Requests `size` from the virtio-mem device. Returns the plugged size when it has not changed for the time
+    /// `patience`.
     pub fn plug_within(&self, size: Size, patience: Duration) -> Result<Size> {
         let qmp = self.qmp();
         let (mut last, mut stopwatch) = (None, self.stopwatch());

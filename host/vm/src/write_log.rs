@@ -30,7 +30,7 @@ impl WriteLog {
         self.0.path()
     }
 
-    /// Begins anew. The guest must be stopped.
+    /// Empties the log. The guest must be stopped.
     pub fn clear(&self) -> Result<()> {
         let mut file = self.0.as_file();
         file.seek(SeekFrom::Start(0))?;

@@ -6,10 +6,9 @@
 //! qemu-system-x86_64 -accel tcg -plugin libwrite_log.so,log=LOG ...
 //! ```
 //!
-//! LOG is a file that is there already: a bitmap of 64-bit words in which bit n stands for the 4 KiB from the
-//! guest-physical address 4096 n on, long enough for all of the guest's memory. A bit is set when a processor of the
-//! guest has written there, and cleared by whoever reads the log, while the guest is stopped. What devices write is not
-//! recorded.
+//! LOG is an existing file: a bitmap of 64-bit words in which bit n stands for the 4 KiB from the guest-physical
+//! address 4096 n on, long enough for all of the guest's memory. The plugin sets a bit when a processor of the guest
+//! has written there. The reader of the log clears bits while the guest is stopped. Writes by devices are not recorded.
 //!
 //! The interface is that of QEMU's `qemu-plugin.h`, version 7.
 
@@ -65,11 +64,11 @@ impl Log {
     /// Maps the log in `path`.
     fn open(path: &str) -> Option<Self> {
         let file = File::options().read(true).write(true).open(path).ok()?;
-        // SAFETY: the memory is only ever accessed by atomic operations, here and, by way of the file, while the guest
-        // is stopped; nobody makes the file shorter as long as QEMU runs.
+        // SAFETY: the memory is only accessed by atomic operations, here and, through the file, while the guest is
+        // stopped. No process truncates the file while QEMU runs.
         let map = Box::leak(Box::new(unsafe { MmapMut::map_mut(&file) }.ok()?));
         let words = map.len() / size_of::<AtomicU64>();
-        // SAFETY: a mapping begins with a page, it is that long, and it stays.
+        // SAFETY: a mapping is page-aligned, has this length, and is never unmapped.
         Some(Self(unsafe {
             std::slice::from_raw_parts(map.as_mut_ptr().cast(), words)
         }))
@@ -80,7 +79,7 @@ impl Log {
         let page = address >> PAGE_SHIFT;
         let word = usize::try_from(page / 64).ok();
         let mask = 1 << (page % 64);
-        // Memory that the log has no room for is none.
+        // Addresses beyond the end of the log are not memory.
         if let Some(word) = word.and_then(|word| self.0.get(word)) {
             if word.load(Relaxed) & mask == 0 {
                 word.fetch_or(mask, Relaxed);
@@ -107,16 +106,16 @@ pub unsafe extern "C" fn qemu_plugin_install(
         argument.to_str().ok()?.strip_prefix("log=")
     });
     let Some(log) = path.and_then(Log::open) else {
-        eprintln!("write-log: log=LOG must name the log, which has to be there");
+        eprintln!("write-log: log=LOG must name an existing log");
         return 1;
     };
     let log = ptr::from_ref(Box::leak(Box::new(log)));
-    // SAFETY: the callback has the type that version 7 wants, and what it is given stays.
+    // SAFETY: the callback has the type of version 7, and its argument is never freed.
     unsafe { qemu_plugin_register_vcpu_tb_trans_cb(id, translated, log.cast_mut().cast()) };
     0
 }
 
-/// Code of the guest has been translated: what it writes has to be recorded.
+/// QEMU has translated code of the guest: register its writes.
 extern "C" fn translated(tb: *mut c_void, log: *mut c_void) {
     // SAFETY: QEMU passes a block that is being translated, which has that many instructions.
     unsafe {
@@ -129,9 +128,9 @@ extern "C" fn translated(tb: *mut c_void, log: *mut c_void) {
 
 /// The guest has written to a virtual address.
 extern "C" fn written(_vcpu: c_uint, info: u32, vaddr: u64, log: *mut c_void) {
-    // SAFETY: it is what was registered, and stays.
+    // SAFETY: it is the registered pointer, which is never freed.
     let log = unsafe { &*log.cast::<Log>() };
-    // SAFETY: QEMU passes the particulars of an access.
+    // SAFETY: QEMU passes a valid description of an access.
     let last = vaddr.wrapping_add((1 << unsafe { qemu_plugin_mem_size_shift(info) }) - 1);
     // An access may reach into the next page.
     for vaddr in [vaddr, last] {

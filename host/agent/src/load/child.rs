@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A load's own process: tells the parent how the load fares, and stops when the parent wants that.
+//! A load's own process: reports to the parent, and stops at the parent's request.
 
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use anyhow::Result;
 pub(super) const MIB: usize = 1 << 20;
 pub(super) const PAGE_SIZE: usize = 4096;
 
-/// Tells the parent how the load fares.
+/// Reports the load's progress to the parent.
 pub(super) fn report(mib: usize, passes: u64) -> Result<()> {
     say(&Progress {
         mib,
@@ -22,13 +22,13 @@ pub(super) fn report(mib: usize, passes: u64) -> Result<()> {
     })
 }
 
-/// The same, in all details.
+/// The same, with all fields.
 pub(super) fn say(progress: &Progress) -> Result<()> {
     println!("{}", serde_json::to_string(progress)?);
     Ok(())
 }
 
-/// Has several threads work until they are done, which count passes, and says how many there are.
+/// Runs several threads that count passes, until they end, and reports the number of passes.
 pub(super) fn in_threads(
     mib: usize,
     threads: usize,
@@ -48,14 +48,14 @@ pub(super) fn in_threads(
     })
 }
 
-/// Writes to every page, so that it is really there.
+/// Writes to every page, so that the kernel provides it.
 pub(super) fn touch_pages(memory: &mut [u8]) {
     for page in memory.chunks_mut(PAGE_SIZE) {
         page[0] = 1;
     }
 }
 
-/// Says whether the parent wants the load to end.
+/// Whether the parent has requested the end of the load.
 #[derive(Clone, Copy)]
 pub(super) struct Stop(&'static AtomicBool);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Takes memory of all kinds, writes to it, verifies it and gives it back, without pause: whoever takes a page of it
-//! for unused, or unused memory for a page of it, is found out.
+//! Allocates memory of all kinds, writes to it, verifies it and frees it, without pause. So the load detects a
+//! driver that lists a page in use as unused.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::child::{MIB, Stop, report};
 use super::hold::{check, fill};
 
-/// The largest piece of memory that is taken at once, in words.
+/// The largest allocation, in words.
 const LARGEST: usize = 16 * MIB / size_of::<u64>();
 
 /// How many words of a file are read or written at once.
@@ -53,12 +53,12 @@ pub(super) fn run(mib: usize, threads: usize, seed: u64, stop: Stop) -> Result<(
     })
 }
 
-/// Keeps up to `share` words in pieces, of which one after the other is verified and replaced.
+/// Keeps up to `share` words in pieces, and verifies and replaces one piece after the other.
 fn churn(mut random: Rng, share: usize, verified: &AtomicU64, stop: Stop) -> Result<()> {
     let mut pieces = VecDeque::new();
     let mut words = 0;
     while !stop.is_asked() {
-        // Small ones, so that memory falls to pieces, and large ones.
+        // Small pieces, which fragment memory, and large ones.
         let len = (LARGEST >> random.u32(0..14)).min(share / 2).max(1);
         while words + len > share || pieces.len() >= PIECES {
             let piece: Piece = pieces
@@ -78,13 +78,13 @@ fn churn(mut random: Rng, share: usize, verified: &AtomicU64, stop: Stop) -> Res
 struct Piece {
     memory: Memory,
     len: usize,
-    /// What tells its contents from those of other pieces.
+    /// Different for each piece, so that contents differ.
     pass: u64,
 }
 
 enum Memory {
     Anonymous(Vec<u64>),
-    /// On a file system in memory: of shared memory, or in the page cache alone.
+    /// In a file of a tmpfs, which is shared memory, or in the page cache alone.
     File(File),
 }
 
@@ -125,7 +125,7 @@ impl Piece {
     }
 }
 
-/// A file of the root file system that nobody else sees.
+/// An unlinked file of the root file system.
 fn unnamed(number: u64) -> Result<File> {
     let path = format!("/churn-{number:x}");
     let file = File::options()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Keeps processors busy, and leaves memory alone.
+//! Keeps processors busy, and uses hardly any memory.
 
 use std::hint::black_box;
 use std::sync::atomic::Ordering;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Copies memory, as fast as it goes.
+//! Copies memory, as fast as possible.
 
 use std::hint::black_box;
 use std::sync::atomic::Ordering;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Leaves the free memory in single pages, between pages that are in use.
+//! Fragments the free memory into isolated pages between pages in use.
 
 use std::os::fd::AsFd;
 
@@ -14,16 +14,17 @@ use super::child::{MIB, PAGE_SIZE, Stop, report};
 const STRETCH: usize = 32 * PAGE_SIZE;
 
 pub(super) fn run(mib: usize, stop: Stop) -> Result<()> {
-    // Pages of a memory file, unlike anonymous ones, are given back one at a time in safe code.
+    // Safe code can free single pages of a memory file, unlike anonymous pages.
     let file = memfd_create("fragment", MFdFlags::MFD_CLOEXEC)?;
     let size = mib * MIB;
     fallocate(file.as_fd(), FallocateFlags::empty(), 0, size.try_into()?)
         .context("taking the memory")?;
-    // Never two neighbours, however the pairs lie in the guest's memory: they would be no single pages.
+    // Never two adjacent pages, wherever the pairs are in the guest's memory: they would not be
+    // isolated.
     let mut given_back = None;
     for pair in (0..size).step_by(2 * PAGE_SIZE) {
-        // Either one of the two: compaction looks for free pages in steps of a power of two, and would
-        // see none of them or nothing else if they were always at even numbers, or at odd ones.
+        // A random one of the two: compaction searches free pages in steps of a power of two. If all
+        // free pages were at even numbers, or at odd ones, it would find either none or all of them.
         let page = pair + PAGE_SIZE * coin(pair / STRETCH);
         if given_back.replace(page) == page.checked_sub(PAGE_SIZE) {
             continue;

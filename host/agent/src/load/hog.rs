@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Takes more and more memory until it is told to stop or the kernel kills it.
+//! Allocates more and more memory until the host stops it or the kernel kills it.
 
 use anyhow::Result;
 

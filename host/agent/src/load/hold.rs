@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Holds memory with known contents and finds out when anybody else has written to it.
+//! Holds memory with known contents, and detects writes by anyone else.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -32,7 +32,7 @@ pub(super) fn run(mib: usize, threads: usize, stop: Stop) -> Result<()> {
             })
             .collect();
         while !stop.is_asked() {
-            // Each worker counts its own passes, and they go at about the same pace.
+            // Each worker counts its own passes, and all are about equally fast.
             report(mib, passes.load(Ordering::Relaxed) / threads as u64)?;
             thread::sleep(Duration::from_millis(50));
         }
@@ -43,7 +43,7 @@ pub(super) fn run(mib: usize, threads: usize, stop: Stop) -> Result<()> {
     })
 }
 
-/// Verifies one pass and writes the next one, over and over; verifies once more at the end.
+/// Verifies one pass and writes the next one, repeatedly, and verifies once more at the end.
 fn verify(words: &mut [u64], first: u64, passes: &AtomicU64, stop: Stop) -> Result<()> {
     let mut pass = 0;
     fill(words, first, pass);
@@ -77,7 +77,7 @@ pub(super) fn check(words: &[u64], first: u64, pass: u64) -> Result<()> {
     Ok(())
 }
 
-/// A word that no other place and no other pass has.
+/// A word that is unique to its place and its pass.
 fn pattern(index: u64, pass: u64) -> u64 {
     (index ^ (pass << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }

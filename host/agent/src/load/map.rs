@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Uses the first disk as programs use their own files: maps it and reads from each page over and over.
+//! Uses the first disk as programs use their own files: maps it and reads from each page
+//! repeatedly.
 
 use std::fs::File;
 use std::hint::black_box;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Wants to run again and again after the same time, and finds out how late it is.
+//! Sleeps repeatedly for the same time, and measures how late it wakes up.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use super::child::{Stop, say};
 
-/// How often it says how late it was.
+/// How often it reports the delay.
 const SAYINGS: Duration = Duration::from_millis(50);
 
 pub(super) fn run(microseconds: u64, stop: Stop) -> Result<()> {

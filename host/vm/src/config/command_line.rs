@@ -15,7 +15,7 @@ use crate::time_stamp_counter;
 pub(crate) const QMP_FD: i32 = 3;
 pub(crate) const AGENT_FD: i32 = 4;
 
-/// Options with their values, as they stand on the command line.
+/// Options with their values, in the order of the command line.
 #[derive(Default)]
 struct Options(Vec<String>);
 
@@ -26,7 +26,7 @@ impl Options {
 }
 
 impl Config {
-    /// The options of a QEMU for this guest; `daemon` is the socket of the daemon that has the balloon.
+    /// The options of a QEMU for this guest; `daemon` is the socket of the balloon's daemon.
     pub(crate) fn command_line(&self, daemon: Option<&Path>) -> Vec<String> {
         let mut options = Options::default();
         self.board(&mut options, daemon.is_some());
@@ -50,8 +50,8 @@ impl Config {
         let machine = match self.machine {
             Machine::Q35 => "q35",
             Machine::I440fx => "pc",
-            // The kernel needs the timer to measure its clock with, and looks for it only where
-            // there is no ACPI.
+            // The kernel calibrates its clock with the timer, and probes for the timer only without
+            // ACPI.
             Machine::Microvm => "microvm,acpi=off,pit=on,rtc=on",
             Machine::Virt => "virt",
         };
@@ -77,7 +77,7 @@ impl Config {
         options.add("-run-with", "exit-with-parent=on");
     }
 
-    /// The accelerator that the guest's architecture allows.
+    /// The accelerator for the guest's architecture.
     fn accelerator(&self) -> Accel {
         match self.artifacts.kernel.architecture() {
             Architecture::X86_64 => self.accel,
@@ -117,18 +117,18 @@ impl Config {
         let architecture = self.artifacts.kernel.architecture();
         parameters.extend_from_slice(match architecture {
             Architecture::X86_64 => &[
-                // With five levels of page tables, which QEMU's own processor has, KASAN takes the kernel's
-                // memory for none while the kernel identifies the processor, if an interrupt comes just then.
+                // With five levels of page tables, which QEMU's own processor supports, KASAN reports a fault
+                // if an interrupt arrives while the kernel identifies the processor.
                 "no5lvl",
                 // The kernel panics if its timer does not interrupt it within ten ticks. On a busy machine QEMU may get
                 // no processor for so long.
                 "no_timer_check",
-                // Linux 7.3's clocksource watchdog waits for another processor with interrupts off, until a timeout on the
-                // current clocksource. Early at boot that is jiffies, which stand still while both processors have
-                // interrupts off: the other one in stop_machine().
+                // Linux 7.3's clocksource watchdog waits for another processor with interrupts off, until a timeout on
+                // the current clocksource. Early during boot that is jiffies. Jiffies stop while both processors have
+                // interrupts off: the other processor is in stop_machine().
                 "tsc=nowatchdog",
                 "console=ttyS0",
-                // How a machine without ACPI and without a keyboard's controller ends.
+                // The way to end a machine without ACPI and without a keyboard controller.
                 "reboot=triple",
             ],
             Architecture::Arm64 => &["console=ttyAMA0"],
@@ -136,8 +136,8 @@ impl Config {
         if !self.zeroing {
             parameters.push("init_on_alloc=0");
         }
-        // On a busy machine the kernel measures the counter by a timer whose interrupts come late. It finds a frequency
-        // that is a fraction of the right one, and its clock runs several times too fast.
+        // On a busy machine the kernel calibrates the counter with a timer whose interrupts are late. It then
+        // calculates a fraction of the right frequency, and its clock runs several times too fast.
         let frequency = match (architecture, self.accelerator()) {
             (Architecture::X86_64, Accel::Tcg) => time_stamp_counter::khz(),
             _ => None,
@@ -187,7 +187,7 @@ impl Config {
         }
     }
 
-    /// What the names of the machine's virtio devices end with.
+    /// The suffix of the machine's virtio device names.
     fn bus(&self) -> &'static str {
         match self.machine {
             Machine::Q35 | Machine::I440fx | Machine::Virt => "pci",

@@ -30,16 +30,16 @@ pub(super) struct Process {
     line: Vec<OsString>,
     child: Mutex<Child>,
     log: PathBuf,
-    /// How long the log of those before it is.
+    /// The length of the log of earlier processes.
     log_start: u64,
-    /// What keeps its file descriptors when it ends.
+    /// The service manager that stores its file descriptors when it ends.
     manager: Option<ServiceManager>,
     /// The sockets and the state. Not in the checkout: the path of a socket has to be short.
     directory: TempDir,
 }
 
 impl Process {
-    /// Starts `program` with `arguments`, and has it log to a file in the directory `logs`.
+    /// Starts `program` with `arguments`. It logs to a file in the directory `logs`.
     pub(super) fn start(program: &Path, logs: &Path, arguments: &[String]) -> Result<Self> {
         Self::start_in(tempfile::tempdir()?, None, program, logs, arguments)
     }
@@ -85,7 +85,7 @@ impl Process {
 
     fn wait_ready(&self) -> Result<()> {
         let stopwatch = Stopwatch::start(self.child().id());
-        // The socket of a service is there before the service.
+        // The socket of a service exists before the service starts.
         let is_ready = || match &self.manager {
             Some(manager) => manager.is_ready(),
             None => Client::connect(&self.control()).is_ok(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a scenario needs of a daemon, whether it is a child of this process or a unit of a system.
+//! The operations of a daemon, whether it is a child of this process or a unit of a system.
 
 use std::fmt::Debug;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use crate::container::Container;
 
-/// What starts and ends the daemon.
+/// Starts and ends the daemon.
 pub(super) trait Runner: Debug + Send + Sync {
     /// The socket that QEMU connects to.
     fn socket(&self) -> PathBuf;
@@ -23,18 +23,18 @@ pub(super) trait Runner: Debug + Send + Sync {
         None
     }
 
-    /// The number of the process that keeps QEMU's connection.
+    /// The process id of the supervisor.
     fn id(&self) -> Result<u32>;
 
-    /// What the daemon has logged.
+    /// The log of the daemon.
     fn log(&self) -> Result<String>;
 
     /// Ends the daemon with `signal`, and starts it again.
     fn restart(&self, signal: Signal) -> Result<()>;
 
-    /// Ends the daemon as the system does when it goes down.
+    /// Ends the daemon as a system shutdown does.
     fn end(&self) -> Result<()>;
 
-    /// Kills all processes of the daemon, with no time for anything.
+    /// Kills all processes of the daemon.
     fn kill(&self) -> Result<()>;
 }

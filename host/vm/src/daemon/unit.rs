@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A daemon that is a unit of systemd's.
+//! A daemon that is a unit of systemd.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub(super) struct Unit {
     system: Container,
     /// The directory of the sockets for processes outside of the system.
     sockets: PathBuf,
-    /// The file that gets the system's log at the end.
+    /// The file to which the system's log is written at the end.
     log: PathBuf,
 }
 
@@ -97,7 +97,7 @@ impl Runner for Unit {
 
 impl Drop for Unit {
     fn drop(&mut self) {
-        // The log is of use after a failure only, which may be the system's own.
+        // The log is useful only after a failure, and the failure may be the system's own.
         if let Ok(log) = self.system.run("journalctl", &["--no-pager"]) {
             let _ = fs::write(&self.log, log);
         }

@@ -13,7 +13,7 @@ use super::{COMMAND_TIMEOUT, Guest, POLL_INTERVAL};
 /// How long a load may take for a MiB, or for one pass through its memory.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// A load that has been started in a guest.
+/// A running load in a guest.
 #[derive(Debug)]
 pub struct RunningLoad<'a> {
     guest: &'a Guest,
@@ -21,7 +21,7 @@ pub struct RunningLoad<'a> {
 }
 
 impl Guest {
-    /// Starts a load, and waits until it has been through its memory once.
+    /// Starts a load, and waits until it has completed its first pass.
     pub fn load(&self, load: Load) -> Result<RunningLoad<'_>> {
         let load = self.start_load(load)?;
         load.wait_passes(1)?;
@@ -48,13 +48,12 @@ impl RunningLoad<'_> {
         self.id
     }
 
-    /// How it fares.
+    /// Its status.
     pub fn status(&self) -> Result<LoadStatus> {
         self.call(Command::LoadStatus(self.id), COMMAND_TIMEOUT)
     }
 
-    /// Waits until it has been through all of its memory `passes` more times, which is where it finds out that
-    /// something is not as it was.
+    /// Waits for `passes` more passes. In each pass the load verifies all of its memory.
     ///
     /// # Errors
     ///
@@ -104,7 +103,7 @@ impl RunningLoad<'_> {
         }
     }
 
-    /// Asks it to stop and waits for that.
+    /// Stops it, and waits for its end.
     ///
     /// # Errors
     ///

@@ -10,13 +10,13 @@ use crate::size::Size;
 /// The guest's own view of its memory, from /proc/meminfo.
 #[derive(Clone, Copy, Debug)]
 pub struct Meminfo {
-    /// All that the kernel manages.
+    /// All memory that the kernel manages.
     pub total: Size,
-    /// What is not used at all, without the per-CPU page lists.
+    /// Free memory, without the per-CPU page lists.
     pub free: Size,
-    /// What is available without swapping.
+    /// Memory that is available without swapping.
     pub available: Size,
-    /// What is in balloons.
+    /// Memory in balloons.
     pub balloon: Size,
 }
 
@@ -43,8 +43,8 @@ impl Guest {
         })
     }
 
-    /// What is not used at all, with the per-CPU page lists, which MemFree leaves out. Both from
-    /// one file: the lists may be emptied at any moment.
+    /// Free memory, including the per-CPU page lists, which `MemFree` leaves out. Reads both from
+    /// one file, since the kernel may drain the lists at any moment.
     pub fn free(&self) -> Result<Size> {
         self.fold_counters()?;
         let zones = self.read_file("/proc/zoneinfo")?;
@@ -81,7 +81,7 @@ impl Guest {
         self.node_vmstat(node, "nr_free_pages")
     }
 
-    /// The memory that a NUMA node counts in pages.
+    /// A counter in pages of a NUMA node, as an amount of memory.
     fn node_vmstat(&self, node: u32, name: &str) -> Result<Size> {
         self.fold_counters()?;
         let text = self.read_file(&format!("/sys/devices/system/node/node{node}/vmstat"))?;
@@ -92,7 +92,7 @@ impl Guest {
         Ok(self.page_size() * pages.parse()?)
     }
 
-    /// Has each processor hand in what it has counted for itself, so that sums are exact.
+    /// Makes each processor add its own counts to the sums, so that these are exact.
     fn fold_counters(&self) -> Result<()> {
         self.write_file("/proc/sys/vm/stat_refresh", "1")
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that sleeps, hibernates, reboots, or hands itself over to another kernel.
+//! Suspend, hibernation, reboot, and kexec of a guest.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -15,24 +15,24 @@ use crate::agent::Pending;
 use crate::config::Config;
 use crate::size::Size;
 
-/// How long a guest may take to fall asleep, and to go on when it has been woken up.
+/// How long a guest may take to suspend, and to resume.
 const SLEEP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a guest that goes on may take to answer before it is asked again.
+/// How long a guest may take to answer after resume, before the request is repeated.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a guest may take to write itself to a disk.
+/// How long a guest may take to hibernate.
 const HIBERNATE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long the next kernel may take to print its first line.
 const RESTART_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where the next kernel is on its way from the disks.
+/// The paths of the next kernel and its initramfs in the guest.
 const KERNEL: &str = "/tmp/kernel";
 const INITRAMFS: &str = "/tmp/initramfs";
 
 impl Config {
-    /// Lets the guest read its own kernel and initramfs, for [`Guest::load_kernel`].
+    /// Gives the guest its own kernel and initramfs as disks, for [`Guest::load_kernel`].
     pub fn kexec(self) -> Self {
         let (kernel, initramfs) = (
             self.artifacts.image.clone(),
@@ -43,15 +43,15 @@ impl Config {
 }
 
 impl Guest {
-    /// Suspends the guest to RAM, calls `asleep`, wakes the guest up again and waits until it goes on. For
-    /// guests on [`Machine::I440fx`](crate::Machine).
+    /// Suspends the guest to RAM, calls `asleep`, and resumes the guest. For guests on
+    /// [`Machine::I440fx`](crate::Machine).
     pub fn suspend<T>(&self, asleep: impl FnOnce() -> Result<T>) -> Result<T> {
         let mark = self.qmp().mark();
         let pending = self.fall_asleep("mem")?;
-        self.wait_until("a guest that sleeps", SLEEP_TIMEOUT, || {
+        self.wait_until("a suspended guest", SLEEP_TIMEOUT, || {
             ensure!(
                 pending.poll(Duration::ZERO)?.is_none(),
-                "the guest wakes up by itself"
+                "the guest resumes by itself"
             );
             Ok(self
                 .qmp()
@@ -61,20 +61,21 @@ impl Guest {
         let result = asleep()?;
         self.qmp().execute::<Value>("system_wakeup", &json!({}))?;
         self.wait(&pending, SLEEP_TIMEOUT)?;
-        // One of a hundred times the first message to a guest that has slept does not arrive.
+        // In one of a hundred cases the first message after resume does not arrive.
         self.wait_listening()?;
         Ok(result)
     }
 
-    /// Waits until the guest answers, where messages may be lost.
+    /// Waits until the guest answers, and repeats messages that may be lost.
     fn wait_listening(&self) -> Result<()> {
-        self.wait_until("a guest that listens", SLEEP_TIMEOUT, || {
+        self.wait_until("a guest that answers", SLEEP_TIMEOUT, || {
             let ping = self.home().agent.send(Command::Ping)?;
             Ok(ping.poll(PING_TIMEOUT)?.is_some())
         })
     }
 
-    /// Has the guest suspend all of its devices and resume them at once, without falling asleep.
+    /// Makes the guest suspend all of its devices and resume them at once, without suspending the
+    /// system.
     ///
     /// # Errors
     ///
@@ -87,26 +88,26 @@ impl Guest {
         Ok(())
     }
 
-    /// Has the guest sleep in this way. The answer comes when it goes on.
+    /// Suspends the guest in this way. The answer comes after resume.
     fn fall_asleep(&self, state: &str) -> Result<Pending> {
         let state = state.to_owned();
         self.home().agent.send(Command::Sleep { state })
     }
 
-    /// Has the guest reboot, and waits until it is up again. For guests with [`Config::reboots`].
+    /// Reboots the guest, and waits until it is up again. For guests with [`Config::reboots`].
     pub fn reboot(&self) -> Result<()> {
         self.restart(Command::End(End::Reboot))?;
         self.ready()
     }
 
-    /// Makes the guest's kernel ready to take over from itself. For guests with [`Config::kexec`].
+    /// Loads the guest's kernel for kexec. For guests with [`Config::kexec`].
     pub fn load_kernel(&self) -> Result<()> {
         let command_line = self.read_file("/proc/cmdline")?;
         self.load_from_disks(TakeOver::End, command_line.trim_end())
     }
 
-    /// Makes the guest's kernel ready to take over from itself when it panics, on one processor and with the memory that
-    /// the parameter `crashkernel=` has set aside. For guests with [`Config::kexec`].
+    /// Loads the guest's kernel as crash kernel, with one processor and the memory of the parameter `crashkernel=`. For
+    /// guests with [`Config::kexec`].
     pub fn load_crash_kernel(&self) -> Result<()> {
         let command_line = self.read_file("/proc/cmdline")?;
         let words = command_line
@@ -133,40 +134,40 @@ impl Guest {
         Ok(())
     }
 
-    /// Has the kernel that was loaded take over, and waits until it is up.
+    /// Starts the loaded kernel, and waits until it is up.
     pub fn kexec(&self) -> Result<()> {
         self.restart(Command::End(End::Kexec))?;
         self.ready()
     }
 
-    /// Has the kernel panic, and waits until the one is up that was loaded for that.
+    /// Makes the kernel panic, and waits until the crash kernel is up.
     pub fn panic(&self) -> Result<()> {
         self.restart(Command::WriteFile {
             path: "/proc/sysrq-trigger".to_owned(),
             contents: "c".to_owned(),
         })?;
-        // What comes before the next kernel has reset the port goes to the one that is no more.
+        // Messages before the next kernel has reset the port are lost.
         self.wait_listening()
     }
 
-    /// Has the kernel end, and waits until another one starts.
+    /// Ends the kernel, and waits until another one starts.
     fn restart(&self, command: Command) -> Result<()> {
         self.save_coverage()?;
         let mark = self.console.mark()?;
         let pending = self.home().agent.send(command)?;
-        // The kernel that ends must not be asked whether it is up.
+        // The old kernel must not receive the ping.
         self.wait_until("a kernel that starts", RESTART_TIMEOUT, || {
             pending.poll(Duration::ZERO)?;
             Ok(self.console.count_since(mark, "^Linux version")? > 0)
         })
     }
 
-    /// What is different after each boot.
+    /// A value that differs after each boot.
     fn boot_id(&self) -> Result<String> {
         self.read_file("/proc/sys/kernel/random/boot_id")
     }
 
-    /// Writes the guest to its first disk, and waits for QEMU to end.
+    /// Hibernates the guest to its first disk, and waits until QEMU has ended.
     fn hibernate(&self) -> Result<()> {
         self.sh("mkswap /dev/vda && swapon /dev/vda")?;
         let pending = self.fall_asleep("disk")?;
@@ -181,7 +182,7 @@ impl Guest {
     }
 }
 
-/// A guest that is on a disk.
+/// A hibernated guest.
 #[derive(Debug)]
 pub struct Hibernated {
     config: Config,
@@ -189,8 +190,8 @@ pub struct Hibernated {
     _disk: Disk,
 }
 
-/// Boots a guest, hands it to `body`, hibernates it and searches its log for faults. Returns it
-/// together with what `body` has returned.
+/// Boots a guest, passes it to `body`, hibernates it and searches its log for faults. Returns the
+/// guest and the result of `body`.
 ///
 /// # Errors
 ///
@@ -215,8 +216,8 @@ pub fn hibernate<T>(
 }
 
 impl Hibernated {
-    /// Resumes the guest in another QEMU, where the balloon is asked for `target` from the start, and
-    /// goes on as [`run`](super::run) does.
+    /// Resumes the guest in another QEMU, with `target` from the start, and then does the same as
+    /// [`run`](super::run).
     pub fn resume<T>(self, target: Size, body: impl FnOnce(&Guest) -> Result<T>) -> Result<T> {
         let config = self.config.clone().target(target).part("resumed");
         live(
@@ -224,7 +225,7 @@ impl Hibernated {
             |guest| {
                 ensure!(
                     guest.boot_id()? == self.boot_id,
-                    "the guest has booted in place of being resumed"
+                    "the guest has booted instead of being resumed"
                 );
                 body(guest)
             },
@@ -233,7 +234,7 @@ impl Hibernated {
     }
 }
 
-/// A disk that a guest can be written to, in a file that is removed in the end.
+/// A disk for hibernation, in a file that is removed at the end.
 #[derive(Debug)]
 struct Disk(PathBuf);
 
@@ -248,7 +249,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // It is in the way of nobody when this fails.
+        // A file that remains does no harm.
         let _ = fs::remove_file(&self.0);
     }
 }

@@ -35,7 +35,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Runs a program in the guest and returns what it left behind, however it ended.
+    /// Runs a program in the guest and returns its result, whatever it is.
     pub fn exec(&self, argv: &[&str]) -> Result<Output> {
         self.output(&self.start(argv, None)?, COMMAND_TIMEOUT)
     }
@@ -56,16 +56,16 @@ impl Guest {
 
     /// Waits for the end of a program that has been started.
     pub fn output(&self, pending: &Pending, timeout: Duration) -> Result<Output> {
-        // The agent may have to kill the program first; what is added is the time of the answer.
+        // The agent may have to kill the program first. The additional time is for the answer.
         program_output(self.wait(pending, timeout + Duration::from_secs(10))?)
     }
 
-    /// Runs a program that must succeed, and returns what it wrote to its standard output.
+    /// Runs a program that must succeed, and returns its standard output.
     pub fn run(&self, argv: &[&str]) -> Result<String> {
         successful(argv, self.exec(argv)?)
     }
 
-    /// Runs a line of shell that must succeed, and returns what it wrote to its standard output.
+    /// Runs a shell command that must succeed, and returns its standard output.
     pub fn sh(&self, line: &str) -> Result<String> {
         self.run(&["sh", "-c", line])
     }
@@ -90,8 +90,8 @@ impl Guest {
         Ok(())
     }
 
-    /// Writes a file of the guest, and waits until the kernel announces a change of an attribute in sysfs. Returns what
-    /// that says then.
+    /// Writes a file of the guest, and waits until the kernel announces a change of an attribute in sysfs. Returns the
+    /// attribute's new value.
     pub fn watch(&self, attribute: &str, path: &str, contents: &str) -> Result<String> {
         let command = Command::Watch {
             attribute: attribute.to_owned(),
@@ -106,7 +106,7 @@ impl Guest {
     }
 }
 
-/// What a program left behind.
+/// The result of a program.
 fn program_output(reply: Reply) -> Result<Output> {
     match reply {
         Reply::Output(output) => Ok(output),
@@ -114,7 +114,7 @@ fn program_output(reply: Reply) -> Result<Output> {
     }
 }
 
-/// What a program that must succeed wrote to its standard output.
+/// The standard output of a program that must succeed.
 fn successful(argv: &[&str], output: Output) -> Result<String> {
     ensure!(
         output.exit == Exit::Status(0),
