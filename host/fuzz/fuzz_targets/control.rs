@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The control socket: lines, and the requests in them. The first byte is how much is read at once.
+//! The control socket: lines, and the requests in them. The first byte is the length of one read.
 
 #![no_main]
 
@@ -10,14 +10,14 @@ use balloon_control::{ControlError, Handler, Metrics, Request, Response, serve};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
 
-/// The longest line that the server takes, in bytes.
+/// The longest line that the server accepts, in bytes.
 const MAX_LINE: usize = 64 << 10;
 
-/// A byte that no JSON has stands for so many spaces, so that a line that is too long is as easy to find as
-/// others. There are a few such bytes at most.
+/// A byte that JSON does not contain stands for many spaces, so that the fuzzer easily finds lines that are
+/// too long. An input has a few such bytes at most.
 const WIDE: (u8, usize, usize) = (0xff, 16 << 10, 8);
 
-/// Says what it was asked for.
+/// Responds with the request that it received.
 struct Echo;
 
 impl Handler for Echo {
@@ -38,7 +38,7 @@ fn widen(data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// What the server says to a line, or nothing if it is to refuse it.
+/// The server's response to a line, or nothing if it must refuse the line.
 fn expected(line: &[u8]) -> Option<Value> {
     let request: Request = serde_json::from_slice(line).ok()?;
     (line.len() <= MAX_LINE).then(|| json!({"ok": {"text": format!("{request:?}")}}))

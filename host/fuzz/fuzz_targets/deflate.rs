@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The deflate queue. The input's word is what is in the balloon before, and its option has memory ready for
-//! what comes out.
+//! The deflate queue. The input's word is the content of the balloon before, and its option enables
+//! prefaulting.
 
 #![no_main]
 
@@ -38,7 +38,7 @@ fuzz_target!(|data: &[u8]| {
     guest.check_holes(0);
     let deflated = counters.deflated.get();
     assert!(deflated <= bytes(named & held));
-    // What the device says is in the balloon cannot go in again.
+    // Pages that are still in the balloon cannot be inflated again.
     let rest = balloon.inflate(&ranges(u64::MAX), &mut Pieces::default());
     assert_eq!(rest.moved + (bytes(held) - deflated) / PAGE, PAGES);
 });

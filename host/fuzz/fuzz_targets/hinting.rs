@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The hinting queue. Each byte of the input's word is a step: what the host does, and how many messages
-//! the guest makes available then.
+//! The hinting queue. Each byte of the input's word is a step: an action of the host, and the number of
+//! messages that the guest then makes available.
 
 #![no_main]
 
@@ -42,7 +42,7 @@ fuzz_target!(|data: &[u8]| {
         let buffers = seen.buffers.iter().filter(|b| b.is_write_only());
         let named: u64 = buffers.map(|buffer| u64::from(buffer.len())).sum();
         assert!(hinted - before <= named);
-        // Nothing is hinted without a command.
+        // The device accepts no hints without a command.
         let idle = [VIRTIO_BALLOON_CMD_ID_STOP, VIRTIO_BALLOON_CMD_ID_DONE];
         assert!(hinted == before || !idle.contains(&lock(&shared).command()));
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The inflate queue. The input's word is what is in the balloon before.
+//! The inflate queue. The input's word is the content of the balloon before.
 
 #![no_main]
 
@@ -15,7 +15,8 @@ fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {
         return;
     };
-    // Without it granules are not completed by what comes later: there are fewer holes, never more.
+    // Without the feature later messages do not complete granules: there are fewer holes, never
+    // more.
     let told_before_use = input.word & 1 == 0;
     let guest = Guest::new(input);
     let held = in_memory(input.word);
@@ -34,7 +35,7 @@ fuzz_target!(|data: &[u8]| {
     };
     let named = guest.serve(&counters, &mut inflate).named;
 
-    // Granules that were whole before have been given back before.
+    // Granules that were complete before were returned before.
     let allowed = guest.whole(held | named) & !guest.whole(held);
     let gone = guest.check_holes(allowed);
     let discarded = counters.discarded.get();
@@ -44,7 +45,7 @@ fuzz_target!(|data: &[u8]| {
     let inflated = counters.inflated.get();
     assert!(inflated <= bytes(named & !held));
     assert!(bytes(held) + inflated <= PAGES * PAGE);
-    // What the device says is in the balloon comes out again.
+    // Pages that are in the balloon can be deflated.
     let out = balloon.deflate(&ranges(u64::MAX));
     assert_eq!(out.moved * PAGE, bytes(held) + inflated);
 });

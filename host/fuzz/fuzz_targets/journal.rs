@@ -25,7 +25,7 @@ use vhost_user_balloon::supervisor::journal::Journal;
 /// More do not fit into a socket.
 const MOST_MESSAGES: usize = 64;
 
-/// A file as memory and as an event. It is sealed, so each input finds the same.
+/// A file as memory and as an event. It is sealed, so it is the same for each input.
 static FILE: LazyLock<OwnedFd> = LazyLock::new(|| {
     let file = memfd_create("memory", MFdFlags::MFD_ALLOW_SEALING).expect("a file");
     let mut file = File::from(file);
@@ -34,7 +34,7 @@ static FILE: LazyLock<OwnedFd> = LazyLock::new(|| {
     file.into()
 });
 
-/// A message as the other side has it.
+/// A message as the other side receives it.
 #[derive(Clone, Debug, PartialEq)]
 struct Sent {
     request: u32,
@@ -63,7 +63,7 @@ impl Sent {
         .then_some(first)
     }
 
-    /// Whether nothing is left of it after `later`.
+    /// Whether `later` replaces it completely.
     fn is_undone_by(&self, later: &Self) -> bool {
         let same_queue = self.queue() == later.queue();
         match (self.request, later.request) {
@@ -85,7 +85,8 @@ impl Sent {
         }
     }
 
-    /// Whether a worker may receive this one for the other one: an index in a queue may be a later one.
+    /// Whether a worker may receive this one instead of the other one: an index in a queue may be a
+    /// later one.
     fn stands_for(&self, sent: &Self) -> bool {
         let mut sent = sent.clone();
         if sent.request == request::SET_VRING_BASE && sent.body.len() >= 8 && self.body.len() >= 8 {
@@ -95,7 +96,7 @@ impl Sent {
     }
 }
 
-/// What a worker is to receive.
+/// The messages that a worker must receive.
 fn expected(settled: &[Sent]) -> Vec<&Sent> {
     let lasts = |sent: &Sent| {
         !matches!(
@@ -115,7 +116,7 @@ fn expected(settled: &[Sent]) -> Vec<&Sent> {
         .collect()
 }
 
-/// Cuts a message off the input, and has it received.
+/// Takes a message from the input, and makes the journal receive it.
 fn receive(files: usize, input: &mut &[u8]) -> Option<Message> {
     let (&[request, flags, low, high], rest) = input.split_first_chunk()?;
     let size = u16::from_le_bytes([low, high]);
@@ -133,7 +134,7 @@ fn receive(files: usize, input: &mut &[u8]) -> Option<Message> {
     Message::receive(&there).ok()
 }
 
-/// What a worker that accepts everything receives.
+/// The messages that a worker receives if it accepts everything.
 fn replay(journal: &mut Journal, most: usize) -> Vec<Sent> {
     let (back, mut worker) = UnixStream::pair().expect("sockets");
     let timeout = Some(Duration::from_secs(1));

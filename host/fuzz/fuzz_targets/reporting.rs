@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The reporting queue. The input's option has free pages keep what they hold.
+//! The reporting queue. With the input's option the guest relies on the content of free pages.
 
 #![no_main]
 
@@ -39,11 +39,11 @@ fuzz_target!(|data: &[u8]| {
         })
         .collect();
     let named: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-    // No page of the guest is behind those that fit into a set.
+    // The guest has no pages beyond those that fit into a set.
     let set = |first: u64, end: u64| {
         (first..end.min(u64::BITS.into())).fold(0, |pages, number| pages | page(number))
     };
-    // One may begin in a page, and another one end there.
+    // One range may begin in a page, and another one end there.
     ranges.sort_by_key(|range| range.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in &ranges {

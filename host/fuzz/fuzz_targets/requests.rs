@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The queue for host requests. Each byte of the input's word is a step: what the host does, and how many
-//! messages the guest makes available then. Ids are those of a device whose clock stands still, from 1 on.
-//! The input's option has free pages keep what they hold.
+//! The queue for host requests. Each byte of the input's word is a step: an action of the host, and the
+//! number of messages that the guest then makes available. The device's clock is stopped, so ids start
+//! from 1. With the input's option the guest relies on the content of free pages.
 
 #![no_main]
 
@@ -17,7 +17,7 @@ use vhost_user_balloon::queue::{Budget, Next};
 use vhost_user_balloon::requests::Requests;
 use vhost_user_balloon::sync::{Level, Mutex, lock};
 
-/// How many requests there can be: one for each step.
+/// The maximum number of requests: one for each step.
 const IDS: u64 = 8;
 
 fuzz_target!(|data: &[u8]| {
@@ -59,7 +59,7 @@ fuzz_target!(|data: &[u8]| {
             }
         }
         guest.publish((step / 32).into());
-        // Each turn uses something, or finds nothing to do.
+        // Each turn uses a buffer, or has nothing to do.
         for _ in 0..=u8::MAX {
             let mut answers = Answers {
                 memory: &guest.memory,
@@ -73,7 +73,8 @@ fuzz_target!(|data: &[u8]| {
                 done: &mut 0,
             };
             let mut next = Next::Notified;
-            // A request may be written over the rings, so that nothing is known of their elements.
+            // The device may write a request over the rings, so the content of their elements is
+            // unknown.
             let (taken, completed) = guest.act(|vring| next = answers.serve(vring, &messages));
             assert!(completed <= taken);
             used += u64::from(completed);
@@ -96,7 +97,7 @@ fuzz_target!(|data: &[u8]| {
             .collect();
         assert!(pages.is_sorted() && pages.iter().all(|&number| page(number) != 0));
         assert!(pages.len() as u64 <= PAGES);
-        // Either a page can be read of or it may have been given back.
+        // A request has either pages that a client can read, or discarded memory.
         assert!(pages.is_empty() || progress.discarded == 0);
         named += progress.named;
     }
@@ -105,8 +106,8 @@ fuzz_target!(|data: &[u8]| {
     let answered: u64 = counters.snapshot().answered.values().sum();
     assert!(answered <= counters.asked.get());
 
-    // Only requests are written, if to a part of their buffer where it is broken, and memory is given back for one
-    // request only.
+    // The device writes only requests, perhaps into a part of a broken buffer, and discards memory for one request
+    // only.
     let discarded = counters.discarded.get();
     assert!(discarded == 0 || (discards > 0 && !input.option));
     let written = counters.asked.get() + counters.refused(Refusal::BadBuffer);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The statistics queue. Each byte of the input's word is a step: what the host does, and how many messages
-//! the guest makes available then.
+//! The statistics queue. Each byte of the input's word is a step: an action of the host, and the number of
+//! messages that the guest then makes available.
 
 #![no_main]
 
@@ -31,7 +31,7 @@ fuzz_target!(|data: &[u8]| {
         granted +=
             guest.watch(|vring| stats.serve(vring, &guest.memory, &counters, &messages, size));
 
-        // Any other buffer goes back for a wish only, and has one sample at most.
+        // Any other buffer is returned only for a request, and has one sample at most.
         assert!(granted <= wishes);
         assert!(stats.sequence() <= messages.get());
         let answer = stats.answer();

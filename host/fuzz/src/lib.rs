@@ -12,9 +12,9 @@
 //! | 20 to 33              | 32 to 45               |
 //! | 33 to 36              | not there              |
 //!
-//! The fuzzer's bytes are an [`Input`]: settings, and what is in the first of the regions. That begins with
-//! a queue of 8 descriptors: the table at 0, the available ring at 0x80, and the used ring at 0xa0. Messages
-//! come behind them as a rule, from 0x100 on.
+//! The fuzzer's bytes are an [`Input`]: settings, and the content of the first region. That begins with a
+//! queue of 8 descriptors: the table at 0, the available ring at 0x80, and the used ring at 0xa0. Messages
+//! usually follow, from 0x100 on.
 
 use std::fs::File;
 use std::ops::Range;
@@ -48,7 +48,7 @@ const END: u128 = 45;
 /// The file in pages.
 const FILE_PAGES: usize = 36;
 
-/// What is in memory that the fuzzer does not fill.
+/// The content of memory that the fuzzer does not fill.
 const PATTERN: u8 = 0xa5;
 
 const SIZE: u16 = 8;
@@ -61,10 +61,10 @@ const USED_IN_FILE: Range<usize> = 3 * 4096 + 0xa0..3 * 4096 + 0xa0 + 4 + 8 * 8 
 /// The available ring's index in the file.
 const AVAIL_INDEX_IN_FILE: Range<usize> = 3 * 4096 + 0x82..3 * 4096 + 0x84;
 
-/// How many bytes of page frame numbers the device takes in a message.
+/// The largest message of page frame numbers that the device accepts, in bytes.
 const LONGEST_MESSAGE: usize = 256 << 10;
 
-/// The memory stays from one input to the next: to map it takes longer than to fill it.
+/// All inputs share the memory, since mapping it takes longer than filling it.
 static MACHINE: LazyLock<(Arc<File>, GuestMemoryMmap)> = LazyLock::new(|| {
     let file = File::from(memfd_create("guest", MFdFlags::empty()).expect("memory for a guest"));
     let file = Arc::new(file);
@@ -78,20 +78,20 @@ static MACHINE: LazyLock<(Arc<File>, GuestMemoryMmap)> = LazyLock::new(|| {
     (file, memory)
 });
 
-/// What a target makes of the fuzzer's bytes.
+/// The decoded bytes of the fuzzer.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
     /// The granule in pages: 1, 2, 4 or 8.
     pub granule: u64,
     /// Whether the queue has event indexes.
     event_index: bool,
-    /// Whatever else a target can have this way or that.
+    /// An option of the target.
     pub option: bool,
-    /// What messages that name pages are.
+    /// The encoding of messages that list pages.
     pub format: Format,
     /// Where the queue begins.
     index: u16,
-    /// What the target says it is.
+    /// A word whose meaning depends on the target.
     pub word: u64,
     image: &'a [u8],
 }
@@ -180,8 +180,8 @@ impl Guest {
         self.content[AVAIL_INDEX_IN_FILE].copy_from_slice(&index);
     }
 
-    /// Has the device serve the queue, and checks that each message that it takes comes back once. Returns
-    /// how many do.
+    /// Makes the device serve the queue, and checks that it uses each message once. Returns the number of
+    /// used messages.
     pub fn watch(&self, act: impl FnOnce(&mut VringState)) -> u16 {
         let slot = |index: u16| u64::from(index % SIZE);
         let (avail, used) = self.position();
@@ -198,19 +198,24 @@ impl Guest {
             .collect();
         assert_eq!(found, expected.collect::<Vec<_>>(), "messages came back");
         if completed > 0 {
-            assert_eq!(self.load(USED + 2), new_used, "the guest is told of them");
+            assert_eq!(
+                self.load(USED + 2),
+                new_used,
+                "the guest is notified of them"
+            );
         }
         completed
     }
 
-    /// Where the device is in the available and in the used ring.
+    /// The device's position in the available and in the used ring.
     fn position(&self) -> (u16, u16) {
         let vring = self.vring.get_ref();
         let queue = vring.get_queue();
         (queue.next_avail(), queue.next_used())
     }
 
-    /// Has the device serve the queue, and returns how many messages it takes and how many come back.
+    /// Makes the device serve the queue, and returns how many messages it takes and how many it
+    /// uses.
     pub fn act(&self, act: impl FnOnce(&mut VringState)) -> (u16, u16) {
         let (avail, used) = self.position();
         act(&mut self.vring.get_mut());
@@ -220,7 +225,7 @@ impl Guest {
         (taken, new_used.wrapping_sub(used))
     }
 
-    /// Has the device serve the queue until nothing is left, and returns what it has seen.
+    /// Makes the device serve the queue until it is empty, and returns the messages.
     pub fn serve(&self, counters: &Counters, receiver: &mut impl Receiver) -> Seen {
         let mut seen = Seen::default();
         let mut unfinished = Unfinished::default();
@@ -247,12 +252,15 @@ impl Guest {
             if next == Next::Notified {
                 return seen;
             }
-            assert!(messages.get() > 0, "the device is to go on with nothing");
+            assert!(
+                messages.get() > 0,
+                "the device reports work on an empty queue"
+            );
         }
     }
 
-    /// Checks that the only pages of the file that have changed are among these, and that they are holes.
-    /// Returns how many bytes have gone. The device may write to the used ring.
+    /// Checks that only these pages of the file have changed, and that they are holes. Returns the number
+    /// of discarded bytes. The device may write to the used ring.
     pub fn check_holes(&self, allowed: u64) -> u64 {
         let mut before = self.content.clone();
         let mut after = vec![0; before.len()];
@@ -271,7 +279,8 @@ impl Guest {
         gone
     }
 
-    /// How many bytes of the guest's memory have changed, without those of the used ring. Nothing else has.
+    /// How many bytes of the guest's memory have changed, without those of the used ring. Checks
+    /// that no other bytes have changed.
     pub fn changed(&self) -> u64 {
         let mut after = vec![0; self.content.len()];
         self.file
@@ -289,7 +298,7 @@ impl Guest {
             .count() as u64
     }
 
-    /// The pages of the granules that are in a set, and in a region, as a whole.
+    /// The pages of the granules that are completely in a set and in a region.
     pub fn whole(&self, set: u64) -> u64 {
         let granule = |page: u64| page / self.granule * self.granule;
         REGIONS
@@ -305,16 +314,16 @@ impl Guest {
     }
 }
 
-/// What messages had.
+/// The content of messages.
 #[derive(Debug, Default)]
 pub struct Seen {
     /// Their buffers.
     pub buffers: Vec<Descriptor>,
-    /// The pages that they named. What is no such message may be among them.
+    /// The pages that they listed. Invalid messages may be among them.
     pub named: u64,
 }
 
-/// Looks at messages before the device does. Later there may be something else in their place.
+/// Reads messages before the device does, since they may be overwritten later.
 struct Witness<'a, R> {
     memory: &'a GuestMemoryMmap,
     format: Format,
@@ -334,7 +343,7 @@ impl<R: Receiver> Receiver for Witness<'_, R> {
         self.receiver.take(chain, again)
     }
 
-    // What a message names does not change from one turn to the next, so that there is one.
+    // A message lists the same pages in each turn, so one copy is enough.
     fn finish(&mut self, done: &mut u64, _budget: Budget) -> Progress {
         self.receiver.finish(done, Budget::UNLIMITED)
     }
@@ -361,7 +370,7 @@ fn named_by_page_set(message: &[u8]) -> u64 {
         .fold(0, |pages, number| pages | page(number as u64))
 }
 
-/// What is in the buffers of a message, if it can be read and is not too long.
+/// The content of a message's buffers, if it is readable and not too long.
 fn read(memory: &GuestMemoryMmap, buffers: &[Descriptor]) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     for buffer in buffers.iter().filter(|buffer| !buffer.is_write_only()) {
@@ -376,7 +385,7 @@ fn read(memory: &GuestMemoryMmap, buffers: &[Descriptor]) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// The set of a page of the guest, which has nothing if there is no such page.
+/// The set with a page of the guest, which is empty if there is no such page.
 pub fn page(number: u64) -> u64 {
     REGIONS
         .into_iter()

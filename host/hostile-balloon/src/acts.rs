@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a hostile device does: one act after the other, all from the seed's random numbers.
+//! The actions of a hostile device: one after the other, all from the seed's random numbers.
 //!
-//! It stays within what a device can do at all: it writes to the used rings, to buffers that the driver lets it
-//! write to, to pages that were given to it, and to its own configuration space. (What it writes to the other rings
-//! the driver has promised not to need.) A device that overwrites any of the guest's memory needs no driver's mistake.
+//! The device writes only to used rings, to device-writable buffers, to pages that the driver gave to it, and to its
+//! own configuration space. (It also writes to the other rings, which the driver must not rely on.) If it overwrote
+//! other memory of the guest, it would do harm without any fault of the driver.
 
 use std::process;
 use std::thread;
@@ -26,13 +26,14 @@ use crate::ring::{Buffer, Ring};
 /// How long the device stays in one mood, in milliseconds.
 const MOOD: std::ops::Range<u64> = 20..120;
 
-/// For how long a device is as it should that is not to the end.
+/// For how long a device follows the protocol that later violates it.
 const HONEST: Duration = Duration::from_secs(3);
 
-/// How many requests, interrupts or changes a flood has at most.
+/// The maximum number of requests, interrupts or changes in a flood.
 const FLOOD: u32 = 64;
 
-/// Which field of the configuration space is the target, and which one the command id of free page hinting.
+/// The fields of the configuration space with the target, and with the command id of free page
+/// hinting.
 const TARGET: usize = 0;
 const HINTS: usize = 2;
 
@@ -40,16 +41,16 @@ const HINTS: usize = 2;
 pub(crate) struct Actor<'a> {
     device: &'a Device,
     transport: &'a dyn Transport,
-    /// Whether changes of the configuration space are told.
+    /// Whether the device announces changes of the configuration space.
     tells: bool,
     random: Rng,
-    /// The id that a request had last.
+    /// The id of the latest request.
     request: u64,
     hint: u32,
 }
 
 impl<'a> Actor<'a> {
-    /// One who does to the driver of `device` what `random` says.
+    /// Acts on the driver of `device` with the numbers of `random`.
     pub(crate) fn new(device: &'a Device, transport: &'a dyn Transport, random: Rng) -> Self {
         Self {
             device,
@@ -61,14 +62,14 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Wants 128 MiB, and hints.
+    /// Requests 128 MiB, and hints.
     pub(crate) fn want(&self) {
         let mut config = self.device.config();
         config.fields[TARGET] = 1 << 15;
         config.fields[HINTS] = 2;
     }
 
-    /// Waits for a driver, and says whether one comes.
+    /// Waits for a driver, and returns whether one binds.
     pub(crate) fn wait_driver(&self, patience: Duration) -> bool {
         let start = Instant::now();
         while start.elapsed() < patience {
@@ -100,7 +101,7 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Says how it is going to end.
+    /// Announces its behaviour at the end.
     pub(crate) fn decide(&mut self, end: End) {
         info!("and from now on {end:?}");
         {
@@ -112,11 +113,12 @@ impl<'a> Actor<'a> {
             }
         }
         self.changed();
-        // The driver may stop the device at any moment from here on, which QEMU does not survive.
+        // From here on the driver may stop the device at any moment. QEMU would then crash on a
+        // change of the configuration space.
         self.tells = self.transport.is_pci();
     }
 
-    /// Goes on for as long as the process lives.
+    /// Continues until the process ends.
     pub(crate) fn end(&mut self, end: End) {
         loop {
             match end {
@@ -175,7 +177,7 @@ impl<'a> Actor<'a> {
         let is_pci = self.transport.is_pci();
         let act = Act::choose(mood, is_pci, &mut self.random);
         self.perform(act);
-        // Some come so fast that the driver sees several at once.
+        // Some follow so fast that the driver sees several at once.
         if self.random.bool() {
             thread::sleep(Duration::from_millis(self.random.u64(..4)));
         }
@@ -227,7 +229,7 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Goes on to another command id of free page hinting.
+    /// Sets another command id of free page hinting.
     fn change_hint(&mut self) {
         let (hint, random) = (self.hint, &mut self.random);
         self.hint = match random.u8(..6) {
@@ -242,7 +244,7 @@ impl<'a> Actor<'a> {
         self.changed();
     }
 
-    /// Does something to a queue, if it is ready, and interrupts nearly always.
+    /// Calls a function on a queue, if the queue is ready, and interrupts nearly always.
     fn on(&mut self, queue: usize, act: Act, change: impl FnOnce(&mut Ring<'_>, &mut Rng)) {
         let random = &mut self.random;
         let done = self.device.with_ring(self.transport, queue, |mut ring| {
@@ -256,7 +258,7 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Says that the configuration space has changed.
+    /// Announces a change of the configuration space.
     fn changed(&self) {
         if self.tells {
             self.transport.config_changed();
@@ -267,12 +269,12 @@ impl<'a> Actor<'a> {
         self.with_ring(queue, |ring| ring.interrupt());
     }
 
-    /// What the queue with this number is for.
+    /// The purpose of the queue with this number.
     fn kind(&self, queue: usize) -> Option<Kind> {
         Kind::of(queue, self.device.acked())
     }
 
-    /// Uses all buffers of a queue but those that wait for something to be asked.
+    /// Uses all buffers of a queue except those that wait for a request.
     fn use_all(&self, queue: usize) {
         let requests = self.kind(queue) == Some(Kind::Requests);
         self.with_ring(queue, |mut ring| {
@@ -292,10 +294,10 @@ impl<'a> Actor<'a> {
         });
     }
 
-    /// Writes to memory that was given to the device by what it has not used yet, then uses that.
+    /// Writes to the memory of buffers that the device has not used yet, then uses them.
     fn overwrite(&mut self, queue: usize) {
         let acked = self.device.acked();
-        // What is in such pages counts.
+        // The guest relies on the content of such pages.
         if Feature::PagePoison.is_in(acked) {
             return;
         }
@@ -320,7 +322,7 @@ impl<'a> Actor<'a> {
         });
     }
 
-    /// Sets a field, and says so nearly always.
+    /// Sets a field, and announces that nearly always.
     fn set(&mut self, field: usize) {
         let value = any_field(&mut self.random);
         info!("field {field} is {value:#x}");
@@ -337,7 +339,7 @@ impl<'a> Actor<'a> {
         };
         for _ in 0..count {
             let bytes = request(self);
-            // A part of one is none.
+            // A part of a request is not a request.
             let length = match self.random.u8(..8) {
                 0 => any_length(&mut self.random),
                 _ => 32,
@@ -388,7 +390,7 @@ impl<'a> Actor<'a> {
         command.encode(self.request)
     }
 
-    /// A request in which some or all is random.
+    /// A request of which some or all fields are random.
     fn anything(&mut self) -> [u8; SIZE] {
         let mut bytes = self.request();
         let start = self.random.usize(..SIZE);
@@ -400,7 +402,7 @@ impl<'a> Actor<'a> {
     }
 }
 
-/// Does an act that is about one ring.
+/// Executes an action on one ring.
 fn disturb(ring: &mut Ring<'_>, act: Act, random: &mut Rng) {
     match act {
         Act::UseAny => {
@@ -437,7 +439,7 @@ fn disturb(ring: &mut Ring<'_>, act: Act, random: &mut Rng) {
         }
         Act::Scribble => ring.scribble(random),
         Act::ResetQueue => ring.begin_anew(),
-        // The interrupt alone, which comes after every disturbance.
+        // Only the interrupt, which follows every action.
         _ => {}
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device as its driver sees it, whatever lies in between: its features, its configuration space, and its queues.
+//! The device as its driver sees it, with any transport: its features, its configuration space, and
+//! its queues.
 
 use std::iter;
 use std::path::Path;
@@ -16,10 +17,10 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::ring::{Memo, RawQueue, Ring};
 
-/// What lies between the device and its driver.
+/// The transport between the device and its driver.
 pub(crate) trait Transport: Send + Sync {
-    /// Serves the first front end that connects to `socket`, until it is gone. Calls `announce` when one can connect,
-    /// and `begin` when one has.
+    /// Serves the first front end that connects to `socket`, until it disconnects. Calls `announce` when a front end
+    /// can connect, and `begin` when one has.
     fn serve(
         self: Arc<Self>,
         socket: &Path,
@@ -27,30 +28,30 @@ pub(crate) trait Transport: Send + Sync {
         begin: Box<dyn FnOnce()>,
     ) -> Result<()>;
 
-    /// Does something with the queue of this number, if there is one.
+    /// Calls a function on the queue of this number, if there is one.
     fn with_queue(&self, number: usize, act: &mut dyn FnMut(&mut dyn RawQueue));
 
-    /// Says that the configuration space has changed.
+    /// Announces a change of the configuration space.
     fn config_changed(&self);
 
-    /// Says that the device needs to be reset, if it is a whole PCI device.
+    /// Sets `DEVICE_NEEDS_RESET`, if it is a whole PCI device.
     fn need_reset(&self);
 
-    /// Whether it is a whole PCI device, with nobody between it and the driver's own transport.
+    /// Whether it is a whole PCI device, so that the driver's transport accesses it directly.
     fn is_pci(&self) -> bool;
 }
 
 /// The configuration space.
 #[derive(Debug)]
 pub(crate) struct Config {
-    /// What the fields hold: the target, then what comes after it.
+    /// The fields: the target, and those after it.
     pub(crate) fields: [u32; config::SIZE / 4],
     /// Whether they change with every read.
     pub(crate) wild: bool,
     random: Rng,
 }
 
-/// A device that does what it is told to, whatever that is.
+/// A device that executes any action, legal or not.
 pub(crate) struct Device {
     features: u64,
     acked: AtomicU64,
@@ -64,7 +65,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A number that may be in a field: small ones, which a driver can do something with, and all extremes.
+/// A number for a field: small ones, which a driver can use, and all extremes.
 pub(crate) fn any_field(random: &mut Rng) -> u32 {
     match random.u8(..8) {
         0 => 0,
@@ -118,7 +119,7 @@ impl Device {
         lock(&self.config)
     }
 
-    /// What the driver reads from the configuration space: `size` bytes from `offset` on.
+    /// The result of a read of the configuration space: `size` bytes from `offset` on.
     pub(crate) fn read_config(&self, offset: usize, size: usize) -> Vec<u8> {
         let mut config = self.config();
         let Config {
@@ -137,7 +138,7 @@ impl Device {
             .collect()
     }
 
-    /// Does something with a queue of `transport`, if it is ready.
+    /// Calls a function on a queue of `transport`, if the queue is ready.
     pub(crate) fn with_ring<T>(
         &self,
         transport: &dyn Transport,
@@ -146,7 +147,7 @@ impl Device {
     ) -> Option<T> {
         let mut memos = lock(&self.memos);
         let memo = memos.get_mut(number)?;
-        // With that, one buffer that is used stands for all before it.
+        // With that feature, one used buffer stands for all before it.
         memo.has_lied |= self.acked() & (1 << VIRTIO_F_IN_ORDER) != 0;
         let memory = self.memory.memory();
         let mut act = Some(act);
@@ -159,7 +160,7 @@ impl Device {
         result
     }
 
-    /// Forgets what it knew of a queue, which is stopped.
+    /// Discards the state of a stopped queue.
     pub(crate) fn forget(&self, number: usize) {
         if let Some(memo) = lock(&self.memos).get_mut(number) {
             *memo = Memo::default();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A balloon device that does to its driver what no device should, for tests.
+//! A balloon device that violates the protocol, for tests of its driver.
 //!
-//! It is one device for one front end, and all that it does comes from a seed: [`plan`] what it offers, [`acts`]
-//! what it does. What it writes to its standard output is for the test: first, what QEMU has to know of the device,
-//! then a line when it may be unplugged. What it does is in its log. When the guest takes part is up to the
-//! guest, so a seed that is run again does the same, but not at the same moments of the guest's life.
+//! It is one device for one front end. A seed determines its features ([`plan`]) and its actions ([`acts`]). Its
+//! standard output is for the test: first QEMU's options for the device, then a line when it may be unplugged. It
+//! logs its actions. The timing depends on the guest: the same seed repeats the actions, but not at the same
+//! moments.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -36,25 +36,25 @@ use pci::Pci;
 use plan::{End, Plan};
 use vhost_user::VhostUser;
 
-/// How long the guest may take to find its device. Some it never takes up, since they lack a queue.
+/// How long the driver may take to bind to its device. It never binds to some, which lack a queue.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A balloon device that does to its driver what no device should.
+/// A balloon device that violates the protocol, for tests of its driver.
 #[derive(Parser)]
 struct Options {
-    /// Where the front end connects
+    /// The socket for the front end
     #[arg(long)]
     socket: PathBuf,
-    /// Be a whole PCI device, for vfio-user, and not only the back end of one, for vhost-user
+    /// Be a whole PCI device over vfio-user, instead of a vhost-user back end
     #[arg(long)]
     pci: bool,
-    /// What everything comes from
+    /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Only ask for memory and hints, and be like that from the beginning
+    /// Only request memory and hints, and behave in this way from the start
     #[arg(long)]
     only: Option<End>,
-    /// Offer nothing but that, with --only [default: all but page sets]
+    /// Offer only these features, with --only [default: all but page sets]
     #[arg(long, requires = "only")]
     offer: Vec<Feature>,
 }
@@ -81,11 +81,11 @@ fn main() -> Result<()> {
     let begin = move || act(device, actors, &plan, random, options.only.is_some());
     let ended = transport.serve(&options.socket, &announce, Box::new(begin));
     info!("the front end is gone: {ended:?}");
-    // With all threads, which have nobody to serve any more.
+    // With all threads, which have no front end any more.
     process::exit(0)
 }
 
-/// Has the device do what is planned, in a thread of its own.
+/// Runs the device's actions in a thread of its own.
 fn act(device: Arc<Device>, transport: Arc<dyn Transport>, plan: &Plan, random: Rng, wants: bool) {
     let (time, end) = (plan.time, plan.end);
     thread::spawn(move || {
@@ -104,12 +104,12 @@ fn act(device: Arc<Device>, transport: Arc<dyn Transport>, plan: &Plan, random: 
     });
 }
 
-/// Has each line of the log say which seed it is of, and when that was.
+/// Adds the seed and the time to each line of the log.
 fn log_as(seed: u64) {
     let start = Instant::now();
     env_logger::Builder::new()
         .filter_level(LevelFilter::Info)
-        // It complains of what the device itself has done to the rings.
+        // The library logs errors about the device's own changes to the rings.
         .filter_module("virtio_queue", LevelFilter::Off)
         .format(move |line, record| {
             let time = start.elapsed().as_millis();

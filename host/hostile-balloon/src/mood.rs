@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a hostile device may do, and how often in which mood.
+//! The actions of a hostile device, and their frequency in each mood.
 
 use fastrand::Rng;
 
-/// How the device feels about its driver for a while.
+/// A mood selects the actions of the device for a while.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mood {
     /// It answers.
     WellBehaved,
-    /// It does what a driver has to put up with.
+    /// Legal actions that a driver must handle.
     Careless,
-    /// It does what no device may do. Some of it ends a queue for good.
+    /// Illegal actions. Some of them break a queue.
     Cruel,
 }
 
-/// Something that the device does.
+/// An action of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Act {
     /// Uses all buffers of a queue, in order and with the right lengths.
     Use,
-    /// Uses one of them, which is not the first one to come.
+    /// Uses one buffer out of order.
     UseAny,
-    /// Uses some with lengths that cannot be.
+    /// Uses some with impossible lengths.
     UseWithAnyLength,
     /// Uses a buffer that it does not have.
     UseStranger,
@@ -30,25 +30,25 @@ pub(crate) enum Act {
     UseTwice,
     /// Moves the used ring's index.
     MoveIndex,
-    /// Interrupts for nothing.
+    /// Sends a spurious interrupt.
     Interrupt,
-    /// Interrupts for nothing, and says that nothing has changed in the configuration space, many times.
+    /// Sends many spurious interrupts and spurious configuration interrupts.
     Storm,
-    /// Has the driver notify it of nothing, or of everything.
+    /// Asks the driver for no notifications, or for all of them.
     Mute,
-    /// Writes to rings that are the driver's.
+    /// Writes to the driver's rings.
     Scribble,
     /// Writes to the memory that it was given, before it uses the buffers.
     Overwrite,
-    /// Wants another balloon.
+    /// Sets another target.
     Target,
     /// Changes the command id of free page hinting.
     Hints,
-    /// Changes any field, and may say so.
+    /// Changes any field, and may announce that.
     Field,
-    /// Changes all fields with every read, or does so no more.
+    /// Starts or stops to change all fields with every read.
     Wild,
-    /// Makes a request that makes sense.
+    /// Makes a valid request.
     Ask,
     /// Makes a request of random bytes.
     AskAnything,
@@ -58,12 +58,12 @@ pub(crate) enum Act {
     Pause,
     /// Resets its side of a queue that the driver continues to use.
     ResetQueue,
-    /// Says that it needs to be reset, and continues.
+    /// Sets `DEVICE_NEEDS_RESET`, and continues.
     NeedReset,
 }
 
-/// How often an act comes in each mood. Those of a whole PCI device alone are the last ones, so that the others' seeds
-/// stay what they are.
+/// The frequency of an action in each mood. Actions for whole PCI devices are the last ones, so that seeds of the
+/// other devices stay the same.
 const ACTS: [(Act, [u32; 3]); 21] = [
     (Act::Use, [40, 20, 10]),
     (Act::UseAny, [0, 20, 10]),
@@ -92,7 +92,7 @@ const ACTS: [(Act, [u32; 3]); 21] = [
 const ACTS_FOR_ALL: usize = 19;
 
 impl Act {
-    /// One of the acts, as often as it comes in this mood.
+    /// A random action, with its frequency in this mood.
     pub(crate) fn choose(mood: Mood, is_pci: bool, random: &mut Rng) -> Self {
         let acts = if is_pci {
             &ACTS[..]

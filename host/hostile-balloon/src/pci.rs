@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device as a whole PCI device, behind QEMU's vfio-user client: what the driver's transport reads and writes gets
-//! here as it is.
+//! The device as a whole PCI device, behind QEMU's vfio-user client, which passes on each register access of the
+//! driver's transport.
 //!
-//! It is a virtio device as the specification has it (clause 4.1, Virtio Over PCI Bus), without a legacy interface. It
-//! interrupts by INTx, since QEMU 11.1 does not survive it when such a device with MSI-X is unplugged. All registers
-//! are in one BAR:
+//! It is a virtio device of the specification's clause 4.1 (Virtio Over PCI Bus), without a legacy interface. It
+//! interrupts by INTx, since QEMU 11.1 crashes when such a device with MSI-X is unplugged. All registers are in one
+//! BAR:
 //!
 //! | offset | |
 //! |---|---|
@@ -43,24 +43,24 @@ use crate::pci_space::{COMMON, DEVICE_CONFIG, NOTIFICATIONS, REGISTERS, STATUS, 
 use crate::plan::{Flaw, Plan};
 use crate::ring::RawQueue;
 
-/// What a vector of MSI-X is that is not there.
+/// The number for no MSI-X vector.
 const NO_VECTOR: u64 = 0xffff;
 
-/// Where the command register is in the PCI configuration space, which is all that can be written there.
+/// The offset of the command register, the only writable one in the PCI configuration space.
 const COMMAND: std::ops::Range<usize> = 4..6;
 
-/// What an interrupt is about.
+/// The cause of an interrupt.
 const QUEUE: u8 = 1;
 const CONFIG: u8 = 2;
 
-/// The line that the device interrupts by.
+/// The interrupt line of the device.
 #[derive(Default)]
 struct Line {
-    /// Where the front end hears of it.
+    /// The front end's event for it.
     file: Option<File>,
-    /// What the guest has been interrupted for, and has not read yet.
+    /// The causes that the guest has not read yet.
     status: u8,
-    /// Whether the front end wants to hear nothing at the moment, since it has.
+    /// Whether the interrupt is masked, since the front end has received it.
     masked: bool,
 }
 
@@ -69,14 +69,14 @@ impl Line {
     fn interrupt(&mut self, what: u8) {
         self.status |= what;
         if let (Some(mut file), false, 1..) = (self.file.as_ref(), self.masked, self.status) {
-            // It fails when the front end has heard it very often already.
+            // It fails when the event's counter is full.
             let _ = file.write_all(&1_u64.to_ne_bytes());
             self.masked = true;
         }
     }
 }
 
-/// A queue, and how its driver is told of it.
+/// A queue, and the interrupt of its driver.
 struct PciQueue {
     queue: Queue,
     line: Arc<Mutex<Line>>,
@@ -96,14 +96,14 @@ impl RawQueue for PciQueue {
     }
 }
 
-/// What is in the registers, apart from the queues'.
+/// The registers, except those of queues.
 #[derive(Default)]
 struct Registers {
     offered_word: u32,
     accepted_word: u32,
     accepted: u64,
     status: u8,
-    /// It is another one each time that anybody looks.
+    /// It differs with each read.
     generation: u8,
     queue: u16,
 }
@@ -121,7 +121,7 @@ pub(crate) struct Pci {
 }
 
 impl Pci {
-    /// A PCI device with what is planned.
+    /// A PCI device as planned.
     pub(crate) fn new(device: Arc<Device>, plan: &Plan) -> Self {
         let line = Arc::<Mutex<Line>>::default();
         let size = match plan.flaw {
@@ -147,7 +147,7 @@ impl Pci {
         }
     }
 
-    /// Does something with the queue that the driver has chosen.
+    /// Calls a function on the queue that the driver has selected.
     fn with_chosen<T>(
         &self,
         registers: &Registers,
@@ -157,7 +157,7 @@ impl Pci {
         Some(act(&mut lock(queue)))
     }
 
-    /// The common configuration, as it is at the moment.
+    /// The current common configuration.
     fn common(&self) -> [u8; COMMON] {
         let mut registers = lock(&self.registers);
         registers.generation = registers.generation.wrapping_add(1);
@@ -204,7 +204,7 @@ impl Pci {
         image
     }
 
-    /// Takes what the driver has written to the common configuration.
+    /// Handles a write of the driver to the common configuration.
     fn set_common(&self, offset: u64, value: u32) {
         let mut registers = lock(&self.registers);
         let [low, high, ..] = value.to_le_bytes();
@@ -235,7 +235,7 @@ impl Pci {
                 self.with_chosen(&registers, |chosen| match offset {
                     24 => chosen.queue.set_size(half),
                     28 => {
-                        // The driver may have left it as it was.
+                        // The driver may not have changed it.
                         if chosen.queue.size() > self.size {
                             chosen.queue.set_size(self.size);
                         }
@@ -307,13 +307,13 @@ fn flag(bit: u32) -> u8 {
     u8::try_from(bit).unwrap_or(0)
 }
 
-/// As much of `image` as there is, from `offset` on.
+/// The part of `image` from `offset` on.
 fn part(image: &[u8], offset: u64, length: usize) -> Vec<u8> {
     let start = usize::try_from(offset).unwrap_or(usize::MAX);
     image.iter().copied().skip(start).take(length).collect()
 }
 
-/// What QEMU is told of the device's regions.
+/// The description of the device's regions for QEMU.
 fn regions() -> Vec<ServerRegion> {
     let region = |index| {
         let size = match index {
@@ -336,7 +336,7 @@ fn regions() -> Vec<ServerRegion> {
     (0..VFIO_PCI_NUM_REGIONS).map(region).collect()
 }
 
-/// What QEMU is told of the device's interrupts.
+/// The description of the device's interrupts for QEMU.
 fn interrupts() -> Vec<IrqInfo> {
     let interrupt = |index| IrqInfo {
         index,
@@ -349,12 +349,12 @@ fn interrupts() -> Vec<IrqInfo> {
 /// The client of vfio-user.
 struct Client {
     pci: Arc<Pci>,
-    /// What to do when there is one.
+    /// The function to call when one connects.
     begin: Option<Box<dyn FnOnce()>>,
 }
 
 impl Client {
-    /// Has the guest's memory be what `change` makes of it, if it makes anything.
+    /// Replaces the guest's memory map by the result of `change`, if there is one.
     fn change_memory(&self, change: impl FnOnce(&GuestMemoryMmap) -> Option<GuestMemoryMmap>) {
         let memory = self.pci.device.memory();
         let Ok(guard) = memory.lock() else { return };
@@ -406,7 +406,7 @@ impl ServerBackend for Client {
                     }
                 }
             }
-            // What else the driver says is of no interest.
+            // The device ignores all other writes.
             _ => {}
         }
         Ok(())
@@ -420,7 +420,7 @@ impl ServerBackend for Client {
         size: u64,
         file: Option<File>,
     ) -> io::Result<()> {
-        // What is in no file is no memory.
+        // The device cannot access memory without a file.
         let Some(file) = file else { return Ok(()) };
         let file = FileOffset::new(file, offset);
         let size = usize::try_from(size).map_err(io::Error::other)?;
@@ -463,7 +463,7 @@ impl ServerBackend for Client {
             }
             line.masked = flags & VFIO_IRQ_SET_ACTION_MASK != 0;
             if flags & VFIO_IRQ_SET_ACTION_UNMASK != 0 {
-                // For what has not been read yet.
+                // For causes that the guest has not read yet.
                 line.interrupt(0);
             }
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a device is before a guest sees it, and how it ends: the part of a seed that does not depend on
-//! what the guest does.
+//! The features of a device, and its behaviour at the end: the part of a seed that does not depend on
+//! the guest.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use vhost_user_balloon::kind::Kind;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
-/// How long a device is hostile after a driver has begun.
+/// How long a device is hostile after a driver has started it.
 const SHORTEST: u64 = 100;
 const LONGEST: u64 = 500;
 
@@ -22,32 +22,32 @@ const LONGEST: u64 = 500;
 pub(crate) struct Plan {
     /// The feature bits that it offers.
     pub(crate) features: u64,
-    /// What QEMU has to know of it.
+    /// QEMU's options for it.
     pub(crate) properties: Properties,
     /// How long it is hostile before it may be unplugged.
     pub(crate) time: Duration,
-    /// What it does from then on.
+    /// Its behaviour from then on.
     pub(crate) end: End,
-    /// What is wrong with it from the beginning.
+    /// Its defect from the start.
     pub(crate) flaw: Option<Flaw>,
 }
 
-/// What only a device that is a whole PCI device can have wrong from the beginning. No driver takes up such a one.
+/// A defect of a whole PCI device. A driver must not bind to such a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flaw {
     /// Its first queue has no entries.
     NoEntries,
     /// Its queues have a number of entries that is no power of two.
     OddEntries,
-    /// It does not take the features that its driver chooses.
+    /// It refuses the features that its driver chooses.
     RefusesFeatures,
-    /// It has no way to interrupt.
+    /// It cannot interrupt.
     NoInterrupts,
-    /// Its queues are to be notified where there is nothing.
+    /// The notification addresses of its queues are outside of its BAR.
     NotifiedElsewhere,
-    /// It says nowhere where its configuration space is.
+    /// It lacks the capability for its configuration space.
     HiddenConfig,
-    /// Its configuration space goes on where there is nothing.
+    /// Its configuration space extends beyond its BAR.
     ConfigBeyondEnd,
 }
 
@@ -71,22 +71,23 @@ pub(crate) struct Properties {
     pub(crate) config_size: usize,
 }
 
-/// How a device behaves while its driver takes leave of it.
+/// The behaviour of a device during teardown by its driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum End {
-    /// As it should.
+    /// It follows the protocol.
     WellBehaved,
-    /// As it did before.
+    /// It behaves as before.
     Hostile,
     /// It uses one buffer a second.
     Slow,
     /// It uses no buffer any more.
     Silent,
-    /// It uses no buffer any more after three seconds of being as it should.
+    /// It uses no buffer any more after three seconds in which it follows the protocol.
     FallsSilent,
-    /// It uses a buffer of the first queue that there is none of, after three seconds of being as it should.
+    /// It uses a buffer that the first queue does not have, after three seconds in which it follows
+    /// the protocol.
     Breaks,
-    /// It vanishes, as if it were pulled out, after a second of being as it should.
+    /// It vanishes, as if it were pulled out, after a second in which it follows the protocol.
     Gone,
 }
 
@@ -105,7 +106,7 @@ impl Plan {
         Self {
             features,
             properties: Properties {
-                // Some lack a queue that they offer the feature of.
+                // Some lack the queue of an offered feature.
                 num_vqs: queues(features) - usize::from(random.u8(..64) == 0),
                 vq_size: sizes[random.usize(..sizes.len())],
                 // Some lack fields.
@@ -126,8 +127,8 @@ impl Plan {
         }
     }
 
-    /// A device that is like this from the beginning, and offers these features. If there are none it offers all but page
-    /// sets, of which there would be too few messages.
+    /// A device that behaves like this from the start, and offers these features. Without features it offers all but
+    /// page sets, which would need too few messages.
     pub(crate) fn only(end: End, offered: &[Feature]) -> Self {
         let features = match offered {
             [] => Feature::ALL

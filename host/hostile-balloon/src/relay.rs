@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Between the front end and the vhost-user library, which keeps the socket for the device's own messages to
-//! itself.
+//! A relay between the front end and the vhost-user library: the library does not share the socket for the
+//! device's own messages.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use log::{info, warn};
 use vhost::vhost_user::message::BackendReq;
 use vhost_user_balloon::message::{Message, request};
 
-/// How long the front end may take to hear of a change.
+/// How long the front end may take to acknowledge a change.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The front end's socket for the device's own messages.
@@ -21,10 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) struct Channel(Arc<OnceLock<UnixStream>>);
 
 impl Channel {
-    /// Says that the configuration space has changed, and waits until the front end has heard it.
+    /// Announces a change of the configuration space, and waits until the front end has
+    /// acknowledged it.
     ///
-    /// QEMU 11.1 does not survive to hear it after the driver has stopped the device: it takes the device's state,
-    /// which is gone, for there. So no such message may be on its way then.
+    /// QEMU 11.1 crashes if it receives the message after the driver has stopped the device: it accesses the
+    /// device's state, which is gone. So no such message may be in flight then.
     pub(crate) fn config_changed(&self) {
         /// A header, and a word that says how it went.
         const ANSWER: usize = 20;
@@ -38,12 +39,12 @@ impl Channel {
             .and_then(|()| change.send(socket))
             .and_then(|()| socket.read_exact(&mut [0; ANSWER]));
         if let Err(error) = told {
-            warn!("the front end does not hear of a change: {error}");
+            warn!("the front end does not acknowledge a change: {error}");
         }
     }
 }
 
-/// Hands all messages on, in both directions, until one of the sides is gone.
+/// Forwards all messages, in both directions, until one of the sides disconnects.
 ///
 /// # Errors
 ///
@@ -62,7 +63,7 @@ pub(crate) fn start(front: UnixStream, back: UnixStream, channel: Channel) -> io
                 match socket.try_clone() {
                     // There is one for each front end.
                     Ok(socket) => drop(channel.0.set(socket.into())),
-                    Err(error) => warn!("no way to tell of changes: {error}"),
+                    Err(error) => warn!("changes cannot be announced: {error}"),
                 }
             }
             if let Err(error) = message.send(&back) {
@@ -70,7 +71,7 @@ pub(crate) fn start(front: UnixStream, back: UnixStream, channel: Channel) -> io
             }
         };
         info!("the connection has ended: {error}");
-        // The other side learns of it by that.
+        // This disconnects the other side.
         let _ = back.shutdown(std::net::Shutdown::Both);
     });
     thread::spawn(move || {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One virtqueue, with what no library lets a device do to it: the used ring is written by hand.
+//! One virtqueue, with operations that no library offers: the device writes the used ring directly.
 
 use std::sync::atomic::Ordering;
 
@@ -8,7 +8,7 @@ use fastrand::Rng;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// Where the index is in a ring, and where its entries begin, in bytes; and how long a used one is.
+/// The offsets of the index and of the entries in a ring, and the length of a used entry, in bytes.
 const INDEX: u64 = 2;
 const ENTRIES: u64 = 4;
 const USED_ENTRY: u64 = 8;
@@ -20,34 +20,34 @@ pub(crate) struct Buffer {
     pub(crate) id: u32,
     /// Its parts that the device writes: addresses and lengths in bytes.
     pub(crate) writable: Vec<(GuestAddress, u32)>,
-    /// The page frame numbers of 32 bits that it may consist of.
+    /// Its content as page frame numbers of 32 bits.
     pub(crate) numbers: Vec<u32>,
 }
 
-/// What the device remembers of a queue. All of it is void when the queue is stopped.
+/// The device's state of a queue. It is void when the queue is stopped.
 #[derive(Debug, Default)]
 pub(crate) struct Memo {
-    /// What was taken from the available ring, and not used yet.
+    /// The buffers that the device has taken from the available ring, and not used yet.
     pub(crate) held: Vec<Buffer>,
-    /// An id that was used already.
+    /// An id that the device has already used.
     pub(crate) before: Option<u32>,
-    /// Whether the driver may by now take a buffer for its own again that is held here.
+    /// Whether the driver may consider a buffer that is stored here as used.
     pub(crate) has_lied: bool,
     /// The index of the next used entry.
     next: Option<u16>,
 }
 
-/// A queue as a transport has it.
+/// A queue of a transport.
 pub(crate) trait RawQueue {
-    /// What the driver has set up.
+    /// The queue that the driver has set up.
     fn queue(&self) -> &Queue;
-    /// The same, to go on in it.
+    /// The same, for changes of its position.
     fn queue_mut(&mut self) -> &mut Queue;
-    /// Tells the driver, of something or of nothing.
+    /// Interrupts the driver, with or without a reason.
     fn interrupt(&self);
 }
 
-/// A queue that is ready, for as long as nobody stops it.
+/// A ready queue, which cannot be stopped during the borrow.
 pub(crate) struct Ring<'a> {
     raw: &'a mut dyn RawQueue,
     memory: &'a GuestMemoryMmap,
@@ -64,7 +64,7 @@ impl<'a> Ring<'a> {
         raw.queue().ready().then_some(Self { raw, memory, memo })
     }
 
-    /// Takes what there is in the available ring.
+    /// Takes the buffers in the available ring.
     pub(crate) fn take(&mut self) {
         /// More than a message has of them.
         const NUMBERS: usize = 256;
@@ -100,13 +100,13 @@ impl<'a> Ring<'a> {
         self.raw.queue().size()
     }
 
-    /// Says that a buffer was used that was not available.
+    /// Uses a buffer that was not available.
     pub(crate) fn put_stranger(&mut self, id: u32, len: u32) {
         self.memo.has_lied = true;
         self.put(id, len);
     }
 
-    /// Says that a buffer was used.
+    /// Uses a buffer.
     pub(crate) fn put(&mut self, id: u32, len: u32) {
         let next = self.next();
         let used = self.raw.queue().used_ring();
@@ -124,13 +124,13 @@ impl<'a> Ring<'a> {
         self.memo.next.unwrap_or_else(read)
     }
 
-    /// Moves the used ring's index, by what may be no step forward at all.
+    /// Moves the used ring's index, forwards or backwards.
     pub(crate) fn skip(&mut self, step: u16) {
         self.memo.has_lied = true;
         self.set_index(self.next().wrapping_add(step));
     }
 
-    /// Forgets all that has gone through the queue.
+    /// Resets the device's side of the queue.
     pub(crate) fn begin_anew(&mut self) {
         *self.memo = Memo {
             has_lied: true,
@@ -143,16 +143,17 @@ impl<'a> Ring<'a> {
     fn set_index(&mut self, index: u16) {
         self.memo.next = Some(index);
         let address = GuestAddress(self.raw.queue().used_ring() + INDEX);
-        // It fails for rings outside of the memory, where there is no driver to see it.
+        // It fails for rings outside of memory, which the driver cannot see either.
         let _ = self.memory.store(index.to_le(), address, Ordering::Release);
     }
 
-    /// Tells the driver, of something or of nothing.
+    /// Interrupts the driver, with or without a reason.
     pub(crate) fn interrupt(&self) {
         self.raw.interrupt();
     }
 
-    /// Writes to what says whether the driver is to notify the device: flags, and an index behind the ring.
+    /// Writes the fields that control the driver's notifications: the flags, and an index after the
+    /// ring.
     pub(crate) fn mute(&self, flags: u16, event: u16) {
         let used = self.raw.queue().used_ring();
         self.write(used, &flags.to_le_bytes());
@@ -160,7 +161,7 @@ impl<'a> Ring<'a> {
         self.write(behind, &event.to_le_bytes());
     }
 
-    /// Writes to the parts of the queue that are the driver's to write.
+    /// Writes to the driver's parts of the queue.
     pub(crate) fn scribble(&mut self, random: &mut Rng) {
         let queue = self.raw.queue();
         let (start, entry) = if random.bool() {
@@ -173,8 +174,8 @@ impl<'a> Ring<'a> {
         self.memo.has_lied = true;
     }
 
-    /// Writes to memory that belongs to the device for as long as it holds some buffer: not if the driver may take that
-    /// for used. Such memory would be anybody's, and no driver's mistake would be found by it.
+    /// Writes to memory that the device owns while it holds a buffer. It does not if the driver may consider that
+    /// buffer as used: the memory may have another owner, and corrupting it would show no fault of the driver.
     pub(crate) fn overwrite(&self, address: u64, bytes: &[u8]) {
         if !self.memo.has_lied {
             self.write(address, bytes);

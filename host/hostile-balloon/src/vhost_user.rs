@@ -48,7 +48,7 @@ impl RawQueue for VringState {
     }
 
     fn interrupt(&self) {
-        // The front end may be gone, which its socket will tell.
+        // The front end may be gone, which its socket reports later.
         let _ = self.signal_used_queue();
     }
 }
@@ -124,7 +124,7 @@ impl VhostUserBackend for VhostUser {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
-    /// The index at which the driver is to notify the device is written as the seed has it.
+    /// The seed determines the index at which the driver notifies the device.
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
@@ -133,7 +133,7 @@ impl VhostUserBackend for VhostUser {
             .read_config(start.unwrap_or(usize::MAX), length.unwrap_or(0))
     }
 
-    /// What the driver says is of no interest.
+    /// The device ignores the driver's notifications.
     fn set_config(&self, _offset: u32, _bytes: &[u8]) -> io::Result<()> {
         Ok(())
     }
@@ -148,7 +148,7 @@ impl VhostUserBackend for VhostUser {
         Ok(())
     }
 
-    /// The queues are looked at all the time: what matters is that they are there.
+    /// The device polls the queues. It only needs to know that they exist.
     fn handle_event(
         &self,
         _event: u16,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What guests with another architecture than the build root's take: QEMU for it, a shell, and the agent.
+//! The programs for guests of another architecture: QEMU, a shell, and the agent.
 //!
-//! It is no part of the build root, which everybody makes: most never test another architecture. So the packages are
-//! unpacked into a directory of the cache on first use. None of them has to be installed: QEMU's libraries are those of
-//! the build root's own QEMU, and of the others only files are read.
+//! They are not in the build root, since few developers test another architecture. So the lab unpacks the packages into
+//! a directory of the cache on first use. It does not install them: QEMU's libraries are in the build root, and of the
+//! other packages it only reads files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,8 +20,8 @@ use crate::progress::Phase;
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
 
-/// Unpacks packages into `$1/root`. The package manager's own state stays as it is: for others there is no such
-/// architecture.
+/// Unpacks packages into `$1/root`. The package manager's own state does not change: the build root stays
+/// without the other architecture.
 const UNPACK: &str = r#"
     cd "$1"
     shift
@@ -39,7 +39,7 @@ const UNPACK: &str = r#"
     rm -r lists cache *.deb
 "#;
 
-/// Prepares it, as far as that has not been done. The agent is put beside the other `tools`.
+/// Prepares the missing parts. The agent is put next to the other `tools`.
 pub(crate) fn prepare(places: &Places, tools: &Path) -> Result<Platform> {
     let root = unpack(places)?;
     Ok(Platform {
@@ -49,12 +49,12 @@ pub(crate) fn prepare(places: &Places, tools: &Path) -> Result<Platform> {
     })
 }
 
-/// Makes a directory with the packages, or finds that it has been made.
+/// Makes a directory with the packages, unless it exists.
 fn unpack(places: &Places) -> Result<PathBuf> {
     let packages = [
         // The libraries are of this version.
         format!("qemu-system-arm={}", package_version("qemu-system-x86")?),
-        // The compiler reads no other version's.
+        // The compiler reads only libraries of its own version.
         format!(
             "libstd-rust-dev:arm64={}",
             package_version("libstd-rust-dev")?
@@ -74,7 +74,7 @@ fn unpack(places: &Places) -> Result<PathBuf> {
             fs::remove_dir_all(&new)?;
         }
         fs::create_dir(&new)?;
-        let phase = Phase::start("Unpacking what is for arm64", None);
+        let phase = Phase::start("Unpacking packages for arm64", None);
         phase.follow(
             Command::new("sh")
                 .args(["-euc", UNPACK, "sh"])
@@ -88,10 +88,10 @@ fn unpack(places: &Places) -> Result<PathBuf> {
     Ok(path.join("root"))
 }
 
-/// Builds the agent with the libraries below `root`, or finds that it has been built.
+/// Builds the agent with the libraries below `root`, unless it exists.
 fn build_agent(places: &Places, root: &Path, tools: &Path) -> Result<PathBuf> {
     let agent = tools.join("agent-arm64");
-    // Cargo puts programs of all checkouts in one place.
+    // Cargo puts programs of all checkouts into one directory.
     let _lock = lock(&places.cache.join("tools"))?;
     if agent.exists() {
         return Ok(agent);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The benchmarks: runs them, and keeps, shows and draws the results.
+//! The benchmarks: runs them, and stores, shows and plots the results.
 
 use std::io::{IsTerminal, stderr};
 
@@ -20,7 +20,7 @@ mod tables;
 
 use results::{all_names, directory, keep, load};
 
-/// Runs the benchmarks with `only` in a name of theirs, or all. Says whether all is as it is promised.
+/// Runs the benchmarks with `only` in one of their names, or all. Returns whether all claims hold.
 pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let wanted: Vec<_> = BENCHMARKS
@@ -56,7 +56,7 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     Ok(good)
 }
 
-/// Writes docs/performance.md and its plots from the last results.
+/// Writes docs/performance.md and its plots from the stored results.
 pub(crate) fn write_docs(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let records = load(&places).context("there are no results; run make bench first")?;
@@ -78,7 +78,7 @@ fn run_one(
             eprintln!("{name}: {words}");
         }
     };
-    // After each round, so that what is done is not lost.
+    // After each round, so that completed rounds are not lost.
     let keep = |records: &[Record]| keep(places, benchmark, records);
     let outcome = {
         let (accel, verbose) = (guests.accel(), guests.verbose);

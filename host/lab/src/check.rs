@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Clippy, what checks C, and the formatters, for the module and for the host's programs.
+//! Clippy, sparse and the formatters, for the module and for the host's programs.
 
 use std::fs;
 use std::process::Command;
@@ -11,16 +11,16 @@ use vm::Kernel;
 use crate::places::Places;
 use crate::{kernel, module};
 
-/// The host's programs, and what fuzzes them.
+/// The host's programs, and their fuzz targets.
 const MANIFESTS: &[&str] = &["host/Cargo.toml", "host/fuzz/Cargo.toml"];
 
-/// Has clippy look at everything, and the compiler and sparse at the module's C. A warning is an error.
+/// Runs clippy on everything, and the compiler and sparse on the module's C. A warning is an error.
 pub(crate) fn clippy() -> Result<bool> {
     let places = Places::find()?;
     let tree = kernel::build(&places, Kernel::Test)?;
     let clippy = places.build().join("clippy");
     let directory = clippy.join("module");
-    // What clippy has passed with warnings would not be looked at again.
+    // Otherwise clippy would skip files that it has already checked, with warnings.
     if directory.exists() {
         fs::remove_dir_all(&directory)?;
     }
@@ -36,7 +36,7 @@ pub(crate) fn clippy() -> Result<bool> {
             "W=1",
             "KCFLAGS=-Werror",
             "C=2",
-            // The kernel's headers use what sparse 0.6.4 does not know yet, and would go without it for that.
+            // sparse 0.6.4 does not know a keyword of the kernel's headers, so it is defined as another one.
             // The helpers for Rust have no declarations.
             "CHECK=sparse -D__typeof_unqual__=__typeof__ -Wno-decl -Wsparse-error",
         ],
@@ -45,7 +45,7 @@ pub(crate) fn clippy() -> Result<bool> {
     let log = fs::read_to_string(directory.join("build.log"))?;
     ensure!(
         log.contains("CHECK   "),
-        "sparse has not looked at the module's C"
+        "sparse has not checked the module's C"
     );
     for manifest in MANIFESTS {
         let status = Command::new("cargo")
@@ -57,7 +57,7 @@ pub(crate) fn clippy() -> Result<bool> {
                 "--all-targets",
             ])
             .args(["--manifest-path", manifest, "--", "-D", "warnings"])
-            // Unlike the other objects, clippy's are not told apart by checkout.
+            // Unlike the other objects, all checkouts share those of clippy.
             .env("CARGO_TARGET_DIR", clippy.join("host"))
             .status()?;
         if !status.success() {
@@ -67,7 +67,7 @@ pub(crate) fn clippy() -> Result<bool> {
     Ok(true)
 }
 
-/// Formats everything, or finds out whether it is formatted.
+/// Formats everything, or checks whether it is formatted.
 pub(crate) fn format(check: bool) -> Result<bool> {
     let places = Places::find()?;
     let check = check.then_some("--check");

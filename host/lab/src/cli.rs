@@ -29,10 +29,11 @@ pub(crate) enum Command {
         /// Run the tests in this kernel only
         #[arg(long)]
         kernel: Option<KernelName>,
-        /// Run only what has this in its name; "host", "kunit", "packages" and "in-tree" stand for all tests of theirs
+        /// Run only tests with this in their name; "host", "kunit", "packages" and "in-tree" stand
+        /// for all tests of that kind
         #[arg(long)]
         only: Option<String>,
-        /// Run what takes long as well, and everything in all kernels
+        /// Run long tests as well, and everything in all kernels
         #[arg(long)]
         long: bool,
         /// Run the scenarios on this driver
@@ -44,20 +45,20 @@ pub(crate) enum Command {
         #[command(flatten)]
         guests: Guests,
     },
-    /// Measure what the balloon costs, and what others in its place do
+    /// Benchmark against the C driver, virtio-mem and free page reporting
     Bench {
         /// Run only what has this in its name
         #[arg(long)]
         only: Option<String>,
-        /// Run nothing, and write docs/performance.md and its plots from the last results
+        /// Run nothing, and write docs/performance.md and its plots from the stored results
         #[arg(long, conflicts_with = "only")]
         docs: bool,
         #[command(flatten)]
         guests: Guests,
     },
-    /// Say which lines of the module KUnit and the scenarios execute
+    /// Show which lines of the module KUnit and the scenarios execute
     Coverage {
-        /// Run only what has this in its name, or "kunit", and add it to what was executed before
+        /// Run only tests with this in their name, or "kunit", and add the result to earlier ones
         #[arg(long)]
         only: Option<String>,
         #[command(flatten)]
@@ -71,7 +72,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         guests: Guests,
     },
-    /// Fuzz what comes from guests, front ends and clients
+    /// Fuzz the input from guests, front ends and clients
     Fuzz {
         /// Run this target only
         #[arg(long)]
@@ -82,35 +83,35 @@ pub(crate) enum Command {
     },
     /// Build Debian packages of the module and of the host's programs
     Deb,
-    /// Have clippy look at the module and at the host's programs
+    /// Run clippy on the module and on the host's programs
     Clippy,
     /// Format the sources
     Fmt {
-        /// Change nothing, and fail when there is something to change
+        /// Change nothing, and fail if a file is not formatted
         #[arg(long)]
         check: bool,
     },
 }
 
-/// How guests are run.
+/// Options for running guests.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct Guests {
-    /// What runs the guest's instructions [default: kvm where the processor can, else tcg]
+    /// Accelerator [default: kvm if the processor supports it, otherwise tcg]
     #[arg(long)]
     accel: Option<AccelName>,
     /// Show the guests' logs while they run
     #[arg(long)]
     pub(crate) verbose: bool,
-    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for half a minute],
-    /// or have races and targets come from the first one
+    /// Plug the hostile devices of these seeds, such as 0..1000 [default: from 0 on, for half a minute];
+    /// scenarios of races and targets use the first seed
     #[arg(long)]
     seeds: Option<Seeds>,
-    /// For how many seconds to have the driver's work race [default: 60]
+    /// Duration of the races, in seconds [default: 60]
     #[arg(long)]
     time: Option<u64>,
 }
 
-/// Some seeds that follow each other.
+/// A range of seeds.
 #[derive(Clone, Copy)]
 pub(crate) struct Seeds {
     first: u64,

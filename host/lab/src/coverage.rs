@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which lines of the module are executed by KUnit, and which by the scenarios.
+//! The coverage of the module by KUnit and by the scenarios.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,20 +20,20 @@ use crate::places::Places;
 use crate::report::Report;
 use crate::{kernel, kunit, module, setup, test};
 
-/// What is in the module for its tests alone.
+/// The parts of the module that exist only for tests.
 const FOR_TESTS: [&str; 2] = ["tests", "rust/virtio/fake_device.rs"];
 
-/// What the lines are executed by.
+/// The tests that execute the lines.
 const PARTS: [&str; 2] = ["kunit", "scenarios"];
 
-/// Runs KUnit and the scenarios that do not take long in the test kernel, or some of them, and
-/// prints what they have executed together with what was executed before. Says whether all is well.
+/// Runs KUnit and the short scenarios in the test kernel, or some of them, and prints their
+/// coverage together with that of earlier runs. Returns whether all tests passed.
 pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let directory = places.build().join("coverage");
     let tree = kernel::build(&places, Kernel::Test)?;
     let module = module::build_counting(&places, &tree)?;
-    // What another module has counted is of no use.
+    // Counts of another module are useless.
     let directory = directory.join(module::key(&places)?);
     if only.is_none() && directory.exists() {
         fs::remove_dir_all(&directory)?;
@@ -81,8 +81,7 @@ struct Lines {
     executed: u64,
 }
 
-/// What was executed of each of the module's files, by all that has left its counts in these
-/// directories.
+/// The coverage of each of the module's files, from all counts in these directories.
 fn executed(
     places: &Places,
     module: &Path,
@@ -109,7 +108,7 @@ fn executed(
         .arg(&merged)
         .args(&counts)
         .status()?;
-    ensure!(status.success(), "llvm-profdata does not take the counts");
+    ensure!(status.success(), "llvm-profdata does not accept the counts");
     let output = Command::new("llvm-cov")
         .args(["export", "--summary-only", "--instr-profile"])
         .arg(&merged)
@@ -126,7 +125,7 @@ fn executed(
     for file in files {
         let path = Path::new(file["filename"].as_str().context("a name")?);
         let Ok(path) = path.strip_prefix(&places.checkout) else {
-            // It is the kernel's own crate's.
+            // It belongs to the `kernel` crate.
             continue;
         };
         if FOR_TESTS.iter().any(|tests| path.starts_with(tests)) || path.starts_with("build") {
@@ -151,7 +150,7 @@ fn table(columns: &[BTreeMap<String, Lines>; 3]) -> Table {
         .load_preset(ASCII_MARKDOWN)
         .set_header(["file", "lines", "KUnit", "scenarios", "both"]);
     let mut row = |name: &str, lines: [Lines; 3]| {
-        // Nothing where nothing was run.
+        // Empty if no test was run.
         let percent = |lines: Lines| {
             let percent = (lines.executed * 100).checked_div(lines.all);
             percent.map_or_else(String::new, |percent| format!("{percent} %"))

@@ -22,7 +22,8 @@ pub(crate) fn run() -> Result<bool> {
     Ok(true)
 }
 
-/// Builds them in a copy of the checkout, beside which they are put. Returns the directory that has them.
+/// Builds them in a copy of the checkout. Returns the directory with the packages, next to the
+/// copy.
 pub(crate) fn build(places: &Places) -> Result<PathBuf> {
     let packages = places.build().join("deb");
     if packages.exists() {
@@ -46,7 +47,7 @@ pub(crate) fn build(places: &Places) -> Result<PathBuf> {
     fs::write(source.join("debian/changelog"), changelog()?)?;
     phase.follow(
         Command::new("dpkg-buildpackage")
-            // The build root has what they need, but not all of build-essential.
+            // The build root has all dependencies, but not all of build-essential.
             .args(["--build=binary", "--no-check-builddeps", "--no-sign"])
             .current_dir(&source),
         &packages.join("build.log"),
@@ -55,7 +56,7 @@ pub(crate) fn build(places: &Places) -> Result<PathBuf> {
     Ok(packages)
 }
 
-/// Where the packages' tools find their version.
+/// The changelog, from which the packaging tools take the version.
 fn changelog() -> Result<String> {
     let date = kernel::output(Command::new("date").arg("--rfc-email"))?;
     Ok(format!(

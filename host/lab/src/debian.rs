@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A Debian system: what the packages do to it, and its own kernel with the module from there.
+//! A Debian system: tests of the packages in it, and its own kernel with the packaged module.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -15,14 +15,14 @@ use crate::places::Places;
 use crate::progress::Phase;
 use crate::{deb, kernel};
 
-/// The system's kernel, which comes from the backports, and what has to come from there with it: the headers package
-/// takes the library of libelf-dev from there.
+/// The system's kernel and libelf-dev, both from the backports: the headers package needs the backported library of
+/// libelf-dev.
 const KERNEL: &str = "linux-image-cloud-amd64 linux-headers-cloud-amd64 libelf-dev";
 
-/// How the build root reaches its mirror, if that takes a proxy.
+/// The build root's proxy configuration for its mirror, if it has one.
 const PROXY: &str = "/etc/apt/apt.conf.d/99mmdebstrap";
 
-/// What udev asks for when there is a balloon device.
+/// The module alias that udev requests for a balloon device.
 const ALIAS: &str = "virtio:d00000005v00001AF4";
 
 /// Runs a command in a system that keeps its changes apart.
@@ -40,7 +40,7 @@ const ENTER: &str = r#"
         DEBIAN_FRONTEND=noninteractive "$@"
 "#;
 
-/// What the host's programs bring along, for their version.
+/// The files of the host's programs, by program.
 const CHECK_PROGRAMS: &str = r#"
     for program in vhost-user-balloon balloonctl balloon-manager; do
         [ "$($program --version)" = "$program $1" ]
@@ -54,7 +54,7 @@ const CHECK_PROGRAMS: &str = r#"
         balloon-manager.service
 "#;
 
-/// What the packages make of a system.
+/// The result of installing the packages in a system.
 pub(crate) struct Installed {
     /// Its kernel's image.
     pub(crate) image: PathBuf,
@@ -64,12 +64,12 @@ pub(crate) struct Installed {
     pub(crate) system: vm::System,
 }
 
-/// Builds the packages, installs them in a system with Debian's kernel, looks at what that has done, and removes
-/// them from a copy. The drivers are put into `directory`.
+/// Builds the packages, installs them in a system with Debian's kernel, checks the result, and removes them from
+/// a copy. The drivers are put into `directory`.
 ///
 /// # Errors
 ///
-/// They do not build, or do not do what they should.
+/// They do not build, or a check fails.
 pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     let mut system = System::new(places, deb::build(places)?)?;
     system.follow(
@@ -107,7 +107,7 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         "for a balloon device modprobe loads {drivers:?} when the packages have been removed"
     );
     system.follow(
-        "Looking for what is left",
+        "Looking for remaining files",
         "! find /etc /usr /var/cache /var/lib/dkms -name '*balloon[-_]rs*' | grep .",
         &[],
     )?;
@@ -122,24 +122,24 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     })
 }
 
-/// A Debian system with its kernel, and with what the packages need but without them.
+/// A Debian system with its kernel and the packages' dependencies, but without the packages.
 struct System {
     /// The system as it was made, in the cache.
     path: PathBuf,
-    /// The kernel's tree that the module's package has made in it, in the cache, or will have.
+    /// The cached kernel tree that the module's package makes in it.
     tree: PathBuf,
     /// The directories that it consists of, the uppermost first.
     layers: Vec<PathBuf>,
-    /// What is changed in it now.
+    /// The directory with the current changes.
     changes: PathBuf,
-    /// The packages, which it sees in /packages.
+    /// The packages, which are mounted at /packages.
     packages: PathBuf,
     /// Its kernel's.
     release: String,
 }
 
 impl System {
-    /// Makes it, or finds that it has been made; nothing has been changed.
+    /// Makes it, unless it exists. There are no changes yet.
     fn new(places: &Places, packages: PathBuf) -> Result<Self> {
         let path = make(places, &packages)?;
         let mut hash = Sha256::new();
@@ -168,7 +168,7 @@ impl System {
         Ok(system)
     }
 
-    /// Leaves what has been changed, and puts the next changes into `directory`.
+    /// Keeps the changes so far, and puts the next ones into `directory`.
     fn begin_changes(&mut self, directory: PathBuf) -> Result<()> {
         if !self.changes.as_os_str().is_empty() {
             self.layers.insert(0, self.changes.join("upper"));
@@ -203,7 +203,7 @@ impl System {
         command
     }
 
-    /// Keeps the kernel's tree that has been made.
+    /// Stores the kernel tree that was made.
     fn keep_tree(&self) -> Result<()> {
         let _lock = kernel::lock(&self.tree)?;
         if !self.tree.exists() {
@@ -242,7 +242,7 @@ impl System {
             .collect())
     }
 
-    /// Puts a module of its into `file`.
+    /// Writes a module of it to `file`.
     fn decompress(&self, module: &str, file: &Path) -> Result<PathBuf> {
         let script = r#"case $1 in *.xz) xz --decompress --stdout "$1" ;; *) cat "$1" ;; esac"#;
         let status = self
@@ -254,8 +254,8 @@ impl System {
     }
 }
 
-/// Makes a system with the kernel and with what the packages depend on, unless it is in the cache. There is nothing else
-/// in it: what is missing among the dependencies is missed.
+/// Makes a system with the kernel and the packages' dependencies, unless it is in the cache. It has no other packages,
+/// so that a missing dependency is detected.
 fn make(places: &Places, packages: &Path) -> Result<PathBuf> {
     let depends = kernel::output(
         Command::new("sh")

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The demonstration: 7 of a guest's 8 GiB into the balloon and out of it again, with the C driver and with this
-//! repository's, on QEMU's device and on this repository's.
+//! The demonstration: inflates and deflates 7 of a guest's 8 GiB, with the C driver and with this repository's,
+//! on QEMU's device and on this repository's.
 
 use std::time::Duration;
 use std::{fmt, fs, iter};
@@ -19,13 +19,13 @@ use crate::setup;
 const MEMORY: Size = Size::gib(8);
 const TARGET: Size = Size::gib(7);
 
-/// What the guest uses and frees, so that the host has something to get back.
+/// How much the guest uses and frees, so that the host can get memory back.
 const TOUCHED: Size = Size::gib(2);
 
-/// QEMU's own memory and what the tools need, beside the guest's.
+/// QEMU's own memory and that of the tools, in addition to the guest's.
 const OVERHEAD: Size = Size::gib(1);
 
-/// A driver and the device that it has.
+/// A driver and its device.
 #[derive(Clone, Copy)]
 struct Contestant {
     driver: Driver,
@@ -38,7 +38,7 @@ impl fmt::Display for Contestant {
     }
 }
 
-/// The first one is what the others are compared with.
+/// The first one is the baseline.
 const CONTESTANTS: [Contestant; 3] = [
     Contestant {
         driver: Driver::C,
@@ -54,7 +54,7 @@ const CONTESTANTS: [Contestant; 3] = [
     },
 ];
 
-/// What was seen of one of them.
+/// The results of one of them.
 struct Measurement {
     inflate: Duration,
     deflate: Duration,
@@ -143,7 +143,7 @@ fn measure(artifacts: &Artifacts, contestant: Contestant, guests: Guests) -> Res
     })
 }
 
-/// Brings the balloon to a size, and shows it on its way.
+/// Sets the balloon's size, and shows the progress.
 fn settle(
     contestant: Contestant,
     what: &str,
@@ -175,7 +175,7 @@ fn table(measurements: &[Measurement]) -> Table {
         table.add_row(iter::once(what.to_owned()).chain(measurements.iter().map(show)));
     };
     let milliseconds = |time: Duration| format!("{} ms", time.as_millis());
-    // The first one took so many times as long.
+    // The time of the first one relative to this one.
     let times = |time: fn(&Measurement) -> Duration| {
         let first = measurements.first().map_or(Duration::ZERO, time);
         move |this: &Measurement| format!("{:.1}", first.as_secs_f64() / time(this).as_secs_f64())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A process with all that it has started.
+//! A process with all of its descendants.
 
 use std::collections::HashSet;
 
@@ -34,7 +34,7 @@ impl Descendants {
         }
     }
 
-    /// The processor time that they have used, with that of processes which have ended, in ticks of the clock.
+    /// Their CPU time, with that of processes that have ended, in clock ticks.
     pub(crate) fn processor_time(&self) -> u64 {
         self.0
             .iter()

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Fuzzing of what comes from guests, front ends and clients.
+//! Fuzzing of the input from guests, front ends and clients.
 //!
-//! The targets in host/fuzz are laid out for cargo-fuzz, which wants a nightly compiler for the sanitizers.
-//! Without those any compiler will do, with the flags that have it record what is covered.
+//! The targets in host/fuzz have the layout of cargo-fuzz, which needs a nightly compiler for the
+//! sanitizers. Without sanitizers any compiler works, with the flags that record coverage.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -19,10 +19,10 @@ use crate::report::Report;
 
 const CRATE: &str = "host/fuzz";
 
-/// With the target named, the flags are for the targets and not for what runs while they are built.
+/// With an explicit target, the flags apply to the fuzz targets and not to build scripts.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
-/// Those of cargo-fuzz that are about coverage.
+/// The flags of cargo-fuzz for coverage.
 const FLAGS: &[&str] = &[
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -36,7 +36,7 @@ const FLAGS: &[&str] = &[
 /// How long an input may take, in seconds.
 const TIMEOUT: u32 = 10;
 
-/// Fuzzes one target or all of them, each for so many seconds. Says whether all is well.
+/// Fuzzes one target or all of them, each for so many seconds. Returns whether all passed.
 pub(crate) fn run(target: Option<&str>, seconds: u32) -> Result<bool> {
     let places = Places::find()?;
     let report = Report::new();
@@ -63,7 +63,7 @@ pub(crate) fn fuzz(
     );
     let directory = places.build().join("fuzz");
     fs::create_dir_all(&directory)?;
-    // Objects are shared by all checkouts, and programs are not.
+    // All checkouts share objects, but not programs.
     let objects = places.cache.join("fuzz");
     let lock = kernel::lock(&objects)?;
     let phase = Phase::start("Building the fuzz targets", None);
@@ -112,7 +112,7 @@ fn fuzz_target(
     name: &str,
     seconds: u32,
 ) -> Result<Outcome> {
-    // What is found goes into the first directory, and is where the next run begins.
+    // libFuzzer writes new inputs to the first directory, and the next run starts from them.
     let found = directory.join("corpus").join(name);
     fs::create_dir_all(&found)?;
     let log = directory.join(format!("{name}.log"));
@@ -141,7 +141,7 @@ fn fuzz_target(
     )))
 }
 
-/// What a target says about an input that it fails on: the panic, and where the input is.
+/// The report of a failed input: the panic, and the path of the input.
 fn reason(log: &str) -> String {
     let panic = log
         .lines()

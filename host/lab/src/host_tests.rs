@@ -46,7 +46,8 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
         cargo.args(["--manifest-path", "host/Cargo.toml"]);
         cargo
     };
-    // Cargo puts programs of all checkouts in one place, from where guest/lab takes what it has built.
+    // Cargo puts programs of all checkouts into one directory, from which guest/lab copies those
+    // that it has built.
     let _lock = kernel::lock(&places.cache.join("tools"))?;
     let phase = Phase::start("Building the host's tests", None);
     phase.follow(
@@ -57,7 +58,7 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
 
     let _running = report.begin("host");
     let log = places.build().join("host-tests.log");
-    // Not a pipe: a process that a test has left would keep it open.
+    // Not a pipe: a process that remains from a test would keep it open.
     let mut child = cargo()
         .stdin(Stdio::null())
         .stdout(File::create(&log)?)
@@ -112,7 +113,7 @@ fn wait_printing(child: &mut Child, log: &Path, limit: Duration) -> Result<ExitS
     }
 }
 
-/// The tests that have been running for long and have no result.
+/// The long-running tests without a result.
 fn unfinished(stdout: &str) -> Vec<String> {
     let ended = results(stdout);
     stdout

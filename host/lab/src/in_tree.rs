@@ -15,15 +15,15 @@ use crate::places::Places;
 use crate::progress::Phase;
 use crate::report::Report;
 
-/// Where the driver is put in the source.
+/// The driver's directory in the source.
 const PLACE: &str = "drivers/virtio/virtio_balloon_rs";
 
-/// All that has been put there, other than a configuration.
+/// All files that were copied there, except a configuration.
 const CHECK_STYLE: &str =
     "find $1 -type f ! -name '.*' -print0 | xargs --null perl scripts/checkpatch.pl --terse --file";
 
-/// The kernel's own way to run KUnit, which tries KVM first. Where that cannot run a kernel it must not be there. With
-/// modules, so that the next step does not have everything built again.
+/// The kernel's own script to run KUnit, which tries KVM first. If KVM cannot run a kernel, /dev/kvm must not exist.
+/// With modules, so that the next step does not rebuild everything.
 const KUNIT: &str = r#"
     [ "$1" = kvm ] || [ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
     exec python3 tools/testing/kunit/kunit.py run --arch=x86_64 --kunitconfig="$2" --kconfig_add=CONFIG_MODULES=y \
@@ -31,18 +31,18 @@ const KUNIT: &str = r#"
         --jobs="$(nproc)" --raw_output=kunit 'virtio_balloon_rs*'
 "#;
 
-/// Builds the module in the tree that KUnit has been run in.
+/// Builds the module in the tree in which KUnit ran.
 const BUILD_MODULE: &str = r#"
     scripts/config --file .kunit/.config --module VIRTIO_BALLOON_RS
     make O=.kunit olddefconfig
     make O=.kunit -j"$(nproc)" modules
 "#;
 
-/// Puts the driver into a copy of the kernel's source, and takes in what KUnit says of it there.
+/// Copies the driver into a copy of the kernel's source, and adds its KUnit results there.
 ///
 /// # Errors
 ///
-/// It cannot be put there, its sources are not in the kernel's style, or it does not build.
+/// It cannot be copied, its sources violate the kernel's style, or it does not build.
 pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> {
     let source = kernel::source(places)?;
     let name = source.file_name().context("the source is a directory")?;
@@ -114,7 +114,7 @@ fn place(source: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is where the driver is put, and beside it.
+/// The files in the driver's directory, and next to it.
 fn contents(source: &Path) -> Result<String> {
     kernel::output(sh("find drivers/virtio -type f | sort | xargs sha256sum").current_dir(source))
 }

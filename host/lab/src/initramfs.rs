@@ -38,7 +38,7 @@ pub(crate) fn write(path: &Path, agent: &Path, shell: &Path, modules: &[PathBuf]
             .to_string_lossy();
         add(format!("modules/{name}"), PROGRAM, read(module)?);
     }
-    // A guest that boots just now gets the old one or the new one, not a part of it.
+    // A guest that boots at this moment gets the old one or the new one, not a part of it.
     let new = path.with_extension("new");
     write_cpio(entries.into_iter(), File::create(&new)?)?;
     fs::rename(new, path)?;

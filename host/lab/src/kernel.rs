@@ -17,12 +17,12 @@ use vm::{Architecture, Kernel};
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// What is in a tree that has been built to its end.
+/// The file that marks a complete tree.
 const COMPLETE: &str = ".complete";
 
 /// A kernel that has been built.
 pub(crate) struct Tree {
-    /// Which kernel it is.
+    /// The kind of kernel.
     pub(crate) kernel: Kernel,
     /// The directory that it was built in.
     pub(crate) path: PathBuf,
@@ -37,7 +37,7 @@ impl Tree {
         })
     }
 
-    /// A make in this tree, with the compiler that the kernel is built with.
+    /// A make in this tree, with the kernel's compiler.
     pub(crate) fn make(&self) -> Result<Command> {
         let mut make = Command::new("make");
         make.arg("-C")
@@ -48,8 +48,8 @@ impl Tree {
     }
 }
 
-/// Which compiler to use, in make's words. Rust together with KASAN is offered for clang only, what KCSAN has clang do to
-/// C is done to Rust as well, and clang is a compiler for other architectures, too.
+/// The compiler, as a make variable. The kernel allows Rust with KASAN for clang only. With clang, KCSAN can instrument
+/// Rust in the same way as C. And clang also compiles for other architectures.
 fn toolchain(kernel: Kernel) -> &'static [&'static str] {
     match kernel {
         Kernel::Test | Kernel::Debian | Kernel::Latency => &[],
@@ -58,7 +58,7 @@ fn toolchain(kernel: Kernel) -> &'static [&'static str] {
     }
 }
 
-/// How many lines make prints for a whole build, which the bar is drawn from.
+/// How many lines make prints for a whole build, for the progress bar.
 fn build_lines(kernel: Kernel) -> u64 {
     match kernel {
         Kernel::Debug => 1720,
@@ -67,7 +67,7 @@ fn build_lines(kernel: Kernel) -> u64 {
     }
 }
 
-/// Where the kernel's source is; extracts it on first use.
+/// The directory of the kernel's source, extracted on first use.
 pub(crate) fn source(places: &Places) -> Result<PathBuf> {
     if let Some(own) = env::var_os("KSRC") {
         return Ok(PathBuf::from(own));
@@ -103,7 +103,7 @@ const RECORDS: u64 = 1000;
 /// The length of a record, in bytes.
 const RECORD: u64 = 10240;
 
-/// How many lines tar prints for an archive, which the bar is drawn from.
+/// How many lines tar prints for an archive, for the progress bar.
 fn checkpoints(archive: &Path) -> Result<u64> {
     let list = output(Command::new("xz").args(["--robot", "--list"]).arg(archive))?;
     let totals = list.lines().find(|line| line.starts_with("totals"));
@@ -136,7 +136,7 @@ pub(crate) fn package_version(package: &str) -> Result<String> {
     output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))
 }
 
-/// Builds a kernel, or finds that it has been built.
+/// Builds a kernel, unless it exists.
 pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
     let source = source(places)?;
     let fragments = fragments(places, kernel)?;
@@ -147,7 +147,7 @@ pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
     let tree = Tree { kernel, path };
     let complete = tree.path.join(COMPLETE);
     let _lock = lock(&tree.path)?;
-    // A source of one's own may have changed since; make finds out.
+    // A user's own source may have changed since; make detects that.
     if complete.exists() && env::var_os("KSRC").is_none() {
         return Ok(tree);
     }
@@ -177,7 +177,7 @@ fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
     Ok(fragments + &read(&format!("{kernel}.config"))?)
 }
 
-/// Tells kernels apart that are not built alike.
+/// A key that differs between kernels that are built differently.
 fn key(source: &Path, kernel: Kernel, fragments: &str) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(source.to_string_lossy().as_bytes());
@@ -220,8 +220,8 @@ fn configure(tree: &Tree, source: &Path, fragments: &str) -> Result<()> {
     Ok(())
 }
 
-/// The lines of the fragments that the configuration does not have, of an option its last one. An option whose
-/// dependencies are not met is dropped without a word, and tests that rely on it would prove nothing.
+/// The lines of the fragments that the configuration lacks, the last line of each option. Kconfig silently
+/// drops an option with unmet dependencies, and tests that rely on it would prove nothing.
 fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
     let option = |line: &'a str| line.split_once('=').map(|(option, _)| option);
     let last: BTreeMap<_, _> = fragments
@@ -237,7 +237,7 @@ fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// Keeps two runs from making the same directory at once.
+/// Prevents two runs from making the same directory at once.
 pub(crate) fn lock(directory: &Path) -> Result<Flock<File>> {
     let mut path = directory.as_os_str().to_owned();
     path.push(".lock");
@@ -253,7 +253,7 @@ pub(crate) fn lock(directory: &Path) -> Result<Flock<File>> {
     }
 }
 
-/// What a command writes to its standard output.
+/// The standard output of a command.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output()?;
     ensure!(

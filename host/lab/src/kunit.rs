@@ -13,13 +13,13 @@ use crate::places::Places;
 use crate::report::Report;
 use crate::setup;
 
-/// Where it runs when no kernel is asked for.
+/// The kernels for KUnit without `KERNEL=`.
 pub(crate) const KERNELS: [Kernel; 2] = [Kernel::Test, Kernel::Debug];
 
-/// What the guest's log has behind the results.
+/// The text in the guest's log after the results.
 const END: &str = "all suites have run";
 
-/// How long the guest's console may take to print what is in its log.
+/// How long the guest's console may lag behind its log.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs KUnit in one kernel, or in [`KERNELS`].
@@ -36,7 +36,8 @@ pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
 /// Runs KUnit in a guest with this kernel. Every case is a result.
 pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &Report) {
     let name = |case: &str| format!("kunit {case} ({kernel} kernel)");
-    // The suites take up to eight of the largest blocks at once, of 512 MiB with pages of 64 KiB.
+    // The suites allocate up to eight of the largest blocks at once, of 512 MiB with pages of 64
+    // KiB.
     let memory = match kernel {
         Kernel::Arm64LargePages => Size::gib(8),
         _ => Size::gib(1),
@@ -51,9 +52,9 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     let log = config.logs();
     let result = vm::run(&config, |guest| {
         let mark = guest.console().mark()?;
-        // Some cases take nearly all of the guest's memory.
+        // Some cases allocate nearly all of the guest's memory.
         guest.insmod(Driver::Rust, &["floor_mib=32"])?;
-        // The console may be behind: this line comes after all results.
+        // The console may lag behind: this line follows all results.
         guest.write_file("/dev/kmsg", &format!("{END}\n"))?;
         guest.wait_until("the last results", PATIENCE, || {
             Ok(guest.console().count_since(mark, END)? > 0)

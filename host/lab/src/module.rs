@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The module that this repository is about.
+//! Builds of this repository's module.
 
 use std::path::{Path, PathBuf};
 use std::{fs, process};
@@ -13,33 +13,33 @@ use crate::kernel::Tree;
 use crate::places::Places;
 use crate::progress::Phase;
 
-/// Has the KUnit suites in the module, which run when it is loaded.
+/// Includes the KUnit suites, which run when the module is loaded.
 pub(crate) const WITH_KUNIT: &str = "CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST=y";
 
-/// What the driver asks when it looks for unused pages, in `rust/mm/zone.rs`.
+/// The driver's check for unused pages, in `rust/mm/zone.rs`.
 const TRUTH: &str = "zone.free_order(*next as usize)";
 
-/// What a lying driver has in its place: some pages are unused that are not.
+/// The check of a lying driver, which lists some pages in use as unused.
 const LIE: &str = "match zone.free_order(*next as usize) {
     Ok(None) if *next % 64 == 0 => Ok(Some(0)),
     order => order,
 }";
 
-/// The kernel has KCSAN look at C only. The same pass does it for Rust, for functions with an attribute that the compiler
-/// gives to none of them for this target.
+/// The kernel's build applies KCSAN to C only. The same pass can instrument Rust functions with an attribute, which the
+/// compiler sets on no function for this target.
 const SANITIZE_THREADS: &str = "KRUSTFLAGS=-Cpasses=forceattrs -Cllvm-args=-force-attribute=sanitize_thread \
      '-Cpasses=function(tsan)' -Cllvm-args=-tsan-distinguish-volatile=1 \
      -Cllvm-args=-tsan-instrument-func-entry-exit=0 -Cllvm-args=-tsan-compound-read-before-write=1";
 
-/// Counts how often each part of the module is executed. Each function has its counters in a section, and all sections of
-/// one name are to be one.
+/// Counts how often each region of the module is executed. Each function has its counters in a section of its own, and
+/// the linker merges sections of the same name.
 const COUNT: [&str; 2] = [
     "KRUSTFLAGS=-Cinstrument-coverage -Zno-profiler-runtime",
     "LDFLAGS_MODULE=--force-group-allocation",
 ];
 
-/// Builds the module with its KUnit suites for a kernel, unless these sources have been built for it before, in whatever
-/// checkout. Returns the file that has it.
+/// Builds the module with its KUnit suites for a kernel, unless a checkout has already built the same sources for it.
+/// Returns the module's file.
 pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel);
     keep(places, tree, Driver::Rust, || {
@@ -54,11 +54,11 @@ pub(crate) fn build(places: &Places, tree: &Tree) -> Result<PathBuf> {
     })
 }
 
-/// The same for a module that calls memory unused which is not, and has no suites.
+/// The same for a module that lists memory in use as unused, without suites.
 pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel).join("lying");
     keep(places, tree, Driver::Lying, || {
-        // Not in the directory, where kbuild has a link to the source.
+        // Not in the build directory, since kbuild has a link to the source there.
         let copy = directory.with_file_name("lying-source");
         copy_lying(places, &copy)?;
         make(&copy, tree, &directory, "Building a lying module", &[])?;
@@ -66,14 +66,14 @@ pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
     })
 }
 
-/// The same for a module that counts how often each part of it is executed.
+/// The same for a module with coverage counters.
 pub(crate) fn build_counting(places: &Places, tree: &Tree) -> Result<PathBuf> {
     let directory = places.build_for(tree.kernel).join("counting");
     make(
         &places.checkout,
         tree,
         &directory,
-        "Building a counting module",
+        "Building a module with coverage counters",
         &[&[WITH_KUNIT], &COUNT[..]].concat(),
     )?;
     Ok(directory.join(Driver::Rust.file()))
@@ -91,7 +91,7 @@ fn keep(
     if !module.exists() {
         let built = build()?;
         fs::create_dir_all(&kept)?;
-        // Whoever looks finds all of it or nothing.
+        // Other processes see a complete module or none.
         let new = kept.join(format!("{}.new", process::id()));
         fs::copy(built, &new)?;
         fs::rename(new, &module)?;
@@ -111,9 +111,9 @@ const FOLDERS: [&str; 8] = [
     "uapi",
 ];
 
-/// Copies the module's sources, and makes them lie.
+/// Copies the module's sources, and replaces the check in them.
 fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
-    // Files that have moved since the last copy would be there twice.
+    // Otherwise files that have moved since the last copy would exist twice.
     if copy.exists() {
         fs::remove_dir_all(copy)?;
     }
@@ -133,7 +133,7 @@ fn copy_lying(places: &Places, copy: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What the module is made of and how, in a few characters.
+/// A hash of the module's sources and build options.
 pub(crate) fn key(places: &Places) -> Result<String> {
     let mut hash = Sha256::new();
     for path in all_sources(places)? {
@@ -152,7 +152,7 @@ fn all_sources(places: &Places) -> Result<Vec<PathBuf>> {
     Ok(sources)
 }
 
-/// The module's sources whose names end like that, as paths in the checkout.
+/// The module's sources with this extension, as paths in the checkout.
 pub(crate) fn sources(places: &Places, extensions: &[&str]) -> Result<Vec<PathBuf>> {
     let mut sources = Vec::new();
     add_files(places, Path::new(""), extensions, &mut sources)?;
@@ -164,7 +164,7 @@ pub(crate) fn sources(places: &Places, extensions: &[&str]) -> Result<Vec<PathBu
     Ok(sources)
 }
 
-/// Adds the files of a folder whose names end like that. Returns the folders in it.
+/// Adds the files of a folder with this extension. Returns its subfolders.
 fn add_files(
     places: &Places,
     folder: &Path,
@@ -188,7 +188,7 @@ fn add_files(
     Ok(folders)
 }
 
-/// The same with the folders in it.
+/// The same, with all subfolders.
 fn add_folder(
     places: &Places,
     folder: &Path,

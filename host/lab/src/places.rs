@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where things are.
+//! The paths of files and directories.
 
 use std::env;
 use std::path::PathBuf;
@@ -8,11 +8,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use vm::Kernel;
 
-/// The directories that everything else is in.
+/// The top directories.
 pub(crate) struct Places {
     /// The repository.
     pub(crate) checkout: PathBuf,
-    /// What all checkouts on this machine share.
+    /// The cache that all checkouts on this machine share.
     pub(crate) cache: PathBuf,
 }
 
@@ -31,12 +31,12 @@ impl Places {
         })
     }
 
-    /// What is built from this checkout.
+    /// The build directory of this checkout.
     pub(crate) fn build(&self) -> PathBuf {
         self.checkout.join("build")
     }
 
-    /// What is built for one kernel.
+    /// The build directory for one kernel.
     pub(crate) fn build_for(&self, kernel: Kernel) -> PathBuf {
         self.build().join(format!("{kernel}-kernel"))
     }

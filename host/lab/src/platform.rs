@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What else a guest takes that is of its kernel's architecture.
+//! The programs of a guest's architecture.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,8 @@ pub(crate) struct Platform {
 }
 
 impl Platform {
-    /// For guests of the build root's architecture; the agent is in the directory of the other `tools`.
+    /// For guests of the build root's architecture. The agent is in the directory of the other
+    /// `tools`.
     pub(crate) fn of_build_root(tools: &Path) -> Self {
         Self {
             qemu: "qemu-system-x86_64".into(),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bars for what takes its time. Where standard error is no terminal, it prints a line when a
-//! phase begins, one each half a minute with the progress, and one at the end with the time.
+//! Progress bars. If standard error is not a terminal, each phase prints a line at its start, one
+//! every 30 s with the progress, and one at the end with the time.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write, stderr};
@@ -19,21 +19,21 @@ use nix::unistd::pipe2;
 
 use crate::descendants::Descendants;
 
-/// All bars, which a terminal shows below each other.
+/// All bars of the terminal.
 pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 const TICK: Duration = Duration::from_millis(100);
 
-/// How often the progress of a phase is printed where standard error is no terminal.
+/// How often the progress of a phase is printed if standard error is not a terminal.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
-/// How often it is looked whether a command makes progress.
+/// How often the progress of a command is checked.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A command is given up when for so long it has printed nothing and has used no processor.
+/// A command is killed when it has printed nothing and used no CPU time for so long.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
 
-/// Something that takes its time.
+/// A phase.
 pub(crate) struct Phase {
     name: String,
     bar: ProgressBar,
@@ -78,7 +78,7 @@ impl Phase {
         self.bar.set_message(words.to_owned());
     }
 
-    /// Ends the phase, and leaves a line that says so.
+    /// Ends the phase, and prints a line.
     pub(crate) fn finish(self) {
         self.bar.finish_and_clear();
         BARS.suspend(|| {
@@ -90,7 +90,7 @@ impl Phase {
         });
     }
 
-    /// Runs a command with its output going to `log`, and takes a step for each line of it.
+    /// Runs a command with its output in `log`, and counts a step for each line.
     ///
     /// # Errors
     ///
@@ -110,7 +110,7 @@ impl Phase {
         let mut child = command
             .spawn()
             .with_context(|| format!("starting {program}"))?;
-        // The command object has the pipe's writing end, and must not keep it open.
+        // The command object holds the pipe's write end, and must close it.
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let (end, ended) = mpsc::channel();
         let is_stalled = thread::scope(|scope| -> Result<bool> {
@@ -153,8 +153,8 @@ impl Phase {
         );
     }
 
-    /// Kills a command that makes no progress, and says whether it had to. Where standard error is no terminal, it prints
-    /// how far the command is.
+    /// Kills a command that makes no progress, and returns whether it did. If standard error is not a terminal, it
+    /// prints the command's progress.
     fn watch(&self, child: &Child, ended: &Receiver<()>, limit: Duration) -> bool {
         let (mut reported, mut moved) = (Instant::now(), Instant::now());
         let mut last = None;
@@ -176,7 +176,7 @@ impl Phase {
         false
     }
 
-    /// Prints how far it is.
+    /// Prints its progress.
     fn report(&self) {
         let took = self.start.elapsed().as_secs();
         match self.bar.length() {

@@ -10,10 +10,10 @@ use vm::ktap::Outcome;
 
 use crate::progress::BARS;
 
-/// How many of the slowest tests are named in the end.
+/// How many of the slowest tests are listed at the end.
 const SLOWEST: usize = 10;
 
-/// Counts results and prints them as they come, from several threads.
+/// Counts results and prints them at once, from several threads.
 pub(crate) struct Report {
     state: Mutex<State>,
     bar: ProgressBar,
@@ -25,13 +25,13 @@ struct State {
     passed: usize,
     failed: Vec<String>,
     skipped: usize,
-    /// What runs now.
+    /// The running tests.
     running: Vec<String>,
-    /// What has run, and how long it took.
+    /// The completed tests, and how long they took.
     times: Vec<(Duration, String)>,
 }
 
-/// A test that runs.
+/// A running test.
 pub(crate) struct Running<'a> {
     report: &'a Report,
     name: String,
@@ -51,7 +51,7 @@ impl Report {
         }
     }
 
-    /// Shows, on a terminal, that a test runs.
+    /// Shows a running test on a terminal.
     pub(crate) fn begin(&self, name: &str) -> Running<'_> {
         let mut state = self.state();
         state.running.push(name.to_owned());
@@ -63,8 +63,7 @@ impl Report {
         }
     }
 
-    /// Takes in a result, with lines to be printed below it. How long it took is not known of tests that run in one
-    /// program with others.
+    /// Adds a result, with lines to print below it. The duration of tests that share a program is unknown.
     pub(crate) fn add(
         &self,
         name: &str,
@@ -94,7 +93,7 @@ impl Report {
         BARS.suspend(|| println!("{lines}"));
     }
 
-    /// Prints the slowest tests, those that failed and the totals, and says whether all is well.
+    /// Prints the slowest tests, the failed tests and the totals, and returns whether all passed.
     pub(crate) fn conclude(&self) -> bool {
         self.bar.finish_and_clear();
         let mut state = self.state();
@@ -141,7 +140,7 @@ impl Report {
 }
 
 impl Running<'_> {
-    /// For how long it has run.
+    /// Its duration so far.
     pub(crate) fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! All that must be there before a guest can boot.
+//! The preparation of a guest.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -13,7 +13,7 @@ use crate::places::Places;
 use crate::platform::Platform;
 use crate::{arm64, debian, initramfs, kernel, module};
 
-/// Builds a kernel, the drivers for it and an initramfs, as far as that has not been done.
+/// Builds a kernel, the drivers for it and an initramfs, unless they exist.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     let build = places.build_for(kernel);
     fs::create_dir_all(&build)?;
@@ -31,7 +31,7 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
     artifacts(places, kernel, tree.image(), &modules, None)
 }
 
-/// The same for the driver in `module`, which counts.
+/// The same for the driver in `module`, which has coverage counters.
 pub(crate) fn counting(
     places: &Places,
     tree: &Tree,
@@ -42,7 +42,7 @@ pub(crate) fn counting(
     artifacts(places, tree.kernel, tree.image(), &modules, Some(coverage))
 }
 
-/// A module of the driver, and those that are built for the same kernel beside it.
+/// A module of the driver, and the other modules for the same kernel.
 fn modules(places: &Places, tree: &Tree, module: PathBuf) -> Result<Vec<PathBuf>> {
     let c = tree.path.join("drivers/virtio").join(Driver::C.file());
     let mut modules = vec![module, c];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Tests of how the sources are cut, the driver's and those of the host's programs.
+//! Tests of the structure of the sources, the driver's and those of the host's programs.
 
 mod cycles;
 mod parity;

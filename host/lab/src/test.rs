@@ -18,15 +18,16 @@ use crate::places::Places;
 use crate::report::Report;
 use crate::{fuzz, host_tests, in_tree, kunit, setup};
 
-/// For how long each fuzz target runs: enough for the inputs in the repository, and to find what is close
-/// to them.
+/// For how long each fuzz target runs: enough for the inputs in the repository, and for small mutations
+/// of them.
 const FUZZ_SECONDS: u32 = 3;
 
-/// What runs in the debug kernel as well when no kernel is asked for: enough to find what the test
-/// kernel survives, in a time that one is ready to wait. All runs in the first kernel that it is for.
+/// Scenarios that also run in the debug kernel without `KERNEL=`: a selection that finds bugs which
+/// the test kernel does not detect, in a short time. All scenarios run in their first kernel.
 const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 
-/// What takes minutes, or is close to a scenario that takes less. It runs when it or everything is asked for.
+/// Scenarios that take minutes, or are similar to a shorter one. They run by name, or with `make
+/// test-long`.
 const LONG_SCENARIOS: &[&str] = &[
     "soak",
     "unused_proof",
@@ -62,10 +63,10 @@ const LONG_SCENARIOS: &[&str] = &[
     "service_restart",
 ];
 
-/// How much memory a guest and what is around it may take.
+/// How much memory a guest and its host programs may use.
 const MEMORY_PER_LANE: Size = Size::gib(9);
 
-/// What runs on all devices when none is asked for. The other scenarios run on the first one that they are for.
+/// Scenarios that run on all devices without `DEVICE=`. The other scenarios run on their first one.
 const DEVICE_SCENARIOS: &[&str] = &[
     "inflate_deflate",
     "accounting",
@@ -77,14 +78,14 @@ const DEVICE_SCENARIOS: &[&str] = &[
     "races",
 ];
 
-/// What is asked for.
+/// The selection.
 #[derive(Clone, Copy)]
 pub(crate) struct Wanted<'a> {
     /// The kernel to run in, or those that each test is for.
     pub(crate) kernel: Option<Kernel>,
-    /// What the name of a scenario has to have in it, or the name of another kind of test.
+    /// A part of a scenario's name, or the name of another kind of test.
     pub(crate) only: Option<&'a str>,
-    /// Whether it may take long.
+    /// Whether to run long tests.
     pub(crate) long: bool,
     /// The driver that scenarios are run on.
     pub(crate) driver: Driver,
@@ -92,10 +93,10 @@ pub(crate) struct Wanted<'a> {
     pub(crate) device: Option<Device>,
 }
 
-/// A test, or some that run in one place.
+/// A test, or several that run together.
 type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
 
-/// Runs all tests that are wanted, several at once. Says whether all is well.
+/// Runs all selected tests, several at once. Returns whether all passed.
 pub(crate) fn run(wanted: Wanted<'_>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let report = Report::new();
@@ -127,7 +128,7 @@ fn lanes() -> Result<usize> {
     Ok(fit.clamp(1, available_parallelism()?.get()))
 }
 
-/// Does one job after the other until there will be no more.
+/// Executes jobs until the queue is closed.
 fn work(jobs: &Mutex<Receiver<Job<'_>>>) {
     let next = || jobs.lock().expect("a lock").recv();
     while let Ok(job) = next() {
@@ -145,8 +146,8 @@ struct Preparation<'scope, 'wanted> {
 }
 
 impl<'scope> Preparation<'scope, '_> {
-    /// Builds what the wanted tests need, and sends each of them as soon as that is there. What needs no guest is tested
-    /// while the first kernel is built.
+    /// Builds the dependencies of the selected tests, and sends each test as soon as its dependencies exist. Tests
+    /// without a guest run while the first kernel is built.
     fn run(self) -> Result<()> {
         let Wanted {
             kernel, only, long, ..
@@ -207,7 +208,7 @@ impl<'scope> Preparation<'scope, '_> {
             }
         };
         if is_debian {
-            // What the packages do is a test, too.
+            // Installing the packages is a test, too.
             report.add(&prepared(this), None, &Outcome::Passed, &[]);
         }
         if with_kunit {
@@ -231,7 +232,7 @@ fn outcome(result: Result<()>) -> Outcome {
     }
 }
 
-/// What it is that makes the guests of a kernel ready.
+/// The name of the preparation of a kernel's guests.
 fn prepared(kernel: Kernel) -> String {
     match kernel {
         Kernel::Debian => "packages are installed and removed (debian kernel)".to_owned(),
@@ -247,9 +248,9 @@ fn is_wanted(scenario: &Scenario, this: Kernel, wanted: Wanted<'_>) -> bool {
     let is_ready = this != Kernel::Debian || only.is_some();
     let at_home = is_ready && scenario.kernels.first() == Some(&this)
         || this == Kernel::Debug && DEBUG_SCENARIOS.contains(&scenario.name);
-    // Debian's kernel is for a few scenarios, and for those that take long, too.
+    // Debian's kernel runs a few scenarios, and also long ones.
     let in_time = long || this == Kernel::Debian || !takes_long(scenario);
-    // Of one that is asked for it is said that it is not for this kernel.
+    // A scenario that is selected by name gets a note that it is not for this kernel.
     let is_for_it = scenario.kernels.contains(&this) || kernel.is_some() && only.is_some();
     is_for_it
         && kernel.map_or(long || at_home, |kernel| kernel == this)
@@ -269,14 +270,15 @@ fn is_kunit_wanted(this: Kernel, wanted: Wanted<'_>) -> bool {
         && only.is_none_or(|only| only == "kunit")
 }
 
-/// What a scenario runs with: the kernel, the driver, the device, and whether the kernel zeroes memory on allocation.
+/// A variant of a scenario: the kernel, the driver, the device, and whether the kernel zeroes
+/// memory on allocation.
 type Variant = (Kernel, Driver, Device, bool);
 
-/// The wanted variants of a scenario in one kernel.
+/// The selected variants of a scenario in one kernel.
 fn variants(scenario: &Scenario, this: Kernel, wanted: Wanted<'_>) -> Vec<Variant> {
     let devices = wanted.device.as_ref().map(slice::from_ref);
     let own = match this {
-        // What one device shows of the driver is enough for the run that developers wait for.
+        // One device is enough for the run that developers wait for.
         Kernel::Debug if wanted.kernel.is_none() && !wanted.long => &scenario.devices[..1],
         _ => devices_of(scenario),
     };
@@ -292,7 +294,7 @@ fn variants(scenario: &Scenario, this: Kernel, wanted: Wanted<'_>) -> Vec<Varian
         .collect()
 }
 
-/// The devices that a scenario runs on if none is asked for.
+/// The devices of a scenario without `DEVICE=`.
 pub(crate) fn devices_of(scenario: &Scenario) -> &'static [Device] {
     match scenario.devices {
         [first, ..] if !DEVICE_SCENARIOS.contains(&scenario.name) => slice::from_ref(first),

@@ -17,14 +17,14 @@ use super::tables;
 use crate::kernel;
 use crate::places::Places;
 
-/// What comes before the results.
+/// The introduction of the document.
 const INTRODUCTION: &str = include_str!("introduction.md");
 
 /// Writes docs/performance.md and the plots that it shows.
 ///
 /// # Errors
 ///
-/// Something cannot be written, or found out about the machine.
+/// A file cannot be written, or a property of the machine is not available.
 pub(super) fn write(places: &Places, records: &[Record], accel: Accel) -> Result<()> {
     let docs = places.checkout.join("docs");
     let to = docs.join("plots");
@@ -94,7 +94,7 @@ fn shown(benchmark: &Benchmark, records: &[Record]) -> Vec<(&'static str, &'stat
         .collect()
 }
 
-/// What the results come from.
+/// The environment of the results.
 fn machine(places: &Places, accel: Accel) -> Result<String> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
     let mut models = cpuinfo

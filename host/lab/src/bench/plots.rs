@@ -25,7 +25,7 @@ const SCALE_HEIGHT: u32 = 440;
 const LINE_LABELS: u32 = 230;
 const TEXT: i32 = 16;
 const TITLE: i32 = 20;
-/// How much lower a text has to be than its middle says, for its letters to be in the middle.
+/// How far a text is moved down to centre its letters.
 const SINK: i32 = 3;
 
 const FONT: &str = "sans-serif";
@@ -42,7 +42,7 @@ enum Unit {
 }
 
 impl Unit {
-    /// Its axis has the same distance for the same ratio.
+    /// A logarithmic axis.
     fn is_logarithmic(self) -> bool {
         !matches!(self, Self::Percent)
     }
@@ -74,7 +74,7 @@ fn short(value: f64) -> String {
     }
 }
 
-/// What was measured of one contestant.
+/// The measurements of one contestant.
 struct Row {
     label: String,
     colour: RGBColor,
@@ -87,15 +87,15 @@ struct Group {
     rows: Vec<Row>,
 }
 
-/// A plot with a row for each contestant: a dot for each run, a line at the median, and what that is.
+/// A plot with a row for each contestant: a dot for each run, a line at the median, and its value.
 pub(super) struct Plot {
     /// The file's name, without its extension.
     pub(super) name: &'static str,
-    /// What it shows.
+    /// The title.
     pub(super) shows: &'static str,
     unit: Unit,
-    /// Its groups of rows: their title, the name of the records that they are about, and what of each is shown, if
-    /// there is anything.
+    /// Its groups of rows: their title, the name of the records, and the shown value of each record, if there is
+    /// one.
     parts: &'static [Part],
 }
 
@@ -179,7 +179,7 @@ pub(super) const PLOTS: &[Plot] = &[
     },
 ];
 
-/// The plot of the time by the guest's size: its name, what it shows, and the name of the records that it is about.
+/// The plot of the time by the guest's size: its name, its title, and the name of its records.
 pub(super) const SCALE: (&str, &str, &str) = (
     "scale",
     "Time to inflate by seven eighths of an idle guest's memory",
@@ -194,12 +194,12 @@ fn transferred(record: &Record) -> Option<Samples> {
     one(record.transferred_mib? as f64)
 }
 
-/// What there is only the median of.
+/// A value with a median only.
 fn one(value: f64) -> Option<Samples> {
     Some([value].into_iter().collect())
 }
 
-/// Draws all that there is to be drawn of the records, into files in a directory.
+/// Draws all plots for which there are records, into files in a directory.
 ///
 /// # Errors
 ///
@@ -207,7 +207,7 @@ fn one(value: f64) -> Option<Samples> {
 pub(super) fn draw(directory: &Path, records: &[Record]) -> Result<()> {
     static FONT_READY: Once = Once::new();
     FONT_READY.call_once(|| {
-        // It fails for a font that cannot be read, and this one can.
+        // It fails only for an unreadable font, and this one is readable.
         let _ = register_font(FONT, FontStyle::Normal, dejavu::sans::regular());
     });
 
@@ -234,7 +234,7 @@ pub(super) fn draw(directory: &Path, records: &[Record]) -> Result<()> {
     Ok(())
 }
 
-/// How high a plot of these is.
+/// The height of a plot of these.
 fn height(groups: &[Group]) -> u32 {
     let rows: usize = groups.iter().map(|group| group.rows.len() + 1).sum();
     let rows = u32::try_from(rows).expect("there are some dozens at most");
@@ -242,12 +242,12 @@ fn height(groups: &[Group]) -> u32 {
 }
 
 impl Plot {
-    /// The names of the records that it is about.
+    /// The names of its records.
     pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
         self.parts.iter().map(|(_, name, _)| *name)
     }
 
-    /// The groups of which there are rows.
+    /// The groups with rows.
     fn groups(&self, records: &[Record]) -> Vec<Group> {
         let group = |(title, name, values): &Part| {
             let row = |record: &Record| {
@@ -280,7 +280,8 @@ impl Plot {
             .copied()
             .collect();
         match self.unit.is_logarithmic() {
-            // From a power of ten, which has a label, to where there is room for the text next to the last dot.
+            // From a power of ten, which has a label, to a value that leaves room for the text next
+            // to the last dot.
             true => {
                 let decade = 10_f64.powf((values.min() * 0.8).log10().floor());
                 let range = decade..values.max() * 4.0;
@@ -434,7 +435,7 @@ fn try_draw_scale<D: DrawingBackend>(
     area.present()
 }
 
-/// Colours that those tell apart, too, who see fewer of them (Okabe and Ito).
+/// Colours that colour-blind readers can distinguish (Okabe and Ito).
 fn colour(driver: By) -> RGBColor {
     match driver {
         By::Rs => RGBColor(0, 114, 178),

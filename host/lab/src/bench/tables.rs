@@ -9,13 +9,13 @@ use vm::{Samples, Size};
 
 use super::results::of;
 
-/// A column: its head, and what is in it of a record, if there is anything.
+/// A column: its head, and the value of a record in it, if there is one.
 type Column<'a> = (&'a str, Box<dyn Fn(&Record) -> Option<String> + 'a>);
 
-/// How many columns there are that say what a record is about.
+/// The number of columns that identify a record.
 const SUBJECT_COLUMNS: usize = 3;
 
-/// Prints the results of a benchmark, and what was promised of them.
+/// Prints the results of a benchmark, and its claims.
 pub(super) fn print(benchmark: &Benchmark, records: &[Record]) {
     println!("\n{}", benchmark.answers);
     for (name, of_name) in of(benchmark, records) {
@@ -39,7 +39,7 @@ pub(super) fn markdown(of_name: &[&Record], records: &[Record]) -> String {
     tables.join("\n\n")
 }
 
-/// How much memory this is about.
+/// The amount of memory.
 pub(super) fn amount(records: &[&Record]) -> String {
     let size = |mib: u64| match mib {
         0 => "nothing".to_owned(),
@@ -61,7 +61,7 @@ fn finish(mut table: Table, preset: &str) -> Table {
     table
 }
 
-/// The table of the times and what else was measured, and that of the stages, if there are any.
+/// The table of the times and other measurements, and that of the stages, if there are any.
 fn tables(of_name: &[&Record], all: &[Record]) -> Vec<Table> {
     let (staged, plain): (Vec<&Record>, Vec<&Record>) =
         of_name.iter().partition(|record| record.stages.is_some());
@@ -128,7 +128,7 @@ fn stage_columns() -> Vec<Column<'static>> {
     ]
 }
 
-/// The columns in which at least one of the records has something.
+/// The columns in which at least one of the records has a value.
 fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
     let several_guests = records
         .windows(2)
@@ -162,7 +162,7 @@ fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
     table
 }
 
-/// How many times as fast these are as others, from the medians, and at the least and at the most.
+/// The speed-up of these relative to others, from the medians, and its lower and upper bound.
 fn speed_up(times: &Samples, others: &Samples) -> String {
     let ratios = [
         others.median() / times.median(),
@@ -177,7 +177,7 @@ fn speed_up(times: &Samples, others: &Samples) -> String {
     }
 }
 
-/// A time, in a unit that suits it.
+/// A time, in a suitable unit.
 fn short_time(seconds: f64) -> String {
     match seconds < 0.5 {
         true => format!("{:.1} ms", seconds * 1e3),
@@ -189,7 +189,7 @@ fn seconds(seconds: f64) -> String {
     format!("{seconds:.2} s")
 }
 
-/// A number with its thousands apart.
+/// A number with thousands separators.
 fn grouped(number: u64) -> String {
     indicatif::HumanCount(number).to_string()
 }

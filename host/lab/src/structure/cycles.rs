@@ -2,9 +2,8 @@
 
 //! No two files of a crate import each other, directly or through others.
 //!
-//! A file imports another one if a path in it names something that is defined, or re-exported, there.
-//! `mod` declarations are not imports: they say which files there are. So a file may add methods to the type of its
-//! parent. Unit tests are left out: they use what they need to.
+//! A file imports another one if a path in it names an item that the other file defines or re-exports. `mod`
+//! declarations are not imports. So a file may add methods to the type of its parent. The check ignores unit tests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -38,7 +37,7 @@ fn roots() -> Result<Vec<PathBuf>> {
 /// The path of a module in its crate.
 type Module = Vec<String>;
 
-/// The files of a crate, by their modules.
+/// The files of a crate, by module.
 #[derive(Default)]
 struct Sources {
     files: BTreeMap<Module, (PathBuf, syn::File)>,
@@ -121,7 +120,7 @@ impl Sources {
             .collect()
     }
 
-    /// The file that a path in the module `from` leads to, if it is one of this crate.
+    /// The file of a path in the module `from`, if it belongs to this crate.
     fn file_of(&self, from: &Module, path: &[String]) -> Option<&Path> {
         let mut module = from.clone();
         let mut rest = path;
@@ -156,7 +155,7 @@ impl Sources {
     }
 }
 
-/// Collects the paths in a file that may lead to another one, each with the module that it is in.
+/// Collects the paths in a file that may name items of other files, each with its module.
 struct Paths {
     module: Module,
     found: Vec<(Module, Vec<String>)>,
@@ -272,7 +271,7 @@ fn cycle<'a>(imports: &BTreeMap<&'a Path, BTreeSet<&'a Path>>) -> Option<Vec<&'a
         .find_map(|&file| follow(file, imports, &mut Vec::new(), &mut done))
 }
 
-/// The cycle of the crate whose root is at `path`, in words.
+/// The cycle of the crate whose root is at `path`, as text.
 fn check(path: &Path) -> Result<Option<String>> {
     let mut sources = Sources::default();
     sources.read(&Module::new(), path, true)?;

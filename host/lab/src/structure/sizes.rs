@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! No file has more lines than one reads at once, and no function. Unit tests are left out.
+//! Limits the length of files and functions. Unit tests do not count.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ const MAX_FILE: usize = 500;
 /// Lines of a function, from its name on.
 const MAX_FUNCTION: usize = 60;
 
-/// Files with nothing but unit tests, and what these need: parts of their paths in the checkout.
+/// Files with unit tests and their helpers only: parts of their paths in the checkout.
 const TESTS: &[&str] = &["/tests/", "/tests.rs", "tests/kunit/", "/fake_device.rs"];
 
 /// Counts the lines of a file.
@@ -66,7 +66,7 @@ impl<'a> Visit<'a> for Lines {
     }
 }
 
-/// What is too long in the file that has this path in the checkout.
+/// The items that are too long in the file with this path in the checkout.
 fn too_long(path: &str, text: &str) -> Result<Vec<String>> {
     if TESTS.iter().any(|part| path.contains(part)) {
         return Ok(Vec::new());
@@ -86,7 +86,7 @@ fn too_long(path: &str, text: &str) -> Result<Vec<String>> {
     Ok(file.into_iter().chain(functions).collect())
 }
 
-/// Adds the Rust files in a folder, without what is built there.
+/// Adds the Rust files in a folder, without build results.
 fn find(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
