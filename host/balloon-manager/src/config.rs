@@ -50,11 +50,11 @@ impl Default for Config {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Host {
-    /// What VMs may have together. By default it is measured.
+    /// The memory for all VMs. By default it is measured.
     pub(crate) pool: Option<Size>,
     /// The cgroup whose limit is the pool.
     pub(crate) cgroup: Option<PathBuf>,
-    /// What of the pool stays free.
+    /// The part of the pool that stays free.
     pub(crate) reserve: Option<Size>,
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct Vm {
     weight: Option<u16>,
 }
 
-/// A number of bytes, or a part.
+/// A number of bytes, or a fraction.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 #[serde(try_from = "String")]
 pub(crate) enum Size {
@@ -143,7 +143,8 @@ impl Config {
         Ok(config)
     }
 
-    /// What applies to a VM, or nothing if it is to be left alone. The guest has to keep `least`.
+    /// The settings of a VM, or nothing if the manager must leave it alone. The guest must keep
+    /// `least`.
     pub(crate) fn settings(&self, name: &str, memory: Pages, least: Pages) -> Option<Settings> {
         let mut patterns: Vec<_> = self
             .vm
@@ -169,7 +170,7 @@ impl Config {
         })
     }
 
-    /// What differs from an earlier configuration, a line each.
+    /// The differences from an earlier configuration, one line each.
     pub(crate) fn differences(&self, old: &Self) -> Vec<String> {
         let lines = |config: &Self| -> Vec<String> {
             let mut lines = vec![

@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a reservation may last, in seconds.
 const LONGEST: u64 = 86_400;
 
-/// What a client wants.
+/// A client's request.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Request {
@@ -60,7 +60,7 @@ pub(crate) fn serve(path: &Path, calls: mpsc::Sender<Call>) -> Result<SocketFile
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => drop(tokio::spawn(answer(stream, calls.clone()))),
-                // There may be file descriptors again later.
+                // File descriptors may be available again later.
                 Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
             }
         }
@@ -68,7 +68,7 @@ pub(crate) fn serve(path: &Path, calls: mpsc::Sender<Call>) -> Result<SocketFile
     Ok(file)
 }
 
-/// Answers one client, until it goes away or takes too long.
+/// Answers one client, until it disconnects or takes too long.
 async fn answer(stream: UnixStream, calls: mpsc::Sender<Call>) -> Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
@@ -104,7 +104,7 @@ fn failure(kind: ErrorKind, message: &str, advice: &str) -> Value {
     json!({ "error": ControlError::new(kind, message, advice) })
 }
 
-/// Does what a request asks for.
+/// Executes a request.
 pub(crate) fn handle(manager: &mut Manager, request: Request) -> Value {
     let unknown = |id| {
         failure(

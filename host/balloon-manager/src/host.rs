@@ -14,7 +14,7 @@ use crate::config::{Config, PAGE};
 const SOME: u64 = 150;
 const FULL: u64 = 100;
 
-/// What is known about the host.
+/// The state of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reading {
     pub(crate) pool: Pages,
@@ -26,7 +26,8 @@ pub(crate) struct Reading {
 #[derive(Debug)]
 pub(crate) struct Host {
     proc: PathBuf,
-    /// The time of the last look at the pressure, and the waiting times until then, in microseconds.
+    /// The time of the last reading of the pressure, and the waiting times until then, in
+    /// microseconds.
     last: Option<(Millis, [u64; 2])>,
     pressure: HostPressure,
 }
@@ -63,8 +64,7 @@ impl Host {
         })
     }
 
-    /// What is available, and what the VMs have already, without what they have in swap: that is memory which the host
-    /// lacks.
+    /// Available memory and the VMs' resident memory, less the VMs' memory in swap, which the host lacks.
     fn measure(&self, resident: Pages) -> Result<Pages> {
         let path = self.proc.join("meminfo");
         let text =
@@ -81,7 +81,8 @@ impl Host {
         Ok((field("MemAvailable:")? + resident).saturating_sub(swapped))
     }
 
-    /// How much the host has waited since the last look. Kernels without this statistic never wait.
+    /// How much the host has waited since the last reading. Without this statistic in the kernel it
+    /// is 0.
     fn pressure(&mut self, now: Millis) -> HostPressure {
         let Ok(text) = fs::read_to_string(self.proc.join("pressure/memory")) else {
             return HostPressure::None;
@@ -112,7 +113,7 @@ impl Host {
     }
 }
 
-/// The limit of a cgroup, of version 1 or 2, without what others than the VMs have in it.
+/// The limit of a cgroup, of version 1 or 2, less the memory of its processes other than VMs.
 fn cgroup_pool(cgroup: &Path, resident: Pages) -> Result<Pages> {
     for (limit, usage) in [
         ("memory.max", "memory.current"),

@@ -90,7 +90,7 @@ impl Manager {
         }
     }
 
-    /// Finds the sockets that have come, and forgets those that have gone.
+    /// Adds new sockets, and removes those that no longer exist.
     pub(crate) fn discover(&mut self) {
         let found = glob::glob(&self.config.sockets).into_iter().flatten();
         let found: Vec<PathBuf> = found.filter_map(Result::ok).collect();
@@ -146,7 +146,7 @@ impl Manager {
                 observation: observation.clone(),
                 decision: decision.clone(),
             };
-            // The VMs come first: what was decided is sent all the same.
+            // The VMs come first: the manager sends its decisions in any case.
             if let Err(error) = record.write(&line) {
                 log::error!("recording no more decisions: {error:#}");
                 self.record = None;
@@ -234,7 +234,7 @@ impl Manager {
         }
     }
 
-    /// Says once when the floors of all VMs do not fit.
+    /// Logs once if the floors of all VMs do not fit.
     fn check_floors(&mut self, observation: &Observation) {
         let refusal = Policy::admit(observation, 0).err();
         let new = refusal.map(|refusal| (refusal.floors, refusal.pool / balloon_policy::GIB));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the host has given to a VM: the blocks of its memory files, which the daemon has open.
+//! The resident memory of a VM: the blocks of its memory files, which the daemon has open.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -9,20 +9,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// The interval at which files that were not found are looked for again.
+/// The interval at which the manager searches missing files again.
 const RETRY: Duration = Duration::from_secs(30);
 
 /// The memory files of a VM, once they are known.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     files: Vec<PathBuf>,
-    /// What the files were looked for, and when.
+    /// The search for the files, and its time.
     last: Option<(i32, u64, Instant)>,
 }
 
 impl Memory {
-    /// In bytes, for the VM that shares so many bytes with this process or a child of it. Nothing without the right to
-    /// look at its files, or if they do not have that size.
+    /// In bytes, for the VM that shares so many bytes with this process or a child of it. Nothing without permission
+    /// to read its files, or if they do not have that size.
     pub(crate) fn resident(&mut self, pid: i32, shared: u64) -> Option<u64> {
         let known = self.blocks(shared);
         if known.is_some() {

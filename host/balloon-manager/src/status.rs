@@ -13,7 +13,7 @@ pub(crate) struct Past {
     pub(crate) action: Action,
 }
 
-/// What is counted for the metrics.
+/// The counters for the metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) decisions: u64,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Numbers and reasons in words.
+//! Numbers and reasons as text.
 
 use std::fmt::Write;
 
@@ -50,7 +50,7 @@ const fn spared(reason: Spared) -> &'static str {
     }
 }
 
-/// What an action does, and the numbers that imply it.
+/// An action, and the numbers that imply it.
 pub(crate) fn action(action: &Action) -> String {
     let account = &action.account;
     let grant = account.memory.saturating_sub(action.target);
@@ -100,7 +100,7 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
     )
 }
 
-/// A VM's state in a word or two.
+/// A VM's state in one or two words.
 fn state(account: &Account) -> &'static str {
     match (account.pressed, account.spared) {
         (Some(_), _) => "in need",

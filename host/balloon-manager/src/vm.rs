@@ -30,11 +30,12 @@ const GUEST: Duration = Duration::from_secs(5);
 /// The largest answer.
 const MAX_ANSWER: u64 = 1 << 20;
 
-/// How often a VM is looked at, at rest and while it needs attention.
+/// How often a VM is polled, at rest and while it needs attention.
 pub(crate) const SLOW: Duration = Duration::from_secs(1);
 pub(crate) const FAST: Duration = Duration::from_millis(100);
 
-/// A request that was on its way when its connection broke has an effect within this duration, or none.
+/// A request that was in flight when its connection broke has an effect within this duration, or
+/// none.
 const FATE: Duration = Duration::from_secs(10);
 
 /// Sets a target.
@@ -44,7 +45,7 @@ pub(crate) struct Order {
     pub(crate) bytes: u64,
 }
 
-/// What a daemon has reported.
+/// The reports of a daemon.
 #[derive(Clone, Debug)]
 pub(crate) struct State {
     pub(crate) info: Info,
@@ -77,7 +78,7 @@ impl State {
             settings: settings.or_else(|| Config::default().settings(name, memory, least))?,
             memory,
             target: info.target / PAGE,
-            // Memory in the balloon is not with the host while it is withheld.
+            // While memory is withheld, memory in the balloon is not returned to the host.
             size: match info.withheld.is_empty() {
                 true => info.size / PAGE,
                 false => 0,
@@ -242,7 +243,7 @@ impl Task {
     }
 }
 
-/// Asks for statistics at the present pace.
+/// Requests statistics at the present interval.
 async fn watch_statistics(
     path: PathBuf,
     epoch: Instant,
@@ -294,7 +295,7 @@ fn sample(stats: &Stats, taken: Millis) -> Option<Sample> {
     })
 }
 
-/// The answer to a request that asks for nothing.
+/// The answer to a request without a result.
 #[derive(Debug, Deserialize)]
 struct Nothing {}
 
@@ -310,7 +311,7 @@ enum Reply<T> {
 pub(crate) enum Failure {
     /// The daemon refuses the request.
     Refused(ControlError),
-    /// The connection is of no use any more.
+    /// The connection is useless now.
     Broken(anyhow::Error),
 }
 

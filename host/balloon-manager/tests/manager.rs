@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The manager with control sockets of guests that the tests play.
+//! The manager with control sockets of simulated guests.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,7 +22,7 @@ const GIB: u64 = 1 << 30;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_balloon-manager");
 
-/// A guest whose balloon follows its target at once, as far as its processes leave memory.
+/// A guest whose balloon follows its target at once, as far as its processes do not use the memory.
 #[derive(Clone, Copy, Debug)]
 struct State {
     memory: u64,
@@ -64,7 +64,7 @@ impl Fake {
         state.memory - state.target
     }
 
-    /// What the guest can touch.
+    /// The memory that the guest can touch.
     fn usable(&self) -> u64 {
         let state = self.get();
         state.memory - state.size

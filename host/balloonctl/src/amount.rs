@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How much memory, as people write it.
+//! Amounts of memory on the command line.
 
 use std::str::FromStr;
 
@@ -11,7 +11,7 @@ use crate::failure::Failure;
 /// A balloon's page in bytes, whatever the guest's are (specification, clause 5.5.6).
 pub(crate) const PAGE: u64 = 4096;
 
-/// How much memory.
+/// An amount of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Amount {
     /// In bytes.

@@ -56,7 +56,7 @@ impl Cli {
     }
 }
 
-/// Where the daemon of vhost-user-balloon@NAME.service listens.
+/// The control socket of vhost-user-balloon@NAME.service.
 pub(crate) fn socket_of(vm: &str) -> PathBuf {
     Path::new("/run/vhost-user-balloon")
         .join(vm)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The commands: each sends requests, and prints what has become of them.
+//! The commands: each sends requests, and prints the results.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::failure::Failure;
 use crate::output;
 use crate::{info, man, request, stats, top, unused, wait};
 
-/// Does what the command line says.
+/// Executes the command line.
 pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     let session = Session {
         socket: cli.socket(),
@@ -50,7 +50,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-/// What holds for all commands.
+/// The options of all commands.
 struct Session {
     socket: Option<PathBuf>,
     json: bool,
@@ -83,8 +83,8 @@ impl Session {
     fn set(&self, size: Amount, patience: &Patience) -> Result<(), Failure> {
         let mut client = self.connect()?;
         if size.is_relative() {
-            // The guest's statistics say how much memory it has. Without an answer, the daemon knows only
-            // what the VMM shares.
+            // The guest's statistics contain the size of its memory. Without them, the daemon knows only
+            // the memory that the VMM shares.
             let _ = client.call(&Request::Stats { fresh: true });
         }
         let before: Info = client.call(&Request::Info {})?.parse()?;
@@ -235,7 +235,7 @@ impl Session {
 }
 
 fn completions(shell: Shell) -> Result<(), Failure> {
-    // The generator panics when it cannot write, and memory can always be written.
+    // The generator panics when it cannot write, so it writes to memory.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "balloonctl", &mut script);
     Ok(io::stdout().write_all(&script)?)

@@ -37,7 +37,7 @@ pub(crate) fn help() -> String {
     text
 }
 
-/// How an answer ended, in words.
+/// The status of an ended answer, as text.
 fn end(status: RequestStatus) -> &'static str {
     match status {
         RequestStatus::Complete => "the guest is done",
@@ -122,7 +122,7 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// An error of a question about a request of this program's. Its id is no number of the command line.
+    /// An error of a query about this program's own request, whose id is not on the command line.
     pub(crate) fn of_request(error: ClientError) -> Self {
         match error {
             ClientError::Refused(error) if error.kind == ErrorKind::OutOfRange => Self::Forgotten,

@@ -11,7 +11,7 @@ use comfy_table::{CellAlignment, ContentArrangement, Table};
 use console::Term;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 
-/// What is known of the balloon, and below it what came from the guest.
+/// The state of the balloon, and below it the messages of the guest.
 pub(crate) fn table(info: &Info) -> String {
     format!("{}\n{}", state(info).trim_fmt(), messages(&info.counters))
 }
@@ -19,7 +19,7 @@ pub(crate) fn table(info: &Info) -> String {
 fn state(info: &Info) -> Table {
     let mut table = Table::new();
     table.load_preset(NOTHING);
-    // Elsewhere than on a terminal a line may be as long as it is.
+    // Lines are not wrapped if the output is not a terminal.
     if let Some((_, columns)) = Term::stdout().size_checked() {
         table.set_content_arrangement(ContentArrangement::Dynamic);
         table.set_width(columns);
@@ -64,7 +64,7 @@ fn state(info: &Info) -> Table {
     table
 }
 
-/// Why memory is not given back to the host, if it is not.
+/// Why no memory is returned to the host, if so.
 pub(crate) fn withheld(info: &Info) -> Option<String> {
     let mut text = info.withheld.join(", ");
     // It is the last reason.
@@ -162,7 +162,7 @@ fn refused(counters: &Counters) -> String {
     by_name(&counters.refused)
 }
 
-/// What came, how much memory it named, how much was received for that, and the queue.
+/// The kind of messages, their memory, their size, and the queue.
 type Row = (&'static str, Option<u64>, Option<u64>, fn(ByQueue) -> u64);
 
 fn messages(counters: &Counters) -> Table {
@@ -216,7 +216,7 @@ fn messages(counters: &Counters) -> Table {
     table
 }
 
-/// A time in words.
+/// A time as text.
 pub(crate) fn duration(seconds: u64) -> HumanDuration {
     HumanDuration(Duration::from_secs(seconds))
 }

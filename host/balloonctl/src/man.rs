@@ -102,7 +102,7 @@ fn commands(roff: &mut Roff, command: &Command) {
     }
 }
 
-/// How a command is called, without the options that all of them have.
+/// The synopsis of a command, without the common options.
 fn usage(command: &Command) -> String {
     let mut command = command.clone();
     let usage = command.render_usage().to_string();

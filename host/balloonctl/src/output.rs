@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is printed on success.
+//! The output on success.
 
 use std::io::{self, Write};
 
@@ -8,7 +8,7 @@ use balloon_control::Answer;
 
 use crate::failure::Failure;
 
-/// Prints an answer as it came, or as people like it.
+/// Prints a response as raw JSON, or as text.
 pub(crate) fn show(
     json: bool,
     answer: &Answer,
@@ -21,7 +21,7 @@ pub(crate) fn show(
     }
 }
 
-/// Prints a text. Unlike `println!` it does not panic when its reader has ended.
+/// Prints a text. Unlike `println!` it does not panic when the reader has closed the pipe.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
     Ok(writeln!(io::stdout(), "{text}")?)
 }

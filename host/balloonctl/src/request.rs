@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Asking the guest for something, and waiting for its answer.
+//! Making host requests, and waiting for their answers.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -14,15 +14,15 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::failure::Failure;
 
-/// How often it is looked how far the guest is, in milliseconds.
+/// The polling interval, in milliseconds.
 const POLL_INTERVAL: u16 = 100;
 
-/// Asks the guest for something, and waits until the answer is complete. Returns how it ended and how long it
-/// took. On a timeout or an interrupt the request is cancelled.
+/// Makes a request, and waits until the answer is complete. Returns its status and how long it took. Cancels
+/// the request on a timeout or an interrupt.
 ///
 /// # Errors
 ///
-/// The guest cannot be asked, does not answer in time, or not with all that it was asked for.
+/// The request cannot be made, or the guest does not complete the answer in time.
 pub(crate) fn ask(
     client: &mut Client,
     request: &Request,
@@ -34,7 +34,7 @@ pub(crate) fn ask(
     let start = Instant::now();
     let result = wait(client, id, info.memory, timeout, &interrupts);
     if let Err(Failure::Interrupted | Failure::Unanswered { .. }) = result {
-        // There is nothing left to do for those whom the guest does not hear.
+        // A failure is ignored, since nothing else can be done.
         let _ = client.call(&Request::Cancel { id });
     }
     let (answer, progress) = result?;
@@ -71,11 +71,11 @@ fn wait(
     }
 }
 
-/// What people and service managers end a program with.
+/// The signals by which users and service managers end a program.
 struct Interrupts(SignalFd);
 
 impl Interrupts {
-    /// From now on they are waited for.
+    /// From now on a wait returns on these signals.
     fn new() -> Result<Self, Failure> {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGINT);
@@ -86,7 +86,7 @@ impl Interrupts {
         Ok(Self(made.map_err(std::io::Error::from)?))
     }
 
-    /// Waits until it is time to look again, or for one of them.
+    /// Waits for the polling interval, or for one of them.
     fn wait(&self) -> Result<(), Failure> {
         let mut events = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         match poll(&mut events, PollTimeout::from(POLL_INTERVAL)) {
@@ -97,7 +97,7 @@ impl Interrupts {
     }
 }
 
-/// How much of the guest's memory it has named, on standard error when that is a terminal.
+/// Shows how much memory the guest has listed, on standard error if that is a terminal.
 struct Bar(ProgressBar);
 
 impl Bar {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's memory statistics, once or again and again.
+//! The guest's memory statistics, once or repeatedly.
 
 use std::thread;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::failure::Failure;
 use crate::info::duration;
 use crate::output::print;
 
-/// A sample as a table, with what has changed since the one before it.
+/// A sample as a table, with the changes since the previous one.
 pub(crate) fn table(stats: &Stats, before: Option<&Stats>) -> String {
     let mut table = Table::new();
     table.load_preset(UTF8_FULL_CONDENSED);
@@ -74,7 +74,7 @@ pub(crate) fn amount(unit: Unit, value: u64) -> String {
     }
 }
 
-/// How much more or less it is than before, or nothing when it is the same.
+/// The difference from the previous value, or nothing if there is none.
 fn change(stat: Stat, before: Option<&u64>, now: u64) -> String {
     let before = before.copied().unwrap_or(now);
     let difference = amount(stat.unit(), now.abs_diff(before));

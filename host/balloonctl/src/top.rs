@@ -24,23 +24,23 @@ use ratatui::{DefaultTerminal, Frame};
 use crate::failure::Failure;
 use crate::stats::amount;
 
-/// How long a key may be without effect.
+/// The longest delay of a key's effect.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How many sizes of a balloon are remembered.
+/// The length of a balloon's history.
 const HISTORY: usize = 512;
 
-/// How wide an amount is, with its unit and what comes after it.
+/// The width of an amount, with its unit and the separator.
 const AMOUNT: u16 = 11;
 
 /// How wide the statistics of one VM are: names, values and rates.
 const STATISTICS: u16 = 14 + 2 * (AMOUNT + 1);
 
-/// A VM as it was at some moment.
+/// The state of a VM at some moment.
 struct Look {
     at: Instant,
     info: Info,
-    /// Its last statistics, if it sends any.
+    /// Its latest statistics, if it sends any.
     stats: Option<Stats>,
 }
 
@@ -49,7 +49,7 @@ impl Look {
         let info = client.call(&Request::Info {})?.parse()?;
         let stats = match client.call(&Request::Stats { fresh: false }) {
             Ok(answer) => Some(answer.parse()?),
-            // There are none.
+            // The guest sends no statistics.
             Err(ClientError::Refused(_)) => None,
             Err(error) => return Err(error),
         };
@@ -65,7 +65,7 @@ impl Look {
     }
 }
 
-/// How much something changes in a second.
+/// The rate of a value for each second.
 #[derive(Clone, Copy)]
 struct Rate {
     change: u64,
@@ -93,12 +93,12 @@ impl Rate {
     }
 }
 
-/// What is shown of a VM.
+/// The displayed state of a VM.
 struct Vm {
     name: String,
-    /// The last two looks, the last one first, or why there are none.
+    /// The two latest states, the newest first, or the error.
     looks: Result<(Look, Option<Look>), String>,
-    /// The balloon's sizes in bytes, the last one first.
+    /// The balloon's sizes in bytes, the newest first.
     history: VecDeque<u64>,
 }
 
@@ -123,7 +123,7 @@ impl Vm {
         };
     }
 
-    /// How much `value` changes in a second.
+    /// The rate of `value` for each second.
     fn rate(&self, value: impl Fn(&Look) -> Option<u64>) -> Option<Rate> {
         let (now, before) = self.looks.as_ref().ok()?;
         let before = before.as_ref()?;
@@ -156,7 +156,7 @@ impl Vm {
         }
     }
 
-    /// In a line, how it is.
+    /// The state in one line.
     fn state(&self) -> String {
         let info = match &self.looks {
             Ok((look, _)) => &look.info,
@@ -296,7 +296,7 @@ fn draw_details(vm: &Vm, frame: &mut Frame<'_>, area: Rect) {
     let mut line = Sparkline::default()
         .block(Block::new().title("the balloon, in all of the memory"))
         .data(sizes)
-        // The newest is on the right, as the present is in other pictures.
+        // The newest size is on the right, as in other charts.
         .direction(RenderDirection::RightToLeft)
         .style(Style::new().cyan());
     if let Some(memory) = memory {
@@ -306,7 +306,7 @@ fn draw_details(vm: &Vm, frame: &mut Frame<'_>, area: Rect) {
     frame.render_widget(Paragraph::new(vm.statistics()), statistics);
 }
 
-/// Shows the VMs of these control sockets until it is told to end.
+/// Shows the VMs of these control sockets until the user quits.
 ///
 /// # Errors
 ///
@@ -318,7 +318,8 @@ pub(crate) fn run(sockets: &[PathBuf], interval: Duration) -> Result<(), Failure
     let (sender, news) = mpsc::channel();
     for (index, socket) in sockets.iter().cloned().enumerate() {
         let sender = sender.clone();
-        // A daemon that hangs keeps the others' VMs from nothing. The thread ends with the process.
+        // A daemon that hangs does not delay the display of other VMs. The thread ends with the
+        // process.
         thread::spawn(move || watch(&socket, interval, |look| sender.send((index, look)).is_ok()));
     }
     let mut terminal = ratatui::try_init()?;
@@ -327,7 +328,7 @@ pub(crate) fn run(sockets: &[PathBuf], interval: Duration) -> Result<(), Failure
     Ok(result?)
 }
 
-/// Looks at a VM again and again, as long as somebody takes it.
+/// Polls a VM, as long as the receiver exists.
 fn watch(
     socket: &Path,
     interval: Duration,
@@ -379,7 +380,8 @@ fn show(
     }
 }
 
-/// What to call the VM with this socket: the directory for those of vhost-user-balloon@.service, else the file.
+/// The name of the VM with this socket: the directory for sockets of vhost-user-balloon@.service,
+/// otherwise the file.
 fn name(socket: &Path) -> String {
     let file = socket.file_stem().unwrap_or(socket.as_os_str());
     let directory = socket.parent().and_then(Path::file_name);

@@ -20,22 +20,22 @@ const PAGE_SHIFT: u32 = PAGE.trailing_zeros();
 /// The size of the header in bytes.
 const HEADER: u64 = 64;
 
-/// How many pages a word of the bitmap stands for.
+/// The number of pages in a word of the bitmap.
 const WORD: u64 = u64::BITS as u64;
 
-/// Reads the unused pages that the guest has named, and writes them to a file, which has all of them or is not
-/// there. Returns how many they are.
+/// Reads the unused pages that the guest has listed, and writes them to a file. The file appears only when it
+/// is complete. Returns the number of pages.
 ///
 /// # Errors
 ///
-/// The daemon does not have them any more, or the file cannot be written.
+/// The daemon no longer has them, or the file cannot be written.
 pub(crate) fn save(client: &mut Client, id: u64, path: &Path) -> Result<u64, Failure> {
     let failed = |error| Failure::File(path.to_owned(), error);
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    // With the permissions of any other output. Unless it is persisted, it is removed.
+    // With the permissions of any other output file. It is removed unless it is persisted.
     let part = Builder::new()
         .permissions(Permissions::from_mode(0o666))
         .tempfile_in(directory)
@@ -65,20 +65,20 @@ fn write(
                 .add(first, first.saturating_add(bytes / PAGE))
                 .map_err(&failed)?;
         }
-        // Whatever a daemon says, this comes to an end.
+        // This ends whatever the daemon sends.
         from = ranges.next.filter(|&next| next > start);
         end = ranges.end;
     }
     bitmap.finish(id, end / PAGE).map_err(failed)
 }
 
-/// A bitmap that is written as it grows, with holes in the file for what is all zeroes.
+/// A bitmap that is written in ascending order, with holes in the file for zeroes.
 struct Bitmap<'a> {
     file: BufWriter<&'a File>,
-    /// Which word is being made, and what is in it.
+    /// The index of the current word, and its content.
     place: u64,
     word: u64,
-    /// How many bits are ones.
+    /// The number of set bits.
     count: u64,
 }
 
@@ -92,7 +92,7 @@ impl<'a> Bitmap<'a> {
         }
     }
 
-    /// Adds pages that come behind those that were added before.
+    /// Adds pages after those that were added before.
     fn add(&mut self, first: u64, end: u64) -> io::Result<()> {
         let mut page = first;
         while page < end {
@@ -107,7 +107,7 @@ impl<'a> Bitmap<'a> {
         Ok(())
     }
 
-    /// Has the word at `place` be the one that is made.
+    /// Makes the word at `place` the current one.
     fn go_to(&mut self, place: u64) -> io::Result<()> {
         if place == self.place {
             return Ok(());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Waiting for the balloon to get its size.
+//! Waiting until the balloon has its size.
 
 use std::collections::VecDeque;
 use std::thread;
@@ -11,10 +11,10 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
 
-/// How often it is looked how far the balloon is.
+/// The polling interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Of how many looks the rate is the mean: of those of a second.
+/// The number of polls over which the rate is averaged: those of a second.
 const RATE_LOOKS: usize = 10;
 
 /// Waits until the balloon, which had `from` bytes, has the size that was just set. Returns the last state
@@ -22,7 +22,7 @@ const RATE_LOOKS: usize = 10;
 ///
 /// # Errors
 ///
-/// The guest or its driver goes away, gives no memory away at all or not in time, or somebody else sets
+/// The guest or its driver goes away, does not inflate at all or not in time, or another client sets
 /// another target.
 pub(crate) fn wait(
     client: &mut Client,

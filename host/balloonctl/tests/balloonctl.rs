@@ -523,7 +523,7 @@ fn watch_shows_one_sample_after_the_other() {
         .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
         .collect();
     assert!(samples[0].sequence < samples[1].sequence);
-    // Nobody reads any more, which is not an error.
+    // The reader has closed the pipe, which is not an error.
     assert!(child.wait().unwrap().success());
 }
 

@@ -17,27 +17,28 @@ use serde_json::value::RawValue;
 use crate::framing::{Line, read_line};
 use crate::protocol::{ControlError, Reply, Request};
 
-/// How long the daemon may take for an answer. It waits for the guest itself, but not that long.
+/// How long the daemon may take for an answer. The daemon itself waits for the guest, but not that
+/// long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long an answer may be, in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// Why there is no answer, or not the wanted one.
+/// Why there is no valid answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// There is no socket.
     #[error("there is no socket {0}")]
     Missing(PathBuf),
-    /// Nobody listens on the socket.
+    /// No process listens on the socket.
     #[error("no daemon listens on {0}")]
     Stale(PathBuf),
-    /// The socket belongs to somebody else.
+    /// The socket belongs to another user.
     #[error("no permission to use {path}, it belongs to {owner}")]
     Denied {
         /// The socket.
         path: PathBuf,
-        /// Whose it is.
+        /// The owner.
         owner: String,
     },
     /// The socket cannot be used for another reason.
@@ -45,7 +46,7 @@ pub enum ClientError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// The daemon did not answer in time.
@@ -54,16 +55,16 @@ pub enum ClientError {
     /// The connection has ended.
     #[error("the daemon has closed the connection")]
     Gone,
-    /// What listens there does not speak this protocol, or another version of it.
+    /// The process that listens there does not speak this protocol, or another version of it.
     #[error("the answer is not understood: {0}")]
     Garbled(String),
-    /// The daemon refuses what it was asked for.
+    /// The daemon refuses the request.
     #[error(transparent)]
     Refused(#[from] ControlError),
 }
 
 impl ClientError {
-    /// What to do about it.
+    /// The remedy.
     pub fn advice(&self) -> String {
         match self {
             Self::Missing(_) => {
@@ -98,7 +99,7 @@ impl Answer {
         self.0.get()
     }
 
-    /// The answer as the type that belongs to the request.
+    /// The answer as the type for the request.
     ///
     /// # Errors
     ///
@@ -115,7 +116,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the daemon that listens on the socket `path`.
+    /// Connects to the daemon with the socket `path`.
     ///
     /// # Errors
     ///
@@ -135,11 +136,11 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// The daemon refuses it, or the connection fails. Then it stays closed, so that an answer which comes
-    /// too late is not taken for that of the next request.
+    /// The daemon refuses it, or the connection fails. After a failure the connection stays closed, so
+    /// that a late answer is not mistaken for that of the next request.
     pub fn call(&mut self, request: &Request) -> Result<Answer, ClientError> {
         let reply = self.exchange(request).inspect_err(|_| {
-            // It is of no use any more, whether this succeeds or not.
+            // The connection is useless now, whether this succeeds or not.
             let _ = self.stream.get_ref().shutdown(Shutdown::Both);
         })?;
         match reply {
@@ -153,7 +154,7 @@ impl Client {
             serde_json::to_vec(request).map_err(|error| ClientError::Garbled(error.to_string()))?;
         line.push(b'\n');
         match self.stream.get_mut().write_all(&line) {
-            // The daemon may have said why before it closed the connection.
+            // The daemon may have sent the reason before it closed the connection.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             other => other.map_err(|error| failed(&error))?,
         }
@@ -168,16 +169,16 @@ impl Client {
     }
 }
 
-/// What an error of an open connection means.
+/// The meaning of an error of an open connection.
 fn failed(error: &io::Error) -> ClientError {
     match error.kind() {
-        // Linux's name for a socket's time-out.
+        // Linux's error for a socket's timeout.
         io::ErrorKind::WouldBlock => ClientError::Silent(ANSWER_TIMEOUT),
         _ => ClientError::Gone,
     }
 }
 
-/// What an error of connecting means.
+/// The meaning of an error of `connect()`.
 fn unreachable(path: &Path, source: io::Error) -> ClientError {
     let path = path.to_owned();
     match source.kind() {
@@ -191,7 +192,7 @@ fn unreachable(path: &Path, source: io::Error) -> ClientError {
     }
 }
 
-/// Who owns the socket, or the directory that hides it.
+/// The owner of the socket, or of the directory that hides it.
 fn owner(path: &Path) -> String {
     let visible = path.ancestors().find_map(|path| fs::metadata(path).ok());
     let Some(uid) = visible.map(|metadata| Uid::from_raw(metadata.uid())) else {
@@ -212,7 +213,7 @@ mod tests {
     use super::*;
     use crate::protocol::{ErrorKind, Metrics, Stats};
 
-    /// Asks a daemon that answers one request with `answer` and goes away.
+    /// Sends a request to a daemon that answers one request with `answer` and disconnects.
     fn ask(answer: &'static str) -> (Client, Result<Answer, ClientError>) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("balloon.sock");

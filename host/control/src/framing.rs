@@ -4,21 +4,21 @@
 
 use std::io::{self, BufRead};
 
-/// A line that has come in.
+/// A received line.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Line {
     /// Its content, without its end.
     Whole(Vec<u8>),
-    /// It was longer than allowed, and is passed over.
+    /// It was longer than allowed, and was skipped.
     TooLong,
 }
 
-/// Reads a line of at most `limit` bytes and its end. What comes before the end of the stream is a line as
-/// well. Returns `None` where nothing more comes.
+/// Reads a line of at most `limit` bytes and its end. The rest of a stream without a line end is a line,
+/// too. Returns `None` at the end of the stream.
 ///
 /// # Errors
 ///
-/// Those of the reader.
+/// The errors of the reader.
 pub(crate) fn read_line(reader: &mut impl BufRead, limit: usize) -> io::Result<Option<Line>> {
     let mut line = Vec::new();
     let mut too_long = false;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The control protocol of the balloon device: what is said, and both sides of the socket. Both of its programs also
-//! read sizes in the same way.
+//! The control protocol of the balloon device: the messages, and both sides of the socket. It also has the parser of
+//! sizes that both programs use.
 //!
-//! Each request and each response is a JSON object on a line of its own. docs/control.md has the protocol
-//! for those who speak it without this library.
+//! Each request and each response is a JSON object on a line of its own. docs/control.md describes the
+//! protocol for programs that do not use this library.
 
 mod client;
 mod framing;

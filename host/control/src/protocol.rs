@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is said on the socket.
+//! The messages of the socket.
 
 mod counters;
 mod error;

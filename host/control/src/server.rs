@@ -25,20 +25,20 @@ pub use requests::{Handler, serve};
 /// How long to wait when the system has no file descriptor for another client.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-/// Answers the clients of a socket until this is dropped. Then all clients are disconnected; a request that
-/// is being handled is waited for. The socket stays as it is: another process may listen on it as well.
+/// Answers the clients of a socket until this is dropped. The drop disconnects all clients, and waits for
+/// requests that are being handled. It leaves the socket open: another process may listen on it as well.
 #[derive(Debug)]
 pub struct Server {
     /// The thread ends when the other end of its stream is closed.
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
-    /// A socket of this server's own.
+    /// The socket, if this server created it.
     file: Option<SocketFile>,
 }
 
 impl Server {
-    /// Listens on the socket `path`, which only its owner may use, and has `handler` answer. The socket is
-    /// removed when the server is dropped.
+    /// Listens on the socket `path`, which only its owner may use, and answers with `handler`. The socket
+    /// is removed when the server is dropped.
     ///
     /// # Errors
     ///
@@ -53,7 +53,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Has `handler` answer the clients that connect to a socket.
+    /// Answers the clients of a socket with `handler`.
     ///
     /// # Errors
     ///
@@ -67,7 +67,7 @@ impl Server {
         handler: Arc<dyn Handler>,
         patience: Patience,
     ) -> io::Result<Self> {
-        // Another process may be faster than this one.
+        // Another process may accept the client first.
         listener.set_nonblocking(true)?;
         let (stop, stopped) = UnixStream::pair()?;
         let thread = thread::Builder::new()
@@ -88,7 +88,7 @@ impl Drop for Server {
         }
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // A thread that has panicked has said so.
+            // A thread that panics has already printed that.
             let _ = thread.join();
         }
     }
@@ -131,7 +131,7 @@ fn accept(
                 thread::sleep(EXHAUSTED_PAUSE);
                 continue;
             };
-            // A client that does not read must not keep a place.
+            // A client that does not read must not occupy a connection.
             let ready = stream
                 .set_nonblocking(false)
                 .and_then(|()| stream.set_write_timeout(Some(patience.read)))
@@ -151,7 +151,7 @@ fn accept(
                 id,
                 handler,
             };
-            // Without a thread the place and the stream are dropped with the closure.
+            // Without a thread the connection and the stream are dropped with the closure.
             let _ = thread::Builder::new()
                 .name("control-client".to_owned())
                 .spawn_scoped(scope, move || {
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::protocol::{ControlError, Request, Response, Stats};
 
-    /// Says yes to all, and gives the bytes of `set` back as a sample's number.
+    /// Accepts all requests, and returns the bytes of `set` as a sample's number.
     struct Echo;
 
     impl Handler for Echo {
@@ -277,7 +277,7 @@ mod tests {
             .unwrap();
         assert!(answer.contains("\"failed\""), "{answer}");
 
-        // One goes, and its place is free as soon as its thread has noticed.
+        // One disconnects, and its connection is free as soon as its thread has seen that.
         let mut last = clients.pop().unwrap();
         last.shutdown(Shutdown::Write).unwrap();
         assert_eq!(last.read(&mut [0]).unwrap(), 0);
@@ -315,7 +315,7 @@ mod tests {
             .map(|_| {
                 let mut client = UnixStream::connect(&path).unwrap();
                 client.set_nonblocking(true).unwrap();
-                // Until neither side has room for more.
+                // Until both socket buffers are full.
                 while client.write(&b"{}\n".repeat(1000)).is_ok() {}
                 client
             })
@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(idle.read(&mut [0]).unwrap(), 0);
     }
 
-    /// Bytes that are often a request, or nearly one.
+    /// Bytes that are often a request, or similar to one.
     fn input() -> impl Strategy<Value = Vec<u8>> {
         let piece = prop_oneof![
             vec(any::<u8>(), 0..40),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How much memory, as people write it.
+//! Sizes on the command line.
 
 use bytesize::ByteSize;
 
@@ -11,11 +11,11 @@ use bytesize::ByteSize;
 /// It is no size. The error says what to write.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let text = text.trim();
-    // Tools do not agree on what a bare number is: bytes here, KiB or MiB there.
+    // Tools do not agree on the unit of a bare number: some use bytes, others KiB or MiB.
     if text != "0" && text.ends_with(|last: char| last.is_ascii_digit()) {
         return Err(format!("a unit is missing, as in {text}M or {text}B"));
     }
-    // The crate takes these letters for powers of ten, where all who speak of memory mean 1024.
+    // For the crate these letters are powers of ten. For memory they usually mean powers of 1024.
     let size = if text.ends_with(|last: char| "kKmMgGtTpPeE".contains(last)) {
         format!("{text}iB")
     } else {

@@ -35,12 +35,12 @@ pub enum BindError {
     /// Another process does not release the lock.
     #[error("another process holds the lock {0}; end that process, or choose another socket")]
     Locked(PathBuf),
-    /// Something else is wrong with the path.
+    /// Another error with the path.
     #[error("cannot listen on {path}: {source}")]
     Io {
         /// The path of the socket.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -127,8 +127,8 @@ fn identity(metadata: &fs::Metadata) -> (u64, u64) {
 /// Another process listens there, another file is there, or no socket can be created.
 pub fn listen(path: &Path, access: Access) -> Result<(UnixListener, SocketFile), BindError> {
     let failed = |source: io::Error| io_error(path, source);
-    // If two daemons start at once, only one may see the stale socket: the other one would remove the
-    // socket of the first.
+    // If two daemons start at once, only one may see the stale socket: otherwise the second one would
+    // remove the socket of the first.
     let _lock = Lock::new(path)?;
     check_stale(path)?;
     let new = with_suffix(path, ".new");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The examples of docs/control.md are what this library sends and understands, and the fuzzer begins with all requests.
+//! The examples of docs/control.md match this library, and the fuzzer's corpus has all commands.
 
 use std::collections::BTreeSet;
 
@@ -24,7 +24,7 @@ fn examples() -> Vec<(&'static str, Value)> {
         .collect()
 }
 
-/// The value is one of this type, with all of its fields and no other ones.
+/// Whether the value is one of this type, with all of its fields and no other ones.
 fn is_a<T: Serialize + DeserializeOwned>(value: &Value) -> bool {
     T::deserialize(value).is_ok_and(|read| serde_json::to_value(read).unwrap() == *value)
 }
@@ -61,7 +61,7 @@ fn command(line: &str) -> String {
 
 /// All commands.
 fn commands() -> BTreeSet<String> {
-    // Serde names all commands when it knows none of that name.
+    // For an unknown command, the error of serde lists all commands.
     let error = serde_json::from_str::<Request>(r#"{"command":"?"}"#).unwrap_err();
     let message = error.to_string();
     let (_, names) = message.split_once("expected one of ").unwrap();
@@ -82,7 +82,7 @@ fn every_command_has_an_example() {
 #[test]
 fn every_command_is_in_the_fuzz_corpus() {
     const INPUT: &str = include_str!("../../fuzz/corpus/control/every-request");
-    // The first byte is how much is read at once.
+    // The first byte is the length of one read.
     let lines: Vec<_> = INPUT[1..].lines().collect();
     let fuzzed: BTreeSet<_> = lines.iter().map(|line| command(line)).collect();
     assert_eq!(fuzzed, commands());

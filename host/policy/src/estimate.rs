@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a guest uses, how fast that grows, and how much it was a while ago.
+//! A guest's used memory, its growth, and its recent peak.
 
 use crate::observation::{MIB, Millis, Pages, Vm};
 
@@ -16,14 +16,14 @@ const GROWTH_HALF_LIFE: Millis = 30_000;
 /// Excesses fade in steps of a second at least, so that rounding does not stop them.
 const FADING_STEP: Millis = 1_000;
 
-/// What is known from the guest's statistics.
+/// The values from the guest's statistics.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Estimate {
-    /// What the guest cannot reclaim.
+    /// Memory that the guest cannot reclaim.
     pub(crate) used: Pages,
-    /// What is not free.
+    /// Memory that is not free.
     pub(crate) occupied: Pages,
-    /// When the guest was asked for the statistics.
+    /// When the statistics were requested.
     taken: Millis,
     /// The fastest growth of `used`, in pages a second.
     growth: Fading,
@@ -61,14 +61,15 @@ impl Estimate {
         })
     }
 
-    /// What the guest should have available, so that it does not run out before it gets more.
+    /// The available memory that the guest should have, so that it does not run out before it gets
+    /// more.
     pub(crate) fn headroom(&self, memory: Pages) -> Pages {
         let growth = self.growth.value / REACTIONS_PER_SECOND;
         let most = (memory / 8).max(HEADROOM);
         HEADROOM.max(self.used / 10).max(growth).min(most)
     }
 
-    /// What the guest can use: its caches, and the memory that it used recently.
+    /// Memory that the guest can use: its caches, and the memory that it used recently.
     pub(crate) fn wanted(&self) -> Pages {
         self.occupied.max(self.peak.value)
     }
@@ -107,7 +108,7 @@ fn faded(excess: Pages, time: Millis, half_life: Millis) -> Pages {
         return 0;
     };
     let part = u128::from(excess) * u128::from(time % half_life) / u128::from(half_life) / 2;
-    // Something goes each time, so that nothing stays for good.
+    // At least one page is removed each time, so that the excess becomes 0.
     excess.saturating_sub(Pages::try_from(part).unwrap_or(excess).max(1))
 }
 

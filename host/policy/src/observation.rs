@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the policy is given, and what it asks for.
+//! The input and the output of the policy.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,7 @@ pub const MIB: Pages = 1 << 8;
 #[serde(transparent)]
 pub struct VmId(pub u32);
 
-/// What the administrator has set for a VM.
+/// The administrator's settings for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     /// The VM keeps this much.
@@ -47,7 +47,7 @@ pub enum Stopped {
 /// The guest's statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sample {
-    /// When the guest was asked for it.
+    /// When the sample was requested.
     pub taken: Millis,
     /// Free memory.
     pub free: Pages,
@@ -66,7 +66,7 @@ pub struct Sample {
 pub struct Vm {
     /// Which one.
     pub id: VmId,
-    /// What is set for it.
+    /// Its settings.
     pub settings: Settings,
     /// Its memory, in the balloon or not.
     pub memory: Pages,
@@ -74,7 +74,7 @@ pub struct Vm {
     pub target: Pages,
     /// The balloon's size. The host has this memory back.
     pub size: Pages,
-    /// What the host has given to the VM, if the host can tell.
+    /// The VM's resident memory, if known.
     pub resident: Option<Pages>,
     /// The newest action for this VM of which, and of all older ones, the fate was known before the device reported
     /// this state: they were carried out, refused, or lost for good.
@@ -118,9 +118,9 @@ pub struct Reservation {
 pub struct Observation {
     /// When.
     pub now: Millis,
-    /// What the VMs may have together.
+    /// The memory for all VMs.
     pub pool: Pages,
-    /// What of it stays free, for the host's own needs.
+    /// The part of it that stays free for the host.
     pub reserve: Pages,
     /// How much the host itself waits for memory.
     #[serde(default)]
@@ -183,26 +183,27 @@ pub struct Action {
     pub account: Account,
 }
 
-/// How the policy sees a VM.
+/// The policy's view of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {
     /// Which VM.
     pub vm: VmId,
     /// Its memory.
     pub memory: Pages,
-    /// What the VM may have according to the target: its memory without the balloon's target.
+    /// The VM's grant: its memory less the balloon's target.
     pub grant: Pages,
-    /// What the VM can touch until its device reports something else, and what counts against the pool.
+    /// The memory that the VM can touch until its device reports otherwise. This counts against the
+    /// pool.
     pub charge: Pages,
-    /// What the guest has in use and cannot reclaim, as far as known.
+    /// The memory that the guest uses and cannot reclaim, as far as known.
     pub used: Option<Pages>,
-    /// What the guest should have free.
+    /// The free memory that the guest should have.
     pub headroom: Pages,
-    /// What the guest cannot do without.
+    /// The memory that the guest needs.
     pub need: Pages,
-    /// What the guest can use, its caches and its recent peak included.
+    /// The memory that the guest can use, its caches and its recent peak included.
     pub want: Pages,
-    /// What the VM gets of the capacity.
+    /// The VM's share of the capacity.
     pub share: Pages,
     /// Why the policy takes no memory from the VM now.
     pub spared: Option<Spared>,
@@ -226,22 +227,22 @@ pub enum Spared {
     OtherController,
     /// There are no statistics, or only old ones.
     NoStatistics,
-    /// The guest has not given memory that it was asked for. The policy asks again later.
+    /// The guest has not inflated to its target. The policy tries again later.
     Uncooperative,
     /// The VM or the policy has just started. If others wait for memory, it gives what it does not need all the same.
     Starting,
 }
 
-/// What the policy asks for, and why.
+/// The decisions of the policy, and the reasons.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// New targets.
     pub actions: Vec<Action>,
     /// Reservations that have their memory from now on.
     pub admitted: Vec<u32>,
-    /// What can be divided: the pool without its reserves and reservations.
+    /// The memory to divide: the pool without its reserves and reservations.
     pub capacity: Pages,
-    /// What all VMs can touch, with the reservations that have their memory.
+    /// The memory that all VMs can touch, with the reservations that have their memory.
     pub charged: Pages,
     /// The VMs.
     pub accounts: Vec<Account>,

@@ -13,7 +13,7 @@ use crate::observation::{
 };
 use crate::tracker::Tracker;
 
-/// What is kept for guests that need memory at once, while others are still asked for it.
+/// Memory that is reserved for guests that need memory at once, while other guests still inflate.
 const FAST_RESERVE: Pages = 512 * MIB;
 
 /// The target of a VM that is not short of memory stays the same for this long.
@@ -52,15 +52,15 @@ impl Profile {
 /// Why there is no room for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// What can be divided in all.
+    /// The whole pool.
     pub pool: Pages,
-    /// What stays free.
+    /// The memory that stays free.
     pub reserve: Pages,
-    /// What the VMs are sure to have.
+    /// The floors of the VMs.
     pub floors: Pages,
-    /// What is reserved already.
+    /// The existing reservations.
     pub reserved: Pages,
-    /// What was asked for.
+    /// The requested reservation.
     pub asked: Pages,
 }
 
@@ -83,7 +83,7 @@ struct Step<'a> {
     free: Pages,
     /// The part of it that is for guests in need.
     fast: Pages,
-    /// A guest in need, or a reservation, waits for memory that others have.
+    /// A guest in need, or a reservation, waits for memory of other VMs.
     lacking: bool,
 }
 
@@ -124,7 +124,7 @@ impl Policy {
         }
     }
 
-    /// Decides what to do now. The clock does not go back: an older observation counts as
+    /// Returns the decisions for now. The clock does not go back: an older observation counts as
     /// one of the same moment as its predecessor.
     pub fn step(&mut self, observation: &Observation) -> Decision {
         self.now = self.now.max(observation.now);
@@ -167,7 +167,7 @@ impl Policy {
             .retain(|&id| observation.reservations.iter().any(|one| one.id == id));
     }
 
-    /// What the VMs can touch, and the reservations that have their memory.
+    /// The memory that VMs can touch, and the reservations that have their memory.
     fn charged(&self, observation: &Observation) -> Pages {
         let vms = observation.vms.iter();
         let charges = vms.map(|vm| self.trackers[&vm.id].charge(vm));
@@ -252,7 +252,7 @@ impl Policy {
         }
     }
 
-    /// Asks VMs for what they have beyond their share.
+    /// Lowers the grants of VMs that have more than their share.
     fn cut(&mut self, step: &mut Step<'_>) {
         let vms = step
             .observation
@@ -275,7 +275,7 @@ impl Policy {
             };
             let excess = account.grant.saturating_sub(account.share);
             let spared = match account.spared {
-                // Others wait for what it does not need.
+                // Other VMs wait for memory that it does not need.
                 Some(Spared::Starting) => !step.lacking,
                 other => other.is_some(),
             };
@@ -346,7 +346,7 @@ impl Step<'_> {
             .filter(|(_, account)| is_movable(account))
             .collect();
         let claims = movable.iter().map(|(vm, account)| Claim {
-            // What is not taken from a VM is not there for others.
+            // Memory that is not taken from a VM is not available for others.
             floor: match account.spared {
                 None | Some(Spared::Starting) => vm.settings.floor.min(account.need),
                 Some(_) => account.grant,

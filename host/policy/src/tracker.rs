@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the policy remembers about a VM.
+//! The policy's state of a VM.
 
 use crate::estimate::Estimate;
 use crate::observation::{Account, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm};
@@ -11,7 +11,7 @@ const STALE_AFTER: Millis = 2_500;
 /// For how long a sign of pressure counts.
 const PRESSED_FOR: Millis = 2_000;
 
-/// For how long the death of a process counts: what it needed, it will need again.
+/// For how long the death of a process counts: a restarted process needs the same memory again.
 const OOM_FOR: Millis = 300_000;
 
 /// The least that a guest under pressure gets at once.
@@ -20,21 +20,22 @@ const LEAST_RAISE: Pages = 256 * MIB;
 /// The most that it gets at once, unless it uses more.
 const MOST_RAISE: Pages = 1024 * MIB;
 
-/// An action that the device has not answered after a minute has no effect any more.
+/// An action that the device has not acknowledged after a minute has no effect any more.
 const LOST_AFTER: Millis = 60_000;
 
-/// For how long a VM that has just appeared keeps what no other VM waits for.
+/// For how long a new VM keeps memory that no other VM waits for.
 const GRACE: Millis = 30_000;
 
-/// A guest that is asked for memory has to give `LEAST_PROGRESS` within `PATIENCE`.
+/// A guest with a larger target must inflate by `LEAST_PROGRESS` within `PATIENCE`.
 const PATIENCE: Millis = 4_000;
 const LEAST_PROGRESS: Pages = 60 * MIB;
 
-/// After which time a guest that did not give memory is asked again, the first time and at most.
+/// The time before the policy again raises the target of a guest that did not inflate, the first
+/// time and at most.
 const FIRST_RETRY: Millis = 10_000;
 const LAST_RETRY: Millis = 300_000;
 
-/// For how long a VM is left alone whose target another program has changed.
+/// For how long the policy leaves a VM alone after another program has changed its target.
 const LEFT_ALONE: Millis = 600_000;
 
 /// Growth at which a VM without much untouched memory left is under pressure, in pages a second.
@@ -48,7 +49,7 @@ struct Sent {
     at: Millis,
 }
 
-/// What was observed the last time.
+/// The previous observation.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     at: Millis,
@@ -59,12 +60,12 @@ struct Seen {
     sample: Option<Sample>,
 }
 
-/// A guest has not given what it was asked for.
+/// A guest has not inflated to its target.
 #[derive(Clone, Copy, Debug)]
 struct Unwilling {
-    /// When it is asked again.
+    /// When the policy tries again.
     until: Millis,
-    /// It had nothing to give.
+    /// It had no memory to inflate.
     full: bool,
 }
 
@@ -76,7 +77,7 @@ struct Pressed {
     raise: Raise,
 }
 
-/// What a VM is to get.
+/// The grant for a VM.
 #[derive(Clone, Copy, Debug)]
 struct Raise {
     /// In all.
@@ -129,7 +130,7 @@ impl Tracker {
         }
     }
 
-    /// Takes what was observed into account.
+    /// Updates the state from an observation.
     pub(crate) fn observe(&mut self, vm: &Vm, now: Millis, peak_half_life: Millis) {
         self.settle_actions(vm, now);
         if !vm.driver {
@@ -163,7 +164,7 @@ impl Tracker {
         self.watch_progress(vm, now);
     }
 
-    /// Finds out what has become of the actions that were sent.
+    /// Updates the state of sent actions.
     fn settle_actions(&mut self, vm: &Vm, now: Millis) {
         let lost = |sent: &Sent| now.saturating_sub(sent.at) > LOST_AFTER;
         if self.sent.iter().any(lost) {
@@ -256,7 +257,7 @@ impl Tracker {
     fn press(&mut self, sign: Pressure, vm: &Vm, now: Millis) {
         let used = self.estimate.map_or(0, |estimate| estimate.used);
         let first = LEAST_RAISE.max(used / 4);
-        // What the VM has not touched yet counts as given.
+        // Memory that the VM has not touched yet counts as given.
         let usable = vm.memory.saturating_sub(vm.size.min(self.target(vm)));
         let usable = usable.min(vm.resident.unwrap_or(usable));
         let raise = |by: Pages| Raise {
@@ -281,7 +282,7 @@ impl Tracker {
         });
     }
 
-    /// What the guest would have needed to keep a process that died not long ago.
+    /// The memory that the guest would have needed to keep a process that died recently.
     fn killed(&self, now: Millis) -> Option<Raise> {
         let killed = self
             .killed
@@ -289,7 +290,7 @@ impl Tracker {
         killed.map(|(_, raise)| raise)
     }
 
-    /// Gives up on a guest that does not give what it was asked for.
+    /// Gives up on a guest that does not inflate to its target.
     fn watch_progress(&mut self, vm: &Vm, now: Millis) {
         if vm.target <= vm.size {
             if self.waiting.take().is_some_and(|(_, size)| vm.size > size) {
@@ -360,7 +361,8 @@ impl Tracker {
         estimate.map_or(LEAST_RAISE, |estimate| estimate.headroom(vm.memory))
     }
 
-    /// Why nothing is to be taken from the VM. `overcommitted` says that the VMs can touch more than there is.
+    /// Why the policy takes nothing from the VM. `overcommitted` says that the VMs can touch more
+    /// than the pool.
     fn spared(&self, vm: &Vm, now: Millis, overcommitted: bool) -> Option<Spared> {
         if !vm.driver {
             Some(Spared::NoDriver)
@@ -383,7 +385,7 @@ impl Tracker {
         }
     }
 
-    /// What the VM can touch until its device reports something else.
+    /// The memory that the VM can touch until its device reports otherwise.
     pub(crate) fn charge(&self, vm: &Vm) -> Pages {
         let balloon = self
             .sent
@@ -397,7 +399,7 @@ impl Tracker {
         usable.max(vm.resident.unwrap_or(0))
     }
 
-    /// How the policy sees the VM, before the capacity is divided.
+    /// The policy's view of the VM, before the capacity is divided.
     pub(crate) fn account(&self, vm: &Vm, now: Millis, overcommitted: bool) -> Account {
         let spared = self.spared(vm, now, overcommitted);
         let grant = vm.memory.saturating_sub(self.target(vm));
@@ -412,10 +414,10 @@ impl Tracker {
         if let Some(killed) = self.killed(now) {
             need = need.max(killed.usable);
         }
-        // Without statistics, memory that was never touched is what shows that a guest has enough.
+        // Without statistics, only memory that was never touched shows that a guest has enough.
         let occupied = known.map_or(vm.resident.unwrap_or(vm.memory), |known| known.wanted());
         let wanted = match self.pressure(now) {
-            // A part of it may not be enough, and then the next process dies.
+            // A part of it may not be enough, and then another process dies.
             Some(Pressure::Oom | Pressure::SelfDeflated) => vm.memory,
             _ => occupied.saturating_add(headroom),
         };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What holds for each step, whatever guests and connections do. docs/manager.md lists the invariants by number.
+//! The invariants of each step, whatever guests and connections do. docs/manager.md lists them by
+//! number.
 //!
 //! `PROPTEST_CASES` sets the number of cases.
 
@@ -226,7 +227,7 @@ fn check_cuts(
         prop_assert!(fresh, "{:?}", action);
         let starting = action.account.spared == Some(Spared::Starting);
         prop_assert!(starting || action.account.spared.is_none(), "{:?}", action);
-        // What a guest under pressure has beyond its share, others are short of.
+        // Memory that a guest under pressure has beyond its share is missing for others.
         prop_assert!(action.account.pressed.is_none() || action.cause != Cause::Unused);
     }
     Ok(())
@@ -381,7 +382,7 @@ proptest! {
             }
             let decision = policy.step(&observation);
             check_phases(&observation, &decision)?;
-            // The device has carried nothing out yet: the messages still count.
+            // The device has executed nothing yet: the messages still count.
             let next = policy.step(&observation);
             let sent = decision.actions.iter().map(|action| {
                 grant(vm(&observation, action), action).saturating_sub(action.account.charge)

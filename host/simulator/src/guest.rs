@@ -7,7 +7,7 @@ use fastrand::Rng;
 
 use crate::load::{Process, TICK, processes};
 
-/// What the kernel takes.
+/// The memory of the kernel.
 const KERNEL: Pages = 120 * MIB;
 
 /// Below this much free memory the kernel reclaims caches.
@@ -19,7 +19,7 @@ const RESERVE: Pages = 64 * MIB;
 /// Caches do not shrink below this: the programs that run are in it.
 const LEAST_CACHE: Pages = 48 * MIB;
 
-/// What a guest can do in a tick: reclaim in the background, reclaim in all, and give free memory to its balloon.
+/// A guest's limits for a tick: background reclaim, all reclaim, and inflating.
 const BACKGROUND_RECLAIM: Pages = 100 * MIB;
 const RECLAIM: Pages = 400 * MIB;
 const INFLATE: Pages = 512 * MIB;
@@ -42,7 +42,7 @@ pub(crate) enum Behaviour {
     Silent,
     /// It never inflates.
     Stuck,
-    /// It claims to be in need all the time.
+    /// It always reports pressure.
     Liar,
 }
 
@@ -61,7 +61,7 @@ pub(crate) struct Guest {
     pub(crate) settings: Settings,
     pub(crate) behaviour: Behaviour,
     pub(crate) losses: Losses,
-    /// What the host has given.
+    /// The resident memory.
     pub(crate) resident: Pages,
     processes: Vec<Process>,
     /// The files that are read again and again, and how many pages of them a tick.
@@ -148,7 +148,7 @@ impl Guest {
         self.memory - self.size
     }
 
-    /// What the processes have, with the kernel.
+    /// The memory of the processes and the kernel.
     fn used(&self) -> Pages {
         KERNEL
             + self
@@ -166,7 +166,7 @@ impl Guest {
         self.usable().saturating_sub(self.occupied())
     }
 
-    /// What the guest would use if it could, without its caches.
+    /// The memory that the guest would use if it could, without its caches.
     pub(crate) fn demand(&self) -> Pages {
         let wanted = self.processes.iter().map(|process| process.wanted);
         KERNEL + wanted.sum::<Pages>()
@@ -288,7 +288,7 @@ impl Guest {
         self.losses.stalled += misses * MISS_COST;
         let room = |guest: &Self| guest.free().saturating_sub(WATERMARK);
         let read = misses.min(self.files.saturating_sub(self.cached));
-        // What is read again replaces what is not.
+        // Files that are read again replace other files in the cache.
         if room(self) < read {
             self.stale -= self.stale.min(read - room(self));
         }

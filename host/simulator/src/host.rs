@@ -9,7 +9,7 @@ use crate::guest::Guest;
 use crate::load::TICK;
 use crate::rules::{Rule, Truth, View};
 
-/// What a run is about.
+/// The parameters of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub(crate) seed: u64,
@@ -17,7 +17,7 @@ pub(crate) struct Shape {
     pub(crate) time: Millis,
 }
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outcome {
     /// Processes that guests killed, and VMs that the host killed, for lack of memory.

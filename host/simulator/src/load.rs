@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the processes of a guest want over time.
+//! The memory demand of a guest's processes over time.
 
 use balloon_policy::{MIB, Millis, Pages};
 use fastrand::Rng;
@@ -36,9 +36,9 @@ pub(crate) struct Process {
     kind: Kind,
     /// How fast it allocates, in pages a tick.
     speed: Pages,
-    /// What it has.
+    /// Its memory.
     pub(crate) held: Pages,
-    /// What it wants to have.
+    /// Its demand.
     pub(crate) wanted: Pages,
     /// When its present phase ends.
     until: Millis,

@@ -42,7 +42,7 @@ struct Cli {
     only: Option<String>,
 }
 
-/// Some seeds that follow each other.
+/// A range of seeds.
 #[derive(Clone, Debug)]
 struct Seeds(Range<u64>);
 

@@ -12,20 +12,20 @@ pub use generated::*;
 pub mod page_set;
 pub mod request;
 
-/// The guest's encoder, for tests only: it is licensed as the guest is, GPL-2.0, and no program of the
-/// host's contains it. It is formatted as the guest is, too.
+/// The guest's encoder, for tests only: it has the guest code's licence, GPL-2.0, and no host program
+/// contains it. It also has the guest code's format.
 #[cfg(test)]
 #[rustfmt::skip]
 #[path = "../../../bitmap.rs"]
 mod bitmap;
 
-/// What the encoder encodes.
+/// The input of the encoder.
 #[cfg(test)]
 #[rustfmt::skip]
 #[path = "../../../rust/mm/pfn_range.rs"]
 mod pfn_range;
 
-/// What the encoder takes from the headers, under the names that it has in the guest.
+/// The constants of the headers, under their names in the guest code.
 #[cfg(test)]
 mod rust {
     pub(crate) mod mm {
@@ -46,32 +46,32 @@ mod rust {
     }
 }
 
-/// Where the fields of the configuration space are, in bytes (specification, clause 5.5.4).
+/// The offsets of the configuration space's fields, in bytes (specification, clause 5.5.4).
 pub mod config {
     use super::{offset_of, virtio_balloon_ext_config as Config};
 
-    /// How many balloon pages the host wants.
+    /// The target in balloon pages.
     pub const NUM_PAGES: usize = offset_of!(Config, base.num_pages);
-    /// How many balloon pages the guest has given away.
+    /// The balloon size in balloon pages.
     pub const ACTUAL: usize = offset_of!(Config, base.actual);
     /// The command id of free page hinting.
     pub const FREE_PAGE_HINT_CMD_ID: usize =
         offset_of!(Config, base.__bindgen_anon_1.free_page_hint_cmd_id);
-    /// What the guest's free pages hold.
+    /// The value of the guest's free pages.
     pub const POISON_VAL: usize = offset_of!(Config, base.poison_val);
     /// The device's granule in bytes.
     pub const DISCARD_GRANULE: usize = offset_of!(Config, discard_granule);
-    /// Why the guest stops short of the target.
+    /// The guest's stop reason.
     pub const STOP_REASON: usize = offset_of!(Config, stop_reason);
     /// The size of the configuration space with every field.
     pub const SIZE: usize = size_of::<Config>();
 }
 
-/// Where the fields of a statistic are, in bytes (specification, clause 5.5.6.3).
+/// The offsets of a statistic's fields, in bytes (specification, clause 5.5.6.3).
 pub mod stat {
     use super::{offset_of, virtio_balloon_stat as Stat};
 
-    /// What it is a statistic of.
+    /// Its tag.
     pub const TAG: usize = offset_of!(Stat, tag);
     /// Its value.
     pub const VAL: usize = offset_of!(Stat, val);

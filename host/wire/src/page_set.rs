@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Page sets: messages that name pages (docs/protocol.md).
+//! Page sets: messages that list pages (docs/protocol.md).
 //!
-//! A message is checked as a whole before any of its pages is looked at, so that nothing is done by
-//! halves. It is read twice for that: the bytes have to be the reader's own, not a guest's memory that
-//! may change meanwhile. A message has at most [`VIRTIO_BALLOON_PAGE_SET_MAX_BYTES`], and nothing is
-//! allocated for reading it.
+//! The decoder checks a whole message before it returns any of its pages, so that no message is
+//! executed partly. It reads the message twice for that: the bytes must be a copy, not guest memory,
+//! which may change meanwhile. A message has at most [`VIRTIO_BALLOON_PAGE_SET_MAX_BYTES`], and
+//! reading it allocates nothing.
 
 use std::mem::offset_of;
 use std::ops::Range;
@@ -31,16 +31,16 @@ pub const MAX_SIZE: usize = VIRTIO_BALLOON_PAGE_SET_MAX_BYTES as usize;
 /// The size of a word of the payload in bytes.
 const WORD: usize = size_of::<u64>();
 
-/// What is wrong with a message.
+/// An error in a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Error {
-    /// The header, a word of the payload, or a long range has an end missing.
+    /// The header, a word of the payload, or a long range is incomplete.
     #[error("it ends too early")]
     Truncated,
     /// It is longer than a message may be.
     #[error("it is longer than {VIRTIO_BALLOON_PAGE_SET_MAX_BYTES} bytes")]
     TooLong,
-    /// The command is none for pages.
+    /// The command is not one for pages.
     #[error("there is no command {0} for pages")]
     Command(u16),
     /// The pages are smaller than 4 KiB, or too large for any memory.
@@ -52,37 +52,37 @@ pub enum Error {
     /// A reserved bit or field is not 0.
     #[error("a reserved bit is set")]
     Reserved,
-    /// An answer has the request id 0, or a message that is none has another.
+    /// An answer has the request id 0, or another message has a request id.
     #[error("the request id {0} does not go with the command")]
     RequestId(u64),
-    /// There is no page in it.
+    /// It has no page.
     #[error("it names no page")]
     Empty,
-    /// There is no page in a range.
+    /// A range has no page.
     #[error("a range is empty")]
     EmptyRange,
     /// A page is beyond the end of any memory.
     #[error("a page is beyond 2^64 bytes")]
     Overflow,
-    /// A range begins before the end of the one before.
+    /// A range begins before the end of the previous one.
     #[error("the ranges are not in ascending order, or overlap")]
     Disorder,
-    /// The header says another number of pages.
+    /// The header has another number of pages.
     #[error("it names {named} pages and says that they are {said}")]
     Count {
-        /// How many pages the header says.
+        /// The number of pages in the header.
         said: u64,
-        /// How many pages the payload names.
+        /// The number of pages in the payload.
         named: u64,
     },
 }
 
-/// What the pages of a message are named for.
+/// The purpose of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// They are in the balloon from now on.
+    /// Inflate.
     Inflate,
-    /// They leave the balloon.
+    /// Deflate.
     Deflate,
     /// They were unused at some moment after the driver had seen the request.
     UnusedSkip,
@@ -129,17 +129,17 @@ impl Encoding {
 /// A message in which everything is as it should be.
 #[derive(Clone, Debug)]
 pub struct PageSet<'a> {
-    /// What the pages are named for.
+    /// The purpose.
     pub command: Command,
     /// The binary logarithm of the size of its pages in bytes.
     pub page_shift: u8,
-    /// How it is encoded.
+    /// The encoding.
     pub encoding: Encoding,
     /// Whether this is not the last message of its set.
     pub more: bool,
     /// The request that this is an answer to, or 0.
     pub request_id: u64,
-    /// How many pages it names.
+    /// The number of pages.
     pub count: u64,
     ranges: RawRanges<'a>,
 }
@@ -149,7 +149,7 @@ impl<'a> PageSet<'a> {
     ///
     /// # Errors
     ///
-    /// Says what is wrong with it.
+    /// The error in the message.
     pub fn parse(message: &'a [u8]) -> Result<Self, Error> {
         if message.len() > MAX_SIZE {
             return Err(Error::TooLong);
@@ -218,7 +218,7 @@ pub(crate) fn field<const N: usize>(structure: &[u8], offset: usize) -> [u8; N] 
         .unwrap_or([0; N])
 }
 
-/// Reads how pages up to `end` are encoded.
+/// Decodes the encoding of pages up to `end`.
 fn parse_payload(
     encoding: u8,
     payload: &[u8],
@@ -245,18 +245,18 @@ fn next_word(words: &mut ChunksExact<'_, u8>) -> Option<u64> {
     Some(u64::from_le_bytes(*bytes))
 }
 
-/// The ranges of a message that is being checked. Nothing comes after an error.
+/// The ranges of a message during the check. It ends after an error.
 #[derive(Clone, Debug)]
 struct RawRanges<'a> {
     payload: Payload<'a>,
-    /// Where the next range may begin.
+    /// The lowest start of the next range.
     least: u64,
-    /// Where the last one may end.
+    /// The highest end of a range.
     end: u64,
 }
 
 impl RawRanges<'_> {
-    /// Checks all ranges, and that they have the number of pages that the header says.
+    /// Checks all ranges, and that they have as many pages as the header says.
     fn check_count(&self, said: u64) -> Result<(), Error> {
         let named = self.clone().try_fold(0, |sum, range| {
             range.map(|range| sum + (range.end - range.start))
@@ -298,7 +298,7 @@ impl Iterator for RawRanges<'_> {
     }
 }
 
-/// Takes a range off `words`.
+/// Takes a range from `words`.
 fn next_range(words: &mut ChunksExact<'_, u8>) -> Option<Result<Range<u64>, Error>> {
     let word = next_word(words)?;
     let start = word >> VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
@@ -318,14 +318,14 @@ fn next_range(words: &mut ChunksExact<'_, u8>) -> Option<Result<Range<u64>, Erro
     )
 }
 
-/// Runs of bits in a bitmap, each as long as can be.
+/// Runs of set bits in a bitmap, each as long as possible.
 #[derive(Clone, Debug)]
 struct Bits<'a> {
     words: ChunksExact<'a, u8>,
-    /// What is left of the current word, and what its bit 0 stands for.
+    /// The rest of the current word, and the page of its bit 0.
     word: u64,
     base: u64,
-    /// What bit 0 of the next word stands for.
+    /// The page of bit 0 of the next word.
     next: u64,
 }
 
@@ -339,7 +339,8 @@ impl<'a> Bits<'a> {
         }
     }
 
-    /// Goes on to the next word. There is no overflow: a message is short, and its first page far below 2^64.
+    /// Advances to the next word. There is no overflow: a message is short, and its first page is
+    /// far below 2^64.
     fn advance(&mut self) -> Option<()> {
         self.word = next_word(&mut self.words)?;
         self.base = self.next;
@@ -347,7 +348,7 @@ impl<'a> Bits<'a> {
         Some(())
     }
 
-    /// Takes the ones off the lowest end of the word's bits from `bit` on, and returns where they end.
+    /// Clears the lowest run of set bits of the word, from `bit` on, and returns its end.
     fn take_ones(&mut self, bit: u32) -> u32 {
         let end = bit + (self.word >> bit).trailing_ones();
         self.word &= u64::MAX.checked_shl(end).unwrap_or(0);
@@ -365,7 +366,7 @@ impl Iterator for Bits<'_> {
         let start = self.word.trailing_zeros();
         let first = self.base + u64::from(start);
         let mut end = self.take_ones(start);
-        // A run that fills the word up may go on in the next.
+        // A run up to the end of the word may continue in the next word.
         while end == u64::BITS && self.advance().is_some() {
             end = self.take_ones(0);
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Host requests: what the device asks for, and the messages of an answer (docs/protocol.md, section 5).
+//! Host requests, and the messages of their answers (docs/protocol.md, section 5).
 
 use std::mem::offset_of;
 
@@ -23,32 +23,32 @@ pub const SIZE: usize = size_of::<RawRequest>();
 /// The size of a completion in bytes.
 pub const COMPLETION_SIZE: usize = size_of::<RawCompletion>();
 
-/// Which unused pages are asked for.
+/// The range and block size of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// The binary logarithm of the size in bytes of the smallest block that is worth an answer.
     pub block_shift: u8,
-    /// The first address of the memory that is asked for, in bytes.
+    /// The first address, in bytes.
     pub start: u64,
-    /// The address after the last one in bytes, or 0 for the end of all memory.
+    /// The end address in bytes, or 0 for the end of memory.
     pub end: u64,
 }
 
-/// What the device asks for.
+/// A request of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Pages that were unused at some moment after the driver had seen the request.
     UnusedSkip(Wanted),
     /// Pages that are unused until the device has used the buffer that names them.
     UnusedDiscard(Wanted),
-    /// Less memory for caches.
+    /// Drop caches.
     DropCaches {
         /// The page cache.
         pages: bool,
         /// The slab caches of names and inodes.
         slab: bool,
     },
-    /// The end of another request.
+    /// Cancel another request.
     Cancel {
         /// Its id.
         id: u64,
@@ -56,7 +56,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// The request as it is on the wire, with 0 in all fields that do not count (HR-V2).
+    /// The request in its wire format, with 0 in fields that are not in use (HR-V2).
     pub fn encode(self, id: u64) -> [u8; SIZE] {
         let mut bytes = [0; SIZE];
         let mut put = |offset: usize, value: &[u8]| {
@@ -73,7 +73,7 @@ impl Command {
             Self::DropCaches { .. } => VIRTIO_BALLOON_REQUEST_DROP_CACHES,
             Self::Cancel { .. } => VIRTIO_BALLOON_REQUEST_CANCEL,
         };
-        // The command has the lower half of the first four bytes, and is as small as that.
+        // The command is in the lower half of the first four bytes, and fits into it.
         put(offset_of!(RawRequest, command), &number.to_le_bytes()[..2]);
         put(offset_of!(RawRequest, request_id), &id.to_le_bytes());
         match self {
@@ -93,7 +93,7 @@ impl Command {
         bytes
     }
 
-    /// What pages are named for in an answer, or nothing if it has none.
+    /// The purpose of the pages in an answer, or nothing if it has none.
     pub fn names(self) -> Option<page_set::Command> {
         match self {
             Self::UnusedSkip(_) => Some(page_set::Command::UnusedSkip),
@@ -103,16 +103,16 @@ impl Command {
     }
 }
 
-/// How an answer ends.
+/// The status of a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// Done.
     Complete,
-    /// Not done, or not all of it. What was answered holds.
+    /// Incomplete. The page sets sent so far are valid.
     Aborted,
     /// The same, because of a cancel.
     Cancelled,
-    /// The command is not known.
+    /// The driver does not know the command.
     Unsupported,
     /// A field has no legal value.
     Malformed,
@@ -123,19 +123,19 @@ pub enum Status {
 /// The last message of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// How it ends.
+    /// The status.
     pub status: Status,
     /// The id of the request, which is not 0.
     pub request_id: u64,
 }
 
-/// What is wrong with a message of an answer.
+/// An error in a message of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Error {
     /// It is no page set.
     #[error(transparent)]
     PageSet(#[from] page_set::Error),
-    /// A completion has another length than a completion has.
+    /// A completion has the wrong length.
     #[error("a completion of {0} bytes")]
     Length(usize),
     /// The status has no meaning.
@@ -327,7 +327,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, it is a message or not; a completion is so by all of its bytes.
+        /// Any bytes are either a message or an error, and all bytes of a completion count.
         #[test]
         fn a_completion_has_one_encoding(bytes in vec(any::<u8>(), 0..40)) {
             if let Ok(Message::Completion(read)) = Message::parse(&bytes) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is counted.
+//! The daemon's counters.
 
 use std::collections::BTreeMap;
 
@@ -8,45 +8,45 @@ use serde::{Deserialize, Serialize};
 
 use super::progress::RequestStatus;
 
-/// What has been counted since the daemon was started.
+/// The counts since the worker process started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
-    /// What the guest has put into the balloon, in bytes.
+    /// Memory that the guest has inflated, in bytes.
     pub inflated: u64,
-    /// What the guest has taken out of the balloon, in bytes.
+    /// Memory that the guest has deflated, in bytes.
     pub deflated: u64,
-    /// What was given back to the host, in bytes.
+    /// Memory returned to the host, in bytes.
     pub discarded: u64,
-    /// How many times memory was given back.
+    /// Calls that returned memory.
     pub discards: u64,
-    /// How many times that failed.
+    /// Failed calls.
     pub discard_failures: u64,
-    /// How many times the host had no memory for what the guest takes back.
+    /// How many times the host had no memory for deflated pages.
     #[serde(default)]
     pub prefault_failures: u64,
-    /// What must not be given back to the host and was named all the same, in bytes.
+    /// Memory that the guest listed and that must not be returned to the host, in bytes.
     #[serde(default)]
     pub withheld: u64,
-    /// How long giving memory back has taken, in microseconds.
+    /// The time spent on returning memory, in microseconds.
     pub discarding: u64,
-    /// How long it has taken to find out which memory the messages of the inflate queue name, in microseconds.
+    /// The time spent on decoding messages of the inflate queue, in microseconds.
     pub translating: u64,
-    /// What the guest has reported as free, in bytes.
+    /// Memory that the guest has reported as free, in bytes.
     pub reported: u64,
-    /// What the guest has hinted as free, in bytes.
+    /// Memory that the guest has hinted as free, in bytes.
     pub hinted: u64,
-    /// What the guest has named as unused when it was asked, in bytes.
+    /// Memory that the guest has listed as unused in answers, in bytes.
     pub unused: u64,
-    /// How many requests the guest was asked.
+    /// Host requests.
     pub asked: u64,
-    /// How many of them have ended, by how they did.
+    /// Ended host requests, by status.
     pub answered: BTreeMap<RequestStatus, u64>,
-    /// How many messages came from the guest.
+    /// Messages of the guest.
     pub messages: ByQueue,
-    /// How many times the device was notified of messages. Several that come at once count as one, and a few
-    /// come when a queue is set up.
+    /// Notifications of messages. One may announce several messages, and a few arrive when a queue is set
+    /// up.
     pub notifications: ByQueue,
-    /// How much was received to name pages, in bytes.
+    /// The size of messages that list pages, in bytes.
     pub received: Received,
     /// How many messages named pages, by their encoding: `pfns` are arrays of page frame numbers, the others page sets.
     pub encodings: BTreeMap<String, u64>,
@@ -54,7 +54,7 @@ pub struct Counters {
     pub refused: BTreeMap<String, u64>,
 }
 
-/// How many there were, by the queue. A daemon may know fewer queues than its client.
+/// Counts by queue. A daemon may know fewer queues than its client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ByQueue {
@@ -94,7 +94,7 @@ impl ByQueue {
     }
 }
 
-/// How long all messages were that name pages, by the queue.
+/// The size of all messages that list pages, by queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Received {
     /// Of the inflate queue, in bytes.

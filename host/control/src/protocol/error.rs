@@ -4,20 +4,20 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Why the daemon does not do what it was asked for.
+/// Why the daemon refuses a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct ControlError {
     /// For programs.
     pub kind: ErrorKind,
-    /// What is wrong, for people.
+    /// The error, for people.
     pub message: String,
-    /// What they can do about it.
+    /// The remedy, for people.
     pub advice: String,
 }
 
 impl ControlError {
-    /// An error of a kind, with what is wrong and what to do about it.
+    /// An error of a kind, with its message and its remedy.
     pub fn new(kind: ErrorKind, message: impl Into<String>, advice: impl Into<String>) -> Self {
         Self {
             kind,

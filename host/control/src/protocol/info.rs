@@ -12,74 +12,75 @@ use super::counters::Counters;
 /// The state of the balloon and of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Info {
-    /// How much the guest is asked to give away, in bytes.
+    /// The target, in bytes.
     pub target: u64,
-    /// How much the guest has given away, in bytes, as it says itself.
+    /// The balloon size as the guest reports it, in bytes.
     pub size: u64,
-    /// How much memory the guest has, in bytes, in the balloon or not. It is what the guest says in its statistics,
-    /// or what the VMM has shared as long as there are none.
+    /// The guest's memory in bytes, the balloon's included: from its statistics or, until the guest sends any, the
+    /// memory that the VMM has shared.
     pub memory: Option<u64>,
-    /// How much memory the VMM has shared, in bytes. It has memory that the guest has not, such as what a
-    /// virtio-mem device has not plugged.
+    /// The memory that the VMM has shared, in bytes. It contains memory that the guest lacks, such as
+    /// unplugged memory of a virtio-mem device.
     #[serde(default)]
     pub shared: Option<u64>,
-    /// The largest balloon that the daemon asks for, in bytes: it leaves the guest a floor.
+    /// The largest balloon that the daemon requests, in bytes: it leaves a floor to the guest.
     #[serde(default)]
     pub limit: Option<u64>,
-    /// For how long a guest that boots is still left alone, in seconds.
+    /// The remaining boot grace, in seconds.
     #[serde(default)]
     pub grace: Option<u64>,
-    /// The smallest piece of memory that the host gets back, in bytes.
+    /// The smallest piece of memory that the host can take back, in bytes.
     pub granule: u64,
-    /// Why memory is not given back to the host, by the name of the reason. More may come in later versions.
+    /// The names of the reasons why no memory is returned to the host. Later versions may add
+    /// reasons.
     #[serde(default)]
     pub withheld: Vec<String>,
-    /// For how long a client still has no memory given back to the host, in seconds.
+    /// The remaining time of the longest `inhibit`, in seconds.
     #[serde(default)]
     pub inhibited: Option<u64>,
     /// The same for each owner. The empty name is for clients that gave none.
     #[serde(default)]
     pub inhibitors: BTreeMap<String, u64>,
-    /// How often the guest is asked for statistics, in seconds. 0 is never.
+    /// The interval of statistics requests, in seconds. 0 is never.
     pub stats_interval: u32,
-    /// For how long the daemon has been running, in seconds.
+    /// The time since the worker process started, in seconds.
     pub uptime: u64,
-    /// The other side.
+    /// The guest.
     pub guest: Guest,
-    /// What has been counted since the daemon was started.
+    /// The counts since the worker process started.
     pub counters: Counters,
 }
 
-/// The size of the largest page that a guest's kernel has, in bytes. A driver rounds a target up to its pages.
+/// The largest page size of a guest's kernel, in bytes. A driver rounds a target up to its pages.
 const LARGEST_PAGE: u64 = 64 << 10;
 
 impl Info {
-    /// How much the guest is asked for now, in bytes, without regard to a boot.
+    /// The currently requested size in bytes, without the boot grace.
     pub fn asked(&self) -> u64 {
         self.target.min(self.limit.unwrap_or(u64::MAX))
     }
 
-    /// Whether the guest has given away what it is asked for, rounded up to a page of its own.
+    /// Whether the balloon has the requested size, rounded up to a page of the guest.
     pub fn is_reached(&self) -> bool {
         let asked = self.asked();
         (asked..asked.saturating_add(LARGEST_PAGE)).contains(&self.size)
     }
 }
 
-/// What is known about the guest.
+/// The state of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Guest {
     /// A VMM is connected.
     pub connected: bool,
     /// A driver in the guest has negotiated features, and its queues are ready.
     pub driver: bool,
-    /// The names of the features that were negotiated.
+    /// The names of the negotiated features.
     pub features: Vec<String>,
-    /// How long ago the guest did something for the last time, in seconds.
+    /// The time since the guest last used a queue, in seconds.
     pub answered: Option<u64>,
-    /// Why the guest stays below the target, when it tells.
+    /// The guest's stop reason, if it reports one.
     pub short_of_target: Option<Shortfall>,
-    /// How many requests the guest is to answer.
+    /// The number of open host requests.
     pub open_requests: u64,
 }
 
@@ -87,13 +88,13 @@ pub struct Guest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Shortfall {
-    /// It would have less memory than the driver wants to leave it.
+    /// The guest would have less available memory than its reserve.
     Floor,
-    /// It finds no memory that it could give away.
+    /// The driver cannot allocate memory.
     NoMemory,
-    /// It ran out of memory, and leaves the balloon alone for a while.
+    /// The guest ran out of memory, and the driver pauses.
     AfterOom,
-    /// Its administrator keeps it out of ballooning.
+    /// The guest's administrator has turned ballooning off.
     Excluded,
 }
 

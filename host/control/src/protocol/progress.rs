@@ -1,63 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What has become of a request that the guest was asked, and its answer.
+//! The state of a host request, and its answer.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use strum::VariantArray;
 
-/// The guest will be asked.
+/// The request was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Begun {
-    /// The id of the request, as it is on the wire.
+    /// The id of the request, as in the wire protocol.
     pub id: u64,
 }
 
-/// How far the guest is with a request.
+/// The progress of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// The id of the request.
     pub id: u64,
-    /// What has become of it.
+    /// Its status.
     pub status: RequestStatus,
-    /// How much unused memory the guest has named, in bytes.
+    /// The unused memory that the guest has listed, in bytes.
     pub named: u64,
-    /// How much of it was given back to the host, in bytes.
+    /// The part of it that was returned to the host, in bytes.
     pub discarded: u64,
 }
 
-/// What has become of a request (docs/protocol.md, section 5.1).
+/// The status of a request (docs/protocol.md, section 5.1).
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, VariantArray,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum RequestStatus {
-    /// The guest's driver has no buffer for it yet.
+    /// The guest's driver has not provided a buffer for it yet.
     Waiting,
-    /// The guest has it.
+    /// The guest has received it.
     Open,
     /// It is done.
     Complete,
-    /// The driver had to stop. What it has named until then holds.
+    /// The driver had to stop. The memory listed so far is valid.
     Aborted,
-    /// The driver has stopped: the request was cancelled. What it has named until then holds.
+    /// The request was cancelled. The memory listed so far is valid.
     Cancelled,
     /// The driver does not know the command.
     Unsupported,
-    /// The driver does not take what it was asked for.
+    /// The driver refuses a field of the request.
     Malformed,
-    /// The driver says that it knows of no such request.
+    /// The driver knows no request with this id.
     UnknownId,
-    /// The driver, the guest or the VMM went away. What was named until then is not to be used.
+    /// The driver, the guest or the VMM was reset. The listed memory must not be used.
     Reset,
 }
 
 impl RequestStatus {
-    /// All of them. Each one is at the place of its number.
+    /// All of them. The index of each is its number.
     pub const ALL: &[Self] = Self::VARIANTS;
 
-    /// Whether nothing more will become of it.
+    /// Whether it is final.
     pub const fn is_end(self) -> bool {
         match self {
             Self::Waiting | Self::Open => false,
@@ -84,11 +84,11 @@ impl fmt::Display for RequestStatus {
 pub struct Ranges {
     /// The id of the request.
     pub id: u64,
-    /// The address where the guest's memory ends.
+    /// The end of the guest's memory.
     pub end: u64,
     /// An address and a number of bytes each, in ascending order.
     pub ranges: Vec<(u64, u64)>,
-    /// Where the next range begins that there was no room for.
+    /// The start of the next range, if there was no room for it.
     pub next: Option<u64>,
 }
 

@@ -1,44 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a client wants.
+//! The requests of clients.
 //!
-//! Requests are checked strictly, so that a misspelt field is not taken for one that was left out.
+//! Unknown fields are errors, so that a misspelt field is not taken for an omitted one.
 
 use serde::{Deserialize, Serialize};
 
-/// What a client wants.
+/// A request of a client.
 // The braces are for serde: it lets a unit variant have any fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// The state of the balloon and of the guest, answered with [`Info`](crate::Info).
     Info {},
-    /// Ask the guest for another size of the balloon, answered with [`Response::Done`](crate::Response::Done).
+    /// Set the target, answered with [`Response::Done`](crate::Response::Done).
     Set {
         /// The new target in bytes.
         bytes: u64,
     },
     /// The guest's memory statistics, answered with [`Stats`](crate::Stats).
     Stats {
-        /// Ask the guest for new ones and wait for them, instead of the last ones that it has sent.
+        /// Request new ones from the guest and wait for them, instead of the newest so far.
         fresh: bool,
     },
-    /// Set how often the guest is asked for statistics, answered with [`Response::Done`](crate::Response::Done).
+    /// Set the interval of statistics requests, answered with
+    /// [`Response::Done`](crate::Response::Done).
     SetStatsInterval {
-        /// The time between two samples in seconds. 0 stops asking.
+        /// The time between two samples in seconds. 0 stops the requests.
         seconds: u32,
     },
-    /// Give no memory back to the host for a while, whatever the guest says; answered with [`Response::Done`](crate::Response::Done).
+    /// Stop returning memory to the host for a time, whatever the guest sends; answered with
+    /// [`Response::Done`](crate::Response::Done).
     Inhibit {
-        /// For how long, in seconds: 1 to 86400.
+        /// The time in seconds: 1 to 86400.
         seconds: u64,
-        /// Who needs that, so that it can be ended apart from that of others: 1 to 64 bytes.
+        /// The name of the owner, 1 to 64 bytes, by which it can be ended alone.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         owner: Option<String>,
     },
-    /// Give memory back to the host again, answered with [`Response::Done`](crate::Response::Done).
+    /// Return memory to the host again, answered with [`Response::Done`](crate::Response::Done).
     Resume {
-        /// End what this owner has asked for, and not what others have.
+        /// End only the `inhibit` of this owner.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         owner: Option<String>,
     },
@@ -47,7 +49,8 @@ pub enum Request {
         /// What to do.
         action: HintAction,
     },
-    /// Ask the guest which of its memory is unused, for a copy that leaves it out; answered with [`Begun`](crate::Begun).
+    /// Request a list of the guest's unused memory, for a copy that leaves it out; answered with
+    /// [`Begun`](crate::Begun).
     Unused {
         /// The smallest block that is worth an answer, in bytes: a power of two, 4096 or more.
         block: u64,
@@ -56,7 +59,8 @@ pub enum Request {
         /// The address at which to stop, or 0 for the end of memory.
         end: u64,
     },
-    /// Ask the guest for unused memory, and give it back to the host; answered with [`Begun`](crate::Begun).
+    /// Request unused memory from the guest, and return it to the host; answered with
+    /// [`Begun`](crate::Begun).
     Reclaim {
         /// The smallest block that is worth an answer, in bytes: a power of two, 4096 or more.
         block: u64,
@@ -65,43 +69,43 @@ pub enum Request {
         /// The address at which to stop, or 0 for the end of memory.
         end: u64,
     },
-    /// Ask the guest to have less memory for caches, answered with [`Begun`](crate::Begun).
+    /// Request that the guest drops caches, answered with [`Begun`](crate::Begun).
     DropCaches {
         /// The page cache.
         pages: bool,
         /// The slab caches of names and inodes.
         slab: bool,
     },
-    /// How far the guest is with a request, answered with [`Progress`](crate::Progress).
+    /// The progress of a request, answered with [`Progress`](crate::Progress).
     Progress {
         /// The id of the request.
         id: u64,
     },
-    /// The unused memory that the guest has named, answered with [`Ranges`](crate::Ranges).
+    /// The unused memory that the guest has listed, answered with [`Ranges`](crate::Ranges).
     Ranges {
         /// The id of the request.
         id: u64,
-        /// The address from which on.
+        /// The first address.
         from: u64,
     },
-    /// Tell the guest that an answer is no longer wanted, answered with [`Progress`](crate::Progress).
+    /// Cancel a request, answered with [`Progress`](crate::Progress).
     Cancel {
         /// The id of the request.
         id: u64,
     },
-    /// The numbers for a monitoring system, answered with [`Metrics`](crate::Metrics).
+    /// Metrics for a monitoring system, answered with [`Metrics`](crate::Metrics).
     Metrics {},
 }
 
-/// What to do about free page hinting (specification, clause 5.5.6.5).
+/// A command of free page hinting (specification, clause 5.5.6.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HintAction {
     /// Ask the guest for hints, under a new command id.
     Start,
-    /// Want no more hints. The guest keeps the pages that it has hinted.
+    /// Stop hints. The guest keeps the hinted pages.
     Stop,
-    /// Let the guest have the pages back that it has hinted.
+    /// Return the hinted pages to the guest.
     Done,
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the daemon answers.
+//! The responses of the daemon.
 //!
-//! Answers may get more fields, and a client passes over those that it does not know.
+//! Later versions may add fields. Clients ignore fields that they do not know.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use super::info::Info;
 use super::progress::{Begun, Progress, Ranges};
 use super::stats::Stats;
 
-/// What the daemon answers when all is well.
+/// A response without an error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Response {
@@ -19,7 +19,7 @@ pub enum Response {
     Info(Info),
     /// The answer to [`Request::Stats`](crate::Request::Stats).
     Stats(Stats),
-    /// The answer to requests that the guest is asked.
+    /// The answer to host requests.
     Begun(Begun),
     /// The answer to [`Request::Progress`](crate::Request::Progress) and [`Request::Cancel`](crate::Request::Cancel).
     Progress(Progress),
@@ -27,18 +27,18 @@ pub enum Response {
     Ranges(Ranges),
     /// The answer to [`Request::Metrics`](crate::Request::Metrics).
     Metrics(Metrics),
-    /// It is done, and there is nothing to tell: an empty object.
+    /// Success without a result: an empty object.
     Done {},
 }
 
-/// The numbers for a monitoring system.
+/// Metrics for a monitoring system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metrics {
     /// In Prometheus' text exposition format.
     pub text: String,
 }
 
-/// What comes back for a request.
+/// The response to a request.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Reply<T> {

@@ -15,9 +15,9 @@ use strum::VariantArray;
 pub struct Stats {
     /// How old the sample is, in seconds.
     pub age: u64,
-    /// The number of the sample. Each one has a higher number than the one before it.
+    /// The number of the sample, which increases with each sample.
     pub sequence: u64,
-    /// The statistics that the guest has sent. Clients leave out those that only a newer daemon knows.
+    /// The statistics that the guest has sent. Clients ignore those that only a newer daemon knows.
     #[serde(deserialize_with = "known")]
     pub values: BTreeMap<Stat, u64>,
 }
@@ -32,58 +32,58 @@ fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Stat, u6
     Ok(all.into_iter().filter_map(known).collect())
 }
 
-/// A statistic (specification, clause 5.5.6.4, and linux/virtio_balloon.h for those that are newer), in the
-/// order of the tags and with the names that the header gives them.
+/// A statistic (specification, clause 5.5.6.4, and linux/virtio_balloon.h for newer ones), in the order of
+/// the tags and with the header's names.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, VariantArray,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Stat {
-    /// What was read from swap, in bytes.
+    /// Memory read from swap, in bytes.
     SwapIn,
-    /// What was written to swap, in bytes.
+    /// Memory written to swap, in bytes.
     SwapOut,
-    /// How many page faults had to wait for a device.
+    /// Page faults that waited for a device.
     MajorFaults,
-    /// How many page faults there were that had not to wait.
+    /// Page faults that did not wait.
     MinorFaults,
-    /// What is not in use for anything, in bytes.
+    /// Free memory, in bytes.
     FreeMemory,
-    /// What there is, in bytes.
+    /// All memory, in bytes.
     TotalMemory,
-    /// What programs can have without swapping, in bytes.
+    /// Memory that is available without swapping, in bytes.
     AvailableMemory,
-    /// What is in use for caches of files, in bytes.
+    /// Memory in use for caches of files, in bytes.
     DiskCaches,
-    /// How many huge pages were allocated.
+    /// Allocated huge pages.
     HugetlbAllocations,
-    /// How many allocations of huge pages failed.
+    /// Failed allocations of huge pages.
     HugetlbFailures,
-    /// How many times a program was killed for its memory.
+    /// OOM kills.
     OomKills,
-    /// How many allocations had to wait for memory to be reclaimed.
+    /// Allocations that waited for reclaim.
     AllocStalls,
-    /// What was looked at in the background to reclaim it, in bytes.
+    /// Memory scanned for reclaim in the background, in bytes.
     AsyncScans,
-    /// What was looked at by those who need memory, in bytes.
+    /// Memory scanned by direct reclaim, in bytes.
     DirectScans,
-    /// What was reclaimed in the background, in bytes.
+    /// Memory reclaimed in the background, in bytes.
     AsyncReclaims,
-    /// What was reclaimed by those who need memory, in bytes.
+    /// Memory reclaimed by direct reclaim, in bytes.
     DirectReclaims,
 }
 
-/// What a statistic is counted in.
+/// The unit of a statistic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// In bytes.
     Bytes,
-    /// How many times something happened.
+    /// A count of events.
     Times,
 }
 
 impl Stat {
-    /// All of them. Each one is at the place of its tag.
+    /// All of them. The index of each is its tag.
     pub const ALL: &[Self] = Self::VARIANTS;
 
     /// The statistic of a tag on the wire, if there is one.
@@ -91,12 +91,12 @@ impl Stat {
         Self::ALL.get(usize::from(tag)).copied()
     }
 
-    /// What it is counted in.
+    /// Its unit.
     pub const fn unit(self) -> Unit {
         self.kind().0
     }
 
-    /// Whether it only grows, until the guest starts again.
+    /// Whether it only grows, until the guest reboots.
     pub const fn is_counter(self) -> bool {
         self.kind().1
     }

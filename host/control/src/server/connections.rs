@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How many clients there may be, and how long they may take.
+//! Limits for the number of clients, and their timeouts.
 
 use std::collections::HashMap;
 use std::net::Shutdown;
@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 use super::requests::{Handler, reply};
 use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
 
-/// How many clients there may be at once, each of which costs a thread.
+/// The maximum number of clients. Each needs a thread.
 pub(super) const MAX_CONNECTIONS: usize = 32;
 
-/// How long clients may take.
+/// Timeouts of clients.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
     /// To read an answer.
     pub(super) read: Duration,
-    /// From one request to the next, when another client has no place.
+    /// Between two requests, when another client needs the connection.
     pub(super) idle: Duration,
 }
 
@@ -28,26 +28,26 @@ pub(super) const PATIENCE: Patience = Patience {
     idle: Duration::from_secs(10),
 };
 
-/// A client that is connected.
+/// A connected client.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) stream: UnixStream,
-    /// Since when it has sent no request, unless one is being handled.
+    /// When its last request ended, unless one is being handled.
     pub(super) idle_since: Option<Instant>,
 }
 
-/// The clients that are connected.
+/// The connected clients.
 #[derive(Debug, Default)]
 pub(super) struct Connections(Mutex<HashMap<u64, Connection>>);
 
 impl Connections {
-    /// No thread can leave it half changed.
+    /// A thread that panics cannot leave it half changed.
     pub(super) fn lock(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes room for another client, and says whether there is some. The client that has been idle for the
-    /// longest time gives up its place, if that was long enough.
+    /// Makes room for another client, and returns whether there is room. Disconnects the client that has
+    /// been idle longest, if that was long enough.
     pub(super) fn make_room(&self, idle: Duration) -> bool {
         let mut connections = self.lock();
         if connections.len() < MAX_CONNECTIONS {
@@ -95,13 +95,13 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Tells a client that there are too many. It fits into the socket's buffer, so this does not wait.
+/// Sends the error about too many clients. It fits into the socket's buffer, so this does not wait.
 pub(super) fn turn_away(stream: &UnixStream) {
     let error = ControlError::new(
         ErrorKind::Failed,
         format!("the daemon serves {MAX_CONNECTIONS} clients already"),
         "close other clients, such as those that watch statistics, and try again",
     );
-    // A client that is gone does not need it.
+    // A failure is ignored: a client that is gone does not need it.
     let _ = reply(stream, &Reply::Error(error));
 }

@@ -7,16 +7,16 @@ use std::io::{self, BufRead, Write};
 use crate::framing::{Line, read_line};
 use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
 
-/// How long a request may be, in bytes. The longest that makes sense has less than a hundred.
+/// The longest request in bytes. Valid requests have less than a hundred.
 pub(super) const MAX_LINE: usize = 64 << 10;
 
-/// What does the work. It is called from one thread for each client.
+/// The handler of requests. It is called from one thread for each client.
 pub trait Handler: Send + Sync {
-    /// Does what a request asks for.
+    /// Executes a request.
     ///
     /// # Errors
     ///
-    /// Why it is not done, for the client.
+    /// The error for the client.
     fn handle(&self, request: Request) -> Result<Response, ControlError>;
 }
 
@@ -24,7 +24,7 @@ pub trait Handler: Send + Sync {
 ///
 /// # Errors
 ///
-/// The client goes away before it has all answers.
+/// The client disconnects before it has all answers.
 pub fn serve(
     mut reader: impl BufRead,
     mut writer: impl Write,

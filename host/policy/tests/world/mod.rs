@@ -15,13 +15,13 @@ use fastrand::Rng;
 pub(crate) enum Behaviour {
     /// It inflates and deflates at once, and its statistics are true.
     Honest,
-    /// It inflates, but takes its time.
+    /// It inflates slowly.
     Slow,
     /// It never inflates.
     Stuck,
     /// It has no statistics.
     Silent,
-    /// It says that it needs memory, whatever it has.
+    /// It reports that it needs memory, whatever it has.
     Greedy,
     /// Its statistics are random.
     Random,
@@ -48,7 +48,7 @@ pub(crate) struct Guest {
     pub(crate) frozen: bool,
     stalls: u64,
     answered: u64,
-    /// Messages on their way, and when they arrive. A message without a time is lost.
+    /// Messages in flight, and their arrival times. A message without a time is lost.
     messages: VecDeque<(Option<Millis>, Action)>,
 }
 
@@ -74,7 +74,7 @@ impl Guest {
         }
     }
 
-    /// What it can touch, or will without another message.
+    /// The memory that it can touch, now or after messages in flight.
     pub(crate) fn reachable(&self) -> Pages {
         self.memory - self.target.min(self.size)
     }
@@ -107,7 +107,7 @@ impl Guest {
             Behaviour::Slow => 40 * MIB * time / 1_000,
             _ => Pages::MAX,
         };
-        // It does not give what it uses.
+        // It does not inflate memory in use.
         let possible = self.memory.saturating_sub(self.used).max(self.size);
         let size = self
             .target
@@ -233,7 +233,7 @@ impl World {
         self.pool - self.reserve
     }
 
-    /// What all guests can touch, or will without another message.
+    /// The memory that all guests can touch, now or after messages in flight.
     pub(crate) fn reachable(&self) -> Pages {
         self.guests.iter().map(Guest::reachable).sum()
     }
@@ -257,7 +257,7 @@ impl World {
         }
     }
 
-    /// Lets time pass, and has the policy decide.
+    /// Advances the time, and runs a step of the policy.
     pub(crate) fn step(&mut self, time: Millis) -> (Observation, Decision) {
         self.now += time;
         for guest in &mut self.guests {

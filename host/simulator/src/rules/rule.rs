@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a rule sees and does, and the arithmetic that rules share.
+//! The interface of a rule, and the arithmetic that rules share.
 
 use balloon_policy::{Millis, Observation, Pages, Vm};
 
 use crate::guest::Guest;
 
-/// What a guest will want, which only the oracle knows.
+/// A guest's future demand, which only the oracle knows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Truth {
     /// Memory of the kernel and the processes.
@@ -15,7 +15,7 @@ pub(crate) struct Truth {
     pub(crate) files: Pages,
 }
 
-/// What a rule sees.
+/// The input of a rule.
 #[derive(Clone, Debug)]
 pub(crate) struct View {
     pub(crate) observation: Observation,
@@ -31,7 +31,7 @@ impl View {
         self.observation.pool
     }
 
-    /// What the VMs have of the host.
+    /// The resident memory of the VMs.
     pub(super) fn resident(&self) -> Pages {
         let vms = self.observation.vms.iter();
         vms.filter_map(|vm| vm.resident).sum()
@@ -61,7 +61,7 @@ pub(crate) trait Rule {
     fn step(&mut self, view: &View) -> Vec<(usize, Pages)>;
 }
 
-/// Something that is done periodically.
+/// A periodic action.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Timer(Millis);
 

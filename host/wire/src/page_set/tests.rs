@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's encoder (bitmap.rs) and this decoder, against each other and each against what a test works
-//! out by itself.
+//! The guest's encoder (bitmap.rs) and this decoder, against each other and each against a reference.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -16,7 +15,7 @@ const END: u64 = 1 << 52;
 /// How many words of payload the longest message has.
 const MAX_WORDS: usize = (MAX_SIZE - HEADER_SIZE) / WORD;
 
-/// Every encoding that can be asked for.
+/// Every value of the encoding parameter.
 const CHOICES: [Option<bitmap::Encoding>; 3] = [
     None,
     Some(bitmap::Encoding::Ranges),
@@ -30,7 +29,7 @@ const INFLATE: Subject = Subject {
     more: false,
 };
 
-/// The bytes of a message, as the format has them.
+/// The bytes of a message.
 fn message(header: &Header, payload: &[u64]) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend(header.command.to_ne_bytes());
@@ -45,7 +44,8 @@ fn message(header: &Header, payload: &[u64]) -> Vec<u8> {
     bytes
 }
 
-/// Encodes runs (first page frame number, length) in buffers with these numbers of words, over and over.
+/// Encodes runs (first page frame number, length) in buffers with these numbers of words,
+/// repeatedly.
 fn encode(
     runs: &[(u64, u64)],
     buffers: &[usize],
@@ -58,12 +58,12 @@ fn encode(
         .map(|&(first, len)| PfnRange::new(first, len).expect("a run that there is"));
     let mut waiting = runs.next();
     while waiting.is_some() {
-        // What a buffer held before must not matter.
+        // The old content of a buffer must not matter.
         let mut payload = vec![0xa5a5_a5a5_a5a5_a5a5; *buffers.next().expect("a buffer")];
         let mut encoder = Encoder::new(&mut payload, forced).expect("room for two words");
         while let Some(run) = waiting {
             let rest = encoder.push(run);
-            // What is left is the end of the run.
+            // The rest is the end of the run.
             assert!(rest.is_none_or(|rest| {
                 rest.first() + rest.len() == run.first() + run.len() && rest.len() <= run.len()
             }));
@@ -81,7 +81,7 @@ fn encode(
     messages
 }
 
-/// Runs with neighbours joined.
+/// Runs with adjacent ones merged.
 fn joined(runs: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     let mut result: Vec<(u64, u64)> = Vec::new();
     for (first, len) in runs {
@@ -99,7 +99,7 @@ fn runs_of(set: &PageSet<'_>) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// How many words `runs`, without neighbours, are as ranges, and as one bitmap.
+/// The number of words of `runs`, without adjacent ones, as ranges, and as one bitmap.
 fn sizes(runs: &[(u64, u64)]) -> (usize, usize) {
     let ranges = runs.iter().map(|run| if run.1 < 4096 { 1 } else { 2 });
     let span = match (runs.first(), runs.last()) {
@@ -110,7 +110,7 @@ fn sizes(runs: &[(u64, u64)]) -> (usize, usize) {
     (ranges.sum(), bitmap)
 }
 
-/// Encodes `runs`, decodes the messages, and looks at everything that is promised of them.
+/// Encodes `runs`, decodes the messages, and checks all of their guarantees.
 fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding>) {
     let messages = encode(runs, buffers, forced);
     let mut decoded = Vec::new();
@@ -135,7 +135,7 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
             None => {
                 assert_eq!(words, ranges.min(bitmap));
                 assert_eq!(set.encoding == Encoding::Bitmap, bitmap < ranges);
-                // No buffer is given up before it has pages for half of it.
+                // Each buffer is at least half full.
                 assert!(last || ranges >= room / 2 - 1, "{ranges} {room}");
             }
             Some(bitmap::Encoding::Ranges) => {
@@ -147,7 +147,7 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
         }
         in_ranges += ranges;
         payload += words;
-        // A bitmap that is forced may cut a run, nothing else does.
+        // Only a forced bitmap may cut a run.
         split += its_runs
             .first()
             .filter(|first| !runs.iter().any(|run| run.0 == first.0))
@@ -166,7 +166,7 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
     }
 }
 
-/// Runs in ascending order, neighbours among them: dense, sparse, short, long and mixed.
+/// Runs in ascending order, some of them adjacent: dense, sparse, short, long and mixed.
 fn run_lists() -> impl Strategy<Value = Vec<(u64, u64)>> {
     let gap = prop_oneof![8 => 0..4u64, 3 => 0..200u64, 1 => 0..100_000u64, 1 => 0..1u64 << 36];
     let len = prop_oneof![8 => 1..4u64, 3 => 1..200u64, 1 => 4090..4100u64, 1 => 1..1u64 << 20];
@@ -186,7 +186,7 @@ fn run_lists() -> impl Strategy<Value = Vec<(u64, u64)>> {
                 runs.push((next + gap, len));
                 next += gap + len;
             }
-            // As far up as it goes, where limits are.
+            // Up to the highest page frame numbers, which test limits.
             let shift = if at_end { END - next } else { 0 };
             runs.iter().map(|run| (run.0 + shift, run.1)).collect()
         })
@@ -206,7 +206,7 @@ proptest! {
     #[test]
     fn what_is_decoded_is_what_was_encoded(runs in run_lists(), buffers in buffer_lists()) {
         for forced in CHOICES {
-            // A bitmap of terabytes is no message for a test.
+            // A bitmap of terabytes is too large for a test.
             if forced != Some(bitmap::Encoding::Bitmap) || runs.iter().all(|run| run.1 < 5000) {
                 check(&runs, &buffers, forced);
             }
@@ -264,10 +264,11 @@ proptest! {
     }
 }
 
-/// Reads a message and, if it is taken for one, works out again what it says: bit by bit, word by word.
+/// Reads a message and, if it is valid, decodes it again with a reference: bit by bit, word by
+/// word.
 fn look_at(message: &[u8]) {
     let mut message = message.to_vec();
-    // Few messages would be right if the number of pages had to be so by chance.
+    // Few random messages would be valid with a random number of pages.
     if let Err(Error::Count { named, .. }) = PageSet::parse(&message) {
         message[24..HEADER_SIZE].copy_from_slice(&named.to_le_bytes());
     }
@@ -314,7 +315,8 @@ fn look_at(message: &[u8]) {
     assert!((12..64).contains(&set.page_shift) && message.len() <= MAX_SIZE);
 }
 
-/// Checks every set of `bits` pages that lie `step` pages apart, from `base` on: as runs, and page by page.
+/// Checks every set of `bits` pages at a distance of `step` pages, from `base` on: as runs, and
+/// page by page.
 fn check_every_set(bits: u32, step: u64, base: u64, buffer: usize) {
     for set in 1..1u64 << bits {
         let pages: Vec<_> = (0..u64::from(bits))
@@ -333,7 +335,7 @@ fn every_set_of_a_few_pages_goes_through_every_small_buffer() {
     for buffer in 2..6 {
         check_every_set(10, 1, 0, buffer);
         check_every_set(6, 1, END - 6, buffer);
-        // Where the two encodings are about equally long.
+        // Near the point at which both encodings are equally long.
         for step in [7, 21, 63, 64, 65, 90] {
             check_every_set(10, step, 3, buffer);
         }
@@ -406,7 +408,7 @@ fn lone_pages_take_one_bit_for_each_page_of_memory_and_little_more() {
     for (words, part) in [(508, 0.0085), (MAX_WORDS, 0.001)] {
         let bytes: usize = encode(&runs, &[words], None).iter().map(Vec::len).sum();
         let least = span / 8;
-        // No precision is lost in numbers as small as these.
+        // Numbers as small as these lose no precision.
         #[allow(clippy::cast_precision_loss)]
         let more = (bytes - least) as f64 / least as f64;
         assert!(more < part, "{more}");
@@ -538,7 +540,7 @@ fn every_error_has_its_name() {
     for (message, error) in cases {
         assert_eq!(PageSet::parse(&message).err(), Some(error));
     }
-    // What is right at the same limits.
+    // Valid messages at the same limits.
     assert!(PageSet::parse(&at(0, 1)).is_ok());
     assert!(PageSet::parse(&raw(bits, 0, END - 1, 1, &[1])).is_ok());
     assert!(PageSet::parse(&raw([1, 0, 63, 1, 0, 0, 0, 0], 0, 0, 2, &[0x0002])).is_ok());
