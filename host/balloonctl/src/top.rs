@@ -210,7 +210,7 @@ fn shown() -> impl Iterator<Item = Stat> {
     })
 }
 
-/// All that is shown.
+/// The whole display.
 struct Top {
     vms: Vec<Vm>,
     table: TableState,

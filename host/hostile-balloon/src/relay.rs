@@ -27,7 +27,7 @@ impl Channel {
     /// QEMU 11.1 crashes if it receives the message after the driver has stopped the device: it accesses the
     /// device's state, which is gone. So no such message may be in flight then.
     pub(crate) fn config_changed(&self) {
-        /// A header, and a word that says how it went.
+        /// A header, and a word with the result.
         const ANSWER: usize = 20;
         let Some(mut socket) = self.0.get() else {
             return;

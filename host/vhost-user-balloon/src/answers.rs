@@ -2,11 +2,11 @@
 
 //! The queue of host requests: the device asks, the guest's driver answers (docs/protocol.md, section 5).
 //!
-//! Buffers are used in the order in which they were made available, and one for a request stays in the
-//! available ring until there is something to ask for: it is only looked at. One that a message of an answer
-//! comes behind is used without a request in it, and the driver makes it available again (HR-V9). So the used
-//! ring says where the queue continues, for a front end that stops it as for another process that takes it up,
-//! and there is nothing of the guest's that could get lost meanwhile.
+//! The device uses buffers in the order in which they were made available. A buffer for a request stays in the
+//! available ring until there is a request: the device only peeks at it. If a message of an answer follows
+//! such a buffer, the device uses the buffer without a request, and the driver makes it available again
+//! (HR-V9). So the index of the used ring gives the position in the queue, for a front end that stops the
+//! queue and for another worker. Nothing of the guest gets lost meanwhile.
 
 use std::ops::Range;
 
@@ -30,37 +30,37 @@ use crate::sync::{Mutex, lock};
 const REQUEST: u32 = 32;
 const _: () = assert!(request::SIZE == 32);
 
-/// What serves the queue.
+/// The device's side of the queue.
 #[derive(Debug)]
 pub struct Answers<'a> {
-    /// The guest's memory, where the messages are.
+    /// The guest's memory, which contains the messages.
     pub memory: &'a GuestMemoryMmap,
-    /// What is asked for. Not locked while memory is given back, which takes its time.
+    /// The requests. Not locked while memory is discarded, which takes long.
     pub requests: &'a Mutex<Requests>,
     /// The guest's memory.
     pub balloon: &'a Balloon,
-    /// What gives memory back to the host.
+    /// Returns memory to the host.
     pub discarder: &'a mut Discarder,
-    /// What is counted.
+    /// The counters.
     pub counters: &'a Counters,
-    /// Whether the guest relies on what its free pages hold. Then they are left alone: a hole reads as
-    /// zeroes (HR-V5).
+    /// Whether the guest relies on the content of its free pages. Then the device does not discard
+    /// them, since a hole reads as zeroes (HR-V5).
     pub keep: bool,
     /// Space for the pieces of a message.
     pub pieces: &'a mut Pieces,
-    /// The time that there is.
+    /// The time limit.
     pub budget: Budget,
-    /// How many bytes of the next message's memory have been given back, which there was no time to end.
+    /// How many bytes of the next message's memory were already discarded, if its time ran out.
     pub done: &'a mut u64,
 }
 
-/// What becomes of a buffer.
+/// What to do with a buffer.
 enum Fate {
     /// It is used, with so many bytes written into it.
     Used(u32),
-    /// There is no use for it now.
+    /// It stays available.
     Left,
-    /// There was no time for all of the message.
+    /// The time ran out before the message was complete.
     Unfinished,
 }
 
@@ -72,7 +72,7 @@ struct Taken {
 }
 
 impl Answers<'_> {
-    /// Takes what has come, asks what there is to ask, and says whether there is more to take.
+    /// Handles the guest's messages, sends requests, and returns whether there are more messages.
     pub fn serve(&mut self, vring: &mut VringState, messages: &Counter) -> Next {
         let queue = vring.get_queue_mut();
         if !queue.ready() {
@@ -81,7 +81,7 @@ impl Answers<'_> {
         match self.batch(queue, messages) {
             Ok((notify, more)) => {
                 if notify {
-                    // The front end may be gone, which its socket will tell.
+                    // The front end may be gone, which its socket reports later.
                     let _ = vring.signal_used_queue();
                 }
                 match more {
@@ -89,7 +89,7 @@ impl Answers<'_> {
                     false => Next::Notified,
                 }
             }
-            // There is nothing to be taken from a queue whose rings make no sense, until it is set up again.
+            // A queue with invalid rings has no messages until it is set up again.
             Err(_) => {
                 self.counters.refuse(Refusal::BadChain);
                 Next::Notified
@@ -102,7 +102,7 @@ impl Answers<'_> {
         lock(self.requests).start(queue.next_avail(), self.counters);
         queue.disable_notification(self.memory)?;
         let mut taken = Vec::new();
-        // So many of them are to be used. Those behind are for requests that there are not.
+        // So many of them to use. The following ones are for future requests.
         let mut needed = 0;
         let mut bytes = Vec::new();
         let budget = self.budget;
@@ -125,7 +125,7 @@ impl Answers<'_> {
             if need {
                 needed = taken.len();
             }
-            // Others wait for this queue and for what it locks.
+            // Other threads wait for this queue and for its locks.
             if !in_time || budget.is_over() {
                 in_time = false;
                 break;
@@ -133,7 +133,7 @@ impl Answers<'_> {
         }
         let full = taken.len() == MAX_BATCH;
         if full && needed == 0 {
-            // The message that the guest may be waiting for is behind them.
+            // The guest may be waiting for a message that follows them.
             self.counters.refuse(Refusal::TooManyBuffers);
             needed = taken.len();
         }
@@ -142,7 +142,7 @@ impl Answers<'_> {
             let Taken { head, written } = *buffer;
             complete(queue, self.memory, head, written, self.counters)?;
         }
-        // The guest is to tell of what comes behind all that were looked at.
+        // The guest must notify the device of buffers after those that were peeked at.
         let more = queue.enable_notification(self.memory)?;
         queue.set_next_avail(queue.next_avail().wrapping_sub(unneeded));
         lock(self.requests).position = Some(queue.next_avail());
@@ -150,7 +150,7 @@ impl Answers<'_> {
         Ok((notify, more || !in_time))
     }
 
-    /// Takes a message in, or fills a buffer with a request. Says what becomes of the buffer.
+    /// Handles a message, or fills a buffer with a request. Returns what to do with the buffer.
     fn take(
         &mut self,
         chain: Chain<'_>,
@@ -174,7 +174,7 @@ impl Answers<'_> {
                     messages.add(1);
                     *self.done = 0;
                 } else if *self.done == done {
-                    // It is another message than before, and has no such memory.
+                    // It is another message than before, without this memory.
                     *self.done = 0;
                 }
                 heard
@@ -205,7 +205,7 @@ impl Answers<'_> {
         Ok(Fate::Used(REQUEST))
     }
 
-    /// Does what a message of an answer says.
+    /// Handles a message of an answer.
     fn hear(
         &mut self,
         chain: Chain<'_>,
@@ -240,7 +240,7 @@ impl Answers<'_> {
         }
     }
 
-    /// Keeps which pages may be left out of a copy. Nothing happens to them (HR-V3).
+    /// Records which pages a copy may leave out. The device does not change them (HR-V3).
     fn keep(&mut self, set: &PageSet<'_>) -> Result<(), Refusal> {
         let mut requests = lock(self.requests);
         let kept = requests.of(set)?;
@@ -255,7 +255,7 @@ impl Answers<'_> {
         tell(outside)
     }
 
-    /// Gives pages back to the host, before the guest gets the buffer back that names them (HR-V5).
+    /// Returns pages to the host, before it uses the buffer that lists them (HR-V5).
     fn discard(&mut self, set: &PageSet<'_>, budget: Budget) -> Result<Fate, Refusal> {
         lock(self.requests).of(set)?;
         let (mut named, mut all) = (0_u64, 0_u64);
@@ -295,7 +295,7 @@ fn balloon_pages(set: &PageSet<'_>) -> impl Iterator<Item = Range<u64>> {
         .map(move |range| range.start << shift..range.end << shift)
 }
 
-/// Refuses pages that are not in the guest's memory, where the others have been dealt with (PS-V7).
+/// Counts pages outside of the guest's memory as refused. The others were handled (PS-V7).
 fn tell(outside: bool) -> Result<(), Refusal> {
     if outside {
         Err(Refusal::OutsideMemory)

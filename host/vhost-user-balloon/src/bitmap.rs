@@ -7,8 +7,8 @@ use std::ops::Range;
 /// How many bits a word of a bitmap has.
 pub(crate) const WORD: u64 = u64::BITS as u64;
 
-/// Makes bits of a bitmap ones or zeroes, a word at a time, and calls `each` for the runs of those that were
-/// not so; a run ends with its word. Returns how many bits that are.
+/// Sets or clears bits of a bitmap, a word at a time. Calls `each` for each run of bits that change; a run
+/// ends with its word. Returns the number of changed bits.
 pub(crate) fn set(
     words: &mut [u64],
     bits: Range<u64>,
@@ -52,7 +52,7 @@ pub(crate) fn find(words: &[u64], from: u64, one: bool) -> Option<u64> {
     None
 }
 
-/// Memory of which there is more than fits into a `usize` cannot have been mapped.
+/// Memory that does not fit into a `usize` cannot have been mapped.
 pub(crate) fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }

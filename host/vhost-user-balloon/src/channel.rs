@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Between the worker and its supervisor.
+//! The channel between the supervisor and its worker.
 //!
 //! The supervisor sends messages: at first [`START`], then [`SERVE`] for each front end. It closes its end to
-//! end the worker. The worker sends bytes. One of them is [`CONFIG_CHANGED`]: the device has to tell the front
-//! end that the configuration space has changed. The front end sends a socket for such messages, but the
-//! vhost-user library does not hand it out and has no call for this message. So the supervisor sends it.
+//! end the worker. The worker sends bytes. One of them is [`CONFIG_CHANGED`]: the device must notify the front
+//! end of a change of the configuration space. The front end sends a socket for such messages. But the
+//! vhost-user library neither shares the socket nor has a call for this message. So the supervisor sends it.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,15 +20,15 @@ use nix::sys::socket::{MsgFlags, send};
 use crate::message::Message;
 
 /// The version of the protocol between a supervisor and its worker, and of the snapshot for the next supervisor.
-/// A program that does not know it does not start as a worker.
+/// A program with another version does not start as a worker.
 pub const VERSION: u32 = 1;
 
-/// Get ready. The file with what is in the balloon comes with the message, and the listening control socket if
-/// there is one.
+/// Get ready. The message carries the file with the balloon's state, and the listening control socket if there
+/// is one.
 pub const START: u32 = 1;
 
-/// Serve the front end that connects to the socket that comes with the message. The body has two numbers of 32 bits:
-/// that of the front end's process, or 0 if that is not known, and 1 if the guest's driver continues.
+/// Serve the front end that connects to the socket in the message. The body has two numbers of 32 bits: the front
+/// end's process id, or 0 if that is unknown, and 1 if the guest's driver continues.
 pub const SERVE: u32 = 2;
 
 /// The worker is ready.
@@ -37,11 +37,11 @@ pub const READY: u8 = 1;
 /// The configuration space has changed.
 pub const CONFIG_CHANGED: u8 = 2;
 
-/// The worker's end.
+/// The worker's end of the channel.
 #[derive(Debug)]
 pub struct Channel {
     end: UnixStream,
-    /// The number of the front end's process, or 0.
+    /// The front end's process id, or 0.
     vmm: Arc<AtomicI32>,
     /// Whether the driver that starts first continues with an earlier worker's device.
     continues: Arc<AtomicBool>,
@@ -70,7 +70,7 @@ impl Channel {
         })
     }
 
-    /// Waits for a message of the supervisor's.
+    /// Waits for a message of the supervisor.
     ///
     /// # Errors
     ///
@@ -79,7 +79,7 @@ impl Channel {
         Message::receive(&self.end)
     }
 
-    /// Takes note which front end is served, by the body of a message.
+    /// Records the served front end, from the body of a message.
     pub fn set_vmm(&self, body: &[u8]) {
         let number = |at| {
             let bytes = body.get(at..).and_then(<[u8]>::first_chunk);
@@ -94,12 +94,12 @@ impl Channel {
         self.continues.load(SeqCst)
     }
 
-    /// Takes note that a driver has started. The next one is another one.
+    /// Records that a driver has started. The next one is a new driver.
     pub fn started(&self) {
         self.continues.store(false, SeqCst);
     }
 
-    /// The number of the front end's process, if that is known.
+    /// The front end's process id, if that is known.
     pub fn vmm(&self) -> Option<i32> {
         Some(self.vmm.load(SeqCst)).filter(|&pid| pid > 0)
     }
@@ -109,7 +109,7 @@ impl Channel {
         self.send(READY);
     }
 
-    /// Tells the front end that the configuration space has changed.
+    /// Notifies the front end of a change of the configuration space.
     pub fn config_changed(&self) {
         self.send(CONFIG_CHANGED);
     }
@@ -117,7 +117,7 @@ impl Channel {
     fn send(&self, byte: u8) {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         match send(self.end.as_raw_fd(), &[byte], flags) {
-            // A full one has a message of this kind in it.
+            // A full channel already has a message of this kind.
             Ok(_) | Err(Errno::EAGAIN) => {}
             Err(error) => warn!("the supervisor cannot be reached: {error}"),
         }

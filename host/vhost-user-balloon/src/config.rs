@@ -8,22 +8,22 @@ use balloon_wire::{
     VIRTIO_BALLOON_STOP_REASON_FLOOR, VIRTIO_BALLOON_STOP_REASON_NO_MEMORY, config,
 };
 
-/// The fields that are more than computed.
+/// The fields that are stored, and not computed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fields {
-    /// How many balloon pages the host wants.
+    /// The host's target in balloon pages.
     pub target: u32,
-    /// How many balloon pages the guest has given away, as it says.
+    /// The balloon size in balloon pages, as the guest reports it.
     pub actual: u32,
-    /// What the guest's free pages hold.
+    /// The value of the guest's free pages.
     pub poison_val: u32,
-    /// Why the guest stops short of the target, as it says.
+    /// The guest's stop reason.
     pub stop_reason: u32,
 }
 
 impl Default for Fields {
-    /// Until the guest has said what its free pages hold, they are taken to hold something: a daemon
-    /// that knows nothing of what was before must not give them back.
+    /// Until the guest has sent the value of its free pages, the daemon assumes that they have one:
+    /// a daemon without earlier state must not discard them.
     fn default() -> Self {
         Self {
             target: 0,
@@ -35,10 +35,10 @@ impl Default for Fields {
 }
 
 impl Fields {
-    /// What a driver reads.
+    /// The content for the driver.
     ///
-    /// `target` is what the guest is asked for now, in balloon pages, `hint_command` is the command id of free page
-    /// hinting, and `granule` is the device's in bytes.
+    /// `target` is the current target in balloon pages, `hint_command` the command id of free page hinting, and
+    /// `granule` the device's granule in bytes.
     pub fn read(&self, target: u32, hint_command: u32, granule: u32) -> [u8; config::SIZE] {
         let mut bytes = [0; config::SIZE];
         for (offset, value) in [
@@ -56,10 +56,10 @@ impl Fields {
         bytes
     }
 
-    /// Takes over what a driver has written.
+    /// Handles a write of the driver.
     ///
-    /// Whatever the driver writes, QEMU sends all of its own copy, with a target that may be old by
-    /// then. So only what is the driver's to write is taken, and only whole fields.
+    /// Whatever the driver writes, QEMU sends all of its own copy, with a target that may be stale.
+    /// So the device takes only the driver's fields, and only whole ones.
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
         for (place, field) in [
             (config::ACTUAL, &mut self.actual),
@@ -76,7 +76,7 @@ impl Fields {
         }
     }
 
-    /// Why the guest stops short of the target, if it does.
+    /// The guest's stop reason, if it has one.
     pub fn shortfall(&self) -> Option<Shortfall> {
         match self.stop_reason {
             VIRTIO_BALLOON_STOP_REASON_FLOOR => Some(Shortfall::Floor),
@@ -145,7 +145,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is read can be written back, wherever it is cut, and changes nothing.
+        /// Writing back the read bytes changes nothing, wherever they are cut.
         #[test]
         fn what_was_read_can_be_written(
             actual: u32, poison_val: u32, stop_reason: u32, start in 0_usize..32, end in 0_usize..32,

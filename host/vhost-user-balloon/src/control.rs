@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the control socket is answered.
+//! The commands of the control socket.
 
 use std::io;
 use std::time::Duration;
@@ -19,8 +19,8 @@ use crate::metrics;
 use crate::requests::TooMany;
 use crate::state::{MAX_INHIBIT, MAX_INHIBITORS};
 
-/// How long a guest may take to send statistics. They come at once from a guest that is at work, and a
-/// client waits longer than this.
+/// How long a guest may take to send statistics. A running guest sends them at once, and a client
+/// waits longer than this.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Handler for Device {
@@ -119,8 +119,8 @@ impl Device {
         }
     }
 
-    /// A target may be set before there is a guest. What is more than its memory would leave it nothing. Memory that was
-    /// plugged a moment ago counts: what the guest is asked for follows when it has taken that into use.
+    /// A target may be set before there is a guest. A target above the guest's memory would leave nothing to it.
+    /// Recently plugged memory counts: the device raises the requested size when the guest uses that memory.
     fn set(&self, bytes: u64) -> Result<Response, ControlError> {
         let (memory, limit) = match self.is_outdated() {
             true => (Some(self.sizes().memory), None),
@@ -186,7 +186,7 @@ impl Device {
         self.ask_guest(Command::UnusedDiscard(wanted))
     }
 
-    /// Has no memory given back to the host for a while.
+    /// Stops returning memory to the host for a time.
     fn inhibit_for(&self, seconds: u64, owner: Option<&str>) -> Result<Response, ControlError> {
         let limit = MAX_INHIBIT.as_secs();
         if !(1..=limit).contains(&seconds) {
@@ -244,7 +244,7 @@ impl Device {
         Ok(Response::Begun(Begun { id }))
     }
 
-    /// Nobody is to wait for what a guest without a driver does not answer.
+    /// Without a driver no client must wait for an answer of the guest.
     fn progress(&self, id: u64) -> Result<Response, ControlError> {
         let progress = self.requests().progress(id).ok_or_else(|| no_request(id))?;
         if !progress.status.is_end() {
@@ -280,7 +280,7 @@ impl Device {
     }
 }
 
-/// Whether this can be the name of an owner. It is shown in lines of text.
+/// Whether this is a valid name of an owner. Output shows it in lines of text.
 fn is_owner(name: &str) -> bool {
     (1..=64).contains(&name.len()) && !name.chars().any(char::is_control)
 }
@@ -293,7 +293,7 @@ fn cannot_keep(error: &io::Error) -> ControlError {
     )
 }
 
-/// Which unused memory is meant, in bytes.
+/// The range and block size of a request, in bytes.
 fn wanted(block: u64, start: u64, end: u64) -> Result<Wanted, ControlError> {
     if !block.is_power_of_two() || block < BALLOON_PAGE_SIZE {
         return Err(ControlError::new(
@@ -440,7 +440,7 @@ mod tests {
             .unwrap();
         let progress = |id| device.handle(Request::Progress { id });
         assert_eq!(kind(progress(id)), ErrorKind::NoGuest);
-        // Nobody asks for cancels.
+        // Clients do not query cancels.
         assert_eq!(kind(progress(id - 1)), ErrorKind::OutOfRange);
         let Ok(Response::Progress(cancelled)) = device.handle(Request::Cancel { id }) else {
             panic!("no progress");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is counted, and what of it is logged.
+//! The counters, and the log of refused messages.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,20 +14,21 @@ use strum::VariantArray;
 
 use crate::kind::{ByKind, Kind};
 
-/// A guest can cause any number of refusals, so each kind is logged once in this time at most.
+/// A guest can cause any number of refusals, so the daemon logs each kind at most once in this
+/// interval.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The name of the encoding that all drivers have, beside those of page sets.
 const PFNS: &str = "pfns";
 
-/// Why something that the guest sent is refused.
+/// Why the device refuses a message, or a part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, VariantArray)]
 pub enum Refusal {
     /// The available ring or a descriptor chain is broken.
     BadChain,
     /// A buffer is not in the guest's memory.
     BadBuffer,
-    /// A message is longer than the device takes.
+    /// A message is longer than the device accepts.
     TooLong,
     /// A message ends in the middle of an entry, or has none.
     Truncated,
@@ -39,9 +40,9 @@ pub enum Refusal {
     AlreadyInBalloon,
     /// Pages that were not in the balloon.
     NotInBalloon,
-    /// Hints for a command that is over.
+    /// Hints for a command that has ended.
     StaleHint,
-    /// More buffers for requests than the device looks at.
+    /// More buffers for requests than the device peeks at.
     TooManyBuffers,
 }
 
@@ -76,18 +77,18 @@ impl Counter {
         self.0.fetch_add(n, Relaxed);
     }
 
-    /// What it has come to.
+    /// The value.
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
 }
 
-/// How long something has taken, all times together.
+/// The total duration of an operation.
 #[derive(Debug, Default)]
 pub struct Stopwatch(Counter);
 
 impl Stopwatch {
-    /// Does it once more.
+    /// Runs the operation, and adds its duration.
     pub fn time<T>(&self, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = work();
@@ -96,7 +97,7 @@ impl Stopwatch {
         result
     }
 
-    /// What it has come to, in microseconds.
+    /// The value, in microseconds.
     pub fn microseconds(&self) -> u64 {
         self.0.get() / 1000
     }
@@ -105,51 +106,51 @@ impl Stopwatch {
 #[derive(Debug, Default)]
 struct Refused {
     messages: Counter,
-    /// When it was logged for the last time, in milliseconds since the start, and 1.
+    /// When it was last logged, in milliseconds since the start, plus 1.
     logged: AtomicU64,
 }
 
-/// All that is counted since the daemon was started.
+/// All counters since the worker was started.
 #[derive(Debug)]
 pub struct Counters {
-    /// What was put into the balloon, in bytes.
+    /// Inflated memory, in bytes.
     pub inflated: Counter,
-    /// What was taken out of the balloon, in bytes.
+    /// Deflated memory, in bytes.
     pub deflated: Counter,
-    /// What was given back to the host, in bytes.
+    /// Memory returned to the host, in bytes.
     pub discarded: Counter,
-    /// How many times memory was given back.
+    /// The number of calls that returned memory.
     pub discards: Counter,
-    /// How many times that failed.
+    /// The number of failed calls.
     pub discard_failures: Counter,
-    /// How many times the host had no memory for what the guest takes back.
+    /// How many times the host had no memory for deflated pages.
     pub prefault_failures: Counter,
-    /// What must not be given back to the host and was named all the same, in bytes.
+    /// Listed memory that must not be returned to the host, in bytes.
     pub withheld: Counter,
-    /// How long giving memory back has taken.
+    /// The duration of returning memory.
     pub discarding: Stopwatch,
-    /// How long it has taken to find out which memory the messages of the inflate queue name.
+    /// The duration of decoding messages of the inflate queue.
     pub translating: Stopwatch,
-    /// What was reported as free, in bytes.
+    /// Memory reported as free, in bytes.
     pub reported: Counter,
-    /// What was hinted as free, in bytes.
+    /// Memory hinted as free, in bytes.
     pub hinted: Counter,
-    /// What was named as unused in answers, in bytes.
+    /// Memory listed as unused in answers, in bytes.
     pub unused: Counter,
-    /// How many requests the guest was asked.
+    /// The number of host requests.
     pub asked: Counter,
-    /// How many of them have ended, by the number of the status.
+    /// The number of ended requests, by the number of the status.
     pub answered: [Counter; RequestStatus::ALL.len()],
-    /// How many messages came on each kind of queue, in the order of the specification.
+    /// The number of messages on each kind of queue, in the order of the specification.
     pub messages: ByKind<Counter>,
-    /// How many times there was an event for each, in the same order: the guest's notifications, of which
-    /// several may be one event, and a few when a queue is set up.
+    /// The number of events for each, in the same order: the guest's notifications, several of which may
+    /// be one event, and a few when a queue is set up.
     pub notifications: ByKind<Counter>,
-    /// How long the messages of the inflate and the deflate queue were, in bytes, as far as they could be read.
+    /// The size of the readable messages of the inflate and the deflate queue, in bytes.
     pub received: [Counter; 2],
     /// The same, of the messages of answers.
     pub received_answers: Counter,
-    /// How many of them were arrays of page frame numbers.
+    /// The number of arrays of page frame numbers.
     pub pfns: Counter,
     /// How many were page sets, by their encoding.
     page_sets: [Counter; Encoding::ALL.len()],
@@ -187,7 +188,7 @@ impl Default for Counters {
 }
 
 impl Counters {
-    /// Counts a message for which something was refused, and logs it now and then.
+    /// Counts a refused message, and logs it if the last log line is old enough.
     pub fn refuse(&self, reason: Refusal) {
         let Some(refused) = self.refused.get(reason as usize) else {
             return;
@@ -198,7 +199,7 @@ impl Counters {
         if last == 0 || now.saturating_sub(last) > milliseconds(LOG_INTERVAL) {
             refused.logged.store(now, Relaxed);
             let times = refused.messages.get();
-            // What a driver of another kind of device sends is no list of pages.
+            // A driver of another device type sends messages that are no lists of pages.
             let hint = match reason {
                 Refusal::Truncated => "; QEMU's device needs virtio-id=5",
                 _ => "",
@@ -207,7 +208,7 @@ impl Counters {
         }
     }
 
-    /// Counts a request that has ended so.
+    /// Counts an ended request with this status.
     pub fn answered(&self, status: RequestStatus) {
         if let Some(answered) = self.answered.get(status as usize) {
             answered.add(1);
@@ -231,19 +232,19 @@ impl Counters {
             .collect()
     }
 
-    /// For how long there is something to count.
+    /// The time since the start.
     pub fn uptime(&self) -> Duration {
         self.start.elapsed()
     }
 
-    /// How many messages were refused for a reason.
+    /// The number of messages that were refused for a reason.
     pub fn refused(&self, reason: Refusal) -> u64 {
         self.refused
             .get(reason as usize)
             .map_or(0, |refused| refused.messages.get())
     }
 
-    /// All of it as the control protocol has it.
+    /// All counters, as a type of the control protocol.
     pub fn snapshot(&self) -> Snapshot {
         let [inflate, deflate] = &self.received;
         Snapshot {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Deflating: the guest takes pages back (specification, clause 5.5.6).
+//! Deflating (specification, clause 5.5.6).
 //!
-//! There is nothing to do for most memory: the file gets a new page when the guest writes to it. Where the file may
-//! have none (huge pages, a tmpfs that is full) the VM would end then. So the memory is there before the buffer is
-//! used, and while the host has none the buffer waits, if the driver waits for it. On request that is so for
-//! all memory.
+//! Most memory needs no work: the host allocates a page when the guest writes to it. If the host may be unable to
+//! do so (huge pages, a full tmpfs), the VM would end then. So the device allocates such memory before it uses the
+//! buffer. While the host has no memory the device delays the buffer, if the driver waits for it. With `--prefault`
+//! it allocates all memory.
 
 use vm_memory::GuestMemoryMmap;
 
@@ -16,24 +16,25 @@ use crate::kind::Kind;
 use crate::pages::{Format, Pages};
 use crate::queue::{Budget, Chain, Progress, Receiver};
 
-/// What receives the messages of the deflate queue.
+/// The receiver of the deflate queue.
 #[derive(Debug)]
 pub struct Deflate<'a> {
-    /// The guest's memory, where the messages are.
+    /// The guest's memory, which contains the messages.
     pub memory: &'a GuestMemoryMmap,
-    /// Where the pages come from.
+    /// The balloon of the pages.
     pub balloon: &'a mut Balloon,
-    /// What has memory ready.
+    /// Allocates memory.
     pub discarder: &'a mut Discarder,
-    /// Whether it is to have all memory ready, and not only what may be gone.
+    /// Whether to allocate all memory, and not only memory that the host may lack.
     pub prefault: bool,
-    /// Whether the driver tells before it uses a page again.
+    /// Whether the driver notifies the device before it reuses a page.
     pub told_before_use: bool,
-    /// Whether another process may have begun with the messages, and pages of them be out of the balloon.
+    /// Whether another worker may have begun with the messages, so that some pages are already
+    /// deflated.
     pub begun: bool,
-    /// What the messages are.
+    /// The format of the messages.
     pub format: Format,
-    /// What is counted.
+    /// The counters.
     pub counters: &'a Counters,
     /// Space for the pages of a batch.
     pub pages: &'a mut Pages,
@@ -54,9 +55,9 @@ impl Receiver for Deflate<'_> {
     }
 
     fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
-        // Pages of memory that the front end has taken back may be in the balloon when it comes back.
+        // Pages of removed memory may be in the balloon when the front end adds the memory again.
         let named = self.pages.sort(&self.balloon.known_ranges());
-        // What was named twice, or is outside, is counted once.
+        // Pages that were listed twice, or are outside of memory, count once.
         let mut tally = if *done == 0 { named } else { Tally::default() };
         let mut progress = Progress::Done;
         for chunk in self.pages.chunks(*done) {
@@ -174,7 +175,8 @@ mod tests {
         }
     }
 
-    /// No memory can be allocated beyond the end of a file that must not grow, however long the driver waits.
+    /// Memory beyond the end of a sealed file can never be allocated, however long the driver
+    /// waits.
     #[test]
     fn a_driver_does_not_wait_for_what_never_comes() {
         let mut guest = GuestQueue::new();

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Giving memory back to the host.
+//! Returning memory to the host.
 //!
-//! The guest's memory is in files that the front end has sent, and the host gets a piece of it back by a
-//! hole in the file. The file is never mapped for that: the front end and the guest see zeroes in the
-//! hole, and writing to it allocates memory again.
+//! The guest's memory is in files that the front end has sent. The device returns memory by punching a
+//! hole into the file. It never maps the file. The front end and the guest see zeroes in the hole, and a
+//! write to the hole allocates memory again.
 //!
-//! The piece that a file can lose is its granule: a huge page of hugetlbfs, a huge page of shared memory
-//! where the host gives it such, or the host's page. A hole in a part of a granule would give back nothing
-//! (hugetlbfs) or split a huge page, so only whole granules are punched.
+//! The smallest hole of a file is its granule: a huge page of hugetlbfs, a huge page of shared memory if
+//! the host uses those, or the host's page. A hole in a part of a granule would return nothing (hugetlbfs)
+//! or split a huge page, so the device punches only whole granules.
 //!
-//! A granule may come in pieces, in several messages. The device may change a page that it has answered for
-//! only if the driver tells before it uses the page again (VIRTIO_BALLOON_F_MUST_TELL_HOST, or page sets
-//! without VIRTIO_BALLOON_F_DEFLATE_ON_OOM); other drivers may use it by now. So only of a driver that tells a
-//! granule waits for its last page, and of others all of its pages have to come together. The device offers
-//! VIRTIO_BALLOON_F_MUST_TELL_HOST where it expects large granules.
+//! The pages of a granule may be in several messages. After the device has used a message, it may change its
+//! pages only if the driver notifies the device before it reuses a page (VIRTIO_BALLOON_F_MUST_TELL_HOST, or
+//! page sets without VIRTIO_BALLOON_F_DEFLATE_ON_OOM). Other drivers may already use the page. So only with a
+//! driver that notifies, a granule may wait for its last page. With others, all of its pages must be in one
+//! batch. The device offers VIRTIO_BALLOON_F_MUST_TELL_HOST where it expects large granules.
 
 use std::fs::{self, File};
 use std::ops::Range;
@@ -35,19 +35,19 @@ use crate::queue::Budget;
 
 const SHMEM_HUGE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-/// So much is discarded by one call: as much as takes a small part of the time that a queue has.
+/// The size of one call, which takes a small part of a queue's time.
 const PART: u64 = 32 << 20;
 
-/// An error is logged once in this interval at most.
+/// The daemon logs an error at most once in this interval.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The size of a transparent huge page in bytes.
 const HUGE_PAGE: u64 = 2 << 20;
 
-/// Which granule shared memory has. That of hugetlbfs is the file's own in any case.
+/// The granule of shared memory. That of hugetlbfs is always the file's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Granularity {
-    /// A huge page if the host gives shared memory huge pages, else the host's page.
+    /// A huge page if the host uses huge pages for shared memory, otherwise the host's page.
     #[default]
     Auto,
     /// So many bytes.
@@ -94,7 +94,7 @@ impl Granularity {
 }
 
 impl Granularity {
-    /// Whether granules are larger than a page, as far as that is known before there is memory.
+    /// Whether granules are larger than a page, as far as that is known without memory.
     pub fn is_large(self) -> bool {
         match self {
             Self::Auto => huge_shmem(),
@@ -149,11 +149,11 @@ impl Piece {
     }
 }
 
-/// Pieces, where one that continues the last one becomes a part of it.
+/// Pieces. A piece that continues the previous one is merged with it.
 #[derive(Debug, Default)]
 pub struct Pieces {
     pieces: Vec<Piece>,
-    /// How many bytes were left out, as they are not to be discarded.
+    /// How many bytes were left out, since they must not be discarded.
     withheld: u64,
 }
 
@@ -182,7 +182,7 @@ impl Pieces {
         });
     }
 
-    /// Takes note of so many bytes that are not to be discarded.
+    /// Counts so many bytes that must not be discarded.
     pub fn withhold(&mut self, bytes: u64) {
         self.withheld = self.withheld.saturating_add(bytes);
     }
@@ -194,18 +194,18 @@ impl Pieces {
     }
 }
 
-/// What gives memory back, and takes it again.
+/// Returns memory to the host, and allocates it again.
 #[derive(Debug, Default)]
 pub struct Discarder {
-    /// Whether no memory is to be given back now.
+    /// Whether no memory may be returned now.
     pub withhold: bool,
-    /// When each error was logged: one that comes once comes for every piece.
+    /// When each error was logged: an error usually repeats for every piece.
     logged: Vec<(Errno, Instant)>,
 }
 
 impl Discarder {
-    /// Punches a hole for each of the pieces, which are none afterwards. The first `done` bytes of them were
-    /// dealt with before, and what is dealt with now is added. Returns whether there was time for all.
+    /// Punches a hole for each of the pieces, and empties them. The first `done` bytes of them were handled
+    /// before, and the handled bytes are added. Returns whether there was time for all.
     pub fn discard(
         &mut self,
         pieces: &mut Pieces,
@@ -256,8 +256,9 @@ impl Discarder {
         }
     }
 
-    /// Has memory ready for those of the pieces that need it, or for `all`. There are none afterwards. Returns
-    /// whether there may be memory: it is no use to wait where the file's memory cannot be allocated at all.
+    /// Allocates memory for those of the pieces that need it, or for `all`, and empties them. Returns false if
+    /// the host lacks memory now. It returns true if the file's memory can never be allocated, since a wait
+    /// would be useless.
     pub fn prefault(&mut self, pieces: &mut Pieces, all: bool, counters: &Counters) -> bool {
         let mut ready = true;
         for piece in &pieces.pieces {
@@ -300,15 +301,15 @@ impl Discarder {
     }
 }
 
-/// Whether the file may have no memory for a page although the host has some: when its huge pages are used up,
-/// or the room in its tmpfs.
+/// Whether the file may lack memory although the host has some: huge pages may be used up, or a tmpfs may be
+/// full.
 fn may_run_out(file: &File) -> bool {
     let Ok(metadata) = file.metadata() else {
         return true;
     };
     match fstatfs(file) {
         Ok(stat) if stat.filesystem_type() == HUGETLBFS_MAGIC => true,
-        // A memfd's tmpfs has no limit, and says so by having no blocks.
+        // A memfd's tmpfs has no limit, and reports no blocks.
         Ok(stat) if stat.filesystem_type() == TMPFS_MAGIC && stat.blocks() > 0 => {
             let block = u64::try_from(stat.block_size()).unwrap_or_default();
             let room = stat.blocks_available().saturating_mul(block);
@@ -366,7 +367,7 @@ mod tests {
 
     #[test]
     fn memory_that_is_not_there_is_counted() {
-        // Nothing can be allocated in a file that is read-only.
+        // A read-only file cannot allocate memory.
         let file = memory_file(4096);
         let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
         let mut pieces = Pieces::default();
@@ -388,7 +389,7 @@ mod tests {
 
     #[test]
     fn only_a_shortage_is_worth_waiting_for() {
-        // Nothing can be allocated in a file that is read-only.
+        // A read-only file cannot allocate memory.
         let file = memory_file(4096);
         let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
         let mut pieces = Pieces::default();

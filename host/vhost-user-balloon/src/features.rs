@@ -33,13 +33,13 @@ pub enum Feature {
     FreePageReporting,
     /// Both sides suppress needless notifications.
     EventIdx,
-    /// The guest names pages by ranges and bitmaps; an extension.
+    /// The guest describes pages by ranges and bitmaps; an extension.
     #[value(skip)]
     PageSets,
     /// The guest answers requests; an extension.
     #[value(skip)]
     HostRequests,
-    /// The guest tells why it stops short of the target; an extension.
+    /// The guest reports why it stays below the target; an extension.
     #[value(skip)]
     StopReason,
 }
@@ -103,7 +103,7 @@ pub fn names(features: u64) -> Vec<String> {
         .collect()
 }
 
-/// What the device offers: these features, and those that it cannot do without.
+/// The offered features: these, and the mandatory ones.
 pub fn offer(features: &[Feature], extensions: bool) -> u64 {
     let chosen = features.iter().fold(0, |set, feature| set | feature.mask());
     let extensions = if extensions {
@@ -133,10 +133,10 @@ pub fn config_size(features: u64) -> usize {
     }
 }
 
-/// Whether a driver with these features tells before it uses a page of the balloon again.
+/// Whether a driver with these features notifies the device before it reuses a page.
 ///
-/// With page sets it has to unless its guest is out of memory, and then only if nobody has told it not to
-/// deflate for that (PS-D14, PS-V10).
+/// With page sets it must, unless its guest is out of memory and deflate on OOM was negotiated (PS-D14,
+/// PS-V10).
 pub fn tells_before_use(features: u64) -> bool {
     let has = |feature: Feature| feature.is_in(features);
     has(Feature::MustTellHost) || (has(Feature::PageSets) && !has(Feature::DeflateOnOom))

@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is left to a guest at least.
+//! The memory that a guest keeps at least.
 
 use std::str::FromStr;
 
 use balloon_control::parse_size;
 use balloon_wire::BALLOON_PAGE_SIZE;
 
-/// What every guest needs, in bytes.
+/// The fixed part of the floor, in bytes.
 const BASE: u64 = 64 << 20;
 
-/// The part of its memory that a guest needs for the rest: the kernel's own data grow with it.
+/// The part of a guest's memory in the floor: the kernel's own data grow with memory.
 const PART: u64 = 16;
 
-/// What is left to a guest at least.
+/// The memory that a guest keeps at least.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Floor {
     /// In proportion to its memory.
     #[default]
     Auto,
-    /// So many bytes. 0 leaves it to the guest's driver.
+    /// So many bytes. 0 leaves the limit to the guest's driver.
     Bytes(u64),
 }
 
@@ -37,7 +37,7 @@ impl FromStr for Floor {
 }
 
 impl Floor {
-    /// What it is in bytes for a guest with so many bytes of memory.
+    /// The floor in bytes of a guest with so many bytes of memory.
     pub fn of(self, memory: u64) -> u64 {
         match self {
             Self::Auto => (BASE + memory / PART).min(memory / 2),
@@ -45,7 +45,7 @@ impl Floor {
         }
     }
 
-    /// The largest balloon that leaves it, in bytes, if there is a limit.
+    /// The largest balloon that respects it, in bytes, if there is a limit.
     pub fn limit(self, memory: u64) -> Option<u64> {
         if self == Self::Bytes(0) {
             return None;

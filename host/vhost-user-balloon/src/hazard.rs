@@ -2,21 +2,21 @@
 
 //! Memory that must not be discarded.
 //!
-//! A hole in the guest's memory does harm where a device or a program relies on the page that it replaces:
+//! A hole in the guest's memory does harm if a device or a program relies on the discarded page:
 //!
-//! - A device that has the addresses of pages (VFIO, iommufd, vDPA, RDMA, an io_uring with fixed buffers) keeps
-//!   the old page, and the guest gets a new one. Each sees other data from then on.
+//! - A device that has pinned pages (VFIO, iommufd, vDPA, RDMA, an io_uring with fixed buffers) keeps the old
+//!   page, and the guest gets a new one. They see different data from then on.
 //! - With userfaultfd a handler may fill the hole with old content, of a snapshot.
-//! - Memory that the VMM has locked is to be there at any time.
-//! - A huge page of hugetlbfs goes back to the pool, and the reservation with it. If the pool is empty when the
-//!   guest wants it back, the VM ends with SIGBUS.
-//! - A hole in a file on a disk is a change of the file system, which takes its time and may not be undone
-//!   when the disk is full.
+//! - Memory that the VMM has locked must always be resident.
+//! - A huge page of hugetlbfs returns to the pool, and its reservation ends. If the pool is empty when the
+//!   guest uses the page again, the VM ends with SIGBUS.
+//! - A hole in a file on a disk changes the file system, which is slow, and cannot be undone when the disk
+//!   is full.
 //!
-//! QEMU's own balloon asks QEMU, and no vhost-user message tells. So this looks at what the system says about
-//! the VMM, and about other processes with the guest's memory: a device that is served by another process is in
-//! neither of the VMM's own lists. A VMM whose state cannot be read counts as a hazard of its own. What cannot be seen
-//! of other processes, a client can say: see `inhibit` in docs/control.md.
+//! QEMU's own balloon asks QEMU; vhost-user has no message for that. So the daemon reads /proc of the VMM, and of
+//! other processes that use the guest's memory: a device in another process is in neither of the VMM's own lists. A
+//! VMM whose state cannot be read is a hazard, too. For hazards of other processes that the daemon cannot see, clients
+//! send `inhibit` (docs/control.md).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -33,25 +33,25 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use procfs::ProcResult;
 use procfs::process::{FDTarget, Process, all_processes};
 
-/// How old what is known of the VMM may be when memory is discarded. It takes far less to find it out.
+/// The maximum age of the VMM's state when memory is discarded. Reading it takes far less time.
 const VMM_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How old what is known of other processes may be. It takes some milliseconds to look at all of them.
+/// The maximum age of the state of other processes. Reading all of them takes some milliseconds.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
 
-/// So much memory is locked by programs that keep a password in it, in KiB.
+/// The memory that programs lock for passwords, in KiB.
 const FEW_LOCKED: u64 = 1 << 10;
 
 /// Why memory must not be discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Hazard {
-    /// A device may have the addresses of the guest's pages.
+    /// A device may have pinned the guest's pages.
     Pinned,
     /// The VMM has locked its memory.
     Locked,
     /// A userfaultfd handler fills the guest's memory.
     Userfaultfd,
-    /// A huge page of hugetlbfs may be gone when the guest wants it back.
+    /// The pool of huge pages may be empty when the guest uses the page again.
     Hugetlb,
     /// The guest's memory is a file on a disk.
     DiskFile,
@@ -96,7 +96,7 @@ impl Hazard {
         }
     }
 
-    /// What a file of the guest's memory is discarded at the risk of.
+    /// The hazards of discarding a file of the guest's memory.
     pub fn of_file(file: &File) -> Option<Self> {
         match fstatfs(file).map(|stat| stat.filesystem_type()) {
             Ok(TMPFS_MAGIC) => None,
@@ -106,35 +106,36 @@ impl Hazard {
     }
 }
 
-/// What names a file: the numbers of its device and its inode.
+/// The identity of a file: the numbers of its device and its inode.
 pub type Identity = (u64, u64);
 
-/// What is known about the processes that have the guest's memory.
+/// The state of the processes that use the guest's memory.
 #[derive(Debug, Default)]
 pub struct Watch {
     vmm: Option<i32>,
     files: BTreeSet<Identity>,
     /// What the VMM has pinned or locked.
     pinned: BTreeSet<Hazard>,
-    /// What the VMM has open.
+    /// The hazards of the VMM's open files.
     opened: BTreeSet<Hazard>,
     vmm_seen: Option<Instant>,
     /// What other processes do.
     others: BTreeSet<Hazard>,
     others_seen: Option<Instant>,
-    /// Whether it was looked at whether the VMM's mappings can be read.
+    /// Whether the access to the VMM's mappings was checked.
     mappings_seen: bool,
-    /// Whether it was logged that the files that the VMM has open cannot be listed.
+    /// Whether the daemon has logged that it cannot list the VMM's open files.
     warned: bool,
     /// Why no memory is given back, as it was logged for the last time.
     logged: BTreeSet<Hazard>,
 }
 
 impl Watch {
-    /// What the processes that have these files of the guest's memory do to it, as it was a moment ago. `vmm` is asked
-    /// for the number of the VMM's process while that is not known.
+    /// The hazards of the processes that use these files of the guest's memory, a moment ago. `vmm` returns the VMM's
+    /// process id while that is unknown.
     ///
-    /// It may take long to look at a process, so no lock may be held that the front end waits for.
+    /// Reading the state of a process may take long, so the caller must not hold a lock that the
+    /// front end waits for.
     pub fn hazards(
         &mut self,
         files: &BTreeSet<Identity>,
@@ -163,7 +164,7 @@ impl Watch {
         &(&self.pinned | &self.opened) | &self.others
     }
 
-    /// The supervisor refuses memory that is private to the VMM, unless it cannot see that. A driver's messages in
+    /// The supervisor refuses memory that is private to the VMM, if it can see that. A driver's messages in
     /// private memory do not arrive, and the device seems to have no driver.
     fn look_at_mappings(&mut self) {
         let Some(vmm) = self.vmm.filter(|_| !self.mappings_seen) else {
@@ -200,7 +201,7 @@ impl Watch {
         );
     }
 
-    /// Takes note of what a look at the VMM has found. What was found before stays where there is no new answer.
+    /// Records the result of reading the VMM's state. Earlier results stay if there is no new one.
     fn note(
         &mut self,
         pinned: Option<BTreeSet<Hazard>>,
@@ -245,7 +246,7 @@ fn memory(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
         .collect())
 }
 
-/// What a process has open. The library has a list of the same, which leaves out what it fails to read.
+/// The open files of a process. The library's list of them omits unreadable ones.
 fn open_files(process: i32) -> io::Result<BTreeSet<Hazard>> {
     let mut hazards = BTreeSet::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
@@ -271,7 +272,7 @@ fn of_target(target: &FDTarget) -> Option<Hazard> {
     }
 }
 
-/// Whether this is a device file that memory is pinned with.
+/// Whether this is a device file for pinning memory.
 fn pins(path: &Path) -> bool {
     let is_in = |directory| path.starts_with(directory) && path != Path::new(directory);
     let name = path.to_string_lossy();
@@ -281,7 +282,7 @@ fn pins(path: &Path) -> bool {
         || [Path::new("/dev/iommu"), Path::new("/dev/udmabuf")].contains(&path)
 }
 
-/// What other processes do that have mapped one of these files, as far as they can be looked at.
+/// The hazards of other processes that have mapped one of these files, as far as they can be read.
 fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> ProcResult<BTreeSet<Hazard>> {
     let me = i32::try_from(process::id()).ok();
     Ok(all_processes()?
@@ -290,7 +291,7 @@ fn others(files: &BTreeSet<Identity>, vmm: Option<i32>) -> ProcResult<BTreeSet<H
             if [vmm, me].contains(&Some(process.pid)) {
                 return None;
             }
-            // Few processes have anything pinned, and it takes longer to look at what one has mapped.
+            // Few processes have pinned memory, and reading mappings takes longer.
             let hazards = memory(&process).ok().filter(|found| !found.is_empty())?;
             maps(&process, files).then_some(hazards)
         })

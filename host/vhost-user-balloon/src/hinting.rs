@@ -5,9 +5,9 @@
 //! The host has a command id in the configuration space. The guest sends the id, then buffers of memory
 //! that was free, then the id that stands for the end.
 //!
-//! Hinted memory is never given back to the host: the guest may take it into use again at any time, before
-//! the device has even seen the hint, and what it has written would be lost. A hint says only that the
-//! contents before the command may be left out of a copy, by those who know what was written since.
+//! The device never returns hinted memory to the host. The guest may use the memory again at any time,
+//! even before the device has seen the hint, and would lose its data. A hint only allows a copy to omit
+//! the content from before the command, if the copying program knows all writes since then.
 
 use std::time::SystemTime;
 
@@ -21,20 +21,20 @@ use crate::sync::{Mutex, lock};
 const STOP: u32 = VIRTIO_BALLOON_CMD_ID_STOP;
 const DONE: u32 = VIRTIO_BALLOON_CMD_ID_DONE;
 
-/// The command and how far the guest is with it.
+/// The command, and the guest's progress with it.
 #[derive(Debug)]
 pub struct Hints {
-    /// What the configuration space has.
+    /// The id in the configuration space.
     command: u32,
-    /// The last id that was given out.
+    /// The last assigned id.
     last: u32,
-    /// The id of the command that the guest has begun to answer, and not ended yet.
+    /// The id of the command that the guest is answering.
     open: Option<u32>,
 }
 
 impl Default for Hints {
-    /// The guest may still know the last id of a process that has had the device before: ids begin with the
-    /// clock's seconds, which that one has left behind.
+    /// The guest may still know the last id of an earlier worker. Ids start from the clock's seconds, so
+    /// that this worker does not repeat that id.
     fn default() -> Self {
         let seconds = SystemTime::UNIX_EPOCH
             .elapsed()
@@ -49,13 +49,12 @@ impl Default for Hints {
 }
 
 impl Hints {
-    /// What the configuration space has.
+    /// The id in the configuration space.
     pub fn command(&self) -> u32 {
         self.command
     }
 
-    /// Has the guest send hints under a new id. An id is not given out again while the guest may be
-    /// answering to it.
+    /// Requests hints with a new id. An id is not reused while the guest may be answering it.
     pub fn start(&mut self) {
         loop {
             self.last = self.last.wrapping_add(1);
@@ -66,24 +65,24 @@ impl Hints {
         self.command = self.last;
     }
 
-    /// Has the guest send no more hints, and keep the memory that it has hinted.
+    /// Stops the hints. The guest keeps the hinted memory.
     pub fn stop(&mut self) {
         self.command = STOP;
     }
 
-    /// Has the guest take back the memory that it has hinted.
+    /// Allows the guest to use the hinted memory again.
     pub fn done(&mut self) {
         self.command = DONE;
     }
 
-    /// Takes note that the guest has a new driver, which knows of no command.
+    /// Resets the state for a new driver, which knows no command.
     pub fn restart(&mut self) {
         self.done();
         self.open = None;
     }
 
-    /// The guest says which command it answers to, or that it has no more hints. What the configuration space
-    /// has without a command is no command to answer to.
+    /// Handles the id of the command that the guest answers, or the end of its hints. The id of the
+    /// configuration space without a command is not valid here.
     fn announce(&mut self, id: u32) {
         self.open = if id == STOP || id == DONE {
             None
@@ -93,14 +92,14 @@ impl Hints {
     }
 }
 
-/// What receives the messages of the hinting queue.
+/// The receiver of the hinting queue.
 #[derive(Debug)]
 pub struct Hinting<'a> {
-    /// The guest's memory, where the messages are.
+    /// The guest's memory, which contains the messages.
     pub memory: &'a GuestMemoryMmap,
-    /// What was hinted.
+    /// The hinted memory.
     pub hints: &'a Mutex<Hints>,
-    /// What is counted.
+    /// The counters.
     pub counters: &'a Counters,
 }
 
@@ -108,7 +107,7 @@ impl Hinting<'_> {
     fn hint(&mut self, chain: Chain<'_>) -> Result<(), Refusal> {
         let mut id = Vec::new();
         read(self.memory, chain.clone(), size_of::<u32>(), &mut id)?;
-        // Not for longer than one message: the configuration space has the command.
+        // Locked for one message only, since reads of the configuration space need the command.
         let mut hints = lock(self.hints);
         match <[u8; 4]>::try_from(id.as_slice()) {
             Ok(id) => hints.announce(u32::from_le_bytes(id)),

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Inflating: the guest gives pages away (specification, clause 5.5.6).
+//! Inflating (specification, clause 5.5.6).
 //!
-//! The device may change a page only from the moment that it sees it on the queue until it uses the buffer
-//! that named it. So all holes for the messages of a batch are punched before the first of them is used,
-//! and pages that are named by several messages of a batch can share a hole.
+//! The device may change a page only after it has seen the page on the queue, and until it uses the buffer
+//! that lists it. So it punches all holes for the messages of a batch before it uses the first of them.
+//! Pages of several messages of a batch can share a hole.
 
 use vm_memory::GuestMemoryMmap;
 
@@ -15,22 +15,23 @@ use crate::kind::Kind;
 use crate::pages::{Format, Pages};
 use crate::queue::{Budget, Chain, Progress, Receiver};
 
-/// What receives the messages of the inflate queue.
+/// The receiver of the inflate queue.
 #[derive(Debug)]
 pub struct Inflate<'a> {
-    /// The guest's memory, where the messages are.
+    /// The guest's memory, which contains the messages.
     pub memory: &'a GuestMemoryMmap,
-    /// Where the pages go.
+    /// The balloon for the pages.
     pub balloon: &'a mut Balloon,
-    /// Whether the driver tells before it uses a page again.
+    /// Whether the driver notifies the device before it reuses a page.
     pub told_before_use: bool,
-    /// Whether another process may have begun with the messages, and pages of them be in the balloon.
+    /// Whether another worker may have begun with the messages, so that some pages are already in
+    /// the balloon.
     pub begun: bool,
-    /// What gives them back to the host.
+    /// Returns the pages to the host.
     pub discarder: &'a mut Discarder,
-    /// What the messages are.
+    /// The format of the messages.
     pub format: Format,
-    /// What is counted.
+    /// The counters.
     pub counters: &'a Counters,
     /// Space for the pages of a batch.
     pub pages: &'a mut Pages,
@@ -55,7 +56,7 @@ impl Receiver for Inflate<'_> {
     fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
         let translating = &self.counters.translating;
         let named = translating.time(|| self.pages.sort(&self.balloon.memory_ranges()));
-        // What was named twice, or is outside, is counted once.
+        // Pages that were listed twice, or are outside of memory, count once.
         let mut tally = if *done == 0 { named } else { Tally::default() };
         let mut progress = Progress::Done;
         for chunk in self.pages.chunks(*done) {
@@ -94,7 +95,7 @@ mod tests {
     use crate::testing::GuestQueue;
     use vm_memory::{Bytes, GuestAddress};
 
-    /// Runs the messages of the queue, and returns what was counted.
+    /// Handles the messages of the queue, and returns the counters.
     fn run(guest: &GuestQueue, balloon: &mut Balloon) -> Counters {
         let counters = Counters::default();
         let mut receiver = Inflate {
@@ -143,7 +144,7 @@ mod tests {
         assert_eq!(guest.used(), 2);
     }
 
-    /// The messages are read in each turn, before anything is done about them.
+    /// Each turn reads the messages before it acts on them.
     #[test]
     fn few_long_messages_are_a_batch() {
         let (mut guest, mut balloon) = guest();

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is in the balloon, where another process finds it that takes the device up.
+//! The balloon's state in a file, for the next worker.
 //!
-//! It is in a file in memory, which the supervisor has and gives to each worker. Without it a worker would not know
-//! which pages come out of the balloon, would have no memory ready for them, and would refuse the guest's messages
-//! about them. A worker writes what a batch has changed after the memory was discarded, or is there again, and
-//! before the guest gets its buffers back. One that is killed in between leaves the old bits, and the next one does
-//! the batch again.
+//! The file is in memory. The supervisor holds it and passes it to each worker. Without it a worker would not know
+//! the pages in the balloon: it would not prefault them, and would refuse the guest's messages about them. A worker
+//! writes the changes of a batch after it has discarded or allocated the memory, and before it uses the guest's
+//! buffers. A worker that is killed in between leaves the old bits, and the next one repeats the batch.
 
 use std::fs::File;
 use std::io;
@@ -19,22 +18,22 @@ use serde::{Deserialize, Serialize};
 use crate::bitmap::index;
 use crate::hazard::Identity;
 
-/// Where the bitmaps begin. The table of regions is in front of them, with its length before it.
+/// The offset of the bitmaps. The table of regions is in front of them, with its length before it.
 const BITMAPS: u64 = 64 << 10;
 
-/// How many words that have not changed are written, rather than begin another write.
+/// How many unchanged words are written to avoid another write.
 const GAP: u64 = 512;
 
-/// A region of the guest's memory, as it is in the file.
+/// A region of the guest's memory, as the file describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Region {
     /// Its balloon pages.
     pub pages: Range<u64>,
-    /// What tells the file that holds it from others.
+    /// The identity of its memory file.
     pub identity: Identity,
-    /// Where it begins in that file, in bytes.
+    /// Its offset in that file, in bytes.
     pub offset: u64,
-    /// Where its bitmap is in this file, in bytes.
+    /// The offset of its bitmap in this file, in bytes.
     bitmap: u64,
     /// How many words the bitmap has.
     words: u64,
@@ -48,9 +47,9 @@ pub struct Kept {
 }
 
 impl Kept {
-    /// Takes over what is in a file.
+    /// Reads the state from a file.
     pub fn new(file: File) -> Self {
-        // One that makes no sense was not finished, or is empty.
+        // An invalid one was not finished, or is empty.
         let regions = read_regions(&file).unwrap_or_default();
         Self { file, regions }
     }
@@ -67,17 +66,17 @@ impl Kept {
         self.regions.iter().map(load).collect()
     }
 
-    /// Gives the file up after an error.
+    /// Stops using the file after an error.
     pub fn give_up(self, error: &io::Error) {
         give_up(&self.file, error);
     }
 
-    /// Has the file have these regions, with nothing in the balloon.
+    /// Writes these regions to the file, with an empty balloon.
     pub fn reset(
         &mut self,
         regions: impl Iterator<Item = (Range<u64>, Identity, u64, usize)>,
     ) -> io::Result<()> {
-        // An empty file has no regions, for as long as this takes.
+        // Meanwhile the file is empty, and has no regions.
         self.file.set_len(0)?;
         self.regions.clear();
         let mut end = BITMAPS;
@@ -114,7 +113,7 @@ impl Kept {
             .write_all_at(&bytes, region.bitmap + words.start * 8)
     }
 
-    /// Writes what has changed of a region's bitmap: these words of it, in order.
+    /// Writes the changed words of a region's bitmap, in order.
     pub fn update(
         &self,
         number: usize,
@@ -138,12 +137,11 @@ impl Kept {
     }
 }
 
-/// Empties a file that cannot be kept up to date, so that another process does not take old bits for new ones. That
-/// needs no memory.
+/// Empties a file that cannot be updated, so that another worker does not use stale bits. That needs no memory.
 pub fn give_up(file: &File, error: &io::Error) {
-    warn!("cannot keep what is in the balloon for a restart of this process: {error}");
+    warn!("cannot store the balloon's state for a restart of this process: {error}");
     if let Err(error) = file.set_len(0) {
-        error!("cannot empty the file with what is in the balloon: {error}; restart the VM");
+        error!("cannot empty the file with the balloon's state: {error}; restart the VM");
     }
 }
 

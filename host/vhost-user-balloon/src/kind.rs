@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which queue is which.
+//! The kinds of queues.
 
 use balloon_wire::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_REPORTING,
@@ -8,16 +8,16 @@ use balloon_wire::{
 };
 use strum::VariantArray;
 
-/// How many queues a balloon can have.
+/// The maximum number of queues.
 pub const MAX_QUEUES: usize = Kind::ALL.len();
 
-/// What a queue is for, in the order of the specification (clause 5.5.2) and of its extension behind them
+/// The purpose of a queue, in the order of the specification (clause 5.5.2), followed by the extension
 /// (docs/protocol.md, section 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, VariantArray)]
 pub enum Kind {
-    /// Pages that go into the balloon.
+    /// Inflated pages.
     Inflate,
-    /// Pages that come out of the balloon.
+    /// Deflated pages.
     Deflate,
     /// The guest's memory statistics.
     Stats,
@@ -30,11 +30,11 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Every queue that there can be.
+    /// All kinds.
     pub const ALL: &[Self] = Self::VARIANTS;
 
-    /// What the queue with this number is for. The specification has fixed numbers, but Linux, QEMU and
-    /// others number the queues that are there one after the other, so that is what a device must do.
+    /// The kind of the queue with this number. The specification has fixed numbers, but Linux, QEMU and
+    /// others number the present queues without gaps, so a device must do the same.
     pub fn of(number: usize, acked_features: u64) -> Option<Self> {
         Self::present(acked_features).nth(number)
     }
@@ -59,7 +59,7 @@ impl Kind {
     }
 }
 
-/// One of something for each kind of queue.
+/// One value for each kind of queue.
 #[derive(Debug, Default)]
 pub struct ByKind<T>([T; MAX_QUEUES]);
 

@@ -21,8 +21,8 @@ fn main() -> ExitCode {
     let options = Options::parse();
     env_logger::Builder::new()
         .filter_level(options.log)
-        // A guest can have this library complain without end. The daemon counts the same, and logs it
-        // now and then.
+        // A guest can make this library log without end. The daemon counts the same errors, and
+        // limits its log.
         .filter_module("virtio_queue", LevelFilter::Off)
         .format_timestamp(None)
         .init();
@@ -40,10 +40,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Is the process that has the device.
+/// Runs the worker.
 fn work(options: &Options) -> Result<()> {
     // A worker whose supervisor has ended sees the end of its channel, unless it hangs. The supervisor may
-    // have ended before the kernel was asked for the signal.
+    // have ended before the worker requested the signal.
     set_pdeathsig(Signal::SIGKILL)?;
     ensure!(
         options
@@ -52,27 +52,27 @@ fn work(options: &Options) -> Result<()> {
         "the supervisor of this worker has ended"
     );
     sandbox::prepare();
-    // A core dump would have all of the guest's memory in it, and each hole in that memory would be filled
-    // to be written.
+    // A core dump would contain all of the guest's memory, and writing it would fill each hole in that
+    // memory.
     set_dumpable(false)?;
     set_name(c"balloon-worker")?;
-    // A device without the thread that serves it is of no use. Another process takes it up.
+    // A device without its thread is useless. Another worker continues it.
     let default = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
         default(info);
         process::abort();
     }));
-    // It is the supervisor that ends on an interrupt from the terminal.
+    // Only the supervisor handles an interrupt from the terminal.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
     worker::run(options)
 }
 
-/// Is the process that has the VMM's connection.
+/// Runs the supervisor.
 fn supervise(options: &Options) -> Result<()> {
     set_no_new_privs()?;
-    // It may have been started by the number of a file descriptor.
+    // Its path may be that of a file descriptor.
     set_name(c"vhost-user-ball")?;
     supervisor::run(options)
 }

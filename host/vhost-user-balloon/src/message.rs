@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Messages of the vhost-user protocol, as far as one has to know them to hand them on: a header, the rest,
-//! and the file descriptors that came with them.
+//! Messages of the vhost-user protocol, as far as the supervisor needs to know them: a header, the body,
+//! and the file descriptors.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -31,7 +31,7 @@ const KERNEL_MAX_DESCRIPTORS: usize = 253;
 /// The space that these take with a message, in bytes.
 const SPACE: usize = rustix::cmsg_space!(ScmRights(KERNEL_MAX_DESCRIPTORS));
 
-/// The front end's requests that mean something here.
+/// The front end's requests that the supervisor knows.
 pub mod request {
     use vhost::vhost_user::message::FrontendReq;
 
@@ -43,19 +43,19 @@ pub mod request {
     pub const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
     /// How many descriptors a queue has.
     pub const SET_VRING_NUM: u32 = FrontendReq::SET_VRING_NUM as u32;
-    /// Where a queue's rings are, in the front end's addresses.
+    /// The addresses of a queue's rings, in the front end's address space.
     pub const SET_VRING_ADDR: u32 = FrontendReq::SET_VRING_ADDR as u32;
     /// The index from which on a queue's available ring is to be read.
     pub const SET_VRING_BASE: u32 = FrontendReq::SET_VRING_BASE as u32;
     /// The end of a queue, answered with that index.
     pub const GET_VRING_BASE: u32 = FrontendReq::GET_VRING_BASE as u32;
-    /// The event through which the guest tells of messages in a queue.
+    /// The event by which the guest notifies the device of messages in a queue.
     pub const SET_VRING_KICK: u32 = FrontendReq::SET_VRING_KICK as u32;
     /// The event that interrupts the guest.
     pub const SET_VRING_CALL: u32 = FrontendReq::SET_VRING_CALL as u32;
     /// The event for errors of a queue.
     pub const SET_VRING_ERR: u32 = FrontendReq::SET_VRING_ERR as u32;
-    /// What the protocol can beyond its basics.
+    /// The optional features of the protocol.
     pub const GET_PROTOCOL_FEATURES: u32 = FrontendReq::GET_PROTOCOL_FEATURES as u32;
     /// The features of the protocol that the front end uses.
     pub const SET_PROTOCOL_FEATURES: u32 = FrontendReq::SET_PROTOCOL_FEATURES as u32;
@@ -67,13 +67,13 @@ pub mod request {
     pub const SET_BACKEND_REQ_FD: u32 = FrontendReq::SET_BACKEND_REQ_FD as u32;
     /// A part of the configuration space.
     pub const GET_CONFIG: u32 = FrontendReq::GET_CONFIG as u32;
-    /// What the guest has written into it.
+    /// A write of the guest to it.
     pub const SET_CONFIG: u32 = FrontendReq::SET_CONFIG as u32;
     /// How many regions of memory there can be.
     pub const GET_MAX_MEM_SLOTS: u32 = FrontendReq::GET_MAX_MEM_SLOTS as u32;
     /// A part of the memory.
     pub const ADD_MEM_REG: u32 = FrontendReq::ADD_MEM_REG as u32;
-    /// A part of the memory that is gone.
+    /// The removal of a part of the memory.
     pub const REM_MEM_REG: u32 = FrontendReq::REM_MEM_REG as u32;
 }
 
@@ -86,7 +86,7 @@ pub struct Message {
     is_truncated: bool,
 }
 
-/// A message of the front end's, which may still be in the socket.
+/// A message of the front end, which may still be in the socket.
 #[derive(Debug)]
 pub struct Head {
     /// The message.
@@ -95,12 +95,12 @@ pub struct Head {
     pub queued: Queued,
 }
 
-/// So many bytes at the start of what is in a socket.
+/// So many bytes at the start of a socket's data.
 #[derive(Debug)]
 pub struct Queued(usize);
 
 impl Queued {
-    /// Takes them out of the socket.
+    /// Removes them from the socket.
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl Queued {
 
 impl Head {
     /// Reads the next message, and leaves it in the socket: if this process is killed, another one reads it
-    /// again. A message that was sent in several parts is taken out of the socket.
+    /// again. A message that was sent in several parts is removed from the socket.
     ///
     /// # Errors
     ///
@@ -137,7 +137,7 @@ impl Head {
                     descriptors,
                     is_truncated,
                 };
-                // When a message has none, Linux adds those of the next message.
+                // If a message has none, Linux adds those of the next message.
                 if !message.has_descriptors() {
                     message.descriptors.clear();
                     message.is_truncated = false;
@@ -249,17 +249,17 @@ impl Message {
         to.write_all(self.bytes.get(sent..).unwrap_or_default())
     }
 
-    /// What it asks for.
+    /// The request.
     pub fn request(&self) -> u32 {
         self.word(0).unwrap_or_default()
     }
 
-    /// Whether it wants to be answered: some requests always do, others when this bit is set.
+    /// Whether it requires an answer: some requests always do, others if this bit is set.
     pub fn wants_answer(&self) -> bool {
         self.flags().contains(VhostUserHeaderFlag::NEED_REPLY)
     }
 
-    /// Asks for an answer, or does not.
+    /// Sets or clears the flag for an answer.
     pub fn set_wants_answer(&mut self, wanted: bool) {
         self.set_flag(VhostUserHeaderFlag::NEED_REPLY, wanted);
     }
@@ -277,19 +277,19 @@ impl Message {
         }
     }
 
-    /// What is after the header.
+    /// The body.
     pub fn body(&self) -> &[u8] {
         self.bytes.get(HEADER..).unwrap_or_default()
     }
 
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn body_mut(&mut self) -> &mut [u8] {
         self.bytes.get_mut(HEADER..).unwrap_or_default()
     }
 
     /// Whether file descriptors belong to the message, by the protocol.
     fn has_descriptors(&self) -> bool {
-        /// The bit in the body of a message with an event that there is none.
+        /// The bit in the body of a message with an event that says that there is none.
         const NO_EVENT: u8 = 1;
         match self.request() {
             request::SET_MEM_TABLE | request::ADD_MEM_REG | request::SET_BACKEND_REQ_FD => true,
@@ -317,7 +317,7 @@ impl Message {
         &self.descriptors
     }
 
-    /// Whether this process could not receive all of its file descriptors: it has as many as it may have.
+    /// Whether this process could not receive all of its file descriptors, because of its limit.
     pub fn is_truncated(&self) -> bool {
         self.is_truncated
     }
@@ -469,7 +469,7 @@ pub(crate) mod tests {
             Message::receive(&theirs).unwrap_err().kind(),
             ErrorKind::InvalidData
         );
-        // It has an end when the other one is closed everywhere.
+        // It reports an end of file only if all copies of the other end are closed.
         assert_eq!(read(&end, &mut [0]), Ok(0));
     }
 

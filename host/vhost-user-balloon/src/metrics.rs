@@ -29,57 +29,55 @@ pub fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> String {
     metrics.text
 }
 
-/// A number: its name, its help, and where it is. It is left out while it is unknown.
+/// A metric: its name, its help, and its value. It is left out while the value is unknown.
 type Gauge = (&'static str, &'static str, fn(&Info) -> Option<u64>);
 
 const GAUGES: [Gauge; 11] = [
-    (
-        "target_bytes",
-        "What the guest is asked to give away.",
-        |info| Some(info.target),
-    ),
-    ("size_bytes", "What the guest has given away.", |info| {
-        Some(info.size)
+    ("target_bytes", "Requested balloon size.", |info| {
+        Some(info.target)
     }),
+    (
+        "size_bytes",
+        "Balloon size as the guest reports it.",
+        |info| Some(info.size),
+    ),
     ("guest_memory_bytes", "The guest's memory.", |info| {
         info.memory
     }),
     (
         "shared_memory_bytes",
-        "The memory that the VMM has shared, with what the guest does not have.",
+        "Memory that the VMM has shared, including memory that the guest lacks.",
         |info| info.shared,
     ),
     (
         "limit_bytes",
-        "The largest balloon that leaves the guest its floor.",
+        "Largest balloon that respects the guest's floor.",
         |info| info.limit,
     ),
-    (
-        "boot_grace_seconds",
-        "For how long a guest that boots is still left alone.",
-        |info| Some(info.grace.unwrap_or_default()),
-    ),
+    ("boot_grace_seconds", "Remaining boot grace.", |info| {
+        Some(info.grace.unwrap_or_default())
+    }),
     ("connected", "Whether a VMM is connected.", |info| {
         Some(info.guest.connected.into())
     }),
     (
         "driver",
-        "Whether the guest has a driver at work.",
+        "Whether a guest driver uses the device.",
         |info| Some(info.guest.driver.into()),
     ),
     (
         "withheld",
-        "Whether some memory, or none, is given back to the host, for one reason or several.",
+        "Whether some or all memory is not returned to the host.",
         |info| Some(u64::from(!info.withheld.is_empty())),
     ),
     (
         "open_requests",
-        "Requests that the guest is to answer.",
+        "Host requests without a completion.",
         |info| Some(info.guest.open_requests),
     ),
     (
         "guest_answered_seconds",
-        "Time since the guest did something.",
+        "Time since the guest last used a queue.",
         |info| info.guest.answered,
     ),
 ];
@@ -90,72 +88,70 @@ type Total = (&'static str, &'static str, fn(&Counters) -> u64);
 const COUNTERS: [Total; 13] = [
     (
         "inflated_bytes_total",
-        "What went into the balloon.",
+        "Memory that the guest inflated.",
         |counters| counters.inflated,
     ),
     (
         "deflated_bytes_total",
-        "What came out of the balloon.",
+        "Memory that the guest deflated.",
         |counters| counters.deflated,
     ),
     (
         "discarded_bytes_total",
-        "What was given back to the host.",
+        "Memory returned to the host.",
         |counters| counters.discarded,
     ),
     (
         "discards_total",
-        "How often memory was given back.",
+        "Calls that returned memory.",
         |counters| counters.discards,
     ),
     (
         "discard_failures_total",
-        "How often that failed.",
+        "Failed calls that return memory.",
         |counters| counters.discard_failures,
     ),
     (
         "prefault_failures_total",
-        "How often the host had no memory for what the guest takes back.",
+        "How often the host had no memory for deflated pages.",
         |counters| counters.prefault_failures,
     ),
     (
         "withheld_bytes_total",
-        "What must not be given back to the host and was named all the same.",
+        "Memory in messages that must not be returned to the host.",
         |counters| counters.withheld,
     ),
     (
         "discarding_microseconds_total",
-        "How long giving memory back has taken.",
+        "Time spent on returning memory.",
         |counters| counters.discarding,
     ),
     (
         "translating_microseconds_total",
-        "How long it has taken to find out which memory inflating messages name.",
+        "Time spent on decoding inflate messages.",
         |counters| counters.translating,
     ),
     (
         "reported_bytes_total",
-        "What was reported as free.",
+        "Memory in free page reports.",
         |counters| counters.reported,
     ),
     (
         "hinted_bytes_total",
-        "What was hinted as free.",
+        "Memory in free page hints.",
         |counters| counters.hinted,
     ),
     (
         "unused_bytes_total",
-        "What was named as unused on request.",
+        "Memory in answers to requests for unused memory.",
         |counters| counters.unused,
     ),
-    (
-        "requests_total",
-        "Requests that the guest was asked.",
-        |counters| counters.asked,
-    ),
+    ("requests_total", "Host requests made.", |counters| {
+        counters.asked
+    }),
 ];
 
-/// The type and the name of the metric that is a statistic of the guest.
+/// The type and the name of the metric for a statistic of the guest.
 fn guest_metric(statistic: &str, unit: Unit, is_counter: bool) -> (&'static str, String) {
     let name = statistic.replace('-', "_");
     let unit = match unit {
@@ -192,12 +188,12 @@ impl Metrics {
         for (name, help, of) in [
             (
                 "messages_total",
-                "Messages of the guest.",
+                "Messages received on each queue.",
                 counters.messages,
             ),
             (
                 "notifications_total",
-                "Notifications of messages.",
+                "Notifications received on each queue.",
                 counters.notifications,
             ),
         ] {
@@ -211,7 +207,7 @@ impl Metrics {
         self.many(
             "counter",
             "received_bytes_total",
-            "What was received to name pages.",
+            "Size of messages that list pages.",
             "queue",
             [
                 ("inflate", inflate),
@@ -227,7 +223,7 @@ impl Metrics {
         self.many(
             "counter",
             "page_messages_total",
-            "Messages that named pages.",
+            "Messages that list pages, by encoding.",
             "encoding",
             encodings.map(|(encoding, &value)| (encoding.as_str(), value)),
         );
@@ -238,7 +234,7 @@ impl Metrics {
         self.many(
             "counter",
             "answers_total",
-            "Requests that have ended.",
+            "Ended host requests, by status.",
             "status",
             answered.iter().map(|(status, times)| (&**status, *times)),
         );
@@ -246,7 +242,7 @@ impl Metrics {
         self.many(
             "counter",
             "refused_total",
-            "Messages with something that was refused.",
+            "Refused messages, by reason.",
             "reason",
             refused.map(|(reason, &value)| (reason.as_str(), value)),
         );
@@ -254,7 +250,7 @@ impl Metrics {
         self.many(
             "gauge",
             "short_of_target",
-            "Why the guest stays below the target.",
+            "Stop reason of the guest.",
             "reason",
             reason.map(|reason| (reason, 1)),
         );
@@ -270,7 +266,7 @@ impl Metrics {
         }
     }
 
-    /// One with a value for each value of a label.
+    /// A metric with a value for each value of a label.
     fn many<'a>(
         &mut self,
         kind: &str,
@@ -312,7 +308,7 @@ mod tests {
     use super::*;
     use balloon_control::{ByQueue, Guest, RequestStatus, Stat};
 
-    /// Gives each number in a value another one.
+    /// Replaces each number in a value by a different one.
     fn number(value: &mut Value, next: &mut u64) {
         match value {
             Value::Number(_) => {

@@ -29,11 +29,10 @@ use crate::sandbox::Sandbox;
 ///
 /// The last two lines are one argument. The memory has to be shared.
 ///
-/// The daemon serves one VMM at a time, and then waits for the next one. It has
-/// two processes. The supervisor holds the connection. The worker implements the
-/// device, and is replaced when it has crashed or does not respond. On SIGHUP, as
-/// after an update, the program at the daemon's path takes over. If that does not
-/// start, the running one continues. The guest does not notice.
+/// The daemon serves one VMM at a time, and then waits for the next one. It has two processes. The
+/// supervisor holds the connection. The worker implements the device, and is replaced when it has
+/// crashed or does not respond. On SIGHUP, as after an update, the program at the daemon's path
+/// takes over. If that does not start, the running one continues. The guest is not affected.
 ///
 /// The daemon ends on SIGTERM and SIGINT. Without systemd a guest that still runs
 /// has no balloon from then on: QEMU's device cannot reconnect. As a service with

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Sets of the guest's pages, with a bit for each balloon page that there is.
+//! Sets of the guest's pages, with a bit for each balloon page.
 
 use std::ops::Range;
 
@@ -9,18 +9,18 @@ use crate::bitmap::{WORD, find, index, set};
 /// The pages of a region of memory.
 #[derive(Debug)]
 struct Region {
-    /// All that there are.
+    /// All of them.
     all: Range<u64>,
     /// A bit for each.
     bits: Vec<u64>,
 }
 
-/// What became of pages that were to be added to a set, in balloon pages.
+/// The result of adding pages to a set, in balloon pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Added {
-    /// So many were not in it.
+    /// Pages that were not in it.
     pub new: u64,
-    /// So many are not in the guest's memory.
+    /// Pages outside of the guest's memory.
     pub outside: u64,
 }
 
@@ -29,7 +29,7 @@ pub struct Added {
 pub struct PageMap(Vec<Region>);
 
 impl PageMap {
-    /// A set for memory in these ranges of balloon pages, which ascend, with no page in it.
+    /// An empty set for memory in these ranges of balloon pages, which ascend.
     pub fn new(memory: impl Iterator<Item = Range<u64>>) -> Self {
         let region = |all: Range<u64>| {
             let pages = all.end.saturating_sub(all.start);
@@ -64,8 +64,8 @@ impl PageMap {
         self.0.last().map_or(0, |region| region.all.end)
     }
 
-    /// The pages of the set that come at or after `from`, as ranges of balloon pages that ascend. Each is as
-    /// long as can be within a region of memory.
+    /// The pages of the set from `from` on, as ascending ranges of balloon pages. Each is as long as
+    /// possible within a region of memory.
     pub fn ranges(&self, from: u64) -> impl Iterator<Item = Range<u64>> {
         self.0.iter().flat_map(move |region| {
             let first = region.all.start;
@@ -102,7 +102,8 @@ mod tests {
     }
 
     proptest! {
-        /// What is added is what is in the set, however it is cut, and read from anywhere.
+        /// The set contains exactly the added pages, however they are cut, and from wherever they
+        /// are read.
         #[test]
         fn a_set_has_what_was_added(
             ranges in prop::collection::vec((0_u64..400, 0_u64..150), 0..12), from in 0_u64..500,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Messages that name pages, in either of two formats. What comes after them has ranges of pages.
+//! Messages that list pages, in either of two formats. All later code uses ranges of pages.
 
 use std::ops::Range;
 
@@ -15,23 +15,23 @@ use crate::features::Feature;
 use crate::kind::Kind;
 use crate::queue::{Chain, read};
 
-/// How many pages a message may name by their numbers.
+/// The maximum number of page frame numbers in a message.
 const MAX_PFNS: usize = 64 << 10;
 
-/// How many ranges may be named before the device acts on them. One message can have many more.
+/// The number of ranges after which the device acts on them. One message can have many more.
 const MAX_RANGES: usize = 8 << 10;
 
-/// How many bytes of messages are read before the device acts on them. They are read again in each turn.
+/// The number of bytes of messages after which the device acts on them. Each turn reads them again.
 const MAX_READ: usize = 1 << 20;
 
-/// So many balloon pages are dealt with at once: as much as takes a small part of the time that a queue has. A
-/// range is cut where a multiple of them begins.
+/// The number of balloon pages in one step, which takes a small part of a queue's time. Ranges are cut at
+/// multiples of it.
 const CHUNK: u64 = 8 << 10;
 
 /// The size of a page frame number in bytes.
 const PFN: usize = size_of::<u32>();
 
-/// What the messages of the inflate and the deflate queue are.
+/// The format of the messages of the inflate and the deflate queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Arrays of page frame numbers: little-endian numbers of 32 bits, in units of balloon pages
@@ -60,7 +60,7 @@ impl Format {
     }
 }
 
-/// The pages that a batch of messages names. The space stays from one batch to the next.
+/// The pages of a batch of messages. Batches reuse the space.
 #[derive(Debug, Default)]
 pub struct Pages {
     /// In balloon pages. None is empty; those of several messages may overlap.
@@ -73,8 +73,8 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Adds those of a message of a queue, and says whether there is room for another one. Of a message with
-    /// something wrong nothing is added.
+    /// Adds the pages of a message of a queue, and returns whether there is room for another message.
+    /// Nothing is added from an invalid message.
     pub fn read(
         &mut self,
         format: Format,
@@ -112,7 +112,7 @@ impl Pages {
         }
         for pfn in pfns.filter_map(<[u8]>::first_chunk) {
             let page = u64::from(u32::from_le_bytes(*pfn));
-            // Drivers name neighbours one after the other, upwards or downwards.
+            // Drivers list adjacent pages one after the other, upwards or downwards.
             match self.ranges.last_mut() {
                 Some(last) if last.end == page => last.end = page + 1,
                 Some(last) if last.start == page + 1 => last.start = page,
@@ -141,8 +141,8 @@ impl Pages {
         Ok(encoding)
     }
 
-    /// Puts them in order, makes one of those that meet, and leaves out what is not in these ranges of memory,
-    /// which are in order. Says how many pages were named more than once, or are outside of memory.
+    /// Sorts them, merges adjacent ones, and removes pages outside of these sorted ranges of memory. Returns
+    /// how many pages were listed more than once, or are outside of memory.
     pub fn sort(&mut self, memory: &[Range<u64>]) -> Tally {
         let repeated = merge(&mut self.ranges);
         let mut outside = 0_u64;
@@ -201,8 +201,8 @@ impl Tally {
         self.outside = self.outside.saturating_add(other.outside);
     }
 
-    /// Counts the bytes that were moved, and a refusal if some pages were where they should be, or are not
-    /// in the guest's memory.
+    /// Counts the moved bytes, and a refusal if some pages were already there, or are outside of the
+    /// guest's memory.
     pub fn count(self, moved: &Counter, repeated: Refusal, counters: &Counters) {
         moved.add(self.moved * BALLOON_PAGE_SIZE);
         if self.repeated > 0 {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Virtqueues: which one is which, and taking messages from one.
+//! Virtqueues: taking messages from one.
 //!
-//! Whatever a guest writes into a queue, its device goes on: what makes no sense is counted, completed and
-//! passed over.
+//! Whatever a guest writes into a queue, its device continues: it counts, completes and skips invalid
+//! messages.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -22,22 +22,22 @@ pub const MAX_QUEUE_SIZE: usize = 1024;
 /// How many messages are taken from a queue before the others get their turn.
 pub const MAX_BATCH: usize = 256;
 
-/// For how long a queue is served before the others get their turn, and those who wait for a lock. What tests count must
-/// not depend on how busy the machine is.
+/// For how long a queue is served before the other queues, and threads that wait for a lock, get their turn. In tests
+/// it is long, since counts must not depend on the load of the machine.
 pub const BUDGET: Duration = Duration::from_millis(if cfg!(test) { 10_000 } else { 20 });
 
 /// A message of the guest.
 pub type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
 
-/// The time that a queue is served for.
+/// The time limit of a queue's turn.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget(Option<Instant>);
 
 impl Budget {
-    /// As much as there is.
+    /// Unlimited.
     pub const UNLIMITED: Self = Self(None);
 
-    /// What a queue has in one turn.
+    /// The limit of one turn.
     pub fn turn() -> Self {
         Self(Some(Instant::now() + BUDGET))
     }
@@ -54,24 +54,24 @@ impl Budget {
     }
 }
 
-/// How far a receiver is with the messages that it has taken in.
+/// A receiver's progress with its messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// All is done, and the guest gets the buffers back.
+    /// All is done, and the device uses the buffers.
     Done,
-    /// There was no time for the rest.
+    /// The time ran out.
     More,
-    /// The host has no memory for the rest now.
+    /// The host lacks memory for the rest now.
     Blocked,
 }
 
-/// A batch that was begun and is not done. Its messages are still in the available ring, and are read again: a
-/// front end that stops the queue finds them there, and so does a process that takes the device up.
+/// An unfinished batch. Its messages are still in the available ring, and are read again. So a front end that
+/// stops the queue, or another worker, finds them there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unfinished {
     /// How many messages it has. 0 if there is none.
     pub messages: usize,
-    /// Up to where all of it is done, as the receiver counts.
+    /// The completed part, in the receiver's unit.
     pub done: u64,
 }
 
@@ -82,29 +82,30 @@ impl Unfinished {
     }
 }
 
-/// What is done with the messages of a queue.
+/// Handles the messages of a queue.
 pub trait Receiver {
-    /// Takes a message in, and says whether there is room for another one. `again` says that the message was
-    /// taken in before, and the batch not finished.
+    /// Adds a message, and returns whether there is room for another one. `again` is set if the message was
+    /// added before, and the batch not finished.
     fn take(&mut self, chain: Chain<'_>, again: bool) -> bool;
 
-    /// Does what the messages say that were taken in, from `done` on, as far as time allows. The guest gets their
-    /// buffers back when all is done.
+    /// Executes the added messages, from `done` on, as far as time allows. The device uses their buffers when all
+    /// is done.
     fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress;
 }
 
-/// When a queue is to be served again.
+/// When to serve a queue again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// When the guest tells of a message.
+    /// When the guest notifies the device.
     Notified,
-    /// As soon as others had their turn.
+    /// After the turn of the other queues.
     Soon,
     /// When the host may have memory.
     Later,
 }
 
-/// Takes a number of messages from the queue of a guest, and says when there may be more to do.
+/// Handles a number of messages from the queue of a guest, and returns when to serve the queue
+/// again.
 pub fn serve(
     vring: &mut VringState,
     memory: &GuestMemoryMmap,
@@ -125,7 +126,7 @@ pub fn serve(
     match served {
         Ok(Served { notify, next }) => {
             if notify {
-                // The front end may be gone, which its socket will tell.
+                // The front end may be gone, which its socket reports later.
                 let _ = vring.signal_used_queue();
             }
             match next {
@@ -133,7 +134,7 @@ pub fn serve(
                 next => next,
             }
         }
-        // There is nothing to be taken from a queue whose rings make no sense, until it is set up anew.
+        // A queue with invalid rings has no messages until it is set up again.
         Err(_) => {
             counters.refuse(Refusal::BadChain);
             Next::Notified
@@ -194,7 +195,7 @@ fn batch(
     })
 }
 
-/// Gives a buffer back to the guest, with so many bytes written into it.
+/// Uses a buffer, with so many bytes written into it.
 pub fn complete(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
@@ -210,7 +211,7 @@ pub fn complete(
     queue.add_used(memory, head, written)
 }
 
-/// Whether the guest wants to be told of the buffers that it got back.
+/// Whether the guest requires an interrupt for the used buffers.
 pub fn wants_notification(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
@@ -225,7 +226,7 @@ pub fn wants_notification(
     Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
 }
 
-/// Has the guest tell of further messages, and says whether there are some already.
+/// Enables the guest's notifications, and returns whether there are already more messages.
 fn wants_more(queue: &mut Queue, memory: &GuestMemoryMmap, counters: &Counters) -> bool {
     queue
         .enable_notification(memory)
@@ -295,7 +296,7 @@ mod tests {
     use super::*;
     use crate::testing::GuestQueue;
 
-    /// Keeps what it takes.
+    /// Stores the messages that it takes.
     #[derive(Default)]
     struct Recorder {
         memory: GuestMemoryMmap,
@@ -303,9 +304,9 @@ mod tests {
         bytes: Vec<u8>,
         errors: Vec<Refusal>,
         finished: usize,
-        /// What it was called with.
+        /// The arguments of its calls.
         done: Vec<u64>,
-        /// What it returns, in reverse order.
+        /// Its results, in reverse order.
         progress: Vec<Progress>,
     }
 
@@ -350,7 +351,7 @@ mod tests {
         };
         assert_eq!(serve(&guest, &mut recorder), Next::Soon);
         assert_eq!((guest.used(), guest.next_avail()), (0, 0));
-        // What comes meanwhile belongs to the next batch.
+        // Messages that arrive meanwhile belong to the next batch.
         guest.send(&[b"three"]);
         assert_eq!(serve(&guest, &mut recorder), Next::Later);
         assert_eq!((guest.used(), guest.next_avail()), (0, 0));

@@ -2,8 +2,8 @@
 
 //! Free page reporting (specification, clause 5.5.6.7).
 //!
-//! The buffers of a message are memory that is free. The guest takes it into use again when it has them
-//! back, so it is given back to the host before that. It is not in the balloon.
+//! The buffers of a message are free memory. The guest may use the memory again when the device has
+//! used them, so the device returns it to the host before that. The memory is not in the balloon.
 
 use std::ops::Range;
 
@@ -14,20 +14,20 @@ use crate::counters::{Counters, Refusal};
 use crate::discard::{Discarder, Pieces};
 use crate::queue::{Budget, Chain, Progress, Receiver, buffers};
 
-/// How many ranges a message may have, and how many there may be before the device acts on them.
+/// The maximum number of ranges in a message, and the number after which the device acts on them.
 const MAX_RANGES: usize = 8 << 10;
 
-/// What receives the messages of the reporting queue.
+/// The receiver of the reporting queue.
 #[derive(Debug)]
 pub struct Reporting<'a> {
     /// The guest's memory.
     pub balloon: &'a Balloon,
-    /// What gives memory back to the host.
+    /// Returns memory to the host.
     pub discarder: &'a mut Discarder,
-    /// What is counted.
+    /// The counters.
     pub counters: &'a Counters,
-    /// Whether the guest relies on what its free pages hold. Then they are left alone: a hole reads as
-    /// zeroes (specification, clause 5.5.6.7.2).
+    /// Whether the guest relies on the content of its free pages. Then the device does not discard
+    /// them, since a hole reads as zeroes (specification, clause 5.5.6.7.2).
     pub keep: bool,
     /// Space for the ranges of a batch, as guest physical addresses in bytes.
     pub ranges: &'a mut Vec<Range<u64>>,
@@ -70,7 +70,8 @@ impl Receiver for Reporting<'_> {
     fn finish(&mut self, done: &mut u64, budget: Budget) -> Progress {
         let first = *done == 0;
         self.ranges.sort_unstable_by_key(|range| range.start);
-        // What is named many times is given back once: a hole takes time in proportion to its size.
+        // Memory that is listed many times is discarded once: the time of a hole is proportional to
+        // its size.
         self.ranges.dedup_by(|next, range| {
             let overlaps = next.start <= range.end;
             if overlaps {

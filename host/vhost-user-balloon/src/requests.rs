@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Host requests: what the device asks the guest for, and what has become of it (docs/protocol.md, section 5).
+//! Host requests and their state (docs/protocol.md, section 5).
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
@@ -13,23 +13,23 @@ use balloon_wire::request::{Command, Status};
 use crate::counters::{Counters, Refusal};
 use crate::page_map::PageMap;
 
-/// How many requests are kept, open ones and those whose answers can be read. Cancels are not among them, of
-/// which there can be as many.
+/// The number of stored requests: open ones, and those whose answers can be read. Cancels do not count;
+/// there can be as many of them.
 pub(crate) const MAX_REQUESTS: usize = 4;
 
-/// How many ranges of pages are told at once: many less than a client takes in an answer.
+/// The maximum number of ranges in a response: far fewer than a client accepts.
 pub(crate) const MAX_RANGES: usize = 8192;
 
-/// A request, with what became of it.
+/// A request, with its state.
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) command: Command,
     pub(crate) status: RequestStatus,
-    /// How much memory the answer has named, in bytes.
+    /// The memory in the answer, in bytes.
     pub(crate) named: u64,
-    /// How much of it was given back to the host, in bytes.
+    /// The part of it that was returned to the host, in bytes.
     pub(crate) discarded: u64,
-    /// The pages that it has named, if they can be read.
+    /// The listed pages, if clients can read them.
     pub(crate) pages: PageMap,
 }
 
@@ -39,7 +39,7 @@ impl Kept {
     }
 }
 
-/// There are so many open requests that another one cannot be kept.
+/// The maximum number of requests is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
 
@@ -48,17 +48,17 @@ pub struct TooMany;
 pub struct Requests {
     /// By their ids.
     kept: BTreeMap<u64, Kept>,
-    /// The last id that was given out.
+    /// The last assigned id.
     pub(crate) last: u64,
-    /// Where the queue's available ring is to be read next.
+    /// The next position in the queue's available ring.
     pub(crate) position: Option<u16>,
     /// Whether the queue was served since it was started.
     at_work: bool,
 }
 
 impl Default for Requests {
-    /// The guest may still answer requests of a process that has had the device before: ids begin with the
-    /// clock's microseconds, which that one has left behind.
+    /// The guest may still answer requests of an earlier worker. Ids start from the clock's microseconds,
+    /// so that this worker does not repeat them.
     fn default() -> Self {
         let clock = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Self::after(u64::try_from(clock.as_micros()).unwrap_or_default())
@@ -66,7 +66,7 @@ impl Default for Requests {
 }
 
 impl Requests {
-    /// No requests yet. The first id that is given out is the one after `last`.
+    /// No requests yet. The first assigned id is the one after `last`.
     pub fn after(last: u64) -> Self {
         Self {
             kept: BTreeMap::new(),
@@ -76,12 +76,12 @@ impl Requests {
         }
     }
 
-    /// Has the guest be asked for something, as soon as there is a buffer for it. `pages` is where the pages of
-    /// the answer are to be kept. Returns the id of the request.
+    /// Makes a request, which is sent as soon as there is a buffer for it. `pages` stores the pages of the
+    /// answer. Returns the id of the request.
     ///
     /// # Errors
     ///
-    /// There are as many open requests as can be.
+    /// The maximum number of requests is open.
     pub fn begin(&mut self, command: Command, pages: PageMap) -> Result<u64, TooMany> {
         let kept = Kept {
             command,
@@ -107,11 +107,11 @@ impl Requests {
         Ok(self.last)
     }
 
-    /// Has the guest be told that a request is no longer wanted, if it has not ended.
+    /// Cancels a request, if it has not ended.
     ///
     /// # Errors
     ///
-    /// There are as many open requests as can be.
+    /// The maximum number of requests is open.
     pub fn cancel(&mut self, id: u64) -> Result<(), TooMany> {
         let command = Command::Cancel { id };
         match self.kept.get_mut(&id) {
@@ -128,12 +128,12 @@ impl Requests {
         Ok(())
     }
 
-    /// What a client asked for with this id, and not by way of a cancel.
+    /// The request with this id, if it is not a cancel.
     fn find(&self, id: u64) -> Option<&Kept> {
         self.kept.get(&id).filter(|kept| !kept.is_cancel())
     }
 
-    /// How far the guest is with a request.
+    /// The progress of a request.
     pub fn progress(&self, id: u64) -> Option<Progress> {
         self.find(id).map(|kept| Progress {
             id,
@@ -143,7 +143,7 @@ impl Requests {
         })
     }
 
-    /// Unused memory that the guest has named, from an address on.
+    /// The unused memory that the guest has listed, from an address on.
     pub fn ranges(&self, id: u64, from: u64) -> Option<Ranges> {
         let pages = &self.find(id)?.pages;
         let bytes = |pages: u64| pages.saturating_mul(BALLOON_PAGE_SIZE);
@@ -159,7 +159,7 @@ impl Requests {
         })
     }
 
-    /// How many requests the guest is to answer.
+    /// The number of open requests.
     pub fn open(&self) -> u64 {
         self.kept
             .values()
@@ -167,7 +167,7 @@ impl Requests {
             .fold(0, |open, _| open + 1)
     }
 
-    /// The next one that the guest is to be asked.
+    /// The next request to send.
     pub(crate) fn waiting(&mut self) -> Option<(u64, &mut Kept)> {
         self.kept
             .iter_mut()
@@ -184,7 +184,7 @@ impl Requests {
             .ok_or(Refusal::Malformed)
     }
 
-    /// Takes note that the guest has ended an answer.
+    /// Records the end of an answer.
     pub(crate) fn end(
         &mut self,
         id: u64,
@@ -209,7 +209,7 @@ impl Requests {
         Ok(())
     }
 
-    /// Ends what the guest does not answer any more, as it was reset (HR-V8).
+    /// Ends the requests that the guest will not answer after a reset (HR-V8).
     fn reset(&mut self, counters: &Counters) {
         for kept in self.kept.values_mut() {
             if kept.status == RequestStatus::Open {
@@ -220,12 +220,12 @@ impl Requests {
         self.kept.retain(|_, kept| !kept.is_cancel());
     }
 
-    /// Takes note that the queue begins anew, at another index if the driver is a new one.
+    /// Records that the queue has been started again, at another index if the driver is a new one.
     pub fn restart(&mut self) {
         self.at_work = false;
     }
 
-    /// Takes note that the guest is gone, and nobody will answer what it was to be asked.
+    /// Ends all requests, since the guest is gone.
     pub fn disconnect(&mut self, counters: &Counters) {
         self.restart();
         self.reset(counters);
@@ -235,8 +235,8 @@ impl Requests {
         }
     }
 
-    /// The queue is to be read from `next` on. A driver that has seen a request is past index 0, and one that was
-    /// reset begins there.
+    /// The queue continues at `next`. A driver that has seen a request is past index 0, and a driver after a
+    /// reset starts there.
     pub(crate) fn start(&mut self, next: u16, counters: &Counters) {
         if !self.at_work && (next == 0 || self.position != Some(next)) {
             self.reset(counters);

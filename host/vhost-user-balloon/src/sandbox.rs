@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Confines the worker, which reads what a guest writes, to what a worker does.
+//! Confines the worker, which reads data of the guest, to the system calls that it needs.
 //!
-//! The kernel filters the system calls of all threads that are started from then on (seccomp). A call that is not
-//! listed here ends the worker, with its name in the log, and the supervisor starts another one.
+//! The kernel filters the system calls of this thread and of all threads that it starts later (seccomp). A call
+//! that is not listed here ends the worker, with the call's name in the log, and the supervisor starts another
+//! one.
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
@@ -31,16 +32,16 @@ use seccompiler::{
 use syscalls::Sysno;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// How far the worker is confined.
+/// The level of confinement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Sandbox {
-    /// As far as the kernel can.
+    /// As far as the kernel supports it.
     Full,
     /// Not at all.
     None,
 }
 
-/// Where a `siginfo_t` has the number of the system call, in bytes, on 64-bit systems.
+/// The offset of the system call's number in a `siginfo_t`, in bytes, on 64-bit systems.
 const SI_SYSCALL: u64 = 24;
 
 /// The memory of this process, from which the handler reads that number.
@@ -67,7 +68,7 @@ const ALLOWED: &[Sysno] = &[
     Sysno::sched_yield,
     Sysno::timerfd_create,
     Sysno::timerfd_settime,
-    // Files: the guest's memory, what is in the balloon, the state, /proc, the log.
+    // Files: the guest's memory, the balloon's state, the state file, /proc, the log.
     Sysno::close,
     Sysno::fallocate,
     Sysno::fstat,
@@ -110,7 +111,7 @@ const ALLOWED: &[Sysno] = &[
     Sysno::getrandom,
 ];
 
-/// Calls that only some architectures have, or have under this name.
+/// Calls that exist on some architectures only, or under another name.
 #[cfg(target_arch = "x86_64")]
 const OTHERS: &[Sysno] = &[
     Sysno::epoll_wait,
@@ -152,17 +153,17 @@ fn one_of(argument: u8, values: &[c_int]) -> Result<Vec<SeccompRule>> {
     values.iter().map(rule).collect()
 }
 
-/// Rules for an argument that has those of these flags set that are in `value`.
+/// Rules for an argument in which, of these flags, exactly those in `value` are set.
 fn flags(argument: u8, flags: &[c_int], value: c_int) -> Result<Vec<SeccompRule>> {
     let mask = flags.iter().fold(0, |mask, flag| mask | flag).try_into()?;
     Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(mask), value)?])
 }
 
-/// What a worker may call.
+/// The calls that a worker may make.
 fn allowed() -> Result<Rules> {
     let by_argument = [
         (Sysno::clone, flags(0, CLONE_FLAGS, CLONE_THREAD)?),
-        // The filter before this one refuses it.
+        // The first filter refuses it.
         (Sysno::clone3, vec![]),
         (
             Sysno::fcntl,
@@ -190,18 +191,19 @@ fn filter(rules: Rules, mismatch: SeccompAction, matching: SeccompAction) -> Res
     Ok(SeccompFilter::new(rules, mismatch, matching, ARCH.try_into()?)?.try_into()?)
 }
 
-/// Opens what tells the name of a call that is not allowed. Callers do so before [`set_dumpable`], after which a process
-/// cannot open its own memory.
+/// Opens the process memory, from which the handler reads the number of a forbidden call. Call this before
+/// [`set_dumpable`], after which a process cannot open its own memory.
 ///
 /// [`set_dumpable`]: nix::sys::prctl::set_dumpable
 pub fn prepare() {
     if let Ok(memory) = File::open("/proc/self/mem") {
-        // A process has one worker.
+        // A process is one worker.
         let _ = MEMORY.set(memory);
     }
 }
 
-/// Confines this thread, and all that it starts. A kernel that cannot do that has this said in the log.
+/// Confines this thread, and all threads that it starts. Logs a warning if the kernel does not
+/// support that.
 pub fn enter() {
     if let Err(error) = filter_system_calls() {
         warn!("the worker's system calls are not filtered: {error:#}");
@@ -219,8 +221,7 @@ fn filter_system_calls() -> Result<()> {
     Ok(apply_filter(&allowed)?)
 }
 
-/// Ends the process that has called what its filter does not allow. This runs in the middle of whatever it was doing,
-/// so it takes no lock and allocates nothing.
+/// Ends the process after a forbidden call. This is a signal handler, so it takes no lock and allocates nothing.
 extern "C" fn on_violation(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     let mut number = [0; 4];
     let known = MEMORY.get().is_some_and(|memory| {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the device is, and what of it is kept in a file: the host's settings.
+//! The state of the device. The host's settings are stored in a file.
 //!
-//! What the guest has said is not in the file. A process that takes the device up while the guest goes on
-//! hears it from the one that keeps the connection, and another guest has not said it.
+//! The guest's own values are not in the file. A new worker for a running guest receives them from the
+//! supervisor, and for another guest they are not valid.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -23,49 +23,48 @@ use crate::config::Fields;
 /// The version of the file's format. It changes only when a daemon of this version would misread the file.
 const VERSION: u32 = 1;
 
-/// For how long a client can have no memory given back to the host, before it asks again. One that dies must not end
-/// ballooning for good.
+/// The longest `inhibit`. A client that dies must not end ballooning forever.
 pub const MAX_INHIBIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How many owners may have asked for that at the same time.
+/// The maximum number of owners at the same time.
 pub const MAX_INHIBITORS: usize = 32;
 
-/// What a device is.
+/// The state of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
     /// The configuration space.
     pub config: Fields,
-    /// How often the guest is asked for statistics, in seconds. 0 is never.
+    /// The interval of statistics requests, in seconds. 0 is never.
     pub stats_interval: u32,
-    /// When no memory is given back to the host, by the owners that have said so. The empty name is for clients that
-    /// gave none.
+    /// The active `inhibit`s, by owner. The empty name is for clients without one.
     pub inhibitors: BTreeMap<String, Inhibited>,
 }
 
-/// A time in which no memory is given back to the host, by [`since_boot`].
+/// An `inhibit`: a time in which no memory is returned to the host, by [`since_boot`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inhibited {
-    /// When a client asked for it. What is ahead of the clock is of before a reboot of the host, which ends all that
-    /// could have pinned memory.
+    /// When a client requested it. A time ahead of the clock is from before a reboot of the host, and a reboot ends
+    /// all pinning.
     pub from: Duration,
     /// When it ends.
     pub until: Duration,
 }
 
 impl Inhibited {
-    /// How much of it is left.
+    /// The remaining time.
     fn rest(self, now: Duration) -> Option<Duration> {
         let rest = self.until.checked_sub(now)?;
         (self.from <= now && !rest.is_zero()).then_some(rest)
     }
 }
 
-/// The time since the host was booted. Unlike the time of day it is not set, and it also counts while the host sleeps.
+/// The time since the host was booted. Unlike the time of day it cannot be set, and it continues
+/// while the host is suspended.
 pub fn since_boot() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
-/// What is in the file. Fields that a newer daemon has added are passed over.
+/// The content of the file. Fields of newer daemons are ignored.
 #[derive(Serialize, Deserialize)]
 struct Settings {
     #[serde(default)]
@@ -73,7 +72,7 @@ struct Settings {
     /// In balloon pages.
     target: u32,
     stats_interval: u32,
-    /// The last to end of those below. Older daemons know no other.
+    /// The longest of those below. Older daemons know only this one.
     #[serde(default)]
     inhibited: Option<Inhibited>,
     #[serde(default)]
@@ -90,9 +89,8 @@ impl State {
         }
     }
 
-    /// Reads it from a file, if there is one. One that makes no sense is moved aside, since a VM with the
-    /// defaults is better than none. It may have had an `inhibit`, so no memory is given back to the host for as long
-    /// as a client can have asked for.
+    /// Reads it from a file, if there is one. An invalid file is renamed, since a VM with the defaults is better than
+    /// none. The file may have had an `inhibit`, so no memory is returned to the host for the longest possible time.
     ///
     /// # Errors
     ///
@@ -119,7 +117,7 @@ impl State {
         );
         let mut state = Self::new(stats_interval);
         state.inhibit(since_boot(), "", MAX_INHIBIT);
-        // The file is there at any time: without one there is no inhibit.
+        // The file exists at any time: without a file there is no inhibit.
         fs::copy(path, &aside)
             .map(drop)
             .and_then(|()| state.save(path))
@@ -155,7 +153,7 @@ impl State {
         File::open(directory)?.sync_all()
     }
 
-    /// Has no memory given back to the host for so long from `now` on, or until a later end that this owner asked for
+    /// Stops returning memory to the host for so long from `now` on, or until a later end that this owner requested
     /// before. Returns whether there was room for another owner.
     pub fn inhibit(&mut self, now: Duration, owner: &str, time: Duration) -> bool {
         self.inhibitors.retain(|_, one| one.rest(now).is_some());
@@ -169,7 +167,7 @@ impl State {
         true
     }
 
-    /// Ends what an owner, or any, has asked for.
+    /// Ends the `inhibit` of an owner, or of all.
     pub fn resume(&mut self, owner: Option<&str>) {
         match owner {
             Some(owner) => drop(self.inhibitors.remove(owner)),
@@ -177,7 +175,7 @@ impl State {
         }
     }
 
-    /// For how long from `now` on no memory is to be given back to the host, by the owners that have said so.
+    /// The remaining time from `now` on of each owner's `inhibit`.
     pub fn inhibitors(&self, now: Duration) -> impl Iterator<Item = (&str, Duration)> {
         self.inhibitors
             .iter()
@@ -206,7 +204,7 @@ impl From<Settings> for State {
     }
 }
 
-/// The path with something behind it.
+/// The path with a suffix.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
@@ -299,7 +297,7 @@ mod tests {
         let mut text: serde_json::Value =
             serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         assert_eq!(text["inhibited"]["until"]["secs"], 10);
-        // What such a daemon writes.
+        // The file of such a daemon.
         text.as_object_mut().unwrap().remove("inhibitors");
         fs::write(&path, text.to_string()).unwrap();
         let state = State::load(&path, 7).unwrap();

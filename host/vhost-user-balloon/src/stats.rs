@@ -2,9 +2,9 @@
 
 //! Memory statistics (specification, clause 5.5.6.3).
 //!
-//! The guest always has one buffer with statistics on the queue. The device uses it when it wants a new
-//! sample, and the guest fills it again. Until then it stays in the available ring and is only looked at:
-//! a front end that stops the queue finds it there.
+//! The guest always has one buffer with statistics on the queue. The device uses it to request a new
+//! sample, and the guest fills it again. Until then it stays in the available ring, and the device only
+//! peeks at it: a front end that stops the queue finds it there.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -18,17 +18,17 @@ use vm_memory::GuestMemoryMmap;
 use crate::counters::{Counter, Counters, Refusal};
 use crate::queue::{complete, read, wants_notification};
 
-/// How long a message may be, in bytes: many times what every tag that there is takes.
+/// The longest message in bytes: many times the size of all known tags.
 const MAX_MESSAGE: usize = 4096;
 
-/// What a guest has sent.
+/// The statistics of a guest.
 #[derive(Clone, Debug)]
 struct Sample {
     values: BTreeMap<Stat, u64>,
     at: Instant,
 }
 
-/// The last sample, and whether another one is wanted.
+/// The last sample, and whether another one is requested.
 #[derive(Debug, Default)]
 pub struct Stats {
     sample: Option<Sample>,
@@ -36,33 +36,34 @@ pub struct Stats {
     /// The number of the last sample. 0 is none.
     sequence: u64,
     wanted: bool,
-    /// Whether the guest has filled the buffer since the queue began. Before, what is in it may be as old as a pause.
+    /// Whether the guest has filled the buffer since the queue was started. Before that, its
+    /// content may be as old as a pause.
     fresh: bool,
-    /// The position in the available ring of the buffer that was looked at.
+    /// The position of the known buffer in the available ring.
     seen: Option<u16>,
     bytes: Vec<u8>,
 }
 
 impl Stats {
-    /// Has the guest send a new sample.
+    /// Requests a new sample.
     pub fn want(&mut self) {
         self.wanted = true;
     }
 
-    /// Takes note that the queue begins again.
+    /// Records that the queue has been started again.
     pub fn restart(&mut self) {
         self.seen = None;
         self.fresh = false;
     }
 
-    /// Forgets the last sample, of a guest that is gone.
+    /// Discards the last sample of a guest that is gone.
     pub fn forget(&mut self) {
         self.restart();
         self.sample = None;
         self.total = None;
     }
 
-    /// Forgets how much memory the guest has, and wants a new sample: it may have been given more, or less.
+    /// Discards the size of the guest's memory, which may have changed, and requests a new sample.
     pub fn forget_total(&mut self) {
         self.total = None;
         self.want();
@@ -73,8 +74,8 @@ impl Stats {
         self.sequence
     }
 
-    /// How much memory the guest has, in bytes, as the last sample of a balloon at rest has it, and how much was in
-    /// the balloon then. The guest's total includes the balloon or does not: that depends on its features.
+    /// The guest's memory in bytes, from the last sample with a balloon at rest, and the balloon's size then.
+    /// Whether the guest's total includes the balloon depends on its features.
     pub fn total(&self) -> Option<(u64, u64)> {
         self.total
     }
@@ -88,8 +89,8 @@ impl Stats {
         })
     }
 
-    /// Looks at what is on the queue, and gives it back if another sample is wanted. `size` is the balloon's, in
-    /// bytes, if it is at rest: of a balloon on its way the guest's total and the size do not go together.
+    /// Reads the buffer on the queue, and uses it if another sample is requested. `size` is the balloon's size
+    /// in bytes, if it is at rest: while it changes, the guest's total and the size do not match.
     pub fn serve(
         &mut self,
         vring: &mut VringState,
@@ -100,7 +101,7 @@ impl Stats {
     ) {
         match self.look(vring, memory, counters, messages, size) {
             Ok(true) => {
-                // The front end may be gone, which its socket will tell.
+                // The front end may be gone, which its socket reports later.
                 let _ = vring.signal_used_queue();
             }
             Ok(false) => {}
@@ -108,7 +109,7 @@ impl Stats {
         }
     }
 
-    /// Returns whether the guest wants to be told of a buffer that it got back.
+    /// Returns whether the guest requires an interrupt for a used buffer.
     fn look(
         &mut self,
         vring: &mut VringState,
@@ -122,7 +123,7 @@ impl Stats {
             return Ok(false);
         }
         let mut used = false;
-        // A guest has one buffer on the queue, and may have another one there when that comes back.
+        // A guest has one buffer on the queue, and may add another one when that is used.
         for _ in 0..2 {
             let position = queue.next_avail();
             let Some(chain) = queue.iter(memory)?.next() else {
@@ -142,7 +143,7 @@ impl Stats {
                 }
             }
             if self.fresh && !self.wanted {
-                // The guest is to tell of the buffer after this one.
+                // The guest must notify the device of the next buffer.
                 queue.enable_notification(memory)?;
                 queue.go_to_previous_position();
                 break;
@@ -155,7 +156,7 @@ impl Stats {
         Ok(used && wants_notification(queue, memory)?)
     }
 
-    /// Tags that are not known are passed over, whatever their order (specification, clause 5.5.6.3.2).
+    /// Unknown tags are ignored, in any order (specification, clause 5.5.6.3.2).
     fn parse(&mut self, counters: &Counters, size: Option<u64>) {
         if self.bytes.len() % stat::SIZE != 0 {
             counters.refuse(Refusal::Truncated);
@@ -209,7 +210,7 @@ mod tests {
         counters
     }
 
-    /// As it is when the guest has filled a buffer for it.
+    /// The state after the guest has filled a buffer for it.
     fn at_work() -> Stats {
         Stats {
             fresh: true,
@@ -221,7 +222,7 @@ mod tests {
     fn an_old_sample_is_not_taken_for_a_new_one() {
         let mut guest = GuestQueue::new();
         let mut stats = Stats::default();
-        // Another process has asked for it, or it is of a new driver.
+        // Another worker has requested it, or it belongs to a new driver.
         guest.send(&[&entry(5, 1 << 30)]);
         serve_with(&mut stats, &guest, Some(0));
         assert_eq!((stats.sequence(), guest.used()), (0, 1));
@@ -229,7 +230,7 @@ mod tests {
         serve_with(&mut stats, &guest, Some(0));
         assert_eq!((stats.sequence(), guest.used()), (1, 1));
 
-        // The guest was paused, and its balloon has grown.
+        // The guest was paused, and its balloon has inflated.
         stats.restart();
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (1, 2));
@@ -277,7 +278,7 @@ mod tests {
         guest.send(&[&entry(5, 1 << 30)]);
         serve(&mut stats, &guest);
         assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
-        // Half of it is on its way into the balloon, whose size is not known yet.
+        // Half of it is being inflated, and the balloon's size is not known yet.
         stats.want();
         serve(&mut stats, &guest);
         guest.send(&[&entry(5, 1 << 29)]);
@@ -302,7 +303,7 @@ mod tests {
         guest.send(&[&entry(4, 7)]);
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (1, 1));
-        // The guest is to tell of the buffer that it fills again.
+        // The guest must notify the device of the buffer that it fills again.
         assert_eq!(guest.avail_event(), 1);
     }
 

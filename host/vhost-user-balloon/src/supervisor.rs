@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The supervisor: keeps the VMM's connection while the worker, which has the device, is replaced.
+//! The supervisor: keeps the VMM's connection while workers are replaced.
 //!
-//! QEMU's generic vhost-user device does not connect again: once its connection has ended, the guest has a
-//! dead device, and QEMU itself ends at the next access to the configuration space. So the connection belongs
-//! to a small process that does not act on what a guest writes. The device is in another one, the [`worker`].
-//! The supervisor records which messages set the device up, in the [`journal`], and sends them to the next
-//! worker when one has crashed. A [`snapshot`] of all that survives the supervisor, too.
+//! QEMU's generic vhost-user device does not reconnect. Once its connection has ended, the guest has a dead
+//! device, and QEMU aborts at the next access to the configuration space. So a small process that reads no
+//! data of the guest holds the connection. Another process, the [`worker`], implements the device. The
+//! supervisor records the messages that set up the device in the [`journal`], and sends them to the next
+//! worker after a crash. A [`snapshot`] of that state outlives the supervisor, too.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -46,7 +46,7 @@ use socket::Socket;
 use vmm::Vmm;
 use worker::Worker;
 
-/// How long a front end waits for another worker before the supervisor answers what it can.
+/// How long a front end waits for another worker before the supervisor answers in its place.
 const ABSENCE: Duration = Duration::from_millis(50);
 
 /// Serves front ends until a signal ends the process.
@@ -80,13 +80,13 @@ fn signals() -> Result<SignalFd> {
     Ok(SignalFd::with_flags(&signals, flags)?)
 }
 
-/// How a run of the loop ends.
+/// The result of a run of the loop.
 enum Event {
     Continue,
     Stop,
 }
 
-/// What has happened.
+/// An event.
 struct Ready {
     signal: bool,
     client: bool,
@@ -107,10 +107,10 @@ struct Supervisor {
     signals: SignalFd,
     socket: Socket,
     control: Option<Socket>,
-    /// The state file if it ends with the daemon.
+    /// The state file if it is removed at the end of the daemon.
     own_state: Option<PathBuf>,
     store: Store,
-    /// What is in the balloon, for the workers.
+    /// The file with the balloon's state, for the workers.
     kept: File,
     /// The arguments of workers, and those for the next front end.
     arguments: Vec<OsString>,
@@ -118,22 +118,22 @@ struct Supervisor {
     worker: Option<Worker>,
     /// The worker's connection for the front end's messages.
     backend: Option<UnixStream>,
-    /// Since when there is no such connection.
+    /// When that connection ended.
     absent_since: Instant,
-    /// Whether the worker is to end.
+    /// Whether the worker should end.
     stopping: bool,
     /// When to start the next worker.
     start_at: Instant,
     failures: u32,
-    /// A worker of a new program, to see whether that works.
+    /// A worker of a new program, as a trial.
     trial: Option<Worker>,
     vmm: Option<Vmm>,
-    /// How often systemd expects to be notified, and when it was.
+    /// The interval of systemd's watchdog, and the last notification.
     watchdog: Option<Duration>,
     notified: Instant,
     /// Whether a worker has been ready.
     is_ready: bool,
-    /// Whether there was a supervisor before this one.
+    /// Whether this one continues another supervisor.
     resumed: bool,
     /// How long a guest may take to boot.
     boot: Duration,
@@ -213,7 +213,7 @@ impl Supervisor {
         }
     }
 
-    /// Leaves the worker and the sockets as the next supervisor expects them.
+    /// Puts the worker and the sockets into the state that the next supervisor expects.
     fn end(&mut self) {
         notify(&[NotifyState::Stopping]);
         self.stop_worker();
@@ -225,7 +225,7 @@ impl Supervisor {
             control.remove();
         }
         if let Some(state) = &self.own_state {
-            // There is none if nothing has changed.
+            // None if nothing has changed.
             let _ = fs::remove_file(state);
         }
     }
@@ -239,7 +239,7 @@ impl Supervisor {
         self.store = store;
     }
 
-    /// What there is to hand over, without a program to go back to.
+    /// The snapshot, without a fallback program.
     fn snapshot(&self) -> Current<'_> {
         Snapshot {
             socket: Some(self.socket.current()),
@@ -251,7 +251,7 @@ impl Supervisor {
         }
     }
 
-    /// How long to wait if nothing happens.
+    /// The timeout of the next wait.
     fn timeout(&self) -> PollTimeout {
         const TICK: u16 = 20;
         const LONG: u16 = 10_000;
@@ -276,7 +276,7 @@ impl Supervisor {
         timeouts.fold(LONG, u16::min).into()
     }
 
-    /// Waits for something to do.
+    /// Waits for an event.
     fn poll(&self) -> Result<Ready> {
         let vmm = self.vmm.as_ref();
         let reads = vmm.is_some_and(|vmm| {
@@ -305,7 +305,7 @@ impl Supervisor {
             })
             .collect();
         match poll(&mut events, self.timeout()) {
-            // A debugger has looked at the process, or it was stopped for a while.
+            // A debugger was attached, or the process was stopped for a while.
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
@@ -322,7 +322,7 @@ impl Supervisor {
         })
     }
 
-    /// Waits until there is something to do, and does it.
+    /// Waits for events, and handles them.
     fn wait(&mut self) -> Result<Event> {
         let ready = self.poll()?;
         if ready.signal {
@@ -354,20 +354,20 @@ impl Supervisor {
     }
 }
 
-/// The state file that ends with the daemon, unless the options name another one.
+/// The temporary state file, unless the options name another one.
 fn own_state(options: &Options, socket: &Socket, is_connected: bool) -> Option<PathBuf> {
     if options.state.is_some() {
         return None;
     }
     let state = socket.with_suffix(".state");
     if !is_connected {
-        // One that is left from a daemon before this one is of another guest.
+        // A file that remains from an earlier daemon belongs to another guest.
         let _ = fs::remove_file(&state);
     }
     Some(state)
 }
 
-/// The sockets at the paths of the options, of which another supervisor may have left some.
+/// The sockets at the paths of the options. Some may come from an earlier supervisor.
 fn sockets(
     options: &Options,
     path: &Path,
@@ -384,7 +384,7 @@ fn sockets(
     Ok((socket, control))
 }
 
-/// The front end of another supervisor's, unless it is gone.
+/// The front end of the earlier supervisor, unless it is gone.
 fn connected(frontend: Option<(Connection, Journal)>, boot: Duration) -> Option<Vmm> {
     let (connection, journal) = frontend?;
     connection.resume().ok()?;
@@ -392,7 +392,7 @@ fn connected(frontend: Option<(Connection, Journal)>, boot: Duration) -> Option<
     (!vmm.is_gone()).then_some(vmm)
 }
 
-/// The arguments of workers for the VMM that is connected: they stay what they are.
+/// The arguments of workers for the connected VMM do not change.
 fn continue_with(old: Vec<OsString>, new: &[OsString]) -> Vec<OsString> {
     info!("continuing with the VMM that is connected");
     if old != new {

@@ -88,8 +88,7 @@ pub struct Guard<'a, T> {
     held: Held,
 }
 
-/// Locks `mutex`, also after a panic: a thread that panics leaves nothing behind that is worse than what a guest can
-/// bring about.
+/// Locks `mutex`, also after a panic: the state after a panic is no worse than states that a guest can cause.
 pub fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
     let held = order(mutex.level);
     Guard {

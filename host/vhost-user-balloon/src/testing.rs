@@ -32,7 +32,7 @@ use crate::state::State;
 /// A balloon page in bytes.
 pub(crate) const PAGE: u64 = 4096;
 
-/// Where the hole in the guest's address space ends, in bytes.
+/// The end of the hole in the guest's address space, in bytes.
 pub(crate) const HOLE: u64 = 2 << 20;
 
 /// A file in memory.
@@ -43,7 +43,8 @@ pub(crate) fn memory_file(bytes: u64) -> Arc<File> {
     Arc::new(file)
 }
 
-/// A file in huge pages so large that the host has none of them, if it has two sizes. It has room for one.
+/// A file in huge pages of a size of which the host has none, if it has two sizes. The file has
+/// room for one.
 pub(crate) fn huge_file() -> (Arc<File>, u64) {
     let sizes = [
         (MFdFlags::MFD_HUGE_1GB, 1 << 30),
@@ -105,7 +106,7 @@ impl MemoryFiles {
         GuestMemoryMmap::from_ranges_with_files([(GuestAddress(start), bytes, Some(file))]).unwrap()
     }
 
-    /// The page in the file where the guest has this one.
+    /// The page in the file for this page of the guest.
     pub(crate) fn file_page(&self, page: u64) -> Option<u64> {
         let (low, high, hole) = (self.low / PAGE, self.high / PAGE, HOLE / PAGE);
         if page < low {
@@ -164,7 +165,7 @@ impl GuestQueue {
         }
     }
 
-    /// What the memory is in.
+    /// The memory's file.
     pub(crate) fn file(&self) -> &File {
         let region = self.memory.iter().next().unwrap();
         region.file_offset().unwrap().file()
@@ -241,7 +242,7 @@ impl GuestQueue {
         self.send_head(head);
     }
 
-    /// Sends a message of 4 bytes that goes on with a buffer of so many bytes that a device may write to.
+    /// Sends a message of 4 bytes, followed by a device-writable buffer of so many bytes.
     pub(crate) fn send_mixed(&mut self, address: u64, length: u32) {
         let head = self.descriptors;
         self.describe(self.buffers, 4, VRING_DESC_F_NEXT, head + 1);
@@ -284,12 +285,12 @@ impl GuestQueue {
         self.send_head(head);
     }
 
-    /// Has a device take messages, and says when there may be more to do.
+    /// Makes a device handle messages, and returns when to serve the queue again.
     pub(crate) fn serve(&self, counters: &Counters, receiver: &mut impl Receiver) -> Next {
         self.serve_on(counters, &mut Unfinished::default(), receiver)
     }
 
-    /// The same, where a batch may have been begun.
+    /// The same, with a batch that may be unfinished.
     pub(crate) fn serve_on(
         &self,
         counters: &Counters,
@@ -307,7 +308,7 @@ impl GuestQueue {
         )
     }
 
-    /// Has a driver begin anew, with an empty queue.
+    /// Restarts the driver, with an empty queue.
     pub(crate) fn reset(&mut self) {
         self.set_avail_index(0);
         self.store(Self::USED + 2, 0);
@@ -316,30 +317,30 @@ impl GuestQueue {
         self.vring.set_queue_next_used(0);
     }
 
-    /// Where the device is to read the queue next.
+    /// The device's next position in the queue.
     pub(crate) fn next_avail(&self) -> u16 {
         self.vring.queue_next_avail()
     }
 
-    /// The head of a message that has come back, and how many bytes the device has written.
+    /// The head of a used message, and how many bytes the device has written.
     pub(crate) fn used_element(&self, number: u16) -> (u16, u32) {
         let place = Self::USED + 4 + 8 * u64::from(number % Self::SIZE);
         let length = self.memory.read_obj(GuestAddress(place + 4)).unwrap();
         (self.load(place), length)
     }
 
-    /// How many messages have come back.
+    /// The number of used messages.
     pub(crate) fn used(&self) -> u16 {
         self.load(Self::USED + 2)
     }
 
-    /// Of which message the device wants to be told.
+    /// The message for which the device requests a notification.
     pub(crate) fn avail_event(&self) -> u16 {
         self.load(Self::USED + 4 + 8 * u64::from(Self::SIZE))
     }
 }
 
-/// A device that nobody is connected to.
+/// A device without a front end.
 pub(crate) fn device(features: &[Feature], extensions: bool) -> Device {
     device_with(memory_file(0).try_clone().unwrap(), features, extensions)
 }

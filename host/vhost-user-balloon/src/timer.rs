@@ -10,7 +10,7 @@ use log::error;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-/// A timer that is readable after it has gone off.
+/// A timer that is readable after it has expired.
 #[derive(Debug)]
 pub(crate) struct Timer(TimerFd);
 
@@ -21,12 +21,12 @@ impl Timer {
     ///
     /// The system has no file descriptors.
     pub(crate) fn new() -> io::Result<Self> {
-        // The timer may be stopped between the event and the reading, which must not wait then.
+        // The timer may be stopped between the event and the read, which must not block then.
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         Ok(Self(TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?))
     }
 
-    /// Has it go off once, and says whether it will.
+    /// Sets it to expire once, and returns whether that succeeded.
     pub(crate) fn once(&self, after: Duration) -> bool {
         let after = Expiration::OneShot(TimeSpec::from_duration(after));
         let set = self.0.set(after, TimerSetTimeFlags::empty());
@@ -34,7 +34,7 @@ impl Timer {
             .is_ok()
     }
 
-    /// Has it go off again and again.
+    /// Sets it to expire periodically.
     ///
     /// # Errors
     ///
@@ -54,9 +54,9 @@ impl Timer {
         Ok(self.0.unset()?)
     }
 
-    /// Makes it unreadable until it goes off again.
+    /// Makes it unreadable until it expires again.
     pub(crate) fn acknowledge(&self) {
-        // One that was stopped by now has nothing to read.
+        // A stopped timer has nothing to read.
         let _ = self.0.wait();
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The worker: the process that has the device. It serves the front ends that its supervisor lets through,
-//! one after the other.
+//! The worker: the process that implements the device. It serves the front ends of its supervisor, one
+//! after the other.
 
 use std::fs::File;
 use std::io;
@@ -24,7 +24,7 @@ use crate::state::State;
 ///
 /// # Errors
 ///
-/// The supervisor is another program, the state file has something else in it, or the system lacks something.
+/// The supervisor is another program, the state file is invalid, or the system lacks a resource.
 pub fn run(options: &Options) -> Result<()> {
     ensure!(
         options.worker == Some(VERSION),
@@ -71,7 +71,7 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Serves the front end that has connected to this socket.
+/// Serves the front end that connects to this socket.
 fn serve(device: &Arc<Device>, socket: UnixListener) -> Result<()> {
     let name = "vhost-user".to_owned();
     let mut library = VhostUserDaemon::new(name, Arc::clone(device), device.memory())
@@ -85,7 +85,7 @@ fn serve(device: &Arc<Device>, socket: UnixListener) -> Result<()> {
     if let Err(error) = library.wait() {
         debug!("the connection has ended: {error}");
     }
-    // This waits until the messages are finished that have been taken from the queues.
+    // This waits until all messages that were taken from the queues are completed.
     drop(library);
     device.disconnect();
     Ok(())

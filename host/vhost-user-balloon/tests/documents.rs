@@ -13,10 +13,11 @@ use vhost_user_balloon::features::{Feature, config_size, offer};
 use vhost_user_balloon::kind::Kind;
 use vhost_user_balloon::options::Options;
 
-/// What QEMU's device needs: the number of queues, and the size of the configuration space.
+/// The requirements of QEMU's device: the number of queues, and the size of the configuration
+/// space.
 type Needs = (usize, usize);
 
-/// What it needs with all features, and with or without `--extensions`.
+/// Its requirements with all features, and with or without `--extensions`.
 fn needs(extensions: bool) -> Needs {
     let features = offer(Feature::value_variants(), extensions);
     (Kind::present(features).count(), config_size(features))
@@ -30,7 +31,7 @@ fn number(line: &str, property: &str) -> Option<usize> {
     value[..end.unwrap_or(value.len())].parse().ok()
 }
 
-/// What each line of a text says that QEMU's device needs.
+/// The requirements of QEMU's device in each line of a text.
 fn said(text: &str) -> impl Iterator<Item = (&str, Option<Needs>)> {
     text.lines().filter_map(|line| {
         let queues = number(line, "num_vqs")?;

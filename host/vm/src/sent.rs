@@ -10,7 +10,7 @@ use balloon_control::Counters;
 
 use crate::guest::Guest;
 
-/// What a guest has sent, as the daemon that has its device counts it.
+/// The messages of a guest, as its daemon counts them.
 #[derive(Clone, Debug, Default)]
 pub struct Sent {
     /// The length of the messages in bytes.
@@ -55,7 +55,7 @@ impl Sent {
         messages.with_context(|| format!("the daemon counts no messages as {encoding}"))
     }
 
-    /// What it has sent since it had sent `before`.
+    /// The difference from `before`.
     pub fn since(mut self, before: &Self) -> Self {
         for (encoding, messages) in &mut self.encodings {
             *messages -= before.encodings.get(encoding).unwrap_or(&0);

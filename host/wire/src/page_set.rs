@@ -126,7 +126,7 @@ impl Encoding {
     }
 }
 
-/// A message in which everything is as it should be.
+/// A valid message.
 #[derive(Clone, Debug)]
 pub struct PageSet<'a> {
     /// The purpose.

@@ -50,7 +50,7 @@ pub struct Counters {
     pub received: Received,
     /// How many messages named pages, by their encoding: `pfns` are arrays of page frame numbers, the others page sets.
     pub encodings: BTreeMap<String, u64>,
-    /// How many messages were refused, by the reason.
+    /// Refused messages, by reason.
     pub refused: BTreeMap<String, u64>,
 }
 

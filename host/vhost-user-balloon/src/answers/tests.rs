@@ -11,7 +11,7 @@ use balloon_wire::request::Wanted;
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
-/// Where the driver has its buffers for requests, and the memory that it names, in bytes.
+/// The addresses of the driver's buffers for requests, and of the listed memory, in bytes.
 const BUFFERS: u64 = 0x10000;
 const NAMED: u64 = 1 << 20;
 /// The first page of that memory.
@@ -30,7 +30,7 @@ struct World {
     requests: Mutex<Requests>,
     counters: Counters,
     messages: Counter,
-    /// Whether free pages hold something.
+    /// Whether the guest relies on the content of free pages.
     keep: bool,
     budget: Budget,
     done: u64,
@@ -110,7 +110,7 @@ impl World {
         self.progress(id).status
     }
 
-    /// What the driver finds in one of its buffers.
+    /// The content of one of the driver's buffers.
     fn buffer(&self, number: u64) -> Vec<u8> {
         let mut bytes = vec![0; 40];
         self.guest
@@ -122,7 +122,7 @@ impl World {
 
     /// Answers with pages of the memory from [`FIRST`] on.
     fn name(&mut self, command: u32, id: u64, pages: Range<u64>) {
-        // Pages of 4 KiB, as ranges, with more to come.
+        // Pages of 4 KiB, as ranges, with the flag for more messages.
         let first = u64::from(command) | (12 << 16) | (1 << 24) | (1 << 32);
         let count = pages.end - pages.start;
         let words = [first, id, 0, count, ((FIRST + pages.start) << 12) | count];
@@ -144,7 +144,7 @@ impl World {
         self.guest.send(&[&first, &id.to_le_bytes()]);
     }
 
-    /// The pages that a client can read of.
+    /// The pages in the client's answer.
     fn pages(&self, id: u64) -> Vec<u64> {
         let ranges = lock(&self.requests).ranges(id, 0).unwrap();
         assert_eq!((ranges.id, ranges.end, ranges.next), (id, 16 << 20, None));
@@ -152,7 +152,7 @@ impl World {
         ranges.ranges.into_iter().flat_map(pages).collect()
     }
 
-    /// The first bytes of some of the memory that is named.
+    /// The first bytes of some of the listed memory.
     fn contents(&self) -> Vec<u8> {
         (0..5)
             .map(|page| {
@@ -189,7 +189,7 @@ fn a_request_waits_for_a_buffer_and_fills_it() {
     assert_eq!(world.buffer(1), [0xa5; 40]);
     assert_eq!((world.guest.used(), world.guest.next_avail()), (1, 1));
     assert_eq!(world.guest.used_element(0), (0, 32));
-    // The driver is to tell of what comes behind the buffer that is left.
+    // The driver must notify the device of buffers after the remaining one.
     assert_eq!(world.guest.avail_event(), 2);
     world.complete(1, id);
     world.serve();
@@ -208,7 +208,7 @@ fn buffers_in_front_of_a_message_come_back_empty() {
     world.name(3, id, 0..1);
     world.offer(1);
     world.serve();
-    // In the order in which they came, with the newest left.
+    // In the order of arrival, with the newest one left.
     assert_eq!((world.guest.used(), world.guest.next_avail()), (4, 4));
     let used = |number| world.guest.used_element(number);
     assert_eq!([1, 2, 3].map(used), [(1, 0), (2, 0), (3, 0)]);
@@ -240,7 +240,7 @@ fn ids_are_never_those_of_open_requests() {
     assert_eq!(next, Ok(2));
     assert!(
         Requests::default().last > 1 << 40,
-        "what another process gave out"
+        "an id of another worker"
     );
 }
 
@@ -278,7 +278,7 @@ fn pages_to_discard_are_given_back() {
         named, discarded, ..
     } = world.progress(id);
     assert_eq!((named, discarded), (2 * PAGE, 2 * PAGE));
-    // What is used by now is the guest's again.
+    // The guest owns the used buffers again.
     world
         .guest
         .memory
@@ -496,7 +496,7 @@ fn a_queue_that_was_stopped_goes_on() {
     world.complete(1, id);
     world.serve();
     assert_eq!(world.status(id), RequestStatus::Complete);
-    // Another process would take the queue up there.
+    // Another worker would continue the queue there.
     assert_eq!(world.guest.next_avail(), world.guest.used());
 }
 
@@ -555,7 +555,7 @@ fn a_few_requests_are_kept() {
     let begin =
         |world: &World| lock(&world.requests).begin(Command::UnusedSkip(ALL), PageMap::default());
     assert_eq!(begin(&world), Err(TooMany));
-    // There is room to cancel each of them.
+    // Each of them can still be cancelled.
     world.offer(3);
     world.serve();
     for &id in others.iter().chain([&first]) {
@@ -594,8 +594,8 @@ fn a_long_answer_is_read_in_parts() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// In whatever order buffers come and requests are made: they are used in order, each request is asked
-    /// once, and the buffers that remain in the ring are for requests only.
+    /// Whatever the order of buffers and requests, the device uses buffers in order and sends each request
+    /// once. Only buffers for requests remain in the ring.
     #[test]
     fn buffers_are_used_in_order(steps in prop::collection::vec(0_u8..6, 0..40)) {
         let mut world = World::new();
@@ -640,7 +640,7 @@ proptest! {
             .filter(|&&id| world.status(id) == RequestStatus::Waiting)
             .count();
         prop_assert_eq!(written + waiting, asked);
-        // There is either nothing to ask or no buffer for it.
+        // There is either no request or no buffer for it.
         prop_assert!(waiting == 0 || used == sent);
     }
 }

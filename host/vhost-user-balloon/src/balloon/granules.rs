@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How much of each granule is in the balloon.
+//! The amount of each granule that is in the balloon.
 
 use std::ops::Range;
 
@@ -8,19 +8,20 @@ use balloon_wire::BALLOON_PAGE_SIZE;
 
 use crate::bitmap::index;
 
-/// How much of each granule of a region is in the balloon and may still be changed.
+/// The amount of each granule of a region that is in the balloon and that the device may still
+/// change.
 #[derive(Debug)]
 pub(crate) struct Granules {
     /// The size of a granule in bytes.
     pub(crate) size: u64,
-    /// Which granule of the file the region begins in.
+    /// The granule of the file that contains the start of the region.
     first: u64,
-    /// So many bytes of each. Nothing where a granule is a page.
+    /// The bytes of each granule. Empty if a granule is a page.
     filled: Vec<u64>,
 }
 
 impl Granules {
-    /// None are filled of those that these bytes of a file are in.
+    /// Empty granules for these bytes of a file.
     pub(crate) fn new(size: u64, bytes: &Range<u64>) -> Option<Self> {
         let first = bytes.start / size;
         let last = bytes.end.checked_next_multiple_of(size)? / size;
@@ -36,8 +37,8 @@ impl Granules {
         })
     }
 
-    /// The granules that these bytes of the file are in: where each one is, how many of the bytes are in it,
-    /// and how much of it is filled.
+    /// The granules of these bytes of the file: the range of each one, how many of the bytes are in it, and
+    /// how much of it is filled.
     pub(crate) fn of(
         &mut self,
         bytes: &Range<u64>,
@@ -54,8 +55,8 @@ impl Granules {
         })
     }
 
-    /// Fills them with these bytes of the file, which are not in them yet, and calls `whole` for what is whole
-    /// now.
+    /// Fills them with these bytes of the file, which were not in them, and calls `whole` for complete
+    /// granules.
     pub(crate) fn fill(&mut self, bytes: Range<u64>, mut whole: impl FnMut(Range<u64>)) {
         if self.filled.is_empty() {
             whole(bytes);
@@ -70,7 +71,7 @@ impl Granules {
         }
     }
 
-    /// Takes these bytes of the file out again.
+    /// Removes these bytes of the file.
     pub(crate) fn drain(&mut self, bytes: &Range<u64>) {
         if self.filled.is_empty() {
             return;
@@ -80,7 +81,7 @@ impl Granules {
         }
     }
 
-    /// Forgets what they are filled with.
+    /// Empties all of them.
     pub(crate) fn empty(&mut self) {
         self.filled.fill(0);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the host asks the guest for by free page hinting and host requests.
+//! Free page hinting and host requests.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -20,16 +20,16 @@ impl Device {
         self.notify();
     }
 
-    /// What the guest is asked for.
+    /// The host requests.
     pub fn requests(&self) -> Guard<'_, Requests> {
         lock(&self.requests)
     }
 
-    /// Asks the guest for something, and returns the id of the request.
+    /// Makes a host request, and returns its id.
     ///
     /// # Errors
     ///
-    /// There are as many open requests as can be.
+    /// The maximum number of requests is open.
     pub fn request(&self, command: Command) -> Result<u64, TooMany> {
         let pages = match command {
             Command::UnusedSkip(_) => lock(&self.work).balloon.no_pages(),
@@ -40,18 +40,18 @@ impl Device {
         Ok(id)
     }
 
-    /// Tells the guest that an answer is no longer wanted.
+    /// Cancels a request.
     ///
     /// # Errors
     ///
-    /// There are as many open requests as can be.
+    /// The maximum number of requests is open.
     pub fn cancel(&self, id: u64) -> Result<(), TooMany> {
         self.requests().cancel(id)?;
         self.ask();
         Ok(())
     }
 
-    /// Has the worker ask the guest what there is to ask.
+    /// Makes the worker thread send new requests.
     fn ask(&self) {
         if let Some(number) = Kind::Requests.number(self.acked.load(SeqCst)) {
             self.wake(number);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! When the guest is asked for statistics.
+//! The schedule of statistics requests.
 
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
@@ -12,7 +12,7 @@ use super::Device;
 use crate::kind::Kind;
 use crate::sync::lock;
 
-/// How often a guest is asked for statistics after its VMM has changed its memory, and how many times.
+/// The interval and the number of statistics requests after the VMM has changed its memory.
 const SOON: Duration = Duration::from_secs(1);
 pub(super) const SOON_TIMES: u32 = 10;
 
@@ -22,7 +22,7 @@ impl Device {
         lock(&self.stats).answer()
     }
 
-    /// Asks the guest for a new sample, and waits for it as long as there is a front end.
+    /// Requests a new sample from the guest, and waits for it as long as there is a front end.
     pub fn fresh_stats(&self, timeout: Duration) -> Option<balloon_control::Stats> {
         let mut stats = lock(&self.stats);
         stats.want();
@@ -35,7 +35,7 @@ impl Device {
         stats.answer().filter(|_| stats.sequence() != before)
     }
 
-    /// Sets how often the guest is asked for statistics, in seconds, and asks it for some. 0 is never.
+    /// Sets the interval of statistics requests in seconds, and makes one at once. 0 is never.
     ///
     /// # Errors
     ///
@@ -51,20 +51,20 @@ impl Device {
         if seconds == 0 {
             return self.timer.stop();
         }
-        // The first sample comes at once: a client that changes the interval wants to see one.
+        // The first request is made at once: a client that changes the interval needs a sample.
         self.timer.every(
             Duration::from_millis(1),
             Duration::from_secs(seconds.into()),
         )
     }
 
-    /// Whether the guest may have more memory than its last statistics say.
+    /// Whether the guest may have more memory than its last statistics report.
     pub fn is_outdated(&self) -> bool {
         self.soon.load(SeqCst) > 0
     }
 
-    /// Asks the guest for statistics a few times, since it may have been given more memory: it needs a while to take it
-    /// into use.
+    /// Requests statistics a few times, since the guest may have got more memory, and needs some time before it uses
+    /// that.
     pub(super) fn ask_soon(&self) {
         let interval = lock(&self.state).stats_interval;
         if interval == 0 {
@@ -75,7 +75,7 @@ impl Device {
         }
     }
 
-    /// Goes back to the ordinary interval when the guest has been asked soon for long enough.
+    /// Returns to the usual interval after these requests.
     pub(super) fn asked_soon(&self) {
         if self.is_outdated() && self.soon.fetch_sub(1, SeqCst) == 1 {
             self.arm_ordinary();

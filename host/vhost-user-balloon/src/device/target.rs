@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the guest is asked for: the target, as far as the floor, the boot grace and the guest's statistics allow it.
+//! The size that the device requests: the target, limited by the floor, the boot grace and the
+//! guest's statistics.
 
 use std::io;
 use std::mem;
@@ -14,10 +15,11 @@ use super::Device;
 use crate::features::Feature;
 use crate::sync::lock;
 
-/// A balloon that has not moved for so long is at rest: a driver tells its size once a second on the way.
+/// A balloon whose size has not changed for so long is at rest: a driver reports a changing size
+/// once a second.
 pub(super) const REST: Duration = Duration::from_secs(2);
 
-/// How long a driver has to send its first statistics. Until then it keeps the balloon that it has: the guest may have
+/// How long a driver may take to send its first statistics. Until then the balloon keeps its size: the guest may have
 /// much less memory than the VMM has shared.
 pub(super) const REPORT_TIME: Duration = Duration::from_secs(5);
 
@@ -25,12 +27,12 @@ pub(super) const REPORT_TIME: Duration = Duration::from_secs(5);
 const LARGEST_PAGE: u32 = 16;
 
 impl Device {
-    /// How much memory the guest has, in the balloon or not, in bytes: what it says in its statistics, or what the
-    /// VMM has shared. A VMM shares more than there is for the guest: what a virtio-mem device has not plugged,
-    /// NVDIMMs, memory of PCI devices.
+    /// The guest's memory, the balloon's included, in bytes: from its statistics, or the memory that the VMM has
+    /// shared. A VMM also shares other memory: unplugged memory of virtio-mem devices, NVDIMMs, memory of PCI
+    /// devices.
     pub fn guest_memory(&self) -> Option<u64> {
         let shared = Some(lock(&self.sizes).memory).filter(|&bytes| bytes > 0)?;
-        // Linux takes what is in the balloon off the total, if it does not take it back when it runs out of memory.
+        // Linux subtracts the balloon from the total, unless it deflates on OOM.
         let counts_balloon = Feature::DeflateOnOom.is_in(self.acked.load(SeqCst));
         let said = lock(&self.stats)
             .total()
@@ -46,13 +48,13 @@ impl Device {
         self.settings.floor.limit(self.guest_memory()?)
     }
 
-    /// For how long a guest that boots is still left alone.
+    /// The remaining boot grace.
     pub fn grace(&self) -> Option<Duration> {
         let end = lock(&self.times).grace_end?;
         Some(end.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
     }
 
-    /// Whether the guest's driver is still to send its first statistics.
+    /// Whether the guest's driver has not sent its first statistics yet.
     pub(super) fn is_unreported(&self) -> bool {
         let started = lock(&self.times).started;
         let is_asked = lock(&self.state).stats_interval > 0;
@@ -62,7 +64,7 @@ impl Device {
             && lock(&self.stats).total().is_none()
     }
 
-    /// Whether the balloon has the size that it is asked for, or has not moved for a while.
+    /// Whether the balloon has the requested size, or has not changed for a while.
     pub(super) fn is_at_rest(&self) -> bool {
         let actual = lock(&self.state).config.actual;
         // A guest rounds up to its own pages.
@@ -72,9 +74,9 @@ impl Device {
             || moved.is_some_and(|moved| moved.elapsed() > REST)
     }
 
-    /// How many balloon pages the guest is asked for now.
+    /// The currently requested size, in balloon pages.
     pub(super) fn asked(&self) -> u32 {
-        // A driver that has not been seen yet may be that of a guest that boots.
+        // An unknown driver may belong to a guest that boots.
         let unseen = !self.running() && !self.settings.boot_grace.is_zero();
         let alone = unseen || self.grace().is_some() || self.is_unreported();
         let limit = self
@@ -90,21 +92,21 @@ impl Device {
         }
     }
 
-    /// Tells the guest if what it is asked for has changed without a client. A guest that has read it for another
-    /// reason may not have noticed.
+    /// Notifies the guest if the requested size has changed without a client. A guest that has read it for
+    /// another reason may have missed the change.
     pub(super) fn follow(&self) {
         if self.told.load(SeqCst) != self.asked() {
             self.notify();
         }
     }
 
-    /// Leaves a guest alone that boots under a target that was there before.
+    /// Starts the boot grace for a guest that boots under an earlier target.
     pub(super) fn leave_alone(&self) {
         let grace = self.settings.boot_grace;
         if grace.is_zero() || lock(&self.state).config.target == 0 {
             return;
         }
-        // The timer goes off after this.
+        // The timer expires after this.
         let end = Instant::now().checked_add(grace);
         if self.grace.once(grace) {
             info!(
@@ -115,11 +117,11 @@ impl Device {
         }
     }
 
-    /// Has the guest give away so many balloon pages, also while it boots.
+    /// Sets the target in balloon pages, also for a guest that boots.
     ///
     /// # Errors
     ///
-    /// The file cannot be written, and the target will be forgotten with the process.
+    /// The file cannot be written, and the target is lost when the process ends.
     pub fn set_target(&self, pages: u32) -> io::Result<()> {
         if self.running() {
             lock(&self.times).grace_end = None;
@@ -133,8 +135,8 @@ impl Device {
         self.save()
     }
 
-    /// Tells the guest that the configuration space has changed, now or when it has a driver. Front ends
-    /// do not expect the message while there is none.
+    /// Notifies the guest of a change of the configuration space, now or when it has a driver. Front
+    /// ends do not expect the message without a driver.
     pub(super) fn notify(&self) {
         self.told.store(self.asked(), SeqCst);
         self.config_changed.store(true, SeqCst);

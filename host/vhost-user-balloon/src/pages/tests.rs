@@ -25,13 +25,13 @@ const FREE: Range<u64> = 0x100..0x700;
 /// The end of memory in balloon pages.
 const END: u64 = 0x1000;
 
-/// What no page reaches beyond, in balloon pages.
+/// The end of the address space, in balloon pages.
 const LIMIT: u64 = 1 << 52;
 
 /// A huge page in bytes.
 const HUGE: u64 = 2 << 20;
 
-/// A page set, as it is on the wire.
+/// A page set in its wire format.
 #[derive(Clone, Debug)]
 struct Message {
     command: u32,
@@ -125,7 +125,7 @@ impl Machine {
         }
     }
 
-    /// Sends a batch of messages, and returns what was counted.
+    /// Sends a batch of messages, and returns the counters.
     fn send(&mut self, format: Format, kind: Kind, messages: &[Vec<u8>]) -> Counters {
         let before = self.queue.used();
         for message in messages {
@@ -187,7 +187,7 @@ impl Machine {
         self.send(Format::PageSets, Kind::Deflate, &messages)
     }
 
-    /// The pages that were given back.
+    /// The discarded pages.
     fn holes(&self) -> BTreeSet<u64> {
         let hole = |&page: &u64| {
             let mut bytes = [1; 4096];
@@ -198,7 +198,7 @@ impl Machine {
         FREE.filter(hole).collect()
     }
 
-    /// Takes all pages out of the balloon, and returns them.
+    /// Deflates all pages, and returns them.
     fn empty(mut self) -> BTreeSet<u64> {
         let mut held = |page: &u64| {
             let page = *page..*page + 1;
@@ -232,7 +232,7 @@ fn both_encodings_name_pages() {
     let holes = [0x100, 0x101, 0x102, 0x105, 0x106, 0x17e];
     assert_eq!(machine.holes(), holes.into());
     assert_eq!(counters.inflated.get(), 6 << 12);
-    // What is side by side in two messages is one.
+    // Adjacent pages of two messages become one range.
     assert_eq!(counters.discards.get(), 3);
     let encodings = [("bitmaps", 1), ("pfns", 0), ("ranges", 1)];
     let encodings = encodings.map(|(name, times)| (name.to_owned(), times));
@@ -353,7 +353,7 @@ fn a_message_has_64_kib_at_most() {
 #[test]
 fn lone_pages_fill_the_longest_message() {
     let mut words = vec![0x5555_5555_5555_5555; page_set::MAX_SIZE / 8 - 4];
-    // These would be the pages of the message, which is read again if there is no time for all of it.
+    // These would be the pages of the message, which the device reads again if its time runs out.
     words[28] = 0;
     let mut machine = Machine::new(4096, true);
     let counters = machine.inflate(&[Message::bitmap(0x101, &words)]);
@@ -379,7 +379,7 @@ fn the_largest_numbers_are_outside() {
     let counters = machine.inflate(&[last, bits, half]);
     assert_eq!(counters.refused(Refusal::OutsideMemory), 1);
     assert_eq!(counters.inflated.get(), 0);
-    // From there on all that can be named, which has the messages as well.
+    // All pages from there on, which include the messages.
     let rest = Message::range(0x600..LIMIT);
     let counters = machine.inflate(slice::from_ref(&rest));
     assert_eq!(counters.refused(Refusal::OutsideMemory), 1);
@@ -495,7 +495,7 @@ fn encode(pages: &[u64], bitmap: bool) -> Message {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// However pages are named: the same are in the balloon, and the same are given back.
+    /// The balloon and the discarded pages do not depend on the encoding.
     #[test]
     fn formats_are_equivalent(
         steps in prop::collection::vec((

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The front end's connection, which another supervisor can continue at any point.
+//! The front end's connection. Another supervisor can continue it at any point.
 //!
-//! A front end waits for its answer, and takes a second one for that to its next message. So each answer has to be sent
-//! once, also if this process is killed at that moment. A message stays in the socket until its answer is in a pipe. The
-//! kernel then moves the answer from the pipe into the socket in one step. The pipe outlives the process, as the socket
-//! does: an answer in it was not sent.
+//! A front end waits for its answer. It would take a second answer as that to its next message. So each answer must be
+//! sent exactly once, even if this process is killed at that moment. A message stays in the socket until its answer is
+//! in a pipe. The kernel then moves the answer from the pipe into the socket in one step. The pipe outlives the
+//! process, as the socket does. An answer in the pipe was not sent.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,7 +18,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use super::worker::ANSWER_TIMEOUT;
 use crate::message::{Head, Message, Queued};
 
-/// The connection, with the answer that is to be sent.
+/// The connection, with the pending answer.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: UnixStream,
@@ -27,15 +27,15 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// That of a front end which has connected.
+    /// The connection of a new front end.
     ///
     /// # Errors
     ///
     /// The process has too many file descriptors.
     pub(super) fn new(socket: UnixStream) -> Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // Messages come as a whole. A front end that sends half of one, or does not read, must not keep the
-        // supervisor waiting.
+        // Messages arrive whole. A front end that sends half of a message, or does not read, must not block
+        // the supervisor.
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
@@ -46,7 +46,7 @@ impl Connection {
         })
     }
 
-    /// That of another supervisor, with both ends of its pipe.
+    /// The connection of an earlier supervisor, with both ends of its pipe.
     pub(super) fn of_another(socket: UnixStream, reader: OwnedFd, writer: OwnedFd) -> Self {
         Self {
             socket,
@@ -55,7 +55,7 @@ impl Connection {
         }
     }
 
-    /// Sends the answer that another supervisor has left, if there is one.
+    /// Sends the pending answer of an earlier supervisor, if there is one.
     ///
     /// # Errors
     ///
@@ -90,7 +90,7 @@ impl Connection {
         Head::peek(&self.socket)
     }
 
-    /// Takes a message out of the socket, and answers it if the front end waits for that.
+    /// Removes a message from the socket, and answers it if the front end waits for an answer.
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl Connection {
         }
     }
 
-    /// Sends what is in the pipe.
+    /// Sends the content of the pipe.
     fn send(&self) -> io::Result<()> {
         loop {
             let left = self.unsent()?;
@@ -149,7 +149,7 @@ mod tests {
         (front, Connection::new(socket).unwrap(), answer)
     }
 
-    /// What the next supervisor has when this one is killed.
+    /// The state of the next supervisor when this one is killed.
     fn killed(connection: Connection) -> io::Result<Connection> {
         connection.resume()?;
         Ok(connection)

@@ -61,7 +61,8 @@ impl Supervisor {
         self.complete(head, true, &answer);
     }
 
-    /// Takes a message that was dealt with out of the socket, and answers it if the front end waits for that.
+    /// Removes a handled message from the socket, and answers it if the front end waits for an
+    /// answer.
     fn complete(&mut self, head: Head, recorded: bool, answer: &Message) {
         let Some(vmm) = &mut self.vmm else {
             return;
@@ -103,7 +104,7 @@ impl Supervisor {
         }
     }
 
-    /// Leaves a message out that the worker does not accept.
+    /// Skips a message that the worker does not accept.
     pub(super) fn refuse(&mut self, head: Head) {
         if let Some(vmm) = &mut self.vmm {
             vmm.log_refusal(&head.message);
@@ -111,7 +112,7 @@ impl Supervisor {
         self.leave_out(head);
     }
 
-    /// Answers a message of the front end that no worker gets.
+    /// Answers a message of the front end that is not forwarded.
     fn leave_out(&mut self, head: Head) {
         let Some(vmm) = &mut self.vmm else {
             return;
@@ -125,7 +126,7 @@ impl Supervisor {
         match answer {
             Some(answer) => self.complete(head, false, &answer),
             None => {
-                error!("disconnecting the VMM, which waits for an answer that there is not");
+                error!("disconnecting the VMM, which waits for an answer that does not exist");
                 self.drop_vmm();
             }
         }
@@ -160,7 +161,7 @@ impl Supervisor {
         self.save();
     }
 
-    /// Deals with a message of the front end.
+    /// Handles a message of the front end.
     fn handle(&mut self, mut head: Head) {
         let Some(vmm) = &mut self.vmm else {
             return;
@@ -201,7 +202,7 @@ impl Supervisor {
         }
     }
 
-    /// Deals with a message while there is no worker, as far as that is possible: QEMU's main loop waits.
+    /// Handles a message without a worker, as far as possible, since QEMU's main loop waits.
     fn answer_without_worker(&mut self, head: Head) {
         let Some(vmm) = &mut self.vmm else {
             return;

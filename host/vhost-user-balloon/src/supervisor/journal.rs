@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What another worker needs to take up the device.
+//! The messages that another worker needs to continue the device.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -13,14 +13,15 @@ use nix::unistd::write;
 use super::memory::{adds_memory, regions, word};
 use crate::message::{Message, request};
 
-/// The protocol feature that the front end may ask for an acknowledgement of each message.
+/// The protocol feature by which the front end may request an acknowledgement of each message.
 const REPLY_ACK: u8 = 1 << 3;
 
-/// The messages that set the device up, without those that later messages have replaced or ended.
+/// The messages that set up the device, without those that later messages have replaced or
+/// cancelled.
 #[derive(Debug, Default)]
 pub struct Journal {
     messages: Vec<Message>,
-    /// Changes whenever another set of file descriptors belongs to the messages.
+    /// Changes with the set of file descriptors of the messages.
     descriptors: u64,
 }
 
@@ -48,10 +49,10 @@ impl Journal {
         self.find(request::SET_PROTOCOL_FEATURES, 0).is_some()
     }
 
-    /// Prepares a message of the front end for the worker, which is to acknowledge it.
+    /// Prepares a message of the front end for the worker, which must acknowledge it.
     pub fn prepare(&self, message: &mut Message) {
-        // The front end does not negotiate it: it would wait whenever the guest writes its balloon's size,
-        // and the guest with it.
+        // The front end must not negotiate it: it would wait, and the guest with it, whenever the guest
+        // writes its balloon's size.
         if message.request() == request::SET_PROTOCOL_FEATURES {
             if let Some(features) = message.body_mut().first_mut() {
                 *features |= REPLY_ACK;
@@ -70,7 +71,7 @@ impl Journal {
         }
     }
 
-    /// The event of the front end's that the configuration space has changed.
+    /// The message that notifies the front end of a change of the configuration space.
     pub fn channel(&self) -> Option<&OwnedFd> {
         let message = self.find(request::SET_BACKEND_REQ_FD, 0)?;
         message.descriptors().first()
@@ -83,9 +84,9 @@ impl Journal {
             .all(|&request| self.find(request, queue).is_some())
     }
 
-    /// Whether the rings that a message names are in the memory that the front end has sent.
+    /// Whether the rings in a message are in the memory that the front end has sent.
     pub fn has_memory_for(&self, message: &Message) -> bool {
-        /// Where the addresses of the rings are in the message.
+        /// The offsets of the rings' addresses in the message.
         const RINGS: [usize; 3] = [8, 16, 24];
         let address = |at| word(message.body(), at);
         RINGS
@@ -99,17 +100,17 @@ impl Journal {
             .find(|message| message.request() == request && self::queue(message) == queue)
     }
 
-    /// Records a message that the worker has acted upon, and returns whether that makes a difference. It
-    /// replaces an earlier one in its place: messages depend on those before them, such as the features of the
-    /// protocol.
+    /// Records a message that the worker has handled, and returns whether that changes the journal. It
+    /// replaces an earlier message in the same position, since messages depend on those before them, such as
+    /// the features of the protocol.
     pub fn record(&mut self, message: Message) -> bool {
         let (request, queue) = (message.request(), queue(&message));
         let before = self.descriptor_count();
         let mut changed = !message.descriptors().is_empty();
         match request {
             request::GET_CONFIG => return false,
-            // A queue that has ended begins with other rings, perhaps in other memory, and other events. The
-            // front end may ask for its index once more.
+            // A stopped queue restarts with other rings, perhaps in other memory, and other events. The
+            // front end may query its index once more.
             request::GET_VRING_BASE => {
                 let index = self.used_index(queue);
                 self.messages.retain_mut(|old| {
@@ -157,8 +158,8 @@ impl Journal {
             .sum()
     }
 
-    /// Sends all of it to another worker. The queues start last: the worker then knows what the guest has written into
-    /// the configuration space. A message that the worker refuses, although the one before it did not, is removed.
+    /// Sends all of it to another worker. The queues start last, so that the worker then has the guest's part of the
+    /// configuration space. A message that this worker refuses, and the previous one accepted, is removed.
     ///
     /// # Errors
     ///
@@ -173,7 +174,7 @@ impl Journal {
             let Some(message) = self.messages.get_mut(place) else {
                 break;
             };
-            // Messages of the guest that the last worker has used are not to be served again.
+            // Messages of the guest that the previous worker has used must not be served again.
             set_base(message, index);
             if let (request::SET_VRING_KICK | request::SET_VRING_CALL, [event]) =
                 (message.request(), message.descriptors())
@@ -199,7 +200,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Where a queue is to continue: behind what was used, or where it has ended.
+    /// The position at which a queue continues: after the used messages, or where it was stopped.
     pub fn index_of(&self, queue: u32) -> Option<u16> {
         let base = || {
             let base = self.find(request::SET_VRING_BASE, queue)?;
@@ -209,13 +210,13 @@ impl Journal {
         self.used_index(queue).or_else(base)
     }
 
-    /// How many messages of a queue have been used, as its used ring says.
+    /// The number of used messages of a queue, from its used ring.
     fn used_index(&self, queue: u32) -> Option<u16> {
         const USED: usize = 16;
         self.index(self.find(request::SET_VRING_ADDR, queue)?, USED)
     }
 
-    /// The index of the ring whose address is at this place of a message.
+    /// The index of the ring whose address is at this offset in a message.
     fn index(&self, addresses: &Message, ring: usize) -> Option<u16> {
         // Both rings begin with flags of 16 bits.
         let address = word(addresses.body(), ring)?.checked_add(2)?;
@@ -225,7 +226,7 @@ impl Journal {
         (read == Ok(index.len())).then(|| u16::from_le_bytes(index))
     }
 
-    /// Where an address of the front end's is in the memory that it has sent.
+    /// The location of a front end's address in the memory that it has sent.
     fn locate(&self, address: u64) -> Option<(&OwnedFd, u64)> {
         self.messages
             .iter()
@@ -239,7 +240,7 @@ impl Journal {
     }
 }
 
-/// Has the message with a queue's index, if this is one, name this index.
+/// Sets the index in the message with a queue's index, if this is one.
 fn set_base(message: &mut Message, index: Option<u16>) {
     let is_base = message.request() == request::SET_VRING_BASE;
     if let (true, Some(index), Some(base)) = (is_base, index, message.body_mut().get_mut(4..8)) {
@@ -247,15 +248,15 @@ fn set_base(message: &mut Message, index: Option<u16>) {
     }
 }
 
-/// Signals the event of a queue. The guest may have sent a notification that no worker has received, and a
-/// worker that was killed may have owed the guest an interrupt. Each side would wait for the other one.
+/// Signals the event of a queue. A notification of the guest may have reached no worker, and a killed
+/// worker may not have sent an interrupt. Each side would wait for the other one.
 pub(super) fn signal(event: &OwnedFd) {
     if let Err(error) = write(event, &1_u64.to_ne_bytes()) {
         warn!("cannot signal the event of a queue: {error}");
     }
 }
 
-/// Whether the protocol has a reply to a message in any case.
+/// Whether the protocol always has a reply to a message.
 pub(super) fn has_reply(message: &Message) -> bool {
     matches!(
         message.request(),
@@ -305,7 +306,7 @@ pub(super) fn is_about_queue(message: &Message) -> bool {
     )
 }
 
-/// The queue that a message is about, or the place in the configuration space, or 0 if it is about neither.
+/// The queue of a message, or its offset in the configuration space, or 0 if it has neither.
 pub(super) fn queue(message: &Message) -> u32 {
     if is_about_queue(message) || message.request() == request::SET_CONFIG {
         message.body().first().copied().unwrap_or_default().into()
@@ -314,8 +315,8 @@ pub(super) fn queue(message: &Message) -> u32 {
     }
 }
 
-/// What names a region that is added or removed: its address in the guest, its size, and the front end's
-/// address. The offset in the file comes behind them, and is 0 in QEMU's removals.
+/// The identity of a region that is added or removed: its address in the guest, its size, and the front
+/// end's address. The offset in the file follows, and is 0 in QEMU's removals.
 fn region(message: &Message) -> Option<&[u8]> {
     message.body().get(8..32)
 }
@@ -342,8 +343,8 @@ mod tests {
         [queue, value].map(u32::to_ne_bytes).concat()
     }
 
-    /// A journal of a device with one queue at work, whose memory is at 0x10000 in the front end and at
-    /// 0x1000 in the file, and whose used ring is at the memory's end.
+    /// A journal of a device with one active queue. Its memory is at 0x10000 in the front end and at
+    /// 0x1000 in the file, and its used ring is at the memory's end.
     fn journal(file: &fs::File) -> Journal {
         let mut journal = Journal::default();
         let mut record = |request, body: Vec<u8>, files| {
@@ -365,7 +366,7 @@ mod tests {
         journal
     }
 
-    /// What another worker receives.
+    /// The messages that another worker receives.
     fn replayed(journal: &mut Journal) -> Vec<(u32, Vec<u8>)> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         journal.replay(&ours).unwrap();

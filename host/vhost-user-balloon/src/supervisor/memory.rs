@@ -16,7 +16,7 @@ pub(super) struct Region {
     pub(super) size: u64,
     /// The front end's own address of it.
     pub(super) address: u64,
-    /// Where it begins in its file.
+    /// Its offset in its file.
     pub(super) offset: u64,
 }
 
@@ -30,7 +30,7 @@ pub(super) fn adds_memory(message: &Message) -> bool {
 
 /// The regions in a message that adds memory.
 pub(super) fn regions(message: &Message) -> impl Iterator<Item = Region> {
-    /// The address in the guest, and the fields above.
+    /// The address in the guest, followed by the fields above.
     const REGION: usize = 32;
     // Both kinds of messages have 8 bytes in front of the regions.
     const REGIONS: usize = 8;
@@ -44,8 +44,8 @@ pub(super) fn regions(message: &Message) -> impl Iterator<Item = Region> {
     })
 }
 
-/// Whether some of the memory in a message is private to the front end, which is the peer of this socket. No
-/// other process sees what the guest writes to such memory.
+/// Whether some of the memory in a message is private to the front end, which is the peer of this socket.
+/// Other processes do not see the guest's writes to such memory.
 ///
 /// # Errors
 ///

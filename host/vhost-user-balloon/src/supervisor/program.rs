@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon's program, as its other processes run it.
+//! The daemon's program, for its other processes.
 
 use std::env;
 use std::ffi::OsStr;
@@ -19,7 +19,7 @@ pub(super) const RESUME: &str = "--resume";
 /// The path at which this program was started.
 pub(super) fn own_path() -> io::Result<PathBuf> {
     let path = env::current_exe()?.into_os_string();
-    // The kernel says so of a program that has been replaced since.
+    // The kernel adds this suffix if the program was replaced.
     let path = path
         .as_bytes()
         .strip_suffix(b" (deleted)")
@@ -31,7 +31,7 @@ pub(super) fn own_path() -> io::Result<PathBuf> {
 pub(super) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.arg0("vhost-user-balloon");
-    // They are about file descriptors that this process has received.
+    // These variables describe file descriptors that this process has received.
     for variable in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"] {
         command.env_remove(variable);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Starts workers, notices that one has ended or hangs, and gives the device to the next one.
+//! Starts workers, detects that one has ended or hangs, and passes the device to the next one.
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -17,14 +17,14 @@ use super::worker::Worker;
 /// How long a worker runs until its failures are forgotten.
 const STEADY: Duration = Duration::from_secs(5);
 
-/// How long to wait before a worker is started after several failures, at most.
+/// The longest wait before a worker is started after several failures.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// How many workers may fail after an update before the program from before is used again.
+/// How many workers may fail after an update before the supervisor returns to the previous program.
 const MAX_FAILURES: u32 = 3;
 
 impl Supervisor {
-    /// Does what is due.
+    /// Handles expired timers.
     pub(super) fn advance(&mut self) -> Result<()> {
         let now = Instant::now();
         self.reap()?;
@@ -69,7 +69,7 @@ impl Supervisor {
         }
     }
 
-    /// Has a worker that has sent nothing for a while show that it responds.
+    /// Sends a request to a worker that has sent nothing for a while, to check that it responds.
     fn probe(&mut self) {
         let (Some(backend), Some(vmm)) = (&self.backend, &mut self.vmm) else {
             return;
@@ -83,7 +83,7 @@ impl Supervisor {
         }
     }
 
-    /// Ends a worker that does not do what it should.
+    /// Kills a worker that does not respond.
     pub(super) fn kill(&mut self) {
         self.stopping = true;
         if let Some(worker) = &mut self.worker {
@@ -92,7 +92,7 @@ impl Supervisor {
         self.crashed();
     }
 
-    /// Takes note that the worker has crashed or hangs.
+    /// Handles a crash or a hang of the worker.
     fn crashed(&mut self) {
         let guilty = self.vmm.as_mut().and_then(Vmm::crashed);
         self.disconnect();
@@ -101,7 +101,7 @@ impl Supervisor {
         }
     }
 
-    /// Takes note that the worker has ended.
+    /// Handles the end of the worker.
     fn reap(&mut self) -> Result<()> {
         let Some(status) = self.worker.as_mut().and_then(Worker::status) else {
             return Ok(());
@@ -123,7 +123,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Counts a failure, and lets some time pass before the next worker.
+    /// Counts a failure, and delays the next worker.
     fn failed(&mut self) {
         self.failures += 1;
         let pause = match self.failures {
@@ -158,7 +158,7 @@ impl Supervisor {
         self.save();
     }
 
-    /// Has the worker end, for another one.
+    /// Ends the worker, for another one.
     pub(super) fn stop_worker(&mut self) {
         self.disconnect();
         if let Some(vmm) = &mut self.vmm {
@@ -171,7 +171,7 @@ impl Supervisor {
         }
     }
 
-    /// Closes the worker's connection. The worker finishes the messages that it has begun.
+    /// Closes the worker's connection. The worker completes its current messages.
     pub(super) fn disconnect(&mut self) {
         if self.backend.take().is_some() {
             self.absent_since = Instant::now();

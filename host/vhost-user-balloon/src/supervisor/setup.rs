@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Checks how the front end sets the device up.
+//! Checks the front end's setup of the device.
 //!
-//! A VM whose QEMU has wrong options must not end: it runs without a balloon, or QEMU does not start. So a message that
-//! no worker accepts is left out here. Each problem is logged once for each VM, with the right option.
+//! A VM must not end because of wrong QEMU options: it runs without a balloon, or QEMU does not start. So this skips
+//! messages that no worker accepts. It logs each problem once for each VM, with the right option.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ use crate::queue::MAX_QUEUE_SIZE;
 /// How long after its last message a front end has announced all of its queues.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// The smallest configuration space of a balloon. A shorter read is of one field.
+/// The smallest configuration space of a balloon. A shorter read concerns one field.
 const SMALLEST_CONFIG: usize = 8;
 
 /// What to do with a message of the front end.
@@ -30,13 +30,13 @@ const SMALLEST_CONFIG: usize = 8;
 pub(super) enum Verdict {
     /// The worker gets it.
     Forward,
-    /// The worker does not get it, and the front end does not notice.
+    /// The worker does not get it, and the front end gets no error.
     LeaveOut,
     /// The front end loses its connection. It has not started its VM yet.
     Disconnect,
 }
 
-/// What is wrong with the options of the front end.
+/// A problem with the options of the front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Problem {
     NoConfig,
@@ -46,7 +46,7 @@ enum Problem {
     Descriptors,
 }
 
-/// What is known of the front end's options.
+/// The known options of the front end.
 #[derive(Debug)]
 pub(super) struct Setup {
     /// The features that the device offers.
@@ -55,20 +55,20 @@ pub(super) struct Setup {
     queues: usize,
     /// Whether that was checked.
     checked: bool,
-    /// When the last message has come.
+    /// When the last message arrived.
     last: Instant,
-    /// Whether a message that adds memory was left out, so that memory is missing for that.
+    /// Whether a message that adds memory was skipped, so that memory is missing.
     lacks_memory: bool,
     /// Whether the front end is QEMU.
     is_qemu: bool,
-    /// Until when a driver should have started the device, while none has.
+    /// The deadline for a driver to start the device, until one has.
     driver_due: Option<Instant>,
     logged: BTreeSet<Problem>,
 }
 
 impl Setup {
-    /// The setup of the front end in the process `pid` with this journal, whose guest boots in so much time. What an
-    /// earlier supervisor has checked is not checked again.
+    /// The setup of the front end in the process `pid` with this journal. Its guest boots within `boot`.
+    /// Checks of an earlier supervisor are not repeated.
     pub(super) fn new(journal: &Journal, pid: i32, boot: Duration) -> Self {
         let checked = !journal.messages().is_empty();
         Self {
@@ -83,7 +83,7 @@ impl Setup {
         }
     }
 
-    /// Takes note of an answer of the worker's.
+    /// Records an answer of the worker.
     pub(super) fn answered(&mut self, answer: &Message) {
         if answer.request() == request::GET_FEATURES {
             self.offered = word(answer.body(), 0).unwrap_or_default();
@@ -95,8 +95,8 @@ impl Setup {
         self.queues > 0 && !self.checked
     }
 
-    /// Checks the number of queues, when the front end has announced all of them. A driver that misses one does not
-    /// start.
+    /// Checks the number of queues, when the front end has announced all of them. Without one of its queues a
+    /// driver does not start.
     pub(super) fn check_queues(&mut self) {
         if !self.is_pending() || self.last.elapsed() < QUIET {
             return;
@@ -121,7 +121,8 @@ impl Setup {
         self.driver_due
     }
 
-    /// Logs that no driver has started in time. No message tells which device QEMU shows to the guest.
+    /// Logs that no driver has started in time. vhost-user has no message with the device type that
+    /// QEMU shows to the guest.
     pub(super) fn check_driver(&mut self) {
         if self.driver_due.is_some_and(|due| Instant::now() >= due) {
             self.driver_due = None;
@@ -184,7 +185,7 @@ impl Setup {
         }
     }
 
-    /// Takes note of a message that no worker gets.
+    /// Records a skipped message.
     pub(super) fn left_out(&mut self, message: &Message) {
         self.lacks_memory |= adds_memory(message);
     }
@@ -215,7 +216,7 @@ impl Setup {
         // The offset comes first.
         let (offset, size) = (read & u64::from(u32::MAX), read >> 32);
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        // QEMU reads all that it has, and other VMMs what their guest reads.
+        // QEMU reads the whole space, and other VMMs only the part that their guest reads.
         let smallest = if self.is_qemu { 1 } else { SMALLEST_CONFIG };
         if offset == 0 && (smallest..needed).contains(&size) {
             self.log(

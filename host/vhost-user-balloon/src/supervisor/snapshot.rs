@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a supervisor hands over to the next one: its sockets, the front end's connection, the journal, and what
-//! is in the balloon.
+//! The state that a supervisor passes to the next one: its sockets, the front end's connection, the journal,
+//! and the balloon's state.
 //!
 //! All of it is in one message that waits in a socket: the file descriptors, the first of which is a file with
-//! the rest. A VM may have more memory regions than a message takes file descriptors: see [`put_descriptors`].
-//! Whichever process has the socket can read the message, and leaves it there. The supervisor keeps
-//! the socket in systemd's file descriptor store, so that a crash leaves it behind, and passes it on as the
-//! standard input when it replaces itself.
+//! the rest. A VM may have more memory regions than a message can carry file descriptors: see
+//! [`put_descriptors`]. Any process with the socket can read the message, and leaves it there. The supervisor
+//! keeps the socket in systemd's file descriptor store, so that it outlives a crash. When the supervisor
+//! replaces itself, it passes the socket on as the standard input.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -43,7 +43,7 @@ const MAX_DESCRIPTORS: usize = 253;
 
 const SPACE: usize = rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS));
 
-/// What is in the file.
+/// The content of the file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Content {
     version: u32,
@@ -67,21 +67,21 @@ struct Entry {
 /// A listening socket, and its path.
 pub(super) type Listening = (PathBuf, UnixListener);
 
-/// What a supervisor has.
+/// The state of a supervisor.
 #[derive(Debug)]
 pub(super) struct Snapshot<L = Listening, C = Connection, J = Journal, F = OwnedFd> {
     pub(super) socket: Option<L>,
     pub(super) control: Option<L>,
-    /// The program to go back to if the next supervisor's does not work.
+    /// The fallback if the next supervisor's program does not work.
     pub(super) program: Option<F>,
-    /// The file with what is in the balloon.
+    /// The file with the balloon's state.
     pub(super) kept: F,
     pub(super) arguments: Vec<OsString>,
     pub(super) frontend: Option<(C, J)>,
 }
 
 impl Snapshot {
-    /// That of a daemon that starts.
+    /// The state of a daemon that starts.
     pub(super) fn empty() -> Result<Self> {
         Ok(Self {
             socket: None,
@@ -94,7 +94,7 @@ impl Snapshot {
     }
 }
 
-/// What the supervisor has now.
+/// The current state of the supervisor.
 pub(super) type Current<'a> =
     Snapshot<(&'a PathBuf, &'a UnixListener), &'a Connection, &'a Journal, BorrowedFd<'a>>;
 
@@ -144,7 +144,7 @@ impl Current<'_> {
             descriptors.push(connection.socket().as_fd());
             let messages = journal.messages().iter();
             descriptors.extend(messages.flat_map(Message::descriptors).map(AsFd::as_fd));
-            // A program of before there was a pipe passes over what comes last.
+            // An older program, which does not know the pipe, ignores the last ones.
             descriptors.extend(connection.pipe());
         }
         let socket = put_descriptors(&descriptors)?;
@@ -160,7 +160,8 @@ impl Stored {
         self.socket
     }
 
-    /// Replaces the file's content. A reader sees the old one or the new one, whenever this process ends.
+    /// Replaces the file's content. A reader sees the old or the new content, whenever this process
+    /// ends.
     fn update(&self, content: &[u8]) -> Result<()> {
         /// The place and the length of the content are at the start.
         const HEADER: u64 = 16;
@@ -169,7 +170,7 @@ impl Stored {
         // The file is empty at first.
         let _ = self.file.read_at(&mut header, 0)?;
         let (place, length) = parse(header);
-        // The new one in front of the old one, or else behind it.
+        // The new one before the old one if it fits, otherwise after it.
         let size = content.len() as u64;
         let start = if place >= PAGE + size {
             PAGE
@@ -198,11 +199,11 @@ pub(super) fn memory_file() -> Result<File> {
     Ok(memfd_create("balloon", MFdFlags::MFD_CLOEXEC)?.into())
 }
 
-/// Puts file descriptors into a socket, as one message. What it has no room for waits in sockets of its own: they come
-/// last in the message, and its only byte is their number.
+/// Puts file descriptors into a socket, as one message. Those that do not fit wait in further sockets. These sockets
+/// are the last descriptors of the message, and its only byte is their number.
 fn put_descriptors(descriptors: &[BorrowedFd<'_>]) -> Result<OwnedFd> {
     let too_many = descriptors.len().saturating_sub(MAX_DESCRIPTORS);
-    // Each of the sockets takes a place in the message.
+    // Each of the sockets needs a descriptor in the message.
     let sockets = too_many.div_ceil(MAX_DESCRIPTORS - 1);
     let first = MAX_DESCRIPTORS.saturating_sub(sockets);
     let (first, others) = descriptors.split_at(first.min(descriptors.len()));
@@ -324,9 +325,9 @@ pub(super) struct Store {
     systemd: bool,
     number: u64,
     stored: Option<Stored>,
-    /// What the file descriptors in it belong to.
+    /// The generation of the file descriptors in it.
     key: Option<(bool, u64)>,
-    /// Whether it was logged that it fails.
+    /// Whether its failure was logged.
     failed: bool,
 }
 
@@ -336,7 +337,7 @@ fn name(number: u64) -> String {
 }
 
 impl Store {
-    /// Finds the snapshot that the supervisor before this one has left, in this socket or in systemd's store.
+    /// Finds the snapshot of the previous supervisor, in this socket or in systemd's store.
     pub(super) fn open(socket: Option<BorrowedFd<'_>>) -> (Self, Option<Snapshot>) {
         let mut sockets = ListenFd::from_env();
         let kept: Vec<OwnedFd> = (0..sockets.len())
@@ -344,7 +345,7 @@ impl Store {
                 let hint = "a snapshot";
                 sockets
                     .take_custom(place, libc::AF_UNIX, libc::SOCK_SEQPACKET, hint)
-                    .inspect_err(|error| warn!("passing over a file descriptor: {error}"))
+                    .inspect_err(|error| warn!("ignoring a file descriptor: {error}"))
                     .ok()
                     .flatten()
             })
@@ -363,7 +364,7 @@ impl Store {
             // Its file descriptors would stay open in the socket.
             let _ = recv(socket, &mut [0; 1][..], RecvFlags::DONTWAIT);
         }
-        // Of two with one number the one in the socket is later.
+        // Of two with the same number the one in the socket is newer.
         found.sort_by_key(|(number, _)| *number);
         let mut store = Self {
             systemd: std::env::var_os("FDSTORE").is_some(),
@@ -382,7 +383,7 @@ impl Store {
         (store, Some(snapshot))
     }
 
-    /// Whether what this supervisor has outlives it.
+    /// Whether this supervisor's state outlives it.
     pub(super) fn is_persistent(&self) -> bool {
         self.systemd
     }
@@ -392,7 +393,7 @@ impl Store {
         self.number
     }
 
-    /// Keeps a snapshot, instead of the one before.
+    /// Stores a snapshot, which replaces the previous one.
     pub(super) fn save(&mut self, current: &Current<'_>) {
         if !self.systemd {
             return;
@@ -421,7 +422,7 @@ impl Store {
         let state = [
             NotifyState::FdStore,
             NotifyState::FdName(&name),
-            // The other end is closed: what is in the socket stays.
+            // The other end is closed, and the socket keeps its content.
             NotifyState::Custom("FDPOLL=0"),
         ];
         sd_notify::notify_with_fds(&state, &[stored.socket.as_fd()])?;
@@ -443,7 +444,7 @@ impl Store {
     }
 }
 
-/// Tells systemd something, if this is one of its services.
+/// Notifies systemd, if this is one of its services.
 pub(super) fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(state) {
         if error.kind() != io::ErrorKind::NotFound {
@@ -480,7 +481,7 @@ mod tests {
                 frontend: Some((&connection, &journal)),
             };
             let stored = current.store(3).unwrap();
-            // What is read stays there.
+            // Reading does not remove it.
             for _ in 0..2 {
                 let (number, snapshot) = load(stored.socket.as_fd()).unwrap();
                 assert_eq!(number, 3);

@@ -19,7 +19,7 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Continues with a socket of the supervisor before this one, or listens.
+    /// Continues with a socket of the previous supervisor, or listens on a new one.
     pub(super) fn new(path: &Path, access: Access, kept: Option<Listening>) -> Result<Self> {
         if let Some((_, listener)) = kept.filter(|(kept, _)| kept == path && path.exists()) {
             access
@@ -32,7 +32,7 @@ impl Socket {
             });
         }
         let (listener, file) = listen(path, access)?;
-        // A client that has connected may be gone before it is accepted.
+        // A client may disconnect before it is accepted.
         listener.set_nonblocking(true)?;
         Ok(Self {
             path: path.to_owned(),

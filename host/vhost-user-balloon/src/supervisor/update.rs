@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Replaces the program of both processes, and goes back to the one before if the new one does not work.
+//! Replaces the program of both processes, and returns to the previous one if the new one does not
+//! work.
 
 use std::env;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,13 +19,13 @@ use super::snapshot::{Snapshot, memory_file, notify};
 use super::worker::Worker;
 
 impl Supervisor {
-    /// Has the program at this supervisor's path tried, and takes it if it works.
+    /// Starts a trial of the program at this supervisor's path.
     pub(super) fn update(&mut self) {
         info!("trying the program {}", self.program.display());
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);
         }
-        // It has no device.
+        // The trial has no device.
         let trial = memory_file()
             .and_then(|kept| Worker::start(&self.program, &self.arguments, &kept, None));
         match trial {
@@ -33,7 +34,7 @@ impl Supervisor {
         }
     }
 
-    /// Gives a new program up.
+    /// Gives up a new program.
     fn keep_program(&mut self, reason: &str) {
         error!(
             "the program {} does not start; continuing with the running one: {reason}",
@@ -63,8 +64,8 @@ impl Supervisor {
         }
     }
 
-    /// Replaces the program of this process. Hands over the program to go back to if the new one fails.
-    /// Returns if that is not possible.
+    /// Replaces the program of this process. Passes on the running program as the fallback. Returns if
+    /// that is not possible.
     pub(super) fn replace_program(&mut self, program: &Path, fallback: Option<BorrowedFd<'_>>) {
         self.stop_worker();
         self.save();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The front end that is connected.
+//! The connected front end.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -18,34 +18,34 @@ use super::setup::Setup;
 use super::worker::ANSWER_TIMEOUT;
 use crate::message::{Head, Message, request};
 
-/// How many workers may crash at a message before it is left out.
+/// How many workers may crash at a message before it is skipped.
 const MAX_CRASHES: u32 = 3;
 
-/// How long a client may send nothing when another one connects.
+/// How long a client may send nothing before another client may replace it.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// How long a worker may be silent before it has to show that it responds.
+/// How long a worker may send nothing before the supervisor checks that it responds.
 const PROBE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What the worker has not answered yet.
+/// A message that the worker has not answered yet.
 #[derive(Debug)]
 pub(super) struct Pending {
-    /// The front end's message. None is the supervisor's own, which shows whether the worker responds.
+    /// The front end's message. None is the supervisor's own check.
     pub(super) head: Option<Head>,
     since: Instant,
 }
 
-/// The front end that is connected.
+/// The connected front end.
 #[derive(Debug)]
 pub(super) struct Vmm {
     pub(super) connection: Connection,
     pub(super) journal: Journal,
     pub(super) setup: Setup,
     since: Instant,
-    /// The number of its process, or 0.
+    /// Its process id, or 0.
     pub(super) pid: i32,
     pub(super) pending: Option<Pending>,
-    /// When the worker has answered for the last time.
+    /// When the worker last answered.
     answered: Instant,
     /// Whether the next message needs a worker, and there is none.
     pub(super) blocked: bool,
@@ -92,7 +92,7 @@ impl Vmm {
         !has_sent && self.since.elapsed() >= SILENCE
     }
 
-    /// Takes note that the worker has a message to answer.
+    /// Records a message that the worker must answer.
     pub(super) fn expect_answer(&mut self, head: Option<Head>) {
         self.pending = Some(Pending {
             head,
@@ -100,7 +100,7 @@ impl Vmm {
         });
     }
 
-    /// Takes note of an answer of the worker's, and returns what it answers.
+    /// Records an answer of the worker, and returns the answered message.
     pub(super) fn take_answered(&mut self) -> Option<Head> {
         self.answered = Instant::now();
         self.crashes = 0;
@@ -113,7 +113,7 @@ impl Vmm {
         pending.is_some_and(|pending| pending.since.elapsed() >= ANSWER_TIMEOUT)
     }
 
-    /// A message for a worker that has sent nothing for a while: the front end's last question for the configuration
+    /// The check of a worker that has sent nothing for a while: the front end's last read of the configuration
     /// space.
     pub(super) fn probe(&self) -> Option<Message> {
         let is_due = self.pending.is_none() && self.answered.elapsed() >= PROBE_INTERVAL;
@@ -121,8 +121,8 @@ impl Vmm {
         Some(Message::new(request::GET_CONFIG, config.body(), Vec::new()))
     }
 
-    /// A worker has crashed or hung. Returns the message that it had to answer if that has happened often. Else
-    /// the next worker gets it.
+    /// Handles a crash or a hang of a worker. Returns the message that it had to answer if that has happened
+    /// often. Otherwise the next worker gets the message.
     pub(super) fn crashed(&mut self) -> Option<Head> {
         let head = self.pending.take()?.head?;
         self.crashes += 1;
@@ -133,7 +133,7 @@ impl Vmm {
         Some(head)
     }
 
-    /// Keeps an answer for the time in which there is no worker.
+    /// Stores an answer for times without a worker.
     pub(super) fn keep_answer(&mut self, answer: Message) {
         self.answers.retain(|old| old.request() != answer.request());
         self.setup.answered(&answer);
@@ -145,8 +145,8 @@ impl Vmm {
         answers.find(|answer| answer.request() == request)
     }
 
-    /// The answer to a message without a worker, if that is possible: the index of a queue, as the queue has it,
-    /// or what a worker has answered before.
+    /// The answer to a message without a worker, if that is possible: the index of a queue from its ring, or an
+    /// earlier answer of a worker.
     pub(super) fn own_answer(&self, message: &Message) -> Option<Message> {
         match message.request() {
             request::GET_VRING_BASE => {
@@ -182,8 +182,8 @@ impl Vmm {
         }
     }
 
-    /// Tells it that the configuration space has changed, if there is a driver to tell. QEMU does not expect
-    /// the message otherwise.
+    /// Notifies it of a change of the configuration space, if there is a driver. QEMU does not expect the
+    /// message otherwise.
     pub(super) fn config_changed(&self) {
         let Some(channel) = self.journal.channel().filter(|_| self.journal.has_rings(0)) else {
             return;
@@ -191,7 +191,7 @@ impl Vmm {
         let message = Message::new(BackendReq::CONFIG_CHANGE_MSG as u32, &[], Vec::new());
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         match send(channel.as_raw_fd(), message.bytes(), flags) {
-            // A full one has enough of these messages in it.
+            // A full socket already has such messages.
             Ok(_) | Err(Errno::EAGAIN) => {}
             Err(error) => warn!("cannot notify the VMM of a configuration change: {error}"),
         }

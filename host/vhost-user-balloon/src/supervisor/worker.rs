@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The worker: the process that has the device.
+//! The worker process, as the supervisor sees it.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -24,13 +24,13 @@ use crate::message::Message;
 /// How long a worker may take until it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long it may take for an answer, and to end.
+/// How long a worker may take for an answer, and to end.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often to look whether it has ended.
+/// How often to check whether it has ended.
 const INTERVAL: Duration = Duration::from_millis(2);
 
-/// A process that has the device, or is going to.
+/// A process that implements the device, or will.
 #[derive(Debug)]
 pub(super) struct Worker {
     child: Child,
@@ -38,11 +38,11 @@ pub(super) struct Worker {
     started: Instant,
     ready: bool,
     ended: bool,
-    /// When it is killed, unless it does what it should.
+    /// When it is killed, unless it responds.
     deadline: Option<Instant>,
 }
 
-/// What a worker has sent.
+/// A message of a worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Events {
     /// The configuration space has changed.
@@ -54,7 +54,7 @@ pub(super) struct Events {
 }
 
 impl Worker {
-    /// Starts a program as a worker. It finds what is in the balloon in the file `kept`, and answers the clients
+    /// Starts a program as a worker. It reads the balloon's state from the file `kept`, and answers the clients
     /// of the control socket.
     pub(super) fn start(
         program: &Path,
@@ -116,7 +116,7 @@ impl Worker {
         self.deadline
     }
 
-    /// Reads what it has sent.
+    /// Reads its messages.
     pub(super) fn read(&mut self) -> Events {
         let mut events = Events::default();
         let mut bytes = [0; 64];
@@ -146,8 +146,9 @@ impl Worker {
         events
     }
 
-    /// Connects to it, for the front end in the process `vmm`. Its driver `continues`, or is still to start. The worker gets a socket that listens on this
-    /// path for a moment, since that is what the vhost-user library takes.
+    /// Connects to it, for the front end in the process `vmm`. Its driver `continues`, or has not started yet. The
+    /// worker gets a socket that listens on this path for a moment, since the vhost-user library needs a listening
+    /// socket.
     pub(super) fn connect(&self, path: &Path, vmm: i32, continues: bool) -> Result<UnixStream> {
         let (listener, file) = listen(path, Access::default())?;
         let stream = UnixStream::connect(path);
@@ -160,7 +161,7 @@ impl Worker {
         Ok(stream)
     }
 
-    /// Has it finish the messages that it has begun, and end.
+    /// Makes it complete its current messages, and end.
     pub(super) fn stop(&mut self) {
         // It may have ended already.
         let _ = self.channel.shutdown(Shutdown::Write);
@@ -180,7 +181,7 @@ impl Worker {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Waits for its end for so long, and returns whether it has ended.
+    /// Waits for its end, with a timeout, and returns whether it has ended.
     pub(super) fn ends_within(&mut self, time: Duration) -> bool {
         let start = Instant::now();
         while self.status().is_none() {

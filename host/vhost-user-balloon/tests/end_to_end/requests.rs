@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a guest answers when the host asks it for something.
+//! The guest's answers to host requests.
 
 use super::*;
 
@@ -60,7 +60,7 @@ impl Answering {
         self.publish(number, bytes.len(), 0);
     }
 
-    /// How many buffers have come back.
+    /// The number of used buffers.
     fn used(&self) -> u16 {
         let place = REQUESTS + USED - DESCRIPTORS + 2;
         u16::from_le_bytes([self.vmm.byte(place), self.vmm.byte(place + 1)])
@@ -123,7 +123,7 @@ fn a_guest_answers_requests() {
     assert_eq!(driver.request(0), [3 | (12 << 16), id, 0, 1 << 32]);
     assert_eq!(status(), RequestStatus::Open);
     assert_eq!(info(directory).guest.open_requests, 1);
-    // Ranges with more to come: two pages of 4 KiB from 1 MiB on.
+    // Ranges with the flag for more messages: two pages of 4 KiB from 1 MiB on.
     driver.answer(2, &[0x1_010c_0003, id, 0, 2, 0x10_0002]);
     driver.answer(3, &[0x1_0007, id]);
     driver.wait_used(4);
@@ -141,7 +141,7 @@ fn a_guest_answers_requests() {
     assert_eq!(ranges, expected);
     assert_eq!(driver.vmm.byte(1 << 20), 1);
 
-    // The buffer that came back without a request is made available again.
+    // The buffer that was used without a request is made available again.
     driver.offer(1);
     let reclaim = ask(directory, &RECLAIM);
     driver.wait_used(5);
@@ -213,7 +213,7 @@ fn another_process_goes_on_with_requests() {
     assert!(after > before);
     driver.wait_used(5);
     assert_eq!(driver.request(1)[1], after);
-    // What belongs to the process before is not acted upon.
+    // Messages for the previous worker have no effect.
     driver.answer(3, &[0x1_010c_0004, before, 0, 1, 0x10_1001]);
     driver.answer(4, &[0x1_010c_0004, after, 0, 1, 0x10_2001]);
     driver.answer(5, &[0x1_0007, after]);

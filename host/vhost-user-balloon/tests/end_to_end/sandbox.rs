@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a worker may not do.
+//! The system calls that a worker must not make.
 
 use nix::errno::Errno;
 use nix::sys::ptrace;
@@ -13,7 +13,7 @@ use super::*;
 #[cfg(target_arch = "x86_64")]
 const UNSHARE: u64 = 272;
 
-/// What the kernel says of each thread of a process in a line that begins so.
+/// The value of this line in the status of each thread of a process.
 fn of_threads(process: Pid, name: &str) -> Vec<String> {
     fs::read_dir(format!("/proc/{process}/task"))
         .unwrap()
@@ -25,8 +25,8 @@ fn of_threads(process: Pid, name: &str) -> Vec<String> {
         .collect()
 }
 
-/// Has the first thread of a process, which waits in a system call, call something else. Returns whether this process
-/// may do that to another one.
+/// Makes the first thread of a process, which waits in a system call, make another one. Returns whether this process
+/// has the permission for that.
 #[cfg(target_arch = "x86_64")]
 fn have_call(process: Pid, call: u64) -> bool {
     /// The length of the instruction `syscall`.
@@ -39,7 +39,7 @@ fn have_call(process: Pid, call: u64) -> bool {
     let mut registers = ptrace::getregs(process).unwrap();
     registers.rip -= LENGTH;
     registers.rax = call;
-    // The kernel does not repeat the call that it was in.
+    // The kernel does not restart the interrupted call.
     registers.orig_rax = u64::MAX;
     ptrace::setregs(process, registers).unwrap();
     ptrace::detach(process, None).unwrap();

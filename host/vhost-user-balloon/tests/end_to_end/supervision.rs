@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What happens to a front end when a process of the daemon ends or hangs, or when the front end is set up in
-//! a wrong way.
+//! Tests of a front end when a process of the daemon ends or hangs, or when the setup of the front end is
+//! wrong.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -27,7 +27,7 @@ impl Running {
         Pid::from_raw(self.0.id().try_into().unwrap())
     }
 
-    /// The process that has the device, when there is one.
+    /// The worker, when there is one.
     pub(super) fn worker(&self) -> Pid {
         let mut worker = None;
         wait_for("a worker", || {
@@ -37,7 +37,8 @@ impl Running {
         worker.unwrap()
     }
 
-    /// Lets the supervisor have no more file descriptors than it has. A lower limit would end its poll() of these.
+    /// Limits the supervisor to its current file descriptors. A lower limit would make its poll()
+    /// of these fail.
     fn limit_descriptors(&self) {
         let descriptors = PathBuf::from(format!("/proc/{}/fd", self.pid()));
         let free = (0_u64..).find(|number| {
@@ -101,7 +102,7 @@ pub(super) fn wait_for_line(directory: &Path, line: &str) {
 /// Stops a process where it is.
 fn stop(process: Pid) {
     kill(process, Signal::SIGSTOP).unwrap();
-    // Each of its threads stops when it has a processor.
+    // Each of its threads stops when it next runs.
     wait_for("the stop", || {
         let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap();
         threads
@@ -110,8 +111,7 @@ fn stop(process: Pid) {
     });
 }
 
-/// Waits until the daemon says so of itself. A client that a worker serves is disconnected when the worker is
-/// replaced.
+/// Waits until the daemon reports it. A worker's clients are disconnected when the worker is replaced.
 fn wait_for_info(what: &str, directory: &Path, is: impl Fn(&Info) -> bool) {
     wait_for(what, || {
         let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse());
@@ -119,7 +119,7 @@ fn wait_for_info(what: &str, directory: &Path, is: impl Fn(&Info) -> bool) {
     });
 }
 
-/// Sets a size, and inflates a page: the whole way of a VM that works.
+/// Sets a size, and inflates a page: the full path of a working VM.
 fn works(directory: &Path, vmm: &mut Vmm, pfn: u32) {
     assert_eq!(vmm.config().len(), 16);
     vmm.store(u64::from(pfn) << 12, &[1]);
@@ -149,7 +149,7 @@ fn killed_workers_are_replaced() {
 #[test]
 fn another_worker_interrupts_the_guest() {
     let (_directory, daemon, vmm) = set_up();
-    // The worker may have been killed before it did so itself.
+    // The worker may have been killed before it did that.
     kill(daemon.worker(), Signal::SIGKILL).unwrap();
     let (sender, interrupt) = mpsc::channel();
     thread::spawn(move || sender.send(vmm.call.read().unwrap()));
@@ -175,7 +175,7 @@ fn workers_that_cannot_be_started_are_tried_again() {
     assert_eq!(vmm.config().len(), 16);
     assert_eq!(vmm.front.get_vring_base(0).unwrap(), 1);
     assert!(start.elapsed() < Duration::from_secs(2));
-    // The supervisor cannot receive the file descriptors of a guest's start before.
+    // The supervisor could not receive the file descriptors of a guest's earlier start.
     daemon.allow_descriptors(Some(1024));
     vmm.start(1);
     let start = Instant::now();
@@ -273,7 +273,7 @@ fn a_worker_that_crashes_writes_no_core() {
     daemon.end();
 }
 
-/// A daemon that is started again and again.
+/// A daemon that is started repeatedly.
 struct Service {
     directory: TempDir,
     manager: ServiceManager,
@@ -296,7 +296,7 @@ impl Service {
         daemon
     }
 
-    /// Ends a daemon, and looks what it leaves.
+    /// Ends a daemon, and checks what remains of it.
     fn end(&self, daemon: &mut Running, signal: Signal) {
         kill(daemon.pid(), signal).unwrap();
         let status = daemon.0.wait().unwrap();
@@ -318,7 +318,7 @@ fn a_restart_of_the_supervisor_keeps_the_vmm() {
     wait_for_info("the balloon's size", directory, |now| now.size == 3 << 12);
     for (pfn, signal) in (0x101..).zip([Signal::SIGTERM, Signal::SIGKILL].repeat(3)) {
         service.end(&mut daemon, signal);
-        // A client and a front end that come now wait.
+        // A client and a front end that connect now wait.
         let mut client = Client::connect(&directory.join("control")).unwrap();
         daemon = service.start(&[]);
         client.call(&Request::Info {}).unwrap();
@@ -346,10 +346,10 @@ fn a_restart_of_the_supervisor_keeps_the_vmm() {
 
 #[test]
 fn a_restart_keeps_a_vm_with_many_memory_regions() {
-    // A message takes 253 file descriptors.
+    // A message carries 253 file descriptors.
     const REGIONS: u64 = 300;
     const PAGE: u64 = 4096;
-    // They begin here, for the guest and for the front end.
+    // The start of the regions, in the guest and in the front end.
     const FIRST: u64 = 1 << 32;
     let service = Service::new();
     let directory = service.directory.path();
@@ -503,7 +503,7 @@ fn a_program_that_fails_later_is_replaced_by_the_one_before() {
     let directory = installed.directory.path();
     let daemon = installed.start();
     let mut vmm = inflated(directory);
-    // The trial is good, and so is the supervisor, but there is no worker after that.
+    // The trial succeeds, and the supervisor starts, but later workers fail.
     let real = directory.join("real");
     fs::copy(env!("CARGO_BIN_EXE_vhost-user-balloon"), &real).unwrap();
     fs::set_permissions(&real, fs::Permissions::from_mode(0o755)).unwrap();

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that is not given back to the host.
+//! Memory that is not returned to the host.
 
 use super::requests::RECLAIM;
 use super::*;
 
-/// A page of a file that is pinned as a device's would be, until this is dropped: by the fixed buffer of an io_uring.
+/// A page of a file that is pinned, as for a device, until this is dropped: by the fixed buffer of
+/// an io_uring.
 struct Pinned {
     _ring: IoUring,
     page: MmapRegion,
@@ -20,7 +21,7 @@ impl Pinned {
             iov_base: page.as_ptr().cast(),
             iov_len: page.size(),
         };
-        // SAFETY: The page stays mapped for as long as the ring is there, which is dropped before it.
+        // SAFETY: The page stays mapped while the ring exists: the ring is dropped before it.
         #[expect(unsafe_code, reason = "the kernel is given an address")]
         let registered = unsafe { ring.submitter().register_buffers(&[buffer]) };
         registered.unwrap();
@@ -32,8 +33,8 @@ impl Pinned {
     }
 }
 
-/// Whether a test has this process for itself. If not, it was run in another one: what is pinned in a process, all
-/// daemons see that have it for their VMM.
+/// Whether a test has this process for itself. If not, it was run in another process: all daemons with this
+/// process as VMM would see its pinned memory.
 fn is_alone(test: &str) -> bool {
     const ALONE: &str = "BALLOON_TEST_ALONE";
     let alone = env::var_os(ALONE).is_some();
@@ -65,12 +66,12 @@ fn pinned_memory_stays_where_it_is() {
     assert_eq!(vmm.byte(0x100 << 12), 0);
     assert_eq!(info(directory).withheld, [""; 0]);
 
-    // From now on a device of the VMM's has the address of the next page.
+    // From now on a device of the VMM has pinned the next page.
     let pinned = Pinned::new(&vmm.memory, 0x101 << 12);
     thread::sleep(Duration::from_millis(200));
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 1);
-    // The guest takes it back, and device and guest have the same page.
+    // The guest deflates it, and device and guest have the same page.
     vmm.store(0x101 << 12, &[7]);
     assert_eq!(pinned.byte(), 7);
     let now = info(directory);
@@ -92,14 +93,14 @@ fn pinned_memory_stays_where_it_is() {
 #[test]
 fn mappings_that_cannot_be_read_are_logged() {
     const NOBODY: u32 = 65534;
-    // Other users cannot be anyone else.
+    // Only root can change the user.
     if fs::metadata("/proc/self").unwrap().uid() != 0 {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
-    // Where programs are built is root's own.
+    // Only root can access the build directory.
     let program = directory.join("program");
     fs::copy(PROGRAM, &program).unwrap();
     let log = directory.join("log");
@@ -168,11 +169,11 @@ fn a_client_inhibits_discarding_for_a_while() {
     call(directory, &inhibit(1)).unwrap();
     assert!(info(directory).inhibited.is_some_and(|rest| rest > 3000));
 
-    // Another process of the device's knows of it.
+    // Another worker knows it.
     let pid = Pid::from_raw(daemon.0.id().try_into().unwrap());
     kill(pid, Signal::SIGHUP).unwrap();
     wait_for("another process", || {
-        // The old one may go in the middle of an answer.
+        // The old worker may end in the middle of an answer.
         let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse::<Info>());
         now.is_ok_and(|now| now.counters.inflated == 0 && now.guest.driver)
     });
@@ -203,7 +204,7 @@ fn memory_in_a_file_on_a_disk_is_left_alone() {
         let directory = directory.path();
         let daemon = start(directory, arguments);
         let mut vmm = Vmm::connect(directory);
-        // Where programs are built is a disk.
+        // The build directory is on a disk.
         let disk = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let file = tempfile::tempfile_in(disk).unwrap();
         let mut memory = vec![0; usize::try_from(MEMORY).unwrap()];

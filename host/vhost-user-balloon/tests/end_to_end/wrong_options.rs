@@ -26,12 +26,12 @@ const QUEUE_DRIVER: u64 = 0x090;
 const QUEUE_DEVICE: u64 = 0x0a0;
 const CONFIG: u64 = 0x100;
 
-/// Where the test has the inflate queue, its message and a page in the guest's memory.
+/// The addresses of the inflate queue, its message and a page in the guest's memory.
 const RINGS: u64 = 0x10_0000;
 const PFNS: u64 = 0x20_0000;
 const PAGE: u64 = 0x80_0000;
 
-/// The memory of a guest that is set up as it should be.
+/// The memory of a correctly configured guest.
 const SHARED: &[&str] = &[
     "-machine",
     "memory-backend=memory",
@@ -39,12 +39,12 @@ const SHARED: &[&str] = &[
     "memory-backend-memfd,id=memory,size=64M,share=on",
 ];
 
-/// What becomes of a VM.
+/// The outcome for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     /// Its balloon works.
     Balloon,
-    /// It runs, and a page that its driver gives to the balloon stays.
+    /// It runs, and a page that its driver inflates is not discarded.
     NoBalloon,
     /// QEMU does not start.
     NoStart,
@@ -59,7 +59,7 @@ struct Row {
     /// Properties of QEMU's device.
     device: &'static str,
     outcome: Outcome,
-    /// What the daemon's log says. Empty if it has no warning and no error.
+    /// The text in the daemon's log. Empty if there is no warning and no error.
     line: &'static str,
 }
 
@@ -154,7 +154,7 @@ const ROWS: &[Row] = &[
         line: "memory-backend=",
         ..RIGHT
     },
-    // The daemon cannot tell that this memory was to stay.
+    // The daemon cannot know that this memory must stay.
     Row {
         memory: &[
             "-machine",
@@ -177,7 +177,7 @@ const ROWS: &[Row] = &[
         line: "config_size=24",
         ..RIGHT
     },
-    // That does no harm, and is not worth a warning.
+    // That does no harm, and needs no warning.
     Row {
         device: "virtio-id=5,num_vqs=6,vq_size=256,config_size=24",
         ..RIGHT
@@ -193,7 +193,7 @@ struct Qemu {
     process: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
-    /// Where the device's registers are.
+    /// The address of the device's registers.
     device: u64,
 }
 
@@ -250,7 +250,7 @@ impl Qemu {
             if self.output.read_line(&mut line).map_err(|_| Ended)? == 0 {
                 return Err(Ended);
             }
-            // Others are about interrupts.
+            // Other lines are about interrupts.
             if let Some(answer) = line.strip_prefix("OK") {
                 return Ok(answer.trim().to_owned());
             }
@@ -282,7 +282,7 @@ impl Qemu {
         Ok(u8::from_str_radix(byte.trim_start_matches("0x"), 16).unwrap())
     }
 
-    /// Finds the device, which is in one of the machine's slots.
+    /// Finds the device in one of the machine's slots.
     fn find(&mut self) -> Result<(), Ended> {
         for slot in 0..24 {
             self.device = 0xfeb0_0000 + 0x200 * slot;
@@ -320,7 +320,8 @@ impl Qemu {
         self.write(STATUS, 15)
     }
 
-    /// Sends a page to the inflate queue, or a buffer to write to, as drivers of other devices do.
+    /// Sends a page to the inflate queue, or a device-writable buffer, as drivers of other devices
+    /// do.
     fn inflate(&mut self, writable: bool) -> Result<(), Ended> {
         self.store(PAGE, &[0xff])?;
         let pfn = u32::try_from(PAGE >> 12).unwrap();
@@ -335,7 +336,7 @@ impl Qemu {
         self.write(QUEUE_NOTIFY, 0)
     }
 
-    /// Does what a guest does until its end.
+    /// Runs the guest until its end.
     fn run(&mut self, row: &Row, directory: &Path) -> Result<(), Ended> {
         self.find()?;
         self.start_driver()?;
@@ -354,7 +355,7 @@ impl Qemu {
         if row.outcome == NoBalloon {
             assert_eq!(self.byte(PAGE)?, 0xff, "{}", row.device);
         }
-        // The configuration space is what ends QEMU when its device has no back end.
+        // QEMU aborts on an access to the configuration space when its device has no back end.
         self.write(CONFIG + 4, 1)?;
         self.read(CONFIG)?;
         self.write(STATUS, 0)?;
@@ -396,7 +397,7 @@ fn no_option_ends_the_vm() {
             "{what}: {}",
             log(directory)
         );
-        // A device that is not set up in time would have its line by now.
+        // The line about a device that is not set up in time would have appeared by now.
         drop(qemu);
         wait_for_line(directory, "the VMM is gone");
         let lines = log(directory);
