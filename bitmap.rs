@@ -115,6 +115,26 @@ pub(crate) enum Encoding {
     Bitmap,
 }
 
+impl Encoding {
+    /// Returns the number that stands for it in a message.
+    fn number(self) -> u8 {
+        match self {
+            Self::Ranges => RANGES,
+            Self::Bitmap => BITMAP,
+        }
+    }
+
+    /// Returns the encoding that a number stands for.
+    #[cfg_attr(test, allow(dead_code, reason = "the host does not need it"))]
+    pub(crate) const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            RANGES => Some(Self::Ranges),
+            BITMAP => Some(Self::Bitmap),
+            _ => None,
+        }
+    }
+}
+
 /// How long the pages of a message are in each encoding, in words.
 #[derive(Clone, Copy)]
 struct Size {
@@ -234,15 +254,15 @@ impl<'a> Encoder<'a> {
         }
         self.write(last);
 
-        let (encoding, first_pfn) = match self.encoding {
-            Encoding::Ranges => (RANGES, 0),
-            Encoding::Bitmap => (BITMAP, self.first),
+        let first_pfn = match self.encoding {
+            Encoding::Ranges => 0,
+            Encoding::Bitmap => self.first,
         };
         let flags = if subject.more { MORE } else { 0 };
         let header = PageSet {
             command: subject.command.to_le(),
             page_shift: subject.page_shift,
-            encoding,
+            encoding: self.encoding.number(),
             flags: flags.to_le(),
             request_id: subject.request_id.to_le(),
             first_pfn: first_pfn.to_le(),

@@ -39,11 +39,7 @@ use crate::{
         },
         feature::Probe,
         poison::Poison,
-        settings::{
-            Floor,
-            Parameters,
-            WireFormat, //
-        }, //
+        settings::Parameters, //
     },
     features::{
         hinting::feature::Hints,
@@ -79,12 +75,12 @@ impl Features for BalloonFeatures {
     ];
 
     fn parameters() -> Result<Parameters> {
-        Ok(Parameters {
-            inflate: module_parameters::inflate.value(),
-            wire_format: WireFormat::from_parameter(module_parameters::encoding.value())?,
-            memory_blocks: module_parameters::memory_blocks.value(),
-            floor: Floor::from_parameter(module_parameters::floor_mib.value())?,
-        })
+        Parameters::new(
+            module_parameters::inflate.value(),
+            module_parameters::encoding.value(),
+            module_parameters::memory_blocks.value(),
+            module_parameters::floor_mib.value(),
+        )
     }
 }
 

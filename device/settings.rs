@@ -19,43 +19,73 @@ use kernel::{
     }, //
 };
 
-/// The module's parameters.
+/// The module's parameters. The crate's root declares them, with a line for each that `modinfo` shows.
 pub(crate) struct Parameters {
-    pub(crate) inflate: bool,
+    /// `inflate`: whether the balloon follows the target; it stays empty if not. Default: true.
+    inflate: bool,
+    /// `encoding`: how messages describe pages, for measuring. Default: 0.
     pub(crate) wire_format: WireFormat,
-    pub(crate) memory_blocks: bool,
-    pub(crate) floor: Floor,
+    /// `memory_blocks`: whether the driver may take memory blocks offline and online, where the kernel
+    /// zeroes what it allocates. Default: true.
+    memory_blocks: bool,
+    /// `floor_mib`: the available memory below which the balloon does not grow, and no hints are given.
+    /// Default: -1.
+    floor: Floor,
+}
+
+impl Parameters {
+    /// Returns the parameters with these values.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if one has no legal value, and a line in the log.
+    pub(crate) fn new(
+        inflate: bool,
+        encoding: u8,
+        memory_blocks: bool,
+        floor_mib: i32,
+    ) -> Result<Self> {
+        let wire_format = WireFormat::from_parameter(encoding).ok_or_else(|| {
+            pr_err!("encoding={encoding}: give a number from 0 to 3\n");
+            EINVAL
+        })?;
+        let floor = Floor::new(floor_mib).ok_or_else(|| {
+            pr_err!("floor_mib={floor_mib}: give a number of MiB, or -1\n");
+            EINVAL
+        })?;
+
+        Ok(Self {
+            inflate,
+            wire_format,
+            memory_blocks,
+            floor,
+        })
+    }
 }
 
 /// How messages describe pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WireFormat {
-    /// As page sets, each in the encoding with fewer bytes.
-    Shortest,
-    /// As page sets that are ranges.
-    Ranges,
-    /// As page sets that are bitmaps.
-    Bitmaps,
+    /// As page sets, in this encoding or each in the one with fewer bytes.
+    PageSets(Option<Encoding>),
     /// As arrays of page frame numbers.
     Pfns,
 }
 
+/// The values of the module parameter `encoding` that are not the number of an encoding.
+const SHORTEST: u8 = 0;
+const PFNS: u8 = 3;
+
+const _: () =
+    assert!(Encoding::from_number(SHORTEST).is_none() && Encoding::from_number(PFNS).is_none());
+
 impl WireFormat {
     /// Returns the format that the module parameter `encoding` stands for.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL`, and a line in the log.
-    pub(crate) fn from_parameter(encoding: u8) -> Result<Self> {
+    fn from_parameter(encoding: u8) -> Option<Self> {
         match encoding {
-            0 => Ok(Self::Shortest),
-            1 => Ok(Self::Ranges),
-            2 => Ok(Self::Bitmaps),
-            3 => Ok(Self::Pfns),
-            _ => {
-                pr_err!("encoding={encoding}: give a number from 0 to 3\n");
-                Err(EINVAL)
-            }
+            SHORTEST => Some(Self::PageSets(None)),
+            PFNS => Some(Self::Pfns),
+            number => Encoding::from_number(number).map(|it| Self::PageSets(Some(it))),
         }
     }
 
@@ -67,9 +97,8 @@ impl WireFormat {
     /// Returns the encoding that page sets must have, if there is one.
     fn encoding(self) -> Option<Encoding> {
         match self {
-            Self::Ranges => Some(Encoding::Ranges),
-            Self::Bitmaps => Some(Encoding::Bitmap),
-            Self::Shortest | Self::Pfns => None,
+            Self::PageSets(encoding) => encoding,
+            Self::Pfns => None,
         }
     }
 }
@@ -82,18 +111,6 @@ impl Floor {
     /// Returns a floor of `mib` MiB, or one that depends on the guest's memory if `mib` is -1.
     pub(crate) fn new(mib: i32) -> Option<Self> {
         (mib >= -1).then_some(Self(mib))
-    }
-
-    /// Returns the floor that the module parameter `floor_mib` stands for.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL`, and a line in the log.
-    pub(crate) fn from_parameter(floor_mib: i32) -> Result<Self> {
-        Self::new(floor_mib).ok_or_else(|| {
-            pr_err!("floor_mib={floor_mib}: give a number of MiB, or -1\n");
-            EINVAL
-        })
     }
 }
 
