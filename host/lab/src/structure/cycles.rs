@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! No two files of a crate import each other, directly or through others.
+//! No two files of a crate import each other, directly or through others, and no two of its folders do.
 //!
 //! A file imports another one if a path in it names an item that the other file defines or re-exports. `mod`
 //! declarations are not imports. So a file may add methods to the type of its parent. The check ignores unit tests.
@@ -59,8 +59,11 @@ impl Sources {
         let items = file.items.clone();
         self.files.insert(module.clone(), (path.to_owned(), file));
         for item in items {
-            if let Item::Mod(item) = item {
-                self.read_module(module, folder, &inner, &item)?;
+            match item {
+                Item::Mod(item) if !is_test(&item.attrs) => {
+                    self.read_module(module, folder, &inner, &item)?;
+                }
+                _ => (),
             }
         }
         Ok(())
@@ -243,24 +246,54 @@ impl<'a> Visit<'a> for Paths {
     }
 }
 
-/// Returns the files of a cycle, in its order, if there is one.
-fn cycle<'a>(imports: &BTreeMap<&'a Path, BTreeSet<&'a Path>>) -> Option<Vec<&'a Path>> {
-    fn follow<'a>(
-        file: &'a Path,
-        imports: &BTreeMap<&'a Path, BTreeSet<&'a Path>>,
-        way: &mut Vec<&'a Path>,
-        done: &mut BTreeSet<&'a Path>,
+/// The imports between the modules of each folder. A folder, with the file next to it that has its name, is one
+/// module for the folder that it is in.
+fn between_modules(
+    imports: &BTreeMap<&Path, BTreeSet<&Path>>,
+) -> Vec<BTreeMap<PathBuf, BTreeSet<PathBuf>>> {
+    let mut folders: BTreeMap<&Path, BTreeMap<PathBuf, BTreeSet<PathBuf>>> = BTreeMap::new();
+    for (&from, to) in imports {
+        for &to in to {
+            let both = |folder: &&Path| to.starts_with(folder);
+            let Some(folder) = from.ancestors().skip(1).find(both) else {
+                continue;
+            };
+            let modules = [from, to].map(|file| {
+                let inside = file.strip_prefix(folder).unwrap_or(file).components();
+                folder
+                    .join(inside.take(1).collect::<PathBuf>())
+                    .with_extension("")
+            });
+            let [from, to] = modules;
+            let imports = folders.entry(folder).or_default();
+            imports.entry(to.clone()).or_default();
+            if from != to {
+                imports.entry(from).or_default().insert(to);
+            }
+        }
+    }
+    folders.into_values().collect()
+}
+
+/// Returns the files, or modules, of a cycle, in its order, if there is one.
+fn cycle<'a, T: AsRef<Path> + Ord>(imports: &'a BTreeMap<T, BTreeSet<T>>) -> Option<Vec<&'a Path>> {
+    fn follow<'a, T: AsRef<Path> + Ord>(
+        file: &'a T,
+        imports: &'a BTreeMap<T, BTreeSet<T>>,
+        way: &mut Vec<&'a T>,
+        done: &mut BTreeSet<&'a T>,
     ) -> Option<Vec<&'a Path>> {
         if let Some(start) = way.iter().position(|&this| this == file) {
-            return Some(way[start..].to_vec());
+            return Some(way[start..].iter().map(|&this| this.as_ref()).collect());
         }
         if done.contains(file) {
             return None;
         }
         way.push(file);
-        let found = imports[file]
+        let found = imports
+            .get(file)?
             .iter()
-            .find_map(|&next| follow(next, imports, way, done));
+            .find_map(|next| follow(next, imports, way, done));
         way.pop();
         done.insert(file);
         found
@@ -268,7 +301,7 @@ fn cycle<'a>(imports: &BTreeMap<&'a Path, BTreeSet<&'a Path>>) -> Option<Vec<&'a
     let mut done = BTreeSet::new();
     imports
         .keys()
-        .find_map(|&file| follow(file, imports, &mut Vec::new(), &mut done))
+        .find_map(|file| follow(file, imports, &mut Vec::new(), &mut done))
 }
 
 /// The cycle of the crate whose root is at `path`, as text.
@@ -276,7 +309,10 @@ fn check(path: &Path) -> Result<Option<String>> {
     let mut sources = Sources::default();
     sources.read(&Module::new(), path, true)?;
     let folder = path.parent().context("a file is in a folder")?;
-    Ok(cycle(&sources.imports()).map(|files| {
+    let imports = sources.imports();
+    let modules = between_modules(&imports);
+    let found = cycle(&imports).or_else(|| modules.iter().find_map(cycle));
+    Ok(found.map(|files| {
         let names = files.iter().map(|file| {
             let name = file.strip_prefix(folder).unwrap_or(file);
             name.display().to_string()
@@ -331,5 +367,20 @@ fn a_cycle_is_found() {
         check().as_deref(),
         Some("b/inner.rs imports b/mod.rs imports the first")
     );
+    // Two folders, no files of which import each other.
+    write("b/mod.rs", "pub mod inner;");
+    write("b/inner.rs", "pub struct Inner; pub struct Other;");
+    write("a.rs", "use crate::b::inner::Inner;");
+    fs::create_dir_all(folder.join("c")).unwrap();
+    write(
+        "c.rs",
+        "pub mod first; pub mod second; use crate::b::inner::Inner;",
+    );
+    write("c/first.rs", "use crate::b::inner::Other;");
+    write("c/second.rs", "pub struct Second;");
+    assert_eq!(check(), None);
+    write("b/mod.rs", "pub mod inner; pub mod outer;");
+    write("b/outer.rs", "use crate::c::second::Second;");
+    assert_eq!(check().as_deref(), Some("b imports c imports the first"));
     fs::remove_dir_all(folder).unwrap();
 }
