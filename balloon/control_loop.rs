@@ -88,7 +88,7 @@ impl Balloon {
         // handles a queue, like every access to a device, under one lock.)
         if again != Some(0) {
             deflate::send_backlog(&self.deflate);
-            migration_reports::send(self.moves(), &mut worker.inflate, &self.deflate);
+            migration_reports::send(self.migrations(), &mut worker.inflate, &self.deflate);
         }
 
         // Buffers that were used in the meantime are taken in the next run.
@@ -157,10 +157,10 @@ impl Balloon {
     /// Goes one step. Returns in how many milliseconds to run again for the rest.
     fn act(&self, worker: &mut Worker, target: usize, step: Step) -> Option<Msecs> {
         if step != Step::Rest {
-            self.moves().allow(false);
+            self.migrations().allow(false);
         }
-        if let (Some(taker), Step::Deflate(_) | Step::Rest) = (&self.taker, step) {
-            taker.cancel();
+        if let (Some(offliner), Step::Deflate(_) | Step::Rest) = (&self.offliner, step) {
+            offliner.cancel();
         }
 
         let again = match step {
@@ -183,7 +183,7 @@ impl Balloon {
         let resting = step == Step::Rest || worker.backoff.is_failing();
         let is_unresponsive = worker.progress.elapsed() > timeouts::UNRESPONSIVE;
 
-        worker.moving = match self.moves().is_settled() {
+        worker.moving = match self.migrations().is_settled() {
             true => None,
             false => worker.moving.or(Some(Instant::now())),
         };
@@ -193,7 +193,7 @@ impl Balloon {
                 && worker
                     .moving
                     .is_some_and(|since| since.elapsed() > timeouts::UNRESPONSIVE);
-            self.moves()
+            self.migrations()
                 .allow(!is_stuck && !self.giving_back.load(Relaxed));
         }
         if resting || is_unresponsive {
@@ -207,7 +207,7 @@ impl Balloon {
         step != Step::Rest
             || worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
-            || !self.moves().is_settled()
+            || !self.migrations().is_settled()
             || self.target_changed.load(Relaxed) && !self.giving_back.load(Relaxed)
     }
 }
@@ -222,9 +222,9 @@ impl Job for Balloon {
             Err(error) => {
                 task.wakeup.lower(Signal::Target);
                 // The device would not learn of any, and until it has no page leaves the balloon.
-                task.moves().allow(false);
-                if let Some(taker) = &task.taker {
-                    taker.cancel();
+                task.migrations().allow(false);
+                if let Some(offliner) = &task.offliner {
+                    offliner.cancel();
                 }
                 if worker.error.is_none() {
                     dev_err!(

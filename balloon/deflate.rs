@@ -139,7 +139,7 @@ pub(crate) fn collect(
                 drop(pages);
                 deflate.lock().leaving -= freed;
             }
-            Pages::PendingMigrations(moves) => balloon.replacer().acknowledged_old(moves),
+            Pages::PendingMigrations(migrations) => balloon.replacer().acknowledged_old(migrations),
         }
         answers += 1;
     }
@@ -148,10 +148,10 @@ pub(crate) fn collect(
 /// Takes pages out of a balloon, except those that the device may not know of yet.
 struct Dequeue<'a> {
     balloon: &'a BalloonPages<PendingMigrations>,
-    still: &'a MigrationGuard<'a>,
+    guard: &'a MigrationGuard<'a>,
     /// Whether only nodes that are short of memory get some.
     where_needed: bool,
-    /// These, of which there are as many as moves. They have to go back.
+    /// These, of which there are as many as migrations. They have to go back.
     unknown: PageList,
 }
 
@@ -162,7 +162,7 @@ impl Dequeue<'_> {
             let mut pages = self.balloon.take(max, max_blocks, self.where_needed);
             let taken = pages.len();
 
-            self.still
+            self.guard
                 .split_off_unacknowledged(&mut pages, &mut self.unknown);
             if taken == 0 || !pages.is_empty() {
                 return pages;
@@ -176,7 +176,7 @@ impl Dequeue<'_> {
 /// has answered.
 ///
 /// The device learns of it by [`send_backlog`]. It has to know of the pages' arrival before: those
-/// of which it does not stay in the balloon, and `still` keeps others from becoming such. `batch` is
+/// of which it does not stay in the balloon, and `guard` keeps others from becoming such. `batch` is
 /// where pages are put in order.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
@@ -184,7 +184,7 @@ pub(crate) fn release(
     batch: &mut Batch,
     wanted: usize,
     reason: Reason,
-    still: &MigrationGuard<'_>,
+    guard: &MigrationGuard<'_>,
 ) -> usize {
     let terms = deflate.lock().terms;
     let notify_first = match reason {
@@ -193,7 +193,7 @@ pub(crate) fn release(
     };
     let mut dequeue = Dequeue {
         balloon,
-        still,
+        guard,
         where_needed: matches!(reason, Reason::OutOfMemory),
         unknown: PageList::new(),
     };

@@ -89,7 +89,9 @@ impl Inflate {
                     collected += pages.len();
                     balloon.insert(pages);
                 }
-                Pages::PendingMigrations(moves) => balloon.replacer().acknowledged_new(moves),
+                Pages::PendingMigrations(migrations) => {
+                    balloon.replacer().acknowledged_new(migrations)
+                }
             }
         }
 
@@ -109,7 +111,7 @@ impl Inflate {
         may_send: impl Fn() -> bool,
     ) -> Stop {
         let (at_once, in_flight) = source.limits();
-        let whole = self.queue.has_page_sets();
+        let unsplit = self.queue.has_page_sets();
 
         while wanted > 0 {
             let is_full = |this: &Self| this.queue.room() == 0 || this.in_flight >= in_flight;
@@ -121,11 +123,11 @@ impl Inflate {
             let room = self.queue.room_for_blocks();
             let portion = at_once.min(wanted);
             // A block may have to be split, and none is worth being left for that.
-            let (portion, blocks) = match whole {
+            let (portion, blocks) = match unsplit {
                 true => (portion, room.max(1 << MAX_ORDER)),
                 false => (portion.min(room), usize::MAX),
             };
-            source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), whole);
+            source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), unsplit);
             wanted -= batch.pages();
 
             // Asked now, and not before: pages that were deflated by then may be among these.
@@ -139,7 +141,7 @@ impl Inflate {
                 self.queue.notify();
                 return stop;
             }
-            if whole || at_once < usize::MAX {
+            if unsplit || at_once < usize::MAX {
                 self.queue.notify();
             }
         }

@@ -54,7 +54,7 @@ pub(crate) struct Migration {
     _kept: Option<PageRef>,
 }
 
-/// The moves that the device has to be told of.
+/// Migrations that the device has to be notified of.
 #[pin_data]
 pub(crate) struct PendingMigrations {
     waker: Waker,
@@ -69,7 +69,7 @@ struct Inner {
     /// Whether the balloon's task lets pages be moved.
     allowed: bool,
     /// How many [`MigrationGuard`] there are.
-    still: usize,
+    guards: usize,
     /// Moves that the device has not been told of. Never grows beyond its capacity.
     waiting: KVec<Migration>,
     /// The new pages of `waiting`, and those of a message that the device has not used. As many at most, in ascending order.
@@ -103,14 +103,14 @@ impl MigrationGuard<'_> {
         let inner = self.0.inner.lock();
 
         if !inner.telling.is_empty() || !inner.waiting.is_empty() {
-            pages.move_singles(unknown, |pfn| inner.is_new(pfn));
+            pages.move_base_pages(unknown, |pfn| inner.is_new(pfn));
         }
     }
 }
 
 impl Drop for MigrationGuard<'_> {
     fn drop(&mut self) {
-        self.0.inner.lock().still -= 1;
+        self.0.inner.lock().guards -= 1;
     }
 }
 
@@ -134,7 +134,7 @@ impl PendingMigrations {
                 Inner {
                     terms,
                     allowed: false,
-                    still: 0,
+                    guards: 0,
                     waiting,
                     waiting_new,
                     telling,
@@ -152,7 +152,7 @@ impl PendingMigrations {
 
         inner.telling.clear();
         inner.waiting_new.clear();
-        // Dropped when the lock has been released. Without capacity there is no room for a move.
+        // Dropped when the lock has been released. Without capacity there is no room for a migration.
         let _waiting = mem::take(&mut inner.waiting);
         let _told = inner.told.replace(KVec::new());
         drop(inner);
@@ -178,7 +178,7 @@ impl PendingMigrations {
         Ok(())
     }
 
-    /// Allows or forbids moves. They are forbidden while the balloon changes its size, so that it
+    /// Allows or forbids migrations. They are forbidden while the balloon changes its size, so that it
     /// gets there: compaction comes back.
     pub(crate) fn allow(&self, allowed: bool) {
         self.inner.lock().allowed = allowed;
@@ -186,7 +186,7 @@ impl PendingMigrations {
 
     /// Keeps all pages where they are, for as long as the result exists.
     pub(crate) fn block(&self) -> MigrationGuard<'_> {
-        self.inner.lock().still += 1;
+        self.inner.lock().guards += 1;
         MigrationGuard(self)
     }
 
@@ -228,31 +228,31 @@ impl PendingMigrations {
         &self,
         send: impl FnOnce(KVec<Migration>) -> core::result::Result<(), KVec<Migration>>,
     ) -> bool {
-        let Some(moves) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
+        let Some(migrations) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
             return false;
         };
 
-        match send(moves) {
+        match send(migrations) {
             Ok(()) => true,
-            Err(moves) => {
-                self.inner.lock().told = Some(moves);
+            Err(migrations) => {
+                self.inner.lock().told = Some(migrations);
                 false
             }
         }
     }
 
-    /// The device knows the new pages of `moves`.
-    pub(crate) fn acknowledged_new(&self, moves: KVec<Migration>) {
+    /// The device knows the new pages of `migrations`.
+    pub(crate) fn acknowledged_new(&self, migrations: KVec<Migration>) {
         let mut inner = self.inner.lock();
 
         inner.telling.clear();
-        inner.told = Some(moves);
+        inner.told = Some(migrations);
     }
 
-    /// The device knows that the old pages of `moves` have left the balloon.
-    pub(crate) fn acknowledged_old(&self, mut moves: KVec<Migration>) {
-        moves.clear();
-        self.inner.lock().told = Some(moves);
+    /// The device knows that the old pages of `migrations` have left the balloon.
+    pub(crate) fn acknowledged_old(&self, mut migrations: KVec<Migration>) {
+        migrations.clear();
+        self.inner.lock().told = Some(migrations);
         self.timeout.progress();
     }
 }
@@ -275,7 +275,7 @@ impl MigratePage for PendingMigrations {
         let is_awaited = is_last && inner.terms.notify_first();
         if !inner.allowed
             || is_awaited && !may_sleep
-            || inner.still > 0
+            || inner.guards > 0
             || inner.is_new(old.pfn())
             || inner.waiting.iter().any(|this| this.old == new)
         {

@@ -24,16 +24,16 @@ use core::ops::Range;
 use kernel::prelude::*;
 
 impl GoingOffline for Task<Balloon> {
-    /// Gives the blocks that lie there back: single pages are moved by the kernel. The balloon
+    /// Gives the blocks that lie there back: order-0 pages are moved by the kernel. The balloon
     /// takes others then.
     fn going_offline(&self, pfns: Range<u64>) -> Result {
         let mut worker = self.worker.lock();
 
-        if let Some(taker) = &self.taker {
-            taker.cancel();
+        if let Some(offliner) = &self.offliner {
+            offliner.cancel();
         }
         // A block may be on its way into the balloon. And the kernel tries over and over to move
-        // single pages which cannot be moved: those that the device has not answered for.
+        // order-0 pages which cannot be moved: those that the device has not answered for.
         within(timeouts::UNRESPONSIVE, || {
             let answers =
                 worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
@@ -42,10 +42,10 @@ impl GoingOffline for Task<Balloon> {
                 self.queue_used();
             }
             deflate::send_backlog(&self.deflate);
-            migration_reports::send(self.moves(), &mut worker.inflate, &self.deflate);
+            migration_reports::send(self.migrations(), &mut worker.inflate, &self.deflate);
             (worker.inflate.in_flight() == 0
                 && !self.deflate.lock().is_pending()
-                && self.moves().is_settled())
+                && self.migrations().is_settled())
             .then_some(())
         })
         .ok_or(EBUSY)?;

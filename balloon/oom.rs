@@ -35,7 +35,10 @@ impl OomNotify for Task<Balloon> {
     /// Gives a part of the balloon back at once: enough for the guest to continue for a while.
     fn out_of_memory(&self) -> usize {
         // What is not in the balloon yet goes first, and the device need not know of it.
-        let given = self.taker.as_ref().map_or(0, |taker| taker.cancel());
+        let given = self
+            .offliner
+            .as_ref()
+            .map_or(0, |offliner| offliner.cancel());
         if given > 0 {
             self.given_for_oom.add(given, Relaxed);
             self.schedule();
@@ -47,11 +50,11 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
         if there == 0 {
-            let taker = self.taker.as_ref();
-            return taker.map_or(0, |taker| taker.cancel_and_wait(timeouts::OOM_BLOCK));
+            let offliner = self.offliner.as_ref();
+            return offliner.map_or(0, |offliner| offliner.cancel_and_wait(timeouts::OOM_BLOCK));
         }
 
-        let still = self.moves().block();
+        let guard = self.migrations().block();
         let wanted = (there / 8).max(OOM_SHARE);
         let released = deflate::release(
             &self.deflate,
@@ -59,9 +62,9 @@ impl OomNotify for Task<Balloon> {
             &mut self.oom_batch.lock(),
             wanted,
             Reason::OutOfMemory,
-            &still,
+            &guard,
         );
-        drop(still);
+        drop(guard);
 
         if released > 0 {
             self.given_for_oom.add(released, Relaxed);

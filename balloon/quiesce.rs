@@ -41,8 +41,8 @@ pub(super) fn teardown(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Resul
     // not run.
     task.stop();
     task.giving_back.store(true, Relaxed);
-    if let Some(taker) = &task.taker {
-        taker.leave();
+    if let Some(offliner) = &task.offliner {
+        offliner.leave();
     }
 
     let mut result = deflate_all(task, begin);
@@ -94,8 +94,8 @@ fn is_over(task: &Task<Balloon>, worker: &Worker) -> bool {
 /// Stops all work: the system shuts down.
 pub(super) fn shut_down(task: &Task<Balloon>) {
     task.stop();
-    if let Some(taker) = &task.taker {
-        taker.stop();
+    if let Some(offliner) = &task.offliner {
+        offliner.stop();
     }
 }
 
@@ -105,7 +105,7 @@ pub(super) fn reclaim(balloon: &Balloon) {
     while !balloon.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
 
     balloon.worker.lock().inflate.detach_unused();
-    balloon.moves().detach_unused();
+    balloon.migrations().detach_unused();
     // Dropped when the lock has been released: that may sleep.
     let _before = balloon.deflate.lock().detach_unused();
 }

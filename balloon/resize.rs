@@ -30,7 +30,7 @@ use crate::{
         work::task::Task, //
     },
     sources::{
-        memory_blocks::Taker,
+        memory_blocks::Offliner,
         page_allocator::PageAllocator, //
     }, //
 };
@@ -69,7 +69,10 @@ impl Balloon {
     /// another try, unless something happens before.
     pub(super) fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
         let now = self.start.elapsed().as_millis();
-        let ready = self.taker.as_ref().map_or(0, |taker| taker.ready());
+        let ready = self
+            .offliner
+            .as_ref()
+            .map_or(0, |offliner| offliner.ready());
 
         if let Some(pause) = self.pause(worker, ready, now) {
             return Some(pause);
@@ -79,14 +82,15 @@ impl Balloon {
         }
         self.drain_lists(worker, wanted);
 
-        if let Some(taker) = &self.taker {
-            if let ControlFlow::Break(again) = self.grow_by_blocks(worker, taker, wanted, ready) {
+        if let Some(offliner) = &self.offliner {
+            if let ControlFlow::Break(again) = self.grow_by_blocks(worker, offliner, wanted, ready)
+            {
                 return again;
             }
         }
 
         let reserve = memory::ReserveGuard::begin();
-        let above_floor = self.spare_pages();
+        let above_floor = self.available_above_reserve();
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
             false => PAGES_PER_RUN,
@@ -110,7 +114,7 @@ impl Balloon {
     fn pause(&self, worker: &Worker, ready: usize, now: i64) -> Option<Msecs> {
         let pause = worker.backoff.remaining(now)?;
 
-        let more = self.spare_pages().saturating_sub(worker.spare);
+        let more = self.available_above_reserve().saturating_sub(worker.spare);
         if ends_pause(worker.stopped, ready, more) {
             return None;
         }
@@ -124,7 +128,7 @@ impl Balloon {
     /// Returns whether pages may be inflated. A page that was deflated and not reported yet may be
     /// among those that are allocated: the device would see the deflate after the next inflate.
     fn may_send(&self) -> bool {
-        self.moves().is_settled() && !self.deflate.lock().is_pending()
+        self.migrations().is_settled() && !self.deflate.lock().is_pending()
     }
 
     /// Drains the per-CPU page lists if that makes the balloon grow: it interrupts all CPUs.
@@ -145,15 +149,15 @@ impl Balloon {
     fn grow_by_blocks(
         &self,
         worker: &mut Worker,
-        taker: &Task<Taker>,
+        offliner: &Task<Offliner>,
         wanted: usize,
         ready: usize,
     ) -> ControlFlow<Option<Msecs>> {
-        taker.want(wanted);
+        offliner.want(wanted);
         let ready = ready.min(wanted);
 
         if ready > 0 {
-            let source = &**taker;
+            let source = &**offliner;
             let stop = worker
                 .inflate
                 .fill(&self.pages, &mut worker.batch, source, ready, || {
@@ -164,13 +168,13 @@ impl Balloon {
             }
             return ControlFlow::Break((stop == Stop::Done).then_some(0));
         }
-        if taker.is_busy() {
+        if offliner.is_busy() {
             return ControlFlow::Break(None);
         }
-        if !worker.blocks_taken && Taker::is_worthwhile(wanted) {
+        if !worker.blocks_taken && Offliner::is_worthwhile(wanted) {
             worker.blocks_taken = true;
             worker.stopped = None;
-            taker.begin(wanted);
+            offliner.begin(wanted);
             return ControlFlow::Break(None);
         }
         ControlFlow::Continue(())
@@ -181,7 +185,7 @@ impl Balloon {
     /// given least is the first one.
     fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
         // The driver of a virtio-mem device unplugs parts of a memory block. It notifies no other driver of
-        // that, and the kernel moves single pages only.
+        // that, and the kernel moves order-0 pages only.
         let keeps_blocks = !has_virtio_mem(&self.dev);
         let floor = self.settings.floor_pages();
         let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
@@ -226,7 +230,7 @@ impl Balloon {
     ) -> Option<Msecs> {
         worker.stopped = Some(reason);
         worker.blocks_taken = false;
-        worker.spare = self.spare_pages();
+        worker.spare = self.available_above_reserve();
         if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
@@ -248,19 +252,19 @@ impl Balloon {
     pub(super) fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
         let limit = wanted.min(PAGES_PER_RUN);
         // Comes again when the device has answered.
-        if !self.moves().is_settled() {
+        if !self.migrations().is_settled() {
             return None;
         }
-        let still = self.moves().block();
+        let guard = self.migrations().block();
         let released = deflate::release(
             &self.deflate,
             &self.pages,
             &mut worker.batch,
             limit,
             Reason::Target,
-            &still,
+            &guard,
         );
-        drop(still);
+        drop(guard);
 
         if released > 0 {
             worker.progress = Instant::now();

@@ -62,7 +62,7 @@ use crate::{
             }, //
         }, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use core::mem;
@@ -105,7 +105,7 @@ pub(crate) struct Balloon {
     pub(super) pages: BalloonPages<PendingMigrations>,
 
     /// What takes memory blocks, where that is better than to allocate memory.
-    pub(super) taker: Option<Arc<Task<Taker>>>,
+    pub(super) offliner: Option<Arc<Task<Offliner>>>,
 
     /// What only the task uses.
     #[pin]
@@ -225,11 +225,11 @@ impl Balloon {
             );
         }
 
-        let taker = match settings.memory_blocks() {
+        let offliner = match settings.memory_blocks() {
             true => {
                 let slot_for_blocks =
                     |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_blocks", tasks);
-                Taker::new(
+                Offliner::new(
                     slot_for_blocks,
                     dev,
                     settings.clone(),
@@ -240,8 +240,8 @@ impl Balloon {
             }
             false => None,
         };
-        let moves = PendingMigrations::new(slot.waker(), Negotiated::of(dev))?;
-        let pages = BalloonPages::new(adjust_managed, moves)?;
+        let migrations = PendingMigrations::new(slot.waker(), Negotiated::of(dev))?;
+        let pages = BalloonPages::new(adjust_managed, migrations)?;
         let oom_batch = Batch::new()?;
         let dev = (&**dev).into();
 
@@ -251,7 +251,7 @@ impl Balloon {
             settings,
             reason: Atomic::new(StopReason::value(None)),
             pages,
-            taker,
+            offliner,
             worker <- new_mutex!(worker, "Balloon::worker"),
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
@@ -274,19 +274,19 @@ impl Balloon {
     ) -> Result {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
 
-        self.moves().reset(Negotiated::of(dev))?;
+        self.migrations().reset(Negotiated::of(dev))?;
         *self.worker.lock() = worker;
         // What was there before is dropped when the lock has been released: that may sleep.
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
 
         self.giving_back.store(false, Relaxed);
-        if let Some(taker) = &self.taker {
-            taker.enter();
+        if let Some(offliner) = &self.offliner {
+            offliner.enter();
         }
         Ok(())
     }
 
-    pub(super) fn moves(&self) -> &PendingMigrations {
+    pub(super) fn migrations(&self) -> &PendingMigrations {
         self.pages.replacer()
     }
 
@@ -382,7 +382,7 @@ impl Balloon {
     }
 
     /// Returns the kernel pages that the guest can spare.
-    pub(super) fn spare_pages(&self) -> usize {
+    pub(super) fn available_above_reserve(&self) -> usize {
         let floor = self.settings.floor_pages();
         let nodes: usize = Node::all().map(|node| room(node, floor)).sum();
 

@@ -28,8 +28,8 @@ impl Show for Task<Balloon> {
         writeln!(f, "held {}", self.pages.len())?;
         writeln!(f, "inflating {}", worker.inflate.in_flight())?;
         writeln!(f, "deflating {}", self.deflate.lock().leaving())?;
-        if let Some(taker) = &self.taker {
-            writeln!(f, "memory_blocks {}", taker.blocks())?;
+        if let Some(offliner) = &self.offliner {
+            writeln!(f, "memory_blocks {}", offliner.blocks())?;
         }
         for (order, blocks) in self.pages.by_order().iter().enumerate() {
             writeln!(f, "order_{order}_blocks {blocks}")?;

@@ -38,7 +38,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// How many moves a message names at most: as many pages as fit into one of the base protocol. A
+/// How many migrations a message names at most: as many pages as fit into one of the base protocol. A
 /// page set has room for more.
 pub(crate) const MIGRATIONS_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / BALLOON_PAGES_PER_PAGE;
 
@@ -189,7 +189,7 @@ pub(crate) struct MessageQueue<M> {
     command: Command,
     /// Buffers that are not in use.
     spare: KVec<Message>,
-    /// Space to put moves in order.
+    /// Space to put migrations in order.
     sorted: KVec<u64>,
     /// How many messages the device was not notified of.
     unnotified: usize,
@@ -342,18 +342,18 @@ impl<M> MessageQueue<M> {
         }
     }
 
-    /// Sends a message about one page of each of `moves`, which is what `pfn` returns.
+    /// Sends a message about one page of each of `migrations`, which is what `pfn` returns.
     ///
     /// # Errors
     ///
-    /// Returns the moves, if there is no room or no memory for a message.
+    /// Returns the migrations, if there is no room or no memory for a message.
     pub(crate) fn send_migrations(
         &mut self,
-        moves: KVec<M>,
+        migrations: KVec<M>,
         pfn: impl Fn(&M) -> u64,
     ) -> Result<(), KVec<M>> {
         let mut sorted = core::mem::replace(&mut self.sorted, KVec::new());
-        for pfn in moves.iter().map(pfn) {
+        for pfn in migrations.iter().map(pfn) {
             let place = sorted.partition_point(|&this| this < pfn);
 
             // There is room for as many as can be waiting.
@@ -365,10 +365,10 @@ impl<M> MessageQueue<M> {
         self.sorted = sorted;
 
         let Ok(message) = message else {
-            return Err(moves);
+            return Err(migrations);
         };
-        match self.send(message, Pages::PendingMigrations(moves)) {
-            Err(Pages::PendingMigrations(moves)) => Err(moves),
+        match self.send(message, Pages::PendingMigrations(migrations)) {
+            Err(Pages::PendingMigrations(migrations)) => Err(migrations),
             _ => Ok(()),
         }
     }

@@ -26,7 +26,7 @@ use crate::{
                 Limits,
                 MemoryBlock,
                 OfflineBlock,
-                Taken, //
+                Outcome, //
             },
             page_list::PageList, //
         },
@@ -88,14 +88,14 @@ const LIMITS: Limits = Limits {
 
 /// Takes memory blocks for a task.
 #[pin_data]
-pub(crate) struct Taker {
+pub(crate) struct Offliner {
     dev: ARef<virtio::Device>,
     settings: Arc<Settings>,
     /// From how many pages on that are ready it waits until some are taken over.
     most_ready: usize,
     /// The page frame number from which on blocks are of no use (of a kernel page).
     end: u64,
-    taking_for: Waker,
+    waker: Waker,
     #[pin]
     work: Mutex<Work>,
     #[pin]
@@ -104,7 +104,7 @@ pub(crate) struct Taker {
     spent: Atomic<i64>,
 }
 
-/// What only the taker's task uses.
+/// What only the offliner's task uses.
 struct Work {
     /// Those that are left to be tried. `None` if they were not looked for.
     candidates: Option<Candidates>,
@@ -127,9 +127,9 @@ struct State {
 /// How many blocks may be offline at once, because they could not be brought online.
 const MAX_OFFLINE: usize = 4;
 
-impl Taker {
+impl Offliner {
     /// Returns a task that takes blocks below the page frame number `end` (of a kernel page) for the one
-    /// that `taking_for` wakes, in `slot`. None if the page allocator does not zero memory, or the kernel
+    /// that `waker` wakes, in `slot`. None if the page allocator does not zero memory, or the kernel
     /// takes no memory offline.
     ///
     /// # Errors
@@ -141,7 +141,7 @@ impl Taker {
         settings: Arc<Settings>,
         most_ready: usize,
         end: u64,
-        taking_for: Waker,
+        waker: Waker,
     ) -> Result<Option<Arc<Task<Self>>>> {
         if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
             return Ok(None);
@@ -159,14 +159,14 @@ impl Taker {
             blocks: 0,
         };
         let dev = (&**dev).into();
-        let taker = try_pin_init!(Self {
+        let offliner = try_pin_init!(Self {
             dev,
             settings,
             most_ready,
             end,
-            taking_for,
-            work <- new_mutex!(work, "Taker::work"),
-            state <- new_spinlock!(state, "Taker::state"),
+            waker,
+            work <- new_mutex!(work, "Offliner::work"),
+            state <- new_spinlock!(state, "Offliner::state"),
             spent: Atomic::new(0),
         });
 
@@ -175,7 +175,7 @@ impl Taker {
         let tasks = TaskQueue::without_rescuer(c"virtio_balloon_rs_blocks")?;
 
         Ok(Some(Arc::pin_init(
-            Task::new(slot(&tasks)?, taker),
+            Task::new(slot(&tasks)?, offliner),
             GFP_KERNEL,
         )?))
     }
@@ -225,7 +225,7 @@ impl Taker {
         work.candidates = None;
         work.failures = 0;
         self.state.lock().is_busy = false;
-        self.taking_for.schedule();
+        self.waker.schedule();
     }
 
     /// Returns whether there is to be one more.
@@ -277,7 +277,7 @@ impl Taker {
         };
 
         match block.take(LIMITS, || self.is_more_wanted()) {
-            Taken::Pages(pages) => {
+            Outcome::Pages(pages) => {
                 work.failures = 0;
                 // Others may have taken memory in the meantime. They come first.
                 if !self.can_spare(0) {
@@ -294,17 +294,17 @@ impl Taker {
                 };
                 drop(state);
                 drop(unwanted);
-                self.taking_for.schedule();
+                self.waker.schedule();
                 true
             }
             // It says nothing about the next one: a block of CMA, one that others have got hold of, or one
             // that is not wanted any more.
-            Taken::Not(EBUSY | EPERM | ECANCELED) => true,
-            Taken::Not(_) => {
+            Outcome::Not(EBUSY | EPERM | ECANCELED) => true,
+            Outcome::Not(_) => {
                 work.failures += 1;
                 work.failures < MAX_FAILURES
             }
-            Taken::Offline(block) => {
+            Outcome::Offline(block) => {
                 let _ = work.offline.push_within_capacity(block);
                 false
             }
@@ -318,7 +318,7 @@ impl Taker {
     }
 }
 
-impl Task<Taker> {
+impl Task<Offliner> {
     /// Begins to take blocks until `wanted` kernel pages are ready, or until there are no more.
     pub(crate) fn begin(&self, wanted: usize) {
         let mut state = self.state.lock();
@@ -382,7 +382,7 @@ impl Task<Taker> {
 
         let mut work = self.work.lock();
         self.end(&mut work);
-        if !Taker::bring_online(&mut work) {
+        if !Offliner::bring_online(&mut work) {
             dev_warn!(
                 self.dev,
                 "{} blocks of memory are offline and cannot be brought online\n",
@@ -392,7 +392,7 @@ impl Task<Taker> {
     }
 }
 
-impl Job for Taker {
+impl Job for Offliner {
     fn run(task: &Task<Self>) {
         let mut work = task.work.lock();
 
@@ -412,11 +412,11 @@ impl Job for Taker {
     }
 }
 
-impl Source for &Taker {
-    fn gather(&mut self, batch: &mut Batch, wanted: usize, _blocks: usize, whole: bool) {
+impl Source for &Offliner {
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, _blocks: usize, unsplit: bool) {
         let mut pages = self.take_over(wanted);
 
-        if !whole {
+        if !unsplit {
             pages.split_blocks();
         }
         // What there is no room for goes back.

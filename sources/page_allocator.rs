@@ -29,15 +29,15 @@ const ZEROED_IN_FLIGHT: usize = 4 * ZEROED_PORTION;
 struct Kind {
     order: u32,
     /// Whether the block stays one.
-    whole: bool,
+    unsplit: bool,
 }
 
 impl Kind {
     /// Returns what comes first.
-    fn first(whole: bool) -> Self {
+    fn first(unsplit: bool) -> Self {
         Self {
             order: MAX_ORDER,
-            whole,
+            unsplit,
         }
     }
 
@@ -48,14 +48,14 @@ impl Kind {
 
         Some(Self {
             order,
-            whole: self.whole && order >= memory::page_block_order(),
+            unsplit: self.unsplit && order >= memory::pageblock_order(),
         })
     }
 
     /// Returns what comes next when there is no such block: smaller ones, and after the smallest
-    /// that may stay whole single pages, which may come from everywhere. `None` after a single page.
+    /// that may stay unsplit order-0 pages, which may come from everywhere. `None` after an order-0 page.
     fn next(self) -> Option<Self> {
-        if self.whole && self.order <= memory::page_block_order() {
+        if self.unsplit && self.order <= memory::pageblock_order() {
             return Some(Self::first(false));
         }
 
@@ -67,7 +67,7 @@ impl Kind {
 
     /// Returns how many blocks such a block becomes.
     fn blocks(self) -> usize {
-        if self.whole {
+        if self.unsplit {
             1
         } else {
             1 << self.order
@@ -80,7 +80,7 @@ pub(crate) struct PageAllocator {
     /// What is tried next: nothing that was not available is tried again. `None` before the first
     /// try.
     kind: Option<Kind>,
-    /// Whether blocks stay whole where they may.
+    /// Whether blocks stay unsplit where they may.
     keeps_blocks: bool,
 }
 
@@ -102,19 +102,19 @@ impl Source for PageAllocator {
         }
     }
 
-    /// Blocks are much cheaper to get than single pages, and leave fewer holes. When there is none
+    /// Blocks are much cheaper to get than order-0 pages, and leave fewer holes. When there is none
     /// of a kind, the next kind is tried.
-    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool) {
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, unsplit: bool) {
         let kind = self
             .kind
-            .get_or_insert(Kind::first(whole && self.keeps_blocks));
+            .get_or_insert(Kind::first(unsplit && self.keeps_blocks));
 
         while let Some(this) = kind.up_to(wanted - batch.pages()) {
             if batch.blocks() + this.blocks() > blocks {
                 break;
             }
 
-            match batch.alloc(this.order, wanted - batch.pages(), this.whole) {
+            match batch.alloc(this.order, wanted - batch.pages(), this.unsplit) {
                 Ok(()) => (),
                 Err(AllocError::Full) => break,
                 Err(AllocError::NoBlock) => {

@@ -14,7 +14,7 @@ pub(crate) trait Source {
         (usize::MAX, usize::MAX)
     }
 
-    /// Puts up to `wanted` pages into `batch`, in blocks that stay whole if they may and `whole` is
+    /// Puts up to `wanted` pages into `batch`, in blocks that stay unsplit if they may and `unsplit` is
     /// set, until there might be more than `blocks` of them.
-    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, whole: bool);
+    fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, unsplit: bool);
 }

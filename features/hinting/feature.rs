@@ -102,13 +102,13 @@ impl Feature for Hints {
         let task = &self.task;
 
         task.stop();
-        match (&task.taker, why) {
-            (Some(taker), Quiesce::Shutdown) => taker.stop(),
+        match (&task.offliner, why) {
+            (Some(offliner), Quiesce::Shutdown) => offliner.stop(),
             (None, Quiesce::Shutdown) => (),
-            (taker, Quiesce::Reset { .. }) => {
+            (offliner, Quiesce::Reset { .. }) => {
                 task.worker.lock().free_pending();
                 task.release();
-                taker.iter().for_each(|taker| taker.leave());
+                offliner.iter().for_each(|offliner| offliner.leave());
             }
         }
         Ok(())
@@ -127,8 +127,8 @@ impl Feature for Hints {
             return Ok(());
         };
 
-        *task.worker.lock() = Worker::new(dev, queue, task.taker.clone())?;
-        task.taker.iter().for_each(|taker| taker.enter());
+        *task.worker.lock() = Worker::new(dev, queue, task.offliner.clone())?;
+        task.offliner.iter().for_each(|offliner| offliner.enter());
         task.resume();
         Ok(())
     }

@@ -63,7 +63,7 @@ use crate::{
             }, //
         }, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use kernel::{
@@ -94,7 +94,7 @@ pub(super) struct Hinting {
     pub(super) byte_order: ByteOrder,
     pub(super) settings: Arc<Settings>,
     /// What takes memory blocks, where that is better than to allocate memory.
-    pub(super) taker: Option<Arc<Task<Taker>>>,
+    pub(super) offliner: Option<Arc<Task<Offliner>>>,
     #[pin]
     pub(super) worker: Mutex<Worker>,
     /// Memory that the device has used, and that is kept until the guest needs it.
@@ -120,12 +120,12 @@ impl Hinting {
     pub(super) fn new(setup: &Setup<'_, '_>, queue: HintQueue) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_hint", setup.tasks)?;
         let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
-        let taker = match setup.settings.memory_blocks() {
+        let offliner = match setup.settings.memory_blocks() {
             true => {
                 let slot_for_blocks =
                     |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_hint_blocks", tasks);
                 let settings = setup.settings.clone();
-                Taker::new(
+                Offliner::new(
                     slot_for_blocks,
                     setup.dev,
                     settings,
@@ -136,11 +136,11 @@ impl Hinting {
             }
             false => None,
         };
-        let worker = Worker::new(setup.dev, queue, taker.clone())?;
+        let worker = Worker::new(setup.dev, queue, offliner.clone())?;
         let hinting = try_pin_init!(Self {
             byte_order: setup.dev.byte_order(),
             settings: setup.settings.clone(),
-            taker,
+            offliner,
             worker <- new_mutex!(worker, "Hinting::worker"),
             held <- new_spinlock!(held, "Hinting::held"),
             id_changed: Atomic::new(true),

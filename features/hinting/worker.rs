@@ -24,7 +24,7 @@ use crate::{
         virtio_balloon::HINT_STOP,
         work::task::Task, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use kernel::{
@@ -41,10 +41,10 @@ use kernel::{
     }, //
 };
 
-/// Returns the order of the smallest blocks that are taken. Less than a page block may come from a
-/// page block of another type. The kernel would change its type, and raise a watermark.
+/// Returns the order of the smallest blocks that are taken. Less than a pageblock may come from a
+/// pageblock of another type. The kernel would change its type, and raise a watermark.
 pub(crate) fn min_order() -> u32 {
-    memory::page_block_order()
+    memory::pageblock_order()
 }
 
 /// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
@@ -64,7 +64,7 @@ pub(super) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
 pub(super) struct Worker {
     pub(super) config: virtio::Config,
     pub(super) queue: HintQueue,
-    pub(super) taker: Option<Arc<Task<Taker>>>,
+    pub(super) offliner: Option<Arc<Task<Offliner>>>,
     /// The id that was read last.
     pub(super) wanted: u32,
     /// The id of the latest round.
@@ -87,14 +87,14 @@ impl Worker {
     pub(super) fn new(
         dev: &virtio::Device<Core<'_>>,
         queue: HintQueue,
-        taker: Option<Arc<Task<Taker>>>,
+        offliner: Option<Arc<Task<Offliner>>>,
     ) -> Result<Self> {
         let pending = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
 
         Ok(Self {
             config: dev.config()?,
             queue,
-            taker,
+            offliner,
             wanted: HINT_STOP,
             id: HINT_STOP,
             stop_due: false,
@@ -116,29 +116,34 @@ impl Worker {
 
     /// Gives back what the device was not given yet. Returns how many kernel pages it was.
     pub(super) fn free_pending(&mut self) -> usize {
-        let ready = self.taker.as_ref().map_or(0, |taker| taker.cancel());
+        let ready = self
+            .offliner
+            .as_ref()
+            .map_or(0, |offliner| offliner.cancel());
 
         ready + self.pending.free(usize::MAX)
     }
 
     /// Begins to take memory blocks that are free, but not all of them, if any are taken.
     pub(super) fn begin_blocks(&self, floor: usize) {
-        if let Some(taker) = &self.taker {
+        if let Some(offliner) = &self.offliner {
             let _taking = memory::ReserveGuard::begin();
-            let spare = memory::spare_pages(floor);
+            let spare = memory::free_above_reserve(floor);
 
             let rest = spare.checked_rem(MemoryBlock::pages() as usize);
 
-            taker.begin(spare - rest.unwrap_or(0));
+            offliner.begin(spare - rest.unwrap_or(0));
         }
     }
 
     /// Takes over the blocks that are ready.
     pub(super) fn take_blocks(&mut self) {
-        let Some(taker) = &self.taker else { return };
+        let Some(offliner) = &self.offliner else {
+            return;
+        };
         // What is ready when it is over is the last.
-        self.more = taker.is_busy();
-        let mut pages = taker.take_over(usize::MAX);
+        self.more = offliner.is_busy();
+        let mut pages = offliner.take_over(usize::MAX);
 
         while let Some(run) = PageRun::from_block(&mut pages) {
             if self.pending.insert(run).is_err() {
@@ -149,7 +154,7 @@ impl Worker {
 
     /// Returns whether memory blocks are being taken for this round.
     pub(super) fn awaits_blocks(&self) -> bool {
-        self.more && self.taker.is_some()
+        self.more && self.offliner.is_some()
     }
 
     /// Sends the ids that are due. Returns whether none is left.
@@ -177,7 +182,7 @@ impl Worker {
     /// Takes memory that is free, but not all of it.
     pub(super) fn gather(&mut self, floor: usize, needed: &Atomic<bool>) {
         let _taking = memory::ReserveGuard::begin();
-        let mut wanted = memory::spare_pages(floor);
+        let mut wanted = memory::free_above_reserve(floor);
         if self.queue.room() <= ROOM_FOR_IDS {
             wanted = 0;
         }

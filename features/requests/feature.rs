@@ -29,7 +29,7 @@ use crate::{
             TaskQueue, //
         }, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use core::mem;
@@ -62,12 +62,12 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
     };
     let slot = new_slot!(c"virtio_balloon_rs_requests", setup.tasks)?;
     let waker = slot.waker();
-    let taker = match setup.settings.memory_blocks() {
+    let offliner = match setup.settings.memory_blocks() {
         true => {
             let slot_for_blocks =
                 |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_discard", tasks);
             let settings = setup.settings.clone();
-            Taker::new(
+            Offliner::new(
                 slot_for_blocks,
                 setup.dev,
                 settings,
@@ -84,7 +84,7 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
         spent: Arc::new(Atomic::new(0), GFP_KERNEL)?,
         waker,
         settings: setup.settings.clone(),
-        taker,
+        offliner,
         counters <- Counters::new(&setup.dir),
         start: Instant::now(),
     });
@@ -107,11 +107,11 @@ impl Feature for Task<HostRequests> {
     /// which is killed. On shutdown they do not concern the device.
     fn quiesce(&self, why: Quiesce) -> Result {
         self.stop();
-        match (&self.taker, why) {
-            (Some(taker), Quiesce::Shutdown) => taker.stop(),
+        match (&self.offliner, why) {
+            (Some(offliner), Quiesce::Shutdown) => offliner.stop(),
             (None, Quiesce::Shutdown) => (),
-            (taker, Quiesce::Reset { .. }) => {
-                taker.iter().for_each(|taker| taker.leave());
+            (offliner, Quiesce::Reset { .. }) => {
+                offliner.iter().for_each(|offliner| offliner.leave());
                 self.inner.lock().open.clear();
                 self.counters.open.store(0, Relaxed);
             }
@@ -131,7 +131,7 @@ impl Feature for Task<HostRequests> {
         let before = mem::replace(&mut *self.inner.lock(), inner);
 
         drop(before);
-        self.taker.iter().for_each(|taker| taker.enter());
+        self.offliner.iter().for_each(|offliner| offliner.enter());
         self.resume();
         Ok(())
     }

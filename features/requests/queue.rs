@@ -18,7 +18,7 @@ use crate::{
     },
     messages::page_sets,
     rust::{
-        mm::contig::Claim,
+        mm::contig::ContigPages,
         trace,
         virtio::{
             self,
@@ -33,7 +33,7 @@ use crate::{
         },
         work::task::Task, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use kernel::{
@@ -57,7 +57,7 @@ const MAX_MESSAGES: usize = 24;
 /// What the queue carries: requests, or messages with the memory that belongs to them until they
 /// are used.
 pub(super) type RequestQueue =
-    Virtqueue<Either<DeviceWritable<Request>, (KVec<u64>, Option<Claim>)>>;
+    Virtqueue<Either<DeviceWritable<Request>, (KVec<u64>, Option<ContigPages>)>>;
 
 /// The state of the requests queue.
 pub(super) struct Inner {
@@ -68,7 +68,7 @@ pub(super) struct Inner {
     pub(super) request_buffers: usize,
     /// How many messages the device has, and how many of them with memory.
     pub(super) messages: usize,
-    pub(super) claims: usize,
+    pub(super) ranges: usize,
     /// A message that is not in use, so that there is one when memory is short.
     pub(super) spare: Option<KVec<u64>>,
     pub(super) budget: Budget,
@@ -83,7 +83,7 @@ impl Inner {
             open: KVec::with_capacity(MAX_OPEN, GFP_KERNEL)?,
             request_buffers: 0,
             messages: 0,
-            claims: 0,
+            ranges: 0,
             spare: Some(message(GFP_KERNEL)?),
             budget: Budget::new(),
             dev: (&**dev).into(),
@@ -109,7 +109,7 @@ impl Inner {
 
     /// Takes what the device has used, and what it has asked for. Memory blocks for that are allocated
     /// by `taker`, if there is one.
-    pub(super) fn collect(&mut self, taker: Option<&Arc<Task<Taker>>>) {
+    pub(super) fn collect(&mut self, offliner: Option<&Arc<Task<Offliner>>>) {
         // A device that uses what it is offered at once would never come to an end.
         for _ in 0..self.queue.size() {
             let Some((buffer, len)) = self.queue.next_used() else {
@@ -124,14 +124,14 @@ impl Inner {
                     // A part of a request has no id to answer to. Devices that use buffers in order
                     // return those that an answer is behind with nothing in them.
                     if len as usize >= size_of::<Request>() {
-                        self.open_request(&request, taker);
+                        self.open_request(&request, offliner);
                     }
                 }
-                Either::Right((mut message, claim)) => {
+                Either::Right((mut message, range)) => {
                     self.messages -= 1;
-                    self.claims -= usize::from(claim.is_some());
+                    self.ranges -= usize::from(range.is_some());
                     // What was kept is free from here on.
-                    drop(claim);
+                    drop(range);
                     message.clear();
                     self.spare.get_or_insert(message);
                 }
@@ -139,7 +139,7 @@ impl Inner {
         }
     }
 
-    fn open_request(&mut self, request: &Request, taker: Option<&Arc<Task<Taker>>>) {
+    fn open_request(&mut self, request: &Request, offliner: Option<&Arc<Task<Offliner>>>) {
         let id = u64::from_le(request.request_id);
         trace::request(self.queue.device(), id, u16::from_le(request.command));
         let known = id != 0 && !self.open.iter().any(|open| open.id == id);
@@ -149,7 +149,7 @@ impl Inner {
         } else if u16::from_le(request.command) == request::CANCEL {
             Work::Complete(self.cancel(u64::from_le(request.start)))
         } else {
-            Work::plan(request, taker)
+            Work::plan(request, offliner)
         };
 
         // There is room, since there are not more buffers for requests.
@@ -183,12 +183,12 @@ impl Inner {
     }
 
     /// Sends `message`, with the memory that belongs to it. Returns none if the queue is full or broken.
-    pub(super) fn send(&mut self, message: KVec<u64>, claim: Option<Claim>) -> Option<()> {
-        let claims = usize::from(claim.is_some());
+    pub(super) fn send(&mut self, message: KVec<u64>, range: Option<ContigPages>) -> Option<()> {
+        let ranges = usize::from(range.is_some());
 
-        self.queue.add(Either::Right((message, claim))).ok()?;
+        self.queue.add(Either::Right((message, range))).ok()?;
         self.messages += 1;
-        self.claims += claims;
+        self.ranges += ranges;
         Some(())
     }
 

@@ -43,7 +43,7 @@ use crate::{
             thread::Thread, //
         }, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use kernel::{
@@ -80,7 +80,7 @@ pub(super) struct HostRequests {
     pub(super) waker: Waker,
     pub(super) settings: Arc<Settings>,
     /// What takes memory blocks, where that is better than to allocate memory.
-    pub(super) taker: Option<Arc<Task<Taker>>>,
+    pub(super) offliner: Option<Arc<Task<Offliner>>>,
     #[pin]
     pub(super) counters: Counters,
     /// What times are counted from.
@@ -100,7 +100,10 @@ enum Turn {
 impl HostRequests {
     /// Returns how long other tasks have worked for requests since the last call, in nanoseconds.
     fn spent(&self) -> i64 {
-        let taking = self.taker.as_ref().map_or(0, |taker| taker.spent());
+        let taking = self
+            .offliner
+            .as_ref()
+            .map_or(0, |offliner| offliner.spent());
 
         self.spent.xchg(0, Relaxed) + taking
     }
@@ -182,16 +185,16 @@ impl HostRequests {
         let start = now();
         inner.queue.disable_callback();
         // What the device has used comes back to the guest in any case.
-        inner.collect(self.taker.as_ref());
+        inner.collect(self.offliner.as_ref());
         inner.budget.spend(self.spent(), start);
         // Completed requests are reported even so.
         let pause = inner.budget.pause(start);
 
         let turns = self.take_turns(inner, pause.is_some());
-        if let Some(taker) = &self.taker {
+        if let Some(offliner) = &self.offliner {
             // The requests may have been cancelled.
-            if taker.is_busy() && !inner.open.iter().any(Open::needs_blocks) {
-                taker.cancel();
+            if offliner.is_busy() && !inner.open.iter().any(Open::needs_blocks) {
+                offliner.cancel();
             }
         }
         inner.queue.kick();
@@ -242,7 +245,7 @@ impl HostRequests {
                 Turn::Again | Turn::Over => waiting = 0,
             }
             turns += 1;
-            inner.collect(self.taker.as_ref());
+            inner.collect(self.offliner.as_ref());
         }
     }
 }

@@ -9,10 +9,10 @@ use crate::{
         counters::Counters,
         queue::Inner,
         work::{
-            claim_pages,
+            range_pages,
             Blocks,
             Discard,
-            MAX_CLAIMS, //
+            MAX_RANGES, //
         }, //
     },
     free_pages::{
@@ -25,7 +25,7 @@ use crate::{
     },
     rust::{
         mm::{
-            contig::Claim,
+            contig::ContigPages,
             memory,
             memory_block::MemoryBlock,
             pfn_range::PfnRange, //
@@ -84,15 +84,15 @@ impl Inner {
         counters: &Counters,
     ) -> Option<Option<u8>> {
         let walk = &mut discard.walk;
-        if self.claims >= MAX_CLAIMS {
+        if self.ranges >= MAX_RANGES {
             return None;
         }
         // What the guest needs comes first.
         let _taking = memory::ReserveGuard::begin();
-        let spare = (memory::spare_pages(floor) as u64).min(claim_pages());
-        if spare < 1 << memory::page_block_order() {
+        let spare = (memory::free_above_reserve(floor) as u64).min(range_pages());
+        if spare < 1 << memory::pageblock_order() {
             // What the device has now may be all that it takes.
-            return (self.claims == 0).then_some(Some(request::ABORTED));
+            return (self.ranges == 0).then_some(Some(request::ABORTED));
         }
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
@@ -109,23 +109,23 @@ impl Inner {
                 return Some(None);
             }
         }
-        let claim = found.and_then(|(_, run)| Claim::new(run.first(), run.len()));
-        let claimed = claim.as_ref().map_or(0, Claim::len);
+        let range = found.and_then(|(_, run)| ContigPages::new(run.first(), run.len()));
+        let allocated = range.as_ref().map_or(0, ContigPages::len);
 
         // Pages that were in use after all, or cannot be isolated, are passed over. What comes after that is
         // looked at again.
-        if let Some((zone, run)) = found.filter(|(_, run)| claimed < run.len()) {
-            walk.go_on_at(zone, run.first() + claimed.max(1));
+        if let Some((zone, run)) = found.filter(|(_, run)| allocated < run.len()) {
+            walk.go_on_at(zone, run.first() + allocated.max(1));
         }
-        let mut run = found.and_then(|(_, run)| PfnRange::new(run.first(), claimed));
+        let mut run = found.and_then(|(_, run)| PfnRange::new(run.first(), allocated));
 
-        match claim {
-            Some(claim) => {
+        match range {
+            Some(range) => {
                 let written =
                     page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
 
                 let pages = written.ok()?;
-                self.send(message, Some(claim))?;
+                self.send(message, Some(range))?;
                 self.named(id, pages, counters);
             }
             None => {
@@ -137,7 +137,7 @@ impl Inner {
 
     /// Sends a message about a part of a memory block that is kept from being used until the device
     /// has used it, and that the kernel has not written to. Returns how many kernel pages it has,
-    /// none if there are no more blocks; none at all if it waits for the device or the taker.
+    /// none if there are no more blocks; none at all if it waits for the device or the offliner.
     pub(super) fn discard_block(
         &mut self,
         id: u64,
@@ -145,26 +145,26 @@ impl Inner {
         named: &mut KVec<MemoryBlock>,
         counters: &Counters,
     ) -> Option<Option<u64>> {
-        let taker = &blocks.taker;
-        if self.claims >= MAX_BLOCKS {
+        let offliner = &blocks.offliner;
+        if self.ranges >= MAX_BLOCKS {
             return None;
         }
         if !blocks.is_begun {
             blocks.is_begun = true;
-            taker.begin(usize::MAX);
+            offliner.begin(usize::MAX);
         }
-        if taker.ready() == 0 {
-            return (!taker.is_busy()).then_some(None);
+        if offliner.ready() == 0 {
+            return (!offliner.is_busy()).then_some(None);
         }
 
         let mut message = self.message()?;
-        let (first, pages) = taker.take_adjacent()?;
-        let claim = Claim::of(pages);
-        let mut run = PfnRange::new(first, claim.len());
+        let (first, pages) = offliner.take_adjacent()?;
+        let range = ContigPages::of(pages);
+        let mut run = PfnRange::new(first, range.len());
         let written = page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
         let pages = written.ok()?;
 
-        self.send(message, Some(claim))?;
+        self.send(message, Some(range))?;
         self.named(id, pages, counters);
         counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
         if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {

@@ -21,7 +21,7 @@ use crate::{
             thread::Thread, //
         }, //
     },
-    sources::memory_blocks::Taker, //
+    sources::memory_blocks::Offliner, //
 };
 
 use kernel::{
@@ -33,12 +33,12 @@ use kernel::{
     sync::Arc, //
 };
 
-/// How many kernel pages are kept from being used for one message, unless a page block is larger,
+/// How many kernel pages are kept from being used for one message, unless a pageblock is larger,
 /// and for how many messages: 64 MiB, four times.
 const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
-pub(super) const MAX_CLAIMS: usize = 4;
+pub(super) const MAX_RANGES: usize = 4;
 
-/// The first of these where the kernel writes to what is claimed, so that the host needs hardly
+/// The first of these where the kernel writes to what is allocated, so that the host needs hardly
 /// more memory for a while: 4 MiB.
 const ZEROED_CLAIM_PAGES: u64 = 1 << (22 - PAGE_SHIFT);
 
@@ -80,7 +80,7 @@ pub(super) struct Discard {
 
 /// Memory blocks that are taken for a request.
 pub(super) struct Blocks {
-    pub(super) taker: Arc<Task<Taker>>,
+    pub(super) offliner: Arc<Task<Offliner>>,
     pub(super) is_begun: bool,
 }
 
@@ -94,7 +94,7 @@ pub(super) struct Caches {
 impl Work {
     /// Returns what there is to do for `request`. Memory blocks are allocated by `taker`, if there is
     /// one.
-    pub(super) fn plan(request: &Request, taker: Option<&Arc<Task<Taker>>>) -> Self {
+    pub(super) fn plan(request: &Request, offliner: Option<&Arc<Task<Offliner>>>) -> Self {
         match u16::from_le(request.command) {
             // Where free pages have to hold some value, a copy must not lack it; and the kernel
             // would write to all pages that were discarded, when they are free again.
@@ -111,15 +111,15 @@ impl Work {
             // looked at again.
             request::UNUSED_DISCARD => match walk(
                 request,
-                memory::page_block_order(),
-                (claim_pages() >> memory::page_block_order()) as usize,
+                memory::pageblock_order(),
+                (range_pages() >> memory::pageblock_order()) as usize,
             ) {
                 Ok(walk) => Work::Discard(Discard {
                     // They may lie anywhere.
-                    blocks: taker
+                    blocks: offliner
                         .filter(|_| request.start == 0 && request.end == 0)
-                        .map(|taker| Blocks {
-                            taker: taker.clone(),
+                        .map(|offliner| Blocks {
+                            offliner: offliner.clone(),
                             is_begun: false,
                         }),
                     walk,
@@ -145,13 +145,13 @@ impl Work {
 }
 
 /// Returns how many kernel pages are kept from being used for one message.
-pub(super) fn claim_pages() -> u64 {
+pub(super) fn range_pages() -> u64 {
     let pages = match memory::is_zeroed_on_allocation() {
         true => ZEROED_CLAIM_PAGES,
         false => CLAIM_PAGES,
     };
 
-    pages.max(1 << memory::page_block_order())
+    pages.max(1 << memory::pageblock_order())
 }
 
 /// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of

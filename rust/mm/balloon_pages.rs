@@ -64,7 +64,7 @@ impl<R: MigratePage> BalloonPages<R> {
         Ok(Self { nodes, replace })
     }
 
-    /// Returns what follows the moves.
+    /// Returns what follows page migration.
     pub(crate) fn replacer(&self) -> &R {
         &self.replace
     }
@@ -79,7 +79,7 @@ impl<R: MigratePage> BalloonPages<R> {
         self.filled(true).map(|(_, node)| node.len()).sum()
     }
 
-    /// Returns how many blocks of each order are in the balloon, single pages being those of order
+    /// Returns how many blocks of each order are in the balloon, order-0 pages being those of order
     /// 0.
     pub(crate) fn by_order(&self) -> ByOrder {
         let mut by_order = [0; MAX_ORDER as usize + 1];
@@ -116,7 +116,7 @@ impl<R: MigratePage> BalloonPages<R> {
     }
 
     /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
-    /// fit, or else single pages, up to the same number. They are of one node: of those that are
+    /// fit, or else order-0 pages, up to the same number. They are of one node: of those that are
     /// short of memory if `where_needed` is set, and in any case of the one with the largest share
     /// of its memory in the balloon.
     ///

@@ -17,8 +17,8 @@ use crate::rust::{
         node::Node,
         owned::{
             Allocated,
-            Block,
-            Single, //
+            BasePage,
+            Block, //
         },
         page::Page,
         page_list::PageList,
@@ -43,8 +43,8 @@ const PAGES_PER_WORD: usize = u64::BITS as usize;
 /// How many kernel pages a window covers.
 const PAGES_PER_WINDOW: usize = WORDS_PER_WINDOW * PAGES_PER_WORD;
 
-/// How many single pages are allocated at once.
-const MAX_SINGLES: usize = 64;
+/// How many order-0 pages are allocated at once.
+const MAX_BASE_PAGES: usize = 64;
 
 type Bits = [u64; WORDS_PER_WINDOW];
 
@@ -109,7 +109,7 @@ pub(crate) enum AllocError {
 ///
 /// - Each bit that is set stands for the first page of a block that the batch owns. The block's
 ///   order is in the `private` field of that page: 0 for a page with a reference of its own, or
-///   that of a block that is kept whole and whose pages are all marked as offline.
+///   that of a block that is kept unsplit and whose pages are all marked as offline.
 /// - `pages` is the length of all blocks.
 /// - The windows ascend. Those that are not in use have no bits set. There is room for
 ///   [`MAX_WINDOWS`] in both lists.
@@ -201,11 +201,11 @@ impl Batch {
 
     /// Takes a block of 2^`order` pages from the page allocator. The memory is not initialised.
     ///
-    /// With `whole`, and from the size of a page block on, it stays a block, which cannot fragment
+    /// With `unsplit`, and from the size of a pageblock on, it stays a block, which cannot fragment
     /// the memory. It is not taken from where the kernel counts on pages that can be moved,
     /// `ZONE_MOVABLE` and CMA. Else its pages are single ones, which compaction can move.
     ///
-    /// With an `order` of 0 it takes up to `wanted` single pages: not all that there are, but
+    /// With an `order` of 0 it takes up to `wanted` order-0 pages: not all that there are, but
     /// several at once, which is much cheaper for each of them. Only for these is memory reclaimed,
     /// and lightly: no block is worth pushing the guest into reclaim or compaction. Sleeps only if
     /// `order` is 0.
@@ -217,19 +217,19 @@ impl Batch {
         &mut self,
         order: u32,
         wanted: usize,
-        whole: bool,
+        unsplit: bool,
     ) -> Result<(), AllocError> {
         match order {
-            0 => self.alloc_singles(wanted),
-            _ => self.alloc_block(order, whole),
+            0 => self.alloc_base_pages(wanted),
+            _ => self.alloc_block(order, unsplit),
         }
     }
 
     /// Does what [`alloc`](Self::alloc) does for an `order` that is not 0.
-    fn alloc_block(&mut self, order: u32, whole: bool) -> Result<(), AllocError> {
-        let is_large = order >= memory::page_block_order();
-        let whole = whole && is_large;
-        let flags = match (whole, is_large) {
+    fn alloc_block(&mut self, order: u32, unsplit: bool) -> Result<(), AllocError> {
+        let is_large = order >= memory::pageblock_order();
+        let unsplit = unsplit && is_large;
+        let flags = match (unsplit, is_large) {
             (true, _) => Gfp::UNSPLIT_BLOCK,
             (false, true) => Gfp::SPLIT_BLOCK,
             (false, false) => Gfp::SPLIT_SMALL_BLOCK,
@@ -244,7 +244,7 @@ impl Batch {
         // A block does not cross the end of a window: it is aligned to its length, and shorter.
         //
         // INVARIANT: The bits stand for the block, or for the pages it is split into.
-        let blocks = if whole {
+        let blocks = if unsplit {
             block.mark().into_page();
             window.set(pfn, 1);
             1
@@ -262,9 +262,9 @@ impl Batch {
     }
 
     /// Does what [`alloc`](Self::alloc) does for an order of 0.
-    fn alloc_singles(&mut self, wanted: usize) -> Result<(), AllocError> {
-        let mut pages = [ptr::null_mut(); MAX_SINGLES];
-        let wanted = wanted.min(MAX_SINGLES);
+    fn alloc_base_pages(&mut self, wanted: usize) -> Result<(), AllocError> {
+        let mut pages = [ptr::null_mut(); MAX_BASE_PAGES];
+        let wanted = wanted.min(MAX_BASE_PAGES);
         let mut result = Err(AllocError::NoBlock);
 
         let (nid, gfp) = Gfp::BALLOON_PAGE.on(self.node);
@@ -273,12 +273,13 @@ impl Batch {
 
         for page in pages {
             // SAFETY: The page was just allocated, and nobody else knows it. It has an order of 0.
-            let Some(page) = (unsafe { Page::from_raw(page).map(|page| Single::from_page(page)) })
+            let Some(page) =
+                (unsafe { Page::from_raw(page).map(|page| BasePage::from_page(page)) })
             else {
                 break;
             };
 
-            result = match self.add_single(page) {
+            result = match self.add_base_page(page) {
                 Ok(()) => Ok(()),
                 Err(_) => Err(AllocError::Full),
             };
@@ -295,7 +296,7 @@ impl Batch {
             }
         }
         while let Some(page) = list.pop() {
-            if let Err(page) = self.add_single(page) {
+            if let Err(page) = self.add_base_page(page) {
                 return list.push(page);
             }
         }
@@ -312,7 +313,7 @@ impl Batch {
     }
 
     /// Adds a page of order 0, or returns it if there is no room.
-    fn add_single(&mut self, page: Single) -> Result<(), Single> {
+    fn add_base_page(&mut self, page: BasePage) -> Result<(), BasePage> {
         if !self.add_page(page.page(), 1) {
             return Err(page);
         }
@@ -373,7 +374,7 @@ impl Batch {
         // SAFETY: By the type invariants the page begins a block that was ours, in this form.
         unsafe {
             match order {
-                0 => list.push(Single::from_page(page)),
+                0 => list.push(BasePage::from_page(page)),
                 _ => list.push_block(Block::from_page(page)),
             }
         }

@@ -75,7 +75,7 @@ fn unused_at(first: usize, max: usize) -> usize {
 
     while found < max {
         match locked.free_order(first + found) {
-            Ok(Some(order)) if order >= memory::page_block_order() => found += 1 << order,
+            Ok(Some(order)) if order >= memory::pageblock_order() => found += 1 << order,
             _ => break,
         }
     }
@@ -83,14 +83,14 @@ fn unused_at(first: usize, max: usize) -> usize {
 }
 
 /// Adjacent pages that belong to the driver. Dropping it frees them.
-pub(crate) struct Claim(Pages);
+pub(crate) struct ContigPages(Pages);
 
 enum Pages {
     Range(PageRange),
     Blocks(PageList),
 }
 
-impl Claim {
+impl ContigPages {
     /// Allocates up to `len` pages from the page frame number `first` on (kernel pages): whole
     /// pageblocks, none of which was in use when they were looked at. Returns none if that is the
     /// first of all, or if the kernel cannot do it. May sleep: what others take of the pages
@@ -99,7 +99,7 @@ impl Claim {
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
-        let order = memory::page_block_order();
+        let order = memory::pageblock_order();
         let mut blocks = unused_at(usize::try_from(first).ok()?, len as usize) >> order;
 
         // One block that cannot be allocated, as those of CMA, fails the whole range.

@@ -45,8 +45,8 @@ pub(crate) static DRAINS: Atomic<usize> = Atomic::new(0);
 /// of them. They may be an eighth of the memory when much has just been freed. May sleep.
 ///
 /// The call for it is the page allocator's own. But to allocate a given range is to begin with that,
-/// in the range's zone; so a free page block of each zone is such a range: if possible not one for
-/// movable pages, as most that were just freed are. Page blocks may be so large that none is free:
+/// in the range's zone; so a free pageblock of each zone is such a range: if possible not one for
+/// movable pages, as most that were just freed are. Pageblocks may be so large that none is free:
 /// then it is as much as is available of one in which the kernel can move what is in use. Without
 /// `CONFIG_CONTIG_ALLOC` the pages stay where they are.
 pub(crate) fn drain_free_lists() {
@@ -57,7 +57,7 @@ pub(crate) fn drain_free_lists() {
     }
     for node in Node::online() {
         for &(kind, gfp, movable) in ZONES {
-            let mut order = memory::page_block_order();
+            let mut order = memory::pageblock_order();
 
             if drain_zone(node, gfp, kind, order) {
                 continue;

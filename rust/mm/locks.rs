@@ -28,7 +28,7 @@ global_lock! {
 }
 
 global_lock! {
-    /// Held by the thread that takes a memory block offline. It isolates page blocks, as allocating a
+    /// Held by the thread that takes a memory block offline. It isolates pageblocks, as allocating a
     /// range does: if two do that at once, the one that fails ends the isolation of the other.
     // SAFETY: As above.
     pub(super) unsafe(uninit) static HOTPLUG: Mutex<()> = ();

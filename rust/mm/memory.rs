@@ -96,7 +96,7 @@ const LEFT_FREE: usize = 8;
 /// wants to have at hand; and no more than leave `floor` available.
 ///
 /// What the kernel cannot use for itself does not count, however much there is of it.
-pub(crate) fn spare_pages(floor: usize) -> usize {
+pub(crate) fn free_above_reserve(floor: usize) -> usize {
     let movable = Movable::now();
     let free = free_pages().saturating_sub(movable.free);
     let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
@@ -161,9 +161,9 @@ pub(crate) fn listed_pages() -> usize {
     Zone::all().map(Zone::listed_pages).sum()
 }
 
-/// Returns the order of a page block: what the kernel keeps together of one kind, to have memory in
+/// Returns the order of a pageblock: what the kernel keeps together of one kind, to have memory in
 /// large pieces.
-pub(crate) fn page_block_order() -> u32 {
+pub(crate) fn pageblock_order() -> u32 {
     bindings::pageblock_order()
 }
 

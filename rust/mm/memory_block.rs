@@ -57,7 +57,7 @@ pub(crate) struct Limits {
 pub(crate) struct MemoryBlock(u64);
 
 /// What has become of a block that was to be taken.
-pub(crate) enum Taken {
+pub(crate) enum Outcome {
     /// These are its pages.
     Pages(PageList),
     /// It is as it was: the kernel does not take it offline (`EINTR`: not in time), or others have
@@ -114,20 +114,20 @@ impl MemoryBlock {
 
     /// Takes the block, all or nothing, if it `is_wanted` when other devices have taken theirs. What is in
     /// use of it is moved elsewhere.
-    pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Taken {
+    pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Outcome {
         let turn = Turn::wait();
 
         match is_wanted() {
             true => self.take_and_write(&turn, limits, ONLINE_KERNEL),
-            false => Taken::Not(ECANCELED),
+            false => Outcome::Not(ECANCELED),
         }
     }
 
     /// The same, but with `online` written to the block's file.
-    pub(crate) fn take_and_write(self, turn: &Turn, limits: Limits, online: &CStr) -> Taken {
+    pub(crate) fn take_and_write(self, turn: &Turn, limits: Limits, online: &CStr) -> Outcome {
         let block = match self.take_offline(limits) {
             Ok(block) => block,
-            Err(error) => return Taken::Not(error),
+            Err(error) => return Outcome::Not(error),
         };
         let callback = OnlinePageCallback::set(turn, self.pfns());
         let online = block.write(online);
@@ -135,9 +135,9 @@ impl MemoryBlock {
 
         match online {
             // Others may have brought it online.
-            _ if !pages.is_empty() => Taken::Pages(pages),
-            Ok(()) => Taken::Not(EINVAL),
-            Err(_) => Taken::Offline(block),
+            _ if !pages.is_empty() => Outcome::Pages(pages),
+            Ok(()) => Outcome::Not(EINVAL),
+            Err(_) => Outcome::Offline(block),
         }
     }
 }

@@ -128,17 +128,17 @@ impl Blocks {
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `singles` pages are on its list or isolated from it by compaction. The
+/// `info` is initialised, and `base_pages` pages are on its list or isolated from it by compaction. The
 /// owner of `blocks` is the address of this.
 //
 // So aligned that there is room for an order in the address. The core notes the address of `info` in
-// single pages: at the beginning it is an owner with an order of 0, which no block has.
+// order-0 pages: at the beginning it is an owner with an order of 0, which no block has.
 #[repr(C, align(64))]
 #[pin_data(PinnedDrop)]
 pub(super) struct NodePages<R: MigratePage> {
     #[pin]
     info: Opaque<bindings::balloon_dev_info>,
-    singles: Atomic<usize>,
+    base_pages: Atomic<usize>,
     #[pin]
     blocks: SpinLock<Blocks>,
     adjust_managed: bool,
@@ -184,7 +184,7 @@ impl<R: MigratePage> NodePages<R> {
                     });
                 }
             }),
-            singles: Atomic::new(0),
+            base_pages: Atomic::new(0),
             blocks <- new_spinlock!(Blocks::new(), "NodePages::blocks"),
             adjust_managed,
             replace,
@@ -233,7 +233,7 @@ impl<R: MigratePage> NodePages<R> {
 
     /// Adds the numbers of blocks of each order to `sums`, order-0 pages included.
     pub(super) fn add_by_order(&self, sums: &mut ByOrder) {
-        sums[0] += self.singles.load(Relaxed);
+        sums[0] += self.base_pages.load(Relaxed);
         for (sum, blocks) in sums.iter_mut().zip(self.blocks.lock().by_order) {
             *sum += blocks;
         }
@@ -241,18 +241,18 @@ impl<R: MigratePage> NodePages<R> {
 
     /// Returns how many pages (kernel pages) there are.
     pub(super) fn len(&self) -> usize {
-        self.singles.load(Relaxed) + self.blocks.lock().list.len()
+        self.base_pages.load(Relaxed) + self.blocks.lock().list.len()
     }
 
     /// Puts `pages` into the balloon.
     pub(super) fn insert(&self, mut pages: PageList) {
         // INVARIANT: That many pages are added to the list. Counted before, since they may be taken
         // at once.
-        self.singles.add(pages.singles(), Relaxed);
+        self.base_pages.add(pages.base_pages(), Relaxed);
 
-        self.account_singles(&pages, true);
-        while pages.singles() > PAGES_PER_HOLD {
-            self.enqueue(&mut pages.take_singles(PAGES_PER_HOLD));
+        self.account_base_pages(&pages, true);
+        while pages.base_pages() > PAGES_PER_HOLD {
+            self.enqueue(&mut pages.take_base_pages(PAGES_PER_HOLD));
         }
         self.enqueue(&mut pages);
 
@@ -262,13 +262,13 @@ impl<R: MigratePage> NodePages<R> {
         }
     }
 
-    /// Puts all single pages of `pages` on the core's list, for which its lock is held, with
+    /// Puts all order-0 pages of `pages` on the core's list, for which its lock is held, with
     /// interrupts disabled.
     fn enqueue(&self, pages: &mut PageList) {
-        // SAFETY: The function takes all single pages off the list, each with its reference; they
+        // SAFETY: The function takes all order-0 pages off the list, each with its reference; they
         // are order 0 pages as the core wants them.
         unsafe {
-            pages.singles.with_head(|head| {
+            pages.base_pages.with_head(|head| {
                 bindings::balloon_page_list_enqueue(self.info.get(), head);
                 0
             })
@@ -286,7 +286,7 @@ impl<R: MigratePage> NodePages<R> {
     }
 
     /// Adjusts the zones' numbers of managed pages for all order-0 pages in `pages`.
-    fn account_singles(&self, pages: &PageList, inflated: bool) {
+    fn account_base_pages(&self, pages: &PageList, inflated: bool) {
         if self.adjust_managed {
             pages.zones(|page, count| {
                 let count = count as c_long;
@@ -297,7 +297,7 @@ impl<R: MigratePage> NodePages<R> {
     }
 
     /// Takes up to `max` pages (kernel pages) out: up to `max_blocks` blocks that fit, or else
-    /// single pages, up to the same number.
+    /// order-0 pages, up to the same number.
     ///
     /// None are returned if there are none, or if compaction holds all that are left just now.
     pub(super) fn take(&self, max: usize, max_blocks: usize) -> PageList {
@@ -314,10 +314,10 @@ impl<R: MigratePage> NodePages<R> {
         let max = max.min(max_blocks);
 
         if pages.is_empty() {
-            pages = self.take_singles(max);
+            pages = self.take_base_pages(max);
         }
         if pages.is_empty() && max > 0 && self.split_block() {
-            pages = self.take_singles(max);
+            pages = self.take_base_pages(max);
         }
         pages
     }
@@ -332,8 +332,8 @@ impl<R: MigratePage> NodePages<R> {
         }
     }
 
-    /// Takes up to `max` single pages out, but not more than what the core's lock may be held for.
-    fn take_singles(&self, max: usize) -> PageList {
+    /// Takes up to `max` order-0 pages out, but not more than what the core's lock may be held for.
+    fn take_base_pages(&self, max: usize) -> PageList {
         let mut pages = PageList::new();
         let max = max.min(PAGES_PER_HOLD);
 
@@ -341,13 +341,13 @@ impl<R: MigratePage> NodePages<R> {
         // this one and returns how many.
         unsafe {
             pages
-                .singles
+                .base_pages
                 .with_head(|head| bindings::balloon_page_list_dequeue(self.info.get(), head, max))
         };
 
         // INVARIANT: That many pages were taken off the list.
-        self.singles.fetch_sub(pages.len(), Relaxed);
-        self.account_singles(&pages, false);
+        self.base_pages.fetch_sub(pages.len(), Relaxed);
+        self.account_base_pages(&pages, false);
         pages
     }
 
@@ -359,7 +359,7 @@ impl<R: MigratePage> NodePages<R> {
         self.len() == 0
     }
 
-    /// Makes single pages of a block, if there is one. They stay in the balloon.
+    /// Makes order-0 pages of a block, if there is one. They stay in the balloon.
     fn split_block(&self) -> bool {
         let Some(block) = self.pop_block(usize::MAX) else {
             return false;
@@ -373,9 +373,9 @@ impl<R: MigratePage> NodePages<R> {
     }
 
     /// Takes all blocks out that begin in `pfns` (page frame numbers of kernel pages), and puts them
-    /// on `taken`. Looks at each page block there, and at no others.
+    /// on `taken`. Looks at each pageblock there, and at no others.
     pub(super) fn take_blocks(&self, pfns: Range<u64>, taken: &mut PageList) {
-        let step = 1 << memory::page_block_order();
+        let step = 1 << memory::pageblock_order();
 
         for pfn in (pfns.start.next_multiple_of(step)..pfns.end).step_by(step as usize) {
             let Some(block) = self.blocks.lock().take_at(pfn as usize) else {

@@ -90,7 +90,7 @@ impl Allocated {
     }
 
     /// Makes order-0 pages of it, and calls `each` with each of them.
-    pub(in crate::rust) fn split(self, mut each: impl FnMut(Single)) {
+    pub(in crate::rust) fn split(self, mut each: impl FnMut(BasePage)) {
         let (page, order) = self.into_parts();
 
         // SAFETY: By the type invariants the block is ours, and is no compound page. Its pages are of
@@ -98,7 +98,7 @@ impl Allocated {
         unsafe {
             bindings::split_page(page.as_ptr(), order);
             for n in 0..1 << order {
-                each(Single::from_page(page.add(n)));
+                each(BasePage::from_page(page.add(n)));
             }
         }
     }
@@ -128,9 +128,9 @@ impl Drop for Allocated {
 ///
 /// The page is of order 0, its `private` field is 0, and one of its references is this one's.
 #[repr(transparent)]
-pub(in crate::rust) struct Single(Page);
+pub(in crate::rust) struct BasePage(Page);
 
-impl Single {
+impl BasePage {
     /// Returns the page.
     pub(in crate::rust) fn page(&self) -> Page {
         self.0
@@ -138,7 +138,7 @@ impl Single {
 }
 
 // SAFETY: A page of order 0 that is allocated is on no other list.
-unsafe impl Linked for Single {
+unsafe impl Linked for BasePage {
     /// Returns the page, whose reference is the caller's from now on.
     fn into_page(self) -> Page {
         let page = self.0;
@@ -161,7 +161,7 @@ unsafe impl Linked for Single {
     }
 }
 
-impl Drop for Single {
+impl Drop for BasePage {
     fn drop(&mut self) {
         // INVARIANT: The page is owned by this one from now on, as a block of order 0.
         drop(Allocated {
@@ -267,7 +267,7 @@ impl PageRange {
     }
 
     /// Makes one of `page`. Returns it if its number is out of range, which no page's is.
-    pub(super) fn of(page: Single) -> Result<Self, Single> {
+    pub(super) fn of(page: BasePage) -> Result<Self, BasePage> {
         match PfnRange::new(page.page().pfn() as u64, 1) {
             Some(pfns) => {
                 page.into_page();
@@ -279,7 +279,7 @@ impl PageRange {
     }
 
     /// Adds `page`, or returns it if it is not adjacent to the others.
-    pub(super) fn push(&mut self, page: Single) -> Result<(), Single> {
+    pub(super) fn push(&mut self, page: BasePage) -> Result<(), BasePage> {
         match self.0.extended(page.page().pfn() as u64) {
             Some(pfns) => {
                 page.into_page();
@@ -327,7 +327,7 @@ impl Drop for PageRange {
         }
         for pfn in self.0.first()..self.0.end() {
             // SAFETY: By the type invariants the page is of order 0, and ours.
-            drop(unsafe { Single::from_page(Page::from_pfn(pfn as usize)) });
+            drop(unsafe { BasePage::from_page(Page::from_pfn(pfn as usize)) });
         }
     }
 }

@@ -4,9 +4,9 @@
 
 use crate::rust::mm::{
     owned::{
+        BasePage,
         Block,
-        PageRange,
-        Single, //
+        PageRange, //
     },
     page::Page,
     ring::Ring, //
@@ -18,7 +18,7 @@ use core::mem;
 ///
 /// The list can be moved; it never allocates. Dropping it frees the memory.
 pub(crate) struct PageList {
-    pub(super) singles: Ring<Single>,
+    pub(super) base_pages: Ring<BasePage>,
     pub(super) blocks: Ring<Block>,
     /// The length of all blocks.
     block_pages: usize,
@@ -28,7 +28,7 @@ impl PageList {
     /// Returns an empty list.
     pub(crate) const fn new() -> Self {
         Self {
-            singles: Ring::new(),
+            base_pages: Ring::new(),
             blocks: Ring::new(),
             block_pages: 0,
         }
@@ -36,12 +36,12 @@ impl PageList {
 
     /// Returns how many pages (kernel pages) are on the list.
     pub(crate) fn len(&self) -> usize {
-        self.singles.len() + self.block_pages
+        self.base_pages.len() + self.block_pages
     }
 
     /// Returns how many order-0 pages are on the list.
-    pub(in crate::rust) fn singles(&self) -> usize {
-        self.singles.len()
+    pub(in crate::rust) fn base_pages(&self) -> usize {
+        self.base_pages.len()
     }
 
     /// Returns whether no page is on the list.
@@ -50,23 +50,23 @@ impl PageList {
     }
 
     /// Puts `page` at the end of the order-0 pages.
-    pub(in crate::rust) fn push(&mut self, page: Single) {
-        self.singles.push(page);
+    pub(in crate::rust) fn push(&mut self, page: BasePage) {
+        self.base_pages.push(page);
     }
 
     /// Puts `page` before the first order-0 page.
-    pub(in crate::rust) fn push_first(&mut self, page: Single) {
-        self.singles.push_first(page);
+    pub(in crate::rust) fn push_first(&mut self, page: BasePage) {
+        self.base_pages.push_first(page);
     }
 
     /// Takes the first order-0 page off.
-    pub(in crate::rust) fn pop(&mut self) -> Option<Single> {
-        self.singles.pop()
+    pub(in crate::rust) fn pop(&mut self) -> Option<BasePage> {
+        self.base_pages.pop()
     }
 
     /// Takes the last order-0 page off.
-    pub(in crate::rust) fn pop_last(&mut self) -> Option<Single> {
-        self.singles.pop_last()
+    pub(in crate::rust) fn pop_last(&mut self) -> Option<BasePage> {
+        self.base_pages.pop_last()
     }
 
     /// Puts `block` at the end of the blocks.
@@ -102,7 +102,7 @@ impl PageList {
         let mut taken = Self::new();
         let mut node = None;
 
-        while let Some(page) = self.blocks.first().or(self.singles.first()) {
+        while let Some(page) = self.blocks.first().or(self.base_pages.first()) {
             let this = page.nid();
             if *node.get_or_insert(this) != this {
                 break;
@@ -125,13 +125,13 @@ impl PageList {
     /// Calls `each` for all order-0 pages that follow each other and are in the same zone: with one
     /// of them, and how many there are.
     pub(in crate::rust) fn zones(&self, mut each: impl FnMut(Page, usize)) {
-        let Some(mut first) = self.singles.first() else {
+        let Some(mut first) = self.base_pages.first() else {
             return;
         };
         let mut zone = first.zone();
         let mut count = 0;
 
-        for page in self.singles.cycle().take(self.singles.len()) {
+        for page in self.base_pages.cycle().take(self.base_pages.len()) {
             let this = page.zone();
 
             if this != zone {
@@ -185,7 +185,7 @@ impl PageList {
             let Some(block) = rest.pop_block() else { break };
             self.push_block(block);
         }
-        if self.len() < len && rest.singles() < len - self.len() {
+        if self.len() < len && rest.base_pages() < len - self.len() {
             if let Some(block) = rest.pop_block() {
                 block.unmark().split(|page| rest.push(page));
             }
@@ -198,7 +198,7 @@ impl PageList {
     }
 
     /// Takes the first `max` order-0 pages off, or all if there are fewer.
-    pub(in crate::rust) fn take_singles(&mut self, max: usize) -> Self {
+    pub(in crate::rust) fn take_base_pages(&mut self, max: usize) -> Self {
         let mut taken = Self::new();
 
         for _ in 0..max {
@@ -210,8 +210,8 @@ impl PageList {
 
     /// Moves those order-0 pages to `other` for whose page frame number (of a kernel page)
     /// `is_wanted` returns true.
-    pub(crate) fn move_singles(&mut self, other: &mut Self, is_wanted: impl Fn(u64) -> bool) {
-        for _ in 0..self.singles() {
+    pub(crate) fn move_base_pages(&mut self, other: &mut Self, is_wanted: impl Fn(u64) -> bool) {
+        for _ in 0..self.base_pages() {
             let Some(page) = self.pop() else { break };
 
             match is_wanted(page.page().pfn() as u64) {

@@ -5,7 +5,7 @@
 use crate::rust::{
     bindings,
     mm::{
-        owned::Single,
+        owned::BasePage,
         page::Page,
         page_list::PageList,
         ring::Linked, //
@@ -39,14 +39,14 @@ impl PageList {
 
         for pfn in first..end {
             // SAFETY: The pages were just allocated, each as one of order 0.
-            pages.push(unsafe { Single::from_page(Page::from_pfn(pfn)) });
+            pages.push(unsafe { BasePage::from_page(Page::from_pfn(pfn)) });
         }
         Ok(pages)
     }
 
     /// Moves every second order-0 page to `other`.
     pub(crate) fn split_alternating(&mut self, other: &mut Self) {
-        for n in 0..self.singles() {
+        for n in 0..self.base_pages() {
             let Some(page) = self.pop() else { break };
 
             match n % 2 {
@@ -59,7 +59,7 @@ impl PageList {
     /// Frees the pages, of which page `n` of the first block, or the first order-0 page, has a memory
     /// error. Returns whether that page was kept aside.
     pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
-        let page = self.blocks.first().or(self.singles.first())?;
+        let page = self.blocks.first().or(self.base_pages.first())?;
         let len = self.first_block_len().unwrap_or(1);
 
         // SAFETY: The page is one of the list's.
@@ -68,7 +68,7 @@ impl PageList {
 
     /// Moves all but the first `len` order-0 pages to `other`.
     pub(crate) fn split_at(&mut self, len: usize, other: &mut Self) {
-        while self.singles() > len {
+        while self.base_pages() > len {
             let Some(page) = self.pop_last() else { break };
             other.push_first(page);
         }
@@ -76,9 +76,9 @@ impl PageList {
 
     /// Returns the page frame numbers of the order-0 pages, in kernel pages.
     pub(crate) fn pfns(&self) -> impl Iterator<Item = u64> + use<'_> {
-        self.singles
+        self.base_pages
             .cycle()
-            .take(self.singles())
+            .take(self.base_pages())
             .map(|page| page.pfn() as u64)
     }
 }

@@ -33,7 +33,7 @@ use kernel::{
 };
 
 /// The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size
-/// of a huge page of most hosts. A page block, the kernel's own choice, is that much, or as much as
+/// of a huge page of most hosts. A pageblock, the kernel's own choice, is that much, or as much as
 /// 512 MiB with pages of 64 KiB.
 const ORDER: c_uint = 21u32.saturating_sub(PAGE_SHIFT as u32);
 

@@ -9,7 +9,7 @@
 //! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h)
 
 use crate::rust::mm::{
-    owned::Single,
+    owned::BasePage,
     page::Page,
     page_list::PageList,
     pfn_range::PfnRange,
@@ -129,7 +129,7 @@ impl RangeStack {
     }
 
     /// Makes a backlog page of `page`, which names itself.
-    fn push_page(&mut self, page: Single) {
+    fn push_page(&mut self, page: BasePage) {
         let page = page.into_page();
         let backlog: NonNull<Backlog> = page.address().cast();
 
@@ -168,7 +168,7 @@ impl RangeStack {
             // INVARIANT: A page without ranges leaves the stack.
             //
             // SAFETY: By the type invariants the page is of order 0, and was ours.
-            drop(top.map(|page| unsafe { Single::from_page(page) }));
+            drop(top.map(|page| unsafe { BasePage::from_page(page) }));
         }
         Some(taken)
     }

@@ -54,7 +54,7 @@ impl<'a> OldPage<'a> {
     pub(crate) fn first_of(pages: &'a PageList) -> Option<Self> {
         // INVARIANT: The page is on the list, and on no balloon's, for `'a`.
         Some(Self {
-            page: pages.singles.first()?,
+            page: pages.base_pages.first()?,
             _balloon: PhantomData,
         })
     }
@@ -68,7 +68,7 @@ impl<'a> OldPage<'a> {
     /// after it there: the caller then looks whether all pages are free that it has isolated.
     pub(crate) fn is_last_of_isolated(&self) -> bool {
         let next = self.page.pfn() + 1;
-        let end = next.next_multiple_of(1 << memory::page_block_order());
+        let end = next.next_multiple_of(1 << memory::pageblock_order());
         let is_offline = |pfn| Page::online(pfn).is_some_and(Page::is_offline);
 
         Zone::of(self.page).is_isolating() && !(next..end).any(is_offline)

@@ -273,7 +273,7 @@ impl Zone {
         Hold { places, time }
     }
 
-    /// Has the zone look as if `more` page blocks in it were isolated, or so many fewer.
+    /// Has the zone look as if `more` pageblocks in it were isolated, or so many fewer.
     #[cfg(all(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST, CONFIG_CONTIG_ALLOC))]
     pub(crate) fn isolate(self, more: isize) {
         let _locked = self.lock();

@@ -14,12 +14,12 @@ use crate::rust::mm::{
 use kernel::prelude::*;
 
 /// Gathers blocks of these orders.
-fn gather(orders: &[u32], whole: bool) -> Result<Batch> {
+fn gather(orders: &[u32], unsplit: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
     drain::drain_free_lists();
     for &order in orders {
-        batch.alloc(order, 1, whole).map_err(|_| ENOMEM)?;
+        batch.alloc(order, 1, unsplit).map_err(|_| ENOMEM)?;
     }
     Ok(batch)
 }

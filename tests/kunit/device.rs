@@ -380,9 +380,9 @@ const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
 
 /// Makes a balloon of pages that can be moved.
 fn movable(features: &[Feature]) -> Result<Host> {
-    // In steps that are too small for blocks: these are not moved. Some of the page blocks that
+    // In steps that are too small for blocks: these are not moved. Some of the pageblocks that
     // they come from have nothing in them that cannot be moved.
-    let step = (BALLOON_PAGES_PER_PAGE << memory::page_block_order()) / 2;
+    let step = (BALLOON_PAGES_PER_PAGE << memory::pageblock_order()) / 2;
     let size = MANY.max(4 * step as u32);
     let mut host = Host::new(features)?;
 
@@ -451,14 +451,14 @@ fn moved(features: &[Feature]) -> Result {
     compare(&host)
 }
 
-/// Allocates each page block that is full of the balloon, where the device answers at once. Returns how
+/// Allocates each pageblock that is full of the balloon, where the device answers at once. Returns how
 /// many there are.
 ///
 /// # Errors
 ///
 /// What the kernel says if one cannot be allocated at the first attempt.
 fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
-    let pages = 1 << memory::page_block_order();
+    let pages = 1 << memory::pageblock_order();
     let host = movable(features)?;
     let mut taken = 0;
 

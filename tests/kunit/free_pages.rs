@@ -13,7 +13,7 @@ use crate::{
     messages::runs::Runs,
     rust::mm::{
         batch::Batch,
-        contig::Claim,
+        contig::ContigPages,
         drain,
         info::Info,
         page::MAX_ORDER,
@@ -99,7 +99,7 @@ fn walk_zones(min_order: u32) -> Result<u64> {
     Ok(pages)
 }
 
-/// Takes some blocks as single pages, in order. Returns them, and where the first one lies.
+/// Takes some blocks as order-0 pages, in order. Returns them, and where the first one lies.
 fn take(blocks: usize) -> Result<(PageList, u64)> {
     let mut batch = Batch::new()?;
 
@@ -237,20 +237,20 @@ mod tests {
                 .map_while(Zone::nth)
                 .for_each(|zone| zone.isolate(more))
         };
-        let claim = |isolated| {
+        let range = |isolated| {
             let (pages, first) = take(1)?;
 
             drop(pages);
             drain::drain_free_lists();
             isolate(isolated);
-            let claim = Claim::new(first, BLOCK);
+            let range = ContigPages::new(first, BLOCK);
             isolate(-isolated);
-            Ok(claim.is_some())
+            Ok(range.is_some())
         };
 
-        assert!((0..10).all(|_| claim(1) == Ok(false)));
+        assert!((0..10).all(|_| range(1) == Ok(false)));
         // Others may take some of it in the meantime, but not each time.
-        assert_eq!(eventually(|| claim(0)), Ok(()));
+        assert_eq!(eventually(|| range(0)), Ok(()));
     }
 
     #[test]

@@ -144,11 +144,11 @@ fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
     Ok((runs, ranges))
 }
 
-/// Leaves nearly all free memory in halves of page blocks whose pages are movable. Returns the
+/// Leaves nearly all free memory in halves of pageblocks whose pages are movable. Returns the
 /// other halves.
 fn halve_page_blocks() -> Result<KVVec<PageList>> {
     const REST: u64 = 48 * MIB;
-    let half = memory::page_block_order() - 1;
+    let half = memory::pageblock_order() - 1;
     let mut halves = KVVec::new();
     let mut batch = Batch::new()?;
 
@@ -267,7 +267,7 @@ mod tests {
         const MAX_RUNS: usize = RUNS_PER_ENTRY * QUEUE_SIZE as usize;
         let smallest = (PAGE_SIZE as u64) << min_order();
         if Info::now().free < 5 * MAX_RUNS as u64 * smallest / 2 {
-            // Page blocks are so large that there cannot be that many ranges.
+            // Pageblocks are so large that there cannot be that many ranges.
             return Ok(());
         }
         let device = device()?;
@@ -287,7 +287,7 @@ mod tests {
         // Somebody has less than the floor left, and lives on what the device has used.
         const LEFT: u64 = 24 * MIB;
         const SMALL: u32 = 18 - PAGE_SHIFT as u32;
-        // What the kernel keeps back for a while, up to a page block, is not what this is about.
+        // What the kernel keeps back for a while, up to a pageblock, is not what this is about.
         let available = || Info::now().available;
         let device = device()?;
         let mut taken = KVVec::new();

@@ -298,8 +298,8 @@ mod tests {
         let Ok(first) = first else { return };
         fsleep(Delta::from_millis(100));
         let held = before.saturating_sub(free());
-        // As much as four messages are about, each with 64 MiB or a page block.
-        let block = (PAGE_SIZE as u64) << memory::page_block_order();
+        // As much as four messages are about, each with 64 MiB or a pageblock.
+        let block = (PAGE_SIZE as u64) << memory::pageblock_order();
         assert!(held > NOISE && held < 4 * block.max(64 << 20) + NOISE);
 
         assert_eq!(host.device.answer(REQUESTS, &first, 0), Ok(()));

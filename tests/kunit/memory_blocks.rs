@@ -28,7 +28,7 @@ use crate::{
     rust::{
         fs::file,
         mm::{
-            contig::Claim,
+            contig::ContigPages,
             drain,
             hotplug::Turn,
             info::Info,
@@ -40,7 +40,7 @@ use crate::{
                 Limits,
                 MemoryBlock,
                 OfflineBlock,
-                Taken, //
+                Outcome, //
             },
             page_list::PageList, //
         },
@@ -115,7 +115,7 @@ fn block_bytes() -> u64 {
 /// Takes a block, so that no other code has it.
 fn take() -> Result<PageList> {
     let taken = blocks().find_map(|block| match block.take(LIMITS, || true) {
-        Taken::Pages(pages) => Some(pages),
+        Outcome::Pages(pages) => Some(pages),
         _ => None,
     });
 
@@ -269,22 +269,22 @@ mod tests {
         if has_none() {
             return;
         }
-        let claim = || {
+        let range = || {
             // Others may isolate memory for a moment.
             (0..10).any(|_| {
                 blocks().any(|block| {
-                    let len = 1 << memory::page_block_order();
-                    Claim::new(block.pfns().start, len).is_some()
+                    let len = 1 << memory::pageblock_order();
+                    ContigPages::new(block.pfns().start, len).is_some()
                 })
             })
         };
 
         // A failed assertion would keep the turn.
         let turn = Turn::wait();
-        let claimed = claim();
+        let allocated = range();
         drop(turn);
-        assert!(!claimed);
-        assert!(claim());
+        assert!(!allocated);
+        assert!(range());
     }
 
     #[test]
@@ -317,9 +317,9 @@ mod tests {
         }
         assert!(in_use.is_some());
 
-        // The kernel can move single pages of the balloon, and would, with its locks held.
+        // The kernel can move order-0 pages of the balloon, and would, with its locks held.
         let taken = in_use.map(|block| block.take(LIMITS, || true));
-        assert!(matches!(taken, Some(Taken::Not(EPERM))));
+        assert!(matches!(taken, Some(Outcome::Not(EPERM))));
         Ok(())
     }
 
@@ -333,14 +333,14 @@ mod tests {
         let Some(block) = block else { return Ok(()) };
 
         let taken = block.take_and_write(&Turn::wait(), LIMITS, c"online_movable");
-        assert!(matches!(taken, Taken::Not(EINVAL)));
+        assert!(matches!(taken, Outcome::Not(EINVAL)));
         block.take_offline(LIMITS)?.bring_online()?;
         assert_eq!(memory::total_pages(), total);
 
         // And else it is.
         let taken = block.take(LIMITS, || true);
         assert!(
-            matches!(&taken, Taken::Pages(pages) if pages.len() as u64 == MemoryBlock::pages())
+            matches!(&taken, Outcome::Pages(pages) if pages.len() as u64 == MemoryBlock::pages())
         );
         drop(taken);
         assert_eq!(memory::total_pages(), total);
@@ -357,7 +357,7 @@ mod tests {
             let before = file::OPENED.load(Relaxed);
             let taken = block.take(LIMITS, || true);
 
-            matches!(taken, Taken::Pages(_)).then(|| file::OPENED.load(Relaxed) - before)
+            matches!(taken, Outcome::Pages(_)).then(|| file::OPENED.load(Relaxed) - before)
         });
         assert_eq!(opened, Some(1));
     }

@@ -52,16 +52,16 @@ const TERMS: Negotiated = Negotiated {
 const ELSEWHERE: u64 = 1 << (43 - PAGE_SHIFT);
 
 /// Moves that nobody tells a device of.
-fn moves() -> Result<Pin<KBox<PendingMigrations>>> {
+fn migrations() -> Result<Pin<KBox<PendingMigrations>>> {
     static QUEUES: Atomic<u32> = Atomic::new(0);
     let number = QUEUES.fetch_add(1, Relaxed);
     let name = CString::try_from_fmt(fmt!("virtio_balloon_rs_kunit-{number}"))?;
     let tasks = TaskQueue::new(&name)?;
     let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
-    let moves = KBox::pin_init(PendingMigrations::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
+    let migrations = KBox::pin_init(PendingMigrations::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
 
-    moves.allow(true);
-    Ok(moves)
+    migrations.allow(true);
+    Ok(migrations)
 }
 
 fn page() -> Result<PageList> {
@@ -69,8 +69,8 @@ fn page() -> Result<PageList> {
 }
 
 /// Moves the page on `old` to `new`.
-fn replace(moves: &PendingMigrations, old: &PageList, new: u64) -> Result {
-    moves.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new, true)
+fn replace(migrations: &PendingMigrations, old: &PageList, new: u64) -> Result {
+    migrations.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new, true)
 }
 
 fn pfn(page: &PageList) -> u64 {
@@ -83,49 +83,50 @@ mod tests {
 
     #[test]
     fn nothing_is_moved_unless_it_is_allowed() {
-        let (moves, page) = (moves(), page());
-        assert!(moves.is_ok() && page.is_ok());
-        let (Ok(moves), Ok(page)) = (moves, page) else {
+        let (migrations, page) = (migrations(), page());
+        assert!(migrations.is_ok() && page.is_ok());
+        let (Ok(migrations), Ok(page)) = (migrations, page) else {
             return;
         };
 
-        moves.allow(false);
-        assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
+        migrations.allow(false);
+        assert_eq!(replace(&migrations, &page, ELSEWHERE), Err(EAGAIN));
 
-        moves.allow(true);
-        let still = moves.block();
-        assert_eq!(replace(&moves, &page, ELSEWHERE), Err(EAGAIN));
-        assert!(moves.is_settled());
+        migrations.allow(true);
+        let guard = migrations.block();
+        assert_eq!(replace(&migrations, &page, ELSEWHERE), Err(EAGAIN));
+        assert!(migrations.is_settled());
 
-        drop(still);
-        assert_eq!(replace(&moves, &page, ELSEWHERE), Ok(()));
-        assert!(!moves.is_settled());
+        drop(guard);
+        assert_eq!(replace(&migrations, &page, ELSEWHERE), Ok(()));
+        assert!(!migrations.is_settled());
     }
 
     #[test]
     fn a_page_that_the_device_does_not_know_stays() {
-        let (moves, first, second) = (moves(), page(), page());
-        assert!(moves.is_ok() && first.is_ok() && second.is_ok());
-        let (Ok(moves), Ok(first), Ok(second)) = (moves, first, second) else {
+        let (migrations, first, second) = (migrations(), page(), page());
+        assert!(migrations.is_ok() && first.is_ok() && second.is_ok());
+        let (Ok(migrations), Ok(first), Ok(second)) = (migrations, first, second) else {
             return;
         };
 
         // The second page takes the place of the first one, and is to leave at once.
-        assert_eq!(replace(&moves, &first, pfn(&second)), Ok(()));
-        assert_eq!(replace(&moves, &second, ELSEWHERE), Err(EAGAIN));
+        assert_eq!(replace(&migrations, &first, pfn(&second)), Ok(()));
+        assert_eq!(replace(&migrations, &second, ELSEWHERE), Err(EAGAIN));
     }
 
     #[test]
     fn only_what_the_device_knows_leaves_the_balloon() -> Result {
-        let (moves, first, mut second, mut others) = (moves()?, page()?, page()?, page()?);
+        let (migrations, first, mut second, mut others) =
+            (migrations()?, page()?, page()?, page()?);
         let (known, unknown) = (pfn(&others), pfn(&second));
 
-        assert_eq!(replace(&moves, &first, unknown), Ok(()));
-        second.move_singles(&mut others, |_| true);
+        assert_eq!(replace(&migrations, &first, unknown), Ok(()));
+        second.move_base_pages(&mut others, |_| true);
         assert_eq!(others.len(), 2);
 
         let mut aside = PageList::new();
-        moves
+        migrations
             .block()
             .split_off_unacknowledged(&mut others, &mut aside);
         assert!(others.pfns().eq([known]));
@@ -135,33 +136,33 @@ mod tests {
 
     #[test]
     fn a_page_does_not_come_back_before_the_device_knows_that_it_has_left() {
-        let (moves, first, second) = (moves(), page(), page());
-        assert!(moves.is_ok() && first.is_ok() && second.is_ok());
-        let (Ok(moves), Ok(first), Ok(second)) = (moves, first, second) else {
+        let (migrations, first, second) = (migrations(), page(), page());
+        assert!(migrations.is_ok() && first.is_ok() && second.is_ok());
+        let (Ok(migrations), Ok(first), Ok(second)) = (migrations, first, second) else {
             return;
         };
 
-        assert_eq!(replace(&moves, &first, ELSEWHERE), Ok(()));
-        assert_eq!(replace(&moves, &second, pfn(&first)), Err(EAGAIN));
+        assert_eq!(replace(&migrations, &first, ELSEWHERE), Ok(()));
+        assert_eq!(replace(&migrations, &second, pfn(&first)), Err(EAGAIN));
     }
 
     #[test]
     fn a_page_without_a_name_stays_out() {
-        let (moves, page) = (moves(), page());
-        assert!(moves.is_ok() && page.is_ok());
-        let (Ok(moves), Ok(page)) = (moves, page) else {
+        let (migrations, page) = (migrations(), page());
+        assert!(migrations.is_ok() && page.is_ok());
+        let (Ok(migrations), Ok(page)) = (migrations, page) else {
             return;
         };
 
-        assert_eq!(replace(&moves, &page, u64::MAX), Err(EOVERFLOW));
-        assert!(moves.is_settled());
+        assert_eq!(replace(&migrations, &page, u64::MAX), Err(EOVERFLOW));
+        assert!(migrations.is_settled());
     }
 
     #[test]
     fn no_more_is_moved_than_a_message_can_name() {
-        let moves = moves();
-        assert!(moves.is_ok());
-        let Ok(moves) = moves else { return };
+        let migrations = migrations();
+        assert!(migrations.is_ok());
+        let Ok(migrations) = migrations else { return };
 
         for n in 0..MIGRATIONS_PER_MESSAGE as u64 + 1 {
             let page = page();
@@ -173,7 +174,7 @@ mod tests {
                 Err(EAGAIN)
             };
 
-            assert_eq!(replace(&moves, &page, ELSEWHERE + n), expected);
+            assert_eq!(replace(&migrations, &page, ELSEWHERE + n), expected);
         }
     }
 
@@ -188,9 +189,10 @@ mod tests {
 
         for forced in [None, Some(Encoding::Ranges), Some(Encoding::Bitmap)] {
             let mut message = KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, GFP_KERNEL)?;
-            let mut moves = Sorted(&pages);
+            let mut migrations = Sorted(&pages);
 
-            let named = page_sets::write(&mut message, page_set::INFLATE, 0, forced, &mut moves);
+            let named =
+                page_sets::write(&mut message, page_set::INFLATE, 0, forced, &mut migrations);
             assert_eq!(named, Ok(MIGRATIONS_PER_MESSAGE as u64));
         }
         Ok(())

@@ -43,7 +43,7 @@ use kernel::{
     workqueue, //
 };
 
-/// Allocates a list of 2^`order` single pages that are neighbours.
+/// Allocates a list of 2^`order` order-0 pages that are neighbours.
 pub(super) fn block(order: u32) -> Result<PageList> {
     let mut batch = Batch::new()?;
 
@@ -52,13 +52,13 @@ pub(super) fn block(order: u32) -> Result<PageList> {
     Ok(batch.take_all())
 }
 
-/// Gathers `n` of the largest blocks, `whole` or as single pages.
-fn gather(n: usize, whole: bool) -> Result<Batch> {
+/// Gathers `n` of the largest blocks, `unsplit` or as order-0 pages.
+fn gather(n: usize, unsplit: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
     drain::drain_free_lists();
     for _ in 0..n {
-        batch.alloc(MAX_ORDER, 1, whole).map_err(|_| ENOMEM)?;
+        batch.alloc(MAX_ORDER, 1, unsplit).map_err(|_| ENOMEM)?;
     }
     Ok(batch)
 }
@@ -111,7 +111,7 @@ impl MigratePage for Arc<Slow> {
     }
 }
 
-/// Drops a balloon of single pages while the kernel migrates some of them. Returns whether that is
+/// Drops a balloon of order-0 pages while the kernel migrates some of them. Returns whether that is
 /// over before the migration is.
 fn drop_while_migrating() -> Result<bool> {
     let slow = Slow {
@@ -171,7 +171,7 @@ impl Contended {
     }
 }
 
-/// Puts many single pages into a balloon. Returns whether others get at them before all are in.
+/// Puts many order-0 pages into a balloon. Returns whether others get at them before all are in.
 fn lets_others_in() -> Result<bool> {
     const PAGES: usize = 1 << 14;
     let pages = gather(PAGES >> MAX_ORDER, false)?.take_all();
@@ -199,11 +199,11 @@ fn lets_others_in() -> Result<bool> {
     Ok(this.between.load(Acquire))
 }
 
-/// Returns what a balloon has in so many single pages and largest blocks.
-fn held(singles: usize, blocks: usize) -> ByOrder {
+/// Returns what a balloon has in so many order-0 pages and largest blocks.
+fn held(base_pages: usize, blocks: usize) -> ByOrder {
     let mut by_order = [0; MAX_ORDER as usize + 1];
 
-    by_order[0] = singles;
+    by_order[0] = base_pages;
     by_order[MAX_ORDER as usize] = blocks;
     by_order
 }
@@ -313,7 +313,7 @@ mod tests {
         assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
         assert!(balloon.by_order() == held(0, 3));
 
-        // A block stays whole if it fits, and is split if nothing else is there.
+        // A block stays unsplit if it fits, and is split if nothing else is there.
         assert_eq!(balloon.take(2 * LEN - 1, usize::MAX, false).len(), LEN);
         assert_eq!(balloon.take(LEN, 1, false).len(), LEN);
         assert_eq!(balloon.take(100, 10, false).len(), 10);
@@ -417,7 +417,7 @@ mod tests {
             assert_ne!(run.free_with_error(place), Some(false));
         }
 
-        // Single pages that are freed together.
+        // BasePage pages that are freed together.
         assert_ne!(block(MAX_ORDER)?.free_with_error(0), Some(false));
         Ok(())
     }
