@@ -18,7 +18,7 @@ use crate::{
     messages::runs::Runs,
     rust::mm::{
         drain,
-        page::MAX_ORDER,
+        pages::page::MAX_ORDER,
         pfn_range::PfnRange,
         zone::{
             Hold,

@@ -10,16 +10,20 @@
 
 use crate::{
     balloon::{
-        backoff::Cause,
-        deflate,
-        migration_reports,
+        policy::{
+            backoff::Cause,
+            stop_reason::StopReason,
+            target::Step, //
+        },
+        queues::{
+            deflate,
+            migration_reports, //
+        },
         state::{
             mib,
             Balloon,
             Worker, //
-        },
-        stop_reason::StopReason,
-        target::Step, //
+        }, //
     },
     device::timeouts,
     rust::work::{

@@ -20,12 +20,12 @@ use crate::{
     },
     rust::{
         mm::{
-            page_list::PageList,
-            replace::{
+            balloon::replace::{
                 MigratePage,
                 OldPage,
                 PageRef, //
-            }, //
+            },
+            pages::page_list::PageList, //
         },
         work::{
             poll::StallTimeout,

@@ -6,24 +6,28 @@
 
 use crate::{
     balloon::{
-        backoff::Cause,
-        deflate,
-        inflate::Stop,
+        policy::{
+            backoff::Cause,
+            stop_reason::StopReason,
+            target, //
+        },
+        queues::{
+            deflate,
+            inflate::Stop, //
+        },
         state::{
             mib,
             room,
             Balloon,
             Worker, //
-        },
-        stop_reason::StopReason,
-        target, //
+        }, //
     },
     device::timeouts,
     rust::{
         mm::{
             drain,
+            hotplug::memory_block::has_virtio_mem,
             memory,
-            memory_block::has_virtio_mem,
             node::Node, //
         },
         trace::Reason,

@@ -11,21 +11,25 @@
 
 use crate::{
     balloon::{
-        backoff::Backoff,
-        deflate::Deflate,
-        inflate::Inflate,
-        liveness::Liveness,
         migration::{
             Migration,
             PendingMigrations, //
         },
-        stop_reason::{
-            StopReason,
-            StopReasonReporter, //
+        policy::{
+            backoff::Backoff,
+            liveness::Liveness,
+            stop_reason::{
+                StopReason,
+                StopReasonReporter, //
+            },
+            target::{
+                self,
+                Step, //
+            }, //
         },
-        target::{
-            self,
-            Step, //
+        queues::{
+            deflate::Deflate,
+            inflate::Inflate, //
         }, //
     },
     device::{
@@ -41,10 +45,10 @@ use crate::{
     },
     rust::{
         mm::{
-            balloon_pages::BalloonPages,
-            batch::Batch,
+            balloon::balloon_pages::BalloonPages,
             memory,
-            node::Node, //
+            node::Node,
+            pages::batch::Batch, //
         },
         virtio,
         virtio_balloon,

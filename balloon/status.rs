@@ -6,8 +6,8 @@
 
 use crate::{
     balloon::{
-        state::Balloon,
-        stop_reason::StopReason, //
+        policy::stop_reason::StopReason,
+        state::Balloon, //
     },
     device::feature::Status,
     rust::{

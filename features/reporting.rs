@@ -74,7 +74,7 @@ use kernel::{
         Arc,
         Mutex,
         SetOnce, //
-    },
+    }, //
 };
 
 /// A virtqueue for reports.

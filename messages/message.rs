@@ -20,8 +20,10 @@ use crate::{
     },
     rust::{
         mm::{
-            batch::Batch,
-            page_list::PageList,
+            pages::{
+                batch::Batch,
+                page_list::PageList, //
+            },
             pfn_range::PfnRange, //
         },
         virtio::{

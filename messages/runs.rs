@@ -5,8 +5,8 @@
 #![forbid(unsafe_code)]
 
 use crate::rust::mm::{
-    pfn_range::PfnRange,
-    range_stack::RangeStack, //
+    pages::range_stack::RangeStack,
+    pfn_range::PfnRange, //
 };
 
 /// Runs of pages that a message is to name, in ascending order if it is to be a short one.

@@ -11,7 +11,7 @@ use crate::{
     },
     messages::runs::Runs,
     rust::mm::{
-        memory_block::MemoryBlock,
+        hotplug::memory_block::MemoryBlock,
         zone::PFNS_PER_HOLD, //
     }, //
 };

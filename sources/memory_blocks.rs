@@ -19,16 +19,18 @@ use crate::{
     },
     rust::{
         mm::{
-            batch::Batch,
-            memory,
-            memory_block::{
+            hotplug::memory_block::{
                 has_virtio_mem,
                 Limits,
                 MemoryBlock,
                 OfflineBlock,
                 Outcome, //
             },
-            page_list::PageList, //
+            memory,
+            pages::{
+                batch::Batch,
+                page_list::PageList, //
+            }, //
         },
         virtio,
         work::{

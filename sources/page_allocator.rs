@@ -6,12 +6,17 @@
 
 use crate::{
     rust::mm::{
-        batch::{
-            AllocError,
-            Batch, //
-        },
         memory,
-        page::MAX_ORDER, //
+        pages::{
+            batch::{
+                AllocError,
+                Batch, //
+            },
+            page::{
+                pageblock_order,
+                MAX_ORDER, //
+            }, //
+        }, //
     },
     sources::source::Source, //
 };
@@ -48,14 +53,14 @@ impl Kind {
 
         Some(Self {
             order,
-            unsplit: self.unsplit && order >= memory::pageblock_order(),
+            unsplit: self.unsplit && order >= pageblock_order(),
         })
     }
 
     /// Returns what comes next when there is no such block: smaller ones, and after the smallest
     /// that may stay unsplit order-0 pages, which may come from everywhere. `None` after an order-0 page.
     fn next(self) -> Option<Self> {
-        if self.unsplit && self.order <= memory::pageblock_order() {
+        if self.unsplit && self.order <= pageblock_order() {
             return Some(Self::first(false));
         }
 

@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::rust::mm::batch::Batch;
+use crate::rust::mm::pages::batch::Batch;
 
 /// A source of pages.
 pub(crate) trait Source {

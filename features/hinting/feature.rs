@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::oom,
+    balloon::notifiers::oom,
     device::{
         feature::{
             Feature,
@@ -20,8 +20,8 @@ use crate::{
     features::hinting::{
         task::Hinting,
         worker::{
-            Worker, //
-            WORTHWHILE,
+            Worker,
+            WORTHWHILE, //
         }, //
     },
     rust::{

@@ -35,14 +35,14 @@ use crate::{
     },
     features::hinting::worker::{
         HintQueue,
-        Worker, //
-        RUNS_PER_ENTRY,
+        Worker,
+        RUNS_PER_ENTRY, //
     },
     rust::{
         fs::debugfs,
         mm::{
             drain,
-            page_run::RunSet, //
+            pages::page_run::RunSet, //
         },
         virtio::{
             ByteOrder,

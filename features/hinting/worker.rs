@@ -7,12 +7,17 @@
 use crate::{
     rust::{
         mm::{
+            hotplug::memory_block::MemoryBlock,
             memory,
-            memory_block::MemoryBlock,
-            page::MAX_ORDER,
-            page_run::{
-                PageRun,
-                RunSet, //
+            pages::{
+                page::{
+                    pageblock_order,
+                    MAX_ORDER, //
+                },
+                page_run::{
+                    PageRun,
+                    RunSet, //
+                }, //
             }, //
         },
         virtio::{
@@ -44,7 +49,7 @@ use kernel::{
 /// Returns the order of the smallest blocks that are taken. Less than a pageblock may come from a
 /// pageblock of another type. The kernel would change its type, and raise a watermark.
 pub(crate) fn min_order() -> u32 {
-    memory::pageblock_order()
+    pageblock_order()
 }
 
 /// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.

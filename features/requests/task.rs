@@ -32,7 +32,7 @@ use crate::{
         }, //
     },
     rust::{
-        mm::caches::CacheDropper,
+        fs::caches::CacheDropper,
         virtio_balloon::request,
         work::{
             task::{

@@ -26,8 +26,9 @@ use crate::{
     rust::{
         mm::{
             contig::ContigPages,
+            hotplug::memory_block::MemoryBlock,
             memory,
-            memory_block::MemoryBlock,
+            pages::page::pageblock_order,
             pfn_range::PfnRange, //
         },
         virtio_balloon::request, //
@@ -90,7 +91,7 @@ impl Inner {
         // What the guest needs comes first.
         let _taking = memory::ReserveGuard::begin();
         let spare = (memory::free_above_reserve(floor) as u64).min(range_pages());
-        if spare < 1 << memory::pageblock_order() {
+        if spare < 1 << pageblock_order() {
             // What the device has now may be all that it takes.
             return (self.ranges == 0).then_some(Some(request::ABORTED));
         }

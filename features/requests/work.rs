@@ -8,8 +8,9 @@ use crate::{
     free_pages::Walk,
     rust::{
         mm::{
+            hotplug::memory_block::MemoryBlock,
             memory,
-            memory_block::MemoryBlock,
+            pages::page::pageblock_order,
             zone::PFNS_PER_HOLD, //
         },
         virtio_balloon::{
@@ -111,8 +112,8 @@ impl Work {
             // looked at again.
             request::UNUSED_DISCARD => match walk(
                 request,
-                memory::pageblock_order(),
-                (range_pages() >> memory::pageblock_order()) as usize,
+                pageblock_order(),
+                (range_pages() >> pageblock_order()) as usize,
             ) {
                 Ok(walk) => Work::Discard(Discard {
                     // They may lie anywhere.
@@ -151,7 +152,7 @@ pub(super) fn range_pages() -> u64 {
         false => CLAIM_PAGES,
     };
 
-    pages.max(1 << memory::pageblock_order())
+    pages.max(1 << pageblock_order())
 }
 
 /// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of

@@ -2,6 +2,7 @@
 
 //! Files of a device in debugfs and sysfs, and files of the kernel's that the driver writes.
 
+pub(crate) mod caches;
 #[cfg_attr(not(CONFIG_DEBUG_FS), allow(dead_code))]
 pub(crate) mod debugfs;
 pub(crate) mod file;

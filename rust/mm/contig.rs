@@ -11,10 +11,14 @@ use crate::rust::{
             CONTIG,
             HOTPLUG, //
         },
-        memory,
-        owned::PageRange,
-        page::Page,
-        page_list::PageList,
+        pages::{
+            owned::PageRange,
+            page::{
+                pageblock_order,
+                Page, //
+            },
+            page_list::PageList, //
+        },
         pfn_range::PfnRange,
         zone::Zone, //
     }, //
@@ -75,7 +79,7 @@ fn unused_at(first: usize, max: usize) -> usize {
 
     while found < max {
         match locked.free_order(first + found) {
-            Ok(Some(order)) if order >= memory::pageblock_order() => found += 1 << order,
+            Ok(Some(order)) if order >= pageblock_order() => found += 1 << order,
             _ => break,
         }
     }
@@ -99,7 +103,7 @@ impl ContigPages {
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
     pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
-        let order = memory::pageblock_order();
+        let order = pageblock_order();
         let mut blocks = unused_at(usize::try_from(first).ok()?, len as usize) >> order;
 
         // One block that cannot be allocated, as those of CMA, fails the whole range.

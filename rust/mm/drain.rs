@@ -7,9 +7,11 @@ use crate::rust::{
     mm::{
         contig::alloc_range,
         gfp::Gfp,
-        memory,
         node::Node,
-        owned::Allocated,
+        pages::{
+            owned::Allocated,
+            page::pageblock_order, //
+        },
         pfn_range::PfnRange,
         zone::Zone, //
     }, //
@@ -57,7 +59,7 @@ pub(crate) fn drain_free_lists() {
     }
     for node in Node::online() {
         for &(kind, gfp, movable) in ZONES {
-            let mut order = memory::pageblock_order();
+            let mut order = pageblock_order();
 
             if drain_zone(node, gfp, kind, order) {
                 continue;

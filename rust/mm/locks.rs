@@ -2,7 +2,7 @@
 
 //! Locks that all devices of the driver share.
 
-use crate::rust::mm::kept::Kept;
+use crate::rust::mm::pages::kept::Kept;
 
 use kernel::{
     prelude::*,

@@ -15,7 +15,7 @@ use crate::rust::{
             read_global,
             Node, //
         },
-        page::Page,
+        pages::page::Page,
         zone::Zone, //
     }, //
 };
@@ -159,12 +159,6 @@ impl ReserveGuard {
 /// count.
 pub(crate) fn listed_pages() -> usize {
     Zone::all().map(Zone::listed_pages).sum()
-}
-
-/// Returns the order of a pageblock: what the kernel keeps together of one kind, to have memory in
-/// large pieces.
-pub(crate) fn pageblock_order() -> u32 {
-    bindings::pageblock_order()
 }
 
 /// Returns whether the page `pfn` (of a kernel page) is marked as offline.

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What only tests do with lists of pages.
+//! What only tests do with lists and runs of pages.
 
 use crate::rust::{
     bindings,
-    mm::{
+    mm::pages::{
         owned::BasePage,
         page::Page,
         page_list::PageList,
+        page_run::PageRun,
         ring::Linked, //
     }, //
 };
@@ -83,13 +84,23 @@ impl PageList {
     }
 }
 
+impl PageRun {
+    /// Frees the run, whose page `n` has a memory error. Returns whether that page was kept aside.
+    pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
+        let pfn = self.first() + n % self.len();
+
+        // SAFETY: The page is one of the run.
+        unsafe { drop_with_error(self, pfn) }
+    }
+}
+
 /// Drops `owner` while its page `pfn` has a memory error. Returns whether the page allocator has
 /// kept that page aside; `None` if this kernel knows of no errors. The page is repaired after that.
 ///
 /// # Safety
 ///
 /// The page must be one that dropping `owner` frees.
-pub(in crate::rust) unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
+unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
     #[cfg(CONFIG_MEMORY_FAILURE)]
     // SAFETY: By the requirements of this function the page is ours. When it was freed, the page
     // allocator has it, or has kept it aside: then it has no references, and is no free block.

@@ -7,7 +7,7 @@
 use crate::rust::{
     bindings,
     mm::{
-        page::Page,
+        pages::page::Page,
         zone::Zone, //
     },
     virtio::{

@@ -12,7 +12,7 @@ use crate::rust::{
             online_cpus,
             Node, //
         },
-        page::Page,
+        pages::page::Page,
         pfn_range::PfnRange, //
     }, //
 };

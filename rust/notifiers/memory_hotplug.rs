@@ -6,7 +6,7 @@
 
 use crate::rust::{
     bindings,
-    mm::hotplug::{
+    mm::hotplug::online::{
         is_taking,
         range_can_be_taken, //
     },

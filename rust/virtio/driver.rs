@@ -20,7 +20,7 @@
 use crate::rust::{
     bindings,
     fs::sysfs::Attributes,
-    virtio::{
+    virtio::bus::{
         binding::Binding,
         device::Device,
         feature::Feature,

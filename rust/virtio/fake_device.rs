@@ -26,7 +26,7 @@ use core::{
     ptr::{
         self,
         NonNull, //
-    },
+    }, //
 };
 use kernel::{
     container_of,
@@ -45,7 +45,7 @@ use kernel::{
             Release, //
         },
         barrier, //
-    },
+    }, //
 };
 
 /// How many queues the device has at most.

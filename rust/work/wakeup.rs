@@ -16,7 +16,7 @@ use kernel::{
             Full,
             Release, //
         }, //
-    },
+    }, //
 };
 
 /// Why the system stays awake.

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use crate::balloon::{
-    backoff::{
-        Backoff,
-        Cause::{
-            NoMemory,
-            OutOfMemory, //
-        }, //
+    policy::{
+        backoff::{
+            Backoff,
+            Cause::{
+                NoMemory,
+                OutOfMemory, //
+            }, //
+        },
+        stop_reason::StopReason, //
     },
-    resize::ends_pause,
-    stop_reason::StopReason, //
+    resize::ends_pause, //
 };
 
 use kernel::prelude::*;

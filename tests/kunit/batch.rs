@@ -2,13 +2,15 @@
 
 use super::device::free;
 use crate::rust::mm::{
-    batch::{
-        AllocError,
-        Batch, //
-    },
     drain,
-    page::MAX_ORDER,
-    page_list::PageList, //
+    pages::{
+        batch::{
+            AllocError,
+            Batch, //
+        },
+        page::MAX_ORDER,
+        page_list::PageList, //
+    }, //
 };
 
 use kernel::prelude::*;

@@ -17,15 +17,20 @@ use crate::{
                 self,
                 Pretence, //
             },
-            page::MAX_ORDER,
-            page_list::PageList, //
+            pages::{
+                page::{
+                    pageblock_order,
+                    MAX_ORDER, //
+                },
+                page_list::PageList, //
+            }, //
         },
         notifiers::oom::last::out_of_memory,
         virtio::{
             fake_device::{
                 FakeDevice,
-                Request, //
-                QUEUE_SIZE,
+                Request,
+                QUEUE_SIZE, //
             },
             ByteOrder,
             Feature, //
@@ -57,7 +62,7 @@ use kernel::{
     time::{
         delay::fsleep,
         Delta, //
-    },
+    }, //
 };
 
 pub(super) const INFLATE: usize = 0;
@@ -382,7 +387,7 @@ const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
 fn movable(features: &[Feature]) -> Result<Host> {
     // In steps that are too small for blocks: these are not moved. Some of the pageblocks that
     // they come from have nothing in them that cannot be moved.
-    let step = (BALLOON_PAGES_PER_PAGE << memory::pageblock_order()) / 2;
+    let step = (BALLOON_PAGES_PER_PAGE << pageblock_order()) / 2;
     let size = MANY.max(4 * step as u32);
     let mut host = Host::new(features)?;
 
@@ -458,7 +463,7 @@ fn moved(features: &[Feature]) -> Result {
 ///
 /// What the kernel says if one cannot be allocated at the first attempt.
 fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
-    let pages = 1 << memory::pageblock_order();
+    let pages = 1 << pageblock_order();
     let host = movable(features)?;
     let mut taken = 0;
 

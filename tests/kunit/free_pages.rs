@@ -12,16 +12,18 @@ use crate::{
     },
     messages::runs::Runs,
     rust::mm::{
-        batch::Batch,
         contig::ContigPages,
         drain,
         info::Info,
-        page::MAX_ORDER,
-        page_list::PageList,
+        pages::{
+            batch::Batch,
+            page::MAX_ORDER,
+            page_list::PageList, //
+        },
         zone::{
             Hold,
-            Zone, //
-            PFNS_PER_HOLD,
+            Zone,
+            PFNS_PER_HOLD, //
         }, //
     }, //
 };

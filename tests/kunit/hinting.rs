@@ -13,18 +13,21 @@ use crate::{
     },
     rust::{
         mm::{
-            batch::Batch,
             drain,
             info::Info,
             memory,
-            page_list::PageList,
-            page_run::PageRun, //
+            pages::{
+                batch::Batch,
+                page::pageblock_order,
+                page_list::PageList,
+                page_run::PageRun, //
+            }, //
         },
         virtio::{
             fake_device::{
                 FakeDevice,
-                Request, //
-                QUEUE_SIZE,
+                Request,
+                QUEUE_SIZE, //
             },
             Feature, //
         },
@@ -46,7 +49,7 @@ use kernel::{
     time::{
         delay::fsleep,
         Delta, //
-    },
+    }, //
 };
 
 /// The queue's number: the device has no statistics.
@@ -148,7 +151,7 @@ fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
 /// other halves.
 fn halve_page_blocks() -> Result<KVVec<PageList>> {
     const REST: u64 = 48 * MIB;
-    let half = memory::pageblock_order() - 1;
+    let half = pageblock_order() - 1;
     let mut halves = KVVec::new();
     let mut batch = Batch::new()?;
 

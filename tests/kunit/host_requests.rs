@@ -8,10 +8,11 @@ use super::device::{
 };
 
 use crate::rust::{
+    fs::caches::CacheDropper,
     mm::{
-        caches::CacheDropper,
         info::Info,
-        memory, //
+        memory,
+        pages::page::pageblock_order, //
     },
     notifiers::shrinker::{
         Shrink,
@@ -299,7 +300,7 @@ mod tests {
         fsleep(Delta::from_millis(100));
         let held = before.saturating_sub(free());
         // As much as four messages are about, each with 64 MiB or a pageblock.
-        let block = (PAGE_SIZE as u64) << memory::pageblock_order();
+        let block = (PAGE_SIZE as u64) << pageblock_order();
         assert!(held > NOISE && held < 4 * block.max(64 << 20) + NOISE);
 
         assert_eq!(host.device.answer(REQUESTS, &first, 0), Ok(()));

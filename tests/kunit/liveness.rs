@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::balloon::liveness::Liveness;
+use crate::balloon::policy::liveness::Liveness;
 
 use kernel::prelude::*;
 

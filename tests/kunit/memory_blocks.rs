@@ -30,19 +30,24 @@ use crate::{
         mm::{
             contig::ContigPages,
             drain,
-            hotplug::Turn,
+            hotplug::{
+                memory_block::{
+                    Limits,
+                    MemoryBlock,
+                    OfflineBlock,
+                    Outcome, //
+                },
+                online::Turn, //
+            },
             info::Info,
             memory::{
                 self,
                 Pretence, //
             },
-            memory_block::{
-                Limits,
-                MemoryBlock,
-                OfflineBlock,
-                Outcome, //
-            },
-            page_list::PageList, //
+            pages::{
+                page::pageblock_order,
+                page_list::PageList, //
+            }, //
         },
         notifiers::oom::last::out_of_memory,
         virtio::{
@@ -273,7 +278,7 @@ mod tests {
             // Others may isolate memory for a moment.
             (0..10).any(|_| {
                 blocks().any(|block| {
-                    let len = 1 << memory::pageblock_order();
+                    let len = 1 << pageblock_order();
                     ContigPages::new(block.pfns().start, len).is_some()
                 })
             })

@@ -17,11 +17,11 @@ use crate::{
     },
     rust::{
         mm::{
-            page_list::PageList,
-            replace::{
+            balloon::replace::{
                 MigratePage,
                 OldPage, //
-            }, //
+            },
+            pages::page_list::PageList, //
         },
         virtio_balloon::page_set,
         work::task::{

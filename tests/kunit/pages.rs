@@ -5,17 +5,21 @@ use crate::{
     device::timeouts,
     rust::{
         mm::{
-            balloon_pages::BalloonPages,
-            batch::Batch,
+            balloon::{
+                balloon_pages::BalloonPages,
+                node_pages::ByOrder,
+                replace::{
+                    MigratePage,
+                    OldPage, //
+                }, //
+            },
             drain,
             memory,
-            node_pages::ByOrder,
-            page::MAX_ORDER,
-            page_list::PageList,
-            page_run::PageRun,
-            replace::{
-                MigratePage,
-                OldPage, //
+            pages::{
+                batch::Batch,
+                page::MAX_ORDER,
+                page_list::PageList,
+                page_run::PageRun, //
             }, //
         },
         this_module, //

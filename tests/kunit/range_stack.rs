@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::rust::mm::{
+use crate::rust::mm::pages::{
     page_list::PageList,
     range_stack::RangeStack, //
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use crate::{
-    balloon::target::{
+    balloon::policy::target::{
         part,
         Step, //
     },

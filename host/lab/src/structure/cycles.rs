@@ -229,6 +229,9 @@ impl<'a> Visit<'a> for Paths {
         self.module.pop();
     }
 
+    /// Where something may be used is no import.
+    fn visit_visibility(&mut self, _: &'a syn::Visibility) {}
+
     fn visit_path(&mut self, path: &'a syn::Path) {
         if path.segments.len() > 1 {
             let names = path

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Deflating for a guest that has run out of memory.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::{
+        queues::deflate,
+        state::Balloon, //
+    },
+    device::timeouts,
+    rust::{
+        notifiers::oom::OomNotify,
+        trace::Reason,
+        work::task::Task, //
+    }, //
+};
+
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::atomic::Relaxed, //
+};
+
+/// How many pages are given back at least when the guest runs out of memory: 64 MiB.
+const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
+
+/// The priority of the notifier, which is that of virtio_balloon.
+pub(crate) const PRIORITY: c_int = 80;
+
+impl OomNotify for Task<Balloon> {
+    const PRIORITY: c_int = PRIORITY;
+
+    /// Gives a part of the balloon back at once: enough for the guest to continue for a while.
+    fn out_of_memory(&self) -> usize {
+        // What is not in the balloon yet goes first, and the device need not know of it.
+        let given = self
+            .offliner
+            .as_ref()
+            .map_or(0, |offliner| offliner.cancel());
+        if given > 0 {
+            self.given_for_oom.add(given, Relaxed);
+            self.schedule();
+            return given;
+        }
+        // An allocation may be bound to a node: memory of another one would not help it.
+        let there = self.pages.len_where_needed();
+        if self.giving_back.load(Relaxed) {
+            return 0;
+        }
+        if there == 0 {
+            let offliner = self.offliner.as_ref();
+            return offliner.map_or(0, |offliner| offliner.cancel_and_wait(timeouts::OOM_BLOCK));
+        }
+
+        let guard = self.migrations().block();
+        let wanted = (there / 8).max(OOM_SHARE);
+        let released = deflate::release(
+            &self.deflate,
+            &self.pages,
+            &mut self.oom_batch.lock(),
+            wanted,
+            Reason::OutOfMemory,
+            &guard,
+        );
+        drop(guard);
+
+        if released > 0 {
+            self.given_for_oom.add(released, Relaxed);
+            self.schedule();
+        }
+        if !deflate::is_awaited_out_of_memory(&self.deflate) {
+            return released;
+        }
+
+        let is_answered = || deflate::is_answered(&self.deflate, &self.pages).then_some(());
+        if self.oom_timeout.poll(is_answered).is_none() {
+            return 0;
+        }
+        if released > 0 {
+            // The device has used what it was sent just now. It need not interrupt for that.
+            self.queue_used();
+            self.schedule();
+        }
+        released
+    }
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Decisions that depend on nothing but their arguments: each has unit tests of its own.
+
+pub(crate) mod backoff;
+pub(crate) mod liveness;
+pub(crate) mod stop_reason;
+pub(crate) mod target;

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Inflating: pages go from the page allocator to the device.
+//!
+//! A page counts as being in the balloon when the device has used the message that names it. Until
+//! then it belongs to the message, and nothing can take it back: neither deflating nor compaction
+//! knows of it.
+//!
+//! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    balloon::migration::{
+        Migration,
+        PendingMigrations, //
+    },
+    messages::message::{
+        MessageQueue,
+        Pages, //
+    },
+    rust::{
+        mm::{
+            balloon::balloon_pages::BalloonPages,
+            pages::{
+                batch::Batch,
+                page::MAX_ORDER, //
+            }, //
+        },
+        trace, //
+    },
+    sources::source::Source, //
+};
+
+use kernel::error::code::EAGAIN;
+
+/// How many messages are sent with one notification: few enough to keep both sides busy, and enough
+/// to make the cost of a notification, which takes the virtual CPU out of the guest, one among
+/// thousands of pages.
+const MESSAGES_PER_NOTIFICATION: usize = 16;
+
+/// How many blocks are gathered before the first of them is sent: enough to find neighbours, and
+/// few enough for the device not to run out of work.
+const BLOCKS_PER_BATCH: usize = 1 << 16;
+
+/// The inflate queue. All numbers are kernel pages.
+pub(crate) struct Inflate {
+    pub(crate) queue: MessageQueue<Migration>,
+    /// Pages in messages that the device has not used yet.
+    in_flight: usize,
+}
+
+/// Why [`Inflate::fill`] stopped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// All pages are on their way.
+    Done,
+    /// The queue is full, or nothing may be sent: go on when the device has used some messages.
+    NotNow,
+    /// The page allocator has nothing to give.
+    NoMemory,
+}
+
+impl Inflate {
+    /// Begins with an empty queue.
+    pub(crate) fn new(queue: MessageQueue<Migration>) -> Self {
+        Self {
+            queue,
+            in_flight: 0,
+        }
+    }
+
+    /// Frees what a device has that was reset.
+    pub(crate) fn detach_unused(&mut self) {
+        self.in_flight = 0;
+        drop(self.queue.detach_unused());
+    }
+
+    /// Returns how many pages the device has not answered for yet.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Puts the pages that the device has answered for into `balloon`. Returns how many there were.
+    pub(crate) fn collect(&mut self, balloon: &BalloonPages<PendingMigrations>) -> usize {
+        let mut collected = 0;
+
+        while let Some(pages) = self.queue.next_used() {
+            match pages {
+                Pages::List(pages) => {
+                    collected += pages.len();
+                    balloon.insert(pages);
+                }
+                Pages::PendingMigrations(migrations) => {
+                    balloon.replacer().acknowledged_new(migrations)
+                }
+            }
+        }
+
+        self.in_flight -= collected;
+        collected
+    }
+
+    /// Takes up to `wanted` pages from `source`, in portions that go through `batch`, and sends them
+    /// to the device, as long as `may_send` holds. What it has answered in the meantime is put into
+    /// `balloon`.
+    pub(crate) fn fill(
+        &mut self,
+        balloon: &BalloonPages<PendingMigrations>,
+        batch: &mut Batch,
+        mut source: impl Source,
+        mut wanted: usize,
+        may_send: impl Fn() -> bool,
+    ) -> Stop {
+        let (at_once, in_flight) = source.limits();
+        let unsplit = self.queue.has_page_sets();
+
+        while wanted > 0 {
+            let is_full = |this: &Self| this.queue.room() == 0 || this.in_flight >= in_flight;
+            if is_full(self) && (self.collect(balloon) == 0 || is_full(self)) {
+                self.queue.notify();
+                return Stop::NotNow;
+            }
+
+            let room = self.queue.room_for_blocks();
+            let portion = at_once.min(wanted);
+            // A block may have to be split, and none is worth being left for that.
+            let (portion, blocks) = match unsplit {
+                true => (portion, room.max(1 << MAX_ORDER)),
+                false => (portion.min(room), usize::MAX),
+            };
+            source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), unsplit);
+            wanted -= batch.pages();
+
+            // Asked now, and not before: pages that were deflated by then may be among these.
+            let stop = match batch.pages() {
+                0 => Stop::NoMemory,
+                _ if may_send() => self.send(batch),
+                _ => Stop::NotNow,
+            };
+            if stop != Stop::Done {
+                drop(batch.take_all());
+                self.queue.notify();
+                return stop;
+            }
+            if unsplit || at_once < usize::MAX {
+                self.queue.notify();
+            }
+        }
+
+        self.queue.notify();
+        Stop::Done
+    }
+
+    /// Sends all that is in `batch`, unless something keeps it from that.
+    fn send(&mut self, batch: &mut Batch) -> Stop {
+        while batch.pages() > 0 {
+            match self.queue.send_some(batch) {
+                Ok(pages) => {
+                    self.in_flight += pages;
+                    trace::inflate(self.queue.device(), pages);
+                }
+                Err((_, EAGAIN)) => return Stop::NotNow,
+                // Pages that the protocol cannot name are of no use either.
+                Err(_) => return Stop::NoMemory,
+            }
+
+            // The device reads these while the next ones are written.
+            if self.queue.unnotified() == MESSAGES_PER_NOTIFICATION {
+                self.queue.notify();
+            }
+        }
+
+        Stop::Done
+    }
+}

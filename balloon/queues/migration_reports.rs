@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reporting page migrations to the device: first the new pages, then the old ones.
+
+#![forbid(unsafe_code)]
+
+use crate::balloon::{
+    migration::PendingMigrations,
+    queues::{
+        deflate::Deflate,
+        inflate::Inflate, //
+    }, //
+};
+
+use kernel::sync::SpinLock;
+
+/// Sends what is to be reported next, as far as that is possible now.
+pub(in crate::balloon) fn send(
+    migrations: &PendingMigrations,
+    inflate: &mut Inflate,
+    deflate: &SpinLock<Deflate>,
+) {
+    send_new(migrations, inflate, deflate);
+    send_old(migrations, deflate);
+}
+
+/// A new page may be one that was deflated a moment ago, which the device has to see first. And one
+/// round follows the other: a page may be a new one in the first and an old one in the second.
+/// Nothing is deflated in between, since the lock is kept.
+fn send_new(migrations: &PendingMigrations, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
+    let deflate = deflate.lock();
+    let can_send = inflate.queue.room() > 0 && !deflate.is_pending();
+    let is_sent = can_send
+        && migrations.report_new(|waiting| inflate.queue.send_migrations(waiting, |this| this.new));
+    drop(deflate);
+
+    if is_sent {
+        inflate.queue.notify();
+    }
+}
+
+fn send_old(migrations: &PendingMigrations, deflate: &SpinLock<Deflate>) {
+    let mut deflate = deflate.lock();
+    let can_send = deflate.queue.room() > 0;
+
+    if can_send
+        && migrations
+            .report_old(|migrations| deflate.queue.send_migrations(migrations, |this| this.old))
+    {
+        deflate.queue.notify();
+    }
+}

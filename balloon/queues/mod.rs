@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The inflate and the deflate queue, and what goes through both.
+
+pub(super) mod deflate;
+pub(super) mod inflate;
+pub(super) mod migration_reports;

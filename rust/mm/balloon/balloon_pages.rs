@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The pages in the balloon.
+
+use crate::rust::{
+    mm::{
+        balloon::{
+            node_pages::{
+                ByOrder,
+                NodePages, //
+            },
+            replace::MigratePage, //
+        },
+        node::Node,
+        pages::{
+            page::MAX_ORDER,
+            page_list::PageList, //
+        }, //
+    },
+    work::{
+        poll,
+        thread::Thread, //
+    }, //
+};
+
+use core::{
+    mem,
+    ops::Range, //
+};
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::Arc, //
+};
+
+/// How many pages (kernel pages) leave a node before it is decided again which node is next: 64 MiB.
+const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
+
+/// Pages in the balloon, by the nodes that they are on.
+///
+/// Dropping it frees the pages. The kernel isolates some of them for page migration together with pages
+/// of others, and returns all at the end: as late as when a disk has written one of the others. A
+/// thread waits for that if it takes longer than [`MigratePage::END_TIMEOUT`].
+///
+/// # Invariants
+///
+/// The pages of `nodes` are on the node with that number, unless compaction has moved them since.
+pub(crate) struct BalloonPages<R: MigratePage> {
+    nodes: KVec<Pin<KBox<NodePages<R>>>>,
+    replace: Arc<R>,
+}
+
+impl<R: MigratePage> BalloonPages<R> {
+    /// Makes an empty balloon.
+    ///
+    /// If `adjust_managed` is set, the guest's total memory shrinks by what is in the balloon.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or what `replace` says.
+    pub(crate) fn new(adjust_managed: bool, replace: impl PinInit<R, Error>) -> Result<Self> {
+        let replace = Arc::pin_init(replace, GFP_KERNEL)?;
+        let mut nodes = KVec::new();
+
+        for _ in 0..Node::count() {
+            nodes.push(NodePages::new(adjust_managed, replace.clone())?, GFP_KERNEL)?;
+        }
+        Ok(Self { nodes, replace })
+    }
+
+    /// Returns what follows page migration.
+    pub(crate) fn replacer(&self) -> &R {
+        &self.replace
+    }
+
+    /// Returns how many pages (kernel pages) are in the balloon.
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.iter().map(|node| node.len()).sum()
+    }
+
+    /// Returns how many pages (kernel pages) of nodes that are short of memory are in the balloon.
+    pub(crate) fn len_where_needed(&self) -> usize {
+        self.filled(true).map(|(_, node)| node.len()).sum()
+    }
+
+    /// Returns how many blocks of each order are in the balloon, order-0 pages being those of order
+    /// 0.
+    pub(crate) fn by_order(&self) -> ByOrder {
+        let mut by_order = [0; MAX_ORDER as usize + 1];
+
+        for node in &self.nodes {
+            node.add_by_order(&mut by_order);
+        }
+        by_order
+    }
+
+    /// Returns what there is of nodes that have something in the balloon, or of those of them that
+    /// are short of memory if `where_needed` is set.
+    fn filled(&self, where_needed: bool) -> impl Iterator<Item = (Node, &NodePages<R>)> {
+        self.nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, pages)| pages.len() > 0)
+            .filter_map(|(number, pages)| Some((Node::new(number)?, &**pages)))
+            .filter(move |(node, _)| !where_needed || node.is_short())
+    }
+
+    /// Puts `pages` into the balloon.
+    pub(crate) fn insert(&self, mut pages: PageList) {
+        // All pages are on the only node.
+        if let [node] = self.nodes.as_slice() {
+            return node.insert(pages);
+        }
+
+        while let Some((number, some)) = pages.take_node() {
+            if let Some(node) = self.nodes.get(number) {
+                node.insert(some);
+            }
+        }
+    }
+
+    /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
+    /// fit, or else order-0 pages, up to the same number. They are of one node: of those that are
+    /// short of memory if `where_needed` is set, and in any case of the one with the largest share
+    /// of its memory in the balloon.
+    ///
+    /// None are returned if there are none, or if compaction holds all that are left just now.
+    pub(crate) fn take(&self, max: usize, max_blocks: usize, where_needed: bool) -> PageList {
+        let max = match self.nodes.len() {
+            1 => max,
+            _ => max.min(PAGES_PER_NODE),
+        };
+        // A share in thousandths, and the node's number, of what was tried last.
+        let mut tried = None;
+
+        loop {
+            let next = self
+                .filled(where_needed)
+                .map(|(node, pages)| {
+                    let share = pages.len().saturating_mul(1_000) / node.present_pages().max(1);
+                    ((share, node.number()), pages)
+                })
+                .filter(|(place, _)| tried.is_none_or(|tried| *place < tried))
+                .max_by_key(|(place, _)| *place);
+            let Some((place, pages)) = next else {
+                return PageList::new();
+            };
+
+            let taken = pages.take(max, max_blocks);
+            if !taken.is_empty() {
+                return taken;
+            }
+            tried = Some(place);
+        }
+    }
+
+    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel
+    /// pages).
+    pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
+        let mut taken = PageList::new();
+
+        for (node, pages) in self.filled(false) {
+            let span = node.span();
+            let there = span.start.max(pfns.start)..span.end.min(pfns.end);
+
+            pages.take_blocks(there, &mut taken);
+        }
+        taken
+    }
+}
+
+impl<R: MigratePage> Drop for BalloonPages<R> {
+    fn drop(&mut self) {
+        let mut nodes = mem::replace(&mut self.nodes, KVec::new());
+
+        let freed = poll::within(R::END_TIMEOUT, || {
+            nodes.retain(|node| !node.free());
+            nodes.is_empty().then_some(())
+        });
+        if freed.is_some() {
+            return;
+        }
+        pr_info!(
+            "page migration holds pages of a balloon that has ended: a thread waits for them\n"
+        );
+        // Without a thread, such as while the module is unloaded, the pages are waited for here.
+        let thread = Thread::start(c"balloon_rs_pages", None, move || {
+            drop(nodes);
+            Ok(())
+        });
+        drop(thread);
+    }
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory blocks, the pieces of memory that the kernel takes offline and online.
+//!
+//! Where the kernel writes to all memory that it allocates, a memory block is the way to memory that
+//! it has not written to: the block goes offline, which only takes its pages off the free lists, and
+//! comes online again, for which the kernel asks a callback what to do with the pages. This callback
+//! keeps them.
+//!
+//! The functions for that are not exported to modules, except the callback's: the kernel is asked
+//! as an administrator would, by files in /sys.
+//!
+//! C header: [`include/linux/memory_hotplug.h`](srctree/include/linux/memory_hotplug.h)
+
+use crate::rust::{
+    bindings,
+    fs::file::WritableFile,
+    mm::{
+        hotplug::online::{
+            range_can_be_taken,
+            OnlinePageCallback,
+            Turn, //
+        },
+        pages::page_list::PageList, //
+    },
+    virtio,
+    work::deadline, //
+};
+
+use core::ops::Range;
+use kernel::{
+    error::code::{
+        ECANCELED,
+        ERESTARTNOINTR, //
+    },
+    prelude::*,
+    str::CString,
+    time::Msecs, //
+};
+
+/// What makes a block what it was before it went offline.
+const ONLINE_KERNEL: &CStr = c"online_kernel";
+
+/// How many times it is tried while others take memory offline or online. The kernel waits for 5
+/// milliseconds each time.
+const TRIES: usize = 40;
+
+/// How long the kernel may try to take a block offline, and to bring it online.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) offline: Msecs,
+    pub(crate) online: Msecs,
+}
+
+/// A memory block.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct MemoryBlock(u64);
+
+/// What has become of a block that was to be taken.
+pub(crate) enum Outcome {
+    /// These are its pages.
+    Pages(PageList),
+    /// It is as it was: the kernel does not take it offline (`EINTR`: not in time), or others have
+    /// brought it online.
+    Not(Error),
+    /// It could not be brought online.
+    Offline(OfflineBlock),
+}
+
+impl MemoryBlock {
+    /// Returns how many kernel pages a block has: none if the kernel does not take memory offline.
+    pub(crate) fn pages() -> u64 {
+        #[cfg(CONFIG_MEMORY_HOTREMOVE)]
+        return bindings::memory_block_size_bytes() as u64 >> kernel::page::PAGE_SHIFT;
+        #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
+        0
+    }
+
+    /// Returns the block in which the page `pfn` (of a kernel page) lies, where blocks have `pages`
+    /// pages.
+    pub(crate) fn of(pfn: u64, pages: u64) -> Option<Self> {
+        pfn.checked_div(pages).map(Self)
+    }
+
+    /// Returns the block's page frame numbers, in kernel pages.
+    pub(crate) fn pfns(self) -> Range<u64> {
+        let pages = Self::pages();
+        let first = self.0.saturating_mul(pages);
+
+        first..first.saturating_add(pages)
+    }
+
+    /// Returns whether the block looks as if it could be taken: its pages are free, or the kernel
+    /// can move them.
+    pub(crate) fn can_be_taken(self) -> bool {
+        range_can_be_taken(self.pfns())
+    }
+
+    /// Takes the block offline. What is in use of it is moved elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(crate) fn take_offline(self, limits: Limits) -> Result<OfflineBlock> {
+        // While the block is offline there may be no memory for this.
+        let state = StateFile::open(self)?;
+
+        state.write(c"offline", limits.offline)?;
+        Ok(OfflineBlock {
+            state,
+            limit: limits.online,
+        })
+    }
+
+    /// Takes the block, all or nothing, if it `is_wanted` when other devices have taken theirs. What is in
+    /// use of it is moved elsewhere.
+    pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Outcome {
+        let turn = Turn::wait();
+
+        match is_wanted() {
+            true => self.take_and_write(&turn, limits, ONLINE_KERNEL),
+            false => Outcome::Not(ECANCELED),
+        }
+    }
+
+    /// The same, but with `online` written to the block's file.
+    pub(crate) fn take_and_write(self, turn: &Turn, limits: Limits, online: &CStr) -> Outcome {
+        let block = match self.take_offline(limits) {
+            Ok(block) => block,
+            Err(error) => return Outcome::Not(error),
+        };
+        let callback = OnlinePageCallback::set(turn, self.pfns());
+        let online = block.write(online);
+        let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
+
+        match online {
+            // Others may have brought it online.
+            _ if !pages.is_empty() => Outcome::Pages(pages),
+            Ok(()) => Outcome::Not(EINVAL),
+            Err(_) => Outcome::Offline(block),
+        }
+    }
+}
+
+/// A memory block that was taken offline. It can be brought online without allocating anything, apart
+/// from what the kernel allocates itself.
+pub(crate) struct OfflineBlock {
+    state: StateFile,
+    /// How long bringing it online may take.
+    limit: Msecs,
+}
+
+impl OfflineBlock {
+    /// Makes one of the file at `path`.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn of_file(path: &CStr, limit: Msecs) -> Result<Self> {
+        let state = StateFile(WritableFile::open(path)?);
+
+        Ok(Self { state, limit })
+    }
+
+    /// Brings the block online, as what it was before. Does nothing if it is online, or not there any
+    /// more, as one of memory that was unplugged.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(crate) fn bring_online(&self) -> Result {
+        self.write(ONLINE_KERNEL)
+    }
+
+    fn write(&self, online: &CStr) -> Result {
+        match self.state.write(online, self.limit) {
+            Err(EINVAL | ENODEV) => Ok(()),
+            result => result,
+        }
+    }
+}
+
+/// The file that says whether a memory block is online.
+struct StateFile(WritableFile);
+
+impl StateFile {
+    fn open(block: MemoryBlock) -> Result<Self> {
+        let path =
+            CString::try_from_fmt(fmt!("/sys/devices/system/memory/memory{}/state", block.0))?;
+
+        Ok(Self(WritableFile::open(&path)?))
+    }
+
+    /// Writes a state. What takes longer than `limit` ends when it is interrupted.
+    fn write(&self, state: &CStr, limit: Msecs) -> Result {
+        for _ in 0..TRIES {
+            match deadline::limit(limit, || self.0.write(state.to_bytes())) {
+                Err(ERESTARTNOINTR) => (),
+                result => return result,
+            }
+        }
+        Err(ERESTARTNOINTR)
+    }
+}
+
+/// Returns whether the guest has a virtio-mem device, whose driver keeps pages that come online all
+/// the time, as only one can.
+pub(crate) fn has_virtio_mem(dev: &virtio::Device) -> bool {
+    dev.bus_has_device(bindings::VIRTIO_ID_MEM)
+}

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Taking memory offline and online.
+//!
+//! C header: [`include/linux/memory_hotplug.h`](srctree/include/linux/memory_hotplug.h)
+
+use crate::rust::{
+    bindings,
+    mm::{
+        locks::{
+            HOTPLUG,
+            KEPT, //
+        },
+        memory::adjust_managed,
+        pages::{
+            owned::Block,
+            page::{
+                Page,
+                MAX_ORDER, //
+            },
+            page_list::PageList,
+            ring::Linked, //
+        },
+        zone::Zone, //
+    }, //
+};
+
+use core::{
+    marker::PhantomData,
+    ops::Range,
+    ptr, //
+};
+use kernel::{
+    current,
+    error::to_result,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        lock::GlobalGuard, //
+    }, //
+};
+
+/// The thread that takes a block, or null.
+static TAKING: Atomic<*mut c_void> = Atomic::new(ptr::null_mut());
+
+fn this_thread() -> *mut c_void {
+    ptr::from_ref(current!()).cast_mut().cast()
+}
+
+/// Returns whether the caller is called by a thread that takes a block, of this driver's.
+pub(in crate::rust) fn is_taking() -> bool {
+    TAKING.load(Relaxed) == this_thread()
+}
+
+/// The right to take blocks. One thread at a time has it, of all devices.
+pub(crate) struct Turn {
+    _lock: GlobalGuard<HOTPLUG>,
+}
+
+impl Turn {
+    /// Waits for it: at most for as long as taking a block takes.
+    pub(crate) fn wait() -> Self {
+        let lock = HOTPLUG.lock();
+
+        TAKING.store(this_thread(), Relaxed);
+        Self { _lock: lock }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        TAKING.store(ptr::null_mut(), Relaxed);
+    }
+}
+
+/// The driver's callback for pages that come online, as long as this exists.
+///
+/// # Invariants
+///
+/// The kernel's callback is [`keep_page`].
+pub(in crate::rust::mm) struct OnlinePageCallback<'a>(PhantomData<&'a Turn>);
+
+impl<'a> OnlinePageCallback<'a> {
+    /// Sets the callback, which keeps the pages in `pfns` (page frame numbers of kernel pages). Returns
+    /// none if another driver has a callback.
+    pub(in crate::rust::mm) fn set(_turn: &'a Turn, pfns: Range<u64>) -> Option<Self> {
+        KEPT.lock().keep(pfns.start as usize..pfns.end as usize);
+
+        // INVARIANT: The callback was set.
+        #[cfg(CONFIG_MEMORY_HOTREMOVE)]
+        // SAFETY: The function is such a callback, and is there until this is dropped.
+        return to_result(unsafe { bindings::set_online_page_callback(Some(keep_page)) })
+            .ok()
+            .map(|()| Self(PhantomData));
+        #[cfg(not(CONFIG_MEMORY_HOTREMOVE))]
+        None
+    }
+
+    /// Restores the kernel's callback, and returns the pages.
+    pub(in crate::rust::mm) fn restore(self) -> PageList {
+        drop(self);
+        KEPT.lock().take()
+    }
+}
+
+impl Drop for OnlinePageCallback<'_> {
+    fn drop(&mut self) {
+        #[cfg(CONFIG_MEMORY_HOTREMOVE)]
+        // SAFETY: By the type invariants. The function waits for who brings memory online just now.
+        unsafe {
+            bindings::restore_online_page_callback(Some(keep_page))
+        };
+    }
+}
+
+/// Makes a block of pages that come online, as if it were allocated and marked.
+///
+/// # Safety
+///
+/// Only for the kernel, which calls it with the first of 2^`order` pages that come online, and gives
+/// them away. All of them have a reference, are marked, and are not managed.
+#[cfg(CONFIG_MEMORY_HOTREMOVE)]
+unsafe extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
+    // SAFETY: By the requirements of this function.
+    let Some(first) = (unsafe { Page::from_raw(page) }) else {
+        return;
+    };
+
+    // A user may bring the block online as movable memory. Pages of the balloon are not movable.
+    if Zone::of(first).is_movable() || !KEPT.lock().keeps(first.pfn()) {
+        // SAFETY: This is what the kernel does without a callback.
+        return unsafe { bindings::generic_online_page(page, order) };
+    }
+
+    // SAFETY: By the requirements of this function it is a block of this order, which is marked, and
+    // the driver's from here on.
+    let block = unsafe {
+        for n in 1..1 << order {
+            first.add(n).set_count(0);
+        }
+        first.set_private(order as usize);
+        allow_access(first, order);
+        Block::from_page(first)
+    };
+    adjust_managed(first, 1 << order);
+    KEPT.lock().push(block);
+}
+
+/// Lets the kernel access the pages, as if they were allocated.
+///
+/// # Safety
+///
+/// The page must begin a block of this order that the caller owns.
+#[cfg(CONFIG_MEMORY_HOTREMOVE)]
+unsafe fn allow_access(_page: Page, _order: u32) {
+    #[cfg(CONFIG_KASAN_GENERIC)]
+    {
+        unsafe extern "C" {
+            // From mm/kasan/kasan.h. The value 0 says that memory may be accessed.
+            fn kasan_poison(addr: *const c_void, size: usize, value: u8, init: bool);
+        }
+        // SAFETY: By the requirements of this function.
+        unsafe {
+            kasan_poison(
+                _page.address().as_ptr().cast(),
+                kernel::page::PAGE_SIZE << _order,
+                0,
+                false,
+            )
+        };
+    }
+}
+
+/// Returns whether memory may come online in the zone that it is in, which depends on where that
+/// lies.
+fn comes_back(zone: Zone, pfns: &Range<u64>) -> bool {
+    let span = zone.span();
+
+    match zone.kind() {
+        bindings::zone_type_ZONE_MOVABLE => false,
+        bindings::zone_type_ZONE_NORMAL => true,
+        _ => span.start < pfns.start && pfns.end < span.end,
+    }
+}
+
+/// Returns whether the memory block with `pfns` (page frame numbers of kernel pages) looks as if it
+/// could be taken: its pages are of one zone in which they also come online, and free, or such that
+/// the kernel can move them. With a memory error it would not come online again. Without a lock: it
+/// may be over just as soon, and then the kernel does not take it offline.
+pub(in crate::rust) fn range_can_be_taken(pfns: Range<u64>) -> bool {
+    let Some(first) = Page::online(pfns.start as usize) else {
+        return false;
+    };
+    let zone = Zone::of(first);
+    if is_early(first) || !comes_back(zone, &pfns) {
+        return false;
+    }
+
+    let mut pfn = pfns.start as usize;
+    while pfn < pfns.end as usize {
+        let Some(page) = Page::online(pfn).filter(|&page| Zone::of(page) == zone) else {
+            return false;
+        };
+
+        pfn += match page.free_order() {
+            Some(order) if order <= MAX_ORDER => 1 << order,
+            Some(_) => 1,
+            None if is_in_the_way(page) => return false,
+            None => 1,
+        };
+    }
+    true
+}
+
+/// Returns whether a page that is not free cannot be moved.
+fn is_in_the_way(page: Page) -> bool {
+    page.has_type()
+        || page.is_reserved()
+        || page.has_error()
+        || page.count() > 0 && !page.is_movable()
+}
+
+/// Returns whether the page is boot memory of a kernel that refuses to take that offline, and logs
+/// each attempt.
+fn is_early(page: Page) -> bool {
+    #[cfg(all(CONFIG_ARM64, CONFIG_SPARSEMEM))]
+    // SAFETY: A page of the memory map is in a section.
+    return unsafe { bindings::pfn_in_early_section(page.pfn()) };
+    #[cfg(not(all(CONFIG_ARM64, CONFIG_SPARSEMEM)))]
+    {
+        let _ = page;
+        false
+    }
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages that the driver owns: alone, in blocks, and in lists, runs and batches of these.
+
+pub(crate) mod batch;
+#[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]
+pub(super) mod kept;
+pub(super) mod owned;
+pub(crate) mod page;
+pub(crate) mod page_list;
+pub(crate) mod page_run;
+pub(crate) mod range_stack;
+pub(super) mod ring;

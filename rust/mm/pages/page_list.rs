@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Lists of pages that belong to the driver.
+
+use crate::rust::mm::pages::{
+    owned::{
+        BasePage,
+        Block,
+        PageRange, //
+    },
+    page::Page,
+    ring::Ring, //
+};
+
+use core::mem;
+
+/// Memory that is owned by the list: order-0 pages, and unsplit blocks.
+///
+/// The list can be moved; it never allocates. Dropping it frees the memory.
+pub(crate) struct PageList {
+    pub(in crate::rust::mm) base_pages: Ring<BasePage>,
+    pub(in crate::rust::mm) blocks: Ring<Block>,
+    /// The length of all blocks.
+    block_pages: usize,
+}
+
+impl PageList {
+    /// Returns an empty list.
+    pub(crate) const fn new() -> Self {
+        Self {
+            base_pages: Ring::new(),
+            blocks: Ring::new(),
+            block_pages: 0,
+        }
+    }
+
+    /// Returns how many pages (kernel pages) are on the list.
+    pub(crate) fn len(&self) -> usize {
+        self.base_pages.len() + self.block_pages
+    }
+
+    /// Returns how many order-0 pages are on the list.
+    pub(in crate::rust) fn base_pages(&self) -> usize {
+        self.base_pages.len()
+    }
+
+    /// Returns whether no page is on the list.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Puts `page` at the end of the order-0 pages.
+    pub(in crate::rust) fn push(&mut self, page: BasePage) {
+        self.base_pages.push(page);
+    }
+
+    /// Puts `page` before the first order-0 page.
+    pub(in crate::rust) fn push_first(&mut self, page: BasePage) {
+        self.base_pages.push_first(page);
+    }
+
+    /// Takes the first order-0 page off.
+    pub(in crate::rust) fn pop(&mut self) -> Option<BasePage> {
+        self.base_pages.pop()
+    }
+
+    /// Takes the last order-0 page off.
+    pub(in crate::rust) fn pop_last(&mut self) -> Option<BasePage> {
+        self.base_pages.pop_last()
+    }
+
+    /// Puts `block` at the end of the blocks.
+    pub(in crate::rust) fn push_block(&mut self, block: Block) {
+        self.block_pages += block.len();
+        self.blocks.push(block);
+    }
+
+    /// Takes the first block off.
+    pub(in crate::rust) fn pop_block(&mut self) -> Option<Block> {
+        let block = self.blocks.pop()?;
+
+        self.block_pages -= block.len();
+        Some(block)
+    }
+
+    /// Takes the block that begins with `page` off.
+    ///
+    /// # Safety
+    ///
+    /// It must be on the list.
+    pub(in crate::rust) unsafe fn remove_block(&mut self, page: Page) -> Option<Block> {
+        // SAFETY: By the requirements of this function.
+        let block = unsafe { self.blocks.remove(page) }?;
+
+        self.block_pages -= block.len();
+        Some(block)
+    }
+
+    /// Takes the first pages off that are all on one node: blocks, if there are any, or else order-0
+    /// pages. Returns the node's number with them.
+    pub(in crate::rust) fn take_node(&mut self) -> Option<(usize, Self)> {
+        let mut taken = Self::new();
+        let mut node = None;
+
+        while let Some(page) = self.blocks.first().or(self.base_pages.first()) {
+            let this = page.nid();
+            if *node.get_or_insert(this) != this {
+                break;
+            }
+
+            match self.pop_block() {
+                Some(block) => taken.push_block(block),
+                None => self.pop().into_iter().for_each(|page| taken.push(page)),
+            }
+        }
+
+        node.map(|node| (node, taken))
+    }
+
+    /// Returns the length of the first block in kernel pages.
+    pub(in crate::rust) fn first_block_len(&self) -> Option<usize> {
+        self.blocks.first().map(|page| 1 << page.order())
+    }
+
+    /// Calls `each` for all order-0 pages that follow each other and are in the same zone: with one
+    /// of them, and how many there are.
+    pub(in crate::rust) fn zones(&self, mut each: impl FnMut(Page, usize)) {
+        let Some(mut first) = self.base_pages.first() else {
+            return;
+        };
+        let mut zone = first.zone();
+        let mut count = 0;
+
+        for page in self.base_pages.cycle().take(self.base_pages.len()) {
+            let this = page.zone();
+
+            if this != zone {
+                each(first, mem::take(&mut count));
+                (first, zone) = (page, this);
+            }
+            count += 1;
+        }
+        each(first, count);
+    }
+
+    /// Makes order-0 pages of all blocks.
+    pub(crate) fn split_blocks(&mut self) {
+        while let Some(block) = self.pop_block() {
+            block.unmark().split(|page| self.push(page));
+        }
+    }
+
+    /// Puts what is on `other` at the end.
+    pub(crate) fn append(&mut self, mut other: Self) {
+        while let Some(block) = other.pop_block() {
+            self.push_block(block);
+        }
+        while let Some(page) = other.pop() {
+            self.push(page);
+        }
+    }
+
+    /// Takes those of the first blocks off that are adjacent. Returns them with the page frame
+    /// number (of a kernel page) of their first page.
+    pub(crate) fn take_adjacent(&mut self) -> Option<(u64, Self)> {
+        let first = self.blocks.first()?.pfn();
+        let mut taken = Self::new();
+
+        while self.blocks.first().map(Page::pfn) == Some(first + taken.len()) {
+            let Some(block) = self.pop_block() else { break };
+            taken.push_block(block);
+        }
+        Some((first as u64, taken))
+    }
+
+    /// Takes all but `len` pages off, or none if there are not more. Splits a block for that, if
+    /// need be.
+    pub(crate) fn split_off(&mut self, len: usize) -> Self {
+        let mut rest = mem::replace(self, Self::new());
+
+        while rest
+            .first_block_len()
+            .is_some_and(|block| self.len() + block <= len)
+        {
+            let Some(block) = rest.pop_block() else { break };
+            self.push_block(block);
+        }
+        if self.len() < len && rest.base_pages() < len - self.len() {
+            if let Some(block) = rest.pop_block() {
+                block.unmark().split(|page| rest.push(page));
+            }
+        }
+        while self.len() < len {
+            let Some(page) = rest.pop() else { break };
+            self.push(page);
+        }
+        rest
+    }
+
+    /// Takes the first `max` order-0 pages off, or all if there are fewer.
+    pub(in crate::rust) fn take_base_pages(&mut self, max: usize) -> Self {
+        let mut taken = Self::new();
+
+        for _ in 0..max {
+            let Some(page) = self.pop() else { break };
+            taken.push(page);
+        }
+        taken
+    }
+
+    /// Moves those order-0 pages to `other` for whose page frame number (of a kernel page)
+    /// `is_wanted` returns true.
+    pub(crate) fn move_base_pages(&mut self, other: &mut Self, is_wanted: impl Fn(u64) -> bool) {
+        for _ in 0..self.base_pages() {
+            let Some(page) = self.pop() else { break };
+
+            match is_wanted(page.page().pfn() as u64) {
+                true => other.push(page),
+                false => self.push(page),
+            }
+        }
+    }
+}
+
+impl Drop for PageList {
+    fn drop(&mut self) {
+        while self.pop_block().is_some() {}
+
+        while let Some(Ok(mut range)) = self.pop().map(PageRange::of) {
+            while let Some(page) = self.pop() {
+                if let Err(page) = range.push(page) {
+                    self.push_first(page);
+                    break;
+                }
+            }
+        }
+    }
+}

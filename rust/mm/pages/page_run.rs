@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Blocks of memory that lie side by side.
+//!
+//! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
+
+use crate::rust::{
+    mm::{
+        gfp::Gfp,
+        pages::{
+            owned::Allocated,
+            page::Page,
+            page_list::PageList, //
+        },
+        pfn_range::PfnRange, //
+    },
+    virtio::{
+        Access,
+        Buffer, //
+    }, //
+};
+
+use core::{
+    mem,
+    ptr::NonNull, //
+};
+use kernel::{
+    alloc::kvec::InsertError,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*, //
+};
+
+/// The longest run in kernel pages: its length in bytes has to fit into 32 bits.
+const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
+
+/// Blocks from the page allocator that lie side by side. What is in them means nothing to anybody.
+/// Dropping it frees them.
+///
+/// # Invariants
+///
+/// The pages are blocks that this owns, in the linear mapping: [`MAX_PAGES`] at most. The first page
+/// of each block has the block's order in its `private` field.
+pub(crate) struct PageRun(PfnRange);
+
+impl PageRun {
+    /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
+    /// reserve is touched. Does not sleep.
+    pub(crate) fn alloc(order: u32) -> Option<Self> {
+        Allocated::new(None, Gfp::HINT_BLOCK, order).and_then(Self::of)
+    }
+
+    /// Takes the first block off a list.
+    pub(crate) fn from_block(list: &mut PageList) -> Option<Self> {
+        list.pop_block().and_then(|block| Self::of(block.unmark()))
+    }
+
+    /// Makes a run of a block.
+    fn of(block: Allocated) -> Option<Self> {
+        let pfns = PfnRange::new(block.page().pfn() as u64, block.len() as u64)?;
+        let (page, order) = block.into_parts();
+
+        // INVARIANT: The block is this one's, which notes its order. The largest order is far below
+        // the longest run.
+        //
+        // SAFETY: The block is ours.
+        unsafe { page.set_private(order as usize) };
+        Some(Self(pfns))
+    }
+
+    /// Returns the page frame number of the first page, in kernel pages.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn first(&self) -> usize {
+        self.0.first() as usize
+    }
+
+    /// Returns the length in kernel pages.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len() as usize
+    }
+
+    /// Makes one run of this and `next`, if that follows at once and the result is not too long.
+    fn join(&mut self, next: Self) -> Result<(), Self> {
+        let pages = self.len() + next.len();
+        let joined = PfnRange::new(self.0.first(), pages as u64);
+
+        match joined.filter(|_| self.0.end() == next.0.first() && pages <= MAX_PAGES) {
+            Some(joined) => {
+                // INVARIANT: The blocks of `next` lie after the others, and belong to this run from now
+                // on.
+                self.0 = joined;
+                mem::forget(next);
+                Ok(())
+            }
+            None => Err(next),
+        }
+    }
+
+    /// Splits the first block off, and returns it with the rest. Its order stays in its first page: the
+    /// page allocator clears the field when it frees the block.
+    fn split_first(self) -> (Allocated, Option<Self>) {
+        let pfns = self.0;
+
+        mem::forget(self);
+        // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
+        // first page.
+        let block = unsafe {
+            let page = Page::from_pfn(pfns.first() as usize);
+
+            Allocated::from_parts(page, page.private() as u32)
+        };
+        let len = block.len() as u64;
+
+        // INVARIANT: These are the other blocks.
+        (
+            block,
+            PfnRange::new(pfns.first() + len, pfns.len() - len).map(Self),
+        )
+    }
+}
+
+impl Drop for PageRun {
+    fn drop(&mut self) {
+        // INVARIANT: The blocks are owned by this one from now on.
+        let mut rest = Some(Self(self.0));
+
+        while let Some(run) = rest {
+            (_, rest) = run.split_first();
+        }
+    }
+}
+
+// SAFETY: The memory is in the linear mapping, and the run's as long as it exists. Nobody accesses
+// it through a shared reference, and any content is valid.
+unsafe impl Buffer for PageRun {
+    fn memory(&self) -> (NonNull<u8>, usize, Access) {
+        // SAFETY: By the type invariants there is such a page.
+        let address = unsafe { Page::from_pfn(self.0.first() as usize) }.address();
+
+        (address, self.len() * PAGE_SIZE, Access::Write)
+    }
+}
+
+/// A number of runs in the order of their addresses, where neighbours become one. Never allocates
+/// after it was made.
+pub(crate) struct RunSet {
+    /// Never grows beyond its capacity.
+    runs: KVec<PageRun>,
+    pages: usize,
+}
+
+impl RunSet {
+    /// Makes an empty set with room for `capacity` runs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(capacity: usize) -> Result<Self> {
+        Ok(Self {
+            runs: KVec::with_capacity(capacity, GFP_KERNEL)?,
+            pages: 0,
+        })
+    }
+
+    /// Returns how many kernel pages there are in all runs.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Adds `run`.
+    ///
+    /// # Errors
+    ///
+    /// Returns it, if there is no room for one that is no neighbour.
+    pub(crate) fn insert(&mut self, run: PageRun) -> Result<(), PageRun> {
+        let pages = run.len();
+        let after = self
+            .runs
+            .partition_point(|this| this.0.first() < run.0.first());
+        let before = after.checked_sub(1);
+
+        // To the end of the one before, or as one of its own, and then to the beginning of the one
+        // after.
+        let place = match self.join_before(before, run) {
+            Ok(place) => place,
+            Err(run) => {
+                self.insert_at(after, run)?;
+                after
+            }
+        };
+        self.join_after(place);
+
+        self.pages += pages;
+        Ok(())
+    }
+
+    fn join_before(&mut self, before: Option<usize>, run: PageRun) -> Result<usize, PageRun> {
+        match before.and_then(|place| Some((place, self.runs.get_mut(place)?))) {
+            Some((place, this)) => this.join(run).map(|()| place),
+            None => Err(run),
+        }
+    }
+
+    fn insert_at(&mut self, place: usize, run: PageRun) -> Result<(), PageRun> {
+        self.runs
+            .insert_within_capacity(place, run)
+            .map_err(|error| match error {
+                InsertError::IndexOutOfBounds(run) | InsertError::OutOfCapacity(run) => run,
+            })
+    }
+
+    fn join_after(&mut self, place: usize) {
+        if place + 1 >= self.runs.len() {
+            return;
+        }
+        let Ok(next) = self.runs.remove(place + 1) else {
+            return;
+        };
+        let result = match self.runs.get_mut(place) {
+            Some(this) => this.join(next),
+            None => Err(next),
+        };
+
+        if let Err(next) = result {
+            // There is room, since it was there before.
+            let _ = self.insert_at(place + 1, next);
+        }
+    }
+
+    /// Takes the longest run out.
+    pub(crate) fn take_longest(&mut self) -> Option<PageRun> {
+        let (place, _) = self
+            .runs
+            .iter()
+            .enumerate()
+            .max_by_key(|(_, run)| run.len())?;
+        let run = self.runs.remove(place).ok()?;
+
+        self.pages -= run.len();
+        Some(run)
+    }
+
+    /// Frees blocks until it is `wanted` pages or more, or none is left. Returns how many pages it
+    /// was.
+    pub(crate) fn free(&mut self, wanted: usize) -> usize {
+        let mut freed = 0;
+
+        while freed < wanted {
+            let Some(last) = self.runs.pop() else {
+                break;
+            };
+            let (block, rest) = last.split_first();
+
+            freed += block.len();
+            if let Some(rest) = rest {
+                // There is room, since the run was there before.
+                let _ = self.runs.push_within_capacity(rest);
+            }
+        }
+
+        self.pages -= freed;
+        freed
+    }
+}

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The right to use a device, which all handles to it share and which can be revoked.
+//!
+//! I/O needs a [`Device<Bound>`]. A callback of the bus has one; a handle has one for as long as it is
+//! inside of the binding, as [`Entered`].
+//!
+//! `Devres` of the `kernel` crate does not serve here. It revokes when the driver is unbound; a
+//! virtio device is also reset for suspend, on shutdown, and when it does not respond, while the
+//! driver stays bound. And the driver enters with a spinlock held and from the OOM notifier, while
+//! another thread revokes: a read section of SRCU costs two counters of a CPU, and may sleep.
+//!
+//! C header: [`include/linux/srcu.h`](srctree/include/linux/srcu.h)
+
+use crate::rust::{
+    bindings,
+    virtio::bus::device::Device, //
+};
+
+use core::{
+    ops::Deref,
+    ptr, //
+};
+use kernel::{
+    device::{
+        Bound,
+        Core,
+        CoreInternal, //
+    },
+    new_mutex,
+    new_srcu,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Relaxed,
+            Release, //
+        },
+        srcu,
+        Arc,
+        ArcBorrow,
+        Mutex,
+        Srcu, //
+    }, //
+};
+
+/// What there is for a device as long as it may be used, which is what the handles to it have in
+/// common.
+///
+/// # Invariants
+///
+/// - `dev` is bound, or is being bound, until the state is [`RESET`].
+/// - While an [`Entered`] that [`enter`](Self::enter) has returned exists, the virtqueues of the device
+///   are there, and it was not reset since.
+/// - `data` is null or points to the driver's data, of the type that `queue_used` expects. The data is
+///   there until the virtqueues were deleted.
+#[pin_data]
+pub(crate) struct Binding {
+    #[pin]
+    users: Srcu,
+    /// Held while the device is reset, which more than one may want.
+    #[pin]
+    resetting: Mutex<()>,
+    state: Atomic<u32>,
+    /// Which of the queues that were passed to `find_vqs` are there, one bit for each. 0 before.
+    vqs: Atomic<u32>,
+    data: Atomic<*mut c_void>,
+    queue_used: unsafe fn(*mut c_void, usize),
+    dev: ARef<Device>,
+}
+
+/// A device, which stays bound as long as this exists.
+///
+/// # Invariants
+///
+/// `dev` is that of a [`Binding`] whose state was not [`RESET`] when `_guard` was taken.
+pub(in crate::rust::virtio) struct Entered<'a> {
+    dev: &'a Device,
+    _guard: srcu::Guard<'a>,
+}
+
+impl Deref for Entered<'_> {
+    type Target = Device<Bound>;
+
+    fn deref(&self) -> &Device<Bound> {
+        // SAFETY: By the type invariants, and those of `Binding`: to reset the device waits for the
+        // guard.
+        unsafe { self.dev.as_bound() }
+    }
+}
+
+/// How a device is reset.
+#[derive(Clone, Copy)]
+pub(in crate::rust::virtio) enum Reset {
+    /// For the next driver, or to be used again.
+    Restart,
+    /// As the system shuts down.
+    Shutdown,
+}
+
+/// The device is not ready: its configuration space may be used, and nothing else.
+const SETTING_UP: u32 = 0;
+/// The device may be used.
+const READY: u32 = 1;
+/// The device must not be used any more, but may still access the memory that it was given.
+const REVOKED: u32 = 2;
+/// The device has been reset: nothing is shared with it any more.
+const RESET: u32 = 3;
+
+// SAFETY: `data` is `Send` and `Sync` by the bounds of `Driver::Data`.
+unsafe impl Send for Binding {}
+
+// SAFETY: As above; all that changes is atomic.
+unsafe impl Sync for Binding {}
+
+impl Binding {
+    /// Begins to use the device, which has neither virtqueues nor data yet.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    fn new(
+        dev: &Device<CoreInternal<'_>>,
+        queue_used: unsafe fn(*mut c_void, usize),
+    ) -> Result<Arc<Self>> {
+        // INVARIANT: A callback of the bus binds the device. There are no virtqueues yet, and no data.
+        Arc::pin_init(
+            try_pin_init!(Self {
+                users <- new_srcu!("virtio::Binding::users"),
+                resetting <- new_mutex!((), "virtio::Binding::resetting"),
+                state: Atomic::new(SETTING_UP),
+                vqs: Atomic::new(0),
+                data: Atomic::new(ptr::null_mut()),
+                queue_used,
+                dev: dev.into(),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Keeps the device usable for as long as the result exists; `None` if it is not usable. No
+    /// buffer is offered to a device, and it is not notified, before it is ready.
+    ///
+    /// Specification: clause 3.1.1, Driver Requirements: Device Initialization.
+    pub(in crate::rust::virtio) fn enter(&self) -> Option<Entered<'_>> {
+        self.enter_if(|state| state == READY)
+    }
+
+    /// Keeps the device's configuration space usable for as long as the result exists; `None` if it
+    /// is not.
+    pub(in crate::rust::virtio) fn enter_config(&self) -> Option<Entered<'_>> {
+        self.enter_if(|state| state <= READY)
+    }
+
+    fn enter_if(&self, is_open: impl FnOnce(u32) -> bool) -> Option<Entered<'_>> {
+        let guard = self.users.read_lock();
+
+        // INVARIANT: The state is not `RESET`, which is above `READY`.
+        is_open(self.state.load(Acquire)).then_some(Entered {
+            dev: &self.dev,
+            _guard: guard,
+        })
+    }
+
+    /// Returns the device's number.
+    pub(in crate::rust::virtio) fn device(&self) -> u32 {
+        self.dev.index()
+    }
+
+    /// Returns whether nothing is shared with the device any more.
+    pub(in crate::rust::virtio) fn is_reset(&self) -> bool {
+        self.state.load(Acquire) == RESET
+    }
+
+    /// Lets the driver use the device, which is ready, and calls it back from now on.
+    ///
+    /// # Safety
+    ///
+    /// `data` must be the driver's data, of the type that `queue_used` expects, and must be there until
+    /// the virtqueues were deleted.
+    pub(in crate::rust::virtio) unsafe fn make_ready(&self, data: *mut c_void) {
+        self.state.store(READY, Release);
+        // Pairs with the acquire in `call_back`: who sees the pointer sees the data, and may use the
+        // device.
+        //
+        // INVARIANT: By the requirements of this function.
+        self.data.store(data, Release);
+    }
+
+    /// Records the queues that `find_vqs` is about to set up, one bit for each place in what was
+    /// passed to `find_vqs`, or of none (0).
+    pub(in crate::rust::virtio) fn set_queues(&self, present: u32) {
+        self.vqs.store(present, Relaxed);
+    }
+
+    /// Returns whether there are virtqueues.
+    pub(in crate::rust::virtio) fn has_queues(&self) -> bool {
+        self.vqs.load(Relaxed) != 0
+    }
+
+    /// Calls the driver back for the queue with the number `number`. A device that calls before it is
+    /// ready is ignored.
+    ///
+    /// # Safety
+    ///
+    /// The queue must not have been deleted.
+    pub(in crate::rust::virtio) unsafe fn call_back(&self, number: usize) {
+        // Pairs with the release in `make_ready`.
+        let data = self.data.load(Acquire);
+
+        if !data.is_null() {
+            // SAFETY: By the type invariants `data` is what the function expects, and by the
+            // requirements of this function it is there.
+            unsafe { (self.queue_used)(data, self.position(number)) };
+        }
+    }
+
+    /// Returns the position, in what was passed to `find_vqs`, of the queue with the number
+    /// `number`.
+    fn position(&self, number: usize) -> usize {
+        let mut vqs = self.vqs.load(Relaxed);
+
+        for _ in 0..number {
+            // Clears the lowest bit.
+            vqs &= vqs.wrapping_sub(1);
+        }
+
+        vqs.trailing_zeros() as usize
+    }
+
+    /// Revokes the device: every later [`enter`](Self::enter) fails, and no reader is inside any more.
+    /// Then resets it, unless that was done before.
+    pub(in crate::rust::virtio) fn reset(&self, how: Reset) {
+        let _one = self.resetting.lock();
+
+        if !self.is_reset() {
+            self.state.store(REVOKED, Release);
+            self.users.synchronize_expedited();
+            // SAFETY: By the type invariants the device is bound. One thread at a time has the lock.
+            unsafe { reset(self.dev.as_bound(), how) };
+            self.state.store(RESET, Release);
+        }
+    }
+}
+
+/// Resets a device.
+///
+/// # Safety
+///
+/// Only one thread may reset it.
+unsafe fn reset(dev: &Device<Bound>, how: Reset) {
+    let by = match how {
+        Reset::Restart => bindings::virtio_reset_device,
+        Reset::Shutdown => bindings::virtio_device_shutdown,
+    };
+
+    // SAFETY: These functions do so, and only one thread does by the requirements of this function.
+    unsafe { dev.reset_by(by) };
+}
+
+impl Device<CoreInternal<'_>> {
+    /// Begins to use the device. The result is the binding that all handles will share.
+    pub(in crate::rust::virtio) fn open(
+        &self,
+        queue_used: unsafe fn(*mut c_void, usize),
+    ) -> Result<Arc<Binding>> {
+        let binding = Binding::new(self, queue_used)?;
+
+        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use,
+        // which is this layer.
+        unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
+
+        Ok(binding)
+    }
+
+    /// Ends the use of the device: revokes it, resets it and deletes its virtqueues.
+    pub(in crate::rust::virtio) fn close(&self) {
+        let Some(binding) = self.binding() else {
+            // A device that could not be restored has been closed before.
+            //
+            // SAFETY: One callback of the bus at a time resets it, and no other thread uses it.
+            return unsafe { reset(self, Reset::Restart) };
+        };
+
+        binding.reset(Reset::Restart);
+
+        // SAFETY: By the type invariants the device is valid and was reset. The queues are used only
+        // through the binding. `priv` is an `Arc<Binding>`, which is taken back here: interrupts,
+        // which look at it, end with the virtqueues.
+        unsafe {
+            let del_vqs = (*(*self.as_raw()).config).del_vqs;
+            if let Some(del_vqs) = del_vqs.filter(|_| binding.has_queues()) {
+                del_vqs(self.as_raw());
+            }
+            let binding: *const Binding = (*self.as_raw()).priv_.cast();
+
+            (*self.as_raw()).priv_ = ptr::null_mut();
+            drop(Arc::from_raw(binding));
+        }
+    }
+
+    /// Ends the use of the device for shutdown: revokes it and resets it. Its virtqueues stay, since
+    /// interrupts may still be on their way.
+    pub(in crate::rust::virtio) fn shut_down(&self) {
+        if let Some(binding) = self.binding() {
+            binding.reset(Reset::Shutdown);
+        }
+    }
+}
+
+impl Device<Core<'_>> {
+    /// Returns the binding, or none before [`open`](Device::open) and after [`close`](Device::close).
+    pub(in crate::rust::virtio) fn binding(&self) -> Option<Arc<Binding>> {
+        // SAFETY: By the type invariants `priv` is null or from `Arc::into_raw`. It changes only in
+        // other callbacks of the bus, which come one after the other.
+        unsafe {
+            let binding: *const Binding = (*self.as_raw()).priv_.cast();
+
+            (!binding.is_null()).then(|| ArcBorrow::from_raw(binding).into())
+        }
+    }
+}
