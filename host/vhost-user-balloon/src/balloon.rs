@@ -16,7 +16,7 @@ use log::error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::bitmap::WORD;
-use crate::discard::{Granularity, Pieces};
+use crate::discard::{Granularity, Piece, Pieces};
 use crate::hazard::{Hazard, Identity};
 use crate::kept::Kept;
 use crate::page_map::PageMap;
@@ -266,6 +266,14 @@ impl Balloon {
                 region.find(&part, held);
             }
         }
+    }
+
+    /// Shared memory that is in the balloon at balloon page `from` or after it, as far as it is in one piece, and the
+    /// page to go on with. A file in huge pages, or on a disk, does not tell where it has holes.
+    pub(crate) fn next_held(&self, from: u64) -> Option<(Piece, u64)> {
+        let is_shared = |region: &&Region| Hazard::of_file(&region.file).is_none();
+        let mut regions = self.regions.iter().filter(is_shared);
+        regions.find_map(|region| region.next_held(from))
     }
 
     /// Where its memory is, as ranges of balloon pages.

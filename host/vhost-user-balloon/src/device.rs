@@ -41,6 +41,7 @@ mod commands;
 mod hazards;
 mod queues;
 mod statistics;
+mod sweep;
 mod target;
 
 /// What no file descriptor is.
@@ -54,6 +55,7 @@ const WAKE: u64 = MAX_QUEUES as u64 + 1;
 const TIMER: u64 = MAX_QUEUES as u64 + 2;
 const RETRY: u64 = MAX_QUEUES as u64 + 3;
 const GRACE: u64 = MAX_QUEUES as u64 + 4;
+const SWEEP: u64 = MAX_QUEUES as u64 + 5;
 
 /// How long an access to the configuration space waits until it is known whether the driver is a new one. The test
 /// must not depend on how busy the machine is.
@@ -141,6 +143,8 @@ pub struct Device {
     retry: Timer,
     /// Goes off when a guest has been left alone for long enough.
     grace: Timer,
+    /// Goes off when the balloon is to be looked through.
+    sweep: Timer,
     times: Mutex<Times>,
     /// The target that the guest has read last, in balloon pages, or [`NOT_ASKED`].
     asked: AtomicU32,
@@ -199,6 +203,7 @@ impl Device {
             timer: Timer::new()?,
             retry: Timer::new()?,
             grace: Timer::new()?,
+            sweep: Timer::new()?,
             times: Mutex::default(),
             asked: AtomicU32::new(NOT_ASKED),
             told: AtomicU32::new(0),
@@ -229,6 +234,7 @@ impl Device {
             (self.timer.as_raw_fd(), TIMER),
             (self.grace.as_raw_fd(), GRACE),
             (self.retry.as_raw_fd(), RETRY),
+            (self.sweep.as_raw_fd(), SWEEP),
         ];
         for (event, number) in events {
             worker.register_listener(event, EventSet::IN, number)?;

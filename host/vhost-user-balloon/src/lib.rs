@@ -45,6 +45,7 @@ pub mod sandbox;
 pub mod state;
 pub mod stats;
 pub mod supervisor;
+mod sweep;
 pub mod sync;
 mod timer;
 mod work;

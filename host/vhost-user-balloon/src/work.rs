@@ -10,12 +10,14 @@ use std::time::Instant;
 use vm_memory::GuestMemoryMmap;
 
 use crate::balloon::Balloon;
+use crate::counters::Counters;
 use crate::discard::{Discarder, Pieces};
 use crate::hazard::Hazard;
 use crate::kept;
 use crate::kind::ByKind;
 use crate::pages::Pages;
-use crate::queue::Unfinished;
+use crate::queue::{Budget, Unfinished};
+use crate::sweep::{Sweep, find_zeroes};
 
 /// What the thread that serves the queues needs, and only it as long as a driver is at work.
 #[derive(Debug, Default)]
@@ -36,6 +38,8 @@ pub(crate) struct Work {
     pub(crate) position: Option<u16>,
     /// Whether the inflate queue was served since it was started.
     pub(crate) at_work: bool,
+    /// What of the balloon is still to be looked at, after others may have read it.
+    pub(crate) sweep: Option<Sweep>,
     /// When the thread left time to others.
     pub(crate) paused: Option<Instant>,
 }
@@ -58,6 +62,26 @@ impl Work {
         }
     }
 
+    /// Gives memory of the balloon back that the host has allocated again, for a bounded time. Returns how much that was
+    /// in all, in bytes, when there is nothing left to look at.
+    pub(crate) fn sweep(&mut self, counters: &Counters, budget: Budget) -> Option<u64> {
+        let mut sweep = self.sweep.take().unwrap_or_default();
+        self.discarder.withhold = false;
+        while let Some((piece, next)) = self.balloon.next_held(sweep.next) {
+            find_zeroes(&piece, &mut self.pieces);
+            let before = counters.discarded.get();
+            self.discarder
+                .discard(&mut self.pieces, counters, &mut 0, Budget::UNLIMITED);
+            sweep.discarded += counters.discarded.get() - before;
+            sweep.next = next;
+            if budget.is_over() {
+                self.sweep = Some(sweep);
+                return None;
+            }
+        }
+        Some(sweep.discarded)
+    }
+
     /// Whether the inflate queue is a new driver's, when it is served for the first time since it was
     /// started.
     ///
@@ -77,6 +101,55 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use crate::discard::Granularity;
+    use crate::testing::GuestQueue;
+
+    /// Of two granules that are in the balloon, one has a page that is not zero. Of those around them there is a part.
+    #[test]
+    fn a_sweep_gives_whole_granules_of_zeroes_back() {
+        const PAGES: Range<u64> = 0x3ff..0x801;
+        let guest = GuestQueue::new();
+        let mut work = Work::default();
+        work.balloon
+            .set_memory(&guest.memory, Granularity::Bytes(2 << 20));
+        work.balloon.inflate(&[PAGES], &mut work.pieces);
+        work.pieces.clear();
+        let blocks = || guest.file().metadata().unwrap().blocks();
+        let before = blocks();
+        for page in PAGES {
+            let place = GuestAddress(page << 12);
+            assert_eq!(guest.memory.read_obj::<u8>(place).unwrap(), 0);
+        }
+        guest
+            .memory
+            .write_obj(7_u8, GuestAddress(0x5ff << 12))
+            .unwrap();
+        let read = PAGES.end - PAGES.start;
+        assert_eq!(blocks(), before + read * 8);
+
+        let counters = Counters::default();
+        let mut turns = 1;
+        let discarded = loop {
+            match work.sweep(&counters, Budget::spent()) {
+                Some(discarded) => break discarded,
+                None => turns += 1,
+            }
+        };
+        assert_eq!((turns, discarded), (4, 2 << 20));
+        assert_eq!(blocks(), before + (read - 512) * 8);
+        assert_eq!(
+            guest
+                .memory
+                .read_obj::<u8>(GuestAddress(0x5ff << 12))
+                .unwrap(),
+            7
+        );
+        assert!(work.sweep.is_none());
+    }
 
     #[test]
     fn a_new_driver_is_told_by_its_index() {

@@ -17,7 +17,9 @@ use balloon_control::{
     Answer, Begun, Client, ClientError, Counters, ErrorKind, Info, Progress, Ranges, Request,
     RequestStatus,
 };
-use balloon_wire::{VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_PAGE_SETS};
+use balloon_wire::{
+    VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_SETS,
+};
 use io_uring::IoUring;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
@@ -520,6 +522,34 @@ fn another_process_knows_what_is_in_the_balloon() {
         assert_eq!(vmm.byte(0x100 << 12), 7, "the page is still in the balloon");
         assert_eq!(info(directory).counters.refused["already-in-balloon"], 1);
     }
+    daemon.end();
+}
+
+#[test]
+fn what_a_dump_has_read_of_the_balloon_is_given_back() {
+    const PAGES: [u32; 3] = [0x100, 0x101, 0x200];
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--granule=4K", "--features=must-tell-host"]);
+    let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_MUST_TELL_HOST);
+    vmm.start(0);
+    PAGES.map(|page| vmm.inflate(page));
+    let blocks = |vmm: &Vmm| vmm.memory.metadata().unwrap().blocks();
+    let before = blocks(&vmm);
+
+    assert_eq!(vmm.front.get_vring_base(0).unwrap(), 3);
+    let file = FileOffset::new(vmm.memory.try_clone().unwrap(), 0);
+    let mapping: MmapRegion = MmapRegion::from_file(file, MEMORY.try_into().unwrap()).unwrap();
+    for page in (0..MEMORY).step_by(4096) {
+        let place = page.try_into().unwrap();
+        mapping.as_volatile_slice().read_obj::<u8>(place).unwrap();
+    }
+    assert_eq!(blocks(&vmm), before + 3 * 8);
+    vmm.start(3);
+    wait_for("the memory of the balloon", || blocks(&vmm) == before);
+    vmm.inflate(0x102);
+    assert_eq!(vmm.byte(0x102 << 12), 0);
+    assert_eq!(info(directory).counters.discarded, (2 * 3 + 1) << 12);
     daemon.end();
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that the daemon must not discard, or that the host may lack when the guest uses it again.
+//! Memory that the daemon must not discard, that the host allocates for a reader, or that the host may lack when the
+//! guest uses it again.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -11,8 +12,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use balloon_control::Info;
+use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempDir};
-use vm::{Guest, HugePages, MemoryBackend, Size};
+use vm::{Guest, HugePages, Load, MemoryBackend, Size};
 
 use crate::reporting::FAST_REPORTS;
 use crate::scenario::{
@@ -37,6 +39,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
         run: inhibit,
+    },
+    Scenario {
+        name: "memory_dump",
+        proves: "the host has the memory of the balloon again after a dump of the VM",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: memory_dump,
     },
     Scenario {
         name: "full_tmpfs",
@@ -143,6 +153,50 @@ fn inhibit(setup: &Setup) -> Result<()> {
                 "after {end:?} the device says {counters:?}"
             );
         }
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn memory_dump(setup: &Setup) -> Result<()> {
+    let (memory, used, size) = (Size::mib(512), Size::mib(350), Size::mib(200));
+    fs::create_dir_all(setup.logs())?;
+    let copy = NamedTempFile::new_in(setup.logs())?;
+    let config = setup.config().memory(memory);
+    vm::run(&config.daemon_argument("--granule=4K"), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        guest.touch(used)?;
+        guest.balloon().settle(size)?;
+        let load = guest.load(Load::Hold {
+            mib: 32,
+            threads: 1,
+        })?;
+        let file = guest.memory_file()?;
+        let before = file.resident()?;
+        let qmp = guest.qmp();
+        let protocol = format!("file:{}", copy.path().display());
+        let arguments = json!({ "paging": false, "protocol": protocol });
+        qmp.execute::<Value>("stop", &json!({}))?;
+        qmp.execute::<Value>("dump-guest-memory", &arguments)?;
+        let dumped = file.resident()?;
+        qmp.execute::<Value>("cont", &json!({}))?;
+        ensure!(
+            dumped >= before + size,
+            "the guest's memory took {before}, and {dumped} during the dump"
+        );
+        // The dump has read all of memory, so the host has allocated all but the balloon.
+        guest.wait_until("the balloon's memory", PATIENCE, || {
+            Ok(file.resident()? <= memory - size + Size::mib(1))
+        })?;
+        let after = file.resident()?;
+        setup.note(format!(
+            "the guest's memory takes {before}, {dumped} during the dump, and {after} after it"
+        ));
+        check_size(guest, size)?;
+        guest.balloon().settle(Size::default())?;
+        guest.touch(used)?;
+        load.verify(1)?;
+        load.stop()?;
         guest.rmmod(setup.driver)
     })
 }

@@ -11,8 +11,11 @@ use balloon_wire::BALLOON_PAGE_SIZE;
 
 use super::granules::Granules;
 use crate::bitmap::{WORD, find, index, set};
-use crate::discard::{Granularity, Pieces};
+use crate::discard::{Granularity, Piece, Pieces};
 use crate::hazard::{Hazard, Identity};
+
+/// So much of the balloon is looked at in one step, in bytes.
+const STEP: u64 = 4 << 20;
 
 /// A region of the guest's memory.
 #[derive(Debug)]
@@ -151,6 +154,24 @@ impl Region {
                 self.granules.size,
             );
         }
+    }
+
+    /// Whole granules of the region that are in the balloon at balloon page `from` or after it, as far as they are in
+    /// one piece and a look at them takes a small part of a turn, and the page to go on with.
+    pub(crate) fn next_held(&self, from: u64) -> Option<(Piece, u64)> {
+        let (first, granule) = (self.pages.start, self.granules.size);
+        let start = find(&self.held, from.saturating_sub(first), true)?;
+        let end = find(&self.held, start, false).unwrap_or(self.pages.end - first);
+        let bytes = in_file(&(start..end), self.offset);
+        let step = STEP.max(granule);
+        let stop = bytes.end.min((bytes.start / step + 1) * step);
+        let next = first + start + (stop - bytes.start) / BALLOON_PAGE_SIZE;
+        let piece = Piece {
+            file: Arc::clone(&self.file),
+            range: bytes.start.next_multiple_of(granule)..stop / granule * granule,
+            granule,
+        };
+        Some((piece, next))
     }
 
     pub(crate) fn empty(&mut self) {

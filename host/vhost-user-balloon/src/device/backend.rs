@@ -17,7 +17,7 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use super::{Device, GRACE, RETRY, Sizes, TIMER, WAKE};
+use super::{Device, GRACE, RETRY, SWEEP, Sizes, TIMER, WAKE};
 use crate::features::{Feature, config_size};
 use crate::kind::{Kind, MAX_QUEUES};
 use crate::queue::{MAX_QUEUE_SIZE, Unfinished};
@@ -200,6 +200,10 @@ impl VhostUserBackend for Device {
                 if let Some(number) = Kind::Deflate.number(self.acked.load(SeqCst)) {
                     self.serve_queue(number, vrings);
                 }
+            }
+            SWEEP => {
+                self.sweep.acknowledge();
+                self.sweep();
             }
             TIMER => {
                 self.timer.acknowledge();

@@ -138,17 +138,20 @@ impl Device {
         }
     }
 
-    /// For a queue whose messages give memory back: the files that hold the guest's memory, and whether processes do
-    /// something to it that forbids that.
+    /// For a queue whose messages give memory back, what [`Device::look_at_processes`] says.
     fn look(&self, kind: Kind) -> Option<(BTreeSet<Identity>, bool)> {
         match kind {
-            Kind::Inflate | Kind::Reporting | Kind::Requests => {
-                let files = self.sizes().files;
-                let is_hazardous = !self.process_hazards(&files).is_empty();
-                Some((files, is_hazardous))
-            }
+            Kind::Inflate | Kind::Reporting | Kind::Requests => Some(self.look_at_processes()),
             Kind::Deflate | Kind::Stats | Kind::Hinting => None,
         }
+    }
+
+    /// The files that hold the guest's memory, and whether processes do something to it that forbids to give any of it
+    /// back.
+    pub(super) fn look_at_processes(&self) -> (BTreeSet<Identity>, bool) {
+        let files = self.sizes().files;
+        let is_hazardous = !self.process_hazards(&files).is_empty();
+        (files, is_hazardous)
     }
 
     fn serve_kind(&self, kind: Kind, turn: &mut Turn<'_>, work: &mut Work) -> Next {
@@ -238,6 +241,7 @@ impl Device {
     pub(super) fn start(&self, work: &mut Work, next: u16) {
         if work.is_new_driver(next) {
             work.balloon.empty();
+            work.sweep = None;
             work.taken_up = ByKind::default();
             lock(&self.hints).restart();
             // Of a driver that continues the supervisor has sent them before.
@@ -250,6 +254,7 @@ impl Device {
         } else {
             if tells_before_use(self.acked.load(SeqCst)) {
                 work.balloon.refill();
+                self.sweep_soon(work);
             }
             debug!("the guest's driver continues");
         }

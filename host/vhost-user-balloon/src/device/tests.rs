@@ -3,6 +3,7 @@
 use super::statistics::SOON_TIMES;
 use super::target::{REPORT_TIME, REST};
 use super::*;
+use crate::discard::Pieces;
 use crate::queue::BUDGET;
 use crate::queue::MAX_BATCH;
 use crate::testing::{GuestQueue, device, device_with, memory_file};
@@ -10,10 +11,12 @@ use balloon_control::{Handler, Request};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread;
 use vhost_user_backend::{VhostUserBackend, VringT};
+use vm_memory::{Bytes, GuestAddress};
 
 #[test]
 fn a_driver_may_read_any_part_of_the_configuration() {
@@ -308,6 +311,59 @@ fn the_end_of_the_grace_is_not_missed() {
     handle().unwrap();
     other.read_exact(&mut [0]).unwrap();
     assert_eq!(asked(&device), 8 << 20);
+}
+
+/// A driver that does not tell may use a page of its balloon by now, and the same holds while it is not known whether
+/// there is a driver.
+#[test]
+fn memory_that_others_have_read_is_given_back() {
+    const PAGE: u64 = 0x100;
+    for (features, given_back) in [(&[][..], 0), (&[Feature::MustTellHost], 8)] {
+        let mut device = device(features, false);
+        device.settings.granularity = Granularity::Bytes(4096);
+        device.settings.allowed = vec![Hazard::Unseen];
+        device.acked_features(device.settings.features);
+        let guest = GuestQueue::new();
+        device
+            .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+            .unwrap();
+        device.start(&mut lock(&device.work), 0);
+        let pages = PAGE..PAGE + 1;
+        lock(&device.work)
+            .balloon
+            .inflate(&[pages], &mut Pieces::default());
+        // A VMM may stop the queues again before the balloon was looked through.
+        device.stop();
+        device.start(&mut lock(&device.work), 7);
+        device.stop();
+        let blocks = || guest.file().metadata().unwrap().blocks();
+        let before = blocks();
+        // The page after it is not in the balloon.
+        for page in [PAGE, PAGE + 1] {
+            let place = GuestAddress(page << 12);
+            assert_eq!(guest.memory.read_obj::<u8>(place).unwrap(), 0);
+        }
+        let handle = || device.handle_event(SWEEP.try_into().unwrap(), EventSet::IN, &[], 0);
+        handle().unwrap();
+        assert_eq!(blocks(), before + 16, "the queues are stopped");
+        device.inhibit("", Duration::from_secs(60)).unwrap();
+        device.start(&mut lock(&device.work), 7);
+        handle().unwrap();
+        assert_eq!(blocks(), before + 16, "it is inhibited");
+        device.resume(None).unwrap();
+        handle().unwrap();
+        assert_eq!(blocks(), before + 16 - given_back, "{features:?}");
+
+        // A driver after it has an empty balloon.
+        guest
+            .memory
+            .read_obj::<u8>(GuestAddress(PAGE << 12))
+            .unwrap();
+        device.start(&mut lock(&device.work), 7);
+        device.start(&mut lock(&device.work), 0);
+        handle().unwrap();
+        assert_eq!(blocks(), before + 16, "{features:?}");
+    }
 }
 
 #[test]
