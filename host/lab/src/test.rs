@@ -47,6 +47,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "vanished_device",
     "races",
     "random_kills",
+    "service_kills",
     "free_page_reporting",
     "migrate_while_allocating",
     "poison_kept",

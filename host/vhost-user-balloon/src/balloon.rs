@@ -268,8 +268,8 @@ impl Balloon {
         }
     }
 
-    /// Shared memory that is in the balloon at balloon page `from` or after it, as far as it is in one piece, and the
-    /// page to go on with. A file in huge pages, or on a disk, does not tell where it has holes.
+    /// The first piece of shared memory in the balloon from balloon page `from` on, and the page where the next search
+    /// starts. Files of hugetlbfs and files on a disk are left out: they do not report their holes.
     pub(crate) fn next_held(&self, from: u64) -> Option<(Piece, u64)> {
         let is_shared = |region: &&Region| Hazard::of_file(&region.file).is_none();
         let mut regions = self.regions.iter().filter(is_shared);

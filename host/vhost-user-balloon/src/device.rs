@@ -143,7 +143,7 @@ pub struct Device {
     retry: Timer,
     /// Goes off when a guest has been left alone for long enough.
     grace: Timer,
-    /// Goes off when the balloon is to be looked through.
+    /// Goes off when the next part of the balloon is searched.
     sweep: Timer,
     times: Mutex<Times>,
     /// The target that the guest has read last, in balloon pages, or [`NOT_ASKED`].

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Finding memory of the balloon that the host has allocated again, for a process that has read it.
+//! Finds memory of the balloon that the host has allocated again for a reader.
 //!
-//! A process that maps a file of shared memory and reads a hole in it has the host allocate a page of zeroes there. A
-//! dump of a VM reads all of its memory, so afterwards the host has a page for each page of the balloon. The worker
-//! replaces such pages by holes, which read the same. A page with other content stays: a driver that uses a page of
-//! its balloon is faulty, but loses nothing.
+//! When a process reads a hole in shared memory through a mapping, the host allocates a page of zeroes. A dump of a VM
+//! reads all of its memory, so afterwards the host has a page for each page of the balloon. The worker replaces such
+//! pages by holes, which read the same. A page with other content stays: a driver that writes to a page of its balloon
+//! is faulty, but loses no data.
 
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -19,16 +19,16 @@ use crate::discard::{Piece, Pieces};
 /// What a balloon page holds that was read as a hole. Granules are as large, or a power of two times as large.
 const ZEROES: [u8; 4096] = [0; 4096];
 
-/// How far the worker has come with the balloon.
+/// A search through the balloon.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sweep {
-    /// The first balloon page that it has not looked at.
+    /// The balloon page where it continues.
     pub(crate) next: u64,
-    /// How much it has given back to the host, in bytes.
+    /// How much it has discarded, in bytes.
     pub(crate) discarded: u64,
 }
 
-/// Adds those granules of a piece to `found` that have memory with nothing but zeroes in it.
+/// Adds the granules of a piece that have memory, and only zeroes in it, to `found`.
 pub(crate) fn find_zeroes(piece: &Piece, found: &mut Pieces) {
     let mut place = piece.range.start;
     while let Some(data) = next_data(piece, place) {
@@ -42,10 +42,11 @@ pub(crate) fn find_zeroes(piece: &Piece, found: &mut Pieces) {
     }
 }
 
-/// The next granules of a piece with memory. The file's offset, which the front end shares, is used for this alone.
+/// The next granules of a piece that have memory. This changes the file's offset, which the front end shares and does
+/// not use.
 fn next_data(piece: &Piece, from: u64) -> Option<Range<u64>> {
     let seek = |place: u64, whence| {
-        // An error says that there is nothing more.
+        // ENXIO: there is no memory up to the end of the file.
         let place = lseek(piece.file.as_fd(), place.try_into().ok()?, whence);
         u64::try_from(place.ok()?).ok()
     };
@@ -55,7 +56,7 @@ fn next_data(piece: &Piece, from: u64) -> Option<Range<u64>> {
     Some(data / piece.granule * piece.granule..hole.next_multiple_of(piece.granule))
 }
 
-/// Whether there is nothing but zeroes in a granule. The host may fail to read a page of it.
+/// Whether a granule has only zeroes. The read fails for a page with a memory error.
 fn is_zero(piece: &Piece, granule: Range<u64>) -> bool {
     let mut page = ZEROES;
     granule.step_by(ZEROES.len()).all(|place| {

@@ -38,7 +38,7 @@ pub(crate) struct Work {
     pub(crate) position: Option<u16>,
     /// Whether the inflate queue was served since it was started.
     pub(crate) at_work: bool,
-    /// What of the balloon is still to be looked at, after others may have read it.
+    /// The search through the balloon for memory that the host has allocated again, if there is one.
     pub(crate) sweep: Option<Sweep>,
     /// When the thread left time to others.
     pub(crate) paused: Option<Instant>,
@@ -62,8 +62,8 @@ impl Work {
         }
     }
 
-    /// Gives memory of the balloon back that the host has allocated again, for a bounded time. Returns how much that was
-    /// in all, in bytes, when there is nothing left to look at.
+    /// Discards memory of the balloon that the host has allocated again, for a bounded time. Returns how much the whole
+    /// search has discarded, in bytes, when it has ended.
     pub(crate) fn sweep(&mut self, counters: &Counters, budget: Budget) -> Option<u64> {
         let mut sweep = self.sweep.take().unwrap_or_default();
         self.discarder.withhold = false;

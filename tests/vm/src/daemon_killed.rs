@@ -2,8 +2,10 @@
 
 //! The processes of the balloon device are killed, and the guest continues without the device.
 
-use std::thread;
-use std::time::Duration;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use balloon_control::{HintAction, Request};
@@ -14,7 +16,8 @@ use vm::{Config, Daemon, Device, Driver, Guest, Load, MemoryBackend, Offer, Runn
 use crate::lifecycle::{device, driver_directory};
 use crate::reporting::FAST_REPORTS;
 use crate::scenario::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
-use crate::sizes::check_free;
+use crate::sizes::{check_free, check_size};
+use crate::vhost_user::{wait_driver, wait_restarted};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -33,7 +36,18 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: VHOST_USER_DEVICE,
         run: random_kills,
     },
+    Scenario {
+        name: "service_kills",
+        proves: "a guest keeps its balloon when the device's service is killed at 200 random moments and starts again",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: VHOST_USER_DEVICE,
+        run: service_kills,
+    },
 ];
+
+/// The seeds of what is random.
+const SEEDS: Range<u64> = 0..200;
 
 /// How long an operation of the guest may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -46,6 +60,8 @@ const ROUNDS_ALONE: u64 = 10;
 
 /// The size of the balloon, or its target.
 const SIZE: Size = Size::mib(400);
+
+const OUT_OF_REACH: &str = "out of reach";
 
 /// A state of a guest and its device: its name, and the function that establishes it.
 type State = (&'static str, fn(&Guest, &Daemon) -> Result<()>);
@@ -64,7 +80,7 @@ const STATES: [State; 10] = [
         reach(guest, daemon, SIZE)?;
         start(guest, daemon, Size::default(), "balloon_deflate")
     }),
-    ("out of reach", |guest, daemon| {
+    (OUT_OF_REACH, |guest, daemon| {
         set(daemon, guest.meminfo()?.total - Size::mib(1))?;
         guest.wait_until("a balloon that has grown", PATIENCE, || {
             let size = Size::bytes(daemon.info()?.size);
@@ -160,16 +176,32 @@ fn reach(guest: &Guest, daemon: &Daemon, size: Size) -> Result<()> {
     })
 }
 
-/// A guest that gets devices while it runs.
+/// A guest whose devices offer the features that the states need.
 fn config(setup: &Setup) -> Config {
     setup
         .config()
+        .parameter(FAST_REPORTS)
+        .offer(&[Offer::FreePageHint, Offer::FreePageReporting])
+}
+
+/// A guest that gets devices while it runs.
+fn hotplug_config(setup: &Setup) -> Config {
+    config(setup)
         .backend(MemoryBackend::Memfd)
         .hotplug_port()
         .balloon(None)
         .reboots()
-        .parameter(FAST_REPORTS)
-        .offer(&[Offer::FreePageHint, Offer::FreePageReporting])
+}
+
+/// Establishes a state, after which the device is killed with this delay.
+fn begin(
+    guest: &Guest,
+    daemon: &Daemon,
+    (name, begin): State,
+    delay: Option<Duration>,
+) -> Result<()> {
+    guest.write_file("/dev/kmsg", &format!("{name}, killed after {delay:?}"))?;
+    begin(guest, daemon)
 }
 
 /// Plugs a device, and kills its processes so long after the start of a state. Without a time the device stops first,
@@ -177,15 +209,13 @@ fn config(setup: &Setup) -> Config {
 /// moment.
 fn lose(setup: &Setup, guest: &Guest, state: usize, delay: Option<Duration>) -> Result<()> {
     const SETTLE: Duration = Duration::from_millis(500);
-    let (name, begin) = states(setup)[state];
-    guest.write_file("/dev/kmsg", &format!("{name}, killed after {delay:?}"))?;
     let daemon = guest.plug_daemon()?;
     guest.wait_balloon()?;
     // The driver has made its first report.
     for size in [Size::mib(1), Size::default()] {
         reach(guest, &daemon, size)?;
     }
-    begin(guest, &daemon)?;
+    begin(guest, &daemon, states(setup)[state], delay)?;
     if delay.is_none() {
         daemon.stop_worker()?;
     }
@@ -216,10 +246,11 @@ fn leave(setup: &Setup, guest: &Guest, way: usize, total: Size, free: Size) -> R
 }
 
 /// Boots a guest with the driver and with data in memory.
-fn with_data(
+fn with_data<T>(
     setup: &Setup,
-    body: impl FnOnce(&Guest, &RunningLoad<'_>, Size, Size) -> Result<()>,
-) -> Result<()> {
+    config: &Config,
+    body: impl FnOnce(&Guest, &RunningLoad<'_>, Size, Size) -> Result<T>,
+) -> Result<T> {
     let live = |guest: &Guest| {
         let before = guest.free()?;
         guest.insmod(setup.driver, &[])?;
@@ -227,18 +258,18 @@ fn with_data(
             mib: 96,
             threads: 1,
         })?;
-        body(guest, &load, guest.meminfo()?.total, guest.free()?)?;
+        let value = body(guest, &load, guest.meminfo()?.total, guest.free()?)?;
         load.verify(1)?;
         load.stop()?;
         if leaves(setup) {
             check_free(guest, before)?;
         }
-        Ok(())
+        Ok(value)
     };
     if leaves(setup) {
-        vm::run(&config(setup), live)
+        vm::run(config, live)
     } else {
-        vm::run_and_kill(&config(setup), live)
+        vm::run_and_kill(config, live)
     }
 }
 
@@ -249,10 +280,14 @@ fn leaves(setup: &Setup) -> bool {
 }
 
 fn daemon_killed(setup: &Setup) -> Result<()> {
+    if let Some(time) = setup.time() {
+        return all_at_once(setup, time);
+    }
     if !leaves(setup) {
         return each_alone(setup);
     }
-    with_data(setup, |guest, load, total, free| {
+    let config = hotplug_config(setup);
+    with_data(setup, &config, |guest, load, total, free| {
         let mut longest = Duration::ZERO;
         for state in 0..states(setup).len() {
             let (name, _) = states(setup)[state];
@@ -272,7 +307,7 @@ fn daemon_killed(setup: &Setup) -> Result<()> {
         Ok(())
     })?;
     // The guest reboots with such a device, and powers off.
-    vm::run(&config(setup), |guest| {
+    vm::run(&config, |guest| {
         guest.insmod(setup.driver, &[])?;
         lose(setup, guest, INFLATING, None)?;
         guest.reboot()
@@ -282,11 +317,50 @@ fn daemon_killed(setup: &Setup) -> Result<()> {
 /// Kills the device of a guest in each state, and reports which guests keep running.
 fn each_alone(setup: &Setup) -> Result<()> {
     for (state, (name, _)) in states(setup).iter().enumerate() {
-        let result = with_data(setup, |guest, load, _, _| {
+        let result = with_data(setup, &hotplug_config(setup), |guest, load, _, _| {
             lose(setup, guest, state, None)?;
             load.verify(ROUNDS_ALONE)
         });
         setup.tolerate(result.with_context(|| format!("killed while {name}")))?;
+    }
+    Ok(())
+}
+
+/// Kills the device of one guest for each state, all at the same time, and verifies the guests' data for `time`.
+fn all_at_once(setup: &Setup, time: Duration) -> Result<()> {
+    /// The loads verify their memory all the time. Calls of the guests' agents would slow them down.
+    const INTERVAL: Duration = Duration::from_secs(10);
+    let live = |state: usize| {
+        let (name, _) = states(setup)[state];
+        let suffix = format!("-{}", name.replace(' ', "-"));
+        let config = hotplug_config(setup).name_suffix(&suffix);
+        let passes = with_data(setup, &config, |guest, load, total, free| {
+            lose(setup, guest, state, None)?;
+            let before = load.status()?.progress.passes;
+            let start = Instant::now();
+            while start.elapsed() < time {
+                thread::sleep(INTERVAL.min(time));
+                load.verify(1)?;
+            }
+            let passes = load.status()?.progress.passes - before;
+            if leaves(setup) {
+                leave(setup, guest, state % SUSPEND, total, free)?;
+            }
+            Ok(passes)
+        });
+        passes.with_context(|| format!("killed while {name}"))
+    };
+    let results: Vec<_> = thread::scope(|scope| {
+        let guests: Vec<_> = (0..states(setup).len())
+            .map(|state| scope.spawn(move || live(state)))
+            .collect();
+        let join = |guest: ScopedJoinHandle<'_, _>| guest.join().expect("a guest's thread");
+        guests.into_iter().map(join).collect()
+    });
+    for (result, (name, _)) in results.into_iter().zip(states(setup)) {
+        let note =
+            |passes| setup.note(format!("killed while {name}: data verified {passes} times"));
+        setup.tolerate(result.map(note))?;
     }
     Ok(())
 }
@@ -296,11 +370,11 @@ fn random_kills(setup: &Setup) -> Result<()> {
     /// repeatedly.
     const PER_GUEST: usize = 50;
     let per_guest = if leaves(setup) { PER_GUEST } else { 1 };
-    let mut seeds = setup.seeds().unwrap_or(0..200).peekable();
+    let mut seeds = setup.seeds().unwrap_or(SEEDS).peekable();
     let (mut killed, mut lost, mut verified) = (0, Vec::new(), 0);
     while seeds.peek().is_some() {
         let (mut last, mut is_lost) = (0, false);
-        let result = with_data(setup, |guest, load, total, free| {
+        let result = with_data(setup, &hotplug_config(setup), |guest, load, total, free| {
             for seed in seeds.by_ref().take(per_guest) {
                 last = seed;
                 killed += 1;
@@ -352,4 +426,54 @@ fn random_kill(
         let (name, _) = states(setup)[state];
         format!("seed {seed}: killed {delay:?} after {name}")
     })
+}
+
+fn service_kills(setup: &Setup) -> Result<()> {
+    let config = config(setup);
+    let daemon = Arc::new(config.start_daemon_service()?);
+    vm::run(&config.daemon(&daemon), |guest| {
+        guest.insmod(setup.driver, &[])?;
+        wait_driver(guest)?;
+        let load = guest.load(Load::Hold {
+            mib: 96,
+            threads: 1,
+        })?;
+        let mut killed = 0;
+        for seed in setup.seeds().unwrap_or(SEEDS) {
+            service_kill(setup, guest, &daemon, seed)?;
+            load.verify(1).with_context(|| format!("seed {seed}"))?;
+            killed += 1;
+        }
+        for size in [SIZE, Size::default()] {
+            reach(guest, &daemon, size)?;
+            check_size(guest, size)?;
+        }
+        let verified = load.stop()?.progress.passes;
+        setup.note(format!(
+            "{killed} times killed and started again, data verified {verified} times"
+        ));
+        guest.rmmod(setup.driver)
+    })?;
+    daemon.end()
+}
+
+/// Kills the device's service in a state and after a delay that come from this seed, and starts it again.
+fn service_kill(setup: &Setup, guest: &Guest, daemon: &Daemon, seed: u64) -> Result<()> {
+    let mut rng = Rng::with_seed(seed);
+    // With a target out of reach a guest with the C driver runs out of memory.
+    let states: Vec<_> = states(setup)
+        .iter()
+        .filter(|(name, _)| setup.driver != Driver::C || *name != OUT_OF_REACH)
+        .collect();
+    let state = *states[rng.usize(..states.len())];
+    let delay = Duration::from_micros(rng.u64(..300_000));
+    let kill = || -> Result<()> {
+        reach(guest, daemon, Size::default())?;
+        let before = daemon.processes()?;
+        begin(guest, daemon, state, Some(delay))?;
+        thread::sleep(delay);
+        daemon.kill_and_restart()?;
+        wait_restarted(guest, before)
+    };
+    kill().with_context(|| format!("seed {seed}: killed {delay:?} after {}", state.0))
 }

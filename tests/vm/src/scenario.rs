@@ -2,9 +2,9 @@
 
 //! A scenario, and its parameters.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -55,8 +55,8 @@ pub struct Setup {
     config: Config,
     seeds: Option<Range<u64>>,
     time: Option<Duration>,
-    notes: RefCell<Vec<String>>,
-    skipped: RefCell<Option<String>>,
+    notes: Mutex<Vec<String>>,
+    skipped: Mutex<Option<String>>,
 }
 
 impl Setup {
@@ -83,8 +83,8 @@ impl Setup {
             config,
             seeds: None,
             time: None,
-            notes: RefCell::default(),
-            skipped: RefCell::default(),
+            notes: Mutex::default(),
+            skipped: Mutex::default(),
         }
     }
 
@@ -141,7 +141,7 @@ impl Setup {
 
     /// Prints a line below the scenario's result.
     pub fn note(&self, line: String) {
-        self.notes.borrow_mut().push(line);
+        self.notes.lock().expect("a lock").push(line);
     }
 
     /// Notes what has gone wrong with the C driver, whose faults are reported only.
@@ -159,16 +159,16 @@ impl Setup {
 
     /// Records why the scenario cannot run on this machine. It then returns, and has not passed.
     pub fn skip(&self, reason: &str) {
-        *self.skipped.borrow_mut() = Some(reason.to_owned());
+        *self.skipped.lock().expect("a lock") = Some(reason.to_owned());
     }
 
     /// Why the scenario was skipped, if it was.
     pub fn skipped(&self) -> Option<String> {
-        self.skipped.borrow().clone()
+        self.skipped.lock().expect("a lock").clone()
     }
 
     /// The lines to be printed below the result.
     pub fn notes(&self) -> Vec<String> {
-        self.notes.borrow().clone()
+        self.notes.lock().expect("a lock").clone()
     }
 }

@@ -14,7 +14,7 @@ use crate::bitmap::{WORD, find, index, set};
 use crate::discard::{Granularity, Piece, Pieces};
 use crate::hazard::{Hazard, Identity};
 
-/// So much of the balloon is looked at in one step, in bytes.
+/// The largest piece of the balloon that is searched in one step, in bytes.
 const STEP: u64 = 4 << 20;
 
 /// A region of the guest's memory.
@@ -156,8 +156,8 @@ impl Region {
         }
     }
 
-    /// Whole granules of the region that are in the balloon at balloon page `from` or after it, as far as they are in
-    /// one piece and a look at them takes a small part of a turn, and the page to go on with.
+    /// The first piece of the region in the balloon from balloon page `from` on, without parts of granules, and the page
+    /// where the next search starts. A piece is limited to what takes a small part of a turn.
     pub(crate) fn next_held(&self, from: u64) -> Option<(Piece, u64)> {
         let (first, granule) = (self.pages.start, self.granules.size);
         let start = find(&self.held, from.saturating_sub(first), true)?;

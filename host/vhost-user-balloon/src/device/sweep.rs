@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! When the balloon is looked through for memory that the host has allocated again.
+//! When the worker searches the balloon for memory that the host has allocated again.
 //!
-//! A VMM stops the queues while it reads all of the guest's memory, for a dump or a snapshot, and starts them again
-//! where they were. So the worker looks when a driver continues that tells before it uses a page of the balloon again.
+//! A VMM stops the queues while it reads all of the guest's memory for a dump, and restarts them where they were. So
+//! the search begins when a driver continues that tells before it uses a page of the balloon again.
 
 use std::time::Duration;
 
@@ -15,22 +15,22 @@ use crate::sweep::Sweep;
 use crate::sync::lock;
 use crate::work::Work;
 
-/// How long the worker does something else between two turns, so that it spends half of its time on this at most.
+/// The time between two turns. It limits the search to half of the worker's time.
 const INTERVAL: Duration = BUDGET;
 
-/// How long it waits while no memory may be given back.
+/// The time until the next try while no memory may be discarded.
 const WITHHELD_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Device {
-    /// Has the balloon looked through soon.
+    /// Begins a search soon.
     pub(super) fn sweep_soon(&self, work: &mut Work) {
         work.sweep = Some(Sweep::default());
         self.sweep.once(INTERVAL);
     }
 
-    /// Looks through the balloon for a bounded time.
+    /// Continues the search for a bounded time.
     pub(super) fn sweep(&self) {
-        // The front end must not wait for the lock below while processes are looked at.
+        // Before the lock, which the front end may wait for.
         let (files, is_hazardous) = self.look_at_processes();
         let mut work = lock(&self.work);
         if !work.at_work || work.sweep.is_none() {

@@ -313,8 +313,7 @@ fn the_end_of_the_grace_is_not_missed() {
     assert_eq!(asked(&device), 8 << 20);
 }
 
-/// A driver that does not tell may use a page of its balloon by now, and the same holds while it is not known whether
-/// there is a driver.
+/// A driver that does not tell may use a page of its balloon by now. So may a guest whose queues are stopped.
 #[test]
 fn memory_that_others_have_read_is_given_back() {
     const PAGE: u64 = 0x100;
@@ -332,7 +331,7 @@ fn memory_that_others_have_read_is_given_back() {
         lock(&device.work)
             .balloon
             .inflate(&[pages], &mut Pieces::default());
-        // A VMM may stop the queues again before the balloon was looked through.
+        // The VMM stops the queues again before the search.
         device.stop();
         device.start(&mut lock(&device.work), 7);
         device.stop();
