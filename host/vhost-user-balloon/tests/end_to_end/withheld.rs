@@ -4,6 +4,7 @@
 
 use super::requests::RECLAIM;
 use super::*;
+use std::os::fd::{FromRawFd, OwnedFd};
 
 /// A page of a file that is pinned, as for a device, until this is dropped: by the fixed buffer of
 /// an io_uring.
@@ -87,6 +88,39 @@ fn pinned_memory_stays_where_it_is() {
     });
     vmm.inflate(0x102);
     assert_eq!(vmm.byte(0x102 << 12), 0);
+    daemon.end();
+}
+
+/// A userfaultfd of this process, if the system lets it have one.
+fn userfaultfd() -> Option<OwnedFd> {
+    // SAFETY: The call takes flags only.
+    #[expect(unsafe_code, reason = "the library has no function for this call")]
+    let number = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    let number = number.try_into().ok().filter(|&number| number >= 0)?;
+    // SAFETY: The call has just returned it, and nothing else has it.
+    #[expect(unsafe_code, reason = "the kernel has returned a number")]
+    let file = unsafe { OwnedFd::from_raw_fd(number) };
+    Some(file)
+}
+
+#[test]
+fn memory_that_a_handler_fills_is_left_alone() {
+    if !is_alone("memory_that_a_handler_fills_is_left_alone") {
+        return;
+    }
+    let Some(handler) = userfaultfd() else {
+        return;
+    };
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    assert_eq!(vmm.byte(0x100 << 12), 1);
+    assert_eq!(info(directory).withheld, ["userfaultfd"]);
+    drop(handler);
+    wait_for("the end of the handler", || {
+        info(directory).withheld.is_empty()
+    });
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 0);
     daemon.end();
 }
 
