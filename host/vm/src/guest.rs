@@ -80,17 +80,8 @@ fn live<T>(
     body: impl FnOnce(&Guest) -> Result<T>,
     end: impl FnOnce(&Guest) -> Result<()>,
 ) -> Result<T> {
-    let mut guest = Guest::boot(config)?;
-    let mut ready = guest.ready();
-    // On a busy machine an emulated processor may stop forever while the kernel starts, long before
-    // the driver is loaded. The first such failure is ignored.
-    if ready.is_err() && guest.console.faults(&config.expected)?.is_empty() {
-        eprintln!("a guest does not boot, and is started again");
-        drop(guest);
-        guest = Guest::boot(config)?;
-        ready = guest.ready();
-    }
-    let result = ready.and_then(|()| body(&guest));
+    let guest = Guest::boot(config)?;
+    let result = guest.ready().and_then(|()| body(&guest));
     let result = result.and_then(|value| end(&guest).map(|()| value));
     // The log is complete when QEMU has ended.
     drop(guest.home);
