@@ -2,25 +2,12 @@
 
 //! Metrics in Prometheus' text exposition format.
 
-use std::fmt::Write;
-
+use balloon_control::Exposition;
 use balloon_policy::{Account, Pages};
 
 use crate::config::PAGE;
 use crate::manager::Manager;
 use crate::status::{Counts, Status, VmStatus};
-
-fn head(text: &mut String, name: &str, kind: &str, help: &str) {
-    let _ = writeln!(text, "# HELP balloon_manager_{name} {help}");
-    let _ = writeln!(text, "# TYPE balloon_manager_{name} {kind}");
-}
-
-/// A label's value.
-fn escaped(name: &str) -> String {
-    name.replace('\\', "\\\\")
-        .replace('"', "\\\"")
-        .replace('\n', "\\n")
-}
 
 /// A metric of each VM: its name, its help and its value.
 type PerVm = (&'static str, &'static str, fn(&Account) -> Pages);
@@ -60,14 +47,14 @@ const PER_VM: [PerVm; 6] = [
 
 pub(crate) fn text(manager: &Manager) -> String {
     let status = manager.status();
-    let mut text = String::new();
-    pool(&mut text, &status);
-    vms(&mut text, &status.vms);
-    counts(&mut text, manager.counts());
-    text
+    let mut metrics = Exposition::new("balloon_manager");
+    pool(&mut metrics, &status);
+    vms(&mut metrics, &status.vms);
+    counts(&mut metrics, manager.counts());
+    metrics.into_text()
 }
 
-fn pool(text: &mut String, status: &Status) {
+fn pool(metrics: &mut Exposition, status: &Status) {
     for (name, help, pages) in [
         (
             "pool_bytes",
@@ -90,34 +77,29 @@ fn pool(text: &mut String, status: &Status) {
             status.reserved,
         ),
     ] {
-        head(text, name, "gauge", help);
-        let bytes = pages.saturating_mul(PAGE);
-        let _ = writeln!(text, "balloon_manager_{name} {bytes}");
+        metrics.one("gauge", name, help, pages.saturating_mul(PAGE));
     }
 }
 
-fn vms(text: &mut String, vms: &[VmStatus]) {
-    let line = |text: &mut String, name: &str, vm: &VmStatus, value: u64| {
-        let vm = escaped(&vm.name);
-        let _ = writeln!(text, "balloon_manager_{name}{{vm=\"{vm}\"}} {value}");
-    };
+fn vms(metrics: &mut Exposition, vms: &[VmStatus]) {
     for (name, help, value) in PER_VM {
-        head(text, name, "gauge", help);
+        metrics.head("gauge", name, help);
         for vm in vms {
             if let Some(account) = &vm.account {
-                line(text, name, vm, value(account).saturating_mul(PAGE));
+                let bytes = value(account).saturating_mul(PAGE);
+                metrics.sample(name, Some(("vm", &vm.name)), bytes);
             }
         }
     }
     let (name, help) = ("vm_pressed", "Whether the guest shows a sign of pressure.");
-    head(text, name, "gauge", help);
+    metrics.head("gauge", name, help);
     for vm in vms {
         let pressed = vm.account.is_some_and(|account| account.pressed.is_some());
-        line(text, name, vm, u64::from(pressed));
+        metrics.sample(name, Some(("vm", &vm.name)), pressed.into());
     }
 }
 
-fn counts(text: &mut String, counts: Counts) {
+fn counts(metrics: &mut Exposition, counts: Counts) {
     let Counts {
         decisions,
         raises,
@@ -134,7 +116,6 @@ fn counts(text: &mut String, counts: Counts) {
             refused,
         ),
     ] {
-        head(text, name, "counter", help);
-        let _ = writeln!(text, "balloon_manager_{name} {count}");
+        metrics.one("counter", name, help, count);
     }
 }

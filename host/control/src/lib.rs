@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The control protocol of the balloon device: the messages, and both sides of the socket. It also has the parser of
-//! sizes that both programs use.
+//! sizes and the writer of metrics that the programs use.
 //!
 //! Each request and each response is a JSON object on a line of its own. docs/control.md describes the
 //! protocol for programs that do not use this library.
 
 mod client;
+mod exposition;
 mod framing;
 mod protocol;
 mod server;
@@ -14,6 +15,7 @@ mod size;
 mod socket;
 
 pub use client::{Answer, Client, ClientError};
+pub use exposition::Exposition;
 pub use protocol::{
     Begun, ByQueue, ControlError, Counters, ErrorKind, Guest, HintAction, Info, Metrics, Progress,
     Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,

@@ -2,17 +2,15 @@
 
 //! The numbers for a monitoring system, in Prometheus' text exposition format.
 
-use std::fmt::Write;
-
-use balloon_control::{Counters, Info, Received, Shortfall, Stats, Unit};
+use balloon_control::{Counters, Exposition, Info, Received, Shortfall, Stats, Unit};
 
 /// Writes the state of a balloon as metrics, with the last sample of the guest's statistics, and the name of the VM
 /// as a label if it has one.
 pub fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> String {
-    let mut metrics = Metrics {
-        text: String::new(),
-        vm: vm.map(escape),
-    };
+    let mut metrics = Exposition::new("balloon");
+    if let Some(vm) = vm {
+        metrics.label_all("vm", vm);
+    }
     for (name, help, value) in GAUGES {
         if let Some(value) = value(info) {
             metrics.one("gauge", name, help, value);
@@ -21,12 +19,12 @@ pub fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> String {
     for (name, help, value) in COUNTERS {
         metrics.one("counter", name, help, value(&info.counters));
     }
-    metrics.by_queue(&info.counters);
-    metrics.by_outcome(info);
+    by_queue(&mut metrics, &info.counters);
+    by_outcome(&mut metrics, info);
     if let Some(stats) = stats {
-        metrics.statistics(stats);
+        statistics(&mut metrics, stats);
     }
-    metrics.text
+    metrics.into_text()
 }
 
 /// A metric: its name, its help, and its value. It is left out while the value is unknown.
@@ -164,140 +162,105 @@ fn guest_metric(statistic: &str, unit: Unit, is_counter: bool) -> (&'static str,
     }
 }
 
-/// The value of a label.
-fn escape(value: &str) -> String {
-    value
-        .replace('\\', "\\\\")
-        .replace('"', "\\\"")
-        .replace('\n', "\\n")
+/// A metric with a value for each value of a label.
+fn many<'a>(
+    metrics: &mut Exposition,
+    kind: &str,
+    name: &str,
+    help: &str,
+    label: &str,
+    values: impl IntoIterator<Item = (&'a str, u64)>,
+) {
+    metrics.head(kind, name, help);
+    for (of, value) in values {
+        metrics.sample(name, Some((label, of)), value);
+    }
 }
 
-struct Metrics {
-    text: String,
-    /// The name of the VM.
-    vm: Option<String>,
+fn by_queue(metrics: &mut Exposition, counters: &Counters) {
+    for (name, help, of) in [
+        (
+            "messages_total",
+            "Messages received on each queue.",
+            counters.messages,
+        ),
+        (
+            "notifications_total",
+            "Notifications received on each queue.",
+            counters.notifications,
+        ),
+    ] {
+        many(metrics, "counter", name, help, "queue", of.named());
+    }
+    let Received {
+        inflate,
+        deflate,
+        requests,
+    } = counters.received;
+    many(
+        metrics,
+        "counter",
+        "received_bytes_total",
+        "Size of messages that list pages.",
+        "queue",
+        [
+            ("inflate", inflate),
+            ("deflate", deflate),
+            ("requests", requests),
+        ],
+    );
 }
 
-impl Metrics {
-    fn one(&mut self, kind: &str, name: &str, help: &str, value: u64) {
-        self.head(kind, name, help);
-        self.line(name, None, value);
-    }
+fn by_outcome(metrics: &mut Exposition, info: &Info) {
+    let counters = &info.counters;
+    let encodings = counters.encodings.iter();
+    many(
+        metrics,
+        "counter",
+        "page_messages_total",
+        "Messages that list pages, by encoding.",
+        "encoding",
+        encodings.map(|(encoding, &value)| (encoding.as_str(), value)),
+    );
+    let answered = counters.answered.iter();
+    let answered: Vec<_> = answered
+        .map(|(status, &times)| (status.to_string(), times))
+        .collect();
+    many(
+        metrics,
+        "counter",
+        "answers_total",
+        "Ended host requests, by status.",
+        "status",
+        answered.iter().map(|(status, times)| (&**status, *times)),
+    );
+    let refused = counters.refused.iter();
+    many(
+        metrics,
+        "counter",
+        "refused_total",
+        "Refused messages, by reason.",
+        "reason",
+        refused.map(|(reason, &value)| (reason.as_str(), value)),
+    );
+    let reason = info.guest.short_of_target.map(Shortfall::name);
+    many(
+        metrics,
+        "gauge",
+        "short_of_target",
+        "Stop reason of the guest.",
+        "reason",
+        reason.map(|reason| (reason, 1)),
+    );
+}
 
-    fn by_queue(&mut self, counters: &Counters) {
-        for (name, help, of) in [
-            (
-                "messages_total",
-                "Messages received on each queue.",
-                counters.messages,
-            ),
-            (
-                "notifications_total",
-                "Notifications received on each queue.",
-                counters.notifications,
-            ),
-        ] {
-            self.many("counter", name, help, "queue", of.named());
-        }
-        let Received {
-            inflate,
-            deflate,
-            requests,
-        } = counters.received;
-        self.many(
-            "counter",
-            "received_bytes_total",
-            "Size of messages that list pages.",
-            "queue",
-            [
-                ("inflate", inflate),
-                ("deflate", deflate),
-                ("requests", requests),
-            ],
-        );
-    }
-
-    fn by_outcome(&mut self, info: &Info) {
-        let counters = &info.counters;
-        let encodings = counters.encodings.iter();
-        self.many(
-            "counter",
-            "page_messages_total",
-            "Messages that list pages, by encoding.",
-            "encoding",
-            encodings.map(|(encoding, &value)| (encoding.as_str(), value)),
-        );
-        let answered = counters.answered.iter();
-        let answered: Vec<_> = answered
-            .map(|(status, &times)| (status.to_string(), times))
-            .collect();
-        self.many(
-            "counter",
-            "answers_total",
-            "Ended host requests, by status.",
-            "status",
-            answered.iter().map(|(status, times)| (&**status, *times)),
-        );
-        let refused = counters.refused.iter();
-        self.many(
-            "counter",
-            "refused_total",
-            "Refused messages, by reason.",
-            "reason",
-            refused.map(|(reason, &value)| (reason.as_str(), value)),
-        );
-        let reason = info.guest.short_of_target.map(Shortfall::name);
-        self.many(
-            "gauge",
-            "short_of_target",
-            "Stop reason of the guest.",
-            "reason",
-            reason.map(|reason| (reason, 1)),
-        );
-    }
-
-    fn statistics(&mut self, stats: &Stats) {
-        let help = "The age of the guest's statistics.";
-        self.one("gauge", "guest_statistics_age_seconds", help, stats.age);
-        for (stat, &value) in &stats.values {
-            let help = format!("The guest's statistic {stat}.");
-            let (kind, name) = guest_metric(&stat.to_string(), stat.unit(), stat.is_counter());
-            self.one(kind, &name, &help, value);
-        }
-    }
-
-    /// A metric with a value for each value of a label.
-    fn many<'a>(
-        &mut self,
-        kind: &str,
-        name: &str,
-        help: &str,
-        label: &str,
-        values: impl IntoIterator<Item = (&'a str, u64)>,
-    ) {
-        self.head(kind, name, help);
-        for (of, value) in values {
-            self.line(name, Some((label, of)), value);
-        }
-    }
-
-    // Writing to a string does not fail.
-    fn head(&mut self, kind: &str, name: &str, help: &str) {
-        let _ = writeln!(self.text, "# HELP balloon_{name} {help}");
-        let _ = writeln!(self.text, "# TYPE balloon_{name} {kind}");
-    }
-
-    fn line(&mut self, name: &str, label: Option<(&str, &str)>, value: u64) {
-        let vm = self.vm.as_deref().map(|vm| ("vm", vm));
-        let labels = vm.into_iter().chain(label);
-        let labels: Vec<_> = labels
-            .map(|(label, value)| format!("{label}=\"{value}\""))
-            .collect();
-        let labels = match labels.as_slice() {
-            [] => String::new(),
-            labels => format!("{{{}}}", labels.join(",")),
-        };
-        let _ = writeln!(self.text, "balloon_{name}{labels} {value}");
+fn statistics(metrics: &mut Exposition, stats: &Stats) {
+    let help = "The age of the guest's statistics.";
+    metrics.one("gauge", "guest_statistics_age_seconds", help, stats.age);
+    for (stat, &value) in &stats.values {
+        let help = format!("The guest's statistic {stat}.");
+        let (kind, name) = guest_metric(&stat.to_string(), stat.unit(), stat.is_counter());
+        metrics.one(kind, &name, &help, value);
     }
 }
 
