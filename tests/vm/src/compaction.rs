@@ -388,9 +388,7 @@ fn contiguous_allocation(setup: &Setup) -> Result<()> {
             "{moved} pages of the balloon migrated for {count} contiguous pages"
         );
         check_size(guest, size)?;
-        setup.note(format!(
-            "{moved} pages migrated for {count} contiguous pages"
-        ));
+        setup.note(format!("{moved} pages migrated for {count} adjacent pages"));
 
         write(guest, &format!("{AREA}/free"), &count.to_string())?;
         data.stop()?;
