@@ -55,6 +55,10 @@ pub(in crate::rust) fn is_taking() -> bool {
     TAKING.load(Relaxed) == this_thread()
 }
 
+/// How many threads have a turn, or wait for one.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static TURNS: Atomic<usize> = Atomic::new(0);
+
 /// The right to take blocks. One thread at a time has it, of all devices.
 pub(crate) struct Turn {
     _lock: GlobalGuard<HOTPLUG>,
@@ -63,6 +67,8 @@ pub(crate) struct Turn {
 impl Turn {
     /// Waits for it: at most for as long as taking a block takes.
     pub(crate) fn wait() -> Self {
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        TURNS.add(1, Relaxed);
         let lock = HOTPLUG.lock();
 
         TAKING.store(this_thread(), Relaxed);
@@ -73,6 +79,8 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         TAKING.store(ptr::null_mut(), Relaxed);
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        TURNS.fetch_sub(1, Relaxed);
     }
 }
 
