@@ -175,7 +175,8 @@ impl Balloon {
         if offliner.is_busy() {
             return ControlFlow::Break(None);
         }
-        if !worker.blocks_taken && Offliner::is_worthwhile(wanted) {
+        let is_first = !worker.blocks_taken || offliner.is_cancelled();
+        if is_first && Offliner::is_worthwhile(wanted) {
             worker.blocks_taken = true;
             worker.stopped = None;
             offliner.begin(wanted);

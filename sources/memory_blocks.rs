@@ -88,6 +88,10 @@ const LIMITS: Limits = Limits {
     online: timeouts::ONLINE,
 };
 
+/// How many times a caller has waited for the end of a task.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static WAITS: Atomic<usize> = Atomic::new(0);
+
 /// Takes memory blocks for a task.
 #[pin_data]
 pub(crate) struct Offliner {
@@ -121,6 +125,8 @@ struct State {
     wanted: u64,
     /// Whether there may be more to come.
     is_busy: bool,
+    /// Whether no more is wanted until the task begins again.
+    is_cancelled: bool,
     ready: PageList,
     /// How many blocks were taken, since the device was bound.
     blocks: u64,
@@ -157,6 +163,7 @@ impl Offliner {
         let state = State {
             wanted: 0,
             is_busy: false,
+            is_cancelled: false,
             ready: PageList::new(),
             blocks: 0,
         };
@@ -187,14 +194,24 @@ impl Offliner {
         wanted as u64 >= MemoryBlock::pages() / WORTHWHILE
     }
 
-    /// Says how many kernel pages are wanted by now, those that are ready included.
+    /// Says how many kernel pages are wanted by now, those that are ready included. Has no effect after
+    /// [`cancel`](Task::cancel).
     pub(crate) fn want(&self, wanted: usize) {
-        self.state.lock().wanted = wanted as u64;
+        let mut state = self.state.lock();
+
+        if !state.is_cancelled {
+            state.wanted = wanted as u64;
+        }
     }
 
     /// Returns whether more may be [ready](Self::ready) soon.
     pub(crate) fn is_busy(&self) -> bool {
         self.state.lock().is_busy
+    }
+
+    /// Returns whether the task was cancelled, and has not begun again.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.state.lock().is_cancelled
     }
 
     /// Returns how many kernel pages can be [taken over](Self::take_over) now.
@@ -327,6 +344,7 @@ impl Task<Offliner> {
 
         state.wanted = wanted as u64;
         state.is_busy = true;
+        state.is_cancelled = false;
         drop(state);
         self.schedule();
     }
@@ -345,6 +363,7 @@ impl Task<Offliner> {
         let mut state = self.state.lock();
 
         state.wanted = 0;
+        state.is_cancelled = true;
         // Freed without the lock.
         let ready = mem::replace(&mut state.ready, PageList::new());
         let is_busy = state.is_busy;
@@ -356,18 +375,12 @@ impl Task<Offliner> {
         ready.len()
     }
 
-    /// The same, for a caller that has no other memory: it waits until the block that is being taken is
-    /// free again, or not taken.
-    pub(crate) fn cancel_and_wait(&self, timeout: Delta) -> usize {
-        let given = self.cancel();
-        if given > 0 || !self.is_busy() {
-            return given;
-        }
-
-        within(timeout, || {
-            (!self.is_busy()).then_some(MemoryBlock::pages() as usize)
-        })
-        .unwrap_or(0)
+    /// Waits until the task has ended after [`cancel`](Self::cancel): the block that it took is free again, or
+    /// was not taken. Returns whether that is so.
+    pub(crate) fn ends_within(&self, timeout: Delta) -> bool {
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        WAITS.add(1, Relaxed);
+        within(timeout, || (!self.is_busy()).then_some(())).is_some()
     }
 
     /// Takes up the work again after [`leave`](Self::leave). Blocks may be offline that could not be

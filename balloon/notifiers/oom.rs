@@ -11,6 +11,7 @@ use crate::{
     },
     device::timeouts,
     rust::{
+        mm::hotplug::memory_block::MemoryBlock,
         notifiers::oom::OomNotify,
         trace::Reason,
         work::task::Task, //
@@ -29,6 +30,17 @@ const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 /// The priority of the notifier, which is that of virtio_balloon.
 pub(crate) const PRIORITY: c_int = 80;
 
+impl Task<Balloon> {
+    /// Has the balloon pause if the guest got pages back, and returns how many (kernel pages).
+    fn note_given(&self, pages: usize) -> usize {
+        if pages > 0 {
+            self.given_for_oom.add(pages, Relaxed);
+            self.schedule();
+        }
+        pages
+    }
+}
+
 impl OomNotify for Task<Balloon> {
     const PRIORITY: c_int = PRIORITY;
 
@@ -40,9 +52,7 @@ impl OomNotify for Task<Balloon> {
             .as_ref()
             .map_or(0, |offliner| offliner.cancel());
         if given > 0 {
-            self.given_for_oom.add(given, Relaxed);
-            self.schedule();
-            return given;
+            return self.note_given(given);
         }
         // An allocation may be bound to a node: memory of another one would not help it.
         let there = self.pages.len_where_needed();
@@ -50,8 +60,16 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
         if there == 0 {
-            let offliner = self.offliner.as_ref();
-            return offliner.map_or(0, |offliner| offliner.cancel_and_wait(timeouts::OOM_BLOCK));
+            let Some(offliner) = self.offliner.as_ref().filter(|offliner| offliner.is_busy())
+            else {
+                return 0;
+            };
+            // The pause begins first: the balloon would take the block again as soon as it is free.
+            let block = self.note_given(MemoryBlock::pages() as usize);
+            return offliner
+                .ends_within(timeouts::OOM_BLOCK)
+                .then_some(block)
+                .unwrap_or(0);
         }
 
         let guard = self.migrations().block();
@@ -66,10 +84,7 @@ impl OomNotify for Task<Balloon> {
         );
         drop(guard);
 
-        if released > 0 {
-            self.given_for_oom.add(released, Relaxed);
-            self.schedule();
-        }
+        self.note_given(released);
         if !deflate::is_awaited_out_of_memory(&self.deflate) {
             return released;
         }
