@@ -279,7 +279,7 @@ fn between_modules(
 }
 
 /// Returns the files, or modules, of a cycle, in its order, if there is one.
-fn cycle<'a, T: AsRef<Path> + Ord>(imports: &'a BTreeMap<T, BTreeSet<T>>) -> Option<Vec<&'a Path>> {
+fn cycle<T: AsRef<Path> + Ord>(imports: &BTreeMap<T, BTreeSet<T>>) -> Option<Vec<&Path>> {
     fn follow<'a, T: AsRef<Path> + Ord>(
         file: &'a T,
         imports: &'a BTreeMap<T, BTreeSet<T>>,
