@@ -4,11 +4,12 @@
 //! on QEMU's device and on this repository's.
 
 use std::time::Duration;
-use std::{fmt, fs, iter};
+use std::{fmt, iter};
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
+use procfs::{Current, Meminfo};
 use vm::{Artifacts, Balloon, Config, Device, Driver, Kernel, Load, Size};
 
 use crate::cli::Guests;
@@ -85,12 +86,8 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
 
 /// A machine that swaps measures its disk.
 fn check_memory() -> Result<()> {
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.split_whitespace().next());
-    let available = Size::kib(kib.context("/proc/meminfo has no MemAvailable")?.parse()?);
+    let available = Meminfo::current()?.mem_available;
+    let available = Size::bytes(available.context("/proc/meminfo has no MemAvailable")?);
     let needed = MEMORY + OVERHEAD;
     ensure!(
         available >= needed,

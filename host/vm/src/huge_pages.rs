@@ -6,6 +6,7 @@ use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
+use procfs::{Current, Meminfo};
 
 use crate::size::Size;
 
@@ -33,7 +34,8 @@ impl HugePages {
     /// The host has no such huge pages, or not that many.
     pub fn reserve(size: Size) -> Result<Self> {
         let reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
-        let page = read("Hugepagesize")?;
+        let page = Meminfo::current()?.hugepagesize;
+        let page = Size::bytes(page.context("the host's kernel has no huge pages")?);
         ensure!(
             page == Size::mib(2),
             "the host's huge pages have {page}, not 2 MiB"
@@ -54,8 +56,9 @@ impl HugePages {
 
     /// How much of them is not in use.
     pub fn free(&self) -> Result<Size> {
-        let pages = read("HugePages_Free")?;
-        Ok(Size::mib(pages.as_bytes() * 2))
+        let pages = Meminfo::current()?.hugepages_free;
+        let pages = pages.context("the host's kernel has no huge pages")?;
+        Ok(Size::mib(pages * 2))
     }
 }
 
@@ -70,19 +73,4 @@ impl Drop for HugePages {
 pub fn has_transparent_huge_pages() -> bool {
     fs::read_to_string(TRANSPARENT)
         .is_ok_and(|text| text.contains("[always]") || text.contains("[madvise]"))
-}
-
-/// A value of /proc/meminfo. A value without a unit counts as bytes.
-fn read(name: &str) -> Result<Size> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let line = line.with_context(|| format!("the host's /proc/meminfo has no {name}"))?;
-    let mut words = line.split_whitespace();
-    let number = words.next().unwrap_or_default().parse()?;
-    Ok(match words.next() {
-        None => Size::bytes(number),
-        Some(_) => Size::kib(number),
-    })
 }

@@ -2,11 +2,11 @@
 
 //! The CPU time of the host and of the guest.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::unistd::{SysconfVar, sysconf};
+use procfs::process::Process;
+use procfs::ticks_per_second;
 
 use crate::daemon::Daemon;
 use crate::guest::Guest;
@@ -57,22 +57,7 @@ impl Daemon {
 
 /// The CPU time of a process.
 fn of_process(pid: u32) -> Result<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may have spaces in it; user and system time are the 12th
-    // and 13th field after it.
-    let (_, fields) = stat
-        .rsplit_once(')')
-        .context("a process's statistics have no name")?;
-    let ticks: u64 = fields
-        .split_whitespace()
-        .skip(11)
-        .take(2)
-        .map(|field| {
-            field
-                .parse::<u64>()
-                .context("a process's statistics are no numbers")
-        })
-        .sum::<Result<u64>>()?;
-    let rate = sysconf(SysconfVar::CLK_TCK)?.context("the clock's rate is not known")?;
-    Ok(Duration::from_millis(ticks * 1000 / u64::try_from(rate)?))
+    let stat = Process::new(pid.try_into()?)?.stat()?;
+    let milliseconds = (stat.utime + stat.stime) * 1000 / ticks_per_second();
+    Ok(Duration::from_millis(milliseconds))
 }

@@ -3,8 +3,9 @@
 //! Time limits that hold on a busy machine.
 
 use std::collections::HashMap;
-use std::fs;
 use std::time::{Duration, Instant};
+
+use procfs::process::Process;
 
 /// Measures for how long a process could run. The clock stops while one of its threads is runnable and waits for a
 /// processor. So a busy machine does not use up a time limit, but a process that hangs or sleeps does.
@@ -13,7 +14,7 @@ pub struct Stopwatch {
     process: u32,
     start: Instant,
     /// For how long each thread had waited for a processor at the start.
-    waits: HashMap<String, Duration>,
+    waits: HashMap<i32, Duration>,
 }
 
 impl Stopwatch {
@@ -52,18 +53,16 @@ impl Stopwatch {
 
 /// For how long each thread of a process has waited for a processor. There are none if the process has ended, or if the
 /// machine's kernel does not count that.
-fn waits(process: u32) -> HashMap<String, Duration> {
-    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else {
-        return HashMap::new();
-    };
+fn waits(process: u32) -> HashMap<i32, Duration> {
+    let process = i32::try_from(process).ok();
+    let threads = process.and_then(|process| Process::new(process).ok()?.tasks().ok());
     threads
-        .filter_map(Result::ok)
+        .into_iter()
+        .flatten()
         .filter_map(|thread| {
-            // The time on a processor, the time of waiting for one, and how often it had one.
-            let statistics = fs::read_to_string(thread.path().join("schedstat")).ok()?;
-            let wait = statistics.split_whitespace().nth(1)?.parse().ok()?;
-            let name = thread.file_name().into_string().ok()?;
-            Some((name, Duration::from_nanos(wait)))
+            let thread = thread.ok()?;
+            let wait = thread.schedstat().ok()?.run_delay;
+            Some((thread.tid, Duration::from_nanos(wait)))
         })
         .collect()
 }

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use benchmarks::{BENCHMARKS, Benchmark, Record};
+use procfs::{CpuInfo, Current, Meminfo};
 use vm::{Accel, Kernel, Size};
 
 use super::plots::{self, Plot};
@@ -96,15 +97,11 @@ fn shown(benchmark: &Benchmark, records: &[Record]) -> Vec<(&'static str, &'stat
 
 /// The environment of the results.
 fn machine(places: &Places, accel: Accel) -> Result<String> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
-    let mut models = cpuinfo
-        .lines()
-        .filter_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let processors = models.clone().count();
-    let (_, model) = models.next().context("the processors have no name")?;
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let kib = meminfo.split_whitespace().nth(1).context("no memory")?;
-    let memory = Size::kib(kib.parse()?).as_mib() as f64 / 1024.0;
+    let cpuinfo = CpuInfo::current()?;
+    let processors = cpuinfo.num_cores();
+    let model = cpuinfo.model_name(0);
+    let model = model.context("the processors have no name")?;
+    let memory = Size::bytes(Meminfo::current()?.mem_total).as_mib() as f64 / 1024.0;
     let host = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let qemu = Command::new("qemu-system-x86_64")
         .arg("--version")
