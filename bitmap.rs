@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Page sets on the wire: which pages a message is about, in as few bytes as possible.
+//! The encoder of page sets: describes the pages of a message in as few bytes as possible.
 //!
-//! Runs of pages are written as ranges, a word of 64 bits for each, and lone pages that lie close
-//! together as a bitmap. A message has one of the two encodings, the one that is shorter for its
-//! pages.
+//! Ranges write a word of 64 bits for each run of pages. A bitmap is shorter for isolated pages
+//! that lie close together. A message has one of the two encodings, the shorter one for its pages.
 //!
-//! The runs of a message are collected as ranges. This is shorter at first, and says nothing about
-//! the rest. While ranges and bitmap fit into the buffer side by side, the one can be made from the
-//! other in place, without other memory; as soon as the next run would end that, the shorter one is
-//! chosen. From then on the message goes on for as long as it stays the shorter one. So no message
-//! is longer than its pages are in the other encoding, and each one but the last has pages for at
-//! least half a buffer of ranges, less a word: this is what its header is shared by.
+//! The encoder collects the runs of a message as ranges, which are shorter at first. While ranges
+//! and bitmap both fit into the buffer, it can convert them in place, without other memory. When
+//! the next run would exceed that, it chooses the shorter encoding. Then it adds runs for as long
+//! as this encoding stays the shorter one. So no message is longer than with the other encoding.
+//! Each message but the last has pages for at least half a buffer of ranges, less a word, which
+//! share its header.
 //!
 //! Nothing here depends on the kernel: `host/wire` compiles this file, too, and tests it with its
 //! decoder.
@@ -34,10 +33,10 @@ use crate::rust::{
     }, //
 };
 
-/// How many pages a word of a bitmap stands for.
+/// The number of pages in a word of a bitmap.
 const PAGES_PER_WORD: u64 = 64;
 
-/// From this number of pages on, a range takes a second word.
+/// From this number of pages on, a range needs a second word.
 const LONG: u64 = 1 << COUNT_BITS;
 
 /// The length of the longest payload in words.
@@ -56,7 +55,7 @@ impl PfnRange {
         }
     }
 
-    /// Takes the first run off `ranges`.
+    /// Takes the first run from `ranges`.
     fn read(ranges: &mut impl Iterator<Item = u64>) -> Option<Self> {
         let word = ranges.next()?;
         let len = match word & (LONG - 1) {
@@ -101,7 +100,7 @@ impl PfnRange {
     }
 }
 
-/// Returns `words` as an index: one that is out of bounds, if it is too large for one.
+/// Returns `words` as an index, or an index out of bounds if it is too large.
 fn index(words: u64) -> usize {
     usize::try_from(words).unwrap_or(usize::MAX)
 }
@@ -116,7 +115,7 @@ pub(crate) enum Encoding {
 }
 
 impl Encoding {
-    /// Returns the number that stands for it in a message.
+    /// Returns its number in a message.
     fn number(self) -> u8 {
         match self {
             Self::Ranges => RANGES,
@@ -124,7 +123,7 @@ impl Encoding {
         }
     }
 
-    /// Returns the encoding that a number stands for.
+    /// Returns the encoding with a number.
     #[cfg_attr(test, allow(dead_code, reason = "the host does not need it"))]
     pub(crate) const fn from_number(number: u8) -> Option<Self> {
         match number {
@@ -135,7 +134,7 @@ impl Encoding {
     }
 }
 
-/// How long the pages of a message are in each encoding, in words.
+/// The length of a message's pages in each encoding, in words.
 #[derive(Clone, Copy)]
 struct Size {
     ranges: u64,
@@ -163,10 +162,10 @@ impl Size {
     }
 }
 
-/// What a message says about its pages.
+/// The header of a message.
 #[derive(Clone, Copy)]
 pub(crate) struct Subject {
-    /// What they are named for.
+    /// The command.
     pub(crate) command: u16,
     /// The binary logarithm of their size in bytes.
     pub(crate) page_shift: u8,
@@ -178,29 +177,29 @@ pub(crate) struct Subject {
 
 /// A message that is being written.
 ///
-/// The caller owns the buffers: it begins with one, goes on with the next when a run does not fit
-/// any more, and may stop at any time. Nothing fails in between.
+/// The caller owns the buffers: it begins with one, continues with the next when a run does not fit
+/// any more, and may stop at any time. No operation in between can fail.
 pub(crate) struct Encoder<'a> {
     payload: &'a mut [u64],
-    /// The encoding that the caller wants. None: the shorter one.
+    /// The encoding that the caller requests. None: the shorter one.
     forced: Option<Encoding>,
-    /// The encoding of what is in the payload: all runs but `last`. A bitmap has zeros after them.
+    /// The encoding of the payload: all runs but `last`. A bitmap has zeros after them.
     encoding: Encoding,
-    /// The length of the same as ranges, in words.
+    /// The length of the same runs as ranges, in words.
     ranges: u64,
     /// The first page.
     first: u64,
-    /// The last run, which may become longer. None: there is none at all.
+    /// The last run, which may become longer. None: there are no runs.
     last: Option<PfnRange>,
     /// How many pages there are, the last run's included.
     count: u64,
 }
 
 impl<'a> Encoder<'a> {
-    /// Begins a message. Its payload, all of it or the first part, becomes what has to follow the
-    /// header. Returns none if there is no room for any two words.
+    /// Begins a message, whose payload is written to the start of the buffer. Returns none if there
+    /// is no room for any two words.
     ///
-    /// All messages have the encoding `forced`, if there is one, which is for measuring.
+    /// All messages have the encoding `forced`, if there is one, for measurements.
     pub(crate) fn new(payload: &'a mut [u64], forced: Option<Encoding>) -> Option<Self> {
         let len = payload.len().min(MAX_WORDS);
         let payload = payload.get_mut(..len).filter(|_| len >= MIN_WORDS)?;
@@ -221,12 +220,11 @@ impl<'a> Encoder<'a> {
         })
     }
 
-    /// Adds `run`. Returns what has to go to the next message: nothing, or all of it; or the rest,
-    /// where a bitmap is forced and a single run is too long for it. An empty message takes at
-    /// least a page of any run.
+    /// Adds `run`. Returns the part for the next message: nothing, all of it, or the rest if a
+    /// bitmap is forced and a single run is too long for it. An empty message takes at least a page
+    /// of any run.
     ///
-    /// Runs should come in ascending order: one that does not lie after the others goes to the next
-    /// message.
+    /// Runs should ascend: one that does not lie after the others needs the next message.
     #[must_use]
     pub(crate) fn push(&mut self, run: PfnRange) -> Option<PfnRange> {
         let (part, rest) = match (self.forced, self.last) {
@@ -272,8 +270,7 @@ impl<'a> Encoder<'a> {
         Some((header, index(size.of(self.encoding))))
     }
 
-    /// Cuts `run` where the largest bitmap that begins with it ends. Returns what lies before and
-    /// after that.
+    /// Cuts `run` at the end of the largest bitmap that begins with it. Returns both parts.
     fn cut(&self, run: PfnRange) -> (Option<PfnRange>, Option<PfnRange>) {
         let end = run
             .first()
@@ -289,14 +286,14 @@ impl<'a> Encoder<'a> {
     /// Adds `run`, if it lies after the others and there is room. Returns whether it was added.
     fn add(&mut self, run: PfnRange) -> bool {
         let Some(last) = self.last else {
-            // A single run is never longer as a range, and there is room for any.
+            // A single run is never longer as a range, and there is room for any range.
             self.first = run.first();
             self.last = Some(run);
             self.count = run.len();
             return true;
         };
 
-        // Neighbours become one run, which may become longer still. Others end it.
+        // Adjacent runs become one run, which may become longer still. Other runs end it.
         let (ended, next) = match run.first().checked_sub(last.end()) {
             Some(0) => (
                 None,
@@ -321,8 +318,8 @@ impl<'a> Encoder<'a> {
         true
     }
 
-    /// Makes sure that pages of the size `next` have room, when those so far have the size `now`.
-    /// Returns whether they do.
+    /// Makes room for pages of the size `next`, when those so far have the size `now`. Returns
+    /// whether there is room.
     fn make_room(&mut self, now: Size, next: Size) -> bool {
         let wanted = self.wanted(next);
 
@@ -332,7 +329,7 @@ impl<'a> Encoder<'a> {
         if self.encoding == wanted || next.both() <= self.room() {
             return true;
         }
-        // The last chance, if it has not been missed.
+        // The last opportunity to convert, unless it was missed.
         let can = self.encoding == Encoding::Ranges && now.both() <= self.room();
 
         if can {
@@ -341,9 +338,9 @@ impl<'a> Encoder<'a> {
         can
     }
 
-    /// Makes a bitmap of the ranges in the payload. There must be room for both.
+    /// Converts the ranges in the payload into a bitmap. There must be room for both.
     fn convert(&mut self) {
-        // Out of the way first: to the end of the payload.
+        // Move them out of the way first, to the end of the payload.
         let len = self.payload.len();
         let ranges = index(self.ranges).min(len);
         let start = len - ranges;
@@ -388,7 +385,7 @@ impl<'a> Encoder<'a> {
         self.forced.unwrap_or(size.shorter())
     }
 
-    /// Returns how many words the payload has at most.
+    /// Returns the maximum number of words of the payload.
     fn room(&self) -> u64 {
         self.payload.len() as u64
     }

@@ -2,15 +2,15 @@
 
 //! Unused pages: the walk over the zones' free memory.
 //!
-//! A page that is found was on a free list of the page allocator at a moment when the zone's lock
-//! was held, and that is all that is known of it: the lock is given up again before anything is
-//! said about the page, and whoever gets the page in the meantime may write to it. So what is found
-//! is "unused, unless it was written since", and never "free".
+//! A page of the walk was on a free list of the page allocator while the zone's lock was held. The
+//! driver releases the lock before it reports the page, and another caller may allocate and write
+//! to the page meanwhile. So a page of the walk is "unused, unless it was written since", and never
+//! "free".
 //!
-//! The lock is held for a number of looks that does not depend on the guest's size, and the walk
-//! goes by addresses. Free lists change between two looks, so that one does not know where to go on
-//! in them; what lies at an address is found whatever has happened to the lists. It also comes in
-//! the order that makes answers short.
+//! The lock is held for a number of PFNs scanned that does not depend on the guest's size. The walk
+//! follows addresses. Free lists change between two holds of the lock, so a walk along a list could
+//! not continue there. A block at an address is found whatever has happened to the lists. Ascending
+//! addresses also make answers short.
 
 #![forbid(unsafe_code)]
 
@@ -32,19 +32,19 @@ use kernel::prelude::*;
 
 /// A walk over the unused memory of all zones, in some range.
 pub(crate) struct Walk {
-    /// What is asked for, in page frame numbers of kernel pages.
+    /// The range of the walk, in page frame numbers of kernel pages.
     range: Range<u64>,
-    /// The order of the smallest blocks that are worth being found.
+    /// The order of the smallest blocks to find.
     min_order: u32,
-    /// The zone that the walk has come to, and where in it.
+    /// The current zone, and the position in it.
     zone: usize,
     next: u64,
-    /// What was found under one hold of a lock. Never grows beyond its capacity.
+    /// The blocks that were found under one hold of a lock. Never grows beyond its capacity.
     found: KVec<PfnRange>,
-    /// How many blocks of that have been named, and how many pages of the next one.
+    /// How many of these blocks were reported, and how many pages of the next one.
     named: usize,
     pages: u64,
-    /// The zone that it was found in.
+    /// The zone of these blocks.
     found_in: usize,
 }
 
@@ -68,20 +68,20 @@ impl Walk {
         })
     }
 
-    /// Looks for more under one hold of a zone's lock. Returns what that has cost, or none if there
-    /// is no more memory to be looked at.
+    /// Scans for more under one hold of a zone's lock. Returns the cost, or none at the end of the
+    /// walk.
     fn look(&mut self) -> Option<Hold> {
         // No block is larger than the largest.
         let zone = Zone::nth(self.zone).filter(|_| self.min_order <= MAX_ORDER)?;
         if self.zone == 0 && self.next == 0 {
-            // Pages on the processors' own lists are unused, too, and keep others from being
-            // blocks.
+            // Pages on per-CPU page lists are unused, too, and prevent other pages from merging
+            // into blocks.
             drain::drain_free_lists();
         }
         let span = zone.span();
         let end = span.end.min(self.range.end);
 
-        // A block may begin before the range, and reach into it.
+        // A block may begin before the range, and extend into it.
         let first = (span.start.max(self.range.start) >> MAX_ORDER) << MAX_ORDER;
         self.next = self.next.max(first);
         self.found.clear();
@@ -96,8 +96,8 @@ impl Walk {
         Some(hold)
     }
 
-    /// Forgets what was found and not named, and goes on in a zone, at the first place from the
-    /// page `pfn` on where a block may begin.
+    /// Discards unreported blocks, and continues in a zone, at the first possible start of a block
+    /// from the page `pfn` on.
     pub(crate) fn go_on_at(&mut self, zone: usize, pfn: u64) {
         self.found.clear();
         self.named = 0;
@@ -106,7 +106,7 @@ impl Walk {
         self.next = pfn.div_ceil(1 << self.min_order) << self.min_order;
     }
 
-    /// Returns the next run of what was found.
+    /// Returns the next run of the found blocks.
     fn first(&mut self) -> Option<PfnRange> {
         while let Some(block) = self.found.get(self.named) {
             let first = (block.first() + self.pages).max(self.range.start);
@@ -124,18 +124,18 @@ impl Walk {
     }
 }
 
-/// What a walk finds with a number of looks, so that it can be called off in between however little
-/// it finds.
+/// A walk with a limited number of holds, so that it can be cancelled in between even if it finds
+/// little.
 pub(crate) struct Unused<'a, F> {
     walk: &'a mut Walk,
     held: F,
-    /// How many more times a lock is taken.
+    /// How many more times it takes a lock.
     holds: usize,
     over: bool,
 }
 
 impl<'a, F: FnMut(Hold)> Unused<'a, F> {
-    /// Goes on with `walk` for up to `holds` holds of a lock. `held` is told of each.
+    /// Continues `walk` for up to `holds` holds of a lock. Calls `held` for each.
     pub(crate) fn new(walk: &'a mut Walk, holds: usize, held: F) -> Self {
         Self {
             walk,
@@ -145,8 +145,8 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
         }
     }
 
-    /// Takes the next run, with those after it that lie side by side in the same zone, up to `max`
-    /// pages. Returns the zone with it.
+    /// Takes the next run, merged with adjacent runs of the same zone, up to `max` pages. Returns
+    /// the zone with it.
     pub(crate) fn side_by_side(&mut self, max: u64) -> Option<(usize, PfnRange)> {
         let first = self.first()?.first();
         let zone = self.walk.found_in;
@@ -165,7 +165,7 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
         Some((zone, PfnRange::new(first, len)?))
     }
 
-    /// Returns whether there is no more to be found, and nothing left to be named.
+    /// Returns whether the walk has ended, and all blocks were reported.
     pub(crate) fn is_over(&self) -> bool {
         self.over
     }

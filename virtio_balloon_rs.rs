@@ -2,14 +2,14 @@
 
 //! Virtio memory balloon driver.
 //!
-//! The host asks for memory by setting a target in the device's configuration space. The driver
-//! takes that much from the page allocator, tells the host which pages it got, and leaves them
-//! alone; when the target falls, the pages go back to the page allocator.
+//! The host requests memory by a target in the device's configuration space. The driver allocates
+//! that much memory, reports the pages to the host, and does not use them. When the target
+//! decreases, the driver frees the pages.
 //!
-//! The way of a page: [`balloon`] follows the target and gets pages from [`sources`]; [`messages`]
+//! The path of a page: [`balloon`] follows the target and gets pages from [`sources`]; [`messages`]
 //! describe them to the device, with the encoder of [`bitmap`]; [`rust::virtio`] has the queues.
-//! [`features`] are the other things that a device may want, and [`device`] is what all features
-//! share: their life cycle, negotiation, settings. [`rust`] is the layer over the kernel's C.
+//! [`features`] has the other features of a device, and [`device`] their shared parts: life cycle,
+//! negotiation, settings. [`rust`] is the layer over the kernel's C.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
 //!
@@ -64,7 +64,7 @@ struct BalloonFeatures;
 
 impl Features for BalloonFeatures {
     const ID_TABLE: IdTable = &ID_TABLE;
-    // A feature that is missing here is an unused function, which `make clippy` refuses.
+    // If a feature is missing here, its function is unused, and `make clippy` fails.
     const PROBES: &'static [Probe] = &[
         Poison::probe,
         Hints::probe,
@@ -97,19 +97,19 @@ module_virtio_driver! {
     params: {
         inflate: bool {
             default: true,
-            description: "Whether the host's wishes for memory are followed; statistics, hints and reports go on if not",
+            description: "Follow the host's target; N keeps the balloon empty, while statistics, hints and reports continue",
         },
         encoding: u8 {
             default: 0,
-            description: "How pages are named, for measuring: 0 as short as possible, 1 ranges, 2 bitmaps, 3 page frame numbers",
+            description: "Encoding of messages, for measurements: 0 shortest, 1 ranges, 2 bitmaps, 3 page frame numbers",
         },
         memory_blocks: bool {
             default: true,
-            description: "Whether free memory blocks are taken offline and online, for the balloon and for the host, where the kernel zeroes what it allocates",
+            description: "If the kernel zeroes memory on allocation, take free memory blocks offline and online instead",
         },
         floor_mib: i32 {
             default: -1,
-            description: "Available memory in MiB below which the balloon does not grow, nor are hints given (0: no limit, -1: by the guest's memory)",
+            description: "Reserve: available memory in MiB that is left to the guest (0: no limit, -1: depends on the guest's memory)",
         },
     },
 }

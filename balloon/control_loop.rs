@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The control loop: compares the balloon's size with the target, and does what is missing.
+//! The control loop: compares the balloon's size with the target, and inflates or deflates.
 //!
-//! It never waits for the device. Each run of the task takes the used buffers, offers as many
-//! messages as the queues have room for, and ends; the device's next interrupt, a new target or the
-//! end of a pause starts the next run. So a device that does not respond hangs nothing.
+//! It never waits for the device. Each run of the task takes the used buffers, makes as many
+//! messages available as the queues have room for, and returns. The device's next interrupt, a new
+//! target or the end of a pause starts the next run. So an unresponsive device cannot hang
+//! anything.
 
 #![forbid(unsafe_code)]
 
@@ -48,18 +49,18 @@ use kernel::{
     }, //
 };
 
-/// What has happened since the last run.
+/// The events since the previous run.
 struct Events {
     /// The target, in balloon pages, if it was read.
     target: Option<u32>,
-    /// Whether the device has just used a buffer: the size may be final only in a run that comes soon
-    /// after that.
+    /// Whether the device has just used a buffer: only a run soon after that may report the final
+    /// size.
     is_alive: bool,
 }
 
 impl Balloon {
-    /// Does what can be done now. Returns in how many milliseconds to run again, if nothing happens
-    /// before.
+    /// Does the work that is possible now. Returns after how many milliseconds to run again without
+    /// an event.
     ///
     /// # Errors
     ///
@@ -82,20 +83,20 @@ impl Balloon {
         self.settle(worker, step);
 
         self.announce(self.stop_reason(worker, step));
-        // The size is reported when the device has acknowledged what this run has sent.
+        // The size is reported when the device has acknowledged the messages of this run.
         let is_quiet = !self.is_changing(worker) && !self.deflate.lock().is_pending();
         if is_quiet && (events.is_alive || events.target.is_some()) {
             self.report(worker, step)?;
         }
 
-        // Free first, notify later: a host that is busy reading keeps the guest's CPUs waiting. (QEMU
-        // handles a queue, like every access to a device, under one lock.)
+        // Free first, notify later: while QEMU reads a queue it holds the lock for all accesses to
+        // devices, and the guest's CPUs wait for that lock.
         if again != Some(0) {
             deflate::send_backlog(&self.deflate);
             migration_reports::send(self.migrations(), &mut worker.inflate, &self.deflate);
         }
 
-        // Buffers that were used in the meantime are taken in the next run.
+        // The next run takes buffers that were used in the meantime.
         if !worker.inflate.queue.sleep() | !self.deflate.lock().queue.sleep() {
             self.queue_used();
             again = Some(0);
@@ -119,7 +120,7 @@ impl Balloon {
             self.deflate.lock().queue.answered(),
         ];
         let has_answered = mem::replace(&mut worker.answered, answered) != answered;
-        // One look at the clock: the processor may be taken away for longer than a response counts.
+        // Read the clock once: the task may lose the processor for longer than a response counts.
         let now = self.start.elapsed().as_millis();
         let just_used = self.just_used.xchg(false, Relaxed);
         let is_alive = worker.liveness.note(now, has_answered, just_used);
@@ -152,13 +153,13 @@ impl Balloon {
         if worker.backoff.fail(Cause::OutOfMemory, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
-                "gave {} MiB back to keep the guest from running out of memory; not growing for a while\n",
+                "out of memory: deflated by {} MiB, not growing for 10 seconds or longer\n",
                 mib(given)
             );
         }
     }
 
-    /// Goes one step. Returns in how many milliseconds to run again for the rest.
+    /// Makes one step. Returns after how many milliseconds to run again for the rest.
     fn act(&self, worker: &mut Worker, target: usize, step: Step) -> Option<Msecs> {
         if step != Step::Rest {
             self.migrations().allow(false);
@@ -183,7 +184,7 @@ impl Balloon {
 
     /// Allows page migration and suspend if the balloon does not change its size.
     fn settle(&self, worker: &mut Worker, step: Step) {
-        // Also while the balloon cannot grow: that may take forever.
+        // Also while the balloon cannot grow, which may last forever.
         let resting = step == Step::Rest || worker.backoff.is_failing();
         let is_unresponsive = worker.progress.elapsed() > timeouts::UNRESPONSIVE;
 
@@ -205,8 +206,9 @@ impl Balloon {
         }
     }
 
-    /// Returns whether the task waits for something that may happen without an interrupt: interrupts
-    /// come when most of what is in flight has been used, and the OOM notifier takes used buffers.
+    /// Returns whether the task waits for an event that may come without an interrupt. The device
+    /// interrupts when it has used most of the buffers in flight, and the OOM notifier takes used
+    /// buffers, too.
     fn is_waiting(&self, worker: &Worker, step: Step) -> bool {
         step != Step::Rest
             || worker.inflate.in_flight() > 0
@@ -225,7 +227,8 @@ impl Job for Balloon {
             Ok(None) => (),
             Err(error) => {
                 task.wakeup.lower(Signal::Target);
-                // The device would not learn of any, and until it has no page leaves the balloon.
+                // The driver could not report migrations, and no page may leave the balloon before
+                // it has.
                 task.migrations().allow(false);
                 if let Some(offliner) = &task.offliner {
                     offliner.cancel();

@@ -52,7 +52,7 @@ use kernel::{
     sync::Arc, //
 };
 
-/// The balloon of a bound device, with what calls it: all that is dropped before its task.
+/// The balloon of a bound device, with its registrations, which are dropped before its task.
 pub(crate) struct BalloonFeature {
     _shown: Pin<KBox<debugfs::File<Arc<Task<Balloon>>>>>,
     _oom: Option<Pin<KBox<OomNotifier<Task<Balloon>>>>>,
@@ -80,11 +80,11 @@ fn take_queues(
 }
 
 impl BalloonFeature {
-    /// Sets the feature up, which every device has.
+    /// Sets up the feature, which every device has.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    /// `ENOMEM`, or the error of [`virtio::Device::config`].
     pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
         let (inflate, deflate) = take_queues(setup.dev, &mut setup.queues, &setup.settings)?;
         let slot = new_slot!(c"virtio_balloon_rs", setup.tasks)?;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Compaction moves pages of the balloon out of its way: another page takes the place of each.
+//! Page migration: compaction replaces pages of the balloon by other pages.
 //!
-//! Compaction is not kept waiting for the device. A move is noted, and the balloon's task tells the
-//! device of many at once: first of the pages that are in the balloon now, and when it has
-//! answered, of those that are not any more. In between the balloon has pages that the device does
-//! not know of, and that may not leave it: the device would learn of such a page's departure first,
-//! and then take it from whoever uses it.
+//! Compaction does not wait for the device. The driver records a migration, and the balloon's task
+//! reports many at once: first the new pages and, when the device has used that message, the old
+//! ones. Until then the device does not know the new pages, so they must not leave the balloon.
+//! Otherwise the device would see the deflate of such a page before its inflate, and discard the
+//! data of the page's next user.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
 
@@ -45,11 +45,11 @@ use kernel::{
     }, //
 };
 
-/// A page that has taken the place of another one. The numbers are those of kernel pages.
+/// A page that has replaced another one. The numbers are those of kernel pages.
 pub(crate) struct Migration {
     pub(super) new: u64,
     pub(super) old: u64,
-    /// Keeps the old page from being used before the device has been told, where it insists on
+    /// Keeps the old page from being reused before the device has been notified, if it requires
     /// that.
     _kept: Option<PageRef>,
 }
@@ -66,16 +66,17 @@ pub(crate) struct PendingMigrations {
 
 struct Inner {
     terms: Negotiated,
-    /// Whether the balloon's task lets pages be moved.
+    /// Whether the balloon's task allows page migration.
     allowed: bool,
     /// How many [`MigrationGuard`] there are.
     guards: usize,
-    /// Moves that the device has not been told of. Never grows beyond its capacity.
+    /// Migrations that were not reported to the device. Never grows beyond its capacity.
     waiting: KVec<Migration>,
-    /// The new pages of `waiting`, and those of a message that the device has not used. As many at most, in ascending order.
+    /// The new pages of `waiting`, or those of a message that the device has not used, in ascending
+    /// order.
     waiting_new: KVec<u64>,
     telling: KVec<u64>,
-    /// Moves of which the device knows the new pages, if any. `None` while they are part of a
+    /// Migrations whose new pages the device knows, if any. `None` while they are part of a
     /// message.
     told: Option<KVec<Migration>>,
 }
@@ -93,12 +94,11 @@ impl Inner {
     }
 }
 
-/// As long as it exists, no page is moved.
+/// As long as it exists, no page is migrated.
 pub(crate) struct MigrationGuard<'a>(&'a PendingMigrations);
 
 impl MigrationGuard<'_> {
-    /// Takes those pages off `pages` of which the device may not know yet that they are in the
-    /// balloon, and puts them on `unknown`.
+    /// Moves the pages that the device may not know yet from `pages` to `unknown`.
     pub(crate) fn split_off_unacknowledged(&self, pages: &mut PageList, unknown: &mut PageList) {
         let inner = self.0.inner.lock();
 
@@ -115,8 +115,8 @@ impl Drop for MigrationGuard<'_> {
 }
 
 impl PendingMigrations {
-    /// Returns an initialiser for a balloon whose task `waker` schedules. No page is moved before
-    /// that [allows](Self::allow) it.
+    /// Returns an initialiser for a balloon whose task `waker` schedules. Page migration is refused
+    /// until the task [allows](Self::allow) it.
     ///
     /// # Errors
     ///
@@ -145,20 +145,20 @@ impl PendingMigrations {
         }))
     }
 
-    /// Forgets what a device that was reset has not been told, and lets no page be moved before the
-    /// [`reset`](Self::reset) for the next one.
+    /// Discards the migrations that a reset device has not seen, and refuses page migration until
+    /// [`reset`](Self::reset).
     pub(crate) fn detach_unused(&self) {
         let mut inner = self.inner.lock();
 
         inner.telling.clear();
         inner.waiting_new.clear();
-        // Dropped when the lock has been released. Without capacity there is no room for a migration.
+        // Dropped after the lock was released. Without capacity there is no room for a migration.
         let _waiting = mem::take(&mut inner.waiting);
         let _told = inner.told.replace(KVec::new());
         drop(inner);
     }
 
-    /// Begins anew with a device that was reset.
+    /// Starts again with a device that was reset.
     ///
     /// # Errors
     ///
@@ -171,20 +171,20 @@ impl PendingMigrations {
         inner.terms = terms;
         inner.telling.clear();
         inner.waiting_new.clear();
-        // What was there is freed without the lock.
+        // The old content is freed without the lock.
         mem::swap(&mut inner.waiting, &mut waiting);
         mem::swap(&mut inner.told, &mut told);
         drop(inner);
         Ok(())
     }
 
-    /// Allows or forbids migrations. They are forbidden while the balloon changes its size, so that it
-    /// gets there: compaction comes back.
+    /// Allows or refuses migrations. The task refuses them while the balloon changes its size, so
+    /// that it reaches the target: compaction retries.
     pub(crate) fn allow(&self, allowed: bool) {
         self.inner.lock().allowed = allowed;
     }
 
-    /// Keeps all pages where they are, for as long as the result exists.
+    /// Refuses page migration for as long as the result exists.
     pub(crate) fn block(&self) -> MigrationGuard<'_> {
         self.inner.lock().guards += 1;
         MigrationGuard(self)
@@ -195,8 +195,8 @@ impl PendingMigrations {
         self.inner.lock().is_settled()
     }
 
-    /// Reports the new pages of the migrations that wait, by `send`, unless the device has not
-    /// acknowledged all of the last ones. `send` returns the migrations if it could not.
+    /// Reports the new pages of the waiting migrations by `send`, if the device has acknowledged
+    /// all of the previous ones. `send` returns the migrations if it fails.
     pub(super) fn report_new(
         &self,
         send: impl FnOnce(KVec<Migration>) -> core::result::Result<(), KVec<Migration>>,
@@ -222,8 +222,8 @@ impl PendingMigrations {
         true
     }
 
-    /// Reports the old pages of the migrations whose new pages the device knows, by `send`. Returns
-    /// whether that was done.
+    /// Reports by `send` the old pages of the migrations whose new pages the device knows. Returns
+    /// whether it did.
     pub(super) fn report_old(
         &self,
         send: impl FnOnce(KVec<Migration>) -> core::result::Result<(), KVec<Migration>>,
@@ -261,17 +261,18 @@ impl MigratePage for PendingMigrations {
     const END_TIMEOUT: Delta = timeouts::MIGRATION_AT_END;
 
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result {
-        // The kernel checks whether an isolated pageblock is free as soon as its last page has moved.
+        // The kernel checks whether an isolated pageblock is free as soon as its last page was
+        // migrated.
         let is_last = old.is_last_of_isolated();
         let mut inner = self.inner.lock();
 
-        // A page that the protocol cannot name is no use in the balloon.
+        // A page that has no number in the protocol cannot be in the balloon.
         if !inner.terms.can_describe(new) {
             return Err(EOVERFLOW);
         }
 
-        // The device must know of the old page's arrival before the page leaves, and of the new
-        // page's departure, if it has been in the balloon before, before that comes again.
+        // The device must see the inflate of the old page before its deflate. If the new page was
+        // in the balloon before, the device must see its deflate before its next inflate.
         let is_awaited = is_last && inner.terms.notify_first();
         if !inner.allowed
             || is_awaited && !may_sleep
@@ -292,7 +293,7 @@ impl MigratePage for PendingMigrations {
         if result.is_ok() {
             let place = inner.waiting_new.partition_point(|&pfn| pfn < new);
 
-            // There is room for as many as can be waiting.
+            // There is room for the maximum number of waiting migrations.
             let _ = inner.waiting_new.insert_within_capacity(place, new);
         }
         drop(inner);
@@ -303,7 +304,8 @@ impl MigratePage for PendingMigrations {
         if result.is_ok() && is_awaited {
             self.timeout.poll(|| self.is_settled().then_some(()));
         } else if result.is_err() && may_sleep {
-            // Compaction gives up after some tries, which take less time than the device's answer.
+            // Compaction gives up after some attempts, which take less time than the device's
+            // answer.
             fsleep(timeouts::MIGRATION_RETRY);
         }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The end of a balloon, before its device is reset or when the system shuts down.
+//! The teardown of a balloon, before its device is reset or when the system shuts down.
 
 #![forbid(unsafe_code)]
 
@@ -31,7 +31,7 @@ use kernel::{
 /// progress. For when the device is about to be reset.
 ///
 /// Waits at most [`timeouts::UNRESPONSIVE`] for progress, and until [`timeouts::TEARDOWN`] after
-/// `begin` in all. What remains in the balloon after that is freed when it is dropped.
+/// `begin` in all. The remaining pages are freed when the balloon is dropped.
 ///
 /// # Errors
 ///
@@ -47,7 +47,7 @@ pub(super) fn teardown(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Resul
 
     let mut result = deflate_all(task, begin);
 
-    // A report of free pages was not answered either.
+    // The device did not use a report of free pages either.
     if task.worker.lock().inflate.queue.is_reset() {
         result = Err(ETIMEDOUT);
     }
@@ -61,7 +61,7 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     let mut worker = task.worker.lock();
     worker.progress = Instant::now();
 
-    // What can be done at once is not waited for.
+    // Work that is possible at once comes before the wait.
     let advance = || loop {
         match task.advance(&mut worker) {
             Err(_) => return Some(Ok(())),
@@ -79,14 +79,14 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     if result.is_err() {
         dev_warn!(
             task.dev,
-            "the device does not answer in time: leaving without it, with {} MiB in the balloon\n",
+            "the device does not respond in time: resetting it with {} MiB in the balloon\n",
             mib(task.pages.len())
         );
     }
     result
 }
 
-/// Returns whether the balloon is empty, and the device knows of that.
+/// Returns whether the balloon is empty, and the device knows that.
 fn is_over(task: &Task<Balloon>, worker: &Worker) -> bool {
     task.pages.len() == 0 && worker.inflate.in_flight() == 0 && !task.deflate.lock().is_pending()
 }
@@ -99,13 +99,13 @@ pub(super) fn shut_down(task: &Task<Balloon>) {
     }
 }
 
-/// Frees the pages that a device that did not respond has kept from that. It was reset, so that
-/// there is no balloon any more.
+/// Frees the pages that an unresponsive device has withheld. It was reset, so there is no balloon
+/// any more.
 pub(super) fn reclaim(balloon: &Balloon) {
     while !balloon.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
 
     balloon.worker.lock().inflate.detach_unused();
     balloon.migrations().detach_unused();
-    // Dropped when the lock has been released: that may sleep.
+    // Dropped after the lock was released, since that may sleep.
     let _before = balloon.deflate.lock().detach_unused();
 }

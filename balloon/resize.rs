@@ -49,28 +49,28 @@ use kernel::{
     }, //
 };
 
-/// How many pages one run moves at most, so that a new target is seen soon: 1 GiB.
+/// The most pages that one run inflates or deflates, so that a new target is read soon: 1 GiB.
 pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 
-/// How many pages one run allocates at most where the kernel writes to them: 64 MiB.
+/// The most pages that one run allocates if the kernel zeroes them: 64 MiB.
 const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How many pages on the per-CPU page lists are worth draining these: 4 MiB.
+/// How many pages on the per-CPU page lists make a drain worthwhile: 4 MiB.
 const WORTH_DRAINING: usize = 1 << (22 - PAGE_SHIFT);
 
-/// A balloon that could not grow tries again before its pause is over, when the guest can spare so
-/// many kernel pages more: 16 MiB.
+/// A balloon that could not grow tries again before its pause ends when so many more kernel pages
+/// are available above the reserve: 16 MiB.
 const WORTHWHILE: usize = 1 << (24 - PAGE_SHIFT);
 
-/// Returns whether the balloon may grow before its pause is over: `ready` pages are in memory blocks that
-/// were allocated, and the guest can spare `more` pages than when the balloon could not grow.
+/// Returns whether the balloon may grow before its pause ends: `ready` pages are in memory blocks
+/// that were taken, and `more` pages than before are available above the reserve.
 pub(crate) fn ends_pause(stopped: Option<StopReason>, ready: usize, more: usize) -> bool {
     stopped != Some(StopReason::AfterOom) && (ready > 0 || more >= WORTHWHILE)
 }
 
 impl Balloon {
-    /// Grows the balloon by up to `wanted` pages. Returns how long to wait before it is worth
-    /// another try, unless something happens before.
+    /// Inflates by up to `wanted` pages. Returns how long to wait before the next attempt without
+    /// an event.
     pub(super) fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
         let now = self.start.elapsed().as_millis();
         let ready = self
@@ -113,8 +113,8 @@ impl Balloon {
         }
     }
 
-    /// Returns how much longer the balloon does not grow, after it could not. `ready` pages are in
-    /// memory blocks that were allocated.
+    /// Returns the rest of the pause of a balloon that could not grow. `ready` pages are in memory
+    /// blocks that were taken.
     fn pause(&self, worker: &Worker, ready: usize, now: i64) -> Option<Msecs> {
         let pause = worker.backoff.remaining(now)?;
 
@@ -129,8 +129,8 @@ impl Balloon {
         })
     }
 
-    /// Returns whether pages may be inflated. A page that was deflated and not reported yet may be
-    /// among those that are allocated: the device would see the deflate after the next inflate.
+    /// Returns whether pages may be inflated. A deflated and unreported page may be among the
+    /// allocated ones: the device would see the deflate after the next inflate.
     fn may_send(&self) -> bool {
         self.migrations().is_settled() && !self.deflate.lock().is_pending()
     }
@@ -148,8 +148,8 @@ impl Balloon {
         }
     }
 
-    /// Grows the balloon by the `ready` pages of memory blocks, or has more of these allocated.
-    /// Continues if the page allocator is next.
+    /// Inflates with the `ready` pages of memory blocks, or requests more of these. Continues if
+    /// the page allocator is next.
     fn grow_by_blocks(
         &self,
         worker: &mut Worker,
@@ -185,12 +185,12 @@ impl Balloon {
         ControlFlow::Continue(())
     }
 
-    /// Grows the balloon by up to `left` pages from the page allocator, from each node in proportion
-    /// to what it has. The queue may be full before each one has given its share: the node that has
-    /// given least is the first one.
+    /// Inflates by up to `left` pages from the page allocator, from each node in proportion to its
+    /// available memory. The queue may be full before each node has given its share, so the node
+    /// that has given least comes first.
     fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
-        // The driver of a virtio-mem device unplugs parts of a memory block. It notifies no other driver of
-        // that, and the kernel moves order-0 pages only.
+        // The driver of a virtio-mem device unplugs parts of a memory block. It notifies no other
+        // driver, and the kernel migrates order-0 pages only.
         let keeps_blocks = !has_virtio_mem(&self.dev);
         let floor = self.settings.floor_pages();
         let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
@@ -224,8 +224,8 @@ impl Balloon {
         stop
     }
 
-    /// Notes why the balloon cannot grow to `target`, and logs it the first time. Returns how long to
-    /// wait before it is worth another try.
+    /// Records why the balloon cannot grow to `target`, and logs it the first time. Returns how
+    /// long to wait before the next attempt.
     fn give_up(
         &self,
         worker: &mut Worker,
@@ -239,7 +239,7 @@ impl Balloon {
         if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
-                "{} of {} MiB in the balloon: {}; trying again from time to time\n",
+                "{} of {} MiB in the balloon: {}; retrying with pauses of up to 30 seconds\n",
                 mib(self.pages.len() + worker.inflate.in_flight()),
                 mib(target),
                 reason.words()
@@ -252,11 +252,11 @@ impl Balloon {
             .map(|pause| pause.min(timeouts::MISSED_INTERRUPT))
     }
 
-    /// Shrinks the balloon by up to `wanted` pages. Returns how long to wait before there is more
-    /// to do, unless something happens before.
+    /// Deflates by up to `wanted` pages. Returns how long to wait before the next step without an
+    /// event.
     pub(super) fn shrink(&self, worker: &mut Worker, wanted: usize) -> Option<Msecs> {
         let limit = wanted.min(PAGES_PER_RUN);
-        // Comes again when the device has answered.
+        // Continues when the device has used a message.
         if !self.migrations().is_settled() {
             return None;
         }
@@ -280,8 +280,7 @@ impl Balloon {
         } else if self.deflate.lock().is_pending() {
             None
         } else {
-            // Nothing stands in the way but compaction, which has pages of the balloon in its
-            // hands.
+            // Only compaction, which has isolated pages of the balloon, prevents it.
             Some(timeouts::ISOLATION)
         }
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The state of a balloon, and what can be read off it.
+//! The state of a balloon, and its queries.
 //!
 //! Lock order: [`Balloon::worker`] or [`Balloon::oom_batch`], then [`Balloon::deflate`], then
-//! [`PendingMigrations`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory is allocated
-//! under the first one only. Of the callers that free memory for others, only the notifier of memory
-//! that goes offline takes it.
+//! [`PendingMigrations`]'s lock and the balloon core's `balloon_pages_lock`, one at a time. Memory
+//! is allocated under the first one only. Of the kernel's notifiers that free memory, only the one
+//! for memory offlining takes it.
 
 #![forbid(unsafe_code)]
 
@@ -108,72 +108,71 @@ pub(crate) struct Balloon {
 
     pub(super) pages: BalloonPages<PendingMigrations>,
 
-    /// What takes memory blocks, where that is better than to allocate memory.
+    /// Takes memory blocks, if the kernel zeroes the memory that it allocates.
     pub(super) offliner: Option<Arc<Task<Offliner>>>,
 
-    /// What only the task uses.
+    /// The state that only the task uses.
     #[pin]
     pub(super) worker: Mutex<Worker>,
 
     #[pin]
     pub(super) deflate: SpinLock<Deflate>,
 
-    /// Where pages are put in order when the guest has run out of memory.
+    /// Sorts pages when the guest has run out of memory.
     #[pin]
     pub(super) oom_batch: Mutex<Batch>,
 
-    /// For how long OOM notifiers wait for the device, where it must be notified first.
+    /// How long OOM notifiers wait for a device that must be notified first.
     pub(super) oom_timeout: StallTimeout,
 
     /// Set when the device has just used buffers, by its interrupt or by the task that finds them.
     pub(super) just_used: Atomic<bool>,
 
-    /// Set when the device has changed its configuration space, and the target was not read since.
+    /// Set when the device has changed its configuration space since the target was last read.
     pub(super) target_changed: Atomic<bool>,
 
     /// The same for the settings.
     pub(super) settings_changed: Atomic<bool>,
 
-    /// The pages that were given back to keep the guest from running out of memory, and that the
-    /// task does not know of yet.
+    /// The pages that the OOM notifier has deflated, and that the task does not know yet.
     pub(super) given_for_oom: Atomic<usize>,
 
-    /// Set when all is to be given back, whatever the target.
+    /// Set to deflate everything, whatever the target.
     pub(super) giving_back: Atomic<bool>,
 
-    /// What times are counted from.
+    /// The start of the clock.
     pub(super) start: Instant<Monotonic>,
 }
 
-/// What only the task uses.
+/// The state that only the task uses.
 pub(super) struct Worker {
     pub(super) config: virtio::Config,
     pub(super) inflate: Inflate,
-    /// Where pages are put in order.
+    /// Sorts pages.
     pub(super) batch: Batch,
     pub(super) backoff: Backoff,
-    /// Whether memory blocks were taken as far as they can be, for this target.
+    /// Whether there are no more memory blocks to take for this target.
     pub(super) blocks_taken: bool,
-    /// What keeps the balloon from growing, when it has to.
+    /// The reason why the balloon cannot grow, if it has to.
     pub(super) stopped: Option<StopReason>,
-    /// What the guest could spare when the balloon did not grow, in kernel pages.
+    /// The available memory above the reserve when the balloon could not grow, in kernel pages.
     pub(super) spare: usize,
     pub(super) reporter: StopReasonReporter,
     /// The target that was read last, in balloon pages.
     pub(super) wanted: u32,
     /// The size that was reported last, in balloon pages.
     pub(super) actual: Option<u32>,
-    /// How many messages the device has answered, of each queue.
+    /// How many messages the device has used, for each queue.
     pub(super) answered: [usize; 2],
     /// Whether the device has just responded.
     pub(super) liveness: Liveness,
     /// When the configuration space was read or written last.
     pub(super) accessed: Instant<Monotonic>,
-    /// When the device has answered, or pages have left the balloon, the last time.
+    /// When the device last used a message, or pages last left the balloon.
     pub(super) progress: Instant<Monotonic>,
-    /// Since when the device has not known of all pages that were moved.
+    /// Since when there are migrations that the device does not know.
     pub(super) moving: Option<Instant<Monotonic>>,
-    /// What has ended all work, and was logged.
+    /// The error that has ended all work, and was logged.
     pub(super) error: Option<Error>,
     pub(super) log_limit: LogLimit,
 }
@@ -219,7 +218,7 @@ impl Balloon {
         wakeup: Arc<WakeupSource>,
     ) -> Result<impl PinInit<Self, Error>> {
         let (worker, deflate) = set_up(dev, inflate, deflate)?;
-        // Memory that can come back by itself is still the guest's.
+        // With deflate on OOM the balloon's memory still counts as the guest's.
         let adjust_managed = !dev.has_feature(virtio_balloon::F_DEFLATE_ON_OOM);
         if !settings.inflate() {
             dev_info!(
@@ -269,7 +268,7 @@ impl Balloon {
         }))
     }
 
-    /// Takes up the work again with a device that was reset. The task must not be running.
+    /// Continues with a device that was reset. The task must not be running.
     pub(crate) fn attach(
         &self,
         dev: &virtio::Device<Core<'_>>,
@@ -280,7 +279,7 @@ impl Balloon {
 
         self.migrations().reset(Negotiated::of(dev))?;
         *self.worker.lock() = worker;
-        // What was there before is dropped when the lock has been released: that may sleep.
+        // The old state is dropped after the lock was released, since that may sleep.
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
 
         self.giving_back.store(false, Relaxed);
@@ -294,13 +293,13 @@ impl Balloon {
         self.pages.replacer()
     }
 
-    /// Says that the device has just used buffers.
+    /// Notes that the device has just used buffers.
     pub(crate) fn queue_used(&self) {
         self.just_used.store(true, Relaxed);
         self.oom_timeout.progress();
     }
 
-    /// Says that the device may have a new target.
+    /// Notes that the device may have a new target.
     pub(crate) fn target_changed(&self) {
         self.target_changed.store(true, Release);
         self.wakeup.raise(Signal::Target);
@@ -332,7 +331,7 @@ impl Balloon {
         }
     }
 
-    /// Lets the system suspend again, unless there is a new target.
+    /// Allows the system to suspend again, unless there is a new target.
     pub(super) fn relax(&self) {
         self.wakeup.lower(Signal::Target);
 
@@ -347,18 +346,18 @@ impl Balloon {
         &self.settings
     }
 
-    /// Says that the settings have changed.
+    /// Notes that the settings have changed.
     pub(super) fn settings_changed(&self) {
         self.settings_changed.store(true, Release);
     }
 
-    /// Returns whether a queue is broken, so that nothing more comes of the work.
+    /// Returns whether a queue is broken, so that all work has ended.
     pub(super) fn is_broken(&self, worker: &Worker) -> bool {
         worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken()
     }
 
-    /// Reads the target if the device has changed its configuration space: no more often, since an
-    /// access may be the end of a guest whose device is gone (docs/reliability.md). Returns it, in
+    /// Reads the target if the device has changed its configuration space. Not more often, since
+    /// QEMU may abort on an access if the device is gone (docs/reliability.md). Returns it in
     /// balloon pages, if it was read.
     pub(super) fn read_target(&self, worker: &mut Worker) -> Result<Option<u32>> {
         if self.giving_back.load(Relaxed) || !self.target_changed.xchg(false, Full) {
@@ -385,7 +384,7 @@ impl Balloon {
         }
     }
 
-    /// Returns the kernel pages that the guest can spare.
+    /// Returns the kernel pages that are available above the reserve.
     pub(super) fn available_above_reserve(&self) -> usize {
         let floor = self.settings.floor_pages();
         let nodes: usize = Node::all().map(|node| room(node, floor)).sum();
@@ -393,13 +392,12 @@ impl Balloon {
         memory::available_pages().saturating_sub(floor).min(nodes)
     }
 
-    /// Returns what is missing to have `target` kernel pages in the balloon.
+    /// Returns the step towards `target` kernel pages in the balloon.
     pub(super) fn step(&self, worker: &Worker, target: usize) -> Step {
         Step::towards(target, self.pages.len(), worker.inflate.in_flight())
     }
 
-    /// Returns why the balloon is smaller than the device wants it, where it goes from here with
-    /// `step`.
+    /// Returns why the balloon is below the target, if `step` is next.
     pub(super) fn stop_reason(&self, worker: &Worker, step: Step) -> Option<StopReason> {
         match step {
             _ if !self.settings.inflate() => (worker.wanted > 0).then_some(StopReason::Excluded),
@@ -408,14 +406,14 @@ impl Balloon {
         }
     }
 
-    /// Returns whether the balloon's size depends on an answer of the device. Pages that the guest
+    /// Returns whether the balloon's size depends on unacknowledged messages. Pages that the guest
     /// cannot use yet count as being in the balloon.
     pub(super) fn is_changing(&self, worker: &Worker) -> bool {
         worker.inflate.in_flight() > 0 || self.deflate.lock().leaving() > 0
     }
 
-    /// Tells the device the balloon's size, and why it goes no further with `step`, as far as that
-    /// has changed. For when the device has just shown that it is alive.
+    /// Reports the balloon's size, and the stop reason with `step`, if they have changed. For when
+    /// the device has just responded.
     pub(super) fn report(&self, worker: &mut Worker, step: Step) -> Result {
         let actual = balloon_page::balloon_pages(self.size());
 
@@ -432,8 +430,8 @@ impl Balloon {
     }
 }
 
-/// Returns how many kernel pages `node` can give, so that it keeps its share of a `floor` that is to
-/// be available to the guest.
+/// Returns how many kernel pages `node` can give, so that it keeps its share of the reserve
+/// `floor`.
 pub(super) fn room(node: Node, floor: usize) -> usize {
     let present = Node::all().map(Node::present_pages).sum();
     let share = target::part(floor, node.present_pages(), present);

@@ -19,7 +19,7 @@ use crate::{
 use kernel::fmt;
 
 impl Show for Task<Balloon> {
-    /// Writes a line for each number that is worth knowing. Sizes are in kernel pages.
+    /// Writes one line for each value. Sizes are in kernel pages.
     fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let worker = self.worker.lock();
         let target = self.target(&worker);

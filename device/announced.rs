@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The attributes of a device whose changes are announced to who polls them.
+//! The attributes of a device that can be polled for changes.
 
 #![forbid(unsafe_code)]
 

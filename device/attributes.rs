@@ -94,7 +94,7 @@ impl Attribute<Bound> for ActualKib {
     }
 }
 
-/// Why the balloon is smaller than the target. Changes are announced.
+/// Why the balloon is below the target. Changes are announced.
 struct Reason;
 
 impl Attribute<Bound> for Reason {

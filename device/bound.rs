@@ -56,10 +56,10 @@ use kernel::{
 
 /// A bound device.
 pub(crate) struct Bound {
-    /// In the order in which they are quiesced, and dropped.
+    /// In the order in which they are quiesced and dropped.
     features: KVec<Arc<dyn Feature>>,
     settings: Arc<Settings>,
-    /// What has gone through the queues, in debugfs.
+    /// The traffic of the queues, in debugfs.
     traffic: Pin<KBox<File<Traffic>>>,
     /// Whether the device did not respond in time when the features were quiesced.
     is_unresponsive: Atomic<bool>,
@@ -76,11 +76,11 @@ impl Bound {
         Self::queue_used::<5>,
     ];
 
-    /// Sets the features of `dev` up that `probes` has and that were negotiated.
+    /// Sets up the negotiated features of `dev` by `probes`.
     ///
     /// # Errors
     ///
-    /// `ENODEV` in a crash kernel, or what a feature says.
+    /// `ENODEV` in a crash kernel, or the error of a feature.
     pub(crate) fn probe(
         dev: &virtio::Device<Core<'_>>,
         parameters: Parameters,
@@ -147,7 +147,7 @@ impl Bound {
             .for_each(|feature| feature.config_changed());
     }
 
-    /// Changes a setting, and lets the features know.
+    /// Changes a setting, and notifies the features.
     pub(crate) fn set(&self, change: impl FnOnce(&Settings)) {
         change(&self.settings);
         self.features
@@ -183,11 +183,11 @@ impl Bound {
 
     /// See [`Feature::restore`].
     pub(crate) fn restore(&self, dev: &virtio::Device<Core<'_>>) -> Result {
-        // QEMU exits at the start of a device that has lost its back end.
+        // QEMU exits when a device without its back end is started.
         if self.is_unresponsive.load(Relaxed) {
             dev_warn!(
                 dev,
-                "the device did not answer before the system slept: no more ballooning until the driver is bound again\n"
+                "the device did not respond before the suspend: no more ballooning until the driver is bound again\n"
             );
             return Err(ENODEV);
         }
@@ -201,7 +201,7 @@ impl Bound {
     }
 }
 
-/// Returns the name of what belongs to the device, where there may be more than one.
+/// Returns a name for an object of the device, unique among devices.
 fn name(dev: &virtio::Device<Core<'_>>) -> Result<CString> {
     let dev: &Device<_> = dev.as_ref();
 

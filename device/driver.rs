@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The callbacks of the virtio bus, which go to all features of the device.
+//! The callbacks of the virtio bus, which are passed to all features of the device.
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +29,7 @@ use kernel::{
     time::Instant, //
 };
 
-/// What the driver is made of.
+/// The components of the driver.
 pub(crate) trait Features {
     /// The ids of its devices.
     const ID_TABLE: virtio::IdTable;
@@ -41,7 +41,7 @@ pub(crate) trait Features {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if one has no legal value, which was logged.
+    /// `EINVAL` if one has no legal value. The error is logged.
     fn parameters() -> Result<Parameters>;
 }
 
@@ -86,8 +86,8 @@ impl<F: Features> virtio::Driver for Driver<F> {
         bound.quiesce(Quiesce::Reset { begin });
     }
 
-    /// As if the driver were unbound: the host need not keep what it knows of the balloon, and an
-    /// image on the disk must not lack memory.
+    /// As on unbind: the host need not keep its state of the balloon, and a hibernation image must
+    /// not lack memory.
     fn freeze(dev: &virtio::Device<Core<'_>>, bound: &Bound) {
         Self::unbind(dev, bound);
     }

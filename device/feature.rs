@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Features: what the driver does for a device, each on its own.
+//! Features: the functions of a device, independent of each other.
 //!
-//! A feature sees the same life cycle: it is probed, and from then on called back through
-//! [`Feature`]. Adding one takes a file with an implementation, and an entry in the list of the
+//! All features have the same life cycle: a feature is probed, and from then on called through
+//! [`Feature`]. To add one, add a file with an implementation, and an entry in the list of the
 //! crate's root.
 
 #![forbid(unsafe_code)]
@@ -51,10 +51,10 @@ pub(crate) enum Quiesce {
 
 /// A feature of a device. All functions have defaults: to do nothing.
 pub(crate) trait Feature: Send + Sync {
-    /// The device is ready: buffers may be offered.
+    /// The device is ready: buffers may be made available.
     fn ready(&self, _dev: &virtio::Device<Core<'_>>) {}
 
-    /// The device has used buffers of a queue, which may be one of another feature. Runs in
+    /// The device has used buffers of a queue, which may belong to another feature. Runs in
     /// interrupt context.
     fn queue_used(&self, _queue: Queue) {}
 
@@ -74,14 +74,14 @@ pub(crate) trait Feature: Send + Sync {
     }
 
     /// The device was reset after [`quiesce`](Self::quiesce), and the driver stays bound. Frees the
-    /// buffers that the device still had.
+    /// buffers that the device still owned.
     fn reclaim(&self) {}
 
     /// Continues with the same device after a reset: takes its queues out of `queues`.
     ///
     /// # Errors
     ///
-    /// The device is not used any more.
+    /// The driver does not use the device any more.
     fn restore(&self, _dev: &virtio::Device<Core<'_>>, _queues: &mut Queues<'_>) -> Result {
         Ok(())
     }
@@ -100,21 +100,21 @@ pub(crate) trait Status {
     /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
     fn size(&self) -> usize;
 
-    /// Returns why the balloon is smaller than the target, in a word.
+    /// Returns why the balloon is below the target, as a word.
     fn stop_reason(&self) -> &'static str;
 }
 
-/// What a feature is made of.
+/// The environment of a feature's probe.
 pub(crate) struct Setup<'a, 'core> {
     pub(crate) dev: &'a virtio::Device<Core<'core>>,
     pub(crate) queues: Queues<'a>,
-    /// Where the feature's task runs.
+    /// The workqueue of the feature's task.
     pub(crate) tasks: Arc<TaskQueue>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) wakeup: Arc<WakeupSource>,
-    /// Where the feature's counters are, in debugfs.
+    /// The debugfs directory of the feature's counters.
     pub(crate) dir: debugfs::Dir,
 }
 
-/// Sets a feature up, or returns `None` if it was not negotiated.
+/// Sets up a feature, or returns `None` if it was not negotiated.
 pub(crate) type Probe = fn(&mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>>;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A limit for what the host can bring about as often as it likes, and what is worth a line in the
-//! log.
+//! A rate limit for log messages that the host can trigger.
 
 #![forbid(unsafe_code)]
 
@@ -12,16 +11,16 @@ use kernel::time::{
     Monotonic, //
 };
 
-/// When something was logged.
+/// The time of the last message.
 pub(crate) struct LogLimit(Option<Instant<Monotonic>>);
 
 impl LogLimit {
-    /// Begins with nothing.
+    /// Returns an empty one.
     pub(crate) const fn new() -> Self {
         Self(None)
     }
 
-    /// Returns whether it is time for another line, which is taken for written then.
+    /// Returns whether another message may be logged, and counts it as logged.
     pub(crate) fn allows(&mut self) -> bool {
         let now = Instant::now();
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What all features of a device share.
+//! Shared parts of all features of a device.
 
 pub(crate) mod announced;
 pub(crate) mod attributes;

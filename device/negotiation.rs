@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which features are negotiated.
+//! The negotiation of features.
 
 #![forbid(unsafe_code)]
 
@@ -42,15 +42,14 @@ pub(crate) const FEATURES: [Feature; KNOWN.len()] = {
     features
 };
 
-/// Gives features up that do not go together with the others, or with this system.
+/// Gives up features that are incompatible with other features, or with this system.
 ///
 /// # Errors
 ///
 /// `EINVAL` if the configuration space lacks a field of a negotiated feature. The driver does not
 /// give the feature up instead, since such a device may number its queues in any way.
 pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Parameters) -> Result {
-    // The balloon names pages by their guest physical addresses, whatever the device uses for
-    // buffers.
+    // The balloon sends guest physical addresses of pages, whatever addresses buffers have.
     features.clear(Feature::ACCESS_PLATFORM);
     // A report of several parts would need memory while free pages are isolated.
     features.clear(Feature::INDIRECT_DESC);
@@ -80,7 +79,7 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
     Err(EINVAL)
 }
 
-/// Gives up what does not go together with the value of free pages.
+/// Gives up features that are incompatible with the value of free pages.
 ///
 /// Specification: clause 5.5.3.1, Driver Requirements: Feature bits.
 fn validate_poison(features: &mut virtio::Features<'_>) {
@@ -92,12 +91,12 @@ fn validate_poison(features: &mut virtio::Features<'_>) {
             "free pages are not reported: they have a value, and the device offers no page poison\n"
         );
         features.clear(F_REPORTING);
-        // The number of their queue would not be sure.
+        // The number of their queue would be uncertain.
         features.clear(F_HOST_REQUESTS);
     }
 }
 
-/// What was negotiated with a device, in words.
+/// The negotiated features of a device, as text.
 pub(crate) struct NegotiatedFeatures<'a, 'b>(pub(crate) &'a virtio::Device<Core<'b>>);
 
 impl fmt::Display for NegotiatedFeatures<'_, '_> {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is in free pages, if the kernel cares.
+//! Page poison: the value of free pages, if the kernel relies on it.
 //!
-//! With `init_on_free=1` or `page_poison=1` free pages hold a value that the kernel counts on, and
-//! a host that takes the memory away has to know it.
+//! With `init_on_free=1` or `page_poison=1` the kernel relies on the content of free pages, and a
+//! host that discards the memory must know it.
 //!
 //! Specification: clause 5.5.6.6, Page Poison.
 
@@ -36,7 +36,7 @@ pub(crate) struct Poison {
 }
 
 impl Poison {
-    /// Sets the feature up.
+    /// Sets up the feature.
     ///
     /// # Errors
     ///

@@ -2,11 +2,11 @@
 
 //! The device's virtqueues.
 //!
-//! Specification: clause 5.5.2, Virtqueues. Devices number the queues that they have one after the
-//! other, and leave out those whose feature they do not offer (QEMU), or that was not accepted. So
-//! a feature that has a queue must be accepted whenever it is offered, or the queues after it have
-//! other numbers than some devices think. Only reporting, which has the last queue of the base
-//! protocol, may be given up, and the host's requests with it.
+//! Specification: clause 5.5.2, Virtqueues. Devices number their queues without gaps, and omit the
+//! queues of features that they do not offer (QEMU), or that were not accepted. So the driver must
+//! accept each offered feature with a queue: otherwise some devices would number the following
+//! queues differently. It may give up only reporting, which has the last queue of the base
+//! protocol, together with host requests.
 
 #![forbid(unsafe_code)]
 
@@ -31,25 +31,25 @@ use kernel::{
     }, //
 };
 
-/// What the device notifies the driver of.
+/// The queues of a device.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Queue {
-    /// Pages have been taken note of: inflating.
+    /// Inflated pages.
     Inflate = 0,
-    /// Pages have been taken note of: deflating.
+    /// Deflated pages.
     Deflate = 1,
-    /// The device wants new statistics.
+    /// Statistics: the device uses a buffer to request new ones.
     Stats = 2,
-    /// Hints have been taken note of.
+    /// Free page hints.
     Hint = 3,
-    /// Free pages have been taken note of.
+    /// Free page reports.
     Report = 4,
-    /// The device has a request, or has taken note of answers.
+    /// Host requests, and their answers.
     Request = 5,
 }
 
 impl Queue {
-    /// All of them, in the order of their numbers on a device that has them all.
+    /// All of them, in the order of their numbers on a device with all queues.
     pub(crate) const ALL: [Self; 6] = [
         Self::Inflate,
         Self::Deflate,
@@ -93,11 +93,11 @@ const _: () = {
     }
 };
 
-/// What has gone through the queues since the driver was bound.
+/// The traffic of the queues since the driver was bound.
 pub(crate) struct Traffic([Arc<QueueStats>; Queue::ALL.len()]);
 
 impl Traffic {
-    /// Begins with nothing.
+    /// Returns an empty one.
     ///
     /// # Errors
     ///
@@ -133,12 +133,11 @@ pub(crate) struct Queues<'a> {
 }
 
 impl<'a> Queues<'a> {
-    /// Finds the queues of the features that were negotiated. What goes through the queues is added
-    /// to `traffic`.
+    /// Finds the queues of the negotiated features. Their traffic is added to `traffic`.
     ///
     /// # Errors
     ///
-    /// What [`virtio::Device::find_vqs`] says.
+    /// The error of [`virtio::Device::find_vqs`].
     pub(crate) fn find(dev: &virtio::Device<Core<'_>>, traffic: &'a Traffic) -> Result<Self> {
         let names = Queue::ALL.map(|queue| queue.is_of(dev).then(|| queue.name()));
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the guest's administrator decides for a device: module parameters are the defaults, and
-//! sysfs changes them at run time ([`attributes`](crate::device::attributes)).
+//! The settings of a device: module parameters are the defaults, and sysfs changes them at run time
+//! ([`attributes`](crate::device::attributes)).
 
 #![forbid(unsafe_code)]
 
@@ -19,17 +19,18 @@ use kernel::{
     }, //
 };
 
-/// The module's parameters. The crate's root declares them, with a line for each that `modinfo` shows.
+/// The module's parameters. The crate's root declares them, with a line for each that `modinfo`
+/// shows.
 pub(crate) struct Parameters {
     /// `inflate`: whether the balloon follows the target; it stays empty if not. Default: true.
     inflate: bool,
-    /// `encoding`: how messages describe pages, for measuring. Default: 0.
+    /// `encoding`: how messages describe pages, for measurements. Default: 0.
     pub(crate) wire_format: WireFormat,
-    /// `memory_blocks`: whether the driver may take memory blocks offline and online, where the kernel
-    /// zeroes what it allocates. Default: true.
+    /// `memory_blocks`: whether the driver may take memory blocks offline and online, if the kernel
+    /// zeroes the memory that it allocates. Default: true.
     memory_blocks: bool,
-    /// `floor_mib`: the available memory below which the balloon does not grow, and no hints are given.
-    /// Default: -1.
+    /// `floor_mib`: the available memory below which the balloon does not grow, and no hints are
+    /// given. Default: -1.
     floor: Floor,
 }
 
@@ -38,7 +39,7 @@ impl Parameters {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if one has no legal value, and a line in the log.
+    /// `EINVAL` if one has no legal value. The error is logged.
     pub(crate) fn new(
         inflate: bool,
         encoding: u8,
@@ -66,13 +67,13 @@ impl Parameters {
 /// How messages describe pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WireFormat {
-    /// As page sets, in this encoding or each in the one with fewer bytes.
+    /// As page sets, in this encoding, or each in the shorter one.
     PageSets(Option<Encoding>),
     /// As arrays of page frame numbers.
     Pfns,
 }
 
-/// The values of the module parameter `encoding` that are not the number of an encoding.
+/// The values of the module parameter `encoding` that are not numbers of an encoding.
 const SHORTEST: u8 = 0;
 const PFNS: u8 = 3;
 
@@ -80,7 +81,7 @@ const _: () =
     assert!(Encoding::from_number(SHORTEST).is_none() && Encoding::from_number(PFNS).is_none());
 
 impl WireFormat {
-    /// Returns the format that the module parameter `encoding` stands for.
+    /// Returns the format for a value of the module parameter `encoding`.
     fn from_parameter(encoding: u8) -> Option<Self> {
         match encoding {
             SHORTEST => Some(Self::PageSets(None)),
@@ -114,12 +115,12 @@ impl Floor {
     }
 }
 
-/// Returns how many kernel pages a guest needs for itself that has `present` in all: 8 MiB, and a
-/// part of its memory that becomes smaller with its size. There is room in it for the kernel's notes
-/// (`struct page`) of 14 times as much memory that may be plugged into a guest of 1 GiB.
+/// Returns the reserve in kernel pages of a guest with `present` pages: 8 MiB, and a part of its
+/// memory that decreases with its size. In a guest of 1 GiB it has room for the page descriptors
+/// (`struct page`) of 14 times as much plugged memory.
 pub(crate) fn default_floor(present: usize) -> usize {
     const MIB: usize = 1 << (20 - PAGE_SHIFT);
-    /// Up to how many MiB the guest needs one part in how many.
+    /// The limits in MiB, and the part of memory up to each limit, as a divisor.
     const PARTS: [(usize, usize); 5] = [
         (128, 2),
         (512, 4),
@@ -148,7 +149,7 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    /// Begins with what the module's parameters say.
+    /// Returns the settings of the module's parameters.
     pub(crate) fn new(parameters: Parameters) -> Self {
         Self {
             floor_mib: Atomic::new(parameters.floor.0),
@@ -182,7 +183,7 @@ impl Settings {
         self.floor_mib.store(floor.0, Relaxed);
     }
 
-    /// Returns whether the balloon follows the target. If not it stays empty.
+    /// Returns whether the balloon follows the target. Otherwise it stays empty.
     pub(crate) fn inflate(&self) -> bool {
         self.inflate.load(Relaxed)
     }
@@ -192,7 +193,7 @@ impl Settings {
         self.inflate.store(inflate, Relaxed);
     }
 
-    /// Returns whether the driver may take memory blocks offline where the kernel zeroes pages. It
+    /// Returns whether the driver may take memory blocks offline if the kernel zeroes pages. It
     /// does not change at run time.
     pub(crate) fn memory_blocks(&self) -> bool {
         self.memory_blocks

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Free page reporting: the host learns which memory is free, and need not keep what is in it.
+//! Free page reporting: the guest reports free memory, and the host may discard its content.
 //!
-//! The kernel's page reporting finds free pages from time to time, and sets them aside until the
-//! host has answered. It serves one device; others go without.
+//! The kernel's page reporting periodically isolates free pages until the device has used the
+//! report. It supports one device only.
 //!
-//! A host that does not answer owns the pages of one report until it is reset, which is why they
-//! leave the floor. Nothing else waits for them but the kernel before it sleeps, so the device is
-//! reset then, and before it takes memory offline, which stays online then.
+//! An unresponsive device owns the pages of one report until it is reset, so reports respect the
+//! reserve. Only system suspend and memory offlining wait for a report: suspend resets the device,
+//! and offlining fails.
 //!
 //! Specification: clause 5.5.6.7, Free Page Reporting.
 
@@ -80,30 +80,32 @@ use kernel::{
 /// A virtqueue for reports.
 type ReportingQueue = Virtqueue<ReportToken>;
 
-/// What reports go through.
+/// The queue of reports.
 #[pin_data]
 struct Reports {
     dev: ARef<virtio::Device>,
     settings: Arc<Settings>,
-    /// Locked for as long as a report is on its way.
+    /// Locked while a report is in flight.
     #[pin]
     queue: Mutex<ReportingQueue>,
     #[pin]
     answered: Completion,
-    /// Set while the system is about to sleep, or memory about to go offline: nothing is reported.
+    /// Set while the system is about to suspend, or memory about to go offline: new reports are
+    /// refused.
     sleeping: Atomic<bool>,
     going_offline: Atomic<bool>,
-    /// Set when the system cannot sleep for a report that is on its way.
+    /// Set when a report in flight prevents the system from suspending.
     out_of_time: Atomic<bool>,
-    /// How much was reported, in bytes.
+    /// The reported memory in bytes.
     #[pin]
     reported: debugfs::File<Atomic<u64>>,
 }
 
 impl Report for Reports {
     fn report(&self, pages: FreePages<'_>) -> Result {
-        // A device may keep these pages for as long as it likes. They are set aside already: who
-        // takes memory after this look knows of them, and who had looked before has taken his.
+        // A device may hold these pages without a limit. They are already isolated: callers that
+        // check the reserve later see that, and callers that checked it earlier have already
+        // allocated.
         let taking = memory::ReserveGuard::begin();
         let available = match pages.are_movable() {
             true => memory::available_pages(),
@@ -130,7 +132,7 @@ impl Report for Reports {
 }
 
 impl Reports {
-    /// Waits until no report is on its way, but not longer than [`timeouts::UNRESPONSIVE`]. Returns
+    /// Waits until no report is in flight, but not longer than [`timeouts::UNRESPONSIVE`]. Returns
     /// whether none is.
     fn settle(&self) -> bool {
         let is_settled = || self.queue.try_lock().map(|_| ());
@@ -145,7 +147,7 @@ impl SuspendNotify for Reports {
         if !self.settle() {
             dev_warn!(
                 self.dev,
-                "the device does not answer a report of free pages: resetting it, since the system wants to sleep\n"
+                "the device does not return a report of free pages: resetting it for the system suspend\n"
             );
             self.out_of_time.store(true, Release);
             self.answered.complete();
@@ -154,11 +156,11 @@ impl SuspendNotify for Reports {
 
     fn after_suspend(&self) {
         if self.out_of_time.load(Acquire) {
-            // As long as that is set nothing keeps the lock for the device's sake.
+            // While that is set, no thread holds the lock to wait for the device.
             if self.queue.lock().is_reset() {
                 dev_warn!(
                     self.dev,
-                    "the system did not sleep, and the device was reset: no more ballooning until the driver is bound again\n"
+                    "the system did not suspend, and the device was reset: no more ballooning until the driver is bound again\n"
                 );
             }
             self.out_of_time.store(false, Release);
@@ -168,8 +170,9 @@ impl SuspendNotify for Reports {
 }
 
 impl GoingOffline for Reports {
-    /// Pages that are set aside for a report are neither in use nor free, and the kernel would try
-    /// over and over. It sets none aside any more of those that are to go, but may have done so.
+    /// Pages that are isolated for a report are neither in use nor free, and the kernel would retry
+    /// without end. It isolates no more pages of memory that goes offline, but may have isolated
+    /// some before.
     fn going_offline(&self, _pfns: Range<u64>) -> Result {
         self.going_offline.store(true, Release);
         self.settle().then_some(()).ok_or(EBUSY)
@@ -182,8 +185,8 @@ impl GoingOffline for Reports {
 
 /// Free page reporting of a device.
 ///
-/// It has to be dropped after the device was reset, since a device that does not answer keeps a
-/// report until then.
+/// It must be dropped after the device was reset, since an unresponsive device holds a report until
+/// then.
 pub(crate) struct Reporting {
     _sleep: Pin<KBox<SuspendNotifier<Reports>>>,
     _offline: Pin<KBox<OfflineNotifier<Reports>>>,
@@ -192,7 +195,7 @@ pub(crate) struct Reporting {
 }
 
 impl Reporting {
-    /// Sets the feature up, if it was negotiated.
+    /// Sets up the feature, if it was negotiated.
     ///
     /// # Errors
     ///
@@ -224,7 +227,7 @@ impl Reporting {
 }
 
 impl Feature for Reporting {
-    /// Begins, unless it has begun before.
+    /// Starts reporting, unless it has started before.
     fn ready(&self, dev: &virtio::Device<Core<'_>>) {
         if self.registered.as_ref().is_some() {
             return;

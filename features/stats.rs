@@ -2,8 +2,8 @@
 
 //! Memory statistics for the host.
 //!
-//! The roles are swapped on this queue: the driver always has one buffer with the device, which
-//! uses it when it wants new numbers. Then the driver fills it and offers it again.
+//! The roles are swapped on this queue: the device always owns one buffer, and uses it to request
+//! new statistics. The driver then fills it and makes it available again.
 //!
 //! Specification: clause 5.5.6.3, Memory Statistics.
 
@@ -70,7 +70,7 @@ type StatsQueue = Virtqueue<KVec<Stat>>;
 pub(crate) struct Stats {
     byte_order: ByteOrder,
     wakeup: Arc<WakeupSource>,
-    /// Set when the device may have asked since the task began to run.
+    /// Set when the device may have sent a request since the task began to run.
     is_asked: Atomic<bool>,
     #[pin]
     inner: Mutex<Inner>,
@@ -92,7 +92,7 @@ impl Inner {
 }
 
 impl Stats {
-    /// Sets the feature up, if it was negotiated.
+    /// Sets up the feature, if it was negotiated.
     ///
     /// # Errors
     ///
@@ -113,20 +113,20 @@ impl Stats {
         Ok(Some(Arc::pin_init(Task::new(slot, stats), GFP_KERNEL)?))
     }
 
-    /// Answers the device, if it has asked.
+    /// Answers a request of the device.
     fn answer(&self) {
         let mut inner = self.inner.lock();
         let used = inner.queue.next_used().map(|(buffer, _)| buffer);
 
-        // If the device still has the buffer, it called without reason.
+        // If the device still owns the buffer, the interrupt was spurious.
         let Some(mut buffer) = used.or_else(|| inner.buffer.take()) else {
             return;
         };
 
         collect(&mut buffer, &Info::now(), self.byte_order);
 
-        // There is room: this is the only buffer. If the queue is broken or the device gone, nobody
-        // asks any more, and the buffer waits for the next device.
+        // There is room: this is the only buffer. If the queue is broken or the device gone, the
+        // buffer is stored for the next device.
         match inner.queue.add(buffer) {
             Ok(()) => inner.queue.kick(),
             Err(buffer) => inner.buffer = Some(buffer),
@@ -140,7 +140,7 @@ impl Feature for Task<Stats> {
         self.schedule();
     }
 
-    /// The device may have asked. The system stays awake until it is answered.
+    /// The device may have sent a request. The system stays awake until the driver has answered.
     fn queue_used(&self, queue: Queue) {
         if queue == Queue::Stats {
             self.is_asked.store(true, Release);
@@ -149,7 +149,7 @@ impl Feature for Task<Stats> {
         }
     }
 
-    /// Also lets the system suspend.
+    /// Also allows the system to suspend.
     fn quiesce(&self, _why: Quiesce) -> Result {
         self.stop();
         self.wakeup.lower(Signal::Statistics);
@@ -171,7 +171,7 @@ impl Job for Stats {
         task.answer();
         task.wakeup.lower(Signal::Statistics);
 
-        // The device may have asked again in between.
+        // The device may have sent another request in between.
         if task.is_asked.load(Acquire) {
             task.wakeup.raise(Signal::Statistics);
         }
@@ -181,7 +181,7 @@ impl Job for Stats {
 /// Returns the value of a statistic, if this kernel counts it.
 type Value = fn(&Info) -> Option<u64>;
 
-/// What the driver sends: statistics with their tags.
+/// A message: statistics with their tags.
 const STATISTICS: &[(u16, Value)] = &[
     (stat::SWAP_IN, |info| info.swapped_in),
     (stat::SWAP_OUT, |info| info.swapped_out),
@@ -210,13 +210,13 @@ pub(crate) fn new_buffer() -> Result<KVec<Stat>> {
     Ok(KVec::with_capacity(STATISTICS.len(), GFP_KERNEL)?)
 }
 
-/// Fills `buffer` with the numbers in `info`: always the same ones, in the same order. What this
-/// kernel does not count is left out.
+/// Fills `buffer` with the numbers in `info`: always the same ones, in the same order. Numbers that
+/// this kernel does not count are omitted.
 pub(crate) fn collect(buffer: &mut KVec<Stat>, info: &Info, order: ByteOrder) {
     buffer.clear();
     for (tag, value) in STATISTICS {
         if let Some(value) = value(info) {
-            // By `new_buffer` there is room.
+            // `new_buffer` has made room.
             let _ = buffer.push_within_capacity(Stat::new(*tag, value, order));
         }
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Balloon pages, in which the device counts, and kernel pages.
+//! Balloon pages, the device's unit, and kernel pages.
 //!
-//! Balloon pages are 4 KiB everywhere; kernel pages may be larger. One kernel page is a whole number of
-//! balloon pages.
+//! Balloon pages are 4 KiB everywhere; kernel pages may be larger. One kernel page is a whole
+//! number of balloon pages.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +20,7 @@ pub(crate) const BALLOON_PAGES_PER_PAGE: usize = 1 << (PAGE_SHIFT - PFN_SHIFT as
 
 /// Returns how many kernel pages it takes to have `balloon_pages` in the balloon.
 ///
-/// Rounded up: rounding down would leave the device's target out of reach for ever.
+/// Rounded up: otherwise the balloon could never reach the device's target.
 pub(crate) fn pages(balloon_pages: u32) -> usize {
     (balloon_pages as usize).div_ceil(BALLOON_PAGES_PER_PAGE)
 }
@@ -31,14 +31,12 @@ pub(crate) fn balloon_pages(pages: usize) -> u32 {
     u32::try_from(pages.saturating_mul(BALLOON_PAGES_PER_PAGE)).unwrap_or(u32::MAX)
 }
 
-/// The page frame number of the first kernel page that has no name in the base protocol: that is at 16
-/// TiB.
+/// The page frame number of the first kernel page without a number in the base protocol: at 16 TiB.
 pub(crate) const END: u64 = (1 << u32::BITS) / BALLOON_PAGES_PER_PAGE as u64;
 
-/// Returns the device's names of the balloon pages in the kernel page `pfn`.
+/// Returns the numbers of the balloon pages in the kernel page `pfn`.
 ///
-/// The base protocol has 32 bits for the number of a balloon page: it cannot name memory beyond 16
-/// TiB.
+/// The base protocol has 32 bits for the number of a balloon page, up to 16 TiB.
 ///
 /// # Errors
 ///

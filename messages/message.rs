@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Messages that name pages, and the queues that carry them.
+//! Messages that list pages, and their queues.
 //!
-//! What a message looks like depends on what was negotiated: [`pfns`] or [`page_sets`]. All else is
-//! the same.
+//! The format of a message depends on the negotiated features: [`pfns`] or [`page_sets`]. All other
+//! code is the same.
 
 #![forbid(unsafe_code)]
 
@@ -40,29 +40,28 @@ use kernel::{
     prelude::*, //
 };
 
-/// How many migrations a message names at most: as many pages as fit into one of the base protocol. A
-/// page set has room for more.
+/// The maximum number of migrations in a message: as many pages as fit into one of the base
+/// protocol. A page set has room for more.
 pub(crate) const MIGRATIONS_PER_MESSAGE: usize = pfns::PFNS_PER_MESSAGE / BALLOON_PAGES_PER_PAGE;
 
-/// How many messages of the base protocol the device has at most. QEMU reads all that there are in
-/// one go, under a lock that the guest's CPUs need for their timers.
+/// The maximum number of messages of the base protocol in flight. QEMU reads all available ones
+/// under a lock that the guest's CPUs need for their timers.
 const PFN_MESSAGES_IN_FLIGHT: usize = 32;
 
-/// How many buffers are kept for messages when there is nothing to tell, so that there is always
-/// one to be had when memory is short.
+/// How many buffers for messages are kept in reserve, for when memory is short.
 const RESERVE: usize = 4;
 
-/// What pages are named for.
+/// The purpose of a message.
 #[derive(Clone, Copy)]
 pub(crate) enum Command {
-    /// They are in the balloon from now on.
+    /// Inflate.
     Inflate,
-    /// They are not any more.
+    /// Deflate.
     Deflate,
 }
 
 impl Command {
-    /// Returns what page sets call it. In the base protocol it is the queue that says so.
+    /// Returns the command of page sets. In the base protocol the queue determines it.
     fn in_page_set(self) -> u16 {
         match self {
             Self::Inflate => page_set::INFLATE,
@@ -71,17 +70,17 @@ impl Command {
     }
 }
 
-/// What messages look like.
+/// The format of messages.
 #[derive(Clone, Copy)]
 pub(crate) enum Format {
     /// Arrays of page frame numbers.
     Pfns(ByteOrder),
-    /// Page sets, in the encoding that is shorter or in one that was asked for.
+    /// Page sets, in the shorter encoding or in a requested one.
     PageSets(Option<Encoding>),
 }
 
 impl Format {
-    /// Returns how many blocks a message names at least, wherever they lie.
+    /// Returns how many blocks a message has room for at least, wherever they lie.
     fn blocks_per_message(self) -> usize {
         match self {
             Self::Pfns(_) => MIGRATIONS_PER_MESSAGE,
@@ -102,8 +101,8 @@ impl Format {
     }
 }
 
-/// A message, with what has to be known to write it. Never grows beyond its capacity: its queue is
-/// no place to allocate.
+/// A message, with its format. Never grows beyond its capacity: it must not allocate under its
+/// queue's lock.
 pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Option<Encoding>)>;
 
 impl Message {
@@ -124,7 +123,7 @@ impl Message {
     }
 }
 
-/// A batch, of which each block goes to a list when it was named.
+/// A batch whose blocks move to a list when they are written to a message.
 pub(crate) struct Described<'a> {
     batch: &'a mut Batch,
     pages: PageList,
@@ -136,7 +135,7 @@ impl Runs for Described<'_> {
     }
 
     fn advance(&mut self, pages: u64) {
-        // A block has room in an empty message, and is taken as a whole.
+        // A block always fits into an empty message, and is taken as a whole.
         if pages > 0 {
             self.batch.take_first(&mut self.pages);
         }
@@ -173,15 +172,15 @@ pub(crate) struct Written {
     result: Result,
 }
 
-/// What belongs to a message until the device has used it.
+/// The memory that a message owns until the device has used it.
 pub(crate) enum Pages<M> {
-    /// Pages that are nowhere else.
+    /// Pages.
     List(PageList),
     /// Migrations of pages within the balloon.
     PendingMigrations(KVec<M>),
 }
 
-/// What a virtqueue for messages carries.
+/// A buffer of a virtqueue for messages.
 pub(crate) type Payload<M> = (Message, Pages<M>);
 
 /// A virtqueue for messages, also about migrations of the type `M`.
@@ -191,9 +190,9 @@ pub(crate) struct MessageQueue<M> {
     command: Command,
     /// Buffers that are not in use.
     spare: KVec<Message>,
-    /// Space to put migrations in order.
+    /// Space to sort migrations.
     sorted: KVec<u64>,
-    /// How many messages the device was not notified of.
+    /// How many messages were sent without a notification.
     unnotified: usize,
     /// How many messages the device has used since the beginning.
     answered: usize,
@@ -238,7 +237,7 @@ impl<M> MessageQueue<M> {
         self.vq.room().min(most.saturating_sub(self.in_flight()))
     }
 
-    /// Returns how many blocks can be named now, wherever they lie. Without page sets each is a
+    /// Returns how many blocks can be sent now, wherever they lie. Without page sets each is a
     /// page.
     pub(crate) fn room_for_blocks(&self) -> usize {
         self.room().saturating_mul(self.format.blocks_per_message())
@@ -258,7 +257,7 @@ impl<M> MessageQueue<M> {
     ///
     /// # Errors
     ///
-    /// `ENOMEM`, or `EOVERFLOW` if a page has no name in the protocol.
+    /// `ENOMEM`, or `EOVERFLOW` if a page has no number in the protocol.
     pub(crate) fn write(&mut self, runs: &mut impl Runs) -> Result<Message> {
         let mut message = self.empty()?;
 
@@ -274,7 +273,7 @@ impl<M> MessageQueue<M> {
     fn empty(&mut self) -> Result<Message> {
         match self.spare.pop() {
             Some(message) => Ok(message),
-            // Not GFP_NOWAIT, for the reason that batches have.
+            // Not GFP_NOWAIT, for the same reason as in batches.
             None => self.format.allocate(__GFP_NOWARN),
         }
     }
@@ -291,7 +290,7 @@ impl<M> MessageQueue<M> {
         })
     }
 
-    /// Sends `message`. `pages` belong to it until the device has used it.
+    /// Sends `message`. It owns `pages` until the device has used it.
     ///
     /// # Errors
     ///
@@ -314,15 +313,15 @@ impl<M> MessageQueue<M> {
     ///
     /// # Errors
     ///
-    /// Returns the pages that could not be sent, and are in `batch` no more; and why: `EAGAIN` if
-    /// there is no room in the queue, or nobody to tell, else as for [`write`](Self::write).
+    /// Returns the pages that could not be sent, and are no longer in `batch`, with the error:
+    /// `EAGAIN` if the queue is full or the device gone, otherwise as for [`write`](Self::write).
     pub(crate) fn send_some(&mut self, batch: &mut Batch) -> Result<usize, (PageList, Error)> {
         let written = self.draft().map(|draft| draft.write(batch));
 
         self.send_written(written)
     }
 
-    /// Sends what [`Draft::write`] has returned, with the result of [`send_some`](Self::send_some).
+    /// Sends the result of [`Draft::write`]. Returns the same as [`send_some`](Self::send_some).
     pub(crate) fn send_written(
         &mut self,
         written: Result<Written>,
@@ -344,7 +343,7 @@ impl<M> MessageQueue<M> {
         }
     }
 
-    /// Sends a message about one page of each of `migrations`, which is what `pfn` returns.
+    /// Sends a message about one page of each of `migrations`, which `pfn` returns.
     ///
     /// # Errors
     ///
@@ -358,7 +357,7 @@ impl<M> MessageQueue<M> {
         for pfn in migrations.iter().map(pfn) {
             let place = sorted.partition_point(|&this| this < pfn);
 
-            // There is room for as many as can be waiting.
+            // There is room for the maximum number of waiting migrations.
             let _ = sorted.insert_within_capacity(place, pfn);
         }
 
@@ -380,7 +379,7 @@ impl<M> MessageQueue<M> {
         self.unnotified
     }
 
-    /// Notifies the device of what was sent: once, however much it is.
+    /// Notifies the device once of all sent messages.
     pub(crate) fn notify(&mut self) {
         if self.unnotified > 0 {
             self.vq.kick();
@@ -388,7 +387,7 @@ impl<M> MessageQueue<M> {
         }
     }
 
-    /// Takes back what a device has that was reset. Nothing can be sent any more.
+    /// Takes back the buffers of a device that was reset. The queue refuses messages from then on.
     pub(crate) fn detach_unused(&mut self) -> KVec<Option<Payload<M>>> {
         self.vq.detach_unused()
     }
@@ -402,7 +401,8 @@ impl<M> MessageQueue<M> {
         Some(pages)
     }
 
-    /// Returns how many messages the device has used since the beginning, in the task and in notifiers.
+    /// Returns how many messages the device has used since the beginning, in the task and in
+    /// notifiers.
     pub(crate) fn answered(&self) -> usize {
         self.answered
     }
@@ -410,18 +410,18 @@ impl<M> MessageQueue<M> {
     fn keep(&mut self, mut message: Message) {
         message.clear();
 
-        // There is room for as many as there can be messages; if there were not, it would just be
+        // There is room for the maximum number of messages. Otherwise the buffer would just be
         // freed.
         let _ = self.spare.push_within_capacity(message);
     }
 
-    /// Says that no interrupts are needed until [`sleep`](Self::sleep).
+    /// Disables interrupts until [`sleep`](Self::sleep).
     pub(crate) fn wake(&mut self) {
         self.vq.disable_callback();
     }
 
-    /// Asks to be woken when the device has used most of what it has. Returns false if it has
-    /// already.
+    /// Requests an interrupt when the device has used most buffers in flight. Returns false if it
+    /// has already.
     #[must_use]
     pub(crate) fn sleep(&mut self) -> bool {
         if self.in_flight() == 0 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What was negotiated about the balloon's pages.
+//! The negotiated terms for the balloon's pages.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,7 @@ use crate::{
 
 use kernel::device::Core;
 
-/// The terms on which a device takes and gives pages.
+/// The negotiated terms for inflating and deflating.
 #[derive(Clone, Copy)]
 pub(crate) struct Negotiated {
     /// `VIRTIO_BALLOON_F_MUST_TELL_HOST`.
@@ -32,18 +32,18 @@ impl Negotiated {
         }
     }
 
-    /// Returns whether pages that leave the balloon may be used only after the device has answered.
+    /// Returns whether deflated pages may be used only after the device has used their message.
     pub(crate) fn notify_first(self) -> bool {
         self.must_tell_host || self.page_sets
     }
 
-    /// Returns whether that holds for a guest that has run out of memory, too. For balloons that
-    /// give memory back then (docs/protocol.md, PS-D14).
+    /// Returns whether that also holds for a guest that has run out of memory, with deflate on OOM
+    /// (docs/protocol.md, PS-D14).
     pub(crate) fn notify_first_out_of_memory(self) -> bool {
         self.must_tell_host
     }
 
-    /// Returns the page frame number of the first kernel page that has no name in messages.
+    /// Returns the page frame number of the first kernel page that has no number in messages.
     pub(crate) fn end(self) -> u64 {
         match self.page_sets {
             true => u64::MAX,
@@ -51,7 +51,7 @@ impl Negotiated {
         }
     }
 
-    /// Returns whether the kernel page `pfn` has a name in messages.
+    /// Returns whether the kernel page `pfn` has a number in messages.
     pub(crate) fn can_describe(self, pfn: u64) -> bool {
         pfn < self.end()
     }

@@ -2,8 +2,8 @@
 
 //! The extended protocol's messages: page sets.
 //!
-//! A message fits into one page, so that there is always memory for one: as a bitmap it covers 127
-//! MiB of pages of 4 KiB, and its header is less than a hundredth of that.
+//! A message fits into one page, since an order-0 page is always available. As a bitmap it covers
+//! 127 MiB of pages of 4 KiB, and its header is less than a hundredth of it.
 //!
 //! Format: docs/protocol.md, section 4.
 
@@ -34,15 +34,15 @@ pub(crate) const WORD: usize = size_of::<u64>();
 /// The length of a message's header in words.
 const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
 
-/// How many words a message has at most, header included.
+/// The maximum number of words in a message, header included.
 pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 
-/// How many runs a message names at least, however long they are.
+/// How many runs a message has room for at least, however long they are.
 pub(crate) const RUNS_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
 
-/// Names as many of `runs` in `message`, which never grows beyond its capacity, as there is room
-/// for. The message is about `command`, and a part of the answer to `request_id` if that is not 0:
-/// its completion is yet to come. Returns how many pages it names.
+/// Writes as many of `runs` to `message` as there is room for, without growing it. The message has
+/// the command `command`. If `request_id` is not 0, it is a part of the answer to that request, and
+/// not the last one. Returns the number of pages.
 ///
 /// # Errors
 ///

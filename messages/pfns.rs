@@ -19,18 +19,18 @@ use crate::{
 
 use kernel::prelude::*;
 
-/// How many page frame numbers a message has at most.
+/// The maximum number of page frame numbers in a message.
 ///
-/// The specification has no limit, but devices have: Firecracker passes over longer messages
-/// without a word, so that the memory is lost to both sides, and Cloud Hypervisor refuses them.
-/// What would be gained by longer messages is gained by sending many with each notification.
+/// The specification has no limit, but devices have: Firecracker returns longer messages unread, so
+/// that the memory is lost for both sides, and Cloud Hypervisor refuses them. Longer messages would
+/// save round trips; sending many with one notification saves as many.
 pub(crate) const PFNS_PER_MESSAGE: usize = 256;
 
-/// Names as many of `runs` in `array`, which is empty and never grows, as there is room for.
+/// Writes as many of `runs` to `array`, which is empty and never grows, as there is room for.
 ///
 /// # Errors
 ///
-/// `EOVERFLOW` if a page has no name in the base protocol. Pages before it have been taken off
+/// `EOVERFLOW` if a page has no number in the base protocol. Pages before it were removed from
 /// `runs`.
 pub(crate) fn write(array: &mut KVec<u32>, order: ByteOrder, runs: &mut impl Runs) -> Result {
     while let Some(run) = runs.first() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ranges of pages that a message describes, whatever they come from.
+//! Ranges of pages for a message, from any source.
 
 #![forbid(unsafe_code)]
 
@@ -9,15 +9,15 @@ use crate::rust::mm::{
     pfn_range::PfnRange, //
 };
 
-/// Runs of pages that a message is to name, in ascending order if it is to be a short one.
+/// Runs of pages for a message. In ascending order the message is shortest.
 pub(crate) trait Runs {
     /// Returns the first run, if there is one left.
     fn first(&mut self) -> Option<PfnRange>;
 
-    /// Takes `pages` pages off the beginning of the first run.
+    /// Removes `pages` pages from the beginning of the first run.
     fn advance(&mut self, pages: u64);
 
-    /// Returns whether one message has to name all of them, in whatever encoding.
+    /// Returns whether one message must list all of them, in any encoding.
     fn are_one_message(&self) -> bool {
         false
     }

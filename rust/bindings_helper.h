@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What bindgen reads to make the bindings that the `kernel` crate does not have.
+ * The headers for bindings that the `kernel` crate lacks.
  */
 #include <linux/oom.h>
 #include <linux/page_reporting.h>
@@ -19,7 +19,7 @@
 const gfp_t RUST_CONST_HELPER_GFP_HIGHUSER = GFP_HIGHUSER;
 const gfp_t RUST_CONST_HELPER_GFP_HIGHUSER_MOVABLE = GFP_HIGHUSER_MOVABLE;
 
-/* Where these lie in struct page: bindgen's names for the unions around them are not stable. */
+/* Offsets of these in struct page: bindgen's names for its unions are not stable. */
 const size_t RUST_CONST_HELPER_PAGE_LRU_OFFSET = offsetof(struct page, lru);
 const size_t RUST_CONST_HELPER_PAGE_MAPPING_OFFSET = offsetof(struct page, mapping);
 const size_t RUST_CONST_HELPER_PAGE_PRIVATE_OFFSET = offsetof(struct page, private);
@@ -31,7 +31,7 @@ const unsigned long RUST_CONST_HELPER_BALLOON_MEM_GOING_OFFLINE = MEM_GOING_OFFL
 const unsigned long RUST_CONST_HELPER_BALLOON_MEM_OFFLINE = MEM_OFFLINE;
 const unsigned long RUST_CONST_HELPER_BALLOON_MEM_CANCEL_OFFLINE = MEM_CANCEL_OFFLINE;
 
-/* How far it is to where memory may begin again after a hole. */
+/* The granularity of holes in the memory map. */
 #ifdef CONFIG_SPARSEMEM
 const unsigned int RUST_CONST_HELPER_BALLOON_SECTION_ORDER = PFN_SECTION_SHIFT;
 #else

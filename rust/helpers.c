@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * C that Rust cannot call: static inline functions and macros. As in the kernel's rust/helpers/, the
- * bindings have them without the prefix. bindgen reads this file, too.
+ * C that Rust cannot call: static inline functions and macros. As in the kernel's rust/helpers/,
+ * the bindings have them without the prefix. bindgen reads this file, too.
  */
 #include <linux/balloon.h>
 #include <linux/crash_dump.h>
@@ -128,7 +128,7 @@ void rust_helper_virtio_device_ready(struct virtio_device *vdev)
 	virtio_device_ready(vdev);
 }
 
-/* Loops, since a call for each page would cost as much as the rest. */
+/* Loops in C, since a call for each page would double the cost. */
 void rust_helper_set_pages_offline(struct page *page, unsigned int order)
 {
 	for (struct page *end = page + (1UL << order); page < end; page++)

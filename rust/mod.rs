@@ -2,12 +2,12 @@
 
 //! The layer between the driver and the kernel's C: the only place with `unsafe`.
 //!
-//! What stands here is what the `kernel` crate lacks, written as if it were a part of it. The layer
-//! has a safe interface; the driver's own modules forbid `unsafe`.
+//! It has the parts that the `kernel` crate lacks, in that crate's style. The layer has a safe
+//! interface; the driver's own modules forbid `unsafe`.
 
 #![allow(unsafe_code)]
 
-// Only this module may look into the generated bindings.
+// Only this module may use the generated bindings.
 mod bindings;
 
 pub(crate) mod fs;

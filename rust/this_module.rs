@@ -13,7 +13,7 @@ unsafe extern "C" {
     static __this_module: kernel::types::Opaque<bindings::module>;
 }
 
-/// What `modinfo` shows as the module's version. `module!` has no field for it.
+/// The version for `modinfo`. `module!` has no field for it.
 #[cfg(MODULE)]
 #[link_section = ".modinfo"]
 #[used]
@@ -23,7 +23,7 @@ static VERSION: [u8; 14] = *b"version=0.2.0\0";
 #[cfg_attr(not(MODULE), allow(dead_code))]
 pub(super) const fn as_ptr() -> *mut bindings::module {
     #[cfg(MODULE)]
-    // SAFETY: The module is there; no reference to what is in it is made.
+    // SAFETY: The module exists; no reference to its content is made.
     return unsafe { __this_module.get() };
     #[cfg(not(MODULE))]
     core::ptr::null_mut()
@@ -47,16 +47,16 @@ impl Reference {
         Ok(Self(()))
     }
 
-    /// Releases it in a thread of the kernel's, which ends. The module may be unloaded as soon as the
-    /// reference is gone: the rest is the kernel's code. A thread of a driver that is built in
-    /// returns 0.
+    /// Releases it in a kernel thread, and ends the thread. The module may be unloaded as soon as
+    /// the reference is gone: the rest is the kernel's code. With a built-in driver it returns 0.
     ///
     /// # Safety
     ///
-    /// Nothing may be left in the thread that has to be dropped.
+    /// The thread must not hold values that have to be dropped.
     pub(super) unsafe fn release_and_exit(self) -> c_int {
         #[cfg(MODULE)]
-        // SAFETY: This is a reference, which is not released twice, since the call does not return.
+        // SAFETY: This owns a reference, and does not release it twice, since the call does not
+        // return.
         unsafe {
             bindings::__module_put_and_kthread_exit(as_ptr(), 0)
         };

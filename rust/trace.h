@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Tracepoints: what the balloon does, and what the host asks for.
+ * Tracepoints of the balloon and of host requests.
  */
 #undef TRACE_SYSTEM
 #define TRACE_SYSTEM virtio_balloon_rs
@@ -12,12 +12,12 @@
 
 #include "../uapi/linux/virtio_balloon_ext.h"
 
-/* Why pages leave the balloon. */
+/* The reason of a deflate. */
 #define BALLOON_RS_TARGET		0
 #define BALLOON_RS_OUT_OF_MEMORY	1
 #define BALLOON_RS_GOING_OFFLINE	2
 
-/* Pages went to the device. It has not answered yet. */
+/* Pages were sent to the device, which has not used the message yet. */
 TRACE_EVENT(virtio_balloon_rs_inflate,
 	TP_PROTO(unsigned int device, unsigned long pages),
 	TP_ARGS(device, pages),
@@ -53,7 +53,7 @@ TRACE_EVENT(virtio_balloon_rs_deflate,
 				   { BALLOON_RS_GOING_OFFLINE, "going-offline" }))
 );
 
-/* The host has asked for something. */
+/* The host has made a request. */
 TRACE_EVENT(virtio_balloon_rs_request,
 	TP_PROTO(unsigned int device, u64 id, u16 command),
 	TP_ARGS(device, id, command),
@@ -75,7 +75,7 @@ TRACE_EVENT(virtio_balloon_rs_request,
 				   { VIRTIO_BALLOON_REQUEST_CANCEL, "cancel" }))
 );
 
-/* A part of an answer, which names so many pages, or the last one, with a status. */
+/* A message of an answer: with so many pages, or the last one with a status. */
 TRACE_EVENT(virtio_balloon_rs_answer,
 	TP_PROTO(unsigned int device, u64 id, unsigned long pages, u8 status),
 	TP_ARGS(device, id, pages, status),

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tracepoints, which are to be found under `events/virtio_balloon_rs` in tracefs. They cost
-//! nothing worth mentioning while nobody looks.
+//! Tracepoints, under `events/virtio_balloon_rs` in tracefs. They cost hardly anything while they
+//! are disabled.
 //!
 //! C header: `trace.h`
 
 use crate::rust::bindings;
 
-/// `pages` kernel pages went to the device `virtio<device>`, which has not answered yet.
+/// `pages` kernel pages were sent to the device `virtio<device>`, which has not used the message
+/// yet.
 pub(crate) fn inflate(device: u32, pages: usize) {
     bindings::rust_do_trace_virtio_balloon_rs_inflate(device, pages);
 }
 
-/// Why pages leave the balloon.
+/// The reason of a deflate.
 #[derive(Clone, Copy)]
 pub(crate) enum Reason {
     /// The target.
@@ -39,8 +40,8 @@ pub(crate) fn request(device: u32, id: u64, command: u16) {
     bindings::rust_do_trace_virtio_balloon_rs_request(device, id, command);
 }
 
-/// A part of the answer to the request `id` was sent, which names `pages` kernel pages; or, with a
-/// `status` that is not 0, the last one.
+/// A message of the answer to the request `id` was sent, with `pages` kernel pages; or, with a
+/// `status` other than 0, the last one.
 pub(crate) fn answer(device: u32, id: u64, pages: usize, status: u8) {
     bindings::rust_do_trace_virtio_balloon_rs_answer(device, id, pages, status);
 }

@@ -27,15 +27,15 @@ pub(crate) const DEVICE_ID: DeviceId = DeviceId::any_vendor(bindings::VIRTIO_ID_
 /// A feature that the driver knows.
 pub(crate) struct Known {
     pub(crate) feature: Feature,
-    /// What it is called in the log.
+    /// Its name in the log.
     pub(crate) words: &'static str,
-    /// The field of the configuration space that comes with it.
+    /// Its field of the configuration space.
     pub(crate) field: Option<Field<u32>>,
     /// Whether it belongs to the extended protocol (docs/protocol.md).
     pub(crate) is_extension: bool,
 }
 
-/// Defines the features, and the list of all: so a feature that has a name is negotiated.
+/// Defines the features and the list of all features, so that each defined feature is negotiated.
 macro_rules! features {
     ($(
         $(#[$doc:meta])*
@@ -57,72 +57,71 @@ macro_rules! features {
 }
 
 features! {
-    /// Pages may be used only after the device has been told, and has answered.
-    F_MUST_TELL_HOST = VIRTIO_BALLOON_F_MUST_TELL_HOST, "the host is told first", None, false;
-    /// The device wants statistics.
+    /// Pages may be used only after the device has used the message about them.
+    F_MUST_TELL_HOST = VIRTIO_BALLOON_F_MUST_TELL_HOST, "must tell host", None, false;
+    /// The device accepts statistics.
     F_STATS_VQ = VIRTIO_BALLOON_F_STATS_VQ, "statistics", None, false;
-    /// The balloon may be deflated below the target to keep the guest from running out of memory.
+    /// The driver may deflate below the target when the guest runs out of memory.
     F_DEFLATE_ON_OOM = VIRTIO_BALLOON_F_DEFLATE_ON_OOM, "deflate on OOM", None, false;
-    /// The device wants to be given free pages for a while, so that a migration can leave them out.
+    /// The device requests hints of free pages, so that a VM migration can omit them.
     F_FREE_PAGE_HINT = VIRTIO_BALLOON_F_FREE_PAGE_HINT, "free page hinting", Some(HINT_ID), false;
-    /// The device wants to know what is in free pages.
+    /// The device needs the value of free pages.
     F_PAGE_POISON = VIRTIO_BALLOON_F_PAGE_POISON, "page poison", Some(POISON_VAL), false;
-    /// The device wants to know of free pages.
+    /// The device accepts reports of free pages.
     F_REPORTING = VIRTIO_BALLOON_F_REPORTING, "free page reporting", None, false;
-    /// The device wants to know why the balloon is smaller than it should be.
+    /// The device accepts the reason why the balloon is below the target.
     F_STOP_REASON = VIRTIO_BALLOON_F_STOP_REASON, "stop reasons", Some(STOP_REASON), true;
-    /// The device takes page sets in place of arrays of page frame numbers.
+    /// The device accepts page sets instead of arrays of page frame numbers.
     F_PAGE_SETS = VIRTIO_BALLOON_F_PAGE_SETS, "page sets", None, true;
-    /// The device sends requests.
+    /// The device sends host requests.
     F_HOST_REQUESTS = VIRTIO_BALLOON_F_HOST_REQUESTS, "host requests", None, true;
 }
 
 /// The binary logarithm of the size of a balloon page in bytes.
 pub(crate) const PFN_SHIFT: u32 = bindings::VIRTIO_BALLOON_PFN_SHIFT;
 
-/// How large the device wants the balloon to be, in balloon pages. Little-endian on legacy devices,
-/// too.
+/// The device's target, in balloon pages. Little-endian on legacy devices, too.
 pub(crate) const NUM_PAGES: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, num_pages));
 
-/// How large the balloon is, in balloon pages. Little-endian on legacy devices, too.
+/// The balloon size, in balloon pages. Little-endian on legacy devices, too.
 pub(crate) const ACTUAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, actual));
 
-/// The id of the request for hints that is in force, or [`HINT_STOP`] or [`HINT_DONE`].
-/// Little-endian on legacy devices, too.
+/// The id of the current round of hints, or [`HINT_STOP`] or [`HINT_DONE`]. Little-endian on legacy
+/// devices, too.
 pub(crate) const HINT_ID: Field<u32> = Field::new(offset_of!(
     bindings::virtio_balloon_config,
     __bindgen_anon_1
 ));
 
-/// No hints are wanted. As a message of the driver: this was the last hint of the round.
+/// Hints are off. As a message of the driver: the end of the round.
 pub(crate) const HINT_STOP: u32 = bindings::VIRTIO_BALLOON_CMD_ID_STOP;
 
-/// No hints are wanted, and what was hinted may be used.
+/// Hints are off, and hinted memory may be used.
 pub(crate) const HINT_DONE: u32 = bindings::VIRTIO_BALLOON_CMD_ID_DONE;
 
-/// What each word of free pages is set to. Little-endian on legacy devices, too.
+/// The value of each word of free pages. Little-endian on legacy devices, too.
 pub(crate) const POISON_VAL: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_config, poison_val));
 
-/// Why the balloon is smaller than the target: one of [`stop_reason`]. An extension.
+/// Why the balloon is below the target: one of [`stop_reason`]. An extension.
 pub(crate) const STOP_REASON: Field<u32> =
     Field::new(offset_of!(bindings::virtio_balloon_ext_config, stop_reason));
 
-/// What [`STOP_REASON`] may be.
+/// The values of [`STOP_REASON`].
 pub(crate) mod stop_reason {
     use super::bindings;
 
-    /// It is not.
+    /// It is not below the target, or still growing.
     pub(crate) const NONE: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_NONE;
-    /// The guest would have too little left.
+    /// The available memory would fall below the reserve.
     pub(crate) const FLOOR: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_FLOOR;
     /// No memory could be allocated.
     pub(crate) const NO_MEMORY: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_NO_MEMORY;
-    /// The guest has run out of memory a while ago.
+    /// The guest ran out of memory recently.
     pub(crate) const AFTER_OOM: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_AFTER_OOM;
-    /// The guest's administrator does not want it.
+    /// The guest's administrator has turned ballooning off.
     pub(crate) const EXCLUDED: u32 = bindings::VIRTIO_BALLOON_STOP_REASON_EXCLUDED;
 }
 
@@ -132,40 +131,39 @@ pub(crate) use bindings::virtio_balloon_request as Request;
 // SAFETY: The struct consists of integers, which may have any value.
 unsafe impl FromBytes for Request {}
 
-/// The end of an answer. Little-endian.
+/// The completion of an answer. Little-endian.
 pub(crate) use bindings::virtio_balloon_completion as Completion;
 
 // SAFETY: The struct consists of integers, and has no padding.
 unsafe impl AsBytes for Completion {}
 
-/// What the fields of a [`Request`] and of a [`Completion`] may be.
+/// The values of the fields of a [`Request`] and of a [`Completion`].
 pub(crate) mod request {
     use super::bindings;
 
-    /// The command: pages that were unused a moment ago are to be named.
+    /// The command: list pages that were unused a moment ago.
     pub(crate) const UNUSED_SKIP: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_UNUSED_SKIP as u16;
-    /// The command: pages that are unused are to be named, and kept so for as long as the device
-    /// has the message.
+    /// The command: allocate and list unused pages, until the device has used the message.
     pub(crate) const UNUSED_DISCARD: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_UNUSED_DISCARD as u16;
-    /// The command: caches are to be dropped.
+    /// The command: drop caches.
     pub(crate) const DROP_CACHES: u16 = bindings::VIRTIO_BALLOON_REQUEST_DROP_CACHES as u16;
-    /// The command: a request is no longer wanted.
+    /// The command: cancel a request.
     pub(crate) const CANCEL: u16 = bindings::VIRTIO_BALLOON_REQUEST_CANCEL as u16;
     /// The command of the last message of an answer.
     pub(crate) const COMPLETION: u16 = bindings::VIRTIO_BALLOON_COMPLETION as u16;
 
     /// The page cache.
     pub(crate) const CACHES_PAGES: u32 = bindings::VIRTIO_BALLOON_CACHES_PAGES;
-    /// The caches of names and inodes.
+    /// The slab caches of names and inodes.
     pub(crate) const CACHES_SLAB: u32 = bindings::VIRTIO_BALLOON_CACHES_SLAB;
 
     /// The status: done.
     pub(crate) const COMPLETE: u8 = bindings::VIRTIO_BALLOON_COMPLETION_COMPLETE as u8;
-    /// The status: not done, or not all of it.
+    /// The status: incomplete.
     pub(crate) const ABORTED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_ABORTED as u8;
-    /// The status: the same, since it was cancelled.
+    /// The status: incomplete, because of a cancel.
     pub(crate) const CANCELLED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_CANCELLED as u8;
-    /// The status: the command is not known.
+    /// The status: the driver does not know the command.
     pub(crate) const UNSUPPORTED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_UNSUPPORTED as u8;
     /// The status: a field has no legal value.
     pub(crate) const MALFORMED: u8 = bindings::VIRTIO_BALLOON_COMPLETION_MALFORMED as u8;
@@ -173,19 +171,19 @@ pub(crate) mod request {
     pub(crate) const UNKNOWN_ID: u8 = bindings::VIRTIO_BALLOON_COMPLETION_UNKNOWN_ID as u8;
 }
 
-/// The header of a message that names pages. Little-endian.
+/// The header of a message that lists pages. Little-endian.
 pub(crate) use bindings::virtio_balloon_page_set as PageSet;
 
 // SAFETY: The struct consists of integers, and has no padding.
 unsafe impl AsBytes for PageSet {}
 
-/// What the fields of a [`PageSet`] may be.
+/// The values of the fields of a [`PageSet`].
 pub(crate) mod page_set {
     use super::bindings;
 
-    /// The command of pages that are in the balloon from now on.
+    /// The command: inflate.
     pub(crate) const INFLATE: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_INFLATE as u16;
-    /// The command of pages that are not in the balloon any more.
+    /// The command: deflate.
     pub(crate) const DEFLATE: u16 = bindings::VIRTIO_BALLOON_PAGE_SET_DEFLATE as u16;
     /// The encoding as ranges.
     pub(crate) const RANGES: u8 = bindings::VIRTIO_BALLOON_PAGE_SET_RANGES as u8;
@@ -195,7 +193,7 @@ pub(crate) mod page_set {
     pub(crate) const MORE: u32 = bindings::VIRTIO_BALLOON_PAGE_SET_MORE;
     /// The length of the longest message in bytes, header included.
     pub(crate) const MAX_BYTES: usize = bindings::VIRTIO_BALLOON_PAGE_SET_MAX_BYTES as usize;
-    /// How many bits of a range are the number of pages.
+    /// The number of bits of a range for the number of pages.
     pub(crate) const COUNT_BITS: u32 = bindings::VIRTIO_BALLOON_PAGE_SET_COUNT_BITS;
 }
 
@@ -203,7 +201,7 @@ pub(crate) mod page_set {
 pub(crate) use bindings::virtio_balloon_stat as Stat;
 
 impl Stat {
-    /// Says that the statistic `tag` has the value `value`.
+    /// Makes the statistic `tag` with the value `value`.
     pub(crate) fn new(tag: u16, value: u64, order: ByteOrder) -> Self {
         Self {
             tag: order.to_device16(tag),
@@ -219,7 +217,7 @@ unsafe impl AsBytes for Stat {}
 pub(crate) mod stat {
     use super::bindings;
 
-    /// The first tag that is not the kernel's: its header has all below.
+    /// The first tag that the kernel's header does not have.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) const END: u16 = bindings::VIRTIO_BALLOON_S_NR as u16;
 
@@ -231,28 +229,28 @@ pub(crate) mod stat {
     pub(crate) const MAJFLT: u16 = bindings::VIRTIO_BALLOON_S_MAJFLT as u16;
     /// Page faults, since the guest booted.
     pub(crate) const MINFLT: u16 = bindings::VIRTIO_BALLOON_S_MINFLT as u16;
-    /// Memory that is not used for anything.
+    /// Free memory.
     pub(crate) const MEMFREE: u16 = bindings::VIRTIO_BALLOON_S_MEMFREE as u16;
-    /// Memory in all.
+    /// All memory.
     pub(crate) const MEMTOT: u16 = bindings::VIRTIO_BALLOON_S_MEMTOT as u16;
-    /// Memory that can be had without swapping.
+    /// Memory that is available without swapping.
     pub(crate) const AVAIL: u16 = bindings::VIRTIO_BALLOON_S_AVAIL as u16;
     /// Page cache.
     pub(crate) const CACHES: u16 = bindings::VIRTIO_BALLOON_S_CACHES as u16;
     /// Huge pages allocated, since the guest booted.
     pub(crate) const HTLB_PGALLOC: u16 = bindings::VIRTIO_BALLOON_S_HTLB_PGALLOC as u16;
-    /// Huge pages that could not be allocated, since the guest booted.
+    /// Failed allocations of huge pages, since the guest booted.
     pub(crate) const HTLB_PGFAIL: u16 = bindings::VIRTIO_BALLOON_S_HTLB_PGFAIL as u16;
-    /// Processes killed for want of memory, since the guest booted.
+    /// OOM kills, since the guest booted.
     pub(crate) const OOM_KILL: u16 = bindings::VIRTIO_BALLOON_S_OOM_KILL as u16;
-    /// Allocations that had to wait for memory to be reclaimed, since the guest booted.
+    /// Allocations that waited for reclaim, since the guest booted.
     pub(crate) const ALLOC_STALL: u16 = bindings::VIRTIO_BALLOON_S_ALLOC_STALL as u16;
-    /// Memory that the kernel's threads looked at to reclaim it, since the guest booted.
+    /// Memory scanned by background reclaim, since the guest booted.
     pub(crate) const ASYNC_SCAN: u16 = bindings::VIRTIO_BALLOON_S_ASYNC_SCAN as u16;
-    /// Memory that allocations looked at to reclaim it, since the guest booted.
+    /// Memory scanned by direct reclaim, since the guest booted.
     pub(crate) const DIRECT_SCAN: u16 = bindings::VIRTIO_BALLOON_S_DIRECT_SCAN as u16;
-    /// Memory that the kernel's threads reclaimed, since the guest booted.
+    /// Memory reclaimed in the background, since the guest booted.
     pub(crate) const ASYNC_RECLAIM: u16 = bindings::VIRTIO_BALLOON_S_ASYNC_RECLAIM as u16;
-    /// Memory that allocations reclaimed, since the guest booted.
+    /// Memory reclaimed by direct reclaim, since the guest booted.
     pub(crate) const DIRECT_RECLAIM: u16 = bindings::VIRTIO_BALLOON_S_DIRECT_RECLAIM as u16;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which memory blocks may be taken: those that are free, or nearly.
+//! The memory blocks to take: free or nearly free ones.
 
 #![forbid(unsafe_code)]
 
@@ -21,27 +21,28 @@ use kernel::{
     prelude::*, //
 };
 
-/// What part of a block may be in use, as a divisor: what is has to be moved, into memory that is
-/// zeroed first, and the kernel looks for a signal only when it has tried to move all of it.
+/// The part of a block that may be in use, as a divisor. The kernel must migrate these pages, into
+/// memory that it zeroes first, and checks for a signal only after it has tried all of them.
 const MOST_IN_USE: u64 = 32;
 
 /// The order of the smallest free blocks that count: 256 KiB.
 const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
 
-/// A block that may be taken.
+/// A candidate block.
 struct Candidate {
     block: MemoryBlock,
-    /// How many of its pages are free.
+    /// The number of its free pages.
     free: u64,
 }
 
-/// The blocks that may be taken. They are looked for in steps: a large guest has hundreds of thousands.
+/// The candidate blocks. The search has steps, since a large guest has hundreds of thousands of
+/// blocks.
 pub(crate) struct Candidates {
-    /// `None` when all were found.
+    /// `None` at the end of the search.
     walk: Option<Walk>,
     found: KVVec<Candidate>,
-    /// Which of those that were found are next: the first from this place on with so many bits in the
-    /// number of their pages in use, or more.
+    /// The next candidates: the first from this index on whose number of pages in use has so many
+    /// bits, or more.
     next: usize,
     bits: u32,
 }
@@ -68,8 +69,8 @@ impl Candidates {
         })
     }
 
-    /// Looks for more, and takes a zone's lock up to `holds` times for that. Returns whether there may
-    /// be more after that.
+    /// Searches for more, with up to `holds` holds of a zone's lock. Returns whether there may be
+    /// more after that.
     ///
     /// # Errors
     ///
@@ -101,8 +102,8 @@ impl Candidates {
         Ok(false)
     }
 
-    /// Returns the next block of those that were found: the free ones first, and then the others by how
-    /// many of their pages are in use, to a power of two.
+    /// Returns the next candidate: free blocks first, and then the others by the number of pages in
+    /// use, to a power of two.
     pub(crate) fn pop(&mut self) -> Option<MemoryBlock> {
         let pages = MemoryBlock::pages();
 

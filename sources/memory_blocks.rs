@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory for the host that the kernel has not zeroed.
+//! Memory for the host without zeroing.
 //!
-//! A kernel with `init_on_alloc=1` writes to all memory that it allocates. So does the host then,
-//! which inflates because it is short of memory. Memory blocks that are free, or nearly, go another
-//! way ([`MemoryBlock::take`]): a task takes one after the other, for the balloon, for hints or for
-//! the host's requests, which take their pages over from it.
+//! A kernel with `init_on_alloc=1` zeroes all memory that it allocates. The host then has to
+//! provide that memory, although it inflates because it is short of memory. Free or nearly free
+//! memory blocks avoid that ([`MemoryBlock::take`]): a task takes one after the other, for the
+//! balloon, hints or host requests, which adopt the pages.
 //!
-//! The task holds none of their locks: notifiers of memory that goes offline, which others
-//! take as well, are called under the kernel's lock for that, and take those locks.
+//! The task holds none of their locks. The kernel calls the notifiers of memory offlining under its
+//! lock for hotplug, and the notifiers take those locks.
 
 #![forbid(unsafe_code)]
 
@@ -73,13 +73,13 @@ use kernel::{
     }, //
 };
 
-/// How many blocks in a row are tried in vain before it is left at that.
+/// How many attempts in a row may fail before the task gives up.
 const MAX_FAILURES: usize = 3;
 
-/// How many times a zone's lock is taken in one run, to look for blocks.
+/// How many times one run takes a zone's lock to search for blocks.
 const HOLDS_PER_RUN: usize = 64;
 
-/// What part of a block is worth taking it, as a divisor. The rest is given back.
+/// The least needed part of a block, as a divisor. The rest is freed.
 const WORTHWHILE: u64 = 8;
 
 /// How long the kernel may try.
@@ -92,53 +92,53 @@ const LIMITS: Limits = Limits {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static WAITS: Atomic<usize> = Atomic::new(0);
 
-/// Takes memory blocks for a task.
+/// Takes memory blocks for another task.
 #[pin_data]
 pub(crate) struct Offliner {
     dev: ARef<virtio::Device>,
     settings: Arc<Settings>,
-    /// From how many pages on that are ready it waits until some are taken over.
+    /// The number of ready pages from which on it waits until some are adopted.
     most_ready: usize,
-    /// The page frame number from which on blocks are of no use (of a kernel page).
+    /// The page frame number (of a kernel page) from which on blocks are useless.
     end: u64,
     waker: Waker,
     #[pin]
     work: Mutex<Work>,
     #[pin]
     state: SpinLock<State>,
-    /// How long the task has run since [`spent`](Self::spent), in nanoseconds.
+    /// The run time of the task since [`spent`](Self::spent), in nanoseconds.
     spent: Atomic<i64>,
 }
 
-/// What only the offliner's task uses.
+/// The state that only the offliner's task uses.
 struct Work {
-    /// Those that are left to be tried. `None` if they were not looked for.
+    /// The remaining candidates. `None` before the search.
     candidates: Option<Candidates>,
-    /// How many were tried in vain, one after the other.
+    /// The number of failed attempts in a row.
     failures: usize,
-    /// Those that could not be brought online. Never grows beyond its capacity.
+    /// The blocks that could not be brought online. Never grows beyond its capacity.
     offline: KVec<OfflineBlock>,
 }
 
 struct State {
-    /// How many kernel pages are wanted, those that are ready included.
+    /// The requested number of kernel pages, those that are ready included.
     wanted: u64,
-    /// Whether there may be more to come.
+    /// Whether there may be more pages.
     is_busy: bool,
     /// Whether no more is wanted until the task begins again.
     is_cancelled: bool,
     ready: PageList,
-    /// How many blocks were taken, since the device was bound.
+    /// The number of taken blocks, since the device was bound.
     blocks: u64,
 }
 
-/// How many blocks may be offline at once, because they could not be brought online.
+/// How many blocks may be offline at once after a failure to bring them online.
 const MAX_OFFLINE: usize = 4;
 
 impl Offliner {
-    /// Returns a task that takes blocks below the page frame number `end` (of a kernel page) for the one
-    /// that `waker` wakes, in `slot`. None if the page allocator does not zero memory, or the kernel
-    /// takes no memory offline.
+    /// Returns a task in `slot` that takes blocks below the page frame number `end` (of a kernel
+    /// page) for the task of `waker`. None if the page allocator does not zero memory, or the
+    /// kernel cannot take memory offline.
     ///
     /// # Errors
     ///
@@ -179,8 +179,8 @@ impl Offliner {
             spent: Atomic::new(0),
         });
 
-        // Not on the queue of the tasks that give memory back: its thread for when memory is short must
-        // not wait for others to move their pages, and the kernel warns if it flushes their works.
+        // Not on the queue of the tasks that free memory: its rescuer thread must not wait for page
+        // migration, and the kernel warns if it flushes other works.
         let tasks = TaskQueue::without_rescuer(c"virtio_balloon_rs_blocks")?;
 
         Ok(Some(Arc::pin_init(
@@ -189,13 +189,13 @@ impl Offliner {
         )?))
     }
 
-    /// Returns how many kernel pages are worth taking a block for.
+    /// Returns how many missing kernel pages justify another block.
     pub(crate) fn is_worthwhile(wanted: usize) -> bool {
         wanted as u64 >= MemoryBlock::pages() / WORTHWHILE
     }
 
-    /// Says how many kernel pages are wanted by now, those that are ready included. Has no effect after
-    /// [`cancel`](Task::cancel).
+    /// Sets the requested number of kernel pages, those that are ready included. Has no effect
+    /// after [`cancel`](Task::cancel).
     pub(crate) fn want(&self, wanted: usize) {
         let mut state = self.state.lock();
 
@@ -214,12 +214,12 @@ impl Offliner {
         self.state.lock().is_cancelled
     }
 
-    /// Returns how many kernel pages can be [taken over](Self::take_over) now.
+    /// Returns how many kernel pages can be [adopted](Self::take_over) now.
     pub(crate) fn ready(&self) -> usize {
         self.state.lock().ready.len()
     }
 
-    /// Returns how long the task has run since the last call, in nanoseconds.
+    /// Returns the run time of the task since the previous call, in nanoseconds.
     pub(crate) fn spent(&self) -> i64 {
         self.spent.xchg(0, Relaxed)
     }
@@ -229,7 +229,7 @@ impl Offliner {
         self.state.lock().blocks
     }
 
-    /// Returns up to `max` kernel pages of what was taken.
+    /// Returns up to `max` kernel pages of the taken blocks.
     pub(crate) fn take_over(&self, max: usize) -> PageList {
         let mut state = self.state.lock();
         let rest = state.ready.split_off(max);
@@ -239,7 +239,7 @@ impl Offliner {
         pages
     }
 
-    /// Ends it: the task has nothing more to do.
+    /// Ends the work of the task.
     fn end(&self, work: &mut Work) {
         work.candidates = None;
         work.failures = 0;
@@ -247,7 +247,7 @@ impl Offliner {
         self.waker.schedule();
     }
 
-    /// Returns whether there is to be one more.
+    /// Returns whether another block is needed.
     fn is_more_wanted(&self) -> bool {
         let state = self.state.lock();
         let missing = state.wanted.saturating_sub(state.ready.len() as u64);
@@ -255,14 +255,14 @@ impl Offliner {
         missing > 0 && Self::is_worthwhile(missing as usize)
     }
 
-    /// Returns the next block that is to be tried, none while the search is not over.
+    /// Returns the next block to try, none during the search.
     ///
     /// # Errors
     ///
     /// `ENOENT` if there are no more, `ENOMEM`.
     fn next(&self, work: &mut Work) -> Result<Option<MemoryBlock>> {
-        // Only one driver can have what comes online. A virtio-mem device may be plugged at any time,
-        // and its driver fails for good while this one has it.
+        // Only one driver can set the callback. A virtio-mem device may be plugged at any time, and
+        // the probe of its driver fails while this driver has set the callback.
         if has_virtio_mem(&self.dev) || work.offline.len() == MAX_OFFLINE {
             return Err(ENOENT);
         }
@@ -284,7 +284,7 @@ impl Offliner {
         memory::available_pages() as u64 >= floor.saturating_add(pages)
     }
 
-    /// Takes one block, if one is wanted and there is one. Returns whether to continue.
+    /// Takes one block, if one is needed and there is a candidate. Returns whether to continue.
     fn take_one(&self, work: &mut Work) -> bool {
         if !self.is_more_wanted() || !self.can_spare(MemoryBlock::pages()) {
             return false;
@@ -298,7 +298,7 @@ impl Offliner {
         match block.take(LIMITS, || self.is_more_wanted()) {
             Outcome::Pages(pages) => {
                 work.failures = 0;
-                // Others may have taken memory in the meantime. They come first.
+                // Other callers may have allocated memory in the meantime. They have priority.
                 if !self.can_spare(0) {
                     return false;
                 }
@@ -316,8 +316,8 @@ impl Offliner {
                 self.waker.schedule();
                 true
             }
-            // It says nothing about the next one: a block of CMA, one that others have got hold of, or one
-            // that is not wanted any more.
+            // The next one may succeed: this was a block of CMA, one that another thread has taken,
+            // or one that is not needed any more.
             Outcome::Not(EBUSY | EPERM | ECANCELED) => true,
             Outcome::Not(_) => {
                 work.failures += 1;
@@ -330,7 +330,7 @@ impl Offliner {
         }
     }
 
-    /// Brings blocks online that could not be before. Returns whether none is offline any more.
+    /// Retries to bring blocks online. Returns whether none is offline any more.
     fn bring_online(work: &mut Work) -> bool {
         work.offline.retain(|block| block.bring_online().is_err());
         work.offline.is_empty()
@@ -358,7 +358,7 @@ impl Task<Offliner> {
         pages
     }
 
-    /// Wants no more, and gives back what is ready. Returns how many kernel pages it was.
+    /// Requests no more, and frees the pages that are ready. Returns their number in kernel pages.
     pub(crate) fn cancel(&self) -> usize {
         let mut state = self.state.lock();
 
@@ -375,22 +375,22 @@ impl Task<Offliner> {
         ready.len()
     }
 
-    /// Waits until the task has ended after [`cancel`](Self::cancel): the block that it took is free again, or
-    /// was not taken. Returns whether that is so.
+    /// Waits until the task has ended after [`cancel`](Self::cancel): the block that it took is
+    /// free again, or was not taken. Returns whether that is so.
     pub(crate) fn ends_within(&self, timeout: Delta) -> bool {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         WAITS.add(1, Relaxed);
         within(timeout, || (!self.is_busy()).then_some(())).is_some()
     }
 
-    /// Takes up the work again after [`leave`](Self::leave). Blocks may be offline that could not be
-    /// brought online while the system hibernated.
+    /// Continues after [`leave`](Self::leave). Some blocks may be offline that could not be brought
+    /// online during hibernation.
     pub(crate) fn enter(&self) {
         self.resume();
         self.schedule();
     }
 
-    /// Ends all work, and gives back what was taken.
+    /// Ends all work, and frees the taken blocks.
     pub(crate) fn leave(&self) {
         self.stop();
         self.cancel();
@@ -400,7 +400,7 @@ impl Task<Offliner> {
         if !Offliner::bring_online(&mut work) {
             dev_warn!(
                 self.dev,
-                "{} blocks of memory are offline and cannot be brought online\n",
+                "{} memory blocks are offline and cannot be brought online\n",
                 work.offline.len()
             );
         }
@@ -434,7 +434,7 @@ impl Source for &Offliner {
         if !unsplit {
             pages.split_blocks();
         }
-        // What there is no room for goes back.
+        // Blocks without room are freed.
         batch.add(&mut pages);
     }
 }

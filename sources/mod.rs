@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the pages for the balloon, for hints and for the host's requests come from.
+//! The sources of pages for the balloon, for hints and for host requests.
 
 pub(crate) mod candidates;
 pub(crate) mod memory_blocks;

@@ -23,13 +23,13 @@ use crate::{
 
 use kernel::page::PAGE_SHIFT;
 
-/// How many kernel pages are allocated at a time, and how many the device may have, where the
-/// kernel writes to what it allocates: 4 and 16 MiB. So much more of the host's memory does the
-/// guest take, at most, to give it back; and the device is at work while more is written to.
+/// How many kernel pages are allocated at a time, and how many may be in flight, if the kernel
+/// zeroes the memory that it allocates: 4 and 16 MiB. The guest uses at most so much more of the
+/// host's memory meanwhile, and the device works while the kernel zeroes the next pages.
 const ZEROED_PORTION: usize = 1 << (22 - PAGE_SHIFT);
 const ZEROED_IN_FLIGHT: usize = 4 * ZEROED_PORTION;
 
-/// What is asked for next.
+/// The kind of block to allocate next.
 #[derive(Clone, Copy)]
 struct Kind {
     order: u32,
@@ -46,8 +46,7 @@ impl Kind {
         }
     }
 
-    /// Returns what this becomes where no more than `pages` kernel pages are wanted. `None` if
-    /// there are none.
+    /// Returns the kind for at most `pages` kernel pages. `None` if there is none.
     fn up_to(self, pages: usize) -> Option<Self> {
         let order = self.order.min(pages.checked_ilog2()?);
 
@@ -57,8 +56,8 @@ impl Kind {
         })
     }
 
-    /// Returns what comes next when there is no such block: smaller ones, and after the smallest
-    /// that may stay unsplit order-0 pages, which may come from everywhere. `None` after an order-0 page.
+    /// Returns the next kind when there is no such block: smaller ones and, after the smallest that
+    /// may stay unsplit, movable ones from everywhere. `None` after an order-0 page.
     fn next(self) -> Option<Self> {
         if self.unsplit && self.order <= pageblock_order() {
             return Some(Self::first(false));
@@ -70,7 +69,7 @@ impl Kind {
         })
     }
 
-    /// Returns how many blocks such a block becomes.
+    /// Returns into how many blocks such a block is split.
     fn blocks(self) -> usize {
         if self.unsplit {
             1
@@ -82,8 +81,8 @@ impl Kind {
 
 /// The page allocator.
 pub(crate) struct PageAllocator {
-    /// What is tried next: nothing that was not available is tried again. `None` before the first
-    /// try.
+    /// The kind to try next: kinds that were not available are not tried again. `None` before the
+    /// first attempt.
     kind: Option<Kind>,
     /// Whether blocks stay unsplit where they may.
     keeps_blocks: bool,
@@ -107,8 +106,8 @@ impl Source for PageAllocator {
         }
     }
 
-    /// Blocks are much cheaper to get than order-0 pages, and leave fewer holes. When there is none
-    /// of a kind, the next kind is tried.
+    /// Blocks are much cheaper than order-0 pages, and leave fewer holes. If there is none of a
+    /// kind, try the next kind.
     fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, unsplit: bool) {
         let kind = self
             .kind

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where pages for the balloon come from.
+//! The sources of the balloon's pages.
 
 #![forbid(unsafe_code)]
 
@@ -8,13 +8,13 @@ use crate::rust::mm::pages::batch::Batch;
 
 /// A source of pages.
 pub(crate) trait Source {
-    /// Returns how many kernel pages are taken at a time, and from how many on that the device has
-    /// not answered for no more are taken.
+    /// Returns how many kernel pages are taken at a time, and the limit of unacknowledged kernel
+    /// pages.
     fn limits(&self) -> (usize, usize) {
         (usize::MAX, usize::MAX)
     }
 
-    /// Puts up to `wanted` pages into `batch`, in blocks that stay unsplit if they may and `unsplit` is
-    /// set, until there might be more than `blocks` of them.
+    /// Puts up to `wanted` pages into `batch`, at most about `blocks` blocks. They stay unsplit if
+    /// possible and `unsplit` is set.
     fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, unsplit: bool);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernel calls the balloon for.
+//! The kernel's notifiers that call the balloon.
 
 mod offline;
 pub(crate) mod oom;

@@ -26,20 +26,20 @@ use core::ops::Range;
 use kernel::prelude::*;
 
 impl GoingOffline for Task<Balloon> {
-    /// Gives the blocks that lie there back: order-0 pages are moved by the kernel. The balloon
-    /// takes others then.
+    /// Deflates the blocks that lie there; the kernel migrates order-0 pages. The balloon then
+    /// inflates elsewhere.
     fn going_offline(&self, pfns: Range<u64>) -> Result {
         let mut worker = self.worker.lock();
 
         if let Some(offliner) = &self.offliner {
             offliner.cancel();
         }
-        // A block may be on its way into the balloon. And the kernel tries over and over to move
-        // order-0 pages which cannot be moved: those that the device has not answered for.
+        // A block may be in flight to the balloon. And the kernel retries without end to migrate
+        // order-0 pages that cannot be migrated: those that the device has not acknowledged.
         within(timeouts::UNRESPONSIVE, || {
             let answers =
                 worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
-            // The device need not interrupt for an answer that was taken before.
+            // The device need not interrupt for a buffer that was taken before.
             if answers > 0 {
                 self.queue_used();
             }
@@ -53,7 +53,7 @@ impl GoingOffline for Task<Balloon> {
         .ok_or(EBUSY)?;
 
         let before = self.pages.len();
-        // Nothing more comes of the work, and no page is moved any more.
+        // The task has ended, and no page is migrated any more.
         if before > 0 && (worker.error.is_some() || self.is_broken(&worker)) {
             return Err(EBUSY);
         }

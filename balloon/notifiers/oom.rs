@@ -24,7 +24,7 @@ use kernel::{
     sync::atomic::Relaxed, //
 };
 
-/// How many pages are given back at least when the guest runs out of memory: 64 MiB.
+/// How many pages an OOM deflates at least: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
 /// The priority of the notifier, which is that of virtio_balloon.
@@ -44,9 +44,10 @@ impl Task<Balloon> {
 impl OomNotify for Task<Balloon> {
     const PRIORITY: c_int = PRIORITY;
 
-    /// Gives a part of the balloon back at once: enough for the guest to continue for a while.
+    /// Deflates a part of the balloon at once: enough for the guest to continue for a while.
     fn out_of_memory(&self) -> usize {
-        // What is not in the balloon yet goes first, and the device need not know of it.
+        // Pages that are not in the balloon yet come first: the device need not be notified of
+        // them.
         let given = self
             .offliner
             .as_ref()
@@ -54,7 +55,7 @@ impl OomNotify for Task<Balloon> {
         if given > 0 {
             return self.note_given(given);
         }
-        // An allocation may be bound to a node: memory of another one would not help it.
+        // An allocation may be bound to a node: memory of another node would not help it.
         let there = self.pages.len_where_needed();
         if self.giving_back.load(Relaxed) {
             return 0;
@@ -94,7 +95,7 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
         if released > 0 {
-            // The device has used what it was sent just now. It need not interrupt for that.
+            // The device has used the messages that were just sent. It need not interrupt for them.
             self.queue_used();
             self.schedule();
         }

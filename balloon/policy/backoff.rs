@@ -11,10 +11,10 @@ use kernel::time::Msecs;
 /// Why the balloon does not grow.
 #[derive(Clone, Copy)]
 pub(crate) enum Cause {
-    /// There was no memory to be had.
+    /// No memory could be allocated.
     NoMemory,
-    /// The guest would have had to kill a process. Memory that is taken too soon is missed again at
-    /// once, and the balloon would swing.
+    /// The guest would have killed a process. If the balloon grew again too soon, the guest would
+    /// run out of memory again, and the balloon would oscillate.
     OutOfMemory,
 }
 
@@ -43,9 +43,9 @@ impl Backoff {
         Self { pause: None }
     }
 
-    /// Takes note of a failure at `now`. Returns whether it is the first one.
+    /// Records a failure at `now`. Returns whether it is the first one.
     ///
-    /// A failure in a pause makes the pause begin anew, but not longer than its cause asks for.
+    /// A failure during a pause restarts the pause, with the length for its cause at most.
     pub(crate) fn fail(&mut self, cause: Cause, now: i64) -> bool {
         let (shortest, longest) = cause.pauses();
         let pausing = self.remaining(now).is_some();
@@ -71,7 +71,7 @@ impl Backoff {
             .map(|left| left.min(length))
     }
 
-    /// Returns whether the last try has failed.
+    /// Returns whether the previous attempt failed.
     pub(crate) fn is_failing(&self) -> bool {
         self.pause.is_some()
     }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether the device has just responded. QEMU does not survive an access to the configuration space
-//! after the daemon of the device has ended.
+//! Whether the device has just responded. QEMU aborts on an access to the configuration space after
+//! the daemon of the device has ended.
 
 #![forbid(unsafe_code)]
 
 use crate::device::timeouts;
 
-/// When the device has responded.
+/// The time of the device's responses.
 ///
 /// Points in time are milliseconds on a clock that does not go back.
 pub(crate) struct Liveness {
-    /// When used buffers were last looked for.
+    /// When the driver last looked for used buffers.
     looked: Option<i64>,
-    /// When used buffers were last found.
+    /// When the driver last found used buffers.
     found: Option<i64>,
     /// When the device has last shown that it responds.
     alive: Option<i64>,
@@ -29,13 +29,13 @@ impl Liveness {
         }
     }
 
-    /// Notes at `now` whether the device has used buffers since the last call, and whether it is known
-    /// to have used some just now. Returns whether the device has just responded.
+    /// Records at `now` whether the device has used buffers since the previous call, and whether it
+    /// is known to have used some just now. Returns whether the device has just responded.
     ///
-    /// If that is not known, the device may have used the buffers long ago and have ended since. If the
-    /// last call was a moment ago, it has used them since then. Their interrupt may still come, but the
-    /// kernel ignores an interrupt when no used buffers are left. An OOM notifier that has waited for them
-    /// may say so after they were found.
+    /// If that is not known, the device may have used the buffers long ago and have ended since. If
+    /// the previous call was a moment ago, it has used them since then. Their interrupt may still
+    /// come, but the kernel ignores an interrupt when no used buffers are left. An OOM notifier
+    /// that has waited for them may set the flag after they were found.
     pub(crate) fn note(&mut self, now: i64, answered: bool, just_used: bool) -> bool {
         let recent = i64::from(timeouts::ALIVE);
         let is_recent = |at: Option<i64>| at.is_some_and(|at| now.saturating_sub(at) < recent);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Decisions that depend on nothing but their arguments: each has unit tests of its own.
+//! Decisions that depend only on their arguments. Each has unit tests of its own.
 
 pub(crate) mod backoff;
 pub(crate) mod liveness;

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Why the balloon is smaller than the host wants it to be: for the log, and for a host that wants
-//! to know.
+//! Why the balloon is below its target: for the log, and for a device with the feature.
 //!
-//! Without it a host sees a balloon that does not move, and can only guess.
+//! Without it the host only sees a balloon that does not grow, and not the reason.
 
 #![forbid(unsafe_code)]
 
@@ -20,22 +19,22 @@ use kernel::prelude::*;
 /// What keeps the balloon from growing.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StopReason {
-    /// The guest would have too little left.
+    /// The available memory would fall below the reserve.
     Floor,
-    /// There is no memory to be had.
+    /// No memory could be allocated.
     NoMemory,
     /// The guest has just run out of memory.
     AfterOom,
-    /// The guest's administrator does not want it.
+    /// The guest's administrator has turned ballooning off.
     Excluded,
 }
 
 impl StopReason {
-    /// Returns the words for the log.
+    /// Returns the text for the log.
     pub(crate) fn words(self) -> &'static str {
         match self {
-            Self::Floor => "the available memory has come down to floor_mib",
-            Self::NoMemory => "the guest has no more memory to give",
+            Self::Floor => "available memory is down to the reserve (floor_mib)",
+            Self::NoMemory => "no memory can be allocated",
             Self::AfterOom => "the guest has run out of memory",
             Self::Excluded => "inflate=0",
         }
@@ -64,16 +63,16 @@ impl StopReason {
     }
 }
 
-/// Tells a device that wants to know.
+/// Reports the reason to a device with the feature.
 pub(crate) struct StopReasonReporter {
-    /// Whether it wants to.
+    /// Whether it has the feature.
     wanted: bool,
-    /// What it was told last.
+    /// The reason that was reported last.
     told: u32,
 }
 
 impl StopReasonReporter {
-    /// Begins with a device that was reset, which knows of no reason (docs/protocol.md, SR-V1).
+    /// Begins with a device that was reset, whose reason is 0 (docs/protocol.md, SR-V1).
     pub(crate) fn new(wanted: bool) -> Self {
         Self {
             wanted,
@@ -81,7 +80,7 @@ impl StopReasonReporter {
         }
     }
 
-    /// Tells the device `reason`, unless it knows that already.
+    /// Reports `reason` to the device, unless that was reported last.
     ///
     /// # Errors
     ///

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The way to the target. All numbers are kernel pages.
+//! The steps towards the target. All numbers are kernel pages.
 
 #![forbid(unsafe_code)]
 
-/// Returns the part of `whole` that `some` is of `all`, or up to a thousandth of `whole` less.
+/// Returns `whole` * `some` / `all`, or up to a thousandth of `whole` less.
 pub(crate) fn part(whole: usize, some: usize, all: usize) -> usize {
-    // Dividing first leaves room for the product.
+    // The division comes first, so that the product does not overflow.
     let in_1024 = (some.min(all) << 10) / all.max(1);
 
     whole / 1024 * in_1024 + whole % 1024 * in_1024 / 1024
@@ -15,20 +15,20 @@ pub(crate) fn part(whole: usize, some: usize, all: usize) -> usize {
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Put that many more pages into the balloon.
+    /// Inflate by that many pages.
     Inflate(usize),
-    /// Take that many pages out of the balloon.
+    /// Deflate by that many pages.
     Deflate(usize),
-    /// Wait: the target is reached, or will be when the device has answered.
+    /// Wait: the target is reached, or will be when the device has used all messages.
     Rest,
 }
 
 impl Step {
-    /// Returns the way to `target`, when `held` pages are in the balloon and `inflating` more are
-    /// on their way into it.
+    /// Returns the step towards `target`, when `held` pages are in the balloon and `inflating` more
+    /// are in flight.
     ///
-    /// Pages on their way cannot be called back. If they are too many, some of those that are in
-    /// the balloon already are taken out for them.
+    /// Pages in flight cannot be taken back. If they are too many, pages that are already in the
+    /// balloon are deflated instead.
     pub(crate) fn towards(target: usize, held: usize, inflating: usize) -> Self {
         let expected = held.saturating_add(inflating);
 

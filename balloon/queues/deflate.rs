@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Deflating: pages go from the balloon back to the page allocator.
+//! Deflating: pages return from the balloon to the page allocator.
 //!
-//! With page sets, and where the device insists on it (`VIRTIO_BALLOON_F_MUST_TELL_HOST`), pages
-//! are free when it has answered. Else they are free at once, as they are with page sets when the
-//! guest has run out of memory, and the device learns of it whenever it gets round to it. What it
-//! has to learn is noted in pages that were in the balloon themselves, so that this path neither
-//! allocates nor waits.
+//! With page sets, and with `VIRTIO_BALLOON_F_MUST_TELL_HOST`, pages are free when the device has
+//! used their message. Otherwise, and with page sets when the guest has run out of memory, they are
+//! free at once, and the driver notifies the device later. It stores the ranges to report in some
+//! of the pages themselves, so that this path neither allocates nor waits.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation; docs/protocol.md, PS-D14.
 
@@ -49,16 +48,16 @@ use kernel::{
     sync::SpinLock, //
 };
 
-/// How many blocks or pages are gathered before the first of them is sent.
+/// How many blocks or pages are collected before the first of them is sent.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The deflate queue.
 pub(crate) struct Deflate {
     pub(crate) queue: MessageQueue<Migration>,
     terms: Negotiated,
-    /// Kernel pages that are free when the device has answered.
+    /// Kernel pages that are free when the device has used their message.
     leaving: usize,
-    /// What the device has to be told when the queue has room again.
+    /// The ranges to report when the queue has room again.
     backlog: RangeStack,
 }
 
@@ -78,17 +77,17 @@ impl Deflate {
         self.leaving
     }
 
-    /// Returns whether the device has not heard, or not answered, of everything yet.
+    /// Returns whether there are unreported pages, or messages that the device has not used.
     pub(crate) fn is_pending(&self) -> bool {
         !self.backlog.is_empty() || self.queue.in_flight() > 0
     }
 
-    /// Forgets what the device has not been told yet. For when it is about to be reset.
+    /// Discards unreported pages. For when the device is about to be reset.
     pub(crate) fn forget(&mut self) {
         self.backlog = RangeStack::new();
     }
 
-    /// Takes back what a device has that was reset. It has to be dropped without a spinlock.
+    /// Takes back the buffers of a device that was reset. They must be dropped without a spinlock.
     pub(crate) fn detach_unused(&mut self) -> KVec<Option<Payload<Migration>>> {
         self.forget();
         self.leaving = 0;
@@ -100,27 +99,27 @@ impl Deflate {
         if self.queue.room() == 0 || self.backlog.is_empty() {
             return false;
         }
-        // Whatever was in the balloon has a name.
+        // All pages of the balloon have a number in the protocol.
         let Ok(message) = self.queue.write(&mut self.backlog) else {
             return false;
         };
 
-        // If the queue does not take it although there is room, there is nobody left to tell.
+        // If the queue refuses a message although it has room, there is no device any more.
         self.queue
             .send(message, Pages::List(PageList::new()))
             .is_ok()
     }
 }
 
-/// Tells the device as much of what it has to know as the queue has room for: one message under each
-/// hold of the lock.
+/// Reports as much of the backlog as the queue has room for: one message under each hold of the
+/// lock.
 pub(crate) fn send_backlog(deflate: &SpinLock<Deflate>) {
     while deflate.lock().send_next() {}
 
     deflate.lock().queue.notify();
 }
 
-/// Takes note of what the device has answered. Returns the number of answers.
+/// Takes the used messages. Returns their number.
 pub(crate) fn collect(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
@@ -132,8 +131,7 @@ pub(crate) fn collect(
             return answers;
         };
 
-        // Where the device had to be told first, this is where the pages are freed: not under the
-        // lock.
+        // If the device had to be notified first, the pages are freed here, without the lock.
         match pages {
             Pages::List(pages) => {
                 let freed = pages.len();
@@ -147,13 +145,13 @@ pub(crate) fn collect(
     }
 }
 
-/// Takes pages out of a balloon, except those that the device may not know of yet.
+/// Takes pages out of a balloon, except those that the device may not know yet.
 struct Dequeue<'a> {
     balloon: &'a BalloonPages<PendingMigrations>,
     guard: &'a MigrationGuard<'a>,
-    /// Whether only nodes that are short of memory get some.
+    /// Whether to take pages only from nodes that are short of memory.
     where_needed: bool,
-    /// These, of which there are as many as migrations. They have to go back.
+    /// These pages, one for each pending migration at most. They must return to the balloon.
     unknown: PageList,
 }
 
@@ -173,13 +171,11 @@ impl Dequeue<'_> {
     }
 }
 
-/// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the device
-/// allows it. Returns how many were taken out: fewer if nothing more can be done before the device
-/// has answered.
+/// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the
+/// protocol allows. Returns how many were taken out: fewer if the rest has to wait for the device.
 ///
-/// The device learns of it by [`send_backlog`]. It has to know of the pages' arrival before: those
-/// of which it does not stay in the balloon, and `guard` keeps others from becoming such. `batch` is
-/// where pages are put in order.
+/// [`send_backlog`] reports them. The device must have seen the inflate of these pages: others stay
+/// in the balloon, and `guard` prevents new ones. `batch` sorts the pages.
 pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
@@ -220,8 +216,8 @@ pub(crate) fn release(
     released
 }
 
-/// Takes the blocks in `pfns` out of `balloon`, which are freed when the device has answered.
-/// Returns whether it could be told of all.
+/// Takes the blocks in `pfns` out of `balloon`. They are freed when the device has used their
+/// message. Returns whether all could be sent.
 pub(crate) fn evacuate(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
@@ -253,14 +249,14 @@ fn trace(deflate: &SpinLock<Deflate>, pages: usize, reason: Reason) {
     }
 }
 
-/// Returns whether pages that are released because memory ran out can be used only when the device has
-/// answered.
+/// Returns whether pages that are released because memory ran out may be used only when the device
+/// has used their message.
 pub(crate) fn is_awaited_out_of_memory(deflate: &SpinLock<Deflate>) -> bool {
     deflate.lock().terms.notify_first_out_of_memory()
 }
 
-/// Returns whether the device knows of all that has left the balloon, after it was told as much as
-/// it can be now.
+/// Reports as many pages as possible now. Returns whether the device knows all pages that have left
+/// the balloon.
 pub(crate) fn is_answered(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
@@ -270,19 +266,19 @@ pub(crate) fn is_answered(
     !deflate.lock().is_pending()
 }
 
-/// Frees some pages, up to `wanted`, before the device has been told.
+/// Frees up to `wanted` pages before the device is notified.
 fn free_first(deflate: &SpinLock<Deflate>, dequeue: &mut Dequeue<'_>, wanted: usize) -> usize {
-    // All of them are noted under one hold of the lock.
+    // All of them are added to the backlog under one hold of the lock.
     let mut pages = dequeue.take(wanted.min(1 << MAX_ORDER), usize::MAX);
     let taken = pages.len();
 
-    // What is noted in pages has to be freed page by page.
+    // Pages that store the backlog must be freed one by one.
     pages.split_blocks();
     deflate.lock().backlog.record(&mut pages);
     taken
 }
 
-/// Fills `batch` with up to `wanted` pages, if the device can be told of them.
+/// Fills `batch` with up to `wanted` pages, if the queue has room for their message.
 fn gather(
     deflate: &SpinLock<Deflate>,
     dequeue: &mut Dequeue<'_>,
@@ -305,8 +301,8 @@ fn gather(
     }
 }
 
-/// Tells the device of what is in `batch`, which is freed when it has answered. Returns how many
-/// pages it could be told of; the others stay in the balloon.
+/// Reports the pages in `batch`, which are freed when the device has used the messages. Returns how
+/// many pages were sent; the others stay in the balloon.
 fn tell(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
@@ -316,7 +312,7 @@ fn tell(
 
     while batch.pages() > 0 {
         let draft = deflate.lock().queue.draft();
-        // A message may name thousands of blocks or pages: it is written without the lock.
+        // A message may list thousands of blocks or pages, so it is written without the lock.
         let written = draft.map(|draft| draft.write(batch));
         let sent = {
             let mut this = deflate.lock();

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Inflating: pages go from the page allocator to the device.
+//! Inflating: allocates pages and sends them to the device.
 //!
-//! A page counts as being in the balloon when the device has used the message that names it. Until
-//! then it belongs to the message, and nothing can take it back: neither deflating nor compaction
-//! knows of it.
+//! A page enters the balloon when the device has used the message that lists it. Until then the
+//! message owns the page, and neither deflating nor compaction can see it.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
 
@@ -34,13 +33,12 @@ use crate::{
 
 use kernel::error::code::EAGAIN;
 
-/// How many messages are sent with one notification: few enough to keep both sides busy, and enough
-/// to make the cost of a notification, which takes the virtual CPU out of the guest, one among
-/// thousands of pages.
+/// How many messages share one notification: few enough to keep both sides busy, and enough to
+/// spread the cost of the notification, a VM exit, over thousands of pages.
 const MESSAGES_PER_NOTIFICATION: usize = 16;
 
-/// How many blocks are gathered before the first of them is sent: enough to find neighbours, and
-/// few enough for the device not to run out of work.
+/// How many blocks are collected before the first of them is sent: enough to merge adjacent blocks,
+/// and few enough that the device does not run out of work.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
 
 /// The inflate queue. All numbers are kernel pages.
@@ -53,11 +51,11 @@ pub(crate) struct Inflate {
 /// Why [`Inflate::fill`] stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// All pages are on their way.
+    /// All pages are in flight.
     Done,
-    /// The queue is full, or nothing may be sent: go on when the device has used some messages.
+    /// The queue is full, or nothing may be sent: continue when the device has used some messages.
     NotNow,
-    /// The page allocator has nothing to give.
+    /// The page allocator has no memory.
     NoMemory,
 }
 
@@ -70,18 +68,18 @@ impl Inflate {
         }
     }
 
-    /// Frees what a device has that was reset.
+    /// Frees the pages of a device that was reset.
     pub(crate) fn detach_unused(&mut self) {
         self.in_flight = 0;
         drop(self.queue.detach_unused());
     }
 
-    /// Returns how many pages the device has not answered for yet.
+    /// Returns how many pages the device has not acknowledged yet.
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Puts the pages that the device has answered for into `balloon`. Returns how many there were.
+    /// Puts the acknowledged pages into `balloon`. Returns their number.
     pub(crate) fn collect(&mut self, balloon: &BalloonPages<PendingMigrations>) -> usize {
         let mut collected = 0;
 
@@ -101,8 +99,8 @@ impl Inflate {
         collected
     }
 
-    /// Takes up to `wanted` pages from `source`, in portions that go through `batch`, and sends them
-    /// to the device, as long as `may_send` holds. What it has answered in the meantime is put into
+    /// Takes up to `wanted` pages from `source`, sorts them in portions in `batch`, and sends them
+    /// to the device, as long as `may_send` holds. Puts pages that it acknowledges meanwhile into
     /// `balloon`.
     pub(crate) fn fill(
         &mut self,
@@ -124,7 +122,7 @@ impl Inflate {
 
             let room = self.queue.room_for_blocks();
             let portion = at_once.min(wanted);
-            // A block may have to be split, and none is worth being left for that.
+            // A block may have to be split for the rest.
             let (portion, blocks) = match unsplit {
                 true => (portion, room.max(1 << MAX_ORDER)),
                 false => (portion.min(room), usize::MAX),
@@ -132,7 +130,8 @@ impl Inflate {
             source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), unsplit);
             wanted -= batch.pages();
 
-            // Asked now, and not before: pages that were deflated by then may be among these.
+            // Checked after the allocation, since these may be pages that were deflated in the
+            // meantime.
             let stop = match batch.pages() {
                 0 => Stop::NoMemory,
                 _ if may_send() => self.send(batch),
@@ -152,7 +151,7 @@ impl Inflate {
         Stop::Done
     }
 
-    /// Sends all that is in `batch`, unless something keeps it from that.
+    /// Sends all pages in `batch`, as far as possible.
     fn send(&mut self, batch: &mut Batch) -> Stop {
         while batch.pages() > 0 {
             match self.queue.send_some(batch) {
@@ -161,11 +160,11 @@ impl Inflate {
                     trace::inflate(self.queue.device(), pages);
                 }
                 Err((_, EAGAIN)) => return Stop::NotNow,
-                // Pages that the protocol cannot name are of no use either.
+                // Pages without a number in the protocol are useless, too.
                 Err(_) => return Stop::NoMemory,
             }
 
-            // The device reads these while the next ones are written.
+            // The device reads these messages while the driver writes the next ones.
             if self.queue.unnotified() == MESSAGES_PER_NOTIFICATION {
                 self.queue.notify();
             }

@@ -14,7 +14,7 @@ use crate::balloon::{
 
 use kernel::sync::SpinLock;
 
-/// Sends what is to be reported next, as far as that is possible now.
+/// Sends the next reports, as far as possible now.
 pub(in crate::balloon) fn send(
     migrations: &PendingMigrations,
     inflate: &mut Inflate,
@@ -24,9 +24,9 @@ pub(in crate::balloon) fn send(
     send_old(migrations, deflate);
 }
 
-/// A new page may be one that was deflated a moment ago, which the device has to see first. And one
-/// round follows the other: a page may be a new one in the first and an old one in the second.
-/// Nothing is deflated in between, since the lock is kept.
+/// A new page may have been deflated a moment ago, and the device must see that first. Rounds
+/// follow one after the other, since a page may be a new one in the first round and an old one in
+/// the second. No page is deflated in between, since the lock is held.
 fn send_new(migrations: &PendingMigrations, inflate: &mut Inflate, deflate: &SpinLock<Deflate>) {
     let deflate = deflate.lock();
     let can_send = inflate.queue.room() > 0 && !deflate.is_pending();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The inflate and the deflate queue, and what goes through both.
+//! The inflate and the deflate queue, and the reports that use both.
 
 pub(super) mod deflate;
 pub(super) mod inflate;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Free page hinting as a feature of a device, and what calls it for memory.
+//! Free page hinting as a feature of a device, and its OOM notifier and shrinker.
 
 #![forbid(unsafe_code)]
 
@@ -53,7 +53,7 @@ use kernel::{
     }, //
 };
 
-/// Free page hinting of a bound device, with what calls it.
+/// Free page hinting of a bound device, with its registrations.
 pub(crate) struct Hints {
     _oom: Pin<KBox<OomNotifier<Task<Hinting>>>>,
     _shrinker: Shrinker<Task<Hinting>>,
@@ -61,11 +61,11 @@ pub(crate) struct Hints {
 }
 
 impl Hints {
-    /// Sets the feature up, if it was negotiated.
+    /// Sets up the feature, if it was negotiated.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    /// `ENOMEM`, or the error of [`virtio::Device::config`].
     pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>>> {
         let Some(queue) = setup.queues.take(Queue::Hint)? else {
             return Ok(None);
@@ -146,25 +146,25 @@ impl Shrink for Task<Hinting> {
 }
 
 impl OomNotify for Task<Hinting> {
-    /// Before the balloon, which then need not give anything.
+    /// Called before the balloon's notifier, so that the balloon need not deflate.
     const PRIORITY: c_int = oom::PRIORITY + 1;
 
-    /// Waits for what the device has, which it uses soon: QEMU holds a lock for 50 ms at a time. What
-    /// it had used before was given back by the shrinker. If the wait was in vain, the kernel kills a
-    /// process, and the next calls do not wait before the device has used something.
+    /// Waits for hints in flight, which the device uses soon: QEMU holds a lock for 50 ms at a
+    /// time. The shrinker has already returned used hints. If the wait is in vain, the kernel kills
+    /// a process, and later calls do not wait until the device has used a buffer.
     fn out_of_memory(&self) -> usize {
         self.needed.store(true, Relaxed);
         let before = memory::free_pages();
 
         self.oom_timeout
             .poll(|| {
-                // The task may be allocating itself, in the transport.
+                // The task itself may be allocating, in the transport.
                 let mut worker = self.worker.try_lock()?;
                 let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
 
                 if freed == 0 && worker.in_flight == 0 {
-                    // The task may have been faster. No process is killed for memory that is free by
-                    // now.
+                    // The task may have freed memory meanwhile. Then the kernel need not kill a
+                    // process.
                     let freed = memory::free_pages().saturating_sub(before);
 
                     return Some(if freed >= WORTHWHILE { freed } else { 0 });

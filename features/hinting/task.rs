@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Free page hinting: a host that migrates the guest leaves free memory out.
+//! Free page hinting: a host that migrates the guest omits free memory.
 //!
-//! The host asks with an id. The driver answers with the id, takes free memory from the page
-//! allocator, gives it to the device, and ends the round with the id [`HINT_STOP`]. It keeps the
-//! memory until the host says [`HINT_DONE`], since whatever is written to it in between has to be
-//! migrated after all.
+//! The host publishes an id. The driver answers with the id, allocates free memory, passes it to
+//! the device, and ends the round with the id [`HINT_STOP`]. It holds the memory until the host
+//! publishes [`HINT_DONE`], since the host would have to migrate memory that is written in between.
 //!
-//! Memory that the device has not used yet is not given back. A host that skips it clears its
-//! dirty bits, and where the dirty log was set initially (all pages dirty, none of them
-//! write-protected) that is the moment in which it begins to see writes: one that came before is
-//! lost on the other side. A host that discards the memory would discard what its new owner wrote.
-//! Memory that the device has used is free to go when the guest needs it.
+//! The driver does not free memory that the device has not used yet. A host that skips it clears
+//! its dirty bits. If the dirty log was initially set (all pages dirty, none of them
+//! write-protected), the host sees only writes after that moment, and an earlier write would be
+//! lost on the destination. A host that discards the memory would discard the data of its new
+//! owner. Memory that the device has used can be freed when the guest needs it.
 //!
-//! QEMU takes a lock for each buffer that its migration keeps for up to 50 ms at a time. So memory
-//! is collected first, neighbouring blocks become one buffer, and the largest come first.
+//! For each buffer QEMU takes a lock that its migration holds for up to 50 ms at a time. So the
+//! driver first collects the memory, merges adjacent blocks into one buffer, and sends the largest
+//! buffers first.
 //!
-//! A kernel with `init_on_alloc=1` writes to all memory that it allocates, which the host then has
-//! to provide and to migrate. So hints are about memory blocks there, which the kernel does not
-//! write to ([`memory_blocks`](crate::sources::memory_blocks)), unless the administrator forbids that.
+//! A kernel with `init_on_alloc=1` zeroes all memory that it allocates, which the host then has to
+//! provide and to migrate. So the driver hints memory blocks there, which the kernel does not zero
+//! ([`memory_blocks`](crate::sources::memory_blocks)), unless the administrator forbids that.
 //!
-//! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is taken under the first one,
-//! but without reclaim, and under the second one not at all: it is taken by those who reclaim.
+//! Lock order: [`Hinting::worker`], then [`Hinting::held`]. Memory is allocated under the first
+//! one, but without reclaim. No memory is allocated under the second one, since reclaim takes that
+//! lock.
 //!
 //! Specification: clause 5.5.6.5, Free Page Hinting.
 
@@ -84,8 +85,8 @@ use kernel::{
     time::Msecs, //
 };
 
-/// How many kernel pages are given back under one hold of a lock, or a block more: 4 MiB, which may
-/// have to be cleared.
+/// How many kernel pages are freed under one hold of a lock, or a block more: 4 MiB, which may have
+/// to be zeroed.
 const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 
 /// Free page hinting of a device.
@@ -93,30 +94,30 @@ const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
 pub(super) struct Hinting {
     pub(super) byte_order: ByteOrder,
     pub(super) settings: Arc<Settings>,
-    /// What takes memory blocks, where that is better than to allocate memory.
+    /// Takes memory blocks, if the kernel zeroes the memory that it allocates.
     pub(super) offliner: Option<Arc<Task<Offliner>>>,
     #[pin]
     pub(super) worker: Mutex<Worker>,
-    /// Memory that the device has used, and that is kept until the guest needs it.
+    /// Memory that the device has used, and that is held until the guest needs it.
     #[pin]
     pub(super) held: SpinLock<RunSet>,
-    /// Set when the device has changed its configuration space, and the id was not read since.
+    /// Set when the device has changed its configuration space since the id was last read.
     pub(super) id_changed: Atomic<bool>,
-    /// Set when the guest needed memory: this round takes no more.
+    /// Set when the guest needed memory: this round allocates no more.
     pub(super) needed: Atomic<bool>,
-    /// For how long OOM notifiers wait for the device to use hints.
+    /// How long OOM notifiers wait for the device to use hints.
     pub(super) oom_timeout: StallTimeout,
-    /// How much was hinted, in bytes.
+    /// The hinted memory in bytes.
     #[pin]
     pub(super) hinted: debugfs::File<Atomic<u64>>,
 }
 
 impl Hinting {
-    /// Sets the feature up for `queue`.
+    /// Sets up the feature for `queue`.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`, or what [`virtio::Device::config`] says.
+    /// `ENOMEM`, or the error of [`virtio::Device::config`].
     pub(super) fn new(setup: &Setup<'_, '_>, queue: HintQueue) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_hint", setup.tasks)?;
         let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
@@ -152,7 +153,7 @@ impl Hinting {
         Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)
     }
 
-    /// Gives back what is held. Returns how many kernel pages it was.
+    /// Frees the held memory. Returns its size in kernel pages.
     pub(super) fn release(&self) -> usize {
         let mut released = 0;
 
@@ -164,14 +165,14 @@ impl Hinting {
         }
     }
 
-    /// Gives up: the device will hear of nothing that is kept for it.
+    /// Gives up: frees the memory that was not passed to the device.
     fn give_up(&self, worker: &mut Worker) {
         worker.stop();
         worker.keeping = false;
         self.release();
     }
 
-    /// Takes what the device has used. Returns how many kernel pages of that are free.
+    /// Takes the used buffers. Returns how many of their kernel pages were freed.
     pub(super) fn collect(&self, worker: &mut Worker) -> usize {
         let mut freed = 0;
 
@@ -183,8 +184,8 @@ impl Hinting {
             worker.in_flight -= pages;
             self.hinted.add((pages as u64) << PAGE_SHIFT, Relaxed);
             if worker.keeping {
-                // If there is no room for it, it is freed, which is allowed now. It must not be taken
-                // and hinted over and over: the round ends.
+                // Without room for it, the memory is freed, which is allowed now. The round ends,
+                // so that the driver does not hint the same memory repeatedly.
                 let unheld = self.held.lock().insert(run);
                 if unheld.is_err() {
                     freed += pages;
@@ -198,7 +199,7 @@ impl Hinting {
         freed
     }
 
-    /// Reads the id if the device has changed its configuration space, and no more often.
+    /// Reads the id if the device has changed its configuration space, and not more often.
     fn read_id(&self, worker: &mut Worker) -> Result {
         if self.id_changed.xchg(false, Full) {
             match worker.config.read_le32(HINT_ID) {
@@ -211,7 +212,7 @@ impl Hinting {
         Ok(())
     }
 
-    /// Follows what the host wants.
+    /// Follows the host's command.
     fn follow(&self, worker: &mut Worker) -> Result {
         self.read_id(worker)?;
         let wanted = worker.wanted;
@@ -231,8 +232,8 @@ impl Hinting {
             worker.more = true;
             self.needed.store(false, Relaxed);
 
-            // What was hinted before is hinted again, as far as the guest can still do without it:
-            // it may have been written to before the host began to look, and the host may know that
+            // The driver hints earlier hints again, as far as they are above the reserve: they may
+            // have been written before the host started its dirty log, and the host may know that
             // by now.
             self.release();
             drain::drain_free_lists();
@@ -244,8 +245,8 @@ impl Hinting {
         Ok(())
     }
 
-    /// Does what can be done now. Returns in how many milliseconds to come again, if nothing
-    /// happens before.
+    /// Does the work that is possible now. Returns after how many milliseconds to run again without
+    /// an event.
     ///
     /// # Errors
     ///
@@ -258,7 +259,7 @@ impl Hinting {
         }
         self.follow(worker)?;
 
-        // An OOM notifier that waits for the lock would get nothing from an idle round.
+        // An OOM notifier that waits for the lock would get no memory from an idle round.
         let is_idle = worker.in_flight == 0 && worker.pending.pages() == 0;
         if worker.supplying && worker.awaits_blocks() {
             worker.take_blocks();

@@ -46,26 +46,27 @@ use kernel::{
     }, //
 };
 
-/// Returns the order of the smallest blocks that are taken. Less than a pageblock may come from a
-/// pageblock of another type. The kernel would change its type, and raise a watermark.
+/// Returns the order of the smallest blocks to allocate. A smaller block than a pageblock may come
+/// from a pageblock of another migrate type. The kernel would change that type, and raise a
+/// watermark.
 pub(crate) fn min_order() -> u32 {
     pageblock_order()
 }
 
-/// Less than that, in kernel pages, is not worth another look for free memory: 4 MiB.
+/// The least free memory for another pass, in kernel pages: 4 MiB.
 pub(super) const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 
-/// How many entries of the queue are left for ids: one that ends a round, and one that begins the
-/// next.
+/// How many entries of the queue are reserved for ids: one that ends a round, and one that begins
+/// the next.
 const ROOM_FOR_IDS: usize = 2;
 
-/// How many runs are kept at most for each entry of the queue.
+/// The maximum number of stored runs for each entry of the queue.
 pub(crate) const RUNS_PER_ENTRY: usize = 8;
 
 /// A virtqueue for hints: ids and memory.
 pub(super) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
 
-/// What only the task uses.
+/// The state that only the task uses.
 pub(super) struct Worker {
     pub(super) config: virtio::Config,
     pub(super) queue: HintQueue,
@@ -74,17 +75,17 @@ pub(super) struct Worker {
     pub(super) wanted: u32,
     /// The id of the latest round.
     pub(super) id: u32,
-    /// Whether to notify the device that a round is over, and that the one with `id` begins.
+    /// Whether to send the end of a round, and the start of the round with `id`.
     pub(super) stop_due: bool,
     pub(super) start_due: bool,
     /// Whether the round continues, and whether more free memory is available for it.
     pub(super) supplying: bool,
     pub(super) more: bool,
-    /// Whether what the device has used is kept.
+    /// Whether to hold the memory of used buffers.
     pub(super) keeping: bool,
-    /// Memory that the device is to be given.
+    /// Memory to pass to the device.
     pub(super) pending: RunSet,
-    /// How many kernel pages the device has.
+    /// The kernel pages in flight.
     pub(super) in_flight: usize,
 }
 
@@ -119,7 +120,7 @@ impl Worker {
         self.free_pending();
     }
 
-    /// Gives back what the device was not given yet. Returns how many kernel pages it was.
+    /// Frees the memory that was not passed to the device yet. Returns its size in kernel pages.
     pub(super) fn free_pending(&mut self) -> usize {
         let ready = self
             .offliner
@@ -129,7 +130,7 @@ impl Worker {
         ready + self.pending.free(usize::MAX)
     }
 
-    /// Begins to take memory blocks that are free, but not all of them, if any are taken.
+    /// Begins to take free memory blocks, but not all of them, if the feature is in use.
     pub(super) fn begin_blocks(&self, floor: usize) {
         if let Some(offliner) = &self.offliner {
             let _taking = memory::ReserveGuard::begin();
@@ -141,12 +142,12 @@ impl Worker {
         }
     }
 
-    /// Takes over the blocks that are ready.
+    /// Adopts the blocks that are ready.
     pub(super) fn take_blocks(&mut self) {
         let Some(offliner) = &self.offliner else {
             return;
         };
-        // What is ready when it is over is the last.
+        // After the end, the blocks that are ready are the last ones.
         self.more = offliner.is_busy();
         let mut pages = offliner.take_over(usize::MAX);
 
@@ -184,7 +185,7 @@ impl Worker {
         self.queue.add(Either::Left(buffer)).is_ok()
     }
 
-    /// Takes memory that is free, but not all of it.
+    /// Allocates free memory, but not all of it.
     pub(super) fn gather(&mut self, floor: usize, needed: &Atomic<bool>) {
         let _taking = memory::ReserveGuard::begin();
         let mut wanted = memory::free_above_reserve(floor);
@@ -194,8 +195,8 @@ impl Worker {
         let mut order = MAX_ORDER;
 
         while !needed.load(Relaxed) {
-            // A block may have as much as 512 MiB: with one that is larger than what is missing the
-            // guest would have less than it is to keep.
+            // A block may have up to 512 MiB: a block larger than the rest would leave the guest
+            // below its reserve.
             let missing = wanted.saturating_sub(self.pending.pages());
             order = order.min(missing.checked_ilog2().unwrap_or(0));
             if order < min_order() {
@@ -213,7 +214,8 @@ impl Worker {
         self.more = self.pending.pages() >= WORTHWHILE;
     }
 
-    /// Gives the device as much as the queue has room for. Returns how many kernel pages it was.
+    /// Passes as much memory to the device as the queue has room for. Returns its size in kernel
+    /// pages.
     pub(super) fn supply(&mut self) -> usize {
         let mut supplied = 0;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counters of the host's requests, in debugfs.
+//! Counters of host requests, in debugfs.
 
 #![forbid(unsafe_code)]
 
@@ -17,25 +17,25 @@ use kernel::{
     }, //
 };
 
-/// What can be seen in debugfs.
+/// The counters in debugfs.
 #[pin_data]
 pub(super) struct Counters {
-    /// What was named, in bytes.
+    /// Memory in answers, in bytes.
     #[pin]
     pub(super) named: debugfs::File<Atomic<u64>>,
-    /// What of that was taken as memory blocks, in bytes.
+    /// The part of it in memory blocks, in bytes.
     #[pin]
     pub(super) blocks: debugfs::File<Atomic<u64>>,
     /// The longest time for which a zone's lock was held, in nanoseconds.
     #[pin]
     pub(super) longest_hold: debugfs::File<Atomic<u64>>,
-    /// The most places that were looked at meanwhile.
+    /// The most PFNs that were scanned under one hold.
     #[pin]
     pub(super) most_places: debugfs::File<Atomic<u64>>,
     /// The requests that are open.
     #[pin]
     pub(super) open: debugfs::File<Atomic<u64>>,
-    /// The requests that were completed, and those of them that could not be done.
+    /// Completed requests, and those of them that failed.
     #[pin]
     pub(super) completed: debugfs::File<Atomic<u64>>,
     #[pin]

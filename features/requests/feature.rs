@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host's requests as a feature of a device.
+//! Host requests as a feature of a device.
 
 #![forbid(unsafe_code)]
 
@@ -47,11 +47,10 @@ use kernel::{
     time::Instant, //
 };
 
-/// How many kernel pages of memory blocks are ready for the next message before the driver takes no
-/// more for now.
+/// How many kernel pages of memory blocks may be ready for the next messages.
 const MOST_READY: usize = 1;
 
-/// Sets the feature up, if it was negotiated.
+/// Sets up the feature, if it was negotiated.
 ///
 /// # Errors
 ///
@@ -103,8 +102,8 @@ impl Feature for Task<HostRequests> {
         }
     }
 
-    /// Nothing is open any more after that: caches that are being dropped are left to their thread,
-    /// which is killed. On shutdown they do not concern the device.
+    /// No request is open after that. A thread that drops caches is killed, and not waited for. On
+    /// shutdown it does not concern the device.
     fn quiesce(&self, why: Quiesce) -> Result {
         self.stop();
         match (&self.offliner, why) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Requests of the host: unused pages, dropping caches.
+//! Host requests: unused pages, dropping caches.
 
 mod counters;
 pub(crate) mod feature;

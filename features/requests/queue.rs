@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The queue of the host's requests: the requests that came, and the messages that go back.
+//! The queue of host requests: received requests, and messages of answers.
 
 #![forbid(unsafe_code)]
 
@@ -48,28 +48,28 @@ use kernel::{
     }, //
 };
 
-/// How many requests may be open, and how many the device can make at once.
+/// How many requests may be open, and how many the device can send at once.
 const MAX_OPEN: usize = 8;
 
-/// How many messages of answers the device has at most. Each is a page.
+/// The maximum number of messages of answers in flight. Each is a page.
 const MAX_MESSAGES: usize = 24;
 
-/// What the queue carries: requests, or messages with the memory that belongs to them until they
-/// are used.
+/// A buffer of the queue: for a request, or a message with the memory that it owns until it is
+/// used.
 pub(super) type RequestQueue =
     Virtqueue<Either<DeviceWritable<Request>, (KVec<u64>, Option<ContigPages>)>>;
 
 /// The state of the requests queue.
 pub(super) struct Inner {
     pub(super) queue: RequestQueue,
-    /// Requests in the order of their turns. Never more than [`MAX_OPEN`].
+    /// Requests in the order of their steps. Never more than [`MAX_OPEN`].
     pub(super) open: KVec<Open>,
     /// How many buffers for requests the device has.
     pub(super) request_buffers: usize,
-    /// How many messages the device has, and how many of them with memory.
+    /// The number of messages in flight, and how many of them own memory.
     pub(super) messages: usize,
     pub(super) ranges: usize,
-    /// A message that is not in use, so that there is one when memory is short.
+    /// A spare message, for when memory is short.
     pub(super) spare: Option<KVec<u64>>,
     pub(super) budget: Budget,
     pub(super) dev: ARef<virtio::Device>,
@@ -91,9 +91,9 @@ impl Inner {
         })
     }
 
-    /// Has the device have as many buffers for requests as there may be more of.
+    /// Makes a buffer available for each further request that may be open.
     pub(super) fn refill_request_buffers(&mut self) {
-        // At least as many are left for answers.
+        // At least as many entries are left for answers.
         let max = MAX_OPEN.min(self.queue.size() / 2);
 
         while self.request_buffers + self.open.len() < max {
@@ -107,10 +107,10 @@ impl Inner {
         }
     }
 
-    /// Takes what the device has used, and what it has asked for. Memory blocks for that are allocated
-    /// by `taker`, if there is one.
+    /// Takes used messages and new requests. `taker` takes memory blocks for requests, if there is
+    /// one.
     pub(super) fn collect(&mut self, offliner: Option<&Arc<Task<Offliner>>>) {
-        // A device that uses what it is offered at once would never come to an end.
+        // A device that uses new buffers at once would make this loop endless.
         for _ in 0..self.queue.size() {
             let Some((buffer, len)) = self.queue.next_used() else {
                 return;
@@ -121,8 +121,8 @@ impl Inner {
                     let request = inbox.take();
 
                     self.request_buffers -= 1;
-                    // A part of a request has no id to answer to. Devices that use buffers in order
-                    // return those that an answer is behind with nothing in them.
+                    // A part of a request has no id for an answer. Devices that use buffers in
+                    // order return empty buffers in front of an answer.
                     if len as usize >= size_of::<Request>() {
                         self.open_request(&request, offliner);
                     }
@@ -130,7 +130,7 @@ impl Inner {
                 Either::Right((mut message, range)) => {
                     self.messages -= 1;
                     self.ranges -= usize::from(range.is_some());
-                    // What was kept is free from here on.
+                    // The memory of the message is free from here on.
                     drop(range);
                     message.clear();
                     self.spare.get_or_insert(message);
@@ -152,18 +152,18 @@ impl Inner {
             Work::plan(request, offliner)
         };
 
-        // There is room, since there are not more buffers for requests.
+        // There is room, since there are no more buffers for requests than that.
         let _ = self.open.push_within_capacity(Open { id, work });
     }
 
-    /// Calls the request `id` off. Returns the status of the request to do so.
+    /// Cancels the request `id`. Returns the status of the cancel.
     fn cancel(&mut self, id: u64) -> u8 {
         let Some(open) = self.open.iter_mut().find(|open| open.id == id) else {
             return request::UNKNOWN_ID;
         };
 
         match open.work {
-            // It is over already, and only its completion is due.
+            // It has already ended, and only its completion is due.
             Work::Complete(_) => return request::COMPLETE,
             Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) | Work::CacheDropper(_) => (),
         }
@@ -171,7 +171,7 @@ impl Inner {
         request::COMPLETE
     }
 
-    /// Returns a message to be written, unless the device has enough of them.
+    /// Returns a message to write, unless too many are in flight.
     pub(super) fn message(&mut self) -> Option<KVec<u64>> {
         if self.messages >= MAX_MESSAGES || self.queue.room() == 0 {
             return None;
@@ -182,7 +182,7 @@ impl Inner {
             .or_else(|| message(GFP_NOWAIT | __GFP_NOWARN).ok())
     }
 
-    /// Sends `message`, with the memory that belongs to it. Returns none if the queue is full or broken.
+    /// Sends `message`, which owns the memory. Returns none if the queue is full or broken.
     pub(super) fn send(&mut self, message: KVec<u64>, range: Option<ContigPages>) -> Option<()> {
         let ranges = usize::from(range.is_some());
 
@@ -212,7 +212,7 @@ impl Inner {
         Some(())
     }
 
-    /// A message that names `pages` kernel pages has been sent.
+    /// Records a sent message with `pages` kernel pages.
     pub(super) fn named(&self, id: u64, pages: u64, counters: &Counters) {
         counters.named.add(pages << PAGE_SHIFT, Relaxed);
         trace::answer(self.queue.device(), id, pages as usize, 0);

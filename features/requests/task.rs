@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Requests of the host: unused pages, dropping caches.
+//! Host requests: unused pages, dropping caches.
 //!
-//! The device has buffers of the driver's that it fills in, one for each request; the answers go
-//! through the same queue, each message with the request's id. A completion ends an answer.
-//! Several requests may be open. They take turns, message by message, and between two messages the
-//! driver looks for new requests, so that nothing waits for a long answer, and calling one off
-//! takes effect at once.
+//! The device writes each request into a buffer of the driver. Answers use the same queue, and each
+//! message has the request's id. A completion ends an answer. Several requests may be open. The
+//! driver serves them round-robin, one message at a time, and checks for new requests in between.
+//! So no request waits for a long answer, and a cancel takes effect at once.
 //!
-//! What the host can cost the guest is bounded: the memory for answers (`MAX_OPEN` and
+//! The costs of requests for the guest are bounded: the memory for answers (`MAX_OPEN` and
 //! `MAX_MESSAGES` in `queue.rs`), the pages that are isolated at a time (`CLAIM_PAGES` in
-//! `work.rs`), and the time ([`Budget`](crate::features::budget::Budget)).
+//! `work.rs`), and the CPU time ([`Budget`](crate::features::budget::Budget)).
 //!
-//! What an answer means is said in [`free_pages`](crate::free_pages), and in docs/protocol.md,
-//! section 5.
+//! [`free_pages`](crate::free_pages) and docs/protocol.md, section 5, define the meaning of an
+//! answer.
 
 #![forbid(unsafe_code)]
 
@@ -63,11 +62,10 @@ use kernel::{
     }, //
 };
 
-/// How many turns there are in one run of the task.
+/// How many steps one run of the task makes.
 const TURNS_PER_RUN: usize = 64;
 
-/// What dropping caches costs of the budget at least, in nanoseconds: the kernel logs a line for it
-/// each time.
+/// The least cost of dropping caches, in nanoseconds: the kernel logs a line for it each time.
 const DROPPING: i64 = 500_000_000;
 
 /// The requests of a device.
@@ -75,19 +73,19 @@ const DROPPING: i64 = 500_000_000;
 pub(super) struct HostRequests {
     #[pin]
     pub(super) inner: Mutex<Inner>,
-    /// How long dropping caches took that the budget has not been charged for, in nanoseconds.
+    /// The duration of dropping caches that was not charged to the budget yet, in nanoseconds.
     pub(super) spent: Arc<Atomic<i64>>,
     pub(super) waker: Waker,
     pub(super) settings: Arc<Settings>,
-    /// What takes memory blocks, where that is better than to allocate memory.
+    /// Takes memory blocks, if the kernel zeroes the memory that it allocates.
     pub(super) offliner: Option<Arc<Task<Offliner>>>,
     #[pin]
     pub(super) counters: Counters,
-    /// What times are counted from.
+    /// The start of the clock.
     pub(super) start: Instant<Monotonic>,
 }
 
-/// What a request has come to in its turn.
+/// The result of a step of a request.
 enum Turn {
     /// It continues.
     Again,
@@ -98,7 +96,8 @@ enum Turn {
 }
 
 impl HostRequests {
-    /// Returns how long other tasks have worked for requests since the last call, in nanoseconds.
+    /// Returns how long other tasks have worked for requests since the previous call, in
+    /// nanoseconds.
     fn spent(&self) -> i64 {
         let taking = self
             .offliner
@@ -123,7 +122,7 @@ impl HostRequests {
         }))
     }
 
-    /// Gives `open` its turn.
+    /// Makes a step of `open`.
     fn turn(&self, inner: &mut Inner, open: &mut Open) -> Turn {
         let counters = &self.counters;
         let step = match &mut open.work {
@@ -178,16 +177,16 @@ impl HostRequests {
         }
     }
 
-    /// Does what can be done now. Returns in how many milliseconds to run again, if nothing happens
-    /// before.
+    /// Does the work that is possible now. Returns after how many milliseconds to run again without
+    /// an event.
     fn advance(&self, inner: &mut Inner) -> Option<Msecs> {
         let now = || self.start.elapsed().as_nanos();
         let start = now();
         inner.queue.disable_callback();
-        // What the device has used comes back to the guest in any case.
+        // Take used messages in any case, so that the guest gets its memory back.
         inner.collect(self.offliner.as_ref());
         inner.budget.spend(self.spent(), start);
-        // Completed requests are reported even so.
+        // Completions are sent in any case.
         let pause = inner.budget.pause(start);
 
         let turns = self.take_turns(inner, pause.is_some());
@@ -207,15 +206,15 @@ impl HostRequests {
         } else if let Some(pause) = pause {
             Some(pause.min(timeouts::MISSED_INTERRUPT))
         } else if inner.messages > 0 || !inner.open.is_empty() || inner.request_buffers == 0 {
-            // Without a buffer for a request, because there was no memory, the device cannot ask.
+            // Without a buffer, because there was no memory, the device cannot send a request.
             Some(timeouts::MISSED_INTERRUPT)
         } else {
             None
         }
     }
 
-    /// Gives the open requests their turns, until all of them wait. With `is_paused` nothing is begun.
-    /// Returns how many turns there were.
+    /// Makes steps of the open requests round-robin, until all of them wait. With `is_paused` it
+    /// starts no new work. Returns the number of steps.
     fn take_turns(&self, inner: &mut Inner, is_paused: bool) -> usize {
         let (mut turns, mut waiting) = (0, 0);
 
@@ -235,8 +234,8 @@ impl HostRequests {
                 _ => self.turn(inner, &mut open),
             };
 
-            // To the end, where there is room, since it comes from there: the next turn is another
-            // one's.
+            // Move it to the end, so that the next step is that of another request. There is room,
+            // since it was taken from the list.
             if !matches!(turn, Turn::Over) {
                 let _ = inner.open.push_within_capacity(open);
             }
@@ -262,7 +261,7 @@ impl Job for HostRequests {
     }
 }
 
-/// Returns why a request was refused, if that is what `status` says.
+/// Returns why a request was refused, if `status` is a refusal.
 fn refusal(status: u8) -> Option<&'static str> {
     match status {
         request::UNSUPPORTED => Some("its command is not known"),

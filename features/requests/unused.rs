@@ -75,8 +75,8 @@ impl Inner {
         }
     }
 
-    /// Sends a message about pages that are kept from being used until the device has used it.
-    /// Returns the status after the final message; none while it waits for the device.
+    /// Sends a message about allocated pages, which are freed when the device has used it. Returns
+    /// the status after the final message; none while it waits for the device.
     pub(super) fn discard(
         &mut self,
         id: u64,
@@ -88,17 +88,17 @@ impl Inner {
         if self.ranges >= MAX_RANGES {
             return None;
         }
-        // What the guest needs comes first.
+        // The guest's reserve comes first.
         let _taking = memory::ReserveGuard::begin();
         let spare = (memory::free_above_reserve(floor) as u64).min(range_pages());
         if spare < 1 << pageblock_order() {
-            // What the device has now may be all that it takes.
+            // The messages in flight may own as much memory as is allowed.
             return (self.ranges == 0).then_some(Some(request::ABORTED));
         }
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
 
-        // Blocks that lie side by side are taken together: it is the taking that costs.
+        // Adjacent blocks are allocated together, since each allocation is expensive.
         let found = unused.side_by_side(spare);
         let over = found.is_none() && unused.is_over();
         if let Some((zone, run)) = found {
@@ -113,8 +113,8 @@ impl Inner {
         let range = found.and_then(|(_, run)| ContigPages::new(run.first(), run.len()));
         let allocated = range.as_ref().map_or(0, ContigPages::len);
 
-        // Pages that were in use after all, or cannot be isolated, are passed over. What comes after that is
-        // looked at again.
+        // Pages that are in use after all, or cannot be isolated, are skipped. The walk scans the
+        // following pages again.
         if let Some((zone, run)) = found.filter(|(_, run)| allocated < run.len()) {
             walk.go_on_at(zone, run.first() + allocated.max(1));
         }
@@ -136,9 +136,9 @@ impl Inner {
         Some(over.then_some(request::COMPLETE))
     }
 
-    /// Sends a message about a part of a memory block that is kept from being used until the device
-    /// has used it, and that the kernel has not written to. Returns how many kernel pages it has,
-    /// none if there are no more blocks; none at all if it waits for the device or the offliner.
+    /// Sends a message about a part of a memory block, which the kernel has not zeroed, and which
+    /// is freed when the device has used the message. Returns its size in kernel pages, none if
+    /// there are no more blocks; none at all if it waits for the device or the offliner.
     pub(super) fn discard_block(
         &mut self,
         id: u64,
@@ -169,7 +169,7 @@ impl Inner {
         self.named(id, pages, counters);
         counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
         if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {
-            // Else it is named once more.
+            // Otherwise it would be listed again.
             let _ = named.push(block, GFP_KERNEL);
         }
         Some(Some(pages))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a request of the host asks for.
+//! The work of a host request.
 
 #![forbid(unsafe_code)]
 
@@ -34,58 +34,58 @@ use kernel::{
     sync::Arc, //
 };
 
-/// How many kernel pages are kept from being used for one message, unless a pageblock is larger,
-/// and for how many messages: 64 MiB, four times.
+/// How many kernel pages one message may own, unless a pageblock is larger, and how many such
+/// messages may be in flight: 64 MiB, four times.
 const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
 pub(super) const MAX_RANGES: usize = 4;
 
-/// The first of these where the kernel writes to what is allocated, so that the host needs hardly
-/// more memory for a while: 4 MiB.
+/// The first of these if the kernel zeroes allocated memory, so that the host needs hardly any more
+/// memory meanwhile: 4 MiB.
 const ZEROED_CLAIM_PAGES: u64 = 1 << (22 - PAGE_SHIFT);
 
-/// A request that was not completed.
+/// An open request.
 pub(super) struct Open {
     pub(super) id: u64,
     pub(super) work: Work,
 }
 
 impl Open {
-    /// Returns whether memory blocks are to be taken for the request.
+    /// Returns whether memory blocks should be taken for the request.
     pub(super) fn needs_blocks(&self) -> bool {
         matches!(&self.work, Work::Discard(discard) if discard.blocks.is_some())
     }
 }
 
-/// What is left to be done for a request.
+/// The remaining work of a request.
 pub(super) enum Work {
-    /// To name the blocks that the walk yields.
+    /// List the blocks of the walk.
     Skip(Walk),
-    /// To name memory, and keep it from being used.
+    /// Allocate memory and list it.
     Discard(Discard),
-    /// To drop caches, which another request may be doing just now.
+    /// Drop caches, after another request that may be dropping them now.
     DropCaches(Caches),
     /// Caches are being dropped.
     CacheDropper(Thread),
-    /// To say that it is over, and how it went.
+    /// Send the completion with this status.
     Complete(u8),
 }
 
-/// What is left to be named of memory that is kept from being used.
+/// The remaining memory of a discard request.
 pub(super) struct Discard {
-    /// Memory blocks come first, if they are taken at all.
+    /// Memory blocks come first, if they are in use.
     pub(super) blocks: Option<Blocks>,
     /// The walk's memory comes next, except for these blocks.
     pub(super) walk: Walk,
     pub(super) named: KVec<MemoryBlock>,
 }
 
-/// Memory blocks that are taken for a request.
+/// The memory blocks of a request.
 pub(super) struct Blocks {
     pub(super) offliner: Arc<Task<Offliner>>,
     pub(super) is_begun: bool,
 }
 
-/// What caches to drop.
+/// The caches to drop.
 #[derive(Clone, Copy)]
 pub(super) struct Caches {
     pub(super) pages: bool,
@@ -93,12 +93,11 @@ pub(super) struct Caches {
 }
 
 impl Work {
-    /// Returns what there is to do for `request`. Memory blocks are allocated by `taker`, if there is
-    /// one.
+    /// Returns the work for `request`. `taker` takes memory blocks, if there is one.
     pub(super) fn plan(request: &Request, offliner: Option<&Arc<Task<Offliner>>>) -> Self {
         match u16::from_le(request.command) {
-            // Where free pages have to hold some value, a copy must not lack it; and the kernel
-            // would write to all pages that were discarded, when they are free again.
+            // If free pages must have a value, a copy must not lack it. And the kernel would write
+            // to all discarded pages when they are freed.
             request::UNUSED_SKIP | request::UNUSED_DISCARD
                 if memory::free_page_value().is_some() =>
             {
@@ -108,15 +107,14 @@ impl Work {
                 Ok(walk) => Work::Skip(walk),
                 Err(_) => Work::Complete(request::ABORTED),
             },
-            // No more at a time than what is taken at once: what lies beyond would have to be
-            // looked at again.
+            // Not more at a time than one allocation: the walk would have to scan the rest again.
             request::UNUSED_DISCARD => match walk(
                 request,
                 pageblock_order(),
                 (range_pages() >> pageblock_order()) as usize,
             ) {
                 Ok(walk) => Work::Discard(Discard {
-                    // They may lie anywhere.
+                    // They may be anywhere.
                     blocks: offliner
                         .filter(|_| request.start == 0 && request.end == 0)
                         .map(|offliner| Blocks {
@@ -145,7 +143,7 @@ impl Work {
     }
 }
 
-/// Returns how many kernel pages are kept from being used for one message.
+/// Returns how many kernel pages one message may own.
 pub(super) fn range_pages() -> u64 {
     let pages = match memory::is_zeroed_on_allocation() {
         true => ZEROED_CLAIM_PAGES,
@@ -155,8 +153,8 @@ pub(super) fn range_pages() -> u64 {
     pages.max(1 << pageblock_order())
 }
 
-/// Returns the walk that `request` asks for, for blocks of 2^`least` pages at least, `blocks` of
-/// them at a time.
+/// Returns the walk for `request`, for blocks of 2^`least` pages at least, `blocks` of them at a
+/// time.
 fn walk(request: &Request, least: u32, blocks: usize) -> Result<Walk> {
     let order = u32::from(request.block_shift).saturating_sub(PAGE_SHIFT as u32);
     let start = u64::from_le(request.start).div_ceil(PAGE_SIZE as u64);

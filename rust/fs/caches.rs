@@ -18,7 +18,7 @@ use kernel::{
 /// Whether a [`CacheDropper`] exists.
 static IS_DROPPING: Atomic<bool> = Atomic::new(false);
 
-/// The right to drop caches, which one at a time has.
+/// The right to drop caches, which one caller at a time has.
 pub(crate) struct CacheDropper(());
 
 impl CacheDropper {
@@ -27,14 +27,15 @@ impl CacheDropper {
         (!IS_DROPPING.xchg(true, Acquire)).then_some(Self(()))
     }
 
-    /// Drops what is clean in the page cache, or in the caches of names and inodes, or in both. May
-    /// take any time; `SIGKILL` cuts short what asks file systems for something.
+    /// Drops the clean page cache, or the caches of names and inodes, or both. The duration is
+    /// unbounded, since file systems are involved; `SIGKILL` shortens it.
     ///
-    /// What does it is not exported to modules: it is asked for as an administrator would.
+    /// The function behind it is not exported to modules, so this writes to the administrator's
+    /// interface.
     ///
     /// # Errors
     ///
-    /// What opening or writing `/proc/sys/vm/drop_caches` says: `ENOENT` if /proc is not there.
+    /// The error of opening or writing `/proc/sys/vm/drop_caches`: `ENOENT` without /proc.
     pub(crate) fn drop_caches(&self, pages: bool, slab: bool) -> Result {
         let value = [b'0' + u8::from(pages) + 2 * u8::from(slab)];
 

@@ -2,9 +2,8 @@
 
 //! Files that show something, in debugfs.
 //!
-//! The `kernel` crate's files belong to no module: when one of them is open while the module is
-//! unloaded, the kernel calls what is not there any more. Whoever has one of these open keeps the
-//! module.
+//! The `kernel` crate's files have no owner: if one of them is open while the module is unloaded,
+//! the kernel later calls code that is gone. With these files, an open file holds the module.
 //!
 //! C header: [`include/linux/debugfs.h`](srctree/include/linux/debugfs.h)
 
@@ -32,7 +31,7 @@ use kernel::{
     types::Opaque, //
 };
 
-/// Something that can be shown.
+/// A value that can be shown.
 pub(crate) trait Show: Send + Sync {
     /// Writes it, in whole lines. May sleep.
     fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result;
@@ -50,7 +49,7 @@ impl Show for Atomic<u64> {
     }
 }
 
-/// A directory, which is there for as long as this or a file in it exists.
+/// A directory, which exists for as long as this or a file in it exists.
 #[derive(Clone)]
 pub(crate) struct Dir(Arc<Dentry>);
 
@@ -58,8 +57,8 @@ pub(crate) struct Dir(Arc<Dentry>);
 ///
 /// # Invariants
 ///
-/// It is what creating it has returned: a directory, a file, or an error, which all functions of
-/// debugfs take.
+/// It is the result of creating it: a directory, a file, or an error, which all functions of
+/// debugfs accept.
 struct Dentry(*mut bindings::dentry);
 
 // SAFETY: Directories and files may be used from any thread.
@@ -79,7 +78,7 @@ impl Drop for Dentry {
 }
 
 impl Dir {
-    /// Makes a directory. If there cannot be one, there will be no files either.
+    /// Makes a directory. If that fails, there will be no files either.
     ///
     /// # Errors
     ///
@@ -110,7 +109,8 @@ impl Dir {
             raw <- Opaque::new(RawFile {
                 show: File::<T>::callback,
             }),
-            // The last one but for what keeps the directory: the callback may come at once.
+            // The last field except the one that holds the directory, since the kernel may call
+            // back at once.
             //
             // INVARIANT: It is what the function returns.
             dentry: {
@@ -120,8 +120,8 @@ impl Dir {
                     ptr::null_mut()
                 };
                 #[cfg(CONFIG_DEBUG_FS)]
-                // SAFETY: The name is a string, and the directory is there. What is shown stays where
-                // it is until the file is removed.
+                // SAFETY: The name is a string, and the directory exists. The shown value is pinned
+                // until the file is removed.
                 let dentry = unsafe {
                     let raw = Opaque::cast_into(&raw const (*this.as_ptr()).raw);
 
@@ -187,7 +187,7 @@ impl<T: Show> File<T> {
     }
 }
 
-/// What can be formatted, since it can be shown.
+/// Formats a value that can be shown.
 struct Shown<'a, T>(&'a T);
 
 impl<T: Show> fmt::Display for Shown<'_, T> {
@@ -196,12 +196,12 @@ impl<T: Show> fmt::Display for Shown<'_, T> {
     }
 }
 
-/// What the kernel knows of a file.
+/// The kernel's data of a file.
 struct RawFile {
     show: unsafe fn(*mut bindings::seq_file, *mut RawFile),
 }
 
-/// The operations of all files, which keep the module for as long as one is open.
+/// The operations of all files, which hold the module while a file is open.
 #[cfg(CONFIG_DEBUG_FS)]
 struct Operations(bindings::file_operations);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files that the driver writes as an administrator would, for what is not exported to modules.
+//! Files that the driver writes like an administrator, for functions that are not exported to
+//! modules.
 //!
 //! C header: [`include/linux/fs.h`](srctree/include/linux/fs.h)
 
@@ -33,17 +34,17 @@ pub(in crate::rust) struct WritableFile(NonNull<bindings::file>);
 // SAFETY: A file may be written, and closed, from any thread.
 unsafe impl Send for WritableFile {}
 
-/// How many files were opened, or could not be.
+/// How many files were opened, failures included.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static OPENED: Atomic<usize> = Atomic::new(0);
 
 impl WritableFile {
-    /// Opens the file at `path`, as the first process sees it: threads of the kernel do not see the
-    /// files that processes see.
+    /// Opens the file at `path` in the root file system of the first process: kernel threads have
+    /// another root.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub(in crate::rust) fn open(path: &CStr) -> Result<Self> {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         OPENED.add(1, Relaxed);
@@ -60,9 +61,9 @@ impl WritableFile {
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub(in crate::rust) fn write(&self, text: &[u8]) -> Result {
-        // SAFETY: By the type invariants; the buffer is as long as is said.
+        // SAFETY: By the type invariants; the buffer has this length.
         let written = unsafe {
             bindings::kernel_write(
                 self.0.as_ptr(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files of a device in debugfs and sysfs, and files of the kernel's that the driver writes.
+//! Files of a device in debugfs and sysfs, and files of the kernel that the driver writes.
 
 pub(crate) mod caches;
 #[cfg_attr(not(CONFIG_DEBUG_FS), allow(dead_code))]

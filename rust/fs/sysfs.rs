@@ -2,8 +2,8 @@
 
 //! Attributes of a device in sysfs.
 //!
-//! The driver core creates them when the driver has bound, and removes them, which waits for
-//! readers, before it unbinds.
+//! The driver core creates them after the driver was bound. Before it unbinds the driver it removes
+//! them, and waits for readers.
 //!
 //! C headers: [`include/linux/sysfs.h`](srctree/include/linux/sysfs.h),
 //! [`include/linux/device.h`](srctree/include/linux/device.h)
@@ -29,14 +29,14 @@ pub(crate) trait Attribute<D> {
     /// Sets the attribute to a text without white space around it. `None` if it is read-only.
     const STORE: Option<fn(&D, &str) -> Result> = None;
 
-    /// What is shown.
+    /// The shown value.
     type Value: fmt::Display;
 
-    /// Returns what is shown. May sleep.
+    /// Returns the shown value. May sleep.
     fn show(data: &D) -> Result<Self::Value>;
 }
 
-/// An attribute as the driver core wants it.
+/// An attribute in the driver core's form.
 #[repr(transparent)]
 pub(crate) struct RawAttribute<D>(Opaque<bindings::device_attribute>, PhantomData<fn(&D)>);
 
@@ -57,7 +57,7 @@ impl<D: 'static> RawAttribute<D> {
     }
 }
 
-/// A directory of attributes as the driver core wants it.
+/// A directory of attributes in the driver core's form.
 #[repr(transparent)]
 pub(crate) struct RawGroup<D>(Opaque<bindings::attribute_group>, PhantomData<fn(&D)>);
 
@@ -73,7 +73,7 @@ impl<D: 'static> RawGroup<D> {
         let mut raw: bindings::attribute_group = pin_init::zeroed();
 
         raw.name = name.to_bytes_with_nul().as_ptr().cast();
-        // The attribute is what a `device_attribute` begins with, and none is a null pointer.
+        // A `device_attribute` begins with the attribute, and none is a null pointer.
         raw.__bindgen_anon_2.attrs = list.as_ptr().cast_mut().cast();
         Self(Opaque::new(raw), PhantomData)
     }
@@ -88,13 +88,13 @@ impl<D> Attributes<D> {
         Self([Some(group), None])
     }
 
-    /// Returns them as a `struct device_driver` has them. None is a null pointer.
+    /// Returns them in the form of `struct device_driver`. None is a null pointer.
     pub(in crate::rust) fn as_ptr(&'static self) -> *mut *const bindings::attribute_group {
         self.0.as_ptr().cast_mut().cast()
     }
 }
 
-/// Declares the [`Attributes`] of a driver, in a directory of the device's.
+/// Declares the [`Attributes`] of a driver, in a directory of the device.
 macro_rules! attributes {
     (
         $(#[$meta:meta])*
@@ -137,8 +137,9 @@ unsafe fn data<'a, D>(dev: *mut bindings::device) -> &'a D {
 ///
 /// # Safety
 ///
-/// `dev` must be bound to a driver with the data `D`, and `page` a page of zeroes that no other code
-/// accesses, until this returns. That is so when sysfs calls for an attribute of [`attributes!`].
+/// `dev` must be bound to a driver with the data `D`, and `page` a page of zeroes that no other
+/// code accesses, until this returns. That is so when sysfs calls for an attribute of
+/// [`attributes!`].
 unsafe extern "C" fn show<D: 'static, A: Attribute<D>>(
     dev: *mut bindings::device,
     _attribute: *mut bindings::device_attribute,
@@ -168,8 +169,8 @@ unsafe extern "C" fn show<D: 'static, A: Attribute<D>>(
 ///
 /// # Safety
 ///
-/// `dev` must be bound to a driver with the data `D`, and the `len` bytes of `text` must not change,
-/// until this returns. That is so when sysfs calls for an attribute of [`attributes!`].
+/// `dev` must be bound to a driver with the data `D`, and the `len` bytes of `text` must not
+/// change, until this returns. That is so when sysfs calls for an attribute of [`attributes!`].
 unsafe extern "C" fn store<D: 'static, A: Attribute<D>>(
     dev: *mut bindings::device,
     _attribute: *mut bindings::device_attribute,
@@ -186,7 +187,7 @@ unsafe extern "C" fn store<D: 'static, A: Attribute<D>>(
 
     from_result(|| {
         let text = core::str::from_utf8(text).map_err(|_| EINVAL)?.trim();
-        // The mode of a read-only attribute keeps sysfs from calling this.
+        // Because of the mode of a read-only attribute, sysfs does not call this.
         let store = A::STORE.ok_or(EIO)?;
 
         store(data, text)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ranges of memory that are allocated where they lie.
+//! Contiguous ranges of memory, allocated in place.
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
@@ -26,34 +26,34 @@ use crate::rust::{
 
 use kernel::prelude::*;
 
-/// Allocates the pages in `pfns`, which are moved elsewhere if they are in use.
+/// Allocates the pages in `pfns`, and migrates those that are in use.
 ///
-/// One caller at a time: of two in the same pageblock the one that fails ends the isolation of the
-/// other, too, which is a `BUG()` with `CONFIG_DEBUG_VM` and a failure without. The other one may also
-/// be one that takes memory offline: free pages that are isolated for that look like others, and to
-/// wait for them would have no end.
+/// One caller at a time: if two allocate in the same pageblock and one fails, it also ends the
+/// isolation of the other. That is a `BUG()` with `CONFIG_DEBUG_VM`, and a failure without. The
+/// other caller may also be memory offlining: free pages that are isolated for it look like other
+/// free pages, and a wait for them would never end.
 ///
 /// # Errors
 ///
-/// `EBUSY`, `EOPNOTSUPP` without `CONFIG_CONTIG_ALLOC`, or what the kernel says.
+/// `EBUSY`, `EOPNOTSUPP` without `CONFIG_CONTIG_ALLOC`, or the kernel's error.
 ///
 /// # Safety
 ///
-/// There must be such pages, which are of one zone.
+/// The pages must exist, in one zone.
 pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     #[cfg(CONFIG_CONTIG_ALLOC)]
     {
         let _one = CONTIG.lock();
-        // The zone's lock is not taken: what the counter would say may be over just as soon.
+        // The zone's lock is not taken: the counter could change right after the unlock.
         let (first, end) = (pfns.first() as usize, pfns.end() as usize);
         if Page::online(first).is_none_or(|page| Zone::of(page).is_isolating()) {
             return Err(EBUSY);
         }
-        // Not waited for: the thread that takes a memory block may wait for locks of the caller.
+        // Do not wait: the thread that takes a memory block may wait for locks of the caller.
         let _isolating = HOTPLUG.try_lock().ok_or(EBUSY)?;
 
-        // SAFETY: By the requirements of this function. The pages were allocated, each as one of order
-        // 0, if the call succeeds.
+        // SAFETY: By the requirements of this function. The pages were allocated, each as one of
+        // order 0, if the call succeeds.
         unsafe {
             let error = bindings::alloc_contig_range_noprof(first, end, 0, bindings::__GFP_NOWARN);
 
@@ -68,8 +68,8 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     }
 }
 
-/// Returns how many pages from `first` on, but at most `max`, are in pageblocks that are unused now,
-/// and in one zone. Looks once at each pageblock.
+/// Returns how many pages from `first` on, but at most `max`, are in currently unused pageblocks of
+/// one zone. Checks each pageblock once.
 fn unused_at(first: usize, max: usize) -> usize {
     let Some(zone) = Page::online(first).map(Zone::of) else {
         return 0;
@@ -96,9 +96,9 @@ enum Pages {
 
 impl ContigPages {
     /// Allocates up to `len` pages from the page frame number `first` on (kernel pages): whole
-    /// pageblocks, none of which was in use when they were looked at. Returns none if that is the
-    /// first of all, or if the kernel cannot do it. May sleep: what others take of the pages
-    /// meanwhile is moved away again.
+    /// pageblocks that were not in use at the check. Returns none if the first one was in use, or
+    /// if the kernel fails. May sleep: the kernel migrates pages that other callers have allocated
+    /// meanwhile.
     ///
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
@@ -106,13 +106,13 @@ impl ContigPages {
         let order = pageblock_order();
         let mut blocks = unused_at(usize::try_from(first).ok()?, len as usize) >> order;
 
-        // One block that cannot be allocated, as those of CMA, fails the whole range.
+        // A single block that cannot be allocated, such as one of CMA, fails the whole range.
         loop {
             let pfns = PfnRange::new(first, (blocks << order) as u64)?;
 
-            // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps its
-            // `struct page`s until it is removed. A removal between the look and this call is a race
-            // that `alloc_contig_range()` leaves to all of its callers.
+            // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps
+            // its `struct page`s until it is removed. A removal between the check and this call is
+            // a race that `alloc_contig_range()` leaves to all of its callers.
             if let Ok(pages) = unsafe { alloc_range(pfns) } {
                 pages.mark_blocks(order);
                 return Some(Self(Pages::Range(pages)));
@@ -121,7 +121,7 @@ impl ContigPages {
         }
     }
 
-    /// Claims what is on a list of adjacent pages.
+    /// Makes one of a list of adjacent pages.
     pub(crate) fn of(pages: PageList) -> Self {
         Self(Pages::Blocks(pages))
     }

@@ -23,7 +23,7 @@ use kernel::sync::atomic::{
     Relaxed, //
 };
 
-/// The zones that are drained: where the kernel allocates for itself, and below 4 GiB. Each with the
+/// The zones to drain: those from which the kernel allocates, and memory below 4 GiB. Each with the
 /// flags for its memory, and for its movable memory.
 const ZONES: &[(bindings::zone_type, Gfp, Gfp)] = &[
     (
@@ -43,14 +43,14 @@ const ZONES: &[(bindings::zone_type, Gfp, Gfp)] = &[
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static DRAINS: Atomic<usize> = Atomic::new(0);
 
-/// Puts the free pages that the processors keep on lists of their own back to where blocks are made
-/// of them. They may be an eighth of the memory when much has just been freed. May sleep.
+/// Drains the per-CPU page lists, so that their pages can merge into blocks. The lists may hold an
+/// eighth of the memory after much was freed. May sleep.
 ///
-/// The call for it is the page allocator's own. But to allocate a given range is to begin with that,
-/// in the range's zone; so a free pageblock of each zone is such a range: if possible not one for
-/// movable pages, as most that were just freed are. Pageblocks may be so large that none is free:
-/// then it is as much as is available of one in which the kernel can move what is in use. Without
-/// `CONFIG_CONTIG_ALLOC` the pages stay where they are.
+/// `drain_all_pages()` is not exported. But allocating a contiguous range first drains the lists of
+/// its zone. So this allocates a free pageblock of each zone, if possible not a movable one, since
+/// most just freed ones are movable. If pageblocks are so large that none is free, it allocates the
+/// available part of one in which the kernel can migrate the rest. Without `CONFIG_CONTIG_ALLOC`
+/// the lists are not drained.
 pub(crate) fn drain_free_lists() {
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     DRAINS.add(1, Relaxed);
@@ -71,8 +71,8 @@ pub(crate) fn drain_free_lists() {
     }
 }
 
-/// Drains the zone `kind` of a node by allocating a free block in it. Returns whether there was one
-/// for that.
+/// Drains the zone `kind` of a node by allocating a free block in it. Returns whether there was a
+/// free block.
 fn drain_zone(node: Node, gfp: Gfp, kind: bindings::zone_type, order: u32) -> bool {
     let Some(zone) = node.zones().nth(kind as usize) else {
         return false;
@@ -86,9 +86,9 @@ fn drain_zone(node: Node, gfp: Gfp, kind: bindings::zone_type, order: u32) -> bo
     let is_it = Zone::of(block.page()) == zone || zone.present_pages() == 0;
 
     drop(block);
-    // The block may have been reallocated meanwhile: the kernel drains the lists before it fails, so
-    // that is fine.
+    // The block may have been reallocated meanwhile: the kernel drains the lists before it fails,
+    // so that is fine.
     //
-    // SAFETY: The block was just allocated, so that its pages exist, in one zone.
+    // SAFETY: The block was just allocated, so its pages exist, in one zone.
     is_it && unsafe { alloc_range(pfns) }.is_ok()
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Allocation flags: all that the driver calls the page allocator with.
+//! All allocation flags of the driver.
 //!
 //! C header: [`include/linux/gfp_types.h`](srctree/include/linux/gfp_types.h)
 
@@ -20,23 +20,23 @@ const MOVABLE: gfp_t = 1 << bindings::___GFP_MOVABLE_BIT;
 const THISNODE: gfp_t = 1 << bindings::___GFP_THISNODE_BIT;
 const DMA32: gfp_t = 1 << bindings::___GFP_DMA32_BIT;
 
-/// The allocation fails without a warning, before it uses up a reserve.
+/// The allocation fails without a warning, and does not use reserves.
 const EASY: gfp_t = 1 << bindings::___GFP_NORETRY_BIT
     | 1 << bindings::___GFP_NOWARN_BIT
     | 1 << bindings::___GFP_NOMEMALLOC_BIT;
 
-/// Order-0 pages of the balloon can be migrated, if the kernel is built for it.
+/// Order-0 pages of the balloon can be migrated, if the kernel supports that.
 const BASE_PAGE: gfp_t = EASY
     | match cfg!(CONFIG_BALLOON_MIGRATION) {
         true => bindings::GFP_HIGHUSER_MOVABLE,
         false => bindings::GFP_HIGHUSER,
     };
 
-/// Flags for the page allocator. There are no others than these.
+/// Flags for the page allocator. Only these exist.
 #[derive(Clone, Copy)]
 pub(in crate::rust) struct Gfp(gfp_t);
 
-/// Defines all [`Gfp`], and what they have together.
+/// Defines all [`Gfp`], and their common flags.
 macro_rules! define {
     ($($(#[$attribute:meta])* $name:ident = $flags:expr;)*) => {
         impl Gfp {
@@ -59,7 +59,7 @@ define! {
     BALLOON_PAGE = BASE_PAGE;
     /// A block for hints: no reclaim, since OOM notifiers wait for it.
     HINT_BLOCK = EASY;
-    /// What is freed at once: from `ZONE_NORMAL`.
+    /// A block that is freed at once: from `ZONE_NORMAL`.
     DRAIN_NORMAL = EASY;
     /// The same from its movable memory.
     DRAIN_NORMAL_MOVABLE = EASY | MOVABLE;
@@ -74,8 +74,8 @@ define! {
 const _: () = assert!(Gfp::HINT_BLOCK.0 & RECLAIM == 0);
 
 impl Gfp {
-    /// Returns the number of `node`, and the flags for memory of that node and no other one. For any
-    /// node, returns `NUMA_NO_NODE`. The flags do not ask for a compound page.
+    /// Returns the number of `node`, and the flags for memory of that node only. For any node,
+    /// returns `NUMA_NO_NODE`. The flags do not request a compound page.
     pub(super) fn on(self, node: Option<Node>) -> (c_int, gfp_t) {
         let gfp = self.0 & !(1 << bindings::___GFP_COMP_BIT);
 

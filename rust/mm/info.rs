@@ -12,7 +12,7 @@ use crate::rust::{
 use kernel::page::PAGE_SHIFT;
 
 /// The guest's memory at some moment. Amounts of memory are in bytes; the rest are counts since it
-/// booted. `None` is what this kernel does not count.
+/// booted. `None` stands for values that this kernel does not count.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Info {
     pub(crate) free: u64,
@@ -38,7 +38,7 @@ fn bytes(pages: usize) -> u64 {
 }
 
 impl Info {
-    /// Takes a look.
+    /// Reads the values.
     pub(crate) fn now() -> Self {
         let mut info: bindings::sysinfo = Default::default();
 
@@ -72,7 +72,7 @@ impl Info {
             (bindings::vm_event_item_ALLOCSTALL_NORMAL - bindings::zone_type_ZONE_NORMAL) as usize;
         let mut counts: [kernel::ffi::c_ulong; LEN] = [0; LEN];
 
-        // SAFETY: The function writes as many numbers as there are.
+        // SAFETY: The array has room for all numbers that the function writes.
         unsafe { bindings::all_vm_events(counts.as_mut_ptr()) };
 
         let count = |event: bindings::vm_event_item| Some(*counts.get(event as usize)? as u64);

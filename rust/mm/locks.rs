@@ -16,20 +16,21 @@ use kernel::{
 };
 
 global_lock! {
-    /// Held from the check of how much memory the guest can spare until that was allocated.
+    /// The reserve lock: held from the check of the available memory until the allocation.
     // SAFETY: `init` is called before any device is probed.
     pub(super) unsafe(uninit) static RESERVE: Mutex<()> = ();
 }
 
 global_lock! {
-    /// Held while a range of memory is allocated.
+    /// Held while a contiguous range is allocated.
     // SAFETY: As above.
     pub(super) unsafe(uninit) static CONTIG: Mutex<()> = ();
 }
 
 global_lock! {
-    /// Held by the thread that takes a memory block offline. It isolates pageblocks, as allocating a
-    /// range does: if two do that at once, the one that fails ends the isolation of the other.
+    /// Held by the thread that takes a memory block offline. The kernel isolates pageblocks for
+    /// that, as for a contiguous range. If two threads do so at once, the one that fails ends the
+    /// isolation of the other.
     // SAFETY: As above.
     pub(super) unsafe(uninit) static HOTPLUG: Mutex<()> = ();
 }
@@ -42,7 +43,7 @@ global_lock! {
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 global_lock! {
-    /// The OOM notifier that was registered last, if it is still.
+    /// The OOM notifier that was registered last, if it is still registered.
     // SAFETY: As above.
     pub(in crate::rust) unsafe(uninit) static OOM_NOTIFIER: Mutex<Atomic<*mut c_void>> =
         Atomic::new(core::ptr::null_mut());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How much memory the guest has left.
+//! The guest's available memory.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/vmstat.h`](srctree/include/linux/vmstat.h)
@@ -32,9 +32,9 @@ use kernel::{
 };
 
 /// Returns the kernel pages that are available without swapping: `MemAvailable` of /proc/meminfo,
-/// with two exceptions. What the kernel keeps back at the moment may be more than 100 MiB, and an
-/// allocation that wants some of it kills a process. What processes have mapped of files is in use,
-/// such as the programs that run: they would wait for the disk with each step.
+/// less two amounts. The watermark boost may be more than 100 MiB, and an allocation that needs
+/// some of it kills a process. Mapped page cache is in use, such as the text of running programs:
+/// without it they would wait for the disk with each step.
 pub(crate) fn available_pages() -> usize {
     let pages = bindings::si_mem_available();
     let mapped = Node::all().map(Node::mapped_file_pages).sum();
@@ -45,7 +45,7 @@ pub(crate) fn available_pages() -> usize {
         .saturating_sub(boosted_pages())
 }
 
-/// Returns the kernel pages that the guest has in all, in balloons or not.
+/// Returns all kernel pages of the guest, balloons included.
 pub(crate) fn present_pages() -> usize {
     Zone::all().map(Zone::present_pages).sum()
 }
@@ -56,8 +56,8 @@ pub(crate) fn boosted_pages() -> usize {
 }
 
 impl Node {
-    /// Returns the kernel pages that are available there without swapping: what [`available_pages`] is
-    /// for all nodes.
+    /// Returns the kernel pages of the node that are available without swapping;
+    /// [`available_pages`] is the same for all nodes.
     pub(crate) fn available_pages(self) -> usize {
         let low: usize = self.zones().map(Zone::low_watermark).sum();
         let free: usize = self.zones().map(Zone::free_pages).sum();
@@ -68,8 +68,8 @@ impl Node {
             .saturating_sub(self.reserved_pages() + self.mapped_file_pages() + boost)
     }
 
-    /// Returns whether an allocation may just have failed for lack of memory there: whether the kernel
-    /// has nothing in any of the node's zones. Not every allocation may take from `ZONE_MOVABLE`.
+    /// Returns whether an allocation on the node may just have failed for lack of memory: whether a
+    /// zone of the node has none. Not every allocation may use `ZONE_MOVABLE`.
     pub(crate) fn is_short(self) -> bool {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         if IS_SHORT.load(Relaxed) {
@@ -88,14 +88,14 @@ pub(crate) fn free_pages() -> usize {
     ))
 }
 
-/// What part of the free memory is always left to the guest, as a divisor.
+/// The part of the free memory that is always left to the guest, as a divisor.
 const LEFT_FREE: usize = 8;
 
-/// Returns the kernel pages that the guest can do without for a while: free ones, except an eighth
-/// of them, and except 16 MiB and 1/512 of all memory, which is more than what the page allocator
-/// wants to have at hand; and no more than leave `floor` available.
+/// Returns the kernel pages that can be allocated for a while: free ones, less an eighth of them,
+/// less 16 MiB and 1/512 of all memory, which is more than the page allocator's watermarks. And no
+/// more than leave `floor` available.
 ///
-/// What the kernel cannot use for itself does not count, however much there is of it.
+/// Memory that the kernel cannot use for itself does not count.
 pub(crate) fn free_above_reserve(floor: usize) -> usize {
     let movable = Movable::now();
     let free = free_pages().saturating_sub(movable.free);
@@ -105,10 +105,10 @@ pub(crate) fn free_above_reserve(floor: usize) -> usize {
         .min(movable.others_available().saturating_sub(floor))
 }
 
-/// What lies where only pages may be that can be moved, `ZONE_MOVABLE` and CMA, in kernel pages.
+/// The memory for movable pages only, `ZONE_MOVABLE` and CMA, in kernel pages.
 struct Movable {
     free: usize,
-    /// Not all files of CMA.
+    /// Some of the files may be in CMA memory.
     caches: usize,
 }
 
@@ -127,20 +127,20 @@ impl Movable {
         this
     }
 
-    /// Returns the kernel pages that are available elsewhere without swapping.
+    /// Returns the kernel pages that are available there without swapping.
     fn others_available(&self) -> usize {
         available_pages().saturating_sub(self.free + self.caches)
     }
 }
 
-/// Returns the kernel pages that the kernel can have for itself without swapping.
+/// Returns the kernel pages that the kernel can use for itself without swapping.
 pub(crate) fn kernel_available_pages() -> usize {
     Movable::now().others_available()
 }
 
-/// The right to take memory from the guest, from looking at how much it can spare until that is
-/// taken: of two who looked at the same time both would take it. One at a time has it, of all
-/// devices.
+/// The right to allocate memory above the reserve, held from the check until the allocation.
+/// Otherwise two callers that check at the same time would allocate the same memory. One caller of
+/// all devices has it at a time.
 #[must_use]
 pub(crate) struct ReserveGuard {
     _lock: GlobalGuard<RESERVE>,
@@ -167,8 +167,7 @@ pub(crate) fn is_offline(pfn: usize) -> bool {
     Page::online(pfn).is_some_and(Page::is_offline)
 }
 
-/// Returns what each word of free pages is set to when they are freed; `None` if they are left as
-/// they are.
+/// Returns the value of each word of free pages; `None` if freeing does not write them.
 pub(crate) fn free_page_value() -> Option<u32> {
     if bindings::want_init_on_free() {
         Some(0)
@@ -179,24 +178,24 @@ pub(crate) fn free_page_value() -> Option<u32> {
     }
 }
 
-/// Returns whether the kernel is a crash kernel: it was started to save the memory of a kernel that
-/// has panicked, has a small part of the guest's memory, and needs all of that.
+/// Returns whether the kernel is a crash kernel, which saves the memory of a crashed kernel, has a
+/// small part of the guest's memory, and needs all of that.
 pub(crate) fn is_crash_kernel() -> bool {
     bindings::is_kdump_kernel()
 }
 
-/// Returns whether the kernel zeroes what it allocates for the balloon and for hints
-/// (`init_on_alloc=1`): the host has to have all of it first, and it takes much longer.
+/// Returns whether the kernel zeroes memory that it allocates for the balloon and for hints
+/// (`init_on_alloc=1`): the host has to provide all of it first, and it takes much longer.
 pub(crate) fn is_zeroed_on_allocation() -> bool {
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     if ZEROES_ON_ALLOCATION.load(Relaxed) {
         return true;
     }
-    // Flags may ask for zeroes, too.
+    // Flags may request zeroing, too.
     bindings::want_init_on_alloc(Gfp::ALL)
 }
 
-/// What the driver takes a kernel for, for as long as this exists.
+/// A property that the driver sees in the kernel while this exists, for tests.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) struct Pretence(&'static Atomic<bool>);
 
@@ -213,7 +212,7 @@ impl Pretence {
         Self(what)
     }
 
-    /// It zeroes what it allocates.
+    /// It zeroes memory that it allocates.
     pub(crate) fn zeroes_on_allocation() -> Self {
         Self::begin(&ZEROES_ON_ALLOCATION)
     }
@@ -231,7 +230,7 @@ impl Drop for Pretence {
     }
 }
 
-/// Returns the kernel pages that the guest has in all: `MemTotal` of /proc/meminfo.
+/// Returns all kernel pages of the guest: `MemTotal` of /proc/meminfo.
 pub(crate) fn total_pages() -> usize {
     count(read_global!(_totalram_pages))
 }
@@ -242,7 +241,7 @@ pub(super) fn adjust_managed(page: Page, pages: c_long) {
     unsafe { bindings::adjust_managed_page_count(page.as_ptr(), pages) };
 }
 
-/// Counts `pages` kernel pages, of which `page` is the first, as inflated (or as deflated).
+/// Counts `pages` kernel pages from `page` on as inflated or deflated.
 pub(super) fn count_ballooned(page: Page, pages: c_long, inflated: bool) {
     let item = bindings::node_stat_item_NR_BALLOON_PAGES;
     let (event, change) = match inflated {
@@ -250,14 +249,14 @@ pub(super) fn count_ballooned(page: Page, pages: c_long, inflated: bool) {
         false => (bindings::vm_event_item_BALLOON_DEFLATE, -pages),
     };
 
-    // SAFETY: There is such an event, and the page is on a node.
+    // SAFETY: The event exists, and the page is on a node.
     unsafe {
         bindings::count_vm_events(event, pages);
         bindings::mod_node_page_state(bindings::NODE_DATA(page.nid() as c_int), item, change);
     }
 }
 
-/// Has the kernel keep back `pages` kernel pages of each zone for a while.
+/// Sets a watermark boost of `pages` kernel pages in each zone.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) fn boost(pages: usize) {
     Zone::all().for_each(|zone| zone.set_boost(pages));
@@ -269,6 +268,6 @@ pub(crate) fn ballooned_pages() -> usize {
     let on_cpus: isize = Node::online().map(Node::ballooned_on_cpus).sum();
     let counter = read_global!(vm_node_stat[bindings::node_stat_item_NR_BALLOON_PAGES as usize]);
 
-    // Either part may be negative.
+    // Both parts may be negative.
     (counter.counter as isize + on_cpus).max(0) as usize
 }

@@ -10,8 +10,8 @@ use crate::rust::bindings;
 use core::ops::Range;
 use kernel::prelude::*;
 
-/// Reads a variable of the kernel's, or a part of one, that may be changing, which is no worse than an
-/// old value.
+/// Reads a variable of the kernel, or a part of it, that may be changing. A torn value is no worse
+/// than an old one.
 macro_rules! read_global {
     ($($place:tt)+) => {
         // SAFETY: The variable exists. A volatile access stands for READ_ONCE().
@@ -20,12 +20,12 @@ macro_rules! read_global {
 }
 pub(super) use read_global;
 
-/// Returns the number in a counter of the kernel's that may be negative for a moment.
+/// Returns the value of a kernel counter that may be negative for a moment.
 pub(super) fn count(counter: bindings::atomic_long_t) -> usize {
     counter.counter.max(0) as usize
 }
 
-/// Returns the numbers of the bits that are set in a mask of the kernel's.
+/// Returns the numbers of the set bits of a kernel mask.
 fn bits<const N: usize>(mask: [c_ulong; N]) -> impl Iterator<Item = usize> {
     const BITS: usize = c_ulong::BITS as usize;
 
@@ -42,7 +42,7 @@ fn bits<const N: usize>(mask: [c_ulong; N]) -> impl Iterator<Item = usize> {
 
 /// Returns the nodes that are in a state.
 fn nodes_in(state: bindings::node_states) -> impl Iterator<Item = Node> {
-    // It changes when memory is plugged: an old one is as good.
+    // It changes when memory is plugged: an old value does no harm.
     let mask = read_global!(node_states[state as usize].bits);
 
     // INVARIANT: Nodes in any state are possible.
@@ -51,7 +51,7 @@ fn nodes_in(state: bindings::node_states) -> impl Iterator<Item = Node> {
 
 /// Returns the numbers of the CPUs that are online.
 pub(super) fn online_cpus() -> impl Iterator<Item = c_int> {
-    // It changes when a CPU is plugged: an old one is as good.
+    // It changes when a CPU is plugged: an old value does no harm.
     bits(read_global!(__cpu_online_mask.bits)).map(|cpu| cpu as c_int)
 }
 
@@ -60,7 +60,7 @@ pub(super) fn counter(item: bindings::node_stat_item) -> usize {
     count(read_global!(vm_node_stat[item as usize]))
 }
 
-/// Reads a field of a node that may be changing, which is no worse than an old value.
+/// Reads a field of a node that may be changing. A torn value is no worse than an old one.
 macro_rules! read {
     ($node:expr, $($field:tt)+) => {{
         let node: Node = $node;
@@ -70,12 +70,12 @@ macro_rules! read {
     }};
 }
 
-/// A node: memory that is equally far from all processors.
+/// A NUMA node.
 ///
 /// # Invariants
 ///
-/// The node is possible (`N_POSSIBLE`): its data exist as long as the kernel runs, also while it has no
-/// memory.
+/// The node is possible (`N_POSSIBLE`): its data exist as long as the kernel runs, also while it
+/// has no memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Node(c_int);
 
@@ -90,12 +90,12 @@ impl Node {
         nodes_in(bindings::node_states_N_ONLINE)
     }
 
-    /// Returns the node `number`, if that is possible.
+    /// Returns the node `number`, if it is possible (`N_POSSIBLE`).
     pub(in crate::rust) fn new(number: usize) -> Option<Self> {
         nodes_in(bindings::node_states_N_POSSIBLE).find(|node| node.0 as usize == number)
     }
 
-    /// Returns a number that is larger than those of all nodes.
+    /// Returns a number larger than those of all nodes.
     pub(in crate::rust) fn count() -> usize {
         nodes_in(bindings::node_states_N_POSSIBLE)
             .last()
@@ -117,7 +117,7 @@ impl Node {
         count(read!(self, vm_stat[item as usize]))
     }
 
-    /// Returns its place (page frame numbers of kernel pages). Parts of that may belong to other
+    /// Returns its range (page frame numbers of kernel pages). Parts of it may belong to other
     /// nodes, or to none.
     pub(in crate::rust) fn span(self) -> Range<u64> {
         let start = read!(self, node_start_pfn) as u64;
@@ -131,33 +131,33 @@ impl Node {
         read!(self, node_present_pages)
     }
 
-    /// Returns how many kernel pages the zones keep back.
+    /// Returns how many kernel pages watermark boosts of its zones reserve.
     pub(super) fn reserved_pages(self) -> usize {
         read!(self, totalreserve_pages)
     }
 
-    /// Returns how many kernel pages have files in them.
+    /// Returns how many kernel pages are page cache.
     pub(super) fn file_pages(self) -> usize {
         self.counter(bindings::node_stat_item_NR_ACTIVE_FILE)
             + self.counter(bindings::node_stat_item_NR_INACTIVE_FILE)
     }
 
-    /// Returns how many kernel pages of the page cache processes have mapped, at least: shared
-    /// memory, which is no page cache, may be mapped as well.
+    /// Returns how many kernel pages of the page cache are mapped, at least: mapped pages may also
+    /// be shared memory, which is no page cache.
     pub(super) fn mapped_file_pages(self) -> usize {
         self.counter(bindings::node_stat_item_NR_FILE_MAPPED)
             .saturating_sub(self.counter(bindings::node_stat_item_NR_SHMEM))
             .min(self.file_pages())
     }
 
-    /// Returns how many kernel pages of slabs and the like can be reclaimed.
+    /// Returns how many kernel pages of slabs and similar memory can be reclaimed.
     pub(super) fn reclaimable_pages(self) -> usize {
         self.counter(bindings::node_stat_item_NR_SLAB_RECLAIMABLE_B)
             + self.counter(bindings::node_stat_item_NR_KERNEL_MISC_RECLAIMABLE)
     }
 
-    /// Returns how many kernel pages of the node are in balloons. The counters of the CPUs are added
-    /// up, so that tests can rely on the number.
+    /// Returns how many kernel pages of the node are in balloons. Adds up the counters of the CPUs,
+    /// so that tests can rely on the number.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(super) fn ballooned_on_cpus(self) -> isize {
         const ITEM: usize = bindings::node_stat_item_NR_BALLOON_PAGES as usize;

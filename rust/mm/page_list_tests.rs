@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What only tests do with lists and runs of pages.
+//! Operations on lists and runs of pages, for tests only.
 
 use crate::rust::{
     bindings,
@@ -19,12 +19,12 @@ use kernel::{
 };
 
 impl PageList {
-    /// Allocates the `len` pages from the page frame number `first` on, wherever their contents
-    /// have to go for that.
+    /// Allocates the `len` pages from the page frame number `first` on, and migrates their
+    /// contents.
     ///
     /// # Errors
     ///
-    /// `EBUSY` if something is in the way, `EINVAL` if that is not memory of one zone.
+    /// `EBUSY` if a page cannot be migrated, `EINVAL` if that is not memory of one zone.
     pub(crate) fn alloc_range(first: usize, len: usize) -> Result<Self> {
         let mut pages = Self::new();
         let end = first.checked_add(len).ok_or(EINVAL)?;
@@ -33,7 +33,7 @@ impl PageList {
         if len == 0 || zone(first).is_none() || (first..end).any(|pfn| zone(pfn) != zone(first)) {
             return Err(EINVAL);
         }
-        // SAFETY: It was just checked that there is such memory, which tests do not take away.
+        // SAFETY: The check above found such memory, and tests do not unplug it.
         to_result(unsafe {
             bindings::alloc_contig_range_noprof(first, end, 0, bindings::GFP_KERNEL)
         })?;
@@ -57,8 +57,8 @@ impl PageList {
         }
     }
 
-    /// Frees the pages, of which page `n` of the first block, or the first order-0 page, has a memory
-    /// error. Returns whether that page was kept aside.
+    /// Frees the pages, after a memory error in page `n` of the first block, or in the first
+    /// order-0 page. Returns whether the page allocator has set that page aside.
     pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
         let page = self.blocks.first().or(self.base_pages.first())?;
         let len = self.first_block_len().unwrap_or(1);
@@ -85,7 +85,8 @@ impl PageList {
 }
 
 impl PageRun {
-    /// Frees the run, whose page `n` has a memory error. Returns whether that page was kept aside.
+    /// Frees the run, after a memory error in its page `n`. Returns whether the page allocator has
+    /// set that page aside.
     pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
         let pfn = self.first() + n % self.len();
 
@@ -95,15 +96,16 @@ impl PageRun {
 }
 
 /// Drops `owner` while its page `pfn` has a memory error. Returns whether the page allocator has
-/// kept that page aside; `None` if this kernel knows of no errors. The page is repaired after that.
+/// set that page aside; `None` if this kernel does not support memory errors. Clears the error
+/// after that.
 ///
 /// # Safety
 ///
 /// The page must be one that dropping `owner` frees.
 unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
     #[cfg(CONFIG_MEMORY_FAILURE)]
-    // SAFETY: By the requirements of this function the page is ours. When it was freed, the page
-    // allocator has it, or has kept it aside: then it has no references, and is no free block.
+    // SAFETY: By the requirements of this function the page is ours. After it was freed, the page
+    // allocator has it, or has set it aside: then it has no references, and is no free block.
     return unsafe {
         use core::sync::atomic::{
             AtomicU64,

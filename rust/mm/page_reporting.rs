@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Free page reporting: the kernel takes free pages aside, tells of them, and puts them back.
+//! Free page reporting: the kernel isolates free pages, reports them, and returns them to the free
+//! lists.
 //!
 //! C header: [`include/linux/page_reporting.h`](srctree/include/linux/page_reporting.h)
 
@@ -32,16 +33,15 @@ use kernel::{
     types::Opaque, //
 };
 
-/// The order from which on free pages are reported, unless the user says otherwise: 2 MiB, the size
-/// of a huge page of most hosts. A pageblock, the kernel's own choice, is that much, or as much as
-/// 512 MiB with pages of 64 KiB.
+/// The default of the smallest reported order: 2 MiB, the size of a huge page of most hosts. The
+/// kernel's own default is a pageblock, which has that size, or up to 512 MiB with pages of 64 KiB.
 const ORDER: c_uint = 21u32.saturating_sub(PAGE_SHIFT as u32);
 
-/// Free pages that nobody can allocate.
+/// Isolated free pages, which cannot be allocated.
 ///
 /// # Invariants
 ///
-/// `sg` is a list of `n` entries, whose memory is free and set aside for `'a`.
+/// `sg` is a list of `n` entries, whose memory is free and isolated for `'a`.
 pub(crate) struct FreePages<'a> {
     sg: *mut bindings::scatterlist,
     n: c_uint,
@@ -50,15 +50,14 @@ pub(crate) struct FreePages<'a> {
 }
 
 impl FreePages<'_> {
-    /// Returns how much memory it is, in bytes.
+    /// Returns the size in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Returns whether they lie where the kernel has nothing of its own (`ZONE_MOVABLE`). The pages of
-    /// one report are of one zone.
+    /// Returns whether they are in `ZONE_MOVABLE`. The pages of one report are of one zone.
     pub(crate) fn are_movable(&self) -> bool {
-        // The lowest two bits say whether the list continues.
+        // The lowest two bits tell whether the list continues.
         //
         // SAFETY: By the type invariants the list has entries, of valid pages.
         unsafe { Page::from_raw(((*self.sg).page_link & !3) as *mut bindings::page) }
@@ -66,19 +65,19 @@ impl FreePages<'_> {
     }
 }
 
-/// Somebody who tells of free pages.
+/// An implementation of free page reports.
 pub(crate) trait Report: Send + Sync {
-    /// Tells of `pages`, which go back to the page allocator when this returns.
+    /// Reports `pages`, which return to the free lists when this returns.
     ///
     /// Called in process context, by a freezable work.
     ///
     /// # Errors
     ///
-    /// Any error means that nobody was told. The pages will be reported again.
+    /// Any error means that they were not reported. The kernel will report the pages again.
     fn report(&self, pages: FreePages<'_>) -> Result;
 }
 
-/// The registration of a [`Report`], which is told of pages as long as this exists.
+/// The registration of a [`Report`], which is called as long as this exists.
 ///
 /// # Invariants
 ///
@@ -97,19 +96,19 @@ unsafe impl<T: Report> Send for Reporter<T> {}
 unsafe impl<T: Report> Sync for Reporter<T> {}
 
 impl<T: Report> Reporter<T> {
-    /// Returns an initialiser for a registration of `who`, who can be told of at most `capacity`
-    /// stretches of memory at a time.
+    /// Returns an initialiser for a registration of `who`, which accepts at most `capacity` ranges
+    /// of memory at a time.
     ///
     /// # Errors
     ///
-    /// `EBUSY` if there is one already: the kernel has room for one.
+    /// `EBUSY` if there is already one: the kernel supports one only.
     pub(crate) fn new(who: Arc<T>, capacity: usize) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             who,
-            // The last field that is initialised: the callback may come at once.
+            // The last field that is initialised, since the kernel may call back at once.
             info <- Opaque::try_ffi_init(|slot: *mut bindings::page_reporting_dev_info| {
-                // SAFETY: `slot` is valid for writes, and stays where it is until it is
-                // unregistered. The struct may be zero apart from what is set here.
+                // SAFETY: `slot` is valid for writes, and pinned until it is unregistered. All
+                // fields that are not set here may be zero.
                 unsafe {
                     slot.write_bytes(0, 1);
                     (*slot).report = Some(Self::callback);
@@ -124,15 +123,15 @@ impl<T: Report> Reporter<T> {
 
     /// # Safety
     ///
-    /// Only for free page reporting, which calls it with the `info` of a `Reporter<T>` and a list of
-    /// `n` entries, whose pages it has set aside until this returns.
+    /// Only for free page reporting, which calls it with the `info` of a `Reporter<T>` and a list
+    /// of `n` entries, whose pages it has isolated until this returns.
     unsafe extern "C" fn callback(
         info: *mut bindings::page_reporting_dev_info,
         sg: *mut bindings::scatterlist,
         n: c_uint,
     ) -> c_int {
-        // SAFETY: By the requirements of this function. By the type invariants the struct is part of
-        // a live `Reporter<T>`.
+        // SAFETY: By the requirements of this function. By the type invariants the struct is part
+        // of a live `Reporter<T>`.
         let (this, bytes) = unsafe {
             (
                 &*container_of!(Opaque::cast_from(info), Self, info),
@@ -162,21 +161,20 @@ impl<T: Report> PinnedDrop for Reporter<T> {
     }
 }
 
-/// Memory that is lent to the device for a while: it does not belong to the queue.
+/// Memory that is passed to the device without being owned by the queue.
 pub(crate) struct ReportToken(());
 
 impl Virtqueue<ReportToken> {
-    /// Lends `pages` to the device, and waits until it has used them, or for as long as `may_wait`
-    /// returns true. `answered` has to be completed when either has changed. In any case that is
-    /// noticed at intervals of `interval`.
+    /// Passes `pages` to the device, and waits until it has used them, or for as long as `may_wait`
+    /// returns true. `answered` must be completed when either changes. The wait also checks both at
+    /// intervals of `interval`.
     ///
-    /// Until then the device may do anything to the pages, so only a reset ends the wait early: one
-    /// that comes from elsewhere, as when the driver is unbound, or one that this does when there
-    /// is no time to wait.
+    /// Until then the device may write to the pages, so only a reset ends the wait early: a reset
+    /// by another thread, such as on unbind, or by this one when `may_wait` returns false.
     ///
     /// # Errors
     ///
-    /// `EIO` if the device cannot be told, `ENODEV` if it was reset.
+    /// `EIO` if the pages cannot be sent, `ENODEV` if the device was reset.
     pub(crate) fn report_and_wait(
         &mut self,
         pages: &FreePages<'_>,
@@ -184,7 +182,7 @@ impl Virtqueue<ReportToken> {
         interval: Msecs,
         may_wait: impl Fn() -> bool,
     ) -> Result {
-        // SAFETY: By the type invariants of `FreePages` nobody uses the memory while it is
+        // SAFETY: By the type invariants of `FreePages` the memory is not in use while it is
         // borrowed, and this does not return before the device has used it or was reset.
         unsafe { self.add_sg(pages.sg, pages.n, Access::Write, ReportToken(())) }
             .map_err(|_| EIO)?;

@@ -38,7 +38,7 @@ impl PfnRange {
         self.first.saturating_add(self.len)
     }
 
-    /// Returns the range with the page `pfn`, if that is next to it.
+    /// Returns the range extended by the page `pfn`, if that is adjacent.
     #[cfg_attr(test, allow(dead_code, reason = "the host does not need it"))]
     pub(crate) fn extended(self, pfn: u64) -> Option<Self> {
         if pfn.checked_add(1) == Some(self.first) {

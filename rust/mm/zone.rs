@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The zones of memory, and what is unused in them.
+//! Memory zones, and the walk over their free memory.
 //!
 //! C header: [`include/linux/mmzone.h`](srctree/include/linux/mmzone.h)
 
@@ -31,7 +31,7 @@ use kernel::{
     types::NotThreadSafe, //
 };
 
-/// How many places are looked at under one hold of a zone's lock, whatever the guest's size.
+/// How many PFNs are scanned under one hold of a zone's lock, for guests of any size.
 pub(crate) const PFNS_PER_HOLD: usize = 1024;
 
 /// A zone.
@@ -42,14 +42,14 @@ pub(crate) const PFNS_PER_HOLD: usize = 1024;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Zone(*mut bindings::zone);
 
-// SAFETY: Zones may be looked at from any thread.
+// SAFETY: Zones may be read from any thread.
 unsafe impl Send for Zone {}
 
-// SAFETY: Fields are read by volatile accesses. All else is done under the zone's lock. No reference
-// to the zone is made.
+// SAFETY: Fields are read by volatile accesses. All other accesses hold the zone's lock. No
+// reference to the zone is made.
 unsafe impl Sync for Zone {}
 
-/// Reads a field of a zone that may be changing, which is no worse than an old value.
+/// Reads a field of a zone that may be changing. A torn value is no worse than an old one.
 macro_rules! read {
     ($zone:expr, $($field:tt)+) => {{
         let zone: Zone = $zone;
@@ -59,16 +59,16 @@ macro_rules! read {
     }};
 }
 
-/// What a look at a zone has cost.
+/// The cost of a scan.
 #[derive(Clone, Copy)]
 pub(crate) struct Hold {
-    /// How many places were looked at.
+    /// How many PFNs were scanned.
     pub(crate) places: usize,
     /// For how long the zone's lock was held.
     pub(crate) time: Delta,
 }
 
-/// Returns where the zones of a node are.
+/// Returns a pointer to the zones of a node.
 fn zones_of(node: *mut bindings::pglist_data) -> *mut bindings::zone {
     node.wrapping_byte_add(offset_of!(bindings::pglist_data, node_zones))
         .cast()
@@ -87,14 +87,14 @@ impl Node {
 impl Zone {
     /// Returns the zone of a page.
     pub(super) fn of(page: Page) -> Self {
-        // INVARIANT: That is one.
+        // INVARIANT: That is a zone.
         Self(page.zone())
     }
 
-    /// Has the zone keep back `pages` kernel pages for a while.
+    /// Sets the zone's watermark boost to `pages` kernel pages.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(super) fn set_boost(self, pages: usize) {
-        // SAFETY: By the type invariants it is a zone. Others write the field as well, and no
+        // SAFETY: By the type invariants it is a zone. Other code writes the field as well, and no
         // reference to it is made.
         unsafe { (&raw mut (*self.0).watermark_boost).write_volatile(pages) };
     }
@@ -106,7 +106,7 @@ impl Zone {
             .filter(|zone| zone.present_pages() > 0)
     }
 
-    /// Returns zone number `n` of those that have memory, of all nodes.
+    /// Returns the `n`th zone with memory, of all nodes.
     pub(crate) fn nth(n: usize) -> Option<Self> {
         Self::all().nth(n)
     }
@@ -116,8 +116,8 @@ impl Zone {
         read!(self, present_pages)
     }
 
-    /// Returns how many kernel pages the watermark boost reserves for a while, since memory of one
-    /// migrate type was taken for another.
+    /// Returns how many kernel pages the watermark boost reserves, after memory of one migrate type
+    /// was used for another.
     pub(super) fn boost(self) -> usize {
         read!(self, watermark_boost)
     }
@@ -155,18 +155,18 @@ impl Zone {
         self.counter(bindings::zone_stat_item_NR_FREE_PAGES)
     }
 
-    /// Returns how many free kernel pages are for pages that can be moved (CMA).
+    /// Returns how many free kernel pages belong to CMA.
     pub(super) fn free_cma_pages(self) -> usize {
         self.counter(bindings::zone_stat_item_NR_FREE_CMA_PAGES)
     }
 
-    /// Returns how many kernel pages have files in them.
+    /// Returns how many kernel pages are page cache.
     pub(super) fn file_pages(self) -> usize {
         self.counter(bindings::zone_stat_item_NR_ZONE_ACTIVE_FILE)
             + self.counter(bindings::zone_stat_item_NR_ZONE_INACTIVE_FILE)
     }
 
-    /// Returns the zone's place among those of its node.
+    /// Returns the zone's index among those of its node.
     pub(super) fn kind(self) -> bindings::zone_type {
         let zones = zones_of(read!(self, zone_pgdat));
         let index = (self.0.addr() - zones.addr()) / size_of::<bindings::zone>();
@@ -174,13 +174,13 @@ impl Zone {
         index as bindings::zone_type
     }
 
-    /// Returns whether only pages may be there that can be moved.
+    /// Returns whether all of its pages must be movable.
     pub(super) fn is_movable(self) -> bool {
         self.kind() == bindings::zone_type_ZONE_MOVABLE
     }
 
-    /// Returns whether an allocation that the page allocator insists on may have failed in the zone:
-    /// the limit is the high watermark, and some memory may have become free since.
+    /// Returns whether an allocation with all retries may have failed in the zone. The limit is the
+    /// high watermark, since some memory may have become free meanwhile.
     pub(super) fn is_short(self) -> bool {
         let reserve = read!(self, lowmem_reserve[bindings::MAX_NR_ZONES as usize - 1]);
         let kept = 2 * self.high_watermark()
@@ -196,8 +196,8 @@ impl Zone {
             .all(|order| read!(self, free_area[order].nr_free) == 0)
     }
 
-    /// Returns how many free kernel pages the CPUs keep on lists of their own. The counters are read
-    /// without their locks: the result is a guess in any case.
+    /// Returns how many free kernel pages are on the per-CPU page lists. Reads the counters without
+    /// their locks, so the result is an estimate.
     pub(super) fn listed_pages(self) -> usize {
         let lists = read!(self, per_cpu_pageset);
         // SAFETY: The zone has such lists for each CPU.
@@ -211,8 +211,8 @@ impl Zone {
         online_cpus().map(|cpu| listed(cpu).max(0) as usize).sum()
     }
 
-    /// Returns where the zone lies (page frame numbers of kernel pages). Parts of that may belong
-    /// to other zones, or to none.
+    /// Returns the zone's range (page frame numbers of kernel pages). Parts of it may belong to
+    /// other zones, or to none.
     pub(crate) fn span(self) -> Range<u64> {
         let first = read!(self, zone_start_pfn) as u64;
         let len = read!(self, spanned_pages) as u64;
@@ -220,7 +220,8 @@ impl Zone {
         first..first.saturating_add(len)
     }
 
-    /// Takes the zone's lock. Nothing may sleep, or take another lock, until the result is dropped.
+    /// Takes the zone's lock. The caller must not sleep, or take another lock, until the result is
+    /// dropped.
     pub(super) fn lock(self) -> LockedZone {
         // SAFETY: By the type invariants it is a zone.
         unsafe { bindings::spin_lock_irq_disable(&raw mut (*self.0).lock) };
@@ -232,13 +233,12 @@ impl Zone {
         }
     }
 
-    /// Looks from `*next` on, up to `end`, for blocks of 2^`min_order` pages or more that are on
-    /// the zone's free lists, and puts them on `found`: all of them are there at the same moment.
-    /// Goes on until `found` is full, or until it has looked at [`PFNS_PER_HOLD`] places; `*next`
-    /// is where to continue.
+    /// Scans from `*next` up to `end` for blocks of 2^`min_order` pages or more on the zone's free
+    /// lists, and adds them to `found`: all of them are free at the same moment. Stops when `found`
+    /// is full, or after [`PFNS_PER_HOLD`] PFNs; `*next` is the place to continue.
     ///
-    /// Blocks are found in the order of their addresses, and not of the lists: lists change between
-    /// one look and the next, addresses do not. `*next` must be a multiple of 2^`min_order`.
+    /// The scan follows addresses, and not the lists: lists change between two holds of the lock,
+    /// addresses do not. `*next` must be a multiple of 2^`min_order`.
     pub(crate) fn find_free(
         self,
         next: &mut u64,
@@ -273,7 +273,7 @@ impl Zone {
         Hold { places, time }
     }
 
-    /// Has the zone look as if `more` pageblocks in it were isolated, or so many fewer.
+    /// Changes the zone's number of isolated pageblocks by `more`, for tests.
     #[cfg(all(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST, CONFIG_CONTIG_ALLOC))]
     pub(crate) fn isolate(self, more: isize) {
         let _locked = self.lock();
@@ -293,7 +293,7 @@ fn next_multiple(pfn: u64, order: u32) -> u64 {
     ((pfn >> order) + 1) << order
 }
 
-/// The section of memory around a page is not the zone's.
+/// The memory section around the page does not belong to the zone.
 pub(super) struct NotHere;
 
 /// A zone whose lock is held.
@@ -307,8 +307,8 @@ pub(super) struct LockedZone {
 }
 
 impl LockedZone {
-    /// Returns the order of the block that begins at `pfn` and is on one of the zone's free lists, or
-    /// none if there is no such block.
+    /// Returns the order of the block that begins at `pfn` and is on one of the zone's free lists,
+    /// or none if there is no such block.
     pub(super) fn free_order(&self, pfn: usize) -> Result<Option<u32>, NotHere> {
         let page = Page::online(pfn).ok_or(NotHere)?;
         let order = page.free_order();

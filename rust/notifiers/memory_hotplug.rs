@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Being told before memory is taken offline.
+//! The notifier for memory that is taken offline.
 //!
 //! C header: [`include/linux/memory.h`](srctree/include/linux/memory.h)
 
@@ -19,10 +19,10 @@ use crate::rust::{
 use core::ops::Range;
 use kernel::prelude::*;
 
-/// Somebody who keeps memory that cannot be moved.
+/// An owner of memory that cannot be migrated.
 pub(crate) trait GoingOffline: Send + Sync {
-    /// Gives back what is in `pfns` (page frame numbers of kernel pages), which nobody can allocate
-    /// any more.
+    /// Frees its pages in `pfns` (page frame numbers of kernel pages), which the kernel has
+    /// isolated.
     ///
     /// Called in process context.
     ///
@@ -38,10 +38,10 @@ pub(crate) trait GoingOffline: Send + Sync {
     fn offline_over(&self) {}
 }
 
-/// The chain of memory that goes online and offline.
+/// The notifier chain of memory hotplug.
 pub(crate) struct MemoryChain;
 
-/// The registration of a [`GoingOffline`], which is told for as long as this exists.
+/// The registration of a [`GoingOffline`], which is called for as long as this exists.
 pub(crate) type OfflineNotifier<T> = Notifier<MemoryChain, T>;
 
 // SAFETY: The functions are those of one chain, which calls with a `struct memory_notify` before
@@ -69,9 +69,9 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
         let first = what.start_pfn as u64;
         let pfns = first..first.saturating_add(what.nr_pages as u64);
 
-        // What this driver takes offline itself has nothing in it that would have to be given back.
-        // But others may have allocated pages there before the kernel isolated the block, for which
-        // the kernel would wait with its locks for memory hotplug.
+        // Blocks that this driver takes offline contain no pages of a balloon. But another device
+        // may have allocated pages there before the kernel isolated the block, and the kernel would
+        // wait for these pages with its locks for memory hotplug held.
         if is_taking() {
             let is_taken =
                 action != bindings::BALLOON_MEM_GOING_OFFLINE || range_can_be_taken(pfns);

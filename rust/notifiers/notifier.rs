@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Being called by the kernel when something happens, on a notifier chain.
+//! Registrations on the kernel's notifier chains.
 //!
 //! C header: [`include/linux/notifier.h`](srctree/include/linux/notifier.h)
 
@@ -15,19 +15,19 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A notifier chain, on which a `T` can be called.
+/// A notifier chain that can call a `T`.
 ///
 /// # Safety
 ///
-/// - When `REGISTER` has returned 0, the block's callback is called with the block, and with data
-///   that `call` can make sense of, until `unregister` returns.
+/// - When `REGISTER` has returned 0, the chain calls the block's callback with the block, and with
+///   data that `call` accepts, until `unregister` returns.
 /// - The block is not accessed after that, or if `REGISTER` has failed.
 pub(crate) unsafe trait Chain<T> {
-    /// Those with larger ones are called first.
+    /// The chain calls larger priorities first.
     const PRIORITY: c_int = 0;
 
-    /// Puts a block on the chain, which must be initialised, and stay valid and where it is until it is
-    /// unregistered. Returns 0, or an error. `None` if the kernel has no such chain.
+    /// Puts a block on the chain. The block must be initialised, and stay valid and pinned until it
+    /// is unregistered. Returns 0, or an error. `None` if the kernel has no such chain.
     const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int>;
 
     /// Takes a block off the chain.
@@ -37,11 +37,11 @@ pub(crate) unsafe trait Chain<T> {
     /// The block must be registered.
     unsafe fn unregister(block: *mut bindings::notifier_block);
 
-    /// Calls `who`. Returns what the chain expects.
+    /// Calls `who`. Returns a value for the chain.
     ///
     /// # Safety
     ///
-    /// `action` and `data` must be what the chain passes to its callbacks.
+    /// `action` and `data` must be the chain's arguments of its callbacks.
     unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int;
 }
 
@@ -69,15 +69,14 @@ impl<C: Chain<T>, T> Notifier<C, T> {
     ///
     /// # Errors
     ///
-    /// What the registration says.
+    /// The error of the registration.
     pub(crate) fn new(who: Arc<T>) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             who,
             _chain: PhantomData,
-            // The last field that is initialised: the callback may come at once.
+            // The last field that is initialised, since the kernel may call back at once.
             block <- Opaque::try_ffi_init(|slot: *mut bindings::notifier_block| {
-                // SAFETY: `slot` is valid for writes, and stays where it is until it is
-                // unregistered.
+                // SAFETY: `slot` is valid for writes, and pinned until it is unregistered.
                 unsafe {
                     slot.write(bindings::notifier_block {
                         notifier_call: Some(Self::callback),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Being asked for memory before a process is killed for it.
+//! The OOM notifier: frees memory before the kernel kills a process.
 //!
 //! C header: [`include/linux/oom.h`](srctree/include/linux/oom.h)
 
@@ -14,23 +14,22 @@ use crate::rust::{
 
 use kernel::prelude::*;
 
-/// Somebody who can give memory back.
+/// An owner of memory that it can free.
 pub(crate) trait OomNotify: Send + Sync {
-    /// Those with larger ones are asked first.
+    /// The kernel calls larger priorities first.
     const PRIORITY: c_int;
 
-    /// Gives memory back, and returns how many pages it was.
+    /// Frees memory, and returns the number of pages.
     ///
-    /// Called in process context, on behalf of an allocation that has failed, under the lock of the
-    /// out-of-memory killer: it must not allocate, and no lock must be taken under which others
-    /// allocate.
+    /// Called in process context, for a failed allocation, under the lock of the OOM killer. It
+    /// must not allocate, and must not take a lock under which other code allocates.
     fn out_of_memory(&self) -> usize;
 }
 
-/// The chain of the out-of-memory killer.
+/// The chain of the OOM killer.
 pub(crate) struct OomChain;
 
-/// The registration of an [`OomNotify`], which is asked for as long as this exists.
+/// The registration of an [`OomNotify`], which is called for as long as this exists.
 pub(crate) type OomNotifier<T> = Notifier<OomChain, T>;
 
 // SAFETY: The functions are those of one chain, which calls with the address of an `unsigned long`,
@@ -55,7 +54,7 @@ unsafe impl<T: OomNotify> Chain<T> for OomChain {
     unsafe fn call(who: &T, _action: c_ulong, data: *mut c_void) -> c_int {
         let pages = who.out_of_memory();
 
-        // SAFETY: The out-of-memory killer passes the address of an `unsigned long`.
+        // SAFETY: The OOM killer passes the address of an `unsigned long`.
         unsafe {
             let freed = data.cast::<c_ulong>();
 
@@ -66,7 +65,7 @@ unsafe impl<T: OomNotify> Chain<T> for OomChain {
     }
 }
 
-/// The notifier that was registered last, for tests: they cannot run out of memory.
+/// The notifier that was registered last, for tests, which cannot run out of memory.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) mod last {
     use super::*;
@@ -98,8 +97,7 @@ pub(crate) mod last {
         }
     }
 
-    /// Calls it as the kernel does for an allocation that has failed. Returns how many pages it has given
-    /// back.
+    /// Calls it as the kernel does for a failed allocation. Returns how many pages it has freed.
     pub(crate) fn out_of_memory() -> usize {
         let last = OOM_NOTIFIER.lock();
         let block = last.load(Relaxed).cast::<bindings::notifier_block>();

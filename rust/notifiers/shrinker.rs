@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Being asked for memory while there still is some.
+//! A shrinker: frees memory during reclaim.
 //!
 //! C header: [`include/linux/shrinker.h`](srctree/include/linux/shrinker.h)
 
@@ -12,19 +12,19 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Somebody who can give pages back at once.
+/// An owner of pages that it can free at once.
 pub(crate) trait Shrink: Send + Sync {
-    /// Returns how many pages (kernel pages) can be given back.
+    /// Returns how many pages (kernel pages) can be freed.
     fn count(&self) -> usize;
 
-    /// Gives about `wanted` pages back, and returns how many it was.
+    /// Frees about `wanted` pages, and returns their number.
     ///
-    /// Called from wherever memory is allocated: it must neither allocate nor sleep, and no lock
-    /// must be taken under which others allocate.
+    /// Called from any allocation. It must neither allocate nor sleep, and must not take a lock
+    /// under which other code allocates.
     fn scan(&self, wanted: usize) -> usize;
 }
 
-/// The registration of a [`Shrink`], which is asked for as long as this exists.
+/// The registration of a [`Shrink`], which is called for as long as this exists.
 ///
 /// # Invariants
 ///
@@ -41,7 +41,7 @@ unsafe impl<T: Shrink> Send for Shrinker<T> {}
 unsafe impl<T: Shrink> Sync for Shrinker<T> {}
 
 impl<T: Shrink> Shrinker<T> {
-    /// Registers `who` under `name`, which may be seen in debugfs.
+    /// Registers `who` under `name`, which debugfs may show.
     ///
     /// # Errors
     ///
@@ -70,11 +70,12 @@ impl<T: Shrink> Shrinker<T> {
         })
     }
 
-    /// Returns whom a callback is for.
+    /// Returns the owner for a callback.
     ///
     /// # Safety
     ///
-    /// `shrinker` must be one that [`new`](Self::new) has registered, and must not be freed for `'a`.
+    /// `shrinker` must be one that [`new`](Self::new) has registered, and must not be freed for
+    /// `'a`.
     unsafe fn who<'a>(shrinker: *mut bindings::shrinker) -> &'a T {
         // SAFETY: By the requirements of this function. By the type invariants the data is of this
         // type, and lives as long as the shrinker.
@@ -83,8 +84,8 @@ impl<T: Shrink> Shrinker<T> {
 
     /// # Safety
     ///
-    /// Only for the kernel's shrinkers, which call it with one that [`new`](Self::new) has registered,
-    /// and do not free that meanwhile.
+    /// Only for the kernel's shrinkers, which call it with one that [`new`](Self::new) has
+    /// registered, and do not free that meanwhile.
     unsafe extern "C" fn count(
         shrinker: *mut bindings::shrinker,
         _control: *mut bindings::shrink_control,
@@ -105,8 +106,8 @@ impl<T: Shrink> Shrinker<T> {
         let wanted = control.nr_to_scan;
         let freed = who.scan(wanted);
 
-        // Otherwise a block of a thousand pages would count as the hundred that were asked for.
-        // Reclaim would not know that there is memory now, and ask until nothing is left.
+        // Otherwise a block of a thousand pages would count as the hundred requested ones. Reclaim
+        // would not see the freed memory, and continue until nothing is left.
         control.nr_scanned = freed.max(wanted);
         bindings::mm_account_reclaimed_pages(freed);
         freed

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Being told before the system sleeps.
+//! The notifier for system suspend.
 //!
 //! C header: [`include/linux/suspend.h`](srctree/include/linux/suspend.h)
 
@@ -14,7 +14,7 @@ use crate::rust::{
 
 use kernel::prelude::*;
 
-/// Somebody who keeps the system awake unless told that it wants to sleep.
+/// An object that would prevent a suspend unless it is notified.
 pub(crate) trait SuspendNotify: Send + Sync {
     /// The system is about to suspend or to hibernate. Processes and freezable workqueues are
     /// frozen next.
@@ -22,18 +22,18 @@ pub(crate) trait SuspendNotify: Send + Sync {
     /// Called in process context, and may sleep.
     fn before_suspend(&self);
 
-    /// Processes run again, whether the system has slept or could not.
+    /// Processes run again, after a suspend or a failed one.
     fn after_suspend(&self);
 }
 
-/// The chain of the system's sleep.
+/// The notifier chain of system suspend.
 pub(crate) struct SuspendChain;
 
 /// The registration of a [`SuspendNotify`], which is called for as long as this exists.
 pub(crate) type SuspendNotifier<T> = Notifier<SuspendChain, T>;
 
 // SAFETY: The functions are those of one chain, which has stopped when the second one returns. Its
-// data are not looked at.
+// data are not used.
 unsafe impl<T: SuspendNotify> Chain<T> for SuspendChain {
     #[cfg(CONFIG_PM_SLEEP)]
     const REGISTER: Option<unsafe extern "C" fn(*mut bindings::notifier_block) -> c_int> =

@@ -2,7 +2,7 @@
 
 //! Virtio drivers.
 //!
-//! The life of a device, which the [`Adapter`] conducts and no driver has to think of:
+//! The life cycle of a device, which the [`Adapter`] controls:
 //!
 //! - bind: [`Driver::validate`], [`Driver::probe`], the device is made ready, [`Driver::ready`];
 //! - unbind: [`Driver::unbind`], the device is revoked, reset, and its virtqueues are deleted;
@@ -10,9 +10,9 @@
 //!   [`Driver::restore`], then as for bind;
 //! - shutdown: [`Driver::shutdown`], the device is revoked and reset.
 //!
-//! "Revoked" means that every handle to the device, be it a [`Config`](super::Config) or a
+//! "Revoked" means that every handle to the device, a [`Config`](super::Config) or a
 //! [`Virtqueue`](super::Virtqueue), fails from then on in all threads, and that no thread is inside
-//! of one any more.
+//! one any more.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
@@ -47,11 +47,11 @@ use kernel::{
 /// An adapter for the registration of virtio drivers.
 pub(crate) struct Adapter<T: Driver>(T);
 
-/// A device that the driver `T` is bound to, as a callback of the bus sees it.
+/// A device with its driver `T`, in a callback of the bus.
 ///
 /// # Invariants
 ///
-/// `data` is the driver's data of the device, and stays where it is until the device has been closed.
+/// `data` is the driver's data of the device, and pinned until the device has been closed.
 struct Bound<'a, T: Driver> {
     dev: &'a Device<device::CoreInternal<'a>>,
     data: &'a T::Data,
@@ -66,7 +66,7 @@ impl<'a, T: Driver> Bound<'a, T> {
     /// must come between a successful `set_drvdata` in `probe_callback` and the end of
     /// `remove_callback`.
     unsafe fn new(vdev: *mut bindings::virtio_device) -> Self {
-        // INVARIANT: `T::Data` is what `probe_callback` has stored. The driver core drops it after
+        // INVARIANT: `probe_callback` has stored a `T::Data`. The driver core drops it after
         // `remove_callback`, which closes the device.
         //
         // SAFETY: By the requirements of this function.
@@ -81,11 +81,11 @@ impl<'a, T: Driver> Bound<'a, T> {
         }
     }
 
-    /// Makes the device live, and lets the driver begin.
+    /// Makes the device ready, and starts the driver.
     fn make_ready(&self, binding: &Binding) {
-        // SAFETY: The device is valid, and the driver has set its virtqueues up. By the type
-        // invariants the data may be used until the device has been closed, and is what `queue_used`
-        // expects.
+        // SAFETY: The device is valid, and the driver has set up its virtqueues. By the type
+        // invariants the data may be used until the device has been closed, and has the type that
+        // `queue_used` expects.
         unsafe {
             bindings::virtio_device_ready(self.dev.as_raw());
             binding.make_ready(ptr::from_ref(self.data).cast_mut().cast());
@@ -128,7 +128,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 
         T::init()?;
         // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`, whose fields may be set on
-        // initialization. `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of them.
+        // initialization. `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of
+        // them.
         unsafe {
             (*vdrv).driver.name = name.as_char_ptr();
             (*vdrv).id_table = T::ID_TABLE.as_ptr();
@@ -156,11 +157,11 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 impl<T: Driver> Adapter<T> {
     /// # Safety
     ///
-    /// Only for the virtio bus, which calls it with a valid device, and lets no other code access its
-    /// features meanwhile.
+    /// Only for the virtio bus, which calls it with a valid device, and lets no other code access
+    /// its features meanwhile.
     unsafe extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // The driver does not see the device itself: what another driver has left in `priv` is still
-        // there.
+        // The driver does not get the device itself: `priv` may still hold a value of an earlier
+        // driver.
         //
         // SAFETY: By the requirements of this function. The bus is binding the device.
         let mut features = unsafe { Features::new(&*vdev.cast()) };
@@ -195,8 +196,8 @@ impl<T: Driver> Adapter<T> {
 
     /// # Safety
     ///
-    /// Only for the virtio bus, as for the other callbacks below. The bus calls them with a device that
-    /// `probe_callback` has bound the driver to, and that stays bound meanwhile.
+    /// Only for the virtio bus, as for the other callbacks below. The bus calls them with a device
+    /// that `probe_callback` has bound the driver to, and that stays bound meanwhile.
     unsafe extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
         // SAFETY: By the requirements of this function.
         let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
@@ -253,7 +254,7 @@ impl<T: Driver> Adapter<T> {
         dev.shut_down();
     }
 
-    /// Passes the callback of a virtqueue on to the driver's for this queue.
+    /// Passes the callback of a virtqueue on to the driver's callback for this queue.
     ///
     /// # Safety
     ///
@@ -321,15 +322,15 @@ pub(crate) trait Driver {
     /// The table of device ids supported by the driver.
     const ID_TABLE: IdTable;
 
-    /// The features that the driver knows, apart from those of the transport.
+    /// The features that the driver supports, apart from those of the transport.
     const FEATURES: &'static [Feature];
 
-    /// A callback for each virtqueue, in the order of what is passed to [`Device::find_vqs`]: the
+    /// A callback for each virtqueue, in the order of the arguments of [`Device::find_vqs`]: the
     /// device has used buffers. It may be called at any time, also spuriously. Runs in interrupt
     /// context.
     const QUEUE_CALLBACKS: &'static [fn(&Self::Data)];
 
-    /// Prepares what all devices share. Called once, before any of them is probed.
+    /// Prepares the shared state of all devices. Called once, before any of them is probed.
     ///
     /// # Errors
     ///
@@ -343,8 +344,8 @@ pub(crate) trait Driver {
         None
     }
 
-    /// Gives features up that were offered and are known, but do not go together with the others or
-    /// with this system. Called before the accepted features are written to the device.
+    /// Gives up offered and known features that are incompatible with other features or with this
+    /// system. Called before the accepted features are written to the device.
     fn validate(_features: &mut Features<'_>) -> Result {
         Ok(())
     }
@@ -352,10 +353,10 @@ pub(crate) trait Driver {
     /// Virtio driver probe.
     ///
     /// Finds the virtqueues and returns an initialiser for the data. The device is not ready yet:
-    /// it must not be offered buffers.
+    /// no buffers may be made available.
     fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self::Data, Error>;
 
-    /// The device is ready: buffers may be offered. Called after [`probe`](Self::probe) and
+    /// The device is ready: buffers may be made available. Called after [`probe`](Self::probe) and
     /// [`restore`](Self::restore).
     fn ready(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
 
@@ -364,18 +365,18 @@ pub(crate) trait Driver {
 
     /// Virtio driver unbind.
     ///
-    /// Ends the I/O with the device, which is revoked and reset afterwards. Everything else is
-    /// released when the data is dropped.
+    /// Ends the I/O with the device, which is revoked and reset afterwards. The rest is released
+    /// when the data is dropped.
     fn unbind(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
 
     /// Like [`unbind`](Self::unbind), but the data remains.
     fn freeze(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
 
-    /// The device was reset after [`freeze`](Self::freeze). Buffers that it still had are freed: it
-    /// may be long until it is restored, if it can be.
+    /// The device was reset after [`freeze`](Self::freeze). Frees the buffers that it still owned:
+    /// it may take long until the device is restored, or fail.
     fn frozen(_data: &Self::Data) {}
 
-    /// Finds the virtqueues again and puts them where the old ones are.
+    /// Finds the virtqueues again and replaces the old ones.
     ///
     /// # Errors
     ///

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A virtio balloon device inside of the kernel, for KUnit.
+//! A virtio balloon device inside the kernel, for KUnit.
 //!
-//! It is registered with the virtio core like any other, so that the driver in this module binds to
-//! it. The test plays the device: it takes messages off the queues, and answers them, or not, or
-//! wrongly.
+//! It is registered with the virtio core like any other device, so that the driver in this module
+//! binds to it. The test acts as the device: it takes messages from the queues, and uses them, or
+//! not, or wrongly.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_ring.h`](srctree/include/linux/virtio_ring.h)
@@ -48,16 +48,16 @@ use kernel::{
     }, //
 };
 
-/// How many queues the device has at most.
+/// The maximum number of queues.
 const QUEUES: usize = 6;
 
-/// How many entries each queue has at first.
+/// The initial number of entries of each queue.
 pub(crate) const QUEUE_SIZE: u32 = 16;
 
-/// How many 32-bit fields the configuration space has.
+/// The number of 32-bit fields of the configuration space.
 const CONFIG_FIELDS: usize = 6;
 
-/// A queue as the device sees it.
+/// The device's side of a queue.
 struct Queue {
     /// The queue, or null if the driver has not set it up.
     vq: Atomic<*mut bindings::virtqueue>,
@@ -76,8 +76,8 @@ impl Queue {
         // SAFETY: The queue is valid until the driver deletes it.
         let ring = unsafe { &*bindings::virtqueue_get_vring(vq.as_ptr()) };
 
-        // INVARIANT: The driver deletes its queues when it is unbound, or suspended; tests have that done
-        // when they do not use the queue any more.
+        // INVARIANT: The driver deletes its queues when it is unbound, or suspended. Tests do that
+        // only when they do not use the queue any more.
         Some(Ring {
             vq,
             ring,
@@ -86,7 +86,7 @@ impl Queue {
     }
 }
 
-/// The ring of a queue, of which the device reads one part and writes another.
+/// The ring of a queue: the device reads one part and writes the other.
 ///
 /// # Invariants
 ///
@@ -116,7 +116,7 @@ impl Ring<'_> {
             if (&raw const (*avail).idx).read_volatile() == seen as u16 {
                 return None;
             }
-            // What the driver wrote before the index has to be read after it.
+            // Entries that the driver wrote before the index must be read after it.
             barrier::smp_mb(barrier::Read);
             let head = (*avail).ring.as_ptr().add(self.slot(seen)).read();
 
@@ -127,7 +127,7 @@ impl Ring<'_> {
         Some(next)
     }
 
-    /// Puts an answer on the ring.
+    /// Puts a used entry on the ring.
     fn answer(&self, id: u32, len: u32) {
         let answered = self.queue.answered.load(Relaxed);
         let next = answered.wrapping_add(1);
@@ -160,11 +160,11 @@ impl Ring<'_> {
     }
 }
 
-/// Called when the driver notifies the device of new messages on a queue, with the index of that. The
-/// driver may hold spinlocks.
+/// Called when the driver notifies the device of new messages on a queue, with the queue's index.
+/// The driver may hold spinlocks.
 pub(crate) type OnKick = fn(&FakeDevice, usize);
 
-/// What the device consists of. Freed by its release function.
+/// The parts of the device. Freed by its release function.
 #[repr(C)]
 struct Inner {
     vdev: bindings::virtio_device,
@@ -175,12 +175,11 @@ struct Inner {
     /// How many times the driver has read and written a field.
     reads: Atomic<u32>,
     writes: Atomic<u32>,
-    /// Whether reads fail, if it is not 0.
+    /// Not 0 if reads fail.
     failing: Atomic<u32>,
-    /// Whether the device answers each message as soon as it is notified, if it is not 0: with an
-    /// interrupt if it is 2.
+    /// Not 0 if the device uses each message as soon as it is notified; 2 to interrupt, too.
     answering: Atomic<u32>,
-    /// One above what the next read returns instead of the field; 0 for the field.
+    /// The next read returns this minus 1; 0 for the field's value.
     torn: Atomic<u64>,
     on_kick: Option<OnKick>,
     queues: [Queue; QUEUES],
@@ -195,24 +194,24 @@ pub(crate) struct FakeDevice {
     inner: NonNull<Inner>,
 }
 
-/// A message that the device has to answer.
+/// A message that the device has not used yet.
 pub(crate) struct Request {
     head: u16,
-    /// Where the message is.
+    /// The address of the message.
     memory: *mut u16,
-    /// What the driver wrote.
+    /// The bytes of the driver.
     pub(crate) words: KVec<u16>,
-    /// How many bytes the driver lets the device write.
+    /// How many bytes the device may write.
     pub(crate) writable: usize,
 }
 
 impl Request {
-    /// Returns what names the message in [`FakeDevice::answer_raw`].
+    /// Returns the id of the message for [`FakeDevice::answer_raw`].
     pub(crate) fn id(&self) -> u32 {
         self.head.into()
     }
 
-    /// Returns what the driver wrote as little-endian page frame numbers.
+    /// Returns the message as little-endian page frame numbers.
     pub(crate) fn pfns(&self) -> Result<KVec<u32>> {
         let mut pfns = KVec::with_capacity(self.words.len() / 2, GFP_KERNEL)?;
         let mut words = self.words.iter().copied().map(u16::from_le).map(u32::from);
@@ -240,8 +239,8 @@ static CONFIG_OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
 };
 
 impl FakeDevice {
-    /// Registers a device that offers `features`. The driver has bound to it when this returns, if
-    /// it wanted to.
+    /// Registers a device that offers `features`. When this returns, the driver has bound to it, or
+    /// refused it.
     pub(crate) fn new(features: &[Feature]) -> Result<Self> {
         Self::register(bindings::VIRTIO_ID_BALLOON, features, None)
     }
@@ -259,9 +258,10 @@ impl FakeDevice {
     fn register(id: u32, features: &[Feature], on_kick: Option<OnKick>) -> Result<Self> {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
-        // SAFETY: All parts of the struct may be zero: integers, null pointers, no callback, and what
-        // `register_virtio_device` initialises. The struct is valid then, and no other code has a pointer
-        // to it yet. Once registration was tried, it is freed by the release function only.
+        // SAFETY: All parts of the struct may be zero: integers, null pointers, no callback, and
+        // what `register_virtio_device` initialises. The struct is valid then, and no other code
+        // has a pointer to it yet. Once registration was tried, it is freed by the release function
+        // only.
         unsafe {
             inner.as_mut_ptr().write_bytes(0, 1);
             let inner = KBox::into_raw(inner.assume_init());
@@ -288,9 +288,9 @@ impl FakeDevice {
         }
     }
 
-    /// Returns the device as the virtio core sees it. By the type invariants it is registered.
+    /// Returns the virtio device. By the type invariants it is registered.
     fn vdev(&self) -> *mut bindings::virtio_device {
-        // It is what `Inner` begins with.
+        // It is the first field of `Inner`.
         self.inner.as_ptr().cast()
     }
 
@@ -324,7 +324,7 @@ impl FakeDevice {
             .map_or(0, |cell| u32::from_le(cell.load(Relaxed)))
     }
 
-    /// Changes a field in the configuration space, and tells the driver.
+    /// Changes a field in the configuration space, and notifies the driver.
     pub(crate) fn change(&self, field: Field<u32>, value: u32) {
         if let Some(cell) = self.inner().config.get(field.offset() / 4) {
             cell.store(value.to_le(), Relaxed);
@@ -334,21 +334,21 @@ impl FakeDevice {
         unsafe { bindings::virtio_config_changed(self.vdev()) };
     }
 
-    /// Has reads of the configuration space fail from now on, or not any more. As with transports
-    /// that fail, the driver's buffer stays as it is.
+    /// Makes reads of the configuration space fail from now on, or succeed again. As with
+    /// transports that fail, the driver's buffer does not change.
     pub(crate) fn fail_reads(&self, fail: bool) {
         self.inner().failing.store(fail.into(), Relaxed);
     }
 
-    /// Has the device answer all messages from now on as soon as it is notified of them, with interrupts or
-    /// without.
+    /// Makes the device use all messages from now on as soon as it is notified of them, with
+    /// interrupts or without.
     pub(crate) fn answer_all(&self, interrupt: bool) {
         self.inner()
             .answering
             .store(1 + u32::from(interrupt), Relaxed);
     }
 
-    /// Returns the path of a file of the device's in sysfs.
+    /// Returns the path of a file of the device in sysfs.
     pub(crate) fn path(&self, directory: &CStr, file: &CStr) -> Result<CString> {
         let index = self.inner().vdev.index;
 
@@ -357,7 +357,8 @@ impl FakeDevice {
         ))
     }
 
-    /// Has the next read of the configuration space return `value`, as if a field changed meanwhile.
+    /// Makes the next read of the configuration space return `value`, as if a field changed
+    /// meanwhile.
     pub(crate) fn tear_read(&self, value: u32) {
         self.inner().torn.store(u64::from(value) + 1, Relaxed);
     }
@@ -375,15 +376,14 @@ impl FakeDevice {
             .map_or(0, |queue| queue.kicks.load(Relaxed))
     }
 
-    /// Has the driver leave the device, as if the system were about to sleep.
+    /// Freezes the device, as before a system suspend.
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn freeze(&self) -> Result {
         // SAFETY: The device is registered.
         to_result(unsafe { bindings::virtio_device_freeze(self.vdev()) })
     }
 
-    /// Has the driver go on with the device after that, with queues of `queue_size` entries (a power
-    /// of two).
+    /// Restores the device after that, with queues of `queue_size` entries (a power of two).
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn restore(&self, queue_size: u32) -> Result {
         self.inner().queue_size.store(queue_size, Relaxed);
@@ -404,7 +404,7 @@ impl FakeDevice {
         let mut words = KVec::with_capacity(readable / size_of::<u16>(), GFP_KERNEL)?;
 
         for n in 0..readable / size_of::<u16>() {
-            // SAFETY: The descriptor names memory that the driver shares.
+            // SAFETY: The descriptor points to memory that the driver shares.
             words.push(unsafe { memory.add(n).read() }, GFP_KERNEL)?;
         }
         Ok(Some(Request {
@@ -415,12 +415,12 @@ impl FakeDevice {
         }))
     }
 
-    /// Answers a message, and says that `len` bytes were written to it.
+    /// Uses a message, with the length `len`.
     pub(crate) fn answer(&self, index: usize, request: &Request, len: u32) -> Result {
         self.answer_raw(index, request.id(), len)
     }
 
-    /// Writes `words` into a message that has room for them, and answers it.
+    /// Writes `words` into a message that has room for them, and uses it.
     pub(crate) fn fill(&self, index: usize, request: &Request, words: &[u16]) -> Result {
         self.write(request, words)?;
         self.answer(index, request, size_of_val(words) as u32)
@@ -432,13 +432,13 @@ impl FakeDevice {
             return Err(ENOSPC);
         }
 
-        // SAFETY: The driver shares the memory until it is answered, and lets the device write that
-        // much.
+        // SAFETY: The driver shares the memory until the device has used it, and the device may
+        // write that much.
         unsafe { ptr::copy_nonoverlapping(words.as_ptr(), request.memory, words.len()) };
         Ok(())
     }
 
-    /// Puts any answer on queue `index`.
+    /// Puts any used entry on queue `index`.
     pub(crate) fn answer_raw(&self, index: usize, id: u32, len: u32) -> Result {
         self.queue(index)?.ring().ok_or(ENODEV)?.answer(id, len);
         Ok(())
@@ -455,12 +455,12 @@ impl FakeDevice {
 
 impl Drop for FakeDevice {
     fn drop(&mut self) {
-        // SAFETY: The device is registered. Nothing uses it any more.
+        // SAFETY: The device is registered, and not used any more.
         unsafe { bindings::unregister_virtio_device(self.vdev()) };
     }
 }
 
-/// Returns where the kernel has the memory at a physical address.
+/// Returns the kernel's address of memory at a physical address.
 fn address(physical: u64) -> *mut u8 {
     let pfn = (physical >> PAGE_SHIFT) as usize;
 
@@ -496,7 +496,8 @@ macro_rules! operations {
 
 /// # Safety
 ///
-/// Only for the driver core, which calls it with the device in an [`Inner`] that nothing uses any more.
+/// Only for the driver core, which calls it with the device in an [`Inner`] that is not used any
+/// more.
 unsafe extern "C" fn release(dev: *mut bindings::device) {
     // SAFETY: By the requirements of this function. `FakeDevice::new` has allocated the `Inner`.
     drop(unsafe {
@@ -586,7 +587,7 @@ operations! {
     }
 
     fn finalize_features(inner: &Inner) -> c_int {
-        // No other driver can do anything with the device.
+        // No other driver can use the device.
         if inner.vdev.id.device != bindings::VIRTIO_ID_BALLOON {
             return ENODEV.to_errno();
         }
@@ -598,7 +599,7 @@ operations! {
 
 impl Inner {
     fn vdev(&self) -> *mut bindings::virtio_device {
-        // It is what this begins with.
+        // It is the first field of this.
         ptr::from_ref(self).cast_mut().cast()
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The virtio bus: drivers and devices, the configuration space, and virtqueues. Nothing in here is
-//! about balloons.
+//! The virtio bus: drivers and devices, the configuration space, and virtqueues. It does not depend
+//! on balloons.
 
 mod bus;
 pub(crate) mod driver;

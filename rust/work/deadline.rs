@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A time limit for what a signal can end.
+//! A time limit for functions that a signal can interrupt.
 //!
 //! C headers: [`include/linux/timer.h`](srctree/include/linux/timer.h),
 //! [`include/linux/sched/signal.h`](srctree/include/linux/sched/signal.h)
@@ -27,7 +27,7 @@ use bindings::timer_init_key as timer_init;
 #[cfg(CONFIG_DEBUG_OBJECTS_TIMERS)]
 use bindings::timer_init_key_on_stack as timer_init;
 
-/// A timer on a thread's stack, and the thread that it sends a signal.
+/// A timer on a thread's stack, and the thread to which it sends a signal.
 struct Deadline {
     timer: bindings::timer_list,
     thread: *mut bindings::task_struct,

@@ -11,8 +11,8 @@ use kernel::{
     time::Delta, //
 };
 
-/// Polls `condition` every millisecond, for as long as `timeout` says. Returns what it returns, or
-/// `None` in the end. May sleep.
+/// Polls `condition` every millisecond, until `timeout`. Returns its result, or `None` after the
+/// timeout. May sleep.
 pub(crate) fn within<T>(timeout: Delta, condition: impl FnMut() -> Option<T>) -> Option<T> {
     poll(Delta::from_millis(1), timeout, condition)
 }
@@ -28,15 +28,15 @@ pub(crate) fn poll<T>(
         .flatten()
 }
 
-/// A timeout for progress of a device. After it has expired, callers do not wait again before the device
-/// has made progress.
+/// A timeout for progress of a device. After it has expired, callers do not wait again before the
+/// device has made progress.
 pub(crate) struct StallTimeout {
     timeout: Delta,
     is_stalled: Atomic<bool>,
 }
 
 impl StallTimeout {
-    /// Makes one of which callers wait for `timeout` at most.
+    /// Makes one with this timeout.
     pub(crate) fn new(timeout: Delta) -> Self {
         Self {
             timeout,
@@ -49,7 +49,8 @@ impl StallTimeout {
         self.is_stalled.store(false, Relaxed);
     }
 
-    /// Polls `condition` as [`within`] does, or once if the timeout has expired without progress since.
+    /// Polls `condition` as [`within`] does, or once if the timeout has expired without progress
+    /// since.
     pub(crate) fn poll<T>(&self, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
         if self.is_stalled.xchg(true, Relaxed) {
             return condition();

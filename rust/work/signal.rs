@@ -12,13 +12,13 @@ use kernel::{
 /// A signal that threads of this driver accept.
 #[derive(Clone, Copy)]
 pub(super) enum Signal {
-    /// What the thread is doing takes too long.
+    /// The thread's operation takes too long.
     Interrupt = bindings::SIGINT as isize,
-    /// The thread is to end.
+    /// The thread must end.
     Kill = bindings::SIGKILL as isize,
 }
 
-/// What `allow_signal()` and `disallow_signal()` pass for a handler.
+/// The handlers of `allow_signal()` and `disallow_signal()`.
 #[derive(Clone, Copy)]
 enum Handler {
     Ignore = 1,
@@ -26,8 +26,8 @@ enum Handler {
 }
 
 fn set_handler(signal: Signal, handler: Handler) {
-    // SAFETY: A handler is a pointer, and these numbers stand for no function. The kernel's function
-    // sets it for the thread itself, which has a handler for each of these signals.
+    // SAFETY: A handler is a pointer, and these numbers stand for no function. The kernel's
+    // function sets it for the thread itself, which has a handler for each of these signals.
     unsafe {
         let handler = core::mem::transmute::<usize, bindings::__sighandler_t>(handler as usize);
 
@@ -35,7 +35,7 @@ fn set_handler(signal: Signal, handler: Handler) {
     }
 }
 
-/// Accepts a signal from now on, in the thread that calls.
+/// Accepts a signal from now on, in the calling thread.
 pub(super) fn allow(signal: Signal) {
     set_handler(signal, Handler::Allow);
 }

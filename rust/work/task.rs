@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Work that belongs to the state it works on.
+//! Tasks that own their state.
 //!
-//! The `kernel` crate's work items own a reference to their data while they are queued, which
-//! cannot be taken back when the work is cancelled. A [`Task`] is the other way round: it owns its
-//! state, and dropping it ends the work first. Nothing leaks, and nothing runs on after its owner
-//! is gone.
+//! The `kernel` crate's work items own a reference to their data while they are queued, and
+//! cancelling the work leaks it. A [`Task`] owns its state instead, and dropping it first ends the
+//! work. Nothing leaks, and no work runs after its owner is gone.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
@@ -38,17 +37,17 @@ use kernel::{
     types::Opaque, //
 };
 
-/// What a [`Task`] does when it is scheduled.
+/// The work of a [`Task`].
 pub(crate) trait Job: Send + Sync + Sized {
-    /// Does the work once. Never runs twice at the same time for one task.
+    /// Runs once each time the task is scheduled, and never twice at the same time for one task.
     ///
-    /// Runs in process context, in a freezable workqueue: it must end soon, since the system is not
-    /// suspended before, and must not wait for anything that only the device can bring about.
+    /// Runs in process context, in a freezable workqueue. It must end soon, since the system cannot
+    /// suspend before, and must not wait for the device.
     fn run(task: &Task<Self>);
 }
 
-/// A workqueue of a device's tasks: freezable, so that nothing is started while the system suspends;
-/// and not bound to a CPU, since handling millions of pages takes a while.
+/// The workqueue of a device's tasks. It is freezable, so that no work starts while the system
+/// suspends, and not bound to a CPU, since handling millions of pages takes long.
 pub(crate) struct TaskQueue(NonNull<bindings::workqueue_struct>);
 
 // SAFETY: A workqueue may be used, and destroyed, from any thread.
@@ -58,7 +57,7 @@ unsafe impl Send for TaskQueue {}
 unsafe impl Sync for TaskQueue {}
 
 impl TaskQueue {
-    /// Makes a queue called `name`, as no other one, with a thread that is there when memory is
+    /// Makes a queue with the unique name `name` and a rescuer thread, which runs when memory is
     /// short. Its priority and its CPUs can be set in `/sys/devices/virtual/workqueue/`.
     ///
     /// # Errors
@@ -71,7 +70,8 @@ impl TaskQueue {
         )
     }
 
-    /// Makes a queue without such a thread: for tasks that wait for others, which may need memory.
+    /// Makes a queue without a rescuer thread: for tasks that wait for other threads, which may
+    /// need memory.
     ///
     /// # Errors
     ///
@@ -101,7 +101,7 @@ impl TaskQueue {
 impl Drop for TaskQueue {
     fn drop(&mut self) {
         // SAFETY: The workqueue is ours, and no work is left: `Task` ended it before, or there was
-        // none, and nobody can queue it any more.
+        // none, and no code can queue it any more.
         unsafe { bindings::destroy_workqueue(self.0.as_ptr()) };
     }
 }
@@ -130,8 +130,8 @@ unsafe impl Send for Work {}
 unsafe impl Sync for Work {}
 
 impl Work {
-    /// Waits until the work does not run, and keeps it from being queued. May be called more than
-    /// once.
+    /// Waits until the work does not run, and prevents it from being queued. May be called more
+    /// than once.
     fn disable(&self) {
         // SAFETY: By the type invariants `dwork` is initialised.
         unsafe { bindings::disable_delayed_work_sync(self.dwork.get()) };
@@ -141,18 +141,18 @@ impl Work {
 #[pinned_drop]
 impl PinnedDrop for Work {
     fn drop(self: Pin<&mut Self>) {
-        // The work may be queued although there never was a task.
+        // The work may be queued even if there never was a task.
         self.disable();
     }
 }
 
-/// Schedules a [`Task`] for whoever cannot know the task itself, such as a part of its state.
+/// Schedules a [`Task`]. For code that has no reference to the task, such as a part of its state.
 ///
-/// As long as there is no task, and when the task is gone, it does nothing.
+/// Does nothing before the task exists and after it was dropped.
 #[derive(Clone)]
 pub(crate) struct Waker(Arc<Work>);
 
-/// The place of a [`Task`] that is not there yet.
+/// The place of a future [`Task`].
 pub(crate) struct Slot<S>(Waker, PhantomData<fn(&S)>);
 
 impl<S: Job> Slot<S> {
@@ -172,8 +172,8 @@ impl<S: Job> Slot<S> {
         let work = Arc::pin_init(
             try_pin_init!(Work {
                 dwork <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
-                    // SAFETY: `slot` is valid for writes; `run` is a work function. The timer is a
-                    // delayed work's, so that its function and the flag are the right ones.
+                    // SAFETY: `slot` is valid for writes; `run` is a work function. The timer
+                    // belongs to a delayed work, so its function and the flag are the right ones.
                     unsafe {
                         bindings::init_work_with_key(
                             &raw mut (*slot).work,
@@ -209,8 +209,8 @@ impl<S: Job> Slot<S> {
     ///
     /// Only for the workqueue, which calls it with the `dwork.work` of a [`Work`] for a `Task<S>`.
     unsafe extern "C" fn run(work: *mut bindings::work_struct) {
-        // SAFETY: By the requirements of this function. By the type invariants of `Work` the task is
-        // null or a live `Task<S>`.
+        // SAFETY: By the requirements of this function. By the type invariants of `Work` the task
+        // is null or a live `Task<S>`.
         let task = unsafe {
             let dwork = container_of!(work, bindings::delayed_work, work);
             let work = &*container_of!(Opaque::cast_from(dwork), Work, dwork);
@@ -226,13 +226,13 @@ impl<S: Job> Slot<S> {
 }
 
 impl Waker {
-    /// Runs the task as soon as possible, and once more if it is running now. Callable from any
+    /// Runs the task as soon as possible, and again if it is running now. Callable from any
     /// context.
     pub(crate) fn schedule(&self) {
-        // `mod_` and not `queue_`: a run that was put off is to begin at once.
+        // `mod_` and not `queue_`: a delayed run must start at once.
         //
-        // SAFETY: By the type invariants `dwork` is initialised; the workqueue lives as long as
-        // `work`, and the work was ended before.
+        // SAFETY: By the type invariants `dwork` is initialised. The workqueue lives as long as
+        // `work`, whose work ends before.
         unsafe {
             bindings::mod_delayed_work_on(
                 bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
@@ -243,7 +243,7 @@ impl Waker {
         };
     }
 
-    /// Runs the task in `delay` milliseconds, unless it is scheduled for some time already.
+    /// Runs the task after `delay` milliseconds, unless it is already scheduled.
     pub(crate) fn schedule_in(&self, delay: Msecs) {
         // SAFETY: As in `schedule`.
         unsafe {
@@ -257,7 +257,7 @@ impl Waker {
     }
 }
 
-/// State and the work that is done on it.
+/// A state, and the work on it.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Task<S: Job> {
     waker: Waker,
@@ -284,10 +284,10 @@ impl<S: Job> Task<S> {
         })
     }
 
-    /// Waits until the task does not run and keeps it from running until [`resume`](Self::resume).
+    /// Waits until the task does not run, and prevents it from running until
+    /// [`resume`](Self::resume).
     ///
-    /// May sleep. To be called from where a task is stopped and resumed one after the other, as in
-    /// the callbacks of a bus.
+    /// May sleep. Calls of `stop` and `resume` must not race, as in the callbacks of a bus.
     pub(crate) fn stop(&self) {
         if !self.stopped.xchg(true, Relaxed) {
             self.waker.0.disable();
@@ -324,8 +324,7 @@ impl<S: Job> Deref for Task<S> {
 #[pinned_drop]
 impl<S: Job> PinnedDrop for Task<S> {
     fn drop(self: Pin<&mut Self>) {
-        // When this returns the work function does not run, and whoever still has a waker cannot
-        // queue it.
+        // When this returns the work function does not run, and remaining wakers cannot queue it.
         self.waker.0.disable();
     }
 }

@@ -2,10 +2,10 @@
 
 //! Threads that may outlive their owner.
 //!
-//! A work item has to end before its owner can go. A [`Thread`] is for work that may take any time
-//! and that only the kernel can cut short: its owner sends `SIGKILL` and does not wait.
+//! A work item must end before its owner is dropped. A [`Thread`] is for work of unbounded duration
+//! that only the kernel can interrupt: its owner sends `SIGKILL` and does not wait.
 //!
-//! The thread holds a reference to this module until it runs none of the module's code. Meanwhile
+//! The thread holds a reference to this module while it runs code of the module. Meanwhile
 //! unloading the module fails with `EWOULDBLOCK`, at once.
 //!
 //! C header: [`include/linux/kthread.h`](srctree/include/linux/kthread.h)
@@ -38,14 +38,14 @@ use kernel::{
     }, //
 };
 
-/// A thread that does one piece of work, and schedules a task when it has ended.
+/// A thread that executes one function, and schedules a task at the end.
 ///
-/// Dropping this kills the thread, and waits for it only if its work has ended.
+/// Dropping this kills the thread, and waits for it only if its function has ended.
 ///
 /// # Invariants
 ///
-/// `thread` is a thread of the kernel's, with a reference that is released on drop. It was started
-/// with `shared`.
+/// `thread` is a kernel thread, with a reference that is released on drop. It was started with
+/// `shared`.
 pub(crate) struct Thread {
     thread: NonNull<bindings::task_struct>,
     shared: Arc<Shared>,
@@ -57,18 +57,18 @@ unsafe impl Send for Thread {}
 // SAFETY: A shared reference gives access to `shared` only, which is `Sync`.
 unsafe impl Sync for Thread {}
 
-/// What the thread and its owner have in common.
+/// The shared state of the thread and its owner.
 #[pin_data]
 struct Shared {
     outcome: SetOnce<Result>,
-    /// Set before the signal is sent, which is lost on a thread that does not accept it yet.
+    /// Set before the signal is sent, since a thread that does not accept the signal yet loses it.
     is_killed: Atomic<bool>,
-    /// The task to be scheduled, until the owner has left.
+    /// The task to schedule, until the owner is dropped.
     #[pin]
     waker: Mutex<Option<Waker>>,
 }
 
-/// What a thread starts with.
+/// The argument of a new thread.
 struct Start<F> {
     work: F,
     reference: Reference,
@@ -76,8 +76,8 @@ struct Start<F> {
 }
 
 impl Thread {
-    /// Starts a thread called `name` that does `work`, and then schedules the task of `waker` if there is
-    /// one. Without a thread, `work` is dropped.
+    /// Starts a thread called `name` that calls `work`, and then schedules the task of `waker` if
+    /// there is one. If the thread cannot be started, `work` is dropped.
     ///
     /// # Errors
     ///
@@ -104,8 +104,8 @@ impl Thread {
         )?;
         let start = KBox::into_raw(start);
 
-        // SAFETY: Both strings are null-terminated, and "%s" takes one string. `start` is valid until
-        // the callback has taken it.
+        // SAFETY: Both strings are null-terminated, and "%s" takes one string. `start` is valid
+        // until the callback has taken it.
         let thread = from_err_ptr(unsafe {
             bindings::kthread_create_on_node(
                 Some(Self::run::<F>),
@@ -116,7 +116,7 @@ impl Thread {
             )
         })
         .inspect_err(|_| {
-            // SAFETY: It comes from `into_raw`, and there is no thread that would take it.
+            // SAFETY: It comes from `into_raw`, and no thread was started that would own it.
             drop(unsafe { KBox::from_raw(start) });
         })?;
 
@@ -132,31 +132,32 @@ impl Thread {
         })
     }
 
-    /// Returns how the work went, if it has ended.
+    /// Returns the result of the work, if it has ended.
     pub(crate) fn outcome(&self) -> Option<Result> {
         self.shared.outcome.copy()
     }
 
     /// # Safety
     ///
-    /// `start` must be a `KBox<Start<F>>` that was made a raw pointer, which the caller gives away.
+    /// `start` must be a `KBox<Start<F>>` that was made a raw pointer. The caller passes on its
+    /// ownership.
     unsafe extern "C" fn run<F: FnOnce() -> Result>(start: *mut c_void) -> c_int {
         signal::allow(Signal::Kill);
         // SAFETY: By the requirements of this function.
         let reference = Self::work(unsafe { KBox::<Start<F>>::from_raw(start.cast()) });
 
-        // SAFETY: Nothing else is left.
+        // SAFETY: The thread holds no other values.
         unsafe { reference.release_and_exit() }
     }
 
-    /// Does the work, and says how it went. Returns the thread's reference to the module.
+    /// Calls the function, and stores its result. Returns the thread's reference to the module.
     fn work<F: FnOnce() -> Result>(start: KBox<Start<F>>) -> Reference {
         let Start {
             work,
             reference,
             shared,
         } = KBox::into_inner(start);
-        // Either way what the work owns is gone before the task hears of it.
+        // In both cases the values that the function owns are dropped before the task is scheduled.
         let outcome = if shared.is_killed.load(Relaxed) {
             drop(work);
             Err(EINTR)
@@ -174,11 +175,11 @@ impl Thread {
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        // What the task belongs to may be gone as soon as this returns.
+        // The owner of the task may be dropped as soon as this returns.
         drop(self.shared.waker.lock().take());
 
         if self.outcome().is_some() {
-            // A program that hears of the end may unload the module next.
+            // A program that sees the end may unload the module next.
             //
             // SAFETY: By the type invariants it is a thread of the kernel's, and the reference is
             // ours.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Waiting for something that an interrupt announces.
+//! Waiting for an event that an interrupt announces.
 //!
 //! The condition variables of the `kernel` crate need a lock that both sides take, which an
 //! interrupt handler cannot, and the crate's completions have no timeout.
@@ -39,14 +39,14 @@ impl Completion {
         })
     }
 
-    /// Waits until `condition` holds. It is checked after each [`complete`](Self::complete), and in
-    /// any case every `interval` milliseconds.
+    /// Waits until `condition` holds. Checks it after each [`complete`](Self::complete), and every
+    /// `interval` milliseconds in any case.
     pub(crate) fn wait_until(&self, interval: Msecs, mut condition: impl FnMut() -> bool) {
         while !condition() {
-            // A call of `complete` that came before counts: the condition may hold since.
+            // An earlier call of `complete` counts: the condition may hold since then.
             //
-            // SAFETY: The completion is initialised. The wait ends early for a thread with a signal,
-            // which a worker thread does not get.
+            // SAFETY: The completion is initialised. A signal would end the wait early, but worker
+            // threads get no signals.
             unsafe {
                 bindings::wait_for_completion_interruptible_timeout(
                     self.inner.get(),
@@ -56,7 +56,7 @@ impl Completion {
         }
     }
 
-    /// Has the waiting thread check its condition. Callable from any context.
+    /// Makes the waiting thread check its condition. Callable from any context.
     pub(crate) fn complete(&self) {
         // SAFETY: The completion is initialised.
         unsafe { bindings::complete(self.inner.get()) };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Keeping the system awake while a device has work for it.
+//! Keeping the system awake while there is work for a device.
 //!
 //! C header: [`include/linux/pm_wakeup.h`](srctree/include/linux/pm_wakeup.h)
 
@@ -22,24 +22,24 @@ use kernel::{
 /// Why the system stays awake.
 #[derive(Clone, Copy)]
 pub(crate) enum Signal {
-    /// The balloon is on its way to the target.
+    /// The balloon has not reached the target.
     Target,
-    /// A request for statistics is unanswered.
+    /// The driver has not answered a request for statistics.
     Statistics,
 }
 
-/// How many signals there are.
+/// The number of signals.
 const SIGNALS: usize = 2;
 
-/// A device's wakeup source. It keeps the system awake as long as one signal is raised, if the user
-/// wants that of this device (`power/wakeup` in sysfs).
+/// A device's wakeup source. It keeps the system awake as long as a signal is raised, if the user
+/// has enabled that for this device (`power/wakeup` in sysfs).
 pub(crate) struct WakeupSource {
     dev: ARef<virtio::Device>,
     is_raised: [Atomic<bool>; SIGNALS],
 }
 
 impl WakeupSource {
-    /// Lets the user decide about `dev`. No signal is raised.
+    /// Allows the user to enable it for `dev`. No signal is raised.
     pub(crate) fn new(dev: &virtio::Device<Core<'_>>) -> Self {
         dev.set_wakeup_capable();
         Self {
@@ -61,7 +61,7 @@ impl WakeupSource {
             return;
         }
         self.dev.relax();
-        // One may have been raised in between.
+        // A signal may have been raised in between.
         if self.is_needed() {
             self.dev.stay_awake();
         }

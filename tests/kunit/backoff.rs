@@ -26,7 +26,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_first_failure_is_news() {
+    fn only_the_first_failure_counts_as_first() {
         let mut backoff = Backoff::new();
 
         assert!(backoff.fail(NoMemory, 0));
@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_in_a_pause_begins_it_anew() {
+    fn a_failure_in_a_pause_restarts_it() {
         let mut backoff = Backoff::new();
 
         backoff.fail(NoMemory, 0);
@@ -65,7 +65,7 @@ mod tests {
         assert!(!backoff.fail(OutOfMemory, 100));
         assert_eq!(backoff.remaining(100), Some(10_000));
 
-        // Many of them in a row are one failure.
+        // Many of them in a row count as one failure.
         for now in 101..200 {
             backoff.fail(OutOfMemory, now);
         }
@@ -115,7 +115,7 @@ mod tests {
 
         assert!(!at_floor(0, 0));
         assert!(at_floor(0, usize::MAX));
-        // However little is left to the guest.
+        // However little memory is left to the guest.
         assert!(at_floor(1, 0));
         assert!(!ends_pause(Some(StopReason::AfterOom), 1, usize::MAX));
     }

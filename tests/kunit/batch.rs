@@ -15,7 +15,7 @@ use crate::rust::mm::{
 
 use kernel::prelude::*;
 
-/// Gathers blocks of these orders.
+/// Collects blocks of these orders.
 fn gather(orders: &[u32], unsplit: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
@@ -26,11 +26,11 @@ fn gather(orders: &[u32], unsplit: bool) -> Result<Batch> {
     Ok(batch)
 }
 
-/// Takes all blocks out one by one. Returns how many there were, and how many pages.
+/// Takes out all blocks one by one. Returns the number of blocks and of pages.
 ///
 /// # Errors
 ///
-/// `EINVAL` if they do not ascend, or if the list is not what the blocks were.
+/// `EINVAL` if they do not ascend, or if the list differs from the blocks.
 fn empty(batch: &mut Batch) -> Result<(usize, usize)> {
     let mut list = PageList::new();
     let (mut blocks, mut pages, mut end) = (0, 0, 0);
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_can_be_added() {
+    fn taken_pages_can_be_added() {
         let batch = gather(&[MAX_ORDER, 5, 0], true);
         assert!(batch.is_ok());
         let Ok(mut batch) = batch else { return };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The encoder of page sets in the kernel: that it is the code that `host/wire` tests against a
-//! decoder.
+//! The encoder of page sets in the kernel: checks that it is the code that `host/wire` tests
+//! against a decoder.
 
 use crate::{
     bitmap::{
@@ -28,7 +28,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// Names `runs` (first page frame number, length) in a message. Returns its header and the length
+/// Writes `runs` (first page frame number, length) to a message. Returns its header and the length
 /// of its payload in words.
 ///
 /// # Errors
@@ -59,8 +59,7 @@ fn encode(
         .ok_or(EINVAL)
 }
 
-/// Like [`encode`]. Returns the encoding, the page that bit 0 stands for, and how many pages and
-/// words there are.
+/// Like [`encode`]. Returns the encoding, the page of bit 0, and the numbers of pages and words.
 fn outline(
     payload: &mut [u64],
     forced: Option<Encoding>,
@@ -105,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn lone_pages_are_a_bitmap() {
+    fn isolated_pages_are_a_bitmap() {
         let mut payload = [u64::MAX; 4];
         let runs = [(1000, 1), (1002, 1), (1063, 2), (1127, 1)];
 
@@ -142,18 +141,18 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_left() {
+    fn pages_that_do_not_fit_are_left() {
         let far = [(0, 1), (1 << 20, 1), (1 << 30, 1)];
 
         assert_eq!(outline(&mut [0; 2], None, &far), Err(ENOSPC));
         assert_eq!(outline(&mut [0; 3], None, &far), Ok((RANGES, 0, 3, 3)));
         assert_eq!(outline(&mut [0; 1], None, &far), Err(ENOSPC));
-        // As does what lies before the rest.
+        // The part before the rest does, too.
         assert_eq!(outline(&mut [0; 9], None, &[(8, 1), (7, 1)]), Err(ENOSPC));
     }
 
     #[test]
-    fn every_page_has_a_name() {
+    fn every_page_has_a_number() {
         const END: u64 = 1 << 52;
         let mut payload = [0; 2];
 

@@ -12,7 +12,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_spent_is_there() {
+    fn unspent_time_is_available() {
         let mut budget = Budget::new();
 
         assert_eq!(budget.pause(0), None);
@@ -21,7 +21,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_spent_too_much_waits_ten_times_as_long() {
+    fn overspending_is_followed_by_a_pause_ten_times_as_long() {
         let mut budget = Budget::new();
 
         budget.spend(4 * SECOND, 0);

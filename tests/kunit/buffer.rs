@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_device_sees_what_is_filled_and_no_more() {
+    fn the_device_sees_the_filled_part_only() {
         let buffer = KVec::<u32>::with_capacity(256, GFP_KERNEL);
         assert!(buffer.is_ok());
         let Ok(mut buffer) = buffer else { return };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The whole driver on a device in the kernel, which can do what no real device does.
+//! The whole driver on a device in the kernel, which can violate the protocol.
 
 use crate::{
     balloon::resize::PAGES_PER_RUN,
@@ -69,24 +69,24 @@ pub(super) const INFLATE: usize = 0;
 pub(super) const DEFLATE: usize = 1;
 const STATS: usize = 2;
 
-/// The queue of a device that reports free pages, and has neither statistics nor hints.
+/// The reporting queue of a device without statistics and hints.
 const REPORTS: usize = 2;
 
-/// What devices offer that speak the base protocol, or that of page sets.
+/// The features of devices with the base protocol, and with page sets.
 pub(super) const BASE: [Feature; 1] = [Feature::VERSION_1];
 const PAGE_SETS: [Feature; 2] = [Feature::VERSION_1, F_PAGE_SETS];
 
-/// How many balloon pages a message of the base protocol names at most.
+/// The maximum number of balloon pages in a message of the base protocol.
 const MESSAGE: u32 = 256;
 
-/// More balloon pages than the messages in a full queue name.
+/// More balloon pages than the messages of a full queue can list.
 const MANY: u32 = (QUEUE_SIZE + 4) * MESSAGE;
 
 /// How many balloon pages there are in the largest block.
 const BLOCK: u32 = (BALLOON_PAGES_PER_PAGE as u32) << MAX_ORDER;
 
-/// How many of the largest blocks the driver moves in one go, but no more than it takes to see that
-/// they go together.
+/// How many of the largest blocks the driver sends together, limited to a number that shows that it
+/// does.
 const BLOCKS: u32 = if PAGES_PER_RUN >> MAX_ORDER < 8 {
     (PAGES_PER_RUN >> MAX_ORDER) as u32
 } else {
@@ -105,23 +105,23 @@ pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result 
     Err(ETIMEDOUT)
 }
 
-/// Returns how many bytes are free, those on the processors' lists as well.
+/// Returns the free memory in bytes, per-CPU page lists included.
 pub(super) fn free() -> u64 {
     drain::drain_free_lists();
     Info::now().free
 }
 
-/// Waits until the driver has set the balloon's size to `size` balloon pages, with nobody
-/// answering.
+/// Waits until the driver has set the balloon's size to `size` balloon pages, on a device that uses
+/// no buffer.
 fn reaches(device: &FakeDevice, size: u32) -> Result {
     eventually(|| Ok(device.field(ACTUAL) == size))
 }
 
-/// Returns the page frame numbers that `request` names, of balloon pages.
+/// Returns the page frame numbers in `request`, of balloon pages.
 ///
 /// # Errors
 ///
-/// `EINVAL` if it is a page set that is not as it should be on this queue.
+/// `EINVAL` if it is a page set that is invalid on this queue.
 fn names(device: &FakeDevice, queue: usize, request: &Request) -> Result<KVec<u32>> {
     if device.has_feature(F_PAGE_SETS) {
         page_set(queue, request)
@@ -192,7 +192,7 @@ fn page_set(queue: usize, request: &Request) -> Result<KVec<u32>> {
     Ok(pfns)
 }
 
-/// Takes what is on a queue, answers it, and puts the page frame numbers on `pfns`.
+/// Takes and uses the messages of a queue, and adds the page frame numbers to `pfns`.
 pub(super) fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> Result {
     let mut served = false;
 
@@ -208,7 +208,7 @@ pub(super) fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> 
     Ok(())
 }
 
-/// A device that keeps a list of what it was told.
+/// A device that records the reported pages.
 pub(super) struct Host {
     pub(super) device: FakeDevice,
     pub(super) inflated: KVec<u32>,
@@ -224,15 +224,15 @@ impl Host {
         })
     }
 
-    /// Sets the target and answers everything until the balloon has the size `size`, both in
-    /// balloon pages.
+    /// Sets the target and uses all messages until the balloon has the size `size`, both in balloon
+    /// pages.
     pub(super) fn resize(&mut self, target: u32, size: u32) -> Result {
         self.device.change(NUM_PAGES, target);
         self.settle(size)
     }
 
-    /// Answers everything until the balloon has the size `size`, in balloon pages, and all was
-    /// told.
+    /// Uses all messages until the balloon has the size `size`, in balloon pages, and all pages
+    /// were reported.
     fn settle(&mut self, size: u32) -> Result {
         eventually(|| {
             serve(&self.device, INFLATE, &mut self.inflated)?;
@@ -244,7 +244,7 @@ impl Host {
     }
 }
 
-/// Compares what was inflated with what was deflated.
+/// Compares inflated pages with deflated ones.
 ///
 /// # Errors
 ///
@@ -275,9 +275,8 @@ fn cycle(features: &[Feature], pages: u32) -> Result {
     compare(&host)
 }
 
-/// Sets a target, takes one message off the inflate queue, and leaves it to `answer` what the
-/// device does with it. Returns how many balloon pages are missing from the guest after the device
-/// was removed.
+/// Sets a target, takes one message from the inflate queue, and passes it to `answer`. Returns how
+/// many balloon pages are missing from the guest after the device was removed.
 fn misbehave(
     features: &[Feature],
     answer: impl FnOnce(&FakeDevice, &Request) -> Result,
@@ -296,20 +295,20 @@ fn misbehave(
         answer(&device, &request.ok_or(EINVAL)?)?;
         device.interrupt(INFLATE)?;
 
-        // Let the driver see it.
+        // Give the driver time to see it.
         fsleep(Delta::from_millis(20));
     }
 
     Ok(total - memory::total_pages())
 }
 
-/// Inflates to `pages` balloon pages, and deflates while the device does not answer, until it has
-/// `messages` of the driver's. Returns whether the guest has the pages then.
+/// Inflates to `pages` balloon pages, and deflates while the device uses no buffer, until it has
+/// `messages` of the driver. Returns whether the guest has the pages then.
 ///
 /// # Errors
 ///
 /// `ETIMEDOUT` if there are fewer messages, `EINVAL` if there are more, or if the driver reports
-/// another size before the device has answered.
+/// another size before the device has used them.
 fn deflate_unanswered(features: &[Feature], pages: u32, messages: usize) -> Result<bool> {
     let mut host = Host::new(features)?;
     let mut requests = KVec::new();
@@ -317,7 +316,7 @@ fn deflate_unanswered(features: &[Feature], pages: u32, messages: usize) -> Resu
     host.resize(pages, pages)?;
     let full = free();
     host.device.change(NUM_PAGES, 0);
-    // The driver may take its time.
+    // The driver may be slow.
     eventually(|| {
         while let Some(request) = host.device.next(DEFLATE)? {
             requests.push(request, GFP_KERNEL)?;
@@ -339,19 +338,19 @@ fn deflate_unanswered(features: &[Feature], pages: u32, messages: usize) -> Resu
         host.device.answer(DEFLATE, request, 0)?;
     }
 
-    // All has to be told in the end.
+    // All pages must be reported in the end.
     host.device.interrupt(DEFLATE)?;
     host.settle(0)?;
     compare(&host)?;
     Ok(is_free)
 }
 
-/// Returns where `pages` consecutive kernel pages of the balloon begin, aligned to that many (page frame
-/// numbers of kernel pages).
+/// Returns the start of `pages` consecutive kernel pages of the balloon, aligned to that many (page
+/// frame numbers of kernel pages).
 fn consecutive(host: &Host, pages: usize) -> impl Iterator<Item = usize> + use<'_> {
     let len = pages * BALLOON_PAGES_PER_PAGE;
 
-    // The last ones come from memory that nobody else has used.
+    // The last pages come from memory that was never in use.
     host.inflated
         .windows(len)
         .rev()
@@ -361,13 +360,13 @@ fn consecutive(host: &Host, pages: usize) -> impl Iterator<Item = usize> + use<'
         .map(|window| window[0] as usize / BALLOON_PAGES_PER_PAGE)
 }
 
-/// Has the kernel take `pages` consecutive kernel pages of the balloon for something else. Returns
-/// where they are (a page frame number), they themselves, if they are free at once, and what the
-/// driver says first about the pages that have come in their places.
+/// Makes the kernel migrate `pages` consecutive kernel pages of the balloon. Returns their page
+/// frame number, the pages, if they are free at once, and the driver's first message about their
+/// replacements.
 ///
 /// # Errors
 ///
-/// `ENOENT` if the kernel has moved none. It leaves pages alone that have the wrong neighbours.
+/// `ENOENT` if the kernel has migrated none. It does not migrate pages next to unmovable ones.
 fn take_out(host: &Host, pages: usize) -> Result<(usize, Result<PageList>, Request)> {
     for first in consecutive(host, pages) {
         let taken = PageList::alloc_range(first, pages);
@@ -380,13 +379,13 @@ fn take_out(host: &Host, pages: usize) -> Result<(usize, Result<PageList>, Reque
     Err(ENOENT)
 }
 
-/// How many kernel pages are moved at once: so few that they come with one message.
+/// How many kernel pages are migrated at once: so few that one message has room for them.
 const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
 
-/// Makes a balloon of pages that can be moved.
+/// Makes a balloon of movable pages.
 fn movable(features: &[Feature]) -> Result<Host> {
-    // In steps that are too small for blocks: these are not moved. Some of the pageblocks that
-    // they come from have nothing in them that cannot be moved.
+    // In steps that are too small for blocks, which cannot be migrated. Some of the pageblocks then
+    // contain movable pages only.
     let step = (BALLOON_PAGES_PER_PAGE << pageblock_order()) / 2;
     let size = MANY.max(4 * step as u32);
     let mut host = Host::new(features)?;
@@ -397,7 +396,7 @@ fn movable(features: &[Feature]) -> Result<Host> {
     Ok(host)
 }
 
-/// Returns whether the kernel can move pages of the balloon, where `spoil` comes first.
+/// Returns whether the kernel can migrate pages of the balloon after `spoil`.
 fn moves_after(spoil: impl FnOnce(&FakeDevice) -> Result) -> Result<bool> {
     let host = movable(&[Feature::VERSION_1])?;
 
@@ -407,18 +406,18 @@ fn moves_after(spoil: impl FnOnce(&FakeDevice) -> Result) -> Result<bool> {
     Ok(places.any(|first| PageList::alloc_range(first, PAGES).is_ok()))
 }
 
-/// Has the kernel move pages of the balloon, and the balloon deflate before the device has heard of
-/// it.
+/// Makes the kernel migrate pages of the balloon, and the balloon deflate before the device has
+/// seen that.
 ///
 /// # Errors
 ///
-/// `EINVAL` if anything leaves the balloon before the device has answered for the new pages, or if
-/// it is not told of everything afterwards.
+/// `EINVAL` if any page leaves the balloon before the device has acknowledged the new pages, or if
+/// the driver does not report everything afterwards.
 fn moved(features: &[Feature]) -> Result {
     let mut host = movable(features)?;
     let size = host.device.field(ACTUAL);
 
-    // The old pages are free at once, unless the device must be told first.
+    // The old pages are free at once, unless the device must be notified first.
     let (_, taken, request) = take_out(&host, PAGES)?;
     let waits = features.contains(&F_MUST_TELL_HOST) || features.contains(&F_PAGE_SETS);
     if taken.is_ok() == waits || host.device.field(ACTUAL) != size {
@@ -426,8 +425,8 @@ fn moved(features: &[Feature]) -> Result {
     }
     host.device.change(NUM_PAGES, 0);
 
-    // Each message may be about some of the moves only. The others come when that is answered, and
-    // only then does the balloon deflate.
+    // Each message may have only some of the migrations. The others follow when the device has used
+    // it, and only then does the balloon deflate.
     let mut pages = 0;
     let mut next = Some(request);
     while let Some(request) = next.take() {
@@ -456,12 +455,12 @@ fn moved(features: &[Feature]) -> Result {
     compare(&host)
 }
 
-/// Allocates each pageblock that is full of the balloon, where the device answers at once. Returns how
-/// many there are.
+/// Allocates each pageblock that is full of the balloon, on a device that uses messages at once.
+/// Returns their number.
 ///
 /// # Errors
 ///
-/// What the kernel says if one cannot be allocated at the first attempt.
+/// The kernel's error if one cannot be allocated at the first attempt.
 fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
     let pages = 1 << pageblock_order();
     let host = movable(features)?;
@@ -475,18 +474,18 @@ fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
     Ok(taken)
 }
 
-/// Has the balloon give memory back for an OOM, on a device that does not interrupt.
+/// Makes the balloon deflate on OOM, on a device that does not interrupt.
 ///
 /// # Errors
 ///
-/// `ETIMEDOUT` if the driver does not report the new size, `ENODATA` if nothing is given back.
+/// `ETIMEDOUT` if the driver does not report the new size, `ENODATA` if it deflates nothing.
 fn give_back_for_oom() -> Result {
-    // More than is given back.
+    // More than an OOM deflates.
     const SIZE: u32 = 80 << (20 - PFN_SHIFT);
     let _short = Pretence::is_short();
     let mut host = Host::new(&[Feature::VERSION_1, F_MUST_TELL_HOST, F_DEFLATE_ON_OOM])?;
     host.resize(SIZE, SIZE)?;
-    // Longer ago than a device counts as alive.
+    // Longer than a device counts as responsive.
     fsleep(Delta::from_millis(200));
 
     host.device.answer_all(false);
@@ -494,7 +493,7 @@ fn give_back_for_oom() -> Result {
     if pages == 0 {
         return Err(ENODATA);
     }
-    // The balloon does not grow for 10 seconds, and nothing else happens meanwhile.
+    // The balloon does not grow for 10 seconds, and there is no other event meanwhile.
     reaches(&host.device, SIZE - pages as u32)
 }
 
@@ -525,8 +524,8 @@ fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     Ok((request, value.ok_or(ENOENT)?))
 }
 
-/// Asks for more than there is, and waits until the driver gives `reason`. Takes it back, and
-/// returns the reason then.
+/// Sets a target beyond the guest's memory, and waits until the driver reports `reason`. Resets the
+/// target, and returns the reason after that.
 fn stop(reason: u32) -> Result<u32> {
     let device = FakeDevice::new(&[Feature::VERSION_1, F_STOP_REASON])?;
     let answer = |queue| {
@@ -551,17 +550,17 @@ fn stop(reason: u32) -> Result<u32> {
     Ok(device.field(STOP_REASON))
 }
 
-/// After which time the kernel has begun to report: two seconds after it was asked to.
+/// When the kernel has begun to report: it starts two seconds after the registration.
 const BEGUN: Delta = Delta::from_millis(3_000);
 
-/// Has `act` do something about a report of free pages, and unbinds the driver. Returns whether the
-/// pages of the report are free again then.
+/// Calls `act` during a report of free pages, and unbinds the driver. Returns whether the pages of
+/// the report are free again.
 fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
     const NOISE: u64 = 1 << 20;
     let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
     let mut report = None;
 
-    // Pages on the lists of the processors keep others from becoming blocks that are reported.
+    // Pages on per-CPU page lists prevent other pages from merging into reported blocks.
     drain::drain_free_lists();
     eventually(|| {
         report = device.next(REPORTS)?;
@@ -625,7 +624,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_device_goes_without_reporting() {
+    fn a_second_device_works_without_reporting() {
         let features = [Feature::VERSION_1, F_PAGE_POISON, F_REPORTING];
         let hosts = (Host::new(&features), Host::new(&features));
         assert!(hosts.0.is_ok() && hosts.1.is_ok());
@@ -639,7 +638,7 @@ mod tests {
     }
 
     #[test]
-    fn all_pages_are_named_once() {
+    fn all_pages_are_listed_once() {
         for pages in [1, MESSAGE - 1, MESSAGE, MESSAGE + 1, MANY] {
             assert_eq!(cycle(&[Feature::VERSION_1], pages), Ok(()));
         }
@@ -651,12 +650,12 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_must_be_told_works() {
+    fn a_device_with_must_tell_host_works() {
         assert_eq!(cycle(&[Feature::VERSION_1, F_MUST_TELL_HOST], MANY), Ok(()));
     }
 
     #[test]
-    fn page_sets_name_all_pages_once() {
+    fn page_sets_list_all_pages_once() {
         for pages in [1, MESSAGE + 1, MANY, 2 * BLOCK, 3 * BLOCK - 1] {
             assert_eq!(cycle(&PAGE_SETS, pages), Ok(()));
         }
@@ -670,7 +669,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_named_in_few_words_with_one_notification() {
+    fn blocks_are_listed_in_few_words_with_one_notification() {
         let device = FakeDevice::new(&PAGE_SETS);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
@@ -679,7 +678,7 @@ mod tests {
         assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
         fsleep(Delta::from_millis(20));
 
-        // A header, and two words for each block that has no neighbour.
+        // A header, and two words for each block without an adjacent one.
         let request = device.next(INFLATE);
         assert!(request.is_ok_and(|request| request.is_some_and(|request| {
             request.words.len() <= (4 + 2 * BLOCKS as usize) * 4
@@ -750,7 +749,7 @@ mod tests {
     }
 
     #[test]
-    fn the_device_learns_where_pages_have_moved() {
+    fn migrations_are_reported_to_the_device() {
         for features in [
             &[Feature::VERSION_1][..],
             &[Feature::VERSION_1, F_MUST_TELL_HOST],
@@ -761,7 +760,7 @@ mod tests {
     }
 
     #[test]
-    fn no_page_is_moved_once_a_queue_is_broken() {
+    fn no_page_is_migrated_once_a_queue_is_broken() {
         let spoil = |device: &FakeDevice| {
             device.answer_raw(DEFLATE, u32::MAX, 0)?;
             device.interrupt(DEFLATE)
@@ -814,7 +813,7 @@ mod tests {
 
         device.change(NUM_PAGES, 2 * MESSAGE);
         assert_eq!(eventually(|| Ok(device.kicks(INFLATE) > 0)), Ok(()));
-        // So long that a balloon which is on its way is reported.
+        // So long that the size of a changing balloon is reported.
         fsleep(Delta::from_millis(1_100));
         assert_eq!(device.field(ACTUAL), 0);
 
@@ -871,7 +870,7 @@ mod tests {
 
             for (n, target) in [(1, MANY), (2, MANY + 4 * MESSAGE), (3, MESSAGE), (4, 0)] {
                 host.resize(target, target)?;
-                // Nor do interrupts and time cost any.
+                // Interrupts and time cost none either.
                 host.device.interrupt(INFLATE)?;
                 host.device.interrupt(DEFLATE)?;
                 fsleep(Delta::from_millis(50));
@@ -883,7 +882,7 @@ mod tests {
 
     #[cfg(CONFIG_PM_SLEEP)]
     #[test]
-    fn a_silent_device_is_not_looked_at() -> Result {
+    fn an_unresponsive_device_is_not_accessed() -> Result {
         for features in [
             &BASE[..],
             &[Feature::VERSION_1, F_MUST_TELL_HOST],
@@ -899,7 +898,7 @@ mod tests {
             fsleep(Delta::from_millis(2_500));
             host.device.freeze()?;
             assert_eq!(host.device.accesses(), (reads + 1, writes));
-            // Nor is it started again.
+            // It is not started again either.
             assert!(host.device.restore(QUEUE_SIZE).is_err() && !host.device.is_ready());
         }
         Ok(())
@@ -938,7 +937,7 @@ mod tests {
     fn deflating_does_not_wait_for_the_device() {
         let result = deflate_unanswered(&[Feature::VERSION_1], MANY, QUEUE_SIZE as usize);
 
-        // All is out of the balloon, and the queue is full of the news.
+        // All pages have left the balloon, and the queue is full of their messages.
         assert_eq!(result, Ok(true));
     }
 
@@ -948,7 +947,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_block_is_free_as_soon_as_its_last_page_has_moved() -> Result {
+    fn a_pageblock_is_free_as_soon_as_its_last_page_was_migrated() -> Result {
         for features in [&[Feature::VERSION_1, F_MUST_TELL_HOST][..], &PAGE_SETS] {
             assert!(take_out_page_blocks(features)? > 1);
         }
@@ -960,7 +959,7 @@ mod tests {
         let features = [Feature::VERSION_1, F_MUST_TELL_HOST];
         let result = deflate_unanswered(&features, MANY, QUEUE_SIZE as usize);
 
-        // The queue is full of what is to leave the balloon.
+        // The queue is full of deflate messages.
         assert_eq!(result, Ok(false));
     }
 
@@ -1013,14 +1012,14 @@ mod tests {
 
     #[cfg(CONFIG_PM_SLEEP)]
     #[test]
-    fn a_device_that_never_answers_keeps_nothing_while_the_system_sleeps() -> Result {
+    fn an_unresponsive_device_keeps_nothing_during_a_suspend() -> Result {
         for features in [&BASE[..], &PAGE_SETS] {
             let before = free();
             let device = FakeDevice::new(features)?;
             device.change(NUM_PAGES, MANY);
             eventually(|| Ok(device.next(INFLATE)?.is_some()))?;
             device.freeze()?;
-            // By far less than what it was sent.
+            // By far fewer than it was sent.
             assert!(free() + (4 << 20) > before);
         }
         Ok(())
@@ -1028,11 +1027,11 @@ mod tests {
 
     #[cfg(CONFIG_PM_SLEEP)]
     #[test]
-    fn what_was_moved_is_nobodys_while_the_system_sleeps() -> Result {
+    fn migrated_pages_are_free_while_the_system_is_suspended() -> Result {
         let host = movable(&[Feature::VERSION_1, F_MUST_TELL_HOST])?;
         let (place, taken, _) = take_out(&host, PAGES)?;
 
-        // The pages are kept until the device has answered, and it does not.
+        // The pages are held until the device has used the message, which it does not.
         assert!(taken.is_err() && PageList::alloc_range(place, PAGES).is_err());
         host.device.freeze()?;
         assert!(PageList::alloc_range(place, PAGES).is_ok());
@@ -1071,7 +1070,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_wants_to_know_learns_why_the_balloon_stops() {
+    fn a_device_with_stop_reasons_gets_them() {
         assert_eq!(stop(stop_reason::FLOOR), Ok(stop_reason::NONE));
     }
 
@@ -1088,7 +1087,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_go_on_when_the_device_answers() {
+    fn reports_continue_when_the_device_answers() {
         assert_eq!(
             while_reporting(|device, report| {
                 device.answer(REPORTS, report, 0)?;
@@ -1105,7 +1104,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_reported_while_others_look_what_they_can_take() -> Result {
+    fn nothing_is_reported_while_the_reserve_lock_is_held() -> Result {
         let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
         let taking = memory::ReserveGuard::begin();
 
@@ -1124,11 +1123,11 @@ mod tests {
 
         host.device.freeze()?;
         host.device.restore(1)?;
-        // The ring code would warn of it.
+        // The ring code would warn about it.
         fsleep(BEGUN);
         assert!(host.device.next(REPORTS)?.is_none());
 
-        // A message has room.
+        // A message has room for them.
         host.resize(2 * MESSAGE, 2 * MESSAGE)?;
         host.resize(0, 0)
     }

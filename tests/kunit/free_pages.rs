@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The walk over unused memory, which is made by taking blocks from the page allocator and giving
-//! parts of them back.
+//! The walk over unused memory. The tests allocate blocks and free parts of them.
 
 use super::device::eventually;
 
@@ -42,16 +41,16 @@ use kernel::{
     workqueue, //
 };
 
-/// How many pages the largest block has.
+/// The number of pages of the largest block.
 const BLOCK: u64 = 1 << MAX_ORDER;
 
 /// Walks over `range` with any number of holds. Calls `between` after each hold that has found
-/// something. Returns how many pages were found.
+/// pages. Returns the number of pages.
 ///
 /// # Errors
 ///
 /// `EINVAL` if runs do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if
-/// a lock was held for too much.
+/// one hold of a lock scanned too many PFNs.
 fn walk_with(
     range: Range<u64>,
     min_order: u32,
@@ -90,7 +89,7 @@ fn walk(range: Range<u64>, min_order: u32) -> Result<u64> {
     walk_with(range, min_order, |_| Ok(()))
 }
 
-/// Walks over all zones one after the other, whatever order they lie in.
+/// Walks over all zones one after the other, in any order.
 fn walk_zones(min_order: u32) -> Result<u64> {
     let (mut zone, mut pages) = (0, 0);
 
@@ -101,7 +100,8 @@ fn walk_zones(min_order: u32) -> Result<u64> {
     Ok(pages)
 }
 
-/// Takes some blocks as order-0 pages, in order. Returns them, and where the first one lies.
+/// Allocates some blocks as order-0 pages, in ascending order. Returns them, and the start of the
+/// first one.
 fn take(blocks: usize) -> Result<(PageList, u64)> {
     let mut batch = Batch::new()?;
 
@@ -113,7 +113,7 @@ fn take(blocks: usize) -> Result<(PageList, u64)> {
     Ok((batch.take_all(), first))
 }
 
-/// Gives every second page of a block back. Returns the others, and where the block lies.
+/// Frees every second page of a block. Returns the others, and the start of the block.
 fn every_second() -> Result<(PageList, Range<u64>)> {
     let (mut pages, first) = take(1)?;
 
@@ -137,8 +137,8 @@ mod tests {
     }
 
     #[test]
-    fn lone_pages_are_found() {
-        // Others may take some of them in the meantime, but not each time.
+    fn isolated_pages_are_found() {
+        // Other tasks may allocate some of them in the meantime, but not each time.
         let found = eventually(|| {
             let (pages, range) = every_second()?;
             let found = walk(range.clone(), 0)?;
@@ -156,7 +156,7 @@ mod tests {
         assert!(taken.is_ok());
         let Ok((pages, range)) = taken else { return };
 
-        // One of two neighbours is there.
+        // One of two adjacent pages is free.
         let found = walk(range.start + 100..range.start + 102, 0);
         assert!(found.is_ok_and(|found| found <= 1));
         assert_eq!(walk(range.start..range.start, 0), Ok(0));
@@ -233,7 +233,7 @@ mod tests {
 
     #[cfg(CONFIG_CONTIG_ALLOC)]
     #[test]
-    fn nothing_is_claimed_where_somebody_isolates_memory() {
+    fn no_range_is_allocated_where_memory_is_isolated() {
         let isolate = |more| {
             (0..)
                 .map_while(Zone::nth)
@@ -251,14 +251,13 @@ mod tests {
         };
 
         assert!((0..10).all(|_| range(1) == Ok(false)));
-        // Others may take some of it in the meantime, but not each time.
+        // Other tasks may allocate some of it in the meantime, but not each time.
         assert_eq!(eventually(|| range(0)), Ok(()));
     }
 
     #[test]
     fn a_list_that_changes_does_no_harm() {
-        // What is found lies in blocks that are given back, and taken again, while the walk goes
-        // on.
+        // The walk finds pages in blocks that are freed and allocated again during the walk.
         let taken = take(4);
         assert!(taken.is_ok());
         let Ok((pages, first)) = taken else { return };

@@ -61,7 +61,7 @@ fn device() -> Result<FakeDevice> {
     FakeDevice::new(&[Feature::VERSION_1, F_FREE_PAGE_HINT])
 }
 
-/// What the driver sends.
+/// A message of the driver.
 #[derive(Debug, PartialEq, Eq)]
 enum Message {
     Id(u32),
@@ -97,11 +97,11 @@ fn answer(device: &FakeDevice, request: &Request) -> Result {
     device.interrupt(HINTS)
 }
 
-/// Takes part in a round to its end. Returns how many bytes were hinted.
+/// Uses all messages of a round. Returns how many bytes were hinted.
 ///
 /// # Errors
 ///
-/// `EINVAL` if the round does not have the id `id`, `ELOOP` if more is hinted than there is.
+/// `EINVAL` if the round does not have the id `id`, `ELOOP` if more is hinted than the guest has.
 fn round(device: &FakeDevice, id: u32) -> Result<u64> {
     let (request, message) = next(device)?;
     let total = Info::now().total;
@@ -127,8 +127,8 @@ fn round(device: &FakeDevice, id: u32) -> Result<u64> {
     }
 }
 
-/// Cuts nearly all free memory into ranges that are as short as hints may be, and do not touch.
-/// Returns what lies between them, and how many there are.
+/// Fragments nearly all free memory into separate ranges of the shortest length for hints. Returns
+/// the memory between them, and their number.
 fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
     const REST: u64 = 48 * MIB;
     let mut runs = KVVec::new();
@@ -147,8 +147,7 @@ fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
     Ok((runs, ranges))
 }
 
-/// Leaves nearly all free memory in halves of pageblocks whose pages are movable. Returns the
-/// other halves.
+/// Fragments nearly all free memory into halves of movable pageblocks. Returns the other halves.
 fn halve_page_blocks() -> Result<KVVec<PageList>> {
     const REST: u64 = 48 * MIB;
     let half = pageblock_order() - 1;
@@ -167,7 +166,7 @@ fn halve_page_blocks() -> Result<KVVec<PageList>> {
     Ok(halves)
 }
 
-/// Waits until there is about as much free memory as before.
+/// Waits until about as much memory is free as before.
 fn is_free_again(before: u64) -> Result {
     eventually(|| Ok(free() + 8 * MIB > before))
 }
@@ -177,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_hinted_unasked() {
+    fn nothing_is_hinted_without_a_request() {
         let device = device();
         assert!(device.is_ok());
         let Ok(device) = device else { return };
@@ -231,7 +230,7 @@ mod tests {
         fsleep(Delta::from_millis(20));
         assert!(device.next(HINTS).is_ok_and(|next| next.is_none()));
 
-        // Nor is it when the host has stopped in between.
+        // It is not hinted either when the host has stopped in between.
         device.change(HINT_ID, HINT_STOP);
         device.change(HINT_ID, 8);
         assert!(round(&device, 8).is_ok());
@@ -270,7 +269,7 @@ mod tests {
         const MAX_RUNS: usize = RUNS_PER_ENTRY * QUEUE_SIZE as usize;
         let smallest = (PAGE_SIZE as u64) << min_order();
         if Info::now().free < 5 * MAX_RUNS as u64 * smallest / 2 {
-            // Pageblocks are so large that there cannot be that many ranges.
+            // With such large pageblocks there cannot be that many ranges.
             return Ok(());
         }
         let device = device()?;
@@ -286,11 +285,11 @@ mod tests {
     }
 
     #[test]
-    fn what_was_hinted_is_hinted_again_as_far_as_it_can_be_spared() -> Result {
-        // Somebody has less than the floor left, and lives on what the device has used.
+    fn hinted_memory_is_hinted_again_above_the_reserve() -> Result {
+        // A process leaves less than the reserve, and gets the hints that the device has used.
         const LEFT: u64 = 24 * MIB;
         const SMALL: u32 = 18 - PAGE_SHIFT as u32;
-        // What the kernel keeps back for a while, up to a pageblock, is not what this is about.
+        // A watermark boost, up to a pageblock, is ignored here.
         let available = || Info::now().available;
         let device = device()?;
         let mut taken = KVVec::new();
@@ -326,7 +325,7 @@ mod tests {
         let Ok((first, message)) = first else { return };
         assert_eq!(message, Message::Id(2));
 
-        // What is under way comes first, then the end of the old round, then the new one.
+        // Messages in flight come first, then the end of the old round, then the new one.
         device.change(HINT_ID, 3);
         assert_eq!(answer(&device, &first), Ok(()));
         loop {
@@ -344,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_device_has_not_used_is_not_given_back() {
+    fn hints_that_the_device_has_not_used_are_not_freed() {
         let device = device();
         assert!(device.is_ok());
         let Ok(device) = device else { return };
@@ -380,7 +379,7 @@ mod tests {
         assert_eq!(device.interrupt(HINTS), Ok(()));
         assert_eq!(is_free_again(before), Ok(()));
 
-        // Nor is more taken for it.
+        // No more memory is allocated for it either.
         device.change(HINT_ID, 3);
         fsleep(Delta::from_millis(50));
         assert_eq!(is_free_again(before), Ok(()));

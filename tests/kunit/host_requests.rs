@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Requests of a device in the kernel, and what the driver answers.
+//! Requests of a device in the kernel, and the driver's answers.
 
 use super::device::{
     eventually,
@@ -52,30 +52,30 @@ use kernel::{
     }, //
 };
 
-/// The queue of a device that has neither statistics nor hints nor reports.
+/// The request queue of a device without statistics, hints and reports.
 const REQUESTS: usize = 2;
 
-/// A device that asks.
+/// A device that makes requests.
 struct Host {
     device: FakeDevice,
     /// Buffers for requests.
     request_buffers: KVec<Request>,
-    /// Messages of the driver that are not answered yet, in order.
+    /// Messages of the driver that the device has not used yet, in order.
     messages: KVec<Request>,
 }
 
 /// A message of an answer.
 #[derive(Debug, PartialEq, Eq)]
 enum Message {
-    /// The command, the id, and how many pages it names.
+    /// The command, the id, and the number of pages.
     Pages(u16, u64, u64),
     /// The id and the status.
     Completion(u64, u8),
 }
 
-/// A cache that gives nothing back before it may.
+/// A cache that frees nothing before it is allowed to.
 struct SlowCache {
-    /// How often it was asked to give something back, and how often it has done so.
+    /// How often it was asked to free objects, and how often it has done so.
     asked: Atomic<u32>,
     done: Atomic<u32>,
     may_end: Atomic<bool>,
@@ -88,7 +88,7 @@ impl Shrink for SlowCache {
 
     fn scan(&self, _wanted: usize) -> usize {
         self.asked.add(1, Relaxed);
-        // A test that fails comes to an end as well.
+        // A failed test ends as well.
         for _ in 0..1_000 {
             if self.may_end.load(Relaxed) {
                 break;
@@ -96,12 +96,12 @@ impl Shrink for SlowCache {
             fsleep(Delta::from_millis(10));
         }
         self.done.add(1, Relaxed);
-        // So much that the kernel asks again, ten times and more.
+        // So many objects that the kernel asks ten times or more.
         1 << 10
     }
 }
 
-/// Has caches dropped for a request, and `leave` the device before that is over.
+/// Drops caches for a request, and calls `leave` before that ends.
 fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
     let cache = Arc::new(
         SlowCache {
@@ -130,8 +130,7 @@ fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
     (is_left_behind && is_killed).then_some(()).ok_or(EINVAL)
 }
 
-/// Returns whether caches can be dropped: there is no /proc yet when this runs in a kernel that the
-/// driver is built into.
+/// Returns whether caches can be dropped: with a built-in driver /proc is not mounted yet.
 fn can_drop_caches() -> bool {
     let dropping = CacheDropper::begin();
 
@@ -179,7 +178,7 @@ impl Host {
         })
     }
 
-    /// Takes what the driver has sent.
+    /// Takes the driver's messages.
     fn collect(&mut self) -> Result {
         while let Some(request) = self.device.next(REQUESTS)? {
             let list = match request.writable {
@@ -202,7 +201,7 @@ impl Host {
         self.request_buffers.pop().ok_or(EINVAL)
     }
 
-    /// Takes the next message, which is not answered yet.
+    /// Takes the next message, without using it.
     fn message(&mut self) -> Result<Request> {
         eventually(|| {
             self.collect()?;
@@ -228,7 +227,7 @@ impl Host {
         self.device.interrupt(REQUESTS)
     }
 
-    /// Takes the next message, and answers it.
+    /// Takes the next message, and uses it.
     fn answer(&mut self) -> Result<Message> {
         let message = self.message()?;
         self.device.answer(REQUESTS, &message, 0)?;
@@ -236,7 +235,7 @@ impl Host {
         Message::read(&message)
     }
 
-    /// Takes all messages up to a completion. Returns the status, and how many pages were named.
+    /// Takes all messages up to a completion. Returns the status, and the number of pages.
     ///
     /// # Errors
     ///
@@ -259,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unused_pages_are_named_with_the_id_of_the_request() {
+    fn unused_pages_are_listed_with_the_id_of_the_request() {
         let host = Host::new();
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
@@ -299,7 +298,7 @@ mod tests {
         let Ok(first) = first else { return };
         fsleep(Delta::from_millis(100));
         let held = before.saturating_sub(free());
-        // As much as four messages are about, each with 64 MiB or a pageblock.
+        // The memory of four messages, each with 64 MiB or a pageblock.
         let block = (PAGE_SIZE as u64) << pageblock_order();
         assert!(held > NOISE && held < 4 * block.max(64 << 20) + NOISE);
 
@@ -311,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_said_to() {
+    fn invalid_requests_are_refused() {
         let host = Host::new();
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
@@ -358,7 +357,7 @@ mod tests {
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
 
-        // More messages than the queue has room for, so that it is still open.
+        // More messages than the queue has room for, so that the request is still open.
         assert_eq!(host.ask(request::UNUSED_DISCARD, 21, 0, 3, 0), Ok(()));
         assert_eq!(host.ask(request::CANCEL, 0, 0, 4, 3), Ok(()));
 
@@ -391,8 +390,7 @@ mod tests {
             false => request::ABORTED,
         };
 
-        // One after the other, though they are asked for at once. The budget is not enough for
-        // more.
+        // One after the other, although they are requested at once. The budget does not allow more.
         for id in 1..5 {
             assert_eq!(host.ask(request::DROP_CACHES, 0, all, id, 0), Ok(()));
         }
@@ -402,7 +400,7 @@ mod tests {
                 |answer| matches!(answer, Message::Completion(_, status) if status == expected)
             ));
         }
-        // What costs nothing is answered meanwhile.
+        // Requests without a cost are answered meanwhile.
         assert_eq!(host.ask(request::CANCEL, 0, 0, 5, 99), Ok(()));
         assert_eq!(
             host.answer(),

@@ -43,7 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupt_without_used_buffers_says_nothing() {
+    fn an_interrupt_without_used_buffers_is_no_response() {
         let mut liveness = Liveness::new();
 
         assert!(!liveness.note(1_000, false, true));

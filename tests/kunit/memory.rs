@@ -9,7 +9,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_back_is_not_available() {
+    fn boosted_memory_is_not_available() {
         memory::boost(0);
         let before = memory::available_pages();
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory blocks: what keeps one from being taken.
+//! Memory blocks: when one can be taken, and when not.
 
 #![forbid(unsafe_code)]
 
@@ -99,11 +99,11 @@ const LIMITS: Limits = Limits {
     online: timeouts::ONLINE,
 };
 
-/// How many blocks the guest has at most.
+/// The maximum number of blocks of the guest.
 const BLOCKS: u64 = 64;
 
-/// Returns the blocks that could be taken now. On arm64 the kernel takes no memory offline that was
-/// there at boot.
+/// Returns the blocks that could be taken now. On arm64 the kernel refuses to take boot memory
+/// offline.
 fn blocks() -> impl Iterator<Item = MemoryBlock> {
     let pages = MemoryBlock::pages();
 
@@ -112,8 +112,8 @@ fn blocks() -> impl Iterator<Item = MemoryBlock> {
         .filter(|block| block.can_be_taken())
 }
 
-/// Returns whether no block can be taken in any guest with this kernel. Tests of a driver that is built
-/// in run before /sys is mounted.
+/// Returns whether no block can be taken in any guest with this kernel. Tests of a driver that is
+/// built in run before /sys is mounted.
 fn has_none() -> bool {
     MemoryBlock::pages() == 0 || cfg!(CONFIG_ARM64) || !cfg!(MODULE)
 }
@@ -133,7 +133,7 @@ fn take() -> Result<PageList> {
     taken.ok_or(ENOENT)
 }
 
-/// Answers everything until the balloon has not grown for `time`.
+/// Uses all messages until the balloon has not grown for `time`.
 fn grow_until_stuck(host: &mut Host, time: Delta) -> Result {
     let mut last = (host.device.field(ACTUAL), Instant::<Monotonic>::now());
 
@@ -148,8 +148,8 @@ fn grow_until_stuck(host: &mut Host, time: Delta) -> Result {
     Ok(())
 }
 
-/// Finds candidates below the page frame number `end`, with `holds` at a time. Returns them in the order
-/// in which they are taken, and how many times it had to look.
+/// Finds candidates below the page frame number `end`, with `holds` at a time. Returns them in the
+/// order in which they are taken, and the number of steps.
 fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
     let mut candidates = Candidates::new(end)?;
     let (mut found, mut looks) = (KVec::new(), 1);
@@ -163,7 +163,8 @@ fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
     Ok((found, looks))
 }
 
-/// Asks for all memory while the caller has the turn to take blocks, and returns when the driver waits for it.
+/// Asks for all memory while the caller has the turn to take blocks, and returns when the driver
+/// waits for it.
 fn wait_for_turn(host: &Host) -> Result {
     // Per-CPU lists may have so much of what the test before has freed that no block looks free.
     drain::drain_free_lists();
@@ -171,8 +172,8 @@ fn wait_for_turn(host: &Host) -> Result {
     eventually(|| Ok(online::TURNS.load(Relaxed) == 2))
 }
 
-/// Plugs a virtio-mem device when the driver is about to take the first block. Returns how many it
-/// takes.
+/// Plugs a virtio-mem device when the driver is about to take the first block. Returns how many
+/// blocks it takes.
 ///
 /// # Errors
 ///
@@ -209,14 +210,14 @@ fn break_queue() -> Result {
     eventually(|| Ok(Info::now().free + block_bytes() < before))?;
     host.device.answer_raw(DEFLATE, u32::MAX, 0)?;
     host.device.interrupt(DEFLATE)?;
-    // What the device has is much less than a block.
+    // The pages in flight are much less than a block.
     eventually(|| Ok(Info::now().free + block_bytes() / 2 > before))?;
     fsleep(Delta::from_millis(500));
     eventually(|| Ok(Info::now().free + block_bytes() / 2 > before))
 }
 
-/// Gives the guest two blocks back while a balloon that cannot grow pauses. Returns whether the balloon
-/// has both before the pause ends, and how many times the per-CPU page lists were drained until then.
+/// Frees two blocks during the pause of a balloon that cannot grow. Returns whether the balloon has
+/// both before the pause ends, and how many times the per-CPU page lists were drained until then.
 fn grow_in_pause() -> Result<(bool, usize)> {
     /// The pauses end 0.2, 0.6, 1.4, 3.0, 6.2 and 12.6 seconds after the first failure.
     const IN_THE_SIXTH: Delta = Delta::from_millis(7_000);
@@ -227,7 +228,7 @@ fn grow_in_pause() -> Result<(bool, usize)> {
 
     host.device.change(NUM_PAGES, u32::MAX);
     grow_until_stuck(&mut host, IN_THE_SIXTH)?;
-    // The guest needs some memory itself.
+    // The guest itself needs some memory.
     let pages = MemoryBlock::pages() as u32 / 4 * 7 * BALLOON_PAGES_PER_PAGE as u32;
     let (wanted, drains) = (
         host.device.field(ACTUAL) + pages,
@@ -244,14 +245,15 @@ fn grow_in_pause() -> Result<(bool, usize)> {
     Ok((has_both, drain::DRAINS.load(Relaxed) - drains))
 }
 
-/// Runs out of memory while the driver takes a block for an empty balloon. Returns how many pages it
-/// says come back, and whether the balloon stays empty then.
+/// Runs out of memory while the driver takes a block for an empty balloon. Returns how many pages
+/// it says come back, and whether the balloon stays empty then.
 fn give_back_while_taking() -> Result<(usize, bool)> {
     static IS_HELD: Atomic<bool> = Atomic::new(false);
     let _zeroing = Pretence::zeroes_on_allocation();
     let host = Host::new(&[Feature::VERSION_1, F_DEFLATE_ON_OOM])?;
 
-    // Another thread keeps the driver from being done with its first block, until this one waits for that.
+    // Another thread keeps the driver from being done with its first block, until this one waits
+    // for that.
     let tasks = TaskQueue::new(c"virtio_balloon_rs_kunit-blocks")?;
     let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
     let _other = Thread::start(c"balloon_rs_kunit", Some(slot.waker()), || {
@@ -266,7 +268,8 @@ fn give_back_while_taking() -> Result<(usize, bool)> {
     eventually(|| Ok(IS_HELD.load(Relaxed)))?;
     wait_for_turn(&host)?;
 
-    // A guest with hardly any processor time needs longer than the driver waits, and runs out of memory again.
+    // A guest with hardly any processor time needs longer than the driver waits, and runs out of
+    // memory again.
     let given = (0..10).map(|_| out_of_memory()).find(|&pages| pages > 0);
     fsleep(Delta::from_millis(500));
     let is_empty = host.device.next(INFLATE)?.is_none();
@@ -283,7 +286,7 @@ mod tests {
             return;
         }
         let range = || {
-            // Others may isolate memory for a moment.
+            // Other tasks may isolate memory for a moment.
             (0..10).any(|_| {
                 blocks().any(|block| {
                     let len = 1 << pageblock_order();
@@ -292,7 +295,7 @@ mod tests {
             })
         };
 
-        // A failed assertion would keep the turn.
+        // A failed assertion would not release the turn.
         let turn = Turn::wait();
         let allocated = range();
         drop(turn);
@@ -302,9 +305,9 @@ mod tests {
 
     #[test]
     fn a_block_in_use_stays_online() -> Result {
-        /// As many balloon pages as there are in 128 MiB.
+        /// The balloon pages of 128 MiB.
         const STEP: u32 = 1 << 15;
-        /// How much of that there is in any case.
+        /// The part of it that always exists.
         const STEPS: u32 = 5;
         if has_none() {
             return Ok(());
@@ -315,7 +318,7 @@ mod tests {
         }
         let mut host = Host::new(&BASE)?;
         let mut in_use = None;
-        // Until the balloon has some of one of them.
+        // Until the balloon has pages of one of them.
         for steps in 1..=STEPS {
             host.resize(steps * STEP, steps * STEP)?;
             let has = |pfns: &Range<u64>| {
@@ -330,7 +333,7 @@ mod tests {
         }
         assert!(in_use.is_some());
 
-        // The kernel can move order-0 pages of the balloon, and would, with its locks held.
+        // The kernel can migrate order-0 pages of the balloon, and would do so with its locks held.
         let taken = in_use.map(|block| block.take(LIMITS, || true));
         assert!(matches!(taken, Some(Outcome::Not(EPERM))));
         Ok(())
@@ -350,7 +353,7 @@ mod tests {
         block.take_offline(LIMITS)?.bring_online()?;
         assert_eq!(memory::total_pages(), total);
 
-        // And else it is.
+        // Otherwise it is.
         let taken = block.take(LIMITS, || true);
         assert!(
             matches!(&taken, Outcome::Pages(pages) if pages.len() as u64 == MemoryBlock::pages())
@@ -393,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn candidates_are_those_that_the_device_can_be_told_of() -> Result {
+    fn candidates_have_numbers_in_the_protocol() -> Result {
         let negotiated = |page_sets| Negotiated {
             must_tell_host: false,
             page_sets,
@@ -437,8 +440,8 @@ mod tests {
         Ok(())
     }
 
-    // From here on the tests fill the memory. No block may be free after that: what the kernel allocates meanwhile lies
-    // between the pages of the balloon.
+    // From here on the tests fill the memory. No block may be free after that: what the kernel
+    // allocates meanwhile lies between the pages of the balloon.
 
     #[test]
     fn a_broken_queue_gives_ready_blocks_back() {
@@ -465,7 +468,7 @@ mod tests {
         if has_none() {
             return Ok(());
         }
-        // A file of a device that is not there any more, as the block is not.
+        // A file of a device that does not exist any more, as the block does not.
         let host = Host::new(&BASE)?;
         let path = host
             .device

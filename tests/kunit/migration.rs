@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which pages of the balloon may be moved. What the device hears of it is in the suite of the
-//! whole driver.
+//! Which pages of the balloon may be migrated. The suite of the whole driver tests the reports to
+//! the device.
 
 use crate::{
     balloon::{
@@ -48,10 +48,10 @@ const TERMS: Negotiated = Negotiated {
     page_sets: false,
 };
 
-/// Page frame numbers that no page of these tests has: from 8 TiB on.
+/// Page frame numbers that are not used in these tests: from 8 TiB on.
 const ELSEWHERE: u64 = 1 << (43 - PAGE_SHIFT);
 
-/// Moves that nobody tells a device of.
+/// Migrations without a device.
 fn migrations() -> Result<Pin<KBox<PendingMigrations>>> {
     static QUEUES: Atomic<u32> = Atomic::new(0);
     let number = QUEUES.fetch_add(1, Relaxed);
@@ -68,7 +68,7 @@ fn page() -> Result<PageList> {
     super::pages::block(0)
 }
 
-/// Moves the page on `old` to `new`.
+/// Migrates the page on `old` to `new`.
 fn replace(migrations: &PendingMigrations, old: &PageList, new: u64) -> Result {
     migrations.replace(&OldPage::first_of(old).ok_or(EINVAL)?, new, true)
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_moved_unless_it_is_allowed() {
+    fn no_page_is_migrated_unless_that_is_allowed() {
         let (migrations, page) = (migrations(), page());
         assert!(migrations.is_ok() && page.is_ok());
         let (Ok(migrations), Ok(page)) = (migrations, page) else {
@@ -110,7 +110,7 @@ mod tests {
             return;
         };
 
-        // The second page takes the place of the first one, and is to leave at once.
+        // The second page replaces the first one, and is to leave at once.
         assert_eq!(replace(&migrations, &first, pfn(&second)), Ok(()));
         assert_eq!(replace(&migrations, &second, ELSEWHERE), Err(EAGAIN));
     }
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_without_a_name_stays_out() {
+    fn a_page_without_a_number_stays_out() {
         let (migrations, page) = (migrations(), page());
         assert!(migrations.is_ok() && page.is_ok());
         let (Ok(migrations), Ok(page)) = (migrations, page) else {
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_moved_than_a_message_can_name() {
+    fn no_more_pages_are_migrated_than_fit_into_a_message() {
         let migrations = migrations();
         assert!(migrations.is_ok());
         let Ok(migrations) = migrations else { return };
@@ -179,8 +179,8 @@ mod tests {
     }
 
     #[test]
-    fn one_message_names_all_moves_whatever_the_encoding() -> Result {
-        // So far from each other that a bitmap has room for two of them.
+    fn one_message_lists_all_migrations_in_each_encoding() -> Result {
+        // So far apart that a bitmap has room for two of them.
         const STEP: usize = page_sets::WORDS_PER_MESSAGE * u64::BITS as usize / 2;
         let mut pages = KVec::new();
         for n in 0..MIGRATIONS_PER_MESSAGE {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KUnit suites. They run when the module is loaded into a kernel that has KUnit built in.
+//! KUnit suites. They run when the module is loaded into a kernel with KUnit built in.
 //!
-//! Asserts stand in the tests only: in a function that is not a test they would be `core`'s, and
-//! stop the kernel. Helpers return errors.
+//! Only tests contain asserts: in other functions they would be those of `core`, and stop the
+//! kernel. Helpers return errors.
 
 #![forbid(unsafe_code)]
 

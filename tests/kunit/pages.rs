@@ -47,7 +47,7 @@ use kernel::{
     workqueue, //
 };
 
-/// Allocates a list of 2^`order` order-0 pages that are neighbours.
+/// Allocates a list of 2^`order` adjacent order-0 pages.
 pub(super) fn block(order: u32) -> Result<PageList> {
     let mut batch = Batch::new()?;
 
@@ -56,7 +56,7 @@ pub(super) fn block(order: u32) -> Result<PageList> {
     Ok(batch.take_all())
 }
 
-/// Gathers `n` of the largest blocks, `unsplit` or as order-0 pages.
+/// Collects `n` of the largest blocks, `unsplit` or as order-0 pages.
 fn gather(n: usize, unsplit: bool) -> Result<Batch> {
     let mut batch = Batch::new()?;
 
@@ -72,7 +72,7 @@ fn blocks(n: usize) -> Result<PageList> {
     Ok(gather(n, true)?.take_all())
 }
 
-/// Nobody moves a page in these tests.
+/// No page is migrated in these tests.
 struct Fixed;
 
 impl MigratePage for Fixed {
@@ -87,7 +87,7 @@ fn balloon() -> Result<BalloonPages<Fixed>> {
     BalloonPages::new(true, Ok(Fixed))
 }
 
-/// Page migration that takes long.
+/// A slow page migration.
 struct Slow {
     begun: Atomic<bool>,
     may_end: Atomic<bool>,
@@ -108,15 +108,15 @@ impl MigratePage for Arc<Slow> {
                 fsleep(Delta::from_millis(10));
             }
             self.ended.store(true, Release);
-            // A test that fails comes to an end as well.
+            // A failed test ends as well.
             self.may_end.store(true, Release);
         }
         Err(EAGAIN)
     }
 }
 
-/// Drops a balloon of order-0 pages while the kernel migrates some of them. Returns whether that is
-/// over before the migration is.
+/// Drops a balloon of order-0 pages while the kernel migrates some of them. Returns whether the
+/// drop ends before the migration.
 fn drop_while_migrating() -> Result<bool> {
     let slow = Slow {
         begun: Atomic::new(false),
@@ -143,22 +143,23 @@ fn drop_while_migrating() -> Result<bool> {
     Ok(is_over && is_thread_there)
 }
 
-/// A balloon that gets pages, and from which somebody else takes some meanwhile.
+/// A balloon that gets pages while another thread takes some.
 struct Contended {
     balloon: Arc<BalloonPages<Fixed>>,
-    /// Set when the other one has begun, when all pages are in, and when the other one has ended.
+    /// Set when the other thread has begun, when all pages are in, and when the other thread has
+    /// ended.
     begun: Atomic<bool>,
     inserted: Atomic<bool>,
     over: Atomic<bool>,
-    /// Whether a page was taken while others were still on their way.
+    /// Whether a page was taken before all were in.
     between: Atomic<bool>,
 }
 
 impl Contended {
-    /// Takes one page after the other, where there are `len` more in balloons when all are in than
+    /// Takes one page after the other, until all are in: then balloons have `len` pages more than
     /// `before`.
     fn take(&self, before: usize, len: usize) {
-        /// How many pages the processors have counted for themselves at most.
+        /// The largest deviation of the per-CPU counters, in pages.
         const NOT_COUNTED: usize = 512;
         let mut taken = 0;
 
@@ -175,8 +176,9 @@ impl Contended {
     }
 }
 
-/// Puts many order-0 pages into a balloon. Returns whether others get at them before all are in.
-fn lets_others_in() -> Result<bool> {
+/// Puts many order-0 pages into a balloon. Returns whether another thread gets some before all are
+/// in.
+fn others_get_pages_meanwhile() -> Result<bool> {
     const PAGES: usize = 1 << 14;
     let pages = gather(PAGES >> MAX_ORDER, false)?.take_all();
     let contended = Contended {
@@ -191,7 +193,7 @@ fn lets_others_in() -> Result<bool> {
     let (before, len) = (memory::ballooned_pages(), pages.len());
 
     workqueue::system_unbound().try_spawn(GFP_KERNEL, move || other.take(before, len))?;
-    // Whoever sleeps leaves this processor to the other one, which is to run beside us.
+    // Do not sleep: the other thread must run on another processor.
     let spawned = Instant::<Monotonic>::now();
     while !this.begun.load(Acquire) && spawned.elapsed() < Delta::from_millis(10) {
         spin_loop();
@@ -203,7 +205,7 @@ fn lets_others_in() -> Result<bool> {
     Ok(this.between.load(Acquire))
 }
 
-/// Returns what a balloon has in so many order-0 pages and largest blocks.
+/// Returns the pages of a balloon with so many order-0 pages and largest blocks.
 fn held(base_pages: usize, blocks: usize) -> ByOrder {
     let mut by_order = [0; MAX_ORDER as usize + 1];
 
@@ -283,10 +285,10 @@ mod tests {
         assert_eq!(memory::total_pages(), total - 54);
         assert_eq!(memory::ballooned_pages(), ballooned + 54);
 
-        // What was taken out of one block comes out in order, so that it goes back as a block.
+        // Pages of one block come out in ascending order, so that they are freed as a block.
         assert!(consecutive(&some));
 
-        // More than there is.
+        // More pages than it has.
         assert_eq!(balloon.take(1_000, usize::MAX, false).len(), 54);
         assert!(balloon.take(1, usize::MAX, false).is_empty());
         assert_eq!(memory::total_pages(), total);
@@ -294,9 +296,10 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_until_many_pages_are_in() {
-        // With one processor there is nobody else. With more, the other one may not run just now.
-        assert!(cpu::nr_cpu_ids() == 1 || eventually(lets_others_in).is_ok());
+    fn other_callers_get_pages_while_many_are_added() {
+        // With one processor there is no other thread. With more, it may not be running at the
+        // moment.
+        assert!(cpu::nr_cpu_ids() == 1 || eventually(others_get_pages_meanwhile).is_ok());
     }
 
     #[test]
@@ -317,7 +320,7 @@ mod tests {
         assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
         assert!(balloon.by_order() == held(0, 3));
 
-        // A block stays unsplit if it fits, and is split if nothing else is there.
+        // A block stays unsplit if it fits, and is split if there are no other pages.
         assert_eq!(balloon.take(2 * LEN - 1, usize::MAX, false).len(), LEN);
         assert_eq!(balloon.take(LEN, 1, false).len(), LEN);
         assert_eq!(balloon.take(100, 10, false).len(), 10);
@@ -328,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_can_be_taken_from_where_they_lie() {
+    fn blocks_can_be_taken_by_address() {
         const LEN: usize = 1 << MAX_ORDER;
 
         let balloon = balloon();
@@ -372,10 +375,10 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_found_among_those_of_others() -> Result {
+    fn blocks_are_found_among_blocks_of_others() -> Result {
         const LEN: usize = 1 << MAX_ORDER;
         let (one, other) = (balloon()?, balloon()?);
-        // Marked like the rest, and in no balloon.
+        // Marked like the others, and in no balloon.
         let mut batch = gather(9, true)?;
         let mut some = PageList::new();
 
@@ -393,7 +396,7 @@ mod tests {
         assert!(other.by_order() == held(0, 3));
         assert_eq!(batch.blocks(), 3);
 
-        // What has left a balloon is found in it no more.
+        // The balloon does not find pages that have left it.
         drop(taken);
         assert!(one.take_blocks(&(0..u64::MAX)).is_empty());
         assert_eq!(other.take(usize::MAX, usize::MAX, false).len(), 3 * LEN);

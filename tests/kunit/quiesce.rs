@@ -53,15 +53,15 @@ const REQUESTS: usize = 4;
 /// The size of the balloon, in balloon pages.
 const SIZE: u32 = 256;
 
-/// Set when the device is to act as soon as the driver deflates the balloon: it asks for statistics, and
-/// makes a request.
+/// Set when the device must act as soon as the driver deflates the balloon: it requests statistics,
+/// and makes a host request.
 static IS_DUE: Atomic<bool> = Atomic::new(false);
 
 /// The buffers for that.
 static STATS_ID: Atomic<u32> = Atomic::new(0);
 static REQUEST_ID: Atomic<u32> = Atomic::new(0);
 
-/// The free kernel pages at that moment, and what the driver has notified the device of since.
+/// The free kernel pages at that moment, and the driver's notifications since then.
 static FREE: Atomic<usize> = Atomic::new(0);
 static STATS_KICKS: Atomic<u32> = Atomic::new(0);
 static REQUEST_KICKS: Atomic<u32> = Atomic::new(0);
@@ -98,7 +98,7 @@ fn next(device: &FakeDevice, queue: usize) -> Result<Request> {
     request.ok_or(EINVAL)
 }
 
-/// Answers the next message on `queue`, and returns it.
+/// Uses the next message on `queue`, and returns it.
 fn serve(device: &FakeDevice, queue: usize) -> Result<Request> {
     let request = next(device, queue)?;
 
@@ -107,7 +107,7 @@ fn serve(device: &FakeDevice, queue: usize) -> Result<Request> {
     Ok(request)
 }
 
-/// Takes part in a round of hints. Returns how many kernel pages were hinted.
+/// Uses the messages of a round of hints. Returns how many kernel pages were hinted.
 fn hint(device: &FakeDevice) -> Result<usize> {
     let mut hinted = 0;
 
@@ -149,7 +149,7 @@ mod tests {
         REQUEST_KICKS.store(0, Relaxed);
         let before = memory::free_pages();
         IS_DUE.store(true, Relaxed);
-        // The device does not use what it is sent.
+        // The device uses no messages.
         drop(device);
 
         assert!(!IS_DUE.load(Relaxed));

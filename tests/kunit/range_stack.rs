@@ -12,7 +12,7 @@ use kernel::{
     rbtree::RBTree, //
 };
 
-/// Takes everything off `stack` in portions of up to `max` pages, and out of `expected`.
+/// Takes all pages from `stack` in portions of up to `max` pages, and from `expected`.
 ///
 /// # Errors
 ///
@@ -34,7 +34,7 @@ fn drain(stack: &mut RangeStack, max: u64, mut expected: RBTree<u64, ()>) -> Res
 }
 
 /// Records `pages` and reads them back in portions of up to `max` pages. Returns how many pages
-/// became carriers, or an error if what was read differs from what was recorded.
+/// became backlog pages, or an error if the pages differ.
 fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
     let mut expected = RBTree::new();
     for pfn in pages.pfns() {
@@ -50,7 +50,7 @@ fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
     Ok(carriers)
 }
 
-/// Allocates 2^`order` pages, none of which are neighbours.
+/// Allocates 2^`order` pages, none of which are adjacent.
 fn lone_pages(order: u32) -> Result<PageList> {
     let mut pages = neighbours(order + 1)?;
 
@@ -99,10 +99,10 @@ mod tests {
     }
 
     #[test]
-    fn lone_pages_take_a_carrier_for_each_few_hundred() {
+    fn isolated_pages_need_a_backlog_page_for_each_few_hundred() {
         let carriers = lone_pages(9).and_then(|pages| round_trip(pages, u64::MAX));
 
-        // 512 lone pages, and about 255 ranges fit on a 4 KiB page.
+        // 512 isolated pages; about 255 ranges fit on a 4 KiB page.
         assert!(carriers.is_ok_and(|n| (1..=3).contains(&n)));
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What statistics there are in kernels that do not count everything.
+//! Statistics of kernels that do not count everything.
 
 use crate::{
     features::stats::{
@@ -16,7 +16,7 @@ use crate::{
 
 use kernel::prelude::*;
 
-/// Returns the tags that a kernel sends which counts what `info` has.
+/// Returns the tags that a kernel with the counts in `info` sends.
 fn tags(info: &Info) -> Result<KVec<u16>> {
     let mut buffer = new_buffer()?;
     let mut tags = KVec::new();
@@ -28,7 +28,7 @@ fn tags(info: &Info) -> Result<KVec<u16>> {
     Ok(tags)
 }
 
-/// What a kernel counts that counts everything.
+/// The counts of a kernel that counts everything.
 fn everything() -> Info {
     Info {
         swapped_in: Some(1),
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_counted_is_left_out() -> Result {
+    fn statistics_that_are_not_counted_are_omitted() -> Result {
         let all = tags(&everything())?;
         let without = |info: Info, missing: &[u16]| -> Result<bool> {
             let rest = tags(&info)?;

@@ -47,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn the_size_stops_at_what_the_field_can_hold() {
+    fn the_size_stops_at_the_limit_of_the_field() {
         assert_eq!(balloon_pages(0), 0);
         assert_eq!(balloon_pages(3), 3 * BALLOON_PAGES_PER_PAGE as u32);
         assert_eq!(balloon_pages(usize::MAX), u32::MAX);
@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn a_rounded_target_and_the_size_agree() {
-        // Else the balloon would grow and shrink for ever.
+        // Otherwise the balloon would grow and shrink forever.
         for target in [0, 1, 255, 256, 257, 1_835_008, 1_835_009] {
             let held = pages(target);
 
@@ -93,10 +93,10 @@ mod tests {
     #[test]
     fn a_lower_target_takes_back_what_can_be_taken_back() {
         assert_eq!(Step::towards(100, 150, 0), Step::Deflate(50));
-        // Half of the excess is still on its way.
+        // Half of the excess is still in flight.
         assert_eq!(Step::towards(100, 120, 30), Step::Deflate(50));
         assert_eq!(Step::towards(0, 20, 30), Step::Deflate(20));
-        // All of it is: it has to arrive first.
+        // All of it is in flight: it must arrive first.
         assert_eq!(Step::towards(10, 0, 30), Step::Rest);
     }
 
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_page_has_consecutive_names() {
+    fn a_kernel_page_has_consecutive_numbers() {
         let names = balloon_pfns(7);
         let first = 7 * BALLOON_PAGES_PER_PAGE as u32;
 
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_beyond_16_tib_has_no_name() {
+    fn memory_beyond_16_tib_has_no_number() {
         let last = (1u64 << 32) / BALLOON_PAGES_PER_PAGE as u64 - 1;
 
         assert!(balloon_pfns(last).is_ok_and(|names| *names.end() == u32::MAX));

@@ -33,18 +33,19 @@ use kernel::{
     sync::Arc, //
 };
 
-/// How many pages (kernel pages) leave a node before it is decided again which node is next: 64 MiB.
+/// How many pages (kernel pages) leave a node before the next node is chosen: 64 MiB.
 const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
 
 /// Pages in the balloon, by the nodes that they are on.
 ///
-/// Dropping it frees the pages. The kernel isolates some of them for page migration together with pages
-/// of others, and returns all at the end: as late as when a disk has written one of the others. A
-/// thread waits for that if it takes longer than [`MigratePage::END_TIMEOUT`].
+/// Dropping it frees the pages. The kernel isolates some of them for page migration together with
+/// other pages, and returns all at the end, perhaps after it has waited for the disk. A thread
+/// waits for that if it takes longer than [`MigratePage::END_TIMEOUT`].
 ///
 /// # Invariants
 ///
-/// The pages of `nodes` are on the node with that number, unless compaction has moved them since.
+/// The pages of `nodes` are on the node with that number, unless compaction has migrated them
+/// since.
 pub(crate) struct BalloonPages<R: MigratePage> {
     nodes: KVec<Pin<KBox<NodePages<R>>>>,
     replace: Arc<R>,
@@ -53,11 +54,11 @@ pub(crate) struct BalloonPages<R: MigratePage> {
 impl<R: MigratePage> BalloonPages<R> {
     /// Makes an empty balloon.
     ///
-    /// If `adjust_managed` is set, the guest's total memory shrinks by what is in the balloon.
+    /// If `adjust_managed` is set, the guest's total memory shrinks by the size of the balloon.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`, or what `replace` says.
+    /// `ENOMEM`, or the error of `replace`.
     pub(crate) fn new(adjust_managed: bool, replace: impl PinInit<R, Error>) -> Result<Self> {
         let replace = Arc::pin_init(replace, GFP_KERNEL)?;
         let mut nodes = KVec::new();
@@ -68,7 +69,7 @@ impl<R: MigratePage> BalloonPages<R> {
         Ok(Self { nodes, replace })
     }
 
-    /// Returns what follows page migration.
+    /// Returns the owner's handler of page migration.
     pub(crate) fn replacer(&self) -> &R {
         &self.replace
     }
@@ -94,8 +95,8 @@ impl<R: MigratePage> BalloonPages<R> {
         by_order
     }
 
-    /// Returns what there is of nodes that have something in the balloon, or of those of them that
-    /// are short of memory if `where_needed` is set.
+    /// Returns the nodes with pages in the balloon, or those of them that are short of memory if
+    /// `where_needed` is set.
     fn filled(&self, where_needed: bool) -> impl Iterator<Item = (Node, &NodePages<R>)> {
         self.nodes
             .iter()
@@ -120,17 +121,17 @@ impl<R: MigratePage> BalloonPages<R> {
     }
 
     /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
-    /// fit, or else order-0 pages, up to the same number. They are of one node: of those that are
-    /// short of memory if `where_needed` is set, and in any case of the one with the largest share
-    /// of its memory in the balloon.
+    /// fit, otherwise up to the same number of order-0 pages. They are of one node: of those that
+    /// are short of memory if `where_needed` is set, and in any case of the one with the largest
+    /// share of its memory in the balloon.
     ///
-    /// None are returned if there are none, or if compaction holds all that are left just now.
+    /// Returns none if there are none, or if compaction has isolated all of the rest.
     pub(crate) fn take(&self, max: usize, max_blocks: usize, where_needed: bool) -> PageList {
         let max = match self.nodes.len() {
             1 => max,
             _ => max.min(PAGES_PER_NODE),
         };
-        // A share in thousandths, and the node's number, of what was tried last.
+        // The share in thousandths, and the number, of the node that was tried last.
         let mut tried = None;
 
         loop {
@@ -183,7 +184,7 @@ impl<R: MigratePage> Drop for BalloonPages<R> {
         pr_info!(
             "page migration holds pages of a balloon that has ended: a thread waits for them\n"
         );
-        // Without a thread, such as while the module is unloaded, the pages are waited for here.
+        // Without a thread, such as while the module is unloaded, wait for the pages here.
         let thread = Thread::start(c"balloon_rs_pages", None, move || {
             drop(nodes);
             Ok(())

@@ -2,11 +2,11 @@
 
 //! The pages of one node that are in the balloon.
 //!
-//! Order-0 pages are kept by the kernel's balloon core. It does the accounting (`NR_BALLOON_PAGES`,
-//! the inflate and deflate events), marks the pages offline, and lets compaction find them. Blocks
-//! need not be moved for larger ones, and are kept here, with the same accounting. What the core
-//! could do as well, but would do for each page alone, is to adjust the zones' numbers of managed
-//! pages, which makes the kernel compute its reserves again each time.
+//! The kernel's balloon core holds order-0 pages. It does the accounting (`NR_BALLOON_PAGES`, the
+//! inflate and deflate events), marks the pages offline, and makes them movable. Blocks need not be
+//! movable, and are held here, with the same accounting. The core could also adjust the zones'
+//! numbers of managed pages. But it would do so for each page, and the kernel computes its reserves
+//! again each time.
 //!
 //! C header: [`include/linux/balloon.h`](srctree/include/linux/balloon.h)
 
@@ -52,7 +52,7 @@ use kernel::{
     types::Opaque, //
 };
 
-/// How many blocks there may be, for each order from 0 on.
+/// The maximum number of blocks, for each order from 0 on.
 pub(crate) type ByOrder = [usize; MAX_ORDER as usize + 1];
 
 /// How many order-0 pages are taken out under one hold of the core's lock.
@@ -99,7 +99,7 @@ impl Blocks {
 
     /// Takes the block that begins at the page frame number `pfn`, if there is one.
     fn take_at(&mut self, pfn: usize) -> Option<Block> {
-        // Pages of others may be marked as well: the value is a guess then.
+        // Other drivers' pages may be marked as well: the value is meaningless then.
         let page = Page::online(pfn).filter(|page| page.is_offline())?;
         let private = page.private();
         if private & !ORDER_MASK != self.owner || private & ORDER_MASK == 0 {
@@ -122,20 +122,20 @@ impl Blocks {
     }
 }
 
-/// Pages of one node that are in the balloon. Compaction may move them if `R` agrees: those that it
-/// moves to other nodes stay here.
+/// Pages of one node that are in the balloon. Compaction may migrate them if `R` agrees: pages that
+/// it migrates to other nodes stay here.
 ///
-/// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside of all of these
-/// functions; under it only the zones' counters are touched. The same holds for the lock of
-/// `blocks`.
+/// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside all of these functions.
+/// It only changes the zones' counters under it. The same holds for the lock of `blocks`.
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `base_pages` pages are on its list or isolated from it by compaction. The
-/// owner of `blocks` is the address of this.
+/// `info` is initialised, and `base_pages` pages are on its list or isolated from it by compaction.
+/// The owner of `blocks` is the address of this.
 //
-// So aligned that there is room for an order in the address. The core notes the address of `info` in
-// order-0 pages: at the beginning it is an owner with an order of 0, which no block has.
+// The alignment leaves room for an order in the address. The core stores the address of `info` in
+// order-0 pages: at the start of the struct this is an owner with an order of 0, which no block
+// has.
 #[repr(C, align(64))]
 #[pin_data(PinnedDrop)]
 pub(in crate::rust::mm) struct NodePages<R: MigratePage> {
@@ -199,15 +199,16 @@ impl<R: MigratePage> NodePages<R> {
 
     /// # Safety
     ///
-    /// Only for the balloon core, which calls it with the `info` of a balloon that has pages, a page
-    /// that it has isolated from there, and the page that is to replace it.
+    /// Only for the balloon core, which calls it with the `info` of a balloon that has pages, a
+    /// page that it has isolated from there, and the page that is to replace it.
     unsafe extern "C" fn migrate(
         info: *mut bindings::balloon_dev_info,
         new: *mut bindings::page,
         old: *mut bindings::page,
         mode: bindings::migrate_mode,
     ) -> c_int {
-        // SAFETY: By the requirements of this function. A balloon that has pages has not been dropped.
+        // SAFETY: By the requirements of this function. A balloon that has pages has not been
+        // dropped.
         let (this, old, new) = unsafe {
             (
                 &*container_of!(Opaque::cast_from(info), Self, info),
@@ -268,11 +269,11 @@ impl<R: MigratePage> NodePages<R> {
         }
     }
 
-    /// Puts all order-0 pages of `pages` on the core's list, for which its lock is held, with
-    /// interrupts disabled.
+    /// Puts all order-0 pages of `pages` on the core's list, under its lock, with interrupts
+    /// disabled.
     fn enqueue(&self, pages: &mut PageList) {
-        // SAFETY: The function takes all order-0 pages off the list, each with its reference; they
-        // are order 0 pages as the core wants them.
+        // SAFETY: The function takes all order-0 pages off the list, each with its reference, as
+        // the core requires.
         unsafe {
             pages.base_pages.with_head(|head| {
                 bindings::balloon_page_list_enqueue(self.info.get(), head);
@@ -302,10 +303,10 @@ impl<R: MigratePage> NodePages<R> {
         }
     }
 
-    /// Takes up to `max` pages (kernel pages) out: up to `max_blocks` blocks that fit, or else
-    /// order-0 pages, up to the same number.
+    /// Takes up to `max` pages (kernel pages) out: up to `max_blocks` blocks that fit, otherwise up
+    /// to the same number of order-0 pages.
     ///
-    /// None are returned if there are none, or if compaction holds all that are left just now.
+    /// Returns none if there are none, or if compaction has isolated all of the rest.
     pub(in crate::rust::mm) fn take(&self, max: usize, max_blocks: usize) -> PageList {
         let mut pages = PageList::new();
 
@@ -338,7 +339,8 @@ impl<R: MigratePage> NodePages<R> {
         }
     }
 
-    /// Takes up to `max` order-0 pages out, but not more than what the core's lock may be held for.
+    /// Takes up to `max` order-0 pages out, limited by the time for which the core's lock may be
+    /// held.
     fn take_base_pages(&self, max: usize) -> PageList {
         let mut pages = PageList::new();
         let max = max.min(PAGES_PER_HOLD);
@@ -357,15 +359,15 @@ impl<R: MigratePage> NodePages<R> {
         pages
     }
 
-    /// Frees all pages, except those that are isolated for page migration. Returns whether there are
-    /// none of these.
+    /// Frees all pages, except those that are isolated for page migration. Returns whether there
+    /// are none of these.
     pub(in crate::rust::mm) fn free(&self) -> bool {
         while !self.take(usize::MAX, usize::MAX).is_empty() {}
 
         self.len() == 0
     }
 
-    /// Makes order-0 pages of a block, if there is one. They stay in the balloon.
+    /// Splits a block into order-0 pages, if there is one. They stay in the balloon.
     fn split_block(&self) -> bool {
         let Some(block) = self.pop_block(usize::MAX) else {
             return false;
@@ -378,8 +380,8 @@ impl<R: MigratePage> NodePages<R> {
         true
     }
 
-    /// Takes all blocks out that begin in `pfns` (page frame numbers of kernel pages), and puts them
-    /// on `taken`. Looks at each pageblock there, and at no others.
+    /// Takes out all blocks that begin in `pfns` (page frame numbers of kernel pages), and puts
+    /// them on `taken`. Checks each pageblock there, and no others.
     pub(in crate::rust::mm) fn take_blocks(&self, pfns: Range<u64>, taken: &mut PageList) {
         let step = 1 << pageblock_order();
 
@@ -396,8 +398,8 @@ impl<R: MigratePage> NodePages<R> {
 
 #[pinned_drop]
 impl<R: MigratePage> PinnedDrop for NodePages<R> {
-    /// Waits for the pages that are isolated for page migration, which refer to `info`: they, or those
-    /// that take their places, return when it ends.
+    /// Waits for the pages that are isolated for page migration, which refer to `info`: they, or
+    /// their replacements, return when it ends.
     fn drop(self: Pin<&mut Self>) {
         while within(R::END_TIMEOUT, || self.free().then_some(())).is_none() {}
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Page migration, as the owner of a balloon sees it.
+//! Page migration, for the owner of a balloon.
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 use crate::rust::mm::pages::page_list::PageList;
@@ -21,26 +21,26 @@ use kernel::{
     time::Delta, //
 };
 
-/// What follows compaction when it moves pages of a balloon.
+/// The owner's handler for page migration in a balloon.
 pub(crate) trait MigratePage: Send + Sync + 'static {
     /// How long dropping a balloon waits for pages that are isolated for page migration.
     const END_TIMEOUT: Delta;
 
-    /// The page `old` is to leave the balloon, and the page with the number `new` (of a kernel
-    /// page) to take its place. The old page goes back to the page allocator when this returns and
-    /// all its references are gone.
+    /// The page with the number `new` (of a kernel page) will replace the page `old` in the
+    /// balloon. The old page returns to the page allocator when this has returned and all of its
+    /// references are gone.
     ///
     /// Called in process context, with the page locked. It must not wait for the device, and must
     /// not sleep at all unless `may_sleep` is set.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if the pages should not be moved now. The balloon stays as it is then, and
-    /// compaction tries some more times.
+    /// `EAGAIN` to refuse the migration for now. The balloon does not change then, and compaction
+    /// retries a few times.
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
 }
 
-/// A page of a balloon that compaction wants to have somewhere else.
+/// A page of a balloon that compaction migrates.
 ///
 /// # Invariants
 ///
@@ -51,7 +51,7 @@ pub(crate) struct OldPage<'a> {
 }
 
 impl<'a> OldPage<'a> {
-    /// Makes an old page of the first one on `pages`, if there is one.
+    /// Makes one of the first page on `pages`, if there is one.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     pub(crate) fn first_of(pages: &'a PageList) -> Option<Self> {
         // INVARIANT: The page is on the list, and on no balloon's, for `'a`.
@@ -66,8 +66,8 @@ impl<'a> OldPage<'a> {
         self.page.pfn() as u64
     }
 
-    /// Returns whether the kernel may have isolated the page's pageblock, and there is no page of a balloon
-    /// after it there: the caller then looks whether all pages are free that it has isolated.
+    /// Returns whether the kernel may have isolated the page's pageblock, and no later page of it
+    /// is in a balloon. The kernel's caller then checks whether all isolated pages are free.
     pub(crate) fn is_last_of_isolated(&self) -> bool {
         let next = self.page.pfn() + 1;
         let end = next.next_multiple_of(1 << pageblock_order());
@@ -80,7 +80,7 @@ impl<'a> OldPage<'a> {
     pub(crate) fn keep(&self) -> PageRef {
         // SAFETY: By the type invariants the page is valid, and the balloon has a reference to it.
         //
-        // INVARIANT: The reference that is taken here is the result's.
+        // INVARIANT: The result owns the reference that is taken here.
         unsafe { bindings::get_page(self.page.as_ptr()) };
         PageRef(self.page)
     }

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory blocks, the pieces of memory that the kernel takes offline and online.
+//! Memory blocks, the units of memory that the kernel takes offline and online.
 //!
-//! Where the kernel writes to all memory that it allocates, a memory block is the way to memory that
-//! it has not written to: the block goes offline, which only takes its pages off the free lists, and
-//! comes online again, for which the kernel asks a callback what to do with the pages. This callback
-//! keeps them.
+//! If the kernel zeroes all memory that it allocates, a memory block is a way to memory without
+//! zeroing. Taking a block offline only removes its pages from the free lists. When the block comes
+//! online again, the kernel passes the pages to a callback, and this callback keeps them.
 //!
-//! The functions for that are not exported to modules, except the callback's: the kernel is asked
-//! as an administrator would, by files in /sys.
+//! The functions for that are not exported to modules, except the one for the callback: the driver
+//! writes to files in /sys instead.
 //!
 //! C header: [`include/linux/memory_hotplug.h`](srctree/include/linux/memory_hotplug.h)
 
@@ -38,11 +37,11 @@ use kernel::{
     time::Msecs, //
 };
 
-/// What makes a block what it was before it went offline.
+/// The value that restores a block's previous state.
 const ONLINE_KERNEL: &CStr = c"online_kernel";
 
-/// How many times it is tried while others take memory offline or online. The kernel waits for 5
-/// milliseconds each time.
+/// How many times it is tried while other threads take memory offline or online. The kernel waits
+/// for 5 milliseconds each time.
 const TRIES: usize = 40;
 
 /// How long the kernel may try to take a block offline, and to bring it online.
@@ -56,19 +55,19 @@ pub(crate) struct Limits {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct MemoryBlock(u64);
 
-/// What has become of a block that was to be taken.
+/// The result of taking a block.
 pub(crate) enum Outcome {
     /// These are its pages.
     Pages(PageList),
-    /// It is as it was: the kernel does not take it offline (`EINTR`: not in time), or others have
-    /// brought it online.
+    /// It has not changed: the kernel has refused to take it offline (`EINTR`: not in time), or
+    /// another thread has brought it online.
     Not(Error),
     /// It could not be brought online.
     Offline(OfflineBlock),
 }
 
 impl MemoryBlock {
-    /// Returns how many kernel pages a block has: none if the kernel does not take memory offline.
+    /// Returns how many kernel pages a block has: none if the kernel cannot take memory offline.
     pub(crate) fn pages() -> u64 {
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
         return bindings::memory_block_size_bytes() as u64 >> kernel::page::PAGE_SHIFT;
@@ -90,19 +89,19 @@ impl MemoryBlock {
         first..first.saturating_add(pages)
     }
 
-    /// Returns whether the block looks as if it could be taken: its pages are free, or the kernel
-    /// can move them.
+    /// Returns whether the block can probably be taken: its pages are free, or the kernel can
+    /// migrate them.
     pub(crate) fn can_be_taken(self) -> bool {
         range_can_be_taken(self.pfns())
     }
 
-    /// Takes the block offline. What is in use of it is moved elsewhere.
+    /// Takes the block offline. The kernel migrates pages in use.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub(crate) fn take_offline(self, limits: Limits) -> Result<OfflineBlock> {
-        // While the block is offline there may be no memory for this.
+        // While the block is offline, an allocation for this might fail.
         let state = StateFile::open(self)?;
 
         state.write(c"offline", limits.offline)?;
@@ -112,8 +111,8 @@ impl MemoryBlock {
         })
     }
 
-    /// Takes the block, all or nothing, if it `is_wanted` when other devices have taken theirs. What is in
-    /// use of it is moved elsewhere.
+    /// Takes the whole block or nothing, if it `is_wanted` after the turns of other devices. The
+    /// kernel migrates pages in use.
     pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Outcome {
         let turn = Turn::wait();
 
@@ -134,7 +133,7 @@ impl MemoryBlock {
         let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
 
         match online {
-            // Others may have brought it online.
+            // Another thread may have brought it online.
             _ if !pages.is_empty() => Outcome::Pages(pages),
             Ok(()) => Outcome::Not(EINVAL),
             Err(_) => Outcome::Offline(block),
@@ -142,11 +141,11 @@ impl MemoryBlock {
     }
 }
 
-/// A memory block that was taken offline. It can be brought online without allocating anything, apart
-/// from what the kernel allocates itself.
+/// A memory block that was taken offline. The driver allocates nothing to bring it online; the
+/// kernel may allocate.
 pub(crate) struct OfflineBlock {
     state: StateFile,
-    /// How long bringing it online may take.
+    /// The timeout for bringing it online.
     limit: Msecs,
 }
 
@@ -159,12 +158,12 @@ impl OfflineBlock {
         Ok(Self { state, limit })
     }
 
-    /// Brings the block online, as what it was before. Does nothing if it is online, or not there any
-    /// more, as one of memory that was unplugged.
+    /// Brings the block online, in its previous zone. Does nothing if it is already online, or was
+    /// unplugged.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub(crate) fn bring_online(&self) -> Result {
         self.write(ONLINE_KERNEL)
     }
@@ -177,7 +176,7 @@ impl OfflineBlock {
     }
 }
 
-/// The file that says whether a memory block is online.
+/// The file with the state of a memory block.
 struct StateFile(WritableFile);
 
 impl StateFile {
@@ -188,7 +187,7 @@ impl StateFile {
         Ok(Self(WritableFile::open(&path)?))
     }
 
-    /// Writes a state. What takes longer than `limit` ends when it is interrupted.
+    /// Writes a state. A signal interrupts the kernel after `limit`.
     fn write(&self, state: &CStr, limit: Msecs) -> Result {
         for _ in 0..TRIES {
             match deadline::limit(limit, || self.0.write(state.to_bytes())) {
@@ -200,8 +199,8 @@ impl StateFile {
     }
 }
 
-/// Returns whether the guest has a virtio-mem device, whose driver keeps pages that come online all
-/// the time, as only one can.
+/// Returns whether the guest has a virtio-mem device. Its driver permanently sets the callback for
+/// pages that come online, and there is only one.
 pub(crate) fn has_virtio_mem(dev: &virtio::Device) -> bool {
     dev.bus_has_device(bindings::VIRTIO_ID_MEM)
 }

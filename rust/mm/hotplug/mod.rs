@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory that goes offline and comes online.
+//! Memory hotplug.
 
-// Without memory hotplug nothing comes online.
+// Without memory hotplug no memory comes online.
 #![cfg_attr(
     not(CONFIG_MEMORY_HOTREMOVE),
     allow(dead_code, unused_imports, unused_variables)

@@ -50,7 +50,7 @@ fn this_thread() -> *mut c_void {
     ptr::from_ref(current!()).cast_mut().cast()
 }
 
-/// Returns whether the caller is called by a thread that takes a block, of this driver's.
+/// Returns whether the current thread is taking a block for this driver.
 pub(in crate::rust) fn is_taking() -> bool {
     TAKING.load(Relaxed) == this_thread()
 }
@@ -59,13 +59,13 @@ pub(in crate::rust) fn is_taking() -> bool {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static TURNS: Atomic<usize> = Atomic::new(0);
 
-/// The right to take blocks. One thread at a time has it, of all devices.
+/// The right to take blocks. One thread of all devices has it at a time.
 pub(crate) struct Turn {
     _lock: GlobalGuard<HOTPLUG>,
 }
 
 impl Turn {
-    /// Waits for it: at most for as long as taking a block takes.
+    /// Waits for it: at most for the time of taking a block.
     pub(crate) fn wait() -> Self {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         TURNS.add(1, Relaxed);
@@ -92,14 +92,14 @@ impl Drop for Turn {
 pub(in crate::rust::mm) struct OnlinePageCallback<'a>(PhantomData<&'a Turn>);
 
 impl<'a> OnlinePageCallback<'a> {
-    /// Sets the callback, which keeps the pages in `pfns` (page frame numbers of kernel pages). Returns
-    /// none if another driver has a callback.
+    /// Sets the callback, which keeps the pages in `pfns` (page frame numbers of kernel pages).
+    /// Returns none if another driver has set a callback.
     pub(in crate::rust::mm) fn set(_turn: &'a Turn, pfns: Range<u64>) -> Option<Self> {
         KEPT.lock().keep(pfns.start as usize..pfns.end as usize);
 
         // INVARIANT: The callback was set.
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-        // SAFETY: The function is such a callback, and is there until this is dropped.
+        // SAFETY: The function is such a callback, and exists until this is dropped.
         return to_result(unsafe { bindings::set_online_page_callback(Some(keep_page)) })
             .ok()
             .map(|()| Self(PhantomData));
@@ -117,19 +117,19 @@ impl<'a> OnlinePageCallback<'a> {
 impl Drop for OnlinePageCallback<'_> {
     fn drop(&mut self) {
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
-        // SAFETY: By the type invariants. The function waits for who brings memory online just now.
+        // SAFETY: By the type invariants. The function waits for threads that bring memory online.
         unsafe {
             bindings::restore_online_page_callback(Some(keep_page))
         };
     }
 }
 
-/// Makes a block of pages that come online, as if it were allocated and marked.
+/// Makes an allocated and marked block of pages that come online.
 ///
 /// # Safety
 ///
-/// Only for the kernel, which calls it with the first of 2^`order` pages that come online, and gives
-/// them away. All of them have a reference, are marked, and are not managed.
+/// Only for the kernel, which calls it with the first of 2^`order` pages that come online, and
+/// passes on their ownership. All of them have a reference, are marked, and are not managed.
 #[cfg(CONFIG_MEMORY_HOTREMOVE)]
 unsafe extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
     // SAFETY: By the requirements of this function.
@@ -139,12 +139,12 @@ unsafe extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
 
     // A user may bring the block online as movable memory. Pages of the balloon are not movable.
     if Zone::of(first).is_movable() || !KEPT.lock().keeps(first.pfn()) {
-        // SAFETY: This is what the kernel does without a callback.
+        // SAFETY: The kernel does the same without a callback.
         return unsafe { bindings::generic_online_page(page, order) };
     }
 
-    // SAFETY: By the requirements of this function it is a block of this order, which is marked, and
-    // the driver's from here on.
+    // SAFETY: By the requirements of this function it is a marked block of this order, which the
+    // driver owns from here on.
     let block = unsafe {
         for n in 1..1 << order {
             first.add(n).set_count(0);
@@ -157,7 +157,7 @@ unsafe extern "C" fn keep_page(page: *mut bindings::page, order: c_uint) {
     KEPT.lock().push(block);
 }
 
-/// Lets the kernel access the pages, as if they were allocated.
+/// Makes KASAN accept accesses to the pages, as if they were allocated.
 ///
 /// # Safety
 ///
@@ -167,7 +167,7 @@ unsafe fn allow_access(_page: Page, _order: u32) {
     #[cfg(CONFIG_KASAN_GENERIC)]
     {
         unsafe extern "C" {
-            // From mm/kasan/kasan.h. The value 0 says that memory may be accessed.
+            // From mm/kasan/kasan.h. The value 0 marks accessible memory.
             fn kasan_poison(addr: *const c_void, size: usize, value: u8, init: bool);
         }
         // SAFETY: By the requirements of this function.
@@ -182,8 +182,7 @@ unsafe fn allow_access(_page: Page, _order: u32) {
     }
 }
 
-/// Returns whether memory may come online in the zone that it is in, which depends on where that
-/// lies.
+/// Returns whether memory would come online in its current zone, which depends on its address.
 fn comes_back(zone: Zone, pfns: &Range<u64>) -> bool {
     let span = zone.span();
 
@@ -194,10 +193,10 @@ fn comes_back(zone: Zone, pfns: &Range<u64>) -> bool {
     }
 }
 
-/// Returns whether the memory block with `pfns` (page frame numbers of kernel pages) looks as if it
-/// could be taken: its pages are of one zone in which they also come online, and free, or such that
-/// the kernel can move them. With a memory error it would not come online again. Without a lock: it
-/// may be over just as soon, and then the kernel does not take it offline.
+/// Returns whether the memory block with `pfns` (page frame numbers of kernel pages) can probably
+/// be taken: its pages are of one zone, in which they also come online, and are free or can be
+/// migrated. A block with a memory error would not come online again. This takes no lock: if the
+/// result changes at once, the kernel does not take the block offline.
 pub(in crate::rust) fn range_can_be_taken(pfns: Range<u64>) -> bool {
     let Some(first) = Page::online(pfns.start as usize) else {
         return false;
@@ -223,7 +222,7 @@ pub(in crate::rust) fn range_can_be_taken(pfns: Range<u64>) -> bool {
     true
 }
 
-/// Returns whether a page that is not free cannot be moved.
+/// Returns whether a page that is not free cannot be migrated.
 fn is_in_the_way(page: Page) -> bool {
     page.has_type()
         || page.is_reserved()
@@ -231,7 +230,7 @@ fn is_in_the_way(page: Page) -> bool {
         || page.count() > 0 && !page.is_movable()
 }
 
-/// Returns whether the page is boot memory of a kernel that refuses to take that offline, and logs
+/// Returns whether the page is boot memory, if the kernel refuses to take that offline and logs
 /// each attempt.
 fn is_early(page: Page) -> bool {
     #[cfg(all(CONFIG_ARM64, CONFIG_SPARSEMEM))]

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory in the order of its addresses, whatever order it comes in.
+//! Memory, sorted by address.
 //!
-//! The page allocator hands out blocks as it finds them. In order, neighbours make one range, which
-//! is shorter to name, and which the host handles in one go. A bitmap sorts without comparing
-//! anything: a batch is one bit for each block, in windows of a page that cover 128 MiB each (with
-//! pages of 4 KiB), as many as it takes but not more than [`MAX_WINDOWS`].
+//! The page allocator returns blocks in any order. In sorted order, adjacent blocks become one
+//! range, which has a shorter description, and which the host handles at once. A bitmap sorts
+//! without comparisons: a batch has one bit for each block. Each window is a page of bits, which
+//! covers 128 MiB (with pages of 4 KiB). There are up to [`MAX_WINDOWS`] windows, allocated on
+//! demand.
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
@@ -37,7 +38,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// How many windows a batch has at most.
+/// The maximum number of windows of a batch.
 const MAX_WINDOWS: usize = 64;
 
 /// The length of a window's bitmap.
@@ -52,9 +53,9 @@ const MAX_BASE_PAGES: usize = 64;
 
 type Bits = [u64; WORDS_PER_WINDOW];
 
-/// A stretch of memory of [`PAGES_PER_WINDOW`] pages.
+/// A range of memory of [`PAGES_PER_WINDOW`] pages.
 struct Window {
-    /// The page frame number that the first bit stands for.
+    /// The page frame number of the first bit.
     first: usize,
     /// The first word that may not be 0.
     next: usize,
@@ -101,7 +102,7 @@ impl Window {
 /// Why [`Batch::alloc`] failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AllocError {
-    /// There is no such block.
+    /// The page allocator has no such block.
     NoBlock,
     /// There are no more windows.
     Full,
@@ -111,26 +112,26 @@ pub(crate) enum AllocError {
 ///
 /// # Invariants
 ///
-/// - Each bit that is set stands for the first page of a block that the batch owns. The block's
-///   order is in the `private` field of that page: 0 for a page with a reference of its own, or
-///   that of a block that is kept unsplit and whose pages are all marked as offline.
+/// - Each set bit stands for the first page of a block that the batch owns. The block's order is in
+///   the `private` field of that page: 0 for a page with a reference of its own, otherwise the
+///   order of an unsplit block, whose pages are all marked as offline.
 /// - `pages` is the length of all blocks.
 /// - The windows ascend. Those that are not in use have no bits set. There is room for
 ///   [`MAX_WINDOWS`] in both lists.
 pub(crate) struct Batch {
     windows: KVec<Window>,
     unused: KVec<KBox<Bits>>,
-    /// Where the window lies that was used last.
+    /// The index of the window that was used last.
     hint: usize,
-    /// Where memory is allocated, unless it is everywhere.
+    /// The node to allocate from; none for any node.
     node: Option<Node>,
     pages: usize,
     blocks: usize,
 }
 
 impl Batch {
-    /// Returns an empty batch, with memory for one window. All else is allocated as it is needed,
-    /// without sleeping, and until [`shrink`](Self::shrink).
+    /// Returns an empty batch, with memory for one window. Other windows are allocated on demand,
+    /// without sleeping, and freed by [`shrink`](Self::shrink).
     ///
     /// # Errors
     ///
@@ -155,17 +156,17 @@ impl Batch {
         self.pages
     }
 
-    /// Returns how many blocks there are: less than or as many as pages.
+    /// Returns how many blocks there are: at most as many as pages.
     pub(crate) fn blocks(&self) -> usize {
         self.blocks
     }
 
-    /// Has [`alloc`](Self::alloc) take memory from `node` and no other one.
+    /// Makes [`alloc`](Self::alloc) allocate from `node` only.
     pub(crate) fn take_from(&mut self, node: Node) {
         self.node = Some(node);
     }
 
-    /// Frees the memory that was needed for windows, but for one.
+    /// Frees the memory of all windows but one.
     pub(crate) fn shrink(&mut self) {
         self.unused.truncate(1);
     }
@@ -179,8 +180,8 @@ impl Batch {
             self.hint = self.windows.partition_point(|window| window.first < first);
         }
         if !self.windows.get(self.hint).is_some_and(is_it) {
-            // Not GFP_NOWAIT: where blocks are rare, to want one for a slab has the kernel begin to
-            // compact its memory.
+            // Not GFP_NOWAIT: if blocks are rare, an allocation of one for a slab makes the kernel
+            // start compaction.
             let flags = __GFP_NOWARN;
             let bits = match self.unused.pop() {
                 Some(bits) => bits,
@@ -203,20 +204,19 @@ impl Batch {
         self.windows.get_mut(self.hint)
     }
 
-    /// Takes a block of 2^`order` pages from the page allocator. The memory is not initialised.
+    /// Allocates a block of 2^`order` pages. The memory is not initialised.
     ///
     /// With `unsplit`, and from the size of a pageblock on, it stays a block, which cannot fragment
-    /// the memory. It is not taken from where the kernel counts on pages that can be moved,
-    /// `ZONE_MOVABLE` and CMA. Else its pages are single ones, which compaction can move.
+    /// memory. Such a block never comes from `ZONE_MOVABLE` or CMA, where the kernel relies on
+    /// movable pages. Otherwise it is split into order-0 pages, which compaction can migrate.
     ///
-    /// With an `order` of 0 it takes up to `wanted` order-0 pages: not all that there are, but
-    /// several at once, which is much cheaper for each of them. Only for these is memory reclaimed,
-    /// and lightly: no block is worth pushing the guest into reclaim or compaction. Sleeps only if
-    /// `order` is 0.
+    /// With an `order` of 0 it allocates up to `wanted` order-0 pages, several at once, which is
+    /// much cheaper for each of them. Only these allocations reclaim memory, and lightly: blocks do
+    /// not justify reclaim or compaction. Sleeps only if `order` is 0.
     ///
     /// # Errors
     ///
-    /// Says what was missing.
+    /// The reason of the failure.
     pub(crate) fn alloc(
         &mut self,
         order: u32,
@@ -229,7 +229,7 @@ impl Batch {
         }
     }
 
-    /// Does what [`alloc`](Self::alloc) does for an `order` that is not 0.
+    /// [`alloc`](Self::alloc) for an `order` that is not 0.
     fn alloc_block(&mut self, order: u32, unsplit: bool) -> Result<(), AllocError> {
         let is_large = order >= pageblock_order();
         let unsplit = unsplit && is_large;
@@ -247,7 +247,7 @@ impl Batch {
 
         // A block does not cross the end of a window: it is aligned to its length, and shorter.
         //
-        // INVARIANT: The bits stand for the block, or for the pages it is split into.
+        // INVARIANT: The bits stand for the block, or for the pages that it is split into.
         let blocks = if unsplit {
             block.mark().into_page();
             window.set(pfn, 1);
@@ -265,7 +265,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Does what [`alloc`](Self::alloc) does for an order of 0.
+    /// [`alloc`](Self::alloc) for an order of 0.
     fn alloc_base_pages(&mut self, wanted: usize) -> Result<(), AllocError> {
         let mut pages = [ptr::null_mut(); MAX_BASE_PAGES];
         let wanted = wanted.min(MAX_BASE_PAGES);
@@ -276,7 +276,8 @@ impl Batch {
         unsafe { bindings::alloc_pages_bulk_node(gfp, nid, wanted, pages.as_mut_ptr()) };
 
         for page in pages {
-            // SAFETY: The page was just allocated, and nobody else knows it. It has an order of 0.
+            // SAFETY: The page was just allocated, and no other code has a pointer to it. It has an
+            // order of 0.
             let Some(page) =
                 (unsafe { Page::from_raw(page).map(|page| BasePage::from_page(page)) })
             else {
@@ -292,7 +293,7 @@ impl Batch {
         result
     }
 
-    /// Takes what is on `list`, or as much as there is room for: the rest stays on the list.
+    /// Takes the pages on `list`, or as many as there is room for: the rest stays on the list.
     pub(crate) fn add(&mut self, list: &mut PageList) {
         while let Some(block) = list.pop_block() {
             if let Err(block) = self.add_block(block) {
@@ -339,7 +340,7 @@ impl Batch {
         true
     }
 
-    /// Returns the first page of the first block, and its window is the first one then.
+    /// Returns the first page of the first block. The first window is then the one with this block.
     fn first_page(&mut self) -> Option<Page> {
         loop {
             if let Some(pfn) = self.windows.first_mut()?.first_block() {
@@ -375,7 +376,7 @@ impl Batch {
         self.blocks -= 1;
         self.pages -= 1 << order;
 
-        // SAFETY: By the type invariants the page begins a block that was ours, in this form.
+        // SAFETY: By the type invariants the page begins a block of ours, in this form.
         unsafe {
             match order {
                 0 => list.push(BasePage::from_page(page)),
@@ -384,11 +385,11 @@ impl Batch {
         }
     }
 
-    /// Returns all memory, in order.
+    /// Returns all memory, in ascending order.
     pub(crate) fn take_all(&mut self) -> PageList {
         let mut list = PageList::new();
 
-        // Until none is found: then all windows have been put aside.
+        // Until none is left, when all windows have been removed.
         while self.first_page().is_some() {
             self.take_first(&mut list);
         }

@@ -12,14 +12,15 @@ use core::{
     ops::Range, //
 };
 
-/// The pages that do not go to the page allocator when they come online, and those that have come.
+/// The pages to keep from the page allocator when they come online, and those that have come
+/// online.
 pub(in crate::rust::mm) struct Kept {
     pfns: Range<usize>,
     pages: PageList,
 }
 
 impl Kept {
-    /// Begins with nothing.
+    /// Returns an empty one.
     pub(in crate::rust::mm) const fn new() -> Self {
         Self {
             pfns: 0..0,
@@ -37,12 +38,12 @@ impl Kept {
         self.pfns.contains(&pfn)
     }
 
-    /// Adds a block that has come.
+    /// Adds a block that has come online.
     pub(in crate::rust::mm) fn push(&mut self, block: Block) {
         self.pages.push_block(block);
     }
 
-    /// Returns what has come.
+    /// Returns the blocks that have come online.
     pub(in crate::rust::mm) fn take(&mut self) -> PageList {
         mem::replace(&mut self.pages, PageList::new())
     }

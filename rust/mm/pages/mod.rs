@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pages that the driver owns: alone, in blocks, and in lists, runs and batches of these.
+//! Pages that the driver owns: single pages, blocks, and lists, runs and batches of these.
 
 pub(crate) mod batch;
 #[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]

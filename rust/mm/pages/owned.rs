@@ -23,25 +23,25 @@ use crate::rust::{
 use core::mem;
 use kernel::prelude::*;
 
-/// A block that was just allocated: it is not marked, and the `private` fields of its pages mean
-/// nothing. Dropping it frees it.
+/// A block that was just allocated: it is not marked, and the `private` fields of its pages have no
+/// meaning. Dropping it frees it.
 ///
 /// # Invariants
 ///
-/// `page` begins a block of 2^`order` pages that this owns, which is no compound page.
+/// `page` begins a block of 2^`order` pages that this owns. It is no compound page.
 pub(in crate::rust) struct Allocated {
     page: Page,
     order: u32,
 }
 
 impl Allocated {
-    /// Allocates a block of 2^`order` pages from `node`, or from any node, those near this CPU first.
-    /// The latter is what `alloc_pages()` does for a task without a memory policy, as all tasks of this
-    /// driver are. A cpuset applies either way.
+    /// Allocates a block of 2^`order` pages from `node`, or from any node, nodes near this CPU
+    /// first. The latter equals `alloc_pages()` in a task without a memory policy, such as all
+    /// tasks of this driver. A cpuset applies in both cases.
     pub(in crate::rust) fn new(node: Option<Node>, gfp: Gfp, order: u32) -> Option<Self> {
         let (nid, gfp) = gfp.on(node);
-        // SAFETY: It is a node or none. An order that is too large makes the call fail. The function
-        // returns a page or null.
+        // SAFETY: It is a node or none. An order that is too large makes the call fail. The
+        // function returns a page or null.
         let page = unsafe { Page::from_raw(bindings::alloc_pages_node(nid, gfp, order)) }?;
 
         // INVARIANT: The block was just allocated with this order, and is no compound page.
@@ -58,7 +58,7 @@ impl Allocated {
         1 << self.order
     }
 
-    /// Returns the first page and the order. The block is the caller's from now on.
+    /// Returns the first page and the order. The caller owns the block from now on.
     pub(in crate::rust) fn into_parts(self) -> (Page, u32) {
         let parts = (self.page, self.order);
 
@@ -70,18 +70,18 @@ impl Allocated {
     ///
     /// # Safety
     ///
-    /// The page must begin an unmarked block of this order, which is no compound page, and which the
-    /// caller gives away.
+    /// The page must begin an unmarked block of this order, which is no compound page. The caller
+    /// passes on its ownership.
     pub(in crate::rust) unsafe fn from_parts(page: Page, order: u32) -> Self {
         // INVARIANT: By the requirements of this function.
         Self { page, order }
     }
 
-    /// Marks the block, which stays one.
+    /// Marks the block, which stays unsplit.
     pub(in crate::rust) fn mark(self) -> Block {
         let (page, order) = self.into_parts();
 
-        // INVARIANT: The pages are marked, and the order is noted.
+        // INVARIANT: The pages are marked, and the order is stored.
         //
         // SAFETY: By the type invariants of `Allocated` the block is ours.
         unsafe {
@@ -91,12 +91,12 @@ impl Allocated {
         Block(page)
     }
 
-    /// Makes order-0 pages of it, and calls `each` with each of them.
+    /// Splits it into order-0 pages, and calls `each` with each of them.
     pub(in crate::rust) fn split(self, mut each: impl FnMut(BasePage)) {
         let (page, order) = self.into_parts();
 
-        // SAFETY: By the type invariants the block is ours, and is no compound page. Its pages are of
-        // order 0 from now on, and no other code has a pointer to them.
+        // SAFETY: By the type invariants the block is ours, and is no compound page. Its pages are
+        // of order 0 from now on, and no other code has a pointer to them.
         unsafe {
             bindings::split_page(page.as_ptr(), order);
             for n in 0..1 << order {
@@ -112,7 +112,7 @@ impl Drop for Allocated {
         // SAFETY: All pages are of the block.
         let mut pages = (0..1 << order).map(|n| unsafe { page.add(n) });
 
-        // The page allocator keeps a page with a memory error aside only if it is freed alone.
+        // The page allocator sets a page with a memory error aside only if the page is freed alone.
         if order > 0 && pages.any(Page::has_error) {
             // INVARIANT: The block is owned by this one from now on.
             let this = Self { page, order };
@@ -128,7 +128,7 @@ impl Drop for Allocated {
 ///
 /// # Invariants
 ///
-/// The page is of order 0, its `private` field is 0, and one of its references is this one's.
+/// The page is of order 0, its `private` field is 0, and this owns one of its references.
 #[repr(transparent)]
 pub(in crate::rust) struct BasePage(Page);
 
@@ -139,9 +139,9 @@ impl BasePage {
     }
 }
 
-// SAFETY: A page of order 0 that is allocated is on no other list.
+// SAFETY: An allocated page of order 0 is on no other list.
 unsafe impl Linked for BasePage {
-    /// Returns the page, whose reference is the caller's from now on.
+    /// Returns the page. The caller owns its reference from now on.
     fn into_page(self) -> Page {
         let page = self.0;
 
@@ -153,9 +153,9 @@ unsafe impl Linked for BasePage {
     ///
     /// # Safety
     ///
-    /// The page must be of order 0; the caller gives a reference to it away.
+    /// The page must be of order 0. The caller passes on a reference to it.
     unsafe fn from_page(page: Page) -> Self {
-        // INVARIANT: What was in the field before means nothing.
+        // INVARIANT: The old value of the field has no meaning.
         //
         // SAFETY: By the requirements of this function.
         unsafe { page.set_private(0) };
@@ -177,8 +177,8 @@ impl Drop for BasePage {
 ///
 /// # Invariants
 ///
-/// The page begins a block that this owns, of the order in its `private` field, where the owner is
-/// noted as well, if there is one. All pages of the block are marked as offline.
+/// The page begins a block that this owns. Its `private` field has the order, and the owner, if
+/// there is one. All pages of the block are marked as offline.
 #[repr(transparent)]
 pub(in crate::rust) struct Block(Page);
 
@@ -198,7 +198,7 @@ impl Block {
         1 << self.order()
     }
 
-    /// Notes the owner, an address with no bits of [`ORDER_MASK`], or none (0).
+    /// Stores the owner, an address without bits of [`ORDER_MASK`], or none (0).
     pub(in crate::rust) fn set_owner(&mut self, owner: usize) {
         let private = owner & !ORDER_MASK | self.order() as usize;
 
@@ -206,7 +206,7 @@ impl Block {
         unsafe { self.0.set_private(private) };
     }
 
-    /// Takes the marks off, as they have to be before the block is freed or split.
+    /// Clears the marks, which is required before the block is freed or split.
     pub(in crate::rust) fn unmark(self) -> Allocated {
         let order = self.order();
         let page = self.into_page();
@@ -221,7 +221,7 @@ impl Block {
     }
 }
 
-// SAFETY: A block that is allocated is on no other list.
+// SAFETY: An allocated block is on no other list.
 unsafe impl Linked for Block {
     /// Returns the first page, which stands for the block from now on.
     fn into_page(self) -> Page {
@@ -235,7 +235,7 @@ unsafe impl Linked for Block {
     ///
     /// # Safety
     ///
-    /// By the type invariants; the caller gives the block away.
+    /// By the type invariants. The caller passes on the block.
     unsafe fn from_page(page: Page) -> Self {
         // INVARIANT: By the requirements of this function.
         Self(page)
@@ -249,12 +249,12 @@ impl Drop for Block {
     }
 }
 
-/// Adjacent pages of order 0. Dropping it frees them: together they go back to the page allocator as
-/// blocks, which need not be put together again from order-0 pages.
+/// Adjacent pages of order 0. Dropping it frees them together: they return to the page allocator as
+/// blocks, which it need not merge from order-0 pages.
 ///
 /// # Invariants
 ///
-/// The pages are of order 0, and one reference to each is this one's.
+/// The pages are of order 0, and this owns one reference to each.
 pub(in crate::rust) struct PageRange(PfnRange);
 
 impl PageRange {
@@ -262,18 +262,18 @@ impl PageRange {
     ///
     /// # Safety
     ///
-    /// The pages must be of order 0; the caller gives a reference to each away.
+    /// The pages must be of order 0. The caller passes on a reference to each.
     pub(in crate::rust::mm) unsafe fn new(pfns: PfnRange) -> Self {
         // INVARIANT: By the requirements of this function.
         Self(pfns)
     }
 
-    /// Makes one of `page`. Returns it if its number is out of range, which no page's is.
+    /// Makes one of `page`. Returns it if its number is out of range, which cannot happen.
     pub(in crate::rust::mm) fn of(page: BasePage) -> Result<Self, BasePage> {
         match PfnRange::new(page.page().pfn() as u64, 1) {
             Some(pfns) => {
                 page.into_page();
-                // INVARIANT: The page is this one's from now on.
+                // INVARIANT: This owns the page from now on.
                 Ok(Self(pfns))
             }
             None => Err(page),
@@ -285,7 +285,7 @@ impl PageRange {
         match self.0.extended(page.page().pfn() as u64) {
             Some(pfns) => {
                 page.into_page();
-                // INVARIANT: The page is this one's from now on.
+                // INVARIANT: This owns the page from now on.
                 self.0 = pfns;
                 Ok(())
             }
@@ -298,11 +298,11 @@ impl PageRange {
         self.0
     }
 
-    /// Marks the pages as offline, whose number must be a multiple of 2^`order`. Freeing them takes the
-    /// marks off.
+    /// Marks the pages as offline. Their number must be a multiple of 2^`order`. Freeing them
+    /// clears the marks.
     pub(in crate::rust::mm) fn mark_blocks(&self, order: u32) {
         for pfn in (self.0.first()..self.0.end()).step_by(1 << order) {
-            // SAFETY: By the type invariants these are pages that are owned by this.
+            // SAFETY: By the type invariants this owns these pages.
             unsafe { bindings::set_pages_offline(Page::from_pfn(pfn as usize).as_ptr(), order) };
         }
     }

@@ -12,16 +12,15 @@ use core::{
 };
 use kernel::prelude::*;
 
-/// The largest order of a block that the page allocator hands out.
+/// The largest order of the page allocator.
 pub(crate) const MAX_ORDER: u32 = bindings::BALLOON_MAX_PAGE_ORDER;
 
-/// Returns the order of a pageblock: what the kernel keeps together of one kind, to have memory in
-/// large pieces.
+/// Returns the order of a pageblock, the unit in which the kernel groups pages by mobility.
 pub(crate) fn pageblock_order() -> u32 {
     bindings::pageblock_order()
 }
 
-/// The bits of a page's `private` field that have the order of a block. The others have the block's
+/// The bits of a page's `private` field with the order of a block. The others have the block's
 /// owner, if there is one.
 pub(in crate::rust) const ORDER_MASK: usize = 63;
 
@@ -29,7 +28,8 @@ pub(in crate::rust) const ORDER_MASK: usize = 63;
 ///
 /// # Invariants
 ///
-/// The struct has such a field at this offset. If `T` is an integer, other code may write the field.
+/// The struct has such a field at this offset. If `T` is an integer, other code may write the
+/// field.
 struct Field<T>(usize, PhantomData<T>);
 
 // INVARIANT: These are fields of `struct page`; the flags are its first one.
@@ -40,8 +40,8 @@ const PRIVATE: Field<usize> = Field(bindings::PAGE_PRIVATE_OFFSET, PhantomData);
 const REFCOUNT: Field<u32> = Field(bindings::PAGE_REFCOUNT_OFFSET, PhantomData);
 const TYPE: Field<u32> = Field(bindings::PAGE_TYPE_OFFSET, PhantomData);
 
-/// A kernel page, by its `struct page`. What can be read here may change at any time, unless the
-/// caller owns the page.
+/// A kernel page, by its `struct page`. All values may change at any time, unless the caller owns
+/// the page.
 ///
 /// # Invariants
 ///
@@ -57,7 +57,7 @@ unsafe impl Send for Page {}
 unsafe impl Sync for Page {}
 
 impl Page {
-    /// Makes one of a pointer, unless that is null.
+    /// Makes one of a pointer, unless it is null.
     ///
     /// # Safety
     ///
@@ -67,7 +67,7 @@ impl Page {
         NonNull::new(page).map(Self)
     }
 
-    /// Returns the page with the page frame number `pfn`, if that is memory that is online.
+    /// Returns the page with the page frame number `pfn`, if that is online memory.
     pub(in crate::rust) fn online(pfn: usize) -> Option<Self> {
         // SAFETY: The function returns a page or null.
         unsafe { Self::from_raw(bindings::pfn_to_online_page(pfn)) }
@@ -77,7 +77,7 @@ impl Page {
     ///
     /// # Safety
     ///
-    /// There must be such a page.
+    /// The page must exist.
     pub(in crate::rust) unsafe fn from_pfn(pfn: usize) -> Self {
         // INVARIANT: By the requirements of this function.
         //
@@ -165,7 +165,7 @@ impl Page {
         self.read(PRIVATE)
     }
 
-    /// Returns the order of the block that begins with the page, if that is one of the driver's.
+    /// Returns the order of the block that begins with the page, if the driver owns that block.
     pub(in crate::rust::mm) fn order(self) -> u32 {
         (self.private() & ORDER_MASK) as u32
     }
@@ -176,7 +176,7 @@ impl Page {
     ///
     /// The caller must own the page.
     pub(in crate::rust) unsafe fn set_private(self, value: usize) {
-        // Others may read it.
+        // Other code may read it.
         //
         // SAFETY: By the type invariants and the requirements of this function.
         unsafe { self.field(PRIVATE).write_volatile(value) };
@@ -193,7 +193,7 @@ impl Page {
         unsafe { self.field(REFCOUNT).write_volatile(count) };
     }
 
-    /// Returns the page's type, or a number that is none.
+    /// Returns the page's type, or a number that is not a type.
     fn page_type(self) -> u32 {
         self.read(TYPE)
     }

@@ -96,7 +96,7 @@ impl PageList {
         Some(block)
     }
 
-    /// Takes the first pages off that are all on one node: blocks, if there are any, or else order-0
+    /// Takes off the first pages that are on one node: blocks, if there are any, otherwise order-0
     /// pages. Returns the node's number with them.
     pub(in crate::rust) fn take_node(&mut self) -> Option<(usize, Self)> {
         let mut taken = Self::new();
@@ -122,8 +122,8 @@ impl PageList {
         self.blocks.first().map(|page| 1 << page.order())
     }
 
-    /// Calls `each` for all order-0 pages that follow each other and are in the same zone: with one
-    /// of them, and how many there are.
+    /// Calls `each` for each run of order-0 pages of the same zone on the list: with one of them,
+    /// and their number.
     pub(in crate::rust) fn zones(&self, mut each: impl FnMut(Page, usize)) {
         let Some(mut first) = self.base_pages.first() else {
             return;
@@ -143,14 +143,14 @@ impl PageList {
         each(first, count);
     }
 
-    /// Makes order-0 pages of all blocks.
+    /// Splits all blocks into order-0 pages.
     pub(crate) fn split_blocks(&mut self) {
         while let Some(block) = self.pop_block() {
             block.unmark().split(|page| self.push(page));
         }
     }
 
-    /// Puts what is on `other` at the end.
+    /// Appends `other`.
     pub(crate) fn append(&mut self, mut other: Self) {
         while let Some(block) = other.pop_block() {
             self.push_block(block);
@@ -160,8 +160,8 @@ impl PageList {
         }
     }
 
-    /// Takes those of the first blocks off that are adjacent. Returns them with the page frame
-    /// number (of a kernel page) of their first page.
+    /// Takes off the first blocks that are adjacent. Returns them with the page frame number (of a
+    /// kernel page) of their first page.
     pub(crate) fn take_adjacent(&mut self) -> Option<(u64, Self)> {
         let first = self.blocks.first()?.pfn();
         let mut taken = Self::new();
@@ -173,8 +173,8 @@ impl PageList {
         Some((first as u64, taken))
     }
 
-    /// Takes all but `len` pages off, or none if there are not more. Splits a block for that, if
-    /// need be.
+    /// Takes off all but `len` pages, or none if there are not more. Splits a block for that, if
+    /// necessary.
     pub(crate) fn split_off(&mut self, len: usize) -> Self {
         let mut rest = mem::replace(self, Self::new());
 
@@ -208,8 +208,8 @@ impl PageList {
         taken
     }
 
-    /// Moves those order-0 pages to `other` for whose page frame number (of a kernel page)
-    /// `is_wanted` returns true.
+    /// Moves the order-0 pages to `other` if `is_wanted` returns true for their page frame number
+    /// (of a kernel page).
     pub(crate) fn move_base_pages(&mut self, other: &mut Self, is_wanted: impl Fn(u64) -> bool) {
         for _ in 0..self.base_pages() {
             let Some(page) = self.pop() else { break };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks of memory that lie side by side.
+//! Adjacent blocks of memory.
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
@@ -36,18 +36,17 @@ use kernel::{
 /// The longest run in kernel pages: its length in bytes has to fit into 32 bits.
 const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 
-/// Blocks from the page allocator that lie side by side. What is in them means nothing to anybody.
-/// Dropping it frees them.
+/// Adjacent blocks from the page allocator. Their content has no meaning. Dropping it frees them.
 ///
 /// # Invariants
 ///
-/// The pages are blocks that this owns, in the linear mapping: [`MAX_PAGES`] at most. The first page
-/// of each block has the block's order in its `private` field.
+/// The pages are blocks that this owns, in the linear mapping: [`MAX_PAGES`] at most. The first
+/// page of each block has the block's order in its `private` field.
 pub(crate) struct PageRun(PfnRange);
 
 impl PageRun {
-    /// Takes a block of 2^`order` pages from what is free. Nothing is reclaimed for it, and no
-    /// reserve is touched. Does not sleep.
+    /// Allocates a free block of 2^`order` pages, without reclaim, and without using reserves. Does
+    /// not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
         Allocated::new(None, Gfp::HINT_BLOCK, order).and_then(Self::of)
     }
@@ -62,8 +61,8 @@ impl PageRun {
         let pfns = PfnRange::new(block.page().pfn() as u64, block.len() as u64)?;
         let (page, order) = block.into_parts();
 
-        // INVARIANT: The block is this one's, which notes its order. The largest order is far below
-        // the longest run.
+        // INVARIANT: This owns the block, and stores its order. The largest order is far below the
+        // longest run.
         //
         // SAFETY: The block is ours.
         unsafe { page.set_private(order as usize) };
@@ -81,15 +80,15 @@ impl PageRun {
         self.0.len() as usize
     }
 
-    /// Makes one run of this and `next`, if that follows at once and the result is not too long.
+    /// Merges this with `next`, if `next` follows directly and the result is not too long.
     fn join(&mut self, next: Self) -> Result<(), Self> {
         let pages = self.len() + next.len();
         let joined = PfnRange::new(self.0.first(), pages as u64);
 
         match joined.filter(|_| self.0.end() == next.0.first() && pages <= MAX_PAGES) {
             Some(joined) => {
-                // INVARIANT: The blocks of `next` lie after the others, and belong to this run from now
-                // on.
+                // INVARIANT: The blocks of `next` follow the others, and this run owns them from
+                // now on.
                 self.0 = joined;
                 mem::forget(next);
                 Ok(())
@@ -98,13 +97,13 @@ impl PageRun {
         }
     }
 
-    /// Splits the first block off, and returns it with the rest. Its order stays in its first page: the
-    /// page allocator clears the field when it frees the block.
+    /// Splits off the first block, and returns it with the rest. Its order stays in its first page:
+    /// the page allocator clears the field when it frees the block.
     fn split_first(self) -> (Allocated, Option<Self>) {
         let pfns = self.0;
 
         mem::forget(self);
-        // SAFETY: By the type invariants the run begins with a block, whose order is noted in its
+        // SAFETY: By the type invariants the run begins with a block, whose order is stored in its
         // first page.
         let block = unsafe {
             let page = Page::from_pfn(pfns.first() as usize);
@@ -132,8 +131,8 @@ impl Drop for PageRun {
     }
 }
 
-// SAFETY: The memory is in the linear mapping, and the run's as long as it exists. Nobody accesses
-// it through a shared reference, and any content is valid.
+// SAFETY: The memory is in the linear mapping, and the run owns it as long as the run exists. No
+// code accesses it through a shared reference, and any content is valid.
 unsafe impl Buffer for PageRun {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         // SAFETY: By the type invariants there is such a page.
@@ -143,8 +142,7 @@ unsafe impl Buffer for PageRun {
     }
 }
 
-/// A number of runs in the order of their addresses, where neighbours become one. Never allocates
-/// after it was made.
+/// A set of runs, sorted by address, with adjacent runs merged. Never allocates after it was made.
 pub(crate) struct RunSet {
     /// Never grows beyond its capacity.
     runs: KVec<PageRun>,
@@ -173,7 +171,7 @@ impl RunSet {
     ///
     /// # Errors
     ///
-    /// Returns it, if there is no room for one that is no neighbour.
+    /// Returns the run, if it is not adjacent to another one and there is no room for it.
     pub(crate) fn insert(&mut self, run: PageRun) -> Result<(), PageRun> {
         let pages = run.len();
         let after = self
@@ -181,8 +179,7 @@ impl RunSet {
             .partition_point(|this| this.0.first() < run.0.first());
         let before = after.checked_sub(1);
 
-        // To the end of the one before, or as one of its own, and then to the beginning of the one
-        // after.
+        // Append it to the previous run, or add it as a new one, and then merge the next run.
         let place = match self.join_before(before, run) {
             Ok(place) => place,
             Err(run) => {
@@ -224,7 +221,7 @@ impl RunSet {
         };
 
         if let Err(next) = result {
-            // There is room, since it was there before.
+            // There is room, since it was in the set before.
             let _ = self.insert_at(place + 1, next);
         }
     }
@@ -242,8 +239,7 @@ impl RunSet {
         Some(run)
     }
 
-    /// Frees blocks until it is `wanted` pages or more, or none is left. Returns how many pages it
-    /// was.
+    /// Frees blocks of `wanted` pages or more, or all. Returns the number of pages.
     pub(crate) fn free(&mut self, wanted: usize) -> usize {
         let mut freed = 0;
 
@@ -255,7 +251,7 @@ impl RunSet {
 
             freed += block.len();
             if let Some(rest) = rest {
-                // There is room, since the run was there before.
+                // There is room, since the run was in the set before.
                 let _ = self.runs.push_within_capacity(rest);
             }
         }

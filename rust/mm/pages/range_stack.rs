@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A list of page frame numbers that needs no memory but the pages that are on it.
+//! A list of page frame numbers that is stored in the listed pages themselves.
 //!
-//! When memory is given back because there is none left, the driver still has to name to the device which
-//! pages it was. The list of them is kept in some of these pages themselves. Neighbours share an
-//! entry, so that most of the time one page is enough for a hundred thousand others.
+//! When the driver deflates because the guest is out of memory, it still has to report the pages to
+//! the device. It stores their list in some of these pages. Adjacent pages share an entry, so that
+//! usually one page is enough for a hundred thousand others.
 //!
 //! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h)
 
@@ -24,14 +24,14 @@ use core::{
 };
 use kernel::page::PAGE_SIZE;
 
-/// What a backlog page holds.
+/// The content of a backlog page.
 #[repr(C)]
 struct Backlog {
     /// The backlog page below this one.
     below: Option<Page>,
     /// How many ranges are on the page.
     len: usize,
-    /// The first page frame numbers, and the numbers of pages, of the ranges. The others are 0.
+    /// The first page frame number, and the number of pages, of each range. Unused entries are 0.
     ranges: [(u64, u64); CAPACITY],
 }
 
@@ -55,7 +55,7 @@ impl Backlog {
         }
     }
 
-    /// Adds the page `pfn` to the last range, or in a new one. Returns false if there is no room.
+    /// Adds the page `pfn` to the last range, or as a new one. Returns false if there is no room.
     fn add(&mut self, pfn: u64) -> bool {
         if let Some(longer) = self.last().and_then(|last| last.extended(pfn)) {
             self.set_last(longer);
@@ -75,11 +75,11 @@ impl Backlog {
 ///
 /// # Invariants
 ///
-/// - The stack owns a reference to `top`, and to each page below, as their contents tell.
-/// - Each of these pages is of order 0 and in the kernel's linear mapping, and no other code uses its
-///   content, which is a `Backlog` with 1 to [`CAPACITY`] ranges. The content does not survive
-///   hibernation: the pages are still marked as offline, and such pages are left out of the image. So
-///   a stack must be emptied before.
+/// - The stack owns a reference to `top`, and to each page below, which the contents link.
+/// - Each of these pages is of order 0 and in the kernel's linear mapping, and no other code uses
+///   its content, which is a `Backlog` with 1 to [`CAPACITY`] ranges. The content does not survive
+///   hibernation: the pages are still marked as offline, and such pages are left out of the image.
+///   So a stack must be emptied before.
 pub(crate) struct RangeStack {
     top: Option<Page>,
 }
@@ -101,7 +101,7 @@ impl RangeStack {
         self.top.map(|page| page.address().cast())
     }
 
-    /// Returns the content of the page on top, to be changed.
+    /// Returns the content of the page on top, mutable.
     fn backlog_mut(&mut self) -> Option<&mut Backlog> {
         let mut backlog = self.backlog()?;
 
@@ -110,12 +110,12 @@ impl RangeStack {
     }
 
     /// Adds all order-0 pages on `pages` to the stack. Some of the pages become backlog pages, and
-    /// leave the list; they are freed when the ranges on them have been taken.
+    /// leave the list. They are freed when their ranges have been taken.
     pub(crate) fn record(&mut self, pages: &mut PageList) {
         let mut rest = PageList::new();
 
-        // What was added last is taken first: from the end, so that pages that ascend do so when
-        // they are taken.
+        // The stack returns the last range first. So add ascending pages from the end, and they
+        // ascend when they are taken.
         while let Some(page) = pages.pop_last() {
             let pfn = page.page().pfn() as u64;
 
@@ -130,12 +130,13 @@ impl RangeStack {
         *pages = rest;
     }
 
-    /// Makes a backlog page of `page`, which names itself.
+    /// Makes a backlog page of `page`, which lists itself.
     fn push_page(&mut self, page: BasePage) {
         let page = page.into_page();
         let backlog: NonNull<Backlog> = page.address().cast();
 
-        // SAFETY: The page is ours, and is in the linear mapping. Zeroes are a `Backlog` without ranges.
+        // SAFETY: The page is ours, and is in the linear mapping. Zeroes are a `Backlog` without
+        // ranges.
         //
         // INVARIANT: It gets a range.
         unsafe {
@@ -152,7 +153,7 @@ impl RangeStack {
         unsafe { self.backlog()?.as_ref() }.last()
     }
 
-    /// Takes up to `max` pages off the range on top; `None` if there are none, or if `max` is 0.
+    /// Takes up to `max` pages from the range on top; `None` if there are none, or if `max` is 0.
     pub(crate) fn take(&mut self, max: u64) -> Option<PfnRange> {
         let backlog = self.backlog_mut()?;
         let range = backlog.last()?;
@@ -169,7 +170,7 @@ impl RangeStack {
 
             // INVARIANT: A page without ranges leaves the stack.
             //
-            // SAFETY: By the type invariants the page is of order 0, and was ours.
+            // SAFETY: By the type invariants the page is of order 0, and ours.
             drop(top.map(|page| unsafe { BasePage::from_page(page) }));
         }
         Some(taken)

@@ -14,11 +14,11 @@ use core::{
     ptr, //
 };
 
-/// What can be on a [`Ring`]: something that owns a page.
+/// An element of a [`Ring`], which owns a page.
 ///
 /// # Safety
 ///
-/// What owns the page may use its `lru` field, and `from_page` makes what `into_page` was called for.
+/// The owner of the page may use its `lru` field, and `from_page` reverses `into_page`.
 pub(in crate::rust) unsafe trait Linked {
     /// Returns the page that stands for this.
     fn into_page(self) -> Page;
@@ -37,8 +37,8 @@ pub(in crate::rust) unsafe trait Linked {
 ///
 /// Both must be valid list heads that no other thread uses.
 unsafe fn link(prev: *mut bindings::list_head, next: *mut bindings::list_head) {
-    // Compaction looks at the pages of others, too, where `next` is what tells a tail page from a
-    // head: it has to see the old value or the new one.
+    // Compaction also reads pages that it does not own, where `next` distinguishes a tail page from
+    // a head: it must see the old value or the new one.
     //
     // SAFETY: By the requirements of this function.
     unsafe {
@@ -52,8 +52,8 @@ unsafe fn link(prev: *mut bindings::list_head, next: *mut bindings::list_head) {
 /// # Invariants
 ///
 /// - `first` is `None` if and only if `len` is 0.
-/// - Else the `lru` fields of exactly `len` pages, among them `first`, form one ring. Each page comes
-///   from a `T` that is the ring's.
+/// - Otherwise the `lru` fields of exactly `len` pages, among them `first`, form one ring. Each
+///   page comes from a `T` that the ring owns.
 pub(in crate::rust) struct Ring<T: Linked> {
     first: Option<Page>,
     len: usize,
@@ -81,7 +81,7 @@ impl<T: Linked> Ring<T> {
         self.first
     }
 
-    /// Returns the pages, from the first one on and then over again.
+    /// Returns the pages from the first one on, repeatedly.
     pub(in crate::rust) fn cycle(&self) -> impl Iterator<Item = Page> + use<'_, T> {
         core::iter::successors(self.first, |page| {
             // SAFETY: By the type invariants the neighbours of a page of the ring are pages of the
@@ -105,7 +105,7 @@ impl<T: Linked> Ring<T> {
             link(new, first);
         }
 
-        // INVARIANT: The ring has got one more page.
+        // INVARIANT: The ring has one more page.
         self.first.get_or_insert(page);
         self.len += 1;
     }
@@ -170,13 +170,13 @@ impl<T: Linked> Ring<T> {
         removed
     }
 
-    /// Calls `f` with a list head before the first page, as C code expects it. What is on the list
-    /// when `f` returns is what is on it from then on.
+    /// Calls `f` with a list head before the first page, as C code expects it. The ring then has
+    /// the pages that are on the list when `f` returns.
     ///
     /// # Safety
     ///
-    /// `f` must leave a valid list of pages behind that stand for a `T` each, and return their
-    /// number. Those that it takes off are its own, and it gives those that it puts on away.
+    /// `f` must leave a valid list of pages that stand for a `T` each, and return their number. It
+    /// owns the pages that it takes off, and passes on those that it adds.
     pub(in crate::rust) unsafe fn with_head(
         &mut self,
         f: impl FnOnce(*mut bindings::list_head) -> usize,
@@ -187,7 +187,8 @@ impl<T: Linked> Ring<T> {
         };
         let head = &raw mut head;
 
-        // SAFETY: `head` is a local; by the type invariants the ring may use the fields of its pages.
+        // SAFETY: `head` is a local; by the type invariants the ring may use the fields of its
+        // pages.
         unsafe {
             match self.first.map(Page::lru) {
                 None => link(head, head),
@@ -202,7 +203,7 @@ impl<T: Linked> Ring<T> {
 
         self.len = f(head);
 
-        // SAFETY: `f` left a valid list behind, from which `head` is taken off here.
+        // SAFETY: `f` has left a valid list, from which `head` is removed here.
         //
         // INVARIANT: The caller's promise about `f` is the invariant.
         unsafe {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The right to use a device, which all handles to it share and which can be revoked.
+//! The revocable right to use a device, which all handles to it share.
 //!
-//! I/O needs a [`Device<Bound>`]. A callback of the bus has one; a handle has one for as long as it is
-//! inside of the binding, as [`Entered`].
+//! I/O needs a [`Device<Bound>`]. A callback of the bus has one. A handle has one while it is
+//! inside the binding, as [`Entered`].
 //!
-//! `Devres` of the `kernel` crate does not serve here. It revokes when the driver is unbound; a
+//! `Devres` of the `kernel` crate does not fit here. It revokes when the driver is unbound. A
 //! virtio device is also reset for suspend, on shutdown, and when it does not respond, while the
 //! driver stays bound. And the driver enters with a spinlock held and from the OOM notifier, while
-//! another thread revokes: a read section of SRCU costs two counters of a CPU, and may sleep.
+//! another thread revokes. An SRCU read section costs two per-CPU counters, and may sleep.
 //!
 //! C header: [`include/linux/srcu.h`](srctree/include/linux/srcu.h)
 
@@ -46,25 +46,24 @@ use kernel::{
     }, //
 };
 
-/// What there is for a device as long as it may be used, which is what the handles to it have in
-/// common.
+/// The shared state of all handles to a device, while the device may be used.
 ///
 /// # Invariants
 ///
 /// - `dev` is bound, or is being bound, until the state is [`RESET`].
-/// - While an [`Entered`] that [`enter`](Self::enter) has returned exists, the virtqueues of the device
-///   are there, and it was not reset since.
-/// - `data` is null or points to the driver's data, of the type that `queue_used` expects. The data is
-///   there until the virtqueues were deleted.
+/// - While an [`Entered`] from [`enter`](Self::enter) exists, the virtqueues of the device exist,
+///   and it was not reset since.
+/// - `data` is null or points to the driver's data, of the type that `queue_used` expects. The data
+///   exists until the virtqueues were deleted.
 #[pin_data]
 pub(crate) struct Binding {
     #[pin]
     users: Srcu,
-    /// Held while the device is reset, which more than one may want.
+    /// Held while the device is reset, since several threads may reset it.
     #[pin]
     resetting: Mutex<()>,
     state: Atomic<u32>,
-    /// Which of the queues that were passed to `find_vqs` are there, one bit for each. 0 before.
+    /// Which of the queues of `find_vqs` exist, one bit for each. 0 before.
     vqs: Atomic<u32>,
     data: Atomic<*mut c_void>,
     queue_used: unsafe fn(*mut c_void, usize),
@@ -85,8 +84,8 @@ impl Deref for Entered<'_> {
     type Target = Device<Bound>;
 
     fn deref(&self) -> &Device<Bound> {
-        // SAFETY: By the type invariants, and those of `Binding`: to reset the device waits for the
-        // guard.
+        // SAFETY: By the type invariants, and those of `Binding`: a reset of the device waits for
+        // the guard.
         unsafe { self.dev.as_bound() }
     }
 }
@@ -94,9 +93,9 @@ impl Deref for Entered<'_> {
 /// How a device is reset.
 #[derive(Clone, Copy)]
 pub(in crate::rust::virtio) enum Reset {
-    /// For the next driver, or to be used again.
+    /// For the next driver, or for further use.
     Restart,
-    /// As the system shuts down.
+    /// For a shutdown of the system.
     Shutdown,
 }
 
@@ -104,9 +103,9 @@ pub(in crate::rust::virtio) enum Reset {
 const SETTING_UP: u32 = 0;
 /// The device may be used.
 const READY: u32 = 1;
-/// The device must not be used any more, but may still access the memory that it was given.
+/// The device must not be used any more, but may still access its buffers.
 const REVOKED: u32 = 2;
-/// The device has been reset: nothing is shared with it any more.
+/// The device has been reset: it owns no buffers any more.
 const RESET: u32 = 3;
 
 // SAFETY: `data` is `Send` and `Sync` by the bounds of `Driver::Data`.
@@ -125,7 +124,8 @@ impl Binding {
         dev: &Device<CoreInternal<'_>>,
         queue_used: unsafe fn(*mut c_void, usize),
     ) -> Result<Arc<Self>> {
-        // INVARIANT: A callback of the bus binds the device. There are no virtqueues yet, and no data.
+        // INVARIANT: A callback of the bus binds the device. There are no virtqueues yet, and no
+        // data.
         Arc::pin_init(
             try_pin_init!(Self {
                 users <- new_srcu!("virtio::Binding::users"),
@@ -140,8 +140,8 @@ impl Binding {
         )
     }
 
-    /// Keeps the device usable for as long as the result exists; `None` if it is not usable. No
-    /// buffer is offered to a device, and it is not notified, before it is ready.
+    /// Keeps the device usable for as long as the result exists; `None` if it is not usable. Before
+    /// the device is ready, no buffer is made available to it, and it is not notified.
     ///
     /// Specification: clause 3.1.1, Driver Requirements: Device Initialization.
     pub(in crate::rust::virtio) fn enter(&self) -> Option<Entered<'_>> {
@@ -169,28 +169,28 @@ impl Binding {
         self.dev.index()
     }
 
-    /// Returns whether nothing is shared with the device any more.
+    /// Returns whether the device was reset, and owns no buffers.
     pub(in crate::rust::virtio) fn is_reset(&self) -> bool {
         self.state.load(Acquire) == RESET
     }
 
-    /// Lets the driver use the device, which is ready, and calls it back from now on.
+    /// Allows the driver to use the ready device, and enables callbacks.
     ///
     /// # Safety
     ///
-    /// `data` must be the driver's data, of the type that `queue_used` expects, and must be there until
-    /// the virtqueues were deleted.
+    /// `data` must be the driver's data, of the type that `queue_used` expects, and must exist
+    /// until the virtqueues were deleted.
     pub(in crate::rust::virtio) unsafe fn make_ready(&self, data: *mut c_void) {
         self.state.store(READY, Release);
-        // Pairs with the acquire in `call_back`: who sees the pointer sees the data, and may use the
-        // device.
+        // Pairs with the acquire in `call_back`: a thread that sees the pointer sees the data, and
+        // may use the device.
         //
         // INVARIANT: By the requirements of this function.
         self.data.store(data, Release);
     }
 
-    /// Records the queues that `find_vqs` is about to set up, one bit for each place in what was
-    /// passed to `find_vqs`, or of none (0).
+    /// Records the queues that `find_vqs` is about to set up, one bit for each of its arguments, or
+    /// none (0).
     pub(in crate::rust::virtio) fn set_queues(&self, present: u32) {
         self.vqs.store(present, Relaxed);
     }
@@ -200,8 +200,8 @@ impl Binding {
         self.vqs.load(Relaxed) != 0
     }
 
-    /// Calls the driver back for the queue with the number `number`. A device that calls before it is
-    /// ready is ignored.
+    /// Calls the driver back for the queue with the number `number`. Interrupts before the device
+    /// is ready are ignored.
     ///
     /// # Safety
     ///
@@ -211,14 +211,13 @@ impl Binding {
         let data = self.data.load(Acquire);
 
         if !data.is_null() {
-            // SAFETY: By the type invariants `data` is what the function expects, and by the
-            // requirements of this function it is there.
+            // SAFETY: By the type invariants `data` has the type that the function expects, and by
+            // the requirements of this function it exists.
             unsafe { (self.queue_used)(data, self.position(number)) };
         }
     }
 
-    /// Returns the position, in what was passed to `find_vqs`, of the queue with the number
-    /// `number`.
+    /// Returns the position, in the arguments of `find_vqs`, of the queue with the number `number`.
     fn position(&self, number: usize) -> usize {
         let mut vqs = self.vqs.load(Relaxed);
 
@@ -230,15 +229,16 @@ impl Binding {
         vqs.trailing_zeros() as usize
     }
 
-    /// Revokes the device: every later [`enter`](Self::enter) fails, and no reader is inside any more.
-    /// Then resets it, unless that was done before.
+    /// Revokes the device: every later [`enter`](Self::enter) fails, and no reader is inside any
+    /// more. Then resets it, unless it was reset before.
     pub(in crate::rust::virtio) fn reset(&self, how: Reset) {
         let _one = self.resetting.lock();
 
         if !self.is_reset() {
             self.state.store(REVOKED, Release);
             self.users.synchronize_expedited();
-            // SAFETY: By the type invariants the device is bound. One thread at a time has the lock.
+            // SAFETY: By the type invariants the device is bound. One thread at a time has the
+            // lock.
             unsafe { reset(self.dev.as_bound(), how) };
             self.state.store(RESET, Release);
         }
@@ -256,19 +256,20 @@ unsafe fn reset(dev: &Device<Bound>, how: Reset) {
         Reset::Shutdown => bindings::virtio_device_shutdown,
     };
 
-    // SAFETY: These functions do so, and only one thread does by the requirements of this function.
+    // SAFETY: These functions reset the device, and only one thread does so by the requirements of
+    // this function.
     unsafe { dev.reset_by(by) };
 }
 
 impl Device<CoreInternal<'_>> {
-    /// Begins to use the device. The result is the binding that all handles will share.
+    /// Begins to use the device. Returns the binding that all handles will share.
     pub(in crate::rust::virtio) fn open(
         &self,
         queue_used: unsafe fn(*mut c_void, usize),
     ) -> Result<Arc<Binding>> {
         let binding = Binding::new(self, queue_used)?;
 
-        // SAFETY: By the type invariants the device is valid, and `priv` is for its driver to use,
+        // SAFETY: By the type invariants the device is valid, and `priv` belongs to its driver,
         // which is this layer.
         unsafe { (*self.as_raw()).priv_ = Arc::into_raw(binding.clone()).cast_mut().cast() };
 
@@ -286,9 +287,9 @@ impl Device<CoreInternal<'_>> {
 
         binding.reset(Reset::Restart);
 
-        // SAFETY: By the type invariants the device is valid and was reset. The queues are used only
-        // through the binding. `priv` is an `Arc<Binding>`, which is taken back here: interrupts,
-        // which look at it, end with the virtqueues.
+        // SAFETY: By the type invariants the device is valid and was reset. The queues are used
+        // only through the binding. `priv` is an `Arc<Binding>`, which is taken back here:
+        // interrupts, which read it, end with the virtqueues.
         unsafe {
             let del_vqs = (*(*self.as_raw()).config).del_vqs;
             if let Some(del_vqs) = del_vqs.filter(|_| binding.has_queues()) {
@@ -301,8 +302,8 @@ impl Device<CoreInternal<'_>> {
         }
     }
 
-    /// Ends the use of the device for shutdown: revokes it and resets it. Its virtqueues stay, since
-    /// interrupts may still be on their way.
+    /// Ends the use of the device for shutdown: revokes it and resets it. Its virtqueues stay,
+    /// since interrupts may still be pending.
     pub(in crate::rust::virtio) fn shut_down(&self) {
         if let Some(binding) = self.binding() {
             binding.reset(Reset::Shutdown);
@@ -311,7 +312,8 @@ impl Device<CoreInternal<'_>> {
 }
 
 impl Device<Core<'_>> {
-    /// Returns the binding, or none before [`open`](Device::open) and after [`close`](Device::close).
+    /// Returns the binding, or none before [`open`](Device::open) and after
+    /// [`close`](Device::close).
     pub(in crate::rust::virtio) fn binding(&self) -> Option<Arc<Binding>> {
         // SAFETY: By the type invariants `priv` is null or from `Arc::into_raw`. It changes only in
         // other callbacks of the bus, which come one after the other.

@@ -49,7 +49,7 @@ impl Device<device::Core<'_>> {
 ///
 /// # Invariants
 ///
-/// `len` is not more than the transport takes for the length of the configuration space.
+/// `len` is at most the transport's length of the configuration space.
 pub(crate) struct Config {
     binding: Arc<Binding>,
     len: c_uint,
@@ -68,7 +68,7 @@ struct Accessible<'a> {
 }
 
 impl Accessible<'_> {
-    /// Has the transport read the field into a buffer that holds `before`.
+    /// Makes the transport read the field into a buffer that holds `before`.
     fn read(&self, before: u32) -> Result<u32> {
         let mut value = before.to_le_bytes();
 
@@ -87,7 +87,7 @@ impl Accessible<'_> {
         Ok(u32::from_le_bytes(value))
     }
 
-    /// Has the transport write the field.
+    /// Makes the transport write the field.
     fn write(&self, value: u32) -> Result {
         let value = value.to_le_bytes();
 
@@ -108,7 +108,7 @@ impl Accessible<'_> {
 }
 
 impl Config {
-    /// Keeps the device bound, and the transport from being asked for what is not there.
+    /// Keeps the device bound, and checks that the field exists.
     fn access(&self, field: Field<u32>) -> Result<Accessible<'_>> {
         if !field.is_within(self.len) {
             return Err(ENXIO);
@@ -126,18 +126,18 @@ impl Config {
     /// # Errors
     ///
     /// `ENODEV` if the device is gone, `ENXIO` if it has no such field, `EAGAIN` if the transport
-    /// could not read it, or the device changed it meanwhile.
+    /// could not read it, or the device changed it during the read.
     pub(crate) fn read_le32(&self, field: Field<u32>) -> Result<u32> {
         let field = self.access(field)?;
         let value = field.read(u32::MAX)?;
 
-        // The transports read a legacy device byte by byte: the value may be a part of the old one
-        // and a part of the new one.
+        // The transports read a legacy device byte by byte: the value may mix the old and the new
+        // one.
         if self.is_legacy && field.read(u32::MAX)? != value {
             return Err(EAGAIN);
         }
-        // A read from where there is no device has all bits set. And a transport that fails to read
-        // says nothing, and leaves the buffer as it was.
+        // A read from an absent device returns ones. A transport that fails to read reports no
+        // error, and does not change the buffer.
         if value == u32::MAX && field.dev.is_gone() {
             return Err(ENODEV);
         }

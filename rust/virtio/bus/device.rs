@@ -74,7 +74,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         }
         let mut id = id;
 
-        // SAFETY: By the type invariants the device is valid, and on a bus. The id is there until the
+        // SAFETY: By the type invariants the device is valid, and on a bus. The id exists until the
         // function returns.
         unsafe {
             bindings::bus_for_each_dev(
@@ -88,7 +88,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
     /// Announces that the attribute `name` in `directory` has changed. May sleep.
     pub(crate) fn announce_attribute(&self, directory: &CStr, name: &CStr) {
-        // SAFETY: By the type invariants the device is valid. There need not be such an attribute.
+        // SAFETY: By the type invariants the device is valid. The attribute need not exist.
         unsafe {
             bindings::sysfs_notify(
                 &raw mut (*self.as_raw()).dev.kobj,
@@ -98,8 +98,8 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         };
     }
 
-    /// Keeps the system from suspending until [`relax`](Self::relax), if the user wants that of
-    /// this device (`power/wakeup` in sysfs). Callable from any context.
+    /// Prevents the system from suspending until [`relax`](Self::relax), if the user has enabled
+    /// that for this device (`power/wakeup` in sysfs). Callable from any context.
     pub(crate) fn stay_awake(&self) {
         #[cfg(CONFIG_PM_SLEEP)]
         // SAFETY: By the type invariants the device is valid.
@@ -126,7 +126,7 @@ impl Device<device::Core<'_>> {
         unsafe { *self.features() & feature.mask() != 0 }
     }
 
-    /// Returns the byte order of what the device reads in buffers.
+    /// Returns the device's byte order in buffers.
     pub(crate) fn byte_order(&self) -> ByteOrder {
         if self.has_feature(Feature::VERSION_1) {
             ByteOrder::Little
@@ -135,7 +135,7 @@ impl Device<device::Core<'_>> {
         }
     }
 
-    /// Lets the user decide whether [`stay_awake`](Self::stay_awake) has an effect.
+    /// Allows the user to enable [`stay_awake`](Self::stay_awake).
     pub(crate) fn set_wakeup_capable(&self) {
         // SAFETY: By the type invariants the device is valid.
         #[cfg(CONFIG_PM_SLEEP)]
@@ -146,15 +146,16 @@ impl Device<device::Core<'_>> {
 }
 
 impl Device {
-    /// Returns the device as one that is bound, or being bound.
+    /// Returns the device as a bound one.
     ///
     /// # Safety
     ///
-    /// That must be so for as long as the result exists.
+    /// The device must be bound, or being bound, for as long as the result exists.
     pub(in crate::rust::virtio) unsafe fn as_bound(&self) -> &Device<device::Bound> {
         // CAST: The context is a marker.
         //
-        // SAFETY: The reference is valid, and by the requirements of this function the device is bound.
+        // SAFETY: The reference is valid, and by the requirements of this function the device is
+        // bound.
         unsafe { &*ptr::from_ref(self).cast() }
     }
 }

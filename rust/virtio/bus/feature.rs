@@ -20,12 +20,12 @@ pub(crate) struct Feature(c_uint);
 impl Feature {
     /// The device complies with version 1 of the specification; a legacy device does not.
     pub(crate) const VERSION_1: Self = Self::new::<{ bindings::VIRTIO_F_VERSION_1 }>();
-    /// The device reads and writes memory through an IOMMU or a platform that it must not go round.
+    /// The device accesses memory through an IOMMU or with other platform restrictions.
     pub(crate) const ACCESS_PLATFORM: Self = Self::new::<{ bindings::VIRTIO_F_ACCESS_PLATFORM }>();
-    /// A buffer may consist of several parts that are listed in memory of their own.
+    /// A buffer may be described by an indirect table of descriptors.
     pub(crate) const INDIRECT_DESC: Self = Self::new::<{ bindings::VIRTIO_RING_F_INDIRECT_DESC }>();
 
-    /// Makes a feature of its bit number. One above 63 does not compile.
+    /// Makes a feature of its bit number. A number above 63 does not compile.
     pub(in crate::rust) const fn new<const BIT: c_uint>() -> Self {
         const { assert!(BIT < u64::BITS) };
         // INVARIANT: It was just checked.
@@ -38,8 +38,7 @@ impl Feature {
     }
 }
 
-/// The byte order of what a device reads in buffers: little-endian, unless the device is a legacy
-/// one.
+/// The byte order in buffers: little-endian, unless the device is a legacy one.
 #[derive(Clone, Copy)]
 pub(crate) enum ByteOrder {
     /// Little-endian.

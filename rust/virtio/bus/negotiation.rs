@@ -16,7 +16,7 @@ use kernel::device::{
     Bound, //
 };
 
-/// The features of a device while they are negotiated, for [`Driver::validate`].
+/// The features of a device during their negotiation, for [`Driver::validate`].
 ///
 /// # Invariants
 ///
@@ -37,11 +37,13 @@ impl<'a> Features<'a> {
     }
 
     fn bits(&self) -> &Cell<u64> {
-        // SAFETY: By the type invariants: only this accesses the bits, and not from several threads.
+        // SAFETY: By the type invariants: only this accesses the bits, and not from several
+        // threads.
         unsafe { &*self.dev.features().cast::<Cell<u64>>() }
     }
 
-    /// Returns whether the device offers `feature`, and the driver knows it and has not given it up.
+    /// Returns whether the device offers `feature`, and the driver knows it and has not given it
+    /// up.
     pub(crate) fn has(&self, feature: Feature) -> bool {
         self.bits().get() & feature.mask() != 0
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the transport for PCI lacks: the length of the configuration space, and a reset that does
-//! not wait forever for a device that was removed.
+//! Functions that the PCI transport lacks: the length of the configuration space, and a reset that
+//! does not wait forever for a removed device.
 //!
 //! C headers: [`include/uapi/linux/virtio_pci.h`](srctree/include/uapi/linux/virtio_pci.h),
 //! [`include/linux/pci.h`](srctree/include/linux/pci.h)
@@ -30,18 +30,18 @@ use kernel::{
     prelude::*, //
 };
 
-/// The PCI device that a virtio device is a function of.
+/// The PCI device of a virtio device.
 #[cfg(CONFIG_PCI)]
 struct PciDevice<'a>(&'a pci::Device<Bound>);
 
 #[cfg(CONFIG_PCI)]
 impl<'a> PciDevice<'a> {
-    /// Returns the device that `dev` is a function of, if that is a PCI device.
+    /// Returns the PCI device of `dev`, if there is one.
     fn of(dev: &'a Device<Bound>) -> Option<Self> {
         // SAFETY: By the type invariants the device is valid.
         let parent = NonNull::new(unsafe { (*dev.as_raw()).dev.parent })?;
-        // SAFETY: A device that is bound is registered. It has a reference to its parent, whose driver
-        // has registered it, and is not unbound before it has unregistered it.
+        // SAFETY: A device that is bound is registered. It has a reference to its parent, whose
+        // driver has registered it, and is not unbound before it has unregistered it.
         let parent: &device::Device<Bound> = unsafe { device::Device::from_raw(parent.as_ptr()) };
 
         parent.try_into().ok().map(Self)
@@ -91,8 +91,8 @@ impl<'a> PciDevice<'a> {
         self.0.resource_len(bar.into()).unwrap_or(0)
     }
 
-    /// Returns how much of the configuration space that the capability at `pos` describes is within
-    /// its BAR, in bytes.
+    /// Returns the length of the configuration space of the capability at `pos`, limited to its
+    /// BAR, in bytes.
     fn config_len_at(&self, pos: usize) -> u32 {
         use bindings::virtio_pci_cap as Cap;
 
@@ -104,10 +104,10 @@ impl<'a> PciDevice<'a> {
         length.min(u32::try_from(room).unwrap_or(u32::MAX))
     }
 
-    /// Returns the length of the shortest configuration space that a capability describes, in bytes:
-    /// which one the transport takes depends on the rest of them.
+    /// Returns the length of the shortest configuration space of all capabilities, in bytes: which
+    /// capability the transport uses depends on their other fields.
     fn config_len(&self) -> u32 {
-        /// How many capabilities there is room for: a list that has more is a circle.
+        /// The maximum number of capabilities: a longer list is circular.
         const MAX_CAPS: u32 = (bindings::PCI_CFG_SPACE_SIZE - bindings::PCI_STD_HEADER_SIZEOF)
             / bindings::PCI_CAP_SIZEOF;
         let mut shortest = None;
@@ -136,12 +136,12 @@ impl<'a> PciDevice<'a> {
 }
 
 impl Device<Bound> {
-    /// Returns how long the configuration space is at least, in bytes, as far as it can be too short.
-    /// `is_modern` says whether the device complies with version 1 of the specification.
+    /// Returns the least length of the configuration space, in bytes, if there is a limit.
+    /// `is_modern` is set if the device complies with version 1 of the specification.
     ///
-    /// To read beyond its end is a `BUG()` in the transport for PCI, which knows the length from a
-    /// capability and does not export it; and what is beyond the end of the BAR is not mapped. The
-    /// other transports, and devices from before virtio 1.0, have no length.
+    /// A read beyond its end is a `BUG()` in the PCI transport, which reads the length from a
+    /// capability and does not export it. Memory beyond the end of the BAR is not mapped. Other
+    /// transports, and devices from before virtio 1.0, have no length.
     pub(in crate::rust::virtio) fn config_len(&self, is_modern: bool) -> c_uint {
         #[cfg(CONFIG_PCI)]
         if let Some(pci) = PciDevice::of(self).filter(|_| is_modern) {
@@ -151,7 +151,7 @@ impl Device<Bound> {
         c_uint::MAX
     }
 
-    /// Returns whether the device was removed: it does nothing any more.
+    /// Returns whether the device was removed.
     pub(in crate::rust::virtio) fn is_gone(&self) -> bool {
         #[cfg(CONFIG_PCI)]
         return PciDevice::of(self).is_some_and(|pci| !pci.is_present());
@@ -159,8 +159,8 @@ impl Device<Bound> {
         false
     }
 
-    /// Resets the device by `f`, or marks it as broken if it is gone: the transport for PCI would wait
-    /// for it without end.
+    /// Resets the device by `f`, or marks it as broken if it is gone, since the PCI transport would
+    /// wait for it without end.
     ///
     /// # Safety
     ///
@@ -174,7 +174,7 @@ impl Device<Bound> {
             false => f,
         };
 
-        // SAFETY: By the type invariants the device is valid. All else is required of the caller.
+        // SAFETY: By the type invariants the device is valid. The caller guarantees the rest.
         unsafe { f(self.as_raw()) };
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory that can be offered to a device.
+//! Memory for a buffer of a device.
 
 use core::{
     mem,
@@ -14,34 +14,34 @@ use kernel::{
     }, //
 };
 
-/// Memory that can be offered to a device.
+/// Memory for a buffer of a device.
 ///
 /// # Safety
 ///
-/// Implementers must make sure that what [`memory`](Self::memory) returns
+/// Implementers must make sure that the result of [`memory`](Self::memory)
 ///
 /// - is the same for as long as the value exists, also when the value is moved,
-/// - lies in the kernel's linear mapping, and holds nothing that the device must not see,
-/// - is not written by anybody while the value exists and is shared, and unless the device
-///   [writes](Access::Write) it, is initialised; if it does, the memory is not accessed at all
-///   through shared references, and any bytes are valid content for it.
+/// - lies in the kernel's linear mapping, and contains no data that the device must not see,
+/// - is not written by the guest while the value exists and is shared, and is initialised, unless
+///   the device [writes](Access::Write) it. If the device writes it, the memory is not accessed
+///   through shared references, and any bytes are valid content.
 pub(crate) unsafe trait Buffer {
-    /// Returns the memory, its length in bytes, and what the device does with it.
+    /// Returns the memory, its length in bytes, and the device's access to it.
     fn memory(&self) -> (NonNull<u8>, usize, Access);
 }
 
-/// What a device does with a buffer.
+/// The device's access to a buffer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// It reads it.
+    /// Device-readable.
     Read,
-    /// It writes it.
+    /// Device-writable.
     Write,
 }
 
 // SAFETY: The elements are allocated by kmalloc, and have no padding by the requirements of
-// `AsBytes`. They stay where they are when the vector is moved; only through `&mut self` are they
-// written, or moved elsewhere.
+// `AsBytes`. They keep their address when the vector is moved, and are written or moved only
+// through `&mut self`.
 unsafe impl<T: AsBytes> Buffer for KVec<T> {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         (
@@ -52,7 +52,7 @@ unsafe impl<T: AsBytes> Buffer for KVec<T> {
     }
 }
 
-// SAFETY: The first part is a `Buffer`; the second one travels along, and the device does not see
+// SAFETY: The first part is a `Buffer`; the second one accompanies it, and the device does not see
 // it.
 unsafe impl<B: Buffer, T> Buffer for (B, T) {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
@@ -60,11 +60,11 @@ unsafe impl<B: Buffer, T> Buffer for (B, T) {
     }
 }
 
-/// A place for a `T` that the device writes.
+/// A buffer for a `T` that the device writes.
 pub(crate) struct DeviceWritable<T>(KBox<T>);
 
 impl<T: FromBytes + Zeroable> DeviceWritable<T> {
-    /// Makes one, with nothing in it but zeroes.
+    /// Makes one, filled with zeroes.
     ///
     /// # Errors
     ///

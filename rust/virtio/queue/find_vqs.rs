@@ -38,7 +38,7 @@ impl Device<device::Core<'_>> {
     ///
     /// # Errors
     ///
-    /// What the transport says, `ENOENT` if the device lacks one of the queues, `EBUSY` if they
+    /// The error of the transport, `ENOENT` if the device lacks one of the queues, `EBUSY` if they
     /// were found before, or `ENOMEM`.
     pub(crate) fn find_vqs<const N: usize>(
         &self,
@@ -65,7 +65,7 @@ impl Device<device::Core<'_>> {
                 vqs | 1u32.checked_shl(index).unwrap_or(0)
             });
 
-        // The callbacks need to know, so before there are any.
+        // Recorded before callbacks are possible, since they need it.
         binding.set_queues(present);
 
         // SAFETY: By the type invariants the device is valid, and every transport has this
@@ -87,7 +87,7 @@ impl Device<device::Core<'_>> {
     }
 }
 
-/// Virtqueues that were found, and wait for the type of their buffers.
+/// Found virtqueues, which have no buffer type yet.
 ///
 /// # Invariants
 ///
@@ -99,8 +99,8 @@ pub(crate) struct FoundQueues<const N: usize> {
 }
 
 impl<const N: usize> FoundQueues<N> {
-    /// Takes the queue with index `index`, for buffers of type `B`. What goes through it is added
-    /// to `traffic`. Returns none if there is no such queue, or it was taken before.
+    /// Takes the queue with index `index`, for buffers of type `B`. Its traffic is added to
+    /// `traffic`. Returns none if there is no such queue, or it was taken before.
     ///
     /// # Errors
     ///
@@ -119,15 +119,15 @@ impl<const N: usize> FoundQueues<N> {
     }
 }
 
-/// The callback of all virtqueues, which calls the driver's for this one.
+/// The callback of all virtqueues, which calls the driver's callback for this one.
 ///
 /// # Safety
 ///
-/// Only for the virtio core, which calls it with a queue of a device that [`Device::find_vqs`] has set
-/// up, and that was not deleted.
+/// Only for the virtio core, which calls it with a queue of a device that [`Device::find_vqs`] has
+/// set up, and that was not deleted.
 unsafe extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
-    // SAFETY: By the requirements of this function. `priv` is an `Arc<Binding>` from before the queues
-    // are found until after they were deleted.
+    // SAFETY: By the requirements of this function. `priv` is an `Arc<Binding>` from before the
+    // queues are found until after they were deleted.
     unsafe {
         let binding = (*(*vq).vdev).priv_.cast::<Binding>();
 

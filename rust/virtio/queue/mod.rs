@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Virtqueues, and the memory that goes through them.
+//! Virtqueues and their buffers.
 
 mod buffer;
 mod find_vqs;

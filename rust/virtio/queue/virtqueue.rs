@@ -2,8 +2,8 @@
 
 //! Virtqueues.
 //!
-//! A buffer that is offered to the device belongs to the queue until the device has used it, or
-//! until the device has been reset: safe code can neither touch nor free it in between.
+//! The queue owns an available buffer until the device has used it, or until the device has been
+//! reset. Safe code can neither access nor free it in between.
 //!
 //! C header: [`include/linux/virtio.h`](srctree/include/linux/virtio.h)
 
@@ -43,18 +43,18 @@ use kernel::{
     }, //
 };
 
-/// What has gone through a virtqueue, for those who look.
+/// The traffic of a virtqueue, for statistics.
 pub(crate) struct QueueStats {
-    /// Buffers that the device was offered.
+    /// Buffers that were made available.
     pub(crate) buffers: Atomic<u64>,
-    /// Their length in bytes, whatever the device has read or written of it.
+    /// Their length in bytes, whatever part the device has read or written.
     pub(crate) bytes: Atomic<u64>,
-    /// Notifications that the device was sent.
+    /// Notifications that were sent to the device.
     pub(crate) notifications: Atomic<u64>,
 }
 
 impl QueueStats {
-    /// Begins with nothing.
+    /// Returns an empty one.
     pub(crate) fn new() -> Self {
         Self {
             buffers: Atomic::new(0),
@@ -68,7 +68,7 @@ impl QueueStats {
 ///
 /// # Invariants
 ///
-/// It takes any virtqueue that no other thread uses.
+/// It accepts any virtqueue that no other thread uses.
 struct RingFunction<R>(unsafe extern "C" fn(*mut bindings::virtqueue) -> R);
 
 // INVARIANT: These functions do.
@@ -93,22 +93,21 @@ pub(crate) struct Virtqueue<B> {
     free: KVec<usize>,
 }
 
-// SAFETY: A virtqueue may be used from any thread, and `&mut self` makes sure that it is one at a
-// time.
+// SAFETY: A virtqueue may be used from any thread, and `&mut self` allows one at a time.
 unsafe impl<B: Send> Send for Virtqueue<B> {}
 
 // SAFETY: A shared reference gives read access to `self` only.
 unsafe impl<B: Sync> Sync for Virtqueue<B> {}
 
 impl<B: Buffer> Virtqueue<B> {
-    /// Offers `buffer` to the device, which learns of it by the next [`kick`](Self::kick).
+    /// Makes `buffer` available to the device, which is notified by the next [`kick`](Self::kick).
     ///
     /// Does not sleep and does not allocate.
     ///
     /// # Errors
     ///
-    /// Returns the buffer if it is empty, which no device has to understand, if the ring is full,
-    /// if the queue is broken, or if the device is gone, or not ready.
+    /// Returns the buffer if it is empty, which devices need not support, if the ring is full, if
+    /// the queue is broken, or if the device is gone or not ready.
     pub(crate) fn add(&mut self, buffer: B) -> Result<(), B> {
         let (memory, len, access) = buffer.memory();
         let Ok(len @ 1..) = c_uint::try_from(len) else {
@@ -118,8 +117,8 @@ impl<B: Buffer> Virtqueue<B> {
 
         // A buffer is one descriptor, so that nothing is allocated for an indirect table.
         //
-        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`, and stays as
-        // it is until the device has used it, since the buffer belongs to the queue until then.
+        // SAFETY: `memory` is in the linear mapping by the requirements of `Buffer`, and does not
+        // change until the device has used it, since the queue owns the buffer until then.
         unsafe {
             bindings::sg_init_one(sg.as_mut_ptr(), memory.as_ptr().cast(), len);
             self.add_sg(sg.as_mut_ptr(), 1, access, buffer)
@@ -132,7 +131,7 @@ impl<B> Virtqueue<B> {
     ///
     /// # Safety
     ///
-    /// `vq` must be valid for as long as `binding` can be entered, and nobody else may use it.
+    /// `vq` must be valid for as long as `binding` can be entered, and no other code may use it.
     ///
     /// # Errors
     ///
@@ -167,12 +166,12 @@ impl<B> Virtqueue<B> {
         self.binding.device()
     }
 
-    /// Returns how many more buffers can be offered now.
+    /// Returns how many more buffers can be made available now.
     pub(crate) fn room(&self) -> usize {
         self.free.len()
     }
 
-    /// Returns how many buffers the queue has room for in all.
+    /// Returns the queue's capacity in buffers.
     pub(crate) fn size(&self) -> usize {
         self.slots.len()
     }
@@ -182,13 +181,13 @@ impl<B> Virtqueue<B> {
         self.slots.len() - self.free.len()
     }
 
-    /// Offers the memory of the `n` entries of `sg` to the device. `buffer` is returned when it was
-    /// used.
+    /// Makes the memory of the `n` entries of `sg` available to the device. `buffer` is returned
+    /// when the device has used it.
     ///
     /// # Safety
     ///
     /// `sg` must be a list of `n` entries. Their memory must stay valid until the device has used
-    /// it or was reset; nobody must write to it until then, or, if the device writes it, access it.
+    /// it or was reset. No code may write to it until then, or, if the device writes it, access it.
     ///
     /// # Errors
     ///
@@ -203,8 +202,8 @@ impl<B> Virtqueue<B> {
         let Some(_open) = self.binding.enter() else {
             return Err(buffer);
         };
-        // The ring code warns of a buffer that has more parts than the ring, which may be a shorter
-        // one since the device was reset.
+        // The ring code warns about a buffer with more parts than the ring has entries. The ring
+        // may be shorter after a reset of the device.
         if n as usize > self.slots.len() {
             return Err(buffer);
         }
@@ -218,10 +217,10 @@ impl<B> Virtqueue<B> {
             Access::Write => bindings::virtqueue_add_inbuf,
         };
 
-        // The flags only have to be ones that never sleep.
+        // Any flags that never sleep will do.
         //
-        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that no other
-        // thread uses it. The caller vouches for the list and the memory.
+        // SAFETY: `vq` is valid since `binding` was entered, and `&mut self` makes sure that no
+        // other thread uses it. The caller guarantees the list and the memory.
         let (added, bytes) = unsafe {
             let bytes = sg_bytes(sg, n);
             let added = add(self.vq.as_ptr(), sg, n, token, bindings::GFP_NOWAIT);
@@ -250,12 +249,12 @@ impl<B> Virtqueue<B> {
     fn call<R>(&mut self, function: RingFunction<R>) -> Option<R> {
         let _open = self.binding.enter()?;
 
-        // SAFETY: By the type invariants of the function. `vq` is valid since `binding` was entered, and
-        // `&mut self` makes sure that no other thread uses it.
+        // SAFETY: By the type invariants of the function. `vq` is valid since `binding` was
+        // entered, and `&mut self` makes sure that no other thread uses it.
         Some(unsafe { function.0(self.vq.as_ptr()) })
     }
 
-    /// Tells the device about the buffers that were added, if it wants to know.
+    /// Notifies the device of the added buffers, if it has enabled notifications.
     pub(crate) fn kick(&mut self) {
         if self.call(KICK_PREPARE) == Some(true) {
             self.traffic.notifications.add(1, Relaxed);
@@ -263,13 +262,13 @@ impl<B> Virtqueue<B> {
         }
     }
 
-    /// Takes the next buffer that the device has used, with the number of bytes that it says it
-    /// wrote. The number is the device's word: it may be anything.
+    /// Takes the next used buffer, with the used length. The device sets the length: it may be any
+    /// value.
     pub(crate) fn next_used(&mut self) -> Option<(B, u32)> {
         let _open = self.binding.enter()?;
         let mut len = 0;
 
-        // SAFETY: `vq` is valid since `binding` was entered, and nobody else uses it.
+        // SAFETY: `vq` is valid since `binding` was entered, and no other code uses it.
         let token = unsafe { bindings::virtqueue_get_buf(self.vq.as_ptr(), &mut len) };
 
         // The ring code has checked that the device returned a buffer that it owned.
@@ -281,8 +280,8 @@ impl<B> Virtqueue<B> {
         Some((buffer, len))
     }
 
-    /// Takes all buffers back from a device that was reset, after which the queue has room for none.
-    /// Returns none if the device was not reset.
+    /// Takes all buffers back from a device that was reset. The queue accepts no buffers from then
+    /// on. Returns none if the device was not reset.
     pub(crate) fn detach_unused(&mut self) -> KVec<Option<B>> {
         if !self.is_reset() {
             return KVec::new();
@@ -293,22 +292,22 @@ impl<B> Virtqueue<B> {
         mem::replace(&mut self.slots, KVec::new())
     }
 
-    /// Says that no callbacks are needed for now. The device may still call.
+    /// Disables callbacks for now. The device may still interrupt.
     pub(crate) fn disable_callback(&mut self) {
         self.call(DISABLE_CB);
     }
 
-    /// Asks for a callback when the next buffer has been used.
+    /// Requests a callback when the next buffer has been used.
     ///
-    /// Returns false if that is so already: used buffers are waiting to be taken.
+    /// Returns false if that has already happened: used buffers are waiting.
     #[must_use]
     pub(crate) fn enable_callback(&mut self) -> bool {
         self.call(ENABLE_CB).unwrap_or(true)
     }
 
-    /// Asks for a callback when most of the buffers in flight have been used.
+    /// Requests a callback when most of the buffers in flight have been used.
     ///
-    /// Returns false if that is so already: used buffers are waiting to be taken.
+    /// Returns false if that has already happened: used buffers are waiting.
     #[must_use]
     pub(crate) fn enable_callback_delayed(&mut self) -> bool {
         self.call(ENABLE_CB_DELAYED).unwrap_or(true)
@@ -319,8 +318,8 @@ impl<B> Virtqueue<B> {
         self.binding.is_reset()
     }
 
-    /// Resets the queue's device, unless it was reset before: no handle to it works any more, and it
-    /// will not access any buffer again. The driver may go on with it after the system has slept, or
+    /// Resets the queue's device, unless it was reset before: no handle to it works any more, and
+    /// it will not access any buffer again. The driver may continue with it after a suspend, or
     /// when it is bound again. May sleep.
     pub(in crate::rust) fn reset_device(&self) {
         self.binding.reset(Reset::Restart);
@@ -339,8 +338,8 @@ impl<B> Virtqueue<B> {
 
 impl<B> Drop for Virtqueue<B> {
     fn drop(&mut self) {
-        // The device may still access its buffers. It is a bug of the driver to drop a queue in
-        // use, and the safe way out is to let the buffers be.
+        // The device may still access its buffers. Dropping a queue in use is a bug of the driver,
+        // and leaking the buffers is the safe way out.
         if self.in_flight() > 0 && !self.binding.is_reset() {
             mem::forget(mem::replace(&mut self.slots, KVec::new()));
         }
@@ -356,7 +355,7 @@ pub(in crate::rust) unsafe fn sg_bytes(mut sg: *mut bindings::scatterlist, n: c_
     let mut bytes = 0;
 
     for _ in 0..n {
-        // SAFETY: There is such an entry, and the one after the last is null.
+        // SAFETY: The entry exists, and the one after the last is null.
         unsafe {
             bytes += u64::from((*sg).length);
             sg = bindings::sg_next(sg);

@@ -58,12 +58,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: silent_offline,
     },
     Scenario {
-        name: "oom_with_unanswered_moves",
+        name: "oom_with_pending_migrations",
         proves: "pending page migrations do not keep a process from getting the other pages of the balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
-        run: oom_with_unanswered_moves,
+        run: oom_with_pending_migrations,
     },
     Scenario {
         name: "vanished_device",
@@ -166,7 +166,7 @@ fn silent_report(setup: &Setup) -> Result<()> {
             || {
                 Ok(guest
                     .console()
-                    .count_since(mark, "the system did not sleep, and the device was reset")?
+                    .count_since(mark, "the system did not suspend, and the device was reset")?
                     > 0)
             },
         )?;
@@ -313,7 +313,7 @@ fn offline_with(
     })
 }
 
-fn oom_with_unanswered_moves(setup: &Setup) -> Result<()> {
+fn oom_with_pending_migrations(setup: &Setup) -> Result<()> {
     /// The device's target.
     const BALLOON: Size = Size::mib(128);
     /// More than the guest has without the balloon's memory.
