@@ -110,7 +110,7 @@ fn index(words: u64) -> usize {
 pub(crate) enum Encoding {
     /// As page frame numbers and numbers of pages.
     Ranges,
-    /// As a bit for each page between the first one and the last one.
+    /// As a bitmap from the first page to the last page.
     Bitmap,
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's memory, and what of it is in the balloon.
+//! The guest's memory, and its balloon.
 //!
-//! A bit for each balloon page says whether it is in the balloon, so that a page is given back once
-//! however often the guest names it. Where a granule has several pages, a number for each granule says how
-//! much of it is in the balloon, and the granule is given back when the rest comes in.
+//! A bit for each balloon page records whether it is in the balloon, so that the device returns a page
+//! once, however often the guest lists it. If a granule has several pages, a number for each granule
+//! records how much of it is in the balloon, and the device returns the granule when it is complete.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -26,18 +26,18 @@ mod region;
 
 use region::{Absent, Region};
 
-/// What became of the pages of a message, in balloon pages.
+/// The result for the pages of a message, in balloon pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// They went in, or came out.
+    /// They were inflated, or deflated.
     pub moved: u64,
-    /// They were there already.
+    /// They had already that state.
     pub repeated: u64,
-    /// They are not in the guest's memory.
+    /// They are outside of the guest's memory.
     pub outside: u64,
 }
 
-/// Puts ranges in order, and makes one of those that meet. Returns how much is in several of them.
+/// Sorts ranges, and merges adjacent and overlapping ones. Returns the size of the overlaps.
 pub(crate) fn merge(ranges: &mut Vec<Range<u64>>) -> u64 {
     let mut repeated = 0_u64;
     ranges.sort_unstable_by_key(|range| range.start);
@@ -55,16 +55,16 @@ pub(crate) fn merge(ranges: &mut Vec<Range<u64>>) -> u64 {
 /// The guest's memory, with the balloon.
 #[derive(Debug, Default)]
 pub struct Balloon {
-    /// What memory is to be discarded in spite of.
+    /// The hazards to ignore.
     allowed: Vec<Hazard>,
-    /// In the order of their addresses.
+    /// Sorted by address.
     regions: Vec<Region>,
-    /// Where memory begins that is in no file, in bytes.
+    /// The start of memory that is in no file, in bytes.
     unbacked: BTreeSet<u64>,
-    /// Where another process finds what is in the balloon.
+    /// The balloon's state in a file, for the next worker.
     kept: Option<Kept>,
-    /// Memory that may come, or come back: the front end sends it piece by piece, and takes a piece back to change its
-    /// bounds. None of it is in `regions`.
+    /// Absent memory: the front end adds memory piece by piece, and removes a piece to change its bounds. None of it
+    /// is in `regions`.
     absent: Vec<Absent>,
 }
 
@@ -77,8 +77,7 @@ impl Balloon {
         }
     }
 
-    /// Keeps what is in the balloon in a file, for another process, and takes over its content once there is
-    /// memory.
+    /// Stores the balloon's state in a file, for the next worker, and reads the file when there is memory.
     pub fn keep(&mut self, file: File) {
         let kept = Kept::new(file);
         match kept.load() {
@@ -96,7 +95,7 @@ impl Balloon {
         }
     }
 
-    /// Writes down that the balloon has changed in these pages, which are in memory and in order.
+    /// Stores the state of these pages, which are in memory and sorted.
     pub fn write_down(&mut self, changed: &[Range<u64>]) {
         let Some(kept) = &self.kept else {
             return;
@@ -120,7 +119,7 @@ impl Balloon {
         self.check(result);
     }
 
-    /// Writes down all of it.
+    /// Stores the whole state.
     fn write_all_down(&mut self) {
         let Some(kept) = &mut self.kept else {
             return;
@@ -136,7 +135,7 @@ impl Balloon {
             } = region;
             (pages.clone(), *identity, *offset, held.len())
         }));
-        // The file has zeroes already.
+        // The file already has zeroes.
         let result = result.and_then(|()| {
             self.regions
                 .iter()
@@ -159,8 +158,8 @@ impl Balloon {
         }
     }
 
-    /// Takes over the memory that the front end has sent. What is in the balloon stays there in regions
-    /// that were there before, as when a stopped VM goes on.
+    /// Adopts the memory that the front end has sent. Known regions keep their balloon, such as when a
+    /// stopped VM continues.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap, granularity: Granularity) {
         let old = std::mem::take(&mut self.regions);
         for region in memory.iter() {
@@ -171,7 +170,7 @@ impl Balloon {
             if new.is_some() {
                 self.unbacked.remove(&start);
             } else if self.unbacked.insert(start) {
-                // A guest can have its VMM send the memory again as often as it likes.
+                // A guest can make its VMM send the memory again without end.
                 error!(
                     "the guest's memory at {start:#x} is in no file that memory can be given back from; have \
                      the VMM use a memory file, as QEMU's memory-backend-memfd with share=on is"
@@ -186,7 +185,7 @@ impl Balloon {
                 }
             }));
         }
-        // What another process had, or this one, perhaps in regions of other sizes.
+        // The state of an earlier worker or of this one, perhaps in regions of other sizes.
         let same = old.len() == self.regions.len()
             && old
                 .iter()
@@ -209,7 +208,8 @@ impl Balloon {
         }
     }
 
-    /// Has granules be as full as the balloon says, for a driver that tells before it uses a page again.
+    /// Sets the granules from the balloon, for a driver that notifies the device before it reuses a
+    /// page.
     pub fn refill(&mut self) {
         self.regions.iter_mut().for_each(Region::refill);
     }
@@ -227,13 +227,13 @@ impl Balloon {
             .collect()
     }
 
-    /// How much memory the guest has, in bytes.
+    /// The size of the guest's memory, in bytes.
     pub fn memory(&self) -> u64 {
         let pages = self.regions.iter().map(|r| r.pages.end - r.pages.start);
         pages.sum::<u64>() * BALLOON_PAGE_SIZE
     }
 
-    /// A set of its pages, with none in it.
+    /// An empty set of its pages.
     pub fn no_pages(&self) -> PageMap {
         PageMap::new(self.regions.iter().map(|region| region.pages.clone()))
     }
@@ -243,12 +243,12 @@ impl Balloon {
         self.regions.iter().map(|region| region.granules.size).max()
     }
 
-    /// Puts ranges of balloon pages into the balloon, and adds the granules that are whole now to `whole`.
+    /// Inflates ranges of balloon pages, and adds the complete granules to `whole`.
     pub fn inflate(&mut self, ranges: &[Range<u64>], whole: &mut Pieces) -> Tally {
         self.each(ranges, |region, pages| region.inflate(pages, whole))
     }
 
-    /// Takes ranges of balloon pages out of the balloon.
+    /// Deflates ranges of balloon pages.
     pub fn deflate(&mut self, ranges: &[Range<u64>]) -> Tally {
         for range in ranges {
             for absent in &mut self.absent {
@@ -258,7 +258,7 @@ impl Balloon {
         self.each(ranges, Region::deflate)
     }
 
-    /// Adds what is in the balloon of a range of balloon pages to `held`.
+    /// Adds the pages of a range that are in the balloon to `held`.
     pub fn find(&self, pages: &Range<u64>, held: &mut Pieces) {
         for region in &self.regions {
             let part = pages.start.max(region.pages.start)..pages.end.min(region.pages.end);
@@ -276,7 +276,7 @@ impl Balloon {
         regions.find_map(|region| region.next_held(from))
     }
 
-    /// Where its memory is, as ranges of balloon pages.
+    /// The ranges of its memory, in balloon pages.
     pub fn memory_ranges(&self) -> Vec<Range<u64>> {
         self.regions
             .iter()
@@ -284,7 +284,7 @@ impl Balloon {
             .collect()
     }
 
-    /// The same with absent memory, of which pages may come out of the balloon. No two ranges meet.
+    /// The same with absent memory, whose pages can be deflated. No two ranges are adjacent.
     pub fn known_ranges(&self) -> Vec<Range<u64>> {
         let mut ranges = self.memory_ranges();
         ranges.extend(self.absent.iter().map(|absent| absent.pages.clone()));
@@ -292,7 +292,8 @@ impl Balloon {
         ranges
     }
 
-    /// Calls `act` for the part of each range that is in a region. It says how many of the pages it moves.
+    /// Calls `act` for the part of each range that is in a region. It returns the number of changed
+    /// pages.
     fn each(
         &mut self,
         ranges: &[Range<u64>],
@@ -323,7 +324,7 @@ impl Balloon {
     }
 
     /// Adds the whole granules of a range of the guest's physical addresses to `whole`, and returns how
-    /// many bytes of the range are in the guest's memory. The balloon stays as it is.
+    /// many bytes of the range are in the guest's memory. The balloon does not change.
     pub fn whole_granules(&self, range: &Range<u64>, whole: &mut Pieces) -> u64 {
         let mut inside = 0;
         for region in &self.regions {
@@ -346,14 +347,14 @@ impl Balloon {
         inside
     }
 
-    /// Has granules not wait for more pages: the driver may use those that it has sent.
+    /// Empties incomplete granules: the driver may use the pages that it has sent.
     pub fn settle(&mut self) {
         for region in &mut self.regions {
             region.granules.empty();
         }
     }
 
-    /// Forgets what is in the balloon.
+    /// Empties the balloon.
     pub fn empty(&mut self) {
         self.regions.iter_mut().for_each(Region::empty);
         self.absent.clear();

@@ -18,7 +18,7 @@ use crate::kind::{ByKind, Kind};
 /// interval.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The name of the encoding that all drivers have, beside those of page sets.
+/// The name of the base protocol's encoding, in addition to those of page sets.
 const PFNS: &str = "pfns";
 
 /// Why the device refuses a message, or a part of it.
@@ -152,7 +152,7 @@ pub struct Counters {
     pub received_answers: Counter,
     /// The number of arrays of page frame numbers.
     pub pfns: Counter,
-    /// How many were page sets, by their encoding.
+    /// The number of page sets, by encoding.
     page_sets: [Counter; Encoding::ALL.len()],
     refused: [Refused; Refusal::ALL.len()],
     start: Instant,
@@ -222,7 +222,7 @@ impl Counters {
         }
     }
 
-    /// How many messages named pages, by their encoding.
+    /// The number of messages that list pages, by encoding.
     fn encodings(&self) -> BTreeMap<String, u64> {
         let names = Encoding::ALL.iter().map(|encoding| encoding.name());
         let page_sets = names.zip(self.page_sets.iter().map(Counter::get));

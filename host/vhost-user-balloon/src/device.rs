@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device: what the front end and the guest see of it.
+//! The device of the front end and the guest.
 //!
 //! One thread serves all queues, each for a bounded number of messages before the next one has its turn.
 //! Other threads set it up and control it. [`sync`](crate::sync) has the order of the locks.
@@ -44,46 +44,47 @@ mod statistics;
 mod sweep;
 mod target;
 
-/// What no file descriptor is.
+/// The value for no file descriptor.
 const NO_FD: RawFd = -1;
 
 /// The guest has not read a target yet. No balloon has so many pages.
 const NOT_ASKED: u32 = u32::MAX;
 
-/// What wakes the worker besides the queues. The numbers up to that of the queues are the library's.
+/// Events of the worker thread besides the queues. The library uses the numbers up to that of the
+/// queues.
 const WAKE: u64 = MAX_QUEUES as u64 + 1;
 const TIMER: u64 = MAX_QUEUES as u64 + 2;
 const RETRY: u64 = MAX_QUEUES as u64 + 3;
 const GRACE: u64 = MAX_QUEUES as u64 + 4;
 const SWEEP: u64 = MAX_QUEUES as u64 + 5;
 
-/// How long an access to the configuration space waits until it is known whether the driver is a new one. The test
-/// must not depend on how busy the machine is.
+/// How long an access to the configuration space waits until it is known whether the driver is a new one. In tests
+/// it is long, since they must not depend on the load of the machine.
 const KNOWN_TIME: Duration = Duration::from_millis(if cfg!(test) { 1000 } else { 20 });
 
-/// How a device is to be.
+/// The settings of a device.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The feature bits that it offers.
     pub features: u64,
     /// The granule of shared memory.
     pub granularity: Granularity,
-    /// Whether a page that comes out of the balloon has memory at once.
+    /// Whether to prefault deflated pages.
     pub prefault: bool,
-    /// What memory is discarded in spite of.
+    /// The hazards to ignore.
     pub allowed: Vec<Hazard>,
     /// The name of the VM, if it has one.
     pub name: Option<String>,
-    /// What is left to the guest at least.
+    /// The daemon's floor.
     pub floor: Floor,
-    /// For how long a guest that boots is left alone by a target that was there before.
+    /// The boot grace: how long an earlier target is not requested from a guest that boots.
     pub boot_grace: Duration,
 }
 
-/// What the front end has said about the guest's memory.
+/// The properties of the guest's memory.
 #[derive(Clone, Debug, Default)]
 pub struct Sizes {
-    /// How much there is, in bytes.
+    /// The size in bytes.
     pub memory: u64,
     /// The largest granule in bytes.
     pub granule: Option<u64>,
@@ -93,14 +94,14 @@ pub struct Sizes {
     pub hazards: BTreeSet<Hazard>,
 }
 
-/// When something happened, or will.
+/// Times of events.
 #[derive(Debug, Default)]
 struct Times {
-    /// When the guest did something for the last time.
+    /// When the guest last used a queue.
     answered: Option<Instant>,
-    /// When a guest has been left alone for long enough.
+    /// The end of the boot grace.
     grace_end: Option<Instant>,
-    /// When a driver was taken up.
+    /// When the current driver started.
     started: Option<Instant>,
     /// When the target that the guest reads or the balloon's size changed.
     moved: Option<Instant>,
@@ -113,59 +114,59 @@ pub struct Device {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     acked: AtomicU64,
     work: Mutex<Work>,
-    /// What is in the balloon, for another process.
+    /// The balloon's state in a file, for the next worker.
     kept: Option<File>,
     state: Mutex<State>,
     hints: Mutex<Hints>,
     stats: Mutex<Stats>,
     sampled: Condvar,
     requests: Mutex<Requests>,
-    /// Where the host's wishes are kept. Locked while they are written: the guest waits for the state, and
-    /// must not wait for a disk.
+    /// The state file. It has a lock of its own, since the guest waits for the state's lock, and must not
+    /// wait for a disk.
     file: Mutex<Option<PathBuf>>,
-    /// To the front end.
+    /// The channel to the front end.
     channel: Channel,
-    /// What is counted.
+    /// The counters.
     pub counters: Counters,
     connected: AtomicBool,
     /// Whether a driver's queues are served.
     running: AtomicBool,
-    /// Whether a driver has accepted features, and it is not known yet whether it is a new one.
+    /// Whether a driver has accepted features, and may be a new one.
     unknown: Mutex<bool>,
     known: Condvar,
-    /// Whether the configuration space has changed while there was nobody to tell.
+    /// Whether the configuration space has changed while there was no driver.
     config_changed: AtomicBool,
-    /// A bit for each queue that is to be served without the guest having asked for it.
+    /// A bit for each queue to serve without a notification.
     pending: AtomicU64,
     wake: EventFd,
     timer: Timer,
-    /// Goes off when the deflate queue is to be served again.
+    /// Expires when the deflate queue must be served again.
     retry: Timer,
-    /// Goes off when a guest has been left alone for long enough.
+    /// Expires at the end of the boot grace.
     grace: Timer,
-    /// Goes off when the next part of the balloon is searched.
+    /// Expires when the next part of the balloon must be searched.
     sweep: Timer,
     times: Mutex<Times>,
     /// The target that the guest has read last, in balloon pages, or [`NOT_ASKED`].
     asked: AtomicU32,
     /// The target that the guest was notified of last, in balloon pages.
     told: AtomicU32,
-    /// How many times the guest is still asked for statistics soon.
+    /// The remaining number of early statistics requests.
     soon: AtomicU32,
-    /// Whether the deflate queue waits for memory of the host's.
+    /// Whether the deflate queue waits for memory of the host.
     blocked: AtomicBool,
-    /// Done when it was logged that granules are large.
+    /// Completed when the large granules were logged.
     large_granules: Once,
     sizes: Mutex<Sizes>,
-    /// What is known about the processes that have the guest's memory. Locked while they are looked at.
+    /// The state of the processes that use the guest's memory. Locked while it is read.
     watch: Mutex<Watch>,
     /// The file descriptor that ends the worker, or [`NO_FD`].
     exit: AtomicI32,
 }
 
 impl Device {
-    /// A device that begins in this state, and keeps the host's part of it at `path`, and what is in the balloon
-    /// in the file `kept`.
+    /// A device that begins in this state. It stores the host's part of the state at `path`, and the balloon's
+    /// state in the file `kept`.
     ///
     /// # Errors
     ///
@@ -196,7 +197,7 @@ impl Device {
             running: AtomicBool::new(false),
             unknown: Mutex::default(),
             known: Condvar::new(),
-            // A guest that went on without the device may have missed a change.
+            // A guest that continued without the device may have missed a change.
             config_changed: AtomicBool::new(true),
             pending: AtomicU64::new(0),
             wake: EventFd::new(EFD_NONBLOCK)?,
@@ -218,12 +219,12 @@ impl Device {
         Ok(device)
     }
 
-    /// The memory that the library is to keep up to date.
+    /// The memory map, which the library updates.
     pub fn memory(&self) -> GuestMemoryAtomic<GuestMemoryMmap> {
         self.memory.clone()
     }
 
-    /// Prepares for another front end, which `worker` is to serve the queues of.
+    /// Prepares for another front end, whose queues `worker` will serve.
     ///
     /// # Errors
     ///
@@ -244,11 +245,11 @@ impl Device {
         Ok(())
     }
 
-    /// Takes note that the front end is gone, and its worker ended.
+    /// Handles the end of the front end and of its worker thread.
     pub fn disconnect(&self) {
         self.stop();
-        // The VM may be gone for good, so its memory must not be kept. One that comes back begins with an
-        // empty bitmap, and half a granule is not given back then.
+        // The VM may have ended, so its memory must be released. A VM that reconnects starts with an
+        // empty bitmap, and an incomplete granule is then not returned.
         self.memory
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -263,7 +264,7 @@ impl Device {
         }
         self.blocked.store(false, SeqCst);
         self.acked.store(0, SeqCst);
-        // What the guest has said was about itself.
+        // The guest's values belong to that guest only.
         let mut state = lock(&self.state);
         state.config = Fields {
             target: state.config.target,
@@ -286,7 +287,7 @@ impl Device {
         lock(&self.work).at_work = false;
         self.running.store(false, SeqCst);
         self.set_unknown(false);
-        // A driver that continues may have been left alone meanwhile.
+        // A driver that continues may have a boot grace that has ended meanwhile.
         self.config_changed.store(true, SeqCst);
     }
 
@@ -295,8 +296,8 @@ impl Device {
         self.known.notify_all();
     }
 
-    /// Waits until it is known whether the driver is a new one, if it has just accepted features. A new one must not
-    /// read the target of the one before it, and what it writes must not be taken for that one's.
+    /// Waits until the device knows whether the driver is a new one, if it has just accepted features. A new driver
+    /// must not read the target of the previous one, and its writes must not count as those of the previous one.
     fn wait_known(&self) {
         let unknown = lock(&self.unknown);
         let mut unknown = unknown.wait_while(&self.known, KNOWN_TIME, |unknown| *unknown);
@@ -323,18 +324,19 @@ impl Device {
         }
     }
 
-    /// Whether the guest's driver relies on what its free pages hold, and that is not what holes have: zeroes.
+    /// Whether the guest's driver relies on the content of its free pages, and that is not zero, as
+    /// in holes.
     pub fn keeps_free_pages(&self) -> bool {
         let poison = lock(&self.state).config.poison_val;
         Feature::PagePoison.is_in(self.acked.load(SeqCst)) && poison != 0
     }
 
-    /// When the guest did something for the last time.
+    /// When the guest last used a queue.
     pub fn answered(&self) -> Option<Instant> {
         lock(&self.times).answered
     }
 
-    /// The state that is kept.
+    /// The stored state.
     pub fn state(&self) -> State {
         lock(&self.state).clone()
     }
@@ -344,13 +346,13 @@ impl Device {
         self.settings.name.as_deref()
     }
 
-    /// What the front end has said about the guest's memory.
+    /// The properties of the guest's memory.
     pub fn sizes(&self) -> Sizes {
         lock(&self.sizes).clone()
     }
 
-    /// Writes what the host wants to the file. It may have to wait for a disk, so this comes last. One thread at a time
-    /// writes the state as it is then, so the file has the last wish in the end.
+    /// Writes the host's settings to the file. This comes last, since it may wait for a disk. One thread at a time
+    /// writes the current state, so the file has the newest settings in the end.
     fn save(&self) -> io::Result<()> {
         let file = lock(&self.file);
         file.as_ref().map_or(Ok(()), |path| self.state().save(path))

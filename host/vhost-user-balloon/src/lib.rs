@@ -4,17 +4,16 @@
 //! `uapi/linux/virtio_balloon_ext.h`.
 //!
 //! Each VM has a daemon of its own, which serves one front end at a time. So each can have a user of its
-//! own, and what goes wrong in one daemon stays with its VM: a crash, a leak, or a guest that keeps it busy.
+//! own, and a crash, a leak or a busy guest affects only that VM.
 //!
-//! It has two processes: the [`supervisor`] has the VMM's connection, and is the parent of the [`worker`],
-//! which has the device. Both can crash or be replaced while the guest runs.
+//! It has two processes: the [`supervisor`] holds the VMM's connection, and is the parent of the
+//! [`worker`], which implements the device. Both can crash or be replaced while the guest runs.
 //!
-//! A message goes through these modules: the vhost-user library sets the queues up,
-//! [`device`] is told that there is something on one of them, [`queue`] takes the messages out,
-//! [`inflate`], [`deflate`], [`stats`], [`hinting`], [`reporting`] and [`answers`] make sense of them,
-//! [`pages`] reads what names pages, [`hazard`] finds out what must not be discarded, [`balloon`] knows the
-//! guest's memory and what of it is in the balloon, and
-//! [`discard`] gives memory back to the host.
+//! A message passes through these modules. The vhost-user library sets up the queues and notifies
+//! [`device`]. [`queue`] takes the messages. [`inflate`], [`deflate`], [`stats`], [`hinting`],
+//! [`reporting`] and [`answers`] handle them, and [`pages`] decodes lists of pages. [`hazard`] detects
+//! memory that must not be discarded, [`balloon`] has the guest's memory and its balloon, and [`discard`]
+//! returns memory to the host.
 
 pub mod answers;
 pub mod balloon;

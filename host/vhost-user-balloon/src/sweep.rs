@@ -16,7 +16,8 @@ use nix::unistd::{Whence, lseek};
 use crate::bitmap::index;
 use crate::discard::{Piece, Pieces};
 
-/// What a balloon page holds that was read as a hole. Granules are as large, or a power of two times as large.
+/// The content of a balloon page that was read as a hole. Granules have this size, or a power of
+/// two times this size.
 const ZEROES: [u8; 4096] = [0; 4096];
 
 /// A search through the balloon.
@@ -24,7 +25,7 @@ const ZEROES: [u8; 4096] = [0; 4096];
 pub(crate) struct Sweep {
     /// The balloon page where it continues.
     pub(crate) next: u64,
-    /// How much it has discarded, in bytes.
+    /// The discarded memory, in bytes.
     pub(crate) discarded: u64,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the thread that serves the queues has at hand.
+//! The data of the thread that serves the queues.
 
 use std::fs::File;
 use std::ops::Range;
@@ -19,7 +19,8 @@ use crate::pages::Pages;
 use crate::queue::{Budget, Unfinished};
 use crate::sweep::{Sweep, find_zeroes};
 
-/// What the thread that serves the queues needs, and only it as long as a driver is at work.
+/// The data of the thread that serves the queues. No other thread needs them while a driver is
+/// active.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     pub(crate) memory: Arc<GuestMemoryMmap>,
@@ -29,24 +30,23 @@ pub(crate) struct Work {
     pub(crate) pieces: Pieces,
     pub(crate) ranges: Vec<Range<u64>>,
     pub(crate) heads: Vec<u16>,
-    /// The batch of each kind of queue that was begun.
+    /// The unfinished batch of each kind of queue.
     pub(crate) unfinished: ByKind<Unfinished>,
-    /// For each kind of queue, whether it is served for the first time since a driver was taken up. Another
-    /// process may have begun with its messages.
+    /// For each kind of queue, whether this is its first turn since a driver was adopted. Another worker
+    /// may have begun with its messages.
     pub(crate) taken_up: ByKind<bool>,
-    /// Where the inflate queue's available ring is to be read next.
+    /// The next position in the inflate queue's available ring.
     pub(crate) position: Option<u16>,
     /// Whether the inflate queue was served since it was started.
     pub(crate) at_work: bool,
     /// The search through the balloon for memory that the host has allocated again, if there is one.
     pub(crate) sweep: Option<Sweep>,
-    /// When the thread left time to others.
+    /// When the thread last released all locks.
     pub(crate) paused: Option<Instant>,
 }
 
 impl Work {
-    /// Without memory yet. Memory is discarded in spite of these hazards, and what is in the balloon is kept in a
-    /// file.
+    /// Without memory yet. Ignores these hazards, and stores the balloon's state in a file.
     pub(crate) fn new(allowed: &[Hazard], kept: Option<&File>) -> Self {
         let mut balloon = Balloon::new(allowed);
         if let Some(kept) = kept {
@@ -82,17 +82,16 @@ impl Work {
         Some(sweep.discarded)
     }
 
-    /// Whether the inflate queue is a new driver's, when it is served for the first time since it was
-    /// started.
+    /// Whether the inflate queue belongs to a new driver, on its first turn since it was started.
     ///
     /// A guest that was reset, or whose driver was loaded again, has an empty balloon, and there is no
-    /// message for that. Pages of the driver before it would complete granules of which the guest uses the
-    /// rest, and their contents would be lost. But a driver sets its rings up from index 0, and a front end
-    /// that only stops a queue starts it where it was stopped. So an index that is not the one where this
-    /// device stopped belongs to another driver. Index 0 does as well: it is that of an old driver only if
-    /// that one has not inflated anything, or after a multiple of 65536 messages. Then the daemon asks for an
-    /// empty balloon until the boot grace ends, and for the target after that. Nothing is lost before this
-    /// question is asked: only the inflate queue punches what is in the balloon.
+    /// message for that. Pages of the previous driver would complete granules whose other pages the guest
+    /// uses, and the guest would lose data. A driver sets up its rings from index 0. A front end that only
+    /// stops a queue restarts it where it was stopped. So another index than the one where this device
+    /// stopped belongs to a new driver. Index 0 counts as a new driver, too: for an old driver it only occurs
+    /// if that driver has not inflated anything, or after a multiple of 65536 messages. Then the daemon
+    /// requests an empty balloon until the boot grace ends, and the target after that. This check is in time:
+    /// only the inflate queue discards memory of the balloon.
     pub(crate) fn is_new_driver(&self, next: u16) -> bool {
         next == 0 || self.position.is_some_and(|position| position != next)
     }
@@ -161,7 +160,7 @@ mod tests {
         assert!(work(Some(7)).is_new_driver(0));
         assert!(work(Some(7)).is_new_driver(8));
         assert!(!work(Some(7)).is_new_driver(7));
-        // The device itself is new, and knows nothing of the driver before.
+        // The device itself is new, and has no state of an earlier driver.
         assert!(!work(None).is_new_driver(7));
     }
 }

@@ -229,7 +229,7 @@ impl Vmm {
         byte[0]
     }
 
-    /// Sends a message that names one page, and waits for it to come back.
+    /// Sends a message with one page, and waits until the device has used it.
     fn inflate(&mut self, pfn: u32) {
         self.send(&pfn.to_le_bytes());
     }
@@ -241,7 +241,7 @@ impl Vmm {
         self.send(&words.map(u64::to_le_bytes).concat());
     }
 
-    /// Sends a message, and waits for it to come back.
+    /// Sends a message, and waits until the device has used it.
     fn send(&mut self, message: &[u8]) {
         self.store(MESSAGE, message);
         self.store(DESCRIPTORS, &MESSAGE.to_le_bytes());
@@ -252,14 +252,14 @@ impl Vmm {
         self.store(AVAIL + 2, &self.sent.to_le_bytes());
         self.kick.write(1).unwrap();
         let mut used = [0; 2];
-        // A guest is interrupted without a reason when another process takes the queue up.
+        // A guest gets a spurious interrupt when another worker continues the queue.
         while u16::from_le_bytes(used) != self.sent {
             self.call.read().unwrap();
             self.memory.read_exact_at(&mut used, USED + 2).unwrap();
         }
     }
 
-    /// Waits to be told that the configuration space has changed.
+    /// Waits for the notification of a change of the configuration space.
     fn change(&mut self) {
         let mut message = [0; 12];
         self.changes.read_exact(&mut message).unwrap();
@@ -325,7 +325,7 @@ fn a_guest_inflates_and_another_one_follows() {
     let mut vmm = Vmm::connect(directory);
     assert!(!info(directory).guest.driver);
     vmm.start(0);
-    // What was changed before there was a driver.
+    // The change before there was a driver.
     vmm.change();
     let running = info(directory);
     assert!(running.guest.connected && running.guest.driver);
@@ -342,7 +342,7 @@ fn a_guest_inflates_and_another_one_follows() {
         [1, 0, 1]
     );
 
-    // The target of a moment ago comes with the guest's write.
+    // The guest's write contains a stale target.
     set(directory, 9 << 12);
     config[4..8].copy_from_slice(&1_u32.to_le_bytes());
     vmm.write_config(&config);
@@ -553,7 +553,7 @@ fn what_a_dump_has_read_of_the_balloon_is_given_back() {
     daemon.end();
 }
 
-/// The child of a daemon that has the device.
+/// The worker process of a daemon.
 fn worker(daemon: Pid) -> Pid {
     let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
     Pid::from_raw(children.split_whitespace().next().unwrap().parse().unwrap())
@@ -579,13 +579,13 @@ fn a_broken_state_file_starts_the_daemon_all_the_same() {
     daemon.end();
 }
 
-/// How long a VMM waits at most while the guest keeps its device busy: for the configuration space, and for a queue to
-/// stop.
+/// The longest wait of a VMM while the guest keeps its device busy: for the configuration space, and for stopping a
+/// queue.
 #[test]
 #[ignore = "a measurement: run it with --ignored --nocapture"]
 fn longest_wait() {
     const LARGE: u64 = 2 << 30;
-    // The messages, which are read again after each turn, come before.
+    // The messages, which each turn reads again, come before.
     const FIRST: u64 = 0x200;
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A region of the guest's memory, with what of it is in the balloon.
+//! A region of the guest's memory, and its part of the balloon.
 
 use std::fs::File;
 use std::ops::Range;
@@ -23,9 +23,9 @@ pub(crate) struct Region {
     /// Its balloon pages.
     pub(crate) pages: Range<u64>,
     pub(crate) file: Arc<File>,
-    /// What tells the file from others.
+    /// The identity of the file.
     pub(crate) identity: Identity,
-    /// Where the region begins in the file, in bytes.
+    /// The offset of the region in the file, in bytes.
     pub(crate) offset: u64,
     /// A bit for each page.
     pub(crate) held: Vec<u64>,
@@ -63,7 +63,7 @@ impl Region {
         })
     }
 
-    /// Takes over what is in the balloon of absent memory that is in the same place of the guest and of the file.
+    /// Adopts the balloon of absent memory with the same addresses in the guest and in the file.
     pub(crate) fn inherit(&mut self, absent: &mut Absent) {
         let Absent {
             pages,
@@ -95,7 +95,7 @@ impl Region {
         }
     }
 
-    /// Fills granules with what is in the balloon.
+    /// Fills granules from the balloon.
     pub(crate) fn refill(&mut self) {
         self.granules.empty();
         let offset = self.offset;
@@ -117,8 +117,8 @@ impl Region {
             )
     }
 
-    /// Puts pages of the region into the balloon, and adds what is whole now to `whole`. Returns how many were
-    /// not there.
+    /// Inflates pages of the region, and adds complete granules to `whole`. Returns how many were not in the
+    /// balloon.
     pub(crate) fn inflate(&mut self, pages: &Range<u64>, whole: &mut Pieces) -> u64 {
         let (first, offset) = (self.pages.start, self.offset);
         let granule = self.granules.size;
@@ -132,7 +132,7 @@ impl Region {
         })
     }
 
-    /// Takes pages of the region out of the balloon. Returns how many were there.
+    /// Deflates pages of the region. Returns how many were in the balloon.
     pub(crate) fn deflate(&mut self, pages: &Range<u64>) -> u64 {
         let (first, offset) = (self.pages.start, self.offset);
         let bits = pages.start - first..pages.end - first;
@@ -156,8 +156,8 @@ impl Region {
         }
     }
 
-    /// The first piece of the region in the balloon from balloon page `from` on, without parts of granules, and the page
-    /// where the next search starts. A piece is limited to what takes a small part of a turn.
+    /// The first piece of the region in the balloon from balloon page `from` on, without parts of granules, and the
+    /// page where the next search starts. The length of a piece is limited, so that it takes a small part of a turn.
     pub(crate) fn next_held(&self, from: u64) -> Option<(Piece, u64)> {
         let (first, granule) = (self.pages.start, self.granules.size);
         let start = find(&self.held, from.saturating_sub(first), true)?;
@@ -180,14 +180,14 @@ impl Region {
     }
 }
 
-/// Memory that the front end has not sent, or has taken back, and of which there is some in the balloon.
+/// Memory that the front end has not sent, or has removed, with pages in the balloon.
 #[derive(Debug)]
 pub(crate) struct Absent {
     /// Its balloon pages.
     pub(crate) pages: Range<u64>,
-    /// What tells its file from others.
+    /// The identity of its file.
     pub(crate) identity: Identity,
-    /// Where it begins in the file, in bytes.
+    /// Its offset in the file, in bytes.
     pub(crate) offset: u64,
     /// A bit for each page.
     pub(crate) held: Vec<u64>,
@@ -222,7 +222,7 @@ impl From<Region> for Absent {
     }
 }
 
-/// Where the pages of a region are in its file, in bytes.
+/// The offsets of a region's pages in its file, in bytes.
 fn in_file(pages: &Range<u64>, offset: u64) -> Range<u64> {
     offset + pages.start * BALLOON_PAGE_SIZE..offset + pages.end * BALLOON_PAGE_SIZE
 }

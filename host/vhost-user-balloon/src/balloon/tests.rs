@@ -127,7 +127,7 @@ fn memory_that_is_sent_again_keeps_its_balloon() {
     discard(&mut pieces);
     assert_eq!(files.holes(), BTreeSet::from([8, 9]));
 
-    // So does memory that is cut otherwise.
+    // So does memory with other region bounds.
     balloon.set_memory(
         &files.part(4 * PAGE, 16 * PAGE),
         Granularity::Bytes(2 * PAGE),
@@ -143,7 +143,7 @@ fn memory_that_is_sent_again_keeps_its_balloon() {
     assert_eq!(balloon.inflate(&pages(&[8]), &mut pieces).moved, 1);
 }
 
-/// A front end takes memory back and adds it again to change its bounds, which takes two messages.
+/// A front end removes memory and adds it again to change its bounds, with two messages.
 #[test]
 fn memory_that_comes_back_keeps_its_balloon() {
     let files = MemoryFiles::new(1 << 20, 1 << 20);
@@ -152,21 +152,21 @@ fn memory_that_comes_back_keeps_its_balloon() {
     balloon.inflate(&pages(&[8, 9]), &mut pieces);
     balloon.set_memory(&files.part(16 * PAGE, 32 * PAGE), Granularity::Bytes(PAGE));
     assert_eq!(balloon.known_ranges().first(), Some(&(0..256)));
-    // The guest takes a page back meanwhile.
+    // The guest deflates a page meanwhile.
     let tally = balloon.deflate(&pages(&[9]));
     assert_eq!((tally.moved, tally.outside), (0, 1));
     balloon.set_memory(&files.memory(), Granularity::Bytes(PAGE));
     let tally = balloon.inflate(&pages(&[8, 9]), &mut pieces);
     assert_eq!((tally.moved, tally.repeated), (1, 1));
     assert_eq!(balloon.known_ranges(), balloon.memory_ranges());
-    // Another driver knows nothing of it.
+    // A new driver does not know it.
     balloon.set_memory(&files.part(16 * PAGE, 32 * PAGE), Granularity::Bytes(PAGE));
     balloon.empty();
     balloon.set_memory(&files.memory(), Granularity::Bytes(PAGE));
     assert_eq!(balloon.inflate(&pages(&[8]), &mut pieces).moved, 1);
 }
 
-/// The balloon of a process that takes the device up, with granules of two pages.
+/// The balloon of a new worker, with granules of two pages.
 fn kept_balloon(files: &MemoryFiles, kept: &File) -> Balloon {
     let mut balloon = Balloon::default();
     balloon.keep(kept.try_clone().unwrap());
@@ -186,7 +186,7 @@ fn another_process_knows_what_is_in_the_balloon() {
     first.write_down(&ranges);
     first.deflate(&pages(&[4]));
     first.write_down(&pages(&[4]));
-    // What was not written down was not used, and is done again.
+    // Messages whose state was not stored were not used, and are repeated.
     first.inflate(&pages(&[50]), &mut Pieces::default());
 
     let mut second = process();
@@ -212,7 +212,7 @@ fn another_process_knows_what_is_in_the_balloon() {
     assert_eq!(process().deflate(&pages(&[3, 100, high + 1])).moved, 0);
 }
 
-/// The next process must not count a page as in the balloon whose deflation was not written down.
+/// The next worker must not count a page as in the balloon if its deflation was not stored.
 #[test]
 fn a_file_that_cannot_be_written_is_given_up() {
     let files = MemoryFiles::new(1 << 20, 1 << 20);
@@ -240,7 +240,7 @@ fn reported_ranges_are_trimmed_inward() {
     let mut pieces = Pieces::default();
     let inside = balloon.whole_granules(&(PAGE..13 * PAGE), &mut pieces);
     assert_eq!(inside, 12 * PAGE);
-    // The range goes past the region's end.
+    // The range extends past the region's end.
     let inside = balloon.whole_granules(&((1 << 20) - PAGE..(1 << 20) + PAGE), &mut pieces);
     assert_eq!(inside, PAGE);
     discard(&mut pieces);
@@ -250,7 +250,7 @@ fn reported_ranges_are_trimmed_inward() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever the guest names, the holes are exactly the whole granules that are in the balloon.
+    /// Whatever the guest lists, the holes are exactly the complete granules of the balloon.
     #[test]
     fn holes_are_the_whole_granules(
         batches in prop::collection::vec(
@@ -277,7 +277,7 @@ proptest! {
             for page in ranges.into_iter().flatten().filter_map(|page| files.file_page(page)) {
                 if inflate { held.insert(page); } else { held.remove(&page); }
             }
-            // The regions share the granule in the file where they meet, which is whole in neither.
+            // The regions share the granule in the file between them, which is complete in neither.
             let whole = |page: u64| {
                 let start = page / granule_pages * granule_pages;
                 let granule = start..start + granule_pages;

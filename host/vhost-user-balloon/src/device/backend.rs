@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the front end has the device do.
+//! The requests of the front end.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -24,10 +24,10 @@ use crate::queue::{MAX_QUEUE_SIZE, Unfinished};
 use crate::sync::lock;
 use crate::work::Work;
 
-/// The smallest part of the configuration space that is all of it to a driver, in bytes.
+/// The length of the shortest complete configuration space of a driver, in bytes.
 const SMALLEST_CONFIG: u32 = 8;
 
-/// The largest granule that the configuration space can tell, in bytes.
+/// The largest granule that fits into the configuration space's field, in bytes.
 const LARGEST_GRANULE: u32 = 1 << 31;
 
 impl VhostUserBackend for Device {
@@ -61,7 +61,7 @@ impl VhostUserBackend for Device {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
-    /// The queues have it themselves.
+    /// The queues store it themselves.
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
@@ -69,8 +69,8 @@ impl VhostUserBackend for Device {
         let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(size)) else {
             return Vec::new();
         };
-        // QEMU reads all that it has when it makes the device, before there is a driver. Others read what their
-        // guest reads, and no driver reads before it has accepted features.
+        // QEMU reads the whole space when it makes the device, before there is a driver. Other VMMs read only
+        // the part that their guest reads, and no driver reads before it has accepted features.
         let first = start == 0 && self.acked.load(SeqCst) == 0;
         if first && size >= SMALLEST_CONFIG && length < needed {
             // The supervisor logs it.
@@ -79,7 +79,7 @@ impl VhostUserBackend for Device {
         self.wait_known();
         let command = lock(&self.hints).command();
         let granule = lock(&self.sizes).granule;
-        // There is none below a page, also while the memory is not known (PS-V3).
+        // It is at least a page, also while the memory is unknown (PS-V3).
         let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
         let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
         let asked = self.asked();
@@ -88,7 +88,7 @@ impl VhostUserBackend for Device {
         }
         let fields = lock(&self.state).config.read(asked, command, granule);
         let rest = fields.get(start..).unwrap_or_default();
-        // What comes after the last field is nothing.
+        // The rest after the last field is zero.
         rest.iter()
             .copied()
             .chain(std::iter::repeat(0))
@@ -132,7 +132,7 @@ impl VhostUserBackend for Device {
             .granule()
             .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);
         if large && self.settings.features & Feature::MustTellHost.mask() == 0 {
-            // A guest can have its VMM send the memory again as often as it likes.
+            // A guest can make its VMM send the memory again without end.
             self.large_granules.call_once(|| warn!(
                 "the guest's memory is in huge pages, which come back to the host only when they are named at \
                  once; start this with --granule 2M, so that they may come in pieces"
@@ -165,12 +165,12 @@ impl VhostUserBackend for Device {
             Kind::Hinting | Kind::Reporting => {}
             Kind::Requests => lock(&self.requests).restart(),
         }
-        // What was begun begins again where the queue continues, or never.
+        // Unfinished batches start again where the queue continues, or never.
         *lock(&self.work).unfinished.of_mut(kind) = Unfinished::default();
         Ok(())
     }
 
-    /// Never fails: an error would end the worker, and a guest could have its device stop.
+    /// Never fails: an error would end the worker, and a guest could stop its device.
     fn handle_event(
         &self,
         event: u16,
@@ -180,7 +180,7 @@ impl VhostUserBackend for Device {
     ) -> io::Result<()> {
         match u64::from(event) {
             WAKE => {
-                // It is not blocking, and what matters is what is pending.
+                // The read does not block, and its result does not matter.
                 let _ = self.wake.read();
                 let pending = self.pending.swap(0, SeqCst);
                 for number in (0..MAX_QUEUES).filter(|number| pending & (1 << number) != 0) {
@@ -189,7 +189,7 @@ impl VhostUserBackend for Device {
             }
             GRACE => {
                 self.grace.acknowledge();
-                // Another driver may have started since the timer went off.
+                // Another driver may have started since the timer expired.
                 if self.grace().is_none() {
                     self.follow();
                 }

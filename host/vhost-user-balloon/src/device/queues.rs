@@ -29,17 +29,17 @@ use crate::reporting::Reporting;
 use crate::sync::{Level, lock, order};
 use crate::work::Work;
 
-/// How long the guest waits for memory that the host does not have, before the host is asked again.
+/// The time between two attempts to allocate memory that the host lacks.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// For how long nothing is locked when the thread has been at work for as long as a queue has. Else it would mostly
-/// have the locks again before another one that waits for them is awake.
+/// How long the thread releases all locks after the time of a queue's turn. Otherwise it would usually take the
+/// locks again before a waiting thread is awake.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A queue that is served for a while.
+/// A queue during its turn.
 struct Turn<'a> {
     vring: &'a mut VringState,
-    /// The guest's memory, where the messages are.
+    /// The guest's memory, which contains the messages.
     memory: &'a GuestMemoryMmap,
     /// The features that the driver has accepted.
     acked: u64,
@@ -69,7 +69,7 @@ impl Turn<'_> {
 }
 
 impl Device {
-    /// Has the worker serve a queue.
+    /// Makes the worker thread serve a queue.
     pub(super) fn wake(&self, number: usize) {
         self.pending.fetch_or(1 << number, SeqCst);
         if let Err(error) = self.wake.write(1) {
@@ -86,7 +86,7 @@ impl Device {
         if kind == Kind::Deflate && self.blocked.load(SeqCst) {
             return;
         }
-        // The front end must not wait for the locks below while processes are looked at.
+        // The front end must not wait for the locks below while the state of processes is read.
         let looked = self.look(kind);
         let order = order(Level::Queue);
         let mut vring = vring.get_mut();
@@ -106,7 +106,8 @@ impl Device {
             Some((_, is_hazardous)) => is_hazardous || self.inhibited().is_some(),
             None => false,
         };
-        // What the page frame numbers are looked up in, and not what the library may have put in its place.
+        // The memory for looking up page frame numbers. The library may have replaced its own map
+        // meanwhile.
         let memory = Arc::clone(&work.memory);
         let mut turn = Turn {
             vring: &mut vring,
@@ -138,7 +139,7 @@ impl Device {
         }
     }
 
-    /// For a queue whose messages give memory back, what [`Device::look_at_processes`] says.
+    /// For a queue whose messages return memory, the result of [`Device::look_at_processes`].
     fn look(&self, kind: Kind) -> Option<(BTreeSet<Identity>, bool)> {
         match kind {
             Kind::Inflate | Kind::Reporting | Kind::Requests => Some(self.look_at_processes()),
@@ -146,8 +147,7 @@ impl Device {
         }
     }
 
-    /// The files that hold the guest's memory, and whether processes do something to it that forbids to give any of it
-    /// back.
+    /// The files that hold the guest's memory, and whether a process's use of it forbids returning any of it.
     pub(super) fn look_at_processes(&self) -> (BTreeSet<Identity>, bool) {
         let files = self.sizes().files;
         let is_hazardous = !self.process_hazards(&files).is_empty();
@@ -229,7 +229,7 @@ impl Device {
         answers.serve(turn.vring, turn.messages)
     }
 
-    /// Has the deflate queue served again in a while.
+    /// Serves the deflate queue again after a while.
     fn retry(&self) {
         self.blocked.store(true, SeqCst);
         if !self.retry.once(RETRY_INTERVAL) {
@@ -237,14 +237,14 @@ impl Device {
         }
     }
 
-    /// A driver is at work, on an inflate queue that is to be read from `next` on.
+    /// Handles the start of a driver, whose inflate queue continues at `next`.
     pub(super) fn start(&self, work: &mut Work, next: u16) {
         if work.is_new_driver(next) {
             work.balloon.empty();
             work.sweep = None;
             work.taken_up = ByKind::default();
             lock(&self.hints).restart();
-            // Of a driver that continues the supervisor has sent them before.
+            // For a driver that continues, the supervisor has sent them before.
             if !self.channel.continues() {
                 let mut state = lock(&self.state);
                 (state.config.actual, state.config.stop_reason) = (0, 0);

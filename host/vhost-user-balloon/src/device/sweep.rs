@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! When the worker searches the balloon for memory that the host has allocated again.
+//! The schedule of the search for memory of the balloon that the host has allocated again.
 //!
 //! A VMM stops the queues while it reads all of the guest's memory for a dump, and restarts them where they were. So
-//! the search begins when a driver continues that tells before it uses a page of the balloon again.
+//! the search begins when a driver continues, if it notifies the device before it reuses a page.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::work::Work;
 /// The time between two turns. It limits the search to half of the worker's time.
 const INTERVAL: Duration = BUDGET;
 
-/// The time until the next try while no memory may be discarded.
+/// The time until the next attempt while no memory may be discarded.
 const WITHHELD_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Device {
@@ -30,7 +30,7 @@ impl Device {
 
     /// Continues the search for a bounded time.
     pub(super) fn sweep(&self) {
-        // Before the lock, which the front end may wait for.
+        // Before the lock, for which the front end may wait.
         let (files, is_hazardous) = self.look_at_processes();
         let mut work = lock(&self.work);
         if !work.at_work || work.sweep.is_none() {

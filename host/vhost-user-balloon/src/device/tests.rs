@@ -53,11 +53,11 @@ fn running_with(end: impl Into<OwnedFd>, target: u64, next: u16) -> Device {
     device
 }
 
-/// Has the driver send statistics with this total.
+/// Makes the driver send statistics with this total.
 fn report(device: &Device, total: u64) {
     let mut guest = GuestQueue::new();
     let (counters, messages) = Default::default();
-    // The first buffer may be old, and is given back.
+    // The first buffer may be old, and is returned unread.
     for _ in 0..2 {
         guest.send(&[&[&5_u16.to_le_bytes()[..], &total.to_le_bytes()].concat()]);
         lock(&device.stats).serve(
@@ -70,7 +70,7 @@ fn report(device: &Device, total: u64) {
     }
 }
 
-/// Has the driver not send statistics in time.
+/// Makes the driver send no statistics in time.
 fn report_late(device: &Device) {
     lock(&device.times).started = Instant::now().checked_sub(REPORT_TIME);
 }
@@ -121,14 +121,14 @@ fn a_guest_that_boots_is_left_alone() {
     let device = running(8 << 20, 0);
     assert_eq!(asked(&device), 0);
     assert!(device.grace().is_some());
-    // A client knows what it does.
+    // A client overrides the wait.
     device.set_target(2048).unwrap();
     assert_eq!(asked(&device), 8 << 20);
 
     let device = running(8 << 20, 0);
     lock(&device.times).grace_end = Some(Instant::now());
     assert_eq!(asked(&device), 8 << 20);
-    // One that continues keeps what it has.
+    // A driver that continues keeps its balloon.
     device.stop();
     lock(&device.state).config.actual = 1024;
     assert_eq!(asked(&device), 4 << 20);
@@ -165,7 +165,7 @@ fn a_driver_that_continues_keeps_its_size() {
 
 #[test]
 fn a_balloon_is_not_at_rest_before_the_guest_was_asked() {
-    // Another worker takes up a driver whose balloon is on its way. The size comes later.
+    // A new worker continues with a driver whose balloon is changing. The size arrives later.
     let device = running(8 << 20, 7);
     assert!(!device.is_at_rest());
     device.set_config(4, &1024_u32.to_le_bytes()).unwrap();
@@ -220,7 +220,7 @@ fn a_guest_that_reboots_starts_from_nothing() {
         let place = u32::try_from(config::STOP_REASON).unwrap();
         let device = &device;
         scope.spawn(move || device.set_config(place, &excluded));
-        // They come first, and wait.
+        // Statistics come first, and the target waits.
         thread::sleep(Duration::from_millis(50));
         device.start(&mut lock(&device.work), 0);
         assert_eq!(target.join().unwrap(), 0);
@@ -245,7 +245,7 @@ fn a_busy_guest_leaves_time_to_others() {
     let before = Instant::now().checked_sub(2 * BUDGET);
     for (paused, pauses) in [(before, true), (Some(Instant::now() + BUDGET), false)] {
         lock(&device.work).paused = paused;
-        // All of the batch is done in time, and there is more.
+        // The whole batch is done in time, and there is more.
         device.serve_queue(0, &guest.vrings());
         assert_eq!(lock(&device.work).paused != paused, pauses);
         for _ in 0..MAX_BATCH {
@@ -276,7 +276,7 @@ fn a_front_end_does_not_wait_for_a_look_at_processes() {
     let vrings = guest.vrings();
     let (done, is_done) = mpsc::channel();
     thread::scope(|scope| {
-        // A process that is looked at hangs in the kernel.
+        // Reading the state of a process hangs in the kernel.
         let look = lock(&device.watch);
         scope.spawn(|| device.serve_queue(0, &vrings));
         // It looks.
@@ -301,19 +301,20 @@ fn the_end_of_the_grace_is_not_missed() {
     other.read_exact(&mut [0]).unwrap();
     other.set_nonblocking(true).unwrap();
     let handle = || device.handle_event(GRACE.try_into().unwrap(), EventSet::IN, &[], 0);
-    // That of the driver before.
+    // That of the previous driver.
     handle().unwrap();
     assert!(device.grace().is_some() && other.read(&mut [0]).is_err());
 
     lock(&device.times).grace_end = Some(Instant::now());
-    // The guest reads for another reason, and the front end reads all.
+    // The guest reads for another reason, and the front end reads the whole space.
     device.get_config(8, 4);
     handle().unwrap();
     other.read_exact(&mut [0]).unwrap();
     assert_eq!(asked(&device), 8 << 20);
 }
 
-/// A driver that does not tell may use a page of its balloon by now. So may a guest whose queues are stopped.
+/// A driver that does not notify the device may already use a page of its balloon. So may a guest
+/// whose queues are stopped.
 #[test]
 fn memory_that_others_have_read_is_given_back() {
     const PAGE: u64 = 0x100;
@@ -353,7 +354,7 @@ fn memory_that_others_have_read_is_given_back() {
         handle().unwrap();
         assert_eq!(blocks(), before + 16 - given_back, "{features:?}");
 
-        // A driver after it has an empty balloon.
+        // The next driver has an empty balloon.
         guest
             .memory
             .read_obj::<u8>(GuestAddress(PAGE << 12))
@@ -386,7 +387,7 @@ fn too_short_a_configuration_is_refused() {
     assert_eq!(device.get_config(0, 16).len(), 0);
     assert_eq!(device.get_config(0, 24).len(), 24);
     assert_eq!(device.get_config(0, 32).len(), 32);
-    // Some front ends ask for one field at a time.
+    // Some front ends read one field at a time.
     assert_eq!(device.get_config(0, 4).len(), 4);
     assert_eq!(device.get_config(u32::MAX, 4), [0; 4]);
 }
