@@ -37,9 +37,9 @@ mod vm;
 
 /// Moves memory between the VMs of a host
 ///
-/// Each VM has a vhost-user-balloon daemon. The manager sets the targets of their balloons: guests that need memory get
-/// it, and guests that do not use it give it. What all guests can touch stays within the pool. SIGHUP reloads the
-/// configuration, and SIGTERM ends the manager; the balloons stay as they are.
+/// Each VM has a vhost-user-balloon daemon. The manager sets the targets of their balloons: it inflates the balloons of
+/// guests with unused memory, and deflates those of guests that need memory. The memory that all guests can touch stays
+/// within the pool. SIGHUP reloads the configuration, and SIGTERM ends the manager; the balloons stay as they are.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
