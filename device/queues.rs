@@ -14,6 +14,7 @@ use crate::rust::{
     fs::debugfs::Show,
     virtio::{
         self,
+        Feature,
         FoundQueues,
         QueueStats,
         Virtqueue, //
@@ -31,67 +32,60 @@ use kernel::{
     }, //
 };
 
-/// The queues of a device.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Queue {
+/// Defines the queues, in the order of their numbers on a device with all queues: each with its name in
+/// the kernel's log and in debugfs, and the feature that it comes with.
+macro_rules! queues {
+    ($($(#[$doc:meta])* $queue:ident = $name:literal, $feature:expr;)*) => {
+        /// The queues of a device.
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Queue {
+            $($(#[$doc])* $queue),*
+        }
+
+        impl Queue {
+            /// All of them. A queue's place is its index, in `Queues::take` and in
+            /// `Bound::QUEUE_CALLBACKS`.
+            pub(crate) const ALL: [Self; [$($name),*].len()] = [$(Self::$queue),*];
+
+            /// Returns the queue's name.
+            fn name(self) -> &'static CStr {
+                match self {
+                    $(Self::$queue => $name),*
+                }
+            }
+
+            /// Returns the feature that the queue comes with, if not every device has it.
+            fn feature(self) -> Option<Feature> {
+                match self {
+                    $(Self::$queue => $feature),*
+                }
+            }
+        }
+    };
+}
+
+queues! {
     /// Inflated pages.
-    Inflate = 0,
+    Inflate = c"inflate", None;
     /// Deflated pages.
-    Deflate = 1,
+    Deflate = c"deflate", None;
     /// Statistics: the device uses a buffer to request new ones.
-    Stats = 2,
+    Stats = c"stats", Some(virtio_balloon::F_STATS_VQ);
     /// Free page hints.
-    Hint = 3,
+    Hint = c"free_page_hint", Some(virtio_balloon::F_FREE_PAGE_HINT);
     /// Free page reports.
-    Report = 4,
+    Report = c"reporting", Some(virtio_balloon::F_REPORTING);
     /// Host requests, and their answers.
-    Request = 5,
+    Request = c"requests", Some(virtio_balloon::F_HOST_REQUESTS);
 }
 
 impl Queue {
-    /// All of them, in the order of their numbers on a device with all queues.
-    pub(crate) const ALL: [Self; 6] = [
-        Self::Inflate,
-        Self::Deflate,
-        Self::Stats,
-        Self::Hint,
-        Self::Report,
-        Self::Request,
-    ];
-
-    /// Returns the queue's name, in the kernel's log and in debugfs.
-    fn name(self) -> &'static CStr {
-        match self {
-            Self::Inflate => c"inflate",
-            Self::Deflate => c"deflate",
-            Self::Stats => c"stats",
-            Self::Hint => c"free_page_hint",
-            Self::Report => c"reporting",
-            Self::Request => c"requests",
-        }
-    }
-
     /// Returns whether `dev` has the queue.
     fn is_of(self, dev: &virtio::Device<Core<'_>>) -> bool {
-        dev.has_feature(match self {
-            Self::Inflate | Self::Deflate => return true,
-            Self::Stats => virtio_balloon::F_STATS_VQ,
-            Self::Hint => virtio_balloon::F_FREE_PAGE_HINT,
-            Self::Report => virtio_balloon::F_REPORTING,
-            Self::Request => virtio_balloon::F_HOST_REQUESTS,
-        })
+        self.feature()
+            .is_none_or(|feature| dev.has_feature(feature))
     }
 }
-
-// A queue's place in the list is its index, in `Queues::take` and in `Bound::QUEUE_CALLBACKS`.
-const _: () = {
-    let mut n = 0;
-
-    while n < Queue::ALL.len() {
-        assert!(Queue::ALL[n] as usize == n);
-        n += 1;
-    }
-};
 
 /// The traffic of the queues since the driver was bound.
 pub(crate) struct Traffic([Arc<QueueStats>; Queue::ALL.len()]);
