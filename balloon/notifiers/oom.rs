@@ -67,10 +67,10 @@ impl OomNotify for Task<Balloon> {
             };
             // The pause begins first: the balloon would take the block again as soon as it is free.
             let block = self.note_given(MemoryBlock::pages() as usize);
-            return offliner
-                .ends_within(timeouts::OOM_BLOCK)
-                .then_some(block)
-                .unwrap_or(0);
+            return match offliner.ends_within(timeouts::OOM_BLOCK) {
+                true => block,
+                false => 0,
+            };
         }
 
         let guard = self.migrations().block();
