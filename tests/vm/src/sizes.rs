@@ -104,7 +104,7 @@ fn accounting(setup: &Setup) -> Result<()> {
         guest.balloon().settle(size)?;
         check_size(guest, size)?;
         let expected = [total - pages, inflated + pages, deflated, offline + pages];
-        agree(|| {
+        agree(guest, || {
             let full = counters()?;
             ensure!(
                 full == expected,
@@ -129,12 +129,12 @@ fn accounting(setup: &Setup) -> Result<()> {
 
 /// Waits until `check` succeeds. Pages that compaction has just migrated out of the balloon stay marked until the device
 /// has used the driver's message.
-pub(crate) fn agree(check: impl Fn() -> Result<()>) -> Result<()> {
-    const MOVES: Duration = Duration::from_secs(10);
-    let start = Instant::now();
+pub(crate) fn agree(guest: &Guest, check: impl Fn() -> Result<()>) -> Result<()> {
+    const MIGRATION: Duration = Duration::from_secs(10);
+    let stopwatch = guest.stopwatch();
     loop {
         match check() {
-            Err(_) if start.elapsed() < MOVES => thread::sleep(Duration::from_millis(100)),
+            Err(_) if !stopwatch.has_passed(MIGRATION) => thread::sleep(Duration::from_millis(100)),
             result => return result,
         }
     }

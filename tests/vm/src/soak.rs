@@ -53,7 +53,7 @@ fn soak(setup: &Setup) -> Result<()> {
                 thread::sleep(Duration::from_millis(random.u64(0..10)));
             }
             if step % STEPS_PER_COUNT == 0 {
-                agree(|| check_count(guest, &empty, size))
+                agree(guest, || check_count(guest, &empty, size))
                     .with_context(|| format!("after {step} steps"))?;
             }
         }
@@ -63,7 +63,7 @@ fn soak(setup: &Setup) -> Result<()> {
             "{reached} of {STEPS} targets were reached, and the data verified {verified} times"
         ));
         guest.balloon().settle(Size::default())?;
-        agree(|| check_count(guest, &empty, Size::default()))?;
+        agree(guest, || check_count(guest, &empty, Size::default()))?;
         guest.rmmod(setup.driver)?;
         check_free(guest, free)
     })

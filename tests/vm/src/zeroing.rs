@@ -121,7 +121,7 @@ pub(crate) fn check_online(guest: &Guest) -> Result<()> {
 /// Waits until the guest's total, the inflated and deflated pages, and the offline pages have these
 /// numbers.
 fn agree_on(guest: &Guest, balloon: &str, expected: [u64; 4]) -> Result<()> {
-    agree(|| {
+    agree(guest, || {
         let now = counters(guest)?;
         ensure!(
             now == expected,
@@ -246,7 +246,7 @@ fn hotplug(setup: &Setup) -> Result<()> {
         let block = fullest_block(guest, ".")?;
         write(guest, &block.state, "offline")?;
         // The balloon inflates elsewhere, after the block is offline.
-        agree(|| check_size(guest, size))?;
+        agree(guest, || check_size(guest, size))?;
         write(guest, &block.state, "online")?;
         let now = guest.meminfo()?.total;
         ensure!(
