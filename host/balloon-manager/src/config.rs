@@ -32,6 +32,8 @@ pub(crate) struct Config {
     pub(crate) host: Host,
     /// The daemons' control sockets, as a pattern.
     pub(crate) sockets: String,
+    /// The sockets of monitors of QEMU's that are for the manager alone, as a pattern.
+    pub(crate) qmp: Option<String>,
     /// By patterns of names. Longer patterns override shorter ones.
     pub(crate) vm: BTreeMap<String, Vm>,
 }
@@ -42,6 +44,7 @@ impl Default for Config {
             profile: Profile::default(),
             host: Host::default(),
             sockets: "/run/vhost-user-balloon/*/control.sock".to_owned(),
+            qmp: None,
             vm: BTreeMap::new(),
         }
     }
@@ -129,7 +132,7 @@ impl Config {
             overlay(&mut all, toml::from_str(&text)?);
         }
         let config: Self = all.try_into()?;
-        for pattern in config.vm.keys().chain([&config.sockets]) {
+        for pattern in config.vm.keys().chain([&config.sockets]).chain(&config.qmp) {
             if let Err(error) = Pattern::new(pattern) {
                 bail!("'{pattern}' is no pattern: {error}");
             }

@@ -19,16 +19,20 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::config::Config;
 use crate::control::{Call, Request, SOCKET};
+use crate::daemon::{Connection, Failure};
 use crate::manager::Manager;
 use crate::record::Record;
 use crate::status::{Past, Reserved, Status, VmStatus};
-use crate::vm::{Connection, Failure, State};
+use crate::vm::State;
 
 mod config;
 mod control;
+mod daemon;
 mod host;
+mod link;
 mod manager;
 mod metrics;
+mod qemu;
 mod record;
 mod resident;
 mod status;

@@ -8,17 +8,21 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use balloon_policy::{
-    Account, Decision, Millis, Observation, Pages, Policy, Profile, Refusal, Reservation, VmId,
+    Account, Decision, Millis, Observation, Pages, Policy, Profile, Refusal, Reservation, Vm, VmId,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::config::{Config, PAGE};
 use crate::host::Host;
+use crate::link::Place;
 use crate::record::{Line, Record};
 use crate::status::{Counts, Past, Reserved, Status, VmStatus};
 use crate::text;
 use crate::vm::{self, Handle, Order, State};
+
+/// How long the manager waits at its start for the daemons that it has found: what they have given is not known before.
+const FIRST_REPORTS: Duration = Duration::from_secs(3);
 
 /// How many actions of a VM are kept for explanations.
 const HISTORY: usize = 20;
@@ -29,6 +33,8 @@ struct Known {
     name: String,
     handle: Handle,
     state: Option<State>,
+    /// The VM as it was known last. It counts while its daemon has a new process that does not know the memory yet.
+    vm: Option<Vm>,
     account: Option<Account>,
     history: VecDeque<Past>,
     /// In observe mode: the newest action.
@@ -51,7 +57,7 @@ pub(crate) struct Manager {
     host: Host,
     reports: mpsc::UnboundedSender<(VmId, State)>,
     vms: BTreeMap<VmId, Known>,
-    paths: BTreeMap<PathBuf, VmId>,
+    places: BTreeMap<Place, VmId>,
     next_vm: u32,
     leases: Vec<Lease>,
     next_lease: u32,
@@ -78,7 +84,7 @@ impl Manager {
             host: Host::new(Path::new("/proc")),
             reports,
             vms: BTreeMap::new(),
-            paths: BTreeMap::new(),
+            places: BTreeMap::new(),
             next_vm: 0,
             leases: Vec::new(),
             next_lease: 1,
@@ -92,33 +98,35 @@ impl Manager {
 
     /// Adds new sockets, and removes those that no longer exist.
     pub(crate) fn discover(&mut self) {
-        let found = glob::glob(&self.config.sockets).into_iter().flatten();
-        let found: Vec<PathBuf> = found.filter_map(Result::ok).collect();
-        self.paths.retain(|path, id| {
-            let stays = found.contains(path);
+        let daemons = find(&self.config.sockets).map(Place::Daemon);
+        let monitors = self.config.qmp.iter().flat_map(|pattern| find(pattern));
+        let found: Vec<_> = daemons.chain(monitors.map(Place::Qemu)).collect();
+        self.places.retain(|place, id| {
+            let stays = found.contains(place);
             if !stays {
                 if let Some(gone) = self.vms.remove(id) {
-                    log::info!("{}: its control socket has gone", gone.name);
+                    log::info!("{}: its socket has gone", gone.name);
                 }
             }
             stays
         });
-        for path in found {
-            if self.paths.contains_key(&path) {
+        for place in found {
+            if self.places.contains_key(&place) {
                 continue;
             }
             let id = VmId(self.next_vm);
             self.next_vm += 1;
-            let name = name_of(&path);
-            log::info!("{name}: found at {}", path.display());
-            let handle = vm::start(id, path.clone(), self.epoch, self.reports.clone());
-            self.paths.insert(path, id);
+            let name = place.name();
+            log::info!("{name}: found at {place}");
+            let handle = vm::start(id, place.clone(), self.epoch, self.reports.clone());
+            self.places.insert(place, id);
             self.vms.insert(
                 id,
                 Known {
                     name,
                     handle,
                     state: None,
+                    vm: None,
                     account: None,
                     history: VecDeque::new(),
                     observed: 0,
@@ -136,6 +144,10 @@ impl Manager {
 
     /// Decides, and sends the targets.
     pub(crate) fn step(&mut self) -> Result<()> {
+        let is_unknown = |known: &Known| known.state.is_none();
+        if self.epoch.elapsed() < FIRST_REPORTS && self.vms.values().any(is_unknown) {
+            return Ok(());
+        }
         let observation = self.observation()?;
         self.check_floors(&observation);
         let decision = self.policy.step(&observation);
@@ -169,9 +181,18 @@ impl Manager {
         let now = self.now();
         let instant = Instant::now();
         self.leases.retain(|lease| lease.until > instant);
-        let vms = self.vms.iter().filter_map(|(&id, known)| {
-            let mut vm = known.state.as_ref()?.vm(id, &known.name, &self.config)?;
+        let config = &self.config;
+        let vms = self.vms.iter_mut().filter_map(|(&id, known)| {
+            let state = known.state.as_ref()?;
+            let last = known.vm.take().filter(|_| state.balloon.connected);
+            let mut vm = state.vm(id, &known.name, config).or_else(|| {
+                last.map(|last| Vm {
+                    frozen: true,
+                    ..last
+                })
+            })?;
             vm.answered = vm.answered.max(known.observed);
+            known.vm = Some(vm);
             Some(vm)
         });
         let vms: Vec<_> = vms.collect();
@@ -353,14 +374,10 @@ impl Manager {
     }
 }
 
-/// The name of a VM: its daemon's directory, if the socket has the usual name, or else the name of the socket.
-fn name_of(path: &Path) -> String {
-    let usual = path.file_name().is_some_and(|name| name == "control.sock");
-    let named = match usual {
-        true => path.parent().and_then(Path::file_name),
-        false => path.file_stem(),
-    };
-    named.unwrap_or_default().to_string_lossy().into_owned()
+/// The sockets that a pattern finds.
+fn find(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
+    let found = glob::glob(pattern).into_iter().flatten();
+    found.filter_map(Result::ok)
 }
 
 /// Reads a recording, and decides again. Returns how many decisions there are.
@@ -394,18 +411,4 @@ pub(crate) fn replay(path: &Path) -> Result<usize> {
         }
     }
     Ok(count)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn vms_have_the_names_of_their_directories() {
-        assert_eq!(
-            name_of(Path::new("/run/vhost-user-balloon/web/control.sock")),
-            "web"
-        );
-        assert_eq!(name_of(Path::new("/run/balloons/db.sock")), "db");
-    }
 }

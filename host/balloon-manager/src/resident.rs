@@ -9,6 +9,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use procfs::process::Process;
+
 /// The interval at which the manager searches missing files again.
 const RETRY: Duration = Duration::from_secs(30);
 
@@ -48,6 +50,12 @@ impl Memory {
         }
         (size == shared && shared > 0).then_some(blocks)
     }
+}
+
+/// What a process has of the host's memory, in bytes: the memory of a VM that is in no file, and the process's own.
+pub(crate) fn of_process(pid: i32) -> Option<u64> {
+    let statm = Process::new(pid).and_then(|process| process.statm()).ok()?;
+    Some(statm.resident * procfs::page_size())
 }
 
 /// The largest files that the process or its children have open, each one once, as many as have `shared` bytes together.

@@ -33,6 +33,10 @@ struct State {
     sets: u64,
     /// The daemon refuses targets.
     refuses: bool,
+    /// The daemon has a new process that does not know the memory yet.
+    forgets: bool,
+    /// How often the daemon was asked for its state.
+    infos: u64,
 }
 
 #[derive(Clone)]
@@ -48,6 +52,8 @@ impl Fake {
             stalls: 0,
             sets: 0,
             refuses: false,
+            forgets: false,
+            infos: 0,
         })))
     }
 
@@ -75,19 +81,23 @@ impl Handler for Fake {
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         let mut state = self.0.lock().unwrap();
         match request {
-            Request::Info {} => Ok(Response::Info(Info {
-                target: state.target,
-                size: state.size,
-                memory: Some(state.memory),
-                shared: Some(state.memory),
-                granule: 4096,
-                guest: Guest {
-                    connected: true,
-                    driver: true,
-                    ..Guest::default()
-                },
-                ..Info::default()
-            })),
+            Request::Info {} => {
+                state.infos += 1;
+                let memory = Some(state.memory).filter(|_| !state.forgets);
+                Ok(Response::Info(Info {
+                    target: state.target,
+                    size: state.size,
+                    memory,
+                    shared: memory,
+                    granule: 4096,
+                    guest: Guest {
+                        connected: true,
+                        driver: true,
+                        ..Guest::default()
+                    },
+                    ..Info::default()
+                }))
+            }
             Request::Set { .. } if state.refuses => Err(ControlError::new(
                 ErrorKind::Failed,
                 "no",
@@ -312,7 +322,25 @@ fn vms_come_and_go() {
     wait_for("its end", || {
         !words(&host.ask(&["top"]).stdout).contains("web")
     });
-    assert!(host.log().contains("web: its control socket has gone"));
+    assert!(host.log().contains("web: its socket has gone"));
+}
+
+#[test]
+fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
+    let mut host = Host::new(SMALL);
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    host.run(&[]);
+    let charged = || {
+        let status = host.ask(&["top", "--json"]).stdout;
+        let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
+        status["charged"].as_u64().unwrap()
+    };
+    wait_for("the charge", || charged() > 0);
+    web.change(|state| state.forgets = true);
+    let infos = web.get().infos;
+    wait_for("answers", || web.get().infos > infos + 2);
+    assert!(charged() > 0);
 }
 
 #[test]

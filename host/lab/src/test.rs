@@ -31,6 +31,7 @@ const DEBUG_SCENARIOS: &[&str] = &["inflate_deflate"];
 const LONG_SCENARIOS: &[&str] = &[
     "soak",
     "unused_proof",
+    "manager",
     "unused_lie",
     "unused_bounded",
     "reclaim",

@@ -20,9 +20,6 @@ const LEAST_RAISE: Pages = 256 * MIB;
 /// The most that it gets at once, unless it uses more.
 const MOST_RAISE: Pages = 1024 * MIB;
 
-/// An action that the device has not acknowledged after a minute has no effect any more.
-const LOST_AFTER: Millis = 60_000;
-
 /// For how long a new VM keeps memory that no other VM waits for.
 const GRACE: Millis = 30_000;
 
@@ -46,7 +43,6 @@ const FAST_GROWTH: Pages = 640 * MIB;
 struct Sent {
     number: u64,
     target: Pages,
-    at: Millis,
 }
 
 /// The previous observation.
@@ -65,7 +61,7 @@ struct Seen {
 struct Unwilling {
     /// When the policy tries again.
     until: Millis,
-    /// It had no memory to inflate.
+    /// It had no memory to inflate. Once it has, the policy tries again at once.
     full: bool,
 }
 
@@ -166,10 +162,6 @@ impl Tracker {
 
     /// Updates the state of sent actions.
     fn settle_actions(&mut self, vm: &Vm, now: Millis) {
-        let lost = |sent: &Sent| now.saturating_sub(sent.at) > LOST_AFTER;
-        if self.sent.iter().any(lost) {
-            self.expected = None;
-        }
         let answered = self
             .sent
             .iter()
@@ -179,8 +171,7 @@ impl Tracker {
             self.expected = Some(sent.target);
         }
         let answered = answered.is_some();
-        self.sent
-            .retain(|sent| sent.number > vm.answered && !lost(sent));
+        self.sent.retain(|sent| sent.number > vm.answered);
         if !self.sent.is_empty() {
             return;
         }
@@ -306,9 +297,11 @@ impl Tracker {
         }
         let missing = vm.target - vm.size;
         if missing > LEAST_PROGRESS && vm.size.saturating_sub(size) < LEAST_PROGRESS {
-            let full = vm
-                .sample
-                .is_some_and(|sample| sample.available < self.headroom(vm));
+            // A driver that pauses after it ran out of memory inflates again with the next target.
+            let full = vm.stopped == Some(Stopped::AfterOom)
+                || vm
+                    .sample
+                    .is_some_and(|sample| sample.available < self.headroom(vm));
             self.unwilling = Some(Unwilling {
                 until: now.saturating_add(self.retry_after),
                 full,
@@ -321,11 +314,7 @@ impl Tracker {
     /// Remembers an action.
     pub(crate) fn send(&mut self, number: u64, target: Pages, now: Millis) {
         self.moved = Some(now);
-        self.sent.push(Sent {
-            number,
-            target,
-            at: now,
-        });
+        self.sent.push(Sent { number, target });
     }
 
     /// The target when all actions have been carried out.

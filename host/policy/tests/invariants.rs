@@ -382,7 +382,8 @@ proptest! {
             }
             let decision = policy.step(&observation);
             check_phases(&observation, &decision)?;
-            // The device has executed nothing yet: the messages still count.
+            // The device has executed nothing yet: the messages still count, an hour later as well.
+            observation.now += if step == 2 { 3_600_000 } else { 0 };
             let next = policy.step(&observation);
             let sent = decision.actions.iter().map(|action| {
                 grant(vm(&observation, action), action).saturating_sub(action.account.charge)
@@ -677,5 +678,53 @@ fn a_reservation_takes_nothing_that_guests_need() {
         }
         assert_eq!(got, admitted);
         assert!(world.guests[0].grant() >= used);
+    }
+}
+
+/// A driver that pauses after it ran out of memory inflates again with the next target.
+#[test]
+fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
+    let mut policy = Policy::new(Profile::Density);
+    let mut target = 3 * GIB;
+    for now in (60_000..70_000).step_by(100) {
+        let sample = Sample {
+            taken: now,
+            free: 2 * GIB,
+            available: 2 * GIB,
+            stalls: 0,
+            swapped_in: 0,
+            kills: 0,
+        };
+        let vm = Vm {
+            id: VmId(0),
+            settings: Settings {
+                floor: GIB / 4,
+                ceiling: 4 * GIB,
+                weight: 1_000,
+            },
+            memory: 4 * GIB,
+            target,
+            size: GIB,
+            resident: Some(3 * GIB),
+            answered: u64::MAX,
+            granule: 1,
+            driver: true,
+            frozen: false,
+            stopped: Some(Stopped::AfterOom),
+            sample: Some(sample),
+        };
+        let observation = Observation {
+            now,
+            pool: 8 * GIB,
+            vms: vec![vm],
+            ..Observation::default()
+        };
+        let decision = policy.step(&observation);
+        target = decision
+            .actions
+            .last()
+            .map_or(target, |action| action.target);
+        let spared = decision.accounts[0].spared;
+        assert_ne!(spared, Some(Spared::Uncooperative), "at {now}");
     }
 }

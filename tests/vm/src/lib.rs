@@ -31,6 +31,7 @@ mod hinting;
 mod hostile;
 mod latency;
 mod lifecycle;
+mod manager;
 mod memory;
 mod nodes;
 mod observability;
@@ -62,6 +63,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     sizes::SCENARIOS,
     floor::SCENARIOS,
     soak::SCENARIOS,
+    manager::SCENARIOS,
     memory::SCENARIOS,
     compaction::SCENARIOS,
     latency::SCENARIOS,

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A balloon device of vhost-user-balloon, over the daemon's control socket.
+//!
+//! Statistics have a connection of their own, since the daemon waits for the guest before it answers.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use balloon_control::{ControlError, Info, Request, Shortfall, Stat, Stats};
+use balloon_policy::{Millis, Sample, Stopped};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, interval, timeout};
+
+use crate::config::PAGE;
+use crate::link::{ANSWER, Balloon};
+
+/// How long a guest may take for statistics.
+const GUEST: Duration = Duration::from_secs(5);
+
+/// The largest answer.
+const MAX_ANSWER: u64 = 1 << 20;
+
+/// The answer to a request without a result.
+#[derive(Debug, Deserialize)]
+struct Nothing {}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Reply<T> {
+    Ok(T),
+    Error(ControlError),
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The daemon refuses the request.
+    Refused(ControlError),
+    /// The connection is useless now.
+    Broken(anyhow::Error),
+}
+
+/// A connection to a control socket.
+#[derive(Debug)]
+pub(crate) struct Connection(BufReader<UnixStream>);
+
+impl Connection {
+    pub(crate) async fn open(path: &Path) -> Result<Self> {
+        let stream = timeout(ANSWER, UnixStream::connect(path))
+            .await?
+            .with_context(|| format!("cannot connect to {}", path.display()))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// The process that listens.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        self.0.get_ref().peer_cred().ok()?.pid()
+    }
+
+    /// The state of the balloon.
+    pub(crate) async fn balloon(&mut self) -> Result<Balloon> {
+        match self.call::<Info>(&Request::Info {}, ANSWER).await {
+            Ok(info) => Ok(balloon(&info)),
+            Err(Failure::Refused(error)) => Err(error.into()),
+            Err(Failure::Broken(error)) => Err(error),
+        }
+    }
+
+    /// Sets a target in bytes. Returns why the daemon refuses it, if it does.
+    pub(crate) async fn set(&mut self, bytes: u64) -> Result<Option<String>> {
+        match self.call(&Request::Set { bytes }, ANSWER).await {
+            Ok(Nothing {}) => Ok(None),
+            Err(Failure::Refused(error)) => Ok(Some(format!("{error}; {}", error.advice))),
+            Err(Failure::Broken(error)) => Err(error),
+        }
+    }
+
+    pub(crate) async fn call<T: DeserializeOwned>(
+        &mut self,
+        request: &impl serde::Serialize,
+        limit: Duration,
+    ) -> Result<T, Failure> {
+        let reply = match timeout(limit, self.exchange(request)).await {
+            Ok(reply) => reply,
+            Err(elapsed) => Err(elapsed.into()),
+        };
+        match reply {
+            Ok(Reply::Ok(answer)) => Ok(answer),
+            Ok(Reply::Error(error)) => Err(Failure::Refused(error)),
+            Err(error) => Err(Failure::Broken(error)),
+        }
+    }
+
+    async fn exchange<T: DeserializeOwned>(
+        &mut self,
+        request: &impl serde::Serialize,
+    ) -> Result<Reply<T>> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.0.get_mut().write_all(&line).await?;
+        line.clear();
+        let mut limited = (&mut self.0).take(MAX_ANSWER);
+        limited.read_until(b'\n', &mut line).await?;
+        if line.last() != Some(&b'\n') {
+            bail!("the connection has ended in an answer");
+        }
+        Ok(serde_json::from_slice(&line)?)
+    }
+}
+
+fn balloon(info: &Info) -> Balloon {
+    let withheld = !info.withheld.is_empty();
+    Balloon {
+        memory: info.shared.or(info.memory).filter(|_| info.guest.connected),
+        connected: info.guest.connected,
+        largest: info
+            .memory
+            .unwrap_or(u64::MAX)
+            .min(info.limit.unwrap_or(u64::MAX)),
+        target: info.target,
+        // While memory is withheld, memory in the balloon is not returned to the host.
+        size: if withheld { 0 } else { info.size },
+        granule: info.granule,
+        driver: info.guest.driver,
+        frozen: withheld || info.guest.open_requests > 0 || info.grace.is_some(),
+        stopped: info.guest.short_of_target.map(|reason| match reason {
+            Shortfall::Floor | Shortfall::NoMemory => Stopped::Full,
+            Shortfall::AfterOom => Stopped::AfterOom,
+            Shortfall::Excluded => Stopped::Excluded,
+        }),
+    }
+}
+
+/// Requests statistics at the present interval.
+pub(crate) async fn watch_statistics(
+    path: PathBuf,
+    epoch: Instant,
+    mut paces: watch::Receiver<Duration>,
+    samples: watch::Sender<Option<Sample>>,
+) {
+    let mut connection = None;
+    let mut timer = interval(*paces.borrow_and_update());
+    loop {
+        tokio::select! {
+            changed = paces.changed() => match changed {
+                Ok(()) => timer = interval(*paces.borrow_and_update()),
+                Err(_) => return,
+            },
+            _ = timer.tick() => {}
+        }
+        if connection.is_none() {
+            connection = Connection::open(&path).await.ok();
+        }
+        let Some(open) = &mut connection else {
+            continue;
+        };
+        let taken = Millis::try_from(epoch.elapsed().as_millis()).unwrap_or(Millis::MAX);
+        match open
+            .call::<Stats>(&Request::Stats { fresh: true }, GUEST)
+            .await
+        {
+            Ok(stats) => {
+                samples.send_replace(sample(&stats, taken));
+            }
+            // The guest has no statistics at the moment.
+            Err(Failure::Refused(_)) => {}
+            Err(Failure::Broken(_)) => connection = None,
+        }
+    }
+}
+
+fn sample(stats: &Stats, taken: Millis) -> Option<Sample> {
+    let value = |stat| stats.values.get(&stat).copied();
+    let free = value(Stat::FreeMemory)? / PAGE;
+    let count = |stat| value(stat).unwrap_or(0);
+    Some(Sample {
+        taken,
+        free,
+        available: value(Stat::AvailableMemory).map_or(free, |bytes| bytes / PAGE),
+        stalls: count(Stat::AllocStalls),
+        swapped_in: count(Stat::SwapIn) / PAGE,
+        kills: count(Stat::OomKills),
+    })
+}

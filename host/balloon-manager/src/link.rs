@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The connection to a balloon device, of either kind.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
+use balloon_policy::{Sample, Stopped};
+use tokio::time::Instant;
+
+use crate::daemon::Connection;
+use crate::qemu::Monitor;
+use crate::resident::{Memory, of_process};
+
+/// How long a device may take for an answer.
+pub(crate) const ANSWER: Duration = Duration::from_secs(2);
+
+/// Where a balloon device is controlled.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Place {
+    /// The control socket of a vhost-user-balloon daemon.
+    Daemon(PathBuf),
+    /// The socket of a monitor of QEMU's (QMP), whose VM has QEMU's own balloon device.
+    Qemu(PathBuf),
+}
+
+impl Place {
+    /// The name of the VM: that of the socket's directory, if the socket has a daemon's usual name, or else that of the
+    /// socket.
+    pub(crate) fn name(&self) -> String {
+        let (Self::Daemon(path) | Self::Qemu(path)) = self;
+        let usual = path.file_name().is_some_and(|name| name == "control.sock");
+        let named = match usual {
+            true => path.parent().and_then(Path::file_name),
+            false => path.file_stem(),
+        };
+        named.unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Daemon(path) | Self::Qemu(path)) = self;
+        path.display().fmt(f)
+    }
+}
+
+/// The state of a balloon. Sizes are in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Balloon {
+    /// The VM's memory, in the balloon or not, or nothing if it is not known.
+    pub(crate) memory: Option<u64>,
+    /// There is a VM.
+    pub(crate) connected: bool,
+    /// The largest target.
+    pub(crate) largest: u64,
+    pub(crate) target: u64,
+    /// What of the VM's memory is in the balloon, and with the host.
+    pub(crate) size: u64,
+    /// The discard granularity.
+    pub(crate) granule: u64,
+    /// The guest's driver works.
+    pub(crate) driver: bool,
+    /// The target must stay as it is.
+    pub(crate) frozen: bool,
+    /// Why the balloon is smaller than its target.
+    pub(crate) stopped: Option<Stopped>,
+}
+
+/// A connection to a balloon device.
+#[derive(Debug)]
+pub(crate) enum Link {
+    Daemon(Connection),
+    Qemu(Monitor),
+}
+
+impl Link {
+    pub(crate) async fn open(place: &Place) -> Result<Self> {
+        match place {
+            Place::Daemon(path) => Ok(Self::Daemon(Connection::open(path).await?)),
+            Place::Qemu(path) => Ok(Self::Qemu(Monitor::open(path).await?)),
+        }
+    }
+
+    /// What the host has given to a VM with so much memory, in bytes, if the manager may look at it.
+    pub(crate) fn resident(&self, memory: &mut Memory, all: u64) -> Option<u64> {
+        match self {
+            Self::Daemon(connection) => memory.resident(connection.pid()?, all),
+            Self::Qemu(monitor) => {
+                let pid = monitor.pid()?;
+                memory.resident(pid, all).or_else(|| of_process(pid))
+            }
+        }
+    }
+
+    pub(crate) async fn balloon(&mut self) -> Result<Balloon> {
+        match self {
+            Self::Daemon(connection) => connection.balloon().await,
+            Self::Qemu(monitor) => monitor.balloon().await,
+        }
+    }
+
+    /// Sets a target in bytes. Returns why the device refuses it, if it does.
+    pub(crate) async fn set(&mut self, bytes: u64) -> Result<Option<String>> {
+        match self {
+            Self::Daemon(connection) => connection.set(bytes).await,
+            Self::Qemu(monitor) => monitor.set(bytes).await,
+        }
+    }
+
+    /// The newest statistics, if the device has them without a wait for the guest.
+    pub(crate) async fn sample(&mut self, epoch: Instant) -> Result<Option<Sample>> {
+        match self {
+            Self::Daemon(_) => Ok(None),
+            Self::Qemu(monitor) => monitor.sample(epoch).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vms_have_the_names_of_their_directories_or_sockets() {
+        let daemon = |path: &str| Place::Daemon(path.into()).name();
+        assert_eq!(daemon("/run/vhost-user-balloon/web/control.sock"), "web");
+        assert_eq!(daemon("/run/balloons/db.sock"), "db");
+        assert_eq!(Place::Qemu("/run/qemu/db.qmp".into()).name(), "db");
+    }
+}
