@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb in-tree demo bench bench-docs simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
+.PHONY: all deb in-tree demo demo-auto bench bench-docs simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -42,6 +42,9 @@ deb:
 
 demo:
 	@$(lab) demo $(guests)
+
+demo-auto:
+	@$(lab) demo-auto $(guests)
 
 test:
 	@$(lab) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(ONLY),--only '$(ONLY)') \
@@ -104,6 +107,7 @@ help:
 	@echo "make deb        build Debian packages of the module and of the host's programs"
 	@echo "make in-tree    copy the driver to drivers/virtio/virtio_balloon_rs of the kernel source KSRC="
 	@echo "make demo       inflate 7 GiB of an 8 GiB guest, and compare with the C driver"
+	@echo "make demo-auto  move memory between three guests with the manager, and compare (3 minutes)"
 	@echo "make test       run every test: host tests, fuzzing, KUnit and scenarios in guests"
 	@echo "make test-long  run all scenarios in all kernels, on all devices, with both drivers (hours)"
 	@echo "make coverage   show which lines of the module KUnit and the scenarios execute"

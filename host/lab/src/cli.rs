@@ -24,6 +24,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         guests: Guests,
     },
+    /// Let three guests take turns in using much memory, with and without the manager
+    DemoAuto {
+        #[command(flatten)]
+        guests: Guests,
+    },
     /// Run the host's unit tests and fuzz targets, KUnit in guests and the scenarios in guests
     Test {
         /// Run the tests in this kernel only

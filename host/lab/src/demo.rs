@@ -70,7 +70,7 @@ struct Measurement {
 /// Runs the demonstration and prints its table.
 pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
-    check_memory()?;
+    check_memory(MEMORY + OVERHEAD)?;
     let artifacts = setup::prepare(&places, Kernel::Test)?;
     let measurements = CONTESTANTS
         .into_iter()
@@ -84,11 +84,10 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
     Ok(true)
 }
 
-/// A machine that swaps measures its disk.
-fn check_memory() -> Result<()> {
+/// Checks that the host has the memory: a machine that swaps measures its disk.
+pub(crate) fn check_memory(needed: Size) -> Result<()> {
     let available = Meminfo::current()?.mem_available;
     let available = Size::bytes(available.context("/proc/meminfo has no MemAvailable")?);
-    let needed = MEMORY + OVERHEAD;
     ensure!(
         available >= needed,
         "{available} of memory is available and the demo needs {needed}; free some, or use a machine with more"

@@ -16,6 +16,7 @@ mod coverage;
 mod deb;
 mod debian;
 mod demo;
+mod demo_auto;
 mod descendants;
 mod fuzz;
 mod host_tests;
@@ -38,6 +39,7 @@ use cli::{Cli, Command};
 fn main() -> Result<ExitCode> {
     let good = match Cli::parse().command {
         Command::Demo { guests } => demo::run(guests),
+        Command::DemoAuto { guests } => demo_auto::run(guests),
         Command::Test {
             kernel,
             only,

@@ -38,6 +38,11 @@ impl Samples {
         self.data().median()
     }
 
+    /// Their average.
+    pub fn mean(&self) -> f64 {
+        self.0.iter().sum::<f64>() / self.0.len() as f64
+    }
+
     /// The least one.
     pub fn min(&self) -> f64 {
         self.data().min()
