@@ -17,8 +17,8 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, timeout};
 
+use crate::balloon::{ANSWER, Balloon};
 use crate::config::PAGE;
-use crate::link::{ANSWER, Balloon};
 
 /// How long a guest may take for statistics.
 const GUEST: Duration = Duration::from_secs(5);

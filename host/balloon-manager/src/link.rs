@@ -4,18 +4,15 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Result;
-use balloon_policy::{Sample, Stopped};
+use balloon_policy::Sample;
 use tokio::time::Instant;
 
+use crate::balloon::Balloon;
 use crate::daemon::Connection;
 use crate::qemu::Monitor;
 use crate::resident::{Memory, of_process};
-
-/// How long a device may take for an answer.
-pub(crate) const ANSWER: Duration = Duration::from_secs(2);
 
 /// Where a balloon device is controlled.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,28 +42,6 @@ impl fmt::Display for Place {
         let (Self::Daemon(path) | Self::Qemu(path)) = self;
         path.display().fmt(f)
     }
-}
-
-/// The state of a balloon. Sizes are in bytes.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Balloon {
-    /// The VM's memory, in the balloon or not, or nothing if it is not known.
-    pub(crate) memory: Option<u64>,
-    /// There is a VM.
-    pub(crate) connected: bool,
-    /// The largest target.
-    pub(crate) largest: u64,
-    pub(crate) target: u64,
-    /// What of the VM's memory is in the balloon, and with the host.
-    pub(crate) size: u64,
-    /// The discard granularity.
-    pub(crate) granule: u64,
-    /// The guest's driver works.
-    pub(crate) driver: bool,
-    /// The target must stay as it is.
-    pub(crate) frozen: bool,
-    /// Why the balloon is smaller than its target.
-    pub(crate) stopped: Option<Stopped>,
 }
 
 /// A connection to a balloon device.

@@ -25,6 +25,7 @@ use crate::record::Record;
 use crate::status::{Past, Reserved, Status, VmStatus};
 use crate::vm::State;
 
+mod balloon;
 mod config;
 mod control;
 mod daemon;

@@ -21,8 +21,8 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
+use crate::balloon::{ANSWER, Balloon};
 use crate::config::PAGE;
-use crate::link::{ANSWER, Balloon};
 
 /// The longest message.
 const MAX_MESSAGE: u64 = 1 << 20;

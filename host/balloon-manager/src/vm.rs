@@ -10,9 +10,10 @@ use balloon_policy::{Pages, Sample, Vm, VmId};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, interval};
 
+use crate::balloon::Balloon;
 use crate::config::{Config, PAGE};
 use crate::daemon;
-use crate::link::{Balloon, Link, Place};
+use crate::link::{Link, Place};
 use crate::resident::Memory;
 
 /// How often a VM is polled, at rest and while it needs attention.

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A balloon, as a device of either kind reports it.
+
+use std::time::Duration;
+
+use balloon_policy::Stopped;
+
+/// How long a device may take for an answer.
+pub(crate) const ANSWER: Duration = Duration::from_secs(2);
+
+/// The state of a balloon. Sizes are in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Balloon {
+    /// The VM's memory, in the balloon or not, or nothing if it is not known.
+    pub(crate) memory: Option<u64>,
+    /// There is a VM.
+    pub(crate) connected: bool,
+    /// The largest target.
+    pub(crate) largest: u64,
+    pub(crate) target: u64,
+    /// What of the VM's memory is in the balloon, and with the host.
+    pub(crate) size: u64,
+    /// The discard granularity.
+    pub(crate) granule: u64,
+    /// The guest's driver works.
+    pub(crate) driver: bool,
+    /// The target must stay as it is.
+    pub(crate) frozen: bool,
+    /// Why the balloon is smaller than its target.
+    pub(crate) stopped: Option<Stopped>,
+}
