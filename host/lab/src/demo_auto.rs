@@ -186,7 +186,8 @@ fn work(guests: &[(&str, &Guest)]) -> Result<Outcome> {
     let mut jobs = Samples::default();
     thread::scope(|scope| {
         let (end, ended) = mpsc::channel();
-        let watcher = scope.spawn(|| view.watch(ended, &given));
+        let (view, given) = (&view, &given);
+        let watcher = scope.spawn(move || view.watch(&ended, given));
         for _ in 0..ROUNDS {
             for (index, (name, guest)) in guests.iter().enumerate() {
                 view.say(index, "a job begins");
@@ -265,7 +266,7 @@ impl<'a> View<'a> {
     }
 
     /// Measures the host's memory, and draws, until the jobs end.
-    fn watch(&self, ended: Receiver<()>, given: &Mutex<Samples>) -> Result<()> {
+    fn watch(&self, ended: &Receiver<()>, given: &Mutex<Samples>) -> Result<()> {
         let mut drawn = Instant::now();
         while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(SAMPLING) {
             let resident = self.rows.iter().map(|row| row.memory.resident());
