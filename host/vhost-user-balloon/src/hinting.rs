@@ -33,16 +33,16 @@ pub struct Hints {
 }
 
 impl Default for Hints {
-    /// The guest may still know the last id of an earlier worker. Ids start from the clock's seconds, so
-    /// that this worker does not repeat that id.
+    /// The guest may still know the ids of an earlier worker, and ignores an id that it knows. Ids start from the
+    /// clock's milliseconds: no worker issues a thousand ids a second.
     fn default() -> Self {
-        let seconds = SystemTime::UNIX_EPOCH
+        let milliseconds = SystemTime::UNIX_EPOCH
             .elapsed()
             .unwrap_or_default()
-            .as_secs();
+            .as_millis();
         Self {
             command: DONE,
-            last: u32::try_from(seconds & u64::from(u32::MAX)).unwrap_or(DONE),
+            last: u32::try_from(milliseconds & u128::from(u32::MAX)).unwrap_or(DONE),
             open: None,
         }
     }
@@ -151,6 +151,9 @@ impl Receiver for Hinting<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+    use std::time::Duration;
+
     use super::*;
     use crate::sync::Level;
     use crate::testing::GuestQueue;
@@ -166,6 +169,19 @@ mod tests {
         guest.serve(&counters, &mut receiver);
         *hints = std::mem::take(&mut lock(&shared));
         counters
+    }
+
+    #[test]
+    fn a_new_worker_does_not_repeat_ids() {
+        let mut first = Hints::default();
+        let ids = [(); 3].map(|()| {
+            first.start();
+            first.command()
+        });
+        thread::sleep(Duration::from_millis(10));
+        let mut second = Hints::default();
+        second.start();
+        assert!(!ids.contains(&second.command()), "{ids:?}");
     }
 
     #[test]
