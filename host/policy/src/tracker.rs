@@ -203,11 +203,13 @@ impl Tracker {
         let grew = |counter, by| more(counter).is_some_and(|more| more > by);
         // A limit of a container kills processes as well, and memory is low before the kill, not after it.
         let was_low = low(1) || last.sample.is_some_and(|old| is_low(old, 1));
-        let after_oom = vm.stopped == Some(Stopped::AfterOom) && last.stopped != vm.stopped;
-        if after_oom || (grew(|sample| sample.kills, 0) && was_low) {
+        if grew(|sample| sample.kills, 0) && was_low {
             return Some(Pressure::Oom);
         }
-        if vm.size < last.size && vm.size < vm.target && self.sent.is_empty() {
+        // A driver that deflates for an allocation that fails has kept the process.
+        let after_oom = vm.stopped == Some(Stopped::AfterOom) && last.stopped != vm.stopped;
+        let shrank = vm.size < last.size && vm.size < vm.target && self.sent.is_empty();
+        if after_oom || shrank {
             return Some(Pressure::SelfDeflated);
         }
         // The next sign counts when the effect of the last raise shows.
