@@ -5,7 +5,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    device::settings::Parameters,
+    device::{
+        queues::Queue,
+        settings::Parameters, //
+    },
     rust::{
         mm::memory,
         virtio::{
@@ -90,9 +93,13 @@ fn validate_poison(features: &mut virtio::Features<'_>) {
             features,
             "free pages are not reported: they have a value, and the device offers no page poison\n"
         );
-        features.clear(F_REPORTING);
-        // The number of their queue would be uncertain.
-        features.clear(F_HOST_REQUESTS);
+        // The numbers of the queues that follow would be uncertain.
+        let lost = Queue::ALL
+            .into_iter()
+            .skip_while(|&queue| queue != Queue::Report);
+        for feature in lost.filter_map(Queue::feature) {
+            features.clear(feature);
+        }
     }
 }
 

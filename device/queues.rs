@@ -6,7 +6,7 @@
 //! queues of features that they do not offer (QEMU), or that were not accepted. So the driver must
 //! accept each offered feature with a queue: otherwise some devices would number the following
 //! queues differently. It may give up only reporting, which has the last queue of the base
-//! protocol, together with host requests.
+//! protocol, together with all queues of the extended protocol.
 
 #![forbid(unsafe_code)]
 
@@ -55,7 +55,7 @@ macro_rules! queues {
             }
 
             /// Returns the feature that the queue comes with, if not every device has it.
-            fn feature(self) -> Option<Feature> {
+            pub(super) fn feature(self) -> Option<Feature> {
                 match self {
                     $(Self::$queue => $feature),*
                 }
