@@ -231,7 +231,11 @@ impl HostRequests {
 
             let turn = match open.work {
                 Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) if is_paused => Turn::Wait,
-                _ => self.turn(inner, &mut open),
+                Work::Skip(_)
+                | Work::Discard(_)
+                | Work::DropCaches(_)
+                | Work::CacheDropper(_)
+                | Work::Complete(_) => self.turn(inner, &mut open),
             };
 
             // Move it to the end, so that the next step is that of another request. There is room,
