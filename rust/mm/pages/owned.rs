@@ -298,11 +298,13 @@ impl PageRange {
         self.0
     }
 
-    /// Marks the pages as offline. Their number must be a multiple of 2^`order`. Freeing them
-    /// clears the marks.
+    /// Marks all whole blocks of 2^`order` pages, from the first page on, as offline. Freeing the
+    /// pages clears the marks.
     pub(in crate::rust::mm) fn mark_blocks(&self, order: u32) {
-        for pfn in (self.0.first()..self.0.end()).step_by(1 << order) {
-            // SAFETY: By the type invariants this owns these pages.
+        for block in 0..self.0.len() >> order {
+            let pfn = self.0.first() + (block << order);
+            // SAFETY: By the type invariants this owns these pages, up to the last one of the
+            // block.
             unsafe { bindings::set_pages_offline(Page::from_pfn(pfn as usize).as_ptr(), order) };
         }
     }
