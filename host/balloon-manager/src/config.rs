@@ -180,6 +180,7 @@ impl Config {
                 format!("profile = {:?}", config.profile),
                 format!("host = {:?}", config.host),
                 format!("sockets = {:?}", config.sockets),
+                format!("qmp = {:?}", config.qmp),
             ];
             let vms = config.vm.iter();
             lines.extend(vms.map(|(pattern, vm)| format!("vm.{pattern:?} = {vm:?}")));

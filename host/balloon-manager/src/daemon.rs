@@ -7,24 +7,20 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use balloon_control::{ControlError, Info, Request, Shortfall, Stat, Stats};
 use balloon_policy::{Millis, Sample, Stopped};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::UnixStream;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, timeout};
 
 use crate::balloon::{ANSWER, Balloon};
 use crate::config::PAGE;
+use crate::lines::Lines;
 
 /// How long a guest may take for statistics.
 const GUEST: Duration = Duration::from_secs(5);
-
-/// The largest answer.
-const MAX_ANSWER: u64 = 1 << 20;
 
 /// The answer to a request without a result.
 #[derive(Debug, Deserialize)]
@@ -48,19 +44,16 @@ pub(crate) enum Failure {
 
 /// A connection to a control socket.
 #[derive(Debug)]
-pub(crate) struct Connection(BufReader<UnixStream>);
+pub(crate) struct Connection(Lines);
 
 impl Connection {
     pub(crate) async fn open(path: &Path) -> Result<Self> {
-        let stream = timeout(ANSWER, UnixStream::connect(path))
-            .await?
-            .with_context(|| format!("cannot connect to {}", path.display()))?;
-        Ok(Self(BufReader::new(stream)))
+        Ok(Self(Lines::open(path).await?))
     }
 
     /// The process that listens.
     pub(crate) fn pid(&self) -> Option<i32> {
-        self.0.get_ref().peer_cred().ok()?.pid()
+        self.0.pid()
     }
 
     /// The state of the balloon.
@@ -83,7 +76,7 @@ impl Connection {
 
     pub(crate) async fn call<T: DeserializeOwned>(
         &mut self,
-        request: &impl serde::Serialize,
+        request: &impl Serialize,
         limit: Duration,
     ) -> Result<T, Failure> {
         let reply = match timeout(limit, self.exchange(request)).await {
@@ -99,18 +92,10 @@ impl Connection {
 
     async fn exchange<T: DeserializeOwned>(
         &mut self,
-        request: &impl serde::Serialize,
+        request: &impl Serialize,
     ) -> Result<Reply<T>> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
-        self.0.get_mut().write_all(&line).await?;
-        line.clear();
-        let mut limited = (&mut self.0).take(MAX_ANSWER);
-        limited.read_until(b'\n', &mut line).await?;
-        if line.last() != Some(&b'\n') {
-            bail!("the connection has ended in an answer");
-        }
-        Ok(serde_json::from_slice(&line)?)
+        self.0.send(request).await?;
+        self.0.receive().await
     }
 }
 

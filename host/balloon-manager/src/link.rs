@@ -52,10 +52,11 @@ pub(crate) enum Link {
 }
 
 impl Link {
-    pub(crate) async fn open(place: &Place) -> Result<Self> {
+    /// Connects. `target` is what the manager has set last, in bytes, if it has.
+    pub(crate) async fn open(place: &Place, target: Option<u64>) -> Result<Self> {
         match place {
             Place::Daemon(path) => Ok(Self::Daemon(Connection::open(path).await?)),
-            Place::Qemu(path) => Ok(Self::Qemu(Monitor::open(path).await?)),
+            Place::Qemu(path) => Ok(Self::Qemu(Monitor::open(path, target).await?)),
         }
     }
 
@@ -85,11 +86,11 @@ impl Link {
         }
     }
 
-    /// The newest statistics, if the device has them without a wait for the guest.
-    pub(crate) async fn sample(&mut self, epoch: Instant) -> Result<Option<Sample>> {
+    /// The statistics that came with the state of the balloon. A daemon's come on a connection of their own.
+    pub(crate) fn sample(&mut self, epoch: Instant) -> Option<Sample> {
         match self {
-            Self::Daemon(_) => Ok(None),
-            Self::Qemu(monitor) => monitor.sample(epoch).await,
+            Self::Daemon(_) => None,
+            Self::Qemu(monitor) => monitor.sample(epoch),
         }
     }
 }

@@ -30,6 +30,7 @@ mod config;
 mod control;
 mod daemon;
 mod host;
+mod lines;
 mod link;
 mod manager;
 mod metrics;
@@ -42,7 +43,8 @@ mod vm;
 
 /// Moves memory between the VMs of a host
 ///
-/// Each VM has a vhost-user-balloon daemon. The manager sets the targets of their balloons: it inflates the balloons of
+/// Each VM has a vhost-user-balloon daemon, or QEMU's own balloon device and a monitor for the manager. The manager sets
+/// the targets of their balloons: it inflates the balloons of
 /// guests with unused memory, and deflates those of guests that need memory. The memory that all guests can touch stays
 /// within the pool. SIGHUP reloads the configuration, and SIGTERM ends the manager; the balloons stay as they are.
 #[derive(Debug, Parser)]

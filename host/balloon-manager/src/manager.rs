@@ -374,7 +374,7 @@ impl Manager {
     }
 }
 
-/// The sockets that a pattern finds.
+/// The paths that match a pattern.
 fn find(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
     let found = glob::glob(pattern).into_iter().flatten();
     found.filter_map(Result::ok)

@@ -5,27 +5,23 @@
 //! QEMU reports what the guest keeps, and not what it was asked for: the target is what the manager has set last. When
 //! another program sets a larger one, the balloon outgrows that target, which shows.
 //!
-//! The protocol has a line of JSON for each message. Crates for it refuse events that they do not know, and a newer QEMU
-//! has more of them.
+//! The crate `qapi` fails at an event that it does not know, and a newer QEMU has more of them. So the few commands are
+//! written here.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use balloon_policy::{Millis, Sample};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
 use crate::balloon::{ANSWER, Balloon};
 use crate::config::PAGE;
-
-/// The longest message.
-const MAX_MESSAGE: u64 = 1 << 20;
+use crate::lines::Lines;
 
 /// How often QEMU asks the guest for statistics, in seconds: the shortest interval that it has.
 const INTERVAL: u64 = 1;
@@ -42,7 +38,7 @@ const MISSING: u64 = u64::MAX;
 /// A connection to a monitor.
 #[derive(Debug)]
 pub(crate) struct Monitor {
-    stream: BufReader<UnixStream>,
+    lines: Lines,
     /// The balloon device.
     device: String,
     /// The target that was set, in bytes.
@@ -51,15 +47,17 @@ pub(crate) struct Monitor {
     memory: u64,
     /// The balloon's size in bytes, when it was read last.
     size: u64,
-    /// The newest statistics by QEMU's clock, and a time at which QEMU did not have them yet.
-    update: u64,
+    stats: GuestStats,
+    /// A time at which QEMU did not have these statistics yet.
     earliest: Millis,
+    /// By QEMU's clock, the time of the statistics that the manager has read last.
+    update: u64,
     /// When the manager has read statistics last.
     read: Millis,
 }
 
-/// What QEMU says of statistics.
-#[derive(Debug, Deserialize)]
+/// The guest's statistics, as QEMU has them.
+#[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct GuestStats {
     stats: BTreeMap<String, u64>,
@@ -83,23 +81,22 @@ struct Failure {
 }
 
 impl Monitor {
-    /// Connects, and has QEMU ask the guest for statistics.
+    /// Connects, and has QEMU request statistics of the guest. Sets `target` again, in bytes: QEMU may not have received
+    /// it before an earlier connection broke.
     ///
     /// # Errors
     ///
     /// Another program uses the monitor, or the VM has no balloon device.
-    pub(crate) async fn open(path: &Path) -> Result<Self> {
-        let stream = timeout(ANSWER, UnixStream::connect(path))
-            .await?
-            .with_context(|| format!("cannot connect to {}", path.display()))?;
+    pub(crate) async fn open(path: &Path, target: Option<u64>) -> Result<Self> {
         let mut monitor = Self {
-            stream: BufReader::new(stream),
+            lines: Lines::open(path).await?,
             device: String::new(),
             target: None,
             memory: 0,
             size: 0,
-            update: 0,
+            stats: GuestStats::default(),
             earliest: 0,
+            update: 0,
             read: 0,
         };
         monitor
@@ -112,6 +109,10 @@ impl Monitor {
             "value": INTERVAL,
         });
         monitor.execute::<Value>("qom-set", arguments).await?;
+        if let Some(target) = target {
+            monitor.balloon().await?;
+            monitor.set(target).await?;
+        }
         Ok(monitor)
     }
 
@@ -136,7 +137,7 @@ impl Monitor {
 
     /// QEMU's process.
     pub(crate) fn pid(&self) -> Option<i32> {
-        self.stream.get_ref().peer_cred().ok()?.pid()
+        self.lines.pid()
     }
 
     pub(crate) async fn balloon(&mut self) -> Result<Balloon> {
@@ -156,12 +157,13 @@ impl Monitor {
             running: bool,
         }
         let memory: Memory = self.execute("query-memory-size-summary", json!({})).await?;
-        self.memory = memory.base_memory + memory.plugged_memory;
+        self.memory = memory.base_memory.saturating_add(memory.plugged_memory);
         let kept: Kept = self.execute("query-balloon", json!({})).await?;
         let status: Status = self.execute("query-status", json!({})).await?;
-        let stats = self.statistics().await?;
+        let arguments = json!({ "path": self.device, "property": "guest-stats" });
+        self.stats = self.execute("qom-get", arguments).await?;
         let size = self.memory.saturating_sub(kept.actual);
-        let outgrows = |target| size > target + SLACK && size > self.size;
+        let outgrows = |target: u64| size > target.saturating_add(SLACK) && size > self.size;
         let target = self.target.filter(|&target| !outgrows(target));
         (self.target, self.size) = (target, size);
         Ok(Balloon {
@@ -171,7 +173,7 @@ impl Monitor {
             target: target.unwrap_or(size),
             size,
             granule: PAGE,
-            driver: stats.last_update > 0,
+            driver: self.stats.last_update > 0,
             // A VM that does not run is paused, or migrates.
             frozen: !status.running,
             stopped: None,
@@ -188,25 +190,20 @@ impl Monitor {
         Ok(reply.err())
     }
 
-    /// The newest statistics, if the guest has sent any.
-    pub(crate) async fn sample(&mut self, epoch: Instant) -> Result<Option<Sample>> {
-        let stats = self.statistics().await?;
-        let now = Millis::try_from(epoch.elapsed().as_millis())?;
-        if stats.last_update != self.update {
-            self.update = stats.last_update;
+    /// The statistics that came with the state of the balloon, if the guest has sent any.
+    pub(crate) fn sample(&mut self, epoch: Instant) -> Option<Sample> {
+        let now = epoch.elapsed();
+        let now = Millis::try_from(now.as_millis()).unwrap_or(Millis::MAX);
+        if self.stats.last_update != self.update {
+            self.update = self.stats.last_update;
             self.earliest = self.read;
         }
         self.read = now;
         // QEMU counts in whole seconds: the statistics are at most that old.
-        let clock = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
-        let age = clock.saturating_sub(u128::from(stats.last_update) * 1_000);
-        let taken = now.saturating_sub(Millis::try_from(age)?);
-        Ok(sample(&stats, taken.max(self.earliest)))
-    }
-
-    async fn statistics(&mut self) -> Result<GuestStats> {
-        let arguments = json!({ "path": self.device, "property": "guest-stats" });
-        self.execute("qom-get", arguments).await
+        let update = UNIX_EPOCH.checked_add(Duration::from_secs(self.update))?;
+        let age = update.elapsed().unwrap_or_default().as_millis();
+        let taken = now.saturating_sub(Millis::try_from(age).unwrap_or(Millis::MAX));
+        sample(&self.stats, taken.max(self.earliest))
     }
 
     /// Runs a command that QEMU does not refuse.
@@ -226,16 +223,9 @@ impl Monitor {
 
     async fn exchange(&mut self, command: &str, arguments: Value) -> Result<Result<Value, String>> {
         let request = json!({ "execute": command, "arguments": arguments, "id": command });
-        let line = format!("{request}\n");
-        self.stream.get_mut().write_all(line.as_bytes()).await?;
+        self.lines.send(&request).await?;
         loop {
-            let mut line = Vec::new();
-            let mut limited = (&mut self.stream).take(MAX_MESSAGE);
-            limited.read_until(b'\n', &mut line).await?;
-            if line.last() != Some(&b'\n') {
-                bail!("QEMU has closed its monitor");
-            }
-            let message: Message = serde_json::from_slice(&line)?;
+            let message: Message = self.lines.receive().await?;
             if let Some(Failure { desc }) = message.error {
                 return Ok(Err(desc));
             }
@@ -265,7 +255,57 @@ fn sample(stats: &GuestStats, taken: Millis) -> Option<Sample> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
     use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Plays the monitor of a VM of 64 MiB for one client. Returns the sizes that the client has set, in bytes.
+    fn monitor(listener: &UnixListener) -> Vec<u64> {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut kept = Vec::new();
+        stream.write_all(b"{\"QMP\":{}}\n").unwrap();
+        for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+            let request: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            let value = match request["execute"].as_str().unwrap() {
+                "qom-list" => json!([{ "name": "b", "type": "child<virtio-balloon-pci>" }]),
+                "qom-get" => json!({ "stats": {}, "last-update": 0 }),
+                "query-memory-size-summary" => json!({ "base-memory": 64 * MIB }),
+                "query-balloon" => json!({ "actual": 64 * MIB }),
+                "query-status" => json!({ "running": true }),
+                "balloon" => {
+                    kept.push(request["arguments"]["value"].as_u64().unwrap());
+                    json!({})
+                }
+                _ => json!({}),
+            };
+            // Events come at any time.
+            let reply = json!({ "return": value, "id": request["id"] });
+            writeln!(stream, "{}\n{reply}", json!({ "event": "NEW_IN_QEMU_99" })).unwrap();
+        }
+        kept
+    }
+
+    #[test]
+    fn a_new_connection_sets_the_target_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = thread::spawn(move || monitor(&listener));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let balloon = runtime.unwrap().block_on(async {
+            let mut monitor = Monitor::open(&path, Some(16 * MIB)).await.unwrap();
+            monitor.balloon().await.unwrap()
+        });
+        assert_eq!((balloon.target, balloon.size), (16 * MIB, 0));
+        assert!(!balloon.driver && !balloon.frozen);
+        assert_eq!(qemu.join().unwrap(), [48 * MIB]);
+    }
 
     #[test]
     fn missing_statistics_are_left_out() {

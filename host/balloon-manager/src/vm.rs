@@ -97,6 +97,7 @@ pub(crate) fn start(
             epoch,
             memory: Memory::default(),
             link: None,
+            target: None,
             answered: 0,
             doubt: None,
             state: None,
@@ -114,6 +115,8 @@ struct Task {
     epoch: Instant,
     memory: Memory,
     link: Option<Link>,
+    /// The target of the newest order, in bytes.
+    target: Option<u64>,
     /// The newest order with a known fate.
     answered: u64,
     doubt: Option<Doubt>,
@@ -173,6 +176,7 @@ impl Task {
 
     async fn carry_out(&mut self, order: Order) {
         let number = order.number;
+        self.target = Some(order.bytes);
         if self.set(order).await.is_err() {
             self.link = None;
             self.doubt = Some(Doubt {
@@ -211,11 +215,7 @@ impl Task {
         };
         let all = balloon.memory.unwrap_or(0);
         let resident = link.resident(&mut self.memory, all);
-        let asked = *self.samples.borrow();
-        let sample = match link.sample(self.epoch).await {
-            Ok(sample) => sample.or(asked),
-            Err(_) => asked,
-        };
+        let sample = link.sample(self.epoch).or(*self.samples.borrow());
         self.state = Some(State {
             balloon,
             resident: resident.map(|bytes| bytes / PAGE),
@@ -238,7 +238,7 @@ impl Task {
     async fn link(&mut self) -> anyhow::Result<&mut Link> {
         let link = match self.link.take() {
             Some(link) => link,
-            None => Link::open(&self.place).await?,
+            None => Link::open(&self.place, self.target).await?,
         };
         Ok(self.link.insert(link))
     }
