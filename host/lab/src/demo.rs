@@ -70,7 +70,7 @@ struct Measurement {
 /// Runs the demonstration and prints its table.
 pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
-    check_memory(MEMORY + OVERHEAD)?;
+    check_memory(MEMORY)?;
     let artifacts = setup::prepare(&places, Kernel::Test)?;
     let measurements = CONTESTANTS
         .into_iter()
@@ -84,8 +84,9 @@ pub(crate) fn run(guests: Guests) -> Result<bool> {
     Ok(true)
 }
 
-/// Checks that the host has the memory: a machine that swaps measures its disk.
-pub(crate) fn check_memory(needed: Size) -> Result<()> {
+/// Checks that the host has memory for so much in guests: a machine that swaps measures its disk.
+pub(crate) fn check_memory(guests: Size) -> Result<()> {
+    let needed = guests + OVERHEAD;
     let available = Meminfo::current()?.mem_available;
     let available = Size::bytes(available.context("/proc/meminfo has no MemAvailable")?);
     ensure!(

@@ -46,9 +46,6 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// How many jobs each guest has.
 const ROUNDS: usize = 2;
 
-/// QEMU's own memory and what the tools need, in addition to that of the guests.
-const OVERHEAD: Size = Size::gib(1);
-
 /// How often the host's memory is measured, and how often the terminal shows the guests.
 const SAMPLING: Duration = Duration::from_millis(20);
 const DRAWING: Duration = Duration::from_millis(200);
@@ -67,8 +64,7 @@ struct Outcome {
 /// Runs the demonstration and prints its table.
 pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
-    let all = MEMORY * VMS.len() as u64;
-    check_memory(all + OVERHEAD)?;
+    check_memory(MEMORY * VMS.len() as u64)?;
     let artifacts = setup::prepare(&places, Kernel::Test)?;
     let alone = measure(&artifacts, guests, None)?;
     let managed = measure(&artifacts, guests, Some(SETTINGS))?;
