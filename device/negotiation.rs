@@ -17,7 +17,6 @@ use crate::{
         },
         virtio_balloon::{
             ACTUAL,
-            F_HOST_REQUESTS,
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
             F_PAGE_SETS,
