@@ -64,6 +64,9 @@ struct BalloonFeatures;
 
 impl Features for BalloonFeatures {
     const ID_TABLE: IdTable = &ID_TABLE;
+    // Hints are freed before the balloon is, which may take long. Statistics and requests are
+    // answered until it is.
+    //
     // If a feature is missing here, its function is unused, and `make clippy` fails.
     const PROBES: &'static [Probe] = &[
         Poison::probe,

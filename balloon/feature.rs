@@ -137,7 +137,9 @@ impl Feature for BalloonFeature {
 
     fn quiesce(&self, why: Quiesce) -> Result {
         match why {
-            Quiesce::Reset { begin } => quiesce::teardown(&self.task, begin),
+            Quiesce::Unbind { begin } | Quiesce::Suspend { begin } => {
+                quiesce::teardown(&self.task, begin)
+            }
             Quiesce::Shutdown => {
                 quiesce::shut_down(&self.task);
                 Ok(())

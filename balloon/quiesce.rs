@@ -42,7 +42,7 @@ pub(super) fn teardown(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Resul
     task.stop();
     task.giving_back.store(true, Relaxed);
     if let Some(offliner) = &task.offliner {
-        offliner.leave();
+        offliner.quiesce();
     }
 
     let mut result = deflate_all(task, begin);

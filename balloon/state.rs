@@ -284,7 +284,7 @@ impl Balloon {
 
         self.giving_back.store(false, Relaxed);
         if let Some(offliner) = &self.offliner {
-            offliner.enter();
+            offliner.restore();
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A bound device: its features, and the order in which they are called.
+//! A bound device: its features, which it calls in the order of their list.
 
 #![forbid(unsafe_code)]
 
@@ -9,7 +9,6 @@ use crate::{
         feature::{
             Feature,
             Probe,
-            Quiesce,
             Setup,
             Status, //
         },
@@ -46,23 +45,19 @@ use kernel::{
     prelude::*,
     str::CString,
     sync::{
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
+        atomic::Atomic,
         Arc, //
     }, //
 };
 
 /// A bound device.
 pub(crate) struct Bound {
-    /// In the order in which they are quiesced and dropped.
-    features: KVec<Arc<dyn Feature>>,
+    pub(super) features: KVec<Arc<dyn Feature>>,
     settings: Arc<Settings>,
     /// The traffic of the queues, in debugfs.
-    traffic: Pin<KBox<File<Traffic>>>,
+    pub(super) traffic: Pin<KBox<File<Traffic>>>,
     /// Whether the device did not respond in time when the features were quiesced.
-    is_unresponsive: Atomic<bool>,
+    pub(super) is_unresponsive: Atomic<bool>,
 }
 
 impl Bound {
@@ -165,39 +160,6 @@ impl Bound {
         let mut features = self.features.iter();
 
         features.find_map(|feature| feature.status()).ok_or(ENODEV)
-    }
-
-    /// See [`Feature::quiesce`].
-    pub(crate) fn quiesce(&self, why: Quiesce) {
-        for feature in &self.features {
-            if feature.quiesce(why).is_err() {
-                self.is_unresponsive.store(true, Relaxed);
-            }
-        }
-    }
-
-    /// See [`Feature::reclaim`].
-    pub(crate) fn reclaim(&self) {
-        self.features.iter().for_each(|feature| feature.reclaim());
-    }
-
-    /// See [`Feature::restore`].
-    pub(crate) fn restore(&self, dev: &virtio::Device<Core<'_>>) -> Result {
-        // QEMU exits when a device without its back end is started.
-        if self.is_unresponsive.load(Relaxed) {
-            dev_warn!(
-                dev,
-                "the device did not respond before the suspend: no more ballooning until the driver is bound again\n"
-            );
-            return Err(ENODEV);
-        }
-
-        let mut queues = Queues::find(dev, &self.traffic)?;
-
-        for feature in &self.features {
-            feature.restore(dev, &mut queues)?;
-        }
-        Ok(())
     }
 }
 

@@ -8,10 +8,7 @@ use crate::{
     device::{
         attributes::ATTRIBUTES,
         bound::Bound,
-        feature::{
-            Probe,
-            Quiesce, //
-        },
+        feature::Probe,
         negotiation,
         settings::Parameters, //
     },
@@ -25,8 +22,7 @@ use crate::{
 use core::marker::PhantomData;
 use kernel::{
     device::Core,
-    prelude::*,
-    time::Instant, //
+    prelude::*, //
 };
 
 /// The components of the driver.
@@ -34,7 +30,8 @@ pub(crate) trait Features {
     /// The ids of its devices.
     const ID_TABLE: virtio::IdTable;
 
-    /// The features of a device, in the order in which they are quiesced and dropped.
+    /// The features of a device. Each step of their life cycle calls them in this order, and so are
+    /// they dropped.
     const PROBES: &'static [Probe];
 
     /// Returns the values of the module's parameters.
@@ -81,19 +78,15 @@ impl<F: Features> virtio::Driver for Driver<F> {
     }
 
     fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        let begin = Instant::now();
-
-        bound.quiesce(Quiesce::Reset { begin });
+        bound.unbind();
     }
 
-    /// As on unbind: the host need not keep its state of the balloon, and a hibernation image must
-    /// not lack memory.
-    fn freeze(dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        Self::unbind(dev, bound);
+    fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+        bound.suspend();
     }
 
     fn frozen(bound: &Bound) {
-        bound.reclaim();
+        bound.suspended();
     }
 
     fn restore(dev: &virtio::Device<Core<'_>>, bound: &Bound) -> Result {
@@ -101,6 +94,6 @@ impl<F: Features> virtio::Driver for Driver<F> {
     }
 
     fn shutdown(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        bound.quiesce(Quiesce::Shutdown);
+        bound.shut_down();
     }
 }

@@ -39,9 +39,15 @@ use kernel::{
 /// Why a feature is quiesced.
 #[derive(Clone, Copy)]
 pub(crate) enum Quiesce {
-    /// The device will be reset: the driver is unbound, or the system suspends. All features have
+    /// The driver is unbound: the device will be reset, and the feature dropped. All features have
     /// [`timeouts::TEARDOWN`](crate::device::timeouts::TEARDOWN) from `begin` on together.
-    Reset {
+    Unbind {
+        /// When the first feature was called.
+        begin: Instant<Monotonic>,
+    },
+    /// The system suspends: the device will be reset, and the feature stays. The time is limited as
+    /// for [`Unbind`](Self::Unbind).
+    Suspend {
         /// When the first feature was called.
         begin: Instant<Monotonic>,
     },
@@ -64,7 +70,7 @@ pub(crate) trait Feature: Send + Sync {
     /// The guest's administrator has changed a setting.
     fn settings_changed(&self) {}
 
-    /// Ends all work. Called in the order of the list of features.
+    /// Ends all work.
     ///
     /// # Errors
     ///

@@ -12,4 +12,5 @@ pub(crate) mod negotiation;
 pub(crate) mod poison;
 pub(crate) mod queues;
 pub(crate) mod settings;
+pub(crate) mod teardown;
 pub(crate) mod timeouts;

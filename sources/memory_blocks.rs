@@ -383,15 +383,15 @@ impl Task<Offliner> {
         within(timeout, || (!self.is_busy()).then_some(())).is_some()
     }
 
-    /// Continues after [`leave`](Self::leave). Some blocks may be offline that could not be brought
-    /// online during hibernation.
-    pub(crate) fn enter(&self) {
+    /// Continues after [`quiesce`](Self::quiesce). Some blocks may be offline that could not be
+    /// brought online during hibernation.
+    pub(crate) fn restore(&self) {
         self.resume();
         self.schedule();
     }
 
     /// Ends all work, and frees the taken blocks.
-    pub(crate) fn leave(&self) {
+    pub(crate) fn quiesce(&self) {
         self.stop();
         self.cancel();
 

@@ -102,14 +102,13 @@ impl Feature for Hints {
         let task = &self.task;
 
         task.stop();
-        match (&task.offliner, why) {
-            (Some(offliner), Quiesce::Shutdown) => offliner.stop(),
-            (None, Quiesce::Shutdown) => (),
-            (offliner, Quiesce::Reset { .. }) => {
+        match why {
+            Quiesce::Unbind { .. } | Quiesce::Suspend { .. } => {
                 task.worker.lock().free_pending();
                 task.release();
-                offliner.iter().for_each(|offliner| offliner.leave());
+                task.offliner.iter().for_each(|offliner| offliner.quiesce());
             }
+            Quiesce::Shutdown => task.offliner.iter().for_each(|offliner| offliner.stop()),
         }
         Ok(())
     }
@@ -128,7 +127,7 @@ impl Feature for Hints {
         };
 
         *task.worker.lock() = Worker::new(dev, queue, task.offliner.clone())?;
-        task.offliner.iter().for_each(|offliner| offliner.enter());
+        task.offliner.iter().for_each(|offliner| offliner.restore());
         task.resume();
         Ok(())
     }

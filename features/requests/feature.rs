@@ -106,14 +106,13 @@ impl Feature for Task<HostRequests> {
     /// shutdown it does not concern the device.
     fn quiesce(&self, why: Quiesce) -> Result {
         self.stop();
-        match (&self.offliner, why) {
-            (Some(offliner), Quiesce::Shutdown) => offliner.stop(),
-            (None, Quiesce::Shutdown) => (),
-            (offliner, Quiesce::Reset { .. }) => {
-                offliner.iter().for_each(|offliner| offliner.leave());
+        match why {
+            Quiesce::Unbind { .. } | Quiesce::Suspend { .. } => {
+                self.offliner.iter().for_each(|offliner| offliner.quiesce());
                 self.inner.lock().open.clear();
                 self.counters.open.store(0, Relaxed);
             }
+            Quiesce::Shutdown => self.offliner.iter().for_each(|offliner| offliner.stop()),
         }
         Ok(())
     }
@@ -130,7 +129,7 @@ impl Feature for Task<HostRequests> {
         let before = mem::replace(&mut *self.inner.lock(), inner);
 
         drop(before);
-        self.offliner.iter().for_each(|offliner| offliner.enter());
+        self.offliner.iter().for_each(|offliner| offliner.restore());
         self.resume();
         Ok(())
     }

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Unbind, suspend and shutdown of a device, and its return from suspend.
+//!
+//! The virtio layer resets the device after [`Bound::unbind`], [`Bound::suspend`] and
+//! [`Bound::shut_down`]. After an unbind it then drops the [`Bound`], with the memory that the
+//! device still owned.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    device::{
+        bound::Bound,
+        feature::Quiesce,
+        queues::Queues, //
+    },
+    rust::virtio, //
+};
+
+use kernel::{
+    device::Core,
+    prelude::*,
+    sync::atomic::Relaxed,
+    time::Instant, //
+};
+
+impl Bound {
+    /// Returns the balloon's memory, and ends all work.
+    pub(crate) fn unbind(&self) {
+        let begin = Instant::now();
+
+        self.quiesce(Quiesce::Unbind { begin });
+    }
+
+    /// Does the same: the host need not keep its state of the balloon, and a hibernation image must
+    /// not lack memory.
+    pub(crate) fn suspend(&self) {
+        let begin = Instant::now();
+
+        self.quiesce(Quiesce::Suspend { begin });
+    }
+
+    /// Frees the buffers that the device still owned before its reset: it may take long until the
+    /// device is restored, or fail.
+    pub(crate) fn suspended(&self) {
+        self.features.iter().for_each(|feature| feature.reclaim());
+    }
+
+    /// Continues after [`suspend`](Self::suspend) with the same device.
+    ///
+    /// # Errors
+    ///
+    /// The driver does not use the device any more.
+    pub(crate) fn restore(&self, dev: &virtio::Device<Core<'_>>) -> Result {
+        // QEMU exits when a device without its back end is started.
+        if self.is_unresponsive.load(Relaxed) {
+            dev_warn!(
+                dev,
+                "the device did not respond before the suspend: no more ballooning until the driver is bound again\n"
+            );
+            return Err(ENODEV);
+        }
+
+        let mut queues = Queues::find(dev, &self.traffic)?;
+
+        for feature in &self.features {
+            feature.restore(dev, &mut queues)?;
+        }
+        Ok(())
+    }
+
+    /// Ends all work, and leaves the memory where it is.
+    pub(crate) fn shut_down(&self) {
+        self.quiesce(Quiesce::Shutdown);
+    }
+
+    fn quiesce(&self, why: Quiesce) {
+        for feature in &self.features {
+            if feature.quiesce(why).is_err() {
+                self.is_unresponsive.store(true, Relaxed);
+            }
+        }
+    }
+}
