@@ -278,8 +278,8 @@ impl<'a> Encoder<'a> {
             .min(run.end());
 
         (
-            PfnRange::new(run.first(), end.saturating_sub(run.first())),
-            PfnRange::new(end, run.end().saturating_sub(end)),
+            PfnRange::between(run.first(), end),
+            PfnRange::between(end, run.end()),
         )
     }
 

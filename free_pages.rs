@@ -27,13 +27,12 @@ use crate::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::prelude::*;
 
 /// A walk over the unused memory of all zones, in some range.
 pub(crate) struct Walk {
-    /// The range of the walk, in page frame numbers of kernel pages.
-    range: Range<u64>,
+    /// The kernel pages of the walk, if there are any.
+    range: Option<PfnRange>,
     /// The order of the smallest blocks to find.
     min_order: u32,
     /// The current zone, and the position in it.
@@ -49,13 +48,13 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// Begins a walk for blocks of 2^`min_order` pages or more in `range` (page frame numbers of
-    /// kernel pages), of which up to `blocks` are found under one hold of a lock.
+    /// Begins a walk for blocks of 2^`min_order` pages or more in `range`, which may be empty. Up to
+    /// `blocks` of them are found under one hold of a lock.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(range: Range<u64>, min_order: u32, blocks: usize) -> Result<Self> {
+    pub(crate) fn new(range: Option<PfnRange>, min_order: u32, blocks: usize) -> Result<Self> {
         Ok(Self {
             range,
             min_order,
@@ -72,24 +71,29 @@ impl Walk {
     /// walk.
     fn look(&mut self) -> Option<Hold> {
         // No block is larger than the largest.
-        let zone = Zone::nth(self.zone).filter(|_| self.min_order <= MAX_ORDER)?;
+        let range = self.range.filter(|_| self.min_order <= MAX_ORDER)?;
         if self.zone == 0 && self.next == 0 {
             // Pages on per-CPU page lists are unused, too, and prevent other pages from merging
             // into blocks.
             drain::drain_free_lists();
         }
-        let span = zone.span();
-        let end = span.end.min(self.range.end);
+        let (zone, there) = loop {
+            let zone = Zone::nth(self.zone)?;
+            match zone.span().and_then(|span| span.intersection(range)) {
+                Some(there) => break (zone, there),
+                None => self.zone += 1,
+            }
+        };
 
         // A block may begin before the range, and extend into it.
-        let first = (span.start.max(self.range.start) >> MAX_ORDER) << MAX_ORDER;
+        let first = (there.first() >> MAX_ORDER) << MAX_ORDER;
         self.next = self.next.max(first);
         self.found.clear();
         self.named = 0;
         self.found_in = self.zone;
 
-        let hold = zone.find_free(&mut self.next, end, self.min_order, &mut self.found);
-        if self.next >= end {
+        let hold = zone.find_free(&mut self.next, there.end(), self.min_order, &mut self.found);
+        if self.next >= there.end() {
             self.zone += 1;
             self.next = 0;
         }
@@ -109,11 +113,10 @@ impl Walk {
     /// Returns the next run of the found blocks.
     fn first(&mut self) -> Option<PfnRange> {
         while let Some(block) = self.found.get(self.named) {
-            let first = (block.first() + self.pages).max(self.range.start);
-            let end = (block.end()).min(self.range.end);
+            let rest = PfnRange::between(block.first() + self.pages, block.end());
 
-            if let Some(run) = PfnRange::new(first, end.saturating_sub(first)) {
-                self.pages = first - block.first();
+            if let Some(run) = rest.and_then(|rest| rest.intersection(self.range?)) {
+                self.pages = run.first() - block.first();
                 return Some(run);
             }
             self.named += 1;

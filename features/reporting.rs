@@ -35,7 +35,8 @@ use crate::{
                 Report,
                 ReportToken,
                 Reporter, //
-            }, //
+            },
+            pfn_range::PfnRange, //
         },
         notifiers::{
             memory_hotplug::{
@@ -58,7 +59,6 @@ use crate::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::{
     device::Core,
     new_mutex,
@@ -173,7 +173,7 @@ impl GoingOffline for Reports {
     /// Pages that are isolated for a report are neither in use nor free, and the kernel would retry
     /// without end. It isolates no more pages of memory that goes offline, but may have isolated
     /// some before.
-    fn going_offline(&self, _pfns: Range<u64>) -> Result {
+    fn going_offline(&self, _pfns: PfnRange) -> Result {
         self.going_offline.store(true, Release);
         self.settle().then_some(()).ok_or(EBUSY)
     }

@@ -40,12 +40,8 @@ impl Runs for Option<PfnRange> {
     }
 
     fn advance(&mut self, pages: u64) {
-        *self = self.and_then(|run| {
-            PfnRange::new(
-                run.first().saturating_add(pages),
-                run.len().saturating_sub(pages),
-            )
-        });
+        *self =
+            self.and_then(|run| PfnRange::between(run.first().saturating_add(pages), run.end()));
     }
 }
 

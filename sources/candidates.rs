@@ -12,6 +12,7 @@ use crate::{
     messages::runs::Runs,
     rust::mm::{
         hotplug::memory_block::MemoryBlock,
+        pfn_range::PfnRange,
         zone::PFNS_PER_HOLD, //
     }, //
 };
@@ -59,10 +60,10 @@ impl Candidates {
     ///
     /// `ENOMEM`.
     pub(crate) fn new(end: u64) -> Result<Self> {
-        let end = end.min(u64::MAX >> PAGE_SHIFT);
+        let range = PfnRange::between(0, end.min(PfnRange::ALL.end()));
 
         Ok(Self {
-            walk: Some(Walk::new(0..end, MIN_ORDER, PFNS_PER_HOLD)?),
+            walk: Some(Walk::new(range, MIN_ORDER, PFNS_PER_HOLD)?),
             found: KVVec::new(),
             next: 0,
             bits: 0,
@@ -84,7 +85,7 @@ impl Candidates {
 
         while let Some(run) = unused.first() {
             let block = MemoryBlock::of(run.first(), pages).ok_or(EINVAL)?;
-            let free = run.len().min(block.pfns().end.saturating_sub(run.first()));
+            let free = run.intersection(block.pfns()).ok_or(EINVAL)?.len();
 
             match self.found.last_mut() {
                 Some(last) if last.block == block => last.free += free,

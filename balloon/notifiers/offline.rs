@@ -14,6 +14,7 @@ use crate::{
     },
     device::timeouts,
     rust::{
+        mm::pfn_range::PfnRange,
         notifiers::memory_hotplug::GoingOffline,
         work::{
             poll::within,
@@ -22,13 +23,12 @@ use crate::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::prelude::*;
 
 impl GoingOffline for Task<Balloon> {
     /// Deflates the blocks that lie there; the kernel migrates order-0 pages. The balloon then
     /// inflates elsewhere.
-    fn going_offline(&self, pfns: Range<u64>) -> Result {
+    fn going_offline(&self, pfns: PfnRange) -> Result {
         let mut worker = self.worker.lock();
 
         if let Some(offliner) = &self.offliner {
@@ -57,7 +57,7 @@ impl GoingOffline for Task<Balloon> {
         if before > 0 && (worker.error.is_some() || self.is_broken(&worker)) {
             return Err(EBUSY);
         }
-        let all = deflate::evacuate(&self.deflate, &self.pages, &mut worker.batch, &pfns);
+        let all = deflate::vacate(&self.deflate, &self.pages, &mut worker.batch, pfns);
         if self.pages.len() == before {
             return all.then_some(()).ok_or(EBUSY);
         }

@@ -33,7 +33,8 @@ use crate::{
                 page::MAX_ORDER,
                 page_list::PageList,
                 range_stack::RangeStack, //
-            }, //
+            },
+            pfn_range::PfnRange, //
         },
         trace::{
             self,
@@ -42,7 +43,6 @@ use crate::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::{
     prelude::*,
     sync::SpinLock, //
@@ -218,11 +218,11 @@ pub(crate) fn release(
 
 /// Takes the blocks in `pfns` out of `balloon`. They are freed when the device has used their
 /// message. Returns whether all could be sent.
-pub(crate) fn evacuate(
+pub(crate) fn vacate(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
     batch: &mut Batch,
-    pfns: &Range<u64>,
+    pfns: PfnRange,
 ) -> bool {
     let mut blocks = balloon.take_blocks(pfns);
     let mut all = true;

@@ -105,12 +105,12 @@ impl Inner {
             let block = MemoryBlock::of(run.first(), MemoryBlock::pages());
 
             if let Some(block) = block.filter(|block| discard.named.contains(block)) {
-                walk.go_on_at(zone, block.pfns().end);
+                walk.go_on_at(zone, block.pfns().end());
                 self.spare.get_or_insert(message);
                 return Some(None);
             }
         }
-        let range = found.and_then(|(_, run)| ContigPages::new(run.first(), run.len()));
+        let range = found.and_then(|(_, run)| ContigPages::new(run));
         let allocated = range.as_ref().map_or(0, ContigPages::len);
 
         // Pages that are in use after all, or cannot be isolated, are skipped. The walk scans the

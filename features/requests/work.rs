@@ -11,6 +11,7 @@ use crate::{
             hotplug::memory_block::MemoryBlock,
             memory,
             pages::page::pageblock_order,
+            pfn_range::PfnRange,
             zone::PFNS_PER_HOLD, //
         },
         virtio_balloon::{
@@ -159,9 +160,9 @@ fn walk(request: &Request, least: u32, blocks: usize) -> Result<Walk> {
     let order = u32::from(request.block_shift).saturating_sub(PAGE_SHIFT as u32);
     let start = u64::from_le(request.start).div_ceil(PAGE_SIZE as u64);
     let end = match u64::from_le(request.end) {
-        0 => u64::MAX,
-        end => end,
-    } >> PAGE_SHIFT;
+        0 => PfnRange::ALL.end(),
+        end => end >> PAGE_SHIFT,
+    };
 
-    Walk::new(start..end, order.max(least), blocks)
+    Walk::new(PfnRange::between(start, end), order.max(least), blocks)
 }

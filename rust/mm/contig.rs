@@ -68,9 +68,10 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     }
 }
 
-/// Returns how many pages from `first` on, but at most `max`, are in currently unused pageblocks of
-/// one zone. Checks each pageblock once.
-fn unused_at(first: usize, max: usize) -> usize {
+/// Returns how many of the first pages of `pfns` are in currently unused pageblocks of one zone.
+/// Checks each pageblock once.
+fn unused_in(pfns: PfnRange) -> usize {
+    let (first, max) = (pfns.first() as usize, pfns.len() as usize);
     let Some(zone) = Page::online(first).map(Zone::of) else {
         return 0;
     };
@@ -95,20 +96,19 @@ enum Pages {
 }
 
 impl ContigPages {
-    /// Allocates up to `len` pages from the page frame number `first` on (kernel pages): whole
-    /// pageblocks that were not in use at the check. Returns none if the first one was in use, or
-    /// if the kernel fails. May sleep: the kernel migrates pages that other callers have allocated
-    /// meanwhile.
+    /// Allocates the first of the pages `pfns`: whole pageblocks that were not in use at the check.
+    /// Returns none if the first one was in use, or if the kernel fails. May sleep: the kernel
+    /// migrates pages that other callers have allocated meanwhile.
     ///
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
-    pub(crate) fn new(first: u64, len: u64) -> Option<Self> {
+    pub(crate) fn new(pfns: PfnRange) -> Option<Self> {
         let order = pageblock_order();
-        let mut blocks = unused_at(usize::try_from(first).ok()?, len as usize) >> order;
+        let mut blocks = unused_in(pfns) >> order;
 
         // A single block that cannot be allocated, such as one of CMA, fails the whole range.
         loop {
-            let pfns = PfnRange::new(first, (blocks << order) as u64)?;
+            let pfns = PfnRange::new(pfns.first(), (blocks << order) as u64)?;
 
             // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps
             // its `struct page`s until it is removed. A removal between the check and this call is

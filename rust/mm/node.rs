@@ -5,9 +5,11 @@
 //! C headers: [`include/linux/nodemask.h`](srctree/include/linux/nodemask.h),
 //! [`include/linux/mmzone.h`](srctree/include/linux/mmzone.h)
 
-use crate::rust::bindings;
+use crate::rust::{
+    bindings,
+    mm::pfn_range::PfnRange, //
+};
 
-use core::ops::Range;
 use kernel::prelude::*;
 
 /// Reads a variable of the kernel, or a part of it, that may be changing. A torn value is no worse
@@ -117,13 +119,12 @@ impl Node {
         count(read!(self, vm_stat[item as usize]))
     }
 
-    /// Returns its range (page frame numbers of kernel pages). Parts of it may belong to other
+    /// Returns its range of kernel pages, none if it has no memory. Parts of it may belong to other
     /// nodes, or to none.
-    pub(in crate::rust) fn span(self) -> Range<u64> {
-        let start = read!(self, node_start_pfn) as u64;
-        let len = read!(self, node_spanned_pages) as u64;
+    pub(in crate::rust) fn span(self) -> Option<PfnRange> {
+        let first = read!(self, node_start_pfn) as u64;
 
-        start..start.saturating_add(len)
+        PfnRange::new(first, read!(self, node_spanned_pages) as u64)
     }
 
     /// Returns how many kernel pages there are.

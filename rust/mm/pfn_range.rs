@@ -23,6 +23,12 @@ impl PfnRange {
         (len > 0 && end <= PFN_END).then_some(Self { first, len })
     }
 
+    /// Returns the range from the page frame number `first` up to `end`, which is not part of it, if
+    /// there is one.
+    pub(crate) fn between(first: u64, end: u64) -> Option<Self> {
+        Self::new(first, end.checked_sub(first)?)
+    }
+
     /// Returns the first page frame number.
     pub(crate) fn first(self) -> u64 {
         self.first
@@ -37,9 +43,27 @@ impl PfnRange {
     pub(crate) fn end(self) -> u64 {
         self.first.saturating_add(self.len)
     }
+}
+
+#[cfg_attr(test, allow(dead_code, reason = "the host does not need this"))]
+impl PfnRange {
+    /// All page frame numbers.
+    pub(crate) const ALL: Self = Self {
+        first: 0,
+        len: PFN_END,
+    };
+
+    /// Returns whether the page `pfn` is in the range.
+    pub(crate) fn contains(self, pfn: u64) -> bool {
+        self.first <= pfn && pfn < self.end()
+    }
+
+    /// Returns the range of the pages that are in both, if there are any.
+    pub(crate) fn intersection(self, other: Self) -> Option<Self> {
+        Self::between(self.first.max(other.first), self.end().min(other.end()))
+    }
 
     /// Returns the range extended by the page `pfn`, if that is adjacent.
-    #[cfg_attr(test, allow(dead_code, reason = "the host does not need it"))]
     pub(crate) fn extended(self, pfn: u64) -> Option<Self> {
         if pfn.checked_add(1) == Some(self.first) {
             Self::new(pfn, self.len + 1)

@@ -17,10 +17,7 @@ use crate::rust::{
     }, //
 };
 
-use core::{
-    mem::offset_of,
-    ops::Range, //
-};
+use core::mem::offset_of;
 use kernel::{
     prelude::*,
     time::{
@@ -211,13 +208,12 @@ impl Zone {
         online_cpus().map(|cpu| listed(cpu).max(0) as usize).sum()
     }
 
-    /// Returns the zone's range (page frame numbers of kernel pages). Parts of it may belong to
+    /// Returns the zone's range of kernel pages, none if it has no memory. Parts of it may belong to
     /// other zones, or to none.
-    pub(crate) fn span(self) -> Range<u64> {
+    pub(crate) fn span(self) -> Option<PfnRange> {
         let first = read!(self, zone_start_pfn) as u64;
-        let len = read!(self, spanned_pages) as u64;
 
-        first..first.saturating_add(len)
+        PfnRange::new(first, read!(self, spanned_pages) as u64)
     }
 
     /// Takes the zone's lock. The caller must not sleep, or take another lock, until the result is

@@ -6,9 +6,12 @@
 
 use crate::rust::{
     bindings,
-    mm::hotplug::online::{
-        is_taking,
-        range_can_be_taken, //
+    mm::{
+        hotplug::online::{
+            is_taking,
+            range_can_be_taken, //
+        },
+        pfn_range::PfnRange, //
     },
     notifiers::notifier::{
         Chain,
@@ -16,20 +19,18 @@ use crate::rust::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::prelude::*;
 
 /// An owner of memory that cannot be migrated.
 pub(crate) trait GoingOffline: Send + Sync {
-    /// Frees its pages in `pfns` (page frame numbers of kernel pages), which the kernel has
-    /// isolated.
+    /// Frees its pages in `pfns`, which the kernel has isolated.
     ///
     /// Called in process context.
     ///
     /// # Errors
     ///
     /// The memory stays online.
-    fn going_offline(&self, pfns: Range<u64>) -> Result;
+    fn going_offline(&self, pfns: PfnRange) -> Result;
 
     /// The memory is offline, or stays online.
     ///
@@ -66,8 +67,9 @@ unsafe impl<T: GoingOffline> Chain<T> for MemoryChain {
     unsafe fn call(who: &T, action: c_ulong, data: *mut c_void) -> c_int {
         // SAFETY: The chain passes the address of a `struct memory_notify`.
         let what = unsafe { &*data.cast::<bindings::memory_notify>() };
-        let first = what.start_pfn as u64;
-        let pfns = first..first.saturating_add(what.nr_pages as u64);
+        let Some(pfns) = PfnRange::new(what.start_pfn as u64, what.nr_pages as u64) else {
+            return bindings::NOTIFY_DONE as c_int;
+        };
 
         // Blocks that this driver takes offline contain no pages of a balloon. But another device
         // may have allocated pages there before the kernel isolated the block, and the kernel would

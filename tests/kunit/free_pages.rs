@@ -19,6 +19,7 @@ use crate::{
             page::MAX_ORDER,
             page_list::PageList, //
         },
+        pfn_range::PfnRange,
         zone::{
             Hold,
             Zone,
@@ -27,7 +28,6 @@ use crate::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::{
     prelude::*,
     sync::{
@@ -52,12 +52,12 @@ const BLOCK: u64 = 1 << MAX_ORDER;
 /// `EINVAL` if runs do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if
 /// one hold of a lock scanned too many PFNs.
 fn walk_with(
-    range: Range<u64>,
+    range: Option<PfnRange>,
     min_order: u32,
     mut between: impl FnMut(u64) -> Result,
 ) -> Result<u64> {
-    let mut walk = Walk::new(range.clone(), min_order, PFNS_PER_HOLD)?;
-    let (mut pages, mut end) = (0, range.start);
+    let mut walk = Walk::new(range, min_order, PFNS_PER_HOLD)?;
+    let (mut pages, mut end) = (0, 0);
 
     loop {
         let mut most = 0;
@@ -65,11 +65,12 @@ fn walk_with(
 
         while let Some(run) = unused.first() {
             let short = run.len() < 1 << min_order;
+            let is_inside = range.and_then(|range| range.intersection(run)) == Some(run);
 
-            if run.first() < end || run.first() + run.len() > range.end || short {
+            if run.first() < end || !is_inside || short {
                 return Err(EINVAL);
             }
-            end = run.first() + run.len();
+            end = run.end();
             pages += run.len();
             unused.advance(run.len());
         }
@@ -85,7 +86,7 @@ fn walk_with(
     }
 }
 
-fn walk(range: Range<u64>, min_order: u32) -> Result<u64> {
+fn walk(range: Option<PfnRange>, min_order: u32) -> Result<u64> {
     walk_with(range, min_order, |_| Ok(()))
 }
 
@@ -114,12 +115,12 @@ fn take(blocks: usize) -> Result<(PageList, u64)> {
 }
 
 /// Frees every second page of a block. Returns the others, and the start of the block.
-fn every_second() -> Result<(PageList, Range<u64>)> {
+fn every_second() -> Result<(PageList, u64)> {
     let (mut pages, first) = take(1)?;
 
     pages.split_alternating(&mut PageList::new());
     drain::drain_free_lists();
-    Ok((pages, first..first + BLOCK))
+    Ok((pages, first))
 }
 
 #[kunit_tests(virtio_balloon_rs_free_pages)]
@@ -132,7 +133,7 @@ mod tests {
         assert!(taken.is_ok());
         let Ok((pages, first)) = taken else { return };
 
-        assert_eq!(walk(first..first + BLOCK, 0), Ok(0));
+        assert_eq!(walk(PfnRange::new(first, BLOCK), 0), Ok(0));
         drop(pages);
     }
 
@@ -140,8 +141,9 @@ mod tests {
     fn isolated_pages_are_found() {
         // Other tasks may allocate some of them in the meantime, but not each time.
         let found = eventually(|| {
-            let (pages, range) = every_second()?;
-            let found = walk(range.clone(), 0)?;
+            let (pages, first) = every_second()?;
+            let range = PfnRange::new(first, BLOCK);
+            let found = walk(range, 0)?;
             let larger = walk(range, 1)?;
 
             drop(pages);
@@ -154,14 +156,13 @@ mod tests {
     fn a_range_is_cut_where_it_ends() {
         let taken = every_second();
         assert!(taken.is_ok());
-        let Ok((pages, range)) = taken else { return };
+        let Ok((pages, first)) = taken else { return };
 
         // One of two adjacent pages is free.
-        let found = walk(range.start + 100..range.start + 102, 0);
+        let found = walk(PfnRange::new(first + 100, 2), 0);
         assert!(found.is_ok_and(|found| found <= 1));
-        assert_eq!(walk(range.start..range.start, 0), Ok(0));
-        let (start, end) = (range.end, range.start);
-        assert_eq!(walk(start..end, 0), Ok(0));
+        assert_eq!(walk(PfnRange::between(first, first), 0), Ok(0));
+        assert_eq!(walk(PfnRange::between(first + BLOCK, first), 0), Ok(0));
         drop(pages);
     }
 
@@ -172,7 +173,7 @@ mod tests {
 
             drop(pages);
             drain::drain_free_lists();
-            Ok(walk(first + 100..first + 200, 0)? == 100)
+            Ok(walk(PfnRange::new(first + 100, 100), 0)? == 100)
         });
         assert_eq!(found, Ok(()));
     }
@@ -187,14 +188,15 @@ mod tests {
             pages.split_at(BLOCK as usize / 2, &mut rest);
             drop(pages);
             drain::drain_free_lists();
-            let found = walk(first..first + BLOCK, MAX_ORDER - 1)?;
-            let larger = walk(first..first + BLOCK, MAX_ORDER)?;
+            let range = PfnRange::new(first, BLOCK);
+            let found = walk(range, MAX_ORDER - 1)?;
+            let larger = walk(range, MAX_ORDER)?;
 
             drop(rest);
             Ok(found == BLOCK / 2 && larger == 0)
         });
         assert_eq!(found, Ok(()));
-        assert_eq!(walk(0..u64::MAX, MAX_ORDER + 1), Ok(0));
+        assert_eq!(walk(Some(PfnRange::ALL), MAX_ORDER + 1), Ok(0));
     }
 
     #[test]
@@ -245,7 +247,7 @@ mod tests {
             drop(pages);
             drain::drain_free_lists();
             isolate(isolated);
-            let range = ContigPages::new(first, BLOCK);
+            let range = PfnRange::new(first, BLOCK).and_then(ContigPages::new);
             isolate(-isolated);
             Ok(range.is_some())
         };
@@ -263,7 +265,8 @@ mod tests {
         let Ok((pages, first)) = taken else { return };
         let mut pages = Some(pages);
 
-        let found = walk_with(first..u64::MAX, 0, |_| {
+        let range = PfnRange::between(first, PfnRange::ALL.end());
+        let found = walk_with(range, 0, |_| {
             match pages.take() {
                 Some(taken) => drop(taken),
                 None => pages = Some(take(4)?.0),

@@ -50,7 +50,8 @@ use crate::{
             pages::{
                 page::pageblock_order,
                 page_list::PageList, //
-            }, //
+            },
+            pfn_range::PfnRange, //
         },
         notifiers::oom::last::out_of_memory,
         virtio::{
@@ -77,7 +78,6 @@ use crate::{
     }, //
 };
 
-use core::ops::Range;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
@@ -290,7 +290,8 @@ mod tests {
             (0..10).any(|_| {
                 blocks().any(|block| {
                     let len = 1 << pageblock_order();
-                    ContigPages::new(block.pfns().start, len).is_some()
+                    let first = PfnRange::new(block.pfns().first(), len);
+                    first.and_then(ContigPages::new).is_some()
                 })
             })
         };
@@ -321,12 +322,12 @@ mod tests {
         // Until the balloon has pages of one of them.
         for steps in 1..=STEPS {
             host.resize(steps * STEP, steps * STEP)?;
-            let has = |pfns: &Range<u64>| {
+            let has = |pfns: PfnRange| {
                 host.inflated
                     .iter()
-                    .any(|&pfn| pfns.contains(&(u64::from(pfn) / BALLOON_PAGES_PER_PAGE as u64)))
+                    .any(|&pfn| pfns.contains(u64::from(pfn) / BALLOON_PAGES_PER_PAGE as u64))
             };
-            in_use = takeable.iter().find(|block| has(&block.pfns()));
+            in_use = takeable.iter().find(|block| has(block.pfns()));
             if in_use.is_some() {
                 break;
             }
@@ -413,8 +414,9 @@ mod tests {
         }
 
         let (all, _) = find(u64::MAX, usize::MAX)?;
-        let last = all.iter().max().ok_or(ENOENT)?;
-        let (below, _) = find(last.pfns().start, usize::MAX)?;
+        let last = all.iter().max_by_key(|block| block.pfns().first());
+        let last = last.ok_or(ENOENT)?;
+        let (below, _) = find(last.pfns().first(), usize::MAX)?;
         assert_eq!(below.len() + 1, all.len());
         assert!(!below.contains(last));
         Ok(())

@@ -20,7 +20,8 @@ use crate::{
                 page::MAX_ORDER,
                 page_list::PageList,
                 page_run::PageRun, //
-            }, //
+            },
+            pfn_range::PfnRange, //
         },
         this_module, //
     }, //
@@ -331,30 +332,24 @@ mod tests {
     }
 
     #[test]
-    fn blocks_can_be_taken_by_address() {
+    fn blocks_can_be_taken_by_address() -> Result {
         const LEN: usize = 1 << MAX_ORDER;
 
-        let balloon = balloon();
-        assert!(balloon.is_ok());
-        let Ok(balloon) = balloon else { return };
-        let batch = gather(4, true);
-        assert!(batch.is_ok());
-        let Ok(mut batch) = batch else { return };
-        let Some(first) = batch.first() else { return };
+        let balloon = balloon()?;
+        let mut batch = gather(4, true)?;
+        let first = batch.first().ok_or(ENOENT)?.first();
+        let below = PfnRange::between(0, first).ok_or(EINVAL)?;
+        let page = PfnRange::new(first, 1).ok_or(EINVAL)?;
 
         balloon.insert(batch.take_all());
-        assert!(balloon.take_blocks(&(0..first.first())).is_empty());
-        assert_eq!(
-            balloon
-                .take_blocks(&(first.first()..first.first() + 1))
-                .len(),
-            LEN
-        );
+        assert!(balloon.take_blocks(below).is_empty());
+        assert_eq!(balloon.take_blocks(page).len(), LEN);
         assert_eq!(balloon.len(), 3 * LEN);
         assert!(balloon.by_order() == held(0, 3));
-        assert_eq!(balloon.take_blocks(&(0..u64::MAX)).len(), 3 * LEN);
+        assert_eq!(balloon.take_blocks(PfnRange::ALL).len(), 3 * LEN);
         assert_eq!(balloon.len(), 0);
         assert!(balloon.by_order() == held(0, 0));
+        Ok(())
     }
 
     #[test]
@@ -390,7 +385,7 @@ mod tests {
         one.insert(block(MAX_ORDER)?);
 
         // From the middle, the end and the beginning of the list.
-        let taken = one.take_blocks(&(0..u64::MAX));
+        let taken = one.take_blocks(PfnRange::ALL);
         assert_eq!(taken.len(), 3 * LEN);
         assert!(one.by_order() == held(LEN, 0));
         assert!(other.by_order() == held(0, 3));
@@ -398,7 +393,7 @@ mod tests {
 
         // The balloon does not find pages that have left it.
         drop(taken);
-        assert!(one.take_blocks(&(0..u64::MAX)).is_empty());
+        assert!(one.take_blocks(PfnRange::ALL).is_empty());
         assert_eq!(other.take(usize::MAX, usize::MAX, false).len(), 3 * LEN);
         Ok(())
     }

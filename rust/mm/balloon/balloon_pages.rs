@@ -15,7 +15,8 @@ use crate::rust::{
         pages::{
             page::MAX_ORDER,
             page_list::PageList, //
-        }, //
+        },
+        pfn_range::PfnRange, //
     },
     work::{
         poll,
@@ -23,10 +24,7 @@ use crate::rust::{
     }, //
 };
 
-use core::{
-    mem,
-    ops::Range, //
-};
+use core::mem;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
@@ -155,16 +153,14 @@ impl<R: MigratePage> BalloonPages<R> {
         }
     }
 
-    /// Takes all blocks out of the balloon that begin in `pfns` (page frame numbers of kernel
-    /// pages).
-    pub(crate) fn take_blocks(&self, pfns: &Range<u64>) -> PageList {
+    /// Takes all blocks out of the balloon that begin in `pfns`.
+    pub(crate) fn take_blocks(&self, pfns: PfnRange) -> PageList {
         let mut taken = PageList::new();
 
         for (node, pages) in self.filled(false) {
-            let span = node.span();
-            let there = span.start.max(pfns.start)..span.end.min(pfns.end);
-
-            pages.take_blocks(there, &mut taken);
+            if let Some(there) = node.span().and_then(|span| span.intersection(pfns)) {
+                pages.take_blocks(there, &mut taken);
+            }
         }
         taken
     }

@@ -27,14 +27,14 @@ use crate::rust::{
                 ORDER_MASK, //
             },
             page_list::PageList, //
-        }, //
+        },
+        pfn_range::PfnRange, //
     },
     work::poll::within, //
 };
 
 use core::{
     marker::PhantomData,
-    ops::Range,
     ptr, //
 };
 use kernel::{
@@ -380,12 +380,12 @@ impl<R: MigratePage> NodePages<R> {
         true
     }
 
-    /// Takes out all blocks that begin in `pfns` (page frame numbers of kernel pages), and puts
-    /// them on `taken`. Checks each pageblock there, and no others.
-    pub(in crate::rust::mm) fn take_blocks(&self, pfns: Range<u64>, taken: &mut PageList) {
+    /// Takes out all blocks that begin in `pfns`, and puts them on `taken`. Checks each pageblock
+    /// there, and no others.
+    pub(in crate::rust::mm) fn take_blocks(&self, pfns: PfnRange, taken: &mut PageList) {
         let step = 1 << pageblock_order();
 
-        for pfn in (pfns.start.next_multiple_of(step)..pfns.end).step_by(step as usize) {
+        for pfn in (pfns.first().next_multiple_of(step)..pfns.end()).step_by(step as usize) {
             let Some(block) = self.blocks.lock().take_at(pfn as usize) else {
                 continue;
             };

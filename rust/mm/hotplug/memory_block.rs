@@ -20,13 +20,13 @@ use crate::rust::{
             OnlinePageCallback,
             Turn, //
         },
-        pages::page_list::PageList, //
+        pages::page_list::PageList,
+        pfn_range::PfnRange, //
     },
     virtio,
     work::deadline, //
 };
 
-use core::ops::Range;
 use kernel::{
     error::code::{
         ECANCELED,
@@ -51,9 +51,9 @@ pub(crate) struct Limits {
     pub(crate) online: Msecs,
 }
 
-/// A memory block.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct MemoryBlock(u64);
+/// A memory block: its kernel pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemoryBlock(PfnRange);
 
 /// The result of taking a block.
 pub(crate) enum Outcome {
@@ -78,15 +78,19 @@ impl MemoryBlock {
     /// Returns the block in which the page `pfn` (of a kernel page) lies, where blocks have `pages`
     /// pages.
     pub(crate) fn of(pfn: u64, pages: u64) -> Option<Self> {
-        pfn.checked_div(pages).map(Self)
+        let number = pfn.checked_div(pages)?;
+
+        PfnRange::new(number.checked_mul(pages)?, pages).map(Self)
     }
 
-    /// Returns the block's page frame numbers, in kernel pages.
-    pub(crate) fn pfns(self) -> Range<u64> {
-        let pages = Self::pages();
-        let first = self.0.saturating_mul(pages);
+    /// Returns the block's pages.
+    pub(crate) fn pfns(self) -> PfnRange {
+        self.0
+    }
 
-        first..first.saturating_add(pages)
+    /// Returns the block's number, which is in its name.
+    fn number(self) -> Option<u64> {
+        self.0.first().checked_div(self.0.len())
     }
 
     /// Returns whether the block can probably be taken: its pages are free, or the kernel can
@@ -181,8 +185,8 @@ struct StateFile(WritableFile);
 
 impl StateFile {
     fn open(block: MemoryBlock) -> Result<Self> {
-        let path =
-            CString::try_from_fmt(fmt!("/sys/devices/system/memory/memory{}/state", block.0))?;
+        let number = block.number().ok_or(EINVAL)?;
+        let path = CString::try_from_fmt(fmt!("/sys/devices/system/memory/memory{number}/state"))?;
 
         Ok(Self(WritableFile::open(&path)?))
     }

@@ -21,13 +21,13 @@ use crate::rust::{
             page_list::PageList,
             ring::Linked, //
         },
+        pfn_range::PfnRange,
         zone::Zone, //
     }, //
 };
 
 use core::{
     marker::PhantomData,
-    ops::Range,
     ptr, //
 };
 use kernel::{
@@ -92,10 +92,10 @@ impl Drop for Turn {
 pub(in crate::rust::mm) struct OnlinePageCallback<'a>(PhantomData<&'a Turn>);
 
 impl<'a> OnlinePageCallback<'a> {
-    /// Sets the callback, which keeps the pages in `pfns` (page frame numbers of kernel pages).
-    /// Returns none if another driver has set a callback.
-    pub(in crate::rust::mm) fn set(_turn: &'a Turn, pfns: Range<u64>) -> Option<Self> {
-        KEPT.lock().keep(pfns.start as usize..pfns.end as usize);
+    /// Sets the callback, which keeps the pages in `pfns`. Returns none if another driver has set a
+    /// callback.
+    pub(in crate::rust::mm) fn set(_turn: &'a Turn, pfns: PfnRange) -> Option<Self> {
+        KEPT.lock().keep(pfns);
 
         // INVARIANT: The callback was set.
         #[cfg(CONFIG_MEMORY_HOTREMOVE)]
@@ -183,31 +183,31 @@ unsafe fn allow_access(_page: Page, _order: u32) {
 }
 
 /// Returns whether memory would come online in its current zone, which depends on its address.
-fn comes_back(zone: Zone, pfns: &Range<u64>) -> bool {
-    let span = zone.span();
-
+fn comes_back(zone: Zone, pfns: PfnRange) -> bool {
     match zone.kind() {
         bindings::zone_type_ZONE_MOVABLE => false,
         bindings::zone_type_ZONE_NORMAL => true,
-        _ => span.start < pfns.start && pfns.end < span.end,
+        _ => zone
+            .span()
+            .is_some_and(|span| span.first() < pfns.first() && pfns.end() < span.end()),
     }
 }
 
-/// Returns whether the memory block with `pfns` (page frame numbers of kernel pages) can probably
-/// be taken: its pages are of one zone, in which they also come online, and are free or can be
-/// migrated. A block with a memory error would not come online again. This takes no lock: if the
-/// result changes at once, the kernel does not take the block offline.
-pub(in crate::rust) fn range_can_be_taken(pfns: Range<u64>) -> bool {
-    let Some(first) = Page::online(pfns.start as usize) else {
+/// Returns whether the memory block with the pages `pfns` can probably be taken: they are of one
+/// zone, in which they also come online, and are free or can be migrated. A block with a memory
+/// error would not come online again. This takes no lock: if the result changes at once, the kernel
+/// does not take the block offline.
+pub(in crate::rust) fn range_can_be_taken(pfns: PfnRange) -> bool {
+    let Some(first) = Page::online(pfns.first() as usize) else {
         return false;
     };
     let zone = Zone::of(first);
-    if is_early(first) || !comes_back(zone, &pfns) {
+    if is_early(first) || !comes_back(zone, pfns) {
         return false;
     }
 
-    let mut pfn = pfns.start as usize;
-    while pfn < pfns.end as usize {
+    let mut pfn = pfns.first() as usize;
+    while pfn < pfns.end() as usize {
         let Some(page) = Page::online(pfn).filter(|&page| Zone::of(page) == zone) else {
             return false;
         };

@@ -115,7 +115,7 @@ impl PageRun {
         // INVARIANT: These are the other blocks.
         (
             block,
-            PfnRange::new(pfns.first() + len, pfns.len() - len).map(Self),
+            PfnRange::between(pfns.first() + len, pfns.end()).map(Self),
         )
     }
 }

@@ -159,7 +159,7 @@ impl RangeStack {
         let range = backlog.last()?;
         let taken = PfnRange::new(range.first(), range.len().min(max))?;
 
-        if let Some(rest) = PfnRange::new(taken.end(), range.len() - taken.len()) {
+        if let Some(rest) = PfnRange::between(taken.end(), range.end()) {
             backlog.set_last(rest);
             return Some(taken);
         }
