@@ -290,6 +290,11 @@ impl DeviceId {
             vendor: bindings::VIRTIO_DEV_ANY_ID,
         })
     }
+
+    /// Returns the type of the devices.
+    pub(in crate::rust) fn device(self) -> u32 {
+        self.0.device
+    }
 }
 
 // SAFETY: `DeviceId` is a `#[repr(transparent)]` wrapper of `virtio_device_id` and does not add

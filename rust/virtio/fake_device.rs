@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A virtio balloon device inside the kernel, for KUnit.
+//! A virtio device inside the kernel, for KUnit.
 //!
-//! It is registered with the virtio core like any other device, so that the driver in this module
-//! binds to it. The test acts as the device: it takes messages from the queues, and uses them, or
+//! It is registered with the virtio core like any other device, so that a driver for devices with
+//! its id binds to it. The test acts as the device: it takes messages from the queues, and uses them, or
 //! not, or wrongly.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
@@ -13,6 +13,7 @@ use crate::rust::{
     bindings,
     virtio::{
         Device,
+        DeviceId,
         Feature,
         Field, //
     }, //
@@ -48,14 +49,14 @@ use kernel::{
     }, //
 };
 
-/// The maximum number of queues.
-const QUEUES: usize = 6;
+/// The maximum number of queues. No driver with more of them can bind.
+const QUEUES: usize = 32;
 
 /// The initial number of entries of each queue.
 pub(crate) const QUEUE_SIZE: u32 = 16;
 
-/// The number of 32-bit fields of the configuration space.
-const CONFIG_FIELDS: usize = 6;
+/// The number of 32-bit fields of the configuration space. Others read as 0.
+const CONFIG_FIELDS: usize = 32;
 
 /// The device's side of a queue.
 struct Queue {
@@ -168,6 +169,8 @@ pub(crate) type OnKick = fn(&FakeDevice, usize);
 #[repr(C)]
 struct Inner {
     vdev: bindings::virtio_device,
+    /// Whether a driver may bind.
+    is_usable: bool,
     offered: u64,
     status: Atomic<u32>,
     queue_size: Atomic<u32>,
@@ -210,18 +213,6 @@ impl Request {
     pub(crate) fn id(&self) -> u32 {
         self.head.into()
     }
-
-    /// Returns the message as little-endian page frame numbers.
-    pub(crate) fn pfns(&self) -> Result<KVec<u32>> {
-        let mut pfns = KVec::with_capacity(self.words.len() / 2, GFP_KERNEL)?;
-        let mut words = self.words.iter().copied().map(u16::from_le).map(u32::from);
-
-        while let (Some(low), Some(high)) = (words.next(), words.next()) {
-            pfns.push(low | high << 16, GFP_KERNEL)?;
-        }
-
-        Ok(pfns)
-    }
 }
 
 static CONFIG_OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
@@ -239,23 +230,27 @@ static CONFIG_OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
 };
 
 impl FakeDevice {
-    /// Registers a device that offers `features`. When this returns, the driver has bound to it, or
-    /// refused it.
-    pub(crate) fn new(features: &[Feature]) -> Result<Self> {
-        Self::register(bindings::VIRTIO_ID_BALLOON, features, None)
+    /// Registers a device that offers `features`, and calls `on_kick`. When this returns, a driver
+    /// has bound to it, or refused it.
+    pub(crate) fn register(
+        id: DeviceId,
+        features: &[Feature],
+        on_kick: Option<OnKick>,
+    ) -> Result<Self> {
+        Self::register_as(id, true, features, on_kick)
     }
 
-    /// The same for a device that calls `on_kick`.
-    pub(crate) fn with_callback(features: &[Feature], on_kick: OnKick) -> Result<Self> {
-        Self::register(bindings::VIRTIO_ID_BALLOON, features, Some(on_kick))
+    /// Registers a device to which no driver can bind.
+    pub(crate) fn register_unusable(id: DeviceId) -> Result<Self> {
+        Self::register_as(id, false, &[], None)
     }
 
-    /// Registers a virtio-mem device, to which no driver binds.
-    pub(crate) fn virtio_mem() -> Result<Self> {
-        Self::register(bindings::VIRTIO_ID_MEM, &[], None)
-    }
-
-    fn register(id: u32, features: &[Feature], on_kick: Option<OnKick>) -> Result<Self> {
+    fn register_as(
+        id: DeviceId,
+        is_usable: bool,
+        features: &[Feature],
+        on_kick: Option<OnKick>,
+    ) -> Result<Self> {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
 
         // SAFETY: All parts of the struct may be zero: integers, null pointers, no callback, and
@@ -269,9 +264,10 @@ impl FakeDevice {
             for &feature in features {
                 (*inner).offered |= feature.mask();
             }
+            (*inner).is_usable = is_usable;
             (*inner).on_kick = on_kick;
             (*inner).queue_size.store(QUEUE_SIZE, Relaxed);
-            (*inner).vdev.id.device = id;
+            (*inner).vdev.id.device = id.device();
             (*inner).vdev.config = &CONFIG_OPS;
             (*inner).vdev.dev.release = Some(release);
 
@@ -479,8 +475,8 @@ macro_rules! operations {
     )*) => {$(
         /// # Safety
         ///
-        /// Only for the virtio core, which calls it with a device that [`FakeDevice::new`] has
-        /// registered.
+        /// Only for the virtio core, which calls it with a device that
+        /// [`FakeDevice::register`] has registered.
         $(#[$safety])*
         unsafe extern "C" fn $name(
             vdev: *mut bindings::virtio_device,
@@ -499,7 +495,7 @@ macro_rules! operations {
 /// Only for the driver core, which calls it with the device in an [`Inner`] that is not used any
 /// more.
 unsafe extern "C" fn release(dev: *mut bindings::device) {
-    // SAFETY: By the requirements of this function. `FakeDevice::new` has allocated the `Inner`.
+    // SAFETY: By the requirements of this function. `FakeDevice::register` has allocated the `Inner`.
     drop(unsafe {
         let vdev = container_of!(dev, bindings::virtio_device, dev);
 
@@ -587,8 +583,7 @@ operations! {
     }
 
     fn finalize_features(inner: &Inner) -> c_int {
-        // No other driver can use the device.
-        if inner.vdev.id.device != bindings::VIRTIO_ID_BALLOON {
+        if !inner.is_usable {
             return ENODEV.to_errno();
         }
         // SAFETY: The device is valid.
@@ -660,7 +655,7 @@ impl Inner {
 
 /// # Safety
 ///
-/// Only for the virtio core, which calls it with a queue of a device that [`FakeDevice::new`] has
+/// Only for the virtio core, which calls it with a queue of a device that [`FakeDevice::register`] has
 /// registered.
 unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
     // SAFETY: By the requirements of this function. `Inner` begins with its `vdev`.

@@ -13,6 +13,7 @@ mod bitmap;
 mod budget;
 mod buffer;
 mod device;
+mod fake_balloon;
 mod free_pages;
 mod hinting;
 mod host_requests;

@@ -23,7 +23,10 @@ use crate::rust::{
         pages::page_list::PageList,
         pfn_range::PfnRange, //
     },
-    virtio,
+    virtio::{
+        self,
+        DeviceId, //
+    },
     work::deadline, //
 };
 
@@ -203,8 +206,11 @@ impl StateFile {
     }
 }
 
+/// The devices that plug and unplug memory: virtio-mem devices of any vendor.
+pub(crate) const VIRTIO_MEM: DeviceId = DeviceId::any_vendor(bindings::VIRTIO_ID_MEM);
+
 /// Returns whether the guest has a virtio-mem device. Its driver permanently sets the callback for
 /// pages that come online, and there is only one.
 pub(crate) fn has_virtio_mem(dev: &virtio::Device) -> bool {
-    dev.bus_has_device(bindings::VIRTIO_ID_MEM)
+    dev.bus_has_device(VIRTIO_MEM.device())
 }
