@@ -15,6 +15,7 @@ use crate::{
         negotiation,
         queues::{
             Queue,
+            QueueUsed,
             Queues,
             Traffic, //
         },
@@ -61,16 +62,6 @@ pub(crate) struct Bound {
 }
 
 impl Bound {
-    /// A callback for each [`Queue`].
-    pub(crate) const QUEUE_CALLBACKS: &'static [fn(&Self); Queue::ALL.len()] = &[
-        Self::queue_used::<0>,
-        Self::queue_used::<1>,
-        Self::queue_used::<2>,
-        Self::queue_used::<3>,
-        Self::queue_used::<4>,
-        Self::queue_used::<5>,
-    ];
-
     /// Sets up the negotiated features of `dev` by `probes`.
     ///
     /// # Errors
@@ -126,15 +117,6 @@ impl Bound {
         self.features.iter().for_each(|feature| feature.ready(dev));
     }
 
-    /// See [`Feature::queue_used`]. `N` is the queue's place in [`Queue::ALL`].
-    fn queue_used<const N: usize>(&self) {
-        let queue = const { Queue::ALL[N] };
-
-        self.features
-            .iter()
-            .for_each(|feature| feature.queue_used(queue));
-    }
-
     /// See [`Feature::config_changed`].
     pub(crate) fn config_changed(&self) {
         self.features
@@ -160,6 +142,15 @@ impl Bound {
         let mut features = self.features.iter();
 
         features.find_map(|feature| feature.status()).ok_or(ENODEV)
+    }
+}
+
+impl QueueUsed for Bound {
+    /// See [`Feature::queue_used`].
+    fn queue_used(&self, queue: Queue) {
+        self.features
+            .iter()
+            .for_each(|feature| feature.queue_used(queue));
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
         bound::Bound,
         feature::Probe,
         negotiation,
+        queues::Queue,
         settings::Parameters, //
     },
     rust::{
@@ -50,7 +51,7 @@ impl<F: Features> virtio::Driver for Driver<F> {
 
     const ID_TABLE: virtio::IdTable = F::ID_TABLE;
     const FEATURES: &'static [virtio::Feature] = &negotiation::FEATURES;
-    const QUEUE_CALLBACKS: &'static [fn(&Bound)] = Bound::QUEUE_CALLBACKS;
+    const QUEUE_CALLBACKS: &'static [fn(&Bound)] = &Queue::callbacks();
 
     fn init() -> Result {
         locks::init();

@@ -43,9 +43,13 @@ macro_rules! queues {
         }
 
         impl Queue {
-            /// All of them. A queue's place is its index, in `Queues::take` and in
-            /// `Bound::QUEUE_CALLBACKS`.
+            /// All of them. A queue's place is its index.
             pub(crate) const ALL: [Self; [$($name),*].len()] = [$(Self::$queue),*];
+
+            /// Returns a callback for each of them.
+            pub(crate) const fn callbacks<T: QueueUsed>() -> [fn(&T); Self::ALL.len()] {
+                [$(|this| this.queue_used(Self::$queue)),*]
+            }
 
             /// Returns the queue's name.
             fn name(self) -> &'static CStr {
@@ -87,8 +91,14 @@ impl Queue {
     }
 }
 
+/// The owner of the queues.
+pub(crate) trait QueueUsed {
+    /// The device has used buffers of `queue`. Runs in interrupt context.
+    fn queue_used(&self, queue: Queue);
+}
+
 /// The traffic of the queues since the driver was bound.
-pub(crate) struct Traffic([Arc<QueueStats>; Queue::ALL.len()]);
+pub(crate) struct Traffic(KVec<Arc<QueueStats>>);
 
 impl Traffic {
     /// Returns an empty one.
@@ -97,9 +107,12 @@ impl Traffic {
     ///
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self> {
-        let new = || Arc::new(QueueStats::new(), GFP_KERNEL);
+        let mut traffic = KVec::with_capacity(Queue::ALL.len(), GFP_KERNEL)?;
 
-        Ok(Self([new()?, new()?, new()?, new()?, new()?, new()?]))
+        for _ in Queue::ALL {
+            traffic.push(Arc::new(QueueStats::new(), GFP_KERNEL)?, GFP_KERNEL)?;
+        }
+        Ok(Self(traffic))
     }
 }
 
