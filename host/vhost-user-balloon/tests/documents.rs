@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Documents say what the daemon has: the number of queues, the size of the configuration space, the encodings of pages.
+//! So do the guests of the tests.
 
 use std::error::Error;
 use std::fs;
@@ -57,7 +58,14 @@ fn documents_name_the_queues_that_there_are() -> Result<(), Box<dyn Error>> {
         "--help".to_owned(),
         Options::command().render_long_help().to_string(),
     )];
-    for path in [documents(&checkout)?, documents(&checkout.join("docs"))?].concat() {
+    let guests = checkout.join("host/vm/src/device.rs");
+    for path in [
+        documents(&checkout)?,
+        documents(&checkout.join("docs"))?,
+        vec![guests],
+    ]
+    .concat()
+    {
         texts.push((path.display().to_string(), fs::read_to_string(&path)?));
     }
     let mut lines = 0;
