@@ -3,12 +3,12 @@
 //! The encoder of page sets: describes the pages of a message in as few bytes as possible.
 //!
 //! Ranges write a word of 64 bits for each run of pages. A bitmap is shorter for isolated pages
-//! that lie close together. A message has one of the two encodings, the shorter one for its pages.
+//! that lie close together. A message has one [`Encoding`], the shortest one for its pages.
 //!
-//! The encoder collects the runs of a message as ranges, which are shorter at first. While ranges
-//! and bitmap both fit into the buffer, it can convert them in place, without other memory. When
-//! the next run would exceed that, it chooses the shorter encoding. Then it adds runs for as long
-//! as this encoding stays the shorter one. So no message is longer than with the other encoding.
+//! The encoder collects the runs of a message as ranges, which are shortest at first. While ranges
+//! and another encoding both fit into the buffer, it can convert them in place, without other
+//! memory. When the next run would exceed that, it chooses the shortest encoding. Then it adds runs
+//! for as long as this encoding stays the shortest. So no message is longer than in another one.
 //! Each message but the last has pages for at least half a buffer of ranges, less a word, which
 //! share its header.
 //!
@@ -105,60 +105,128 @@ fn index(words: u64) -> usize {
     usize::try_from(words).unwrap_or(usize::MAX)
 }
 
-/// How pages are encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Encoding {
+/// Defines the encodings, each with its number in a message.
+macro_rules! encodings {
+    ($($(#[$doc:meta])* $encoding:ident = $number:ident;)*) => {
+        /// How pages are encoded.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Encoding {
+            $($(#[$doc])* $encoding),*
+        }
+
+        impl Encoding {
+            /// All of them. Of equally short ones, a message has the first.
+            pub(crate) const ALL: [Self; [$($number),*].len()] = [$(Self::$encoding),*];
+
+            /// Returns its number in a message.
+            pub(crate) const fn number(self) -> u8 {
+                match self {
+                    $(Self::$encoding => $number),*
+                }
+            }
+
+            /// Returns the encoding with a number.
+            #[cfg_attr(test, allow(dead_code, reason = "the host does not need it"))]
+            pub(crate) const fn from_number(number: u8) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$encoding),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+encodings! {
     /// As page frame numbers and numbers of pages.
-    Ranges,
+    Ranges = RANGES;
     /// As a bitmap from the first page to the last page.
-    Bitmap,
+    Bitmap = BITMAP;
 }
 
 impl Encoding {
-    /// Returns its number in a message.
-    fn number(self) -> u8 {
+    /// Returns the length of `pages` in words.
+    fn words(self, pages: Extent) -> u64 {
         match self {
-            Self::Ranges => RANGES,
-            Self::Bitmap => BITMAP,
+            Self::Ranges => pages.ranges,
+            Self::Bitmap => pages
+                .end
+                .saturating_sub(pages.first)
+                .div_ceil(PAGES_PER_WORD),
         }
     }
 
-    /// Returns the encoding with a number.
-    #[cfg_attr(test, allow(dead_code, reason = "the host does not need it"))]
-    pub(crate) const fn from_number(number: u8) -> Option<Self> {
-        match number {
-            RANGES => Some(Self::Ranges),
-            BITMAP => Some(Self::Bitmap),
-            _ => None,
+    /// Writes `run` to a payload with the pages `before`, which come before it. Unused words of the
+    /// payload are 0, unless these are ranges.
+    fn write(self, payload: &mut [u64], before: Extent, run: PfnRange) {
+        match self {
+            Self::Ranges => {
+                if let Some(rest) = payload.get_mut(index(before.ranges)..) {
+                    run.write(rest);
+                }
+            }
+            Self::Bitmap => run.mark(payload, before.first),
         }
+    }
+
+    /// Returns the page frame number in the header of a message with `pages`.
+    fn first_pfn(self, pages: Extent) -> u64 {
+        match self {
+            Self::Ranges => 0,
+            Self::Bitmap => pages.first,
+        }
+    }
+
+    /// Returns the beginning of `run` that fits into `room` words, [`MIN_WORDS`] or more.
+    fn part(self, run: PfnRange, room: u64) -> PfnRange {
+        let pages = match self {
+            Self::Ranges => u64::MAX,
+            Self::Bitmap => room.saturating_mul(PAGES_PER_WORD),
+        };
+
+        PfnRange::new(run.first(), run.len().min(pages)).unwrap_or(run)
+    }
+
+    /// Returns the shortest encoding of `pages`.
+    fn shortest(pages: Extent) -> Self {
+        Self::ALL.into_iter().fold(Self::Ranges, |shortest, this| {
+            if this.words(pages) < shortest.words(pages) {
+                this
+            } else {
+                shortest
+            }
+        })
     }
 }
 
-/// The length of a message's pages in each encoding, in words.
+/// The properties of a message's pages that their length depends on.
 #[derive(Clone, Copy)]
-struct Size {
+struct Extent {
+    /// The length as ranges, in words.
     ranges: u64,
-    bitmap: u64,
+    /// The first page.
+    first: u64,
+    /// The end of the last page.
+    end: u64,
 }
 
-impl Size {
-    fn shorter(self) -> Encoding {
-        if self.bitmap < self.ranges {
-            Encoding::Bitmap
-        } else {
-            Encoding::Ranges
+impl Extent {
+    /// Returns that of no pages, before the page `first`.
+    fn before(first: u64) -> Self {
+        Self {
+            ranges: 0,
+            first,
+            end: first,
         }
     }
 
-    fn of(self, encoding: Encoding) -> u64 {
-        match encoding {
-            Encoding::Ranges => self.ranges,
-            Encoding::Bitmap => self.bitmap,
+    /// Returns that of the pages with `run` after them.
+    fn with(self, run: PfnRange) -> Self {
+        Self {
+            ranges: self.ranges.saturating_add(run.words()),
+            end: run.end(),
+            ..self
         }
-    }
-
-    fn both(self) -> u64 {
-        self.ranges.saturating_add(self.bitmap)
     }
 }
 
@@ -181,14 +249,12 @@ pub(crate) struct Subject {
 /// any more, and may stop at any time. No operation in between can fail.
 pub(crate) struct Encoder<'a> {
     payload: &'a mut [u64],
-    /// The encoding that the caller requests. None: the shorter one.
+    /// The encoding that the caller requests. None: the shortest one.
     forced: Option<Encoding>,
-    /// The encoding of the payload: all runs but `last`. A bitmap has zeros after them.
+    /// The encoding of the payload: all runs but `last`.
     encoding: Encoding,
-    /// The length of the same runs as ranges, in words.
-    ranges: u64,
-    /// The first page.
-    first: u64,
+    /// The same runs.
+    written: Extent,
     /// The last run, which may become longer. None: there are no runs.
     last: Option<PfnRange>,
     /// How many pages there are, the last run's included.
@@ -205,7 +271,7 @@ impl<'a> Encoder<'a> {
         let payload = payload.get_mut(..len).filter(|_| len >= MIN_WORDS)?;
         let encoding = forced.unwrap_or(Encoding::Ranges);
 
-        if encoding == Encoding::Bitmap {
+        if encoding != Encoding::Ranges {
             payload.fill(0);
         }
 
@@ -213,28 +279,26 @@ impl<'a> Encoder<'a> {
             payload,
             forced,
             encoding,
-            ranges: 0,
-            first: 0,
+            written: Extent::before(0),
             last: None,
             count: 0,
         })
     }
 
     /// Adds `run`. Returns the part for the next message: nothing, all of it, or the rest if a
-    /// bitmap is forced and a single run is too long for it. An empty message takes at least a page
-    /// of any run.
+    /// single run is too long for the forced encoding. An empty message takes at least a page of
+    /// any run.
     ///
     /// Runs should ascend: one that does not lie after the others needs the next message.
     #[must_use]
     pub(crate) fn push(&mut self, run: PfnRange) -> Option<PfnRange> {
-        let (part, rest) = match (self.forced, self.last) {
-            (Some(Encoding::Bitmap), None) => self.cut(run),
-            _ => (Some(run), None),
+        let part = match (self.forced, self.last) {
+            (Some(forced), None) => forced.part(run, self.room()),
+            _ => run,
         };
-        let added = part.is_some_and(|part| self.add(part));
 
-        if added {
-            rest
+        if self.add(part) {
+            PfnRange::between(part.end(), run.end())
         } else {
             Some(run)
         }
@@ -244,18 +308,15 @@ impl<'a> Encoder<'a> {
     /// has no pages.
     pub(crate) fn finish(mut self, subject: Subject) -> Option<(PageSet, usize)> {
         let last = self.last?;
-        let size = self.size(self.ranges, last);
+        let pages = self.written.with(last);
 
-        // Ranges that can no longer become a bitmap are the shorter encoding.
-        if self.wanted(size) != self.encoding {
-            self.convert();
+        // Ranges that can no longer be converted are the shortest encoding.
+        let wanted = self.wanted(pages);
+        if wanted != self.encoding {
+            self.convert(wanted);
         }
         self.write(last);
 
-        let first_pfn = match self.encoding {
-            Encoding::Ranges => 0,
-            Encoding::Bitmap => self.first,
-        };
         let flags = if subject.more { MORE } else { 0 };
         let header = PageSet {
             command: subject.command.to_le(),
@@ -263,31 +324,18 @@ impl<'a> Encoder<'a> {
             encoding: self.encoding.number(),
             flags: flags.to_le(),
             request_id: subject.request_id.to_le(),
-            first_pfn: first_pfn.to_le(),
+            first_pfn: self.encoding.first_pfn(pages).to_le(),
             count: self.count.to_le(),
         };
 
-        Some((header, index(size.of(self.encoding))))
-    }
-
-    /// Cuts `run` at the end of the largest bitmap that begins with it. Returns both parts.
-    fn cut(&self, run: PfnRange) -> (Option<PfnRange>, Option<PfnRange>) {
-        let end = run
-            .first()
-            .saturating_add(self.room().saturating_mul(PAGES_PER_WORD))
-            .min(run.end());
-
-        (
-            PfnRange::between(run.first(), end),
-            PfnRange::between(end, run.end()),
-        )
+        Some((header, index(self.encoding.words(pages))))
     }
 
     /// Adds `run`, if it lies after the others and there is room. Returns whether it was added.
     fn add(&mut self, run: PfnRange) -> bool {
         let Some(last) = self.last else {
-            // A single run is never longer as a range, and there is room for any range.
-            self.first = run.first();
+            // There is room for any range, and for the part of a run in a forced encoding.
+            self.written = Extent::before(run.first());
             self.last = Some(run);
             self.count = run.len();
             return true;
@@ -305,9 +353,9 @@ impl<'a> Encoder<'a> {
         let Some(next) = next else {
             return false;
         };
-        let ranges = self.ranges.saturating_add(ended.map_or(0, PfnRange::words));
+        let before = ended.map_or(self.written, |ended| self.written.with(ended));
 
-        if !self.make_room(self.size(self.ranges, last), self.size(ranges, next)) {
+        if !self.make_room(self.written.with(last), before.with(next)) {
             return false;
         }
         if let Some(ended) = ended {
@@ -318,71 +366,64 @@ impl<'a> Encoder<'a> {
         true
     }
 
-    /// Makes room for pages of the size `next`, when those so far have the size `now`. Returns
-    /// whether there is room.
-    fn make_room(&mut self, now: Size, next: Size) -> bool {
+    /// Makes room for the pages `next`, which are those so far, `now`, and others. Returns whether
+    /// there is room.
+    fn make_room(&mut self, now: Extent, next: Extent) -> bool {
         let wanted = self.wanted(next);
 
-        if next.of(wanted) > self.room() {
+        if wanted.words(next) > self.room() {
             return false;
         }
-        if self.encoding == wanted || next.both() <= self.room() {
+        if self.encoding == wanted || self.can_convert(wanted, next) {
             return true;
         }
         // The last opportunity to convert, unless it was missed.
-        let can = self.encoding == Encoding::Ranges && now.both() <= self.room();
+        let can = self.can_convert(wanted, now);
 
         if can {
-            self.convert();
+            self.convert(wanted);
         }
         can
     }
 
-    /// Converts the ranges in the payload into a bitmap. There must be room for both.
-    fn convert(&mut self) {
+    /// Returns whether a payload of `pages` can be converted: there is room for both encodings.
+    fn can_convert(&self, wanted: Encoding, pages: Extent) -> bool {
+        let both = Encoding::Ranges
+            .words(pages)
+            .saturating_add(wanted.words(pages));
+
+        self.encoding == Encoding::Ranges && both <= self.room()
+    }
+
+    /// Converts the ranges in the payload. There must be room for both encodings.
+    fn convert(&mut self, wanted: Encoding) {
         // Move them out of the way first, to the end of the payload.
         let len = self.payload.len();
-        let ranges = index(self.ranges).min(len);
+        let ranges = index(self.written.ranges).min(len);
         let start = len - ranges;
 
         self.payload.copy_within(..ranges, start);
-        let (bitmap, ranges) = self.payload.split_at_mut(start);
+        let (converted, ranges) = self.payload.split_at_mut(start);
         let mut words = ranges.iter().copied().map(u64::from_le);
+        let mut before = Extent::before(self.written.first);
 
-        bitmap.fill(0);
+        converted.fill(0);
         while let Some(run) = PfnRange::read(&mut words) {
-            run.mark(bitmap, self.first);
+            wanted.write(converted, before, run);
+            before = before.with(run);
         }
         ranges.fill(0);
-        self.encoding = Encoding::Bitmap;
+        self.encoding = wanted;
     }
 
     /// Writes `run` after the others.
     fn write(&mut self, run: PfnRange) {
-        match self.encoding {
-            Encoding::Ranges => {
-                if let Some(rest) = self.payload.get_mut(index(self.ranges)..) {
-                    run.write(rest);
-                }
-            }
-            Encoding::Bitmap => run.mark(self.payload, self.first),
-        }
-        self.ranges = self.ranges.saturating_add(run.words());
+        self.encoding.write(self.payload, self.written, run);
+        self.written = self.written.with(run);
     }
 
-    /// Returns the size of `ranges` words and of the run `last` after them.
-    fn size(&self, ranges: u64, last: PfnRange) -> Size {
-        Size {
-            ranges: ranges.saturating_add(last.words()),
-            bitmap: last
-                .end()
-                .saturating_sub(self.first)
-                .div_ceil(PAGES_PER_WORD),
-        }
-    }
-
-    fn wanted(&self, size: Size) -> Encoding {
-        self.forced.unwrap_or(size.shorter())
+    fn wanted(&self, pages: Extent) -> Encoding {
+        self.forced.unwrap_or(Encoding::shortest(pages))
     }
 
     /// Returns the maximum number of words of the payload.

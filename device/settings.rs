@@ -47,7 +47,7 @@ impl Parameters {
         floor_mib: i32,
     ) -> Result<Self> {
         let wire_format = WireFormat::from_parameter(encoding).ok_or_else(|| {
-            pr_err!("encoding={encoding}: give a number from 0 to 3\n");
+            pr_err!("encoding={encoding}: give a number from 0 to {LAST}\n");
             EINVAL
         })?;
         let floor = Floor::new(floor_mib).ok_or_else(|| {
@@ -67,7 +67,7 @@ impl Parameters {
 /// How messages describe pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WireFormat {
-    /// As page sets, in this encoding, or each in the shorter one.
+    /// As page sets, in this encoding, or each in the shortest one.
     PageSets(Option<Encoding>),
     /// As arrays of page frame numbers.
     Pfns,
@@ -77,16 +77,27 @@ pub(crate) enum WireFormat {
 const SHORTEST: u8 = 0;
 const PFNS: u8 = 3;
 
-const _: () =
-    assert!(Encoding::from_number(SHORTEST).is_none() && Encoding::from_number(PFNS).is_none());
+/// The largest of all values.
+const LAST: u8 = Encoding::ALL.len() as u8 + 1;
+
+// No two formats have the same value.
+const _: () = {
+    let mut value = 0;
+
+    while value <= LAST {
+        assert!(WireFormat::from_parameter(value).is_some());
+        value += 1;
+    }
+};
 
 impl WireFormat {
     /// Returns the format for a value of the module parameter `encoding`.
-    fn from_parameter(encoding: u8) -> Option<Self> {
-        match encoding {
-            SHORTEST => Some(Self::PageSets(None)),
-            PFNS => Some(Self::Pfns),
-            number => Encoding::from_number(number).map(|it| Self::PageSets(Some(it))),
+    const fn from_parameter(encoding: u8) -> Option<Self> {
+        match (encoding, Encoding::from_number(encoding)) {
+            (SHORTEST, _) => Some(Self::PageSets(None)),
+            (PFNS, _) => Some(Self::Pfns),
+            (_, Some(encoding)) => Some(Self::PageSets(Some(encoding))),
+            (_, None) => None,
         }
     }
 

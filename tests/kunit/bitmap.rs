@@ -127,9 +127,18 @@ mod tests {
     }
 
     #[test]
-    fn either_encoding_can_be_forced() {
+    fn every_encoding_can_be_forced() {
         let lone = [(0, 1), (2, 1), (4, 1)];
 
+        for encoding in Encoding::ALL {
+            assert!(
+                outline(&mut [u64::MAX; 4], Some(encoding), &lone).is_ok_and(
+                    |(number, _, count, _)| {
+                        Encoding::from_number(number) == Some(encoding) && count == 3
+                    }
+                )
+            );
+        }
         assert_eq!(
             outline(&mut [0; 4], Some(Encoding::Ranges), &lone),
             Ok((RANGES, 0, 3, 3))

@@ -187,7 +187,7 @@ mod tests {
             pages.push((n * STEP) as u64, GFP_KERNEL)?;
         }
 
-        for forced in [None, Some(Encoding::Ranges), Some(Encoding::Bitmap)] {
+        for forced in Iterator::chain([None].into_iter(), Encoding::ALL.map(Some)) {
             let mut message = KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, GFP_KERNEL)?;
             let mut migrations = Sorted(&pages);
 

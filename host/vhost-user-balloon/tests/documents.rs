@@ -132,7 +132,14 @@ fn every_encoding_is_documented() -> Result<(), Box<dyn Error>> {
         assert!(row(&metrics, "encoding").contains(&name), "{name}");
     }
     let protocol = document("protocol.md")?;
+    let driver = document("reference-driver.md")?;
+    // The module's parameter, as modinfo shows it.
+    let module = document("../virtio_balloon_rs.rs")?;
+    let module = module.lines().find(|line| line.contains("Encoding of"));
     for encoding in Encoding::ALL {
+        let value = format!("{} {}", encoding.number(), encoding.name());
+        assert!(row(&driver, "encoding").contains(&value), "{value}");
+        assert!(module.is_some_and(|line| line.contains(&value)), "{value}");
         let name = format!("{encoding:?}").to_uppercase();
         let value = format!("_{name}` ({})", encoding.number());
         assert!(row(&protocol, "encoding").contains(&value), "{value}");

@@ -16,11 +16,9 @@ const END: u64 = 1 << 52;
 const MAX_WORDS: usize = (MAX_SIZE - HEADER_SIZE) / WORD;
 
 /// Every value of the encoding parameter.
-const CHOICES: [Option<bitmap::Encoding>; 3] = [
-    None,
-    Some(bitmap::Encoding::Ranges),
-    Some(bitmap::Encoding::Bitmap),
-];
+fn choices() -> impl Iterator<Item = Option<bitmap::Encoding>> {
+    [None].into_iter().chain(bitmap::Encoding::ALL.map(Some))
+}
 
 const INFLATE: Subject = Subject {
     command: 1,
@@ -99,15 +97,40 @@ fn runs_of(set: &PageSet<'_>) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// The number of words of `runs`, without adjacent ones, as ranges, and as one bitmap.
-fn sizes(runs: &[(u64, u64)]) -> (usize, usize) {
-    let ranges = runs.iter().map(|run| if run.1 < 4096 { 1 } else { 2 });
-    let span = match (runs.first(), runs.last()) {
-        (Some(first), Some(last)) => last.0 + last.1 - first.0,
-        _ => 0,
-    };
-    let bitmap = usize::try_from(span.div_ceil(64)).expect("64 bits");
-    (ranges.sum(), bitmap)
+/// The number of words of `runs`, without adjacent ones.
+fn size(runs: &[(u64, u64)], encoding: bitmap::Encoding) -> usize {
+    match encoding {
+        bitmap::Encoding::Ranges => runs
+            .iter()
+            .map(|run| if run.1 < 4096 { 1 } else { 2 })
+            .sum(),
+        bitmap::Encoding::Bitmap => {
+            let span = match (runs.first(), runs.last()) {
+                (Some(first), Some(last)) => last.0 + last.1 - first.0,
+                _ => 0,
+            };
+            usize::try_from(span.div_ceil(64)).expect("64 bits")
+        }
+    }
+}
+
+/// The shortest encoding of the same, and ranges where others are equally short.
+fn shortest(runs: &[(u64, u64)]) -> bitmap::Encoding {
+    let mut all = bitmap::Encoding::ALL.into_iter();
+    let ranges = all.next().expect("the first encoding");
+    assert_eq!(ranges, bitmap::Encoding::Ranges);
+    all.fold(ranges, |shortest, this| {
+        if size(runs, this) < size(runs, shortest) {
+            this
+        } else {
+            shortest
+        }
+    })
+}
+
+/// Whether a run may be cut, since the encoding is forced and has no room for it.
+fn may_cut(forced: Option<bitmap::Encoding>) -> bool {
+    !matches!(forced, None | Some(bitmap::Encoding::Ranges))
 }
 
 /// Encodes `runs`, decodes the messages, and checks all of their guarantees.
@@ -122,7 +145,8 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
         let its_runs = runs_of(&set);
         let words = (message.len() - HEADER_SIZE) / WORD;
         let room = buffers[number % buffers.len()];
-        let (ranges, bitmap) = sizes(&its_runs);
+        let ranges = size(&its_runs, bitmap::Encoding::Ranges);
+        let encoding = forced.unwrap_or_else(|| shortest(&its_runs));
 
         assert_eq!(set.command, Command::Inflate);
         assert_eq!((set.page_shift, set.request_id), (12, 0));
@@ -130,24 +154,15 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
         assert_eq!(set.count, its_runs.iter().map(|run| run.1).sum::<u64>());
         assert!(words <= room);
         assert_eq!(joined(its_runs.iter().copied()), its_runs);
-        match forced {
-            // The shorter one, and ranges where they are equal.
-            None => {
-                assert_eq!(words, ranges.min(bitmap));
-                assert_eq!(set.encoding == Encoding::Bitmap, bitmap < ranges);
-                // Each buffer is at least half full.
-                assert!(last || ranges >= room / 2 - 1, "{ranges} {room}");
-            }
-            Some(bitmap::Encoding::Ranges) => {
-                assert_eq!((set.encoding, words), (Encoding::Ranges, ranges));
-            }
-            Some(bitmap::Encoding::Bitmap) => {
-                assert_eq!((set.encoding, words), (Encoding::Bitmap, bitmap));
-            }
-        }
+        assert_eq!(set.encoding.number(), encoding.number().into());
+        assert_eq!(words, size(&its_runs, encoding));
+        // Each buffer is at least half full.
+        assert!(
+            forced.is_some() || last || ranges >= room / 2 - 1,
+            "{ranges} {room}"
+        );
         in_ranges += ranges;
         payload += words;
-        // Only a forced bitmap may cut a run.
         split += its_runs
             .first()
             .filter(|first| !runs.iter().any(|run| run.0 == first.0))
@@ -158,10 +173,10 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
 
     let expected = joined(runs.iter().copied());
     assert_eq!(joined(decoded), expected);
-    assert!(split == 0 || forced == Some(bitmap::Encoding::Bitmap));
+    assert!(split == 0 || may_cut(forced));
     if forced.is_none() {
-        let (ranges, bitmap) = sizes(&expected);
-        assert!(payload <= ranges.min(bitmap) + messages.len());
+        assert!(payload <= size(&expected, shortest(&expected)) + messages.len());
+        let ranges = size(&expected, bitmap::Encoding::Ranges);
         assert!(in_ranges <= ranges + messages.len());
     }
 }
@@ -205,9 +220,9 @@ proptest! {
 
     #[test]
     fn what_is_decoded_is_what_was_encoded(runs in run_lists(), buffers in buffer_lists()) {
-        for forced in CHOICES {
+        for forced in choices() {
             // A bitmap of terabytes is too large for a test.
-            if forced != Some(bitmap::Encoding::Bitmap) || runs.iter().all(|run| run.1 < 5000) {
+            if !may_cut(forced) || runs.iter().all(|run| run.1 < 5000) {
                 check(&runs, &buffers, forced);
             }
         }
@@ -281,22 +296,25 @@ fn look_at(message: &[u8]) {
         .collect();
     let (header, payload) = words.split_at(HEADER_SIZE / WORD);
     let mut named = Vec::new();
-    if set.encoding == Encoding::Bitmap {
-        for (word, base) in payload.iter().zip((header[2]..).step_by(64)) {
-            named.extend(
-                (0..64)
-                    .filter(|bit| (word >> bit) & 1 == 1)
-                    .map(|bit| (base + bit, 1)),
-            );
+    match set.encoding {
+        Encoding::Bitmap => {
+            for (word, base) in payload.iter().zip((header[2]..).step_by(64)) {
+                named.extend(
+                    (0..64)
+                        .filter(|bit| (word >> bit) & 1 == 1)
+                        .map(|bit| (base + bit, 1)),
+                );
+            }
         }
-    } else {
-        let mut words = payload.iter();
-        while let Some(word) = words.next() {
-            let len = Some(word % 4096).filter(|&len| len > 0);
-            named.push((
-                word / 4096,
-                len.unwrap_or_else(|| *words.next().expect("a length")),
-            ));
+        Encoding::Ranges => {
+            let mut words = payload.iter();
+            while let Some(word) = words.next() {
+                let len = Some(word % 4096).filter(|&len| len > 0);
+                named.push((
+                    word / 4096,
+                    len.unwrap_or_else(|| *words.next().expect("a length")),
+                ));
+            }
         }
     }
     assert_eq!(joined(runs_of(&set)), joined(named));
@@ -323,7 +341,7 @@ fn check_every_set(bits: u32, step: u64, base: u64, buffer: usize) {
             .filter(|bit| (set >> bit) & 1 == 1)
             .map(|bit| (base + bit * step, 1))
             .collect();
-        for forced in CHOICES {
+        for forced in choices() {
             check(&joined(pages.iter().copied()), &[buffer], forced);
             check(&pages, &[buffer], forced);
         }
@@ -352,7 +370,7 @@ fn every_two_runs_around_the_ends_of_words_go_through_every_small_buffer() {
             for (k, c) in ends.iter().enumerate().skip(m) {
                 for d in ends.iter().skip(k + 1) {
                     for base in [0, 5, END - 193] {
-                        for forced in CHOICES {
+                        for forced in choices() {
                             check(&[(base + a, b - a), (base + c, d - c)], &[2], forced);
                             check(&[(base + a, b - a), (base + c, d - c)], &[3], forced);
                         }
@@ -416,8 +434,15 @@ fn lone_pages_take_one_bit_for_each_page_of_memory_and_little_more() {
 }
 
 #[test]
+fn the_encoder_has_the_encodings_of_the_decoder() {
+    let encoder = bitmap::Encoding::ALL.map(|encoding| encoding.number().into());
+    let decoder = Encoding::ALL.iter().map(|encoding| encoding.number());
+    assert!(decoder.eq(encoder));
+}
+
+#[test]
 fn a_buffer_has_room_for_two_words_at_least() {
-    for forced in CHOICES {
+    for forced in choices() {
         assert!(Encoder::new(&mut [], forced).is_none());
         assert!(Encoder::new(&mut [0], forced).is_none());
         assert!(
