@@ -12,7 +12,7 @@ use crate::{
     },
     device::timeouts,
     rust::work::{
-        poll::poll,
+        poll::poll_timeout,
         task::Task,
         wakeup::Signal, //
     }, //
@@ -74,7 +74,7 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
         }
     };
     let left = timeouts::TEARDOWN - begin.elapsed();
-    let result = poll(timeouts::POLL_INTERVAL, left, advance).unwrap_or(Err(ETIMEDOUT));
+    let result = poll_timeout(left, advance).unwrap_or(Err(ETIMEDOUT));
 
     if result.is_err() {
         dev_warn!(

@@ -21,9 +21,6 @@ pub(crate) const UNRESPONSIVE: Delta = Delta::from_millis(2_000);
 /// and the time for bringing blocks online.
 pub(crate) const TEARDOWN: Delta = Delta::from_millis(10_000);
 
-/// The interval at which progress is polled during teardown.
-pub(crate) const POLL_INTERVAL: Delta = Delta::from_millis(5);
-
 /// How long an OOM notifier waits for a device that must be notified before pages can be used. It
 /// does not wait again until the device uses buffers.
 pub(crate) const OOM: Delta = Delta::from_millis(100);
@@ -83,5 +80,20 @@ pub(crate) const OFFLINE: Msecs = 100;
 /// which clears the signal flag of a restarted write.
 pub(crate) const ONLINE: Msecs = 1_000;
 
+/// How long taking a memory block offline, or bringing it online, waits for other threads that do
+/// so.
+pub(crate) const HOTPLUG_BUSY: Delta = Delta::from_millis(300);
+
 /// The interval for retrying memory blocks that could not be brought online.
 pub(crate) const ONLINE_AGAIN: Msecs = 1_000;
+
+/// The CPU time that host requests may use at once. Then they pause: for ten times what they used
+/// beyond that.
+pub(crate) const REQUEST_BUDGET: Delta = Delta::from_secs(2);
+
+/// The most that counts as used beyond that. A measured time may include time in which the whole
+/// guest was stopped, and requests must not pause without a limit for that.
+pub(crate) const REQUEST_DEBT: Delta = Delta::from_secs(10);
+
+/// The least that dropping caches counts: the kernel logs a line for it each time.
+pub(crate) const DROPPING_CACHES: Delta = Delta::from_millis(500);

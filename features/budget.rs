@@ -4,17 +4,18 @@
 
 #![forbid(unsafe_code)]
 
+use crate::device::timeouts;
+
 use kernel::time::Msecs;
 
 /// The largest balance, in nanoseconds: enough for any reasonable request.
-const CAPACITY: i64 = 2_000_000_000;
+const CAPACITY: i64 = timeouts::REQUEST_BUDGET.as_nanos();
 
 /// The part of the time that can be spent in the long run, as a divisor.
 const SHARE: i64 = 10;
 
-/// The largest debt, in nanoseconds. A measured time may include time in which the whole guest was
-/// stopped, and requests must not wait without a limit for that.
-const DEBT: i64 = 10_000_000_000;
+/// The largest debt, in nanoseconds.
+const DEBT: i64 = timeouts::REQUEST_DEBT.as_nanos();
 
 /// A budget of time, which is spent, and grows again as time passes.
 ///

@@ -53,7 +53,7 @@ use crate::{
             Virtqueue, //
         },
         work::{
-            poll::poll,
+            poll::poll_timeout,
             wait::Completion, //
         }, //
     }, //
@@ -137,7 +137,7 @@ impl Reports {
     fn settle(&self) -> bool {
         let is_settled = || self.queue.try_lock().map(|_| ());
 
-        poll(timeouts::POLL_INTERVAL, timeouts::UNRESPONSIVE, is_settled).is_some()
+        poll_timeout(timeouts::UNRESPONSIVE, is_settled).is_some()
     }
 }
 

@@ -34,7 +34,7 @@ use crate::{
         },
         virtio,
         work::{
-            poll::within,
+            poll::poll_timeout,
             task::{
                 Job,
                 Slot,
@@ -86,6 +86,7 @@ const WORTHWHILE: u64 = 8;
 const LIMITS: Limits = Limits {
     offline: timeouts::OFFLINE,
     online: timeouts::ONLINE,
+    busy: timeouts::HOTPLUG_BUSY,
 };
 
 /// How many times a caller has waited for the end of a task.
@@ -380,7 +381,7 @@ impl Task<Offliner> {
     pub(crate) fn ends_within(&self, timeout: Delta) -> bool {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         WAITS.add(1, Relaxed);
-        within(timeout, || (!self.is_busy()).then_some(())).is_some()
+        poll_timeout(timeout, || (!self.is_busy()).then_some(())).is_some()
     }
 
     /// Continues after [`quiesce`](Self::quiesce). Some blocks may be offline that could not be

@@ -17,7 +17,7 @@ use crate::{
         mm::pfn_range::PfnRange,
         notifiers::memory_hotplug::GoingOffline,
         work::{
-            poll::within,
+            poll::poll_timeout,
             task::Task, //
         }, //
     }, //
@@ -36,7 +36,7 @@ impl GoingOffline for Task<Balloon> {
         }
         // A block may be in flight to the balloon. And the kernel retries without end to migrate
         // order-0 pages that cannot be migrated: those that the device has not acknowledged.
-        within(timeouts::UNRESPONSIVE, || {
+        poll_timeout(timeouts::UNRESPONSIVE, || {
             let answers =
                 worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
             // The device need not interrupt for a buffer that was taken before.
@@ -62,7 +62,7 @@ impl GoingOffline for Task<Balloon> {
             return all.then_some(()).ok_or(EBUSY);
         }
 
-        let answered = within(timeouts::UNRESPONSIVE, || {
+        let answered = poll_timeout(timeouts::UNRESPONSIVE, || {
             deflate::is_answered(&self.deflate, &self.pages).then_some(())
         });
         if answered.is_some() {

@@ -65,9 +65,6 @@ use kernel::{
 /// How many steps one run of the task makes.
 const TURNS_PER_RUN: usize = 64;
 
-/// The least cost of dropping caches, in nanoseconds: the kernel logs a line for it each time.
-const DROPPING: i64 = 500_000_000;
-
 /// The requests of a device.
 #[pin_data]
 pub(super) struct HostRequests {
@@ -117,7 +114,8 @@ impl HostRequests {
             let start = Instant::<Monotonic>::now();
             let outcome = dropping.drop_caches(caches.pages, caches.slab);
 
-            spent.add(start.elapsed().as_nanos().max(DROPPING), Relaxed);
+            let time = start.elapsed().max(timeouts::DROPPING_CACHES);
+            spent.add(time.as_nanos(), Relaxed);
             outcome
         }))
     }

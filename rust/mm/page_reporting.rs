@@ -169,8 +169,9 @@ impl Virtqueue<ReportToken> {
     /// returns true. `answered` must be completed when either changes. The wait also checks both at
     /// intervals of `interval`.
     ///
-    /// Until then the device may write to the pages, so only a reset ends the wait early: a reset
-    /// by another thread, such as on unbind, or by this one when `may_wait` returns false.
+    /// Until then the device may write to the pages, so there is no timeout. Only a reset ends the
+    /// wait early: a reset by another thread, on unbind, suspend or shutdown, or by this one when
+    /// `may_wait` returns false.
     ///
     /// # Errors
     ///

@@ -11,19 +11,15 @@ use kernel::{
     time::Delta, //
 };
 
-/// Polls `condition` every millisecond, until `timeout`. Returns its result, or `None` after the
-/// timeout. May sleep.
-pub(crate) fn within<T>(timeout: Delta, condition: impl FnMut() -> Option<T>) -> Option<T> {
-    poll(Delta::from_millis(1), timeout, condition)
-}
+/// The interval of all polls.
+const INTERVAL: Delta = Delta::from_millis(1);
 
-/// The same at intervals of `interval`.
-pub(crate) fn poll<T>(
-    interval: Delta,
+/// Polls `condition` until `timeout`. Returns its result, or `None` after the timeout. May sleep.
+pub(crate) fn poll_timeout<T>(
     timeout: Delta,
     mut condition: impl FnMut() -> Option<T>,
 ) -> Option<T> {
-    read_poll_timeout(|| Ok(condition()), Option::is_some, interval, timeout)
+    read_poll_timeout(|| Ok(condition()), Option::is_some, INTERVAL, timeout)
         .ok()
         .flatten()
 }
@@ -49,13 +45,13 @@ impl StallTimeout {
         self.is_stalled.store(false, Relaxed);
     }
 
-    /// Polls `condition` as [`within`] does, or once if the timeout has expired without progress
+    /// Polls `condition` as [`poll_timeout`] does, or once if the timeout has expired without progress
     /// since.
     pub(crate) fn poll<T>(&self, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
         if self.is_stalled.xchg(true, Relaxed) {
             return condition();
         }
-        let result = within(self.timeout, condition);
+        let result = poll_timeout(self.timeout, condition);
 
         if result.is_some() {
             self.progress();

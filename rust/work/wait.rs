@@ -40,7 +40,8 @@ impl Completion {
     }
 
     /// Waits until `condition` holds. Checks it after each [`complete`](Self::complete), and every
-    /// `interval` milliseconds in any case.
+    /// `interval` milliseconds in any case. There is no timeout: the caller makes sure that
+    /// `condition` holds at some time.
     pub(crate) fn wait_until(&self, interval: Msecs, mut condition: impl FnMut() -> bool) {
         while !condition() {
             // An earlier call of `complete` counts: the condition may hold since then.

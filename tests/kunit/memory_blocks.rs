@@ -97,6 +97,7 @@ use kernel::{
 const LIMITS: Limits = Limits {
     offline: 1_000,
     online: timeouts::ONLINE,
+    busy: timeouts::HOTPLUG_BUSY,
 };
 
 /// The maximum number of blocks of the guest.
@@ -475,7 +476,7 @@ mod tests {
         let path = host
             .device
             .path(announced::STOP_REASON.directory, c"floor_mib")?;
-        let block = OfflineBlock::of_file(&path, timeouts::ONLINE)?;
+        let block = OfflineBlock::of_file(&path, LIMITS)?;
         drop(host);
         assert_eq!(block.bring_online(), Ok(()));
         Ok(())

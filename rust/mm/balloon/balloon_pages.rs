@@ -19,7 +19,7 @@ use crate::rust::{
         pfn_range::PfnRange, //
     },
     work::{
-        poll,
+        poll::poll_timeout,
         thread::Thread, //
     }, //
 };
@@ -170,7 +170,7 @@ impl<R: MigratePage> Drop for BalloonPages<R> {
     fn drop(&mut self) {
         let mut nodes = mem::replace(&mut self.nodes, KVec::new());
 
-        let freed = poll::within(R::END_TIMEOUT, || {
+        let freed = poll_timeout(R::END_TIMEOUT, || {
             nodes.retain(|node| !node.free());
             nodes.is_empty().then_some(())
         });

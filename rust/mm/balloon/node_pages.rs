@@ -30,7 +30,7 @@ use crate::rust::{
         },
         pfn_range::PfnRange, //
     },
-    work::poll::within, //
+    work::poll::poll_timeout, //
 };
 
 use core::{
@@ -398,9 +398,10 @@ impl<R: MigratePage> NodePages<R> {
 
 #[pinned_drop]
 impl<R: MigratePage> PinnedDrop for NodePages<R> {
-    /// Waits for the pages that are isolated for page migration, which refer to `info`: they, or
-    /// their replacements, return when it ends.
+    /// Waits for the pages that are isolated for page migration, which refer to `info`. There is no
+    /// limit, since the kernel would put them back into freed memory. It does put them back: it
+    /// tries to migrate an isolated page ten times at most.
     fn drop(self: Pin<&mut Self>) {
-        while within(R::END_TIMEOUT, || self.free().then_some(())).is_none() {}
+        while poll_timeout(R::END_TIMEOUT, || self.free().then_some(())).is_none() {}
     }
 }

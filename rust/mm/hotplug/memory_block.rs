@@ -37,21 +37,24 @@ use kernel::{
     },
     prelude::*,
     str::CString,
-    time::Msecs, //
+    time::{
+        Delta,
+        Instant,
+        Monotonic,
+        Msecs, //
+    }, //
 };
 
 /// The value that restores a block's previous state.
 const ONLINE_KERNEL: &CStr = c"online_kernel";
-
-/// How many times it is tried while other threads take memory offline or online. The kernel waits
-/// for 5 milliseconds each time.
-const TRIES: usize = 40;
 
 /// How long the kernel may try to take a block offline, and to bring it online.
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) offline: Msecs,
     pub(crate) online: Msecs,
+    /// How long to wait for other threads that take memory offline or online.
+    pub(crate) busy: Delta,
 }
 
 /// A memory block: its kernel pages.
@@ -111,11 +114,8 @@ impl MemoryBlock {
         // While the block is offline, an allocation for this might fail.
         let state = StateFile::open(self)?;
 
-        state.write(c"offline", limits.offline)?;
-        Ok(OfflineBlock {
-            state,
-            limit: limits.online,
-        })
+        state.write(c"offline", limits.offline, limits.busy)?;
+        Ok(OfflineBlock { state, limits })
     }
 
     /// Takes the whole block or nothing, if it `is_wanted` after the turns of other devices. The
@@ -152,17 +152,16 @@ impl MemoryBlock {
 /// kernel may allocate.
 pub(crate) struct OfflineBlock {
     state: StateFile,
-    /// The timeout for bringing it online.
-    limit: Msecs,
+    limits: Limits,
 }
 
 impl OfflineBlock {
     /// Makes one of the file at `path`.
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-    pub(crate) fn of_file(path: &CStr, limit: Msecs) -> Result<Self> {
+    pub(crate) fn of_file(path: &CStr, limits: Limits) -> Result<Self> {
         let state = StateFile(WritableFile::open(path)?);
 
-        Ok(Self { state, limit })
+        Ok(Self { state, limits })
     }
 
     /// Brings the block online, in its previous zone. Does nothing if it is already online, or was
@@ -176,7 +175,10 @@ impl OfflineBlock {
     }
 
     fn write(&self, online: &CStr) -> Result {
-        match self.state.write(online, self.limit) {
+        match self
+            .state
+            .write(online, self.limits.online, self.limits.busy)
+        {
             Err(EINVAL | ENODEV) => Ok(()),
             result => result,
         }
@@ -194,15 +196,18 @@ impl StateFile {
         Ok(Self(WritableFile::open(&path)?))
     }
 
-    /// Writes a state. A signal interrupts the kernel after `limit`.
-    fn write(&self, state: &CStr, limit: Msecs) -> Result {
-        for _ in 0..TRIES {
+    /// Writes a state. A signal interrupts the kernel after `limit`. While another thread takes
+    /// memory offline or online, the kernel waits for some milliseconds, and asks for another try:
+    /// until `busy` is over.
+    fn write(&self, state: &CStr, limit: Msecs, busy: Delta) -> Result {
+        let start = Instant::<Monotonic>::now();
+
+        loop {
             match deadline::limit(limit, || self.0.write(state.to_bytes())) {
-                Err(ERESTARTNOINTR) => (),
+                Err(ERESTARTNOINTR) if start.elapsed() < busy => (),
                 result => return result,
             }
         }
-        Err(ERESTARTNOINTR)
     }
 }
 
