@@ -2,6 +2,8 @@
 
 //! The balloon: from the host's target to pages in messages.
 
+#![forbid(unsafe_code)]
+
 mod control_loop;
 pub(crate) mod feature;
 pub(crate) mod migration;

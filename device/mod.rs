@@ -2,6 +2,8 @@
 
 //! Shared parts of all features of a device.
 
+#![forbid(unsafe_code)]
+
 pub(crate) mod announced;
 pub(crate) mod attributes;
 pub(crate) mod bound;

@@ -2,6 +2,8 @@
 
 //! The features of a device other than the balloon, each with its own queue and task.
 
+#![forbid(unsafe_code)]
+
 pub(crate) mod budget;
 pub(crate) mod hinting;
 pub(crate) mod reporting;

@@ -2,6 +2,8 @@
 
 //! Messages that describe pages to the device.
 
+#![forbid(unsafe_code)]
+
 pub(crate) mod balloon_page;
 pub(crate) mod message;
 pub(crate) mod negotiated;

@@ -2,6 +2,8 @@
 
 //! The sources of pages for the balloon, for hints and for host requests.
 
+#![forbid(unsafe_code)]
+
 pub(crate) mod candidates;
 pub(crate) mod memory_blocks;
 pub(crate) mod page_allocator;

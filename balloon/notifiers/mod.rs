@@ -2,5 +2,7 @@
 
 //! The kernel's notifiers that call the balloon.
 
+#![forbid(unsafe_code)]
+
 mod offline;
 pub(crate) mod oom;

@@ -2,6 +2,8 @@
 
 //! Free page hinting.
 
+#![forbid(unsafe_code)]
+
 pub(crate) mod feature;
 mod task;
 pub(crate) mod worker;

@@ -2,6 +2,8 @@
 
 //! Host requests: unused pages, dropping caches.
 
+#![forbid(unsafe_code)]
+
 mod counters;
 pub(crate) mod feature;
 mod queue;

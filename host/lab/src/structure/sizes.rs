@@ -3,14 +3,13 @@
 //! Limits the length of files and functions. Unit tests do not count.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 use syn::{Block, ImplItemFn, ItemFn, ItemMod, Signature, TraitItemFn};
 
-use super::{checkout, is_test};
+use super::{checkout, find, is_test};
 
 /// Lines of a file, without its unit tests.
 const MAX_FILE: usize = 500;
@@ -84,23 +83,6 @@ fn too_long(path: &str, text: &str) -> Result<Vec<String>> {
         format!("{path}: {name}() has {lines} lines, more than {MAX_FUNCTION}")
     });
     Ok(file.into_iter().chain(functions).collect())
-}
-
-/// Adds the Rust files in a folder, without build results.
-fn find(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with('.') || ["build", "target"].contains(&&*name) {
-            continue;
-        }
-        if entry.file_type()?.is_dir() {
-            find(&entry.path(), files)?;
-        } else if name.ends_with(".rs") {
-            files.push(entry.path());
-        }
-    }
-    Ok(())
 }
 
 #[test]

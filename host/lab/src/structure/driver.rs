@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Rules of the driver's sources that its compiler does not check.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::{checkout, find};
+
+/// The first line of code of a file that cannot have `unsafe` blocks.
+const FORBID: &str = "#![forbid(unsafe_code)]";
+
+/// The driver's folder with `unsafe` blocks, and the folders without files of the driver. The suites have one forbid
+/// for all, and the macro in the crate's root needs `unsafe` blocks.
+const OTHERS: [&str; 4] = ["rust", "tests", "host", "virtio_balloon_rs.rs"];
+
+#[test]
+fn only_one_folder_of_the_driver_has_unsafe_blocks() -> Result<()> {
+    let mut files = Vec::new();
+    find(&checkout(), &mut files)?;
+    let mut checked = 0;
+    for path in files {
+        let name = path.strip_prefix(checkout())?;
+        if OTHERS.iter().any(|other| name.starts_with(other)) {
+            continue;
+        }
+        let text = fs::read_to_string(&path)?;
+        assert!(
+            text.lines().any(|line| line == FORBID),
+            "{} lacks {FORBID}",
+            name.display()
+        );
+        checked += 1;
+    }
+    assert!(checked > 50, "only {checked} files of the driver");
+    Ok(())
+}
+
+/// The names of host requests and of their statuses in the header of the protocol.
+fn defined(header: &str) -> impl Iterator<Item = &str> {
+    const PREFIXES: [&str; 3] = [
+        "VIRTIO_BALLOON_PAGE_SET_UNUSED_",
+        "VIRTIO_BALLOON_REQUEST_",
+        "VIRTIO_BALLOON_COMPLETION_",
+    ];
+    let defines = header
+        .lines()
+        .filter_map(|line| line.strip_prefix("#define ")?.split_whitespace().next());
+    defines.filter(|name| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+#[test]
+fn traces_name_each_request_and_status() -> Result<()> {
+    let read =
+        |path: &str| fs::read_to_string(checkout().join(Path::new(path))).context(path.to_owned());
+    let header = read("uapi/linux/virtio_balloon_ext.h")?;
+    let traces = read("rust/trace.h")?;
+    let mut checked = 0;
+    for name in defined(&header) {
+        assert!(
+            traces.contains(&format!("{{ {name}, \"")),
+            "rust/trace.h has no text for {name}"
+        );
+        checked += 1;
+    }
+    assert!(checked > 5, "only {checked} names in the header");
+    Ok(())
+}
