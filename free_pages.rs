@@ -21,7 +21,7 @@ use crate::{
         pages::page::MAX_ORDER,
         pfn_range::PfnRange,
         zone::{
-            Hold,
+            Scan,
             Zone, //
         }, //
     }, //
@@ -69,7 +69,7 @@ impl Walk {
 
     /// Scans for more under one hold of a zone's lock. Returns the cost, or none at the end of the
     /// walk.
-    fn look(&mut self) -> Option<Hold> {
+    fn look(&mut self) -> Option<Scan> {
         // No block is larger than the largest.
         let range = self.range.filter(|_| self.min_order <= MAX_ORDER)?;
         if self.zone == 0 && self.next == 0 {
@@ -92,12 +92,12 @@ impl Walk {
         self.named = 0;
         self.found_in = self.zone;
 
-        let hold = zone.find_free(&mut self.next, there.end(), self.min_order, &mut self.found);
+        let scan = zone.find_free(&mut self.next, there.end(), self.min_order, &mut self.found);
         if self.next >= there.end() {
             self.zone += 1;
             self.next = 0;
         }
-        Some(hold)
+        Some(scan)
     }
 
     /// Discards unreported blocks, and continues in a zone, at the first possible start of a block
@@ -137,7 +137,7 @@ pub(crate) struct Unused<'a, F> {
     over: bool,
 }
 
-impl<'a, F: FnMut(Hold)> Unused<'a, F> {
+impl<'a, F: FnMut(Scan)> Unused<'a, F> {
     /// Continues `walk` for up to `holds` holds of a lock. Calls `held` for each.
     pub(crate) fn new(walk: &'a mut Walk, holds: usize, held: F) -> Self {
         Self {
@@ -174,7 +174,7 @@ impl<'a, F: FnMut(Hold)> Unused<'a, F> {
     }
 }
 
-impl<F: FnMut(Hold)> Runs for Unused<'_, F> {
+impl<F: FnMut(Scan)> Runs for Unused<'_, F> {
     fn first(&mut self) -> Option<PfnRange> {
         loop {
             if let Some(run) = self.walk.first() {
@@ -186,7 +186,7 @@ impl<F: FnMut(Hold)> Runs for Unused<'_, F> {
 
             self.holds -= 1;
             match self.walk.look() {
-                Some(hold) => (self.held)(hold),
+                Some(scan) => (self.held)(scan),
                 None => self.over = true,
             }
         }

@@ -115,15 +115,15 @@ impl Balloon {
         worker.inflate.collect(&self.pages);
         deflate::collect(&self.deflate, &self.pages);
         // The notifiers take used buffers as well.
-        let answered = [
-            worker.inflate.queue.answered(),
-            self.deflate.lock().queue.answered(),
+        let used = [
+            worker.inflate.queue.used(),
+            self.deflate.lock().queue.used(),
         ];
-        let has_answered = mem::replace(&mut worker.answered, answered) != answered;
+        let has_used = mem::replace(&mut worker.used, used) != used;
         // Read the clock once: the task may lose the processor for longer than a response counts.
         let now = self.start.elapsed().as_millis();
         let just_used = self.just_used.xchg(false, Relaxed);
-        let is_alive = worker.liveness.note(now, has_answered, just_used);
+        let is_alive = worker.liveness.note(now, has_used, just_used);
 
         // A configuration change has other reasons, too, such as hints.
         let target = self.read_target(worker)?;
@@ -134,7 +134,7 @@ impl Balloon {
             worker.backoff.reset();
             worker.stopped = None;
         }
-        if target_changed || has_answered {
+        if target_changed || has_used {
             worker.progress = Instant::now();
         }
 
@@ -199,7 +199,7 @@ impl Balloon {
                     .moving
                     .is_some_and(|since| since.elapsed() > timeouts::UNRESPONSIVE);
             self.migrations()
-                .allow(!is_stuck && !self.giving_back.load(Relaxed));
+                .allow(!is_stuck && !self.quiescing.load(Relaxed));
         }
         if resting || is_unresponsive {
             self.relax();
@@ -214,7 +214,7 @@ impl Balloon {
             || worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
             || !self.migrations().is_settled()
-            || self.target_changed.load(Relaxed) && !self.giving_back.load(Relaxed)
+            || self.target_changed.load(Relaxed) && !self.quiescing.load(Relaxed)
     }
 }
 

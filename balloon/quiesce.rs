@@ -40,7 +40,7 @@ pub(super) fn teardown(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Resul
     // The caller does the task's work from here on. While the system suspends, the task would
     // not run.
     task.stop();
-    task.giving_back.store(true, Relaxed);
+    task.quiescing.store(true, Relaxed);
     if let Some(offliner) = &task.offliner {
         offliner.quiesce();
     }

@@ -138,7 +138,7 @@ pub(crate) struct Balloon {
     pub(super) given_for_oom: Atomic<usize>,
 
     /// Set to deflate everything, whatever the target.
-    pub(super) giving_back: Atomic<bool>,
+    pub(super) quiescing: Atomic<bool>,
 
     /// The start of the clock.
     pub(super) start: Instant<Monotonic>,
@@ -163,7 +163,7 @@ pub(super) struct Worker {
     /// The size that was reported last, in balloon pages.
     pub(super) actual: Option<u32>,
     /// How many messages the device has used, for each queue.
-    pub(super) answered: [usize; 2],
+    pub(super) used: [usize; 2],
     /// Whether the device has just responded.
     pub(super) liveness: Liveness,
     /// When the configuration space was read or written last.
@@ -195,7 +195,7 @@ fn set_up(
             reporter: StopReasonReporter::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
             wanted: 0,
             actual: None,
-            answered: [0; 2],
+            used: [0; 2],
             liveness: Liveness::new(),
             accessed: Instant::now(),
             progress: Instant::now(),
@@ -263,7 +263,7 @@ impl Balloon {
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
             given_for_oom: Atomic::new(0),
-            giving_back: Atomic::new(false),
+            quiescing: Atomic::new(false),
             start: Instant::now(),
         }))
     }
@@ -282,7 +282,7 @@ impl Balloon {
         // The old state is dropped after the lock was released, since that may sleep.
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
 
-        self.giving_back.store(false, Relaxed);
+        self.quiescing.store(false, Relaxed);
         if let Some(offliner) = &self.offliner {
             offliner.restore();
         }
@@ -360,7 +360,7 @@ impl Balloon {
     /// QEMU may abort on an access if the device is gone (docs/reliability.md). Returns it in
     /// balloon pages, if it was read.
     pub(super) fn read_target(&self, worker: &mut Worker) -> Result<Option<u32>> {
-        if self.giving_back.load(Relaxed) || !self.target_changed.xchg(false, Full) {
+        if self.quiescing.load(Relaxed) || !self.target_changed.xchg(false, Full) {
             return Ok(None);
         }
 
@@ -377,7 +377,7 @@ impl Balloon {
 
     /// Returns the target in kernel pages.
     pub(super) fn target(&self, worker: &Worker) -> usize {
-        if self.giving_back.load(Relaxed) || !self.settings.inflate() {
+        if self.quiescing.load(Relaxed) || !self.settings.inflate() {
             0
         } else {
             balloon_page::pages(worker.wanted)

@@ -89,7 +89,7 @@ struct Reports {
     #[pin]
     queue: Mutex<ReportingQueue>,
     #[pin]
-    answered: Completion,
+    used: Completion,
     /// Set while the system is about to suspend, or memory about to go offline: new reports are
     /// refused.
     sleeping: Atomic<bool>,
@@ -122,7 +122,7 @@ impl Report for Reports {
         }
         queue.report_and_wait(
             &pages,
-            &self.answered,
+            &self.used,
             timeouts::MISSED_REPORT_INTERRUPT,
             || !self.out_of_time.load(Acquire),
         )?;
@@ -150,7 +150,7 @@ impl SuspendNotify for Reports {
                 "the device does not return a report of free pages: resetting it for the system suspend\n"
             );
             self.out_of_time.store(true, Release);
-            self.answered.complete();
+            self.used.complete();
         }
     }
 
@@ -208,7 +208,7 @@ impl Reporting {
             dev: (&**setup.dev).into(),
             settings: setup.settings.clone(),
             queue <- new_mutex!(queue, "Reporting::queue"),
-            answered <- Completion::new(),
+            used <- Completion::new(),
             sleeping: Atomic::new(false),
             going_offline: Atomic::new(false),
             out_of_time: Atomic::new(false),
@@ -248,7 +248,7 @@ impl Feature for Reporting {
 
     fn queue_used(&self, queue: Queue) {
         if queue == Queue::Report {
-            self.reports.answered.complete();
+            self.reports.used.complete();
         }
     }
 

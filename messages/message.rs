@@ -195,7 +195,7 @@ pub(crate) struct MessageQueue<M> {
     /// How many messages were sent without a notification.
     unnotified: usize,
     /// How many messages the device has used since the beginning.
-    answered: usize,
+    used: usize,
 }
 
 impl<M> MessageQueue<M> {
@@ -218,7 +218,7 @@ impl<M> MessageQueue<M> {
             spare,
             sorted: KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?,
             unnotified: 0,
-            answered: 0,
+            used: 0,
         })
     }
 
@@ -395,7 +395,7 @@ impl<M> MessageQueue<M> {
     /// Returns the pages of the next message that the device has used.
     pub(crate) fn next_used(&mut self) -> Option<Pages<M>> {
         let ((message, pages), _) = self.vq.next_used()?;
-        self.answered = self.answered.wrapping_add(1);
+        self.used = self.used.wrapping_add(1);
 
         self.keep(message);
         Some(pages)
@@ -403,8 +403,8 @@ impl<M> MessageQueue<M> {
 
     /// Returns how many messages the device has used since the beginning, in the task and in
     /// notifiers.
-    pub(crate) fn answered(&self) -> usize {
-        self.answered
+    pub(crate) fn used(&self) -> usize {
+        self.used
     }
 
     fn keep(&mut self, mut message: Message) {

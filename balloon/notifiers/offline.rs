@@ -62,15 +62,15 @@ impl GoingOffline for Task<Balloon> {
             return all.then_some(()).ok_or(EBUSY);
         }
 
-        let answered = poll_timeout(timeouts::UNRESPONSIVE, || {
-            deflate::is_answered(&self.deflate, &self.pages).then_some(())
+        let acknowledged = poll_timeout(timeouts::UNRESPONSIVE, || {
+            deflate::is_acknowledged(&self.deflate, &self.pages).then_some(())
         });
-        if answered.is_some() {
+        if acknowledged.is_some() {
             self.queue_used();
         }
         drop(worker);
 
         self.schedule();
-        (all && answered.is_some()).then_some(()).ok_or(EBUSY)
+        (all && acknowledged.is_some()).then_some(()).ok_or(EBUSY)
     }
 }

@@ -57,7 +57,7 @@ impl OomNotify for Task<Balloon> {
         }
         // An allocation may be bound to a node: memory of another node would not help it.
         let there = self.pages.len_where_needed();
-        if self.giving_back.load(Relaxed) {
+        if self.quiescing.load(Relaxed) {
             return 0;
         }
         if there == 0 {
@@ -90,8 +90,8 @@ impl OomNotify for Task<Balloon> {
             return released;
         }
 
-        let is_answered = || deflate::is_answered(&self.deflate, &self.pages).then_some(());
-        if self.oom_timeout.poll(is_answered).is_none() {
+        let is_acknowledged = || deflate::is_acknowledged(&self.deflate, &self.pages).then_some(());
+        if self.oom_timeout.poll(is_acknowledged).is_none() {
             return 0;
         }
         if released > 0 {

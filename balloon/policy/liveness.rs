@@ -36,12 +36,12 @@ impl Liveness {
     /// the previous call was a moment ago, it has used them since then. Their interrupt may still
     /// come, but the kernel ignores an interrupt when no used buffers are left. An OOM notifier
     /// that has waited for them may set the flag after they were found.
-    pub(crate) fn note(&mut self, now: i64, answered: bool, just_used: bool) -> bool {
+    pub(crate) fn note(&mut self, now: i64, has_used: bool, just_used: bool) -> bool {
         let recent = i64::from(timeouts::ALIVE);
         let is_recent = |at: Option<i64>| at.is_some_and(|at| now.saturating_sub(at) < recent);
 
-        let found = if answered { Some(now) } else { self.found };
-        if just_used && is_recent(found) || answered && is_recent(self.looked) {
+        let found = if has_used { Some(now) } else { self.found };
+        if just_used && is_recent(found) || has_used && is_recent(self.looked) {
             self.alive = Some(now);
         }
         self.found = found;

@@ -257,7 +257,7 @@ pub(crate) fn is_awaited_out_of_memory(deflate: &SpinLock<Deflate>) -> bool {
 
 /// Reports as many pages as possible now. Returns whether the device knows all pages that have left
 /// the balloon.
-pub(crate) fn is_answered(
+pub(crate) fn is_acknowledged(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
 ) -> bool {

@@ -6,7 +6,7 @@
 
 use crate::rust::{
     fs::debugfs,
-    mm::zone::Hold, //
+    mm::zone::Scan, //
 };
 
 use kernel::{
@@ -31,7 +31,7 @@ pub(super) struct Counters {
     pub(super) longest_hold: debugfs::File<Atomic<u64>>,
     /// The most PFNs that were scanned under one hold.
     #[pin]
-    pub(super) most_places: debugfs::File<Atomic<u64>>,
+    pub(super) most_pfns: debugfs::File<Atomic<u64>>,
     /// The requests that are open.
     #[pin]
     pub(super) open: debugfs::File<Atomic<u64>>,
@@ -48,22 +48,20 @@ impl Counters {
             named <- dir.file(c"unused_named_bytes", Atomic::new(0)),
             blocks <- dir.file(c"unused_block_bytes", Atomic::new(0)),
             longest_hold <- dir.file(c"unused_longest_hold_ns", Atomic::new(0)),
-            most_places <- dir.file(c"unused_most_places_per_hold", Atomic::new(0)),
+            most_pfns <- dir.file(c"unused_most_places_per_hold", Atomic::new(0)),
             open <- dir.file(c"requests_open", Atomic::new(0)),
             completed <- dir.file(c"requests_completed", Atomic::new(0)),
             refused <- dir.file(c"requests_refused", Atomic::new(0)),
         })
     }
 
-    pub(super) fn held(&self, hold: Hold) {
-        let time = u64::try_from(hold.time.as_nanos()).unwrap_or(0);
+    pub(super) fn held(&self, scan: Scan) {
+        let time = u64::try_from(scan.time.as_nanos()).unwrap_or(0);
 
         // There is one task.
         self.longest_hold
             .store(self.longest_hold.load(Relaxed).max(time), Relaxed);
-        self.most_places.store(
-            self.most_places.load(Relaxed).max(hold.places as u64),
-            Relaxed,
-        );
+        self.most_pfns
+            .store(self.most_pfns.load(Relaxed).max(scan.pfns as u64), Relaxed);
     }
 }

@@ -63,7 +63,7 @@ use kernel::{
 };
 
 /// How many steps one run of the task makes.
-const TURNS_PER_RUN: usize = 64;
+const STEPS_PER_RUN: usize = 64;
 
 /// The requests of a device.
 #[pin_data]
@@ -83,7 +83,7 @@ pub(super) struct HostRequests {
 }
 
 /// The result of a step of a request.
-enum Turn {
+enum Step {
     /// It continues.
     Again,
     /// It waits for the device, or for caches to be dropped.
@@ -121,7 +121,7 @@ impl HostRequests {
     }
 
     /// Makes a step of `open`.
-    fn turn(&self, inner: &mut Inner, open: &mut Open) -> Turn {
+    fn step(&self, inner: &mut Inner, open: &mut Open) -> Step {
         let counters = &self.counters;
         let step = match &mut open.work {
             Work::Skip(walk) => inner.skip(open.id, walk, counters),
@@ -158,19 +158,19 @@ impl HostRequests {
                             counters.refused.add(1, Relaxed);
                             inner.log_refusal(open.id, reason);
                         }
-                        Turn::Over
+                        Step::Over
                     }
-                    None => Turn::Wait,
+                    None => Step::Wait,
                 };
             }
         };
 
         match step {
-            None => Turn::Wait,
-            Some(None) => Turn::Again,
+            None => Step::Wait,
+            Some(None) => Step::Again,
             Some(Some(status)) => {
                 open.work = Work::Complete(status);
-                Turn::Again
+                Step::Again
             }
         }
     }
@@ -187,7 +187,7 @@ impl HostRequests {
         // Completions are sent in any case.
         let pause = inner.budget.pause(start);
 
-        let turns = self.take_turns(inner, pause.is_some());
+        let steps = self.make_steps(inner, pause.is_some());
         if let Some(offliner) = &self.offliner {
             // The requests may have been cancelled.
             if offliner.is_busy() && !inner.open.iter().any(Open::needs_blocks) {
@@ -199,7 +199,7 @@ impl HostRequests {
 
         let end = now();
         inner.budget.spend(end - start, end);
-        if turns == TURNS_PER_RUN || !inner.queue.enable_callback() {
+        if steps == STEPS_PER_RUN || !inner.queue.enable_callback() {
             Some(0)
         } else if let Some(pause) = pause {
             Some(pause.min(timeouts::MISSED_INTERRUPT))
@@ -213,39 +213,39 @@ impl HostRequests {
 
     /// Makes steps of the open requests round-robin, until all of them wait. With `is_paused` it
     /// starts no new work. Returns the number of steps.
-    fn take_turns(&self, inner: &mut Inner, is_paused: bool) -> usize {
-        let (mut turns, mut waiting) = (0, 0);
+    fn make_steps(&self, inner: &mut Inner, is_paused: bool) -> usize {
+        let (mut steps, mut waiting) = (0, 0);
 
         loop {
             if !is_paused {
                 inner.refill_request_buffers();
             }
-            if turns == TURNS_PER_RUN || waiting == inner.open.len() {
-                return turns;
+            if steps == STEPS_PER_RUN || waiting == inner.open.len() {
+                return steps;
             }
             let Ok(mut open) = inner.open.remove(0) else {
-                return turns;
+                return steps;
             };
 
-            let turn = match open.work {
-                Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) if is_paused => Turn::Wait,
+            let step = match open.work {
+                Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) if is_paused => Step::Wait,
                 Work::Skip(_)
                 | Work::Discard(_)
                 | Work::DropCaches(_)
                 | Work::CacheDropper(_)
-                | Work::Complete(_) => self.turn(inner, &mut open),
+                | Work::Complete(_) => self.step(inner, &mut open),
             };
 
             // Move it to the end, so that the next step is that of another request. There is room,
             // since it was taken from the list.
-            if !matches!(turn, Turn::Over) {
+            if !matches!(step, Step::Over) {
                 let _ = inner.open.push_within_capacity(open);
             }
-            match turn {
-                Turn::Wait => waiting += 1,
-                Turn::Again | Turn::Over => waiting = 0,
+            match step {
+                Step::Wait => waiting += 1,
+                Step::Again | Step::Over => waiting = 0,
             }
-            turns += 1;
+            steps += 1;
             inner.collect(self.offliner.as_ref());
         }
     }

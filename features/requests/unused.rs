@@ -57,7 +57,7 @@ impl Inner {
         counters: &Counters,
     ) -> Option<Option<u8>> {
         let mut message = self.message()?;
-        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.held(scan));
 
         if unused.first().is_some() {
             let written =
@@ -96,7 +96,7 @@ impl Inner {
             return (self.ranges == 0).then_some(Some(request::ABORTED));
         }
         let mut message = self.message()?;
-        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |hold| counters.held(hold));
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.held(scan));
 
         // Adjacent blocks are allocated together, since each allocation is expensive.
         let found = unused.side_by_side(spare);

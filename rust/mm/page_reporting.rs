@@ -166,7 +166,7 @@ pub(crate) struct ReportToken(());
 
 impl Virtqueue<ReportToken> {
     /// Passes `pages` to the device, and waits until it has used them, or for as long as `may_wait`
-    /// returns true. `answered` must be completed when either changes. The wait also checks both at
+    /// returns true. `used` must be completed when either changes. The wait also checks both at
     /// intervals of `interval`.
     ///
     /// Until then the device may write to the pages, so there is no timeout. Only a reset ends the
@@ -179,7 +179,7 @@ impl Virtqueue<ReportToken> {
     pub(crate) fn report_and_wait(
         &mut self,
         pages: &FreePages<'_>,
-        answered: &Completion,
+        used: &Completion,
         interval: Msecs,
         may_wait: impl Fn() -> bool,
     ) -> Result {
@@ -190,7 +190,7 @@ impl Virtqueue<ReportToken> {
         self.kick();
 
         let mut is_used = false;
-        answered.wait_until(interval, || {
+        used.wait_until(interval, || {
             is_used = self.next_used().is_some();
             is_used || self.is_reset() || !may_wait()
         });

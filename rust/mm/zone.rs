@@ -58,9 +58,9 @@ macro_rules! read {
 
 /// The cost of a scan.
 #[derive(Clone, Copy)]
-pub(crate) struct Hold {
+pub(crate) struct Scan {
     /// How many PFNs were scanned.
-    pub(crate) places: usize,
+    pub(crate) pfns: usize,
     /// For how long the zone's lock was held.
     pub(crate) time: Delta,
 }
@@ -241,14 +241,14 @@ impl Zone {
         end: u64,
         min_order: u32,
         found: &mut KVec<PfnRange>,
-    ) -> Hold {
-        let mut places = 0;
+    ) -> Scan {
+        let mut pfns = 0;
         let zone = self.lock();
         let start = Instant::<Monotonic>::now();
 
-        while *next < end && places < PFNS_PER_HOLD {
+        while *next < end && pfns < PFNS_PER_HOLD {
             let order = zone.free_order(*next as usize);
-            places += 1;
+            pfns += 1;
 
             match order {
                 Ok(Some(order)) if order >= min_order => {
@@ -266,7 +266,7 @@ impl Zone {
 
         let time = start.elapsed();
         drop(zone);
-        Hold { places, time }
+        Scan { pfns, time }
     }
 
     /// Changes the zone's number of isolated pageblocks by `more`, for tests.

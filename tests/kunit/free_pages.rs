@@ -21,7 +21,7 @@ use crate::{
         },
         pfn_range::PfnRange,
         zone::{
-            Hold,
+            Scan,
             Zone,
             PFNS_PER_HOLD, //
         }, //
@@ -61,7 +61,7 @@ fn walk_with(
 
     loop {
         let mut most = 0;
-        let mut unused = Unused::new(&mut walk, 1, |hold: Hold| most = most.max(hold.places));
+        let mut unused = Unused::new(&mut walk, 1, |scan: Scan| most = most.max(scan.pfns));
 
         while let Some(run) = unused.first() {
             let short = run.len() < 1 << min_order;

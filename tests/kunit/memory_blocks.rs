@@ -39,7 +39,7 @@ use crate::{
                 },
                 online::{
                     self,
-                    Turn, //
+                    HotplugGuard, //
                 }, //
             },
             info::Info,
@@ -164,13 +164,13 @@ fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
     Ok((found, looks))
 }
 
-/// Asks for all memory while the caller has the turn to take blocks, and returns when the driver
+/// Asks for all memory while the caller has the guard for taking blocks, and returns when the driver
 /// waits for it.
-fn wait_for_turn(host: &Host) -> Result {
+fn wait_for_guard(host: &Host) -> Result {
     // Per-CPU lists may have so much of what the test before has freed that no block looks free.
     drain::drain_free_lists();
     host.device.change(NUM_PAGES, u32::MAX);
-    eventually(|| Ok(online::TURNS.load(Relaxed) == 2))
+    eventually(|| Ok(online::HOTPLUG_GUARDS.load(Relaxed) == 2))
 }
 
 /// Plugs a virtio-mem device when the driver is about to take the first block. Returns how many
@@ -186,11 +186,11 @@ fn taken_with_virtio_mem() -> Result<usize> {
         return Err(ENOENT);
     }
     let host = Host::new(&BASE)?;
-    let turn = Turn::wait();
+    let guard = HotplugGuard::begin();
 
-    wait_for_turn(&host)?;
+    wait_for_guard(&host)?;
     let _virtio_mem = FakeDevice::virtio_mem()?;
-    drop(turn);
+    drop(guard);
     eventually(|| Ok(blocks().count() < before))?;
     // It would take the next one now.
     fsleep(Delta::from_millis(500));
@@ -259,15 +259,15 @@ fn give_back_while_taking() -> Result<(usize, bool)> {
     let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
     let _other = Thread::start(c"balloon_rs_kunit", Some(slot.waker()), || {
         let waits = memory_blocks::WAITS.load(Relaxed);
-        let turn = Turn::wait();
+        let guard = HotplugGuard::begin();
 
         IS_HELD.store(true, Relaxed);
         let result = eventually(|| Ok(memory_blocks::WAITS.load(Relaxed) > waits));
-        drop(turn);
+        drop(guard);
         result
     })?;
     eventually(|| Ok(IS_HELD.load(Relaxed)))?;
-    wait_for_turn(&host)?;
+    wait_for_guard(&host)?;
 
     // A guest with hardly any processor time needs longer than the driver waits, and runs out of
     // memory again.
@@ -297,10 +297,10 @@ mod tests {
             })
         };
 
-        // A failed assertion would not release the turn.
-        let turn = Turn::wait();
+        // A failed assertion would not release the guard.
+        let guard = HotplugGuard::begin();
         let allocated = range();
-        drop(turn);
+        drop(guard);
         assert!(!allocated);
         assert!(range());
     }
@@ -350,7 +350,7 @@ mod tests {
         assert!(block.is_some());
         let Some(block) = block else { return Ok(()) };
 
-        let taken = block.take_and_write(&Turn::wait(), LIMITS, c"online_movable");
+        let taken = block.take_and_write(&HotplugGuard::begin(), LIMITS, c"online_movable");
         assert!(matches!(taken, Outcome::Not(EINVAL)));
         block.take_offline(LIMITS)?.bring_online()?;
         assert_eq!(memory::total_pages(), total);

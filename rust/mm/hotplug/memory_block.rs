@@ -17,8 +17,8 @@ use crate::rust::{
     mm::{
         hotplug::online::{
             range_can_be_taken,
+            HotplugGuard, //
             OnlinePageCallback,
-            Turn, //
         },
         pages::page_list::PageList,
         pfn_range::PfnRange, //
@@ -118,24 +118,29 @@ impl MemoryBlock {
         Ok(OfflineBlock { state, limits })
     }
 
-    /// Takes the whole block or nothing, if it `is_wanted` after the turns of other devices. The
+    /// Takes the whole block or nothing, if it `is_wanted` when other devices have taken theirs. The
     /// kernel migrates pages in use.
     pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Outcome {
-        let turn = Turn::wait();
+        let guard = HotplugGuard::begin();
 
         match is_wanted() {
-            true => self.take_and_write(&turn, limits, ONLINE_KERNEL),
+            true => self.take_and_write(&guard, limits, ONLINE_KERNEL),
             false => Outcome::Not(ECANCELED),
         }
     }
 
     /// The same, but with `online` written to the block's file.
-    pub(crate) fn take_and_write(self, turn: &Turn, limits: Limits, online: &CStr) -> Outcome {
+    pub(crate) fn take_and_write(
+        self,
+        guard: &HotplugGuard,
+        limits: Limits,
+        online: &CStr,
+    ) -> Outcome {
         let block = match self.take_offline(limits) {
             Ok(block) => block,
             Err(error) => return Outcome::Not(error),
         };
-        let callback = OnlinePageCallback::set(turn, self.pfns());
+        let callback = OnlinePageCallback::set(guard, self.pfns());
         let online = block.write(online);
         let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
 

@@ -55,20 +55,20 @@ pub(in crate::rust) fn is_taking() -> bool {
     TAKING.load(Relaxed) == this_thread()
 }
 
-/// How many threads have a turn, or wait for one.
+/// How many threads have a guard, or wait for one.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-pub(crate) static TURNS: Atomic<usize> = Atomic::new(0);
+pub(crate) static HOTPLUG_GUARDS: Atomic<usize> = Atomic::new(0);
 
 /// The right to take blocks. One thread of all devices has it at a time.
-pub(crate) struct Turn {
+pub(crate) struct HotplugGuard {
     _lock: GlobalGuard<HOTPLUG>,
 }
 
-impl Turn {
+impl HotplugGuard {
     /// Waits for it: at most for the time of taking a block.
-    pub(crate) fn wait() -> Self {
+    pub(crate) fn begin() -> Self {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-        TURNS.add(1, Relaxed);
+        HOTPLUG_GUARDS.add(1, Relaxed);
         let lock = HOTPLUG.lock();
 
         TAKING.store(this_thread(), Relaxed);
@@ -76,11 +76,11 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for HotplugGuard {
     fn drop(&mut self) {
         TAKING.store(ptr::null_mut(), Relaxed);
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-        TURNS.fetch_sub(1, Relaxed);
+        HOTPLUG_GUARDS.fetch_sub(1, Relaxed);
     }
 }
 
@@ -89,12 +89,12 @@ impl Drop for Turn {
 /// # Invariants
 ///
 /// The kernel's callback is [`keep_page`].
-pub(in crate::rust::mm) struct OnlinePageCallback<'a>(PhantomData<&'a Turn>);
+pub(in crate::rust::mm) struct OnlinePageCallback<'a>(PhantomData<&'a HotplugGuard>);
 
 impl<'a> OnlinePageCallback<'a> {
     /// Sets the callback, which keeps the pages in `pfns`. Returns none if another driver has set a
     /// callback.
-    pub(in crate::rust::mm) fn set(_turn: &'a Turn, pfns: PfnRange) -> Option<Self> {
+    pub(in crate::rust::mm) fn set(_guard: &'a HotplugGuard, pfns: PfnRange) -> Option<Self> {
         KEPT.lock().keep(pfns);
 
         // INVARIANT: The callback was set.
