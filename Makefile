@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb in-tree demo demo-auto bench bench-docs simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
+.PHONY: all deb in-tree patches patches-check demo demo-auto bench bench-docs simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -36,6 +36,17 @@ in-tree:
 		sed -i '/virtio_balloon\.o$$/a obj-$$(CONFIG_VIRTIO_BALLOON_RS) += virtio_balloon_rs/' '$(KSRC)/drivers/virtio/Makefile'
 	grep -q virtio_balloon_rs '$(KSRC)/drivers/virtio/Kconfig' || \
 		sed -i '/^config VIRTIO_MEM$$/i source "drivers/virtio/virtio_balloon_rs/Kconfig"\n' '$(KSRC)/drivers/virtio/Kconfig'
+
+# Who signs the patches off.
+AUTHOR ?= $(shell sed -n 's/^M:\t//p' MAINTAINERS | head -n 1)
+
+patches:
+	@test -e '$(KSRC)/rust/kernel/lib.rs' || \
+		{ echo "set KSRC= to the source of a kernel, 7.3 or newer" >&2; exit 1; }
+	@KSRC='$(abspath $(KSRC))' guest/build-root patches/make '$(abspath $(KSRC))' build/patches '$(AUTHOR)'
+
+patches-check: patches
+	@KSRC='$(abspath $(KSRC))' guest/build-root patches/check '$(abspath $(KSRC))' build/patches
 
 deb:
 	@$(lab) deb
@@ -106,12 +117,14 @@ help:
 	@echo "make            build the module for the kernel of KDIR= (default: the running one)"
 	@echo "make deb        build Debian packages of the module and of the host's programs"
 	@echo "make in-tree    copy the driver to drivers/virtio/virtio_balloon_rs of the kernel source KSRC="
+	@echo "make patches    write rust/virtio/ as a series of patches for the kernel source KSRC= to build/patches"
+	@echo "                (make patches-check: and build and test each step)"
 	@echo "make demo       inflate 7 GiB of an 8 GiB guest, and compare with the C driver"
 	@echo "make demo-auto  move memory between three guests with the manager, and compare (3 minutes)"
 	@echo "make test       run every test: host tests, fuzzing, KUnit and scenarios in guests"
 	@echo "make test-long  run all scenarios in all kernels, on all devices, with both drivers (hours)"
 	@echo "make coverage   show which lines of the module KUnit and the scenarios execute"
-	@echo "make bench      benchmark against the C driver, virtio-mem and free page reporting (20 minutes)"
+	@echo "make bench      benchmark against the C driver, virtio-mem and free page reporting (half an hour)"
 	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
 	@echo "make simulate   compare the policy of docs/manager.md with other rules, on simulated hosts"
 	@echo "make kunit      run KUnit in guests"
@@ -136,6 +149,7 @@ help:
 	@echo "ACCEL=kvm|tcg      QEMU's accelerator (default: kvm if the processor supports it)"
 	@echo "VERBOSE=1          show the guests' logs while they run"
 	@echo "KSRC=DIRECTORY     build the guests' kernels from that source"
+	@echo "AUTHOR=TEXT        sign the patches off as that author, NAME <ADDRESS> (default: MAINTAINERS)"
 	@echo
 	@echo "Targets other than all, in-tree, diagrams and clean make a Debian 13 build root and the guest kernels"
 	@echo "in ~/.cache/virtio-balloon-rs on first use. That needs root, 10 GiB of disk, 9 GiB of memory and a"
