@@ -71,7 +71,7 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(
-            start.elapsed() < Duration::from_secs(10),
+            start.elapsed() < PATIENCE,
             "{what} does not come"
         );
         thread::sleep(Duration::from_millis(5));

@@ -345,7 +345,7 @@ impl Qemu {
         if row.outcome == Balloon {
             let start = Instant::now();
             while self.byte(PAGE)? != 0 {
-                assert!(start.elapsed() < Duration::from_secs(10), "{}", row.device);
+                assert!(start.elapsed() < PATIENCE, "{}", row.device);
                 thread::sleep(Duration::from_millis(5));
             }
         }
