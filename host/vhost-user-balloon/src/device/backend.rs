@@ -212,6 +212,8 @@ impl VhostUserBackend for Device {
                 if let Some(number) = Kind::Stats.number(self.acked.load(SeqCst)) {
                     self.serve_queue(number, vrings);
                 }
+                // The driver may not have sent them in time.
+                self.follow();
             }
             _ => {
                 lock(&self.times).answered = Some(Instant::now());

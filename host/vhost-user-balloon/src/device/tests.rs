@@ -17,6 +17,7 @@ use std::sync::mpsc;
 use std::thread;
 use vhost_user_backend::{VhostUserBackend, VringT};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::EventSet;
 
 #[test]
 fn a_driver_may_read_any_part_of_the_configuration() {
@@ -188,6 +189,18 @@ fn a_balloon_that_cannot_grow_is_at_rest() {
     assert!(!device.is_at_rest());
     device.set_config(4, &2048_u32.to_le_bytes()).unwrap();
     assert!(device.is_at_rest());
+}
+
+#[test]
+fn a_driver_that_sends_no_statistics_gets_the_target() {
+    let device = running(0, 7);
+    lock(&device.times).started = Some(Instant::now());
+    device.set_target(1024).unwrap();
+    assert_eq!((asked(&device), device.told.load(SeqCst)), (0, 0));
+    report_late(&device);
+    let event = TIMER.try_into().unwrap();
+    device.handle_event(event, EventSet::IN, &[], 0).unwrap();
+    assert_eq!(device.told.load(SeqCst), 1024);
 }
 
 #[test]
