@@ -107,6 +107,8 @@ impl Supervisor {
             return Ok(());
         };
         error!("the worker has ended: {status}");
+        // It may have been ready before.
+        self.on_worker();
         self.worker = None;
         self.crashed();
         self.failed();
