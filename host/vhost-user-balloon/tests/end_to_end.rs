@@ -34,6 +34,8 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
+#[path = "end_to_end/front_ends.rs"]
+mod front_ends;
 #[path = "end_to_end/requests.rs"]
 mod requests;
 #[path = "end_to_end/sandbox.rs"]
@@ -70,10 +72,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "{what} does not come"
-        );
+        assert!(start.elapsed() < PATIENCE, "{what} does not come");
         thread::sleep(Duration::from_millis(5));
     }
 }
@@ -179,7 +178,11 @@ impl Vmm {
         changes.set_read_timeout(Some(PATIENCE)).unwrap();
         front.set_backend_request_fd(&theirs).unwrap();
         front.set_features(wanted).unwrap();
+        Self::new(front, changes)
+    }
 
+    /// The VMM of a connection, with its guest's memory.
+    fn new(front: Frontend, changes: UnixStream) -> Self {
         let memory = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
         memory
             .write_all_at(&vec![1; usize::try_from(MEMORY).unwrap()], 0)
@@ -243,6 +246,11 @@ impl Vmm {
 
     /// Sends a message, and waits until the device has used it.
     fn send(&mut self, message: &[u8]) {
+        self.offer(message);
+        self.wait_used();
+    }
+
+    fn offer(&mut self, message: &[u8]) {
         self.store(MESSAGE, message);
         self.store(DESCRIPTORS, &MESSAGE.to_le_bytes());
         let length = u32::try_from(message.len()).unwrap();
@@ -251,6 +259,10 @@ impl Vmm {
         self.sent += 1;
         self.store(AVAIL + 2, &self.sent.to_le_bytes());
         self.kick.write(1).unwrap();
+    }
+
+    /// Waits until the device has used all messages.
+    fn wait_used(&self) {
         let mut used = [0; 2];
         // A guest gets a spurious interrupt when another worker continues the queue.
         while u16::from_le_bytes(used) != self.sent {
@@ -290,6 +302,19 @@ fn start_queue(
     call: &EventFd,
 ) {
     front.set_vring_num(number, 16).unwrap();
+    place_queue(front, number, base, rings, kick, call);
+    front.set_vring_enable(number, true).unwrap();
+}
+
+/// The rings and the events of such a queue.
+fn place_queue(
+    front: &mut Frontend,
+    number: usize,
+    base: u16,
+    rings: u64,
+    kick: &EventFd,
+    call: &EventFd,
+) {
     let addresses = VringConfigData {
         queue_max_size: 16,
         queue_size: 16,
@@ -303,7 +328,6 @@ fn start_queue(
     front.set_vring_base(number, base).unwrap();
     front.set_vring_call(number, call).unwrap();
     front.set_vring_kick(number, kick).unwrap();
-    front.set_vring_enable(number, true).unwrap();
 }
 
 #[test]

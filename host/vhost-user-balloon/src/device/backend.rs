@@ -18,14 +18,11 @@ use vmm_sys_util::event::{
 };
 
 use super::{Device, GRACE, RETRY, SWEEP, Sizes, TIMER, WAKE};
-use crate::features::{Feature, config_size};
+use crate::features::Feature;
 use crate::kind::{Kind, MAX_QUEUES};
 use crate::queue::{MAX_QUEUE_SIZE, Unfinished};
 use crate::sync::lock;
 use crate::work::Work;
-
-/// The length of the shortest complete configuration space of a driver, in bytes.
-const SMALLEST_CONFIG: u32 = 8;
 
 /// The largest granule that fits into the configuration space's field, in bytes.
 const LARGEST_GRANULE: u32 = 1 << 31;
@@ -65,17 +62,9 @@ impl VhostUserBackend for Device {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let needed = config_size(self.settings.features);
         let (Ok(start), Ok(length)) = (usize::try_from(offset), usize::try_from(size)) else {
             return Vec::new();
         };
-        // QEMU reads the whole space when it makes the device, before there is a driver. Other VMMs read only
-        // the part that their guest reads, and no driver reads before it has accepted features.
-        let first = start == 0 && self.acked.load(SeqCst) == 0;
-        if first && size >= SMALLEST_CONFIG && length < needed {
-            // The supervisor logs it.
-            return Vec::new();
-        }
         self.wait_known();
         let command = lock(&self.hints).command();
         let granule = lock(&self.sizes).granule;

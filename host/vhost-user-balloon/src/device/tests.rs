@@ -395,13 +395,11 @@ fn nothing_of_a_guest_outlives_its_vmm() {
 }
 
 #[test]
-fn too_short_a_configuration_is_refused() {
+fn each_read_of_the_configuration_space_has_an_answer() {
     let device = device(&[Feature::Stats], true);
-    assert_eq!(device.get_config(0, 16).len(), 0);
-    assert_eq!(device.get_config(0, 24).len(), 24);
-    assert_eq!(device.get_config(0, 32).len(), 32);
-    // Some front ends read one field at a time.
-    assert_eq!(device.get_config(0, 4).len(), 4);
+    for length in [1, 2, 4, 8, 16, 24, 32] {
+        assert_eq!(device.get_config(0, length).len(), length as usize);
+    }
     assert_eq!(device.get_config(u32::MAX, 4), [0; 4]);
 }
 

@@ -6,7 +6,6 @@
 //! messages that no worker accepts. It logs each problem once for each VM, with the right option.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log};
@@ -21,9 +20,6 @@ use crate::queue::MAX_QUEUE_SIZE;
 
 /// How long after its last message a front end has announced all of its queues.
 const QUIET: Duration = Duration::from_millis(200);
-
-/// The smallest configuration space of a balloon. A shorter read concerns one field.
-const SMALLEST_CONFIG: usize = 8;
 
 /// What to do with a message of the front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,24 +55,25 @@ pub(super) struct Setup {
     last: Instant,
     /// Whether a message that adds memory was skipped, so that memory is missing.
     lacks_memory: bool,
-    /// Whether the front end is QEMU.
-    is_qemu: bool,
+    /// Whether the front end announces its queues before a driver has accepted features, as QEMU does. It then has an
+    /// option for the number of queues, and each of its reads covers the whole configuration space. Unknown before either.
+    announces: Option<bool>,
     /// The deadline for a driver to start the device, until one has.
     driver_due: Option<Instant>,
     logged: BTreeSet<Problem>,
 }
 
 impl Setup {
-    /// The setup of the front end in the process `pid` with this journal. Its guest boots within `boot`.
+    /// The setup of the front end with this journal. Its guest boots within `boot`.
     /// Checks of an earlier supervisor are not repeated.
-    pub(super) fn new(journal: &Journal, pid: i32, boot: Duration) -> Self {
-        let checked = !journal.messages().is_empty();
+    pub(super) fn new(journal: &Journal, boot: Duration) -> Self {
+        let is_new = journal.messages().is_empty();
         Self {
             offered: 0,
             queues: 0,
-            checked,
-            is_qemu: is_qemu(pid),
-            driver_due: (!checked).then(|| Instant::now() + boot),
+            checked: false,
+            announces: (!is_new).then_some(false),
+            driver_due: is_new.then(|| Instant::now() + boot),
             last: Instant::now(),
             lacks_memory: false,
             logged: BTreeSet::new(),
@@ -92,7 +89,7 @@ impl Setup {
 
     /// Whether the number of queues has still to be checked.
     pub(super) fn is_pending(&self) -> bool {
-        self.queues > 0 && !self.checked
+        self.announces == Some(true) && !self.checked
     }
 
     /// Checks the number of queues, when the front end has announced all of them. Without one of its queues a
@@ -139,6 +136,7 @@ impl Setup {
         let queue = queue(message);
         if is_about_queue(message) {
             let number = usize::try_from(queue).unwrap_or(usize::MAX);
+            self.announces.get_or_insert(true);
             self.queues = self.queues.max(number.saturating_add(1));
             if number >= MAX_QUEUES {
                 return Verdict::LeaveOut;
@@ -148,6 +146,10 @@ impl Setup {
             self.driver_due = None;
         }
         match message.request() {
+            request::SET_FEATURES => {
+                self.announces.get_or_insert(false);
+                Verdict::Forward
+            }
             request::SET_PROTOCOL_FEATURES if !has_config(message) => {
                 let needed = config_size(self.offered);
                 self.log(
@@ -167,8 +169,9 @@ impl Setup {
                 self.log(
                     Problem::QueueSize,
                     &format!(
-                        "QEMU's device has queues of a size that is no power of two up to {MAX_QUEUE_SIZE}; start \
-                         it with vq_size=256"
+                        "the device has queues of a size that is no power of two up to {MAX_QUEUE_SIZE}; start \
+                         QEMU's device with vq_size=256, Cloud Hypervisor's with queue_sizes=[256,256], or \
+                         crosvm's with max-queue-size=256"
                     ),
                 );
                 Verdict::LeaveOut
@@ -216,9 +219,7 @@ impl Setup {
         // The offset comes first.
         let (offset, size) = (read & u64::from(u32::MAX), read >> 32);
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        // QEMU reads the whole space, and other VMMs only the part that their guest reads.
-        let smallest = if self.is_qemu { 1 } else { SMALLEST_CONFIG };
-        if offset == 0 && (smallest..needed).contains(&size) {
+        if self.announces == Some(true) && offset == 0 && size < needed {
             self.log(
                 Problem::ShortConfig,
                 &format!(
@@ -234,13 +235,6 @@ impl Setup {
             error!("{text}");
         }
     }
-}
-
-/// Whether a process is QEMU, by its name: the protocol does not name the front end. Only a line in the log depends on
-/// it: a read of less than [`SMALLEST_CONFIG`] bytes is all that QEMU's device has, and a field for other front ends. A
-/// QEMU of another name that has `config_size=4` gets a balloon that does not work, and no line that says why.
-fn is_qemu(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu"))
 }
 
 /// Whether the front end uses the device's configuration space.

@@ -64,7 +64,7 @@ impl Vmm {
         let now = Instant::now();
         Self {
             connection,
-            setup: Setup::new(&journal, pid, boot),
+            setup: Setup::new(&journal, boot),
             journal,
             since: now,
             pid,
