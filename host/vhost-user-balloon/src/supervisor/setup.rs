@@ -18,8 +18,8 @@ use crate::kind::{Kind, MAX_QUEUES};
 use crate::message::{Message, request};
 use crate::queue::MAX_QUEUE_SIZE;
 
-/// How long after its last message a front end has announced all of its queues.
-const QUIET: Duration = Duration::from_millis(200);
+/// How long after its last message a front end has announced all of its queues. Another message shows it at once.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// What to do with a message of the front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +95,13 @@ impl Setup {
     /// Checks the number of queues, when the front end has announced all of them. Without one of its queues a
     /// driver does not start.
     pub(super) fn check_queues(&mut self) {
-        if !self.is_pending() || self.last.elapsed() < QUIET {
+        if self.last.elapsed() >= QUIET {
+            self.count_queues();
+        }
+    }
+
+    fn count_queues(&mut self) {
+        if !self.is_pending() {
             return;
         }
         self.checked = true;
@@ -141,6 +147,8 @@ impl Setup {
             if number >= MAX_QUEUES {
                 return Verdict::LeaveOut;
             }
+        } else {
+            self.count_queues();
         }
         if message.request() == request::SET_VRING_ADDR {
             self.driver_due = None;
