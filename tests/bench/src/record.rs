@@ -93,6 +93,9 @@ pub struct Record {
     /// The variant, if there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+    /// The commit of the sources, with a `+` if they have changed since. Unknown without git.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
     /// The guest's memory.
     pub guest_mib: u64,
     /// The amount that the guest returns or migrates.
@@ -148,6 +151,7 @@ impl Record {
             driver: subject.contestant.driver,
             device: subject.contestant.device,
             detail: subject.detail.clone(),
+            commit: None,
             guest_mib: subject.memory.as_mib(),
             amount_mib: subject.amount.as_mib(),
             seconds: runs.iter().map(|run| seconds(run.took)).collect(),

@@ -57,7 +57,8 @@ fn write_one(text: &mut String, benchmark: &Benchmark, records: &[Record]) -> Re
         benchmark.answers
     )?;
     for (name, of_name) in all {
-        writeln!(text, "\n`{name}`, {}:\n", tables::amount(&of_name))?;
+        let (amount, commits) = (tables::amount(&of_name), tables::commits(&of_name));
+        writeln!(text, "\n`{name}`, {amount}{commits}:\n")?;
         writeln!(text, "{}", tables::markdown(&of_name, records))?;
     }
     let of_benchmark: Vec<Record> = of(benchmark, records)

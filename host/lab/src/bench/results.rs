@@ -4,13 +4,15 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use benchmarks::{BENCHMARKS, Benchmark, Record};
 
+use crate::kernel;
 use crate::places::Places;
 
-/// Replaces the records of a benchmark.
+/// Replaces the records of a benchmark. The new ones are stamped with the commit.
 pub(super) fn keep(places: &Places, benchmark: &Benchmark, records: &[Record]) -> Result<()> {
     let old = match results(places).exists() {
         true => load(places)?,
@@ -19,7 +21,12 @@ pub(super) fn keep(places: &Places, benchmark: &Benchmark, records: &[Record]) -
     let others = old
         .into_iter()
         .filter(|record| !benchmark.names.contains(&&*record.name));
-    let mut all: Vec<Record> = others.chain(records.iter().cloned()).collect();
+    let commit = commit(places);
+    let new = records.iter().map(|record| Record {
+        commit: commit.clone(),
+        ..record.clone()
+    });
+    let mut all: Vec<Record> = others.chain(new).collect();
     let names = all_names();
     all.sort_by_key(|record| names.iter().position(|name| *name == record.name));
     let json = serde_json::to_string_pretty(&all)?;
@@ -32,6 +39,19 @@ pub(super) fn load(places: &Places) -> Result<Vec<Record>> {
     let path = results(places);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is no results", path.display()))
+}
+
+fn commit(places: &Places) -> Option<String> {
+    let mut git = Command::new("git");
+    git.args([
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty=+",
+    ]);
+    let commit = kernel::output(git.current_dir(&places.checkout)).ok()?;
+    Some(commit.trim_end().to_owned())
 }
 
 /// The names of all records, in the order of the benchmarks.

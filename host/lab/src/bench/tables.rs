@@ -2,6 +2,8 @@
 
 //! Results as tables, for a terminal and for the documentation.
 
+use std::collections::BTreeSet;
+
 use benchmarks::{Benchmark, Record, Stages};
 use comfy_table::presets::{ASCII_MARKDOWN, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, Table};
@@ -37,6 +39,18 @@ pub(super) fn markdown(of_name: &[&Record], records: &[Record]) -> String {
         .map(|table| finish(table, ASCII_MARKDOWN).to_string())
         .collect();
     tables.join("\n\n")
+}
+
+/// The commits of the records, after a comma.
+pub(super) fn commits(records: &[&Record]) -> String {
+    let commits: BTreeSet<&str> = records
+        .iter()
+        .filter_map(|record| record.commit.as_deref())
+        .collect();
+    commits
+        .into_iter()
+        .flat_map(|commit| [", commit ", commit])
+        .collect()
 }
 
 /// The amount of memory.
@@ -197,6 +211,26 @@ fn grouped(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn results_name_their_commits_once() {
+        let record = |commit: Option<&str>| -> Record {
+            serde_json::from_value(serde_json::json!({
+                "name": "inflate-idle", "driver": "rs", "device": "qemu", "commit": commit,
+                "guest_mib": 8192, "amount_mib": 7168, "seconds": [1.0],
+            }))
+            .unwrap()
+        };
+        let records = [
+            record(Some("b0b0b0b0b0b0+")),
+            record(None),
+            record(Some("a1a1a1a1a1a1")),
+            record(Some("a1a1a1a1a1a1")),
+        ];
+        let all: Vec<_> = records.iter().collect();
+        assert_eq!(commits(&all), ", commit a1a1a1a1a1a1, commit b0b0b0b0b0b0+");
+        assert_eq!(commits(&all[1..2]), "");
+    }
 
     #[test]
     fn what_overlaps_is_within_the_noise() {
