@@ -109,8 +109,9 @@ fn balloon(info: &Info) -> Balloon {
             .unwrap_or(u64::MAX)
             .min(info.limit.unwrap_or(u64::MAX)),
         target: info.target,
-        // While memory is withheld, memory in the balloon is not returned to the host.
-        size: if withheld { 0 } else { info.size },
+        // What the device counts, not what the guest reports. While memory is withheld, memory in the balloon is not
+        // returned to the host.
+        size: if withheld { 0 } else { info.held },
         granule: info.granule,
         driver: info.guest.driver,
         frozen: withheld || info.guest.open_requests > 0 || info.grace.is_some(),

@@ -48,7 +48,8 @@ impl State {
     pub(crate) fn vm(&self, id: VmId, name: &str, config: &Config) -> Option<Vm> {
         let balloon = &self.balloon;
         let all = balloon.memory?;
-        let least = all.saturating_sub(balloon.largest).div_ceil(PAGE);
+        let least = all.saturating_sub(balloon.largest.max(balloon.target));
+        let least = least.div_ceil(PAGE);
         let memory = all / PAGE;
         let settings = config.settings(name, memory, least);
         let untouchable = settings.is_none();
@@ -263,3 +264,33 @@ mod tests {
         assert!(doubt.is_over(true, start + 364 * FATE));
     }
 }
+    /// Such a guest has statistics with a small total, and its daemon refuses targets above 0.
+    #[test]
+    fn a_guest_that_reports_little_memory_keeps_what_it_has() {
+        const GIB: u64 = 1 << 30;
+        let floor = |largest| {
+            let balloon = Balloon {
+                memory: Some(4 * GIB),
+                connected: true,
+                largest,
+                target: 3 * GIB,
+                size: 3 * GIB,
+                granule: PAGE,
+                driver: true,
+                frozen: false,
+                stopped: None,
+            };
+            let state = State {
+                balloon,
+                resident: None,
+                sample: None,
+                answered: 0,
+                reachable: true,
+            };
+            let vm = state.vm(VmId(0), "vm", &Config::default()).unwrap();
+            vm.settings.floor * PAGE
+        };
+        assert_eq!(floor(u64::MAX), GIB / 2);
+        assert_eq!(floor(0), GIB);
+    }
+

@@ -35,6 +35,8 @@ struct State {
     refuses: bool,
     /// The daemon has a new process that does not know the memory yet.
     forgets: bool,
+    /// The guest reports that its balloon has the target's size.
+    lies: bool,
     /// How often the daemon was asked for its state.
     infos: u64,
 }
@@ -53,6 +55,7 @@ impl Fake {
             sets: 0,
             refuses: false,
             forgets: false,
+            lies: false,
             infos: 0,
         })))
     }
@@ -86,7 +89,8 @@ impl Handler for Fake {
                 let memory = Some(state.memory).filter(|_| !state.forgets);
                 Ok(Response::Info(Info {
                     target: state.target,
-                    size: state.size,
+                    size: if state.lies { state.target } else { state.size },
+                    held: state.size,
                     memory,
                     shared: memory,
                     granule: 4096,
@@ -323,6 +327,26 @@ fn vms_come_and_go() {
         !words(&host.ask(&["top"]).stdout).contains("web")
     });
     assert!(host.log().contains("web: its socket has gone"));
+}
+
+/// The other guest gets no memory that the one that lies still has.
+#[test]
+fn a_guest_that_lies_about_its_balloon_counts_with_what_it_has() {
+    let mut host = Host::new(SMALL);
+    let [liar, db] = [4 * GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    liar.change(|state| state.lies = true);
+    host.add("liar", &liar);
+    host.add("db", &db);
+    host.run(&[]);
+    let fits = || liar.usable() + db.usable() <= 6 * GIB - 256 * (1 << 20);
+    wait_for("memory that fits", fits);
+    db.change(|state| state.used = 7 * GIB / 2);
+    let infos = db.get().infos;
+    wait_for("answers", || {
+        assert!(fits(), "{:?} {:?}", liar.get(), db.get());
+        db.get().infos > infos + 20
+    });
+    assert_eq!(liar.usable(), 4 * GIB);
 }
 
 #[test]

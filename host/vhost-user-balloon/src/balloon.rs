@@ -233,6 +233,12 @@ impl Balloon {
         pages.sum::<u64>() * BALLOON_PAGE_SIZE
     }
 
+    /// How much of it is in the balloon, in bytes.
+    pub fn held(&self) -> u64 {
+        let counts = self.regions.iter().map(|region| region.count);
+        counts.sum::<u64>() * BALLOON_PAGE_SIZE
+    }
+
     /// An empty set of its pages.
     pub fn no_pages(&self) -> PageMap {
         PageMap::new(self.regions.iter().map(|region| region.pages.clone()))

@@ -100,6 +100,7 @@ impl Device {
             grace: self.grace().map(seconds),
             granule: granule.unwrap_or(BALLOON_PAGE_SIZE),
             withheld,
+            held: self.held(),
             inhibited: inhibited.map(seconds),
             inhibitors: inhibitors
                 .into_iter()

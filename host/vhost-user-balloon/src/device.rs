@@ -154,6 +154,8 @@ pub struct Device {
     /// The remaining number of early statistics requests.
     soon: AtomicU32,
     /// Whether the deflate queue waits for memory of the host.
+    /// The memory in the balloon by the guest's messages, in bytes.
+    held: AtomicU64,
     blocked: AtomicBool,
     /// Completed when the large granules were logged.
     large_granules: Once,
@@ -212,6 +214,7 @@ impl Device {
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
             sizes: Mutex::default(),
+            held: AtomicU64::new(0),
             watch: Mutex::new(Level::Slow, Watch::default()),
             exit: AtomicI32::new(NO_FD),
         };
@@ -261,6 +264,7 @@ impl Device {
         self.asked.store(NOT_ASKED, SeqCst);
         if self.soon.swap(0, SeqCst) > 0 {
             self.arm_ordinary();
+        self.held.store(0, SeqCst);
         }
         self.blocked.store(false, SeqCst);
         self.acked.store(0, SeqCst);
@@ -358,6 +362,11 @@ impl Device {
         file.as_ref().map_or(Ok(()), |path| self.state().save(path))
     }
 }
+
+    /// The memory in the balloon by the guest's messages, in bytes.
+    pub fn held(&self) -> u64 {
+        self.held.load(SeqCst)
+    }
 
 #[cfg(test)]
 mod tests;

@@ -30,7 +30,7 @@ pub fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> String {
 /// A metric: its name, its help, and its value. It is left out while the value is unknown.
 type Gauge = (&'static str, &'static str, fn(&Info) -> Option<u64>);
 
-const GAUGES: [Gauge; 11] = [
+const GAUGES: [Gauge; 12] = [
     ("target_bytes", "Requested balloon size.", |info| {
         Some(info.target)
     }),
@@ -38,6 +38,11 @@ const GAUGES: [Gauge; 11] = [
         "size_bytes",
         "Balloon size as the guest reports it.",
         |info| Some(info.size),
+    ),
+    (
+        "held_bytes",
+        "Memory in the balloon by the guest's messages.",
+        |info| Some(info.held),
     ),
     ("guest_memory_bytes", "The guest's memory.", |info| {
         info.memory

@@ -392,6 +392,35 @@ fn a_guest_inflates_and_another_one_follows() {
 
 #[test]
 fn only_a_stopped_guest_keeps_its_balloon() {
+/// What is in the balloon follows from the guest's messages, whatever the guest reports.
+#[test]
+fn the_daemon_counts_what_is_in_the_balloon() {
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    let mut config = vmm.config();
+    config[4..8].copy_from_slice(&100_u32.to_le_bytes());
+    vmm.write_config(&config);
+    wait_for("the report", || info(directory).size == 100 << 12);
+    wait_for("the page", || info(directory).held == 1 << 12);
+    // In the balloon already, another one, and outside of the guest's memory.
+    for pfn in [0x100, 0x101, 0x1000] {
+        vmm.inflate(pfn);
+    }
+    wait_for("two pages", || info(directory).held == 2 << 12);
+
+    // A new driver has an empty balloon.
+    vmm.front.get_vring_base(0).unwrap();
+    vmm.store(AVAIL + 2, &[0, 0]);
+    vmm.store(USED + 2, &[0, 0]);
+    vmm.sent = 0;
+    vmm.start(0);
+    vmm.inflate(0x102);
+    wait_for("its page", || info(directory).held == 1 << 12);
+    drop(vmm);
+    wait_for("the end of the VMM", || info(directory).held == 0);
+    daemon.end();
+}
+
     let (directory, daemon, mut vmm) = set_up();
     let directory = directory.path();
 

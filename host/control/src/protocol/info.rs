@@ -16,6 +16,9 @@ pub struct Info {
     pub target: u64,
     /// The balloon size as the guest reports it, in bytes.
     pub size: u64,
+    /// The memory in the balloon by the guest's messages, in bytes. The device counts it.
+    #[serde(default)]
+    pub held: u64,
     /// The guest's memory in bytes, the balloon's included: from its statistics or, until the guest sends any, the
     /// memory that the VMM has shared.
     pub memory: Option<u64>,

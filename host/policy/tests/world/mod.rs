@@ -25,15 +25,18 @@ pub(crate) enum Behaviour {
     Greedy,
     /// Its statistics are random.
     Random,
+    /// It touches all of its memory, in the balloon or not.
+    Trespassing,
 }
 
-pub(crate) const BEHAVIOURS: [Behaviour; 6] = [
+pub(crate) const BEHAVIOURS: [Behaviour; 7] = [
     Behaviour::Honest,
     Behaviour::Slow,
     Behaviour::Stuck,
     Behaviour::Silent,
     Behaviour::Greedy,
     Behaviour::Random,
+    Behaviour::Trespassing,
 ];
 
 #[derive(Clone, Debug)]
@@ -74,9 +77,15 @@ impl Guest {
         }
     }
 
-    /// The memory that it can touch, now or after messages in flight.
+    /// The memory that it can touch or has touched, now or after messages in flight.
     pub(crate) fn reachable(&self) -> Pages {
-        self.memory - self.target.min(self.size)
+        let usable = self.memory - self.target.min(self.size);
+        usable.max(self.resident().unwrap_or(0))
+    }
+
+    /// The memory that the host has given, as far as that matters.
+    fn resident(&self) -> Option<Pages> {
+        (self.behaviour == Behaviour::Trespassing).then_some(self.memory)
     }
 
     pub(crate) fn grant(&self) -> Pages {
@@ -155,7 +164,7 @@ impl Guest {
             memory: self.memory,
             target: self.target,
             size: self.size,
-            resident: None,
+            resident: self.resident(),
             answered: self.answered,
             granule: self.granule,
             driver: true,

@@ -29,6 +29,8 @@ pub(crate) struct Region {
     pub(crate) offset: u64,
     /// A bit for each page.
     pub(crate) held: Vec<u64>,
+    /// How many of them are set.
+    pub(crate) count: u64,
     pub(crate) granules: Granules,
     /// Why it must not be discarded.
     pub(crate) hazard: Option<Hazard>,
@@ -58,6 +60,7 @@ impl Region {
             identity: (metadata.dev(), metadata.ino()),
             offset,
             held: vec![0; index((bytes / BALLOON_PAGE_SIZE).div_ceil(WORD))],
+            count: 0,
             granules: Granules::new(granularity.of(file), &place)?,
             hazard: Hazard::of_file(file),
         })
@@ -90,7 +93,7 @@ impl Region {
         while let Some(first) = find(held, bit, true).filter(|&first| first < end) {
             bit = find(held, first, false).map_or(end, |bit| bit.min(end));
             let shift = |bit: u64| bit + pages.start - self.pages.start;
-            set(&mut self.held, shift(first)..shift(bit), true, |_| {});
+            self.count += set(&mut self.held, shift(first)..shift(bit), true, |_| {});
             set(held, first..bit, false, |_| {});
         }
     }
@@ -123,22 +126,26 @@ impl Region {
         let (first, offset) = (self.pages.start, self.offset);
         let granule = self.granules.size;
         let bits = pages.start - first..pages.end - first;
-        set(&mut self.held, bits, true, |run| {
+        let moved = set(&mut self.held, bits, true, |run| {
             self.granules
                 .fill(in_file(&run, offset), |bytes| match self.hazard {
                     None => whole.push(&self.file, bytes, granule),
                     Some(_) => whole.withhold(bytes.end - bytes.start),
                 });
-        })
+        });
+        self.count += moved;
+        moved
     }
 
     /// Deflates pages of the region. Returns how many were in the balloon.
     pub(crate) fn deflate(&mut self, pages: &Range<u64>) -> u64 {
         let (first, offset) = (self.pages.start, self.offset);
         let bits = pages.start - first..pages.end - first;
-        set(&mut self.held, bits, false, |run| {
+        let moved = set(&mut self.held, bits, false, |run| {
             self.granules.drain(&in_file(&run, offset));
-        })
+        });
+        self.count -= moved;
+        moved
     }
 
     /// Adds those of these pages of the region to `held` that are in the balloon.
@@ -176,6 +183,7 @@ impl Region {
 
     pub(crate) fn empty(&mut self) {
         self.held.fill(0);
+        self.count = 0;
         self.granules.empty();
     }
 }

@@ -114,6 +114,7 @@ impl VhostUserBackend for Device {
             granule: balloon.granule(),
             files: balloon.files(),
             hazards: balloon.hazards(),
+        self.held.store(balloon.held(), SeqCst);
         };
         self.ask_soon();
         self.follow();

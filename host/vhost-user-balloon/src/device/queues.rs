@@ -117,6 +117,7 @@ impl Device {
             messages: self.counters.messages.of(kind),
         };
         let next = self.serve_kind(kind, &mut turn, &mut work);
+        self.held.store(work.balloon.held(), SeqCst);
         if !work.unfinished.of(kind).is_some() {
             *work.taken_up.of_mut(kind) = false;
         }
