@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use balloon_control::{
-    ControlError, ErrorKind, Guest, Handler, Info, Request, Response, Server, Stat, Stats,
+    Changes, ControlError, ErrorKind, Guest, Handler, Info, Request, Response, Server, Stat, Stats,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -39,14 +39,15 @@ struct State {
     lies: bool,
     /// How often the daemon was asked for its state.
     infos: u64,
+    subscriptions: u64,
 }
 
 #[derive(Clone)]
-struct Fake(Arc<Mutex<State>>);
+struct Fake(Arc<Mutex<State>>, Arc<Changes>);
 
 impl Fake {
     fn new(memory: u64, used: u64) -> Self {
-        Self(Arc::new(Mutex::new(State {
+        let state = State {
             memory,
             used,
             target: 0,
@@ -57,7 +58,9 @@ impl Fake {
             forgets: false,
             lies: false,
             infos: 0,
-        })))
+            subscriptions: 0,
+        };
+        Self(Arc::new(Mutex::new(state)), Arc::default())
     }
 
     fn get(&self) -> State {
@@ -81,6 +84,10 @@ impl Fake {
 }
 
 impl Handler for Fake {
+    fn changes(&self) -> &Changes {
+        &self.1
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         let mut state = self.0.lock().unwrap();
         match request {
@@ -101,6 +108,10 @@ impl Handler for Fake {
                     },
                     ..Info::default()
                 }))
+            }
+            Request::Subscribe {} => {
+                state.subscriptions += 1;
+                Ok(Response::Subscribed {})
             }
             Request::Set { .. } if state.refuses => Err(ControlError::new(
                 ErrorKind::Failed,

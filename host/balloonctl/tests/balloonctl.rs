@@ -14,8 +14,8 @@ use std::thread;
 use std::time::Duration;
 
 use balloon_control::{
-    Begun, ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Progress,
-    Ranges, Request, RequestStatus, Response, Server, Shortfall, Stat, Stats,
+    Begun, Changes, ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Metrics,
+    Progress, Ranges, Request, RequestStatus, Response, Server, Shortfall, Stat, Stats,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -54,9 +54,14 @@ struct Script {
     /// What all requests but those for the state are refused with.
     refusal: Option<ErrorKind>,
     seen: Mutex<Vec<Request>>,
+    changes: Changes,
 }
 
 impl Handler for Script {
+    fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         self.seen.lock().unwrap().push(request.clone());
         let mut info = self.info.lock().unwrap();
@@ -76,9 +81,11 @@ impl Handler for Script {
             Request::Info {} => {
                 if info.size != info.target {
                     self.act(&mut info);
+                    self.changes.info();
                 }
                 Response::Info(info.clone())
             }
+            Request::Subscribe {} => Response::Subscribed {},
             Request::Set { bytes } => {
                 info.target = bytes;
                 Response::Done {}
@@ -211,6 +218,7 @@ impl Daemon {
             conduct,
             refusal,
             seen: Mutex::default(),
+            changes: Changes::default(),
         });
         let server = Server::bind(
             &directory.path().join("balloon.sock"),
@@ -767,6 +775,8 @@ fn command_line(request: &Request) -> Option<&'static [&'static str]> {
         Request::Reclaim { .. } => &["reclaim"],
         Request::DropCaches { .. } => &["drop-caches"],
         Request::Metrics {} => &["metrics"],
+        // balloonctl does not subscribe.
+        Request::Subscribe {} => return None,
         // These are about a request that the guest was asked.
         Request::Progress { .. } | Request::Ranges { .. } | Request::Cancel { .. } => return None,
     })

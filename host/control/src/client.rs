@@ -2,6 +2,7 @@
 
 //! The client's side of the socket.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufReader, Write};
 use std::net::Shutdown;
@@ -149,6 +150,18 @@ impl Client {
         }
     }
 
+    /// Subscribes to the events of the daemon. The first one is the present state.
+    ///
+    /// # Errors
+    ///
+    /// The daemon refuses it, or the connection fails.
+    pub fn subscribe(mut self) -> Result<Events, ClientError> {
+        self.call(&Request::Subscribe {})?;
+        Ok(Events {
+            stream: self.stream,
+        })
+    }
+
     fn exchange(&mut self, request: &Request) -> Result<Reply<Box<RawValue>>, ClientError> {
         let mut line =
             serde_json::to_vec(request).map_err(|error| ClientError::Garbled(error.to_string()))?;
@@ -158,14 +171,69 @@ impl Client {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             other => other.map_err(|error| failed(&error))?,
         }
-        match read_line(&mut self.stream, MAX_ANSWER).map_err(|error| failed(&error))? {
-            Some(Line::Whole(line)) => serde_json::from_slice(&line)
-                .map_err(|error| ClientError::Garbled(error.to_string())),
-            Some(Line::TooLong) => Err(ClientError::Garbled(format!(
-                "it is longer than {MAX_ANSWER} bytes"
-            ))),
-            None => Err(ClientError::Gone),
+        let line = receive(&mut self.stream)?;
+        serde_json::from_slice(&line).map_err(|error| ClientError::Garbled(error.to_string()))
+    }
+}
+
+/// An event, as the daemon has sent it.
+#[derive(Clone, Debug)]
+pub enum News {
+    /// The state: an [`Info`](crate::Info).
+    Info(Answer),
+    /// A sample of the guest's statistics: [`Stats`](crate::Stats).
+    Stats(Answer),
+    /// Nothing has changed for a while.
+    Alive,
+}
+
+/// The events of a daemon.
+#[derive(Debug)]
+pub struct Events {
+    stream: BufReader<UnixStream>,
+}
+
+impl Events {
+    /// Waits for the next event, and for `limit` at most. The connection is useless after that.
+    ///
+    /// # Errors
+    ///
+    /// The connection fails, or the daemon sends nothing for a long time.
+    pub fn next(&mut self, limit: Duration) -> Result<Option<News>, ClientError> {
+        let limit = limit.min(ANSWER_TIMEOUT);
+        // No time at all would be no limit.
+        let timeout = Some(limit.max(Duration::from_millis(1)));
+        let set = self.stream.get_ref().set_read_timeout(timeout);
+        set.map_err(|error| failed(&error))?;
+        loop {
+            let line = match receive(&mut self.stream) {
+                Err(ClientError::Silent(_)) if limit < ANSWER_TIMEOUT => return Ok(None),
+                other => other?,
+            };
+            let mut event: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(&line)
+                .map_err(|error| ClientError::Garbled(error.to_string()))?;
+            let mut take = |name| event.remove(name).map(Answer);
+            if let Some(news) = take("info").map(News::Info) {
+                return Ok(Some(news));
+            }
+            if let Some(news) = take("stats").map(News::Stats) {
+                return Ok(Some(news));
+            }
+            if take("alive").is_some() {
+                return Ok(Some(News::Alive));
+            }
         }
+    }
+}
+
+/// Reads a line.
+fn receive(stream: &mut BufReader<UnixStream>) -> Result<Vec<u8>, ClientError> {
+    match read_line(stream, MAX_ANSWER).map_err(|error| failed(&error))? {
+        Some(Line::Whole(line)) => Ok(line),
+        Some(Line::TooLong) => Err(ClientError::Garbled(format!(
+            "it is longer than {MAX_ANSWER} bytes"
+        ))),
+        None => Err(ClientError::Gone),
     }
 }
 
@@ -266,6 +334,24 @@ mod tests {
     fn other_protocols_are_noticed() {
         let (_client, answer) = ask("SSH-2.0-OpenSSH\n");
         assert!(matches!(answer, Err(ClientError::Garbled(_))));
+    }
+
+    #[test]
+    fn events_that_are_not_known_are_passed_over() {
+        let (client, server) = UnixStream::pair().unwrap();
+        let events =
+            b"{\"mood\":{}}\n{\"info\":{\"text\":\"one\"}}\n{\"stats\":{}}\n{\"alive\":{}}\n";
+        (&server).write_all(events).unwrap();
+        let mut events = Events {
+            stream: BufReader::new(client),
+        };
+        let mut next = || events.next(Duration::from_millis(1));
+        assert!(matches!(next(), Ok(Some(News::Info(answer))) if answer.json().contains("one")));
+        assert!(matches!(next(), Ok(Some(News::Stats(_)))));
+        assert!(matches!(next(), Ok(Some(News::Alive))));
+        assert!(matches!(next(), Ok(None)));
+        drop(server);
+        assert!(matches!(next(), Err(ClientError::Gone)));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod counters;
 mod error;
+mod event;
 mod info;
 mod progress;
 mod request;
@@ -12,6 +13,7 @@ mod stats;
 
 pub use counters::{ByQueue, Counters, Received};
 pub use error::{ControlError, ErrorKind};
+pub use event::Event;
 pub use info::{Guest, Info, Shortfall};
 pub use progress::{Begun, Progress, Ranges, RequestStatus};
 pub use request::{HintAction, Request};

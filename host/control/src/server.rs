@@ -2,6 +2,7 @@
 
 //! The daemon's side of the socket.
 
+mod changes;
 mod connections;
 mod requests;
 
@@ -14,11 +15,13 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use log::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::socket::{Access, BindError, SocketFile, listen};
 
+pub use changes::Changes;
 use connections::{Connection, Connections, PATIENCE, Patience, Place, turn_away};
 pub use requests::{Handler, serve};
 
@@ -155,14 +158,22 @@ fn accept(
             let _ = thread::Builder::new()
                 .name("control-client".to_owned())
                 .spawn_scoped(scope, move || {
-                    // A client that disconnects early is no error of the daemon.
-                    let _ = serve(BufReader::new(&stream), &stream, &place);
+                    match serve(BufReader::new(&stream), &stream, &place) {
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => warn!(
+                            "a client of the control socket is disconnected: it has read nothing for {:?}",
+                            patience.read
+                        ),
+                        // A client that disconnects early is no error of the daemon.
+                        _ => {}
+                    }
                 });
         }
         for connection in connections.lock().values() {
             // Fails for clients that have disconnected already.
             let _ = connection.stream.shutdown(Shutdown::Both);
         }
+        // Subscribers notice the end with the next event.
+        handler.changes().info();
     });
 }
 
@@ -182,14 +193,31 @@ mod tests {
     use super::connections::MAX_CONNECTIONS;
     use super::requests::MAX_LINE;
     use super::*;
-    use crate::protocol::{ControlError, Request, Response, Stats};
+    use crate::protocol::{ControlError, Event, Info, Request, Response, Stats};
+
+    /// A state that takes much of a socket's buffer.
+    fn state() -> Info {
+        Info {
+            withheld: vec!["x".repeat(1 << 16)],
+            ..Info::default()
+        }
+    }
 
     /// Accepts all requests, and returns the bytes of `set` as a sample's number.
-    struct Echo;
+    #[derive(Default)]
+    struct Echo {
+        changes: Changes,
+    }
 
     impl Handler for Echo {
+        fn changes(&self) -> &Changes {
+            &self.changes
+        }
+
         fn handle(&self, request: Request) -> Result<Response, ControlError> {
             Ok(match request {
+                Request::Subscribe {} => Response::Subscribed {},
+                Request::Info {} => Response::Info(state()),
                 Request::Set { bytes } => Response::Stats(Stats {
                     sequence: bytes,
                     ..Stats::default()
@@ -207,7 +235,7 @@ mod tests {
     }
 
     fn bind(path: &Path) -> Result<Server, BindError> {
-        Server::bind(path, Arc::new(Echo))
+        Server::bind(path, Arc::<Echo>::default())
     }
 
     /// Sends bytes and the end of the stream, and returns the lines that come back.
@@ -248,7 +276,7 @@ mod tests {
     fn a_line_that_is_too_long_is_refused() {
         let (_directory, path) = place();
         let _server = bind(&path).unwrap();
-        let request = b"{\"command\":\"info\"}";
+        let request = b"{\"command\":\"metrics\"}";
         let mut bytes = vec![b' '; MAX_LINE - request.len()];
         bytes.extend_from_slice(request);
         bytes.push(b'\n');
@@ -293,7 +321,7 @@ mod tests {
     fn idle_clients_make_room() {
         let (_directory, path) = place();
         let (listener, _) = listen(&path, Access::default()).unwrap();
-        let _server = Server::with_patience(listener, Arc::new(Echo), SHORT).unwrap();
+        let _server = Server::with_patience(listener, Arc::<Echo>::default(), SHORT).unwrap();
         let mut clients: Vec<_> = (0..MAX_CONNECTIONS)
             .map(|_| UnixStream::connect(&path).unwrap())
             .collect();
@@ -310,7 +338,7 @@ mod tests {
     fn clients_that_do_not_read_lose_their_places() {
         let (_directory, path) = place();
         let (listener, _) = listen(&path, Access::default()).unwrap();
-        let _server = Server::with_patience(listener, Arc::new(Echo), SHORT).unwrap();
+        let _server = Server::with_patience(listener, Arc::<Echo>::default(), SHORT).unwrap();
         let clients: Vec<_> = (0..MAX_CONNECTIONS)
             .map(|_| {
                 let mut client = UnixStream::connect(&path).unwrap();
@@ -325,23 +353,75 @@ mod tests {
         drop(clients);
     }
 
+    /// The lines of a subscription, after the response.
+    fn subscribe(path: &Path) -> impl Iterator<Item = io::Result<String>> {
+        let mut stream = UnixStream::connect(path).unwrap();
+        stream.write_all(b"{\"command\":\"subscribe\"}\n").unwrap();
+        let mut lines = BufReader::new(stream).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "{\"ok\":{}}");
+        lines
+    }
+
+    #[test]
+    fn subscribers_get_events_and_the_end() {
+        let (_directory, path) = place();
+        let echo = Arc::<Echo>::default();
+        let server = Server::bind(&path, echo).unwrap();
+        let mut subscribers: Vec<_> = (0..3).map(|_| subscribe(&path)).collect();
+        for lines in &mut subscribers {
+            // The first events are the present state.
+            let event: Event = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+            assert_eq!(event, Event::Info(state()));
+        }
+        drop(server);
+        for lines in subscribers {
+            // There may be more of them.
+            lines.map_while(Result::ok).for_each(drop);
+        }
+    }
+
+    #[test]
+    fn a_subscriber_that_does_not_read_is_disconnected_and_delays_nothing() {
+        let (_directory, path) = place();
+        let (listener, _) = listen(&path, Access::default()).unwrap();
+        let echo = Arc::<Echo>::default();
+        let _server = Server::with_patience(listener, Arc::clone(&echo) as _, SHORT).unwrap();
+        let silent = subscribe(&path);
+        let mut reading = subscribe(&path);
+        let event = serde_json::to_string(&Event::Info(state())).unwrap();
+        // More than the buffers of a socket hold.
+        for _ in 0..30 {
+            echo.changes.info();
+            // On a busy machine a second may pass without a change.
+            let mut lines = reading.by_ref().map(Result::unwrap);
+            assert!(lines.any(|line| line == event));
+        }
+        // What it has not read is still there, and then comes the end.
+        let rest = silent.map_while(Result::ok).count();
+        assert!(rest < 30, "{rest} events");
+    }
+
     #[test]
     fn another_process_goes_on_with_the_socket() {
         let (_directory, path) = place();
         let (listener, _file) = listen(&path, Access::default()).unwrap();
-        let first = Server::start(listener.try_clone().unwrap(), Arc::new(Echo)).unwrap();
+        let first = Server::start(listener.try_clone().unwrap(), Arc::<Echo>::default()).unwrap();
         assert_eq!(talk(&path, b"{\"command\":\"info\"}\n").len(), 1);
         drop(first);
         let mut early = UnixStream::connect(&path).unwrap();
         early.write_all(b"{\"command\":\"info\"}\n").unwrap();
-        let _second = Server::start(listener, Arc::new(Echo)).unwrap();
+        let _second = Server::start(listener, Arc::<Echo>::default()).unwrap();
         early.read_exact(&mut [0; 4]).unwrap();
     }
 
     #[test]
     fn the_end_waits_for_a_request_and_disconnects_clients() {
-        struct Slow(mpsc::SyncSender<()>);
+        struct Slow(mpsc::SyncSender<()>, Changes);
         impl Handler for Slow {
+            fn changes(&self) -> &Changes {
+                &self.1
+            }
+
             fn handle(&self, _: Request) -> Result<Response, ControlError> {
                 self.0.send(()).unwrap();
                 thread::sleep(Duration::from_millis(50));
@@ -351,7 +431,7 @@ mod tests {
         }
         let (_directory, path) = place();
         let (sender, events) = mpsc::sync_channel(2);
-        let server = Server::bind(&path, Arc::new(Slow(sender))).unwrap();
+        let server = Server::bind(&path, Arc::new(Slow(sender, Changes::default()))).unwrap();
         let mut idle = UnixStream::connect(&path).unwrap();
         let mut busy = UnixStream::connect(&path).unwrap();
         busy.write_all(b"{\"command\":\"info\"}\n").unwrap();

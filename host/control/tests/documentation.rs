@@ -4,24 +4,32 @@
 
 use std::collections::BTreeSet;
 
-use balloon_control::{Begun, ControlError, Info, Metrics, Progress, Ranges, Request, Stat, Stats};
+use balloon_control::{
+    Begun, ControlError, Event, Info, Metrics, Progress, Ranges, Request, Stat, Stats,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 const DOCUMENT: &str = include_str!("../../../docs/control.md");
 
+/// The requests in the document, and what follows each of them.
+fn blocks() -> impl Iterator<Item = (&'static str, Vec<Value>)> {
+    DOCUMENT.split("```json\n").skip(1).map(|block| {
+        let (example, _) = block.split_once("```").expect("the block ends");
+        let (request, answers) = example.split_once('\n').expect("a response follows");
+        let answers = answers.lines().map(serde_json::from_str);
+        (
+            request,
+            answers.collect::<Result<_, _>>().expect("they are JSON"),
+        )
+    })
+}
+
 /// The requests and responses in the document.
 fn examples() -> Vec<(&'static str, Value)> {
-    DOCUMENT
-        .split("```json\n")
-        .skip(1)
-        .map(|block| {
-            let (example, _) = block.split_once("```").expect("the block ends");
-            let (request, response) = example.split_once('\n').expect("a response follows");
-            (request, serde_json::from_str(response).expect("it is JSON"))
-        })
-        .collect()
+    let first = |(request, mut answers): (_, Vec<_>)| (request, answers.swap_remove(0));
+    blocks().map(first).collect()
 }
 
 /// Whether the value is one of this type, with all of its fields and no other ones.
@@ -54,6 +62,34 @@ fn examples_are_exact() {
     }
 }
 
+/// The names of an enum's variants, in its error for a value with another one.
+fn variants<T: DeserializeOwned>(other: &str) -> BTreeSet<String> {
+    let Err(error) = serde_json::from_str::<T>(other) else {
+        panic!("{other} is one");
+    };
+    let message = error.to_string();
+    let (_, names) = message.split_once("expected ").unwrap();
+    names
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_event_has_an_example() {
+    let mut documented = BTreeSet::new();
+    for (line, answers) in blocks() {
+        for event in answers.get(1..).unwrap() {
+            assert_eq!(command(line), "\"subscribe\"");
+            assert!(is_a::<Event>(event), "{event}");
+            documented.extend(event.as_object().unwrap().keys().cloned());
+        }
+    }
+    assert_eq!(documented, variants::<Event>(r#"{"?":{}}"#));
+}
+
 /// The command of a request.
 fn command(line: &str) -> String {
     serde_json::from_str::<Value>(line).unwrap()["command"].to_string()
@@ -61,16 +97,8 @@ fn command(line: &str) -> String {
 
 /// All commands.
 fn commands() -> BTreeSet<String> {
-    // For an unknown command, the error of serde lists all commands.
-    let error = serde_json::from_str::<Request>(r#"{"command":"?"}"#).unwrap_err();
-    let message = error.to_string();
-    let (_, names) = message.split_once("expected one of ").unwrap();
-    names
-        .split('`')
-        .skip(1)
-        .step_by(2)
-        .map(|name| format!("{name:?}"))
-        .collect()
+    let names = variants::<Request>(r#"{"command":"?"}"#);
+    names.iter().map(|name| format!("{name:?}")).collect()
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use std::io::BufReader;
 
-use balloon_control::{ControlError, Handler, Metrics, Request, Response, serve};
+use balloon_control::{Changes, ControlError, Handler, Metrics, Request, Response, serve};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
 
@@ -18,9 +18,16 @@ const MAX_LINE: usize = 64 << 10;
 const WIDE: (u8, usize, usize) = (0xff, 16 << 10, 8);
 
 /// Responds with the request that it received.
-struct Echo;
+#[derive(Default)]
+struct Echo {
+    changes: Changes,
+}
 
 impl Handler for Echo {
+    fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         let text = format!("{request:?}");
         Ok(Response::Metrics(Metrics { text }))
@@ -51,7 +58,7 @@ fuzz_target!(|data: &[u8]| {
     let input = widen(data);
     let reader = BufReader::with_capacity(usize::from(buffer) + 1, &*input);
     let mut output = Vec::new();
-    serve(reader, &mut output, &Echo).expect("a client that stays");
+    serve(reader, &mut output, &Echo::default()).expect("a client that stays");
     let output = String::from_utf8(output).expect("UTF-8");
 
     let mut lines: Vec<_> = input.split(|&byte| byte == b'\n').collect();

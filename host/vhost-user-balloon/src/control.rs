@@ -6,7 +6,8 @@ use std::io;
 use std::time::Duration;
 
 use balloon_control::{
-    Begun, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request, Response,
+    Begun, Changes, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request,
+    Response,
 };
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::{Command, Wanted};
@@ -24,9 +25,14 @@ use crate::state::{MAX_INHIBIT, MAX_INHIBITORS};
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Handler for Device {
+    fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         match request {
             Request::Info {} => Ok(Response::Info(self.info())),
+            Request::Subscribe {} => Ok(Response::Subscribed {}),
             Request::Set { bytes } => self.set(bytes),
             Request::Stats { fresh } => self.tell_stats(fresh),
             Request::SetStatsInterval { seconds } => self.set_interval(seconds),
@@ -94,13 +100,13 @@ impl Device {
         Info {
             target: bytes(state.config.target),
             size: bytes(state.config.actual),
+            held: self.held(),
             memory: shared.and_then(|_| self.guest_memory()),
             shared,
             limit: shared.and_then(|_| self.limit()),
             grace: self.grace().map(seconds),
             granule: granule.unwrap_or(BALLOON_PAGE_SIZE),
             withheld,
-            held: self.held(),
             inhibited: inhibited.map(seconds),
             inhibitors: inhibitors
                 .into_iter()

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::S
 use std::sync::{Arc, Condvar, Once, PoisonError};
 use std::time::{Duration, Instant};
 
+use balloon_control::Changes;
 use log::debug;
 use vhost_user_backend::VringEpollHandler;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -32,7 +33,7 @@ use crate::kind::MAX_QUEUES;
 use crate::requests::Requests;
 use crate::state::State;
 use crate::stats::Stats;
-use crate::sync::{Level, Mutex, lock};
+use crate::sync::{Level, Mutex, lock, order};
 use crate::timer::Timer;
 use crate::work::Work;
 
@@ -128,6 +129,8 @@ pub struct Device {
     channel: Channel,
     /// The counters.
     pub counters: Counters,
+    /// What has changed, for subscribers of the control socket.
+    pub(crate) changes: Changes,
     connected: AtomicBool,
     /// Whether a driver's queues are served.
     running: AtomicBool,
@@ -151,11 +154,11 @@ pub struct Device {
     asked: AtomicU32,
     /// The target that the guest was notified of last, in balloon pages.
     told: AtomicU32,
+    /// The memory in the balloon by the guest's messages, in bytes.
+    held: AtomicU64,
     /// The remaining number of early statistics requests.
     soon: AtomicU32,
     /// Whether the deflate queue waits for memory of the host.
-    /// The memory in the balloon by the guest's messages, in bytes.
-    held: AtomicU64,
     blocked: AtomicBool,
     /// Completed when the large granules were logged.
     large_granules: Once,
@@ -195,6 +198,7 @@ impl Device {
             file: Mutex::new(Level::Slow, path),
             channel,
             counters: Counters::default(),
+            changes: Changes::default(),
             connected: AtomicBool::new(false),
             running: AtomicBool::new(false),
             unknown: Mutex::default(),
@@ -210,11 +214,11 @@ impl Device {
             times: Mutex::default(),
             asked: AtomicU32::new(NOT_ASKED),
             told: AtomicU32::new(0),
+            held: AtomicU64::new(0),
             soon: AtomicU32::new(0),
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
             sizes: Mutex::default(),
-            held: AtomicU64::new(0),
             watch: Mutex::new(Level::Slow, Watch::default()),
             exit: AtomicI32::new(NO_FD),
         };
@@ -244,6 +248,7 @@ impl Device {
             worker.register_listener(event, EventSet::IN, number)?;
         }
         self.connected.store(true, SeqCst);
+        self.publish(Changes::info);
         debug!("a front end is connected");
         Ok(())
     }
@@ -259,12 +264,12 @@ impl Device {
             .replace(GuestMemoryMmap::default());
         *lock(&self.work) = Work::new(&self.settings.allowed, self.kept.as_ref());
         *lock(&self.watch) = Watch::default();
+        self.held.store(0, SeqCst);
         *lock(&self.sizes) = Default::default();
         *lock(&self.times) = Times::default();
         self.asked.store(NOT_ASKED, SeqCst);
         if self.soon.swap(0, SeqCst) > 0 {
             self.arm_ordinary();
-        self.held.store(0, SeqCst);
         }
         self.blocked.store(false, SeqCst);
         self.acked.store(0, SeqCst);
@@ -284,7 +289,14 @@ impl Device {
         if exit != NO_FD {
             let _ = nix::unistd::close(exit);
         }
+        self.publish(Changes::info);
         debug!("the front end is gone");
+    }
+
+    /// Publishes a change for subscribers of the control socket. This takes a lock of the last level.
+    fn publish(&self, change: fn(&Changes)) {
+        let _order = order(Level::Short);
+        change(&self.changes);
     }
 
     fn stop(&self) {
@@ -293,6 +305,7 @@ impl Device {
         self.set_unknown(false);
         // A driver that continues may have a boot grace that has ended meanwhile.
         self.config_changed.store(true, SeqCst);
+        self.publish(Changes::info);
     }
 
     fn set_unknown(&self, unknown: bool) {
@@ -350,6 +363,11 @@ impl Device {
         self.settings.name.as_deref()
     }
 
+    /// The memory in the balloon by the guest's messages, in bytes.
+    pub fn held(&self) -> u64 {
+        self.held.load(SeqCst)
+    }
+
     /// The properties of the guest's memory.
     pub fn sizes(&self) -> Sizes {
         lock(&self.sizes).clone()
@@ -362,11 +380,6 @@ impl Device {
         file.as_ref().map_or(Ok(()), |path| self.state().save(path))
     }
 }
-
-    /// The memory in the balloon by the guest's messages, in bytes.
-    pub fn held(&self) -> u64 {
-        self.held.load(SeqCst)
-    }
 
 #[cfg(test)]
 mod tests;

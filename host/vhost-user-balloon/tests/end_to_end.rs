@@ -34,6 +34,8 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
+#[path = "end_to_end/events.rs"]
+mod events;
 #[path = "end_to_end/front_ends.rs"]
 mod front_ends;
 #[path = "end_to_end/requests.rs"]
@@ -390,8 +392,6 @@ fn a_guest_inflates_and_another_one_follows() {
     assert!(!left("socket") && !left("control") && left("state"));
 }
 
-#[test]
-fn only_a_stopped_guest_keeps_its_balloon() {
 /// What is in the balloon follows from the guest's messages, whatever the guest reports.
 #[test]
 fn the_daemon_counts_what_is_in_the_balloon() {
@@ -421,6 +421,8 @@ fn the_daemon_counts_what_is_in_the_balloon() {
     daemon.end();
 }
 
+#[test]
+fn only_a_stopped_guest_keeps_its_balloon() {
     let (directory, daemon, mut vmm) = set_up();
     let directory = directory.path();
 

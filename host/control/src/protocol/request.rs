@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 pub enum Request {
     /// The state of the balloon and of the guest, answered with [`Info`](crate::Info).
     Info {},
+    /// Subscribe to the events of the device, answered with [`Response::Subscribed`](crate::Response::Subscribed) and
+    /// then with [`Event`](crate::Event)s until the client disconnects.
+    Subscribe {},
     /// Set the target, answered with [`Response::Done`](crate::Response::Done).
     Set {
         /// The new target in bytes.
@@ -121,6 +124,7 @@ mod tests {
     fn requests_are_as_documented() {
         for (json, expected) in [
             (r#"{"command":"info"}"#, Request::Info {}),
+            (r#"{"command":"subscribe"}"#, Request::Subscribe {}),
             (
                 r#"{"command":"set","bytes":18446744073709551615}"#,
                 Request::Set { bytes: u64::MAX },

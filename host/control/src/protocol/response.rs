@@ -27,6 +27,8 @@ pub enum Response {
     Ranges(Ranges),
     /// The answer to [`Request::Metrics`](crate::Request::Metrics).
     Metrics(Metrics),
+    /// The answer to [`Request::Subscribe`](crate::Request::Subscribe): an empty object. Events follow.
+    Subscribed {},
     /// Success without a result: an empty object.
     Done {},
 }

@@ -8,7 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::requests::{Handler, reply};
+use super::changes::Changes;
+use super::requests::{Handler, send};
 use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
 
 /// The maximum number of clients. Each needs a thread.
@@ -81,6 +82,10 @@ pub(super) struct Place<'a> {
 }
 
 impl Handler for Place<'_> {
+    fn changes(&self) -> &Changes {
+        self.handler.changes()
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         self.connections.set_idle(self.id, None);
         let result = self.handler.handle(request);
@@ -103,5 +108,5 @@ pub(super) fn turn_away(stream: &UnixStream) {
         "close other clients, such as those that watch statistics, and try again",
     );
     // A failure is ignored: a client that is gone does not need it.
-    let _ = reply(stream, &Reply::Error(error));
+    let _ = send(stream, &Reply::<Response>::Error(error));
 }

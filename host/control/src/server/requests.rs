@@ -3,12 +3,23 @@
 //! Reads the requests of a client, and writes the responses.
 
 use std::io::{self, BufRead, Write};
+use std::thread;
+use std::time::Duration;
 
+use serde::Serialize;
+
+use super::changes::{Changes, Subscriber};
 use crate::framing::{Line, read_line};
-use crate::protocol::{ControlError, ErrorKind, Reply, Request, Response};
+use crate::protocol::{ControlError, ErrorKind, Event, Reply, Request, Response};
 
 /// The longest request in bytes. Valid requests have less than a hundred.
 pub(super) const MAX_LINE: usize = 64 << 10;
+
+/// A subscriber gets an event at least as often, so that it notices a daemon that hangs.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// The least time between the events of a subscriber: a guest could cause any number of them.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// The handler of requests. It is called from one thread for each client.
 pub trait Handler: Send + Sync {
@@ -18,6 +29,9 @@ pub trait Handler: Send + Sync {
     ///
     /// The error for the client.
     fn handle(&self, request: Request) -> Result<Response, ControlError>;
+
+    /// What has changed, for subscribers.
+    fn changes(&self) -> &Changes;
 }
 
 /// Answers one client, line by line.
@@ -35,9 +49,35 @@ pub fn serve(
             Ok(response) => Reply::Ok(response),
             Err(error) => Reply::Error(error),
         };
-        reply(&mut writer, &answer)?;
+        send(&mut writer, &answer)?;
+        if matches!(answer, Reply::Ok(Response::Subscribed {})) {
+            return Err(send_events(&mut writer, handler));
+        }
     }
     Ok(())
+}
+
+/// Sends events until the client disconnects, or does not read.
+fn send_events(writer: &mut impl Write, handler: &dyn Handler) -> io::Error {
+    let mut subscriber = Subscriber::new(handler.changes());
+    loop {
+        let changed = subscriber.wait(HEARTBEAT);
+        let alive = changed.is_empty().then_some(Event::Alive {});
+        let events = changed
+            .into_iter()
+            .filter_map(|request| match handler.handle(request) {
+                Ok(Response::Info(info)) => Some(Event::Info(info)),
+                Ok(Response::Stats(stats)) => Some(Event::Stats(stats)),
+                // There are no statistics.
+                _ => None,
+            });
+        for event in events.chain(alive) {
+            if let Err(error) = send(&mut *writer, &event) {
+                return error;
+            }
+        }
+        thread::sleep(PAUSE);
+    }
 }
 
 fn parse(line: Line) -> Result<Request, ControlError> {
@@ -57,8 +97,9 @@ fn parse(line: Line) -> Result<Request, ControlError> {
     }
 }
 
-pub(super) fn reply(mut writer: impl Write, reply: &Reply<Response>) -> io::Result<()> {
-    let mut line = serde_json::to_vec(reply)?;
+/// Sends a line.
+pub(super) fn send(mut writer: impl Write, message: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     writer.write_all(&line)
 }

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
 
+use balloon_control::Changes;
 use balloon_wire::BALLOON_PAGE_SIZE;
 use log::{debug, error, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -92,12 +93,16 @@ impl VhostUserBackend for Device {
             return Ok(());
         };
         let mut state = lock(&self.state);
-        let before = state.config.actual;
+        let (size, shortfall) = (state.config.actual, state.config.shortfall());
         state.config.write(offset, bytes);
-        let has_moved = state.config.actual != before;
+        let has_moved = state.config.actual != size;
+        let has_changed = has_moved || state.config.shortfall() != shortfall;
         drop(state);
         if has_moved {
             lock(&self.times).moved = Some(Instant::now());
+        }
+        if has_changed {
+            self.publish(Changes::info);
         }
         Ok(())
     }
@@ -109,15 +114,16 @@ impl VhostUserBackend for Device {
             balloon, memory, ..
         } = &mut *work;
         balloon.set_memory(memory, self.settings.granularity);
+        self.held.store(balloon.held(), SeqCst);
         *lock(&self.sizes) = Sizes {
             memory: balloon.memory(),
             granule: balloon.granule(),
             files: balloon.files(),
             hazards: balloon.hazards(),
-        self.held.store(balloon.held(), SeqCst);
         };
         self.ask_soon();
         self.follow();
+        self.publish(Changes::info);
         let large = balloon
             .granule()
             .is_some_and(|granule| granule > BALLOON_PAGE_SIZE);
@@ -182,6 +188,7 @@ impl VhostUserBackend for Device {
                 // Another driver may have started since the timer expired.
                 if self.grace().is_none() {
                     self.follow();
+                    self.publish(Changes::info);
                 }
             }
             RETRY => {

@@ -4,6 +4,7 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 
+use balloon_control::Changes;
 use balloon_wire::request::Command;
 
 use super::Device;
@@ -56,5 +57,6 @@ impl Device {
         if let Some(number) = Kind::Requests.number(self.acked.load(SeqCst)) {
             self.wake(number);
         }
+        self.publish(Changes::info);
     }
 }

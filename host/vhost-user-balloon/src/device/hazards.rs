@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
+use balloon_control::Changes;
+
 use super::{Device, Sizes};
 use crate::hazard::{Hazard, Identity};
 use crate::state::since_boot;
@@ -53,6 +55,7 @@ impl Device {
         }
         // The worker thread may still discard the memory of its current message.
         drop(lock(&self.work));
+        self.publish(Changes::info);
         self.save()?;
         Ok(true)
     }
@@ -64,6 +67,7 @@ impl Device {
     /// The file cannot be written, and this is lost when the process ends.
     pub fn resume(&self, owner: Option<&str>) -> io::Result<()> {
         lock(&self.state).resume(owner);
+        self.publish(Changes::info);
         self.save()
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use balloon_control::Changes;
 use log::{debug, error, warn};
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::QueueT;
@@ -117,7 +118,8 @@ impl Device {
             messages: self.counters.messages.of(kind),
         };
         let next = self.serve_kind(kind, &mut turn, &mut work);
-        self.held.store(work.balloon.held(), SeqCst);
+        let held = work.balloon.held();
+        let has_changed = self.held.swap(held, SeqCst) != held || kind == Kind::Requests;
         if !work.unfinished.of(kind).is_some() {
             *work.taken_up.of_mut(kind) = false;
         }
@@ -128,6 +130,9 @@ impl Device {
         drop(work);
         drop(vring);
         drop(order);
+        if has_changed {
+            self.publish(Changes::info);
+        }
         match next {
             Next::Notified => {}
             Next::Soon => {
@@ -186,8 +191,15 @@ impl Device {
     fn serve_stats(&self, turn: &mut Turn<'_>) -> Next {
         let actual = lock(&self.state).config.actual;
         let size = self.is_at_rest().then(|| bytes(actual));
-        lock(&self.stats).serve(turn.vring, turn.memory, turn.counters, turn.messages, size);
+        let mut stats = lock(&self.stats);
+        let before = stats.sequence();
+        stats.serve(turn.vring, turn.memory, turn.counters, turn.messages, size);
+        let is_new = stats.sequence() != before;
+        drop(stats);
         self.sampled.notify_all();
+        if is_new {
+            self.publish(Changes::stats);
+        }
         self.follow();
         Next::Notified
     }
@@ -266,6 +278,7 @@ impl Device {
         self.running.store(true, SeqCst);
         self.told.store(self.asked(), SeqCst);
         self.set_unknown(false);
+        self.publish(Changes::info);
         if self.config_changed.swap(false, SeqCst) {
             self.channel.config_changed();
         }

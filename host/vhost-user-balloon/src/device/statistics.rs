@@ -6,6 +6,7 @@ use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
+use balloon_control::Changes;
 use log::error;
 
 use super::Device;
@@ -43,6 +44,7 @@ impl Device {
     pub fn set_stats_interval(&self, seconds: u32) -> io::Result<()> {
         self.arm(seconds)?;
         lock(&self.state).stats_interval = seconds;
+        self.publish(Changes::info);
         self.save()
     }
 

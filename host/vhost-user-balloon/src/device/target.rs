@@ -8,6 +8,7 @@ use std::mem;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
+use balloon_control::Changes;
 use balloon_wire::BALLOON_PAGE_SIZE;
 use log::info;
 
@@ -132,6 +133,7 @@ impl Device {
             return Ok(());
         }
         self.notify();
+        self.publish(Changes::info);
         self.save()
     }
 

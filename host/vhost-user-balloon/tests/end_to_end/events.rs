@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Subscriptions to the daemon's events.
+
+use std::io::{BufRead, BufReader};
+
+use balloon_control::{Event, Events, News, Stat, Stats};
+use balloon_wire::VIRTIO_BALLOON_F_STATS_VQ;
+
+use super::supervision::{start_logged, wait_for_line};
+use super::*;
+
+/// The statistics queue in the guest's memory, and its number.
+const STATS: u64 = REQUESTS;
+const STATS_NUMBER: usize = 2;
+
+fn subscribe(directory: &Path) -> Events {
+    let client = Client::connect(&directory.join("control")).unwrap();
+    client.subscribe().unwrap()
+}
+
+/// Reads events until one has this state. Events without a change do not count as one.
+fn wait_for_state(what: &str, events: &mut Events, is: impl Fn(&Info) -> bool) {
+    let start = Instant::now();
+    loop {
+        assert!(start.elapsed() < PATIENCE, "no event for {what}");
+        match events.next(PATIENCE).unwrap() {
+            Some(News::Info(answer)) if is(&answer.parse().unwrap()) => return,
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn every_change_is_an_event() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mut events = subscribe(directory);
+    wait_for_state("the present", &mut events, |info| !info.guest.connected);
+    let mut vmm = Vmm::connect(directory);
+    wait_for_state("the VMM", &mut events, |info| info.guest.connected);
+    vmm.start(0);
+    wait_for_state("the driver", &mut events, |info| info.guest.driver);
+    set(directory, 8 << 12);
+    wait_for_state("the target", &mut events, |info| info.target == 8 << 12);
+    vmm.change();
+    vmm.inflate(0x100);
+    wait_for_state("the page", &mut events, |info| info.held == 1 << 12);
+    let mut config = vmm.config();
+    config[4..8].copy_from_slice(&1_u32.to_le_bytes());
+    vmm.write_config(&config);
+    wait_for_state("the size", &mut events, |info| info.size == 1 << 12);
+    let mut client = Client::connect(&directory.join("control")).unwrap();
+    let inhibit = Request::Inhibit {
+        seconds: 60,
+        owner: None,
+    };
+    client.call(&inhibit).unwrap();
+    wait_for_state("the inhibit", &mut events, |info| info.inhibited.is_some());
+    client.call(&Request::Resume { owner: None }).unwrap();
+    wait_for_state("its end", &mut events, |info| info.inhibited.is_none());
+    vmm.front.get_vring_base(0).unwrap();
+    wait_for_state("no driver", &mut events, |info| !info.guest.driver);
+    drop(vmm);
+    wait_for_state("no VMM", &mut events, |info| !info.guest.connected);
+    daemon.end();
+    while events.next(PATIENCE).is_ok() {}
+}
+
+#[test]
+fn statistics_are_events() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mut events = subscribe(directory);
+    let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_STATS_VQ);
+    vmm.start(0);
+    let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+    start_queue(&mut vmm.front, STATS_NUMBER, 0, STATS, &kick, &call);
+    let free_memory = [&4_u16.to_le_bytes()[..], &(7_u64 << 20).to_le_bytes()].concat();
+    vmm.store(BUFFERS, &free_memory);
+    vmm.store(STATS, &BUFFERS.to_le_bytes());
+    vmm.store(STATS + 8, &10_u32.to_le_bytes());
+    // The first buffer may be old, and is returned unread.
+    for index in [1_u16, 2] {
+        vmm.store(STATS + AVAIL - DESCRIPTORS + 2, &index.to_le_bytes());
+        kick.write(1).unwrap();
+        if index == 1 {
+            let mut used = [0; 2];
+            wait_for("the first buffer", || {
+                let place = STATS + USED - DESCRIPTORS + 2;
+                vmm.memory.read_exact_at(&mut used, place).unwrap();
+                u16::from_le_bytes(used) == 1
+            });
+        }
+    }
+    let start = Instant::now();
+    let stats: Stats = loop {
+        assert!(start.elapsed() < PATIENCE, "no event for the statistics");
+        if let Some(News::Stats(answer)) = events.next(PATIENCE).unwrap() {
+            break answer.parse().unwrap();
+        }
+    };
+    assert_eq!(stats.values[&Stat::FreeMemory], 7 << 20);
+    daemon.end();
+}
+
+/// A subscriber that does not read delays neither the VMM nor other clients.
+#[test]
+fn a_subscriber_that_does_not_read_is_disconnected_with_a_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    let mut silent = UnixStream::connect(directory.join("control")).unwrap();
+    silent.write_all(b"{\"command\":\"subscribe\"}\n").unwrap();
+    let mut vmm = Vmm::connect(directory);
+    vmm.start(0);
+    let mut config = vmm.config();
+    let start = Instant::now();
+    let line = "a client of the control socket is disconnected: it has read nothing for 5s";
+    for size in 1_u32.. {
+        config[4..8].copy_from_slice(&size.to_le_bytes());
+        vmm.write_config(&config);
+        assert!(start.elapsed() < PATIENCE, "the client is still connected");
+        if supervision::log(directory).contains(line) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    wait_for_line(directory, line);
+    // What was sent is still there, and the last line may not be whole.
+    let lines: Vec<_> = BufReader::new(silent)
+        .lines()
+        .collect::<Result<_, _>>()
+        .unwrap();
+    for line in &lines[1..lines.len() - 1] {
+        serde_json::from_str::<Event>(line).unwrap();
+    }
+    daemon.end();
+}
