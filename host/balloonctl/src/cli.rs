@@ -97,7 +97,7 @@ pub(crate) enum Command {
         /// The control sockets of the VMs
         #[arg(value_hint = ValueHint::FilePath)]
         sockets: Vec<PathBuf>,
-        /// The refresh interval
+        /// The time over which rates are taken
         #[arg(
             long,
             value_name = "SECONDS",

@@ -91,7 +91,7 @@ impl Session {
         let bytes = size.of(before.memory)?;
         let answer = client.call(&Request::Set { bytes })?;
         if patience.wait {
-            let (answer, took) = wait::wait(&mut client, before.size, patience.timeout())?;
+            let (answer, took) = wait::wait(client, before.size, patience.timeout())?;
             return self.show(&answer, || {
                 let info: Info = answer.parse()?;
                 Ok(format!(

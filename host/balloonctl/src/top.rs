@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use balloon_control::{Client, ClientError, Info, Request, Stat, Stats, Unit};
+use balloon_control::{Client, ClientError, Info, News, Stat, Stats, Unit};
 use console::Term;
 use indicatif::HumanBytes;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
@@ -26,6 +26,12 @@ use crate::stats::amount;
 
 /// The longest delay of a key's effect.
 const TICK: Duration = Duration::from_millis(100);
+
+/// A daemon sends an event at least once a second.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// The time between two attempts to connect.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The length of a balloon's history.
 const HISTORY: usize = 512;
@@ -45,21 +51,6 @@ struct Look {
 }
 
 impl Look {
-    fn take(client: &mut Client) -> Result<Self, ClientError> {
-        let info = client.call(&Request::Info {})?.parse()?;
-        let stats = match client.call(&Request::Stats { fresh: false }) {
-            Ok(answer) => Some(answer.parse()?),
-            // The guest sends no statistics.
-            Err(ClientError::Refused(_)) => None,
-            Err(error) => return Err(error),
-        };
-        Ok(Self {
-            at: Instant::now(),
-            info,
-            stats,
-        })
-    }
-
     fn stat(&self, stat: Stat) -> Option<u64> {
         self.stats.as_ref()?.values.get(&stat).copied()
     }
@@ -96,9 +87,9 @@ impl Rate {
 /// The displayed state of a VM.
 struct Vm {
     name: String,
-    /// The two latest states, the newest first, or the error.
+    /// The latest state, and the one from which rates are taken, or the error.
     looks: Result<(Look, Option<Look>), String>,
-    /// The balloon's sizes in bytes, the newest first.
+    /// The balloon's sizes in bytes after each interval, the newest first.
     history: VecDeque<u64>,
 }
 
@@ -111,16 +102,28 @@ impl Vm {
         }
     }
 
-    fn update(&mut self, news: Result<Look, ClientError>) {
-        self.looks = match news {
-            Ok(look) => {
-                self.history.truncate(HISTORY - 1);
-                self.history.push_front(look.info.size);
-                let before = std::mem::replace(&mut self.looks, Err(String::new()));
-                Ok((look, before.ok().map(|(last, _)| last)))
+    /// Takes a state, or the error. Rates are taken over `interval` at least.
+    fn update(&mut self, news: Result<Look, ClientError>, interval: Duration) {
+        let look = match news {
+            Ok(look) => look,
+            Err(error) => {
+                self.looks = Err(error.to_string());
+                return;
             }
-            Err(error) => Err(error.to_string()),
         };
+        let looks = std::mem::replace(&mut self.looks, Err(String::new())).ok();
+        let ended = |(last, before): &(Look, Option<Look>)| {
+            let begun = before.as_ref().map(|before| before.at);
+            begun.is_none_or(|begun| last.at.duration_since(begun) >= interval)
+        };
+        let has_ended = looks.as_ref().is_none_or(ended);
+        if !has_ended {
+            self.history.pop_front();
+        }
+        self.history.truncate(HISTORY - 1);
+        self.history.push_front(look.info.size);
+        let before = looks.and_then(|(last, before)| if has_ended { Some(last) } else { before });
+        self.looks = Ok((look, before));
     }
 
     /// The rate of `value` for each second.
@@ -320,35 +323,50 @@ pub(crate) fn run(sockets: &[PathBuf], interval: Duration) -> Result<(), Failure
         let sender = sender.clone();
         // A daemon that hangs does not delay the display of other VMs. The thread ends with the
         // process.
-        thread::spawn(move || watch(&socket, interval, |look| sender.send((index, look)).is_ok()));
+        thread::spawn(move || watch(&socket, |look| sender.send((index, look)).is_ok()));
     }
     let mut terminal = ratatui::try_init()?;
-    let result = show(&mut terminal, Top::new(sockets), &news);
+    let result = show(&mut terminal, Top::new(sockets), &news, interval);
     ratatui::try_restore()?;
     Ok(result?)
 }
 
-/// Polls a VM, as long as the receiver exists.
-fn watch(
-    socket: &Path,
-    interval: Duration,
-    mut tell: impl FnMut(Result<Look, ClientError>) -> bool,
-) {
-    let mut client = None;
-    loop {
-        let look = match client.take() {
-            Some(client) => Ok(client),
-            None => Client::connect(socket),
-        }
-        .and_then(|mut connected| {
-            let look = Look::take(&mut connected)?;
-            client = Some(connected);
-            Ok(look)
-        });
-        if !tell(look) {
+/// Follows a VM, as long as the receiver exists.
+fn watch(socket: &Path, mut tell: impl FnMut(Result<Look, ClientError>) -> bool) {
+    while let Err(error) = follow(socket, &mut tell) {
+        if !tell(Err(error)) {
             return;
         }
-        thread::sleep(interval);
+        thread::sleep(RETRY);
+    }
+}
+
+/// Follows a VM until the receiver is gone.
+fn follow(
+    socket: &Path,
+    tell: &mut impl FnMut(Result<Look, ClientError>) -> bool,
+) -> Result<(), ClientError> {
+    let mut events = Client::connect(socket)?.subscribe()?;
+    let (mut info, mut stats): (Option<Info>, Option<Stats>) = (None, None);
+    loop {
+        match events.next(SILENCE)? {
+            Some(News::Info(answer)) => info = Some(answer.parse()?),
+            Some(News::Stats(answer)) => stats = Some(answer.parse()?),
+            Some(News::Alive) => {}
+            None => return Err(ClientError::Silent(SILENCE)),
+        }
+        let Some(info) = info.clone() else {
+            continue;
+        };
+        stats = stats.filter(|_| info.guest.driver);
+        let look = Look {
+            at: Instant::now(),
+            info,
+            stats: stats.clone(),
+        };
+        if !tell(Ok(look)) {
+            return Ok(());
+        }
     }
 }
 
@@ -356,11 +374,12 @@ fn show(
     terminal: &mut DefaultTerminal,
     mut top: Top,
     news: &Receiver<(usize, Result<Look, ClientError>)>,
+    interval: Duration,
 ) -> io::Result<()> {
     loop {
         for (index, look) in news.try_iter() {
             if let Some(vm) = top.vms.get_mut(index) {
-                vm.update(look);
+                vm.update(look, interval);
             }
         }
         terminal.draw(|frame| top.draw(frame))?;
@@ -402,6 +421,8 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
+
+    const INTERVAL: Duration = Duration::from_secs(1);
 
     fn look(seconds: u64, size: u64) -> Look {
         let values = Stat::ALL
@@ -449,9 +470,9 @@ mod tests {
         let sockets = ["/run/vhost-user-balloon/web/control.sock", "/run/db.sock"];
         let mut top = Top::new(&sockets.map(PathBuf::from));
         for size in 1..=5 {
-            top.vms[0].update(Ok(look(2 * size, size * GIB)));
+            top.vms[0].update(Ok(look(2 * size, size * GIB)), INTERVAL);
         }
-        top.vms[1].update(Err(ClientError::Gone));
+        top.vms[1].update(Err(ClientError::Gone), INTERVAL);
         let lines = screen(&mut top);
         assert!(lines[1].starts_with("web"), "{lines:#?}");
         for part in [
@@ -483,13 +504,25 @@ mod tests {
     }
 
     #[test]
+    fn rates_are_taken_over_the_interval() {
+        let mut vm = Vm::new(Path::new("/run/db.sock"));
+        for second in 1..=9 {
+            vm.update(Ok(look(second, second * GIB)), 3 * INTERVAL);
+        }
+        // From the seventh second on.
+        assert_eq!(vm.history, [9 * GIB, 7 * GIB, 4 * GIB, GIB]);
+        let before = vm.looks.unwrap().1.unwrap();
+        assert_eq!(before.info.size, 7 * GIB);
+    }
+
+    #[test]
     fn a_size_is_rounded_up_to_pages_of_the_guest() {
         let mut top = Top::new(&[PathBuf::from("/run/db.sock")]);
-        top.vms[0].update(Ok(look(2, 6 * GIB + (60 << 10))));
+        top.vms[0].update(Ok(look(2, 6 * GIB + (60 << 10))), INTERVAL);
         assert_eq!(top.vms[0].state(), "6.00 GiB, as asked for");
         let mut limited = look(4, 3 * GIB);
         limited.info.limit = Some(4 * GIB);
-        top.vms[0].update(Ok(limited));
+        top.vms[0].update(Ok(limited), INTERVAL);
         assert_eq!(top.vms[0].state(), "3.00 GiB of 4.00 GiB");
     }
 

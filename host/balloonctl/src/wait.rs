@@ -3,19 +3,15 @@
 //! Waiting until the balloon has its size.
 
 use std::collections::VecDeque;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use balloon_control::{Answer, Client, Info, Request, Shortfall};
+use balloon_control::{Answer, Client, ClientError, Info, News, Shortfall};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
 
-/// The polling interval.
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
-
-/// The number of polls over which the rate is averaged: those of a second.
-const RATE_LOOKS: usize = 10;
+/// The time over which the rate is averaged.
+const RATE_TIME: Duration = Duration::from_secs(1);
 
 /// Waits until the balloon, which had `from` bytes, has the size that was just set. Returns the last state
 /// and how long it took.
@@ -25,23 +21,29 @@ const RATE_LOOKS: usize = 10;
 /// The guest or its driver goes away, does not inflate at all or not in time, or another client sets
 /// another target.
 pub(crate) fn wait(
-    client: &mut Client,
+    client: Client,
     from: u64,
     timeout: Duration,
 ) -> Result<(Answer, Duration), Failure> {
     let start = Instant::now();
+    let mut events = client.subscribe()?;
+    let mut last = None;
     let mut bar: Option<Bar> = None;
     loop {
-        let answer = client.call(&Request::Info {})?;
+        match events.next(timeout.saturating_sub(start.elapsed()))? {
+            Some(News::Info(answer)) => last = Some(answer),
+            Some(News::Stats(_)) => continue,
+            Some(News::Alive) | None => {}
+        }
+        let answer = last.as_ref().ok_or(ClientError::Silent(timeout))?;
         let info: Info = answer.parse()?;
         // The daemon may have rounded the target, so it is the daemon's that counts.
         let bar = bar.get_or_insert_with(|| Bar::new(from, info.target));
         let elapsed = start.elapsed();
         if bar.is_reached(&info, elapsed, timeout)? {
-            return Ok((answer, elapsed));
+            return Ok((answer.clone(), elapsed));
         }
         bar.show(&info, elapsed);
-        thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -118,7 +120,8 @@ impl Bar {
     /// a mean of the whole way.
     fn rate(&mut self, size: u64, elapsed: Duration) -> u64 {
         self.looks.push_back((elapsed, size));
-        if self.looks.len() > RATE_LOOKS {
+        let is_old = |&(second, _): &(Duration, u64)| elapsed.saturating_sub(second) >= RATE_TIME;
+        while self.looks.get(1).is_some_and(is_old) {
             self.looks.pop_front();
         }
         let Some(&(earlier, before)) = self.looks.front() else {

@@ -765,6 +765,7 @@ fn the_man_page_has_all_sections() {
 fn command_line(request: &Request) -> Option<&'static [&'static str]> {
     Some(match request {
         Request::Info {} => &["info"],
+        Request::Subscribe {} => &["set", "512MiB", "--wait"],
         Request::Set { .. } => &["set", "1GiB"],
         Request::Stats { .. } => &["stats"],
         Request::SetStatsInterval { .. } => &["interval", "10"],
@@ -775,8 +776,6 @@ fn command_line(request: &Request) -> Option<&'static [&'static str]> {
         Request::Reclaim { .. } => &["reclaim"],
         Request::DropCaches { .. } => &["drop-caches"],
         Request::Metrics {} => &["metrics"],
-        // balloonctl does not subscribe.
-        Request::Subscribe {} => return None,
         // These are about a request that the guest was asked.
         Request::Progress { .. } | Request::Ranges { .. } | Request::Cancel { .. } => return None,
     })
