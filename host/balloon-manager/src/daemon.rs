@@ -5,15 +5,16 @@
 //! Statistics have a connection of their own, since the daemon waits for the guest before it answers.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
 use balloon_control::{ControlError, Info, Request, Shortfall, Stat, Stats};
 use balloon_policy::{Millis, Sample, Stopped};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
-use tokio::time::{Instant, interval, timeout};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, interval, sleep, timeout};
 
 use crate::balloon::{ANSWER, Balloon};
 use crate::config::PAGE;
@@ -21,6 +22,9 @@ use crate::lines::Lines;
 
 /// How long a guest may take for statistics.
 const GUEST: Duration = Duration::from_secs(5);
+
+/// The time between two attempts to subscribe. A daemon sends an event at least as often.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The answer to a request without a result.
 #[derive(Debug, Deserialize)]
@@ -120,6 +124,38 @@ fn balloon(info: &Info) -> Balloon {
             Shortfall::AfterOom => Stopped::AfterOom,
             Shortfall::Excluded => Stopped::Excluded,
         }),
+    }
+}
+
+/// Notifies `changed` of each change of the balloon, and when the daemon sends no events. What has changed must be
+/// requested: an event may be older than a target that was set since. This ends with the sender of `paces`.
+pub(crate) async fn watch_events(
+    path: PathBuf,
+    mut paces: watch::Receiver<Duration>,
+    changed: Arc<Notify>,
+) {
+    let ended = async { while paces.changed().await.is_ok() {} };
+    let follow = async {
+        loop {
+            // The request for the state fails as well, and is the one that counts.
+            let _ = follow(&path, &changed).await;
+            changed.notify_one();
+            sleep(RETRY).await;
+        }
+    };
+    tokio::select! {
+        () = ended => {}
+        () = follow => {}
+    }
+}
+
+async fn follow(path: &Path, changed: &Notify) -> Result<()> {
+    let mut connection = Connection::open(path).await?;
+    let subscribe = Request::Subscribe {};
+    timeout(ANSWER, connection.exchange::<Nothing>(&subscribe)).await??;
+    loop {
+        timeout(ANSWER, connection.0.receive::<IgnoredAny>()).await??;
+        changed.notify_one();
     }
 }
 

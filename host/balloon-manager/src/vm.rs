@@ -4,10 +4,11 @@
 //!
 //! Each VM has tasks of its own, and each request has a time limit: a device that hangs delays no other VM.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use balloon_policy::{Pages, Sample, Vm, VmId};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, interval};
 
 use crate::balloon::Balloon;
@@ -16,7 +17,7 @@ use crate::daemon;
 use crate::link::{Link, Place};
 use crate::resident::Memory;
 
-/// How often a VM is polled, at rest and while it needs attention.
+/// How often a VM's statistics and resident memory are read, at rest and while it needs attention.
 pub(crate) const SLOW: Duration = Duration::from_secs(1);
 pub(crate) const FAST: Duration = Duration::from_millis(100);
 
@@ -87,9 +88,12 @@ pub(crate) fn start(
     let (orders, received) = mpsc::unbounded_channel();
     let (pace, paces) = watch::channel(SLOW);
     let (sample, samples) = watch::channel(None);
+    let changed = Arc::new(Notify::new());
     if let Place::Daemon(path) = &place {
-        let path = path.clone();
-        tokio::spawn(daemon::watch_statistics(path, epoch, paces.clone(), sample));
+        let statistics = daemon::watch_statistics(path.clone(), epoch, paces.clone(), sample);
+        tokio::spawn(statistics);
+        let events = daemon::watch_events(path.clone(), paces.clone(), Arc::clone(&changed));
+        tokio::spawn(events);
     }
     tokio::spawn(async move {
         let mut task = Task {
@@ -104,6 +108,7 @@ pub(crate) fn start(
             state: None,
             reports,
             samples,
+            changed,
         };
         task.run(received, paces).await;
     });
@@ -124,6 +129,8 @@ struct Task {
     state: Option<State>,
     reports: mpsc::UnboundedSender<(VmId, State)>,
     samples: watch::Receiver<Option<Sample>>,
+    /// A daemon's balloon has changed.
+    changed: Arc<Notify>,
 }
 
 /// An order whose connection broke before the device answered.
@@ -161,7 +168,14 @@ impl Task {
                     }
                     Err(_) => return,
                 },
-                _ = timer.tick() => {}
+                () = self.changed.notified() => {}
+                _ = timer.tick() => {
+                    // A daemon sends events, and QEMU is polled.
+                    if self.is_known() {
+                        self.report_resident();
+                        continue;
+                    }
+                }
             }
             self.report().await;
         }
@@ -197,6 +211,26 @@ impl Task {
         if let Some(doubt) = self.doubt.take_if(|doubt| doubt.is_over(answers, now)) {
             self.answered = doubt.number;
         }
+    }
+
+    /// Whether the state of the balloon is that of a daemon, which sends an event when it changes.
+    fn is_known(&self) -> bool {
+        let is_reached = self.state.as_ref().is_some_and(|state| state.reachable);
+        is_reached && matches!(self.link, Some(Link::Daemon(_)))
+    }
+
+    /// Reports the resident memory and the newest statistics.
+    fn report_resident(&mut self) {
+        let (Some(link), Some(state)) = (&self.link, &self.state) else {
+            return;
+        };
+        let all = state.balloon.memory.unwrap_or(0);
+        let resident = link.resident(&mut self.memory, all);
+        let sample = *self.samples.borrow();
+        self.send(|state| {
+            state.resident = resident.map(|bytes| bytes / PAGE);
+            state.sample = sample;
+        });
     }
 
     async fn report(&mut self) {
@@ -249,21 +283,6 @@ impl Task {
 mod tests {
     use super::*;
 
-    #[test]
-    fn an_order_is_in_doubt_until_the_daemon_has_answered_for_a_while() {
-        let mut doubt = Doubt {
-            number: 1,
-            since: None,
-        };
-        let start = Instant::now();
-        // A daemon that is stopped for an hour, and another time when it has hardly continued.
-        assert!(!doubt.is_over(false, start + 360 * FATE));
-        assert!(!doubt.is_over(true, start + 361 * FATE));
-        assert!(!doubt.is_over(false, start + 362 * FATE));
-        assert!(!doubt.is_over(true, start + 363 * FATE));
-        assert!(doubt.is_over(true, start + 364 * FATE));
-    }
-}
     /// Such a guest has statistics with a small total, and its daemon refuses targets above 0.
     #[test]
     fn a_guest_that_reports_little_memory_keeps_what_it_has() {
@@ -294,3 +313,18 @@ mod tests {
         assert_eq!(floor(0), GIB);
     }
 
+    #[test]
+    fn an_order_is_in_doubt_until_the_daemon_has_answered_for_a_while() {
+        let mut doubt = Doubt {
+            number: 1,
+            since: None,
+        };
+        let start = Instant::now();
+        // A daemon that is stopped for an hour, and another time when it has hardly continued.
+        assert!(!doubt.is_over(false, start + 360 * FATE));
+        assert!(!doubt.is_over(true, start + 361 * FATE));
+        assert!(!doubt.is_over(false, start + 362 * FATE));
+        assert!(!doubt.is_over(true, start + 363 * FATE));
+        assert!(doubt.is_over(true, start + 364 * FATE));
+    }
+}

@@ -361,6 +361,24 @@ fn a_guest_that_lies_about_its_balloon_counts_with_what_it_has() {
 }
 
 #[test]
+fn the_manager_subscribes_to_events_and_again_after_a_restart_of_the_daemon() {
+    let mut host = Host::new(SMALL);
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    host.run(&[]);
+    wait_for("the subscription", || web.get().subscriptions == 1);
+    for _ in 0..5 {
+        let infos = web.get().infos;
+        web.1.info();
+        wait_for("a request for the state", || web.get().infos > infos);
+    }
+    host.servers.clear();
+    host.add("web", &web);
+    wait_for("another subscription", || web.get().subscriptions == 2);
+    host.end();
+}
+
+#[test]
 fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
     let mut host = Host::new(SMALL);
     let web = Fake::new(4 * GIB, GIB);
