@@ -37,6 +37,8 @@ struct Known {
     vm: Option<Vm>,
     account: Option<Account>,
     history: VecDeque<Past>,
+    raises: u64,
+    cuts: u64,
     /// In observe mode: the newest action.
     observed: u64,
 }
@@ -129,6 +131,8 @@ impl Manager {
                     vm: None,
                     account: None,
                     history: VecDeque::new(),
+                    raises: 0,
+                    cuts: 0,
                     observed: 0,
                 },
             );
@@ -238,10 +242,12 @@ impl Manager {
             });
             known.history.truncate(HISTORY);
             let old = action.account.memory - action.account.grant;
-            match action.target < old {
-                true => self.counts.raises += 1,
-                false => self.counts.cuts += 1,
-            }
+            let (all, of_vm) = match action.target < old {
+                true => (&mut self.counts.raises, &mut known.raises),
+                false => (&mut self.counts.cuts, &mut known.cuts),
+            };
+            *all += 1;
+            *of_vm += 1;
             if self.observe {
                 known.observed = action.number;
                 continue;
@@ -342,6 +348,8 @@ impl Manager {
             account: known.account,
             resident: known.state.as_ref().and_then(|state| state.resident),
             last: known.history.front().cloned(),
+            raises: known.raises,
+            cuts: known.cuts,
         });
         Status {
             now: self.now(),

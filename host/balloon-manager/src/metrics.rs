@@ -9,10 +9,10 @@ use crate::config::PAGE;
 use crate::manager::Manager;
 use crate::status::{Counts, Status, VmStatus};
 
-/// A metric of each VM: its name, its help and its value.
-type PerVm = (&'static str, &'static str, fn(&Account) -> Pages);
+/// Memory of each VM: the metric's name, its help and its value.
+type Memory = (&'static str, &'static str, fn(&Account) -> Pages);
 
-const PER_VM: [PerVm; 6] = [
+const MEMORY: [Memory; 6] = [
     (
         "vm_memory_bytes",
         "Memory of the VM, in the balloon or not.",
@@ -82,21 +82,50 @@ fn pool(metrics: &mut Exposition, status: &Status) {
 }
 
 fn vms(metrics: &mut Exposition, vms: &[VmStatus]) {
-    for (name, help, value) in PER_VM {
-        metrics.head("gauge", name, help);
+    let mut each = |kind, name, help, value: &dyn Fn(&VmStatus) -> Option<u64>| {
+        metrics.head(kind, name, help);
         for vm in vms {
-            if let Some(account) = &vm.account {
-                let bytes = value(account).saturating_mul(PAGE);
-                metrics.sample(name, Some(("vm", &vm.name)), bytes);
+            if let Some(value) = value(vm) {
+                metrics.sample(name, Some(("vm", &vm.name)), value);
             }
         }
+    };
+    let bytes = |pages: Pages| pages.saturating_mul(PAGE);
+    for (name, help, value) in MEMORY {
+        each("gauge", name, help, &|vm| {
+            Some(bytes(value(vm.account.as_ref()?)))
+        });
     }
-    let (name, help) = ("vm_pressed", "Whether the guest shows a sign of pressure.");
-    metrics.head("gauge", name, help);
-    for vm in vms {
-        let pressed = vm.account.is_some_and(|account| account.pressed.is_some());
-        metrics.sample(name, Some(("vm", &vm.name)), pressed.into());
-    }
+    each(
+        "gauge",
+        "vm_resident_bytes",
+        "Memory that the host has given to the VM.",
+        &|vm| vm.resident.map(bytes),
+    );
+    each(
+        "gauge",
+        "vm_pressed",
+        "Whether the guest shows a sign of pressure.",
+        &|vm| {
+            Some(
+                vm.account
+                    .is_some_and(|account| account.pressed.is_some())
+                    .into(),
+            )
+        },
+    );
+    each(
+        "counter",
+        "vm_raises_total",
+        "Targets that give memory to the VM.",
+        &|vm| Some(vm.raises),
+    );
+    each(
+        "counter",
+        "vm_cuts_total",
+        "Targets that take memory from the VM.",
+        &|vm| Some(vm.cuts),
+    );
 }
 
 fn counts(metrics: &mut Exposition, counts: Counts) {

@@ -29,6 +29,10 @@ pub(crate) struct VmStatus {
     pub(crate) account: Option<Account>,
     pub(crate) resident: Option<Pages>,
     pub(crate) last: Option<Past>,
+    /// How many targets have given memory to the VM.
+    pub(crate) raises: u64,
+    /// How many have taken memory from it.
+    pub(crate) cuts: u64,
 }
 
 /// The host for clients.

@@ -20,6 +20,8 @@ use tempfile::TempDir;
 
 const GIB: u64 = 1 << 30;
 
+const METRICS: &str = include_str!("../../../docs/metrics.md");
+
 const PROGRAM: &str = env!("CARGO_BIN_EXE_balloon-manager");
 
 /// A guest whose balloon follows its target at once, as far as its processes do not use the memory.
@@ -282,6 +284,20 @@ fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
         metrics.contains("balloon_manager_vm_memory_bytes{vm=\"db\"} 4294967296"),
         "{metrics}"
     );
+    // Memory was taken from each VM and given back, and each metric is in the document.
+    for line in metrics.lines() {
+        if let Some((name, count)) = line.rsplit_once(' ') {
+            let is_count = name.starts_with("balloon_manager_vm_raises_total{")
+                || name.starts_with("balloon_manager_vm_cuts_total{");
+            assert!(!is_count || count != "0", "{line}");
+        }
+        if let Some(head) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = head.split_once(' ').unwrap();
+            let row = format!("| `{name}` | {kind} |");
+            assert!(METRICS.contains(&row), "{row} is missing");
+        }
+    }
+    assert_eq!(metrics.matches("vm_cuts_total{vm=").count(), 2);
     host.end();
 
     let replay = |path: &Path| {
