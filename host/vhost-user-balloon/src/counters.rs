@@ -285,15 +285,19 @@ impl Counters {
 }
 
 fn by_queue(counters: &ByKind<Counter>) -> ByQueue {
-    let count = |kind| counters.of(kind).get();
-    ByQueue {
-        inflate: count(Kind::Inflate),
-        deflate: count(Kind::Deflate),
-        stats: count(Kind::Stats),
-        hints: count(Kind::Hinting),
-        reports: count(Kind::Reporting),
-        requests: count(Kind::Requests),
+    let mut numbers = ByQueue::default();
+    for &kind in Kind::ALL {
+        let number = match kind {
+            Kind::Inflate => &mut numbers.inflate,
+            Kind::Deflate => &mut numbers.deflate,
+            Kind::Stats => &mut numbers.stats,
+            Kind::Hinting => &mut numbers.hints,
+            Kind::Reporting => &mut numbers.reports,
+            Kind::Requests => &mut numbers.requests,
+        };
+        *number = counters.of(kind).get();
     }
+    numbers
 }
 
 fn milliseconds(duration: Duration) -> u64 {
