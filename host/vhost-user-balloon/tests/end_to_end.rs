@@ -44,6 +44,8 @@ mod requests;
 mod sandbox;
 #[path = "end_to_end/supervision.rs"]
 mod supervision;
+#[path = "end_to_end/users.rs"]
+mod users;
 #[path = "end_to_end/withheld.rs"]
 mod withheld;
 #[path = "end_to_end/wrong_options.rs"]

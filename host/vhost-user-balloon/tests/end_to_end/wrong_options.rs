@@ -32,7 +32,7 @@ const PFNS: u64 = 0x20_0000;
 const PAGE: u64 = 0x80_0000;
 
 /// The memory of a correctly configured guest.
-const SHARED: &[&str] = &[
+pub(super) const SHARED: &[&str] = &[
     "-machine",
     "memory-backend=memory",
     "-object",
@@ -41,7 +41,7 @@ const SHARED: &[&str] = &[
 
 /// The outcome for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+pub(super) enum Outcome {
     /// Its balloon works.
     Balloon,
     /// It runs, and a page that its driver inflates is not discarded.
@@ -52,18 +52,18 @@ enum Outcome {
 use Outcome::{Balloon, NoBalloon, NoStart};
 
 /// A way to start QEMU and the daemon.
-struct Row {
+pub(super) struct Row {
     /// Arguments of the daemon.
     daemon: &'static [&'static str],
     memory: &'static [&'static str],
     /// Properties of QEMU's device.
-    device: &'static str,
+    pub(super) device: &'static str,
     outcome: Outcome,
     /// The text in the daemon's log. Empty if there is no warning and no error.
     line: &'static str,
 }
 
-const RIGHT: Row = Row {
+pub(super) const RIGHT: Row = Row {
     daemon: &[],
     memory: SHARED,
     device: "virtio-id=5,num_vqs=5,vq_size=256,config_size=16",
@@ -186,10 +186,10 @@ const ROWS: &[Row] = &[
 
 /// QEMU has ended.
 #[derive(Debug)]
-struct Ended;
+pub(super) struct Ended;
 
 /// QEMU with a machine that has no processor, and its device.
-struct Qemu {
+pub(super) struct Qemu {
     process: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
@@ -207,6 +207,13 @@ impl Drop for Qemu {
 impl Qemu {
     /// Starts it with devices on a daemon's socket.
     fn start(socket: &Path, memory: &[&str], devices: &[&str]) -> Self {
+        let mut command = Self::command(socket, memory, devices);
+        command.stderr(Stdio::null());
+        Self::spawn(&mut command)
+    }
+
+    /// The command that starts it.
+    pub(super) fn command(socket: &Path, memory: &[&str], devices: &[&str]) -> Command {
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args([
@@ -218,7 +225,9 @@ impl Qemu {
             ])
             .args(["-display", "none", "-qtest", "stdio", "-qtest-log", "none"])
             .args(["-global", "virtio-mmio.force-legacy=false"])
-            .args(memory);
+            .args(memory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         for (number, device) in devices.iter().enumerate() {
             let path = socket.display();
             command.args([
@@ -228,12 +237,11 @@ impl Qemu {
                 &format!("vhost-user-test-device,chardev=socket{number},{device}"),
             ]);
         }
-        let mut process = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        command
+    }
+
+    pub(super) fn spawn(command: &mut Command) -> Self {
+        let mut process = command.spawn().unwrap();
         Self {
             input: process.stdin.take().unwrap(),
             output: BufReader::new(process.stdout.take().unwrap()),
@@ -337,7 +345,7 @@ impl Qemu {
     }
 
     /// Runs the guest until its end.
-    fn run(&mut self, row: &Row, directory: &Path) -> Result<(), Ended> {
+    pub(super) fn run(&mut self, row: &Row, directory: &Path) -> Result<(), Ended> {
         self.find()?;
         self.start_driver()?;
         self.read(CONFIG)?;
@@ -366,7 +374,7 @@ impl Qemu {
 }
 
 /// Whether there is a QEMU. The host's programs can be tested without one.
-fn has_qemu() -> bool {
+pub(super) fn has_qemu() -> bool {
     let version = Command::new("qemu-system-x86_64").arg("--version").output();
     version.is_ok_and(|output| output.status.success())
 }
