@@ -2,7 +2,7 @@
 
 //! The daemon's process: its command line, its log and its signals.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::panic;
 use std::path::Path;
 use std::process::{self, ExitCode};
@@ -10,7 +10,7 @@ use std::process::{self, ExitCode};
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use clap_mangen::Man;
-use log::{LevelFilter, error};
+use log::{LevelFilter, error, warn};
 use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::getppid;
@@ -52,6 +52,11 @@ fn work(options: &Options) -> Result<()> {
         "the supervisor of this worker has ended"
     );
     sandbox::prepare();
+    if let Err(error) = offer_to_oom_killer() {
+        warn!(
+            "cannot raise the worker's oom_score_adj: {error}; an OOM kill may end the supervisor first"
+        );
+    }
     // A core dump would contain all of the guest's memory, and writing it would fill each hole in that
     // memory.
     set_dumpable(false)?;
@@ -67,6 +72,18 @@ fn work(options: &Options) -> Result<()> {
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
     worker::run(options)
+}
+
+/// Makes the kernel's OOM killer choose the worker rather than the supervisor, which replaces a worker. Call this before
+/// [`set_dumpable`], after which a process cannot write its own score.
+fn offer_to_oom_killer() -> Result<()> {
+    /// Thousandths of the memory that the kernel counts in addition to the worker's own.
+    const MORE: i32 = 100;
+    const HIGHEST: i32 = 1000;
+    const FILE: &str = "/proc/self/oom_score_adj";
+    let inherited: i32 = fs::read_to_string(FILE)?.trim().parse()?;
+    fs::write(FILE, (inherited + MORE).min(HIGHEST).to_string())?;
+    Ok(())
 }
 
 /// Runs the supervisor.

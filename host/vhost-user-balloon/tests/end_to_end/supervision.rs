@@ -23,7 +23,7 @@ fn children(pid: u32) -> Vec<Pid> {
 }
 
 impl Running {
-    fn pid(&self) -> Pid {
+    pub(super) fn pid(&self) -> Pid {
         Pid::from_raw(self.0.id().try_into().unwrap())
     }
 
@@ -110,7 +110,7 @@ fn stop(process: Pid) {
 }
 
 /// Waits until the daemon reports it. A worker's clients are disconnected when the worker is replaced.
-fn wait_for_info(what: &str, directory: &Path, is: impl Fn(&Info) -> bool) {
+pub(super) fn wait_for_info(what: &str, directory: &Path, is: impl Fn(&Info) -> bool) {
     wait_for(what, || {
         let now = call(directory, &Request::Info {}).and_then(|answer| answer.parse());
         now.is_ok_and(|now| is(&now))
@@ -270,19 +270,19 @@ fn a_worker_that_crashes_writes_no_core() {
 }
 
 /// A daemon that is started repeatedly.
-struct Service {
-    directory: TempDir,
+pub(super) struct Service {
+    pub(super) directory: TempDir,
     manager: ServiceManager,
 }
 
 impl Service {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let manager = ServiceManager::new(directory.path()).unwrap();
         Self { directory, manager }
     }
 
-    fn start(&self, arguments: &[&str]) -> Running {
+    pub(super) fn start(&self, arguments: &[&str]) -> Running {
         let directory = self.directory.path();
         let mut command = command(directory);
         command.args(arguments).stderr(open_log(directory));
@@ -293,7 +293,7 @@ impl Service {
     }
 
     /// Ends a daemon, and checks what remains of it.
-    fn end(&self, daemon: &mut Running, signal: Signal) {
+    pub(super) fn end(&self, daemon: &mut Running, signal: Signal) {
         kill(daemon.pid(), signal).unwrap();
         let status = daemon.0.wait().unwrap();
         assert!(status.success() || status.signal() == Some(Signal::SIGKILL as i32));
