@@ -6,7 +6,7 @@
 //! once, however often the guest lists it. If a granule has several pages, a number for each granule
 //! records how much of it is in the balloon, and the device returns the granule when it is complete.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -162,10 +162,19 @@ impl Balloon {
     /// stopped VM continues.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap, granularity: Granularity) {
         let old = std::mem::take(&mut self.regions);
+        // A file keeps its granule when the host's settings change. Front ends send many regions of a file one by one.
+        let mut granules: BTreeMap<_, _> = old
+            .iter()
+            .map(|region| (region.identity, region.granules.size))
+            .collect();
         for region in memory.iter() {
             let start = region.start_addr().raw_value();
             let new = region.file_offset().and_then(|file| {
-                Region::new(start, region.len(), file.arc(), file.start(), granularity)
+                let granule = |identity| {
+                    let known = granules.entry(identity);
+                    *known.or_insert_with(|| granularity.of(file.file()))
+                };
+                Region::new(start, region.len(), file.arc(), file.start(), granule)
             });
             if new.is_some() {
                 self.unbacked.remove(&start);

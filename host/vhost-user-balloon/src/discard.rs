@@ -27,8 +27,10 @@ use balloon_wire::BALLOON_PAGE_SIZE;
 use log::error;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{SysconfVar, sysconf};
+use procfs::process::{MountInfo, Process};
 
 use crate::counters::Counters;
 use crate::queue::Budget;
@@ -47,7 +49,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// The granule of shared memory. That of hugetlbfs is always the file's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Granularity {
-    /// A huge page if the host uses huge pages for shared memory, otherwise the host's page.
+    /// A huge page if the host uses huge pages for this shared memory, otherwise the host's page.
     #[default]
     Auto,
     /// So many bytes.
@@ -80,7 +82,9 @@ impl Granularity {
                 u64::try_from(stat.block_size()).unwrap_or(HUGE_PAGE)
             }
             (_, Self::Bytes(bytes)) => bytes,
-            (Ok(stat), Self::Auto) if stat.filesystem_type() == TMPFS_MAGIC && huge_shmem() => {
+            (Ok(stat), Self::Auto)
+                if stat.filesystem_type() == TMPFS_MAGIC && has_huge_pages(file) =>
+            {
                 HUGE_PAGE
             }
             _ => page,
@@ -97,18 +101,56 @@ impl Granularity {
     /// Whether granules are larger than a page, as far as that is known without memory.
     pub fn is_large(self) -> bool {
         match self {
-            Self::Auto => huge_shmem(),
+            Self::Auto => {
+                let setting = shmem_setting();
+                is_huge(&setting)
+                    || (!is_for_mounts(&setting) && mounts().any(|mount| is_huge_mount(&mount)))
+            }
             Self::Bytes(bytes) => bytes > BALLOON_PAGE_SIZE,
         }
     }
 }
 
-/// Whether the host has huge pages for shared memory. QEMU asks for them with madvise(), so `advise`
-/// counts.
-fn huge_shmem() -> bool {
-    fs::read_to_string(SHMEM_HUGE).is_ok_and(|text| is_huge(&text))
+/// The host's setting for huge pages of shared memory. A mounted tmpfs has a setting of its own.
+fn shmem_setting() -> String {
+    fs::read_to_string(SHMEM_HUGE).unwrap_or_default()
 }
 
+/// Whether the host's setting is for mounted file systems, too.
+fn is_for_mounts(setting: &str) -> bool {
+    ["[force]", "[deny]"]
+        .iter()
+        .any(|value| setting.contains(value))
+}
+
+/// Whether a file in shared memory may have huge pages.
+fn has_huge_pages(file: &File) -> bool {
+    let setting = shmem_setting();
+    match mount_of(file).filter(|_| !is_for_mounts(&setting)) {
+        Some(mount) => is_huge_mount(&mount),
+        // A memfd is in no mount.
+        None => is_huge(&setting),
+    }
+}
+
+/// The mount that a file is in, if this process sees it.
+fn mount_of(file: &File) -> Option<MountInfo> {
+    let device = file.metadata().ok()?.dev();
+    let numbers = format!("{}:{}", major(device), minor(device));
+    mounts().find(|mount| mount.majmin == numbers)
+}
+
+fn mounts() -> impl Iterator<Item = MountInfo> {
+    let mounts = Process::myself().and_then(|this| this.mountinfo());
+    mounts.into_iter().flatten()
+}
+
+/// Whether it is a tmpfs with huge pages. The option is missing with `huge=never`.
+fn is_huge_mount(mount: &MountInfo) -> bool {
+    mount.fs_type == "tmpfs" && mount.super_options.contains_key("huge")
+}
+
+/// Whether the host's setting is for huge pages. QEMU asks for them with madvise(), so `advise` counts.
 fn is_huge(setting: &str) -> bool {
     ["[always]", "[within_size]", "[advise]", "[force]"]
         .iter()
@@ -445,6 +487,11 @@ mod tests {
         let file = memory_file(4096);
         assert_eq!(Granularity::Bytes(HUGE_PAGE).of(&file), HUGE_PAGE);
         assert_eq!(Granularity::Bytes(1).of(&file), 4096);
+        // Huge pages of hugetlbfs have no parts.
+        let (huge, size) = huge_file();
+        for asked in [Granularity::Auto, Granularity::Bytes(4096)] {
+            assert_eq!(asked.of(&huge), size);
+        }
         assert_eq!("2M".parse(), Ok(Granularity::Bytes(HUGE_PAGE)));
         assert!("3M".parse::<Granularity>().is_err());
     }

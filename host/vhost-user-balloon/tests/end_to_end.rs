@@ -38,6 +38,8 @@ use vmm_sys_util::eventfd::EventFd;
 mod events;
 #[path = "end_to_end/front_ends.rs"]
 mod front_ends;
+#[path = "end_to_end/granules.rs"]
+mod granules;
 #[path = "end_to_end/out_of_memory.rs"]
 mod out_of_memory;
 #[path = "end_to_end/requests.rs"]

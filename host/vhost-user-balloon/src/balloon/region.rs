@@ -11,7 +11,7 @@ use balloon_wire::BALLOON_PAGE_SIZE;
 
 use super::granules::Granules;
 use crate::bitmap::{WORD, find, index, set};
-use crate::discard::{Granularity, Piece, Pieces};
+use crate::discard::{Piece, Pieces};
 use crate::hazard::{Hazard, Identity};
 
 /// The largest piece of the balloon that is searched in one step, in bytes.
@@ -37,13 +37,13 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    /// The region whose first byte is at the guest's physical address `start`.
+    /// The region whose first byte is at the guest's physical address `start`. `granule` returns the granule of the file.
     pub(crate) fn new(
         start: u64,
         bytes: u64,
         file: &Arc<File>,
         offset: u64,
-        granularity: Granularity,
+        granule: impl FnOnce(Identity) -> u64,
     ) -> Option<Self> {
         let end = start.checked_add(bytes)?;
         let metadata = file.metadata().ok()?;
@@ -54,14 +54,15 @@ impl Region {
             return None;
         }
         let place = offset..offset.checked_add(bytes)?;
+        let identity = (metadata.dev(), metadata.ino());
         Some(Self {
             pages: start / BALLOON_PAGE_SIZE..end / BALLOON_PAGE_SIZE,
             file: Arc::clone(file),
-            identity: (metadata.dev(), metadata.ino()),
+            identity,
             offset,
             held: vec![0; index((bytes / BALLOON_PAGE_SIZE).div_ceil(WORD))],
             count: 0,
-            granules: Granules::new(granularity.of(file), &place)?,
+            granules: Granules::new(granule(identity), &place)?,
             hazard: Hazard::of_file(file),
         })
     }

@@ -121,7 +121,9 @@ fn memory_that_is_sent_again_keeps_its_balloon() {
     let files = MemoryFiles::new(1 << 20, 1 << 20);
     let mut balloon = balloon(&files, 2 * PAGE);
     balloon.inflate(&pages(&[8]), &mut Pieces::default());
-    balloon.set_memory(&files.memory(), Granularity::Bytes(2 * PAGE));
+    // The host's setting has changed, and the file keeps its granule.
+    balloon.set_memory(&files.memory(), Granularity::Bytes(PAGE));
+    assert_eq!(balloon.granule(), Some(2 * PAGE));
     let mut pieces = Pieces::default();
     balloon.inflate(&pages(&[9]), &mut pieces);
     discard(&mut pieces);
