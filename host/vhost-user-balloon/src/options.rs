@@ -202,15 +202,20 @@ impl Options {
         access(self.control_group, self.control_mode)
     }
 
-    /// How the device is to be.
-    pub fn settings(&self) -> Settings {
+    /// The features to offer, without the extensions. They depend on the host's huge pages, too.
+    pub fn offered(&self) -> Vec<Feature> {
         let mut features = self.features.clone();
         // A guest that tells before it uses a page again can wait for memory.
         if self.granule.is_large() || self.prefault || self.allow.contains(&Hazard::Hugetlb) {
             features.push(Feature::MustTellHost);
         }
+        features
+    }
+
+    /// How the device is to be.
+    pub fn settings(&self) -> Settings {
         Settings {
-            features: offer(&features, self.extensions),
+            features: offer(&self.offered(), self.extensions),
             granularity: self.granule,
             prefault: self.prefault,
             allowed: self.allow.clone(),

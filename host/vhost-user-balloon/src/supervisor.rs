@@ -37,6 +37,7 @@ mod update;
 mod vmm;
 mod worker;
 
+use crate::features::Feature;
 use crate::options::Options;
 use connection::Connection;
 use journal::Journal;
@@ -162,7 +163,7 @@ impl Supervisor {
         let vmm = connected(frontend, boot);
         let (socket, control) = sockets(options, path, socket, control)?;
         let own_state = own_state(options, &socket, vmm.is_some());
-        let new_arguments = worker_arguments(own_state.as_deref());
+        let new_arguments = worker_arguments(options, own_state.as_deref());
         let arguments = match vmm {
             Some(_) => continue_with(old_arguments, &new_arguments),
             None => new_arguments.clone(),
@@ -401,8 +402,9 @@ fn continue_with(old: Vec<OsString>, new: &[OsString]) -> Vec<OsString> {
     old
 }
 
-/// The arguments for a worker: those of this process, and the state file if they name none.
-fn worker_arguments(state: Option<&Path>) -> Vec<OsString> {
+/// The arguments for a worker: those of this process, and the state file if they name none. The host's huge pages may
+/// change while a VMM is connected, and each of its workers must offer the features that the driver has accepted.
+fn worker_arguments(options: &Options, state: Option<&Path>) -> Vec<OsString> {
     let mut arguments: Vec<_> = env::args_os()
         .skip(1)
         .filter(|argument| argument != RESUME)
@@ -410,5 +412,7 @@ fn worker_arguments(state: Option<&Path>) -> Vec<OsString> {
     if let Some(state) = state {
         arguments.extend(["--state".into(), state.into()]);
     }
+    let features: Vec<_> = options.offered().iter().map(Feature::to_string).collect();
+    arguments.push(format!("--features={}", features.join(",")).into());
     arguments
 }

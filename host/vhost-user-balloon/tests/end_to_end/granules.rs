@@ -2,7 +2,7 @@
 
 //! Memory in huge pages.
 
-use super::supervision::wait_for_info;
+use super::supervision::{wait_for_info, works};
 use super::*;
 
 /// The size of a huge page of shared memory, in bytes.
@@ -100,4 +100,29 @@ fn a_tmpfs_with_huge_pages_is_given_back_in_huge_pages() {
         assert_eq!(before - held(&vmm), HUGE_PAGE, "{options}");
         daemon.end();
     }
+}
+
+#[test]
+fn another_worker_offers_what_the_driver_has_accepted() {
+    if !can_mount() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let (daemon, _) = start_with_tmpfs(directory, "huge=always");
+    let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_MUST_TELL_HOST);
+    vmm.start(0);
+    works(directory, &mut vmm, 0x100);
+    // The host has no huge pages any more.
+    let target = format!("--target={}", daemon.0.id());
+    let unmounted = Command::new("nsenter")
+        .args([&target, "--mount", "--root", "umount"])
+        .arg(directory.join("tmpfs"))
+        .status();
+    assert!(unmounted.unwrap().success());
+    let worker = daemon.worker();
+    kill(worker, Signal::SIGKILL).unwrap();
+    daemon.wait_for_another(worker);
+    works(directory, &mut vmm, 0x101);
+    daemon.end();
 }

@@ -118,7 +118,7 @@ pub(super) fn wait_for_info(what: &str, directory: &Path, is: impl Fn(&Info) -> 
 }
 
 /// Sets a size, and inflates a page: the full path of a working VM.
-fn works(directory: &Path, vmm: &mut Vmm, pfn: u32) {
+pub(super) fn works(directory: &Path, vmm: &mut Vmm, pfn: u32) {
     assert_eq!(vmm.config().len(), 16);
     vmm.store(u64::from(pfn) << 12, &[1]);
     vmm.inflate(pfn);
