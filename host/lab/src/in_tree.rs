@@ -22,6 +22,13 @@ const PLACE: &str = "drivers/virtio/virtio_balloon_rs";
 const CHECK_STYLE: &str =
     "find $1 -type f ! -name '.*' -print0 | xargs --null perl scripts/checkpatch.pl --terse --file";
 
+/// Writes the series for the kernel. MAINTAINERS has all of its files from the first patch on.
+const PATCHES: &str = r#"
+    patches/make "$1" "$2" 'A Developer <developer@example.org>'
+    cd "$1"
+    perl scripts/checkpatch.pl --terse --ignore FILE_PATH_CHANGES "$2"/*.patch
+"#;
+
 /// The kernel's own script to run KUnit, which tries KVM first. If KVM cannot run a kernel, /dev/kvm must not exist.
 /// With modules, so that the next step does not rebuild everything.
 const KUNIT: &str = r#"
@@ -42,7 +49,7 @@ const BUILD_MODULE: &str = r#"
 ///
 /// # Errors
 ///
-/// It cannot be copied, its sources violate the kernel's style, or it does not build.
+/// It cannot be copied, its sources or the patches violate the kernel's style, or it does not build.
 pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> {
     let source = kernel::source(places)?;
     let name = source.file_name().context("the source is a directory")?;
@@ -51,7 +58,7 @@ pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> 
     let _lock = kernel::lock(&copy)?;
     if !copy.exists() {
         let new = copy.with_extension("new");
-        kernel::output(Command::new("cp").arg("--archive").arg(source).arg(&new))?;
+        kernel::output(Command::new("cp").arg("--archive").arg(&source).arg(&new))?;
         fs::rename(new, &copy)?;
     }
     place(&copy)?;
@@ -62,6 +69,13 @@ pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> 
         "putting the driver into a kernel's source a second time changes it"
     );
     let log = |name: &str| places.build().join(format!("in-tree-{name}.log"));
+
+    let phase = Phase::start("Writing the patches for the kernel", None);
+    phase.follow(
+        sh(PATCHES).arg(&source).arg(places.build().join("patches")),
+        &log("patches"),
+    )?;
+    phase.finish();
 
     let phase = Phase::start("Checking the style in the tree", None);
     phase.follow(
