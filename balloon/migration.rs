@@ -75,10 +75,10 @@ struct Inner {
     /// The new pages of `waiting`, or those of a message that the device has not used, in ascending
     /// order.
     waiting_new: KVec<u64>,
-    telling: KVec<u64>,
+    reporting: KVec<u64>,
     /// Migrations whose new pages the device knows, if any. `None` while they are part of a
     /// message.
-    told: Option<KVec<Migration>>,
+    acked: Option<KVec<Migration>>,
 }
 
 impl Inner {
@@ -86,11 +86,11 @@ impl Inner {
     fn is_new(&self, pfn: u64) -> bool {
         let is_in = |pfns: &[u64]| pfns.binary_search(&pfn).is_ok();
 
-        is_in(&self.telling) || is_in(&self.waiting_new)
+        is_in(&self.reporting) || is_in(&self.waiting_new)
     }
 
     fn is_settled(&self) -> bool {
-        self.waiting.is_empty() && self.told.as_ref().is_some_and(|told| told.is_empty())
+        self.waiting.is_empty() && self.acked.as_ref().is_some_and(|acked| acked.is_empty())
     }
 }
 
@@ -102,7 +102,7 @@ impl MigrationGuard<'_> {
     pub(crate) fn split_off_unacknowledged(&self, pages: &mut PageList, unknown: &mut PageList) {
         let inner = self.0.inner.lock();
 
-        if !inner.telling.is_empty() || !inner.waiting.is_empty() {
+        if !inner.reporting.is_empty() || !inner.waiting.is_empty() {
             pages.move_base_pages(unknown, |pfn| inner.is_new(pfn));
         }
     }
@@ -124,8 +124,8 @@ impl PendingMigrations {
     pub(crate) fn new(waker: Waker, terms: Negotiated) -> Result<impl PinInit<Self, Error>> {
         let waiting = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
         let waiting_new = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
-        let telling = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
-        let told = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
+        let reporting = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
+        let acked = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
 
         Ok(try_pin_init!(Self {
             waker,
@@ -137,8 +137,8 @@ impl PendingMigrations {
                     guards: 0,
                     waiting,
                     waiting_new,
-                    telling,
-                    told,
+                    reporting,
+                    acked,
                 },
                 "PendingMigrations::inner"
             ),
@@ -150,11 +150,11 @@ impl PendingMigrations {
     pub(crate) fn detach_unused(&self) {
         let mut inner = self.inner.lock();
 
-        inner.telling.clear();
+        inner.reporting.clear();
         inner.waiting_new.clear();
         // Dropped after the lock was released. Without capacity there is no room for a migration.
         let _waiting = mem::take(&mut inner.waiting);
-        let _told = inner.told.replace(KVec::new());
+        let _acked = inner.acked.replace(KVec::new());
         drop(inner);
     }
 
@@ -165,15 +165,15 @@ impl PendingMigrations {
     /// `ENOMEM`.
     pub(crate) fn reset(&self, terms: Negotiated) -> Result {
         let mut waiting = KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?;
-        let mut told = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
+        let mut acked = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
         let mut inner = self.inner.lock();
 
         inner.terms = terms;
-        inner.telling.clear();
+        inner.reporting.clear();
         inner.waiting_new.clear();
         // The old content is freed without the lock.
         mem::swap(&mut inner.waiting, &mut waiting);
-        mem::swap(&mut inner.told, &mut told);
+        mem::swap(&mut inner.acked, &mut acked);
         drop(inner);
         Ok(())
     }
@@ -207,16 +207,16 @@ impl PendingMigrations {
         if inner.waiting.is_empty() {
             return false;
         }
-        let Some(told) = inner.told.take_if(|told| told.is_empty()) else {
+        let Some(acked) = inner.acked.take_if(|acked| acked.is_empty()) else {
             return false;
         };
-        let waiting = mem::replace(&mut inner.waiting, told);
+        let waiting = mem::replace(&mut inner.waiting, acked);
 
         // No message is in flight.
-        mem::swap(&mut inner.waiting_new, &mut inner.telling);
+        mem::swap(&mut inner.waiting_new, &mut inner.reporting);
         if let Err(waiting) = send(waiting) {
-            inner.told = Some(mem::replace(&mut inner.waiting, waiting));
-            mem::swap(&mut inner.waiting_new, &mut inner.telling);
+            inner.acked = Some(mem::replace(&mut inner.waiting, waiting));
+            mem::swap(&mut inner.waiting_new, &mut inner.reporting);
             return false;
         }
         true
@@ -228,14 +228,14 @@ impl PendingMigrations {
         &self,
         send: impl FnOnce(KVec<Migration>) -> core::result::Result<(), KVec<Migration>>,
     ) -> bool {
-        let Some(migrations) = self.inner.lock().told.take_if(|told| !told.is_empty()) else {
+        let Some(migrations) = self.inner.lock().acked.take_if(|acked| !acked.is_empty()) else {
             return false;
         };
 
         match send(migrations) {
             Ok(()) => true,
             Err(migrations) => {
-                self.inner.lock().told = Some(migrations);
+                self.inner.lock().acked = Some(migrations);
                 false
             }
         }
@@ -245,14 +245,14 @@ impl PendingMigrations {
     pub(crate) fn acknowledged_new(&self, migrations: KVec<Migration>) {
         let mut inner = self.inner.lock();
 
-        inner.telling.clear();
-        inner.told = Some(migrations);
+        inner.reporting.clear();
+        inner.acked = Some(migrations);
     }
 
     /// The device knows that the old pages of `migrations` have left the balloon.
     pub(crate) fn acknowledged_old(&self, mut migrations: KVec<Migration>) {
         migrations.clear();
-        self.inner.lock().told = Some(migrations);
+        self.inner.lock().acked = Some(migrations);
         self.timeout.progress();
     }
 }

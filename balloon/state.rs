@@ -423,7 +423,7 @@ impl Balloon {
         }
         worker
             .reporter
-            .tell(&worker.config, self.stop_reason(worker, step))?;
+            .report(&worker.config, self.stop_reason(worker, step))?;
         worker.accessed = Instant::now();
 
         Ok(())

@@ -68,7 +68,7 @@ pub(crate) struct StopReasonReporter {
     /// Whether it has the feature.
     wanted: bool,
     /// The reason that was reported last.
-    told: u32,
+    reported: u32,
 }
 
 impl StopReasonReporter {
@@ -76,7 +76,7 @@ impl StopReasonReporter {
     pub(crate) fn new(wanted: bool) -> Self {
         Self {
             wanted,
-            told: stop_reason::NONE,
+            reported: stop_reason::NONE,
         }
     }
 
@@ -85,12 +85,12 @@ impl StopReasonReporter {
     /// # Errors
     ///
     /// `ENODEV` if it is gone.
-    pub(crate) fn tell(&mut self, config: &virtio::Config, reason: Option<StopReason>) -> Result {
+    pub(crate) fn report(&mut self, config: &virtio::Config, reason: Option<StopReason>) -> Result {
         let value = StopReason::value(reason);
 
-        if self.wanted && self.told != value {
+        if self.wanted && self.reported != value {
             config.write_le32(STOP_REASON, value)?;
-            self.told = value;
+            self.reported = value;
         }
 
         Ok(())

@@ -202,7 +202,7 @@ pub(crate) fn release(
 
         match if notify_first {
             gather(deflate, &mut dequeue, batch, some);
-            tell(deflate, balloon, batch)
+            report(deflate, balloon, batch)
         } else {
             free_first(deflate, &mut dequeue, some)
         } {
@@ -226,18 +226,18 @@ pub(crate) fn vacate(
 ) -> bool {
     let mut blocks = balloon.take_blocks(pfns);
     let mut all = true;
-    let mut told = 0;
+    let mut reported = 0;
 
     while all && !blocks.is_empty() {
         batch.add(&mut blocks);
         let pages = batch.pages();
-        let told_now = tell(deflate, balloon, batch);
-        told += told_now;
-        all = told_now == pages;
+        let sent = report(deflate, balloon, batch);
+        reported += sent;
+        all = sent == pages;
     }
 
     balloon.insert(blocks);
-    trace(deflate, told, Reason::GoingOffline);
+    trace(deflate, reported, Reason::GoingOffline);
     all
 }
 
@@ -303,12 +303,12 @@ fn gather(
 
 /// Reports the pages in `batch`, which are freed when the device has used the messages. Returns how
 /// many pages were sent; the others stay in the balloon.
-fn tell(
+fn report(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
     batch: &mut Batch,
 ) -> usize {
-    let mut told = 0;
+    let mut reported = 0;
 
     while batch.pages() > 0 {
         let draft = deflate.lock().queue.draft();
@@ -323,7 +323,7 @@ fn tell(
         };
 
         match sent {
-            Ok(pages) => told += pages,
+            Ok(pages) => reported += pages,
             Err((pages, _)) => {
                 balloon.insert(pages);
                 balloon.insert(batch.take_all());
@@ -331,5 +331,5 @@ fn tell(
         }
     }
 
-    told
+    reported
 }
