@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The virtio bus: drivers and devices, the configuration space, and virtqueues. It does not depend
-//! on balloons.
+//! The virtio bus: drivers and devices, the configuration space, and virtqueues, for any kind of
+//! device.
 
 mod bus;
 pub(crate) mod driver;

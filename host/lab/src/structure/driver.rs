@@ -3,7 +3,6 @@
 //! Rules of the driver's sources that its compiler does not check.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -38,6 +37,22 @@ fn only_one_folder_of_the_driver_has_unsafe_blocks() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn the_virtio_layer_is_for_any_driver() -> Result<()> {
+    /// The names of the module's configuration options begin like this.
+    const OPTION: &str = "VIRTIO_BALLOON_RS";
+    let mut files = Vec::new();
+    find(&checkout().join("rust/virtio"), &mut files)?;
+    for path in &files {
+        let text = fs::read_to_string(path)?.replace(OPTION, "");
+        let mut lines = text.lines();
+        let line = lines.find(|line| line.to_lowercase().contains("balloon"));
+        assert_eq!(line, None, "{}", path.display());
+    }
+    assert!(files.len() > 10, "only {} files", files.len());
+    Ok(())
+}
+
 /// The names of host requests and of their statuses in the header of the protocol.
 fn defined(header: &str) -> impl Iterator<Item = &str> {
     const PREFIXES: [&str; 3] = [
@@ -53,8 +68,7 @@ fn defined(header: &str) -> impl Iterator<Item = &str> {
 
 #[test]
 fn traces_name_each_request_and_status() -> Result<()> {
-    let read =
-        |path: &str| fs::read_to_string(checkout().join(Path::new(path))).context(path.to_owned());
+    let read = |path: &str| fs::read_to_string(checkout().join(path)).context(path.to_owned());
     let header = read("uapi/linux/virtio_balloon_ext.h")?;
     let traces = read("rust/trace.h")?;
     let mut checked = 0;
