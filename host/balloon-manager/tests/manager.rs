@@ -371,7 +371,7 @@ fn a_guest_that_lies_about_its_balloon_counts_with_what_it_has() {
     let infos = db.get().infos;
     wait_for("answers", || {
         assert!(fits(), "{:?} {:?}", liar.get(), db.get());
-        db.get().infos > infos + 20
+        db.get().infos > infos + 6
     });
     assert_eq!(liar.usable(), 4 * GIB);
 }
