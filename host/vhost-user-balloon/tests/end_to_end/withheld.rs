@@ -4,7 +4,9 @@
 
 use super::requests::RECLAIM;
 use super::*;
+use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::{self, Stdio};
 
 /// A page of a file that is pinned, as for a device, until this is dropped: by the fixed buffer of
 /// an io_uring.
@@ -88,6 +90,46 @@ fn pinned_memory_stays_where_it_is() {
     });
     vmm.inflate(0x102);
     assert_eq!(vmm.byte(0x102 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn memory_that_another_process_has_pinned_is_left_alone() {
+    const FILE: &str = "BALLOON_TEST_FILE";
+    const PAGE: u64 = 0x101 << 12;
+    if let Some(file) = env::var_os(FILE) {
+        // This is the other process, which ends with the test's end of the pipe.
+        let file = File::options().read(true).write(true).open(file);
+        let _pinned = Pinned::new(&file.unwrap(), PAGE);
+        io::stdin().read_to_end(&mut Vec::new()).unwrap();
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &[]);
+    let mut vmm = Vmm::connect(directory);
+    let memory = format!("/proc/{}/fd/{}", process::id(), vmm.memory.as_raw_fd());
+    let test = "withheld::memory_that_another_process_has_pinned_is_left_alone";
+    let mut other = Command::new(env::current_exe().unwrap())
+        .args(["--exact", test])
+        .env(FILE, memory)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the pinned page", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", other.id())).unwrap();
+        status
+            .lines()
+            .any(|line| line.starts_with("VmPin:") && !line.contains(" 0 kB"))
+    });
+    // The daemon checks other processes when memory is added.
+    vmm.start(0);
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(PAGE), 1);
+    assert_eq!(info(directory).withheld, ["pinned"]);
+    drop(other.stdin.take());
+    assert!(other.wait().unwrap().success());
     daemon.end();
 }
 
