@@ -53,10 +53,11 @@ pub fn run(options: &Options) -> Result<()> {
         Sandbox::Full => sandbox::enter(),
         Sandbox::None => info!("the worker is not confined (--sandbox none)"),
     }
+    // A client that has an answer may take the daemon for started.
+    channel.ready();
     let _control = control
         .map(|listener| Server::start(listener, Arc::clone(&device) as _))
         .transpose()?;
-    channel.ready();
     while let Ok(message) = channel.receive() {
         let request = message.request();
         let (body, mut files) = message.into_parts();
