@@ -70,46 +70,52 @@ pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> 
     );
     let log = |name: &str| places.build().join(format!("in-tree-{name}.log"));
 
-    let phase = Phase::start("Writing the patches for the kernel", None);
-    phase.follow(
+    phase(
+        "Writing the patches for the kernel",
         sh(PATCHES).arg(&source).arg(places.build().join("patches")),
         &log("patches"),
     )?;
-    phase.finish();
-
-    let phase = Phase::start("Checking the style in the tree", None);
-    phase.follow(
+    phase(
+        "Checking the style in the tree",
         sh(CHECK_STYLE).arg(PLACE).current_dir(&copy),
         &log("checkpatch"),
     )?;
-    phase.finish();
-
-    let phase = Phase::start("Running KUnit in the tree", None);
     let accel = if accel == Accel::Kvm { "kvm" } else { "tcg" };
-    phase.follow(
+    let kunit = [
+        "--mount",
+        "--propagation=unchanged",
+        "sh",
+        "-euc",
+        KUNIT,
+        "sh",
+    ];
+    phase(
+        "Running KUnit in the tree",
         Command::new("unshare")
-            .args([
-                "--mount",
-                "--propagation=unchanged",
-                "sh",
-                "-euc",
-                KUNIT,
-                "sh",
-            ])
+            .args(kunit)
             .args([accel, PLACE])
             .current_dir(&copy),
         &log("kunit"),
     )?;
-    phase.finish();
     for Case { name, outcome } in ktap::parse(&fs::read_to_string(log("kunit"))?) {
         report.add(&format!("kunit {name} (in the tree)"), None, &outcome, &[]);
     }
 
     let module = copy.join(".kunit").join(PLACE).join("virtio-balloon-rs.ko");
-    let phase = Phase::start("Building the module in the tree", None);
-    phase.follow(sh(BUILD_MODULE).current_dir(&copy), &log("module"))?;
-    phase.finish();
+    phase(
+        "Building the module in the tree",
+        sh(BUILD_MODULE).current_dir(&copy),
+        &log("module"),
+    )?;
     ensure!(module.exists(), "no module has been built in the tree");
+    Ok(())
+}
+
+/// Runs a command, whose output is the progress of a phase.
+fn phase(title: &str, command: &mut Command, log: &Path) -> Result<()> {
+    let phase = Phase::start(title, None);
+    phase.follow(command, log)?;
+    phase.finish();
     Ok(())
 }
 
