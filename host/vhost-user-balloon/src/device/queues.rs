@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use balloon_control::Changes;
 use log::{debug, error, warn};
 use vhost_user_backend::{VringMutex, VringState, VringT};
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::Device;
@@ -95,12 +95,8 @@ impl Device {
             return;
         }
         let mut work = lock(&self.work);
-        if kind == Kind::Inflate && !work.at_work {
-            let queue = vring.get_queue();
-            if !queue.ready() {
-                return;
-            }
-            self.start(&mut work, queue.next_avail());
+        if kind == Kind::Inflate && !self.is_at_work(&mut work, vring.get_queue()) {
+            return;
         }
         work.discarder.withhold = match looked {
             Some((files, _)) if files != work.balloon.files() => return self.wake(number),
@@ -133,16 +129,22 @@ impl Device {
         if has_changed {
             self.publish(Changes::info);
         }
+        if pause {
+            thread::sleep(PAUSE);
+        }
         match next {
             Next::Notified => {}
-            Next::Soon => {
-                if pause {
-                    thread::sleep(PAUSE);
-                }
-                self.wake(number);
-            }
+            Next::Soon => self.wake(number),
             Next::Later => self.retry(),
         }
+    }
+
+    /// Whether a driver is at work. The driver of this inflate queue starts, if there is none.
+    fn is_at_work(&self, work: &mut Work, queue: &Queue) -> bool {
+        if !work.at_work && queue.ready() {
+            self.start(work, queue.next_avail());
+        }
+        work.at_work
     }
 
     /// For a queue whose messages return memory, the result of [`Device::look_at_processes`].
