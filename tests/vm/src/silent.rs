@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Exit, Guest, Hostile, Link, Machine, MemoryBackend, Size};
@@ -140,7 +140,7 @@ fn silent_report(setup: &Setup) -> Result<()> {
         // The pages of a report do not count as free.
         let report = || guest.wait_until("a report", PATIENCE, || Ok(guest.free()? + NOISE < free));
         report()?;
-        let start = Instant::now();
+        let start = guest.stopwatch();
         guest.suspend(|| Ok(()))?;
         let took = start.elapsed();
         setup.note(format!(
@@ -287,7 +287,7 @@ fn offline_with(
         let (mut refused, mut longest) = (Vec::new(), Duration::ZERO);
         guest.wait_until("a block that stays online", PATIENCE, || {
             for block in &blocks {
-                let start = Instant::now();
+                let start = guest.stopwatch();
                 if !offline(guest, block)? {
                     refused.push(block);
                 }
@@ -402,7 +402,7 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
                 );
             }
             begun.set(true);
-            let start = Instant::now();
+            let start = guest.stopwatch();
             way(setup, guest)?;
             took.set(Some(start.elapsed()));
             if goes_on {
