@@ -13,14 +13,14 @@ use super::*;
 #[cfg(target_arch = "x86_64")]
 const UNSHARE: u64 = 272;
 
-/// The value of this line in the status of each thread of a process.
+/// The value of this line in the status of each thread of a process. A thread may end meanwhile.
 fn of_threads(process: Pid, name: &str) -> Vec<String> {
     fs::read_dir(format!("/proc/{process}/task"))
         .unwrap()
-        .map(|thread| {
-            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        .filter_map(|thread| {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).ok()?;
             let mut values = status.lines().filter_map(|line| line.strip_prefix(name));
-            values.next().unwrap().trim().to_owned()
+            Some(values.next().unwrap().trim().to_owned())
         })
         .collect()
 }
