@@ -7,8 +7,8 @@
 use crate::{
     balloon::{
         migration::Migration,
-        quiesce,
-        state::Balloon, //
+        state::Balloon,
+        teardown, //
     },
     device::{
         feature::{
@@ -138,17 +138,17 @@ impl Feature for BalloonFeature {
     fn quiesce(&self, why: Quiesce) -> Result {
         match why {
             Quiesce::Unbind { begin } | Quiesce::Suspend { begin } => {
-                quiesce::teardown(&self.task, begin)
+                teardown::before_reset(&self.task, begin)
             }
             Quiesce::Shutdown => {
-                quiesce::shut_down(&self.task);
+                teardown::shut_down(&self.task);
                 Ok(())
             }
         }
     }
 
     fn reclaim(&self) {
-        quiesce::reclaim(&self.task);
+        teardown::reclaim(&self.task);
     }
 
     fn restore(&self, dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {

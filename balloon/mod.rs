@@ -10,7 +10,7 @@ pub(crate) mod migration;
 pub(crate) mod notifiers;
 pub(crate) mod policy;
 mod queues;
-mod quiesce;
 pub(crate) mod resize;
 pub(crate) mod state;
 mod status;
+mod teardown;

@@ -94,7 +94,7 @@ pub(super) struct Caches {
 }
 
 impl Work {
-    /// Returns the work for `request`. `taker` takes memory blocks, if there is one.
+    /// Returns the work for `request`. The `offliner` takes memory blocks, if there is one.
     pub(super) fn plan(request: &Request, offliner: Option<&Arc<Task<Offliner>>>) -> Self {
         match u16::from_le(request.command) {
             // If free pages must have a value, a copy must not lack it. And the kernel would write

@@ -36,7 +36,7 @@ use kernel::{
 /// # Errors
 ///
 /// `ETIMEDOUT` if the device did not respond in time.
-pub(super) fn teardown(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
+pub(super) fn before_reset(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     // The caller does the task's work from here on. While the system suspends, the task would
     // not run.
     task.stop();
