@@ -127,8 +127,9 @@ fn balloon(info: &Info) -> Balloon {
     }
 }
 
-/// Notifies `changed` of each change of the balloon, and when the daemon sends no events. What has changed must be
-/// requested: an event may be older than a target that was set since. This ends with the sender of `paces`.
+/// Notifies `changed` of each event, and when the daemon sends none. Each may come with another state of the balloon:
+/// statistics change the guest's memory. The state must be requested, since an event may be older than a target that
+/// was set after it. This ends with the sender of `paces`.
 pub(crate) async fn watch_events(
     path: PathBuf,
     mut paces: watch::Receiver<Duration>,
