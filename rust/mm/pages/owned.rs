@@ -303,8 +303,7 @@ impl PageRange {
     pub(in crate::rust::mm) fn mark_blocks(&self, order: u32) {
         for block in 0..self.0.len() >> order {
             let pfn = self.0.first() + (block << order);
-            // SAFETY: By the type invariants this owns these pages, up to the last one of the
-            // block.
+            // SAFETY: By the type invariants this owns these pages, up to the end of the block.
             unsafe { bindings::set_pages_offline(Page::from_pfn(pfn as usize).as_ptr(), order) };
         }
     }
