@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use std::{env, thread};
@@ -100,6 +100,14 @@ fn command_of(program: &Path, directory: &Path) -> Command {
         command.arg(format!("--{name}")).arg(directory.join(name));
     }
     command
+}
+
+/// A copy of the program in a directory that all users can access. Only root can access the build directory.
+fn program_for_others(directory: &Path) -> PathBuf {
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
+    let program = directory.join("program");
+    fs::copy(PROGRAM, &program).unwrap();
+    program
 }
 
 fn start(directory: &Path, arguments: &[&str]) -> Running {

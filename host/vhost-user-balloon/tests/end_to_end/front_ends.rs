@@ -301,7 +301,7 @@ fn other_front_ends_connect_again() {
         let (daemon, front_end) = begin(kind, directory);
         let (memory, sent) = front_end.close();
         wait_for("the end of the VMM", || !info(directory).guest.connected);
-        // The guest goes on, and each queue begins with the next message.
+        // The guest continues, and each queue begins with the next message.
         let mut front_end = FrontEnd::connect(kind, directory);
         front_end.vmm.memory = memory;
         front_end.vmm.sent = sent;

@@ -3,7 +3,6 @@
 //! A process of the daemon that the kernel kills at the memory limit of its cgroup.
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 
 use super::supervision::{Service, wait_for_info};
 use super::*;

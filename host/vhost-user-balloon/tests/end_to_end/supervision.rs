@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::sync::mpsc;
 
 use rustix::process::{Resource, Rlimit, prlimit};

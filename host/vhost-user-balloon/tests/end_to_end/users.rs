@@ -21,10 +21,7 @@ fn a_qemu_of_another_user_connects_if_it_is_in_the_group() {
     }
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
-    // Only root can access the build directory.
-    let program = directory.join("program");
-    fs::copy(PROGRAM, &program).unwrap();
+    let program = program_for_others(directory);
     let daemon = command_of(&program, directory)
         .args(["--socket-group", &GROUP.to_string()])
         .uid(DAEMON)

@@ -175,10 +175,7 @@ fn mappings_that_cannot_be_read_are_logged() {
     }
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
-    // Only root can access the build directory.
-    let program = directory.join("program");
-    fs::copy(PROGRAM, &program).unwrap();
+    let program = program_for_others(directory);
     let log = directory.join("log");
     let daemon = command_of(&program, directory)
         .uid(NOBODY)
