@@ -28,6 +28,7 @@ mod module;
 mod places;
 mod platform;
 mod progress;
+mod queue;
 mod report;
 mod setup;
 #[cfg(test)]

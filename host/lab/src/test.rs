@@ -3,18 +3,17 @@
 //! All tests: the host's own, KUnit in guests, and scenarios in guests.
 
 use std::slice;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, available_parallelism};
 
-use anyhow::{Result, anyhow};
-use procfs::{Current, Meminfo};
+use anyhow::Result;
 use scenarios::{SCENARIOS, Scenario, Setup};
 use vm::ktap::Outcome;
-use vm::{Artifacts, Device, Driver, Kernel, Size};
+use vm::{Artifacts, Device, Driver, Kernel};
 
 use crate::cli::Guests;
 use crate::places::Places;
+use crate::queue::{Feed, Queue};
 use crate::report::Report;
 use crate::{fuzz, host_tests, in_tree, kunit, setup};
 
@@ -65,9 +64,6 @@ const LONG_SCENARIOS: &[&str] = &[
     "service_restart",
 ];
 
-/// How much memory a guest and its host programs may use.
-const MEMORY_PER_LANE: Size = Size::gib(9);
-
 /// Scenarios that run on all devices without `DEVICE=`. The other scenarios run on their first one.
 const DEVICE_SCENARIOS: &[&str] = &[
     "inflate_deflate",
@@ -95,59 +91,40 @@ pub(crate) struct Wanted<'a> {
     pub(crate) device: Option<Device>,
 }
 
-/// A test, or several that run together.
-type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
-
 /// Runs all selected tests, several at once. Returns whether all passed.
 pub(crate) fn run(wanted: Wanted<'_>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let report = Report::new();
     std::fs::create_dir_all(places.build())?;
-    let (sender, jobs) = mpsc::channel();
-    let jobs = Mutex::new(jobs);
-    let lanes = lanes()?;
+    let queue = Queue::new();
+    // Tests often wait: one more than there are CPUs keeps all of them busy.
+    let lanes = available_parallelism()?.get() + 1;
     thread::scope(|scope| {
         for _ in 0..lanes {
-            scope.spawn(|| work(&jobs));
+            scope.spawn(|| queue.work());
         }
         let preparation = Preparation {
             places: &places,
             wanted,
             guests,
             report: &report,
-            jobs: sender,
+            queue: queue.feed(),
         };
         preparation.run()
     })?;
     Ok(report.conclude())
 }
 
-/// How many tests run at once: each guest has two processors, and may fill its memory.
-fn lanes() -> Result<usize> {
-    let meminfo = Meminfo::current()?;
-    let available = meminfo.mem_available.unwrap_or(meminfo.mem_free);
-    let fit = usize::try_from(available / MEMORY_PER_LANE.as_bytes())?;
-    Ok(fit.clamp(1, available_parallelism()?.get()))
-}
-
-/// Executes jobs until the queue is closed.
-fn work(jobs: &Mutex<Receiver<Job<'_>>>) {
-    let next = || jobs.lock().expect("a lock").recv();
-    while let Ok(job) = next() {
-        job();
-    }
-}
-
 /// The builds, and the tests that they are for.
-struct Preparation<'scope, 'wanted> {
+struct Preparation<'scope, 'wanted, 'queue> {
     places: &'scope Places,
     wanted: Wanted<'wanted>,
     guests: Guests,
     report: &'scope Report,
-    jobs: Sender<Job<'scope>>,
+    queue: Feed<'queue, 'scope>,
 }
 
-impl<'scope> Preparation<'scope, '_> {
+impl Preparation<'_, '_, '_> {
     /// Builds the dependencies of the selected tests, and sends each test as soon as its dependencies exist. Tests
     /// without a guest run while the first kernel is built.
     fn run(self) -> Result<()> {
@@ -155,7 +132,7 @@ impl<'scope> Preparation<'scope, '_> {
             kernel, only, long, ..
         } = self.wanted;
         if only.is_none_or(|only| only == "host") {
-            self.send_host_tests()?;
+            self.queue_host_tests();
         }
         if only.map_or(long && kernel.is_none(), |only| only == "in-tree") {
             let result = in_tree::run(self.places, self.guests.accel(), self.report);
@@ -171,20 +148,15 @@ impl<'scope> Preparation<'scope, '_> {
             .try_for_each(|this| self.prepare(this))
     }
 
-    fn send(&self, job: impl FnOnce() + Send + 'scope) -> Result<()> {
-        let sent = self.jobs.send(Box::new(job));
-        sent.map_err(|_| anyhow!("no thread is left that runs tests"))
-    }
-
-    fn send_host_tests(&self) -> Result<()> {
+    fn queue_host_tests(&self) {
         let (places, report) = (self.places, self.report);
-        self.send(move || {
+        self.queue.push(move || {
             let result = host_tests::run(places, report);
             let result = result.and_then(|()| fuzz::fuzz(places, None, FUZZ_SECONDS, report));
             if result.is_err() {
                 report.add("host", None, &outcome(result), &[]);
             }
-        })
+        });
     }
 
     /// Builds a kernel with its modules, and sends the tests that run in it.
@@ -215,12 +187,15 @@ impl<'scope> Preparation<'scope, '_> {
         }
         if with_kunit {
             let artifacts = Arc::clone(&artifacts);
-            self.send(move || kunit::run_in(this, &artifacts, guests, report))?;
+            // They take longest, so they must not begin last.
+            self.queue
+                .push_first(move || kunit::run_in(this, &artifacts, guests, report));
         }
         for scenario in scenarios {
             for &variant in &variants(scenario, this, wanted) {
                 let artifacts = Arc::clone(&artifacts);
-                self.send(move || run_scenario(scenario, variant, &artifacts, guests, report))?;
+                self.queue
+                    .push(move || run_scenario(scenario, variant, &artifacts, guests, report));
             }
         }
         Ok(())

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A queue of tests, several of which run at once.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use procfs::{Current, Meminfo};
+use vm::Size;
+
+/// How much memory a guest and its host programs may use.
+const MEMORY_PER_TEST: Size = Size::gib(9);
+
+/// How long a test waits for memory before it looks again.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A test, or several that run together.
+type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+#[derive(Default)]
+struct State<'a> {
+    jobs: VecDeque<Job<'a>>,
+    running: usize,
+    is_closed: bool,
+}
+
+/// Tests that have not begun.
+#[derive(Default)]
+pub(crate) struct Queue<'a> {
+    state: Mutex<State<'a>>,
+    changed: Condvar,
+}
+
+impl<'a> Queue<'a> {
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    /// Returns the only way to add tests. Dropping it closes the queue.
+    pub(crate) fn feed(&self) -> Feed<'_, 'a> {
+        Feed(self)
+    }
+
+    /// Runs one test after the other until the queue is closed and empty. A test begins while others run only if
+    /// there is memory for one more guest.
+    pub(crate) fn work(&self) {
+        while let Some(job) = self.next() {
+            let running = Running(self);
+            job();
+            drop(running);
+        }
+    }
+
+    fn next(&self) -> Option<Job<'a>> {
+        let mut state = self.state();
+        loop {
+            if state.jobs.is_empty() {
+                if state.is_closed {
+                    return None;
+                }
+                state = self.changed.wait(state).expect("a lock");
+            } else if state.running == 0 || available() >= MEMORY_PER_TEST {
+                state.running += 1;
+                return state.jobs.pop_front();
+            } else {
+                (state, _) = self
+                    .changed
+                    .wait_timeout(state, POLL_INTERVAL)
+                    .expect("a lock");
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<'a>> {
+        self.state.lock().expect("a lock")
+    }
+}
+
+/// Adds tests to a queue.
+pub(crate) struct Feed<'queue, 'a>(&'queue Queue<'a>);
+
+impl<'a> Feed<'_, 'a> {
+    /// Adds a test at the end.
+    pub(crate) fn push(&self, job: impl FnOnce() + Send + 'a) {
+        self.0.state().jobs.push_back(Box::new(job));
+        self.0.changed.notify_one();
+    }
+
+    /// Adds a test that is the next one to begin.
+    pub(crate) fn push_first(&self, job: impl FnOnce() + Send + 'a) {
+        self.0.state().jobs.push_front(Box::new(job));
+        self.0.changed.notify_one();
+    }
+}
+
+impl Drop for Feed<'_, '_> {
+    fn drop(&mut self) {
+        self.0.state().is_closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A test that runs. Dropping it notes the end, also if the test panics.
+struct Running<'a, 'b>(&'a Queue<'b>);
+
+impl Drop for Running<'_, '_> {
+    fn drop(&mut self) {
+        self.0.state().running -= 1;
+        self.0.changed.notify_one();
+    }
+}
+
+/// The machine's available memory; none if it cannot be read.
+fn available() -> Size {
+    let bytes = Meminfo::current().map_or(0, |now| now.mem_available.unwrap_or(now.mem_free));
+    Size::bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn all_tests_run_the_first_ones_first() {
+        let order = Mutex::new(Vec::new());
+        let queue = Queue::new();
+        let note = |n| {
+            let order = &order;
+            move || order.lock().unwrap().push(n)
+        };
+        let feed = queue.feed();
+        feed.push(note(2));
+        feed.push(note(3));
+        feed.push_first(note(1));
+        drop(feed);
+        queue.work();
+        assert_eq!(*order.lock().unwrap(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_test_that_panics_does_not_count_as_running() {
+        let queue = Queue::new();
+        queue.feed().push(|| panic!("expected by this test"));
+        thread::scope(|scope| scope.spawn(|| queue.work()).join().unwrap_err());
+        assert_eq!(queue.state().running, 0);
+    }
+
+    #[test]
+    fn threads_end_when_the_queue_is_closed() {
+        let count = AtomicUsize::new(0);
+        let queue = Queue::new();
+        thread::scope(|scope| {
+            scope.spawn(|| queue.work());
+            scope.spawn(|| queue.work());
+            let feed = queue.feed();
+            for _ in 0..100 {
+                feed.push(|| {
+                    count.fetch_add(1, Ordering::Relaxed);
+                });
+            }
+        });
+        assert_eq!(count.load(Ordering::Relaxed), 100);
+    }
+}
