@@ -118,11 +118,9 @@ impl Feature for BalloonFeature {
         self.config_changed();
     }
 
-    fn queue_used(&self, queue: Queue) {
-        if matches!(queue, Queue::Inflate | Queue::Deflate) {
-            self.task.queue_used();
-            self.task.schedule();
-        }
+    fn queue_used(&self) {
+        self.task.queue_used();
+        self.task.schedule();
     }
 
     fn config_changed(&self) {

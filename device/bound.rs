@@ -14,6 +14,7 @@ use crate::{
         },
         negotiation,
         queues::{
+            Owners,
             Queue,
             QueueUsed,
             Queues,
@@ -54,6 +55,8 @@ use kernel::{
 /// A bound device.
 pub(crate) struct Bound {
     pub(super) features: KVec<Arc<dyn Feature>>,
+    /// Which of them has taken each queue.
+    owners: Owners,
     settings: Arc<Settings>,
     /// The traffic of the queues, in debugfs.
     pub(super) traffic: Pin<KBox<File<Traffic>>>,
@@ -97,15 +100,18 @@ impl Bound {
         let mut features = KVec::new();
 
         for probe in probes {
+            setup.queues.set_owner(features.len());
             if let Some(feature) = probe(&mut setup)? {
                 features.push(feature, GFP_KERNEL)?;
             }
         }
+        let owners = setup.queues.owners();
         drop(setup);
         dev_info!(dev, "features: {}\n", negotiation::NegotiatedFeatures(dev));
 
         Ok(Self {
             features,
+            owners,
             settings,
             traffic,
             is_unresponsive: Atomic::new(false),
@@ -148,9 +154,11 @@ impl Bound {
 impl QueueUsed for Bound {
     /// See [`Feature::queue_used`].
     fn queue_used(&self, queue: Queue) {
-        self.features
-            .iter()
-            .for_each(|feature| feature.queue_used(queue));
+        let owner = self.owners.of(queue);
+
+        if let Some(feature) = owner.and_then(|owner| self.features.get(owner)) {
+            feature.queue_used();
+        }
     }
 }
 

@@ -10,10 +10,7 @@
 
 use crate::{
     device::{
-        queues::{
-            Queue,
-            Queues, //
-        },
+        queues::Queues,
         settings::Settings, //
     },
     rust::{
@@ -60,9 +57,9 @@ pub(crate) trait Feature: Send + Sync {
     /// The device is ready: buffers may be made available.
     fn ready(&self, _dev: &virtio::Device<Core<'_>>) {}
 
-    /// The device has used buffers of a queue, which may belong to another feature. Runs in
-    /// interrupt context.
-    fn queue_used(&self, _queue: Queue) {}
+    /// The device has used buffers of a queue that the feature has taken. Runs in interrupt
+    /// context.
+    fn queue_used(&self) {}
 
     /// The device has changed its configuration space. Runs in interrupt context.
     fn config_changed(&self) {}

@@ -91,7 +91,7 @@ impl Queue {
     }
 }
 
-/// The owner of the queues.
+/// A device whose queues are used.
 pub(crate) trait QueueUsed {
     /// The device has used buffers of `queue`. Runs in interrupt context.
     fn queue_used(&self, queue: Queue);
@@ -133,10 +133,24 @@ impl Show for Traffic {
     }
 }
 
+/// The feature that has taken each queue, as its place in the list of the device's features.
+#[derive(Clone, Copy)]
+pub(crate) struct Owners([Option<usize>; Queue::ALL.len()]);
+
+impl Owners {
+    /// Returns the owner of `queue`, if a feature has taken it.
+    pub(crate) fn of(self, queue: Queue) -> Option<usize> {
+        self.0.get(queue as usize).copied().flatten()
+    }
+}
+
 /// The queues of a device, until the features take them.
 pub(crate) struct Queues<'a> {
     found: FoundQueues<{ Queue::ALL.len() }>,
     traffic: &'a Traffic,
+    /// The place of the feature that takes queues now.
+    owner: usize,
+    owners: Owners,
 }
 
 impl<'a> Queues<'a> {
@@ -151,10 +165,23 @@ impl<'a> Queues<'a> {
         Ok(Self {
             found: dev.find_vqs(names)?,
             traffic,
+            owner: 0,
+            owners: Owners([None; Queue::ALL.len()]),
         })
     }
 
-    /// Takes `queue`, for buffers of type `B`. Returns `None` if the device does not have it.
+    /// Queues that are taken from now on belong to the feature at the place `owner`.
+    pub(super) fn set_owner(&mut self, owner: usize) {
+        self.owner = owner;
+    }
+
+    /// Returns the owners of the queues that were taken.
+    pub(super) fn owners(&self) -> Owners {
+        self.owners
+    }
+
+    /// Takes `queue`, for buffers of type `B`. Returns `None` if the device does not have it. The
+    /// feature is called when the device has used buffers of the queue.
     ///
     /// # Errors
     ///
@@ -162,7 +189,12 @@ impl<'a> Queues<'a> {
     pub(crate) fn take<B>(&mut self, queue: Queue) -> Result<Option<Virtqueue<B>>> {
         let index = queue as usize;
         let traffic = self.traffic.0.get(index).ok_or(ENOENT)?;
+        let owner = self.owners.0.get_mut(index).ok_or(ENOENT)?;
+        let taken = self.found.take(index, traffic.clone())?;
 
-        self.found.take(index, traffic.clone())
+        if taken.is_some() {
+            *owner = Some(self.owner);
+        }
+        Ok(taken)
     }
 }

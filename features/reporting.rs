@@ -246,10 +246,8 @@ impl Feature for Reporting {
         }
     }
 
-    fn queue_used(&self, queue: Queue) {
-        if queue == Queue::Report {
-            self.reports.used.complete();
-        }
+    fn queue_used(&self) {
+        self.reports.used.complete();
     }
 
     fn restore(&self, _dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {

@@ -141,12 +141,10 @@ impl Feature for Task<Stats> {
     }
 
     /// The device may have sent a request. The system stays awake until the driver has answered.
-    fn queue_used(&self, queue: Queue) {
-        if queue == Queue::Stats {
-            self.is_asked.store(true, Release);
-            self.wakeup.raise(Signal::Statistics);
-            self.schedule();
-        }
+    fn queue_used(&self) {
+        self.is_asked.store(true, Release);
+        self.wakeup.raise(Signal::Statistics);
+        self.schedule();
     }
 
     /// Also allows the system to suspend.

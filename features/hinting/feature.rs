@@ -86,10 +86,8 @@ impl Feature for Hints {
         self.config_changed();
     }
 
-    fn queue_used(&self, queue: Queue) {
-        if queue == Queue::Hint {
-            self.task.schedule();
-        }
+    fn queue_used(&self) {
+        self.task.schedule();
     }
 
     /// The device may have a new id.

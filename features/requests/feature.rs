@@ -96,10 +96,8 @@ impl Feature for Task<HostRequests> {
         self.schedule();
     }
 
-    fn queue_used(&self, queue: Queue) {
-        if queue == Queue::Request {
-            self.schedule();
-        }
+    fn queue_used(&self) {
+        self.schedule();
     }
 
     /// No request is open after that. A thread that drops caches is killed, and not waited for. On
