@@ -13,7 +13,6 @@ use crate::{
     device::{
         feature::{
             Feature,
-            Quiesce,
             Setup,
             Status, //
         },
@@ -49,7 +48,11 @@ use crate::{
 use kernel::{
     device::Core,
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
 };
 
 /// The balloon of a bound device, with its registrations, which are dropped before its task.
@@ -133,16 +136,12 @@ impl Feature for BalloonFeature {
         self.task.schedule();
     }
 
-    fn quiesce(&self, why: Quiesce) -> Result {
-        match why {
-            Quiesce::Unbind { begin } | Quiesce::Suspend { begin } => {
-                teardown::before_reset(&self.task, begin)
-            }
-            Quiesce::Shutdown => {
-                teardown::shut_down(&self.task);
-                Ok(())
-            }
-        }
+    fn quiesce(&self, begin: Instant<Monotonic>) -> Result {
+        teardown::before_reset(&self.task, begin)
+    }
+
+    fn shutdown(&self) {
+        teardown::shut_down(&self.task);
     }
 
     fn reclaim(&self) {

@@ -79,11 +79,11 @@ impl<F: Features> virtio::Driver for Driver<F> {
     }
 
     fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        bound.unbind();
+        bound.quiesce();
     }
 
     fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
-        bound.suspend();
+        bound.quiesce();
     }
 
     fn frozen(bound: &Bound) {

@@ -33,25 +33,6 @@ use kernel::{
     }, //
 };
 
-/// Why a feature is quiesced.
-#[derive(Clone, Copy)]
-pub(crate) enum Quiesce {
-    /// The driver is unbound: the device will be reset, and the feature dropped. All features have
-    /// [`timeouts::TEARDOWN`](crate::device::timeouts::TEARDOWN) from `begin` on together.
-    Unbind {
-        /// When the first feature was called.
-        begin: Instant<Monotonic>,
-    },
-    /// The system suspends: the device will be reset, and the feature stays. The time is limited as
-    /// for [`Unbind`](Self::Unbind).
-    Suspend {
-        /// When the first feature was called.
-        begin: Instant<Monotonic>,
-    },
-    /// The system shuts down. Memory need not go back to the page allocator.
-    Shutdown,
-}
-
 /// A feature of a device. All functions have defaults: to do nothing.
 pub(crate) trait Feature: Send + Sync {
     /// The device is ready: buffers may be made available.
@@ -67,17 +48,24 @@ pub(crate) trait Feature: Send + Sync {
     /// The guest's administrator has changed a setting.
     fn settings_changed(&self) {}
 
-    /// Ends all work.
+    /// Returns the memory to the page allocator, and ends all work. For when the device is about to
+    /// be reset: the driver is unbound and the feature will be dropped, or the system suspends.
+    ///
+    /// All features have [`timeouts::TEARDOWN`](crate::device::timeouts::TEARDOWN) together, from
+    /// `begin` on.
     ///
     /// # Errors
     ///
     /// Any error means that the device did not respond in time.
-    fn quiesce(&self, _why: Quiesce) -> Result {
+    fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         Ok(())
     }
 
-    /// The device was reset after [`quiesce`](Self::quiesce), and the driver stays bound. Frees the
-    /// buffers that the device still owned.
+    /// Ends all work, and leaves the memory where it is: the system shuts down.
+    fn shutdown(&self) {}
+
+    /// The device was reset after [`quiesce`](Self::quiesce) for a suspend. Frees the buffers that
+    /// the device still owned.
     fn reclaim(&self) {}
 
     /// Continues with the same device after a reset: takes its queues out of `queues`.

@@ -2,16 +2,14 @@
 
 //! Unbind, suspend and shutdown of a device, and its return from suspend.
 //!
-//! The virtio layer resets the device after [`Bound::unbind`], [`Bound::suspend`] and
-//! [`Bound::shut_down`]. After an unbind it then drops the [`Bound`], with the memory that the
-//! device still owned.
+//! The virtio layer resets the device after [`Bound::quiesce`] and [`Bound::shut_down`]. After an
+//! unbind it then drops the [`Bound`], with the memory that the device still owned.
 
 #![forbid(unsafe_code)]
 
 use crate::{
     device::{
         bound::Bound,
-        feature::Quiesce,
         queues::Queues, //
     },
     rust::virtio, //
@@ -25,19 +23,17 @@ use kernel::{
 };
 
 impl Bound {
-    /// Returns the balloon's memory, and ends all work.
-    pub(crate) fn unbind(&self) {
+    /// Returns the balloon's memory, and ends all work: the driver is unbound, or the system
+    /// suspends. The host need not keep its state of the balloon during a suspend, and a hibernation
+    /// image must not lack memory.
+    pub(crate) fn quiesce(&self) {
         let begin = Instant::now();
 
-        self.quiesce(Quiesce::Unbind { begin });
-    }
-
-    /// Does the same: the host need not keep its state of the balloon, and a hibernation image must
-    /// not lack memory.
-    pub(crate) fn suspend(&self) {
-        let begin = Instant::now();
-
-        self.quiesce(Quiesce::Suspend { begin });
+        for feature in &self.features {
+            if feature.quiesce(begin).is_err() {
+                self.is_unresponsive.store(true, Relaxed);
+            }
+        }
     }
 
     /// Frees the buffers that the device still owned before its reset: it may take long until the
@@ -46,7 +42,7 @@ impl Bound {
         self.features.iter().for_each(|feature| feature.reclaim());
     }
 
-    /// Continues after [`suspend`](Self::suspend) with the same device.
+    /// Continues after a suspend with the same device.
     ///
     /// # Errors
     ///
@@ -71,14 +67,6 @@ impl Bound {
 
     /// Ends all work, and leaves the memory where it is.
     pub(crate) fn shut_down(&self) {
-        self.quiesce(Quiesce::Shutdown);
-    }
-
-    fn quiesce(&self, why: Quiesce) {
-        for feature in &self.features {
-            if feature.quiesce(why).is_err() {
-                self.is_unresponsive.store(true, Relaxed);
-            }
-        }
+        self.features.iter().for_each(|feature| feature.shutdown());
     }
 }

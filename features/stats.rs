@@ -13,7 +13,6 @@ use crate::{
     device::{
         feature::{
             Feature,
-            Quiesce,
             Setup, //
         },
         queues::{
@@ -59,6 +58,10 @@ use kernel::{
         },
         Arc,
         Mutex, //
+    },
+    time::{
+        Instant,
+        Monotonic, //
     }, //
 };
 
@@ -148,10 +151,14 @@ impl Feature for Task<Stats> {
     }
 
     /// Also allows the system to suspend.
-    fn quiesce(&self, _why: Quiesce) -> Result {
+    fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         self.stop();
         self.wakeup.lower(Signal::Statistics);
         Ok(())
+    }
+
+    fn shutdown(&self) {
+        self.stop();
     }
 
     fn restore(&self, _dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {

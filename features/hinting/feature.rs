@@ -9,7 +9,6 @@ use crate::{
     device::{
         feature::{
             Feature,
-            Quiesce,
             Setup, //
         },
         queues::{
@@ -50,6 +49,10 @@ use kernel::{
             Release, //
         },
         Arc, //
+    },
+    time::{
+        Instant,
+        Monotonic, //
     }, //
 };
 
@@ -96,19 +99,19 @@ impl Feature for Hints {
         self.task.schedule();
     }
 
-    fn quiesce(&self, why: Quiesce) -> Result {
+    fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         let task = &self.task;
 
         task.stop();
-        match why {
-            Quiesce::Unbind { .. } | Quiesce::Suspend { .. } => {
-                task.worker.lock().free_pending();
-                task.release();
-                task.offliner.iter().for_each(|offliner| offliner.quiesce());
-            }
-            Quiesce::Shutdown => task.offliner.iter().for_each(|offliner| offliner.stop()),
-        }
+        task.worker.lock().free_pending();
+        task.release();
+        task.offliner.iter().for_each(|offliner| offliner.quiesce());
         Ok(())
+    }
+
+    fn shutdown(&self) {
+        self.task.stop();
+        self.task.offliner.iter().for_each(|offliner| offliner.stop());
     }
 
     fn reclaim(&self) {

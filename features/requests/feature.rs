@@ -8,7 +8,6 @@ use crate::{
     device::{
         feature::{
             Feature,
-            Quiesce,
             Setup, //
         },
         queues::{
@@ -44,7 +43,10 @@ use kernel::{
         },
         Arc, //
     },
-    time::Instant, //
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
 };
 
 /// How many kernel pages of memory blocks may be ready for the next messages.
@@ -100,19 +102,19 @@ impl Feature for Task<HostRequests> {
         self.schedule();
     }
 
-    /// No request is open after that. A thread that drops caches is killed, and not waited for. On
-    /// shutdown it does not concern the device.
-    fn quiesce(&self, why: Quiesce) -> Result {
+    /// No request is open after that. A thread that drops caches is killed, and not waited for.
+    fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         self.stop();
-        match why {
-            Quiesce::Unbind { .. } | Quiesce::Suspend { .. } => {
-                self.offliner.iter().for_each(|offliner| offliner.quiesce());
-                self.inner.lock().open.clear();
-                self.counters.open.store(0, Relaxed);
-            }
-            Quiesce::Shutdown => self.offliner.iter().for_each(|offliner| offliner.stop()),
-        }
+        self.offliner.iter().for_each(|offliner| offliner.quiesce());
+        self.inner.lock().open.clear();
+        self.counters.open.store(0, Relaxed);
         Ok(())
+    }
+
+    /// A thread that drops caches does not concern the device.
+    fn shutdown(&self) {
+        self.stop();
+        self.offliner.iter().for_each(|offliner| offliner.stop());
     }
 
     fn reclaim(&self) {
