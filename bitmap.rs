@@ -8,7 +8,8 @@
 //! The encoder collects the runs of a message as ranges, which are shortest at first. While ranges
 //! and another encoding both fit into the buffer, it can convert them in place, without other
 //! memory. When the next run would exceed that, it chooses the shortest encoding. Then it adds runs
-//! for as long as this encoding stays the shortest. So no message is longer than in another one.
+//! for as long as this encoding stays the shortest. So no message is longer than in another one
+//! that the device accepts.
 //! Each message but the last has pages for at least half a buffer of ranges, less a word, which
 //! share its header.
 //!
@@ -187,15 +188,51 @@ impl Encoding {
         PfnRange::new(run.first(), run.len().min(pages)).unwrap_or(run)
     }
 
-    /// Returns the shortest encoding of `pages`.
-    fn shortest(pages: Extent) -> Self {
-        Self::ALL.into_iter().fold(Self::Ranges, |shortest, this| {
-            if this.words(pages) < shortest.words(pages) {
-                this
-            } else {
-                shortest
-            }
-        })
+}
+
+/// The encodings that messages may have. [`page_sets`](crate::messages::page_sets) makes it from the
+/// features of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Encodings(u8);
+
+impl Encodings {
+    /// All encodings.
+    pub(crate) const ALL: Self = Self((1 << Encoding::ALL.len()) - 1);
+
+    /// Returns the set of one encoding.
+    pub(crate) const fn only(encoding: Encoding) -> Self {
+        Self(1 << encoding as u8)
+    }
+
+    /// Returns whether `encoding` is in the set.
+    pub(crate) const fn contains(self, encoding: Encoding) -> bool {
+        self.0 & Self::only(encoding).0 != 0
+    }
+
+    /// Returns the set with `encoding`.
+    pub(crate) const fn with(self, encoding: Encoding) -> Self {
+        Self(self.0 | Self::only(encoding).0)
+    }
+
+    /// Returns the encodings of the set for which `is_allowed` holds.
+    pub(crate) fn filter(self, is_allowed: impl Fn(Encoding) -> bool) -> Self {
+        self.iter()
+            .filter(|&encoding| is_allowed(encoding))
+            .fold(Self(0), Self::with)
+    }
+
+    /// Returns the encodings in the order of [`Encoding::ALL`].
+    fn iter(self) -> impl Iterator<Item = Encoding> {
+        Encoding::ALL
+            .into_iter()
+            .filter(move |&encoding| self.contains(encoding))
+    }
+
+    /// Returns the shortest encoding of `pages`: ranges, if the set is empty.
+    fn shortest(self, pages: Extent) -> Encoding {
+        self.iter()
+            .min_by_key(|encoding| encoding.words(pages))
+            .unwrap_or(Encoding::Ranges)
     }
 }
 
@@ -249,8 +286,8 @@ pub(crate) struct Subject {
 /// any more, and may stop at any time. No operation in between can fail.
 pub(crate) struct Encoder<'a> {
     payload: &'a mut [u64],
-    /// The encoding that the caller requests. None: the shortest one.
-    forced: Option<Encoding>,
+    /// The encodings that the message may have.
+    allowed: Encodings,
     /// The encoding of the payload: all runs but `last`.
     encoding: Encoding,
     /// The same runs.
@@ -265,36 +302,40 @@ impl<'a> Encoder<'a> {
     /// Begins a message, whose payload is written to the start of the buffer. Returns none if there
     /// is no room for any two words.
     ///
-    /// All messages have the encoding `forced`, if there is one, for measurements.
-    pub(crate) fn new(payload: &'a mut [u64], forced: Option<Encoding>) -> Option<Self> {
+    /// The message has the shortest encoding in `allowed`. Only ranges can be converted: without
+    /// them the message has the first encoding in `allowed`.
+    pub(crate) fn new(payload: &'a mut [u64], allowed: Encodings) -> Option<Self> {
         let len = payload.len().min(MAX_WORDS);
         let payload = payload.get_mut(..len).filter(|_| len >= MIN_WORDS)?;
-        let encoding = forced.unwrap_or(Encoding::Ranges);
-
-        if encoding != Encoding::Ranges {
+        let nothing = Extent::before(0);
+        let encoding = allowed.shortest(nothing);
+        let allowed = if encoding == Encoding::Ranges {
+            allowed
+        } else {
             payload.fill(0);
-        }
+            Encodings::only(encoding)
+        };
 
         Some(Self {
             payload,
-            forced,
+            allowed,
             encoding,
-            written: Extent::before(0),
+            written: nothing,
             last: None,
             count: 0,
         })
     }
 
     /// Adds `run`. Returns the part for the next message: nothing, all of it, or the rest if a
-    /// single run is too long for the forced encoding. An empty message takes at least a page of
-    /// any run.
+    /// single run is too long for the only allowed encoding. An empty message takes at least a page
+    /// of any run.
     ///
     /// Runs should ascend: one that does not lie after the others needs the next message.
     #[must_use]
     pub(crate) fn push(&mut self, run: PfnRange) -> Option<PfnRange> {
-        let part = match (self.forced, self.last) {
-            (Some(forced), None) => forced.part(run, self.room()),
-            _ => run,
+        let part = match self.last {
+            None => self.encoding.part(run, self.room()),
+            Some(_) => run,
         };
 
         if self.add(part) {
@@ -311,7 +352,7 @@ impl<'a> Encoder<'a> {
         let pages = self.written.with(last);
 
         // Ranges that can no longer be converted are the shortest encoding.
-        let wanted = self.wanted(pages);
+        let wanted = self.allowed.shortest(pages);
         if wanted != self.encoding {
             self.convert(wanted);
         }
@@ -334,7 +375,7 @@ impl<'a> Encoder<'a> {
     /// Adds `run`, if it lies after the others and there is room. Returns whether it was added.
     fn add(&mut self, run: PfnRange) -> bool {
         let Some(last) = self.last else {
-            // There is room for any range, and for the part of a run in a forced encoding.
+            // There is room for any range, and for the part of a run in another encoding.
             self.written = Extent::before(run.first());
             self.last = Some(run);
             self.count = run.len();
@@ -369,7 +410,7 @@ impl<'a> Encoder<'a> {
     /// Makes room for the pages `next`, which are those so far, `now`, and others. Returns whether
     /// there is room.
     fn make_room(&mut self, now: Extent, next: Extent) -> bool {
-        let wanted = self.wanted(next);
+        let wanted = self.allowed.shortest(next);
 
         if wanted.words(next) > self.room() {
             return false;
@@ -420,10 +461,6 @@ impl<'a> Encoder<'a> {
     fn write(&mut self, run: PfnRange) {
         self.encoding.write(self.payload, self.written, run);
         self.written = self.written.with(run);
-    }
-
-    fn wanted(&self, pages: Extent) -> Encoding {
-        self.forced.unwrap_or(Encoding::shortest(pages))
     }
 
     /// Returns the maximum number of words of the payload.

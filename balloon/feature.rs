@@ -34,10 +34,7 @@ use crate::{
             oom::OomNotifier, //
         },
         virtio,
-        virtio_balloon::{
-            F_DEFLATE_ON_OOM,
-            F_PAGE_SETS, //
-        },
+        virtio_balloon::F_DEFLATE_ON_OOM,
         work::task::{
             new_slot,
             Task, //
@@ -69,10 +66,7 @@ fn take_queues(
     queues: &mut Queues<'_>,
     settings: &Settings,
 ) -> Result<(MessageQueue<Migration>, MessageQueue<Migration>)> {
-    let format = match dev.has_feature(F_PAGE_SETS) {
-        true => Format::PageSets(settings.encoding()),
-        false => Format::Pfns(dev.byte_order()),
-    };
+    let format = Format::of(dev, settings.encodings());
     let inflate = queues.take(Queue::Inflate)?.ok_or(ENOENT)?;
     let deflate = queues.take(Queue::Deflate)?.ok_or(ENOENT)?;
 

@@ -6,7 +6,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    bitmap::Encoding,
+    bitmap::{
+        Encoding,
+        Encodings, //
+    },
     rust::mm::memory, //
 };
 
@@ -67,8 +70,8 @@ impl Parameters {
 /// How messages describe pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WireFormat {
-    /// As page sets, in this encoding, or each in the shortest one.
-    PageSets(Option<Encoding>),
+    /// As page sets, each in the shortest of these encodings.
+    PageSets(Encodings),
     /// As arrays of page frame numbers.
     Pfns,
 }
@@ -94,9 +97,9 @@ impl WireFormat {
     /// Returns the format for a value of the module parameter `encoding`.
     const fn from_parameter(encoding: u8) -> Option<Self> {
         match (encoding, Encoding::from_number(encoding)) {
-            (SHORTEST, _) => Some(Self::PageSets(None)),
+            (SHORTEST, _) => Some(Self::PageSets(Encodings::ALL)),
             (PFNS, _) => Some(Self::Pfns),
-            (_, Some(encoding)) => Some(Self::PageSets(Some(encoding))),
+            (_, Some(encoding)) => Some(Self::PageSets(Encodings::only(encoding))),
             (_, None) => None,
         }
     }
@@ -106,11 +109,11 @@ impl WireFormat {
         self != Self::Pfns
     }
 
-    /// Returns the encoding that page sets must have, if there is one.
-    fn encoding(self) -> Option<Encoding> {
+    /// Returns the encodings that page sets may have.
+    fn encodings(self) -> Encodings {
         match self {
-            Self::PageSets(encoding) => encoding,
-            Self::Pfns => None,
+            Self::PageSets(encodings) => encodings,
+            Self::Pfns => Encodings::ALL,
         }
     }
 }
@@ -156,7 +159,7 @@ pub(crate) struct Settings {
     floor_mib: Atomic<i32>,
     inflate: Atomic<bool>,
     memory_blocks: bool,
-    encoding: Option<Encoding>,
+    encodings: Encodings,
 }
 
 impl Settings {
@@ -166,13 +169,13 @@ impl Settings {
             floor_mib: Atomic::new(parameters.floor.0),
             inflate: Atomic::new(parameters.inflate),
             memory_blocks: parameters.memory_blocks,
-            encoding: parameters.wire_format.encoding(),
+            encodings: parameters.wire_format.encodings(),
         }
     }
 
-    /// Returns the encoding that page sets must have, if there is one.
-    pub(crate) fn encoding(&self) -> Option<Encoding> {
-        self.encoding
+    /// Returns the encodings that page sets may have, if the device accepts them.
+    pub(crate) fn encodings(&self) -> Encodings {
+        self.encodings
     }
 
     /// Returns the available memory below which the balloon does not grow, in MiB; -1 if it depends

@@ -8,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    bitmap::Encoding,
+    bitmap::Encodings,
     messages::{
         balloon_page::BALLOON_PAGES_PER_PAGE,
         page_sets,
@@ -27,16 +27,21 @@ use crate::{
             pfn_range::PfnRange, //
         },
         virtio::{
+            self,
             ByteOrder,
             Either,
             Virtqueue, //
         },
-        virtio_balloon::page_set, //
+        virtio_balloon::{
+            page_set,
+            F_PAGE_SETS, //
+        }, //
     }, //
 };
 
 use kernel::{
     alloc::flags::__GFP_NOWARN,
+    device::Core,
     prelude::*, //
 };
 
@@ -75,11 +80,22 @@ impl Command {
 pub(crate) enum Format {
     /// Arrays of page frame numbers.
     Pfns(ByteOrder),
-    /// Page sets, in the shorter encoding or in a requested one.
-    PageSets(Option<Encoding>),
+    /// Page sets, in the shortest of these encodings.
+    PageSets(Encodings),
 }
 
 impl Format {
+    /// Returns the format that was negotiated with `dev`. Page sets have only the encodings
+    /// `requested`, as far as the device accepts them.
+    pub(crate) fn of(dev: &virtio::Device<Core<'_>>, requested: Encodings) -> Self {
+        match dev.has_feature(F_PAGE_SETS) {
+            true => Self::PageSets(
+                page_sets::encodings(dev).filter(|encoding| requested.contains(encoding)),
+            ),
+            false => Self::Pfns(dev.byte_order()),
+        }
+    }
+
     /// Returns how many blocks a message has room for at least, wherever they lie.
     fn blocks_per_message(self) -> usize {
         match self {
@@ -93,9 +109,9 @@ impl Format {
             Self::Pfns(order) => {
                 Either::Left((KVec::with_capacity(pfns::PFNS_PER_MESSAGE, flags)?, order))
             }
-            Self::PageSets(forced) => Either::Right((
+            Self::PageSets(allowed) => Either::Right((
                 KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, flags)?,
-                forced,
+                allowed,
             )),
         })
     }
@@ -103,14 +119,14 @@ impl Format {
 
 /// A message, with its format. Never grows beyond its capacity: it must not allocate under its
 /// queue's lock.
-pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Option<Encoding>)>;
+pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Encodings)>;
 
 impl Message {
     fn write(&mut self, command: Command, runs: &mut impl Runs) -> Result {
         match self {
             Self::Left((array, order)) => pfns::write(array, *order, runs),
-            Self::Right((words, forced)) => {
-                page_sets::write(words, command.in_page_set(), 0, *forced, runs).map(|_| ())
+            Self::Right((words, allowed)) => {
+                page_sets::write(words, command.in_page_set(), 0, *allowed, runs).map(|_| ())
             }
         }
     }

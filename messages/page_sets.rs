@@ -13,13 +13,21 @@ use crate::{
     bitmap::{
         Encoder,
         Encoding,
+        Encodings,
         Subject, //
     },
     messages::runs::Runs,
-    rust::virtio_balloon::PageSet, //
+    rust::{
+        virtio::{
+            self,
+            Feature, //
+        },
+        virtio_balloon::PageSet, //
+    }, //
 };
 
 use kernel::{
+    device::Core,
     page::{
         PAGE_SHIFT,
         PAGE_SIZE, //
@@ -40,9 +48,24 @@ pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 /// How many runs a message has room for at least, however long they are.
 pub(crate) const RUNS_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
 
+/// Returns the feature without which a device does not accept `encoding`. Every device that accepts
+/// page sets accepts those of the first version of the protocol.
+fn feature(encoding: Encoding) -> Option<Feature> {
+    match encoding {
+        Encoding::Ranges | Encoding::Bitmap => None,
+    }
+}
+
+/// Returns the encodings that `dev` accepts.
+pub(crate) fn encodings(dev: &virtio::Device<Core<'_>>) -> Encodings {
+    Encodings::ALL.filter(|encoding| {
+        feature(encoding).is_none_or(|feature| dev.has_feature(feature))
+    })
+}
+
 /// Writes as many of `runs` to `message` as there is room for, without growing it. The message has
 /// the command `command`. If `request_id` is not 0, it is a part of the answer to that request, and
-/// not the last one. Returns the number of pages.
+/// not the last one. It has one of the encodings `allowed`. Returns the number of pages.
 ///
 /// # Errors
 ///
@@ -51,16 +74,19 @@ pub(crate) fn write(
     message: &mut KVec<u64>,
     command: u16,
     request_id: u64,
-    forced: Option<Encoding>,
+    allowed: Encodings,
     runs: &mut impl Runs,
 ) -> Result<u64> {
     let len = message.capacity();
     message.resize(len, 0, GFP_NOWAIT)?;
 
     let (head, payload) = message.split_at_mut_checked(HEADER_WORDS).ok_or(ENOSPC)?;
-    // A forced bitmap may end long before the pages do.
-    let forced = forced.filter(|_| !runs.are_one_message());
-    let mut encoder = Encoder::new(payload, forced).ok_or(ENOSPC)?;
+    // A bitmap may end long before the pages do.
+    let allowed = match runs.are_one_message() {
+        true => allowed.with(Encoding::Ranges),
+        false => allowed,
+    };
+    let mut encoder = Encoder::new(payload, allowed).ok_or(ENOSPC)?;
 
     while let Some(run) = runs.first() {
         let rest = encoder.push(run);

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    bitmap::Encodings,
     device::log_limit::LogLimit,
     features::{
         budget::Budget,
@@ -62,6 +63,8 @@ pub(super) type RequestQueue =
 /// The state of the requests queue.
 pub(super) struct Inner {
     pub(super) queue: RequestQueue,
+    /// The encodings of answers.
+    pub(super) encodings: Encodings,
     /// Requests in the order of their steps. Never more than [`MAX_OPEN`].
     pub(super) open: KVec<Open>,
     /// How many buffers for requests the device has.
@@ -80,6 +83,7 @@ impl Inner {
     pub(super) fn new(dev: &virtio::Device<Core<'_>>, queue: RequestQueue) -> Result<Self> {
         Ok(Self {
             queue,
+            encodings: page_sets::encodings(dev),
             open: KVec::with_capacity(MAX_OPEN, GFP_KERNEL)?,
             request_buffers: 0,
             messages: 0,

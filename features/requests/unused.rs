@@ -60,8 +60,9 @@ impl Inner {
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.held(scan));
 
         if unused.first().is_some() {
+            let command = request::UNUSED_SKIP;
             let written =
-                page_sets::write(&mut message, request::UNUSED_SKIP, id, None, &mut unused);
+                page_sets::write(&mut message, command, id, self.encodings, &mut unused);
 
             let over = unused.is_over();
             let pages = written.ok()?;
@@ -122,8 +123,9 @@ impl Inner {
 
         match range {
             Some(range) => {
+                let command = request::UNUSED_DISCARD;
                 let written =
-                    page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
+                    page_sets::write(&mut message, command, id, self.encodings, &mut run);
 
                 let pages = written.ok()?;
                 self.send(message, Some(range))?;
@@ -162,7 +164,8 @@ impl Inner {
         let (first, pages) = offliner.take_adjacent()?;
         let range = ContigPages::of(pages);
         let mut run = PfnRange::new(first, range.len());
-        let written = page_sets::write(&mut message, request::UNUSED_DISCARD, id, None, &mut run);
+        let command = request::UNUSED_DISCARD;
+        let written = page_sets::write(&mut message, command, id, self.encodings, &mut run);
         let pages = written.ok()?;
 
         self.send(message, Some(range))?;

@@ -7,6 +7,7 @@ use crate::{
     bitmap::{
         Encoder,
         Encoding,
+        Encodings,
         Subject, //
     },
     rust::{
@@ -36,10 +37,10 @@ use kernel::{
 /// `EINVAL` if there is no such run, or none at all, `ENOSPC` if one does not fit.
 fn encode(
     payload: &mut [u64],
-    forced: Option<Encoding>,
+    allowed: Encodings,
     runs: &[(u64, u64)],
 ) -> Result<(PageSet, usize)> {
-    let mut encoder = Encoder::new(payload, forced).ok_or(ENOSPC)?;
+    let mut encoder = Encoder::new(payload, allowed).ok_or(ENOSPC)?;
 
     for &(first, len) in runs {
         let run = PfnRange::new(first, len).ok_or(EINVAL)?;
@@ -62,10 +63,10 @@ fn encode(
 /// Like [`encode`]. Returns the encoding, the page of bit 0, and the numbers of pages and words.
 fn outline(
     payload: &mut [u64],
-    forced: Option<Encoding>,
+    allowed: Encodings,
     runs: &[(u64, u64)],
 ) -> Result<(u8, u64, u64, usize)> {
-    let (header, words) = encode(payload, forced, runs)?;
+    let (header, words) = encode(payload, allowed, runs)?;
 
     Ok((
         header.encoding,
@@ -81,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_header_says_what_the_message_is_about() {
-        let header = encode(&mut [0; 2], None, &[(1, 1)]).map(|(header, _)| header);
+        let header = encode(&mut [0; 2], Encodings::ALL, &[(1, 1)]).map(|(header, _)| header);
 
         assert!(header.is_ok_and(|header| {
             u16::from_le(header.command) == INFLATE
@@ -96,7 +97,7 @@ mod tests {
         let mut payload = [u64::MAX; 4];
         let runs = [(1, 4095), (8192, 4096)];
 
-        assert_eq!(outline(&mut payload, None, &runs), Ok((RANGES, 0, 8191, 3)));
+        assert_eq!(outline(&mut payload, Encodings::ALL, &runs), Ok((RANGES, 0, 8191, 3)));
         assert_eq!(
             payload.map(u64::from_le),
             [1 << 12 | 4095, 8192 << 12, 4096, u64::MAX]
@@ -108,7 +109,7 @@ mod tests {
         let mut payload = [u64::MAX; 4];
         let runs = [(1000, 1), (1002, 1), (1063, 2), (1127, 1)];
 
-        assert_eq!(outline(&mut payload, None, &runs), Ok((BITMAP, 1000, 5, 2)));
+        assert_eq!(outline(&mut payload, Encodings::ALL, &runs), Ok((BITMAP, 1000, 5, 2)));
         assert_eq!(
             payload.map(u64::from_le),
             [1 | 1 << 2 | 1 << 63, 1 | 1 << 63, 0, 0]
@@ -120,19 +121,19 @@ mod tests {
         let mut payload = [0; 2];
 
         assert_eq!(
-            outline(&mut payload, None, &[(512, 512), (1024, 512), (1536, 1)]),
+            outline(&mut payload, Encodings::ALL, &[(512, 512), (1024, 512), (1536, 1)]),
             Ok((RANGES, 0, 1025, 1))
         );
         assert_eq!(u64::from_le(payload[0]), 512 << 12 | 1025);
     }
 
     #[test]
-    fn every_encoding_can_be_forced() {
+    fn a_message_has_an_allowed_encoding() {
         let lone = [(0, 1), (2, 1), (4, 1)];
 
         for encoding in Encoding::ALL {
             assert!(
-                outline(&mut [u64::MAX; 4], Some(encoding), &lone).is_ok_and(
+                outline(&mut [u64::MAX; 4], Encodings::only(encoding), &lone).is_ok_and(
                     |(number, _, count, _)| {
                         Encoding::from_number(number) == Some(encoding) && count == 3
                     }
@@ -140,11 +141,11 @@ mod tests {
             );
         }
         assert_eq!(
-            outline(&mut [0; 4], Some(Encoding::Ranges), &lone),
+            outline(&mut [0; 4], Encodings::only(Encoding::Ranges), &lone),
             Ok((RANGES, 0, 3, 3))
         );
         assert_eq!(
-            outline(&mut [0; 4], Some(Encoding::Bitmap), &[(9, 250)]),
+            outline(&mut [0; 4], Encodings::only(Encoding::Bitmap), &[(9, 250)]),
             Ok((BITMAP, 9, 250, 4))
         );
     }
@@ -153,11 +154,11 @@ mod tests {
     fn pages_that_do_not_fit_are_left() {
         let far = [(0, 1), (1 << 20, 1), (1 << 30, 1)];
 
-        assert_eq!(outline(&mut [0; 2], None, &far), Err(ENOSPC));
-        assert_eq!(outline(&mut [0; 3], None, &far), Ok((RANGES, 0, 3, 3)));
-        assert_eq!(outline(&mut [0; 1], None, &far), Err(ENOSPC));
+        assert_eq!(outline(&mut [0; 2], Encodings::ALL, &far), Err(ENOSPC));
+        assert_eq!(outline(&mut [0; 3], Encodings::ALL, &far), Ok((RANGES, 0, 3, 3)));
+        assert_eq!(outline(&mut [0; 1], Encodings::ALL, &far), Err(ENOSPC));
         // The part before the rest does, too.
-        assert_eq!(outline(&mut [0; 9], None, &[(8, 1), (7, 1)]), Err(ENOSPC));
+        assert_eq!(outline(&mut [0; 9], Encodings::ALL, &[(8, 1), (7, 1)]), Err(ENOSPC));
     }
 
     #[test]
@@ -166,12 +167,12 @@ mod tests {
         let mut payload = [0; 2];
 
         assert_eq!(
-            outline(&mut payload, None, &[(END - 1, 1)]),
+            outline(&mut payload, Encodings::ALL, &[(END - 1, 1)]),
             Ok((RANGES, 0, 1, 1))
         );
         assert_eq!(u64::from_le(payload[0]), (END - 1) << 12 | 1);
         assert_eq!(
-            outline(&mut payload, None, &[(0, END)]),
+            outline(&mut payload, Encodings::ALL, &[(0, END)]),
             Ok((RANGES, 0, END, 2))
         );
         assert_eq!(PfnRange::new(END - 1, 2), None);

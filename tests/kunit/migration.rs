@@ -8,7 +8,10 @@ use crate::{
         migration::PendingMigrations,
         state::Balloon, //
     },
-    bitmap::Encoding,
+    bitmap::{
+        Encoding,
+        Encodings, //
+    },
     messages::{
         message::MIGRATIONS_PER_MESSAGE,
         negotiated::Negotiated,
@@ -187,13 +190,14 @@ mod tests {
             pages.push((n * STEP) as u64, GFP_KERNEL)?;
         }
 
-        for forced in Iterator::chain([None].into_iter(), Encoding::ALL.map(Some)) {
+        let alone = Encoding::ALL.map(Encodings::only);
+        for allowed in Iterator::chain([Encodings::ALL].into_iter(), alone) {
             let mut message = KVec::with_capacity(page_sets::WORDS_PER_MESSAGE, GFP_KERNEL)?;
             let mut migrations = Sorted(&pages);
 
-            let named =
-                page_sets::write(&mut message, page_set::INFLATE, 0, forced, &mut migrations);
-            assert_eq!(named, Ok(MIGRATIONS_PER_MESSAGE as u64));
+            let listed =
+                page_sets::write(&mut message, page_set::INFLATE, 0, allowed, &mut migrations);
+            assert_eq!(listed, Ok(MIGRATIONS_PER_MESSAGE as u64));
         }
         Ok(())
     }

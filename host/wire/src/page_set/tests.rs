@@ -6,7 +6,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::{Command, Encoding, Error, HEADER_SIZE, Header, MAX_SIZE, PageSet, WORD};
-use crate::bitmap::{self, Encoder, Subject};
+use crate::bitmap::{self, Encoder, Encodings, Subject};
 use crate::pfn_range::PfnRange;
 
 /// The end of the page frame numbers of 4 KiB pages.
@@ -15,9 +15,11 @@ const END: u64 = 1 << 52;
 /// How many words of payload the longest message has.
 const MAX_WORDS: usize = (MAX_SIZE - HEADER_SIZE) / WORD;
 
-/// Every value of the encoding parameter.
-fn choices() -> impl Iterator<Item = Option<bitmap::Encoding>> {
-    [None].into_iter().chain(bitmap::Encoding::ALL.map(Some))
+/// All encodings, and each alone.
+fn choices() -> impl Iterator<Item = Encodings> {
+    [Encodings::ALL]
+        .into_iter()
+        .chain(bitmap::Encoding::ALL.map(Encodings::only))
 }
 
 const INFLATE: Subject = Subject {
@@ -44,11 +46,7 @@ fn message(header: &Header, payload: &[u64]) -> Vec<u8> {
 
 /// Encodes runs (first page frame number, length) in buffers with these numbers of words,
 /// repeatedly.
-fn encode(
-    runs: &[(u64, u64)],
-    buffers: &[usize],
-    forced: Option<bitmap::Encoding>,
-) -> Vec<Vec<u8>> {
+fn encode(runs: &[(u64, u64)], buffers: &[usize], allowed: Encodings) -> Vec<Vec<u8>> {
     let mut messages = Vec::new();
     let mut buffers = buffers.iter().cycle();
     let mut runs = runs
@@ -58,7 +56,7 @@ fn encode(
     while waiting.is_some() {
         // The old content of a buffer must not matter.
         let mut payload = vec![0xa5a5_a5a5_a5a5_a5a5; *buffers.next().expect("a buffer")];
-        let mut encoder = Encoder::new(&mut payload, forced).expect("room for two words");
+        let mut encoder = Encoder::new(&mut payload, allowed).expect("room for two words");
         while let Some(run) = waiting {
             let rest = encoder.push(run);
             // The rest is the end of the run.
@@ -115,27 +113,22 @@ fn size(runs: &[(u64, u64)], encoding: bitmap::Encoding) -> usize {
 }
 
 /// The shortest encoding of the same, and ranges where others are equally short.
-fn shortest(runs: &[(u64, u64)]) -> bitmap::Encoding {
-    let mut all = bitmap::Encoding::ALL.into_iter();
-    let ranges = all.next().expect("the first encoding");
-    assert_eq!(ranges, bitmap::Encoding::Ranges);
-    all.fold(ranges, |shortest, this| {
-        if size(runs, this) < size(runs, shortest) {
-            this
-        } else {
-            shortest
-        }
-    })
+fn shortest(runs: &[(u64, u64)], allowed: Encodings) -> bitmap::Encoding {
+    assert_eq!(bitmap::Encoding::ALL[0], bitmap::Encoding::Ranges);
+    let mut encodings = bitmap::Encoding::ALL.to_vec();
+    encodings.retain(|&encoding| allowed.contains(encoding));
+    encodings.sort_by_key(|&encoding| size(runs, encoding));
+    encodings[0]
 }
 
-/// Whether a run may be cut, since the encoding is forced and has no room for it.
-fn may_cut(forced: Option<bitmap::Encoding>) -> bool {
-    !matches!(forced, None | Some(bitmap::Encoding::Ranges))
+/// Whether a run may be cut, since no allowed encoding has room for it.
+fn may_cut(allowed: Encodings) -> bool {
+    !allowed.contains(bitmap::Encoding::Ranges)
 }
 
 /// Encodes `runs`, decodes the messages, and checks all of their guarantees.
-fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding>) {
-    let messages = encode(runs, buffers, forced);
+fn check(runs: &[(u64, u64)], buffers: &[usize], allowed: Encodings) {
+    let messages = encode(runs, buffers, allowed);
     let mut decoded = Vec::new();
     let (mut in_ranges, mut payload, mut split) = (0, 0, 0);
 
@@ -146,7 +139,7 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
         let words = (message.len() - HEADER_SIZE) / WORD;
         let room = buffers[number % buffers.len()];
         let ranges = size(&its_runs, bitmap::Encoding::Ranges);
-        let encoding = forced.unwrap_or_else(|| shortest(&its_runs));
+        let encoding = shortest(&its_runs, allowed);
 
         assert_eq!(set.command, Command::Inflate);
         assert_eq!((set.page_shift, set.request_id), (12, 0));
@@ -158,7 +151,7 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
         assert_eq!(words, size(&its_runs, encoding));
         // Each buffer is at least half full.
         assert!(
-            forced.is_some() || last || ranges >= room / 2 - 1,
+            may_cut(allowed) || last || ranges >= room / 2 - 1,
             "{ranges} {room}"
         );
         in_ranges += ranges;
@@ -173,9 +166,10 @@ fn check(runs: &[(u64, u64)], buffers: &[usize], forced: Option<bitmap::Encoding
 
     let expected = joined(runs.iter().copied());
     assert_eq!(joined(decoded), expected);
-    assert!(split == 0 || may_cut(forced));
-    if forced.is_none() {
-        assert!(payload <= size(&expected, shortest(&expected)) + messages.len());
+    assert!(split == 0 || may_cut(allowed));
+    if !may_cut(allowed) {
+        let least = size(&expected, shortest(&expected, allowed));
+        assert!(payload <= least + messages.len());
         let ranges = size(&expected, bitmap::Encoding::Ranges);
         assert!(in_ranges <= ranges + messages.len());
     }
@@ -220,10 +214,10 @@ proptest! {
 
     #[test]
     fn what_is_decoded_is_what_was_encoded(runs in run_lists(), buffers in buffer_lists()) {
-        for forced in choices() {
+        for allowed in choices() {
             // A bitmap of terabytes is too large for a test.
-            if !may_cut(forced) || runs.iter().all(|run| run.1 < 5000) {
-                check(&runs, &buffers, forced);
+            if !may_cut(allowed) || runs.iter().all(|run| run.1 < 5000) {
+                check(&runs, &buffers, allowed);
             }
         }
     }
@@ -234,7 +228,7 @@ proptest! {
         buffers in buffer_lists(),
     ) {
         let mut decoded = Vec::new();
-        for message in encode(&runs, &buffers, None) {
+        for message in encode(&runs, &buffers, Encodings::ALL) {
             decoded.extend(runs_of(&PageSet::parse(&message).expect("a message that is right")));
         }
         prop_assert_eq!(joined(decoded), joined(runs));
@@ -269,7 +263,7 @@ proptest! {
         changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in prop_oneof![Just(0), 0..20usize],
     ) {
-        for mut message in encode(&runs, &buffers, None).into_iter().take(3) {
+        for mut message in encode(&runs, &buffers, Encodings::ALL).into_iter().take(3) {
             for (place, byte) in &changes {
                 *place.get_mut(message.as_mut_slice()) = *byte;
             }
@@ -341,9 +335,9 @@ fn check_every_set(bits: u32, step: u64, base: u64, buffer: usize) {
             .filter(|bit| (set >> bit) & 1 == 1)
             .map(|bit| (base + bit * step, 1))
             .collect();
-        for forced in choices() {
-            check(&joined(pages.iter().copied()), &[buffer], forced);
-            check(&pages, &[buffer], forced);
+        for allowed in choices() {
+            check(&joined(pages.iter().copied()), &[buffer], allowed);
+            check(&pages, &[buffer], allowed);
         }
     }
 }
@@ -370,9 +364,9 @@ fn every_two_runs_around_the_ends_of_words_go_through_every_small_buffer() {
             for (k, c) in ends.iter().enumerate().skip(m) {
                 for d in ends.iter().skip(k + 1) {
                     for base in [0, 5, END - 193] {
-                        for forced in choices() {
-                            check(&[(base + a, b - a), (base + c, d - c)], &[2], forced);
-                            check(&[(base + a, b - a), (base + c, d - c)], &[3], forced);
+                        for allowed in choices() {
+                            check(&[(base + a, b - a), (base + c, d - c)], &[2], allowed);
+                            check(&[(base + a, b - a), (base + c, d - c)], &[3], allowed);
                         }
                     }
                 }
@@ -395,27 +389,30 @@ fn runs_have_names_up_to_the_end_and_not_beyond() {
     ] {
         assert_eq!(PfnRange::new(first, len), None);
     }
-    for forced in [None, Some(bitmap::Encoding::Ranges)] {
-        check(&[(0, END)], &[2], forced);
+    for allowed in [
+        Encodings::ALL,
+        Encodings::only(bitmap::Encoding::Ranges),
+    ] {
+        check(&[(0, END)], &[2], allowed);
         check(
             &[(0, 1), (END / 2, 4095), (END - 4097, 4096), (END - 1, 1)],
             &[2, 3],
-            forced,
+            allowed,
         );
     }
     check(
         &[(END - 4000, 3000), (END - 1, 1)],
         &[2, 9],
-        Some(bitmap::Encoding::Bitmap),
+        Encodings::only(bitmap::Encoding::Bitmap),
     );
 }
 
 #[test]
 fn a_range_takes_a_second_word_from_4096_pages_on() {
     for (len, words) in [(4095, 1), (4096, 2), (4097, 2), (8192, 2)] {
-        let messages = encode(&[(7, len)], &[9], None);
+        let messages = encode(&[(7, len)], &[9], Encodings::ALL);
         assert_eq!(messages[0].len(), HEADER_SIZE + words * WORD);
-        check(&[(7, 4095), (4102, len - 4094)], &[2], None);
+        check(&[(7, 4095), (4102, len - 4094)], &[2], Encodings::ALL);
     }
 }
 
@@ -424,7 +421,7 @@ fn lone_pages_take_one_bit_for_each_page_of_memory_and_little_more() {
     let runs: Vec<_> = (0..1 << 19).map(|page| (page * 2, 1)).collect();
     let span = runs.len() * 2;
     for (words, part) in [(508, 0.0085), (MAX_WORDS, 0.001)] {
-        let bytes: usize = encode(&runs, &[words], None).iter().map(Vec::len).sum();
+        let bytes: usize = encode(&runs, &[words], Encodings::ALL).iter().map(Vec::len).sum();
         let least = span / 8;
         // Numbers as small as these lose no precision.
         #[allow(clippy::cast_precision_loss)]
@@ -442,20 +439,30 @@ fn the_encoder_has_the_encodings_of_the_decoder() {
 
 #[test]
 fn a_buffer_has_room_for_two_words_at_least() {
-    for forced in choices() {
-        assert!(Encoder::new(&mut [], forced).is_none());
-        assert!(Encoder::new(&mut [0], forced).is_none());
+    for allowed in choices() {
+        assert!(Encoder::new(&mut [], allowed).is_none());
+        assert!(Encoder::new(&mut [0], allowed).is_none());
         assert!(
-            Encoder::new(&mut [0, 0], forced)
+            Encoder::new(&mut [0, 0], allowed)
                 .is_some_and(|encoder| encoder.finish(INFLATE).is_none())
         );
     }
 }
 
 #[test]
+fn without_an_allowed_encoding_messages_are_ranges() {
+    let none = Encodings::ALL.filter(|_| false);
+    let runs = [(0, 1), (2, 1), (4, 1)];
+    assert_eq!(
+        encode(&runs, &[9], none),
+        encode(&runs, &[9], Encodings::only(bitmap::Encoding::Ranges))
+    );
+}
+
+#[test]
 fn no_message_is_longer_than_a_device_takes() {
     let runs: Vec<_> = (0..10_000).map(|run| (run * 100, 1)).collect();
-    let messages = encode(&runs, &[20_000], Some(bitmap::Encoding::Ranges));
+    let messages = encode(&runs, &[20_000], Encodings::only(bitmap::Encoding::Ranges));
     assert_eq!(messages[0].len(), MAX_SIZE);
     assert_eq!(messages.len(), 2);
 }
@@ -483,7 +490,7 @@ fn the_format_is_the_documented_one() {
     assert!(set.more);
     let runs: Vec<_> = [1, 3, 5].map(|page| (page, 1)).to_vec();
     assert_eq!(
-        encode(&runs, &[5], None),
+        encode(&runs, &[5], Encodings::ALL),
         [raw([1, 0, 12, 2, 0, 0, 0, 0], 0, 1, 3, &[0b10101])]
     );
     let answer = raw(
