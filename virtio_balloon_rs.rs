@@ -104,7 +104,7 @@ module_virtio_driver! {
         },
         encoding: u8 {
             default: 0,
-            description: "Encoding of messages, for measurements: 0 shortest, 1 ranges, 2 bitmaps, 3 page frame numbers",
+            description: "Encoding of messages, for measurements: 0 shortest, 1 ranges, 2 bitmaps, 255 page frame numbers",
         },
         memory_blocks: bool {
             default: true,

@@ -50,7 +50,7 @@ impl Parameters {
         floor_mib: i32,
     ) -> Result<Self> {
         let wire_format = WireFormat::from_parameter(encoding).ok_or_else(|| {
-            pr_err!("encoding={encoding}: give a number from 0 to {LAST}\n");
+            pr_err!("encoding={encoding}: give 0, the number of an encoding, or {PFNS}\n");
             EINVAL
         })?;
         let floor = Floor::new(floor_mib).ok_or_else(|| {
@@ -76,22 +76,14 @@ pub(crate) enum WireFormat {
     Pfns,
 }
 
-/// The values of the module parameter `encoding` that are not numbers of an encoding.
+/// The values of the module parameter `encoding` that are not the number of an encoding.
 const SHORTEST: u8 = 0;
-const PFNS: u8 = 3;
+const PFNS: u8 = u8::MAX;
 
-/// The largest of all values.
-const LAST: u8 = Encoding::ALL.len() as u8 + 1;
-
-// No two formats have the same value.
-const _: () = {
-    let mut value = 0;
-
-    while value <= LAST {
-        assert!(WireFormat::from_parameter(value).is_some());
-        value += 1;
-    }
-};
+const _: () = assert!(
+    Encoding::from_number(SHORTEST).is_none() && Encoding::from_number(PFNS).is_none(),
+    "the value has two meanings"
+);
 
 impl WireFormat {
     /// Returns the format for a value of the module parameter `encoding`.

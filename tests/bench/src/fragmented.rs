@@ -30,7 +30,7 @@ const FEWER_RUNS: usize = 2;
 const ENCODINGS: &[(&str, &str)] = &[
     ("encoding=1", "ranges only"),
     ("encoding=2", "bitmaps only"),
-    ("encoding=3", "PFNs only"),
+    ("encoding=255", "PFNs only"),
 ];
 
 fn run(bench: &Bench<'_>) -> Result<()> {

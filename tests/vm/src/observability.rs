@@ -116,7 +116,10 @@ fn check_request(guest: &Guest) -> Result<()> {
 /// Checks that the module does not load with parameters that have no legal value, and says why.
 fn check_refused(setup: &Setup, guest: &Guest) -> Result<()> {
     for (parameter, line) in [
-        ("encoding=4", "encoding=4: give a number from 0 to 3"),
+        (
+            "encoding=3",
+            "encoding=3: give 0, the number of an encoding, or 255",
+        ),
         ("floor_mib=-2", "floor_mib=-2: give a number of MiB, or -1"),
     ] {
         let mark = guest.console().mark()?;
