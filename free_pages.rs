@@ -41,7 +41,7 @@ pub(crate) struct Walk {
     /// The blocks that were found under one hold of a lock. Never grows beyond its capacity.
     found: KVec<PfnRange>,
     /// How many of these blocks were reported, and how many pages of the next one.
-    named: usize,
+    reported: usize,
     pages: u64,
     /// The zone of these blocks.
     found_in: usize,
@@ -61,7 +61,7 @@ impl Walk {
             zone: 0,
             next: 0,
             found: KVec::with_capacity(blocks, GFP_KERNEL)?,
-            named: 0,
+            reported: 0,
             pages: 0,
             found_in: 0,
         })
@@ -69,7 +69,7 @@ impl Walk {
 
     /// Scans for more under one hold of a zone's lock. Returns the cost, or none at the end of the
     /// walk.
-    fn look(&mut self) -> Option<Scan> {
+    fn scan(&mut self) -> Option<Scan> {
         // No block is larger than the largest.
         let range = self.range.filter(|_| self.min_order <= MAX_ORDER)?;
         if self.zone == 0 && self.next == 0 {
@@ -89,7 +89,7 @@ impl Walk {
         let first = (there.first() >> MAX_ORDER) << MAX_ORDER;
         self.next = self.next.max(first);
         self.found.clear();
-        self.named = 0;
+        self.reported = 0;
         self.found_in = self.zone;
 
         let scan = zone.find_free(&mut self.next, there.end(), self.min_order, &mut self.found);
@@ -102,9 +102,9 @@ impl Walk {
 
     /// Discards unreported blocks, and continues in a zone, at the first possible start of a block
     /// from the page `pfn` on.
-    pub(crate) fn go_on_at(&mut self, zone: usize, pfn: u64) {
+    pub(crate) fn resume_at(&mut self, zone: usize, pfn: u64) {
         self.found.clear();
-        self.named = 0;
+        self.reported = 0;
         self.pages = 0;
         self.zone = zone;
         self.next = pfn.div_ceil(1 << self.min_order) << self.min_order;
@@ -112,14 +112,14 @@ impl Walk {
 
     /// Returns the next run of the found blocks.
     fn first(&mut self) -> Option<PfnRange> {
-        while let Some(block) = self.found.get(self.named) {
+        while let Some(block) = self.found.get(self.reported) {
             let rest = PfnRange::between(block.first() + self.pages, block.end());
 
             if let Some(run) = rest.and_then(|rest| rest.intersection(self.range?)) {
                 self.pages = run.first() - block.first();
                 return Some(run);
             }
-            self.named += 1;
+            self.reported += 1;
             self.pages = 0;
         }
 
@@ -150,7 +150,7 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
 
     /// Takes the next run, merged with adjacent runs of the same zone, up to `max` pages. Returns
     /// the zone with it.
-    pub(crate) fn side_by_side(&mut self, max: u64) -> Option<(usize, PfnRange)> {
+    pub(crate) fn next_adjacent(&mut self, max: u64) -> Option<(usize, PfnRange)> {
         let first = self.first()?.first();
         let zone = self.walk.found_in;
         let mut len = 0;
@@ -185,7 +185,7 @@ impl<F: FnMut(Scan)> Runs for Unused<'_, F> {
             }
 
             self.holds -= 1;
-            match self.walk.look() {
+            match self.walk.scan() {
                 Some(scan) => (self.held)(scan),
                 None => self.over = true,
             }

@@ -167,15 +167,15 @@ pub(crate) struct Draft {
 impl Draft {
     /// Writes a message about the first pages in `batch`, as many as it has room for.
     pub(crate) fn write(mut self, batch: &mut Batch) -> Written {
-        let mut named = Described {
+        let mut described = Described {
             batch,
             pages: PageList::new(),
         };
-        let result = self.message.write(self.command, &mut named);
+        let result = self.message.write(self.command, &mut described);
 
         Written {
             message: self.message,
-            pages: named.pages,
+            pages: described.pages,
             result,
         }
     }

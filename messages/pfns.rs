@@ -35,19 +35,19 @@ pub(crate) const PFNS_PER_MESSAGE: usize = 256;
 pub(crate) fn write(array: &mut KVec<u32>, order: ByteOrder, runs: &mut impl Runs) -> Result {
     while let Some(run) = runs.first() {
         let room = PFNS_PER_MESSAGE.saturating_sub(array.len()) / BALLOON_PAGES_PER_PAGE;
-        let named = run.len().min(room as u64);
-        if named == 0 {
+        let pages = run.len().min(room as u64);
+        if pages == 0 {
             break;
         }
 
-        for pfn in run.first()..run.first() + named {
+        for pfn in run.first()..run.first() + pages {
             for balloon_pfn in balloon_pfns(pfn)? {
                 array
                     .push_within_capacity(order.to_device32(balloon_pfn))
                     .map_err(|_| ENOSPC)?;
             }
         }
-        runs.advance(named);
+        runs.advance(pages);
     }
 
     Ok(())

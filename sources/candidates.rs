@@ -54,7 +54,7 @@ fn bits(number: u64) -> u32 {
 }
 
 impl Candidates {
-    /// Begins to look for blocks below the page frame number `end` (of a kernel page).
+    /// Begins to search for blocks below the page frame number `end` (of a kernel page).
     ///
     /// # Errors
     ///
@@ -76,7 +76,7 @@ impl Candidates {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn look(&mut self, holds: usize) -> Result<bool> {
+    pub(crate) fn search(&mut self, holds: usize) -> Result<bool> {
         let Some(walk) = &mut self.walk else {
             return Ok(false);
         };

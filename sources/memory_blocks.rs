@@ -272,7 +272,7 @@ impl Offliner {
             none => none.insert(Candidates::new(self.end)?),
         };
 
-        match candidates.look(HOLDS_PER_RUN)? {
+        match candidates.search(HOLDS_PER_RUN)? {
             true => Ok(None),
             false => candidates.pop().map(Some).ok_or(ENOENT),
         }

@@ -11,8 +11,8 @@ use crate::device::timeouts;
 ///
 /// Points in time are milliseconds on a clock that does not go back.
 pub(crate) struct Liveness {
-    /// When the driver last looked for used buffers.
-    looked: Option<i64>,
+    /// When the driver last checked for used buffers.
+    checked: Option<i64>,
     /// When the driver last found used buffers.
     found: Option<i64>,
     /// When the device has last shown that it responds.
@@ -23,7 +23,7 @@ impl Liveness {
     /// Returns the state before any response.
     pub(crate) const fn new() -> Self {
         Self {
-            looked: None,
+            checked: None,
             found: None,
             alive: None,
         }
@@ -41,11 +41,11 @@ impl Liveness {
         let is_recent = |at: Option<i64>| at.is_some_and(|at| now.saturating_sub(at) < recent);
 
         let found = if has_used { Some(now) } else { self.found };
-        if just_used && is_recent(found) || has_used && is_recent(self.looked) {
+        if just_used && is_recent(found) || has_used && is_recent(self.checked) {
             self.alive = Some(now);
         }
         self.found = found;
-        self.looked = Some(now);
+        self.checked = Some(now);
         is_recent(self.alive)
     }
 }

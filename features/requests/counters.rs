@@ -22,16 +22,16 @@ use kernel::{
 pub(super) struct Counters {
     /// Memory in answers, in bytes.
     #[pin]
-    pub(super) named: debugfs::File<Atomic<u64>>,
+    pub(super) listed: debugfs::File<Atomic<u64>>,
     /// The part of it in memory blocks, in bytes.
     #[pin]
     pub(super) blocks: debugfs::File<Atomic<u64>>,
     /// The longest time for which a zone's lock was held, in nanoseconds.
     #[pin]
-    pub(super) longest_hold: debugfs::File<Atomic<u64>>,
+    pub(super) max_hold: debugfs::File<Atomic<u64>>,
     /// The most PFNs that were scanned under one hold.
     #[pin]
-    pub(super) most_pfns: debugfs::File<Atomic<u64>>,
+    pub(super) max_pfns: debugfs::File<Atomic<u64>>,
     /// The requests that are open.
     #[pin]
     pub(super) open: debugfs::File<Atomic<u64>>,
@@ -45,23 +45,23 @@ pub(super) struct Counters {
 impl Counters {
     pub(super) fn new(dir: &debugfs::Dir) -> impl PinInit<Self> + use<'_> {
         pin_init!(Self {
-            named <- dir.file(c"unused_named_bytes", Atomic::new(0)),
+            listed <- dir.file(c"unused_listed_bytes", Atomic::new(0)),
             blocks <- dir.file(c"unused_block_bytes", Atomic::new(0)),
-            longest_hold <- dir.file(c"unused_longest_hold_ns", Atomic::new(0)),
-            most_pfns <- dir.file(c"unused_most_places_per_hold", Atomic::new(0)),
+            max_hold <- dir.file(c"unused_max_hold_ns", Atomic::new(0)),
+            max_pfns <- dir.file(c"unused_max_pfns_per_hold", Atomic::new(0)),
             open <- dir.file(c"requests_open", Atomic::new(0)),
             completed <- dir.file(c"requests_completed", Atomic::new(0)),
             refused <- dir.file(c"requests_refused", Atomic::new(0)),
         })
     }
 
-    pub(super) fn held(&self, scan: Scan) {
+    pub(super) fn record_scan(&self, scan: Scan) {
         let time = u64::try_from(scan.time.as_nanos()).unwrap_or(0);
 
         // There is one task.
-        self.longest_hold
-            .store(self.longest_hold.load(Relaxed).max(time), Relaxed);
-        self.most_pfns
-            .store(self.most_pfns.load(Relaxed).max(scan.pfns as u64), Relaxed);
+        self.max_hold
+            .store(self.max_hold.load(Relaxed).max(time), Relaxed);
+        self.max_pfns
+            .store(self.max_pfns.load(Relaxed).max(scan.pfns as u64), Relaxed);
     }
 }

@@ -217,8 +217,8 @@ impl Inner {
     }
 
     /// Records a sent message with `pages` kernel pages.
-    pub(super) fn named(&self, id: u64, pages: u64, counters: &Counters) {
-        counters.named.add(pages << PAGE_SHIFT, Relaxed);
+    pub(super) fn record_sent(&self, id: u64, pages: u64, counters: &Counters) {
+        counters.listed.add(pages << PAGE_SHIFT, Relaxed);
         trace::answer(self.queue.device(), id, pages as usize, 0);
     }
 

@@ -8,7 +8,7 @@
 //! So no request waits for a long answer, and a cancel takes effect at once.
 //!
 //! The costs of requests for the guest are bounded: the memory for answers (`MAX_OPEN` and
-//! `MAX_MESSAGES` in `queue.rs`), the pages that are isolated at a time (`CLAIM_PAGES` in
+//! `MAX_MESSAGES` in `queue.rs`), the pages that are isolated at a time (`RANGE_PAGES` in
 //! `work.rs`), and the CPU time ([`Budget`](crate::features::budget::Budget)).
 //!
 //! [`free_pages`](crate::free_pages) and docs/protocol.md, section 5, define the meaning of an
@@ -127,7 +127,7 @@ impl HostRequests {
             Work::Skip(walk) => inner.skip(open.id, walk, counters),
             Work::Discard(discard) => match &mut discard.blocks {
                 Some(blocks) => {
-                    let step = inner.discard_block(open.id, blocks, &mut discard.named, counters);
+                    let step = inner.discard_block(open.id, blocks, &mut discard.listed, counters);
 
                     if step == Some(None) {
                         discard.blocks = None;

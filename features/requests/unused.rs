@@ -57,7 +57,7 @@ impl Inner {
         counters: &Counters,
     ) -> Option<Option<u8>> {
         let mut message = self.message()?;
-        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.held(scan));
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.record_scan(scan));
 
         if unused.first().is_some() {
             let command = request::UNUSED_SKIP;
@@ -67,7 +67,7 @@ impl Inner {
             let over = unused.is_over();
             let pages = written.ok()?;
             self.send(message, None)?;
-            self.named(id, pages, counters);
+            self.record_sent(id, pages, counters);
             Some(over.then_some(request::COMPLETE))
         } else {
             let over = unused.is_over();
@@ -97,16 +97,16 @@ impl Inner {
             return (self.ranges == 0).then_some(Some(request::ABORTED));
         }
         let mut message = self.message()?;
-        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.held(scan));
+        let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.record_scan(scan));
 
         // Adjacent blocks are allocated together, since each allocation is expensive.
-        let found = unused.side_by_side(spare);
+        let found = unused.next_adjacent(spare);
         let over = found.is_none() && unused.is_over();
         if let Some((zone, run)) = found {
             let block = MemoryBlock::of(run.first(), MemoryBlock::pages());
 
-            if let Some(block) = block.filter(|block| discard.named.contains(block)) {
-                walk.go_on_at(zone, block.pfns().end());
+            if let Some(block) = block.filter(|block| discard.listed.contains(block)) {
+                walk.resume_at(zone, block.pfns().end());
                 self.spare.get_or_insert(message);
                 return Some(None);
             }
@@ -117,7 +117,7 @@ impl Inner {
         // Pages that are in use after all, or cannot be isolated, are skipped. The walk scans the
         // following pages again.
         if let Some((zone, run)) = found.filter(|(_, run)| allocated < run.len()) {
-            walk.go_on_at(zone, run.first() + allocated.max(1));
+            walk.resume_at(zone, run.first() + allocated.max(1));
         }
         let mut run = found.and_then(|(_, run)| PfnRange::new(run.first(), allocated));
 
@@ -129,7 +129,7 @@ impl Inner {
 
                 let pages = written.ok()?;
                 self.send(message, Some(range))?;
-                self.named(id, pages, counters);
+                self.record_sent(id, pages, counters);
             }
             None => {
                 self.spare.get_or_insert(message);
@@ -145,7 +145,7 @@ impl Inner {
         &mut self,
         id: u64,
         blocks: &mut Blocks,
-        named: &mut KVec<MemoryBlock>,
+        listed: &mut KVec<MemoryBlock>,
         counters: &Counters,
     ) -> Option<Option<u64>> {
         let offliner = &blocks.offliner;
@@ -169,11 +169,11 @@ impl Inner {
         let pages = written.ok()?;
 
         self.send(message, Some(range))?;
-        self.named(id, pages, counters);
+        self.record_sent(id, pages, counters);
         counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
         if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {
             // Otherwise it would be listed again.
-            let _ = named.push(block, GFP_KERNEL);
+            let _ = listed.push(block, GFP_KERNEL);
         }
         Some(Some(pages))
     }

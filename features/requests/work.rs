@@ -37,12 +37,12 @@ use kernel::{
 
 /// How many kernel pages one message may own, unless a pageblock is larger, and how many such
 /// messages may be in flight: 64 MiB, four times.
-const CLAIM_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
+const RANGE_PAGES: u64 = 1 << (26 - PAGE_SHIFT);
 pub(super) const MAX_RANGES: usize = 4;
 
 /// The first of these if the kernel zeroes allocated memory, so that the host needs hardly any more
 /// memory meanwhile: 4 MiB.
-const ZEROED_CLAIM_PAGES: u64 = 1 << (22 - PAGE_SHIFT);
+const ZEROED_RANGE_PAGES: u64 = 1 << (22 - PAGE_SHIFT);
 
 /// An open request.
 pub(super) struct Open {
@@ -77,7 +77,7 @@ pub(super) struct Discard {
     pub(super) blocks: Option<Blocks>,
     /// The walk's memory comes next, except for these blocks.
     pub(super) walk: Walk,
-    pub(super) named: KVec<MemoryBlock>,
+    pub(super) listed: KVec<MemoryBlock>,
 }
 
 /// The memory blocks of a request.
@@ -123,7 +123,7 @@ impl Work {
                             is_begun: false,
                         }),
                     walk,
-                    named: KVec::new(),
+                    listed: KVec::new(),
                 }),
                 Err(_) => Work::Complete(request::ABORTED),
             },
@@ -147,8 +147,8 @@ impl Work {
 /// Returns how many kernel pages one message may own.
 pub(super) fn range_pages() -> u64 {
     let pages = match memory::is_zeroed_on_allocation() {
-        true => ZEROED_CLAIM_PAGES,
-        false => CLAIM_PAGES,
+        true => ZEROED_RANGE_PAGES,
+        false => RANGE_PAGES,
     };
 
     pages.max(1 << pageblock_order())

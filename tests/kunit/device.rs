@@ -122,7 +122,7 @@ fn reaches(device: &FakeDevice, size: u32) -> Result {
 /// # Errors
 ///
 /// `EINVAL` if it is a page set that is invalid on this queue.
-fn names(device: &FakeDevice, queue: usize, request: &Request) -> Result<KVec<u32>> {
+fn listed_pfns(device: &FakeDevice, queue: usize, request: &Request) -> Result<KVec<u32>> {
     if device.has_feature(F_PAGE_SETS) {
         page_set(queue, request)
     } else {
@@ -197,7 +197,7 @@ pub(super) fn serve(device: &FakeDevice, queue: usize, pfns: &mut KVec<u32>) -> 
     let mut served = false;
 
     while let Some(request) = device.next(queue)? {
-        pfns.extend_from_slice(&names(device, queue, &request)?, GFP_KERNEL)?;
+        pfns.extend_from_slice(&listed_pfns(device, queue, &request)?, GFP_KERNEL)?;
         device.answer(queue, &request, 0)?;
         served = true;
     }
@@ -333,8 +333,8 @@ fn deflate_unanswered(features: &[Feature], pages: u32, messages: usize) -> Resu
     }
 
     for request in &requests {
-        let told = names(&host.device, DEFLATE, request)?;
-        host.deflated.extend_from_slice(&told, GFP_KERNEL)?;
+        let pfns = listed_pfns(&host.device, DEFLATE, request)?;
+        host.deflated.extend_from_slice(&pfns, GFP_KERNEL)?;
         host.device.answer(DEFLATE, request, 0)?;
     }
 
@@ -435,9 +435,9 @@ fn moved(features: &[Feature]) -> Result {
             return Err(EINVAL);
         }
 
-        let told = names(&host.device, INFLATE, &request)?;
-        pages += told.len() / BALLOON_PAGES_PER_PAGE;
-        host.inflated.extend_from_slice(&told, GFP_KERNEL)?;
+        let pfns = listed_pfns(&host.device, INFLATE, &request)?;
+        pages += pfns.len() / BALLOON_PAGES_PER_PAGE;
+        host.inflated.extend_from_slice(&pfns, GFP_KERNEL)?;
         host.device.answer(INFLATE, &request, 0)?;
         host.device.interrupt(INFLATE)?;
         eventually(|| {
@@ -771,7 +771,7 @@ mod tests {
     }
 
     #[test]
-    fn two_devices_work_side_by_side() {
+    fn two_devices_work_at_once() {
         let hosts = (
             Host::new(&[Feature::VERSION_1]),
             Host::new(&[Feature::VERSION_1]),

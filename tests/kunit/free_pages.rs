@@ -221,10 +221,10 @@ mod tests {
         assert!(over.is_ok());
         let Ok(over) = over else { return };
         for _ in 0..OTHERS {
-            let tell = over.clone();
+            let counter = over.clone();
             let spawned = workqueue::system_unbound().try_spawn(GFP_KERNEL, move || {
                 drain();
-                tell.fetch_add(1, Release);
+                counter.fetch_add(1, Release);
             });
             assert!(spawned.is_ok());
         }

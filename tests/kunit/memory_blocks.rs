@@ -155,7 +155,7 @@ fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
     let mut candidates = Candidates::new(end)?;
     let (mut found, mut looks) = (KVec::new(), 1);
 
-    while candidates.look(holds)? {
+    while candidates.search(holds)? {
         looks += 1;
     }
     while let Some(block) = candidates.pop() {

@@ -111,11 +111,11 @@ mod tests {
 
     #[test]
     fn a_kernel_page_has_consecutive_numbers() {
-        let names = balloon_pfns(7);
+        let pfns = balloon_pfns(7);
         let first = 7 * BALLOON_PAGES_PER_PAGE as u32;
 
         assert_eq!(
-            names,
+            pfns,
             Ok(first..=first + (BALLOON_PAGES_PER_PAGE as u32 - 1))
         );
     }
@@ -134,7 +134,7 @@ mod tests {
     fn memory_beyond_16_tib_has_no_number() {
         let last = (1u64 << 32) / BALLOON_PAGES_PER_PAGE as u64 - 1;
 
-        assert!(balloon_pfns(last).is_ok_and(|names| *names.end() == u32::MAX));
+        assert!(balloon_pfns(last).is_ok_and(|pfns| *pfns.end() == u32::MAX));
         assert!(balloon_pfns(last + 1).is_err());
         assert!(balloon_pfns(1 << 52).is_err());
         assert!(balloon_pfns(u64::MAX).is_err());

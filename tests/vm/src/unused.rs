@@ -76,7 +76,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// How many PFNs the driver scans under one hold of a zone's lock.
-const PLACES_PER_HOLD: u64 = 1024;
+const PFNS_PER_HOLD: u64 = 1024;
 
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -260,17 +260,17 @@ fn bounded(setup: &Setup) -> Result<()> {
                 guest.insmod(setup.driver, &[])?;
                 let free = guest.free()?;
                 let (progress, took) = ask(guest, &unused(4096))?;
-                let places = counter(guest, "unused_most_places_per_hold")?;
-                let hold = Duration::from_nanos(counter(guest, "unused_longest_hold_ns")?);
+                let pfns = counter(guest, "unused_max_pfns_per_hold")?;
+                let hold = Duration::from_nanos(counter(guest, "unused_max_hold_ns")?);
                 let named = Size::bytes(progress.named);
                 setup.note(format!(
-                    "{memory}, {what}: {named} of {free} listed in {} ms, the lock held for {} us and {places} PFNs at most",
+                    "{memory}, {what}: {named} of {free} listed in {} ms, the lock held for {} us and {pfns} PFNs at most",
                     took.as_millis(),
                     hold.as_micros()
                 ));
                 ensure!(
-                    places <= PLACES_PER_HOLD,
-                    "{places} PFNs were scanned under one hold of a lock"
+                    pfns <= PFNS_PER_HOLD,
+                    "{pfns} PFNs were scanned under one hold of a lock"
                 );
                 ensure!(
                     named.as_bytes() * 10 > free.as_bytes() * 9,
