@@ -2,16 +2,16 @@
 
 //! The encoder of page sets: describes the pages of a message in as few bytes as possible.
 //!
-//! Ranges write a word of 64 bits for each run of pages. A bitmap is shorter for isolated pages
-//! that lie close together. A message has one [`Encoding`], the shortest one for its pages.
+//! [`Encoding::Ranges`] has a word of 64 bits for each range of pages. A bitmap is shorter for
+//! isolated pages that lie close together. A message has one [`Encoding`], the shortest one for its
+//! pages of those that the device accepts.
 //!
-//! The encoder collects the runs of a message as ranges, which are shortest at first. While ranges
-//! and another encoding both fit into the buffer, it can convert them in place, without other
-//! memory. When the next run would exceed that, it chooses the shortest encoding. Then it adds runs
-//! for as long as this encoding stays the shortest. So no message is longer than in another one
-//! that the device accepts.
-//! Each message but the last has pages for at least half a buffer of ranges, less a word, which
-//! share its header.
+//! The encoder first writes each range of a message as a word, which is shortest for the first
+//! ones. While these words and another encoding both fit into the buffer, it can convert them in
+//! place, without other memory. When the next range would exceed that, it chooses the shortest
+//! encoding. Then it adds ranges for as long as this encoding stays the shortest. So no message is
+//! longer than in another encoding. Each message but the last has pages for at least half a buffer
+//! of such words, less one, which share its header.
 //!
 //! Nothing here depends on the kernel: `host/wire` compiles this file, too, and tests it with its
 //! decoder.
@@ -56,7 +56,7 @@ impl PfnRange {
         }
     }
 
-    /// Takes the first run from `ranges`.
+    /// Takes the first range from `ranges`.
     fn read(ranges: &mut impl Iterator<Item = u64>) -> Option<Self> {
         let word = ranges.next()?;
         let len = match word & (LONG - 1) {
@@ -67,7 +67,7 @@ impl PfnRange {
         Self::new(word >> COUNT_BITS, len)
     }
 
-    /// Writes the run to the beginning of `ranges`.
+    /// Writes the range to the beginning of `ranges`.
     fn write(self, ranges: &mut [u64]) {
         let first = self.first() << COUNT_BITS;
 
@@ -81,7 +81,7 @@ impl PfnRange {
         }
     }
 
-    /// Sets the bits of the run in `bitmap`, which begins with the page `first`.
+    /// Sets the bits of the range in `bitmap`, which begins with the page `first`.
     fn mark(self, bitmap: &mut [u64], first: u64) {
         let start = self.first().saturating_sub(first);
         let end = self.end().saturating_sub(first);
@@ -157,16 +157,16 @@ impl Encoding {
         }
     }
 
-    /// Writes `run` to a payload with the pages `before`, which come before it. Unused words of the
+    /// Writes `range` to a payload with the pages `before`, which come before it. Unused words of the
     /// payload are 0, unless these are ranges.
-    fn write(self, payload: &mut [u64], before: Extent, run: PfnRange) {
+    fn write(self, payload: &mut [u64], before: Extent, range: PfnRange) {
         match self {
             Self::Ranges => {
                 if let Some(rest) = payload.get_mut(index(before.ranges)..) {
-                    run.write(rest);
+                    range.write(rest);
                 }
             }
-            Self::Bitmap => run.mark(payload, before.first),
+            Self::Bitmap => range.mark(payload, before.first),
         }
     }
 
@@ -178,14 +178,14 @@ impl Encoding {
         }
     }
 
-    /// Returns the beginning of `run` that fits into `room` words, [`MIN_WORDS`] or more.
-    fn part(self, run: PfnRange, room: u64) -> PfnRange {
+    /// Returns the beginning of `range` that fits into `room` words, [`MIN_WORDS`] or more.
+    fn part(self, range: PfnRange, room: u64) -> PfnRange {
         let pages = match self {
             Self::Ranges => u64::MAX,
             Self::Bitmap => room.saturating_mul(PAGES_PER_WORD),
         };
 
-        PfnRange::new(run.first(), run.len().min(pages)).unwrap_or(run)
+        PfnRange::new(range.first(), range.len().min(pages)).unwrap_or(range)
     }
 
 }
@@ -257,11 +257,11 @@ impl Extent {
         }
     }
 
-    /// Returns that of the pages with `run` after them.
-    fn with(self, run: PfnRange) -> Self {
+    /// Returns that of the pages with `range` after them.
+    fn with(self, range: PfnRange) -> Self {
         Self {
-            ranges: self.ranges.saturating_add(run.words()),
-            end: run.end(),
+            ranges: self.ranges.saturating_add(range.words()),
+            end: range.end(),
             ..self
         }
     }
@@ -282,19 +282,19 @@ pub(crate) struct Subject {
 
 /// A message that is being written.
 ///
-/// The caller owns the buffers: it begins with one, continues with the next when a run does not fit
+/// The caller owns the buffers: it begins with one, continues with the next when a range does not fit
 /// any more, and may stop at any time. No operation in between can fail.
 pub(crate) struct Encoder<'a> {
     payload: &'a mut [u64],
     /// The encodings that the message may have.
     allowed: Encodings,
-    /// The encoding of the payload: all runs but `last`.
+    /// The encoding of the payload: all ranges but `last`.
     encoding: Encoding,
-    /// The same runs.
+    /// The same ranges.
     written: Extent,
-    /// The last run, which may become longer. None: there are no runs.
+    /// The last range, which may become longer. None: there are no ranges.
     last: Option<PfnRange>,
-    /// How many pages there are, the last run's included.
+    /// How many pages there are, the last range's included.
     count: u64,
 }
 
@@ -326,22 +326,22 @@ impl<'a> Encoder<'a> {
         })
     }
 
-    /// Adds `run`. Returns the part for the next message: nothing, all of it, or the rest if a
-    /// single run is too long for the only allowed encoding. An empty message takes at least a page
-    /// of any run.
+    /// Adds `range`. Returns the part for the next message: nothing, all of it, or the rest if a
+    /// single range is too long for the only allowed encoding. An empty message takes at least a page
+    /// of any range.
     ///
-    /// Runs should ascend: one that does not lie after the others needs the next message.
+    /// Ranges should ascend: one that does not lie after the others needs the next message.
     #[must_use]
-    pub(crate) fn push(&mut self, run: PfnRange) -> Option<PfnRange> {
+    pub(crate) fn push(&mut self, range: PfnRange) -> Option<PfnRange> {
         let part = match self.last {
-            None => self.encoding.part(run, self.room()),
-            Some(_) => run,
+            None => self.encoding.part(range, self.room()),
+            Some(_) => range,
         };
 
         if self.add(part) {
-            PfnRange::between(part.end(), run.end())
+            PfnRange::between(part.end(), range.end())
         } else {
-            Some(run)
+            Some(range)
         }
     }
 
@@ -372,23 +372,23 @@ impl<'a> Encoder<'a> {
         Some((header, index(self.encoding.words(pages))))
     }
 
-    /// Adds `run`, if it lies after the others and there is room. Returns whether it was added.
-    fn add(&mut self, run: PfnRange) -> bool {
+    /// Adds `range`, if it lies after the others and there is room. Returns whether it was added.
+    fn add(&mut self, range: PfnRange) -> bool {
         let Some(last) = self.last else {
-            // There is room for any range, and for the part of a run in another encoding.
-            self.written = Extent::before(run.first());
-            self.last = Some(run);
-            self.count = run.len();
+            // There is room for any range, and for the part of a range in another encoding.
+            self.written = Extent::before(range.first());
+            self.last = Some(range);
+            self.count = range.len();
             return true;
         };
 
-        // Adjacent runs become one run, which may become longer still. Other runs end it.
-        let (ended, next) = match run.first().checked_sub(last.end()) {
+        // Adjacent ranges become one range, which may become longer still. Other ranges end it.
+        let (ended, next) = match range.first().checked_sub(last.end()) {
             Some(0) => (
                 None,
-                PfnRange::new(last.first(), last.len().saturating_add(run.len())),
+                PfnRange::new(last.first(), last.len().saturating_add(range.len())),
             ),
-            Some(_) => (Some(last), Some(run)),
+            Some(_) => (Some(last), Some(range)),
             None => return false,
         };
         let Some(next) = next else {
@@ -403,7 +403,7 @@ impl<'a> Encoder<'a> {
             self.write(ended);
         }
         self.last = Some(next);
-        self.count = self.count.saturating_add(run.len());
+        self.count = self.count.saturating_add(range.len());
         true
     }
 
@@ -449,18 +449,18 @@ impl<'a> Encoder<'a> {
         let mut before = Extent::before(self.written.first);
 
         converted.fill(0);
-        while let Some(run) = PfnRange::read(&mut words) {
-            wanted.write(converted, before, run);
-            before = before.with(run);
+        while let Some(range) = PfnRange::read(&mut words) {
+            wanted.write(converted, before, range);
+            before = before.with(range);
         }
         ranges.fill(0);
         self.encoding = wanted;
     }
 
-    /// Writes `run` after the others.
-    fn write(&mut self, run: PfnRange) {
-        self.encoding.write(self.payload, self.written, run);
-        self.written = self.written.with(run);
+    /// Writes `range` after the others.
+    fn write(&mut self, range: PfnRange) {
+        self.encoding.write(self.payload, self.written, range);
+        self.written = self.written.with(range);
     }
 
     /// Returns the maximum number of words of the payload.

@@ -15,7 +15,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    messages::runs::Runs,
+    messages::ranges::Ranges,
     rust::mm::{
         drain,
         pages::page::MAX_ORDER,
@@ -110,14 +110,14 @@ impl Walk {
         self.next = pfn.div_ceil(1 << self.min_order) << self.min_order;
     }
 
-    /// Returns the next run of the found blocks.
+    /// Returns the next range of the found blocks.
     fn first(&mut self) -> Option<PfnRange> {
         while let Some(block) = self.found.get(self.reported) {
             let rest = PfnRange::between(block.first() + self.pages, block.end());
 
-            if let Some(run) = rest.and_then(|rest| rest.intersection(self.range?)) {
-                self.pages = run.first() - block.first();
-                return Some(run);
+            if let Some(range) = rest.and_then(|rest| rest.intersection(self.range?)) {
+                self.pages = range.first() - block.first();
+                return Some(range);
             }
             self.reported += 1;
             self.pages = 0;
@@ -148,7 +148,7 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
         }
     }
 
-    /// Takes the next run, merged with adjacent runs of the same zone, up to `max` pages. Returns
+    /// Takes the next range, merged with adjacent ranges of the same zone, up to `max` pages. Returns
     /// the zone with it.
     pub(crate) fn next_adjacent(&mut self, max: u64) -> Option<(usize, PfnRange)> {
         let first = self.first()?.first();
@@ -156,12 +156,12 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
         let mut len = 0;
 
         while len < max {
-            let Some(run) = self.first() else { break };
-            if run.first() != first + len || self.walk.found_in != zone {
+            let Some(range) = self.first() else { break };
+            if range.first() != first + len || self.walk.found_in != zone {
                 break;
             }
 
-            let some = run.len().min(max - len);
+            let some = range.len().min(max - len);
             self.advance(some);
             len += some;
         }
@@ -174,11 +174,11 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
     }
 }
 
-impl<F: FnMut(Scan)> Runs for Unused<'_, F> {
+impl<F: FnMut(Scan)> Ranges for Unused<'_, F> {
     fn first(&mut self) -> Option<PfnRange> {
         loop {
-            if let Some(run) = self.walk.first() {
-                return Some(run);
+            if let Some(range) = self.walk.first() {
+                return Some(range);
             }
             if self.over || self.holds == 0 {
                 return None;

@@ -13,8 +13,8 @@ use crate::{
         balloon_page::BALLOON_PAGES_PER_PAGE,
         page_sets,
         pfns,
-        runs::{
-            Runs,
+        ranges::{
+            Ranges,
             Sorted, //
         }, //
     },
@@ -100,7 +100,7 @@ impl Format {
     fn blocks_per_message(self) -> usize {
         match self {
             Self::Pfns(_) => MIGRATIONS_PER_MESSAGE,
-            Self::PageSets(_) => page_sets::RUNS_PER_MESSAGE,
+            Self::PageSets(_) => page_sets::RANGES_PER_MESSAGE,
         }
     }
 
@@ -122,11 +122,11 @@ impl Format {
 pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Encodings)>;
 
 impl Message {
-    fn write(&mut self, command: Command, runs: &mut impl Runs) -> Result {
+    fn write(&mut self, command: Command, ranges: &mut impl Ranges) -> Result {
         match self {
-            Self::Left((array, order)) => pfns::write(array, *order, runs),
+            Self::Left((array, order)) => pfns::write(array, *order, ranges),
             Self::Right((words, allowed)) => {
-                page_sets::write(words, command.in_page_set(), 0, *allowed, runs).map(|_| ())
+                page_sets::write(words, command.in_page_set(), 0, *allowed, ranges).map(|_| ())
             }
         }
     }
@@ -145,7 +145,7 @@ pub(crate) struct Described<'a> {
     pages: PageList,
 }
 
-impl Runs for Described<'_> {
+impl Ranges for Described<'_> {
     fn first(&mut self) -> Option<PfnRange> {
         self.batch.first()
     }
@@ -269,15 +269,15 @@ impl<M> MessageQueue<M> {
         self.vq.in_flight()
     }
 
-    /// Writes a message about as many of `runs` as it has room for. Does not sleep.
+    /// Writes a message about as many of `ranges` as it has room for. Does not sleep.
     ///
     /// # Errors
     ///
     /// `ENOMEM`, or `EOVERFLOW` if a page has no number in the protocol.
-    pub(crate) fn write(&mut self, runs: &mut impl Runs) -> Result<Message> {
+    pub(crate) fn write(&mut self, ranges: &mut impl Ranges) -> Result<Message> {
         let mut message = self.empty()?;
 
-        match message.write(self.command, runs) {
+        match message.write(self.command, ranges) {
             Ok(()) => Ok(message),
             Err(error) => {
                 self.keep(message);

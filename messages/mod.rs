@@ -9,4 +9,4 @@ pub(crate) mod message;
 pub(crate) mod negotiated;
 pub(crate) mod page_sets;
 pub(crate) mod pfns;
-pub(crate) mod runs;
+pub(crate) mod ranges;

@@ -16,7 +16,7 @@ use crate::{
         Encodings,
         Subject, //
     },
-    messages::runs::Runs,
+    messages::ranges::Ranges,
     rust::{
         virtio::{
             self,
@@ -45,8 +45,8 @@ const HEADER_WORDS: usize = size_of::<PageSet>() / WORD;
 /// The maximum number of words in a message, header included.
 pub(crate) const WORDS_PER_MESSAGE: usize = PAGE_SIZE / WORD;
 
-/// How many runs a message has room for at least, however long they are.
-pub(crate) const RUNS_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
+/// How many ranges a message has room for at least, however long they are.
+pub(crate) const RANGES_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) / 2;
 
 /// Returns the feature without which a device does not accept `encoding`. Every device that accepts
 /// page sets accepts those of the first version of the protocol.
@@ -63,35 +63,35 @@ pub(crate) fn encodings(dev: &virtio::Device<Core<'_>>) -> Encodings {
     })
 }
 
-/// Writes as many of `runs` to `message` as there is room for, without growing it. The message has
+/// Writes as many of `ranges` to `message` as there is room for, without growing it. The message has
 /// the command `command`. If `request_id` is not 0, it is a part of the answer to that request, and
 /// not the last one. It has one of the encodings `allowed`. Returns the number of pages.
 ///
 /// # Errors
 ///
-/// `ENOSPC` if there is no room for any run, or if there is none.
+/// `ENOSPC` if there is no room for any range, or if there is none.
 pub(crate) fn write(
     message: &mut KVec<u64>,
     command: u16,
     request_id: u64,
     allowed: Encodings,
-    runs: &mut impl Runs,
+    ranges: &mut impl Ranges,
 ) -> Result<u64> {
     let len = message.capacity();
     message.resize(len, 0, GFP_NOWAIT)?;
 
     let (head, payload) = message.split_at_mut_checked(HEADER_WORDS).ok_or(ENOSPC)?;
     // A bitmap may end long before the pages do.
-    let allowed = match runs.are_one_message() {
+    let allowed = match ranges.are_one_message() {
         true => allowed.with(Encoding::Ranges),
         false => allowed,
     };
     let mut encoder = Encoder::new(payload, allowed).ok_or(ENOSPC)?;
 
-    while let Some(run) = runs.first() {
-        let rest = encoder.push(run);
+    while let Some(range) = ranges.first() {
+        let rest = encoder.push(range);
 
-        runs.advance(run.len() - rest.map_or(0, |rest| rest.len()));
+        ranges.advance(range.len() - rest.map_or(0, |rest| rest.len()));
         if rest.is_some() {
             break;
         }
@@ -101,7 +101,7 @@ pub(crate) fn write(
         command,
         page_shift: PAGE_SHIFT as u8,
         request_id,
-        more: request_id != 0 || runs.first().is_some(),
+        more: request_id != 0 || ranges.first().is_some(),
     };
     let (header, words) = encoder.finish(subject).ok_or(ENOSPC)?;
 

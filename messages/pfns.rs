@@ -12,7 +12,7 @@ use crate::{
             balloon_pfns,
             BALLOON_PAGES_PER_PAGE, //
         },
-        runs::Runs, //
+        ranges::Ranges, //
     },
     rust::virtio::ByteOrder, //
 };
@@ -26,28 +26,28 @@ use kernel::prelude::*;
 /// save round trips; sending many with one notification saves as many.
 pub(crate) const PFNS_PER_MESSAGE: usize = 256;
 
-/// Writes as many of `runs` to `array`, which is empty and never grows, as there is room for.
+/// Writes as many of `ranges` to `array`, which is empty and never grows, as there is room for.
 ///
 /// # Errors
 ///
 /// `EOVERFLOW` if a page has no number in the base protocol. Pages before it were removed from
-/// `runs`.
-pub(crate) fn write(array: &mut KVec<u32>, order: ByteOrder, runs: &mut impl Runs) -> Result {
-    while let Some(run) = runs.first() {
+/// `ranges`.
+pub(crate) fn write(array: &mut KVec<u32>, order: ByteOrder, ranges: &mut impl Ranges) -> Result {
+    while let Some(range) = ranges.first() {
         let room = PFNS_PER_MESSAGE.saturating_sub(array.len()) / BALLOON_PAGES_PER_PAGE;
-        let pages = run.len().min(room as u64);
+        let pages = range.len().min(room as u64);
         if pages == 0 {
             break;
         }
 
-        for pfn in run.first()..run.first() + pages {
+        for pfn in range.first()..range.first() + pages {
             for balloon_pfn in balloon_pfns(pfn)? {
                 array
                     .push_within_capacity(order.to_device32(balloon_pfn))
                     .map_err(|_| ENOSPC)?;
             }
         }
-        runs.advance(pages);
+        ranges.advance(pages);
     }
 
     Ok(())

@@ -9,7 +9,7 @@ use crate::{
         Unused,
         Walk, //
     },
-    messages::runs::Runs,
+    messages::ranges::Ranges,
     rust::mm::{
         hotplug::memory_block::MemoryBlock,
         pfn_range::PfnRange,
@@ -83,9 +83,9 @@ impl Candidates {
         let pages = MemoryBlock::pages();
         let mut unused = Unused::new(walk, holds, |_| ());
 
-        while let Some(run) = unused.first() {
-            let block = MemoryBlock::of(run.first(), pages).ok_or(EINVAL)?;
-            let free = run.intersection(block.pfns()).ok_or(EINVAL)?.len();
+        while let Some(range) = unused.first() {
+            let block = MemoryBlock::of(range.first(), pages).ok_or(EINVAL)?;
+            let free = range.intersection(block.pfns()).ok_or(EINVAL)?.len();
 
             match self.found.last_mut() {
                 Some(last) if last.block == block => last.free += free,

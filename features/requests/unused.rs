@@ -21,7 +21,7 @@ use crate::{
     },
     messages::{
         page_sets,
-        runs::Runs, //
+        ranges::Ranges, //
     },
     rust::{
         mm::{
@@ -102,8 +102,8 @@ impl Inner {
         // Adjacent blocks are allocated together, since each allocation is expensive.
         let found = unused.next_adjacent(spare);
         let over = found.is_none() && unused.is_over();
-        if let Some((zone, run)) = found {
-            let block = MemoryBlock::of(run.first(), MemoryBlock::pages());
+        if let Some((zone, range)) = found {
+            let block = MemoryBlock::of(range.first(), MemoryBlock::pages());
 
             if let Some(block) = block.filter(|block| discard.listed.contains(block)) {
                 walk.resume_at(zone, block.pfns().end());
@@ -111,24 +111,24 @@ impl Inner {
                 return Some(None);
             }
         }
-        let range = found.and_then(|(_, run)| ContigPages::new(run));
-        let allocated = range.as_ref().map_or(0, ContigPages::len);
+        let memory = found.and_then(|(_, range)| ContigPages::new(range));
+        let allocated = memory.as_ref().map_or(0, ContigPages::len);
 
         // Pages that are in use after all, or cannot be isolated, are skipped. The walk scans the
         // following pages again.
-        if let Some((zone, run)) = found.filter(|(_, run)| allocated < run.len()) {
-            walk.resume_at(zone, run.first() + allocated.max(1));
+        if let Some((zone, range)) = found.filter(|(_, range)| allocated < range.len()) {
+            walk.resume_at(zone, range.first() + allocated.max(1));
         }
-        let mut run = found.and_then(|(_, run)| PfnRange::new(run.first(), allocated));
+        let mut range = found.and_then(|(_, range)| PfnRange::new(range.first(), allocated));
 
-        match range {
-            Some(range) => {
+        match memory {
+            Some(memory) => {
                 let command = request::UNUSED_DISCARD;
                 let written =
-                    page_sets::write(&mut message, command, id, self.encodings, &mut run);
+                    page_sets::write(&mut message, command, id, self.encodings, &mut range);
 
                 let pages = written.ok()?;
-                self.send(message, Some(range))?;
+                self.send(message, Some(memory))?;
                 self.record_sent(id, pages, counters);
             }
             None => {
@@ -162,13 +162,13 @@ impl Inner {
 
         let mut message = self.message()?;
         let (first, pages) = offliner.take_adjacent()?;
-        let range = ContigPages::of(pages);
-        let mut run = PfnRange::new(first, range.len());
+        let memory = ContigPages::of(pages);
+        let mut range = PfnRange::new(first, memory.len());
         let command = request::UNUSED_DISCARD;
-        let written = page_sets::write(&mut message, command, id, self.encodings, &mut run);
+        let written = page_sets::write(&mut message, command, id, self.encodings, &mut range);
         let pages = written.ok()?;
 
-        self.send(message, Some(range))?;
+        self.send(message, Some(memory))?;
         self.record_sent(id, pages, counters);
         counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
         if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {

@@ -29,23 +29,23 @@ use kernel::{
     prelude::*, //
 };
 
-/// Writes `runs` (first page frame number, length) to a message. Returns its header and the length
+/// Writes `ranges` (first page frame number, length) to a message. Returns its header and the length
 /// of its payload in words.
 ///
 /// # Errors
 ///
-/// `EINVAL` if there is no such run, or none at all, `ENOSPC` if one does not fit.
+/// `EINVAL` if there is no such range, or none at all, `ENOSPC` if one does not fit.
 fn encode(
     payload: &mut [u64],
     allowed: Encodings,
-    runs: &[(u64, u64)],
+    ranges: &[(u64, u64)],
 ) -> Result<(PageSet, usize)> {
     let mut encoder = Encoder::new(payload, allowed).ok_or(ENOSPC)?;
 
-    for &(first, len) in runs {
-        let run = PfnRange::new(first, len).ok_or(EINVAL)?;
+    for &(first, len) in ranges {
+        let range = PfnRange::new(first, len).ok_or(EINVAL)?;
 
-        if encoder.push(run).is_some() {
+        if encoder.push(range).is_some() {
             return Err(ENOSPC);
         }
     }
@@ -64,9 +64,9 @@ fn encode(
 fn outline(
     payload: &mut [u64],
     allowed: Encodings,
-    runs: &[(u64, u64)],
+    ranges: &[(u64, u64)],
 ) -> Result<(u8, u64, u64, usize)> {
-    let (header, words) = encode(payload, allowed, runs)?;
+    let (header, words) = encode(payload, allowed, ranges)?;
 
     Ok((
         header.encoding,
@@ -93,11 +93,11 @@ mod tests {
     }
 
     #[test]
-    fn long_runs_are_ranges() {
+    fn long_ranges_have_two_words() {
         let mut payload = [u64::MAX; 4];
-        let runs = [(1, 4095), (8192, 4096)];
+        let ranges = [(1, 4095), (8192, 4096)];
 
-        assert_eq!(outline(&mut payload, Encodings::ALL, &runs), Ok((RANGES, 0, 8191, 3)));
+        assert_eq!(outline(&mut payload, Encodings::ALL, &ranges), Ok((RANGES, 0, 8191, 3)));
         assert_eq!(
             payload.map(u64::from_le),
             [1 << 12 | 4095, 8192 << 12, 4096, u64::MAX]
@@ -107,9 +107,9 @@ mod tests {
     #[test]
     fn isolated_pages_are_a_bitmap() {
         let mut payload = [u64::MAX; 4];
-        let runs = [(1000, 1), (1002, 1), (1063, 2), (1127, 1)];
+        let ranges = [(1000, 1), (1002, 1), (1063, 2), (1127, 1)];
 
-        assert_eq!(outline(&mut payload, Encodings::ALL, &runs), Ok((BITMAP, 1000, 5, 2)));
+        assert_eq!(outline(&mut payload, Encodings::ALL, &ranges), Ok((BITMAP, 1000, 5, 2)));
         assert_eq!(
             payload.map(u64::from_le),
             [1 | 1 << 2 | 1 << 63, 1 | 1 << 63, 0, 0]

@@ -9,7 +9,7 @@ use crate::{
         Unused,
         Walk, //
     },
-    messages::runs::Runs,
+    messages::ranges::Ranges,
     rust::mm::{
         contig::ContigPages,
         drain,
@@ -49,7 +49,7 @@ const BLOCK: u64 = 1 << MAX_ORDER;
 ///
 /// # Errors
 ///
-/// `EINVAL` if runs do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if
+/// `EINVAL` if ranges do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if
 /// one hold of a lock scanned too many PFNs.
 fn walk_with(
     range: Option<PfnRange>,
@@ -63,16 +63,16 @@ fn walk_with(
         let mut most = 0;
         let mut unused = Unused::new(&mut walk, 1, |scan: Scan| most = most.max(scan.pfns));
 
-        while let Some(run) = unused.first() {
-            let short = run.len() < 1 << min_order;
-            let is_inside = range.and_then(|range| range.intersection(run)) == Some(run);
+        while let Some(found) = unused.first() {
+            let short = found.len() < 1 << min_order;
+            let is_inside = range.and_then(|range| range.intersection(found)) == Some(found);
 
-            if run.first() < end || !is_inside || short {
+            if found.first() < end || !is_inside || short {
                 return Err(EINVAL);
             }
-            end = run.end();
-            pages += run.len();
-            unused.advance(run.len());
+            end = found.end();
+            pages += found.len();
+            unused.advance(found.len());
         }
         let over = unused.is_over();
 

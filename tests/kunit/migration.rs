@@ -16,7 +16,7 @@ use crate::{
         message::MIGRATIONS_PER_MESSAGE,
         negotiated::Negotiated,
         page_sets,
-        runs::Sorted, //
+        ranges::Sorted, //
     },
     rust::{
         mm::{

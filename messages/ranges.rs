@@ -9,12 +9,12 @@ use crate::rust::mm::{
     pfn_range::PfnRange, //
 };
 
-/// Runs of pages for a message. In ascending order the message is shortest.
-pub(crate) trait Runs {
-    /// Returns the first run, if there is one left.
+/// Ranges of pages for a message. In ascending order the message is shortest.
+pub(crate) trait Ranges {
+    /// Returns the first range, if there is one left.
     fn first(&mut self) -> Option<PfnRange>;
 
-    /// Removes `pages` pages from the beginning of the first run.
+    /// Removes `pages` pages from the beginning of the first range.
     fn advance(&mut self, pages: u64);
 
     /// Returns whether one message must list all of them, in any encoding.
@@ -23,7 +23,7 @@ pub(crate) trait Runs {
     }
 }
 
-impl Runs for RangeStack {
+impl Ranges for RangeStack {
     fn first(&mut self) -> Option<PfnRange> {
         self.top()
     }
@@ -33,22 +33,22 @@ impl Runs for RangeStack {
     }
 }
 
-/// A single run.
-impl Runs for Option<PfnRange> {
+/// A single range.
+impl Ranges for Option<PfnRange> {
     fn first(&mut self) -> Option<PfnRange> {
         *self
     }
 
     fn advance(&mut self, pages: u64) {
         *self =
-            self.and_then(|run| PfnRange::between(run.first().saturating_add(pages), run.end()));
+            self.and_then(|range| PfnRange::between(range.first().saturating_add(pages), range.end()));
     }
 }
 
 /// Pages that are in order.
 pub(crate) struct Sorted<'a>(pub(crate) &'a [u64]);
 
-impl Runs for Sorted<'_> {
+impl Ranges for Sorted<'_> {
     fn first(&mut self) -> Option<PfnRange> {
         PfnRange::new(*self.0.first()?, 1)
     }
