@@ -7,7 +7,7 @@
 mod control_loop;
 pub(crate) mod feature;
 pub(crate) mod migration;
-pub(crate) mod notifiers;
+mod notifiers;
 pub(crate) mod policy;
 mod queues;
 pub(crate) mod resize;

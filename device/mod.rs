@@ -11,6 +11,7 @@ pub(crate) mod driver;
 pub(crate) mod feature;
 pub(crate) mod log_limit;
 pub(crate) mod negotiation;
+pub(crate) mod oom_order;
 pub(crate) mod poison;
 pub(crate) mod queues;
 pub(crate) mod settings;

@@ -5,4 +5,4 @@
 #![forbid(unsafe_code)]
 
 mod offline;
-pub(crate) mod oom;
+mod oom;

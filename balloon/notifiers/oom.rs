@@ -9,7 +9,10 @@ use crate::{
         queues::deflate,
         state::Balloon, //
     },
-    device::timeouts,
+    device::{
+        oom_order,
+        timeouts, //
+    },
     rust::{
         mm::hotplug::memory_block::MemoryBlock,
         notifiers::oom::OomNotify,
@@ -27,9 +30,6 @@ use kernel::{
 /// How many pages an OOM deflates at least: 64 MiB.
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
-/// The priority of the notifier, which is that of virtio_balloon.
-pub(crate) const PRIORITY: c_int = 80;
-
 impl Task<Balloon> {
     /// Has the balloon pause if the guest got pages back, and returns how many (kernel pages).
     fn note_given(&self, pages: usize) -> usize {
@@ -42,7 +42,7 @@ impl Task<Balloon> {
 }
 
 impl OomNotify for Task<Balloon> {
-    const PRIORITY: c_int = PRIORITY;
+    const PRIORITY: c_int = oom_order::BALLOON;
 
     /// Deflates a part of the balloon at once: enough for the guest to continue for a while.
     fn out_of_memory(&self) -> usize {

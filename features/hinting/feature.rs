@@ -5,12 +5,12 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::notifiers::oom,
     device::{
         feature::{
             Feature,
             Setup, //
         },
+        oom_order,
         queues::{
             Queue,
             Queues, //
@@ -146,8 +146,7 @@ impl Shrink for Task<Hinting> {
 }
 
 impl OomNotify for Task<Hinting> {
-    /// Called before the balloon's notifier, so that the balloon need not deflate.
-    const PRIORITY: c_int = oom::PRIORITY + 1;
+    const PRIORITY: c_int = oom_order::HINTS;
 
     /// Waits for hints in flight, which the device uses soon: QEMU holds a lock for 50 ms at a
     /// time. The shrinker has already returned used hints. If the wait is in vain, the kernel kills
