@@ -187,7 +187,6 @@ impl Encoding {
 
         PfnRange::new(range.first(), range.len().min(pages)).unwrap_or(range)
     }
-
 }
 
 /// The encodings that messages may have. [`page_sets`](crate::messages::page_sets) makes it from the

@@ -31,7 +31,7 @@ mod sources;
 mod kunit;
 
 use crate::{
-    balloon::feature::BalloonFeature,
+    balloon::balloon_feature::BalloonFeature,
     device::{
         driver::{
             Driver,
@@ -42,7 +42,7 @@ use crate::{
         settings::Parameters, //
     },
     features::{
-        hinting::feature::Hints,
+        hinting::hinting_feature::Hints,
         reporting::Reporting,
         requests,
         stats::Stats, //
@@ -74,7 +74,7 @@ impl Features for BalloonFeatures {
         BalloonFeature::probe,
         Stats::probe,
         Reporting::probe,
-        requests::feature::probe,
+        requests::requests_feature::probe,
     ];
 
     fn parameters() -> Result<Parameters> {

@@ -4,8 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+pub(crate) mod balloon_feature;
 mod control_loop;
-pub(crate) mod feature;
 pub(crate) mod migration;
 mod notifiers;
 pub(crate) mod policy;

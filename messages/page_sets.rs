@@ -58,9 +58,8 @@ fn feature(encoding: Encoding) -> Option<Feature> {
 
 /// Returns the encodings that `dev` accepts.
 pub(crate) fn encodings(dev: &virtio::Device<Core<'_>>) -> Encodings {
-    Encodings::ALL.filter(|encoding| {
-        feature(encoding).is_none_or(|feature| dev.has_feature(feature))
-    })
+    Encodings::ALL
+        .filter(|encoding| feature(encoding).is_none_or(|feature| dev.has_feature(feature)))
 }
 
 /// Writes as many of `ranges` to `message` as there is room for, without growing it. The message has

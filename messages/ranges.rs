@@ -40,8 +40,8 @@ impl Ranges for Option<PfnRange> {
     }
 
     fn advance(&mut self, pages: u64) {
-        *self =
-            self.and_then(|range| PfnRange::between(range.first().saturating_add(pages), range.end()));
+        *self = self
+            .and_then(|range| PfnRange::between(range.first().saturating_add(pages), range.end()));
     }
 }
 

@@ -4,6 +4,6 @@
 
 #![forbid(unsafe_code)]
 
-pub(crate) mod feature;
+pub(crate) mod hinting_feature;
 mod task;
 pub(crate) mod worker;

@@ -5,8 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod counters;
-pub(crate) mod feature;
 mod queue;
+pub(crate) mod requests_feature;
 mod task;
 mod unused;
 mod work;

@@ -61,8 +61,7 @@ impl Inner {
 
         if unused.first().is_some() {
             let command = request::UNUSED_SKIP;
-            let written =
-                page_sets::write(&mut message, command, id, self.encodings, &mut unused);
+            let written = page_sets::write(&mut message, command, id, self.encodings, &mut unused);
 
             let over = unused.is_over();
             let pages = written.ok()?;

@@ -23,7 +23,7 @@ use crate::rust::{
     virtio::bus::{
         binding::Binding,
         device::Device,
-        feature::Feature,
+        feature_bit::Feature,
         negotiation::Features, //
     }, //
 };

@@ -97,7 +97,10 @@ mod tests {
         let mut payload = [u64::MAX; 4];
         let ranges = [(1, 4095), (8192, 4096)];
 
-        assert_eq!(outline(&mut payload, Encodings::ALL, &ranges), Ok((RANGES, 0, 8191, 3)));
+        assert_eq!(
+            outline(&mut payload, Encodings::ALL, &ranges),
+            Ok((RANGES, 0, 8191, 3))
+        );
         assert_eq!(
             payload.map(u64::from_le),
             [1 << 12 | 4095, 8192 << 12, 4096, u64::MAX]
@@ -109,7 +112,10 @@ mod tests {
         let mut payload = [u64::MAX; 4];
         let ranges = [(1000, 1), (1002, 1), (1063, 2), (1127, 1)];
 
-        assert_eq!(outline(&mut payload, Encodings::ALL, &ranges), Ok((BITMAP, 1000, 5, 2)));
+        assert_eq!(
+            outline(&mut payload, Encodings::ALL, &ranges),
+            Ok((BITMAP, 1000, 5, 2))
+        );
         assert_eq!(
             payload.map(u64::from_le),
             [1 | 1 << 2 | 1 << 63, 1 | 1 << 63, 0, 0]
@@ -121,7 +127,11 @@ mod tests {
         let mut payload = [0; 2];
 
         assert_eq!(
-            outline(&mut payload, Encodings::ALL, &[(512, 512), (1024, 512), (1536, 1)]),
+            outline(
+                &mut payload,
+                Encodings::ALL,
+                &[(512, 512), (1024, 512), (1536, 1)]
+            ),
             Ok((RANGES, 0, 1025, 1))
         );
         assert_eq!(u64::from_le(payload[0]), 512 << 12 | 1025);
@@ -155,10 +165,16 @@ mod tests {
         let far = [(0, 1), (1 << 20, 1), (1 << 30, 1)];
 
         assert_eq!(outline(&mut [0; 2], Encodings::ALL, &far), Err(ENOSPC));
-        assert_eq!(outline(&mut [0; 3], Encodings::ALL, &far), Ok((RANGES, 0, 3, 3)));
+        assert_eq!(
+            outline(&mut [0; 3], Encodings::ALL, &far),
+            Ok((RANGES, 0, 3, 3))
+        );
         assert_eq!(outline(&mut [0; 1], Encodings::ALL, &far), Err(ENOSPC));
         // The part before the rest does, too.
-        assert_eq!(outline(&mut [0; 9], Encodings::ALL, &[(8, 1), (7, 1)]), Err(ENOSPC));
+        assert_eq!(
+            outline(&mut [0; 9], Encodings::ALL, &[(8, 1), (7, 1)]),
+            Err(ENOSPC)
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::rust::virtio::bus::{
         Entered, //
     },
     device::Device,
-    feature::Feature,
+    feature_bit::Feature,
     field::Field, //
 };
 

@@ -6,7 +6,7 @@
 
 use crate::rust::{
     bindings,
-    virtio::bus::feature::{
+    virtio::bus::feature_bit::{
         ByteOrder,
         Feature, //
     }, //

@@ -5,13 +5,13 @@
 pub(super) mod binding;
 mod config;
 pub(super) mod device;
-pub(super) mod feature;
+pub(super) mod feature_bit;
 mod field;
 pub(super) mod negotiation;
 mod transport;
 
 pub(crate) use config::*;
 pub(crate) use device::*;
-pub(crate) use feature::*;
+pub(crate) use feature_bit::*;
 pub(crate) use field::*;
 pub(crate) use negotiation::*;

@@ -6,7 +6,7 @@
 
 use crate::rust::virtio::bus::{
     device::Device,
-    feature::Feature,
+    feature_bit::Feature,
     field::Field, //
 };
 

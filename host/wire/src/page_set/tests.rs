@@ -389,10 +389,7 @@ fn runs_have_names_up_to_the_end_and_not_beyond() {
     ] {
         assert_eq!(PfnRange::new(first, len), None);
     }
-    for allowed in [
-        Encodings::ALL,
-        Encodings::only(bitmap::Encoding::Ranges),
-    ] {
+    for allowed in [Encodings::ALL, Encodings::only(bitmap::Encoding::Ranges)] {
         check(&[(0, END)], &[2], allowed);
         check(
             &[(0, 1), (END / 2, 4095), (END - 4097, 4096), (END - 1, 1)],
@@ -421,7 +418,10 @@ fn lone_pages_take_one_bit_for_each_page_of_memory_and_little_more() {
     let runs: Vec<_> = (0..1 << 19).map(|page| (page * 2, 1)).collect();
     let span = runs.len() * 2;
     for (words, part) in [(508, 0.0085), (MAX_WORDS, 0.001)] {
-        let bytes: usize = encode(&runs, &[words], Encodings::ALL).iter().map(Vec::len).sum();
+        let bytes: usize = encode(&runs, &[words], Encodings::ALL)
+            .iter()
+            .map(Vec::len)
+            .sum();
         let least = span / 8;
         // Numbers as small as these lose no precision.
         #[allow(clippy::cast_precision_loss)]

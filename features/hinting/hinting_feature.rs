@@ -111,7 +111,10 @@ impl Feature for Hints {
 
     fn shutdown(&self) {
         self.task.stop();
-        self.task.offliner.iter().for_each(|offliner| offliner.stop());
+        self.task
+            .offliner
+            .iter()
+            .for_each(|offliner| offliner.stop());
     }
 
     fn reclaim(&self) {
