@@ -7,6 +7,7 @@
 use crate::rust::{
     bindings,
     mm::{
+        gfp::Gfp,
         locks::{
             CONTIG,
             HOTPLUG, //
@@ -55,7 +56,8 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
         // SAFETY: By the requirements of this function. The pages were allocated, each as one of
         // order 0, if the call succeeds.
         unsafe {
-            let error = bindings::alloc_contig_range_noprof(first, end, 0, bindings::__GFP_NOWARN);
+            let flags = Gfp::CONTIG_RANGE.flags();
+            let error = bindings::alloc_contig_range_noprof(first, end, 0, flags);
 
             kernel::error::to_result(error)?;
             Ok(PageRange::new(pfns))
@@ -63,7 +65,7 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     }
     #[cfg(not(CONFIG_CONTIG_ALLOC))]
     {
-        let _ = (pfns, &CONTIG, &HOTPLUG);
+        let _ = (pfns, Gfp::CONTIG_RANGE.flags(), &CONTIG, &HOTPLUG);
         Err(EOPNOTSUPP)
     }
 }

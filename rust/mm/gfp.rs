@@ -70,11 +70,18 @@ define! {
     /// The same from its movable memory.
     #[cfg_attr(not(CONFIG_ZONE_DMA32), allow(dead_code))]
     DRAIN_DMA32_MOVABLE = EASY | DMA32 | MOVABLE;
+    /// The pages of a contiguous range.
+    CONTIG_RANGE = 1 << bindings::___GFP_NOWARN_BIT;
 }
 
 const _: () = assert!(Gfp::HINT_BLOCK.0 & RECLAIM == 0);
 
 impl Gfp {
+    /// Returns the flags.
+    pub(super) fn flags(self) -> gfp_t {
+        self.0
+    }
+
     /// Returns the number of `node`, and the flags for memory of that node only. For any node,
     /// returns `NUMA_NO_NODE`. The flags do not request a compound page.
     pub(super) fn on(self, node: Option<Node>) -> (c_int, gfp_t) {
