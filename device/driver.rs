@@ -27,7 +27,7 @@ use kernel::{
 };
 
 /// The components of the driver.
-pub(crate) trait Features {
+pub(crate) trait Features: 'static {
     /// The ids of its devices.
     const ID_TABLE: virtio::IdTable;
 
@@ -47,7 +47,7 @@ pub(crate) trait Features {
 pub(crate) struct Driver<F>(PhantomData<F>);
 
 impl<F: Features> virtio::Driver for Driver<F> {
-    type Data = Bound;
+    type Data<'bound> = Bound;
 
     const ID_TABLE: virtio::IdTable = F::ID_TABLE;
     const FEATURES: &'static [virtio::Feature] = &negotiation::FEATURES;
@@ -66,7 +66,7 @@ impl<F: Features> virtio::Driver for Driver<F> {
         negotiation::validate(features, &F::parameters()?)
     }
 
-    fn probe(dev: &virtio::Device<Core<'_>>) -> impl PinInit<Bound, Error> {
+    fn probe<'bound>(dev: &'bound virtio::Device<Core<'_>>) -> impl PinInit<Bound, Error> + 'bound {
         F::parameters().and_then(|parameters| Bound::probe(dev, parameters, F::PROBES))
     }
 

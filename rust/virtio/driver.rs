@@ -54,7 +54,7 @@ pub(crate) struct Adapter<T: Driver>(T);
 /// `data` is the driver's data of the device, and pinned until the device has been closed.
 struct Bound<'a, T: Driver> {
     dev: &'a Device<device::CoreInternal<'a>>,
-    data: &'a T::Data,
+    data: &'a T::Data<'a>,
 }
 
 impl<'a, T: Driver> Bound<'a, T> {
@@ -66,13 +66,13 @@ impl<'a, T: Driver> Bound<'a, T> {
     /// must come between a successful `set_drvdata` in `probe_callback` and the end of
     /// `remove_callback`.
     unsafe fn new(vdev: *mut bindings::virtio_device) -> Self {
-        // INVARIANT: `probe_callback` has stored a `T::Data`. The driver core drops it after
+        // INVARIANT: `probe_callback` has stored a `T::Data<'_>`. The driver core drops it after
         // `remove_callback`, which closes the device.
         //
         // SAFETY: By the requirements of this function.
         unsafe {
             let dev: &Device<device::CoreInternal<'a>> = &*vdev.cast();
-            let data = AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data>();
+            let data = AsRef::<device::Device<_>>::as_ref(dev).drvdata_borrow::<T::Data<'a>>();
 
             Self {
                 dev,
@@ -83,13 +83,9 @@ impl<'a, T: Driver> Bound<'a, T> {
 
     /// Makes the device ready, and starts the driver.
     fn make_ready(&self, binding: &Binding) {
-        // SAFETY: The device is valid, and the driver has set up its virtqueues. By the type
-        // invariants the data may be used until the device has been closed, and has the type that
-        // `queue_used` expects.
-        unsafe {
-            bindings::virtio_device_ready(self.dev.as_raw());
-            binding.make_ready(ptr::from_ref(self.data).cast_mut().cast());
-        }
+        // SAFETY: The device is valid, and the driver has set up its virtqueues.
+        unsafe { bindings::virtio_device_ready(self.dev.as_raw()) };
+        binding.make_ready();
 
         T::ready(self.dev, self.data);
     }
@@ -102,7 +98,7 @@ impl<'a, T: Driver> Bound<'a, T> {
 // - `DEVICE_DRIVER_OFFSET` is the correct byte offset to the embedded `struct device_driver`.
 unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
     type DriverType = RawDriver;
-    type DriverData<'bound> = T::Data;
+    type DriverData<'bound> = T::Data<'bound>;
     const DEVICE_DRIVER_OFFSET: usize = offset_of!(bindings::virtio_driver, driver);
 }
 
@@ -181,7 +177,7 @@ impl<T: Driver> Adapter<T> {
         let dev: &Device<device::CoreInternal<'_>> = unsafe { &*vdev.cast() };
 
         from_result(|| {
-            let binding = dev.open(Self::queue_used)?;
+            let binding = dev.open(Self::vq_callback)?;
             let dev_ref: &device::Device<device::CoreInternal<'_>> = dev.as_ref();
 
             dev_ref
@@ -235,7 +231,7 @@ impl<T: Driver> Adapter<T> {
         let bound = unsafe { Bound::<T>::new(vdev) };
 
         from_result(|| {
-            let binding = bound.dev.open(Self::queue_used)?;
+            let binding = bound.dev.open(Self::vq_callback)?;
 
             T::restore(bound.dev, bound.data).inspect_err(|_| bound.dev.close())?;
             bound.make_ready(&binding);
@@ -254,17 +250,27 @@ impl<T: Driver> Adapter<T> {
         dev.shut_down();
     }
 
-    /// Passes the callback of a virtqueue on to the driver's callback for this queue.
+    /// Passes the callback of a virtqueue on to the driver's callback for this queue. Interrupts
+    /// before the device is ready are ignored.
     ///
     /// # Safety
     ///
-    /// `data` must be a pointer to the driver's data.
-    unsafe fn queue_used(data: *mut c_void, index: usize) {
-        // SAFETY: By the requirements of this function.
-        let data = unsafe { &*data.cast::<T::Data>() };
+    /// Only for the virtio core, which calls it with a queue of a device that this adapter has
+    /// opened, and that was not deleted.
+    unsafe extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
+        // SAFETY: By the requirements of this function. `priv` is an `Arc<Binding>` from before the
+        // queues are found until after they were deleted.
+        let (vdev, position) = unsafe {
+            let vdev = (*vq).vdev;
+            let binding = (*vdev).priv_.cast::<Binding>();
 
-        if let Some(callback) = T::QUEUE_CALLBACKS.get(index) {
-            callback(data);
+            (vdev, (*binding).position((*vq).index as usize))
+        };
+
+        if let Some(callback) = position.and_then(|position| T::QUEUE_CALLBACKS.get(position)) {
+            // SAFETY: The device exists as long as its queues. It has been made ready, after
+            // `probe_callback` has stored the data.
+            callback(unsafe { Bound::<T>::new(vdev) }.data);
         }
     }
 }
@@ -320,9 +326,9 @@ pub(crate) use virtio_device_table;
 /// The virtio driver trait.
 ///
 /// Drivers must implement this trait in order to get a virtio driver registered.
-pub(crate) trait Driver {
-    /// The type of the driver's bus device private data.
-    type Data: Send + Sync + 'static;
+pub(crate) trait Driver: 'static {
+    /// The type of the driver's bus device private data, which exists while the driver is bound.
+    type Data<'bound>: Send + Sync + 'bound;
 
     /// The table of device ids supported by the driver.
     const ID_TABLE: IdTable;
@@ -333,7 +339,7 @@ pub(crate) trait Driver {
     /// A callback for each virtqueue, in the order of the arguments of [`Device::find_vqs`]: the
     /// device has used buffers. It may be called at any time, also spuriously. Runs in interrupt
     /// context.
-    const QUEUE_CALLBACKS: &'static [fn(&Self::Data)];
+    const QUEUE_CALLBACKS: &'static [fn(&Self::Data<'_>)];
 
     /// Prepares the shared state of all devices. Called once, before any of them is probed.
     ///
@@ -345,7 +351,7 @@ pub(crate) trait Driver {
     }
 
     /// The attributes of a device that the driver is bound to, if there are any.
-    fn attributes() -> Option<&'static Attributes<Self::Data>> {
+    fn attributes() -> Option<&'static Attributes<Self::Data<'static>>> {
         None
     }
 
@@ -359,37 +365,42 @@ pub(crate) trait Driver {
     ///
     /// Finds the virtqueues and returns an initialiser for the data. The device is not ready yet:
     /// no buffers may be made available.
-    fn probe(dev: &Device<device::Core<'_>>) -> impl PinInit<Self::Data, Error>;
+    fn probe<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
 
     /// The device is ready: buffers may be made available. Called after [`probe`](Self::probe) and
     /// [`restore`](Self::restore).
-    fn ready(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+    fn ready<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
 
     /// The device has changed its configuration space. Runs in interrupt context.
-    fn config_changed(_data: &Self::Data) {}
+    fn config_changed(_data: &Self::Data<'_>) {}
 
     /// Virtio driver unbind.
     ///
     /// Ends the I/O with the device, which is revoked and reset afterwards. The rest is released
     /// when the data is dropped.
-    fn unbind(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+    fn unbind<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
 
     /// Like [`unbind`](Self::unbind), but the data remains.
-    fn freeze(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+    fn freeze<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
 
     /// The device was reset after [`freeze`](Self::freeze). Frees the buffers that it still owned:
     /// it may take long until the device is restored, or fail.
-    fn frozen(_data: &Self::Data) {}
+    fn frozen(_data: &Self::Data<'_>) {}
 
     /// Finds the virtqueues again and replaces the old ones.
     ///
     /// # Errors
     ///
     /// The device stays reset. A driver without this does not support suspend.
-    fn restore(_dev: &Device<device::Core<'_>>, _data: &Self::Data) -> Result {
+    fn restore<'bound>(
+        _dev: &'bound Device<device::Core<'_>>,
+        _data: &Self::Data<'bound>,
+    ) -> Result {
         Err(ENOTSUPP)
     }
 
     /// Stops all work: the system shuts down. The data remains, and so does the memory.
-    fn shutdown(_dev: &Device<device::Core<'_>>, _data: &Self::Data) {}
+    fn shutdown<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
 }

@@ -53,8 +53,6 @@ use kernel::{
 /// - `dev` is bound, or is being bound, until the state is [`RESET`].
 /// - While an [`Entered`] from [`enter`](Self::enter) exists, the virtqueues of the device exist,
 ///   and it was not reset since.
-/// - `data` is null or points to the driver's data, of the type that `queue_used` expects. The data
-///   exists until the virtqueues were deleted.
 #[pin_data]
 pub(crate) struct Binding {
     #[pin]
@@ -65,10 +63,13 @@ pub(crate) struct Binding {
     state: Atomic<u32>,
     /// Which of the queues of `find_vqs` exist, one bit for each. 0 before.
     vqs: Atomic<u32>,
-    data: Atomic<*mut c_void>,
-    queue_used: unsafe fn(*mut c_void, usize),
+    vq_callback: VqCallback,
     dev: ARef<Device>,
 }
+
+/// The callback of all virtqueues of a device, for the virtio core. Its argument is a queue that
+/// [`Device::find_vqs`] has set up, and that was not deleted.
+pub(in crate::rust::virtio) type VqCallback = unsafe extern "C" fn(*mut bindings::virtqueue);
 
 /// A device, which stays bound as long as this exists.
 ///
@@ -108,32 +109,21 @@ const REVOKED: u32 = 2;
 /// The device has been reset: it owns no buffers any more.
 const RESET: u32 = 3;
 
-// SAFETY: `data` is `Send` and `Sync` by the bounds of `Driver::Data`.
-unsafe impl Send for Binding {}
-
-// SAFETY: As above; all that changes is atomic.
-unsafe impl Sync for Binding {}
-
 impl Binding {
-    /// Begins to use the device, which has neither virtqueues nor data yet.
+    /// Begins to use the device, which has no virtqueues yet.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    fn new(
-        dev: &Device<CoreInternal<'_>>,
-        queue_used: unsafe fn(*mut c_void, usize),
-    ) -> Result<Arc<Self>> {
-        // INVARIANT: A callback of the bus binds the device. There are no virtqueues yet, and no
-        // data.
+    fn new(dev: &Device<CoreInternal<'_>>, vq_callback: VqCallback) -> Result<Arc<Self>> {
+        // INVARIANT: A callback of the bus binds the device. There are no virtqueues yet.
         Arc::pin_init(
             try_pin_init!(Self {
                 users <- new_srcu!("virtio::Binding::users"),
                 resetting <- new_mutex!((), "virtio::Binding::resetting"),
                 state: Atomic::new(SETTING_UP),
                 vqs: Atomic::new(0),
-                data: Atomic::new(ptr::null_mut()),
-                queue_used,
+                vq_callback,
                 dev: dev.into(),
             }),
             GFP_KERNEL,
@@ -174,19 +164,11 @@ impl Binding {
         self.state.load(Acquire) == RESET
     }
 
-    /// Allows the driver to use the ready device, and enables callbacks.
-    ///
-    /// # Safety
-    ///
-    /// `data` must be the driver's data, of the type that `queue_used` expects, and must exist
-    /// until the virtqueues were deleted.
-    pub(in crate::rust::virtio) unsafe fn make_ready(&self, data: *mut c_void) {
+    /// Allows the driver to use the ready device, and enables callbacks. The driver's data must have
+    /// been stored.
+    pub(in crate::rust::virtio) fn make_ready(&self) {
+        // Pairs with the acquire in `position`.
         self.state.store(READY, Release);
-        // Pairs with the acquire in `call_back`: a thread that sees the pointer sees the data, and
-        // may use the device.
-        //
-        // INVARIANT: By the requirements of this function.
-        self.data.store(data, Release);
     }
 
     /// Records the queues that `find_vqs` is about to set up, one bit for each of its arguments, or
@@ -200,25 +182,19 @@ impl Binding {
         self.vqs.load(Relaxed) != 0
     }
 
-    /// Calls the driver back for the queue with the number `number`. Interrupts before the device
-    /// is ready are ignored.
-    ///
-    /// # Safety
-    ///
-    /// The queue must not have been deleted.
-    pub(in crate::rust::virtio) unsafe fn call_back(&self, number: usize) {
-        // Pairs with the release in `make_ready`.
-        let data = self.data.load(Acquire);
-
-        if !data.is_null() {
-            // SAFETY: By the type invariants `data` has the type that the function expects, and by
-            // the requirements of this function it exists.
-            unsafe { (self.queue_used)(data, self.position(number)) };
-        }
+    /// Returns the callback of all virtqueues.
+    pub(in crate::rust::virtio) fn vq_callback(&self) -> VqCallback {
+        self.vq_callback
     }
 
-    /// Returns the position, in the arguments of `find_vqs`, of the queue with the number `number`.
-    fn position(&self, number: usize) -> usize {
+    /// Returns the position, in the arguments of `find_vqs`, of the queue with the number `number`;
+    /// `None` before the device is ready.
+    pub(in crate::rust::virtio) fn position(&self, number: usize) -> Option<usize> {
+        // Pairs with the release in `make_ready`: a thread that sees the state sees the driver's
+        // data.
+        if self.state.load(Acquire) == SETTING_UP {
+            return None;
+        }
         let mut vqs = self.vqs.load(Relaxed);
 
         for _ in 0..number {
@@ -226,7 +202,7 @@ impl Binding {
             vqs &= vqs.wrapping_sub(1);
         }
 
-        vqs.trailing_zeros() as usize
+        Some(vqs.trailing_zeros() as usize)
     }
 
     /// Revokes the device: every later [`enter`](Self::enter) fails, and no reader is inside any
@@ -263,11 +239,8 @@ unsafe fn reset(dev: &Device<Bound>, how: Reset) {
 
 impl Device<CoreInternal<'_>> {
     /// Begins to use the device. Returns the binding that all handles will share.
-    pub(in crate::rust::virtio) fn open(
-        &self,
-        queue_used: unsafe fn(*mut c_void, usize),
-    ) -> Result<Arc<Binding>> {
-        let binding = Binding::new(self, queue_used)?;
+    pub(in crate::rust::virtio) fn open(&self, vq_callback: VqCallback) -> Result<Arc<Binding>> {
+        let binding = Binding::new(self, vq_callback)?;
 
         // SAFETY: By the type invariants the device is valid, and `priv` belongs to its driver,
         // which is this layer.

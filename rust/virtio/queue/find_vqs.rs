@@ -49,12 +49,11 @@ impl Device<device::Core<'_>> {
             return Err(EBUSY);
         }
 
-        const CALLBACK: Option<unsafe extern "C" fn(*mut bindings::virtqueue)> = Some(vq_callback);
-
+        let callback = binding.vq_callback();
         let mut vqs = [ptr::null_mut(); N];
         let mut infos = names.map(|name| bindings::virtqueue_info {
             name: name.map_or(ptr::null(), |name| name.as_char_ptr()),
-            callback: name.and(CALLBACK),
+            callback: name.map(|_| callback),
             ctx: false,
         });
 
@@ -116,21 +115,5 @@ impl<const N: usize> FoundQueues<N> {
         // SAFETY: By the type invariants, and since the queue can be taken only once.
         vq.map(|vq| unsafe { Virtqueue::new(vq, self.binding.clone(), traffic) })
             .transpose()
-    }
-}
-
-/// The callback of all virtqueues, which calls the driver's callback for this one.
-///
-/// # Safety
-///
-/// Only for the virtio core, which calls it with a queue of a device that [`Device::find_vqs`] has
-/// set up, and that was not deleted.
-unsafe extern "C" fn vq_callback(vq: *mut bindings::virtqueue) {
-    // SAFETY: By the requirements of this function. `priv` is an `Arc<Binding>` from before the
-    // queues are found until after they were deleted.
-    unsafe {
-        let binding = (*(*vq).vdev).priv_.cast::<Binding>();
-
-        (*binding).call_back((*vq).index as usize);
     }
 }

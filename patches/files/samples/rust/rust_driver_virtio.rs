@@ -57,13 +57,15 @@ kernel::virtio_device_table!(
 );
 
 impl virtio::Driver for SampleDriver {
-    type Data = SampleData;
+    type Data<'bound> = SampleData;
 
     const ID_TABLE: virtio::IdTable = &VIRTIO_TABLE;
     const FEATURES: &'static [virtio::Feature] = &[];
     const QUEUE_CALLBACKS: &'static [fn(&SampleData)] = &[SampleData::buffers_used];
 
-    fn probe(vdev: &virtio::Device<Core<'_>>) -> impl PinInit<SampleData, Error> {
+    fn probe<'bound>(
+        vdev: &'bound virtio::Device<Core<'_>>,
+    ) -> impl PinInit<SampleData, Error> + 'bound {
         pin_init::pin_init_scope(move || {
             let dev: &device::Device<Core<'_>> = vdev.as_ref();
             let stats = Arc::new(QueueStats::new(), GFP_KERNEL)?;

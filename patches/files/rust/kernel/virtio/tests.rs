@@ -84,15 +84,17 @@ static TEST_TABLE: IdArray<DeviceId, (), 1> =
     IdArray::new_without_index([DeviceId::any_vendor(DEVICE_TYPE)]);
 
 impl Driver for TestDriver {
-    type Data = Arc<Data>;
+    type Data<'bound> = Arc<Data>;
 
     const ID_TABLE: IdTable = &TEST_TABLE;
     const FEATURES: &'static [Feature] = &[OFFERED, MISSING];
-    const QUEUE_CALLBACKS: &'static [fn(&Self::Data)] = &[|data| {
+    const QUEUE_CALLBACKS: &'static [fn(&Arc<Data>)] = &[|data| {
         data.callbacks.add(1, Relaxed);
     }];
 
-    fn probe(dev: &Device<Core<'_>>) -> impl PinInit<Self::Data, Error> {
+    fn probe<'bound>(
+        dev: &'bound Device<Core<'_>>,
+    ) -> impl PinInit<Arc<Data>, Error> + 'bound {
         let stats = Arc::new(QueueStats::new(), GFP_KERNEL)?;
         let queue = dev
             .find_vqs([Some(c"queue")])?
