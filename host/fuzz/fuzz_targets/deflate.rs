@@ -8,9 +8,9 @@
 use fuzz::{Guest, Input, PAGE, PAGES, bytes, in_memory, ranges};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
-use vhost_user_balloon::deflate::Deflate;
-use vhost_user_balloon::discard::{Discarder, Pieces};
-use vhost_user_balloon::pages::Pages;
+use vhost_user_balloon::memory::discard::{Discarder, Pieces};
+use vhost_user_balloon::queues::deflate::Deflate;
+use vhost_user_balloon::queues::pages::Pages;
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {

@@ -9,7 +9,7 @@ use balloon_wire::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use fuzz::{Guest, Input};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
-use vhost_user_balloon::hinting::{Hinting, Hints};
+use vhost_user_balloon::queues::hinting::{Hinting, Hints};
 use vhost_user_balloon::sync::{Mutex, lock};
 
 fuzz_target!(|data: &[u8]| {

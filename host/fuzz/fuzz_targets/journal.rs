@@ -19,8 +19,8 @@ use libfuzzer_sys::fuzz_target;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
-use vhost_user_balloon::message::{Message, request};
 use vhost_user_balloon::supervisor::journal::Journal;
+use vhost_user_balloon::vhost_user::message::{Message, request};
 
 /// More do not fit into a socket.
 const MOST_MESSAGES: usize = 64;

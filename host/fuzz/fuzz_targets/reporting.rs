@@ -9,8 +9,8 @@ use std::ops::Range;
 use fuzz::{Guest, Input, PAGE, bytes, page};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::Counters;
-use vhost_user_balloon::discard::{Discarder, Pieces};
-use vhost_user_balloon::reporting::Reporting;
+use vhost_user_balloon::memory::discard::{Discarder, Pieces};
+use vhost_user_balloon::queues::reporting::Reporting;
 use vm_memory::Address;
 
 fuzz_target!(|data: &[u8]| {

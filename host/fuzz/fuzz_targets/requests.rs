@@ -10,11 +10,12 @@ use balloon_control::RequestStatus;
 use balloon_wire::request::{Command, Wanted};
 use fuzz::{Guest, Input, PAGE, PAGES, page};
 use libfuzzer_sys::fuzz_target;
-use vhost_user_balloon::answers::Answers;
+use vhost_user_balloon::budget::Budget;
 use vhost_user_balloon::counters::{Counter, Counters, Refusal};
-use vhost_user_balloon::discard::{Discarder, Pieces};
-use vhost_user_balloon::queue::{Budget, Next};
-use vhost_user_balloon::requests::Requests;
+use vhost_user_balloon::memory::discard::{Discarder, Pieces};
+use vhost_user_balloon::queues::answers::Answers;
+use vhost_user_balloon::queues::requests::Requests;
+use vhost_user_balloon::queues::virtqueue::Next;
 use vhost_user_balloon::sync::{Level, Mutex, lock};
 
 /// The maximum number of requests: one for each step.

@@ -8,7 +8,7 @@
 use fuzz::{Guest, Input};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_balloon::counters::{Counter, Counters};
-use vhost_user_balloon::stats::Stats;
+use vhost_user_balloon::queues::stats::Stats;
 
 fuzz_target!(|data: &[u8]| {
     let Some(input) = Input::new(data) else {

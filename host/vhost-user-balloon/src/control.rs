@@ -12,13 +12,15 @@ use balloon_control::{
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::{Command, Wanted};
 
-use crate::config::bytes;
 use crate::device::{Device, Sizes};
-use crate::features::{Feature, names};
-use crate::hinting::Hints;
-use crate::metrics;
-use crate::requests::TooMany;
-use crate::state::{MAX_INHIBIT, MAX_INHIBITORS};
+use crate::queues::hinting::Hints;
+use crate::virtio::config::bytes;
+use crate::virtio::features::{Feature, names};
+
+use crate::device::state::{MAX_INHIBIT, MAX_INHIBITORS};
+use crate::queues::requests::TooMany;
+
+mod metrics;
 
 /// How long a guest may take to send statistics. A running guest sends them at once, and a client
 /// waits longer than this.

@@ -12,7 +12,7 @@ use balloon_wire::page_set::Encoding;
 use log::warn;
 use strum::VariantArray;
 
-use crate::kind::{ByKind, Kind};
+use crate::virtio::kind::{ByKind, Kind};
 
 /// A guest can cause any number of refusals, so the daemon logs each kind at most once in this
 /// interval.

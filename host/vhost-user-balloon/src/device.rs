@@ -21,29 +21,33 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::channel::Channel;
-use crate::config::Fields;
 use crate::counters::Counters;
-use crate::discard::Granularity;
-use crate::features::Feature;
-use crate::floor::Floor;
-use crate::hazard::{Hazard, Identity, Watch};
-use crate::hinting::Hints;
-use crate::kind::MAX_QUEUES;
-use crate::requests::Requests;
-use crate::state::State;
-use crate::stats::Stats;
+use crate::memory::discard::Granularity;
+use crate::memory::hazard::{Hazard, Identity, Watch};
+use crate::queues::hinting::Hints;
+use crate::queues::requests::Requests;
+use crate::queues::stats::Stats;
 use crate::sync::{Level, Mutex, lock, order};
-use crate::timer::Timer;
-use crate::work::Work;
+use crate::vhost_user::channel::Channel;
+use crate::virtio::config::Fields;
+use crate::virtio::features::Feature;
+use crate::virtio::kind::MAX_QUEUES;
+use floor::Floor;
+use state::State;
+use timer::Timer;
+use work::Work;
 
 mod backend;
 mod commands;
+pub mod floor;
 mod hazards;
 mod queues;
+pub mod state;
 mod statistics;
 mod sweep;
 mod target;
+mod timer;
+mod work;
 
 /// The value for no file descriptor.
 const NO_FD: RawFd = -1;

@@ -9,45 +9,22 @@
 //! It has two processes: the [`supervisor`] holds the VMM's connection, and is the parent of the
 //! [`worker`], which implements the device. Both can crash or be replaced while the guest runs.
 //!
-//! A message passes through these modules. The vhost-user library sets up the queues and notifies
-//! [`device`]. [`queue`] takes the messages. [`inflate`], [`deflate`], [`stats`], [`hinting`],
-//! [`reporting`] and [`answers`] handle them, and [`pages`] decodes lists of pages. [`hazard`] detects
-//! memory that must not be discarded, [`balloon`] has the guest's memory and its balloon, and [`discard`]
-//! returns memory to the host.
+//! A message of the guest passes through these modules. The vhost-user library sets up the queues and notifies
+//! the [`device`]. A module in [`queues`] takes the messages of each queue and decodes them. [`memory`] has the
+//! balloon's pages, detects memory that must not be discarded, and returns memory to the host. The daemon serves
+//! commands of the host on the control socket (`control`).
 
-pub mod answers;
-pub mod balloon;
-mod bitmap;
-pub mod channel;
-pub mod config;
+pub mod budget;
 mod control;
 pub mod counters;
-pub mod deflate;
 pub mod device;
-pub mod discard;
-pub mod features;
-pub mod floor;
-pub mod hazard;
-pub mod hinting;
-pub mod inflate;
-pub mod kept;
-pub mod kind;
-pub mod message;
-pub mod metrics;
+pub mod memory;
 pub mod options;
-pub mod page_map;
-pub mod pages;
-pub mod queue;
-pub mod reporting;
-pub mod requests;
-pub mod sandbox;
-pub mod state;
-pub mod stats;
+pub mod queues;
 pub mod supervisor;
-mod sweep;
 pub mod sync;
-mod timer;
-mod work;
+pub mod vhost_user;
+pub mod virtio;
 pub mod worker;
 
 #[cfg(test)]

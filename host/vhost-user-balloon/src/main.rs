@@ -15,7 +15,8 @@ use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::getppid;
 use vhost_user_balloon::options::Options;
-use vhost_user_balloon::{sandbox, supervisor, worker};
+use vhost_user_balloon::supervisor;
+use vhost_user_balloon::worker::{self, sandbox};
 
 fn main() -> ExitCode {
     let options = Options::parse();

@@ -6,16 +6,24 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use balloon_control::Access;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use log::LevelFilter;
 use nix::unistd::{Gid, Group};
 
 use crate::device::Settings;
-use crate::discard::Granularity;
-use crate::features::{Feature, offer};
-use crate::floor::Floor;
-use crate::hazard::Hazard;
-use crate::sandbox::Sandbox;
+use crate::device::floor::Floor;
+use crate::memory::discard::Granularity;
+use crate::memory::hazard::Hazard;
+use crate::virtio::features::{Feature, offer};
+
+/// The level of the worker's confinement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sandbox {
+    /// As far as the kernel supports it.
+    Full,
+    /// Not at all.
+    None,
+}
 
 /// A virtio memory balloon for one VM, as a vhost-user device.
 ///
@@ -229,7 +237,7 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::features::names;
+    use crate::virtio::features::names;
     use clap::CommandFactory;
 
     fn parse(arguments: &[&str]) -> Result<Options, clap::Error> {

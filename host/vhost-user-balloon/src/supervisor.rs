@@ -37,8 +37,8 @@ mod update;
 mod vmm;
 mod worker;
 
-use crate::features::Feature;
 use crate::options::Options;
+use crate::virtio::features::Feature;
 use connection::Connection;
 use journal::Journal;
 use program::{RESUME, SELF, own_path};

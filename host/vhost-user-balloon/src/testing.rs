@@ -20,14 +20,14 @@ use vm_memory::{
     GuestMemoryRegion,
 };
 
-use crate::channel::Channel;
 use crate::counters::{Counter, Counters};
+use crate::device::floor::Floor;
+use crate::device::state::State;
 use crate::device::{Device, Settings};
-use crate::discard::Granularity;
-use crate::features::{Feature, offer};
-use crate::floor::Floor;
-use crate::queue::{Next, Receiver, Unfinished, serve};
-use crate::state::State;
+use crate::memory::discard::Granularity;
+use crate::queues::virtqueue::{Next, Receiver, Unfinished, serve};
+use crate::vhost_user::channel::Channel;
+use crate::virtio::features::{Feature, offer};
 
 /// A balloon page in bytes.
 pub(crate) const PAGE: u64 = 4096;

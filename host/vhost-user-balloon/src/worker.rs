@@ -14,11 +14,12 @@ use balloon_control::Server;
 use log::{debug, info, warn};
 use vhost_user_backend::VhostUserDaemon;
 
-use crate::channel::{Channel, SERVE, START, VERSION};
 use crate::device::Device;
-use crate::options::Options;
-use crate::sandbox::{self, Sandbox};
-use crate::state::State;
+use crate::device::state::State;
+use crate::options::{Options, Sandbox};
+use crate::vhost_user::channel::{Channel, SERVE, START, VERSION};
+
+pub mod sandbox;
 
 /// Serves front ends until the supervisor closes the channel, which is the standard input.
 ///

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use balloon_wire::page_set::Encoding;
 use clap::{CommandFactory, ValueEnum};
 use vhost_user_balloon::counters::Counters;
-use vhost_user_balloon::features::{Feature, config_size, offer};
-use vhost_user_balloon::kind::Kind;
 use vhost_user_balloon::options::Options;
+use vhost_user_balloon::virtio::features::{Feature, config_size, offer};
+use vhost_user_balloon::virtio::kind::Kind;
 
 /// The requirements of QEMU's device: the number of queues, and the size of the configuration
 /// space.

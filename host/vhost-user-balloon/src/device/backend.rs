@@ -18,12 +18,12 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use super::work::Work;
 use super::{Device, GRACE, RETRY, SWEEP, Sizes, TIMER, WAKE};
-use crate::features::Feature;
-use crate::kind::{Kind, MAX_QUEUES};
-use crate::queue::{MAX_QUEUE_SIZE, Unfinished};
+use crate::queues::virtqueue::{MAX_QUEUE_SIZE, Unfinished};
 use crate::sync::lock;
-use crate::work::Work;
+use crate::virtio::features::Feature;
+use crate::virtio::kind::{Kind, MAX_QUEUES};
 
 /// The largest granule that fits into the configuration space's field, in bytes.
 const LARGEST_GRANULE: u32 = 1 << 31;

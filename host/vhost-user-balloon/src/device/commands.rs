@@ -8,11 +8,11 @@ use balloon_control::Changes;
 use balloon_wire::request::Command;
 
 use super::Device;
-use crate::hinting::Hints;
-use crate::kind::Kind;
-use crate::page_map::PageMap;
-use crate::requests::{Requests, TooMany};
+use crate::memory::page_map::PageMap;
+use crate::queues::hinting::Hints;
+use crate::queues::requests::{Requests, TooMany};
 use crate::sync::{Guard, lock};
+use crate::virtio::kind::Kind;
 
 impl Device {
     /// Changes the command of free page hinting.

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use balloon_control::Changes;
 
+use super::state::since_boot;
 use super::{Device, Sizes};
-use crate::hazard::{Hazard, Identity};
-use crate::state::since_boot;
+use crate::memory::hazard::{Hazard, Identity};
 use crate::sync::lock;
 
 impl Device {

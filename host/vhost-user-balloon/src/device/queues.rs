@@ -15,20 +15,21 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::Device;
-use crate::answers::Answers;
-use crate::config::bytes;
+use super::work::Work;
+use crate::budget::{BUDGET, Budget};
 use crate::counters::{Counter, Counters};
-use crate::deflate::Deflate;
-use crate::features::tells_before_use;
-use crate::hazard::Identity;
-use crate::hinting::Hinting;
-use crate::inflate::Inflate;
-use crate::kind::{ByKind, Kind};
-use crate::pages::Format;
-use crate::queue::{BUDGET, Budget, Next, Receiver, Unfinished, serve};
-use crate::reporting::Reporting;
+use crate::memory::hazard::Identity;
+use crate::queues::answers::Answers;
+use crate::queues::deflate::Deflate;
+use crate::queues::hinting::Hinting;
+use crate::queues::inflate::Inflate;
+use crate::queues::pages::Format;
+use crate::queues::reporting::Reporting;
+use crate::queues::virtqueue::{Next, Receiver, Unfinished, serve};
 use crate::sync::{Level, lock, order};
-use crate::work::Work;
+use crate::virtio::config::bytes;
+use crate::virtio::features::tells_before_use;
+use crate::virtio::kind::{ByKind, Kind};
 
 /// The time between two attempts to allocate memory that the host lacks.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);

@@ -10,8 +10,8 @@ use balloon_control::Changes;
 use log::error;
 
 use super::Device;
-use crate::kind::Kind;
 use crate::sync::lock;
+use crate::virtio::kind::Kind;
 
 /// The interval and the number of statistics requests after the VMM has changed its memory.
 const SOON: Duration = Duration::from_secs(1);

@@ -10,10 +10,10 @@ use std::time::Duration;
 use log::info;
 
 use super::Device;
-use crate::queue::{BUDGET, Budget};
-use crate::sweep::Sweep;
+use super::work::Work;
+use crate::budget::{BUDGET, Budget};
+use crate::memory::sweep::Sweep;
 use crate::sync::lock;
-use crate::work::Work;
 
 /// The time between two turns. It limits the search to half of the worker's time.
 const INTERVAL: Duration = BUDGET;

@@ -13,8 +13,8 @@ use balloon_wire::BALLOON_PAGE_SIZE;
 use log::info;
 
 use super::Device;
-use crate::features::Feature;
 use crate::sync::lock;
+use crate::virtio::features::Feature;
 
 /// A balloon whose size has not changed for so long is at rest: a driver reports a changing size
 /// once a second.

@@ -3,9 +3,9 @@
 use super::statistics::SOON_TIMES;
 use super::target::{REPORT_TIME, REST};
 use super::*;
-use crate::discard::Pieces;
-use crate::queue::BUDGET;
-use crate::queue::MAX_BATCH;
+use crate::budget::BUDGET;
+use crate::memory::discard::Pieces;
+use crate::queues::virtqueue::MAX_BATCH;
 use crate::testing::{GuestQueue, device, device_with, memory_file};
 use balloon_control::{Handler, Request};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};

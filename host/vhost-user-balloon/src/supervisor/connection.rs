@@ -16,7 +16,7 @@ use rustix::io::{ioctl_fionread, retry_on_intr};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
 use super::worker::ANSWER_TIMEOUT;
-use crate::message::{Head, Message, Queued};
+use crate::vhost_user::message::{Head, Message, Queued};
 
 /// The connection, with the pending answer.
 #[derive(Debug)]
@@ -136,8 +136,8 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::request;
-    use crate::message::tests::message;
+    use crate::vhost_user::message::request;
+    use crate::vhost_user::message::tests::message;
 
     /// A front end that has sent a question, and the connection with it.
     fn asked() -> (UnixStream, Connection, Message) {

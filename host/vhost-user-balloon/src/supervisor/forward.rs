@@ -16,7 +16,7 @@ use super::memory::{adds_memory, is_private};
 use super::setup::Verdict;
 use super::snapshot::notify;
 use super::vmm::Vmm;
-use crate::message::{Head, Message, request};
+use crate::vhost_user::message::{Head, Message, request};
 
 /// How long a process may take to end after its file descriptors are closed.
 const END_OF_PROCESS: Duration = Duration::from_millis(500);

@@ -11,7 +11,7 @@ use nix::sys::uio::pread;
 use nix::unistd::write;
 
 use super::memory::{adds_memory, regions, word};
-use crate::message::{Message, request};
+use crate::vhost_user::message::{Message, request};
 
 /// The protocol feature by which the front end may request an acknowledgement of each message.
 const REPLY_ACK: u8 = 1 << 3;
@@ -324,8 +324,8 @@ fn region(message: &Message) -> Option<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::tests::message;
     use crate::testing::memory_file;
+    use crate::vhost_user::message::tests::message;
     use nix::sys::eventfd::{EfdFlags, EventFd};
     use std::fs;
     use std::io;

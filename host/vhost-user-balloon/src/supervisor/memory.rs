@@ -9,7 +9,7 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use procfs::process::{MMPermissions, MemoryMaps, Process};
 
-use crate::message::{Message, request};
+use crate::vhost_user::message::{Message, request};
 
 /// A region of the guest's memory, in bytes.
 pub(super) struct Region {
@@ -75,7 +75,7 @@ mod tests {
     use procfs::FromRead;
 
     use super::*;
-    use crate::message::tests::message;
+    use crate::vhost_user::message::tests::message;
 
     #[test]
     fn private_memory_is_noticed() {

@@ -13,10 +13,10 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::journal::{Journal, is_about_queue, queue};
 use super::memory::{adds_memory, word};
-use crate::features::config_size;
-use crate::kind::{Kind, MAX_QUEUES};
-use crate::message::{Message, request};
-use crate::queue::MAX_QUEUE_SIZE;
+use crate::queues::virtqueue::MAX_QUEUE_SIZE;
+use crate::vhost_user::message::{Message, request};
+use crate::virtio::features::config_size;
+use crate::virtio::kind::{Kind, MAX_QUEUES};
 
 /// How long after its last message a front end has announced all of its queues. Another message shows it at once.
 const QUIET: Duration = Duration::from_secs(5);

@@ -35,8 +35,8 @@ use serde::{Deserialize, Serialize};
 
 use super::connection::Connection;
 use super::journal::Journal;
-use crate::channel::VERSION;
-use crate::message::Message;
+use crate::vhost_user::channel::VERSION;
+use crate::vhost_user::message::Message;
 
 /// How many file descriptors a message can have: the kernel's `SCM_MAX_FD`.
 const MAX_DESCRIPTORS: usize = 253;
@@ -456,9 +456,9 @@ pub(super) fn notify(state: &[NotifyState]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::request;
-    use crate::message::tests::message;
     use crate::testing;
+    use crate::vhost_user::message::request;
+    use crate::vhost_user::message::tests::message;
 
     #[test]
     fn any_number_of_memory_regions_is_kept() {

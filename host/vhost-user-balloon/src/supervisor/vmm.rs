@@ -16,7 +16,7 @@ use super::connection::Connection;
 use super::journal::{Journal, has_reply, name, queue};
 use super::setup::Setup;
 use super::worker::ANSWER_TIMEOUT;
-use crate::message::{Head, Message, request};
+use crate::vhost_user::message::{Head, Message, request};
 
 /// How many workers may crash at a message before it is skipped.
 const MAX_CRASHES: u32 = 3;
@@ -203,7 +203,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::message::tests::message;
+    use crate::vhost_user::message::tests::message;
 
     fn connected() -> (Vmm, UnixStream) {
         let (frontend, vmm) = UnixStream::pair().unwrap();

@@ -18,8 +18,8 @@ use balloon_control::{Access, listen};
 use log::warn;
 
 use super::program::command;
-use crate::channel::{CONFIG_CHANGED, READY, SERVE, START, VERSION};
-use crate::message::Message;
+use crate::vhost_user::channel::{CONFIG_CHANGED, READY, SERVE, START, VERSION};
+use crate::vhost_user::message::Message;
 
 /// How long a worker may take until it is ready.
 const START_TIMEOUT: Duration = Duration::from_secs(10);

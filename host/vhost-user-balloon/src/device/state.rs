@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The state of the device. The host's settings are stored in a file.
+//!
+//! The guest's own values are not in the file. A new worker for a running guest receives them from the
+//! supervisor, and for another guest they are not valid.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use log::warn;
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+
+use crate::virtio::config::Fields;
+
+/// The version of the file's format. It changes only when a daemon of this version would misread the file.
+const VERSION: u32 = 1;
+
+/// The longest `inhibit`. A client that dies must not end ballooning forever.
+pub const MAX_INHIBIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The maximum number of owners at the same time.
+pub const MAX_INHIBITORS: usize = 32;
+
+/// The state of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// The configuration space.
+    pub config: Fields,
+    /// The interval of statistics requests, in seconds. 0 is never.
+    pub stats_interval: u32,
+    /// The active `inhibit`s, by owner. The empty name is for clients without one.
+    pub inhibitors: BTreeMap<String, Inhibited>,
+}
+
+/// An `inhibit`: a time in which no memory is returned to the host, by [`since_boot`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inhibited {
+    /// When a client requested it. A time ahead of the clock is from before a reboot of the host, and a reboot ends
+    /// all pinning.
+    pub from: Duration,
+    /// When it ends.
+    pub until: Duration,
+}
+
+impl Inhibited {
+    /// The remaining time.
+    fn rest(self, now: Duration) -> Option<Duration> {
+        let rest = self.until.checked_sub(now)?;
+        (self.from <= now && !rest.is_zero()).then_some(rest)
+    }
+}
+
+/// The time since the host was booted. Unlike the time of day it cannot be set, and it continues
+/// while the host is suspended.
+pub fn since_boot() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// The content of the file. Fields of newer daemons are ignored.
+#[derive(Serialize, Deserialize)]
+struct Settings {
+    #[serde(default)]
+    version: u32,
+    /// In balloon pages.
+    target: u32,
+    stats_interval: u32,
+    /// The longest of those below. Older daemons know only this one.
+    #[serde(default)]
+    inhibited: Option<Inhibited>,
+    #[serde(default)]
+    inhibitors: BTreeMap<String, Inhibited>,
+}
+
+impl State {
+    /// The state of a device without a file.
+    pub fn new(stats_interval: u32) -> Self {
+        Self {
+            config: Fields::default(),
+            stats_interval,
+            inhibitors: BTreeMap::new(),
+        }
+    }
+
+    /// Reads it from a file, if there is one. An invalid file is renamed, since a VM with the defaults is better than
+    /// none. The file may have had an `inhibit`, so no memory is returned to the host for the longest possible time.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn load(path: &Path, stats_interval: u32) -> Result<Self> {
+        let text = match fs::read(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Ok(Self::new(stats_interval));
+            }
+            other => other.with_context(|| format!("reading {}", path.display()))?,
+        };
+        let reason = match serde_json::from_slice::<Settings>(&text) {
+            Ok(settings) if settings.version <= VERSION => return Ok(settings.into()),
+            Ok(settings) => format!("its version is {}", settings.version),
+            Err(error) => error.to_string(),
+        };
+        let aside = beside(path, ".bad");
+        warn!(
+            "{} has no state of a balloon that this daemon can read ({reason}); moved it to {}, and starting \
+             without it: the target and the interval of the statistics are lost, and no memory is given back to the \
+             host for a day, or until `balloonctl resume`",
+            path.display(),
+            aside.display()
+        );
+        let mut state = Self::new(stats_interval);
+        state.inhibit(since_boot(), "", MAX_INHIBIT);
+        // The file exists at any time: without a file there is no inhibit.
+        fs::copy(path, &aside)
+            .map(drop)
+            .and_then(|()| state.save(path))
+            .with_context(|| format!("moving {} to {}", path.display(), aside.display()))?;
+        Ok(state)
+    }
+
+    /// Writes it to a file, which has the old or the new state at any time, also after a loss of power.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn save(&self, path: &Path) -> io::Result<()> {
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let settings = Settings {
+            version: VERSION,
+            target: self.config.target,
+            stats_interval: self.stats_interval,
+            inhibited: self
+                .inhibitors
+                .values()
+                .max_by_key(|one| one.until)
+                .copied(),
+            inhibitors: self.inhibitors.clone(),
+        };
+        let mut new = NamedTempFile::new_in(directory)?;
+        new.write_all(&serde_json::to_vec(&settings)?)?;
+        new.as_file().sync_all()?;
+        new.persist(path)?;
+        File::open(directory)?.sync_all()
+    }
+
+    /// Stops returning memory to the host for so long from `now` on, or until a later end that this owner requested
+    /// before. Returns whether there was room for another owner.
+    pub fn inhibit(&mut self, now: Duration, owner: &str, time: Duration) -> bool {
+        self.inhibitors.retain(|_, one| one.rest(now).is_some());
+        let rest = self.inhibitors.get(owner).and_then(|one| one.rest(now));
+        if rest.is_none() && self.inhibitors.len() >= MAX_INHIBITORS {
+            return false;
+        }
+        let until = now.saturating_add(rest.unwrap_or_default().max(time));
+        let one = Inhibited { from: now, until };
+        self.inhibitors.insert(owner.to_owned(), one);
+        true
+    }
+
+    /// Ends the `inhibit` of an owner, or of all.
+    pub fn resume(&mut self, owner: Option<&str>) {
+        match owner {
+            Some(owner) => drop(self.inhibitors.remove(owner)),
+            None => self.inhibitors.clear(),
+        }
+    }
+
+    /// The remaining time from `now` on of each owner's `inhibit`.
+    pub fn inhibitors(&self, now: Duration) -> impl Iterator<Item = (&str, Duration)> {
+        self.inhibitors
+            .iter()
+            .filter_map(move |(owner, one)| Some((owner.as_str(), one.rest(now)?)))
+    }
+
+    /// The longest of these times.
+    pub fn inhibited(&self, now: Duration) -> Option<Duration> {
+        self.inhibitors(now).map(|(_, rest)| rest).max()
+    }
+}
+
+impl From<Settings> for State {
+    fn from(settings: Settings) -> Self {
+        Self {
+            config: Fields {
+                target: settings.target,
+                ..Fields::default()
+            },
+            stats_interval: settings.stats_interval,
+            inhibitors: match settings.inhibited {
+                Some(one) if settings.inhibitors.is_empty() => [(String::new(), one)].into(),
+                _ => settings.inhibitors,
+            },
+        }
+    }
+}
+
+/// The path with a suffix.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(suffix);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inhibited(owner: &str, until: u64) -> (String, Inhibited) {
+        let one = Inhibited {
+            from: Duration::from_secs(5),
+            until: Duration::from_secs(until),
+        };
+        (owner.to_owned(), one)
+    }
+
+    fn state() -> State {
+        State {
+            config: Fields {
+                target: 5,
+                ..Fields::default()
+            },
+            stats_interval: 3,
+            inhibitors: [inhibited("", 10), inhibited("backup", 9)].into(),
+        }
+    }
+
+    #[test]
+    fn the_hosts_settings_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        assert_eq!(State::load(&path, 7).unwrap(), State::new(7));
+        let mut state = state();
+        state.save(&path).unwrap();
+        assert_eq!(State::load(&path, 7).unwrap(), state);
+        state.config.actual = 4;
+        state.save(&path).unwrap();
+        assert_eq!(State::load(&path, 7).unwrap().config.actual, 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_broken_file_is_moved_aside() {
+        for text in [
+            "",
+            "{\"config\":{}}",
+            "\0\0\0",
+            "{\"version\":2,\"target\":1,\"stats_interval\":1}",
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("state");
+            fs::write(&path, text).unwrap();
+            let state = State::load(&path, 7).unwrap();
+            assert_eq!(
+                (state.config.target, state.stats_interval),
+                (0, 7),
+                "{text}"
+            );
+            // The file may have had an inhibit.
+            let rest = state.inhibited(since_boot()).unwrap();
+            assert!(rest > MAX_INHIBIT - Duration::from_secs(60), "{text}");
+            assert_eq!(State::load(&path, 8).unwrap(), state);
+            let aside = fs::read_to_string(directory.path().join("state.bad"));
+            assert_eq!(aside.unwrap(), text);
+            self::state().save(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn files_of_other_versions_are_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        for text in [
+            "{\"target\":5,\"stats_interval\":3}",
+            "{\"version\":1,\"target\":5,\"stats_interval\":3,\"mood\":\"good\"}",
+        ] {
+            fs::write(&path, text).unwrap();
+            let state = State::load(&path, 7).unwrap();
+            assert_eq!((state.config.target, state.stats_interval), (5, 3));
+        }
+    }
+
+    #[test]
+    fn older_daemons_know_of_one_inhibit() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        state().save(&path).unwrap();
+        let mut text: serde_json::Value =
+            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(text["inhibited"]["until"]["secs"], 10);
+        // The file of such a daemon.
+        text.as_object_mut().unwrap().remove("inhibitors");
+        fs::write(&path, text.to_string()).unwrap();
+        let state = State::load(&path, 7).unwrap();
+        assert_eq!(state.inhibitors, [inhibited("", 10)].into());
+    }
+
+    #[test]
+    fn each_owner_has_a_time_limit_of_its_own() {
+        let mut state = State::new(0);
+        let at = Duration::from_secs;
+        assert!(state.inhibit(at(10), "", at(600)));
+        assert!(state.inhibit(at(10), "backup", at(60)));
+        assert_eq!(state.inhibited(at(20)), Some(at(590)));
+        state.resume(Some("snapshot"));
+        state.resume(Some(""));
+        assert_eq!(
+            state.inhibitors(at(20)).collect::<Vec<_>>(),
+            [("backup", at(50))]
+        );
+        state.inhibit(at(20), "", at(1));
+        state.resume(None);
+        assert_eq!(state.inhibited(at(20)), None);
+
+        for number in 0..MAX_INHIBITORS {
+            assert!(state.inhibit(at(30), &number.to_string(), at(60)));
+        }
+        assert!(!state.inhibit(at(30), "another", at(60)));
+        assert!(state.inhibit(at(30), "0", at(70)));
+        assert!(state.inhibit(at(90), "another", at(60)));
+    }
+
+    #[test]
+    fn a_time_limit_ends() {
+        let mut state = State::new(0);
+        let at = Duration::from_millis;
+        state.inhibit(at(900), "", Duration::from_secs(600));
+        assert_eq!(state.inhibited(at(900)), Some(Duration::from_secs(600)));
+        assert_eq!(state.inhibited(at(600_899)), Some(at(1)));
+        assert_eq!(state.inhibited(at(600_900)), None);
+        // The host was booted again.
+        assert_eq!(state.inhibited(at(899)), None);
+    }
+
+    #[test]
+    fn a_time_limit_is_extended_and_not_shortened() {
+        let mut state = State::new(0);
+        let at = Duration::from_secs;
+        state.inhibit(at(10), "", at(600));
+        state.inhibit(at(20), "", at(1));
+        assert_eq!(state.inhibited(at(20)), Some(at(590)));
+        state.inhibit(at(30), "", at(600));
+        assert_eq!(state.inhibited(at(30)), Some(at(600)));
+        // The host was booted again.
+        state.inhibit(at(1), "", at(5));
+        assert_eq!(state.inhibited(at(1)), Some(at(5)));
+    }
+}

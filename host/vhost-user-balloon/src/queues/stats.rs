@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory statistics (specification, clause 5.5.6.3).
+//!
+//! The guest always has one buffer with statistics on the queue. The device uses it to request a new
+//! sample, and the guest fills it again. Until then it stays in the available ring, and the device only
+//! peeks at it: a front end that stops the queue finds it there.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use balloon_control::{Stat, Stats as Answer};
+use balloon_wire::stat;
+use vhost_user_backend::VringState;
+use virtio_queue::{Error, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::virtqueue::{complete, read, wants_notification};
+use crate::counters::{Counter, Counters, Refusal};
+
+/// The longest message in bytes: many times the size of all known tags.
+const MAX_MESSAGE: usize = 4096;
+
+/// The statistics of a guest.
+#[derive(Clone, Debug)]
+struct Sample {
+    values: BTreeMap<Stat, u64>,
+    at: Instant,
+}
+
+/// The last sample, and whether another one is requested.
+#[derive(Debug, Default)]
+pub struct Stats {
+    sample: Option<Sample>,
+    total: Option<(u64, u64)>,
+    /// The number of the last sample. 0 is none.
+    sequence: u64,
+    wanted: bool,
+    /// Whether the guest has filled the buffer since the queue was started. Before that, its
+    /// content may be as old as a pause.
+    fresh: bool,
+    /// The position of the known buffer in the available ring.
+    seen: Option<u16>,
+    bytes: Vec<u8>,
+}
+
+impl Stats {
+    /// Requests a new sample.
+    pub fn want(&mut self) {
+        self.wanted = true;
+    }
+
+    /// Records that the queue has been started again.
+    pub fn restart(&mut self) {
+        self.seen = None;
+        self.fresh = false;
+    }
+
+    /// Discards the last sample of a guest that is gone.
+    pub fn forget(&mut self) {
+        self.restart();
+        self.sample = None;
+        self.total = None;
+    }
+
+    /// Discards the size of the guest's memory, which may have changed, and requests a new sample.
+    pub fn forget_total(&mut self) {
+        self.total = None;
+        self.want();
+    }
+
+    /// The number of the last sample. 0 is none.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The guest's memory in bytes, from the last sample with a balloon at rest, and the balloon's size then.
+    /// Whether the guest's total includes the balloon depends on its features.
+    pub fn total(&self) -> Option<(u64, u64)> {
+        self.total
+    }
+
+    /// The last sample.
+    pub fn answer(&self) -> Option<Answer> {
+        self.sample.as_ref().map(|sample| Answer {
+            age: sample.at.elapsed().as_secs(),
+            sequence: self.sequence,
+            values: sample.values.clone(),
+        })
+    }
+
+    /// Reads the buffer on the queue, and uses it if another sample is requested. `size` is the balloon's size
+    /// in bytes, if it is at rest: while it changes, the guest's total and the size do not match.
+    pub fn serve(
+        &mut self,
+        vring: &mut VringState,
+        memory: &GuestMemoryMmap,
+        counters: &Counters,
+        messages: &Counter,
+        size: Option<u64>,
+    ) {
+        match self.look(vring, memory, counters, messages, size) {
+            Ok(true) => {
+                // The front end may be gone, which its socket reports later.
+                let _ = vring.signal_used_queue();
+            }
+            Ok(false) => {}
+            Err(_) => counters.refuse(Refusal::BadChain),
+        }
+    }
+
+    /// Returns whether the guest requires an interrupt for a used buffer.
+    fn look(
+        &mut self,
+        vring: &mut VringState,
+        memory: &GuestMemoryMmap,
+        counters: &Counters,
+        messages: &Counter,
+        size: Option<u64>,
+    ) -> Result<bool, Error> {
+        let queue = vring.get_queue_mut();
+        if !queue.ready() {
+            return Ok(false);
+        }
+        let mut used = false;
+        // A guest has one buffer on the queue, and may add another one when that is used.
+        for _ in 0..2 {
+            let position = queue.next_avail();
+            let Some(chain) = queue.iter(memory)?.next() else {
+                if queue.enable_notification(memory)? {
+                    continue;
+                }
+                break;
+            };
+            let head = chain.head_index();
+            if self.fresh && self.seen != Some(position) {
+                self.seen = Some(position);
+                messages.add(1);
+                self.bytes.clear();
+                match read(memory, chain, MAX_MESSAGE, &mut self.bytes) {
+                    Ok(()) => self.parse(counters, size),
+                    Err(reason) => counters.refuse(reason),
+                }
+            }
+            if self.fresh && !self.wanted {
+                // The guest must notify the device of the next buffer.
+                queue.enable_notification(memory)?;
+                queue.go_to_previous_position();
+                break;
+            }
+            (self.fresh, self.wanted) = (true, false);
+            self.seen = None;
+            complete(queue, memory, head, 0, counters)?;
+            used = true;
+        }
+        Ok(used && wants_notification(queue, memory)?)
+    }
+
+    /// Unknown tags are ignored, in any order (specification, clause 5.5.6.3.2).
+    fn parse(&mut self, counters: &Counters, size: Option<u64>) {
+        if self.bytes.len() % stat::SIZE != 0 {
+            counters.refuse(Refusal::Truncated);
+            return;
+        }
+        let entries = self.bytes.chunks_exact(stat::SIZE);
+        let values = entries
+            .filter_map(|entry| {
+                let tag = entry.get(stat::TAG..)?.first_chunk()?;
+                let val = entry.get(stat::VAL..)?.first_chunk()?;
+                Some((
+                    Stat::from_tag(u16::from_le_bytes(*tag))?,
+                    u64::from_le_bytes(*val),
+                ))
+            })
+            .collect::<BTreeMap<_, _>>();
+        if let (Some(&total), Some(size)) = (values.get(&Stat::TotalMemory), size) {
+            self.total = Some((total, size));
+        }
+        self.sequence += 1;
+        self.sample = Some(Sample {
+            values,
+            at: Instant::now(),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::GuestQueue;
+    use vhost_user_backend::VringT;
+
+    fn entry(tag: u16, value: u64) -> Vec<u8> {
+        [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()
+    }
+
+    fn serve(stats: &mut Stats, guest: &GuestQueue) -> Counters {
+        serve_with(stats, guest, Some(1 << 20))
+    }
+
+    fn serve_with(stats: &mut Stats, guest: &GuestQueue, size: Option<u64>) -> Counters {
+        let counters = Counters::default();
+        stats.serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &counters,
+            &Counter::default(),
+            size,
+        );
+        counters
+    }
+
+    /// The state after the guest has filled a buffer for it.
+    fn at_work() -> Stats {
+        Stats {
+            fresh: true,
+            ..Stats::default()
+        }
+    }
+
+    #[test]
+    fn an_old_sample_is_not_taken_for_a_new_one() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        // Another worker has requested it, or it belongs to a new driver.
+        guest.send(&[&entry(5, 1 << 30)]);
+        serve_with(&mut stats, &guest, Some(0));
+        assert_eq!((stats.sequence(), guest.used()), (0, 1));
+        guest.send(&[&entry(5, 1 << 30)]);
+        serve_with(&mut stats, &guest, Some(0));
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+
+        // The guest was paused, and its balloon has inflated.
+        stats.restart();
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 2));
+        assert_eq!(stats.total(), Some((1 << 30, 0)));
+        guest.send(&[&entry(5, 1 << 29)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (2, 2));
+        assert_eq!(stats.total(), Some((1 << 29, 1 << 20)));
+    }
+
+    #[test]
+    fn the_buffer_stays_until_another_sample_is_wanted() {
+        let mut guest = GuestQueue::new();
+        let mut stats = at_work();
+        guest.send(&[&entry(5, 1 << 30), &entry(0xfffe, 1), &entry(4, 1 << 20)]);
+        serve(&mut stats, &guest);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 0));
+        // A front end that stops the queue now finds the buffer where it was.
+        assert_eq!(guest.vrings()[0].queue_next_avail(), 0);
+        assert_eq!(guest.avail_event(), 1);
+        assert_eq!(
+            stats.answer().unwrap().values,
+            BTreeMap::from([(Stat::FreeMemory, 1 << 20), (Stat::TotalMemory, 1 << 30)])
+        );
+
+        assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
+
+        stats.want();
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+        guest.send(&[&entry(4, 7)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (2, 1));
+        assert_eq!(stats.answer().unwrap().values[&Stat::FreeMemory], 7);
+        stats.forget();
+        assert!(stats.answer().is_none());
+        assert_eq!(stats.sequence(), 2, "the next one is newer");
+    }
+
+    #[test]
+    fn the_total_is_that_of_a_balloon_at_rest() {
+        let mut guest = GuestQueue::new();
+        let mut stats = at_work();
+        guest.send(&[&entry(5, 1 << 30)]);
+        serve(&mut stats, &guest);
+        assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
+        // Half of it is being inflated, and the balloon's size is not known yet.
+        stats.want();
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(5, 1 << 29)]);
+        serve_with(&mut stats, &guest, None);
+        assert_eq!(stats.sequence(), 2);
+        assert_eq!(stats.total(), Some((1 << 30, 1 << 20)));
+        // The guest has been given more memory.
+        stats.forget_total();
+        assert_eq!(stats.total(), None);
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(5, 1 << 31)]);
+        serve(&mut stats, &guest);
+        assert_eq!(stats.total(), Some((1 << 31, 1 << 20)));
+    }
+
+    #[test]
+    fn a_wish_is_kept_until_there_is_a_buffer() {
+        let mut guest = GuestQueue::new();
+        let mut stats = at_work();
+        stats.want();
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(4, 7)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+        // The guest must notify the device of the buffer that it fills again.
+        assert_eq!(guest.avail_event(), 1);
+    }
+
+    #[test]
+    fn half_an_entry_is_refused() {
+        let mut guest = GuestQueue::new();
+        let mut stats = at_work();
+        guest.send(&[&entry(4, 7)[..9]]);
+        let counters = serve(&mut stats, &guest);
+        assert_eq!(counters.refused(Refusal::Truncated), 1);
+        assert_eq!(stats.sequence(), 0);
+        stats.want();
+        serve(&mut stats, &guest);
+        assert_eq!(guest.used(), 1);
+    }
+}
