@@ -105,9 +105,10 @@ pub struct Options {
 
     /// The smallest piece of shared memory to return: auto, 4K or 2M
     ///
-    /// auto is 2M on a host with huge pages for shared memory, and in a tmpfs that is mounted with huge=. Memory in
-    /// hugetlbfs is returned in its own huge pages in any case. With 2M the guest has to notify before it reuses a page
-    /// (must-tell-host), so that messages may contain parts of huge pages.
+    /// auto is the largest huge page, up to 2M, that the host allows for this memory: in shmem_enabled and those of
+    /// each size, and for a tmpfs in its option huge=. Memory in hugetlbfs is returned in its own huge pages in any
+    /// case. With 2M the guest has to notify before it reuses a page (must-tell-host), so that messages may contain
+    /// parts of huge pages.
     #[arg(long, value_name = "SIZE", default_value = "auto")]
     pub granule: Granularity,
 

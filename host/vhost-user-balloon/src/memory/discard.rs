@@ -19,6 +19,7 @@
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +36,10 @@ use procfs::process::{MountInfo, Process};
 use crate::budget::Budget;
 use crate::counters::Counters;
 
-const SHMEM_HUGE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+/// The host's settings for transparent huge pages.
+const SETTINGS: &str = "/sys/kernel/mm/transparent_hugepage";
+/// The name of those for shared memory: in the directory itself, and in that of each size.
+const SHMEM: &str = "shmem_enabled";
 
 /// The size of one call, which takes a small part of a queue's time.
 const PART: u64 = 32 << 20;
@@ -49,7 +53,7 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// The granule of shared memory. That of hugetlbfs is always the file's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Granularity {
-    /// A huge page if the host uses huge pages for this shared memory, otherwise the host's page.
+    /// The largest huge page if the host uses huge pages for this shared memory, otherwise the host's page.
     #[default]
     Auto,
     /// So many bytes.
@@ -82,10 +86,8 @@ impl Granularity {
                 u64::try_from(stat.block_size()).unwrap_or(HUGE_PAGE)
             }
             (_, Self::Bytes(bytes)) => bytes,
-            (Ok(stat), Self::Auto)
-                if stat.filesystem_type() == TMPFS_MAGIC && has_huge_pages(file) =>
-            {
-                HUGE_PAGE
+            (Ok(stat), Self::Auto) if stat.filesystem_type() == TMPFS_MAGIC => {
+                huge_page_of(file).unwrap_or(page)
             }
             _ => page,
         };
@@ -103,7 +105,7 @@ impl Granularity {
         match self {
             Self::Auto => {
                 let setting = shmem_setting();
-                is_huge(&setting)
+                huge_page_of_memfd(&setting).is_some()
                     || (!is_for_mounts(&setting) && mounts().any(|mount| is_huge_mount(&mount)))
             }
             Self::Bytes(bytes) => bytes > BALLOON_PAGE_SIZE,
@@ -113,7 +115,24 @@ impl Granularity {
 
 /// The host's setting for huge pages of shared memory. A mounted tmpfs has a setting of its own.
 fn shmem_setting() -> String {
-    fs::read_to_string(SHMEM_HUGE).unwrap_or_default()
+    fs::read_to_string(Path::new(SETTINGS).join(SHMEM)).unwrap_or_default()
+}
+
+/// The host's settings for huge pages of each size in bytes. Kernels before 6.11 have none.
+fn settings_by_size() -> Vec<(u64, String)> {
+    let size = |name: &str| {
+        let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+        kib.parse::<u64>().ok()?.checked_mul(1 << 10)
+    };
+    fs::read_dir(SETTINGS)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let setting = fs::read_to_string(entry.path().join(SHMEM)).ok()?;
+            Some((size(entry.file_name().to_str()?)?, setting))
+        })
+        .collect()
 }
 
 /// Whether the host's setting is for mounted file systems, too.
@@ -123,14 +142,36 @@ fn is_for_mounts(setting: &str) -> bool {
         .any(|value| setting.contains(value))
 }
 
-/// Whether a file in shared memory may have huge pages.
-fn has_huge_pages(file: &File) -> bool {
+/// The largest huge page that a file in shared memory may have, in bytes.
+fn huge_page_of(file: &File) -> Option<u64> {
     let setting = shmem_setting();
     match mount_of(file).filter(|_| !is_for_mounts(&setting)) {
-        Some(mount) => is_huge_mount(&mount),
+        Some(mount) => is_huge_mount(&mount).then_some(HUGE_PAGE),
         // A memfd is in no mount.
-        None => is_huge(&setting),
+        None => huge_page_of_memfd(&setting),
     }
+}
+
+/// The same for a memfd, if this is the host's setting.
+fn huge_page_of_memfd(setting: &str) -> Option<u64> {
+    largest(setting, &settings_by_size())
+}
+
+/// The largest huge page that a memfd may have with the host's setting and those for each size. Larger ones than 2 MiB
+/// count as 2 MiB: a balloon hardly ever has all of one.
+fn largest(setting: &str, by_size: &[(u64, String)]) -> Option<u64> {
+    if by_size.is_empty() {
+        return is_huge(setting).then_some(HUGE_PAGE);
+    }
+    let is_inherited = |of_size: &str| is_huge(setting) && of_size.contains("[inherit]");
+    // With `deny` and `force` the settings for each size do not count.
+    let is_used =
+        |of_size: &str| is_inherited(of_size) || (!is_for_mounts(setting) && is_huge(of_size));
+    by_size
+        .iter()
+        .filter(|(_, of_size)| is_used(of_size))
+        .map(|&(size, _)| size.min(HUGE_PAGE))
+        .max()
 }
 
 /// The mount that a file is in, if this process sees it.
@@ -500,5 +541,40 @@ mod tests {
     fn huge_pages_are_found() {
         assert!(is_huge("always within_size [advise] never deny force"));
         assert!(!is_huge("always within_size advise [never] deny force"));
+    }
+
+    #[test]
+    fn each_size_of_huge_pages_has_a_setting_of_its_own() {
+        let largest = |setting: &str, by_size: &[(u64, &str)]| {
+            let by_size: Vec<_> = by_size
+                .iter()
+                .map(|&(kib, of_size)| (kib << 10, format!("always {of_size} advise")))
+                .collect();
+            super::largest(&format!("always [{setting}] other"), &by_size)
+        };
+        // Older kernels.
+        assert_eq!(largest("advise", &[]), Some(HUGE_PAGE));
+        assert_eq!(largest("never", &[]), None);
+        // The kernel's defaults.
+        let defaults = [(64, "[never]"), (2048, "[inherit]")];
+        assert_eq!(largest("never", &defaults), None);
+        for setting in ["always", "within_size", "advise", "force"] {
+            assert_eq!(largest(setting, &defaults), Some(HUGE_PAGE), "{setting}");
+        }
+        // A size overrides the host's setting, in both directions.
+        let small = [(2048, "[never]"), (64, "[advise]"), (32, "[always]")];
+        for setting in ["always", "never"] {
+            assert_eq!(largest(setting, &small), Some(64 << 10), "{setting}");
+        }
+        assert_eq!(
+            largest("never", &[(2048, "[within_size]")]),
+            Some(HUGE_PAGE)
+        );
+        for setting in ["deny", "force"] {
+            assert_eq!(largest(setting, &small), None, "{setting}");
+        }
+        // 64-bit Arm with pages of 64 KiB.
+        let largest_page = largest("always", &[(2048, "[never]"), (512 << 10, "[inherit]")]);
+        assert_eq!(largest_page, Some(HUGE_PAGE));
     }
 }
