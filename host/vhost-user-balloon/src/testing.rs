@@ -29,6 +29,9 @@ use crate::queues::virtqueue::{Next, Receiver, Unfinished, serve};
 use crate::vhost_user::channel::Channel;
 use crate::virtio::features::{Feature, offer};
 
+#[path = "../tests/end_to_end/pinned.rs"]
+pub(crate) mod pinned;
+
 /// A balloon page in bytes.
 pub(crate) const PAGE: u64 = 4096;
 

@@ -20,7 +20,6 @@ use balloon_control::{
 use balloon_wire::{
     VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_SETS,
 };
-use io_uring::IoUring;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -42,6 +41,8 @@ mod front_ends;
 mod granules;
 #[path = "end_to_end/out_of_memory.rs"]
 mod out_of_memory;
+#[path = "end_to_end/pinned.rs"]
+mod pinned;
 #[path = "end_to_end/requests.rs"]
 mod requests;
 #[path = "end_to_end/sandbox.rs"]

@@ -314,8 +314,13 @@ fn maps(process: &Process, files: &BTreeSet<Identity>) -> bool {
 mod tests {
     use super::*;
     use crate::testing::memory_file;
+    use crate::testing::pinned::{Pinned, has_pinned};
+    use std::io::Read;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::MetadataExt;
     use std::path::PathBuf;
-    use std::process::Command;
+    use std::process::{Command, Stdio};
+    use std::{env, thread};
 
     #[test]
     fn device_files_that_pin_are_known() {
@@ -423,6 +428,46 @@ mod tests {
         }
         watch.note(Some(none()), Some(Ok(none())));
         assert_eq!(watch.opened, none());
+    }
+
+    #[test]
+    fn what_another_process_pins_later_is_found() {
+        const FILE: &str = "BALLOON_TEST_FILE";
+        const TEST: &str = "memory::hazard::tests::what_another_process_pins_later_is_found";
+        if let Some(file) = env::var_os(FILE) {
+            // This is the other process, which ends with the test's end of the pipe.
+            let file = File::options().read(true).write(true).open(file);
+            let pinned = Pinned::new(&file.unwrap(), 0);
+            io::stdin().read_to_end(&mut Vec::new()).unwrap();
+            assert_eq!(pinned.byte(), 0);
+            return;
+        }
+        let file = memory_file(4096);
+        let metadata = file.metadata().unwrap();
+        let files = BTreeSet::from([(metadata.dev(), metadata.ino())]);
+        let mine = process::id();
+        let mut watch = Watch::default();
+        let mut hazards_later = || {
+            watch.others_seen = Instant::now().checked_sub(OTHERS_INTERVAL * 2);
+            watch.hazards(&files, || i32::try_from(mine).ok())
+        };
+        assert_eq!(hazards_later(), BTreeSet::new());
+
+        let mut other = Command::new(env::current_exe().unwrap())
+            .args(["--exact", TEST])
+            .env(FILE, format!("/proc/{mine}/fd/{}", file.as_raw_fd()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        while !has_pinned(&other) {
+            assert_eq!(other.try_wait().unwrap(), None, "it has ended");
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(hazards_later(), BTreeSet::from([Hazard::Pinned]));
+        drop(other.stdin.take());
+        assert!(other.wait().unwrap().success());
+        assert_eq!(hazards_later(), BTreeSet::new());
     }
 
     #[test]

@@ -2,39 +2,16 @@
 
 //! Memory that is not returned to the host.
 
+use super::pinned::{Pinned, has_pinned};
 use super::requests::RECLAIM;
 use super::*;
+use balloon_control::Metrics;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::{self, Stdio};
 
-/// A page of a file that is pinned, as for a device, until this is dropped: by the fixed buffer of
-/// an io_uring.
-struct Pinned {
-    _ring: IoUring,
-    page: MmapRegion,
-}
-
-impl Pinned {
-    fn new(file: &File, offset: u64) -> Self {
-        let file = FileOffset::new(file.try_clone().unwrap(), offset);
-        let page: MmapRegion = MmapRegion::from_file(file, 4096).unwrap();
-        let ring = IoUring::new(4).unwrap();
-        let buffer = libc::iovec {
-            iov_base: page.as_ptr().cast(),
-            iov_len: page.size(),
-        };
-        // SAFETY: The page stays mapped while the ring exists: the ring is dropped before it.
-        #[expect(unsafe_code, reason = "the kernel is given an address")]
-        let registered = unsafe { ring.submitter().register_buffers(&[buffer]) };
-        registered.unwrap();
-        Self { _ring: ring, page }
-    }
-
-    fn byte(&self) -> u8 {
-        self.page.as_volatile_slice().read_obj(0).unwrap()
-    }
-}
+/// Longer than the daemon relies on what it knows of the VMM.
+const OLD: Duration = Duration::from_millis(200);
 
 /// Whether a test has this process for itself. If not, it was run in another process: all daemons with this
 /// process as VMM would see its pinned memory.
@@ -71,7 +48,7 @@ fn pinned_memory_stays_where_it_is() {
 
     // From now on a device of the VMM has pinned the next page.
     let pinned = Pinned::new(&vmm.memory, 0x101 << 12);
-    thread::sleep(Duration::from_millis(200));
+    thread::sleep(OLD);
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 1);
     // The guest deflates it, and device and guest have the same page.
@@ -117,12 +94,7 @@ fn memory_that_another_process_has_pinned_is_left_alone() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    wait_for("the pinned page", || {
-        let status = fs::read_to_string(format!("/proc/{}/status", other.id())).unwrap();
-        status
-            .lines()
-            .any(|line| line.starts_with("VmPin:") && !line.contains(" 0 kB"))
-    });
+    wait_for("the pinned page", || has_pinned(&other));
     // The daemon checks other processes when memory is added.
     vmm.start(0);
     vmm.inflate(0x101);
@@ -163,6 +135,47 @@ fn memory_that_a_handler_fills_is_left_alone() {
     });
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 0);
+    daemon.end();
+}
+
+#[test]
+fn a_handler_that_comes_later_is_found_and_logged() {
+    if !is_alone("a_handler_that_comes_later_is_found_and_logged") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let log = directory.join("log");
+    let mut daemon = command(directory);
+    daemon.stderr(File::create(&log).unwrap());
+    let daemon = Running(daemon.spawn().unwrap());
+    wait_for("the daemon", || call(directory, &Request::Info {}).is_ok());
+    let metrics = || {
+        let metrics = call(directory, &Request::Metrics {}).unwrap();
+        metrics.parse::<Metrics>().unwrap().text
+    };
+    let log = || fs::read_to_string(&log).unwrap();
+    let mut vmm = inflated(directory);
+    assert_eq!(vmm.byte(0x100 << 12), 0);
+    assert!(metrics().contains("\nballoon_withheld 0\n"));
+
+    let Some(handler) = userfaultfd() else {
+        return;
+    };
+    thread::sleep(OLD);
+    vmm.inflate(0x101);
+    assert_eq!(vmm.byte(0x101 << 12), 1);
+    assert!(log().contains("memory is not given back to the host: the VMM has its memory filled"));
+    assert_eq!(info(directory).withheld, ["userfaultfd"]);
+    let found = metrics();
+    assert!(found.contains("\nballoon_withheld 1\n"), "{found}");
+    assert!(found.contains("\nballoon_withheld_bytes_total 4096\n"));
+
+    drop(handler);
+    thread::sleep(OLD);
+    vmm.inflate(0x102);
+    assert_eq!(vmm.byte(0x102 << 12), 0);
+    assert!(log().contains("memory is given back to the host again"));
     daemon.end();
 }
 
