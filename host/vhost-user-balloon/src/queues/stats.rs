@@ -219,6 +219,34 @@ mod tests {
     }
 
     #[test]
+    fn each_tag_of_the_header_is_a_statistic() {
+        use balloon_wire::*;
+        let tag = |stat: Stat| match stat {
+            Stat::SwapIn => VIRTIO_BALLOON_S_SWAP_IN,
+            Stat::SwapOut => VIRTIO_BALLOON_S_SWAP_OUT,
+            Stat::MajorFaults => VIRTIO_BALLOON_S_MAJFLT,
+            Stat::MinorFaults => VIRTIO_BALLOON_S_MINFLT,
+            Stat::FreeMemory => VIRTIO_BALLOON_S_MEMFREE,
+            Stat::TotalMemory => VIRTIO_BALLOON_S_MEMTOT,
+            Stat::AvailableMemory => VIRTIO_BALLOON_S_AVAIL,
+            Stat::DiskCaches => VIRTIO_BALLOON_S_CACHES,
+            Stat::HugetlbAllocations => VIRTIO_BALLOON_S_HTLB_PGALLOC,
+            Stat::HugetlbFailures => VIRTIO_BALLOON_S_HTLB_PGFAIL,
+            Stat::OomKills => VIRTIO_BALLOON_S_OOM_KILL,
+            Stat::AllocStalls => VIRTIO_BALLOON_S_ALLOC_STALL,
+            Stat::AsyncScans => VIRTIO_BALLOON_S_ASYNC_SCAN,
+            Stat::DirectScans => VIRTIO_BALLOON_S_DIRECT_SCAN,
+            Stat::AsyncReclaims => VIRTIO_BALLOON_S_ASYNC_RECLAIM,
+            Stat::DirectReclaims => VIRTIO_BALLOON_S_DIRECT_RECLAIM,
+        };
+        for &stat in Stat::ALL {
+            let tag = tag(stat).try_into().unwrap();
+            assert_eq!(Stat::from_tag(tag), Some(stat), "{tag}");
+        }
+        assert_eq!(u32::try_from(Stat::ALL.len()), Ok(VIRTIO_BALLOON_S_NR));
+    }
+
+    #[test]
     fn an_old_sample_is_not_taken_for_a_new_one() {
         let mut guest = GuestQueue::new();
         let mut stats = Stats::default();
