@@ -41,6 +41,7 @@ mod backend;
 mod commands;
 pub mod floor;
 mod hazards;
+mod notify;
 mod queues;
 pub mod state;
 mod statistics;
@@ -62,6 +63,7 @@ const TIMER: u64 = MAX_QUEUES as u64 + 2;
 const RETRY: u64 = MAX_QUEUES as u64 + 3;
 const GRACE: u64 = MAX_QUEUES as u64 + 4;
 const SWEEP: u64 = MAX_QUEUES as u64 + 5;
+const NOTICE: u64 = MAX_QUEUES as u64 + 6;
 
 /// How long an access to the configuration space waits until it is known whether the driver is a new one. In tests
 /// it is long, since they must not depend on the load of the machine.
@@ -141,8 +143,10 @@ pub struct Device {
     /// Whether a driver has accepted features, and may be a new one.
     unknown: Mutex<bool>,
     known: Condvar,
-    /// Whether the configuration space has changed while there was no driver.
+    /// Whether the configuration space has changed since the guest was notified.
     config_changed: AtomicBool,
+    /// Whether the guest was notified a moment ago.
+    notified: AtomicBool,
     /// A bit for each queue to serve without a notification.
     pending: AtomicU64,
     wake: EventFd,
@@ -153,6 +157,8 @@ pub struct Device {
     grace: Timer,
     /// Expires when the next part of the balloon must be searched.
     sweep: Timer,
+    /// Expires when the guest may be notified again.
+    notice: Timer,
     times: Mutex<Times>,
     /// The target that the guest has read last, in balloon pages, or [`NOT_ASKED`].
     asked: AtomicU32,
@@ -209,12 +215,14 @@ impl Device {
             known: Condvar::new(),
             // A guest that continued without the device may have missed a change.
             config_changed: AtomicBool::new(true),
+            notified: AtomicBool::new(false),
             pending: AtomicU64::new(0),
             wake: EventFd::new(EFD_NONBLOCK)?,
             timer: Timer::new()?,
             retry: Timer::new()?,
             grace: Timer::new()?,
             sweep: Timer::new()?,
+            notice: Timer::new()?,
             times: Mutex::default(),
             asked: AtomicU32::new(NOT_ASKED),
             told: AtomicU32::new(0),
@@ -247,6 +255,7 @@ impl Device {
             (self.grace.as_raw_fd(), GRACE),
             (self.retry.as_raw_fd(), RETRY),
             (self.sweep.as_raw_fd(), SWEEP),
+            (self.notice.as_raw_fd(), NOTICE),
         ];
         for (event, number) in events {
             worker.register_listener(event, EventSet::IN, number)?;

@@ -19,7 +19,7 @@ use vmm_sys_util::event::{
 };
 
 use super::work::Work;
-use super::{Device, GRACE, RETRY, SWEEP, Sizes, TIMER, WAKE};
+use super::{Device, GRACE, NOTICE, RETRY, SWEEP, Sizes, TIMER, WAKE};
 use crate::queues::virtqueue::{MAX_QUEUE_SIZE, Unfinished};
 use crate::sync::lock;
 use crate::virtio::features::Feature;
@@ -198,6 +198,7 @@ impl VhostUserBackend for Device {
                     self.serve_queue(number, vrings);
                 }
             }
+            NOTICE => self.end_notice(),
             SWEEP => {
                 self.sweep.acknowledge();
                 self.sweep();

@@ -282,9 +282,7 @@ impl Device {
         self.told.store(self.asked(), SeqCst);
         self.set_unknown(false);
         self.publish(Changes::info);
-        if self.config_changed.swap(false, SeqCst) {
-            self.channel.config_changed();
-        }
+        self.send_change();
     }
 
     fn warn_of_limit(&self) {

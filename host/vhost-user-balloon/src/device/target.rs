@@ -136,14 +136,4 @@ impl Device {
         self.publish(Changes::info);
         self.save()
     }
-
-    /// Notifies the guest of a change of the configuration space, now or when it has a driver. Front
-    /// ends do not expect the message without a driver.
-    pub(super) fn notify(&self) {
-        self.told.store(self.asked(), SeqCst);
-        self.config_changed.store(true, SeqCst);
-        if self.running() && self.config_changed.swap(false, SeqCst) {
-            self.channel.config_changed();
-        }
-    }
 }

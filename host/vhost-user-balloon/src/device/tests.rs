@@ -103,6 +103,7 @@ fn a_guest_does_not_wait_for_the_hosts_disk() {
         .set_read_timeout(Some(Duration::from_secs(5)))
         .unwrap();
     (&other).read_exact(&mut [0]).unwrap();
+    device.end_notice();
     thread::scope(|scope| {
         let _disk = lock(&device.file);
         scope.spawn(|| device.set_target(1024));
@@ -314,6 +315,7 @@ fn the_end_of_the_grace_is_not_missed() {
     other.read_exact(&mut [0]).unwrap();
     other.set_nonblocking(true).unwrap();
     let handle = || device.handle_event(GRACE.try_into().unwrap(), EventSet::IN, &[], 0);
+    device.end_notice();
     // That of the previous driver.
     handle().unwrap();
     assert!(device.grace().is_some() && other.read(&mut [0]).is_err());
@@ -324,6 +326,34 @@ fn the_end_of_the_grace_is_not_missed() {
     handle().unwrap();
     other.read_exact(&mut [0]).unwrap();
     assert_eq!(asked(&device), 8 << 20);
+}
+
+#[test]
+fn a_client_that_sets_targets_without_end_does_not_flood_the_guest() {
+    let (end, mut other) = UnixStream::pair().unwrap();
+    let device = running_with(end, 8 << 20, 0);
+    other.set_nonblocking(true).unwrap();
+    let mut notifications = || {
+        let mut bytes = Vec::new();
+        // All are read, and then there are no more for now.
+        other.read_to_end(&mut bytes).unwrap_err();
+        bytes.len()
+    };
+    let end_of_interval = || device.handle_event(NOTICE.try_into().unwrap(), EventSet::IN, &[], 0);
+    assert_eq!(notifications(), 1);
+    for target in 0..100 {
+        device.set_target(target).unwrap();
+    }
+    device.command(Hints::restart);
+    assert_eq!(notifications(), 0);
+    // The guest gets the last target.
+    end_of_interval().unwrap();
+    assert_eq!(notifications(), 1);
+    assert_eq!(asked(&device), 99 * BALLOON_PAGE_SIZE);
+    end_of_interval().unwrap();
+    assert_eq!(notifications(), 0);
+    device.set_target(0).unwrap();
+    assert_eq!(notifications(), 1);
 }
 
 /// A driver that does not notify the device may already use a page of its balloon. So may a guest
