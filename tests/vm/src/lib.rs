@@ -50,6 +50,7 @@ mod snapshot;
 mod soak;
 mod statistics;
 mod transports;
+mod unit;
 mod unused;
 mod vhost_user;
 mod withheld;
@@ -84,6 +85,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     configuration::SCENARIOS,
     observability::SCENARIOS,
     vhost_user::SCENARIOS,
+    unit::SCENARIOS,
     requests::SCENARIOS,
     guest_memory::SCENARIOS,
     withheld::SCENARIOS,

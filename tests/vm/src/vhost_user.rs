@@ -22,7 +22,6 @@ use crate::sizes::check_size;
 /// The kernel of the other scenarios, and the kernel of a system with systemd and the package's
 /// unit.
 const SERVICE_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debian];
-const DEBIAN_KERNEL: &[Kernel] = &[Kernel::Debian];
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -40,14 +39,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: VHOST_USER_DEVICE,
         run: service_restart,
-    },
-    Scenario {
-        name: "unit",
-        proves: "whatever an operator or apt does to the device's unit, the guest keeps its balloon, and runs without it",
-        kernels: DEBIAN_KERNEL,
-        drivers: RUST_DRIVER,
-        devices: EXTENDED_DEVICE,
-        run: unit,
     },
     Scenario {
         name: "vmm_restart",
@@ -195,142 +186,6 @@ fn service_restart(setup: &Setup) -> Result<()> {
         guest.rmmod(setup.driver)
     })?;
     daemon.end()
-}
-
-/// The unit of the device, as its package installs it.
-const UNIT: &str = "vhost-user-balloon@vm.service";
-
-/// Makes systemd detect within two seconds that the unit hangs.
-const SHORT_WATCHDOG: &str = r"
-    mkdir -p /run/systemd/system/$unit.d
-    printf '[Service]\nWatchdogSec=2\n' >/run/systemd/system/$unit.d/watchdog.conf
-    systemctl daemon-reload
-";
-
-/// An operation on the unit, after which new processes implement the device.
-type NamedChange = (&'static str, &'static str);
-
-/// Operations of operators, updates and crashes.
-const CHANGES: &[NamedChange] = &[
-    ("the unit is restarted", "systemctl restart $unit"),
-    ("the unit is reloaded", "systemctl reload $unit"),
-    (
-        "the unit is stopped and started",
-        "systemctl stop $unit; systemctl start $unit",
-    ),
-    (
-        "all processes are killed",
-        "systemctl kill --signal=KILL $unit",
-    ),
-    (
-        "the package is installed again",
-        "apt-get install --yes --reinstall /packages/vhost-user-balloon_*.deb",
-    ),
-    (
-        "the supervisor hangs until the watchdog ends it",
-        "systemctl kill --signal=STOP --kill-whom=main $unit",
-    ),
-    (
-        "the options are wrong, and right again",
-        "options=/etc/vhost-user-balloon/vm.conf
-         cp $options /tmp/options
-         echo 'OPTIONS=--no-such-option' >$options
-         ! systemctl restart $unit
-         sleep 3
-         [ $(systemctl is-failed $unit) = failed ]
-         [ $(systemctl show --property=NRestarts --value $unit) = 0 ]
-         cp /tmp/options $options
-         systemctl start $unit",
-    ),
-    (
-        "the sockets get groups",
-        r"mkdir -p /run/systemd/system/$unit.d
-          printf '[Service]\nSupplementaryGroups=users operator\n' >/run/systemd/system/$unit.d/groups.conf
-          systemctl daemon-reload
-          options=/etc/vhost-user-balloon/vm.conf
-          sed -i 's/^OPTIONS=/&--socket-group users --control-group operator /' $options
-          systemctl restart $unit",
-    ),
-];
-
-/// Checks that users of each group, and only they, have access to its socket.
-const CHECK_GROUPS: &str = r#"
-    cd /run/vhost-user-balloon/vm
-    as() {
-        group=$1
-        shift
-        setpriv --reuid=daemon --regid=$group --clear-groups "$@"
-    }
-    vmm() {
-        as $1 perl -MIO::Socket::UNIX -e 'IO::Socket::UNIX->new("vmm.sock") or die $!'
-    }
-    client() {
-        as $1 balloonctl --socket control.sock info
-    }
-    vmm users
-    client operator
-    for refused in 'vmm operator' 'vmm daemon' 'client users' 'client daemon'; do
-        if $refused; then
-            echo "$refused has access" >&2
-            exit 1
-        fi
-    done
-"#;
-
-fn unit(setup: &Setup) -> Result<()> {
-    const SIZE: Size = Size::mib(300);
-    // The system has a PID namespace of its own.
-    let config = setup
-        .config()
-        .daemon_argument("--allow")
-        .daemon_argument("unseen");
-    let daemon = Arc::new(config.start_daemon_service()?);
-    let system = daemon.system().context("there is no system with systemd")?;
-    let shell = |script: &str| {
-        let script = format!("unit={UNIT}\n{script}");
-        system.run("sh", &["-euc", &script])
-    };
-    // The count starts with the first restart.
-    shell(SHORT_WATCHDOG)?;
-    vm::run(&config.daemon(&daemon), |guest| {
-        guest.insmod(setup.driver, &[])?;
-        guest.balloon().settle(SIZE)?;
-        for (name, change) in CHANGES {
-            let before = daemon.processes()?;
-            // The balloon has not changed, and follows a new target.
-            shell(change)
-                .and_then(|_| wait_restarted(guest, before))
-                .and_then(|()| check_size(guest, SIZE))
-                .and_then(|()| guest.balloon().settle(Size::default()))
-                .and_then(|_| guest.balloon().settle(SIZE))
-                .with_context(|| format!("when {name}"))?;
-        }
-
-        // If the new program does not start, the running one stays.
-        let before = daemon.processes()?;
-        shell("mv /usr/bin/vhost-user-balloon /tmp; cp /bin/false /usr/bin/vhost-user-balloon")?;
-        shell("systemctl reload $unit")?;
-        guest.balloon().settle(Size::default())?;
-        ensure!(
-            daemon.processes()? == before,
-            "the running program has ended"
-        );
-        shell("mv /tmp/vhost-user-balloon /usr/bin")?;
-
-        shell(CHECK_GROUPS)?;
-
-        // The manager detects the balloon.
-        shell("systemctl start balloon-manager")?;
-        guest.wait_until("the manager sees the guest", PATIENCE, || {
-            Ok(shell("balloon-manager top")?.contains("\nvm "))
-        })?;
-        shell("systemctl stop balloon-manager")?;
-
-        // The guest keeps running when the packages are removed.
-        guest.balloon().settle(SIZE)?;
-        shell("apt-get remove --yes vhost-user-balloon")?;
-        guest.rmmod(setup.driver)
-    })
 }
 
 /// Waits until new processes replace these, and the guest's driver uses the device.
