@@ -23,6 +23,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: EXTENDED_DEVICE,
         run: unit,
     },
+    Scenario {
+        name: "unit_shutdown",
+        proves: "when the host shuts down, the device's unit is stopped after libvirt's guests and the units of VMs",
+        kernels: DEBIAN_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: unit_shutdown,
+    },
 ];
 
 /// The unit of the device, as its package installs it.
@@ -159,6 +167,58 @@ fn unit(setup: &Setup) -> Result<()> {
         shell("apt-get remove --yes vhost-user-balloon")?;
         guest.rmmod(setup.driver)
     })
+}
+
+/// Units that need the daemon until they have stopped: libvirt's, which ends its guests, and a VM's, as
+/// docs/vhost-user-balloon.md has it. Each writes down whether the daemon answers at the end of its stop. A daemon that is
+/// stopped at the same time has ended by then.
+const VM_UNITS: &str = r#"
+    vm() {
+        cat >/run/systemd/system/$1.service <<END
+[Unit]
+$2
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=true
+ExecStop=sleep 3
+ExecStop=sh -c 'balloonctl --vm vm info >/run/$1.info && echo $1 >>/run/answered'
+END
+    }
+    vm libvirt-guests ''
+    vm vm After=vhost-user-balloon@vm.service
+    systemctl daemon-reload
+    systemctl start libvirt-guests vm
+"#;
+
+/// Stops all that a shutdown of the system stops.
+const SHUTDOWN: &str = "
+    systemctl start --job-mode=replace-irreversibly shutdown.target
+    cat /run/answered
+";
+
+fn unit_shutdown(setup: &Setup) -> Result<()> {
+    let daemon = setup.config().start_daemon_service()?;
+    let system = daemon.system().context("there is no system with systemd")?;
+    let found = shell(system, "systemd-analyze verify --man=no $unit 2>&1")?;
+    ensure!(found.is_empty(), "systemd-analyze verify: {found}");
+    shell(system, VM_UNITS)?;
+    let answered = shell(system, SHUTDOWN)?;
+    let mut units: Vec<_> = answered.lines().collect();
+    units.sort_unstable();
+    ensure!(
+        units == ["libvirt-guests", "vm"],
+        "when they stopped, the daemon answered {units:?} only"
+    );
+    let state = shell(
+        system,
+        "systemctl show --property=ActiveState --value $unit",
+    )?;
+    ensure!(
+        state.trim_end() == "inactive",
+        "the shutdown leaves the daemon's unit {state}"
+    );
+    Ok(())
 }
 
 /// Runs a shell script in the system, with the unit's name in `$unit`.
