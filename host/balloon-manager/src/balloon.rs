@@ -14,6 +14,8 @@ pub(crate) const ANSWER: Duration = Duration::from_secs(2);
 pub(crate) struct Balloon {
     /// The VM's memory, in the balloon or not, or nothing if it is not known.
     pub(crate) memory: Option<u64>,
+    /// The part of it that the guest says it can never use.
+    pub(crate) unusable: u64,
     /// There is a VM.
     pub(crate) connected: bool,
     /// The largest target.

@@ -107,6 +107,10 @@ fn balloon(info: &Info) -> Balloon {
     let withheld = !info.withheld.is_empty();
     Balloon {
         memory: info.shared.or(info.memory).filter(|_| info.guest.connected),
+        unusable: match (info.shared, info.memory) {
+            (Some(shared), Some(memory)) => shared.saturating_sub(memory),
+            _ => 0,
+        },
         connected: info.guest.connected,
         largest: info
             .memory

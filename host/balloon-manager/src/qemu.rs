@@ -168,6 +168,8 @@ impl Monitor {
         (self.target, self.size) = (target, size);
         Ok(Balloon {
             memory: Some(self.memory),
+            // The total that QEMU shows has the balloon in it or not, by what the driver has accepted.
+            unusable: 0,
             connected: true,
             largest: u64::MAX,
             target: target.unwrap_or(size),

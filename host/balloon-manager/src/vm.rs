@@ -61,6 +61,7 @@ impl State {
             target: balloon.target / PAGE,
             size: balloon.size / PAGE,
             resident: self.resident,
+            unusable: balloon.unusable / PAGE,
             answered: self.answered,
             granule: (balloon.granule / PAGE).max(1),
             driver: balloon.driver,
@@ -290,6 +291,7 @@ mod tests {
         let floor = |largest| {
             let balloon = Balloon {
                 memory: Some(4 * GIB),
+                unusable: 0,
                 connected: true,
                 largest,
                 target: 3 * GIB,

@@ -37,7 +37,7 @@ impl Estimate {
         let sample = vm.sample?;
         let usable = vm.memory.saturating_sub(vm.size);
         // A guest cannot use what it has never touched.
-        let most = vm.resident.unwrap_or(usable).min(usable);
+        let most = vm.touched().unwrap_or(usable).min(usable);
         let used = usable.saturating_sub(sample.available).min(most);
         let fresh = Self {
             used,

@@ -76,6 +76,9 @@ pub struct Vm {
     pub size: Pages,
     /// The VM's resident memory, if known.
     pub resident: Option<Pages>,
+    /// The part of its memory that the guest says it can never use: reserved for a crash kernel, or not plugged.
+    #[serde(default)]
+    pub unusable: Pages,
     /// The newest action for this VM of which, and of all older ones, the fate was known before the device reported
     /// this state: they were carried out, refused, or lost for good.
     pub answered: u64,
@@ -89,6 +92,14 @@ pub struct Vm {
     pub stopped: Option<Stopped>,
     /// The newest statistics.
     pub sample: Option<Sample>,
+}
+
+impl Vm {
+    /// The memory that the guest has touched, and what it can never touch, if the first is known.
+    pub(crate) fn touched(&self) -> Option<Pages> {
+        let resident = self.resident?;
+        Some(resident.saturating_add(self.unusable))
+    }
 }
 
 /// How much the host's own processes wait for memory.

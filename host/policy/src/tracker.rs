@@ -218,7 +218,7 @@ impl Tracker {
                 && (!self.sent.is_empty() || self.settled > new.map_or(0, |new| new.taken))
         });
         let usable = vm.memory.saturating_sub(vm.size);
-        let untouched = vm.resident.map(|resident| usable.saturating_sub(resident));
+        let untouched = vm.touched().map(|touched| usable.saturating_sub(touched));
         // A guest in need has touched its memory.
         if waits || untouched.is_some_and(|untouched| untouched >= headroom / 2) {
             return None;
@@ -252,7 +252,7 @@ impl Tracker {
         let first = LEAST_RAISE.max(used / 4);
         // Memory that the VM has not touched yet counts as given.
         let usable = vm.memory.saturating_sub(vm.size.min(self.target(vm)));
-        let usable = usable.min(vm.resident.unwrap_or(usable));
+        let usable = usable.min(vm.touched().unwrap_or(usable));
         let raise = |by: Pages| Raise {
             usable: usable.saturating_add(by),
             by,
@@ -406,7 +406,7 @@ impl Tracker {
             need = need.max(killed.usable);
         }
         // Without statistics, only memory that was never touched shows that a guest has enough.
-        let occupied = known.map_or(vm.resident.unwrap_or(vm.memory), |known| known.wanted());
+        let occupied = known.map_or(vm.touched().unwrap_or(vm.memory), |known| known.wanted());
         let wanted = match self.pressure(now) {
             // A part of it may not be enough, and then another process dies.
             Some(Pressure::Oom | Pressure::SelfDeflated) => vm.memory,

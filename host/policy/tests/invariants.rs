@@ -10,7 +10,7 @@ mod world;
 use std::env;
 
 use balloon_policy::{
-    Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy, Pressure,
+    Account, Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy, Pressure,
     Profile, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
 };
 use proptest::collection::vec;
@@ -61,7 +61,8 @@ fn any_sample() -> impl Strategy<Value = Sample> {
 
 fn any_vm() -> impl Strategy<Value = Vm> {
     let settings = (pages(), pages(), any::<u16>());
-    let state = (pages(), pages(), pages(), option::of(pages()), 0_u64..20);
+    let resident = (option::of(pages()), pages());
+    let state = (pages(), pages(), pages(), resident, 0_u64..20);
     let granule = prop_oneof![Just(0_u64), Just(1), Just(16), Just(512)];
     let stopped = option::of(prop_oneof![
         Just(Stopped::Full),
@@ -77,6 +78,7 @@ fn any_vm() -> impl Strategy<Value = Vm> {
     (settings, state, flags, option::of(any_sample())).prop_map(
         |((floor, ceiling, weight), (memory, target, size, resident, answered), flags, sample)| {
             let (granule, driver, frozen, stopped) = flags;
+            let (resident, unusable) = resident;
             Vm {
                 id: VmId(0),
                 settings: Settings {
@@ -88,6 +90,7 @@ fn any_vm() -> impl Strategy<Value = Vm> {
                 target,
                 size,
                 resident,
+                unusable,
                 answered,
                 granule,
                 driver,
@@ -706,6 +709,7 @@ fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
             target,
             size: GIB,
             resident: Some(3 * GIB),
+            unusable: 0,
             answered: u64::MAX,
             granule: 1,
             driver: true,
@@ -729,4 +733,60 @@ fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
         let spared = decision.accounts[0].spared;
         assert_ne!(spared, Some(Spared::Uncooperative), "at {now}");
     }
+}
+
+/// The account of a guest that has not touched `untouched` of its 2 GiB, and can never use `unusable` of it.
+fn account_of(available: Pages, untouched: Pages, unusable: Pages) -> Account {
+    let mut policy = Policy::new(Profile::Density);
+    let mut account = None;
+    for now in (60_000..61_000).step_by(100) {
+        let sample = Sample {
+            taken: now,
+            free: available,
+            available,
+            stalls: 0,
+            swapped_in: 0,
+            kills: 0,
+        };
+        let vm = Vm {
+            id: VmId(0),
+            settings: Settings {
+                floor: GIB / 4,
+                ceiling: 4 * GIB,
+                weight: 1_000,
+            },
+            memory: 4 * GIB,
+            target: 2 * GIB,
+            size: 2 * GIB,
+            resident: Some(2 * GIB - untouched),
+            unusable,
+            answered: u64::MAX,
+            granule: 1,
+            driver: true,
+            frozen: false,
+            stopped: None,
+            sample: Some(sample),
+        };
+        let observation = Observation {
+            now,
+            pool: 8 * GIB,
+            vms: vec![vm],
+            ..Observation::default()
+        };
+        account = policy.step(&observation).accounts.pop();
+    }
+    account.expect("an account")
+}
+
+/// Memory for a crash kernel is never touched, and never given to processes.
+#[test]
+fn memory_that_a_guest_can_never_use_counts_as_touched() {
+    let pressed = |untouched, unusable| account_of(0, untouched, unusable).pressed;
+    assert_eq!(pressed(0, 0), Some(Pressure::LowAvailable));
+    assert_eq!(pressed(GIB, 0), None);
+    assert_eq!(pressed(GIB, GIB), Some(Pressure::LowAvailable));
+    // Half a GiB is available of the GiB that processes can have.
+    let account = account_of(GIB / 2, GIB, GIB);
+    assert_eq!(account.used, Some(3 * GIB / 2));
+    assert!(account.need > 3 * GIB / 2, "{account:?}");
 }

@@ -320,6 +320,7 @@ impl Guest {
             target: self.target,
             size: self.size,
             resident: Some(self.resident),
+            unusable: 0,
             answered: self.answered,
             granule: 1,
             driver: self.is_up(now),

@@ -165,6 +165,10 @@ impl Guest {
             target: self.target,
             size: self.size,
             resident: self.resident(),
+            unusable: match self.behaviour {
+                Behaviour::Random => rng.u64(..),
+                _ => 0,
+            },
             answered: self.answered,
             granule: self.granule,
             driver: true,
