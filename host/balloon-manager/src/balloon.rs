@@ -32,3 +32,11 @@ pub(crate) struct Balloon {
     /// Why the balloon is smaller than its target.
     pub(crate) stopped: Option<Stopped>,
 }
+
+impl Balloon {
+    /// The guest reports less memory than it has in the balloon.
+    pub(crate) fn is_impossible(&self) -> bool {
+        let total = self.memory.map(|all| all.saturating_sub(self.unusable));
+        total.is_some_and(|total| self.size > total)
+    }
+}

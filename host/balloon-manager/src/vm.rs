@@ -54,9 +54,14 @@ impl State {
         let memory = all / PAGE;
         let settings = config.settings(name, memory, least);
         let untouchable = settings.is_none();
+        let mut settings = settings.or_else(|| Config::default().settings(name, memory, least))?;
+        if balloon.is_impossible() {
+            // The daemon refuses larger balloons: what the VM gets now could not be taken back.
+            settings.ceiling = settings.floor;
+        }
         Some(Vm {
             id,
-            settings: settings.or_else(|| Config::default().settings(name, memory, least))?,
+            settings,
             memory,
             target: balloon.target / PAGE,
             size: balloon.size / PAGE,
@@ -284,18 +289,18 @@ impl Task {
 mod tests {
     use super::*;
 
-    /// Such a guest has statistics with a small total, and its daemon refuses targets above 0.
+    /// Such a guest has statistics with a small total, and its daemon refuses targets above that.
     #[test]
-    fn a_guest_that_reports_little_memory_keeps_what_it_has() {
+    fn a_guest_that_reports_little_memory_keeps_what_it_has_and_gets_no_more() {
         const GIB: u64 = 1 << 30;
-        let floor = |largest| {
+        let bounds = |total: u64, size| {
             let balloon = Balloon {
                 memory: Some(4 * GIB),
-                unusable: 0,
+                unusable: 4 * GIB - total,
                 connected: true,
-                largest,
+                largest: total,
                 target: 3 * GIB,
-                size: 3 * GIB,
+                size,
                 granule: PAGE,
                 driver: true,
                 frozen: false,
@@ -309,10 +314,12 @@ mod tests {
                 reachable: true,
             };
             let vm = state.vm(VmId(0), "vm", &Config::default()).unwrap();
-            vm.settings.floor * PAGE
+            (vm.settings.floor * PAGE, vm.settings.ceiling * PAGE)
         };
-        assert_eq!(floor(u64::MAX), GIB / 2);
-        assert_eq!(floor(0), GIB);
+        assert_eq!(bounds(4 * GIB, 3 * GIB), (GIB / 2, 4 * GIB));
+        assert_eq!(bounds(GIB / 16, 3 * GIB), (GIB, GIB));
+        // Memory of this one was unplugged, and the balloon is smaller than what it has.
+        assert_eq!(bounds(2 * GIB, GIB), (GIB, 4 * GIB));
     }
 
     #[test]

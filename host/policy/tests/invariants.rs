@@ -10,8 +10,8 @@ mod world;
 use std::env;
 
 use balloon_policy::{
-    Account, Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy, Pressure,
-    Profile, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
+    Account, Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy,
+    Pressure, Profile, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
 };
 use proptest::collection::vec;
 use proptest::option;

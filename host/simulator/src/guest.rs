@@ -31,6 +31,9 @@ const MISS_COST: u64 = 25;
 /// A process that gets no memory for this long is killed.
 const KILL_AFTER: Millis = 1_000;
 
+/// What a guest has that reports hardly any memory.
+const TINY: Pages = 64 * MIB;
+
 /// How long a guest takes to start.
 const BOOT: Millis = 15_000;
 
@@ -44,6 +47,8 @@ pub(crate) enum Behaviour {
     Stuck,
     /// It always reports pressure.
     Liar,
+    /// It reports that it has hardly any memory. Its daemon refuses a larger balloon.
+    Tiny,
 }
 
 /// What happened to a guest.
@@ -93,6 +98,7 @@ impl Guest {
             0 => Behaviour::Silent,
             1 => Behaviour::Stuck,
             2 => Behaviour::Liar,
+            3 => Behaviour::Tiny,
             _ => Behaviour::Honest,
         };
         let reads = rng.u64(0..=100);
@@ -144,6 +150,11 @@ impl Guest {
         self.resident = self.memory;
     }
 
+    /// Whether it is responsible for its losses.
+    pub(crate) fn lies(&self) -> bool {
+        matches!(self.behaviour, Behaviour::Liar | Behaviour::Tiny)
+    }
+
     pub(crate) fn usable(&self) -> Pages {
         self.memory - self.size
     }
@@ -192,7 +203,10 @@ impl Guest {
     }
 
     pub(crate) fn set_target(&mut self, number: u64, target: Pages) {
-        self.target = target.min(self.memory);
+        let refused = self.behaviour == Behaviour::Tiny && target > self.target;
+        if !refused {
+            self.target = target.min(self.memory);
+        }
         self.answered = number;
     }
 
@@ -303,6 +317,7 @@ impl Guest {
         let sample = match self.behaviour {
             Behaviour::Silent => None,
             Behaviour::Liar => Some((0, 0, now)),
+            Behaviour::Tiny => Some((self.free().min(TINY), available.min(TINY), self.stalls)),
             _ => Some((self.free(), available, self.stalls)),
         };
         let sample = sample.map(|(free, available, stalls)| Sample {
@@ -313,14 +328,23 @@ impl Guest {
             swapped_in: 0,
             kills: self.losses.kills,
         });
+        let (mut settings, mut unusable) = (self.settings, 0);
+        if self.behaviour == Behaviour::Tiny {
+            unusable = self.memory - TINY;
+            settings.floor = settings.floor.max(self.memory - self.target);
+            // What it gets now cannot be taken back.
+            if self.target > 0 {
+                settings.ceiling = settings.floor;
+            }
+        }
         Vm {
             id: VmId(id),
-            settings: self.settings,
+            settings,
             memory: self.memory,
             target: self.target,
             size: self.size,
             resident: Some(self.resident),
-            unusable: 0,
+            unusable,
             answered: self.answered,
             granule: 1,
             driver: self.is_up(now),

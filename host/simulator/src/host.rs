@@ -20,11 +20,11 @@ pub(crate) struct Shape {
 /// The result of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outcome {
-    /// Processes that guests killed, and VMs that the host killed, for lack of memory.
+    /// Processes that honest guests killed, and VMs that the host killed, for lack of memory.
     pub(crate) kills: u64,
     /// VMs that the host killed.
     pub(crate) host_kills: u64,
-    /// Time that processes waited for memory or file data, in parts per million of the guests' time.
+    /// Time that processes of honest guests waited for memory or file data, in parts per million of the guests' time.
     pub(crate) stall: u64,
     /// The mean memory that the VMs had of the host, in pages.
     pub(crate) footprint: Pages,
@@ -87,9 +87,10 @@ pub(crate) fn run(shape: Shape, pool: Pages, rule: &mut dyn Rule) -> Outcome {
             guests[index].set_target(number, target);
         }
     }
-    let kills = guests.iter().map(|guest| guest.losses.kills);
+    let honest = || guests.iter().filter(|guest| !guest.lies());
+    let kills = honest().map(|guest| guest.losses.kills);
     outcome.kills = kills.sum::<u64>() + outcome.host_kills;
-    let stalled: u64 = guests.iter().map(|guest| guest.losses.stalled).sum();
+    let stalled: u64 = honest().map(|guest| guest.losses.stalled).sum();
     outcome.stall = stalled * 1_000 / (shape.time * guests.len() as u64).max(1);
     let ticks = u128::from(shape.time / TICK).max(1);
     outcome.footprint = Pages::try_from(footprint / ticks).unwrap_or(Pages::MAX);

@@ -27,9 +27,11 @@ pub(crate) enum Behaviour {
     Random,
     /// It touches all of its memory, in the balloon or not.
     Trespassing,
+    /// The same, and it reports that it has hardly any memory. Its daemon refuses a larger balloon.
+    Tiny,
 }
 
-pub(crate) const BEHAVIOURS: [Behaviour; 7] = [
+pub(crate) const BEHAVIOURS: [Behaviour; 8] = [
     Behaviour::Honest,
     Behaviour::Slow,
     Behaviour::Stuck,
@@ -37,7 +39,11 @@ pub(crate) const BEHAVIOURS: [Behaviour; 7] = [
     Behaviour::Greedy,
     Behaviour::Random,
     Behaviour::Trespassing,
+    Behaviour::Tiny,
 ];
+
+/// What a guest has that reports hardly any memory.
+const TINY: Pages = 64 * MIB;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Guest {
@@ -85,7 +91,8 @@ impl Guest {
 
     /// The memory that the host has given, as far as that matters.
     fn resident(&self) -> Option<Pages> {
-        (self.behaviour == Behaviour::Trespassing).then_some(self.memory)
+        let touches_all = matches!(self.behaviour, Behaviour::Trespassing | Behaviour::Tiny);
+        touches_all.then_some(self.memory)
     }
 
     pub(crate) fn grant(&self) -> Pages {
@@ -98,7 +105,8 @@ impl Guest {
                 break;
             }
             self.messages.pop_front();
-            if time.is_some() {
+            let refused = self.behaviour == Behaviour::Tiny && action.target > self.target;
+            if time.is_some() && !refused {
                 self.target = action.target;
             }
             self.answered = action.number;
@@ -153,19 +161,31 @@ impl Guest {
                 swapped_in: rng.u64(..),
                 kills: rng.u64(..),
             }),
+            Behaviour::Tiny => Some(Sample {
+                free: honest.free.min(TINY),
+                available: honest.available.min(TINY),
+                ..honest
+            }),
             _ => Some(honest),
         }
     }
 
     fn observe(&mut self, id: u32, now: Millis, rng: &mut Rng) -> Vm {
+        let mut settings = self.settings;
+        if self.behaviour == Behaviour::Tiny && self.target > 0 {
+            // What it gets now cannot be taken back.
+            settings.floor = settings.floor.max(self.grant()).min(settings.ceiling);
+            settings.ceiling = settings.floor;
+        }
         Vm {
             id: VmId(id),
-            settings: self.settings,
+            settings,
             memory: self.memory,
             target: self.target,
             size: self.size,
             resident: self.resident(),
             unusable: match self.behaviour {
+                Behaviour::Tiny => self.memory.saturating_sub(TINY),
                 Behaviour::Random => rng.u64(..),
                 _ => 0,
             },
