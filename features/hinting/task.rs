@@ -269,9 +269,10 @@ impl Hinting {
 
         let mut sent = worker.stop_due || worker.start_due;
         if worker.send_ids(self.byte_order) && worker.supplying {
-            let supplied = worker.supply();
+            worker.supply();
 
-            if supplied == 0 && worker.in_flight == 0 && !worker.awaits_blocks() {
+            let is_all_used = worker.in_flight == 0 && worker.pending.pages() == 0;
+            if is_all_used && !worker.awaits_blocks() {
                 worker.stop();
                 worker.send_ids(self.byte_order);
             }

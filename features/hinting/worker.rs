@@ -57,7 +57,7 @@ pub(crate) fn min_order() -> u32 {
 pub(super) const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 
 /// How many entries of the queue are reserved for ids: one that ends a round, and one that begins
-/// the next.
+/// the next. Fewer if the queue has no more: ids then wait until the device has used a hint.
 const ROOM_FOR_IDS: usize = 2;
 
 /// The maximum number of stored runs for each entry of the queue.
@@ -188,10 +188,7 @@ impl Worker {
     /// Allocates free memory, but not all of it.
     pub(super) fn gather(&mut self, floor: usize, needed: &Atomic<bool>) {
         let _taking = memory::ReserveGuard::begin();
-        let mut wanted = memory::free_above_reserve(floor);
-        if self.queue.room() <= ROOM_FOR_IDS {
-            wanted = 0;
-        }
+        let wanted = memory::free_above_reserve(floor);
         let mut order = MAX_ORDER;
 
         while !needed.load(Relaxed) {
@@ -214,12 +211,11 @@ impl Worker {
         self.more = self.pending.pages() >= WORTHWHILE;
     }
 
-    /// Passes as much memory to the device as the queue has room for. Returns its size in kernel
-    /// pages.
-    pub(super) fn supply(&mut self) -> usize {
-        let mut supplied = 0;
+    /// Passes as much memory to the device as the queue has room for.
+    pub(super) fn supply(&mut self) {
+        let reserved = ROOM_FOR_IDS.min(self.queue.size().saturating_sub(1));
 
-        while self.queue.room() > ROOM_FOR_IDS {
+        while self.queue.room() > reserved {
             let Some(run) = self.pending.take_longest() else {
                 break;
             };
@@ -228,10 +224,7 @@ impl Worker {
             if self.queue.add(Either::Right(run)).is_err() {
                 break;
             }
-            supplied += pages;
+            self.in_flight += pages;
         }
-
-        self.in_flight += supplied;
-        supplied
     }
 }

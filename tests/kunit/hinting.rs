@@ -249,6 +249,23 @@ mod tests {
         Ok(())
     }
 
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_queue_of_one_entry_gets_all_hints() -> Result {
+        let device = device()?;
+        let before = free();
+
+        for size in [1, 2] {
+            device.freeze()?;
+            device.restore(size)?;
+            device.change(HINT_ID, 2);
+            assert!(round(&device, 2).is_ok_and(|hinted| hinted > before / 2));
+            device.change(HINT_ID, HINT_DONE);
+            is_free_again(before)?;
+        }
+        Ok(())
+    }
+
     #[test]
     fn the_id_is_read_once_for_each_change() -> Result {
         let device = device()?;
