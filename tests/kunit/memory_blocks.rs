@@ -443,6 +443,23 @@ mod tests {
         Ok(())
     }
 
+    #[test]
+    fn a_block_with_a_memory_error_is_not_retried() -> Result {
+        if has_none() || !cfg!(CONFIG_MEMORY_FAILURE) {
+            return Ok(());
+        }
+        // Free blocks come first.
+        let (found, _) = find(u64::MAX, usize::MAX)?;
+        let block = found.iter().find(|block| block.can_be_taken());
+        let block = block.ok_or(ENOENT)?;
+
+        // The error comes after the check, which would find it.
+        block.break_first_page()?;
+        assert!(!block.can_be_taken());
+        assert_eq!(block.take_offline(LIMITS)?.bring_online(), Ok(()));
+        Ok(())
+    }
+
     // From here on the tests fill the memory. No block may be free after that: what the kernel
     // allocates meanwhile lies between the pages of the balloon.
 

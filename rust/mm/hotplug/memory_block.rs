@@ -99,6 +99,25 @@ impl MemoryBlock {
         self.0.first().checked_div(self.0.len())
     }
 
+    /// Records a memory error in the first page of the block, which must be free.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's error, `EOPNOTSUPP` if it does not support memory errors.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(crate) fn break_first_page(self) -> Result {
+        #[cfg(CONFIG_MEMORY_FAILURE)]
+        {
+            let pfn = self.pfns().first() as usize;
+            // SAFETY: The function accepts any number.
+            return kernel::error::to_result(unsafe {
+                bindings::memory_failure(pfn, bindings::mf_flags_MF_SW_SIMULATED as c_int)
+            });
+        }
+        #[cfg(not(CONFIG_MEMORY_FAILURE))]
+        Err(EOPNOTSUPP)
+    }
+
     /// Returns whether the block can probably be taken: its pages are free, or the kernel can
     /// migrate them.
     pub(crate) fn can_be_taken(self) -> bool {
@@ -170,7 +189,7 @@ impl OfflineBlock {
     }
 
     /// Brings the block online, in its previous zone. Does nothing if it is already online, or was
-    /// unplugged.
+    /// unplugged. A block with a memory error stays offline: the kernel never brings it online.
     ///
     /// # Errors
     ///
@@ -185,9 +204,19 @@ impl OfflineBlock {
             .write(online, self.limits.online, self.limits.busy)
         {
             Err(EINVAL | ENODEV) => Ok(()),
+            Err(error) if error == has_memory_error() => {
+                pr_warn!("a memory block has a memory error, and the kernel leaves it offline\n");
+                Ok(())
+            }
             result => result,
         }
     }
+}
+
+/// Returns the kernel's error for a block with a memory error, for which the kernel crate has no
+/// name.
+fn has_memory_error() -> Error {
+    Error::from_errno(-(bindings::EHWPOISON as c_int))
 }
 
 /// The file with the state of a memory block.
