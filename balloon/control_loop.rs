@@ -20,6 +20,7 @@ use crate::{
             deflate,
             migration_reports, //
         },
+        resize::PAGES_PER_RUN,
         state::{
             mib,
             Balloon,
@@ -80,7 +81,10 @@ impl Balloon {
         }
 
         let mut again = self.act(worker, target, step);
-        self.settle(worker, step);
+        if self.settle(worker, step) && self.has_to_move() && self.pages.split_blocks(PAGES_PER_RUN)
+        {
+            again = Some(0);
+        }
 
         self.announce(self.stop_reason(worker, step));
         // The size is reported when the device has acknowledged the messages of this run.
@@ -182,8 +186,9 @@ impl Balloon {
         again
     }
 
-    /// Allows page migration and suspend if the balloon does not change its size.
-    fn settle(&self, worker: &mut Worker, step: Step) {
+    /// Allows page migration and suspend if the balloon does not change its size. Returns whether
+    /// that is so.
+    fn settle(&self, worker: &mut Worker, step: Step) -> bool {
         // Also while the balloon cannot grow, which may last forever.
         let resting = step == Step::Rest || worker.backoff.is_failing();
         let is_unresponsive = worker.progress.elapsed() > timeouts::UNRESPONSIVE;
@@ -204,6 +209,7 @@ impl Balloon {
         if resting || is_unresponsive {
             self.relax();
         }
+        resting
     }
 
     /// Returns whether the task waits for an event that may come without an interrupt. The device

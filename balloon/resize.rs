@@ -189,9 +189,7 @@ impl Balloon {
     /// available memory. The queue may be full before each node has given its share, so the node
     /// that has given least comes first.
     fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
-        // The driver of a virtio-mem device unplugs parts of a memory block. It notifies no other
-        // driver, and the kernel migrates order-0 pages only.
-        let keeps_blocks = !has_virtio_mem(&self.dev);
+        let keeps_blocks = !self.has_to_move();
         let floor = self.settings.floor_pages();
         let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
         let first = Node::all()
@@ -222,6 +220,13 @@ impl Balloon {
             }
         }
         stop
+    }
+
+    /// Returns whether the kernel must be able to migrate the whole balloon, which it can do with
+    /// order-0 pages only: the user wants that, or there is a virtio-mem device. Its driver unplugs
+    /// parts of a memory block, and notifies no other driver.
+    pub(super) fn has_to_move(&self) -> bool {
+        self.settings.movable() || has_virtio_mem(&self.dev)
     }
 
     /// Records why the balloon cannot grow to `target`, and logs it the first time. Returns how

@@ -30,6 +30,7 @@ attributes! {
     pub(crate) static ATTRIBUTES: Bound = DIRECTORY {
         FloorMib,
         Inflate,
+        Movable,
         TargetKib,
         ActualKib,
         Reason,
@@ -67,6 +68,23 @@ impl Attribute<Bound> for Inflate {
 
     fn show(bound: &Bound) -> Result<u8> {
         Ok(bound.settings().inflate().into())
+    }
+}
+
+/// See [`Settings::movable`](crate::device::settings::Settings::movable).
+struct Movable;
+
+impl Attribute<Bound> for Movable {
+    const NAME: &'static CStr = c"movable";
+    const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
+        let movable = kstrtobool_bytes(text.as_bytes())?;
+        bound.set(|settings| settings.set_movable(movable));
+        Ok(())
+    });
+    type Value = u8;
+
+    fn show(bound: &Bound) -> Result<u8> {
+        Ok(bound.settings().movable().into())
     }
 }
 

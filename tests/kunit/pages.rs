@@ -399,6 +399,21 @@ mod tests {
     }
 
     #[test]
+    fn blocks_are_split_inside_the_balloon() -> Result {
+        const LEN: usize = 1 << MAX_ORDER;
+        let balloon = balloon()?;
+        let ballooned = memory::ballooned_pages();
+
+        balloon.insert(blocks(3)?);
+        assert!(balloon.split_blocks(2 * LEN));
+        assert!(balloon.by_order() == held(2 * LEN, 1));
+        assert!(!balloon.split_blocks(usize::MAX));
+        assert!(balloon.by_order() == held(3 * LEN, 0));
+        assert_eq!(memory::ballooned_pages(), ballooned + 3 * LEN);
+        Ok(())
+    }
+
+    #[test]
     fn nothing_is_taken_for_nodes_with_enough_memory() -> Result {
         let balloon = balloon()?;
 

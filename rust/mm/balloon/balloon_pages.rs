@@ -153,6 +153,14 @@ impl<R: MigratePage> BalloonPages<R> {
         }
     }
 
+    /// Splits blocks with up to `max` pages (kernel pages) into order-0 pages, or one block. They
+    /// stay in the balloon. Returns whether there may be more.
+    pub(crate) fn split_blocks(&self, max: usize) -> bool {
+        let blocks = (max >> MAX_ORDER).max(1);
+
+        (0..blocks).all(|_| self.nodes.iter().any(|node| node.split_block()))
+    }
+
     /// Takes all blocks out of the balloon that begin in `pfns`.
     pub(crate) fn take_blocks(&self, pfns: PfnRange) -> PageList {
         let mut taken = PageList::new();

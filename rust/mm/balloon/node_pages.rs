@@ -368,7 +368,7 @@ impl<R: MigratePage> NodePages<R> {
     }
 
     /// Splits a block into order-0 pages, if there is one. They stay in the balloon.
-    fn split_block(&self) -> bool {
+    pub(in crate::rust::mm) fn split_block(&self) -> bool {
         let Some(block) = self.pop_block(usize::MAX) else {
             return false;
         };

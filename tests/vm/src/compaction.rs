@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use vm::{Device, Driver, Exit, Guest, Load, Size};
 
 use crate::debugfs::{show, value};
+use crate::lifecycle::device;
 use crate::scenario::{
     ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
     TEST_KERNEL,
@@ -23,6 +24,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: huge_pages,
+    },
+    Scenario {
+        name: "gigantic_pages",
+        proves: "a guest gets gigantic pages out of memory that is full of balloon pages",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: BLOCKS_OR_PAGES,
+        run: gigantic_pages,
     },
     Scenario {
         name: "memory_offline",
@@ -126,6 +135,46 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
         check_size(guest, Size::default())?;
         guest.rmmod(driver)?;
         Ok(f64::from(got) / f64::from(wanted))
+    })
+}
+
+fn gigantic_pages(setup: &Setup) -> Result<()> {
+    const NR_GIGANTIC: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+    // The kernel's memory is at both ends of what is above 4 GiB, so only the second of three gibibytes can become
+    // such a page. The balloon begins after the kernel's memory, and reaches into it.
+    let size = Size::gib(1);
+    vm::run(&setup.config().memory(Size::gib(5)), |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let get = || -> Result<u64> {
+            write(guest, NR_GIGANTIC, "1")?;
+            let got = guest.read_file(NR_GIGANTIC)?.trim().parse()?;
+            guest.write_file(NR_GIGANTIC, "0")?;
+            Ok(got)
+        };
+        ensure!(get()? == 1, "the guest gets none without a balloon");
+        guest.balloon().settle(size)?;
+
+        if setup.driver == Driver::Rust && setup.device == Device::Extended {
+            ensure!(get()? == 0, "the balloon is not in the way");
+            let device = device(guest, setup.driver)?;
+            guest.write_file(
+                &format!("/sys/bus/virtio/devices/{device}/balloon/movable"),
+                "1",
+            )?;
+            guest.wait_until("a balloon without blocks", PATIENCE, || {
+                Ok(value(&show(guest, "balloon")?, "order_0_blocks")? == size.as_pages())
+            })?;
+        }
+        let moved = guest.vmstat("balloon_migrate")?;
+        ensure!(get()? == 1, "the guest gets none with a balloon of {size}");
+        let moved = guest.vmstat("balloon_migrate")? - moved;
+        ensure!(moved > 0, "no page of the balloon was migrated");
+        check_size(guest, size)?;
+        setup.note(format!("{moved} pages of the balloon were migrated"));
+
+        guest.balloon().settle(Size::default())?;
+        check_size(guest, Size::default())?;
+        guest.rmmod(setup.driver)
     })
 }
 
