@@ -8,8 +8,7 @@ use crate::{
     balloon::{
         policy::{
             backoff::Cause,
-            stop_reason::StopReason,
-            target, //
+            stop_reason::StopReason, //
         },
         queues::{
             deflate,
@@ -17,7 +16,6 @@ use crate::{
         },
         state::{
             mib,
-            room,
             Balloon,
             Worker, //
         }, //
@@ -35,6 +33,11 @@ use crate::{
     },
     sources::{
         memory_blocks::Offliner,
+        nodes::{
+            part,
+            precedence,
+            room, //
+        },
         page_allocator::PageAllocator, //
     }, //
 };
@@ -192,8 +195,7 @@ impl Balloon {
         let keeps_blocks = !self.has_to_move();
         let floor = self.settings.floor_pages();
         let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
-        let first = Node::all()
-            .max_by_key(|&node| target::part(1 << 10, room(node, floor), node.present_pages()));
+        let first = Node::all().max_by_key(|&node| precedence(node, floor));
         let others = Node::all().filter(|&node| Some(node) != first);
         let mut nodes = Iterator::chain(first.into_iter(), others).peekable();
         let mut stop = Stop::Done;
@@ -201,7 +203,7 @@ impl Balloon {
         while let Some(node) = nodes.next() {
             let room = room(node, floor);
             let share = match nodes.peek() {
-                Some(_) => target::part(left, room, all),
+                Some(_) => part(left, room, all),
                 None => left,
             };
             all = all.saturating_sub(room);

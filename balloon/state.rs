@@ -22,10 +22,7 @@ use crate::{
                 StopReason,
                 StopReasonReporter, //
             },
-            target::{
-                self,
-                Step, //
-            }, //
+            target::Step, //
         },
         queues::{
             deflate::Deflate,
@@ -66,7 +63,10 @@ use crate::{
             }, //
         }, //
     },
-    sources::memory_blocks::Offliner, //
+    sources::{
+        memory_blocks::Offliner,
+        nodes, //
+    }, //
 };
 
 use core::mem;
@@ -387,7 +387,7 @@ impl Balloon {
     /// Returns the kernel pages that are available above the reserve.
     pub(super) fn available_above_reserve(&self) -> usize {
         let floor = self.settings.floor_pages();
-        let nodes: usize = Node::all().map(|node| room(node, floor)).sum();
+        let nodes: usize = Node::all().map(|node| nodes::room(node, floor)).sum();
 
         memory::available_pages().saturating_sub(floor).min(nodes)
     }
@@ -428,15 +428,6 @@ impl Balloon {
 
         Ok(())
     }
-}
-
-/// Returns how many kernel pages `node` can give, so that it keeps its share of the reserve
-/// `floor`.
-pub(super) fn room(node: Node, floor: usize) -> usize {
-    let present = Node::all().map(Node::present_pages).sum();
-    let share = target::part(floor, node.present_pages(), present);
-
-    node.available_pages().saturating_sub(share)
 }
 
 /// Converts kernel pages to MiB.

@@ -12,6 +12,7 @@ use crate::{
     messages::ranges::Ranges,
     rust::mm::{
         hotplug::memory_block::MemoryBlock,
+        node::Node,
         pfn_range::PfnRange,
         zone::PFNS_PER_HOLD, //
     }, //
@@ -36,11 +37,8 @@ struct Candidate {
     free: u64,
 }
 
-/// The candidate blocks. The search has steps, since a large guest has hundreds of thousands of
-/// blocks.
-pub(crate) struct Candidates {
-    /// `None` at the end of the search.
-    walk: Option<Walk>,
+/// The candidate blocks of a node.
+struct OfNode {
     found: KVVec<Candidate>,
     /// The next candidates: the first from this index on whose number of pages in use has so many
     /// bits, or more.
@@ -48,9 +46,56 @@ pub(crate) struct Candidates {
     bits: u32,
 }
 
+/// The candidate blocks. The search has steps, since a large guest has hundreds of thousands of
+/// blocks.
+pub(crate) struct Candidates {
+    /// `None` at the end of the search.
+    walk: Option<Walk>,
+    /// By the numbers of the nodes.
+    nodes: KVec<OfNode>,
+}
+
 /// Returns how many bits a number has.
 fn bits(number: u64) -> u32 {
     u64::BITS - number.leading_zeros()
+}
+
+impl OfNode {
+    fn new() -> Self {
+        Self {
+            found: KVVec::new(),
+            next: 0,
+            bits: 0,
+        }
+    }
+
+    /// Adds `free` free pages of `block`. The blocks ascend.
+    fn add(&mut self, block: MemoryBlock, free: u64) -> Result {
+        match self.found.last_mut() {
+            Some(last) if last.block == block => last.free += free,
+            _ => self.found.push(Candidate { block, free }, GFP_KERNEL)?,
+        }
+        Ok(())
+    }
+
+    /// Returns the next candidate: free blocks first, and then the others by the number of pages in
+    /// use, to a power of two.
+    fn pop(&mut self) -> Option<MemoryBlock> {
+        let pages = MemoryBlock::pages();
+
+        while self.bits <= bits(pages / MOST_IN_USE) {
+            while let Some(this) = self.found.get(self.next) {
+                self.next += 1;
+                if bits(pages.saturating_sub(this.free)) == self.bits {
+                    return Some(this.block);
+                }
+            }
+            self.bits += 1;
+            self.next = 0;
+        }
+        self.found.clear();
+        None
+    }
 }
 
 impl Candidates {
@@ -61,12 +106,14 @@ impl Candidates {
     /// `ENOMEM`.
     pub(crate) fn new(end: u64) -> Result<Self> {
         let range = PfnRange::between(0, end.min(PfnRange::ALL.end()));
+        let mut nodes = KVec::new();
 
+        for _ in 0..Node::count() {
+            nodes.push(OfNode::new(), GFP_KERNEL)?;
+        }
         Ok(Self {
             walk: Some(Walk::new(range, MIN_ORDER, PFNS_PER_HOLD)?),
-            found: KVVec::new(),
-            next: 0,
-            bits: 0,
+            nodes,
         })
     }
 
@@ -86,10 +133,12 @@ impl Candidates {
         while let Some(range) = unused.first() {
             let block = MemoryBlock::of(range.first(), pages).ok_or(EINVAL)?;
             let free = range.intersection(block.pfns()).ok_or(EINVAL)?.len();
+            let node = block
+                .node()
+                .and_then(|node| self.nodes.get_mut(node.index()));
 
-            match self.found.last_mut() {
-                Some(last) if last.block == block => last.free += free,
-                _ => self.found.push(Candidate { block, free }, GFP_KERNEL)?,
+            if let Some(node) = node {
+                node.add(block, free)?;
             }
             unused.advance(free);
         }
@@ -98,26 +147,33 @@ impl Candidates {
         }
 
         self.walk = None;
-        self.found
-            .retain(|this| this.free >= pages - pages / MOST_IN_USE);
+        for node in &mut self.nodes {
+            node.found
+                .retain(|this| this.free >= pages - pages / MOST_IN_USE);
+        }
         Ok(false)
     }
 
-    /// Returns the next candidate: free blocks first, and then the others by the number of pages in
-    /// use, to a power of two.
-    pub(crate) fn pop(&mut self) -> Option<MemoryBlock> {
-        let pages = MemoryBlock::pages();
+    /// Returns the next candidate of the node with the highest `precedence`, none of nodes without
+    /// one.
+    pub(crate) fn pop(
+        &mut self,
+        precedence: impl Fn(Node) -> Option<usize>,
+    ) -> Option<MemoryBlock> {
+        loop {
+            let next = self
+                .nodes
+                .iter_mut()
+                .enumerate()
+                .filter(|(_, node)| !node.found.is_empty())
+                .filter_map(|(index, node)| Some((precedence(Node::new(index)?)?, node)))
+                .max_by_key(|(precedence, _)| *precedence);
+            let (_, node) = next?;
 
-        while self.bits <= bits(pages / MOST_IN_USE) {
-            while let Some(this) = self.found.get(self.next) {
-                self.next += 1;
-                if bits(pages.saturating_sub(this.free)) == self.bits {
-                    return Some(this.block);
-                }
+            // A node without any is not asked again.
+            if let Some(block) = node.pop() {
+                return Some(block);
             }
-            self.bits += 1;
-            self.next = 0;
         }
-        None
     }
 }

@@ -27,6 +27,7 @@ use crate::{
                 Outcome, //
             },
             memory,
+            node::Node,
             pages::{
                 batch::Batch,
                 page_list::PageList, //
@@ -46,6 +47,7 @@ use crate::{
     },
     sources::{
         candidates::Candidates,
+        nodes,
         source::Source, //
     }, //
 };
@@ -274,8 +276,19 @@ impl Offliner {
 
         match candidates.search(HOLDS_PER_RUN)? {
             true => Ok(None),
-            false => candidates.pop().map(Some).ok_or(ENOENT),
+            false => candidates
+                .pop(|node| self.precedence(node))
+                .map(Some)
+                .ok_or(ENOENT),
         }
+    }
+
+    /// Returns the precedence of `node`, none if it cannot spare a block.
+    fn precedence(&self, node: Node) -> Option<usize> {
+        let floor = self.settings.floor_pages();
+        let is_spare = nodes::room(node, floor) as u64 >= MemoryBlock::pages();
+
+        is_spare.then(|| nodes::precedence(node, floor))
     }
 
     /// Returns whether the guest can do without `pages` kernel pages.

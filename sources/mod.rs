@@ -6,5 +6,6 @@
 
 pub(crate) mod candidates;
 pub(crate) mod memory_blocks;
+pub(crate) mod nodes;
 pub(crate) mod page_allocator;
 pub(crate) mod source;

@@ -4,14 +4,6 @@
 
 #![forbid(unsafe_code)]
 
-/// Returns `whole` * `some` / `all`, or up to a thousandth of `whole` less.
-pub(crate) fn part(whole: usize, some: usize, all: usize) -> usize {
-    // The division comes first, so that the product does not overflow.
-    let in_1024 = (some.min(all) << 10) / all.max(1);
-
-    whole / 1024 * in_1024 + whole % 1024 * in_1024 / 1024
-}
-
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {

@@ -93,12 +93,12 @@ impl Node {
     }
 
     /// Returns the node `number`, if it is possible (`N_POSSIBLE`).
-    pub(in crate::rust) fn new(number: usize) -> Option<Self> {
+    pub(crate) fn new(number: usize) -> Option<Self> {
         nodes_in(bindings::node_states_N_POSSIBLE).find(|node| node.0 as usize == number)
     }
 
     /// Returns a number larger than those of all nodes.
-    pub(in crate::rust) fn count() -> usize {
+    pub(crate) fn count() -> usize {
         nodes_in(bindings::node_states_N_POSSIBLE)
             .last()
             .map_or(0, |node| node.0 as usize + 1)
@@ -107,6 +107,11 @@ impl Node {
     /// Returns its number.
     pub(in crate::rust) fn number(self) -> c_int {
         self.0
+    }
+
+    /// Returns the same as an index.
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
     }
 
     pub(super) fn data(self) -> *mut bindings::pglist_data {

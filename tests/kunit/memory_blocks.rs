@@ -158,7 +158,7 @@ fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
     while candidates.search(holds)? {
         looks += 1;
     }
-    while let Some(block) = candidates.pop() {
+    while let Some(block) = candidates.pop(|_| Some(0)) {
         found.push(block, GFP_KERNEL)?;
     }
     Ok((found, looks))

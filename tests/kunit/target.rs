@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use crate::{
-    balloon::policy::target::{
-        part,
-        Step, //
-    },
+    balloon::policy::target::Step,
     device::settings::default_floor,
     messages::balloon_page::{
         balloon_pages,
         balloon_pfns,
         pages,
         BALLOON_PAGES_PER_PAGE, //
-    }, //
+    },
+    sources::nodes::part, //
 };
 
 use kernel::{

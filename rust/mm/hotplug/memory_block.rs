@@ -20,7 +20,11 @@ use crate::rust::{
             HotplugGuard, //
             OnlinePageCallback,
         },
-        pages::page_list::PageList,
+        node::Node,
+        pages::{
+            page::Page,
+            page_list::PageList, //
+        },
         pfn_range::PfnRange, //
     },
     virtio::{
@@ -92,6 +96,13 @@ impl MemoryBlock {
     /// Returns the block's pages.
     pub(crate) fn pfns(self) -> PfnRange {
         self.0
+    }
+
+    /// Returns the node of its first page, none if that is not online.
+    pub(crate) fn node(self) -> Option<Node> {
+        let page = Page::online(self.pfns().first() as usize)?;
+
+        Node::new(page.nid())
     }
 
     /// Returns the block's number, which is in its name.

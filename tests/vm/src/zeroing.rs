@@ -10,9 +10,11 @@ use vm::{Config, Device, Guest, Load, Offer, Size};
 
 use crate::compaction::{fullest_block, write};
 use crate::debugfs::{show, value};
+use crate::nodes::check_nodes;
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 use crate::sizes::{agree, check_size};
 
@@ -64,6 +66,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: cma,
+    },
+    Scenario {
+        name: "zeroing_nodes",
+        proves: "the balloon takes memory blocks of both NUMA nodes in proportion",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
+        run: nodes,
     },
     Scenario {
         name: "zeroing_broken_page",
@@ -363,6 +373,23 @@ fn cma(setup: &Setup) -> Result<()> {
         setup.note(format!("{blocks} memory blocks of {size}"));
         // Blocks of 128 MiB.
         ensure!(blocks >= 19, "{blocks} memory blocks were taken");
+        check_online(guest)?;
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn nodes(setup: &Setup) -> Result<()> {
+    let size = Size::mib(1280);
+    let config = zeroing(setup).memory(Size::gib(3)).nodes(2);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, &[])?;
+        guest.balloon().settle(size)?;
+        let blocks = taken(guest)?;
+        setup.note(format!("{blocks} memory blocks of {size}"));
+        // Blocks of 128 MiB.
+        ensure!(blocks >= 8, "{blocks} memory blocks were taken");
+        check_nodes(setup, guest, size)?;
         check_online(guest)?;
         guest.balloon().settle(Size::default())?;
         guest.rmmod(setup.driver)
