@@ -61,6 +61,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "huge_pages",
     "virtio_mem",
     "latency",
+    "zeroing_crash_dump",
     "service_restart",
 ];
 

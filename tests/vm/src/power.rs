@@ -314,14 +314,20 @@ fn kexec(setup: &Setup) -> Result<()> {
 }
 
 fn crash_dump(setup: &Setup) -> Result<()> {
-    const DUMP: &str = "/proc/vmcore";
-    /// How long it takes to read the crashed kernel's memory.
-    const PATIENCE: Duration = Duration::from_secs(300);
+    crash(setup, &setup.config(), |_| Ok(()))
+}
+
+/// Panics a guest with a full balloon after `prepare`, and reads its memory in the crash kernel.
+pub(crate) fn crash(
+    setup: &Setup,
+    config: &Config,
+    prepare: impl FnOnce(&Guest) -> Result<()>,
+) -> Result<()> {
     // An emulated processor takes about a millisecond for each page of a dump.
     let (memory, reserved) = (Size::mib(768), Size::mib(128));
     let (used, size) = (Size::mib(450), Size::mib(300));
-    let config = setup
-        .config()
+    let config = config
+        .clone()
         .memory(memory)
         .kexec()
         .parameter(&format!("crashkernel={}M", reserved.as_mib()))
@@ -332,6 +338,7 @@ fn crash_dump(setup: &Setup) -> Result<()> {
         guest.touch(used)?;
         let total = guest.meminfo()?.total;
         guest.balloon().settle(size)?;
+        prepare(guest)?;
         guest.panic()?;
 
         let before = guest.meminfo()?;
@@ -349,29 +356,37 @@ fn crash_dump(setup: &Setup) -> Result<()> {
             "the balloon of a crash kernel has {}",
             now.balloon
         );
-
-        let booted = guest.resident()?;
-        let length = guest.run(&["stat", "-c", "%s", DUMP])?;
-        let read = guest.exec_within(&["sh", "-c", &format!("cat {DUMP} | wc -c")], PATIENCE)?;
-        ensure!(
-            read.stdout == length && Size::bytes(length.trim().parse()?) + reserved >= total,
-            "{} bytes of {length} were saved: {}",
-            read.stdout,
-            read.stderr
-        );
-        let dumped = guest.resident()?;
-        setup.note(format!(
-            "{} bytes were saved; QEMU had {booted} before, and {dumped} after",
-            length.trim()
-        ));
-        // A page of private memory that is only read is the host's zero page. Shared memory has no
-        // zero page.
-        ensure!(
-            setup.device != Device::Qemu || dumped < booted + Size::mib(64),
-            "QEMU had {booted}, and {dumped} after the dump"
-        );
+        check_dump(setup, guest, total - reserved)?;
         guest.rmmod(setup.driver)
     })
+}
+
+/// Checks that a crash kernel can read at least `least` of the memory of the kernel before.
+fn check_dump(setup: &Setup, guest: &Guest, least: Size) -> Result<()> {
+    const DUMP: &str = "/proc/vmcore";
+    /// How long it takes.
+    const PATIENCE: Duration = Duration::from_secs(300);
+    let booted = guest.resident()?;
+    let length = guest.run(&["stat", "-c", "%s", DUMP])?;
+    let read = guest.exec_within(&["sh", "-c", &format!("cat {DUMP} | wc -c")], PATIENCE)?;
+    ensure!(
+        read.stdout == length && Size::bytes(length.trim().parse()?) >= least,
+        "{} bytes of {length} were saved: {}",
+        read.stdout,
+        read.stderr
+    );
+    let dumped = guest.resident()?;
+    setup.note(format!(
+        "{} bytes were saved; QEMU had {booted} before, and {dumped} after",
+        length.trim()
+    ));
+    // A page of private memory that is only read is the host's zero page. Shared memory has no
+    // zero page.
+    ensure!(
+        setup.device != Device::Qemu || dumped < booted + Size::mib(64),
+        "QEMU had {booted}, and {dumped} after the dump"
+    );
+    Ok(())
 }
 
 /// Allows the device to keep the guest awake, and returns the directory of its power management.

@@ -9,8 +9,10 @@ use anyhow::{Result, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
 use vm::{Guest, Load, Offer, RunningLoad, Size};
 
+use crate::compaction::{fullest_block, write};
 use crate::debugfs::show;
 use crate::hinting::check_all_back;
+use crate::power::crash;
 use crate::scenario::{EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 use crate::sizes::check_size;
 use crate::zeroing::{MOST_MORE, check_online, resident, taken, zeroing};
@@ -48,7 +50,25 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: EXTENDED_DEVICE,
         run: hibernate,
     },
+    Scenario {
+        name: "zeroing_crash_dump",
+        proves: "the memory of a guest whose balloon has memory blocks can be saved, also while one is offline",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: crash_dump,
+    },
 ];
+
+fn crash_dump(setup: &Setup) -> Result<()> {
+    crash(setup, &zeroing(setup), |guest| {
+        let blocks = taken(guest)?;
+        ensure!(blocks > 0, "no memory block was taken");
+        // The dump has its memory nevertheless.
+        let block = fullest_block(guest, ".")?;
+        write(guest, &block.state, "offline")
+    })
+}
 
 /// Loads the driver, and starts a program that holds data. Returns the guest's memory, and the
 /// program.
