@@ -91,6 +91,9 @@ pub(crate) const ONLINE_AGAIN: Msecs = 1_000;
 /// beyond that.
 pub(crate) const REQUEST_BUDGET: Delta = Delta::from_secs(2);
 
+/// The same for each GiB of the guest's memory, if that is more: one request may concern all of it.
+pub(crate) const REQUEST_BUDGET_PER_GIB: Delta = Delta::from_millis(500);
+
 /// The most that counts as used beyond that. A measured time may include time in which the whole
 /// guest was stopped, and requests must not pause without a limit for that.
 pub(crate) const REQUEST_DEBT: Delta = Delta::from_secs(10);

@@ -6,10 +6,10 @@
 
 use crate::device::timeouts;
 
-use kernel::time::Msecs;
-
-/// The largest balance, in nanoseconds: enough for any reasonable request.
-const CAPACITY: i64 = timeouts::REQUEST_BUDGET.as_nanos();
+use kernel::{
+    page::PAGE_SHIFT,
+    time::Msecs, //
+};
 
 /// The part of the time that can be spent in the long run, as a divisor.
 const SHARE: i64 = 10;
@@ -21,16 +21,25 @@ const DEBT: i64 = timeouts::REQUEST_DEBT.as_nanos();
 ///
 /// Points in time and amounts are nanoseconds, on a clock that does not go back.
 pub(crate) struct Budget {
+    /// The largest balance.
+    capacity: i64,
     left: i64,
     /// The time for which `left` is valid.
     then: i64,
 }
 
 impl Budget {
-    /// Returns a full budget, on a clock that begins at 0.
-    pub(crate) const fn new() -> Self {
+    /// Returns a full budget for a guest with so many kernel pages, on a clock that begins at 0.
+    pub(crate) fn new(pages: usize) -> Self {
+        let gib = i64::try_from(pages >> (30 - PAGE_SHIFT)).unwrap_or(i64::MAX);
+        let capacity = timeouts::REQUEST_BUDGET_PER_GIB
+            .as_nanos()
+            .saturating_mul(gib)
+            .max(timeouts::REQUEST_BUDGET.as_nanos());
+
         Self {
-            left: CAPACITY,
+            capacity,
+            left: capacity,
             then: 0,
         }
     }
@@ -38,7 +47,7 @@ impl Budget {
     fn update(&mut self, now: i64) {
         let grown = now.saturating_sub(self.then).max(0) / SHARE;
 
-        self.left = self.left.saturating_add(grown).min(CAPACITY);
+        self.left = self.left.saturating_add(grown).min(self.capacity);
         self.then = now;
     }
 

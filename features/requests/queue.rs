@@ -19,7 +19,10 @@ use crate::{
     },
     messages::page_sets,
     rust::{
-        mm::contig::ContigPages,
+        mm::{
+            contig::ContigPages,
+            memory, //
+        },
         trace,
         virtio::{
             self,
@@ -89,7 +92,7 @@ impl Inner {
             messages: 0,
             ranges: 0,
             spare: Some(message(GFP_KERNEL)?),
-            budget: Budget::new(),
+            budget: Budget::new(memory::present_pages()),
             dev: (&**dev).into(),
             log_limit: LogLimit::new(),
         })

@@ -2,10 +2,16 @@
 
 use crate::features::budget::Budget;
 
-use kernel::prelude::*;
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
 
 /// A second in nanoseconds.
 const SECOND: i64 = 1_000_000_000;
+
+/// The kernel pages of a guest with 1 GiB.
+const SMALL: usize = 1 << (30 - PAGE_SHIFT);
 
 #[kunit_tests(virtio_balloon_rs_budget)]
 mod tests {
@@ -13,7 +19,7 @@ mod tests {
 
     #[test]
     fn unspent_time_is_available() {
-        let mut budget = Budget::new();
+        let mut budget = Budget::new(SMALL);
 
         assert_eq!(budget.pause(0), None);
         budget.spend(SECOND, SECOND);
@@ -21,8 +27,18 @@ mod tests {
     }
 
     #[test]
+    fn a_request_about_a_large_memory_may_take_longer() {
+        let mut budget = Budget::new(64 * SMALL);
+
+        budget.spend(31 * SECOND, 0);
+        assert_eq!(budget.pause(0), None);
+        budget.spend(2 * SECOND, 0);
+        assert_eq!(budget.pause(0), Some(10_001));
+    }
+
+    #[test]
     fn overspending_is_followed_by_a_pause_ten_times_as_long() {
-        let mut budget = Budget::new();
+        let mut budget = Budget::new(SMALL);
 
         budget.spend(4 * SECOND, 0);
         assert_eq!(budget.pause(0), Some(20_001));
@@ -32,7 +48,7 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_owing() {
-        let mut budget = Budget::new();
+        let mut budget = Budget::new(SMALL);
 
         budget.spend(1_000 * SECOND, 0);
         assert_eq!(budget.pause(0), Some(100_001));
@@ -40,7 +56,7 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_saving() {
-        let mut budget = Budget::new();
+        let mut budget = Budget::new(SMALL);
 
         budget.spend(3 * SECOND, 1_000 * SECOND);
         assert!(budget.pause(1_000 * SECOND).is_some());
@@ -48,7 +64,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_goes_back_costs_nothing() {
-        let mut budget = Budget::new();
+        let mut budget = Budget::new(SMALL);
 
         budget.spend(SECOND, 10 * SECOND);
         assert_eq!(budget.pause(0), None);
