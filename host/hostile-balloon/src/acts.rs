@@ -14,8 +14,8 @@ use balloon_wire::request::{Command, SIZE, Wanted};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
 use fastrand::Rng;
 use log::info;
-use vhost_user_balloon::features::Feature;
-use vhost_user_balloon::kind::{Kind, MAX_QUEUES};
+use vhost_user_balloon::virtio::features::Feature;
+use vhost_user_balloon::virtio::kind::{Kind, MAX_QUEUES};
 use virtio_bindings::bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
 
 use crate::device::{Device, Transport, any_field};

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::Result;
 use balloon_wire::config;
 use fastrand::Rng;
-use vhost_user_balloon::kind::MAX_QUEUES;
+use vhost_user_balloon::virtio::kind::MAX_QUEUES;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 

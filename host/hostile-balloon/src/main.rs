@@ -18,7 +18,7 @@ use anyhow::Result;
 use clap::Parser;
 use fastrand::Rng;
 use log::{LevelFilter, info};
-use vhost_user_balloon::features::Feature;
+use vhost_user_balloon::virtio::features::Feature;
 
 mod acts;
 mod device;

@@ -31,7 +31,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion};
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
-use vhost_user_balloon::queue::MAX_QUEUE_SIZE;
+use vhost_user_balloon::queues::virtqueue::MAX_QUEUE_SIZE;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
 };

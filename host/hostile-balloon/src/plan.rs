@@ -8,8 +8,8 @@ use std::time::Duration;
 use clap::ValueEnum;
 use fastrand::Rng;
 use serde::Serialize;
-use vhost_user_balloon::features::{Feature, config_size, offer};
-use vhost_user_balloon::kind::Kind;
+use vhost_user_balloon::virtio::features::{Feature, config_size, offer};
+use vhost_user_balloon::virtio::kind::Kind;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_IN_ORDER;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 

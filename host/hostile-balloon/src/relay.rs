@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use log::{info, warn};
 use vhost::vhost_user::message::BackendReq;
-use vhost_user_balloon::message::{Message, request};
+use vhost_user_balloon::vhost_user::message::{Message, request};
 
 /// How long the front end may take to acknowledge a change.
 const PATIENCE: Duration = Duration::from_secs(1);
