@@ -121,9 +121,9 @@ impl MemoryBlock {
         {
             let pfn = self.pfns().first() as usize;
             // SAFETY: The function accepts any number.
-            return kernel::error::to_result(unsafe {
+            kernel::error::to_result(unsafe {
                 bindings::memory_failure(pfn, bindings::mf_flags_MF_SW_SIMULATED as c_int)
-            });
+            })
         }
         #[cfg(not(CONFIG_MEMORY_FAILURE))]
         Err(EOPNOTSUPP)
