@@ -11,11 +11,7 @@
 
 use crate::{
     balloon::{
-        policy::{
-            backoff::Cause,
-            stop_reason::StopReason,
-            target::Step, //
-        },
+        policy::target::Step,
         queues::{
             deflate,
             migration_reports, //
@@ -28,32 +24,22 @@ use crate::{
         }, //
     },
     device::timeouts,
-    rust::work::{
-        task::{
-            Job,
-            Task, //
-        },
-        wakeup::Signal, //
+    rust::work::task::{
+        Job,
+        Task, //
     }, //
 };
 
-use core::mem;
 use kernel::{
     prelude::*,
-    sync::atomic::{
-        Full,
-        Relaxed, //
-    },
-    time::{
-        Instant,
-        Msecs, //
-    }, //
+    sync::atomic::Relaxed,
+    time::Msecs, //
 };
 
-/// The events since the previous run.
-struct Events {
-    /// The target, in balloon pages, if it was read.
-    target: Option<u32>,
+/// What a run has found.
+struct Found {
+    /// Whether the target was read.
+    target_read: bool,
     /// Whether the device has just used a buffer: only a run soon after that may report the final
     /// size.
     is_alive: bool,
@@ -70,13 +56,13 @@ impl Balloon {
         worker.inflate.queue.wake();
         self.deflate.lock().queue.wake();
 
-        let events = self.collect_events(worker)?;
+        let found = self.collect_events(worker)?;
         self.note_oom(worker);
 
         let target = self.target(worker);
         let step = self.step(worker, target);
         let is_there = step == Step::Rest && !self.is_changing(worker);
-        if events.is_alive && (is_there || worker.accessed.elapsed() > timeouts::REPORT_INTERVAL) {
+        if found.is_alive && (is_there || worker.config.is_report_due()) {
             self.report(worker, step)?;
         }
 
@@ -89,7 +75,7 @@ impl Balloon {
         self.announce(self.stop_reason(worker, step));
         // The size is reported when the device has acknowledged the messages of this run.
         let is_quiet = !self.is_changing(worker) && !self.deflate.lock().is_pending();
-        if is_quiet && (events.is_alive || events.target.is_some()) {
+        if is_quiet && (found.is_alive || found.target_read) {
             self.report(worker, step)?;
         }
 
@@ -115,7 +101,7 @@ impl Balloon {
     }
 
     /// Takes used buffers and reads a changed target.
-    fn collect_events(&self, worker: &mut Worker) -> Result<Events> {
+    fn collect_events(&self, worker: &mut Worker) -> Result<Found> {
         worker.inflate.collect(&self.pages);
         deflate::collect(&self.deflate, &self.pages);
         // The notifiers take used buffers as well.
@@ -123,38 +109,34 @@ impl Balloon {
             worker.inflate.queue.used(),
             self.deflate.lock().queue.used(),
         ];
-        let has_used = mem::replace(&mut worker.used, used) != used;
         // Read the clock once: the task may lose the processor for longer than a response counts.
-        let now = self.start.elapsed().as_millis();
-        let just_used = self.just_used.xchg(false, Relaxed);
-        let is_alive = worker.liveness.note(now, has_used, just_used);
+        let now = self.now();
+        let just_used = self.events.take_queue_used();
+        let response = worker.progress.collect(now, used, just_used);
 
         // A configuration change has other reasons, too, such as hints.
         let target = self.read_target(worker)?;
-        let target_changed =
-            target.is_some_and(|wanted| mem::replace(&mut worker.wanted, wanted) != wanted);
-        if target_changed | self.settings_changed.xchg(false, Full) {
-            worker.blocks_taken = false;
-            worker.backoff.reset();
-            worker.stopped = None;
+        let target_changed = target == Some(true);
+        if target_changed | self.events.take_settings_changed() {
+            worker.growth.restart();
         }
-        if target_changed || has_used {
-            worker.progress = Instant::now();
+        if target_changed || response.has_used {
+            worker.progress.restart();
         }
 
-        Ok(Events { target, is_alive })
+        Ok(Found {
+            target_read: target.is_some(),
+            is_alive: response.is_alive,
+        })
     }
 
     /// Begins a pause after the OOM notifier has deflated the balloon.
     fn note_oom(&self, worker: &mut Worker) {
-        let given = self.given_for_oom.xchg(0, Relaxed);
+        let given = self.events.take_given_for_oom();
         if given == 0 {
             return;
         }
-        let now = self.start.elapsed().as_millis();
-
-        worker.stopped = Some(StopReason::AfterOom);
-        if worker.backoff.fail(Cause::OutOfMemory, now) && worker.log_limit.allows() {
+        if worker.growth.fail_after_oom(self.now()) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
                 "out of memory: deflated by {} MiB, not growing for 10 seconds or longer\n",
@@ -176,7 +158,7 @@ impl Balloon {
             Step::Inflate(wanted) => self.grow(worker, target, wanted),
             Step::Deflate(wanted) => self.shrink(worker, wanted),
             Step::Rest => {
-                worker.backoff.reset();
+                worker.growth.rest();
                 None
             }
         };
@@ -190,23 +172,16 @@ impl Balloon {
     /// that is so.
     fn settle(&self, worker: &mut Worker, step: Step) -> bool {
         // Also while the balloon cannot grow, which may last forever.
-        let resting = step == Step::Rest || worker.backoff.is_failing();
-        let is_unresponsive = worker.progress.elapsed() > timeouts::UNRESPONSIVE;
+        let resting = step == Step::Rest || worker.growth.is_failing();
+        let are_settled = self.migrations().is_settled();
+        let are_stuck = worker.progress.are_migrations_stuck(are_settled);
 
-        worker.moving = match self.migrations().is_settled() {
-            true => None,
-            false => worker.moving.or(Some(Instant::now())),
-        };
         if resting {
             // Page migration would otherwise retry until an unresponsive device answers.
-            let is_stuck = is_unresponsive
-                && worker
-                    .moving
-                    .is_some_and(|since| since.elapsed() > timeouts::UNRESPONSIVE);
             self.migrations()
-                .allow(!is_stuck && !self.quiescing.load(Relaxed));
+                .allow(!are_stuck && !self.quiescing.load(Relaxed));
         }
-        if resting || is_unresponsive {
+        if resting || worker.progress.is_unresponsive() {
             self.relax();
         }
         resting
@@ -220,7 +195,7 @@ impl Balloon {
             || worker.inflate.in_flight() > 0
             || self.deflate.lock().is_pending()
             || !self.migrations().is_settled()
-            || self.target_changed.load(Relaxed) && !self.quiescing.load(Relaxed)
+            || self.events.has_target_changed() && !self.quiescing.load(Relaxed)
     }
 }
 
@@ -232,7 +207,7 @@ impl Job for Balloon {
             Ok(Some(delay)) => task.schedule_in(delay),
             Ok(None) => (),
             Err(error) => {
-                task.wakeup.lower(Signal::Target);
+                task.allow_suspend();
                 // The driver could not report migrations, and no page may leave the balloon before
                 // it has.
                 task.migrations().allow(false);

@@ -5,10 +5,13 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod balloon_feature;
+mod config_space;
 mod control_loop;
+mod events;
 pub(crate) mod migration;
 mod notifiers;
 pub(crate) mod policy;
+mod progress;
 mod queues;
 pub(crate) mod resize;
 pub(crate) mod state;

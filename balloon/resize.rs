@@ -6,10 +6,7 @@
 
 use crate::{
     balloon::{
-        policy::{
-            backoff::Cause,
-            stop_reason::StopReason, //
-        },
+        policy::stop_reason::StopReason,
         queues::{
             deflate,
             inflate::Stop, //
@@ -46,10 +43,7 @@ use core::ops::ControlFlow;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
-    time::{
-        Instant,
-        Msecs, //
-    }, //
+    time::Msecs, //
 };
 
 /// The most pages that one run inflates or deflates, so that a new target is read soon: 1 GiB.
@@ -61,27 +55,18 @@ const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
 /// How many pages on the per-CPU page lists make a drain worthwhile: 4 MiB.
 const WORTH_DRAINING: usize = 1 << (22 - PAGE_SHIFT);
 
-/// A balloon that could not grow tries again before its pause ends when so many more kernel pages
-/// are available above the reserve: 16 MiB.
-const WORTHWHILE: usize = 1 << (24 - PAGE_SHIFT);
-
-/// Returns whether the balloon may grow before its pause ends: `ready` pages are in memory blocks
-/// that were taken, and `more` pages than before are available above the reserve.
-pub(crate) fn ends_pause(stopped: Option<StopReason>, ready: usize, more: usize) -> bool {
-    stopped != Some(StopReason::AfterOom) && (ready > 0 || more >= WORTHWHILE)
-}
-
 impl Balloon {
     /// Inflates by up to `wanted` pages. Returns how long to wait before the next attempt without
     /// an event.
     pub(super) fn grow(&self, worker: &mut Worker, target: usize, wanted: usize) -> Option<Msecs> {
-        let now = self.start.elapsed().as_millis();
+        let now = self.now();
         let ready = self
             .offliner
             .as_ref()
             .map_or(0, |offliner| offliner.ready());
 
-        if let Some(pause) = self.pause(worker, ready, now) {
+        let spare = || self.available_above_reserve();
+        if let Some(pause) = worker.growth.pause(now, ready, spare) {
             return Some(pause);
         }
         if !self.may_send() {
@@ -107,29 +92,13 @@ impl Balloon {
 
         match stop {
             Stop::Done if now_wanted <= above_floor => {
-                worker.stopped = None;
+                worker.growth.succeed();
                 (now_wanted < wanted).then_some(0)
             }
             Stop::NotNow => None,
             Stop::Done => self.give_up(worker, StopReason::Floor, target, now),
             Stop::NoMemory => self.give_up(worker, StopReason::NoMemory, target, now),
         }
-    }
-
-    /// Returns the rest of the pause of a balloon that could not grow. `ready` pages are in memory
-    /// blocks that were taken.
-    fn pause(&self, worker: &Worker, ready: usize, now: i64) -> Option<Msecs> {
-        let pause = worker.backoff.remaining(now)?;
-
-        let more = self.available_above_reserve().saturating_sub(worker.spare);
-        if ends_pause(worker.stopped, ready, more) {
-            return None;
-        }
-        // The guest may get memory.
-        Some(match worker.stopped {
-            Some(StopReason::AfterOom) => pause,
-            _ => pause.min(timeouts::MISSED_INTERRUPT),
-        })
     }
 
     /// Returns whether pages may be inflated. A deflated and unreported page may be among the
@@ -140,11 +109,11 @@ impl Balloon {
 
     /// Drains the per-CPU page lists if that makes the balloon grow: it interrupts all CPUs.
     fn drain_lists(&self, worker: &Worker, wanted: usize) {
-        if worker.stopped != Some(StopReason::Floor) {
+        if worker.growth.stopped() != Some(StopReason::Floor) {
             return;
         }
         let with_lists = memory::available_pages() + memory::listed_pages();
-        let above_floor = with_lists.saturating_sub(self.settings.floor_pages());
+        let above_floor = with_lists.saturating_sub(self.settings().floor_pages());
 
         if above_floor >= wanted.min(WORTH_DRAINING) {
             drain::drain_free_lists();
@@ -171,17 +140,16 @@ impl Balloon {
                     self.may_send()
                 });
             if stop == Stop::Done {
-                worker.stopped = None;
+                worker.growth.succeed();
             }
             return ControlFlow::Break((stop == Stop::Done).then_some(0));
         }
         if offliner.is_busy() {
             return ControlFlow::Break(None);
         }
-        let is_first = !worker.blocks_taken || offliner.is_cancelled();
-        if is_first && Offliner::is_worthwhile(wanted) {
-            worker.blocks_taken = true;
-            worker.stopped = None;
+        let may_take = worker.growth.may_take_blocks(offliner.is_cancelled());
+        if may_take && Offliner::is_worthwhile(wanted) {
+            worker.growth.take_blocks();
             offliner.begin(wanted);
             return ControlFlow::Break(None);
         }
@@ -193,7 +161,7 @@ impl Balloon {
     /// that has given least comes first.
     fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
         let keeps_blocks = !self.has_to_move();
-        let floor = self.settings.floor_pages();
+        let floor = self.settings().floor_pages();
         let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
         let first = Node::all().max_by_key(|&node| precedence(node, floor));
         let others = Node::all().filter(|&node| Some(node) != first);
@@ -228,7 +196,7 @@ impl Balloon {
     /// order-0 pages only: the user wants that, or there is a virtio-mem device. Its driver unplugs
     /// parts of a memory block, and notifies no other driver.
     pub(super) fn has_to_move(&self) -> bool {
-        self.settings.movable() || has_virtio_mem(&self.dev)
+        self.settings().movable() || has_virtio_mem(&self.dev)
     }
 
     /// Records why the balloon cannot grow to `target`, and logs it the first time. Returns how
@@ -240,10 +208,8 @@ impl Balloon {
         target: usize,
         now: i64,
     ) -> Option<Msecs> {
-        worker.stopped = Some(reason);
-        worker.blocks_taken = false;
-        worker.spare = self.available_above_reserve();
-        if worker.backoff.fail(Cause::NoMemory, now) && worker.log_limit.allows() {
+        let spare = self.available_above_reserve();
+        if worker.growth.fail(reason, spare, now) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
                 "{} of {} MiB in the balloon: {}; retrying with pauses of up to 30 seconds\n",
@@ -253,10 +219,7 @@ impl Balloon {
             );
         }
 
-        worker
-            .backoff
-            .remaining(now)
-            .map(|pause| pause.min(timeouts::MISSED_INTERRUPT))
+        worker.growth.pause(now, 0, || spare)
     }
 
     /// Deflates by up to `wanted` pages. Returns how long to wait before the next step without an
@@ -279,7 +242,7 @@ impl Balloon {
         drop(guard);
 
         if released > 0 {
-            worker.progress = Instant::now();
+            worker.progress.restart();
         }
 
         if released == limit {

@@ -11,19 +11,18 @@
 
 use crate::{
     balloon::{
+        config_space::ConfigSpace,
+        events::Events,
         migration::{
             Migration,
             PendingMigrations, //
         },
         policy::{
-            backoff::Backoff,
-            liveness::Liveness,
-            stop_reason::{
-                StopReason,
-                StopReasonReporter, //
-            },
+            growth::Growth,
+            stop_reason::StopReason,
             target::Step, //
         },
+        progress::Progress,
         queues::{
             deflate::Deflate,
             inflate::Inflate, //
@@ -79,11 +78,8 @@ use kernel::{
     sync::{
         aref::ARef,
         atomic::{
-            Acquire,
             Atomic,
-            Full,
-            Relaxed,
-            Release, //
+            Relaxed, //
         },
         Arc,
         Mutex,
@@ -99,12 +95,11 @@ use kernel::{
 #[pin_data]
 pub(crate) struct Balloon {
     pub(super) dev: ARef<virtio::Device>,
-    pub(super) wakeup: Arc<WakeupSource>,
-
-    pub(super) settings: Arc<Settings>,
+    wakeup: Arc<WakeupSource>,
+    settings: Arc<Settings>,
 
     /// Why the balloon is smaller than the target, as a number of the protocol.
-    pub(super) reason: Atomic<u32>,
+    reason: Atomic<u32>,
 
     pub(super) pages: BalloonPages<PendingMigrations>,
 
@@ -125,53 +120,24 @@ pub(crate) struct Balloon {
     /// How long OOM notifiers wait for a device that must be notified first.
     pub(super) oom_timeout: StallTimeout,
 
-    /// Set when the device has just used buffers, by its interrupt or by the task that finds them.
-    pub(super) just_used: Atomic<bool>,
-
-    /// Set when the device has changed its configuration space since the target was last read.
-    pub(super) target_changed: Atomic<bool>,
-
-    /// The same for the settings.
-    pub(super) settings_changed: Atomic<bool>,
-
-    /// The pages that the OOM notifier has deflated, and that the task does not know yet.
-    pub(super) given_for_oom: Atomic<usize>,
+    /// What the task does not know yet.
+    pub(super) events: Events,
 
     /// Set to deflate everything, whatever the target.
     pub(super) quiescing: Atomic<bool>,
 
     /// The start of the clock.
-    pub(super) start: Instant<Monotonic>,
+    start: Instant<Monotonic>,
 }
 
 /// The state that only the task uses.
 pub(super) struct Worker {
-    pub(super) config: virtio::Config,
+    pub(super) config: ConfigSpace,
     pub(super) inflate: Inflate,
     /// Sorts pages.
     pub(super) batch: Batch,
-    pub(super) backoff: Backoff,
-    /// Whether there are no more memory blocks to take for this target.
-    pub(super) blocks_taken: bool,
-    /// The reason why the balloon cannot grow, if it has to.
-    pub(super) stopped: Option<StopReason>,
-    /// The available memory above the reserve when the balloon could not grow, in kernel pages.
-    pub(super) spare: usize,
-    pub(super) reporter: StopReasonReporter,
-    /// The target that was read last, in balloon pages.
-    pub(super) wanted: u32,
-    /// The size that was reported last, in balloon pages.
-    pub(super) actual: Option<u32>,
-    /// How many messages the device has used, for each queue.
-    pub(super) used: [usize; 2],
-    /// Whether the device has just responded.
-    pub(super) liveness: Liveness,
-    /// When the configuration space was read or written last.
-    pub(super) accessed: Instant<Monotonic>,
-    /// When the device last used a message, or pages last left the balloon.
-    pub(super) progress: Instant<Monotonic>,
-    /// Since when there are migrations that the device does not know.
-    pub(super) moving: Option<Instant<Monotonic>>,
+    pub(super) growth: Growth,
+    pub(super) progress: Progress,
     /// The error that has ended all work, and was logged.
     pub(super) error: Option<Error>,
     pub(super) log_limit: LogLimit,
@@ -185,21 +151,11 @@ fn set_up(
 ) -> Result<(Worker, Deflate)> {
     Ok((
         Worker {
-            config: dev.config()?,
+            config: ConfigSpace::new(dev)?,
             inflate: Inflate::new(inflate),
             batch: Batch::new()?,
-            backoff: Backoff::new(),
-            blocks_taken: false,
-            stopped: None,
-            spare: 0,
-            reporter: StopReasonReporter::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
-            wanted: 0,
-            actual: None,
-            used: [0; 2],
-            liveness: Liveness::new(),
-            accessed: Instant::now(),
-            progress: Instant::now(),
-            moving: None,
+            growth: Growth::new(),
+            progress: Progress::new(),
             error: None,
             log_limit: LogLimit::new(),
         },
@@ -259,10 +215,7 @@ impl Balloon {
             deflate <- new_spinlock!(deflate, "Balloon::deflate"),
             oom_batch <- new_mutex!(oom_batch, "Balloon::oom_batch"),
             oom_timeout: StallTimeout::new(timeouts::OOM),
-            just_used: Atomic::new(false),
-            target_changed: Atomic::new(true),
-            settings_changed: Atomic::new(false),
-            given_for_oom: Atomic::new(0),
+            events: Events::new(),
             quiescing: Atomic::new(false),
             start: Instant::now(),
         }))
@@ -295,19 +248,19 @@ impl Balloon {
 
     /// Notes that the device has just used buffers.
     pub(crate) fn queue_used(&self) {
-        self.just_used.store(true, Relaxed);
+        self.events.queue_used();
         self.oom_timeout.progress();
     }
 
     /// Notes that the device may have a new target.
     pub(crate) fn target_changed(&self) {
-        self.target_changed.store(true, Release);
+        self.events.target_changed();
         self.wakeup.raise(Signal::Target);
     }
 
     /// The device's target, in kernel pages, as it was read last.
     pub(crate) fn host_target(&self) -> usize {
-        balloon_page::pages(self.worker.lock().wanted)
+        balloon_page::pages(self.worker.lock().config.target())
     }
 
     /// Returns the balloon's size in kernel pages. Pages that the guest cannot use yet count.
@@ -333,12 +286,22 @@ impl Balloon {
 
     /// Allows the system to suspend again, unless there is a new target.
     pub(super) fn relax(&self) {
-        self.wakeup.lower(Signal::Target);
+        self.allow_suspend();
 
         // `target_changed` may have come in between.
-        if self.target_changed.load(Acquire) {
+        if self.events.has_target_changed() {
             self.wakeup.raise(Signal::Target);
         }
+    }
+
+    /// Allows the system to suspend again: the driver does not follow the target any more.
+    pub(super) fn allow_suspend(&self) {
+        self.wakeup.lower(Signal::Target);
+    }
+
+    /// Returns the time in milliseconds.
+    pub(super) fn now(&self) -> i64 {
+        self.start.elapsed().as_millis()
     }
 
     /// Returns the settings of the device.
@@ -348,7 +311,7 @@ impl Balloon {
 
     /// Notes that the settings have changed.
     pub(super) fn settings_changed(&self) {
-        self.settings_changed.store(true, Release);
+        self.events.settings_changed();
     }
 
     /// Returns whether a queue is broken, so that all work has ended.
@@ -356,19 +319,17 @@ impl Balloon {
         worker.inflate.queue.is_broken() || self.deflate.lock().queue.is_broken()
     }
 
-    /// Reads the target if the device has changed its configuration space. Not more often, since
-    /// QEMU may abort on an access if the device is gone (docs/reliability.md). Returns it in
-    /// balloon pages, if it was read.
-    pub(super) fn read_target(&self, worker: &mut Worker) -> Result<Option<u32>> {
-        if self.quiescing.load(Relaxed) || !self.target_changed.xchg(false, Full) {
+    /// Reads the target if the device has changed its configuration space, and not more often.
+    /// Returns whether the target has changed, if it was read.
+    pub(super) fn read_target(&self, worker: &mut Worker) -> Result<Option<bool>> {
+        if self.quiescing.load(Relaxed) || !self.events.take_target_changed() {
             return Ok(None);
         }
 
-        worker.accessed = Instant::now();
-        match worker.config.read_le32(virtio_balloon::NUM_PAGES) {
-            Ok(wanted) => Ok(Some(wanted)),
+        match worker.config.read_target() {
+            Ok(has_changed) => Ok(Some(has_changed)),
             Err(EAGAIN) => {
-                self.target_changed.store(true, Relaxed);
+                self.events.target_changed();
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -380,7 +341,7 @@ impl Balloon {
         if self.quiescing.load(Relaxed) || !self.settings.inflate() {
             0
         } else {
-            balloon_page::pages(worker.wanted)
+            balloon_page::pages(worker.config.target())
         }
     }
 
@@ -400,8 +361,10 @@ impl Balloon {
     /// Returns why the balloon is below the target, if `step` is next.
     pub(super) fn stop_reason(&self, worker: &Worker, step: Step) -> Option<StopReason> {
         match step {
-            _ if !self.settings.inflate() => (worker.wanted > 0).then_some(StopReason::Excluded),
-            Step::Inflate(_) => worker.stopped,
+            _ if !self.settings.inflate() => {
+                (worker.config.target() > 0).then_some(StopReason::Excluded)
+            }
+            Step::Inflate(_) => worker.growth.stopped(),
             Step::Deflate(_) | Step::Rest => None,
         }
     }
@@ -415,18 +378,9 @@ impl Balloon {
     /// Reports the balloon's size, and the stop reason with `step`, if they have changed. For when
     /// the device has just responded.
     pub(super) fn report(&self, worker: &mut Worker, step: Step) -> Result {
-        let actual = balloon_page::balloon_pages(self.size());
+        let reason = self.stop_reason(worker, step);
 
-        if worker.actual != Some(actual) {
-            worker.config.write_le32(virtio_balloon::ACTUAL, actual)?;
-            worker.actual = Some(actual);
-        }
-        worker
-            .reporter
-            .report(&worker.config, self.stop_reason(worker, step))?;
-        worker.accessed = Instant::now();
-
-        Ok(())
+        worker.config.report(self.size(), reason)
     }
 }
 

@@ -13,8 +13,7 @@ use crate::{
     device::timeouts,
     rust::work::{
         poll::poll_timeout,
-        task::Task,
-        wakeup::Signal, //
+        task::Task, //
     }, //
 };
 
@@ -52,23 +51,21 @@ pub(super) fn before_reset(task: &Task<Balloon>, begin: Instant<Monotonic>) -> R
         result = Err(ETIMEDOUT);
     }
     task.deflate.lock().forget();
-    task.wakeup.lower(Signal::Target);
+    task.allow_suspend();
     result
 }
 
 /// Does the task's work until the balloon is empty and the device has acknowledged all messages.
 fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     let mut worker = task.worker.lock();
-    worker.progress = Instant::now();
+    worker.progress.restart();
 
     // Work that is possible at once comes before the wait.
     let advance = || loop {
         match task.advance(&mut worker) {
             Err(_) => return Some(Ok(())),
             Ok(_) if is_over(task, &worker) => return Some(Ok(())),
-            Ok(_) if worker.progress.elapsed() > timeouts::UNRESPONSIVE => {
-                return Some(Err(ETIMEDOUT))
-            }
+            Ok(_) if worker.progress.is_unresponsive() => return Some(Err(ETIMEDOUT)),
             Ok(Some(0)) if begin.elapsed() <= timeouts::TEARDOWN => (),
             Ok(_) => return None,
         }

@@ -34,7 +34,7 @@ impl Task<Balloon> {
     /// Has the balloon pause if the guest got pages back, and returns how many (kernel pages).
     fn note_given(&self, pages: usize) -> usize {
         if pages > 0 {
-            self.given_for_oom.add(pages, Relaxed);
+            self.events.given_for_oom(pages);
             self.schedule();
         }
         pages

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod backoff;
+pub(crate) mod growth;
 pub(crate) mod liveness;
 pub(crate) mod stop_reason;
 pub(crate) mod target;

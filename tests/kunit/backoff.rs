@@ -9,9 +9,9 @@ use crate::balloon::{
                 OutOfMemory, //
             }, //
         },
+        growth::Growth,
         stop_reason::StopReason, //
-    },
-    resize::ends_pause, //
+    }, //
 };
 
 use kernel::prelude::*;
@@ -111,12 +111,15 @@ mod tests {
 
     #[test]
     fn memory_that_comes_ends_a_pause() {
-        let at_floor = |ready, more| ends_pause(Some(StopReason::Floor), ready, more);
+        let mut growth = Growth::new();
+        let is_over = |growth: &Growth, ready, spare| growth.pause(0, ready, || spare).is_none();
 
-        assert!(!at_floor(0, 0));
-        assert!(at_floor(0, usize::MAX));
+        assert!(growth.fail(StopReason::Floor, 5, 0));
+        assert!(!is_over(&growth, 0, 5));
+        assert!(is_over(&growth, 0, usize::MAX));
         // However little memory is left to the guest.
-        assert!(at_floor(1, 0));
-        assert!(!ends_pause(Some(StopReason::AfterOom), 1, usize::MAX));
+        assert!(is_over(&growth, 1, 0));
+        growth.fail_after_oom(0);
+        assert!(!is_over(&growth, 1, usize::MAX));
     }
 }
