@@ -17,7 +17,7 @@
 use crate::{
     messages::ranges::Ranges,
     rust::mm::{
-        drain,
+        contig::drain,
         pages::page::MAX_ORDER,
         pfn_range::PfnRange,
         zone::{

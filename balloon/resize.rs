@@ -20,7 +20,7 @@ use crate::{
     device::timeouts,
     rust::{
         mm::{
-            drain,
+            contig::drain,
             hotplug::memory_block::has_virtio_mem,
             memory,
             node::Node, //

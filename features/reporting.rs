@@ -30,18 +30,18 @@ use crate::{
         fs::debugfs,
         mm::{
             memory,
-            page_reporting::{
-                FreePages,
-                Report,
-                ReportToken,
-                Reporter, //
-            },
             pfn_range::PfnRange, //
         },
         notifiers::{
             memory_hotplug::{
                 GoingOffline,
                 OfflineNotifier, //
+            },
+            page_reporting::{
+                FreePages,
+                Report,
+                ReportToken,
+                Reporter, //
             },
             suspend::{
                 SuspendNotifier,

@@ -42,7 +42,7 @@ use crate::{
     rust::{
         fs::debugfs,
         mm::{
-            drain,
+            contig::drain,
             pages::page_run::RunSet, //
         },
         virtio::{

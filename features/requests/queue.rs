@@ -20,7 +20,7 @@ use crate::{
     messages::page_sets,
     rust::{
         mm::{
-            contig::ContigPages,
+            contig::contig_pages::ContigPages,
             memory, //
         },
         trace,

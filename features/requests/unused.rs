@@ -25,7 +25,7 @@ use crate::{
     },
     rust::{
         mm::{
-            contig::ContigPages,
+            contig::contig_pages::ContigPages,
             hotplug::memory_block::MemoryBlock,
             memory,
             pages::page::pageblock_order,

@@ -8,14 +8,16 @@
 use crate::rust::{
     bindings,
     mm::{
-        gfp::Gfp,
         locks::RESERVE,
         node::{
             count,
             read_global,
             Node, //
         },
-        pages::page::Page,
+        pages::{
+            gfp::Gfp,
+            page::Page, //
+        },
         zone::Zone, //
     }, //
 };

@@ -4,16 +4,11 @@
 
 pub(crate) mod balloon;
 pub(crate) mod contig;
-pub(crate) mod drain;
-mod gfp;
 pub(crate) mod hotplug;
 pub(crate) mod info;
 pub(crate) mod locks;
 pub(crate) mod memory;
 pub(crate) mod node;
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-mod page_list_tests;
-pub(crate) mod page_reporting;
 pub(crate) mod pages;
 pub(crate) mod pfn_range;
 pub(crate) mod zone;

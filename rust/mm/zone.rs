@@ -83,7 +83,7 @@ impl Node {
 
 impl Zone {
     /// Returns the zone of a page.
-    pub(super) fn of(page: Page) -> Self {
+    pub(in crate::rust) fn of(page: Page) -> Self {
         // INVARIANT: That is a zone.
         Self(page.zone())
     }
@@ -172,7 +172,7 @@ impl Zone {
     }
 
     /// Returns whether all of its pages must be movable.
-    pub(super) fn is_movable(self) -> bool {
+    pub(in crate::rust) fn is_movable(self) -> bool {
         self.kind() == bindings::zone_type_ZONE_MOVABLE
     }
 

@@ -2,7 +2,7 @@
 
 use super::device::free;
 use crate::rust::mm::{
-    drain,
+    contig::drain,
     pages::{
         batch::{
             AllocError,

@@ -11,7 +11,7 @@ use crate::{
     messages::balloon_page::BALLOON_PAGES_PER_PAGE,
     rust::{
         mm::{
-            drain,
+            contig::drain,
             info::Info,
             memory::{
                 self,

@@ -11,8 +11,10 @@ use crate::{
     },
     messages::ranges::Ranges,
     rust::mm::{
-        contig::ContigPages,
-        drain,
+        contig::{
+            contig_pages::ContigPages,
+            drain, //
+        },
         info::Info,
         pages::{
             batch::Batch,

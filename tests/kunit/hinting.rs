@@ -13,7 +13,7 @@ use crate::{
     },
     rust::{
         mm::{
-            drain,
+            contig::drain,
             info::Info,
             memory,
             pages::{

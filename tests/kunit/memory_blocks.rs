@@ -28,8 +28,10 @@ use crate::{
     rust::{
         fs::file,
         mm::{
-            contig::ContigPages,
-            drain,
+            contig::{
+                contig_pages::ContigPages,
+                drain, //
+            },
             hotplug::{
                 memory_block::{
                     Limits,

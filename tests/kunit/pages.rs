@@ -13,7 +13,7 @@ use crate::{
                     OldPage, //
                 }, //
             },
-            drain,
+            contig::drain,
             memory,
             pages::{
                 batch::Batch,

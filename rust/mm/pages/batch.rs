@@ -13,9 +13,9 @@
 use crate::rust::{
     bindings,
     mm::{
-        gfp::Gfp,
         node::Node,
         pages::{
+            gfp::Gfp,
             owned::{
                 Allocated,
                 BasePage,

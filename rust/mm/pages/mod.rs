@@ -3,6 +3,7 @@
 //! Pages that the driver owns: single pages, blocks, and lists, runs and batches of these.
 
 pub(crate) mod batch;
+pub(super) mod gfp;
 #[cfg_attr(not(CONFIG_MEMORY_HOTREMOVE), allow(dead_code))]
 pub(super) mod kept;
 pub(super) mod owned;

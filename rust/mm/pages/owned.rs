@@ -7,9 +7,9 @@
 use crate::rust::{
     bindings,
     mm::{
-        gfp::Gfp,
         node::Node,
         pages::{
+            gfp::Gfp,
             page::{
                 Page,
                 ORDER_MASK, //

@@ -6,8 +6,8 @@
 
 use crate::rust::{
     mm::{
-        gfp::Gfp,
         pages::{
+            gfp::Gfp,
             owned::Allocated,
             page::Page,
             page_list::PageList, //

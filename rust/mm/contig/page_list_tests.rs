@@ -118,7 +118,7 @@ unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
 
         flags.fetch_or(error, Ordering::Relaxed);
         drop(owner);
-        crate::rust::mm::drain::drain_free_lists();
+        crate::rust::mm::contig::drain::drain_free_lists();
 
         let is_aside = page.count() == 0 && !bindings::is_free_buddy_page(page.as_ptr());
         flags.fetch_and(!error, Ordering::Relaxed);

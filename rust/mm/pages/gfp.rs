@@ -44,7 +44,7 @@ macro_rules! define {
             $($(#[$attribute])* pub(in crate::rust) const $name: Self = Self($flags);)*
 
             /// The flags of all allocations.
-            pub(super) const ALL: gfp_t = 0 $(| $flags)*;
+            pub(in crate::rust::mm) const ALL: gfp_t = 0 $(| $flags)*;
         }
     };
 }
@@ -78,7 +78,7 @@ const _: () = assert!(Gfp::HINT_BLOCK.0 & RECLAIM == 0);
 
 impl Gfp {
     /// Returns the flags.
-    pub(super) fn flags(self) -> gfp_t {
+    pub(in crate::rust::mm) fn flags(self) -> gfp_t {
         self.0
     }
 

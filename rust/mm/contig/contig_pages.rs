@@ -7,12 +7,12 @@
 use crate::rust::{
     bindings,
     mm::{
-        gfp::Gfp,
         locks::{
             CONTIG,
             HOTPLUG, //
         },
         pages::{
+            gfp::Gfp,
             owned::PageRange,
             page::{
                 pageblock_order,

@@ -5,10 +5,10 @@
 use crate::rust::{
     bindings,
     mm::{
-        contig::alloc_range,
-        gfp::Gfp,
+        contig::contig_pages::alloc_range,
         node::Node,
         pages::{
+            gfp::Gfp,
             owned::Allocated,
             page::pageblock_order, //
         },
