@@ -12,7 +12,6 @@
 //! negotiation, settings. [`rust`] is the layer over the kernel's C.
 //!
 //! C header: [`include/uapi/linux/virtio_balloon.h`](srctree/include/uapi/linux/virtio_balloon.h)
-//!
 //! Specification: "Virtual I/O Device (VIRTIO)", clause 5.5, Traditional Memory Balloon Device.
 
 #![deny(unsafe_code)]
@@ -65,9 +64,7 @@ struct BalloonFeatures;
 impl Features for BalloonFeatures {
     const ID_TABLE: IdTable = &ID_TABLE;
     // Hints are freed before the balloon is, which may take long. Statistics and requests are
-    // answered until it is.
-    //
-    // If a feature is missing here, its function is unused, and `make clippy` fails.
+    // answered until it is. If a feature is missing, `make clippy` finds its unused function.
     const PROBES: &'static [Probe] = &[
         Poison::probe,
         Hints::probe,

@@ -13,6 +13,9 @@ use super::{checkout, find, is_test};
 
 /// Lines of a file, without its unit tests.
 const MAX_FILE: usize = 500;
+/// Lines of the driver's root, which only connects its parts.
+const ROOT: &str = "virtio_balloon_rs.rs";
+const MAX_ROOT: usize = 120;
 /// Lines of a function, from its name on.
 const MAX_FUNCTION: usize = 60;
 
@@ -73,8 +76,9 @@ fn too_long(path: &str, text: &str) -> Result<Vec<String>> {
     let mut counted = Lines::default();
     counted.visit_file(&syn::parse_file(text).with_context(|| path.to_owned())?);
     let lines = text.lines().count() - counted.tests;
-    let file = (lines > MAX_FILE)
-        .then(|| format!("{path}: {lines} lines without unit tests, more than {MAX_FILE}"));
+    let most = if path == ROOT { MAX_ROOT } else { MAX_FILE };
+    let file = (lines > most)
+        .then(|| format!("{path}: {lines} lines without unit tests, more than {most}"));
     let functions = counted
         .functions
         .into_iter()
@@ -101,11 +105,7 @@ fn nothing_is_too_long() {
         "cut along what they do:\n{}",
         found.join("\n")
     );
-    assert!(
-        files
-            .iter()
-            .any(|file| file.ends_with("virtio_balloon_rs.rs"))
-    );
+    assert!(files.iter().any(|file| file.ends_with(ROOT)));
     assert!(files.iter().any(|file| file.ends_with(file!())));
 }
 
@@ -131,6 +131,9 @@ fn what_is_too_long_is_found() {
         check("a.rs", &too_long_file),
         ["a.rs: 501 lines without unit tests, more than 500"]
     );
+    let root = "const A: u8 = 0;\n".repeat(MAX_ROOT);
+    assert!(check(ROOT, &root).is_empty());
+    assert_eq!(check(ROOT, &(root + "const B: u8 = 0;\n")).len(), 1);
     assert!(check("host/a/tests/a.rs", &too_long_file).is_empty());
     assert_eq!(check("tests/vm/src/a.rs", &too_long_file).len(), 1);
 }
