@@ -191,11 +191,18 @@ END
     systemctl start libvirt-guests vm
 "#;
 
-/// Stops all that a shutdown of the system stops.
-const SHUTDOWN: &str = "
-    systemctl start --job-mode=replace-irreversibly shutdown.target
+/// Stops all that a shutdown of the system stops. systemd starts `shutdown.target` only as a dependency.
+const SHUTDOWN: &str = r#"
+    cat >/run/systemd/system/stop-all.target <<END
+[Unit]
+DefaultDependencies=no
+Requires=shutdown.target
+After=shutdown.target
+END
+    systemctl daemon-reload
+    systemctl start --job-mode=replace-irreversibly stop-all.target
     cat /run/answered
-";
+"#;
 
 fn unit_shutdown(setup: &Setup) -> Result<()> {
     let daemon = setup.config().start_daemon_service()?;
