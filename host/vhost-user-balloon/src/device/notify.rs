@@ -23,8 +23,11 @@ impl Device {
     pub(super) fn send_change(&self) {
         let may_send = self.running() && !self.notified.load(SeqCst);
         if may_send && self.config_changed.swap(false, SeqCst) {
-            // Before the notification, so that its end is later. Without a timer the next one is sent at once.
-            self.notified.store(self.notice.once(INTERVAL), SeqCst);
+            // Set before the timer runs, whose end clears it. Without a timer the next one is sent at once.
+            self.notified.store(true, SeqCst);
+            if !self.notice.once(INTERVAL) {
+                self.notified.store(false, SeqCst);
+            }
             self.channel.config_changed();
         }
     }
