@@ -64,7 +64,7 @@ pub(crate) fn encodings(dev: &virtio::Device<Core<'_>>) -> Encodings {
 
 /// Writes as many of `ranges` to `message` as there is room for, without growing it. The message has
 /// the command `command`. If `request_id` is not 0, it is a part of the answer to that request, and
-/// not the last one. It has one of the encodings `allowed`. Returns the number of pages.
+/// others follow. It has one of the encodings `allowed`. Returns the number of pages.
 ///
 /// # Errors
 ///
