@@ -5,11 +5,12 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::fs::{self, File};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::available_parallelism;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use vm::{Architecture, Kernel};
@@ -151,18 +152,44 @@ pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
     if complete.exists() && env::var_os("KSRC").is_none() {
         return Ok(tree);
     }
-    configure(&tree, &source, &fragments)?;
-    let phase = Phase::start(
-        &format!("Building the {kernel} kernel"),
-        Some(build_lines(kernel)),
-    );
-    phase.follow(
-        tree.make()?.args(tree.image().file_name()).arg("modules"),
-        &tree.path.join("build.log"),
-    )?;
-    phase.finish();
+    resume(&tree.path, || {
+        configure(&tree, &source, &fragments)?;
+        let phase = Phase::start(
+            &format!("Building the {kernel} kernel"),
+            Some(build_lines(kernel)),
+        );
+        phase.follow(
+            tree.make()?.args(tree.image().file_name()).arg("modules"),
+            &tree.path.join("build.log"),
+        )?;
+        phase.finish();
+        Ok(())
+    })?;
     File::create(complete)?;
     Ok(tree)
+}
+
+/// Builds in `directory`, also after an earlier run that did not end. Such a run may have left files that it had written
+/// in part, when the disk was full or the machine lost power, and make takes them for complete. So a build that fails
+/// there begins again in an empty directory.
+fn resume(directory: &Path, build: impl Fn() -> Result<()>) -> Result<()> {
+    let is_resumed = directory.exists();
+    match build() {
+        Err(error) if is_resumed && !is_disk_full(&error) => {
+            let name = directory.display();
+            eprintln!(
+                "{error:#}\nAn earlier run may have left damaged files: building again in {name}"
+            );
+            fs::remove_dir_all(directory)?;
+            build()
+        }
+        result => result,
+    }
+}
+
+fn is_disk_full(error: &Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<io::Error>();
+    cause.is_some_and(|error| error.kind() == ErrorKind::StorageFull)
 }
 
 fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
@@ -273,6 +300,33 @@ mod tests {
         let fragments = "# comment\nCONFIG_A=y\nCONFIG_B=m\nCONFIG_C=n\nCONFIG_D=n\n";
         let config = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_D=y\n";
         assert_eq!(missing(fragments, config), ["CONFIG_B=m", "CONFIG_D=n"]);
+    }
+
+    #[test]
+    fn a_build_on_damaged_files_begins_again() {
+        let directory = std::env::temp_dir().join(format!("resume-{}", std::process::id()));
+        let object = directory.join("object");
+        let build = |content: &'static str| {
+            let object = object.clone();
+            move || {
+                fs::create_dir_all(object.parent().unwrap())?;
+                if !object.exists() {
+                    fs::write(&object, content)?;
+                }
+                ensure!(fs::read_to_string(&object)? == "whole", "not recognized");
+                Ok(())
+            }
+        };
+        // A build that fails from the beginning is not repeated.
+        resume(&directory, build("half")).unwrap_err();
+        assert!(object.exists());
+        resume(&directory, build("whole")).unwrap();
+
+        // Neither is one that finds the disk full: the files stay, and the next run continues.
+        let full = || Err(io::Error::from(ErrorKind::StorageFull)).context("building");
+        resume(&directory, full).unwrap_err();
+        assert!(object.exists());
+        fs::remove_dir_all(&directory).unwrap();
     }
 
     #[test]

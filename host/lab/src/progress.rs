@@ -4,7 +4,7 @@
 //! every 30 s with the progress, and one at the end with the time.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IsTerminal, Write, stderr};
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Write, stderr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
@@ -135,22 +135,27 @@ impl Phase {
             .lines()
             .skip(from)
             .for_each(|line| eprintln!("{line}"));
+        let is_full = output.contains("No space left on device");
         let what = match is_stalled {
             true => format!(
                 "printed nothing and used no processor for {} s, and was killed",
                 limit.as_secs()
             ),
-            false if output.contains("No space left on device") => {
+            false if is_full => {
                 "found the disk full; make room and run the same command again, which continues"
                     .to_owned()
             }
             false => "failed".to_owned(),
         };
-        bail!(
+        let message = format!(
             "{}: {program} {what}; its output is in {}",
             self.name,
             log.display()
         );
+        match is_full {
+            true => Err(io::Error::from(ErrorKind::StorageFull)).context(message),
+            false => bail!(message),
+        }
     }
 
     /// Kills a command that makes no progress, and returns whether it did. If standard error is not a terminal, it
