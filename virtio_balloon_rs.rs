@@ -34,7 +34,7 @@ use crate::{
     device::{
         driver::{
             Driver,
-            Features, //
+            FeatureList, //
         },
         feature::Probe,
         poison::Poison,
@@ -61,7 +61,7 @@ use kernel::prelude::*;
 /// The features of this driver.
 struct BalloonFeatures;
 
-impl Features for BalloonFeatures {
+impl FeatureList for BalloonFeatures {
     const ID_TABLE: IdTable = &ID_TABLE;
     // Hints are freed before the balloon is, which may take long. Statistics and requests are
     // answered until it is. If a feature is missing, `make clippy` finds its unused function.

@@ -7,7 +7,7 @@
 use crate::{
     device::{
         announced::STOP_REASON,
-        bound::Bound,
+        bound_device::BoundDevice,
         settings::Floor, //
     },
     rust::fs::sysfs::{
@@ -27,7 +27,7 @@ const DIRECTORY: &CStr = STOP_REASON.directory;
 
 attributes! {
     /// All of them.
-    pub(crate) static ATTRIBUTES: Bound = DIRECTORY {
+    pub(crate) static ATTRIBUTES: BoundDevice = DIRECTORY {
         FloorMib,
         Inflate,
         Movable,
@@ -40,16 +40,16 @@ attributes! {
 /// See [`Settings::floor_mib`](crate::device::settings::Settings::floor_mib).
 struct FloorMib;
 
-impl Attribute<Bound> for FloorMib {
+impl Attribute<BoundDevice> for FloorMib {
     const NAME: &'static CStr = c"floor_mib";
-    const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
+    const STORE: Option<fn(&BoundDevice, &str) -> Result> = Some(|bound, text| {
         let floor = text.parse().ok().and_then(Floor::new).ok_or(EINVAL)?;
         bound.set(|settings| settings.set_floor(floor));
         Ok(())
     });
     type Value = i32;
 
-    fn show(bound: &Bound) -> Result<i32> {
+    fn show(bound: &BoundDevice) -> Result<i32> {
         Ok(bound.settings().floor_mib())
     }
 }
@@ -57,16 +57,16 @@ impl Attribute<Bound> for FloorMib {
 /// See [`Settings::inflate`](crate::device::settings::Settings::inflate).
 struct Inflate;
 
-impl Attribute<Bound> for Inflate {
+impl Attribute<BoundDevice> for Inflate {
     const NAME: &'static CStr = c"inflate";
-    const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
+    const STORE: Option<fn(&BoundDevice, &str) -> Result> = Some(|bound, text| {
         let inflate = kstrtobool_bytes(text.as_bytes())?;
         bound.set(|settings| settings.set_inflate(inflate));
         Ok(())
     });
     type Value = u8;
 
-    fn show(bound: &Bound) -> Result<u8> {
+    fn show(bound: &BoundDevice) -> Result<u8> {
         Ok(bound.settings().inflate().into())
     }
 }
@@ -74,16 +74,16 @@ impl Attribute<Bound> for Inflate {
 /// See [`Settings::movable`](crate::device::settings::Settings::movable).
 struct Movable;
 
-impl Attribute<Bound> for Movable {
+impl Attribute<BoundDevice> for Movable {
     const NAME: &'static CStr = c"movable";
-    const STORE: Option<fn(&Bound, &str) -> Result> = Some(|bound, text| {
+    const STORE: Option<fn(&BoundDevice, &str) -> Result> = Some(|bound, text| {
         let movable = kstrtobool_bytes(text.as_bytes())?;
         bound.set(|settings| settings.set_movable(movable));
         Ok(())
     });
     type Value = u8;
 
-    fn show(bound: &Bound) -> Result<u8> {
+    fn show(bound: &BoundDevice) -> Result<u8> {
         Ok(bound.settings().movable().into())
     }
 }
@@ -91,11 +91,11 @@ impl Attribute<Bound> for Movable {
 /// The host's target.
 struct TargetKib;
 
-impl Attribute<Bound> for TargetKib {
+impl Attribute<BoundDevice> for TargetKib {
     const NAME: &'static CStr = c"target_kib";
     type Value = usize;
 
-    fn show(bound: &Bound) -> Result<usize> {
+    fn show(bound: &BoundDevice) -> Result<usize> {
         Ok(kib(bound.status()?.target()))
     }
 }
@@ -103,11 +103,11 @@ impl Attribute<Bound> for TargetKib {
 /// What is in the balloon.
 struct ActualKib;
 
-impl Attribute<Bound> for ActualKib {
+impl Attribute<BoundDevice> for ActualKib {
     const NAME: &'static CStr = c"actual_kib";
     type Value = usize;
 
-    fn show(bound: &Bound) -> Result<usize> {
+    fn show(bound: &BoundDevice) -> Result<usize> {
         Ok(kib(bound.status()?.size()))
     }
 }
@@ -115,11 +115,11 @@ impl Attribute<Bound> for ActualKib {
 /// Why the balloon is below the target. Changes are announced.
 struct Reason;
 
-impl Attribute<Bound> for Reason {
+impl Attribute<BoundDevice> for Reason {
     const NAME: &'static CStr = STOP_REASON.name;
     type Value = &'static str;
 
-    fn show(bound: &Bound) -> Result<&'static str> {
+    fn show(bound: &BoundDevice) -> Result<&'static str> {
         Ok(bound.status()?.stop_reason())
     }
 }

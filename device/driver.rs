@@ -7,7 +7,7 @@
 use crate::{
     device::{
         attributes::ATTRIBUTES,
-        bound::Bound,
+        bound_device::BoundDevice,
         feature::Probe,
         negotiation,
         queues::Queue,
@@ -26,8 +26,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// The components of the driver.
-pub(crate) trait Features: 'static {
+/// What distinguishes the driver: its ids, features and parameters.
+pub(crate) trait FeatureList: 'static {
     /// The ids of its devices.
     const ID_TABLE: virtio::IdTable;
 
@@ -46,55 +46,57 @@ pub(crate) trait Features: 'static {
 /// The driver with the features `F`.
 pub(crate) struct Driver<F>(PhantomData<F>);
 
-impl<F: Features> virtio::Driver for Driver<F> {
-    type Data<'bound> = Bound;
+impl<F: FeatureList> virtio::Driver for Driver<F> {
+    type Data<'bound> = BoundDevice;
 
     const ID_TABLE: virtio::IdTable = F::ID_TABLE;
-    const FEATURES: &'static [virtio::Feature] = &negotiation::FEATURES;
-    const QUEUE_CALLBACKS: &'static [fn(&Bound)] = &Queue::callbacks();
+    const FEATURES: &'static [virtio::FeatureBit] = &negotiation::FEATURES;
+    const QUEUE_CALLBACKS: &'static [fn(&BoundDevice)] = &Queue::callbacks();
 
     fn init() -> Result {
         locks::init();
         F::parameters().map(|_| ())
     }
 
-    fn attributes() -> Option<&'static Attributes<Bound>> {
+    fn attributes() -> Option<&'static Attributes<BoundDevice>> {
         Some(&ATTRIBUTES)
     }
 
-    fn validate(features: &mut virtio::Features<'_>) -> Result {
+    fn validate(features: &mut virtio::Negotiation<'_>) -> Result {
         negotiation::validate(features, &F::parameters()?)
     }
 
-    fn probe<'bound>(dev: &'bound virtio::Device<Core<'_>>) -> impl PinInit<Bound, Error> + 'bound {
-        F::parameters().and_then(|parameters| Bound::probe(dev, parameters, F::PROBES))
+    fn probe<'bound>(
+        dev: &'bound virtio::Device<Core<'_>>,
+    ) -> impl PinInit<BoundDevice, Error> + 'bound {
+        F::parameters().and_then(|parameters| BoundDevice::probe(dev, parameters, F::PROBES))
     }
 
-    fn ready(dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+    fn ready(dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
         bound.ready(dev);
     }
 
-    fn config_changed(bound: &Bound) {
+    fn config_changed(bound: &BoundDevice) {
         bound.config_changed();
     }
 
-    fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+    fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
         bound.quiesce();
     }
 
-    fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+    fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
         bound.quiesce();
     }
 
-    fn frozen(bound: &Bound) {
+    fn frozen(bound: &BoundDevice) {
         bound.suspended();
     }
 
-    fn restore(dev: &virtio::Device<Core<'_>>, bound: &Bound) -> Result {
+    fn restore(dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) -> Result {
         bound.restore(dev)
     }
 
-    fn shutdown(_dev: &virtio::Device<Core<'_>>, bound: &Bound) {
+    fn shutdown(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
         bound.shut_down();
     }
 }

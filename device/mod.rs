@@ -6,7 +6,7 @@
 
 pub(crate) mod announced;
 pub(crate) mod attributes;
-pub(crate) mod bound;
+pub(crate) mod bound_device;
 pub(crate) mod driver;
 pub(crate) mod feature;
 pub(crate) mod log_limit;

@@ -13,7 +13,7 @@ use crate::{
         mm::memory,
         virtio::{
             self,
-            Feature, //
+            FeatureBit, //
         },
         virtio_balloon::{
             ACTUAL,
@@ -33,7 +33,7 @@ use kernel::{
 };
 
 /// The bits of all features that the driver knows.
-pub(crate) const FEATURES: [Feature; KNOWN.len()] = {
+pub(crate) const FEATURES: [FeatureBit; KNOWN.len()] = {
     let mut features = [F_MUST_TELL_HOST; KNOWN.len()];
     let mut n = 0;
 
@@ -50,16 +50,16 @@ pub(crate) const FEATURES: [Feature; KNOWN.len()] = {
 ///
 /// `EINVAL` if the configuration space lacks a field of a negotiated feature. The driver does not
 /// give the feature up instead, since such a device may number its queues in any way.
-pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Parameters) -> Result {
+pub(crate) fn validate(features: &mut virtio::Negotiation<'_>, parameters: &Parameters) -> Result {
     // The balloon sends guest physical addresses of pages, whatever addresses buffers have.
-    features.clear(Feature::ACCESS_PLATFORM);
+    features.clear(FeatureBit::ACCESS_PLATFORM);
     // A report of several parts would need memory while free pages are isolated.
-    features.clear(Feature::INDIRECT_DESC);
+    features.clear(FeatureBit::INDIRECT_DESC);
     validate_poison(features);
     if !parameters.wire_format.has_page_sets() {
         features.clear(F_PAGE_SETS);
     }
-    if !features.has(Feature::VERSION_1) {
+    if !features.has(FeatureBit::VERSION_1) {
         KNOWN
             .iter()
             .filter(|known| known.is_extension)
@@ -84,7 +84,7 @@ pub(crate) fn validate(features: &mut virtio::Features<'_>, parameters: &Paramet
 /// Gives up features that are incompatible with the value of free pages.
 ///
 /// Specification: clause 5.5.3.1, Driver Requirements: Feature bits.
-fn validate_poison(features: &mut virtio::Features<'_>) {
+fn validate_poison(features: &mut virtio::Negotiation<'_>) {
     if memory::free_page_value().is_none() {
         features.clear(F_PAGE_POISON);
     } else if !features.has(F_PAGE_POISON) && features.has(F_REPORTING) {

@@ -14,7 +14,7 @@ use crate::rust::{
     fs::debugfs::Show,
     virtio::{
         self,
-        Feature,
+        FeatureBit,
         FoundQueues,
         QueueStats,
         Virtqueue, //
@@ -59,7 +59,7 @@ macro_rules! queues {
             }
 
             /// Returns the feature that the queue comes with, if not every device has it.
-            pub(super) fn feature(self) -> Option<Feature> {
+            pub(super) fn feature(self) -> Option<FeatureBit> {
                 match self {
                     $(Self::$queue => $feature),*
                 }

@@ -2,14 +2,14 @@
 
 //! Unbind, suspend and shutdown of a device, and its return from suspend.
 //!
-//! The virtio layer resets the device after [`Bound::quiesce`] and [`Bound::shut_down`]. After an
-//! unbind it then drops the [`Bound`], with the memory that the device still owned.
+//! The virtio layer resets the device after [`BoundDevice::quiesce`] and [`BoundDevice::shut_down`]. After an
+//! unbind it then drops the [`BoundDevice`], with the memory that the device still owned.
 
 #![forbid(unsafe_code)]
 
 use crate::{
     device::{
-        bound::Bound,
+        bound_device::BoundDevice,
         queues::Queues, //
     },
     rust::virtio, //
@@ -22,7 +22,7 @@ use kernel::{
     time::Instant, //
 };
 
-impl Bound {
+impl BoundDevice {
     /// Returns the balloon's memory, and ends all work: the driver is unbound, or the system
     /// suspends. The host need not keep its state of the balloon during a suspend, and a hibernation
     /// image must not lack memory.

@@ -20,7 +20,7 @@ use crate::{
     rust::{
         virtio::{
             self,
-            Feature, //
+            FeatureBit, //
         },
         virtio_balloon::PageSet, //
     }, //
@@ -50,7 +50,7 @@ pub(crate) const RANGES_PER_MESSAGE: usize = (WORDS_PER_MESSAGE - HEADER_WORDS) 
 
 /// Returns the feature without which a device does not accept `encoding`. Every device that accepts
 /// page sets accepts those of the first version of the protocol.
-fn feature(encoding: Encoding) -> Option<Feature> {
+fn feature(encoding: Encoding) -> Option<FeatureBit> {
     match encoding {
         Encoding::Ranges | Encoding::Bitmap => None,
     }

@@ -10,7 +10,7 @@ use crate::rust::{
     virtio::{
         ByteOrder,
         DeviceId,
-        Feature,
+        FeatureBit,
         Field, //
     }, //
 };
@@ -26,7 +26,7 @@ pub(crate) const DEVICE_ID: DeviceId = DeviceId::any_vendor(bindings::VIRTIO_ID_
 
 /// A feature that the driver knows.
 pub(crate) struct Known {
-    pub(crate) feature: Feature,
+    pub(crate) feature: FeatureBit,
     /// Its name in the log.
     pub(crate) words: &'static str,
     /// Its field of the configuration space.
@@ -43,7 +43,7 @@ macro_rules! features {
     )*) => {
         $(
             $(#[$doc])*
-            pub(crate) const $name: Feature = Feature::new::<{ bindings::$bit }>();
+            pub(crate) const $name: FeatureBit = FeatureBit::new::<{ bindings::$bit }>();
         )*
 
         /// All features that the driver knows.

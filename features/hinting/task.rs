@@ -37,13 +37,13 @@ use crate::{
     features::hinting::worker::{
         HintQueue,
         Worker,
-        RUNS_PER_ENTRY, //
+        RANGES_PER_ENTRY, //
     },
     rust::{
         fs::debugfs,
         mm::{
             contig::drain,
-            pages::page_run::RunSet, //
+            pages::block_range::BlockRangeSet, //
         },
         virtio::{
             ByteOrder,
@@ -100,7 +100,7 @@ pub(super) struct Hinting {
     pub(super) worker: Mutex<Worker>,
     /// Memory that the device has used, and that is held until the guest needs it.
     #[pin]
-    pub(super) held: SpinLock<RunSet>,
+    pub(super) held: SpinLock<BlockRangeSet>,
     /// Set when the device has changed its configuration space since the id was last read.
     pub(super) id_changed: Atomic<bool>,
     /// Set when the guest needed memory: this round allocates no more.
@@ -120,7 +120,7 @@ impl Hinting {
     /// `ENOMEM`, or the error of [`virtio::Device::config`].
     pub(super) fn new(setup: &Setup<'_, '_>, queue: HintQueue) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_hint", setup.tasks)?;
-        let held = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
+        let held = BlockRangeSet::new(queue.size() * RANGES_PER_ENTRY)?;
         let offliner = match setup.settings.memory_blocks() {
             true => {
                 let slot_for_blocks =
@@ -178,15 +178,15 @@ impl Hinting {
 
         while let Some((buffer, _)) = worker.queue.next_used() {
             self.oom_timeout.progress();
-            let Either::Right(run) = buffer else { continue };
+            let Either::Right(range) = buffer else { continue };
 
-            let pages = run.len();
+            let pages = range.len();
             worker.in_flight -= pages;
             self.hinted.add((pages as u64) << PAGE_SHIFT, Relaxed);
             if worker.keeping {
                 // Without room for it, the memory is freed, which is allowed now. The round ends,
                 // so that the driver does not hint the same memory repeatedly.
-                let unheld = self.held.lock().insert(run);
+                let unheld = self.held.lock().insert(range);
                 if unheld.is_err() {
                     freed += pages;
                     worker.more = false;

@@ -10,14 +10,14 @@ use crate::{
             hotplug::memory_block::MemoryBlock,
             memory,
             pages::{
+                block_range::{
+                    BlockRange,
+                    BlockRangeSet, //
+                }, //
                 page::{
                     pageblock_order,
                     MAX_ORDER, //
                 },
-                page_run::{
-                    PageRun,
-                    RunSet, //
-                }, //
             }, //
         },
         virtio::{
@@ -60,11 +60,11 @@ pub(super) const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 /// the next. Fewer if the queue has no more: ids then wait until the device has used a hint.
 const ROOM_FOR_IDS: usize = 2;
 
-/// The maximum number of stored runs for each entry of the queue.
-pub(crate) const RUNS_PER_ENTRY: usize = 8;
+/// The maximum number of stored ranges for each entry of the queue.
+pub(crate) const RANGES_PER_ENTRY: usize = 8;
 
 /// A virtqueue for hints: ids and memory.
-pub(super) type HintQueue = Virtqueue<Either<KVec<u32>, PageRun>>;
+pub(super) type HintQueue = Virtqueue<Either<KVec<u32>, BlockRange>>;
 
 /// The state that only the task uses.
 pub(super) struct Worker {
@@ -84,7 +84,7 @@ pub(super) struct Worker {
     /// Whether to hold the memory of used buffers.
     pub(super) keeping: bool,
     /// Memory to pass to the device.
-    pub(super) pending: RunSet,
+    pub(super) pending: BlockRangeSet,
     /// The kernel pages in flight.
     pub(super) in_flight: usize,
 }
@@ -95,7 +95,7 @@ impl Worker {
         queue: HintQueue,
         offliner: Option<Arc<Task<Offliner>>>,
     ) -> Result<Self> {
-        let pending = RunSet::new(queue.size() * RUNS_PER_ENTRY)?;
+        let pending = BlockRangeSet::new(queue.size() * RANGES_PER_ENTRY)?;
 
         Ok(Self {
             config: dev.config()?,
@@ -151,8 +151,8 @@ impl Worker {
         self.more = offliner.is_busy();
         let mut pages = offliner.take_over(usize::MAX);
 
-        while let Some(run) = PageRun::from_block(&mut pages) {
-            if self.pending.insert(run).is_err() {
+        while let Some(range) = BlockRange::from_block(&mut pages) {
+            if self.pending.insert(range).is_err() {
                 break;
             }
         }
@@ -199,11 +199,11 @@ impl Worker {
             if order < min_order() {
                 break;
             }
-            let Some(run) = PageRun::alloc(order) else {
+            let Some(range) = BlockRange::alloc(order) else {
                 order -= 1;
                 continue;
             };
-            if self.pending.insert(run).is_err() {
+            if self.pending.insert(range).is_err() {
                 break;
             }
         }
@@ -216,12 +216,12 @@ impl Worker {
         let reserved = ROOM_FOR_IDS.min(self.queue.size().saturating_sub(1));
 
         while self.queue.room() > reserved {
-            let Some(run) = self.pending.take_longest() else {
+            let Some(range) = self.pending.take_longest() else {
                 break;
             };
-            let pages = run.len();
+            let pages = range.len();
 
-            if self.queue.add(Either::Right(run)).is_err() {
+            if self.queue.add(Either::Right(range)).is_err() {
                 break;
             }
             self.in_flight += pages;

@@ -23,8 +23,8 @@ use crate::rust::{
     virtio::bus::{
         binding::Binding,
         device::Device,
-        feature_bit::Feature,
-        negotiation::Features, //
+        feature_bit::FeatureBit,
+        negotiation::Negotiation, //
     }, //
 };
 
@@ -52,12 +52,12 @@ pub(crate) struct Adapter<T: Driver>(T);
 /// # Invariants
 ///
 /// `data` is the driver's data of the device, and pinned until the device has been closed.
-struct Bound<'a, T: Driver> {
+struct DeviceAndData<'a, T: Driver> {
     dev: &'a Device<device::CoreInternal<'a>>,
     data: &'a T::Data<'a>,
 }
 
-impl<'a, T: Driver> Bound<'a, T> {
+impl<'a, T: Driver> DeviceAndData<'a, T> {
     /// Returns the device of a callback of the bus.
     ///
     /// # Safety
@@ -124,8 +124,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 
         T::init()?;
         // SAFETY: `vdrv` is guaranteed to be a valid `DriverType`, whose fields may be set on
-        // initialization. `Feature` is a transparent `c_uint`, and there are far fewer than 2^32 of
-        // them.
+        // initialization. `FeatureBit` is a transparent `c_uint`, and there are far fewer than 2^32
+        // of them.
         unsafe {
             (*vdrv).driver.name = name.as_char_ptr();
             (*vdrv).id_table = T::ID_TABLE.as_ptr();
@@ -160,7 +160,7 @@ impl<T: Driver> Adapter<T> {
         // driver.
         //
         // SAFETY: By the requirements of this function. The bus is binding the device.
-        let mut features = unsafe { Features::new(&*vdev.cast()) };
+        let mut features = unsafe { Negotiation::new(&*vdev.cast()) };
 
         from_result(|| {
             T::validate(&mut features)?;
@@ -185,7 +185,7 @@ impl<T: Driver> Adapter<T> {
                 .inspect_err(|_| dev.close())?;
 
             // SAFETY: By the requirements of this function; the data was just stored.
-            unsafe { Bound::<T>::new(vdev) }.make_ready(&binding);
+            unsafe { DeviceAndData::<T>::new(vdev) }.make_ready(&binding);
             Ok(0)
         })
     }
@@ -196,7 +196,7 @@ impl<T: Driver> Adapter<T> {
     /// that `probe_callback` has bound the driver to, and that stays bound meanwhile.
     unsafe extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
         // SAFETY: By the requirements of this function.
-        let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
+        let DeviceAndData { dev, data } = unsafe { DeviceAndData::<T>::new(vdev) };
 
         T::unbind(dev, data);
         dev.close();
@@ -207,7 +207,7 @@ impl<T: Driver> Adapter<T> {
     /// As for `remove_callback`.
     unsafe extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
         // SAFETY: By the requirements of this function.
-        T::config_changed(unsafe { Bound::<T>::new(vdev) }.data);
+        T::config_changed(unsafe { DeviceAndData::<T>::new(vdev) }.data);
     }
 
     /// # Safety
@@ -215,7 +215,7 @@ impl<T: Driver> Adapter<T> {
     /// As for `remove_callback`.
     unsafe extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: By the requirements of this function.
-        let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
+        let DeviceAndData { dev, data } = unsafe { DeviceAndData::<T>::new(vdev) };
 
         T::freeze(dev, data);
         dev.close();
@@ -228,13 +228,13 @@ impl<T: Driver> Adapter<T> {
     /// As for `remove_callback`.
     unsafe extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: By the requirements of this function.
-        let bound = unsafe { Bound::<T>::new(vdev) };
+        let this = unsafe { DeviceAndData::<T>::new(vdev) };
 
         from_result(|| {
-            let binding = bound.dev.open(Self::vq_callback)?;
+            let binding = this.dev.open(Self::vq_callback)?;
 
-            T::restore(bound.dev, bound.data).inspect_err(|_| bound.dev.close())?;
-            bound.make_ready(&binding);
+            T::restore(this.dev, this.data).inspect_err(|_| this.dev.close())?;
+            this.make_ready(&binding);
             Ok(0)
         })
     }
@@ -244,7 +244,7 @@ impl<T: Driver> Adapter<T> {
     /// As for `remove_callback`.
     unsafe extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
         // SAFETY: By the requirements of this function.
-        let Bound { dev, data } = unsafe { Bound::<T>::new(vdev) };
+        let DeviceAndData { dev, data } = unsafe { DeviceAndData::<T>::new(vdev) };
 
         T::shutdown(dev, data);
         dev.shut_down();
@@ -270,7 +270,7 @@ impl<T: Driver> Adapter<T> {
         if let Some(callback) = position.and_then(|position| T::QUEUE_CALLBACKS.get(position)) {
             // SAFETY: The device exists as long as its queues. It has been made ready, after
             // `probe_callback` has stored the data.
-            callback(unsafe { Bound::<T>::new(vdev) }.data);
+            callback(unsafe { DeviceAndData::<T>::new(vdev) }.data);
         }
     }
 }
@@ -334,7 +334,7 @@ pub(crate) trait Driver: 'static {
     const ID_TABLE: IdTable;
 
     /// The features that the driver supports, apart from those of the transport.
-    const FEATURES: &'static [Feature];
+    const FEATURES: &'static [FeatureBit];
 
     /// A callback for each virtqueue, in the order of the arguments of [`Device::find_vqs`]: the
     /// device has used buffers. It may be called at any time, also spuriously. Runs in interrupt
@@ -357,7 +357,7 @@ pub(crate) trait Driver: 'static {
 
     /// Gives up offered and known features that are incompatible with other features or with this
     /// system. Called before the accepted features are written to the device.
-    fn validate(_features: &mut Features<'_>) -> Result {
+    fn validate(_features: &mut Negotiation<'_>) -> Result {
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::rust::{
     virtio::{
         Device,
         DeviceId,
-        Feature,
+        FeatureBit,
         Field, //
     }, //
 };
@@ -234,7 +234,7 @@ impl FakeDevice {
     /// has bound to it, or refused it.
     pub(crate) fn register(
         id: DeviceId,
-        features: &[Feature],
+        features: &[FeatureBit],
         on_kick: Option<OnKick>,
     ) -> Result<Self> {
         Self::register_as(id, true, features, on_kick)
@@ -248,7 +248,7 @@ impl FakeDevice {
     fn register_as(
         id: DeviceId,
         is_usable: bool,
-        features: &[Feature],
+        features: &[FeatureBit],
         on_kick: Option<OnKick>,
     ) -> Result<Self> {
         let mut inner = KBox::<Inner>::new_uninit(GFP_KERNEL)?;
@@ -305,7 +305,7 @@ impl FakeDevice {
     }
 
     /// Returns whether `feature` was negotiated.
-    pub(crate) fn has_feature(&self, feature: Feature) -> bool {
+    pub(crate) fn has_feature(&self, feature: FeatureBit) -> bool {
         // SAFETY: The device is registered.
         let features = unsafe { *(*self.vdev().cast::<Device>()).features() };
 

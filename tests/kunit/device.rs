@@ -33,7 +33,7 @@ use crate::{
                 QUEUE_SIZE, //
             },
             ByteOrder,
-            Feature, //
+            FeatureBit, //
         },
         virtio_balloon::{
             page_set,
@@ -73,8 +73,8 @@ const STATS: usize = 2;
 const REPORTS: usize = 2;
 
 /// The features of devices with the base protocol, and with page sets.
-pub(super) const BASE: [Feature; 1] = [Feature::VERSION_1];
-const PAGE_SETS: [Feature; 2] = [Feature::VERSION_1, F_PAGE_SETS];
+pub(super) const BASE: [FeatureBit; 1] = [FeatureBit::VERSION_1];
+const PAGE_SETS: [FeatureBit; 2] = [FeatureBit::VERSION_1, F_PAGE_SETS];
 
 /// The maximum number of balloon pages in a message of the base protocol.
 const MESSAGE: u32 = 256;
@@ -216,7 +216,7 @@ pub(super) struct Host {
 }
 
 impl Host {
-    pub(super) fn new(features: &[Feature]) -> Result<Self> {
+    pub(super) fn new(features: &[FeatureBit]) -> Result<Self> {
         Ok(Self {
             device: FakeDevice::new(features)?,
             inflated: KVec::new(),
@@ -265,7 +265,7 @@ fn compare(host: &Host) -> Result {
 }
 
 /// Inflates and deflates on a device with `features`.
-fn cycle(features: &[Feature], pages: u32) -> Result {
+fn cycle(features: &[FeatureBit], pages: u32) -> Result {
     let mut host = Host::new(features)?;
     let size = pages.next_multiple_of(BALLOON_PAGES_PER_PAGE as u32);
 
@@ -278,7 +278,7 @@ fn cycle(features: &[Feature], pages: u32) -> Result {
 /// Sets a target, takes one message from the inflate queue, and passes it to `answer`. Returns how
 /// many balloon pages are missing from the guest after the device was removed.
 fn misbehave(
-    features: &[Feature],
+    features: &[FeatureBit],
     answer: impl FnOnce(&FakeDevice, &Request) -> Result,
 ) -> Result<usize> {
     let total = memory::total_pages();
@@ -309,7 +309,7 @@ fn misbehave(
 ///
 /// `ETIMEDOUT` if there are fewer messages, `EINVAL` if there are more, or if the driver reports
 /// another size before the device has used them.
-fn deflate_unanswered(features: &[Feature], pages: u32, messages: usize) -> Result<bool> {
+fn deflate_unanswered(features: &[FeatureBit], pages: u32, messages: usize) -> Result<bool> {
     let mut host = Host::new(features)?;
     let mut requests = KVec::new();
 
@@ -383,7 +383,7 @@ fn take_out(host: &Host, pages: usize) -> Result<(usize, Result<PageList>, Reque
 const PAGES: usize = MESSAGE as usize / BALLOON_PAGES_PER_PAGE / 4;
 
 /// Makes a balloon of movable pages.
-fn movable(features: &[Feature]) -> Result<Host> {
+fn movable(features: &[FeatureBit]) -> Result<Host> {
     // In steps that are too small for blocks, which cannot be migrated. Some of the pageblocks then
     // contain movable pages only.
     let step = (BALLOON_PAGES_PER_PAGE << pageblock_order()) / 2;
@@ -398,7 +398,7 @@ fn movable(features: &[Feature]) -> Result<Host> {
 
 /// Returns whether the kernel can migrate pages of the balloon after `spoil`.
 fn moves_after(spoil: impl FnOnce(&FakeDevice) -> Result) -> Result<bool> {
-    let host = movable(&[Feature::VERSION_1])?;
+    let host = movable(&[FeatureBit::VERSION_1])?;
 
     spoil(&host.device)?;
     fsleep(Delta::from_millis(50));
@@ -413,7 +413,7 @@ fn moves_after(spoil: impl FnOnce(&FakeDevice) -> Result) -> Result<bool> {
 ///
 /// `EINVAL` if any page leaves the balloon before the device has acknowledged the new pages, or if
 /// the driver does not report everything afterwards.
-fn moved(features: &[Feature]) -> Result {
+fn moved(features: &[FeatureBit]) -> Result {
     let mut host = movable(features)?;
     let size = host.device.field(ACTUAL);
 
@@ -461,7 +461,7 @@ fn moved(features: &[Feature]) -> Result {
 /// # Errors
 ///
 /// The kernel's error if one cannot be allocated at the first attempt.
-fn take_out_page_blocks(features: &[Feature]) -> Result<usize> {
+fn take_out_page_blocks(features: &[FeatureBit]) -> Result<usize> {
     let pages = 1 << pageblock_order();
     let host = movable(features)?;
     let mut taken = 0;
@@ -483,7 +483,7 @@ fn give_back_for_oom() -> Result {
     // More than an OOM deflates.
     const SIZE: u32 = 80 << (20 - PFN_SHIFT);
     let _short = Pretence::is_short();
-    let mut host = Host::new(&[Feature::VERSION_1, F_MUST_TELL_HOST, F_DEFLATE_ON_OOM])?;
+    let mut host = Host::new(&[FeatureBit::VERSION_1, F_MUST_TELL_HOST, F_DEFLATE_ON_OOM])?;
     host.resize(SIZE, SIZE)?;
     // Longer than a device counts as responsive.
     fsleep(Delta::from_millis(200));
@@ -527,7 +527,7 @@ fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
 /// Sets a target beyond the guest's memory, and waits until the driver reports `reason`. Resets the
 /// target, and returns the reason after that.
 fn stop(reason: u32) -> Result<u32> {
-    let device = FakeDevice::new(&[Feature::VERSION_1, F_STOP_REASON])?;
+    let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STOP_REASON])?;
     let answer = |queue| {
         while let Some(request) = device.next(queue)? {
             device.answer(queue, &request, 0)?;
@@ -557,7 +557,7 @@ const BEGUN: Delta = Delta::from_millis(3_000);
 /// the report are free again.
 fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
     const NOISE: u64 = 1 << 20;
-    let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
+    let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
     let mut report = None;
 
     // Pages on per-CPU page lists prevent other pages from merging into reported blocks.
@@ -580,7 +580,7 @@ mod tests {
 
     #[test]
     fn the_driver_binds_and_makes_the_device_ready() {
-        let device = FakeDevice::new(&[Feature::VERSION_1]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1]);
 
         assert!(device.is_ok_and(|device| device.is_ready()));
     }
@@ -588,20 +588,20 @@ mod tests {
     #[test]
     fn known_features_are_accepted_and_others_are_not() {
         let device = FakeDevice::new(&[
-            Feature::VERSION_1,
-            Feature::ACCESS_PLATFORM,
+            FeatureBit::VERSION_1,
+            FeatureBit::ACCESS_PLATFORM,
             F_MUST_TELL_HOST,
         ]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
         assert!(device.has_feature(F_MUST_TELL_HOST));
-        assert!(!device.has_feature(Feature::ACCESS_PLATFORM));
+        assert!(!device.has_feature(FeatureBit::ACCESS_PLATFORM));
     }
 
     #[test]
     fn a_value_of_free_pages_is_announced_where_there_is_one() {
-        let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_PAGE_POISON, F_REPORTING]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
         let value = memory::free_page_value();
@@ -613,7 +613,7 @@ mod tests {
 
     #[test]
     fn free_pages_are_not_reported_to_a_device_that_cannot_know_their_value() {
-        let device = FakeDevice::new(&[Feature::VERSION_1, F_REPORTING]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_REPORTING]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
@@ -625,7 +625,7 @@ mod tests {
 
     #[test]
     fn a_second_device_works_without_reporting() {
-        let features = [Feature::VERSION_1, F_PAGE_POISON, F_REPORTING];
+        let features = [FeatureBit::VERSION_1, F_PAGE_POISON, F_REPORTING];
         let hosts = (Host::new(&features), Host::new(&features));
         assert!(hosts.0.is_ok() && hosts.1.is_ok());
         let (Ok(_first), Ok(mut second)) = hosts else {
@@ -640,7 +640,7 @@ mod tests {
     #[test]
     fn all_pages_are_listed_once() {
         for pages in [1, MESSAGE - 1, MESSAGE, MESSAGE + 1, MANY] {
-            assert_eq!(cycle(&[Feature::VERSION_1], pages), Ok(()));
+            assert_eq!(cycle(&[FeatureBit::VERSION_1], pages), Ok(()));
         }
     }
 
@@ -651,7 +651,10 @@ mod tests {
 
     #[test]
     fn a_device_with_must_tell_host_works() {
-        assert_eq!(cycle(&[Feature::VERSION_1, F_MUST_TELL_HOST], MANY), Ok(()));
+        assert_eq!(
+            cycle(&[FeatureBit::VERSION_1, F_MUST_TELL_HOST], MANY),
+            Ok(())
+        );
     }
 
     #[test]
@@ -713,7 +716,7 @@ mod tests {
 
     #[test]
     fn statistics_are_there_from_the_beginning() {
-        let device = FakeDevice::new(&[Feature::VERSION_1, F_STATS_VQ]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STATS_VQ]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
@@ -730,7 +733,7 @@ mod tests {
 
     #[test]
     fn statistics_are_renewed_while_inflating_is_stuck() {
-        let device = FakeDevice::new(&[Feature::VERSION_1, F_STATS_VQ]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STATS_VQ]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
@@ -751,8 +754,8 @@ mod tests {
     #[test]
     fn migrations_are_reported_to_the_device() {
         for features in [
-            &[Feature::VERSION_1][..],
-            &[Feature::VERSION_1, F_MUST_TELL_HOST],
+            &[FeatureBit::VERSION_1][..],
+            &[FeatureBit::VERSION_1, F_MUST_TELL_HOST],
             &PAGE_SETS,
         ] {
             assert_eq!(moved(features), Ok(()));
@@ -773,8 +776,8 @@ mod tests {
     #[test]
     fn two_devices_work_at_once() {
         let hosts = (
-            Host::new(&[Feature::VERSION_1]),
-            Host::new(&[Feature::VERSION_1]),
+            Host::new(&[FeatureBit::VERSION_1]),
+            Host::new(&[FeatureBit::VERSION_1]),
         );
         assert!(hosts.0.is_ok() && hosts.1.is_ok());
         let (Ok(mut first), Ok(mut second)) = hosts else {
@@ -789,7 +792,7 @@ mod tests {
 
     #[test]
     fn messages_are_announced_in_batches() {
-        let device = FakeDevice::new(&[Feature::VERSION_1]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
@@ -807,7 +810,7 @@ mod tests {
 
     #[test]
     fn pages_count_when_the_device_has_answered() {
-        let device = FakeDevice::new(&[Feature::VERSION_1]);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1]);
         assert!(device.is_ok());
         let Ok(device) = device else { return };
 
@@ -859,9 +862,9 @@ mod tests {
     fn a_target_costs_a_read_and_a_write() -> Result {
         for features in [
             &BASE[..],
-            &[Feature::VERSION_1, F_MUST_TELL_HOST],
+            &[FeatureBit::VERSION_1, F_MUST_TELL_HOST],
             &PAGE_SETS,
-            &[Feature::VERSION_1, F_STOP_REASON],
+            &[FeatureBit::VERSION_1, F_STOP_REASON],
         ] {
             let mut host = Host::new(features)?;
             eventually(|| Ok(host.device.accesses().1 > 0))?;
@@ -885,7 +888,7 @@ mod tests {
     fn an_unresponsive_device_is_not_accessed() -> Result {
         for features in [
             &BASE[..],
-            &[Feature::VERSION_1, F_MUST_TELL_HOST],
+            &[FeatureBit::VERSION_1, F_MUST_TELL_HOST],
             &PAGE_SETS,
         ] {
             let mut host = Host::new(features)?;
@@ -935,7 +938,7 @@ mod tests {
 
     #[test]
     fn deflating_does_not_wait_for_the_device() {
-        let result = deflate_unanswered(&[Feature::VERSION_1], MANY, QUEUE_SIZE as usize);
+        let result = deflate_unanswered(&[FeatureBit::VERSION_1], MANY, QUEUE_SIZE as usize);
 
         // All pages have left the balloon, and the queue is full of their messages.
         assert_eq!(result, Ok(true));
@@ -948,7 +951,7 @@ mod tests {
 
     #[test]
     fn a_pageblock_is_free_as_soon_as_its_last_page_was_migrated() -> Result {
-        for features in [&[Feature::VERSION_1, F_MUST_TELL_HOST][..], &PAGE_SETS] {
+        for features in [&[FeatureBit::VERSION_1, F_MUST_TELL_HOST][..], &PAGE_SETS] {
             assert!(take_out_page_blocks(features)? > 1);
         }
         Ok(())
@@ -956,7 +959,7 @@ mod tests {
 
     #[test]
     fn deflating_waits_for_the_device_where_it_must() {
-        let features = [Feature::VERSION_1, F_MUST_TELL_HOST];
+        let features = [FeatureBit::VERSION_1, F_MUST_TELL_HOST];
         let result = deflate_unanswered(&features, MANY, QUEUE_SIZE as usize);
 
         // The queue is full of deflate messages.
@@ -965,7 +968,7 @@ mod tests {
 
     #[test]
     fn a_target_that_changes_all_the_time_is_followed() {
-        let host = Host::new(&[Feature::VERSION_1]);
+        let host = Host::new(&[FeatureBit::VERSION_1]);
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
 
@@ -980,7 +983,7 @@ mod tests {
 
     #[test]
     fn interrupts_without_reason_do_no_harm() {
-        let host = Host::new(&[Feature::VERSION_1]);
+        let host = Host::new(&[FeatureBit::VERSION_1]);
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
 
@@ -1028,7 +1031,7 @@ mod tests {
     #[cfg(CONFIG_PM_SLEEP)]
     #[test]
     fn migrated_pages_are_free_while_the_system_is_suspended() -> Result {
-        let host = movable(&[Feature::VERSION_1, F_MUST_TELL_HOST])?;
+        let host = movable(&[FeatureBit::VERSION_1, F_MUST_TELL_HOST])?;
         let (place, taken, _) = take_out(&host, PAGES)?;
 
         // The pages are held until the device has used the message, which it does not.
@@ -1076,7 +1079,7 @@ mod tests {
 
     #[test]
     fn the_reason_is_not_written_where_there_is_no_field_for_it() {
-        let host = Host::new(&[Feature::VERSION_1]);
+        let host = Host::new(&[FeatureBit::VERSION_1]);
         assert!(host.is_ok());
         let Ok(mut host) = host else { return };
 
@@ -1105,7 +1108,7 @@ mod tests {
 
     #[test]
     fn nothing_is_reported_while_the_reserve_lock_is_held() -> Result {
-        let device = FakeDevice::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
         let taking = memory::ReserveGuard::begin();
 
         fsleep(BEGUN);
@@ -1119,7 +1122,7 @@ mod tests {
     #[cfg(CONFIG_PM_SLEEP)]
     #[test]
     fn a_report_that_is_longer_than_the_queue_is_not_sent() -> Result {
-        let mut host = Host::new(&[Feature::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
+        let mut host = Host::new(&[FeatureBit::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
 
         host.device.freeze()?;
         host.device.restore(1)?;

@@ -10,7 +10,7 @@ use crate::rust::{
             OnKick,
             Request, //
         },
-        Feature, //
+        FeatureBit, //
     },
     virtio_balloon::DEVICE_ID, //
 };
@@ -20,12 +20,12 @@ use kernel::prelude::*;
 impl FakeDevice {
     /// Registers a balloon that offers `features`. When this returns, the driver has bound to it,
     /// or refused it.
-    pub(crate) fn new(features: &[Feature]) -> Result<Self> {
+    pub(crate) fn new(features: &[FeatureBit]) -> Result<Self> {
         Self::register(DEVICE_ID, features, None)
     }
 
     /// The same for a balloon that calls `on_kick`.
-    pub(crate) fn with_callback(features: &[Feature], on_kick: OnKick) -> Result<Self> {
+    pub(crate) fn with_callback(features: &[FeatureBit], on_kick: OnKick) -> Result<Self> {
         Self::register(DEVICE_ID, features, Some(on_kick))
     }
 

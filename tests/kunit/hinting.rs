@@ -9,7 +9,7 @@ use super::device::{
 use crate::{
     features::hinting::worker::{
         min_order,
-        RUNS_PER_ENTRY, //
+        RANGES_PER_ENTRY, //
     },
     rust::{
         mm::{
@@ -18,9 +18,9 @@ use crate::{
             memory,
             pages::{
                 batch::Batch,
+                block_range::BlockRange, //
                 page::pageblock_order,
                 page_list::PageList,
-                page_run::PageRun, //
             }, //
         },
         virtio::{
@@ -29,7 +29,7 @@ use crate::{
                 Request,
                 QUEUE_SIZE, //
             },
-            Feature, //
+            FeatureBit, //
         },
         virtio_balloon::{
             F_FREE_PAGE_HINT,
@@ -58,7 +58,7 @@ const HINTS: usize = 2;
 const MIB: u64 = 1 << 20;
 
 fn device() -> Result<FakeDevice> {
-    FakeDevice::new(&[Feature::VERSION_1, F_FREE_PAGE_HINT])
+    FakeDevice::new(&[FeatureBit::VERSION_1, F_FREE_PAGE_HINT])
 }
 
 /// A message of the driver.
@@ -129,22 +129,22 @@ fn round(device: &FakeDevice, id: u32) -> Result<u64> {
 
 /// Fragments nearly all free memory into separate ranges of the shortest length for hints. Returns
 /// the memory between them, and their number.
-fn cut_up() -> Result<(KVVec<PageRun>, usize)> {
+fn cut_up() -> Result<(KVVec<BlockRange>, usize)> {
     const REST: u64 = 48 * MIB;
-    let mut runs = KVVec::new();
+    let mut kept = KVVec::new();
 
     drain::drain_free_lists();
     while Info::now().free > REST {
-        let Some(run) = PageRun::alloc(min_order()) else {
+        let Some(range) = BlockRange::alloc(min_order()) else {
             break;
         };
-        runs.push(run, GFP_KERNEL)?;
+        kept.push(range, GFP_KERNEL)?;
     }
 
-    let all = runs.len();
-    runs.retain(|run| run.first() >> min_order() & 1 == 1);
-    let ranges = all - runs.len();
-    Ok((runs, ranges))
+    let all = kept.len();
+    kept.retain(|range| range.first() >> min_order() & 1 == 1);
+    let ranges = all - kept.len();
+    Ok((kept, ranges))
 }
 
 /// Fragments nearly all free memory into halves of movable pageblocks. Returns the other halves.
@@ -283,19 +283,19 @@ mod tests {
 
     #[test]
     fn a_round_ends_with_more_ranges_than_there_is_room_for() -> Result {
-        const MAX_RUNS: usize = RUNS_PER_ENTRY * QUEUE_SIZE as usize;
+        const MAX_RANGES: usize = RANGES_PER_ENTRY * QUEUE_SIZE as usize;
         let smallest = (PAGE_SIZE as u64) << min_order();
-        if Info::now().free < 5 * MAX_RUNS as u64 * smallest / 2 {
+        if Info::now().free < 5 * MAX_RANGES as u64 * smallest / 2 {
             // With such large pageblocks there cannot be that many ranges.
             return Ok(());
         }
         let device = device()?;
         let (between, ranges) = cut_up()?;
-        assert!(ranges > MAX_RUNS + MAX_RUNS / 8);
+        assert!(ranges > MAX_RANGES + MAX_RANGES / 8);
 
         device.change(HINT_ID, 2);
         let hinted = round(&device, 2)?;
-        assert!(hinted > MAX_RUNS as u64 * smallest);
+        assert!(hinted > MAX_RANGES as u64 * smallest);
 
         drop(between);
         Ok(())
@@ -315,11 +315,11 @@ mod tests {
         round(&device, 2)?;
         eventually(|| {
             while available() > LEFT {
-                let Some(run) = PageRun::alloc(SMALL) else {
+                let Some(range) = BlockRange::alloc(SMALL) else {
                     memory::boost(0);
                     return Ok(false);
                 };
-                taken.push(run, GFP_KERNEL)?;
+                taken.push(range, GFP_KERNEL)?;
             }
             Ok(true)
         })?;

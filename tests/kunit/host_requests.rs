@@ -24,7 +24,7 @@ use crate::rust::{
             FakeDevice,
             Request, //
         },
-        Feature, //
+        FeatureBit, //
     },
     virtio_balloon::{
         request,
@@ -167,10 +167,10 @@ impl Message {
 
 impl Host {
     fn new() -> Result<Self> {
-        Self::with(&[Feature::VERSION_1, F_HOST_REQUESTS])
+        Self::with(&[FeatureBit::VERSION_1, F_HOST_REQUESTS])
     }
 
-    fn with(features: &[Feature]) -> Result<Self> {
+    fn with(features: &[FeatureBit]) -> Result<Self> {
         Ok(Self {
             device: FakeDevice::new(features)?,
             request_buffers: KVec::new(),
@@ -466,7 +466,7 @@ mod tests {
 
     #[test]
     fn the_queue_comes_after_the_others() {
-        let host = Host::with(&[Feature::VERSION_1, F_STATS_VQ, F_HOST_REQUESTS]);
+        let host = Host::with(&[FeatureBit::VERSION_1, F_STATS_VQ, F_HOST_REQUESTS]);
         assert!(host.is_ok());
         let Ok(host) = host else { return };
 

@@ -58,7 +58,7 @@ use crate::{
         notifiers::oom::last::out_of_memory,
         virtio::{
             fake_device::FakeDevice,
-            Feature, //
+            FeatureBit, //
         },
         virtio_balloon::{
             ACTUAL,
@@ -253,7 +253,7 @@ fn grow_in_pause() -> Result<(bool, usize)> {
 fn give_back_while_taking() -> Result<(usize, bool)> {
     static IS_HELD: Atomic<bool> = Atomic::new(false);
     let _zeroing = Pretence::zeroes_on_allocation();
-    let host = Host::new(&[Feature::VERSION_1, F_DEFLATE_ON_OOM])?;
+    let host = Host::new(&[FeatureBit::VERSION_1, F_DEFLATE_ON_OOM])?;
 
     // Another thread keeps the driver from being done with its first block, until this one waits
     // for that.

@@ -17,9 +17,9 @@ use crate::{
             memory,
             pages::{
                 batch::Batch,
+                block_range::BlockRange, //
                 page::MAX_ORDER,
                 page_list::PageList,
-                page_run::PageRun, //
             },
             pfn_range::PfnRange, //
         },
@@ -430,8 +430,8 @@ mod tests {
             let block = blocks(1)?;
             assert_ne!(block.free_with_error(place), Some(false));
 
-            let run = PageRun::alloc(MAX_ORDER).ok_or(ENOMEM)?;
-            assert_ne!(run.free_with_error(place), Some(false));
+            let range = BlockRange::alloc(MAX_ORDER).ok_or(ENOMEM)?;
+            assert_ne!(range.free_with_error(place), Some(false));
         }
 
         // BasePage pages that are freed together.

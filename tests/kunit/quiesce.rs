@@ -11,7 +11,7 @@ use crate::rust::{
             FakeDevice,
             Request, //
         },
-        Feature, //
+        FeatureBit, //
     },
     virtio_balloon::{
         request,
@@ -35,8 +35,8 @@ use kernel::{
     }, //
 };
 
-const FEATURES: [Feature; 5] = [
-    Feature::VERSION_1,
+const FEATURES: [FeatureBit; 5] = [
+    FeatureBit::VERSION_1,
     F_PAGE_SETS,
     F_STATS_VQ,
     F_FREE_PAGE_HINT,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Operations on lists and runs of pages, for tests only.
+//! Operations on lists and ranges of pages, for tests only.
 
 use crate::rust::{
     bindings,
     mm::pages::{
+        block_range::BlockRange,
         owned::BasePage,
         page::Page,
         page_list::PageList,
-        page_run::PageRun,
         ring::Linked, //
     }, //
 };
@@ -84,13 +84,13 @@ impl PageList {
     }
 }
 
-impl PageRun {
-    /// Frees the run, after a memory error in its page `n`. Returns whether the page allocator has
+impl BlockRange {
+    /// Frees the range, after a memory error in its page `n`. Returns whether the page allocator has
     /// set that page aside.
     pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
         let pfn = self.first() + n % self.len();
 
-        // SAFETY: The page is one of the run.
+        // SAFETY: The page is one of the range.
         unsafe { drop_with_error(self, pfn) }
     }
 }

@@ -10,7 +10,7 @@ use crate::rust::virtio::bus::{
         Entered, //
     },
     device::Device,
-    feature_bit::Feature,
+    feature_bit::FeatureBit,
     field::Field, //
 };
 
@@ -30,7 +30,7 @@ impl Device<device::Core<'_>> {
     pub(crate) fn config(&self) -> Result<Config> {
         // SAFETY: By the type invariants the device is valid, and so are its operations.
         let ops = unsafe { &*(*self.as_raw()).config };
-        let is_modern = self.has_feature(Feature::VERSION_1);
+        let is_modern = self.has_feature(FeatureBit::VERSION_1);
 
         if ops.get.is_none() || ops.set.is_none() {
             return Err(EINVAL);

@@ -8,7 +8,7 @@ use crate::rust::{
     bindings,
     virtio::bus::feature_bit::{
         ByteOrder,
-        Feature, //
+        FeatureBit, //
     }, //
 };
 
@@ -120,7 +120,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 
 impl Device<device::Core<'_>> {
     /// Returns whether `feature` was negotiated.
-    pub(crate) fn has_feature(&self, feature: Feature) -> bool {
+    pub(crate) fn has_feature(&self, feature: FeatureBit) -> bool {
         // SAFETY: By the type invariants the device is valid. The features do not change while the
         // bus calls back, except in `validate`, which gets no device.
         unsafe { *self.features() & feature.mask() != 0 }
@@ -128,7 +128,7 @@ impl Device<device::Core<'_>> {
 
     /// Returns the device's byte order in buffers.
     pub(crate) fn byte_order(&self) -> ByteOrder {
-        if self.has_feature(Feature::VERSION_1) {
+        if self.has_feature(FeatureBit::VERSION_1) {
             ByteOrder::Little
         } else {
             ByteOrder::Native

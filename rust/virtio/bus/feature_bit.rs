@@ -15,9 +15,9 @@ use kernel::prelude::*;
 /// The bit number is below 64.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Feature(c_uint);
+pub(crate) struct FeatureBit(c_uint);
 
-impl Feature {
+impl FeatureBit {
     /// The device complies with version 1 of the specification; a legacy device does not.
     pub(crate) const VERSION_1: Self = Self::new::<{ bindings::VIRTIO_F_VERSION_1 }>();
     /// The device accesses memory through an IOMMU or with other platform restrictions.

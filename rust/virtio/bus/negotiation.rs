@@ -6,7 +6,7 @@
 
 use crate::rust::virtio::bus::{
     device::Device,
-    feature_bit::Feature,
+    feature_bit::FeatureBit,
     field::Field, //
 };
 
@@ -21,11 +21,11 @@ use kernel::device::{
 /// # Invariants
 ///
 /// No other code accesses the features of `dev` for `'a`.
-pub(crate) struct Features<'a> {
+pub(crate) struct Negotiation<'a> {
     dev: &'a Device<Bound>,
 }
 
-impl<'a> Features<'a> {
+impl<'a> Negotiation<'a> {
     /// Begins the negotiation with `dev`.
     ///
     /// # Safety
@@ -44,12 +44,12 @@ impl<'a> Features<'a> {
 
     /// Returns whether the device offers `feature`, and the driver knows it and has not given it
     /// up.
-    pub(crate) fn has(&self, feature: Feature) -> bool {
+    pub(crate) fn has(&self, feature: FeatureBit) -> bool {
         self.bits().get() & feature.mask() != 0
     }
 
     /// Gives `feature` up.
-    pub(crate) fn clear(&mut self, feature: Feature) {
+    pub(crate) fn clear(&mut self, feature: FeatureBit) {
         let bits = self.bits();
 
         bits.set(bits.get() & !feature.mask());
@@ -57,11 +57,11 @@ impl<'a> Features<'a> {
 
     /// Returns whether the configuration space is long enough to have `field`.
     pub(crate) fn have_field(&self, field: Field<u32>) -> bool {
-        field.is_within(self.dev.config_len(self.has(Feature::VERSION_1)))
+        field.is_within(self.dev.config_len(self.has(FeatureBit::VERSION_1)))
     }
 }
 
-impl AsRef<device::Device> for Features<'_> {
+impl AsRef<device::Device> for Negotiation<'_> {
     /// Returns the device, for the log.
     fn as_ref(&self) -> &device::Device {
         let dev: &Device = self.dev;

@@ -60,7 +60,7 @@ impl virtio::Driver for SampleDriver {
     type Data<'bound> = SampleData;
 
     const ID_TABLE: virtio::IdTable = &VIRTIO_TABLE;
-    const FEATURES: &'static [virtio::Feature] = &[];
+    const FEATURES: &'static [virtio::FeatureBit] = &[];
     const QUEUE_CALLBACKS: &'static [fn(&SampleData)] = &[SampleData::buffers_used];
 
     fn probe<'bound>(

@@ -40,10 +40,10 @@ use core::{
 const DEVICE_TYPE: u32 = 0xffff;
 
 /// The only feature of the device.
-const OFFERED: Feature = Feature::new::<0>();
+const OFFERED: FeatureBit = FeatureBit::new::<0>();
 
 /// A feature that the device does not offer.
-const MISSING: Feature = Feature::new::<1>();
+const MISSING: FeatureBit = FeatureBit::new::<1>();
 
 /// The only field of the device's configuration space.
 const FIELD: Field<u32> = Field::new(0);
@@ -87,7 +87,7 @@ impl Driver for TestDriver {
     type Data<'bound> = Arc<Data>;
 
     const ID_TABLE: IdTable = &TEST_TABLE;
-    const FEATURES: &'static [Feature] = &[OFFERED, MISSING];
+    const FEATURES: &'static [FeatureBit] = &[OFFERED, MISSING];
     const QUEUE_CALLBACKS: &'static [fn(&Arc<Data>)] = &[|data| {
         data.callbacks.add(1, Relaxed);
     }];
@@ -340,7 +340,7 @@ operations! {
     }
 
     fn get_features(_device) -> u64 {
-        OFFERED.mask() | Feature::VERSION_1.mask()
+        OFFERED.mask() | FeatureBit::VERSION_1.mask()
     }
 
     fn finalize_features(device) -> c_int {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Adjacent blocks of memory.
+//! Ranges of adjacent blocks, and sorted sets of them.
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
@@ -33,7 +33,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// The longest run in kernel pages: its length in bytes has to fit into 32 bits.
+/// The longest range in kernel pages: its length in bytes has to fit into 32 bits.
 const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 
 /// Adjacent blocks from the page allocator. Their content has no meaning. Dropping it frees them.
@@ -42,9 +42,9 @@ const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 ///
 /// The pages are blocks that this owns, in the linear mapping: [`MAX_PAGES`] at most. The first
 /// page of each block has the block's order in its `private` field.
-pub(crate) struct PageRun(PfnRange);
+pub(crate) struct BlockRange(PfnRange);
 
-impl PageRun {
+impl BlockRange {
     /// Allocates a free block of 2^`order` pages, without reclaim, and without using reserves. Does
     /// not sleep.
     pub(crate) fn alloc(order: u32) -> Option<Self> {
@@ -56,13 +56,13 @@ impl PageRun {
         list.pop_block().and_then(|block| Self::of(block.unmark()))
     }
 
-    /// Makes a run of a block.
+    /// Makes a range of a block.
     fn of(block: Allocated) -> Option<Self> {
         let pfns = PfnRange::new(block.page().pfn() as u64, block.len() as u64)?;
         let (page, order) = block.into_parts();
 
         // INVARIANT: This owns the block, and stores its order. The largest order is far below the
-        // longest run.
+        // longest range.
         //
         // SAFETY: The block is ours.
         unsafe { page.set_private(order as usize) };
@@ -87,7 +87,7 @@ impl PageRun {
 
         match joined.filter(|_| self.0.end() == next.0.first() && pages <= MAX_PAGES) {
             Some(joined) => {
-                // INVARIANT: The blocks of `next` follow the others, and this run owns them from
+                // INVARIANT: The blocks of `next` follow the others, and this range owns them from
                 // now on.
                 self.0 = joined;
                 mem::forget(next);
@@ -103,7 +103,7 @@ impl PageRun {
         let pfns = self.0;
 
         mem::forget(self);
-        // SAFETY: By the type invariants the run begins with a block, whose order is stored in its
+        // SAFETY: By the type invariants the range begins with a block, whose order is stored in its
         // first page.
         let block = unsafe {
             let page = Page::from_pfn(pfns.first() as usize);
@@ -120,20 +120,20 @@ impl PageRun {
     }
 }
 
-impl Drop for PageRun {
+impl Drop for BlockRange {
     fn drop(&mut self) {
         // INVARIANT: The blocks are owned by this one from now on.
         let mut rest = Some(Self(self.0));
 
-        while let Some(run) = rest {
-            (_, rest) = run.split_first();
+        while let Some(range) = rest {
+            (_, rest) = range.split_first();
         }
     }
 }
 
-// SAFETY: The memory is in the linear mapping, and the run owns it as long as the run exists. No
+// SAFETY: The memory is in the linear mapping, and the range owns it as long as the range exists. No
 // code accesses it through a shared reference, and any content is valid.
-unsafe impl Buffer for PageRun {
+unsafe impl Buffer for BlockRange {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         // SAFETY: By the type invariants there is such a page.
         let address = unsafe { Page::from_pfn(self.0.first() as usize) }.address();
@@ -142,48 +142,48 @@ unsafe impl Buffer for PageRun {
     }
 }
 
-/// A set of runs, sorted by address, with adjacent runs merged. Never allocates after it was made.
-pub(crate) struct RunSet {
+/// A set of ranges, sorted by address, with adjacent ranges merged. Never allocates after it was made.
+pub(crate) struct BlockRangeSet {
     /// Never grows beyond its capacity.
-    runs: KVec<PageRun>,
+    ranges: KVec<BlockRange>,
     pages: usize,
 }
 
-impl RunSet {
-    /// Makes an empty set with room for `capacity` runs.
+impl BlockRangeSet {
+    /// Makes an empty set with room for `capacity` ranges.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     pub(crate) fn new(capacity: usize) -> Result<Self> {
         Ok(Self {
-            runs: KVec::with_capacity(capacity, GFP_KERNEL)?,
+            ranges: KVec::with_capacity(capacity, GFP_KERNEL)?,
             pages: 0,
         })
     }
 
-    /// Returns how many kernel pages there are in all runs.
+    /// Returns how many kernel pages there are in all ranges.
     pub(crate) fn pages(&self) -> usize {
         self.pages
     }
 
-    /// Adds `run`.
+    /// Adds `range`.
     ///
     /// # Errors
     ///
-    /// Returns the run, if it is not adjacent to another one and there is no room for it.
-    pub(crate) fn insert(&mut self, run: PageRun) -> Result<(), PageRun> {
-        let pages = run.len();
+    /// Returns the range, if it is not adjacent to another one and there is no room for it.
+    pub(crate) fn insert(&mut self, range: BlockRange) -> Result<(), BlockRange> {
+        let pages = range.len();
         let after = self
-            .runs
-            .partition_point(|this| this.0.first() < run.0.first());
+            .ranges
+            .partition_point(|this| this.0.first() < range.0.first());
         let before = after.checked_sub(1);
 
-        // Append it to the previous run, or add it as a new one, and then merge the next run.
-        let place = match self.join_before(before, run) {
+        // Append it to the previous range, or add it as a new one, and then merge the next range.
+        let place = match self.join_before(before, range) {
             Ok(place) => place,
-            Err(run) => {
-                self.insert_at(after, run)?;
+            Err(range) => {
+                self.insert_at(after, range)?;
                 after
             }
         };
@@ -193,29 +193,33 @@ impl RunSet {
         Ok(())
     }
 
-    fn join_before(&mut self, before: Option<usize>, run: PageRun) -> Result<usize, PageRun> {
-        match before.and_then(|place| Some((place, self.runs.get_mut(place)?))) {
-            Some((place, this)) => this.join(run).map(|()| place),
-            None => Err(run),
+    fn join_before(
+        &mut self,
+        before: Option<usize>,
+        range: BlockRange,
+    ) -> Result<usize, BlockRange> {
+        match before.and_then(|place| Some((place, self.ranges.get_mut(place)?))) {
+            Some((place, this)) => this.join(range).map(|()| place),
+            None => Err(range),
         }
     }
 
-    fn insert_at(&mut self, place: usize, run: PageRun) -> Result<(), PageRun> {
-        self.runs
-            .insert_within_capacity(place, run)
+    fn insert_at(&mut self, place: usize, range: BlockRange) -> Result<(), BlockRange> {
+        self.ranges
+            .insert_within_capacity(place, range)
             .map_err(|error| match error {
-                InsertError::IndexOutOfBounds(run) | InsertError::OutOfCapacity(run) => run,
+                InsertError::IndexOutOfBounds(range) | InsertError::OutOfCapacity(range) => range,
             })
     }
 
     fn join_after(&mut self, place: usize) {
-        if place + 1 >= self.runs.len() {
+        if place + 1 >= self.ranges.len() {
             return;
         }
-        let Ok(next) = self.runs.remove(place + 1) else {
+        let Ok(next) = self.ranges.remove(place + 1) else {
             return;
         };
-        let result = match self.runs.get_mut(place) {
+        let result = match self.ranges.get_mut(place) {
             Some(this) => this.join(next),
             None => Err(next),
         };
@@ -226,17 +230,17 @@ impl RunSet {
         }
     }
 
-    /// Takes the longest run out.
-    pub(crate) fn take_longest(&mut self) -> Option<PageRun> {
+    /// Takes the longest range out.
+    pub(crate) fn take_longest(&mut self) -> Option<BlockRange> {
         let (place, _) = self
-            .runs
+            .ranges
             .iter()
             .enumerate()
-            .max_by_key(|(_, run)| run.len())?;
-        let run = self.runs.remove(place).ok()?;
+            .max_by_key(|(_, range)| range.len())?;
+        let range = self.ranges.remove(place).ok()?;
 
-        self.pages -= run.len();
-        Some(run)
+        self.pages -= range.len();
+        Some(range)
     }
 
     /// Frees blocks of `wanted` pages or more, or all. Returns the number of pages.
@@ -244,15 +248,15 @@ impl RunSet {
         let mut freed = 0;
 
         while freed < wanted {
-            let Some(last) = self.runs.pop() else {
+            let Some(last) = self.ranges.pop() else {
                 break;
             };
             let (block, rest) = last.split_first();
 
             freed += block.len();
             if let Some(rest) = rest {
-                // There is room, since the run was in the set before.
-                let _ = self.runs.push_within_capacity(rest);
+                // There is room, since the range was in the set before.
+                let _ = self.ranges.push_within_capacity(rest);
             }
         }
 

@@ -53,7 +53,7 @@ use kernel::{
 };
 
 /// A bound device.
-pub(crate) struct Bound {
+pub(crate) struct BoundDevice {
     pub(super) features: KVec<Arc<dyn Feature>>,
     /// Which of them has taken each queue.
     owners: Owners,
@@ -64,7 +64,7 @@ pub(crate) struct Bound {
     pub(super) is_unresponsive: Atomic<bool>,
 }
 
-impl Bound {
+impl BoundDevice {
     /// Sets up the negotiated features of `dev` by `probes`.
     ///
     /// # Errors
@@ -151,7 +151,7 @@ impl Bound {
     }
 }
 
-impl QueueUsed for Bound {
+impl QueueUsed for BoundDevice {
     /// See [`Feature::queue_used`].
     fn queue_used(&self, queue: Queue) {
         let owner = self.owners.of(queue);
