@@ -25,6 +25,7 @@ use crate::{
         counters::Counters,
         queue::Inner,
         work::{
+            AnswerProgress,
             Caches,
             Open,
             Work, //
@@ -123,30 +124,25 @@ impl HostRequests {
     /// Makes a step of `open`.
     fn step(&self, inner: &mut Inner, open: &mut Open) -> Step {
         let counters = &self.counters;
-        let step = match &mut open.work {
+        let progress = match &mut open.work {
             Work::Skip(walk) => inner.skip(open.id, walk, counters),
-            Work::Discard(discard) => match &mut discard.blocks {
-                Some(blocks) => {
-                    let step = inner.discard_block(open.id, blocks, &mut discard.listed, counters);
-
-                    if step == Some(None) {
-                        discard.blocks = None;
-                    }
-                    step.map(|_| None)
-                }
-                None => inner.discard(open.id, discard, self.settings.floor_pages(), counters),
-            },
+            Work::Discard(discard) if discard.blocks.is_some() => {
+                inner.discard_block(open.id, discard, counters)
+            }
+            Work::Discard(discard) => {
+                inner.discard(open.id, discard, self.settings.floor_pages(), counters)
+            }
             Work::DropCaches(caches) => match self.drop_caches(*caches) {
                 Some(Ok(thread)) => {
                     open.work = Work::CacheDropper(thread);
                     None
                 }
-                Some(Err(_)) => Some(Some(request::ABORTED)),
+                Some(Err(_)) => Some(AnswerProgress::End(request::ABORTED)),
                 None => None,
             },
             Work::CacheDropper(thread) => thread.outcome().map(|outcome| match outcome {
-                Ok(()) => Some(request::COMPLETE),
-                Err(_) => Some(request::ABORTED),
+                Ok(()) => AnswerProgress::End(request::COMPLETE),
+                Err(_) => AnswerProgress::End(request::ABORTED),
             }),
             Work::Complete(status) => {
                 let status = *status;
@@ -165,10 +161,10 @@ impl HostRequests {
             }
         };
 
-        match step {
+        match progress {
             None => Step::Wait,
-            Some(None) => Step::Again,
-            Some(Some(status)) => {
+            Some(AnswerProgress::More) => Step::Again,
+            Some(AnswerProgress::End(status)) => {
                 open.work = Work::Complete(status);
                 Step::Again
             }

@@ -10,7 +10,7 @@ use crate::{
         queue::Inner,
         work::{
             range_pages,
-            Blocks,
+            AnswerProgress,
             Discard,
             MAX_RANGES, //
         }, //
@@ -48,14 +48,13 @@ const HOLDS_PER_MESSAGE: usize = 16;
 const MAX_BLOCKS: usize = 2;
 
 impl Inner {
-    /// Sends a message about unused pages. Returns the status after the final message; none while
-    /// it waits for the device.
+    /// Sends a message about unused pages. Returns none if it waits for the device.
     pub(super) fn skip(
         &mut self,
         id: u64,
         walk: &mut Walk,
         counters: &Counters,
-    ) -> Option<Option<u8>> {
+    ) -> Option<AnswerProgress> {
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.record_scan(scan));
 
@@ -67,23 +66,23 @@ impl Inner {
             let pages = written.ok()?;
             self.send(message, None)?;
             self.record_sent(id, pages, counters);
-            Some(over.then_some(request::COMPLETE))
+            Some(progress(over))
         } else {
             let over = unused.is_over();
             self.spare.get_or_insert(message);
-            Some(over.then_some(request::COMPLETE))
+            Some(progress(over))
         }
     }
 
     /// Sends a message about allocated pages, which are freed when the device has used it. Returns
-    /// the status after the final message; none while it waits for the device.
+    /// none if it waits for the device.
     pub(super) fn discard(
         &mut self,
         id: u64,
         discard: &mut Discard,
         floor: usize,
         counters: &Counters,
-    ) -> Option<Option<u8>> {
+    ) -> Option<AnswerProgress> {
         let walk = &mut discard.walk;
         if self.ranges >= MAX_RANGES {
             return None;
@@ -93,7 +92,7 @@ impl Inner {
         let spare = (memory::free_above_reserve(floor) as u64).min(range_pages());
         if spare < 1 << pageblock_order() {
             // The messages in flight may own as much memory as is allowed.
-            return (self.ranges == 0).then_some(Some(request::ABORTED));
+            return (self.ranges == 0).then_some(AnswerProgress::End(request::ABORTED));
         }
         let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.record_scan(scan));
@@ -107,7 +106,7 @@ impl Inner {
             if let Some(block) = block.filter(|block| discard.listed.contains(block)) {
                 walk.resume_at(zone, block.pfns().end());
                 self.spare.get_or_insert(message);
-                return Some(None);
+                return Some(AnswerProgress::More);
             }
         }
         let memory = found.and_then(|(_, range)| ContigPages::new(range));
@@ -134,29 +133,35 @@ impl Inner {
                 self.spare.get_or_insert(message);
             }
         }
-        Some(over.then_some(request::COMPLETE))
+        Some(progress(over))
     }
 
     /// Sends a message about a part of a memory block, which the kernel has not zeroed, and which
-    /// is freed when the device has used the message. Returns its size in kernel pages, none if
-    /// there are no more blocks; none at all if it waits for the device or the offliner.
+    /// is freed when the device has used the message. Removes `blocks` from `discard` if there are no
+    /// more. Returns none if it waits for the device or the offliner.
     pub(super) fn discard_block(
         &mut self,
         id: u64,
-        blocks: &mut Blocks,
-        listed: &mut KVec<MemoryBlock>,
+        discard: &mut Discard,
         counters: &Counters,
-    ) -> Option<Option<u64>> {
-        let offliner = &blocks.offliner;
+    ) -> Option<AnswerProgress> {
+        let Some(blocks) = &mut discard.blocks else {
+            return Some(AnswerProgress::More);
+        };
         if self.ranges >= MAX_BLOCKS {
             return None;
         }
+        let offliner = &blocks.offliner;
         if !blocks.is_begun {
             blocks.is_begun = true;
             offliner.begin(usize::MAX);
         }
         if offliner.ready() == 0 {
-            return (!offliner.is_busy()).then_some(None);
+            if offliner.is_busy() {
+                return None;
+            }
+            discard.blocks = None;
+            return Some(AnswerProgress::More);
         }
 
         let mut message = self.message()?;
@@ -172,8 +177,16 @@ impl Inner {
         counters.blocks.add(pages << PAGE_SHIFT, Relaxed);
         if let Some(block) = MemoryBlock::of(first, MemoryBlock::pages()) {
             // Otherwise it would be listed again.
-            let _ = listed.push(block, GFP_KERNEL);
+            let _ = discard.listed.push(block, GFP_KERNEL);
         }
-        Some(Some(pages))
+        Some(AnswerProgress::More)
+    }
+}
+
+/// Returns the progress of an answer whose walk `is_over` or not.
+fn progress(is_over: bool) -> AnswerProgress {
+    match is_over {
+        true => AnswerProgress::End(request::COMPLETE),
+        false => AnswerProgress::More,
     }
 }

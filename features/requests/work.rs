@@ -71,6 +71,14 @@ pub(super) enum Work {
     Complete(u8),
 }
 
+/// The progress of an answer by one message, or by a search for memory.
+pub(super) enum AnswerProgress {
+    /// There may be more to list.
+    More,
+    /// The answer ends with this status.
+    End(u8),
+}
+
 /// The remaining memory of a discard request.
 pub(super) struct Discard {
     /// Memory blocks come first, if they are in use.
