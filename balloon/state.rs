@@ -53,8 +53,7 @@ use crate::{
             task::{
                 new_slot,
                 Slot,
-                Task,
-                TaskQueue, //
+                Task, //
             },
             wakeup::{
                 Signal,
@@ -184,21 +183,14 @@ impl Balloon {
             );
         }
 
-        let offliner = match settings.memory_blocks() {
-            true => {
-                let slot_for_blocks =
-                    |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_blocks", tasks);
-                Offliner::new(
-                    slot_for_blocks,
-                    dev,
-                    settings.clone(),
-                    usize::MAX,
-                    Negotiated::of(dev).end(),
-                    slot.waker(),
-                )?
-            }
-            false => None,
-        };
+        let offliner = Offliner::new(
+            |tasks| new_slot!(c"virtio_balloon_rs_blocks", tasks),
+            dev,
+            &settings,
+            usize::MAX,
+            Negotiated::of(dev).end(),
+            slot.waker(),
+        )?;
         let migrations = PendingMigrations::new(slot.waker(), Negotiated::of(dev))?;
         let pages = BalloonPages::new(adjust_managed, migrations)?;
         let oom_batch = Batch::new()?;

@@ -140,8 +140,8 @@ const MAX_OFFLINE: usize = 4;
 
 impl Offliner {
     /// Returns a task in `slot` that takes blocks below the page frame number `end` (of a kernel
-    /// page) for the task of `waker`. None if the page allocator does not zero memory, or the
-    /// kernel cannot take memory offline.
+    /// page) for the task of `waker`. None if the settings exclude that, the page allocator does not
+    /// zero memory, or the kernel cannot take memory offline.
     ///
     /// # Errors
     ///
@@ -149,12 +149,13 @@ impl Offliner {
     pub(crate) fn new(
         slot: impl FnOnce(&Arc<TaskQueue>) -> Result<Slot<Self>>,
         dev: &virtio::Device<Core<'_>>,
-        settings: Arc<Settings>,
+        settings: &Arc<Settings>,
         most_ready: usize,
         end: u64,
         waker: Waker,
     ) -> Result<Option<Arc<Task<Self>>>> {
-        if !memory::is_zeroed_on_allocation() || MemoryBlock::pages() == 0 {
+        let is_needed = settings.memory_blocks() && memory::is_zeroed_on_allocation();
+        if !is_needed || MemoryBlock::pages() == 0 {
             return Ok(None);
         }
 
@@ -173,7 +174,7 @@ impl Offliner {
         let dev = (&**dev).into();
         let offliner = try_pin_init!(Self {
             dev,
-            settings,
+            settings: settings.clone(),
             most_ready,
             end,
             waker,

@@ -59,8 +59,7 @@ use crate::{
             task::{
                 new_slot,
                 Job,
-                Task,
-                TaskQueue, //
+                Task, //
             }, //
         }, //
     },
@@ -121,22 +120,14 @@ impl Hinting {
     pub(super) fn new(setup: &Setup<'_, '_>, queue: HintQueue) -> Result<Arc<Task<Self>>> {
         let slot = new_slot!(c"virtio_balloon_rs_hint", setup.tasks)?;
         let held = BlockRangeSet::new(queue.size() * RANGES_PER_ENTRY)?;
-        let offliner = match setup.settings.memory_blocks() {
-            true => {
-                let slot_for_blocks =
-                    |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_hint_blocks", tasks);
-                let settings = setup.settings.clone();
-                Offliner::new(
-                    slot_for_blocks,
-                    setup.dev,
-                    settings,
-                    usize::MAX,
-                    u64::MAX,
-                    slot.waker(),
-                )?
-            }
-            false => None,
-        };
+        let offliner = Offliner::new(
+            |tasks| new_slot!(c"virtio_balloon_rs_hint_blocks", tasks),
+            setup.dev,
+            &setup.settings,
+            usize::MAX,
+            u64::MAX,
+            slot.waker(),
+        )?;
         let worker = Worker::new(setup.dev, queue, offliner.clone())?;
         let hinting = try_pin_init!(Self {
             byte_order: setup.dev.byte_order(),
@@ -178,7 +169,9 @@ impl Hinting {
 
         while let Some((buffer, _)) = worker.queue.next_used() {
             self.oom_timeout.progress();
-            let Either::Right(range) = buffer else { continue };
+            let Either::Right(range) = buffer else {
+                continue;
+            };
 
             let pages = range.len();
             worker.in_flight -= pages;

@@ -24,8 +24,7 @@ use crate::{
         virtio,
         work::task::{
             new_slot,
-            Task,
-            TaskQueue, //
+            Task, //
         }, //
     },
     sources::memory_blocks::Offliner, //
@@ -63,22 +62,14 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
     };
     let slot = new_slot!(c"virtio_balloon_rs_requests", setup.tasks)?;
     let waker = slot.waker();
-    let offliner = match setup.settings.memory_blocks() {
-        true => {
-            let slot_for_blocks =
-                |tasks: &Arc<TaskQueue>| new_slot!(c"virtio_balloon_rs_discard", tasks);
-            let settings = setup.settings.clone();
-            Offliner::new(
-                slot_for_blocks,
-                setup.dev,
-                settings,
-                MOST_READY,
-                u64::MAX,
-                waker.clone(),
-            )?
-        }
-        false => None,
-    };
+    let offliner = Offliner::new(
+        |tasks| new_slot!(c"virtio_balloon_rs_discard", tasks),
+        setup.dev,
+        &setup.settings,
+        MOST_READY,
+        u64::MAX,
+        waker.clone(),
+    )?;
     let inner = Inner::new(setup.dev, queue)?;
     let requests = try_pin_init!(HostRequests {
         inner <- new_mutex!(inner, "HostRequests::inner"),
