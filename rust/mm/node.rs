@@ -137,7 +137,8 @@ impl Node {
         read!(self, node_present_pages)
     }
 
-    /// Returns how many kernel pages watermark boosts of its zones reserve.
+    /// Returns how many kernel pages the kernel reserves for itself: the high watermarks of its
+    /// zones, boosts included, and their lowmem reserves.
     pub(super) fn reserved_pages(self) -> usize {
         read!(self, totalreserve_pages)
     }
