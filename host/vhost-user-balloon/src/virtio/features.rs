@@ -64,6 +64,12 @@ impl Feature {
         }
     }
 
+    /// Whether it is not in the specification (docs/protocol.md, section 1). Users choose all extensions or none, so
+    /// the command line has no value for one.
+    fn is_extension(self) -> bool {
+        self.to_possible_value().is_none()
+    }
+
     /// Whether it is in a set of features.
     pub const fn is_in(self, features: u64) -> bool {
         features & self.mask() != 0
@@ -87,13 +93,6 @@ impl fmt::Display for Feature {
     }
 }
 
-/// The features that are not in the specification (docs/protocol.md, section 1).
-const EXTENSIONS: [Feature; 3] = [
-    Feature::PageSets,
-    Feature::HostRequests,
-    Feature::StopReason,
-];
-
 /// The names of the features in a set.
 pub fn names(features: u64) -> Vec<String> {
     Feature::ALL
@@ -105,16 +104,10 @@ pub fn names(features: u64) -> Vec<String> {
 
 /// The offered features: these, and the mandatory ones.
 pub fn offer(features: &[Feature], extensions: bool) -> u64 {
-    let chosen = features.iter().fold(0, |set, feature| set | feature.mask());
-    let extensions = if extensions {
-        EXTENSIONS
-            .iter()
-            .fold(0, |set, feature| set | feature.mask())
-    } else {
-        0
-    };
-    chosen
-        | extensions
+    let offered =
+        |feature: &Feature| features.contains(feature) || (extensions && feature.is_extension());
+    let set = Feature::ALL.iter().filter(|feature| offered(feature));
+    set.fold(0, |set, feature| set | feature.mask())
         | (1 << VIRTIO_F_VERSION_1)
         | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
 }
@@ -122,7 +115,8 @@ pub fn offer(features: &[Feature], extensions: bool) -> u64 {
 /// How much of the configuration space a driver may read, in bytes.
 pub fn config_size(features: u64) -> usize {
     let has = |feature: Feature| feature.is_in(features);
-    if EXTENSIONS.iter().any(|&feature| has(feature)) {
+    let mut extensions = Feature::ALL.iter().filter(|feature| feature.is_extension());
+    if extensions.any(|&feature| has(feature)) {
         config::SIZE
     } else if has(Feature::PagePoison) {
         config::DISCARD_GRANULE
