@@ -82,3 +82,29 @@ fn traces_name_each_request_and_status() -> Result<()> {
     assert!(checked > 5, "only {checked} names in the header");
     Ok(())
 }
+
+#[test]
+fn a_feature_takes_each_queue() -> Result<()> {
+    let mut files = Vec::new();
+    for folder in ["balloon", "features"] {
+        find(&checkout().join(folder), &mut files)?;
+    }
+    let mut features = String::new();
+    for path in &files {
+        features += &fs::read_to_string(path)?;
+    }
+    let queues = fs::read_to_string(checkout().join("device/queues.rs"))?;
+    let (_, table) = queues
+        .split_once("\nqueues! {")
+        .context("no table of queues")?;
+    let (table, _) = table.split_once("\n}").context("the table does not end")?;
+    let entries = table.lines().filter_map(|line| line.split_once(" = c\""));
+    let mut checked = 0;
+    for (queue, _) in entries {
+        let take = format!("queues.take(Queue::{})", queue.trim());
+        assert!(features.contains(&take), "no feature has {take}");
+        checked += 1;
+    }
+    assert!(checked > 5, "only {checked} queues");
+    Ok(())
+}
