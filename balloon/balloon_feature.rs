@@ -131,15 +131,15 @@ impl Feature for BalloonFeature {
     }
 
     fn quiesce(&self, begin: Instant<Monotonic>) -> Result {
-        teardown::before_reset(&self.task, begin)
+        teardown::quiesce(&self.task, begin)
     }
 
     fn shutdown(&self) {
-        teardown::shut_down(&self.task);
+        teardown::shutdown(&self.task);
     }
 
-    fn reclaim(&self) {
-        teardown::reclaim(&self.task);
+    fn after_reset(&self) {
+        teardown::after_reset(&self.task);
     }
 
     fn restore(&self, dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {

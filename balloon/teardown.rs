@@ -35,7 +35,7 @@ use kernel::{
 /// # Errors
 ///
 /// `ETIMEDOUT` if the device did not respond in time.
-pub(super) fn before_reset(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
+pub(super) fn quiesce(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     // The caller does the task's work from here on. While the system suspends, the task would
     // not run.
     task.stop();
@@ -89,7 +89,7 @@ fn is_over(task: &Task<Balloon>, worker: &Worker) -> bool {
 }
 
 /// Stops all work: the system shuts down.
-pub(super) fn shut_down(task: &Task<Balloon>) {
+pub(super) fn shutdown(task: &Task<Balloon>) {
     task.stop();
     if let Some(offliner) = &task.offliner {
         offliner.stop();
@@ -98,7 +98,7 @@ pub(super) fn shut_down(task: &Task<Balloon>) {
 
 /// Frees the pages that an unresponsive device has withheld. It was reset, so there is no balloon
 /// any more.
-pub(super) fn reclaim(balloon: &Balloon) {
+pub(super) fn after_reset(balloon: &Balloon) {
     while !balloon.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
 
     balloon.worker.lock().inflate.detach_unused();

@@ -80,16 +80,12 @@ impl<F: FeatureList> virtio::Driver for Driver<F> {
         bound.config_changed();
     }
 
-    fn unbind(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
+    fn quiesce(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
         bound.quiesce();
     }
 
-    fn freeze(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
-        bound.quiesce();
-    }
-
-    fn frozen(bound: &BoundDevice) {
-        bound.suspended();
+    fn after_reset(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
+        bound.after_reset();
     }
 
     fn restore(dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) -> Result {
@@ -97,6 +93,6 @@ impl<F: FeatureList> virtio::Driver for Driver<F> {
     }
 
     fn shutdown(_dev: &virtio::Device<Core<'_>>, bound: &BoundDevice) {
-        bound.shut_down();
+        bound.shutdown();
     }
 }

@@ -64,9 +64,9 @@ pub(crate) trait Feature: Send + Sync {
     /// Ends all work, and leaves the memory where it is: the system shuts down.
     fn shutdown(&self) {}
 
-    /// The device was reset after [`quiesce`](Self::quiesce) for a suspend. Frees the buffers that
-    /// the device still owned.
-    fn reclaim(&self) {}
+    /// The device was reset after [`quiesce`](Self::quiesce). Frees the buffers that the device
+    /// still owned.
+    fn after_reset(&self) {}
 
     /// Continues with the same device after a reset: takes its queues out of `queues`.
     ///

@@ -2,8 +2,8 @@
 
 //! Unbind, suspend and shutdown of a device, and its return from suspend.
 //!
-//! The virtio layer resets the device after [`BoundDevice::quiesce`] and [`BoundDevice::shut_down`]. After an
-//! unbind it then drops the [`BoundDevice`], with the memory that the device still owned.
+//! The virtio layer resets the device after [`BoundDevice::quiesce`] and [`BoundDevice::shutdown`].
+//! An unbind and a suspend take the same steps. After an unbind the layer drops the [`BoundDevice`].
 
 #![forbid(unsafe_code)]
 
@@ -36,10 +36,12 @@ impl BoundDevice {
         }
     }
 
-    /// Frees the buffers that the device still owned before its reset: it may take long until the
-    /// device is restored, or fail.
-    pub(crate) fn suspended(&self) {
-        self.features.iter().for_each(|feature| feature.reclaim());
+    /// Frees the buffers that the device still owned before its reset: after a suspend it may take
+    /// long until the device is restored, or fail.
+    pub(crate) fn after_reset(&self) {
+        self.features
+            .iter()
+            .for_each(|feature| feature.after_reset());
     }
 
     /// Continues after a suspend with the same device.
@@ -66,7 +68,7 @@ impl BoundDevice {
     }
 
     /// Ends all work, and leaves the memory where it is.
-    pub(crate) fn shut_down(&self) {
+    pub(crate) fn shutdown(&self) {
         self.features.iter().for_each(|feature| feature.shutdown());
     }
 }

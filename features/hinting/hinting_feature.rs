@@ -117,7 +117,7 @@ impl Feature for Hints {
             .for_each(|offliner| offliner.stop());
     }
 
-    fn reclaim(&self) {
+    fn after_reset(&self) {
         let mut worker = self.task.worker.lock();
 
         worker.in_flight = 0;

@@ -108,7 +108,7 @@ impl Feature for Task<HostRequests> {
         self.offliner.iter().for_each(|offliner| offliner.stop());
     }
 
-    fn reclaim(&self) {
+    fn after_reset(&self) {
         drop(self.inner.lock().queue.detach_unused());
     }
 

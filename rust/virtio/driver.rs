@@ -5,9 +5,9 @@
 //! The life cycle of a device, which the [`Adapter`] controls:
 //!
 //! - bind: [`Driver::validate`], [`Driver::probe`], the device is made ready, [`Driver::ready`];
-//! - unbind: [`Driver::unbind`], the device is revoked, reset, and its virtqueues are deleted;
-//! - suspend: [`Driver::freeze`], then as for unbind, [`Driver::frozen`]; resume:
-//!   [`Driver::restore`], then as for bind;
+//! - unbind: [`Driver::quiesce`], the device is revoked, reset, and its virtqueues are deleted,
+//!   [`Driver::after_reset`], the data is dropped;
+//! - suspend: the same, but the data remains; resume: [`Driver::restore`], then as for bind;
 //! - shutdown: [`Driver::shutdown`], the device is revoked and reset.
 //!
 //! "Revoked" means that every handle to the device, a [`Config`](super::Config) or a
@@ -88,6 +88,13 @@ impl<'a, T: Driver> DeviceAndData<'a, T> {
         binding.make_ready();
 
         T::ready(self.dev, self.data);
+    }
+
+    /// Ends the I/O with the device, and resets it.
+    fn reset(&self) {
+        T::quiesce(self.dev, self.data);
+        self.dev.close();
+        T::after_reset(self.dev, self.data);
     }
 }
 
@@ -196,10 +203,7 @@ impl<T: Driver> Adapter<T> {
     /// that `probe_callback` has bound the driver to, and that stays bound meanwhile.
     unsafe extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
         // SAFETY: By the requirements of this function.
-        let DeviceAndData { dev, data } = unsafe { DeviceAndData::<T>::new(vdev) };
-
-        T::unbind(dev, data);
-        dev.close();
+        unsafe { DeviceAndData::<T>::new(vdev) }.reset();
     }
 
     /// # Safety
@@ -215,11 +219,7 @@ impl<T: Driver> Adapter<T> {
     /// As for `remove_callback`.
     unsafe extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: By the requirements of this function.
-        let DeviceAndData { dev, data } = unsafe { DeviceAndData::<T>::new(vdev) };
-
-        T::freeze(dev, data);
-        dev.close();
-        T::frozen(data);
+        unsafe { DeviceAndData::<T>::new(vdev) }.reset();
         0
     }
 
@@ -376,18 +376,13 @@ pub(crate) trait Driver: 'static {
     /// The device has changed its configuration space. Runs in interrupt context.
     fn config_changed(_data: &Self::Data<'_>) {}
 
-    /// Virtio driver unbind.
-    ///
-    /// Ends the I/O with the device, which is revoked and reset afterwards. The rest is released
-    /// when the data is dropped.
-    fn unbind<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
+    /// Ends the I/O with the device, which is revoked and reset afterwards: the driver is unbound,
+    /// or the system suspends.
+    fn quiesce<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
 
-    /// Like [`unbind`](Self::unbind), but the data remains.
-    fn freeze<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
-
-    /// The device was reset after [`freeze`](Self::freeze). Frees the buffers that it still owned:
-    /// it may take long until the device is restored, or fail.
-    fn frozen(_data: &Self::Data<'_>) {}
+    /// The device was reset after [`quiesce`](Self::quiesce). Frees the buffers that it still
+    /// owned: after a suspend it may take long until the device is restored, or fail.
+    fn after_reset<'bound>(_dev: &'bound Device<device::Core<'_>>, _data: &Self::Data<'bound>) {}
 
     /// Finds the virtqueues again and replaces the old ones.
     ///
