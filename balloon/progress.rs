@@ -11,6 +11,7 @@ use crate::{
 
 use core::mem;
 use kernel::time::{
+    Delta,
     Instant,
     Monotonic, //
 };
@@ -64,7 +65,12 @@ impl Progress {
 
     /// Returns whether the device has made no progress for too long.
     pub(super) fn is_unresponsive(&self) -> bool {
-        self.last.elapsed() > timeouts::UNRESPONSIVE
+        self.has_stalled(timeouts::UNRESPONSIVE)
+    }
+
+    /// Returns whether the device has made no progress for longer than `timeout`.
+    pub(super) fn has_stalled(&self, timeout: Delta) -> bool {
+        self.last.elapsed() > timeout
     }
 
     /// Records whether the device knows all migrations. Returns whether it does not get to know

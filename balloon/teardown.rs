@@ -29,7 +29,7 @@ use kernel::{
 /// Stops the task, deflates the balloon and notifies the device, for as long as the device makes
 /// progress. For when the device is about to be reset.
 ///
-/// Waits at most [`timeouts::UNRESPONSIVE`] for progress, and until [`timeouts::TEARDOWN`] after
+/// Waits at most [`timeouts::TEARDOWN_STALL`] for progress, and until [`timeouts::TEARDOWN`] after
 /// `begin` in all. The remaining pages are freed when the balloon is dropped.
 ///
 /// # Errors
@@ -65,7 +65,9 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
         match task.advance(&mut worker) {
             Err(_) => return Some(Ok(())),
             Ok(_) if is_over(task, &worker) => return Some(Ok(())),
-            Ok(_) if worker.progress.is_unresponsive() => return Some(Err(ETIMEDOUT)),
+            Ok(_) if worker.progress.has_stalled(timeouts::TEARDOWN_STALL) => {
+                return Some(Err(ETIMEDOUT))
+            },
             Ok(Some(0)) if begin.elapsed() <= timeouts::TEARDOWN => (),
             Ok(_) => return None,
         }

@@ -9,9 +9,13 @@ use kernel::time::{
     Msecs, //
 };
 
-/// How long a device may make no progress before it counts as unresponsive. Then teardown ends, the
-/// system may suspend, and page migration is refused.
+/// How long a device may make no progress before it counts as unresponsive. Then the system may
+/// suspend, and page migration is refused.
 pub(crate) const UNRESPONSIVE: Delta = Delta::from_millis(2_000);
+
+/// How long teardown waits for a device that makes no progress: on unbind, unplug and `rmmod`, and
+/// before a suspend, which also waits for a report of free pages.
+pub(crate) const TEARDOWN_STALL: Delta = Delta::from_millis(2_000);
 
 /// The longest teardown, for a device that makes progress. It starts with the first feature, and
 /// includes memory blocks that tasks are still taking. The reset that follows discards
@@ -43,6 +47,10 @@ pub(crate) const MIGRATION_RETRY: Delta = Delta::from_micros(200);
 /// How long teardown waits for pages that the kernel has isolated for page migration. After that a
 /// thread waits.
 pub(crate) const MIGRATION_AT_END: Delta = Delta::from_millis(2_000);
+
+/// How long memory offlining waits for the device: for the messages in flight, and then for those
+/// about the blocks that leave the balloon.
+pub(crate) const GOING_OFFLINE: Delta = Delta::from_millis(2_000);
 
 /// The interval at which a task polls for used buffers without an interrupt.
 pub(crate) const MISSED_INTERRUPT: Msecs = 1_000;

@@ -132,12 +132,12 @@ impl Report for Reports {
 }
 
 impl Reports {
-    /// Waits until no report is in flight, but not longer than [`timeouts::UNRESPONSIVE`]. Returns
+    /// Waits until no report is in flight, but not longer than [`timeouts::TEARDOWN_STALL`]. Returns
     /// whether none is.
     fn settle(&self) -> bool {
         let is_settled = || self.queue.try_lock().map(|_| ());
 
-        poll_timeout(timeouts::UNRESPONSIVE, is_settled).is_some()
+        poll_timeout(timeouts::TEARDOWN_STALL, is_settled).is_some()
     }
 }
 

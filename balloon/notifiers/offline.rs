@@ -36,7 +36,7 @@ impl GoingOffline for Task<Balloon> {
         }
         // A block may be in flight to the balloon. And the kernel retries without end to migrate
         // order-0 pages that cannot be migrated: those that the device has not acknowledged.
-        poll_timeout(timeouts::UNRESPONSIVE, || {
+        poll_timeout(timeouts::GOING_OFFLINE, || {
             let answers =
                 worker.inflate.collect(&self.pages) + deflate::collect(&self.deflate, &self.pages);
             // The device need not interrupt for a buffer that was taken before.
@@ -62,7 +62,7 @@ impl GoingOffline for Task<Balloon> {
             return all.then_some(()).ok_or(EBUSY);
         }
 
-        let acknowledged = poll_timeout(timeouts::UNRESPONSIVE, || {
+        let acknowledged = poll_timeout(timeouts::GOING_OFFLINE, || {
             deflate::is_acknowledged(&self.deflate, &self.pages).then_some(())
         });
         if acknowledged.is_some() {
