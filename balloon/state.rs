@@ -56,7 +56,7 @@ use crate::{
                 Task, //
             },
             wakeup::{
-                Signal,
+                WakeReason,
                 WakeupSource, //
             }, //
         }, //
@@ -105,7 +105,8 @@ pub(crate) struct Balloon {
     /// Takes memory blocks, if the kernel zeroes the memory that it allocates.
     pub(super) offliner: Option<Arc<Task<Offliner>>>,
 
-    /// The state that only the task uses.
+    /// The state of the control loop. Its task holds the lock for a run; teardown, the notifier of
+    /// memory offlining and the status in sysfs take it, too.
     #[pin]
     pub(super) worker: Mutex<Worker>,
 
@@ -129,7 +130,7 @@ pub(crate) struct Balloon {
     start: Instant<Monotonic>,
 }
 
-/// The state that only the task uses.
+/// The state of the control loop.
 pub(super) struct Worker {
     pub(super) config: ConfigSpace,
     pub(super) inflate: Inflate,
@@ -247,7 +248,7 @@ impl Balloon {
     /// Notes that the device may have a new target.
     pub(crate) fn target_changed(&self) {
         self.events.target_changed();
-        self.wakeup.raise(Signal::Target);
+        self.wakeup.hold(WakeReason::Target);
     }
 
     /// The device's target, in kernel pages, as it was read last.
@@ -282,13 +283,13 @@ impl Balloon {
 
         // `target_changed` may have come in between.
         if self.events.has_target_changed() {
-            self.wakeup.raise(Signal::Target);
+            self.wakeup.hold(WakeReason::Target);
         }
     }
 
     /// Allows the system to suspend again: the driver does not follow the target any more.
     pub(super) fn allow_suspend(&self) {
-        self.wakeup.lower(Signal::Target);
+        self.wakeup.release(WakeReason::Target);
     }
 
     /// Returns the time in milliseconds.

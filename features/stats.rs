@@ -38,7 +38,7 @@ use crate::{
                 Task, //
             },
             wakeup::{
-                Signal,
+                WakeReason,
                 WakeupSource, //
             }, //
         }, //
@@ -146,14 +146,14 @@ impl Feature for Task<Stats> {
     /// The device may have sent a request. The system stays awake until the driver has answered.
     fn queue_used(&self) {
         self.is_asked.store(true, Release);
-        self.wakeup.raise(Signal::Statistics);
+        self.wakeup.hold(WakeReason::Statistics);
         self.schedule();
     }
 
     /// Also allows the system to suspend.
     fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         self.stop();
-        self.wakeup.lower(Signal::Statistics);
+        self.wakeup.release(WakeReason::Statistics);
         Ok(())
     }
 
@@ -174,11 +174,11 @@ impl Job for Stats {
     fn run(task: &Task<Self>) {
         task.is_asked.xchg(false, Full);
         task.answer();
-        task.wakeup.lower(Signal::Statistics);
+        task.wakeup.release(WakeReason::Statistics);
 
         // The device may have sent another request in between.
         if task.is_asked.load(Acquire) {
-            task.wakeup.raise(Signal::Statistics);
+            task.wakeup.hold(WakeReason::Statistics);
         }
     }
 }

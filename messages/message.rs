@@ -193,7 +193,7 @@ pub(crate) enum Pages<M> {
     /// Pages.
     List(PageList),
     /// Migrations of pages within the balloon.
-    PendingMigrations(KVec<M>),
+    Migrations(KVec<M>),
 }
 
 /// A buffer of a virtqueue for messages.
@@ -384,8 +384,8 @@ impl<M> MessageQueue<M> {
         let Ok(message) = message else {
             return Err(migrations);
         };
-        match self.send(message, Pages::PendingMigrations(migrations)) {
-            Err(Pages::PendingMigrations(migrations)) => Err(migrations),
+        match self.send(message, Pages::Migrations(migrations)) {
+            Err(Pages::Migrations(migrations)) => Err(migrations),
             _ => Ok(()),
         }
     }

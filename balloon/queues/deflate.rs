@@ -139,7 +139,7 @@ pub(crate) fn collect(
                 drop(pages);
                 deflate.lock().leaving -= freed;
             }
-            Pages::PendingMigrations(migrations) => balloon.replacer().acknowledged_old(migrations),
+            Pages::Migrations(migrations) => balloon.replacer().acknowledged_old(migrations),
         }
         answers += 1;
     }

@@ -89,7 +89,7 @@ impl Inflate {
                     collected += pages.len();
                     balloon.insert(pages);
                 }
-                Pages::PendingMigrations(migrations) => {
+                Pages::Migrations(migrations) => {
                     balloon.replacer().acknowledged_new(migrations)
                 }
             }

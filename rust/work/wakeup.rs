@@ -21,56 +21,54 @@ use kernel::{
 
 /// Why the system stays awake.
 #[derive(Clone, Copy)]
-pub(crate) enum Signal {
+pub(crate) enum WakeReason {
     /// The balloon has not reached the target.
     Target,
     /// The driver has not answered a request for statistics.
     Statistics,
 }
 
-/// The number of signals.
-const SIGNALS: usize = 2;
+/// The number of reasons.
+const REASONS: usize = 2;
 
-/// A device's wakeup source. It keeps the system awake as long as a signal is raised, if the user
+/// A device's wakeup source. It keeps the system awake as long as there is a reason, if the user
 /// has enabled that for this device (`power/wakeup` in sysfs).
 pub(crate) struct WakeupSource {
     dev: ARef<virtio::Device>,
-    is_raised: [Atomic<bool>; SIGNALS],
+    is_held: [Atomic<bool>; REASONS],
 }
 
 impl WakeupSource {
-    /// Allows the user to enable it for `dev`. No signal is raised.
+    /// Allows the user to enable it for `dev`. There is no reason yet.
     pub(crate) fn new(dev: &virtio::Device<Core<'_>>) -> Self {
         dev.set_wakeup_capable();
         Self {
             dev: (&**dev).into(),
-            is_raised: [const { Atomic::new(false) }; SIGNALS],
+            is_held: [const { Atomic::new(false) }; REASONS],
         }
     }
 
-    /// Raises `signal`. Callable from any context.
-    pub(crate) fn raise(&self, signal: Signal) {
-        self.is_raised[signal as usize].store(true, Release);
+    /// Keeps the system awake for `reason`. Callable from any context.
+    pub(crate) fn hold(&self, reason: WakeReason) {
+        self.is_held[reason as usize].store(true, Release);
         self.dev.stay_awake();
     }
 
-    /// Takes `signal` back, however often it was raised.
-    pub(crate) fn lower(&self, signal: Signal) {
-        self.is_raised[signal as usize].xchg(false, Full);
+    /// Ends [`hold`](Self::hold) for `reason`, however often it was called.
+    pub(crate) fn release(&self, reason: WakeReason) {
+        self.is_held[reason as usize].xchg(false, Full);
         if self.is_needed() {
             return;
         }
         self.dev.relax();
-        // A signal may have been raised in between.
+        // There may be a reason again by now.
         if self.is_needed() {
             self.dev.stay_awake();
         }
     }
 
     fn is_needed(&self) -> bool {
-        self.is_raised
-            .iter()
-            .any(|is_raised| is_raised.load(Acquire))
+        self.is_held.iter().any(|is_held| is_held.load(Acquire))
     }
 }
 
