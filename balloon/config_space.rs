@@ -8,15 +8,16 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::policy::stop_reason::{
-        StopReason,
-        StopReasonReporter, //
-    },
+    balloon::policy::stop_reason::StopReason,
     device::timeouts,
     messages::balloon_page,
     rust::{
         virtio,
-        virtio_balloon, //
+        virtio_balloon::{
+            self,
+            stop_reason,
+            STOP_REASON, //
+        }, //
     }, //
 };
 
@@ -36,7 +37,8 @@ pub(super) struct ConfigSpace {
     target: u32,
     /// The size in balloon pages.
     actual: Option<u32>,
-    reporter: StopReasonReporter,
+    /// The stop reason as a number of the protocol; none if the device has no such field.
+    reason: Option<u32>,
     /// When a field was read or written last.
     accessed: Instant<Monotonic>,
 }
@@ -52,7 +54,10 @@ impl ConfigSpace {
             config: dev.config()?,
             target: 0,
             actual: None,
-            reporter: StopReasonReporter::new(dev.has_feature(virtio_balloon::F_STOP_REASON)),
+            // A device that was reset has none (docs/protocol.md, SR-V1).
+            reason: dev
+                .has_feature(virtio_balloon::F_STOP_REASON)
+                .then_some(stop_reason::NONE),
             accessed: Instant::now(),
         })
     }
@@ -92,7 +97,11 @@ impl ConfigSpace {
             self.config.write_le32(virtio_balloon::ACTUAL, actual)?;
             self.actual = Some(actual);
         }
-        self.reporter.report(&self.config, reason)?;
+        let reason = StopReason::value(reason);
+        if self.reason.is_some_and(|reported| reported != reason) {
+            self.config.write_le32(STOP_REASON, reason)?;
+            self.reason = Some(reason);
+        }
         self.accessed = Instant::now();
         Ok(())
     }

@@ -1,20 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Why the balloon is below its target: for the log, and for a device with the feature.
+//! Why the balloon is below its target: for the log, and for the device.
 //!
 //! Without it the host only sees a balloon that does not grow, and not the reason.
 
 #![forbid(unsafe_code)]
 
-use crate::rust::{
-    virtio,
-    virtio_balloon::{
-        stop_reason,
-        STOP_REASON, //
-    }, //
-};
-
-use kernel::prelude::*;
+use crate::rust::virtio_balloon::stop_reason;
 
 /// What keeps the balloon from growing.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,39 +52,5 @@ impl StopReason {
             Some(Self::AfterOom) => stop_reason::AFTER_OOM,
             Some(Self::Excluded) => stop_reason::EXCLUDED,
         }
-    }
-}
-
-/// Reports the reason to a device with the feature.
-pub(crate) struct StopReasonReporter {
-    /// Whether it has the feature.
-    wanted: bool,
-    /// The reason that was reported last.
-    reported: u32,
-}
-
-impl StopReasonReporter {
-    /// Begins with a device that was reset, whose reason is 0 (docs/protocol.md, SR-V1).
-    pub(crate) fn new(wanted: bool) -> Self {
-        Self {
-            wanted,
-            reported: stop_reason::NONE,
-        }
-    }
-
-    /// Reports `reason` to the device, unless that was reported last.
-    ///
-    /// # Errors
-    ///
-    /// `ENODEV` if it is gone.
-    pub(crate) fn report(&mut self, config: &virtio::Config, reason: Option<StopReason>) -> Result {
-        let value = StopReason::value(reason);
-
-        if self.wanted && self.reported != value {
-            config.write_le32(STOP_REASON, value)?;
-            self.reported = value;
-        }
-
-        Ok(())
     }
 }
