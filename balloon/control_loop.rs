@@ -87,7 +87,9 @@ impl Balloon {
         }
 
         // The next run takes buffers that were used in the meantime.
-        if !worker.inflate.queue.sleep() | !self.deflate.lock().queue.sleep() {
+        if !worker.inflate.queue.sleep()
+            | !self.deflate.lock().queue.sleep()
+        {
             self.queue_used();
             again = Some(0);
         }
@@ -132,15 +134,14 @@ impl Balloon {
 
     /// Begins a pause after the OOM notifier has deflated the balloon.
     fn note_oom(&self, worker: &mut Worker) {
-        let given = self.events.take_given_for_oom();
-        if given == 0 {
+        let Some(released) = self.events.take_out_of_memory() else {
             return;
-        }
+        };
         if worker.growth.fail_after_oom(self.now()) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
                 "out of memory: deflated by {} MiB, not growing for 10 seconds or longer\n",
-                mib(given)
+                mib(released)
             );
         }
     }

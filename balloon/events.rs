@@ -17,7 +17,8 @@ pub(super) struct Events {
     just_used: Atomic<bool>,
     target_changed: Atomic<bool>,
     settings_changed: Atomic<bool>,
-    given_for_oom: Atomic<usize>,
+    out_of_memory: Atomic<bool>,
+    released_for_oom: Atomic<usize>,
 }
 
 impl Events {
@@ -27,7 +28,8 @@ impl Events {
             just_used: Atomic::new(false),
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
-            given_for_oom: Atomic::new(0),
+            out_of_memory: Atomic::new(false),
+            released_for_oom: Atomic::new(0),
         }
     }
 
@@ -66,13 +68,18 @@ impl Events {
         self.settings_changed.xchg(false, Full)
     }
 
-    /// The OOM notifier has deflated the balloon by `pages` kernel pages.
-    pub(super) fn given_for_oom(&self, pages: usize) {
-        self.given_for_oom.add(pages, Relaxed);
+    /// The guest has run out of memory, and the OOM notifier has released `pages` kernel pages so
+    /// far.
+    pub(super) fn out_of_memory(&self, pages: usize) {
+        self.released_for_oom.add(pages, Relaxed);
+        self.out_of_memory.store(true, Release);
     }
 
-    /// Takes the sum of these pages.
-    pub(super) fn take_given_for_oom(&self) -> usize {
-        self.given_for_oom.xchg(0, Relaxed)
+    /// Takes [`out_of_memory`](Self::out_of_memory): the sum of these pages, if the guest has run
+    /// out of memory.
+    pub(super) fn take_out_of_memory(&self) -> Option<usize> {
+        self.out_of_memory
+            .xchg(false, Full)
+            .then(|| self.released_for_oom.xchg(0, Relaxed))
     }
 }

@@ -31,13 +31,10 @@ use kernel::{
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
 impl Task<Balloon> {
-    /// Has the balloon pause if the guest got pages back, and returns how many (kernel pages).
-    fn note_given(&self, pages: usize) -> usize {
-        if pages > 0 {
-            self.events.given_for_oom(pages);
-            self.schedule();
-        }
-        pages
+    /// Has the balloon pause, with `pages` more kernel pages released.
+    fn pause(&self, pages: usize) {
+        self.events.out_of_memory(pages);
+        self.schedule();
     }
 }
 
@@ -48,12 +45,13 @@ impl OomNotify for Task<Balloon> {
     fn out_of_memory(&self) -> usize {
         // Pages that are not in the balloon yet come first: the device need not be notified of
         // them.
-        let given = self
+        let ready = self
             .offliner
             .as_ref()
             .map_or(0, |offliner| offliner.cancel());
-        if given > 0 {
-            return self.note_given(given);
+        if ready > 0 {
+            self.pause(ready);
+            return ready;
         }
         // An allocation may be bound to a node: memory of another node would not help it.
         let there = self.pages.len_where_needed();
@@ -66,9 +64,9 @@ impl OomNotify for Task<Balloon> {
                 return 0;
             };
             // The pause begins first: the balloon would take the block again as soon as it is free.
-            let block = self.note_given(MemoryBlock::pages() as usize);
+            self.pause(0);
             return match offliner.ends_within(timeouts::OOM_BLOCK) {
-                true => block,
+                true => MemoryBlock::pages() as usize,
                 false => 0,
             };
         }
@@ -85,7 +83,9 @@ impl OomNotify for Task<Balloon> {
         );
         drop(guard);
 
-        self.note_given(released);
+        if released > 0 {
+            self.pause(released);
+        }
         if !deflate::is_awaited_out_of_memory(&self.deflate) {
             return released;
         }
