@@ -53,8 +53,8 @@ impl Balloon {
     ///
     /// `ENODEV` if the device is gone, `EIO` if a queue is broken.
     pub(super) fn advance(&self, worker: &mut Worker) -> Result<Option<Msecs>> {
-        worker.inflate.queue.wake();
-        self.deflate.lock().queue.wake();
+        worker.inflate.queue.disable_callback();
+        self.deflate.lock().queue.disable_callback();
 
         let found = self.collect_events(worker)?;
         self.note_oom(worker);
@@ -87,8 +87,8 @@ impl Balloon {
         }
 
         // The next run takes buffers that were used in the meantime.
-        if !worker.inflate.queue.sleep()
-            | !self.deflate.lock().queue.sleep()
+        if !worker.inflate.queue.enable_callback_delayed()
+            | !self.deflate.lock().queue.enable_callback_delayed()
         {
             self.queue_used();
             again = Some(0);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Page migration: compaction replaces pages of the balloon by other pages.
+//! Page migration: the kernel replaces pages of the balloon by other pages, to compact memory, for
+//! contiguous allocations, or before memory goes offline.
 //!
-//! Compaction does not wait for the device. The driver records a migration, and the balloon's task
+//! Page migration does not wait for the device. The driver records a migration, and the balloon's task
 //! reports many at once: first the new pages and, when the device has used that message, the old
 //! ones. Until then the device does not know the new pages, so they must not leave the balloon.
 //! Otherwise the device would see the deflate of such a page before its inflate, and discard the
@@ -179,7 +180,7 @@ impl PendingMigrations {
     }
 
     /// Allows or refuses migrations. The task refuses them while the balloon changes its size, so
-    /// that it reaches the target: compaction retries.
+    /// that it reaches the target: page migration retries.
     pub(crate) fn allow(&self, allowed: bool) {
         self.inner.lock().allowed = allowed;
     }
@@ -304,7 +305,7 @@ impl MigratePage for PendingMigrations {
         if result.is_ok() && is_awaited {
             self.timeout.poll(|| self.is_settled().then_some(()));
         } else if result.is_err() && may_sleep {
-            // Compaction gives up after some attempts, which take less time than the device's
+            // Page migration gives up after some attempts, which take less time than the device's
             // answer.
             fsleep(timeouts::MIGRATION_RETRY);
         }

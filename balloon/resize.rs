@@ -112,7 +112,7 @@ impl Balloon {
         if worker.growth.stopped() != Some(StopReason::Floor) {
             return;
         }
-        let with_lists = memory::available_pages() + memory::listed_pages();
+        let with_lists = memory::available_pages() + memory::pcp_pages();
         let above_floor = with_lists.saturating_sub(self.settings().floor_pages());
 
         if above_floor >= wanted.min(WORTH_DRAINING) {
@@ -250,7 +250,7 @@ impl Balloon {
         } else if self.deflate.lock().is_pending() {
             None
         } else {
-            // Only compaction, which has isolated pages of the balloon, prevents it.
+            // Only page migration, which has isolated pages of the balloon, prevents it.
             Some(timeouts::ISOLATION)
         }
     }

@@ -67,7 +67,7 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
             Ok(_) if is_over(task, &worker) => return Some(Ok(())),
             Ok(_) if worker.progress.has_stalled(timeouts::TEARDOWN_STALL) => {
                 return Some(Err(ETIMEDOUT))
-            },
+            }
             Ok(Some(0)) if begin.elapsed() <= timeouts::TEARDOWN => (),
             Ok(_) => return None,
         }

@@ -41,7 +41,7 @@ pub(crate) const OOM_HINTS: Delta = Delta::from_millis(500);
 /// until the device acknowledges some.
 pub(crate) const MIGRATION: Delta = Delta::from_millis(100);
 
-/// How long compaction waits before it tries again, when too many migrations are unreported.
+/// How long page migration waits before it tries again, when too many migrations are unreported.
 pub(crate) const MIGRATION_RETRY: Delta = Delta::from_micros(200);
 
 /// How long teardown waits for pages that the kernel has isolated for page migration. After that a
@@ -77,7 +77,7 @@ pub(crate) const REPORT_INTERVAL: Delta = Delta::from_millis(1_000);
 /// For how long a device that has used a buffer counts as responsive.
 pub(crate) const ALIVE: Msecs = 100;
 
-/// How long compaction keeps pages isolated, more or less.
+/// How long page migration keeps pages isolated, more or less.
 pub(crate) const ISOLATION: Msecs = 10;
 
 /// How long the kernel may try to take a memory block offline. A free one takes a few milliseconds.

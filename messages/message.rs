@@ -117,8 +117,8 @@ impl Format {
     }
 }
 
-/// A message, with its format. Never grows beyond its capacity: it must not allocate under its
-/// queue's lock.
+/// A message, with its format. Never grows beyond its capacity: an allocation under its queue's lock
+/// must not sleep.
 pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Encodings)>;
 
 impl Message {
@@ -431,15 +431,16 @@ impl<M> MessageQueue<M> {
         let _ = self.spare.push_within_capacity(message);
     }
 
-    /// Disables interrupts until [`sleep`](Self::sleep).
-    pub(crate) fn wake(&mut self) {
+    /// Disables interrupts until
+    /// [`enable_callback_delayed`](Self::enable_callback_delayed).
+    pub(crate) fn disable_callback(&mut self) {
         self.vq.disable_callback();
     }
 
     /// Requests an interrupt when the device has used most buffers in flight. Returns false if it
     /// has already.
     #[must_use]
-    pub(crate) fn sleep(&mut self) -> bool {
+    pub(crate) fn enable_callback_delayed(&mut self) -> bool {
         if self.in_flight() == 0 {
             self.spare.truncate(RESERVE);
         }

@@ -3,7 +3,7 @@
 //! Inflating: allocates pages and sends them to the device.
 //!
 //! A page enters the balloon when the device has used the message that lists it. Until then the
-//! message owns the page, and neither deflating nor compaction can see it.
+//! message owns the page, and neither deflating nor page migration can see it.
 //!
 //! Specification: clause 5.5.6.1, Driver Requirements: Device Operation.
 
@@ -89,9 +89,7 @@ impl Inflate {
                     collected += pages.len();
                     balloon.insert(pages);
                 }
-                Pages::Migrations(migrations) => {
-                    balloon.replacer().acknowledged_new(migrations)
-                }
+                Pages::Migrations(migrations) => balloon.replacer().acknowledged_new(migrations),
             }
         }
 

@@ -159,8 +159,8 @@ impl ReserveGuard {
 
 /// Returns the free kernel pages on the per-CPU page lists, which [`available_pages`] does not
 /// count.
-pub(crate) fn listed_pages() -> usize {
-    Zone::all().map(Zone::listed_pages).sum()
+pub(crate) fn pcp_pages() -> usize {
+    Zone::all().map(Zone::pcp_pages).sum()
 }
 
 /// Returns whether the page `pfn` (of a kernel page) is marked as offline.

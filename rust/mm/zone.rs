@@ -195,7 +195,7 @@ impl Zone {
 
     /// Returns how many free kernel pages are on the per-CPU page lists. Reads the counters without
     /// their locks, so the result is an estimate.
-    pub(super) fn listed_pages(self) -> usize {
+    pub(super) fn pcp_pages(self) -> usize {
         let lists = read!(self, per_cpu_pageset);
         // SAFETY: The zone has such lists for each CPU.
         let listed = |cpu| unsafe {

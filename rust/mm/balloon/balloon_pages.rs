@@ -42,7 +42,7 @@ const PAGES_PER_NODE: usize = 1 << (26 - PAGE_SHIFT);
 ///
 /// # Invariants
 ///
-/// The pages of `nodes` are on the node with that number, unless compaction has migrated them
+/// The pages of `nodes` are on the node with that number, unless the kernel has migrated them
 /// since.
 pub(crate) struct BalloonPages<R: MigratePage> {
     nodes: KVec<Pin<KBox<NodePages<R>>>>,
@@ -123,7 +123,7 @@ impl<R: MigratePage> BalloonPages<R> {
     /// are short of memory if `where_needed` is set, and in any case of the one with the largest
     /// share of its memory in the balloon.
     ///
-    /// Returns none if there are none, or if compaction has isolated all of the rest.
+    /// Returns none if there are none, or if all of the rest is isolated for migration.
     pub(crate) fn take(&self, max: usize, max_blocks: usize, where_needed: bool) -> PageList {
         let max = match self.nodes.len() {
             1 => max,

@@ -122,7 +122,7 @@ impl Blocks {
     }
 }
 
-/// Pages of one node that are in the balloon. Compaction may migrate them if `R` agrees: pages that
+/// Pages of one node that are in the balloon. The kernel may migrate them if `R` agrees: pages that
 /// it migrates to other nodes stay here.
 ///
 /// Lock order: the core takes its `balloon_pages_lock`, a spinlock, inside all of these functions.
@@ -130,7 +130,7 @@ impl Blocks {
 ///
 /// # Invariants
 ///
-/// `info` is initialised, and `base_pages` pages are on its list or isolated from it by compaction.
+/// `info` is initialised, and `base_pages` pages are on its list or isolated from it for migration.
 /// The owner of `blocks` is the address of this.
 //
 // The alignment leaves room for an order in the address. The core stores the address of `info` in
@@ -306,7 +306,7 @@ impl<R: MigratePage> NodePages<R> {
     /// Takes up to `max` pages (kernel pages) out: up to `max_blocks` blocks that fit, otherwise up
     /// to the same number of order-0 pages.
     ///
-    /// Returns none if there are none, or if compaction has isolated all of the rest.
+    /// Returns none if there are none, or if all of the rest is isolated for migration.
     pub(in crate::rust::mm) fn take(&self, max: usize, max_blocks: usize) -> PageList {
         let mut pages = PageList::new();
 

@@ -35,12 +35,12 @@ pub(crate) trait MigratePage: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `EAGAIN` to refuse the migration for now. The balloon does not change then, and compaction
+    /// `EAGAIN` to refuse the migration for now. The balloon does not change then, and the kernel
     /// retries a few times.
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
 }
 
-/// A page of a balloon that compaction migrates.
+/// A page of a balloon that the kernel migrates.
 ///
 /// # Invariants
 ///

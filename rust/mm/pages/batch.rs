@@ -208,7 +208,7 @@ impl Batch {
     ///
     /// With `unsplit`, and from the size of a pageblock on, it stays a block, which cannot fragment
     /// memory. Such a block never comes from `ZONE_MOVABLE` or CMA, where the kernel relies on
-    /// movable pages. Otherwise it is split into order-0 pages, which compaction can migrate.
+    /// movable pages. Otherwise it is split into order-0 pages, which the kernel can migrate.
     ///
     /// With an `order` of 0 it allocates up to `wanted` order-0 pages, several at once, which is
     /// much cheaper for each of them. Only these allocations reclaim memory, and lightly: blocks do
