@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * C that Rust cannot call: static inline functions and macros. As in the kernel's rust/helpers/,
- * the bindings have them without the prefix. bindgen reads this file, too.
+ * C that Rust cannot call: static inline functions and macros, and two loops over struct pages. As
+ * in the kernel's rust/helpers/, the bindings have them without the prefix. bindgen reads this
+ * file, too.
  */
 #include <linux/balloon.h>
 #include <linux/crash_dump.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tracepoints, under `events/virtio_balloon_rs` in tracefs. They cost hardly anything while they
-//! are disabled.
+//! Tracepoints, under `events/virtio_balloon_rs` in tracefs. They cost a call while they are
+//! disabled. The kernel crate's `declare_trace!` would test a static key instead, but it looks for
+//! the tracepoints in that crate's bindings, where those of a module are not.
 //!
 //! C header: `trace.h`
 

@@ -66,7 +66,7 @@ pub(crate) const RANGES_PER_ENTRY: usize = 8;
 /// A virtqueue for hints: ids and memory.
 pub(super) type HintQueue = Virtqueue<Either<KVec<u32>, BlockRange>>;
 
-/// The state that only the task uses.
+/// The state of the task. OOM notifiers use it, too, if they get its lock at once.
 pub(super) struct Worker {
     pub(super) config: virtio::Config,
     pub(super) queue: HintQueue,

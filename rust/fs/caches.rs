@@ -15,7 +15,8 @@ use kernel::{
     }, //
 };
 
-/// Whether a [`CacheDropper`] exists.
+/// Whether a [`CacheDropper`] exists. A mutex cannot serve here: one thread takes the right, and
+/// another one releases it.
 static IS_DROPPING: Atomic<bool> = Atomic::new(false);
 
 /// The right to drop caches, which one caller at a time has.

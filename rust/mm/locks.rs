@@ -49,8 +49,9 @@ global_lock! {
         Atomic::new(core::ptr::null_mut());
 }
 
-/// Makes the locks usable. To be called when the module is loaded.
+/// Makes the locks usable. To be called when the module is loaded; further calls have no effect.
 pub(crate) fn init() {
+    // A safe function may be called twice, and the locks must not be initialised twice.
     static IS_DONE: Atomic<bool> = Atomic::new(false);
 
     if !IS_DONE.xchg(true, Relaxed) {

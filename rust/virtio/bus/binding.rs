@@ -8,7 +8,8 @@
 //! `Devres` of the `kernel` crate does not fit here. It revokes when the driver is unbound. A
 //! virtio device is also reset for suspend, on shutdown, and when it does not respond, while the
 //! driver stays bound. And the driver enters with a spinlock held and from the OOM notifier, while
-//! another thread revokes. An SRCU read section costs two per-CPU counters, and may sleep.
+//! another thread revokes. Neither does `Revocable`: its read sections must not sleep, and those of
+//! the driver do. An SRCU read section costs two per-CPU counters, and may sleep.
 //!
 //! C header: [`include/linux/srcu.h`](srctree/include/linux/srcu.h)
 
