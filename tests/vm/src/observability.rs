@@ -117,8 +117,8 @@ fn check_request(guest: &Guest) -> Result<()> {
 fn check_refused(setup: &Setup, guest: &Guest) -> Result<()> {
     for (parameter, line) in [
         (
-            "encoding=3",
-            "encoding=3: give 0, the number of an encoding, or 255",
+            "encoding=254",
+            "encoding=254: give 0, the number of an encoding, or 255",
         ),
         ("floor_mib=-2", "floor_mib=-2: give a number of MiB, or -1"),
     ] {

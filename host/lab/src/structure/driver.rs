@@ -83,6 +83,19 @@ fn traces_name_each_request_and_status() -> Result<()> {
     Ok(())
 }
 
+/// The lines of the driver's table of queues.
+fn table_of_queues() -> Result<Vec<String>> {
+    let queues = fs::read_to_string(checkout().join("device/queues.rs"))?;
+    let (_, table) = queues
+        .split_once("\nqueues! {")
+        .context("no table of queues")?;
+    let (table, _) = table.split_once("\n}").context("the table does not end")?;
+    let entries = table.lines().filter(|line| line.contains(" = c\""));
+    let entries: Vec<_> = entries.map(str::to_owned).collect();
+    assert!(entries.len() > 5, "only {} queues", entries.len());
+    Ok(entries)
+}
+
 #[test]
 fn a_feature_takes_each_queue() -> Result<()> {
     let mut files = Vec::new();
@@ -93,18 +106,26 @@ fn a_feature_takes_each_queue() -> Result<()> {
     for path in &files {
         features += &fs::read_to_string(path)?;
     }
-    let queues = fs::read_to_string(checkout().join("device/queues.rs"))?;
-    let (_, table) = queues
-        .split_once("\nqueues! {")
-        .context("no table of queues")?;
-    let (table, _) = table.split_once("\n}").context("the table does not end")?;
-    let entries = table.lines().filter_map(|line| line.split_once(" = c\""));
-    let mut checked = 0;
-    for (queue, _) in entries {
+    for entry in table_of_queues()? {
+        let (queue, _) = entry.split_once(" = ").context("no name")?;
         let take = format!("queues.take(Queue::{})", queue.trim());
         assert!(features.contains(&take), "no feature has {take}");
-        checked += 1;
     }
-    assert!(checked > 5, "only {checked} queues");
+    Ok(())
+}
+
+#[test]
+fn driver_and_daemon_have_the_queues_in_one_order() -> Result<()> {
+    let daemon = fs::read_to_string(checkout().join("host/vhost-user-balloon/src/virtio/kind.rs"))?;
+    let of_daemon = daemon.lines().filter_map(|line| {
+        let (_, bit) = line.split_once(" => VIRTIO_BALLOON_")?;
+        Some(bit.trim_end_matches(','))
+    });
+    let table = table_of_queues()?;
+    let of_driver = table.iter().filter_map(|entry| {
+        let (_, bit) = entry.split_once("virtio_balloon::")?;
+        Some(bit.trim_end_matches(");"))
+    });
+    assert_eq!(of_driver.collect::<Vec<_>>(), of_daemon.collect::<Vec<_>>());
     Ok(())
 }

@@ -284,7 +284,7 @@ fn nothing_is_done_for_malformed_messages() {
         with(|message| message.page_shift = 64),
         with(|message| message.page_shift = u8::MAX),
         with(|message| message.encoding = 0),
-        with(|message| message.encoding = 3),
+        with(|message| message.encoding = 254),
         with(|message| message.flags = 2),
         with(|message| message.request_id = 1),
         with(|message| message.first_pfn = 0x100),
