@@ -35,10 +35,20 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
         only.unwrap_or_default(),
         all_names().join(", ")
     );
-    let artifacts = setup::prepare(&places, Kernel::Test)?;
+    let kernels: Vec<_> = wanted.iter().map(|benchmark| benchmark.kernel).collect();
+    let mut prepared: Vec<(Kernel, Artifacts)> = Vec::new();
+    for kernel in kernels {
+        if !prepared.iter().any(|&(this, _)| this == kernel) {
+            prepared.push((kernel, setup::prepare(&places, kernel)?));
+        }
+    }
     let mut good = true;
     for benchmark in wanted {
-        let records = match run_one(&places, benchmark, &artifacts, guests) {
+        let artifacts = prepared
+            .iter()
+            .find(|(kernel, _)| *kernel == benchmark.kernel);
+        let (_, artifacts) = artifacts.context("each kernel was prepared")?;
+        let records = match run_one(&places, benchmark, artifacts, guests) {
             Ok(records) => records,
             Err(error) => {
                 println!("{}: {error:#}", benchmark.names.join(", "));

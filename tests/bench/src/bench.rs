@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 
 use anyhow::Result;
-use vm::{Accel, Artifacts, Config};
+use vm::{Accel, Artifacts, Config, Kernel};
 
 use crate::claim::Claim;
 use crate::contestant::Contestant;
@@ -15,6 +15,8 @@ use crate::record::{Record, Run, Subject};
 pub struct Benchmark {
     /// The names of its records. The records of one benchmark come from the same guests.
     pub names: &'static [&'static str],
+    /// The kernel of its guests.
+    pub kernel: Kernel,
     /// The question that it answers.
     pub answers: &'static str,
     /// Does it.

@@ -3,7 +3,7 @@
 //! Guests whose free memory is isolated pages.
 
 use anyhow::{Context, Result};
-use vm::Size;
+use vm::{Kernel, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
@@ -12,6 +12,7 @@ use crate::record::{Record, Run, Subject, measure};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-fragmented"],
+    kernel: Kernel::Test,
     answers: "Time to inflate by 3 of 8 GiB, where only isolated pages of 4 KiB are free, between pages in use.",
     run,
     claims,

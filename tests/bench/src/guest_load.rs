@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use vm::{Guest, Load, RunningLoad, Size};
+use vm::{Guest, Kernel, Load, RunningLoad, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::contestant::{Contestant, Device};
@@ -14,6 +14,7 @@ use crate::record::{Run, Subject};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["guest-load"],
+    kernel: Kernel::Test,
     answers: "Throughput of a co-running load, and the longest stall of a 1 kHz task, in the 3 s after a 4 GiB inflate request.",
     run,
     claims: |_| Vec::new(),

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use vm::Size;
+use vm::{Kernel, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
@@ -14,6 +14,7 @@ use crate::record::{Record, Run, Stages, Subject, measure};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-idle", "deflate-idle"],
+    kernel: Kernel::Test,
     answers: "Time to inflate and to deflate by 7 of 8 GiB, in an idle guest that has not used them.",
     run,
     claims,

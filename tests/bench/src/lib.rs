@@ -51,6 +51,7 @@ pub const BENCHMARKS: &[&Benchmark] = &[
     &snapshot::DIRTY,
     &guest_load::BENCHMARK,
     &zeroing::IDLE,
+    &zeroing::DEBIAN,
     &zeroing::IN_USE,
     &zeroing::FRAGMENTED,
 ];

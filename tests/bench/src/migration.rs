@@ -3,7 +3,7 @@
 //! Live migration with hints of free memory, on stock QEMU.
 
 use anyhow::Result;
-use vm::{Offer, Size};
+use vm::{Kernel, Offer, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
@@ -12,6 +12,7 @@ use crate::record::{Record, Run, Subject};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["migrate-idle"],
+    kernel: Kernel::Test,
     answers: "Time and copied memory of migrating an idle guest of 8 GiB.",
     run: |bench| run(bench, "migrate-idle", Size::default()),
     claims: |_| Vec::new(),
@@ -19,6 +20,7 @@ pub(crate) const IDLE: Benchmark = Benchmark {
 
 pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["migrate-dirty"],
+    kernel: Kernel::Test,
     answers: "Time and copied memory of migrating a guest of 8 GiB that has written and freed 5 GiB.",
     run: |bench| run(bench, "migrate-dirty", Size::gib(5)),
     claims,

@@ -3,7 +3,7 @@
 //! Guests of all sizes.
 
 use anyhow::Result;
-use vm::Size;
+use vm::{Kernel, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
@@ -12,6 +12,7 @@ use crate::record::{Record, Subject, measure};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-scale"],
+    kernel: Kernel::Test,
     answers: "Time to inflate by seven eighths of an idle guest's memory, by the size of the guest.",
     run,
     claims,

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use vm::{Driver, Size};
+use vm::{Driver, Kernel, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
@@ -14,6 +14,7 @@ use crate::record::{Record, Run, Subject};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["snapshot-idle"],
+    kernel: Kernel::Test,
     answers: "Time and size of a snapshot of an idle guest of 8 GiB, without and with `reclaim` before it.",
     run: |bench| run(bench, "snapshot-idle", Size::default()),
     claims: |_| Vec::new(),
@@ -21,6 +22,7 @@ pub(crate) const IDLE: Benchmark = Benchmark {
 
 pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["snapshot-dirty"],
+    kernel: Kernel::Test,
     answers: "Time and size of a snapshot of a guest of 8 GiB that has written and freed 5 GiB, without and with \
               `reclaim` before it.",
     run: |bench| run(bench, "snapshot-dirty", Size::gib(5)),

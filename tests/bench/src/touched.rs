@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use vm::{Config, Guest, Load, Size};
+use vm::{Config, Guest, Kernel, Load, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::{Claim, times};
@@ -16,6 +16,7 @@ use crate::record::{Record, Run, Subject, measure};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-touched", "deflate-touched"],
+    kernel: Kernel::Test,
     answers: "The same for memory that the guest has used, so that the host has to free it.",
     run,
     claims,

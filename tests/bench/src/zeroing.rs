@@ -3,7 +3,7 @@
 //! Guests whose kernel zeroes all memory that it allocates (`init_on_alloc=1`), as those of many distributions do.
 
 use anyhow::Result;
-use vm::{Config, Guest, Load, Size};
+use vm::{Config, Guest, Kernel, Load, Size};
 
 use crate::bench::{Bench, Benchmark};
 use crate::claim::Claim;
@@ -12,14 +12,31 @@ use crate::record::{Record, Subject, measure_peak};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["inflate-zeroing", "deflate-zeroing"],
+    kernel: Kernel::Test,
     answers: "Time to inflate and to deflate by 7 of 8 GiB in an idle guest whose kernel zeroes what it allocates \
               (`init_on_alloc=1`), and how much more memory than before the host needs on the way.",
-    run: idle,
-    claims: idle_claims,
+    run: |bench| {
+        let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM]].concat();
+        inflate_and_deflate(bench, IDLE.names, &config(bench), &contestants)
+    },
+    claims: |records| claims(records, IDLE.names),
+};
+
+pub(crate) const DEBIAN: Benchmark = Benchmark {
+    names: &["inflate-debian", "deflate-debian"],
+    kernel: Kernel::Debian,
+    answers: "The same with Debian's own kernel, with the driver of the package, and with the kernel's defaults: it \
+              zeroes what it allocates.",
+    run: |bench| {
+        let config = bench.config().using_memory().memory(MEMORY).zeroing(true);
+        inflate_and_deflate(bench, DEBIAN.names, &config, &Contestant::BALLOONS)
+    },
+    claims: |records| claims(records, DEBIAN.names),
 };
 
 pub(crate) const IN_USE: Benchmark = Benchmark {
     names: &["inflate-zeroing-in-use"],
+    kernel: Kernel::Test,
     answers: "Time to inflate by 3 of 8 GiB with such a kernel, where half of the memory is in use: data of processes, \
               page cache, and small files as after a build.",
     run: in_use,
@@ -28,6 +45,7 @@ pub(crate) const IN_USE: Benchmark = Benchmark {
 
 pub(crate) const FRAGMENTED: Benchmark = Benchmark {
     names: &["inflate-zeroing-fragmented"],
+    kernel: Kernel::Test,
     answers: "Time to inflate by 3 of 8 GiB with such a kernel, where only isolated pages of 4 KiB are free, without and \
               with memory blocks.",
     run: fragmented,
@@ -51,31 +69,36 @@ fn config(bench: &Bench<'_>) -> Config {
     config.zeroing(true).parameter("init_on_alloc=1")
 }
 
-fn idle(bench: &Bench<'_>) -> Result<()> {
+/// Measures `contestants` in guests of `config`, for the records with these `names`.
+fn inflate_and_deflate(
+    bench: &Bench<'_>,
+    names: &[&'static str],
+    config: &Config,
+    contestants: &[Contestant],
+) -> Result<()> {
     const AMOUNT: Size = Size::gib(7);
-    let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM]].concat();
-    bench.rounds(&[(RUNS, &contestants)], |contestant| {
+    bench.rounds(&[(RUNS, contestants)], |contestant| {
         let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
-        contestant.run(config(bench), AMOUNT, |guest| {
+        contestant.run(config.clone(), AMOUNT, |guest| {
             let inflate = measure_peak(guest, contestant, || contestant.inflate(guest, AMOUNT))?;
-            bench.add(subject(IDLE.names[0]), inflate);
+            bench.add(subject(names[0]), inflate);
             let deflate = measure_peak(guest, contestant, || contestant.deflate(guest, AMOUNT))?;
-            bench.add(subject(IDLE.names[1]), deflate);
+            bench.add(subject(names[1]), deflate);
             Ok(())
         })
     })
 }
 
-fn idle_claims(records: &[Record]) -> Vec<Claim> {
+fn claims(records: &[Record], names: &[&str]) -> Vec<Claim> {
     let (ours, on_qemu) = (Contestant::OURS, Contestant::ON_QEMU[0]);
     let ratios = [
-        (IDLE.names[0], ours, 1.0 / 50.0),
-        (IDLE.names[1], ours, 1.0 / 30.0),
-        (IDLE.names[0], on_qemu, 1.0 / 5.0),
+        (names[0], ours, 1.0 / 50.0),
+        (names[1], ours, 1.0 / 30.0),
+        (names[0], on_qemu, 1.0 / 5.0),
     ];
     let peaks = [ours, on_qemu]
         .into_iter()
-        .filter_map(|contestant| Claim::peak(records, IDLE.names[0], contestant, MOST_MORE));
+        .filter_map(|contestant| Claim::peak(records, names[0], contestant, MOST_MORE));
     ratios
         .into_iter()
         .filter_map(|(name, of, limit)| Claim::ratio(records, name, of, of.base(), limit))
