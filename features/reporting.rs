@@ -74,7 +74,8 @@ use kernel::{
         Arc,
         Mutex,
         SetOnce, //
-    }, //
+    },
+    time::Delta, //
 };
 
 /// A virtqueue for reports.
@@ -132,19 +133,18 @@ impl Report for Reports {
 }
 
 impl Reports {
-    /// Waits until no report is in flight, but not longer than [`timeouts::TEARDOWN_STALL`]. Returns
-    /// whether none is.
-    fn settle(&self) -> bool {
+    /// Waits until no report is in flight, but not longer than `timeout`. Returns whether none is.
+    fn settle(&self, timeout: Delta) -> bool {
         let is_settled = || self.queue.try_lock().map(|_| ());
 
-        poll_timeout(timeouts::TEARDOWN_STALL, is_settled).is_some()
+        poll_timeout(timeout, is_settled).is_some()
     }
 }
 
 impl SuspendNotify for Reports {
     fn before_suspend(&self) {
         self.sleeping.store(true, Release);
-        if !self.settle() {
+        if !self.settle(timeouts::TEARDOWN_STALL) {
             dev_warn!(
                 self.dev,
                 "the device does not return a report of free pages: resetting it for the system suspend\n"
@@ -175,7 +175,9 @@ impl GoingOffline for Reports {
     /// some before.
     fn going_offline(&self, _pfns: PfnRange) -> Result {
         self.going_offline.store(true, Release);
-        self.settle().then_some(()).ok_or(EBUSY)
+        self.settle(timeouts::GOING_OFFLINE)
+            .then_some(())
+            .ok_or(EBUSY)
     }
 
     fn offline_over(&self) {
