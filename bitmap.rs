@@ -157,8 +157,8 @@ impl Encoding {
         }
     }
 
-    /// Writes `range` to a payload with the pages `before`, which come before it. Unused words of the
-    /// payload are 0, unless these are ranges.
+    /// Writes `range` to a payload with the pages `before`, which come before it. Unused words of
+    /// the payload are 0, unless these are ranges.
     fn write(self, payload: &mut [u64], before: Extent, range: PfnRange) {
         match self {
             Self::Ranges => {
@@ -189,8 +189,8 @@ impl Encoding {
     }
 }
 
-/// The encodings that messages may have. [`page_sets`](crate::messages::page_sets) makes it from the
-/// features of the device.
+/// The encodings that messages may have. [`page_sets`](crate::messages::page_sets) makes it from
+/// the features of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Encodings(u8);
 
@@ -281,8 +281,8 @@ pub(crate) struct Subject {
 
 /// A message that is being written.
 ///
-/// The caller owns the buffers: it begins with one, continues with the next when a range does not fit
-/// any more, and may stop at any time. No operation in between can fail.
+/// The caller owns the buffers: it begins with one, continues with the next when a range does not
+/// fit any more, and may stop at any time. No operation in between can fail.
 pub(crate) struct Encoder<'a> {
     payload: &'a mut [u64],
     /// The encodings that the message may have.
@@ -326,8 +326,8 @@ impl<'a> Encoder<'a> {
     }
 
     /// Adds `range`. Returns the part for the next message: nothing, all of it, or the rest if a
-    /// single range is too long for the only allowed encoding. An empty message takes at least a page
-    /// of any range.
+    /// single range is too long for the only allowed encoding. An empty message takes at least a
+    /// page of any range.
     ///
     /// Ranges should ascend: one that does not lie after the others needs the next message.
     #[must_use]

@@ -48,8 +48,8 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// Begins a walk for blocks of 2^`min_order` pages or more in `range`, which may be empty. Up to
-    /// `blocks` of them are found under one hold of a lock.
+    /// Begins a walk for blocks of 2^`min_order` pages or more in `range`, which may be empty. Up
+    /// to `blocks` of them are found under one hold of a lock.
     ///
     /// # Errors
     ///
@@ -148,8 +148,8 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
         }
     }
 
-    /// Takes the next range, merged with adjacent ranges of the same zone, up to `max` pages. Returns
-    /// the zone with it.
+    /// Takes the next range, merged with adjacent ranges of the same zone, up to `max` pages.
+    /// Returns the zone with it.
     pub(crate) fn next_adjacent(&mut self, max: u64) -> Option<(usize, PfnRange)> {
         let first = self.first()?.first();
         let zone = self.walk.found_in;

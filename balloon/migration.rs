@@ -3,9 +3,9 @@
 //! Page migration: the kernel replaces pages of the balloon by other pages, to compact memory, for
 //! contiguous allocations, or before memory goes offline.
 //!
-//! Page migration does not wait for the device. The driver records a migration, and the balloon's task
-//! reports many at once: first the new pages and, when the device has used that message, the old
-//! ones. Until then the device does not know the new pages, so they must not leave the balloon.
+//! Page migration does not wait for the device. The driver records a migration, and the balloon's
+//! task reports many at once: first the new pages and, when the device has used that message, the
+//! old ones. Until then the device does not know the new pages, so they must not leave the balloon.
 //! Otherwise the device would see the deflate of such a page before its inflate, and discard the
 //! data of the page's next user.
 //!

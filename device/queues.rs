@@ -32,8 +32,8 @@ use kernel::{
     }, //
 };
 
-/// Defines the queues, in the order of their numbers on a device with all queues: each with its name in
-/// the kernel's log and in debugfs, and the feature that it comes with.
+/// Defines the queues, in the order of their numbers on a device with all queues: each with its
+/// name in the kernel's log and in debugfs, and the feature that it comes with.
 macro_rules! queues {
     ($($(#[$doc:meta])* $queue:ident = $name:literal, $feature:expr;)*) => {
         /// The queues of a device.

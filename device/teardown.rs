@@ -3,7 +3,8 @@
 //! Unbind, suspend and shutdown of a device, and its return from suspend.
 //!
 //! The virtio layer resets the device after [`BoundDevice::quiesce`] and [`BoundDevice::shutdown`].
-//! An unbind and a suspend take the same steps. After an unbind the layer drops the [`BoundDevice`].
+//! An unbind and a suspend take the same steps. After an unbind the layer drops the
+//! [`BoundDevice`].
 
 #![forbid(unsafe_code)]
 
@@ -24,8 +25,8 @@ use kernel::{
 
 impl BoundDevice {
     /// Returns the balloon's memory, and ends all work: the driver is unbound, or the system
-    /// suspends. The host need not keep its state of the balloon during a suspend, and a hibernation
-    /// image must not lack memory.
+    /// suspends. The host need not keep its state of the balloon during a suspend, and a
+    /// hibernation image must not lack memory.
     pub(crate) fn quiesce(&self) {
         let begin = Instant::now();
 

@@ -117,8 +117,8 @@ impl Format {
     }
 }
 
-/// A message, with its format. Never grows beyond its capacity: an allocation under its queue's lock
-/// must not sleep.
+/// A message, with its format. Never grows beyond its capacity: an allocation under its queue's
+/// lock must not sleep.
 pub(crate) type Message = Either<(KVec<u32>, ByteOrder), (KVec<u64>, Encodings)>;
 
 impl Message {

@@ -62,9 +62,9 @@ pub(crate) fn encodings(dev: &virtio::Device<Core<'_>>) -> Encodings {
         .filter(|encoding| feature(encoding).is_none_or(|feature| dev.has_feature(feature)))
 }
 
-/// Writes as many of `ranges` to `message` as there is room for, without growing it. The message has
-/// the command `command`. If `request_id` is not 0, it is a part of the answer to that request, and
-/// others follow. It has one of the encodings `allowed`. Returns the number of pages.
+/// Writes as many of `ranges` to `message` as there is room for, without growing it. The message
+/// has the command `command`. If `request_id` is not 0, it is a part of the answer to that request,
+/// and others follow. It has one of the encodings `allowed`. Returns the number of pages.
 ///
 /// # Errors
 ///

@@ -140,8 +140,8 @@ const MAX_OFFLINE: usize = 4;
 
 impl Offliner {
     /// Returns a task in `slot` that takes blocks below the page frame number `end` (of a kernel
-    /// page) for the task of `waker`. None if the settings exclude that, the page allocator does not
-    /// zero memory, or the kernel cannot take memory offline.
+    /// page) for the task of `waker`. None if the settings exclude that, the page allocator does
+    /// not zero memory, or the kernel cannot take memory offline.
     ///
     /// # Errors
     ///

@@ -89,8 +89,8 @@ impl Growth {
         self.backoff.is_failing()
     }
 
-    /// Returns after how many milliseconds to check for memory again; `None` if the balloon may grow
-    /// now: there is no pause, or it ends early. `ready` pages are in memory blocks that were
+    /// Returns after how many milliseconds to check for memory again; `None` if the balloon may
+    /// grow now: there is no pause, or it ends early. `ready` pages are in memory blocks that were
     /// taken, and `spare` returns how many are available above the reserve.
     pub(crate) fn pause(
         &self,

@@ -114,8 +114,8 @@ impl Inner {
         }
     }
 
-    /// Takes used messages and new requests. The `offliner` takes memory blocks for requests, if there
-    /// is one.
+    /// Takes used messages and new requests. The `offliner` takes memory blocks for requests, if
+    /// there is one.
     pub(super) fn collect(&mut self, offliner: Option<&Arc<Task<Offliner>>>) {
         // A device that uses new buffers at once would make this loop endless.
         for _ in 0..self.queue.size() {

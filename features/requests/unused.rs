@@ -137,8 +137,8 @@ impl Inner {
     }
 
     /// Sends a message about a part of a memory block, which the kernel has not zeroed, and which
-    /// is freed when the device has used the message. Removes `blocks` from `discard` if there are no
-    /// more. Returns none if it waits for the device or the offliner.
+    /// is freed when the device has used the message. Removes `blocks` from `discard` if there are
+    /// no more. Returns none if it waits for the device or the offliner.
     pub(super) fn discard_block(
         &mut self,
         id: u64,

@@ -23,8 +23,8 @@ impl PfnRange {
         (len > 0 && end <= PFN_END).then_some(Self { first, len })
     }
 
-    /// Returns the range from the page frame number `first` up to `end`, which is not part of it, if
-    /// there is one.
+    /// Returns the range from the page frame number `first` up to `end`, which is not part of it,
+    /// if there is one.
     pub(crate) fn between(first: u64, end: u64) -> Option<Self> {
         Self::new(first, end.checked_sub(first)?)
     }

@@ -208,8 +208,8 @@ impl Zone {
         online_cpus().map(|cpu| listed(cpu).max(0) as usize).sum()
     }
 
-    /// Returns the zone's range of kernel pages, none if it has no memory. Parts of it may belong to
-    /// other zones, or to none.
+    /// Returns the zone's range of kernel pages, none if it has no memory. Parts of it may belong
+    /// to other zones, or to none.
     pub(crate) fn span(self) -> Option<PfnRange> {
         let first = read!(self, zone_start_pfn) as u64;
 

@@ -3,8 +3,8 @@
 //! A virtio device inside the kernel, for KUnit.
 //!
 //! It is registered with the virtio core like any other device, so that a driver for devices with
-//! its id binds to it. The test acts as the device: it takes messages from the queues, and uses them, or
-//! not, or wrongly.
+//! its id binds to it. The test acts as the device: it takes messages from the queues, and uses
+//! them, or not, or wrongly.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_ring.h`](srctree/include/linux/virtio_ring.h)
@@ -495,7 +495,8 @@ macro_rules! operations {
 /// Only for the driver core, which calls it with the device in an [`Inner`] that is not used any
 /// more.
 unsafe extern "C" fn release(dev: *mut bindings::device) {
-    // SAFETY: By the requirements of this function. `FakeDevice::register` has allocated the `Inner`.
+    // SAFETY: By the requirements of this function. `FakeDevice::register` has allocated the
+    // `Inner`.
     drop(unsafe {
         let vdev = container_of!(dev, bindings::virtio_device, dev);
 
@@ -655,8 +656,8 @@ impl Inner {
 
 /// # Safety
 ///
-/// Only for the virtio core, which calls it with a queue of a device that [`FakeDevice::register`] has
-/// registered.
+/// Only for the virtio core, which calls it with a queue of a device that [`FakeDevice::register`]
+/// has registered.
 unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
     // SAFETY: By the requirements of this function. `Inner` begins with its `vdev`.
     let (inner, index) = unsafe { (&*(*vq).vdev.cast::<Inner>(), (*vq).index as usize) };

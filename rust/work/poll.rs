@@ -45,8 +45,8 @@ impl StallTimeout {
         self.is_stalled.store(false, Relaxed);
     }
 
-    /// Polls `condition` as [`poll_timeout`] does, or once if the timeout has expired without progress
-    /// since.
+    /// Polls `condition` as [`poll_timeout`] does, or once if the timeout has expired without
+    /// progress since.
     pub(crate) fn poll<T>(&self, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
         if self.is_stalled.xchg(true, Relaxed) {
             return condition();

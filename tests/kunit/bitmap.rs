@@ -29,8 +29,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// Writes `ranges` (first page frame number, length) to a message. Returns its header and the length
-/// of its payload in words.
+/// Writes `ranges` (first page frame number, length) to a message. Returns its header and the
+/// length of its payload in words.
 ///
 /// # Errors
 ///

@@ -51,8 +51,8 @@ const BLOCK: u64 = 1 << MAX_ORDER;
 ///
 /// # Errors
 ///
-/// `EINVAL` if ranges do not ascend, leave the range, or are shorter than 2^`min_order` pages; or if
-/// one hold of a lock scanned too many PFNs.
+/// `EINVAL` if ranges do not ascend, leave the range, or are shorter than 2^`min_order` pages; or
+/// if one hold of a lock scanned too many PFNs.
 fn walk_with(
     range: Option<PfnRange>,
     min_order: u32,

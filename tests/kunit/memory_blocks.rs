@@ -166,8 +166,8 @@ fn find(end: u64, holds: usize) -> Result<(KVec<MemoryBlock>, usize)> {
     Ok((found, looks))
 }
 
-/// Asks for all memory while the caller has the guard for taking blocks, and returns when the driver
-/// waits for it.
+/// Asks for all memory while the caller has the guard for taking blocks, and returns when the
+/// driver waits for it.
 fn wait_for_guard(host: &Host) -> Result {
     // Per-CPU lists may have so much of what the test before has freed that no block looks free.
     drain::drain_free_lists();

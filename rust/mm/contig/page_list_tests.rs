@@ -85,8 +85,8 @@ impl PageList {
 }
 
 impl BlockRange {
-    /// Frees the range, after a memory error in its page `n`. Returns whether the page allocator has
-    /// set that page aside.
+    /// Frees the range, after a memory error in its page `n`. Returns whether the page allocator
+    /// has set that page aside.
     pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
         let pfn = self.first() + n % self.len();
 

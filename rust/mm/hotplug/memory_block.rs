@@ -148,8 +148,8 @@ impl MemoryBlock {
         Ok(OfflineBlock { state, limits })
     }
 
-    /// Takes the whole block or nothing, if it `is_wanted` when other devices have taken theirs. The
-    /// kernel migrates pages in use.
+    /// Takes the whole block or nothing, if it `is_wanted` when other devices have taken theirs.
+    /// The kernel migrates pages in use.
     pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Outcome {
         let guard = HotplugGuard::begin();
 

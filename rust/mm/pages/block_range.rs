@@ -103,8 +103,8 @@ impl BlockRange {
         let pfns = self.0;
 
         mem::forget(self);
-        // SAFETY: By the type invariants the range begins with a block, whose order is stored in its
-        // first page.
+        // SAFETY: By the type invariants the range begins with a block, whose order is stored in
+        // its first page.
         let block = unsafe {
             let page = Page::from_pfn(pfns.first() as usize);
 
@@ -131,8 +131,8 @@ impl Drop for BlockRange {
     }
 }
 
-// SAFETY: The memory is in the linear mapping, and the range owns it as long as the range exists. No
-// code accesses it through a shared reference, and any content is valid.
+// SAFETY: The memory is in the linear mapping, and the range owns it as long as the range exists.
+// No code accesses it through a shared reference, and any content is valid.
 unsafe impl Buffer for BlockRange {
     fn memory(&self) -> (NonNull<u8>, usize, Access) {
         // SAFETY: By the type invariants there is such a page.
@@ -142,7 +142,8 @@ unsafe impl Buffer for BlockRange {
     }
 }
 
-/// A set of ranges, sorted by address, with adjacent ranges merged. Never allocates after it was made.
+/// A set of ranges, sorted by address, with adjacent ranges merged. Never allocates after it was
+/// made.
 pub(crate) struct BlockRangeSet {
     /// Never grows beyond its capacity.
     ranges: KVec<BlockRange>,

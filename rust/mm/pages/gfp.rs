@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The flags for pages that the driver allocates to send them to the device. Memory for its own use has those of the
-//! kernel crate.
+//! The flags for pages that the driver allocates to send them to the device. Memory for its own use
+//! has those of the kernel crate.
 //!
 //! C header: [`include/linux/gfp_types.h`](srctree/include/linux/gfp_types.h)
 

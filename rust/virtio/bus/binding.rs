@@ -165,8 +165,8 @@ impl Binding {
         self.state.load(Acquire) == RESET
     }
 
-    /// Allows the driver to use the ready device, and enables callbacks. The driver's data must have
-    /// been stored.
+    /// Allows the driver to use the ready device, and enables callbacks. The driver's data must
+    /// have been stored.
     pub(in crate::rust::virtio) fn make_ready(&self) {
         // Pairs with the acquire in `position`.
         self.state.store(READY, Release);

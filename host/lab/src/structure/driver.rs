@@ -129,3 +129,30 @@ fn driver_and_daemon_have_the_queues_in_one_order() -> Result<()> {
     assert_eq!(of_driver.collect::<Vec<_>>(), of_daemon.collect::<Vec<_>>());
     Ok(())
 }
+
+#[test]
+fn lines_fit_into_100_columns() -> Result<()> {
+    /// As in the kernel, where checkpatch counts them. Texts for users stay in one piece.
+    const COLUMNS: usize = 100;
+    let mut files = Vec::new();
+    find(&checkout(), &mut files)?;
+    let mut checked = 0;
+    for path in files {
+        let name = path.strip_prefix(checkout())?;
+        if ["host", "patches", "tests/vm", "tests/bench"]
+            .iter()
+            .any(|other| name.starts_with(other))
+        {
+            continue;
+        }
+        let text = fs::read_to_string(&path)?;
+        let long = text
+            .lines()
+            .position(|line| line.chars().count() > COLUMNS && !line.contains('"'));
+        let number = long.map(|place| place + 1);
+        assert_eq!(number, None, "a line of {} is too long", name.display());
+        checked += 1;
+    }
+    assert!(checked > 100, "only {checked} files of the driver");
+    Ok(())
+}
