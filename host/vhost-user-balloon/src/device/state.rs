@@ -125,7 +125,8 @@ impl State {
         Ok(state)
     }
 
-    /// Writes it to a file, which has the old or the new state at any time, also after a loss of power.
+    /// Writes it to a file, which has the old or the new state at any time, also after a loss of power. Leaves a file
+    /// that has the state already: a client may repeat a command without end.
     ///
     /// # Errors
     ///
@@ -146,8 +147,12 @@ impl State {
                 .copied(),
             inhibitors: self.inhibitors.clone(),
         };
+        let text = serde_json::to_vec(&settings)?;
+        if fs::read(path).is_ok_and(|old| old == text) {
+            return Ok(());
+        }
         let mut new = NamedTempFile::new_in(directory)?;
-        new.write_all(&serde_json::to_vec(&settings)?)?;
+        new.write_all(&text)?;
         new.as_file().sync_all()?;
         new.persist(path)?;
         File::open(directory)?.sync_all()
@@ -214,6 +219,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     fn inhibited(owner: &str, until: u64) -> (String, Inhibited) {
         let one = Inhibited {
@@ -246,6 +252,24 @@ mod tests {
         state.save(&path).unwrap();
         assert_eq!(State::load(&path, 7).unwrap().config.actual, 0);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_has_the_state_is_not_written_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        let mut state = state();
+        // Each write makes another file.
+        let mut saved = |target| {
+            state.config.target = target;
+            state.save(&path).unwrap();
+            fs::metadata(&path).unwrap().ino()
+        };
+        let first = saved(5);
+        // The next file cannot have the number of one that still exists.
+        let _first = File::open(&path).unwrap();
+        assert_eq!(saved(5), first);
+        assert_ne!(saved(6), first);
     }
 
     #[test]

@@ -130,10 +130,11 @@ impl Device {
         let before = mem::replace(&mut lock(&self.state).config.target, pages);
         if before == pages {
             self.follow();
-            return Ok(());
+        } else {
+            self.notify();
+            self.publish(Changes::info);
         }
-        self.notify();
-        self.publish(Changes::info);
+        // The file may not have an unchanged target, if it could not be written before.
         self.save()
     }
 }

@@ -9,6 +9,7 @@ use crate::queues::virtqueue::MAX_BATCH;
 use crate::testing::{GuestQueue, device, device_with, memory_file};
 use balloon_control::{Handler, Request};
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};
+use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -116,6 +117,19 @@ fn a_guest_does_not_wait_for_the_hosts_disk() {
             thread::yield_now();
         }
     });
+}
+
+#[test]
+fn a_target_that_was_not_kept_is_kept_when_it_is_set_again() {
+    let place = tempfile::tempdir().unwrap();
+    let directory = place.path().join("later");
+    let path = directory.join("state");
+    let device = running(8 << 20, 7);
+    *lock(&device.file) = Some(path.clone());
+    device.set_target(1024).unwrap_err();
+    fs::create_dir(directory).unwrap();
+    device.set_target(1024).unwrap();
+    assert_eq!(State::load(&path, 0).unwrap().config.target, 1024);
 }
 
 #[test]
