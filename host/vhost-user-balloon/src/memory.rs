@@ -8,4 +8,5 @@ pub mod discard;
 pub mod hazard;
 pub mod kept;
 pub mod page_map;
+mod pinning;
 pub(crate) mod sweep;

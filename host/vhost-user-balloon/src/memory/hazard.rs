@@ -33,6 +33,8 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use procfs::ProcResult;
 use procfs::process::{FDTarget, Process, all_processes};
 
+use super::pinning::is_pinning;
+
 /// The maximum age of the VMM's state when memory is discarded. Reading it takes far less time.
 const VMM_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -250,11 +252,8 @@ fn memory(process: &Process) -> ProcResult<BTreeSet<Hazard>> {
 fn open_files(process: i32) -> io::Result<BTreeSet<Hazard>> {
     let mut hazards = BTreeSet::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
-        match fs::read_link(entry?.path()) {
-            Ok(target) => {
-                let target = target.to_string_lossy().parse();
-                hazards.extend(target.ok().and_then(|target| of_target(&target)));
-            }
+        match of_open_file(&entry?.path()) {
+            Ok(hazard) => hazards.extend(hazard),
             // It was closed meanwhile.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
@@ -263,23 +262,22 @@ fn open_files(process: i32) -> io::Result<BTreeSet<Hazard>> {
     Ok(hazards)
 }
 
-fn of_target(target: &FDTarget) -> Option<Hazard> {
-    match target {
-        FDTarget::Path(path) => pins(path).then_some(Hazard::Pinned),
-        FDTarget::AnonInode(name) if name.contains("vfio") => Some(Hazard::Pinned),
-        FDTarget::AnonInode(name) if name.contains("userfaultfd") => Some(Hazard::Userfaultfd),
+/// The hazard of an open file, by its link in /proc.
+fn of_open_file(link: &Path) -> io::Result<Option<Hazard>> {
+    let target = fs::read_link(link)?.to_string_lossy().parse();
+    Ok(match target {
+        Ok(FDTarget::Path(path)) => is_pinning(link, &path).then_some(Hazard::Pinned),
+        Ok(FDTarget::AnonInode(name)) => of_anonymous(&name),
         _ => None,
-    }
+    })
 }
 
-/// Whether this is a device file for pinning memory.
-fn pins(path: &Path) -> bool {
-    let is_in = |directory| path.starts_with(directory) && path != Path::new(directory);
-    let name = path.to_string_lossy();
-    is_in("/dev/vfio")
-        || is_in("/dev/infiniband")
-        || name.starts_with("/dev/vhost-vdpa")
-        || [Path::new("/dev/iommu"), Path::new("/dev/udmabuf")].contains(&path)
+/// The hazard of a file that has a type, and no path.
+fn of_anonymous(name: &str) -> Option<Hazard> {
+    if name.contains("vfio") {
+        return Some(Hazard::Pinned);
+    }
+    name.contains("userfaultfd").then_some(Hazard::Userfaultfd)
 }
 
 /// The hazards of other processes that have mapped one of these files, as far as they can be read.
@@ -318,41 +316,19 @@ mod tests {
     use std::io::Read;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::MetadataExt;
-    use std::path::PathBuf;
     use std::process::{Command, Stdio};
     use std::{env, thread};
 
     #[test]
-    fn device_files_that_pin_are_known() {
-        let hazard = |path: &str| of_target(&FDTarget::Path(PathBuf::from(path)));
-        for path in [
-            "/dev/vfio/vfio",
-            "/dev/vfio/12",
-            "/dev/vfio/devices/vfio0",
-            "/dev/iommu",
-            "/dev/vhost-vdpa-0",
-            "/dev/infiniband/uverbs0",
-            "/dev/udmabuf",
+    fn anonymous_files_are_known_by_their_type() {
+        for (name, hazard) in [
+            ("[userfaultfd]", Some(Hazard::Userfaultfd)),
+            ("[vfio-device]", Some(Hazard::Pinned)),
+            ("[eventfd]", None),
+            ("kvm-vm", None),
         ] {
-            assert_eq!(hazard(path), Some(Hazard::Pinned), "{path}");
+            assert_eq!(of_anonymous(name), hazard, "{name}");
         }
-        for path in [
-            "/dev/kvm",
-            "/dev/vhost-net",
-            "/dev/vfiox",
-            "/dev/null",
-            "/tmp/vfio",
-        ] {
-            assert_eq!(hazard(path), None, "{path}");
-        }
-        let anonymous = |target: &str| of_target(&target.parse().unwrap());
-        assert_eq!(
-            anonymous("anon_inode:[userfaultfd]"),
-            Some(Hazard::Userfaultfd)
-        );
-        assert_eq!(anonymous("anon_inode:[vfio-device]"), Some(Hazard::Pinned));
-        assert_eq!(anonymous("anon_inode:[eventfd]"), None);
-        assert_eq!(anonymous("anon_inode:kvm-vm"), None);
     }
 
     #[test]
