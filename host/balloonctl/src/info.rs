@@ -57,11 +57,20 @@ fn state(info: &Info) -> Table {
     table.add_row(["Encodings", &by_name(&counters.encodings)]);
     table.add_row(["Requests", &requests(info)]);
     table.add_row(["Refused", &refused(counters)]);
-    table.add_row(["Daemon", &format!("up for {}", duration(info.uptime))]);
+    table.add_row(["Daemon", &daemon(info)]);
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
     table
+}
+
+/// The worker's program and its running time. An older one does not tell its version.
+fn daemon(info: &Info) -> String {
+    let uptime = format!("up for {}", duration(info.uptime));
+    match info.version.as_str() {
+        "" => uptime,
+        version => format!("version {version}, {uptime}"),
+    }
 }
 
 /// Why no memory is returned to the host, if so.

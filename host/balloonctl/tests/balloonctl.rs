@@ -182,6 +182,7 @@ fn info() -> Info {
         memory: Some(8 * GIB),
         granule: 4096,
         stats_interval: 10,
+        version: "0.2.0".to_owned(),
         uptime: 7260,
         guest: Guest {
             connected: true,
@@ -294,7 +295,7 @@ fn info_shows_the_state() {
         "1,500 asked, 1 open, 1,498 complete, 1 aborted",
         "1,234 discards",
         "every 10 s",
-        "up for 2 hours",
+        "version 0.2.0, up for 2 hours",
     ] {
         assert!(stdout(&output).contains(words), "{}", stdout(&output));
     }

@@ -115,6 +115,7 @@ impl Device {
                 .map(|(owner, rest)| (owner, seconds(rest)))
                 .collect(),
             stats_interval: state.stats_interval,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime: self.counters.uptime().as_secs(),
             guest: Guest {
                 connected: self.connected(),

@@ -46,6 +46,9 @@ pub struct Info {
     pub inhibitors: BTreeMap<String, u64>,
     /// The interval of statistics requests, in seconds. 0 is never.
     pub stats_interval: u32,
+    /// The version of the worker's program, which may differ from the installed one. Empty from an older worker.
+    #[serde(default)]
+    pub version: String,
     /// The time since the worker process started, in seconds.
     pub uptime: u64,
     /// The guest.

@@ -463,6 +463,7 @@ fn an_update_replaces_both_processes() {
         wait_for_info("the driver", directory, |now| now.guest.driver);
         works(directory, &mut vmm, pfn);
     }
+    assert_eq!(info(directory).version, env!("CARGO_PKG_VERSION"));
     daemon.end();
     assert!(!directory.join("socket").exists() && !directory.join("control").exists());
 }
