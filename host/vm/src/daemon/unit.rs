@@ -36,6 +36,8 @@ impl Unit {
         fs::create_dir_all(&options)?;
         let line = format!("OPTIONS={}\n", arguments.join(" "));
         fs::write(options.join("vm.conf"), line)?;
+        // The package starts the manager, which would set targets of its own.
+        system.run("systemctl", &["stop", "balloon-manager"])?;
         system.run("systemctl", &["start", UNIT])?;
         let sockets = system.path(SOCKETS)?;
         Ok(Self {
