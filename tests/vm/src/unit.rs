@@ -169,26 +169,27 @@ fn unit(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Units that need the daemon until they have stopped: libvirt's, which ends its guests, and a VM's, as
-/// docs/vhost-user-balloon.md has it. Each writes down whether the daemon answers at the end of its stop. A daemon that is
-/// stopped at the same time has ended by then.
+/// Units that need a daemon until they have stopped: libvirt's, which ends its guests, and that of a VM, as
+/// docs/vhost-user-balloon.md has it. Each has a daemon of its own, and writes down whether that answers at the end of its
+/// stop. A daemon that is stopped at the same time has ended by then. All daemons wait for libvirt's unit, so the VM's takes
+/// longer: its daemon must wait for it, too.
 const VM_UNITS: &str = r#"
     vm() {
         cat >/run/systemd/system/$1.service <<END
 [Unit]
-$2
+$3
 [Service]
 Type=oneshot
 RemainAfterExit=yes
 ExecStart=true
-ExecStop=sleep 3
-ExecStop=sh -c 'balloonctl --vm vm info >/run/$1.info && echo $1 >>/run/answered'
+ExecStop=sleep $4
+ExecStop=sh -c 'balloonctl --vm $2 info >/run/$1.info && echo $1 >>/run/answered'
 END
     }
-    vm libvirt-guests ''
-    vm vm After=vhost-user-balloon@vm.service
+    vm libvirt-guests vm '' 3
+    vm another another After=vhost-user-balloon@another.service 6
     systemctl daemon-reload
-    systemctl start libvirt-guests vm
+    systemctl start vhost-user-balloon@another libvirt-guests another
 "#;
 
 /// Stops all that a shutdown of the system stops. systemd starts `shutdown.target` only as a dependency.
@@ -214,8 +215,8 @@ fn unit_shutdown(setup: &Setup) -> Result<()> {
     let mut units: Vec<_> = answered.lines().collect();
     units.sort_unstable();
     ensure!(
-        units == ["libvirt-guests", "vm"],
-        "when they stopped, the daemon answered {units:?} only"
+        units == ["another", "libvirt-guests"],
+        "when they stopped, the daemons answered {units:?} only"
     );
     let state = shell(
         system,
