@@ -262,6 +262,21 @@ impl Config {
         self.argument("-plugin", &value)
     }
 
+    /// Puts the Debian system into the guest's memory, for [`Guest::boot_system`](crate::Guest::boot_system). The
+    /// guest's initramfs is then in `file`.
+    ///
+    /// # Errors
+    ///
+    /// There is no system, or it cannot be read.
+    pub fn with_system(mut self, file: &Path) -> Result<Self> {
+        let system = self.artifacts.system.as_ref();
+        let system = system.context("there is no system with systemd")?;
+        fs::copy(&self.artifacts.initramfs, file)?;
+        system.append_to(file)?;
+        self.artifacts.initramfs = file.to_owned();
+        Ok(self)
+    }
+
     /// Lets QEMU continue when the guest reboots, instead of ending.
     pub fn reboots(mut self) -> Self {
         self.reboots = true;

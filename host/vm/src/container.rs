@@ -2,6 +2,7 @@
 
 //! A system with systemd, in namespaces of its own.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -59,6 +60,19 @@ const BOOT: &str = r#"
 /// The target that is active when the system has booted.
 const TARGET: &str = "multi-user.target";
 
+/// Appends the system of the directories `$1`, mounted at `$2`, to the archive `$3` of the kernel's format. It leaves out
+/// the kernel, compilers and documentation.
+const APPEND: &str = r#"
+    mkdir "$2/system"
+    mount -t overlay -o "lowerdir=$1" overlay "$2/system"
+    cd "$2"
+    find system -xdev \( -path system/boot -o -path system/var/cache -o -path system/var/lib -o -path system/usr/include \
+        -o -path system/usr/share -o -path system/usr/src -o -path system/usr/lib/modules -o -path system/usr/lib/gcc \
+        -o -path system/usr/libexec/gcc -o -path 'system/usr/lib/llvm-*' -o -path system/usr/lib/rustlib \
+        -o -path system/packages \) -prune -o \( ! -type f -o -size -16384k \) -print |
+        cpio --quiet --create --format=newc >>"$3"
+"#;
+
 /// A system that can be booted.
 #[derive(Clone, Debug)]
 pub struct System {
@@ -66,6 +80,38 @@ pub struct System {
     pub layers: Vec<PathBuf>,
     /// The directory of the Debian packages that are installed in it.
     pub packages: PathBuf,
+}
+
+impl System {
+    /// Appends what services need of it to an initramfs, below /system.
+    pub(crate) fn append_to(&self, initramfs: &Path) -> Result<()> {
+        let mounts = tempfile::tempdir()?;
+        let output = Command::new("unshare")
+            .args([
+                "--mount",
+                "--propagation=unchanged",
+                "sh",
+                "-euc",
+                APPEND,
+                "sh",
+            ])
+            .arg(self.layers())
+            .arg(mounts.path())
+            .arg(initramfs)
+            .output()?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success() && errors.is_empty(),
+            "the system cannot be put into an initramfs: {errors}"
+        );
+        Ok(())
+    }
+
+    /// The directories, as an option of mount.
+    fn layers(&self) -> OsString {
+        let layers: Vec<_> = self.layers.iter().map(|layer| layer.as_os_str()).collect();
+        layers.join(":".as_ref())
+    }
 }
 
 /// A running system. It ends with all of its processes when it is dropped.
@@ -86,12 +132,6 @@ impl Container {
     ///
     /// The caller has no permission to make namespaces, or systemd does not become ready.
     pub(crate) fn boot(system: &System, log: &Path) -> Result<Self> {
-        let layers: Vec<_> = system
-            .layers
-            .iter()
-            .map(|layer| layer.as_os_str())
-            .collect();
-        let layers = layers.join(":".as_ref());
         let changes = tempfile::tempdir()?;
         let cgroup = Cgroup::new()?;
         let log = File::options().create(true).append(true).open(log)?;
@@ -101,7 +141,7 @@ impl Container {
             .args(["unshare", "--mount", "--propagation=unchanged"])
             .args(["--uts", "--ipc", "--cgroup", "--pid", "--fork"])
             .args(["--kill-child", "sh", "-euc", BOOT, "sh"])
-            .arg(layers)
+            .arg(system.layers())
             .arg(changes.path())
             .arg(TARGET)
             .arg(&system.packages)

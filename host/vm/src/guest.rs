@@ -25,6 +25,7 @@ pub(crate) mod load;
 pub(crate) mod memory;
 pub(crate) mod power;
 mod program;
+pub(crate) mod system;
 
 /// How long a guest's kernel may print nothing while it boots or while a module is loaded, which runs its tests.
 const QUIET_LIMIT: Duration = Duration::from_secs(60);

@@ -51,6 +51,7 @@ mod soak;
 mod statistics;
 mod transports;
 mod unit;
+mod unit_oom;
 mod unused;
 mod vhost_user;
 mod withheld;
@@ -86,6 +87,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     observability::SCENARIOS,
     vhost_user::SCENARIOS,
     unit::SCENARIOS,
+    unit_oom::SCENARIOS,
     requests::SCENARIOS,
     guest_memory::SCENARIOS,
     withheld::SCENARIOS,
