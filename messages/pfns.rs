@@ -21,9 +21,9 @@ use kernel::prelude::*;
 
 /// The maximum number of page frame numbers in a message.
 ///
-/// The specification has no limit, but devices have: Firecracker returns longer messages unread, so
-/// that the memory is lost for both sides, and Cloud Hypervisor refuses them. Longer messages would
-/// save round trips; sending many with one notification saves as many.
+/// The specification has no limit, but devices have: Firecracker never returns longer messages, and
+/// Cloud Hypervisor returns them unread, so that the memory is lost for both sides. Longer messages
+/// would save round trips; sending many with one notification saves as many.
 pub(crate) const PFNS_PER_MESSAGE: usize = 256;
 
 /// Writes as many of `ranges` to `array`, which is empty and never grows, as there is room for.
