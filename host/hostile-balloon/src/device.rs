@@ -41,6 +41,24 @@ pub(crate) trait Transport: Send + Sync {
     fn is_pci(&self) -> bool;
 }
 
+/// What a device does when its driver accesses registers, in addition to what the transport does.
+pub(crate) trait Watch: Send + Sync {
+    /// The driver has written `status`. The status was `before`.
+    fn sets_status(&self, transport: &dyn Transport, before: u8, status: u8);
+
+    /// The driver has written a register of a queue while the device has this status.
+    fn sets_up_queue(&self, status: u8);
+
+    /// The driver reads a part of the configuration space.
+    fn reads_config(&self, offset: u64, length: usize);
+
+    /// The driver writes a part of the configuration space.
+    fn writes_config(&self, offset: u64, bytes: &[u8]);
+
+    /// The driver notifies the device of messages in a queue.
+    fn notifies(&self, transport: &dyn Transport, queue: u16);
+}
+
 /// The configuration space.
 #[derive(Debug)]
 pub(crate) struct Config {

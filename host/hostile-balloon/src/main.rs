@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A balloon device that violates the protocol, for tests of its driver.
+//! A balloon device that violates the protocol, for tests of its driver, or one that is as strict as another VMM's
+//! ([`vmm`]).
 //!
 //! It is one device for one front end. A seed determines its features ([`plan`]) and its actions ([`acts`]). Its
 //! standard output is for the test: first QEMU's options for the device, then a line when it may be unplugged. It
@@ -29,12 +30,15 @@ mod plan;
 mod relay;
 mod ring;
 mod vhost_user;
+mod vmm;
 
 use acts::Actor;
 use device::{Device, Transport};
 use pci::Pci;
+use pci_space::Shape;
 use plan::{End, Plan};
 use vhost_user::VhostUser;
+use vmm::Vmm;
 
 /// How long the driver may take to bind to its device. It never binds to some, which lack a queue.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -48,6 +52,9 @@ struct Options {
     /// Be a whole PCI device over vfio-user, instead of a vhost-user back end
     #[arg(long)]
     pci: bool,
+    /// Be the device of this VMM, as a whole PCI device, and end at the first thing that the VMM does not accept
+    #[arg(long, conflicts_with_all = ["only", "offer"])]
+    vmm: Option<Vmm>,
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -62,6 +69,11 @@ struct Options {
 fn main() -> Result<()> {
     let options = Options::parse();
     log_as(options.seed);
+    if let Some(vmm) = options.vmm {
+        let ended = vmm::serve(vmm, &options.socket);
+        info!("the front end is gone: {ended:?}");
+        process::exit(0);
+    }
     let mut random = Rng::with_seed(options.seed);
     let plan = match options.only {
         Some(end) => Plan::only(end, &options.offer),
@@ -73,7 +85,7 @@ fn main() -> Result<()> {
     let properties = serde_json::to_string(&plan.properties)?;
     let announce = || println!("{properties}");
     let transport: Arc<dyn Transport> = if options.pci {
-        Arc::new(Pci::new(Arc::clone(&device), &plan))
+        Arc::new(Pci::new(Arc::clone(&device), Shape::from(&plan), None))
     } else {
         Arc::new(VhostUser::new(Arc::clone(&device)))
     };

@@ -12,7 +12,7 @@
 //! | 0 | the common configuration |
 //! | 0x1000 | the interrupt's status |
 //! | 0x2000 | the device's configuration space |
-//! | 0x3000 | notifications, which are not needed either: the queues are looked at all the time |
+//! | 0x3000 | notifications. A hostile device does not need them: it looks at the queues all the time |
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,13 +23,10 @@ use std::sync::{Arc, Mutex};
 use anyhow::Result;
 use log::warn;
 use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE,
     VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
-    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
 };
-use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion};
+use vfio_user::{DmaMapFlags, DmaUnmapFlags, Server, ServerBackend};
 use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vhost_user_balloon::queues::virtqueue::MAX_QUEUE_SIZE;
 use virtio_bindings::bindings::virtio_config::{
@@ -38,9 +35,11 @@ use virtio_bindings::bindings::virtio_config::{
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::device::{Device, Transport, lock};
-use crate::pci_space::{COMMON, DEVICE_CONFIG, NOTIFICATIONS, REGISTERS, STATUS, space};
-use crate::plan::{Flaw, Plan};
+use crate::device::{Device, Transport, Watch, lock};
+use crate::pci_space::{
+    COMMON, DEVICE_CONFIG, NOTIFICATIONS, STATUS, Shape, interrupts, regions, space,
+};
+use crate::plan::Flaw;
 use crate::ring::RawQueue;
 
 /// The number for no MSI-X vector.
@@ -111,8 +110,11 @@ struct Registers {
 /// The device.
 pub(crate) struct Pci {
     device: Arc<Device>,
+    /// What else follows from the driver's accesses.
+    watch: Option<Arc<dyn Watch>>,
     flaw: Option<Flaw>,
-    size: u16,
+    /// How many entries each queue has.
+    sizes: Vec<u16>,
     /// The PCI configuration space.
     space: Mutex<[u8; 256]>,
     registers: Mutex<Registers>,
@@ -121,13 +123,9 @@ pub(crate) struct Pci {
 }
 
 impl Pci {
-    /// A PCI device as planned.
-    pub(crate) fn new(device: Arc<Device>, plan: &Plan) -> Self {
+    /// A PCI device of this shape.
+    pub(crate) fn new(device: Arc<Device>, shape: Shape, watch: Option<Arc<dyn Watch>>) -> Self {
         let line = Arc::<Mutex<Line>>::default();
-        let size = match plan.flaw {
-            Some(Flaw::OddEntries) => 3,
-            _ => plan.properties.vq_size,
-        };
         let queue = |_| {
             // Its largest size is a power of two.
             let queue = Queue::new(u16::try_from(MAX_QUEUE_SIZE).ok()?).ok()?;
@@ -138,11 +136,12 @@ impl Pci {
         };
         Self {
             device,
-            flaw: plan.flaw,
-            size,
-            space: Mutex::new(space(plan)),
+            watch,
+            flaw: shape.flaw,
+            space: Mutex::new(space(&shape)),
             registers: Mutex::default(),
-            queues: (0..plan.properties.num_vqs).filter_map(queue).collect(),
+            queues: shape.sizes.iter().filter_map(queue).collect(),
+            sizes: shape.sizes,
             line,
         }
     }
@@ -155,6 +154,11 @@ impl Pci {
     ) -> Option<T> {
         let queue = self.queues.get(usize::from(registers.queue))?;
         Some(act(&mut lock(queue)))
+    }
+
+    /// How many entries the queue with this number has.
+    fn size_of(&self, number: u16) -> u16 {
+        self.sizes.get(usize::from(number)).copied().unwrap_or(0)
     }
 
     /// The current common configuration.
@@ -190,7 +194,7 @@ impl Pci {
             let size = if queue.ready() {
                 queue.size()
             } else {
-                self.size
+                self.size_of(registers.queue)
             };
             put(24, 2, u64::from(size) * u64::from(has_entries));
             put(26, 2, NO_VECTOR);
@@ -218,26 +222,19 @@ impl Pci {
                 registers.accepted &= !(u64::from(u32::MAX) << shift);
                 registers.accepted |= u64::from(value) << shift;
             }
-            20 if low == 0 => {
-                *registers = Registers::default();
-                drop(registers);
-                self.reset_queues();
-            }
             20 => {
-                registers.status = low;
-                if self.flaw == Some(Flaw::RefusesFeatures) {
-                    registers.status &= !flag(VIRTIO_CONFIG_S_FEATURES_OK);
-                }
-                self.device.set_acked(registers.accepted);
+                drop(registers);
+                self.set_status(low);
             }
             22 => registers.queue = half,
             _ => {
+                let most = self.size_of(registers.queue);
                 self.with_chosen(&registers, |chosen| match offset {
                     24 => chosen.queue.set_size(half),
                     28 => {
                         // The driver may not have changed it.
-                        if chosen.queue.size() > self.size {
-                            chosen.queue.set_size(self.size);
+                        if chosen.queue.size() > most {
+                            chosen.queue.set_size(most);
                         }
                         chosen.queue.set_ready(half == 1);
                     }
@@ -249,7 +246,44 @@ impl Pci {
                     52 => chosen.queue.set_used_ring_address(None, Some(value)),
                     _ => {}
                 });
+                let status = registers.status;
+                drop(registers);
+                // The others are interrupts' vectors.
+                if let (Some(watch), 24 | 28..) = (&self.watch, offset) {
+                    watch.sets_up_queue(status);
+                }
             }
+        }
+    }
+
+    /// Handles a write of the driver to the status.
+    fn set_status(&self, status: u8) {
+        let mut registers = lock(&self.registers);
+        let before = registers.status;
+        if status == 0 {
+            *registers = Registers::default();
+            drop(registers);
+            self.reset_queues();
+        } else {
+            registers.status = status;
+            if self.flaw == Some(Flaw::RefusesFeatures) {
+                registers.status &= !flag(VIRTIO_CONFIG_S_FEATURES_OK);
+            }
+            self.device.set_acked(registers.accepted);
+            drop(registers);
+        }
+        if let Some(watch) = &self.watch {
+            watch.sets_status(self, before, status);
+        }
+    }
+
+    /// Passes on a write of the driver to a place behind the common configuration.
+    fn watch_write(&self, offset: u64, data: &[u8]) {
+        let Some(watch) = &self.watch else { return };
+        match (offset, data.first_chunk()) {
+            (DEVICE_CONFIG..NOTIFICATIONS, _) => watch.writes_config(offset - DEVICE_CONFIG, data),
+            (NOTIFICATIONS.., Some(number)) => watch.notifies(self, u16::from_le_bytes(*number)),
+            _ => {}
         }
     }
 
@@ -313,39 +347,6 @@ fn part(image: &[u8], offset: u64, length: usize) -> Vec<u8> {
     image.iter().copied().skip(start).take(length).collect()
 }
 
-/// The description of the device's regions for QEMU.
-fn regions() -> Vec<ServerRegion> {
-    let region = |index| {
-        let size = match index {
-            VFIO_PCI_CONFIG_REGION_INDEX => 256,
-            VFIO_PCI_BAR0_REGION_INDEX => REGISTERS,
-            _ => 0,
-        };
-        ServerRegion {
-            region_info: vfio_region_info {
-                argsz: u32::try_from(size_of::<vfio_region_info>()).unwrap_or(0),
-                flags: VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE,
-                index,
-                size,
-                ..vfio_region_info::default()
-            },
-            sparse_areas: Vec::new(),
-            mmap_fd: None,
-        }
-    };
-    (0..VFIO_PCI_NUM_REGIONS).map(region).collect()
-}
-
-/// The description of the device's interrupts for QEMU.
-fn interrupts() -> Vec<IrqInfo> {
-    let interrupt = |index| IrqInfo {
-        index,
-        flags: VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED,
-        count: u32::from(index == VFIO_PCI_INTX_IRQ_INDEX),
-    };
-    (0..VFIO_PCI_NUM_IRQS).map(interrupt).collect()
-}
-
 /// The client of vfio-user.
 struct Client {
     pci: Arc<Pci>,
@@ -370,7 +371,11 @@ impl ServerBackend for Client {
         let bytes = match (region, offset) {
             (VFIO_PCI_CONFIG_REGION_INDEX, _) => part(&*lock(&self.pci.space), offset, data.len()),
             (VFIO_PCI_BAR0_REGION_INDEX, DEVICE_CONFIG..NOTIFICATIONS) => {
-                let offset = usize::try_from(offset - DEVICE_CONFIG).unwrap_or(usize::MAX);
+                let offset = offset - DEVICE_CONFIG;
+                if let Some(watch) = &self.pci.watch {
+                    watch.reads_config(offset, data.len());
+                }
+                let offset = usize::try_from(offset).unwrap_or(usize::MAX);
                 self.pci.device.read_config(offset, data.len())
             }
             // It is read once.
@@ -406,6 +411,7 @@ impl ServerBackend for Client {
                     }
                 }
             }
+            VFIO_PCI_BAR0_REGION_INDEX => self.pci.watch_write(offset, data),
             // The device ignores all other writes.
             _ => {}
         }
@@ -439,8 +445,7 @@ impl ServerBackend for Client {
     }
 
     fn reset(&mut self) -> io::Result<()> {
-        *lock(&self.pci.registers) = Registers::default();
-        self.pci.reset_queues();
+        self.pci.set_status(0);
         // QEMU does so when it plugs the device.
         if let Some(begin) = self.begin.take() {
             begin();

@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where the registers of the PCI device are, and the PCI configuration space that says so.
+//! Where the registers of the PCI device are, the PCI configuration space that says so, and what QEMU must know.
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE,
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
+    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
+};
+use vfio_user::{IrqInfo, ServerRegion};
 
 use crate::plan::{Flaw, Plan};
 
@@ -13,8 +21,31 @@ pub(crate) const REGISTERS: u64 = 0x4000;
 /// The length of the common configuration.
 pub(crate) const COMMON: usize = 64;
 
-/// The PCI configuration space of a device of which this is planned.
-pub(crate) fn space(plan: &Plan) -> [u8; 256] {
+/// The outer form of a device.
+pub(crate) struct Shape {
+    pub(crate) flaw: Option<Flaw>,
+    /// The length of its own configuration space, in bytes.
+    pub(crate) config_size: usize,
+    /// How many entries each queue has.
+    pub(crate) sizes: Vec<u16>,
+}
+
+impl From<&Plan> for Shape {
+    fn from(plan: &Plan) -> Self {
+        let size = match plan.flaw {
+            Some(Flaw::OddEntries) => 3,
+            _ => plan.properties.vq_size,
+        };
+        Self {
+            flaw: plan.flaw,
+            config_size: plan.properties.config_size,
+            sizes: vec![size; plan.properties.num_vqs],
+        }
+    }
+}
+
+/// The PCI configuration space of a device of this shape.
+pub(crate) fn space(shape: &Shape) -> [u8; 256] {
     /// Red Hat's vendor id, the first device id of a virtio device, and how far from it a balloon's is (clause 5).
     const VENDOR: u32 = 0x1af4;
     const DEVICES: u32 = 0x1040;
@@ -27,7 +58,7 @@ pub(crate) fn space(plan: &Plan) -> [u8; 256] {
     /// Where the first capability is.
     const FIRST: u8 = 0x40;
 
-    let config_size = u32::try_from(plan.properties.config_size).unwrap_or(0);
+    let config_size = u32::try_from(shape.config_size).unwrap_or(0);
     // Each begins with its id, a place for where the next one is, its length and its kind (clause 4.1.4).
     let part = |kind: u32, offset: u64, length: u32| {
         let first = u32::from(VENDORS_OWN) | (16 << 16) | (kind << 24);
@@ -37,7 +68,7 @@ pub(crate) fn space(plan: &Plan) -> [u8; 256] {
         part(1, 0, u32::try_from(COMMON).unwrap_or(0)),
         part(2, NOTIFICATIONS, 0x1000),
         part(3, STATUS, 4),
-        match plan.flaw {
+        match shape.flaw {
             // A kind that there is none of.
             Some(Flaw::HiddenConfig) => part(0xff, DEVICE_CONFIG, config_size),
             Some(Flaw::ConfigBeyondEnd) => part(4, REGISTERS - 4, config_size),
@@ -52,7 +83,7 @@ pub(crate) fn space(plan: &Plan) -> [u8; 256] {
     words[11] = VENDOR;
     words[13] = FIRST.into();
     // The pin that it interrupts by: INTA, or none.
-    words[15] = u32::from(plan.flaw != Some(Flaw::NoInterrupts)) << 8;
+    words[15] = u32::from(shape.flaw != Some(Flaw::NoInterrupts)) << 8;
     let mut place = usize::from(FIRST) / 4;
     for (number, capability) in capabilities.iter().enumerate() {
         for (word, value) in words.iter_mut().skip(place).zip(capability) {
@@ -69,4 +100,37 @@ pub(crate) fn space(plan: &Plan) -> [u8; 256] {
         bytes.copy_from_slice(&word.to_le_bytes());
     }
     space
+}
+
+/// The description of the device's regions for QEMU.
+pub(crate) fn regions() -> Vec<ServerRegion> {
+    let region = |index| {
+        let size = match index {
+            VFIO_PCI_CONFIG_REGION_INDEX => 256,
+            VFIO_PCI_BAR0_REGION_INDEX => REGISTERS,
+            _ => 0,
+        };
+        ServerRegion {
+            region_info: vfio_region_info {
+                argsz: u32::try_from(size_of::<vfio_region_info>()).unwrap_or(0),
+                flags: VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE,
+                index,
+                size,
+                ..vfio_region_info::default()
+            },
+            sparse_areas: Vec::new(),
+            mmap_fd: None,
+        }
+    };
+    (0..VFIO_PCI_NUM_REGIONS).map(region).collect()
+}
+
+/// The description of the device's interrupts for QEMU.
+pub(crate) fn interrupts() -> Vec<IrqInfo> {
+    let interrupt = |index| IrqInfo {
+        index,
+        flags: VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED,
+        count: u32::from(index == VFIO_PCI_INTX_IRQ_INDEX),
+    };
+    (0..VFIO_PCI_NUM_IRQS).map(interrupt).collect()
 }

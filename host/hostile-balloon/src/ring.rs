@@ -95,6 +95,11 @@ impl<'a> Ring<'a> {
         }
     }
 
+    /// The library's queue, and the guest's memory, for a device that follows the protocol.
+    pub(crate) fn library(&mut self) -> (&mut Queue, &'a GuestMemoryMmap) {
+        (self.raw.queue_mut(), self.memory)
+    }
+
     /// How many entries it has.
     pub(crate) fn size(&self) -> u16 {
         self.raw.queue().size()
