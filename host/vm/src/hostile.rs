@@ -3,8 +3,8 @@
 //! The hostile balloon device, which is plugged into a running guest.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
@@ -32,6 +32,7 @@ pub enum Link {
 #[derive(Debug)]
 pub struct Hostile {
     child: Child,
+    stdin: ChildStdin,
     lines: Receiver<String>,
     link: Link,
     seed: u64,
@@ -56,11 +57,12 @@ impl Hostile {
             .args(["--seed", &seed.to_string()])
             .args((link == Link::VfioUser).then_some("--pci"))
             .args(arguments)
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::options().create(true).append(true).open(log)?)
             .spawn()
             .context("starting the hostile device")?;
+        let stdin = child.stdin.take().context("its input is a pipe")?;
         let stdout = child.stdout.take().context("its output is a pipe")?;
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
@@ -71,6 +73,7 @@ impl Hostile {
         });
         let mut hostile = Self {
             child,
+            stdin,
             lines,
             link,
             seed,
@@ -79,12 +82,6 @@ impl Hostile {
         };
         hostile.properties = serde_json::from_str(&hostile.line()?)?;
         Ok(hostile)
-    }
-
-    fn line(&self) -> Result<String> {
-        self.lines
-            .recv_timeout(PATIENCE)
-            .with_context(|| format!("the hostile device of seed {} ends", self.seed))
     }
 
     /// Plugs it into `bus`, as `balloon0`.
@@ -105,6 +102,23 @@ impl Hostile {
         device["bus"] = json!(bus);
         guest.qmp().execute::<Value>("device_add", &device)?;
         Ok(())
+    }
+
+    /// Sends a line to its standard input.
+    pub(crate) fn send(&self, line: &str) -> Result<()> {
+        writeln!(&self.stdin, "{line}").context("the device does not read")
+    }
+
+    /// The next line of its standard output.
+    pub(crate) fn line(&self) -> Result<String> {
+        self.lines
+            .recv_timeout(PATIENCE)
+            .with_context(|| format!("the hostile device of seed {} ends", self.seed))
+    }
+
+    /// A line that it has already printed.
+    pub(crate) fn printed(&self) -> Option<String> {
+        self.lines.try_recv().ok()
     }
 
     fn chardev(&self) -> String {

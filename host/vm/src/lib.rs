@@ -59,6 +59,7 @@ mod stopwatch;
 mod time_stamp_counter;
 mod tracing;
 mod virtio_mem;
+mod vmm;
 mod write_log;
 
 pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output, PageFlag};
@@ -92,4 +93,5 @@ pub use crate::size::Size;
 pub use crate::snapshot::Snapshot;
 pub use crate::stopwatch::Stopwatch;
 pub use crate::tracing::{Off, Section};
+pub use crate::vmm::{Vmm, VmmSeen};
 pub use crate::write_log::WriteLog;

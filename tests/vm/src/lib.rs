@@ -54,6 +54,7 @@ mod unit;
 mod unit_oom;
 mod unused;
 mod vhost_user;
+mod vmm;
 mod withheld;
 mod zeroing;
 mod zeroing_features;
@@ -96,6 +97,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     snapshot::SCENARIOS,
     hostile::SCENARIOS,
     silent::SCENARIOS,
+    vmm::SCENARIOS,
     zeroing::SCENARIOS,
     zeroing_features::SCENARIOS,
 ];
