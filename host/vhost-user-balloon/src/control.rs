@@ -21,6 +21,7 @@ use crate::device::state::{MAX_INHIBIT, MAX_INHIBITORS};
 use crate::queues::requests::TooMany;
 
 mod metrics;
+mod set;
 
 /// How long a guest may take to send statistics. A running guest sends them at once, and a client
 /// waits longer than this.
@@ -127,44 +128,6 @@ impl Device {
             },
             counters: self.counters.snapshot(),
         }
-    }
-
-    /// A target may be set before there is a guest. A target above the guest's memory would leave nothing to it.
-    /// Recently plugged memory counts: the device raises the requested size when the guest uses that memory.
-    fn set(&self, bytes: u64) -> Result<Response, ControlError> {
-        let (memory, limit) = match self.is_outdated() {
-            true => (Some(self.sizes().memory), None),
-            false => (self.guest_memory(), self.limit()),
-        };
-        if let Some(memory) = memory.filter(|&memory| bytes > memory) {
-            return Err(ControlError::new(
-                ErrorKind::OutOfRange,
-                format!("the guest has only {memory} bytes of memory"),
-                "ask for less than that",
-            ));
-        }
-        if let Some(limit) = limit.filter(|&limit| bytes > limit) {
-            return Err(ControlError::new(
-                ErrorKind::OutOfRange,
-                format!("more than {limit} bytes would leave the guest too little"),
-                "ask for less than that, or start the daemon with a smaller --floor",
-            ));
-        }
-        let pages = u32::try_from(bytes / BALLOON_PAGE_SIZE).map_err(|_| {
-            ControlError::new(
-                ErrorKind::OutOfRange,
-                format!("{bytes} bytes are more than a balloon can have"),
-                "ask for less than 16 TiB",
-            )
-        })?;
-        self.set_target(pages).map_err(|error| {
-            ControlError::new(
-                ErrorKind::Failed,
-                format!("the target is set, but cannot be kept: {error}"),
-                "see that the daemon can write its state file",
-            )
-        })?;
-        Ok(Response::Done {})
     }
 
     fn set_interval(&self, seconds: u32) -> Result<Response, ControlError> {
@@ -352,21 +315,6 @@ mod tests {
 
     fn kind(result: Result<Response, ControlError>) -> ErrorKind {
         result.unwrap_err().kind
-    }
-
-    #[test]
-    fn a_target_waits_for_its_guest() {
-        let device = device(&[Feature::Stats], false);
-        device.handle(Request::Set { bytes: 5 << 20 }).unwrap();
-        let Ok(Response::Info(info)) = device.handle(Request::Info {}) else {
-            panic!("no info");
-        };
-        assert_eq!((info.target, info.size, info.memory), (5 << 20, 0, None));
-        assert!(!info.guest.connected && !info.guest.driver);
-        assert_eq!(
-            kind(device.handle(Request::Set { bytes: 1 << 60 })),
-            ErrorKind::OutOfRange
-        );
     }
 
     #[test]
