@@ -33,6 +33,17 @@ pub(crate) struct Balloon {
     pub(crate) stopped: Option<Stopped>,
 }
 
+/// What has become of a target that was sent.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// It is set.
+    Set,
+    /// The device refuses it, for this reason.
+    Refused(String),
+    /// This other target, in bytes, is in force, and stays.
+    Conflict(u64),
+}
+
 impl Balloon {
     /// The guest reports less memory than it has in the balloon.
     pub(crate) fn is_impossible(&self) -> bool {

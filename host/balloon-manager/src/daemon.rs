@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use balloon_control::{ControlError, Info, Request, Shortfall, Stat, Stats};
+use balloon_control::{ControlError, ErrorKind, Info, Request, Shortfall, Stat, Stats};
 use balloon_policy::{Millis, Sample, Stopped};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use crate::balloon::{ANSWER, Balloon};
+use crate::balloon::{ANSWER, Balloon, Outcome};
 use crate::config::PAGE;
 use crate::lines::Lines;
 
@@ -69,11 +69,15 @@ impl Connection {
         }
     }
 
-    /// Sets a target in bytes. Returns why the daemon refuses it, if it does.
-    pub(crate) async fn set(&mut self, bytes: u64) -> Result<Option<String>> {
-        match self.call(&Request::Set { bytes }, ANSWER).await {
-            Ok(Nothing {}) => Ok(None),
-            Err(Failure::Refused(error)) => Ok(Some(format!("{error}; {}", error.advice))),
+    /// Sets a target, in bytes, if the target is `before` now.
+    pub(crate) async fn set(&mut self, before: u64, bytes: u64) -> Result<Outcome> {
+        let expected = Some(before);
+        match self.call(&Request::Set { bytes, expected }, ANSWER).await {
+            Ok(Nothing {}) => Ok(Outcome::Set),
+            Err(Failure::Refused(error)) => Ok(match (error.kind, error.target) {
+                (ErrorKind::Conflict, Some(target)) => Outcome::Conflict(target),
+                _ => Outcome::Refused(format!("{error}; {}", error.advice)),
+            }),
             Err(Failure::Broken(error)) => Err(error),
         }
     }

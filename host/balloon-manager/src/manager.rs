@@ -255,6 +255,7 @@ impl Manager {
             let order = Order {
                 number: action.number,
                 bytes: action.target * PAGE,
+                before: action.before * PAGE,
             };
             // The task ends only when the VM has gone.
             let _ = known.handle.orders.send(order);

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use balloon_policy::{Pages, Sample, Vm, VmId};
+use bytesize::ByteSize;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, interval};
 
-use crate::balloon::Balloon;
+use crate::balloon::{Balloon, Outcome};
 use crate::config::{Config, PAGE};
 use crate::daemon;
 use crate::link::{Link, Place};
@@ -30,6 +31,8 @@ const FATE: Duration = Duration::from_secs(10);
 pub(crate) struct Order {
     pub(crate) number: u64,
     pub(crate) bytes: u64,
+    /// The target that it replaces.
+    pub(crate) before: u64,
 }
 
 /// What is known of a VM.
@@ -142,6 +145,8 @@ struct Task {
 /// An order whose connection broke before the device answered.
 struct Doubt {
     number: u64,
+    /// The targets that this order and later ones are to replace: each may be in force.
+    before: Vec<u64>,
     /// Since when the device has answered again.
     since: Option<Instant>,
 }
@@ -189,8 +194,22 @@ impl Task {
 
     /// Sets a target. A device that refuses it has answered.
     async fn set(&mut self, order: Order) -> anyhow::Result<()> {
-        if let Some(reason) = self.link().await?.set(order.bytes).await? {
-            log::warn!("{}: {reason}", self.place);
+        let mut outcome = self.link().await?.set(order.before, order.bytes).await?;
+        if let Outcome::Conflict(target) = outcome {
+            // The order before this one may have been lost.
+            let doubt = self.doubt.as_ref();
+            if doubt.is_some_and(|doubt| doubt.before.contains(&target)) {
+                outcome = self.link().await?.set(target, order.bytes).await?;
+            }
+        }
+        match outcome {
+            Outcome::Set => {}
+            Outcome::Refused(reason) => log::warn!("{}: {reason}", self.place),
+            Outcome::Conflict(target) => log::warn!(
+                "{}: another program has set the target to {}, which stays",
+                self.place,
+                ByteSize(target)
+            ),
         }
         Ok(())
     }
@@ -200,8 +219,16 @@ impl Task {
         self.target = Some(order.bytes);
         if self.set(order).await.is_err() {
             self.link = None;
+            let mut before = self
+                .doubt
+                .take()
+                .map_or_else(Vec::new, |doubt| doubt.before);
+            if !before.contains(&order.before) {
+                before.push(order.before);
+            }
             self.doubt = Some(Doubt {
                 number,
+                before,
                 since: None,
             });
         } else if let Some(doubt) = &mut self.doubt {
@@ -326,6 +353,7 @@ mod tests {
     fn an_order_is_in_doubt_until_the_daemon_has_answered_for_a_while() {
         let mut doubt = Doubt {
             number: 1,
+            before: Vec::new(),
             since: None,
         };
         let start = Instant::now();

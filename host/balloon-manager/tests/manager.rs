@@ -35,6 +35,10 @@ struct State {
     sets: u64,
     /// The daemon refuses targets.
     refuses: bool,
+    /// Another program sets this target just before the next one.
+    rival: Option<u64>,
+    /// The daemon neither answers nor sets the next target.
+    loses: bool,
     /// The daemon has a new process that does not know the memory yet.
     forgets: bool,
     /// The guest reports that its balloon has the target's size.
@@ -57,6 +61,8 @@ impl Fake {
             stalls: 0,
             sets: 0,
             refuses: false,
+            rival: None,
+            loses: false,
             forgets: false,
             lies: false,
             infos: 0,
@@ -78,6 +84,11 @@ impl Fake {
         state.memory - state.target
     }
 
+    /// Whether the next target is lost, once.
+    fn loses(&self) -> bool {
+        std::mem::take(&mut self.0.lock().unwrap().loses)
+    }
+
     /// The memory that the guest can touch.
     fn usable(&self) -> u64 {
         let state = self.get();
@@ -91,6 +102,11 @@ impl Handler for Fake {
     }
 
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
+        if matches!(request, Request::Set { .. }) && self.loses() {
+            // The manager does not wait that long.
+            thread::sleep(Duration::from_secs(3));
+            return Err(ControlError::new(ErrorKind::Failed, "no", "no"));
+        }
         let mut state = self.0.lock().unwrap();
         match request {
             Request::Info {} => {
@@ -120,7 +136,14 @@ impl Handler for Fake {
                 "no",
                 "ask another one",
             )),
-            Request::Set { bytes } => {
+            Request::Set { bytes, expected } => {
+                state.target = state.rival.take().unwrap_or(state.target);
+                if expected.is_some_and(|expected| expected != state.target) {
+                    return Err(ControlError {
+                        target: Some(state.target),
+                        ..ControlError::new(ErrorKind::Conflict, "another one", "no")
+                    });
+                }
                 state.target = bytes;
                 let most = state.memory.saturating_sub(state.used).max(state.size);
                 state.size = bytes.min(most);
@@ -411,6 +434,40 @@ fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
     let infos = web.get().infos;
     wait_for("answers", || web.get().infos > infos + 2);
     assert!(charged() > 0);
+}
+
+#[test]
+fn a_target_of_another_program_is_not_overwritten() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    web.change(|state| state.rival = Some(3 * GIB));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    wait_for("the conflict", || {
+        let explained = words(&host.ask(&["explain", "web"]).stdout);
+        explained.contains("another program changes its target")
+    });
+    let line = "another program has set the target to 3.0 GiB";
+    assert!(host.log().contains(line), "{}", host.log());
+    let state = web.get();
+    assert_eq!((state.target, state.sets), (3 * GIB, 0));
+}
+
+/// The target before it is still in force. The next one replaces that, and counts as the manager's.
+#[test]
+fn a_target_that_is_lost_is_none_of_another_program() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    web.change(|state| state.loses = true);
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    wait_for("the first target", || !web.get().loses);
+    // The manager sends another target before it knows that the first one is lost.
+    web.change(|state| state.used = 2 * GIB);
+    wait_for("a target", || web.get().sets > 0);
+    assert!(!host.log().contains("another program"), "{}", host.log());
 }
 
 #[test]

@@ -74,6 +74,9 @@ pub(crate) enum Command {
     Set {
         /// A size such as 2GiB or 512M (units of 1024), or a percentage of the guest's memory such as 50%
         size: Amount,
+        /// Change nothing, with exit code 7, unless this is the target now
+        #[arg(long, value_name = "SIZE")]
+        expect: Option<Amount>,
         #[command(flatten)]
         wait: Patience,
     },

@@ -13,7 +13,7 @@ use console::style;
 use indicatif::HumanBytes;
 
 /// The exit codes, for the help and the man page.
-pub(crate) const EXIT_CODES: [(u8, &str); 8] = [
+pub(crate) const EXIT_CODES: [(u8, &str); 9] = [
     (0, "Success."),
     (1, "The command failed."),
     (2, "The command line is wrong."),
@@ -24,6 +24,7 @@ pub(crate) const EXIT_CODES: [(u8, &str); 8] = [
     ),
     (5, "A size, an address or a time is out of range."),
     (6, "The guest did not finish in time."),
+    (7, "The target is another one than the command expects."),
     (130, "Interrupted; the guest is asked to stop."),
 ];
 
@@ -176,6 +177,7 @@ impl Failure {
                     ErrorKind::NoGuest | ErrorKind::NoDriver => 4,
                     ErrorKind::OutOfRange => 5,
                     ErrorKind::Timeout => 6,
+                    ErrorKind::Conflict => 7,
                     ErrorKind::Unsupported | ErrorKind::BadRequest | ErrorKind::Failed => 1,
                 },
                 ClientError::Garbled(_) => 1,

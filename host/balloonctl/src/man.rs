@@ -13,12 +13,16 @@ use clap_mangen::roff::{Roff, bold, roman};
 use crate::cli::{Cli, socket_of};
 use crate::failure::{EXIT_CODES, Failure};
 
-const EXAMPLES: [(&str, &str); 6] = [
+const EXAMPLES: [(&str, &str); 7] = [
     (
         "Inflate the balloon to half of the guest's memory, and wait at most a minute:",
         "balloonctl --vm vm1 set 50% --wait --timeout 60",
     ),
     ("Deflate the balloon:", "balloonctl --vm vm1 set 0"),
+    (
+        "Deflate it to a half, unless another client has changed its target of 2 GiB:",
+        "balloonctl --vm vm1 set 1GiB --expect 2GiB",
+    ),
     (
         "Show new memory statistics every five seconds:",
         "balloonctl --vm vm1 stats --fresh --watch 5",

@@ -86,7 +86,7 @@ impl Handler for Script {
                 Response::Info(info.clone())
             }
             Request::Subscribe {} => Response::Subscribed {},
-            Request::Set { bytes } => {
+            Request::Set { bytes, .. } => {
                 info.target = bytes;
                 Response::Done {}
             }
@@ -325,7 +325,7 @@ fn set_takes_sizes_and_percentages() {
     ] {
         let daemon = Daemon::obedient();
         succeeds(&daemon.run(&["set", size]));
-        assert_eq!(daemon.last_request(), Request::Set { bytes });
+        assert_eq!(daemon.last_request(), Request::set(bytes));
     }
     let unknown = Info {
         memory: None,
@@ -334,6 +334,22 @@ fn set_takes_sizes_and_percentages() {
     let daemon = Daemon::start(unknown, Conduct::Obedient, None);
     fails(&daemon.run(&["set", "50%"]), 4, "not known");
     succeeds(&daemon.run(&["set", "1G"]));
+}
+
+#[test]
+fn set_names_the_target_that_it_expects() {
+    let expects = |size: &str| {
+        let daemon = Daemon::obedient();
+        succeeds(&daemon.run(&["set", "1G", "--expect", size]));
+        daemon.last_request()
+    };
+    for (size, expected) in [("2GiB", 2 * GIB), ("25%", 2 * GIB), ("0", 0)] {
+        let request = Request::Set {
+            bytes: GIB,
+            expected: Some(expected),
+        };
+        assert_eq!(expects(size), request);
+    }
 }
 
 #[test]
@@ -392,6 +408,7 @@ fn refusals_have_their_exit_codes() {
         (ErrorKind::NoDriver, 4),
         (ErrorKind::OutOfRange, 5),
         (ErrorKind::Timeout, 6),
+        (ErrorKind::Conflict, 7),
         (ErrorKind::Unsupported, 1),
         (ErrorKind::BadRequest, 1),
         (ErrorKind::Failed, 1),
@@ -441,6 +458,7 @@ fn wrong_command_lines_are_refused() {
         &["set"],
         &["set", "512"],
         &["set", "101%"],
+        &["set", "1G", "--expect", "101%"],
         &["set", "1G", "--timeout", "5"],
         &["set", "1G", "--wait", "--timeout", "0"],
         &["stats", "--watch", "0"],

@@ -218,7 +218,7 @@ mod tests {
             Ok(match request {
                 Request::Subscribe {} => Response::Subscribed {},
                 Request::Info {} => Response::Info(state()),
-                Request::Set { bytes } => Response::Stats(Stats {
+                Request::Set { bytes, .. } => Response::Stats(Stats {
                     sequence: bytes,
                     ..Stats::default()
                 }),

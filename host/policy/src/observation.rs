@@ -188,6 +188,8 @@ pub struct Action {
     pub vm: VmId,
     /// The target.
     pub target: Pages,
+    /// The target that it replaces.
+    pub before: Pages,
     /// Why.
     pub cause: Cause,
     /// The numbers that imply the target.

@@ -232,7 +232,7 @@ impl Policy {
         step.free = step
             .free
             .saturating_sub(grant.saturating_sub(account.charge));
-        self.send(step, account, target, cause);
+        self.send(step, vm, account, target, cause);
         grant
     }
 
@@ -265,7 +265,7 @@ impl Policy {
                 // Rounded up: the VM does not get more than it has.
                 let target = vm.size.next_multiple_of(granule);
                 if target < vm.memory - account.grant {
-                    self.send(step, &account, target, Cause::Abandoned);
+                    self.send(step, vm, &account, target, Cause::Abandoned);
                 }
                 continue;
             }
@@ -292,7 +292,7 @@ impl Policy {
                 } else {
                     Cause::Unused
                 };
-                self.send(step, &account, target, cause);
+                self.send(step, vm, &account, target, cause);
             }
         }
     }
@@ -303,15 +303,25 @@ impl Policy {
         moved.is_none_or(|moved| self.now.saturating_sub(moved) >= INTERVAL)
     }
 
-    fn send(&mut self, step: &mut Step<'_>, account: &Account, target: Pages, cause: Cause) {
+    fn send(
+        &mut self,
+        step: &mut Step<'_>,
+        vm: &Vm,
+        account: &Account,
+        target: Pages,
+        cause: Cause,
+    ) {
         self.number += 1;
-        if let Some(tracker) = self.trackers.get_mut(&account.vm) {
-            tracker.send(self.number, target, self.now);
-        }
+        let Some(tracker) = self.trackers.get_mut(&vm.id) else {
+            return;
+        };
+        let before = tracker.target(vm);
+        tracker.send(self.number, target, before, self.now);
         step.decision.actions.push(Action {
             number: self.number,
-            vm: account.vm,
+            vm: vm.id,
             target,
+            before,
             cause,
             account: *account,
         });

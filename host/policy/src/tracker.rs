@@ -43,13 +43,14 @@ const FAST_GROWTH: Pages = 640 * MIB;
 struct Sent {
     number: u64,
     target: Pages,
+    /// The target that it replaces.
+    before: Pages,
 }
 
 /// The previous observation.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     at: Millis,
-    target: Pages,
     size: Pages,
     resident: Option<Pages>,
     stopped: Option<Stopped>,
@@ -140,7 +141,6 @@ impl Tracker {
         }
         let last = self.seen.replace(Seen {
             at: now,
-            target: vm.target,
             size: vm.size,
             resident: vm.resident,
             stopped: vm.stopped,
@@ -162,22 +162,17 @@ impl Tracker {
 
     /// Updates the state of sent actions.
     fn settle_actions(&mut self, vm: &Vm, now: Millis) {
-        let answered = self
-            .sent
-            .iter()
-            .filter(|sent| sent.number <= vm.answered)
-            .max_by_key(|sent| sent.number);
-        if let Some(sent) = answered {
+        let sent = std::mem::take(&mut self.sent).into_iter();
+        let (answered, open): (Vec<_>, _) = sent.partition(|sent| sent.number <= vm.answered);
+        self.sent = open;
+        if let Some(sent) = answered.last() {
             self.expected = Some(sent.target);
         }
-        let answered = answered.is_some();
-        self.sent.retain(|sent| sent.number > vm.answered);
         if !self.sent.is_empty() {
             return;
         }
         if self.expected.is_some_and(|expected| expected != vm.target) {
-            let unchanged = self.seen.is_some_and(|seen| seen.target == vm.target);
-            if answered && unchanged {
+            if answered.iter().any(|sent| sent.before == vm.target) {
                 self.refused_until = now + FIRST_RETRY;
             } else {
                 self.left_alone_until = now + LEFT_ALONE;
@@ -314,9 +309,13 @@ impl Tracker {
     }
 
     /// Remembers an action.
-    pub(crate) fn send(&mut self, number: u64, target: Pages, now: Millis) {
+    pub(crate) fn send(&mut self, number: u64, target: Pages, before: Pages, now: Millis) {
         self.moved = Some(now);
-        self.sent.push(Sent { number, target });
+        self.sent.push(Sent {
+            number,
+            target,
+            before,
+        });
     }
 
     /// The target when all actions have been carried out.

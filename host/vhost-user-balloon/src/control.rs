@@ -36,7 +36,7 @@ impl Handler for Device {
         match request {
             Request::Info {} => Ok(Response::Info(self.info())),
             Request::Subscribe {} => Ok(Response::Subscribed {}),
-            Request::Set { bytes } => self.set(bytes),
+            Request::Set { bytes, expected } => self.set(bytes, expected),
             Request::Stats { fresh } => self.tell_stats(fresh),
             Request::SetStatsInterval { seconds } => self.set_interval(seconds),
             Request::Inhibit { seconds, owner } => self.inhibit_for(seconds, owner.as_deref()),

@@ -46,7 +46,7 @@ mod queues;
 pub mod state;
 mod statistics;
 mod sweep;
-mod target;
+pub mod target;
 mod timer;
 mod work;
 

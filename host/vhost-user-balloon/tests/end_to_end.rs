@@ -49,6 +49,8 @@ mod requests;
 mod sandbox;
 #[path = "end_to_end/supervision.rs"]
 mod supervision;
+#[path = "end_to_end/targets.rs"]
+mod targets;
 #[path = "end_to_end/users.rs"]
 mod users;
 #[path = "end_to_end/withheld.rs"]
@@ -161,7 +163,7 @@ fn info(directory: &Path) -> Info {
 
 fn set(directory: &Path, bytes: u64) {
     let mut client = Client::connect(&directory.join("control")).unwrap();
-    client.call(&Request::Set { bytes }).unwrap();
+    client.call(&Request::set(bytes)).unwrap();
 }
 
 /// A VMM with a guest whose driver has inflated some messages.

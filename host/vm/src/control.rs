@@ -66,7 +66,7 @@ impl Control for Daemon {
 
     fn request(&self, size: Size) -> Result<()> {
         let bytes = size.as_bytes();
-        self.call::<Value>(&Request::Set { bytes })?;
+        self.call::<Value>(&Request::set(bytes))?;
         Ok(())
     }
 

@@ -149,9 +149,7 @@ const WAYS: [Way; 4] = [
 const SUSPEND: usize = 3;
 
 fn set(daemon: &Daemon, size: Size) -> Result<()> {
-    daemon.call::<Value>(&Request::Set {
-        bytes: size.as_bytes(),
-    })?;
+    daemon.call::<Value>(&Request::set(size.as_bytes()))?;
     Ok(())
 }
 

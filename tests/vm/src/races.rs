@@ -264,7 +264,7 @@ impl Plugged {
             Self::Qemu => guest.balloon().request(size),
             Self::Extended(daemon) => {
                 let bytes = size.as_bytes();
-                daemon.call::<Value>(&Request::Set { bytes })?;
+                daemon.call::<Value>(&Request::set(bytes))?;
                 Ok(())
             }
         }

@@ -14,6 +14,9 @@ pub struct ControlError {
     pub message: String,
     /// The remedy, for people.
     pub advice: String,
+    /// The target that is in force, in bytes, if the kind is [`Conflict`](ErrorKind::Conflict).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<u64>,
 }
 
 impl ControlError {
@@ -23,6 +26,7 @@ impl ControlError {
             kind,
             message: message.into(),
             advice: advice.into(),
+            target: None,
         }
     }
 }
@@ -37,6 +41,8 @@ pub enum ErrorKind {
     NoDriver,
     /// A number is too large or too small.
     OutOfRange,
+    /// Another target is in force than the client expects.
+    Conflict,
     /// The guest's driver has not negotiated the feature that this needs.
     Unsupported,
     /// The guest did not answer in time.

@@ -20,6 +20,9 @@ pub enum Request {
     Set {
         /// The new target in bytes.
         bytes: u64,
+        /// The target that must be in force, in bytes. With another one this changes nothing.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expected: Option<u64>,
     },
     /// The guest's memory statistics, answered with [`Stats`](crate::Stats).
     Stats {
@@ -100,6 +103,16 @@ pub enum Request {
     Metrics {},
 }
 
+impl Request {
+    /// Set the target, whatever it is now.
+    pub const fn set(bytes: u64) -> Self {
+        Self::Set {
+            bytes,
+            expected: None,
+        }
+    }
+}
+
 /// A command of free page hinting (specification, clause 5.5.6.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -127,7 +140,14 @@ mod tests {
             (r#"{"command":"subscribe"}"#, Request::Subscribe {}),
             (
                 r#"{"command":"set","bytes":18446744073709551615}"#,
-                Request::Set { bytes: u64::MAX },
+                Request::set(u64::MAX),
+            ),
+            (
+                r#"{"command":"set","bytes":1,"expected":0}"#,
+                Request::Set {
+                    bytes: 1,
+                    expected: Some(0),
+                },
             ),
             (
                 r#"{"command":"stats","fresh":true}"#,
@@ -183,6 +203,7 @@ mod tests {
             r#"{"command":"set","bytes":-1}"#,
             r#"{"command":"set","bytes":18446744073709551616}"#,
             r#"{"command":"set","bytes":1,"wait":true}"#,
+            r#"{"command":"set","bytes":1,"expected":"0"}"#,
             r#"{"command":"stats"}"#,
             r#"{"command":"hints","action":"pause"}"#,
             r#"{"command":"info"} {"command":"info"}"#,

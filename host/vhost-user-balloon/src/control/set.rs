@@ -6,11 +6,31 @@ use balloon_control::{ControlError, ErrorKind, Response};
 use balloon_wire::BALLOON_PAGE_SIZE;
 
 use crate::device::Device;
+use crate::device::target::{NewTarget, SetError};
+use crate::virtio::config;
 
 impl Device {
-    /// A target may be set before there is a guest. A target above the guest's memory would leave nothing to it.
-    /// Recently plugged memory counts: the device raises the requested size when the guest uses that memory.
-    pub(super) fn set(&self, bytes: u64) -> Result<Response, ControlError> {
+    /// Sets the target, unless another one than `expected` is in force.
+    pub(super) fn set(&self, bytes: u64, expected: Option<u64>) -> Result<Response, ControlError> {
+        let new = NewTarget {
+            pages: self.pages(bytes)?,
+            expected: expected.map(|bytes| bytes / BALLOON_PAGE_SIZE),
+        };
+        match self.set_target(new) {
+            Ok(()) => Ok(Response::Done {}),
+            Err(SetError::Conflict(target)) => Err(conflict(config::bytes(target))),
+            Err(SetError::Unsaved(error)) => Err(ControlError::new(
+                ErrorKind::Failed,
+                format!("the target is set, but cannot be kept: {error}"),
+                "see that the daemon can write its state file",
+            )),
+        }
+    }
+
+    /// A target in balloon pages, if the guest can have it. A target may be set before there is a guest. A target above
+    /// the guest's memory would leave nothing to it. Recently plugged memory counts: the device raises the requested size
+    /// when the guest uses that memory.
+    fn pages(&self, bytes: u64) -> Result<u32, ControlError> {
         let (memory, limit) = match self.is_outdated() {
             true => (Some(self.sizes().memory), None),
             false => (self.guest_memory(), self.limit()),
@@ -29,21 +49,25 @@ impl Device {
                 "ask for less than that, or start the daemon with a smaller --floor",
             ));
         }
-        let pages = u32::try_from(bytes / BALLOON_PAGE_SIZE).map_err(|_| {
+        u32::try_from(bytes / BALLOON_PAGE_SIZE).map_err(|_| {
             ControlError::new(
                 ErrorKind::OutOfRange,
                 format!("{bytes} bytes are more than a balloon can have"),
                 "ask for less than 16 TiB",
             )
-        })?;
-        self.set_target(pages).map_err(|error| {
-            ControlError::new(
-                ErrorKind::Failed,
-                format!("the target is set, but cannot be kept: {error}"),
-                "see that the daemon can write its state file",
-            )
-        })?;
-        Ok(Response::Done {})
+        })
+    }
+}
+
+/// Another target than the expected one is in force.
+fn conflict(target: u64) -> ControlError {
+    ControlError {
+        target: Some(target),
+        ..ControlError::new(
+            ErrorKind::Conflict,
+            format!("another target is in force: {target} bytes"),
+            "find the other client, and repeat the command with this target if you want to replace it",
+        )
     }
 }
 
@@ -58,13 +82,31 @@ mod tests {
     #[test]
     fn a_target_waits_for_its_guest() {
         let device = device(&[Feature::Stats], false);
-        device.handle(Request::Set { bytes: 5 << 20 }).unwrap();
+        device.handle(Request::set(5 << 20)).unwrap();
         let Ok(Response::Info(info)) = device.handle(Request::Info {}) else {
             panic!("no info");
         };
         assert_eq!((info.target, info.size, info.memory), (5 << 20, 0, None));
         assert!(!info.guest.connected && !info.guest.driver);
-        let error = device.handle(Request::Set { bytes: 1 << 60 }).unwrap_err();
+        let error = device.handle(Request::set(1 << 60)).unwrap_err();
         assert_eq!(error.kind, ErrorKind::OutOfRange);
+    }
+    #[test]
+    fn a_target_replaces_only_the_expected_one() {
+        let device = device(&[Feature::Stats], false);
+        let set = |bytes, expected| {
+            let expected = Some(expected);
+            device.handle(Request::Set { bytes, expected })
+        };
+        set(5 << 20, 0).unwrap();
+        let error = set(6 << 20, 0).unwrap_err();
+        assert_eq!(
+            (error.kind, error.target),
+            (ErrorKind::Conflict, Some(5 << 20))
+        );
+        assert_eq!(set(6 << 20, u64::MAX).unwrap_err().target, Some(5 << 20));
+        // Both are rounded down to pages.
+        set((6 << 20) + 1, (5 << 20) + 1).unwrap();
+        set(0, 6 << 20).unwrap();
     }
 }

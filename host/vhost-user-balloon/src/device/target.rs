@@ -24,6 +24,33 @@ pub(super) const REST: Duration = Duration::from_secs(2);
 /// much less memory than the VMM has shared.
 pub(super) const REPORT_TIME: Duration = Duration::from_secs(5);
 
+/// A new target, in balloon pages.
+#[derive(Clone, Copy, Debug)]
+pub struct NewTarget {
+    /// The target.
+    pub pages: u32,
+    /// The target that must be in force.
+    pub expected: Option<u64>,
+}
+
+impl From<u32> for NewTarget {
+    fn from(pages: u32) -> Self {
+        Self {
+            pages,
+            expected: None,
+        }
+    }
+}
+
+/// Why a target is not set and kept.
+#[derive(Debug)]
+pub enum SetError {
+    /// Another target is in force, in balloon pages. Nothing has changed.
+    Conflict(u32),
+    /// It is set, but lost when the process ends.
+    Unsaved(io::Error),
+}
+
 /// The largest page of a guest's kernel, in balloon pages.
 const LARGEST_PAGE: u32 = 16;
 
@@ -122,19 +149,29 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// The file cannot be written, and the target is lost when the process ends.
-    pub fn set_target(&self, pages: u32) -> io::Result<()> {
+    /// Another target is in force, or the file cannot be written.
+    pub fn set_target(&self, new: impl Into<NewTarget>) -> Result<(), SetError> {
+        let new = new.into();
+        let before = self.replace_target(new)?;
         if self.running() {
             lock(&self.times).grace_end = None;
         }
-        let before = mem::replace(&mut lock(&self.state).config.target, pages);
-        if before == pages {
+        if before == new.pages {
             self.follow();
         } else {
             self.notify();
             self.publish(Changes::info);
         }
         // The file may not have an unchanged target, if it could not be written before.
-        self.save()
+        self.save().map_err(SetError::Unsaved)
+    }
+
+    /// Replaces the target, and returns the one before.
+    fn replace_target(&self, new: NewTarget) -> Result<u32, SetError> {
+        let target = &mut lock(&self.state).config.target;
+        match new.expected {
+            Some(expected) if expected != u64::from(*target) => Err(SetError::Conflict(*target)),
+            _ => Ok(mem::replace(target, new.pages)),
+        }
     }
 }

@@ -43,9 +43,8 @@ fn running(target: u64, next: u16) -> Device {
 /// The same with this end of a channel.
 fn running_with(end: impl Into<OwnedFd>, target: u64, next: u16) -> Device {
     let device = device_with(end, &[Feature::Stats], true);
-    device
-        .set_target((target / BALLOON_PAGE_SIZE).try_into().unwrap())
-        .unwrap();
+    let target = u32::try_from(target / BALLOON_PAGE_SIZE).unwrap();
+    device.set_target(target).unwrap();
     device.set_stats_interval(10).unwrap();
     device.acked_features(Feature::Stats.mask());
     let memory = GuestMemoryAtomic::new(GuestQueue::new().memory);
@@ -87,13 +86,9 @@ fn a_kept_target_leaves_the_floor() {
     let device = running(64 << 20, 7);
     assert_eq!(asked(&device), 15 << 20);
     assert_eq!(device.limit(), Some(15 << 20));
-    let error = device
-        .handle(Request::Set {
-            bytes: (15 << 20) + 4096,
-        })
-        .unwrap_err();
+    let error = device.handle(Request::set((15 << 20) + 4096)).unwrap_err();
     assert!(error.to_string().contains("15728640"), "{error}");
-    device.handle(Request::Set { bytes: 15 << 20 }).unwrap();
+    device.handle(Request::set(15 << 20)).unwrap();
 }
 
 #[test]
@@ -223,7 +218,7 @@ fn memory_that_was_plugged_counts_before_the_guest_has_it() {
     let device = running(0, 7);
     report(&device, 4 << 20);
     assert_eq!(device.limit(), Some(3 << 20));
-    let set = |bytes| device.handle(Request::Set { bytes });
+    let set = |bytes| device.handle(Request::set(bytes));
     assert!(set(8 << 20).is_err());
     device
         .update_memory(GuestMemoryAtomic::new(GuestQueue::new().memory))
