@@ -71,8 +71,13 @@ impl Connection {
 
     /// Sets a target, in bytes, if the target is `before` now.
     pub(crate) async fn set(&mut self, before: u64, bytes: u64) -> Result<Outcome> {
-        let expected = Some(before);
-        match self.call(&Request::Set { bytes, expected }, ANSWER).await {
+        let request = Request::Set {
+            bytes,
+            expected: Some(before),
+            lease: None,
+            fallback: None,
+        };
+        match self.call(&request, ANSWER).await {
             Ok(Nothing {}) => Ok(Outcome::Set),
             Err(Failure::Refused(error)) => Ok(match (error.kind, error.target) {
                 (ErrorKind::Conflict, Some(target)) => Outcome::Conflict(target),

@@ -136,7 +136,9 @@ impl Handler for Fake {
                 "no",
                 "ask another one",
             )),
-            Request::Set { bytes, expected } => {
+            Request::Set {
+                bytes, expected, ..
+            } => {
                 state.target = state.rival.take().unwrap_or(state.target);
                 if expected.is_some_and(|expected| expected != state.target) {
                     return Err(ControlError {

@@ -72,11 +72,8 @@ pub(crate) enum Command {
     /// The target is the amount of memory that the guest gives up, not the amount that it keeps. 0 deflates
     /// the balloon.
     Set {
-        /// A size such as 2GiB or 512M (units of 1024), or a percentage of the guest's memory such as 50%
-        size: Amount,
-        /// Change nothing, with exit code 7, unless this is the target now
-        #[arg(long, value_name = "SIZE")]
-        expect: Option<Amount>,
+        #[command(flatten)]
+        target: Target,
         #[command(flatten)]
         wait: Patience,
     },
@@ -208,6 +205,34 @@ pub(crate) enum Command {
         #[arg(value_hint = ValueHint::DirPath)]
         directory: PathBuf,
     },
+}
+
+/// A target.
+#[derive(Args)]
+pub(crate) struct Target {
+    /// A size such as 2GiB or 512M (units of 1024), or a percentage of the guest's memory such as 50%
+    pub(crate) size: Amount,
+    /// Change nothing, with exit code 7, unless this is the target now
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) expect: Option<Amount>,
+    /// Set the target for so long; repeat the command before it ends to extend it
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u32).range(1..=86_400)
+    )]
+    pub(crate) lease: Option<u32>,
+    /// The target after the lease; the target before it if omitted
+    #[arg(long, value_name = "SIZE", requires = "lease")]
+    pub(crate) fallback: Option<Amount>,
+}
+
+impl Target {
+    /// Whether it depends on how much memory the guest has.
+    pub(crate) fn is_relative(&self) -> bool {
+        let sizes = [Some(self.size), self.expect, self.fallback];
+        sizes.into_iter().flatten().any(Amount::is_relative)
+    }
 }
 
 /// A part of the guest's memory.

@@ -12,7 +12,7 @@ use clap_complete::Shell;
 use indicatif::{HumanBytes, HumanCount};
 
 use crate::amount::{Amount, PAGE};
-use crate::cli::{Cli, Command, Hints, Limit, Patience, Place};
+use crate::cli::{Cli, Command, Hints, Limit, Patience, Place, Target};
 use crate::failure::Failure;
 use crate::output;
 use crate::{info, man, request, stats, top, unused, wait};
@@ -25,7 +25,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     };
     match cli.command {
         Command::Info => session.info(),
-        Command::Set { size, expect, wait } => session.set(size, expect, &wait),
+        Command::Set { target, wait } => session.set(&target, &wait),
         Command::Stats { fresh, watch } => session.stats(fresh, watch),
         Command::Top { sockets, interval } => session.top(sockets, interval),
         Command::Interval { seconds } => session.interval(seconds),
@@ -80,22 +80,22 @@ impl Session {
         self.show(&answer, || Ok(info::table(&answer.parse()?)))
     }
 
-    fn set(
-        &self,
-        size: Amount,
-        expect: Option<Amount>,
-        patience: &Patience,
-    ) -> Result<(), Failure> {
+    fn set(&self, target: &Target, patience: &Patience) -> Result<(), Failure> {
         let mut client = self.connect()?;
-        if size.is_relative() || expect.is_some_and(Amount::is_relative) {
+        if target.is_relative() {
             // The guest's statistics contain the size of its memory. Without them, the daemon knows only
             // the memory that the VMM shares.
             let _ = client.call(&Request::Stats { fresh: true });
         }
         let before: Info = client.call(&Request::Info {})?.parse()?;
-        let bytes = size.of(before.memory)?;
-        let expected = expect.map(|size| size.of(before.memory)).transpose()?;
-        let answer = client.call(&Request::Set { bytes, expected })?;
+        let bytes = target.size.of(before.memory)?;
+        let of = |size: Option<Amount>| size.map(|size| size.of(before.memory)).transpose();
+        let answer = client.call(&Request::Set {
+            bytes,
+            expected: of(target.expect)?,
+            lease: target.lease.map(|seconds| u64::from(seconds) * 1000),
+            fallback: of(target.fallback)?,
+        })?;
         if patience.wait {
             let (answer, took) = wait::wait(client, before.size, patience.timeout())?;
             return self.show(&answer, || {

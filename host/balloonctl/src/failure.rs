@@ -73,6 +73,9 @@ pub(crate) enum Failure {
     /// Another client has set the target during the wait.
     #[error("the target was set to {} meanwhile", HumanBytes(*.0))]
     Retargeted(u64),
+    /// The lease has run out during the wait.
+    #[error("the lease has run out, and the target is {} now", HumanBytes(*.0))]
+    Lapsed(u64),
     /// The guest's administrator has turned ballooning off.
     #[error("{}, and has given away {}", Shortfall::Excluded, HumanBytes(*.0))]
     Excluded(u64),
@@ -142,6 +145,7 @@ impl Failure {
             Self::Retargeted(_) => {
                 "find the other client; this command does not set its target again"
             }
+            Self::Lapsed(_) => "give the guest more time with a longer --lease",
             Self::Excluded(_) => "let the guest's administrator allow its driver to inflate",
             Self::Late { reason: None, .. } => {
                 "see the guest's log; the guest continues, and balloonctl info shows its progress"
@@ -193,6 +197,7 @@ impl Failure {
             Self::Ended(RequestStatus::Reset) => 4,
             Self::Late { .. } | Self::Unanswered { .. } => 6,
             Self::Retargeted(_)
+            | Self::Lapsed(_)
             | Self::Excluded(_)
             | Self::Ended(_)
             | Self::Forgotten

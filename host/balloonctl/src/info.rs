@@ -25,6 +25,9 @@ fn state(info: &Info) -> Table {
         table.set_width(columns);
     }
     table.add_row(["Balloon", &balloon(info)]);
+    if let Some(lease) = lease(info) {
+        table.add_row(["Lease", &lease]);
+    }
     table.add_row(["Guest", &guest(info)]);
     table.add_row(["Driver", &driver(&info.guest)]);
     table.add_row([
@@ -116,6 +119,19 @@ fn balloon(info: &Info) -> String {
         text += &format!("; {reason}");
     }
     text
+}
+
+/// How long the target stays, if that is limited.
+fn lease(info: &Info) -> Option<String> {
+    match info.lease {
+        Some(lease) => Some(format!(
+            "ends in {}, and then the target is {}",
+            duration(lease.remaining / 1000),
+            HumanBytes(lease.fallback)
+        )),
+        None if info.lapsed => Some("has run out: no client has renewed it".to_owned()),
+        None => None,
+    }
 }
 
 fn guest(info: &Info) -> String {

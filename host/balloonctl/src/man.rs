@@ -13,7 +13,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 use crate::cli::{Cli, socket_of};
 use crate::failure::{EXIT_CODES, Failure};
 
-const EXAMPLES: [(&str, &str); 7] = [
+const EXAMPLES: [(&str, &str); 8] = [
     (
         "Inflate the balloon to half of the guest's memory, and wait at most a minute:",
         "balloonctl --vm vm1 set 50% --wait --timeout 60",
@@ -22,6 +22,10 @@ const EXAMPLES: [(&str, &str); 7] = [
     (
         "Deflate it to a half, unless another client has changed its target of 2 GiB:",
         "balloonctl --vm vm1 set 1GiB --expect 2GiB",
+    ),
+    (
+        "Lend 2 GiB to the host for an hour:",
+        "balloonctl --vm vm1 set 2GiB --lease 3600",
     ),
     (
         "Show new memory statistics every five seconds:",

@@ -79,7 +79,9 @@ impl Bar {
     ) -> Result<bool, Failure> {
         let Info { size, guest, .. } = info;
         let reason = guest.short_of_target;
-        if info.target != self.target {
+        if info.target != self.target && info.lapsed {
+            Err(Failure::Lapsed(info.target))
+        } else if info.target != self.target {
             Err(Failure::Retargeted(info.target))
         } else if info.is_reached() {
             Ok(true)

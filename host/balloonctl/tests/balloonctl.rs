@@ -14,8 +14,8 @@ use std::thread;
 use std::time::Duration;
 
 use balloon_control::{
-    Begun, Changes, ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Metrics,
-    Progress, Ranges, Request, RequestStatus, Response, Server, Shortfall, Stat, Stats,
+    Begun, Changes, ControlError, Counters, ErrorKind, Guest, Handler, HintAction, Info, Lease,
+    Metrics, Progress, Ranges, Request, RequestStatus, Response, Server, Shortfall, Stat, Stats,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -40,6 +40,8 @@ enum Conduct {
     Unloads,
     /// Begins, and then another client sets another target.
     Retargeted,
+    /// The lease on its target runs out.
+    Lapses,
     /// Ends its answers so, after it was looked at twice.
     Ends(RequestStatus),
     /// Stays like this.
@@ -150,8 +152,9 @@ impl Script {
             Conduct::Stuck(reason) => info.guest.short_of_target = reason,
             Conduct::Leaves => info.guest.connected = false,
             Conduct::Unloads => info.guest.driver = false,
-            Conduct::Retargeted if info.size == GIB / 2 => info.size += GIB / 4,
+            Conduct::Retargeted | Conduct::Lapses if info.size == GIB / 2 => info.size += GIB / 4,
             Conduct::Retargeted => info.target = 7 * GIB,
+            Conduct::Lapses => (info.target, info.lapsed) = (7 * GIB, true),
             Conduct::Ends(_) | Conduct::Idle(_) | Conduct::Forgotten { .. } => {}
         }
     }
@@ -347,9 +350,52 @@ fn set_names_the_target_that_it_expects() {
         let request = Request::Set {
             bytes: GIB,
             expected: Some(expected),
+            lease: None,
+            fallback: None,
         };
         assert_eq!(expects(size), request);
     }
+}
+
+#[test]
+fn set_takes_a_lease() {
+    for (arguments, fallback) in [(&[][..], None), (&["--fallback", "50%"], Some(4 * GIB))] {
+        let daemon = Daemon::obedient();
+        let lease = [&["set", "1G", "--lease", "60"], arguments].concat();
+        succeeds(&daemon.run(&lease));
+        let request = Request::Set {
+            bytes: GIB,
+            expected: None,
+            lease: Some(60_000),
+            fallback,
+        };
+        assert_eq!(daemon.last_request(), request);
+    }
+}
+
+#[test]
+fn info_shows_a_lease_and_its_end() {
+    let shows = |lease, lapsed| {
+        let info = Info {
+            lease,
+            lapsed,
+            ..info()
+        };
+        let daemon = Daemon::start(info, Conduct::Obedient, None);
+        stdout(&daemon.run(&["info"])).to_owned()
+    };
+    let lease = Lease {
+        remaining: 59_999,
+        fallback: 0,
+    };
+    let text = shows(Some(lease), false);
+    assert!(
+        text.contains("ends in 59 seconds, and then the target is 0 B"),
+        "{text}"
+    );
+    let text = shows(None, true);
+    assert!(text.contains("no client has renewed it"), "{text}");
+    assert!(!shows(None, false).contains("Lease"));
 }
 
 #[test]
@@ -393,7 +439,8 @@ fn wait_does_not_wait_in_vain() {
         ),
         (Conduct::Leaves, 4, "disconnected"),
         (Conduct::Unloads, 4, "no balloon driver"),
-        (Conduct::Retargeted, 1, "7.00 GiB"),
+        (Conduct::Retargeted, 1, "set to 7.00 GiB"),
+        (Conduct::Lapses, 1, "the lease has run out"),
     ] {
         let daemon = Daemon::start(info(), conduct, None);
         let output = daemon.run(&["set", "2G", "--wait", "--timeout", "20"]);
@@ -459,6 +506,9 @@ fn wrong_command_lines_are_refused() {
         &["set", "512"],
         &["set", "101%"],
         &["set", "1G", "--expect", "101%"],
+        &["set", "1G", "--lease", "0"],
+        &["set", "1G", "--lease", "86401"],
+        &["set", "1G", "--fallback", "0"],
         &["set", "1G", "--timeout", "5"],
         &["set", "1G", "--wait", "--timeout", "0"],
         &["stats", "--watch", "0"],

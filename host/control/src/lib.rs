@@ -17,8 +17,9 @@ mod socket;
 pub use client::{Answer, Client, ClientError, Events, News};
 pub use exposition::Exposition;
 pub use protocol::{
-    Begun, ByQueue, ControlError, Counters, ErrorKind, Event, Guest, HintAction, Info, Metrics,
-    Progress, Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats, Unit,
+    Begun, ByQueue, ControlError, Counters, ErrorKind, Event, Guest, HintAction, Info, Lease,
+    Metrics, Progress, Ranges, Received, Request, RequestStatus, Response, Shortfall, Stat, Stats,
+    Unit,
 };
 pub use server::{Changes, Handler, Server, serve};
 pub use size::parse_size;

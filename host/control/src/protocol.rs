@@ -14,7 +14,7 @@ mod stats;
 pub use counters::{ByQueue, Counters, Received};
 pub use error::{ControlError, ErrorKind};
 pub use event::Event;
-pub use info::{Guest, Info, Shortfall};
+pub use info::{Guest, Info, Lease, Shortfall};
 pub use progress::{Begun, Progress, Ranges, RequestStatus};
 pub use request::{HintAction, Request};
 pub(crate) use response::Reply;

@@ -6,8 +6,8 @@ use std::io;
 use std::time::Duration;
 
 use balloon_control::{
-    Begun, Changes, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Metrics, Request,
-    Response,
+    Begun, Changes, ControlError, ErrorKind, Guest, Handler, HintAction, Info, Lease, Metrics,
+    Request, Response,
 };
 use balloon_wire::BALLOON_PAGE_SIZE;
 use balloon_wire::request::{Command, Wanted};
@@ -17,6 +17,7 @@ use crate::queues::hinting::Hints;
 use crate::virtio::config::bytes;
 use crate::virtio::features::{Feature, names};
 
+use crate::device::lease::clock;
 use crate::device::state::{MAX_INHIBIT, MAX_INHIBITORS};
 use crate::queues::requests::TooMany;
 
@@ -36,7 +37,12 @@ impl Handler for Device {
         match request {
             Request::Info {} => Ok(Response::Info(self.info())),
             Request::Subscribe {} => Ok(Response::Subscribed {}),
-            Request::Set { bytes, expected } => self.set(bytes, expected),
+            Request::Set {
+                bytes,
+                expected,
+                lease,
+                fallback,
+            } => self.set(bytes, expected, lease, fallback),
             Request::Stats { fresh } => self.tell_stats(fresh),
             Request::SetStatsInterval { seconds } => self.set_interval(seconds),
             Request::Inhibit { seconds, owner } => self.inhibit_for(seconds, owner.as_deref()),
@@ -107,6 +113,11 @@ impl Device {
             memory: shared.and_then(|_| self.guest_memory()),
             shared,
             limit: shared.and_then(|_| self.limit()),
+            lease: state.lease.map(|lease| Lease {
+                remaining: milliseconds(lease.term.until.saturating_sub(clock())),
+                fallback: bytes(lease.fallback),
+            }),
+            lapsed: state.lapsed,
             grace: self.grace().map(seconds),
             granule: granule.unwrap_or(BALLOON_PAGE_SIZE),
             withheld,
@@ -251,6 +262,10 @@ impl Device {
         }
         Ok(())
     }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Whether this is a valid name of an owner. Output shows it in lines of text.

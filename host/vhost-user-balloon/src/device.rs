@@ -41,12 +41,14 @@ mod backend;
 mod commands;
 pub mod floor;
 mod hazards;
+pub mod lease;
 mod notify;
 mod queues;
 pub mod state;
 mod statistics;
 mod sweep;
 pub mod target;
+pub mod term;
 mod timer;
 mod work;
 
@@ -124,6 +126,8 @@ pub struct Device {
     /// The balloon's state in a file, for the next worker.
     kept: Option<File>,
     state: Mutex<State>,
+    /// Notified when a lease begins or ends.
+    leased: Condvar,
     hints: Mutex<Hints>,
     stats: Mutex<Stats>,
     sampled: Condvar,
@@ -201,6 +205,7 @@ impl Device {
             memory: GuestMemoryAtomic::new(GuestMemoryMmap::default()),
             acked: AtomicU64::new(0),
             state: Mutex::new(Level::Short, state),
+            leased: Condvar::new(),
             hints: Mutex::default(),
             stats: Mutex::default(),
             sampled: Condvar::new(),

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use balloon_control::Server;
@@ -54,6 +55,10 @@ pub fn run(options: &Options) -> Result<()> {
         Sandbox::Full => sandbox::enter(),
         Sandbox::None => info!("the worker is not confined (--sandbox none)"),
     }
+    let leases = Arc::clone(&device);
+    thread::Builder::new()
+        .name("leases".to_owned())
+        .spawn(move || leases.watch_leases())?;
     // A client that has an answer may take the daemon for started.
     channel.ready();
     let _control = control

@@ -280,6 +280,12 @@ fn client(setup: &Setup) -> Result<()> {
             metrics.contains("268435456"),
             "the balloon's size is not in:\n{metrics}"
         );
+        run(&["set", "300M", "--expect", "100M"], 7)?;
+        run(&["set", "300M", "--expect", "256M", "--lease", "1"], 0)?;
+        guest.wait_until("the lease ends", PATIENCE, || {
+            Ok(guest.daemon()?.info()?.lapsed)
+        })?;
+        guest.balloon().reach(Size::mib(256))?;
         // More than the guest can inflate.
         let most = format!("{}M", (total - Size::mib(16)).as_mib());
         run(&["set", &most, "--wait", "--timeout", "2"], 6)?;

@@ -29,6 +29,12 @@ pub struct Info {
     /// The largest balloon that the daemon requests, in bytes: it leaves a floor to the guest.
     #[serde(default)]
     pub limit: Option<u64>,
+    /// The lease on the target, if it has one.
+    #[serde(default)]
+    pub lease: Option<Lease>,
+    /// The target is that after a lease that has run out, and no client has set another one.
+    #[serde(default)]
+    pub lapsed: bool,
     /// The remaining boot grace, in seconds.
     #[serde(default)]
     pub grace: Option<u64>,
@@ -55,6 +61,15 @@ pub struct Info {
     pub guest: Guest,
     /// The counts since the worker process started.
     pub counters: Counters,
+}
+
+/// A lease on a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The remaining time, in milliseconds.
+    pub remaining: u64,
+    /// The target after it, in bytes.
+    pub fallback: u64,
 }
 
 /// The largest page size of a guest's kernel, in bytes. A driver rounds a target up to its pages.

@@ -23,6 +23,12 @@ pub enum Request {
         /// The target that must be in force, in bytes. With another one this changes nothing.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         expected: Option<u64>,
+        /// For how long the target is in force, in milliseconds: 100 to 86400000.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease: Option<u64>,
+        /// The target after that, in bytes. By default it is the one before the lease.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fallback: Option<u64>,
     },
     /// The guest's memory statistics, answered with [`Stats`](crate::Stats).
     Stats {
@@ -109,6 +115,8 @@ impl Request {
         Self::Set {
             bytes,
             expected: None,
+            lease: None,
+            fallback: None,
         }
     }
 }
@@ -143,10 +151,12 @@ mod tests {
                 Request::set(u64::MAX),
             ),
             (
-                r#"{"command":"set","bytes":1,"expected":0}"#,
+                r#"{"command":"set","bytes":1,"expected":0,"lease":60000,"fallback":2}"#,
                 Request::Set {
                     bytes: 1,
                     expected: Some(0),
+                    lease: Some(60_000),
+                    fallback: Some(2),
                 },
             ),
             (

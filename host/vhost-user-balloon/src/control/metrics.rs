@@ -30,7 +30,7 @@ pub(super) fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> Stri
 /// A metric: its name, its help, and its value. It is left out while the value is unknown.
 type Gauge = (&'static str, &'static str, fn(&Info) -> Option<u64>);
 
-const GAUGES: [Gauge; 12] = [
+const GAUGES: [Gauge; 14] = [
     ("target_bytes", "Requested balloon size.", |info| {
         Some(info.target)
     }),
@@ -56,6 +56,16 @@ const GAUGES: [Gauge; 12] = [
         "limit_bytes",
         "Largest balloon that respects the guest's floor.",
         |info| info.limit,
+    ),
+    (
+        "lease_seconds",
+        "Remaining time of the lease on the target.",
+        |info| info.lease.map(|lease| lease.remaining / 1000),
+    ),
+    (
+        "lapsed",
+        "Whether the target is that after a lease that has run out.",
+        |info| Some(info.lapsed.into()),
     ),
     ("boot_grace_seconds", "Remaining boot grace.", |info| {
         Some(info.grace.unwrap_or_default())

@@ -2,19 +2,44 @@
 
 //! The command that sets the target.
 
+use std::time::Duration;
+
 use balloon_control::{ControlError, ErrorKind, Response};
 use balloon_wire::BALLOON_PAGE_SIZE;
 
 use crate::device::Device;
-use crate::device::target::{NewTarget, SetError};
+use crate::device::lease::NewTarget;
+use crate::device::target::SetError;
 use crate::virtio::config;
 
+/// The shortest lease: a client has to renew it before it ends.
+const LEAST_LEASE: Duration = Duration::from_millis(100);
+
+/// The longest lease.
+const MOST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+
 impl Device {
-    /// Sets the target, unless another one than `expected` is in force.
-    pub(super) fn set(&self, bytes: u64, expected: Option<u64>) -> Result<Response, ControlError> {
+    /// Sets the target, unless another one than `expected` is in force. With a lease, in milliseconds, it is in force for
+    /// that long, and then the target is `fallback`.
+    pub(super) fn set(
+        &self,
+        bytes: u64,
+        expected: Option<u64>,
+        lease: Option<u64>,
+        fallback: Option<u64>,
+    ) -> Result<Response, ControlError> {
+        if lease.is_none() && fallback.is_some() {
+            return Err(ControlError::new(
+                ErrorKind::BadRequest,
+                "a fallback is for the end of a lease, and there is no lease",
+                "add the lease, or leave out the fallback",
+            ));
+        }
         let new = NewTarget {
-            pages: self.pages(bytes)?,
+            pages: self.permitted(bytes)?,
             expected: expected.map(|bytes| bytes / BALLOON_PAGE_SIZE),
+            lease: lease.map(time).transpose()?,
+            fallback: fallback.map(pages).transpose()?,
         };
         match self.set_target(new) {
             Ok(()) => Ok(Response::Done {}),
@@ -29,8 +54,13 @@ impl Device {
 
     /// A target in balloon pages, if the guest can have it. A target may be set before there is a guest. A target above
     /// the guest's memory would leave nothing to it. Recently plugged memory counts: the device raises the requested size
-    /// when the guest uses that memory.
-    fn pages(&self, bytes: u64) -> Result<u32, ControlError> {
+    /// when the guest uses that memory. A lease can always be renewed: the guest may have become smaller.
+    fn permitted(&self, bytes: u64) -> Result<u32, ControlError> {
+        let pages = pages(bytes)?;
+        let state = self.state();
+        if state.lease.is_some() && state.config.target == pages {
+            return Ok(pages);
+        }
         let (memory, limit) = match self.is_outdated() {
             true => (Some(self.sizes().memory), None),
             false => (self.guest_memory(), self.limit()),
@@ -49,14 +79,32 @@ impl Device {
                 "ask for less than that, or start the daemon with a smaller --floor",
             ));
         }
-        u32::try_from(bytes / BALLOON_PAGE_SIZE).map_err(|_| {
-            ControlError::new(
-                ErrorKind::OutOfRange,
-                format!("{bytes} bytes are more than a balloon can have"),
-                "ask for less than 16 TiB",
-            )
-        })
+        Ok(pages)
     }
+}
+
+/// A target in balloon pages.
+fn pages(bytes: u64) -> Result<u32, ControlError> {
+    u32::try_from(bytes / BALLOON_PAGE_SIZE).map_err(|_| {
+        ControlError::new(
+            ErrorKind::OutOfRange,
+            format!("{bytes} bytes are more than a balloon can have"),
+            "ask for less than 16 TiB",
+        )
+    })
+}
+
+/// The time of a lease in milliseconds.
+fn time(lease: u64) -> Result<Duration, ControlError> {
+    let time = Duration::from_millis(lease);
+    if !(LEAST_LEASE..=MOST_LEASE).contains(&time) {
+        return Err(ControlError::new(
+            ErrorKind::OutOfRange,
+            "a lease has to be from 100 milliseconds to one day",
+            "name 100 to 86400000 milliseconds, and renew it before they are over",
+        ));
+    }
+    Ok(time)
 }
 
 /// Another target than the expected one is in force.
@@ -95,8 +143,12 @@ mod tests {
     fn a_target_replaces_only_the_expected_one() {
         let device = device(&[Feature::Stats], false);
         let set = |bytes, expected| {
-            let expected = Some(expected);
-            device.handle(Request::Set { bytes, expected })
+            device.handle(Request::Set {
+                bytes,
+                expected: Some(expected),
+                lease: None,
+                fallback: None,
+            })
         };
         set(5 << 20, 0).unwrap();
         let error = set(6 << 20, 0).unwrap_err();
@@ -108,5 +160,34 @@ mod tests {
         // Both are rounded down to pages.
         set((6 << 20) + 1, (5 << 20) + 1).unwrap();
         set(0, 6 << 20).unwrap();
+    }
+    #[test]
+    fn a_lease_has_limits() {
+        let device = device(&[Feature::Stats], false);
+        let set = |lease, fallback| {
+            device.handle(Request::Set {
+                bytes: 5 << 20,
+                expected: None,
+                lease,
+                fallback,
+            })
+        };
+        for lease in [0, 99, 86_400_001, u64::MAX] {
+            let error = set(Some(lease), None).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::OutOfRange, "{lease}");
+        }
+        let error = set(Some(100), Some(u64::MAX)).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::OutOfRange);
+        assert_eq!(set(None, Some(0)).unwrap_err().kind, ErrorKind::BadRequest);
+        assert_eq!(device.state().config.target, 0);
+        set(Some(86_400_000), None).unwrap();
+        set(Some(100), Some(4096)).unwrap();
+        let Ok(Response::Info(info)) = device.handle(Request::Info {}) else {
+            panic!("no info");
+        };
+        let lease = info.lease.unwrap();
+        assert!(lease.remaining <= 100 && lease.fallback == 4096);
+        set(None, None).unwrap();
+        assert_eq!(device.state().lease, None);
     }
 }

@@ -18,6 +18,8 @@ use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
+use super::lease::{KeptLease, Lease, NewTarget, clock};
+use super::term::Term;
 use crate::virtio::config::Fields;
 
 /// The version of the file's format. It changes only when a daemon of this version would misread the file.
@@ -36,26 +38,13 @@ pub struct State {
     pub config: Fields,
     /// The interval of statistics requests, in seconds. 0 is never.
     pub stats_interval: u32,
-    /// The active `inhibit`s, by owner. The empty name is for clients without one.
-    pub inhibitors: BTreeMap<String, Inhibited>,
-}
-
-/// An `inhibit`: a time in which no memory is returned to the host, by [`since_boot`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Inhibited {
-    /// When a client requested it. A time ahead of the clock is from before a reboot of the host, and a reboot ends
-    /// all pinning.
-    pub from: Duration,
-    /// When it ends.
-    pub until: Duration,
-}
-
-impl Inhibited {
-    /// The remaining time.
-    fn rest(self, now: Duration) -> Option<Duration> {
-        let rest = self.until.checked_sub(now)?;
-        (self.from <= now && !rest.is_zero()).then_some(rest)
-    }
+    /// The active `inhibit`s, by owner and [`since_boot`]. The empty name is for clients without one. A reboot of the
+    /// host ends them, and all pinning.
+    pub inhibitors: BTreeMap<String, Term>,
+    /// The lease on the target, if it has one.
+    pub lease: Option<Lease>,
+    /// The target is that after a lease that has run out, and no client has set another one.
+    pub lapsed: bool,
 }
 
 /// The time since the host was booted. Unlike the time of day it cannot be set, and it continues
@@ -69,14 +58,18 @@ pub fn since_boot() -> Duration {
 struct Settings {
     #[serde(default)]
     version: u32,
-    /// In balloon pages.
+    /// In balloon pages. During a lease it is the target after that, since older daemons know no leases.
     target: u32,
+    #[serde(default)]
+    lease: Option<KeptLease>,
+    #[serde(default)]
+    lapsed: bool,
     stats_interval: u32,
     /// The longest of those below. Older daemons know only this one.
     #[serde(default)]
-    inhibited: Option<Inhibited>,
+    inhibited: Option<Term>,
     #[serde(default)]
-    inhibitors: BTreeMap<String, Inhibited>,
+    inhibitors: BTreeMap<String, Term>,
 }
 
 impl State {
@@ -86,6 +79,8 @@ impl State {
             config: Fields::default(),
             stats_interval,
             inhibitors: BTreeMap::new(),
+            lease: None,
+            lapsed: false,
         }
     }
 
@@ -138,7 +133,14 @@ impl State {
         };
         let settings = Settings {
             version: VERSION,
-            target: self.config.target,
+            target: self
+                .lease
+                .map_or(self.config.target, |lease| lease.fallback),
+            lease: self.lease.map(|lease| KeptLease {
+                target: self.config.target,
+                term: lease.term,
+            }),
+            lapsed: self.lapsed,
             stats_interval: self.stats_interval,
             inhibited: self
                 .inhibitors
@@ -166,9 +168,40 @@ impl State {
         if rest.is_none() && self.inhibitors.len() >= MAX_INHIBITORS {
             return false;
         }
-        let until = now.saturating_add(rest.unwrap_or_default().max(time));
-        let one = Inhibited { from: now, until };
-        self.inhibitors.insert(owner.to_owned(), one);
+        let time = rest.unwrap_or_default().max(time);
+        self.inhibitors
+            .insert(owner.to_owned(), Term::new(now, time));
+        true
+    }
+
+    /// Sets the target from `now` on, if the expected one is in force.
+    ///
+    /// # Errors
+    ///
+    /// Another target is in force: this one.
+    pub fn set_target(&mut self, new: NewTarget, now: Duration) -> Result<(), u32> {
+        let target = self.config.target;
+        if new.expected.is_some_and(|pages| pages != u64::from(target)) {
+            return Err(target);
+        }
+        let before = self.lease.map_or(target, |lease| lease.fallback);
+        self.lease = new.lease.map(|time| Lease {
+            term: Term::new(now, time),
+            fallback: new.fallback.unwrap_or(before),
+        });
+        self.lapsed = false;
+        self.config.target = new.pages;
+        Ok(())
+    }
+
+    /// Ends a lease that has run out. Returns whether it had.
+    pub fn lapse(&mut self, now: Duration) -> bool {
+        let is_over = |lease: &mut Lease| lease.term.until <= now;
+        let Some(lease) = self.lease.take_if(is_over) else {
+            return false;
+        };
+        self.config.target = lease.fallback;
+        self.lapsed = true;
         true
     }
 
@@ -195,11 +228,16 @@ impl State {
 
 impl From<Settings> for State {
     fn from(settings: Settings) -> Self {
+        let fallback = settings.target;
+        let now = clock();
+        let lease = settings.lease.filter(|one| one.term.rest(now).is_some());
         Self {
             config: Fields {
-                target: settings.target,
+                target: lease.map_or(fallback, |lease| lease.target),
                 ..Fields::default()
             },
+            lapsed: settings.lapsed || settings.lease.is_some() != lease.is_some(),
+            lease: lease.map(|KeptLease { term, .. }| Lease { term, fallback }),
             stats_interval: settings.stats_interval,
             inhibitors: match settings.inhibited {
                 Some(one) if settings.inhibitors.is_empty() => [(String::new(), one)].into(),
@@ -221,8 +259,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
-    fn inhibited(owner: &str, until: u64) -> (String, Inhibited) {
-        let one = Inhibited {
+    fn inhibited(owner: &str, until: u64) -> (String, Term) {
+        let one = Term {
             from: Duration::from_secs(5),
             until: Duration::from_secs(until),
         };
@@ -237,6 +275,8 @@ mod tests {
             },
             stats_interval: 3,
             inhibitors: [inhibited("", 10), inhibited("backup", 9)].into(),
+            lease: None,
+            lapsed: false,
         }
     }
 
@@ -377,5 +417,88 @@ mod tests {
         // The host was booted again.
         state.inhibit(at(1), "", at(5));
         assert_eq!(state.inhibited(at(1)), Some(at(5)));
+    }
+    const fn leased(pages: u32, seconds: u64, fallback: Option<u32>) -> NewTarget {
+        NewTarget {
+            pages,
+            expected: None,
+            lease: Some(Duration::from_secs(seconds)),
+            fallback,
+        }
+    }
+
+    #[test]
+    fn a_lease_ends_in_the_target_before_it() {
+        let at = Duration::from_secs;
+        let mut state = state();
+        state.set_target(leased(7, 60, None), at(100)).unwrap();
+        // It is renewed, with the same target and with another one.
+        state.set_target(leased(7, 60, None), at(130)).unwrap();
+        state.set_target(leased(8, 60, None), at(140)).unwrap();
+        assert!(!state.lapse(at(199)) && !state.lapsed);
+        assert_eq!(state.config.target, 8);
+        assert!(state.lapse(at(200)) && state.lapsed);
+        assert_eq!((state.config.target, state.lease), (5, None));
+        assert!(!state.lapse(at(300)));
+        // A target without a lease ends a lease.
+        state.set_target(leased(7, 60, None), at(300)).unwrap();
+        assert!(!state.lapsed);
+        state.set_target(9.into(), at(310)).unwrap();
+        assert!(!state.lapse(at(400)));
+        assert_eq!(state.config.target, 9);
+    }
+
+    #[test]
+    fn a_lease_ends_in_the_target_that_is_stated() {
+        let at = Duration::from_secs;
+        let mut state = state();
+        state.set_target(leased(7, 60, Some(3)), at(0)).unwrap();
+        state.set_target(leased(7, 60, None), at(30)).unwrap();
+        assert_eq!(state.lease.map(|lease| lease.fallback), Some(3));
+        state.set_target(leased(7, 60, Some(4)), at(60)).unwrap();
+        assert!(state.lapse(at(120)));
+        assert_eq!(state.config.target, 4);
+    }
+
+    #[test]
+    fn a_conflict_changes_nothing() {
+        let mut state = state();
+        state
+            .set_target(leased(7, 60, None), Duration::ZERO)
+            .unwrap();
+        let before = state.clone();
+        let new = NewTarget {
+            expected: Some(5),
+            ..leased(9, 600, Some(1))
+        };
+        assert_eq!(state.set_target(new, Duration::from_secs(1)), Err(7));
+        assert_eq!(state, before);
+    }
+
+    #[test]
+    fn a_lease_is_kept_and_older_daemons_use_the_target_after_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        let mut state = state();
+        state.set_target(leased(7, 60, None), clock()).unwrap();
+        state.save(&path).unwrap();
+        assert_eq!(State::load(&path, 7).unwrap(), state);
+        let text: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(
+            (&text["target"], &text["lease"]["target"]),
+            (&5.into(), &7.into())
+        );
+
+        // It has run out when the next process starts, or the host was booted again.
+        for start in [Duration::ZERO, clock() + Duration::from_secs(60)] {
+            let mut state = self::state();
+            state.set_target(leased(7, 0, None), start).unwrap();
+            state.save(&path).unwrap();
+            let later = State::load(&path, 7).unwrap();
+            assert_eq!((later.config.target, later.lease), (5, None));
+            assert!(later.lapsed);
+            later.save(&path).unwrap();
+            assert_eq!(State::load(&path, 7).unwrap(), later);
+        }
     }
 }

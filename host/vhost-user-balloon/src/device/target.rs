@@ -4,16 +4,18 @@
 //! guest's statistics.
 
 use std::io;
-use std::mem;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use balloon_control::Changes;
 use balloon_wire::BALLOON_PAGE_SIZE;
-use log::info;
+use log::{error, info, warn};
 
 use super::Device;
+use super::lease::{NewTarget, clock};
+use super::state::State;
 use crate::sync::lock;
+use crate::virtio::config::bytes;
 use crate::virtio::features::Feature;
 
 /// A balloon whose size has not changed for so long is at rest: a driver reports a changing size
@@ -23,24 +25,6 @@ pub(super) const REST: Duration = Duration::from_secs(2);
 /// How long a driver may take to send its first statistics. Until then the balloon keeps its size: the guest may have
 /// much less memory than the VMM has shared.
 pub(super) const REPORT_TIME: Duration = Duration::from_secs(5);
-
-/// A new target, in balloon pages.
-#[derive(Clone, Copy, Debug)]
-pub struct NewTarget {
-    /// The target.
-    pub pages: u32,
-    /// The target that must be in force.
-    pub expected: Option<u64>,
-}
-
-impl From<u32> for NewTarget {
-    fn from(pages: u32) -> Self {
-        Self {
-            pages,
-            expected: None,
-        }
-    }
-}
 
 /// Why a target is not set and kept.
 #[derive(Debug)]
@@ -145,33 +129,73 @@ impl Device {
         }
     }
 
-    /// Sets the target in balloon pages, also for a guest that boots.
+    /// Sets the target, also for a guest that boots.
     ///
     /// # Errors
     ///
     /// Another target is in force, or the file cannot be written.
     pub fn set_target(&self, new: impl Into<NewTarget>) -> Result<(), SetError> {
-        let new = new.into();
-        let before = self.replace_target(new)?;
-        if self.running() {
+        let (new, now) = (new.into(), clock());
+        self.end_lease(now);
+        let mut state = lock(&self.state);
+        let before = state.clone();
+        state.set_target(new, now).map_err(SetError::Conflict)?;
+        let after = state.clone();
+        drop(state);
+        self.leased.notify_all();
+        let renewed = before.lease.is_some() && after.lease.is_some();
+        let same = before.config.target == new.pages;
+        // A client that only renews a lease requests nothing of a guest that boots.
+        if self.running() && !(renewed && same) {
             lock(&self.times).grace_end = None;
         }
-        if before == new.pages {
-            self.follow();
-        } else {
-            self.notify();
+        self.pass_on(same);
+        let fallback = |state: &State| state.lease.map(|lease| lease.fallback);
+        if !same || before.lapsed || fallback(&before) != fallback(&after) {
             self.publish(Changes::info);
         }
         // The file may not have an unchanged target, if it could not be written before.
         self.save().map_err(SetError::Unsaved)
     }
 
-    /// Replaces the target, and returns the one before.
-    fn replace_target(&self, new: NewTarget) -> Result<u32, SetError> {
-        let target = &mut lock(&self.state).config.target;
-        match new.expected {
-            Some(expected) if expected != u64::from(*target) => Err(SetError::Conflict(*target)),
-            _ => Ok(mem::replace(target, new.pages)),
+    /// Notifies the guest of the target that was set, which may be the `same` as before.
+    fn pass_on(&self, same: bool) {
+        match same {
+            true => self.follow(),
+            false => self.notify(),
+        }
+    }
+
+    /// Ends a lease that has run out.
+    pub(super) fn end_lease(&self, now: Duration) {
+        let mut state = lock(&self.state);
+        let before = state.config.target;
+        if !state.lapse(now) {
+            return;
+        }
+        let after = state.config.target;
+        drop(state);
+        warn!(
+            "the lease on the target of {} bytes has run out; the target is {} bytes now",
+            bytes(before),
+            bytes(after)
+        );
+        self.pass_on(before == after);
+        self.publish(Changes::info);
+        if let Err(error) = self.save() {
+            error!("the end of the lease cannot be kept: {error}");
+        }
+    }
+
+    /// Ends leases in time, as long as the process lives.
+    pub fn watch_leases(&self) {
+        loop {
+            let now = clock();
+            self.end_lease(now);
+            let state = lock(&self.state);
+            let lease = state.lease;
+            let rest = lease.map_or(Duration::MAX, |lease| lease.term.until.saturating_sub(now));
+            drop(state.wait_while(&self.leased, rest, |state| state.lease == lease));
         }
     }
 }

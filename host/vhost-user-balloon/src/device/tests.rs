@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
+use super::lease::{NewTarget, clock};
 use super::statistics::SOON_TIMES;
 use super::target::{REPORT_TIME, REST};
 use super::*;
@@ -146,6 +147,38 @@ fn a_guest_that_boots_is_left_alone() {
     device.start(&mut lock(&device.work), 7);
     report_late(&device);
     assert_eq!(asked(&device), 8 << 20);
+}
+
+fn leased(pages: u32, seconds: u64) -> NewTarget {
+    NewTarget {
+        lease: Some(Duration::from_secs(seconds)),
+        ..pages.into()
+    }
+}
+
+#[test]
+fn a_guest_that_boots_is_left_alone_when_a_lease_is_renewed() {
+    let device = running(0, 7);
+    device.set_target(leased(2048, 60)).unwrap();
+    device.stop();
+    device.start(&mut lock(&device.work), 0);
+    report_late(&device);
+    assert_eq!(asked(&device), 0);
+    device.set_target(leased(2048, 60)).unwrap();
+    assert_eq!(asked(&device), 0);
+    device.set_target(leased(1024, 60)).unwrap();
+    assert_eq!(asked(&device), 4 << 20);
+}
+
+#[test]
+fn a_guest_is_notified_of_the_end_of_a_lease() {
+    let device = running(0, 7);
+    device.set_target(leased(2048, 60)).unwrap();
+    device.end_lease(clock());
+    assert_eq!((asked(&device), device.told.load(SeqCst)), (8 << 20, 2048));
+    device.end_lease(clock() + Duration::from_secs(60));
+    assert_eq!((asked(&device), device.told.load(SeqCst)), (0, 0));
+    assert!(device.state().lapsed);
 }
 
 #[test]

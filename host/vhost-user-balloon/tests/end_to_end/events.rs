@@ -14,13 +14,13 @@ use super::*;
 const STATS: u64 = REQUESTS;
 const STATS_NUMBER: usize = 2;
 
-fn subscribe(directory: &Path) -> Events {
+pub(super) fn subscribe(directory: &Path) -> Events {
     let client = Client::connect(&directory.join("control")).unwrap();
     client.subscribe().unwrap()
 }
 
 /// Reads events until one has this state. Events without a change do not count as one.
-fn wait_for_state(what: &str, events: &mut Events, is: impl Fn(&Info) -> bool) {
+pub(super) fn wait_for_state(what: &str, events: &mut Events, is: impl Fn(&Info) -> bool) {
     let start = Instant::now();
     loop {
         assert!(start.elapsed() < PATIENCE, "no event for {what}");
