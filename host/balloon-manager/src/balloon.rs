@@ -21,6 +21,10 @@ pub(crate) struct Balloon {
     /// The largest target.
     pub(crate) largest: u64,
     pub(crate) target: u64,
+    /// The target has a lease.
+    pub(crate) leased: bool,
+    /// The target is that after a lease that has run out.
+    pub(crate) lapsed: bool,
     /// What of the VM's memory is in the balloon, and with the host.
     pub(crate) size: u64,
     /// The discard granularity.
@@ -31,6 +35,22 @@ pub(crate) struct Balloon {
     pub(crate) frozen: bool,
     /// Why the balloon is smaller than its target.
     pub(crate) stopped: Option<Stopped>,
+}
+
+/// The lease with which a target is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Terms {
+    pub(crate) time: Duration,
+    /// The target after it, in bytes.
+    pub(crate) fallback: u64,
+}
+
+/// A target that replaces another one. Both are in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) before: u64,
+    pub(crate) target: u64,
+    pub(crate) terms: Option<Terms>,
 }
 
 /// What has become of a target that was sent.

@@ -4,7 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use std::{fs, io};
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +25,9 @@ const DROP_INS: [&str; 3] = [
     "/usr/lib/balloon-manager/config.d",
 ];
 
+/// The shortest lease, which is renewed each second, and the longest that a daemon has, in seconds.
+const LEASES: RangeInclusive<u32> = 3..=86_400;
+
 /// What is set.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(default, deny_unknown_fields)]
@@ -34,6 +39,8 @@ pub(crate) struct Config {
     pub(crate) sockets: String,
     /// The sockets of monitors of QEMU's that are for the manager alone, as a pattern.
     pub(crate) qmp: Option<String>,
+    /// For how many seconds targets stay when the manager has ended.
+    pub(crate) lease: u32,
     /// By patterns of names. Longer patterns override shorter ones.
     pub(crate) vm: BTreeMap<String, Vm>,
 }
@@ -45,6 +52,7 @@ impl Default for Config {
             host: Host::default(),
             sockets: "/run/vhost-user-balloon/*/control.sock".to_owned(),
             qmp: None,
+            lease: 60,
             vm: BTreeMap::new(),
         }
     }
@@ -140,6 +148,13 @@ impl Config {
         if config.host.pool.is_some() && config.host.cgroup.is_some() {
             bail!("host.pool and host.cgroup both set the pool: remove one of them");
         }
+        if !LEASES.contains(&config.lease) {
+            bail!(
+                "lease is a time from {} to {} seconds",
+                LEASES.start(),
+                LEASES.end()
+            );
+        }
         if let Some(Size::Percent(_)) = config.host.pool {
             bail!("host.pool is a part of nothing: set a size such as \"24GiB\"");
         }
@@ -173,6 +188,11 @@ impl Config {
         })
     }
 
+    /// For how long targets stay when the manager has ended.
+    pub(crate) fn lease(&self) -> Duration {
+        Duration::from_secs(self.lease.into())
+    }
+
     /// The differences from an earlier configuration, one line each.
     pub(crate) fn differences(&self, old: &Self) -> Vec<String> {
         let lines = |config: &Self| -> Vec<String> {
@@ -181,6 +201,7 @@ impl Config {
                 format!("host = {:?}", config.host),
                 format!("sockets = {:?}", config.sockets),
                 format!("qmp = {:?}", config.qmp),
+                format!("lease = {}", config.lease),
             ];
             let vms = config.vm.iter();
             lines.extend(vms.map(|(pattern, vm)| format!("vm.{pattern:?} = {vm:?}")));
@@ -279,6 +300,7 @@ mod tests {
             ("profile = 'fast'", "unknown variant `fast`"),
             ("sockets = '['", "'[' is no pattern"),
             ("[host]\npool = '5%'", "a part of nothing"),
+            ("lease = 2", "lease is a time from 3 to 86400 seconds"),
             ("[host]\npool = '5GiB'\ncgroup = '/a'", "both set the pool"),
         ] {
             let error = format!("{:#}", load(text).unwrap_err());

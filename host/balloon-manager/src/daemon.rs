@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use crate::balloon::{ANSWER, Balloon, Outcome};
+use crate::balloon::{ANSWER, Balloon, Change, Outcome};
 use crate::config::PAGE;
 use crate::lines::Lines;
 
@@ -69,13 +69,14 @@ impl Connection {
         }
     }
 
-    /// Sets a target, in bytes, if the target is `before` now.
-    pub(crate) async fn set(&mut self, before: u64, bytes: u64) -> Result<Outcome> {
+    /// Sets a target.
+    pub(crate) async fn set(&mut self, change: Change) -> Result<Outcome> {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let request = Request::Set {
-            bytes,
-            expected: Some(before),
-            lease: None,
-            fallback: None,
+            bytes: change.target,
+            expected: Some(change.before),
+            lease: change.terms.map(|terms| milliseconds(terms.time)),
+            fallback: change.terms.map(|terms| terms.fallback),
         };
         match self.call(&request, ANSWER).await {
             Ok(Nothing {}) => Ok(Outcome::Set),
@@ -126,6 +127,8 @@ fn balloon(info: &Info) -> Balloon {
             .unwrap_or(u64::MAX)
             .min(info.limit.unwrap_or(u64::MAX)),
         target: info.target,
+        leased: info.lease.is_some(),
+        lapsed: info.lapsed,
         // What the device counts, not what the guest reports. While memory is withheld, memory in the balloon is not
         // returned to the host.
         size: if withheld { 0 } else { info.held },

@@ -9,7 +9,7 @@ use anyhow::Result;
 use balloon_policy::Sample;
 use tokio::time::Instant;
 
-use crate::balloon::{Balloon, Outcome};
+use crate::balloon::{Balloon, Change, Outcome};
 use crate::daemon::Connection;
 use crate::qemu::Monitor;
 use crate::resident::{Memory, of_process};
@@ -78,11 +78,11 @@ impl Link {
         }
     }
 
-    /// Sets a target, in bytes, if the target is `before` now. QEMU does not compare.
-    pub(crate) async fn set(&mut self, before: u64, bytes: u64) -> Result<Outcome> {
+    /// Sets a target. QEMU does not compare the one before, and has no leases.
+    pub(crate) async fn set(&mut self, change: Change) -> Result<Outcome> {
         match self {
-            Self::Daemon(connection) => connection.set(before, bytes).await,
-            Self::Qemu(monitor) => Ok(match monitor.set(bytes).await? {
+            Self::Daemon(connection) => connection.set(change).await,
+            Self::Qemu(monitor) => Ok(match monitor.set(change.target).await? {
                 Some(reason) => Outcome::Refused(reason),
                 None => Outcome::Set,
             }),

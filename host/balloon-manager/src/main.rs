@@ -46,7 +46,8 @@ mod vm;
 /// Each VM has a vhost-user-balloon daemon, or QEMU's own balloon device and a monitor for the manager. The manager sets
 /// the targets of their balloons: it inflates the balloons of
 /// guests with unused memory, and deflates those of guests that need memory. The memory that all guests can touch stays
-/// within the pool. SIGHUP reloads the configuration, and SIGTERM ends the manager; the balloons stay as they are.
+/// within the pool. SIGHUP reloads the configuration, and SIGTERM ends the manager. A minute later each daemon deflates or
+/// inflates its balloon to the share that the VM has if all VMs want all of their memory.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
@@ -251,7 +252,7 @@ async fn run(
     log::info!("managing with the profile {:?}", manager.profile());
     manage(&mut manager, path, reported, called).await?;
     notify(&[NotifyState::Stopping]);
-    log::info!("ending; the balloons stay as they are");
+    log::info!("ending; targets stay until their leases run out");
     Ok(())
 }
 

@@ -13,6 +13,7 @@ use balloon_policy::{
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::balloon::Terms;
 use crate::config::{Config, PAGE};
 use crate::host::Host;
 use crate::link::Place;
@@ -171,6 +172,7 @@ impl Manager {
         for lease in &mut self.leases {
             lease.admitted |= decision.admitted.contains(&lease.reservation.id);
         }
+        self.tell_tasks(&observation, &decision);
         self.act(&observation, &decision);
         self.charged = decision.charged;
         self.last = observation;
@@ -212,13 +214,27 @@ impl Manager {
         })
     }
 
-    fn act(&mut self, observation: &Observation, decision: &Decision) {
+    /// Passes the state of each VM on to its tasks: how often to look at it, and with which lease.
+    fn tell_tasks(&mut self, observation: &Observation, decision: &Decision) {
         for account in &decision.accounts {
             let Some(known) = self.vms.get_mut(&account.vm) else {
                 continue;
             };
             known.account = Some(*account);
             let vm = observation.vms.iter().find(|vm| vm.id == account.vm);
+            // A VM that the manager leaves alone has no settings.
+            let is_managed = |vm: &&Vm| {
+                let settings = self.config.settings(&known.name, vm.memory, 0);
+                !self.observe && settings.is_some()
+            };
+            let terms = vm
+                .filter(is_managed)
+                .map(|vm| terms(vm, account, &self.config));
+            known.handle.terms.send_if_modified(|old| {
+                let changes = *old != terms;
+                *old = terms;
+                changes
+            });
             let available = vm.and_then(|vm| vm.sample).map(|sample| sample.available);
             let busy = account.pressed.is_some()
                 || account.need > account.grant
@@ -230,6 +246,9 @@ impl Manager {
                 changes
             });
         }
+    }
+
+    fn act(&mut self, observation: &Observation, decision: &Decision) {
         for action in &decision.actions {
             let Some(known) = self.vms.get_mut(&action.vm) else {
                 continue;
@@ -254,7 +273,7 @@ impl Manager {
             }
             let order = Order {
                 number: action.number,
-                bytes: action.target * PAGE,
+                target: action.target * PAGE,
                 before: action.before * PAGE,
             };
             // The task ends only when the VM has gone.
@@ -380,6 +399,17 @@ impl Manager {
 
     pub(crate) const fn profile(&self) -> Profile {
         self.config.profile
+    }
+}
+
+/// With which lease the targets of a VM are set.
+fn terms(vm: &Vm, account: &Account, config: &Config) -> Terms {
+    let fallback = vm.memory.saturating_sub(account.fallback);
+    // Rounded up: the VM does not get more than its share.
+    let fallback = fallback.next_multiple_of(vm.granule.max(1));
+    Terms {
+        time: config.lease(),
+        fallback: fallback * PAGE,
     }
 }
 

@@ -173,6 +173,8 @@ impl Monitor {
             connected: true,
             largest: u64::MAX,
             target: target.unwrap_or(size),
+            leased: false,
+            lapsed: false,
             size,
             granule: PAGE,
             driver: self.stats.last_update > 0,

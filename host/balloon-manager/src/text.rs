@@ -179,6 +179,7 @@ pub(crate) fn explain(now: u64, vm: &VmStatus, history: &[Past]) -> String {
                 state(account)
             );
             let _ = writeln!(text, "{}", numbers(account));
+            let _ = writeln!(text, "without a manager it has {}", size(account.fallback));
         }
     }
     for past in history {

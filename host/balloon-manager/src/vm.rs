@@ -4,15 +4,16 @@
 //!
 //! Each VM has tasks of its own, and each request has a time limit: a device that hangs delays no other VM.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
 use balloon_policy::{Pages, Sample, Vm, VmId};
 use bytesize::ByteSize;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, interval};
+use tokio::time::{Instant, interval, sleep_until};
 
-use crate::balloon::{Balloon, Outcome};
+use crate::balloon::{Balloon, Change, Outcome, Terms};
 use crate::config::{Config, PAGE};
 use crate::daemon;
 use crate::link::{Link, Place};
@@ -26,11 +27,14 @@ pub(crate) const FAST: Duration = Duration::from_millis(100);
 /// is stopped executes it when it continues.
 const FATE: Duration = Duration::from_secs(10);
 
-/// Sets a target.
+/// How often a lease is renewed before it ends.
+const RENEWALS: u32 = 3;
+
+/// Sets a target, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Order {
     pub(crate) number: u64,
-    pub(crate) bytes: u64,
+    pub(crate) target: u64,
     /// The target that it replaces.
     pub(crate) before: u64,
 }
@@ -72,6 +76,7 @@ impl State {
             unusable: balloon.unusable / PAGE,
             answered: self.answered,
             granule: (balloon.granule / PAGE).max(1),
+            lapsed: balloon.lapsed,
             driver: balloon.driver,
             frozen: untouchable || balloon.frozen || !self.reachable,
             stopped: balloon.stopped,
@@ -85,6 +90,8 @@ impl State {
 pub(crate) struct Handle {
     pub(crate) orders: mpsc::UnboundedSender<Order>,
     pub(crate) pace: watch::Sender<Duration>,
+    /// The lease of the VM's targets. Without it the manager renews none.
+    pub(crate) terms: watch::Sender<Option<Terms>>,
 }
 
 /// Starts the tasks of the VM with the device at this place. They send what it reports.
@@ -96,6 +103,7 @@ pub(crate) fn start(
 ) -> Handle {
     let (orders, received) = mpsc::unbounded_channel();
     let (pace, paces) = watch::channel(SLOW);
+    let (terms, agreed) = watch::channel(None);
     let (sample, samples) = watch::channel(None);
     let changed = Arc::new(Notify::new());
     if let Place::Daemon(path) = &place {
@@ -111,7 +119,11 @@ pub(crate) fn start(
             epoch,
             memory: Memory::default(),
             link: None,
+            terms: agreed,
+            renewed: None,
+            conflict: None,
             target: None,
+            own: Vec::new(),
             answered: 0,
             doubt: None,
             state: None,
@@ -121,7 +133,11 @@ pub(crate) fn start(
         };
         task.run(received, paces).await;
     });
-    Handle { orders, pace }
+    Handle {
+        orders,
+        pace,
+        terms,
+    }
 }
 
 struct Task {
@@ -130,8 +146,15 @@ struct Task {
     epoch: Instant,
     memory: Memory,
     link: Option<Link>,
+    terms: watch::Receiver<Option<Terms>>,
+    /// When the manager has renewed the lease the last time.
+    renewed: Option<Instant>,
+    /// The target of another program that an order has met, in bytes.
+    conflict: Option<u64>,
     /// The target of the newest order, in bytes.
     target: Option<u64>,
+    /// The targets that the manager has set, or may have set, in bytes. It renews the lease of no other one.
+    own: Vec<u64>,
     /// The newest order with a known fate.
     answered: u64,
     doubt: Option<Doubt>,
@@ -167,7 +190,15 @@ impl Task {
     ) {
         let mut timer = interval(*paces.borrow_and_update());
         loop {
+            let due = self.due();
+            let renewal = async {
+                match due {
+                    Some(due) => sleep_until(due).await,
+                    None => pending().await,
+                }
+            };
             tokio::select! {
+                () = renewal => self.renew().await,
                 order = orders.recv() => match order {
                     Some(order) => self.carry_out(order).await,
                     None => return,
@@ -194,31 +225,81 @@ impl Task {
 
     /// Sets a target. A device that refuses it has answered.
     async fn set(&mut self, order: Order) -> anyhow::Result<()> {
-        let mut outcome = self.link().await?.set(order.before, order.bytes).await?;
+        let mut outcome = self.change(order.before, order.target).await?;
         if let Outcome::Conflict(target) = outcome {
             // The order before this one may have been lost.
             let doubt = self.doubt.as_ref();
             if doubt.is_some_and(|doubt| doubt.before.contains(&target)) {
-                outcome = self.link().await?.set(target, order.bytes).await?;
+                outcome = self.change(target, order.target).await?;
             }
         }
-        match outcome {
-            Outcome::Set => {}
-            Outcome::Refused(reason) => log::warn!("{}: {reason}", self.place),
-            Outcome::Conflict(target) => log::warn!(
-                "{}: another program has set the target to {}, which stays",
-                self.place,
-                ByteSize(target)
-            ),
-        }
+        self.settle(order.target, outcome);
         Ok(())
+    }
+
+    /// Sends a target that replaces the one `before`. Both are in bytes.
+    async fn change(&mut self, before: u64, target: u64) -> anyhow::Result<Outcome> {
+        let terms = *self.terms.borrow();
+        self.renewed = Some(Instant::now());
+        let change = Change {
+            before,
+            target,
+            terms,
+        };
+        self.link().await?.set(change).await
+    }
+
+    /// Handles what has become of a target.
+    fn settle(&mut self, target: u64, outcome: Outcome) {
+        match outcome {
+            Outcome::Set => self.own = vec![target],
+            Outcome::Refused(reason) => log::warn!("{}: {reason}", self.place),
+            Outcome::Conflict(target) => self.conflict = Some(target),
+        }
+    }
+
+    /// When the lease must be renewed, if the target is the manager's own and has a lease.
+    fn due(&self) -> Option<Instant> {
+        let terms = (*self.terms.borrow())?;
+        let balloon = &self.state.as_ref().filter(|_| self.link.is_some())?.balloon;
+        if !balloon.leased || !self.own.contains(&balloon.target) {
+            return None;
+        }
+        let renewed = self.renewed.map(|renewed| renewed + terms.time / RENEWALS);
+        Some(renewed.unwrap_or_else(Instant::now))
+    }
+
+    /// Renews the lease. If that fails, the next attempt comes before the lease ends.
+    async fn renew(&mut self) {
+        let Some(target) = self.state.as_ref().map(|state| state.balloon.target) else {
+            return;
+        };
+        match self.change(target, target).await {
+            Ok(outcome) => self.settle(target, outcome),
+            Err(_) => self.link = None,
+        }
+    }
+
+    /// Reports an order that has met another target.
+    fn tell_conflict(&mut self, balloon: &Balloon) {
+        let Some(target) = self.conflict.take() else {
+            return;
+        };
+        let (place, size) = (&self.place, ByteSize(target));
+        match balloon.lapsed {
+            true => log::warn!("{place}: the lease had run out, and the target was {size}"),
+            false => {
+                log::warn!("{place}: another program has set the target to {size}, which stays");
+            }
+        }
     }
 
     async fn carry_out(&mut self, order: Order) {
         let number = order.number;
-        self.target = Some(order.bytes);
+        self.target = Some(order.target);
         if self.set(order).await.is_err() {
             self.link = None;
+            self.own.push(order.target);
             let mut before = self
                 .doubt
                 .take()
@@ -278,6 +359,11 @@ impl Task {
             return;
         };
         self.resolve(true);
+        self.tell_conflict(&balloon);
+        if self.state.is_none() {
+            // The target that a new manager finds is that of the manager before it.
+            self.own.push(balloon.target);
+        }
         let Some(link) = &mut self.link else {
             return;
         };
@@ -327,6 +413,8 @@ mod tests {
                 connected: true,
                 largest: total,
                 target: 3 * GIB,
+                leased: false,
+                lapsed: false,
                 size,
                 granule: PAGE,
                 driver: true,

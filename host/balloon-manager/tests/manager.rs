@@ -12,7 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use balloon_control::{
-    Changes, ControlError, ErrorKind, Guest, Handler, Info, Request, Response, Server, Stat, Stats,
+    Changes, ControlError, ErrorKind, Guest, Handler, Info, Lease, Request, Response, Server, Stat,
+    Stats,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -33,6 +34,11 @@ struct State {
     size: u64,
     stalls: u64,
     sets: u64,
+    /// The lease on the target, and whether there was one that has run out.
+    lease: Option<Lease>,
+    lapsed: bool,
+    /// How often a lease was renewed with the same target.
+    renewals: u64,
     /// The daemon refuses targets.
     refuses: bool,
     /// Another program sets this target just before the next one.
@@ -60,6 +66,9 @@ impl Fake {
             size: 0,
             stalls: 0,
             sets: 0,
+            lease: None,
+            lapsed: false,
+            renewals: 0,
             refuses: false,
             rival: None,
             loses: false,
@@ -82,6 +91,22 @@ impl Fake {
     fn grant(&self) -> u64 {
         let state = self.get();
         state.memory - state.target
+    }
+
+    /// The lease runs out.
+    fn lapse(&self) {
+        self.change(|state| {
+            let lease = state.lease.take().unwrap();
+            (state.target, state.size) = (lease.fallback, lease.fallback);
+            state.lapsed = true;
+        });
+        self.1.info();
+    }
+
+    /// Waits until the lease has been renewed so many times.
+    fn wait_for_renewals(&self, count: u64) {
+        let before = self.get().renewals;
+        wait_for("renewals", || self.get().renewals >= before + count);
     }
 
     /// Whether the next target is lost, once.
@@ -114,6 +139,8 @@ impl Handler for Fake {
                 let memory = Some(state.memory).filter(|_| !state.forgets);
                 Ok(Response::Info(Info {
                     target: state.target,
+                    lease: state.lease,
+                    lapsed: state.lapsed,
                     size: if state.lies { state.target } else { state.size },
                     held: state.size,
                     memory,
@@ -137,7 +164,10 @@ impl Handler for Fake {
                 "ask another one",
             )),
             Request::Set {
-                bytes, expected, ..
+                bytes,
+                expected,
+                lease,
+                fallback,
             } => {
                 state.target = state.rival.take().unwrap_or(state.target);
                 if expected.is_some_and(|expected| expected != state.target) {
@@ -146,6 +176,12 @@ impl Handler for Fake {
                         ..ControlError::new(ErrorKind::Conflict, "another one", "no")
                     });
                 }
+                state.renewals += u64::from(state.lease.is_some() && bytes == state.target);
+                state.lease = lease.map(|remaining| Lease {
+                    remaining,
+                    fallback: fallback.unwrap(),
+                });
+                state.lapsed = false;
                 state.target = bytes;
                 let most = state.memory.saturating_sub(state.used).max(state.size);
                 state.size = bytes.min(most);
@@ -276,6 +312,9 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 fn words(output: &[u8]) -> String {
     String::from_utf8_lossy(output).into_owned()
 }
+
+/// The same host, with short leases.
+const LEASE: &str = "lease = 3\n[host]\npool = '6GiB'\nreserve = '256MiB'\n";
 
 const SMALL: &str = "[host]\npool = '6GiB'\nreserve = '256MiB'\n";
 
@@ -440,7 +479,7 @@ fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
 
 #[test]
 fn a_target_of_another_program_is_not_overwritten() {
-    let mut host = Host::new(SMALL);
+    let mut host = Host::new(LEASE);
     let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
     web.change(|state| state.rival = Some(3 * GIB));
     host.add("web", &web);
@@ -452,8 +491,68 @@ fn a_target_of_another_program_is_not_overwritten() {
     });
     let line = "another program has set the target to 3.0 GiB";
     assert!(host.log().contains(line), "{}", host.log());
+    // The other program has leases as well.
+    let lease = Lease {
+        remaining: 1000,
+        fallback: 0,
+    };
+    web.change(|state| state.lease = Some(lease));
+    db.wait_for_renewals(2);
     let state = web.get();
     assert_eq!((state.target, state.sets), (3 * GIB, 0));
+}
+
+#[test]
+fn targets_have_leases_that_the_manager_and_the_next_one_renew() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    let has_lease = |guest: &Fake| guest.get().lease.is_some();
+    wait_for("leases", || has_lease(&web) && has_lease(&db));
+    for guest in [&web, &db] {
+        guest.wait_for_renewals(2);
+    }
+    let share = |guest: &Fake| {
+        let lease = guest.get().lease.unwrap();
+        assert_eq!(lease.remaining, 3000);
+        guest.get().memory - lease.fallback
+    };
+    assert_eq!(share(&web).abs_diff(share(&db)) / 4096, 0);
+    // All but the reserve and the fast reserve, in whole pages.
+    assert_eq!(share(&web), (6 * GIB - 768 * (1 << 20)) / 2);
+    let explained = words(&host.ask(&["explain", "web"]).stdout);
+    assert!(
+        explained.contains("without a manager it has 2.6 GiB"),
+        "{explained}"
+    );
+
+    host.signal(Signal::SIGKILL);
+    host.manager.take().unwrap().wait().unwrap();
+    fs::remove_file(host.path("manager.sock")).unwrap();
+    host.run(&[]);
+    for guest in [&web, &db] {
+        guest.wait_for_renewals(2);
+    }
+}
+
+#[test]
+fn a_manager_that_was_stopped_takes_up_the_targets_after_its_leases() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    let has_lease = |guest: &Fake| guest.get().lease.is_some();
+    wait_for("leases", || has_lease(&web) && has_lease(&db));
+    host.signal(Signal::SIGSTOP);
+    web.lapse();
+    let sets = web.get().sets;
+    host.signal(Signal::SIGCONT);
+    web.change(|state| state.used = 3 * GIB);
+    wait_for("another target", || web.get().sets > sets);
+    assert!(!host.log().contains("another program"), "{}", host.log());
 }
 
 /// The target before it is still in force. The next one replaces that, and counts as the manager's.
@@ -474,14 +573,21 @@ fn a_target_that_is_lost_is_none_of_another_program() {
 
 #[test]
 fn observing_sets_no_target() {
-    let mut host = Host::new(SMALL);
+    let mut host = Host::new(LEASE);
     let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    let lease = Lease {
+        remaining: 1000,
+        fallback: 0,
+    };
+    web.change(|state| state.lease = Some(lease));
     host.add("web", &web);
     host.add("db", &db);
     host.run(&["--observe"]);
     wait_for("decisions", || {
         host.log().contains("web: would set its grant from 4.0 GiB")
     });
+    let infos = web.get().infos;
+    wait_for("answers", || web.get().infos > infos + 2);
     assert_eq!((web.get().sets, db.get().sets), (0, 0));
 }
 

@@ -84,6 +84,9 @@ pub struct Vm {
     pub answered: u64,
     /// The discard granularity.
     pub granule: Pages,
+    /// The lease on the target has run out: the daemon has set another target by itself, and no program has since.
+    #[serde(default)]
+    pub lapsed: bool,
     /// The guest's driver works.
     pub driver: bool,
     /// The VM must be left alone: it is paused, it migrates, or a client has an open request.
@@ -218,6 +221,8 @@ pub struct Account {
     pub want: Pages,
     /// The VM's share of the capacity.
     pub share: Pages,
+    /// The VM's share if all VMs wanted all of their memory. The VM gets it when the manager ends.
+    pub fallback: Pages,
     /// Why the policy takes no memory from the VM now.
     pub spared: Option<Spared>,
     /// The newest sign of need.

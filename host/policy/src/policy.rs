@@ -376,10 +376,29 @@ impl Step<'_> {
             })
             .collect();
         let shares = share(for_wants.max(needs.iter().sum()), &claims);
+        fall_back(*capacity, &mut movable);
         for ((vm, account), share) in movable.iter_mut().zip(shares) {
             // Floors hold even if they do not fit.
             account.share = share.max(vm.settings.floor.min(account.need));
         }
+    }
+}
+
+/// Divides the capacity as if all VMs wanted all of their memory.
+fn fall_back(capacity: Pages, movable: &mut [(&Vm, &mut Account)]) {
+    let claims = movable.iter().map(|(vm, _)| {
+        let want = vm.settings.ceiling.min(vm.memory);
+        Claim {
+            floor: vm.settings.floor.min(want),
+            want,
+            weight: vm.settings.weight,
+        }
+    });
+    let claims: Vec<_> = claims.collect();
+    let shares = share(capacity, &claims);
+    for (((_, account), share), claim) in movable.iter_mut().zip(shares).zip(&claims) {
+        // Floors hold even if they do not fit.
+        account.fallback = share.max(claim.floor);
     }
 }
 

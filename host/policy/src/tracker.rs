@@ -174,7 +174,7 @@ impl Tracker {
         if self.expected.is_some_and(|expected| expected != vm.target) {
             if answered.iter().any(|sent| sent.before == vm.target) {
                 self.refused_until = now + FIRST_RETRY;
-            } else {
+            } else if !vm.lapsed {
                 self.left_alone_until = now + LEFT_ALONE;
             }
         }
@@ -424,6 +424,7 @@ impl Tracker {
             need,
             want: wanted.clamp(need, ceiling),
             share: grant,
+            fallback: grant,
             spared,
             pressed: self.pressure(now),
         }

@@ -93,6 +93,7 @@ fn any_vm() -> impl Strategy<Value = Vm> {
                 unusable,
                 answered,
                 granule,
+                lapsed: false,
                 driver,
                 frozen,
                 stopped,
@@ -153,6 +154,20 @@ fn limit(observation: &Observation) -> Pages {
         HostPressure::Full => observation.reserve.saturating_mul(2),
     };
     observation.pool.saturating_sub(reserve)
+}
+
+/// Whether the policy may change the target of a VM.
+const fn is_movable(spared: Option<Spared>) -> bool {
+    !matches!(
+        spared,
+        Some(
+            Spared::NoDriver
+                | Spared::Frozen
+                | Spared::Excluded
+                | Spared::Refused
+                | Spared::OtherController
+        )
+    )
 }
 
 /// 1: all that VMs can touch, and the reservations, are charged.
@@ -587,14 +602,30 @@ proptest! {
         let pressures = [HostPressure::None, HostPressure::Some, HostPressure::Full];
         let [none, some, full] = pressures.map(shares);
         for ((none, some), full) in none.iter().zip(&some).zip(&full) {
-            let movable = !matches!(
-                none.spared,
-                Some(Spared::NoDriver | Spared::Frozen | Spared::Excluded | Spared::Refused | Spared::OtherController)
-            );
-            if movable {
+            if is_movable(none.spared) {
                 prop_assert!(some.share <= none.share && full.share <= some.share);
             }
         }
+    }
+
+    /// What guests report and use makes no difference.
+    #[test]
+    fn invariant_15_the_shares_without_a_manager_fit(observation in any_observation()) {
+        let decision = Policy::new(Profile::Density).step(&observation);
+        let vms = observation.vms.iter().zip(&decision.accounts);
+        let movable: Vec<_> = vms.filter(|(_, account)| is_movable(account.spared)).collect();
+        let floors = movable.iter().map(|(vm, _)| vm.settings.floor.min(vm.settings.ceiling).min(vm.memory));
+        let floors = floors.fold(0, Pages::saturating_add);
+        let shares = movable.iter().map(|(_, account)| account.fallback);
+        let shares = shares.fold(0, Pages::saturating_add);
+        prop_assert!(shares <= decision.capacity.max(floors), "{shares} {floors} {}", decision.capacity);
+        for (vm, account) in &movable {
+            prop_assert!(account.fallback <= vm.settings.ceiling.min(vm.memory));
+            prop_assert!(account.fallback >= vm.settings.floor.min(vm.settings.ceiling).min(vm.memory));
+        }
+        // All of them get all of their memory, or the capacity is used up.
+        let all = movable.iter().all(|(vm, account)| account.fallback == vm.settings.ceiling.min(vm.memory));
+        prop_assert!(all || shares >= decision.capacity);
     }
 
     #[test]
@@ -712,6 +743,7 @@ fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
             unusable: 0,
             answered: u64::MAX,
             granule: 1,
+            lapsed: false,
             driver: true,
             frozen: false,
             stopped: (now > 60_000).then_some(Stopped::AfterOom),
@@ -762,6 +794,7 @@ fn account_of(available: Pages, untouched: Pages, unusable: Pages) -> Account {
             unusable,
             answered: u64::MAX,
             granule: 1,
+            lapsed: false,
             driver: true,
             frozen: false,
             stopped: None,
@@ -789,4 +822,23 @@ fn memory_that_a_guest_can_never_use_counts_as_touched() {
     let account = account_of(GIB / 2, GIB, GIB);
     assert_eq!(account.used, Some(3 * GIB / 2));
     assert!(account.need > 3 * GIB / 2, "{account:?}");
+}
+
+/// Another program's target is left alone, and the target after a lease is not.
+#[test]
+fn a_target_after_a_lease_is_none_of_another_program() {
+    for lapsed in [false, true] {
+        let guest = Guest::new(Behaviour::Honest, 4 * GIB, GIB, 2 * GIB);
+        let mut world = World::new(0, 8 * GIB, vec![guest]);
+        world.step(1_000);
+        let mut observation = world.observe();
+        observation.vms[0].target += GIB;
+        observation.vms[0].lapsed = lapsed;
+        let spared = world.policy.step(&observation).accounts[0].spared;
+        assert_eq!(
+            spared == Some(Spared::OtherController),
+            !lapsed,
+            "{spared:?}"
+        );
+    }
 }

@@ -347,6 +347,7 @@ impl Guest {
             unusable,
             answered: self.answered,
             granule: 1,
+            lapsed: false,
             driver: self.is_up(now),
             frozen: false,
             stopped: (self.stopped && self.target > self.size).then_some(Stopped::Full),

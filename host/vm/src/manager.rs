@@ -19,7 +19,7 @@ use crate::stopwatch::Stopwatch;
 /// How long the manager may take to start.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A running manager. It is killed when it is dropped, and the balloons stay as they are.
+/// A running manager. It is killed when it is dropped, and the balloons stay as they are until its leases run out.
 #[derive(Debug)]
 pub struct Manager {
     program: PathBuf,

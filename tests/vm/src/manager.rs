@@ -11,7 +11,8 @@ use crate::scenario::{BOTH_DRIVERS, EXTENDED_DEVICE, Scenario, Setup, TEST_KERNE
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "manager",
-    proves: "the manager moves memory between a guest with the daemon's device and one with QEMU's own, over QMP",
+    proves: "the manager moves memory between a guest with the daemon's device and one with QEMU's own, over QMP, and \
+        a balloon has a known target after the manager was killed",
     kernels: TEST_KERNEL,
     drivers: BOTH_DRIVERS,
     devices: EXTENDED_DEVICE,
@@ -46,7 +47,7 @@ fn manager(setup: &Setup) -> Result<()> {
                 guest.insmod(setup.driver, setup.driver.low_floor())?;
             }
             let settings = format!(
-                "profile = 'density'\nqmp = '{}/*.qmp'\n[host]\npool = '{}MiB'\n[vm.'*']\nfloor = '256MiB'\n",
+                "profile = 'density'\nlease = 5\nqmp = '{}/*.qmp'\n[host]\npool = '{}MiB'\n[vm.'*']\nfloor = '256MiB'\n",
                 directory.path().display(),
                 POOL.as_mib()
             );
@@ -78,9 +79,27 @@ fn manager(setup: &Setup) -> Result<()> {
                 log.contains("db: sets its grant") && log.contains("web: sets its grant"),
                 "the manager has set no target: {log}"
             );
-            Ok(())
+            kill_manager(setup, manager, web)
         })
     })
+}
+
+/// The balloon has a known target after the manager was killed.
+fn kill_manager(setup: &Setup, manager: Manager, web: &Guest) -> Result<()> {
+    let daemon = web.daemon()?;
+    let lease = daemon.info()?.lease.context("the target has no lease")?;
+    // This kills it.
+    drop(manager);
+    web.wait_until("the lease ends", PATIENCE, || Ok(daemon.info()?.lapsed))?;
+    let target = daemon.info()?.target;
+    let size = Size::bytes(target);
+    setup.note(format!("after the manager's end the target is {size}"));
+    ensure!(
+        target == lease.fallback,
+        "the target is {size} and not {}",
+        Size::bytes(lease.fallback)
+    );
+    Ok(())
 }
 
 /// The guest's memory without the balloon.

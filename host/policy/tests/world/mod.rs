@@ -191,6 +191,7 @@ impl Guest {
             },
             answered: self.answered,
             granule: self.granule,
+            lapsed: false,
             driver: true,
             frozen: self.frozen,
             stopped: (self.size < self.target && self.behaviour == Behaviour::Random && rng.bool())
