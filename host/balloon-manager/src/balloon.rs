@@ -27,6 +27,8 @@ pub(crate) struct Balloon {
     pub(crate) lapsed: bool,
     /// What of the VM's memory is in the balloon, and with the host.
     pub(crate) size: u64,
+    /// What the host has given to the VM, if the device reports it.
+    pub(crate) resident: Option<u64>,
     /// The discard granularity.
     pub(crate) granule: u64,
     /// The guest's driver works.

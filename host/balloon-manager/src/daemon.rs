@@ -132,6 +132,7 @@ fn balloon(info: &Info) -> Balloon {
         // What the device counts, not what the guest reports. While memory is withheld, memory in the balloon is not
         // returned to the host.
         size: if withheld { 0 } else { info.held },
+        resident: info.resident,
         granule: info.granule,
         driver: info.guest.driver,
         frozen: withheld || info.guest.open_requests > 0 || info.grace.is_some(),

@@ -176,6 +176,7 @@ impl Monitor {
             leased: false,
             lapsed: false,
             size,
+            resident: None,
             granule: PAGE,
             driver: self.stats.last_update > 0,
             // A VM that does not run is paused, or migrates.

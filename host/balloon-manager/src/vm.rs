@@ -213,8 +213,7 @@ impl Task {
                 () = self.changed.notified() => {}
                 _ = timer.tick() => {
                     // A daemon sends events, and QEMU is polled.
-                    if self.is_known() {
-                        self.report_resident();
+                    if self.is_known() && self.report_resident() {
                         continue;
                     }
                 }
@@ -333,18 +332,22 @@ impl Task {
         is_reached && matches!(self.link, Some(Link::Daemon(_)))
     }
 
-    /// Reports the resident memory and the newest statistics.
-    fn report_resident(&mut self) {
+    /// Reports the resident memory and the newest statistics, and returns whether it could. The manager may not be
+    /// allowed to look at the memory, and then only the daemon knows how much there is.
+    fn report_resident(&mut self) -> bool {
         let (Some(link), Some(state)) = (&self.link, &self.state) else {
-            return;
+            return false;
         };
         let all = state.balloon.memory.unwrap_or(0);
-        let resident = link.resident(&mut self.memory, all);
+        let Some(resident) = link.resident(&mut self.memory, all) else {
+            return false;
+        };
         let sample = *self.samples.borrow();
         self.send(|state| {
-            state.resident = resident.map(|bytes| bytes / PAGE);
+            state.resident = Some(resident / PAGE);
             state.sample = sample;
         });
+        true
     }
 
     async fn report(&mut self) {
@@ -369,6 +372,7 @@ impl Task {
         };
         let all = balloon.memory.unwrap_or(0);
         let resident = link.resident(&mut self.memory, all);
+        let resident = resident.or(balloon.resident);
         let sample = link.sample(self.epoch).or(*self.samples.borrow());
         self.state = Some(State {
             balloon,
@@ -416,6 +420,7 @@ mod tests {
                 leased: false,
                 lapsed: false,
                 size,
+                resident: None,
                 granule: PAGE,
                 driver: true,
                 frozen: false,

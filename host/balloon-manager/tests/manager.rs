@@ -34,6 +34,7 @@ struct State {
     size: u64,
     stalls: u64,
     sets: u64,
+    resident: Option<u64>,
     /// The lease on the target, and whether there was one that has run out.
     lease: Option<Lease>,
     lapsed: bool,
@@ -66,6 +67,7 @@ impl Fake {
             size: 0,
             stalls: 0,
             sets: 0,
+            resident: None,
             lease: None,
             lapsed: false,
             renewals: 0,
@@ -143,6 +145,7 @@ impl Handler for Fake {
                     lapsed: state.lapsed,
                     size: if state.lies { state.target } else { state.size },
                     held: state.size,
+                    resident: state.resident,
                     memory,
                     shared: memory,
                     granule: 4096,
@@ -403,6 +406,23 @@ fn a_daemon_that_hangs_delays_no_other_vm() {
     host.run(&[]);
     wait_for("memory that fits", || web.usable() + db.usable() <= 6 * GIB);
     drop(hanging);
+}
+
+/// The manager cannot see the memory of these guests itself.
+#[test]
+fn the_daemon_reports_resident_memory() {
+    let mut host = Host::new(SMALL);
+    let web = Fake::new(4 * GIB, GIB);
+    web.change(|state| state.resident = Some(3 * GIB));
+    host.add("web", &web);
+    host.run(&[]);
+    for resident in [3 * GIB, 2 * GIB] {
+        web.change(|state| state.resident = Some(resident));
+        wait_for("the resident memory", || {
+            let line = format!("vm_resident_bytes{{vm=\"web\"}} {resident}\n");
+            words(&host.ask(&["metrics"]).stdout).contains(&line)
+        });
+    }
 }
 
 #[test]

@@ -138,10 +138,13 @@ fn guest(info: &Info) -> String {
     if !info.guest.connected {
         return "not connected".to_owned();
     }
-    let memory = match info.memory {
+    let mut memory = match info.memory {
         Some(memory) => format!("has {}", HumanBytes(memory)),
         None => "has an unknown amount of memory".to_owned(),
     };
+    if let Some(resident) = info.resident {
+        memory += &format!(" ({} allocated)", HumanBytes(resident));
+    }
     match info.guest.answered {
         Some(seconds) => format!("{memory}, was last heard {} ago", duration(seconds)),
         None => format!("{memory}, was never heard"),

@@ -110,6 +110,7 @@ impl Device {
             target: bytes(state.config.target),
             size: bytes(state.config.actual),
             held: self.held(),
+            resident: self.resident(),
             memory: shared.and_then(|_| self.guest_memory()),
             shared,
             limit: shared.and_then(|_| self.limit()),

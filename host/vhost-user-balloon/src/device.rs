@@ -44,6 +44,7 @@ mod hazards;
 pub mod lease;
 mod notify;
 mod queues;
+mod resident;
 pub mod state;
 mod statistics;
 mod sweep;

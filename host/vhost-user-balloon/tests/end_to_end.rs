@@ -373,6 +373,7 @@ fn a_guest_inflates_and_another_one_follows() {
     let running = info(directory);
     assert!(running.guest.connected && running.guest.driver);
     assert_eq!(running.memory, Some(MEMORY));
+    assert_eq!(running.resident, Some(MEMORY));
 
     set(directory, 8 << 12);
     vmm.change();
@@ -384,6 +385,7 @@ fn a_guest_inflates_and_another_one_follows() {
         [0xff, 0x100, 0x101].map(|pfn| vmm.byte(pfn << 12)),
         [1, 0, 1]
     );
+    assert_eq!(info(directory).resident, Some(MEMORY - (1 << 12)));
 
     // The guest's write contains a stale target.
     set(directory, 9 << 12);
@@ -394,7 +396,10 @@ fn a_guest_inflates_and_another_one_follows() {
 
     drop(vmm);
     wait_for("the end of the VMM", || !info(directory).guest.connected);
-    assert_eq!(info(directory).memory, None);
+    assert_eq!(
+        (info(directory).memory, info(directory).resident),
+        (None, None)
+    );
     let vmm = inflated(directory);
     assert_eq!(vmm.byte(0x100 << 12), 0);
     let counters = info(directory).counters;

@@ -19,6 +19,10 @@ pub struct Info {
     /// The memory in the balloon by the guest's messages, in bytes. The device counts it.
     #[serde(default)]
     pub held: u64,
+    /// The memory that the host has allocated for the guest, in bytes: the blocks of its memory files. Nothing without a
+    /// VMM, or if the files are on a disk.
+    #[serde(default)]
+    pub resident: Option<u64>,
     /// The guest's memory in bytes, the balloon's included: from its statistics or, until the guest sends any, the
     /// memory that the VMM has shared.
     pub memory: Option<u64>,

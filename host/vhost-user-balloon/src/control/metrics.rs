@@ -30,7 +30,7 @@ pub(super) fn text(info: &Info, stats: Option<&Stats>, vm: Option<&str>) -> Stri
 /// A metric: its name, its help, and its value. It is left out while the value is unknown.
 type Gauge = (&'static str, &'static str, fn(&Info) -> Option<u64>);
 
-const GAUGES: [Gauge; 14] = [
+const GAUGES: [Gauge; 15] = [
     ("target_bytes", "Requested balloon size.", |info| {
         Some(info.target)
     }),
@@ -43,6 +43,11 @@ const GAUGES: [Gauge; 14] = [
         "held_bytes",
         "Memory in the balloon by the guest's messages.",
         |info| Some(info.held),
+    ),
+    (
+        "resident_bytes",
+        "Memory that the host has allocated for the guest.",
+        |info| info.resident,
     ),
     ("guest_memory_bytes", "The guest's memory.", |info| {
         info.memory

@@ -301,6 +301,7 @@ fn memory_in_a_file_on_a_disk_is_left_alone() {
         vmm.inflate(0x100);
         assert_eq!(vmm.byte(0x100 << 12), byte);
         assert_eq!(info(directory).withheld, withheld);
+        assert_eq!(info(directory).resident, None);
         daemon.end();
     }
 }
