@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A balloon device of vhost-user-balloon, over the daemon's control socket.
-//!
-//! Statistics have a connection of their own, since the daemon waits for the guest before it answers.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,17 +9,14 @@ use std::time::Duration;
 use anyhow::Result;
 use balloon_control::{ControlError, ErrorKind, Info, Request, Shortfall, Stat, Stats};
 use balloon_policy::{Millis, Sample, Stopped};
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, interval, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::balloon::{ANSWER, Balloon, Change, Outcome};
 use crate::config::PAGE;
 use crate::lines::Lines;
-
-/// How long a guest may take for statistics.
-const GUEST: Duration = Duration::from_secs(5);
 
 /// The time between two attempts to subscribe. A daemon sends an event at least as often.
 const RETRY: Duration = Duration::from_secs(1);
@@ -71,7 +66,6 @@ impl Connection {
 
     /// Sets a target.
     pub(crate) async fn set(&mut self, change: Change) -> Result<Outcome> {
-        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let request = Request::Set {
             bytes: change.target,
             expected: Some(change.before),
@@ -144,75 +138,67 @@ fn balloon(info: &Info) -> Balloon {
     }
 }
 
-/// Notifies `changed` of each event, and when the daemon sends none. Each may come with another state of the balloon:
-/// statistics change the guest's memory. The state must be requested, since an event may be older than a target that
-/// was set after it. This ends with the sender of `paces`.
-pub(crate) async fn watch_events(
-    path: PathBuf,
-    mut paces: watch::Receiver<Duration>,
-    changed: Arc<Notify>,
-) {
-    let ended = async { while paces.changed().await.is_ok() {} };
-    let follow = async {
+/// An event. Of others than statistics only the time matters.
+#[derive(Deserialize)]
+struct News {
+    stats: Option<Stats>,
+}
+
+/// A daemon's events, for the tasks of a VM.
+pub(crate) struct Watch {
+    pub(crate) path: PathBuf,
+    pub(crate) epoch: Instant,
+    /// The interval of statistics.
+    pub(crate) paces: watch::Receiver<Duration>,
+    pub(crate) samples: watch::Sender<Option<Sample>>,
+    /// Notified of each event, and when the daemon sends none. Each may come with another state of the balloon: statistics
+    /// change the guest's memory. The state must be requested, since an event may be older than a target that was set
+    /// after it.
+    pub(crate) changed: Arc<Notify>,
+}
+
+impl Watch {
+    /// Follows the daemon's events. This ends with the sender of `paces`.
+    pub(crate) async fn run(mut self) {
         loop {
-            // The request for the state fails as well, and is the one that counts.
-            let _ = follow(&path, &changed).await;
-            changed.notify_one();
+            let pace = *self.paces.borrow_and_update();
+            let mut paces = self.paces.clone();
+            tokio::select! {
+                changed = paces.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // With the next subscription the daemon has the new interval.
+                    continue;
+                }
+                // The request for the state fails as well, and is the one that counts.
+                _ = self.follow(pace) => {}
+            }
+            self.changed.notify_one();
             sleep(RETRY).await;
         }
-    };
-    tokio::select! {
-        () = ended => {}
-        () = follow => {}
     }
-}
 
-async fn follow(path: &Path, changed: &Notify) -> Result<()> {
-    let mut connection = Connection::open(path).await?;
-    let subscribe = Request::Subscribe {};
-    timeout(ANSWER, connection.exchange::<Nothing>(&subscribe)).await??;
-    loop {
-        timeout(ANSWER, connection.0.receive::<IgnoredAny>()).await??;
-        changed.notify_one();
-    }
-}
-
-/// Requests statistics at the present interval.
-pub(crate) async fn watch_statistics(
-    path: PathBuf,
-    epoch: Instant,
-    mut paces: watch::Receiver<Duration>,
-    samples: watch::Sender<Option<Sample>>,
-) {
-    let mut connection = None;
-    let mut timer = interval(*paces.borrow_and_update());
-    loop {
-        tokio::select! {
-            changed = paces.changed() => match changed {
-                Ok(()) => timer = interval(*paces.borrow_and_update()),
-                Err(_) => return,
-            },
-            _ = timer.tick() => {}
-        }
-        if connection.is_none() {
-            connection = Connection::open(&path).await.ok();
-        }
-        let Some(open) = &mut connection else {
-            continue;
+    async fn follow(&self, pace: Duration) -> Result<()> {
+        let mut connection = Connection::open(&self.path).await?;
+        let subscribe = Request::Subscribe {
+            stats_milliseconds: Some(milliseconds(pace)),
         };
-        let taken = Millis::try_from(epoch.elapsed().as_millis()).unwrap_or(Millis::MAX);
-        match open
-            .call::<Stats>(&Request::Stats { fresh: true }, GUEST)
-            .await
-        {
-            Ok(stats) => {
-                samples.send_replace(sample(&stats, taken));
+        timeout(ANSWER, connection.exchange::<Nothing>(&subscribe)).await??;
+        loop {
+            let event: News = timeout(ANSWER, connection.0.receive()).await??;
+            if let Some(stats) = event.stats {
+                let now = milliseconds(self.epoch.elapsed());
+                let taken = now.saturating_sub(stats.requested);
+                self.samples.send_replace(sample(&stats, taken));
             }
-            // The guest has no statistics at the moment.
-            Err(Failure::Refused(_)) => {}
-            Err(Failure::Broken(_)) => connection = None,
+            self.changed.notify_one();
         }
     }
+}
+
+fn milliseconds(time: Duration) -> Millis {
+    Millis::try_from(time.as_millis()).unwrap_or(Millis::MAX)
 }
 
 fn sample(stats: &Stats, taken: Millis) -> Option<Sample> {

@@ -107,10 +107,14 @@ pub(crate) fn start(
     let (sample, samples) = watch::channel(None);
     let changed = Arc::new(Notify::new());
     if let Place::Daemon(path) = &place {
-        let statistics = daemon::watch_statistics(path.clone(), epoch, paces.clone(), sample);
-        tokio::spawn(statistics);
-        let events = daemon::watch_events(path.clone(), paces.clone(), Arc::clone(&changed));
-        tokio::spawn(events);
+        let watch = daemon::Watch {
+            path: path.clone(),
+            epoch,
+            paces: paces.clone(),
+            samples: sample,
+            changed: Arc::clone(&changed),
+        };
+        tokio::spawn(watch.run());
     }
     tokio::spawn(async move {
         let mut task = Task {

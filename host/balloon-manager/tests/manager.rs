@@ -53,6 +53,8 @@ struct State {
     /// How often the daemon was asked for its state.
     infos: u64,
     subscriptions: u64,
+    /// The shortest interval of statistics that a client wants.
+    interval: Option<Duration>,
 }
 
 #[derive(Clone)]
@@ -78,8 +80,21 @@ impl Fake {
             lies: false,
             infos: 0,
             subscriptions: 0,
+            interval: None,
         };
-        Self(Arc::new(Mutex::new(state)), Arc::default())
+        let guest = Self(Arc::new(Mutex::new(state)), Arc::default());
+        let (state, changes) = (Arc::downgrade(&guest.0), Arc::clone(&guest.1));
+        thread::spawn(move || {
+            while let Some(state) = state.upgrade() {
+                let interval = state.lock().unwrap().interval;
+                drop(state);
+                thread::sleep(interval.unwrap_or(Duration::from_millis(20)));
+                if interval.is_some() {
+                    changes.stats();
+                }
+            }
+        });
+        guest
     }
 
     fn get(&self) -> State {
@@ -128,6 +143,10 @@ impl Handler for Fake {
         &self.1
     }
 
+    fn sample_every(&self, interval: Option<Duration>) {
+        self.change(|state| state.interval = interval);
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         if matches!(request, Request::Set { .. }) && self.loses() {
             // The manager does not wait that long.
@@ -157,7 +176,7 @@ impl Handler for Fake {
                     ..Info::default()
                 }))
             }
-            Request::Subscribe {} => {
+            Request::Subscribe { .. } => {
                 state.subscriptions += 1;
                 Ok(Response::Subscribed {})
             }
@@ -467,16 +486,37 @@ fn the_manager_subscribes_to_events_and_again_after_a_restart_of_the_daemon() {
     let web = Fake::new(4 * GIB, GIB);
     host.add("web", &web);
     host.run(&[]);
-    wait_for("the subscription", || web.get().subscriptions == 1);
+    wait_for("the subscription", || web.get().subscriptions > 0);
     for _ in 0..5 {
         let infos = web.get().infos;
         web.1.info();
         wait_for("a request for the state", || web.get().infos > infos);
     }
     host.servers.clear();
+    let subscriptions = web.get().subscriptions;
     host.add("web", &web);
-    wait_for("another subscription", || web.get().subscriptions == 2);
+    let is_new = || web.get().subscriptions > subscriptions;
+    wait_for("another subscription", is_new);
     host.end();
+}
+
+#[test]
+fn a_guest_in_need_sends_statistics_more_often() {
+    let mut host = Host::new(SMALL);
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    host.run(&[]);
+    let has_interval = |milliseconds| {
+        let interval = Some(Duration::from_millis(milliseconds));
+        wait_for("the interval", || web.get().interval == interval);
+    };
+    has_interval(1000);
+    web.change(|state| state.used = 4 * GIB - (64 << 20));
+    has_interval(100);
+    web.change(|state| state.used = GIB);
+    has_interval(1000);
+    host.end();
+    wait_for("no interval", || web.get().interval.is_none());
 }
 
 #[test]

@@ -346,7 +346,7 @@ fn follow(
     socket: &Path,
     tell: &mut impl FnMut(Result<Look, ClientError>) -> bool,
 ) -> Result<(), ClientError> {
-    let mut events = Client::connect(socket)?.subscribe()?;
+    let mut events = Client::connect(socket)?.subscribe(None)?;
     let (mut info, mut stats): (Option<Info>, Option<Stats>) = (None, None);
     loop {
         match events.next(SILENCE)? {

@@ -26,7 +26,7 @@ pub(crate) fn wait(
     timeout: Duration,
 ) -> Result<(Answer, Duration), Failure> {
     let start = Instant::now();
-    let mut events = client.subscribe()?;
+    let mut events = client.subscribe(None)?;
     let mut last = None;
     let mut bar: Option<Bar> = None;
     loop {

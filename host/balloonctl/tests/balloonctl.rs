@@ -87,13 +87,14 @@ impl Handler for Script {
                 }
                 Response::Info(info.clone())
             }
-            Request::Subscribe {} => Response::Subscribed {},
+            Request::Subscribe { .. } => Response::Subscribed {},
             Request::Set { bytes, .. } => {
                 info.target = bytes;
                 Response::Done {}
             }
             Request::Stats { .. } => Response::Stats(Stats {
                 age: 3,
+                requested: 3021,
                 sequence: u64::try_from(self.seen.lock().unwrap().len()).unwrap(),
                 values: Stat::ALL
                     .iter()
@@ -834,7 +835,7 @@ fn the_man_page_has_all_sections() {
 fn command_line(request: &Request) -> Option<&'static [&'static str]> {
     Some(match request {
         Request::Info {} => &["info"],
-        Request::Subscribe {} => &["set", "512MiB", "--wait"],
+        Request::Subscribe { .. } => &["set", "512MiB", "--wait"],
         Request::Set { .. } => &["set", "1GiB"],
         Request::Stats { .. } => &["stats"],
         Request::SetStatsInterval { .. } => &["interval", "10"],

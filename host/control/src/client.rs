@@ -150,13 +150,17 @@ impl Client {
         }
     }
 
-    /// Subscribes to the events of the daemon. The first one is the present state.
+    /// Subscribes to the events of the daemon. The first one is the present state. The daemon requests statistics at this
+    /// interval at least.
     ///
     /// # Errors
     ///
     /// The daemon refuses it, or the connection fails.
-    pub fn subscribe(mut self) -> Result<Events, ClientError> {
-        self.call(&Request::Subscribe {})?;
+    pub fn subscribe(mut self, statistics: Option<Duration>) -> Result<Events, ClientError> {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.call(&Request::Subscribe {
+            stats_milliseconds: statistics.map(milliseconds),
+        })?;
         Ok(Events {
             stream: self.stream,
         })

@@ -216,7 +216,7 @@ mod tests {
 
         fn handle(&self, request: Request) -> Result<Response, ControlError> {
             Ok(match request {
-                Request::Subscribe {} => Response::Subscribed {},
+                Request::Subscribe { .. } => Response::Subscribed {},
                 Request::Info {} => Response::Info(state()),
                 Request::Set { bytes, .. } => Response::Stats(Stats {
                     sequence: bytes,

@@ -3,6 +3,7 @@
 //! The commands of the control socket.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use balloon_control::{
@@ -28,15 +29,22 @@ mod set;
 /// waits longer than this.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The intervals of statistics that a subscriber may want, in milliseconds. A guest needs some time for each sample.
+const INTERVALS: RangeInclusive<u64> = 50..=3_600_000;
+
 impl Handler for Device {
     fn changes(&self) -> &Changes {
         &self.changes
     }
 
+    fn sample_every(&self, interval: Option<Duration>) {
+        self.set_wished_interval(interval);
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         match request {
             Request::Info {} => Ok(Response::Info(self.info())),
-            Request::Subscribe {} => Ok(Response::Subscribed {}),
+            Request::Subscribe { stats_milliseconds } => subscribe(stats_milliseconds),
             Request::Set {
                 bytes,
                 expected,
@@ -265,6 +273,22 @@ impl Device {
     }
 }
 
+/// Checks the interval of statistics of a subscriber, in milliseconds.
+fn subscribe(interval: Option<u64>) -> Result<Response, ControlError> {
+    if interval.is_some_and(|interval| !INTERVALS.contains(&interval)) {
+        return Err(ControlError::new(
+            ErrorKind::OutOfRange,
+            "the interval of statistics has to be from 50 milliseconds to one hour",
+            format!(
+                "name {} to {} milliseconds",
+                INTERVALS.start(),
+                INTERVALS.end()
+            ),
+        ));
+    }
+    Ok(Response::Subscribed {})
+}
+
 fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
@@ -426,6 +450,21 @@ mod tests {
             panic!("no ranges");
         };
         assert_eq!((ranges.ranges, ranges.next, ranges.end), (vec![], None, 0));
+    }
+
+    #[test]
+    fn the_interval_of_a_subscriber_has_limits() {
+        let device = device(&[Feature::Stats], false);
+        let subscribe = |milliseconds| {
+            let stats_milliseconds = Some(milliseconds);
+            device.handle(Request::Subscribe { stats_milliseconds })
+        };
+        for milliseconds in [0, 49, 3_600_001] {
+            assert_eq!(kind(subscribe(milliseconds)), ErrorKind::OutOfRange);
+        }
+        for milliseconds in [50, 3_600_000] {
+            subscribe(milliseconds).unwrap();
+        }
     }
 
     #[test]

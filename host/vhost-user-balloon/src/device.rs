@@ -173,6 +173,8 @@ pub struct Device {
     held: AtomicU64,
     /// The remaining number of early statistics requests.
     soon: AtomicU32,
+    /// The shortest interval of statistics that a subscriber wants, in milliseconds. 0 is none.
+    wished: AtomicU64,
     /// Whether the deflate queue waits for memory of the host.
     blocked: AtomicBool,
     /// Completed when the large granules were logged.
@@ -234,6 +236,7 @@ impl Device {
             told: AtomicU32::new(0),
             held: AtomicU64::new(0),
             soon: AtomicU32::new(0),
+            wished: AtomicU64::new(0),
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
             sizes: Mutex::default(),

@@ -15,7 +15,12 @@ pub enum Request {
     Info {},
     /// Subscribe to the events of the device, answered with [`Response::Subscribed`](crate::Response::Subscribed) and
     /// then with [`Event`](crate::Event)s until the client disconnects.
-    Subscribe {},
+    Subscribe {
+        /// Request statistics at least this often, in milliseconds: 50 to 3600000. The daemon uses the shortest interval
+        /// of all subscribers, and its own one if that is shorter.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stats_milliseconds: Option<u64>,
+    },
     /// Set the target, answered with [`Response::Done`](crate::Response::Done).
     Set {
         /// The new target in bytes.
@@ -145,7 +150,18 @@ mod tests {
     fn requests_are_as_documented() {
         for (json, expected) in [
             (r#"{"command":"info"}"#, Request::Info {}),
-            (r#"{"command":"subscribe"}"#, Request::Subscribe {}),
+            (
+                r#"{"command":"subscribe"}"#,
+                Request::Subscribe {
+                    stats_milliseconds: None,
+                },
+            ),
+            (
+                r#"{"command":"subscribe","stats_milliseconds":250}"#,
+                Request::Subscribe {
+                    stats_milliseconds: Some(250),
+                },
+            ),
             (
                 r#"{"command":"set","bytes":18446744073709551615}"#,
                 Request::set(u64::MAX),

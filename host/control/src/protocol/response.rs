@@ -71,12 +71,13 @@ mod tests {
         );
         let stats = Stats {
             age: 3,
+            requested: 3021,
             sequence: 7,
             values: BTreeMap::from([(Stat::SwapIn, 0), (Stat::DirectReclaims, 4096)]),
         };
         assert_eq!(
             json(&Reply::Ok(Response::Stats(stats))),
-            json!({"ok": {"age": 3, "sequence": 7, "values": {"swap-in": 0, "direct-reclaims": 4096}}})
+            json!({"ok": {"age": 3, "requested": 3021, "sequence": 7, "values": {"swap-in": 0, "direct-reclaims": 4096}}})
         );
     }
 }

@@ -15,6 +15,9 @@ use strum::VariantArray;
 pub struct Stats {
     /// How old the sample is, in seconds.
     pub age: u64,
+    /// How long ago the daemon requested it, in milliseconds. The guest has taken it since.
+    #[serde(default)]
+    pub requested: u64,
     /// The number of the sample, which increases with each sample.
     pub sequence: u64,
     /// The statistics that the guest has sent. Clients ignore those that only a newer daemon knows.

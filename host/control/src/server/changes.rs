@@ -2,7 +2,8 @@
 
 //! What has changed, for subscribers.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::protocol::Request;
@@ -13,6 +14,8 @@ use crate::protocol::Request;
 pub struct Changes {
     counts: Mutex<Counts>,
     published: Condvar,
+    /// How many subscribers want each interval of statistics.
+    intervals: Mutex<BTreeMap<Duration, usize>>,
 }
 
 /// How often each response has changed.
@@ -31,6 +34,30 @@ impl Changes {
     /// There is a new sample of the guest's statistics.
     pub fn stats(&self) {
         self.publish(|counts| counts.stats += 1);
+    }
+
+    /// Adds a subscriber who wants this interval of statistics. Passes the shortest one on.
+    pub(super) fn add(&self, interval: Duration, pass_on: impl FnOnce(Option<Duration>)) {
+        let mut intervals = self.intervals();
+        *intervals.entry(interval).or_default() += 1;
+        // Under the lock, so that an older one is not passed on later.
+        pass_on(intervals.keys().next().copied());
+    }
+
+    /// Removes a subscriber who wants this interval of statistics. Passes the shortest of the others on.
+    pub(super) fn remove(&self, interval: Duration, pass_on: impl FnOnce(Option<Duration>)) {
+        let mut intervals = self.intervals();
+        if let Some(count) = intervals.get_mut(&interval) {
+            *count -= 1;
+        }
+        intervals.retain(|_, count| *count > 0);
+        pass_on(intervals.keys().next().copied());
+    }
+
+    fn intervals(&self) -> MutexGuard<'_, BTreeMap<Duration, usize>> {
+        self.intervals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn publish(&self, change: impl FnOnce(&mut Counts)) {
@@ -57,7 +84,9 @@ impl<'a> Subscriber<'a> {
 
     /// Waits for changes, and for `limit` at most. Returns the requests with new responses.
     pub(super) fn wait(&mut self, limit: Duration) -> Vec<Request> {
-        let Changes { counts, published } = self.changes;
+        let Changes {
+            counts, published, ..
+        } = self.changes;
         let counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = self.seen;
         let waited = published.wait_timeout_while(counts, limit, |counts| seen == Some(*counts));
@@ -92,5 +121,24 @@ mod tests {
         changes.stats();
         assert_eq!(wait(), [STATS, Request::Info {}]);
         assert_eq!(wait(), []);
+    }
+    #[test]
+    fn the_shortest_interval_of_all_subscribers_counts() {
+        let changes = Changes::default();
+        let at = Duration::from_millis;
+        let mut shortest = None;
+        for (interval, expected) in [(500, 500), (100, 100), (200, 100), (100, 100)] {
+            changes.add(at(interval), |now| shortest = now);
+            assert_eq!(shortest, Some(at(expected)));
+        }
+        for (interval, expected) in [
+            (100, Some(100)),
+            (100, Some(200)),
+            (200, Some(500)),
+            (500, None),
+        ] {
+            changes.remove(at(interval), |now| shortest = now);
+            assert_eq!(shortest, expected.map(at));
+        }
     }
 }

@@ -86,6 +86,10 @@ impl Handler for Place<'_> {
         self.handler.changes()
     }
 
+    fn sample_every(&self, interval: Option<Duration>) {
+        self.handler.sample_every(interval);
+    }
+
     fn handle(&self, request: Request) -> Result<Response, ControlError> {
         self.connections.set_idle(self.id, None);
         let result = self.handler.handle(request);

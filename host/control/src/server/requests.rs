@@ -32,6 +32,30 @@ pub trait Handler: Send + Sync {
 
     /// What has changed, for subscribers.
     fn changes(&self) -> &Changes;
+
+    /// Takes the shortest interval of statistics that a subscriber wants, or none if no subscriber wants one.
+    fn sample_every(&self, _interval: Option<Duration>) {}
+}
+
+/// The interval of statistics of a subscriber.
+struct Sampling<'a> {
+    handler: &'a dyn Handler,
+    interval: Duration,
+}
+
+impl<'a> Sampling<'a> {
+    fn start(handler: &'a dyn Handler, interval: Duration) -> Self {
+        let pass_on = |shortest| handler.sample_every(shortest);
+        handler.changes().add(interval, pass_on);
+        Self { handler, interval }
+    }
+}
+
+impl Drop for Sampling<'_> {
+    fn drop(&mut self) {
+        let pass_on = |shortest| self.handler.sample_every(shortest);
+        self.handler.changes().remove(self.interval, pass_on);
+    }
 }
 
 /// Answers one client, line by line.
@@ -45,12 +69,19 @@ pub fn serve(
     handler: &dyn Handler,
 ) -> io::Result<()> {
     while let Some(line) = read_line(&mut reader, MAX_LINE)? {
-        let answer = match parse(line).and_then(|request| handler.handle(request)) {
+        let request = parse(line);
+        let interval = match request {
+            Ok(Request::Subscribe { stats_milliseconds }) => stats_milliseconds,
+            _ => None,
+        };
+        let answer = match request.and_then(|request| handler.handle(request)) {
             Ok(response) => Reply::Ok(response),
             Err(error) => Reply::Error(error),
         };
         send(&mut writer, &answer)?;
         if matches!(answer, Reply::Ok(Response::Subscribed {})) {
+            let interval = interval.map(Duration::from_millis);
+            let _sampling = interval.map(|interval| Sampling::start(handler, interval));
             return Err(send_events(&mut writer, handler));
         }
     }

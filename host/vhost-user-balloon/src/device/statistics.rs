@@ -13,7 +13,7 @@ use super::Device;
 use crate::sync::lock;
 use crate::virtio::kind::Kind;
 
-/// The interval and the number of statistics requests after the VMM has changed its memory.
+/// The longest interval, and its number, of statistics requests after the VMM has changed its memory.
 const SOON: Duration = Duration::from_secs(1);
 pub(super) const SOON_TIMES: u32 = 10;
 
@@ -36,7 +36,7 @@ impl Device {
         stats.answer().filter(|_| stats.sequence() != before)
     }
 
-    /// Sets the interval of statistics requests in seconds, and makes one at once. 0 is never.
+    /// Sets the daemon's own interval of statistics requests in seconds, and makes one at once. 0 is never.
     ///
     /// # Errors
     ///
@@ -48,16 +48,43 @@ impl Device {
         self.save()
     }
 
+    /// Sets the shortest interval that a subscriber wants.
+    pub fn set_wished_interval(&self, interval: Option<Duration>) {
+        let wished = interval.map_or(0, |interval| interval.as_millis());
+        let wished = u64::try_from(wished).unwrap_or(u64::MAX);
+        if self.wished.swap(wished, SeqCst) == wished {
+            return;
+        }
+        if self.is_outdated() {
+            return self.ask_soon();
+        }
+        let seconds = lock(&self.state).stats_interval;
+        if let Err(error) = self.arm(seconds) {
+            error!("cannot set a timer: {error}");
+        }
+    }
+
+    /// The interval of statistics requests: the shortest of the daemon's own and those of subscribers.
+    pub(super) fn interval(&self) -> Option<Duration> {
+        let seconds = lock(&self.state).stats_interval;
+        self.shortest(seconds)
+    }
+
+    /// The same with another interval of the daemon's own, in seconds.
+    fn shortest(&self, seconds: u32) -> Option<Duration> {
+        let own = Duration::from_secs(seconds.into());
+        let wished = Duration::from_millis(self.wished.load(SeqCst));
+        let intervals = [own, wished].into_iter();
+        intervals.filter(|interval| !interval.is_zero()).min()
+    }
+
     pub(super) fn arm(&self, seconds: u32) -> io::Result<()> {
         self.soon.store(0, SeqCst);
-        if seconds == 0 {
-            return self.timer.stop();
+        match self.shortest(seconds) {
+            // The first request is made at once: a client that changes the interval needs a sample.
+            Some(interval) => self.timer.every(Duration::from_millis(1), interval),
+            None => self.timer.stop(),
         }
-        // The first request is made at once: a client that changes the interval needs a sample.
-        self.timer.every(
-            Duration::from_millis(1),
-            Duration::from_secs(seconds.into()),
-        )
     }
 
     /// Whether the guest may have more memory than its last statistics report.
@@ -68,12 +95,15 @@ impl Device {
     /// Requests statistics a few times, since the guest may have got more memory, and needs some time before it uses
     /// that.
     pub(super) fn ask_soon(&self) {
-        let interval = lock(&self.state).stats_interval;
-        if interval == 0 {
-            lock(&self.stats).forget_total();
-        } else if lock(&self.stats).total().is_some() {
-            self.soon.store(SOON_TIMES, SeqCst);
-            self.ask_every(SOON);
+        let Some(interval) = self.interval() else {
+            return lock(&self.stats).forget_total();
+        };
+        if lock(&self.stats).total().is_some() {
+            let interval = interval.min(SOON);
+            let times = (SOON * SOON_TIMES).as_millis() / interval.as_millis();
+            self.soon
+                .store(times.try_into().unwrap_or(u32::MAX), SeqCst);
+            self.ask_every(interval);
         }
     }
 
@@ -85,8 +115,8 @@ impl Device {
     }
 
     pub(super) fn arm_ordinary(&self) {
-        let interval = Duration::from_secs(lock(&self.state).stats_interval.into());
-        self.ask_every(interval);
+        // Without an interval this stops the timer.
+        self.ask_every(self.interval().unwrap_or_default());
     }
 
     fn ask_every(&self, interval: Duration) {

@@ -69,8 +69,7 @@ impl Device {
     /// Whether the guest's driver has not sent its first statistics yet.
     pub(super) fn is_unreported(&self) -> bool {
         let started = lock(&self.times).started;
-        let is_asked = lock(&self.state).stats_interval > 0;
-        is_asked
+        self.interval().is_some()
             && Feature::Stats.is_in(self.features_at_work())
             && started.is_some_and(|started| started.elapsed() < REPORT_TIME)
             && lock(&self.stats).total().is_none()

@@ -235,6 +235,23 @@ fn a_balloon_that_cannot_grow_is_at_rest() {
 }
 
 #[test]
+fn the_shortest_interval_of_statistics_counts() {
+    let device = running(0, 7);
+    let at = Duration::from_millis;
+    for (own, wished, shortest) in [
+        (10, None, Some(10_000)),
+        (10, Some(250), Some(250)),
+        (0, Some(250), Some(250)),
+        (1, Some(5000), Some(1000)),
+        (0, None, None),
+    ] {
+        device.set_stats_interval(own).unwrap();
+        device.set_wished_interval(wished.map(at));
+        assert_eq!(device.interval(), shortest.map(at));
+    }
+}
+
+#[test]
 fn a_driver_that_sends_no_statistics_gets_the_target() {
     let device = running(0, 7);
     lock(&device.times).started = Some(Instant::now());

@@ -26,6 +26,8 @@ const MAX_MESSAGE: usize = 4096;
 struct Sample {
     values: BTreeMap<Stat, u64>,
     at: Instant,
+    /// When the device requested it.
+    requested: Instant,
 }
 
 /// The last sample, and whether another one is requested.
@@ -39,6 +41,8 @@ pub struct Stats {
     /// Whether the guest has filled the buffer since the queue was started. Before that, its
     /// content may be as old as a pause.
     fresh: bool,
+    /// When the device returned the buffer.
+    requested: Option<Instant>,
     /// The position of the known buffer in the available ring.
     seen: Option<u16>,
     bytes: Vec<u8>,
@@ -84,6 +88,7 @@ impl Stats {
     pub fn answer(&self) -> Option<Answer> {
         self.sample.as_ref().map(|sample| Answer {
             age: sample.at.elapsed().as_secs(),
+            requested: u64::try_from(sample.requested.elapsed().as_millis()).unwrap_or(u64::MAX),
             sequence: self.sequence,
             values: sample.values.clone(),
         })
@@ -150,6 +155,7 @@ impl Stats {
             }
             (self.fresh, self.wanted) = (true, false);
             self.seen = None;
+            self.requested = Some(Instant::now());
             complete(queue, memory, head, 0, counters)?;
             used = true;
         }
@@ -177,9 +183,11 @@ impl Stats {
             self.total = Some((total, size));
         }
         self.sequence += 1;
+        let at = Instant::now();
         self.sample = Some(Sample {
             values,
-            at: Instant::now(),
+            at,
+            requested: self.requested.unwrap_or(at),
         });
     }
 }

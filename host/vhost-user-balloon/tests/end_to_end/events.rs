@@ -15,8 +15,13 @@ const STATS: u64 = REQUESTS;
 const STATS_NUMBER: usize = 2;
 
 pub(super) fn subscribe(directory: &Path) -> Events {
+    subscribe_with(directory, None)
+}
+
+/// The same, with an interval of statistics.
+fn subscribe_with(directory: &Path, statistics: Option<Duration>) -> Events {
     let client = Client::connect(&directory.join("control")).unwrap();
-    client.subscribe().unwrap()
+    client.subscribe(statistics).unwrap()
 }
 
 /// Reads events until one has this state. Events without a change do not count as one.
@@ -68,33 +73,88 @@ fn every_change_is_an_event() {
     while events.next(PATIENCE).is_ok() {}
 }
 
+/// A guest with statistics.
+struct Reporting {
+    vmm: Vmm,
+    kick: EventFd,
+}
+
+impl Reporting {
+    fn start(directory: &Path) -> Self {
+        let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_STATS_VQ);
+        vmm.start(0);
+        let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+        start_queue(&mut vmm.front, STATS_NUMBER, 0, STATS, &kick, &call);
+        let free_memory = [&4_u16.to_le_bytes()[..], &(7_u64 << 20).to_le_bytes()].concat();
+        vmm.store(BUFFERS, &free_memory);
+        vmm.store(STATS, &BUFFERS.to_le_bytes());
+        vmm.store(STATS + 8, &10_u32.to_le_bytes());
+        Self { vmm, kick }
+    }
+
+    /// Sends this many buffers in all.
+    fn offer(&self, count: u16) {
+        let place = STATS + AVAIL - DESCRIPTORS + 2;
+        self.vmm.store(place, &count.to_le_bytes());
+        self.kick.write(1).unwrap();
+    }
+
+    /// How many of them the device has returned, which requests the next one.
+    fn used(&self) -> u16 {
+        let mut used = [0; 2];
+        let place = STATS + USED - DESCRIPTORS + 2;
+        self.vmm.memory.read_exact_at(&mut used, place).unwrap();
+        u16::from_le_bytes(used)
+    }
+}
+
+#[test]
+fn a_subscriber_gets_statistics_at_its_interval() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--stats-interval", "0"]);
+    let guest = Reporting::start(directory);
+    let mut events = subscribe_with(directory, Some(Duration::from_millis(50)));
+    let mut count = 0;
+    while count < 10 {
+        count += 1;
+        guest.offer(count);
+        wait_for("a request", || guest.used() == count);
+    }
+    let mut sequence = 0;
+    while sequence == 0 {
+        if let Some(News::Stats(answer)) = events.next(PATIENCE).unwrap() {
+            let stats: Stats = answer.parse().unwrap();
+            assert!(stats.requested >= 1000 * stats.age);
+            sequence = stats.sequence;
+        }
+    }
+    // The daemon's own interval is none.
+    drop(events);
+    let start = Instant::now();
+    loop {
+        count += 1;
+        guest.offer(count);
+        thread::sleep(Duration::from_millis(500));
+        if guest.used() < count {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE, "the guest is still asked");
+    }
+    daemon.end();
+}
+
 #[test]
 fn statistics_are_events() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     let daemon = start(directory, &[]);
     let mut events = subscribe(directory);
-    let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_STATS_VQ);
-    vmm.start(0);
-    let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
-    start_queue(&mut vmm.front, STATS_NUMBER, 0, STATS, &kick, &call);
-    let free_memory = [&4_u16.to_le_bytes()[..], &(7_u64 << 20).to_le_bytes()].concat();
-    vmm.store(BUFFERS, &free_memory);
-    vmm.store(STATS, &BUFFERS.to_le_bytes());
-    vmm.store(STATS + 8, &10_u32.to_le_bytes());
+    let guest = Reporting::start(directory);
     // The first buffer may be old, and is returned unread.
-    for index in [1_u16, 2] {
-        vmm.store(STATS + AVAIL - DESCRIPTORS + 2, &index.to_le_bytes());
-        kick.write(1).unwrap();
-        if index == 1 {
-            let mut used = [0; 2];
-            wait_for("the first buffer", || {
-                let place = STATS + USED - DESCRIPTORS + 2;
-                vmm.memory.read_exact_at(&mut used, place).unwrap();
-                u16::from_le_bytes(used) == 1
-            });
-        }
-    }
+    guest.offer(1);
+    wait_for("the first buffer", || guest.used() == 1);
+    guest.offer(2);
     let start = Instant::now();
     let stats: Stats = loop {
         assert!(start.elapsed() < PATIENCE, "no event for the statistics");
