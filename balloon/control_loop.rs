@@ -104,6 +104,8 @@ impl Balloon {
 
     /// Takes used buffers and reads a changed target.
     fn collect_events(&self, worker: &mut Worker) -> Result<Found> {
+        let before = worker.inflate.checked().elapsed().as_millis();
+        worker.progress.checked_at(self.now() - before);
         worker.inflate.collect(&self.pages);
         deflate::collect(&self.deflate, &self.pages);
         // The notifiers take used buffers as well.

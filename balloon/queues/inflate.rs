@@ -31,7 +31,13 @@ use crate::{
     sources::source::Source, //
 };
 
-use kernel::error::code::EAGAIN;
+use kernel::{
+    error::code::EAGAIN,
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
+};
 
 /// How many messages share one notification: few enough to keep both sides busy, and enough to
 /// spread the cost of the notification, a VM exit, over thousands of pages.
@@ -46,6 +52,8 @@ pub(crate) struct Inflate {
     pub(crate) queue: MessageQueue<Migration>,
     /// Pages in messages that the device has not used yet.
     in_flight: usize,
+    /// When the driver last took the used buffers.
+    checked: Instant<Monotonic>,
 }
 
 /// Why [`Inflate::fill`] stopped.
@@ -65,6 +73,7 @@ impl Inflate {
         Self {
             queue,
             in_flight: 0,
+            checked: Instant::now(),
         }
     }
 
@@ -79,10 +88,16 @@ impl Inflate {
         self.in_flight
     }
 
+    /// Returns when the driver last took the used buffers.
+    pub(crate) fn checked(&self) -> Instant<Monotonic> {
+        self.checked
+    }
+
     /// Puts the acknowledged pages into `balloon`. Returns their number.
     pub(crate) fn collect(&mut self, balloon: &BalloonPages<PendingMigrations>) -> usize {
         let mut collected = 0;
 
+        self.checked = Instant::now();
         while let Some(pages) = self.queue.next_used() {
             match pages {
                 Pages::List(pages) => {

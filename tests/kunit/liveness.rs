@@ -43,6 +43,21 @@ mod tests {
     }
 
     #[test]
+    fn used_buffers_that_were_not_there_during_a_long_run_need_no_interrupt() {
+        let mut liveness = Liveness::new();
+
+        assert!(!liveness.note(0, false, false));
+        liveness.checked_at(950);
+        assert!(liveness.note(1_000, true, false));
+
+        // An earlier check does not count.
+        liveness.checked_at(10);
+        assert!(liveness.note(1_050, true, false));
+        liveness.checked_at(1_060);
+        assert!(!liveness.note(1_200, true, false));
+    }
+
+    #[test]
     fn an_interrupt_without_used_buffers_is_no_response() {
         let mut liveness = Liveness::new();
 
