@@ -104,8 +104,6 @@ impl Balloon {
 
     /// Takes used buffers and reads a changed target.
     fn collect_events(&self, worker: &mut Worker) -> Result<Found> {
-        let before = worker.inflate.checked().elapsed().as_millis();
-        worker.progress.checked_at(self.now() - before);
         worker.inflate.collect(&self.pages);
         deflate::collect(&self.deflate, &self.pages);
         // The notifiers take used buffers as well.
@@ -130,7 +128,7 @@ impl Balloon {
 
         Ok(Found {
             target_read: target.is_some(),
-            is_alive: response.is_alive,
+            is_alive: response.is_alive || worker.inflate.has_just_responded(),
         })
     }
 

@@ -47,11 +47,6 @@ impl Progress {
         }
     }
 
-    /// Records that the driver also took used buffers at `at`, in milliseconds.
-    pub(super) fn checked_at(&mut self, at: i64) {
-        self.liveness.checked_at(at);
-    }
-
     /// Records at `now`, in milliseconds, that the device has used the number `used` of messages on
     /// each queue since the beginning, and whether it is known to have used some just now.
     pub(super) fn collect(&mut self, now: i64, used: [usize; 2], just_used: bool) -> Response {

@@ -29,12 +29,6 @@ impl Liveness {
         }
     }
 
-    /// Records that the driver also checked at `at`. While the balloon grows, a run may take longer
-    /// than a response counts, and the next one may find all buffers used before their interrupt.
-    pub(crate) fn checked_at(&mut self, at: i64) {
-        self.checked = self.checked.max(Some(at));
-    }
-
     /// Records at `now` whether the device has used buffers since the previous call, and whether it
     /// is known to have used some just now. Returns whether the device has just responded.
     ///

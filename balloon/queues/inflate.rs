@@ -10,9 +10,12 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    balloon::migration::{
-        Migration,
-        PendingMigrations, //
+    balloon::{
+        migration::{
+            Migration,
+            PendingMigrations, //
+        },
+        policy::liveness::Liveness, //
     },
     messages::message::{
         MessageQueue,
@@ -52,8 +55,12 @@ pub(crate) struct Inflate {
     pub(crate) queue: MessageQueue<Migration>,
     /// Pages in messages that the device has not used yet.
     in_flight: usize,
-    /// When the driver last took the used buffers.
-    checked: Instant<Monotonic>,
+    /// The device's responses, by each look at the queue. A run of the task may take longer than a
+    /// response counts, and the next run may find all buffers used before their interrupt comes.
+    liveness: Liveness,
+    has_just_responded: bool,
+    /// The start of the clock.
+    start: Instant<Monotonic>,
 }
 
 /// Why [`Inflate::fill`] stopped.
@@ -73,7 +80,9 @@ impl Inflate {
         Self {
             queue,
             in_flight: 0,
-            checked: Instant::now(),
+            liveness: Liveness::new(),
+            has_just_responded: false,
+            start: Instant::now(),
         }
     }
 
@@ -88,16 +97,16 @@ impl Inflate {
         self.in_flight
     }
 
-    /// Returns when the driver last took the used buffers.
-    pub(crate) fn checked(&self) -> Instant<Monotonic> {
-        self.checked
+    /// Returns whether the device had just used buffers at the latest [`collect`](Self::collect).
+    pub(crate) fn has_just_responded(&self) -> bool {
+        self.has_just_responded
     }
 
     /// Puts the acknowledged pages into `balloon`. Returns their number.
     pub(crate) fn collect(&mut self, balloon: &BalloonPages<PendingMigrations>) -> usize {
         let mut collected = 0;
 
-        self.checked = Instant::now();
+        let used = self.queue.used();
         while let Some(pages) = self.queue.next_used() {
             match pages {
                 Pages::List(pages) => {
@@ -108,6 +117,9 @@ impl Inflate {
             }
         }
 
+        let has_used = self.queue.used() != used;
+        let now = self.start.elapsed().as_millis();
+        self.has_just_responded = self.liveness.note(now, has_used, false);
         self.in_flight -= collected;
         collected
     }
