@@ -11,6 +11,8 @@
 mod bindings;
 
 pub(crate) mod fs;
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+mod kunit;
 pub(crate) mod mm;
 pub(crate) mod notifiers;
 pub(crate) mod this_module;

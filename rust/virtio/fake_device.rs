@@ -11,6 +11,7 @@
 
 use crate::rust::{
     bindings,
+    kunit::Cleanup,
     virtio::{
         Device,
         DeviceId,
@@ -20,10 +21,7 @@ use crate::rust::{
 };
 
 use core::{
-    mem::{
-        offset_of,
-        ManuallyDrop, //
-    },
+    mem::offset_of,
     ptr::{
         self,
         NonNull, //
@@ -188,13 +186,33 @@ struct Inner {
     queues: [Queue; QUEUES],
 }
 
-/// A registered device.
+/// A registered device. It is unregistered when this is dropped, or at the end of the test.
 ///
 /// # Invariants
 ///
 /// The device is registered, so that `inner` is valid.
 pub(crate) struct FakeDevice {
     inner: NonNull<Inner>,
+    /// Unregisters the device.
+    _registration: Option<Cleanup>,
+}
+
+/// How many devices are registered.
+static REGISTERED: Atomic<usize> = Atomic::new(0);
+
+/// Returns how many devices are registered.
+pub(crate) fn registered() -> usize {
+    REGISTERED.load(Relaxed)
+}
+
+/// # Safety
+///
+/// `vdev` must be a device that [`FakeDevice::register`] has registered, and that is not used any
+/// more.
+unsafe extern "C" fn unregister(vdev: *mut c_void) {
+    // SAFETY: By the requirements of this function.
+    unsafe { bindings::unregister_virtio_device(vdev.cast()) };
+    REGISTERED.fetch_sub(1, Relaxed);
 }
 
 /// A message that the device has not used yet.
@@ -276,10 +294,15 @@ impl FakeDevice {
                 bindings::put_device(&mut (*inner).vdev.dev);
             }
             registered?;
+            REGISTERED.add(1, Relaxed);
 
             // INVARIANT: The device has been registered.
             Ok(Self {
                 inner: NonNull::new_unchecked(inner),
+                _registration: Some(
+                    Cleanup::new(unregister, inner.cast())
+                        .inspect_err(|_| unregister(inner.cast()))?,
+                ),
             })
         }
     }
@@ -446,13 +469,6 @@ impl FakeDevice {
             ring.interrupt();
         }
         Ok(())
-    }
-}
-
-impl Drop for FakeDevice {
-    fn drop(&mut self) {
-        // SAFETY: The device is registered, and not used any more.
-        unsafe { bindings::unregister_virtio_device(self.vdev()) };
     }
 }
 
@@ -674,9 +690,10 @@ unsafe extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
     }
     if let Some(on_kick) = inner.on_kick {
         // INVARIANT: The device is registered until this function returns.
-        let device = ManuallyDrop::new(FakeDevice {
+        let device = FakeDevice {
             inner: NonNull::from(inner),
-        });
+            _registration: None,
+        };
         on_kick(&device, index);
     }
     true

@@ -12,6 +12,7 @@ mod batch;
 mod bitmap;
 mod budget;
 mod buffer;
+mod cleanup;
 mod device;
 mod fake_balloon;
 mod free_pages;
