@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::rust::mm::pages::{
-    page_list::PageList,
-    range_stack::RangeStack, //
+use crate::rust::mm::{
+    contig::page_list_tests::MemoryError,
+    pages::{
+        page_list::PageList,
+        range_stack::RangeStack, //
+    }, //
 };
 
 use super::pages::block as neighbours;
@@ -33,14 +36,20 @@ fn drain(stack: &mut RangeStack, max: u64, mut expected: RBTree<u64, ()>) -> Res
         .ok_or(EINVAL)
 }
 
+/// Returns the page frame numbers of `pages`.
+fn numbers(pages: &PageList) -> Result<RBTree<u64, ()>> {
+    let mut numbers = RBTree::new();
+
+    for pfn in pages.pfns() {
+        numbers.try_create_and_insert(pfn, (), GFP_KERNEL)?;
+    }
+    Ok(numbers)
+}
+
 /// Records `pages` and reads them back in portions of up to `max` pages. Returns how many pages
 /// became backlog pages, or an error if the pages differ.
 fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
-    let mut expected = RBTree::new();
-    for pfn in pages.pfns() {
-        expected.try_create_and_insert(pfn, (), GFP_KERNEL)?;
-    }
-
+    let expected = numbers(&pages)?;
     let before = pages.len();
     let mut stack = RangeStack::new();
     stack.record(&mut pages);
@@ -48,6 +57,27 @@ fn round_trip(mut pages: PageList, max: u64) -> Result<usize> {
 
     drain(&mut stack, max, expected)?;
     Ok(carriers)
+}
+
+/// Records 2^`order` pages, of which the one that is recorded first has a memory error. Returns
+/// whether that page became a backlog page, and how many pages the stack has then.
+fn record_error(order: u32) -> Result<(bool, usize)> {
+    let mut pages = neighbours(order)?;
+    let mut expected = numbers(&pages)?;
+    let mut stack = RangeStack::new();
+    let Some(error) = MemoryError::of_last(&pages) else {
+        return Ok((false, expected.iter().count()));
+    };
+
+    stack.record(&mut pages);
+    let is_used = !pages.pfns().any(|pfn| pfn == error.pfn());
+    drop(error);
+    let mut recorded = 0;
+    while let Some(range) = stack.take(1) {
+        expected.remove(&range.first()).ok_or(EINVAL)?;
+        recorded += 1;
+    }
+    Ok((is_used, recorded))
 }
 
 /// Allocates 2^`order` pages, none of which are adjacent.
@@ -104,6 +134,13 @@ mod tests {
 
         // 512 isolated pages; about 255 ranges fit on a 4 KiB page.
         assert!(carriers.is_ok_and(|n| (1..=3).contains(&n)));
+    }
+
+    #[test]
+    fn a_page_with_a_memory_error_stores_no_ranges() {
+        assert_eq!(record_error(4), Ok((false, 16)));
+        // There is no other page.
+        assert!(record_error(0).is_ok_and(|(is_used, _)| !is_used));
     }
 
     #[test]

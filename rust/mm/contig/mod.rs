@@ -5,4 +5,4 @@
 pub(crate) mod contig_pages;
 pub(crate) mod drain;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-mod page_list_tests;
+pub(crate) mod page_list_tests;

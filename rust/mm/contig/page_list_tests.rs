@@ -4,12 +4,15 @@
 
 use crate::rust::{
     bindings,
-    mm::pages::{
-        block_range::BlockRange,
-        owned::BasePage,
-        page::Page,
-        page_list::PageList,
-        ring::Linked, //
+    mm::{
+        contig::drain,
+        pages::{
+            block_range::BlockRange,
+            owned::BasePage,
+            page::Page,
+            page_list::PageList,
+            ring::Linked, //
+        }, //
     }, //
 };
 
@@ -95,6 +98,64 @@ impl BlockRange {
     }
 }
 
+/// A memory error of a page, for as long as this exists.
+///
+/// # Invariants
+///
+/// The page exists, and has a memory error if the kernel supports that.
+pub(crate) struct MemoryError(Page);
+
+impl MemoryError {
+    /// Gives the last order-0 page on `pages` an error. Returns none if there is no page, or if
+    /// this kernel does not support memory errors.
+    pub(crate) fn of_last(pages: &PageList) -> Option<Self> {
+        let pfn = pages.pfns().last()?;
+
+        // SAFETY: The list owns the page.
+        cfg!(CONFIG_MEMORY_FAILURE).then(|| Self::new(unsafe { Page::from_pfn(pfn as usize) }))
+    }
+
+    /// Returns the page frame number.
+    pub(crate) fn pfn(&self) -> u64 {
+        self.0.pfn() as u64
+    }
+
+    fn new(page: Page) -> Self {
+        let this = Self(page);
+
+        // INVARIANT: The page gets the error.
+        this.set(true);
+        this
+    }
+
+    fn set(&self, has_error: bool) {
+        #[cfg(CONFIG_MEMORY_FAILURE)]
+        {
+            use core::sync::atomic::{
+                AtomicU64,
+                Ordering, //
+            };
+
+            // SAFETY: By the type invariants. Other code accesses the flags by atomic operations.
+            let flags = unsafe { AtomicU64::from_ptr(self.0.flags().cast()) };
+            let error = 1 << bindings::pageflags_PG_hwpoison;
+
+            match has_error {
+                true => flags.fetch_or(error, Ordering::Relaxed),
+                false => flags.fetch_and(!error, Ordering::Relaxed),
+            };
+        }
+        #[cfg(not(CONFIG_MEMORY_FAILURE))]
+        let _ = has_error;
+    }
+}
+
+impl Drop for MemoryError {
+    fn drop(&mut self) {
+        self.set(false);
+    }
+}
+
 /// Drops `owner` while its page `pfn` has a memory error. Returns whether the page allocator has
 /// set that page aside; `None` if this kernel does not support memory errors. Clears the error
 /// after that.
@@ -103,35 +164,26 @@ impl BlockRange {
 ///
 /// The page must be one that dropping `owner` frees.
 unsafe fn drop_with_error<T>(owner: T, pfn: usize) -> Option<bool> {
-    #[cfg(CONFIG_MEMORY_FAILURE)]
-    // SAFETY: By the requirements of this function the page is ours. After it was freed, the page
-    // allocator has it, or has set it aside: then it has no references, and is no free block.
-    return unsafe {
-        use core::sync::atomic::{
-            AtomicU64,
-            Ordering, //
-        };
+    // SAFETY: By the requirements of this function the page is ours.
+    let page = unsafe { Page::from_pfn(pfn) };
+    let error = MemoryError::new(page);
 
-        let page = Page::from_pfn(pfn);
-        let flags = AtomicU64::from_ptr(page.flags().cast());
-        let error = 1 << bindings::pageflags_PG_hwpoison;
+    drop(owner);
+    drain::drain_free_lists();
+    // SAFETY: It is a page.
+    let is_aside = page.count() == 0 && !unsafe { bindings::is_free_buddy_page(page.as_ptr()) };
+    drop(error);
 
-        flags.fetch_or(error, Ordering::Relaxed);
-        drop(owner);
-        crate::rust::mm::contig::drain::drain_free_lists();
-
-        let is_aside = page.count() == 0 && !bindings::is_free_buddy_page(page.as_ptr());
-        flags.fetch_and(!error, Ordering::Relaxed);
-        if is_aside {
+    if !cfg!(CONFIG_MEMORY_FAILURE) {
+        return None;
+    }
+    if is_aside {
+        // SAFETY: The page allocator has set the page aside: it has no references, and no other
+        // code uses it.
+        unsafe {
             page.set_count(1);
             bindings::__free_pages(page.as_ptr(), 0);
         }
-        Some(is_aside)
-    };
-    #[cfg(not(CONFIG_MEMORY_FAILURE))]
-    {
-        let _ = pfn;
-        drop(owner);
-        None
     }
+    Some(is_aside)
 }

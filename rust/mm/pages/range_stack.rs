@@ -111,8 +111,13 @@ impl RangeStack {
 
     /// Adds all order-0 pages on `pages` to the stack. Some of the pages become backlog pages, and
     /// leave the list. They are freed when their ranges have been taken.
+    ///
+    /// A page with a memory error stores no ranges, and is not recorded if there is no other page to
+    /// store it. The device need not know then: the kernel never uses the page again.
     pub(crate) fn record(&mut self, pages: &mut PageList) {
         let mut rest = PageList::new();
+        // How many pages with an error wait for another page.
+        let mut waiting = 0;
 
         // The stack returns the last range first. So add ascending pages from the end, and they
         // ascend when they are taken.
@@ -121,8 +126,14 @@ impl RangeStack {
 
             if self.backlog_mut().is_some_and(|backlog| backlog.add(pfn)) {
                 rest.push_first(page);
-            } else {
+            } else if !page.page().has_error() {
                 self.push_page(page);
+                waiting = 0;
+            } else if waiting < pages.base_pages() {
+                pages.push_first(page);
+                waiting += 1;
+            } else {
+                rest.push_first(page);
             }
         }
 
