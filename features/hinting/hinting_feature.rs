@@ -104,7 +104,7 @@ impl Feature for Hints {
 
         task.stop();
         task.worker.lock().free_pending();
-        task.release();
+        task.release(usize::MAX);
         task.offliner.iter().for_each(|offliner| offliner.quiesce());
         Ok(())
     }
@@ -144,7 +144,7 @@ impl Shrink for Task<Hinting> {
 
     fn scan(&self, wanted: usize) -> usize {
         self.needed.store(true, Relaxed);
-        self.held.lock().free(wanted)
+        self.release(wanted)
     }
 }
 
@@ -162,7 +162,8 @@ impl OomNotify for Task<Hinting> {
             .poll(|| {
                 // The task itself may be allocating, in the transport.
                 let mut worker = self.worker.try_lock()?;
-                let freed = self.collect(&mut worker) + worker.free_pending() + self.release();
+                let freed =
+                    self.collect(&mut worker) + worker.free_pending() + self.release(usize::MAX);
 
                 if freed == 0 && worker.in_flight == 0 {
                     // The task may have freed memory meanwhile. Then the kernel need not kill a

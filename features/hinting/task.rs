@@ -84,10 +84,6 @@ use kernel::{
     time::Msecs, //
 };
 
-/// How many kernel pages are freed under one hold of a lock, or a block more: 4 MiB, which may have
-/// to be zeroed.
-const PAGES_PER_HOLD: usize = 1 << (22 - PAGE_SHIFT);
-
 /// Free page hinting of a device.
 #[pin_data]
 pub(super) struct Hinting {
@@ -144,23 +140,25 @@ impl Hinting {
         Arc::pin_init(Task::new(slot, hinting), GFP_KERNEL)
     }
 
-    /// Frees the held memory. Returns its size in kernel pages.
-    pub(super) fn release(&self) -> usize {
+    /// Frees held memory: blocks of `wanted` kernel pages or more, or all. Returns how many pages.
+    pub(super) fn release(&self, wanted: usize) -> usize {
         let mut released = 0;
 
-        loop {
-            match self.held.lock().free(PAGES_PER_HOLD) {
-                0 => return released,
-                freed => released += freed,
-            }
+        while released < wanted {
+            // The lock is released before the block is freed, since the kernel may zero it.
+            let Some(block) = self.held.lock().pop_block() else {
+                break;
+            };
+            released += block.len();
         }
+        released
     }
 
     /// Gives up: frees the memory that was not passed to the device.
     fn give_up(&self, worker: &mut Worker) {
         worker.stop();
         worker.keeping = false;
-        self.release();
+        self.release(usize::MAX);
     }
 
     /// Takes the used buffers. Returns how many of their kernel pages were freed.
@@ -214,7 +212,7 @@ impl Hinting {
             worker.stop();
             if wanted == HINT_DONE {
                 worker.keeping = false;
-                self.release();
+                self.release(usize::MAX);
             }
         } else if wanted != worker.id {
             worker.stop();
@@ -228,7 +226,7 @@ impl Hinting {
             // The driver hints earlier hints again, as far as they are above the reserve: they may
             // have been written before the host started its dirty log, and the host may know that
             // by now.
-            self.release();
+            self.release(usize::MAX);
             drain::drain_free_lists();
             worker.begin_blocks(self.settings.floor_pages());
         } else if self.needed.load(Relaxed) {

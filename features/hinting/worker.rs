@@ -122,12 +122,15 @@ impl Worker {
 
     /// Frees the memory that was not passed to the device yet. Returns its size in kernel pages.
     pub(super) fn free_pending(&mut self) -> usize {
-        let ready = self
+        let mut freed = self
             .offliner
             .as_ref()
             .map_or(0, |offliner| offliner.cancel());
 
-        ready + self.pending.free(usize::MAX)
+        while let Some(block) = self.pending.pop_block() {
+            freed += block.len();
+        }
+        freed
     }
 
     /// Begins to take free memory blocks, but not all of them, if the feature is in use.

@@ -30,7 +30,8 @@ use kernel::{
         PAGE_SHIFT,
         PAGE_SIZE, //
     },
-    prelude::*, //
+    prelude::*,
+    task::might_sleep, //
 };
 
 /// The longest range in kernel pages: its length in bytes has to fit into 32 bits.
@@ -121,7 +122,10 @@ impl BlockRange {
 }
 
 impl Drop for BlockRange {
+    /// Takes long if the kernel zeroes memory that is freed, so it must not be done under a
+    /// spinlock.
     fn drop(&mut self) {
+        might_sleep();
         // INVARIANT: The blocks are owned by this one from now on.
         let mut rest = Some(Self(self.0));
 
@@ -244,24 +248,15 @@ impl BlockRangeSet {
         Some(range)
     }
 
-    /// Frees blocks of `wanted` pages or more, or all. Returns the number of pages.
-    pub(crate) fn free(&mut self, wanted: usize) -> usize {
-        let mut freed = 0;
+    /// Takes a block out. The caller may free it without the lock of the set.
+    pub(crate) fn pop_block(&mut self) -> Option<BlockRange> {
+        let (block, rest) = self.ranges.pop()?.split_first();
 
-        while freed < wanted {
-            let Some(last) = self.ranges.pop() else {
-                break;
-            };
-            let (block, rest) = last.split_first();
-
-            freed += block.len();
-            if let Some(rest) = rest {
-                // There is room, since the range was in the set before.
-                let _ = self.ranges.push_within_capacity(rest);
-            }
+        self.pages -= block.len();
+        if let Some(rest) = rest {
+            // There is room, since the range was in the set before.
+            let _ = self.ranges.push_within_capacity(rest);
         }
-
-        self.pages -= freed;
-        freed
+        BlockRange::of(block)
     }
 }
