@@ -52,9 +52,6 @@ pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 /// The most pages that one run allocates if the kernel zeroes them: 64 MiB.
 const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
 
-/// How many pages on the per-CPU page lists make a drain worthwhile: 4 MiB.
-const WORTH_DRAINING: usize = 1 << (22 - PAGE_SHIFT);
-
 impl Balloon {
     /// Inflates by up to `wanted` pages. Returns how long to wait before the next attempt without
     /// an event.
@@ -115,7 +112,7 @@ impl Balloon {
         let with_lists = memory::available_pages() + memory::pcp_pages();
         let above_floor = with_lists.saturating_sub(self.settings().floor_pages());
 
-        if above_floor >= wanted.min(WORTH_DRAINING) {
+        if above_floor >= wanted.min(drain::WORTHWHILE) {
             drain::drain_free_lists();
         }
     }

@@ -43,6 +43,7 @@ use crate::{
         fs::debugfs,
         mm::{
             contig::drain,
+            memory,
             pages::block_range::BlockRangeSet, //
         },
         virtio::{
@@ -227,7 +228,9 @@ impl Hinting {
             // have been written before the host started its dirty log, and the host may know that
             // by now.
             self.release(usize::MAX);
-            drain::drain_free_lists();
+            if memory::pcp_pages() >= drain::WORTHWHILE {
+                drain::drain_free_lists();
+            }
             worker.begin_blocks(self.settings.floor_pages());
         } else if self.needed.load(Relaxed) {
             worker.stop();

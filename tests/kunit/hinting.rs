@@ -46,6 +46,7 @@ use kernel::{
         PAGE_SIZE, //
     },
     prelude::*,
+    sync::atomic::Relaxed,
     time::{
         delay::fsleep,
         Delta, //
@@ -215,6 +216,21 @@ mod tests {
         assert_eq!(memory::boosted_pages(), 0);
 
         drop(between);
+        Ok(())
+    }
+
+    #[test]
+    fn short_lists_are_not_drained_for_hints() -> Result {
+        let device = device()?;
+        eventually(|| {
+            drain::drain_free_lists();
+            Ok(memory::pcp_pages() < drain::WORTHWHILE)
+        })?;
+        let drains = drain::DRAINS.load(Relaxed);
+
+        device.change(HINT_ID, 2);
+        round(&device, 2)?;
+        assert_eq!(drain::DRAINS.load(Relaxed), drains);
         Ok(())
     }
 

@@ -17,6 +17,7 @@ use crate::rust::{
     }, //
 };
 
+use kernel::page::PAGE_SHIFT;
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 use kernel::sync::atomic::{
     Atomic,
@@ -38,6 +39,10 @@ const ZONES: &[(bindings::zone_type, Gfp, Gfp)] = &[
         Gfp::DRAIN_DMA32_MOVABLE,
     ),
 ];
+
+/// How many kernel pages on the lists make it worthwhile to drain them, which interrupts all CPUs:
+/// 4 MiB.
+pub(crate) const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 
 /// How many times the lists were drained.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
