@@ -50,7 +50,7 @@ pub(super) fn quiesce(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result
     if task.worker.lock().inflate.queue.is_reset() {
         result = Err(ETIMEDOUT);
     }
-    task.deflate.lock().forget();
+    let _forgotten = task.deflate.lock().forget();
     task.allow_suspend();
     result
 }

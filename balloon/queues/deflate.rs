@@ -43,6 +43,7 @@ use crate::{
     }, //
 };
 
+use core::mem;
 use kernel::{
     prelude::*,
     sync::SpinLock, //
@@ -50,6 +51,9 @@ use kernel::{
 
 /// How many blocks or pages are collected before the first of them is sent.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
+
+/// How many kernel pages are recorded under one hold of the lock.
+const PAGES_PER_HOLD: usize = 512;
 
 /// The deflate queue.
 pub(crate) struct Deflate {
@@ -82,16 +86,17 @@ impl Deflate {
         !self.backlog.is_empty() || self.queue.in_flight() > 0
     }
 
-    /// Discards unreported pages. For when the device is about to be reset.
-    pub(crate) fn forget(&mut self) {
-        self.backlog = RangeStack::new();
+    /// Discards unreported pages. For when the device is about to be reset. The result must be
+    /// dropped without a spinlock.
+    pub(crate) fn forget(&mut self) -> RangeStack {
+        mem::replace(&mut self.backlog, RangeStack::new())
     }
 
-    /// Takes back the buffers of a device that was reset. They must be dropped without a spinlock.
-    pub(crate) fn detach_unused(&mut self) -> KVec<Option<Payload<Migration>>> {
-        self.forget();
+    /// Takes back the buffers of a device that was reset, and discards unreported pages. The result
+    /// must be dropped without a spinlock.
+    pub(crate) fn detach_unused(&mut self) -> (RangeStack, KVec<Option<Payload<Migration>>>) {
         self.leaving = 0;
-        self.queue.detach_unused()
+        (self.forget(), self.queue.detach_unused())
     }
 
     /// Sends one message about pages in the backlog. Returns whether there may be another one.
@@ -268,13 +273,17 @@ pub(crate) fn is_acknowledged(
 
 /// Frees up to `wanted` pages before the device is notified.
 fn free_first(deflate: &SpinLock<Deflate>, dequeue: &mut Dequeue<'_>, wanted: usize) -> usize {
-    // All of them are added to the backlog under one hold of the lock.
     let mut pages = dequeue.take(wanted.min(1 << MAX_ORDER), usize::MAX);
     let taken = pages.len();
 
     // Pages that store the backlog must be freed one by one.
     pages.split_blocks();
-    deflate.lock().backlog.record(&mut pages);
+    // Ascending pages are recorded from the end.
+    while !pages.is_empty() {
+        let mut some = pages.take_last(PAGES_PER_HOLD);
+
+        deflate.lock().backlog.record(&mut some);
+    }
     taken
 }
 

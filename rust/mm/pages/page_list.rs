@@ -13,6 +13,7 @@ use crate::rust::mm::pages::{
 };
 
 use core::mem;
+use kernel::task::might_sleep;
 
 /// Memory that is owned by the list: order-0 pages, and unsplit blocks.
 ///
@@ -208,6 +209,17 @@ impl PageList {
         taken
     }
 
+    /// Takes the last `max` order-0 pages off, or all if there are fewer.
+    pub(crate) fn take_last(&mut self, max: usize) -> Self {
+        let mut taken = Self::new();
+
+        for _ in 0..max {
+            let Some(page) = self.pop_last() else { break };
+            taken.push_first(page);
+        }
+        taken
+    }
+
     /// Moves the order-0 pages to `other` if `is_wanted` returns true for their page frame number
     /// (of a kernel page).
     pub(crate) fn move_base_pages(&mut self, other: &mut Self, is_wanted: impl Fn(u64) -> bool) {
@@ -223,7 +235,11 @@ impl PageList {
 }
 
 impl Drop for PageList {
+    /// Takes time for each page, so it must not be done under a spinlock.
     fn drop(&mut self) {
+        if !self.is_empty() {
+            might_sleep();
+        }
         while self.pop_block().is_some() {}
 
         while let Some(Ok(mut range)) = self.pop().map(PageRange::of) {

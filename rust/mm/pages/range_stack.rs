@@ -22,7 +22,10 @@ use core::{
     mem,
     ptr::NonNull, //
 };
-use kernel::page::PAGE_SIZE;
+use kernel::{
+    page::PAGE_SIZE,
+    task::might_sleep, //
+};
 
 /// The content of a backlog page.
 #[repr(C)]
@@ -189,7 +192,11 @@ impl RangeStack {
 }
 
 impl Drop for RangeStack {
+    /// Takes time for each range, so it must not be done under a spinlock.
     fn drop(&mut self) {
+        if !self.is_empty() {
+            might_sleep();
+        }
         while self.take(u64::MAX).is_some() {}
     }
 }
