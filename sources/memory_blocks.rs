@@ -131,8 +131,17 @@ struct State {
     /// Whether no more is wanted until the task begins again.
     is_cancelled: bool,
     ready: PageList,
+    /// How many of the ready pages a caller of [`Offliner::with_ready`] has, in kernel pages.
+    borrowed: usize,
     /// The number of taken blocks, since the device was bound.
     blocks: u64,
+}
+
+impl State {
+    /// Returns how many kernel pages are ready.
+    fn ready_pages(&self) -> usize {
+        self.ready.len() + self.borrowed
+    }
 }
 
 /// How many blocks may be offline at once after a failure to bring them online.
@@ -169,6 +178,7 @@ impl Offliner {
             is_busy: false,
             is_cancelled: false,
             ready: PageList::new(),
+            borrowed: 0,
             blocks: 0,
         };
         let dev = (&**dev).into();
@@ -220,7 +230,7 @@ impl Offliner {
 
     /// Returns how many kernel pages can be [adopted](Self::take_over) now.
     pub(crate) fn ready(&self) -> usize {
-        self.state.lock().ready.len()
+        self.state.lock().ready_pages()
     }
 
     /// Returns the run time of the task since the previous call, in nanoseconds.
@@ -235,12 +245,38 @@ impl Offliner {
 
     /// Returns up to `max` kernel pages of the taken blocks.
     pub(crate) fn take_over(&self, max: usize) -> PageList {
-        let mut state = self.state.lock();
-        let rest = state.ready.split_off(max);
-        let pages = mem::replace(&mut state.ready, rest);
+        self.with_ready(|ready| {
+            let rest = ready.split_off(max);
 
-        state.wanted = state.wanted.saturating_sub(pages.len() as u64);
-        pages
+            mem::replace(ready, rest)
+        })
+    }
+
+    /// Calls `take` with the pages that are ready, to take some of them. It may take time for each
+    /// page, so it runs without the lock.
+    fn with_ready<R>(&self, take: impl FnOnce(&mut PageList) -> R) -> R {
+        let mut state = self.state.lock();
+        let mut ready = mem::replace(&mut state.ready, PageList::new());
+        let before = ready.len();
+        state.borrowed = before;
+        drop(state);
+
+        let result = take(&mut ready);
+        let taken = before - ready.len();
+
+        let mut state = self.state.lock();
+        state.borrowed = 0;
+        state.wanted = state.wanted.saturating_sub(taken as u64);
+        if !state.is_cancelled {
+            // The others may be newer.
+            mem::swap(&mut state.ready, &mut ready);
+            state
+                .ready
+                .append(mem::replace(&mut ready, PageList::new()));
+        }
+        // If the task was cancelled meanwhile, the rest is freed without the lock.
+        drop(state);
+        result
     }
 
     /// Ends the work of the task.
@@ -254,7 +290,7 @@ impl Offliner {
     /// Returns whether another block is needed.
     fn is_more_wanted(&self) -> bool {
         let state = self.state.lock();
-        let missing = state.wanted.saturating_sub(state.ready.len() as u64);
+        let missing = state.wanted.saturating_sub(state.ready_pages() as u64);
 
         missing > 0 && Self::is_worthwhile(missing as usize)
     }
@@ -367,7 +403,7 @@ impl Task<Offliner> {
     /// Returns the first pages that were taken and are adjacent, with the page frame number of the
     /// first one (of a kernel page).
     pub(crate) fn take_adjacent(&self) -> Option<(u64, PageList)> {
-        let pages = self.state.lock().ready.take_adjacent();
+        let pages = self.with_ready(PageList::take_adjacent);
 
         self.schedule();
         pages

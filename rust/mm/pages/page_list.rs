@@ -151,19 +151,18 @@ impl PageList {
         }
     }
 
-    /// Appends `other`.
+    /// Appends `other`, which takes the same time for any number of pages.
     pub(crate) fn append(&mut self, mut other: Self) {
-        while let Some(block) = other.pop_block() {
-            self.push_block(block);
-        }
-        while let Some(page) = other.pop() {
-            self.push(page);
-        }
+        self.base_pages.append(&mut other.base_pages);
+        self.blocks.append(&mut other.blocks);
+        self.block_pages += mem::take(&mut other.block_pages);
     }
 
     /// Takes off the first blocks that are adjacent. Returns them with the page frame number (of a
     /// kernel page) of their first page.
     pub(crate) fn take_adjacent(&mut self) -> Option<(u64, Self)> {
+        // It takes time for each block.
+        might_sleep();
         let first = self.blocks.first()?.pfn();
         let mut taken = Self::new();
 
@@ -177,6 +176,8 @@ impl PageList {
     /// Takes off all but `len` pages, or none if there are not more. Splits a block for that, if
     /// necessary.
     pub(crate) fn split_off(&mut self, len: usize) -> Self {
+        // It takes time for each block.
+        might_sleep();
         let mut rest = mem::replace(self, Self::new());
 
         while rest

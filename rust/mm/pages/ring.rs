@@ -11,6 +11,7 @@ use crate::rust::{
 
 use core::{
     marker::PhantomData,
+    mem,
     ptr, //
 };
 
@@ -150,6 +151,28 @@ impl<T: Linked> Ring<T> {
         // INVARIANT: The ring begins with its last page.
         self.first = self.last();
         self.pop()
+    }
+
+    /// Moves all of `other` to the end.
+    pub(in crate::rust) fn append(&mut self, other: &mut Self) {
+        let len = mem::take(&mut other.len);
+        let Some(next) = other.first.take() else {
+            return;
+        };
+
+        if let Some(first) = self.first {
+            // SAFETY: By the type invariants the rings may use the fields of their pages.
+            unsafe {
+                let last = (*first.lru()).prev;
+                let next_last = (*next.lru()).prev;
+
+                link(last, next.lru());
+                link(next_last, first.lru());
+            }
+        }
+        // INVARIANT: The pages of both rings form one. The other ring is empty.
+        self.first.get_or_insert(next);
+        self.len += len;
     }
 
     /// Takes the one with `page` out.
