@@ -186,6 +186,7 @@ impl Balloon {
 
         let offliner = Offliner::new(
             |tasks| new_slot!(c"virtio_balloon_rs_blocks", tasks),
+            "blocks",
             dev,
             &settings,
             usize::MAX,

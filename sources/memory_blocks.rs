@@ -54,10 +54,14 @@ use crate::{
 
 use core::mem;
 use kernel::{
-    device::Core,
+    device::{
+        Core,
+        Device, //
+    },
     new_mutex,
     new_spinlock,
     prelude::*,
+    str::CString,
     sync::{
         aref::ARef,
         atomic::{
@@ -149,14 +153,16 @@ const MAX_OFFLINE: usize = 4;
 
 impl Offliner {
     /// Returns a task in `slot` that takes blocks below the page frame number `end` (of a kernel
-    /// page) for the task of `waker`. None if the settings exclude that, the page allocator does
-    /// not zero memory, or the kernel cannot take memory offline.
+    /// page) for the task of `waker`. Its workqueue is named after `purpose` and `dev`. None if the
+    /// settings exclude that, the page allocator does not zero memory, or the kernel cannot take
+    /// memory offline.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     pub(crate) fn new(
         slot: impl FnOnce(&Arc<TaskQueue>) -> Result<Slot<Self>>,
+        purpose: &str,
         dev: &virtio::Device<Core<'_>>,
         settings: &Arc<Settings>,
         most_ready: usize,
@@ -181,6 +187,8 @@ impl Offliner {
             borrowed: 0,
             blocks: 0,
         };
+        let device: &Device<_> = dev.as_ref();
+        let name = CString::try_from_fmt(fmt!("balloon_rs_{purpose}-{}", device.name()))?;
         let dev = (&**dev).into();
         let offliner = try_pin_init!(Self {
             dev,
@@ -195,7 +203,7 @@ impl Offliner {
 
         // Not on the queue of the tasks that free memory: its rescuer thread must not wait for page
         // migration, and the kernel warns if it flushes other works.
-        let tasks = TaskQueue::without_rescuer(c"virtio_balloon_rs_blocks")?;
+        let tasks = TaskQueue::without_rescuer(&name)?;
 
         Ok(Some(Arc::pin_init(
             Task::new(slot(&tasks)?, offliner),

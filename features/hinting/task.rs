@@ -119,6 +119,7 @@ impl Hinting {
         let held = BlockRangeSet::new(queue.size() * RANGES_PER_ENTRY)?;
         let offliner = Offliner::new(
             |tasks| new_slot!(c"virtio_balloon_rs_hint_blocks", tasks),
+            "hints",
             setup.dev,
             &setup.settings,
             usize::MAX,

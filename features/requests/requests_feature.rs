@@ -64,6 +64,7 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
     let waker = slot.waker();
     let offliner = Offliner::new(
         |tasks| new_slot!(c"virtio_balloon_rs_discard", tasks),
+        "discard",
         setup.dev,
         &setup.settings,
         MOST_READY,

@@ -46,8 +46,9 @@ pub(crate) trait Job: Send + Sync + Sized {
     fn run(task: &Task<Self>);
 }
 
-/// The workqueue of a device's tasks. It is freezable, so that no work starts while the system
-/// suspends, and not bound to a CPU, since handling millions of pages takes long.
+/// A workqueue of a device's tasks. It is freezable, so that no work starts while the system
+/// suspends, and not bound to a CPU, since handling millions of pages takes long. Its priority and
+/// its CPUs can be set in `/sys/devices/virtual/workqueue/`.
 pub(crate) struct TaskQueue(NonNull<bindings::workqueue_struct>);
 
 // SAFETY: A workqueue may be used, and destroyed, from any thread.
@@ -58,20 +59,17 @@ unsafe impl Sync for TaskQueue {}
 
 impl TaskQueue {
     /// Makes a queue with the unique name `name` and a rescuer thread, which runs when memory is
-    /// short. Its priority and its CPUs can be set in `/sys/devices/virtual/workqueue/`.
+    /// short.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     pub(crate) fn new(name: &CStr) -> Result<Arc<Self>> {
-        Self::with_flags(
-            name,
-            bindings::wq_flags_WQ_MEM_RECLAIM | bindings::wq_flags_WQ_SYSFS,
-        )
+        Self::with_flags(name, bindings::wq_flags_WQ_MEM_RECLAIM)
     }
 
     /// Makes a queue without a rescuer thread: for tasks that wait for other threads, which may
-    /// need memory.
+    /// need memory. The name must be unique, too.
     ///
     /// # Errors
     ///
@@ -85,7 +83,10 @@ impl TaskQueue {
         let queue = unsafe {
             bindings::alloc_workqueue_noprof(
                 c"%s".as_char_ptr(),
-                bindings::wq_flags_WQ_FREEZABLE | bindings::wq_flags_WQ_UNBOUND | flags,
+                bindings::wq_flags_WQ_FREEZABLE
+                    | bindings::wq_flags_WQ_UNBOUND
+                    | bindings::wq_flags_WQ_SYSFS
+                    | flags,
                 0,
                 name.as_char_ptr(),
             )

@@ -209,13 +209,16 @@ fn check_illegal(write: impl Fn(&str, &str) -> Result<()>) -> Result<()> {
 }
 
 fn kernel_threads(setup: &Setup) -> Result<()> {
-    threads_with(setup, &setup.config())?;
+    const TASKS: &str = "virtio_balloon_rs";
+    threads_with(setup, &setup.config(), &[TASKS])?;
     // There the driver also takes memory blocks.
     let zeroing = setup.config().zeroing(true).parameter("init_on_alloc=1");
-    threads_with(setup, &zeroing)
+    let queues = [TASKS, "balloon_rs_blocks", "balloon_rs_discard"];
+    threads_with(setup, &zeroing, &queues)
 }
 
-fn threads_with(setup: &Setup, config: &Config) -> Result<()> {
+/// Checks the driver's threads, and sets the priority of its workqueues.
+fn threads_with(setup: &Setup, config: &Config, queues: &[&str]) -> Result<()> {
     vm::run(config, |guest| {
         let before = threads(guest)?;
         guest.insmod(setup.driver, &[])?;
@@ -226,11 +229,15 @@ fn threads_with(setup: &Setup, config: &Config) -> Result<()> {
             _ => {
                 ensure!(new <= 1, "the device has {new} threads");
                 let device = device(guest, setup.driver)?;
-                let nice =
-                    format!("/sys/devices/virtual/workqueue/virtio_balloon_rs-{device}/nice");
-                guest.write_file(&nice, "5")?;
-                let found = guest.read_file(&nice)?;
-                ensure!(found.trim_end() == "5", "the priority is {found}");
+                for queue in queues {
+                    let nice = format!("/sys/devices/virtual/workqueue/{queue}-{device}/nice");
+                    guest.write_file(&nice, "5")?;
+                    let found = guest.read_file(&nice)?;
+                    ensure!(
+                        found.trim_end() == "5",
+                        "the priority of {queue} is {found}"
+                    );
+                }
             }
         }
         guest.balloon().settle(Size::default())?;
