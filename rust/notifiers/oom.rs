@@ -97,6 +97,15 @@ pub(crate) mod last {
         }
     }
 
+    /// Returns its priority, if there is one.
+    pub(crate) fn priority() -> Option<c_int> {
+        let last = OOM_NOTIFIER.lock();
+        let block = last.load(Relaxed).cast::<bindings::notifier_block>();
+
+        // SAFETY: The notifier is registered, at least for as long as the lock is held.
+        unsafe { block.as_ref() }.map(|block| block.priority)
+    }
+
     /// Calls it as the kernel does for a failed allocation. Returns how many pages it has freed.
     pub(crate) fn out_of_memory() -> usize {
         let last = OOM_NOTIFIER.lock();

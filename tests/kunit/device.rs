@@ -25,7 +25,10 @@ use crate::{
                 page_list::PageList, //
             }, //
         },
-        notifiers::oom::last::out_of_memory,
+        notifiers::oom::last::{
+            out_of_memory,
+            priority, //
+        },
         virtio::{
             fake_device::{
                 FakeDevice,
@@ -41,6 +44,7 @@ use crate::{
             stop_reason,
             ACTUAL,
             F_DEFLATE_ON_OOM,
+            F_FREE_PAGE_HINT,
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
             F_PAGE_SETS,
@@ -635,6 +639,18 @@ mod tests {
         assert!(second.device.is_ready());
         assert_eq!(second.resize(MESSAGE, MESSAGE), Ok(()));
         assert_eq!(second.resize(0, 0), Ok(()));
+    }
+
+    #[test]
+    fn an_oom_calls_hints_first_and_the_balloon_when_it_calls_virtio_balloon() -> Result {
+        /// `VIRTIO_BALLOON_OOM_NOTIFY_PRIORITY` of that driver.
+        const PRIORITY: c_int = 80;
+
+        let _balloon = FakeDevice::new(&[FeatureBit::VERSION_1, F_DEFLATE_ON_OOM])?;
+        assert_eq!(priority(), Some(PRIORITY));
+        let _hints = FakeDevice::new(&[FeatureBit::VERSION_1, F_FREE_PAGE_HINT])?;
+        assert!(priority() > Some(PRIORITY));
+        Ok(())
     }
 
     #[test]
