@@ -63,6 +63,10 @@ use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
     rbtree::RBTree,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
     time::{
         delay::fsleep,
         Delta, //
@@ -501,6 +505,25 @@ fn give_back_for_oom() -> Result {
     reaches(&host.device, SIZE - pages as u32)
 }
 
+/// Makes a balloon of `size` balloon pages deflate on OOM. Returns by how many balloon pages.
+fn deflated_for_oom(size: u32) -> Result<u32> {
+    let mut host = Host::new(&[FeatureBit::VERSION_1, F_PAGE_SETS, F_DEFLATE_ON_OOM])?;
+    host.resize(size, size)?;
+    host.device.answer_all(true);
+    let _short = Pretence::is_short();
+
+    Ok((out_of_memory() * BALLOON_PAGES_PER_PAGE) as u32)
+}
+
+/// How often the driver has notified a device that was not ready.
+static EARLY_KICKS: Atomic<u32> = Atomic::new(0);
+
+fn count_early_kick(device: &FakeDevice, _queue: usize) {
+    if !device.is_ready() {
+        EARLY_KICKS.add(1, Relaxed);
+    }
+}
+
 /// Waits for the driver's statistics, and returns the value of the kind `tag`.
 fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     let mut request = None;
@@ -731,6 +754,17 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_not_ready_is_not_notified() -> Result {
+        EARLY_KICKS.store(0, Relaxed);
+        let features = [FeatureBit::VERSION_1, F_STATS_VQ, F_FREE_PAGE_HINT];
+        let device = FakeDevice::with_callback(&features, count_early_kick)?;
+
+        eventually(|| Ok(device.kicks(STATS) > 0))?;
+        assert_eq!(EARLY_KICKS.load(Relaxed), 0);
+        Ok(())
+    }
+
+    #[test]
     fn statistics_are_there_from_the_beginning() {
         let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STATS_VQ]);
         assert!(device.is_ok());
@@ -822,6 +856,29 @@ mod tests {
         }
         assert_eq!(waiting, QUEUE_SIZE);
         assert_eq!(device.kicks(INFLATE), 1);
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn up_to_32_messages_are_in_flight() -> Result {
+        const MOST: u32 = 32;
+        let device = FakeDevice::new(&BASE)?;
+        let mut waiting = 0;
+
+        // The queue has room for more.
+        device.freeze()?;
+        device.restore(2 * MOST)?;
+        device.change(NUM_PAGES, 2 * MOST * MESSAGE);
+        eventually(|| {
+            while device.next(INFLATE)?.is_some() {
+                waiting += 1;
+            }
+            Ok(waiting >= MOST)
+        })?;
+        fsleep(Delta::from_millis(20));
+        assert!(device.next(INFLATE)?.is_none());
+        assert_eq!(waiting, MOST);
+        Ok(())
     }
 
     #[test]
@@ -963,6 +1020,14 @@ mod tests {
     #[test]
     fn the_size_is_reported_after_an_oom_without_interrupts() {
         assert_eq!(give_back_for_oom(), Ok(()));
+    }
+
+    #[test]
+    fn an_oom_deflates_an_eighth_and_64_mib_at_least() {
+        const MIB: u32 = 1 << (20 - PFN_SHIFT);
+
+        assert_eq!(deflated_for_oom(80 * MIB), Ok(64 * MIB));
+        assert_eq!(deflated_for_oom(560 * MIB), Ok(70 * MIB));
     }
 
     #[test]

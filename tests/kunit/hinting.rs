@@ -19,7 +19,10 @@ use crate::{
             pages::{
                 batch::Batch,
                 block_range::BlockRange, //
-                page::pageblock_order,
+                page::{
+                    pageblock_order,
+                    MAX_ORDER, //
+                },
                 page_list::PageList,
             }, //
         },
@@ -216,6 +219,25 @@ mod tests {
         assert_eq!(memory::boosted_pages(), 0);
 
         drop(between);
+        Ok(())
+    }
+
+    #[test]
+    fn adjacent_blocks_are_one_hint_and_all_hints_one_notification() -> Result {
+        let device = device()?;
+        let (mut longest, mut hints) = (0, 0);
+
+        device.change(HINT_ID, 2);
+        eventually(|| Ok(device.kicks(HINTS) > 0))?;
+        // The device uses no hint.
+        fsleep(Delta::from_millis(20));
+        while let Some(request) = device.next(HINTS)? {
+            longest = longest.max(request.writable);
+            hints += 1;
+        }
+        assert!(hints > 1);
+        assert!(longest > PAGE_SIZE << MAX_ORDER);
+        assert_eq!(device.kicks(HINTS), 1);
         Ok(())
     }
 
