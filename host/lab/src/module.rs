@@ -62,8 +62,20 @@ pub(crate) fn build_lying(places: &Places, tree: &Tree) -> Result<PathBuf> {
         let copy = directory.with_file_name("lying-source");
         copy_lying(places, &copy)?;
         make(&copy, tree, &directory, "Building a lying module", &[])?;
-        Ok(directory.join(Driver::Rust.file()))
+        let module = directory.join(Driver::Rust.file());
+        ensure!(
+            !has_suites(&module)?,
+            "Kbuild has built KUnit suites into a module that should have none"
+        );
+        Ok(module)
     })
+}
+
+/// Whether a module has KUnit suites.
+fn has_suites(module: &Path) -> Result<bool> {
+    const SECTION: &[u8] = b".kunit_test_suites";
+    let content = fs::read(module)?;
+    Ok(content.windows(SECTION.len()).any(|part| part == SECTION))
 }
 
 /// The same for a module with coverage counters.
