@@ -264,14 +264,14 @@ impl Hinting {
 
         let mut sent = worker.stop_due || worker.start_due;
         if worker.send_ids(self.byte_order) && worker.supplying {
-            worker.supply();
+            sent |= worker.supply();
 
             let is_all_used = worker.in_flight == 0 && worker.pending.pages() == 0;
             if is_all_used && !worker.awaits_blocks() {
                 worker.stop();
                 worker.send_ids(self.byte_order);
+                sent = true;
             }
-            sent = true;
         }
         if sent {
             worker.queue.kick();

@@ -214,8 +214,9 @@ impl Worker {
         self.more = self.pending.pages() >= WORTHWHILE;
     }
 
-    /// Passes as much memory to the device as the queue has room for.
-    pub(super) fn supply(&mut self) {
+    /// Passes as much memory to the device as the queue has room for. Returns whether it did.
+    pub(super) fn supply(&mut self) -> bool {
+        let before = self.in_flight;
         let reserved = ROOM_FOR_IDS.min(self.queue.size().saturating_sub(1));
 
         while self.queue.room() > reserved {
@@ -229,5 +230,6 @@ impl Worker {
             }
             self.in_flight += pages;
         }
+        self.in_flight > before
     }
 }
