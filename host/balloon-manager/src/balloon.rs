@@ -21,8 +21,10 @@ pub(crate) struct Balloon {
     /// The largest target.
     pub(crate) largest: u64,
     pub(crate) target: u64,
-    /// The target has a lease.
+    /// The target has a lease of this or an earlier manager.
     pub(crate) leased: bool,
+    /// The target has a lease of another program.
+    pub(crate) claimed: bool,
     /// The target is that after a lease that has run out.
     pub(crate) lapsed: bool,
     /// What of the VM's memory is in the balloon, and with the host.

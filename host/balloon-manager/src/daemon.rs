@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use balloon_control::{ControlError, ErrorKind, Info, Request, Shortfall, Stat, Stats};
+use balloon_control::{ControlError, ErrorKind, Info, Lease, Request, Shortfall, Stat, Stats};
 use balloon_policy::{Millis, Sample, Stopped};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,9 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::balloon::{ANSWER, Balloon, Change, Outcome};
 use crate::config::PAGE;
 use crate::lines::Lines;
+
+/// The owner of the leases of each manager.
+const OWNER: &str = "balloon-manager";
 
 /// The time between two attempts to subscribe. A daemon sends an event at least as often.
 const RETRY: Duration = Duration::from_secs(1);
@@ -71,6 +74,7 @@ impl Connection {
             expected: Some(change.before),
             lease: change.terms.map(|terms| milliseconds(terms.time)),
             fallback: change.terms.map(|terms| terms.fallback),
+            owner: change.terms.map(|_| OWNER.to_owned()),
         };
         match self.call(&request, ANSWER).await {
             Ok(Nothing {}) => Ok(Outcome::Set),
@@ -109,6 +113,9 @@ impl Connection {
 
 fn balloon(info: &Info) -> Balloon {
     let withheld = !info.withheld.is_empty();
+    let lease = info.lease.as_ref();
+    let is_ours = |lease: &Lease| lease.owner.as_deref() == Some(OWNER);
+    let claimed = lease.is_some_and(|lease| !is_ours(lease));
     Balloon {
         memory: info.shared.or(info.memory).filter(|_| info.guest.connected),
         unusable: match (info.shared, info.memory) {
@@ -121,7 +128,8 @@ fn balloon(info: &Info) -> Balloon {
             .unwrap_or(u64::MAX)
             .min(info.limit.unwrap_or(u64::MAX)),
         target: info.target,
-        leased: info.lease.is_some(),
+        leased: lease.is_some_and(is_ours),
+        claimed,
         lapsed: info.lapsed,
         // What the device counts, not what the guest reports. While memory is withheld, memory in the balloon is not
         // returned to the host.
@@ -129,7 +137,7 @@ fn balloon(info: &Info) -> Balloon {
         resident: info.resident,
         granule: info.granule,
         driver: info.guest.driver,
-        frozen: withheld || info.guest.open_requests > 0 || info.grace.is_some(),
+        frozen: withheld || claimed || info.guest.open_requests > 0 || info.grace.is_some(),
         stopped: info.guest.short_of_target.map(|reason| match reason {
             Shortfall::Floor | Shortfall::NoMemory => Stopped::Full,
             Shortfall::AfterOom => Stopped::AfterOom,

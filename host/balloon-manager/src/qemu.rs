@@ -174,6 +174,7 @@ impl Monitor {
             largest: u64::MAX,
             target: target.unwrap_or(size),
             leased: false,
+            claimed: false,
             lapsed: false,
             size,
             resident: None,

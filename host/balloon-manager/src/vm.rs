@@ -297,6 +297,18 @@ impl Task {
         }
     }
 
+    /// Reports that another program has taken a lease.
+    fn tell_claim(&self, balloon: &Balloon) {
+        let was_claimed = self
+            .state
+            .as_ref()
+            .is_some_and(|state| state.balloon.claimed);
+        if balloon.claimed && !was_claimed {
+            let place = &self.place;
+            log::warn!("{place}: another program has a lease on the target, which stays");
+        }
+    }
+
     async fn carry_out(&mut self, order: Order) {
         let number = order.number;
         self.target = Some(order.target);
@@ -367,10 +379,11 @@ impl Task {
         };
         self.resolve(true);
         self.tell_conflict(&balloon);
-        if self.state.is_none() {
-            // The target that a new manager finds is that of the manager before it.
+        if self.state.is_none() && balloon.leased {
+            // The manager before this one has set it.
             self.own.push(balloon.target);
         }
+        self.tell_claim(&balloon);
         let Some(link) = &mut self.link else {
             return;
         };
@@ -422,6 +435,7 @@ mod tests {
                 largest: total,
                 target: 3 * GIB,
                 leased: false,
+                claimed: false,
                 lapsed: false,
                 size,
                 resident: None,

@@ -26,7 +26,7 @@ const METRICS: &str = include_str!("../../../docs/metrics.md");
 const PROGRAM: &str = env!("CARGO_BIN_EXE_balloon-manager");
 
 /// A guest whose balloon follows its target at once, as far as its processes do not use the memory.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct State {
     memory: u64,
     used: u64,
@@ -98,7 +98,7 @@ impl Fake {
     }
 
     fn get(&self) -> State {
-        *self.0.lock().unwrap()
+        self.0.lock().unwrap().clone()
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -160,7 +160,7 @@ impl Handler for Fake {
                 let memory = Some(state.memory).filter(|_| !state.forgets);
                 Ok(Response::Info(Info {
                     target: state.target,
-                    lease: state.lease,
+                    lease: state.lease.clone(),
                     lapsed: state.lapsed,
                     size: if state.lies { state.target } else { state.size },
                     held: state.size,
@@ -190,6 +190,7 @@ impl Handler for Fake {
                 expected,
                 lease,
                 fallback,
+                owner,
             } => {
                 state.target = state.rival.take().unwrap_or(state.target);
                 if expected.is_some_and(|expected| expected != state.target) {
@@ -202,6 +203,7 @@ impl Handler for Fake {
                 state.lease = lease.map(|remaining| Lease {
                     remaining,
                     fallback: fallback.unwrap(),
+                    owner,
                 });
                 state.lapsed = false;
                 state.target = bytes;
@@ -333,6 +335,15 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 
 fn words(output: &[u8]) -> String {
     String::from_utf8_lossy(output).into_owned()
+}
+
+/// A lease of this program, or of one without a name.
+fn lease_of(owner: Option<&str>) -> Lease {
+    Lease {
+        remaining: 1000,
+        fallback: 0,
+        owner: owner.map(str::to_owned),
+    }
 }
 
 /// The same host, with short leases.
@@ -552,14 +563,30 @@ fn a_target_of_another_program_is_not_overwritten() {
     let line = "another program has set the target to 3.0 GiB";
     assert!(host.log().contains(line), "{}", host.log());
     // The other program has leases as well.
-    let lease = Lease {
-        remaining: 1000,
-        fallback: 0,
-    };
-    web.change(|state| state.lease = Some(lease));
+    web.change(|state| state.lease = Some(lease_of(Some("night"))));
     db.wait_for_renewals(2);
     let state = web.get();
     assert_eq!((state.target, state.sets), (3 * GIB, 0));
+}
+
+/// Unlike a lease of the manager before, it is not renewed.
+#[test]
+fn a_vm_with_a_lease_of_another_program_is_left_alone_until_it_ends() {
+    for owner in [None, Some("night")] {
+        let mut host = Host::new(LEASE);
+        let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+        web.change(|state| state.lease = Some(lease_of(owner)));
+        host.add("web", &web);
+        host.add("db", &db);
+        host.run(&[]);
+        db.wait_for_renewals(2);
+        assert_eq!((web.get().sets, web.get().target), (0, 0));
+        let line = "web/control.sock: another program has a lease on the target, which stays";
+        assert_eq!(host.log().matches(line).count(), 1, "{}", host.log());
+        web.lapse();
+        wait_for("a target", || web.get().sets > 0);
+        web.wait_for_renewals(2);
+    }
 }
 
 #[test]
@@ -635,11 +662,7 @@ fn a_target_that_is_lost_is_none_of_another_program() {
 fn observing_sets_no_target() {
     let mut host = Host::new(LEASE);
     let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
-    let lease = Lease {
-        remaining: 1000,
-        fallback: 0,
-    };
-    web.change(|state| state.lease = Some(lease));
+    web.change(|state| state.lease = Some(lease_of(Some("balloon-manager"))));
     host.add("web", &web);
     host.add("db", &db);
     host.run(&["--observe"]);

@@ -225,6 +225,9 @@ pub(crate) struct Target {
     /// The target after the lease; the target before it if omitted
     #[arg(long, value_name = "SIZE", requires = "lease")]
     pub(crate) fallback: Option<Amount>,
+    /// The name of the program that takes the lease, for `info`
+    #[arg(long, value_name = "NAME", requires = "lease")]
+    pub(crate) owner: Option<String>,
 }
 
 impl Target {

@@ -95,6 +95,7 @@ impl Session {
             expected: of(target.expect)?,
             lease: target.lease.map(|seconds| u64::from(seconds) * 1000),
             fallback: of(target.fallback)?,
+            owner: target.owner.clone(),
         })?;
         if patience.wait {
             let (answer, took) = wait::wait(client, before.size, patience.timeout())?;

@@ -123,12 +123,16 @@ fn balloon(info: &Info) -> String {
 
 /// How long the target stays, if that is limited.
 fn lease(info: &Info) -> Option<String> {
-    match info.lease {
-        Some(lease) => Some(format!(
-            "ends in {}, and then the target is {}",
-            duration(lease.remaining / 1000),
-            HumanBytes(lease.fallback)
-        )),
+    match &info.lease {
+        Some(lease) => {
+            let of = lease.owner.as_ref().map(|owner| format!("of {owner}; "));
+            Some(format!(
+                "{}ends in {}, and then the target is {}",
+                of.unwrap_or_default(),
+                duration(lease.remaining / 1000),
+                HumanBytes(lease.fallback)
+            ))
+        }
         None if info.lapsed => Some("has run out: no client has renewed it".to_owned()),
         None => None,
     }

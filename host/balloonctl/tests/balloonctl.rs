@@ -353,6 +353,7 @@ fn set_names_the_target_that_it_expects() {
             expected: Some(expected),
             lease: None,
             fallback: None,
+            owner: None,
         };
         assert_eq!(expects(size), request);
     }
@@ -360,7 +361,11 @@ fn set_names_the_target_that_it_expects() {
 
 #[test]
 fn set_takes_a_lease() {
-    for (arguments, fallback) in [(&[][..], None), (&["--fallback", "50%"], Some(4 * GIB))] {
+    for (arguments, fallback, owner) in [
+        (&[][..], None, None),
+        (&["--fallback", "50%"], Some(4 * GIB), None),
+        (&["--owner", "night"], None, Some("night".to_owned())),
+    ] {
         let daemon = Daemon::obedient();
         let lease = [&["set", "1G", "--lease", "60"], arguments].concat();
         succeeds(&daemon.run(&lease));
@@ -369,6 +374,7 @@ fn set_takes_a_lease() {
             expected: None,
             lease: Some(60_000),
             fallback,
+            owner,
         };
         assert_eq!(daemon.last_request(), request);
     }
@@ -385,15 +391,16 @@ fn info_shows_a_lease_and_its_end() {
         let daemon = Daemon::start(info, Conduct::Obedient, None);
         stdout(&daemon.run(&["info"])).to_owned()
     };
-    let lease = Lease {
+    let lease = |owner| Lease {
         remaining: 59_999,
         fallback: 0,
+        owner,
     };
-    let text = shows(Some(lease), false);
-    assert!(
-        text.contains("ends in 59 seconds, and then the target is 0 B"),
-        "{text}"
-    );
+    let end = "ends in 59 seconds, and then the target is 0 B";
+    let text = shows(Some(lease(None)), false);
+    assert!(text.contains(end), "{text}");
+    let text = shows(Some(lease(Some("night".to_owned()))), false);
+    assert!(text.contains(&format!("of night; {end}")), "{text}");
     let text = shows(None, true);
     assert!(text.contains("no client has renewed it"), "{text}");
     assert!(!shows(None, false).contains("Lease"));

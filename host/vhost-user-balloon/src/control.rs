@@ -50,7 +50,8 @@ impl Handler for Device {
                 expected,
                 lease,
                 fallback,
-            } => self.set(bytes, expected, lease, fallback),
+                owner,
+            } => self.set(bytes, expected, lease, fallback, owner),
             Request::Stats { fresh } => self.tell_stats(fresh),
             Request::SetStatsInterval { seconds } => self.set_interval(seconds),
             Request::Inhibit { seconds, owner } => self.inhibit_for(seconds, owner.as_deref()),
@@ -125,6 +126,7 @@ impl Device {
             lease: state.lease.map(|lease| Lease {
                 remaining: milliseconds(lease.term.until.saturating_sub(clock())),
                 fallback: bytes(lease.fallback),
+                owner: lease.owner,
             }),
             lapsed: state.lapsed,
             grace: self.grace().map(seconds),
@@ -189,13 +191,7 @@ impl Device {
                 format!("name 1 to {limit} seconds, and ask again before they are over"),
             ));
         }
-        if owner.is_some_and(|owner| !is_owner(owner)) {
-            return Err(ControlError::new(
-                ErrorKind::OutOfRange,
-                "the name of an owner has 1 to 64 bytes, and no control characters",
-                "choose another name",
-            ));
-        }
+        check_owner(owner)?;
         let time = Duration::from_secs(seconds);
         let owner = owner.unwrap_or_default();
         if !self
@@ -293,9 +289,18 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Whether this is a valid name of an owner. Output shows it in lines of text.
-fn is_owner(name: &str) -> bool {
-    (1..=64).contains(&name.len()) && !name.chars().any(char::is_control)
+/// Checks the name of an owner. Output shows it in lines of text.
+fn check_owner(owner: Option<&str>) -> Result<(), ControlError> {
+    let is_valid =
+        |name: &str| (1..=64).contains(&name.len()) && !name.chars().any(char::is_control);
+    match owner.is_none_or(is_valid) {
+        true => Ok(()),
+        false => Err(ControlError::new(
+            ErrorKind::OutOfRange,
+            "the name of an owner has 1 to 64 bytes, and no control characters",
+            "choose another name",
+        )),
+    }
 }
 
 fn cannot_keep(error: &io::Error) -> ControlError {

@@ -68,12 +68,15 @@ pub struct Info {
 }
 
 /// A lease on a target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     /// The remaining time, in milliseconds.
     pub remaining: u64,
     /// The target after it, in bytes.
     pub fallback: u64,
+    /// The name of the program that has taken it, if it gave one.
+    #[serde(default)]
+    pub owner: Option<String>,
 }
 
 /// The largest page size of a guest's kernel, in bytes. A driver rounds a target up to its pages.

@@ -34,6 +34,9 @@ pub enum Request {
         /// The target after that, in bytes. By default it is the one before the lease.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fallback: Option<u64>,
+        /// The name of the program that takes the lease, 1 to 64 bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        owner: Option<String>,
     },
     /// The guest's memory statistics, answered with [`Stats`](crate::Stats).
     Stats {
@@ -122,6 +125,7 @@ impl Request {
             expected: None,
             lease: None,
             fallback: None,
+            owner: None,
         }
     }
 }
@@ -167,12 +171,13 @@ mod tests {
                 Request::set(u64::MAX),
             ),
             (
-                r#"{"command":"set","bytes":1,"expected":0,"lease":60000,"fallback":2}"#,
+                r#"{"command":"set","bytes":1,"expected":0,"lease":60000,"fallback":2,"owner":"manager"}"#,
                 Request::Set {
                     bytes: 1,
                     expected: Some(0),
                     lease: Some(60_000),
                     fallback: Some(2),
+                    owner: Some("manager".to_owned()),
                 },
             ),
             (

@@ -65,7 +65,7 @@ const GAUGES: [Gauge; 15] = [
     (
         "lease_seconds",
         "Remaining time of the lease on the target.",
-        |info| info.lease.map(|lease| lease.remaining / 1000),
+        |info| info.lease.as_ref().map(|lease| lease.remaining / 1000),
     ),
     (
         "lapsed",

@@ -7,6 +7,7 @@ use std::time::Duration;
 use balloon_control::{ControlError, ErrorKind, Response};
 use balloon_wire::BALLOON_PAGE_SIZE;
 
+use super::check_owner;
 use crate::device::Device;
 use crate::device::lease::NewTarget;
 use crate::device::target::SetError;
@@ -20,26 +21,29 @@ const MOST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Device {
     /// Sets the target, unless another one than `expected` is in force. With a lease, in milliseconds, it is in force for
-    /// that long, and then the target is `fallback`.
+    /// that long, and then the target is `fallback`. The lease has the `owner`'s name.
     pub(super) fn set(
         &self,
         bytes: u64,
         expected: Option<u64>,
         lease: Option<u64>,
         fallback: Option<u64>,
+        owner: Option<String>,
     ) -> Result<Response, ControlError> {
-        if lease.is_none() && fallback.is_some() {
+        if lease.is_none() && (fallback.is_some() || owner.is_some()) {
             return Err(ControlError::new(
                 ErrorKind::BadRequest,
-                "a fallback is for the end of a lease, and there is no lease",
-                "add the lease, or leave out the fallback",
+                "a fallback and an owner are those of a lease, and there is no lease",
+                "add the lease, or leave out the fallback and the owner",
             ));
         }
+        check_owner(owner.as_deref())?;
         let new = NewTarget {
             pages: self.permitted(bytes)?,
             expected: expected.map(|bytes| bytes / BALLOON_PAGE_SIZE),
             lease: lease.map(time).transpose()?,
             fallback: fallback.map(pages).transpose()?,
+            owner,
         };
         match self.set_target(new) {
             Ok(()) => Ok(Response::Done {}),
@@ -148,6 +152,7 @@ mod tests {
                 expected: Some(expected),
                 lease: None,
                 fallback: None,
+                owner: None,
             })
         };
         set(5 << 20, 0).unwrap();
@@ -170,6 +175,7 @@ mod tests {
                 expected: None,
                 lease,
                 fallback,
+                owner: None,
             })
         };
         for lease in [0, 99, 86_400_001, u64::MAX] {
@@ -189,5 +195,36 @@ mod tests {
         assert!(lease.remaining <= 100 && lease.fallback == 4096);
         set(None, None).unwrap();
         assert_eq!(device.state().lease, None);
+    }
+
+    #[test]
+    fn a_lease_has_an_owner() {
+        let device = device(&[Feature::Stats], false);
+        let set = |lease, owner: &str| {
+            device.handle(Request::Set {
+                bytes: 5 << 20,
+                expected: None,
+                lease,
+                fallback: None,
+                owner: Some(owner.to_owned()),
+            })
+        };
+        assert_eq!(
+            set(None, "manager").unwrap_err().kind,
+            ErrorKind::BadRequest
+        );
+        for owner in ["", "a\nb", &"a".repeat(65)] {
+            assert_eq!(
+                set(Some(100), owner).unwrap_err().kind,
+                ErrorKind::OutOfRange
+            );
+        }
+        for owner in ["manager", "another"] {
+            set(Some(60_000), owner).unwrap();
+            let Ok(Response::Info(info)) = device.handle(Request::Info {}) else {
+                panic!("no info");
+            };
+            assert_eq!(info.lease.unwrap().owner.as_deref(), Some(owner));
+        }
     }
 }

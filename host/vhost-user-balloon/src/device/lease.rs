@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::term::Term;
 
 /// A new target, in balloon pages.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct NewTarget {
     /// The target.
     pub pages: u32,
@@ -20,6 +20,8 @@ pub struct NewTarget {
     pub lease: Option<Duration>,
     /// The target after that. By default it is the one before the lease.
     pub fallback: Option<u32>,
+    /// The name of the program that takes the lease.
+    pub owner: Option<String>,
 }
 
 impl From<u32> for NewTarget {
@@ -29,27 +31,71 @@ impl From<u32> for NewTarget {
             expected: None,
             lease: None,
             fallback: None,
+            owner: None,
         }
     }
 }
 
 /// A lease on the target that is in force.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
     /// When it ends, by [`clock`].
     pub term: Term,
+    /// How long it lasts from each renewal on.
+    pub time: Duration,
+    /// This process has found it in the state file, and no client has renewed it since.
+    pub found: bool,
     /// The target after it, in balloon pages.
     pub fallback: u32,
+    /// The name of the program that has taken it.
+    pub owner: Option<String>,
 }
 
-/// A lease in the state file.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+/// A lease in the state file. Renewals do not change the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KeptLease {
     /// The target until it ends, in balloon pages.
     pub target: u32,
-    /// When it ends.
-    #[serde(flatten)]
-    pub term: Term,
+    /// How long it lasts from each renewal on.
+    pub time: Duration,
+    /// When a client took it. A time ahead of the clock is from before a reboot of the host, which ends it.
+    pub from: Duration,
+    /// When it ends, unless a client renews it. Nothing if clients have renewed it: the process that finds it in the file
+    /// does not know when, and the lease begins once more.
+    pub until: Option<Duration>,
+    /// The name of the program that has taken it.
+    #[serde(default)]
+    pub owner: Option<String>,
+}
+
+impl KeptLease {
+    /// What a state file has of a lease on this target.
+    pub fn new(target: u32, lease: &Lease) -> Self {
+        Self {
+            target,
+            time: lease.time,
+            from: lease.term.from,
+            until: lease.found.then_some(lease.term.until),
+            owner: lease.owner.clone(),
+        }
+    }
+
+    /// The lease for the process that finds it at `now`, unless it is over.
+    pub fn find(self, fallback: u32, now: Duration) -> Option<Lease> {
+        let until = self.until.unwrap_or(now.saturating_add(self.time));
+        let term = Term {
+            from: self.from,
+            until,
+        };
+        term.rest(now)?;
+        Some(Lease {
+            term,
+            time: self.time,
+            found: true,
+            fallback,
+            owner: self.owner,
+        })
+    }
 }
 
 /// The clock of leases. It stops while the host is suspended: a client that is suspended as well cannot renew its lease.

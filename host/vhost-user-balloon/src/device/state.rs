@@ -98,7 +98,16 @@ impl State {
             other => other.with_context(|| format!("reading {}", path.display()))?,
         };
         let reason = match serde_json::from_slice::<Settings>(&text) {
-            Ok(settings) if settings.version <= VERSION => return Ok(settings.into()),
+            Ok(settings) if settings.version <= VERSION => {
+                let state = Self::from(settings);
+                if state.lease.is_some() {
+                    // One process after the other must not begin the lease once more.
+                    if let Err(error) = state.save(path) {
+                        warn!("cannot write {}: {error}", path.display());
+                    }
+                }
+                return Ok(state);
+            }
             Ok(settings) => format!("its version is {}", settings.version),
             Err(error) => error.to_string(),
         };
@@ -135,11 +144,12 @@ impl State {
             version: VERSION,
             target: self
                 .lease
+                .as_ref()
                 .map_or(self.config.target, |lease| lease.fallback),
-            lease: self.lease.map(|lease| KeptLease {
-                target: self.config.target,
-                term: lease.term,
-            }),
+            lease: self
+                .lease
+                .as_ref()
+                .map(|lease| KeptLease::new(self.config.target, lease)),
             lapsed: self.lapsed,
             stats_interval: self.stats_interval,
             inhibited: self
@@ -184,10 +194,19 @@ impl State {
         if new.expected.is_some_and(|pages| pages != u64::from(target)) {
             return Err(target);
         }
-        let before = self.lease.map_or(target, |lease| lease.fallback);
+        let old = self.lease.take();
+        let before = old.as_ref().map_or(target, |lease| lease.fallback);
+        // The file has the first renewal, and need not have the others.
+        let from = old.map_or(now, |lease| lease.term.from);
         self.lease = new.lease.map(|time| Lease {
-            term: Term::new(now, time),
+            term: Term {
+                from,
+                until: now.saturating_add(time),
+            },
+            time,
+            found: false,
             fallback: new.fallback.unwrap_or(before),
+            owner: new.owner,
         });
         self.lapsed = false;
         self.config.target = new.pages;
@@ -229,15 +248,17 @@ impl State {
 impl From<Settings> for State {
     fn from(settings: Settings) -> Self {
         let fallback = settings.target;
-        let now = clock();
-        let lease = settings.lease.filter(|one| one.term.rest(now).is_some());
+        let leased = settings.lease.as_ref().map(|lease| lease.target);
+        let lease = settings
+            .lease
+            .and_then(|lease| lease.find(fallback, clock()));
         Self {
             config: Fields {
-                target: lease.map_or(fallback, |lease| lease.target),
+                target: leased.filter(|_| lease.is_some()).unwrap_or(fallback),
                 ..Fields::default()
             },
-            lapsed: settings.lapsed || settings.lease.is_some() != lease.is_some(),
-            lease: lease.map(|KeptLease { term, .. }| Lease { term, fallback }),
+            lapsed: settings.lapsed || leased.is_some() != lease.is_some(),
+            lease,
             stats_interval: settings.stats_interval,
             inhibitors: match settings.inhibited {
                 Some(one) if settings.inhibitors.is_empty() => [(String::new(), one)].into(),
@@ -424,6 +445,7 @@ mod tests {
             expected: None,
             lease: Some(Duration::from_secs(seconds)),
             fallback,
+            owner: None,
         }
     }
 
@@ -438,7 +460,7 @@ mod tests {
         assert!(!state.lapse(at(199)) && !state.lapsed);
         assert_eq!(state.config.target, 8);
         assert!(state.lapse(at(200)) && state.lapsed);
-        assert_eq!((state.config.target, state.lease), (5, None));
+        assert_eq!((state.config.target, &state.lease), (5, &None));
         assert!(!state.lapse(at(300)));
         // A target without a lease ends a lease.
         state.set_target(leased(7, 60, None), at(300)).unwrap();
@@ -454,7 +476,7 @@ mod tests {
         let mut state = state();
         state.set_target(leased(7, 60, Some(3)), at(0)).unwrap();
         state.set_target(leased(7, 60, None), at(30)).unwrap();
-        assert_eq!(state.lease.map(|lease| lease.fallback), Some(3));
+        assert_eq!(state.lease.as_ref().map(|lease| lease.fallback), Some(3));
         state.set_target(leased(7, 60, Some(4)), at(60)).unwrap();
         assert!(state.lapse(at(120)));
         assert_eq!(state.config.target, 4);
@@ -480,14 +502,27 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         let mut state = state();
-        state.set_target(leased(7, 60, None), clock()).unwrap();
+        let new = NewTarget {
+            owner: Some("manager".to_owned()),
+            ..leased(7, 60, None)
+        };
+        state.set_target(new, clock()).unwrap();
         state.save(&path).unwrap();
-        assert_eq!(State::load(&path, 7).unwrap(), state);
         let text: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         assert_eq!(
             (&text["target"], &text["lease"]["target"]),
             (&5.into(), &7.into())
         );
+        let later = State::load(&path, 7).unwrap();
+        let lease = later.lease.clone().unwrap();
+        assert_eq!(later.config.target, 7);
+        assert_eq!(
+            (lease.fallback, lease.owner.as_deref()),
+            (5, Some("manager"))
+        );
+        // It begins once more, and not again with each further process.
+        assert!(lease.term.until >= state.lease.unwrap().term.until);
+        assert_eq!(State::load(&path, 7).unwrap(), later);
 
         // It has run out when the next process starts, or the host was booted again.
         for start in [Duration::ZERO, clock() + Duration::from_secs(60)] {
@@ -495,10 +530,32 @@ mod tests {
             state.set_target(leased(7, 0, None), start).unwrap();
             state.save(&path).unwrap();
             let later = State::load(&path, 7).unwrap();
-            assert_eq!((later.config.target, later.lease), (5, None));
+            assert_eq!((later.config.target, later.lease.clone()), (5, None));
             assert!(later.lapsed);
-            later.save(&path).unwrap();
             assert_eq!(State::load(&path, 7).unwrap(), later);
         }
+    }
+
+    #[test]
+    fn renewals_do_not_write_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        let at = Duration::from_secs;
+        let mut state = state();
+        // Each write makes another file, which the open ones cannot be.
+        let mut files = Vec::new();
+        let mut saved = |pages, time, now| {
+            state
+                .set_target(leased(pages, time, None), at(now))
+                .unwrap();
+            state.save(&path).unwrap();
+            files.push(File::open(&path).unwrap());
+            fs::metadata(&path).unwrap().ino()
+        };
+        let first = saved(7, 60, 100);
+        assert_eq!((saved(7, 60, 120), saved(7, 60, 140)), (first, first));
+        assert_ne!(saved(8, 60, 140), first);
+        let second = saved(8, 60, 160);
+        assert_ne!(saved(8, 30, 160), second);
     }
 }

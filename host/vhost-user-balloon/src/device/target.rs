@@ -135,6 +135,7 @@ impl Device {
     /// Another target is in force, or the file cannot be written.
     pub fn set_target(&self, new: impl Into<NewTarget>) -> Result<(), SetError> {
         let (new, now) = (new.into(), clock());
+        let pages = new.pages;
         self.end_lease(now);
         let mut state = lock(&self.state);
         let before = state.clone();
@@ -143,14 +144,14 @@ impl Device {
         drop(state);
         self.leased.notify_all();
         let renewed = before.lease.is_some() && after.lease.is_some();
-        let same = before.config.target == new.pages;
+        let same = before.config.target == pages;
         // A client that only renews a lease requests nothing of a guest that boots.
         if self.running() && !(renewed && same) {
             lock(&self.times).grace_end = None;
         }
         self.pass_on(same);
-        let fallback = |state: &State| state.lease.map(|lease| lease.fallback);
-        if !same || before.lapsed || fallback(&before) != fallback(&after) {
+        let terms = |state: State| state.lease.map(|lease| (lease.fallback, lease.owner));
+        if !same || before.lapsed || terms(before) != terms(after) {
             self.publish(Changes::info);
         }
         // The file may not have an unchanged target, if it could not be written before.
@@ -192,8 +193,9 @@ impl Device {
             let now = clock();
             self.end_lease(now);
             let state = lock(&self.state);
-            let lease = state.lease;
-            let rest = lease.map_or(Duration::MAX, |lease| lease.term.until.saturating_sub(now));
+            let lease = state.lease.clone();
+            let until = lease.as_ref().map(|lease| lease.term.until);
+            let rest = until.map_or(Duration::MAX, |until| until.saturating_sub(now));
             drop(state.wait_while(&self.leased, rest, |state| state.lease == lease));
         }
     }

@@ -2,7 +2,7 @@
 
 //! Targets of several clients.
 
-use balloon_control::ControlError;
+use balloon_control::{ControlError, Lease};
 
 use super::events::{subscribe, wait_for_state};
 use super::supervision::{start_logged, wait_for_info, wait_for_line};
@@ -16,6 +16,7 @@ fn replace(directory: &Path, expected: u64, bytes: u64) -> Result<Answer, Client
         expected: Some(expected),
         lease: None,
         fallback: None,
+        owner: None,
     })
 }
 
@@ -27,6 +28,7 @@ fn lease(directory: &Path, bytes: u64, milliseconds: u64) {
         expected: None,
         lease: Some(milliseconds),
         fallback: None,
+        owner: None,
     };
     client.call(&request).unwrap();
 }
@@ -119,8 +121,8 @@ fn a_lease_outlives_a_worker_and_ends_in_time() {
         kill(worker, Signal::SIGKILL).unwrap();
         daemon.wait_for_another(worker);
         let is_kept = |info: &Info| {
-            let lease = info.lease.filter(|lease| lease.remaining < milliseconds);
-            info.target == 8 << 12 && lease.is_some_and(|lease| lease.fallback == 0)
+            let is_kept = |lease: &Lease| lease.remaining <= milliseconds && lease.fallback == 0;
+            info.target == 8 << 12 && info.lease.as_ref().is_some_and(is_kept)
         };
         let is_over = |info: &Info| info.target == 0 && info.lapsed && info.lease.is_none();
         match milliseconds {
