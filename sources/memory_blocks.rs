@@ -23,7 +23,6 @@ use crate::{
                 has_virtio_mem,
                 Limits,
                 MemoryBlock,
-                OfflineBlock,
                 Outcome, //
             },
             memory,
@@ -48,6 +47,7 @@ use crate::{
     sources::{
         candidates::Candidates,
         nodes,
+        offline_blocks::OfflineBlocks,
         source::Source, //
     }, //
 };
@@ -123,8 +123,7 @@ struct Work {
     candidates: Option<Candidates>,
     /// The number of failed attempts in a row.
     failures: usize,
-    /// The blocks that could not be brought online. Never grows beyond its capacity.
-    offline: KVec<OfflineBlock>,
+    offline: OfflineBlocks,
 }
 
 struct State {
@@ -147,9 +146,6 @@ impl State {
         self.ready.len() + self.borrowed
     }
 }
-
-/// How many blocks may be offline at once after a failure to bring them online.
-const MAX_OFFLINE: usize = 4;
 
 impl Offliner {
     /// Returns a task in `slot` that takes blocks below the page frame number `end` (of a kernel
@@ -177,7 +173,7 @@ impl Offliner {
         let work = Work {
             candidates: None,
             failures: 0,
-            offline: KVec::with_capacity(MAX_OFFLINE, GFP_KERNEL)?,
+            offline: OfflineBlocks::new()?,
         };
         let state = State {
             wanted: 0,
@@ -289,17 +285,20 @@ impl Offliner {
 
     /// Ends the work of the task.
     fn end(&self, work: &mut Work) {
+        while let Some(outcome) = work.offline.take_first() {
+            self.note(work, outcome);
+        }
         work.candidates = None;
         work.failures = 0;
         self.state.lock().is_busy = false;
         self.waker.schedule();
     }
 
-    /// Returns whether another block is needed.
-    fn is_more_wanted(&self) -> bool {
+    /// Returns whether another block is needed, in addition to `taken` pages.
+    fn is_more_wanted(&self, taken: u64) -> bool {
         let state = self.state.lock();
-        let missing = state.wanted.saturating_sub(state.ready_pages() as u64);
-
+        let ready = state.ready_pages() as u64 + taken;
+        let missing = state.wanted.saturating_sub(ready);
         missing > 0 && Self::is_worthwhile(missing as usize)
     }
 
@@ -311,7 +310,7 @@ impl Offliner {
     fn next(&self, work: &mut Work) -> Result<Option<MemoryBlock>> {
         // Only one driver can set the callback. A virtio-mem device may be plugged at any time, and
         // the probe of its driver fails while this driver has set the callback.
-        if has_virtio_mem(&self.dev) || work.offline.len() == MAX_OFFLINE {
+        if has_virtio_mem(&self.dev) || work.offline.has_failed_too_often() {
             return Err(ENOENT);
         }
         let candidates = match &mut work.candidates {
@@ -345,7 +344,8 @@ impl Offliner {
 
     /// Takes one block, if one is needed and there is a candidate. Returns whether to continue.
     fn take_one(&self, work: &mut Work) -> bool {
-        if !self.is_more_wanted() || !self.can_spare(MemoryBlock::pages()) {
+        let taken = work.offline.first_pages();
+        if !self.is_more_wanted(taken) || !self.can_spare(MemoryBlock::pages()) {
             return false;
         }
         let block = match self.next(work) {
@@ -354,7 +354,18 @@ impl Offliner {
             Err(_) => return false,
         };
 
-        match block.take(LIMITS, || self.is_more_wanted()) {
+        let is_wanted = || self.is_more_wanted(taken);
+        let outcome = match work.offline.add_first(block, LIMITS, is_wanted) {
+            Some(Ok(())) => return true,
+            Some(Err(error)) => Outcome::Not(error),
+            None => block.take(LIMITS, is_wanted),
+        };
+        self.note(work, outcome)
+    }
+
+    /// Notes the outcome of taking a block. Returns whether to continue.
+    fn note(&self, work: &mut Work, outcome: Outcome) -> bool {
+        match outcome {
             Outcome::Pages(pages) => {
                 work.failures = 0;
                 // Other callers may have allocated memory in the meantime. They have priority.
@@ -362,16 +373,12 @@ impl Offliner {
                     return false;
                 }
                 let mut state = self.state.lock();
-                let unwanted = match state.wanted {
-                    0 => Some(pages),
-                    _ => {
-                        state.ready.append(pages);
-                        state.blocks += 1;
-                        None
-                    }
-                };
+                // Unwanted pages are freed without the lock.
+                if state.wanted > 0 {
+                    state.ready.append(pages);
+                    state.blocks += 1;
+                }
                 drop(state);
-                drop(unwanted);
                 self.waker.schedule();
                 true
             }
@@ -383,16 +390,10 @@ impl Offliner {
                 work.failures < MAX_FAILURES
             }
             Outcome::Offline(block) => {
-                let _ = work.offline.push_within_capacity(block);
+                work.offline.fail(block);
                 false
             }
         }
-    }
-
-    /// Retries to bring blocks online. Returns whether none is offline any more.
-    fn bring_online(work: &mut Work) -> bool {
-        work.offline.retain(|block| block.bring_online().is_err());
-        work.offline.is_empty()
     }
 }
 
@@ -456,11 +457,11 @@ impl Task<Offliner> {
 
         let mut work = self.work.lock();
         self.end(&mut work);
-        if !Offliner::bring_online(&mut work) {
+        if !work.offline.bring_online() {
             dev_warn!(
                 self.dev,
                 "{} memory blocks are offline and cannot be brought online\n",
-                work.offline.len()
+                work.offline.failed()
             );
         }
     }
@@ -480,7 +481,7 @@ impl Job for Offliner {
                 false => task.end(&mut work),
             }
         }
-        if !Self::bring_online(&mut work) {
+        if !work.offline.bring_online() {
             task.schedule_in(timeouts::ONLINE_AGAIN);
         }
     }

@@ -7,5 +7,6 @@
 pub(crate) mod candidates;
 pub(crate) mod memory_blocks;
 pub(crate) mod nodes;
+mod offline_blocks;
 pub(crate) mod page_allocator;
 pub(crate) mod source;

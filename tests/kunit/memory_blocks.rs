@@ -279,6 +279,24 @@ fn give_back_while_taking() -> Result<(usize, bool)> {
     Ok((given.unwrap_or(0), is_empty))
 }
 
+/// Inflates by three blocks. Returns where the balloon's pages from the first candidate begin and
+/// end, in the order in which the device got the pages, and the number of all pages.
+fn inflate_by_three() -> Result<(usize, usize, usize)> {
+    let _zeroing = Pretence::zeroes_on_allocation();
+    drain::drain_free_lists();
+    let (found, _) = find(u64::MAX, usize::MAX)?;
+    let first = found.iter().find(|block| block.can_be_taken());
+    let first = first.ok_or(ENOENT)?.pfns();
+    let mut host = Host::new(&BASE)?;
+    let pages = (3 * MemoryBlock::pages()) as u32 * BALLOON_PAGES_PER_PAGE as u32;
+
+    host.resize(pages, pages)?;
+    let is_of_first = |&pfn: &u32| first.contains(u64::from(pfn) / BALLOON_PAGES_PER_PAGE as u64);
+    let begin = host.inflated.iter().position(is_of_first).ok_or(ENOENT)?;
+    let end = host.inflated.iter().rposition(is_of_first).ok_or(ENOENT)?;
+    Ok((begin, end, host.inflated.len()))
+}
+
 #[kunit_tests(virtio_balloon_rs_memory_blocks)]
 mod tests {
     use super::*;
@@ -442,6 +460,17 @@ mod tests {
         let (given, is_empty) = give_back_while_taking()?;
         assert!(given > 0);
         assert!(is_empty);
+        Ok(())
+    }
+
+    #[test]
+    fn the_first_block_is_offline_until_the_others_are_taken() -> Result {
+        if has_none() {
+            return Ok(());
+        }
+        let (begin, end, pages) = inflate_by_three()?;
+        assert!(begin > 0);
+        assert_eq!(end + 1, pages);
         Ok(())
     }
 

@@ -25,7 +25,8 @@ use crate::rust::{
             page::Page,
             page_list::PageList, //
         },
-        pfn_range::PfnRange, //
+        pfn_range::PfnRange,
+        zone::Zone, //
     },
     virtio::{
         self,
@@ -105,6 +106,11 @@ impl MemoryBlock {
         Node::new(page.nid())
     }
 
+    /// Returns the zone of its first page, none if that is not online.
+    pub(crate) fn zone(self) -> Option<Zone> {
+        Page::online(self.pfns().first() as usize).map(Zone::of)
+    }
+
     /// Returns the block's number, which is in its name.
     fn number(self) -> Option<u64> {
         self.0.first().checked_div(self.0.len())
@@ -166,19 +172,45 @@ impl MemoryBlock {
         limits: Limits,
         online: &CStr,
     ) -> Outcome {
-        let block = match self.take_offline(limits) {
-            Ok(block) => block,
-            Err(error) => return Outcome::Not(error),
-        };
+        match self.take_offline(limits) {
+            Ok(block) => self.take_online(block, guard, online),
+            Err(error) => Outcome::Not(error),
+        }
+    }
+
+    /// Takes the first half of the block: it is `offline` until [`take_rest`](Self::take_rest).
+    ///
+    /// # Errors
+    ///
+    /// `ECANCELED` if it is not wanted when other devices have taken theirs, or the kernel's error.
+    pub(crate) fn take_first(
+        self,
+        limits: Limits,
+        is_wanted: impl FnOnce() -> bool,
+    ) -> Result<OfflineBlock> {
+        let _guard = HotplugGuard::begin();
+
+        match is_wanted() {
+            true => self.take_offline(limits),
+            false => Err(ECANCELED),
+        }
+    }
+
+    /// Takes the block, which is `offline`.
+    pub(crate) fn take_rest(self, offline: OfflineBlock) -> Outcome {
+        self.take_online(offline, &HotplugGuard::begin(), ONLINE_KERNEL)
+    }
+
+    fn take_online(self, offline: OfflineBlock, guard: &HotplugGuard, online: &CStr) -> Outcome {
         let callback = OnlinePageCallback::set(guard, self.pfns());
-        let online = block.write(online);
+        let online = offline.write(online);
         let pages = callback.map_or(PageList::new(), OnlinePageCallback::restore);
 
         match online {
             // Another thread may have brought it online.
             _ if !pages.is_empty() => Outcome::Pages(pages),
             Ok(()) => Outcome::Not(EINVAL),
-            Err(_) => Outcome::Offline(block),
+            Err(_) => Outcome::Offline(offline),
         }
     }
 }
