@@ -33,6 +33,7 @@ mod latency;
 mod lifecycle;
 mod manager;
 mod memory;
+mod migration;
 mod nodes;
 mod observability;
 mod oom;
@@ -95,6 +96,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     daemon_killed::SCENARIOS,
     unused::SCENARIOS,
     snapshot::SCENARIOS,
+    migration::SCENARIOS,
     hostile::SCENARIOS,
     silent::SCENARIOS,
     vmm::SCENARIOS,
