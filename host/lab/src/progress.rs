@@ -4,7 +4,7 @@
 //! every 30 s with the progress, and one at the end with the time.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Write, stderr};
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Write as _, stderr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
@@ -33,6 +33,9 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// A command is killed when it has printed nothing and used no CPU time for so long.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
 
+/// Which part of a phase, in percent, says how long the rest takes. A kernel's build begins with its longest steps.
+const FIRST_PART: u64 = 10;
+
 /// A phase.
 pub(crate) struct Phase {
     name: String,
@@ -46,7 +49,7 @@ impl Phase {
         let (bar, template) = match total {
             Some(total) => (
                 ProgressBar::new(total),
-                "{prefix:28} [{bar:30}] {percent:>3}% {elapsed:>4}, {eta} left {msg}",
+                "{prefix:28} [{bar:30}] {percent:>3}% {elapsed:>4}{left} {msg}",
             ),
             None => (
                 ProgressBar::new_spinner(),
@@ -55,7 +58,14 @@ impl Phase {
         };
         let bar = BARS.add(bar);
         let style = ProgressStyle::with_template(template).expect("the template is valid");
-        bar.set_style(style.progress_chars("#> "));
+        let left = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            let done = (state.pos(), state.len().unwrap_or(0));
+            if let Some(left) = remaining(state.elapsed(), done.0, done.1) {
+                // The bar shows the rest without it.
+                let _ = write!(text, ", {} left", HumanDuration(left));
+            }
+        };
+        bar.set_style(style.progress_chars("#> ").with_key("left", left));
         bar.set_prefix(name.to_owned());
         bar.enable_steady_tick(TICK);
         if !stderr().is_terminal() {
@@ -183,17 +193,22 @@ impl Phase {
 
     /// Prints its progress.
     fn report(&self) {
-        let took = self.start.elapsed().as_secs();
-        match self.bar.length() {
-            Some(total) if total > 0 => eprintln!(
-                "{}: {} %, {took} s so far, about {} s left",
-                self.name,
-                (self.bar.position() * 100 / total).min(99),
-                self.bar.eta().as_secs()
-            ),
-            _ => eprintln!("{}: {took} s so far", self.name),
-        }
+        let took = self.start.elapsed();
+        let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
+        let share = (done * 100).checked_div(total);
+        let share = share.map_or_else(String::new, |share| format!("{} %, ", share.min(99)));
+        let left = remaining(took, done, total);
+        let left = left.map_or_else(String::new, |left| {
+            format!(", about {} s left", left.as_secs())
+        });
+        eprintln!("{}: {share}{} s so far{left}", self.name, took.as_secs());
     }
+}
+
+/// How long the rest of `total` steps takes if each takes as long as those that are done, once that is known.
+fn remaining(took: Duration, done: u64, total: u64) -> Option<Duration> {
+    let rest = total.saturating_sub(done);
+    (done > 0 && done * 100 >= total * FIRST_PART).then(|| took.mul_f64(rest as f64 / done as f64))
 }
 
 impl Drop for Phase {
@@ -205,6 +220,17 @@ impl Drop for Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_left_is_known_after_the_first_part() {
+        let took = Duration::from_secs(120);
+        assert_eq!(remaining(took, 0, 0), None);
+        assert_eq!(remaining(took, 7, 100), None);
+        assert_eq!(remaining(took, 10, 100), Some(Duration::from_secs(1080)));
+        assert_eq!(remaining(took, 100, 100), Some(Duration::ZERO));
+        // A build may have more steps than expected.
+        assert_eq!(remaining(took, 120, 100), Some(Duration::ZERO));
+    }
 
     #[test]
     fn a_failure_has_the_log() {
