@@ -324,8 +324,8 @@ pub(crate) fn crash(
     prepare: impl FnOnce(&Guest) -> Result<()>,
 ) -> Result<()> {
     // An emulated processor takes about a millisecond for each page of a dump.
-    let (memory, reserved) = (Size::mib(768), Size::mib(128));
-    let (used, size) = (Size::mib(450), Size::mib(300));
+    let (memory, reserved) = (Size::mib(512), Size::mib(128));
+    let (used, size) = (Size::mib(220), Size::mib(150));
     let config = config
         .clone()
         .memory(memory)

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
@@ -12,6 +12,9 @@ use super::child::{MIB, Stop, report};
 
 /// How many words are verified and written again before the next ones: a few pages.
 const CHUNK: usize = 8192;
+
+/// The longest pause after a pass. A worker rests as long as its pass took, and leaves the CPU to what is tested.
+const MAX_PAUSE: Duration = Duration::from_millis(250);
 
 pub(super) fn run(mib: usize, threads: usize, stop: Stop) -> Result<()> {
     let mut memory = vec![0_u64; mib * MIB / size_of::<u64>()];
@@ -48,6 +51,7 @@ fn verify(words: &mut [u64], first: u64, passes: &AtomicU64, stop: Stop) -> Resu
     let mut pass = 0;
     fill(words, first, pass);
     while !stop.is_asked() {
+        let start = Instant::now();
         for (number, chunk) in words.chunks_mut(CHUNK).enumerate() {
             let first = first + (number * CHUNK) as u64;
             check(chunk, first, pass)?;
@@ -55,6 +59,7 @@ fn verify(words: &mut [u64], first: u64, passes: &AtomicU64, stop: Stop) -> Resu
         }
         pass += 1;
         passes.fetch_add(1, Ordering::Relaxed);
+        thread::sleep(start.elapsed().min(MAX_PAUSE));
     }
     check(words, first, pass)
 }
