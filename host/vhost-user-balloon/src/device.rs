@@ -158,7 +158,7 @@ pub struct Device {
     timer: Timer,
     /// Expires when the deflate queue must be served again.
     retry: Timer,
-    /// Expires at the end of the boot grace.
+    /// Expires at the end of the boot grace, and of the time for the first statistics.
     grace: Timer,
     /// Expires when the next part of the balloon must be searched.
     sweep: Timer,

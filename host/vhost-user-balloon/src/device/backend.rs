@@ -19,7 +19,7 @@ use vmm_sys_util::event::{
 };
 
 use super::work::Work;
-use super::{Device, GRACE, NOTICE, RETRY, SWEEP, Sizes, TIMER, WAKE};
+use super::{Device, GRACE, NOT_ASKED, NOTICE, RETRY, SWEEP, Sizes, TIMER, WAKE};
 use crate::queues::virtqueue::{MAX_QUEUE_SIZE, Unfinished};
 use crate::sync::lock;
 use crate::virtio::features::Feature;
@@ -73,8 +73,12 @@ impl VhostUserBackend for Device {
         let granule = granule.unwrap_or(BALLOON_PAGE_SIZE);
         let granule = u32::try_from(granule).unwrap_or(LARGEST_GRANULE);
         let asked = self.asked();
-        if self.asked.swap(asked, SeqCst) != asked {
+        let before = self.asked.swap(asked, SeqCst);
+        if before != asked {
             lock(&self.times).moved = Some(Instant::now());
+        }
+        if before == NOT_ASKED {
+            self.repeat_first_sample();
         }
         let fields = lock(&self.state).config.read(asked, command, granule);
         let rest = fields.get(start..).unwrap_or_default();
@@ -187,6 +191,7 @@ impl VhostUserBackend for Device {
                 self.grace.acknowledge();
                 // Another driver may have started since the timer expired.
                 if self.grace().is_none() {
+                    self.limit_report_time();
                     self.follow();
                     self.publish(Changes::info);
                 }

@@ -279,6 +279,9 @@ impl Device {
         work.at_work = true;
         lock(&self.times).started = Some(Instant::now());
         self.running.store(true, SeqCst);
+        if self.grace().is_none() {
+            self.limit_report_time();
+        }
         self.told.store(self.asked(), SeqCst);
         self.set_unknown(false);
         self.publish(Changes::info);

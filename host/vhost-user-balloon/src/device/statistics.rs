@@ -36,6 +36,20 @@ impl Device {
         stats.answer().filter(|_| stats.sequence() != before)
     }
 
+    /// Requests another sample when the guest has read its first target. Before that a balloon is not known to be at rest,
+    /// and a sample does not tell the guest's memory.
+    pub(super) fn repeat_first_sample(&self) {
+        let mut stats = lock(&self.stats);
+        if stats.total().is_some() {
+            return;
+        }
+        stats.want();
+        drop(stats);
+        if let Some(number) = Kind::Stats.number(self.acked.load(SeqCst)) {
+            self.wake(number);
+        }
+    }
+
     /// Sets the daemon's own interval of statistics requests in seconds, and makes one at once. 0 is never.
     ///
     /// # Errors

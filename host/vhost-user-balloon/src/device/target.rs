@@ -75,6 +75,14 @@ impl Device {
             && lock(&self.stats).total().is_none()
     }
 
+    /// Looks again when the driver has had its time for the first statistics.
+    pub(super) fn limit_report_time(&self) {
+        if self.is_unreported() {
+            // Without a timer the next request of statistics has the same effect.
+            self.grace.once(REPORT_TIME);
+        }
+    }
+
     /// Whether the balloon has the requested size, or has not changed for a while.
     pub(super) fn is_at_rest(&self) -> bool {
         let actual = lock(&self.state).config.actual;

@@ -388,6 +388,47 @@ fn the_end_of_the_grace_is_not_missed() {
 }
 
 #[test]
+fn statistics_that_do_not_come_hold_a_target_for_a_limited_time() {
+    let device = running(0, 0);
+    // Without an earlier target there is no boot grace.
+    assert!(device.grace().is_none() && device.grace.is_set());
+    device.grace.once(Duration::ZERO);
+
+    // The timer expires a moment too early.
+    lock(&device.times).started = Some(Instant::now());
+    let handle = || device.handle_event(GRACE.try_into().unwrap(), EventSet::IN, &[], 0);
+    handle().unwrap();
+    assert!(device.grace.is_set());
+    device.handle(Request::set(8 << 20)).unwrap();
+    assert_eq!(asked(&device), 0);
+
+    report_late(&device);
+    handle().unwrap();
+    assert_eq!(asked(&device), 8 << 20);
+}
+
+#[test]
+fn a_sample_before_the_first_read_of_the_target_is_repeated() {
+    let device = running(8 << 20, 0);
+    let mut guest = GuestQueue::new();
+    let (counters, messages) = Default::default();
+    let serve = |guest: &GuestQueue, size| {
+        let mut vring = guest.vring();
+        lock(&device.stats).serve(&mut vring, &guest.memory, &counters, &messages, size);
+    };
+    // The first buffer may be old, and is returned unread. The balloon is not known to be at rest.
+    for _ in 0..2 {
+        guest.send(&[&[&5_u16.to_le_bytes()[..], &(16_u64 << 20).to_le_bytes()].concat()]);
+        serve(&guest, None);
+    }
+    assert_eq!((guest.used(), lock(&device.stats).total()), (1, None));
+
+    device.get_config(0, 4);
+    serve(&guest, Some(0));
+    assert_eq!(guest.used(), 2);
+}
+
+#[test]
 fn a_client_that_sets_targets_without_end_does_not_flood_the_guest() {
     let (end, mut other) = UnixStream::pair().unwrap();
     let device = running_with(end, 8 << 20, 0);

@@ -54,6 +54,12 @@ impl Timer {
         Ok(self.0.unset()?)
     }
 
+    /// Whether it will expire.
+    #[cfg(test)]
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.get().unwrap().is_some()
+    }
+
     /// Makes it unreadable until it expires again.
     pub(crate) fn acknowledge(&self) {
         // A stopped timer has nothing to read.
