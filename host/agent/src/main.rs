@@ -138,10 +138,11 @@ fn execute(command: Command) -> Result<Reply> {
     })
 }
 
-/// Writes a file in one write.
+/// Writes a file in one write, instead of what it had. The kernel clears its trace when the file is truncated.
 fn write(path: &str, contents: &str) -> Result<()> {
     OpenOptions::new()
         .write(true)
+        .truncate(true)
         .open(path)
         .and_then(|mut file| file.write_all(contents.as_bytes()))
         .with_context(|| format!("writing '{}' to {path}", contents.trim_end()))
