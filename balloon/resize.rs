@@ -46,8 +46,11 @@ use kernel::{
     time::Msecs, //
 };
 
-/// The most pages that one run inflates or deflates, so that a new target is read soon: 1 GiB.
+/// How many pages one run inflates or deflates at most, so that the device begins soon: 1 GiB.
 pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
+
+/// In a large guest one run inflates more: this part of its memory, so that it sends few messages.
+const PART_PER_RUN: usize = 8;
 
 /// The most pages that one run allocates if the kernel zeroes them: 64 MiB.
 const ZEROED_PER_RUN: usize = 1 << (26 - PAGE_SHIFT);
@@ -82,7 +85,7 @@ impl Balloon {
         let above_floor = self.available_above_reserve();
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
-            false => PAGES_PER_RUN,
+            false => PAGES_PER_RUN.max(memory::present_pages() / PART_PER_RUN),
         });
         let stop = self.grow_by_nodes(worker, now_wanted.min(above_floor));
         drop(reserve);
@@ -99,9 +102,12 @@ impl Balloon {
     }
 
     /// Returns whether pages may be inflated. A deflated and unreported page may be among the
-    /// allocated ones: the device would see the deflate after the next inflate.
+    /// allocated ones: the device would see the deflate after the next inflate. A new target is
+    /// read first.
     fn may_send(&self) -> bool {
-        self.migrations().is_settled() && !self.deflate.lock().is_pending()
+        self.migrations().is_settled()
+            && !self.deflate.lock().is_pending()
+            && !self.events.has_target_changed()
     }
 
     /// Drains the per-CPU page lists if that makes the balloon grow: it interrupts all CPUs.

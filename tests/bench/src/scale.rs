@@ -24,14 +24,25 @@ const RUNS: usize = 5;
 /// The runs of the C driver, which have no claim and take longest.
 const C_RUNS: usize = 2;
 
+/// The sizes of the guests, in GiB. The C driver would take minutes in the largest ones.
+const SIZES: [u64; 7] = [1, 2, 4, 8, 16, 64, 256];
+const LARGE: Size = Size::gib(64);
+
 /// A guest large enough that the fixed cost of a guest does not matter, in MiB.
-const REFERENCE: u64 = 4096;
+const REFERENCE: u64 = 8192;
+
+/// The limit of the time for a GiB, relative to that of the reference.
+const TIME_LIMIT: f64 = 1.15;
+
+/// The limit of the bytes that a large guest sends for 64 MiB.
+const BYTES_LIMIT: f64 = 1.0;
 
 fn run(bench: &Bench<'_>) -> Result<()> {
     let ours = Contestant::OURS;
     let groups: [(_, &[_]); 2] = [(RUNS, &[ours]), (C_RUNS, &[ours.base()])];
     bench.rounds(&groups, |contestant| {
-        for memory in [1, 2, 4, 8, 16].map(Size::gib) {
+        let is_short = |&memory: &Size| contestant == ours || memory < LARGE;
+        for memory in SIZES.map(Size::gib).into_iter().filter(is_short) {
             // The kernel itself needs some of the smallest guest's memory.
             let amount = memory - Size::bytes(memory.as_bytes() / 8).max(Size::mib(256));
             let config = bench.config().memory(memory);
@@ -54,7 +65,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
     let Some(reference) = ours().find(|record| record.guest_mib == REFERENCE) else {
         return Vec::new();
     };
-    ours()
+    let times = ours()
         .filter(|record| record.guest_mib > REFERENCE)
         .map(|record| {
             let what = format!(
@@ -62,7 +73,21 @@ fn claims(records: &[Record]) -> Vec<Claim> {
                 Size::mib(record.guest_mib),
                 Size::mib(REFERENCE)
             );
-            Claim::new(what, per_gib(record) / per_gib(reference), 1.25)
-        })
-        .collect()
+            Claim::new(what, per_gib(record) / per_gib(reference), TIME_LIMIT)
+        });
+    let bytes = ours()
+        .filter(|record| record.guest_mib >= LARGE.as_mib())
+        .filter_map(|record| {
+            let what = format!(
+                "inflate-scale: bytes sent for 64 MiB of {}",
+                Size::mib(record.guest_mib)
+            );
+            let portions = record.amount_mib as f64 / 64.0;
+            Some(Claim::new(
+                what,
+                record.wire_bytes? as f64 / portions,
+                BYTES_LIMIT,
+            ))
+        });
+    times.chain(bytes).collect()
 }
