@@ -38,6 +38,11 @@ impl Samples {
         self.data().median()
     }
 
+    /// The value that `percent` of them are below.
+    pub fn percentile(&self, percent: usize) -> f64 {
+        self.data().percentile(percent)
+    }
+
     /// Their average.
     pub fn mean(&self) -> f64 {
         self.0.iter().sum::<f64>() / self.0.len() as f64
@@ -101,6 +106,7 @@ mod tests {
     fn the_median_is_in_the_middle() {
         let samples = Samples::from_iter([3.0, 1.0, 2.0]);
         assert!((samples.median() - 2.0).abs() < f64::EPSILON);
+        assert!((samples.percentile(99) - 3.0).abs() < f64::EPSILON);
         assert_eq!(samples.to_string(), "2.000 (1.000 to 3.000)");
         assert_eq!(samples.in_seconds(), "2.00 s (1.00 to 3.00)");
         let samples = Samples::from_iter([0.01, 0.02]);

@@ -28,6 +28,7 @@ mod fragmented;
 mod guest_load;
 mod idle;
 mod migration;
+mod reaction;
 mod record;
 mod scale;
 mod snapshot;
@@ -45,6 +46,7 @@ pub const BENCHMARKS: &[&Benchmark] = &[
     &touched::BENCHMARK,
     &fragmented::BENCHMARK,
     &scale::BENCHMARK,
+    &reaction::BENCHMARK,
     &migration::IDLE,
     &migration::DIRTY,
     &snapshot::IDLE,

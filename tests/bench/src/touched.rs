@@ -67,7 +67,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
                 Ok(())
             }),
             By::Rs | By::C | By::VirtioMem => contestant.run(config, AMOUNT, |guest| {
-                use_memory(guest)?;
+                use_memory(guest, AMOUNT)?;
                 let before = contestant.host_memory(guest)?;
                 let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;
                 let given_back = before.saturating_sub(contestant.host_memory(guest)?);
@@ -84,10 +84,11 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     })
 }
 
-/// Makes the guest use its memory and free it again. Page faults for small pages would take 15 s under emulation.
-fn use_memory(guest: &Guest) -> Result<()> {
+/// Makes the guest use `amount` of its memory and free it again. Page faults for small pages would take 15 s under
+/// emulation.
+pub(crate) fn use_memory(guest: &Guest, amount: Size) -> Result<()> {
     guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "always")?;
-    guest.touch(AMOUNT)
+    guest.touch(amount)
 }
 
 /// Makes the guest use its memory and free it again, and waits until the host has it.
@@ -114,7 +115,7 @@ fn report(guest: &Guest) -> Result<Run> {
 fn one_hole(config: Config) -> Result<Duration> {
     let config = ONE_HOLE.config(config, AMOUNT);
     vm::run_and_kill(&config, |guest| {
-        use_memory(guest)?;
+        use_memory(guest, AMOUNT)?;
         guest.qmp().execute::<Value>("stop", &json!({}))?;
         // The guest has completed its work by then.
         thread::sleep(Duration::from_millis(100));

@@ -145,6 +145,15 @@ pub(super) const PLOTS: &[Plot] = &[
         parts: &[("inflate", "inflate-fragmented", times)],
     },
     Plot {
+        name: "reaction",
+        shows: "Time from a new target to its effect, changes by 256 MiB",
+        unit: Unit::Seconds,
+        parts: &[
+            ("first memory at the host", "react-inflate", plain_times),
+            ("memory free in the guest", "react-deflate", plain_times),
+        ],
+    },
+    Plot {
         name: "migration",
         shows: "Time to migrate a guest of 8 GiB, without hints and with them",
         unit: Unit::Seconds,
@@ -188,6 +197,11 @@ pub(super) const SCALE: (&str, &str, &str) = (
 
 fn times(record: &Record) -> Option<Samples> {
     record.stages.is_none().then(|| record.seconds.clone())
+}
+
+/// The times of a contestant without a variant.
+fn plain_times(record: &Record) -> Option<Samples> {
+    record.detail.is_none().then(|| record.seconds.clone())
 }
 
 fn transferred(record: &Record) -> Option<Samples> {

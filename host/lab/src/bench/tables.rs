@@ -14,6 +14,9 @@ use super::results::of;
 /// A column: its head, and the value of a record in it, if there is one.
 type Column<'a> = (&'a str, Box<dyn Fn(&Record) -> Option<String> + 'a>);
 
+/// The number of runs from which on the table has their 99th percentile.
+const MANY_RUNS: usize = 100;
+
 /// The number of columns that identify a record.
 const SUBJECT_COLUMNS: usize = 3;
 
@@ -93,6 +96,13 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
             Box::new(|r| Some(r.seconds.values().len().to_string())),
         ),
         ("time", Box::new(|r| Some(r.seconds.in_seconds()))),
+        (
+            "99 % within",
+            Box::new(|r| {
+                let is_one_of_many = r.seconds.values().len() >= MANY_RUNS;
+                is_one_of_many.then(|| short_time(r.seconds.percentile(99)))
+            }),
+        ),
         (
             "speed-up",
             Box::new(|r| Some(speed_up(&r.seconds, &r.base(all)?.seconds))),
