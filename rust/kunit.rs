@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Cleanup after a KUnit test in which an assertion fails: KUnit then ends the test's thread, and no
-//! destructor runs. Without cleanup the next tests would find its devices.
+//! Cleanup after a KUnit test in which an assertion fails: KUnit then ends the test's thread, and
+//! no destructor runs. Without cleanup the next tests would find its devices.
 //!
 //! C header: [`include/kunit/resource.h`](srctree/include/kunit/resource.h)
 
@@ -60,8 +60,8 @@ impl Cleanup {
 
 impl Drop for Cleanup {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants. A test does not end before its objects are dropped, unless
-        // an assertion fails: then they are not dropped at all.
+        // SAFETY: By the type invariants. A test does not end before its objects are dropped,
+        // unless an assertion fails: then they are not dropped at all.
         unsafe {
             match self.test {
                 Some(test) => {

@@ -115,8 +115,8 @@ impl RangeStack {
     /// Adds all order-0 pages on `pages` to the stack. Some of the pages become backlog pages, and
     /// leave the list. They are freed when their ranges have been taken.
     ///
-    /// A page with a memory error stores no ranges, and is not recorded if there is no other page to
-    /// store it. The device need not know then: the kernel never uses the page again.
+    /// A page with a memory error stores no ranges, and is not recorded if there is no other page
+    /// to store it. The device need not know then: the kernel never uses the page again.
     pub(crate) fn record(&mut self, pages: &mut PageList) {
         let mut rest = PageList::new();
         // How many pages with an error wait for another page.
