@@ -113,7 +113,8 @@ fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
 
 /// Takes a memory block of each node offline, and online again.
 fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
-    let size = Size::mib(400);
+    // More than the other zones of a node have: some of it is in movable memory of each node.
+    let size = Size::mib(900);
     guest.balloon().settle(size)?;
     let total = guest.meminfo()?.total;
     for node in [0, 1] {
