@@ -49,7 +49,8 @@ use kernel::{
 /// How many pages one run inflates or deflates, so that the device begins soon: 1 GiB.
 pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 
-/// In a large guest one run inflates an eighth of the memory instead, so that it sends few messages.
+/// In a large guest one run inflates this part of the memory instead, so that it sends few
+/// messages.
 const PART_PER_RUN: usize = 8;
 
 /// The most pages that one run allocates if the kernel zeroes them: 64 MiB.
