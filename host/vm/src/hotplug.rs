@@ -119,14 +119,24 @@ impl Guest {
     pub fn reclaim(&self) -> Result<()> {
         let daemon = self.plug_daemon()?;
         self.wait_balloon()?;
+        self.reclaim_with(&daemon)?;
+        self.unplug_daemon(daemon)
+    }
+
+    /// The same through the balloon of `daemon`.
+    ///
+    /// # Errors
+    ///
+    /// The guest does not complete the request.
+    pub fn reclaim_with(&self, daemon: &Daemon) -> Result<()> {
         let request = Request::Reclaim {
             block: 2 << 20,
             start: 0,
             end: 0,
         };
         let begun = daemon.call(&request)?;
-        self.complete(&daemon, begun)?;
-        self.unplug_daemon(daemon)
+        self.complete(daemon, begun)?;
+        Ok(())
     }
 
     /// Plugs a balloon with a daemon of its own. For guests with [`Config::hotplug_port`] and no other

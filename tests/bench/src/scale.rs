@@ -41,8 +41,8 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     let ours = Contestant::OURS;
     let groups: [(_, &[_]); 2] = [(RUNS, &[ours]), (C_RUNS, &[ours.base()])];
     bench.rounds(&groups, |contestant| {
-        let is_short = |&memory: &Size| contestant == ours || memory < LARGE;
-        for memory in SIZES.map(Size::gib).into_iter().filter(is_short) {
+        let takes_seconds = |&memory: &Size| contestant == ours || memory < LARGE;
+        for memory in SIZES.map(Size::gib).into_iter().filter(takes_seconds) {
             // The kernel itself needs some of the smallest guest's memory.
             let amount = memory - Size::bytes(memory.as_bytes() / 8).max(Size::mib(256));
             let config = bench.config().memory(memory);

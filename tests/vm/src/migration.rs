@@ -63,14 +63,15 @@ fn migrate_with_daemon(setup: &Setup) -> Result<()> {
         let before = host()?;
 
         let start = Instant::now();
-        reclaim(guest, &source)?;
+        guest.reclaim_with(&source)?;
         guest.unplug_daemon(source)?;
         let transfer = guest.migrate(Size::default())?.finish()?;
         let destination = guest.plug_daemon()?;
         balloon(guest, &destination, target)?;
         let without = start.elapsed();
         let arrived = host()?;
-        reclaim(guest, &destination)?;
+        // It has allocated the pages without content that the source has sent.
+        guest.reclaim_with(&destination)?;
 
         let after = host()?;
         setup.note(format!(
@@ -100,17 +101,6 @@ fn migrate_with_daemon(setup: &Setup) -> Result<()> {
         guest.unplug_daemon(destination)?;
         guest.rmmod(setup.driver)
     })
-}
-
-/// Returns the guest's unused memory. The destination allocates the pages without content that the source sends.
-fn reclaim(guest: &Guest, daemon: &Daemon) -> Result<()> {
-    let begun = daemon.call(&Request::Reclaim {
-        block: 2 << 20,
-        start: 0,
-        end: 0,
-    })?;
-    guest.complete(daemon, begun)?;
-    Ok(())
 }
 
 /// Waits until the guest's driver uses a daemon's device, sets its target, in bytes, and waits for the size and for
