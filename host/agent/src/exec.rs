@@ -31,7 +31,6 @@ pub(crate) fn run(argv: &[String], timeout: Option<Duration>) -> Result<Output> 
     let (program, arguments) = argv.split_first().context("there is no program to run")?;
     let child = Command::new(program)
         .args(arguments)
-        .env("PATH", "/bin")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
