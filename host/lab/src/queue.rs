@@ -22,19 +22,26 @@ type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
 struct State<'a> {
     jobs: VecDeque<Job<'a>>,
     running: usize,
+    is_building: bool,
     is_closed: bool,
 }
 
 /// Tests that have not begun.
-#[derive(Default)]
 pub(crate) struct Queue<'a> {
     state: Mutex<State<'a>>,
     changed: Condvar,
+    /// How many tests may run next to a build.
+    next_to_build: usize,
 }
 
 impl<'a> Queue<'a> {
-    pub(crate) fn new() -> Self {
-        Self::default()
+    /// A queue that runs at most `next_to_build` tests at once, at least one, while a build runs.
+    pub(crate) fn new(next_to_build: usize) -> Self {
+        Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            next_to_build: next_to_build.max(1),
+        }
     }
 
     /// Returns the only way to add tests. Dropping it closes the queue.
@@ -59,6 +66,8 @@ impl<'a> Queue<'a> {
                 if state.is_closed {
                     return None;
                 }
+                state = self.changed.wait(state).expect("a lock");
+            } else if state.is_building && state.running >= self.next_to_build {
                 state = self.changed.wait(state).expect("a lock");
             } else if state.running == 0 || available() >= MEMORY_PER_TEST {
                 state.running += 1;
@@ -91,6 +100,16 @@ impl<'a> Feed<'_, 'a> {
     pub(crate) fn push_first(&self, job: impl FnOnce() + Send + 'a) {
         self.0.state().jobs.push_front(Box::new(job));
         self.0.changed.notify_one();
+    }
+
+    /// Runs a build, and fewer tests than otherwise in the meantime. A build that shares the processors with all tests
+    /// ends last, and its own tests would then run alone.
+    pub(crate) fn build<T>(&self, build: impl FnOnce() -> T) -> T {
+        self.0.state().is_building = true;
+        let result = build();
+        self.0.state().is_building = false;
+        self.0.changed.notify_all();
+        result
     }
 }
 
@@ -127,7 +146,7 @@ mod tests {
     #[test]
     fn all_tests_run_the_first_ones_first() {
         let order = Mutex::new(Vec::new());
-        let queue = Queue::new();
+        let queue = Queue::new(1);
         let note = |n| {
             let order = &order;
             move || order.lock().unwrap().push(n)
@@ -143,16 +162,47 @@ mod tests {
 
     #[test]
     fn a_test_that_panics_does_not_count_as_running() {
-        let queue = Queue::new();
+        let queue = Queue::new(1);
         queue.feed().push(|| panic!("expected by this test"));
         thread::scope(|scope| scope.spawn(|| queue.work()).join().unwrap_err());
         assert_eq!(queue.state().running, 0);
     }
 
     #[test]
+    fn one_test_runs_next_to_a_build_and_the_others_after_it() {
+        let (begun, ended) = (AtomicUsize::new(0), Condvar::new());
+        let build_ended = Mutex::new(false);
+        let queue = Queue::new(1);
+        thread::scope(|scope| {
+            scope.spawn(|| queue.work());
+            scope.spawn(|| queue.work());
+            let feed = queue.feed();
+            feed.build(|| {
+                for _ in 0..2 {
+                    feed.push(|| {
+                        begun.fetch_add(1, Ordering::Relaxed);
+                        let guard = build_ended.lock().unwrap();
+                        drop(ended.wait_while(guard, |ended| !*ended).unwrap());
+                    });
+                }
+                while begun.load(Ordering::Relaxed) == 0 {
+                    thread::yield_now();
+                }
+                thread::sleep(Duration::from_millis(50));
+                assert_eq!(begun.load(Ordering::Relaxed), 1);
+            });
+            while begun.load(Ordering::Relaxed) < 2 {
+                thread::yield_now();
+            }
+            *build_ended.lock().unwrap() = true;
+            ended.notify_all();
+        });
+    }
+
+    #[test]
     fn threads_end_when_the_queue_is_closed() {
         let count = AtomicUsize::new(0);
-        let queue = Queue::new();
+        let queue = Queue::new(1);
         thread::scope(|scope| {
             scope.spawn(|| queue.work());
             scope.spawn(|| queue.work());

@@ -97,9 +97,10 @@ pub(crate) fn run(wanted: Wanted<'_>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let report = Report::new();
     std::fs::create_dir_all(places.build())?;
-    let queue = Queue::new();
+    let processors = available_parallelism()?.get();
+    let queue = Queue::new(processors / 2);
     // Tests often wait: one more than there are CPUs keeps all of them busy.
-    let lanes = available_parallelism()?.get() + 1;
+    let lanes = processors + 1;
     thread::scope(|scope| {
         for _ in 0..lanes {
             scope.spawn(|| queue.work());
@@ -175,7 +176,7 @@ impl Preparation<'_, '_, '_> {
         if scenarios.is_empty() && !with_kunit && !with_packages {
             return Ok(());
         }
-        let artifacts = match setup::prepare(self.places, this) {
+        let artifacts = match self.queue.build(|| setup::prepare(self.places, this)) {
             Ok(artifacts) => Arc::new(artifacts),
             Err(error) => {
                 report.add(&prepared(this), None, &outcome(Err(error)), &[]);
