@@ -28,10 +28,11 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    /// All of them.
+    /// All of them, in the order in which their tests run. KUnit in the debug kernel takes longest, and mostly waits: so it
+    /// runs next to the build of the test kernel.
     pub const ALL: [Self; 7] = [
-        Self::Test,
         Self::Debug,
+        Self::Test,
         Self::Debian,
         Self::Kcsan,
         Self::Latency,
