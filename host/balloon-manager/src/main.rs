@@ -13,6 +13,7 @@ use log::LevelFilter;
 use sd_notify::NotifyState;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use systemd_journal_logger::{JournalLog, connected_to_journal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, Receiver, UnboundedReceiver};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
@@ -71,7 +72,7 @@ enum Command {
         /// Listen on this socket (mode 0600)
         #[arg(long, value_name = "PATH", default_value = SOCKET)]
         socket: PathBuf,
-        /// The log level on standard error
+        /// The log level
         #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
         log: LevelFilter,
     },
@@ -147,10 +148,7 @@ fn main() -> ExitCode {
         Command::Run { log, .. } => *log,
         _ => LevelFilter::Info,
     };
-    env_logger::Builder::new()
-        .filter_level(level)
-        .format_timestamp(None)
-        .init();
+    start_log(level);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -163,6 +161,19 @@ fn main() -> ExitCode {
             log::error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Logs to systemd's journal, with fields, if that reads standard error, and else to standard error.
+fn start_log(level: LevelFilter) {
+    let is_installed =
+        connected_to_journal() && JournalLog::new().is_ok_and(|journal| journal.install().is_ok());
+    match is_installed {
+        true => log::set_max_level(level),
+        false => env_logger::Builder::new()
+            .filter_level(level)
+            .format_timestamp(None)
+            .init(),
     }
 }
 

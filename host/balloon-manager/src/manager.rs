@@ -108,7 +108,7 @@ impl Manager {
             let stays = found.contains(place);
             if !stays {
                 if let Some(gone) = self.vms.remove(id) {
-                    log::info!("{}: its socket has gone", gone.name);
+                    log::info!(vm:% = gone.name; "{}: its socket has gone", gone.name);
                 }
             }
             stays
@@ -120,7 +120,7 @@ impl Manager {
             let id = VmId(self.next_vm);
             self.next_vm += 1;
             let name = place.name();
-            log::info!("{name}: found at {place}");
+            log::info!(vm:% = name; "{name}: found at {place}");
             let handle = vm::start(id, place.clone(), self.epoch, self.reports.clone());
             self.places.insert(place, id);
             self.vms.insert(
@@ -254,7 +254,11 @@ impl Manager {
                 continue;
             };
             let what = if self.observe { "would set" } else { "sets" };
-            log::info!("{}: {what} {}", known.name, text::action(action));
+            let (from, to) = text::grants(action);
+            log::info!(
+                vm:% = known.name, cause:% = text::cause(action.cause), from:% = from, to:% = to;
+                "{}: {what} {}", known.name, text::action(action)
+            );
             known.history.push_front(Past {
                 at: observation.now,
                 action: *action,

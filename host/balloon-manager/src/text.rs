@@ -26,7 +26,8 @@ const fn pressure(sign: Pressure) -> &'static str {
     }
 }
 
-const fn cause(cause: Cause) -> &'static str {
+/// A cause as a part of a sentence.
+pub(crate) const fn cause(cause: Cause) -> &'static str {
     match cause {
         Cause::Pressed(sign) => pressure(sign),
         Cause::Wanted => "it can use more, and there is memory for it",
@@ -50,14 +51,24 @@ const fn spared(reason: Spared) -> &'static str {
     }
 }
 
+/// The grants before and after an action, in bytes.
+pub(crate) const fn grants(action: &Action) -> (u64, u64) {
+    let account = &action.account;
+    let grant = account.memory.saturating_sub(action.target);
+    (
+        account.grant.saturating_mul(PAGE),
+        grant.saturating_mul(PAGE),
+    )
+}
+
 /// An action, and the numbers that imply it.
 pub(crate) fn action(action: &Action) -> String {
     let account = &action.account;
-    let grant = account.memory.saturating_sub(action.target);
+    let (from, to) = grants(action);
     format!(
         "its grant from {} to {}, since {} ({})",
-        size(account.grant),
-        size(grant),
+        ByteSize(from),
+        ByteSize(to),
         cause(action.cause),
         numbers(account)
     )

@@ -256,7 +256,9 @@ impl Task {
     fn settle(&mut self, target: u64, outcome: Outcome) {
         match outcome {
             Outcome::Set => self.own = vec![target],
-            Outcome::Refused(reason) => log::warn!("{}: {reason}", self.place),
+            Outcome::Refused(reason) => {
+                log::warn!(vm:% = self.place.name(); "{}: {reason}", self.place);
+            }
             Outcome::Conflict(target) => self.conflict = Some(target),
         }
     }
@@ -289,12 +291,11 @@ impl Task {
             return;
         };
         let (place, size) = (&self.place, ByteSize(target));
-        match balloon.lapsed {
-            true => log::warn!("{place}: the lease had run out, and the target was {size}"),
-            false => {
-                log::warn!("{place}: another program has set the target to {size}, which stays");
-            }
-        }
+        let text = match balloon.lapsed {
+            true => format!("the lease had run out, and the target was {size}"),
+            false => format!("another program has set the target to {size}, which stays"),
+        };
+        log::warn!(vm:% = place.name(); "{place}: {text}");
     }
 
     /// Reports that another program has taken a lease.
@@ -305,7 +306,7 @@ impl Task {
             .is_some_and(|state| state.balloon.claimed);
         if balloon.claimed && !was_claimed {
             let place = &self.place;
-            log::warn!("{place}: another program has a lease on the target, which stays");
+            log::warn!(vm:% = place.name(); "{place}: another program has a lease on the target, which stays");
         }
     }
 

@@ -4,7 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -271,13 +272,24 @@ impl Host {
     }
 
     fn run(&mut self, arguments: &[&str]) {
-        let child = Command::new(PROGRAM)
+        self.run_by(&mut Command::new(PROGRAM), arguments);
+    }
+
+    /// Runs the manager by a command that gets its arguments.
+    fn run_by(&mut self, command: &mut Command, arguments: &[&str]) {
+        let child = command
             .args(["run", "--config"])
             .arg(self.path("config.toml"))
             .arg("--socket")
             .arg(self.path("manager.sock"))
             .args(arguments)
-            .stderr(fs::File::create(self.path("log")).unwrap())
+            .stderr(
+                fs::File::options()
+                    .create(true)
+                    .append(true)
+                    .open(self.path("log"))
+                    .unwrap(),
+            )
             .spawn()
             .unwrap();
         self.manager = Some(child);
@@ -350,6 +362,63 @@ fn lease_of(owner: Option<&str>) -> Lease {
 const LEASE: &str = "lease = 3\n[host]\npool = '6GiB'\nreserve = '256MiB'\n";
 
 const SMALL: &str = "[host]\npool = '6GiB'\nreserve = '256MiB'\n";
+
+/// Runs a program with the socket `$1` as that of systemd's journal. Other processes must not see what is mounted.
+const WITH_JOURNAL: &str = r#"
+    mount --make-private /run
+    mount -t tmpfs -o mode=755 run /run
+    mkdir -p /run/systemd/journal
+    : >/run/systemd/journal/socket
+    mount --bind "$1" /run/systemd/journal/socket
+    shift
+    exec "$@"
+"#;
+
+/// Whether an entry of the journal has this field with this value.
+fn has_field(entry: &[u8], name: &str, value: &str) -> bool {
+    let mut field = format!("{name}\n").into_bytes();
+    field.extend((value.len() as u64).to_le_bytes());
+    field.extend(value.as_bytes());
+    entry.windows(field.len()).any(|part| part == field)
+}
+
+#[test]
+fn entries_of_the_journal_have_fields() {
+    let mut host = Host::new(SMALL);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    let socket = host.path("journal");
+    let journal = UnixDatagram::bind(&socket).unwrap();
+    let limit = Some(Duration::from_secs(60));
+    journal.set_read_timeout(limit).unwrap();
+    let log = fs::File::create(host.path("log"))
+        .unwrap()
+        .metadata()
+        .unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "--propagation=unchanged"])
+        .args(["sh", "-euc", WITH_JOURNAL, "sh"])
+        .arg(&socket)
+        .arg(PROGRAM)
+        .env("JOURNAL_STREAM", format!("{}:{}", log.dev(), log.ino()));
+    host.run_by(&mut command, &[]);
+    let mut entry = vec![0; 1 << 16];
+    let is_action = |entry: &[u8]| {
+        has_field(entry, "VM", "web")
+            && has_field(entry, "CAUSE", "it does not use the memory")
+            && has_field(entry, "FROM", &(4 * GIB).to_string())
+    };
+    loop {
+        let length = journal.recv(&mut entry).unwrap();
+        if is_action(&entry[..length]) {
+            break;
+        }
+    }
+    assert_eq!(host.log(), "");
+    host.end();
+}
 
 #[test]
 fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
