@@ -19,6 +19,9 @@ use crate::{deb, kernel};
 /// libelf-dev.
 const KERNEL: &str = "linux-image-cloud-amd64 linux-headers-cloud-amd64 libelf-dev";
 
+/// What hosts have besides, and acts on the units of the packages.
+const HOST_TOOLS: &str = "needrestart";
+
 /// The build root's proxy configuration for its mirror, if it has one.
 const PROXY: &str = "/etc/apt/apt.conf.d/99mmdebstrap";
 
@@ -254,8 +257,8 @@ impl System {
     }
 }
 
-/// Makes a system with the kernel and the packages' dependencies, unless it is in the cache. It has no other packages,
-/// so that a missing dependency is detected.
+/// Makes a system with the kernel, the packages' dependencies and the tools of hosts, unless it is in the cache. It has
+/// few other packages, so that a missing dependency is detected.
 fn make(places: &Places, packages: &Path) -> Result<PathBuf> {
     let depends = kernel::output(
         Command::new("sh")
@@ -267,7 +270,7 @@ fn make(places: &Places, packages: &Path) -> Result<PathBuf> {
             .arg(packages),
     )?;
     let depends = depends.trim_end().replace('\n', ", ");
-    let hash = Sha256::digest(format!("{KERNEL}{depends}"));
+    let hash = Sha256::digest(format!("{KERNEL}{HOST_TOOLS}{depends}"));
     let path = places
         .cache
         .join(format!("debian-{:.12}", format!("{hash:x}")));
@@ -295,6 +298,7 @@ fn make(places: &Places, packages: &Path) -> Result<PathBuf> {
                 "install --target-release=trixie-backports {KERNEL}"
             )))
             .arg(in_chroot(&format!("satisfy '{depends}'")))
+            .arg(in_chroot(&format!("install {HOST_TOOLS}")))
             .arg("trixie")
             .arg(&new)
             .arg("/etc/apt/sources.list"),

@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
-use vm::{Container, Kernel, Size};
+use anyhow::{Context, Error, Result, ensure};
+use vm::{Container, Daemon, Guest, Kernel, Size};
 
 use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
 use crate::sizes::check_size;
@@ -92,6 +92,22 @@ const CHANGES: &[NamedChange] = &[
     ),
 ];
 
+/// Replaces the C library by a copy, as its update does. Every process still has the old one.
+const UPDATE_LIBRARY: &str = r#"
+    library=$(readlink --canonicalize /usr/lib/x86_64-linux-gnu/libc.so.6)
+    cp --preserve=all $library $library.new
+    mv $library.new $library
+"#;
+
+/// Lists the units that use a library that has been replaced.
+const LIST_OUTDATED: &str = "needrestart -b -l";
+
+/// Restarts them, as needrestart does after an update of a library.
+const RESTART_OUTDATED: &str = "DEBIAN_FRONTEND=noninteractive needrestart -l -r a";
+
+/// Removes what the package tells needrestart about the unit.
+const REMOVE_OVERRIDE: &str = "rm /etc/needrestart/conf.d/vhost-user-balloon.conf";
+
 /// Checks that users of each group, and only they, have access to its socket.
 const CHECK_GROUPS: &str = r#"
     cd /run/vhost-user-balloon/vm
@@ -142,6 +158,9 @@ fn unit(setup: &Setup) -> Result<()> {
                 .with_context(|| format!("when {name}"))?;
         }
 
+        check_needrestart(&daemon, guest, &shell)
+            .context("when needrestart ran after an update of the C library")?;
+
         // If the new program does not start, the running one stays.
         let before = daemon.processes()?;
         shell("mv /usr/bin/vhost-user-balloon /tmp; cp /bin/false /usr/bin/vhost-user-balloon")?;
@@ -167,6 +186,40 @@ fn unit(setup: &Setup) -> Result<()> {
         shell("apt-get remove --yes vhost-user-balloon")?;
         guest.rmmod(setup.driver)
     })
+}
+
+/// needrestart must leave the unit to the operator, whose reload takes the new library.
+fn check_needrestart(
+    daemon: &Daemon,
+    guest: &Guest,
+    shell: impl Fn(&str) -> Result<String>,
+) -> Result<()> {
+    let is_outdated = || {
+        let units = shell(LIST_OUTDATED)?;
+        Ok::<_, Error>(
+            units
+                .lines()
+                .any(|line| line == format!("NEEDRESTART-SVC: {UNIT}")),
+        )
+    };
+    let before = daemon.processes()?;
+    shell(UPDATE_LIBRARY)?;
+    ensure!(is_outdated()?, "needrestart does not see the unit");
+    shell(RESTART_OUTDATED)?;
+    ensure!(daemon.processes()? == before, "it restarted the unit");
+    shell("systemctl reload $unit")?;
+    wait_restarted(guest, before)?;
+    ensure!(
+        !is_outdated()?,
+        "the unit has the old library after a reload"
+    );
+
+    // Without the override it restarts the unit.
+    let before = daemon.processes()?;
+    shell(REMOVE_OVERRIDE)?;
+    shell(UPDATE_LIBRARY)?;
+    shell(RESTART_OUTDATED)?;
+    wait_restarted(guest, before)
 }
 
 /// Units that need a daemon until they have stopped: libvirt's, which ends its guests, and that of a VM, as
