@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vm::{Accel, Device, Driver, Kernel};
 
@@ -32,8 +33,8 @@ pub(crate) enum Command {
     /// Run the host's unit tests and fuzz targets, KUnit in guests and the scenarios in guests
     Test {
         /// Run the tests in this kernel only
-        #[arg(long)]
-        kernel: Option<KernelName>,
+        #[arg(long, value_parser = kernel())]
+        kernel: Option<Kernel>,
         /// Run only tests with this in their name; "host", "kunit", "packages" and "in-tree" stand
         /// for all tests of that kind
         #[arg(long)]
@@ -72,8 +73,8 @@ pub(crate) enum Command {
     /// Run KUnit in guests
     Kunit {
         /// Run it in this kernel only
-        #[arg(long)]
-        kernel: Option<KernelName>,
+        #[arg(long, value_parser = kernel())]
+        kernel: Option<Kernel>,
         #[command(flatten)]
         guests: Guests,
     },
@@ -142,20 +143,6 @@ pub(crate) enum AccelName {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-pub(crate) enum KernelName {
-    Test,
-    Debug,
-    /// Debian's own, with the module from the package.
-    Debian,
-    Kcsan,
-    Latency,
-    Arm64,
-    /// With pages of 64 KiB.
-    #[value(name = "arm64-64k")]
-    Arm64LargePages,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum DriverName {
     Rs,
     C,
@@ -187,18 +174,10 @@ impl Guests {
     }
 }
 
-impl From<KernelName> for Kernel {
-    fn from(name: KernelName) -> Self {
-        match name {
-            KernelName::Test => Self::Test,
-            KernelName::Debug => Self::Debug,
-            KernelName::Debian => Self::Debian,
-            KernelName::Kcsan => Self::Kcsan,
-            KernelName::Latency => Self::Latency,
-            KernelName::Arm64 => Self::Arm64,
-            KernelName::Arm64LargePages => Self::Arm64LargePages,
-        }
-    }
+/// Reads the name of a kernel.
+fn kernel() -> impl TypedValueParser<Value = Kernel> {
+    let names = Kernel::ALL.iter().map(|kernel| kernel.name());
+    PossibleValuesParser::new(names).map(|name| name.parse().expect("it is one of these names"))
 }
 
 impl From<DriverName> for Driver {
@@ -216,6 +195,31 @@ impl From<DeviceName> for Device {
             DeviceName::Qemu => Self::Qemu,
             DeviceName::VhostUser => Self::VhostUser,
             DeviceName::Extended => Self::Extended,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_name_every_kernel() {
+        let between = |text: &'static str, start: &str, end: &str| {
+            let (_, rest) = text.split_once(start).expect("it explains KERNEL=");
+            rest.split_once(end).expect("another variable follows").0
+        };
+        let help = include_str!("../../../Makefile");
+        let help = between(help, "\"KERNEL=", "\"ONLY=");
+        let table = include_str!("../../../CONTRIBUTING.md");
+        let table = between(table, "| `KERNEL=` |", "| `DEVICE=` |");
+        for name in Kernel::ALL.iter().map(|kernel| kernel.name()) {
+            let is_named = |text: &str| {
+                text.split(|c: char| !c.is_alphanumeric() && c != '-')
+                    .any(|word| word == name)
+            };
+            assert!(is_named(help), "make help does not name {name}");
+            assert!(is_named(table), "CONTRIBUTING.md does not name {name}");
         }
     }
 }

@@ -55,7 +55,7 @@ fn toolchain(kernel: Kernel) -> &'static [&'static str] {
     match kernel {
         Kernel::Test | Kernel::Debian | Kernel::Latency => &[],
         Kernel::Debug | Kernel::Kcsan => &["LLVM=1"],
-        Kernel::Arm64 | Kernel::Arm64LargePages => &["LLVM=1", "ARCH=arm64"],
+        Kernel::Arm64 | Kernel::Arm64Pages64k => &["LLVM=1", "ARCH=arm64"],
     }
 }
 
@@ -63,7 +63,7 @@ fn toolchain(kernel: Kernel) -> &'static [&'static str] {
 fn build_lines(kernel: Kernel) -> u64 {
     match kernel {
         Kernel::Debug => 1720,
-        Kernel::Arm64 | Kernel::Arm64LargePages => 1590,
+        Kernel::Arm64 | Kernel::Arm64Pages64k => 1590,
         _ => 1700,
     }
 }
@@ -198,7 +198,7 @@ fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     };
     let mut fragments = read("common.config")?;
-    if kernel == Kernel::Arm64LargePages {
+    if kernel == Kernel::Arm64Pages64k {
         fragments += &read("arm64.config")?;
     }
     Ok(fragments + &read(&format!("{kernel}.config"))?)

@@ -39,7 +39,7 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
     // The suites allocate up to eight of the largest blocks at once, of 512 MiB with pages of 64
     // KiB.
     let memory = match kernel {
-        Kernel::Arm64LargePages => Size::gib(8),
+        Kernel::Arm64Pages64k => Size::gib(8),
         _ => Size::gib(1),
     };
     let config = Config::new(artifacts, "kunit")

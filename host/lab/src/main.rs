@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use vm::{Device, Kernel};
+use vm::Device;
 
 mod arm64;
 mod bench;
@@ -50,7 +50,7 @@ fn main() -> Result<ExitCode> {
             guests,
         } => {
             let wanted = test::Wanted {
-                kernel: kernel.map(Kernel::from),
+                kernel,
                 only: only.as_deref(),
                 long,
                 driver: driver.into(),
@@ -63,7 +63,7 @@ fn main() -> Result<ExitCode> {
         } => bench::write_docs(guests),
         Command::Bench { only, guests, .. } => bench::run(only.as_deref(), guests),
         Command::Coverage { only, guests } => coverage::run(only.as_deref(), guests),
-        Command::Kunit { kernel, guests } => kunit::run(kernel.map(Kernel::from), guests),
+        Command::Kunit { kernel, guests } => kunit::run(kernel, guests),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Command::Deb => deb::run(),
         Command::Clippy => check::clippy(),

@@ -148,9 +148,7 @@ impl Preparation<'_, '_, '_> {
                 &[],
             );
         }
-        Kernel::ALL
-            .into_iter()
-            .try_for_each(|this| self.prepare(this))
+        Kernel::ALL.iter().try_for_each(|&this| self.prepare(this))
     }
 
     fn queue_host_tests(&self) {

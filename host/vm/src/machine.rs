@@ -2,19 +2,21 @@
 
 //! The kernel, architecture and board of a guest.
 
-use std::fmt;
 use std::fs;
 use std::path::Path;
+
+use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
 use crate::size::Size;
 
 /// The guests' kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Display, EnumString, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Kernel {
-    /// As fast as a distribution's.
-    Test,
     /// With KASAN, lockdep and kmemleak, and many times slower.
     Debug,
+    /// As fast as a distribution's.
+    Test,
     /// Debian's own, with the module from the package.
     Debian,
     /// With KCSAN, which finds data races.
@@ -24,21 +26,19 @@ pub enum Kernel {
     /// The test kernel for arm64.
     Arm64,
     /// The same with pages of 64 KiB.
-    Arm64LargePages,
+    #[strum(serialize = "arm64-64k")]
+    Arm64Pages64k,
 }
 
 impl Kernel {
     /// All of them, in the order in which their tests run. KUnit in the debug kernel takes longest, and mostly waits: so it
     /// runs next to the build of the test kernel.
-    pub const ALL: [Self; 7] = [
-        Self::Debug,
-        Self::Test,
-        Self::Debian,
-        Self::Kcsan,
-        Self::Latency,
-        Self::Arm64,
-        Self::Arm64LargePages,
-    ];
+    pub const ALL: &[Self] = Self::VARIANTS;
+
+    /// Its name, also on the command line.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 
     /// Its architecture.
     pub fn architecture(self) -> Architecture {
@@ -46,40 +46,21 @@ impl Kernel {
             Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => {
                 Architecture::X86_64
             }
-            Self::Arm64 | Self::Arm64LargePages => Architecture::Arm64,
+            Self::Arm64 | Self::Arm64Pages64k => Architecture::Arm64,
         }
     }
 
     /// The size of its pages.
     pub fn page_size(self) -> Size {
         match self {
-            Self::Arm64LargePages => Size::kib(64),
+            Self::Arm64Pages64k => Size::kib(64),
             _ => Size::kib(4),
         }
     }
 
     /// Whether it has debug checks, which make it many times slower.
     pub fn is_slow(self) -> bool {
-        match self {
-            Self::Test | Self::Debian | Self::Latency | Self::Arm64 | Self::Arm64LargePages => {
-                false
-            }
-            Self::Debug | Self::Kcsan => true,
-        }
-    }
-}
-
-impl fmt::Display for Kernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Test => "test",
-            Self::Debug => "debug",
-            Self::Debian => "debian",
-            Self::Kcsan => "kcsan",
-            Self::Latency => "latency",
-            Self::Arm64 => "arm64",
-            Self::Arm64LargePages => "arm64-64k",
-        })
+        matches!(self, Self::Debug | Self::Kcsan)
     }
 }
 

@@ -32,7 +32,7 @@ pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
     Kernel::Debug,
     Kernel::Debian,
     Kernel::Arm64,
-    Kernel::Arm64LargePages,
+    Kernel::Arm64Pages64k,
 ];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];
