@@ -10,8 +10,9 @@ use std::path::Path;
 
 use agent::{End, TakeOver};
 use anyhow::{Context, Result};
+use linux_raw_sys::general::__NR_kexec_file_load;
 use nix::errno::Errno;
-use nix::libc;
+use nix::libc::{self, c_long};
 use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::port;
@@ -53,7 +54,7 @@ pub(crate) fn load_kernel(
     // passed.
     let result = unsafe {
         libc::syscall(
-            libc::SYS_kexec_file_load,
+            c_long::from(__NR_kexec_file_load),
             image.as_raw_fd(),
             ramfs.as_raw_fd(),
             command_line.as_bytes_with_nul().len(),
