@@ -20,7 +20,9 @@ use crate::{
             F_MUST_TELL_HOST,
             F_PAGE_POISON,
             F_PAGE_SETS,
+            F_PRESSURE,
             F_REPORTING,
+            F_STATS_VQ,
             KNOWN, //
         }, //
     }, //
@@ -56,6 +58,9 @@ pub(crate) fn validate(features: &mut virtio::Negotiation<'_>, parameters: &Para
     // A report of several parts would need memory while free pages are isolated.
     features.clear(FeatureBit::INDIRECT_DESC);
     validate_poison(features);
+    if !features.has(F_STATS_VQ) {
+        features.clear(F_PRESSURE);
+    }
     if !parameters.wire_format.has_page_sets() {
         features.clear(F_PAGE_SETS);
     }

@@ -80,6 +80,9 @@ pub(crate) const ALIVE: Msecs = 100;
 /// How long page migration keeps pages isolated, more or less.
 pub(crate) const ISOLATION: Msecs = 10;
 
+/// The least time between two pressure notices.
+pub(crate) const PRESSURE_NOTICES: Delta = Delta::from_millis(100);
+
 /// How long the kernel may try to take a memory block offline. A free one takes a few milliseconds.
 pub(crate) const OFFLINE: Msecs = 100;
 

@@ -5,6 +5,9 @@
 //! The roles are swapped on this queue: the device always owns one buffer, and uses it to request
 //! new statistics. The driver then fills it and makes it available again.
 //!
+//! With pressure notices (docs/protocol.md) the driver has a second buffer, and sends it without a
+//! request when the guest is short of memory. The device then returns the older one.
+//!
 //! Specification: clause 5.5.6.3, Memory Statistics.
 
 #![forbid(unsafe_code)]
@@ -18,10 +21,16 @@ use crate::{
         queues::{
             Queue,
             Queues, //
-        }, //
+        },
+        timeouts, //
     },
     rust::{
+        fs::debugfs,
         mm::info::Info,
+        notifiers::shrinker::{
+            Shrink,
+            Shrinker, //
+        },
         virtio::{
             self,
             ByteOrder,
@@ -29,7 +38,8 @@ use crate::{
         },
         virtio_balloon::{
             stat,
-            Stat, //
+            Stat,
+            F_PRESSURE, //
         },
         work::{
             task::{
@@ -54,6 +64,7 @@ use kernel::{
             Acquire,
             Atomic,
             Full,
+            Relaxed,
             Release, //
         },
         Arc,
@@ -61,7 +72,8 @@ use kernel::{
     },
     time::{
         Instant,
-        Monotonic, //
+        Monotonic,
+        Msecs, //
     }, //
 };
 
@@ -73,23 +85,53 @@ type StatsQueue = Virtqueue<KVec<Stat>>;
 pub(crate) struct Stats {
     byte_order: ByteOrder,
     wakeup: Arc<WakeupSource>,
+    /// How many buffers the driver has: a second one if it may send statistics unasked.
+    buffers: usize,
     /// Set when the device may have sent a request since the task began to run.
     is_asked: Atomic<bool>,
+    /// Set when the kernel has reclaimed memory since the last statistics.
+    is_short: Atomic<bool>,
+    /// How many statistics the device has not asked for.
+    #[pin]
+    notices: debugfs::File<Atomic<u64>>,
     #[pin]
     inner: Mutex<Inner>,
 }
 
 struct Inner {
     queue: StatsQueue,
-    /// The buffer while the device does not have it.
-    buffer: Option<KVec<Stat>>,
+    /// The buffers that the device does not have.
+    spare: KVec<KVec<Stat>>,
+    /// When the last notice was sent.
+    noticed: Option<Instant<Monotonic>>,
 }
 
 impl Inner {
-    fn new(queue: StatsQueue) -> Result<Self> {
+    fn new(queue: StatsQueue, buffers: usize) -> Result<Self> {
+        let mut spare = KVec::with_capacity(buffers, GFP_KERNEL)?;
+
+        for _ in 0..buffers {
+            spare.push(new_buffer()?, GFP_KERNEL)?;
+        }
         Ok(Self {
             queue,
-            buffer: Some(new_buffer()?),
+            spare,
+            noticed: None,
+        })
+    }
+
+    /// Stores a buffer that the device does not have.
+    fn put_back(&mut self, buffer: KVec<Stat>) {
+        // There is room for all of them.
+        let _ = self.spare.push_within_capacity(buffer);
+    }
+
+    /// Returns in how many milliseconds another notice may be sent.
+    fn pause(&self) -> Msecs {
+        self.noticed.map_or(0, |last| {
+            let rest = timeouts::PRESSURE_NOTICES.as_millis() - last.elapsed().as_millis();
+
+            rest.try_into().unwrap_or(0)
         })
     }
 }
@@ -104,81 +146,137 @@ impl Stats {
         let Some(queue) = setup.queues.take(Queue::Stats)? else {
             return Ok(None);
         };
-        let inner = Inner::new(queue)?;
+        let sends_notices = setup.dev.has_feature(F_PRESSURE);
+        let buffers = 1 + usize::from(sends_notices);
+        let inner = Inner::new(queue, buffers)?;
         let slot = new_slot!(c"virtio_balloon_rs_stats", setup.tasks)?;
         let stats = try_pin_init!(Self {
             byte_order: setup.dev.byte_order(),
             wakeup: setup.wakeup.clone(),
+            buffers,
             is_asked: Atomic::new(false),
+            is_short: Atomic::new(false),
+            notices <- setup.dir.file(c"pressure_notices", Atomic::new(0)),
             inner <- new_mutex!(inner, "Stats::inner"),
         });
+        let task = Arc::pin_init(Task::new(slot, stats), GFP_KERNEL)?;
+        let shrinker = sends_notices
+            .then(|| Shrinker::new(task.clone(), c"virtio_balloon_rs_pressure"))
+            .transpose()?;
 
-        Ok(Some(Arc::pin_init(Task::new(slot, stats), GFP_KERNEL)?))
+        let feature = StatsFeature {
+            _shrinker: shrinker,
+            task,
+        };
+        Ok(Some(Arc::new(feature, GFP_KERNEL)?))
     }
 
-    /// Answers a request of the device.
-    fn answer(&self) {
+    /// Answers a request of the device, or tells it that the guest is short of memory. Returns in
+    /// how many milliseconds a notice may be sent.
+    fn answer(&self) -> Option<Msecs> {
         let mut inner = self.inner.lock();
-        let used = inner.queue.next_used().map(|(buffer, _)| buffer);
+        while let Some((buffer, _)) = inner.queue.next_used() {
+            inner.put_back(buffer);
+        }
+        // A device that still has a buffer requests nothing.
+        let is_notice = inner.spare.len() < self.buffers;
+        if is_notice {
+            if inner.spare.is_empty() || !self.is_short.load(Relaxed) {
+                return None;
+            }
+            match inner.pause() {
+                0 => inner.noticed = Some(Instant::now()),
+                pause => return Some(pause),
+            }
+        }
+        let mut buffer = inner.spare.pop()?;
 
-        // If the device still owns the buffer, the interrupt was spurious.
-        let Some(mut buffer) = used.or_else(|| inner.buffer.take()) else {
-            return;
-        };
-
+        // What happens from here on is for the next statistics.
+        self.is_short.xchg(false, Full);
         collect(&mut buffer, &Info::now(), self.byte_order);
 
-        // There is room: this is the only buffer. If the queue is broken or the device gone, the
-        // buffer is stored for the next device.
+        // There is room in the queue. If it is broken, or the device gone or not ready, the buffer
+        // is stored for later.
         match inner.queue.add(buffer) {
-            Ok(()) => inner.queue.kick(),
-            Err(buffer) => inner.buffer = Some(buffer),
+            Ok(()) => {
+                self.notices.add(u64::from(is_notice), Relaxed);
+                inner.queue.kick();
+            }
+            Err(buffer) => inner.put_back(buffer),
         }
+        None
     }
 }
 
-impl Feature for Task<Stats> {
+/// Statistics of a bound device, with the registration for notices, which is dropped before its
+/// task.
+struct StatsFeature {
+    _shrinker: Option<Shrinker<Task<Stats>>>,
+    task: Arc<Task<Stats>>,
+}
+
+impl Feature for StatsFeature {
     /// The device gets its first buffer.
     fn ready(&self, _dev: &virtio::Device<Core<'_>>) {
-        self.schedule();
+        self.task.schedule();
     }
 
     /// The device may have sent a request. The system stays awake until the driver has answered.
     fn queue_used(&self) {
-        self.is_asked.store(true, Release);
-        self.wakeup.hold(WakeReason::Statistics);
-        self.schedule();
+        self.task.is_asked.store(true, Release);
+        self.task.wakeup.hold(WakeReason::Statistics);
+        self.task.schedule();
     }
 
     /// Also allows the system to suspend.
     fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
-        self.stop();
-        self.wakeup.release(WakeReason::Statistics);
+        self.task.stop();
+        self.task.wakeup.release(WakeReason::Statistics);
         Ok(())
     }
 
     fn shutdown(&self) {
-        self.stop();
+        self.task.stop();
     }
 
     fn restore(&self, _dev: &virtio::Device<Core<'_>>, queues: &mut Queues<'_>) -> Result {
         if let Some(queue) = queues.take(Queue::Stats)? {
-            *self.inner.lock() = Inner::new(queue)?;
-            self.resume();
+            *self.task.inner.lock() = Inner::new(queue, self.task.buffers)?;
+            self.task.resume();
         }
         Ok(())
+    }
+}
+
+/// Owns no memory, and only learns that the kernel reclaims some: in the background, since free
+/// memory is below a zone's low watermark, or for an allocation that waits. A container at its
+/// limit does not count.
+impl Shrink for Task<Stats> {
+    fn count(&self) -> usize {
+        // Reclaim calls this often, on all CPUs.
+        if !self.is_short.load(Relaxed) && !self.is_short.xchg(true, Relaxed) {
+            self.schedule();
+        }
+        0
+    }
+
+    fn scan(&self, _wanted: usize) -> usize {
+        0
     }
 }
 
 impl Job for Stats {
     fn run(task: &Task<Self>) {
         task.is_asked.xchg(false, Full);
-        task.answer();
+        let pause = task.answer();
         task.wakeup.release(WakeReason::Statistics);
 
         // The device may have sent another request in between.
         if task.is_asked.load(Acquire) {
             task.wakeup.hold(WakeReason::Statistics);
+        }
+        if let Some(pause) = pause {
+            task.schedule_in(pause);
         }
     }
 }

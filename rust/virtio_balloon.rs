@@ -71,6 +71,8 @@ features! {
     F_REPORTING = VIRTIO_BALLOON_F_REPORTING, "free page reporting", None, false;
     /// The device accepts the reason why the balloon is below the target.
     F_STOP_REASON = VIRTIO_BALLOON_F_STOP_REASON, "stop reasons", Some(STOP_REASON), true;
+    /// The device accepts statistics that it has not requested.
+    F_PRESSURE = VIRTIO_BALLOON_F_PRESSURE, "pressure notices", None, true;
     /// The device accepts page sets instead of arrays of page frame numbers.
     F_PAGE_SETS = VIRTIO_BALLOON_F_PAGE_SETS, "page sets", None, true;
     /// The device sends host requests.

@@ -75,7 +75,7 @@ use kernel::{
 
 pub(super) const INFLATE: usize = 0;
 pub(super) const DEFLATE: usize = 1;
-const STATS: usize = 2;
+pub(super) const STATS: usize = 2;
 
 /// The reporting queue of a device without statistics and hints.
 const REPORTS: usize = 2;
@@ -525,7 +525,7 @@ fn count_early_kick(device: &FakeDevice, _queue: usize) {
 }
 
 /// Waits for the driver's statistics, and returns the value of the kind `tag`.
-fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
+pub(super) fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
     let mut request = None;
 
     eventually(|| {

@@ -131,7 +131,7 @@ fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
 }
 
 /// Returns whether caches can be dropped: with a built-in driver /proc is not mounted yet.
-fn can_drop_caches() -> bool {
+pub(super) fn can_drop_caches() -> bool {
     let dropping = CacheDropper::begin();
 
     dropping.is_some_and(|dropping| dropping.drop_caches(true, true) != Err(ENOENT))

@@ -1,20 +1,59 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Statistics of kernels that do not count everything.
+//! Statistics of kernels that do not count everything, and pressure notices.
 
 use crate::{
+    device::timeouts,
     features::stats::{
         collect,
         new_buffer, //
     },
+    kunit::{
+        device::{
+            eventually,
+            statistic,
+            STATS, //
+        },
+        host_requests::can_drop_caches, //
+    },
     rust::{
+        fs::caches::CacheDropper,
         mm::info::Info,
-        virtio::ByteOrder,
-        virtio_balloon::stat, //
+        virtio::{
+            fake_device::{
+                FakeDevice,
+                Request,
+                QUEUE_SIZE, //
+            },
+            ByteOrder,
+            FeatureBit, //
+        },
+        virtio_balloon::{
+            stat,
+            F_PRESSURE,
+            F_STATS_VQ, //
+        }, //
     }, //
 };
 
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::delay::fsleep, //
+};
+
+/// Calls all shrinkers, as the kernel does when it reclaims memory.
+fn reclaim() -> Result {
+    let mut result = Err(EBUSY);
+
+    eventually(|| {
+        let Some(dropping) = CacheDropper::begin() else {
+            return Ok(false);
+        };
+        result = dropping.drop_caches(false, true);
+        Ok(true)
+    })?;
+    result
+}
 
 /// Returns the tags that a kernel with the counts in `info` sends.
 fn tags(info: &Info) -> Result<KVec<u16>> {
@@ -98,6 +137,73 @@ mod tests {
                 stat::ALLOC_STALL,
             ]
         )?);
+        Ok(())
+    }
+
+    #[test]
+    fn statistics_come_unasked_when_memory_is_reclaimed() -> Result {
+        if !can_drop_caches() {
+            return Ok(());
+        }
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STATS_VQ, F_PRESSURE])?;
+        let use_buffer = |request: &Request| {
+            device.answer(STATS, request, 0)?;
+            device.interrupt(STATS)
+        };
+        let (first, _) = statistic(&device, stat::MEMFREE)?;
+        reclaim()?;
+        let (second, _) = statistic(&device, stat::MEMFREE)?;
+
+        // The driver has no further buffer, and gets one when the device has used the older one.
+        reclaim()?;
+        fsleep(timeouts::PRESSURE_NOTICES);
+        assert!(device.next(STATS)?.is_none());
+        use_buffer(&first)?;
+        let (third, _) = statistic(&device, stat::MEMFREE)?;
+
+        // That is no request. The device requests statistics with the last buffer.
+        use_buffer(&second)?;
+        fsleep(timeouts::PRESSURE_NOTICES);
+        assert!(device.next(STATS)?.is_none());
+        use_buffer(&third)?;
+        statistic(&device, stat::MEMFREE)?;
+        Ok(())
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn pressure_notices_continue_after_a_suspend() -> Result {
+        if !can_drop_caches() {
+            return Ok(());
+        }
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STATS_VQ, F_PRESSURE])?;
+        statistic(&device, stat::MEMFREE)?;
+        device.freeze()?;
+        reclaim()?;
+        device.restore(QUEUE_SIZE)?;
+        statistic(&device, stat::MEMFREE)?;
+        fsleep(timeouts::PRESSURE_NOTICES);
+        assert!(device.next(STATS)?.is_none());
+        reclaim()?;
+        statistic(&device, stat::MEMFREE)?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_device_without_pressure_notices_gets_none() -> Result {
+        if !can_drop_caches() {
+            return Ok(());
+        }
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_STATS_VQ])?;
+        statistic(&device, stat::MEMFREE)?;
+        reclaim()?;
+        fsleep(timeouts::PRESSURE_NOTICES);
+        assert!(device.next(STATS)?.is_none());
+
+        // Without statistics there are no notices.
+        drop(device);
+        let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_PRESSURE])?;
+        assert!(!device.has_feature(F_PRESSURE));
         Ok(())
     }
 }

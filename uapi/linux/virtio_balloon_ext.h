@@ -16,6 +16,8 @@
 #define VIRTIO_BALLOON_F_HOST_REQUESTS	57
 /* The driver reports why the balloon is below the target; the device has discard_granule */
 #define VIRTIO_BALLOON_F_STOP_REASON	58
+/* The driver sends statistics unasked when the guest is short of memory */
+#define VIRTIO_BALLOON_F_PRESSURE	59
 
 /* Values of stop_reason */
 #define VIRTIO_BALLOON_STOP_REASON_NONE		0 /* It does not stop short */

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The statistics queue. Each byte of the input's word is a step: an action of the host, and the number of
-//! messages that the guest then makes available.
+//! The statistics queue, with pressure notices or without. Each byte of the input's word is a step: an action of the host,
+//! and the number of messages that the guest then makes available.
 
 #![no_main]
 
@@ -16,6 +16,7 @@ fuzz_target!(|data: &[u8]| {
     };
     let mut guest = Guest::new(input);
     let mut stats = Stats::default();
+    let notices = input.option;
     let (counters, messages) = (Counters::default(), Counter::default());
     // The first buffer goes back unread, here and after each restart.
     let (mut wishes, mut granted) = (1, 0);
@@ -28,11 +29,12 @@ fuzz_target!(|data: &[u8]| {
         wishes += u16::from(step % 4 < 2);
         guest.publish((step / 32).into());
         let size = (step % 8 < 4).then_some(0);
-        granted +=
-            guest.watch(|vring| stats.serve(vring, &guest.memory, &counters, &messages, size));
+        granted += guest.watch(|vring| {
+            stats.serve(vring, &guest.memory, &counters, &messages, size, notices);
+        });
 
-        // Any other buffer is returned only for a request, and has one sample at most.
-        assert!(granted <= wishes);
+        // Any other buffer is returned only for a request, or if there is a newer one, and has one sample at most.
+        assert!(granted <= wishes || notices);
         assert!(stats.sequence() <= messages.get());
         let answer = stats.answer();
         assert_eq!(answer.map_or(0, |answer| answer.sequence), stats.sequence());

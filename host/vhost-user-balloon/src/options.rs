@@ -94,7 +94,8 @@ pub struct Options {
     /// Offer the extended protocol, which is not in the virtio specification
     ///
     /// page-sets describe memory as ranges and bitmaps. stop-reason tells why the guest stays below the target.
-    /// host-requests ask the guest for unused memory. QEMU's device then needs num_vqs=6 and config_size=24;
+    /// host-requests ask the guest for unused memory. With pressure, which needs stats, the guest sends statistics
+    /// when it is short of memory. QEMU's device then needs num_vqs=6 and config_size=24;
     /// otherwise 5 and 16 are enough.
     #[arg(long)]
     pub extensions: bool,
@@ -312,7 +313,8 @@ mod tests {
                 "stats",
                 "page-sets",
                 "host-requests",
-                "stop-reason"
+                "stop-reason",
+                "pressure"
             ]
         );
         for option in [

@@ -144,9 +144,10 @@ mod tests {
             [
                 VIRTIO_BALLOON_F_PAGE_SETS,
                 VIRTIO_BALLOON_F_HOST_REQUESTS,
-                VIRTIO_BALLOON_F_STOP_REASON
+                VIRTIO_BALLOON_F_STOP_REASON,
+                VIRTIO_BALLOON_F_PRESSURE
             ],
-            [56, 57, 58]
+            [56, 57, 58, 59]
         );
     }
 }

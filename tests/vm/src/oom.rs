@@ -11,7 +11,7 @@ use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 use crate::nodes::{check_nodes, on_both};
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, OOM, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -87,9 +87,6 @@ impl Shares {
 const PATIENCE: Duration = Duration::from_secs(120);
 
 const ON: &[Offer] = &[Offer::DeflateOnOom];
-
-/// The kernel's messages when it is out of memory, and when it kills a process.
-const OOM: &str = "invoked oom-killer|Out of memory";
 
 fn deflate_on_oom(setup: &Setup) -> Result<()> {
     let config = setup.config().nodes(2).offer(ON).expect(OOM);

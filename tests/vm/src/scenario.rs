@@ -44,6 +44,9 @@ pub(crate) const QEMU_DEVICE: &[Device] = &[Device::Qemu];
 pub(crate) const VHOST_USER_DEVICE: &[Device] = &[Device::VhostUser, Device::Extended];
 pub(crate) const EXTENDED_DEVICE: &[Device] = &[Device::Extended];
 
+/// The kernel's messages when it is out of memory, and when it kills a process.
+pub(crate) const OOM: &str = "invoked oom-killer|Out of memory";
+
 /// The parameters of a scenario.
 pub struct Setup {
     /// The driver under test.

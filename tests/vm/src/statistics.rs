@@ -5,15 +5,16 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use balloon_control::Stat;
-use vm::{Guest, Load, Sample, Size};
+use balloon_control::{Request, Stat, Stats};
+use serde_json::Value;
+use vm::{Guest, Load, Offer, Sample, Size};
 
 use crate::debugfs::show;
 use crate::lifecycle::device;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::scenario::{
-    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, OOM, RUST_DRIVER,
+    Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::check_size;
 
@@ -35,6 +36,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: ALL_DEVICES,
         run: statistics_while_stuck,
+    },
+    Scenario {
+        name: "pressure_notices",
+        proves: "a guest that reclaims memory sends statistics without a request",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: pressure_notices,
     },
     Scenario {
         name: "no_ballooning",
@@ -143,6 +152,43 @@ fn statistics_while_stuck(setup: &Setup) -> Result<()> {
             sample = newer(guest, sample.taken)?;
         }
         guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn pressure_notices(setup: &Setup) -> Result<()> {
+    const SIZE: Size = Size::mib(400);
+    // The balloon shrinks for the process, which survives.
+    let config = setup.config().offer(&[Offer::DeflateOnOom]).expect(OOM);
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        guest.balloon().settle(SIZE)?;
+        let daemon = guest.daemon()?;
+        let sequence = |fresh| -> Result<u64> {
+            let stats: Stats = daemon.call(&Request::Stats { fresh })?;
+            Ok(stats.sequence)
+        };
+        // No client requests statistics from here on.
+        daemon.call::<Value>(&Request::SetStatsInterval { seconds: 0 })?;
+        let before = sequence(true)?;
+        // More than the guest has.
+        let mib = guest.meminfo()?.available.as_mib() + 100;
+        let load = guest.start_load(Load::Hold {
+            mib: mib.try_into()?,
+            threads: 1,
+        })?;
+        guest.wait_until("statistics without a request", PATIENCE, || {
+            Ok(sequence(false)? > before)
+        })?;
+        load.verify(1)?;
+        let after = sequence(false)?;
+        let notices = show(guest, "pressure_notices")?.trim().parse::<u64>()?;
+        setup.note(format!(
+            "{} statistics came without a request, and the guest counts {notices}",
+            after - before
+        ));
+        ensure!(notices > 0, "the guest counts no notice");
+        load.stop()?;
         guest.rmmod(setup.driver)
     })
 }

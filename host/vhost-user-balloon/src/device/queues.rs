@@ -28,7 +28,7 @@ use crate::queues::reporting::Reporting;
 use crate::queues::virtqueue::{Next, Receiver, Unfinished, serve};
 use crate::sync::{Level, lock, order};
 use crate::virtio::config::bytes;
-use crate::virtio::features::tells_before_use;
+use crate::virtio::features::{Feature, tells_before_use};
 use crate::virtio::kind::{ByKind, Kind};
 
 /// The time between two attempts to allocate memory that the host lacks.
@@ -196,7 +196,15 @@ impl Device {
         let size = self.is_at_rest().then(|| bytes(actual));
         let mut stats = lock(&self.stats);
         let before = stats.sequence();
-        stats.serve(turn.vring, turn.memory, turn.counters, turn.messages, size);
+        let notices = Feature::Pressure.is_in(turn.acked);
+        stats.serve(
+            turn.vring,
+            turn.memory,
+            turn.counters,
+            turn.messages,
+            size,
+            notices,
+        );
         let is_new = stats.sequence() != before;
         drop(stats);
         self.sampled.notify_all();

@@ -68,6 +68,7 @@ fn report(device: &Device, total: u64) {
             &counters,
             &messages,
             Some(0),
+            false,
         );
     }
 }
@@ -414,7 +415,7 @@ fn a_sample_before_the_first_read_of_the_target_is_repeated() {
     let (counters, messages) = Default::default();
     let serve = |guest: &GuestQueue, size| {
         let mut vring = guest.vring();
-        lock(&device.stats).serve(&mut vring, &guest.memory, &counters, &messages, size);
+        lock(&device.stats).serve(&mut vring, &guest.memory, &counters, &messages, size, false);
     };
     // The first buffer may be old, and is returned unread. The balloon is not known to be at rest.
     for _ in 0..2 {

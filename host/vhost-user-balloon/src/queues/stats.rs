@@ -5,8 +5,12 @@
 //! The guest always has one buffer with statistics on the queue. The device uses it to request a new
 //! sample, and the guest fills it again. Until then it stays in the available ring, and the device only
 //! peeks at it: a front end that stops the queue finds it there.
+//!
+//! With pressure notices (docs/protocol.md, section 6) the guest adds another one when it is short of memory. The
+//! device then uses the older one, and only the newest stays.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Acquire;
 use std::time::Instant;
 
 use balloon_control::{Stat, Stats as Answer};
@@ -20,6 +24,10 @@ use crate::counters::{Counter, Counters, Refusal};
 
 /// The longest message in bytes: many times the size of all known tags.
 const MAX_MESSAGE: usize = 4096;
+
+/// How often the device looks for a buffer. A guest has one on the queue, or two with notices, and may add others while the
+/// device looks.
+const LOOKS: usize = 6;
 
 /// The statistics of a guest.
 #[derive(Clone, Debug)]
@@ -41,7 +49,7 @@ pub struct Stats {
     /// Whether the guest has filled the buffer since the queue was started. Before that, its
     /// content may be as old as a pause.
     fresh: bool,
-    /// When the device returned the buffer.
+    /// When the device requested a sample that has not come yet.
     requested: Option<Instant>,
     /// The position of the known buffer in the available ring.
     seen: Option<u16>,
@@ -94,8 +102,9 @@ impl Stats {
         })
     }
 
-    /// Reads the buffer on the queue, and uses it if another sample is requested. `size` is the balloon's size
-    /// in bytes, if it is at rest: while it changes, the guest's total and the size do not match.
+    /// Reads the buffer on the queue, and uses it if another sample is requested, or if there is a newer one of a guest
+    /// with pressure `notices`. `size` is the balloon's size in bytes, if it is at rest: while it changes, the guest's
+    /// total and the size do not match.
     pub fn serve(
         &mut self,
         vring: &mut VringState,
@@ -103,8 +112,9 @@ impl Stats {
         counters: &Counters,
         messages: &Counter,
         size: Option<u64>,
+        notices: bool,
     ) {
-        match self.look(vring, memory, counters, messages, size) {
+        match self.look(vring, memory, counters, messages, size, notices) {
             Ok(true) => {
                 // The front end may be gone, which its socket reports later.
                 let _ = vring.signal_used_queue();
@@ -122,14 +132,14 @@ impl Stats {
         counters: &Counters,
         messages: &Counter,
         size: Option<u64>,
+        notices: bool,
     ) -> Result<bool, Error> {
         let queue = vring.get_queue_mut();
         if !queue.ready() {
             return Ok(false);
         }
         let mut used = false;
-        // A guest has one buffer on the queue, and may add another one when that is used.
-        for _ in 0..2 {
+        for _ in 0..LOOKS {
             let position = queue.next_avail();
             let Some(chain) = queue.iter(memory)?.next() else {
                 if queue.enable_notification(memory)? {
@@ -138,6 +148,7 @@ impl Stats {
                 break;
             };
             let head = chain.head_index();
+            let is_last = !notices || queue.avail_idx(memory, Acquire)?.0 == queue.next_avail();
             if self.fresh && self.seen != Some(position) {
                 self.seen = Some(position);
                 messages.add(1);
@@ -147,15 +158,20 @@ impl Stats {
                     Err(reason) => counters.refuse(reason),
                 }
             }
-            if self.fresh && !self.wanted {
-                // The guest must notify the device of the next buffer.
-                queue.enable_notification(memory)?;
+            if self.fresh && !self.wanted && is_last {
+                // The guest must notify the device of the next buffer, which may be there already.
+                let is_more = queue.enable_notification(memory)?;
                 queue.go_to_previous_position();
+                if is_more && notices {
+                    continue;
+                }
                 break;
             }
-            (self.fresh, self.wanted) = (true, false);
             self.seen = None;
-            self.requested = Some(Instant::now());
+            if is_last {
+                (self.fresh, self.wanted) = (true, false);
+                self.requested = Some(Instant::now());
+            }
             complete(queue, memory, head, 0, counters)?;
             used = true;
         }
@@ -187,7 +203,7 @@ impl Stats {
         self.sample = Some(Sample {
             values,
             at,
-            requested: self.requested.unwrap_or(at),
+            requested: self.requested.take().unwrap_or(at),
         });
     }
 }
@@ -214,6 +230,7 @@ mod tests {
             &counters,
             &Counter::default(),
             size,
+            true,
         );
         counters
     }
@@ -341,6 +358,66 @@ mod tests {
         assert_eq!((stats.sequence(), guest.used()), (1, 1));
         // The guest must notify the device of the buffer that it fills again.
         assert_eq!(guest.avail_event(), 1);
+    }
+
+    #[test]
+    fn a_notice_replaces_the_buffer_before_it() {
+        let mut guest = GuestQueue::new();
+        let mut stats = Stats::default();
+        guest.send(&[&entry(4, 1)]);
+        serve(&mut stats, &guest);
+        guest.send(&[&entry(4, 2)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+        for number in 2..5 {
+            guest.send(&[&entry(4, number)]);
+            serve(&mut stats, &guest);
+            let used = u16::try_from(number).unwrap();
+            assert_eq!((stats.sequence(), guest.used()), (number, used));
+        }
+        // Its content, and not its age, is that of an answer.
+        assert!(stats.answer().unwrap().requested < 1000);
+
+        // A request uses the last one.
+        stats.want();
+        serve(&mut stats, &guest);
+        assert_eq!(guest.used(), 5);
+        guest.send(&[&entry(4, 7)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (5, 5));
+
+        // It uses both if there is a notice at the same time, which is its response.
+        guest.send(&[&entry(4, 8)]);
+        stats.want();
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (6, 7));
+        guest.send(&[&entry(4, 9)]);
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (7, 7));
+
+        // After a restart both may be old.
+        guest.send(&[&entry(4, 10)]);
+        stats.restart();
+        serve(&mut stats, &guest);
+        assert_eq!((stats.sequence(), guest.used()), (7, 9));
+    }
+
+    #[test]
+    fn a_guest_without_notices_has_one_buffer() {
+        let mut guest = GuestQueue::new();
+        let mut stats = at_work();
+        guest.send(&[&entry(4, 1)]);
+        guest.send(&[&entry(4, 2)]);
+        let counters = Counters::default();
+        stats.serve(
+            &mut guest.vring(),
+            &guest.memory,
+            &counters,
+            &Counter::default(),
+            None,
+            false,
+        );
+        assert_eq!((stats.sequence(), guest.used()), (1, 0));
     }
 
     #[test]

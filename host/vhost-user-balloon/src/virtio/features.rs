@@ -7,8 +7,8 @@ use std::fmt;
 use balloon_wire::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
     VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON,
-    VIRTIO_BALLOON_F_PAGE_SETS, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
-    VIRTIO_BALLOON_F_STOP_REASON, config,
+    VIRTIO_BALLOON_F_PAGE_SETS, VIRTIO_BALLOON_F_PRESSURE, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STOP_REASON, config,
 };
 use clap::ValueEnum;
 use strum::VariantArray;
@@ -42,6 +42,9 @@ pub enum Feature {
     /// The guest reports why it stays below the target; an extension.
     #[value(skip)]
     StopReason,
+    /// The guest sends statistics unasked when it is short of memory; an extension.
+    #[value(skip)]
+    Pressure,
 }
 
 impl Feature {
@@ -61,6 +64,7 @@ impl Feature {
             Self::PageSets => VIRTIO_BALLOON_F_PAGE_SETS,
             Self::HostRequests => VIRTIO_BALLOON_F_HOST_REQUESTS,
             Self::StopReason => VIRTIO_BALLOON_F_STOP_REASON,
+            Self::Pressure => VIRTIO_BALLOON_F_PRESSURE,
         }
     }
 
@@ -89,6 +93,7 @@ impl fmt::Display for Feature {
             Self::PageSets => "page-sets",
             Self::HostRequests => "host-requests",
             Self::StopReason => "stop-reason",
+            Self::Pressure => "pressure",
         })
     }
 }
@@ -102,10 +107,12 @@ pub fn names(features: u64) -> Vec<String> {
         .collect()
 }
 
-/// The offered features: these, and the mandatory ones.
+/// The offered features: these, and the mandatory ones. Pressure notices are statistics (PN-V1).
 pub fn offer(features: &[Feature], extensions: bool) -> u64 {
-    let offered =
-        |feature: &Feature| features.contains(feature) || (extensions && feature.is_extension());
+    let offered = |feature: &Feature| match feature {
+        Feature::Pressure => extensions && features.contains(&Feature::Stats),
+        _ => features.contains(feature) || (extensions && feature.is_extension()),
+    };
     let set = Feature::ALL.iter().filter(|feature| offered(feature));
     set.fold(0, |set, feature| set | feature.mask())
         | (1 << VIRTIO_F_VERSION_1)
@@ -156,6 +163,16 @@ mod tests {
             names(offer(&[], true)),
             ["page-sets", "host-requests", "stop-reason"]
         );
+        assert_eq!(
+            names(offer(&[Feature::Stats], true)),
+            [
+                "stats",
+                "page-sets",
+                "host-requests",
+                "stop-reason",
+                "pressure"
+            ]
+        );
     }
 
     #[test]
@@ -167,8 +184,9 @@ mod tests {
             Feature::PageSets.mask(),
             Feature::HostRequests.mask(),
             Feature::StopReason.mask(),
+            Feature::Pressure.mask(),
         ];
-        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24, 24]);
+        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24, 24, 24]);
     }
 
     #[test]
