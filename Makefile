@@ -9,7 +9,7 @@ lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
 	$(if $(TIME),--time $(TIME))
 
-.PHONY: all deb in-tree patches patches-check demo demo-auto bench bench-docs simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
+.PHONY: all deb in-tree patches patches-check demo demo-auto bench bench-docs bench-manager simulate test test-long coverage kunit fuzz clippy diagrams fmt fmt-check clean help
 
 all:
 	@test -e $(KDIR)/Makefile || \
@@ -81,6 +81,10 @@ bench:
 bench-docs:
 	@$(lab) bench --docs $(guests)
 
+bench-manager:
+	@guest/build-root cargo bench --locked --quiet --manifest-path host/Cargo.toml --package balloon-manager \
+		--bench sockets
+
 simulate:
 	@guest/build-root cargo run --release --locked --quiet --manifest-path host/Cargo.toml \
 		--package balloon-simulator -- $(if $(SEEDS),--seeds $(SEEDS))
@@ -126,6 +130,7 @@ help:
 	@echo "make coverage   show which lines of the module KUnit and the scenarios execute"
 	@echo "make bench      benchmark against the C driver, virtio-mem and free page reporting (half an hour)"
 	@echo "make bench-docs write docs/performance.md and its plots from the last results of make bench"
+	@echo "make bench-manager measure the processor time of balloon-manager with 100 simulated VMs (2 minutes)"
 	@echo "make simulate   compare the policy of docs/manager.md with other rules, on simulated hosts"
 	@echo "make kunit      run KUnit in guests"
 	@echo "make fuzz       fuzz the input of guests, front ends and clients"

@@ -10,7 +10,7 @@ use balloon_policy::Stopped;
 pub(crate) const ANSWER: Duration = Duration::from_secs(2);
 
 /// The state of a balloon. Sizes are in bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Balloon {
     /// The VM's memory, in the balloon or not, or nothing if it is not known.
     pub(crate) memory: Option<u64>,
@@ -25,6 +25,8 @@ pub(crate) struct Balloon {
     pub(crate) leased: bool,
     /// The target has a lease of another program.
     pub(crate) claimed: bool,
+    /// The guest sends statistics without a request when it is short of memory.
+    pub(crate) notifies: bool,
     /// The target is that after a lease that has run out.
     pub(crate) lapsed: bool,
     /// What of the VM's memory is in the balloon, and with the host.
@@ -69,6 +71,12 @@ pub(crate) enum Outcome {
 }
 
 impl Balloon {
+    /// Whether another state has the same values, except resident memory, which changes all the time.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let resident = self.resident;
+        *self == Self { resident, ..*other }
+    }
+
     /// The guest reports less memory than it has in the balloon.
     pub(crate) fn is_impossible(&self) -> bool {
         let total = self.memory.map(|all| all.saturating_sub(self.unusable));

@@ -21,6 +21,9 @@ use crate::lines::Lines;
 /// The owner of the leases of each manager.
 const OWNER: &str = "balloon-manager";
 
+/// The feature with which a guest sends statistics when it is short of memory.
+const PRESSURE: &str = "pressure";
+
 /// The time between two attempts to subscribe. A daemon sends an event at least as often.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -130,6 +133,7 @@ fn balloon(info: &Info) -> Balloon {
         target: info.target,
         leased: lease.is_some_and(is_ours),
         claimed,
+        notifies: info.guest.features.iter().any(|name| name == PRESSURE),
         lapsed: info.lapsed,
         // What the device counts, not what the guest reports. While memory is withheld, memory in the balloon is not
         // returned to the host.

@@ -292,8 +292,9 @@ async fn manage(
         tokio::select! {
             report = reported.recv() => {
                 if let Some((id, state)) = report {
-                    manager.report(id, state);
-                    decide = decide.or(Some(Instant::now() + Duration::from_millis(10)));
+                    if manager.report(id, state) {
+                        decide = decide.or(Some(Instant::now() + Duration::from_millis(10)));
+                    }
                 }
             }
             call = called.recv() => {

@@ -140,11 +140,18 @@ impl Manager {
         }
     }
 
-    /// Takes a report of a VM.
-    pub(crate) fn report(&mut self, id: VmId, state: State) {
-        if let Some(known) = self.vms.get_mut(&id) {
-            known.state = Some(state);
-        }
+    /// Takes a report of a VM. Returns whether a decision should follow at once. There is one each second in any case.
+    pub(crate) fn report(&mut self, id: VmId, state: State) -> bool {
+        let waits = self.leases.iter().any(|lease| !lease.admitted);
+        self.vms.get_mut(&id).is_some_and(|known| {
+            let old = known.state.replace(state);
+            let new = known.state.as_ref();
+            let is_at_rest = old.as_ref().zip(new).is_some_and(|(old, new)| {
+                let account = known.account.as_ref();
+                account.is_some_and(|account| new.is_at_rest(old, account))
+            });
+            waits || !is_at_rest
+        })
     }
 
     /// Decides, and sends the targets.
@@ -235,11 +242,16 @@ impl Manager {
                 *old = terms;
                 changes
             });
-            let available = vm.and_then(|vm| vm.sample).map(|sample| sample.available);
-            let busy = account.pressed.is_some()
-                || account.need > account.grant
-                || available.is_some_and(|available| available < 2 * account.headroom);
-            let pace = if busy { vm::FAST } else { vm::SLOW };
+            let sample = vm.and_then(|vm| vm.sample);
+            let notifies = known
+                .state
+                .as_ref()
+                .is_some_and(|state| state.balloon.notifies);
+            let pace = if vm::is_busy(sample, account, notifies) {
+                vm::FAST
+            } else {
+                vm::SLOW
+            };
             known.handle.pace.send_if_modified(|old| {
                 let changes = *old != pace;
                 *old = pace;

@@ -175,6 +175,7 @@ impl Monitor {
             target: target.unwrap_or(size),
             leased: false,
             claimed: false,
+            notifies: false,
             lapsed: false,
             size,
             resident: None,
