@@ -18,6 +18,11 @@
 #define VIRTIO_BALLOON_F_STOP_REASON	58
 /* The driver sends statistics unasked when the guest is short of memory */
 #define VIRTIO_BALLOON_F_PRESSURE	59
+/*
+ * The driver reports the balloon's size and the stop reason in messages of the inflate queue, and
+ * does not write their fields. Needs VIRTIO_BALLOON_F_PAGE_SETS.
+ */
+#define VIRTIO_BALLOON_F_STATUS		60
 
 /* Values of stop_reason */
 #define VIRTIO_BALLOON_STOP_REASON_NONE		0 /* It does not stop short */
@@ -37,7 +42,7 @@ struct virtio_balloon_ext_config {
 	__le32 discard_granule;
 	/*
 	 * One of VIRTIO_BALLOON_STOP_REASON_*, written by guest. Valid with
-	 * VIRTIO_BALLOON_F_STOP_REASON.
+	 * VIRTIO_BALLOON_F_STOP_REASON, and without VIRTIO_BALLOON_F_STATUS.
 	 */
 	__le32 stop_reason;
 };
@@ -152,6 +157,24 @@ struct virtio_balloon_completion {
 	__le32 flags;
 	/* The id of the request */
 	__le64 request_id;
+};
+
+/* A value of command: the message is a status */
+#define VIRTIO_BALLOON_STATUS		8
+
+/* A status. Begins like struct virtio_balloon_page_set. */
+struct virtio_balloon_status {
+	/* VIRTIO_BALLOON_STATUS */
+	__le16 command;
+	__le16 reserved;
+	/* 0 */
+	__le32 flags;
+	/* 0 */
+	__le64 request_id;
+	/* The balloon's size, as in the configuration space */
+	__le32 actual;
+	/* The stop reason, as in the configuration space; 0 without VIRTIO_BALLOON_F_STOP_REASON */
+	__le32 stop_reason;
 };
 
 #endif /* _LINUX_VIRTIO_BALLOON_EXT_H */

@@ -321,6 +321,22 @@ impl Device {
         change(&self.changes);
     }
 
+    /// Changes the driver's fields, and publishes what has changed.
+    fn change_fields(&self, change: impl FnOnce(&mut Fields)) {
+        let mut state = lock(&self.state);
+        let (size, shortfall) = (state.config.actual, state.config.shortfall());
+        change(&mut state.config);
+        let has_moved = state.config.actual != size;
+        let has_changed = has_moved || state.config.shortfall() != shortfall;
+        drop(state);
+        if has_moved {
+            lock(&self.times).moved = Some(Instant::now());
+        }
+        if has_changed {
+            self.publish(Changes::info);
+        }
+    }
+
     fn stop(&self) {
         lock(&self.work).at_work = false;
         self.running.store(false, SeqCst);

@@ -94,6 +94,7 @@ pub struct Options {
     /// Offer the extended protocol, which is not in the virtio specification
     ///
     /// page-sets describe memory as ranges and bitmaps. stop-reason tells why the guest stays below the target.
+    /// status replaces the guest's writes of the configuration space, at which QEMU aborts when this daemon was killed.
     /// host-requests ask the guest for unused memory. With pressure, which needs stats, the guest sends statistics
     /// when it is short of memory. QEMU's device then needs num_vqs=6 and config_size=24;
     /// otherwise 5 and 16 are enough.
@@ -314,7 +315,8 @@ mod tests {
                 "page-sets",
                 "host-requests",
                 "stop-reason",
-                "pressure"
+                "pressure",
+                "status"
             ]
         );
         for option in [

@@ -11,6 +11,7 @@ pub use generated::*;
 
 pub mod page_set;
 pub mod request;
+pub mod status;
 
 /// The guest's encoder, for tests only: it has the guest code's licence, GPL-2.0, and no host program
 /// contains it. It also has the guest code's format.
@@ -145,9 +146,10 @@ mod tests {
                 VIRTIO_BALLOON_F_PAGE_SETS,
                 VIRTIO_BALLOON_F_HOST_REQUESTS,
                 VIRTIO_BALLOON_F_STOP_REASON,
-                VIRTIO_BALLOON_F_PRESSURE
+                VIRTIO_BALLOON_F_PRESSURE,
+                VIRTIO_BALLOON_F_STATUS
             ],
-            [56, 57, 58, 59]
+            [56, 57, 58, 59, 60]
         );
     }
 }

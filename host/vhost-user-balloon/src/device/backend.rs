@@ -96,18 +96,7 @@ impl VhostUserBackend for Device {
         let Ok(offset) = usize::try_from(offset) else {
             return Ok(());
         };
-        let mut state = lock(&self.state);
-        let (size, shortfall) = (state.config.actual, state.config.shortfall());
-        state.config.write(offset, bytes);
-        let has_moved = state.config.actual != size;
-        let has_changed = has_moved || state.config.shortfall() != shortfall;
-        drop(state);
-        if has_moved {
-            lock(&self.times).moved = Some(Instant::now());
-        }
-        if has_changed {
-            self.publish(Changes::info);
-        }
+        self.change_fields(|fields| fields.write(offset, bytes));
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use balloon_control::Changes;
+use balloon_wire::status::Status;
 use log::{debug, error, warn};
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{Queue, QueueT};
@@ -165,13 +166,34 @@ impl Device {
 
     fn serve_kind(&self, kind: Kind, turn: &mut Turn<'_>, work: &mut Work) -> Next {
         match kind {
-            Kind::Inflate => serve_inflate(turn, work),
+            Kind::Inflate => self.serve_inflate(turn, work),
             Kind::Deflate => self.serve_deflate(turn, work),
             Kind::Stats => self.serve_stats(turn),
             Kind::Hinting => self.serve_hinting(turn, work),
             Kind::Reporting => self.serve_reporting(turn, work),
             Kind::Requests => self.serve_requests(turn, work),
         }
+    }
+
+    fn serve_inflate(&self, turn: &mut Turn<'_>, work: &mut Work) -> Next {
+        let mut inflate = Inflate {
+            memory: turn.memory,
+            balloon: &mut work.balloon,
+            told_before_use: tells_before_use(turn.acked),
+            begun: *work.taken_up.of(Kind::Inflate),
+            discarder: &mut work.discarder,
+            format: Format::of(turn.acked),
+            counters: turn.counters,
+            pages: &mut work.pages,
+            pieces: &mut work.pieces,
+        };
+        let unfinished = work.unfinished.of_mut(Kind::Inflate);
+        let next = turn.serve(&mut work.heads, unfinished, &mut inflate);
+        work.position = Some(turn.vring.get_queue().next_avail());
+        if let Some(status) = work.pages.take_status() {
+            self.change_fields(|fields| fields.set_status(status));
+        }
+        next
     }
 
     fn serve_deflate(&self, turn: &mut Turn<'_>, work: &mut Work) -> Next {
@@ -268,10 +290,10 @@ impl Device {
             work.sweep = None;
             work.taken_up = ByKind::default();
             lock(&self.hints).restart();
-            // For a driver that continues, the supervisor has sent them before.
+            // For a driver that continues, the supervisor has sent them before, or they are below.
             if !self.channel.continues() {
-                let mut state = lock(&self.state);
-                (state.config.actual, state.config.stop_reason) = (0, 0);
+                lock(&self.state).config.set_status(Status::default());
+                work.balloon.write_status_down(Status::default());
             }
             self.leave_alone();
             debug!("the guest has a driver, with an empty balloon");
@@ -281,6 +303,10 @@ impl Device {
                 self.sweep_soon(work);
             }
             debug!("the guest's driver continues");
+        }
+        let acked = self.acked.load(SeqCst);
+        if self.channel.continues() && Feature::Status.is_in(acked) {
+            lock(&self.state).config.set_status(work.balloon.status());
         }
         self.channel.started();
         self.warn_of_limit();
@@ -305,22 +331,4 @@ impl Device {
             );
         }
     }
-}
-
-fn serve_inflate(turn: &mut Turn<'_>, work: &mut Work) -> Next {
-    let mut inflate = Inflate {
-        memory: turn.memory,
-        balloon: &mut work.balloon,
-        told_before_use: tells_before_use(turn.acked),
-        begun: *work.taken_up.of(Kind::Inflate),
-        discarder: &mut work.discarder,
-        format: Format::of(turn.acked),
-        counters: turn.counters,
-        pages: &mut work.pages,
-        pieces: &mut work.pieces,
-    };
-    let unfinished = work.unfinished.of_mut(Kind::Inflate);
-    let next = turn.serve(&mut work.heads, unfinished, &mut inflate);
-    work.position = Some(turn.vring.get_queue().next_avail());
-    next
 }

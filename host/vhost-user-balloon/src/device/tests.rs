@@ -208,6 +208,41 @@ fn a_driver_that_continues_keeps_its_size() {
     }
 }
 
+/// The worker that is killed has stored the status, as the supervisor stores writes of the configuration space.
+#[test]
+fn a_status_is_known_to_the_next_worker() {
+    const STATUS: [u8; 24] = [
+        8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 4, 0, 0, 0,
+    ];
+    let fields = |device: &Device| {
+        let fields = device.state().config;
+        (fields.actual, fields.stop_reason)
+    };
+    let mut guest = GuestQueue::new();
+    guest.send(&[&STATUS]);
+    let file = memory_file(0);
+    let worker = |continues: i32, next| {
+        let device = device(&[Feature::Stats], true);
+        lock(&device.work).balloon.keep(file.try_clone().unwrap());
+        let body = [1, continues].map(i32::to_ne_bytes);
+        device.channel.set_vmm(body.as_flattened());
+        device.acked_features(Feature::PageSets.mask() | Feature::Status.mask());
+        device
+            .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+            .unwrap();
+        device.start(&mut lock(&device.work), next);
+        device
+    };
+    let first = worker(0, 0);
+    first.serve_queue(0, &guest.vrings());
+    assert_eq!(guest.used(), 1);
+    assert_eq!(fields(&first), (5, VIRTIO_BALLOON_STOP_REASON_EXCLUDED));
+    assert_eq!(fields(&worker(1, 1)), fields(&first));
+    // Another driver has another balloon.
+    assert_eq!(fields(&worker(0, 0)), (0, 0));
+    assert_eq!(fields(&worker(1, 1)), (0, 0));
+}
+
 #[test]
 fn a_balloon_is_not_at_rest_before_the_guest_was_asked() {
     // A new worker continues with a driver whose balloon is changing. The size arrives later.

@@ -12,6 +12,7 @@ use std::io;
 use std::ops::Range;
 
 use balloon_wire::BALLOON_PAGE_SIZE;
+use balloon_wire::status::Status;
 use log::error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -117,6 +118,20 @@ impl Balloon {
                 kept.update(number, words, &region.held)
             });
         self.check(result);
+    }
+
+    /// Stores the driver's report of its balloon.
+    pub fn write_status_down(&mut self, status: Status) {
+        let result = match &mut self.kept {
+            Some(kept) => kept.set_status(status),
+            None => Ok(()),
+        };
+        self.check(result);
+    }
+
+    /// The stored report.
+    pub fn status(&self) -> Status {
+        self.kept.as_ref().map(Kept::status).unwrap_or_default()
     }
 
     /// Stores the whole state.

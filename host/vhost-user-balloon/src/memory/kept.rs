@@ -12,6 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use balloon_wire::status::Status;
 use log::{error, warn};
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,9 @@ use super::hazard::Identity;
 
 /// The offset of the bitmaps. The table of regions is in front of them, with its length before it.
 const BITMAPS: u64 = 64 << 10;
+
+/// The offset of the driver's last status: its size and its stop reason, after the table.
+const STATUS: u64 = BITMAPS - 8;
 
 /// How many unchanged words are written to avoid another write.
 const GAP: u64 = 512;
@@ -44,6 +48,7 @@ pub struct Region {
 pub struct Kept {
     file: File,
     regions: Vec<Region>,
+    status: Status,
 }
 
 impl Kept {
@@ -51,7 +56,28 @@ impl Kept {
     pub fn new(file: File) -> Self {
         // An invalid one was not finished, or is empty.
         let regions = read_regions(&file).unwrap_or_default();
-        Self { file, regions }
+        let status = read_status(&file).unwrap_or_default();
+        Self {
+            file,
+            regions,
+            status,
+        }
+    }
+
+    /// The driver's last status.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Writes the driver's status to the file.
+    pub fn set_status(&mut self, status: Status) -> io::Result<()> {
+        self.status = status;
+        // A file without a table is empty, and stays so until there is one.
+        if self.regions.is_empty() {
+            return Ok(());
+        }
+        let fields = [status.actual, status.stop_reason].map(u32::to_ne_bytes);
+        self.file.write_all_at(fields.as_flattened(), STATUS)
     }
 
     /// The regions in the file, and the bitmap of each.
@@ -93,11 +119,15 @@ impl Kept {
         }
         let table = serde_json::to_vec(&self.regions)?;
         let length = table.len() as u64;
-        if length > BITMAPS - 8 {
+        if length > STATUS - 8 {
             return Err(io::Error::other("there are too many regions of memory"));
         }
         self.file.set_len(end)?;
         self.file.write_all_at(&table, 8)?;
+        // The file already has zeroes.
+        if self.status != Status::default() {
+            self.set_status(self.status)?;
+        }
         self.file.write_all_at(&length.to_ne_bytes(), 0)
     }
 
@@ -143,6 +173,19 @@ pub fn give_up(file: &File, error: &io::Error) {
     if let Err(error) = file.set_len(0) {
         error!("cannot empty the file with the balloon's state: {error}; restart the VM");
     }
+}
+
+fn read_status(file: &File) -> Option<Status> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, STATUS).ok()?;
+    let number = |at| {
+        let field = bytes.get(at..).and_then(<[u8]>::first_chunk);
+        field.map(|field| u32::from_ne_bytes(*field))
+    };
+    Some(Status {
+        actual: number(0)?,
+        stop_reason: number(4)?,
+    })
 }
 
 fn read_regions(file: &File) -> Option<Vec<Region>> {
@@ -193,6 +236,24 @@ mod tests {
 
         kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
         assert_eq!(open().load().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn another_process_finds_the_status() {
+        let file = memory_file(0);
+        let open = || Kept::new(file.try_clone().unwrap());
+        let status = Status {
+            actual: 7,
+            stop_reason: 2,
+        };
+        let mut kept = open();
+        kept.set_status(status).unwrap();
+        assert_eq!(open().status(), Status::default());
+        // Other memory does not change it.
+        kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
+        assert_eq!(open().status(), status);
+        kept.set_status(Status::default()).unwrap();
+        assert_eq!(open().status(), Status::default());
     }
 
     #[test]

@@ -72,6 +72,9 @@ impl Receiver for Inflate<'_> {
         }
         if progress == Progress::Done {
             self.balloon.write_down(self.pages.ranges());
+            if let Some(status) = self.pages.status() {
+                self.balloon.write_status_down(status);
+            }
         }
         self.pages.clear();
         if progress == Progress::Done && !self.told_before_use {

@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use balloon_wire::page_set::{self, Command, Encoding, PageSet};
+use balloon_wire::status::Status;
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_PFN_SHIFT};
 use log::debug;
 use vm_memory::GuestMemoryMmap;
@@ -60,6 +61,16 @@ impl Format {
     }
 }
 
+/// What a message is.
+enum Content {
+    /// An array of page frame numbers.
+    Pfns,
+    /// A page set.
+    PageSet(Encoding),
+    /// The balloon's status.
+    Status,
+}
+
 /// The pages of a batch of messages. Batches reuse the space.
 #[derive(Debug, Default)]
 pub struct Pages {
@@ -70,6 +81,8 @@ pub struct Pages {
     bytes: Vec<u8>,
     /// How many bytes were read for this batch.
     read: usize,
+    /// The last status in messages, until [`Pages::take_status`].
+    status: Option<Status>,
 }
 
 impl Pages {
@@ -86,17 +99,21 @@ impl Pages {
     ) -> bool {
         self.bytes.clear();
         let read = read(memory, chain, format.limit(), &mut self.bytes);
-        let encoding = read.and_then(|()| match format {
-            Format::Pfns => self.add_pfns().map(|()| None),
-            Format::PageSets => self.add_page_set(queue).map(Some),
+        let content = read.and_then(|()| match format {
+            Format::Pfns => self.add_pfns(),
+            Format::PageSets if queue == Kind::Inflate && Status::is_in(&self.bytes) => {
+                self.add_status()
+            }
+            Format::PageSets => self.add_page_set(queue),
         });
         if !again {
             if let Some(received) = counters.received.get(queue as usize) {
                 received.add(self.bytes.len() as u64);
             }
-            match encoding {
-                Ok(None) => counters.pfns.add(1),
-                Ok(Some(encoding)) => counters.page_set(encoding),
+            match content {
+                Ok(Content::Pfns) => counters.pfns.add(1),
+                Ok(Content::PageSet(encoding)) => counters.page_set(encoding),
+                Ok(Content::Status) => {}
                 Err(reason) => counters.refuse(reason),
             }
         }
@@ -105,7 +122,7 @@ impl Pages {
     }
 
     /// Adds the pages of an array of page frame numbers.
-    fn add_pfns(&mut self) -> Result<(), Refusal> {
+    fn add_pfns(&mut self) -> Result<Content, Refusal> {
         let pfns = self.bytes.chunks_exact(PFN);
         if self.bytes.is_empty() || !pfns.remainder().is_empty() {
             return Err(Refusal::Truncated);
@@ -119,11 +136,20 @@ impl Pages {
                 _ => self.ranges.push(page..page + 1),
             }
         }
-        Ok(())
+        Ok(Content::Pfns)
+    }
+
+    fn add_status(&mut self) -> Result<Content, Refusal> {
+        let status = Status::parse(&self.bytes).map_err(|error| {
+            debug!("a status is malformed: {error}");
+            Refusal::Malformed
+        })?;
+        self.status = Some(status);
+        Ok(Content::Status)
     }
 
     /// Adds the pages of a page set.
-    fn add_page_set(&mut self, queue: Kind) -> Result<Encoding, Refusal> {
+    fn add_page_set(&mut self, queue: Kind) -> Result<Content, Refusal> {
         let set = PageSet::parse(&self.bytes).map_err(|error| {
             debug!("a page set is malformed: {error}");
             Refusal::Malformed
@@ -138,7 +164,7 @@ impl Pages {
         let ranges = set.ranges();
         self.ranges
             .extend(ranges.map(|range| range.start << shift..range.end << shift));
-        Ok(encoding)
+        Ok(Content::PageSet(encoding))
     }
 
     /// Sorts them, merges adjacent ones, and removes pages outside of these sorted ranges of memory. Returns
@@ -186,7 +212,17 @@ impl Pages {
         })
     }
 
-    /// Removes all.
+    /// The last status in the messages of this and earlier batches.
+    pub fn status(&self) -> Option<Status> {
+        self.status
+    }
+
+    /// The same, once.
+    pub fn take_status(&mut self) -> Option<Status> {
+        self.status.take()
+    }
+
+    /// Removes all pages.
     pub fn clear(&mut self) {
         self.ranges.clear();
         self.read = 0;

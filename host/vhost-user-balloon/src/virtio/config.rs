@@ -3,6 +3,7 @@
 //! The configuration space (specification, clause 5.5.4).
 
 use balloon_control::Shortfall;
+use balloon_wire::status::Status;
 use balloon_wire::{
     BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_AFTER_OOM, VIRTIO_BALLOON_STOP_REASON_EXCLUDED,
     VIRTIO_BALLOON_STOP_REASON_FLOOR, VIRTIO_BALLOON_STOP_REASON_NO_MEMORY, config,
@@ -74,6 +75,11 @@ impl Fields {
                 *field = u32::from_le_bytes(*value);
             }
         }
+    }
+
+    /// Sets what the driver has reported in a message.
+    pub fn set_status(&mut self, status: Status) {
+        (self.actual, self.stop_reason) = (status.actual, status.stop_reason);
     }
 
     /// The guest's stop reason, if it has one.

@@ -8,7 +8,7 @@ use balloon_wire::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
     VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON,
     VIRTIO_BALLOON_F_PAGE_SETS, VIRTIO_BALLOON_F_PRESSURE, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STOP_REASON, config,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_STATUS, VIRTIO_BALLOON_F_STOP_REASON, config,
 };
 use clap::ValueEnum;
 use strum::VariantArray;
@@ -45,6 +45,9 @@ pub enum Feature {
     /// The guest sends statistics unasked when it is short of memory; an extension.
     #[value(skip)]
     Pressure,
+    /// The guest reports its size and its stop reason in messages; an extension.
+    #[value(skip)]
+    Status,
 }
 
 impl Feature {
@@ -65,6 +68,7 @@ impl Feature {
             Self::HostRequests => VIRTIO_BALLOON_F_HOST_REQUESTS,
             Self::StopReason => VIRTIO_BALLOON_F_STOP_REASON,
             Self::Pressure => VIRTIO_BALLOON_F_PRESSURE,
+            Self::Status => VIRTIO_BALLOON_F_STATUS,
         }
     }
 
@@ -94,6 +98,7 @@ impl fmt::Display for Feature {
             Self::HostRequests => "host-requests",
             Self::StopReason => "stop-reason",
             Self::Pressure => "pressure",
+            Self::Status => "status",
         })
     }
 }
@@ -161,7 +166,7 @@ mod tests {
         assert_eq!(names(offer(&[Feature::Stats], false)), ["stats"]);
         assert_eq!(
             names(offer(&[], true)),
-            ["page-sets", "host-requests", "stop-reason"]
+            ["page-sets", "host-requests", "stop-reason", "status"]
         );
         assert_eq!(
             names(offer(&[Feature::Stats], true)),
@@ -170,7 +175,8 @@ mod tests {
                 "page-sets",
                 "host-requests",
                 "stop-reason",
-                "pressure"
+                "pressure",
+                "status"
             ]
         );
     }

@@ -104,6 +104,7 @@ impl Message {
 struct Machine {
     queue: GuestQueue,
     balloon: Balloon,
+    pages: Pages,
     told_before_use: bool,
     /// How long a buffer is at most, in bytes.
     cut: usize,
@@ -120,6 +121,7 @@ impl Machine {
         Self {
             queue,
             balloon,
+            pages: Pages::default(),
             told_before_use,
             cut: 4096,
         }
@@ -136,7 +138,7 @@ impl Machine {
         }
         let counters = Counters::default();
         let (memory, balloon) = (&self.queue.memory, &mut self.balloon);
-        let (pages, pieces) = (&mut Pages::default(), &mut Pieces::default());
+        let (pages, pieces) = (&mut self.pages, &mut Pieces::default());
         match kind {
             Kind::Inflate => finish(
                 &self.queue,
@@ -322,6 +324,29 @@ fn nothing_is_done_for_malformed_messages() {
     machine.inflate(&[Message::range(0x200..0x201)]);
     let counters = machine.deflate(&[Message::range(0x200..0x201)]);
     assert_eq!(counters.refused(Refusal::Malformed), 1);
+    assert_eq!(machine.empty(), [0x200].into());
+}
+
+#[test]
+fn a_status_is_for_the_inflate_queue_only() {
+    let status = |length| {
+        let mut bytes = vec![0; length];
+        (bytes[0], bytes[16]) = (8, 5);
+        bytes
+    };
+    let mut machine = Machine::new(4096, true);
+    let page = Message::range(0x200..0x201).bytes();
+    let counters = machine.send(
+        Format::PageSets,
+        Kind::Inflate,
+        &[status(24), page, status(25)],
+    );
+    assert_eq!(counters.refused(Refusal::Malformed), 1);
+    let read = machine.pages.take_status();
+    assert_eq!(read.map(|status| status.actual), Some(5));
+    let counters = machine.send(Format::PageSets, Kind::Deflate, &[status(24)]);
+    assert_eq!(counters.refused(Refusal::Malformed), 1);
+    assert_eq!(machine.pages.take_status(), None);
     assert_eq!(machine.empty(), [0x200].into());
 }
 
