@@ -3,19 +3,24 @@
 //! The balloon's fields of the configuration space: the target, the size and the stop reason.
 //!
 //! An access costs a VM exit, and QEMU may abort on it if the device is gone (docs/reliability.md).
-//! So the fields are read and written only when they may have changed.
+//! So the fields are read and written only when they may have changed. To a device that accepts
+//! them in messages, the driver sends the size and the stop reason instead.
 
 #![forbid(unsafe_code)]
 
 use crate::{
     balloon::policy::stop_reason::StopReason,
     device::timeouts,
-    messages::balloon_page,
+    messages::{
+        balloon_page,
+        message::MessageQueue, //
+    },
     rust::{
         virtio,
         virtio_balloon::{
             self,
             stop_reason,
+            Status,
             STOP_REASON, //
         }, //
     }, //
@@ -39,7 +44,9 @@ pub(super) struct ConfigSpace {
     actual: Option<u32>,
     /// The stop reason as a number of the protocol; none if the device has no such field.
     reason: Option<u32>,
-    /// When a field was read or written last.
+    /// Whether the device accepts the size and the stop reason in messages.
+    has_messages: bool,
+    /// When a field was read, written or sent last.
     accessed: Instant<Monotonic>,
 }
 
@@ -58,6 +65,7 @@ impl ConfigSpace {
             reason: dev
                 .has_feature(virtio_balloon::F_STOP_REASON)
                 .then_some(stop_reason::NONE),
+            has_messages: dev.has_feature(virtio_balloon::F_STATUS),
             accessed: Instant::now(),
         })
     }
@@ -84,25 +92,57 @@ impl ConfigSpace {
         self.accessed.elapsed() > timeouts::REPORT_INTERVAL
     }
 
+    /// Returns whether the size and the stop reason may be reported at any time. Otherwise they may
+    /// only when the device has just responded.
+    pub(super) fn may_always_report(&self) -> bool {
+        self.has_messages
+    }
+
     /// Reports the balloon's size in kernel pages, and why it is below the target, if they have
-    /// changed. For when the device has just responded.
+    /// changed. A message, if the device accepts one, goes to the queue `inflate`. If there is no
+    /// room for it, the next call sends it.
     ///
     /// # Errors
     ///
     /// `ENODEV` if the device is gone.
-    pub(super) fn report(&mut self, size: usize, reason: Option<StopReason>) -> Result {
+    pub(super) fn report<M>(
+        &mut self,
+        size: usize,
+        reason: Option<StopReason>,
+        inflate: &mut MessageQueue<M>,
+    ) -> Result {
         let actual = balloon_page::balloon_pages(size);
+        let reason = self.reason.map(|_| StopReason::value(reason));
 
+        if self.has_messages {
+            self.send(actual, reason, inflate);
+        } else {
+            self.write(actual, reason)?;
+        }
+        self.accessed = Instant::now();
+        Ok(())
+    }
+
+    fn send<M>(&mut self, actual: u32, reason: Option<u32>, inflate: &mut MessageQueue<M>) {
+        if (self.actual, self.reason) == (Some(actual), reason) {
+            return;
+        }
+
+        let status = Status::new(actual, reason.unwrap_or(stop_reason::NONE));
+        if inflate.send_status(&status).is_ok() {
+            (self.actual, self.reason) = (Some(actual), reason);
+        }
+    }
+
+    fn write(&mut self, actual: u32, reason: Option<u32>) -> Result {
         if self.actual != Some(actual) {
             self.config.write_le32(virtio_balloon::ACTUAL, actual)?;
             self.actual = Some(actual);
         }
-        let reason = StopReason::value(reason);
-        if self.reason.is_some_and(|reported| reported != reason) {
-            self.config.write_le32(STOP_REASON, reason)?;
-            self.reason = Some(reason);
+        if let Some(changed) = reason.filter(|_| self.reason != reason) {
+            self.config.write_le32(STOP_REASON, changed)?;
+            self.reason = reason;
         }
-        self.accessed = Instant::now();
         Ok(())
     }
 }

@@ -62,7 +62,8 @@ impl Balloon {
         let target = self.target(worker);
         let step = self.step(worker, target);
         let is_there = step == Step::Rest && !self.is_changing(worker);
-        if found.is_alive && (is_there || worker.config.is_report_due()) {
+        let may_report = found.is_alive || worker.config.may_always_report();
+        if may_report && (is_there || worker.config.is_report_due()) {
             self.report(worker, step)?;
         }
 
@@ -75,7 +76,7 @@ impl Balloon {
         self.announce(self.stop_reason(worker, step));
         // The size is reported when the device has acknowledged the messages of this run.
         let is_quiet = !self.is_changing(worker) && !self.deflate.lock().is_pending();
-        if is_quiet && (found.is_alive || found.target_read) {
+        if is_quiet && (may_report || found.target_read) {
             self.report(worker, step)?;
         }
 
@@ -85,6 +86,7 @@ impl Balloon {
             deflate::send_backlog(&self.deflate);
             migration_reports::send(self.migrations(), &mut worker.inflate, &self.deflate);
         }
+        worker.inflate.queue.notify();
 
         // The next run takes buffers that were used in the meantime.
         if !worker.inflate.queue.enable_callback_delayed()

@@ -370,11 +370,14 @@ impl Balloon {
     }
 
     /// Reports the balloon's size, and the stop reason with `step`, if they have changed. For when
-    /// the device has just responded.
+    /// the device has just responded, or accepts messages.
     pub(super) fn report(&self, worker: &mut Worker, step: Step) -> Result {
         let reason = self.stop_reason(worker, step);
+        let Worker {
+            config, inflate, ..
+        } = worker;
 
-        worker.config.report(self.size(), reason)
+        config.report(self.size(), reason, &mut inflate.queue)
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
             F_PRESSURE,
             F_REPORTING,
             F_STATS_VQ,
+            F_STATUS,
             KNOWN, //
         }, //
     }, //
@@ -63,6 +64,10 @@ pub(crate) fn validate(features: &mut virtio::Negotiation<'_>, parameters: &Para
     }
     if !parameters.wire_format.has_page_sets() {
         features.clear(F_PAGE_SETS);
+    }
+    // A status has the form of a page set.
+    if !features.has(F_PAGE_SETS) {
+        features.clear(F_STATUS);
     }
     if !features.has(FeatureBit::VERSION_1) {
         KNOWN

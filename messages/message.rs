@@ -34,6 +34,7 @@ use crate::{
         },
         virtio_balloon::{
             page_set,
+            Status,
             F_PAGE_SETS, //
         }, //
     }, //
@@ -129,6 +130,16 @@ impl Message {
                 page_sets::write(words, command.in_page_set(), 0, *allowed, ranges).map(|_| ())
             }
         }
+    }
+
+    fn write_status(&mut self, status: &Status) -> Result {
+        let Self::Right((words, _)) = self else {
+            return Err(EINVAL);
+        };
+
+        words.resize(size_of::<Status>() / page_sets::WORD, 0, GFP_NOWAIT)?;
+        page_sets::put(words, status);
+        Ok(())
     }
 
     fn clear(&mut self) {
@@ -357,6 +368,23 @@ impl<M> MessageQueue<M> {
             Err(Pages::List(list)) => Err((list, EAGAIN)),
             _ => Ok(pages),
         }
+    }
+
+    /// Sends a message with the balloon's status.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if messages are no page sets, `ENOMEM`, or `EAGAIN` if the queue is full or the
+    /// device gone.
+    pub(crate) fn send_status(&mut self, status: &Status) -> Result {
+        let mut message = self.empty()?;
+
+        if let Err(error) = message.write_status(status) {
+            self.keep(message);
+            return Err(error);
+        }
+        self.send(message, Pages::List(PageList::new()))
+            .map_err(|_| EAGAIN)
     }
 
     /// Sends a message about one page of each of `migrations`, which `pfn` returns.

@@ -75,6 +75,8 @@ features! {
     F_PRESSURE = VIRTIO_BALLOON_F_PRESSURE, "pressure notices", None, true;
     /// The device accepts page sets instead of arrays of page frame numbers.
     F_PAGE_SETS = VIRTIO_BALLOON_F_PAGE_SETS, "page sets", None, true;
+    /// The device accepts the size and the stop reason in messages.
+    F_STATUS = VIRTIO_BALLOON_F_STATUS, "status messages", None, true;
     /// The device sends host requests.
     F_HOST_REQUESTS = VIRTIO_BALLOON_F_HOST_REQUESTS, "host requests", None, true;
 }
@@ -138,6 +140,26 @@ pub(crate) use bindings::virtio_balloon_completion as Completion;
 
 // SAFETY: The struct consists of integers, and has no padding.
 unsafe impl AsBytes for Completion {}
+
+/// The balloon's size and stop reason. Little-endian.
+pub(crate) use bindings::virtio_balloon_status as Status;
+
+impl Status {
+    /// Makes the status of a balloon of `actual` balloon pages, with one of [`stop_reason`].
+    pub(crate) fn new(actual: u32, stop_reason: u32) -> Self {
+        Self {
+            command: (bindings::VIRTIO_BALLOON_STATUS as u16).to_le(),
+            reserved: 0,
+            flags: 0,
+            request_id: 0,
+            actual: actual.to_le(),
+            stop_reason: stop_reason.to_le(),
+        }
+    }
+}
+
+// SAFETY: The struct consists of integers, and has no padding.
+unsafe impl AsBytes for Status {}
 
 /// The values of the fields of a [`Request`] and of a [`Completion`].
 pub(crate) mod request {

@@ -50,6 +50,7 @@ use crate::{
             F_PAGE_SETS,
             F_REPORTING,
             F_STATS_VQ,
+            F_STATUS,
             F_STOP_REASON,
             NUM_PAGES,
             PFN_SHIFT,
@@ -575,6 +576,35 @@ fn stop(reason: u32) -> Result<u32> {
         Ok(device.field(ACTUAL) == 0)
     })?;
     Ok(device.field(STOP_REASON))
+}
+
+/// Returns the size and the stop reason in `request`, if it is a status.
+fn status(request: &Request) -> Option<(u32, u32)> {
+    const COMMAND: u16 = 8;
+    let words: &[u16; 12] = request.words.as_slice().try_into().ok()?;
+    let number = |at: usize| {
+        u32::from(u16::from_le(words[at])) | u32::from(u16::from_le(words[at + 1])) << 16
+    };
+
+    (u16::from_le(words[0]) == COMMAND && words[1..8].iter().all(|&word| word == 0))
+        .then(|| (number(8), number(10)))
+}
+
+/// Uses the messages of both queues until the last status has the size `size`, in balloon pages,
+/// and the stop reason `reason`.
+fn until_status(device: &FakeDevice, size: Option<u32>, reason: u32) -> Result {
+    let mut last = None;
+
+    eventually(|| {
+        for queue in [INFLATE, DEFLATE] {
+            while let Some(request) = device.next(queue)? {
+                last = status(&request).or(last);
+                device.answer(queue, &request, 0)?;
+            }
+            device.interrupt(queue)?;
+        }
+        Ok(last.is_some_and(|last| size.is_none_or(|size| size == last.0) && last.1 == reason))
+    })
 }
 
 /// When the kernel has begun to report: it starts two seconds after the registration.
@@ -1156,6 +1186,31 @@ mod tests {
     #[test]
     fn a_device_with_stop_reasons_gets_them() {
         assert_eq!(stop(stop_reason::FLOOR), Ok(stop_reason::NONE));
+    }
+
+    #[test]
+    fn the_status_comes_in_messages() -> Result {
+        let device =
+            FakeDevice::new(&[FeatureBit::VERSION_1, F_PAGE_SETS, F_STOP_REASON, F_STATUS])?;
+
+        until_status(&device, Some(0), stop_reason::NONE)?;
+        device.change(NUM_PAGES, MESSAGE);
+        until_status(&device, Some(MESSAGE), stop_reason::NONE)?;
+        device.change(NUM_PAGES, u32::MAX);
+        until_status(&device, None, stop_reason::FLOOR)?;
+        device.change(NUM_PAGES, 0);
+        until_status(&device, Some(0), stop_reason::NONE)?;
+
+        assert_eq!(device.accesses().1, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_status_needs_page_sets() -> Result {
+        let mut host = Host::new(&[FeatureBit::VERSION_1, F_STATUS])?;
+
+        assert!(!host.device.has_feature(F_STATUS));
+        host.resize(MESSAGE, MESSAGE)
     }
 
     #[test]
