@@ -13,7 +13,7 @@ use std::thread::available_parallelism;
 use anyhow::{Context, Error, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
-use vm::{Architecture, Kernel};
+use vm::Kernel;
 
 use crate::places::Places;
 use crate::progress::Phase;
@@ -32,10 +32,9 @@ pub(crate) struct Tree {
 impl Tree {
     /// The image that a guest boots.
     pub(crate) fn image(&self) -> PathBuf {
-        self.path.join(match self.kernel.architecture() {
-            Architecture::X86_64 => "arch/x86/boot/bzImage",
-            Architecture::Arm64 => "arch/arm64/boot/Image",
-        })
+        let foreign = self.kernel.foreign();
+        self.path
+            .join(foreign.map_or("arch/x86/boot/bzImage", |architecture| architecture.image))
     }
 
     /// A make in this tree, with the kernel's compiler.
@@ -49,22 +48,23 @@ impl Tree {
     }
 }
 
-/// The compiler, as a make variable. The kernel allows Rust with KASAN for clang only. With clang, KCSAN can instrument
+/// The compiler, as make variables. The kernel allows Rust with KASAN for clang only. With clang, KCSAN can instrument
 /// Rust in the same way as C. And clang also compiles for other architectures.
-fn toolchain(kernel: Kernel) -> &'static [&'static str] {
-    match kernel {
-        Kernel::Test | Kernel::Debian | Kernel::Latency => &[],
-        Kernel::Debug | Kernel::Kcsan => &["LLVM=1"],
-        Kernel::Arm64 | Kernel::Arm64Pages64k => &["LLVM=1", "ARCH=arm64"],
+fn toolchain(kernel: Kernel) -> Vec<String> {
+    let clang = "LLVM=1".to_owned();
+    match (kernel, kernel.foreign()) {
+        (_, Some(architecture)) => vec![clang, format!("ARCH={}", architecture.linux)],
+        (Kernel::Debug | Kernel::Kcsan, None) => vec![clang],
+        _ => Vec::new(),
     }
 }
 
 /// How many lines make prints for a whole build, for the progress bar.
 fn build_lines(kernel: Kernel) -> u64 {
-    match kernel {
-        Kernel::Debug => 1720,
-        Kernel::Arm64 | Kernel::Arm64Pages64k => 1590,
-        _ => 1700,
+    match kernel.foreign() {
+        Some(_) => 1590,
+        None if kernel == Kernel::Debug => 1720,
+        None => 1700,
     }
 }
 
@@ -192,16 +192,21 @@ fn is_disk_full(error: &Error) -> bool {
     cause.is_some_and(|error| error.kind() == ErrorKind::StorageFull)
 }
 
+/// The kernel's configuration. Later lines have the last word.
 fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
-    let read = |name: &str| {
-        let path = places.checkout.join("guest/kernel").join(name);
+    let mut names = vec!["common"];
+    if let Some(architecture) = kernel.foreign() {
+        names.extend(["foreign", architecture.name]);
+    }
+    if !names.contains(&kernel.name()) {
+        names.push(kernel.name());
+    }
+    let read = |name| {
+        let directory = places.checkout.join("guest/kernel");
+        let path = directory.join(format!("{name}.config"));
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     };
-    let mut fragments = read("common.config")?;
-    if kernel == Kernel::Arm64Pages64k {
-        fragments += &read("arm64.config")?;
-    }
-    Ok(fragments + &read(&format!("{kernel}.config"))?)
+    names.into_iter().map(read).collect()
 }
 
 /// A key that differs between kernels that are built differently.

@@ -8,7 +8,6 @@ use anyhow::Result;
 use clap::Parser;
 use vm::Device;
 
-mod arm64;
 mod bench;
 mod check;
 mod cli;
@@ -18,6 +17,7 @@ mod debian;
 mod demo;
 mod demo_auto;
 mod descendants;
+mod foreign;
 mod fuzz;
 mod host_tests;
 mod in_tree;

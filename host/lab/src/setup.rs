@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::Result;
-use vm::{Architecture, Artifacts, Coverage, Driver, Kernel};
+use vm::{Artifacts, Coverage, Driver, Kernel};
 
 use crate::kernel::Tree;
 use crate::places::Places;
 use crate::platform::Platform;
-use crate::{arm64, debian, initramfs, kernel, module};
+use crate::{debian, foreign, initramfs, kernel, module};
 
 /// Builds a kernel, the drivers for it and an initramfs, unless they exist.
 pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
@@ -62,9 +62,9 @@ fn artifacts(
 ) -> Result<Artifacts> {
     // guest/lab has put them all there.
     let tools = env::current_exe()?.with_file_name("");
-    let platform = match kernel.architecture() {
-        Architecture::X86_64 => Platform::of_build_root(&tools),
-        Architecture::Arm64 => arm64::prepare(places, &tools)?,
+    let platform = match kernel.foreign() {
+        None => Platform::of_build_root(&tools),
+        Some(architecture) => foreign::prepare(places, architecture, &tools)?,
     };
     let initramfs = match coverage {
         None => "initramfs.cpio",

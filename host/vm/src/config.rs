@@ -13,7 +13,7 @@ use crate::container::System;
 use crate::coverage::Coverage;
 use crate::daemon::Daemon;
 use crate::device::{Device, Offer};
-use crate::machine::{Accel, Architecture, Kernel, Machine, MemoryBackend};
+use crate::machine::{Accel, Kernel, Machine, MemoryBackend};
 use crate::size::Size;
 use crate::write_log::WriteLog;
 
@@ -49,8 +49,8 @@ enum Balloon {
     Other(Option<String>),
 }
 
-/// The configuration of a guest. The default is a q35 machine, or for arm64 a virt machine, with two processors, 1 GiB
-/// of memory and QEMU's balloon on PCI with the id `balloon0`.
+/// The configuration of a guest. The default is a q35 machine, or the board of another architecture, with two processors,
+/// 1 GiB of memory and QEMU's balloon on PCI with the id `balloon0`.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub(crate) artifacts: Artifacts,
@@ -96,10 +96,10 @@ impl Config {
             accel: Accel::detect(),
             backend: MemoryBackend::Anonymous,
             memory_file: None,
-            machine: match artifacts.kernel.architecture() {
-                Architecture::X86_64 => Machine::Q35,
-                Architecture::Arm64 => Machine::Virt,
-            },
+            machine: artifacts
+                .kernel
+                .foreign()
+                .map_or(Machine::Q35, Machine::Foreign),
             cpus: 2,
             nodes: 1,
             parameters: Vec::new(),

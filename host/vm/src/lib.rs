@@ -27,6 +27,7 @@
 //! Targets are sizes of the balloon. (QEMU's own commands count the memory that the guest keeps.)
 
 mod agent;
+mod architecture;
 mod balloon;
 mod config;
 mod console;
@@ -65,6 +66,7 @@ mod write_log;
 pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output, PageFlag};
 
 pub use crate::agent::Pending;
+pub use crate::architecture::Architecture;
 pub use crate::balloon::Balloon;
 pub use crate::config::{Artifacts, Config};
 pub use crate::console::{Console, Mark};
@@ -82,7 +84,7 @@ pub use crate::guest::system::GuestSystem;
 pub use crate::guest::{Guest, run, run_and_kill};
 pub use crate::hostile::{Hostile, Link};
 pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
-pub use crate::machine::{Accel, Architecture, Kernel, Machine, MemoryBackend};
+pub use crate::machine::{Accel, Kernel, Machine, MemoryBackend};
 pub use crate::manager::Manager;
 pub use crate::memory_file::MemoryFile;
 pub use crate::migration::{Migration, Transfer};

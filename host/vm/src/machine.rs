@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The kernel, architecture and board of a guest.
+//! The kernel and board of a guest.
 
 use std::fs;
 use std::path::Path;
 
 use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
+use crate::architecture::{ARM64, Architecture};
 use crate::size::Size;
 
 /// The guests' kernels.
@@ -40,13 +41,11 @@ impl Kernel {
         self.into()
     }
 
-    /// Its architecture.
-    pub fn architecture(self) -> Architecture {
+    /// Its architecture, unless that is the host's.
+    pub fn foreign(self) -> Option<&'static Architecture> {
         match self {
-            Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => {
-                Architecture::X86_64
-            }
-            Self::Arm64 | Self::Arm64Pages64k => Architecture::Arm64,
+            Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => None,
+            Self::Arm64 | Self::Arm64Pages64k => Some(&ARM64),
         }
     }
 
@@ -62,15 +61,6 @@ impl Kernel {
     pub fn is_slow(self) -> bool {
         matches!(self, Self::Debug | Self::Kcsan)
     }
-}
-
-/// An architecture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Architecture {
-    /// The host's architecture.
-    X86_64,
-    /// An architecture that QEMU emulates.
-    Arm64,
 }
 
 /// The accelerator.
@@ -118,8 +108,8 @@ pub enum Machine {
     I440fx,
     /// A machine without PCI, whose virtio devices, the balloon too, are on virtio-mmio.
     Microvm,
-    /// QEMU's own board for arm64, with PCI Express and without ACPI.
-    Virt,
+    /// The board of another architecture, with PCI Express and without ACPI.
+    Foreign(&'static Architecture),
 }
 
 /// The backend of the guest's memory in the host.

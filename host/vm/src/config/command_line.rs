@@ -7,8 +7,9 @@ use std::path::Path;
 use agent::PORT;
 
 use super::{Balloon, Config};
+use crate::architecture::Architecture;
 use crate::device::vhost_user_balloon;
-use crate::machine::{Accel, Architecture, Machine, MemoryBackend};
+use crate::machine::{Accel, Machine, MemoryBackend};
 use crate::time_stamp_counter;
 
 /// The child's file descriptors of the machine protocol and of the agent's port.
@@ -53,7 +54,7 @@ impl Config {
             // The kernel calibrates its clock with the timer, and probes for the timer only without
             // ACPI.
             Machine::Microvm => "microvm,acpi=off,pit=on,rtc=on",
-            Machine::Virt => "virt",
+            Machine::Foreign(architecture) => architecture.machine,
         };
         let mut machine = format!("{machine},accel={}", self.accelerator().name());
         let backend = self.memory_backend(has_daemon);
@@ -77,12 +78,14 @@ impl Config {
         options.add("-run-with", "exit-with-parent=on");
     }
 
+    /// The guest's architecture, unless that is the host's.
+    fn foreign(&self) -> Option<&'static Architecture> {
+        self.artifacts.kernel.foreign()
+    }
+
     /// The accelerator for the guest's architecture.
     fn accelerator(&self) -> Accel {
-        match self.artifacts.kernel.architecture() {
-            Architecture::X86_64 => self.accel,
-            Architecture::Arm64 => Accel::Tcg,
-        }
+        self.foreign().map_or(self.accel, |_| Accel::Tcg)
     }
 
     /// The memory backend's type with its properties, if it is not QEMU's default.
@@ -113,10 +116,16 @@ impl Config {
     }
 
     fn kernel_parameters(&self) -> String {
-        let mut parameters = vec!["panic=-1", "sysctl.kernel.hung_task_timeout_secs=30"];
-        let architecture = self.artifacts.kernel.architecture();
-        parameters.extend_from_slice(match architecture {
-            Architecture::X86_64 => &[
+        let foreign = self.foreign();
+        let console = foreign.map_or("ttyS0", |architecture| architecture.console);
+        let console = format!("console={console}");
+        let mut parameters = vec![
+            "panic=-1",
+            "sysctl.kernel.hung_task_timeout_secs=30",
+            &console,
+        ];
+        if foreign.is_none() {
+            parameters.extend([
                 // With five levels of page tables, which QEMU's own processor supports, KASAN reports a fault
                 // if an interrupt arrives while the kernel identifies the processor.
                 "no5lvl",
@@ -127,19 +136,17 @@ impl Config {
                 // the current clocksource. Early during boot that is jiffies. Jiffies stop while both processors have
                 // interrupts off: the other processor is in stop_machine().
                 "tsc=nowatchdog",
-                "console=ttyS0",
                 // The way to end a machine without ACPI and without a keyboard controller.
                 "reboot=triple",
-            ],
-            Architecture::Arm64 => &["console=ttyAMA0"],
-        });
+            ]);
+        }
         if !self.zeroing {
             parameters.push("init_on_alloc=0");
         }
         // On a busy machine the kernel calibrates the counter with a timer whose interrupts are late. It then
         // calculates a fraction of the right frequency, and its clock runs several times too fast.
-        let frequency = match (architecture, self.accelerator()) {
-            (Architecture::X86_64, Accel::Tcg) => time_stamp_counter::khz(),
+        let frequency = match (foreign, self.accelerator()) {
+            (None, Accel::Tcg) => time_stamp_counter::khz(),
             _ => None,
         };
         let frequency = frequency.map(|khz| format!("tsc_early_khz={khz}"));
@@ -190,7 +197,7 @@ impl Config {
     /// The suffix of the machine's virtio device names.
     fn bus(&self) -> &'static str {
         match self.machine {
-            Machine::Q35 | Machine::I440fx | Machine::Virt => "pci",
+            Machine::Q35 | Machine::I440fx | Machine::Foreign(_) => "pci",
             Machine::Microvm => "device",
         }
     }
@@ -281,6 +288,7 @@ mod tests {
             .join(" ");
         assert!(line.contains("-machine virt,accel=tcg "), "{line}");
         assert!(line.contains("console=ttyAMA0"), "{line}");
+        assert!(!line.contains("reboot=triple"), "{line}");
         assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
     }
 

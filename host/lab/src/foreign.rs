@@ -12,22 +12,26 @@ use std::process::Command;
 
 use anyhow::Result;
 use sha2::{Digest, Sha256};
+use vm::Architecture;
 
 use crate::kernel::{lock, package_version};
 use crate::places::Places;
 use crate::platform::Platform;
 use crate::progress::Phase;
 
-const TARGET: &str = "aarch64-unknown-linux-gnu";
-
-/// Unpacks packages into `$1/root`. The package manager's own state does not change: the build root stays
-/// without the other architecture.
+/// Unpacks packages into `$1/root`, some of them of the architecture `$2`. The package manager's own state does not
+/// change: the build root stays without the other architecture.
 const UNPACK: &str = r#"
     cd "$1"
-    shift
+    architecture=$2
+    shift 2
     mkdir -p lists/partial cache/archives/partial root
+    # Packages of another architecture come from the release itself. Lists of its updates and backports for that
+    # architecture are not always on the mirror.
+    sed '/-updates\|-backports/ s/^deb /deb [arch=amd64] /' /etc/apt/sources.list >sources.list
     apt() {
-        apt-get -o APT::Architectures=amd64,arm64 -o APT::Sandbox::User=root \
+        apt-get -o APT::Architectures=amd64,"$architecture" -o APT::Sandbox::User=root \
+            -o Dir::Etc::SourceList="$PWD/sources.list" -o Dir::Etc::SourceParts=- \
             -o Dir::State::Lists="$PWD/lists" -o Dir::Cache="$PWD/cache" \
             -o Acquire::https::CaInfo=/run/ca-certificates.crt "$@"
     }
@@ -36,37 +40,47 @@ const UNPACK: &str = r#"
     for package in *.deb; do
         dpkg-deb --extract "$package" root
     done
-    rm -r lists cache *.deb
+    rm -r lists cache sources.list *.deb
 "#;
 
 /// Prepares the missing parts. The agent is put next to the other `tools`.
-pub(crate) fn prepare(places: &Places, tools: &Path) -> Result<Platform> {
-    let root = unpack(places)?;
+pub(crate) fn prepare(
+    places: &Places,
+    architecture: &Architecture,
+    tools: &Path,
+) -> Result<Platform> {
+    let root = unpack(places, architecture)?;
     Ok(Platform {
-        qemu: root.join("usr/bin/qemu-system-aarch64"),
-        agent: build_agent(places, &root, tools)?,
+        qemu: root.join("usr/bin").join(architecture.qemu),
+        agent: build_agent(places, architecture, &root, tools)?,
         shell: root.join("usr/bin/busybox"),
     })
 }
 
 /// Makes a directory with the packages, unless it exists.
-fn unpack(places: &Places) -> Result<PathBuf> {
+fn unpack(places: &Places, architecture: &Architecture) -> Result<PathBuf> {
+    let Architecture {
+        name,
+        debian,
+        qemu_package,
+        ..
+    } = architecture;
     let packages = [
-        // The libraries are of this version.
-        format!("qemu-system-arm={}", package_version("qemu-system-x86")?),
+        // The libraries in the build root are of this version.
+        format!("{qemu_package}={}", package_version("qemu-system-x86")?),
         // The compiler reads only libraries of its own version.
         format!(
-            "libstd-rust-dev:arm64={}",
+            "libstd-rust-dev:{debian}={}",
             package_version("libstd-rust-dev")?
         ),
-        "libc6-dev:arm64".to_owned(),
-        "libgcc-14-dev:arm64".to_owned(),
-        "busybox-static:arm64".to_owned(),
+        format!("libc6-dev-{debian}-cross"),
+        format!("libgcc-14-dev-{debian}-cross"),
+        format!("busybox-static:{debian}"),
     ];
     let hash = Sha256::digest(packages.join(" "));
     let path = places
         .cache
-        .join(format!("arm64-{:.12}", format!("{hash:x}")));
+        .join(format!("{name}-{:.12}", format!("{hash:x}")));
     let _lock = lock(&path)?;
     if !path.exists() {
         let new = path.with_extension("new");
@@ -74,13 +88,14 @@ fn unpack(places: &Places) -> Result<PathBuf> {
             fs::remove_dir_all(&new)?;
         }
         fs::create_dir(&new)?;
-        let phase = Phase::start("Unpacking packages for arm64", None);
+        let phase = Phase::start(&format!("Unpacking packages for {name}"), None);
         phase.follow(
             Command::new("sh")
                 .args(["-euc", UNPACK, "sh"])
                 .arg(&new)
+                .arg(debian)
                 .args(&packages),
-            &places.cache.join("arm64.log"),
+            &places.cache.join(format!("{name}.log")),
         )?;
         fs::rename(new, &path)?;
         phase.finish();
@@ -89,8 +104,16 @@ fn unpack(places: &Places) -> Result<PathBuf> {
 }
 
 /// Builds the agent with the libraries below `root`, unless it exists.
-fn build_agent(places: &Places, root: &Path, tools: &Path) -> Result<PathBuf> {
-    let agent = tools.join("agent-arm64");
+fn build_agent(
+    places: &Places,
+    architecture: &Architecture,
+    root: &Path,
+    tools: &Path,
+) -> Result<PathBuf> {
+    let Architecture {
+        name, rust, clang, ..
+    } = architecture;
+    let agent = tools.join(format!("agent-{name}"));
     // Cargo puts programs of all checkouts into one directory.
     let _lock = lock(&places.cache.join("tools"))?;
     if agent.exists() {
@@ -99,24 +122,24 @@ fn build_agent(places: &Places, root: &Path, tools: &Path) -> Result<PathBuf> {
     let root = root.display();
     let flags = [
         "-Ctarget-feature=+crt-static".to_owned(),
-        format!("-L{root}/usr/lib/rustlib/{TARGET}/lib"),
+        format!("-L{root}/usr/lib/rustlib/{rust}/lib"),
         "-Clinker=clang".to_owned(),
-        "-Clink-arg=--target=aarch64-linux-gnu".to_owned(),
+        format!("-Clink-arg=--target={clang}"),
         format!("-Clink-arg=--sysroot={root}"),
         "-Clink-arg=-fuse-ld=lld".to_owned(),
     ];
     let target = places.cache.join("target");
-    let phase = Phase::start("Building the agent for arm64", None);
+    let phase = Phase::start(&format!("Building the agent for {name}"), None);
     phase.follow(
         Command::new("cargo")
             .args(["build", "--release", "--locked", "--package=agent"])
-            .args(["--manifest-path=host/Cargo.toml", "--target", TARGET])
+            .args(["--manifest-path=host/Cargo.toml", "--target", rust])
             .env("CARGO_TARGET_DIR", &target)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")),
-        &places.build().join("agent-arm64.log"),
+        &places.build().join(format!("agent-{name}.log")),
     )?;
     let new = agent.with_extension("new");
-    fs::copy(target.join(TARGET).join("release/agent"), &new)?;
+    fs::copy(target.join(rust).join("release/agent"), &new)?;
     fs::rename(new, &agent)?;
     phase.finish();
     Ok(agent)

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The architectures that QEMU emulates for guests.
+
+/// An architecture, except for the host's own. What guests of the host's architecture need is in the build root, and they
+/// have several boards.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Architecture {
+    /// The name, also of its kernel with the default size of pages.
+    pub name: &'static str,
+    /// The kernel's name for it, for `ARCH=`.
+    pub linux: &'static str,
+    /// The kernel's image in its build directory.
+    pub image: &'static str,
+    /// Debian's name for it.
+    pub debian: &'static str,
+    /// The Rust compiler's target for programs.
+    pub rust: &'static str,
+    /// The target of clang, which links programs.
+    pub clang: &'static str,
+    /// Debian's package with QEMU.
+    pub qemu_package: &'static str,
+    /// QEMU's program.
+    pub qemu: &'static str,
+    /// QEMU's board.
+    pub machine: &'static str,
+    /// The kernel's name for the board's console.
+    pub console: &'static str,
+}
+
+pub(crate) static ARM64: Architecture = Architecture {
+    name: "arm64",
+    linux: "arm64",
+    image: "arch/arm64/boot/Image",
+    debian: "arm64",
+    rust: "aarch64-unknown-linux-gnu",
+    clang: "aarch64-linux-gnu",
+    qemu_package: "qemu-system-arm",
+    qemu: "qemu-system-aarch64",
+    machine: "virt",
+    console: "ttyAMA0",
+};
