@@ -158,7 +158,7 @@ fn unit(setup: &Setup) -> Result<()> {
                 .with_context(|| format!("when {name}"))?;
         }
 
-        check_needrestart(&daemon, guest, &shell)
+        check_needrestart(&daemon, guest, shell)
             .context("when needrestart ran after an update of the C library")?;
 
         // If the new program does not start, the running one stays.
