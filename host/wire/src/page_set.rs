@@ -209,6 +209,12 @@ impl<'a> PageSet<'a> {
     }
 }
 
+/// Whether a message begins with this command.
+pub(crate) fn has_command(message: &[u8], command: u32) -> bool {
+    let found = message.first_chunk().copied().map(u16::from_le_bytes);
+    found.map(u32::from) == Some(command)
+}
+
 /// The `N` bytes of a structure from `offset` on.
 pub(crate) fn field<const N: usize>(structure: &[u8], offset: usize) -> [u8; N] {
     structure

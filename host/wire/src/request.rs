@@ -6,7 +6,7 @@ use std::mem::offset_of;
 
 use thiserror::Error;
 
-use crate::page_set::{self, PageSet, field};
+use crate::page_set::{self, PageSet, field, has_command};
 use crate::{
     VIRTIO_BALLOON_CACHES_PAGES, VIRTIO_BALLOON_CACHES_SLAB, VIRTIO_BALLOON_COMPLETION,
     VIRTIO_BALLOON_COMPLETION_ABORTED, VIRTIO_BALLOON_COMPLETION_CANCELLED,
@@ -202,8 +202,7 @@ impl<'a> Message<'a> {
     ///
     /// Says what is wrong with it.
     pub fn parse(message: &'a [u8]) -> Result<Self, Error> {
-        let command = message.first_chunk().copied().map(u16::from_le_bytes);
-        if command.map(u32::from) == Some(VIRTIO_BALLOON_COMPLETION) {
+        if has_command(message, VIRTIO_BALLOON_COMPLETION) {
             Ok(Self::Completion(Completion::parse(message)?))
         } else {
             Ok(Self::Pages(PageSet::parse(message)?))

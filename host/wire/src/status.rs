@@ -6,7 +6,7 @@ use std::mem::offset_of;
 
 use thiserror::Error;
 
-use crate::page_set::field;
+use crate::page_set::{field, has_command};
 use crate::{VIRTIO_BALLOON_STATUS, virtio_balloon_status as Raw};
 
 /// The size of a status in bytes.
@@ -35,8 +35,7 @@ pub enum Error {
 impl Status {
     /// Whether a message is a status, by its command.
     pub fn is_in(message: &[u8]) -> bool {
-        let command = message.first_chunk().copied().map(u16::from_le_bytes);
-        command.map(u32::from) == Some(VIRTIO_BALLOON_STATUS)
+        has_command(message, VIRTIO_BALLOON_STATUS)
     }
 
     /// Reads a status: all bytes that the driver has made readable in a buffer. Its command is known.
