@@ -309,15 +309,7 @@ mod tests {
         );
         assert_eq!(
             offered(&["--features", "stats,must-tell-host", "--extensions"]),
-            [
-                "must-tell-host",
-                "stats",
-                "page-sets",
-                "host-requests",
-                "stop-reason",
-                "pressure",
-                "status"
-            ]
+            names(offer(&[Feature::MustTellHost, Feature::Stats], true))
         );
         for option in [
             &["--granule", "2M"][..],

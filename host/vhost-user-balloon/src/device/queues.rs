@@ -290,7 +290,7 @@ impl Device {
             work.sweep = None;
             work.taken_up = ByKind::default();
             lock(&self.hints).restart();
-            // For a driver that continues, the supervisor has sent them before, or they are below.
+            // A new driver has reported nothing. The supervisor has repeated the writes of one that continues.
             if !self.channel.continues() {
                 lock(&self.state).config.set_status(Status::default());
                 work.balloon.write_status_down(Status::default());
@@ -304,8 +304,8 @@ impl Device {
             }
             debug!("the guest's driver continues");
         }
-        let acked = self.acked.load(SeqCst);
-        if self.channel.continues() && Feature::Status.is_in(acked) {
+        // The earlier worker has stored the status of a driver that continues.
+        if self.channel.continues() && Feature::Status.is_in(self.acked.load(SeqCst)) {
             lock(&self.state).config.set_status(work.balloon.status());
         }
         self.channel.started();

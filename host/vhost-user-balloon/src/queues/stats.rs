@@ -49,7 +49,7 @@ pub struct Stats {
     /// Whether the guest has filled the buffer since the queue was started. Before that, its
     /// content may be as old as a pause.
     fresh: bool,
-    /// When the device requested a sample that has not come yet.
+    /// When the device requested a sample, until the guest sends it.
     requested: Option<Instant>,
     /// The position of the known buffer in the available ring.
     seen: Option<u16>,
@@ -360,40 +360,39 @@ mod tests {
         assert_eq!(guest.avail_event(), 1);
     }
 
+    /// Sends statistics. Returns how many the device has read, and how many buffers it has used.
+    fn report(stats: &mut Stats, guest: &mut GuestQueue, value: u64) -> (u64, u16) {
+        guest.send(&[&entry(4, value)]);
+        serve(stats, guest);
+        (stats.sequence(), guest.used())
+    }
+
     #[test]
     fn a_notice_replaces_the_buffer_before_it() {
         let mut guest = GuestQueue::new();
         let mut stats = Stats::default();
         guest.send(&[&entry(4, 1)]);
         serve(&mut stats, &guest);
-        guest.send(&[&entry(4, 2)]);
-        serve(&mut stats, &guest);
-        assert_eq!((stats.sequence(), guest.used()), (1, 1));
+        assert_eq!(report(&mut stats, &mut guest, 2), (1, 1));
         for number in 2..5 {
-            guest.send(&[&entry(4, number)]);
-            serve(&mut stats, &guest);
             let used = u16::try_from(number).unwrap();
-            assert_eq!((stats.sequence(), guest.used()), (number, used));
+            assert_eq!(report(&mut stats, &mut guest, number), (number, used));
         }
         // Its content, and not its age, is that of an answer.
         assert!(stats.answer().unwrap().requested < 1000);
 
-        // A request uses the last one.
+        // A request uses the newest buffer.
         stats.want();
         serve(&mut stats, &guest);
         assert_eq!(guest.used(), 5);
-        guest.send(&[&entry(4, 7)]);
-        serve(&mut stats, &guest);
-        assert_eq!((stats.sequence(), guest.used()), (5, 5));
+        assert_eq!(report(&mut stats, &mut guest, 7), (5, 5));
 
         // It uses both if there is a notice at the same time, which is its response.
         guest.send(&[&entry(4, 8)]);
         stats.want();
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (6, 7));
-        guest.send(&[&entry(4, 9)]);
-        serve(&mut stats, &guest);
-        assert_eq!((stats.sequence(), guest.used()), (7, 7));
+        assert_eq!(report(&mut stats, &mut guest, 9), (7, 7));
 
         // After a restart both may be old.
         guest.send(&[&entry(4, 10)]);

@@ -191,8 +191,9 @@ mod tests {
             Feature::HostRequests.mask(),
             Feature::StopReason.mask(),
             Feature::Pressure.mask(),
+            Feature::Status.mask(),
         ];
-        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24, 24, 24]);
+        assert_eq!(sizes.map(config_size), [8, 12, 16, 24, 24, 24, 24, 24]);
     }
 
     #[test]
