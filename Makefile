@@ -125,7 +125,7 @@ help:
 	@echo "                (make patches-check: and build and test each step)"
 	@echo "make demo       inflate 7 GiB of an 8 GiB guest, and compare with the C driver"
 	@echo "make demo-auto  move memory between three guests with the manager, and compare (3 minutes)"
-	@echo "make test       run every test: host tests, fuzzing, KUnit and scenarios in guests"
+	@echo "make test       run the tests: host tests, KUnit and scenarios in guests"
 	@echo "make test-long  run all scenarios in all kernels, on all devices, with both drivers (hours)"
 	@echo "make coverage   show which lines of the module KUnit and the scenarios execute"
 	@echo "make bench      benchmark against the C driver, virtio-mem and free page reporting (half an hour)"

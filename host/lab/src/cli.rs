@@ -30,7 +30,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         guests: Guests,
     },
-    /// Run the host's unit tests and fuzz targets, KUnit in guests and the scenarios in guests
+    /// Run the host's unit tests, KUnit in guests and the scenarios in guests
     Test {
         /// Run the tests in this kernel only
         #[arg(long, value_parser = kernel())]
