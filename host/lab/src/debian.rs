@@ -19,7 +19,7 @@ use crate::{deb, kernel};
 /// libelf-dev.
 const KERNEL: &str = "linux-image-cloud-amd64 linux-headers-cloud-amd64 libelf-dev";
 
-/// What hosts have besides, and acts on the units of the packages.
+/// A tool of hosts that acts on the packages' units.
 const HOST_TOOLS: &str = "needrestart";
 
 /// The build root's proxy configuration for its mirror, if it has one.

@@ -214,7 +214,7 @@ fn check_needrestart(
         "the unit has the old library after a reload"
     );
 
-    // Without the override it restarts the unit.
+    // Without the override needrestart restarts the unit.
     let before = daemon.processes()?;
     shell(REMOVE_OVERRIDE)?;
     shell(UPDATE_LIBRARY)?;
