@@ -85,9 +85,12 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     result
 }
 
-/// Returns whether the balloon is empty, and the device knows that.
+/// Returns whether the balloon is empty, and the device has used all messages. The last one may be
+/// the status.
 fn is_over(task: &Task<Balloon>, worker: &Worker) -> bool {
-    task.pages.len() == 0 && worker.inflate.in_flight() == 0 && !task.deflate.lock().is_pending()
+    task.pages.len() == 0
+        && worker.inflate.queue.in_flight() == 0
+        && !task.deflate.lock().is_pending()
 }
 
 /// Stops all work: the system shuts down.

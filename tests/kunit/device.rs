@@ -4,6 +4,7 @@
 
 use crate::{
     balloon::resize::PAGES_PER_RUN,
+    device::timeouts,
     features::stats::{
         collect,
         new_buffer, //
@@ -70,7 +71,9 @@ use kernel::{
     },
     time::{
         delay::fsleep,
-        Delta, //
+        Delta,
+        Instant,
+        Monotonic, //
     }, //
 };
 
@@ -605,6 +608,14 @@ fn until_status(device: &FakeDevice, size: Option<u32>, reason: u32) -> Result {
         }
         Ok(last.is_some_and(|last| size.is_none_or(|size| size == last.0) && last.1 == reason))
     })
+}
+
+/// Uses the first message of the deflate queue.
+fn use_first_deflate(device: &FakeDevice, queue: usize) {
+    if queue == DEFLATE {
+        let _ = device.answer_raw(queue, 0, 0);
+        let _ = device.interrupt(queue);
+    }
 }
 
 /// When the kernel has begun to report: it starts two seconds after the registration.
@@ -1202,6 +1213,21 @@ mod tests {
         until_status(&device, Some(0), stop_reason::NONE)?;
 
         assert_eq!(device.accesses().1, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn the_driver_waits_for_the_last_status() -> Result {
+        let features = [FeatureBit::VERSION_1, F_PAGE_SETS, F_STATUS];
+        let device = FakeDevice::with_callback(&features, use_first_deflate)?;
+
+        device.change(NUM_PAGES, MESSAGE);
+        until_status(&device, Some(MESSAGE), stop_reason::NONE)?;
+
+        // The device does not use the status of the empty balloon.
+        let begin = Instant::<Monotonic>::now();
+        drop(device);
+        assert!(begin.elapsed() >= timeouts::TEARDOWN_STALL);
         Ok(())
     }
 
