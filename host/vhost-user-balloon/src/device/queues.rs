@@ -186,13 +186,11 @@ impl Device {
             counters: turn.counters,
             pages: &mut work.pages,
             pieces: &mut work.pieces,
+            report: &|status| self.change_fields(|fields| fields.set_status(status)),
         };
         let unfinished = work.unfinished.of_mut(Kind::Inflate);
         let next = turn.serve(&mut work.heads, unfinished, &mut inflate);
         work.position = Some(turn.vring.get_queue().next_avail());
-        if let Some(status) = work.pages.take_status() {
-            self.change_fields(|fields| fields.set_status(status));
-        }
         next
     }
 

@@ -6,6 +6,7 @@
 //! that lists it. So it punches all holes for the messages of a batch before it uses the first of them.
 //! Pages of several messages of a batch can share a hole.
 
+use balloon_wire::status::Status;
 use vm_memory::GuestMemoryMmap;
 
 use super::pages::{Format, Pages};
@@ -17,7 +18,6 @@ use crate::memory::discard::{Discarder, Pieces};
 use crate::virtio::kind::Kind;
 
 /// The receiver of the inflate queue.
-#[derive(Debug)]
 pub struct Inflate<'a> {
     /// The guest's memory, which contains the messages.
     pub memory: &'a GuestMemoryMmap,
@@ -38,6 +38,8 @@ pub struct Inflate<'a> {
     pub pages: &'a mut Pages,
     /// Space for the pieces of a batch.
     pub pieces: &'a mut Pieces,
+    /// Called with a status of the driver before its buffer is used: then the driver may reset the device.
+    pub report: &'a dyn Fn(Status),
 }
 
 impl Receiver for Inflate<'_> {
@@ -72,8 +74,9 @@ impl Receiver for Inflate<'_> {
         }
         if progress == Progress::Done {
             self.balloon.write_down(self.pages.ranges());
-            if let Some(status) = self.pages.status() {
+            if let Some(status) = self.pages.take_status() {
                 self.balloon.write_status_down(status);
+                (self.report)(status);
             }
         }
         self.pages.clear();
@@ -112,6 +115,7 @@ mod tests {
             counters: &counters,
             pages: &mut Pages::default(),
             pieces: &mut Pieces::default(),
+            report: &|_| {},
         };
         guest.serve(&counters, &mut receiver);
         counters

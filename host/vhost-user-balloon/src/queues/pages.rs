@@ -212,12 +212,7 @@ impl Pages {
         })
     }
 
-    /// The last status in the messages of this and earlier batches.
-    pub fn status(&self) -> Option<Status> {
-        self.status
-    }
-
-    /// The same, once.
+    /// The last status in the messages of this and earlier batches, once.
     pub fn take_status(&mut self) -> Option<Status> {
         self.status.take()
     }

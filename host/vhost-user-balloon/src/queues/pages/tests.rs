@@ -15,6 +15,7 @@ use balloon_wire::{
     VIRTIO_BALLOON_PAGE_SET_RANGES, VIRTIO_BALLOON_PAGE_SET_UNUSED_DISCARD,
 };
 use proptest::prelude::*;
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::slice;
 use vm_memory::{Bytes, GuestAddress};
@@ -104,7 +105,8 @@ impl Message {
 struct Machine {
     queue: GuestQueue,
     balloon: Balloon,
-    pages: Pages,
+    /// The driver's last status.
+    status: Cell<Option<Status>>,
     told_before_use: bool,
     /// How long a buffer is at most, in bytes.
     cut: usize,
@@ -121,7 +123,7 @@ impl Machine {
         Self {
             queue,
             balloon,
-            pages: Pages::default(),
+            status: Cell::default(),
             told_before_use,
             cut: 4096,
         }
@@ -138,7 +140,7 @@ impl Machine {
         }
         let counters = Counters::default();
         let (memory, balloon) = (&self.queue.memory, &mut self.balloon);
-        let (pages, pieces) = (&mut self.pages, &mut Pieces::default());
+        let (pages, pieces) = (&mut Pages::default(), &mut Pieces::default());
         match kind {
             Kind::Inflate => finish(
                 &self.queue,
@@ -153,6 +155,10 @@ impl Machine {
                     counters: &counters,
                     pages,
                     pieces,
+                    report: &|status| {
+                        assert_eq!(self.queue.used(), before);
+                        self.status.set(Some(status));
+                    },
                 },
             ),
             _ => finish(
@@ -342,11 +348,11 @@ fn a_status_is_for_the_inflate_queue_only() {
         &[status(24), page, status(25)],
     );
     assert_eq!(counters.refused(Refusal::Malformed), 1);
-    let read = machine.pages.take_status();
+    let read = machine.status.take();
     assert_eq!(read.map(|status| status.actual), Some(5));
     let counters = machine.send(Format::PageSets, Kind::Deflate, &[status(24)]);
     assert_eq!(counters.refused(Refusal::Malformed), 1);
-    assert_eq!(machine.pages.take_status(), None);
+    assert_eq!(machine.status.take(), None);
     assert_eq!(machine.empty(), [0x200].into());
 }
 
