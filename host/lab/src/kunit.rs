@@ -37,10 +37,11 @@ pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
 pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, report: &Report) {
     let name = |case: &str| format!("kunit {case} ({kernel} kernel)");
     // The suites allocate up to eight of the largest blocks at once, of 512 MiB with pages of 64
-    // KiB.
+    // KiB. Several memory blocks of 128 MiB must still be free when the suites have filled the
+    // memory for many times.
     let memory = match kernel {
         Kernel::Arm64Pages64k => Size::gib(8),
-        _ => Size::gib(1),
+        _ => Size::mib(1536),
     };
     let config = Config::new(artifacts, "kunit")
         .memory(memory)
