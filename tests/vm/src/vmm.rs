@@ -6,7 +6,7 @@
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use balloon_control::Stat;
 use vm::{Driver, Guest, Load, MemoryBackend, Size, Vmm};
 
@@ -188,22 +188,30 @@ fn report(guest: &Guest, vmm: &Vmm<'_>) -> Result<()> {
 
 /// Checks the statistics of a guest with this memory and an empty balloon.
 fn check_statistics(guest: &Guest, vmm: &Vmm<'_>, total: Size) -> Result<()> {
-    let statistics = vmm.statistics()?;
-    ensure!(
-        statistics.len() == Stat::ALL.len(),
-        "{} statistics of {}",
-        statistics.len(),
-        Stat::ALL.len()
-    );
-    // The specification's tags of free and of all memory.
-    for (tag, here) in [(4, guest.meminfo()?.free), (5, total)] {
-        let there = statistics.get(&tag).copied().map(Size::bytes);
+    // The specification's tags.
+    const FREE: u16 = 4;
+    const TOTAL: u16 = 5;
+    let statistic = |tag| {
+        let statistics = vmm.statistics()?;
         ensure!(
-            there.is_some_and(|there| there.abs_diff(here) < NOISE),
-            "statistic {tag} is {there:?}, and the guest says {here}"
+            statistics.len() == Stat::ALL.len(),
+            "{} statistics of {}",
+            statistics.len(),
+            Stat::ALL.len()
         );
-    }
-    Ok(())
+        let bytes = statistics.get(&tag).copied();
+        let bytes = bytes.with_context(|| format!("there is no statistic {tag}"))?;
+        Ok(Size::bytes(bytes))
+    };
+    let there = statistic(TOTAL)?;
+    ensure!(
+        there.abs_diff(total) < NOISE,
+        "the guest has {total}, and says {there} in its statistics"
+    );
+    // A report takes up to 128 MiB from the free lists until the device has used it.
+    guest.wait_until("statistics that agree on free memory", PATIENCE, || {
+        Ok(statistic(FREE)?.abs_diff(guest.meminfo()?.free) < NOISE)
+    })
 }
 
 /// Hints in two rounds: one that the device ends when the driver does, and one that the test ends.
