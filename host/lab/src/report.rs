@@ -118,6 +118,11 @@ impl Report {
             took.as_secs() / 60,
             took.as_secs() % 60
         );
+        if state.passed + state.skipped + state.failed.len() == 0 {
+            println!(
+                "no test was selected; make help describes ONLY=, KERNEL=, DRIVER= and DEVICE="
+            );
+        }
         let skipped = match state.skipped {
             0 => String::new(),
             skipped => format!(", {skipped} skipped"),
