@@ -191,6 +191,11 @@ impl PendingMigrations {
         MigrationGuard(self)
     }
 
+    /// Returns whether there is such a result.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.inner.lock().guards > 0
+    }
+
     /// Returns whether the device knows of all pages in the balloon now.
     pub(crate) fn is_settled(&self) -> bool {
         self.inner.lock().is_settled()

@@ -62,14 +62,22 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
 
     // Work that is possible at once comes before the wait.
     let advance = || loop {
-        match task.advance(&mut worker) {
+        let was_over = is_over(task, &worker);
+        let again = match task.advance(&mut worker) {
+            Ok(again) => again,
             Err(_) => return Some(Ok(())),
-            Ok(_) if is_over(task, &worker) => return Some(Ok(())),
-            Ok(_) if worker.progress.has_stalled(timeouts::TEARDOWN_STALL) => {
-                return Some(Err(ETIMEDOUT))
-            }
-            Ok(Some(0)) if begin.elapsed() <= timeouts::TEARDOWN => (),
-            Ok(_) => return None,
+        };
+        let is_over = is_over(task, &worker);
+
+        // A notifier may have emptied the balloon. Then this run has reported that.
+        if was_over && is_over {
+            return Some(Ok(()));
+        }
+        if worker.progress.has_stalled(timeouts::TEARDOWN_STALL) {
+            return Some(Err(ETIMEDOUT));
+        }
+        if !is_over && again != Some(0) || begin.elapsed() > timeouts::TEARDOWN {
+            return None;
         }
     };
     let left = timeouts::TEARDOWN - begin.elapsed();
@@ -85,12 +93,18 @@ fn deflate_all(task: &Task<Balloon>, begin: Instant<Monotonic>) -> Result {
     result
 }
 
-/// Returns whether the balloon is empty, and the device has used all messages. The last one may be
-/// the status.
+/// Returns whether the balloon is empty, no notifier deflates it, and the device has used all
+/// messages. The last one may be the status.
 fn is_over(task: &Task<Balloon>, worker: &Worker) -> bool {
+    let is_deflating = || {
+        let deflate = task.deflate.lock();
+        deflate.is_pending() || deflate.leaving() > 0
+    };
+
     task.pages.len() == 0
         && worker.inflate.queue.in_flight() == 0
-        && !task.deflate.lock().is_pending()
+        && !task.migrations().is_blocked()
+        && !is_deflating()
 }
 
 /// Stops all work: the system shuts down.

@@ -95,8 +95,15 @@ impl Deflate {
     /// Takes back the buffers of a device that was reset, and discards unreported pages. The result
     /// must be dropped without a spinlock.
     pub(crate) fn detach_unused(&mut self) -> (RangeStack, KVec<Option<Payload<Migration>>>) {
-        self.leaving = 0;
-        (self.forget(), self.queue.detach_unused())
+        let unused = self.queue.detach_unused();
+        let pages = unused.iter().flatten().map(|(_, pages)| match pages {
+            Pages::List(pages) => pages.len(),
+            Pages::Migrations(_) => 0,
+        });
+
+        // An OOM notifier may still be freeing others.
+        self.leaving -= pages.sum::<usize>();
+        (self.forget(), unused)
     }
 
     /// Sends one message about pages in the backlog. Returns whether there may be another one.
