@@ -451,12 +451,14 @@ fn drop_caches(setup: &Setup) -> Result<()> {
     })
 }
 
-fn stop(guest: &Guest) -> Result<()> {
+/// Stops the VM.
+pub(crate) fn stop(guest: &Guest) -> Result<()> {
     guest.qmp().execute::<Value>("stop", &json!({}))?;
     Ok(())
 }
 
-fn go_on(guest: &Guest) -> Result<()> {
+/// Lets it go on.
+pub(crate) fn go_on(guest: &Guest) -> Result<()> {
     guest.qmp().execute::<Value>("cont", &json!({}))?;
     Ok(())
 }

@@ -18,6 +18,7 @@ use crate::scenario::{
     BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
 };
 use crate::sizes::check_size;
+use crate::unused::{go_on, stop};
 
 /// The kernel of the other scenarios, and the kernel of a system with systemd and the package's
 /// unit.
@@ -106,8 +107,29 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
             guest.balloon().settle(size)?;
             check_size(guest, size)?;
         }
+        kill_while_stopped(guest, &daemon)?;
         guest.rmmod(setup.driver)
     })
+}
+
+/// Kills the worker while the VM is stopped. QEMU has stopped the queues then. The balloon must be the same when the VM
+/// goes on.
+fn kill_while_stopped(guest: &Guest, daemon: &Daemon) -> Result<()> {
+    let (before, deflated) = (guest.balloon().size()?, guest.vmstat("balloon_deflate")?);
+    let processes = daemon.processes()?;
+    stop(guest)?;
+    daemon.kill_worker()?;
+    wait_other_processes(guest, processes)?;
+    go_on(guest)?;
+    wait_driver(guest)?;
+    thread::sleep(Duration::from_millis(500));
+    let (size, now) = (guest.balloon().size()?, guest.vmstat("balloon_deflate")?);
+    ensure!(
+        (size, now) == (before, deflated),
+        "the balloon was {before} when the VM was stopped, and is {size}; {} pages were deflated",
+        now - deflated
+    );
+    Ok(())
 }
 
 /// Waits until the guest's driver uses the device.
@@ -190,10 +212,14 @@ fn service_restart(setup: &Setup) -> Result<()> {
 
 /// Waits until new processes replace these, and the guest's driver uses the device.
 pub(crate) fn wait_restarted(guest: &Guest, before: Processes) -> Result<()> {
+    wait_other_processes(guest, before)?;
+    wait_driver(guest)
+}
+
+fn wait_other_processes(guest: &Guest, before: Processes) -> Result<()> {
     guest.wait_until("other processes of the daemon", PATIENCE, || {
         Ok(guest.daemon()?.processes().is_ok_and(|now| now != before))
-    })?;
-    wait_driver(guest)
+    })
 }
 
 fn vmm_restart(setup: &Setup) -> Result<()> {
