@@ -32,6 +32,7 @@ fuzz_target!(|data: &[u8]| {
         counters: &counters,
         pages: &mut Pages::default(),
         pieces: &mut Pieces::default(),
+        report: &|_| {},
     };
     let named = guest.serve(&counters, &mut inflate).named;
 
