@@ -74,7 +74,7 @@ impl Receiver for Inflate<'_> {
         }
         if progress == Progress::Done {
             self.balloon.write_down(self.pages.ranges());
-            if let Some(status) = self.pages.take_status() {
+            if let Some(status) = self.pages.status() {
                 self.balloon.write_status_down(status);
                 (self.report)(status);
             }

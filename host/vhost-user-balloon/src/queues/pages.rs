@@ -81,7 +81,7 @@ pub struct Pages {
     bytes: Vec<u8>,
     /// How many bytes were read for this batch.
     read: usize,
-    /// The last status in messages, until [`Pages::take_status`].
+    /// The last status in this batch.
     status: Option<Status>,
 }
 
@@ -212,13 +212,14 @@ impl Pages {
         })
     }
 
-    /// The last status in the messages of this and earlier batches, once.
-    pub fn take_status(&mut self) -> Option<Status> {
-        self.status.take()
+    /// The last status in this batch.
+    pub fn status(&self) -> Option<Status> {
+        self.status
     }
 
-    /// Removes all pages.
+    /// Removes all, for another batch.
     pub fn clear(&mut self) {
+        self.status = None;
         self.ranges.clear();
         self.read = 0;
     }

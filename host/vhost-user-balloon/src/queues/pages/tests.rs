@@ -3,11 +3,12 @@
 //! Both formats of messages, on both queues, down to the holes.
 
 use super::*;
+use crate::budget::Budget;
 use crate::memory::balloon::Balloon;
 use crate::memory::discard::{Discarder, Granularity, Pieces};
 use crate::queues::deflate::Deflate;
 use crate::queues::inflate::Inflate;
-use crate::queues::virtqueue::{Next, Receiver, Unfinished, serve};
+use crate::queues::virtqueue::{Next, Progress, Receiver, Unfinished, serve};
 use crate::testing::GuestQueue;
 use balloon_wire::{
     VIRTIO_BALLOON_PAGE_SET_BITMAP, VIRTIO_BALLOON_PAGE_SET_COUNT_BITS,
@@ -354,6 +355,31 @@ fn a_status_is_for_the_inflate_queue_only() {
     assert_eq!(counters.refused(Refusal::Malformed), 1);
     assert_eq!(machine.status.take(), None);
     assert_eq!(machine.empty(), [0x200].into());
+}
+
+/// The guest may be reset before the device continues with the batch.
+#[test]
+fn an_unfinished_batch_leaves_no_status() {
+    let mut machine = Machine::new(4096, true);
+    let mut pages = Pages {
+        ranges: vec![0x200..0x201, 0x300..0x301],
+        status: Some(Status::default()),
+        ..Pages::default()
+    };
+    let mut inflate = Inflate {
+        memory: &machine.queue.memory,
+        balloon: &mut machine.balloon,
+        told_before_use: true,
+        begun: false,
+        discarder: &mut Discarder::default(),
+        format: Format::PageSets,
+        counters: &Counters::default(),
+        pages: &mut pages,
+        pieces: &mut Pieces::default(),
+        report: &|status| panic!("{status:?} is reported"),
+    };
+    assert_eq!(inflate.finish(&mut 0, Budget::spent()), Progress::More);
+    assert_eq!(pages.status(), None);
 }
 
 #[test]
