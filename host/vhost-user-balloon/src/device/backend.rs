@@ -96,7 +96,9 @@ impl VhostUserBackend for Device {
         let Ok(offset) = usize::try_from(offset) else {
             return Ok(());
         };
-        self.change_fields(|fields| fields.write(offset, bytes));
+        // The front end's copy of a size that comes in messages is old.
+        let has_status = Feature::Status.is_in(self.acked.load(SeqCst));
+        self.change_fields(|fields| fields.write(offset, bytes, has_status));
         Ok(())
     }
 

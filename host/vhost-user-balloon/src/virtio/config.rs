@@ -60,13 +60,17 @@ impl Fields {
     /// Handles a write of the driver.
     ///
     /// Whatever the driver writes, QEMU sends all of its own copy, with a target that may be stale.
-    /// So the device takes only the driver's fields, and only whole ones.
-    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
-        for (place, field) in [
-            (config::ACTUAL, &mut self.actual),
-            (config::POISON_VAL, &mut self.poison_val),
-            (config::STOP_REASON, &mut self.stop_reason),
+    /// So the device takes only the driver's fields, and only whole ones. If the driver reports in messages, which
+    /// `has_status` says, the poison value is the only one.
+    pub fn write(&mut self, offset: usize, bytes: &[u8], has_status: bool) {
+        for (place, field, is_written) in [
+            (config::ACTUAL, &mut self.actual, !has_status),
+            (config::POISON_VAL, &mut self.poison_val, true),
+            (config::STOP_REASON, &mut self.stop_reason, !has_status),
         ] {
+            if !is_written {
+                continue;
+            }
             let written = place
                 .checked_sub(offset)
                 .and_then(|start| bytes.get(start..))
@@ -122,15 +126,19 @@ mod tests {
     #[test]
     fn only_the_guests_fields_are_written() {
         let mut fields = Fields::default();
-        fields.write(0, &[0xff; 24]);
+        fields.write(0, &[0xff; 24], false);
         assert_eq!(fields.target, 0);
         assert_eq!((fields.actual, fields.stop_reason), (u32::MAX, u32::MAX));
-        fields.write(4, &7_u32.to_le_bytes());
+        fields.write(4, &7_u32.to_le_bytes(), false);
         assert_eq!(fields.actual, 7);
         // Half a field.
-        fields.write(4, &[1, 2]);
-        fields.write(6, &[1, 2]);
+        fields.write(4, &[1, 2], false);
+        fields.write(6, &[1, 2], false);
         assert_eq!(fields.actual, 7);
+        // A driver that sends its status writes only the poison value.
+        fields.write(0, &[1; 24], true);
+        assert_eq!((fields.actual, fields.stop_reason), (7, u32::MAX));
+        assert_eq!(fields.poison_val, 0x0101_0101);
     }
 
     #[test]
@@ -159,10 +167,10 @@ mod tests {
             let mut fields = Fields { target: 9, actual, poison_val, stop_reason };
             let before = fields.clone();
             let bytes = fields.read(9, 1, 2);
-            fields.write(start, bytes.get(start..end.min(24)).unwrap_or_default());
+            fields.write(start, bytes.get(start..end.min(24)).unwrap_or_default(), false);
             prop_assert_eq!(&fields, &before);
             let mut other = Fields { target: 9, ..Fields::default() };
-            other.write(0, &bytes);
+            other.write(0, &bytes, false);
             prop_assert_eq!(other, before);
         }
     }
