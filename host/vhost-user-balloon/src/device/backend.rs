@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use balloon_control::Changes;
 use balloon_wire::BALLOON_PAGE_SIZE;
+use balloon_wire::status::Status;
 use log::{debug, error, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VringMutex};
@@ -109,6 +110,11 @@ impl VhostUserBackend for Device {
             balloon, memory, ..
         } = &mut *work;
         balloon.set_memory(memory, self.settings.granularity);
+        // A guest of an earlier worker sends it only when it changes.
+        let status = balloon.status();
+        if status != Status::default() {
+            self.change_fields(|fields| fields.set_status(status));
+        }
         self.held.store(balloon.held(), SeqCst);
         *lock(&self.sizes) = Sizes {
             memory: balloon.memory(),

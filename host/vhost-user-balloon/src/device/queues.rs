@@ -302,10 +302,6 @@ impl Device {
             }
             debug!("the guest's driver continues");
         }
-        // The earlier worker has stored the status of a driver that continues.
-        if self.channel.continues() && Feature::Status.is_in(self.acked.load(SeqCst)) {
-            lock(&self.state).config.set_status(work.balloon.status());
-        }
         self.channel.started();
         self.warn_of_limit();
         work.at_work = true;

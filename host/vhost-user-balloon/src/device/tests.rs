@@ -9,6 +9,7 @@ use crate::memory::discard::Pieces;
 use crate::queues::virtqueue::MAX_BATCH;
 use crate::testing::{GuestQueue, device, device_with, memory_file};
 use balloon_control::{Handler, Request};
+use balloon_wire::status::Status;
 use balloon_wire::{BALLOON_PAGE_SIZE, VIRTIO_BALLOON_STOP_REASON_EXCLUDED, config};
 use std::fs;
 use std::io::Read;
@@ -238,9 +239,36 @@ fn a_status_is_known_to_the_next_worker() {
     assert_eq!(guest.used(), 1);
     assert_eq!(fields(&first), (5, VIRTIO_BALLOON_STOP_REASON_EXCLUDED));
     assert_eq!(fields(&worker(1, 1)), fields(&first));
+    // The VM was stopped when the worker ended.
+    assert_eq!(fields(&worker(0, 1)), fields(&first));
     // Another driver has another balloon.
     assert_eq!(fields(&worker(0, 0)), (0, 0));
     assert_eq!(fields(&worker(1, 1)), (0, 0));
+}
+
+/// A guest may read its target before the new worker serves its queues.
+#[test]
+fn a_status_is_known_before_the_queues_are_served() {
+    let guest = GuestQueue::new();
+    let file = memory_file(0);
+    let worker = || {
+        let device = device(&[Feature::Stats], true);
+        lock(&device.work).balloon.keep(file.try_clone().unwrap());
+        device.set_target(2048).unwrap();
+        let body = [1_i32; 2].map(i32::to_ne_bytes);
+        device.channel.set_vmm(body.as_flattened());
+        device.acked_features(Feature::PageSets.mask() | Feature::Status.mask());
+        device
+            .update_memory(GuestMemoryAtomic::new(guest.memory.clone()))
+            .unwrap();
+        device
+    };
+    let status = Status {
+        actual: 2048,
+        stop_reason: 0,
+    };
+    lock(&worker().work).balloon.write_status_down(status);
+    assert_eq!(asked(&worker()), 8 << 20);
 }
 
 #[test]

@@ -174,7 +174,7 @@ impl Balloon {
     }
 
     /// Adopts the memory that the front end has sent. Known regions keep their balloon, such as when a
-    /// stopped VM continues.
+    /// stopped VM continues. The stored report is that of the VM whose memory was stored with it.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap, granularity: Granularity) {
         let old = std::mem::take(&mut self.regions);
         // A file keeps its granule when the host's settings change. Front ends send many regions of a file one by one.
@@ -209,6 +209,9 @@ impl Balloon {
                 }
             }));
         }
+        if old.is_empty() && !self.regions.is_empty() && !self.has_stored() {
+            self.write_status_down(Status::default());
+        }
         // The state of an earlier worker or of this one, perhaps in regions of other sizes.
         let same = old.len() == self.regions.len()
             && old
@@ -230,6 +233,14 @@ impl Balloon {
         if !same {
             self.write_all_down();
         }
+    }
+
+    /// Whether a file of the memory is among those whose balloon was stored.
+    fn has_stored(&self) -> bool {
+        let files = self.files();
+        self.absent
+            .iter()
+            .any(|absent| files.contains(&absent.identity))
     }
 
     /// Sets the granules from the balloon, for a driver that notifies the device before it reuses a

@@ -214,6 +214,22 @@ fn another_process_knows_what_is_in_the_balloon() {
     assert_eq!(process().deflate(&pages(&[3, 100, high + 1])).moved, 0);
 }
 
+#[test]
+fn another_vm_does_not_get_the_status() {
+    let kept = memory_file(0);
+    let status = Status {
+        actual: 5,
+        stop_reason: 0,
+    };
+    let files = MemoryFiles::new(1 << 20, 1 << 20);
+    kept_balloon(&files, &kept).write_status_down(status);
+    assert_eq!(kept_balloon(&files, &kept).status(), status);
+
+    let others = MemoryFiles::new(1 << 20, 1 << 20);
+    assert_eq!(kept_balloon(&others, &kept).status(), Status::default());
+    assert_eq!(kept_balloon(&files, &kept).status(), Status::default());
+}
+
 /// The next worker must not count a page as in the balloon if its deflation was not stored.
 #[test]
 fn a_file_that_cannot_be_written_is_given_up() {
