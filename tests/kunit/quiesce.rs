@@ -4,25 +4,37 @@
 
 use super::device::eventually;
 
-use crate::rust::{
-    mm::memory,
-    virtio::{
-        fake_device::{
-            FakeDevice,
-            Request, //
+use crate::{
+    messages::balloon_page::BALLOON_PAGES_PER_PAGE,
+    rust::{
+        mm::memory::{
+            self,
+            Pretence, //
         },
-        FeatureBit, //
-    },
-    virtio_balloon::{
-        request,
-        ACTUAL,
-        F_FREE_PAGE_HINT,
-        F_HOST_REQUESTS,
-        F_PAGE_SETS,
-        F_STATS_VQ,
-        HINT_ID,
-        HINT_STOP,
-        NUM_PAGES, //
+        notifiers::oom::last::out_of_memory,
+        virtio::{
+            fake_device::{
+                FakeDevice,
+                Request,
+                QUEUE_SIZE, //
+            },
+            FeatureBit, //
+        },
+        virtio_balloon::{
+            request,
+            ACTUAL,
+            F_DEFLATE_ON_OOM,
+            F_FREE_PAGE_HINT,
+            F_HOST_REQUESTS,
+            F_MUST_TELL_HOST,
+            F_PAGE_SETS,
+            F_STATS_VQ,
+            HINT_ID,
+            HINT_STOP,
+            NUM_PAGES,
+            PFN_SHIFT, //
+        },
+        work::thread::Thread, //
     }, //
 };
 
@@ -122,9 +134,61 @@ fn hint(device: &FakeDevice) -> Result<usize> {
     }
 }
 
+/// Suspends the driver several times while the guest runs out of memory. Returns how many times the
+/// device counts a balloon afterwards.
+///
+/// # Errors
+///
+/// `ETIMEDOUT` if the balloon does not reach its size.
+#[cfg(CONFIG_PM_SLEEP)]
+fn suspend_out_of_memory() -> Result<usize> {
+    const ROUNDS: u32 = 10;
+    // More than an OOM deflates.
+    const SIZE: u32 = 80 << (20 - PFN_SHIFT);
+    static HAS_BEGUN: Atomic<bool> = Atomic::new(false);
+    // With a virtio-mem device the balloon has order-0 pages only, which take long to free.
+    let _virtio_mem = FakeDevice::virtio_mem()?;
+    let _short = Pretence::is_short();
+    let features = [
+        FeatureBit::VERSION_1,
+        F_PAGE_SETS,
+        F_MUST_TELL_HOST,
+        F_DEFLATE_ON_OOM,
+    ];
+    let device = FakeDevice::new(&features)?;
+    let mut wrong = 0;
+
+    device.answer_all(true);
+    for round in 1..=ROUNDS {
+        // Another target ends the pause after an OOM.
+        let size = SIZE + round * BALLOON_PAGES_PER_PAGE as u32;
+        device.change(NUM_PAGES, size);
+        eventually(|| Ok(device.field(ACTUAL) == size))?;
+
+        HAS_BEGUN.store(false, Relaxed);
+        let other = Thread::start(c"balloon_rs_kunit", None, || {
+            HAS_BEGUN.store(true, Relaxed);
+            out_of_memory();
+            Ok(())
+        })?;
+        eventually(|| Ok(HAS_BEGUN.load(Relaxed)))?;
+        device.freeze()?;
+        wrong += usize::from(device.field(ACTUAL) > 0);
+        eventually(|| Ok(other.outcome().is_some()))?;
+        device.restore(QUEUE_SIZE)?;
+    }
+    Ok(wrong)
+}
+
 #[kunit_tests(virtio_balloon_rs_quiesce)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(CONFIG_PM_SLEEP)]
+    fn a_suspend_waits_for_an_oom_notifier() {
+        assert_eq!(suspend_out_of_memory(), Ok(0));
+    }
 
     #[test]
     fn hints_are_dropped_before_the_balloon_and_the_rest_after_it() -> Result {
