@@ -147,7 +147,7 @@ fn statistics_while_stuck(setup: &Setup) -> Result<()> {
         let mut sample = newer(guest, 0)?;
         guest
             .balloon()
-            .request(guest.memory().saturating_sub(Size::mib(1)))?;
+            .request(guest.meminfo()?.total.saturating_sub(Size::mib(1)))?;
         for _ in 0..3 {
             sample = newer(guest, sample.taken)?;
         }
