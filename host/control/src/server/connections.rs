@@ -4,9 +4,12 @@
 
 use std::collections::HashMap;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use nix::sys::socket::{MsgFlags, recv};
 
 use super::changes::Changes;
 use super::requests::{Handler, send};
@@ -37,6 +40,14 @@ pub(super) struct Connection {
     pub(super) idle_since: Option<Instant>,
 }
 
+impl Connection {
+    /// Whether the client has closed it, with no request left. On a busy machine the thread may notice that late.
+    fn has_ended(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        recv(self.stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+    }
+}
+
 /// The connected clients.
 #[derive(Debug, Default)]
 pub(super) struct Connections(Mutex<HashMap<u64, Connection>>);
@@ -48,7 +59,7 @@ impl Connections {
     }
 
     /// Makes room for another client, and returns whether there is room. Disconnects the client that has
-    /// been idle longest, if that was long enough.
+    /// been idle longest, if that was long enough, or if the client has left.
     pub(super) fn make_room(&self, idle: Duration) -> bool {
         let mut connections = self.lock();
         if connections.len() < MAX_CONNECTIONS {
@@ -56,8 +67,10 @@ impl Connections {
         }
         let longest = connections
             .iter()
-            .filter_map(|(&id, connection)| Some((connection.idle_since?, id)))
-            .filter(|(since, _)| since.elapsed() >= idle)
+            .filter_map(|(&id, connection)| {
+                let since = connection.idle_since?;
+                (since.elapsed() >= idle || connection.has_ended()).then_some((since, id))
+            })
             .min();
         let Some(connection) = longest.and_then(|(_, id)| connections.remove(&id)) else {
             return false;
@@ -113,4 +126,32 @@ pub(super) fn turn_away(stream: &UnixStream) {
     );
     // A failure is ignored: a client that is gone does not need it.
     let _ = send(stream, &Reply::<Response>::Error(error));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn clients_that_have_left_make_room() {
+        let connections = Connections::default();
+        let mut clients: Vec<_> = (0..MAX_CONNECTIONS as u64)
+            .map(|id| {
+                let (client, stream) = UnixStream::pair().unwrap();
+                let idle_since = Some(Instant::now());
+                let connection = Connection { stream, idle_since };
+                connections.lock().insert(id, connection);
+                client
+            })
+            .collect();
+        let has_room = || connections.make_room(Duration::MAX);
+        assert!(!has_room());
+        // Its request is still to be handled.
+        clients.pop().unwrap().write_all(b"{}").unwrap();
+        assert!(!has_room());
+        drop(clients.pop());
+        assert!(has_room());
+        assert_eq!(connections.lock().len(), MAX_CONNECTIONS - 1);
+    }
 }
