@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The unit tests of the host's own programs.
+//! The unit tests of the host's own programs. Their fuzz targets, which only `make test-long` runs, are compiled.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -81,6 +81,17 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
         };
         report.add(&format!("host {name}"), None, &outcome, &[]);
     }
+    check_fuzz_targets(places)
+}
+
+/// Compiles the fuzz targets, which are no members of the workspace, without their instrumentation.
+fn check_fuzz_targets(places: &Places) -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["check", "--release", "--locked"]);
+    cargo.args(["--manifest-path", "host/fuzz/Cargo.toml"]);
+    let phase = Phase::start("Checking the fuzz targets", None);
+    phase.follow(&mut cargo, &places.build().join("fuzz-check.log"))?;
+    phase.finish();
     Ok(())
 }
 
