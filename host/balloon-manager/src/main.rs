@@ -45,10 +45,11 @@ mod vm;
 /// Moves memory between the VMs of a host
 ///
 /// Each VM has a vhost-user-balloon daemon, or QEMU's own balloon device and a monitor for the manager. The manager sets
-/// the targets of their balloons: it inflates the balloons of
-/// guests with unused memory, and deflates those of guests that need memory. The memory that all guests can touch stays
-/// within the pool. SIGHUP reloads the configuration, and SIGTERM ends the manager. A minute later each daemon deflates or
-/// inflates its balloon to the share that the VM has if all VMs want all of their memory.
+/// the targets of their balloons. It inflates the balloons of guests with unused memory, and deflates those of guests that
+/// need memory. The memory that all guests can touch stays within the pool.
+///
+/// SIGHUP reloads the configuration, and SIGTERM ends the manager. A minute later each daemon sets the target with which the
+/// VM has its share of the pool if all VMs want all of their memory.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {
@@ -72,7 +73,7 @@ enum Command {
         /// Listen on this socket (mode 0600)
         #[arg(long, value_name = "PATH", default_value = SOCKET)]
         socket: PathBuf,
-        /// The log level
+        /// The log level: off, error, warn, info, debug or trace
         #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
         log: LevelFilter,
     },
@@ -82,7 +83,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
-    /// Decide again what a recording has, and compare
+    /// Check a recording: decide again, and compare the decisions
     Replay {
         /// The recording
         file: PathBuf,
@@ -91,7 +92,7 @@ enum Command {
     Top {
         #[command(flatten)]
         client: Client,
-        /// Repeat it every second
+        /// Repeat every second
         #[arg(long)]
         watch: bool,
     },
@@ -104,10 +105,10 @@ enum Command {
     },
     /// Reserve memory for a VM that is about to start, and wait until it is free
     Reserve {
-        /// How much, such as 8GiB: all of the VM's memory
+        /// All of the VM's memory, such as 8GiB
         size: String,
-        /// For how long, in seconds
-        #[arg(long, default_value_t = 60)]
+        /// The time limit
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         seconds: u64,
         #[command(flatten)]
         client: Client,

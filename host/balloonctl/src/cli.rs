@@ -12,6 +12,9 @@ use clap_complete::Shell;
 use crate::amount::{Amount, address};
 use crate::failure;
 
+/// Where help lists the options of all commands: after those of a command.
+const COMMON: usize = 100;
+
 /// Sets the balloon size of a VM, and shows its balloon and memory statistics
 ///
 /// Inflating the balloon moves memory from the guest to the host. Deflating it returns the memory to
@@ -31,16 +34,17 @@ pub(crate) struct Cli {
     #[arg(
         long,
         global = true,
+        display_order = COMMON,
         value_name = "PATH",
         env = "BALLOON_SOCKET",
         value_hint = ValueHint::FilePath
     )]
     socket: Option<PathBuf>,
     /// The VM's name, as in vhost-user-balloon@NAME.service
-    #[arg(long, global = true, value_name = "NAME")]
+    #[arg(long, global = true, display_order = COMMON, value_name = "NAME")]
     vm: Option<String>,
     /// Print raw JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = COMMON)]
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -125,7 +129,7 @@ pub(crate) enum Command {
             value_parser = clap::value_parser!(u32).range(1..=86_400)
         )]
         seconds: u32,
-        /// A name, such as that of the program that needs this. It has a time limit of its own
+        /// A name, such as that of a backup program; each name has a time limit of its own
         #[arg(long, value_name = "NAME")]
         owner: Option<String>,
     },
@@ -215,7 +219,7 @@ pub(crate) struct Target {
     /// Change nothing, with exit code 7, unless this is the target now
     #[arg(long, value_name = "SIZE")]
     pub(crate) expect: Option<Amount>,
-    /// Set the target for so long; repeat the command before it ends to extend it
+    /// How long the target stays; repeat the command before that to extend it
     #[arg(
         long,
         value_name = "SECONDS",

@@ -24,7 +24,7 @@ const EXAMPLES: [(&str, &str); 8] = [
         "balloonctl --vm vm1 set 1GiB --expect 2GiB",
     ),
     (
-        "Lend 2 GiB to the host for an hour:",
+        "Inflate the balloon to 2 GiB for an hour:",
         "balloonctl --vm vm1 set 2GiB --lease 3600",
     ),
     (

@@ -37,10 +37,11 @@ pub enum Sandbox {
 ///
 /// The last two lines are one argument. The memory has to be shared.
 ///
-/// The daemon serves one VMM at a time, and then waits for the next one. It has two processes. The
-/// supervisor holds the connection. The worker implements the device, and is replaced when it has
-/// crashed or does not respond. On SIGHUP, as after an update, the program at the daemon's path
-/// takes over. If that does not start, the running one continues. The guest is not affected.
+/// The daemon serves one VMM at a time, and then waits for the next one. It has
+/// two processes. The supervisor holds the connection. The worker implements the
+/// device. The supervisor replaces a worker that has crashed or does not respond.
+/// On SIGHUP, as after an update, the program at the daemon's path takes over. If
+/// that does not start, the running one continues. The guest is not affected.
 ///
 /// The daemon ends on SIGTERM and SIGINT. Without systemd a guest that still runs
 /// has no balloon from then on: QEMU's device cannot reconnect. As a service with
@@ -58,11 +59,11 @@ pub struct Options {
 
     /// The group that the VMM's socket belongs to, for a VMM of another user
     ///
-    /// The daemon must be in the group. The mode is 0660 then.
+    /// The daemon must be in the group.
     #[arg(long, value_name = "GROUP", value_parser = group)]
     pub socket_group: Option<Gid>,
 
-    /// The mode of the VMM's socket, such as 0660. The default is 0600
+    /// The mode of the VMM's socket. The default is 0600, and 0660 with --socket-group
     #[arg(long, value_name = "MODE", value_parser = mode)]
     pub socket_mode: Option<u32>,
 
@@ -93,10 +94,10 @@ pub struct Options {
 
     /// Offer the extended protocol, which is not in the virtio specification
     ///
-    /// page-sets describe memory as ranges and bitmaps. stop-reason tells why the guest stays below the target.
-    /// status replaces the guest's writes of the configuration space, at which QEMU aborts when this daemon was killed.
-    /// host-requests ask the guest for unused memory. With pressure, which needs stats, the guest sends statistics
-    /// when it is short of memory. QEMU's device then needs num_vqs=6 and config_size=24;
+    /// page-sets describe memory as ranges and bitmaps. With stop-reason the guest reports why it stays below the target.
+    /// With status it reports its size in messages: QEMU aborts at a write of the configuration space when this daemon
+    /// was killed. host-requests ask the guest for unused memory. With pressure, which needs stats, the guest sends
+    /// statistics when it is short of memory. QEMU's device then needs num_vqs=6 and config_size=24;
     /// otherwise 5 and 16 are enough.
     #[arg(long)]
     pub extensions: bool,
@@ -123,9 +124,8 @@ pub struct Options {
 
     /// Return memory to the host in spite of these hazards
     ///
-    /// Each of them would otherwise keep the daemon from it. With pinned, userfaultfd
-    /// and unseen the guest can lose data. With hugetlb the VM ends if the host has no huge page when the guest
-    /// reuses one.
+    /// Without this option the daemon does not return the memory that they concern. With pinned, userfaultfd and unseen
+    /// the guest can lose data. With hugetlb the VM ends if the host has no huge page when the guest reuses one.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub allow: Vec<Hazard>,
 
@@ -140,16 +140,16 @@ pub struct Options {
     #[arg(long, value_name = "SIZE", default_value = "auto")]
     pub floor: Floor,
 
-    /// How long to wait before a booting guest has to inflate to an earlier target
+    /// How long a booting guest need not inflate to an earlier target
     ///
-    /// The log says so if no driver has started the device by then.
+    /// If no driver has started the device by then, the daemon logs that.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub boot_grace: u32,
 
     /// How far to confine the worker: full or none
     ///
-    /// With full the worker makes only the system calls that it needs. One that it does not need ends it, with the
-    /// call's name in the log, and the supervisor starts another worker. none is for debugging.
+    /// With full the worker may make only the system calls that it needs. Any other call ends the worker. The log has the
+    /// call's name, and the supervisor starts another worker. none is for debugging.
     #[arg(long, value_name = "LEVEL", default_value = "full")]
     pub sandbox: Sandbox,
 
@@ -157,15 +157,15 @@ pub struct Options {
     #[arg(long, value_name = "LEVEL", default_value_t = LevelFilter::Info)]
     pub log: LevelFilter,
 
-    /// Have the device, for a supervisor that hands it over in this version
+    /// Implement the device, for a supervisor that hands it over in this version
     #[arg(long, value_name = "VERSION", hide = true)]
     pub worker: Option<u32>,
 
-    /// Continue with the snapshot of a supervisor that is in the standard input
+    /// Continue with a supervisor's snapshot, which standard input has
     #[arg(long, hide = true)]
     pub resume: bool,
 
-    /// The supervisor, which this process is to end with
+    /// The supervisor: when it ends, so does this process
     #[arg(long, value_name = "PID", hide = true)]
     pub parent: Option<i32>,
 
@@ -216,7 +216,7 @@ impl Options {
     /// The features to offer, without the extensions. They depend on the host's huge pages, too.
     pub fn offered(&self) -> Vec<Feature> {
         let mut features = self.features.clone();
-        // A guest that tells before it uses a page again can wait for memory.
+        // A guest that notifies before it reuses a page can wait for memory.
         if self.granule.is_large() || self.prefault || self.allow.contains(&Hazard::Hugetlb) {
             features.push(Feature::MustTellHost);
         }
