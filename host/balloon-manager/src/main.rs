@@ -33,6 +33,7 @@ mod daemon;
 mod host;
 mod lines;
 mod link;
+mod man;
 mod manager;
 mod metrics;
 mod qemu;
@@ -196,8 +197,7 @@ async fn execute(command: Command) -> Result<()> {
             println!("{count} decisions are as recorded");
             Ok(())
         }
-        Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
-            .with_context(|| format!("cannot write to {}", directory.display())),
+        Command::Man { directory } => man::generate(Cli::command(), &directory),
         Command::Top { client, watch } => top(&client, watch).await,
         Command::Explain { vm, client } => explain(&client, vm).await,
         Command::Reserve {

@@ -73,7 +73,12 @@ fn render(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
     files(&mut roff);
     examples(&mut roff);
     roff.control("SH", ["SEE ALSO"]);
-    roff.text([bold("vhost-user-balloon"), roman("(8)")]);
+    roff.text([
+        bold("vhost-user-balloon"),
+        roman("(8), "),
+        bold("balloon-manager"),
+        roman("(1)"),
+    ]);
     roff.to_writer(&mut page)?;
     Ok(page)
 }

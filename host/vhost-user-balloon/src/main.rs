@@ -10,6 +10,7 @@ use std::process::{self, ExitCode};
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, roman};
 use log::{LevelFilter, error, warn};
 use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
@@ -17,6 +18,22 @@ use nix::unistd::getppid;
 use vhost_user_balloon::options::Options;
 use vhost_user_balloon::supervisor;
 use vhost_user_balloon::worker::{self, sandbox};
+
+/// The files of the daemon, with their use.
+const FILES: [(&str, &str); 3] = [
+    (
+        "/run/vhost-user-balloon/NAME/",
+        "The sockets of vhost-user-balloon@NAME.service: vmm.sock for the VMM, and control.sock for balloonctl.",
+    ),
+    (
+        "/etc/default/vhost-user-balloon, /etc/vhost-user-balloon/NAME.conf",
+        "OPTIONS= of the service, for all VMs and for one.",
+    ),
+    (
+        "/var/lib/vhost-user-balloon/NAME/state",
+        "The --state of the service.",
+    ),
+];
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -98,8 +115,23 @@ fn supervise(options: &Options) -> Result<()> {
 fn write_man_page(directory: &Path) -> Result<()> {
     let path = directory.join("vhost-user-balloon.8");
     let mut file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    let mut more = Roff::new();
+    more.control("SH", ["FILES"]);
+    for (path, use_of_it) in FILES {
+        more.control("TP", []);
+        more.text([bold(path)]);
+        more.text([roman(use_of_it)]);
+    }
+    more.control("SH", ["SEE ALSO"]);
+    more.text([
+        bold("balloonctl"),
+        roman("(1), "),
+        bold("balloon-manager"),
+        roman("(1)"),
+    ]);
     Man::new(Options::command())
         .section("8")
         .render(&mut file)
+        .and_then(|()| more.to_writer(&mut file))
         .with_context(|| format!("writing {}", path.display()))
 }
