@@ -33,7 +33,7 @@ fn state(info: &Info) -> Table {
     table.add_row([
         "Statistics",
         &match info.stats_interval {
-            0 => "not asked for".to_owned(),
+            0 => "off".to_owned(),
             seconds => format!("every {seconds} s"),
         },
     ]);
@@ -150,8 +150,8 @@ fn guest(info: &Info) -> String {
         memory += &format!(" ({} allocated)", HumanBytes(resident));
     }
     match info.guest.answered {
-        Some(seconds) => format!("{memory}, was last heard {} ago", duration(seconds)),
-        None => format!("{memory}, was never heard"),
+        Some(seconds) => format!("{memory}, responded {} ago", duration(seconds)),
+        None => format!("{memory}, has not responded yet"),
     }
 }
 
@@ -226,7 +226,7 @@ fn messages(counters: &Counters) -> Table {
         ("hinted free", Some(counters.hinted), None, |of| of.hints),
         ("statistics", None, None, |of| of.stats),
         (
-            "named unused",
+            "listed unused",
             Some(counters.unused),
             Some(received.requests),
             |of| of.requests,

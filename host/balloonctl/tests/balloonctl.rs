@@ -293,7 +293,7 @@ fn info_shows_the_state() {
     succeeds(&output);
     for words in [
         "512.00 MiB, as asked for",
-        "has 8.00 GiB, was last heard 3 seconds ago",
+        "has 8.00 GiB, responded 3 seconds ago",
         "ready, with stats, page-poison",
         "2 bad-address",
         "1,500 asked, 1 open, 1,498 complete, 1 aborted",
