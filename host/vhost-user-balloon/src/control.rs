@@ -20,7 +20,7 @@ use crate::virtio::features::{Feature, names};
 
 use crate::device::lease::clock;
 use crate::device::state::{MAX_INHIBIT, MAX_INHIBITORS};
-use crate::queues::requests::TooMany;
+use crate::queues::requests::{MAX_REQUESTS, TooMany};
 
 mod metrics;
 mod set;
@@ -157,7 +157,7 @@ impl Device {
             ControlError::new(
                 ErrorKind::Failed,
                 format!("the interval cannot be set and kept: {error}"),
-                "see that the daemon can write its state file",
+                "make sure that the daemon can write its state file",
             )
         })?;
         Ok(Response::Done {})
@@ -167,7 +167,7 @@ impl Device {
         if self.keeps_free_pages() {
             return Err(ControlError::new(
                 ErrorKind::Unsupported,
-                "the guest relies on what its free pages hold, and none can be given back",
+                "the guest relies on the content of its free pages, and none can be returned to the host",
                 "start the guest's kernel without init_on_free and page_poison",
             ));
         }
@@ -188,7 +188,9 @@ impl Device {
             return Err(ControlError::new(
                 ErrorKind::OutOfRange,
                 "the time limit has to be from 1 second to one day",
-                format!("name 1 to {limit} seconds, and ask again before they are over"),
+                format!(
+                    "name 1 to {limit} seconds, and send the request again before that time ends"
+                ),
             ));
         }
         check_owner(owner)?;
@@ -200,7 +202,7 @@ impl Device {
         {
             return Err(ControlError::new(
                 ErrorKind::Failed,
-                format!("{MAX_INHIBITORS} owners keep memory from the host already"),
+                format!("{MAX_INHIBITORS} owners have an inhibit already"),
                 "end one of those that `balloonctl info` shows: balloonctl resume --owner NAME",
             ));
         }
@@ -222,7 +224,7 @@ impl Device {
             ControlError::new(
                 ErrorKind::Timeout,
                 "the guest has sent no statistics",
-                "see that the guest is not paused, and try again",
+                "check that the guest is not paused, and try again",
             )
         })
     }
@@ -306,8 +308,8 @@ fn check_owner(owner: Option<&str>) -> Result<(), ControlError> {
 fn cannot_keep(error: &io::Error) -> ControlError {
     ControlError::new(
         ErrorKind::Failed,
-        format!("this holds, but cannot be kept over a restart of the daemon: {error}"),
-        "see that the daemon can write its state file",
+        format!("this is in effect, but cannot be kept over a restart of the daemon: {error}"),
+        "make sure that the daemon can write its state file",
     )
 }
 
@@ -324,7 +326,7 @@ fn wanted(block: u64, start: u64, end: u64) -> Result<Wanted, ControlError> {
         return Err(ControlError::new(
             ErrorKind::OutOfRange,
             format!("there is no memory from {start} to {end}"),
-            "name an end that is behind the start, or 0 for the end of memory",
+            "name an end above the start, or 0 for the end of memory",
         ));
     }
     // It is 63 at most.
@@ -339,7 +341,7 @@ fn wanted(block: u64, start: u64, end: u64) -> Result<Wanted, ControlError> {
 fn too_many(_: TooMany) -> ControlError {
     ControlError::new(
         ErrorKind::Failed,
-        "the guest is asked for as much at once as can be",
+        format!("{MAX_REQUESTS} requests to the guest are open already"),
         "wait until one of these requests has ended, or cancel it",
     )
 }

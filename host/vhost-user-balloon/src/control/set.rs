@@ -51,7 +51,7 @@ impl Device {
             Err(SetError::Unsaved(error)) => Err(ControlError::new(
                 ErrorKind::Failed,
                 format!("the target is set, but cannot be kept: {error}"),
-                "see that the daemon can write its state file",
+                "make sure that the daemon can write its state file",
             )),
         }
     }

@@ -80,15 +80,15 @@ impl Hazard {
         match self {
             Self::Pinned => {
                 "a device or another program has pinned the guest's memory (VFIO, vDPA, RDMA, io_uring), and \
-                 would go on with the old pages"
+                 would continue with the old pages"
             }
             Self::Locked => "the VMM has locked the guest's memory",
             Self::Userfaultfd => {
-                "the VMM has its memory filled through userfaultfd, and old content could come back"
+                "userfaultfd fills the VMM's memory, and old content could come back"
             }
             Self::Hugetlb => {
                 "the guest's memory is in hugetlbfs, and the VM would end if the host had no huge page when the \
-                 guest wants one back"
+                 guest uses one again"
             }
             Self::DiskFile => "the guest's memory is a file on a disk",
             Self::Unseen => {

@@ -165,7 +165,9 @@ fn a_handler_that_comes_later_is_found_and_logged() {
     thread::sleep(OLD);
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 1);
-    assert!(log().contains("memory is not given back to the host: the VMM has its memory filled"));
+    assert!(
+        log().contains("memory is not given back to the host: userfaultfd fills the VMM's memory")
+    );
     assert_eq!(info(directory).withheld, ["userfaultfd"]);
     let found = metrics();
     assert!(found.contains("\nballoon_withheld 1\n"), "{found}");
