@@ -171,8 +171,8 @@ impl Stats {
         Ok(Some(Arc::new(feature, GFP_KERNEL)?))
     }
 
-    /// Answers a request of the device, or tells it that the guest is short of memory. Returns in
-    /// how many milliseconds a notice may be sent.
+    /// Answers a request of the device, or notifies it that the guest is short of memory. Returns
+    /// in how many milliseconds a notice may be sent.
     fn answer(&self) -> Option<Msecs> {
         let mut inner = self.inner.lock();
         while let Some((buffer, _)) = inner.queue.next_used() {
