@@ -283,7 +283,9 @@ fn hotplug(setup: &Setup) -> Result<()> {
 fn oom(setup: &Setup) -> Result<()> {
     let config = zeroing(setup)
         .memory(Size::gib(2))
-        .offer(&[Offer::DeflateOnOom]);
+        .offer(&[Offer::DeflateOnOom])
+        // Pages that are allocated when their memory block is about to go offline have to be migrated.
+        .expect(r"page allocation failure: order:0, .*\|__GFP_MOVABLE\|__GFP_RETRY_MAYFAIL");
     vm::run(&config, |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let total = guest.meminfo()?.total;
