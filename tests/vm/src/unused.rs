@@ -457,7 +457,7 @@ pub(crate) fn stop(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Lets it go on.
+/// Continues it.
 pub(crate) fn go_on(guest: &Guest) -> Result<()> {
     guest.qmp().execute::<Value>("cont", &json!({}))?;
     Ok(())

@@ -113,7 +113,7 @@ fn daemon_restart(setup: &Setup) -> Result<()> {
 }
 
 /// Kills the worker while the VM is stopped. QEMU has stopped the queues then. The balloon must be the same when the VM
-/// goes on.
+/// continues.
 fn kill_while_stopped(guest: &Guest, daemon: &Daemon) -> Result<()> {
     let (before, deflated) = (guest.balloon().size()?, guest.vmstat("balloon_deflate")?);
     let processes = daemon.processes()?;
