@@ -108,7 +108,9 @@ impl<'a> Input<'a> {
             option: settings & 8 != 0,
             format: match settings & 16 {
                 0 => Format::Pfns,
-                _ => Format::PageSets,
+                _ => Format::PageSets {
+                    has_status: settings & 32 != 0,
+                },
             },
             index: u16::from_le_bytes([low, high]),
             word: u64::from_le_bytes(word),
@@ -338,7 +340,7 @@ impl<R: Receiver> Receiver for Witness<'_, R> {
         let content = read(self.memory, &buffers).unwrap_or_default();
         self.seen.named |= match self.format {
             Format::Pfns => named_by_pfns(&content),
-            Format::PageSets => named_by_page_set(&content),
+            Format::PageSets { .. } => named_by_page_set(&content),
         };
         self.seen.buffers.extend(buffers);
         self.receiver.take(chain, again)

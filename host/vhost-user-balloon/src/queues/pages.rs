@@ -39,14 +39,19 @@ pub enum Format {
     /// (specification, clause 5.5.6).
     Pfns,
     /// Page sets (docs/protocol.md, section 4).
-    PageSets,
+    PageSets {
+        /// Whether the inflate queue also has the balloon's status.
+        has_status: bool,
+    },
 }
 
 impl Format {
     /// The format of a driver with these features.
     pub fn of(features: u64) -> Self {
         if Feature::PageSets.is_in(features) {
-            Self::PageSets
+            Self::PageSets {
+                has_status: Feature::Status.is_in(features),
+            }
         } else {
             Self::Pfns
         }
@@ -56,7 +61,7 @@ impl Format {
     const fn limit(self) -> usize {
         match self {
             Self::Pfns => MAX_PFNS * PFN,
-            Self::PageSets => page_set::MAX_SIZE,
+            Self::PageSets { .. } => page_set::MAX_SIZE,
         }
     }
 }
@@ -101,10 +106,12 @@ impl Pages {
         let read = read(memory, chain, format.limit(), &mut self.bytes);
         let content = read.and_then(|()| match format {
             Format::Pfns => self.add_pfns(),
-            Format::PageSets if queue == Kind::Inflate && Status::is_in(&self.bytes) => {
+            Format::PageSets { has_status: true }
+                if queue == Kind::Inflate && Status::is_in(&self.bytes) =>
+            {
                 self.add_status()
             }
-            Format::PageSets => self.add_page_set(queue),
+            Format::PageSets { .. } => self.add_page_set(queue),
         });
         if !again {
             if let Some(received) = counters.received.get(queue as usize) {

@@ -33,6 +33,9 @@ const LIMIT: u64 = 1 << 52;
 /// A huge page in bytes.
 const HUGE: u64 = 2 << 20;
 
+/// The format of a driver with all features.
+const SETS: Format = Format::PageSets { has_status: true };
+
 /// A page set in its wire format.
 #[derive(Clone, Debug)]
 struct Message {
@@ -187,13 +190,13 @@ impl Machine {
     /// Sends a batch of page sets on the inflate queue.
     fn inflate(&mut self, messages: &[Message]) -> Counters {
         let messages: Vec<_> = messages.iter().map(Message::bytes).collect();
-        self.send(Format::PageSets, Kind::Inflate, &messages)
+        self.send(SETS, Kind::Inflate, &messages)
     }
 
     /// Sends a batch of page sets on the deflate queue.
     fn deflate(&mut self, messages: &[Message]) -> Counters {
         let messages: Vec<_> = messages.iter().map(Message::bytes).collect();
-        self.send(Format::PageSets, Kind::Deflate, &messages)
+        self.send(SETS, Kind::Deflate, &messages)
     }
 
     /// The discarded pages.
@@ -322,7 +325,7 @@ fn nothing_is_done_for_malformed_messages() {
     for (place, message) in malformed.into_iter().enumerate() {
         let batch = [message, Message::range(0x200..0x201).bytes()];
         let mut machine = Machine::new(4096, true);
-        let counters = machine.send(Format::PageSets, Kind::Inflate, &batch);
+        let counters = machine.send(SETS, Kind::Inflate, &batch);
         assert_eq!(counters.refused(Refusal::Malformed), 1, "{place}");
         assert_eq!(machine.holes(), [0x200].into(), "{place}");
         assert_eq!(machine.empty(), [0x200].into(), "{place}");
@@ -334,27 +337,34 @@ fn nothing_is_done_for_malformed_messages() {
     assert_eq!(machine.empty(), [0x200].into());
 }
 
+/// A status of 5 balloon pages in a message of this length.
+fn status(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    (bytes[0], bytes[16]) = (8, 5);
+    bytes
+}
+
 #[test]
 fn a_status_is_for_the_inflate_queue_only() {
-    let status = |length| {
-        let mut bytes = vec![0; length];
-        (bytes[0], bytes[16]) = (8, 5);
-        bytes
-    };
     let mut machine = Machine::new(4096, true);
     let page = Message::range(0x200..0x201).bytes();
-    let counters = machine.send(
-        Format::PageSets,
-        Kind::Inflate,
-        &[status(24), page, status(25)],
-    );
+    let counters = machine.send(SETS, Kind::Inflate, &[status(24), page, status(25)]);
     assert_eq!(counters.refused(Refusal::Malformed), 1);
     let read = machine.status.take();
     assert_eq!(read.map(|status| status.actual), Some(5));
-    let counters = machine.send(Format::PageSets, Kind::Deflate, &[status(24)]);
+    let counters = machine.send(SETS, Kind::Deflate, &[status(24)]);
     assert_eq!(counters.refused(Refusal::Malformed), 1);
     assert_eq!(machine.status.take(), None);
     assert_eq!(machine.empty(), [0x200].into());
+}
+
+#[test]
+fn a_driver_without_the_feature_sends_no_status() {
+    let mut machine = Machine::new(4096, true);
+    let format = Format::PageSets { has_status: false };
+    let counters = machine.send(format, Kind::Inflate, &[status(24)]);
+    assert_eq!(counters.refused(Refusal::Malformed), 1);
+    assert_eq!(machine.status.take(), None);
 }
 
 /// The guest may be reset before the device continues with the batch.
@@ -372,7 +382,7 @@ fn an_unfinished_batch_leaves_no_status() {
         told_before_use: true,
         begun: false,
         discarder: &mut Discarder::default(),
-        format: Format::PageSets,
+        format: SETS,
         counters: &Counters::default(),
         pages: &mut pages,
         pieces: &mut Pieces::default(),
@@ -386,10 +396,13 @@ fn an_unfinished_batch_leaves_no_status() {
 fn a_format_is_not_taken_for_the_other_one() {
     let mut machine = Machine::new(4096, true);
     let pfns = vec![0, 1, 0, 0, 1, 1, 0, 0];
-    let counters = machine.send(Format::PageSets, Kind::Inflate, &[pfns]);
+    let counters = machine.send(SETS, Kind::Inflate, &[pfns]);
     assert_eq!(counters.refused(Refusal::Malformed), 1);
     assert_eq!(machine.empty(), [].into());
-    assert_eq!(Format::of(Feature::PageSets.mask()), Format::PageSets);
+    let sets = Feature::PageSets.mask();
+    let without = Format::PageSets { has_status: false };
+    assert_eq!(Format::of(sets), without);
+    assert_eq!(Format::of(sets | Feature::Status.mask()), SETS);
     assert_eq!(Format::of(!Feature::PageSets.mask()), Format::Pfns);
 }
 
