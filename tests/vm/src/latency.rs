@@ -6,10 +6,14 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use vm::{Accel, Driver, Guest, Kernel, MemoryBackend, Off, Size};
+use balloon_control::{HintAction, Request};
+use vm::{Accel, Device, Driver, Guest, Kernel, MemoryBackend, Off, Offer, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, fullest_block, write};
+use crate::requests::hint;
 use crate::scenario::{BOTH_DRIVERS, Scenario, Setup};
+use crate::unused::{ask, unused};
+use crate::vhost_user::{PATIENCE, wait_driver};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "latency",
@@ -19,6 +23,9 @@ pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     devices: BLOCKS_OR_PAGES,
     run: latency,
 }];
+
+/// An operation that is measured.
+type Work<'a> = &'a dyn Fn() -> Result<()>;
 
 /// The limit for a section of the kernel, at a nanosecond for each instruction.
 const LIMIT: Duration = Duration::from_micros(200);
@@ -35,6 +42,7 @@ fn latency(setup: &Setup) -> Result<()> {
         .memory(Size::gib(64))
         // The memory is larger than the host's.
         .backend(MemoryBackend::Memfd)
+        .offer(&[Offer::DeflateOnOom, Offer::FreePageHint])
         // The guest's clock counts the instructions of its only processor, so the speed and the load of the machine do
         // not matter.
         .accel(Accel::Tcg)
@@ -71,9 +79,9 @@ fn measure(
 fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
     let mut longest = Duration::ZERO;
     for off in [Off::Interrupts, Off::Preemption] {
-        let measure =
-            |what: &str, work: &dyn Fn() -> Result<()>| measure(setup, guest, what, off, work);
+        let measure = |what: &str, work: Work<'_>| measure(setup, guest, what, off, work);
         let offline = || offline(guest);
+        let full = Size::gib(60);
         let settle = |size: Size| guest.balloon().settle(size).map(drop);
 
         // Under one hold of a lock the kernel puts up to 2,016 order-0 pages on a per-CPU page list, for a process or
@@ -81,16 +89,53 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
         guest.write_file("/sys/kernel/mm/transparent_hugepage/enabled", "never")?;
         measure("a process", &|| guest.touch(Size::gib(2)))?;
         guest.insmod(setup.driver, setup.driver.low_floor())?;
-        longest = longest.max(measure("inflating", &|| settle(Size::gib(60)))?);
+        if setup.device == Device::Extended {
+            longest = longest.max(empty(guest, &measure)?);
+        }
+        longest = longest.max(measure("inflating", &|| settle(full))?);
         longest = longest.max(measure("offlining", &offline)?);
         set_lists(guest, SHORT_LISTS)?;
         longest = longest.max(measure("offlining with short lists", &offline)?);
         set_lists(guest, DEFAULT_LISTS)?;
+        longest = longest.max(measure("running out of memory", &|| {
+            guest.touch(Size::gib(5))?;
+            ensure!(guest.balloon().size()? < full, "the balloon keeps {full}");
+            Ok(())
+        })?);
         longest = longest.max(measure("deflating", &|| settle(Size::default()))?);
         guest.rmmod(setup.driver)?;
     }
     ensure!(longest < LIMIT, "the longest took {longest:?}");
     Ok(())
+}
+
+/// Measures what the driver does with free memory while the balloon is empty. Returns the longest section.
+fn empty(guest: &Guest, measure: &dyn Fn(&str, Work<'_>) -> Result<Duration>) -> Result<Duration> {
+    wait_driver(guest)?;
+    let unused = measure("listing unused memory", &|| {
+        ask(guest, &unused(4096)).map(drop)
+    })?;
+    let reclaim = measure("discarding unused memory", &|| {
+        let all = Request::Reclaim {
+            block: 2 << 20,
+            start: 0,
+            end: 0,
+        };
+        ask(guest, &all).map(drop)
+    })?;
+    let hints = measure("hints", &|| {
+        let hinted = || -> Result<u64> { Ok(guest.daemon()?.info()?.counters.hinted) };
+        let (free, before) = (guest.free()?, hinted()?);
+        hint(guest, HintAction::Start)?;
+        guest.wait_until("hints", PATIENCE, || {
+            Ok(hinted()? > before + free.as_bytes() / 2)
+        })?;
+        hint(guest, HintAction::Done)?;
+        guest.wait_until("all memory is free again", PATIENCE, || {
+            Ok(guest.free()? + Size::gib(1) > free)
+        })
+    })?;
+    Ok(unused.max(reclaim).max(hints))
 }
 
 fn c_driver(setup: &Setup, guest: &Guest) -> Result<()> {

@@ -134,7 +134,7 @@ fn host_requests(setup: &Setup) -> Result<()> {
 }
 
 /// Starts or ends hints.
-fn hint(guest: &Guest, action: HintAction) -> Result<()> {
+pub(crate) fn hint(guest: &Guest, action: HintAction) -> Result<()> {
     guest.daemon()?.call::<Value>(&Request::Hints { action })?;
     Ok(())
 }
