@@ -101,7 +101,7 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
         .iter()
         .fold(0, |sum: Pages, part| sum.saturating_add(*part));
     format!(
-        "the reserve of {} + floors of {} + reservations of {} + {} asked for = {}, and the pool has {}",
+        "the reserve of {} + floors of {} + reservations of {} + {} requested = {}, and the pool has {}",
         size(reserve),
         size(floors),
         size(reserved),

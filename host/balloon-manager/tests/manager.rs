@@ -773,7 +773,7 @@ fn reservations_are_admitted_or_refused_with_the_arithmetic() {
     assert!(web.grant() < 2 * GIB);
     let output = host.ask(&["reserve", "2GiB"]);
     let error = words(&output.stderr);
-    let sum = "256.0 MiB + floors of 512.0 MiB + reservations of 4.0 GiB + 2.0 GiB asked for = 6.8 GiB, and the pool has 6.0 GiB";
+    let sum = "256.0 MiB + floors of 512.0 MiB + reservations of 4.0 GiB + 2.0 GiB requested = 6.8 GiB, and the pool has 6.0 GiB";
     assert!(error.contains(sum), "{error}");
     assert!(host.ask(&["release", "1"]).status.success());
     assert!(!host.ask(&["release", "1"]).status.success());

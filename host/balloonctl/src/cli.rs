@@ -309,7 +309,7 @@ impl Hints {
     /// The message on success.
     pub(crate) fn done(self) -> &'static str {
         match self {
-            Self::Start => "The guest is asked for hints.",
+            Self::Start => "The device requests hints.",
             Self::Stop => "The guest is asked to stop hinting.",
             Self::Done => "The hinted pages are returned to the guest.",
         }

@@ -102,7 +102,7 @@ impl Session {
             return self.show(&answer, || {
                 let info: Info = answer.parse()?;
                 Ok(format!(
-                    "The guest has given away {}, after {:.1} s.",
+                    "The balloon has {}, after {:.1} s.",
                     HumanBytes(info.size),
                     took.as_secs_f64()
                 ))
@@ -110,7 +110,7 @@ impl Session {
         }
         self.show(&answer, || {
             Ok(format!(
-                "The target is {} now, and the guest has given away {}.",
+                "The target is {} now, and the balloon has {}.",
                 HumanBytes(bytes),
                 HumanBytes(before.size)
             ))
@@ -138,8 +138,8 @@ impl Session {
         let answer = self.call(&Request::SetStatsInterval { seconds })?;
         self.show(&answer, || {
             Ok(match seconds {
-                0 => "The guest is no longer asked for statistics.".to_owned(),
-                _ => format!("The guest is asked for statistics every {seconds} s."),
+                0 => "The device no longer requests statistics.".to_owned(),
+                _ => format!("The device requests statistics every {seconds} s."),
             })
         })
     }

@@ -77,11 +77,11 @@ pub(crate) enum Failure {
     #[error("the lease has run out, and the target is {} now", HumanBytes(*.0))]
     Lapsed(u64),
     /// The guest's administrator has turned ballooning off.
-    #[error("{}, and has given away {}", Shortfall::Excluded, HumanBytes(*.0))]
+    #[error("{}; its balloon has {}", Shortfall::Excluded, HumanBytes(*.0))]
     Excluded(u64),
     /// The guest does not reach the target in time.
     #[error(
-        "the guest has given away {} of {} after {} s{}",
+        "the balloon has {} of {} after {} s{}",
         HumanBytes(*size), HumanBytes(*target), waited.as_secs(),
         reason.map(|reason| format!(": {reason}")).unwrap_or_default()
     )]

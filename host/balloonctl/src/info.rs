@@ -99,9 +99,9 @@ pub(crate) fn withheld(info: &Info) -> Option<String> {
 fn balloon(info: &Info) -> String {
     let size = HumanBytes(info.size);
     let mut text = if info.is_reached() {
-        format!("{size}, as asked for")
+        format!("{size}, as requested")
     } else {
-        format!("{size} of {} asked for", HumanBytes(info.asked()))
+        format!("{size} of {} requested", HumanBytes(info.asked()))
     };
     if info.asked() < info.target {
         text += &format!(
@@ -157,7 +157,7 @@ fn guest(info: &Info) -> String {
 
 fn driver(guest: &Guest) -> String {
     match (guest.driver, guest.features.as_slice()) {
-        (false, _) => "not there".to_owned(),
+        (false, _) => "none".to_owned(),
         (true, []) => "ready, without features".to_owned(),
         (true, features) => format!("ready, with {}", features.join(", ")),
     }

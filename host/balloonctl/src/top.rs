@@ -169,7 +169,7 @@ impl Vm {
         match info.guest.short_of_target {
             _ if !info.guest.connected => "no VMM is connected".to_owned(),
             _ if !info.guest.driver => "no balloon driver works in the guest".to_owned(),
-            _ if info.is_reached() => format!("{size}, as asked for"),
+            _ if info.is_reached() => format!("{size}, as requested"),
             Some(reason) => format!("{size} of {}; {reason}", HumanBytes(info.asked())),
             None => format!("{size} of {}", HumanBytes(info.asked())),
         }
@@ -519,7 +519,7 @@ mod tests {
     fn a_size_is_rounded_up_to_pages_of_the_guest() {
         let mut top = Top::new(&[PathBuf::from("/run/db.sock")]);
         top.vms[0].update(Ok(look(2, 6 * GIB + (60 << 10))), INTERVAL);
-        assert_eq!(top.vms[0].state(), "6.00 GiB, as asked for");
+        assert_eq!(top.vms[0].state(), "6.00 GiB, as requested");
         let mut limited = look(4, 3 * GIB);
         limited.info.limit = Some(4 * GIB);
         top.vms[0].update(Ok(limited), INTERVAL);

@@ -178,7 +178,7 @@ impl Script {
     }
 }
 
-/// A guest that has inflated half a GiB, as it was asked for.
+/// A guest that has inflated half a GiB, as requested.
 fn info() -> Info {
     Info {
         target: GIB / 2,
@@ -292,7 +292,7 @@ fn info_shows_the_state() {
     let output = daemon.run(&["info"]);
     succeeds(&output);
     for words in [
-        "512.00 MiB, as asked for",
+        "512.00 MiB, as requested",
         "has 8.00 GiB, responded 3 seconds ago",
         "ready, with stats, page-poison",
         "2 bad-address",
@@ -412,7 +412,7 @@ fn wait_returns_when_the_size_is_reached() {
         let daemon = Daemon::obedient();
         let output = daemon.run(&["set", target, "--wait"]);
         succeeds(&output);
-        assert!(stdout(&output).contains("has given away"));
+        assert!(stdout(&output).contains("The balloon has"));
         let info = daemon.script.info.lock().unwrap();
         assert_eq!(info.size, info.target);
     }

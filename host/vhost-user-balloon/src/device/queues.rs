@@ -320,7 +320,7 @@ impl Device {
         let target = bytes(lock(&self.state).config.target);
         if let Some(limit) = self.limit().filter(|&limit| target > limit) {
             warn!(
-                "the target of {target} bytes would leave a VM of {} bytes too little; it is asked for {limit} bytes",
+                "the target of {target} bytes would leave a VM of {} bytes too little; the device requests {limit} bytes",
                 self.guest_memory().unwrap_or_default()
             );
         }
