@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use clap::Command;
-use clap_mangen::roff::{Roff, bold, roman};
+use clap_mangen::roff::Roff;
 
 use crate::control::SOCKET;
 
@@ -39,18 +39,8 @@ pub(crate) fn generate(command: Command, directory: &Path) -> Result<()> {
         .open(main)
         .with_context(failure)?;
     let mut more = Roff::new();
-    more.control("SH", ["FILES"]);
-    for (path, use_of_it) in FILES {
-        more.control("TP", []);
-        more.text([bold(path)]);
-        more.text([roman(use_of_it)]);
-    }
-    more.control("SH", ["SEE ALSO"]);
-    more.text([
-        bold("vhost-user-balloon"),
-        roman("(8), "),
-        bold("balloonctl"),
-        roman("(1)"),
-    ]);
+    man_page::terms(&mut more, "FILES", FILES);
+    let pages = [("vhost-user-balloon", 8), ("balloonctl", 1)];
+    man_page::see_also(&mut more, &pages);
     more.to_writer(&mut page).with_context(failure)
 }

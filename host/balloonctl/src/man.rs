@@ -13,6 +13,9 @@ use clap_mangen::roff::{Roff, bold, roman};
 use crate::cli::{Cli, socket_of};
 use crate::failure::{EXIT_CODES, Failure};
 
+const SOCKET: &str =
+    "The control socket of the VM NAME, for --vm. Only the daemon's user and root can connect.";
+
 const EXAMPLES: [(&str, &str); 8] = [
     (
         "Inflate the balloon to half of the guest's memory, and wait at most a minute:",
@@ -69,16 +72,13 @@ fn render(man: &Man, command: &Command) -> io::Result<Vec<u8>> {
     man.render_options_section(&mut page)?;
     let mut roff = Roff::new();
     commands(&mut roff, command);
-    exit_codes(&mut roff);
-    files(&mut roff);
+    let codes = EXIT_CODES.map(|(code, meaning)| (code.to_string(), meaning));
+    man_page::terms(&mut roff, "EXIT STATUS", codes);
+    let socket = socket_of("NAME");
+    man_page::terms(&mut roff, "FILES", [(socket.to_string_lossy(), SOCKET)]);
     examples(&mut roff);
-    roff.control("SH", ["SEE ALSO"]);
-    roff.text([
-        bold("vhost-user-balloon"),
-        roman("(8), "),
-        bold("balloon-manager"),
-        roman("(1)"),
-    ]);
+    let pages = [("vhost-user-balloon", 8), ("balloon-manager", 1)];
+    man_page::see_also(&mut roff, &pages);
     roff.to_writer(&mut page)?;
     Ok(page)
 }
@@ -120,24 +120,6 @@ fn usage(command: &Command) -> String {
     let mut command = command.clone();
     let usage = command.render_usage().to_string();
     usage.trim_start_matches("Usage: ").to_owned()
-}
-
-fn exit_codes(roff: &mut Roff) {
-    roff.control("SH", ["EXIT STATUS"]);
-    for (code, meaning) in EXIT_CODES {
-        roff.control("TP", []);
-        roff.text([bold(code.to_string())]);
-        roff.text([roman(meaning)]);
-    }
-}
-
-fn files(roff: &mut Roff) {
-    roff.control("SH", ["FILES"]);
-    roff.control("TP", []);
-    roff.text([bold(socket_of("NAME").to_string_lossy())]);
-    roff.text([roman(
-        "The control socket of the VM NAME, for --vm. Only the daemon's user and root can connect.",
-    )]);
 }
 
 fn examples(roff: &mut Roff) {

@@ -10,7 +10,7 @@ use std::process::{self, ExitCode};
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser};
 use clap_mangen::Man;
-use clap_mangen::roff::{Roff, bold, roman};
+use clap_mangen::roff::Roff;
 use log::{LevelFilter, error, warn};
 use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal};
@@ -116,19 +116,9 @@ fn write_man_page(directory: &Path) -> Result<()> {
     let path = directory.join("vhost-user-balloon.8");
     let mut file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
     let mut more = Roff::new();
-    more.control("SH", ["FILES"]);
-    for (path, use_of_it) in FILES {
-        more.control("TP", []);
-        more.text([bold(path)]);
-        more.text([roman(use_of_it)]);
-    }
-    more.control("SH", ["SEE ALSO"]);
-    more.text([
-        bold("balloonctl"),
-        roman("(1), "),
-        bold("balloon-manager"),
-        roman("(1)"),
-    ]);
+    man_page::terms(&mut more, "FILES", FILES);
+    let pages = [("balloonctl", 1), ("balloon-manager", 1)];
+    man_page::see_also(&mut more, &pages);
     Man::new(Options::command())
         .section("8")
         .render(&mut file)
