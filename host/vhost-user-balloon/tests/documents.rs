@@ -3,6 +3,7 @@
 //! Documents say what the daemon has: the number of queues, the size of the configuration space, the encodings of pages.
 //! So do the guests of the tests.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use balloon_wire::page_set::Encoding;
 use clap::{CommandFactory, ValueEnum};
 use vhost_user_balloon::counters::Counters;
+use vhost_user_balloon::device::state::State;
 use vhost_user_balloon::options::Options;
 use vhost_user_balloon::virtio::features::{Feature, config_size, offer};
 use vhost_user_balloon::virtio::kind::Kind;
@@ -116,6 +118,20 @@ fn row<'a>(document: &'a str, cell: &str) -> &'a str {
     lines
         .find(|line| line.starts_with(&format!("| `{cell}` |")))
         .unwrap_or_default()
+}
+
+#[test]
+fn every_field_of_the_state_file_is_documented() -> Result<(), Box<dyn Error>> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("state");
+    State::new(5).save(&path)?;
+    let fields: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&fs::read(&path)?)?;
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let document = fs::read_to_string(docs.join("vhost-user-balloon.md"))?;
+    for field in fields.keys() {
+        assert_ne!(row(&document, field), "", "{field}");
+    }
+    Ok(())
 }
 
 #[test]
