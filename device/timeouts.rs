@@ -98,6 +98,9 @@ pub(crate) const HOTPLUG_BUSY: Delta = Delta::from_millis(300);
 /// The interval for retrying memory blocks that could not be brought online.
 pub(crate) const ONLINE_AGAIN: Msecs = 1_000;
 
+/// How long a thread tries to bring memory blocks online when the driver has left the device.
+pub(crate) const ONLINE_AT_END: Delta = Delta::from_secs(60);
+
 /// The CPU time that host requests may use at once. Then they pause: for ten times what they used
 /// beyond that.
 pub(crate) const REQUEST_BUDGET: Delta = Delta::from_secs(2);

@@ -457,13 +457,7 @@ impl Task<Offliner> {
 
         let mut work = self.work.lock();
         self.end(&mut work);
-        if !work.offline.bring_online() {
-            dev_warn!(
-                self.dev,
-                "{} memory blocks are offline and cannot be brought online\n",
-                work.offline.failed()
-            );
-        }
+        work.offline.bring_online();
     }
 }
 

@@ -10,16 +10,26 @@
 
 #![forbid(unsafe_code)]
 
-use crate::rust::mm::{
-    hotplug::memory_block::{
-        Limits,
-        MemoryBlock,
-        OfflineBlock,
-        Outcome, //
-    },
-    zone::Zone, //
+use crate::{
+    device::timeouts,
+    rust::{
+        mm::{
+            hotplug::memory_block::{
+                Limits,
+                MemoryBlock,
+                OfflineBlock,
+                Outcome, //
+            },
+            zone::Zone, //
+        },
+        work::{
+            poll::poll_timeout,
+            thread::Thread, //
+        }, //
+    }, //
 };
 
+use core::mem;
 use kernel::prelude::*;
 
 /// How many blocks may be offline after a failure to bring them online, until no more are taken.
@@ -93,19 +103,50 @@ impl OfflineBlocks {
         let _ = self.failed.push_within_capacity(block);
     }
 
-    /// Returns the number of blocks that could not be brought online.
-    pub(super) fn failed(&self) -> usize {
-        self.failed.len()
-    }
-
-    /// Returns whether these are so many that no more may be taken.
+    /// Returns whether so many could not be brought online that no more may be taken.
     pub(super) fn has_failed_too_often(&self) -> bool {
-        self.failed() >= MAX_FAILED
+        self.failed.len() >= MAX_FAILED
     }
 
-    /// Retries to bring them online. Returns whether none of them is offline any more.
+    /// Retries to bring these online. Returns whether none of them is offline any more.
     pub(super) fn bring_online(&mut self) -> bool {
-        self.failed.retain(|block| block.bring_online().is_err());
-        self.failed.is_empty()
+        bring_online(&mut self.failed)
+    }
+}
+
+impl Drop for OfflineBlocks {
+    /// Leaves the blocks that could not be brought online to a thread. ACPI unplugs a device with
+    /// the kernel's lock for hotplug held, and they stay offline until that has ended.
+    fn drop(&mut self) {
+        let mut failed = mem::replace(&mut self.failed, KVec::new());
+        let blocks = failed.len();
+        if blocks == 0 {
+            return;
+        }
+
+        let thread = Thread::start(c"balloon_rs_online", None, move || {
+            poll_timeout(timeouts::ONLINE_AT_END, || {
+                bring_online(&mut failed).then_some(())
+            });
+            warn(failed.len());
+            Ok(())
+        });
+        match thread {
+            Ok(thread) => thread.detach(),
+            Err(_) => warn(blocks),
+        }
+    }
+}
+
+/// Retries to bring `blocks` online. Returns whether none of them is offline any more.
+fn bring_online(blocks: &mut KVec<OfflineBlock>) -> bool {
+    blocks.retain(|block| block.bring_online().is_err());
+    blocks.is_empty()
+}
+
+/// Logs that blocks stay offline, if there are any.
+fn warn(blocks: usize) {
+    if blocks > 0 {
+        pr_warn!("{blocks} memory blocks are offline and cannot be brought online\n");
     }
 }

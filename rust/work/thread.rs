@@ -40,7 +40,8 @@ use kernel::{
 
 /// A thread that executes one function, and schedules a task at the end.
 ///
-/// Dropping this kills the thread, and waits for it only if its function has ended.
+/// Dropping this kills the thread, unless it is [detached](Self::detach), and waits for it only if
+/// its function has ended.
 ///
 /// # Invariants
 ///
@@ -49,6 +50,7 @@ use kernel::{
 pub(crate) struct Thread {
     thread: NonNull<bindings::task_struct>,
     shared: Arc<Shared>,
+    is_detached: bool,
 }
 
 // SAFETY: A thread may be killed, and its reference released, from any thread.
@@ -129,7 +131,13 @@ impl Thread {
         Ok(Self {
             thread: NonNull::new(thread).ok_or(ENOMEM)?,
             shared,
+            is_detached: false,
         })
+    }
+
+    /// Leaves the thread alone. It ends by itself.
+    pub(crate) fn detach(mut self) {
+        self.is_detached = true;
     }
 
     /// Returns the result of the work, if it has ended.
@@ -184,13 +192,14 @@ impl Drop for Thread {
             // SAFETY: By the type invariants it is a thread of the kernel's, and the reference is
             // ours.
             unsafe { bindings::kthread_stop_put(self.thread.as_ptr()) };
-        } else {
+            return;
+        }
+        if !self.is_detached {
             self.shared.is_killed.store(true, Relaxed);
             // SAFETY: As above.
-            unsafe {
-                bindings::send_sig(bindings::SIGKILL as c_int, self.thread.as_ptr(), 1);
-                bindings::put_task_struct(self.thread.as_ptr());
-            }
+            unsafe { bindings::send_sig(bindings::SIGKILL as c_int, self.thread.as_ptr(), 1) };
         }
+        // SAFETY: As above.
+        unsafe { bindings::put_task_struct(self.thread.as_ptr()) };
     }
 }

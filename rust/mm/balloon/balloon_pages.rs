@@ -193,6 +193,8 @@ impl<R: MigratePage> Drop for BalloonPages<R> {
             drop(nodes);
             Ok(())
         });
-        drop(thread);
+        if let Ok(thread) = thread {
+            thread.detach();
+        }
     }
 }
