@@ -99,6 +99,10 @@ const LIMITS: Limits = Limits {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static WAITS: Atomic<usize> = Atomic::new(0);
 
+/// How many times a task has found no more blocks, or was told to end.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static ENDS: Atomic<usize> = Atomic::new(0);
+
 /// Takes memory blocks for another task.
 #[pin_data]
 pub(crate) struct Offliner {
@@ -291,6 +295,8 @@ impl Offliner {
         work.candidates = None;
         work.failures = 0;
         self.state.lock().is_busy = false;
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        ENDS.add(1, Relaxed);
         self.waker.schedule();
     }
 

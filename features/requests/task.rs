@@ -185,8 +185,8 @@ impl HostRequests {
 
         let steps = self.make_steps(inner, pause.is_some());
         if let Some(offliner) = &self.offliner {
-            // The requests may have been cancelled.
-            if offliner.is_busy() && !inner.open.iter().any(Open::needs_blocks) {
+            // The requests may have been cancelled. No other one takes the blocks that are ready.
+            if !inner.open.iter().any(Open::needs_blocks) {
                 offliner.cancel();
             }
         }

@@ -156,8 +156,10 @@ impl Inner {
             blocks.is_begun = true;
             offliner.begin(usize::MAX);
         }
+        // In this order: the end of the task makes the last pages ready.
+        let is_busy = offliner.is_busy();
         if offliner.ready() == 0 {
-            if offliner.is_busy() {
+            if is_busy {
                 return None;
             }
             discard.blocks = None;

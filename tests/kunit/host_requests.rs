@@ -2,37 +2,51 @@
 
 //! Requests of a device in the kernel, and the driver's answers.
 
-use super::device::{
-    eventually,
-    free, //
-};
-
-use crate::rust::{
-    fs::caches::CacheDropper,
-    mm::{
-        info::Info,
-        memory,
-        pages::page::pageblock_order, //
+use super::{
+    device::{
+        eventually,
+        free, //
     },
-    notifiers::shrinker::{
-        Shrink,
-        Shrinker, //
-    },
-    this_module,
-    virtio::{
-        fake_device::{
-            FakeDevice,
-            Request, //
-        },
-        FeatureBit, //
-    },
-    virtio_balloon::{
-        request,
-        F_HOST_REQUESTS,
-        F_STATS_VQ, //
+    memory_blocks::{
+        blocks,
+        has_none, //
     }, //
 };
 
+use crate::{
+    rust::{
+        fs::caches::CacheDropper,
+        mm::{
+            contig::drain,
+            info::Info,
+            memory::{
+                self,
+                Pretence, //
+            },
+            pages::page::pageblock_order, //
+        },
+        notifiers::shrinker::{
+            Shrink,
+            Shrinker, //
+        },
+        this_module,
+        virtio::{
+            fake_device::{
+                FakeDevice,
+                Request, //
+            },
+            FeatureBit, //
+        },
+        virtio_balloon::{
+            request,
+            F_HOST_REQUESTS,
+            F_STATS_VQ, //
+        }, //
+    },
+    sources::memory_blocks, //
+};
+
+use core::mem;
 use kernel::{
     page::{
         PAGE_SHIFT,
@@ -128,6 +142,47 @@ fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
     // The signal has ended it.
     let is_killed = cache.asked.load(Relaxed) <= 2 && CacheDropper::begin().is_some();
     (is_left_behind && is_killed).then_some(()).ok_or(EINVAL)
+}
+
+/// Cancels a discard of all memory when the device has two messages, and the last block is ready.
+/// Returns whether all memory blocks are free afterwards.
+///
+/// # Errors
+///
+/// `ENOENT` if there are not enough blocks.
+fn cancel_when_blocks_end() -> Result<bool> {
+    let _zeroing = Pretence::zeroes_on_allocation();
+    drain::drain_free_lists();
+    let before = blocks().count();
+    if before < 4 {
+        return Err(ENOENT);
+    }
+    let mut host = Host::new()?;
+    let ends = memory_blocks::ENDS.load(Relaxed);
+
+    host.ask(request::UNUSED_DISCARD, 21, 0, 3, 0)?;
+    let (mut first, mut second) = (host.message()?, host.message()?);
+    loop {
+        // Long enough for another block.
+        fsleep(Delta::from_millis(200));
+        if memory_blocks::ENDS.load(Relaxed) > ends {
+            break;
+        }
+        host.use_message(&first)?;
+        first = mem::replace(&mut second, host.message()?);
+    }
+
+    host.ask(request::CANCEL, 0, 0, 4, 3)?;
+    host.use_message(&first)?;
+    host.use_message(&second)?;
+    for _ in 0..2 {
+        while !matches!(host.answer()?, Message::Completion(..)) {}
+    }
+    let all_are_free = eventually(|| {
+        drain::drain_free_lists();
+        Ok(blocks().count() >= before)
+    });
+    Ok(all_are_free.is_ok())
 }
 
 /// Returns whether caches can be dropped: with a built-in driver /proc is not mounted yet.
@@ -227,11 +282,16 @@ impl Host {
         self.device.interrupt(REQUESTS)
     }
 
+    /// Uses a message.
+    fn use_message(&self, message: &Request) -> Result {
+        self.device.answer(REQUESTS, message, 0)?;
+        self.device.interrupt(REQUESTS)
+    }
+
     /// Takes the next message, and uses it.
     fn answer(&mut self) -> Result<Message> {
         let message = self.message()?;
-        self.device.answer(REQUESTS, &message, 0)?;
-        self.device.interrupt(REQUESTS)?;
+        self.use_message(&message)?;
         Message::read(&message)
     }
 
@@ -302,8 +362,7 @@ mod tests {
         let block = (PAGE_SIZE as u64) << pageblock_order();
         assert!(held > NOISE && held < 4 * block.max(64 << 20) + NOISE);
 
-        assert_eq!(host.device.answer(REQUESTS, &first, 0), Ok(()));
-        assert_eq!(host.device.interrupt(REQUESTS), Ok(()));
+        assert_eq!(host.use_message(&first), Ok(()));
         let answer = host.answers(request::UNUSED_DISCARD, 7);
         assert!(answer.is_ok_and(|(status, _)| status == request::COMPLETE));
         assert_eq!(eventually(|| Ok(free() + NOISE > before)), Ok(()));
@@ -377,6 +436,14 @@ mod tests {
             assert_eq!(cancelled, Some(request::CANCELLED));
             assert_eq!(done, Some(request::COMPLETE));
         }
+    }
+
+    #[test]
+    fn a_cancelled_discard_keeps_no_memory_block() {
+        if has_none() {
+            return;
+        }
+        assert_eq!(cancel_when_blocks_end(), Ok(true));
     }
 
     #[test]

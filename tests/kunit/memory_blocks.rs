@@ -107,7 +107,7 @@ const BLOCKS: u64 = 64;
 
 /// Returns the blocks that could be taken now. On arm64 the kernel refuses to take boot memory
 /// offline.
-fn blocks() -> impl Iterator<Item = MemoryBlock> {
+pub(super) fn blocks() -> impl Iterator<Item = MemoryBlock> {
     let pages = MemoryBlock::pages();
 
     (0..BLOCKS)
@@ -117,7 +117,7 @@ fn blocks() -> impl Iterator<Item = MemoryBlock> {
 
 /// Returns whether no block can be taken in any guest with this kernel. Tests of a driver that is
 /// built in run before /sys is mounted.
-fn has_none() -> bool {
+pub(super) fn has_none() -> bool {
     MemoryBlock::pages() == 0 || cfg!(CONFIG_ARM64) || !cfg!(MODULE)
 }
 
