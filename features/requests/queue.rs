@@ -115,12 +115,12 @@ impl Inner {
     }
 
     /// Takes used messages and new requests. The `offliner` takes memory blocks for requests, if
-    /// there is one.
-    pub(super) fn collect(&mut self, offliner: Option<&Arc<Task<Offliner>>>) {
+    /// there is one. Returns whether there were any.
+    pub(super) fn collect(&mut self, offliner: Option<&Arc<Task<Offliner>>>) -> bool {
         // A device that uses new buffers at once would make this loop endless.
-        for _ in 0..self.queue.size() {
+        for count in 0..self.queue.size() {
             let Some((buffer, len)) = self.queue.next_used() else {
-                return;
+                return count > 0;
             };
 
             match buffer {
@@ -144,6 +144,7 @@ impl Inner {
                 }
             }
         }
+        true
     }
 
     fn open_request(&mut self, request: &Request, offliner: Option<&Arc<Task<Offliner>>>) {

@@ -237,12 +237,13 @@ impl HostRequests {
             if !matches!(step, Step::Over) {
                 let _ = inner.open.push_within_capacity(open);
             }
+            // Used messages make room for requests that wait.
+            let is_more = inner.collect(self.offliner.as_ref());
             match step {
-                Step::Wait => waiting += 1,
-                Step::Again | Step::Over => waiting = 0,
+                Step::Wait if !is_more => waiting += 1,
+                Step::Wait | Step::Again | Step::Over => waiting = 0,
             }
             steps += 1;
-            inner.collect(self.offliner.as_ref());
         }
     }
 }
