@@ -58,7 +58,6 @@ pub(crate) struct Migration {
 /// Migrations that the device has to be notified of.
 #[pin_data]
 pub(crate) struct PendingMigrations {
-    waker: Waker,
     /// How long page migration waits for the old pages to be free.
     timeout: StallTimeout,
     #[pin]
@@ -66,6 +65,8 @@ pub(crate) struct PendingMigrations {
 }
 
 struct Inner {
+    /// Schedules the balloon's task, until the balloon ends.
+    waker: Option<Waker>,
     terms: Negotiated,
     /// Whether the balloon's task allows page migration.
     allowed: bool,
@@ -129,10 +130,10 @@ impl PendingMigrations {
         let acked = Some(KVec::with_capacity(MIGRATIONS_PER_MESSAGE, GFP_KERNEL)?);
 
         Ok(try_pin_init!(Self {
-            waker,
             timeout: StallTimeout::new(timeouts::MIGRATION),
             inner <- new_spinlock!(
                 Inner {
+                    waker: Some(waker),
                     terms,
                     allowed: false,
                     guards: 0,
@@ -302,11 +303,11 @@ impl MigratePage for PendingMigrations {
             // There is room for the maximum number of waiting migrations.
             let _ = inner.waiting_new.insert_within_capacity(place, new);
         }
+        if let Some(waker) = inner.waker.as_ref().filter(|_| first) {
+            waker.schedule();
+        }
         drop(inner);
 
-        if first {
-            self.waker.schedule();
-        }
         if result.is_ok() && is_awaited {
             self.timeout.poll(|| self.is_settled().then_some(()));
         } else if result.is_err() && may_sleep {
@@ -316,5 +317,11 @@ impl MigratePage for PendingMigrations {
         }
 
         result
+    }
+
+    /// Releases the workqueue of the balloon's task: no other one may have its name.
+    fn end(&self) {
+        // Dropped after the lock was released, since that may sleep.
+        let _waker = self.inner.lock().waker.take();
     }
 }

@@ -106,6 +106,20 @@ mod tests {
     }
 
     #[test]
+    fn a_balloon_that_has_ended_keeps_no_workqueue() -> Result {
+        let name = c"virtio_balloon_rs_kunit-end";
+        let tasks = TaskQueue::new(name)?;
+        let slot: Slot<Balloon> = new_slot!(c"virtio_balloon_rs_kunit", tasks)?;
+        let migrations = KBox::pin_init(PendingMigrations::new(slot.waker(), TERMS)?, GFP_KERNEL)?;
+        drop((tasks, slot));
+
+        migrations.end();
+        // Page migration may still hold pages when the driver is bound to the device again.
+        assert!(TaskQueue::new(name).is_ok());
+        Ok(())
+    }
+
+    #[test]
     fn a_page_that_the_device_does_not_know_stays() {
         let (migrations, first, second) = (migrations(), page(), page());
         assert!(migrations.is_ok() && first.is_ok() && second.is_ok());

@@ -176,6 +176,7 @@ impl<R: MigratePage> BalloonPages<R> {
 
 impl<R: MigratePage> Drop for BalloonPages<R> {
     fn drop(&mut self) {
+        self.replacer().end();
         let mut nodes = mem::replace(&mut self.nodes, KVec::new());
 
         let freed = poll_timeout(R::END_TIMEOUT, || {

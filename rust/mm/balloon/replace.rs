@@ -38,6 +38,10 @@ pub(crate) trait MigratePage: Send + Sync + 'static {
     /// `EAGAIN` to refuse the migration for now. The balloon does not change then, and the kernel
     /// retries a few times.
     fn replace(&self, old: &OldPage<'_>, new: u64, may_sleep: bool) -> Result;
+
+    /// The balloon ends, and all migrations are refused from now on. Releases what others may need,
+    /// since page migration may hold pages of the balloon, and this, for a long time.
+    fn end(&self) {}
 }
 
 /// A page of a balloon that the kernel migrates.
