@@ -35,7 +35,13 @@ struct Deadline {
 
 /// Calls `f`, with a signal pending from `ms` milliseconds on. Afterwards no signal is pending.
 /// Allocates nothing.
+///
+/// Only for threads of the kernel: a process has handlers and pending signals of its own. In a
+/// process there is no limit.
 pub(in crate::rust) fn limit<T>(ms: Msecs, f: impl FnOnce() -> T) -> T {
+    if !signal::is_kernel_thread() {
+        return f();
+    }
     let deadline = Opaque::new(Deadline {
         timer: pin_init::zeroed(),
         thread: current!().as_ptr(),
@@ -60,7 +66,7 @@ pub(in crate::rust) fn limit<T>(ms: Msecs, f: impl FnOnce() -> T) -> T {
     }
     let result = f();
 
-    // SAFETY: The timer is initialised, and the thread is this one.
+    // SAFETY: The timer is initialised. The thread is this one, and accepts no other signals.
     unsafe {
         bindings::timer_delete_sync(&raw mut (*deadline).timer);
         #[cfg(CONFIG_DEBUG_OBJECTS_TIMERS)]

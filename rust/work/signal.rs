@@ -6,6 +6,7 @@
 
 use kernel::{
     bindings,
+    current,
     prelude::*, //
 };
 
@@ -23,6 +24,15 @@ pub(super) enum Signal {
 enum Handler {
     Ignore = 1,
     Allow = 2,
+}
+
+/// Returns whether the calling thread is one of the kernel. Such a thread has no signals, unless it
+/// [accepts](allow) them.
+pub(super) fn is_kernel_thread() -> bool {
+    // SAFETY: The thread changes these flags itself.
+    let flags = unsafe { (*current!().as_ptr()).flags };
+
+    flags & bindings::PF_KTHREAD != 0
 }
 
 fn set_handler(signal: Signal, handler: Handler) {
