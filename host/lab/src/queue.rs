@@ -32,15 +32,22 @@ pub(crate) struct Queue<'a> {
     changed: Condvar,
     /// How many tests may run next to a build.
     next_to_build: usize,
+    /// The memory that a test could use now.
+    available: fn() -> Size,
 }
 
 impl<'a> Queue<'a> {
     /// A queue that runs at most `next_to_build` tests at once, at least one, while a build runs.
     pub(crate) fn new(next_to_build: usize) -> Self {
+        Self::with_memory(next_to_build, available)
+    }
+
+    fn with_memory(next_to_build: usize, available: fn() -> Size) -> Self {
         Self {
             state: Mutex::default(),
             changed: Condvar::new(),
             next_to_build: next_to_build.max(1),
+            available,
         }
     }
 
@@ -69,7 +76,7 @@ impl<'a> Queue<'a> {
                 state = self.changed.wait(state).expect("a lock");
             } else if state.is_building && state.running >= self.next_to_build {
                 state = self.changed.wait(state).expect("a lock");
-            } else if state.running == 0 || available() >= MEMORY_PER_TEST {
+            } else if state.running == 0 || (self.available)() >= MEMORY_PER_TEST {
                 state.running += 1;
                 return state.jobs.pop_front();
             } else {
@@ -170,10 +177,18 @@ mod tests {
 
     #[test]
     fn one_test_runs_next_to_a_build_and_the_others_after_it() {
-        let (begun, ended) = (AtomicUsize::new(0), Condvar::new());
+        #[derive(Default)]
+        struct Tests {
+            begun: usize,
+            may_end: bool,
+        }
+        let (tests, changed) = (Mutex::<Tests>::default(), Condvar::new());
+        let wait_while = |is: fn(&mut Tests) -> bool| {
+            let guard = tests.lock().unwrap();
+            changed.wait_while(guard, is).unwrap()
+        };
         let next_to_build = AtomicUsize::new(0);
-        let build_ended = Mutex::new(false);
-        let queue = Queue::new(1);
+        let queue = Queue::with_memory(1, || MEMORY_PER_TEST);
         thread::scope(|scope| {
             scope.spawn(|| queue.work());
             scope.spawn(|| queue.work());
@@ -181,22 +196,17 @@ mod tests {
             feed.build(|| {
                 for _ in 0..2 {
                     feed.push(|| {
-                        begun.fetch_add(1, Ordering::Relaxed);
-                        let guard = build_ended.lock().unwrap();
-                        drop(ended.wait_while(guard, |ended| !*ended).unwrap());
+                        tests.lock().unwrap().begun += 1;
+                        changed.notify_all();
+                        drop(wait_while(|tests| !tests.may_end));
                     });
                 }
-                while begun.load(Ordering::Relaxed) == 0 {
-                    thread::yield_now();
-                }
+                drop(wait_while(|tests| tests.begun == 0));
                 thread::sleep(Duration::from_millis(50));
-                next_to_build.store(begun.load(Ordering::Relaxed), Ordering::Relaxed);
+                next_to_build.store(tests.lock().unwrap().begun, Ordering::Relaxed);
             });
-            while begun.load(Ordering::Relaxed) < 2 {
-                thread::yield_now();
-            }
-            *build_ended.lock().unwrap() = true;
-            ended.notify_all();
+            wait_while(|tests| tests.begun < 2).may_end = true;
+            changed.notify_all();
         });
         assert_eq!(next_to_build.into_inner(), 1);
     }
