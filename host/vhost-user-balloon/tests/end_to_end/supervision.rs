@@ -538,6 +538,8 @@ fn a_silent_client_makes_room_for_a_vmm() {
     let directory = directory.path();
     let daemon = start_logged(directory, &[]);
     let mut silent = UnixStream::connect(directory.join("socket")).unwrap();
+    // Its second of silence begins when the daemon accepts it.
+    wait_for_line(directory, "a VMM is connected");
     thread::sleep(Duration::from_millis(1100));
     let mut vmm = inflated(directory);
     assert_eq!(silent.read(&mut [0]).unwrap(), 0);
