@@ -22,6 +22,9 @@ use vhost_user_backend::{VhostUserBackend, VringT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
+/// How long another thread may take, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 #[test]
 fn a_driver_may_read_any_part_of_the_configuration() {
     let device = device(&[Feature::Stats], true);
@@ -98,9 +101,7 @@ fn a_kept_target_leaves_the_floor() {
 fn a_guest_does_not_wait_for_the_hosts_disk() {
     let (end, other) = UnixStream::pair().unwrap();
     let device = running_with(end, 8 << 20, 7);
-    other
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
+    other.set_read_timeout(Some(PATIENCE)).unwrap();
     (&other).read_exact(&mut [0]).unwrap();
     device.end_notice();
     thread::scope(|scope| {
@@ -111,8 +112,8 @@ fn a_guest_does_not_wait_for_the_hosts_disk() {
         scope.spawn(|| device.inhibit("", Duration::from_secs(60)));
         let start = Instant::now();
         while device.inhibited().is_none() {
-            assert!(start.elapsed() < Duration::from_secs(5));
-            thread::yield_now();
+            assert!(start.elapsed() < PATIENCE);
+            thread::sleep(Duration::from_millis(1));
         }
     });
 }
@@ -425,7 +426,7 @@ fn a_front_end_does_not_wait_for_a_look_at_processes() {
                 .unwrap();
             done.send(()).unwrap();
         });
-        let result = is_done.recv_timeout(Duration::from_secs(10));
+        let result = is_done.recv_timeout(PATIENCE);
         drop(look);
         result.unwrap();
     });
