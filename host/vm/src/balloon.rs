@@ -91,6 +91,7 @@ impl Balloon<'_> {
         let size = size.next_multiple_of(self.guest.page_size());
         let (mut last, mut stopwatch) = (None, self.guest.stopwatch());
         loop {
+            let is_over = stopwatch.has_passed(STALL_TIMEOUT);
             let now = self.size()?;
             watch(now);
             if now == size {
@@ -99,11 +100,10 @@ impl Balloon<'_> {
             if last != Some(now) {
                 last = Some(now);
                 stopwatch.restart();
-            }
-            if stopwatch.has_passed(STALL_TIMEOUT) {
+            } else if is_over {
                 self.guest.sh(LOG_STATE)?;
                 bail!(
-                    "the balloon is stuck at {now} on its way to {size} for {} s, with {} available",
+                    "the balloon is stuck at {now} on its way to {size} for {} s ({stopwatch}), with {} available",
                     STALL_TIMEOUT.as_secs(),
                     self.guest.meminfo()?.available
                 );
@@ -116,15 +116,17 @@ impl Balloon<'_> {
     /// Waits until the balloon has kept one size for `quiet`, and returns that.
     pub fn rest(&self, quiet: Duration) -> Result<Size> {
         let (mut last, mut stopwatch) = (self.size()?, self.guest.stopwatch());
-        while !stopwatch.has_passed(quiet) {
+        loop {
+            let is_over = stopwatch.has_passed(quiet);
             self.guest.check_alive()?;
-            thread::sleep(self.control().interval());
             let now = self.size()?;
             if now != last {
                 last = now;
                 stopwatch.restart();
+            } else if is_over {
+                return Ok(last);
             }
+            thread::sleep(self.control().interval());
         }
-        Ok(last)
     }
 }

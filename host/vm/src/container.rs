@@ -161,16 +161,17 @@ impl Container {
 
     fn wait_ready(&self) -> Result<()> {
         let stopwatch = Stopwatch::start(self.child.id());
-        while let Err(error) = self.run("systemctl", &["is-active", "--quiet", TARGET]) {
-            if stopwatch.has_passed(PATIENCE) {
-                bail!(
-                    "systemd is not ready after {} s: {error:#}",
+        loop {
+            let is_over = stopwatch.has_passed(PATIENCE);
+            match self.run("systemctl", &["is-active", "--quiet", TARGET]) {
+                Ok(_) => return Ok(()),
+                Err(error) if is_over => bail!(
+                    "systemd is not ready after {} s ({stopwatch}): {error:#}",
                     PATIENCE.as_secs()
-                )
+                ),
+                Err(_) => thread::sleep(Duration::from_millis(50)),
             }
-            thread::sleep(Duration::from_millis(50));
         }
-        Ok(())
     }
 
     /// Runs a program there. Returns its output.

@@ -262,16 +262,19 @@ impl Guest {
         mut condition: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
         let stopwatch = self.stopwatch();
-        while !condition()? {
+        loop {
+            let is_over = stopwatch.has_passed(timeout);
+            if condition()? {
+                return Ok(());
+            }
             self.check_alive()?;
             ensure!(
-                !stopwatch.has_passed(timeout),
-                "{what}: not in {} s",
+                !is_over,
+                "{what}: not in {} s ({stopwatch})",
                 timeout.as_secs()
             );
             thread::sleep(POLL_INTERVAL);
         }
-        Ok(())
     }
 
     /// Whether QEMU has crashed, without an earlier fault in its guest.
@@ -295,13 +298,14 @@ impl Guest {
     fn wait(&self, pending: &Pending, timeout: Duration) -> Result<Reply> {
         let stopwatch = self.stopwatch();
         loop {
+            let is_over = stopwatch.has_passed(timeout);
             if let Some(reply) = pending.poll(ANSWER_INTERVAL)? {
                 return Ok(reply);
             }
             self.check_alive()?;
             ensure!(
-                !stopwatch.has_passed(timeout),
-                "the guest does not answer in {} s",
+                !is_over,
+                "the guest does not answer in {} s ({stopwatch})",
                 timeout.as_secs()
             );
         }
@@ -312,6 +316,7 @@ impl Guest {
         let mut stopwatch = self.stopwatch();
         let mut printed = self.console.mark()?;
         loop {
+            let is_over = stopwatch.has_passed(QUIET_LIMIT);
             if let Some(reply) = pending.poll(ANSWER_INTERVAL)? {
                 return Ok(reply);
             }
@@ -325,10 +330,11 @@ impl Guest {
                 }
                 printed = now;
                 stopwatch.restart();
+                continue;
             }
             ensure!(
-                !stopwatch.has_passed(QUIET_LIMIT),
-                "the guest neither answers nor prints anything for {} s",
+                !is_over,
+                "the guest neither answers nor prints anything for {} s ({stopwatch})",
                 QUIET_LIMIT.as_secs()
             );
         }

@@ -77,19 +77,22 @@ impl Manager {
     fn wait_ready(&mut self) -> Result<()> {
         let socket = self.directory.path().join("control.sock");
         let stopwatch = Stopwatch::start(self.child.id());
-        while Client::connect(&socket).is_err() {
+        loop {
+            let is_over = stopwatch.has_passed(PATIENCE);
+            if Client::connect(&socket).is_ok() {
+                return Ok(());
+            }
             if let Some(status) = self.child.try_wait()? {
                 bail!("the manager ends with {status}: {}", self.log()?.trim_end());
             }
             ensure!(
-                !stopwatch.has_passed(PATIENCE),
-                "the manager is not ready in {} s; its log is in {}",
+                !is_over,
+                "the manager is not ready in {} s ({stopwatch}); its log is in {}",
                 PATIENCE.as_secs(),
                 self.log.display()
             );
             thread::sleep(Duration::from_millis(5));
         }
-        Ok(())
     }
 
     /// Why a VM has the memory that it has, in the manager's words.

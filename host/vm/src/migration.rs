@@ -127,6 +127,7 @@ impl Guest {
     ) -> Result<Transfer> {
         let (mut last, mut stopwatch) = (None, self.stopwatch());
         loop {
+            let is_over = stopwatch.has_passed(TIMEOUT);
             let info = MigrationInfo::query(qmp)?;
             let transfer = info.transfer();
             match info.status.as_str() {
@@ -142,12 +143,13 @@ impl Guest {
             if last != Some(transfer) {
                 last = Some(transfer);
                 stopwatch.restart();
+            } else {
+                ensure!(
+                    !is_over,
+                    "the migration makes no progress for {} s ({stopwatch}): {transfer:?}",
+                    TIMEOUT.as_secs()
+                );
             }
-            ensure!(
-                !stopwatch.has_passed(TIMEOUT),
-                "the migration makes no progress for {} s: {transfer:?}",
-                TIMEOUT.as_secs()
-            );
             thread::sleep(POLL_INTERVAL);
         }
     }

@@ -76,16 +76,23 @@ impl Qemu {
     /// Waits until QEMU has ended by itself, and returns whether it did.
     pub(crate) fn wait(&self, timeout: Duration) -> Result<bool> {
         let stopwatch = Stopwatch::start(self.id());
-        while !stopwatch.has_passed(timeout) {
+        loop {
+            let is_over = stopwatch.has_passed(timeout);
             if let Some(status) = self.child().try_wait()? {
                 if !status.success() {
-                    bail!("QEMU failed: {}", self.complaint());
+                    bail!(
+                        "QEMU failed: {}; its messages are in {}",
+                        self.complaint(),
+                        self.messages.display()
+                    );
                 }
                 return Ok(true);
             }
+            if is_over {
+                return Ok(false);
+            }
             thread::sleep(Duration::from_millis(10));
         }
-        Ok(false)
     }
 
     /// The last output of QEMU.

@@ -117,13 +117,14 @@ impl Qmp {
             .with_context(|| format!("QEMU is gone at {command}"))?;
         let stopwatch = Stopwatch::start(self.process);
         loop {
+            let is_over = stopwatch.has_passed(ANSWER_TIMEOUT);
             match answers.recv_timeout(INTERVAL) {
                 Ok(Answer::Return(value)) => return Ok(serde_json::from_value(value)?),
                 Ok(Answer::Error(failure)) => bail!("QEMU refuses {command}: {}", failure.desc),
                 Err(RecvTimeoutError::Disconnected) => bail!("QEMU is gone at {command}"),
                 Err(RecvTimeoutError::Timeout) => ensure!(
-                    !stopwatch.has_passed(ANSWER_TIMEOUT),
-                    "QEMU does not answer {command} in {} s",
+                    !is_over,
+                    "QEMU does not answer {command} in {} s ({stopwatch})",
                     ANSWER_TIMEOUT.as_secs()
                 ),
             }
@@ -149,12 +150,13 @@ impl Qmp {
         let stopwatch = Stopwatch::start(self.process);
         let mut seen = self.events.seen.lock().expect("a lock");
         loop {
+            let is_over = stopwatch.has_passed(timeout);
             if let Some(event) = seen.iter().skip(mark).find(|event| wanted(event)) {
                 return Ok(event.clone());
             }
             ensure!(
-                !stopwatch.has_passed(timeout),
-                "QEMU did not send the expected event within {} s",
+                !is_over,
+                "QEMU did not send the expected event within {} s ({stopwatch})",
                 timeout.as_secs()
             );
             let interval = timeout.min(INTERVAL);

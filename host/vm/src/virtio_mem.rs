@@ -67,18 +67,19 @@ impl Guest {
             &json!({ "path": "/machine/peripheral/more0", "property": "requested-size", "value": size.as_bytes() }),
         )?;
         loop {
+            let is_over = stopwatch.has_passed(patience);
             let devices: Vec<Value> = qmp.execute("query-memory-devices", &json!({}))?;
             let device = devices
                 .iter()
                 .find(|device| device["data"]["id"] == "more0");
             let said = device.and_then(|device| device["data"]["size"].as_u64());
             let plugged = Size::bytes(said.context("no virtio-mem device says its size")?);
-            if last != Some(plugged) {
-                last = Some(plugged);
-                stopwatch.restart();
-            }
-            if plugged == size || stopwatch.has_passed(patience) {
+            let has_moved = last.replace(plugged) != Some(plugged);
+            if plugged == size || is_over && !has_moved {
                 return Ok(plugged);
+            }
+            if has_moved {
+                stopwatch.restart();
             }
             thread::sleep(INTERVAL);
         }

@@ -133,8 +133,9 @@ pub(crate) fn agree(guest: &Guest, check: impl Fn() -> Result<()>) -> Result<()>
     const MIGRATION: Duration = Duration::from_secs(10);
     let stopwatch = guest.stopwatch();
     loop {
+        let is_over = stopwatch.has_passed(MIGRATION);
         match check() {
-            Err(_) if !stopwatch.has_passed(MIGRATION) => thread::sleep(Duration::from_millis(100)),
+            Err(_) if !is_over => thread::sleep(Duration::from_millis(100)),
             result => return result,
         }
     }

@@ -90,18 +90,25 @@ impl Process {
             Some(manager) => manager.is_ready(),
             None => Client::connect(&self.control()).is_ok(),
         };
-        while !is_ready() {
+        loop {
+            let is_over = stopwatch.has_passed(PATIENCE);
+            if is_ready() {
+                return Ok(());
+            }
             if let Some(status) = self.child().try_wait()? {
-                bail!("the daemon ends with {status}; see its log");
+                bail!(
+                    "the daemon ends with {status}; its log is in {}",
+                    self.log.display()
+                );
             }
             ensure!(
-                !stopwatch.has_passed(PATIENCE),
-                "the daemon is not ready in {} s",
-                PATIENCE.as_secs()
+                !is_over,
+                "the daemon is not ready in {} s ({stopwatch}); its log is in {}",
+                PATIENCE.as_secs(),
+                self.log.display()
             );
             thread::sleep(Duration::from_millis(5));
         }
-        Ok(())
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -142,14 +149,20 @@ impl Runner for Process {
         let mut child = self.child();
         kill(Pid::from_raw(child.id().try_into()?), Signal::SIGTERM)?;
         let stopwatch = Stopwatch::start(child.id());
-        while !stopwatch.has_passed(PATIENCE) {
+        loop {
+            let is_over = stopwatch.has_passed(PATIENCE);
             if let Some(status) = child.try_wait()? {
                 ensure!(status.success(), "the daemon ends with {status}");
                 return Ok(());
             }
+            ensure!(
+                !is_over,
+                "the daemon does not end in {} s ({stopwatch}); its log is in {}",
+                PATIENCE.as_secs(),
+                self.log.display()
+            );
             thread::sleep(Duration::from_millis(10));
         }
-        bail!("the daemon does not end in {} s", PATIENCE.as_secs())
     }
 
     fn kill(&self) -> Result<()> {

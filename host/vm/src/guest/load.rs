@@ -85,20 +85,22 @@ impl RunningLoad<'_> {
         let mut stopwatch = self.guest.stopwatch();
         let mut last = Progress::default();
         loop {
+            let is_over = stopwatch.has_passed(LOAD_TIMEOUT);
             let status = self.status()?;
             if condition(&status)? {
                 return Ok(status);
             }
+            self.guest.check_alive()?;
             if status.progress != last {
                 last = status.progress;
                 stopwatch.restart();
+            } else {
+                ensure!(
+                    !is_over,
+                    "a load makes no progress for {} s ({stopwatch}): {last:?}",
+                    LOAD_TIMEOUT.as_secs()
+                );
             }
-            self.guest.check_alive()?;
-            ensure!(
-                !stopwatch.has_passed(LOAD_TIMEOUT),
-                "a load makes no progress for {} s: {last:?}",
-                LOAD_TIMEOUT.as_secs()
-            );
             thread::sleep(POLL_INTERVAL);
         }
     }
