@@ -3,6 +3,7 @@
 //! A process with all of its descendants.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -34,15 +35,22 @@ impl Descendants {
         }
     }
 
-    /// Their CPU time, with that of processes that have ended, in clock ticks.
-    pub(crate) fn processor_time(&self) -> u64 {
-        self.0
+    /// Their CPU time, with that of processes that have ended.
+    pub(crate) fn processor_time(&self) -> Duration {
+        let ticks: u64 = self
+            .0
             .iter()
             .map(|stat| {
                 let ended = u64::try_from(stat.cutime + stat.cstime).unwrap_or_default();
                 stat.utime + stat.stime + ended
             })
-            .sum()
+            .sum();
+        Duration::from_millis(ticks * 1000 / procfs::ticks_per_second())
+    }
+
+    /// Whether one of them runs, or waits for a processor.
+    pub(crate) fn is_runnable(&self) -> bool {
+        self.0.iter().any(|stat| stat.state == 'R')
     }
 
     /// Kills them.
@@ -58,7 +66,7 @@ impl Descendants {
 mod tests {
     use std::process::{Command, Stdio};
     use std::thread::sleep;
-    use std::time::Duration;
+    use std::time::Instant;
 
     use super::*;
 
@@ -70,10 +78,15 @@ mod tests {
             .spawn()
             .unwrap();
         let before = Descendants::of(child.id()).processor_time();
-        sleep(Duration::from_millis(500));
-        let descendants = Descendants::of(child.id());
-        assert!(descendants.processor_time() > before);
-        assert!(descendants.0.len() >= 2);
+        let start = Instant::now();
+        let descendants = loop {
+            let now = Descendants::of(child.id());
+            if now.0.len() >= 2 && now.processor_time() > before {
+                break now;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60));
+            sleep(Duration::from_millis(10));
+        };
         descendants.kill();
         assert!(!child.wait().unwrap().success());
     }

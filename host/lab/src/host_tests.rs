@@ -27,8 +27,11 @@ static SLOW: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r"^test (?P<name>.*) has been running for over").expect("it is valid")
 });
 
-/// How long the tests may run without a result of one of them.
+/// How long the tests may run without a result of one of them, unless they use processors.
 const QUIET_LIMIT: Duration = Duration::from_secs(600);
+
+/// The share of the limit for which tests that work use processors at least. Daemons that wait use less.
+const SHARE: u32 = 60;
 
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -99,26 +102,30 @@ fn check_fuzz_targets(places: &Places) -> Result<()> {
 ///
 /// # Errors
 ///
-/// It has printed nothing for the time `limit`, and was killed.
+/// It has printed nothing and hardly used a processor for the time `limit`, and was killed.
 fn wait_printing(child: &mut Child, log: &Path, limit: Duration) -> Result<ExitStatus> {
-    let (mut printed, mut since) = (0, Instant::now());
+    let (mut printed, mut before, mut since) = (0, Duration::ZERO, Instant::now());
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
         let now = fs::metadata(log)?.len();
-        if now != printed {
-            (printed, since) = (now, Instant::now());
-        }
-        if since.elapsed() > limit {
-            Descendants::of(child.id()).kill();
-            child.wait()?;
-            bail!(
-                "the tests printed nothing for {} s, and were killed; {} has those that were running: {}",
-                limit.as_secs(),
-                log.display(),
-                unfinished(&fs::read_to_string(log)?).join(", ")
-            );
+        if now != printed || since.elapsed() > limit {
+            let descendants = Descendants::of(child.id());
+            let used = descendants.processor_time();
+            let works = descendants.is_runnable() || used.saturating_sub(before) > limit / SHARE;
+            if now == printed && !works {
+                descendants.kill();
+                child.wait()?;
+                bail!(
+                    "the tests printed nothing and hardly used a processor for {} s, and were killed; {} has those \
+                     that were running: {}",
+                    limit.as_secs(),
+                    log.display(),
+                    unfinished(&fs::read_to_string(log)?).join(", ")
+                );
+            }
+            (printed, before, since) = (now, used, Instant::now());
         }
         thread::sleep(POLL_INTERVAL);
     }
@@ -161,21 +168,28 @@ mod tests {
     #[test]
     fn tests_that_hang_are_killed_and_named() {
         let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("log");
-        let run = |script: &str| {
+        let run = |script: &str, limit: u64| {
+            let log = directory.path().join(limit.to_string());
             let mut child = Command::new("sh")
                 .args(["-c", script])
                 .stdout(File::create(&log).unwrap())
                 .spawn()
                 .unwrap();
-            wait_printing(&mut child, &log, Duration::from_secs(2))
+            wait_printing(&mut child, &log, Duration::from_secs(limit))
         };
-        assert!(run("for i in 1 2 3; do echo; sleep 1; done").is_ok());
+        // Both take longer than the limit. One prints, also on a busy machine, and one uses a processor.
+        thread::scope(|scope| {
+            let prints = "for i in $(seq 24); do echo; sleep 0.5; done";
+            let prints = scope.spawn(|| run(prints, 10));
+            let works = "end=$(($(date +%s) + 5)); while [ $(date +%s) -lt $end ]; do :; done";
+            assert!(run(works, 2).unwrap().success());
+            assert!(prints.join().unwrap().unwrap().success());
+        });
         let slow = "has been running for over 60 seconds";
         let script = format!(
             "echo 'test a {slow}'; echo 'test b {slow}'; echo 'test a ... ok'; while :; do sleep 1; done"
         );
-        let error = run(&script).unwrap_err().to_string();
+        let error = run(&script, 2).unwrap_err().to_string();
         assert!(error.ends_with("running: b"), "{error}");
     }
 

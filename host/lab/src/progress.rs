@@ -30,7 +30,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(30);
 /// How often the progress of a command is checked.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A command is killed when it has printed nothing and used no CPU time for so long.
+/// A command is killed when for so long it has printed nothing, used no CPU time, and did not wait for a processor.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
 
 /// Which part of a phase, in percent, says how long the rest takes. A kernel's build begins with its longest steps.
@@ -176,7 +176,7 @@ impl Phase {
         while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(WATCH_INTERVAL) {
             let descendants = Descendants::of(child.id());
             let progress = (self.bar.position(), descendants.processor_time());
-            if last.replace(progress) != Some(progress) {
+            if last.replace(progress) != Some(progress) || descendants.is_runnable() {
                 moved = Instant::now();
             }
             if moved.elapsed() > limit {
