@@ -6,7 +6,9 @@
 //! own configuration space. (It also writes to the other rings, which the driver must not rely on.) If it overwrote
 //! other memory of the guest, it would do harm without any fault of the driver.
 
+use std::io;
 use std::process;
+use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +31,10 @@ const MOOD: std::ops::Range<u64> = 20..120;
 /// For how long a device follows the protocol that later violates it.
 const HONEST: Duration = Duration::from_secs(3);
 
+/// The line for the test when the device has done its part, and the one when it has no driver.
+pub(crate) const OVER: &str = "over";
+pub(crate) const NO_DRIVER: &str = "no driver";
+
 /// The maximum number of requests, interrupts or changes in a flood.
 const FLOOD: u32 = 64;
 
@@ -43,6 +49,8 @@ pub(crate) struct Actor<'a> {
     transport: &'a dyn Transport,
     /// Whether the device announces changes of the configuration space.
     tells: bool,
+    /// The lines of the test.
+    orders: Receiver<()>,
     random: Rng,
     /// The id of the latest request.
     request: u64,
@@ -56,6 +64,7 @@ impl<'a> Actor<'a> {
             device,
             transport,
             tells: true,
+            orders: orders(),
             random,
             request: 0,
             hint: VIRTIO_BALLOON_CMD_ID_DONE,
@@ -69,10 +78,9 @@ impl<'a> Actor<'a> {
         config.fields[HINTS] = 2;
     }
 
-    /// Waits for a driver, and returns whether one binds.
-    pub(crate) fn wait_driver(&self, patience: Duration) -> bool {
-        let start = Instant::now();
-        while start.elapsed() < patience {
+    /// Waits for a driver, and returns whether one binds before the test sends a line.
+    pub(crate) fn wait_driver(&self) -> bool {
+        while !self.is_ordered() {
             if self.with_ring(0, |_| ()).is_some() {
                 return true;
             }
@@ -162,6 +170,11 @@ impl<'a> Actor<'a> {
         while start.elapsed() < time {
             self.behave();
         }
+    }
+
+    /// Whether the test has sent another line, or has ended.
+    fn is_ordered(&self) -> bool {
+        self.orders.try_recv() != Err(TryRecvError::Empty)
     }
 
     fn behave(&self) {
@@ -400,6 +413,13 @@ impl<'a> Actor<'a> {
         }
         bytes
     }
+}
+
+/// The lines of standard input, from a thread of their own.
+fn orders() -> Receiver<()> {
+    let (sender, orders) = mpsc::channel();
+    thread::spawn(move || io::stdin().lines().try_for_each(|_| sender.send(())));
+    orders
 }
 
 /// Executes an action on one ring.

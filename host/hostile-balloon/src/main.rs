@@ -4,8 +4,8 @@
 //! ([`vmm`]).
 //!
 //! It is one device for one front end. A seed determines its features ([`plan`]) and its actions ([`acts`]). Its
-//! standard output is for the test: first QEMU's options for the device, then a line when it may be unplugged. It
-//! logs its actions. The timing depends on the guest: the same seed repeats the actions, but not at the same
+//! standard output is for the test: first QEMU's options for the device, then a line when it may be unplugged. A line
+//! of the test on its standard input ends the wait for a driver. It logs its actions. The timing depends on the guest: the same seed repeats the actions, but not at the same
 //! moments.
 
 use std::io::Write;
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 use clap::Parser;
@@ -32,16 +32,13 @@ mod ring;
 mod vhost_user;
 mod vmm;
 
-use acts::Actor;
+use acts::{Actor, NO_DRIVER, OVER};
 use device::{Device, Transport};
 use pci::Pci;
 use pci_space::Shape;
 use plan::{End, Plan};
 use vhost_user::VhostUser;
 use vmm::Vmm;
-
-/// How long the driver may take to bind to its device. It never binds to some, which lack a queue.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A balloon device that violates the protocol, for tests of its driver.
 #[derive(Parser)]
@@ -105,13 +102,14 @@ fn act(device: Arc<Device>, transport: Arc<dyn Transport>, plan: &Plan, random: 
         if wants {
             actor.want();
         }
-        if actor.wait_driver(PATIENCE) {
+        let has_driver = actor.wait_driver();
+        if has_driver {
             actor.act(time);
             actor.decide(end);
-        } else {
-            info!("no driver");
         }
-        println!("over");
+        let line = if has_driver { OVER } else { NO_DRIVER };
+        info!("{line}");
+        println!("{line}");
         actor.end(end);
     });
 }

@@ -5,19 +5,26 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::device::vhost_user_balloon;
 use crate::guest::Guest;
+use crate::stopwatch::Stopwatch;
 
-/// How long it may take to start and to end.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to start, and to do its part.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often the time limit is checked.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// Its line when it has done its part.
+const OVER: &str = "over";
 
 /// How the device is connected with its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,9 +118,26 @@ impl Hostile {
 
     /// The next line of its standard output.
     pub(crate) fn line(&self) -> Result<String> {
-        self.lines
-            .recv_timeout(PATIENCE)
-            .with_context(|| format!("the hostile device of seed {} ends", self.seed))
+        let line = self.line_within(&Stopwatch::start(self.child.id()), PATIENCE)?;
+        line.with_context(|| {
+            let (seed, limit) = (self.seed, PATIENCE.as_secs());
+            format!("the hostile device of seed {seed} prints no line for {limit} s")
+        })
+    }
+
+    /// The next line, or none if it does not come within `limit`.
+    fn line_within(&self, stopwatch: &Stopwatch, limit: Duration) -> Result<Option<String>> {
+        loop {
+            let is_over = stopwatch.has_passed(limit);
+            match self.lines.recv_timeout(INTERVAL) {
+                Ok(line) => return Ok(Some(line)),
+                Err(RecvTimeoutError::Timeout) if is_over => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("the hostile device of seed {} ends", self.seed)
+                }
+            }
+        }
     }
 
     /// A line that it has already printed.
@@ -125,9 +149,23 @@ impl Hostile {
         format!("hostile{}", self.seed)
     }
 
-    /// Waits until it has finished its actions and is ready for its end.
-    pub fn wait(&self) -> Result<()> {
-        self.line().map(|_| ())
+    /// Waits until it has finished its actions on the driver and is ready for its end.
+    pub fn wait(&self, guest: &Guest) -> Result<()> {
+        let has_driver = self.wait_within(guest, PATIENCE)?;
+        ensure!(has_driver, "no driver binds to the hostile device");
+        Ok(())
+    }
+
+    /// The same. Returns false if no driver has bound to it while the guest could run for `limit`.
+    pub fn wait_within(&self, guest: &Guest, limit: Duration) -> Result<bool> {
+        let line = match self.line_within(&guest.stopwatch(), limit)? {
+            Some(line) => line,
+            None => {
+                self.send("")?;
+                self.line()?
+            }
+        };
+        Ok(line == OVER)
     }
 
     /// Removes its chardev from QEMU, after it was unplugged.

@@ -136,7 +136,7 @@ fn silent_report(setup: &Setup) -> Result<()> {
         let arguments = ["--only", "silent", "--offer", "free-page-reporting"];
         let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
         device.plug(guest, "pci.0")?;
-        device.wait()?;
+        device.wait(guest)?;
         // The pages of a report do not count as free.
         let report = || guest.wait_until("a report", PATIENCE, || Ok(guest.free()? + NOISE < free));
         report()?;
@@ -192,7 +192,7 @@ fn silent_report_floor(setup: &Setup) -> Result<()> {
         guest.insmod(setup.driver, &["floor_mib=256"])?;
         let device = Hostile::start(guest, Link::VhostUser, 0, &REPORTS)?;
         device.plug(guest, "pci.0")?;
-        device.wait()?;
+        device.wait(guest)?;
         thread::sleep(FELL_SILENT);
 
         // One process leaves the guest with so much memory, and another one has used memory that
@@ -280,7 +280,7 @@ fn offline_with(
         }
         let device = Hostile::start(guest, Link::VhostUser, 0, arguments)?;
         device.plug(guest, "pci.0")?;
-        device.wait()?;
+        device.wait(guest)?;
         ask(guest)?;
 
         // The device may not have any pages yet.
@@ -329,7 +329,7 @@ fn oom_with_pending_migrations(setup: &Setup) -> Result<()> {
         let arguments = ["--only", "falls-silent", "--offer", "deflate-on-oom"];
         let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
         device.plug(guest, "pci.0")?;
-        device.wait()?;
+        device.wait(guest)?;
         guest.wait_until("the balloon", PATIENCE, || {
             Ok(guest.vmstat("nr_balloon_pages")? == BALLOON.as_pages())
         })?;
@@ -390,7 +390,7 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
             guest.insmod(setup.driver, &[])?;
             let device = Hostile::start(guest, link, 0, &["--only", like])?;
             device.plug(guest, "pci.0")?;
-            device.wait()?;
+            device.wait(guest)?;
             // All buffers that the driver may have to wait for are in flight.
             thread::sleep(Duration::from_secs(3));
             if link == Link::VfioUser && setup.driver != Driver::C {
