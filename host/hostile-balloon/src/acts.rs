@@ -28,9 +28,6 @@ use crate::ring::{Buffer, Ring};
 /// How long the device stays in one mood, in milliseconds.
 const MOOD: std::ops::Range<u64> = 20..120;
 
-/// For how long a device follows the protocol that later violates it.
-const HONEST: Duration = Duration::from_secs(3);
-
 /// The line for the test when the device has done its part, and the one when it has no driver.
 pub(crate) const OVER: &str = "over";
 pub(crate) const NO_DRIVER: &str = "no driver";
@@ -146,15 +143,17 @@ impl<'a> Actor<'a> {
                 End::Hostile => self.act(Duration::from_secs(1)),
                 End::Silent => thread::park(),
                 End::FallsSilent => {
-                    self.behave_for(HONEST);
+                    self.behave_until_ordered();
+                    println!("{OVER}");
                     self.end(End::Silent);
                 }
                 End::Breaks => {
-                    self.behave_for(HONEST);
+                    self.behave_until_ordered();
                     self.with_ring(0, |mut ring| {
                         ring.put_stranger(u32::from(ring.size()), 0);
                         ring.interrupt();
                     });
+                    println!("{OVER}");
                     self.end(End::WellBehaved);
                 }
                 End::Gone => {
@@ -168,6 +167,12 @@ impl<'a> Actor<'a> {
     fn behave_for(&self, time: Duration) {
         let start = Instant::now();
         while start.elapsed() < time {
+            self.behave();
+        }
+    }
+
+    fn behave_until_ordered(&self) {
+        while !self.is_ordered() {
             self.behave();
         }
     }

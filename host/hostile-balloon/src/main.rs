@@ -5,7 +5,8 @@
 //!
 //! It is one device for one front end. A seed determines its features ([`plan`]) and its actions ([`acts`]). Its
 //! standard output is for the test: first QEMU's options for the device, then a line when it may be unplugged. A line
-//! of the test on its standard input ends the wait for a driver. It logs its actions. The timing depends on the guest: the same seed repeats the actions, but not at the same
+//! of the test on its standard input ends the wait for a driver, and the time in which some devices behave well. It
+//! logs its actions. The timing depends on the guest: the same seed repeats the actions, but not at the same
 //! moments.
 
 use std::io::Write;

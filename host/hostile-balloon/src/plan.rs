@@ -82,10 +82,9 @@ pub(crate) enum End {
     Slow,
     /// It uses no buffer any more.
     Silent,
-    /// It uses no buffer any more after three seconds in which it follows the protocol.
+    /// It follows the protocol until the test sends a line, and uses no buffer any more.
     FallsSilent,
-    /// It uses a buffer that the first queue does not have, after three seconds in which it follows
-    /// the protocol.
+    /// It follows the protocol until the test sends a line, and uses a buffer that the first queue does not have.
     Breaks,
     /// It vanishes, as if it were pulled out, after a second in which it follows the protocol.
     Gone,

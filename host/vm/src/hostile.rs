@@ -168,6 +168,12 @@ impl Hostile {
         Ok(line == OVER)
     }
 
+    /// Ends the time in which the device behaves well, if its behaviour is such, and waits for that.
+    pub fn turn(&self) -> Result<()> {
+        self.send("")?;
+        self.line().map(drop)
+    }
+
     /// Removes its chardev from QEMU, after it was unplugged.
     pub fn forget(self, guest: &Guest) -> Result<()> {
         match self.link {

@@ -12,7 +12,7 @@ use vm::{Driver, Exit, Guest, Hostile, Link, Machine, MemoryBackend, Size};
 use crate::compaction::fullest_block;
 use crate::hostile::{NOISE, PATIENCE};
 use crate::lifecycle::{device, driver_directory};
-use crate::reporting::{FAST_REPORTS, take};
+use crate::reporting::{FAST_REPORTS, reported, take};
 use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
 use crate::sizes::check_free;
 
@@ -78,8 +78,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 /// A device that returns reports for a while, and then holds one.
 const REPORTS: [&str; 4] = ["--only", "falls-silent", "--offer", "free-page-reporting"];
 
-/// When such a device has stopped responding.
-const FELL_SILENT: Duration = Duration::from_secs(4);
+/// The target of these devices.
+const BALLOON: Size = Size::mib(128);
 
 /// A way to stop using a device: its name, whether the guest then runs without the device, and the function that
 /// does it while the guest has the device.
@@ -193,7 +193,8 @@ fn silent_report_floor(setup: &Setup) -> Result<()> {
         let device = Hostile::start(guest, Link::VhostUser, 0, &REPORTS)?;
         device.plug(guest, "pci.0")?;
         device.wait(guest)?;
-        thread::sleep(FELL_SILENT);
+        settle_reports(setup, guest)?;
+        device.turn()?;
 
         // One process leaves the guest with so much memory, and another one has used memory that
         // will be reported.
@@ -212,24 +213,49 @@ fn silent_report_floor(setup: &Setup) -> Result<()> {
     setup.tolerate(result)
 }
 
+/// Waits until the driver has inflated the balloon to the devices' target.
+fn inflated(guest: &Guest) -> Result<()> {
+    guest.wait_until("the balloon", PATIENCE, || {
+        Ok(guest.vmstat("nr_balloon_pages")? >= BALLOON.as_pages())
+    })
+}
+
+/// Waits until the device has returned the reports of all memory that is free. The C driver does not count them.
+fn settle_reports(setup: &Setup, guest: &Guest) -> Result<()> {
+    /// Between two reports there is less time.
+    const QUIET: Duration = Duration::from_secs(3);
+    const LIMIT: Duration = Duration::from_secs(60);
+    let (mut last, mut since) = (Some(Size::default()), guest.stopwatch());
+    guest.wait_until("the last report of free memory", LIMIT, || {
+        let is_quiet = since.has_passed(QUIET);
+        let now = reported(setup, guest)?;
+        if now != last {
+            (last, since) = (now, guest.stopwatch());
+            return Ok(false);
+        }
+        Ok(is_quiet && now != Some(Size::default()))
+    })
+}
+
 fn silent_offline(setup: &Setup) -> Result<()> {
-    let messages = offline_with(setup, &[], &["--only", "silent"], |_| Ok(()));
+    let messages = offline_with(setup, &[], &["--only", "silent"], |_, _| Ok(()));
     // The kernel would migrate pages of the balloon, which does not end either with an unresponsive
     // device.
     let empty: &[&str] = match setup.driver {
         Driver::C => &[],
         _ => &["inflate=0"],
     };
-    let reports = offline_with(setup, empty, &REPORTS, |guest| {
+    let reports = offline_with(setup, empty, &REPORTS, |guest, device| {
         // The device has not held a report yet.
-        thread::sleep(FELL_SILENT);
+        settle_reports(setup, guest)?;
+        device.turn()?;
         take(guest, Size::mib(300))?.stop().map(|_| ())
     });
     // The driver also refuses page migration once a queue is broken.
     let breaks = ["--only", "breaks", "--offer", "deflate-on-oom"];
-    let broken = offline_with(setup, &[], &breaks, |_| {
-        thread::sleep(FELL_SILENT);
-        Ok(())
+    let broken = offline_with(setup, &[], &breaks, |guest, device| {
+        inflated(guest)?;
+        device.turn()
     });
     for result in [messages, reports, broken] {
         setup.tolerate(result)?;
@@ -257,7 +283,7 @@ fn offline_with(
     setup: &Setup,
     parameters: &[&str],
     arguments: &[&str],
-    ask: impl Fn(&Guest) -> Result<()>,
+    ask: impl Fn(&Guest, &Hostile) -> Result<()>,
 ) -> Result<()> {
     const BLOCKS: &str = "grep -l '^Movable' /sys/devices/system/memory/memory*/valid_zones";
     let config = setup
@@ -281,7 +307,7 @@ fn offline_with(
         let device = Hostile::start(guest, Link::VhostUser, 0, arguments)?;
         device.plug(guest, "pci.0")?;
         device.wait(guest)?;
-        ask(guest)?;
+        ask(guest, &device)?;
 
         // The device may not have any pages yet.
         let (mut refused, mut longest) = (Vec::new(), Duration::ZERO);
@@ -314,8 +340,8 @@ fn offline_with(
 }
 
 fn oom_with_pending_migrations(setup: &Setup) -> Result<()> {
-    /// The device's target.
-    const BALLOON: Size = Size::mib(128);
+    /// How long the first migration may take.
+    const MIGRATED: Duration = Duration::from_secs(60);
     /// More than the guest has without the balloon's memory.
     const NEED: Size = Size::mib(48);
     let config = setup
@@ -330,18 +356,20 @@ fn oom_with_pending_migrations(setup: &Setup) -> Result<()> {
         let device = Hostile::start(guest, Link::VhostUser, 0, &arguments)?;
         device.plug(guest, "pci.0")?;
         device.wait(guest)?;
-        guest.wait_until("the balloon", PATIENCE, || {
-            Ok(guest.vmstat("nr_balloon_pages")? == BALLOON.as_pages())
-        })?;
-        thread::sleep(FELL_SILENT);
+        inflated(guest)?;
+        device.turn()?;
 
         // Starts migrating the balloon's pages out of a block. This does not end, since the number
         // of pending migrations is limited.
         let moved = guest.vmstat("balloon_migrate")?;
         let available = guest.meminfo()?.available;
         let block = fullest_block(guest, "^Movable")?;
-        let line = format!("echo offline >{}", block.state);
-        guest.exec_within(&["sh", "-c", &line], Duration::from_secs(3))?;
+        let line = format!(
+            "count() {{ grep ^balloon_migrate /proc/vmstat; }}; before=$(count); echo offline >{} & \
+             while [ \"$(count)\" = \"$before\" ]; do sleep 0.1; done; sleep 3; kill -9 $!; wait",
+            block.state
+        );
+        guest.exec_within(&["sh", "-c", &line], MIGRATED)?;
         let moved = guest.vmstat("balloon_migrate")? - moved;
         ensure!(moved > 0, "no page of the balloon was migrated");
         guest.wait_until("the rest of the block", PATIENCE, || {
@@ -395,11 +423,10 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
             thread::sleep(Duration::from_secs(3));
             if link == Link::VfioUser && setup.driver != Driver::C {
                 // All registers of an absent device read as ones.
-                let size = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/balloon")?;
-                ensure!(
-                    size.starts_with("target 0\n"),
-                    "the balloon of a device that is gone: {size}"
-                );
+                guest.wait_until("the balloon of a device that is gone", PATIENCE, || {
+                    let size = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/balloon")?;
+                    Ok(size.starts_with("target 0\n"))
+                })?;
             }
             begun.set(true);
             let start = guest.stopwatch();
