@@ -24,8 +24,8 @@ pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::n
 
 const TICK: Duration = Duration::from_millis(100);
 
-/// How often the progress of a phase is printed if standard error is not a terminal.
-const LOG_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the progress of a phase and the running tests are printed if standard error is not a terminal.
+pub(crate) const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How often the progress of a command is checked.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);

@@ -2,20 +2,22 @@
 
 //! The results of tests: a line for each, and how many there were.
 
-use std::sync::{Mutex, MutexGuard};
+use std::io::{IsTerminal, stderr};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use vm::ktap::Outcome;
 
-use crate::progress::BARS;
+use crate::progress::{BARS, LOG_INTERVAL};
 
 /// How many of the slowest tests are listed at the end.
 const SLOWEST: usize = 10;
 
 /// Counts results and prints them at once, from several threads.
 pub(crate) struct Report {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
     bar: ProgressBar,
     start: Instant,
 }
@@ -25,8 +27,8 @@ struct State {
     passed: usize,
     failed: Vec<String>,
     skipped: usize,
-    /// The running tests.
-    running: Vec<String>,
+    /// The running tests, and when they began.
+    running: Vec<(String, Instant)>,
     /// The completed tests, and how long they took.
     times: Vec<(Duration, String)>,
 }
@@ -44,22 +46,28 @@ impl Report {
         let style = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}");
         bar.set_style(style.expect("the template is valid"));
         bar.enable_steady_tick(Duration::from_millis(100));
+        let state = Arc::default();
+        if !stderr().is_terminal() {
+            let state = Arc::downgrade(&state);
+            thread::spawn(move || print_running(&state));
+        }
         Self {
-            state: Mutex::default(),
+            state,
             bar,
             start: Instant::now(),
         }
     }
 
-    /// Shows a running test on a terminal.
+    /// Shows a running test. If standard error is not a terminal, a line every 30 s does that.
     pub(crate) fn begin(&self, name: &str) -> Running<'_> {
         let mut state = self.state();
-        state.running.push(name.to_owned());
+        let start = Instant::now();
+        state.running.push((name.to_owned(), start));
         self.show(&state);
         Running {
             report: self,
             name: name.to_owned(),
-            start: Instant::now(),
+            start,
         }
     }
 
@@ -140,7 +148,38 @@ impl Report {
     }
 
     fn show(&self, state: &State) {
-        self.bar.set_message(state.running.join("; "));
+        let names: Vec<_> = state
+            .running
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        self.bar.set_message(names.join("; "));
+    }
+}
+
+/// Prints the running tests now and then, until the report is gone.
+fn print_running(state: &Weak<Mutex<State>>) {
+    loop {
+        thread::sleep(LOG_INTERVAL);
+        let Some(state) = state.upgrade() else {
+            return;
+        };
+        let line = state.lock().expect("a lock").running_line();
+        if let Some(line) = line {
+            eprintln!("{line}");
+        }
+    }
+}
+
+impl State {
+    /// The running tests, and for how long they have run, if there are any.
+    fn running_line(&self) -> Option<String> {
+        let tests: Vec<_> = self
+            .running
+            .iter()
+            .map(|(name, start)| format!("{name} for {} s", start.elapsed().as_secs()))
+            .collect();
+        (!tests.is_empty()).then(|| format!("running: {}", tests.join("; ")))
     }
 }
 
@@ -160,8 +199,32 @@ impl Running<'_> {
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         let mut state = self.report.state();
-        let place = state.running.iter().position(|name| *name == self.name);
+        let place = state
+            .running
+            .iter()
+            .position(|(name, _)| *name == self.name);
         place.map(|place| state.running.remove(place));
         self.report.show(&state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_running_tests_are_named() {
+        let report = Report::new();
+        assert_eq!(report.state().running_line(), None);
+        let _first = report.begin("first");
+        let second = report.begin("second");
+        let line = report.state().running_line().unwrap();
+        assert!(
+            line.contains("first for ") && line.contains("; second for "),
+            "{line}"
+        );
+        drop(second);
+        let line = report.state().running_line().unwrap();
+        assert!(!line.contains("second"), "{line}");
     }
 }
