@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::thread::available_parallelism;
 
 use anyhow::{Context, Error, Result, ensure};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use vm::Kernel;
@@ -273,16 +274,27 @@ fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
 pub(crate) fn lock(directory: &Path) -> Result<Flock<File>> {
     let mut path = directory.as_os_str().to_owned();
     path.push(".lock");
-    let file = File::create(path)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((file, _)) => {
-            let phase = Phase::start("Waiting for another set-up", None);
-            let lock = Flock::lock(file, FlockArg::LockExclusive);
-            phase.finish();
-            lock.map_err(|(_, error)| error.into())
+    let path = PathBuf::from(path);
+    let mut file = Some(File::create(&path)?);
+    let mut take = || match Flock::lock(file.take()?, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Some(Ok(lock)),
+        Err((back, Errno::EWOULDBLOCK)) => {
+            file = Some(back);
+            None
         }
+        Err((_, error)) => Some(Err(error.into())),
+    };
+    if let Some(lock) = take() {
+        return lock;
     }
+    let what = format!(
+        "Waiting for another run, which has locked {}",
+        path.display()
+    );
+    let phase = Phase::start(&what, None);
+    let lock = phase.wait_for(take)?;
+    phase.finish();
+    Ok(lock)
 }
 
 /// The standard output of a command.

@@ -183,16 +183,29 @@ impl Phase {
                 descendants.kill();
                 return true;
             }
-            if reported.elapsed() > LOG_INTERVAL && !stderr().is_terminal() {
-                reported = Instant::now();
-                self.report();
-            }
+            self.report(&mut reported);
         }
         false
     }
 
-    /// Prints its progress.
-    fn report(&self) {
+    /// Waits until `done` returns a value.
+    pub(crate) fn wait_for<T>(&self, mut done: impl FnMut() -> Option<T>) -> T {
+        let mut reported = Instant::now();
+        loop {
+            if let Some(value) = done() {
+                return value;
+            }
+            self.report(&mut reported);
+            thread::sleep(WATCH_INTERVAL);
+        }
+    }
+
+    /// Prints its progress, if it is time for that.
+    fn report(&self, reported: &mut Instant) {
+        if reported.elapsed() <= LOG_INTERVAL || stderr().is_terminal() {
+            return;
+        }
+        *reported = Instant::now();
         let took = self.start.elapsed();
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
         let share = (done * 100).checked_div(total);
