@@ -2,6 +2,7 @@
 
 //! Guest memory and devices for tests.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -44,6 +45,37 @@ pub(crate) fn memory_file(bytes: u64) -> Arc<File> {
     let file = File::from(memfd_create("guest", flags).unwrap());
     file.set_len(bytes).unwrap();
     Arc::new(file)
+}
+
+thread_local! {
+    /// A file's content before each step of writing it, while it is recorded.
+    static STEPS: RefCell<Option<Vec<Vec<u8>>>> = const { RefCell::new(None) };
+}
+
+/// Marks the place before a step of writing a file.
+pub(crate) fn before_step(file: &File) {
+    STEPS.with_borrow_mut(|steps| {
+        let Some(steps) = steps else {
+            return;
+        };
+        let mut content = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+        file.read_exact_at(&mut content, 0).unwrap();
+        steps.push(content);
+    });
+}
+
+/// The files that this process leaves if it is killed during `act`, one for each step of writing the file.
+pub(crate) fn left_when_killed(act: impl FnOnce()) -> Vec<Arc<File>> {
+    STEPS.set(Some(Vec::new()));
+    act();
+    let contents = STEPS.take().into_iter().flatten();
+    contents
+        .map(|content| {
+            let file = memory_file(0);
+            file.write_all_at(&content, 0).unwrap();
+            file
+        })
+        .collect()
 }
 
 /// A file in huge pages of a size of which the host has none, if it has two sizes. The file has

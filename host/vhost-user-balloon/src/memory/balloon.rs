@@ -19,7 +19,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 use super::bitmap::WORD;
 use super::discard::{Granularity, Piece, Pieces};
 use super::hazard::{Hazard, Identity};
-use super::kept::Kept;
+use super::kept::{Kept, Memory};
 use super::page_map::PageMap;
 
 mod granules;
@@ -53,6 +53,15 @@ pub(crate) fn merge(ranges: &mut Vec<Range<u64>>) -> u64 {
     repeated
 }
 
+/// All memory with its part of the balloon, in the order of the file.
+fn parts<'a>(
+    regions: &'a [Region],
+    absent: &'a [Absent],
+) -> impl Iterator<Item = Memory<'a>> + Clone {
+    let regions = regions.iter().map(Region::part);
+    regions.chain(absent.iter().map(Absent::part))
+}
+
 /// The guest's memory, with the balloon.
 #[derive(Debug, Default)]
 pub struct Balloon {
@@ -64,6 +73,11 @@ pub struct Balloon {
     unbacked: BTreeSet<u64>,
     /// The balloon's state in a file, for the next worker.
     kept: Option<Kept>,
+    /// Whether the file has other regions than those here. While memory comes piece by piece, the file keeps the state of
+    /// all pieces. It gets the present regions with the next change of the balloon.
+    is_outdated: bool,
+    /// Whether the file's state is that of this memory. Otherwise it is another VM's.
+    is_own: bool,
     /// Absent memory: the front end adds memory piece by piece, and removes a piece to change its bounds. None of it
     /// is in `regions`.
     absent: Vec<Absent>,
@@ -96,32 +110,36 @@ impl Balloon {
         }
     }
 
-    /// Stores the state of these pages, which are in memory and sorted.
+    /// Stores the state of these pages, which are sorted.
     pub fn write_down(&mut self, changed: &[Range<u64>]) {
+        if self.is_outdated {
+            return self.write_all_down();
+        }
         let Some(kept) = &self.kept else {
             return;
         };
-        let result = self
-            .regions
-            .iter()
-            .enumerate()
-            .try_for_each(|(number, region)| {
-                let first = region.pages.start;
-                let from = changed.partition_point(|pages| pages.end <= first);
-                let inside = changed.get(from..).unwrap_or_default().iter();
-                let words = inside
-                    .take_while(|pages| pages.start < region.pages.end)
-                    .map(|pages| {
-                        let end = pages.end.min(region.pages.end) - first;
-                        pages.start.saturating_sub(first) / WORD..end.div_ceil(WORD)
-                    });
-                kept.update(number, words, &region.held)
+        let write = |(number, part): (usize, Memory<'_>)| {
+            let first = part.pages.start;
+            let from = changed.partition_point(|pages| pages.end <= first);
+            let inside = changed.get(from..).unwrap_or_default().iter();
+            let inside = inside.take_while(|pages| pages.start < part.pages.end);
+            let words = inside.map(|pages| {
+                let end = pages.end.min(part.pages.end) - first;
+                pages.start.saturating_sub(first) / WORD..end.div_ceil(WORD)
             });
+            kept.update(number, words, part.held)
+        };
+        let result = parts(&self.regions, &self.absent)
+            .enumerate()
+            .try_for_each(write);
         self.check(result);
     }
 
     /// Stores the driver's report of its balloon.
     pub fn write_status_down(&mut self, status: Status) {
+        if self.is_outdated {
+            self.write_all_down();
+        }
         let result = match &mut self.kept {
             Some(kept) => kept.set_status(status),
             None => Ok(()),
@@ -131,7 +149,8 @@ impl Balloon {
 
     /// The stored report.
     pub fn status(&self) -> Status {
-        self.kept.as_ref().map(Kept::status).unwrap_or_default()
+        let kept = self.kept.as_ref().filter(|_| self.is_own);
+        kept.map(Kept::status).unwrap_or_default()
     }
 
     /// Stores the whole state.
@@ -139,28 +158,14 @@ impl Balloon {
         let Some(kept) = &mut self.kept else {
             return;
         };
-        let regions = self.regions.iter();
-        let result = kept.reset(regions.map(|region| {
-            let Region {
-                pages,
-                identity,
-                offset,
-                held,
-                ..
-            } = region;
-            (pages.clone(), *identity, *offset, held.len())
-        }));
-        // The file already has zeroes.
-        let result = result.and_then(|()| {
-            self.regions
-                .iter()
-                .enumerate()
-                .try_for_each(|(number, region)| {
-                    let words = (0..).zip(&region.held).filter(|(_, word)| **word != 0);
-                    let words = words.map(|(place, _)| place..place + 1);
-                    kept.update(number, words, &region.held)
-                })
-        });
+        let mut result = Ok(());
+        if !self.is_own {
+            self.absent.clear();
+            result = kept.set_status(Status::default());
+        }
+        let result = result.and_then(|()| kept.replace(parts(&self.regions, &self.absent)));
+        self.is_outdated = false;
+        self.is_own = true;
         self.check(result);
     }
 
@@ -209,9 +214,8 @@ impl Balloon {
                 }
             }));
         }
-        if old.is_empty() && !self.regions.is_empty() && !self.has_stored() {
-            self.write_status_down(Status::default());
-        }
+        let files = self.files();
+        self.is_own |= self.kept.as_ref().is_some_and(|kept| kept.has_any(&files));
         // The state of an earlier worker or of this one, perhaps in regions of other sizes.
         let same = old.len() == self.regions.len()
             && old
@@ -223,6 +227,9 @@ impl Balloon {
                 None => self.absent.push(region.into()),
             }
         }
+        if same {
+            return;
+        }
         for absent in &mut self.absent {
             for region in &mut self.regions {
                 region.inherit(absent);
@@ -230,17 +237,7 @@ impl Balloon {
         }
         self.absent
             .retain(|absent| absent.held.iter().any(|&word| word != 0));
-        if !same {
-            self.write_all_down();
-        }
-    }
-
-    /// Whether a file of the memory is among those whose balloon was stored.
-    fn has_stored(&self) -> bool {
-        let files = self.files();
-        self.absent
-            .iter()
-            .any(|absent| files.contains(&absent.identity))
+        self.is_outdated = true;
     }
 
     /// Sets the granules from the balloon, for a driver that notifies the device before it reuses a

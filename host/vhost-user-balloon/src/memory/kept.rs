@@ -6,7 +6,12 @@
 //! the pages in the balloon: it would not prefault them, and would refuse the guest's messages about them. A worker
 //! writes the changes of a batch after it has discarded or allocated the memory, and before it uses the guest's
 //! buffers. A worker that is killed in between leaves the old bits, and the next one repeats the batch.
+//!
+//! A bitmap for each region of memory is followed by the table of regions, and the first word of the file is the place
+//! of the table. When the regions change, a worker writes both again in free space, and that word last. So one that is
+//! killed meanwhile leaves the old ones.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -14,19 +19,37 @@ use std::os::unix::fs::FileExt;
 
 use balloon_wire::status::Status;
 use log::{error, warn};
+use rustix::fs::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
 use super::bitmap::index;
 use super::hazard::Identity;
 
-/// The offset of the bitmaps. The table of regions is in front of them, with its length before it.
+/// The offset of the first bitmap, and the least one of the table. Earlier programs have the table in front of it, with
+/// its length as the first word of the file.
 const BITMAPS: u64 = 64 << 10;
 
-/// The offset of the driver's last status: its size and its stop reason, after the table.
+/// The offset of the driver's last status: its size and its stop reason.
 const STATUS: u64 = BITMAPS - 8;
+
+/// Bitmaps begin at a page.
+const PAGE: u64 = 4096;
 
 /// How many unchanged words are written to avoid another write.
 const GAP: u64 = 512;
+
+/// Memory of the guest, and its part of the balloon.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory<'a> {
+    /// Its balloon pages.
+    pub pages: &'a Range<u64>,
+    /// The identity of its file.
+    pub identity: Identity,
+    /// Its offset in that file, in bytes.
+    pub offset: u64,
+    /// A bit for each page.
+    pub held: &'a [u64],
+}
 
 /// A region of the guest's memory, as the file describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,20 +71,29 @@ pub struct Region {
 pub struct Kept {
     file: File,
     regions: Vec<Region>,
+    /// The offsets of the bitmaps and the table in the file.
+    place: Range<u64>,
     status: Status,
 }
 
 impl Kept {
     /// Reads the state from a file.
     pub fn new(file: File) -> Self {
-        // An invalid one was not finished, or is empty.
-        let regions = read_regions(&file).unwrap_or_default();
+        // An invalid one is empty.
+        let (regions, place) = read_table(&file).unwrap_or((Vec::new(), BITMAPS..BITMAPS));
         let status = read_status(&file).unwrap_or_default();
         Self {
             file,
             regions,
+            place,
             status,
         }
+    }
+
+    /// Whether one of these files holds memory whose state is stored.
+    pub fn has_any(&self, files: &BTreeSet<Identity>) -> bool {
+        let mut regions = self.regions.iter();
+        regions.any(|region| files.contains(&region.identity))
     }
 
     /// The driver's last status.
@@ -71,13 +103,12 @@ impl Kept {
 
     /// Writes the driver's status to the file.
     pub fn set_status(&mut self, status: Status) -> io::Result<()> {
-        self.status = status;
-        // A file without a table is empty, and stays so until there is one.
-        if self.regions.is_empty() {
+        if status == self.status {
             return Ok(());
         }
+        self.status = status;
         let fields = [status.actual, status.stop_reason].map(u32::to_ne_bytes);
-        self.file.write_all_at(fields.as_flattened(), STATUS)
+        self.write(fields.as_flattened(), STATUS)
     }
 
     /// The regions in the file, and the bitmap of each.
@@ -97,59 +128,80 @@ impl Kept {
         give_up(&self.file, error);
     }
 
-    /// Writes these regions to the file, with an empty balloon.
-    pub fn reset(
+    /// Replaces the memory in the file.
+    pub fn replace<'a>(
         &mut self,
-        regions: impl Iterator<Item = (Range<u64>, Identity, u64, usize)>,
+        memory: impl Iterator<Item = Memory<'a>> + Clone,
     ) -> io::Result<()> {
-        // Meanwhile the file is empty, and has no regions.
-        self.file.set_len(0)?;
-        self.regions.clear();
-        let mut end = BITMAPS;
-        for (pages, identity, offset, words) in regions {
-            let words = words as u64;
-            self.regions.push(Region {
-                pages,
-                identity,
-                offset,
-                bitmap: end,
-                words,
-            });
-            end = end.saturating_add(words.saturating_mul(8));
+        // A process that was killed may have left a part of another one.
+        self.clear_rest()?;
+        let (mut regions, mut table) = lay_out(memory.clone(), BITMAPS);
+        let mut content = serde_json::to_vec(&regions)?;
+        if table + 8 + content.len() as u64 > self.place.start {
+            let after = self.place.end.next_multiple_of(PAGE);
+            (regions, table) = lay_out(memory.clone(), after);
+            content = serde_json::to_vec(&regions)?;
         }
-        let table = serde_json::to_vec(&self.regions)?;
-        let length = table.len() as u64;
-        if length > STATUS - 8 {
-            return Err(io::Error::other("there are too many regions of memory"));
+        // There are zeroes already.
+        for (region, memory) in regions.iter().zip(memory) {
+            let words = (0..).zip(memory.held).filter(|(_, word)| **word != 0);
+            let words = words.map(|(place, _)| place..place + 1);
+            self.write_words(region, words, memory.held)?;
         }
-        self.file.set_len(end)?;
-        self.file.write_all_at(&table, 8)?;
-        // The file already has zeroes.
-        if self.status != Status::default() {
-            self.set_status(self.status)?;
-        }
-        self.file.write_all_at(&length.to_ne_bytes(), 0)
+        let length = content.len() as u64;
+        content.splice(..0, length.to_ne_bytes());
+        self.write(&content, table)?;
+        self.write(&table.to_ne_bytes(), 0)?;
+        let start = regions.first().map_or(table, |region| region.bitmap);
+        self.place = start..table + content.len() as u64;
+        self.regions = regions;
+        self.clear_rest()
     }
 
-    /// Writes words of the bitmap of the region with this number.
-    fn write(&self, number: usize, words: Range<u64>, bitmap: &[u64]) -> io::Result<()> {
-        let Some(region) = self.regions.get(number) else {
-            return Ok(());
-        };
-        let place = index(words.start)..index(words.end);
-        let changed = bitmap.get(place).unwrap_or_default();
-        let bytes: Vec<u8> = changed.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        self.file
-            .write_all_at(&bytes, region.bitmap + words.start * 8)
+    /// Clears the space for other regions.
+    fn clear_rest(&self) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::before_step(&self.file);
+        self.file.set_len(self.place.end)?;
+        let before = self.place.start - BITMAPS;
+        if before > 0 {
+            #[cfg(test)]
+            crate::testing::before_step(&self.file);
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&self.file, flags, BITMAPS, before)?;
+        }
+        Ok(())
     }
 
-    /// Writes the changed words of a region's bitmap, in order.
+    fn write(&self, bytes: &[u8], place: u64) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::before_step(&self.file);
+        self.file.write_all_at(bytes, place)
+    }
+
+    /// Writes the changed words of the bitmap of the memory with this number, in order.
     pub fn update(
         &self,
         number: usize,
         changed: impl Iterator<Item = Range<u64>>,
         bitmap: &[u64],
     ) -> io::Result<()> {
+        let region = self.regions.get(number);
+        region.map_or(Ok(()), |region| self.write_words(region, changed, bitmap))
+    }
+
+    fn write_words(
+        &self,
+        region: &Region,
+        changed: impl Iterator<Item = Range<u64>>,
+        bitmap: &[u64],
+    ) -> io::Result<()> {
+        let write = |words: Range<u64>| {
+            let place = index(words.start)..index(words.end);
+            let changed = bitmap.get(place).unwrap_or_default();
+            let bytes: Vec<u8> = changed.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            self.write(&bytes, region.bitmap + words.start * 8)
+        };
         let mut pending: Option<Range<u64>> = None;
         for words in changed {
             match &mut pending {
@@ -158,13 +210,30 @@ impl Kept {
                 }
                 _ => {
                     if let Some(last) = pending.replace(words) {
-                        self.write(number, last, bitmap)?;
+                        write(last)?;
                     }
                 }
             }
         }
-        pending.map_or(Ok(()), |last| self.write(number, last, bitmap))
+        pending.map_or(Ok(()), write)
     }
+}
+
+/// The places of the bitmaps of this memory from `start` on, and of the table after them.
+fn lay_out<'a>(memory: impl Iterator<Item = Memory<'a>>, start: u64) -> (Vec<Region>, u64) {
+    let mut end = start;
+    let regions = memory.map(|memory| {
+        let (bitmap, words) = (end, memory.held.len() as u64);
+        end += words * 8;
+        Region {
+            pages: memory.pages.clone(),
+            identity: memory.identity,
+            offset: memory.offset,
+            bitmap,
+            words,
+        }
+    });
+    (regions.collect(), end)
 }
 
 /// Empties a file that cannot be updated, so that another worker does not use stale bits. That needs no memory.
@@ -176,94 +245,208 @@ pub fn give_up(file: &File, error: &io::Error) {
 }
 
 fn read_status(file: &File) -> Option<Status> {
-    let mut bytes = [0; 8];
-    file.read_exact_at(&mut bytes, STATUS).ok()?;
-    let number = |at| {
-        let field = bytes.get(at..).and_then(<[u8]>::first_chunk);
-        field.map(|field| u32::from_ne_bytes(*field))
+    let number = |place| {
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, place).ok()?;
+        Some(u32::from_ne_bytes(bytes))
     };
     Some(Status {
-        actual: number(0)?,
-        stop_reason: number(4)?,
+        actual: number(STATUS)?,
+        stop_reason: number(STATUS + 4)?,
     })
 }
 
-fn read_regions(file: &File) -> Option<Vec<Region>> {
-    let mut length = [0; 8];
-    file.read_exact_at(&mut length, 0).ok()?;
-    let length = u64::from_ne_bytes(length);
-    if length > BITMAPS {
+/// The table, and the offsets of the bitmaps and the table.
+fn read_table(file: &File) -> Option<(Vec<Region>, Range<u64>)> {
+    let number = |place| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, place).ok()?;
+        Some(u64::from_ne_bytes(bytes))
+    };
+    let first = number(0)?;
+    let table = if first < BITMAPS { 0 } else { first };
+    let length = number(table)?;
+    let content = table.checked_add(8)?;
+    let end = content.checked_add(length)?;
+    if end > file.metadata().ok()?.len() {
         return None;
     }
-    let mut table = vec![0; index(length)];
-    file.read_exact_at(&mut table, 8).ok()?;
-    serde_json::from_slice(&table).ok()
+    let mut bytes = vec![0; index(length)];
+    file.read_exact_at(&mut bytes, content).ok()?;
+    let regions: Vec<Region> = serde_json::from_slice(&bytes).ok()?;
+    let start = regions.first().map_or(table, |region| region.bitmap);
+    let bitmaps = regions.last().map_or(0, |region| {
+        region.bitmap.saturating_add(region.words.saturating_mul(8))
+    });
+    Some((regions, start.max(BITMAPS)..end.max(bitmaps).max(BITMAPS)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::memory_file;
+    use crate::testing::{left_when_killed, memory_file};
+    use std::os::unix::fs::MetadataExt;
+
+    const STATE: Status = Status {
+        actual: 7,
+        stop_reason: 2,
+    };
+
+    fn open(file: &File) -> Kept {
+        Kept::new(file.try_clone().unwrap())
+    }
+
+    /// Memory at these pages with this bitmap.
+    fn memory<'a>(pages: &'a Range<u64>, held: &'a [u64]) -> Memory<'a> {
+        Memory {
+            pages,
+            identity: (1, pages.start),
+            offset: 4096,
+            held,
+        }
+    }
+
+    fn replace(kept: &mut Kept, regions: &[(Range<u64>, Vec<u64>)]) {
+        let regions = regions.iter();
+        kept.replace(regions.map(|(pages, held)| memory(pages, held)))
+            .unwrap();
+    }
+
+    /// The pages and the bitmaps in a file.
+    fn found(file: &File) -> Vec<(Range<u64>, Vec<u64>)> {
+        let regions = open(file).load().unwrap().into_iter();
+        regions
+            .map(|(region, held)| {
+                assert_eq!(
+                    (region.identity.1, region.offset),
+                    (region.pages.start, 4096)
+                );
+                (region.pages, held)
+            })
+            .collect()
+    }
 
     #[test]
     fn another_process_finds_what_was_written() {
         let file = memory_file(0);
-        let open = || Kept::new(file.try_clone().unwrap());
-        assert_eq!(open().load().unwrap(), []);
-        let mut kept = open();
-        kept.reset(
-            [
-                (0..64, (1, 2), 0, 1),
-                (128..128 + 64 * 1000, (1, 3), 4096, 1000),
-            ]
-            .into_iter(),
-        )
-        .unwrap();
-        let mut bitmap = vec![0; 1000];
+        assert_eq!(found(&file), []);
+        let mut kept = open(&file);
+        let mut regions = [(0..64, vec![0]), (128..128 + 64 * 1000, vec![0; 1000])];
+        replace(&mut kept, &regions);
+        assert_eq!(found(&file), regions);
+        let bitmap = &mut regions[1].1;
         for place in [0, 1, 600, 999] {
             bitmap[place] = 7;
         }
-        kept.update(1, [0..1, 1..2, 600..601, 999..1000].into_iter(), &bitmap)
+        kept.update(1, [0..1, 1..2, 600..601, 999..1000].into_iter(), bitmap)
             .unwrap();
-        let found = open().load().unwrap();
-        assert_eq!(found.len(), 2);
-        assert_eq!(found[0].1, [0]);
-        assert_eq!(
-            (&found[1].0.pages, found[1].0.offset),
-            (&(128..64128), 4096)
-        );
-        assert_eq!(found[1].1, bitmap);
+        assert_eq!(found(&file), regions);
+    }
 
-        kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
-        assert_eq!(open().load().unwrap().len(), 1);
+    /// However large each is, a process finds the last ones, in a file that does not grow without end.
+    #[test]
+    fn memory_can_change_any_number_of_times() {
+        let file = memory_file(0);
+        let mut kept = open(&file);
+        for number in 1..100 {
+            let words = [3000, 1, 20, 5000, 700][number % 5];
+            let regions = (0..=number as u64 % 4).map(|place| {
+                let start = place << 20;
+                (start..start + words as u64 * 64, vec![number as u64; words])
+            });
+            let regions: Vec<_> = regions.collect();
+            replace(&mut kept, &regions);
+            assert_eq!(found(&file), regions);
+            if number % 7 == 0 {
+                kept = open(&file);
+            }
+            // Twice the largest state, in whole pages.
+            let metadata = file.metadata().unwrap();
+            assert!(metadata.len() < BITMAPS + 2 * (4 * 5000 * 8 + 4 * PAGE));
+            let words: usize = regions.iter().map(|(_, held)| held.len()).sum();
+            let pages = (words as u64 * 8).div_ceil(PAGE) + 3;
+            assert!(metadata.blocks() <= pages * 8, "{number}");
+        }
     }
 
     #[test]
     fn another_process_finds_the_status() {
         let file = memory_file(0);
-        let open = || Kept::new(file.try_clone().unwrap());
-        let status = Status {
-            actual: 7,
-            stop_reason: 2,
-        };
-        let mut kept = open();
-        kept.set_status(status).unwrap();
-        assert_eq!(open().status(), Status::default());
+        let mut kept = open(&file);
+        kept.set_status(STATE).unwrap();
         // Other memory does not change it.
-        kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
-        assert_eq!(open().status(), status);
+        replace(&mut kept, &[(0..64, vec![0])]);
+        assert_eq!(open(&file).status(), STATE);
         kept.set_status(Status::default()).unwrap();
-        assert_eq!(open().status(), Status::default());
+        assert_eq!(open(&file).status(), Status::default());
     }
 
     #[test]
-    fn a_table_that_is_too_long_leaves_none() {
+    fn any_number_of_regions_is_kept() {
         let file = memory_file(0);
-        let mut kept = Kept::new(file.try_clone().unwrap());
-        kept.reset([(0..64, (1, 2), 0, 1)].into_iter()).unwrap();
-        let many = (0..2000).map(|number| (number * 64..(number + 1) * 64, (1, 2), 0, 1));
-        kept.reset(many).unwrap_err();
-        assert_eq!(Kept::new(file.try_clone().unwrap()).load().unwrap(), []);
+        let regions: Vec<_> = (0..2000)
+            .map(|number| (number * 64..(number + 1) * 64, vec![number]))
+            .collect();
+        replace(&mut open(&file), &regions);
+        assert_eq!(found(&file), regions);
+    }
+
+    /// The table is at the start, and the bitmaps behind it.
+    #[test]
+    fn the_file_of_an_earlier_program_is_read() {
+        let file = memory_file(BITMAPS + 16);
+        let regions = [(64..128, vec![5]), (256..320, vec![6])];
+        let table = (0..).zip(&regions).map(|(number, (pages, _))| {
+            serde_json::json!({
+                "pages": pages, "identity": [1, pages.start], "offset": 4096,
+                "bitmap": BITMAPS + number * 8, "words": 1,
+            })
+        });
+        let table = serde_json::to_vec(&table.collect::<Vec<_>>()).unwrap();
+        let write = |bytes: &[u8], place| file.write_all_at(bytes, place).unwrap();
+        write(&table, 8);
+        write(&(table.len() as u64).to_ne_bytes(), 0);
+        write([7_u32, 2].map(u32::to_ne_bytes).as_flattened(), STATUS);
+        write([5_u64, 6].map(u64::to_ne_bytes).as_flattened(), BITMAPS);
+
+        let mut kept = open(&file);
+        assert_eq!((found(&file), kept.status()), (regions.to_vec(), STATE));
+        let regions = [(64..128, vec![4]), (512..576, vec![3])];
+        for _ in 0..3 {
+            replace(&mut kept, &regions);
+            assert_eq!(
+                (&found(&file)[..], open(&file).status()),
+                (&regions[..], STATE)
+            );
+        }
+    }
+
+    #[test]
+    fn a_process_that_is_killed_leaves_the_old_or_the_new_state() {
+        let states = [
+            vec![(0..128, vec![1, 2])],
+            vec![(0..64, vec![3]), (128..64 * 1500, vec![4; 1498])],
+            vec![(64..128, vec![5])],
+            vec![],
+            vec![(0..640, vec![6; 10]), (1024..1088, vec![7])],
+        ];
+        let file = memory_file(0);
+        let mut kept = open(&file);
+        kept.set_status(STATE).unwrap();
+        replace(&mut kept, &states[0]);
+        for next in states.windows(2) {
+            let left = left_when_killed(|| replace(&mut kept, &next[1]));
+            assert!(left.len() >= 4, "{}", left.len());
+            for file in left {
+                assert!(next.contains(&found(&file)), "{:?}", found(&file));
+                assert_eq!(open(&file).status(), STATE);
+                // The rest of another state does not disturb the next process.
+                for state in &states {
+                    replace(&mut open(&file), state);
+                    assert_eq!(found(&file), *state);
+                }
+            }
+        }
     }
 
     #[test]
@@ -271,12 +454,14 @@ mod tests {
         for bytes in [
             &[0xff; 64][..],
             &[8, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3],
+            &[0, 0, 1, 0, 0, 0, 0, 0],
             &[0; 9000],
         ] {
             let file = memory_file(0);
             file.write_all_at(bytes, 0).unwrap();
-            let kept = Kept::new(file.try_clone().unwrap());
-            assert_eq!(kept.load().unwrap(), []);
+            assert_eq!(found(&file), []);
+            replace(&mut open(&file), &[(0..64, vec![1])]);
+            assert_eq!(found(&file), [(0..64, vec![1])]);
         }
     }
 }

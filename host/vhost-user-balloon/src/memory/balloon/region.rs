@@ -13,6 +13,7 @@ use super::granules::Granules;
 use crate::memory::bitmap::{WORD, find, index, set};
 use crate::memory::discard::{Piece, Pieces};
 use crate::memory::hazard::{Hazard, Identity};
+use crate::memory::kept::Memory;
 
 /// The largest piece of the balloon that is searched in one step, in bytes.
 const STEP: u64 = 4 << 20;
@@ -187,6 +188,16 @@ impl Region {
         self.count = 0;
         self.granules.empty();
     }
+
+    /// Its part of the balloon, as a file stores it.
+    pub(crate) fn part(&self) -> Memory<'_> {
+        Memory {
+            pages: &self.pages,
+            identity: self.identity,
+            offset: self.offset,
+            held: &self.held,
+        }
+    }
 }
 
 /// Memory that the front end has not sent, or has removed, with pages in the balloon.
@@ -209,6 +220,16 @@ impl Absent {
         let (start, end) = (pages.start.max(first), pages.end.min(self.pages.end));
         if start < end {
             set(&mut self.held, start - first..end - first, false, |_| {});
+        }
+    }
+
+    /// Its part of the balloon, as a file stores it.
+    pub(crate) fn part(&self) -> Memory<'_> {
+        Memory {
+            pages: &self.pages,
+            identity: self.identity,
+            offset: self.offset,
+            held: &self.held,
         }
     }
 }

@@ -4,7 +4,7 @@ use super::*;
 use crate::budget::Budget;
 use crate::counters::Counters;
 use crate::memory::discard::Discarder;
-use crate::testing::{HOLE, MemoryFiles, PAGE, memory_file};
+use crate::testing::{HOLE, MemoryFiles, PAGE, left_when_killed, memory_file};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use proptest::prelude::*;
 use std::os::unix::fs::MetadataExt;
@@ -210,7 +210,11 @@ fn another_process_knows_what_is_in_the_balloon() {
 
     second.empty();
     let blocks = kept.metadata().unwrap().blocks();
-    assert_eq!(blocks, 8, "only the table of regions takes memory");
+    assert_eq!(
+        blocks,
+        2 * 8,
+        "only the table of regions and its place take memory"
+    );
     assert_eq!(process().deflate(&pages(&[3, 100, high + 1])).moved, 0);
 }
 
@@ -222,12 +226,113 @@ fn another_vm_does_not_get_the_status() {
         stop_reason: 0,
     };
     let files = MemoryFiles::new(1 << 20, 1 << 20);
-    kept_balloon(&files, &kept).write_status_down(status);
+    let mut first = kept_balloon(&files, &kept);
+    first.inflate(&pages(&[8]), &mut Pieces::default());
+    first.write_down(&pages(&[8]));
+    first.write_status_down(status);
     assert_eq!(kept_balloon(&files, &kept).status(), status);
 
     let others = MemoryFiles::new(1 << 20, 1 << 20);
+    let mut other = kept_balloon(&others, &kept);
+    assert_eq!(other.status(), Status::default());
+    other.write_down(&[]);
+    assert_eq!(other.known_ranges(), other.memory_ranges());
     assert_eq!(kept_balloon(&others, &kept).status(), Status::default());
-    assert_eq!(kept_balloon(&files, &kept).status(), Status::default());
+    let mut again = kept_balloon(&files, &kept);
+    assert_eq!(again.status(), Status::default());
+    assert_eq!(again.deflate(&pages(&[8])).moved, 0);
+}
+
+/// A front end adds memory piece by piece, and a worker may be killed between two pieces, and at each step of writing
+/// the file.
+#[test]
+fn a_worker_that_is_killed_loses_nothing() {
+    let status = Status {
+        actual: 5,
+        stop_reason: 2,
+    };
+    let files = MemoryFiles::new(1 << 20, 1 << 20);
+    let (high, granule) = (HOLE / PAGE, Granularity::Bytes(PAGE));
+    let kept = memory_file(0);
+    let open = |kept: &File| {
+        let mut balloon = Balloon::default();
+        balloon.keep(kept.try_clone().unwrap());
+        balloon
+    };
+    // Which of these pages are in the balloon, and the status, for a worker with all memory.
+    let found = |kept: &File| {
+        let mut balloon = open(kept);
+        balloon.set_memory(&files.memory(), granule);
+        let mut holds = |page| balloon.deflate(&pages(&[page])).moved == 1;
+        let held = [3, 200, high, 20, 201].map(&mut holds);
+        (held, balloon.status())
+    };
+    let mut first = open(&kept);
+    first.set_memory(&files.memory(), granule);
+    first.inflate(&pages(&[3, 200, high]), &mut Pieces::default());
+    first.write_down(&pages(&[3, 200, high]));
+    first.write_status_down(status);
+
+    let mut second = open(&kept);
+    // The low memory is absent at first, and then one part of it.
+    let changes: [&dyn Fn(&mut Balloon); 6] = [
+        &|balloon| balloon.set_memory(&files.part(0, 64 * PAGE), granule),
+        &|balloon| {
+            balloon.inflate(&pages(&[20]), &mut Pieces::default());
+            balloon.write_down(&pages(&[20]));
+        },
+        &|balloon| {
+            balloon.deflate(&pages(&[200]));
+            balloon.write_down(&pages(&[200]));
+        },
+        &|balloon| balloon.set_memory(&files.memory(), granule),
+        &|balloon| {
+            balloon.inflate(&pages(&[201]), &mut Pieces::default());
+            balloon.write_down(&pages(&[201]));
+        },
+        &|balloon| {
+            balloon.deflate(&pages(&[3]));
+            balloon.write_down(&pages(&[3]));
+        },
+    ];
+    let expected = [
+        [true, true, true, false, false],
+        [true, true, true, true, false],
+        [true, false, true, true, false],
+        [true, false, true, true, false],
+        [true, false, true, true, true],
+        [false, false, true, true, true],
+    ];
+    let mut before = expected[0];
+    for (change, after) in changes.iter().zip(expected) {
+        for left in left_when_killed(|| change(&mut second)) {
+            let (held, left) = found(&left);
+            assert!(held == before || held == after, "{held:?}");
+            assert_eq!(left, status);
+        }
+        assert_eq!(found(&kept), (after, status));
+        before = after;
+    }
+}
+
+/// A worker knows by any piece of memory that comes first whose status the file has.
+#[test]
+fn a_piece_that_was_not_stored_does_not_lose_the_status() {
+    let kept = memory_file(0);
+    let status = Status {
+        actual: 5,
+        stop_reason: 0,
+    };
+    let files = MemoryFiles::new(1 << 20, 1 << 20);
+    kept_balloon(&files, &kept).write_status_down(status);
+    let other = MemoryFiles::new(1 << 20, 1 << 20);
+    let mut balloon = Balloon::default();
+    balloon.keep(kept.try_clone().unwrap());
+    // It was plugged a moment ago.
+    balloon.set_memory(&other.part(0, 1 << 20), Granularity::Bytes(PAGE));
+    assert_eq!(balloon.status(), Status::default());
+    balloon.set_memory(&files.memory(), Granularity::Bytes(PAGE));
+    assert_eq!(balloon.status(), status);
 }
 
 /// The next worker must not count a page as in the balloon if its deflation was not stored.
