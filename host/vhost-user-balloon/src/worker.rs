@@ -18,7 +18,7 @@ use vhost_user_backend::VhostUserDaemon;
 use crate::device::Device;
 use crate::device::state::State;
 use crate::options::{Options, Sandbox};
-use crate::vhost_user::channel::{Channel, SERVE, START, VERSION};
+use crate::vhost_user::channel::{Channel, SERVE, START, TRIAL, VERSION};
 
 pub mod sandbox;
 
@@ -38,16 +38,18 @@ pub fn run(options: &Options) -> Result<()> {
         start.request() == START,
         "the supervisor does not start this worker"
     );
+    // The state file belongs to the worker that runs meanwhile.
+    let path = options.state.as_ref().filter(|_| start.body() != TRIAL);
     let mut files = start.into_parts().1.into_iter();
     let kept = files.next().map(File::from);
     let control = files.next().map(UnixListener::from);
 
     let interval = options.stats_interval;
-    let state = match &options.state {
+    let state = match path {
         Some(path) => State::load(path, interval)?,
         None => State::new(interval),
     };
-    let path = options.state.clone();
+    let path = path.cloned();
     let device = Device::new(options.settings(), state, path, channel.try_clone()?, kept)?;
     let device = Arc::new(device);
     // Before there is another thread.

@@ -195,7 +195,7 @@ fn parse(header: [u8; 16]) -> (u64, u64) {
 }
 
 /// An empty file in memory.
-pub(super) fn memory_file() -> Result<File> {
+fn memory_file() -> Result<File> {
     Ok(memfd_create("balloon", MFdFlags::MFD_CLOEXEC)?.into())
 }
 

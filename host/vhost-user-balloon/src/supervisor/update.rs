@@ -15,7 +15,7 @@ use sd_notify::NotifyState;
 
 use super::Supervisor;
 use super::program::{RESUME, command};
-use super::snapshot::{Snapshot, memory_file, notify};
+use super::snapshot::{Snapshot, notify};
 use super::worker::Worker;
 
 impl Supervisor {
@@ -25,10 +25,7 @@ impl Supervisor {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);
         }
-        // The trial has no device.
-        let trial = memory_file()
-            .and_then(|kept| Worker::start(&self.program, &self.arguments, &kept, None));
-        match trial {
+        match Worker::start_trial(&self.program, &self.arguments) {
             Ok(trial) => self.trial = Some(trial),
             Err(error) => self.keep_program(&format!("{error:#}")),
         }

@@ -18,7 +18,7 @@ use balloon_control::{Access, listen};
 use log::warn;
 
 use super::program::command;
-use crate::vhost_user::channel::{CONFIG_CHANGED, READY, SERVE, START, VERSION};
+use crate::vhost_user::channel::{CONFIG_CHANGED, READY, SERVE, START, TRIAL, VERSION};
 use crate::vhost_user::message::Message;
 
 /// How long a worker may take until it is ready.
@@ -62,6 +62,20 @@ impl Worker {
         kept: &File,
         control: Option<&UnixListener>,
     ) -> Result<Self> {
+        let mut files = vec![kept.try_clone()?.into()];
+        if let Some(control) = control {
+            files.push(control.try_clone()?.into());
+        }
+        Self::spawn(program, arguments, &Message::new(START, &[], files))
+    }
+
+    /// Starts a program as a worker without a device, to see whether that works.
+    pub(super) fn start_trial(program: &Path, arguments: &[OsString]) -> Result<Self> {
+        let start = Message::new(START, TRIAL, Vec::new());
+        Self::spawn(program, arguments, &start)
+    }
+
+    fn spawn(program: &Path, arguments: &[OsString], start: &Message) -> Result<Self> {
         let (channel, theirs) = UnixStream::pair()?;
         channel.set_nonblocking(true)?;
         let child = command(program)
@@ -80,11 +94,7 @@ impl Worker {
             ended: false,
             deadline: Some(now + START_TIMEOUT),
         };
-        let mut files = vec![kept.try_clone()?.into()];
-        if let Some(control) = control {
-            files.push(control.try_clone()?.into());
-        }
-        Message::new(START, &[], files).send(&worker.channel)?;
+        start.send(&worker.channel)?;
         Ok(worker)
     }
 

@@ -24,8 +24,11 @@ use super::message::Message;
 pub const VERSION: u32 = 1;
 
 /// Get ready. The message carries the file with the balloon's state, and the listening control socket if there
-/// is one.
+/// is one. Its body is [`TRIAL`], or empty.
 pub const START: u32 = 1;
+
+/// The worker ends when it is ready, and another one has the state file. Earlier programs ignore it.
+pub const TRIAL: &[u8] = &[1];
 
 /// Serve the front end that connects to the socket in the message. The body has two numbers of 32 bits: the front
 /// end's process id, or 0 if that is unknown, and 1 if the guest's driver continues.

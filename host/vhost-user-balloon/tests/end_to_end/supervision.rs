@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use rustix::process::{Resource, Rlimit, prlimit};
 use service_manager::ServiceManager;
 
+use super::targets::lease;
 use super::*;
 
 /// The children of a process.
@@ -517,6 +518,39 @@ fn a_program_that_fails_later_is_replaced_by_the_one_before() {
     wait_for_info("the driver", directory, |now| now.guest.driver);
     works(directory, &mut vmm, 0x101);
     daemon.end();
+}
+
+/// A worker that finds a lease or a broken file writes the file. Another worker has it during a trial.
+#[test]
+fn a_trial_leaves_the_state_file_alone() {
+    for content in [None, Some("nonsense")] {
+        let installed = Installed::new();
+        let directory = installed.directory.path();
+        let daemon = installed.start();
+        let path = directory.join("state");
+        lease(directory, 8 << 12, 60_000);
+        if let Some(content) = content {
+            fs::write(&path, content).unwrap();
+        }
+        let before = fs::read_to_string(&path).unwrap();
+        let real = directory.join("real");
+        fs::copy(PROGRAM, &real).unwrap();
+        // The trial has ended when the supervisor starts.
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in *--resume*) cp {0} {0}.seen;; esac\nexec {1} \"$@\"\n",
+            path.display(),
+            real.display()
+        );
+        installed.install(Some(&script));
+        let worker = daemon.worker();
+        kill(daemon.pid(), Signal::SIGHUP).unwrap();
+        daemon.wait_for_another(worker);
+        wait_for("the new program", || path.with_extension("seen").exists());
+        wait_for("a client", || call(directory, &Request::Info {}).is_ok());
+        let seen = fs::read_to_string(path.with_extension("seen")).unwrap();
+        assert_eq!(seen, before);
+        daemon.end();
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn replace(directory: &Path, expected: u64, bytes: u64) -> Result<Answer, Client
 }
 
 /// Sets a target for so many milliseconds.
-fn lease(directory: &Path, bytes: u64, milliseconds: u64) {
+pub(super) fn lease(directory: &Path, bytes: u64, milliseconds: u64) {
     let mut client = Client::connect(&directory.join("control")).unwrap();
     let request = Request::Set {
         bytes,
