@@ -4,11 +4,12 @@
 
 use std::collections::HashMap;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::changes::Changes;
@@ -41,10 +42,13 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Whether the client has closed it, with no request left. On a busy machine the thread may notice that late.
+    /// Whether the client has closed it, with no request left. On a busy machine the thread may notice that late. A
+    /// client that has only ended its requests may wait for responses.
     fn has_ended(&self) -> bool {
+        let mut events = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        recv(self.stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+        poll(&mut events, PollTimeout::ZERO) == Ok(1)
+            && recv(self.stream.as_raw_fd(), &mut [0], flags) == Ok(0)
     }
 }
 
@@ -58,21 +62,22 @@ impl Connections {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes room for another client, and returns whether there is room. Disconnects the client that has
-    /// been idle longest, if that was long enough, or if the client has left.
+    /// Makes room for another client, and returns whether there is room. Removes a client that has left, or disconnects
+    /// the one that has been idle longest, if that was long enough.
     pub(super) fn make_room(&self, idle: Duration) -> bool {
         let mut connections = self.lock();
         if connections.len() < MAX_CONNECTIONS {
             return true;
         }
-        let longest = connections
+        let first = connections
             .iter()
             .filter_map(|(&id, connection)| {
                 let since = connection.idle_since?;
-                (since.elapsed() >= idle || connection.has_ended()).then_some((since, id))
+                let is_there = !connection.has_ended();
+                (!is_there || since.elapsed() >= idle).then_some((is_there, since, id))
             })
             .min();
-        let Some(connection) = longest.and_then(|(_, id)| connections.remove(&id)) else {
+        let Some(connection) = first.and_then(|(.., id)| connections.remove(&id)) else {
             return false;
         };
         // Its thread ends by this.
@@ -133,18 +138,23 @@ mod tests {
     use super::*;
     use std::io::Write;
 
+    /// As many clients as there may be, which are idle from now on.
+    fn full() -> (Connections, Vec<UnixStream>) {
+        let connections = Connections::default();
+        let clients = (0..MAX_CONNECTIONS as u64).map(|id| {
+            let (client, stream) = UnixStream::pair().unwrap();
+            let idle_since = Some(Instant::now());
+            let connection = Connection { stream, idle_since };
+            connections.lock().insert(id, connection);
+            client
+        });
+        let clients = clients.collect();
+        (connections, clients)
+    }
+
     #[test]
     fn clients_that_have_left_make_room() {
-        let connections = Connections::default();
-        let mut clients: Vec<_> = (0..MAX_CONNECTIONS as u64)
-            .map(|id| {
-                let (client, stream) = UnixStream::pair().unwrap();
-                let idle_since = Some(Instant::now());
-                let connection = Connection { stream, idle_since };
-                connections.lock().insert(id, connection);
-                client
-            })
-            .collect();
+        let (connections, mut clients) = full();
         let has_room = || connections.make_room(Duration::MAX);
         assert!(!has_room());
         // Its request is still to be handled.
@@ -153,5 +163,24 @@ mod tests {
         drop(clients.pop());
         assert!(has_room());
         assert_eq!(connections.lock().len(), MAX_CONNECTIONS - 1);
+    }
+
+    #[test]
+    fn clients_that_wait_for_responses_keep_their_places() {
+        let (connections, clients) = full();
+        clients[3].shutdown(Shutdown::Write).unwrap();
+        assert!(!connections.make_room(Duration::MAX));
+    }
+
+    #[test]
+    fn clients_that_have_left_make_room_before_others() {
+        let (connections, mut clients) = full();
+        drop(clients.pop());
+        assert!(connections.make_room(Duration::ZERO));
+        assert!(
+            !connections
+                .lock()
+                .contains_key(&(MAX_CONNECTIONS as u64 - 1))
+        );
     }
 }
