@@ -200,7 +200,8 @@ fn memory_file() -> Result<File> {
 }
 
 /// Puts file descriptors into a socket, as one message. Those that do not fit wait in further sockets. These sockets
-/// are the last descriptors of the message, and its only byte is their number.
+/// are the last descriptors of the message, and its only byte is their number. The kernel counts them for the user, and
+/// compares the number with the limit of this process for open files.
 fn put_descriptors(descriptors: &[BorrowedFd<'_>]) -> Result<OwnedFd> {
     let too_many = descriptors.len().saturating_sub(MAX_DESCRIPTORS);
     // Each of the sockets needs a descriptor in the message.
@@ -459,6 +460,17 @@ mod tests {
     use crate::testing;
     use crate::vhost_user::message::request;
     use crate::vhost_user::message::tests::message;
+
+    #[test]
+    fn the_service_may_keep_the_descriptors_of_many_vms() {
+        const VMS: usize = 1000;
+        let unit = include_str!("../../systemd/vhost-user-balloon@.service");
+        let limit = unit
+            .lines()
+            .find_map(|line| line.strip_prefix("LimitNOFILE="));
+        let limit: usize = limit.unwrap().parse().unwrap();
+        assert!(limit >= VMS * MAX_DESCRIPTORS);
+    }
 
     #[test]
     fn any_number_of_memory_regions_is_kept() {
