@@ -180,9 +180,10 @@ impl Balloon {
         let are_stuck = worker.progress.are_migrations_stuck(are_settled);
 
         if resting {
+            let may_ever = worker.error.is_none() && !self.quiescing.load(Relaxed);
+
             // Page migration would otherwise retry until an unresponsive device answers.
-            self.migrations()
-                .allow(!are_stuck && !self.quiescing.load(Relaxed));
+            self.migrations().allow(may_ever && !are_stuck);
         }
         if resting || worker.progress.is_unresponsive() {
             self.relax();

@@ -372,6 +372,19 @@ fn consecutive(host: &Host, pages: usize) -> impl Iterator<Item = usize> + use<'
         .map(|window| window[0] as usize / BALLOON_PAGES_PER_PAGE)
 }
 
+/// Waits until the driver has seen all that the device has done so far, and has acted on it.
+fn wait_runs(device: &FakeDevice) -> Result {
+    // A run of the driver's task that has begun before may read the target for the first time. The
+    // next run sees everything, and has ended when one more run reads the target.
+    for _ in 0..3 {
+        let (reads, _) = device.accesses();
+
+        device.change(NUM_PAGES, device.field(NUM_PAGES));
+        eventually(|| Ok(device.accesses().0 > reads))?;
+    }
+    Ok(())
+}
+
 /// Makes the kernel migrate `pages` consecutive kernel pages of the balloon. Returns their page
 /// frame number, the pages, if they are free at once, and the driver's first message about their
 /// replacements.
@@ -405,6 +418,8 @@ fn movable(features: &[FeatureBit]) -> Result<Host> {
     for size in (step as u32..=size).step_by(step) {
         host.resize(size, size)?;
     }
+    // The driver allows page migration after it has reported the size.
+    wait_runs(&host.device)?;
     Ok(host)
 }
 
@@ -413,7 +428,7 @@ fn moves_after(spoil: impl FnOnce(&FakeDevice) -> Result) -> Result<bool> {
     let host = movable(&[FeatureBit::VERSION_1])?;
 
     spoil(&host.device)?;
-    fsleep(Delta::from_millis(50));
+    wait_runs(&host.device)?;
     let mut places = consecutive(&host, PAGES).take(64);
     Ok(places.any(|first| PageList::alloc_range(first, PAGES).is_ok()))
 }
