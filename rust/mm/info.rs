@@ -56,6 +56,16 @@ fn read_events(counts: &mut [c_ulong; EVENTS]) -> bool {
     cfg!(CONFIG_VM_EVENT_COUNTERS)
 }
 
+/// Returns how many pages of balloons were migrated since the guest booted: `balloon_migrate` of
+/// /proc/vmstat.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) fn migrated_pages() -> u64 {
+    let mut counts = [0; EVENTS];
+
+    read_events(&mut counts);
+    counts[bindings::vm_event_item_BALLOON_MIGRATE as usize] as u64
+}
+
 impl Info {
     /// Reads the values.
     pub(crate) fn now() -> Self {

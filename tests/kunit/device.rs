@@ -13,7 +13,10 @@ use crate::{
     rust::{
         mm::{
             contig::drain,
-            info::Info,
+            info::{
+                migrated_pages,
+                Info, //
+            },
             memory::{
                 self,
                 Pretence, //
@@ -115,6 +118,17 @@ pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result 
     }
 
     Err(ETIMEDOUT)
+}
+
+/// Waits for the driver's next message on `queue`.
+fn message(device: &FakeDevice, queue: usize) -> Result<Request> {
+    let mut request = None;
+
+    eventually(|| {
+        request = device.next(queue)?;
+        Ok(request.is_some())
+    })?;
+    request.ok_or(EINVAL)
 }
 
 /// Returns the free memory in bytes, per-CPU page lists included.
@@ -297,14 +311,9 @@ fn misbehave(
 
     {
         let device = FakeDevice::new(features)?;
-        let mut request = None;
 
         device.change(NUM_PAGES, 4 * MESSAGE);
-        eventually(|| {
-            request = device.next(INFLATE)?;
-            Ok(request.is_some())
-        })?;
-        answer(&device, &request.ok_or(EINVAL)?)?;
+        answer(&device, &message(&device, INFLATE)?)?;
         device.interrupt(INFLATE)?;
 
         // Give the driver time to see it.
@@ -394,10 +403,10 @@ fn wait_runs(device: &FakeDevice) -> Result {
 /// `ENOENT` if the kernel has migrated none. It does not migrate pages next to unmovable ones.
 fn take_out(host: &Host, pages: usize) -> Result<(usize, Result<PageList>, Request)> {
     for first in consecutive(host, pages) {
+        let before = migrated_pages();
         let taken = PageList::alloc_range(first, pages);
-        fsleep(Delta::from_millis(20));
-        if let Some(request) = host.device.next(INFLATE)? {
-            return Ok((first, taken, request));
+        if migrated_pages() > before {
+            return Ok((first, taken, message(&host.device, INFLATE)?));
         }
     }
 
@@ -551,14 +560,7 @@ fn count_early_kick(device: &FakeDevice, _queue: usize) {
 
 /// Waits for the driver's statistics, and returns the value of the kind `tag`.
 pub(super) fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)> {
-    let mut request = None;
-
-    eventually(|| {
-        request = device.next(STATS)?;
-        Ok(request.is_some())
-    })?;
-
-    let request = request.ok_or(EINVAL)?;
+    let request = message(device, STATS)?;
     let mut value = None;
 
     // An entry has 10 bytes: five 16-bit words, of which the first is the tag.
@@ -647,15 +649,10 @@ const BEGUN: Delta = Delta::from_millis(3_000);
 fn while_reporting(act: impl FnOnce(&FakeDevice, &Request) -> Result) -> Result<bool> {
     const NOISE: u64 = 1 << 20;
     let device = FakeDevice::new(&[FeatureBit::VERSION_1, F_PAGE_POISON, F_REPORTING])?;
-    let mut report = None;
 
     // Pages on per-CPU page lists prevent other pages from merging into reported blocks.
     drain::drain_free_lists();
-    eventually(|| {
-        report = device.next(REPORTS)?;
-        Ok(report.is_some())
-    })?;
-    let report = report.ok_or(ENODATA)?;
+    let report = message(&device, REPORTS)?;
     let before = free();
     act(&device, &report)?;
     drop(device);
@@ -974,14 +971,9 @@ mod tests {
     #[test]
     fn pages_are_marked_when_the_device_has_answered() -> Result {
         let device = FakeDevice::new(&BASE)?;
-        let mut request = None;
 
         device.change(NUM_PAGES, MESSAGE);
-        eventually(|| {
-            request = device.next(INFLATE)?;
-            Ok(request.is_some())
-        })?;
-        let request = request.ok_or(EINVAL)?;
+        let request = message(&device, INFLATE)?;
         let pfns = request.pfns()?;
         let is_marked = |&pfn: &u32| memory::is_offline(pfn as usize / BALLOON_PAGES_PER_PAGE);
         assert!(!pfns.is_empty() && !pfns.iter().any(is_marked));
