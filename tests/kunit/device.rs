@@ -110,7 +110,8 @@ const BLOCKS: u32 = if PAGES_PER_RUN >> MAX_ORDER < 8 {
 
 /// Waits until `condition` holds.
 pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result {
-    for _ in 0..5_000 {
+    // So many that a task that gets no processor for seconds is in time.
+    for _ in 0..60_000 {
         if condition()? {
             return Ok(());
         }

@@ -103,7 +103,7 @@ impl Shrink for SlowCache {
     fn scan(&self, _wanted: usize) -> usize {
         self.asked.add(1, Relaxed);
         // A failed test ends as well.
-        for _ in 0..1_000 {
+        for _ in 0..6_000 {
             if self.may_end.load(Relaxed) {
                 break;
             }

@@ -95,9 +95,9 @@ use kernel::{
     }, //
 };
 
-/// How long the kernel may try.
+/// How long the kernel may try. It takes longer where the test gets no processor for a while.
 const LIMITS: Limits = Limits {
-    offline: 1_000,
+    offline: 60_000,
     online: timeouts::ONLINE,
     busy: timeouts::HOTPLUG_BUSY,
 };
@@ -175,6 +175,10 @@ fn wait_for_guard(host: &Host) -> Result {
     eventually(|| Ok(online::HOTPLUG_GUARDS.load(Relaxed) == 2))
 }
 
+/// How many times a test tries that needs blocks from the driver. The driver gives up a block that
+/// takes too long, as in a guest with hardly any processor time.
+const TRIES: usize = 10;
+
 /// Plugs a virtio-mem device when the driver is about to take the first block. Returns how many
 /// blocks it takes.
 ///
@@ -193,7 +197,7 @@ fn taken_with_virtio_mem() -> Result<usize> {
     wait_for_guard(&host)?;
     let _virtio_mem = FakeDevice::virtio_mem()?;
     drop(guard);
-    eventually(|| Ok(blocks().count() < before))?;
+    eventually(|| Ok(online::HOTPLUG_GUARDS.load(Relaxed) == 0))?;
     // It would take the next one now.
     fsleep(Delta::from_millis(500));
     Ok(before - blocks().count())
@@ -448,7 +452,8 @@ mod tests {
         if has_none() {
             return Ok(());
         }
-        assert_eq!(taken_with_virtio_mem(), Ok(1));
+        let mut taken = (0..TRIES).map(|_| taken_with_virtio_mem());
+        assert_eq!(taken.find(|taken| *taken != Ok(0)), Some(Ok(1)));
         Ok(())
     }
 
@@ -468,9 +473,10 @@ mod tests {
         if has_none() {
             return Ok(());
         }
-        let (begin, end, pages) = inflate_by_three()?;
-        assert!(begin > 0);
-        assert_eq!(end + 1, pages);
+        let mut inflated = (0..TRIES).map(|_| inflate_by_three());
+        assert!(inflated.any(|inflated| {
+            inflated.is_ok_and(|(begin, end, pages)| begin > 0 && end + 1 == pages)
+        }));
         Ok(())
     }
 
