@@ -47,6 +47,8 @@ pub(crate) fn run_in(kernel: Kernel, artifacts: &Artifacts, guests: Guests, repo
         .memory(memory)
         .accel(guests.accel())
         .verbose(guests.verbose)
+        // A module is loaded when its suites have ended, and a suite may take minutes. KUnit has limits of its own.
+        .parameter("sysctl.kernel.hung_task_timeout_secs=0")
         .parameter("kunit.enable=1")
         .parameter("kunit.autorun=1");
     let running = report.begin(&name("suites"));
