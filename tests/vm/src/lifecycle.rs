@@ -135,15 +135,14 @@ fn rebind(setup: &Setup) -> Result<()> {
     })
 }
 
-/// Waits until a balloon has begun to inflate, and returns its size. The driver reports the size to
-/// the host only at the end.
-pub(crate) fn wait_inflating(guest: &Guest) -> Result<Size> {
-    let mut size = Size::default();
+/// Makes the balloon inflate to more than the guest has, and waits until it has begun: it then inflates, however late
+/// the next step of a test comes. The driver reports the size to the host only at the end.
+pub(crate) fn begin_inflating(guest: &Guest) -> Result<()> {
+    guest.balloon().request(guest.memory() - Size::mib(1))?;
     guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
-        size = guest.page_size() * guest.vmstat("nr_balloon_pages")?;
+        let size = guest.page_size() * guest.vmstat("nr_balloon_pages")?;
         Ok(size > Size::mib(100))
-    })?;
-    Ok(size)
+    })
 }
 
 /// Where the driver is found in sysfs.
@@ -161,8 +160,7 @@ pub(crate) fn device(guest: &Guest, driver: Driver) -> Result<String> {
 }
 
 fn unplug_while_inflating(setup: &Setup) -> Result<()> {
-    let (memory, target) =
-        setup.by_speed((Size::gib(4), Size::gib(3)), (Size::gib(1), Size::mib(800)));
+    let memory = setup.by_speed(Size::gib(4), Size::gib(1));
     let device = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
     let config = setup
         .config()
@@ -171,17 +169,12 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
         .balloon(Some(&device.to_string()));
     vm::run(&config, |guest| {
         let (total, free) = (guest.meminfo()?.total, guest.free()?);
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        guest.insmod(setup.driver, &[])?;
         for round in 0..3 {
             if round > 0 {
                 guest.plug_balloon(&device)?;
             }
-            guest.balloon().request(target)?;
-            let size = wait_inflating(guest)?;
-            ensure!(
-                size < target,
-                "the balloon was full before its device was unplugged"
-            );
+            begin_inflating(guest)?;
             guest.unplug_balloon()?;
             let pages = guest.vmstat("nr_balloon_pages")?;
             ensure!(
@@ -198,16 +191,8 @@ fn unplug_while_inflating(setup: &Setup) -> Result<()> {
 
 fn power_off_while_inflating(setup: &Setup) -> Result<()> {
     let memory = setup.by_speed(Size::gib(4), Size::gib(1));
-    // More than the guest has, so that even a fast balloon is still inflating.
-    let target = memory - Size::mib(1);
     vm::run(&setup.config().memory(memory), |guest| {
         guest.insmod(setup.driver, &[])?;
-        guest.balloon().request(target)?;
-        let size = wait_inflating(guest)?;
-        ensure!(
-            size < target,
-            "the balloon was full before the guest powered off"
-        );
-        Ok(())
+        begin_inflating(guest)
     })
 }
