@@ -143,10 +143,19 @@ impl Guest {
     /// Calls a function, and returns the driver's own events meanwhile, without the prefix `virtio_balloon_rs_`:
     /// `inflate: virtio0: pages=1024`.
     pub fn trace_balloon<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<String>)> {
+        let (result, events) = self.trace_balloon_times(work)?;
+        Ok((result, events.into_iter().map(|(_, event)| event).collect()))
+    }
+
+    /// The same with the time of each event, by the guest's clock.
+    pub fn trace_balloon_times<T>(
+        &self,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, Vec<(Duration, String)>)> {
         let (result, trace) = self.trace(&["virtio_balloon_rs"], SMALL_BUFFER, work)?;
-        let events = trace.lines().filter_map(|line| {
-            let (_, event) = line.split_once(": virtio_balloon_rs_")?;
-            Some(event.to_owned())
+        let events = events(&trace).filter_map(|event| {
+            let name = event.name.strip_prefix("virtio_balloon_rs_")?;
+            Some((event.time, format!("{name}: {}", event.rest)))
         });
         Ok((result, events.collect()))
     }

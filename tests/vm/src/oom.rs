@@ -2,10 +2,9 @@
 
 //! A guest that runs out of memory deflates the balloon, if the host allows it.
 
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 
 use crate::nodes::{check_nodes, on_both};
@@ -253,27 +252,34 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
 }
 
 fn no_swing_after_oom(setup: &Setup) -> Result<()> {
+    /// The driver waits for ten seconds, by another clock than the trace.
+    const PAUSE: Duration = Duration::from_secs(9);
     vm::run(&setup.config().offer(ON), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
-        let load = shares.start_and_wait(guest)?;
-        load.stop()?;
-
-        // The memory is free again, and the target has not changed. The host sets the same target
-        // again.
-        guest.balloon().request(shares.balloon)?;
-        let after = guest.balloon().size()?;
-        let deflated = guest.vmstat("balloon_deflate")?;
-        thread::sleep(Duration::from_secs(5));
-        let later = guest.balloon().size()?;
+        let (_, events) = guest.trace_balloon_times(|| {
+            let load = shares.start_and_wait(guest)?;
+            load.stop()?;
+            // The memory is free again, and the target has not changed. The host sets the same target
+            // again. After the pause the balloon inflates.
+            guest.balloon().settle(shares.balloon)
+        })?;
+        let is_oom = |(_, event): &(_, String)| event.contains("out-of-memory");
+        let last = events.iter().rposition(is_oom);
+        let last = last.context("the balloon has not deflated")?;
+        let (oom, then) = (events[last].0, events.get(last + 1));
+        let (time, event) = then.context("the balloon has not inflated again")?;
+        let pause = time.saturating_sub(oom);
+        setup.note(format!(
+            "{pause:.1?} from the last deflate on OOM to the next inflate"
+        ));
         ensure!(
-            later == after && guest.vmstat("balloon_deflate")? == deflated,
-            "the balloon went from {after} to {later} right after the guest was out of memory"
+            event.starts_with("inflate") && pause >= PAUSE,
+            "{event} {pause:.1?} after the guest was out of memory"
         );
 
-        // After the pause the balloon inflates, and the guest does not run out of memory again.
-        guest.balloon().settle(shares.balloon)?;
+        // The guest does not run out of memory again.
         let killed = guest.vmstat("oom_kill")?;
         ensure!(killed == 0, "{killed} processes were killed");
         guest.rmmod(setup.driver)
