@@ -216,11 +216,11 @@ pub(crate) fn wait_hints(guest: &Guest, migration: &Migration<'_>, shares: &Shar
     })
 }
 
-/// Checks that the guest gets back, within seconds, the memory that it had hinted.
+/// Checks that the guest gets back the memory that it had hinted.
 pub(crate) fn check_all_back(guest: &Guest, before: Size) -> Result<()> {
     let mut free = Size::default();
     guest
-        .wait_until("all memory is free again", Duration::from_secs(10), || {
+        .wait_until("all memory is free again", PATIENCE, || {
             free = guest.free()?;
             Ok(free + Size::mib(32) > before)
         })
