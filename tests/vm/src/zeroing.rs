@@ -6,12 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use serde_json::json;
 use vm::{Config, Device, Guest, Load, Offer, Size};
 
 use crate::compaction::{fullest_block, write};
 use crate::debugfs::{show, value};
-use crate::lifecycle::{device, driver_directory};
 use crate::nodes::check_nodes;
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
@@ -85,14 +83,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: EXTENDED_DEVICE,
         run: broken_page,
     },
-    Scenario {
-        name: "zeroing_removal",
-        proves: "memory blocks are online again when the device is unplugged, or the driver unbound, while the balloon takes them",
-        kernels: BOTH_KERNELS,
-        drivers: RUST_DRIVER,
-        devices: QEMU_DEVICE,
-        run: removal,
-    },
 ];
 
 /// How much more of the host's memory the guest may use while it inflates.
@@ -102,9 +92,6 @@ pub(crate) const MOST_MORE: Size = Size::mib(32);
 pub(crate) fn zeroing(setup: &Setup) -> Config {
     setup.config().zeroing(true).parameter("init_on_alloc=1")
 }
-
-/// Prints the signals that the shell ignores.
-const SIGNALS: &str = "grep ^SigIgn: /proc/$$/status";
 
 /// How many times the balloon inflates at most until the driver has taken enough memory blocks. It gives up a block that
 /// takes too long, as on a busy machine.
@@ -456,55 +443,6 @@ fn broken_page(setup: &Setup) -> Result<()> {
         let now = guest.meminfo()?.total;
         ensure!(now == total, "the guest had {total}, and has {now}");
         setup.note(format!("{blocks} memory blocks of {size}"));
-        guest.rmmod(setup.driver)
-    })
-}
-
-fn removal(setup: &Setup) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(60);
-    // Taking so many blocks takes longer than unplugging the device.
-    let memory = Size::gib(8);
-    let port = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
-    let config = zeroing(setup)
-        .memory(memory)
-        .hotplug_port()
-        .balloon(Some(&port.to_string()));
-    vm::run(&config, |guest| {
-        guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let total = guest.meminfo()?.total;
-        let begin = || {
-            guest.balloon().request(memory - Size::mib(1))?;
-            guest.wait_until("memory blocks", PATIENCE, || Ok(taken(guest)? > 0))
-        };
-        let check = || {
-            agree(guest, || check_online(guest))?;
-            let now = guest.meminfo()?.total;
-            ensure!(now == total, "the guest had {total}, and has {now}");
-            Ok(())
-        };
-
-        for _ in 0..3 {
-            begin()?;
-            // ACPI holds the kernel's lock for memory hotplug meanwhile.
-            guest.unplug_balloon()?;
-            check()?;
-            guest.plug_balloon(&port)?;
-        }
-
-        let unbind = format!(
-            "{SIGNALS}; echo {} >{}/unbind; {SIGNALS}",
-            device(guest, setup.driver)?,
-            driver_directory(setup.driver)
-        );
-        begin()?;
-        let signals = guest.sh(&unbind)?;
-        let mut signals = signals.lines();
-        let (before, after) = (signals.next(), signals.next());
-        ensure!(
-            before.is_some() && before == after,
-            "the process that unbinds ignored {before:?} before, and {after:?} after that"
-        );
-        check()?;
         guest.rmmod(setup.driver)
     })
 }

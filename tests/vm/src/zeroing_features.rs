@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests whose kernel zeroes all memory that it allocates, with host requests, hints, virtio-mem and hibernation.
+//! Guests whose kernel zeroes all memory that it allocates: host requests, hints, virtio-mem, hibernation, and devices that end.
 
 use std::mem;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
+use serde_json::json;
 use vm::{Guest, Load, Offer, RunningLoad, Size};
 
 use crate::compaction::{fullest_block, write};
 use crate::debugfs::show;
 use crate::hinting::check_all_back;
+use crate::lifecycle::{device, driver_directory};
 use crate::power::crash;
-use crate::scenario::{EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
-use crate::sizes::check_size;
+use crate::scenario::{
+    BOTH_KERNELS, EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
+use crate::sizes::{agree, check_size};
 use crate::zeroing::{MOST_MORE, check_online, resident, taken, zeroing};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -58,7 +62,18 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: EXTENDED_DEVICE,
         run: crash_dump,
     },
+    Scenario {
+        name: "zeroing_removal",
+        proves: "memory blocks are online again when the device is unplugged, or the driver unbound, while the balloon takes them",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
+        run: removal,
+    },
 ];
+
+/// Prints the signals that the shell ignores.
+const SIGNALS: &str = "grep ^SigIgn: /proc/$$/status";
 
 fn crash_dump(setup: &Setup) -> Result<()> {
     crash(setup, &zeroing(setup), |guest| {
@@ -252,5 +267,54 @@ fn hibernate(setup: &Setup) -> Result<()> {
         guest.balloon().settle(Size::default())?;
         check_size(guest, Size::default())?;
         end(setup, guest, total, data)
+    })
+}
+
+fn removal(setup: &Setup) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    // Taking so many blocks takes longer than unplugging the device.
+    let memory = Size::gib(8);
+    let port = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
+    let config = zeroing(setup)
+        .memory(memory)
+        .hotplug_port()
+        .balloon(Some(&port.to_string()));
+    vm::run(&config, |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let total = guest.meminfo()?.total;
+        let begin = || {
+            guest.balloon().request(memory - Size::mib(1))?;
+            guest.wait_until("memory blocks", PATIENCE, || Ok(taken(guest)? > 0))
+        };
+        let check = || {
+            agree(guest, || check_online(guest))?;
+            let now = guest.meminfo()?.total;
+            ensure!(now == total, "the guest had {total}, and has {now}");
+            Ok(())
+        };
+
+        for _ in 0..3 {
+            begin()?;
+            // ACPI holds the kernel's lock for memory hotplug meanwhile.
+            guest.unplug_balloon()?;
+            check()?;
+            guest.plug_balloon(&port)?;
+        }
+
+        let unbind = format!(
+            "{SIGNALS}; echo {} >{}/unbind; {SIGNALS}",
+            device(guest, setup.driver)?,
+            driver_directory(setup.driver)
+        );
+        begin()?;
+        let signals = guest.sh(&unbind)?;
+        let mut signals = signals.lines();
+        let (before, after) = (signals.next(), signals.next());
+        ensure!(
+            before.is_some() && before == after,
+            "the process that unbinds ignored {before:?} before, and {after:?} after that"
+        );
+        check()?;
+        guest.rmmod(setup.driver)
     })
 }
