@@ -421,11 +421,11 @@ fn leave(setup: &Setup, ways: &[Way], link: Link, like: &str, limit: Duration) -
             device.wait(guest)?;
             // All buffers that the driver may have to wait for are in flight.
             thread::sleep(Duration::from_secs(3));
-            if link == Link::VfioUser && setup.driver != Driver::C {
+            if link == Link::VfioUser {
                 // All registers of an absent device read as ones.
-                guest.wait_until("the balloon of a device that is gone", PATIENCE, || {
-                    let size = guest.sh("cat /sys/kernel/debug/virtio_balloon_rs-*/balloon")?;
-                    Ok(size.starts_with("target 0\n"))
+                let status = format!("cat {}/virtio*/status", driver_directory(setup.driver));
+                guest.wait_until("a device that is gone", PATIENCE, || {
+                    Ok(guest.sh(&status)? == "0x000000ff\n")
                 })?;
             }
             begun.set(true);
