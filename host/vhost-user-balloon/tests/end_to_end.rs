@@ -19,6 +19,7 @@ use balloon_control::{
 };
 use balloon_wire::{
     VIRTIO_BALLOON_F_HOST_REQUESTS, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_SETS,
+    VIRTIO_BALLOON_F_STATUS,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};

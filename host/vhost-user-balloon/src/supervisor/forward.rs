@@ -34,8 +34,12 @@ impl Supervisor {
             self.is_ready = true;
             notify(&[NotifyState::Ready]);
         }
-        if let (true, Some(vmm)) = (events.config_changed, &self.vmm) {
-            vmm.config_changed();
+        let Some(vmm) = self.vmm.as_mut().filter(|_| events.config_changed) else {
+            return;
+        };
+        vmm.config_changed();
+        if vmm.journal.started() {
+            self.save();
         }
     }
 

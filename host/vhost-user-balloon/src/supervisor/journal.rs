@@ -2,10 +2,12 @@
 
 //! The messages that another worker needs to continue the device.
 
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
+use balloon_wire::config;
 use log::{error, warn};
 use nix::sys::uio::pread;
 use nix::unistd::write;
@@ -16,20 +18,26 @@ use crate::vhost_user::message::{Message, request};
 /// The protocol feature by which the front end may request an acknowledgement of each message.
 const REPLY_ACK: u8 = 1 << 3;
 
+/// The inflate queue. A driver that sets it up from index 0 is a new one.
+const INFLATE: u32 = 0;
+
 /// The messages that set up the device, without those that later messages have replaced or
 /// cancelled.
 #[derive(Debug, Default)]
 pub struct Journal {
     messages: Vec<Message>,
+    /// Whether the driver is new, and no worker has started it yet.
+    is_new: bool,
     /// Changes with the set of file descriptors of the messages.
     descriptors: u64,
 }
 
 impl Journal {
-    /// A journal of these messages.
-    pub fn new(messages: Vec<Message>) -> Self {
+    /// A journal of these messages, whose driver `is_new`.
+    pub fn new(messages: Vec<Message>, is_new: bool) -> Self {
         Self {
             messages,
+            is_new,
             descriptors: 0,
         }
     }
@@ -37,6 +45,21 @@ impl Journal {
     /// The messages.
     pub fn messages(&self) -> &[Message] {
         &self.messages
+    }
+
+    /// Whether the driver is new, and no worker has started it yet.
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Records that a worker has started the driver, and returns whether that changes the journal.
+    pub fn started(&mut self) -> bool {
+        mem::take(&mut self.is_new)
+    }
+
+    /// Whether the driver continues with an earlier worker's device.
+    pub fn continues(&self) -> bool {
+        self.has_rings(INFLATE) && !self.is_new
     }
 
     /// A number that changes with the file descriptors.
@@ -107,6 +130,13 @@ impl Journal {
         let (request, queue) = (message.request(), queue(&message));
         let before = self.descriptor_count();
         let mut changed = !message.descriptors().is_empty();
+        if (request, queue) == (request::SET_VRING_BASE, INFLATE) {
+            self.is_new = base(&message) == Some(0);
+            // A new driver has reported nothing, and the next worker must not take the previous one's report for it.
+            if self.is_new {
+                self.messages.iter_mut().for_each(clear_report);
+            }
+        }
         match request {
             request::GET_CONFIG => return false,
             // A stopped queue restarts with other rings, perhaps in other memory, and other events. The
@@ -158,17 +188,24 @@ impl Journal {
             .sum()
     }
 
-    /// Sends all of it to another worker. The queues start last, so that the worker then has the guest's part of the
-    /// configuration space. A message that this worker refuses, and the previous one accepted, is removed.
+    /// Sends all of it to another worker. The guest's writes to the configuration space come after the features, which
+    /// say what the driver writes. The queues start after that, so that a driver continues with what it has reported. A new
+    /// driver has reported nothing before its queues start, and its writes come last. A message that this worker refuses,
+    /// and the previous one accepted, is removed.
     ///
     /// # Errors
     ///
     /// The worker is gone, does not answer, or has refused a message.
     pub fn replay(&mut self, backend: &UnixStream) -> Result<()> {
-        let starts = |message: &Message| message.request() == request::SET_VRING_KICK;
-        let (starts, others): (Vec<_>, Vec<_>) = (0..self.messages.len())
-            .partition(|&place| self.messages.get(place).is_some_and(starts));
-        for place in others.into_iter().chain(starts) {
+        let turn = |message: &Message| match message.request() {
+            request::SET_CONFIG if self.is_new => 3,
+            request::SET_VRING_KICK => 2,
+            request::SET_CONFIG => 1,
+            _ => 0,
+        };
+        let mut places: Vec<_> = (0..self.messages.len()).collect();
+        places.sort_by_key(|&place| self.messages.get(place).map(turn));
+        for place in places {
             let queue = self.messages.get(place).map(queue);
             let index = queue.and_then(|queue| self.used_index(queue));
             let Some(message) = self.messages.get_mut(place) else {
@@ -202,12 +239,8 @@ impl Journal {
 
     /// The position at which a queue continues: after the used messages, or where it was stopped.
     pub fn index_of(&self, queue: u32) -> Option<u16> {
-        let base = || {
-            let base = self.find(request::SET_VRING_BASE, queue)?;
-            let bytes = base.body().get(4..)?.first_chunk()?;
-            Some(u16::from_ne_bytes(*bytes))
-        };
-        self.used_index(queue).or_else(base)
+        let stopped = || base(self.find(request::SET_VRING_BASE, queue)?);
+        self.used_index(queue).or_else(stopped)
     }
 
     /// The number of used messages of a queue, from its used ring.
@@ -237,6 +270,30 @@ impl Journal {
                 let at = region.offset.checked_add(distance)?;
                 (distance < region.size).then_some((file, at))
             })
+    }
+}
+
+/// The index in a message with a queue's index.
+fn base(message: &Message) -> Option<u16> {
+    let bytes = message.body().get(4..)?.first_chunk()?;
+    Some(u16::from_ne_bytes(*bytes))
+}
+
+/// Clears the driver's report of its balloon in a write to the configuration space, if the message is one.
+fn clear_report(message: &mut Message) {
+    /// The offset of the write comes first, and the written bytes after this.
+    const HEADER: usize = 12;
+    if message.request() != request::SET_CONFIG {
+        return;
+    }
+    let start = message.body().first_chunk().copied();
+    let start = start.map_or(0, u32::from_ne_bytes);
+    let written = message.body_mut().get_mut(HEADER..).unwrap_or_default();
+    for (place, byte) in (u64::from(start)..).zip(written) {
+        let is_in = |field: usize| (field as u64..field as u64 + 4).contains(&place);
+        if is_in(config::ACTUAL) || is_in(config::STOP_REASON) {
+            *byte = 0;
+        }
     }
 }
 
@@ -488,15 +545,95 @@ mod tests {
     #[test]
     fn queues_start_when_the_configuration_is_known() {
         let file = memory_file(0x3000);
-        let mut journal = journal(&file);
+        let mut journal = Journal::default();
+        // Before the features of the driver are known.
+        journal.record(message(request::SET_CONFIG, b"\0size", vec![]));
+        journal.messages.extend(self::journal(&file).messages);
         let event = vec![file.try_clone().unwrap().into()];
         journal.record(message(request::SET_VRING_KICK, &words(&[0]), event));
-        journal.record(message(request::SET_CONFIG, b"\0size", vec![]));
-        let replayed = replayed(&mut journal);
+        let last = |journal: &mut Journal| {
+            let replayed = replayed(journal);
+            let requests = replayed.iter().map(|(request, _)| *request);
+            requests.skip(replayed.len() - 2).collect::<Vec<_>>()
+        };
         assert_eq!(
-            replayed.last(),
-            Some(&(request::SET_VRING_KICK, words(&[0])))
+            last(&mut journal),
+            [request::SET_CONFIG, request::SET_VRING_KICK]
         );
+        // A new driver has not written it before its start.
+        journal.record(message(request::SET_VRING_BASE, &vring(0, 0), vec![]));
+        assert_eq!(
+            last(&mut journal),
+            [request::SET_VRING_KICK, request::SET_CONFIG]
+        );
+    }
+
+    /// A write of these bytes to the configuration space.
+    fn written(start: u32, bytes: &[u8]) -> Vec<u8> {
+        let size = u32::try_from(bytes.len()).unwrap();
+        let header = [start, size, 0].map(u32::to_ne_bytes);
+        [header.as_flattened(), bytes].concat()
+    }
+
+    /// Whether a message of the journal has this body.
+    fn has(journal: &Journal, body: &[u8]) -> bool {
+        let mut messages = journal.messages().iter();
+        messages.any(|message| message.body() == body)
+    }
+
+    #[test]
+    fn a_driver_is_new_until_a_worker_has_started_it() {
+        let mut journal = journal(&memory_file(0x3000));
+        let record = |journal: &mut Journal, request, body: &[u8]| {
+            journal.record(message(request, body, vec![]));
+            journal.continues()
+        };
+        assert!(!record(&mut journal, request::SET_VRING_BASE, &vring(0, 0)));
+        assert!(!record(&mut journal, request::SET_VRING_NUM, &vring(0, 16)));
+        assert!(journal.started());
+        assert!(journal.continues());
+        assert!(!journal.started());
+        // A stopped VM continues, and another driver follows.
+        assert!(!record(&mut journal, request::GET_VRING_BASE, &vring(0, 0)));
+        for (base, continues) in [(7, true), (0, false), (7, true)] {
+            record(&mut journal, request::SET_VRING_NUM, &vring(0, 16));
+            let addresses = words(&[0, 0x10000, 0x11ff0, 0x11000, 0]);
+            record(&mut journal, request::SET_VRING_ADDR, &addresses);
+            let base = vring(0, base);
+            let now = record(&mut journal, request::SET_VRING_BASE, &base);
+            assert_eq!(now, continues);
+        }
+    }
+
+    #[test]
+    fn a_new_driver_has_reported_nothing() {
+        let mut journal = journal(&memory_file(0x3000));
+        let all: Vec<_> = (1..=24).collect();
+        let mut record = |request, body: &[u8]| {
+            journal.record(message(request, body, vec![]));
+        };
+        record(request::SET_CONFIG, &written(0, &all));
+        record(request::SET_CONFIG, &written(5, &[1, 2, 3, 4]));
+        record(request::SET_CONFIG, &written(u32::MAX, &[1, 2]));
+        // Another queue, and a stopped VM that continues.
+        record(request::SET_VRING_BASE, &vring(1, 0));
+        record(request::SET_VRING_BASE, &vring(0, 7));
+        assert!(has(&journal, &written(0, &all)));
+        journal.record(message(request::SET_VRING_BASE, &vring(0, 0), vec![]));
+        let mut rest = all;
+        rest[4..8].fill(0);
+        rest[20..24].fill(0);
+        for bytes in [
+            written(0, &rest),
+            written(5, &[0, 0, 0, 4]),
+            written(u32::MAX, &[1, 2]),
+        ] {
+            assert!(has(&journal, &bytes), "{bytes:?}");
+        }
+        // What it reports itself stays.
+        let report = written(0, &[9; 24]);
+        journal.record(message(request::SET_CONFIG, &report, vec![]));
+        assert!(has(&journal, &report));
     }
 
     #[test]

@@ -145,7 +145,7 @@ impl Supervisor {
         }
         let path = self.socket.with_suffix(".worker");
         let attached = worker
-            .connect(&path, vmm.pid, vmm.journal.has_rings(0))
+            .connect(&path, vmm.pid, vmm.journal.continues())
             .and_then(|backend| vmm.journal.replay(&backend).map(|()| backend));
         match attached {
             Ok(backend) => {

@@ -55,6 +55,9 @@ struct Content {
     arguments: Vec<Vec<u8>>,
     has_program: bool,
     connected: bool,
+    /// Whether the driver is new, and no worker has started it yet. An older program does not know that.
+    #[serde(default)]
+    new_driver: bool,
     messages: Vec<Entry>,
 }
 
@@ -124,6 +127,10 @@ impl Current<'_> {
                 .collect(),
             has_program: self.program.is_some(),
             connected: self.frontend.is_some(),
+            new_driver: self
+                .frontend
+                .as_ref()
+                .is_some_and(|(_, journal)| journal.is_new()),
             messages: messages
                 .map(|message| Entry {
                     bytes: message.bytes().to_vec(),
@@ -295,7 +302,7 @@ fn load(socket: BorrowedFd<'_>) -> Result<(u64, Snapshot)> {
                 .collect::<Result<_>>()?;
             Ok(Message::from_bytes(entry.bytes, descriptors)?)
         });
-        let journal = Journal::new(messages.collect::<Result<_>>()?);
+        let journal = Journal::new(messages.collect::<Result<_>>()?, content.new_driver);
         let connection = match (next(), next()) {
             (Ok(reader), Ok(writer)) => Connection::of_another(socket, reader, writer),
             _ => Connection::new(socket)?,
@@ -482,7 +489,7 @@ mod tests {
                 let file = testing::memory_file(size).try_clone().unwrap();
                 message(request::ADD_MEM_REG, b"", vec![file.into()])
             });
-            let journal = Journal::new(messages.collect());
+            let journal = Journal::new(messages.collect(), true);
             let kept = testing::memory_file(7);
             let current = Current {
                 socket: None,
@@ -505,6 +512,7 @@ mod tests {
                 };
                 assert_eq!(size(&snapshot.kept), 7);
                 let (_, journal) = snapshot.frontend.unwrap();
+                assert!(journal.is_new());
                 let sizes = journal
                     .messages()
                     .iter()

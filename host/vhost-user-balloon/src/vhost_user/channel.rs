@@ -4,7 +4,7 @@
 //!
 //! The supervisor sends messages: at first [`START`], then [`SERVE`] for each front end. It closes its end to
 //! end the worker. The worker sends bytes. One of them is [`CONFIG_CHANGED`]: the device must notify the front
-//! end of a change of the configuration space. The front end sends a socket for such messages. But the
+//! end of a change of the configuration space. It also says that the worker has started the driver. The front end sends a socket for such messages. But the
 //! vhost-user library neither shares the socket nor has a call for this message. So the supervisor sends it.
 
 use std::io;
@@ -37,7 +37,7 @@ pub const SERVE: u32 = 2;
 /// The worker is ready.
 pub const READY: u8 = 1;
 
-/// The configuration space has changed.
+/// The configuration space has changed. The worker sends it for each driver that it has started, and never without one.
 pub const CONFIG_CHANGED: u8 = 2;
 
 /// The worker's end of the channel.

@@ -144,6 +144,92 @@ fn killed_workers_are_replaced() {
     daemon.end();
 }
 
+impl Vmm {
+    /// The guest reboots, and has another driver.
+    fn reboot(&mut self) {
+        self.front.get_vring_base(0).unwrap();
+        self.store(AVAIL + 2, &[0, 0]);
+        self.store(USED + 2, &[0, 0]);
+        self.sent = 0;
+        self.start(0);
+    }
+}
+
+/// The size of the balloon that is requested, in balloon pages.
+fn requested(vmm: &mut Vmm) -> u32 {
+    u32::from_le_bytes(vmm.config()[..4].try_into().unwrap())
+}
+
+#[test]
+fn a_guest_that_boots_is_left_alone_by_another_worker() {
+    let (directory, daemon, mut vmm) = set_up();
+    let directory = directory.path();
+    set(directory, 5 << 12);
+    let mut config = vmm.config();
+    config[4..8].copy_from_slice(&5_u32.to_le_bytes());
+    vmm.write_config(&config);
+    wait_for_info("the balloon's size", directory, |now| now.size == 5 << 12);
+    vmm.reboot();
+    wait_for_info("the new driver", directory, |now| {
+        now.guest.driver && now.size == 0
+    });
+    assert_eq!(requested(&mut vmm), 0);
+    let worker = daemon.worker();
+    kill(worker, Signal::SIGKILL).unwrap();
+    daemon.wait_for_another(worker);
+    wait_for_info("the driver", directory, |now| now.guest.driver);
+    assert_eq!(info(directory).size, 0);
+    assert_eq!(requested(&mut vmm), 0);
+    daemon.end();
+}
+
+#[test]
+fn another_driver_reports_anew_whenever_workers_are_killed() {
+    let service = Service::new();
+    let directory = service.directory.path();
+    let mut daemon = service.start(&["--extensions"]);
+    let features = (1 << VIRTIO_BALLOON_F_PAGE_SETS) | (1 << VIRTIO_BALLOON_F_STATUS);
+    let mut vmm = Vmm::connect_with(directory, features);
+    set(directory, 5 << 12);
+    vmm.start(0);
+    // A status of five pages.
+    let status = [&[8, 0], &[0; 14][..], &[5, 0, 0, 0], &[0; 4]].concat();
+    vmm.send(&status);
+    wait_for_info("the status", directory, |now| now.size == 5 << 12);
+    let mut config = vmm.config();
+
+    // The pause before the next worker is four seconds then.
+    for _ in 0..4 {
+        let worker = daemon.worker();
+        kill(worker, Signal::SIGKILL).unwrap();
+        wait_for("the end of the worker", || {
+            children(daemon.0.id()).first() != Some(&worker)
+        });
+    }
+    // The driver's write of the poison value has an old size.
+    config[12..16].copy_from_slice(&[1; 4]);
+    vmm.write_config(&config);
+    vmm.reboot();
+    vmm.config();
+    service.end(&mut daemon, Signal::SIGKILL);
+    daemon = service.start(&["--extensions"]);
+    for _ in 0..2 {
+        wait_for_info("the driver", directory, |now| now.guest.driver);
+        assert_eq!(info(directory).size, 0);
+        assert_eq!(requested(&mut vmm), 0);
+        let worker = daemon.worker();
+        kill(worker, Signal::SIGKILL).unwrap();
+        daemon.wait_for_another(worker);
+    }
+    // A reported size stays.
+    vmm.send(&status);
+    let worker = daemon.worker();
+    kill(worker, Signal::SIGKILL).unwrap();
+    daemon.wait_for_another(worker);
+    wait_for_info("the size", directory, |now| now.size == 5 << 12);
+    daemon.end();
+}
+
 #[test]
 fn another_worker_interrupts_the_guest() {
     let (_directory, daemon, vmm) = set_up();
