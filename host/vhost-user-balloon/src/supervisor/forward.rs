@@ -11,7 +11,7 @@ use sd_notify::NotifyState;
 
 use super::Supervisor;
 use super::connection::Connection;
-use super::journal::{Journal, has_reply, is_answered, is_refusal, name, signal};
+use super::journal::{Journal, has_reply, is_answered, is_refusal, name, signal, takes_away};
 use super::memory::{adds_memory, is_private};
 use super::setup::Verdict;
 use super::snapshot::notify;
@@ -127,8 +127,9 @@ impl Supervisor {
             // An answer without a body is an error that the front end expects.
             (message.request() == request::GET_CONFIG).then(|| message.answer(&[]))
         });
+        let recorded = takes_away(message);
         match answer {
-            Some(answer) => self.complete(head, false, &answer),
+            Some(answer) => self.complete(head, recorded, &answer),
             None => {
                 error!("disconnecting the VMM, which waits for an answer that does not exist");
                 self.drop_vmm();
@@ -251,5 +252,92 @@ impl Supervisor {
             }
             Err(error) => warn!("cannot serve a VMM now: {error:#}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use clap::Parser;
+    use nix::sys::signal::SigSet;
+    use nix::sys::signalfd::SignalFd;
+    use tempfile::TempDir;
+
+    use super::super::snapshot::Store;
+    use super::*;
+    use crate::options::Options;
+    use crate::testing::memory_file;
+    use crate::vhost_user::message::tests::message;
+
+    /// A supervisor without a worker, and its front end.
+    fn connected() -> (TempDir, Supervisor, UnixStream) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let options = Options::parse_from(["program", "--socket", path.to_str().unwrap()]);
+        let signals = SignalFd::new(&SigSet::empty()).unwrap();
+        let mut supervisor = Supervisor::new(&options, signals, Store::default(), None).unwrap();
+        let (front, socket) = UnixStream::pair().unwrap();
+        front.set_nonblocking(true).unwrap();
+        let connection = Connection::new(socket).unwrap();
+        let vmm = Vmm::new(connection, Journal::default(), Duration::ZERO);
+        supervisor.vmm = Some(vmm);
+        (directory, supervisor, front)
+    }
+
+    fn journal(supervisor: &mut Supervisor) -> &mut Journal {
+        &mut supervisor.vmm.as_mut().unwrap().journal
+    }
+
+    /// A region of memory with its file.
+    fn memory() -> (Vec<u8>, Message) {
+        let region = [0, 0, 0x2000, 0x10000, 0].map(u64::to_ne_bytes).concat();
+        let file = memory_file(0x2000).try_clone().unwrap();
+        let message = message(request::ADD_MEM_REG, &region, vec![file.into()]);
+        (region, message)
+    }
+
+    /// The front end sends a message, which every worker refuses.
+    fn refuse(supervisor: &mut Supervisor, front: &UnixStream, request: u32, body: &[u8]) {
+        message(request, body, vec![]).send(front).unwrap();
+        let head = supervisor.vmm.as_ref().unwrap().connection.peek().unwrap();
+        supervisor.refuse(head);
+    }
+
+    #[test]
+    fn what_the_front_end_has_taken_away_is_gone() {
+        let (_directory, mut supervisor, front) = connected();
+        let queue = |number: u32| [0, number].map(u32::to_ne_bytes).concat();
+        let (region, memory) = memory();
+        journal(&mut supervisor).record(memory);
+        for (request, number) in [
+            (request::SET_VRING_NUM, 16),
+            (request::SET_VRING_BASE, 7),
+            (request::SET_VRING_ENABLE, 1),
+        ] {
+            journal(&mut supervisor).record(message(request, &queue(number), vec![]));
+        }
+        let mut left = |request, body: &[u8]| {
+            refuse(&mut supervisor, &front, request, body);
+            let messages = journal(&mut supervisor).messages().iter();
+            messages.map(Message::request).collect::<Vec<_>>()
+        };
+        let all = [
+            request::ADD_MEM_REG,
+            request::SET_VRING_NUM,
+            request::SET_VRING_BASE,
+            request::SET_VRING_ENABLE,
+        ];
+        assert_eq!(left(request::SET_VRING_NUM, &queue(256)), all);
+        assert_eq!(left(request::SET_VRING_ENABLE, &queue(0)), all[..3]);
+        assert_eq!(
+            left(request::GET_VRING_BASE, &queue(0)),
+            [request::ADD_MEM_REG, request::SET_VRING_BASE]
+        );
+        assert_eq!(Message::receive(&front).unwrap().body(), queue(7));
+        assert_eq!(
+            left(request::REM_MEM_REG, &region),
+            [request::SET_VRING_BASE]
+        );
     }
 }

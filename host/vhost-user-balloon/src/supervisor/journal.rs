@@ -131,7 +131,7 @@ impl Journal {
         let before = self.descriptor_count();
         let mut changed = !message.descriptors().is_empty();
         if (request, queue) == (request::SET_VRING_BASE, INFLATE) {
-            self.is_new = base(&message) == Some(0);
+            self.is_new = number(&message) == Some(0);
             // A new driver has reported nothing, and the next worker must not take the previous one's report for it.
             if self.is_new {
                 self.messages.iter_mut().for_each(clear_report);
@@ -151,6 +151,10 @@ impl Journal {
                     old.request() == request::SET_VRING_BASE
                 });
             }
+            // A queue is not enabled at first.
+            request::SET_VRING_ENABLE if takes_away(&message) => self
+                .messages
+                .retain(|old| (old.request(), self::queue(old)) != (request, queue)),
             request::REM_MEM_REG => self.messages.retain(|old| {
                 old.request() != request::ADD_MEM_REG || region(old) != region(&message)
             }),
@@ -239,7 +243,7 @@ impl Journal {
 
     /// The position at which a queue continues: after the used messages, or where it was stopped.
     pub fn index_of(&self, queue: u32) -> Option<u16> {
-        let stopped = || base(self.find(request::SET_VRING_BASE, queue)?);
+        let stopped = || number(self.find(request::SET_VRING_BASE, queue)?);
         self.used_index(queue).or_else(stopped)
     }
 
@@ -273,8 +277,8 @@ impl Journal {
     }
 }
 
-/// The index in a message with a queue's index.
-fn base(message: &Message) -> Option<u16> {
+/// The number in a message about a queue, which comes after that of the queue.
+fn number(message: &Message) -> Option<u16> {
     let bytes = message.body().get(4..)?.first_chunk()?;
     Some(u16::from_ne_bytes(*bytes))
 }
@@ -334,6 +338,16 @@ pub(super) fn is_answered(message: &Message) -> bool {
 /// Whether an answer to a message is that the worker does not accept it.
 pub(super) fn is_refusal(message: &Message, answer: &Message) -> bool {
     !has_reply(message) && word(answer.body(), 0) != Some(0)
+}
+
+/// Whether the front end takes something away with a message, a queue or memory. It is gone then, whatever the worker
+/// answers.
+pub(super) fn takes_away(message: &Message) -> bool {
+    match message.request() {
+        request::GET_VRING_BASE | request::REM_MEM_REG => true,
+        request::SET_VRING_ENABLE => number(message) == Some(0),
+        _ => false,
+    }
 }
 
 /// A message's name in the specification of vhost-user.
@@ -460,6 +474,17 @@ mod tests {
         assert_eq!((count(SET_FEATURES), count(request::SET_CONFIG)), (1, 1));
         assert_eq!(replayed.first(), Some(&(SET_FEATURES, words(&[2]))));
         assert!(replayed.contains(&(request::SET_CONFIG, b"\0last".to_vec())));
+    }
+
+    #[test]
+    fn a_queue_that_is_not_enabled_needs_no_message() {
+        let mut journal = journal(&memory_file(0x3000));
+        journal.record(message(request::SET_VRING_ENABLE, &vring(1, 0), vec![]));
+        let enabled: Vec<_> = replayed(&mut journal)
+            .into_iter()
+            .filter(|(request, _)| *request == request::SET_VRING_ENABLE)
+            .collect();
+        assert_eq!(enabled, [(request::SET_VRING_ENABLE, vring(0, 1))]);
     }
 
     #[test]
