@@ -122,6 +122,10 @@ impl VhostUserBackend for Device {
             files: balloon.files(),
             hazards: balloon.hazards(),
         };
+        // A notification that came while the rings were not in memory has had no effect.
+        if self.running() {
+            (0..MAX_QUEUES).for_each(|number| self.wake(number));
+        }
         self.ask_soon();
         self.follow();
         self.publish(Changes::info);

@@ -117,6 +117,14 @@ impl Journal {
             .all(|&at| address(at).is_some_and(|ring| self.locate(ring).is_some()))
     }
 
+    /// Whether the rings of all queues are in memory. They are not while the front end changes the bounds of a region: it
+    /// removes the region, and then adds another one.
+    pub fn has_memory(&self) -> bool {
+        let addresses = |message: &&Message| message.request() == request::SET_VRING_ADDR;
+        let mut rings = self.messages.iter().filter(addresses);
+        rings.all(|message| self.has_memory_for(message))
+    }
+
     fn find(&self, request: u32, queue: u32) -> Option<&Message> {
         self.messages
             .iter()

@@ -461,6 +461,88 @@ fn a_restart_keeps_a_vm_with_many_memory_regions() {
     daemon.end();
 }
 
+impl Vmm {
+    fn region(&self, memory_size: u64) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size,
+            userspace_addr: BASE,
+            mmap_offset: 0,
+            mmap_handle: self.memory.as_raw_fd(),
+        }
+    }
+
+    /// A VMM that adds memory region by region, and whose guest has page 0x100 in the balloon.
+    fn with_region(directory: &Path) -> Self {
+        let mut vmm = Self::connect(directory);
+        vmm.add(MEMORY);
+        start_queue(&mut vmm.front, 0, 0, DESCRIPTORS, &vmm.kick, &vmm.call);
+        vmm.inflate(0x100);
+        vmm
+    }
+
+    fn add(&mut self, size: u64) {
+        self.front.add_mem_region(&self.region(size)).unwrap();
+    }
+
+    /// Removes the memory, and waits until the daemon knows that.
+    fn remove(&mut self, size: u64) {
+        self.front.remove_mem_region(&self.region(size)).unwrap();
+        assert_eq!(self.config().len(), 16);
+    }
+}
+
+#[test]
+fn a_notification_is_not_lost_while_memory_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &[]);
+    let mut vmm = Vmm::with_region(directory);
+    vmm.remove(MEMORY);
+    vmm.offer(&0x101_u32.to_le_bytes());
+    wait_for("the notification", || {
+        info(directory).counters.refused.contains_key("bad-chain")
+    });
+    vmm.add(MEMORY / 2);
+    wait_for("the message", || vmm.byte(0x101 << 12) == 0);
+    vmm.wait_used();
+    works(directory, &mut vmm, 0x102);
+    assert_eq!(errors(directory), [""; 0]);
+    daemon.end();
+}
+
+#[test]
+fn rings_outlive_a_change_of_their_memory() {
+    let service = Service::new();
+    let directory = service.directory.path();
+    let mut daemon = service.start(&[]);
+    let mut vmm = Vmm::with_region(directory);
+    for (pfn, size) in (0x101..).zip([MEMORY, MEMORY / 2].repeat(2)) {
+        vmm.remove(size);
+        match pfn {
+            0x101 | 0x102 => kill(daemon.worker(), Signal::SIGKILL).unwrap(),
+            _ => {
+                service.end(&mut daemon, Signal::SIGKILL);
+                daemon = service.start(&[]);
+            }
+        }
+        // The next worker is ready meanwhile.
+        thread::sleep(Duration::from_millis(500));
+        vmm.add(MEMORY + MEMORY / 2 - size);
+        wait_for_info("the driver", directory, |now| now.guest.driver);
+        works(directory, &mut vmm, pfn);
+    }
+    let lines = log(directory);
+    assert!(!lines.contains("SET_VRING_ADDR"), "{lines}");
+
+    // The front end does not wait for memory that it does not send.
+    vmm.remove(MEMORY);
+    service.end(&mut daemon, Signal::SIGKILL);
+    let daemon = service.start(&[]);
+    assert_eq!(vmm.config().len(), 16);
+    daemon.end();
+}
+
 #[test]
 fn a_supervisor_is_killed_at_any_time() {
     let service = Service::new();
