@@ -171,6 +171,10 @@ impl Supervisor {
         let Some(vmm) = &mut self.vmm else {
             return;
         };
+        if vmm.journal.has_recorded(&head.message) {
+            let answer = head.message.answer(&[]);
+            return self.complete(head, false, &answer);
+        }
         if head.message.is_truncated() {
             vmm.setup.no_descriptors(&name(&head.message));
             return self.leave_out(head);
@@ -302,6 +306,43 @@ mod tests {
         message(request, body, vec![]).send(front).unwrap();
         let head = supervisor.vmm.as_ref().unwrap().connection.peek().unwrap();
         supervisor.refuse(head);
+    }
+
+    #[test]
+    fn a_recorded_message_is_not_repeated_when_the_supervisor_was_killed() {
+        let (_directory, mut supervisor, front) = connected();
+        let (region, _) = memory();
+        for (request, left) in [
+            (request::SET_OWNER, 1),
+            (request::ADD_MEM_REG, 2),
+            (request::REM_MEM_REG, 1),
+            (request::ADD_MEM_REG, 2),
+        ] {
+            let sent = match request {
+                request::SET_OWNER => message(request, &[], vec![]),
+                request::ADD_MEM_REG => memory().1,
+                _ => message(request, &region, vec![]),
+            };
+            sent.send(&front).unwrap();
+            let vmm = supervisor.vmm.as_ref().unwrap();
+            let head = vmm.connection.peek().unwrap();
+            assert!(!vmm.journal.has_recorded(&head.message));
+            journal(&mut supervisor).record(head.message);
+            supervisor.on_frontend(true);
+            assert_eq!(journal(&mut supervisor).messages().len(), left);
+            assert!(supervisor.vmm.as_ref().unwrap().connection.peek().is_err());
+        }
+        assert!(journal(&mut supervisor).has_recorded(&message(request::SET_OWNER, &[], vec![])));
+        // Other memory, and memory of a table.
+        let other = [0, 0, 0x2000, 0x20000, 0].map(u64::to_ne_bytes).concat();
+        let has = |supervisor: &mut Supervisor, request, region: &[u8]| {
+            journal(supervisor).has_recorded(&message(request, region, vec![]))
+        };
+        assert!(!has(&mut supervisor, request::ADD_MEM_REG, &other));
+        assert!(has(&mut supervisor, request::REM_MEM_REG, &other));
+        let table = [&[1, 0, 0, 0, 0, 0, 0, 0], &other[8..]].concat();
+        journal(&mut supervisor).record(message(request::SET_MEM_TABLE, &table, vec![]));
+        assert!(!has(&mut supervisor, request::REM_MEM_REG, &other));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use log::{error, warn};
 use nix::sys::uio::pread;
 use nix::unistd::write;
 
-use super::memory::{adds_memory, regions, word};
+use super::memory::{Region, adds_memory, regions, word};
 use crate::vhost_user::message::{Message, request};
 
 /// The protocol feature by which the front end may request an acknowledgement of each message.
@@ -123,6 +123,23 @@ impl Journal {
         let addresses = |message: &&Message| message.request() == request::SET_VRING_ADDR;
         let mut rings = self.messages.iter().filter(addresses);
         rings.all(|message| self.has_memory_for(message))
+    }
+
+    /// Whether a message was recorded before. An earlier supervisor may have been killed before it took the message out
+    /// of the socket, and the worker would not accept it twice.
+    pub fn has_recorded(&self, message: &Message) -> bool {
+        let mut messages = self.messages.iter();
+        match message.request() {
+            request::SET_OWNER | request::ADD_MEM_REG => messages
+                .any(|old| (old.request(), old.body()) == (message.request(), message.body())),
+            request::REM_MEM_REG => {
+                let bounds = |region: Region| (region.address, region.size);
+                let removed = regions(message).map(bounds).next();
+                let mut known = messages.filter(|old| adds_memory(old)).flat_map(regions);
+                !known.any(|region| Some(bounds(region)) == removed)
+            }
+            _ => false,
+        }
     }
 
     fn find(&self, request: u32, queue: u32) -> Option<&Message> {

@@ -39,6 +39,8 @@ pub mod request {
     pub const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
     /// The features that the driver has accepted.
     pub const SET_FEATURES: u32 = FrontendReq::SET_FEATURES as u32;
+    /// The start of a connection.
+    pub const SET_OWNER: u32 = FrontendReq::SET_OWNER as u32;
     /// The memory as a whole.
     pub const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
     /// How many descriptors a queue has.
