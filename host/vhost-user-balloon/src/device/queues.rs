@@ -284,15 +284,16 @@ impl Device {
     /// Handles the start of a driver, whose inflate queue continues at `next`.
     pub(super) fn start(&self, work: &mut Work, next: u16) {
         if work.is_new_driver(next) {
-            work.balloon.empty();
-            work.sweep = None;
-            work.taken_up = ByKind::default();
-            lock(&self.hints).restart();
-            // A new driver has reported nothing. The supervisor has repeated the writes of one that continues.
+            // A new driver has reported nothing. The supervisor has repeated the writes of one that continues. The status
+            // is stored first: with an empty balloon it would be that of the new driver.
             if !self.channel.continues() {
                 lock(&self.state).config.set_status(Status::default());
                 work.balloon.write_status_down(Status::default());
             }
+            work.balloon.empty();
+            work.sweep = None;
+            work.taken_up = ByKind::default();
+            lock(&self.hints).restart();
             self.leave_alone();
             debug!("the guest has a driver, with an empty balloon");
         } else {
