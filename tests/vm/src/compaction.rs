@@ -11,8 +11,8 @@ use vm::{Device, Driver, Exit, Guest, Load, Size};
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario,
+    Setup, TEST_KERNEL,
 };
 use crate::sizes::{check_free, check_size};
 
@@ -69,9 +69,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 
 /// A balloon with unsplit blocks, and one with order-0 pages.
 pub(crate) const BLOCKS_OR_PAGES: &[Device] = &[Device::Extended, Device::Qemu];
-
-/// How long migrating the balloon's pages may take: the C driver notifies the host of each page.
-const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The least share of huge pages, relative to the share with the C driver.
 const HUGE_PAGES_LIMIT: f64 = 0.95;

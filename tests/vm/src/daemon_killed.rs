@@ -15,7 +15,7 @@ use vm::{Config, Daemon, Device, Driver, Guest, Load, MemoryBackend, Offer, Runn
 
 use crate::lifecycle::{device, driver_directory};
 use crate::reporting::FAST_REPORTS;
-use crate::scenario::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+use crate::scenario::{BOTH_DRIVERS, PATIENCE, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
 use crate::sizes::{check_free, check_size};
 use crate::vhost_user::{wait_driver, wait_restarted};
 
@@ -48,9 +48,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 
 /// The seeds of what is random.
 const SEEDS: Range<u64> = 0..200;
-
-/// How long an operation of the guest may take.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How many times a guest that keeps such a device verifies its data.
 const ROUNDS_ALONE: u64 = 10;

@@ -10,8 +10,7 @@ use anyhow::{Result, ensure};
 use tempfile::NamedTempFile;
 use vm::{Guest, Load, Size};
 
-use crate::scenario::{QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
-use crate::vhost_user::PATIENCE;
+use crate::scenario::{PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -132,7 +131,7 @@ fn memory_comes(setup: &Setup) -> Result<()> {
         let grown = |from: Size, by: Size| {
             let start = now()?;
             let (mut took, mut has_begun) = (Duration::ZERO, false);
-            guest.wait_until("a balloon that grows", PATIENCE * 4, || {
+            guest.wait_until("a balloon that grows", PATIENCE, || {
                 if !has_begun {
                     // The time comes first: a delay of this test between the two does not count.
                     took = now()? - start;

@@ -9,9 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use vm::{Daemon, Driver, Guest, Size};
 
-use crate::scenario::{BOTH_DRIVERS, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
+use crate::scenario::{BOTH_DRIVERS, PATIENCE, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE};
 use crate::sizes::check_size;
-use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
+use crate::vhost_user::{balloonctl, wait_driver};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -3,12 +3,10 @@
 //! Free page hinting: a guest lists its free pages during a VM migration, and QEMU does not copy
 //! them.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use vm::{Config, Guest, Load, Migration, Offer, RunningLoad, Size, Transfer};
 
-use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup};
 use crate::sizes::check_size;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -41,9 +39,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 /// The bandwidth of a migration that must not end early: copying all of a guest takes half a
 /// minute.
 pub(crate) const SLOW: Size = Size::mib(32);
-
-/// How long a load may take to allocate all of its memory.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 fn config(setup: &Setup) -> Config {
     setup.config().offer(&[Offer::FreePageHint])

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vm::{Driver, Guest, Hostile, Link, Load, MemoryBackend, Size};
 
-use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup};
 use crate::sizes::{check_free, check_size};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -47,9 +47,6 @@ const BIND: Duration = Duration::from_secs(3);
 
 /// By how much free memory fluctuates: the kernel's caches, and KASAN's quarantine.
 pub(crate) const NOISE: Size = Size::mib(64);
-
-/// How long memory may take to be free when the device is gone.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 fn hostile(setup: &Setup, link: Link) -> Result<()> {
     let known = match (setup.seeds(), link) {

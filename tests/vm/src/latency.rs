@@ -11,9 +11,9 @@ use vm::{Accel, Device, Driver, Guest, Kernel, MemoryBackend, Off, Offer, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, fullest_block, write};
 use crate::requests::hint;
-use crate::scenario::{BOTH_DRIVERS, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, PATIENCE, Scenario, Setup};
 use crate::unused::{ask, unused};
-use crate::vhost_user::{PATIENCE, wait_driver};
+use crate::vhost_user::wait_driver;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "latency",

@@ -2,12 +2,10 @@
 
 //! `balloon-manager` with real guests. The host's tests cover its rules.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use vm::{Device, Guest, Load, Manager, Offer, Size};
 
-use crate::scenario::{BOTH_DRIVERS, EXTENDED_DEVICE, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{BOTH_DRIVERS, EXTENDED_DEVICE, PATIENCE, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "manager",
@@ -25,9 +23,6 @@ const POOL: Size = Size::gib(2);
 
 /// What a process uses: more than half of the pool.
 const USED: Size = Size::mib(900);
-
-/// How long the manager may take to move memory: QEMU has statistics once a second.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn manager(setup: &Setup) -> Result<()> {
     let directory = tempfile::tempdir()?;

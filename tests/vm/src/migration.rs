@@ -2,14 +2,14 @@
 
 //! Live migration of a guest with the daemon's balloon (docs/howto-migration.md).
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use balloon_control::{Info, Request, Stats};
 use serde_json::Value;
 use vm::{Daemon, Guest, Load, MemoryBackend, Size};
 
-use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "migrate_with_daemon",
@@ -38,9 +38,6 @@ const INTERVAL: u32 = 1;
 
 /// By how much more the host's memory may be after the migration: programs of the guest have run.
 const TOLERANCE: Size = Size::mib(96);
-
-/// How long a step may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn migrate_with_daemon(setup: &Setup) -> Result<()> {
     let config = setup

@@ -2,20 +2,16 @@
 
 //! The driver's counters, trace events and log messages.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use vm::{Config, Driver, Guest, Size};
 
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario,
+    Setup,
 };
 use crate::unused::{ask, unused};
-
-/// How long the driver may take to react.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

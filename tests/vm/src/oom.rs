@@ -10,7 +10,8 @@ use vm::{Driver, Exit, Guest, Load, Offer, Output, RunningLoad, Size};
 use crate::nodes::{check_nodes, on_both};
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, OOM, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, OOM, PATIENCE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -81,9 +82,6 @@ impl Shares {
         wait_until_taken(guest, load, self.need)
     }
 }
-
-/// How long a process may take to get its memory, or to be killed for it.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 const ON: &[Offer] = &[Offer::DeflateOnOom];
 

@@ -10,7 +10,7 @@ use vm::{Config, Device, Guest, Load, Machine, RunningLoad, Size};
 
 use crate::lifecycle::{begin_inflating, device};
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::{check_free, check_size};
 use crate::statistics::{newer, poll};
@@ -340,8 +340,6 @@ pub(crate) fn crash(
 /// Checks that a crash kernel can read at least `least` of the memory of the kernel before.
 fn check_dump(setup: &Setup, guest: &Guest, least: Size) -> Result<()> {
     const DUMP: &str = "/proc/vmcore";
-    /// How long it takes.
-    const PATIENCE: Duration = Duration::from_secs(300);
     let booted = guest.resident()?;
     let length = guest.run(&["stat", "-c", "%s", DUMP])?;
     let read = guest.exec_within(&["sh", "-c", &format!("cat {DUMP} | wc -c")], PATIENCE)?;

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use vm::{Daemon, Device, Driver, Guest, Kernel, Load, MemoryBackend, Size};
 
 use crate::lifecycle::driver_directory;
-use crate::scenario::{RUST_DRIVER, Scenario, Setup};
+use crate::scenario::{PATIENCE, RUST_DRIVER, Scenario, Setup};
 use crate::sizes::check_free;
 use crate::unused::unused;
 
@@ -33,8 +33,6 @@ const TIME: Duration = Duration::from_secs(60);
 
 /// The longest duration in one guest.
 const TIME_PER_GUEST: Duration = Duration::from_secs(300);
-
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The file that makes the guest's processes end.
 const OVER: &str = "/tmp/over";

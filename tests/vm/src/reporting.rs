@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vm::{Driver, Guest, Load, Offer, RunningLoad, Size};
 
-use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, Scenario, Setup, TEST_KERNEL,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -34,12 +36,6 @@ pub(crate) const OFFER: &[Offer] = &[Offer::FreePageReporting];
 
 /// A kernel parameter that makes the kernel report twenty times as often as by default.
 pub(crate) const FAST_REPORTS: &str = "page_reporting.page_reporting_delay_ms=100";
-
-/// How long the host may have to wait for free memory.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// How long a process may take to write to its memory.
-const LOAD_PATIENCE: Duration = Duration::from_secs(120);
 
 /// How much of the freed memory the host may miss: a twentieth and, in small guests, as much as may
 /// be in blocks that are too small for a report.
@@ -104,7 +100,7 @@ pub(crate) fn take(guest: &Guest, size: Size) -> Result<RunningLoad<'_>> {
 
 /// Waits until a process that allocates `mib` MiB has all of them.
 pub(crate) fn wait_until_taken(guest: &Guest, load: &RunningLoad<'_>, mib: usize) -> Result<()> {
-    guest.wait_until("a process has its memory", LOAD_PATIENCE, || {
+    guest.wait_until("a process has its memory", PATIENCE, || {
         let status = load.status()?;
         ensure!(
             status.exit.is_none(),
@@ -157,7 +153,7 @@ fn free_page_reporting(setup: &Setup) -> Result<()> {
         let load = take(guest, half)?;
         let fill = format!("dd if=/dev/zero of=/tmp/file bs=1M count={}", half.as_mib());
         let pending = guest.start(&["sh", "-c", &fill], None)?;
-        guest.output(&pending, LOAD_PATIENCE)?;
+        guest.output(&pending, PATIENCE)?;
         let peak = guest.resident()?;
         let start = Instant::now();
         guest.sh("rm /tmp/file")?;

@@ -13,10 +13,10 @@ use serde_json::Value;
 use vm::{Daemon, Guest, Load, Offer, Size};
 
 use crate::scenario::{
-    BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
-    VHOST_USER_DEVICE,
+    BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL, VHOST_USER_DEVICE,
 };
-use crate::vhost_user::{PATIENCE, balloonctl, wait_driver, wait_restarted};
+use crate::vhost_user::{balloonctl, wait_driver, wait_restarted};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

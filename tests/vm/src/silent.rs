@@ -10,10 +10,12 @@ use anyhow::{Context, Result, ensure};
 use vm::{Driver, Exit, Guest, Hostile, Link, Machine, MemoryBackend, Size};
 
 use crate::compaction::fullest_block;
-use crate::hostile::{NOISE, PATIENCE};
+use crate::hostile::NOISE;
 use crate::lifecycle::{device, driver_directory};
 use crate::reporting::{FAST_REPORTS, reported, take};
-use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{
+    BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL,
+};
 use crate::sizes::check_free;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[

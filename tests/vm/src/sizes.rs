@@ -9,8 +9,8 @@ use anyhow::{Result, ensure};
 use vm::{Guest, Size};
 
 use crate::scenario::{
-    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, RUST_DRIVER, Scenario,
+    Setup, TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -179,7 +179,6 @@ fn target_changes(setup: &Setup) -> Result<()> {
 }
 
 fn target_beyond_memory(setup: &Setup) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(60);
     /// So long that the driver's next attempt is seconds away.
     const QUIET: Duration = Duration::from_secs(7);
     vm::run(&setup.config(), |guest| {

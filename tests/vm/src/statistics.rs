@@ -2,7 +2,7 @@
 
 //! The host sees the guest's own statistics.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use balloon_control::{Request, Stat, Stats};
@@ -13,8 +13,8 @@ use crate::debugfs::show;
 use crate::lifecycle::device;
 use crate::reporting::{self, FAST_REPORTS, check_reporting};
 use crate::scenario::{
-    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, OOM, RUST_DRIVER,
-    Scenario, Setup, TEST_KERNEL,
+    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, EXTENDED_DEVICE, OOM, PATIENCE,
+    RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::check_size;
 
@@ -57,9 +57,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 
 /// QEMU's value for a statistic that the guest has not sent.
 const MISSING: u64 = u64::MAX;
-
-/// How long a sample may take, at an interval of one second.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Asks for a sample every second.
 pub(crate) fn poll(guest: &Guest) -> Result<()> {

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use anyhow::{Context, Error, Result, ensure};
 use vm::{Container, Daemon, Guest, Kernel, Size};
 
-use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
+use crate::scenario::{EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup};
 use crate::sizes::check_size;
-use crate::vhost_user::{PATIENCE, wait_restarted};
+use crate::vhost_user::wait_restarted;
 
 /// The kernel with a system that has systemd and the package's unit.
 const DEBIAN_KERNEL: &[Kernel] = &[Kernel::Debian];

@@ -8,8 +8,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::NamedTempFile;
 use vm::{Guest, GuestSystem, Kernel, Size};
 
-use crate::scenario::{EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup};
-use crate::vhost_user::PATIENCE;
+use crate::scenario::{EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
     name: "unit_oom",

@@ -13,7 +13,7 @@ use vm::{Driver, Guest, Kernel, Load, Size, WriteLog};
 
 use crate::debugfs::show;
 use crate::scenario::{
-    ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_KERNELS, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -77,8 +77,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 
 /// How many PFNs the driver scans under one hold of a zone's lock.
 const PFNS_PER_HOLD: u64 = 1024;
-
-const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The value that overwrites unused memory.
 const GARBAGE: u8 = 0xa5;

@@ -15,7 +15,8 @@ use serde_json::Value;
 use vm::{Daemon, Guest, HugePages, Kernel, Load, MemoryBackend, Offer, Processes, Size};
 
 use crate::scenario::{
-    BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
+    BOTH_DRIVERS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    VHOST_USER_DEVICE,
 };
 use crate::sizes::check_size;
 use crate::unused::{go_on, stop};
@@ -74,8 +75,6 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: hugetlb_memory,
     },
 ];
-
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 fn daemon_restart(setup: &Setup) -> Result<()> {
     vm::run(&setup.config(), |guest| {

@@ -10,10 +10,10 @@ use anyhow::{Context, Result, ensure};
 use balloon_control::Stat;
 use vm::{Driver, Guest, Load, MemoryBackend, Size, Vmm};
 
-use crate::hostile::{NOISE, PATIENCE};
+use crate::hostile::NOISE;
 use crate::lifecycle::{device, driver_directory};
 use crate::reporting::FAST_REPORTS;
-use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup};
 use crate::sizes::check_free;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -146,7 +146,7 @@ fn follow_targets(setup: &Setup, guest: &Guest, vmm: &Vmm<'_>) -> Result<()> {
     // The C driver would take the memory that the guest's processes need.
     if setup.driver != Driver::C {
         vmm.request(guest.memory())?;
-        guest.wait_until("most memory is in the balloon", PATIENCE * 3, || {
+        guest.wait_until("most memory is in the balloon", PATIENCE, || {
             Ok(guest.page_size() * guest.vmstat("nr_balloon_pages")? > Size::mib(400))
         })?;
         // For some attempts to get more.

@@ -18,10 +18,11 @@ use vm::{Guest, HugePages, Load, MemoryBackend, Size};
 
 use crate::reporting::FAST_REPORTS;
 use crate::scenario::{
-    BOTH_DRIVERS, EXTENDED_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, VHOST_USER_DEVICE,
+    BOTH_DRIVERS, EXTENDED_DEVICE, PATIENCE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    VHOST_USER_DEVICE,
 };
 use crate::sizes::check_size;
-use crate::vhost_user::{PATIENCE, balloonctl, wait_driver};
+use crate::vhost_user::{balloonctl, wait_driver};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -13,8 +13,8 @@ use crate::debugfs::{show, value};
 use crate::nodes::check_nodes;
 use crate::reporting::wait_until_taken;
 use crate::scenario::{
-    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
-    TEST_KERNEL,
+    ALL_DEVICES, BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario,
+    Setup, TEST_KERNEL,
 };
 use crate::sizes::{agree, check_size};
 
@@ -252,7 +252,6 @@ const OTHERS: &str = "cd /sys/devices/system/memory
     for block in memory*; do echo online >$block/state; done";
 
 fn hotplug(setup: &Setup) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(300);
     let size = Size::mib(768);
     vm::run(&zeroing(setup).memory(Size::gib(2)), |guest| {
         guest.insmod(setup.driver, &[])?;

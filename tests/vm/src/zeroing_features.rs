@@ -3,7 +3,7 @@
 //! Guests whose kernel zeroes all memory that it allocates: host requests, hints, virtio-mem, hibernation, and devices that end.
 
 use std::mem;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
@@ -16,7 +16,7 @@ use crate::hinting::check_all_back;
 use crate::lifecycle::{device, driver_directory};
 use crate::power::crash;
 use crate::scenario::{
-    BOTH_KERNELS, EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::{agree, check_size};
 use crate::zeroing::{MOST_MORE, check_online, resident, taken, zeroing};
@@ -126,7 +126,6 @@ fn reclaim(setup: &Setup) -> Result<()> {
 /// Makes a guest use a part of its memory, and checks that the host gets it back. Returns how much of it was memory
 /// blocks.
 fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) -> Result<Size> {
-    const PATIENCE: Duration = Duration::from_secs(120);
     let config = zeroing(setup).using_memory().memory(memory);
     vm::run(&config, |guest| {
         let (total, data) = begin(setup, guest, parameters)?;
@@ -168,7 +167,6 @@ fn reclaim_from(setup: &Setup, memory: Size, used: Size, parameters: &[&str]) ->
 
 fn hints(setup: &Setup) -> Result<()> {
     const SLOW: Size = Size::mib(32);
-    const PATIENCE: Duration = Duration::from_secs(120);
     let memory = Size::gib(4);
     let config = zeroing(setup).memory(memory).offer(&[Offer::FreePageHint]);
     vm::run(&config, |guest| {
@@ -271,7 +269,6 @@ fn hibernate(setup: &Setup) -> Result<()> {
 }
 
 fn removal(setup: &Setup) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(60);
     // Taking so many blocks takes longer than unplugging the device.
     let memory = Size::gib(8);
     let port = json!({ "driver": "virtio-balloon-pci", "id": "balloon0", "bus": "port0" });
