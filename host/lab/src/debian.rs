@@ -53,11 +53,11 @@ const CHECK_PROGRAMS: &str = r#"
     test -s bash-completion/completions/balloonctl
     test -s zsh/vendor-completions/_balloonctl
     test -s fish/vendor_completions.d/balloonctl.fish
+    [ "$(systemctl is-enabled balloon-manager.service)" = disabled ]
     systemd-analyze verify --man=no vhost-user-balloon@vm.service vhost-user-balloon-connection@vm.target \
         balloon-manager.service
 "#;
 
-/// The result of installing the packages in a system.
 /// A kernel for which the module cannot be built now is skipped: apt and the kernel's hook succeed, and say why. The
 /// module is there again as soon as it can be built. A kept tree is enough for that.
 const CHECK_SKIPPED: &str = r#"
@@ -87,6 +87,7 @@ const CHECK_SKIPPED: &str = r#"
     rm /log
 "#;
 
+/// The result of installing the packages in a system.
 pub(crate) struct Installed {
     /// Its kernel's image.
     pub(crate) image: PathBuf,
@@ -123,7 +124,6 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         .map(|(file, module)| system.decompress(module, &directory.join(file)));
     system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
 
-    system.begin_changes(places.build().join("debian-removed"))?;
     let release = system.release.clone();
     system.follow(
         "Skipping a kernel, and building for it again",
@@ -131,6 +131,7 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         &[&release],
     )?;
 
+    system.begin_changes(places.build().join("debian-removed"))?;
     let installed = vm::System {
         layers: system.layers.clone(),
         packages: system.packages.clone(),
