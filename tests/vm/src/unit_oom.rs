@@ -138,7 +138,8 @@ fn unit_oom(setup: &Setup) -> Result<()> {
         .memory(Size::gib(2))
         .balloon(None)
         .with_system(initramfs.path())?
-        .expect("invoked oom-killer|Out of memory|Memory cgroup out of memory");
+        // The console loses lines of so many reports, also their first ones.
+        .expect("invoked oom-killer|Out of memory|Memory cgroup out of memory|Call Trace:");
     vm::run(&config, |guest| {
         let system = guest.boot_system()?;
         let unit = Unit { guest, system };
