@@ -2,6 +2,7 @@
 
 //! The processes of the balloon device are killed, and the guest continues without the device.
 
+use std::fs;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
@@ -373,6 +374,12 @@ fn all_at_once(setup: &Setup, time: Duration) -> Result<()> {
     Ok(())
 }
 
+/// QEMU's last line, which says why it has ended.
+fn qemu_error(setup: &Setup) -> Result<String> {
+    let log = fs::read_to_string(setup.logs().join("qemu.log"))?;
+    Ok(log.lines().last().unwrap_or_default().to_owned())
+}
+
 fn random_kills(setup: &Setup) -> Result<()> {
     /// How many times one guest loses its device at most: the test reads the guest's log
     /// repeatedly.
@@ -393,7 +400,8 @@ fn random_kills(setup: &Setup) -> Result<()> {
             Ok(())
         });
         match result {
-            Err(error) if is_lost => lost.push(format!("{error:#}")),
+            // The next guest overwrites QEMU's log.
+            Err(error) if is_lost => lost.push(format!("{error:#}; {}", qemu_error(setup)?)),
             result => setup.tolerate(result.with_context(|| format!("seed {last}")))?,
         }
     }
