@@ -232,7 +232,14 @@ impl Journal {
             request::SET_CONFIG => 1,
             _ => 0,
         };
-        let mut places: Vec<_> = (0..self.messages.len()).collect();
+        let starts = |message: &Message| {
+            let rings = || self.find(request::SET_VRING_ADDR, queue(message));
+            message.request() != request::SET_VRING_KICK || rings().is_some()
+        };
+        // A queue whose rings were refused does not start.
+        let mut places: Vec<_> = (0..self.messages.len())
+            .filter(|&place| self.messages.get(place).is_some_and(starts))
+            .collect();
         places.sort_by_key(|&place| self.messages.get(place).map(turn));
         for place in places {
             let queue = self.messages.get(place).map(queue);
@@ -616,6 +623,24 @@ mod tests {
             last(&mut journal),
             [request::SET_VRING_KICK, request::SET_CONFIG]
         );
+    }
+
+    #[test]
+    fn a_queue_whose_rings_are_refused_does_not_start() {
+        let file = memory_file(0x3000);
+        let mut journal = journal(&file);
+        for queue in [0, 1] {
+            let event = vec![file.try_clone().unwrap().into()];
+            journal.record(message(request::SET_VRING_KICK, &words(&[queue]), event));
+        }
+        let rings =
+            |message: &Message| message.request() == request::SET_VRING_ADDR && queue(message) == 1;
+        journal.messages.retain(|message| !rings(message));
+        let started: Vec<_> = replayed(&mut journal)
+            .into_iter()
+            .filter(|(request, _)| *request == request::SET_VRING_KICK)
+            .collect();
+        assert_eq!(started, [(request::SET_VRING_KICK, words(&[0]))]);
     }
 
     /// A write of these bytes to the configuration space.

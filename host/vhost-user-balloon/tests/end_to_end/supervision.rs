@@ -529,11 +529,11 @@ fn rings_outlive_a_change_of_their_memory() {
         // The next worker is ready meanwhile.
         thread::sleep(Duration::from_millis(500));
         vmm.add(MEMORY + MEMORY / 2 - size);
+        let lines = log(directory);
+        assert!(!lines.contains("SET_VRING_ADDR"), "{lines}");
         wait_for_info("the driver", directory, |now| now.guest.driver);
         works(directory, &mut vmm, pfn);
     }
-    let lines = log(directory);
-    assert!(!lines.contains("SET_VRING_ADDR"), "{lines}");
 
     // The front end does not wait for memory that it does not send.
     vmm.remove(MEMORY);
