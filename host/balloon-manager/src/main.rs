@@ -23,8 +23,8 @@ use crate::control::{Call, Request, SOCKET};
 use crate::daemon::{Connection, Failure};
 use crate::manager::Manager;
 use crate::record::Record;
+use crate::state::State;
 use crate::status::{Past, Reserved, Status, VmStatus};
-use crate::vm::State;
 
 mod balloon;
 mod config;
@@ -39,6 +39,7 @@ mod metrics;
 mod qemu;
 mod record;
 mod resident;
+mod state;
 mod status;
 mod text;
 mod vm;
@@ -193,7 +194,7 @@ async fn execute(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Replay { file } => {
-            let count = manager::replay(&file)?;
+            let count = record::replay(&file)?;
             println!("{count} decisions are as recorded");
             Ok(())
         }

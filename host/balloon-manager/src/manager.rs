@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use balloon_policy::{
     Account, Decision, Millis, Observation, Pages, Policy, Profile, Refusal, Reservation, Vm, VmId,
 };
@@ -18,9 +18,10 @@ use crate::config::{Config, PAGE};
 use crate::host::Host;
 use crate::link::Place;
 use crate::record::{Line, Record};
+use crate::state::{State, is_busy};
 use crate::status::{Counts, Past, Reserved, Status, VmStatus};
 use crate::text;
-use crate::vm::{self, Handle, Order, State};
+use crate::vm::{self, Handle, Order};
 
 /// How long the manager waits at its start for the daemons that it has found: what they have given is not known before.
 const FIRST_REPORTS: Duration = Duration::from_secs(3);
@@ -247,7 +248,7 @@ impl Manager {
                 .state
                 .as_ref()
                 .is_some_and(|state| state.balloon.notifies);
-            let pace = if vm::is_busy(sample, account, notifies) {
+            let pace = if is_busy(sample, account, notifies) {
                 vm::FAST
             } else {
                 vm::SLOW
@@ -433,37 +434,4 @@ fn terms(vm: &Vm, account: &Account, config: &Config) -> Terms {
 fn find(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
     let found = glob::glob(pattern).into_iter().flatten();
     found.filter_map(Result::ok)
-}
-
-/// Reads a recording, and decides again. Returns how many decisions there are.
-///
-/// # Errors
-///
-/// A decision differs, or the recording cannot be read.
-pub(crate) fn replay(path: &Path) -> Result<usize> {
-    let mut policy: Option<Policy> = None;
-    let mut count = 0;
-    for line in Record::read(path)? {
-        let line = line.with_context(|| format!("line {} of {}", count + 1, path.display()))?;
-        let policy = policy.get_or_insert_with(|| Policy::new(line.profile));
-        policy.set_profile(line.profile);
-        let decision = policy.step(&line.observation);
-        count += 1;
-        anyhow::ensure!(
-            decision == line.decision,
-            "decision {count} differs: recorded {:?}, now {:?}",
-            line.decision.actions,
-            decision.actions
-        );
-        for action in &decision.actions {
-            println!(
-                "{:>8}.{:03} vm {}: {}",
-                line.observation.now / 1_000,
-                line.observation.now % 1_000,
-                action.vm.0,
-                text::action(action)
-            );
-        }
-    }
-    Ok(count)
 }

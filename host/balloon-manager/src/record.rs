@@ -7,8 +7,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use balloon_policy::{Decision, Observation, Profile};
+use balloon_policy::{Decision, Observation, Policy, Profile};
 use serde::{Deserialize, Serialize};
+
+use crate::text;
 
 /// A step of the policy.
 #[derive(Debug, Deserialize, Serialize)]
@@ -44,4 +46,37 @@ impl Record {
         let lines = BufReader::new(file).lines();
         Ok(lines.map(|line| Ok(serde_json::from_str(&line?)?)))
     }
+}
+
+/// Reads a recording, and decides again. Returns how many decisions there are.
+///
+/// # Errors
+///
+/// A decision differs, or the recording cannot be read.
+pub(crate) fn replay(path: &Path) -> Result<usize> {
+    let mut policy: Option<Policy> = None;
+    let mut count = 0;
+    for line in Record::read(path)? {
+        let line = line.with_context(|| format!("line {} of {}", count + 1, path.display()))?;
+        let policy = policy.get_or_insert_with(|| Policy::new(line.profile));
+        policy.set_profile(line.profile);
+        let decision = policy.step(&line.observation);
+        count += 1;
+        anyhow::ensure!(
+            decision == line.decision,
+            "decision {count} differs: recorded {:?}, now {:?}",
+            line.decision.actions,
+            decision.actions
+        );
+        for action in &decision.actions {
+            println!(
+                "{:>8}.{:03} vm {}: {}",
+                line.observation.now / 1_000,
+                line.observation.now % 1_000,
+                action.vm.0,
+                text::action(action)
+            );
+        }
+    }
+    Ok(count)
 }

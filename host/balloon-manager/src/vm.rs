@@ -8,23 +8,21 @@ use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balloon_policy::{Account, MIB, Pages, Sample, Vm, VmId};
+use balloon_policy::{Sample, VmId};
 use bytesize::ByteSize;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, interval, sleep_until};
 
 use crate::balloon::{Balloon, Change, Outcome, Terms};
-use crate::config::{Config, PAGE};
+use crate::config::PAGE;
 use crate::daemon;
 use crate::link::{Link, Place};
 use crate::resident::Memory;
+use crate::state::State;
 
 /// How often a VM's statistics and resident memory are read, at rest and while it needs attention.
 pub(crate) const SLOW: Duration = Duration::from_secs(1);
 pub(crate) const FAST: Duration = Duration::from_millis(100);
-
-/// Growth of resident memory between two reports that a decision follows at once.
-const GROWTH: Pages = 16 * MIB;
 
 /// A request whose connection broke has no effect any more once the device has answered others for so long. A daemon that
 /// is stopped executes it when it continues.
@@ -40,78 +38,6 @@ pub(crate) struct Order {
     pub(crate) target: u64,
     /// The target that it replaces.
     pub(crate) before: u64,
-}
-
-/// What is known of a VM.
-#[derive(Clone, Debug)]
-pub(crate) struct State {
-    pub(crate) balloon: Balloon,
-    pub(crate) resident: Option<Pages>,
-    pub(crate) sample: Option<Sample>,
-    /// The newest order with a known fate.
-    pub(crate) answered: u64,
-    /// The device answers, and the fate of all orders is known.
-    pub(crate) reachable: bool,
-}
-
-impl State {
-    /// Whether nothing has changed since the old state that a decision should follow at once.
-    pub(crate) fn is_at_rest(&self, old: &Self, account: &Account) -> bool {
-        let events = |sample: Sample| (sample.stalls, sample.swapped_in, sample.kills);
-        let growth = self
-            .resident
-            .unwrap_or(0)
-            .saturating_sub(old.resident.unwrap_or(0));
-        !is_busy(self.sample, account, self.balloon.notifies)
-            && old.sample.map(events) == self.sample.map(events)
-            && growth < GROWTH
-            && (self.answered, self.reachable) == (old.answered, old.reachable)
-            && self.balloon.is_same(&old.balloon)
-    }
-
-    /// The VM as the policy sees it, or nothing if there is none.
-    pub(crate) fn vm(&self, id: VmId, name: &str, config: &Config) -> Option<Vm> {
-        let balloon = &self.balloon;
-        let all = balloon.memory?;
-        let least = all.saturating_sub(balloon.largest.max(balloon.target));
-        let least = least.div_ceil(PAGE);
-        let memory = all / PAGE;
-        let settings = config.settings(name, memory, least);
-        let untouchable = settings.is_none();
-        let mut settings = settings.or_else(|| Config::default().settings(name, memory, least))?;
-        if balloon.is_impossible() {
-            // The daemon refuses larger balloons: what the VM gets now could not be taken back.
-            settings.ceiling = settings.floor;
-        }
-        Some(Vm {
-            id,
-            settings,
-            memory,
-            target: balloon.target / PAGE,
-            size: balloon.size / PAGE,
-            resident: self.resident,
-            unusable: balloon.unusable / PAGE,
-            answered: self.answered,
-            granule: (balloon.granule / PAGE).max(1),
-            lapsed: balloon.lapsed,
-            driver: balloon.driver,
-            frozen: untouchable || balloon.frozen || !self.reachable,
-            stopped: balloon.stopped,
-            sample: self.sample,
-        })
-    }
-}
-
-/// Whether a guest needs attention: it is short of memory, or may be soon. One that notifies the host of that is left alone
-/// until it lacks half of its headroom.
-pub(crate) fn is_busy(sample: Option<Sample>, account: &Account, notifies: bool) -> bool {
-    let (lacking, available) = match notifies {
-        true => (account.headroom / 2, account.headroom / 2),
-        false => (0, 2 * account.headroom),
-    };
-    account.pressed.is_some()
-        || account.need > account.grant.saturating_add(lacking)
-        || sample.is_some_and(|sample| sample.available < available)
 }
 
 /// The manager's side of a VM's tasks. They end when it is dropped.
@@ -452,126 +378,6 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const GIB: u64 = 1 << 30;
-
-    /// A VM of 4 GiB whose guest reports this total, with a balloon of this size.
-    fn state(total: u64, size: u64) -> State {
-        let balloon = Balloon {
-            memory: Some(4 * GIB),
-            unusable: 4 * GIB - total,
-            connected: true,
-            largest: total,
-            target: 3 * GIB,
-            leased: false,
-            claimed: false,
-            notifies: false,
-            lapsed: false,
-            size,
-            resident: None,
-            granule: PAGE,
-            driver: true,
-            frozen: false,
-            stopped: None,
-        };
-        State {
-            balloon,
-            resident: None,
-            sample: None,
-            answered: 0,
-            reachable: true,
-        }
-    }
-
-    const fn account(headroom: Pages) -> Account {
-        Account {
-            vm: VmId(0),
-            memory: 4 * GIB / PAGE,
-            grant: GIB / PAGE,
-            charge: GIB / PAGE,
-            used: None,
-            headroom,
-            need: 500 * MIB,
-            want: 500 * MIB,
-            share: GIB / PAGE,
-            fallback: GIB / PAGE,
-            spared: None,
-            pressed: None,
-        }
-    }
-
-    const fn sample(available: Pages, stalls: u64) -> Option<Sample> {
-        Some(Sample {
-            taken: 0,
-            free: available,
-            available,
-            stalls,
-            swapped_in: 0,
-            kills: 0,
-        })
-    }
-
-    /// Such a guest has statistics with a small total, and its daemon refuses targets above that.
-    #[test]
-    fn a_guest_that_reports_little_memory_keeps_what_it_has_and_gets_no_more() {
-        let bounds = |total: u64, size| {
-            let state = state(total, size);
-            let vm = state.vm(VmId(0), "vm", &Config::default()).unwrap();
-            (vm.settings.floor * PAGE, vm.settings.ceiling * PAGE)
-        };
-        assert_eq!(bounds(4 * GIB, 3 * GIB), (GIB / 2, 4 * GIB));
-        assert_eq!(bounds(GIB / 16, 3 * GIB), (GIB, GIB));
-        // Memory of this one was unplugged, and the balloon is smaller than what it has.
-        assert_eq!(bounds(2 * GIB, GIB), (GIB, 4 * GIB));
-    }
-
-    #[test]
-    fn a_decision_follows_a_change_and_not_each_report() {
-        const HEADROOM: Pages = 100 * MIB;
-        let account = account(HEADROOM);
-        let old = State {
-            resident: Some(0),
-            sample: sample(500 * MIB, 0),
-            ..state(4 * GIB, 3 * GIB)
-        };
-        let is_at_rest = |change: &dyn Fn(&mut State)| {
-            let mut new = old.clone();
-            change(&mut new);
-            new.is_at_rest(&old, &account)
-        };
-        assert!(is_at_rest(&|_| {}));
-        assert!(is_at_rest(&|new| new.sample = sample(2 * HEADROOM, 0)));
-        assert!(is_at_rest(&|new| new.resident = Some(GROWTH - 1)));
-        assert!(is_at_rest(&|new| new.balloon.resident = Some(GIB)));
-        assert!(!is_at_rest(&|new| new.sample = sample(2 * HEADROOM - 1, 0)));
-        assert!(!is_at_rest(&|new| new.sample = sample(500 * MIB, 1)));
-        assert!(!is_at_rest(&|new| new.resident = Some(GROWTH)));
-        assert!(!is_at_rest(&|new| new.balloon.size -= PAGE));
-        assert!(!is_at_rest(&|new| new.answered = 1));
-        assert!(!is_at_rest(&|new| new.reachable = false));
-        let hungry = Account {
-            need: account.grant + 1,
-            ..account
-        };
-        assert!(!old.is_at_rest(&old, &hungry));
-    }
-
-    #[test]
-    fn a_guest_that_sends_notices_is_left_alone_for_longer() {
-        const HEADROOM: Pages = 100 * MIB;
-        let account = account(HEADROOM);
-        let available = |pages| sample(pages, 0);
-        assert!(is_busy(available(2 * HEADROOM - 1), &account, false));
-        assert!(!is_busy(available(HEADROOM / 2), &account, true));
-        assert!(is_busy(available(HEADROOM / 2 - 1), &account, true));
-        let lacks = |pages| Account {
-            need: account.grant + pages,
-            ..account
-        };
-        assert!(is_busy(None, &lacks(1), false));
-        assert!(!is_busy(None, &lacks(HEADROOM / 2), true));
-        assert!(is_busy(None, &lacks(HEADROOM / 2 + 1), true));
-    }
 
     #[test]
     fn an_order_is_in_doubt_until_the_daemon_has_answered_for_a_while() {
