@@ -35,6 +35,8 @@ struct Known {
     name: String,
     handle: Handle,
     state: Option<State>,
+    /// Since when the daemon of a running VM has not answered.
+    lost: Option<Instant>,
     /// The VM as it was known last. It counts while its daemon has a new process that does not know the memory yet.
     vm: Option<Vm>,
     account: Option<Account>,
@@ -43,6 +45,34 @@ struct Known {
     cuts: u64,
     /// In observe mode: the newest action.
     observed: u64,
+}
+
+impl Known {
+    /// Takes the newest state. Returns the one before.
+    fn replace(&mut self, state: State) -> Option<State> {
+        match (state.reachable, state.balloon.connected) {
+            (true, true) => self.lost = None,
+            (false, true) => self.lost = self.lost.or_else(|| Some(Instant::now())),
+            // VMs connect to a new daemon again.
+            (_, false) => {}
+        }
+        self.state.replace(state)
+    }
+
+    /// Whether the VM may run although its daemon does not know it, or has gone: the daemon restarts.
+    fn is_awaited(&self, time: Duration) -> bool {
+        self.lost.is_some_and(|lost| lost.elapsed() < time)
+    }
+
+    /// The VM's socket is missing, or is none of the configuration any more. Returns whether the VM may run on without it.
+    fn lose(&mut self, place: &Place, time: Duration) -> bool {
+        let runs = |state: &State| state.balloon.connected;
+        if self.state.as_ref().is_some_and(runs) {
+            self.lost.get_or_insert_with(Instant::now);
+        }
+        let (Place::Daemon(path) | Place::Qemu(path)) = place;
+        !path.exists() && self.is_awaited(time)
+    }
 }
 
 /// A reservation and when it ends.
@@ -100,13 +130,16 @@ impl Manager {
         }
     }
 
-    /// Adds new sockets, and removes those that no longer exist.
+    /// Adds new sockets, and removes those that no longer exist. A VM outlives its daemon, and QEMU removes its own socket.
     pub(crate) fn discover(&mut self) {
         let daemons = find(&self.config.sockets).map(Place::Daemon);
         let monitors = self.config.qmp.iter().flat_map(|pattern| find(pattern));
         let found: Vec<_> = daemons.chain(monitors.map(Place::Qemu)).collect();
         self.places.retain(|place, id| {
-            let stays = found.contains(place);
+            let known = self.vms.get_mut(id);
+            let stays = found.contains(place)
+                || matches!(place, Place::Daemon(_))
+                    && known.is_some_and(|known| known.lose(place, self.config.lease()));
             if !stays {
                 if let Some(gone) = self.vms.remove(id) {
                     log::info!(vm:% = gone.name; "{}: its socket has gone", gone.name);
@@ -130,6 +163,7 @@ impl Manager {
                     name,
                     handle,
                     state: None,
+                    lost: None,
                     vm: None,
                     account: None,
                     history: VecDeque::new(),
@@ -145,7 +179,7 @@ impl Manager {
     pub(crate) fn report(&mut self, id: VmId, state: State) -> bool {
         let waits = self.leases.iter().any(|lease| !lease.admitted);
         self.vms.get_mut(&id).is_some_and(|known| {
-            let old = known.state.replace(state);
+            let old = known.replace(state);
             let new = known.state.as_ref();
             let is_at_rest = old.as_ref().zip(new).is_some_and(|(old, new)| {
                 let account = known.account.as_ref();
@@ -198,7 +232,8 @@ impl Manager {
         let config = &self.config;
         let vms = self.vms.iter_mut().filter_map(|(&id, known)| {
             let state = known.state.as_ref()?;
-            let last = known.vm.take().filter(|_| state.balloon.connected);
+            let may_run = state.balloon.connected || known.is_awaited(config.lease());
+            let last = known.vm.take().filter(|_| may_run);
             let mut vm = state.vm(id, &known.name, config).or_else(|| {
                 last.map(|last| Vm {
                     frozen: true,

@@ -49,6 +49,8 @@ struct State {
     loses: bool,
     /// The daemon has a new process that does not know the memory yet.
     forgets: bool,
+    /// No VM is connected to the daemon.
+    ended: bool,
     /// The guest reports that its balloon has the target's size.
     lies: bool,
     /// How often the daemon was asked for its state.
@@ -78,6 +80,7 @@ impl Fake {
             rival: None,
             loses: false,
             forgets: false,
+            ended: false,
             lies: false,
             infos: 0,
             subscriptions: 0,
@@ -158,7 +161,7 @@ impl Handler for Fake {
         match request {
             Request::Info {} => {
                 state.infos += 1;
-                let memory = Some(state.memory).filter(|_| !state.forgets);
+                let memory = Some(state.memory).filter(|_| !state.forgets && !state.ended);
                 Ok(Response::Info(Info {
                     target: state.target,
                     lease: state.lease.clone(),
@@ -170,8 +173,8 @@ impl Handler for Fake {
                     shared: memory,
                     granule: 4096,
                     guest: Guest {
-                        connected: true,
-                        driver: true,
+                        connected: !state.ended,
+                        driver: !state.ended,
                         ..Guest::default()
                     },
                     ..Info::default()
@@ -316,6 +319,20 @@ impl Host {
             .args(rest)
             .output()
             .unwrap()
+    }
+
+    /// What the VMs are charged for, in pages.
+    fn charged(&self) -> u64 {
+        let status = self.ask(&["top", "--json"]).stdout;
+        let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
+        status["charged"].as_u64().unwrap()
+    }
+
+    fn decisions(&self) -> u64 {
+        let metrics = words(&self.ask(&["metrics"]).stdout);
+        let mut lines = metrics.lines();
+        let value = lines.find_map(|line| line.strip_prefix("balloon_manager_decisions_total "));
+        value.unwrap().parse().unwrap()
     }
 
     fn end(&mut self) {
@@ -533,6 +550,10 @@ fn vms_come_and_go() {
     wait_for("the VM", || {
         words(&host.ask(&["top"]).stdout).contains("web")
     });
+    wait_for("the charge", || host.charged() > 0);
+    web.change(|state| state.ended = true);
+    web.1.info();
+    wait_for("the end of the VM", || host.charged() == 0);
     host.servers.clear();
     wait_for("its end", || {
         !words(&host.ask(&["top"]).stdout).contains("web")
@@ -605,16 +626,66 @@ fn a_vm_counts_while_its_daemon_does_not_know_the_memory() {
     let web = Fake::new(4 * GIB, GIB);
     host.add("web", &web);
     host.run(&[]);
-    let charged = || {
-        let status = host.ask(&["top", "--json"]).stdout;
-        let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
-        status["charged"].as_u64().unwrap()
-    };
-    wait_for("the charge", || charged() > 0);
+    wait_for("the charge", || host.charged() > 0);
     web.change(|state| state.forgets = true);
     let infos = web.get().infos;
     wait_for("answers", || web.get().infos > infos + 2);
-    assert!(charged() > 0);
+    assert!(host.charged() > 0);
+}
+
+/// QEMU runs on, and connects to the next daemon after a while.
+#[test]
+fn a_vm_counts_while_its_daemon_restarts() {
+    let mut host = Host::new(&LEASE.replace("lease = 3", "lease = 15"));
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    host.run(&[]);
+    wait_for("the charge", || host.charged() > 0);
+    let counts = |host: &Host| {
+        let before = host.decisions();
+        wait_for("decisions", || {
+            assert!(host.charged() > 0);
+            host.decisions() > before + 1
+        });
+    };
+    host.servers.clear();
+    counts(&host);
+    web.change(|state| state.ended = true);
+    let infos = web.get().infos;
+    host.add("web", &web);
+    wait_for("the daemon", || web.get().infos > infos);
+    counts(&host);
+    web.change(|state| state.ended = false);
+    web.1.info();
+    let renewals = web.get().renewals;
+    wait_for("a renewal", || web.get().renewals > renewals);
+    assert_eq!(host.log().matches("web: found").count(), 1);
+    // The next time it does not come back.
+    host.servers.clear();
+    wait_for("its end", || {
+        host.log().contains("web: its socket has gone")
+    });
+}
+
+#[test]
+fn a_vm_that_is_none_of_the_configuration_any_more_goes_at_once() {
+    let mut host = Host::new(SMALL);
+    let web = Fake::new(4 * GIB, GIB);
+    host.add("web", &web);
+    host.run(&[]);
+    wait_for("the charge", || host.charged() > 0);
+    fs::write(
+        host.path("config.toml"),
+        format!(
+            "sockets = '/no/*'
+{SMALL}"
+        ),
+    )
+    .unwrap();
+    host.signal(Signal::SIGHUP);
+    wait_for("its end", || {
+        host.log().contains("web: its socket has gone")
+    });
 }
 
 #[test]
