@@ -37,6 +37,7 @@ mod man;
 mod manager;
 mod metrics;
 mod qemu;
+mod qemu_target;
 mod record;
 mod resident;
 mod state;

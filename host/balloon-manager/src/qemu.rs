@@ -2,8 +2,7 @@
 
 //! QEMU's own balloon device, over a monitor that QEMU has for the manager alone (QMP).
 //!
-//! QEMU reports what the guest keeps, and not what it was asked for: the target is what the manager has set last. When
-//! another program sets a larger one, the balloon outgrows that target, which shows.
+//! QEMU reports what the guest keeps, and not what it was asked for.
 //!
 //! The crate `qapi` fails at an event that it does not know, and a newer QEMU has more of them. So the few commands are
 //! written here.
@@ -22,12 +21,10 @@ use tokio::time::{Instant, timeout};
 use crate::balloon::{ANSWER, Balloon};
 use crate::config::PAGE;
 use crate::lines::Lines;
+use crate::qemu_target::Target;
 
 /// How often QEMU asks the guest for statistics, in seconds: the shortest interval that it has.
 const INTERVAL: u64 = 1;
-
-/// A balloon that grows beyond its target by more than this has another target.
-const SLACK: u64 = 4 << 20;
 
 /// Where devices with and without a name are.
 const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
@@ -41,12 +38,9 @@ pub(crate) struct Monitor {
     lines: Lines,
     /// The balloon device.
     device: String,
-    /// The target that was set, in bytes.
-    target: Option<u64>,
+    target: Target,
     /// The VM's memory in bytes.
     memory: u64,
-    /// The balloon's size in bytes, when it was read last.
-    size: u64,
     stats: GuestStats,
     /// A time at which QEMU did not have these statistics yet.
     earliest: Millis,
@@ -91,9 +85,8 @@ impl Monitor {
         let mut monitor = Self {
             lines: Lines::open(path).await?,
             device: String::new(),
-            target: None,
+            target: Target::default(),
             memory: 0,
-            size: 0,
             stats: GuestStats::default(),
             earliest: 0,
             update: 0,
@@ -163,16 +156,13 @@ impl Monitor {
         let arguments = json!({ "path": self.device, "property": "guest-stats" });
         self.stats = self.execute("qom-get", arguments).await?;
         let size = self.memory.saturating_sub(kept.actual);
-        let outgrows = |target: u64| size > target.saturating_add(SLACK) && size > self.size;
-        let target = self.target.filter(|&target| !outgrows(target));
-        (self.target, self.size) = (target, size);
         Ok(Balloon {
             memory: Some(self.memory),
             // The total that QEMU shows has the balloon in it or not, by what the driver has accepted.
             unusable: 0,
             connected: true,
             largest: u64::MAX,
-            target: target.unwrap_or(size),
+            target: self.target.observe(size, Instant::now().into_std()),
             leased: false,
             claimed: false,
             notifies: false,
@@ -192,7 +182,7 @@ impl Monitor {
         let kept = self.memory.saturating_sub(bytes);
         let reply = self.call("balloon", json!({ "value": kept })).await?;
         if reply.is_ok() {
-            self.target = Some(bytes);
+            self.target.set(bytes, Instant::now().into_std());
         }
         Ok(reply.err())
     }
