@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::balloon::{Balloon, Change, Outcome};
 use crate::daemon::Connection;
-use crate::qemu::Monitor;
+use crate::qemu::{Monitor, Past};
 use crate::resident::{Memory, of_process};
 
 /// Where a balloon device is controlled.
@@ -52,22 +52,35 @@ pub(crate) enum Link {
 }
 
 impl Link {
-    /// Connects. `target` is what the manager has set last, in bytes, if it has.
-    pub(crate) async fn open(place: &Place, target: Option<u64>) -> Result<Self> {
+    /// Connects. QEMU does not report its target: `past` is what is known of it.
+    pub(crate) async fn open(place: &Place, past: Option<Past>) -> Result<Self> {
         match place {
             Place::Daemon(path) => Ok(Self::Daemon(Connection::open(path).await?)),
-            Place::Qemu(path) => Ok(Self::Qemu(Monitor::open(path, target).await?)),
+            Place::Qemu(path) => {
+                let mut monitor = Monitor::open(path).await?;
+                if let Some(past) = past {
+                    monitor.resume(past).await?;
+                }
+                Ok(Self::Qemu(monitor))
+            }
+        }
+    }
+
+    /// The process with the device.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Daemon(connection) => connection.pid(),
+            Self::Qemu(monitor) => monitor.pid(),
         }
     }
 
     /// What the host has given to a VM with so much memory, in bytes, if the manager may look at it.
     pub(crate) fn resident(&self, memory: &mut Memory, all: u64) -> Option<u64> {
+        let pid = self.pid()?;
+        let files = memory.resident(pid, all);
         match self {
-            Self::Daemon(connection) => memory.resident(connection.pid()?, all),
-            Self::Qemu(monitor) => {
-                let pid = monitor.pid()?;
-                memory.resident(pid, all).or_else(|| of_process(pid))
-            }
+            Self::Daemon(_) => files,
+            Self::Qemu(_) => files.or_else(|| of_process(pid)),
         }
     }
 

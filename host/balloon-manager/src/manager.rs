@@ -33,6 +33,7 @@ const HISTORY: usize = 20;
 #[derive(Debug)]
 struct Known {
     name: String,
+    place: Place,
     handle: Handle,
     state: Option<State>,
     /// Since when the daemon of a running VM has not answered.
@@ -59,9 +60,11 @@ impl Known {
         self.state.replace(state)
     }
 
-    /// Whether the VM may run although its daemon does not know it, or has gone: the daemon restarts.
+    /// Whether the VM may run although its daemon does not know it, or has gone: the daemon restarts. With QEMU's own
+    /// device the VM ends as well.
     fn is_awaited(&self, time: Duration) -> bool {
-        self.lost.is_some_and(|lost| lost.elapsed() < time)
+        matches!(self.place, Place::Daemon(_))
+            && self.lost.is_some_and(|lost| lost.elapsed() < time)
     }
 
     /// The VM's socket is missing, or is none of the configuration any more. Returns whether the VM may run on without it.
@@ -138,8 +141,7 @@ impl Manager {
         self.places.retain(|place, id| {
             let known = self.vms.get_mut(id);
             let stays = found.contains(place)
-                || matches!(place, Place::Daemon(_))
-                    && known.is_some_and(|known| known.lose(place, self.config.lease()));
+                || known.is_some_and(|known| known.lose(place, self.config.lease()));
             if !stays {
                 if let Some(gone) = self.vms.remove(id) {
                     log::info!(vm:% = gone.name; "{}: its socket has gone", gone.name);
@@ -156,11 +158,12 @@ impl Manager {
             let name = place.name();
             log::info!(vm:% = name; "{name}: found at {place}");
             let handle = vm::start(id, place.clone(), self.epoch, self.reports.clone());
-            self.places.insert(place, id);
+            self.places.insert(place.clone(), id);
             self.vms.insert(
                 id,
                 Known {
                     name,
+                    place,
                     handle,
                     state: None,
                     lost: None,

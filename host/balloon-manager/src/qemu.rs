@@ -32,6 +32,17 @@ const DEVICES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 /// A statistic that the guest has not sent.
 const MISSING: u64 = u64::MAX;
 
+/// What is known from an earlier connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Past {
+    /// QEMU's process.
+    pub(crate) pid: Option<i32>,
+    /// The target in bytes.
+    pub(crate) target: u64,
+    /// QEMU may not have received the target.
+    pub(crate) is_open: bool,
+}
+
 /// A connection to a monitor.
 #[derive(Debug)]
 pub(crate) struct Monitor {
@@ -39,8 +50,12 @@ pub(crate) struct Monitor {
     /// The balloon device.
     device: String,
     target: Target,
-    /// The VM's memory in bytes.
-    memory: u64,
+    /// The VM's memory without that of virtio-mem, in bytes. QEMU counts the balloon against it.
+    ram: u64,
+    /// The guest was reset a moment ago.
+    was_reset: bool,
+    /// While a guest boots whose driver has sent no statistics yet: the time of the last ones before, by QEMU's clock.
+    boots: Option<u64>,
     stats: GuestStats,
     /// A time at which QEMU did not have these statistics yet.
     earliest: Millis,
@@ -59,13 +74,14 @@ struct GuestStats {
     last_update: u64,
 }
 
-/// A message of QEMU's. Events have neither of these.
+/// A message of QEMU's. An event has no value and no error.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Message {
     #[serde(rename = "return")]
     value: Option<Value>,
     error: Option<Failure>,
+    event: Option<String>,
     id: Value,
 }
 
@@ -75,18 +91,19 @@ struct Failure {
 }
 
 impl Monitor {
-    /// Connects, and has QEMU request statistics of the guest. Sets `target` again, in bytes: QEMU may not have received
-    /// it before an earlier connection broke.
+    /// Connects, and has QEMU request statistics of the guest.
     ///
     /// # Errors
     ///
     /// Another program uses the monitor, or the VM has no balloon device.
-    pub(crate) async fn open(path: &Path, target: Option<u64>) -> Result<Self> {
+    pub(crate) async fn open(path: &Path) -> Result<Self> {
         let mut monitor = Self {
             lines: Lines::open(path).await?,
             device: String::new(),
             target: Target::default(),
-            memory: 0,
+            ram: 0,
+            was_reset: false,
+            boots: None,
             stats: GuestStats::default(),
             earliest: 0,
             update: 0,
@@ -102,11 +119,20 @@ impl Monitor {
             "value": INTERVAL,
         });
         monitor.execute::<Value>("qom-set", arguments).await?;
-        if let Some(target) = target {
-            monitor.balloon().await?;
-            monitor.set(target).await?;
-        }
         Ok(monitor)
+    }
+
+    /// Continues with the target of an earlier connection to this process, and sets it again if it is open.
+    pub(crate) async fn resume(&mut self, past: Past) -> Result<()> {
+        if past.pid != self.pid() {
+            return Ok(());
+        }
+        self.target.set(past.target, Instant::now().into_std());
+        if past.is_open {
+            self.balloon().await?;
+            self.set(past.target).await?;
+        }
+        Ok(())
     }
 
     async fn find_device(&mut self) -> Result<String> {
@@ -135,13 +161,6 @@ impl Monitor {
 
     pub(crate) async fn balloon(&mut self) -> Result<Balloon> {
         #[derive(Deserialize)]
-        #[serde(rename_all = "kebab-case")]
-        struct Memory {
-            base_memory: u64,
-            #[serde(default)]
-            plugged_memory: u64,
-        }
-        #[derive(Deserialize)]
         struct Kept {
             actual: u64,
         }
@@ -149,37 +168,72 @@ impl Monitor {
         struct Status {
             running: bool,
         }
-        let memory: Memory = self.execute("query-memory-size-summary", json!({})).await?;
-        self.memory = memory.base_memory.saturating_add(memory.plugged_memory);
+        let memory = self.memory().await?;
         let kept: Kept = self.execute("query-balloon", json!({})).await?;
         let status: Status = self.execute("query-status", json!({})).await?;
         let arguments = json!({ "path": self.device, "property": "guest-stats" });
         self.stats = self.execute("qom-get", arguments).await?;
-        let size = self.memory.saturating_sub(kept.actual);
+        self.watch_reset();
+        let size = self.ram.saturating_sub(kept.actual);
+        let boots = self.boots.is_some();
         Ok(Balloon {
-            memory: Some(self.memory),
+            memory: Some(memory),
             // The total that QEMU shows has the balloon in it or not, by what the driver has accepted.
             unusable: 0,
             connected: true,
-            largest: u64::MAX,
+            largest: self.ram,
             target: self.target.observe(size, Instant::now().into_std()),
             leased: false,
             claimed: false,
             notifies: false,
             lapsed: false,
-            size,
+            size: if boots { 0 } else { size },
             resident: None,
             granule: PAGE,
-            driver: self.stats.last_update > 0,
+            driver: self.stats.last_update > 0 && !boots,
             // A VM that does not run is paused, or migrates.
             frozen: !status.running,
             stopped: None,
         })
     }
 
+    /// The VM's memory in bytes, without NVDIMMs.
+    async fn memory(&mut self) -> Result<u64> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Memory {
+            base_memory: u64,
+        }
+        #[derive(Deserialize)]
+        struct Device {
+            #[serde(rename = "type")]
+            kind: String,
+            data: Value,
+        }
+        let memory: Memory = self.execute("query-memory-size-summary", json!({})).await?;
+        let devices: Vec<Device> = self.execute("query-memory-devices", json!({})).await?;
+        let sum = |kind| -> u64 {
+            let devices = devices.iter().filter(|device| device.kind == kind);
+            devices
+                .filter_map(|device| device.data["size"].as_u64())
+                .sum()
+        };
+        self.ram = memory.base_memory.saturating_add(sum("dimm"));
+        Ok(self.ram.saturating_add(sum("virtio-mem")))
+    }
+
+    /// QEMU keeps the balloon's size and the statistics when the guest is reset.
+    fn watch_reset(&mut self) {
+        let update = self.stats.last_update;
+        if std::mem::take(&mut self.was_reset) {
+            self.boots = Some(update);
+        }
+        self.boots = self.boots.filter(|&old| old == update);
+    }
+
     /// Sets a target in bytes. Returns why QEMU refuses it, if it does.
     pub(crate) async fn set(&mut self, bytes: u64) -> Result<Option<String>> {
-        let kept = self.memory.saturating_sub(bytes);
+        let kept = self.ram.saturating_sub(bytes);
         let reply = self.call("balloon", json!({ "value": kept })).await?;
         if reply.is_ok() {
             self.target.set(bytes, Instant::now().into_std());
@@ -223,6 +277,7 @@ impl Monitor {
         self.lines.send(&request).await?;
         loop {
             let message: Message = self.lines.receive().await?;
+            self.was_reset |= message.event.as_deref() == Some("RESET");
             if let Some(Failure { desc }) = message.error {
                 return Ok(Err(desc));
             }
@@ -254,24 +309,49 @@ fn sample(stats: &GuestStats, taken: Millis) -> Option<Sample> {
 mod tests {
     use std::io::{BufRead, BufReader, Write};
     use std::os::unix::net::UnixListener;
+    use std::sync::Mutex;
     use std::thread;
 
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
-    /// Plays the monitor of a VM of 64 MiB for one client. Returns the sizes that the client has set, in bytes.
-    fn monitor(listener: &UnixListener) -> Vec<u64> {
+    /// A VM with QEMU's monitor.
+    #[derive(Clone)]
+    struct Vm {
+        actual: u64,
+        update: u64,
+        devices: Value,
+        event: &'static str,
+    }
+
+    impl Vm {
+        /// A VM of 64 MiB with an empty balloon.
+        fn new() -> Self {
+            Self {
+                actual: 64 * MIB,
+                update: 1,
+                devices: json!([]),
+                // Events come at any time.
+                event: "NEW_IN_QEMU_99",
+            }
+        }
+    }
+
+    /// Plays the monitor of a VM for one client. Returns the sizes that the client has set, in bytes.
+    fn monitor(listener: &UnixListener, vm: &Mutex<Vm>) -> Vec<u64> {
         let (mut stream, _) = listener.accept().unwrap();
         let mut kept = Vec::new();
         stream.write_all(b"{\"QMP\":{}}\n").unwrap();
         for line in BufReader::new(stream.try_clone().unwrap()).lines() {
             let request: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            let vm = vm.lock().unwrap().clone();
             let value = match request["execute"].as_str().unwrap() {
                 "qom-list" => json!([{ "name": "b", "type": "child<virtio-balloon-pci>" }]),
-                "qom-get" => json!({ "stats": {}, "last-update": 0 }),
+                "qom-get" => json!({ "stats": {}, "last-update": vm.update }),
                 "query-memory-size-summary" => json!({ "base-memory": 64 * MIB }),
-                "query-balloon" => json!({ "actual": 64 * MIB }),
+                "query-memory-devices" => vm.devices,
+                "query-balloon" => json!({ "actual": vm.actual }),
                 "query-status" => json!({ "running": true }),
                 "balloon" => {
                     kept.push(request["arguments"]["value"].as_u64().unwrap());
@@ -279,29 +359,101 @@ mod tests {
                 }
                 _ => json!({}),
             };
-            // Events come at any time.
             let reply = json!({ "return": value, "id": request["id"] });
-            writeln!(stream, "{}\n{reply}", json!({ "event": "NEW_IN_QEMU_99" })).unwrap();
+            writeln!(stream, "{}\n{reply}", json!({ "event": vm.event })).unwrap();
         }
         kept
     }
 
-    #[test]
-    fn a_new_connection_sets_the_target_again() {
+    /// Connects to the monitor of a VM. Returns the sizes that the client has set, in bytes.
+    fn connect<F: Future<Output = ()>>(
+        vm: &Mutex<Vm>,
+        client: impl FnOnce(Monitor) -> F,
+    ) -> Vec<u64> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm.qmp");
         let listener = UnixListener::bind(&path).unwrap();
-        let qemu = thread::spawn(move || monitor(&listener));
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        let balloon = runtime.unwrap().block_on(async {
-            let mut monitor = Monitor::open(&path, Some(16 * MIB)).await.unwrap();
-            monitor.balloon().await.unwrap()
+        thread::scope(|scope| {
+            let qemu = scope.spawn(|| monitor(&listener, vm));
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime.unwrap().block_on(async {
+                client(Monitor::open(&path).await.unwrap()).await;
+            });
+            qemu.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn a_new_connection_knows_the_target_and_sets_an_open_one_again() {
+        let own = Some(std::process::id().try_into().unwrap());
+        for (pid, is_open, target, set) in [
+            (own, true, 16 * MIB, &[48 * MIB][..]),
+            // Another program may have set the target since.
+            (own, false, 16 * MIB, &[]),
+            // The guest of another process may still boot.
+            (Some(1), true, 0, &[]),
+            (None, true, 0, &[]),
+        ] {
+            let past = Past {
+                pid,
+                target: 16 * MIB,
+                is_open,
+            };
+            let kept = connect(&Mutex::new(Vm::new()), |mut monitor| async move {
+                monitor.resume(past).await.unwrap();
+                let balloon = monitor.balloon().await.unwrap();
+                assert_eq!((balloon.target, balloon.size), (target, 0));
+                assert!(balloon.driver && !balloon.frozen);
+            });
+            assert_eq!(kept, set);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_was_reset_has_no_balloon_until_its_driver_sends_statistics() {
+        let vm = &Mutex::new(Vm {
+            actual: 48 * MIB,
+            ..Vm::new()
         });
-        assert_eq!((balloon.target, balloon.size), (16 * MIB, 0));
-        assert!(!balloon.driver && !balloon.frozen);
-        assert_eq!(qemu.join().unwrap(), [48 * MIB]);
+        connect(vm, |mut monitor| async move {
+            for (update, event, driver, size) in [
+                (1, "RTC_CHANGE", true, 16 * MIB),
+                // The guest has sent these before the reset.
+                (2, "RESET", false, 0),
+                (2, "RTC_CHANGE", false, 0),
+                (3, "RTC_CHANGE", true, 16 * MIB),
+            ] {
+                {
+                    let mut vm = vm.lock().unwrap();
+                    (vm.update, vm.event) = (update, event);
+                }
+                let balloon = monitor.balloon().await.unwrap();
+                assert_eq!((balloon.driver, balloon.size), (driver, size), "{update}");
+            }
+        });
+    }
+
+    #[test]
+    fn memory_of_virtio_mem_is_not_in_the_balloon() {
+        let device = |kind, size| json!({ "type": kind, "data": { "size": size } });
+        let vm = Mutex::new(Vm {
+            actual: 96 * MIB,
+            devices: json!([
+                device("dimm", 32 * MIB),
+                device("virtio-mem", 128 * MIB),
+                device("nvdimm", 512 * MIB),
+            ]),
+            ..Vm::new()
+        });
+        let kept = connect(&vm, |mut monitor| async move {
+            let balloon = monitor.balloon().await.unwrap();
+            assert_eq!((balloon.memory, balloon.size), (Some(224 * MIB), 0));
+            assert_eq!((balloon.largest, balloon.target), (96 * MIB, 0));
+            monitor.set(16 * MIB).await.unwrap();
+        });
+        assert_eq!(kept, [80 * MIB]);
     }
 
     #[test]

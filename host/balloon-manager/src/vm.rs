@@ -5,6 +5,7 @@
 //! Each VM has tasks of its own, and each request has a time limit: a device that hangs delays no other VM.
 
 use std::future::pending;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::balloon::{Balloon, Change, Outcome, Terms};
 use crate::config::PAGE;
 use crate::daemon;
 use crate::link::{Link, Place};
+use crate::qemu::Past;
 use crate::resident::Memory;
 use crate::state::State;
 
@@ -81,6 +83,7 @@ pub(crate) fn start(
             terms: agreed,
             renewed: None,
             conflict: None,
+            pid: None,
             target: None,
             own: Vec::new(),
             answered: 0,
@@ -110,6 +113,8 @@ struct Task {
     renewed: Option<Instant>,
     /// The target of another program that an order has met, in bytes.
     conflict: Option<u64>,
+    /// The process with the device.
+    pid: Option<i32>,
     /// The target of the newest order, in bytes.
     target: Option<u64>,
     /// The targets that the manager has set, or may have set, in bytes. It renews the lease of no other one.
@@ -322,16 +327,40 @@ impl Task {
         true
     }
 
+    /// Handles that the device does not answer.
+    fn fail(&mut self, error: &anyhow::Error) {
+        self.link = None;
+        let io = error.downcast_ref::<io::Error>();
+        let is_refused = io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if is_refused && matches!(self.place, Place::Qemu(_)) {
+            return self.end();
+        }
+        self.resolve(false);
+        self.send(|state| state.reachable = false);
+    }
+
+    /// Reports that there is no VM: QEMU has ended, whose socket has stayed, or another one listens there.
+    fn end(&mut self) {
+        (self.pid, self.target) = (None, None);
+        if let Some(doubt) = self.doubt.take() {
+            self.answered = doubt.number;
+        }
+        let answered = self.answered;
+        self.send(|state| {
+            let balloon = &mut state.balloon;
+            (balloon.connected, balloon.memory, balloon.driver) = (false, None, false);
+            (state.answered, state.reachable) = (answered, true);
+        });
+    }
+
     async fn report(&mut self) {
         let balloon = match self.link().await {
             Ok(link) => link.balloon().await,
             Err(error) => Err(error),
         };
-        let Ok(balloon) = balloon else {
-            self.link = None;
-            self.resolve(false);
-            self.send(|state| state.reachable = false);
-            return;
+        let balloon = match balloon {
+            Ok(balloon) => balloon,
+            Err(error) => return self.fail(&error),
         };
         self.resolve(true);
         self.tell_conflict(&balloon);
@@ -369,9 +398,28 @@ impl Task {
     async fn link(&mut self) -> anyhow::Result<&mut Link> {
         let link = match self.link.take() {
             Some(link) => link,
-            None => Link::open(&self.place, self.target).await?,
+            None => self.connect().await?,
         };
         Ok(self.link.insert(link))
+    }
+
+    async fn connect(&mut self) -> anyhow::Result<Link> {
+        let (is_open, state) = (self.doubt.is_some(), self.state.as_ref());
+        let known = state.map(|state| state.balloon.target);
+        let past = self.target.filter(|_| is_open).or(known);
+        let past = past.map(|target| Past {
+            pid: self.pid,
+            target,
+            is_open,
+        });
+        let link = Link::open(&self.place, past).await?;
+        let is_other = self.pid.is_some_and(|old| Some(old) != link.pid());
+        if is_other && matches!(link, Link::Qemu(_)) {
+            self.end();
+            anyhow::bail!("another QEMU has the monitor");
+        }
+        self.pid = link.pid();
+        Ok(link)
     }
 }
 

@@ -4,8 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -18,6 +20,7 @@ use balloon_control::{
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const GIB: u64 = 1 << 30;
@@ -234,6 +237,33 @@ impl Handler for Fake {
     }
 }
 
+/// Plays QEMU's monitor of a VM of 4 GiB with an empty balloon, for one client.
+fn monitor(listener: &UnixListener) -> UnixStream {
+    let (mut stream, _) = listener.accept().unwrap();
+    let client = stream.try_clone().unwrap();
+    stream.write_all(b"{\"QMP\":{}}\n").unwrap();
+    let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            let request: Value = serde_json::from_str(&line).unwrap();
+            let value = match request["execute"].as_str().unwrap() {
+                "qom-list" => json!([{ "name": "b", "type": "child<virtio-balloon-pci>" }]),
+                "qom-get" => json!({ "stats": {}, "last-update": 0 }),
+                "query-memory-size-summary" => json!({ "base-memory": 4 * GIB }),
+                "query-memory-devices" => json!([]),
+                "query-balloon" => json!({ "actual": 4 * GIB }),
+                "query-status" => json!({ "running": true }),
+                _ => json!({}),
+            };
+            let reply = json!({ "return": value, "id": request["id"] });
+            if writeln!(stream, "{reply}").is_err() {
+                break;
+            }
+        }
+    });
+    client
+}
+
 /// A host with sockets, and the manager.
 struct Host {
     directory: TempDir,
@@ -324,7 +354,7 @@ impl Host {
     /// What the VMs are charged for, in pages.
     fn charged(&self) -> u64 {
         let status = self.ask(&["top", "--json"]).stdout;
-        let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
+        let status: Value = serde_json::from_slice(&status).unwrap();
         status["charged"].as_u64().unwrap()
     }
 
@@ -686,6 +716,25 @@ fn a_vm_that_is_none_of_the_configuration_any_more_goes_at_once() {
     wait_for("its end", || {
         host.log().contains("web: its socket has gone")
     });
+}
+
+/// Its socket stays. Another QEMU may come.
+#[test]
+fn a_vm_whose_qemu_was_killed_does_not_count() {
+    let mut host = Host::new(SMALL);
+    let path = host.path("web.qmp");
+    host.configure(&format!("qmp = '{}'\n{SMALL}", path.display()));
+    let listener = UnixListener::bind(&path).unwrap();
+    host.run(&[]);
+    let client = monitor(&listener);
+    wait_for("the charge", || host.charged() == 4 * GIB / 4096);
+    drop(listener);
+    client.shutdown(Shutdown::Both).unwrap();
+    wait_for("the end of the charge", || host.charged() == 0);
+    fs::remove_file(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
+    let _client = monitor(&listener);
+    wait_for("the charge", || host.charged() == 4 * GIB / 4096);
 }
 
 #[test]
