@@ -218,8 +218,16 @@ impl Task {
             Outcome::Set => self.own = vec![target],
             Outcome::Refused(reason) => {
                 log::warn!(vm:% = self.place.name(); "{}: {reason}", self.place);
+                // A daemon that cannot write its state file has set the target all the same.
+                self.may_have_set(target);
             }
             Outcome::Conflict(target) => self.conflict = Some(target),
+        }
+    }
+
+    fn may_have_set(&mut self, target: u64) {
+        if !self.own.contains(&target) {
+            self.own.push(target);
         }
     }
 
@@ -275,7 +283,7 @@ impl Task {
         self.target = Some(order.target);
         if self.set(order).await.is_err() {
             self.link = None;
-            self.own.push(order.target);
+            self.may_have_set(order.target);
             let mut before = self
                 .doubt
                 .take()

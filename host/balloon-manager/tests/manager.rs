@@ -46,6 +46,8 @@ struct State {
     renewals: u64,
     /// The daemon refuses targets.
     refuses: bool,
+    /// The daemon cannot write its state file: it sets targets, and reports an error.
+    forgetful: bool,
     /// Another program sets this target just before the next one.
     rival: Option<u64>,
     /// The daemon neither answers nor sets the next target.
@@ -80,6 +82,7 @@ impl Fake {
             lapsed: false,
             renewals: 0,
             refuses: false,
+            forgetful: false,
             rival: None,
             loses: false,
             forgets: false,
@@ -217,7 +220,10 @@ impl Handler for Fake {
                 let most = state.memory.saturating_sub(state.used).max(state.size);
                 state.size = bytes.min(most);
                 state.sets += 1;
-                Ok(Response::Done {})
+                match state.forgetful {
+                    true => Err(ControlError::new(ErrorKind::Failed, "unsaved", "no")),
+                    false => Ok(Response::Done {}),
+                }
             }
             Request::Stats { .. } => {
                 let usable = state.memory - state.size;
@@ -875,6 +881,18 @@ fn a_daemon_that_refuses_targets_is_asked_again_later() {
     wait_for("memory of the other VM", || db.usable() < 2 * GIB);
     assert_eq!(web.grant(), 4 * GIB);
     assert_eq!(host.log().matches("no; ask another one").count(), 1);
+}
+
+#[test]
+fn leases_of_a_daemon_that_cannot_keep_them_are_renewed() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    web.change(|state| state.forgetful = true);
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    web.wait_for_renewals(2);
+    assert!(host.log().contains("unsaved; no"));
 }
 
 #[test]
