@@ -51,6 +51,27 @@ pub(crate) struct Terms {
     pub(crate) fallback: u64,
 }
 
+/// What the manager does with its lease on a VM's target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tenure {
+    /// It neither renews nor ends the lease.
+    Unknown,
+    /// It renews the lease.
+    Renewed(Terms),
+    /// It ends the lease, and the target stays: the manager leaves the VM alone.
+    Ended,
+}
+
+impl Tenure {
+    /// The lease of a target that is set now.
+    pub(crate) const fn terms(&self) -> Option<Terms> {
+        match self {
+            Self::Renewed(terms) => Some(*terms),
+            Self::Unknown | Self::Ended => None,
+        }
+    }
+}
+
 /// A target that replaces another one. Both are in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Change {

@@ -13,7 +13,7 @@ use balloon_policy::{
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::balloon::Terms;
+use crate::balloon::{Tenure, Terms};
 use crate::config::{Config, PAGE};
 use crate::host::Host;
 use crate::link::Place;
@@ -268,17 +268,13 @@ impl Manager {
             };
             known.account = Some(*account);
             let vm = observation.vms.iter().find(|vm| vm.id == account.vm);
-            // A VM that the manager leaves alone has no settings.
-            let is_managed = |vm: &&Vm| {
-                let settings = self.config.settings(&known.name, vm.memory, 0);
-                !self.observe && settings.is_some()
+            let tenure = match vm.filter(|_| !self.observe) {
+                Some(vm) => tenure(&known.name, vm, account, &self.config),
+                None => Tenure::Unknown,
             };
-            let terms = vm
-                .filter(is_managed)
-                .map(|vm| terms(vm, account, &self.config));
-            known.handle.terms.send_if_modified(|old| {
-                let changes = *old != terms;
-                *old = terms;
+            known.handle.tenure.send_if_modified(|old| {
+                let changes = *old != tenure;
+                *old = tenure;
                 changes
             });
             let sample = vm.and_then(|vm| vm.sample);
@@ -458,14 +454,18 @@ impl Manager {
 }
 
 /// With which lease the targets of a VM are set.
-fn terms(vm: &Vm, account: &Account, config: &Config) -> Terms {
+fn tenure(name: &str, vm: &Vm, account: &Account, config: &Config) -> Tenure {
+    // A VM that the manager leaves alone has no settings.
+    if config.settings(name, vm.memory, 0).is_none() {
+        return Tenure::Ended;
+    }
     let fallback = vm.memory.saturating_sub(account.fallback);
     // Rounded up: the VM does not get more than its share.
     let fallback = fallback.next_multiple_of(vm.granule.max(1));
-    Terms {
+    Tenure::Renewed(Terms {
         time: config.lease(),
         fallback: fallback * PAGE,
-    }
+    })
 }
 
 /// The paths that match a pattern.

@@ -14,7 +14,7 @@ use bytesize::ByteSize;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, interval, sleep_until};
 
-use crate::balloon::{Balloon, Change, Outcome, Terms};
+use crate::balloon::{Balloon, Change, Outcome, Tenure};
 use crate::config::PAGE;
 use crate::daemon;
 use crate::link::{Link, Place};
@@ -47,8 +47,8 @@ pub(crate) struct Order {
 pub(crate) struct Handle {
     pub(crate) orders: mpsc::UnboundedSender<Order>,
     pub(crate) pace: watch::Sender<Duration>,
-    /// The lease of the VM's targets. Without it the manager renews none.
-    pub(crate) terms: watch::Sender<Option<Terms>>,
+    /// The lease of the VM's targets.
+    pub(crate) tenure: watch::Sender<Tenure>,
 }
 
 /// Starts the tasks of the VM with the device at this place. They send what it reports.
@@ -60,7 +60,7 @@ pub(crate) fn start(
 ) -> Handle {
     let (orders, received) = mpsc::unbounded_channel();
     let (pace, paces) = watch::channel(SLOW);
-    let (terms, agreed) = watch::channel(None);
+    let (tenure, tenures) = watch::channel(Tenure::Unknown);
     let (sample, samples) = watch::channel(None);
     let changed = Arc::new(Notify::new());
     if let Place::Daemon(path) = &place {
@@ -80,7 +80,7 @@ pub(crate) fn start(
             epoch,
             memory: Memory::default(),
             link: None,
-            terms: agreed,
+            tenure: tenures,
             renewed: None,
             conflict: None,
             pid: None,
@@ -98,7 +98,7 @@ pub(crate) fn start(
     Handle {
         orders,
         pace,
-        terms,
+        tenure,
     }
 }
 
@@ -108,8 +108,8 @@ struct Task {
     epoch: Instant,
     memory: Memory,
     link: Option<Link>,
-    terms: watch::Receiver<Option<Terms>>,
-    /// When the manager has renewed the lease the last time.
+    tenure: watch::Receiver<Tenure>,
+    /// When the manager has set a target, or renewed its lease, the last time.
     renewed: Option<Instant>,
     /// The target of another program that an order has met, in bytes.
     conflict: Option<u64>,
@@ -202,7 +202,7 @@ impl Task {
 
     /// Sends a target that replaces the one `before`. Both are in bytes.
     async fn change(&mut self, before: u64, target: u64) -> anyhow::Result<Outcome> {
-        let terms = *self.terms.borrow();
+        let terms = self.tenure.borrow().terms();
         self.renewed = Some(Instant::now());
         let change = Change {
             before,
@@ -231,18 +231,22 @@ impl Task {
         }
     }
 
-    /// When the lease must be renewed, if the target is the manager's own and has a lease.
+    /// When the lease must be renewed or ended, if the target is the manager's own and has a lease.
     fn due(&self) -> Option<Instant> {
-        let terms = (*self.terms.borrow())?;
+        let interval = match *self.tenure.borrow() {
+            Tenure::Unknown => return None,
+            Tenure::Renewed(terms) => terms.time / RENEWALS,
+            Tenure::Ended => SLOW,
+        };
         let balloon = &self.state.as_ref().filter(|_| self.link.is_some())?.balloon;
         if !balloon.leased || !self.own.contains(&balloon.target) {
             return None;
         }
-        let renewed = self.renewed.map(|renewed| renewed + terms.time / RENEWALS);
+        let renewed = self.renewed.map(|renewed| renewed + interval);
         Some(renewed.unwrap_or_else(Instant::now))
     }
 
-    /// Renews the lease. If that fails, the next attempt comes before the lease ends.
+    /// Renews or ends the lease. If that fails, the next attempt comes before the lease runs out.
     async fn renew(&mut self) {
         let Some(target) = self.state.as_ref().map(|state| state.balloon.target) else {
             return;

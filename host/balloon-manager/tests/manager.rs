@@ -819,6 +819,24 @@ fn targets_have_leases_that_the_manager_and_the_next_one_renew() {
     }
 }
 
+/// Without the lease the daemon sets no other target.
+#[test]
+fn a_vm_that_the_manager_shall_leave_alone_keeps_its_target_for_good() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    web.wait_for_renewals(1);
+    host.configure(&format!("{LEASE}[vm.web]\nweight = 0\n"));
+    host.signal(Signal::SIGHUP);
+    wait_for("the end of the lease", || web.get().lease.is_none());
+    let State { target, sets, .. } = web.get();
+    assert!(target > 0);
+    db.wait_for_renewals(3);
+    assert_eq!((web.get().target, web.get().sets), (target, sets));
+}
+
 #[test]
 fn a_manager_that_was_stopped_takes_up_the_targets_after_its_leases() {
     let mut host = Host::new(LEASE);
