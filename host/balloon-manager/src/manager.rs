@@ -184,10 +184,10 @@ impl Manager {
         self.vms.get_mut(&id).is_some_and(|known| {
             let old = known.replace(state);
             let new = known.state.as_ref();
-            let is_at_rest = old.as_ref().zip(new).is_some_and(|(old, new)| {
-                let account = known.account.as_ref();
-                account.is_some_and(|account| new.is_at_rest(old, account))
-            });
+            let is_at_rest = old
+                .as_ref()
+                .zip(new)
+                .is_some_and(|(old, new)| new.is_at_rest(old, known.account.as_ref()));
             waits || !is_at_rest
         })
     }
@@ -262,14 +262,13 @@ impl Manager {
 
     /// Passes the state of each VM on to its tasks: how often to look at it, and with which lease.
     fn tell_tasks(&mut self, observation: &Observation, decision: &Decision) {
-        for account in &decision.accounts {
-            let Some(known) = self.vms.get_mut(&account.vm) else {
-                continue;
-            };
-            known.account = Some(*account);
-            let vm = observation.vms.iter().find(|vm| vm.id == account.vm);
-            let tenure = match vm.filter(|_| !self.observe) {
-                Some(vm) => tenure(&known.name, vm, account, &self.config),
+        for (&id, known) in &mut self.vms {
+            let vm = observation.vms.iter().find(|vm| vm.id == id);
+            let account = decision.accounts.iter().find(|account| account.vm == id);
+            // A VM that has ended has none.
+            known.account = account.copied();
+            let tenure = match vm.zip(account).filter(|_| !self.observe) {
+                Some((vm, account)) => tenure(&known.name, vm, account, &self.config),
                 None => Tenure::Unknown,
             };
             known.handle.tenure.send_if_modified(|old| {
@@ -282,10 +281,9 @@ impl Manager {
                 .state
                 .as_ref()
                 .is_some_and(|state| state.balloon.notifies);
-            let pace = if is_busy(sample, account, notifies) {
-                vm::FAST
-            } else {
-                vm::SLOW
+            let pace = match account {
+                Some(account) if is_busy(sample, account, notifies) => vm::FAST,
+                _ => vm::SLOW,
             };
             known.handle.pace.send_if_modified(|old| {
                 let changes = *old != pace;

@@ -24,13 +24,14 @@ pub(crate) struct State {
 
 impl State {
     /// Whether nothing has changed since the old state that a decision should follow at once.
-    pub(crate) fn is_at_rest(&self, old: &Self, account: &Account) -> bool {
+    pub(crate) fn is_at_rest(&self, old: &Self, account: Option<&Account>) -> bool {
         let events = |sample: Sample| (sample.stalls, sample.swapped_in, sample.kills);
         let growth = self
             .resident
             .unwrap_or(0)
             .saturating_sub(old.resident.unwrap_or(0));
-        !is_busy(self.sample, account, self.balloon.notifies)
+        let is_busy = |account| is_busy(self.sample, account, self.balloon.notifies);
+        !account.is_some_and(is_busy)
             && old.sample.map(events) == self.sample.map(events)
             && growth < GROWTH
             && (self.answered, self.reachable) == (old.answered, old.reachable)
@@ -170,7 +171,7 @@ mod tests {
         let is_at_rest = |change: &dyn Fn(&mut State)| {
             let mut new = old.clone();
             change(&mut new);
-            new.is_at_rest(&old, &account)
+            new.is_at_rest(&old, Some(&account))
         };
         assert!(is_at_rest(&|_| {}));
         assert!(is_at_rest(&|new| new.sample = sample(2 * HEADROOM, 0)));
@@ -186,7 +187,9 @@ mod tests {
             need: account.grant + 1,
             ..account
         };
-        assert!(!old.is_at_rest(&old, &hungry));
+        assert!(!old.is_at_rest(&old, Some(&hungry)));
+        // No VM is connected.
+        assert!(old.is_at_rest(&old, None));
     }
 
     #[test]

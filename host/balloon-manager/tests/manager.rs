@@ -743,6 +743,31 @@ fn a_vm_whose_qemu_was_killed_does_not_count() {
     wait_for("the charge", || host.charged() == 4 * GIB / 4096);
 }
 
+/// Its daemon runs on, for the next VM.
+#[test]
+fn a_vm_that_has_ended_has_no_account_and_no_lease() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    web.wait_for_renewals(1);
+    web.change(|state| state.ended = true);
+    web.1.info();
+    wait_for("the end of the account", || {
+        let metrics = words(&host.ask(&["metrics"]).stdout);
+        !metrics.contains("vm_memory_bytes{vm=\"web\"}")
+    });
+    let top = words(&host.ask(&["top"]).stdout);
+    let line = top.lines().find(|line| line.starts_with("web")).unwrap();
+    assert!(line.ends_with("unknown"), "{line}");
+    // One may be on its way.
+    db.wait_for_renewals(1);
+    let renewals = web.get().renewals;
+    db.wait_for_renewals(3);
+    assert_eq!(web.get().renewals, renewals);
+}
+
 #[test]
 fn a_target_of_another_program_is_not_overwritten() {
     let mut host = Host::new(LEASE);
