@@ -266,6 +266,19 @@ mod tests {
         Config::load(Some(&path))
     }
 
+    /// Without that setting systemd removes the directory when it stops the service.
+    #[test]
+    fn drop_ins_in_run_outlive_the_service() {
+        let unit = include_str!("../systemd/balloon-manager.service");
+        assert!(DROP_INS.contains(&"/run/balloon-manager/config.d"));
+        for line in [
+            "RuntimeDirectory=balloon-manager",
+            "RuntimeDirectoryPreserve=yes",
+        ] {
+            assert!(unit.lines().any(|one| one == line), "{line}");
+        }
+    }
+
     #[test]
     fn an_empty_file_is_a_configuration() {
         assert_eq!(load("").unwrap(), Config::default());
