@@ -12,7 +12,7 @@ use std::time::Duration;
 use balloon_policy::{Sample, VmId};
 use bytesize::ByteSize;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, interval, sleep_until};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 
 use crate::balloon::{Balloon, Change, Outcome, Tenure};
 use crate::config::PAGE;
@@ -40,6 +40,13 @@ pub(crate) struct Order {
     pub(crate) target: u64,
     /// The target that it replaces.
     pub(crate) before: u64,
+}
+
+/// A timer that makes up for no ticks that it has missed.
+fn ticks(pace: Duration) -> Interval {
+    let mut timer = interval(pace);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    timer
 }
 
 /// The manager's side of a VM's tasks. They end when it is dropped.
@@ -152,7 +159,7 @@ impl Task {
         mut orders: mpsc::UnboundedReceiver<Order>,
         mut paces: watch::Receiver<Duration>,
     ) {
-        let mut timer = interval(*paces.borrow_and_update());
+        let mut timer = ticks(*paces.borrow_and_update());
         loop {
             let due = self.due();
             let renewal = async {
@@ -169,7 +176,7 @@ impl Task {
                 },
                 changed = paces.changed() => match changed {
                     Ok(()) => {
-                        timer = interval(*paces.borrow_and_update());
+                        timer = ticks(*paces.borrow_and_update());
                         continue;
                     }
                     Err(_) => return,
@@ -438,6 +445,21 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_timer_that_was_late_ticks_once() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build();
+        runtime.unwrap().block_on(async {
+            let mut timer = ticks(FAST);
+            timer.tick().await;
+            std::thread::sleep(4 * FAST);
+            timer.tick().await;
+            let next = tokio::time::timeout(Duration::ZERO, timer.tick()).await;
+            assert!(next.is_err());
+        });
+    }
 
     #[test]
     fn an_order_is_in_doubt_until_the_daemon_has_answered_for_a_while() {
