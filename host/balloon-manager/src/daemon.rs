@@ -96,7 +96,7 @@ impl Connection {
     ) -> Result<T, Failure> {
         let reply = match timeout(limit, self.exchange(request)).await {
             Ok(reply) => reply,
-            Err(elapsed) => Err(elapsed.into()),
+            Err(elapsed) => Err(anyhow::Error::new(elapsed).context("the daemon does not answer")),
         };
         match reply {
             Ok(Reply::Ok(answer)) => Ok(answer),

@@ -95,6 +95,7 @@ pub(crate) fn start(
             own: Vec::new(),
             answered: 0,
             doubt: None,
+            failure: None,
             state: None,
             reports,
             samples,
@@ -129,6 +130,8 @@ struct Task {
     /// The newest order with a known fate.
     answered: u64,
     doubt: Option<Doubt>,
+    /// Why the device does not answer. This is logged once.
+    failure: Option<String>,
     state: Option<State>,
     reports: mpsc::UnboundedSender<(VmId, State)>,
     samples: watch::Receiver<Option<Sample>>,
@@ -349,6 +352,11 @@ impl Task {
     /// Handles that the device does not answer.
     fn fail(&mut self, error: &anyhow::Error) {
         self.link = None;
+        let text = format!("{}: {error:#}", self.place);
+        if self.failure.as_ref() != Some(&text) {
+            log::warn!(vm:% = self.place.name(); "{text}");
+            self.failure = Some(text);
+        }
         let io = error.downcast_ref::<io::Error>();
         let is_refused = io.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
         if is_refused && matches!(self.place, Place::Qemu(_)) {
@@ -381,6 +389,7 @@ impl Task {
             Ok(balloon) => balloon,
             Err(error) => return self.fail(&error),
         };
+        self.failure = None;
         self.resolve(true);
         self.tell_conflict(&balloon);
         if self.state.is_none() && balloon.leased {

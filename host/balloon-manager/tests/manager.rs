@@ -557,6 +557,8 @@ fn a_daemon_that_hangs_delays_no_other_vm() {
     host.add("db", &db);
     host.run(&[]);
     wait_for("memory that fits", || web.usable() + db.usable() <= 6 * GIB);
+    let line = "hanging/control.sock: the daemon does not answer";
+    wait_for("the error", || host.log().contains(line));
     drop(hanging);
 }
 
