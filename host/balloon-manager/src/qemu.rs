@@ -57,8 +57,9 @@ pub(crate) struct Monitor {
     /// While a guest boots whose driver has sent no statistics yet: the time of the last ones before, by QEMU's clock.
     boots: Option<u64>,
     stats: GuestStats,
-    /// A time at which QEMU did not have these statistics yet.
+    /// A time at which QEMU did not have these statistics yet, and one at which it had them.
     earliest: Millis,
+    latest: Millis,
     /// By QEMU's clock, the time of the statistics that the manager has read last.
     update: u64,
     /// When the manager has read statistics last.
@@ -106,6 +107,7 @@ impl Monitor {
             boots: None,
             stats: GuestStats::default(),
             earliest: 0,
+            latest: 0,
             update: 0,
             read: 0,
         };
@@ -247,14 +249,15 @@ impl Monitor {
         let now = Millis::try_from(now.as_millis()).unwrap_or(Millis::MAX);
         if self.stats.last_update != self.update {
             self.update = self.stats.last_update;
-            self.earliest = self.read;
+            (self.earliest, self.latest) = (self.read, now);
         }
         self.read = now;
         // QEMU counts in whole seconds: the statistics are at most that old.
         let update = UNIX_EPOCH.checked_add(Duration::from_secs(self.update))?;
         let age = update.elapsed().unwrap_or_default().as_millis();
         let taken = now.saturating_sub(Millis::try_from(age).unwrap_or(Millis::MAX));
-        sample(&self.stats, taken.max(self.earliest))
+        // The host's clock may be wrong.
+        sample(&self.stats, taken.clamp(self.earliest, self.latest))
     }
 
     /// Runs a command that QEMU does not refuse.
@@ -348,7 +351,10 @@ mod tests {
             let vm = vm.lock().unwrap().clone();
             let value = match request["execute"].as_str().unwrap() {
                 "qom-list" => json!([{ "name": "b", "type": "child<virtio-balloon-pci>" }]),
-                "qom-get" => json!({ "stats": {}, "last-update": vm.update }),
+                "qom-get" => json!({
+                    "stats": { "stat-free-memory": PAGE },
+                    "last-update": vm.update,
+                }),
                 "query-memory-size-summary" => json!({ "base-memory": 64 * MIB }),
                 "query-memory-devices" => vm.devices,
                 "query-balloon" => json!({ "actual": vm.actual }),
@@ -432,6 +438,22 @@ mod tests {
                 let balloon = monitor.balloon().await.unwrap();
                 assert_eq!((balloon.driver, balloon.size), (driver, size), "{update}");
             }
+        });
+    }
+
+    /// The clock was set back.
+    #[test]
+    fn statistics_of_the_future_grow_old() {
+        let vm = Mutex::new(Vm {
+            update: u64::from(u32::MAX),
+            ..Vm::new()
+        });
+        connect(&vm, |mut monitor| async move {
+            let epoch = Instant::now();
+            monitor.balloon().await.unwrap();
+            let first = monitor.sample(epoch).unwrap();
+            thread::sleep(Duration::from_millis(20));
+            assert_eq!(monitor.sample(epoch), Some(first));
         });
     }
 
