@@ -409,7 +409,9 @@ impl Tracker {
         let wanted = match self.pressure(now) {
             // A part of it may not be enough, and then another process dies.
             Some(Pressure::Oom | Pressure::SelfDeflated) => vm.memory,
-            _ => occupied.saturating_add(headroom),
+            // Its balloon may still deflate to the target.
+            Some(_) => occupied.saturating_add(headroom).max(grant),
+            None => occupied.saturating_add(headroom),
         };
         let ceiling = vm.settings.ceiling.min(vm.memory);
         let floor = vm.settings.floor.min(ceiling);

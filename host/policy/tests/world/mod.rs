@@ -154,12 +154,12 @@ impl Guest {
                 ..honest
             }),
             Behaviour::Random => Some(Sample {
-                taken: rng.u64(..),
-                free: rng.u64(..),
-                available: rng.u64(..),
-                stalls: rng.u64(..),
-                swapped_in: rng.u64(..),
-                kills: rng.u64(..),
+                taken: rng.u64(now.saturating_sub(3_000)..=now + 1_000),
+                free: self.random(rng),
+                available: self.random(rng),
+                stalls: rng.u64(..3),
+                swapped_in: rng.u64(..4 * MIB),
+                kills: rng.u64(..3),
             }),
             Behaviour::Tiny => Some(Sample {
                 free: honest.free.min(TINY),
@@ -167,6 +167,15 @@ impl Guest {
                 ..honest
             }),
             _ => Some(honest),
+        }
+    }
+
+    /// A number of pages that a guest can report: hardly any, a part of its memory, or more than it has.
+    fn random(&self, rng: &mut Rng) -> Pages {
+        match rng.u32(..3) {
+            0 => rng.u64(..256 * MIB),
+            1 => rng.u64(..self.memory),
+            _ => rng.u64(..),
         }
     }
 
@@ -186,7 +195,7 @@ impl Guest {
             resident: self.resident(),
             unusable: match self.behaviour {
                 Behaviour::Tiny => self.memory.saturating_sub(TINY),
-                Behaviour::Random => rng.u64(..),
+                Behaviour::Random => self.random(rng),
                 _ => 0,
             },
             answered: self.answered,
