@@ -280,7 +280,8 @@ impl Tracker {
 
     /// Gives up on a guest that does not inflate to its target.
     fn watch_progress(&mut self, vm: &Vm, now: Millis) {
-        if vm.target <= vm.size {
+        let missing = vm.target.saturating_sub(vm.size);
+        if missing <= LEAST_PROGRESS {
             if self.waiting.take().is_some_and(|(_, size)| vm.size > size) {
                 self.retry_after = FIRST_RETRY;
             }
@@ -288,12 +289,11 @@ impl Tracker {
         }
         let (since, size) = *self.waiting.get_or_insert((now, vm.size));
         let stopped = matches!(vm.stopped, Some(Stopped::Full | Stopped::AfterOom))
-            && now.saturating_sub(self.settled) >= PATIENCE / 4;
+            && now.saturating_sub(self.settled.max(since)) >= PATIENCE / 4;
         if !stopped && now.saturating_sub(since) < PATIENCE {
             return;
         }
-        let missing = vm.target - vm.size;
-        if missing > LEAST_PROGRESS && vm.size.saturating_sub(size) < LEAST_PROGRESS {
+        if vm.size.saturating_sub(size) < LEAST_PROGRESS {
             // A driver that pauses after it ran out of memory inflates again with the next target.
             let full = vm.stopped == Some(Stopped::AfterOom)
                 || vm

@@ -887,3 +887,25 @@ fn a_target_after_a_lease_is_none_of_another_program() {
         );
     }
 }
+
+/// A driver that has stopped a little below its target reports so until it works on the next one.
+#[test]
+fn a_guest_that_has_stopped_has_a_second_for_its_next_target() {
+    let guest = Guest::new(Behaviour::Honest, 4 * GIB, GIB, GIB);
+    let mut world = World::new(0, 8 * GIB, vec![guest]);
+    let mut spared = |target, stopped| {
+        world.now += 100;
+        let mut observation = world.observe();
+        let vm = &mut observation.vms[0];
+        (vm.target, vm.stopped, vm.lapsed) = (target, stopped, true);
+        world.policy.step(&observation).accounts[0].spared
+    };
+    for _ in 0..20 {
+        spared(GIB + 40 * MIB, Some(Stopped::Full));
+    }
+    for step in 0..20 {
+        let spared = spared(2 * GIB, Some(Stopped::Full));
+        let gave_up = spared == Some(Spared::Uncooperative);
+        assert_eq!(gave_up, step >= 10, "step {step}");
+    }
+}
