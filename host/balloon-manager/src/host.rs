@@ -50,7 +50,7 @@ impl Host {
     ) -> Result<Reading> {
         let pool = match (&config.host.pool, &config.host.cgroup) {
             (Some(pool), _) => pool.of(0),
-            (None, Some(cgroup)) => cgroup_pool(cgroup, resident)?,
+            (None, Some(cgroup)) => self.cgroup_pool(cgroup, resident)?,
             (None, None) => self.measure(resident)?,
         };
         let reserve = match config.host.reserve {
@@ -66,19 +66,67 @@ impl Host {
 
     /// Available memory and the VMs' resident memory, less the VMs' memory in swap, which the host lacks.
     fn measure(&self, resident: Pages) -> Result<Pages> {
+        let [available, total, free] =
+            self.meminfo(["MemAvailable:", "SwapTotal:", "SwapFree:"])?;
+        Ok((available + resident).saturating_sub(total.saturating_sub(free)))
+    }
+
+    /// Fields of the host's meminfo.
+    fn meminfo<const N: usize>(&self, names: [&str; N]) -> Result<[Pages; N]> {
         let path = self.proc.join("meminfo");
         let text =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let field = |name: &str| -> Result<Pages> {
-            let line = text.lines().find_map(|line| line.strip_prefix(name));
-            let number = line.and_then(|line| line.split_whitespace().next());
-            let kib: u64 = number
-                .with_context(|| format!("{} has no {name}", path.display()))?
-                .parse()?;
-            Ok(kib * 1024 / PAGE)
-        };
-        let swapped = field("SwapTotal:")?.saturating_sub(field("SwapFree:")?);
-        Ok((field("MemAvailable:")? + resident).saturating_sub(swapped))
+        let mut pages = [0; N];
+        for (pages, name) in pages.iter_mut().zip(names) {
+            let kib = field(&text, name);
+            let kib = kib.with_context(|| format!("{} has no {name}", path.display()))?;
+            *pages = kib * 1024 / PAGE;
+        }
+        Ok(pages)
+    }
+
+    /// The limit of a cgroup, of version 1 or 2, less the memory of its processes other than VMs. The kernel takes page
+    /// cache back when the group needs the memory. Memory in swap counts, since `resident` has that of VMs in it.
+    fn cgroup_pool(&self, cgroup: &Path, resident: Pages) -> Result<Pages> {
+        let [host] = self.meminfo(["MemTotal:"])?;
+        let read = |name: &str| fs::read_to_string(cgroup.join(name));
+        for (limit, usage, prefix) in [
+            ("memory.max", "memory.current", ""),
+            (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                // With the groups in it, as in the usage.
+                "total_",
+            ),
+        ] {
+            let Ok(limit) = read(limit) else {
+                continue;
+            };
+            // Without a limit version 2 has "max", and version 1 a huge number.
+            let limit = limit
+                .trim()
+                .parse()
+                .map_or(Pages::MAX, |bytes: u64| bytes / PAGE);
+            if limit >= host {
+                bail!(
+                    "the cgroup {} has no limit below the host's memory: set one, or host.pool",
+                    cgroup.display()
+                );
+            }
+            let statistics = read("memory.stat")?;
+            let value = |name: &str| field(&statistics, &format!("{prefix}{name}")).unwrap_or(0);
+            let cache = value("inactive_file") + value("active_file");
+            // Of version 2, and of version 1.
+            let swapped = read("memory.swap.current").unwrap_or_default();
+            let swapped = swapped.trim().parse().unwrap_or(value("swap"));
+            let used = read(usage)?.trim().parse::<u64>()? + swapped;
+            let others = (used.saturating_sub(cache) / PAGE).saturating_sub(resident);
+            return Ok(limit.saturating_sub(others));
+        }
+        bail!(
+            "{} is no memory cgroup: set host.cgroup to one",
+            cgroup.display()
+        );
     }
 
     /// How much the host has waited since the last reading. Without this statistic in the kernel it
@@ -113,29 +161,13 @@ impl Host {
     }
 }
 
-/// The limit of a cgroup, of version 1 or 2, less the memory of its processes other than VMs.
-fn cgroup_pool(cgroup: &Path, resident: Pages) -> Result<Pages> {
-    for (limit, usage) in [
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ] {
-        let Ok(limit) = fs::read_to_string(cgroup.join(limit)) else {
-            continue;
-        };
-        if limit.trim() == "max" {
-            bail!(
-                "the cgroup {} has no limit: set one, or host.pool",
-                cgroup.display()
-            );
-        }
-        let number = |text: &str| -> Result<Pages> { Ok(text.trim().parse::<u64>()? / PAGE) };
-        let used = number(&fs::read_to_string(cgroup.join(usage))?)?;
-        return Ok(number(&limit)?.saturating_sub(used.saturating_sub(resident)));
-    }
-    bail!(
-        "{} is no memory cgroup: set host.cgroup to one",
-        cgroup.display()
-    );
+/// The number that follows a name at the beginning of a line.
+fn field(text: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().map(str::split_whitespace);
+    lines
+        .find_map(|mut words| words.next().filter(|&word| word == name).and(words.next()))?
+        .parse()
+        .ok()
 }
 
 /// 6 % of the first 4 GiB, 4 % of the next 8, 2 % of the next 16, and 1 % of the rest.
@@ -181,20 +213,85 @@ mod tests {
         );
     }
 
+    /// A host of 100,000 pages.
+    fn host() -> (tempfile::TempDir, Host) {
+        let proc = tempfile::tempdir().unwrap();
+        write(proc.path(), "meminfo", "MemTotal: 400000 kB\n");
+        let host = Host::new(proc.path());
+        (proc, host)
+    }
+
     #[test]
     fn cgroups_of_both_versions_are_read() {
+        let (_proc, host) = host();
         let directory = tempfile::tempdir().unwrap();
         let group = directory.path();
-        assert!(cgroup_pool(group, 0).is_err());
+        assert!(host.cgroup_pool(group, 0).is_err());
         write(group, "memory.limit_in_bytes", "40960000\n");
         write(group, "memory.usage_in_bytes", "4096000\n");
-        assert_eq!(cgroup_pool(group, 400).unwrap(), 10_000 - 600);
+        write(
+            group,
+            "memory.stat",
+            "inactive_file 0\ntotal_inactive_file 0\n",
+        );
+        assert_eq!(host.cgroup_pool(group, 400).unwrap(), 10_000 - 600);
         write(group, "memory.max", "8192000\n");
         write(group, "memory.current", "4096\n");
-        assert_eq!(cgroup_pool(group, 400).unwrap(), 2_000);
-        write(group, "memory.max", "max\n");
-        let error = cgroup_pool(group, 0).unwrap_err().to_string();
-        assert!(error.contains("has no limit"), "{error}");
+        assert_eq!(host.cgroup_pool(group, 400).unwrap(), 2_000);
+    }
+
+    #[test]
+    fn page_cache_of_a_cgroup_is_not_used_and_swapped_memory_is() {
+        let (_proc, host) = host();
+        let directory = tempfile::tempdir().unwrap();
+        let group = directory.path();
+        let pool = || host.cgroup_pool(group, 1_000).unwrap();
+        // VMs have 1,000 pages, of which 100 are in swap. Others have 200. Page cache fills the group.
+        write(group, "memory.limit_in_bytes", "40960000\n");
+        write(group, "memory.usage_in_bytes", "40960000\n");
+        let children = "cache 0\nswap 0\ninactive_file 0\nactive_file 0\ntotal_swap 409600\n\
+                        total_inactive_file 32768000\ntotal_active_file 3686400\n";
+        write(group, "memory.stat", children);
+        assert_eq!(pool(), 10_000 - 200);
+        write(group, "memory.max", "40960000\n");
+        write(group, "memory.current", "40960000\n");
+        write(group, "memory.swap.current", "409600\n");
+        write(
+            group,
+            "memory.stat",
+            "file 99\ninactive_file 32768000\nactive_file 3686400\n",
+        );
+        assert_eq!(pool(), 10_000 - 200);
+    }
+
+    #[test]
+    fn a_cgroup_without_a_limit_is_no_pool() {
+        let (_proc, host) = host();
+        let directory = tempfile::tempdir().unwrap();
+        let group = directory.path();
+        write(group, "memory.stat", "");
+        let is_refused = || {
+            let error = host
+                .cgroup_pool(group, 0)
+                .map_err(|error| error.to_string());
+            error.is_err_and(|error| error.contains("has no limit"))
+        };
+        for (limit, usage, none) in [
+            (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "9223372036854771712\n",
+            ),
+            ("memory.max", "memory.current", "max\n"),
+        ] {
+            write(group, usage, "4096\n");
+            write(group, limit, "40960000\n");
+            assert!(!is_refused());
+            write(group, limit, none);
+            assert!(is_refused());
+            write(group, limit, "409600000\n");
+            assert!(is_refused());
+        }
     }
 
     #[test]
