@@ -36,7 +36,13 @@ pub(crate) enum Request {
     /// A VM, and its last actions.
     Explain { vm: String },
     /// Memory for a VM that is about to start.
-    Reserve { bytes: u64, seconds: u64 },
+    Reserve {
+        bytes: u64,
+        seconds: u64,
+        /// The VM's name. Without it the first VM that starts uses the reservation that fits it best.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+    },
     /// Whether a reservation has its memory.
     Reservation { id: u32 },
     /// Ends a reservation.
@@ -128,8 +134,8 @@ pub(crate) fn handle(manager: &mut Manager, request: Request) -> Value {
             &format!("a reservation cannot last {seconds} s"),
             "reserve for 1 to 86400 seconds",
         ),
-        Request::Reserve { bytes, seconds } => {
-            match manager.reserve(bytes, Duration::from_secs(seconds)) {
+        Request::Reserve { bytes, seconds, vm } => {
+            match manager.reserve(bytes, Duration::from_secs(seconds), vm) {
                 Ok(reserved) => json!({ "ok": reserved }),
                 Err(refusal) => failure(
                     ErrorKind::OutOfRange,

@@ -110,6 +110,9 @@ enum Command {
     Reserve {
         /// All of the VM's memory, such as 8GiB
         size: String,
+        /// The VM that uses the reservation when it starts. By default the first VM that starts does
+        #[arg(long, value_name = "NAME")]
+        vm: Option<String>,
         /// The time limit
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         seconds: u64,
@@ -204,9 +207,10 @@ async fn execute(command: Command) -> Result<()> {
         Command::Explain { vm, client } => explain(&client, vm).await,
         Command::Reserve {
             size,
+            vm,
             seconds,
             client,
-        } => reserve(&client, &size, seconds).await,
+        } => reserve(&client, &size, vm, seconds).await,
         Command::Release { id, client } => {
             ask::<serde_json::Value>(&client, &Request::Release { id }).await?;
             Ok(())
@@ -341,14 +345,14 @@ fn reload(manager: &mut Manager, path: Option<&Path>) {
     }
 }
 
-async fn reserve(client: &Client, size: &str, seconds: u64) -> Result<()> {
+async fn reserve(client: &Client, size: &str, vm: Option<String>, seconds: u64) -> Result<()> {
     let bytes = balloon_control::parse_size(size)
         .map_err(|error| anyhow::anyhow!("'{size}' is no size: {error}"))?;
     let quiet = Client {
         socket: client.socket.clone(),
         json: false,
     };
-    let request = Request::Reserve { bytes, seconds };
+    let request = Request::Reserve { bytes, seconds, vm };
     let Some(mut reserved) = ask::<Reserved>(&quiet, &request).await? else {
         return Ok(());
     };

@@ -963,6 +963,34 @@ fn reservations_are_admitted_or_refused_with_the_arithmetic() {
     assert!(host.ask(&["reserve", "2GiB"]).status.success());
 }
 
+/// The VMs need 6.2 GiB of the 7.3 GiB that are divided: there is no room for one of them twice.
+#[test]
+fn a_vm_that_starts_uses_its_reservation() {
+    for named in [true, false] {
+        let mut host = Host::new("[host]\npool = '8GiB'\nreserve = '256MiB'\n");
+        let guests = ["db", "web"].map(|name| {
+            let guest = Fake::new(4 * GIB, 2 * GIB);
+            host.add(name, &guest);
+            guest
+        });
+        host.run(&[]);
+        wait_for("the VMs", || {
+            words(&host.ask(&["top"]).stdout).contains("4.0 GiB")
+        });
+        let name: &[&str] = if named { &["--vm", "new"] } else { &[] };
+        let output = host.ask(&[&["reserve", "2GiB"], name].concat());
+        assert!(output.status.success(), "{}", words(&output.stderr));
+        host.add("new", &Fake::new(2 * GIB, 2 * GIB));
+        wait_for("the VM", || {
+            words(&host.ask(&["top"]).stdout).contains("reserved 0 B")
+        });
+        thread::sleep(Duration::from_secs(2));
+        for guest in &guests {
+            assert!(guest.grant() > 2 * GIB, "{}", host.log());
+        }
+    }
+}
+
 #[test]
 fn a_reload_shows_what_changes_and_refuses_floors_that_do_not_fit() {
     let mut host = Host::new(SMALL);
