@@ -133,7 +133,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
     )
 }
 
-/// Makes this the next observation of the VMs of the last one, soon after it. Their devices have set the targets.
+/// Makes this an observation of the same VMs soon after another one. Their devices have set its targets.
 fn follow(observation: &mut Observation, last: &Observation, decision: &Decision) {
     let now = last.now + observation.now % 3_000;
     observation.now = now;
