@@ -117,8 +117,8 @@ impl Journal {
             .all(|&at| address(at).is_some_and(|ring| self.locate(ring).is_some()))
     }
 
-    /// Whether the rings of all queues are in memory. They are not while the front end changes the bounds of a region: it
-    /// removes the region, and then adds another one.
+    /// Whether the rings of all queues are in memory. They are not while the front end changes the bounds of a region:
+    /// it removes the region, and then adds another one.
     pub fn has_memory(&self) -> bool {
         let addresses = |message: &&Message| message.request() == request::SET_VRING_ADDR;
         let mut rings = self.messages.iter().filter(addresses);
@@ -218,9 +218,9 @@ impl Journal {
     }
 
     /// Sends all of it to another worker. The guest's writes to the configuration space come after the features, which
-    /// say what the driver writes. The queues start after that, so that a driver continues with what it has reported. A new
-    /// driver has reported nothing before its queues start, and its writes come last. A message that this worker refuses,
-    /// and the previous one accepted, is removed.
+    /// say what the driver writes. The queues start after that, so that a driver continues with what it has reported. A
+    /// new driver has reported nothing before its queues start, and its writes come last. A message that this worker
+    /// refuses, and the previous one accepted, is removed.
     ///
     /// # Errors
     ///

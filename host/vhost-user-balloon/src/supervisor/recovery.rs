@@ -140,7 +140,7 @@ impl Supervisor {
         let (Some(worker), Some(vmm)) = (&mut self.worker, &mut self.vmm) else {
             return;
         };
-        // A worker would refuse the rings. The front end sends their memory next, unless it waits for the worker itself.
+        // A worker would refuse the rings. The front end sends their memory next, unless it waits for the worker.
         let has_rings = vmm.journal.has_memory() || vmm.blocked;
         if !worker.is_ready() || !has_rings {
             return;

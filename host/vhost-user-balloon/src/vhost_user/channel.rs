@@ -4,8 +4,9 @@
 //!
 //! The supervisor sends messages: at first [`START`], then [`SERVE`] for each front end. It closes its end to
 //! end the worker. The worker sends bytes. One of them is [`CONFIG_CHANGED`]: the device must notify the front
-//! end of a change of the configuration space. It also says that the worker has started the driver. The front end sends a socket for such messages. But the
-//! vhost-user library neither shares the socket nor has a call for this message. So the supervisor sends it.
+//! end of a change of the configuration space. It also says that the worker has started the driver. The front
+//! end sends a socket for such messages. But the vhost-user library neither shares the socket nor has a call for
+//! this message. So the supervisor sends it.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
