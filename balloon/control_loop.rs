@@ -180,10 +180,10 @@ impl Balloon {
         let are_stuck = worker.progress.are_migrations_stuck(are_settled);
 
         if resting {
-            let may_ever = worker.error.is_none() && !self.quiescing.load(Relaxed);
+            let is_usable = worker.error.is_none() && !self.quiescing.load(Relaxed);
 
             // Page migration would otherwise retry until an unresponsive device answers.
-            self.migrations().allow(may_ever && !are_stuck);
+            self.migrations().allow(is_usable && !are_stuck);
         }
         if resting || worker.progress.is_unresponsive() {
             self.relax();

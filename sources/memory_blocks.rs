@@ -99,7 +99,7 @@ const LIMITS: Limits = Limits {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static WAITS: Atomic<usize> = Atomic::new(0);
 
-/// How many times a task has found no more blocks, or was told to end.
+/// How many times a task has found no more blocks, or was to end.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static ENDS: Atomic<usize> = Atomic::new(0);
 

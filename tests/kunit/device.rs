@@ -122,7 +122,7 @@ pub(super) fn eventually(mut condition: impl FnMut() -> Result<bool>) -> Result 
 }
 
 /// Waits for the driver's next message on `queue`.
-fn message(device: &FakeDevice, queue: usize) -> Result<Request> {
+pub(super) fn message(device: &FakeDevice, queue: usize) -> Result<Request> {
     let mut request = None;
 
     eventually(|| {

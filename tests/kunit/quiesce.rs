@@ -2,7 +2,10 @@
 
 //! The order in which features are quiesced.
 
-use super::device::eventually;
+use super::device::{
+    eventually,
+    message, //
+};
 
 use crate::{
     messages::balloon_page::BALLOON_PAGES_PER_PAGE,
@@ -99,20 +102,9 @@ fn on_kick(device: &FakeDevice, queue: usize) {
     }
 }
 
-/// Waits for the next message on `queue`.
-fn next(device: &FakeDevice, queue: usize) -> Result<Request> {
-    let mut request = None;
-
-    eventually(|| {
-        request = device.next(queue)?;
-        Ok(request.is_some())
-    })?;
-    request.ok_or(EINVAL)
-}
-
 /// Uses the next message on `queue`, and returns it.
 fn serve(device: &FakeDevice, queue: usize) -> Result<Request> {
-    let request = next(device, queue)?;
+    let request = message(device, queue)?;
 
     device.answer(queue, &request, 0)?;
     device.interrupt(queue)?;
@@ -199,8 +191,8 @@ mod tests {
         eventually(|| Ok(device.field(ACTUAL) == SIZE))?;
         let hinted = hint(&device)?;
 
-        let stats = next(&device, STATS)?;
-        let buffer = next(&device, REQUESTS)?;
+        let stats = message(&device, STATS)?;
+        let buffer = message(&device, REQUESTS)?;
         let mut words = [0; REQUEST_WORDS];
         words[0] = request::CANCEL.to_le();
         words[4] = 1u16.to_le();
