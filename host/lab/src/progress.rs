@@ -218,10 +218,12 @@ impl Phase {
     }
 }
 
-/// How long the rest of `total` steps takes if each takes as long as those that are done, once that is known.
+/// How long the rest of `total` steps takes if each takes as long as those that are done. None while that is unknown,
+/// and if there are more steps than expected.
 fn remaining(took: Duration, done: u64, total: u64) -> Option<Duration> {
     let rest = total.saturating_sub(done);
-    (done > 0 && done * 100 >= total * FIRST_PART).then(|| took.mul_f64(rest as f64 / done as f64))
+    let is_known = rest > 0 && done > 0 && done * 100 >= total * FIRST_PART;
+    is_known.then(|| took.mul_f64(rest as f64 / done as f64))
 }
 
 impl Drop for Phase {
@@ -240,9 +242,10 @@ mod tests {
         assert_eq!(remaining(took, 0, 0), None);
         assert_eq!(remaining(took, 7, 100), None);
         assert_eq!(remaining(took, 10, 100), Some(Duration::from_secs(1080)));
-        assert_eq!(remaining(took, 100, 100), Some(Duration::ZERO));
-        // A build may have more steps than expected.
-        assert_eq!(remaining(took, 120, 100), Some(Duration::ZERO));
+        // A build may have more steps than expected, or an unknown number.
+        assert_eq!(remaining(took, 100, 100), None);
+        assert_eq!(remaining(took, 120, 100), None);
+        assert_eq!(remaining(took, 7, 0), None);
     }
 
     #[test]
