@@ -2,6 +2,9 @@
 
 //! The manager's control socket: a JSON object on a line for each request and each response, as with the daemon.
 
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -57,8 +60,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A request, and where its response goes.
 pub(crate) type Call = (Request, oneshot::Sender<Value>);
 
-/// Listens on the socket, and passes requests on.
+/// Listens on the socket, and passes requests on. Creates the socket's directory, for this user only, if it is missing.
 pub(crate) fn serve(path: &Path, calls: mpsc::Sender<Call>) -> Result<SocketFile> {
+    if let Some(directory) = path.parent() {
+        match DirBuilder::new().mode(0o700).create(directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
+            _ => {}
+        }
+    }
     let (listener, file) = listen(path, Access::default())?;
     listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener).context("cannot listen")?;

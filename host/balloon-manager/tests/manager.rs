@@ -320,7 +320,7 @@ impl Host {
             .args(["run", "--config"])
             .arg(self.path("config.toml"))
             .arg("--socket")
-            .arg(self.path("manager.sock"))
+            .arg(self.path("run/manager.sock"))
             .args(arguments)
             .stderr(
                 fs::File::options()
@@ -332,7 +332,7 @@ impl Host {
             .spawn()
             .unwrap();
         self.manager = Some(child);
-        let socket = self.path("manager.sock");
+        let socket = self.path("run/manager.sock");
         wait_for("the manager", || socket.exists());
     }
 
@@ -351,7 +351,7 @@ impl Host {
         Command::new(PROGRAM)
             .arg(command)
             .arg("--socket")
-            .arg(self.path("manager.sock"))
+            .arg(self.path("run/manager.sock"))
             .args(rest)
             .output()
             .unwrap()
@@ -839,7 +839,7 @@ fn targets_have_leases_that_the_manager_and_the_next_one_renew() {
 
     host.signal(Signal::SIGKILL);
     host.manager.take().unwrap().wait().unwrap();
-    fs::remove_file(host.path("manager.sock")).unwrap();
+    fs::remove_file(host.path("run/manager.sock")).unwrap();
     host.run(&[]);
     for guest in [&web, &db] {
         guest.wait_for_renewals(2);
