@@ -2,13 +2,12 @@
 
 //! KUnit: the module's own tests, which run in a guest when it is loaded.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use vm::ktap::{self, Case, Outcome};
-use vm::{Artifacts, Config, Driver, Kernel, Size};
+use vm::{Artifacts, Config, Driver, Kernel, PATIENCE, Size};
 
 use crate::cli::Guests;
+use crate::kernel;
 use crate::places::Places;
 use crate::report::Report;
 use crate::setup;
@@ -19,12 +18,10 @@ pub(crate) const KERNELS: [Kernel; 2] = [Kernel::Test, Kernel::Debug];
 /// The text in the guest's log after the results.
 const END: &str = "all suites have run";
 
-/// How long the guest's console may lag behind its log.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// Runs KUnit in one kernel, or in [`KERNELS`].
 pub(crate) fn run(only: Option<Kernel>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     let report = Report::new();
     for kernel in only.map_or(KERNELS.to_vec(), |kernel| vec![kernel]) {
         let artifacts = setup::prepare(&places, kernel)?;

@@ -11,9 +11,7 @@ use anyhow::{Result, bail};
 use crate::control::{Control, Sample};
 use crate::guest::Guest;
 use crate::size::Size;
-
-/// How long the balloon's size may stay the same before it has reached its target.
-const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::stopwatch::PATIENCE;
 
 /// Writes this driver's state to the guest's log. The C driver has none to write.
 const LOG_STATE: &str = r#"
@@ -65,7 +63,7 @@ impl Balloon<'_> {
     ///
     /// # Errors
     ///
-    /// The balloon does not move for half a minute.
+    /// The balloon does not move for [`PATIENCE`].
     pub fn settle(&self, size: Size) -> Result<Duration> {
         self.settle_watched(size, |_| ())
     }
@@ -82,7 +80,7 @@ impl Balloon<'_> {
     ///
     /// # Errors
     ///
-    /// The balloon does not move for half a minute.
+    /// The balloon does not move for [`PATIENCE`].
     pub fn reach(&self, size: Size) -> Result<()> {
         self.reach_watched(size, |_| ())
     }
@@ -91,7 +89,7 @@ impl Balloon<'_> {
         let size = size.next_multiple_of(self.guest.page_size());
         let (mut last, mut stopwatch) = (None, self.guest.stopwatch());
         loop {
-            let is_over = stopwatch.has_passed(STALL_TIMEOUT);
+            let is_over = stopwatch.has_passed(PATIENCE);
             let now = self.size()?;
             watch(now);
             if now == size {
@@ -104,7 +102,7 @@ impl Balloon<'_> {
                 self.guest.sh(LOG_STATE)?;
                 bail!(
                     "the balloon is stuck at {now} on its way to {size} for {} s ({stopwatch}), with {} available",
-                    STALL_TIMEOUT.as_secs(),
+                    PATIENCE.as_secs(),
                     self.guest.meminfo()?.available
                 );
             }

@@ -15,10 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::stopwatch::Stopwatch;
-
-/// How long the system may boot without CPU time of its first process.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::stopwatch::{PATIENCE, Stopwatch};
 
 /// Enters the cgroup `$1`, and then runs the rest of the line with that as its root.
 const ENTER: &str = r#"

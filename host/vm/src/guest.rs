@@ -19,22 +19,13 @@ use crate::home::Home;
 use crate::memory_file::MemoryFile;
 use crate::qmp::Qmp;
 use crate::size::Size;
-use crate::stopwatch::Stopwatch;
+use crate::stopwatch::{PATIENCE, Stopwatch};
 
 pub(crate) mod load;
 pub(crate) mod memory;
 pub(crate) mod power;
 mod program;
 pub(crate) mod system;
-
-/// How long a guest's kernel may print nothing while it boots or while a module is loaded, which runs its tests.
-const QUIET_LIMIT: Duration = Duration::from_secs(60);
-
-/// The default timeout of a command in the guest.
-pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long a guest may take to power off.
-const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often a condition is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -128,9 +119,9 @@ impl Guest {
         let home = self.home();
         home.agent.send(Command::End(End::PowerOff))?;
         ensure!(
-            home.qemu.wait(POWER_OFF_TIMEOUT)?,
+            home.qemu.wait(PATIENCE)?,
             "the guest does not switch itself off in {} s",
-            POWER_OFF_TIMEOUT.as_secs()
+            PATIENCE.as_secs()
         );
         Ok(())
     }
@@ -316,7 +307,7 @@ impl Guest {
         let mut stopwatch = self.stopwatch();
         let mut printed = self.console.mark()?;
         loop {
-            let is_over = stopwatch.has_passed(QUIET_LIMIT);
+            let is_over = stopwatch.has_passed(PATIENCE);
             if let Some(reply) = pending.poll(ANSWER_INTERVAL)? {
                 return Ok(reply);
             }
@@ -335,7 +326,7 @@ impl Guest {
             ensure!(
                 !is_over,
                 "the guest neither answers nor prints anything for {} s ({stopwatch})",
-                QUIET_LIMIT.as_secs()
+                PATIENCE.as_secs()
             );
         }
     }

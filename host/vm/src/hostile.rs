@@ -15,10 +15,7 @@ use tempfile::TempDir;
 
 use crate::device::vhost_user_balloon;
 use crate::guest::Guest;
-use crate::stopwatch::Stopwatch;
-
-/// How long it may take to start, and to do its part.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::stopwatch::{PATIENCE, Stopwatch};
 
 /// How often the time limit is checked.
 const INTERVAL: Duration = Duration::from_millis(100);

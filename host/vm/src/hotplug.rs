@@ -3,7 +3,6 @@
 //! Hotplug of balloon devices and memory.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
@@ -15,12 +14,7 @@ use crate::device::vhost_user_balloon;
 use crate::driver::Driver;
 use crate::guest::Guest;
 use crate::size::Size;
-
-/// How long plugging and unplugging may take.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// How long the guest may take to answer a request.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(180);
+use crate::stopwatch::PATIENCE;
 
 impl Config {
     /// Adds a port with the id `port0` for hotplug.
@@ -201,7 +195,7 @@ impl Guest {
     /// It does not end.
     pub fn end(&self, daemon: &Daemon, begun: Begun) -> Result<Progress> {
         let mut last = None;
-        self.wait_until("the end of an answer", ANSWER_PATIENCE, || {
+        self.wait_until("the end of an answer", PATIENCE, || {
             let progress: Progress = daemon.call(&Request::Progress { id: begun.id })?;
             last = Some(progress);
             Ok(!matches!(

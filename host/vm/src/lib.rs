@@ -93,7 +93,7 @@ pub use crate::samples::Samples;
 pub use crate::sent::Sent;
 pub use crate::size::Size;
 pub use crate::snapshot::Snapshot;
-pub use crate::stopwatch::Stopwatch;
+pub use crate::stopwatch::{PATIENCE, Stopwatch};
 pub use crate::tracing::{Off, Section};
 pub use crate::vmm::{Vmm, VmmSeen};
 pub use crate::write_log::WriteLog;

@@ -14,10 +14,7 @@ use balloon_control::Client;
 use tempfile::TempDir;
 
 use crate::guest::Guest;
-use crate::stopwatch::Stopwatch;
-
-/// How long the manager may take to start.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::stopwatch::{PATIENCE, Stopwatch};
 
 /// A running manager. It is killed when it is dropped, and the balloons stay as they are until its leases run out.
 #[derive(Debug)]

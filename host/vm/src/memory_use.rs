@@ -8,9 +8,10 @@ use agent::{Command, Load, PageFlag, Reply};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::config::Config;
+use crate::guest::Guest;
 use crate::guest::load::RunningLoad;
-use crate::guest::{COMMAND_TIMEOUT, Guest};
 use crate::size::Size;
+use crate::stopwatch::PATIENCE;
 
 impl Config {
     /// A guest that uses its memory. An emulated processor with string instructions clears memory byte by byte,
@@ -53,7 +54,7 @@ impl Guest {
             end: range.end,
             flags: flags.to_vec(),
         };
-        match self.call(command, COMMAND_TIMEOUT)? {
+        match self.call(command, PATIENCE)? {
             Reply::Pages(pages) => Ok(pages),
             reply => bail!("the agent answers {reply:?} to a question about pages"),
         }

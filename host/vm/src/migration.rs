@@ -15,9 +15,7 @@ use crate::guest::Guest;
 use crate::home::Home;
 use crate::qmp::Qmp;
 use crate::size::Size;
-
-/// How long a migration may take without a bandwidth limit.
-const TIMEOUT: Duration = Duration::from_secs(120);
+use crate::stopwatch::PATIENCE;
 
 /// QEMU's value for no limit of the bandwidth.
 const UNLIMITED: Size = Size::bytes(0);
@@ -101,7 +99,7 @@ impl Guest {
             .execute::<Value>("migrate-incoming", &address)?;
         start(&home.qmp, bandwidth, &address)?;
         // Before the first round, QEMU does not know how much it has to send.
-        self.wait_until("the begin of a migration", TIMEOUT, || {
+        self.wait_until("the begin of a migration", PATIENCE, || {
             Ok(MigrationInfo::query(&home.qmp)?.transfer().rounds > 0)
         })?;
         Ok(Migration {
@@ -127,7 +125,7 @@ impl Guest {
     ) -> Result<Transfer> {
         let (mut last, mut stopwatch) = (None, self.stopwatch());
         loop {
-            let is_over = stopwatch.has_passed(TIMEOUT);
+            let is_over = stopwatch.has_passed(PATIENCE);
             let info = MigrationInfo::query(qmp)?;
             let transfer = info.transfer();
             match info.status.as_str() {
@@ -147,7 +145,7 @@ impl Guest {
                 ensure!(
                     !is_over,
                     "the migration makes no progress for {} s ({stopwatch}): {transfer:?}",
-                    TIMEOUT.as_secs()
+                    PATIENCE.as_secs()
                 );
             }
             thread::sleep(POLL_INTERVAL);
@@ -197,7 +195,7 @@ impl Migration<'_> {
         let destination = self.destination.take().context("it is taken here only")?;
         destination
             .qmp
-            .wait_event(0, TIMEOUT, |event| event.name == "RESUME")
+            .wait_event(0, PATIENCE, |event| event.name == "RESUME")
             .context("the guest does not resume in the other QEMU")?;
         self.guest.moved(destination);
         Ok(transfer)
@@ -208,9 +206,10 @@ impl Migration<'_> {
         self.progress()?;
         let qmp = self.guest.qmp();
         qmp.execute::<Value>("migrate_cancel", &json!({}))?;
-        self.guest.wait_until("a cancelled migration", TIMEOUT, || {
-            Ok(MigrationInfo::query(&qmp)?.status == "cancelled")
-        })
+        self.guest
+            .wait_until("a cancelled migration", PATIENCE, || {
+                Ok(MigrationInfo::query(&qmp)?.status == "cancelled")
+            })
     }
 }
 

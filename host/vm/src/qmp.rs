@@ -14,11 +14,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::stopwatch::Stopwatch;
-
-/// How long QEMU may take for an answer. Under emulation a busy guest holds QEMU's own lock for
-/// long.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::stopwatch::{PATIENCE, Stopwatch};
 
 /// How often the client checks whether QEMU's time is up.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -117,7 +113,7 @@ impl Qmp {
             .with_context(|| format!("QEMU is gone at {command}"))?;
         let stopwatch = Stopwatch::start(self.process);
         loop {
-            let is_over = stopwatch.has_passed(ANSWER_TIMEOUT);
+            let is_over = stopwatch.has_passed(PATIENCE);
             match answers.recv_timeout(INTERVAL) {
                 Ok(Answer::Return(value)) => return Ok(serde_json::from_value(value)?),
                 Ok(Answer::Error(failure)) => bail!("QEMU refuses {command}: {}", failure.desc),
@@ -125,7 +121,7 @@ impl Qmp {
                 Err(RecvTimeoutError::Timeout) => ensure!(
                     !is_over,
                     "QEMU does not answer {command} in {} s ({stopwatch})",
-                    ANSWER_TIMEOUT.as_secs()
+                    PATIENCE.as_secs()
                 ),
             }
         }

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use procfs::process::Process;
 
+/// How long to wait for what a healthy guest or process does on any machine, however slow. What takes longer hangs.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
 /// How long a runnable thread may wait for a processor until that wait counts as time in which the process could run.
 const STARVATION: Duration = Duration::from_secs(60);
 

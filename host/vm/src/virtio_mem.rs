@@ -11,11 +11,10 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::guest::Guest;
 use crate::size::Size;
+use crate::stopwatch::PATIENCE;
 
 /// The polling interval.
 const INTERVAL: Duration = Duration::from_millis(5);
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Config {
     /// Adds a virtio-mem device with up to `more` memory, none of it plugged at first, and no balloon.
@@ -49,7 +48,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// The plugged size does not change for a minute.
+    /// The plugged size does not change for [`PATIENCE`].
     pub fn plug(&self, size: Size) -> Result<Duration> {
         let start = Instant::now();
         let plugged = self.plug_within(size, PATIENCE)?;

@@ -3,7 +3,6 @@
 //! The balloon device of another VMM, which is plugged into a running guest: `hostile-balloon --vmm`.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use anyhow::{Context, Error, Result, anyhow};
 use serde::Deserialize;
@@ -12,9 +11,7 @@ use serde_json::{Value, json};
 use crate::guest::Guest;
 use crate::hostile::{Hostile, Link};
 use crate::size::Size;
-
-/// How long the balloon may take to get to its target.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::stopwatch::PATIENCE;
 
 /// What the device has seen of its driver.
 #[derive(Clone, Debug, Deserialize)]

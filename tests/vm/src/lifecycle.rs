@@ -10,7 +10,7 @@ use serde_json::json;
 use vm::{Device, Driver, Guest, Size};
 
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
 };
 use crate::sizes::{check_free, check_size};
 
@@ -109,7 +109,7 @@ fn rebind(setup: &Setup) -> Result<()> {
         for round in 0..50 {
             // Every second time the balloon is full, otherwise it is still inflating.
             if round % 2 == 0 {
-                guest.wait_until("a full balloon", Duration::from_secs(30), || {
+                guest.wait_until("a full balloon", PATIENCE, || {
                     Ok(guest.balloon().size()? == size)
                 })?;
             } else {
@@ -139,7 +139,7 @@ fn rebind(setup: &Setup) -> Result<()> {
 /// the next step of a test comes. The driver reports the size to the host only at the end.
 pub(crate) fn begin_inflating(guest: &Guest) -> Result<()> {
     guest.balloon().request(guest.memory() - Size::mib(1))?;
-    guest.wait_until("an inflating balloon", Duration::from_secs(30), || {
+    guest.wait_until("an inflating balloon", PATIENCE, || {
         let size = guest.page_size() * guest.vmstat("nr_balloon_pages")?;
         Ok(size > Size::mib(100))
     })

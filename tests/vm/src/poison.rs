@@ -12,7 +12,8 @@ use vm::{Config, Driver, Guest, Load, Machine, Offer, Size};
 use crate::queues::{PAGE_POISON, REPORTING};
 use crate::reporting::{FAST_REPORTS, at_rest, check_reporting, reported, take};
 use crate::scenario::{
-    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL,
 };
 use crate::transports::accepted;
 
@@ -147,7 +148,7 @@ fn use_and_report(setup: &Setup, guest: &Guest, parameter: &str) -> Result<()> {
     load.stop()?;
     match (setup.driver, before) {
         (Driver::Rust, Some(before)) => {
-            guest.wait_until("all is reported", Duration::from_secs(60), || {
+            guest.wait_until("all is reported", PATIENCE, || {
                 let now = reported(setup, guest)?.unwrap_or_default();
                 // Except pages on per-CPU page lists, and pages that are not in a block because of
                 // those.

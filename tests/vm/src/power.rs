@@ -231,7 +231,7 @@ fn reboot(setup: &Setup) -> Result<()> {
             // The device keeps its target, and the host sees the old size until the driver reports the
             // new one.
             guest.insmod(setup.driver, &[])?;
-            guest.wait_until("a full balloon", Duration::from_secs(30), || {
+            guest.wait_until("a full balloon", PATIENCE, || {
                 Ok(Size::pages(guest.vmstat("nr_balloon_pages")?) == size)
             })?;
             check_rest(guest, total, size)?;
@@ -438,11 +438,11 @@ fn is_active(guest: &Guest, power: &str) -> Result<bool> {
         == "1")
 }
 
-/// Checks that the device allows the guest to suspend, now or very soon.
+/// Checks that the device allows the guest to suspend, now or soon.
 fn check_rests(guest: &Guest, power: &str) -> Result<()> {
     guest.wait_until(
         "a device that does not keep the guest awake",
-        Duration::from_secs(5),
+        PATIENCE,
         || Ok(!is_active(guest, power)?),
     )
 }

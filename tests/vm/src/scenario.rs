@@ -10,8 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
 
-/// How long a scenario waits for what must happen, in time that the guest can run. Longer than any busy machine needs.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) use vm::PATIENCE;
 
 /// A scenario.
 pub struct Scenario {

@@ -18,10 +18,7 @@ use service_manager::ServiceManager;
 use tempfile::TempDir;
 
 use super::runner::Runner;
-use crate::stopwatch::Stopwatch;
-
-/// How long it may take to start and to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::stopwatch::{PATIENCE, Stopwatch};
 
 /// A running daemon. It is killed when it is dropped.
 #[derive(Debug)]

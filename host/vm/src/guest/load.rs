@@ -8,10 +8,8 @@ use std::time::Duration;
 use agent::{Command, Exit, Load, LoadId, LoadStatus, Progress, Reply};
 use anyhow::{Result, bail, ensure};
 
-use super::{COMMAND_TIMEOUT, Guest, POLL_INTERVAL};
-
-/// How long a load may take for a MiB, or for one pass through its memory.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(180);
+use super::{Guest, POLL_INTERVAL};
+use crate::stopwatch::PATIENCE;
 
 /// A running load in a guest.
 #[derive(Debug)]
@@ -30,7 +28,7 @@ impl Guest {
 
     /// Starts a load.
     pub fn start_load(&self, load: Load) -> Result<RunningLoad<'_>> {
-        match self.call(Command::StartLoad(load), COMMAND_TIMEOUT)? {
+        match self.call(Command::StartLoad(load), PATIENCE)? {
             Reply::Load(id) => Ok(RunningLoad { guest: self, id }),
             reply => bail!("the agent answers {reply:?} to a load"),
         }
@@ -50,7 +48,7 @@ impl RunningLoad<'_> {
 
     /// Its status.
     pub fn status(&self) -> Result<LoadStatus> {
-        self.call(Command::LoadStatus(self.id), COMMAND_TIMEOUT)
+        self.call(Command::LoadStatus(self.id), PATIENCE)
     }
 
     /// Waits for `passes` more passes. In each pass the load verifies all of its memory.
@@ -85,7 +83,7 @@ impl RunningLoad<'_> {
         let mut stopwatch = self.guest.stopwatch();
         let mut last = Progress::default();
         loop {
-            let is_over = stopwatch.has_passed(LOAD_TIMEOUT);
+            let is_over = stopwatch.has_passed(PATIENCE);
             let status = self.status()?;
             if condition(&status)? {
                 return Ok(status);
@@ -98,7 +96,7 @@ impl RunningLoad<'_> {
                 ensure!(
                     !is_over,
                     "a load makes no progress for {} s ({stopwatch}): {last:?}",
-                    LOAD_TIMEOUT.as_secs()
+                    PATIENCE.as_secs()
                 );
             }
             thread::sleep(POLL_INTERVAL);
@@ -111,7 +109,7 @@ impl RunningLoad<'_> {
     ///
     /// It has failed, or has been killed.
     pub fn stop(self) -> Result<LoadStatus> {
-        let status = self.call(Command::StopLoad(self.id), COMMAND_TIMEOUT)?;
+        let status = self.call(Command::StopLoad(self.id), PATIENCE)?;
         ensure!(
             status.exit == Some(Exit::Status(0)),
             "a load ends with {:?}: {}",

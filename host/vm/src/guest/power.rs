@@ -10,22 +10,14 @@ use agent::{Command, End, TakeOver};
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{COMMAND_TIMEOUT, Guest, live};
+use super::{Guest, live};
 use crate::agent::Pending;
 use crate::config::Config;
 use crate::size::Size;
-
-/// How long a guest may take to suspend, and to resume.
-const SLEEP_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::stopwatch::PATIENCE;
 
 /// How long a guest may take to answer after resume, before the request is repeated.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long a guest may take to hibernate.
-const HIBERNATE_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// How long the next kernel may take to print its first line.
-const RESTART_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The paths of the next kernel and its initramfs in the guest.
 const KERNEL: &str = "/tmp/kernel";
@@ -48,7 +40,7 @@ impl Guest {
     pub fn suspend<T>(&self, asleep: impl FnOnce() -> Result<T>) -> Result<T> {
         let mark = self.qmp().mark();
         let pending = self.fall_asleep("mem")?;
-        self.wait_until("a suspended guest", SLEEP_TIMEOUT, || {
+        self.wait_until("a suspended guest", PATIENCE, || {
             ensure!(
                 pending.poll(Duration::ZERO)?.is_none(),
                 "the guest resumes by itself"
@@ -60,7 +52,7 @@ impl Guest {
         })?;
         let result = asleep()?;
         self.qmp().execute::<Value>("system_wakeup", &json!({}))?;
-        self.wait(&pending, SLEEP_TIMEOUT)?;
+        self.wait(&pending, PATIENCE)?;
         // In one of a hundred cases the first message after resume does not arrive.
         self.wait_listening()?;
         Ok(result)
@@ -68,7 +60,7 @@ impl Guest {
 
     /// Waits until the guest answers, and repeats messages that may be lost.
     fn wait_listening(&self) -> Result<()> {
-        self.wait_until("a guest that answers", SLEEP_TIMEOUT, || {
+        self.wait_until("a guest that answers", PATIENCE, || {
             let ping = self.home().agent.send(Command::Ping)?;
             Ok(ping.poll(PING_TIMEOUT)?.is_some())
         })
@@ -84,7 +76,7 @@ impl Guest {
         self.write_file("/sys/power/pm_test", "devices")?;
         self.write_file("/sys/module/suspend/parameters/pm_test_delay", "0")?;
         let pending = self.fall_asleep("freeze")?;
-        self.wait(&pending, SLEEP_TIMEOUT)?;
+        self.wait(&pending, PATIENCE)?;
         Ok(())
     }
 
@@ -128,7 +120,7 @@ impl Guest {
                 initramfs: INITRAMFS.to_owned(),
                 command_line: command_line.to_owned(),
             },
-            COMMAND_TIMEOUT,
+            PATIENCE,
         )?;
         self.run(&["rm", KERNEL, INITRAMFS])?;
         Ok(())
@@ -156,7 +148,7 @@ impl Guest {
         let mark = self.console.mark()?;
         let pending = self.home().agent.send(command)?;
         // The old kernel must not receive the ping.
-        self.wait_until("a kernel that starts", RESTART_TIMEOUT, || {
+        self.wait_until("a kernel that starts", PATIENCE, || {
             pending.poll(Duration::ZERO)?;
             Ok(self.console.count_since(mark, "^Linux version")? > 0)
         })
@@ -171,12 +163,9 @@ impl Guest {
     fn hibernate(&self) -> Result<()> {
         self.sh("mkswap /dev/vda && swapon /dev/vda")?;
         let pending = self.fall_asleep("disk")?;
-        if !self.home().qemu.wait(HIBERNATE_TIMEOUT)? {
+        if !self.home().qemu.wait(PATIENCE)? {
             pending.poll(Duration::ZERO)?;
-            bail!(
-                "the guest does not hibernate in {} s",
-                HIBERNATE_TIMEOUT.as_secs()
-            );
+            bail!("the guest does not hibernate in {} s", PATIENCE.as_secs());
         }
         Ok(())
     }

@@ -7,12 +7,10 @@ use std::time::Duration;
 use agent::{Command, Exit, Output, Reply};
 use anyhow::{Result, bail, ensure};
 
-use super::{COMMAND_TIMEOUT, Guest};
+use super::Guest;
 use crate::agent::Pending;
 use crate::driver::Driver;
-
-/// How long unloading a module may take.
-const UNLOAD_TIMEOUT: Duration = Duration::from_secs(120);
+use crate::stopwatch::PATIENCE;
 
 impl Guest {
     /// Loads a module with its parameters, such as `floor_mib=64`.
@@ -30,14 +28,14 @@ impl Guest {
         self.save_coverage()?;
         let argv = ["rmmod", driver.name()];
         let pending = self.start(&argv, None)?;
-        let output = program_output(self.wait(&pending, UNLOAD_TIMEOUT)?)?;
+        let output = program_output(self.wait(&pending, PATIENCE)?)?;
         successful(&argv, output)?;
         Ok(())
     }
 
     /// Runs a program in the guest and returns its result, whatever it is.
     pub fn exec(&self, argv: &[&str]) -> Result<Output> {
-        self.output(&self.start(argv, None)?, COMMAND_TIMEOUT)
+        self.output(&self.start(argv, None)?, PATIENCE)
     }
 
     /// The same, but the agent kills the program after `timeout`.
@@ -76,7 +74,7 @@ impl Guest {
             Command::ReadFile {
                 path: path.to_owned(),
             },
-            COMMAND_TIMEOUT,
+            PATIENCE,
         )? {
             Reply::Text(text) => Ok(text),
             reply => bail!("the agent answers {reply:?} to a read"),
@@ -86,7 +84,7 @@ impl Guest {
     /// Writes a file of the guest, in one write.
     pub fn write_file(&self, path: &str, contents: &str) -> Result<()> {
         let (path, contents) = (path.to_owned(), contents.to_owned());
-        self.call(Command::WriteFile { path, contents }, COMMAND_TIMEOUT)?;
+        self.call(Command::WriteFile { path, contents }, PATIENCE)?;
         Ok(())
     }
 
@@ -97,9 +95,9 @@ impl Guest {
             attribute: attribute.to_owned(),
             path: path.to_owned(),
             contents: contents.to_owned(),
-            timeout_ms: u64::try_from(COMMAND_TIMEOUT.as_millis() / 2)?,
+            timeout_ms: u64::try_from(PATIENCE.as_millis() / 2)?,
         };
-        match self.call(command, COMMAND_TIMEOUT)? {
+        match self.call(command, PATIENCE)? {
             Reply::Text(text) => Ok(text),
             reply => bail!("the agent answers {reply:?} to a watch"),
         }

@@ -10,12 +10,10 @@ use anyhow::{Result, ensure};
 
 use super::Guest;
 use crate::agent::Pending;
+use crate::stopwatch::PATIENCE;
 
 /// The target that is active when the system has booted. Those after it start services that no test needs.
 const TARGET: &str = "basic.target";
-
-/// How long it may boot. Guests are slow where QEMU emulates them.
-const BOOT_TIME: Duration = Duration::from_secs(180);
 
 /// How often to check whether it has booted. Each check costs the guest time.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -59,7 +57,7 @@ impl Guest {
             guest: self,
             _boot: boot,
         };
-        self.wait_until("a booted system", BOOT_TIME, || {
+        self.wait_until("a booted system", PATIENCE, || {
             thread::sleep(INTERVAL);
             let status = system.run("systemctl", &["is-active", "--quiet", TARGET]);
             Ok(status.is_ok())
