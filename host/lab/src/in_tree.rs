@@ -45,6 +45,21 @@ const BUILD_MODULE: &str = r#"
     make O=.kunit -j"$(nproc)" modules
 "#;
 
+/// Copies a kernel's source, unless an earlier run has done so.
+fn copy_once(source: &Path, copy: &Path) -> Result<()> {
+    if copy.exists() {
+        return Ok(());
+    }
+    // An interrupted run has left a part.
+    let new = copy.with_extension("new");
+    if new.exists() {
+        fs::remove_dir_all(&new)?;
+    }
+    kernel::output(Command::new("cp").arg("--archive").arg(source).arg(&new))?;
+    fs::rename(new, copy)?;
+    Ok(())
+}
+
 /// Copies the driver into a copy of the kernel's source, and adds its KUnit results there.
 ///
 /// # Errors
@@ -56,11 +71,7 @@ pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> 
     let copy = places.cache.join("in-tree").join(name);
     fs::create_dir_all(copy.with_file_name(""))?;
     let _lock = kernel::lock(&copy)?;
-    if !copy.exists() {
-        let new = copy.with_extension("new");
-        kernel::output(Command::new("cp").arg("--archive").arg(&source).arg(&new))?;
-        fs::rename(new, &copy)?;
-    }
+    copy_once(&source, &copy)?;
     place(&copy)?;
     let once = contents(&copy)?;
     place(&copy)?;
