@@ -111,7 +111,7 @@ impl Phase {
 
     fn follow_within(&self, command: &mut Command, log: &Path, limit: Duration) -> Result<()> {
         let program = command.get_program().to_string_lossy().into_owned();
-        let mut file = File::create(log).with_context(|| format!("making {}", log.display()))?;
+        let file = File::create(log).with_context(|| format!("making {}", log.display()))?;
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
         command
             .stdin(Stdio::null())
@@ -123,19 +123,15 @@ impl Phase {
         // The command object holds the pipe's write end, and must close it.
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let (end, ended) = mpsc::channel();
-        let is_stalled = thread::scope(|scope| -> Result<bool> {
+        let (is_stalled, logged) = thread::scope(|scope| {
             let child = &child;
             let watcher = scope.spawn(move || self.watch(child, &ended, limit));
-            for (steps, line) in (1..).zip(BufReader::new(File::from(reader)).split(b'\n')) {
-                file.write_all(&line?)?;
-                file.write_all(b"\n")?;
-                self.set(steps);
-            }
+            let logged = self.count_lines(File::from(reader), file);
             drop(end);
-            Ok(watcher.join().expect("it does not panic"))
-        })?;
+            (watcher.join().expect("it does not panic"), logged)
+        });
         let status = child.wait()?;
-        if status.success() && !is_stalled {
+        if status.success() && !is_stalled && logged.is_ok() {
             return Ok(());
         }
         self.bar.finish_and_clear();
@@ -145,7 +141,8 @@ impl Phase {
             .lines()
             .skip(from)
             .for_each(|line| eprintln!("{line}"));
-        let is_full = output.contains("No space left on device");
+        let is_full = output.contains("No space left on device")
+            || logged.is_err_and(|error| error.kind() == ErrorKind::StorageFull);
         let what = match is_stalled {
             true => format!(
                 "printed nothing and used no processor for {} s, and was killed",
@@ -166,6 +163,20 @@ impl Phase {
             true => Err(io::Error::from(ErrorKind::StorageFull)).context(message),
             false => bail!(message),
         }
+    }
+
+    /// Writes a command's output to a file, and counts its lines, to the end also if the disk is full: the command must
+    /// not continue alone.
+    fn count_lines(&self, output: File, mut file: File) -> io::Result<()> {
+        let mut written = Ok(());
+        for (steps, line) in (1..).zip(BufReader::new(output).split(b'\n')) {
+            written = written.and_then(|()| {
+                file.write_all(&line?)?;
+                file.write_all(b"\n")
+            });
+            self.set(steps);
+        }
+        written
     }
 
     /// Kills a command that makes no progress, and returns whether it did. If standard error is not a terminal, it
