@@ -61,11 +61,12 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
 
     let _running = report.begin("host");
     let log = places.build().join("host-tests.log");
+    let errors = places.build().join("host-tests-errors.log");
     // Not a pipe: a process that remains from a test would keep it open.
     let mut child = cargo()
         .stdin(Stdio::null())
         .stdout(File::create(&log)?)
-        .stderr(Stdio::null())
+        .stderr(File::create(&errors)?)
         .spawn()?;
     let status = wait_printing(&mut child, &log, QUIET_LIMIT)?;
     let stdout = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
@@ -75,7 +76,8 @@ pub(crate) fn run(places: &Places, report: &Report) -> Result<()> {
         .any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
     ensure!(
         status.success() || failed,
-        "cargo test fails without a failed test; run it in host/ with guest/build-root"
+        "cargo test fails without a failed test; {} has its errors",
+        errors.display()
     );
     for (name, outcome) in results {
         let outcome = match outcome {
