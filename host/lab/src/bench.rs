@@ -9,6 +9,7 @@ use benchmarks::{BENCHMARKS, Bench, Benchmark, Record};
 use vm::{Artifacts, Kernel};
 
 use crate::cli::Guests;
+use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
 use crate::setup;
@@ -23,6 +24,7 @@ use results::{all_names, directory, keep, load};
 /// Runs the benchmarks with `only` in one of their names, or all. Returns whether all claims hold.
 pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     let wanted: Vec<_> = BENCHMARKS
         .iter()
         .filter(|benchmark| {

@@ -30,6 +30,7 @@ const PARTS: [&str; 2] = ["kunit", "scenarios"];
 /// coverage together with that of earlier runs. Returns whether all tests passed.
 pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     let directory = places.build().join("coverage");
     let tree = kernel::build(&places, Kernel::Test)?;
     let module = module::build_counting(&places, &tree)?;

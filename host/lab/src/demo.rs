@@ -13,6 +13,7 @@ use procfs::{Current, Meminfo};
 use vm::{Artifacts, Balloon, Config, Device, Driver, Kernel, Load, Size};
 
 use crate::cli::Guests;
+use crate::kernel;
 use crate::places::Places;
 use crate::progress::Phase;
 use crate::setup;
@@ -70,6 +71,7 @@ struct Measurement {
 /// Runs the demonstration and prints its table.
 pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     check_memory(MEMORY)?;
     let artifacts = setup::prepare(&places, Kernel::Test)?;
     let measurements = CONTESTANTS

@@ -20,6 +20,7 @@ use vm::{
 
 use crate::cli::Guests;
 use crate::demo::check_memory;
+use crate::kernel;
 use crate::places::Places;
 use crate::progress::{BARS, Phase};
 use crate::setup;
@@ -64,6 +65,7 @@ struct Outcome {
 /// Runs the demonstration and prints its table.
 pub(crate) fn run(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     check_memory(MEMORY * VMS.len() as u64)?;
     let artifacts = setup::prepare(&places, Kernel::Test)?;
     let alone = measure(&artifacts, guests, None)?;

@@ -270,6 +270,12 @@ fn missing<'a>(fragments: &'a str, config: &str) -> Vec<&'a str> {
         .collect()
 }
 
+/// Prevents other runs in this checkout from replacing the modules and the logs of this one.
+pub(crate) fn lock_checkout(places: &Places) -> Result<Flock<File>> {
+    fs::create_dir_all(places.build())?;
+    lock(&places.build().join("run"))
+}
+
 /// Prevents two runs from making the same directory at once.
 pub(crate) fn lock(directory: &Path) -> Result<Flock<File>> {
     let mut path = directory.as_os_str().to_owned();

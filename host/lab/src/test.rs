@@ -15,7 +15,7 @@ use crate::cli::Guests;
 use crate::places::Places;
 use crate::queue::{Feed, Queue};
 use crate::report::Report;
-use crate::{fuzz, host_tests, in_tree, kunit, setup};
+use crate::{fuzz, host_tests, in_tree, kernel, kunit, setup};
 
 /// For how long each fuzz target runs: enough for the inputs in the repository, and for small mutations
 /// of them.
@@ -98,8 +98,8 @@ pub(crate) struct Wanted<'a> {
 /// Runs all selected tests, several at once. Returns whether all passed.
 pub(crate) fn run(wanted: Wanted<'_>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     let report = Report::new();
-    std::fs::create_dir_all(places.build())?;
     let processors = available_parallelism()?.get();
     let queue = Queue::new(processors / 2);
     // Tests often wait: one more than there are CPUs keeps all of them busy.
