@@ -153,11 +153,13 @@ pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
     if complete.exists() && env::var_os("KSRC").is_none() {
         return Ok(tree);
     }
-    resume(&tree.path, || {
+    // make prints no line for what an earlier run has built.
+    let is_new = !tree.path.exists();
+    let build = || {
         configure(&tree, &source, &fragments)?;
         let phase = Phase::start(
             &format!("Building the {kernel} kernel"),
-            Some(build_lines(kernel)),
+            is_new.then(|| build_lines(kernel)),
         );
         phase.follow(
             tree.make()?.args(tree.image().file_name()).arg("modules"),
@@ -165,7 +167,12 @@ pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
         )?;
         phase.finish();
         Ok(())
-    })?;
+    };
+    // An error in a user's own source is no damage.
+    match env::var_os("KSRC") {
+        Some(_) => build()?,
+        None => resume(&tree.path, build)?,
+    }
     File::create(complete)?;
     Ok(tree)
 }
