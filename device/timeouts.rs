@@ -22,7 +22,7 @@ pub(crate) const TEARDOWN_STALL: Delta = Delta::from_millis(2_000);
 /// unacknowledged messages.
 ///
 /// The driver always completes a memory block. So a feature after the balloon may add [`OFFLINE`],
-/// and the time for bringing blocks online.
+/// and the time for bringing blocks online. After that `rmmod` may add [`ONLINE_WITHOUT_THREAD`].
 pub(crate) const TEARDOWN: Delta = Delta::from_millis(10_000);
 
 /// How long an OOM notifier waits for a device that must be notified before pages can be used. It
@@ -100,6 +100,9 @@ pub(crate) const ONLINE_AGAIN: Msecs = 1_000;
 
 /// How long a thread tries to bring memory blocks online when the driver has left the device.
 pub(crate) const ONLINE_AT_END: Delta = Delta::from_secs(60);
+
+/// The same without a thread, as while the module is being unloaded.
+pub(crate) const ONLINE_WITHOUT_THREAD: Delta = Delta::from_secs(10);
 
 /// The CPU time that host requests may use at once. Then they pause: for ten times what they used
 /// beyond that.

@@ -22,15 +22,20 @@ use crate::{
             },
             zone::Zone, //
         },
-        work::{
-            poll::poll_timeout,
-            thread::Thread, //
-        }, //
+        work::thread::Thread, //
     }, //
 };
 
 use core::mem;
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
+    }, //
+};
 
 /// How many blocks may be offline after a failure to bring them online, until no more are taken.
 const MAX_FAILED: usize = 4;
@@ -118,22 +123,45 @@ impl Drop for OfflineBlocks {
     /// Leaves the blocks that could not be brought online to a thread. ACPI unplugs a device with
     /// the kernel's lock for hotplug held, and they stay offline until that has ended.
     fn drop(&mut self) {
-        let mut failed = mem::replace(&mut self.failed, KVec::new());
-        let blocks = failed.len();
-        if blocks == 0 {
+        let mut left = Left {
+            blocks: mem::replace(&mut self.failed, KVec::new()),
+            time: timeouts::ONLINE_WITHOUT_THREAD,
+        };
+        if left.blocks.is_empty() {
             return;
         }
 
+        // No thread starts while the module is being unloaded. The blocks are dropped here then.
         let thread = Thread::start(c"balloon_rs_online", None, move || {
-            poll_timeout(timeouts::ONLINE_AT_END, || {
-                bring_online(&mut failed).then_some(())
-            });
-            warn(failed.len());
+            left.time = timeouts::ONLINE_AT_END;
+            drop(left);
             Ok(())
         });
-        match thread {
-            Ok(thread) => thread.detach(),
-            Err(_) => warn(blocks),
+        if let Ok(thread) = thread {
+            thread.detach();
+        }
+    }
+}
+
+/// Blocks that are still offline at the end. Dropping it retries.
+struct Left {
+    blocks: KVec<OfflineBlock>,
+    /// For how long.
+    time: Delta,
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        let start = Instant::<Monotonic>::now();
+
+        while !bring_online(&mut self.blocks) && start.elapsed() < self.time {
+            fsleep(Delta::from_millis(timeouts::ONLINE_AGAIN.into()));
+        }
+        if !self.blocks.is_empty() {
+            pr_warn!(
+                "{} memory blocks are offline and cannot be brought online\n",
+                self.blocks.len()
+            );
         }
     }
 }
@@ -142,11 +170,4 @@ impl Drop for OfflineBlocks {
 fn bring_online(blocks: &mut KVec<OfflineBlock>) -> bool {
     blocks.retain(|block| block.bring_online().is_err());
     blocks.is_empty()
-}
-
-/// Logs that blocks stay offline, if there are any.
-fn warn(blocks: usize) {
-    if blocks > 0 {
-        pr_warn!("{blocks} memory blocks are offline and cannot be brought online\n");
-    }
 }
