@@ -150,6 +150,10 @@ impl Feature for BalloonFeature {
         Ok(())
     }
 
+    fn give_up(&self) {
+        self.task.bring_blocks_online();
+    }
+
     fn status(&self) -> Option<&dyn Status> {
         Some(&**self.task)
     }

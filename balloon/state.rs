@@ -230,10 +230,15 @@ impl Balloon {
         let _before = mem::replace(&mut *self.deflate.lock(), deflate);
 
         self.quiescing.store(false, Relaxed);
+        self.bring_blocks_online();
+        Ok(())
+    }
+
+    /// Retries to bring memory blocks online, in the offliner's task.
+    pub(super) fn bring_blocks_online(&self) {
         if let Some(offliner) = &self.offliner {
             offliner.restore();
         }
-        Ok(())
     }
 
     pub(super) fn migrations(&self) -> &PendingMigrations {

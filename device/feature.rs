@@ -77,6 +77,10 @@ pub(crate) trait Feature: Send + Sync {
         Ok(())
     }
 
+    /// The device is not restored after [`quiesce`](Self::quiesce). Continues with work that needs
+    /// no device.
+    fn give_up(&self) {}
+
     /// Returns the balloon's status, if this feature is the balloon.
     fn status(&self) -> Option<&dyn Status> {
         None

@@ -51,6 +51,11 @@ impl BoundDevice {
     ///
     /// The driver does not use the device any more.
     pub(crate) fn restore(&self, dev: &virtio::Device<Core<'_>>) -> Result {
+        self.restore_features(dev)
+            .inspect_err(|_| self.features.iter().for_each(|feature| feature.give_up()))
+    }
+
+    fn restore_features(&self, dev: &virtio::Device<Core<'_>>) -> Result {
         // QEMU exits when a device without its back end is started.
         if self.is_unresponsive.load(Relaxed) {
             dev_warn!(
