@@ -135,19 +135,22 @@ fn huge_pages_with(setup: &Setup, driver: Driver) -> Result<f64> {
     })
 }
 
-fn gigantic_pages(setup: &Setup) -> Result<()> {
+/// Allocates a page of 1 GiB and frees it. Returns how many the kernel could allocate.
+pub(crate) fn gigantic_page(guest: &Guest) -> Result<u64> {
     const NR_GIGANTIC: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+    write(guest, NR_GIGANTIC, "1")?;
+    let got = guest.read_file(NR_GIGANTIC)?.trim().parse()?;
+    guest.write_file(NR_GIGANTIC, "0")?;
+    Ok(got)
+}
+
+fn gigantic_pages(setup: &Setup) -> Result<()> {
     // The kernel's memory is at both ends of what is above 4 GiB, so only the second of three gibibytes can become
     // such a page. The balloon begins after the kernel's memory, and reaches into it.
     let size = Size::gib(1);
     vm::run(&setup.config().memory(Size::gib(5)), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
-        let get = || -> Result<u64> {
-            write(guest, NR_GIGANTIC, "1")?;
-            let got = guest.read_file(NR_GIGANTIC)?.trim().parse()?;
-            guest.write_file(NR_GIGANTIC, "0")?;
-            Ok(got)
-        };
+        let get = || gigantic_page(guest);
         ensure!(get()? == 1, "the guest gets none without a balloon");
         guest.balloon().settle(size)?;
 
