@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
@@ -48,7 +49,11 @@ impl Connection {
         let mut events = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         poll(&mut events, PollTimeout::ZERO) == Ok(1)
-            && recv(self.stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+            && matches!(
+                recv(self.stream.as_raw_fd(), &mut [0], flags),
+                // The second one if it has not read all events.
+                Ok(0) | Err(Errno::ECONNRESET)
+            )
     }
 }
 
@@ -163,6 +168,17 @@ mod tests {
         drop(clients.pop());
         assert!(has_room());
         assert_eq!(connections.lock().len(), MAX_CONNECTIONS - 1);
+    }
+
+    #[test]
+    fn clients_that_have_left_with_unread_events_make_room() {
+        let (connections, mut clients) = full();
+        for connection in connections.lock().values_mut() {
+            connection.stream.write_all(b"{}").unwrap();
+        }
+        assert!(!connections.make_room(Duration::MAX));
+        drop(clients.pop());
+        assert!(connections.make_room(Duration::MAX));
     }
 
     #[test]
