@@ -338,6 +338,8 @@ impl Device {
     }
 
     fn stop(&self) {
+        // A driver that is reset before this worker has started it does not continue.
+        self.channel.started();
         lock(&self.work).at_work = false;
         self.running.store(false, SeqCst);
         self.set_unknown(false);

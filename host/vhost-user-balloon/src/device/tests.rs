@@ -210,6 +210,18 @@ fn a_driver_that_continues_keeps_its_size() {
     }
 }
 
+#[test]
+fn a_driver_that_was_reset_before_this_worker_started_it_does_not_continue() {
+    let device = device(&[Feature::Stats], true);
+    let body = [1_i32; 2].map(i32::to_ne_bytes);
+    device.channel.set_vmm(body.as_flattened());
+    device.acked_features(Feature::Stats.mask());
+    device.set_config(4, &5_u32.to_le_bytes()).unwrap();
+    device.stop_vring(0).unwrap();
+    device.start(&mut lock(&device.work), 0);
+    assert_eq!(device.state().config.actual, 0);
+}
+
 /// The worker that is killed has stored the status, as the supervisor stores writes of the configuration space.
 #[test]
 fn a_status_is_known_to_the_next_worker() {
