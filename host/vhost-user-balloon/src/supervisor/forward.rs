@@ -59,8 +59,10 @@ impl Supervisor {
             return self.refuse(head);
         }
         Journal::prepare_answer(&mut answer);
-        if has_reply(&head.message) {
-            vmm.keep_answer(Message::new(answer.request(), answer.body(), Vec::new()));
+        let is_kept = has_reply(&head.message)
+            && vmm.keep_answer(Message::new(answer.request(), answer.body(), Vec::new()));
+        if is_kept {
+            self.save();
         }
         self.complete(head, true, &answer);
     }
@@ -123,10 +125,7 @@ impl Supervisor {
         };
         vmm.setup.left_out(&head.message);
         let message = &head.message;
-        let answer = vmm.own_answer(message).or_else(|| {
-            // An answer without a body is an error that the front end expects.
-            (message.request() == request::GET_CONFIG).then(|| message.answer(&[]))
-        });
+        let answer = vmm.own_answer(message);
         let recorded = takes_away(message);
         match answer {
             Some(answer) => self.complete(head, recorded, &answer),

@@ -12,6 +12,7 @@ use log::{error, warn};
 use nix::sys::uio::pread;
 use nix::unistd::write;
 
+use super::configuration::{Configuration, access};
 use super::memory::{Region, adds_memory, regions, word};
 use crate::vhost_user::message::{Message, request};
 
@@ -28,18 +29,30 @@ pub struct Journal {
     messages: Vec<Message>,
     /// Whether the driver is new, and no worker has started it yet.
     is_new: bool,
+    configuration: Configuration,
     /// Changes with the set of file descriptors of the messages.
     descriptors: u64,
 }
 
 impl Journal {
     /// A journal of these messages, whose driver `is_new`.
-    pub fn new(messages: Vec<Message>, is_new: bool) -> Self {
+    pub fn new(messages: Vec<Message>, is_new: bool, configuration: Configuration) -> Self {
         Self {
             messages,
             is_new,
+            configuration,
             descriptors: 0,
         }
+    }
+
+    /// The configuration space.
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+
+    /// Records a worker's answer, and returns whether that changes the journal.
+    pub fn record_answer(&mut self, answer: &Message) -> bool {
+        answer.request() == request::GET_CONFIG && self.configuration.record(answer)
     }
 
     /// The messages.
@@ -273,6 +286,14 @@ impl Journal {
         Ok(())
     }
 
+    /// Sends an interrupt that a killed worker may owe the guest.
+    pub fn interrupt(&self, queue: u32) {
+        let call = self.find(request::SET_VRING_CALL, queue);
+        if let Some([event]) = call.map(Message::descriptors) {
+            signal(event);
+        }
+    }
+
     /// The position at which a queue continues: after the used messages, or where it was stopped.
     pub fn index_of(&self, queue: u32) -> Option<u16> {
         let stopped = || number(self.find(request::SET_VRING_BASE, queue)?);
@@ -317,16 +338,14 @@ fn number(message: &Message) -> Option<u16> {
 
 /// Clears the driver's report of its balloon in a write to the configuration space, if the message is one.
 fn clear_report(message: &mut Message) {
-    /// The offset of the write comes first, and the written bytes after this.
-    const HEADER: usize = 12;
     if message.request() != request::SET_CONFIG {
         return;
     }
-    let start = message.body().first_chunk().copied();
-    let start = start.map_or(0, u32::from_ne_bytes);
-    let written = message.body_mut().get_mut(HEADER..).unwrap_or_default();
-    for (place, byte) in (u64::from(start)..).zip(written) {
-        let is_in = |field: usize| (field as u64..field as u64 + 4).contains(&place);
+    let (start, written) = access(message.body());
+    let header = message.body().len() - written.len();
+    let written = message.body_mut().get_mut(header..).unwrap_or_default();
+    for (place, byte) in (start..).zip(written) {
+        let is_in = |field: usize| (field..field + 4).contains(&place);
         if is_in(config::ACTUAL) || is_in(config::STOP_REASON) {
             *byte = 0;
         }

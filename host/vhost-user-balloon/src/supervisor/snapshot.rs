@@ -33,6 +33,7 @@ use rustix::net::{
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 
+use super::configuration::Configuration;
 use super::connection::Connection;
 use super::journal::Journal;
 use crate::vhost_user::channel::VERSION;
@@ -58,6 +59,9 @@ struct Content {
     /// Whether the driver is new, and no worker has started it yet. An older program does not know that.
     #[serde(default)]
     new_driver: bool,
+    /// Of the front end that is connected. An older program does not know it.
+    #[serde(default)]
+    configuration: Configuration,
     messages: Vec<Entry>,
 }
 
@@ -131,6 +135,12 @@ impl Current<'_> {
                 .frontend
                 .as_ref()
                 .is_some_and(|(_, journal)| journal.is_new()),
+            configuration: self
+                .frontend
+                .as_ref()
+                .map_or_else(Configuration::default, |(_, journal)| {
+                    journal.configuration().clone()
+                }),
             messages: messages
                 .map(|message| Entry {
                     bytes: message.bytes().to_vec(),
@@ -302,7 +312,11 @@ fn load(socket: BorrowedFd<'_>) -> Result<(u64, Snapshot)> {
                 .collect::<Result<_>>()?;
             Ok(Message::from_bytes(entry.bytes, descriptors)?)
         });
-        let journal = Journal::new(messages.collect::<Result<_>>()?, content.new_driver);
+        let journal = Journal::new(
+            messages.collect::<Result<_>>()?,
+            content.new_driver,
+            content.configuration,
+        );
         let connection = match (next(), next()) {
             (Ok(reader), Ok(writer)) => Connection::of_another(socket, reader, writer),
             _ => Connection::new(socket)?,
@@ -489,7 +503,7 @@ mod tests {
                 let file = testing::memory_file(size).try_clone().unwrap();
                 message(request::ADD_MEM_REG, b"", vec![file.into()])
             });
-            let journal = Journal::new(messages.collect(), true);
+            let journal = Journal::new(messages.collect(), true, Configuration::default());
             let kept = testing::memory_file(7);
             let current = Current {
                 socket: None,

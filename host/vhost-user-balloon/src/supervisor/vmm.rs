@@ -133,11 +133,13 @@ impl Vmm {
         Some(head)
     }
 
-    /// Stores an answer for times without a worker.
-    pub(super) fn keep_answer(&mut self, answer: Message) {
+    /// Stores an answer for times without a worker. Returns whether that changes the journal.
+    pub(super) fn keep_answer(&mut self, answer: Message) -> bool {
         self.answers.retain(|old| old.request() != answer.request());
         self.setup.answered(&answer);
+        let changes = self.journal.record_answer(&answer);
         self.answers.push(answer);
+        changes
     }
 
     fn answer_to(&self, request: u32) -> Option<&Message> {
@@ -145,22 +147,20 @@ impl Vmm {
         answers.find(|answer| answer.request() == request)
     }
 
-    /// The answer to a message without a worker, if that is possible: the index of a queue from its ring, or an
-    /// earlier answer of a worker.
+    /// The answer to a message without a worker, if that is possible: the index of a queue from its ring, a part of the
+    /// configuration space, or an earlier answer of a worker.
     pub(super) fn own_answer(&self, message: &Message) -> Option<Message> {
         match message.request() {
             request::GET_VRING_BASE => {
                 let queue = queue(message);
+                self.journal.interrupt(queue);
                 let index = self.journal.index_of(queue).unwrap_or_default();
                 let body = [queue, index.into()].map(u32::to_ne_bytes);
                 Some(message.answer(body.as_flattened()))
             }
             request::GET_CONFIG => {
-                /// The offset and the size come first.
-                const PLACE: usize = 8;
-                let config = self.answer_to(request::GET_CONFIG)?;
-                let same = config.body().get(..PLACE) == message.body().get(..PLACE);
-                same.then(|| message.answer(config.body()))
+                let configuration = self.journal.configuration();
+                Some(configuration.answer(message, self.journal.is_new()))
             }
             request if has_reply(message) => {
                 let before = self.answer_to(request)?;
@@ -202,6 +202,8 @@ impl Vmm {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+
     use super::*;
     use crate::vhost_user::message::tests::message;
 
@@ -236,16 +238,27 @@ mod tests {
             message(request::GET_CONFIG, words.as_flattened(), vec![])
         };
         let features = message(request::GET_FEATURES, b"", vec![]);
-        assert!(vmm.own_answer(&question(16)).is_none());
-        assert!(vmm.own_answer(&features).is_none());
-        vmm.keep_answer(question(16));
-        vmm.keep_answer(features.answer(b"features"));
+        // The VM waits for this one, also before a worker has answered.
         assert!(vmm.own_answer(&question(16)).is_some());
-        assert!(vmm.own_answer(&question(8)).is_none());
+        assert!(vmm.own_answer(&features).is_none());
+        vmm.keep_answer(features.answer(b"features"));
         assert_eq!(vmm.own_answer(&features).unwrap().body(), b"features");
         // A queue that a worker has not started.
         let base = message(request::GET_VRING_BASE, &[3, 0, 0, 0, 0, 0, 0, 0], vec![]);
         let answer = vmm.own_answer(&base).unwrap();
         assert_eq!(answer.body(), [3, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_queue_that_stops_without_a_worker_interrupts_the_guest() {
+        let (mut vmm, _front) = connected();
+        let call = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let event = call.as_fd().try_clone_to_owned().unwrap();
+        let queue = [1, 0, 0, 0, 0, 0, 0, 0];
+        vmm.journal
+            .record(message(request::SET_VRING_CALL, &queue, vec![event]));
+        let base = message(request::GET_VRING_BASE, &queue, vec![]);
+        vmm.own_answer(&base).unwrap();
+        assert_eq!(call.read(), Ok(1));
     }
 }

@@ -210,7 +210,8 @@ fn another_driver_reports_anew_whenever_workers_are_killed() {
     config[12..16].copy_from_slice(&[1; 4]);
     vmm.write_config(&config);
     vmm.reboot();
-    vmm.config();
+    // The supervisor answers, and knows the target of the driver before.
+    assert_eq!(requested(&mut vmm), 0);
     service.end(&mut daemon, Signal::SIGKILL);
     daemon = service.start(&["--extensions"]);
     for _ in 0..2 {
@@ -368,12 +369,16 @@ impl Service {
         Self { directory, manager }
     }
 
-    pub(super) fn start(&self, arguments: &[&str]) -> Running {
+    fn spawn(&self, arguments: &[&str]) -> Running {
         let directory = self.directory.path();
         let mut command = command(directory);
         command.args(arguments).stderr(open_log(directory));
         self.manager.prepare(&mut command).unwrap();
-        let daemon = Running(command.spawn().unwrap());
+        Running(command.spawn().unwrap())
+    }
+
+    pub(super) fn start(&self, arguments: &[&str]) -> Running {
+        let daemon = self.spawn(arguments);
         wait_for("the daemon", || self.manager.is_ready());
         daemon
     }
@@ -423,6 +428,29 @@ fn a_restart_of_the_supervisor_keeps_the_vmm() {
     wait_for_info("the end of the VMM", directory, |now| !now.guest.connected);
     inflated(directory);
     assert_eq!(errors(directory), [""; 0]);
+    daemon.end();
+}
+
+#[test]
+fn the_configuration_is_read_after_a_restart_without_a_worker() {
+    let service = Service::new();
+    let directory = service.directory.path();
+    let state = directory.join("state");
+    let arguments = ["--state", state.to_str().unwrap()];
+    let mut daemon = service.start(&arguments);
+    let mut vmm = inflated(directory);
+    set(directory, 5 << 12);
+    assert_eq!(requested(&mut vmm), 5);
+    // No worker can read it.
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    service.end(&mut daemon, Signal::SIGKILL);
+    daemon = service.spawn(&arguments);
+    // QEMU's main loop waits for this.
+    assert_eq!(requested(&mut vmm), 5);
+    fs::remove_dir(&state).unwrap();
+    wait_for_info("the driver", directory, |now| now.guest.driver);
+    works(directory, &mut vmm, 0x101);
     daemon.end();
 }
 
