@@ -179,6 +179,8 @@ pub struct Device {
     blocked: AtomicBool,
     /// Completed when the large granules were logged.
     large_granules: Once,
+    /// How many drivers have started.
+    starts: AtomicU32,
     sizes: Mutex<Sizes>,
     /// The state of the processes that use the guest's memory. Locked while it is read.
     watch: Mutex<Watch>,
@@ -239,6 +241,7 @@ impl Device {
             wished: AtomicU64::new(0),
             blocked: AtomicBool::new(false),
             large_granules: Once::new(),
+            starts: AtomicU32::new(0),
             sizes: Mutex::default(),
             watch: Mutex::new(Level::Slow, Watch::default()),
             exit: AtomicI32::new(NO_FD),

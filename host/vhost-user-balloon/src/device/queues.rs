@@ -283,6 +283,12 @@ impl Device {
 
     /// Handles the start of a driver, whose inflate queue continues at `next`.
     pub(super) fn start(&self, work: &mut Work, next: u16) {
+        // A guest can reset its device any number of times.
+        let is_logged = self
+            .starts
+            .fetch_add(1, SeqCst)
+            .wrapping_add(1)
+            .is_power_of_two();
         if work.is_new_driver(next) {
             // A new driver has reported nothing. The supervisor has repeated the writes of one that continues. The status
             // is stored first: with an empty balloon it would be that of the new driver.
@@ -294,7 +300,7 @@ impl Device {
             work.sweep = None;
             work.taken_up = ByKind::default();
             lock(&self.hints).restart();
-            self.leave_alone();
+            self.leave_alone(is_logged);
             debug!("the guest has a driver, with an empty balloon");
         } else {
             if tells_before_use(self.acked.load(SeqCst)) {
@@ -304,7 +310,9 @@ impl Device {
             debug!("the guest's driver continues");
         }
         self.channel.started();
-        self.warn_of_limit();
+        if is_logged {
+            self.warn_of_limit();
+        }
         work.at_work = true;
         lock(&self.times).started = Some(Instant::now());
         self.running.store(true, SeqCst);

@@ -120,7 +120,7 @@ impl Device {
     }
 
     /// Starts the boot grace for a guest that boots under an earlier target.
-    pub(super) fn leave_alone(&self) {
+    pub(super) fn leave_alone(&self, is_logged: bool) {
         let grace = self.settings.boot_grace;
         if grace.is_zero() || lock(&self.state).config.target == 0 {
             return;
@@ -128,10 +128,12 @@ impl Device {
         // The timer expires after this.
         let end = Instant::now().checked_add(grace);
         if self.grace.once(grace) {
-            info!(
-                "the guest has a new driver, and is left alone for {} s",
-                grace.as_secs()
-            );
+            if is_logged {
+                info!(
+                    "the guest has a new driver, and is left alone for {} s",
+                    grace.as_secs()
+                );
+            }
             lock(&self.times).grace_end = end;
         }
     }

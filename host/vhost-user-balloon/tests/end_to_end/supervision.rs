@@ -455,6 +455,25 @@ fn the_configuration_is_read_after_a_restart_without_a_worker() {
 }
 
 #[test]
+fn a_guest_that_resets_its_device_does_not_fill_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &["--boot-grace", "60"]);
+    let mut vmm = inflated(directory);
+    set(directory, 5 << 12);
+    let starts = 20;
+    for _ in 0..starts {
+        vmm.reboot();
+        wait_for_info("the new driver", directory, |now| {
+            now.guest.driver && now.size == 0
+        });
+    }
+    let lines = log(directory).matches("is left alone").count();
+    assert!((1..starts / 2).contains(&lines), "{lines}");
+    daemon.end();
+}
+
+#[test]
 fn a_restart_keeps_a_vm_with_many_memory_regions() {
     // A message carries 253 file descriptors.
     const REGIONS: u64 = 300;
