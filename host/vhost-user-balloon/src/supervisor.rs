@@ -124,6 +124,8 @@ struct Supervisor {
     absent_since: Instant,
     /// Whether the worker should end.
     stopping: bool,
+    /// Whether a child process has ended since the worker was checked.
+    child_ended: bool,
     /// When to start the next worker.
     start_at: Instant,
     failures: u32,
@@ -186,6 +188,7 @@ impl Supervisor {
             backend: None,
             absent_since: now,
             stopping: false,
+            child_ended: false,
             start_at: now,
             failures: 0,
             trial: None,
@@ -330,7 +333,7 @@ impl Supervisor {
         if ready.signal {
             while let Some(signal) = self.signals.read_signal()? {
                 match Signal::try_from(i32::try_from(signal.ssi_signo)?) {
-                    Ok(Signal::SIGCHLD) => {}
+                    Ok(Signal::SIGCHLD) => self.child_ended = true,
                     Ok(Signal::SIGHUP) if self.trial.is_some() => {}
                     Ok(Signal::SIGHUP) => self.update(),
                     other => {

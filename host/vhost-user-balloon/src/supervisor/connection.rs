@@ -61,14 +61,15 @@ impl Connection {
     ///
     /// The front end has closed the connection, or does not read.
     pub(super) fn resume(&self) -> io::Result<()> {
-        if self.unsent()? == 0 {
+        let unsent = self.unsent()?;
+        if unsent == 0 {
             return Ok(());
         }
         // A front end that waits for its answer has sent nothing else.
         if let Ok(answered) = self.peek() {
             answered.queued.take(&self.socket)?;
         }
-        self.send()
+        self.send(unsent)
     }
 
     /// The socket.
@@ -101,7 +102,7 @@ impl Connection {
         };
         self.prepare(answer)?;
         message.take(&self.socket)?;
-        self.send()
+        self.send(answer.bytes().len())
     }
 
     /// Puts an answer into the pipe.
@@ -113,17 +114,15 @@ impl Connection {
         }
     }
 
-    /// Sends the content of the pipe.
-    fn send(&self) -> io::Result<()> {
-        loop {
-            let left = self.unsent()?;
-            if left == 0 {
-                return Ok(());
-            }
+    /// Sends the content of the pipe, so many bytes.
+    fn send(&self, mut left: usize) -> io::Result<()> {
+        while left > 0 {
             let (reader, socket) = (&self.reader, &self.socket);
             let flags = SpliceFlags::empty();
-            retry_on_intr(|| splice(reader, None, socket, None, left, flags))?;
+            let sent = retry_on_intr(|| splice(reader, None, socket, None, left, flags))?;
+            left = left.saturating_sub(sent);
         }
+        Ok(())
     }
 
     /// How many bytes are in the pipe.

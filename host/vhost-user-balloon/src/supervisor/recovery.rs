@@ -2,6 +2,7 @@
 
 //! Starts workers, detects that one has ended or hangs, and passes the device to the next one.
 
+use std::mem;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -103,6 +104,9 @@ impl Supervisor {
 
     /// Handles the end of the worker.
     fn reap(&mut self) -> Result<()> {
+        if !mem::take(&mut self.child_ended) {
+            return Ok(());
+        }
         let Some(status) = self.worker.as_mut().and_then(Worker::status) else {
             return Ok(());
         };

@@ -122,18 +122,17 @@ impl Head {
     /// The other side has closed the connection, or does not use the protocol.
     pub fn peek(from: &UnixStream) -> io::Result<Self> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let mut bytes = vec![0; HEADER];
-        let header = receive_part(from, &mut bytes, flags)?;
-        if header.received == HEADER {
-            drop(header);
+        // Room for the longest message, and perhaps for a part of the next one.
+        let mut bytes = vec![0; HEADER + MAX_BODY];
+        let Part {
+            received,
+            descriptors,
+            is_truncated,
+        } = receive_part(from, &mut bytes, flags)?;
+        if received >= HEADER {
             let size = HEADER + Message::size(&bytes)?;
-            bytes.resize(size, 0);
-            let Part {
-                received,
-                descriptors,
-                is_truncated,
-            } = receive_part(from, &mut bytes, flags)?;
-            if received == size {
+            if received >= size {
+                bytes.truncate(size);
                 let mut message = Message {
                     bytes,
                     descriptors,
