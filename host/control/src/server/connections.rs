@@ -51,7 +51,7 @@ impl Connection {
         poll(&mut events, PollTimeout::ZERO) == Ok(1)
             && matches!(
                 recv(self.stream.as_raw_fd(), &mut [0], flags),
-                // The second one if it has not read all events.
+                // The error comes if the client has left events unread.
                 Ok(0) | Err(Errno::ECONNRESET)
             )
     }

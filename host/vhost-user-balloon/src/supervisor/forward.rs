@@ -59,9 +59,9 @@ impl Supervisor {
             return self.refuse(head);
         }
         Journal::prepare_answer(&mut answer);
-        let is_kept = has_reply(&head.message)
+        let has_changed = has_reply(&head.message)
             && vmm.keep_answer(Message::new(answer.request(), answer.body(), Vec::new()));
-        if is_kept {
+        if has_changed {
             self.save();
         }
         self.complete(head, true, &answer);

@@ -138,9 +138,8 @@ impl Current<'_> {
             configuration: self
                 .frontend
                 .as_ref()
-                .map_or_else(Configuration::default, |(_, journal)| {
-                    journal.configuration().clone()
-                }),
+                .map(|(_, journal)| journal.configuration().clone())
+                .unwrap_or_default(),
             messages: messages
                 .map(|message| Entry {
                     bytes: message.bytes().to_vec(),

@@ -148,7 +148,8 @@ impl Vmm {
     }
 
     /// The answer to a message without a worker, if that is possible: the index of a queue from its ring, a part of the
-    /// configuration space, or an earlier answer of a worker.
+    /// configuration space, or an earlier answer of a worker. A queue that stops gets the interrupt that a killed worker
+    /// may owe.
     pub(super) fn own_answer(&self, message: &Message) -> Option<Message> {
         match message.request() {
             request::GET_VRING_BASE => {
