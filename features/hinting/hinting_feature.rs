@@ -135,6 +135,13 @@ impl Feature for Hints {
         task.resume();
         Ok(())
     }
+
+    fn give_up(&self) {
+        self.task
+            .offliner
+            .iter()
+            .for_each(|offliner| offliner.restore());
+    }
 }
 
 impl Shrink for Task<Hinting> {

@@ -125,4 +125,8 @@ impl Feature for Task<HostRequests> {
         self.resume();
         Ok(())
     }
+
+    fn give_up(&self) {
+        self.offliner.iter().for_each(|offliner| offliner.restore());
+    }
 }
