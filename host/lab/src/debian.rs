@@ -74,7 +74,9 @@ const CHECK_SKIPPED: &str = r#"
     install >/log 2>&1
     cat /log
     grep "the source of $release is missing; install linux-source-" /log
-    ! is_there
+    if is_there; then
+        exit 1
+    fi
     /etc/kernel/postinst.d/dkms "$release"
     mv /virtio-balloon-rs /var/cache
     dpkg-trigger --by-package=linux-source --no-await /usr/src
