@@ -71,6 +71,10 @@ pub(crate) fn run(places: &Places, accel: Accel, report: &Report) -> Result<()> 
     let copy = places.cache.join("in-tree").join(name);
     fs::create_dir_all(copy.with_file_name(""))?;
     let _lock = kernel::lock(&copy)?;
+    // A user's own source may have changed since, or be another one of that name.
+    if copy.exists() && !source.starts_with(&places.cache) {
+        fs::remove_dir_all(&copy)?;
+    }
     copy_once(&source, &copy)?;
     place(&copy)?;
     let once = contents(&copy)?;
