@@ -17,6 +17,7 @@ const MANIFESTS: &[&str] = &["host/Cargo.toml", "host/fuzz/Cargo.toml"];
 /// Runs clippy on everything, and the compiler and sparse on the module's C. A warning is an error.
 pub(crate) fn clippy() -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     let tree = kernel::build(&places, Kernel::Test)?;
     let clippy = places.build().join("clippy");
     let directory = clippy.join("module");

@@ -17,7 +17,9 @@ pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Builds the packages.
 pub(crate) fn run() -> Result<bool> {
-    let packages = build(&Places::find()?)?;
+    let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
+    let packages = build(&places)?;
     println!("The packages are in {}.", packages.display());
     Ok(true)
 }

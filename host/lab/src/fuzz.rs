@@ -39,6 +39,7 @@ const TIMEOUT: u32 = 10;
 /// Fuzzes one target or all of them, each for so many seconds. Returns whether all passed.
 pub(crate) fn run(target: Option<&str>, seconds: u32) -> Result<bool> {
     let places = Places::find()?;
+    let _lock = kernel::lock_checkout(&places)?;
     let report = Report::new();
     fuzz(&places, target, seconds, &report)?;
     Ok(report.conclude())
