@@ -93,6 +93,8 @@ impl Supervisor {
         self.disconnect();
         let ended = self
             .worker
+        // The signal may not have been read.
+        self.child_ended |= ended;
             .as_mut()
             .is_none_or(|worker| worker.ends_within(END_OF_PROCESS));
         let answered = self
