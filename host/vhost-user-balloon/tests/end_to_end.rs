@@ -299,6 +299,13 @@ impl Vmm {
         assert_eq!(message[8..], [0; 4]);
     }
 
+    /// Discards the notifications that have arrived.
+    fn forget_changes(&mut self) {
+        self.changes.set_nonblocking(true).unwrap();
+        while self.changes.read(&mut [0; 12]).is_ok() {}
+        self.changes.set_nonblocking(false).unwrap();
+    }
+
     fn config(&mut self) -> Vec<u8> {
         let flags = VhostUserConfigFlags::WRITABLE;
         let (_, bytes) = self.front.get_config(0, 16, flags, &[0; 16]).unwrap();

@@ -197,8 +197,12 @@ impl Journal {
                 old.request() != request::ADD_MEM_REG || region(old) != region(&message)
             }),
             _ => {
+                self.configuration.reset();
                 let again = |old: &&mut Message| {
                     request != request::ADD_MEM_REG
+        if request == request::SET_CONFIG {
+            self.configuration.record_written(&message);
+        }
                         && (old.request(), self::queue(old)) == (request, queue)
                 };
                 match self.messages.iter_mut().find(again) {

@@ -159,10 +159,7 @@ impl Vmm {
                 let body = [queue, index.into()].map(u32::to_ne_bytes);
                 Some(message.answer(body.as_flattened()))
             }
-            request::GET_CONFIG => {
-                let configuration = self.journal.configuration();
-                Some(configuration.answer(message, self.journal.is_new()))
-            }
+            request::GET_CONFIG => Some(self.journal.configuration().answer(message)),
             request if has_reply(message) => {
                 let before = self.answer_to(request)?;
                 Some(message.answer(before.body()))

@@ -460,6 +460,28 @@ fn a_guest_that_resets_its_device_does_not_fill_the_log() {
     let directory = directory.path();
     let daemon = start_logged(directory, &["--boot-grace", "60"]);
     let mut vmm = inflated(directory);
+#[test]
+fn a_new_driver_without_a_worker_reads_no_target_of_the_one_before() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let state = directory.join("state");
+    let arguments = ["--state", state.to_str().unwrap(), "--boot-grace", "60"];
+    let daemon = start(directory, &arguments);
+    let mut vmm = inflated(directory);
+    set(directory, 5 << 12);
+    assert_eq!(requested(&mut vmm), 5);
+    vmm.forget_changes();
+    vmm.reboot();
+    // The worker has started the new driver.
+    vmm.change();
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    kill(daemon.worker(), Signal::SIGKILL).unwrap();
+    assert_eq!(requested(&mut vmm), 0);
+    fs::remove_dir(&state).unwrap();
+    daemon.end();
+}
+
     set(directory, 5 << 12);
     let starts = 20;
     for _ in 0..starts {
