@@ -59,9 +59,7 @@ impl Supervisor {
             return self.refuse(head);
         }
         Journal::prepare_answer(&mut answer);
-        let has_changed = has_reply(&head.message)
-            && vmm.keep_answer(Message::new(answer.request(), answer.body(), Vec::new()));
-        if has_changed {
+        if has_reply(&head.message) && vmm.keep_answer(&answer) {
             self.save();
         }
         self.complete(head, true, &answer);
@@ -93,10 +91,10 @@ impl Supervisor {
         self.disconnect();
         let ended = self
             .worker
-        // The signal may not have been read.
-        self.child_ended |= ended;
             .as_mut()
             .is_none_or(|worker| worker.ends_within(END_OF_PROCESS));
+        // The signal may not have been read.
+        self.child_ended |= ended;
         let answered = self
             .vmm
             .as_mut()

@@ -30,17 +30,25 @@ pub struct Journal {
     /// Whether the driver is new, and no worker has started it yet.
     is_new: bool,
     configuration: Configuration,
+    /// The workers' last answer to each other request that has a reply.
+    answers: Vec<Message>,
     /// Changes with the set of file descriptors of the messages.
     descriptors: u64,
 }
 
 impl Journal {
-    /// A journal of these messages, whose driver `is_new`.
-    pub fn new(messages: Vec<Message>, is_new: bool, configuration: Configuration) -> Self {
+    /// A journal of these messages and answers, whose driver `is_new`.
+    pub fn new(
+        messages: Vec<Message>,
+        is_new: bool,
+        configuration: Configuration,
+        answers: Vec<Message>,
+    ) -> Self {
         Self {
             messages,
             is_new,
             configuration,
+            answers,
             descriptors: 0,
         }
     }
@@ -50,9 +58,25 @@ impl Journal {
         &self.configuration
     }
 
+    /// The answers to other requests.
+    pub fn answers(&self) -> &[Message] {
+        &self.answers
+    }
+
     /// Records a worker's answer, and returns whether that changes the journal.
-    pub fn record_answer(&mut self, answer: &Message) -> bool {
-        answer.request() == request::GET_CONFIG && self.configuration.record(answer)
+    pub fn record_answer(&mut self, answer: Message) -> bool {
+        match answer.request() {
+            request::GET_CONFIG => return self.configuration.record(&answer),
+            // It changes with each message of the guest, and is in the ring.
+            request::GET_VRING_BASE => return false,
+            _ => {}
+        }
+        let is_same = |old: &Message| old.request() == answer.request();
+        let before = self.answers.iter().position(is_same);
+        let before = before.map(|place| self.answers.swap_remove(place));
+        let changed = before.is_none_or(|before| before.body() != answer.body());
+        self.answers.push(answer);
+        changed
     }
 
     /// The messages.
@@ -173,7 +197,11 @@ impl Journal {
             // A new driver has reported nothing, and the next worker must not take the previous one's report for it.
             if self.is_new {
                 self.messages.iter_mut().for_each(clear_report);
+                self.configuration.reset();
             }
+        }
+        if request == request::SET_CONFIG {
+            self.configuration.record_written(&message);
         }
         match request {
             request::GET_CONFIG => return false,
@@ -197,12 +225,8 @@ impl Journal {
                 old.request() != request::ADD_MEM_REG || region(old) != region(&message)
             }),
             _ => {
-                self.configuration.reset();
                 let again = |old: &&mut Message| {
                     request != request::ADD_MEM_REG
-        if request == request::SET_CONFIG {
-            self.configuration.record_written(&message);
-        }
                         && (old.request(), self::queue(old)) == (request, queue)
                 };
                 match self.messages.iter_mut().find(again) {

@@ -62,6 +62,8 @@ struct Content {
     /// Of the front end that is connected. An older program does not know it.
     #[serde(default)]
     configuration: Configuration,
+    #[serde(default)]
+    answers: Vec<Vec<u8>>,
     messages: Vec<Entry>,
 }
 
@@ -115,10 +117,10 @@ pub(super) struct Stored {
 impl Current<'_> {
     fn content(&self, number: u64) -> Result<Vec<u8>> {
         let path = |(path, _): &(&PathBuf, _)| path.as_os_str().as_bytes().to_vec();
-        let messages = self
-            .frontend
-            .iter()
-            .flat_map(|(_, journal)| journal.messages());
+        let none = Journal::default();
+        let journal = self.frontend.as_ref().map(|&(_, journal)| journal);
+        let journal = journal.unwrap_or(&none);
+        let answers = journal.answers().iter();
         Ok(serde_json::to_vec(&Content {
             version: VERSION,
             number,
@@ -131,16 +133,12 @@ impl Current<'_> {
                 .collect(),
             has_program: self.program.is_some(),
             connected: self.frontend.is_some(),
-            new_driver: self
-                .frontend
-                .as_ref()
-                .is_some_and(|(_, journal)| journal.is_new()),
-            configuration: self
-                .frontend
-                .as_ref()
-                .map(|(_, journal)| journal.configuration().clone())
-                .unwrap_or_default(),
-            messages: messages
+            new_driver: journal.is_new(),
+            configuration: journal.configuration().clone(),
+            answers: answers.map(|answer| answer.bytes().to_vec()).collect(),
+            messages: journal
+                .messages()
+                .iter()
                 .map(|message| Entry {
                     bytes: message.bytes().to_vec(),
                     descriptors: message.descriptors().len(),
@@ -311,10 +309,13 @@ fn load(socket: BorrowedFd<'_>) -> Result<(u64, Snapshot)> {
                 .collect::<Result<_>>()?;
             Ok(Message::from_bytes(entry.bytes, descriptors)?)
         });
+        let answers = content.answers.into_iter();
+        let answers = answers.map(|bytes| Ok(Message::from_bytes(bytes, Vec::new())?));
         let journal = Journal::new(
             messages.collect::<Result<_>>()?,
             content.new_driver,
             content.configuration,
+            answers.collect::<Result<_>>()?,
         );
         let connection = match (next(), next()) {
             (Ok(reader), Ok(writer)) => Connection::of_another(socket, reader, writer),
@@ -502,7 +503,12 @@ mod tests {
                 let file = testing::memory_file(size).try_clone().unwrap();
                 message(request::ADD_MEM_REG, b"", vec![file.into()])
             });
-            let journal = Journal::new(messages.collect(), true, Configuration::default());
+            let journal = Journal::new(
+                messages.collect(),
+                true,
+                Configuration::default(),
+                Vec::new(),
+            );
             let kept = testing::memory_file(7);
             let current = Current {
                 socket: None,

@@ -51,8 +51,8 @@ pub(super) struct Vmm {
     pub(super) blocked: bool,
     /// How many workers have crashed at the next message.
     crashes: u32,
-    /// The last answer to each request that has a reply.
-    answers: Vec<Message>,
+    /// The worker's last answer to a read of the configuration space.
+    read: Option<Message>,
     /// How many messages the worker has not accepted.
     refused: u32,
 }
@@ -72,7 +72,7 @@ impl Vmm {
             answered: now,
             blocked: false,
             crashes: 0,
-            answers: Vec::new(),
+            read: None,
             refused: 0,
         }
     }
@@ -117,8 +117,8 @@ impl Vmm {
     /// space.
     pub(super) fn probe(&self) -> Option<Message> {
         let is_due = self.pending.is_none() && self.answered.elapsed() >= PROBE_INTERVAL;
-        let config = self.answer_to(request::GET_CONFIG).filter(|_| is_due)?;
-        Some(Message::new(request::GET_CONFIG, config.body(), Vec::new()))
+        let read = self.read.as_ref().filter(|_| is_due)?;
+        Some(Message::new(request::GET_CONFIG, read.body(), Vec::new()))
     }
 
     /// Handles a crash or a hang of a worker. Returns the message that it had to answer if that has happened
@@ -134,17 +134,13 @@ impl Vmm {
     }
 
     /// Stores an answer for times without a worker. Returns whether that changes the journal.
-    pub(super) fn keep_answer(&mut self, answer: Message) -> bool {
-        self.answers.retain(|old| old.request() != answer.request());
-        self.setup.answered(&answer);
-        let changes = self.journal.record_answer(&answer);
-        self.answers.push(answer);
-        changes
-    }
-
-    fn answer_to(&self, request: u32) -> Option<&Message> {
-        let mut answers = self.answers.iter();
-        answers.find(|answer| answer.request() == request)
+    pub(super) fn keep_answer(&mut self, answer: &Message) -> bool {
+        let copy = || Message::new(answer.request(), answer.body(), Vec::new());
+        self.setup.answered(answer);
+        if answer.request() == request::GET_CONFIG {
+            self.read = Some(copy());
+        }
+        self.journal.record_answer(copy())
     }
 
     /// The answer to a message without a worker, if that is possible: the index of a queue from its ring, a part of the
@@ -161,7 +157,8 @@ impl Vmm {
             }
             request::GET_CONFIG => Some(self.journal.configuration().answer(message)),
             request if has_reply(message) => {
-                let before = self.answer_to(request)?;
+                let mut answers = self.journal.answers().iter();
+                let before = answers.find(|answer| answer.request() == request)?;
                 Some(message.answer(before.body()))
             }
             _ => Some(message.answer(&[])),
@@ -239,7 +236,7 @@ mod tests {
         // The VM waits for this one, also before a worker has answered.
         assert!(vmm.own_answer(&question(16)).is_some());
         assert!(vmm.own_answer(&features).is_none());
-        vmm.keep_answer(features.answer(b"features"));
+        vmm.keep_answer(&features.answer(b"features"));
         assert_eq!(vmm.own_answer(&features).unwrap().body(), b"features");
         // A queue that a worker has not started.
         let base = message(request::GET_VRING_BASE, &[3, 0, 0, 0, 0, 0, 0, 0], vec![]);

@@ -441,25 +441,25 @@ fn the_configuration_is_read_after_a_restart_without_a_worker() {
     let mut vmm = inflated(directory);
     set(directory, 5 << 12);
     assert_eq!(requested(&mut vmm), 5);
+    let mut written = vmm.config();
+    written[4..8].copy_from_slice(&3_u32.to_le_bytes());
+    written[12..16].fill(0xaa);
+    vmm.write_config(&written);
+    let features = vmm.front.get_features().unwrap();
     // No worker can read it.
     fs::remove_file(&state).unwrap();
     fs::create_dir(&state).unwrap();
     service.end(&mut daemon, Signal::SIGKILL);
     daemon = service.spawn(&arguments);
-    // QEMU's main loop waits for this.
-    assert_eq!(requested(&mut vmm), 5);
+    // QEMU's main loop waits for this. The next write of a field sends all of them as they were read.
+    assert_eq!(vmm.config(), written);
+    assert_eq!(vmm.front.get_features().unwrap(), features);
     fs::remove_dir(&state).unwrap();
     wait_for_info("the driver", directory, |now| now.guest.driver);
     works(directory, &mut vmm, 0x101);
     daemon.end();
 }
 
-#[test]
-fn a_guest_that_resets_its_device_does_not_fill_the_log() {
-    let directory = tempfile::tempdir().unwrap();
-    let directory = directory.path();
-    let daemon = start_logged(directory, &["--boot-grace", "60"]);
-    let mut vmm = inflated(directory);
 #[test]
 fn a_new_driver_without_a_worker_reads_no_target_of_the_one_before() {
     let directory = tempfile::tempdir().unwrap();
@@ -482,6 +482,12 @@ fn a_new_driver_without_a_worker_reads_no_target_of_the_one_before() {
     daemon.end();
 }
 
+#[test]
+fn a_guest_that_resets_its_device_does_not_fill_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start_logged(directory, &["--boot-grace", "60"]);
+    let mut vmm = inflated(directory);
     set(directory, 5 << 12);
     let starts = 20;
     for _ in 0..starts {
