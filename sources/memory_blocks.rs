@@ -45,6 +45,7 @@ use crate::{
         }, //
     },
     sources::{
+        attempts::Attempts,
         candidates::Candidates,
         nodes,
         offline_blocks::OfflineBlocks,
@@ -78,9 +79,6 @@ use kernel::{
         Monotonic, //
     }, //
 };
-
-/// How many attempts in a row may fail before the task gives up.
-const MAX_FAILURES: usize = 3;
 
 /// How many times one run takes a zone's lock to search for blocks.
 const HOLDS_PER_RUN: usize = 64;
@@ -125,8 +123,7 @@ pub(crate) struct Offliner {
 struct Work {
     /// The remaining candidates. `None` before the search.
     candidates: Option<Candidates>,
-    /// The number of failed attempts in a row.
-    failures: usize,
+    attempts: Attempts,
     offline: OfflineBlocks,
 }
 
@@ -176,7 +173,7 @@ impl Offliner {
 
         let work = Work {
             candidates: None,
-            failures: 0,
+            attempts: Attempts::default(),
             offline: OfflineBlocks::new()?,
         };
         let state = State {
@@ -289,11 +286,15 @@ impl Offliner {
 
     /// Ends the work of the task.
     fn end(&self, work: &mut Work) {
+        // To take a block, the task would wait for the thread that has the lock, without a limit.
+        if work.attempts.is_locked_out() || self.is_cancelled() {
+            work.offline.release_first();
+        }
         while let Some(outcome) = work.offline.take_first() {
             self.note(work, outcome);
         }
         work.candidates = None;
-        work.failures = 0;
+        work.attempts = Attempts::default();
         self.state.lock().is_busy = false;
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         ENDS.add(1, Relaxed);
@@ -373,7 +374,7 @@ impl Offliner {
     fn note(&self, work: &mut Work, outcome: Outcome) -> bool {
         match outcome {
             Outcome::Pages(pages) => {
-                work.failures = 0;
+                work.attempts.succeed();
                 // Other callers may have allocated memory in the meantime. They have priority.
                 if !self.can_spare(0) {
                     return false;
@@ -388,13 +389,7 @@ impl Offliner {
                 self.waker.schedule();
                 true
             }
-            // The next one may succeed: this was a block of CMA, one that another thread has taken,
-            // or one that is not needed any more.
-            Outcome::Not(EBUSY | EPERM | ECANCELED) => true,
-            Outcome::Not(_) => {
-                work.failures += 1;
-                work.failures < MAX_FAILURES
-            }
+            Outcome::Not(error) => work.attempts.fail(error),
             Outcome::Offline(block) => {
                 work.offline.fail(block);
                 false

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod attempts;
 pub(crate) mod candidates;
 pub(crate) mod memory_blocks;
 pub(crate) mod nodes;

@@ -200,6 +200,8 @@ pub enum Load {
         /// How much of it, in MiB.
         mib: usize,
     },
+    /// Keeps the kernel from migrating a page, which it also locks into memory, until it is stopped.
+    Pin,
     /// Computes until it is stopped, with hardly any memory. Each pass is the same amount of work.
     Compute {
         /// How many threads do it, each for itself.
@@ -233,6 +235,8 @@ pub enum PageFlag {
     MemoryError = 19,
     /// It is logically offline, as a balloon's pages are.
     Offline = 23,
+    /// A process has locked it into memory.
+    Locked = 33,
 }
 
 /// How a load fares.

@@ -25,6 +25,7 @@ mod hog;
 mod hold;
 #[expect(unsafe_code, reason = "a file that is mapped may change")]
 mod map;
+mod pin;
 mod tick;
 mod touch;
 
@@ -130,6 +131,7 @@ pub(crate) fn run(load: &str) -> Result<()> {
         Load::Compute { threads } => compute::run(threads, stop),
         Load::Tick { microseconds } => tick::run(microseconds, stop),
         Load::Map { mib } => map::run(mib, stop),
+        Load::Pin => pin::run(stop),
         Load::Churn { mib, threads, seed } => churn::run(mib, threads, seed, stop),
     }
 }

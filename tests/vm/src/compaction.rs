@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use vm::{Device, Driver, Exit, Guest, Load, Size};
+use vm::{Device, Driver, Exit, Guest, Load, PageFlag, Size};
 
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
@@ -288,16 +288,21 @@ pub(crate) struct Block {
     pub(crate) pages: Range<u64>,
 }
 
-const MEMORY: &str = "/sys/devices/system/memory";
+pub(crate) const MEMORY: &str = "/sys/devices/system/memory";
 
 /// The memory block with the most pages of the balloon, among the blocks whose zones match a
 /// pattern.
 pub(crate) fn fullest_block(guest: &Guest, zones: &str) -> Result<Block> {
-    fullest_block_of(guest, MEMORY, zones)
+    fullest_block_of(guest, MEMORY, zones, PageFlag::Offline)
 }
 
-/// The same for the blocks in a directory, such as that of a NUMA node.
-pub(crate) fn fullest_block_of(guest: &Guest, directory: &str, zones: &str) -> Result<Block> {
+/// The block with the most pages that have `flag`, among the blocks in a directory, such as that of a NUMA node.
+pub(crate) fn fullest_block_of(
+    guest: &Guest,
+    directory: &str,
+    zones: &str,
+    flag: PageFlag,
+) -> Result<Block> {
     let bytes = guest.read_file(&format!("{MEMORY}/block_size_bytes"))?;
     let pages = Size::bytes(u64::from_str_radix(bytes.trim(), 16)?).as_pages();
     let files = guest.sh(&format!(
@@ -318,7 +323,7 @@ pub(crate) fn fullest_block_of(guest: &Guest, directory: &str, zones: &str) -> R
     blocks.pop();
     let mut fullest = None;
     for block in blocks {
-        let full = guest.offline_pages(Some(block.pages.clone()))?;
+        let full = guest.count_pages(block.pages.clone(), &[flag])?;
         if fullest.as_ref().is_none_or(|(most, _)| full > *most) {
             fullest = Some((full, block));
         }

@@ -3,7 +3,7 @@
 //! A guest with two NUMA nodes. `oom` has the scenario with a full node.
 
 use anyhow::{Result, ensure};
-use vm::{Driver, Guest, Offer, Size};
+use vm::{Driver, Guest, Offer, PageFlag, Size};
 
 use crate::compaction::{fullest_block_of, write};
 use crate::floor::take_all;
@@ -119,7 +119,7 @@ fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
     let total = guest.meminfo()?.total;
     for node in [0, 1] {
         let directory = format!("/sys/devices/system/node/node{node}");
-        let block = fullest_block_of(guest, &directory, "^Movable")?;
+        let block = fullest_block_of(guest, &directory, "^Movable", PageFlag::Offline)?;
         let pages = guest.offline_pages(Some(block.pages.clone()))?;
         write(guest, &block.state, "offline")?;
         // The balloon then inflates elsewhere.

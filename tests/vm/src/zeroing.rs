@@ -95,7 +95,7 @@ pub(crate) fn zeroing(setup: &Setup) -> Config {
 
 /// How many times the balloon inflates at most until the driver has taken enough memory blocks. It gives up a block that
 /// takes too long, as on a busy machine.
-const TRIES: u64 = 10;
+pub(crate) const TRIES: u64 = 10;
 
 /// Inflates an empty balloon by `size` until the driver has taken so many memory blocks for that. Returns their number.
 fn settle_with_blocks(guest: &Guest, size: Size, least: u64) -> Result<u64> {

@@ -5,12 +5,12 @@
 use std::mem;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use balloon_control::{Begun, Progress, Request, RequestStatus};
 use serde_json::json;
-use vm::{Guest, Load, Offer, RunningLoad, Size};
+use vm::{Config, Guest, Load, Offer, PageFlag, RunningLoad, Size};
 
-use crate::compaction::{fullest_block, write};
+use crate::compaction::{MEMORY, fullest_block, fullest_block_of, write};
 use crate::debugfs::show;
 use crate::hinting::check_all_back;
 use crate::lifecycle::{device, driver_directory};
@@ -19,7 +19,7 @@ use crate::scenario::{
     BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
 };
 use crate::sizes::{agree, check_size};
-use crate::zeroing::{MOST_MORE, check_online, resident, taken, zeroing};
+use crate::zeroing::{MOST_MORE, TRIES, check_online, resident, taken, zeroing};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -69,6 +69,22 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: RUST_DRIVER,
         devices: QEMU_DEVICE,
         run: removal,
+    },
+    Scenario {
+        name: "zeroing_locked",
+        proves: "the driver is unbound, or the module unloaded, while another process holds the kernel's lock for memory hotplug, and all memory blocks come online",
+        kernels: BOTH_KERNELS,
+        drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
+        run: locked,
+    },
+    Scenario {
+        name: "zeroing_failed_restore",
+        proves: "memory blocks are online again after hibernation although the device does not respond any more",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: failed_restore,
     },
 ];
 
@@ -317,5 +333,94 @@ fn removal(setup: &Setup) -> Result<()> {
         );
         check()?;
         guest.rmmod(setup.driver)
+    })
+}
+
+/// A process in the guest that takes a memory block offline. The kernel cannot migrate one of its pages, and tries with
+/// its lock for memory hotplug held until a signal comes.
+struct Offlining<'a> {
+    process: String,
+    _pin: RunningLoad<'a>,
+}
+
+/// A guest with such a block.
+fn with_movable_blocks(setup: &Setup) -> Config {
+    zeroing(setup)
+        .memory(Size::gib(4))
+        .parameter("movablecore=512M")
+}
+
+/// Makes the driver take memory blocks, and starts the other process while a block is offline that the driver has taken.
+fn begin_offlining(guest: &Guest) -> Result<Offlining<'_>> {
+    let pin = guest.load(Load::Pin)?;
+    let block = fullest_block_of(guest, MEMORY, "^Movable", PageFlag::Locked)?;
+    let start = format!("(echo offline >{}) >/dev/null 2>&1 & echo $!", block.state);
+    let states = || -> Result<Vec<String>> {
+        let states = guest.sh(&format!("cat {} {MEMORY}/memory*/state", block.state))?;
+        Ok(states.lines().map(str::to_owned).collect())
+    };
+    for _ in 0..TRIES {
+        guest.balloon().settle(Size::default())?;
+        let before = taken(guest)?;
+        guest.balloon().request(Size::gib(3))?;
+        guest.wait_until("memory blocks", PATIENCE, || Ok(taken(guest)? > before))?;
+        let process = guest.sh(&start)?.trim().to_owned();
+        guest.wait_until("a block that is going offline", PATIENCE, || {
+            Ok(states()?[0] == "going-offline")
+        })?;
+        if states()?[1..].iter().any(|state| state == "offline") {
+            return Ok(Offlining { process, _pin: pin });
+        }
+        // The driver had taken all blocks before the other process got the lock.
+        guest.sh(&format!("kill -9 {process}"))?;
+    }
+    bail!("no memory block was offline when the other process got the lock")
+}
+
+fn locked(setup: &Setup) -> Result<()> {
+    vm::run(&with_movable_blocks(setup), |guest| {
+        let total = guest.meminfo()?.total;
+        let check = || {
+            check_online(guest)?;
+            let now = guest.meminfo()?.total;
+            ensure!(now == total, "the guest had {total}, and has {now}");
+            Ok(())
+        };
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let device = device(guest, setup.driver)?;
+        let bind = |action: &str| {
+            let file = format!("{}/{action}", driver_directory(setup.driver));
+            guest.write_file(&file, &device)
+        };
+
+        // The other process has the lock until the driver has left the device.
+        let offlining = begin_offlining(guest)?;
+        bind("unbind")?;
+        guest.sh(&format!("kill -9 {}", offlining.process))?;
+        agree(guest, check)?;
+
+        bind("bind")?;
+        let offlining = begin_offlining(guest)?;
+        // The driver retries for longer.
+        guest.sh(&format!(
+            "rmmod {} & rmmod=$!; sleep 2; kill -9 {}; wait $rmmod",
+            setup.driver.name(),
+            offlining.process
+        ))?;
+        check()
+    })
+}
+
+fn failed_restore(setup: &Setup) -> Result<()> {
+    vm::run(&with_movable_blocks(setup), |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let offlining = begin_offlining(guest)?;
+        guest.daemon()?.kill()?;
+        // The other process continues its attempt afterwards.
+        guest.hibernate_without_disk()?;
+        guest.sh(&format!("kill -9 {}", offlining.process))?;
+        agree(guest, || check_online(guest))?;
+        guest.rmmod(setup.driver)?;
+        check_online(guest)
     })
 }

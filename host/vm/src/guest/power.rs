@@ -80,6 +80,15 @@ impl Guest {
         Ok(())
     }
 
+    /// Makes the guest hibernate without a disk for its image: it stops all devices, and continues.
+    pub fn hibernate_without_disk(&self) -> Result<()> {
+        let pending = self.fall_asleep("disk")?;
+        let refused = self.wait(&pending, PATIENCE).is_err();
+        self.wait_listening()?;
+        ensure!(refused, "the guest has hibernated without a disk");
+        Ok(())
+    }
+
     /// Suspends the guest in this way. The answer comes after resume.
     fn fall_asleep(&self, state: &str) -> Result<Pending> {
         let state = state.to_owned();
