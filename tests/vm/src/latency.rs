@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use balloon_control::{HintAction, Request};
-use vm::{Accel, Device, Driver, Guest, Kernel, MemoryBackend, Off, Offer, Size};
+use vm::{Accel, Device, Driver, Exit, Guest, Kernel, Load, MemoryBackend, Off, Offer, Size};
 
-use crate::compaction::{BLOCKS_OR_PAGES, fullest_block, gigantic_page, write};
+use crate::compaction::{BLOCKS_OR_PAGES, MEMORY, fullest_block, gigantic_page, write};
 use crate::requests::hint;
 use crate::scenario::{BOTH_DRIVERS, PATIENCE, Scenario, Setup};
 use crate::unused::{ask, unused};
@@ -96,6 +96,7 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
             ensure!(got == 1, "the kernel has no gigantic page");
             Ok(())
         })?);
+        let kernel = kernel.max(out_of_memory(guest, &measure)?);
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         if setup.device == Device::Extended {
             longest = longest.max(empty(guest, &measure)?);
@@ -121,6 +122,36 @@ fn rust_driver(setup: &Setup, guest: &Guest) -> Result<()> {
     }
     ensure!(too_long.is_empty(), "{}", too_long.join("; "));
     Ok(())
+}
+
+/// Measures how a process runs out of memory in a guest whose other memory is offline, without a balloon.
+fn out_of_memory(
+    guest: &Guest,
+    measure: &dyn Fn(&str, Work<'_>) -> Result<Duration>,
+) -> Result<Duration> {
+    const LEFT: Size = Size::gib(4);
+    let take = format!(
+        "cd {MEMORY} && for block in memory*; do
+             [ $(awk '/^MemAvailable/ {{ print $2 }}' /proc/meminfo) -gt {} ] || break
+             echo offline >$block/state
+         done 2>/dev/null",
+        LEFT.as_bytes() >> 10
+    );
+    guest.sh(&take)?;
+    let longest = measure("a process that runs out of memory", &|| {
+        let mib = (LEFT + Size::gib(3)).as_mib().try_into()?;
+        let status = guest.start_load(Load::Touch { mib })?.wait()?;
+        ensure!(
+            status.exit == Some(Exit::Signal(9)),
+            "a process that needs {mib} MiB ends with {:?}",
+            status.exit
+        );
+        Ok(())
+    })?;
+    guest.sh(&format!(
+        "cd {MEMORY} && for block in $(grep -l offline memory*/state); do echo online >$block; done"
+    ))?;
+    Ok(longest)
 }
 
 /// Measures what the driver does with free memory while the balloon is empty. Returns the longest section.
