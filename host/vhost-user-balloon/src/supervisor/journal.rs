@@ -192,17 +192,7 @@ impl Journal {
         let (request, queue) = (message.request(), queue(&message));
         let before = self.descriptor_count();
         let mut changed = !message.descriptors().is_empty();
-        if (request, queue) == (request::SET_VRING_BASE, INFLATE) {
-            self.is_new = number(&message) == Some(0);
-            // A new driver has reported nothing, and the next worker must not take the previous one's report for it.
-            if self.is_new {
-                self.messages.iter_mut().for_each(clear_report);
-                self.configuration.reset();
-            }
-        }
-        if request == request::SET_CONFIG {
-            self.configuration.record_written(&message);
-        }
+        self.record_driver(&message);
         match request {
             request::GET_CONFIG => return false,
             // A stopped queue restarts with other rings, perhaps in other memory, and other events. The
@@ -249,6 +239,22 @@ impl Journal {
             self.descriptors += 1;
         }
         true
+    }
+
+    /// Records whether the driver is a new one, and what it has written.
+    fn record_driver(&mut self, message: &Message) {
+        match message.request() {
+            request::SET_VRING_BASE if queue(message) == INFLATE => {
+                self.is_new = number(message) == Some(0);
+                // It has reported nothing, and the next worker must not take the previous one's report for it.
+                if self.is_new {
+                    self.messages.iter_mut().for_each(clear_report);
+                    self.configuration.reset();
+                }
+            }
+            request::SET_CONFIG => self.configuration.record_written(message),
+            _ => {}
+        }
     }
 
     fn descriptor_count(&self) -> usize {

@@ -63,7 +63,7 @@ struct Content {
     #[serde(default)]
     configuration: Configuration,
     #[serde(default)]
-    answers: Vec<Vec<u8>>,
+    answers: Vec<Entry>,
     messages: Vec<Entry>,
 }
 
@@ -71,6 +71,23 @@ struct Content {
 struct Entry {
     bytes: Vec<u8>,
     descriptors: usize,
+}
+
+impl Entry {
+    fn of(message: &Message) -> Self {
+        Self {
+            bytes: message.bytes().to_vec(),
+            descriptors: message.descriptors().len(),
+        }
+    }
+
+    /// The message, with its file descriptors from `next`.
+    fn message(self, next: &mut impl FnMut() -> Result<OwnedFd>) -> Result<Message> {
+        let descriptors = (0..self.descriptors)
+            .map(|_| next())
+            .collect::<Result<_>>()?;
+        Ok(Message::from_bytes(self.bytes, descriptors)?)
+    }
 }
 
 /// A listening socket, and its path.
@@ -120,7 +137,6 @@ impl Current<'_> {
         let none = Journal::default();
         let journal = self.frontend.as_ref().map(|&(_, journal)| journal);
         let journal = journal.unwrap_or(&none);
-        let answers = journal.answers().iter();
         Ok(serde_json::to_vec(&Content {
             version: VERSION,
             number,
@@ -135,15 +151,8 @@ impl Current<'_> {
             connected: self.frontend.is_some(),
             new_driver: journal.is_new(),
             configuration: journal.configuration().clone(),
-            answers: answers.map(|answer| answer.bytes().to_vec()).collect(),
-            messages: journal
-                .messages()
-                .iter()
-                .map(|message| Entry {
-                    bytes: message.bytes().to_vec(),
-                    descriptors: message.descriptors().len(),
-                })
-                .collect(),
+            answers: journal.answers().iter().map(Entry::of).collect(),
+            messages: journal.messages().iter().map(Entry::of).collect(),
         })?)
     }
 
@@ -303,19 +312,15 @@ fn load(socket: BorrowedFd<'_>) -> Result<(u64, Snapshot)> {
     let program = content.has_program.then(&mut next).transpose()?;
     let frontend = if content.connected {
         let socket = UnixStream::from(next()?);
-        let messages = content.messages.into_iter().map(|entry| {
-            let descriptors = (0..entry.descriptors)
-                .map(|_| next())
-                .collect::<Result<_>>()?;
-            Ok(Message::from_bytes(entry.bytes, descriptors)?)
-        });
-        let answers = content.answers.into_iter();
-        let answers = answers.map(|bytes| Ok(Message::from_bytes(bytes, Vec::new())?));
+        let mut messages = |entries: Vec<Entry>| -> Result<Vec<_>> {
+            let entries = entries.into_iter();
+            entries.map(|entry| entry.message(&mut next)).collect()
+        };
         let journal = Journal::new(
-            messages.collect::<Result<_>>()?,
+            messages(content.messages)?,
             content.new_driver,
             content.configuration,
-            answers.collect::<Result<_>>()?,
+            messages(content.answers)?,
         );
         let connection = match (next(), next()) {
             (Ok(reader), Ok(writer)) => Connection::of_another(socket, reader, writer),
