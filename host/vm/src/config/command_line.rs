@@ -121,7 +121,11 @@ impl Config {
         let console = format!("console={console}");
         let mut parameters = vec![
             "panic=-1",
-            "sysctl.kernel.hung_task_timeout_secs=30",
+            // The kernel takes processors and tasks that make no progress for hung, after two minutes. On a busy machine
+            // QEMU may get no processor for half a minute.
+            "sysctl.kernel.hung_task_timeout_secs=120",
+            "watchdog_thresh=60",
+            "rcupdate.rcu_cpu_stall_timeout=120",
             &console,
         ];
         if foreign.is_none() {
