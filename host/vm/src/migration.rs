@@ -20,7 +20,10 @@ use crate::stopwatch::PATIENCE;
 /// QEMU's value for no limit of the bandwidth.
 const UNLIMITED: Size = Size::bytes(0);
 
-/// How long a guest may be stopped that writes faster than QEMU copies, in milliseconds.
+/// How long a guest may be stopped at the end, in milliseconds: QEMU's default.
+const DOWNTIME: u64 = 300;
+
+/// The same for a guest that writes faster than QEMU copies.
 const LONG_DOWNTIME: u64 = 60_000;
 
 /// The polling interval.
@@ -88,7 +91,8 @@ impl MigrationInfo {
 }
 
 impl Guest {
-    /// Begins to migrate the guest to another QEMU, with at most `bandwidth` in a second.
+    /// Begins to migrate the guest to another QEMU, with at most `bandwidth` in a second. However slow the guest is, the
+    /// migration does not end before [`Migration::finish`].
     pub fn migrate(&self, bandwidth: Size) -> Result<Migration<'_>> {
         let config = self.config().clone().argument("-incoming", "defer");
         let home = self.home();
@@ -97,6 +101,7 @@ impl Guest {
         destination
             .qmp
             .execute::<Value>("migrate-incoming", &address)?;
+        set(&home.qmp, &json!({ "downtime-limit": 0 }))?;
         start(&home.qmp, bandwidth, &address)?;
         // Before the first round, QEMU does not know how much it has to send.
         self.wait_until("the begin of a migration", PATIENCE, || {
@@ -182,12 +187,14 @@ impl Migration<'_> {
             "QEMU loses writes of a migrating guest that has several nodes and no KVM; use one node, or cancel the migration"
         );
         let qmp = self.guest.qmp();
-        let limit = |limits: Value| qmp.execute::<Value>("migrate-set-parameters", &limits);
-        limit(json!({ "max-bandwidth": UNLIMITED.as_bytes() }))?;
+        set(
+            &qmp,
+            &json!({ "max-bandwidth": UNLIMITED.as_bytes(), "downtime-limit": DOWNTIME }),
+        )?;
         let mut hurried = false;
         let transfer = self.guest.wait_migrated(&qmp, |transfer| {
             if transfer.rounds > 1 && !hurried {
-                limit(json!({ "downtime-limit": LONG_DOWNTIME }))?;
+                set(&qmp, &json!({ "downtime-limit": LONG_DOWNTIME }))?;
                 hurried = true;
             }
             Ok(())
@@ -215,11 +222,14 @@ impl Migration<'_> {
 
 /// Makes a QEMU begin to migrate its guest.
 fn start(qmp: &Qmp, bandwidth: Size, address: &Value) -> Result<()> {
-    qmp.execute::<Value>(
-        "migrate-set-parameters",
-        &json!({ "max-bandwidth": bandwidth.as_bytes() }),
-    )?;
+    set(qmp, &json!({ "max-bandwidth": bandwidth.as_bytes() }))?;
     qmp.execute::<Value>("migrate", address)?;
+    Ok(())
+}
+
+/// Sets parameters of the migration.
+fn set(qmp: &Qmp, parameters: &Value) -> Result<()> {
+    qmp.execute::<Value>("migrate-set-parameters", parameters)?;
     Ok(())
 }
 
