@@ -3,6 +3,7 @@
 //! Tests of the structure of the sources, the driver's and those of the host's programs.
 
 mod cycles;
+mod documents;
 mod driver;
 mod parity;
 mod sizes;
