@@ -209,7 +209,7 @@ impl Reporting {
         let reports = try_pin_init!(Reports {
             dev: (&**setup.dev).into(),
             settings: setup.settings.clone(),
-            queue <- new_mutex!(queue, "Reporting::queue"),
+            queue <- new_mutex!(queue, "Reports::queue"),
             used <- Completion::new(),
             sleeping: Atomic::new(false),
             going_offline: Atomic::new(false),
