@@ -5,6 +5,7 @@
 mod cycles;
 mod documents;
 mod driver;
+mod locks;
 mod parity;
 mod sizes;
 
