@@ -110,6 +110,12 @@ fn nothing_is_too_long() {
 }
 
 #[test]
+fn the_readme_has_at_most_200_lines() {
+    let lines = include_str!("../../../../README.md").lines().count();
+    assert!(lines <= 200, "README.md has {lines} lines");
+}
+
+#[test]
 fn what_is_too_long_is_found() {
     let function =
         |lines: usize| format!("/// Docs.\nfn f() {{\n{}}}\n", "g();\n".repeat(lines - 2));
