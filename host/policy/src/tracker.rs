@@ -203,7 +203,9 @@ impl Tracker {
         }
         // A driver that deflates for an allocation that fails has kept the process.
         let after_oom = vm.stopped == Some(Stopped::AfterOom) && last.stopped != vm.stopped;
-        let shrank = vm.size < last.size && vm.size < vm.target && self.sent.is_empty();
+        // The balloon of a VM that is left alone may count as empty.
+        let shrank = vm.size < last.size && vm.size < vm.target;
+        let shrank = shrank && self.sent.is_empty() && !vm.frozen;
         if after_oom || shrank {
             return Some(Pressure::SelfDeflated);
         }
@@ -280,6 +282,10 @@ impl Tracker {
 
     /// Gives up on a guest that does not inflate to its target.
     fn watch_progress(&mut self, vm: &Vm, now: Millis) {
+        if vm.frozen {
+            self.waiting = None;
+            return;
+        }
         let missing = vm.target.saturating_sub(vm.size);
         if missing <= LEAST_PROGRESS {
             if self.waiting.take().is_some_and(|(_, size)| vm.size > size) {

@@ -909,3 +909,29 @@ fn a_guest_that_has_stopped_has_a_second_for_its_next_target() {
         assert_eq!(gave_up, step >= 10, "step {step}");
     }
 }
+
+/// Its daemon waits while the guest boots, or withholds memory from the host: the balloon counts as empty.
+#[test]
+fn a_guest_that_was_left_alone_is_not_uncooperative() {
+    let mut guest = Guest::new(Behaviour::Honest, 4 * GIB, GIB / 2, 3 * GIB);
+    // It keeps its target.
+    (guest.settings.floor, guest.settings.ceiling) = (GIB, GIB);
+    let mut world = World::new(0, 8 * GIB, vec![guest]);
+    let mut step = |frozen| {
+        world.now += 100;
+        let mut observation = world.observe();
+        let vm = &mut observation.vms[0];
+        vm.frozen = frozen;
+        if frozen {
+            vm.size = 0;
+        }
+        world.policy.step(&observation).accounts[0]
+    };
+    for (time, frozen) in [(60_000, false), (40_000, true), (60_000, false)] {
+        for _ in 0..time / 100 {
+            let account = step(frozen);
+            assert_ne!(account.spared, Some(Spared::Uncooperative));
+            assert_ne!(account.pressed, Some(Pressure::SelfDeflated));
+        }
+    }
+}
