@@ -125,7 +125,7 @@ struct Task {
     pid: Option<i32>,
     /// The target of the newest order, in bytes.
     target: Option<u64>,
-    /// The targets that the manager has set, or may have set, in bytes. It renews the lease of no other one.
+    /// The targets that the manager has found, set, or may have set, in bytes. It takes a lease of no other one.
     own: Vec<u64>,
     /// The newest order with a known fate.
     answered: u64,
@@ -241,22 +241,24 @@ impl Task {
         }
     }
 
-    /// When the lease must be renewed or ended, if the target is the manager's own and has a lease.
+    /// When the lease must be taken, renewed or ended, if the target is the manager's own.
     fn due(&self) -> Option<Instant> {
-        let interval = match *self.tenure.borrow() {
+        let is_daemon = matches!(self.link, Some(Link::Daemon(_)));
+        let balloon = &self.state.as_ref().filter(|_| is_daemon)?.balloon;
+        let (interval, is_needed) = match *self.tenure.borrow() {
             Tenure::Unknown => return None,
-            Tenure::Renewed(terms) => terms.time / RENEWALS,
-            Tenure::Ended => SLOW,
+            // The first lease would end the wait for a guest that boots.
+            Tenure::Renewed(terms) => (terms.time / RENEWALS, balloon.leased || !balloon.frozen),
+            Tenure::Ended => (SLOW, balloon.leased),
         };
-        let balloon = &self.state.as_ref().filter(|_| self.link.is_some())?.balloon;
-        if !balloon.leased || !self.own.contains(&balloon.target) {
+        if !is_needed || !self.own.contains(&balloon.target) {
             return None;
         }
         let renewed = self.renewed.map(|renewed| renewed + interval);
         Some(renewed.unwrap_or_else(Instant::now))
     }
 
-    /// Renews or ends the lease. If that fails, the next attempt comes before the lease runs out.
+    /// Takes, renews or ends the lease. If that fails, the next attempt comes before the lease runs out.
     async fn renew(&mut self) {
         let Some(target) = self.state.as_ref().map(|state| state.balloon.target) else {
             return;
@@ -392,9 +394,9 @@ impl Task {
         self.failure = None;
         self.resolve(true);
         self.tell_conflict(&balloon);
-        if self.state.is_none() && balloon.leased {
-            // The manager before this one has set it.
-            self.own.push(balloon.target);
+        if self.state.is_none() || balloon.lapsed {
+            // The manager takes over what it finds, and what the daemon has set without it.
+            self.may_have_set(balloon.target);
         }
         self.tell_claim(&balloon);
         let Some(link) = &mut self.link else {
