@@ -163,6 +163,8 @@ pub(crate) struct Watch {
     /// The interval of statistics.
     pub(crate) paces: watch::Receiver<Duration>,
     pub(crate) samples: watch::Sender<Option<Sample>>,
+    /// The number of the newest statistics.
+    pub(crate) sequence: Option<u64>,
     /// Notified of each event, and when the daemon sends none. Each may come with another state of the balloon: statistics
     /// change the guest's memory. The state must be requested, since an event may be older than a target that was set
     /// after it.
@@ -191,7 +193,7 @@ impl Watch {
         }
     }
 
-    async fn follow(&self, pace: Duration) -> Result<()> {
+    async fn follow(&mut self, pace: Duration) -> Result<()> {
         let mut connection = Connection::open(&self.path).await?;
         let subscribe = Request::Subscribe {
             stats_milliseconds: Some(milliseconds(pace)),
@@ -200,12 +202,20 @@ impl Watch {
         loop {
             let event: News = timeout(ANSWER, connection.0.receive()).await??;
             if let Some(stats) = event.stats {
-                let now = milliseconds(self.epoch.elapsed());
-                let taken = now.saturating_sub(stats.requested);
-                self.samples.send_replace(sample(&stats, taken));
+                self.take(&stats);
             }
             self.changed.notify_one();
         }
+    }
+
+    /// Takes statistics. Each subscription begins with the newest ones, which may have come before.
+    fn take(&mut self, stats: &Stats) {
+        if self.sequence.replace(stats.sequence) == Some(stats.sequence) {
+            return;
+        }
+        let now = milliseconds(self.epoch.elapsed());
+        let taken = now.saturating_sub(stats.requested);
+        self.samples.send_replace(sample(stats, taken));
     }
 }
 
@@ -225,4 +235,40 @@ fn sample(stats: &Stats, taken: Millis) -> Option<Sample> {
         swapped_in: count(Stat::SwapIn) / PAGE,
         kills: count(Stat::OomKills),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn statistics_that_come_again_are_no_news() {
+        let (samples, newest) = watch::channel(None);
+        let (_pace, paces) = watch::channel(RETRY);
+        let mut watch = Watch {
+            path: PathBuf::new(),
+            epoch: Instant::now().checked_sub(Duration::from_secs(60)).unwrap(),
+            paces,
+            samples,
+            sequence: None,
+            changed: Arc::default(),
+        };
+        let mut taken = |sequence, requested| {
+            watch.take(&Stats {
+                requested,
+                sequence,
+                values: BTreeMap::from([(Stat::FreeMemory, PAGE)]),
+                ..Stats::default()
+            });
+            newest.borrow().map(|sample: Sample| sample.taken)
+        };
+        let first = taken(7, 100);
+        assert!(first.is_some());
+        // The daemon and the manager round the time.
+        assert_eq!(taken(7, 110), first);
+        assert_eq!(taken(7, 0), first);
+        assert!(taken(8, 0) > first);
+    }
 }

@@ -57,10 +57,8 @@ pub(crate) struct Monitor {
     /// While a guest boots whose driver has sent no statistics yet: the time of the last ones before, by QEMU's clock.
     boots: Option<u64>,
     stats: GuestStats,
-    /// A time at which QEMU did not have these statistics yet, and one at which it had them.
-    earliest: Millis,
-    latest: Millis,
-    /// By QEMU's clock, the time of the statistics that the manager has read last.
+    /// The time of the statistics that the manager has read last: by its own clock, and by QEMU's.
+    taken: Millis,
     update: u64,
     /// When the manager has read statistics last.
     read: Millis,
@@ -106,8 +104,7 @@ impl Monitor {
             was_reset: false,
             boots: None,
             stats: GuestStats::default(),
-            earliest: 0,
-            latest: 0,
+            taken: 0,
             update: 0,
             read: 0,
         };
@@ -247,17 +244,18 @@ impl Monitor {
     pub(crate) fn sample(&mut self, epoch: Instant) -> Option<Sample> {
         let now = epoch.elapsed();
         let now = Millis::try_from(now.as_millis()).unwrap_or(Millis::MAX);
+        let read = std::mem::replace(&mut self.read, now);
         if self.stats.last_update != self.update {
             self.update = self.stats.last_update;
-            (self.earliest, self.latest) = (self.read, now);
+            // QEMU counts in whole seconds: the statistics are at most that old.
+            let update = UNIX_EPOCH.checked_add(Duration::from_secs(self.update));
+            let age = update.and_then(|update| update.elapsed().ok());
+            let age = age.unwrap_or_default().as_millis();
+            let taken = now.saturating_sub(Millis::try_from(age).unwrap_or(Millis::MAX));
+            // The host's clock may be wrong, but QEMU did not have them the last time, and has them now.
+            self.taken = taken.clamp(read, now);
         }
-        self.read = now;
-        // QEMU counts in whole seconds: the statistics are at most that old.
-        let update = UNIX_EPOCH.checked_add(Duration::from_secs(self.update))?;
-        let age = update.elapsed().unwrap_or_default().as_millis();
-        let taken = now.saturating_sub(Millis::try_from(age).unwrap_or(Millis::MAX));
-        // The host's clock may be wrong.
-        sample(&self.stats, taken.clamp(self.earliest, self.latest))
+        sample(&self.stats, self.taken)
     }
 
     /// Runs a command that QEMU does not refuse.
@@ -441,20 +439,25 @@ mod tests {
         });
     }
 
-    /// The clock was set back.
+    /// Also if the clock was set back.
     #[test]
-    fn statistics_of_the_future_grow_old() {
-        let vm = Mutex::new(Vm {
-            update: u64::from(u32::MAX),
-            ..Vm::new()
-        });
-        connect(&vm, |mut monitor| async move {
-            let epoch = Instant::now();
-            monitor.balloon().await.unwrap();
-            let first = monitor.sample(epoch).unwrap();
-            thread::sleep(Duration::from_millis(20));
-            assert_eq!(monitor.sample(epoch), Some(first));
-        });
+    fn statistics_have_the_same_time_each_time_they_are_read() {
+        let now = UNIX_EPOCH.elapsed().unwrap().as_secs();
+        for update in [now - 1, u64::from(u32::MAX)] {
+            let vm = Mutex::new(Vm {
+                update,
+                ..Vm::new()
+            });
+            connect(&vm, |mut monitor| async move {
+                let epoch = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+                monitor.balloon().await.unwrap();
+                let first = monitor.sample(epoch).unwrap();
+                for pause in 0..100 {
+                    thread::sleep(Duration::from_micros(30 * pause));
+                    assert_eq!(monitor.sample(epoch), Some(first));
+                }
+            });
+        }
     }
 
     #[test]

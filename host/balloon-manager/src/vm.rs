@@ -76,6 +76,7 @@ pub(crate) fn start(
             epoch,
             paces: paces.clone(),
             samples: sample,
+            sequence: None,
             changed: Arc::clone(&changed),
         };
         tokio::spawn(watch.run());

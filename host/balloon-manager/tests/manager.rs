@@ -37,6 +37,8 @@ struct State {
     target: u64,
     size: u64,
     stalls: u64,
+    /// The number of the newest statistics.
+    sequence: u64,
     sets: u64,
     resident: Option<u64>,
     /// The lease on the target, and whether there was one that has run out.
@@ -76,6 +78,7 @@ impl Fake {
             target: 0,
             size: 0,
             stalls: 0,
+            sequence: 0,
             sets: 0,
             resident: None,
             lease: None,
@@ -97,6 +100,7 @@ impl Fake {
         thread::spawn(move || {
             while let Some(state) = state.upgrade() {
                 let interval = state.lock().unwrap().interval;
+                state.lock().unwrap().sequence += 1;
                 drop(state);
                 thread::sleep(interval.unwrap_or(Duration::from_millis(20)));
                 if interval.is_some() {
@@ -234,6 +238,7 @@ impl Handler for Fake {
                 let available = usable.saturating_sub(state.used);
                 state.stalls += u64::from(available < 16 << 20);
                 Ok(Response::Stats(Stats {
+                    sequence: state.sequence,
                     values: BTreeMap::from([
                         (Stat::FreeMemory, available),
                         (Stat::AvailableMemory, available),

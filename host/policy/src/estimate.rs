@@ -46,11 +46,12 @@ impl Estimate {
             growth: Fading::new(0, sample.taken),
             peak: Fading::new(used, sample.taken),
         };
-        let Some(last) = last.filter(|last| last.taken <= sample.taken) else {
+        let Some(last) = last else {
             return Some(fresh);
         };
-        let time = sample.taken - last.taken;
+        let time = sample.taken.saturating_sub(last.taken);
         if time == 0 {
+            // It is not newer.
             return Some(last);
         }
         let growth = used.saturating_sub(last.used).saturating_mul(1_000) / time;

@@ -935,3 +935,27 @@ fn a_guest_that_was_left_alone_is_not_uncooperative() {
         }
     }
 }
+
+/// A device that is asked again may report the time of the same statistics a little differently.
+#[test]
+fn statistics_that_are_not_newer_change_nothing() {
+    let guest = Guest::new(Behaviour::Honest, 4 * GIB, 3 * GIB, 0);
+    let mut world = World::new(0, 8 * GIB, vec![guest]);
+    let mut account = |used, taken| {
+        world.now += 1_000;
+        world.guests[0].used = used;
+        let mut observation = world.observe();
+        observation.vms[0]
+            .sample
+            .as_mut()
+            .expect("statistics")
+            .taken = taken;
+        world.policy.step(&observation).accounts[0]
+    };
+    account(3 * GIB, 2_000);
+    let after = account(GIB, 3_000);
+    assert!(after.used == Some(GIB) && after.want > 2 * GIB, "{after:?}");
+    for taken in [2_999, 3_000] {
+        assert_eq!(account(GIB, taken), after);
+    }
+}
