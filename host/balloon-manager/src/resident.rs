@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The resident memory of a VM: the blocks of its memory files, which the daemon has open.
+//! The resident memory of a VM: the blocks of its memory files, which the daemon has open, or what its process has.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use procfs::process::Process;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
+use procfs::process::{Process, Status};
 
 /// The interval at which the manager searches missing files again.
 const RETRY: Duration = Duration::from_secs(30);
@@ -52,14 +53,26 @@ impl Memory {
     }
 }
 
-/// What a process has of the host's memory, in bytes: the memory of a VM that is in no file, and the process's own.
+/// What a process has of the host's memory, in swap or not, in bytes: the memory of a VM that is in no file, and the
+/// process's own.
 pub(crate) fn of_process(pid: i32) -> Option<u64> {
-    let statm = Process::new(pid).and_then(|process| process.statm()).ok()?;
-    Some(statm.resident * procfs::page_size())
+    let status = Process::new(pid).and_then(|process| process.status());
+    allocated(&status.ok()?)
 }
 
-/// The largest files that the process or its children have open, each one once, as many as have `shared` bytes together.
-/// The daemon has smaller files of its own, such as its program.
+fn allocated(status: &Status) -> Option<u64> {
+    let kib = status.vmrss?.saturating_add(status.vmswap.unwrap_or(0));
+    Some(kib.saturating_mul(1024))
+}
+
+/// Whether the blocks of a file are in memory or in swap. Those of a disk's image are not.
+fn is_in_memory(path: &Path) -> bool {
+    let kind = statfs(path).map(|stat| stat.filesystem_type());
+    matches!(kind, Ok(TMPFS_MAGIC | HUGETLBFS_MAGIC))
+}
+
+/// The largest files in memory that the process or its children have open, each one once, as many as have `shared` bytes
+/// together. The daemon has smaller files of its own, such as its program.
 fn find(pid: i32, shared: u64) -> Vec<PathBuf> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();
@@ -75,7 +88,7 @@ fn find(pid: i32, shared: u64) -> Vec<PathBuf> {
             let Ok(metadata) = fs::metadata(&path) else {
                 continue;
             };
-            if metadata.is_file() {
+            if metadata.is_file() && is_in_memory(&path) {
                 files
                     .entry((metadata.dev(), metadata.ino()))
                     .or_insert((metadata.len(), path));
@@ -119,6 +132,24 @@ mod tests {
         assert_eq!(memory.blocks(size), Some(8192));
         assert_eq!(memory.blocks(size + 1), None);
         assert_eq!(Memory::default().blocks(0), None);
+    }
+
+    #[test]
+    fn an_image_of_a_disk_is_no_memory() {
+        // The sources are on a disk.
+        let image = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).unwrap();
+        let size = image.metadata().unwrap().len();
+        let pid = std::process::id().try_into().unwrap();
+        assert_eq!(Memory::default().resident(pid, size), None);
+    }
+
+    #[test]
+    fn memory_in_swap_counts() {
+        let mut status = Process::myself().unwrap().status().unwrap();
+        (status.vmrss, status.vmswap) = (Some(400), Some(100));
+        assert_eq!(allocated(&status), Some(500 << 10));
+        let pid = std::process::id().try_into().unwrap();
+        assert!(of_process(pid) > Some(0));
     }
 
     #[test]
