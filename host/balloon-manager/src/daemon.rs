@@ -135,9 +135,12 @@ fn balloon(info: &Info) -> Balloon {
         claimed,
         notifies: info.guest.features.iter().any(|name| name == PRESSURE),
         lapsed: info.lapsed,
-        // What the device counts, not what the guest reports. While memory is withheld, memory in the balloon is not
-        // returned to the host.
-        size: if withheld { 0 } else { info.held },
+        // What the device counts, not what the guest reports. Memory that is put into the balloon while the daemon
+        // withholds memory is not returned to the host. It stays in the resident memory, if that is known.
+        size: match withheld && info.resident.is_none() {
+            true => 0,
+            false => info.held,
+        },
         resident: info.resident,
         granule: info.granule,
         driver: info.guest.driver,
@@ -242,6 +245,24 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    #[test]
+    fn a_balloon_whose_memory_is_withheld_counts_if_resident_memory_is_known() {
+        let size = |withheld: &[&str], resident| {
+            let info = Info {
+                held: 3 << 30,
+                resident,
+                withheld: withheld.iter().map(|&reason| reason.to_owned()).collect(),
+                ..Info::default()
+            };
+            let balloon = balloon(&info);
+            assert_eq!(balloon.frozen, !withheld.is_empty());
+            balloon.size
+        };
+        assert_eq!(size(&[], None), 3 << 30);
+        assert_eq!(size(&["inhibited"], None), 0);
+        assert_eq!(size(&["inhibited"], Some(1 << 30)), 3 << 30);
+    }
 
     #[test]
     fn statistics_that_come_again_are_no_news() {
