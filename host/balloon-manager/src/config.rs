@@ -178,6 +178,7 @@ impl Config {
         }
         let ceiling = ceiling
             .map_or(memory, |ceiling| ceiling.of(memory))
+            .max(least)
             .min(memory);
         let default = (memory / 8).max(512 * MIB);
         let floor = floor.map_or(default, |floor| floor.of(memory));
@@ -301,6 +302,18 @@ mod tests {
             config.settings("web", 8 * GIB, 3 * GIB).unwrap().floor,
             3 * GIB
         );
+    }
+
+    /// The device refuses a target that leaves the guest less.
+    #[test]
+    fn a_ceiling_is_never_below_what_the_guest_must_keep() {
+        let config = load("[vm.web]\nceiling = '1GiB'").unwrap();
+        let bounds = |least| {
+            let settings = config.settings("web", 8 * GIB, least).unwrap();
+            (settings.floor, settings.ceiling)
+        };
+        assert_eq!(bounds(0), (GIB, GIB));
+        assert_eq!(bounds(2 * GIB), (2 * GIB, 2 * GIB));
     }
 
     #[test]
