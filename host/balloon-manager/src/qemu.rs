@@ -118,6 +118,8 @@ impl Monitor {
             "value": INTERVAL,
         });
         monitor.execute::<Value>("qom-set", arguments).await?;
+        // A target can be set from now on.
+        monitor.memory().await?;
         Ok(monitor)
     }
 
@@ -413,6 +415,14 @@ mod tests {
             });
             assert_eq!(kept, set);
         }
+    }
+
+    #[test]
+    fn the_first_command_of_a_connection_may_set_a_target() {
+        let kept = connect(&Mutex::new(Vm::new()), |mut monitor| async move {
+            monitor.set(16 * MIB).await.unwrap();
+        });
+        assert_eq!(kept, [48 * MIB]);
     }
 
     #[test]
