@@ -309,6 +309,7 @@ impl Device {
             }
             debug!("the guest's driver continues");
         }
+        self.held.store(work.balloon.held(), SeqCst);
         self.channel.started();
         if is_logged {
             self.warn_of_limit();

@@ -382,6 +382,23 @@ fn a_guest_that_reboots_starts_from_nothing() {
     );
 }
 
+/// A client that asks before the first message would charge the guest with too little.
+#[test]
+fn a_new_driver_has_an_empty_balloon_at_once() {
+    let device = running(8 << 20, 7);
+    let pages = 0x100..0x200;
+    lock(&device.work)
+        .balloon
+        .inflate(&[pages], &mut Pieces::default());
+    device.held.store(1 << 20, SeqCst);
+    device.stop();
+    device.start(&mut lock(&device.work), 7);
+    assert_eq!(device.held(), 1 << 20);
+    device.stop();
+    device.start(&mut lock(&device.work), 0);
+    assert_eq!(device.held(), 0);
+}
+
 #[test]
 fn a_busy_guest_leaves_time_to_others() {
     let device = running(0, 0);
