@@ -192,7 +192,7 @@ impl Monitor {
             resident: None,
             granule: PAGE,
             driver: self.stats.last_update > 0 && !boots,
-            // A VM that does not run is paused, or migrates.
+            // A VM that does not run is paused.
             frozen: !status.running,
             stopped: None,
         })

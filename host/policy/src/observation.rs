@@ -87,9 +87,9 @@ pub struct Vm {
     /// The lease on the target has run out: the daemon has set another target by itself, and no program has since.
     #[serde(default)]
     pub lapsed: bool,
-    /// The guest's driver works.
+    /// The guest's driver works. It does not while the VM is paused.
     pub driver: bool,
-    /// The VM must be left alone: it is paused, it migrates, or a client has an open request.
+    /// The VM must be left alone: memory is withheld, the guest boots, or another program has a lease or a request.
     pub frozen: bool,
     /// Why the balloon is smaller than its target.
     pub stopped: Option<Stopped>,

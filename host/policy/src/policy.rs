@@ -132,10 +132,11 @@ impl Policy {
         let reserve = scaled(observation.reserve, observation.pressure);
         let limit = observation.pool.saturating_sub(reserve);
         let fast = FAST_RESERVE.max(observation.pool / 100).min(limit / 8);
-        let charged = self.charged(observation);
+        let charged = self.charged(observation, Tracker::charge);
+        let expected = self.charged(observation, Tracker::expected_charge);
         let accounts = observation.vms.iter().map(|vm| {
             let tracker = &self.trackers[&vm.id];
-            tracker.account(vm, self.now, charged > limit)
+            tracker.account(vm, self.now, expected > limit)
         });
         let mut step = Step {
             observation,
@@ -147,9 +148,9 @@ impl Policy {
             },
             free: limit.saturating_sub(charged),
             fast,
-            lacking: charged > limit.saturating_sub(fast / 2),
+            lacking: expected > limit.saturating_sub(fast / 2),
         };
-        step.divide(&self.admitted);
+        step.divide(&self.admitted, &self.trackers);
         self.raise(&mut step);
         self.cut(&mut step);
         step.decision
@@ -167,10 +168,10 @@ impl Policy {
             .retain(|&id| observation.reservations.iter().any(|one| one.id == id));
     }
 
-    /// The memory that VMs can touch, and the reservations that have their memory.
-    fn charged(&self, observation: &Observation) -> Pages {
+    /// The memory that VMs can touch, by this charge of each, and the reservations that have their memory.
+    fn charged(&self, observation: &Observation, charge: fn(&Tracker, &Vm) -> Pages) -> Pages {
         let vms = observation.vms.iter();
-        let charges = vms.map(|vm| self.trackers[&vm.id].charge(vm));
+        let charges = vms.map(|vm| charge(&self.trackers[&vm.id], vm));
         let admitted = observation
             .reservations
             .iter()
@@ -331,7 +332,7 @@ impl Policy {
 impl Step<'_> {
     /// Divides the capacity: first what guests need, then what they want beyond that. A reservation that waits for its
     /// memory comes between the two: guests that run do not starve for one that is to start.
-    fn divide(&mut self, admitted: &BTreeSet<u32>) {
+    fn divide(&mut self, admitted: &BTreeSet<u32>, trackers: &BTreeMap<VmId, Tracker>) {
         let Decision {
             capacity, accounts, ..
         } = &mut self.decision;
@@ -342,10 +343,11 @@ impl Step<'_> {
                 .map(|one| one.pages)
                 .fold(0, Pages::saturating_add)
         };
-        let fixed = accounts
-            .iter()
-            .filter(|account| !is_movable(account))
-            .map(|account| account.charge);
+        let vms = self.observation.vms.iter();
+        let fixed = vms
+            .zip(accounts.iter())
+            .filter(|(_, account)| !is_movable(account))
+            .map(|(vm, _)| trackers[&vm.id].expected_charge(vm));
         *capacity = fixed.fold(capacity.saturating_sub(sum(true)), Pages::saturating_sub);
         let for_wants = capacity.saturating_sub(sum(false));
         let mut movable: Vec<_> = self

@@ -38,6 +38,9 @@ const LEFT_ALONE: Millis = 600_000;
 /// Growth at which a VM without much untouched memory left is under pressure, in pages a second.
 const FAST_GROWTH: Pages = 640 * MIB;
 
+/// For how long the policy expects a driver that does not work back: the VM may be paused for a moment.
+const PAUSE: Millis = 2_000;
+
 /// An action that was sent.
 #[derive(Clone, Copy, Debug)]
 struct Sent {
@@ -86,7 +89,10 @@ struct Raise {
 #[derive(Debug)]
 pub(crate) struct Tracker {
     since: Millis,
+    /// The previous observation of a working driver.
     seen: Option<Seen>,
+    /// Since when the driver does not work.
+    away: Option<Millis>,
     /// Since when the balloon has had its size.
     settled: Millis,
     /// Actions that may or may not have been carried out.
@@ -112,6 +118,7 @@ impl Tracker {
         Self {
             since: now,
             seen: None,
+            away: None,
             settled: now,
             sent: Vec::new(),
             expected: None,
@@ -130,13 +137,16 @@ impl Tracker {
     /// Updates the state from an observation.
     pub(crate) fn observe(&mut self, vm: &Vm, now: Millis, peak_half_life: Millis) {
         self.settle_actions(vm, now);
-        if !vm.driver {
+        if !self.continues(vm, now) {
             // Another guest may come, with other statistics.
             *self = Self {
                 sent: std::mem::take(&mut self.sent),
                 expected: self.expected,
+                away: self.away,
                 ..Self::new(now)
             };
+        }
+        if !vm.driver {
             return;
         }
         let last = self.seen.replace(Seen {
@@ -158,6 +168,16 @@ impl Tracker {
             }
         }
         self.watch_progress(vm, now);
+    }
+
+    /// Whether the driver is the one of the previous observation, or may be. A new one has an empty balloon.
+    fn continues(&mut self, vm: &Vm, now: Millis) -> bool {
+        if vm.driver {
+            let is_emptied = vm.size == 0 && self.seen.is_some_and(|seen| seen.size > 0);
+            return self.away.take().is_none() || !is_emptied;
+        }
+        let away = *self.away.get_or_insert(now);
+        now.saturating_sub(away) < PAUSE
     }
 
     /// Updates the state of sent actions.
@@ -383,15 +403,20 @@ impl Tracker {
 
     /// The memory that the VM can touch until its device reports otherwise.
     pub(crate) fn charge(&self, vm: &Vm) -> Pages {
-        let balloon = self
-            .sent
-            .iter()
-            .map(|sent| sent.target)
-            .fold(vm.target.min(vm.size), Pages::min);
-        let usable = match vm.driver {
-            true => vm.memory.saturating_sub(balloon),
-            false => vm.memory,
+        match vm.driver {
+            true => self.expected_charge(vm),
+            false => vm.memory.max(vm.resident.unwrap_or(0)),
+        }
+    }
+
+    /// The same, once a driver that may be paused works again.
+    pub(crate) fn expected_charge(&self, vm: &Vm) -> Pages {
+        let sent = self.sent.iter().map(|sent| sent.target);
+        let balloon = match self.seen {
+            Some(_) => sent.fold(vm.target.min(vm.size), Pages::min),
+            None => 0,
         };
+        let usable = vm.memory.saturating_sub(balloon);
         usable.max(vm.resident.unwrap_or(0))
     }
 

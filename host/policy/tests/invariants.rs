@@ -959,3 +959,34 @@ fn statistics_that_are_not_newer_change_nothing() {
         assert_eq!(account(GIB, taken), after);
     }
 }
+
+/// QEMU stops the device of a VM that is paused, for a snapshot or by `virsh suspend`.
+#[test]
+fn a_vm_that_is_paused_for_a_moment_costs_others_nothing() {
+    let used = [GIB, 3 * GIB / 2, GIB];
+    let guests = used.map(|used| Guest::new(Behaviour::Honest, 4 * GIB, used, 0));
+    let mut world = World::new(0, 5 * GIB, guests.into());
+    for _ in 0..300 {
+        world.step(1_000);
+    }
+    let mut step = |driver| {
+        world.now += 100;
+        let mut observation = world.observe();
+        observation.vms[0].driver = driver;
+        world.policy.step(&observation)
+    };
+    for driver in [[true; 3], [false; 3], [true; 3]].concat() {
+        let decision = step(driver);
+        assert_eq!(decision.actions, []);
+        let account = decision.accounts[0];
+        // It may be a guest that boots, which may touch all of its memory.
+        assert_eq!(account.charge == account.memory, !driver);
+        assert_eq!(account.spared, (!driver).then_some(Spared::NoDriver));
+    }
+    for time in 0..20 {
+        assert_eq!(step(false).actions, [], "after {time} steps");
+    }
+    // It does not come back. The others give what they do not need.
+    let causes = step(false).actions.into_iter().map(|action| action.cause);
+    assert!(causes.collect::<Vec<_>>().contains(&Cause::Contended));
+}
