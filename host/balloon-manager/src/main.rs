@@ -39,6 +39,7 @@ mod metrics;
 mod qemu;
 mod qemu_target;
 mod record;
+mod reservations;
 mod resident;
 mod state;
 mod status;
