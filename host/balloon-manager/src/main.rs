@@ -289,7 +289,7 @@ async fn manage(
     seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
     // Reports of several VMs are for one decision.
     let mut decide = None;
-    notify(&[NotifyState::Ready]);
+    let mut is_ready = false;
     loop {
         let due = async {
             match decide {
@@ -305,7 +305,8 @@ async fn manage(
                     }
                 }
             }
-            call = called.recv() => {
+            // Clients wait until then: there would be no room for any reservation.
+            call = called.recv(), if is_ready => {
                 if let Some((request, response)) = call {
                     // The client may have gone.
                     let _ = response.send(control::handle(manager, request));
@@ -315,6 +316,9 @@ async fn manage(
                 decide = None;
                 if let Err(error) = manager.step() {
                     log::error!("no decision: {error:#}");
+                }
+                if manager.has_begun() && !std::mem::replace(&mut is_ready, true) {
+                    notify(&[NotifyState::Ready]);
                 }
             }
             _ = seconds.tick() => {

@@ -86,6 +86,8 @@ pub(crate) struct Manager {
     policy: Policy,
     host: Host,
     reports: mpsc::UnboundedSender<(VmId, State)>,
+    /// The first reports have come, or the time for them is over.
+    has_begun: bool,
     vms: BTreeMap<VmId, Known>,
     places: BTreeMap<Place, VmId>,
     next_vm: u32,
@@ -113,6 +115,7 @@ impl Manager {
             epoch: Instant::now(),
             host: Host::new(Path::new("/proc")),
             reports,
+            has_begun: false,
             vms: BTreeMap::new(),
             places: BTreeMap::new(),
             next_vm: 0,
@@ -191,6 +194,7 @@ impl Manager {
         if self.epoch.elapsed() < FIRST_REPORTS && self.vms.values().any(is_unknown) {
             return Ok(());
         }
+        self.has_begun = true;
         let observation = self.observation()?;
         self.check_floors(&observation);
         let decision = self.policy.step(&observation);
@@ -447,6 +451,11 @@ impl Manager {
 
     pub(crate) const fn counts(&self) -> Counts {
         self.counts
+    /// Whether the pool and the VMs are known.
+    pub(crate) const fn has_begun(&self) -> bool {
+        self.has_begun
+    }
+
     }
 
     pub(crate) const fn profile(&self) -> Profile {

@@ -990,6 +990,16 @@ fn reservations_are_admitted_or_refused_with_the_arithmetic() {
     assert!(host.ask(&["reserve", "2GiB"]).status.success());
 }
 
+/// A daemon that hangs delays the first decision. The pool is not known before.
+#[test]
+fn a_reservation_right_after_the_start_waits_for_the_first_decision() {
+    let mut host = Host::new(SMALL);
+    let _hanging = UnixListener::bind(host.socket("hanging")).unwrap();
+    host.run(&[]);
+    let output = host.ask(&["reserve", "2GiB"]);
+    assert!(output.status.success(), "{}", words(&output.stderr));
+}
+
 /// The VMs need 6.2 GiB of the 7.3 GiB that are divided: there is no room for one of them twice.
 #[test]
 fn a_vm_that_starts_uses_its_reservation() {
