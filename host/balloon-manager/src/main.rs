@@ -114,7 +114,7 @@ enum Command {
         /// The VM that uses the reservation when it starts. By default the first VM that starts does
         #[arg(long, value_name = "NAME")]
         vm: Option<String>,
-        /// The time limit
+        /// How long to wait for the memory, and how long it stays free then
         #[arg(long, value_name = "SECONDS", default_value_t = 60)]
         seconds: u64,
         #[command(flatten)]

@@ -211,8 +211,9 @@ impl Manager {
                 self.record = None;
             }
         }
-        for lease in &mut self.leases {
-            lease.admitted |= decision.admitted.contains(&lease.reservation.id);
+        let admitted = |lease: &&mut Lease| decision.admitted.contains(&lease.reservation.id);
+        for lease in self.leases.iter_mut().filter(admitted) {
+            lease.admit(Instant::now());
         }
         self.tell_tasks(&observation, &decision);
         self.act(&observation, &decision);
@@ -388,6 +389,7 @@ impl Manager {
         self.leases.push(Lease {
             reservation,
             vm,
+            time,
             until: Instant::now() + time,
             admitted: false,
         });
@@ -449,13 +451,13 @@ impl Manager {
         Some((status, known.history.iter().cloned().collect()))
     }
 
-    pub(crate) const fn counts(&self) -> Counts {
-        self.counts
     /// Whether the pool and the VMs are known.
     pub(crate) const fn has_begun(&self) -> bool {
         self.has_begun
     }
 
+    pub(crate) const fn counts(&self) -> Counts {
+        self.counts
     }
 
     pub(crate) const fn profile(&self) -> Profile {

@@ -2,6 +2,8 @@
 
 //! Memory that is reserved for VMs that are about to start.
 
+use std::time::Duration;
+
 use balloon_policy::{Pages, Reservation};
 use tokio::time::Instant;
 
@@ -11,8 +13,18 @@ pub(crate) struct Lease {
     pub(crate) reservation: Reservation,
     /// The VM that it is for.
     pub(crate) vm: Option<String>,
+    /// How long it waits for its memory, and how long it keeps that.
+    pub(crate) time: Duration,
     pub(crate) until: Instant,
     pub(crate) admitted: bool,
+}
+
+impl Lease {
+    /// The memory is free from now on.
+    pub(crate) fn admit(&mut self, now: Instant) {
+        self.admitted = true;
+        self.until = now + self.time;
+    }
 }
 
 /// Takes the memory of a VM that has started from the reservation for it, or else from the best fitting one without a
@@ -37,12 +49,29 @@ mod tests {
         let lease = |&(pages, vm): &(Pages, Option<&str>)| Lease {
             reservation: Reservation { id: 0, pages },
             vm: vm.map(str::to_owned),
+            time: Duration::ZERO,
             until: Instant::now(),
             admitted: true,
         };
         let mut leases: Vec<_> = leases.iter().map(lease).collect();
         use_reservation(&mut leases, name, memory);
         leases.iter().map(|lease| lease.reservation.pages).collect()
+    }
+
+    #[test]
+    fn a_reservation_that_has_waited_lasts_for_its_time() {
+        let start = Instant::now();
+        let time = Duration::from_secs(60);
+        let mut lease = Lease {
+            reservation: Reservation { id: 1, pages: 1 },
+            vm: None,
+            time,
+            until: start + time,
+            admitted: false,
+        };
+        let later = start + Duration::from_secs(55);
+        lease.admit(later);
+        assert_eq!((lease.admitted, lease.until), (true, later + time));
     }
 
     #[test]
