@@ -38,6 +38,9 @@ const LEFT_ALONE: Millis = 600_000;
 /// Growth at which a VM without much untouched memory left is under pressure, in pages a second.
 const FAST_GROWTH: Pages = 640 * MIB;
 
+/// Resident memory is read at least this often. With other VMs there may be several observations between two readings.
+const READING: Millis = 1_000;
+
 /// For how long the policy expects a driver that does not work back: the VM may be paused for a moment.
 const PAUSE: Millis = 2_000;
 
@@ -56,6 +59,8 @@ struct Seen {
     at: Millis,
     size: Pages,
     resident: Option<Pages>,
+    /// Since when that is the resident memory.
+    resident_since: Millis,
     stopped: Option<Stopped>,
     sample: Option<Sample>,
 }
@@ -149,10 +154,12 @@ impl Tracker {
         if !vm.driver {
             return;
         }
+        let same = self.seen.filter(|last| last.resident == vm.resident);
         let last = self.seen.replace(Seen {
             at: now,
             size: vm.size,
             resident: vm.resident,
+            resident_since: same.map_or(now, |last| last.resident_since),
             stopped: vm.stopped,
             sample: vm.sample,
         });
@@ -254,13 +261,19 @@ impl Tracker {
                 return Some(Pressure::SwapIn);
             }
         }
+        self.grows(vm, last, now)?.then_some(Pressure::Growth)
+    }
+
+    /// Whether resident memory grows fast, or without statistics, if it is known.
+    fn grows(&self, vm: &Vm, last: &Seen, now: Millis) -> Option<bool> {
         let growth = vm.resident?.saturating_sub(last.resident?);
-        let fast = FAST_GROWTH.saturating_mul(now - last.at).max(1);
-        let grows = match self.fresh(vm, now) {
+        let since = now.saturating_sub(READING);
+        let since = since.clamp(last.resident_since, last.at);
+        let fast = FAST_GROWTH.saturating_mul(now - since).max(1);
+        Some(match self.fresh(vm, now) {
             true => growth.saturating_mul(1_000) >= fast,
             false => growth > 0,
-        };
-        grows.then_some(Pressure::Growth)
+        })
     }
 
     /// The guest gets more, twice as much as the last time if that was just now.

@@ -960,6 +960,28 @@ fn statistics_that_are_not_newer_change_nothing() {
     }
 }
 
+/// Resident memory is read once a second, and another VM causes a decision each 100 ms.
+#[test]
+fn growth_is_measured_over_the_time_between_two_readings() {
+    let pressed = |growth: Pages| {
+        let mut policy = Policy::new(Profile::Density);
+        let guest = Guest::new(Behaviour::Honest, 4 * GIB, GIB, 0);
+        let mut world = World::new(0, 8 * GIB, vec![guest]);
+        let mut signs = Vec::new();
+        for step in 0..21 {
+            world.now += 100;
+            let mut observation = world.observe();
+            let resident = 4 * GIB - 2 * growth - MIB + step / 10 * growth;
+            observation.vms[0].resident = Some(resident);
+            let decision = policy.step(&observation);
+            signs.extend(decision.accounts[0].pressed);
+        }
+        signs.first().copied()
+    };
+    assert_eq!(pressed(100 * MIB), None);
+    assert_eq!(pressed(700 * MIB), Some(Pressure::Growth));
+}
+
 /// QEMU stops the device of a VM that is paused, for a snapshot or by `virsh suspend`.
 #[test]
 fn a_vm_that_is_paused_for_a_moment_costs_others_nothing() {
