@@ -57,6 +57,7 @@ struct Sent {
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     at: Millis,
+    target: Pages,
     size: Pages,
     resident: Option<Pages>,
     /// Since when that is the resident memory.
@@ -157,6 +158,7 @@ impl Tracker {
         let same = self.seen.filter(|last| last.resident == vm.resident);
         let last = self.seen.replace(Seen {
             at: now,
+            target: vm.target,
             size: vm.size,
             resident: vm.resident,
             resident_since: same.map_or(now, |last| last.resident_since),
@@ -230,9 +232,10 @@ impl Tracker {
         }
         // A driver that deflates for an allocation that fails has kept the process.
         let after_oom = vm.stopped == Some(Stopped::AfterOom) && last.stopped != vm.stopped;
-        // The balloon of a VM that is left alone may count as empty.
-        let shrank = vm.size < last.size && vm.size < vm.target;
-        let shrank = shrank && self.sent.is_empty() && !vm.frozen;
+        // The balloon of a VM that is left alone may count as empty. After a larger target it may have shrunk to the
+        // one before.
+        let is_asked = self.sent.is_empty() && !vm.frozen && vm.target <= last.target;
+        let shrank = vm.size < last.size && vm.size < vm.target && is_asked;
         if after_oom || shrank {
             return Some(Pressure::SelfDeflated);
         }

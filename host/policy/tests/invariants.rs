@@ -960,6 +960,26 @@ fn statistics_that_are_not_newer_change_nothing() {
     }
 }
 
+/// It deflates to a smaller target when it gets a larger one.
+#[test]
+fn a_balloon_that_shrinks_to_the_target_before_has_not_shrunk_by_itself() {
+    let mut guest = Guest::new(Behaviour::Honest, 4 * GIB, GIB / 2, 3 * GIB);
+    // The policy sends no targets.
+    (guest.settings.floor, guest.settings.ceiling) = (GIB, GIB);
+    let mut world = World::new(0, 8 * GIB, vec![guest]);
+    let mut pressed = |target, size| {
+        world.now += 20;
+        let mut observation = world.observe();
+        let vm = &mut observation.vms[0];
+        (vm.target, vm.size, vm.lapsed) = (target, size, true);
+        world.policy.step(&observation).accounts[0].pressed
+    };
+    assert_eq!(pressed(3 * GIB, 3 * GIB), None);
+    assert_eq!(pressed(GIB, 5 * GIB / 2), None);
+    assert_eq!(pressed(5 * GIB / 2, 2 * GIB), None);
+    assert_eq!(pressed(5 * GIB / 2, GIB), Some(Pressure::SelfDeflated));
+}
+
 /// Resident memory is read once a second, and another VM causes a decision each 100 ms.
 #[test]
 fn growth_is_measured_over_the_time_between_two_readings() {
