@@ -229,14 +229,15 @@ async fn execute(command: Command) -> Result<()> {
 }
 
 async fn top(client: &Client, watch: bool) -> Result<()> {
-    while let Some(status) = ask::<Status>(client, &Request::Status {}).await? {
-        print!("{}", text::top(&status));
+    loop {
+        if let Some(status) = ask::<Status>(client, &Request::Status {}).await? {
+            print!("{}", text::top(&status));
+        }
         if !watch {
-            break;
+            return Ok(());
         }
         sleep(Duration::from_secs(1)).await;
     }
-    Ok(())
 }
 
 async fn explain(client: &Client, vm: String) -> Result<()> {

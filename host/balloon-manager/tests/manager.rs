@@ -558,6 +558,30 @@ fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
 }
 
 #[test]
+fn top_repeats_json_as_well() {
+    let mut host = Host::new(SMALL);
+    host.run(&[]);
+    let mut top = Command::new(PROGRAM)
+        .args(["top", "--watch", "--json", "--socket"])
+        .arg(host.path("run/manager.sock"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(top.stdout.take().unwrap()).lines();
+    let statuses = lines.take(2).map(|line| {
+        let status: Value = serde_json::from_str(&line.unwrap()).unwrap();
+        status["now"].as_u64().unwrap()
+    });
+    let statuses: Vec<_> = statuses.collect();
+    top.kill().unwrap();
+    top.wait().unwrap();
+    assert!(
+        statuses.len() == 2 && statuses[0] < statuses[1],
+        "{statuses:?}"
+    );
+}
+
+#[test]
 fn a_daemon_that_hangs_delays_no_other_vm() {
     let mut host = Host::new(SMALL);
     let hanging = UnixListener::bind(host.socket("hanging")).unwrap();
