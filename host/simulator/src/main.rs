@@ -37,7 +37,7 @@ struct Cli {
     /// For how many minutes of simulated time each host runs
     #[arg(long, default_value_t = 30)]
     minutes: u64,
-    /// Run only rules with this in their name
+    /// Run only ours, and rules with this in their name
     #[arg(long)]
     only: Option<String>,
 }
@@ -110,7 +110,9 @@ fn is_of_others(name: &str) -> bool {
 
 fn chosen(only: Option<&str>) -> Vec<Box<dyn rules::Rule>> {
     let mut rules = rules::all();
-    rules.retain(|rule| only.is_none_or(|only| rule.name().contains(only)));
+    // The others are compared with ours.
+    let is_chosen = |name: &str| name == "ours" || only.is_none_or(|only| name.contains(only));
+    rules.retain(|rule| is_chosen(rule.name()));
     rules
 }
 
@@ -272,6 +274,16 @@ mod tests {
             assert!(kills(0) <= kills(rule) || !is_of_others(name), "{name}");
         }
         assert!(outcomes.iter().all(|(_, seed)| seed[0].host_kills == 0));
+    }
+
+    #[test]
+    fn a_rule_that_is_chosen_is_compared_with_ours() {
+        let names = |only| -> Vec<_> {
+            let rules = chosen(Some(only));
+            rules.iter().map(|rule| rule.name()).collect()
+        };
+        assert_eq!(names("MoM"), ["ours", "MoM"]);
+        assert_eq!(names("no such rule"), ["ours"]);
     }
 
     #[test]
