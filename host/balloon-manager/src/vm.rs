@@ -26,6 +26,9 @@ use crate::state::State;
 pub(crate) const SLOW: Duration = Duration::from_secs(1);
 pub(crate) const FAST: Duration = Duration::from_millis(100);
 
+/// How often QEMU is asked, at least. It has statistics once a second, and they must not become too old between two of them.
+const POLL: Duration = Duration::from_millis(500);
+
 /// A request whose connection broke has no effect any more once the device has answered others for so long. A daemon that
 /// is stopped executes it when it continues.
 const FATE: Duration = Duration::from_secs(10);
@@ -47,6 +50,14 @@ fn ticks(pace: Duration) -> Interval {
     let mut timer = interval(pace);
     timer.set_missed_tick_behavior(MissedTickBehavior::Skip);
     timer
+}
+
+/// How often the device at this place is looked at. A daemon sends its statistics itself.
+fn interval_at(place: &Place, pace: Duration) -> Duration {
+    match place {
+        Place::Daemon(_) => pace,
+        Place::Qemu(_) => pace.min(POLL),
+    }
 }
 
 /// The manager's side of a VM's tasks. They end when it is dropped.
@@ -163,7 +174,7 @@ impl Task {
         mut orders: mpsc::UnboundedReceiver<Order>,
         mut paces: watch::Receiver<Duration>,
     ) {
-        let mut timer = ticks(*paces.borrow_and_update());
+        let mut timer = ticks(interval_at(&self.place, *paces.borrow_and_update()));
         loop {
             let due = self.due();
             let renewal = async {
@@ -180,7 +191,7 @@ impl Task {
                 },
                 changed = paces.changed() => match changed {
                     Ok(()) => {
-                        timer = ticks(*paces.borrow_and_update());
+                        timer = ticks(interval_at(&self.place, *paces.borrow_and_update()));
                         continue;
                     }
                     Err(_) => return,
@@ -456,6 +467,8 @@ impl Task {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     #[test]
@@ -471,6 +484,16 @@ mod tests {
             let next = tokio::time::timeout(Duration::ZERO, timer.tick()).await;
             assert!(next.is_err());
         });
+    }
+
+    /// The policy takes nothing from a VM whose statistics are older than 2.5 s. QEMU has new ones after a second, and
+    /// a poll finds them. Their time may be that of the poll before.
+    #[test]
+    fn qemu_is_polled_more_often_than_its_statistics_grow_old() {
+        let interval = |pace| interval_at(&Place::Qemu(PathBuf::new()), pace);
+        assert!(Duration::from_secs(1) + 2 * interval(SLOW) < Duration::from_millis(2_500));
+        assert_eq!(interval(FAST), FAST);
+        assert_eq!(interval_at(&Place::Daemon(PathBuf::new()), SLOW), SLOW);
     }
 
     #[test]
