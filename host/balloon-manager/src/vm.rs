@@ -26,7 +26,7 @@ use crate::state::State;
 pub(crate) const SLOW: Duration = Duration::from_secs(1);
 pub(crate) const FAST: Duration = Duration::from_millis(100);
 
-/// How often QEMU is asked, at least. It has statistics once a second, and they must not become too old between two of them.
+/// How often QEMU is asked, at least. It has statistics once a second, and they must not become too old meanwhile.
 const POLL: Duration = Duration::from_millis(500);
 
 /// A request whose connection broke has no effect any more once the device has answered others for so long. A daemon that
@@ -156,15 +156,18 @@ struct Doubt {
     number: u64,
     /// The targets that this order and later ones are to replace: each may be in force.
     before: Vec<u64>,
+    /// The order's target, unless there are later orders.
+    target: Option<u64>,
     /// Since when the device has answered again.
     since: Option<Instant>,
 }
 
 impl Doubt {
-    /// The daemon has answered, or not. Returns whether the order's fate is known.
-    fn is_over(&mut self, answers: bool, now: Instant) -> bool {
-        self.since = answers.then(|| self.since.unwrap_or(now));
-        self.since.is_some_and(|since| now - since >= FATE)
+    /// The device has answered that it has this target, or not. Returns whether the order's fate is known.
+    fn is_over(&mut self, target: Option<u64>, now: Instant) -> bool {
+        self.since = target.map(|_| self.since.unwrap_or(now));
+        let is_set = target.is_some() && target == self.target;
+        is_set || self.since.is_some_and(|since| now - since >= FATE)
     }
 }
 
@@ -312,29 +315,30 @@ impl Task {
         if self.set(order).await.is_err() {
             self.link = None;
             self.may_have_set(order.target);
-            let mut before = self
-                .doubt
-                .take()
-                .map_or_else(Vec::new, |doubt| doubt.before);
+            let earlier = self.doubt.take();
+            // A daemon sets a target only if it has the one before. QEMU may execute an order twice.
+            let is_only = earlier.is_none() && matches!(self.place, Place::Daemon(_));
+            let mut before = earlier.map_or_else(Vec::new, |doubt| doubt.before);
             if !before.contains(&order.before) {
                 before.push(order.before);
             }
             self.doubt = Some(Doubt {
                 number,
                 before,
+                target: is_only.then_some(order.target),
                 since: None,
             });
         } else if let Some(doubt) = &mut self.doubt {
-            doubt.number = number;
+            (doubt.number, doubt.target) = (number, None);
         } else {
             self.answered = number;
         }
     }
 
-    /// Ends the doubt when the daemon has answered for long enough.
-    fn resolve(&mut self, answers: bool) {
+    /// Ends the doubt when the device has the order's target, or has answered for long enough.
+    fn resolve(&mut self, target: Option<u64>) {
         let now = Instant::now();
-        if let Some(doubt) = self.doubt.take_if(|doubt| doubt.is_over(answers, now)) {
+        if let Some(doubt) = self.doubt.take_if(|doubt| doubt.is_over(target, now)) {
             self.answered = doubt.number;
         }
     }
@@ -376,7 +380,7 @@ impl Task {
         if is_refused && matches!(self.place, Place::Qemu(_)) {
             return self.end();
         }
-        self.resolve(false);
+        self.resolve(None);
         self.send(|state| state.reachable = false);
     }
 
@@ -404,7 +408,7 @@ impl Task {
             Err(error) => return self.fail(&error),
         };
         self.failure = None;
-        self.resolve(true);
+        self.resolve(Some(balloon.target));
         self.tell_conflict(&balloon);
         if self.state.is_none() || balloon.lapsed {
             // The manager takes over what it finds, and what the daemon has set without it.
@@ -487,7 +491,7 @@ mod tests {
     }
 
     /// The policy takes nothing from a VM whose statistics are older than 2.5 s. QEMU has new ones after a second, and
-    /// a poll finds them. Their time may be that of the poll before.
+    /// a poll finds them. The time of the old ones may be that of the poll before.
     #[test]
     fn qemu_is_polled_more_often_than_its_statistics_grow_old() {
         let interval = |pace| interval_at(&Place::Qemu(PathBuf::new()), pace);
@@ -496,19 +500,34 @@ mod tests {
         assert_eq!(interval_at(&Place::Daemon(PathBuf::new()), SLOW), SLOW);
     }
 
+    /// An order to replace the target 1 by this one.
+    fn doubt(target: Option<u64>) -> Doubt {
+        Doubt {
+            number: 1,
+            before: vec![1],
+            target,
+            since: None,
+        }
+    }
+
     #[test]
     fn an_order_is_in_doubt_until_the_daemon_has_answered_for_a_while() {
-        let mut doubt = Doubt {
-            number: 1,
-            before: Vec::new(),
-            since: None,
-        };
+        let mut doubt = doubt(Some(2));
         let start = Instant::now();
         // A daemon that is stopped for an hour, and another time when it has hardly continued.
-        assert!(!doubt.is_over(false, start + 360 * FATE));
-        assert!(!doubt.is_over(true, start + 361 * FATE));
-        assert!(!doubt.is_over(false, start + 362 * FATE));
-        assert!(!doubt.is_over(true, start + 363 * FATE));
-        assert!(doubt.is_over(true, start + 364 * FATE));
+        assert!(!doubt.is_over(None, start + 360 * FATE));
+        assert!(!doubt.is_over(Some(1), start + 361 * FATE));
+        assert!(!doubt.is_over(None, start + 362 * FATE));
+        assert!(!doubt.is_over(Some(1), start + 363 * FATE));
+        assert!(doubt.is_over(Some(1), start + 364 * FATE));
+    }
+
+    /// A later order may have the target of the first one before.
+    #[test]
+    fn an_order_whose_target_is_set_is_in_no_doubt_if_it_is_the_only_one() {
+        let start = Instant::now();
+        assert!(doubt(Some(2)).is_over(Some(2), start));
+        assert!(!doubt(None).is_over(Some(2), start));
+        assert!(!doubt(None).is_over(None, start));
     }
 }
