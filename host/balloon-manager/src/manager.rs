@@ -151,7 +151,7 @@ impl Manager {
             }
             let id = VmId(self.next_vm);
             self.next_vm += 1;
-            let name = place.name();
+            let name = self.name(&place);
             log::info!(vm:% = name; "{name}: found at {place}");
             let handle = vm::start(id, place.clone(), self.epoch, self.reports.clone());
             self.places.insert(place.clone(), id);
@@ -171,6 +171,15 @@ impl Manager {
                     observed: 0,
                 },
             );
+        }
+    }
+
+    /// The name of the VM at this place: the place itself, if another VM has the name.
+    fn name(&self, place: &Place) -> String {
+        let name = place.name();
+        match self.vms.values().any(|known| known.name == name) {
+            true => place.to_string(),
+            false => name,
         }
     }
 

@@ -557,6 +557,22 @@ fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
     );
 }
 
+/// Prometheus refuses metrics of which two have the same labels.
+#[test]
+fn two_vms_with_one_name_have_metrics_of_their_own() {
+    let mut host = Host::new(SMALL);
+    let path = host.path("db.qmp");
+    host.configure(&format!("qmp = '{}'\n{SMALL}", path.display()));
+    let _qemu = UnixListener::bind(&path).unwrap();
+    host.add("db", &Fake::new(4 * GIB, GIB));
+    host.run(&[]);
+    let metrics = words(&host.ask(&["metrics"]).stdout);
+    for name in ["db", path.to_str().unwrap()] {
+        let label = format!("vm_raises_total{{vm=\"{name}\"}}");
+        assert_eq!(metrics.matches(&label).count(), 1, "{metrics}");
+    }
+}
+
 #[test]
 fn top_repeats_json_as_well() {
     let mut host = Host::new(SMALL);
