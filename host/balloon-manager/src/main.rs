@@ -358,25 +358,46 @@ async fn reserve(client: &Client, size: &str, vm: Option<String>, seconds: u64) 
         socket: client.socket.clone(),
         json: false,
     };
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
     let request = Request::Reserve { bytes, seconds, vm };
-    let Some(mut reserved) = ask::<Reserved>(&quiet, &request).await? else {
+    let Some(reserved) = ask::<Reserved>(&quiet, &request).await? else {
         return Ok(());
     };
     let id = reserved.id;
+    let ended = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    let reserved = tokio::select! {
+        reserved = admission(&quiet, reserved, seconds) => reserved?,
+        () = ended => {
+            ask::<serde_json::Value>(&quiet, &Request::Release { id }).await?;
+            bail!("interrupted: reservation {id} has ended");
+        }
+    };
+    match client.json {
+        true => println!("{}", serde_json::to_string(&reserved)?),
+        false => println!("reservation {id}: the memory is free for {seconds} s"),
+    }
+    Ok(())
+}
+
+/// Waits until a reservation has its memory.
+async fn admission(client: &Client, mut reserved: Reserved, seconds: u64) -> Result<Reserved> {
+    let id = reserved.id;
     while !reserved.admitted {
         sleep(Duration::from_millis(100)).await;
-        match ask(&quiet, &Request::Reservation { id }).await {
+        match ask(client, &Request::Reservation { id }).await {
             Ok(Some(now)) => reserved = now,
             Ok(None) | Err(_) => {
                 bail!("the memory was not free within {seconds} s; reserve for longer")
             }
         }
     }
-    match client.json {
-        true => println!("{}", serde_json::to_string(&reserved)?),
-        false => println!("reservation {id}: the memory is free for {seconds} s"),
-    }
-    Ok(())
+    Ok(reserved)
 }
 
 /// Asks the manager. Prints the response, and returns nothing, if it is wanted as JSON.

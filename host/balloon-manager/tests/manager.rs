@@ -1040,6 +1040,25 @@ fn a_reservation_right_after_the_start_waits_for_the_first_decision() {
     assert!(output.status.success(), "{}", words(&output.stderr));
 }
 
+#[test]
+fn a_reservation_ends_with_the_command_that_waits_for_it() {
+    let mut host = Host::new(SMALL);
+    host.add("web", &Fake::new(4 * GIB, 4 * GIB));
+    host.run(&[]);
+    let reserved = |text| words(&host.ask(&["top"]).stdout).contains(text);
+    let mut command = Command::new(PROGRAM)
+        .args(["reserve", "4GiB", "--seconds", "3600", "--socket"])
+        .arg(host.path("run/manager.sock"))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the reservation", || reserved("reserved 4.0 GiB"));
+    let id = command.id().try_into().unwrap();
+    kill(Pid::from_raw(id), Signal::SIGINT).unwrap();
+    assert!(!command.wait().unwrap().success());
+    assert!(reserved("reserved 0 B"));
+}
+
 /// The VMs need 6.2 GiB of the 7.3 GiB that are divided: there is no room for one of them twice.
 #[test]
 fn a_vm_that_starts_uses_its_reservation() {
