@@ -22,7 +22,16 @@ pub struct Benchmark {
     /// Does it.
     pub run: fn(&Bench) -> Result<()>,
     /// The claims about the results, which are the records with its names.
-    pub claims: fn(&[Record]) -> Vec<Claim>,
+    pub(crate) claims: fn(&[Record]) -> Vec<Claim>,
+}
+
+impl Benchmark {
+    /// The claims about its results among `records`.
+    pub fn check(&self, records: &[Record]) -> Vec<Claim> {
+        let is_result = |record: &&Record| self.names.contains(&&*record.name);
+        let results: Vec<_> = records.iter().filter(is_result).cloned().collect();
+        (self.claims)(&results)
+    }
 }
 
 /// What a benchmark runs with, and where its results go.

@@ -102,14 +102,29 @@ impl fmt::Display for Claim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verdict = match self.holds() {
             true => "limit",
-            false => "EXCEEDS the limit",
+            false => "FAILED, the limit is",
         };
         // Two significant digits.
         let digits = if self.value < 0.001 { 6 } else { 4 };
         write!(
             f,
             "{}: {:.digits$} ({verdict} {})",
-            self.what, self.value, self.limit
+            self.what,
+            self.value,
+            (self.limit * 1e4).round() / 1e4
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_claim_says_so() {
+        let claim = |value| Claim::new("time", value, 1.0 / 17.0).to_string();
+        assert_eq!(claim(0.0875), "time: 0.0875 (FAILED, the limit is 0.0588)");
+        assert_eq!(claim(0.05), "time: 0.0500 (limit 0.0588)");
+        assert_eq!(claim(0.000_048), "time: 0.000048 (limit 0.0588)");
     }
 }

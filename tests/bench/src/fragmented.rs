@@ -87,7 +87,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
             let what = "inflate-fragmented: bits sent per page of the memory covered";
             Claim::new(what, bits, 1.01)
         });
-    Claim::ratio(records, NAME, ours, ours.base(), 0.5)
+    Claim::ratio(records, NAME, ours, ours.base(), 0.2)
         .into_iter()
         .chain(bits)
         .collect()

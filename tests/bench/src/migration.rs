@@ -37,7 +37,7 @@ const CONTESTANTS: [Contestant; 3] = [
 ];
 
 /// The limit of the time and of the copied memory, relative to the C driver's.
-const LIMIT: f64 = 0.7;
+const LIMIT: f64 = 0.5;
 
 /// Measures migrations of freshly booted guests. In a second migration unwritten pages cost QEMU less, since it
 /// mapped them when it first read them.

@@ -61,11 +61,7 @@ fn write_one(text: &mut String, benchmark: &Benchmark, records: &[Record]) -> Re
         writeln!(text, "\n`{name}`, {amount}{commits}:\n")?;
         writeln!(text, "{}", tables::markdown(&of_name, records))?;
     }
-    let of_benchmark: Vec<Record> = of(benchmark, records)
-        .flat_map(|(_, records)| records)
-        .cloned()
-        .collect();
-    let claims = (benchmark.claims)(&of_benchmark);
+    let claims = benchmark.check(records);
     if !claims.is_empty() {
         writeln!(text)?;
     }

@@ -29,7 +29,7 @@ pub(super) fn print(benchmark: &Benchmark, records: &[Record]) {
             println!("{}", finish(table, UTF8_FULL_CONDENSED));
         }
     }
-    for claim in (benchmark.claims)(records) {
+    for claim in benchmark.check(records) {
         println!("{claim}");
     }
     println!();
