@@ -91,8 +91,8 @@ pub(crate) fn times<'a>(records: &'a [Record], name: &str, of: Contestant) -> Op
     Some(&find(records, name, of)?.seconds)
 }
 
-/// A contestant's results.
-fn find<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Record> {
+/// A contestant's results without a variant.
+pub fn find<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Record> {
     records
         .iter()
         .find(|record| record.name == name && record.contestant() == of && record.detail.is_none())

@@ -36,7 +36,7 @@ mod touched;
 mod zeroing;
 
 pub use crate::bench::{Bench, Benchmark};
-pub use crate::claim::Claim;
+pub use crate::claim::{Claim, find};
 pub use crate::contestant::{By, Contestant, Device};
 pub use crate::record::{Record, Run, Stages, Subject, measure, measure_peak};
 

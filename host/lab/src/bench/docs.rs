@@ -8,18 +8,33 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use benchmarks::{BENCHMARKS, Benchmark, Record};
+use benchmarks::{BENCHMARKS, Benchmark, Contestant, Record, find};
 use procfs::{CpuInfo, Current, Meminfo};
 use vm::{Accel, Kernel, Size};
 
 use super::plots::{self, Plot};
-use super::results::{directory, of};
+use super::results::{all_names, directory, of};
 use super::tables;
 use crate::kernel;
 use crate::places::Places;
 
 /// The introduction of the document.
 const INTRODUCTION: &str = include_str!("introduction.md");
+
+/// The columns of a line.
+const COLUMNS: usize = 120;
+
+/// The guests of the summary: their kernel, and the names of their records for inflating and deflating.
+const SUMMARISED: [(&str, [&str; 2]); 2] = [
+    (
+        "With a kernel that does not zero what it allocates",
+        ["inflate-idle", "deflate-idle"],
+    ),
+    (
+        "With Debian's own kernel, which does",
+        ["inflate-debian", "deflate-debian"],
+    ),
+];
 
 /// Writes docs/performance.md and the plots that it shows.
 ///
@@ -31,7 +46,10 @@ pub(super) fn write(places: &Places, records: &[Record], accel: Accel) -> Result
     let to = docs.join("plots");
     fs::create_dir_all(&to)?;
     plots::draw(&directory(places), records)?;
-    let mut text = INTRODUCTION.replace("MACHINE", &machine(places, accel)?);
+    let cores = CpuInfo::current()?.num_cores();
+    let mut text = INTRODUCTION
+        .replace("SUMMARY", summary(records, cores, accel).trim_end())
+        .replace("MACHINE", &machine(places, accel)?);
     for benchmark in BENCHMARKS {
         write_one(&mut text, benchmark, records)?;
         for (name, _) in shown(benchmark, records) {
@@ -42,6 +60,79 @@ pub(super) fn write(places: &Places, records: &[Record], accel: Accel) -> Result
     }
     fs::write(docs.join("performance.md"), text)?;
     Ok(())
+}
+
+/// Five lines to quote: the subject, the baseline, the ratios, the machine, and what is not good yet.
+fn summary(records: &[Record], cores: usize, accel: Accel) -> String {
+    let ratios: Vec<_> = SUMMARISED
+        .iter()
+        .filter_map(|&(kernel, names)| how_much(records, kernel, names))
+        .collect();
+    let runs = match accel {
+        Accel::Kvm => "runs with KVM.",
+        Accel::Tcg => "emulates (TCG): quote the ratios, not the times.",
+    };
+    let claims: Vec<_> = BENCHMARKS
+        .iter()
+        .flat_map(|benchmark| benchmark.check(records))
+        .collect();
+    let failed: Vec<_> = claims.iter().filter(|claim| !claim.holds()).collect();
+    let is_missing = |name: &&str| records.iter().all(|record| record.name != *name);
+    let missing: Vec<_> = all_names().into_iter().filter(is_missing).collect();
+    let not_good = match (failed.len(), claims.len()) {
+        (0, all) => format!("all {all} claims hold."),
+        (failed, all) => format!("{failed} of {all} claims failed:"),
+    };
+    let mut text: String = [
+        "**What**: a balloon takes 7 GiB from an idle guest of 8 GiB (inflates), and gives them back (deflates)."
+            .to_owned(),
+        "**Against what**: the kernel's C driver on the same device. The configurations take turns.".to_owned(),
+        format!("**How much**: {}", ratios.join(" ")),
+        format!("**On what**: {cores} cores, with guests of two processors that QEMU {runs}"),
+        format!("**Not yet good**: {not_good}"),
+    ]
+    .iter()
+    .map(|line| item("", line))
+    .collect();
+    text.extend(failed.iter().map(|claim| item("  ", &claim.to_string())));
+    if !missing.is_empty() {
+        text += &item("  ", &format!("not measured: {}", missing.join(", ")));
+    }
+    text
+}
+
+/// How many times as fast this driver is in the guests of one kernel, if that was measured.
+fn how_much(records: &[Record], kernel: &str, [inflate, deflate]: [&str; 2]) -> Option<String> {
+    let times = |name, of| tables::times_as_fast(find(records, name, of)?, records);
+    let both = |of| {
+        Some(format!(
+            "{} and {}",
+            times(inflate, of)?,
+            times(deflate, of)?
+        ))
+    };
+    Some(format!(
+        "{kernel}, this driver inflates and deflates {} times as fast on the device of `vhost-user-balloon \
+         --extensions`, and {} times as fast on QEMU's device.",
+        both(Contestant::OURS)?,
+        both(Contestant::ON_QEMU[0])?
+    ))
+}
+
+/// An item of a list, in lines.
+fn item(indent: &str, text: &str) -> String {
+    let mut item = format!("{indent}-");
+    let mut column = item.len();
+    for word in text.split(' ') {
+        if column + 1 + word.len() > COLUMNS {
+            item += &format!("\n{indent} ");
+            column = indent.len() + 1;
+        }
+        item += " ";
+        item += word;
+        column += 1 + word.len();
+    }
+    item + "\n"
 }
 
 /// Adds the results of a benchmark.
@@ -123,4 +214,64 @@ fn machine(places: &Places, accel: Accel) -> Result<String> {
 fn release(tree: &Path) -> Result<String> {
     let release = fs::read_to_string(tree.join("include/config/kernel.release"))?;
     Ok(release.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record of each configuration of [`SUMMARISED`] with these times.
+    fn records(name: &str, seconds: [f64; 4]) -> Vec<Record> {
+        let of = [
+            ("c", "qemu"),
+            ("rs", "qemu"),
+            ("c", "vhost-user"),
+            ("rs", "vhost-user"),
+        ];
+        let records = of.into_iter().zip(seconds).map(|((driver, device), seconds)| {
+            serde_json::from_value(serde_json::json!({
+                "name": name, "driver": driver, "device": device, "guest_mib": 8192, "amount_mib": 7168,
+                "seconds": [seconds],
+            }))
+            .unwrap()
+        });
+        records.collect()
+    }
+
+    #[test]
+    fn the_summary_has_ratios_and_failed_claims() {
+        let idle = [
+            records("inflate-idle", [3.85, 1.16, 3.48, 0.0314]),
+            records("deflate-idle", [3.79, 0.4453, 3.39, 0.0289]),
+        ]
+        .concat();
+        let text = summary(&idle, 2, Accel::Tcg);
+        let (five, rest) = text
+            .split_once("  - not measured: inflate-touched,")
+            .unwrap();
+        assert_eq!(
+            five,
+            "\
+- **What**: a balloon takes 7 GiB from an idle guest of 8 GiB (inflates), and gives them back (deflates).
+- **Against what**: the kernel's C driver on the same device. The configurations take turns.
+- **How much**: With a kernel that does not zero what it allocates, this driver inflates and deflates 111 and 117 times
+  as fast on the device of `vhost-user-balloon --extensions`, and 3.32 and 8.51 times as fast on QEMU's device.
+- **On what**: 2 cores, with guests of two processors that QEMU emulates (TCG): quote the ratios, not the times.
+- **Not yet good**: 2 of 5 claims failed:
+  - inflate-idle: time of this driver, vhost-user / time of C driver, vhost-user: 0.0090 (FAILED, the limit is 0.005)
+  - inflate-idle: time of this driver, QEMU / time of C driver, QEMU: 0.3013 (FAILED, the limit is 0.22)
+"
+        );
+        assert!(rest.lines().all(|line| line.len() <= COLUMNS));
+
+        let debian = [
+            records("inflate-debian", [12.0, 1.5, 12.0, 0.2]),
+            records("deflate-debian", [4.0, 2.0, 4.0, 0.04]),
+        ];
+        let text = summary(&[idle, debian.concat()].concat(), 2, Accel::Tcg).replace("\n  ", " ");
+        assert!(text.contains(
+            "own kernel, which does, this driver inflates and deflates 60 and 100 times as fast on the"
+        ));
+        assert!(text.contains("and 8.00 and 2.00 times as fast on QEMU's device.\n"));
+    }
 }

@@ -193,12 +193,24 @@ fn speed_up(times: &Samples, others: &Samples) -> String {
         others.min() / times.max(),
         others.max() / times.min(),
     ];
-    let digits = if ratios[0] < 10.0 { 2 } else { 0 };
+    let digits = digits(ratios[0]);
     let [median, least, most] = ratios.map(|ratio| format!("{ratio:.digits$}"));
     match times.overlaps(others) {
         true => format!("{median} times, within the noise"),
         false => format!("{median} times ({least} to {most})"),
     }
+}
+
+/// The digits that a ratio has after its point.
+fn digits(ratio: f64) -> usize {
+    if ratio < 10.0 { 2 } else { 0 }
+}
+
+/// How many times as fast a record is as its baseline.
+pub(super) fn times_as_fast(record: &Record, all: &[Record]) -> Option<String> {
+    let ratio = record.base(all)?.seconds.ratio(&record.seconds);
+    let digits = digits(ratio);
+    Some(format!("{ratio:.digits$}"))
 }
 
 /// A time, in a suitable unit.
