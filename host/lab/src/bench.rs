@@ -71,7 +71,7 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     Ok(good && failed.is_empty())
 }
 
-/// Writes docs/performance.md and its plots from the stored results.
+/// Writes docs/performance.md, its plots and the README's table from the stored results.
 pub(crate) fn write_docs(guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let records = load(&places).context("there are no results; run make bench first")?;

@@ -56,7 +56,7 @@ pub(crate) enum Command {
         /// Run only what has this in its name
         #[arg(long)]
         only: Option<String>,
-        /// Run nothing, and write docs/performance.md and its plots from the stored results
+        /// Run nothing, and write docs/performance.md, its plots and the README's table from the stored results
         #[arg(long, conflicts_with = "only")]
         docs: bool,
         #[command(flatten)]

@@ -214,7 +214,7 @@ pub(super) fn times_as_fast(record: &Record, all: &[Record]) -> Option<String> {
 }
 
 /// A time, in a suitable unit.
-fn short_time(seconds: f64) -> String {
+pub(super) fn short_time(seconds: f64) -> String {
     match seconds < 0.5 {
         true => format!("{:.1} ms", seconds * 1e3),
         false => format!("{seconds:.2} s"),
