@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use regex::Regex;
+use serde::{Deserialize, Serialize};
 
 use crate::container::System;
 use crate::coverage::Coverage;
@@ -49,6 +50,30 @@ enum Balloon {
     Other(Option<String>),
 }
 
+/// Whether a guest's kernel zeroes memory that it allocates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Zeroing {
+    /// It does not. Zeroing would hide the cost of ballooning itself.
+    #[default]
+    Off,
+    /// It does.
+    On,
+    /// It does if that is its default, as in distributions' kernels.
+    Own,
+}
+
+impl Zeroing {
+    /// The kernel's parameter for it.
+    pub fn parameter(self) -> Option<&'static str> {
+        match self {
+            Self::Off => Some("init_on_alloc=0"),
+            Self::On => Some("init_on_alloc=1"),
+            Self::Own => None,
+        }
+    }
+}
+
 /// The configuration of a guest. The default is a q35 machine, or the board of another architecture, with two processors,
 /// 1 GiB of memory and QEMU's balloon on PCI with the id `balloon0`.
 #[derive(Clone, Debug)]
@@ -75,7 +100,7 @@ pub struct Config {
     devices: Vec<String>,
     arguments: Vec<String>,
     reboots: bool,
-    zeroing: bool,
+    zeroing: Zeroing,
 }
 
 impl Config {
@@ -107,7 +132,7 @@ impl Config {
             devices: Vec::new(),
             arguments: Vec::new(),
             reboots: false,
-            zeroing: false,
+            zeroing: Zeroing::default(),
         }
     }
 
@@ -283,9 +308,8 @@ impl Config {
         self
     }
 
-    /// Whether the guest's kernel zeroes memory that it allocates if that is its default, as in distributions'
-    /// kernels. Zeroing would hide the cost of ballooning itself.
-    pub fn zeroing(mut self, zeroing: bool) -> Self {
+    /// Whether the guest's kernel zeroes memory that it allocates.
+    pub fn zeroing(mut self, zeroing: Zeroing) -> Self {
         self.zeroing = zeroing;
         self
     }

@@ -68,7 +68,7 @@ pub use ::agent::{Exit, Load, LoadId, LoadStatus, Output, PageFlag};
 pub use crate::agent::Pending;
 pub use crate::architecture::Architecture;
 pub use crate::balloon::Balloon;
-pub use crate::config::{Artifacts, Config};
+pub use crate::config::{Artifacts, Config, Zeroing};
 pub use crate::console::{Console, Mark};
 pub use crate::container::{Container, System};
 pub use crate::control::Sample;

@@ -4,10 +4,13 @@
 
 use std::fmt;
 
-use vm::Samples;
+use vm::{Samples, Zeroing};
 
 use crate::contestant::Contestant;
 use crate::record::Record;
+
+/// How much more of the host's memory than before a guest may use on the way, in MiB.
+const MOST_MORE: f64 = 32.0;
 
 /// A value and its upper limit.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,12 +62,11 @@ impl Claim {
         Some(Self::new(what, ratio, limit))
     }
 
-    /// A claim that the guest uses at most so many MiB more of the host's memory while it inflates,
-    /// if that was measured.
-    pub(crate) fn peak(records: &[Record], name: &str, of: Contestant, limit: f64) -> Option<Self> {
+    /// A claim that the guest uses at most [`MOST_MORE`] of the host's memory meanwhile, if that was measured.
+    pub(crate) fn peak(records: &[Record], name: &str, of: Contestant) -> Option<Self> {
         let peak = find(records, name, of)?.peak_mib? as f64;
         let what = format!("{name}: MiB more of the host's memory on the way with {of}");
-        Some(Self::new(what, peak, limit))
+        Some(Self::new(what, peak, MOST_MORE))
     }
 
     /// A claim about the ratio of the memory that two contestants copy, if both have results.
@@ -80,6 +82,14 @@ impl Claim {
         Some(Self::new(what, copied(of)? / copied(to)?, limit))
     }
 
+    /// The same claim about a kernel with this setting.
+    pub(crate) fn with(mut self, zeroing: Zeroing) -> Self {
+        if zeroing == Zeroing::On {
+            self.what += ", zeroing";
+        }
+        self
+    }
+
     /// Whether the value is within the limit.
     pub fn holds(&self) -> bool {
         self.value <= self.limit
@@ -91,7 +101,7 @@ pub(crate) fn times<'a>(records: &'a [Record], name: &str, of: Contestant) -> Op
     Some(&find(records, name, of)?.seconds)
 }
 
-/// A contestant's results without a variant.
+/// A contestant's results without a variant, with the first setting of the benchmark.
 pub fn find<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a Record> {
     records
         .iter()

@@ -5,7 +5,7 @@
 use anyhow::{Context, Result};
 use vm::{Kernel, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting};
 use crate::claim::Claim;
 use crate::contestant::Contestant;
 use crate::record::{Record, Run, Subject, measure};
@@ -13,9 +13,12 @@ use crate::record::{Record, Run, Subject, measure};
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-fragmented"],
     kernel: Kernel::Test,
+    settings: &[
+        Setting::plain(claims),
+        Setting::zeroing(RUNS, zeroing_claims),
+    ],
     answers: "Time to inflate by 3 of 8 GiB, where only isolated pages of 4 KiB are free, between pages in use.",
     run,
-    claims,
 };
 
 const NAME: &str = "inflate-fragmented";
@@ -34,6 +37,9 @@ const ENCODINGS: &[(&str, &str)] = &[
     ("encoding=255", "PFNs only"),
 ];
 
+/// The driver without memory blocks.
+const PAGES_ONLY: &str = "pages only";
+
 fn run(bench: &Bench<'_>) -> Result<()> {
     for &(parameter, name) in ENCODINGS {
         bench.rounds(&[(1, &[Contestant::OURS])], |contestant| {
@@ -49,6 +55,10 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     ];
     bench.rounds(&groups, |contestant| {
         bench.add(subject(contestant), give(bench, contestant, &[])?);
+        if bench.is_zeroing() && contestant == ours {
+            let run = give(bench, contestant, &["memory_blocks=0"])?;
+            bench.add(subject(contestant).detail(PAGES_ONLY), run);
+        }
         Ok(())
     })
 }
@@ -61,11 +71,11 @@ fn subject(contestant: Contestant) -> Subject {
 /// has written to it before.
 fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Result<Run> {
     let driver = contestant.module().context("a balloon has a driver")?;
-    let config = bench.config().using_memory().memory(MEMORY);
-    vm::run(&contestant.config(config, AMOUNT), |guest| {
+    let config = contestant.config(bench.config().memory(MEMORY), AMOUNT);
+    vm::run(&config, |guest| {
         let load = guest.fragment()?;
         guest.insmod(driver, &[driver.low_floor(), parameters].concat())?;
-        let mut run = measure(guest, || contestant.inflate(guest, AMOUNT))?;
+        let mut run = measure(guest, contestant, || contestant.inflate(guest, AMOUNT))?;
         if let Some(sent) = &run.sent {
             let bits = (sent.bytes * 8) as f64;
             run.bits_per_page = Some(bits / guest.balloon_stretch()? as f64);
@@ -90,5 +100,14 @@ fn claims(records: &[Record]) -> Vec<Claim> {
     Claim::ratio(records, NAME, ours, ours.base(), 0.2)
         .into_iter()
         .chain(bits)
+        .chain(Claim::peak(records, NAME, ours))
+        .collect()
+}
+
+fn zeroing_claims(records: &[Record]) -> Vec<Claim> {
+    let ours = Contestant::OURS;
+    Claim::ratio_to_detail(records, NAME, ours, PAGES_ONLY, 1.05)
+        .into_iter()
+        .chain(Claim::peak(records, NAME, ours))
         .collect()
 }

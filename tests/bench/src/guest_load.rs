@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use vm::{Guest, Kernel, Load, RunningLoad, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting, no_claims};
 use crate::contestant::{Contestant, Device};
 use crate::record::{Run, Subject};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["guest-load"],
     kernel: Kernel::Test,
+    settings: &[Setting::plain(no_claims), Setting::zeroing(2, no_claims)],
     answers: "Throughput of a co-running load, and the longest stall of a 1 kHz task, in the 3 s after a 4 GiB inflate request.",
     run,
-    claims: |_| Vec::new(),
 };
 
 const MEMORY: Size = Size::gib(8);

@@ -7,17 +7,34 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use vm::{Kernel, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting};
 use crate::claim::Claim;
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Stages, Subject, measure};
 
-pub(crate) const BENCHMARK: Benchmark = Benchmark {
+pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["inflate-idle", "deflate-idle"],
     kernel: Kernel::Test,
+    settings: &[
+        Setting::plain(claims),
+        Setting::zeroing(ZEROING_RUNS, |records| zeroing_claims(records, IDLE.names)),
+    ],
     answers: "Time to inflate and to deflate by 7 of 8 GiB, in an idle guest that has not used them.",
     run,
-    claims,
+};
+
+pub(crate) const DEBIAN: Benchmark = Benchmark {
+    names: &["inflate-debian", "deflate-debian"],
+    kernel: Kernel::Debian,
+    settings: &[Setting::own(|records| {
+        zeroing_claims(records, DEBIAN.names)
+    })],
+    answers: "The same with Debian's own kernel, with the driver of the package, and with the kernel's defaults: it \
+              zeroes what it allocates.",
+    run: |bench| {
+        let groups: [(_, &[_]); 1] = [(ZEROING_RUNS, &Contestant::BALLOONS)];
+        inflate_and_deflate(bench, DEBIAN.names, &groups)
+    },
 };
 
 const MEMORY: Size = Size::gib(8);
@@ -27,6 +44,9 @@ const RUNS: usize = 5;
 /// The number of runs of configurations without a claim.
 const FEWER_RUNS: usize = 3;
 
+/// The number of runs with a kernel that zeroes memory.
+const ZEROING_RUNS: usize = 3;
+
 /// The number of runs that measure the stages.
 const TRACED_RUNS: usize = 3;
 
@@ -34,26 +54,16 @@ const TRACED_RUNS: usize = 3;
 const PFN_BYTES: u64 = 4;
 
 fn run(bench: &Bench<'_>) -> Result<()> {
-    let config = || bench.config().memory(MEMORY);
     let ours = Contestant::OURS;
     let groups: [(_, &[_]); 2] = [
         (RUNS, &[ours, ours.base(), Contestant::VIRTIO_MEM]),
         (FEWER_RUNS, &Contestant::ON_QEMU),
     ];
-    bench.rounds(&groups, |contestant| {
-        let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
-        contestant.run(config(), AMOUNT, |guest| {
-            let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;
-            bench.add(subject("inflate-idle"), inflate);
-            let deflate = measure(guest, || contestant.deflate(guest, AMOUNT))?;
-            bench.add(subject("deflate-idle"), deflate);
-            Ok(())
-        })
-    })?;
+    inflate_and_deflate(bench, IDLE.names, &groups)?;
     // In guests of their own, since tracing costs time.
     let traced = [By::Rs, By::C].map(|driver| Contestant::new(driver, Device::VhostUser));
     bench.rounds(&[(TRACED_RUNS, &traced)], |contestant| {
-        contestant.run(config(), AMOUNT, |guest| {
+        contestant.run(bench.config().memory(MEMORY), AMOUNT, |guest| {
             let driver = contestant.module().context("a balloon has a driver")?;
             let before = guest.daemon()?.info()?.counters;
             let (took, allocate) =
@@ -76,6 +86,24 @@ fn run(bench: &Bench<'_>) -> Result<()> {
             };
             let subject = Subject::new("inflate-idle", contestant, MEMORY, AMOUNT);
             bench.add(subject.detail("traced"), run);
+            Ok(())
+        })
+    })
+}
+
+/// Measures inflating and deflating, for the records with these `names`.
+fn inflate_and_deflate(
+    bench: &Bench<'_>,
+    names: &[&'static str],
+    groups: &[(usize, &[Contestant])],
+) -> Result<()> {
+    bench.rounds(groups, |contestant| {
+        let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
+        contestant.run(bench.config().memory(MEMORY), AMOUNT, |guest| {
+            let inflate = measure(guest, contestant, || contestant.inflate(guest, AMOUNT))?;
+            bench.add(subject(names[0]), inflate);
+            let deflate = measure(guest, contestant, || contestant.deflate(guest, AMOUNT))?;
+            bench.add(subject(names[1]), deflate);
             Ok(())
         })
     })
@@ -104,5 +132,27 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         .into_iter()
         .filter_map(|(name, of, to, limit)| Claim::ratio(records, name, of, to, limit))
         .chain(bytes)
+        .chain(peaks(records, IDLE.names))
         .collect()
+}
+
+/// The claims about a kernel that zeroes memory.
+fn zeroing_claims(records: &[Record], names: &[&str]) -> Vec<Claim> {
+    let (ours, on_qemu) = (Contestant::OURS, Contestant::ON_QEMU[0]);
+    let ratios = [
+        (names[0], ours, 1.0 / 50.0),
+        (names[1], ours, 1.0 / 30.0),
+        (names[0], on_qemu, 1.0 / 5.0),
+    ];
+    ratios
+        .into_iter()
+        .filter_map(|(name, of, limit)| Claim::ratio(records, name, of, of.base(), limit))
+        .chain(peaks(records, names))
+        .collect()
+}
+
+fn peaks(records: &[Record], names: &[&str]) -> impl Iterator<Item = Claim> {
+    let of_driver = [Contestant::OURS, Contestant::ON_QEMU[0]];
+    let of = move |name| of_driver.map(|contestant| Claim::peak(records, name, contestant));
+    names.iter().copied().flat_map(of).flatten()
 }

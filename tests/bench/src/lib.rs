@@ -13,7 +13,7 @@
 //!     let (memory, amount) = (Size::gib(1), Size::mib(512));
 //!     bench.rounds(&[(5, &Contestant::BALLOONS)], |contestant| {
 //!         contestant.run(bench.config().memory(memory), amount, |guest| {
-//!             let run = measure(guest, || contestant.inflate(guest, amount))?;
+//!             let run = measure(guest, contestant, || contestant.inflate(guest, amount))?;
 //!             bench.add(Subject::new("half-a-gib", contestant, memory, amount), run);
 //!             Ok(())
 //!         })
@@ -27,33 +27,33 @@ mod contestant;
 mod fragmented;
 mod guest_load;
 mod idle;
+mod in_use;
 mod migration;
 mod reaction;
+mod reclaim;
 mod record;
 mod scale;
 mod snapshot;
 mod touched;
-mod zeroing;
 
-pub use crate::bench::{Bench, Benchmark};
+pub use crate::bench::{Bench, Benchmark, Setting};
 pub use crate::claim::{Claim, find};
 pub use crate::contestant::{By, Contestant, Device};
-pub use crate::record::{Record, Run, Stages, Subject, measure, measure_peak};
+pub use crate::record::{Record, Run, Stages, Subject, measure};
 
 /// The benchmarks.
 pub const BENCHMARKS: &[&Benchmark] = &[
-    &idle::BENCHMARK,
+    &idle::IDLE,
+    &idle::DEBIAN,
     &touched::BENCHMARK,
+    &in_use::BENCHMARK,
     &fragmented::BENCHMARK,
     &scale::BENCHMARK,
     &reaction::BENCHMARK,
     &migration::IDLE,
     &migration::DIRTY,
+    &reclaim::BENCHMARK,
     &snapshot::IDLE,
     &snapshot::DIRTY,
     &guest_load::BENCHMARK,
-    &zeroing::IDLE,
-    &zeroing::DEBIAN,
-    &zeroing::IN_USE,
-    &zeroing::FRAGMENTED,
 ];

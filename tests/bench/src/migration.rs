@@ -5,7 +5,7 @@
 use anyhow::Result;
 use vm::{Kernel, Offer, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting, no_claims};
 use crate::claim::Claim;
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Subject};
@@ -13,17 +13,17 @@ use crate::record::{Record, Run, Subject};
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["migrate-idle"],
     kernel: Kernel::Test,
+    settings: &[Setting::plain(no_claims), Setting::zeroing(2, no_claims)],
     answers: "Time and copied memory of migrating an idle guest of 8 GiB.",
     run: |bench| run(bench, "migrate-idle", Size::default()),
-    claims: |_| Vec::new(),
 };
 
 pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["migrate-dirty"],
     kernel: Kernel::Test,
+    settings: &[Setting::plain(claims), Setting::zeroing(2, no_claims)],
     answers: "Time and copied memory of migrating a guest of 8 GiB that has written and freed 5 GiB.",
     run: |bench| run(bench, "migrate-dirty", Size::gib(5)),
-    claims,
 };
 
 const MEMORY: Size = Size::gib(8);
@@ -43,7 +43,7 @@ const LIMIT: f64 = 0.5;
 /// mapped them when it first read them.
 fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
     bench.rounds(&[(RUNS, &CONTESTANTS)], |contestant| {
-        let config = bench.config().using_memory().memory(MEMORY);
+        let config = bench.config().memory(MEMORY);
         let config = config.offer(&[Offer::FreePageHint]);
         contestant.run(config, written, |guest| {
             // Under emulation, faulting in this much as small pages takes 15 s.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vm::{Guest, Kernel, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting, no_claims};
 use crate::claim::{Claim, times};
 use crate::contestant::Contestant;
 use crate::record::{Record, Run, Subject};
@@ -17,10 +17,10 @@ use crate::touched::use_memory;
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["react-inflate", "react-deflate"],
     kernel: Kernel::Test,
+    settings: &[Setting::plain(claims), Setting::zeroing(3, no_claims)],
     answers: "200 changes of the target by 256 MiB at the control socket. `react-inflate`: time until the host has the first \
               memory back, which the guest has used. `react-deflate`: time until all 256 MiB are free in the guest.",
     run,
-    claims,
 };
 
 const MEMORY: Size = Size::gib(6);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use vm::{Guest, Samples, Sent, Size};
+use vm::{Guest, Samples, Sent, Size, Zeroing};
 
 use crate::contestant::{By, Contestant, Device};
 
@@ -20,6 +20,7 @@ pub struct Subject {
     memory: Size,
     amount: Size,
     detail: Option<String>,
+    zeroing: Zeroing,
 }
 
 impl Subject {
@@ -32,12 +33,19 @@ impl Subject {
             memory,
             amount,
             detail: None,
+            zeroing: Zeroing::default(),
         }
     }
 
     /// The same subject in a variant.
     pub fn detail(mut self, detail: &str) -> Self {
         self.detail = Some(detail.to_owned());
+        self
+    }
+
+    /// The same subject with another setting of the guest's kernel.
+    pub(crate) fn zeroing(mut self, zeroing: Zeroing) -> Self {
+        self.zeroing = zeroing;
         self
     }
 }
@@ -59,7 +67,7 @@ pub struct Run {
     pub stages: Option<Stages>,
     /// Bits sent per page of the covered memory.
     pub bits_per_page: Option<f64>,
-    /// How much more of the host's memory the guest used while it inflated.
+    /// How much more of the host's memory the guest used meanwhile.
     pub peak: Option<Size>,
     /// The throughput of a load in the guest meanwhile, relative to its usual throughput.
     pub throughput: Option<f64>,
@@ -93,6 +101,9 @@ pub struct Record {
     /// The variant, if there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+    /// Whether the guest's kernel zeroes memory that it allocates.
+    #[serde(default)]
+    pub zeroing: Zeroing,
     /// The commit of the sources, with a `+` if they have changed since. Unknown without git.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
@@ -118,8 +129,7 @@ pub struct Record {
     /// Bits sent per page of the covered memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_page: Option<f64>,
-    /// How much more of the host's memory the guest used while it inflated, in the run with the
-    /// most.
+    /// How much more of the host's memory the guest used meanwhile, in the run with the most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_mib: Option<u64>,
     /// The throughput of a load in the guest meanwhile in each run, relative to its usual
@@ -151,6 +161,7 @@ impl Record {
             driver: subject.contestant.driver,
             device: subject.contestant.device,
             detail: subject.detail.clone(),
+            zeroing: subject.zeroing,
             commit: None,
             guest_mib: subject.memory.as_mib(),
             amount_mib: subject.amount.as_mib(),
@@ -182,8 +193,12 @@ impl Record {
     /// the C driver has none.
     pub fn base<'a>(&self, all: &'a [Self]) -> Option<&'a Self> {
         let is_same = |other: &&Self| {
-            (&other.name, other.guest_mib, other.amount_mib)
-                == (&self.name, self.guest_mib, self.amount_mib)
+            (
+                &other.name,
+                other.guest_mib,
+                other.amount_mib,
+                other.zeroing,
+            ) == (&self.name, self.guest_mib, self.amount_mib, self.zeroing)
                 && other.device == self.device
                 && other.driver != self.driver
         };
@@ -201,39 +216,15 @@ impl Record {
     }
 }
 
-/// Runs `work`, which returns how long it took, and measures its other costs.
+/// How often the host's memory is sampled.
+const SAMPLING: Duration = Duration::from_millis(1);
+
+/// Runs `work` in a contestant's guest, and measures its costs. `work` returns how long it took.
 ///
 /// # Errors
 ///
 /// The error of `work`, or the guest does not respond.
-pub fn measure(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result<Run> {
-    // Only this repository's device has counters.
-    let sent = || guest.sent().ok();
-    let (sent_before, guest_before) = (sent(), guest.guest_cpu_time()?);
-    let host_before = guest.host_cpu_time()?;
-    let took = work()?;
-    let host_cpu = guest.host_cpu_time()?.saturating_sub(host_before);
-    let guest_cpu = guest.guest_cpu_time()?.saturating_sub(guest_before);
-    Ok(Run {
-        took,
-        sent: sent()
-            .zip(sent_before)
-            .map(|(now, before)| now.since(&before)),
-        host_cpu: Some(host_cpu),
-        guest_cpu: Some(guest_cpu),
-        ..Run::default()
-    })
-}
-
-/// How often the host's memory is sampled.
-const SAMPLING: Duration = Duration::from_millis(1);
-
-/// The same, and samples how much of the host's memory the contestant's guest uses.
-///
-/// # Errors
-///
-/// As for [`measure`].
-pub fn measure_peak(
+pub fn measure(
     guest: &Guest,
     contestant: Contestant,
     work: impl FnOnce() -> Result<Duration>,
@@ -251,12 +242,32 @@ pub fn measure_peak(
             }
             Ok(most)
         });
-        let run = measure(guest, work);
+        let run = count(guest, work);
         is_over.store(true, Ordering::Relaxed);
         let most = sampler.join().ok().context("the sampler has panicked")??;
         Ok(Run {
             peak: Some(most.saturating_sub(before)),
             ..run?
         })
+    })
+}
+
+/// Runs `work`, and counts messages and the time of processors.
+fn count(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result<Run> {
+    // Only this repository's device has counters.
+    let sent = || guest.sent().ok();
+    let (sent_before, guest_before) = (sent(), guest.guest_cpu_time()?);
+    let host_before = guest.host_cpu_time()?;
+    let took = work()?;
+    let host_cpu = guest.host_cpu_time()?.saturating_sub(host_before);
+    let guest_cpu = guest.guest_cpu_time()?.saturating_sub(guest_before);
+    Ok(Run {
+        took,
+        sent: sent()
+            .zip(sent_before)
+            .map(|(now, before)| now.since(&before)),
+        host_cpu: Some(host_cpu),
+        guest_cpu: Some(guest_cpu),
+        ..Run::default()
     })
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use vm::{Driver, Kernel, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting, no_claims};
 use crate::claim::Claim;
 use crate::contestant::{Contestant, Device};
 use crate::record::{Record, Run, Subject};
@@ -15,18 +15,18 @@ use crate::record::{Record, Run, Subject};
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["snapshot-idle"],
     kernel: Kernel::Test,
+    settings: &[Setting::plain(no_claims), Setting::zeroing(2, no_claims)],
     answers: "Time and size of a snapshot of an idle guest of 8 GiB, without and with `reclaim` before it.",
     run: |bench| run(bench, "snapshot-idle", Size::default()),
-    claims: |_| Vec::new(),
 };
 
 pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["snapshot-dirty"],
     kernel: Kernel::Test,
+    settings: &[Setting::plain(claims), Setting::zeroing(2, no_claims)],
     answers: "Time and size of a snapshot of a guest of 8 GiB that has written and freed 5 GiB, without and with \
               `reclaim` before it.",
     run: |bench| run(bench, "snapshot-dirty", Size::gib(5)),
-    claims,
 };
 
 const MEMORY: Size = Size::gib(8);
@@ -41,7 +41,7 @@ fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
     // Both snapshots are of the same guest. The guest has a balloon device for the second one only.
     bench.rounds(&[(RUNS, &[AS_IT_IS])], |_| {
         let directory = tempfile::tempdir_in(DIRECTORY)?;
-        let config = bench.config().using_memory().memory(MEMORY);
+        let config = bench.config().memory(MEMORY);
         let config = AS_IT_IS
             .config(config, written)
             .memory_file(&directory.path().join("memory"))

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vm::{Config, Guest, Kernel, Load, Size};
 
-use crate::bench::{Bench, Benchmark};
+use crate::bench::{Bench, Benchmark, Setting};
 use crate::claim::{Claim, times};
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Subject, measure};
@@ -17,9 +17,9 @@ use crate::record::{Record, Run, Subject, measure};
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-touched", "deflate-touched"],
     kernel: Kernel::Test,
-    answers: "The same for memory that the guest has used, so that the host has to free it.",
+    settings: &[Setting::plain(claims), Setting::zeroing(2, peak)],
+    answers: "Time to inflate and to deflate by 4 of 8 GiB that the guest has used, so that the host has to free them.",
     run,
-    claims,
 };
 
 const MEMORY: Size = Size::gib(8);
@@ -50,7 +50,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
         (FEWER_RUNS, &others),
     ];
     bench.rounds(&groups, |contestant| {
-        let config = bench.config().using_memory().memory(MEMORY);
+        let config = bench.config().memory(MEMORY);
         let subject = |name| Subject::new(name, contestant, MEMORY, AMOUNT);
         match contestant.driver {
             By::None => {
@@ -69,14 +69,14 @@ fn run(bench: &Bench<'_>) -> Result<()> {
             By::Rs | By::C | By::VirtioMem => contestant.run(config, AMOUNT, |guest| {
                 use_memory(guest, AMOUNT)?;
                 let before = contestant.host_memory(guest)?;
-                let inflate = measure(guest, || contestant.inflate(guest, AMOUNT))?;
+                let inflate = measure(guest, contestant, || contestant.inflate(guest, AMOUNT))?;
                 let given_back = before.saturating_sub(contestant.host_memory(guest)?);
                 ensure!(
                     given_back + TOLERANCE > AMOUNT,
                     "the host got {given_back} of {AMOUNT}"
                 );
                 bench.add(subject("inflate-touched"), inflate);
-                let deflate = measure(guest, || contestant.deflate(guest, AMOUNT))?;
+                let deflate = measure(guest, contestant, || contestant.deflate(guest, AMOUNT))?;
                 bench.add(subject("deflate-touched"), deflate);
                 Ok(())
             }),
@@ -100,7 +100,7 @@ fn report(guest: &Guest) -> Result<Run> {
     guest.wait_until("a process has its memory", PATIENCE, || {
         Ok(load.status()?.progress.mib >= mib)
     })?;
-    measure(guest, || {
+    measure(guest, Contestant::REPORTING, || {
         load.stop()?;
         let start = Instant::now();
         guest.wait_until("the host gets the free memory", PATIENCE, || {
@@ -138,5 +138,11 @@ fn claims(records: &[Record]) -> Vec<Claim> {
             Claim::new(what, ours.ratio(&hole.seconds), 1.2)
         })
         .into_iter()
+        .chain(peak(records))
         .collect()
+}
+
+fn peak(records: &[Record]) -> Vec<Claim> {
+    let peak = Claim::peak(records, "inflate-touched", Contestant::OURS);
+    peak.into_iter().collect()
 }

@@ -3,7 +3,7 @@
 //! The driver's counters, trace events and log messages.
 
 use anyhow::{Context, Result, ensure};
-use vm::{Config, Driver, Guest, Size};
+use vm::{Config, Driver, Guest, Size, Zeroing};
 
 use crate::debugfs::{show, value};
 use crate::lifecycle::device;
@@ -208,7 +208,7 @@ fn kernel_threads(setup: &Setup) -> Result<()> {
     const TASKS: &str = "virtio_balloon_rs";
     threads_with(setup, &setup.config(), &[TASKS])?;
     // There the driver also takes memory blocks.
-    let zeroing = setup.config().zeroing(true).parameter("init_on_alloc=1");
+    let zeroing = setup.config().zeroing(Zeroing::On);
     let queues = [TASKS, "balloon_rs_blocks", "balloon_rs_discard"];
     threads_with(setup, &zeroing, &queues)
 }

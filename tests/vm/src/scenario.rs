@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::Result;
-use vm::{Accel, Artifacts, Config, Device, Driver, Kernel};
+use vm::{Accel, Artifacts, Config, Device, Driver, Kernel, Zeroing};
 
 pub(crate) use vm::PATIENCE;
 
@@ -97,7 +97,7 @@ impl Setup {
     pub fn with_zeroing(mut self, zeroing: bool) -> Self {
         if zeroing {
             // Both variants may run at the same time.
-            self.config = self.config.zeroing(true).name_suffix("-zeroing");
+            self.config = self.config.zeroing(Zeroing::Own).name_suffix("-zeroing");
         }
         self
     }

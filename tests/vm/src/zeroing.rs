@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use vm::{Config, Device, Guest, Load, Offer, Size};
+use vm::{Config, Device, Guest, Load, Offer, Size, Zeroing};
 
 use crate::compaction::{fullest_block, write};
 use crate::debugfs::{show, value};
@@ -90,7 +90,7 @@ pub(crate) const MOST_MORE: Size = Size::mib(32);
 
 /// A guest whose kernel zeroes memory.
 pub(crate) fn zeroing(setup: &Setup) -> Config {
-    setup.config().zeroing(true).parameter("init_on_alloc=1")
+    setup.config().zeroing(Zeroing::On)
 }
 
 /// How many times the balloon inflates at most until the driver has taken enough memory blocks. It gives up a block that

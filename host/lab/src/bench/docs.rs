@@ -329,7 +329,7 @@ mod tests {
         .concat();
         let text = summary(&idle, 2, Accel::Tcg);
         let (five, rest) = text
-            .split_once("  - not measured: inflate-touched,")
+            .split_once("  - not measured: inflate-debian,")
             .unwrap();
         assert_eq!(
             five,

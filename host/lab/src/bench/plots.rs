@@ -6,23 +6,23 @@ use std::path::Path;
 use std::sync::Once;
 
 use anyhow::{Result, anyhow};
-use benchmarks::{By, Contestant, Record};
+use benchmarks::{By, Record};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
-use vm::Samples;
+use vm::{Samples, Zeroing};
 
 /// Measures in pixels.
 const WIDTH: u32 = 960;
 const ROW: u32 = 28;
 const HEAD: u32 = 44;
 const FOOT: u32 = 34;
-const LABELS: u32 = 300;
+const LABELS: u32 = 370;
 const SCALE_HEIGHT: u32 = 440;
 /// Room for the labels at the ends of lines.
-const LINE_LABELS: u32 = 230;
+const LINE_LABELS: u32 = 300;
 const TEXT: i32 = 16;
 const TITLE: i32 = 20;
 /// How far a text is moved down to centre its letters.
@@ -248,6 +248,19 @@ pub(super) fn draw(directory: &Path, records: &[Record]) -> Result<()> {
     Ok(())
 }
 
+/// The label of a record's row or line.
+fn label(record: &Record) -> String {
+    let detail = match &record.detail {
+        Some(detail) if record.stages.is_none() => format!(", {detail}"),
+        _ => String::new(),
+    };
+    let zeroing = match record.zeroing {
+        Zeroing::On => ", zeroing",
+        Zeroing::Off | Zeroing::Own => "",
+    };
+    format!("{}{detail}{zeroing}", record.contestant())
+}
+
 /// The height of a plot of these.
 fn height(groups: &[Group]) -> u32 {
     let rows: usize = groups.iter().map(|group| group.rows.len() + 1).sum();
@@ -266,12 +279,7 @@ impl Plot {
         let group = |(title, name, values): &Part| {
             let row = |record: &Record| {
                 Some(Row {
-                    label: match &record.detail {
-                        Some(detail) if record.stages.is_none() => {
-                            format!("{}, {detail}", record.contestant())
-                        }
-                        _ => record.contestant().to_string(),
-                    },
+                    label: label(record),
                     colour: colour(record.driver),
                     samples: values(record)?,
                 })
@@ -422,16 +430,16 @@ fn try_draw_scale<D: DrawingBackend>(
         .x_label_formatter(&|gib| format!("{gib:.0} GiB"))
         .y_label_formatter(&|value| Unit::Seconds.text(*value))
         .draw()?;
-    let mut contestants: Vec<Contestant> = Vec::new();
+    let mut firsts: Vec<&Record> = Vec::new();
     for record in records {
-        if !contestants.contains(&record.contestant()) {
-            contestants.push(record.contestant());
+        if firsts.iter().all(|first| label(first) != label(record)) {
+            firsts.push(record);
         }
     }
-    for contestant in contestants {
-        let colour = colour(contestant.driver);
+    for first in firsts {
+        let (name, colour) = (label(first), colour(first.driver));
         let of = || {
-            let mut records = records.iter().filter(|r| r.contestant() == contestant);
+            let mut records = records.iter().filter(|record| label(record) == name);
             std::iter::from_fn(move || records.next())
         };
         chart.draw_series(of().flat_map(|record| {
@@ -442,7 +450,7 @@ fn try_draw_scale<D: DrawingBackend>(
         chart.draw_series(LineSeries::new(medians(), colour.stroke_width(2)))?;
         if let Some(last) = medians().last() {
             let style = ink.pos(Pos::new(HPos::Left, VPos::Center));
-            let text = format!("{contestant}: {}", Unit::Seconds.text(last.1));
+            let text = format!("{name}: {}", Unit::Seconds.text(last.1));
             chart.draw_series([EmptyElement::at(last) + Text::new(text, (12, SINK), style)])?;
         }
     }

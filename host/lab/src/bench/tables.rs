@@ -18,7 +18,7 @@ type Column<'a> = (&'a str, Box<dyn Fn(&Record) -> Option<String> + 'a>);
 const MANY_RUNS: usize = 100;
 
 /// The number of columns that identify a record.
-const SUBJECT_COLUMNS: usize = 3;
+const SUBJECT_COLUMNS: usize = 4;
 
 /// Prints the results of a benchmark, and its claims.
 pub(super) fn print(benchmark: &Benchmark, records: &[Record]) {
@@ -157,12 +157,23 @@ fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
     let several_guests = records
         .windows(2)
         .any(|pair| pair[0].guest_mib != pair[1].guest_mib);
+    let several_settings = records
+        .windows(2)
+        .any(|pair| pair[0].zeroing != pair[1].zeroing);
     let subject: [Column<'_>; SUBJECT_COLUMNS] = [
         ("", Box::new(|r| Some(r.contestant().to_string()))),
         ("variant", Box::new(|r| r.detail.clone())),
         (
             "guest",
             Box::new(move |r| several_guests.then(|| Size::mib(r.guest_mib).to_string())),
+        ),
+        (
+            "kernel",
+            Box::new(move |r| {
+                several_settings
+                    .then(|| r.zeroing.parameter())?
+                    .map(str::to_owned)
+            }),
         ),
     ];
     let columns: Vec<_> = subject
@@ -179,7 +190,7 @@ fn table(records: &[&Record], columns: Vec<Column<'_>>) -> Table {
         table.add_row(cells);
     }
     for (column, (head, _)) in table.column_iter_mut().zip(&columns) {
-        if !["", "variant", "guest"].contains(head) {
+        if !["", "variant", "guest", "kernel"].contains(head) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }

@@ -144,9 +144,7 @@ impl Config {
                 "reboot=triple",
             ]);
         }
-        if !self.zeroing {
-            parameters.push("init_on_alloc=0");
-        }
+        parameters.extend(self.zeroing.parameter());
         // On a busy machine the kernel calibrates the counter with a timer whose interrupts are late. It then
         // calculates a fraction of the right frequency, and its clock runs several times too fast.
         let frequency = match (foreign, self.accelerator()) {
