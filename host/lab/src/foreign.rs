@@ -63,9 +63,10 @@ fn unpack(places: &Places, architecture: &Architecture) -> Result<PathBuf> {
         name,
         debian,
         qemu_package,
+        firmware_package,
         ..
     } = architecture;
-    let packages = [
+    let mut packages = vec![
         // The libraries in the build root are of this version.
         format!("{qemu_package}={}", package_version("qemu-system-x86")?),
         // The compiler reads only libraries of its own version.
@@ -77,6 +78,7 @@ fn unpack(places: &Places, architecture: &Architecture) -> Result<PathBuf> {
         format!("libgcc-14-dev-{debian}-cross"),
         format!("busybox-static:{debian}"),
     ];
+    packages.extend(firmware_package.map(str::to_owned));
     let hash = Sha256::digest(packages.join(" "));
     let path = places
         .cache

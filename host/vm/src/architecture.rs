@@ -20,6 +20,8 @@ pub struct Architecture {
     pub clang: &'static str,
     /// Debian's package with QEMU.
     pub qemu_package: &'static str,
+    /// Debian's package with the board's firmware, unless QEMU has it.
+    pub firmware_package: Option<&'static str>,
     /// QEMU's program.
     pub qemu: &'static str,
     /// QEMU's board.
@@ -36,7 +38,22 @@ pub(crate) static ARM64: Architecture = Architecture {
     rust: "aarch64-unknown-linux-gnu",
     clang: "aarch64-linux-gnu",
     qemu_package: "qemu-system-arm",
+    firmware_package: None,
     qemu: "qemu-system-aarch64",
     machine: "virt",
     console: "ttyAMA0",
+};
+
+pub(crate) static RISCV64: Architecture = Architecture {
+    name: "riscv64",
+    linux: "riscv",
+    image: "arch/riscv/boot/Image",
+    debian: "riscv64",
+    rust: "riscv64gc-unknown-linux-gnu",
+    clang: "riscv64-linux-gnu",
+    qemu_package: "qemu-system-riscv",
+    firmware_package: Some("opensbi"),
+    qemu: "qemu-system-riscv64",
+    machine: "virt",
+    console: "ttyS0",
 };

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
-use crate::architecture::{ARM64, Architecture};
+use crate::architecture::{ARM64, Architecture, RISCV64};
 use crate::size::Size;
 
 /// The guests' kernels.
@@ -26,9 +26,14 @@ pub enum Kernel {
     Latency,
     /// The test kernel for arm64.
     Arm64,
+    /// The same with pages of 16 KiB.
+    #[strum(serialize = "arm64-16k")]
+    Arm64Pages16k,
     /// The same with pages of 64 KiB.
     #[strum(serialize = "arm64-64k")]
     Arm64Pages64k,
+    /// The test kernel for riscv64.
+    Riscv64,
 }
 
 impl Kernel {
@@ -45,13 +50,15 @@ impl Kernel {
     pub fn foreign(self) -> Option<&'static Architecture> {
         match self {
             Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => None,
-            Self::Arm64 | Self::Arm64Pages64k => Some(&ARM64),
+            Self::Arm64 | Self::Arm64Pages16k | Self::Arm64Pages64k => Some(&ARM64),
+            Self::Riscv64 => Some(&RISCV64),
         }
     }
 
     /// The size of its pages.
     pub fn page_size(self) -> Size {
         match self {
+            Self::Arm64Pages16k => Size::kib(16),
             Self::Arm64Pages64k => Size::kib(64),
             _ => Size::kib(4),
         }

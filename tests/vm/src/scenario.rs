@@ -34,7 +34,9 @@ pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
     Kernel::Debug,
     Kernel::Debian,
     Kernel::Arm64,
+    Kernel::Arm64Pages16k,
     Kernel::Arm64Pages64k,
+    Kernel::Riscv64,
 ];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];

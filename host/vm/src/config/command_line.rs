@@ -76,6 +76,12 @@ impl Config {
         options.add("-m", format!("{bytes}B"));
         options.add("-display", "none");
         options.add("-run-with", "exit-with-parent=on");
+        if self.foreign().is_some() {
+            // QEMU is in a directory of its own, with some firmware. The other firmware is in the build root.
+            let own = self.artifacts.qemu.with_file_name("../share/qemu");
+            options.add("-L", own.display().to_string());
+            options.add("-L", "/usr/share/qemu");
+        }
     }
 
     /// The guest's architecture, unless that is the host's.
