@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The programs for guests of another architecture: QEMU, a shell, and the agent.
+//! The programs for guests of another architecture: QEMU, a shell, the agent, and the compiler of some kernels.
 //!
 //! They are not in the build root, since few developers test another architecture. So the lab unpacks the packages into
 //! a directory of the cache on first use. It does not install them: QEMU's libraries are in the build root, and of the
@@ -19,12 +19,13 @@ use crate::places::Places;
 use crate::platform::Platform;
 use crate::progress::Phase;
 
-/// Unpacks packages into `$1/root`, some of them of the architecture `$2`. The package manager's own state does not
-/// change: the build root stays without the other architecture.
+/// Unpacks packages into `$1/root`, some of them of the architecture `$2`, and the packages `$3` of the backports with
+/// those that they depend on. The package manager's own state does not change: the build root stays without the other
+/// architecture, and with its own versions.
 const UNPACK: &str = r#"
     cd "$1"
-    architecture=$2
-    shift 2
+    architecture=$2 newer=$3
+    shift 3
     mkdir -p lists/partial cache/archives/partial root
     # Packages of another architecture come from the release itself. Lists of its updates and backports for that
     # architecture are not always on the mirror.
@@ -37,7 +38,11 @@ const UNPACK: &str = r#"
     }
     apt update
     apt download "$@"
-    for package in *.deb; do
+    backports=$(. /etc/os-release && echo "$VERSION_CODENAME")-backports
+    [ -z "$newer" ] ||
+        apt install --download-only --yes --no-install-recommends --target-release "$backports" $newer
+    for package in *.deb cache/archives/*.deb; do
+        [ -e "$package" ] || continue
         dpkg-deb --extract "$package" root
     done
     rm -r lists cache sources.list *.deb
@@ -57,15 +62,26 @@ pub(crate) fn prepare(
     })
 }
 
+/// Prepares the Rust compiler of the architecture's kernel. Returns its `usr`, unless the kernel is built with the build
+/// root's.
+pub(crate) fn compiler(places: &Places, architecture: &Architecture) -> Result<Option<PathBuf>> {
+    Ok(match architecture.newer_rust {
+        true => Some(unpack(places, architecture)?.join("usr")),
+        false => None,
+    })
+}
+
 /// Makes a directory with the packages, unless it exists.
 fn unpack(places: &Places, architecture: &Architecture) -> Result<PathBuf> {
     let Architecture {
         name,
         debian,
+        newer_rust,
         qemu_package,
         firmware_package,
         ..
     } = architecture;
+    let newer = if *newer_rust { "rustc rust-src" } else { "" };
     let mut packages = vec![
         // The libraries in the build root are of this version.
         format!("{qemu_package}={}", package_version("qemu-system-x86")?),
@@ -79,7 +95,7 @@ fn unpack(places: &Places, architecture: &Architecture) -> Result<PathBuf> {
         format!("busybox-static:{debian}"),
     ];
     packages.extend(firmware_package.map(str::to_owned));
-    let hash = Sha256::digest(packages.join(" "));
+    let hash = Sha256::digest(packages.join(" ") + newer);
     let path = places
         .cache
         .join(format!("{name}-{:.12}", format!("{hash:x}")));
@@ -95,7 +111,7 @@ fn unpack(places: &Places, architecture: &Architecture) -> Result<PathBuf> {
             Command::new("sh")
                 .args(["-euc", UNPACK, "sh"])
                 .arg(&new)
-                .arg(debian)
+                .args([debian, newer])
                 .args(&packages),
             &places.cache.join(format!("{name}.log")),
         )?;

@@ -18,6 +18,7 @@ use vm::Kernel;
 
 use crate::places::Places;
 use crate::progress::Phase;
+use crate::toolchain::Toolchain;
 
 /// The file that marks a complete tree.
 const COMPLETE: &str = ".complete";
@@ -28,6 +29,7 @@ pub(crate) struct Tree {
     pub(crate) kernel: Kernel,
     /// The directory that it was built in.
     pub(crate) path: PathBuf,
+    toolchain: Toolchain,
 }
 
 impl Tree {
@@ -40,23 +42,11 @@ impl Tree {
 
     /// A make in this tree, with the kernel's compiler.
     pub(crate) fn make(&self) -> Result<Command> {
-        let mut make = Command::new("make");
+        let mut make = self.toolchain.make();
         make.arg("-C")
             .arg(&self.path)
             .arg(format!("-j{}", available_parallelism()?));
-        make.args(toolchain(self.kernel));
         Ok(make)
-    }
-}
-
-/// The compiler, as make variables. The kernel allows Rust with KASAN for clang only. With clang, KCSAN can instrument
-/// Rust in the same way as C. And clang also compiles for other architectures.
-fn toolchain(kernel: Kernel) -> Vec<String> {
-    let clang = "LLVM=1".to_owned();
-    match (kernel, kernel.foreign()) {
-        (_, Some(architecture)) => vec![clang, format!("ARCH={}", architecture.linux)],
-        (Kernel::Debug | Kernel::Kcsan, None) => vec![clang],
-        _ => Vec::new(),
     }
 }
 
@@ -138,15 +128,25 @@ pub(crate) fn package_version(package: &str) -> Result<String> {
     output(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]))
 }
 
-/// Builds a kernel, unless it exists.
+/// Builds a kernel of the build root's architecture, unless it exists.
 pub(crate) fn build(places: &Places, kernel: Kernel) -> Result<Tree> {
+    build_with(places, kernel, None)
+}
+
+/// Builds a kernel, unless it exists, with the Rust compiler in the directory `rust`, if there is one.
+pub(crate) fn build_with(places: &Places, kernel: Kernel, rust: Option<PathBuf>) -> Result<Tree> {
+    let toolchain = Toolchain::of(kernel, rust);
     let source = source(places)?;
     let fragments = fragments(places, kernel)?;
     let path = places.cache.join(format!(
         "kernel-{kernel}-{}",
-        key(&source, kernel, &fragments)?
+        key(&source, &toolchain, &fragments)?
     ));
-    let tree = Tree { kernel, path };
+    let tree = Tree {
+        kernel,
+        path,
+        toolchain,
+    };
     let complete = tree.path.join(COMPLETE);
     let _lock = lock(&tree.path)?;
     // A user's own source may have changed since; make detects that.
@@ -218,17 +218,12 @@ fn fragments(places: &Places, kernel: Kernel) -> Result<String> {
 }
 
 /// A key that differs between kernels that are built differently.
-fn key(source: &Path, kernel: Kernel, fragments: &str) -> Result<String> {
+fn key(source: &Path, toolchain: &Toolchain, fragments: &str) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(source.to_string_lossy().as_bytes());
     hash.update(fragments);
-    let compiler = if toolchain(kernel).is_empty() {
-        "gcc"
-    } else {
-        "clang"
-    };
-    for tool in [compiler, "rustc", "bindgen"] {
-        hash.update(output(Command::new(tool).arg("--version"))?);
+    for tool in toolchain.tools() {
+        hash.update(output(toolchain.command(tool).arg("--version"))?);
     }
     Ok(format!("{:.12}", format!("{:x}", hash.finalize())))
 }
@@ -240,12 +235,12 @@ fn configure(tree: &Tree, source: &Path, fragments: &str) -> Result<()> {
     fs::write(&fragment, fragments)?;
     let phase = Phase::start(&format!("Configuring the {kernel} kernel"), None);
     phase.follow(
-        Command::new("make")
+        tree.toolchain
+            .make()
             .arg("-C")
             .arg(source)
             .arg(format!("O={}", tree.path.display()))
             .arg(format!("KCONFIG_ALLCONFIG={}", fragment.display()))
-            .args(toolchain(kernel))
             .arg("allnoconfig"),
         &tree.path.join("configure.log"),
     )?;

@@ -34,6 +34,7 @@ mod setup;
 #[cfg(test)]
 mod structure;
 mod test;
+mod toolchain;
 
 use cli::{Cli, Command};
 

@@ -25,10 +25,20 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
             ..artifacts
         });
     }
-    let tree = kernel::build(places, kernel)?;
-    let module = module::build(places, &tree)?;
+    let (tree, module) = compile(places, kernel)?;
     let modules = modules(places, &tree, module)?;
     artifacts(places, kernel, tree.image(), &modules, None)
+}
+
+/// Builds a kernel, and the module for it, unless they exist.
+fn compile(places: &Places, kernel: Kernel) -> Result<(Tree, PathBuf)> {
+    let rust = match kernel.foreign() {
+        Some(architecture) => foreign::compiler(places, architecture)?,
+        None => None,
+    };
+    let tree = kernel::build_with(places, kernel, rust)?;
+    let module = module::build(places, &tree)?;
+    Ok((tree, module))
 }
 
 /// The same for the driver in `module`, which has coverage counters.

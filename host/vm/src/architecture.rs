@@ -18,6 +18,8 @@ pub struct Architecture {
     pub rust: &'static str,
     /// The target of clang, which links programs.
     pub clang: &'static str,
+    /// Whether the kernel needs a newer Rust compiler than Debian's stable release has.
+    pub newer_rust: bool,
     /// Debian's package with QEMU.
     pub qemu_package: &'static str,
     /// Debian's package with the board's firmware, unless QEMU has it.
@@ -26,6 +28,8 @@ pub struct Architecture {
     pub qemu: &'static str,
     /// QEMU's board.
     pub machine: &'static str,
+    /// The suffix of QEMU's virtio devices for the board.
+    pub bus: &'static str,
     /// The kernel's name for the board's console.
     pub console: &'static str,
 }
@@ -37,10 +41,12 @@ pub(crate) static ARM64: Architecture = Architecture {
     debian: "arm64",
     rust: "aarch64-unknown-linux-gnu",
     clang: "aarch64-linux-gnu",
+    newer_rust: false,
     qemu_package: "qemu-system-arm",
     firmware_package: None,
     qemu: "qemu-system-aarch64",
     machine: "virt",
+    bus: "pci",
     console: "ttyAMA0",
 };
 
@@ -51,9 +57,44 @@ pub(crate) static RISCV64: Architecture = Architecture {
     debian: "riscv64",
     rust: "riscv64gc-unknown-linux-gnu",
     clang: "riscv64-linux-gnu",
+    newer_rust: false,
     qemu_package: "qemu-system-riscv",
     firmware_package: Some("opensbi"),
     qemu: "qemu-system-riscv64",
     machine: "virt",
+    bus: "pci",
     console: "ttyS0",
+};
+
+/// The only big-endian one.
+pub(crate) static S390X: Architecture = Architecture {
+    name: "s390x",
+    linux: "s390",
+    image: "arch/s390/boot/bzImage",
+    debian: "s390x",
+    rust: "s390x-unknown-linux-gnu",
+    clang: "s390x-linux-gnu",
+    newer_rust: true,
+    qemu_package: "qemu-system-s390x",
+    firmware_package: None,
+    qemu: "qemu-system-s390x",
+    machine: "s390-ccw-virtio",
+    bus: "ccw",
+    console: "ttysclp0",
+};
+
+pub(crate) static POWERPC64LE: Architecture = Architecture {
+    name: "powerpc64le",
+    linux: "powerpc",
+    image: "vmlinux",
+    debian: "ppc64el",
+    rust: "powerpc64le-unknown-linux-gnu",
+    clang: "powerpc64le-linux-gnu",
+    newer_rust: true,
+    qemu_package: "qemu-system-ppc",
+    firmware_package: None,
+    qemu: "qemu-system-ppc64",
+    machine: "pseries",
+    bus: "pci",
+    console: "hvc0",
 };

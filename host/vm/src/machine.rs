@@ -7,7 +7,7 @@ use std::path::Path;
 
 use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
-use crate::architecture::{ARM64, Architecture, RISCV64};
+use crate::architecture::{ARM64, Architecture, POWERPC64LE, RISCV64, S390X};
 use crate::size::Size;
 
 /// The guests' kernels.
@@ -34,6 +34,10 @@ pub enum Kernel {
     Arm64Pages64k,
     /// The test kernel for riscv64.
     Riscv64,
+    /// The test kernel for s390x, which is big-endian.
+    S390x,
+    /// The test kernel for powerpc64le, with pages of 64 KiB.
+    Powerpc64le,
 }
 
 impl Kernel {
@@ -52,6 +56,8 @@ impl Kernel {
             Self::Test | Self::Debug | Self::Debian | Self::Kcsan | Self::Latency => None,
             Self::Arm64 | Self::Arm64Pages16k | Self::Arm64Pages64k => Some(&ARM64),
             Self::Riscv64 => Some(&RISCV64),
+            Self::S390x => Some(&S390X),
+            Self::Powerpc64le => Some(&POWERPC64LE),
         }
     }
 
@@ -59,7 +65,7 @@ impl Kernel {
     pub fn page_size(self) -> Size {
         match self {
             Self::Arm64Pages16k => Size::kib(16),
-            Self::Arm64Pages64k => Size::kib(64),
+            Self::Arm64Pages64k | Self::Powerpc64le => Size::kib(64),
             _ => Size::kib(4),
         }
     }
@@ -115,7 +121,7 @@ pub enum Machine {
     I440fx,
     /// A machine without PCI, whose virtio devices, the balloon too, are on virtio-mmio.
     Microvm,
-    /// The board of another architecture, with PCI Express and without ACPI.
+    /// The board of another architecture, without ACPI.
     Foreign(&'static Architecture),
 }
 

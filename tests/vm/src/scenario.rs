@@ -37,6 +37,8 @@ pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
     Kernel::Arm64Pages16k,
     Kernel::Arm64Pages64k,
     Kernel::Riscv64,
+    Kernel::S390x,
+    Kernel::Powerpc64le,
 ];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];

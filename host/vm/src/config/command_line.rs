@@ -205,6 +205,14 @@ impl Config {
     /// The suffix of the machine's virtio device names.
     fn bus(&self) -> &'static str {
         match self.machine {
+            Machine::Foreign(architecture) => architecture.bus,
+            _ => self.vhost_user_bus(),
+        }
+    }
+
+    /// The same for a device in another process. QEMU has no such device for virtio-ccw.
+    fn vhost_user_bus(&self) -> &'static str {
+        match self.machine {
             Machine::Q35 | Machine::I440fx | Machine::Foreign(_) => "pci",
             Machine::Microvm => "device",
         }
@@ -214,10 +222,11 @@ impl Config {
         if let Balloon::Other(device) = &self.balloon {
             return device.clone();
         }
-        let bus = self.bus();
         if has_daemon {
-            return Some(vhost_user_balloon(bus, "balloon", &self.device.properties()).to_string());
+            let (bus, properties) = (self.vhost_user_bus(), self.device.properties());
+            return Some(vhost_user_balloon(bus, "balloon", &properties).to_string());
         }
+        let bus = self.bus();
         let properties = self.offers.iter().map(|offer| offer.property());
         Some(
             std::iter::once(format!(
@@ -298,6 +307,17 @@ mod tests {
         assert!(line.contains("console=ttyAMA0"), "{line}");
         assert!(!line.contains("reboot=triple"), "{line}");
         assert!(line.contains("virtio-balloon-pci,id=balloon0"), "{line}");
+    }
+
+    #[test]
+    fn s390x_has_its_own_bus_and_pci() {
+        let config = config_for(Kernel::S390x);
+        let line = config.command_line(None).join(" ");
+        for device in ["virtio-serial-ccw", "virtio-balloon-ccw,id=balloon0"] {
+            assert!(line.contains(device), "{line}");
+        }
+        let line = config.command_line(Some(Path::new("/s"))).join(" ");
+        assert!(line.contains("vhost-user-test-device-pci"), "{line}");
     }
 
     #[test]
