@@ -140,8 +140,8 @@ help:
 	@echo "make clean      remove build products of this checkout"
 	@echo
 	@echo "KERNEL=NAME        run the tests in that guest kernel only: test, debug, kcsan, latency, arm64, arm64-16k"
-	@echo "                   and arm64-64k (pages of 16 and 64 KiB), riscv64, s390x, powerpc64le, or debian"
-	@echo "                   (Debian's own, with the module from the package)"
+	@echo "                   and arm64-64k (pages of 16 and 64 KiB), riscv64, s390x, powerpc64le,"
+	@echo "                   loongarch64 (compiles only), or debian (Debian's own, with the module from the package)"
 	@echo "ONLY=TEXT          run only the scenarios with TEXT in their name (or: host, kunit, packages,"
 	@echo "                   in-tree), or the benchmarks"
 	@echo "DRIVER=rs|c        run the scenarios with that driver (default: rs)"

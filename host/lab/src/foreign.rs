@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use sha2::{Digest, Sha256};
 use vm::Architecture;
 
@@ -54,6 +54,11 @@ pub(crate) fn prepare(
     architecture: &Architecture,
     tools: &Path,
 ) -> Result<Platform> {
+    ensure!(
+        architecture.has_programs,
+        "Debian has no programs for {}: no guest can boot",
+        architecture.name
+    );
     let root = unpack(places, architecture)?;
     Ok(Platform {
         qemu: root.join("usr/bin").join(architecture.qemu),

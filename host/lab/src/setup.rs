@@ -31,7 +31,7 @@ pub(crate) fn prepare(places: &Places, kernel: Kernel) -> Result<Artifacts> {
 }
 
 /// Builds a kernel, and the module for it, unless they exist.
-fn compile(places: &Places, kernel: Kernel) -> Result<(Tree, PathBuf)> {
+pub(crate) fn compile(places: &Places, kernel: Kernel) -> Result<(Tree, PathBuf)> {
     let rust = match kernel.foreign() {
         Some(architecture) => foreign::compiler(places, architecture)?,
         None => None,

@@ -18,6 +18,8 @@ pub struct Architecture {
     pub rust: &'static str,
     /// The target of clang, which links programs.
     pub clang: &'static str,
+    /// Whether Debian has programs for guests. Otherwise the kernel and the module are compiled only.
+    pub has_programs: bool,
     /// Whether the kernel needs a newer Rust compiler than Debian's stable release has.
     pub newer_rust: bool,
     /// Debian's package with QEMU.
@@ -41,6 +43,7 @@ pub(crate) static ARM64: Architecture = Architecture {
     debian: "arm64",
     rust: "aarch64-unknown-linux-gnu",
     clang: "aarch64-linux-gnu",
+    has_programs: true,
     newer_rust: false,
     qemu_package: "qemu-system-arm",
     firmware_package: None,
@@ -57,6 +60,7 @@ pub(crate) static RISCV64: Architecture = Architecture {
     debian: "riscv64",
     rust: "riscv64gc-unknown-linux-gnu",
     clang: "riscv64-linux-gnu",
+    has_programs: true,
     newer_rust: false,
     qemu_package: "qemu-system-riscv",
     firmware_package: Some("opensbi"),
@@ -74,6 +78,7 @@ pub(crate) static S390X: Architecture = Architecture {
     debian: "s390x",
     rust: "s390x-unknown-linux-gnu",
     clang: "s390x-linux-gnu",
+    has_programs: true,
     newer_rust: true,
     qemu_package: "qemu-system-s390x",
     firmware_package: None,
@@ -90,6 +95,7 @@ pub(crate) static POWERPC64LE: Architecture = Architecture {
     debian: "ppc64el",
     rust: "powerpc64le-unknown-linux-gnu",
     clang: "powerpc64le-linux-gnu",
+    has_programs: true,
     newer_rust: true,
     qemu_package: "qemu-system-ppc",
     firmware_package: None,
@@ -97,4 +103,21 @@ pub(crate) static POWERPC64LE: Architecture = Architecture {
     machine: "pseries",
     bus: "pci",
     console: "hvc0",
+};
+
+pub(crate) static LOONGARCH64: Architecture = Architecture {
+    name: "loongarch64",
+    linux: "loongarch",
+    image: "arch/loongarch/boot/vmlinux.elf",
+    debian: "loong64",
+    rust: "loongarch64-unknown-linux-gnu",
+    clang: "loongarch64-linux-gnu",
+    has_programs: false,
+    newer_rust: false,
+    qemu_package: "qemu-system-misc",
+    firmware_package: None,
+    qemu: "qemu-system-loongarch64",
+    machine: "virt",
+    bus: "pci",
+    console: "ttyS0",
 };

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
-use crate::architecture::{ARM64, Architecture, POWERPC64LE, RISCV64, S390X};
+use crate::architecture::{ARM64, Architecture, LOONGARCH64, POWERPC64LE, RISCV64, S390X};
 use crate::size::Size;
 
 /// The guests' kernels.
@@ -38,6 +38,8 @@ pub enum Kernel {
     S390x,
     /// The test kernel for powerpc64le, with pages of 64 KiB.
     Powerpc64le,
+    /// The test kernel for loongarch64, with pages of 16 KiB.
+    Loongarch64,
 }
 
 impl Kernel {
@@ -58,13 +60,20 @@ impl Kernel {
             Self::Riscv64 => Some(&RISCV64),
             Self::S390x => Some(&S390X),
             Self::Powerpc64le => Some(&POWERPC64LE),
+            Self::Loongarch64 => Some(&LOONGARCH64),
         }
+    }
+
+    /// Whether a guest can run it, or only the compiler be tested.
+    pub fn can_boot(self) -> bool {
+        self.foreign()
+            .is_none_or(|architecture| architecture.has_programs)
     }
 
     /// The size of its pages.
     pub fn page_size(self) -> Size {
         match self {
-            Self::Arm64Pages16k => Size::kib(16),
+            Self::Arm64Pages16k | Self::Loongarch64 => Size::kib(16),
             Self::Arm64Pages64k | Self::Powerpc64le => Size::kib(64),
             _ => Size::kib(4),
         }
