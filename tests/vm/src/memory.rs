@@ -9,7 +9,9 @@ use vm::{Load, PageFlag, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, fullest_block};
 use crate::reporting::wait_until_taken;
-use crate::scenario::{ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{
+    ALL_ARCHITECTURES, ALL_DEVICES, BOTH_DRIVERS, BOTH_KERNELS, Scenario, Setup, TEST_KERNEL,
+};
 use crate::sizes::check_size;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -24,7 +26,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "data_intact",
         proves: "the guest's data stay intact while the balloon inflates and deflates",
-        kernels: BOTH_KERNELS,
+        kernels: ALL_ARCHITECTURES,
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: data_intact,

@@ -5,13 +5,15 @@
 use anyhow::{Result, ensure};
 use vm::{Driver, Guest, HugePages, Load, MemoryBackend, Samples, Sent, Size};
 
-use crate::scenario::{EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{
+    EXTENDED_DEVICE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL, TEST_KERNELS,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "page_sets_encodings",
         proves: "a guest describes its pages in the shorter encoding, fragmented or not",
-        kernels: TEST_KERNEL,
+        kernels: TEST_KERNELS,
         drivers: RUST_DRIVER,
         devices: EXTENDED_DEVICE,
         run: encodings,

@@ -40,6 +40,16 @@ pub(crate) const ALL_ARCHITECTURES: &[Kernel] = &[
     Kernel::S390x,
     Kernel::Powerpc64le,
 ];
+/// The test kernels of all architectures.
+pub(crate) const TEST_KERNELS: &[Kernel] = &[
+    Kernel::Test,
+    Kernel::Arm64,
+    Kernel::Arm64Pages16k,
+    Kernel::Arm64Pages64k,
+    Kernel::Riscv64,
+    Kernel::S390x,
+    Kernel::Powerpc64le,
+];
 pub(crate) const BOTH_KERNELS: &[Kernel] = &[Kernel::Test, Kernel::Debug];
 pub(crate) const DEBUG_KERNEL: &[Kernel] = &[Kernel::Debug];
 pub(crate) const TEST_KERNEL: &[Kernel] = &[Kernel::Test];
