@@ -13,6 +13,7 @@ use crate::rust::{
     bindings,
     kunit::Cleanup,
     virtio::{
+        ByteOrder,
         Device,
         DeviceId,
         FeatureBit,
@@ -29,6 +30,7 @@ use core::{
 };
 use kernel::{
     container_of,
+    device,
     error::to_result,
     page::{
         PAGE_SHIFT,
@@ -56,6 +58,24 @@ pub(crate) const QUEUE_SIZE: u32 = 16;
 /// The number of 32-bit fields of the configuration space. Others read as 0.
 const CONFIG_FIELDS: usize = 32;
 
+impl ByteOrder {
+    /// Returns the number that is `value` in this byte order.
+    fn to_native16(self, value: u16) -> u16 {
+        // The conversion is its own inverse.
+        self.to_device16(value)
+    }
+
+    /// Returns the number that is `value` in this byte order.
+    fn to_native32(self, value: u32) -> u32 {
+        self.to_device32(value)
+    }
+
+    /// Returns the number that is `value` in this byte order.
+    fn to_native64(self, value: u64) -> u64 {
+        self.to_device64(value)
+    }
+}
+
 /// The device's side of a queue.
 struct Queue {
     /// The queue, or null if the driver has not set it up.
@@ -72,14 +92,23 @@ impl Queue {
     /// Returns the queue's ring, if the driver has set the queue up.
     fn ring(&self) -> Option<Ring<'_>> {
         let vq = NonNull::new(self.vq.load(Acquire))?;
-        // SAFETY: The queue is valid until the driver deletes it.
-        let ring = unsafe { &*bindings::virtqueue_get_vring(vq.as_ptr()) };
+        // SAFETY: The queue is valid until the driver deletes it. The features of its device do not
+        // change before that.
+        let (ring, byte_order) = unsafe {
+            let dev = (*vq.as_ptr()).vdev.cast::<Device<device::Core<'_>>>();
+
+            (
+                &*bindings::virtqueue_get_vring(vq.as_ptr()),
+                (*dev).byte_order(),
+            )
+        };
 
         // INVARIANT: The driver deletes its queues when it is unbound, or suspended. Tests do that
         // only when they do not use the queue any more.
         Some(Ring {
             vq,
             ring,
+            byte_order,
             queue: self,
         })
     }
@@ -93,6 +122,7 @@ impl Queue {
 struct Ring<'a> {
     vq: NonNull<bindings::virtqueue>,
     ring: &'a bindings::vring,
+    byte_order: ByteOrder,
     queue: &'a Queue,
 }
 
@@ -102,28 +132,39 @@ impl Ring<'_> {
         (index & (self.ring.num - 1)) as usize
     }
 
-    /// Takes the next message, if there is one: returns its number, and its only descriptor.
+    /// Takes the next message, if there is one: returns its number, and its only descriptor, in the
+    /// guest's byte order.
     fn next(&self) -> Option<(u16, bindings::vring_desc)> {
         let seen = self.queue.seen.load(Relaxed);
 
         // SAFETY: By the type invariants. The ring has `num` entries. An entry is the index of a
         // descriptor.
-        let next = unsafe {
+        let (head, desc) = unsafe {
             let avail = self.ring.avail;
 
             // CAST: Indices into a ring are 16 bits wide, and wrap around.
-            if (&raw const (*avail).idx).read_volatile() == seen as u16 {
+            let seen_index = self.byte_order.to_device16(seen as u16);
+            if (&raw const (*avail).idx).read_volatile() == seen_index {
                 return None;
             }
             // Entries that the driver wrote before the index must be read after it.
             barrier::smp_mb(barrier::Read);
             let head = (*avail).ring.as_ptr().add(self.slot(seen)).read();
+            let head = self.byte_order.to_native16(head);
 
             (head, self.ring.desc.add(usize::from(head)).read())
         };
 
         self.queue.seen.store(seen.wrapping_add(1), Relaxed);
-        Some(next)
+        Some((
+            head,
+            bindings::vring_desc {
+                addr: self.byte_order.to_native64(desc.addr),
+                len: self.byte_order.to_native32(desc.len),
+                flags: self.byte_order.to_native16(desc.flags),
+                next: self.byte_order.to_native16(desc.next),
+            },
+        ))
     }
 
     /// Puts a used entry on the ring.
@@ -136,11 +177,14 @@ impl Ring<'_> {
             let used = self.ring.used;
             let entry = (*used).ring.as_mut_ptr().add(self.slot(answered));
 
-            entry.write(bindings::vring_used_elem { id, len });
+            entry.write(bindings::vring_used_elem {
+                id: self.byte_order.to_device32(id),
+                len: self.byte_order.to_device32(len),
+            });
             // The driver must not see the index before the entry.
             barrier::smp_mb(barrier::Write);
             // CAST: Indices into a ring are 16 bits wide, and wrap around.
-            (&raw mut (*used).idx).write_volatile(next as u16);
+            (&raw mut (*used).idx).write_volatile(self.byte_order.to_device16(next as u16));
         }
         self.queue.answered.store(next, Relaxed);
     }
