@@ -66,7 +66,7 @@ impl ByteOrder {
     }
 
     /// Returns the number that is `value` in this byte order.
-    fn to_native32(self, value: u32) -> u32 {
+    pub(crate) fn to_native32(self, value: u32) -> u32 {
         self.to_device32(value)
     }
 
@@ -264,6 +264,8 @@ pub(crate) struct Request {
     head: u16,
     /// The address of the message.
     memory: *mut u16,
+    /// The device's byte order.
+    pub(crate) byte_order: ByteOrder,
     /// The bytes of the driver.
     pub(crate) words: KVec<u16>,
     /// How many bytes the device may write.
@@ -456,7 +458,10 @@ impl FakeDevice {
 
     /// Takes the next message off queue `index`, if there is one.
     pub(crate) fn next(&self, index: usize) -> Result<Option<Request>> {
-        let Some((head, desc)) = self.queue(index)?.ring().and_then(|ring| ring.next()) else {
+        let Some(ring) = self.queue(index)?.ring() else {
+            return Ok(None);
+        };
+        let Some((head, desc)) = ring.next() else {
             return Ok(None);
         };
         let (readable, writable) = match u32::from(desc.flags) & bindings::VRING_DESC_F_WRITE {
@@ -473,6 +478,7 @@ impl FakeDevice {
         Ok(Some(Request {
             head,
             memory,
+            byte_order: ring.byte_order,
             words,
             writable,
         }))

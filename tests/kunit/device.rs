@@ -569,7 +569,7 @@ pub(super) fn statistic(device: &FakeDevice, tag: u16) -> Result<(Request, u64)>
     while let Some(&this) = words.next() {
         let mut bits = 0;
         for shift in [0, 16, 32, 48] {
-            bits |= u64::from(*words.next().ok_or(EINVAL)?) << shift;
+            bits |= u64::from(u16::from_le(*words.next().ok_or(EINVAL)?)) << shift;
         }
         if u16::from_le(this) == tag {
             value = Some(bits);
@@ -971,18 +971,21 @@ mod tests {
 
     #[test]
     fn pages_are_marked_when_the_device_has_answered() -> Result {
-        let device = FakeDevice::new(&BASE)?;
+        // The page frame numbers of a legacy device are in the guest's byte order.
+        for features in [&BASE[..], &[]] {
+            let device = FakeDevice::new(features)?;
 
-        device.change(NUM_PAGES, MESSAGE);
-        let request = message(&device, INFLATE)?;
-        let pfns = request.pfns()?;
-        let is_marked = |&pfn: &u32| memory::is_offline(pfn as usize / BALLOON_PAGES_PER_PAGE);
-        assert!(!pfns.is_empty() && !pfns.iter().any(is_marked));
+            device.change(NUM_PAGES, MESSAGE);
+            let request = message(&device, INFLATE)?;
+            let pfns = request.pfns()?;
+            let is_marked = |&pfn: &u32| memory::is_offline(pfn as usize / BALLOON_PAGES_PER_PAGE);
+            assert!(!pfns.is_empty() && !pfns.iter().any(is_marked));
 
-        device.answer(INFLATE, &request, 0)?;
-        device.interrupt(INFLATE)?;
-        reaches(&device, MESSAGE)?;
-        assert!(pfns.iter().all(is_marked));
+            device.answer(INFLATE, &request, 0)?;
+            device.interrupt(INFLATE)?;
+            reaches(&device, MESSAGE)?;
+            assert!(pfns.iter().all(is_marked));
+        }
         Ok(())
     }
 

@@ -36,13 +36,14 @@ impl FakeDevice {
 }
 
 impl Request {
-    /// Returns the message as little-endian page frame numbers.
+    /// Returns the message as page frame numbers.
     pub(crate) fn pfns(&self) -> Result<KVec<u32>> {
         let mut pfns = KVec::with_capacity(self.words.len() / 2, GFP_KERNEL)?;
-        let mut words = self.words.iter().copied().map(u16::from_le).map(u32::from);
 
-        while let (Some(low), Some(high)) = (words.next(), words.next()) {
-            pfns.push(low | high << 16, GFP_KERNEL)?;
+        for number in self.words.as_bytes().chunks_exact(size_of::<u32>()) {
+            let number = u32::from_ne_bytes(number.try_into().map_err(|_| EINVAL)?);
+
+            pfns.push(self.byte_order.to_native32(number), GFP_KERNEL)?;
         }
 
         Ok(pfns)

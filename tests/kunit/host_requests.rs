@@ -207,7 +207,7 @@ impl Message {
 
         match command {
             request::COMPLETION if words.len() == 8 => {
-                let status = words.get(1).ok_or(EINVAL)?.to_le_bytes();
+                let status = words.get(1).ok_or(EINVAL)?.to_ne_bytes();
                 Ok(Self::Completion(id, status[0]))
             }
             request::UNUSED_SKIP | request::UNUSED_DISCARD => Ok(Self::Pages(
@@ -397,10 +397,8 @@ mod tests {
         let inbox = host.inbox();
         assert!(inbox.is_ok());
         let Ok(inbox) = inbox else { return };
-        assert_eq!(
-            host.device.fill(REQUESTS, &inbox, &[3, 12, 0, 0, 8]),
-            Ok(())
-        );
+        let words = [3, 12, 0, 0, 8].map(u16::to_le);
+        assert_eq!(host.device.fill(REQUESTS, &inbox, &words), Ok(()));
         assert_eq!(host.device.interrupt(REQUESTS), Ok(()));
 
         assert_eq!(host.ask(9, 0, 0, 5, 0), Ok(()));
