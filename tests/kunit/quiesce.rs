@@ -2,6 +2,8 @@
 
 //! The order in which features are quiesced.
 
+#![cfg_attr(not(CONFIG_PM_SLEEP), expect(unused_imports))]
+
 use super::device::{
     eventually,
     message, //

@@ -2,6 +2,8 @@
 
 //! Statistics of kernels that do not count everything, and pressure notices.
 
+#![cfg_attr(not(CONFIG_PM_SLEEP), expect(unused_imports))]
+
 use crate::{
     device::timeouts,
     features::stats::{
