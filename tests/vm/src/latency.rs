@@ -11,7 +11,7 @@ use vm::{Accel, Device, Driver, Exit, Guest, Kernel, Load, MemoryBackend, Off, O
 
 use crate::compaction::{BLOCKS_OR_PAGES, MEMORY, fullest_block, write};
 use crate::requests::hint;
-use crate::scenario::{BOTH_DRIVERS, PATIENCE, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, OOM, PATIENCE, Scenario, Setup};
 use crate::unused::{ask, unused};
 use crate::vhost_user::wait_driver;
 
@@ -49,7 +49,9 @@ fn latency(setup: &Setup) -> Result<()> {
         .accel(Accel::Tcg)
         .cpus(1)
         .argument("-icount", "shift=0")
-        .parameter("tsc=reliable");
+        .parameter("tsc=reliable")
+        .expect(OOM)
+        .expect("Call Trace:");
     vm::run(&config, |guest| {
         for off in [Off::Interrupts, Off::Preemption] {
             measure(setup, guest, "nothing", off, || {
