@@ -89,7 +89,7 @@ impl Configuration {
 }
 
 /// Whether a place is in one of these fields.
-fn is_in(fields: &[usize], place: usize) -> bool {
+pub(super) fn is_in(fields: &[usize], place: usize) -> bool {
     fields
         .iter()
         .any(|&field| (field..field + FIELD).contains(&place))

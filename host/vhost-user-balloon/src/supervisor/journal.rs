@@ -12,7 +12,7 @@ use log::{error, warn};
 use nix::sys::uio::pread;
 use nix::unistd::write;
 
-use super::configuration::{Configuration, access};
+use super::configuration::{Configuration, access, is_in};
 use super::memory::{Region, adds_memory, regions, word};
 use crate::vhost_user::message::{Message, request};
 
@@ -379,8 +379,7 @@ fn clear_report(message: &mut Message) {
     let header = message.body().len() - written.len();
     let written = message.body_mut().get_mut(header..).unwrap_or_default();
     for (place, byte) in (start..).zip(written) {
-        let is_in = |field: usize| (field..field + 4).contains(&place);
-        if is_in(config::ACTUAL) || is_in(config::STOP_REASON) {
+        if is_in(&[config::ACTUAL, config::STOP_REASON], place) {
             *byte = 0;
         }
     }
