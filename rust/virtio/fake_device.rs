@@ -92,8 +92,8 @@ impl Queue {
     /// Returns the queue's ring, if the driver has set the queue up.
     fn ring(&self) -> Option<Ring<'_>> {
         let vq = NonNull::new(self.vq.load(Acquire))?;
-        // SAFETY: The queue and its device are valid until the driver deletes the queue. `Device` is
-        // a transparent `virtio_device`, whose features do not change before that.
+        // SAFETY: The queue and its device are valid until the driver deletes the queue. The
+        // features do not change before that. `Device` is a transparent `virtio_device`.
         let (ring, byte_order) = unsafe {
             let dev = (*vq.as_ptr()).vdev.cast::<Device<device::Core<'_>>>();
 
