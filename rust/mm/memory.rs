@@ -197,6 +197,12 @@ pub(crate) fn is_zeroed_on_allocation() -> bool {
     bindings::want_init_on_alloc(Gfp::ALL)
 }
 
+/// Returns whether memory that is offline stays so.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(super) fn stays_offline() -> bool {
+    STAYS_OFFLINE.load(Relaxed)
+}
+
 /// A property that the driver sees in the kernel while this exists, for tests.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) struct Pretence(&'static Atomic<bool>);
@@ -206,6 +212,9 @@ static ZEROES_ON_ALLOCATION: Atomic<bool> = Atomic::new(false);
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 static IS_SHORT: Atomic<bool> = Atomic::new(false);
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+static STAYS_OFFLINE: Atomic<bool> = Atomic::new(false);
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 impl Pretence {
@@ -222,6 +231,11 @@ impl Pretence {
     /// All of its nodes are short of memory.
     pub(crate) fn is_short() -> Self {
         Self::begin(&IS_SHORT)
+    }
+
+    /// Memory that is offline stays so.
+    pub(crate) fn stays_offline() -> Self {
+        Self::begin(&STAYS_OFFLINE)
     }
 }
 

@@ -6,6 +6,11 @@ use super::device::{
     eventually,
     free, //
 };
+#[cfg(CONFIG_PM_SLEEP)]
+use super::memory_blocks::{
+    has_none,
+    is_online_without_restore, //
+};
 use crate::{
     features::hinting::worker::{
         min_order,
@@ -285,6 +290,23 @@ mod tests {
         device.restore(QUEUE_SIZE)?;
         assert!(round(&device, 7).is_ok_and(|hinted| hinted > 0));
         Ok(())
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_block_of_hints_is_online_again_without_a_restore() {
+        if has_none() {
+            return;
+        }
+        let hint = || {
+            let device = device()?;
+
+            device.change(HINT_ID, 7);
+            let (request, _) = next(&device)?;
+            answer(&device, &request)?;
+            Ok(device)
+        };
+        assert_eq!(is_online_without_restore(hint), Ok(true));
     }
 
     #[cfg(CONFIG_PM_SLEEP)]

@@ -2,6 +2,8 @@
 
 //! Requests of a device in the kernel, and the driver's answers.
 
+#[cfg(CONFIG_PM_SLEEP)]
+use super::memory_blocks::is_online_without_restore;
 use super::{
     device::{
         eventually,
@@ -442,6 +444,21 @@ mod tests {
             return;
         }
         assert_eq!(cancel_when_blocks_end(), Ok(true));
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_block_of_a_discard_is_online_again_without_a_restore() {
+        if has_none() {
+            return;
+        }
+        let discard = || {
+            let mut host = Host::new()?;
+
+            host.ask(request::UNUSED_DISCARD, 21, 0, 3, 0)?;
+            Ok(host.device)
+        };
+        assert_eq!(is_online_without_restore(discard), Ok(true));
     }
 
     #[test]

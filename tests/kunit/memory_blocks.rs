@@ -305,6 +305,33 @@ fn inflate_by_three() -> Result<(usize, usize, usize)> {
     Ok((begin, end, host.inflated.len()))
 }
 
+/// Suspends the system when the device of `begin` has made the driver take a block, and the block
+/// stays offline. Returns whether it is online again although the device is not restored.
+#[cfg(CONFIG_PM_SLEEP)]
+pub(super) fn is_online_without_restore(
+    begin: impl FnOnce() -> Result<FakeDevice>,
+) -> Result<bool> {
+    /// The kernel creates no queue of so many entries.
+    const NO_QUEUE: u32 = 3;
+    let _zeroing = Pretence::zeroes_on_allocation();
+    drain::drain_free_lists();
+    let online = memory::total_pages();
+    let without_block = online - MemoryBlock::pages() as usize;
+
+    let stays_offline = Pretence::stays_offline();
+    let device = begin()?;
+    eventually(|| Ok(memory::total_pages() <= without_block))?;
+    device.freeze()?;
+    // The driver has returned all other memory.
+    let is_offline = memory::total_pages() <= without_block;
+    let is_restored = device.restore(NO_QUEUE).is_ok();
+    drop(stays_offline);
+    if !is_offline || is_restored {
+        return Err(EINVAL);
+    }
+    Ok(eventually(|| Ok(memory::total_pages() == online)).is_ok())
+}
+
 #[kunit_tests(virtio_balloon_rs_memory_blocks)]
 mod tests {
     use super::*;
@@ -499,6 +526,21 @@ mod tests {
         assert!(!block.can_be_taken());
         assert_eq!(block.take_offline(LIMITS)?.bring_online(), Ok(()));
         Ok(())
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_block_of_the_balloon_is_online_again_without_a_restore() {
+        if has_none() {
+            return;
+        }
+        let inflate = || {
+            let device = FakeDevice::new(&BASE)?;
+
+            device.change(NUM_PAGES, u32::MAX);
+            Ok(device)
+        };
+        assert_eq!(is_online_without_restore(inflate), Ok(true));
     }
 
     // From here on the tests fill the memory. No block may be free after that: what the kernel

@@ -242,6 +242,10 @@ impl OfflineBlock {
     }
 
     fn write(&self, online: &CStr) -> Result {
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        if crate::rust::mm::memory::stays_offline() {
+            return Err(EBUSY);
+        }
         match self
             .state
             .write(online, self.limits.online, self.limits.busy)
