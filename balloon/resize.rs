@@ -23,7 +23,10 @@ use crate::{
             contig::drain,
             hotplug::memory_block::has_virtio_mem,
             memory,
-            node::Node, //
+            node::{
+                Node,
+                NodeSet, //
+            }, //
         },
         trace::Reason,
         work::task::Task, //
@@ -239,6 +242,7 @@ impl Balloon {
             &self.deflate,
             &self.pages,
             &mut worker.batch,
+            NodeSet::all(),
             limit,
             Reason::Target,
             &guard,

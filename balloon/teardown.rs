@@ -11,9 +11,12 @@ use crate::{
         Worker, //
     },
     device::timeouts,
-    rust::work::{
-        poll::poll_timeout,
-        task::Task, //
+    rust::{
+        mm::node::NodeSet,
+        work::{
+            poll::poll_timeout,
+            task::Task, //
+        }, //
     }, //
 };
 
@@ -118,7 +121,11 @@ pub(super) fn shutdown(task: &Task<Balloon>) {
 /// Frees the pages that an unresponsive device has withheld. It was reset, so there is no balloon
 /// any more.
 pub(super) fn after_reset(balloon: &Balloon) {
-    while !balloon.pages.take(usize::MAX, usize::MAX, false).is_empty() {}
+    while !balloon
+        .pages
+        .take(usize::MAX, usize::MAX, &NodeSet::all())
+        .is_empty()
+    {}
 
     balloon.worker.lock().inflate.detach_unused();
     balloon.migrations().detach_unused();

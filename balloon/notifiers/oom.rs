@@ -14,7 +14,10 @@ use crate::{
         timeouts, //
     },
     rust::{
-        mm::hotplug::memory_block::MemoryBlock,
+        mm::{
+            hotplug::memory_block::MemoryBlock,
+            node::NodeSet, //
+        },
         notifiers::oom::OomNotify,
         trace::Reason,
         work::task::Task, //
@@ -53,8 +56,10 @@ impl OomNotify for Task<Balloon> {
             self.pause(ready);
             return ready;
         }
-        // An allocation may be bound to a node: memory of another node would not help it.
-        let there = self.pages.len_where_needed();
+        // An allocation may be bound to a node: memory of another node would not help it. The first
+        // free pages may end the shortage.
+        let nodes = NodeSet::short();
+        let there = self.pages.len_on(&nodes);
         if self.quiescing.load(Relaxed) {
             return 0;
         }
@@ -77,6 +82,7 @@ impl OomNotify for Task<Balloon> {
             &self.deflate,
             &self.pages,
             &mut self.oom_batch.lock(),
+            nodes,
             wanted,
             Reason::OutOfMemory,
             &guard,

@@ -28,6 +28,7 @@ use crate::{
     rust::{
         mm::{
             balloon::balloon_pages::BalloonPages,
+            node::NodeSet,
             pages::{
                 batch::Batch,
                 page::MAX_ORDER,
@@ -161,8 +162,8 @@ pub(crate) fn collect(
 struct Dequeue<'a> {
     balloon: &'a BalloonPages<PendingMigrations>,
     guard: &'a MigrationGuard<'a>,
-    /// Whether to take pages only from nodes that are short of memory.
-    where_needed: bool,
+    /// The nodes to take pages from.
+    nodes: NodeSet,
     /// These pages, one for each pending migration at most. They must return to the balloon.
     unknown: PageList,
 }
@@ -171,7 +172,7 @@ impl Dequeue<'_> {
     /// Like [`BalloonPages::take`].
     fn take(&mut self, max: usize, max_blocks: usize) -> PageList {
         loop {
-            let mut pages = self.balloon.take(max, max_blocks, self.where_needed);
+            let mut pages = self.balloon.take(max, max_blocks, &self.nodes);
             let taken = pages.len();
 
             self.guard
@@ -183,8 +184,8 @@ impl Dequeue<'_> {
     }
 }
 
-/// Takes up to `wanted` pages (kernel pages) out of `balloon`, and frees them as soon as the
-/// protocol allows. Returns how many were taken out: fewer if the rest has to wait for the device.
+/// Takes up to `wanted` pages (kernel pages) of `nodes` out of `balloon`, and frees them as soon as
+/// the protocol allows. Returns how many were taken out: fewer if the rest has to wait for the device.
 ///
 /// [`send_backlog`] reports them. The device must have seen the inflate of these pages: others stay
 /// in the balloon, and `guard` prevents new ones. `batch` sorts the pages.
@@ -192,6 +193,7 @@ pub(crate) fn release(
     deflate: &SpinLock<Deflate>,
     balloon: &BalloonPages<PendingMigrations>,
     batch: &mut Batch,
+    nodes: NodeSet,
     wanted: usize,
     reason: Reason,
     guard: &MigrationGuard<'_>,
@@ -204,7 +206,7 @@ pub(crate) fn release(
     let mut dequeue = Dequeue {
         balloon,
         guard,
-        where_needed: matches!(reason, Reason::OutOfMemory),
+        nodes,
         unknown: PageList::new(),
     };
     let mut released = 0;

@@ -27,10 +27,11 @@ pub(super) fn count(counter: bindings::atomic_long_t) -> usize {
     counter.counter.max(0) as usize
 }
 
+/// The number of bits in a word of a kernel mask.
+const BITS: usize = c_ulong::BITS as usize;
+
 /// Returns the numbers of the set bits of a kernel mask.
 fn bits<const N: usize>(mask: [c_ulong; N]) -> impl Iterator<Item = usize> {
-    const BITS: usize = c_ulong::BITS as usize;
-
     mask.into_iter().enumerate().flat_map(|(index, mut word)| {
         core::iter::from_fn(move || {
             let bit = word.trailing_zeros() as usize;
@@ -70,6 +71,34 @@ macro_rules! read {
         // SAFETY: By the type invariants it is a node. A volatile access stands for READ_ONCE().
         unsafe { (&raw const (*node.data()).$($field)+).read_volatile() }
     }};
+}
+
+/// A set of NUMA nodes.
+#[derive(Clone, Copy)]
+pub(crate) struct NodeSet(bindings::nodemask_t);
+
+impl NodeSet {
+    /// Returns all nodes.
+    pub(crate) fn all() -> Self {
+        Self(read_global!(
+            node_states[bindings::node_states_N_POSSIBLE as usize]
+        ))
+    }
+
+    /// Returns the nodes that are short of memory now.
+    pub(crate) fn short() -> Self {
+        let mut set = Self::all();
+
+        for node in Node::all().filter(|node| !node.is_short()) {
+            set.0.bits[node.index() / BITS] &= !(1 << (node.index() % BITS));
+        }
+        set
+    }
+
+    /// Returns whether `node` belongs to it.
+    pub(super) fn contains(&self, node: Node) -> bool {
+        self.0.bits[node.index() / BITS] & 1 << (node.index() % BITS) != 0
+    }
 }
 
 /// A NUMA node.

@@ -15,6 +15,7 @@ use crate::{
             },
             contig::drain,
             memory,
+            node::NodeSet,
             pages::{
                 batch::Batch,
                 block_range::BlockRange, //
@@ -166,7 +167,7 @@ impl Contended {
 
         self.begun.store(true, Release);
         while !self.inserted.load(Acquire) {
-            let some = self.balloon.take(1, 1, false).len();
+            let some = self.balloon.take(1, 1, &NodeSet::all()).len();
 
             taken += some;
             if some > 0 && memory::ballooned_pages() + taken + NOT_COUNTED < before + len {
@@ -280,7 +281,7 @@ mod tests {
         assert_eq!(memory::total_pages(), total - 64);
         assert_eq!(memory::ballooned_pages(), ballooned + 64);
 
-        let some = balloon.take(10, usize::MAX, false);
+        let some = balloon.take(10, usize::MAX, &NodeSet::all());
         assert_eq!(some.len(), 10);
         assert_eq!(balloon.len(), 54);
         assert_eq!(memory::total_pages(), total - 54);
@@ -290,8 +291,8 @@ mod tests {
         assert!(consecutive(&some));
 
         // More pages than it has.
-        assert_eq!(balloon.take(1_000, usize::MAX, false).len(), 54);
-        assert!(balloon.take(1, usize::MAX, false).is_empty());
+        assert_eq!(balloon.take(1_000, usize::MAX, &NodeSet::all()).len(), 54);
+        assert!(balloon.take(1, usize::MAX, &NodeSet::all()).is_empty());
         assert_eq!(memory::total_pages(), total);
         assert_eq!(memory::ballooned_pages(), ballooned);
     }
@@ -322,9 +323,12 @@ mod tests {
         assert!(balloon.by_order() == held(0, 3));
 
         // A block stays unsplit if it fits, and is split if there are no other pages.
-        assert_eq!(balloon.take(2 * LEN - 1, usize::MAX, false).len(), LEN);
-        assert_eq!(balloon.take(LEN, 1, false).len(), LEN);
-        assert_eq!(balloon.take(100, 10, false).len(), 10);
+        assert_eq!(
+            balloon.take(2 * LEN - 1, usize::MAX, &NodeSet::all()).len(),
+            LEN
+        );
+        assert_eq!(balloon.take(LEN, 1, &NodeSet::all()).len(), LEN);
+        assert_eq!(balloon.take(100, 10, &NodeSet::all()).len(), 10);
         assert_eq!(balloon.len(), LEN - 10);
         assert_eq!(memory::total_pages(), total - LEN + 10);
         assert_eq!(memory::ballooned_pages(), ballooned + LEN - 10);
@@ -394,7 +398,10 @@ mod tests {
         // The balloon does not find pages that have left it.
         drop(taken);
         assert!(one.take_blocks(PfnRange::ALL).is_empty());
-        assert_eq!(other.take(usize::MAX, usize::MAX, false).len(), 3 * LEN);
+        assert_eq!(
+            other.take(usize::MAX, usize::MAX, &NodeSet::all()).len(),
+            3 * LEN
+        );
         Ok(())
     }
 
@@ -418,8 +425,10 @@ mod tests {
         let balloon = balloon()?;
 
         balloon.insert(blocks(1)?);
-        assert_eq!(balloon.len_where_needed(), 0);
-        assert!(balloon.take(usize::MAX, usize::MAX, true).is_empty());
+        assert_eq!(balloon.len_on(&NodeSet::short()), 0);
+        assert!(balloon
+            .take(usize::MAX, usize::MAX, &NodeSet::short())
+            .is_empty());
         assert_eq!(balloon.len(), 1 << MAX_ORDER);
         Ok(())
     }

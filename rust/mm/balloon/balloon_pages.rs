@@ -11,7 +11,10 @@ use crate::rust::{
             },
             replace::MigratePage, //
         },
-        node::Node,
+        node::{
+            Node,
+            NodeSet, //
+        },
         pages::{
             page::MAX_ORDER,
             page_list::PageList, //
@@ -77,9 +80,9 @@ impl<R: MigratePage> BalloonPages<R> {
         self.nodes.iter().map(|node| node.len()).sum()
     }
 
-    /// Returns how many pages (kernel pages) of nodes that are short of memory are in the balloon.
-    pub(crate) fn len_where_needed(&self) -> usize {
-        self.filled(true).map(|(_, node)| node.len()).sum()
+    /// Returns how many pages (kernel pages) of `nodes` are in the balloon.
+    pub(crate) fn len_on(&self, nodes: &NodeSet) -> usize {
+        self.filled(nodes).map(|(_, node)| node.len()).sum()
     }
 
     /// Returns how many blocks of each order are in the balloon, order-0 pages being those of order
@@ -93,15 +96,14 @@ impl<R: MigratePage> BalloonPages<R> {
         by_order
     }
 
-    /// Returns the nodes with pages in the balloon, or those of them that are short of memory if
-    /// `where_needed` is set.
-    fn filled(&self, where_needed: bool) -> impl Iterator<Item = (Node, &NodePages<R>)> {
+    /// Returns those of `nodes` that have pages in the balloon.
+    fn filled<'a>(&'a self, nodes: &'a NodeSet) -> impl Iterator<Item = (Node, &'a NodePages<R>)> {
         self.nodes
             .iter()
             .enumerate()
             .filter(|(_, pages)| pages.len() > 0)
             .filter_map(|(number, pages)| Some((Node::new(number)?, &**pages)))
-            .filter(move |(node, _)| !where_needed || node.is_short())
+            .filter(|(node, _)| nodes.contains(*node))
     }
 
     /// Puts `pages` into the balloon.
@@ -119,12 +121,11 @@ impl<R: MigratePage> BalloonPages<R> {
     }
 
     /// Takes up to `max` pages (kernel pages) out of the balloon: up to `max_blocks` blocks that
-    /// fit, otherwise up to the same number of order-0 pages. They are of one node: of those that
-    /// are short of memory if `where_needed` is set, and in any case of the one with the largest
-    /// share of its memory in the balloon.
+    /// fit, otherwise up to the same number of order-0 pages. They are of one of `nodes`: the one
+    /// with the largest share of its memory in the balloon.
     ///
     /// Returns none if there are none, or if all of the rest is isolated for migration.
-    pub(crate) fn take(&self, max: usize, max_blocks: usize, where_needed: bool) -> PageList {
+    pub(crate) fn take(&self, max: usize, max_blocks: usize, nodes: &NodeSet) -> PageList {
         let max = match self.nodes.len() {
             1 => max,
             _ => max.min(PAGES_PER_NODE),
@@ -134,7 +135,7 @@ impl<R: MigratePage> BalloonPages<R> {
 
         loop {
             let next = self
-                .filled(where_needed)
+                .filled(nodes)
                 .map(|(node, pages)| {
                     let share = pages.len().saturating_mul(1_000) / node.present_pages().max(1);
                     ((share, node.number()), pages)
@@ -165,7 +166,7 @@ impl<R: MigratePage> BalloonPages<R> {
     pub(crate) fn take_blocks(&self, pfns: PfnRange) -> PageList {
         let mut taken = PageList::new();
 
-        for (node, pages) in self.filled(false) {
+        for (node, pages) in self.filled(&NodeSet::all()) {
             if let Some(there) = node.span().and_then(|span| span.intersection(pfns)) {
                 pages.take_blocks(there, &mut taken);
             }

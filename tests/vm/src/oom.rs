@@ -252,7 +252,8 @@ fn no_deflate_on_oom(setup: &Setup) -> Result<()> {
 fn no_swing_after_oom(setup: &Setup) -> Result<()> {
     /// The driver waits for ten seconds, by another clock than the trace.
     const PAUSE: Duration = Duration::from_secs(9);
-    vm::run(&setup.config().offer(ON), |guest| {
+    // An eighth of such a balloon is much more than the kernel's watermarks.
+    vm::run(&setup.config().memory(Size::gib(4)).offer(ON), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
         let shares = Shares::of(guest)?;
         guest.balloon().settle(shares.balloon)?;
@@ -264,8 +265,10 @@ fn no_swing_after_oom(setup: &Setup) -> Result<()> {
             guest.balloon().settle(shares.balloon)
         })?;
         let is_oom = |(_, event): &(_, String)| event.contains("out-of-memory");
-        let last = events.iter().rposition(is_oom);
-        let last = last.context("the balloon has not deflated")?;
+        let first = events.iter().position(is_oom);
+        let first = first.context("the balloon has not deflated")?;
+        check_share(setup, guest, shares.balloon, &events[first].1)?;
+        let last = events.iter().rposition(is_oom).unwrap_or(first);
         let (oom, then) = (events[last].0, events.get(last + 1));
         let (time, event) = then.context("the balloon has not inflated again")?;
         let pause = time.saturating_sub(oom);
@@ -282,4 +285,17 @@ fn no_swing_after_oom(setup: &Setup) -> Result<()> {
         ensure!(killed == 0, "{killed} processes were killed");
         guest.rmmod(setup.driver)
     })
+}
+
+/// Checks by how much a balloon of `size` has deflated in `event`, the first one.
+fn check_share(setup: &Setup, guest: &Guest, size: Size, event: &str) -> Result<()> {
+    let (_, rest) = event.split_once("pages=").context("no number of pages")?;
+    let pages: u64 = rest.split(' ').next().unwrap_or_default().parse()?;
+    let deflated = guest.page_size() * pages;
+    setup.note(format!("{deflated} of {size} came back at once"));
+    ensure!(
+        deflated.as_mib() >= size.as_mib() / 8,
+        "{deflated} of {size} came back at once, which is less than an eighth"
+    );
+    Ok(())
 }
