@@ -94,7 +94,8 @@ impl Feature for Task<HostRequests> {
         self.schedule();
     }
 
-    /// No request is open after that. A thread that drops caches is killed, and not waited for.
+    /// No request is open after that. Threads that drop caches or allocate memory are killed, and
+    /// not waited for.
     fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         self.stop();
         self.offliner.iter().for_each(|offliner| offliner.quiesce());
@@ -103,7 +104,7 @@ impl Feature for Task<HostRequests> {
         Ok(())
     }
 
-    /// A thread that drops caches does not concern the device.
+    /// The threads do not concern the device.
     fn shutdown(&self) {
         self.stop();
         self.offliner.iter().for_each(|offliner| offliner.stop());

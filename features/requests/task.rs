@@ -25,6 +25,7 @@ use crate::{
         counters::Counters,
         queue::Inner,
         work::{
+            Allocation,
             AnswerProgress,
             Caches,
             Open,
@@ -71,7 +72,7 @@ const STEPS_PER_RUN: usize = 64;
 pub(super) struct HostRequests {
     #[pin]
     pub(super) inner: Mutex<Inner>,
-    /// The duration of dropping caches that was not charged to the budget yet, in nanoseconds.
+    /// The run time of threads that was not charged to the budget yet, in nanoseconds.
     pub(super) spent: Arc<Atomic<i64>>,
     pub(super) waker: Waker,
     pub(super) settings: Arc<Settings>,
@@ -129,9 +130,17 @@ impl HostRequests {
             Work::Discard(discard) if discard.blocks.is_some() => {
                 inner.discard_block(open.id, discard, counters)
             }
-            Work::Discard(discard) => {
-                inner.discard(open.id, discard, self.settings.floor_pages(), counters)
+            Work::Discard(discard) if discard.allocation.is_some() => {
+                inner.send_allocated(open.id, discard, counters)
             }
+            Work::Discard(discard) => inner.discard(
+                discard,
+                self.settings.floor_pages(),
+                counters,
+                |range, taking| {
+                    Allocation::start(range, taking, self.spent.clone(), self.waker.clone())
+                },
+            ),
             Work::DropCaches(caches) => match self.drop_caches(*caches) {
                 Some(Ok(thread)) => {
                     open.work = Work::CacheDropper(thread);
@@ -223,13 +232,9 @@ impl HostRequests {
                 return steps;
             };
 
-            let step = match open.work {
-                Work::Skip(_) | Work::Discard(_) | Work::DropCaches(_) if is_paused => Step::Wait,
-                Work::Skip(_)
-                | Work::Discard(_)
-                | Work::DropCaches(_)
-                | Work::CacheDropper(_)
-                | Work::Complete(_) => self.step(inner, &mut open),
+            let step = match is_paused && open.is_new_work() {
+                true => Step::Wait,
+                false => self.step(inner, &mut open),
             };
 
             // Move it to the end, so that the next step is that of another request. There is room,

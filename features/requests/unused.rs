@@ -10,6 +10,7 @@ use crate::{
         queue::Inner,
         work::{
             range_pages,
+            Allocation,
             AnswerProgress,
             Discard,
             MAX_RANGES, //
@@ -27,7 +28,10 @@ use crate::{
         mm::{
             contig::contig_pages::ContigPages,
             hotplug::memory_block::MemoryBlock,
-            memory,
+            memory::{
+                self,
+                ReserveGuard, //
+            },
             pages::page::pageblock_order,
             pfn_range::PfnRange, //
         },
@@ -74,54 +78,63 @@ impl Inner {
         }
     }
 
-    /// Sends a message about allocated pages, which are freed when the device has used it. Returns
-    /// none if it waits for the device.
+    /// Finds the next free pages, and begins to allocate them by `allocate`. Returns none if the
+    /// answer waits for the device or the allocation.
     pub(super) fn discard(
         &mut self,
-        id: u64,
         discard: &mut Discard,
         floor: usize,
         counters: &Counters,
+        allocate: impl FnOnce((usize, PfnRange), &ReserveGuard) -> Result<Allocation>,
     ) -> Option<AnswerProgress> {
         let walk = &mut discard.walk;
         if self.ranges >= MAX_RANGES {
             return None;
         }
         // The guest's reserve comes first.
-        let _taking = memory::ReserveGuard::begin();
+        let taking = ReserveGuard::begin();
         let spare = (memory::free_above_reserve(floor) as u64).min(range_pages());
         if spare < 1 << pageblock_order() {
             // The messages in flight may own as much memory as is allowed.
             return (self.ranges == 0).then_some(AnswerProgress::End(request::ABORTED));
         }
-        let mut message = self.message()?;
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.record_scan(scan));
 
         // Adjacent blocks are allocated together, since each allocation is expensive.
-        let found = unused.next_adjacent(spare);
-        let over = found.is_none() && unused.is_over();
-        if let Some((zone, range)) = found {
-            let block = MemoryBlock::of(range.first(), MemoryBlock::pages());
-
-            if let Some(block) = block.filter(|block| discard.listed.contains(block)) {
-                walk.resume_at(zone, block.pfns().end());
-                self.spare.get_or_insert(message);
-                return Some(AnswerProgress::More);
+        let Some((zone, range)) = unused.next_adjacent(spare) else {
+            return Some(progress(unused.is_over()));
+        };
+        let block = MemoryBlock::of(range.first(), MemoryBlock::pages());
+        if let Some(block) = block.filter(|block| discard.listed.contains(block)) {
+            walk.resume_at(zone, block.pfns().end());
+            return Some(AnswerProgress::More);
+        }
+        match allocate((zone, range), &taking) {
+            Ok(allocation) => {
+                discard.allocation = Some(allocation);
+                None
             }
+            Err(_) => Some(AnswerProgress::End(request::ABORTED)),
         }
-        let memory = found.and_then(|(_, range)| ContigPages::new(range));
-        let allocated = memory.as_ref().map_or(0, ContigPages::len);
+    }
 
-        // Pages that are in use after all, or cannot be isolated, are skipped. The walk scans the
-        // following pages again.
-        if let Some((zone, range)) = found.filter(|(_, range)| allocated < range.len()) {
-            walk.resume_at(zone, range.first() + allocated.max(1));
+    /// Sends a message about allocated pages, which are freed when the device has used it. Returns
+    /// none if it waits for the device or the allocation.
+    pub(super) fn send_allocated(
+        &mut self,
+        id: u64,
+        discard: &mut Discard,
+        counters: &Counters,
+    ) -> Option<AnswerProgress> {
+        if !discard.allocation.as_ref()?.is_over() {
+            return None;
         }
-        let mut range = found.and_then(|(_, range)| PfnRange::new(range.first(), allocated));
+        let mut message = self.message()?;
 
-        match memory {
-            Some(memory) => {
+        match discard.allocation.take()?.finish(&mut discard.walk) {
+            Some((range, memory)) => {
                 let command = request::UNUSED_DISCARD;
+                let mut range = Some(range);
                 let written =
                     page_sets::write(&mut message, command, id, self.encodings, &mut range);
 
@@ -133,7 +146,7 @@ impl Inner {
                 self.spare.get_or_insert(message);
             }
         }
-        Some(progress(over))
+        Some(AnswerProgress::More)
     }
 
     /// Sends a message about a part of a memory block, which the kernel has not zeroed, and which

@@ -8,8 +8,13 @@ use crate::{
     free_pages::Walk,
     rust::{
         mm::{
+            contig::contig_pages::ContigPages,
             hotplug::memory_block::MemoryBlock,
-            memory,
+            memory::{
+                self,
+                Reservation,
+                ReserveGuard, //
+            },
             pages::page::pageblock_order,
             pfn_range::PfnRange,
             zone::PFNS_PER_HOLD, //
@@ -19,7 +24,10 @@ use crate::{
             Request, //
         },
         work::{
-            task::Task,
+            task::{
+                Task,
+                Waker, //
+            },
             thread::Thread, //
         }, //
     },
@@ -27,12 +35,24 @@ use crate::{
 };
 
 use kernel::{
+    new_mutex,
     page::{
         PAGE_SHIFT,
         PAGE_SIZE, //
     },
     prelude::*,
-    sync::Arc, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
+    },
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
 };
 
 /// How many kernel pages one message may own, unless a pageblock is larger, and how many such
@@ -51,6 +71,15 @@ pub(super) struct Open {
 }
 
 impl Open {
+    /// Returns whether the next step starts new work, which a pause delays.
+    pub(super) fn is_new_work(&self) -> bool {
+        match &self.work {
+            Work::Skip(_) | Work::DropCaches(_) => true,
+            Work::Discard(discard) => discard.allocation.is_none(),
+            Work::CacheDropper(_) | Work::Complete(_) => false,
+        }
+    }
+
     /// Returns whether memory blocks should be taken for the request.
     pub(super) fn needs_blocks(&self) -> bool {
         matches!(&self.work, Work::Discard(discard) if discard.blocks.is_some())
@@ -86,6 +115,73 @@ pub(super) struct Discard {
     /// The walk's memory comes next, except for these blocks.
     pub(super) walk: Walk,
     pub(super) listed: KVec<MemoryBlock>,
+    /// A range of the walk that is being allocated.
+    pub(super) allocation: Option<Allocation>,
+}
+
+/// A range of free pages, and the thread that allocates it. The kernel migrates pages that other
+/// callers have allocated meanwhile, and may wait for the disk without a limit.
+pub(super) struct Allocation {
+    /// The number of the range's zone.
+    zone: usize,
+    range: PfnRange,
+    pages: Arc<Mutex<Option<ContigPages>>>,
+    thread: Thread,
+}
+
+impl Allocation {
+    /// Starts the thread, which adds its run time in nanoseconds to `spent`, and then schedules the
+    /// task of `waker`. The range is above the reserve.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, or `ENODEV` if the module is being unloaded.
+    pub(super) fn start(
+        (zone, range): (usize, PfnRange),
+        taking: &ReserveGuard,
+        spent: Arc<Atomic<i64>>,
+        waker: Waker,
+    ) -> Result<Self> {
+        let reservation = Reservation::new(taking, range.len() as usize);
+        let pages = Arc::pin_init(new_mutex!(None, "Allocation::pages"), GFP_KERNEL)?;
+        let allocated = pages.clone();
+        let thread = Thread::start(c"balloon_rs_discard", Some(waker), move || {
+            let start = Instant::<Monotonic>::now();
+
+            let pages = ContigPages::new(range);
+            *allocated.lock() = pages;
+            drop(reservation);
+            spent.add(start.elapsed().as_nanos(), Relaxed);
+            Ok(())
+        })?;
+
+        Ok(Self {
+            zone,
+            range,
+            pages,
+            thread,
+        })
+    }
+
+    /// Returns whether the thread has ended.
+    pub(super) fn is_over(&self) -> bool {
+        self.thread.outcome().is_some()
+    }
+
+    /// Returns the allocated pages, which are the first of the range. If these are not all, `walk`
+    /// continues after the page that could not be allocated.
+    pub(super) fn finish(self, walk: &mut Walk) -> Option<(PfnRange, ContigPages)> {
+        let pages = self.pages.lock().take();
+        let (first, len) = (
+            self.range.first(),
+            pages.as_ref().map_or(0, ContigPages::len),
+        );
+
+        if len < self.range.len() {
+            walk.resume_at(self.zone, first + len.max(1));
+        }
+        Some((PfnRange::new(first, len)?, pages?))
+    }
 }
 
 /// The memory blocks of a request.
@@ -132,6 +228,7 @@ impl Work {
                         }),
                     walk,
                     listed: KVec::new(),
+                    allocation: None,
                 }),
                 Err(_) => Work::Complete(request::ABORTED),
             },

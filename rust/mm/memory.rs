@@ -22,21 +22,23 @@ use crate::rust::{
     }, //
 };
 
-#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-use kernel::sync::atomic::{
-    Atomic,
-    Relaxed, //
-};
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
-    sync::lock::GlobalGuard, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        lock::GlobalGuard, //
+    }, //
 };
 
 /// Returns the kernel pages that are available without swapping: `MemAvailable` of /proc/meminfo,
-/// less two amounts. The watermark boost may be more than 100 MiB, and an allocation that needs
+/// less some amounts. The watermark boost may be more than 100 MiB, and an allocation that needs
 /// some of it kills a process. Mapped page cache is in use, such as the text of running programs:
-/// without it they would wait for the disk with each step.
+/// without it they would wait for the disk with each step. [Reservations](Reservation) do not count
+/// either.
 pub(crate) fn available_pages() -> usize {
     let pages = bindings::si_mem_available();
     let mapped = Node::all().map(Node::mapped_file_pages).sum();
@@ -45,6 +47,7 @@ pub(crate) fn available_pages() -> usize {
         .unwrap_or(0)
         .saturating_sub(mapped)
         .saturating_sub(boosted_pages())
+        .saturating_sub(RESERVED.load(Relaxed))
 }
 
 /// Returns all kernel pages of the guest, balloons included.
@@ -100,7 +103,7 @@ const LEFT_FREE: usize = 8;
 /// Memory that the kernel cannot use for itself does not count.
 pub(crate) fn free_above_reserve(floor: usize) -> usize {
     let movable = Movable::now();
-    let free = free_pages().saturating_sub(movable.free);
+    let free = free_pages().saturating_sub(movable.free + RESERVED.load(Relaxed));
     let always_free = (16 << (20 - PAGE_SHIFT)) + total_pages() / 512;
 
     free.saturating_sub((free / LEFT_FREE).max(always_free))
@@ -157,6 +160,26 @@ impl ReserveGuard {
     }
 }
 
+/// How many kernel pages [reservations](Reservation) have.
+static RESERVED: Atomic<usize> = Atomic::new(0);
+
+/// Kernel pages above the reserve that another thread allocates, which has no [`ReserveGuard`].
+pub(crate) struct Reservation(usize);
+
+impl Reservation {
+    /// Reserves `pages` kernel pages, which are above the reserve.
+    pub(crate) fn new(_taking: &ReserveGuard, pages: usize) -> Self {
+        RESERVED.add(pages, Relaxed);
+        Self(pages)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        RESERVED.fetch_sub(self.0, Relaxed);
+    }
+}
+
 /// Returns the free kernel pages on the per-CPU page lists, which [`available_pages`] does not
 /// count.
 pub(crate) fn pcp_pages() -> usize {
@@ -197,6 +220,12 @@ pub(crate) fn is_zeroed_on_allocation() -> bool {
     bindings::want_init_on_alloc(Gfp::ALL)
 }
 
+/// Returns whether page migration waits for the disk.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(super) fn migration_waits() -> bool {
+    MIGRATION_WAITS.load(Relaxed)
+}
+
 /// Returns whether memory that is offline stays so.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(super) fn stays_offline() -> bool {
@@ -212,6 +241,9 @@ static ZEROES_ON_ALLOCATION: Atomic<bool> = Atomic::new(false);
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 static IS_SHORT: Atomic<bool> = Atomic::new(false);
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+static MIGRATION_WAITS: Atomic<bool> = Atomic::new(false);
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 static STAYS_OFFLINE: Atomic<bool> = Atomic::new(false);
@@ -231,6 +263,11 @@ impl Pretence {
     /// All of its nodes are short of memory.
     pub(crate) fn is_short() -> Self {
         Self::begin(&IS_SHORT)
+    }
+
+    /// It waits for the disk while it allocates a contiguous range.
+    pub(crate) fn migration_waits() -> Self {
+        Self::begin(&MIGRATION_WAITS)
     }
 
     /// Memory that is offline stays so.

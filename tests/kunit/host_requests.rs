@@ -19,7 +19,10 @@ use crate::{
     rust::{
         fs::caches::CacheDropper,
         mm::{
-            contig::drain,
+            contig::{
+                contig_pages,
+                drain, //
+            },
             info::Info,
             memory::{
                 self,
@@ -64,7 +67,9 @@ use kernel::{
     },
     time::{
         delay::fsleep,
-        Delta, //
+        Delta,
+        Instant,
+        Monotonic, //
     }, //
 };
 
@@ -144,6 +149,25 @@ fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
     // The signal has ended it.
     let is_killed = cache.asked.load(Relaxed) <= 2 && CacheDropper::begin().is_some();
     (is_left_behind && is_killed).then_some(()).ok_or(EINVAL)
+}
+
+/// Removes a device, and drains the per-CPU page lists, while the kernel migrates pages for a
+/// discard. Returns whether the thread of the discard was left behind, and has ended with the
+/// migration.
+fn leave_while_migrating() -> Result<bool> {
+    let references = this_module::references();
+    let waits = Pretence::migration_waits();
+    let waiting = contig_pages::WAITING.load(Relaxed);
+    let mut host = Host::new()?;
+
+    host.ask(request::UNUSED_DISCARD, 21, 0, 3, 0)?;
+    eventually(|| Ok(contig_pages::WAITING.load(Relaxed) > waiting))?;
+    drop(host);
+    drain::drain_free_lists();
+    let is_left_behind = this_module::references() > references;
+    drop(waits);
+    eventually(|| Ok(this_module::references() == references))?;
+    Ok(is_left_behind)
 }
 
 /// Cancels a discard of all memory when the device has two messages, and the last block is ready.
@@ -508,6 +532,14 @@ mod tests {
             return Ok(());
         }
         leave_while_dropping(|host| host.device.freeze())
+    }
+
+    #[test]
+    fn a_device_can_be_removed_while_pages_are_migrated_for_a_discard() {
+        let start = Instant::<Monotonic>::now();
+
+        assert_eq!(leave_while_migrating(), Ok(true));
+        assert!(start.elapsed() < Delta::from_secs(30));
     }
 
     #[test]

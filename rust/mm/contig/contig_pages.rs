@@ -4,6 +4,8 @@
 //!
 //! C header: [`include/linux/gfp.h`](srctree/include/linux/gfp.h)
 
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use crate::rust::mm::memory;
 use crate::rust::{
     bindings,
     mm::{
@@ -22,10 +24,29 @@ use crate::rust::{
         },
         pfn_range::PfnRange,
         zone::Zone, //
-    }, //
+    },
+    work::poll::poll_timeout, //
 };
 
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::Delta, //
+};
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+use kernel::{
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
+    time::delay::fsleep, //
+};
+
+/// How long to wait for another caller. The kernel may wait for the disk, without a limit.
+const PATIENCE: Delta = Delta::from_millis(100);
+
+/// How many times page migration has waited, as a test pretends.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static WAITING: Atomic<usize> = Atomic::new(0);
 
 /// Allocates the pages in `pfns`, and migrates those that are in use.
 ///
@@ -36,7 +57,8 @@ use kernel::prelude::*;
 ///
 /// # Errors
 ///
-/// `EBUSY`, `EOPNOTSUPP` without `CONFIG_CONTIG_ALLOC`, or the kernel's error.
+/// `ETIMEDOUT` after [`PATIENCE`], `EBUSY`, `EOPNOTSUPP` without `CONFIG_CONTIG_ALLOC`, or the
+/// kernel's error.
 ///
 /// # Safety
 ///
@@ -44,7 +66,7 @@ use kernel::prelude::*;
 pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     #[cfg(CONFIG_CONTIG_ALLOC)]
     {
-        let _one = CONTIG.lock();
+        let _one = poll_timeout(PATIENCE, || CONTIG.try_lock()).ok_or(ETIMEDOUT)?;
         // The zone's lock is not taken: the counter could change right after the unlock.
         let (first, end) = (pfns.first() as usize, pfns.end() as usize);
         if Page::online(first).is_none_or(|page| Zone::of(page).is_isolating()) {
@@ -65,7 +87,7 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     }
     #[cfg(not(CONFIG_CONTIG_ALLOC))]
     {
-        let _ = (pfns, Gfp::CONTIG_RANGE.flags(), &CONTIG, &HOTPLUG);
+        let _ = (pfns, Gfp::CONTIG_RANGE.flags(), &CONTIG, &HOTPLUG, PATIENCE);
         Err(EOPNOTSUPP)
     }
 }
@@ -105,6 +127,15 @@ impl ContigPages {
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
     pub(crate) fn new(pfns: PfnRange) -> Option<Self> {
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        if memory::migration_waits() {
+            let _one = CONTIG.lock();
+
+            WAITING.add(1, Relaxed);
+            while memory::migration_waits() {
+                fsleep(PATIENCE);
+            }
+        }
         let order = pageblock_order();
         let mut blocks = unused_in(pfns) >> order;
 
@@ -115,11 +146,14 @@ impl ContigPages {
             // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps
             // its `struct page`s until it is removed. A removal between the check and this call is
             // a race that `alloc_contig_range()` leaves to all of its callers.
-            if let Ok(pages) = unsafe { alloc_range(pfns) } {
-                pages.mark_blocks(order);
-                return Some(Self(Pages::Range(pages)));
+            match unsafe { alloc_range(pfns) } {
+                Ok(pages) => {
+                    pages.mark_blocks(order);
+                    return Some(Self(Pages::Range(pages)));
+                }
+                Err(ETIMEDOUT) => return None,
+                Err(_) => blocks /= 2,
             }
-            blocks /= 2;
         }
     }
 
