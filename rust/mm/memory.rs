@@ -73,17 +73,28 @@ impl Node {
             .saturating_sub(self.reserved_pages() + self.mapped_file_pages() + boost)
     }
 
-    /// Returns whether an allocation on the node may just have failed for lack of memory: whether a
-    /// zone of the node has none. Not every allocation may use `ZONE_MOVABLE`.
+    /// Returns whether an allocation on the node may just have failed for lack of memory: whether
+    /// its zones have none.
     pub(crate) fn is_short(self) -> bool {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         if IS_SHORT.load(Relaxed) {
             return true;
         }
-        self.zones()
-            .filter(|zone| zone.present_pages() > 0 && !zone.is_movable())
-            .all(Zone::is_short)
+        let zones = self.zones().filter(|zone| zone.present_pages() > 0);
+
+        are_short(zones.map(|zone| (zone.is_movable(), zone.is_short())))
     }
+}
+
+/// Returns whether a node is short of memory whose zones are `zones`: whether each is movable, and
+/// whether it is short. Not every allocation may use `ZONE_MOVABLE`, so that counts only if the
+/// node has no other zone.
+pub(crate) fn are_short(zones: impl Iterator<Item = (bool, bool)> + Clone) -> bool {
+    let has_others = zones.clone().any(|(is_movable, _)| !is_movable);
+
+    zones
+        .filter(|&(is_movable, _)| !is_movable || !has_others)
+        .all(|(_, is_short)| is_short)
 }
 
 /// Returns the kernel pages that are free.

@@ -73,7 +73,7 @@ fn zones_of(node: *mut bindings::pglist_data) -> *mut bindings::zone {
 
 impl Node {
     /// Returns its zones, also those that have no memory.
-    pub(super) fn zones(self) -> impl Iterator<Item = Zone> {
+    pub(super) fn zones(self) -> impl Iterator<Item = Zone> + Clone {
         let zones = zones_of(self.data());
 
         // INVARIANT: A node has that many zones.

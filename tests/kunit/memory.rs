@@ -19,4 +19,16 @@ mod tests {
         assert!(boosted > 0);
         assert!(available < before);
     }
+
+    #[test]
+    fn movable_memory_counts_where_there_is_no_other() {
+        const OTHER: bool = false;
+        const MOVABLE: bool = true;
+        let are_short = |zones: &[_]| memory::are_short(zones.iter().copied());
+
+        assert!(!are_short(&[(MOVABLE, false)]));
+        assert!(are_short(&[(MOVABLE, true)]));
+        assert!(are_short(&[(OTHER, true), (MOVABLE, false)]));
+        assert!(!are_short(&[(OTHER, true), (OTHER, false)]));
+    }
 }
