@@ -62,7 +62,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         proves: "an allocation from the contiguous memory allocator migrates pages of the balloon",
         kernels: TEST_KERNEL,
         drivers: BOTH_DRIVERS,
-        devices: ALL_DEVICES,
+        devices: BLOCKS_OR_PAGES,
         run: contiguous_allocation,
     },
 ];
