@@ -114,7 +114,7 @@ module_virtio_driver! {
         },
         floor_mib: i32 {
             default: -1,
-            description: "Reserve: available memory in MiB that is left to the guest (0: no limit, -1: depends on the guest's memory)",
+            description: "Reserve: available memory in MiB that is left to the guest (0: stop when no memory is available, -1: depends on the guest's memory)",
         },
     },
 }
