@@ -55,14 +55,10 @@ use crate::{
 
 use core::mem;
 use kernel::{
-    device::{
-        Core,
-        Device, //
-    },
+    device::Core,
     new_mutex,
     new_spinlock,
     prelude::*,
-    str::CString,
     sync::{
         aref::ARef,
         atomic::{
@@ -184,11 +180,8 @@ impl Offliner {
             borrowed: 0,
             blocks: 0,
         };
-        let device: &Device<_> = dev.as_ref();
-        let name = CString::try_from_fmt(fmt!("balloon_rs_{purpose}-{}", device.name()))?;
-        let dev = (&**dev).into();
         let offliner = try_pin_init!(Self {
-            dev,
+            dev: (&**dev).into(),
             settings: settings.clone(),
             most_ready,
             end,
@@ -200,7 +193,7 @@ impl Offliner {
 
         // Not on the queue of the tasks that free memory: its rescuer thread must not wait for page
         // migration, and the kernel warns if it flushes other works.
-        let tasks = TaskQueue::without_rescuer(&name)?;
+        let tasks = TaskQueue::without_rescuer(purpose, dev.as_ref())?;
 
         Ok(Some(Arc::pin_init(
             Task::new(slot(&tasks)?, offliner),

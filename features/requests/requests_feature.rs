@@ -24,7 +24,8 @@ use crate::{
         virtio,
         work::task::{
             new_slot,
-            Task, //
+            Task,
+            TaskQueue, //
         }, //
     },
     sources::memory_blocks::Offliner, //
@@ -60,7 +61,9 @@ pub(crate) fn probe(setup: &mut Setup<'_, '_>) -> Result<Option<Arc<dyn Feature>
     let Some(queue) = setup.queues.take(Queue::Request)? else {
         return Ok(None);
     };
-    let slot = new_slot!(c"virtio_balloon_rs_requests", setup.tasks)?;
+    // Discards wait for page migration, as the offliner does.
+    let tasks = TaskQueue::without_rescuer("requests", setup.dev.as_ref())?;
+    let slot = new_slot!(c"virtio_balloon_rs_requests", tasks)?;
     let waker = slot.waker();
     let offliner = Offliner::new(
         |tasks| new_slot!(c"virtio_balloon_rs_discard", tasks),

@@ -19,7 +19,12 @@ use core::{
 use kernel::{
     bindings,
     container_of,
+    device::{
+        Device,
+        DeviceContext, //
+    },
     prelude::*,
+    str::CString,
     sync::{
         atomic::{
             Acquire,
@@ -69,13 +74,18 @@ impl TaskQueue {
     }
 
     /// Makes a queue without a rescuer thread: for tasks that wait for other threads, which may
-    /// need memory. The name must be unique, too.
+    /// need memory. It is named after its `purpose`, unique for the device, and `dev`.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn without_rescuer(name: &CStr) -> Result<Arc<Self>> {
-        Self::with_flags(name, 0)
+    pub(crate) fn without_rescuer(
+        purpose: &str,
+        dev: &Device<impl DeviceContext>,
+    ) -> Result<Arc<Self>> {
+        let name = CString::try_from_fmt(fmt!("balloon_rs_{purpose}-{}", dev.name()))?;
+
+        Self::with_flags(&name, 0)
     }
 
     fn with_flags(name: &CStr, flags: u32) -> Result<Arc<Self>> {

@@ -205,11 +205,11 @@ fn check_illegal(write: impl Fn(&str, &str) -> Result<()>) -> Result<()> {
 }
 
 fn kernel_threads(setup: &Setup) -> Result<()> {
-    const TASKS: &str = "virtio_balloon_rs";
-    threads_with(setup, &setup.config(), &[TASKS])?;
+    let mut queues = vec!["virtio_balloon_rs", "balloon_rs_requests"];
+    threads_with(setup, &setup.config(), &queues)?;
     // There the driver also takes memory blocks.
     let zeroing = setup.config().zeroing(Zeroing::On);
-    let queues = [TASKS, "balloon_rs_blocks", "balloon_rs_discard"];
+    queues.extend(["balloon_rs_blocks", "balloon_rs_discard"]);
     threads_with(setup, &zeroing, &queues)
 }
 
