@@ -75,7 +75,7 @@ impl Walk {
         if self.zone == 0 && self.next == 0 {
             // Pages on per-CPU page lists are unused, too, and prevent other pages from merging
             // into blocks.
-            drain::drain_free_lists();
+            drain::drain_long_lists();
         }
         let (zone, there) = loop {
             let zone = Zone::nth(self.zone)?;

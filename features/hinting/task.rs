@@ -43,7 +43,6 @@ use crate::{
         fs::debugfs,
         mm::{
             contig::drain,
-            memory,
             pages::block_range::BlockRangeSet, //
         },
         virtio::{
@@ -229,9 +228,7 @@ impl Hinting {
             // have been written before the host started its dirty log, and the host may know that
             // by now.
             self.release(usize::MAX);
-            if memory::pcp_pages() >= drain::WORTHWHILE {
-                drain::drain_free_lists();
-            }
+            drain::drain_long_lists();
             worker.begin_blocks(self.settings.floor_pages());
         } else if self.needed.load(Relaxed) {
             worker.stop();

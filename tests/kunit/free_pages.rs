@@ -16,6 +16,7 @@ use crate::{
             drain, //
         },
         info::Info,
+        memory,
         pages::{
             batch::Batch,
             page::MAX_ORDER,
@@ -36,6 +37,7 @@ use kernel::{
         atomic::{
             Acquire,
             Atomic,
+            Relaxed,
             Release, //
         },
         Arc, //
@@ -199,6 +201,19 @@ mod tests {
         });
         assert_eq!(found, Ok(()));
         assert_eq!(walk(Some(PfnRange::ALL), MAX_ORDER + 1), Ok(0));
+    }
+
+    #[test]
+    fn short_lists_are_not_drained_for_a_walk() -> Result {
+        eventually(|| {
+            drain::drain_free_lists();
+            Ok(memory::pcp_pages() < drain::WORTHWHILE)
+        })?;
+        let drains = drain::DRAINS.load(Relaxed);
+
+        walk(Some(PfnRange::ALL), MAX_ORDER)?;
+        assert_eq!(drain::DRAINS.load(Relaxed), drains);
+        Ok(())
     }
 
     #[test]

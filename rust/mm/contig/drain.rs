@@ -6,6 +6,7 @@ use crate::rust::{
     bindings,
     mm::{
         contig::contig_pages::alloc_range,
+        memory,
         node::Node,
         pages::{
             gfp::Gfp,
@@ -47,6 +48,13 @@ pub(crate) const WORTHWHILE: usize = 1 << (22 - PAGE_SHIFT);
 /// How many times the lists were drained.
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static DRAINS: Atomic<usize> = Atomic::new(0);
+
+/// Drains the lists if they hold enough.
+pub(crate) fn drain_long_lists() {
+    if memory::pcp_pages() >= WORTHWHILE {
+        drain_free_lists();
+    }
+}
 
 /// Drains the per-CPU page lists, so that their pages can merge into blocks. The lists may hold an
 /// eighth of the memory after much was freed. May sleep.
