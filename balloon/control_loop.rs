@@ -87,6 +87,8 @@ impl Balloon {
             migration_reports::send(self.migrations(), &mut worker.inflate, &self.deflate);
         }
         worker.inflate.queue.notify();
+        while worker.inflate.queue.take_surplus().is_some() {}
+        deflate::free_surplus(&self.deflate);
 
         // The next run takes buffers that were used in the meantime.
         if !worker.inflate.queue.enable_callback_delayed()

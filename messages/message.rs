@@ -469,11 +469,17 @@ impl<M> MessageQueue<M> {
     /// has already.
     #[must_use]
     pub(crate) fn enable_callback_delayed(&mut self) -> bool {
-        if self.in_flight() == 0 {
-            self.spare.truncate(RESERVE);
+        self.vq.enable_callback_delayed()
+    }
+
+    /// Takes out a buffer beyond the reserve, if no message is in flight. The caller may free it
+    /// without the lock of the queue.
+    pub(crate) fn take_surplus(&mut self) -> Option<Message> {
+        if self.in_flight() > 0 || self.spare.len() <= RESERVE {
+            return None;
         }
 
-        self.vq.enable_callback_delayed()
+        self.spare.pop()
     }
 
     /// Returns whether the device was reset.

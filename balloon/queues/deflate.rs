@@ -132,6 +132,16 @@ pub(crate) fn send_backlog(deflate: &SpinLock<Deflate>) {
     deflate.lock().queue.notify();
 }
 
+/// Frees the buffers beyond the reserve: each without the lock.
+pub(crate) fn free_surplus(deflate: &SpinLock<Deflate>) {
+    loop {
+        let surplus = deflate.lock().queue.take_surplus();
+        if surplus.is_none() {
+            return;
+        }
+    }
+}
+
 /// Takes the used messages. Returns their number.
 pub(crate) fn collect(
     deflate: &SpinLock<Deflate>,
