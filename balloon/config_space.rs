@@ -48,6 +48,8 @@ pub(super) struct ConfigSpace {
     has_messages: bool,
     /// When a field was read, written or sent last.
     accessed: Instant<Monotonic>,
+    /// Since when no read of the target has succeeded, if the last one has failed.
+    unread: Option<Instant<Monotonic>>,
 }
 
 impl ConfigSpace {
@@ -67,6 +69,7 @@ impl ConfigSpace {
                 .then_some(stop_reason::NONE),
             has_messages: dev.has_feature(virtio_balloon::F_STATUS),
             accessed: Instant::now(),
+            unread: None,
         })
     }
 
@@ -83,8 +86,19 @@ impl ConfigSpace {
     pub(super) fn read_target(&mut self) -> Result<bool> {
         self.accessed = Instant::now();
 
-        let target = self.config.read_le32(virtio_balloon::NUM_PAGES)?;
+        let since = self.unread.take().unwrap_or(self.accessed);
+        let target = self
+            .config
+            .read_le32(virtio_balloon::NUM_PAGES)
+            .inspect_err(|_| self.unread = Some(since))?;
         Ok(core::mem::replace(&mut self.target, target) != target)
+    }
+
+    /// Returns whether reads of the target have failed for so long that the device counts as
+    /// unresponsive.
+    pub(super) fn is_unreadable(&self) -> bool {
+        self.unread
+            .is_some_and(|since| since.elapsed() > timeouts::UNRESPONSIVE)
     }
 
     /// Returns whether a size that still changes is to be reported again.

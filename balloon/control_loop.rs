@@ -188,7 +188,7 @@ impl Balloon {
             self.migrations().allow(is_usable && !are_stuck);
         }
         if resting || worker.progress.is_unresponsive() {
-            self.relax();
+            self.relax(worker);
         }
         resting
     }

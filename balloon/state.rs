@@ -283,12 +283,12 @@ impl Balloon {
         }
     }
 
-    /// Allows the system to suspend again, unless there is a new target.
-    pub(super) fn relax(&self) {
+    /// Allows the system to suspend again, unless there is a new target that can be read.
+    pub(super) fn relax(&self, worker: &Worker) {
         self.allow_suspend();
 
         // `target_changed` may have come in between.
-        if self.events.has_target_changed() {
+        if self.events.has_target_changed() && !worker.config.is_unreadable() {
             self.wakeup.hold(WakeReason::Target);
         }
     }

@@ -9,8 +9,8 @@ use kernel::time::{
     Msecs, //
 };
 
-/// How long a device may make no progress before it counts as unresponsive. Then the system may
-/// suspend, and page migration is refused.
+/// How long a device may make no progress, or fail to read its target, before it counts as
+/// unresponsive. Then the system may suspend, and, without progress, page migration is refused.
 pub(crate) const UNRESPONSIVE: Delta = Delta::from_millis(2_000);
 
 /// How long teardown waits for a device that makes no progress: on unbind, unplug and `rmmod`, and

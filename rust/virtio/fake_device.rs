@@ -405,6 +405,21 @@ impl FakeDevice {
         self.inner().failing.store(fail.into(), Relaxed);
     }
 
+    /// Enables the device's wakeup source, as the user may do.
+    #[cfg(CONFIG_PM_SLEEP)]
+    pub(crate) fn enable_wakeup(&self) -> Result {
+        // SAFETY: The device is registered.
+        to_result(unsafe { bindings::device_set_wakeup_enable(&raw mut (*self.vdev()).dev, true) })
+    }
+
+    /// Returns whether the device's wakeup source, which must be enabled, keeps the system awake.
+    #[cfg(CONFIG_PM_SLEEP)]
+    pub(crate) fn is_awake(&self) -> bool {
+        // SAFETY: The device is registered, and so is its wakeup source. Other code writes the
+        // field as well: a copy may be old.
+        unsafe { (*self.vdev()).dev.power.wakeup.read_volatile() }.active()
+    }
+
     /// Makes the device use all messages from now on as soon as it is notified of them, with
     /// interrupts or without.
     pub(crate) fn answer_all(&self, interrupt: bool) {

@@ -1061,6 +1061,24 @@ mod tests {
         host.settle(2 * MESSAGE)
     }
 
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_target_that_cannot_be_read_does_not_keep_the_system_awake() -> Result {
+        let mut host = Host::new(&BASE)?;
+
+        host.device.enable_wakeup()?;
+        host.resize(MESSAGE, MESSAGE)?;
+        eventually(|| Ok(!host.device.is_awake()))?;
+        host.device.fail_reads(true);
+        host.device.change(NUM_PAGES, 2 * MESSAGE);
+        fsleep(Delta::from_millis(timeouts::UNRESPONSIVE.as_millis() / 4));
+        assert!(host.device.is_awake());
+        eventually(|| Ok(!host.device.is_awake()))?;
+
+        host.device.fail_reads(false);
+        host.settle(2 * MESSAGE)
+    }
+
     #[test]
     fn a_read_that_is_torn_is_no_target() -> Result {
         // A device of before version 1.0.
