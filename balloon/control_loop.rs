@@ -73,7 +73,7 @@ impl Balloon {
             again = Some(0);
         }
 
-        self.announce(self.stop_reason(worker, step));
+        self.announce(worker, self.stop_reason(worker, step));
         // The size is reported when the device has acknowledged the messages of this run.
         let is_quiet = !self.is_changing(worker) && !self.deflate.lock().is_pending();
         if is_quiet && (may_report || found.target_read) {

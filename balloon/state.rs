@@ -132,6 +132,7 @@ pub(crate) struct Balloon {
 
 /// The state of the control loop.
 pub(super) struct Worker {
+    dev: virtio::Handle,
     pub(super) config: ConfigSpace,
     pub(super) inflate: Inflate,
     /// Sorts pages.
@@ -151,6 +152,7 @@ fn set_up(
 ) -> Result<(Worker, Deflate)> {
     Ok((
         Worker {
+            dev: dev.handle()?,
             config: ConfigSpace::new(dev)?,
             inflate: Inflate::new(inflate),
             batch: Batch::new()?,
@@ -275,11 +277,11 @@ impl Balloon {
     }
 
     /// Announces `reason` in the guest, unless it was announced last.
-    pub(super) fn announce(&self, reason: Option<StopReason>) {
+    pub(super) fn announce(&self, worker: &Worker, reason: Option<StopReason>) {
         let value = StopReason::value(reason);
 
         if self.reason.xchg(value, Relaxed) != value {
-            announced::STOP_REASON.announce(&self.dev);
+            announced::STOP_REASON.announce(&worker.dev);
         }
     }
 

@@ -22,8 +22,8 @@ pub(crate) const STOP_REASON: Announced = Announced {
 };
 
 impl Announced {
-    /// Announces that the attribute of `dev` has changed. May sleep.
-    pub(crate) fn announce(&self, dev: &virtio::Device) {
-        dev.announce_attribute(self.directory, self.name);
+    /// Announces that the attribute of `dev` has changed, unless the device is gone. May sleep.
+    pub(crate) fn announce(&self, dev: &virtio::Handle) {
+        dev.with(|dev| dev.announce_attribute(self.directory, self.name));
     }
 }

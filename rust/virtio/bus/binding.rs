@@ -285,7 +285,27 @@ impl Device<CoreInternal<'_>> {
     }
 }
 
+/// A handle to a device, which works until the device is unbound or reset.
+pub(crate) struct Handle(Arc<Binding>);
+
+impl Handle {
+    /// Calls `work` with the device, which stays bound meanwhile. Returns none if the device is
+    /// gone.
+    pub(crate) fn with<R>(&self, work: impl FnOnce(&Device<Bound>) -> R) -> Option<R> {
+        self.0.enter_config().map(|dev| work(&dev))
+    }
+}
+
 impl Device<Core<'_>> {
+    /// Returns a handle to the device.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device is gone.
+    pub(crate) fn handle(&self) -> Result<Handle> {
+        self.binding().map(Handle).ok_or(ENODEV)
+    }
+
     /// Returns the binding, or none before [`open`](Device::open) and after
     /// [`close`](Device::close).
     pub(in crate::rust::virtio) fn binding(&self) -> Option<Arc<Binding>> {

@@ -86,18 +86,6 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         }
     }
 
-    /// Announces that the attribute `name` in `directory` has changed. May sleep.
-    pub(crate) fn announce_attribute(&self, directory: &CStr, name: &CStr) {
-        // SAFETY: By the type invariants the device is valid. The attribute need not exist.
-        unsafe {
-            bindings::sysfs_notify(
-                &raw mut (*self.as_raw()).dev.kobj,
-                directory.as_char_ptr(),
-                name.as_char_ptr(),
-            )
-        };
-    }
-
     /// Prevents the system from suspending until [`relax`](Self::relax), if the user has enabled
     /// that for this device (`power/wakeup` in sysfs). Callable from any context.
     pub(crate) fn stay_awake(&self) {
@@ -114,6 +102,21 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
         // SAFETY: By the type invariants the device is valid.
         unsafe {
             bindings::pm_relax(&raw mut (*self.as_raw()).dev)
+        };
+    }
+}
+
+impl Device<device::Bound> {
+    /// Announces that the attribute `name` in `directory` has changed. May sleep.
+    pub(crate) fn announce_attribute(&self, directory: &CStr, name: &CStr) {
+        // SAFETY: By the type invariants the device is valid. It is bound, so its directory in
+        // sysfs exists. The attribute need not exist.
+        unsafe {
+            bindings::sysfs_notify(
+                &raw mut (*self.as_raw()).dev.kobj,
+                directory.as_char_ptr(),
+                name.as_char_ptr(),
+            )
         };
     }
 }

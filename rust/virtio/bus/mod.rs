@@ -10,6 +10,7 @@ mod field;
 pub(super) mod negotiation;
 mod transport;
 
+pub(crate) use binding::Handle;
 pub(crate) use config::*;
 pub(crate) use device::*;
 pub(crate) use feature_bit::*;
