@@ -412,12 +412,16 @@ impl FakeDevice {
         to_result(unsafe { bindings::device_set_wakeup_enable(&raw mut (*self.vdev()).dev, true) })
     }
 
-    /// Returns whether the device's wakeup source, which must be enabled, keeps the system awake.
+    /// Returns whether the device's wakeup source keeps the system awake, if it is enabled.
     #[cfg(CONFIG_PM_SLEEP)]
     pub(crate) fn is_awake(&self) -> bool {
-        // SAFETY: The device is registered, and so is its wakeup source. Other code writes the
-        // field as well: a copy may be old.
-        unsafe { (*self.vdev()).dev.power.wakeup.read_volatile() }.active()
+        // SAFETY: The device is registered, and a wakeup source that was enabled remains. Other
+        // code writes to it as well: a copy may be old.
+        unsafe {
+            let source = (*self.vdev()).dev.power.wakeup;
+
+            !source.is_null() && source.read_volatile().active()
+        }
     }
 
     /// Makes the device use all messages from now on as soon as it is notified of them, with

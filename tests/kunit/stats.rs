@@ -40,6 +40,10 @@ use crate::{
 
 use kernel::{
     prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
     time::delay::fsleep, //
 };
 
@@ -170,6 +174,27 @@ mod tests {
         use_buffer(&third)?;
         statistic(&device, stat::MEMFREE)?;
         Ok(())
+    }
+
+    #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn a_request_keeps_the_system_awake_until_the_answer() -> Result {
+        static IS_AWAKE: Atomic<bool> = Atomic::new(false);
+        let features = [FeatureBit::VERSION_1, F_STATS_VQ];
+        let device = FakeDevice::with_callback(&features, |device, queue| {
+            if queue == STATS {
+                IS_AWAKE.store(device.is_awake(), Relaxed);
+            }
+        })?;
+        device.enable_wakeup()?;
+
+        let (request, _) = statistic(&device, stat::MEMFREE)?;
+        eventually(|| Ok(!device.is_awake()))?;
+        device.answer(STATS, &request, 0)?;
+        device.interrupt(STATS)?;
+        statistic(&device, stat::MEMFREE)?;
+        eventually(|| Ok(IS_AWAKE.load(Relaxed)))?;
+        eventually(|| Ok(!device.is_awake()))
     }
 
     #[cfg(CONFIG_PM_SLEEP)]
