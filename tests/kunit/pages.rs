@@ -13,7 +13,10 @@ use crate::{
                     OldPage, //
                 }, //
             },
-            contig::drain,
+            contig::{
+                contig_pages::ContigPages,
+                drain, //
+            },
             memory,
             node::NodeSet,
             pages::{
@@ -72,6 +75,23 @@ fn gather(n: usize, unsplit: bool) -> Result<Batch> {
 /// Allocates a list of `n` of the largest blocks.
 fn blocks(n: usize) -> Result<PageList> {
     Ok(gather(n, true)?.take_all())
+}
+
+/// Allocates the pages of a block in place.
+fn contiguous() -> Result<ContigPages> {
+    let mut pages = None;
+
+    // Other tasks may allocate some of it in the meantime, but not each time.
+    eventually(|| {
+        let block = block(MAX_ORDER)?;
+        let first = block.pfns().next().ok_or(EINVAL)?;
+
+        drop(block);
+        drain::drain_free_lists();
+        pages = PfnRange::new(first, 1 << MAX_ORDER).and_then(ContigPages::new);
+        Ok(pages.is_some())
+    })?;
+    pages.ok_or(ENOMEM)
 }
 
 /// No page is migrated in these tests.
@@ -441,6 +461,8 @@ mod tests {
 
             let range = BlockRange::alloc(MAX_ORDER).ok_or(ENOMEM)?;
             assert_ne!(range.free_with_error(place), Some(false));
+
+            assert_ne!(contiguous()?.free_with_error(place), Some(false));
         }
 
         // BasePage pages that are freed together.

@@ -162,6 +162,15 @@ impl ContigPages {
         Self(Pages::Blocks(pages))
     }
 
+    /// Returns the page frame number of the first page, for tests.
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    pub(super) fn first(&self) -> Option<u64> {
+        match &self.0 {
+            Pages::Range(pages) => Some(pages.pfns().first()),
+            Pages::Blocks(_) => None,
+        }
+    }
+
     /// Returns the number of pages.
     pub(crate) fn len(&self) -> u64 {
         match &self.0 {

@@ -5,7 +5,10 @@
 use crate::rust::{
     bindings,
     mm::{
-        contig::drain,
+        contig::{
+            contig_pages::ContigPages,
+            drain, //
+        },
         pages::{
             block_range::BlockRange,
             owned::BasePage,
@@ -94,6 +97,17 @@ impl BlockRange {
         let pfn = self.first() + n % self.len();
 
         // SAFETY: The page is one of the range.
+        unsafe { drop_with_error(self, pfn) }
+    }
+}
+
+impl ContigPages {
+    /// Frees the pages, which were allocated in place, after a memory error in the page `n` of
+    /// them. Returns whether the page allocator has set that page aside.
+    pub(crate) fn free_with_error(self, n: usize) -> Option<bool> {
+        let pfn = self.first()? as usize + n % self.len() as usize;
+
+        // SAFETY: The page is one of these.
         unsafe { drop_with_error(self, pfn) }
     }
 }
