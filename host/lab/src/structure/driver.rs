@@ -2,6 +2,7 @@
 
 //! Rules of the driver's sources that its compiler does not check.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result};
@@ -127,6 +128,45 @@ fn driver_and_daemon_have_the_queues_in_one_order() -> Result<()> {
         Some(bit.trim_end_matches(");"))
     });
     assert_eq!(of_driver.collect::<Vec<_>>(), of_daemon.collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
+fn the_driver_depends_on_64_bits() -> Result<()> {
+    let kconfig = fs::read_to_string(checkout().join("Kconfig"))?;
+    let depends = kconfig
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix("depends on "));
+    let mut symbols = depends.context("no dependency")?.split(" && ");
+    assert!(symbols.any(|symbol| symbol == "64BIT"));
+    Ok(())
+}
+
+/// The names of the driver's attributes in sysfs.
+fn attributes() -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for file in ["device/attributes.rs", "device/announced.rs"] {
+        let text = fs::read_to_string(checkout().join(file))?;
+        names.extend(text.lines().filter_map(|line| {
+            let (what, name) = line.split_once("c\"")?;
+            let is_name = what.contains(" NAME: ") || what.trim_start().starts_with("name: ");
+            is_name.then(|| name.split('"').next().map(str::to_owned))?
+        }));
+    }
+    Ok(names)
+}
+
+#[test]
+fn the_abi_file_describes_each_attribute() -> Result<()> {
+    let abi = fs::read_to_string(checkout().join("docs/sysfs-bus-virtio-balloon"))?;
+    let described: BTreeSet<_> = abi
+        .lines()
+        .filter_map(|line| line.strip_prefix("What:")?.rsplit('/').next())
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect();
+    assert!(described.len() > 5, "only {described:?}");
+    assert_eq!(attributes()?, described);
     Ok(())
 }
 
