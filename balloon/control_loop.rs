@@ -138,14 +138,14 @@ impl Balloon {
 
     /// Begins a pause after the OOM notifier has deflated the balloon.
     fn note_oom(&self, worker: &mut Worker) {
-        let Some(released) = self.events.take_out_of_memory() else {
+        if !self.events.take_out_of_memory() {
             return;
-        };
+        }
         if worker.growth.fail_after_oom(self.now()) && worker.log_limit.allows() {
             dev_info!(
                 self.dev,
-                "out of memory: deflated by {} MiB, not growing for 10 seconds or longer\n",
-                mib(released)
+                "out of memory: deflated to {} MiB, not growing for 10 seconds or longer\n",
+                mib(self.pages.len())
             );
         }
     }

@@ -18,7 +18,6 @@ pub(super) struct Events {
     target_changed: Atomic<bool>,
     settings_changed: Atomic<bool>,
     out_of_memory: Atomic<bool>,
-    released_for_oom: Atomic<usize>,
 }
 
 impl Events {
@@ -29,7 +28,6 @@ impl Events {
             target_changed: Atomic::new(true),
             settings_changed: Atomic::new(false),
             out_of_memory: Atomic::new(false),
-            released_for_oom: Atomic::new(0),
         }
     }
 
@@ -68,18 +66,13 @@ impl Events {
         self.settings_changed.xchg(false, Full)
     }
 
-    /// The guest has run out of memory, and the OOM notifier has released `pages` kernel pages so
-    /// far.
-    pub(super) fn out_of_memory(&self, pages: usize) {
-        self.released_for_oom.add(pages, Relaxed);
+    /// The guest has run out of memory.
+    pub(super) fn out_of_memory(&self) {
         self.out_of_memory.store(true, Release);
     }
 
-    /// Takes [`out_of_memory`](Self::out_of_memory): the sum of these pages, if the guest has run
-    /// out of memory.
-    pub(super) fn take_out_of_memory(&self) -> Option<usize> {
-        self.out_of_memory
-            .xchg(false, Full)
-            .then(|| self.released_for_oom.xchg(0, Relaxed))
+    /// Takes [`out_of_memory`](Self::out_of_memory).
+    pub(super) fn take_out_of_memory(&self) -> bool {
+        self.out_of_memory.xchg(false, Full)
     }
 }

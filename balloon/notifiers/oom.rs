@@ -34,9 +34,9 @@ use kernel::{
 const OOM_SHARE: usize = 1 << (26 - PAGE_SHIFT);
 
 impl Task<Balloon> {
-    /// Has the balloon pause, with `pages` more kernel pages released.
-    fn pause(&self, pages: usize) {
-        self.events.out_of_memory(pages);
+    /// Has the balloon pause.
+    fn pause(&self) {
+        self.events.out_of_memory();
         self.schedule();
     }
 }
@@ -53,7 +53,7 @@ impl OomNotify for Task<Balloon> {
             .as_ref()
             .map_or(0, |offliner| offliner.cancel());
         if ready > 0 {
-            self.pause(ready);
+            self.pause();
             return ready;
         }
         // An allocation may be bound to a node: memory of another node would not help it. The first
@@ -69,7 +69,7 @@ impl OomNotify for Task<Balloon> {
                 return 0;
             };
             // The pause begins first: the balloon would take the block again as soon as it is free.
-            self.pause(0);
+            self.pause();
             return match offliner.ends_within(timeouts::OOM_BLOCK) {
                 true => MemoryBlock::pages() as usize,
                 false => 0,
@@ -90,7 +90,7 @@ impl OomNotify for Task<Balloon> {
         drop(guard);
 
         if released > 0 {
-            self.pause(released);
+            self.pause();
         }
         if !deflate::is_awaited_out_of_memory(&self.deflate) {
             return released;
