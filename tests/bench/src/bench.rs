@@ -3,12 +3,14 @@
 //! A benchmark, and what it runs with.
 
 use std::cell::{Cell, RefCell};
+use std::time::Duration;
 
 use anyhow::Result;
 use vm::{Accel, Artifacts, Config, Kernel, Zeroing};
 
 use crate::claim::Claim;
 use crate::contestant::Contestant;
+use crate::machine;
 use crate::record::{Record, Run, Subject};
 
 /// A benchmark.
@@ -91,6 +93,8 @@ pub struct Bench<'a> {
     config: Config,
     settings: &'static [Setting],
     zeroing: Cell<Zeroing>,
+    /// The state of the machine before the present contestant.
+    machine: Cell<Option<Duration>>,
     watch: &'a dyn Fn(&str),
     keep: &'a dyn Fn(&[Record]) -> Result<()>,
     series: RefCell<Vec<(Subject, Vec<Run>)>>,
@@ -113,6 +117,7 @@ impl<'a> Bench<'a> {
             config: config.using_memory(),
             settings: benchmark.settings,
             zeroing: Cell::default(),
+            machine: Cell::default(),
             watch,
             keep,
             series: RefCell::default(),
@@ -148,6 +153,7 @@ impl<'a> Bench<'a> {
                     for &contestant in contestants {
                         let kernel = setting.zeroing.parameter().unwrap_or("own setting");
                         (self.watch)(&format!("run {round} of {runs}: {contestant}, {kernel}"));
+                        self.machine.set(Some(machine::write_memory()?));
                         each(contestant)?;
                     }
                 }
@@ -160,6 +166,8 @@ impl<'a> Bench<'a> {
     /// Adds a run to those of the same subject.
     pub fn add(&self, subject: Subject, run: Run) {
         let subject = subject.zeroing(self.zeroing.get());
+        let machine = self.machine.get();
+        let run = Run { machine, ..run };
         let mut series = self.series.borrow_mut();
         match series.iter_mut().find(|(other, _)| *other == subject) {
             Some((_, runs)) => runs.push(run),

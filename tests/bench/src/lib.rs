@@ -28,6 +28,7 @@ mod fragmented;
 mod guest_load;
 mod idle;
 mod in_use;
+mod machine;
 mod migration;
 mod reaction;
 mod reclaim;
@@ -39,6 +40,7 @@ mod touched;
 pub use crate::bench::{Bench, Benchmark, Setting};
 pub use crate::claim::{Claim, find};
 pub use crate::contestant::{By, Contestant, Device};
+pub use crate::machine::complaint;
 pub use crate::record::{Record, Run, Stages, Subject, measure};
 
 /// The benchmarks.

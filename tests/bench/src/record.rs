@@ -73,6 +73,8 @@ pub struct Run {
     pub throughput: Option<f64>,
     /// By how much a periodic task in the guest was late, at most.
     pub stall: Option<Duration>,
+    /// How long the machine took to write memory before. [`Bench::add`](crate::Bench::add) sets it.
+    pub machine: Option<Duration>,
 }
 
 /// The stages of inflating.
@@ -139,6 +141,9 @@ pub struct Record {
     /// By how much a periodic task in the guest was late at most in each run, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_ms: Option<Samples>,
+    /// How long the machine took to write 256 MiB of memory before each run, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_ms: Option<Samples>,
 }
 
 impl Record {
@@ -181,6 +186,7 @@ impl Record {
             peak_mib: runs.iter().filter_map(|run| Some(run.peak?.as_mib())).max(),
             throughput: all(&|run| run.throughput),
             stall_ms: all(&|run| run.stall.map(|stall| seconds(stall) * 1e3)),
+            machine_ms: all(&|run| run.machine.map(|time| seconds(time) * 1e3)),
         }
     }
 

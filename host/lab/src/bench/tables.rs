@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use benchmarks::{Benchmark, Record, Stages};
+use benchmarks::{Benchmark, Record, Stages, complaint};
 use comfy_table::presets::{ASCII_MARKDOWN, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, Table};
 use vm::{Samples, Size};
@@ -31,6 +31,9 @@ pub(super) fn print(benchmark: &Benchmark, records: &[Record]) {
     }
     for claim in benchmark.check(records) {
         println!("{claim}");
+    }
+    if let Some(complaint) = complaint(records) {
+        println!("{complaint}");
     }
     println!();
 }
@@ -131,6 +134,10 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
         ),
         ("host CPU", Box::new(|r| r.host_cpu_s.map(seconds))),
         ("guest CPU", Box::new(|r| r.guest_cpu_s.map(seconds))),
+        (
+            "256 MiB written",
+            Box::new(|r| Some(r.machine_ms.as_ref()?.in_unit(1.0, 0, "ms"))),
+        ),
     ]
 }
 
