@@ -38,6 +38,11 @@ impl Balloon<'_> {
         self.guest.home().control(self.guest.memory())
     }
 
+    fn interval(&self) -> Duration {
+        let wanted = self.guest.config().polling;
+        wanted.unwrap_or_else(|| self.control().interval())
+    }
+
     /// The size of the balloon.
     pub fn size(&self) -> Result<Size> {
         self.control().size()
@@ -107,7 +112,7 @@ impl Balloon<'_> {
                 );
             }
             self.guest.check_alive()?;
-            thread::sleep(self.control().interval());
+            thread::sleep(self.interval());
         }
     }
 
@@ -124,7 +129,7 @@ impl Balloon<'_> {
             } else if is_over {
                 return Ok(last);
             }
-            thread::sleep(self.control().interval());
+            thread::sleep(self.interval());
         }
     }
 }

@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use regex::Regex;
@@ -101,6 +102,8 @@ pub struct Config {
     arguments: Vec<String>,
     reboots: bool,
     zeroing: Zeroing,
+    /// How often the host looks at the size of the balloon, if not as often as is usual for the device.
+    pub(crate) polling: Option<Duration>,
 }
 
 impl Config {
@@ -133,6 +136,7 @@ impl Config {
             arguments: Vec::new(),
             reboots: false,
             zeroing: Zeroing::default(),
+            polling: None,
         }
     }
 
@@ -300,6 +304,13 @@ impl Config {
         system.append_to(file)?;
         self.artifacts.initramfs = file.to_owned();
         Ok(self)
+    }
+
+    /// Looks at the size of the balloon, or of the virtio-mem device, at this interval. Otherwise it depends on the
+    /// device.
+    pub fn polling(mut self, interval: Duration) -> Self {
+        self.polling = Some(interval);
+        self
     }
 
     /// Lets QEMU continue when the guest reboots, instead of ending.

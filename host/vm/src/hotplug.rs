@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use balloon_control::{Begun, Progress, Request, RequestStatus};
+use balloon_control::{Begun, HintAction, Progress, Request, RequestStatus};
 use serde_json::{Value, json};
 
 use crate::config::Config;
@@ -131,6 +131,25 @@ impl Guest {
         let begun = daemon.call(&request)?;
         self.complete(daemon, begun)?;
         Ok(())
+    }
+
+    /// Makes the guest hint its free memory to `daemon`, and take it back.
+    ///
+    /// # Errors
+    ///
+    /// The guest does not hint most of it, or does not take it back.
+    pub fn hint_with(&self, daemon: &Daemon) -> Result<()> {
+        let hint = |action| daemon.call::<Value>(&Request::Hints { action });
+        let hinted = || -> Result<Size> { Ok(Size::bytes(daemon.info()?.counters.hinted)) };
+        let (free, before) = (self.free()?, hinted()?);
+        hint(HintAction::Start)?;
+        self.wait_until("hints", PATIENCE, || {
+            Ok(hinted()? > before + Size::mib(free.as_mib() / 2))
+        })?;
+        hint(HintAction::Done)?;
+        self.wait_until("all memory is free again", PATIENCE, || {
+            Ok(self.free()? + Size::gib(1) > free)
+        })
     }
 
     /// Plugs a balloon with a daemon of its own. For guests with [`Config::hotplug_port`] and no other

@@ -80,7 +80,7 @@ impl Guest {
             if has_moved {
                 stopwatch.restart();
             }
-            thread::sleep(INTERVAL);
+            thread::sleep(self.config().polling.unwrap_or(INTERVAL));
         }
     }
 }

@@ -1,105 +1,240 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The effect of inflating on other processes of the guest.
+//! The effect of what a guest does for the host on the guest's other processes.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use vm::{Guest, Kernel, Load, RunningLoad, Size};
+use vm::{Guest, Kernel, Load, Offer, RunningLoad, Size};
 
 use crate::bench::{Bench, Benchmark, Setting, no_claims};
+use crate::claim::Claim;
 use crate::contestant::{Contestant, Device};
-use crate::record::{Run, Subject};
+use crate::record::{Record, Run, Subject};
+use crate::touched::use_memory;
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
-    names: &["guest-load"],
+    names: &[NAME],
     kernel: Kernel::Test,
-    settings: &[Setting::plain(no_claims), Setting::zeroing(2, no_claims)],
-    answers: "Throughput of a co-running load, and the longest stall of a 1 kHz task, in the 3 s after a 4 GiB inflate request.",
+    settings: &[Setting::plain(claims), Setting::zeroing(1, no_claims)],
+    answers: "Throughput of a load that keeps all processors busy, and the longest stall of a 1 kHz task, while the \
+              guest does something for the host (`variant`), and for half a second at least.",
     run,
 };
 
+const NAME: &str = "guest-load";
 const MEMORY: Size = Size::gib(8);
-const AMOUNT: Size = Size::gib(4);
-const RUNS: usize = 2;
+const AMOUNT: Size = Size::gib(1);
 
-/// How long the load is measured before the request, and from the request on.
-const BEFORE: Duration = Duration::from_secs(1);
-const WINDOW: Duration = Duration::from_secs(3);
+/// How often a guest does each work, also with a kernel that zeroes memory, for which there are no claims.
+const REPETITIONS: usize = 20;
+const FEWER_REPETITIONS: usize = 3;
 
-/// The loads, which keep both of the guest's processors busy.
-const LOADS: [(&str, Load); 2] = [
-    (
-        "memory-bound",
-        Load::Copy {
-            mib: 128,
-            threads: 2,
-        },
-    ),
-    ("CPU-bound", Load::Compute { threads: 2 }),
-];
+/// The polling interval for all devices: to look takes time of the host's processors.
+const POLLING: Duration = Duration::from_millis(20);
+
+/// How long the load is measured before each work, and during it at least.
+const BEFORE: Duration = Duration::from_millis(300);
+const WINDOW: Duration = Duration::from_millis(500);
+
+/// How long the host may have to wait for free page reporting.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The load, which keeps both of the guest's processors busy.
+const LOAD: Load = Load::Compute { threads: 2 };
+
+/// The limits for the longest stall: on QEMU's device relative to the C driver, and on this repository's device
+/// relative to virtio-mem.
+const LIMIT_ON_QEMU: f64 = 1.5;
+const LIMIT: f64 = 1.2;
+
+/// A guest that does nothing for the host.
+const IDLE: Contestant = Contestant::none(Device::Qemu);
+
+/// What a guest does for the host.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    Nothing,
+    Inflate,
+    Deflate,
+    Reclaim,
+    Hints,
+    Reports,
+}
+
+impl Work {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Inflate => "inflate",
+            Self::Deflate => "deflate",
+            Self::Reclaim => "reclaim",
+            Self::Hints => "hints",
+            Self::Reports => "reports",
+        }
+    }
+
+    /// Gives the guest the memory that it is about to give away.
+    fn prepare(self, guest: &Guest) -> Result<()> {
+        match self {
+            Self::Reclaim | Self::Reports => use_memory(guest, AMOUNT),
+            Self::Nothing | Self::Inflate | Self::Deflate | Self::Hints => Ok(()),
+        }
+    }
+
+    /// Does it. Returns how long it took.
+    fn perform(self, guest: &Guest, contestant: Contestant) -> Result<Duration> {
+        let start = Instant::now();
+        match self {
+            Self::Nothing => thread::sleep(WINDOW),
+            Self::Inflate => return contestant.inflate(guest, AMOUNT),
+            Self::Deflate => return contestant.deflate(guest, AMOUNT),
+            Self::Reclaim => guest.reclaim_with(&*guest.daemon()?)?,
+            Self::Hints => guest.hint_with(&*guest.daemon()?)?,
+            Self::Reports => {
+                let memory = || contestant.host_memory(guest);
+                // The guest reports a part of its free memory every two seconds.
+                let expected = memory()?.saturating_sub(Size::mib(AMOUNT.as_mib() / 4));
+                guest.wait_until("reports", PATIENCE, || Ok(memory()? < expected))?;
+            }
+        }
+        Ok(start.elapsed())
+    }
+}
 
 fn run(bench: &Bench<'_>) -> Result<()> {
-    let contestants = [
-        &Contestant::BALLOONS[..],
-        &[Contestant::VIRTIO_MEM, Contestant::none(Device::Qemu)],
-    ]
-    .concat();
-    bench.rounds(&[(RUNS, &contestants)], |contestant| {
-        contestant.run(bench.config().memory(MEMORY), AMOUNT, |guest| {
-            for (detail, load) in LOADS {
-                let run = watch(contestant, guest, load)?;
-                let subject = Subject::new("guest-load", contestant, MEMORY, AMOUNT);
-                bench.add(subject.detail(detail), run);
-                if contestant.module().is_some() || contestant == Contestant::VIRTIO_MEM {
-                    contestant.deflate(guest, AMOUNT)?;
-                }
-            }
-            Ok(())
-        })
+    let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM, IDLE]].concat();
+    bench.rounds(&[(1, &contestants)], |contestant| {
+        let works: &[Work] = match contestant {
+            IDLE => &[Work::Nothing],
+            Contestant::OURS => &[Work::Inflate, Work::Deflate, Work::Reclaim, Work::Hints],
+            _ => &[Work::Inflate, Work::Deflate],
+        };
+        repeat(bench, contestant, Offer::FreePageHint, works)
+    })?;
+    // In guests of their own, since a guest also reports while it does other work.
+    let contestants = [Contestant::OURS, Contestant::REPORTING];
+    bench.rounds(&[(1, &contestants)], |contestant| {
+        repeat(
+            bench,
+            contestant,
+            Offer::FreePageReporting,
+            &[Work::Reports],
+        )
     })
 }
 
-/// Inflates while a load runs.
-fn watch(contestant: Contestant, guest: &Guest, load: Load) -> Result<Run> {
-    let load = guest.load(load)?;
-    let before = Pace::of(&load, BEFORE)?;
+/// Makes one guest do all `works` repeatedly. This repository's device makes an `offer` for them.
+fn repeat(bench: &Bench<'_>, contestant: Contestant, offer: Offer, works: &[Work]) -> Result<()> {
+    let config = bench.config().memory(MEMORY).polling(POLLING);
+    let config = match contestant.device {
+        Device::VhostUser => config.offer(&[offer]),
+        Device::Qemu => config,
+    };
+    let repetitions = match bench.is_zeroing() {
+        true => FEWER_REPETITIONS,
+        false => REPETITIONS,
+    };
+    contestant.run(config, AMOUNT, |guest| {
+        let load = guest.load(LOAD)?;
+        for _ in 0..repetitions {
+            for &work in works {
+                work.prepare(guest)?;
+                let run = watch(guest, &load, || work.perform(guest, contestant))?;
+                let subject = Subject::new(NAME, contestant, MEMORY, AMOUNT);
+                bench.add(subject.detail(work.name()), run);
+            }
+        }
+        load.stop()?;
+        Ok(())
+    })
+}
+
+/// Does `work` while a load runs.
+fn watch(
+    guest: &Guest,
+    load: &RunningLoad<'_>,
+    work: impl FnOnce() -> Result<Duration>,
+) -> Result<Run> {
+    let pace = Pace::start(load)?;
+    thread::sleep(BEFORE);
+    let before = pace.end()?;
+    ensure!(before > 0.0, "the load does nothing");
     let task = guest.load(Load::Tick { microseconds: 1000 })?;
-    let took = thread::scope(|scope| -> Result<_> {
-        let start = Instant::now();
-        let giving = (contestant != Contestant::none(Device::Qemu))
-            .then(|| scope.spawn(|| contestant.inflate(guest, AMOUNT)));
-        let pace = Pace::of(&load, WINDOW.saturating_sub(start.elapsed()))?;
-        let stall = task.status()?.progress.stall_us;
-        let took = match giving {
-            Some(giving) => giving.join().expect("a thread does not panic")?,
-            None => WINDOW,
-        };
-        Ok((took, pace, stall))
-    });
-    let (took, during, stall) = took?;
-    ensure!(before.0 > 0.0, "the load does nothing");
-    task.stop()?;
-    load.stop()?;
+    let pace = Pace::start(load)?;
+    let took = work()?;
+    thread::sleep(WINDOW.saturating_sub(took));
+    let during = pace.end()?;
+    let stall = task.stop()?.progress.stall_us;
     Ok(Run {
         took,
-        throughput: Some(during.0 / before.0),
+        throughput: Some(during / before),
         stall: Some(Duration::from_micros(stall)),
         ..Run::default()
     })
 }
 
-/// What a load does in a second.
-struct Pace(f64);
+/// A measurement of what a load does in a second.
+struct Pace<'a> {
+    load: &'a RunningLoad<'a>,
+    passes: u64,
+    start: Instant,
+}
 
-impl Pace {
-    /// Measures it for `time`.
-    fn of(load: &RunningLoad<'_>, time: Duration) -> Result<Self> {
-        let start = Instant::now();
-        let before = load.status()?.progress.passes;
-        thread::sleep(time);
-        let passes = load.status()?.progress.passes - before;
-        Ok(Self(passes as f64 / start.elapsed().as_secs_f64()))
+impl<'a> Pace<'a> {
+    fn start(load: &'a RunningLoad<'a>) -> Result<Self> {
+        Ok(Self {
+            load,
+            passes: load.status()?.progress.passes,
+            start: Instant::now(),
+        })
     }
+
+    fn end(self) -> Result<f64> {
+        let passes = self.load.status()?.progress.passes - self.passes;
+        Ok(passes as f64 / self.start.elapsed().as_secs_f64())
+    }
+}
+
+fn claims(records: &[Record]) -> Vec<Claim> {
+    let find = |contestant, work: Work| {
+        let is_it = |record: &&Record| {
+            record.contestant() == contestant && record.detail.as_deref() == Some(work.name())
+        };
+        records.iter().find(is_it)
+    };
+    let stalls = |of: (Contestant, Work), to: (Contestant, Work), limit| {
+        let stall = |(contestant, work)| find(contestant, work)?.stall_ms.as_ref();
+        let what = format!("{NAME}: longest stall, {} / {}", named(of), named(to));
+        Some(Claim::new(what, stall(of)?.ratio(stall(to)?), limit))
+    };
+    let paces = |of: (Contestant, Work), to: (Contestant, Work)| {
+        let pace = |(contestant, work)| find(contestant, work)?.throughput.as_ref();
+        let what = format!("{NAME}: load's throughput, {} / {}", named(of), named(to));
+        Some(Claim::new(what, pace(of)?.ratio(pace(to)?), 1.0))
+    };
+    let both = [Work::Inflate, Work::Deflate];
+    let on_qemu = both.map(|work| {
+        let [ours, stock] = Contestant::ON_QEMU.map(|contestant| (contestant, work));
+        stalls(ours, stock, LIMIT_ON_QEMU)
+    });
+    let all = [
+        (Work::Inflate, Work::Inflate),
+        (Work::Deflate, Work::Deflate),
+        (Work::Reclaim, Work::Inflate),
+        (Work::Hints, Work::Inflate),
+        (Work::Reports, Work::Inflate),
+    ];
+    let ours = all.map(|(ours, other)| {
+        let (ours, other) = ((Contestant::OURS, ours), (Contestant::VIRTIO_MEM, other));
+        [stalls(ours, other, LIMIT), paces(other, ours)]
+    });
+    let ours = ours.into_iter().flatten();
+    on_qemu.into_iter().chain(ours).flatten().collect()
+}
+
+/// A contestant and its work, as text.
+fn named((contestant, work): (Contestant, Work)) -> String {
+    format!("{} of {contestant}", work.name())
 }

@@ -6,12 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use balloon_control::{HintAction, Request};
+use balloon_control::Request;
 use vm::{Accel, Device, Driver, Exit, Guest, Kernel, Load, MemoryBackend, Off, Offer, Size};
 
 use crate::compaction::{BLOCKS_OR_PAGES, MEMORY, fullest_block, write};
-use crate::requests::hint;
-use crate::scenario::{BOTH_DRIVERS, OOM, PATIENCE, Scenario, Setup};
+use crate::scenario::{BOTH_DRIVERS, OOM, Scenario, Setup};
 use crate::unused::{ask, unused};
 use crate::vhost_user::wait_driver;
 
@@ -172,18 +171,7 @@ fn empty(guest: &Guest, measure: &dyn Fn(&str, Work<'_>) -> Result<Duration>) ->
         };
         ask(guest, &all).map(drop)
     })?;
-    let hints = measure("hints", &|| {
-        let hinted = || -> Result<u64> { Ok(guest.daemon()?.info()?.counters.hinted) };
-        let (free, before) = (guest.free()?, hinted()?);
-        hint(guest, HintAction::Start)?;
-        guest.wait_until("hints", PATIENCE, || {
-            Ok(hinted()? > before + free.as_bytes() / 2)
-        })?;
-        hint(guest, HintAction::Done)?;
-        guest.wait_until("all memory is free again", PATIENCE, || {
-            Ok(guest.free()? + Size::gib(1) > free)
-        })
-    })?;
+    let hints = measure("hints", &|| guest.hint_with(&*guest.daemon()?))?;
     Ok(unused.max(reclaim).max(hints))
 }
 

@@ -15,6 +15,13 @@ const SAYINGS: Duration = Duration::from_millis(50);
 
 pub(super) fn run(microseconds: u64, stop: Stop) -> Result<()> {
     let period = Duration::from_micros(microseconds);
+    let report = |passes, longest: Duration| {
+        say(&Progress {
+            mib: 0,
+            passes,
+            stall_us: longest.as_micros().try_into()?,
+        })
+    };
     let (mut longest, mut passes, mut said) = (Duration::ZERO, 0, Instant::now());
     while !stop.is_asked() {
         let due = Instant::now() + period;
@@ -23,12 +30,8 @@ pub(super) fn run(microseconds: u64, stop: Stop) -> Result<()> {
         passes += 1;
         if said.elapsed() > SAYINGS {
             said = Instant::now();
-            say(&Progress {
-                mib: 0,
-                passes,
-                stall_us: longest.as_micros().try_into()?,
-            })?;
+            report(passes, longest)?;
         }
     }
-    Ok(())
+    report(passes, longest)
 }

@@ -173,7 +173,7 @@ pub(super) const PLOTS: &[Plot] = &[
     },
     Plot {
         name: "load",
-        shows: "Throughput of a load while inflating by 4 GiB, relative to before",
+        shows: "Throughput of a load meanwhile, relative to before",
         unit: Unit::Percent,
         parts: &[("pace", "guest-load", |record| {
             let parts = record.throughput.as_ref()?.values().iter();
@@ -182,7 +182,7 @@ pub(super) const PLOTS: &[Plot] = &[
     },
     Plot {
         name: "stalls",
-        shows: "Longest stall of a periodic task while inflating by 4 GiB",
+        shows: "Longest stall of a 1 kHz task meanwhile",
         unit: Unit::Milliseconds,
         parts: &[("stall", "guest-load", |record| record.stall_ms.clone())],
     },

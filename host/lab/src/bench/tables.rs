@@ -17,6 +17,9 @@ type Column<'a> = (&'a str, Box<dyn Fn(&Record) -> Option<String> + 'a>);
 /// The number of runs from which on the table has their 99th percentile.
 const MANY_RUNS: usize = 100;
 
+/// The number of runs from which on the table has the 99th percentile of stalls.
+const SOME_RUNS: usize = 20;
+
 /// The number of columns that identify a record.
 const SUBJECT_COLUMNS: usize = 4;
 
@@ -131,6 +134,14 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
         (
             "longest stall",
             Box::new(|r| Some(r.stall_ms.as_ref()?.in_unit(1.0, 1, "ms"))),
+        ),
+        (
+            "99 % of stalls within",
+            Box::new(|r| {
+                let stalls = r.stall_ms.as_ref()?;
+                let is_one_of_some = stalls.values().len() >= SOME_RUNS;
+                is_one_of_some.then(|| format!("{:.1} ms", stalls.percentile(99)))
+            }),
         ),
         ("host CPU", Box::new(|r| r.host_cpu_s.map(seconds))),
         ("guest CPU", Box::new(|r| r.guest_cpu_s.map(seconds))),
