@@ -30,13 +30,13 @@ const STEP: Size = Size::mib(256);
 const STEPS: u64 = 20;
 const RUNS: usize = 10;
 
-/// The number of guests whose driver is traced while it deflates.
+/// The number of guests whose driver is traced.
 const TRACED_RUNS: usize = 1;
 
 /// The records of the time that the driver's tasks run on the guest's processors.
 const OWN_WORK: &str = "own work";
 
-/// The limit for the slowest of a hundred deflations, relative to the driver's own work.
+/// The limit for the slowest of a hundred changes, relative to the driver's own work.
 const LIMIT: f64 = 10.0;
 
 /// The time between two changes: the daemon interrupts the guest for targets every 10 ms at most.
@@ -77,11 +77,12 @@ fn run(bench: &Bench<'_>) -> Result<()> {
     bench.rounds(&[(TRACED_RUNS, &contestants)], |contestant| {
         contestant.run(bench.config().memory(MEMORY), highest, |guest| {
             let driver = contestant.module().context("a balloon has a driver")?;
-            guest.balloon().settle(highest)?;
-            for step in (0..STEPS).rev() {
+            let up = (1..=STEPS).map(|step| ("react-inflate", step));
+            let down = (0..STEPS).rev().map(|step| ("react-deflate", step));
+            for (name, step) in up.chain(down) {
                 let (_, took) =
                     guest.trace_running(driver, || guest.balloon().settle(STEP * step))?;
-                let subject = Subject::new("react-deflate", contestant, MEMORY, STEP);
+                let subject = Subject::new(name, contestant, MEMORY, STEP);
                 bench.add(
                     subject.detail(OWN_WORK),
                     Run {
@@ -126,18 +127,17 @@ fn deflate(guest: &Guest, target: Size) -> Result<Duration> {
 }
 
 fn claims(records: &[Record]) -> Vec<Claim> {
-    let own = |record: &&Record| {
-        record.name == "react-deflate"
-            && record.contestant() == Contestant::OURS
-            && record.detail.as_deref() == Some(OWN_WORK)
+    let claim = |name| {
+        let own = |record: &&Record| {
+            record.name == name
+                && record.contestant() == Contestant::OURS
+                && record.detail.as_deref() == Some(OWN_WORK)
+        };
+        let all = times(records, name, Contestant::OURS)?;
+        let own = records.iter().find(own)?.seconds.median();
+        let what =
+            format!("{name}: 99 % of the times are within so many times the driver's own work");
+        Some(Claim::new(what, all.percentile(99) / own, LIMIT))
     };
-    let all = times(records, "react-deflate", Contestant::OURS);
-    all.zip(records.iter().find(own))
-        .map(|(all, own)| {
-            let what =
-                "react-deflate: 99 % of the times are within so many times the driver's own work";
-            Claim::new(what, all.percentile(99) / own.seconds.median(), LIMIT)
-        })
-        .into_iter()
-        .collect()
+    BENCHMARK.names.iter().copied().filter_map(claim).collect()
 }
