@@ -17,6 +17,7 @@ use crate::daemon::runner::Runner;
 use crate::daemon::unit::Unit;
 
 mod process;
+mod resources;
 mod runner;
 mod unit;
 

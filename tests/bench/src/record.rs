@@ -73,6 +73,10 @@ pub struct Run {
     pub throughput: Option<f64>,
     /// By how much a periodic task in the guest was late, at most.
     pub stall: Option<Duration>,
+    /// The time of the processors that the daemon used.
+    pub daemon_cpu: Option<Duration>,
+    /// The memory that the daemon had afterwards.
+    pub daemon_memory: Option<Size>,
     /// How long the machine took to write memory before. [`Bench::add`](crate::Bench::add) sets it.
     pub machine: Option<Duration>,
 }
@@ -141,6 +145,12 @@ pub struct Record {
     /// By how much a periodic task in the guest was late at most in each run, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_ms: Option<Samples>,
+    /// The time of the processors that the daemon used, without that for the benchmark's own questions, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub daemon_cpu_s: Option<f64>,
+    /// The anonymous memory of the daemon afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub daemon_kib: Option<u64>,
     /// How long the machine took to write 256 MiB of memory before each run, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_ms: Option<Samples>,
@@ -186,6 +196,8 @@ impl Record {
             peak_mib: runs.iter().filter_map(|run| Some(run.peak?.as_mib())).max(),
             throughput: all(&|run| run.throughput),
             stall_ms: all(&|run| run.stall.map(|stall| seconds(stall) * 1e3)),
+            daemon_cpu_s: median(&|run| run.daemon_cpu.map(seconds)),
+            daemon_kib: whole(&|run| Some(run.daemon_memory?.as_bytes() >> 10)),
             machine_ms: all(&|run| run.machine.map(|time| seconds(time) * 1e3)),
         }
     }

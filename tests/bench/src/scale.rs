@@ -8,7 +8,7 @@ use vm::{Kernel, Size};
 use crate::bench::{Bench, Benchmark, Setting, no_claims};
 use crate::claim::Claim;
 use crate::contestant::Contestant;
-use crate::record::{Record, Subject, measure};
+use crate::record::{Record, Run, Subject, measure};
 
 pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-scale"],
@@ -31,8 +31,20 @@ const LARGE: Size = Size::gib(64);
 /// A guest large enough that the fixed cost of a guest does not matter, in MiB.
 const REFERENCE: u64 = 8192;
 
-/// The limit of the time for a GiB, relative to that of the reference.
-const TIME_LIMIT: f64 = 1.15;
+/// The limit of the costs of a GiB, relative to those of the reference.
+const COST_LIMIT: f64 = 1.15;
+
+/// A cost, if it was measured.
+type Cost = fn(&Record) -> Option<f64>;
+
+/// The costs that have this limit.
+const COSTS: [(&str, Cost); 3] = [
+    ("time", |record| Some(record.seconds.median())),
+    ("the daemon's CPU time", |record| record.daemon_cpu_s),
+    ("the daemon's memory", |record| {
+        Some(record.daemon_kib? as f64)
+    }),
+];
 
 /// The limit of the bytes that a large guest sends for 64 MiB.
 const BYTES_LIMIT: f64 = 1.0;
@@ -48,7 +60,14 @@ fn run(bench: &Bench<'_>) -> Result<()> {
             let amount = memory - Size::bytes(memory.as_bytes() / 8).max(Size::mib(256));
             let config = bench.config().memory(memory);
             contestant.run(config, amount, |guest| {
+                let daemon = guest.daemon()?;
+                let before = daemon.thread_time()?;
                 let run = measure(guest, contestant, || contestant.inflate(guest, amount))?;
+                let run = Run {
+                    daemon_cpu: Some(daemon.thread_time()?.saturating_sub(before)),
+                    daemon_memory: Some(daemon.memory()?),
+                    ..run
+                };
                 bench.add(Subject::new(NAME, contestant, memory, amount), run);
                 Ok(())
             })?;
@@ -62,19 +81,19 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         let ours = |record: &&Record| record.contestant() == Contestant::OURS;
         records.iter().filter(ours)
     };
-    let per_gib = |record: &Record| record.seconds.median() / record.amount_mib as f64;
     let Some(reference) = ours().find(|record| record.guest_mib == REFERENCE) else {
         return Vec::new();
     };
-    let times = ours()
+    let costs = ours()
         .filter(|record| record.guest_mib > REFERENCE)
-        .map(|record| {
-            let what = format!(
-                "inflate-scale: time per GiB of {} / of {}",
-                Size::mib(record.guest_mib),
-                Size::mib(REFERENCE)
-            );
-            Claim::new(what, per_gib(record) / per_gib(reference), TIME_LIMIT)
+        .flat_map(|record| {
+            COSTS.iter().filter_map(move |(name, cost)| {
+                let per_gib = |record: &Record| Some(cost(record)? / record.amount_mib as f64);
+                let (memory, of) = (Size::mib(record.guest_mib), Size::mib(REFERENCE));
+                let what = format!("{NAME}: {name} per GiB of {memory} / of {of}");
+                let ratio = per_gib(record)? / per_gib(reference)?;
+                Some(Claim::new(what, ratio, COST_LIMIT))
+            })
         });
     let bytes = ours()
         .filter(|record| record.guest_mib >= LARGE.as_mib())
@@ -90,5 +109,5 @@ fn claims(records: &[Record]) -> Vec<Claim> {
                 BYTES_LIMIT,
             ))
         });
-    times.chain(bytes).collect()
+    costs.chain(bytes).collect()
 }

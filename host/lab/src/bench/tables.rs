@@ -145,6 +145,11 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
         ),
         ("host CPU", Box::new(|r| r.host_cpu_s.map(seconds))),
         ("guest CPU", Box::new(|r| r.guest_cpu_s.map(seconds))),
+        ("daemon CPU", Box::new(|r| r.daemon_cpu_s.map(short_time))),
+        (
+            "daemon memory",
+            Box::new(|r| r.daemon_kib.map(|kib| Size::kib(kib).to_string())),
+        ),
         (
             "256 MiB written",
             Box::new(|r| Some(r.machine_ms.as_ref()?.in_unit(1.0, 0, "ms"))),
