@@ -43,6 +43,7 @@ mod home;
 mod hostile;
 mod hotplug;
 mod huge_pages;
+mod interrupts;
 pub mod ktap;
 mod machine;
 mod manager;

@@ -57,6 +57,8 @@ pub struct Run {
     pub took: Duration,
     /// The messages that the guest has sent.
     pub sent: Option<Sent>,
+    /// The interrupts of the balloon or virtio-mem device.
+    pub interrupts: Option<u64>,
     /// The time of the host's processors, the guest's part included.
     pub host_cpu: Option<Duration>,
     /// The time of the guest's processors, as the guest sees it.
@@ -123,6 +125,9 @@ pub struct Record {
     pub wire_bytes: Option<u64>,
     /// How many times the device was notified.
     pub notifications: Option<u64>,
+    /// How many interrupts the guest had from the balloon or virtio-mem device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interrupts: Option<u64>,
     /// The time of the host's processors, the guest's part included, in seconds.
     pub host_cpu_s: Option<f64>,
     /// The time of the guest's processors, as the guest sees it, in seconds.
@@ -183,6 +188,7 @@ impl Record {
             seconds: runs.iter().map(|run| seconds(run.took)).collect(),
             wire_bytes: whole(&|run| Some(run.sent.as_ref()?.bytes)),
             notifications: whole(&|run| Some(run.sent.as_ref()?.notifications)),
+            interrupts: whole(&|run| run.interrupts),
             host_cpu_s: median(&|run| run.host_cpu.map(seconds)),
             guest_cpu_s: median(&|run| run.guest_cpu.map(seconds)),
             transferred_mib: whole(&|run| Some(run.transferred?.as_mib())),
@@ -247,10 +253,12 @@ pub fn measure(
     contestant: Contestant,
     work: impl FnOnce() -> Result<Duration>,
 ) -> Result<Run> {
+    // A program of the guest counts them, which uses memory.
+    let interrupts = guest.interrupts()?;
     let meter = contestant.meter(guest)?;
     let before = meter()?;
     let is_over = AtomicBool::new(false);
-    thread::scope(|scope| {
+    let run = thread::scope(|scope| -> Result<Run> {
         let is_over = &is_over;
         let sampler = scope.spawn(move || -> Result<Size> {
             let mut most = before;
@@ -267,6 +275,11 @@ pub fn measure(
             peak: Some(most.saturating_sub(before)),
             ..run?
         })
+    })?;
+    let interrupts = guest.interrupts()?.saturating_sub(interrupts);
+    Ok(Run {
+        interrupts: Some(interrupts),
+        ..run
     })
 }
 

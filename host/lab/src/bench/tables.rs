@@ -96,6 +96,13 @@ fn tables(of_name: &[&Record], all: &[Record]) -> Vec<Table> {
 }
 
 fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
+    time_columns(all)
+        .into_iter()
+        .chain(cost_columns())
+        .collect()
+}
+
+fn time_columns(all: &[Record]) -> Vec<Column<'_>> {
     vec![
         (
             "runs",
@@ -113,8 +120,14 @@ fn main_columns(all: &[Record]) -> Vec<Column<'_>> {
             "speed-up",
             Box::new(|r| Some(speed_up(&r.seconds, &r.base(all)?.seconds))),
         ),
+    ]
+}
+
+fn cost_columns() -> Vec<Column<'static>> {
+    vec![
         ("bytes sent", Box::new(|r| r.wire_bytes.map(grouped))),
         ("notifications", Box::new(|r| r.notifications.map(grouped))),
+        ("interrupts", Box::new(|r| r.interrupts.map(grouped))),
         (
             "bits per page",
             Box::new(|r| r.bits_per_page.map(|bits| format!("{bits:.3}"))),
