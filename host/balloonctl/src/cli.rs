@@ -86,13 +86,13 @@ pub(crate) enum Command {
         /// Request a new sample from the guest
         #[arg(long)]
         fresh: bool,
-        /// Repeat every SECONDS (2 if omitted), with changes
+        /// Show each new sample, with changes, and request one every SECONDS (2 if omitted)
         #[arg(
             long,
             value_name = "SECONDS",
             num_args = 0..=1,
             default_missing_value = "2",
-            value_parser = clap::value_parser!(u32).range(1..)
+            value_parser = clap::value_parser!(u32).range(1..=3600)
         )]
         watch: Option<u32>,
     },

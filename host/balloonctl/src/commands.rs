@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon_control::{Answer, Client, Info, Metrics, Request};
+use balloon_control::{Answer, Client, Info, Metrics, Progress, Request};
 use clap::CommandFactory;
 use clap_complete::Shell;
 use indicatif::{HumanBytes, HumanCount};
@@ -120,7 +120,7 @@ impl Session {
     fn stats(&self, fresh: bool, watch: Option<u32>) -> Result<(), Failure> {
         let mut client = self.connect()?;
         if let Some(interval) = watch {
-            return stats::watch(&mut client, fresh, interval, self.json);
+            return stats::watch(client, fresh, interval, self.json);
         }
         let answer = client.call(&Request::Stats { fresh })?;
         self.show(&answer, || Ok(stats::table(&answer.parse()?, None)))
@@ -175,6 +175,17 @@ impl Session {
         self.show(&answer, || Ok(action.done().to_owned()))
     }
 
+    /// Makes a request of the guest, and waits until the guest has completed it.
+    fn ask(
+        &self,
+        client: &mut Client,
+        request: &Request,
+        limit: &Limit,
+    ) -> Result<(Answer, Progress, Duration), Failure> {
+        let events = self.connect()?.subscribe(None)?;
+        request::ask(client, events, request, limit.timeout())
+    }
+
     fn unused(
         &self,
         min_order: u8,
@@ -188,7 +199,7 @@ impl Session {
             start: place.start,
             end: place.end,
         };
-        let (answer, progress, took) = request::ask(&mut client, &request, limit.timeout())?;
+        let (answer, progress, took) = self.ask(&mut client, &request, limit)?;
         let pages = unused::save(&mut client, progress.id, out)?;
         self.show(&answer, || {
             Ok(format!(
@@ -207,8 +218,7 @@ impl Session {
             start: place.start,
             end: place.end,
         };
-        let (answer, progress, took) =
-            request::ask(&mut self.connect()?, &request, limit.timeout())?;
+        let (answer, progress, took) = self.ask(&mut self.connect()?, &request, limit)?;
         self.show(&answer, || {
             Ok(format!(
                 "The host got {} back, of {} unused, after {:.1} s.",
@@ -224,7 +234,7 @@ impl Session {
             pages: pages || !slab,
             slab: slab || !pages,
         };
-        let (answer, _, took) = request::ask(&mut self.connect()?, &request, limit.timeout())?;
+        let (answer, _, took) = self.ask(&mut self.connect()?, &request, limit)?;
         self.show(&answer, || {
             Ok(format!(
                 "The guest has dropped its caches, after {:.1} s.",

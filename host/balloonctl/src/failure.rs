@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use balloon_control::{ClientError, ErrorKind, RequestStatus, Shortfall};
+use balloon_control::{ClientError, ErrorKind, Info, RequestStatus, Shortfall};
 use console::style;
 use indicatif::HumanBytes;
 
@@ -126,6 +126,15 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Checks that there is a guest with a driver.
+    pub(crate) fn check(info: &Info) -> Result<(), Self> {
+        match (info.guest.connected, info.guest.driver) {
+            (true, true) => Ok(()),
+            (true, false) => Err(Self::NoDriver),
+            (false, _) => Err(Self::Disconnected),
+        }
+    }
+
     /// An error of a query about this program's own request, whose id is not on the command line.
     pub(crate) fn of_request(error: ClientError) -> Self {
         match error {

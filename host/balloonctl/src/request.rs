@@ -5,7 +5,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use balloon_control::{Answer, Begun, Client, Info, Progress, Request, RequestStatus};
+use balloon_control::{Answer, Begun, Client, Events, Info, Progress, Request, RequestStatus};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,25 +14,28 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::failure::Failure;
 
-/// The polling interval, in milliseconds.
-const POLL_INTERVAL: u16 = 100;
+/// After so long without an event, the next question finds out whether the daemon is still there: it sends one every
+/// second at least.
+const SILENCE: Duration = Duration::from_secs(5);
 
-/// Makes a request, and waits until the answer is complete. Returns its status and how long it took. Cancels
-/// the request on a timeout or an interrupt.
+/// Makes a request, and waits until the answer is complete. `events` say when to look. Returns its status and how long
+/// it took. Cancels the request on a timeout or an interrupt.
 ///
 /// # Errors
 ///
 /// The request cannot be made, or the guest does not complete the answer in time.
 pub(crate) fn ask(
     client: &mut Client,
+    events: Events,
     request: &Request,
     timeout: Duration,
 ) -> Result<(Answer, Progress, Duration), Failure> {
-    let interrupts = Interrupts::new()?;
+    let interrupts = interrupts()?;
     let info: Info = client.call(&Request::Info {})?.parse()?;
     let Begun { id } = client.call(request)?.parse()?;
     let start = Instant::now();
-    let result = wait(client, id, info.memory, timeout, &interrupts);
+    let wake = Wake { interrupts, events };
+    let result = wait(client, id, info.memory, timeout, wake);
     if let Err(Failure::Interrupted | Failure::Unanswered { .. }) = result {
         // A failure is ignored, since nothing else can be done.
         let _ = client.call(&Request::Cancel { id });
@@ -46,7 +49,7 @@ fn wait(
     id: u64,
     memory: Option<u64>,
     timeout: Duration,
-    interrupts: &Interrupts,
+    mut wake: Wake,
 ) -> Result<(Answer, Progress), Failure> {
     let start = Instant::now();
     let bar = Bar::new(memory.unwrap_or(0));
@@ -60,41 +63,58 @@ fn wait(
             RequestStatus::Waiting | RequestStatus::Open => {}
             status => return Err(Failure::Ended(status)),
         }
-        if start.elapsed() >= timeout {
+        let left = timeout.saturating_sub(start.elapsed());
+        if left.is_zero() {
             return Err(Failure::Unanswered {
                 seen: progress.status == RequestStatus::Open,
                 waited: timeout,
             });
         }
         bar.show(&progress);
-        interrupts.wait()?;
+        wake.wait(left.min(SILENCE))?;
     }
 }
 
-/// The signals by which users and service managers end a program.
-struct Interrupts(SignalFd);
+/// What ends a wait.
+struct Wake {
+    interrupts: SignalFd,
+    events: Events,
+}
 
-impl Interrupts {
-    /// From now on a wait returns on these signals.
-    fn new() -> Result<Self, Failure> {
-        let mut signals = SigSet::empty();
-        signals.add(Signal::SIGINT);
-        signals.add(Signal::SIGTERM);
-        let made = signals
-            .thread_block()
-            .and_then(|()| SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC));
-        Ok(Self(made.map_err(std::io::Error::from)?))
-    }
-
-    /// Waits for the polling interval, or for one of them.
-    fn wait(&self) -> Result<(), Failure> {
-        let mut events = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut events, PollTimeout::from(POLL_INTERVAL)) {
-            Ok(0) | Err(Errno::EINTR) => Ok(()),
-            Ok(_) => Err(Failure::Interrupted),
-            Err(errno) => Err(std::io::Error::from(errno).into()),
+impl Wake {
+    /// Waits for an event of the daemon, and for `limit` at most.
+    ///
+    /// # Errors
+    ///
+    /// There is a signal, or the connection fails.
+    fn wait(&mut self, limit: Duration) -> Result<(), Failure> {
+        let limit = match self.events.is_read() {
+            true => Duration::ZERO,
+            false => limit,
+        };
+        let mut sources = [self.interrupts.as_fd(), self.events.as_fd()]
+            .map(|source| PollFd::new(source, PollFlags::POLLIN));
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        match poll(&mut sources, limit) {
+            Ok(_) if sources[0].any() == Some(true) => return Err(Failure::Interrupted),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(std::io::Error::from(errno).into()),
         }
+        // Whatever the event is, the request may have changed.
+        self.events.next(Duration::ZERO)?;
+        Ok(())
     }
+}
+
+/// The signals by which users and service managers end a program. They no longer do that.
+fn interrupts() -> Result<SignalFd, Failure> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    let made = signals
+        .thread_block()
+        .and_then(|()| SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC));
+    Ok(made.map_err(std::io::Error::from)?)
 }
 
 /// Shows how much memory the guest has listed, on standard error if that is a terminal.

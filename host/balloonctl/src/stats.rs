@@ -2,10 +2,9 @@
 
 //! The guest's memory statistics, once or repeatedly.
 
-use std::thread;
 use std::time::Duration;
 
-use balloon_control::{Client, Request, Stat, Stats, Unit};
+use balloon_control::{Client, News, Request, Stat, Stats, Unit};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use console::Term;
@@ -37,32 +36,45 @@ pub(crate) fn table(stats: &Stats, before: Option<&Stats>) -> String {
     )
 }
 
-/// Shows samples until it is interrupted. A terminal shows the newest sample, other outputs get all.
+/// Shows each new sample until it is interrupted. A terminal shows the newest one, other outputs get all.
+///
+/// # Errors
+///
+/// The guest or its driver goes away.
 pub(crate) fn watch(
-    client: &mut Client,
+    mut client: Client,
     fresh: bool,
     interval: u32,
     json: bool,
 ) -> Result<(), Failure> {
+    // Without statistics there would be no event, and no reason for that.
+    client.call(&Request::Stats { fresh })?;
+    let mut events = client.subscribe(Some(Duration::from_secs(interval.into())))?;
     let terminal = Term::stdout();
     let redraw = terminal.is_term() && !json;
     let mut shown = 0;
     let mut before: Option<Stats> = None;
     loop {
-        let answer = client.call(&Request::Stats { fresh })?;
+        let answer = match events.next(Duration::MAX)? {
+            Some(News::Stats(answer)) => answer,
+            Some(News::Info(answer)) => {
+                Failure::check(&answer.parse()?)?;
+                continue;
+            }
+            Some(News::Alive) | None => continue,
+        };
         if json {
             print(answer.json())?;
-        } else {
-            let stats: Stats = answer.parse()?;
-            let table = table(&stats, Some(before.as_ref().unwrap_or(&stats)));
-            if redraw {
-                terminal.clear_last_lines(shown)?;
-                shown = table.lines().count();
-            }
-            print(&table)?;
-            before = Some(stats);
+            continue;
         }
-        thread::sleep(Duration::from_secs(interval.into()));
+        let stats: Stats = answer.parse()?;
+        let table = table(&stats, Some(before.as_ref().unwrap_or(&stats)));
+        if redraw {
+            terminal.clear_last_lines(shown)?;
+            shown = table.lines().count();
+        }
+        print(&table)?;
+        before = Some(stats);
     }
 }
 

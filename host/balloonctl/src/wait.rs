@@ -85,10 +85,8 @@ impl Bar {
             Err(Failure::Retargeted(info.target))
         } else if info.is_reached() {
             Ok(true)
-        } else if !guest.connected {
-            Err(Failure::Disconnected)
-        } else if !guest.driver {
-            Err(Failure::NoDriver)
+        } else if let Err(failure) = Failure::check(info) {
+            Err(failure)
         } else if reason == Some(Shortfall::Excluded) {
             Err(Failure::Excluded(*size))
         } else if elapsed >= timeout {

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufReader, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -197,7 +198,19 @@ pub struct Events {
     stream: BufReader<UnixStream>,
 }
 
+/// Readable when the daemon has sent something, unless that [was read](Events::is_read).
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.get_ref().as_fd()
+    }
+}
+
 impl Events {
+    /// Whether the next event, or its begin, was read from the socket along with the one before.
+    pub fn is_read(&self) -> bool {
+        !self.stream.buffer().is_empty()
+    }
+
     /// Waits for the next event, and for `limit` at most. The connection is useless after that.
     ///
     /// # Errors
@@ -349,8 +362,11 @@ mod tests {
         let mut events = Events {
             stream: BufReader::new(client),
         };
+        assert!(!events.is_read());
+        let first = events.next(Duration::from_millis(1));
+        assert!(matches!(first, Ok(Some(News::Info(answer))) if answer.json().contains("one")));
+        assert!(events.is_read());
         let mut next = || events.next(Duration::from_millis(1));
-        assert!(matches!(next(), Ok(Some(News::Info(answer))) if answer.json().contains("one")));
         assert!(matches!(next(), Ok(Some(News::Stats(_)))));
         assert!(matches!(next(), Ok(Some(News::Alive))));
         assert!(matches!(next(), Ok(None)));
