@@ -39,6 +39,21 @@ impl Task<Balloon> {
         self.events.out_of_memory();
         self.schedule();
     }
+
+    /// Waits for the memory block that the offliner is taking, if there is one. Returns how many
+    /// kernel pages come back.
+    fn wait_for_block(&self) -> usize {
+        let Some(offliner) = self.offliner.as_ref().filter(|offliner| offliner.is_busy()) else {
+            return 0;
+        };
+
+        // The pause begins first: the balloon would take the block again as soon as it is free.
+        self.pause();
+        match offliner.ends_within(timeouts::OOM_BLOCK) {
+            true => MemoryBlock::pages() as usize,
+            false => 0,
+        }
+    }
 }
 
 impl OomNotify for Task<Balloon> {
@@ -64,16 +79,7 @@ impl OomNotify for Task<Balloon> {
             return 0;
         }
         if there == 0 {
-            let Some(offliner) = self.offliner.as_ref().filter(|offliner| offliner.is_busy())
-            else {
-                return 0;
-            };
-            // The pause begins first: the balloon would take the block again as soon as it is free.
-            self.pause();
-            return match offliner.ends_within(timeouts::OOM_BLOCK) {
-                true => MemoryBlock::pages() as usize,
-                false => 0,
-            };
+            return self.wait_for_block();
         }
 
         let guard = self.migrations().block();

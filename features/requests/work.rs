@@ -125,8 +125,15 @@ pub(super) struct Allocation {
     /// The number of the range's zone.
     zone: usize,
     range: PfnRange,
-    pages: Arc<Mutex<Option<ContigPages>>>,
+    allocated: Arc<Allocated>,
     thread: Thread,
+}
+
+/// What the thread has allocated.
+#[pin_data]
+struct Allocated {
+    #[pin]
+    pages: Mutex<Option<ContigPages>>,
 }
 
 impl Allocation {
@@ -143,13 +150,18 @@ impl Allocation {
         waker: Waker,
     ) -> Result<Self> {
         let reservation = Reservation::new(taking, range.len() as usize);
-        let pages = Arc::pin_init(new_mutex!(None, "Allocation::pages"), GFP_KERNEL)?;
-        let allocated = pages.clone();
+        let allocated = Arc::pin_init(
+            pin_init!(Allocated {
+                pages <- new_mutex!(None, "Allocated::pages"),
+            }),
+            GFP_KERNEL,
+        )?;
+        let result = allocated.clone();
         let thread = Thread::start(c"balloon_rs_discard", Some(waker), move || {
             let start = Instant::<Monotonic>::now();
 
             let pages = ContigPages::new(range);
-            *allocated.lock() = pages;
+            *result.pages.lock() = pages;
             drop(reservation);
             spent.add(start.elapsed().as_nanos(), Relaxed);
             Ok(())
@@ -158,7 +170,7 @@ impl Allocation {
         Ok(Self {
             zone,
             range,
-            pages,
+            allocated,
             thread,
         })
     }
@@ -171,7 +183,7 @@ impl Allocation {
     /// Returns the allocated pages, which are the first of the range. If these are not all, `walk`
     /// continues after the page that could not be allocated.
     pub(super) fn finish(self, walk: &mut Walk) -> Option<(PfnRange, ContigPages)> {
-        let pages = self.pages.lock().take();
+        let pages = self.allocated.pages.lock().take();
         let (first, len) = (
             self.range.first(),
             pages.as_ref().map_or(0, ContigPages::len),
