@@ -22,6 +22,36 @@ pub(crate) struct Reading {
     pub(crate) pressure: HostPressure,
 }
 
+/// What a measured pool has beyond what the VMs have, in pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Negative if the host lacks memory.
+    rest: i64,
+    /// All of the pool is no more than this.
+    most: Pages,
+}
+
+impl Room {
+    /// The smaller room of two times.
+    pub(crate) fn least(self, other: Self) -> Self {
+        Self {
+            rest: self.rest.min(other.rest),
+            most: self.most.min(other.most),
+        }
+    }
+
+    /// The pool of VMs that have so much.
+    fn pool(self, resident: Pages) -> Pages {
+        resident.saturating_add_signed(self.rest).min(self.most)
+    }
+}
+
+/// The difference of two numbers of pages.
+fn difference(one: Pages, other: Pages) -> i64 {
+    let distance = i64::try_from(one.abs_diff(other)).unwrap_or(i64::MAX);
+    if one < other { -distance } else { distance }
+}
+
 /// Reads the host's files below a directory.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -41,34 +71,45 @@ impl Host {
         }
     }
 
+    /// Measures the room of the pool, unless the configuration sets the pool. The resident memory of VMs must be from the
+    /// same time: what a VM gives back, or takes, changes both.
+    pub(crate) fn room(&self, config: &Config) -> Result<Option<Room>> {
+        match (&config.host.pool, &config.host.cgroup) {
+            (Some(_), _) => Ok(None),
+            (None, Some(cgroup)) => self.cgroup_room(cgroup).map(Some),
+            (None, None) => self.host_room().map(Some),
+        }
+    }
+
     /// `resident` is what the VMs have of the host's memory.
     pub(crate) fn read(
         &mut self,
         config: &Config,
         now: Millis,
+        room: Option<Room>,
         resident: Pages,
-    ) -> Result<Reading> {
-        let pool = match (&config.host.pool, &config.host.cgroup) {
-            (Some(pool), _) => pool.of(0),
-            (None, Some(cgroup)) => self.cgroup_pool(cgroup, resident)?,
-            (None, None) => self.measure(resident)?,
-        };
+    ) -> Reading {
+        let fixed = config.host.pool.map_or(0, |pool| pool.of(0));
+        let pool = room.map_or(fixed, |room| room.pool(resident));
         let reserve = match config.host.reserve {
             Some(reserve) => reserve.of(pool),
             None => usual_reserve(pool),
         };
-        Ok(Reading {
+        Reading {
             pool,
             reserve,
             pressure: self.pressure(now),
-        })
+        }
     }
 
-    /// Available memory and the VMs' resident memory, less the VMs' memory in swap, which the host lacks.
-    fn measure(&self, resident: Pages) -> Result<Pages> {
+    /// Available memory, less the VMs' memory in swap, which the host lacks.
+    fn host_room(&self) -> Result<Room> {
         let [available, total, free] =
             self.meminfo(["MemAvailable:", "SwapTotal:", "SwapFree:"])?;
-        Ok((available + resident).saturating_sub(total.saturating_sub(free)))
+        Ok(Room {
+            rest: difference(available, total.saturating_sub(free)),
+            most: Pages::MAX,
+        })
     }
 
     /// Fields of the host's meminfo.
@@ -85,9 +126,9 @@ impl Host {
         Ok(pages)
     }
 
-    /// The limit of a cgroup, of version 1 or 2, less the memory of its processes other than VMs. The kernel takes page
-    /// cache back when the group needs the memory. Memory in swap counts, since `resident` has that of VMs in it.
-    fn cgroup_pool(&self, cgroup: &Path, resident: Pages) -> Result<Pages> {
+    /// The limit of a cgroup, of version 1 or 2, less the memory of its processes. The kernel takes page cache back when
+    /// the group needs the memory. Memory in swap counts, since the resident memory of VMs has it in it.
+    fn cgroup_room(&self, cgroup: &Path) -> Result<Room> {
         let [host] = self.meminfo(["MemTotal:"])?;
         let read = |name: &str| fs::read_to_string(cgroup.join(name));
         for (limit, usage, prefix) in [
@@ -120,8 +161,10 @@ impl Host {
             let swapped = read("memory.swap.current").unwrap_or_default();
             let swapped = swapped.trim().parse().unwrap_or(value("swap"));
             let used = read(usage)?.trim().parse::<u64>()? + swapped;
-            let others = (used.saturating_sub(cache) / PAGE).saturating_sub(resident);
-            return Ok(limit.saturating_sub(others));
+            return Ok(Room {
+                rest: difference(limit, used.saturating_sub(cache) / PAGE),
+                most: limit,
+            });
         }
         bail!(
             "{} is no memory cgroup: set host.cgroup to one",
@@ -203,10 +246,12 @@ mod tests {
             "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nSwapTotal: 800 kB\nSwapFree: 400 kB\n";
         write(proc.path(), "meminfo", meminfo);
         let mut host = Host::new(proc.path());
-        let reading = host.read(&Config::default(), 0, 250).unwrap();
+        let room = host.room(&Config::default()).unwrap();
+        let reading = host.read(&Config::default(), 0, room, 250);
         assert_eq!(reading.pool, 1_000 + 250 - 100);
         let set = config("[host]\npool = '1GiB'\nreserve = '10%'");
-        let reading = host.read(&set, 0, 250).unwrap();
+        assert_eq!(host.room(&set).unwrap(), None);
+        let reading = host.read(&set, 0, None, 250);
         assert_eq!(
             (reading.pool, reading.reserve),
             (GIB, GIB / 100 * 10 + GIB % 100 / 10)
@@ -226,7 +271,8 @@ mod tests {
         let (_proc, host) = host();
         let directory = tempfile::tempdir().unwrap();
         let group = directory.path();
-        assert!(host.cgroup_pool(group, 0).is_err());
+        let pool = || host.cgroup_room(group).map(|room| room.pool(400));
+        assert!(pool().is_err());
         write(group, "memory.limit_in_bytes", "40960000\n");
         write(group, "memory.usage_in_bytes", "4096000\n");
         write(
@@ -234,10 +280,10 @@ mod tests {
             "memory.stat",
             "inactive_file 0\ntotal_inactive_file 0\n",
         );
-        assert_eq!(host.cgroup_pool(group, 400).unwrap(), 10_000 - 600);
+        assert_eq!(pool().unwrap(), 10_000 - 600);
         write(group, "memory.max", "8192000\n");
         write(group, "memory.current", "4096\n");
-        assert_eq!(host.cgroup_pool(group, 400).unwrap(), 2_000);
+        assert_eq!(pool().unwrap(), 2_000);
     }
 
     #[test]
@@ -245,7 +291,7 @@ mod tests {
         let (_proc, host) = host();
         let directory = tempfile::tempdir().unwrap();
         let group = directory.path();
-        let pool = || host.cgroup_pool(group, 1_000).unwrap();
+        let pool = || host.cgroup_room(group).unwrap().pool(1_000);
         // VMs have 1,000 pages, of which 100 are in swap. Others have 200. Page cache fills the group.
         write(group, "memory.limit_in_bytes", "40960000\n");
         write(group, "memory.usage_in_bytes", "40960000\n");
@@ -271,9 +317,7 @@ mod tests {
         let group = directory.path();
         write(group, "memory.stat", "");
         let is_refused = || {
-            let error = host
-                .cgroup_pool(group, 0)
-                .map_err(|error| error.to_string());
+            let error = host.cgroup_room(group).map_err(|error| error.to_string());
             error.is_err_and(|error| error.contains("has no limit"))
         };
         for (limit, usage, none) in [

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::balloon::{Balloon, Change, Outcome};
 use crate::daemon::Connection;
 use crate::qemu::{Monitor, Past};
-use crate::resident::{Memory, of_process};
+use crate::resident::Memory;
 
 /// Where a balloon device is controlled.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,7 +80,7 @@ impl Link {
         let files = memory.resident(pid, all);
         match self {
             Self::Daemon(_) => files,
-            Self::Qemu(_) => files.or_else(|| of_process(pid)),
+            Self::Qemu(_) => files.or_else(|| memory.of_process(pid)),
         }
     }
 

@@ -31,6 +31,7 @@ mod config;
 mod control;
 mod daemon;
 mod host;
+mod known;
 mod lines;
 mod link;
 mod man;

@@ -2,7 +2,7 @@
 
 //! The manager: observes the host and its VMs, asks the policy, and sends its targets.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,68 +16,20 @@ use tokio::time::Instant;
 use crate::balloon::{Tenure, Terms};
 use crate::config::{Config, PAGE};
 use crate::host::Host;
+use crate::known::Known;
 use crate::link::Place;
 use crate::record::{Line, Record};
 use crate::reservations::{Lease, use_reservation};
 use crate::state::{State, is_busy};
 use crate::status::{Counts, Past, Reserved, Status, VmStatus};
 use crate::text;
-use crate::vm::{self, Handle, Order};
+use crate::vm::{self, Order};
 
 /// How long the manager waits at its start for the daemons that it has found: what they have given is not known before.
 const FIRST_REPORTS: Duration = Duration::from_secs(3);
 
 /// How many actions of a VM are kept for explanations.
 const HISTORY: usize = 20;
-
-/// A VM and its tasks.
-#[derive(Debug)]
-struct Known {
-    name: String,
-    place: Place,
-    handle: Handle,
-    state: Option<State>,
-    /// Since when the daemon of a running VM has not answered.
-    lost: Option<Instant>,
-    /// The VM as it was known last. It counts while its daemon has a new process that does not know the memory yet.
-    vm: Option<Vm>,
-    account: Option<Account>,
-    history: VecDeque<Past>,
-    raises: u64,
-    cuts: u64,
-    /// In observe mode: the newest action.
-    observed: u64,
-}
-
-impl Known {
-    /// Takes the newest state. Returns the one before.
-    fn replace(&mut self, state: State) -> Option<State> {
-        match (state.reachable, state.balloon.connected) {
-            (true, true) => self.lost = None,
-            (false, true) => self.lost = self.lost.or_else(|| Some(Instant::now())),
-            // VMs connect to a new daemon again.
-            (_, false) => {}
-        }
-        self.state.replace(state)
-    }
-
-    /// Whether the VM may run although its daemon does not know it, or has gone: the daemon restarts. With QEMU's own
-    /// device the VM ends as well.
-    fn is_awaited(&self, time: Duration) -> bool {
-        matches!(self.place, Place::Daemon(_))
-            && self.lost.is_some_and(|lost| lost.elapsed() < time)
-    }
-
-    /// The VM's socket is missing, or is none of the configuration any more. Returns whether the VM may run on without it.
-    fn lose(&mut self, place: &Place, time: Duration) -> bool {
-        let runs = |state: &State| state.balloon.connected;
-        if self.state.as_ref().is_some_and(runs) {
-            self.lost.get_or_insert_with(Instant::now);
-        }
-        let (Place::Daemon(path) | Place::Qemu(path)) = place;
-        !path.exists() && self.is_awaited(time)
-    }
-}
 
 pub(crate) struct Manager {
     config: Config,
@@ -155,22 +107,7 @@ impl Manager {
             log::info!(vm:% = name; "{name}: found at {place}");
             let handle = vm::start(id, place.clone(), self.epoch, self.reports.clone());
             self.places.insert(place.clone(), id);
-            self.vms.insert(
-                id,
-                Known {
-                    name,
-                    place,
-                    handle,
-                    state: None,
-                    lost: None,
-                    vm: None,
-                    account: None,
-                    history: VecDeque::new(),
-                    raises: 0,
-                    cuts: 0,
-                    observed: 0,
-                },
-            );
+            self.vms.insert(id, Known::new(name, place, handle));
         }
     }
 
@@ -188,6 +125,9 @@ impl Manager {
         let waits = self.leases.iter().any(|lease| !lease.admitted);
         self.vms.get_mut(&id).is_some_and(|known| {
             let old = known.replace(state);
+            if self.config.host.pool.is_none() && known.has_new_report() {
+                known.room = self.host.room(&self.config).unwrap_or(known.room);
+            }
             let new = known.state.as_ref();
             let is_at_rest = old
                 .as_ref()
@@ -240,7 +180,10 @@ impl Manager {
         let instant = Instant::now();
         self.leases.retain(|lease| lease.until > instant);
         let (config, leases) = (&self.config, &mut self.leases);
+        let present = self.host.room(config)?;
+        let mut room = present;
         let vms = self.vms.iter_mut().filter_map(|(&id, known)| {
+            known.measure(present);
             let state = known.state.as_ref()?;
             let is_new = known.vm.is_none();
             let may_run = state.balloon.connected || known.is_awaited(config.lease());
@@ -256,11 +199,14 @@ impl Manager {
                 use_reservation(leases, &known.name, vm.memory);
             }
             known.vm = Some(vm);
+            if let (Some(room), Some(then), Some(_)) = (&mut room, known.room, vm.resident) {
+                *room = room.least(then);
+            }
             Some(vm)
         });
         let vms: Vec<_> = vms.collect();
         let resident = vms.iter().filter_map(|vm| vm.resident).sum();
-        let reading = self.host.read(&self.config, now, resident)?;
+        let reading = self.host.read(&self.config, now, room, resident);
         Ok(Observation {
             now,
             pool: reading.pool,
@@ -493,4 +439,154 @@ fn tenure(name: &str, vm: &Vm, account: &Account, config: &Config) -> Tenure {
 fn find(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
     let found = glob::glob(pattern).into_iter().flatten();
     found.filter_map(Result::ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use balloon_policy::{GIB, MIB, Sample};
+    use nix::fcntl::{FallocateFlags, fallocate};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::balloon::Balloon;
+
+    /// A guest with a balloon of this size and no available memory.
+    fn state(memory: Pages, size: Pages, resident: Option<Pages>) -> State {
+        State {
+            balloon: Balloon {
+                memory: Some(memory * PAGE),
+                unusable: 0,
+                connected: true,
+                largest: memory * PAGE,
+                target: size * PAGE,
+                leased: false,
+                claimed: false,
+                notifies: false,
+                lapsed: false,
+                size: size * PAGE,
+                resident: None,
+                granule: PAGE,
+                driver: true,
+                frozen: false,
+                stopped: None,
+            },
+            resident,
+            sample: Some(Sample {
+                taken: 0,
+                free: 0,
+                available: 0,
+                stalls: 0,
+                swapped_in: 0,
+                kills: 0,
+            }),
+            answered: 0,
+            reachable: true,
+        }
+    }
+
+    /// A manager of a measured pool with the VMs 0 and 1, whose sockets do not answer.
+    struct Fixture {
+        directory: tempfile::TempDir,
+        manager: Manager,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path();
+            for vm in ["a", "b"] {
+                fs::create_dir(path.join(vm)).unwrap();
+                File::create(path.join(vm).join("control.sock")).unwrap();
+            }
+            let config = Config {
+                sockets: format!("{}/*/control.sock", path.display()),
+                ..Config::default()
+            };
+            let (reports, _) = mpsc::unbounded_channel();
+            let mut manager = Manager::new(config, false, None, reports);
+            manager.host = Host::new(path);
+            manager.discover();
+            Self { directory, manager }
+        }
+
+        /// The host has this much available memory.
+        fn set_available(&self, pages: Pages) {
+            let kib = pages * 4;
+            let text = format!("MemAvailable: {kib} kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n");
+            fs::write(self.directory.path().join("meminfo"), text).unwrap();
+        }
+
+        /// Decides. Returns the pool.
+        fn step(&mut self) -> Pages {
+            self.manager.step().unwrap();
+            self.manager.last.pool
+        }
+    }
+
+    fn run(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(test);
+    }
+
+    /// The pool and what the second VM gets, which is in need, after the first one has given memory back between its report
+    /// and the decision. It has done so without its balloon, and may use the memory again.
+    fn decide(given: Pages) -> (Pages, Pages) {
+        const ALL: Pages = 128 * MIB;
+        let mut fixture = Fixture::new();
+        fixture.set_available(GIB);
+        let memory = File::from(memfd_create("guest", MFdFlags::empty()).unwrap());
+        let bytes = |pages: Pages| i64::try_from(pages * PAGE).unwrap();
+        fallocate(&memory, FallocateFlags::empty(), 0, bytes(ALL)).unwrap();
+        let pid = std::process::id().try_into().unwrap();
+        let handle = &fixture.manager.vms[&VmId(0)].handle;
+        assert_eq!(handle.find(pid, ALL * PAGE), Some(ALL * PAGE));
+        fixture.manager.report(VmId(0), state(ALL, 0, Some(ALL)));
+        let needy = state(4 * GIB, 4 * GIB - 256 * MIB, None);
+        fixture.manager.report(VmId(1), needy);
+        if given > 0 {
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(&memory, hole, 0, bytes(given)).unwrap();
+        }
+        fixture.set_available(GIB + given);
+        let pool = fixture.step();
+        let past = fixture.manager.vms[&VmId(1)].history.front().unwrap();
+        (pool, 4 * GIB - past.action.target)
+    }
+
+    #[test]
+    fn memory_that_a_vm_gives_back_between_a_report_and_a_decision_is_not_granted() {
+        run(async {
+            let (pool, grant) = decide(0);
+            assert_eq!(pool, GIB + 128 * MIB);
+            assert!(grant > 512 * MIB, "{grant}");
+            assert_eq!(decide(100 * MIB), (pool, grant));
+        });
+    }
+
+    #[test]
+    fn a_pool_with_reported_memory_is_not_larger_than_at_the_report() {
+        run(async {
+            let mut fixture = Fixture::new();
+            fixture.set_available(3 * GIB);
+            let report = |fixture: &mut Fixture, resident| {
+                let vm = state(2 * GIB, 0, Some(resident));
+                fixture.manager.report(VmId(0), vm);
+                fixture.manager.report(VmId(1), state(GIB, 0, None));
+            };
+            report(&mut fixture, 2 * GIB);
+            assert_eq!(fixture.step(), 5 * GIB);
+            // It, or another program, gives memory back, or takes it.
+            fixture.set_available(4 * GIB);
+            assert_eq!(fixture.step(), 5 * GIB);
+            fixture.set_available(2 * GIB);
+            assert_eq!(fixture.step(), 4 * GIB);
+            fixture.set_available(4 * GIB);
+            report(&mut fixture, GIB);
+            assert_eq!(fixture.step(), 5 * GIB);
+        });
+    }
 }

@@ -21,6 +21,8 @@ pub(crate) struct Memory {
     files: Vec<PathBuf>,
     /// The search for the files, and its time.
     last: Option<(i32, u64, Instant)>,
+    /// The process whose memory is that of the VM, which is in no file.
+    process: Option<i32>,
 }
 
 impl Memory {
@@ -38,8 +40,21 @@ impl Memory {
             return None;
         }
         self.last = Some((pid, shared, Instant::now()));
+        self.process = None;
         self.files = find(pid, shared);
         self.blocks(shared)
+    }
+
+    /// The same for a VM whose memory is in no file: all that the process has.
+    pub(crate) fn of_process(&mut self, pid: i32) -> Option<u64> {
+        self.process = Some(pid);
+        of_process(pid)
+    }
+
+    /// The same again, where it was found last.
+    pub(crate) fn again(&self) -> Option<u64> {
+        let (_, shared, _) = self.last?;
+        self.blocks(shared).or_else(|| of_process(self.process?))
     }
 
     fn blocks(&self, shared: u64) -> Option<u64> {
@@ -55,7 +70,7 @@ impl Memory {
 
 /// What a process has of the host's memory, in swap or not, in bytes: the memory of a VM that is in no file, and the
 /// process's own.
-pub(crate) fn of_process(pid: i32) -> Option<u64> {
+fn of_process(pid: i32) -> Option<u64> {
     let status = Process::new(pid).and_then(|process| process.status());
     allocated(&status.ok()?)
 }
@@ -129,7 +144,7 @@ mod tests {
         let mut memory = Memory::default();
         let pid = std::process::id().try_into().unwrap();
         assert_eq!(memory.resident(pid, size), Some(8192));
-        assert_eq!(memory.blocks(size), Some(8192));
+        assert_eq!(memory.again(), Some(8192));
         assert_eq!(memory.blocks(size + 1), None);
         assert_eq!(Memory::default().blocks(0), None);
     }

@@ -6,7 +6,7 @@
 
 use std::future::pending;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use balloon_policy::{Sample, VmId};
@@ -67,6 +67,24 @@ pub(crate) struct Handle {
     pub(crate) pace: watch::Sender<Duration>,
     /// The lease of the VM's targets.
     pub(crate) tenure: watch::Sender<Tenure>,
+    memory: Arc<Mutex<Memory>>,
+}
+
+impl Handle {
+    /// The resident memory now, in bytes, if the manager can look at it.
+    pub(crate) fn resident(&self) -> Option<u64> {
+        lock(&self.memory).again()
+    }
+
+    /// Finds the memory of the VM that shares so many bytes with a process.
+    #[cfg(test)]
+    pub(crate) fn find(&self, pid: i32, shared: u64) -> Option<u64> {
+        lock(&self.memory).resident(pid, shared)
+    }
+}
+
+fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the tasks of the VM with the device at this place. They send what it reports.
@@ -81,6 +99,8 @@ pub(crate) fn start(
     let (tenure, tenures) = watch::channel(Tenure::Unknown);
     let (sample, samples) = watch::channel(None);
     let changed = Arc::new(Notify::new());
+    let memory = Arc::new(Mutex::new(Memory::default()));
+    let shared = Arc::clone(&memory);
     if let Place::Daemon(path) = &place {
         let watch = daemon::Watch {
             path: path.clone(),
@@ -97,7 +117,7 @@ pub(crate) fn start(
             id,
             place,
             epoch,
-            memory: Memory::default(),
+            memory: shared,
             link: None,
             tenure: tenures,
             renewed: None,
@@ -119,6 +139,7 @@ pub(crate) fn start(
         orders,
         pace,
         tenure,
+        memory,
     }
 }
 
@@ -126,7 +147,7 @@ struct Task {
     id: VmId,
     place: Place,
     epoch: Instant,
-    memory: Memory,
+    memory: Arc<Mutex<Memory>>,
     link: Option<Link>,
     tenure: watch::Receiver<Tenure>,
     /// When the manager has set a target, or renewed its lease, the last time.
@@ -356,7 +377,7 @@ impl Task {
             return false;
         };
         let all = state.balloon.memory.unwrap_or(0);
-        let Some(resident) = link.resident(&mut self.memory, all) else {
+        let Some(resident) = link.resident(&mut lock(&self.memory), all) else {
             return false;
         };
         let sample = *self.samples.borrow();
@@ -419,7 +440,7 @@ impl Task {
             return;
         };
         let all = balloon.memory.unwrap_or(0);
-        let resident = link.resident(&mut self.memory, all);
+        let resident = link.resident(&mut lock(&self.memory), all);
         let resident = resident.or(balloon.resident);
         let sample = link.sample(self.epoch).or(*self.samples.borrow());
         self.state = Some(State {
