@@ -18,6 +18,8 @@ pub(crate) struct Balloon {
     pub(crate) unusable: u64,
     /// There is a VM.
     pub(crate) connected: bool,
+    /// The process of the VMM, if the device reports it.
+    pub(crate) vmm: Option<i32>,
     /// The largest target.
     pub(crate) largest: u64,
     pub(crate) target: u64,

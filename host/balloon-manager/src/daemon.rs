@@ -126,6 +126,7 @@ fn balloon(info: &Info) -> Balloon {
             _ => 0,
         },
         connected: info.guest.connected,
+        vmm: info.vmm,
         largest: info
             .memory
             .unwrap_or(u64::MAX)

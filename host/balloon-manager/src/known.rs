@@ -3,6 +3,7 @@
 //! What the manager knows of a VM.
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::time::Duration;
 
 use balloon_policy::{Account, Vm};
@@ -26,6 +27,8 @@ pub(crate) struct Known {
     pub(crate) room: Option<Room>,
     /// Since when the daemon of a running VM has not answered.
     pub(crate) lost: Option<Instant>,
+    /// The process of the VMM, which ran when the daemon reported it.
+    pub(crate) vmm: Option<i32>,
     /// The VM as it was known last. It counts while its daemon has a new process that does not know the memory yet.
     pub(crate) vm: Option<Vm>,
     pub(crate) account: Option<Account>,
@@ -34,6 +37,11 @@ pub(crate) struct Known {
     pub(crate) cuts: u64,
     /// In observe mode: the newest action.
     pub(crate) observed: u64,
+}
+
+/// Whether there is a process with this number.
+fn runs(pid: i32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 impl Known {
@@ -45,6 +53,7 @@ impl Known {
             state: None,
             room: None,
             lost: None,
+            vmm: None,
             vm: None,
             account: None,
             history: VecDeque::new(),
@@ -74,7 +83,10 @@ impl Known {
     /// Takes the newest state. Returns the one before.
     pub(crate) fn replace(&mut self, state: State) -> Option<State> {
         match (state.reachable, state.balloon.connected) {
-            (true, true) => self.lost = None,
+            (true, true) => {
+                self.lost = None;
+                self.vmm = state.balloon.vmm.filter(|&pid| runs(pid));
+            }
             (false, true) => self.lost = self.lost.or_else(|| Some(Instant::now())),
             // VMs connect to a new daemon again.
             (_, false) => {}
@@ -87,6 +99,7 @@ impl Known {
     pub(crate) fn is_awaited(&self, time: Duration) -> bool {
         matches!(self.place, Place::Daemon(_))
             && self.lost.is_some_and(|lost| lost.elapsed() < time)
+            && self.vmm.is_none_or(runs)
     }
 
     /// The VM's socket is missing, or is none of the configuration any more. Returns whether the VM may run on without it.

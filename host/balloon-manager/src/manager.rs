@@ -459,6 +459,7 @@ mod tests {
                 memory: Some(memory * PAGE),
                 unusable: 0,
                 connected: true,
+                vmm: None,
                 largest: memory * PAGE,
                 target: size * PAGE,
                 leased: false,

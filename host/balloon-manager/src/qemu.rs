@@ -182,6 +182,7 @@ impl Monitor {
             // The total that QEMU shows has the balloon in it or not, by what the driver has accepted.
             unusable: 0,
             connected: true,
+            vmm: None,
             largest: self.ram,
             target: self.target.observe(size, Instant::now().into_std()),
             leased: false,

@@ -95,6 +95,7 @@ mod tests {
             memory: Some(4 * GIB),
             unusable: 4 * GIB - total,
             connected: true,
+            vmm: None,
             largest: total,
             target: 3 * GIB,
             leased: false,

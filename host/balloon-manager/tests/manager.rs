@@ -41,6 +41,7 @@ struct State {
     sequence: u64,
     sets: u64,
     resident: Option<u64>,
+    vmm: Option<i32>,
     /// The lease on the target, and whether there was one that has run out.
     lease: Option<Lease>,
     lapsed: bool,
@@ -81,6 +82,7 @@ impl Fake {
             sequence: 0,
             sets: 0,
             resident: None,
+            vmm: None,
             lease: None,
             lapsed: false,
             renewals: 0,
@@ -181,6 +183,7 @@ impl Handler for Fake {
                     size: if state.lies { state.target } else { state.size },
                     held: state.size,
                     resident: state.resident,
+                    vmm: state.vmm,
                     memory,
                     shared: memory,
                     granule: 4096,
@@ -752,6 +755,25 @@ fn a_vm_counts_while_its_daemon_restarts() {
     wait_for("its end", || {
         host.log().contains("web: its socket has gone")
     });
+}
+
+#[test]
+fn a_vm_whose_vmm_has_ended_with_its_daemon_does_not_count() {
+    let mut host = Host::new(&format!("lease = 3600\n{SMALL}"));
+    let web = Fake::new(4 * GIB, GIB);
+    let mut vmm = Command::new("sleep").arg("3600").spawn().unwrap();
+    web.change(|state| state.vmm = Some(vmm.id().try_into().unwrap()));
+    host.add("web", &web);
+    host.run(&[]);
+    wait_for("the charge", || host.charged() > 0);
+    host.servers.clear();
+    wait_for("decisions", || host.log().contains("web/control.sock: "));
+    let before = host.decisions();
+    wait_for("decisions", || host.decisions() > before + 1);
+    assert!(host.charged() > 0);
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
+    wait_for("the end of the charge", || host.charged() == 0);
 }
 
 #[test]

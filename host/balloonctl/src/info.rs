@@ -24,6 +24,9 @@ fn state(info: &Info) -> Table {
         table.set_content_arrangement(ContentArrangement::Dynamic);
         table.set_width(columns);
     }
+    if let Some(vm) = vm(info) {
+        table.add_row(["VM", &vm]);
+    }
     table.add_row(["Balloon", &balloon(info)]);
     if let Some(lease) = lease(info) {
         table.add_row(["Lease", &lease]);
@@ -65,6 +68,13 @@ fn state(info: &Info) -> Table {
         column.set_padding((0, 2));
     }
     table
+}
+
+/// Which VM it is, if that is known.
+fn vm(info: &Info) -> Option<String> {
+    let process = info.vmm.map(|pid| format!("process {pid}"));
+    let parts: Vec<_> = info.name.clone().into_iter().chain(process).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 /// The worker's program and its running time. An older one does not tell its version.

@@ -197,6 +197,8 @@ impl Script {
 /// A guest that has inflated half a GiB, as requested.
 fn info() -> Info {
     Info {
+        name: Some("web".to_owned()),
+        vmm: Some(4711),
         target: GIB / 2,
         size: GIB / 2,
         memory: Some(8 * GIB),
@@ -320,6 +322,7 @@ fn info_shows_the_state() {
     let output = daemon.run(&["info"]);
     succeeds(&output);
     for words in [
+        "web, process 4711",
         "512.00 MiB, as requested",
         "has 8.00 GiB, responded 3 seconds ago",
         "ready, with stats, page-poison",

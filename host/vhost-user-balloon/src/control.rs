@@ -116,6 +116,8 @@ impl Device {
         withheld.extend(inhibited.map(|_| "inhibited".to_owned()));
         let shortfall = state.config.shortfall();
         Info {
+            name: self.name().map(str::to_owned),
+            vmm: self.vmm(),
             target: bytes(state.config.target),
             size: bytes(state.config.actual),
             held: self.held(),

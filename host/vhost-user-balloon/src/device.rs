@@ -406,6 +406,11 @@ impl Device {
         self.settings.name.as_deref()
     }
 
+    /// The process of the connected front end, if that is known.
+    pub fn vmm(&self) -> Option<i32> {
+        self.channel.vmm().filter(|_| self.connected())
+    }
+
     /// The memory in the balloon by the guest's messages, in bytes.
     pub fn held(&self) -> u64 {
         self.held.load(SeqCst)

@@ -752,3 +752,20 @@ fn longest_wait() {
     );
     daemon.end();
 }
+
+#[test]
+fn the_vm_has_a_name_and_a_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let _daemon = start(directory.path(), &["--name", "web"]);
+    let identity = || {
+        let info = info(directory.path());
+        (info.name, info.vmm)
+    };
+    let web = Some("web".to_owned());
+    assert_eq!(identity(), (web.clone(), None));
+    let vmm = inflated(directory.path());
+    let process = std::process::id().try_into().unwrap();
+    assert_eq!(identity(), (web.clone(), Some(process)));
+    drop(vmm);
+    wait_for("the end of the VMM", || identity() == (web.clone(), None));
+}

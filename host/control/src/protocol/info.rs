@@ -12,6 +12,12 @@ use super::counters::Counters;
 /// The state of the balloon and of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Info {
+    /// The name of the VM, if the daemon was given one.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The process of the VMM, as the daemon sees its number. Nothing without a VMM, and if the number is not known.
+    #[serde(default)]
+    pub vmm: Option<i32>,
     /// The target, in bytes.
     pub target: u64,
     /// The balloon size as the guest reports it, in bytes.
