@@ -14,6 +14,7 @@ use crate::host::Room;
 use crate::link::Place;
 use crate::state::State;
 use crate::status::Past;
+use crate::text;
 use crate::vm::Handle;
 
 /// A VM and its tasks.
@@ -61,6 +62,12 @@ impl Known {
             cuts: 0,
             observed: 0,
         }
+    }
+
+    /// The cause of the last action.
+    pub(crate) fn cause(&self) -> Option<&'static str> {
+        let past = self.history.front();
+        past.map(|past| text::cause(past.action.cause))
     }
 
     /// Whether the device has just reported the resident memory, at which the manager cannot look.

@@ -379,6 +379,8 @@ impl Manager {
         let vms = self.vms.values().map(|known| VmStatus {
             name: known.name.clone(),
             account: known.account,
+            state: text::state(known.account.as_ref()).to_owned(),
+            cause: known.cause().map(str::to_owned),
             resident: known.state.as_ref().and_then(|state| state.resident),
             last: known.history.front().cloned(),
             raises: known.raises,

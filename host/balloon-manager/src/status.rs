@@ -27,6 +27,10 @@ pub(crate) struct Counts {
 pub(crate) struct VmStatus {
     pub(crate) name: String,
     pub(crate) account: Option<Account>,
+    /// In one or more words.
+    pub(crate) state: String,
+    /// The cause of the last action.
+    pub(crate) cause: Option<String>,
     pub(crate) resident: Option<Pages>,
     pub(crate) last: Option<Past>,
     /// How many targets have given memory to the VM.

@@ -111,8 +111,11 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
     )
 }
 
-/// A VM's state in one or two words.
-fn state(account: &Account) -> &'static str {
+/// A VM's state in one or more words.
+pub(crate) fn state(account: Option<&Account>) -> &'static str {
+    let Some(account) = account else {
+        return "unknown";
+    };
     match (account.pressed, account.spared) {
         (Some(_), _) => "in need",
         (None, Some(reason)) => spared(reason),
@@ -136,26 +139,29 @@ pub(crate) fn top(status: &Status) -> String {
             ""
         }
     );
-    let row = |text: &mut String, cells: [&str; 7]| {
-        let [name, rest @ ..] = cells;
+    let row = |text: &mut String, cells: [&str; 8]| {
+        let [name, rest @ .., cause] = cells;
         let _ = write!(text, "{name:<16}");
         for cell in rest {
             let _ = write!(text, " {cell:>10}");
         }
+        let _ = write!(text, "  {cause}");
         *text = text.trim_end().to_owned();
         text.push('\n');
     };
     row(
         &mut text,
         [
-            "VM", "memory", "grant", "resident", "need", "share", "state",
+            "VM", "memory", "grant", "resident", "need", "share", "state", "cause",
         ],
     );
     for vm in &status.vms {
         let Some(account) = &vm.account else {
-            row(&mut text, [&vm.name, "", "", "", "", "", "unknown"]);
+            row(&mut text, [&vm.name, "", "", "", "", "", &vm.state, ""]);
             continue;
         };
+        // The newest change of the target has it.
+        let cause = vm.cause.as_deref().unwrap_or_default();
         row(
             &mut text,
             [
@@ -165,7 +171,8 @@ pub(crate) fn top(status: &Status) -> String {
                 &vm.resident.map_or_else(String::new, size),
                 &size(account.need),
                 &size(account.share),
-                state(account),
+                &vm.state,
+                cause,
             ],
         );
     }
@@ -187,7 +194,7 @@ pub(crate) fn explain(now: u64, vm: &VmStatus, history: &[Past]) -> String {
                 size(account.grant),
                 size(account.memory),
                 size(account.charge),
-                state(account)
+                vm.state
             );
             let _ = writeln!(text, "{}", numbers(account));
             let _ = writeln!(text, "without a manager it has {}", size(account.fallback));

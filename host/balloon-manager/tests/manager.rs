@@ -510,6 +510,9 @@ fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
     assert!(explained.contains("its grant from"), "{explained}");
     let top = words(&host.ask(&["top"]).stdout);
     assert!(top.contains("pool 6.0 GiB") && top.contains("web"), "{top}");
+    let line = top.lines().find(|line| line.starts_with("web")).unwrap();
+    let causes = ["it has more than its share", "it does not use the memory"];
+    assert!(causes.iter().any(|cause| line.ends_with(cause)), "{top}");
     let metrics = words(&host.ask(&["metrics"]).stdout);
     assert!(
         metrics.contains("balloon_manager_vm_memory_bytes{vm=\"db\"} 4294967296"),

@@ -2,6 +2,7 @@
 
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -197,6 +198,21 @@ pub(crate) enum Command {
     },
     /// Print metrics in Prometheus' text format
     Metrics,
+    /// Run a command of balloon-manager, which moves memory between VMs
+    ///
+    /// top shows the host and its VMs, `explain VM` shows why a VM has the memory that it has, `reserve SIZE`
+    /// reserves memory for a VM that is about to start, and `release ID` ends that. See balloon-manager(1).
+    #[command(disable_help_flag = true)]
+    Auto {
+        /// The command of balloon-manager, and its options
+        #[arg(
+            required = true,
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "ARGS"
+        )]
+        arguments: Vec<OsString>,
+    },
     /// Print completions for a shell
     Completions {
         /// The shell

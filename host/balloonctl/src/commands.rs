@@ -15,7 +15,7 @@ use crate::amount::{Amount, PAGE};
 use crate::cli::{Cli, Command, Hints, Limit, Patience, Place, Target};
 use crate::failure::Failure;
 use crate::output;
-use crate::{info, man, request, stats, top, unused, wait};
+use crate::{info, man, manager, request, stats, top, unused, wait};
 
 /// Executes the command line.
 pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
@@ -45,6 +45,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         } => session.reclaim(min_order, &place, &limit),
         Command::DropCaches { pages, slab, limit } => session.drop_caches(pages, slab, &limit),
         Command::Metrics => session.metrics(),
+        Command::Auto { arguments } => Err(manager::run(&arguments, cli.json)),
         Command::Completions { shell } => completions(shell),
         Command::Man { directory } => man::generate(&directory),
     }

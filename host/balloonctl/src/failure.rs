@@ -117,6 +117,9 @@ pub(crate) enum Failure {
     /// The output cannot be written.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
+    /// The manager's program cannot be run.
+    #[error("cannot run balloon-manager: {0}")]
+    NoManager(io::Error),
     /// Only a terminal can be drawn on.
     #[error("the output is not a terminal")]
     NoTerminal,
@@ -176,6 +179,7 @@ impl Failure {
             Self::Forgotten => "try again, with fewer requests of other clients at the same time",
             Self::Interrupted => "the guest is asked to stop; what it has finished stays in effect",
             Self::Output(_) => "check that the output is on a file system with free space",
+            Self::NoManager(_) => "install the package balloon-manager, which has the program",
             Self::NoTerminal => "use balloonctl info --json or balloonctl metrics for programs",
             Self::File(..) => "name a directory that exists and is writable",
         }
@@ -211,6 +215,7 @@ impl Failure {
             | Self::Ended(_)
             | Self::Forgotten
             | Self::Output(_)
+            | Self::NoManager(_)
             | Self::NoTerminal
             | Self::File(..) => 1,
             Self::Interrupted => 130,

@@ -8,10 +8,12 @@ use clap::Parser;
 
 mod amount;
 mod cli;
+mod columns;
 mod commands;
 mod failure;
 mod info;
 mod man;
+mod manager;
 mod output;
 mod request;
 mod stats;

@@ -16,7 +16,7 @@ use crate::failure::{EXIT_CODES, Failure};
 const SOCKET: &str =
     "The control socket of the VM NAME, for --vm. Only the daemon's user and root can connect.";
 
-const EXAMPLES: [(&str, &str); 8] = [
+const EXAMPLES: [(&str, &str); 9] = [
     (
         "Inflate the balloon to half of the guest's memory, and wait at most a minute:",
         "balloonctl --vm vm1 set 50% --wait --timeout 60",
@@ -41,6 +41,10 @@ const EXAMPLES: [(&str, &str); 8] = [
     (
         "Print the balloon size in bytes:",
         "balloonctl --vm vm1 info --json | jq .size",
+    ),
+    (
+        "Show why balloon-manager has given a VM the memory that it has:",
+        "balloonctl auto explain vm1",
     ),
     (
         "Complete commands and options in bash:",

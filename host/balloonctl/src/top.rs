@@ -15,13 +15,15 @@ use indicatif::HumanBytes;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style, Stylize};
-use ratatui::text::{Line, Text};
+use ratatui::text::Line;
 use ratatui::widgets::{
     Block, Cell, Paragraph, RenderDirection, Row, Sparkline, Table, TableState,
 };
 use ratatui::{DefaultTerminal, Frame};
 
+use crate::columns::{AMOUNT, COLUMNS, Column, Content, MANAGED_COLUMNS};
 use crate::failure::Failure;
+use crate::manager::{self, ByName, Managed};
 use crate::stats::amount;
 
 /// The longest delay of a key's effect.
@@ -35,9 +37,6 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// The length of a balloon's history.
 const HISTORY: usize = 512;
-
-/// The width of an amount, with its unit and the separator.
-const AMOUNT: u16 = 11;
 
 /// How wide the statistics of one VM are: names, values and rates.
 const STATISTICS: u16 = 14 + 2 * (AMOUNT + 1);
@@ -134,28 +133,41 @@ impl Vm {
         Rate::new(value(before)?, value(now)?, time)
     }
 
-    fn row(&self) -> Row<'static> {
+    /// The cells of these columns.
+    fn row(&self, columns: &[Column], managed: Option<&Managed>) -> Row<'static> {
         let Ok((look, _)) = &self.looks else {
             return Row::new([self.name.clone()]).style(Color::Red);
         };
-        let info = &look.info;
-        let bytes = |bytes: Option<u64>| bytes.map(|bytes| HumanBytes(bytes).to_string());
-        let cells = [
-            bytes(info.memory),
-            bytes(Some(info.size)),
-            bytes(Some(info.target)),
-            bytes(look.stat(Stat::AvailableMemory)),
-            self.rate(|look| Some(look.info.size))
-                .map(|rate| rate.show(Unit::Bytes)),
-            self.rate(|look| Some(look.info.counters.discarded))
-                .map(|rate| rate.show(Unit::Bytes)),
-        ];
-        let cells =
-            cells.map(|cell| Cell::new(Text::from(cell.unwrap_or_default()).right_aligned()));
-        let row = Row::new([Cell::new(self.name.clone())].into_iter().chain(cells));
-        match info.is_reached() {
+        let cells = columns.iter().map(|column| {
+            let cell = self.cell(column.content, look, managed);
+            column.align(cell.unwrap_or_default())
+        });
+        let row = Row::new(cells.map(Cell::new));
+        match look.info.is_reached() {
             true => row,
             false => row.style(Color::Yellow),
+        }
+    }
+
+    fn cell(&self, content: Content, look: &Look, managed: Option<&Managed>) -> Option<String> {
+        let info = &look.info;
+        let bytes = |bytes: u64| Some(HumanBytes(bytes).to_string());
+        match content {
+            Content::Name => Some(self.name.clone()),
+            Content::Memory => info.memory.and_then(bytes),
+            Content::Balloon => bytes(info.size),
+            Content::Target => bytes(info.target),
+            Content::Available => look.stat(Stat::AvailableMemory).and_then(bytes),
+            Content::BalloonRate => self
+                .rate(|look| Some(look.info.size))
+                .map(|rate| rate.show(Unit::Bytes)),
+            Content::DiscardRate => self
+                .rate(|look| Some(look.info.counters.discarded))
+                .map(|rate| rate.show(Unit::Bytes)),
+            Content::Grant => managed?.grant().map(|bytes| bytes.to_string()),
+            Content::Demand => managed?.demand().map(|bytes| bytes.to_string()),
+            Content::State => Some(managed?.state.clone()),
+            Content::Cause => managed?.cause.clone(),
         }
     }
 
@@ -216,6 +228,8 @@ fn shown() -> impl Iterator<Item = Stat> {
 /// The whole display.
 struct Top {
     vms: Vec<Vm>,
+    /// The VMs of the manager, if it runs.
+    managed: ByName,
     table: TableState,
 }
 
@@ -223,6 +237,7 @@ impl Top {
     fn new(sockets: &[PathBuf]) -> Self {
         Self {
             vms: sockets.iter().map(|socket| Vm::new(socket)).collect(),
+            managed: ByName::new(),
             table: TableState::new().with_selected(0),
         }
     }
@@ -238,38 +253,24 @@ impl Top {
         .areas(frame.area());
         self.draw_table(frame, table);
         if let Some(vm) = self.table.selected().and_then(|index| self.vms.get(index)) {
-            draw_details(vm, frame, details);
+            draw_details(vm, self.managed.get(&vm.name), frame, details);
         }
         frame.render_widget(Line::from(" ↑ ↓ another VM   q quit").dim(), help);
     }
 
     fn draw_table(&mut self, frame: &mut Frame<'_>, area: Rect) {
-        let header = [
-            "VM",
-            "Memory",
-            "Balloon",
-            "Target",
-            "Available",
-            "Balloon/s",
-            "Given back/s",
-        ];
-        let header = header
-            .into_iter()
-            .enumerate()
-            .map(|(column, name)| match column {
-                0 => Text::from(name),
-                _ => Text::from(name).right_aligned(),
-            });
-        let widths = [
-            Constraint::Fill(1),
-            Constraint::Length(AMOUNT),
-            Constraint::Length(AMOUNT),
-            Constraint::Length(AMOUNT),
-            Constraint::Length(AMOUNT),
-            Constraint::Length(AMOUNT + 2),
-            Constraint::Length(AMOUNT + 2),
-        ];
-        let table = Table::new(self.vms.iter().map(Vm::row), widths)
+        let columns = match self.managed.is_empty() {
+            true => &COLUMNS,
+            false => &MANAGED_COLUMNS,
+        };
+        let header = columns
+            .iter()
+            .map(|column| column.align(column.header.to_owned()));
+        let rows = self.vms.iter().map(|vm| {
+            let managed = self.managed.get(&vm.name);
+            vm.row(columns, managed)
+        });
+        let table = Table::new(rows, columns.iter().map(|column| column.width))
             .column_spacing(0)
             .header(Row::new(header).style(Modifier::BOLD))
             .row_highlight_style(Modifier::REVERSED);
@@ -277,8 +278,12 @@ impl Top {
     }
 }
 
-fn draw_details(vm: &Vm, frame: &mut Frame<'_>, area: Rect) {
-    let block = Block::bordered().title(format!(" {}: {} ", vm.name, vm.state()));
+fn draw_details(vm: &Vm, managed: Option<&Managed>, frame: &mut Frame<'_>, area: Rect) {
+    let mut title = format!(" {}: {} ", vm.name, vm.state());
+    if let Some(cause) = managed.and_then(|vm| vm.cause.as_ref()) {
+        title += &format!("({cause}) ");
+    }
+    let block = Block::bordered().title(title);
     let inside = block.inner(area);
     frame.render_widget(block, area);
     let [history, statistics] =
@@ -309,6 +314,13 @@ fn draw_details(vm: &Vm, frame: &mut Frame<'_>, area: Rect) {
     frame.render_widget(Paragraph::new(vm.statistics()), statistics);
 }
 
+/// What the threads report.
+enum Message {
+    /// The state of the VM with this number.
+    Look(usize, Box<Result<Look, ClientError>>),
+    Managed(ByName),
+}
+
 /// Shows the VMs of these control sockets until the user quits.
 ///
 /// # Errors
@@ -323,8 +335,17 @@ pub(crate) fn run(sockets: &[PathBuf], interval: Duration) -> Result<(), Failure
         let sender = sender.clone();
         // A daemon that hangs does not delay the display of other VMs. The thread ends with the
         // process.
-        thread::spawn(move || watch(&socket, |look| sender.send((index, look)).is_ok()));
+        thread::spawn(move || {
+            watch(&socket, |look| {
+                sender.send(Message::Look(index, Box::new(look))).is_ok()
+            });
+        });
     }
+    thread::spawn(move || {
+        manager::watch(Path::new(manager::SOCKET), |vms| {
+            sender.send(Message::Managed(vms)).is_ok()
+        });
+    });
     let mut terminal = ratatui::try_init()?;
     let result = show(&mut terminal, Top::new(sockets), &news, interval);
     ratatui::try_restore()?;
@@ -373,13 +394,18 @@ fn follow(
 fn show(
     terminal: &mut DefaultTerminal,
     mut top: Top,
-    news: &Receiver<(usize, Result<Look, ClientError>)>,
+    news: &Receiver<Message>,
     interval: Duration,
 ) -> io::Result<()> {
     loop {
-        for (index, look) in news.try_iter() {
-            if let Some(vm) = top.vms.get_mut(index) {
-                vm.update(look, interval);
+        for message in news.try_iter() {
+            match message {
+                Message::Look(index, look) => {
+                    if let Some(vm) = top.vms.get_mut(index) {
+                        vm.update(*look, interval);
+                    }
+                }
+                Message::Managed(vms) => top.managed = vms,
             }
         }
         terminal.draw(|frame| top.draw(frame))?;
@@ -501,6 +527,38 @@ mod tests {
             lines[6].contains("db: the daemon has closed the connection"),
             "{lines:#?}"
         );
+    }
+
+    #[test]
+    fn a_managed_vm_has_its_grant_and_the_cause() {
+        let mut top = Top::new(&["/run/web.sock", "/run/db.sock"].map(PathBuf::from));
+        for vm in &mut top.vms {
+            vm.update(Ok(look(2, GIB)), INTERVAL);
+        }
+        assert!(screen(&mut top)[0].contains("Target"));
+        top.managed = manager::example("web");
+        let lines = screen(&mut top);
+        for (line, parts) in [
+            (0, &["Balloon", "Grant", "Demand", " State", " Cause"][..]),
+            (
+                1,
+                &[
+                    "web",
+                    "1.00 GiB",
+                    "3.00 GiB",
+                    "2.00 GiB",
+                    " contended",
+                    " others",
+                ],
+            ),
+            (6, &["web: 1.00 GiB of 6.00 GiB (others need the memory)"]),
+        ] {
+            for part in parts {
+                assert!(lines[line].contains(part), "{part}: {lines:#?}");
+            }
+        }
+        // The manager does not know it.
+        assert!(lines[2].trim_end().ends_with("2.00 MiB"), "{lines:#?}");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::mem::discriminant;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -693,6 +693,29 @@ fn the_other_commands_say_what_they_should() {
         stdout(&metrics),
         "# TYPE balloon_size_bytes gauge\nballoon_size_bytes 0\n"
     );
+}
+
+/// The environment has a socket of a daemon, which the manager does not need.
+#[test]
+fn auto_runs_the_manager() {
+    let directory = tempfile::tempdir().unwrap();
+    let auto = |arguments: &[&str]| {
+        balloonctl(Path::new("/no/socket"), arguments)
+            .env("PATH", directory.path())
+            .output()
+            .unwrap()
+    };
+    let arguments = ["auto", "reserve", "8GiB", "--vm", "db", "--json"];
+    fails(&auto(&arguments), 1, "cannot run balloon-manager");
+    let program = directory.path().join("balloon-manager");
+    fs::write(&program, "#!/bin/sh\necho \"$@\"; exit 4\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+    let output = auto(&arguments);
+    assert_eq!(stdout(&output), "reserve 8GiB --vm db --json\n");
+    assert_eq!(output.status.code(), Some(4));
+    assert_eq!(stdout(&auto(&["auto", "--help"])), "--help\n");
+    assert_eq!(stdout(&auto(&["--json", "auto", "top"])), "top --json\n");
+    assert_eq!(auto(&["auto"]).status.code(), Some(2));
 }
 
 #[test]

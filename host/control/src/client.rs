@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::unistd::{Uid, User};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
@@ -138,9 +139,9 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// The daemon refuses it, or the connection fails. After a failure the connection stays closed, so
+    /// The daemon, or balloon-manager, refuses it, or the connection fails. After a failure the connection stays closed, so
     /// that a late answer is not mistaken for that of the next request.
-    pub fn call(&mut self, request: &Request) -> Result<Answer, ClientError> {
+    pub fn call(&mut self, request: &impl Serialize) -> Result<Answer, ClientError> {
         let reply = self.exchange(request).inspect_err(|_| {
             // The connection is useless now, whether this succeeds or not.
             let _ = self.stream.get_ref().shutdown(Shutdown::Both);
@@ -167,7 +168,7 @@ impl Client {
         })
     }
 
-    fn exchange(&mut self, request: &Request) -> Result<Reply<Box<RawValue>>, ClientError> {
+    fn exchange(&mut self, request: &impl Serialize) -> Result<Reply<Box<RawValue>>, ClientError> {
         let mut line =
             serde_json::to_vec(request).map_err(|error| ClientError::Garbled(error.to_string()))?;
         line.push(b'\n');
