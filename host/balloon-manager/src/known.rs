@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use crate::config::PAGE;
 use crate::host::Room;
 use crate::link::Place;
+use crate::savings::Proposal;
 use crate::state::State;
 use crate::status::Past;
 use crate::text;
@@ -36,8 +37,9 @@ pub(crate) struct Known {
     pub(crate) history: VecDeque<Past>,
     pub(crate) raises: u64,
     pub(crate) cuts: u64,
-    /// In observe mode: the newest action.
+    /// In observe mode: the newest action, and its target.
     pub(crate) observed: u64,
+    pub(crate) proposal: Option<Proposal>,
 }
 
 /// Whether there is a process with this number.
@@ -61,6 +63,7 @@ impl Known {
             raises: 0,
             cuts: 0,
             observed: 0,
+            proposal: None,
         }
     }
 
@@ -84,6 +87,15 @@ impl Known {
         if let Some(bytes) = self.handle.resident() {
             state.resident = Some(bytes / PAGE);
             self.room = room;
+        }
+    }
+
+    /// The VM as it would be if the manager did not only observe.
+    pub(crate) fn proposed(&mut self, vm: Vm) -> Vm {
+        self.proposal = self.proposal.filter(|proposal| proposal.of == vm.target);
+        match self.proposal {
+            Some(proposal) if vm.driver => proposal.apply(vm),
+            _ => vm,
         }
     }
 

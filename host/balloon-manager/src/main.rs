@@ -42,6 +42,7 @@ mod qemu_target;
 mod record;
 mod reservations;
 mod resident;
+mod savings;
 mod state;
 mod status;
 mod text;
@@ -69,7 +70,7 @@ enum Command {
         /// Read this file, and neither /etc/balloon-manager/config.toml nor drop-ins
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
-        /// Set no target, and log what would be done
+        /// Set no target, and report what would be done and saved
         #[arg(long)]
         observe: bool,
         /// Write each decision to this file
@@ -273,7 +274,10 @@ async fn run(
     log::info!("managing with the profile {:?}", manager.profile());
     manage(&mut manager, path, reported, called).await?;
     notify(&[NotifyState::Stopping]);
-    log::info!("ending; targets stay until their leases run out");
+    match manager.savings() {
+        Some(savings) => log::info!("the host would have saved {savings}"),
+        None => log::info!("ending; targets stay until their leases run out"),
+    }
     Ok(())
 }
 

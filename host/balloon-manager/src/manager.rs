@@ -20,6 +20,7 @@ use crate::known::Known;
 use crate::link::Place;
 use crate::record::{Line, Record};
 use crate::reservations::{Lease, use_reservation};
+use crate::savings::{Proposal, Savings};
 use crate::state::{State, is_busy};
 use crate::status::{Counts, Past, Reserved, Status, VmStatus};
 use crate::text;
@@ -49,6 +50,7 @@ pub(crate) struct Manager {
     charged: Pages,
     record: Option<Record>,
     counts: Counts,
+    savings: Savings,
     /// Floors that do not fit are reported once.
     complained: Option<Refusal>,
 }
@@ -77,6 +79,7 @@ impl Manager {
             charged: 0,
             record,
             counts: Counts::default(),
+            savings: Savings::default(),
             complained: None,
         }
     }
@@ -164,6 +167,11 @@ impl Manager {
         for lease in self.leases.iter_mut().filter(admitted) {
             lease.admit(Instant::now());
         }
+        if self.observe {
+            let vms = observation.vms.iter();
+            let both = vms.filter_map(|vm| Some((self.vms.get(&vm.id)?.vm.as_ref()?, vm)));
+            self.savings.update(observation.now, both);
+        }
         self.tell_tasks(&observation, &decision);
         self.act(&observation, &decision);
         self.charged = decision.charged;
@@ -181,7 +189,7 @@ impl Manager {
         self.leases.retain(|lease| lease.until > instant);
         let (config, leases) = (&self.config, &mut self.leases);
         let present = self.host.room(config)?;
-        let mut room = present;
+        let (mut room, mut resident) = (present, 0);
         let vms = self.vms.iter_mut().filter_map(|(&id, known)| {
             known.measure(present);
             let state = known.state.as_ref()?;
@@ -202,10 +210,10 @@ impl Manager {
             if let (Some(room), Some(then), Some(_)) = (&mut room, known.room, vm.resident) {
                 *room = room.least(then);
             }
-            Some(vm)
+            resident += vm.resident.unwrap_or(0);
+            Some(known.proposed(vm))
         });
         let vms: Vec<_> = vms.collect();
-        let resident = vms.iter().filter_map(|vm| vm.resident).sum();
         let reading = self.host.read(&self.config, now, room, resident);
         Ok(Observation {
             now,
@@ -275,6 +283,10 @@ impl Manager {
             *of_vm += 1;
             if self.observe {
                 known.observed = action.number;
+                known.proposal = known.vm.map(|vm| Proposal {
+                    target: action.target,
+                    of: vm.target,
+                });
                 continue;
             }
             let order = Order {
@@ -392,6 +404,7 @@ impl Manager {
             pool: self.last.pool,
             reserve: self.last.reserve,
             charged: self.charged,
+            saved: self.savings.pages,
             reserved: self
                 .leases
                 .iter()
@@ -411,6 +424,11 @@ impl Manager {
     /// Whether the pool and the VMs are known.
     pub(crate) const fn has_begun(&self) -> bool {
         self.has_begun
+    }
+
+    /// In observe mode: what the host would have saved.
+    pub(crate) fn savings(&self) -> Option<Savings> {
+        self.observe.then_some(self.savings)
     }
 
     pub(crate) const fn counts(&self) -> Counts {

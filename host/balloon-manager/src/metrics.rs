@@ -76,6 +76,11 @@ fn pool(metrics: &mut Exposition, status: &Status) {
             "Memory for VMs that are about to start.",
             status.reserved,
         ),
+        (
+            "observed_savings_bytes",
+            "Memory that the host would not give to VMs if the manager did not only observe.",
+            status.saved,
+        ),
     ] {
         metrics.one("gauge", name, help, pages.saturating_mul(PAGE));
     }

@@ -48,6 +48,8 @@ pub(crate) struct Status {
     pub(crate) reserve: Pages,
     pub(crate) charged: Pages,
     pub(crate) reserved: Pages,
+    /// In observe mode: how much less the host would give to the VMs.
+    pub(crate) saved: Pages,
     pub(crate) vms: Vec<VmStatus>,
 }
 

@@ -133,10 +133,9 @@ pub(crate) fn top(status: &Status) -> String {
         size(status.charged),
         size(status.reserved),
         size(status.pool.saturating_sub(status.charged)),
-        if status.observe {
-            ", observing only"
-        } else {
-            ""
+        match status.observe {
+            true => format!(", observing only: would save {}", size(status.saved)),
+            false => String::new(),
         }
     );
     let row = |text: &mut String, cells: [&str; 8]| {

@@ -1000,9 +1000,24 @@ fn observing_sets_no_target() {
     wait_for("decisions", || {
         host.log().contains("web: would set its grant from 4.0 GiB")
     });
-    let infos = web.get().infos;
-    wait_for("answers", || web.get().infos > infos + 2);
+    wait_for("memory for all", || {
+        let top = words(&host.ask(&["top"]).stdout);
+        // Each of them uses 1 of 4 GiB.
+        top.contains("observing only: would save 5.")
+    });
+    let metrics = words(&host.ask(&["metrics"]).stdout);
+    let savings = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("balloon_manager_observed_savings_bytes "));
+    assert!(savings.unwrap().parse::<u64>().unwrap() > 5 * GIB);
+    // What it would have set counts as set, and is not proposed again.
+    let before = host.decisions();
+    wait_for("decisions", || host.decisions() > before + 12);
     assert_eq!((web.get().sets, db.get().sets), (0, 0));
+    host.end();
+    let log = host.log();
+    assert!(log.matches("web: would set").count() <= 2, "{log}");
+    assert!(log.contains("the host would have saved "), "{log}");
 }
 
 #[test]
