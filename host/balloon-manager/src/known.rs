@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon_policy::{Account, Vm};
+use balloon_policy::{Account, Millis, Vm};
 use tokio::time::Instant;
 
 use crate::config::PAGE;
@@ -17,6 +17,7 @@ use crate::state::State;
 use crate::status::Past;
 use crate::text;
 use crate::vm::Handle;
+use crate::waits::Wait;
 
 /// A VM and its tasks.
 #[derive(Debug)]
@@ -34,6 +35,7 @@ pub(crate) struct Known {
     /// The VM as it was known last. It counts while its daemon has a new process that does not know the memory yet.
     pub(crate) vm: Option<Vm>,
     pub(crate) account: Option<Account>,
+    pub(crate) wait: Option<Wait>,
     pub(crate) history: VecDeque<Past>,
     pub(crate) raises: u64,
     pub(crate) cuts: u64,
@@ -59,6 +61,7 @@ impl Known {
             vmm: None,
             vm: None,
             account: None,
+            wait: None,
             history: VecDeque::new(),
             raises: 0,
             cuts: 0,
@@ -88,6 +91,18 @@ impl Known {
             state.resident = Some(bytes / PAGE);
             self.room = room;
         }
+    }
+
+    /// Follows the guest's wait for memory. Returns how long one was that has ended with the memory.
+    pub(crate) fn follow_wait(
+        &mut self,
+        vm: Option<(&Vm, &Account)>,
+        now: Millis,
+    ) -> Option<Millis> {
+        let (vm, account) = vm?;
+        let ended;
+        (self.wait, ended) = Wait::follow(self.wait, vm, account, now);
+        ended
     }
 
     /// The VM as it would be if the manager did not only observe.

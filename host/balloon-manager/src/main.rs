@@ -47,6 +47,7 @@ mod state;
 mod status;
 mod text;
 mod vm;
+mod waits;
 
 /// Moves memory between the VMs of a host
 ///

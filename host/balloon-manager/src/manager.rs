@@ -25,6 +25,7 @@ use crate::state::{State, is_busy};
 use crate::status::{Counts, Past, Reserved, Status, VmStatus};
 use crate::text;
 use crate::vm::{self, Order};
+use crate::waits::Waits;
 
 /// How long the manager waits at its start for the daemons that it has found: what they have given is not known before.
 const FIRST_REPORTS: Duration = Duration::from_secs(3);
@@ -51,6 +52,7 @@ pub(crate) struct Manager {
     record: Option<Record>,
     counts: Counts,
     savings: Savings,
+    waits: Waits,
     /// Floors that do not fit are reported once.
     complained: Option<Refusal>,
 }
@@ -80,6 +82,7 @@ impl Manager {
             record,
             counts: Counts::default(),
             savings: Savings::default(),
+            waits: Waits::default(),
             complained: None,
         }
     }
@@ -232,7 +235,12 @@ impl Manager {
             let account = decision.accounts.iter().find(|account| account.vm == id);
             // A VM that has ended has none.
             known.account = account.copied();
-            let tenure = match vm.zip(account).filter(|_| !self.observe) {
+            // A balloon that is only observed follows at once.
+            let real = vm.zip(account).filter(|_| !self.observe);
+            if let Some(time) = known.follow_wait(real, observation.now) {
+                self.waits.add(time);
+            }
+            let tenure = match real {
                 Some((vm, account)) => tenure(&known.name, vm, account, &self.config),
                 None => Tenure::Unknown,
             };
@@ -429,6 +437,10 @@ impl Manager {
     /// In observe mode: what the host would have saved.
     pub(crate) fn savings(&self) -> Option<Savings> {
         self.observe.then_some(self.savings)
+    }
+
+    pub(crate) const fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     pub(crate) const fn counts(&self) -> Counts {

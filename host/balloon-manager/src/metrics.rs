@@ -51,6 +51,7 @@ pub(crate) fn text(manager: &Manager) -> String {
     pool(&mut metrics, &status);
     vms(&mut metrics, &status.vms);
     counts(&mut metrics, manager.counts());
+    manager.waits().show(&mut metrics);
     metrics.into_text()
 }
 

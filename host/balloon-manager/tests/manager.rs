@@ -524,6 +524,10 @@ fn memory_moves_to_the_guest_that_needs_it_and_the_recording_replays() {
         let line = lines.find(|line| line.contains(counter)).unwrap();
         assert!(!line.ends_with(" 0"), "{line}");
     }
+    // They have waited for it.
+    let mut lines = metrics.lines();
+    let count = lines.find_map(|line| line.strip_prefix("balloon_manager_need_seconds_count "));
+    assert!(count.unwrap().parse::<u64>().unwrap() >= 1, "{metrics}");
     // Each metric is in the document.
     for line in metrics.lines() {
         if let Some(head) = line.strip_prefix("# TYPE ") {

@@ -2,7 +2,7 @@
 
 //! Prometheus' text exposition format, version 0.0.4.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// The text of some metrics, which grows by one line after the other.
 #[derive(Clone, Debug)]
@@ -38,7 +38,7 @@ impl Exposition {
     }
 
     /// Adds a sample of the metric, with a label of its own if it has one.
-    pub fn sample(&mut self, name: &str, label: Option<(&str, &str)>, value: u64) {
+    pub fn sample(&mut self, name: &str, label: Option<(&str, &str)>, value: impl Display) {
         let own = label.map(|(label, value)| pair(label, value));
         let labels: Vec<_> = self.labels.iter().chain(&own).map(String::as_str).collect();
         let labels = match labels.as_slice() {
