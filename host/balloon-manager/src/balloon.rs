@@ -31,6 +31,10 @@ pub(crate) struct Balloon {
     pub(crate) notifies: bool,
     /// The target is that after a lease that has run out.
     pub(crate) lapsed: bool,
+    /// By how much the device may still lower the target by itself, if it ever does.
+    pub(crate) release: Option<u64>,
+    /// By how much it has since the target was set.
+    pub(crate) released: u64,
     /// What of the VM's memory is in the balloon, and with the host.
     pub(crate) size: u64,
     /// What the host has given to the VM, if the device reports it.
@@ -80,6 +84,8 @@ pub(crate) struct Change {
     pub(crate) before: u64,
     pub(crate) target: u64,
     pub(crate) terms: Option<Terms>,
+    /// By how much the device may lower the target by itself. Nothing leaves the present allowance.
+    pub(crate) release: Option<u64>,
 }
 
 /// What has become of a target that was sent.

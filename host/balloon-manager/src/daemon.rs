@@ -78,6 +78,7 @@ impl Connection {
             lease: change.terms.map(|terms| milliseconds(terms.time)),
             fallback: change.terms.map(|terms| terms.fallback),
             owner: change.terms.map(|_| OWNER.to_owned()),
+            release: change.terms.and(change.release),
         };
         match self.call(&request, ANSWER).await {
             Ok(Nothing {}) => Ok(Outcome::Set),
@@ -136,6 +137,8 @@ fn balloon(info: &Info) -> Balloon {
         claimed,
         notifies: info.guest.features.iter().any(|name| name == PRESSURE),
         lapsed: info.lapsed,
+        release: info.release,
+        released: info.released,
         // What the device counts, not what the guest reports. Memory that is put into the balloon while the daemon
         // withholds memory is not returned to the host. It stays in the resident memory, if that is known.
         size: match withheld && info.resident.is_none() {

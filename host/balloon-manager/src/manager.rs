@@ -301,6 +301,7 @@ impl Manager {
                 number: action.number,
                 target: action.target * PAGE,
                 before: action.before * PAGE,
+                release: action.release * PAGE,
             };
             // The task ends only when the VM has gone.
             let _ = known.handle.orders.send(order);
@@ -498,6 +499,8 @@ mod tests {
                 claimed: false,
                 notifies: false,
                 lapsed: false,
+                release: None,
+                released: 0,
                 size: size * PAGE,
                 resident: None,
                 granule: PAGE,

@@ -189,6 +189,8 @@ impl Monitor {
             claimed: false,
             notifies: false,
             lapsed: false,
+            release: None,
+            released: 0,
             size: if boots { 0 } else { size },
             resident: None,
             granule: PAGE,

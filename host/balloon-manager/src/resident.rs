@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
@@ -23,6 +24,11 @@ pub(crate) struct Memory {
     last: Option<(i32, u64, Instant)>,
     /// The process whose memory is that of the VM, which is in no file.
     process: Option<i32>,
+}
+
+/// Takes what a VM's task and the manager share.
+pub(crate) fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Memory {

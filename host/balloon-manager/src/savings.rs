@@ -88,7 +88,7 @@ impl fmt::Display for Savings {
 
 #[cfg(test)]
 mod tests {
-    use balloon_policy::{GIB, MIB, Settings, VmId};
+    use balloon_policy::{GIB, MIB, Release, Settings, VmId};
 
     use super::*;
 
@@ -109,6 +109,7 @@ mod tests {
             answered: 0,
             granule: 1,
             lapsed: false,
+            release: Release::NONE,
             driver: true,
             frozen: false,
             stopped: None,

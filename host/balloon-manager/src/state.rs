@@ -2,7 +2,7 @@
 
 //! What is known of a VM, and what of it a decision follows at once.
 
-use balloon_policy::{Account, MIB, Pages, Sample, Vm, VmId};
+use balloon_policy::{Account, MIB, Pages, Release, Sample, Vm, VmId};
 
 use crate::balloon::Balloon;
 use crate::config::{Config, PAGE};
@@ -63,6 +63,11 @@ impl State {
             answered: self.answered,
             granule: (balloon.granule / PAGE).max(1),
             lapsed: balloon.lapsed,
+            release: Release {
+                offered: balloon.notifies && balloon.release.is_some(),
+                left: balloon.release.unwrap_or(0).div_ceil(PAGE),
+                used: balloon.released / PAGE,
+            },
             driver: balloon.driver,
             frozen: untouchable || balloon.frozen || !self.reachable,
             stopped: balloon.stopped,
@@ -102,6 +107,8 @@ mod tests {
             claimed: false,
             notifies: false,
             lapsed: false,
+            release: None,
+            released: 0,
             size,
             resident: None,
             granule: PAGE,

@@ -6,7 +6,7 @@
 
 use std::future::pending;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use balloon_policy::{Sample, VmId};
@@ -19,7 +19,7 @@ use crate::config::PAGE;
 use crate::daemon;
 use crate::link::{Link, Place};
 use crate::qemu::Past;
-use crate::resident::Memory;
+use crate::resident::{Memory, lock};
 use crate::state::State;
 
 /// How often a VM's statistics and resident memory are read, at rest and while it needs attention.
@@ -43,6 +43,8 @@ pub(crate) struct Order {
     pub(crate) target: u64,
     /// The target that it replaces.
     pub(crate) before: u64,
+    /// By how much the device may lower the target by itself.
+    pub(crate) release: u64,
 }
 
 /// A timer that makes up for no ticks that it has missed.
@@ -81,10 +83,6 @@ impl Handle {
     pub(crate) fn find(&self, pid: i32, shared: u64) -> Option<u64> {
         lock(&self.memory).resident(pid, shared)
     }
-}
-
-fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
-    memory.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the tasks of the VM with the device at this place. They send what it reports.
@@ -234,12 +232,14 @@ impl Task {
 
     /// Sets a target. A device that refuses it has answered.
     async fn set(&mut self, order: Order) -> anyhow::Result<()> {
-        let mut outcome = self.change(order.before, order.target).await?;
+        // An older daemon does not know the field.
+        let release = Some(order.release).filter(|&bytes| bytes > 0);
+        let mut outcome = self.change(order.before, order.target, release).await?;
         if let Outcome::Conflict(target) = outcome {
             // The order before this one may have been lost.
             let doubt = self.doubt.as_ref();
             if doubt.is_some_and(|doubt| doubt.before.contains(&target)) {
-                outcome = self.change(target, order.target).await?;
+                outcome = self.change(target, order.target, release).await?;
             }
         }
         self.settle(order.target, outcome);
@@ -247,13 +247,19 @@ impl Task {
     }
 
     /// Sends a target that replaces the one `before`. Both are in bytes.
-    async fn change(&mut self, before: u64, target: u64) -> anyhow::Result<Outcome> {
+    async fn change(
+        &mut self,
+        before: u64,
+        target: u64,
+        release: Option<u64>,
+    ) -> anyhow::Result<Outcome> {
         let terms = self.tenure.borrow().terms();
         self.renewed = Some(Instant::now());
         let change = Change {
             before,
             target,
             terms,
+            release,
         };
         self.link().await?.set(change).await
     }
@@ -299,7 +305,7 @@ impl Task {
         let Some(target) = self.state.as_ref().map(|state| state.balloon.target) else {
             return;
         };
-        match self.change(target, target).await {
+        match self.change(target, target, None).await {
             Ok(outcome) => self.settle(target, outcome),
             Err(_) => self.link = None,
         }
@@ -431,7 +437,7 @@ impl Task {
         self.failure = None;
         self.resolve(Some(balloon.target));
         self.tell_conflict(&balloon);
-        if self.state.is_none() || balloon.lapsed {
+        if self.state.is_none() || balloon.lapsed || balloon.released > 0 {
             // The manager takes over what it finds, and what the daemon has set without it.
             self.may_have_set(balloon.target);
         }

@@ -92,7 +92,7 @@ impl Waits {
 
 #[cfg(test)]
 mod tests {
-    use balloon_policy::{GIB, Pressure, Settings, VmId};
+    use balloon_policy::{GIB, Pressure, Release, Settings, VmId};
 
     use super::*;
 
@@ -113,6 +113,7 @@ mod tests {
             answered: 0,
             granule: 1,
             lapsed: false,
+            release: Release::NONE,
             driver: true,
             frozen: false,
             stopped: None,

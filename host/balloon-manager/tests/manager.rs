@@ -45,6 +45,9 @@ struct State {
     /// The lease on the target, and whether there was one that has run out.
     lease: Option<Lease>,
     lapsed: bool,
+    /// What the daemon may lower the target by, if it ever does so by itself, and by what it has.
+    release: Option<u64>,
+    released: u64,
     /// How often a lease was renewed with the same target.
     renewals: u64,
     /// The daemon refuses targets.
@@ -85,6 +88,8 @@ impl Fake {
             vmm: None,
             lease: None,
             lapsed: false,
+            release: None,
+            released: 0,
             renewals: 0,
             refuses: false,
             forgetful: false,
@@ -180,6 +185,8 @@ impl Handler for Fake {
                     target: state.target,
                     lease: state.lease.clone(),
                     lapsed: state.lapsed,
+                    release: state.release,
+                    released: state.released,
                     size: if state.lies { state.target } else { state.size },
                     held: state.size,
                     resident: state.resident,
@@ -190,6 +197,11 @@ impl Handler for Fake {
                     guest: Guest {
                         connected: !state.ended,
                         driver: !state.ended,
+                        features: state
+                            .release
+                            .map(|_| "pressure".to_owned())
+                            .into_iter()
+                            .collect(),
                         ..Guest::default()
                     },
                     ..Info::default()
@@ -210,6 +222,7 @@ impl Handler for Fake {
                 lease,
                 fallback,
                 owner,
+                release,
             } => {
                 if bytes != state.target {
                     state.target = state.rival.take().unwrap_or(state.target);
@@ -227,6 +240,12 @@ impl Handler for Fake {
                     owner,
                 });
                 state.lapsed = false;
+                // A daemon that never does so does not know the field.
+                assert!(release.is_none() || state.release.is_some());
+                if bytes != state.target {
+                    state.release = state.release.map(|_| release.unwrap_or(0));
+                    state.released = 0;
+                }
                 state.target = bytes;
                 let most = state.memory.saturating_sub(state.used).max(state.size);
                 state.size = bytes.min(most);
@@ -802,6 +821,38 @@ fn a_vm_that_is_none_of_the_configuration_any_more_goes_at_once() {
     wait_for("its end", || {
         host.log().contains("web: its socket has gone")
     });
+}
+
+#[test]
+fn a_daemon_may_lower_its_target_by_itself() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    web.change(|state| state.release = Some(0));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    wait_for("a release", || web.get().release > Some(0));
+    let of = |guest: &Fake| {
+        let state = guest.get();
+        4 * GIB - state.target + state.release.unwrap_or(0)
+    };
+    // It is charged for what it may take.
+    wait_for("the charges", || {
+        let (web, db) = (of(&web), of(&db));
+        host.charged() == (web + db) / 4096
+    });
+    let charged = host.charged();
+    web.change(|state| {
+        let pages = state.release.replace(0).unwrap();
+        (state.target, state.released) = (state.target - pages, pages);
+        state.size = state.target;
+    });
+    web.1.info();
+    web.wait_for_renewals(2);
+    assert!(web.get().released > 0 || web.get().sets > 1);
+    assert!(host.charged() <= charged);
+    let explained = words(&host.ask(&["explain", "web"]).stdout);
+    assert!(!explained.contains("another program"), "{explained}");
 }
 
 /// Its socket stays. Another QEMU may come.

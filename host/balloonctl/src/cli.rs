@@ -245,6 +245,9 @@ pub(crate) struct Target {
     /// The target after the lease; the target before it if omitted
     #[arg(long, value_name = "SIZE", requires = "lease")]
     pub(crate) fallback: Option<Amount>,
+    /// By how much the daemon may lower the target by itself, once, when the guest notifies it that memory is short
+    #[arg(long, value_name = "SIZE", requires = "lease")]
+    pub(crate) release: Option<Amount>,
     /// The name of the program that takes the lease, for `info`
     #[arg(long, value_name = "NAME", requires = "lease")]
     pub(crate) owner: Option<String>,
@@ -253,7 +256,7 @@ pub(crate) struct Target {
 impl Target {
     /// Whether it depends on how much memory the guest has.
     pub(crate) fn is_relative(&self) -> bool {
-        let sizes = [Some(self.size), self.expect, self.fallback];
+        let sizes = [Some(self.size), self.expect, self.fallback, self.release];
         sizes.into_iter().flatten().any(Amount::is_relative)
     }
 }

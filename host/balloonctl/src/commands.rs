@@ -97,6 +97,7 @@ impl Session {
             lease: target.lease.map(|seconds| u64::from(seconds) * 1000),
             fallback: of(target.fallback)?,
             owner: target.owner.clone(),
+            release: of(target.release)?,
         })?;
         if patience.wait {
             let (answer, took) = wait::wait(client, before.size, patience.timeout())?;

@@ -136,12 +136,21 @@ fn lease(info: &Info) -> Option<String> {
     match &info.lease {
         Some(lease) => {
             let of = lease.owner.as_ref().map(|owner| format!("of {owner}; "));
-            Some(format!(
+            let mut text = format!(
                 "{}ends in {}, and then the target is {}",
                 of.unwrap_or_default(),
                 duration(lease.remaining / 1000),
                 HumanBytes(lease.fallback)
-            ))
+            );
+            for (verb, bytes) in [
+                ("may lower", info.release.unwrap_or(0)),
+                ("has lowered", info.released),
+            ] {
+                if bytes > 0 {
+                    text += &format!("; the daemon {verb} the target by {}", HumanBytes(bytes));
+                }
+            }
+            Some(text)
         }
         None if info.lapsed => Some("has run out: no client has renewed it".to_owned()),
         None => None,

@@ -385,6 +385,7 @@ fn set_names_the_target_that_it_expects() {
             lease: None,
             fallback: None,
             owner: None,
+            release: None,
         };
         assert_eq!(expects(size), request);
     }
@@ -392,10 +393,11 @@ fn set_names_the_target_that_it_expects() {
 
 #[test]
 fn set_takes_a_lease() {
-    for (arguments, fallback, owner) in [
-        (&[][..], None, None),
-        (&["--fallback", "50%"], Some(4 * GIB), None),
-        (&["--owner", "night"], None, Some("night".to_owned())),
+    for (arguments, fallback, owner, release) in [
+        (&[][..], None, None, None),
+        (&["--fallback", "50%"], Some(4 * GIB), None, None),
+        (&["--owner", "night"], None, Some("night".to_owned()), None),
+        (&["--release", "512M"], None, None, Some(GIB / 2)),
     ] {
         let daemon = Daemon::obedient();
         let lease = [&["set", "1G", "--lease", "60"], arguments].concat();
@@ -406,6 +408,7 @@ fn set_takes_a_lease() {
             lease: Some(60_000),
             fallback,
             owner,
+            release,
         };
         assert_eq!(daemon.last_request(), request);
     }
@@ -432,6 +435,20 @@ fn info_shows_a_lease_and_its_end() {
     assert!(text.contains(end), "{text}");
     let text = shows(Some(lease(Some("night".to_owned()))), false);
     assert!(text.contains(&format!("of night; {end}")), "{text}");
+    let info = Info {
+        lease: Some(lease(None)),
+        release: Some(GIB / 4),
+        released: GIB,
+        ..info()
+    };
+    let daemon = Daemon::start(info, Conduct::Obedient, None);
+    let output = daemon.run(&["info"]);
+    for words in [
+        "the daemon may lower the target by 256.00 MiB",
+        "the daemon has lowered the target by 1.00 GiB",
+    ] {
+        assert!(stdout(&output).contains(words), "{output:?}");
+    }
     let text = shows(None, true);
     assert!(text.contains("no client has renewed it"), "{text}");
     assert!(!shows(None, false).contains("Lease"));
@@ -548,6 +565,7 @@ fn wrong_command_lines_are_refused() {
         &["set", "1G", "--lease", "0"],
         &["set", "1G", "--lease", "86401"],
         &["set", "1G", "--fallback", "0"],
+        &["set", "1G", "--release", "0"],
         &["set", "1G", "--timeout", "5"],
         &["set", "1G", "--wait", "--timeout", "0"],
         &["stats", "--watch", "0"],

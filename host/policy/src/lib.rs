@@ -25,6 +25,6 @@ mod tracker;
 pub use fair::{Claim, share};
 pub use observation::{
     Account, Action, Cause, Decision, GIB, HostPressure, MIB, Millis, Observation, Pages, Pressure,
-    Reservation, Sample, Settings, Spared, Stopped, Vm, VmId,
+    Release, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId,
 };
 pub use policy::{Policy, Profile, Refusal};

@@ -61,6 +61,26 @@ pub struct Sample {
     pub kills: u64,
 }
 
+/// What a device may release by itself: it lowers its target when the guest notices that it is short of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// The device can do so, and its guest sends notices.
+    pub offered: bool,
+    /// By how much it may still lower the target.
+    pub left: Pages,
+    /// By how much it has, since the target was set.
+    pub used: Pages,
+}
+
+impl Release {
+    /// A device that never does so.
+    pub const NONE: Self = Self {
+        offered: false,
+        left: 0,
+        used: 0,
+    };
+}
+
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -87,6 +107,9 @@ pub struct Vm {
     /// The lease on the target has run out: the daemon has set another target by itself, and no program has since.
     #[serde(default)]
     pub lapsed: bool,
+    /// What the device may release by itself.
+    #[serde(default)]
+    pub release: Release,
     /// The guest's driver works. It does not while the VM is paused.
     pub driver: bool,
     /// The VM must be left alone: memory is withheld, the guest boots, or another program has a lease or a request.
@@ -193,6 +216,9 @@ pub struct Action {
     pub target: Pages,
     /// The target that it replaces.
     pub before: Pages,
+    /// By how much the device may lower the target by itself.
+    #[serde(default)]
+    pub release: Pages,
     /// Why.
     pub cause: Cause,
     /// The numbers that imply the target.

@@ -3,7 +3,9 @@
 //! The policy's state of a VM.
 
 use crate::estimate::Estimate;
-use crate::observation::{Account, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm};
+use crate::observation::{
+    Account, Action, MIB, Millis, Pages, Pressure, Sample, Spared, Stopped, Vm,
+};
 
 /// Statistics older than this say nothing about the guest's present state.
 const STALE_AFTER: Millis = 2_500;
@@ -51,6 +53,15 @@ struct Sent {
     target: Pages,
     /// The target that it replaces.
     before: Pages,
+    /// By how much the device may lower the target by itself.
+    release: Pages,
+}
+
+impl Sent {
+    /// The smallest target that may be in force because of it.
+    const fn least(&self) -> Pages {
+        self.target.saturating_sub(self.release)
+    }
 }
 
 /// The previous observation.
@@ -200,8 +211,11 @@ impl Tracker {
         if !self.sent.is_empty() {
             return;
         }
-        if self.expected.is_some_and(|expected| expected != vm.target) {
-            if answered.iter().any(|sent| sent.before == vm.target) {
+        // What was set last, if the device has released some of it.
+        let set = vm.target.saturating_add(vm.release.used);
+        let is_set = |target: Pages| target == vm.target || target == set;
+        if self.expected.is_some_and(|expected| !is_set(expected)) {
+            if answered.iter().any(|sent| is_set(sent.before)) {
                 self.refused_until = now + FIRST_RETRY;
             } else if !vm.lapsed {
                 self.left_alone_until = now + LEFT_ALONE;
@@ -351,12 +365,13 @@ impl Tracker {
     }
 
     /// Remembers an action.
-    pub(crate) fn send(&mut self, number: u64, target: Pages, before: Pages, now: Millis) {
+    pub(crate) fn send(&mut self, action: &Action, now: Millis) {
         self.moved = Some(now);
         self.sent.push(Sent {
-            number,
-            target,
-            before,
+            number: action.number,
+            target: action.target,
+            before: action.before,
+            release: action.release,
         });
     }
 
@@ -427,9 +442,10 @@ impl Tracker {
 
     /// The same, once a driver that may be paused works again.
     pub(crate) fn expected_charge(&self, vm: &Vm) -> Pages {
-        let sent = self.sent.iter().map(|sent| sent.target);
+        let sent = self.sent.iter().map(Sent::least);
+        let least = vm.target.saturating_sub(vm.release.left);
         let balloon = match self.seen {
-            Some(_) => sent.fold(vm.target.min(vm.size), Pages::min),
+            Some(_) => sent.fold(least.min(vm.size), Pages::min),
             None => 0,
         };
         let usable = vm.memory.saturating_sub(balloon);

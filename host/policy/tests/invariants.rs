@@ -12,7 +12,7 @@ use std::env;
 
 use balloon_policy::{
     Account, Action, Cause, Claim, Decision, GIB, HostPressure, MIB, Observation, Pages, Policy,
-    Pressure, Profile, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
+    Pressure, Profile, Release, Reservation, Sample, Settings, Spared, Stopped, Vm, VmId, share,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -64,15 +64,22 @@ fn any_vm() -> impl Strategy<Value = Vm> {
         Just(Stopped::AfterOom),
         Just(Stopped::Excluded)
     ]);
+    let release = (any::<bool>(), pages(), pages());
+    let release = release.prop_map(|(offered, left, used)| Release {
+        offered,
+        left,
+        used,
+    });
     let flags = (
         granule,
+        release,
         prop::bool::weighted(0.8),
         prop::bool::weighted(0.1),
         stopped,
     );
     (settings, state, flags, option::of(any_sample())).prop_map(
         |((floor, ceiling, weight), (memory, target, size, resident, answered), flags, sample)| {
-            let (granule, driver, frozen, stopped) = flags;
+            let (granule, release, driver, frozen, stopped) = flags;
             let (resident, unusable) = resident;
             Vm {
                 id: VmId(0),
@@ -89,6 +96,7 @@ fn any_vm() -> impl Strategy<Value = Vm> {
                 answered,
                 granule,
                 lapsed: false,
+                release,
                 driver,
                 frozen,
                 stopped,
@@ -215,10 +223,10 @@ fn check_conservation(
 /// 3: the raises and the admitted reservations of a step take no more than is free.
 fn check_phases(observation: &Observation, decision: &Decision) -> Result<(), TestCaseError> {
     let free = limit(observation).saturating_sub(decision.charged);
-    let raises = decision
-        .actions
-        .iter()
-        .map(|action| grant(vm(observation, action), action).saturating_sub(action.account.charge));
+    let raises = decision.actions.iter().map(|action| {
+        let touchable = grant(vm(observation, action), action) + action.release;
+        touchable.saturating_sub(action.account.charge)
+    });
     let reservations = observation.reservations.iter();
     let admitted = reservations
         .filter(|one| decision.admitted.contains(&one.id))
@@ -409,6 +417,9 @@ proptest! {
                     world.guests[index].used = world.rng.u64(0..=world.guests[index].memory);
                 }
                 world.guests[index].frozen = world.rng.u32(..10) == 0;
+                if world.rng.u32(..4) == 0 {
+                    world.guests[index].notice();
+                }
             }
         }
     }
@@ -789,6 +800,7 @@ fn a_guest_that_ran_out_of_memory_can_be_asked_again() {
             answered: u64::MAX,
             granule: 1,
             lapsed: false,
+            release: Release::NONE,
             driver: true,
             frozen: false,
             stopped: (now > 60_000).then_some(Stopped::AfterOom),
@@ -840,6 +852,7 @@ fn account_of(available: Pages, untouched: Pages, unusable: Pages) -> Account {
             answered: u64::MAX,
             granule: 1,
             lapsed: false,
+            release: Release::NONE,
             driver: true,
             frozen: false,
             stopped: None,

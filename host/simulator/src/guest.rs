@@ -2,7 +2,7 @@
 
 //! A guest: its processes, its page cache and its balloon.
 
-use balloon_policy::{GIB, MIB, Millis, Pages, Sample, Settings, Stopped, Vm, VmId};
+use balloon_policy::{GIB, MIB, Millis, Pages, Release, Sample, Settings, Stopped, Vm, VmId};
 use fastrand::Rng;
 
 use crate::load::{Process, TICK, processes};
@@ -348,6 +348,7 @@ impl Guest {
             answered: self.answered,
             granule: 1,
             lapsed: false,
+            release: Release::NONE,
             driver: self.is_up(now),
             frozen: false,
             stopped: (self.stopped && self.target > self.size).then_some(Stopped::Full),

@@ -45,6 +45,12 @@ pub struct Info {
     /// The target is that after a lease that has run out, and no client has set another one.
     #[serde(default)]
     pub lapsed: bool,
+    /// By how many bytes the daemon may still lower the target by itself. Nothing from a daemon that never does.
+    #[serde(default)]
+    pub release: Option<u64>,
+    /// By how many bytes the daemon has done so since a client has set the target.
+    #[serde(default)]
+    pub released: u64,
     /// The remaining boot grace, in seconds.
     #[serde(default)]
     pub grace: Option<u64>,

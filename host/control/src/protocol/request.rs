@@ -37,6 +37,9 @@ pub enum Request {
         /// The name of the program that takes the lease, 1 to 64 bytes.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         owner: Option<String>,
+        /// By how many bytes the daemon may lower the target by itself, at a pressure notice of the guest.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        release: Option<u64>,
     },
     /// The guest's memory statistics, answered with [`Stats`](crate::Stats).
     Stats {
@@ -126,6 +129,7 @@ impl Request {
             lease: None,
             fallback: None,
             owner: None,
+            release: None,
         }
     }
 }
@@ -171,13 +175,14 @@ mod tests {
                 Request::set(u64::MAX),
             ),
             (
-                r#"{"command":"set","bytes":1,"expected":0,"lease":60000,"fallback":2,"owner":"manager"}"#,
+                r#"{"command":"set","bytes":1,"expected":0,"lease":60000,"fallback":2,"owner":"manager","release":3}"#,
                 Request::Set {
                     bytes: 1,
                     expected: Some(0),
                     lease: Some(60_000),
                     fallback: Some(2),
                     owner: Some("manager".to_owned()),
+                    release: Some(3),
                 },
             ),
             (

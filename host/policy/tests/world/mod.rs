@@ -5,8 +5,8 @@
 use std::collections::VecDeque;
 
 use balloon_policy::{
-    Action, Decision, GIB, HostPressure, MIB, Millis, Observation, Pages, Policy, Profile, Sample,
-    Settings, Stopped, Vm, VmId,
+    Action, Decision, GIB, HostPressure, MIB, Millis, Observation, Pages, Policy, Profile, Release,
+    Sample, Settings, Stopped, Vm, VmId,
 };
 use fastrand::Rng;
 
@@ -55,6 +55,7 @@ pub(crate) struct Guest {
     pub(crate) target: Pages,
     pub(crate) size: Pages,
     pub(crate) frozen: bool,
+    pub(crate) release: Release,
     stalls: u64,
     answered: u64,
     /// Messages in flight, and their arrival times. A message without a time is lost.
@@ -77,15 +78,16 @@ impl Guest {
             target,
             size: target,
             frozen: false,
+            release: Release::NONE,
             stalls: 0,
             answered: 0,
             messages: VecDeque::new(),
         }
     }
 
-    /// The memory that it can touch or has touched, now or after messages in flight.
+    /// The memory that it can touch or has touched, now, or when its device has released what it may.
     pub(crate) fn reachable(&self) -> Pages {
-        let usable = self.memory - self.target.min(self.size);
+        let usable = self.memory - (self.target - self.release.left).min(self.size);
         usable.max(self.resident().unwrap_or(0))
     }
 
@@ -108,9 +110,17 @@ impl Guest {
             let refused = self.behaviour == Behaviour::Tiny && action.target > self.target;
             if time.is_some() && !refused {
                 self.target = action.target;
+                (self.release.left, self.release.used) = (action.release, 0);
             }
             self.answered = action.number;
         }
+    }
+
+    /// The device lowers its target by itself.
+    pub(crate) fn notice(&mut self) {
+        let pages = std::mem::take(&mut self.release.left);
+        self.release.used += pages;
+        self.target -= pages;
     }
 
     /// Moves the balloon.
@@ -201,6 +211,7 @@ impl Guest {
             answered: self.answered,
             granule: self.granule,
             lapsed: false,
+            release: self.release,
             driver: true,
             frozen: self.frozen,
             stopped: (self.size < self.target && self.behaviour == Behaviour::Random && rng.bool())
@@ -259,6 +270,7 @@ impl World {
                 guest.settings.floor = memory / rng.u64(4..=16);
                 guest.settings.ceiling = memory - rng.u64(0..=memory / 4);
                 guest.settings.weight = rng.u16(..);
+                guest.release.offered = rng.bool();
                 guest
             })
             .collect();

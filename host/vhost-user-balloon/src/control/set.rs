@@ -21,7 +21,8 @@ const MOST_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Device {
     /// Sets the target, unless another one than `expected` is in force. With a lease, in milliseconds, it is in force for
-    /// that long, and then the target is `fallback`. The lease has the `owner`'s name.
+    /// that long, and then the target is `fallback`. The lease has the `owner`'s name. Meanwhile the device may lower the
+    /// target by `release`.
     pub(super) fn set(
         &self,
         bytes: u64,
@@ -29,12 +30,13 @@ impl Device {
         lease: Option<u64>,
         fallback: Option<u64>,
         owner: Option<String>,
+        release: Option<u64>,
     ) -> Result<Response, ControlError> {
-        if lease.is_none() && (fallback.is_some() || owner.is_some()) {
+        if lease.is_none() && (fallback.is_some() || owner.is_some() || release.is_some()) {
             return Err(ControlError::new(
                 ErrorKind::BadRequest,
-                "a fallback and an owner are those of a lease, and there is no lease",
-                "add the lease, or leave out the fallback and the owner",
+                "a fallback, an owner and a release go with a lease, and there is no lease",
+                "add the lease, or leave out the fallback, the owner and the release",
             ));
         }
         check_owner(owner.as_deref())?;
@@ -44,6 +46,7 @@ impl Device {
             lease: lease.map(time).transpose()?,
             fallback: fallback.map(pages).transpose()?,
             owner,
+            release: release.map(pages).transpose()?,
         };
         match self.set_target(new) {
             Ok(()) => Ok(Response::Done {}),
@@ -153,6 +156,7 @@ mod tests {
                 lease: None,
                 fallback: None,
                 owner: None,
+                release: None,
             })
         };
         set(5 << 20, 0).unwrap();
@@ -176,6 +180,7 @@ mod tests {
                 lease,
                 fallback,
                 owner: None,
+                release: None,
             })
         };
         for lease in [0, 99, 86_400_001, u64::MAX] {
@@ -207,6 +212,7 @@ mod tests {
                 lease,
                 fallback: None,
                 owner: Some(owner.to_owned()),
+                release: None,
             })
         };
         assert_eq!(
@@ -226,5 +232,37 @@ mod tests {
             };
             assert_eq!(info.lease.unwrap().owner.as_deref(), Some(owner));
         }
+    }
+
+    #[test]
+    fn a_release_goes_with_a_lease() {
+        let device = device(&[Feature::Stats], false);
+        let set = |lease, release| {
+            device.handle(Request::Set {
+                bytes: 5 << 20,
+                expected: None,
+                lease,
+                fallback: None,
+                owner: None,
+                release: Some(release),
+            })
+        };
+        assert_eq!(set(None, 0).unwrap_err().kind, ErrorKind::BadRequest);
+        let error = set(Some(100), u64::MAX).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::OutOfRange);
+        let released = || match device.handle(Request::Info {}) {
+            Ok(Response::Info(info)) => (info.target, info.release, info.released),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(released(), (0, Some(0), 0));
+        set(Some(60_000), 1 << 20).unwrap();
+        assert_eq!(released(), (5 << 20, Some(1 << 20), 0));
+        device.release();
+        assert_eq!(released(), (4 << 20, Some(0), 1 << 20));
+        device.release();
+        assert_eq!(released(), (4 << 20, Some(0), 1 << 20));
+        // No more than there is.
+        set(Some(60_000), 6 << 20).unwrap();
+        assert_eq!(released(), (5 << 20, Some(5 << 20), 0));
     }
 }

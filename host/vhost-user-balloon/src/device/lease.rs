@@ -22,6 +22,17 @@ pub struct NewTarget {
     pub fallback: Option<u32>,
     /// The name of the program that takes the lease.
     pub owner: Option<String>,
+    /// By how much the device may lower the target by itself. A renewal without it leaves the present allowance.
+    pub release: Option<u32>,
+}
+
+/// What the device releases by itself when the guest is short of memory, in balloon pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Release {
+    /// By how much it may still lower the target.
+    pub left: u32,
+    /// By how much it has, since a client has set the target.
+    pub used: u32,
 }
 
 impl From<u32> for NewTarget {
@@ -32,6 +43,7 @@ impl From<u32> for NewTarget {
             lease: None,
             fallback: None,
             owner: None,
+            release: None,
         }
     }
 }

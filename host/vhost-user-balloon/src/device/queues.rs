@@ -215,7 +215,7 @@ impl Device {
         let actual = lock(&self.state).config.actual;
         let size = self.is_at_rest().then(|| bytes(actual));
         let mut stats = lock(&self.stats);
-        let before = stats.sequence();
+        let before = (stats.sequence(), stats.notices());
         let notices = Feature::Pressure.is_in(turn.acked);
         stats.serve(
             turn.vring,
@@ -225,11 +225,14 @@ impl Device {
             size,
             notices,
         );
-        let is_new = stats.sequence() != before;
+        let (is_new, is_short) = (stats.sequence() != before.0, stats.notices() != before.1);
         drop(stats);
         self.sampled.notify_all();
         if is_new {
             self.publish(Changes::stats);
+        }
+        if is_short {
+            self.release();
         }
         self.follow();
         Next::Notified

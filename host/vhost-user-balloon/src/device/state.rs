@@ -18,7 +18,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
-use super::lease::{KeptLease, Lease, NewTarget, clock};
+use super::lease::{KeptLease, Lease, NewTarget, Release, clock};
 use super::term::Term;
 use crate::virtio::config::Fields;
 
@@ -45,6 +45,8 @@ pub struct State {
     pub lease: Option<Lease>,
     /// The target is that after a lease that has run out, and no client has set another one.
     pub lapsed: bool,
+    /// What the device may release by itself during the lease. It is not in the file: a new process releases nothing.
+    pub release: Release,
 }
 
 /// The time since the host was booted. Unlike the time of day it cannot be set, and it continues
@@ -81,6 +83,7 @@ impl State {
             inhibitors: BTreeMap::new(),
             lease: None,
             lapsed: false,
+            release: Release::default(),
         }
     }
 
@@ -191,8 +194,20 @@ impl State {
     /// Another target is in force: this one.
     pub fn set_target(&mut self, new: NewTarget, now: Duration) -> Result<(), u32> {
         let target = self.config.target;
-        if new.expected.is_some_and(|pages| pages != u64::from(target)) {
+        // A client may not know yet what the device has released.
+        let set = u64::from(target) + u64::from(self.release.used);
+        let is_known = |pages: u64| pages == u64::from(target) || pages == set;
+        if new.expected.is_some_and(|pages| !is_known(pages)) {
             return Err(target);
+        }
+        let is_renewed = self.lease.is_some() && new.lease.is_some() && new.release.is_none();
+        let is_same = new.expected == Some(new.pages.into()) || new.pages == target;
+        if !(is_renewed && is_same) {
+            self.release = Release {
+                left: new.release.unwrap_or(0).min(new.pages),
+                used: 0,
+            };
+            self.config.target = new.pages;
         }
         let old = self.lease.take();
         let before = old.as_ref().map_or(target, |lease| lease.fallback);
@@ -209,8 +224,15 @@ impl State {
             owner: new.owner,
         });
         self.lapsed = false;
-        self.config.target = new.pages;
         Ok(())
+    }
+
+    /// Lowers the target by what a client has let the device release. Returns by how much.
+    pub fn release(&mut self) -> u32 {
+        let pages = std::mem::take(&mut self.release.left);
+        self.release.used += pages;
+        self.config.target -= pages;
+        pages
     }
 
     /// Ends a lease that has run out. Returns whether it had.
@@ -220,7 +242,7 @@ impl State {
             return false;
         };
         self.config.target = lease.fallback;
-        self.lapsed = true;
+        (self.lapsed, self.release) = (true, Release::default());
         true
     }
 
@@ -257,6 +279,7 @@ impl From<Settings> for State {
                 target: leased.filter(|_| lease.is_some()).unwrap_or(fallback),
                 ..Fields::default()
             },
+            release: Release::default(),
             lapsed: settings.lapsed || leased.is_some() != lease.is_some(),
             lease,
             stats_interval: settings.stats_interval,
@@ -298,6 +321,7 @@ mod tests {
             inhibitors: [inhibited("", 10), inhibited("backup", 9)].into(),
             lease: None,
             lapsed: false,
+            release: Release::default(),
         }
     }
 
@@ -446,6 +470,7 @@ mod tests {
             lease: Some(Duration::from_secs(seconds)),
             fallback,
             owner: None,
+            release: None,
         }
     }
 
@@ -480,6 +505,42 @@ mod tests {
         state.set_target(leased(7, 60, Some(4)), at(60)).unwrap();
         assert!(state.lapse(at(120)));
         assert_eq!(state.config.target, 4);
+    }
+
+    #[test]
+    fn a_release_lasts_until_the_next_target() {
+        let at = Duration::from_secs;
+        let mut state = state();
+        let set = |pages, expected, release| NewTarget {
+            expected,
+            release,
+            ..leased(pages, 60, None)
+        };
+        let now = |state: &State| {
+            let Release { left, used } = state.release;
+            (state.config.target, left, used)
+        };
+        state.set_target(set(9, None, Some(4)), at(0)).unwrap();
+        assert_eq!(now(&state), (9, 4, 0));
+        // Renewals leave it, also those of a client that does not know of it.
+        state.set_target(set(9, Some(9), None), at(1)).unwrap();
+        assert_eq!(state.release(), 4);
+        assert_eq!(now(&state), (5, 0, 4));
+        for pages in [9, 5] {
+            state
+                .set_target(set(pages, Some(pages.into()), None), at(2))
+                .unwrap();
+            assert_eq!(now(&state), (5, 0, 4));
+        }
+        assert_eq!(state.set_target(set(8, Some(6), None), at(3)), Err(5));
+        // The next target replaces either.
+        state.set_target(set(8, Some(9), Some(2)), at(3)).unwrap();
+        assert_eq!(now(&state), (8, 2, 0));
+        state.set_target(set(7, Some(8), None), at(3)).unwrap();
+        assert_eq!((now(&state), state.release()), ((7, 0, 0), 0));
+        state.set_target(set(7, None, Some(9)), at(4)).unwrap();
+        assert!(state.lapse(at(64)));
+        assert_eq!(now(&state), (5, 0, 0));
     }
 
     #[test]

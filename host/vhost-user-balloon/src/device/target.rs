@@ -145,7 +145,6 @@ impl Device {
     /// Another target is in force, or the file cannot be written.
     pub fn set_target(&self, new: impl Into<NewTarget>) -> Result<(), SetError> {
         let (new, now) = (new.into(), clock());
-        let pages = new.pages;
         self.end_lease(now);
         let mut state = lock(&self.state);
         let before = state.clone();
@@ -154,7 +153,7 @@ impl Device {
         drop(state);
         self.leased.notify_all();
         let renewed = before.lease.is_some() && after.lease.is_some();
-        let same = before.config.target == pages;
+        let same = before.config.target == after.config.target;
         // A client that only renews a lease requests nothing of a guest that boots.
         if self.running() && !(renewed && same) {
             lock(&self.times).grace_end = None;
@@ -166,6 +165,20 @@ impl Device {
         }
         // The file may not have an unchanged target, if it could not be written before.
         self.save().map_err(SetError::Unsaved)
+    }
+
+    /// Lowers the target by what a client has let the device release: the guest is short of memory.
+    pub fn release(&self) {
+        let pages = lock(&self.state).release();
+        if pages > 0 {
+            info!(
+                "the guest is short of memory: the target is lowered by {} bytes",
+                bytes(pages)
+            );
+            self.leased.notify_all();
+            self.notify();
+            self.publish(Changes::info);
+        }
     }
 
     /// Notifies the guest of the target that was set, which may be the `same` as before.
@@ -197,16 +210,26 @@ impl Device {
         }
     }
 
-    /// Ends leases in time, as long as the process lives.
+    /// Ends leases in time, and writes released targets to the file, as long as the process lives.
     pub fn watch_leases(&self) {
+        let mut saved = 0;
         loop {
             let now = clock();
             self.end_lease(now);
             let state = lock(&self.state);
+            let used = state.release.used;
+            if std::mem::replace(&mut saved, used) != used {
+                drop(state);
+                if let Err(error) = self.save() {
+                    error!("the released target cannot be kept: {error}");
+                }
+                continue;
+            }
             let lease = state.lease.clone();
             let until = lease.as_ref().map(|lease| lease.term.until);
             let rest = until.map_or(Duration::MAX, |until| until.saturating_sub(now));
-            drop(state.wait_while(&self.leased, rest, |state| state.lease == lease));
+            let is_same = |state: &mut State| state.lease == lease && state.release.used == used;
+            drop(state.wait_while(&self.leased, rest, is_same));
         }
     }
 }

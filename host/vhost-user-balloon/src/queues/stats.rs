@@ -45,6 +45,8 @@ pub struct Stats {
     total: Option<(u64, u64)>,
     /// The number of the last sample. 0 is none.
     sequence: u64,
+    /// The number of the last pressure notice.
+    notices: u64,
     wanted: bool,
     /// Whether the guest has filled the buffer since the queue was started. Before that, its
     /// content may be as old as a pause.
@@ -84,6 +86,11 @@ impl Stats {
     /// The number of the last sample. 0 is none.
     pub fn sequence(&self) -> u64 {
         self.sequence
+    }
+
+    /// How many pressure notices the guest has sent.
+    pub fn notices(&self) -> u64 {
+        self.notices
     }
 
     /// The guest's memory in bytes, from the last sample with a balloon at rest, and the balloon's size then.
@@ -168,6 +175,8 @@ impl Stats {
                 break;
             }
             self.seen = None;
+            // The guest has added another buffer before the device has used this one. Old ones after a start are no notice.
+            self.notices += u64::from(self.fresh && !is_last);
             if is_last {
                 (self.fresh, self.wanted) = (true, false);
                 self.requested = Some(Instant::now());
@@ -374,6 +383,7 @@ mod tests {
         guest.send(&[&entry(4, 1)]);
         serve(&mut stats, &guest);
         assert_eq!(report(&mut stats, &mut guest, 2), (1, 1));
+        assert_eq!(stats.notices(), 0);
         for number in 2..5 {
             let used = u16::try_from(number).unwrap();
             assert_eq!(report(&mut stats, &mut guest, number), (number, used));
@@ -381,11 +391,14 @@ mod tests {
         // Its content, and not its age, is that of an answer.
         assert!(stats.answer().unwrap().requested < 1000);
 
+        assert_eq!(stats.notices(), 3);
+
         // A request uses the newest buffer.
         stats.want();
         serve(&mut stats, &guest);
         assert_eq!(guest.used(), 5);
         assert_eq!(report(&mut stats, &mut guest, 7), (5, 5));
+        assert_eq!(stats.notices(), 3);
 
         // It uses both if there is a notice at the same time, which is its response.
         guest.send(&[&entry(4, 8)]);
@@ -399,6 +412,7 @@ mod tests {
         stats.restart();
         serve(&mut stats, &guest);
         assert_eq!((stats.sequence(), guest.used()), (7, 9));
+        assert_eq!(stats.notices(), 4);
     }
 
     #[test]
@@ -417,6 +431,7 @@ mod tests {
             false,
         );
         assert_eq!((stats.sequence(), guest.used()), (1, 0));
+        assert_eq!(stats.notices(), 0);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader};
 
 use balloon_control::{Event, Events, News, Stat, Stats};
-use balloon_wire::VIRTIO_BALLOON_F_STATS_VQ;
+use balloon_wire::{VIRTIO_BALLOON_F_PRESSURE, VIRTIO_BALLOON_F_STATS_VQ};
 
 use super::supervision::{start_logged, wait_for_line};
 use super::*;
@@ -81,7 +81,12 @@ struct Reporting {
 
 impl Reporting {
     fn start(directory: &Path) -> Self {
-        let mut vmm = Vmm::connect_with(directory, 1 << VIRTIO_BALLOON_F_STATS_VQ);
+        Self::start_with(directory, 0)
+    }
+
+    /// With other features as well.
+    fn start_with(directory: &Path, features: u64) -> Self {
+        let mut vmm = Vmm::connect_with(directory, (1 << VIRTIO_BALLOON_F_STATS_VQ) | features);
         vmm.start(0);
         let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
         start_queue(&mut vmm.front, STATS_NUMBER, 0, STATS, &kick, &call);
@@ -163,6 +168,45 @@ fn statistics_are_events() {
         }
     };
     assert_eq!(stats.values[&Stat::FreeMemory], 7 << 20);
+    daemon.end();
+}
+
+#[test]
+fn a_notice_lowers_the_target() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let daemon = start(directory, &["--extensions", "--stats-interval", "0"]);
+    let guest = Reporting::start_with(directory, 1 << VIRTIO_BALLOON_F_PRESSURE);
+    // The first buffer may be old, and is returned. The device keeps the second one.
+    guest.offer(1);
+    wait_for("the first buffer", || guest.used() == 1);
+    guest.offer(2);
+    let set = Request::Set {
+        bytes: 8 << 12,
+        expected: None,
+        lease: Some(60_000),
+        fallback: None,
+        owner: None,
+        release: Some(3 << 12),
+    };
+    call(directory, &set).unwrap();
+    let target = || {
+        let info = info(directory);
+        (info.target, info.release, info.released)
+    };
+    assert_eq!(target(), (8 << 12, Some(3 << 12), 0));
+    let mut events = subscribe(directory);
+    guest.offer(3);
+    wait_for_state("a smaller target", &mut events, |info| {
+        info.target == 5 << 12
+    });
+    guest.offer(4);
+    wait_for("the next notice", || guest.used() == 3);
+    assert_eq!(target(), (5 << 12, Some(0), 3 << 12));
+    wait_for("the state file", || {
+        let text = fs::read_to_string(directory.join("state")).unwrap();
+        text.contains("\"target\":5,")
+    });
     daemon.end();
 }
 

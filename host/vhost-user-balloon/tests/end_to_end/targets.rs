@@ -17,6 +17,7 @@ fn replace(directory: &Path, expected: u64, bytes: u64) -> Result<Answer, Client
         lease: None,
         fallback: None,
         owner: None,
+        release: None,
     })
 }
 
@@ -29,6 +30,7 @@ pub(super) fn lease(directory: &Path, bytes: u64, milliseconds: u64) {
         lease: Some(milliseconds),
         fallback: None,
         owner: None,
+        release: None,
     };
     client.call(&request).unwrap();
 }
