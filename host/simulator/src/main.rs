@@ -70,6 +70,12 @@ const NOTICEABLE: u64 = 1_000;
 /// The part of the seeds in which ours has to be no worse than each other rule, in percent.
 const BAR: u64 = 95;
 
+/// The most that ours may use of the pool, in percent of what the oracle uses.
+const MOST_FOOTPRINT: u64 = 125;
+
+/// The most changes of a target for each VM and minute, in hundredths.
+const MOST_CHANGES: u64 = 1_200;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let names: Vec<_> = chosen(cli.only.as_deref())
@@ -82,7 +88,11 @@ fn main() -> ExitCode {
         .collect();
     let pools: Vec<_> = outcomes.iter().map(|(pool, _)| *pool).collect();
     println!("{}", table(&cli, &names, &rows, &pools));
-    let mut good = true;
+    let excesses = excesses(&cli, &names, &rows, &pools);
+    for excess in &excesses {
+        println!("Not good: {excess}.");
+    }
+    let mut good = excesses.is_empty();
     for (name, row) in names.iter().zip(&rows).skip(1) {
         if !is_of_others(name) {
             continue;
@@ -101,6 +111,39 @@ fn main() -> ExitCode {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     }
+}
+
+/// The limits that ours does not keep.
+fn excesses(cli: &Cli, names: &[&str], rows: &[Vec<Outcome>], pools: &[Pages]) -> Vec<String> {
+    let oracle = names.iter().position(|name| *name == "oracle");
+    let used = footprint(&rows[0], pools);
+    let most = oracle.map(|oracle| footprint(&rows[oracle], pools) * MOST_FOOTPRINT / 100);
+    let footprint = most.filter(|&most| used > most).map(|most| {
+        let (used, most) = (decimal(used, 100, " %"), decimal(most, 100, " %"));
+        format!("ours uses {used} of the pool, more than {most}, which is {MOST_FOOTPRINT} % of the oracle's")
+    });
+    let changed = changes(cli, &rows[0]);
+    let changes = (changed > MOST_CHANGES).then(|| {
+        let (changed, most) = (decimal(changed, 100, ""), MOST_CHANGES / 100);
+        format!(
+            "ours changes targets {changed} times for each VM and minute, more than {most} times"
+        )
+    });
+    footprint.into_iter().chain(changes).collect()
+}
+
+/// The mean part of the pool that VMs have, in hundredths of a percent.
+fn footprint(row: &[Outcome], pools: &[Pages]) -> u64 {
+    let parts = row.iter().zip(pools);
+    let parts = parts.map(|(outcome, pool)| outcome.footprint * 10_000 / (*pool).max(1));
+    parts.sum::<u64>() / row.len().max(1) as u64
+}
+
+/// The changes of a target for each VM and minute, in hundredths.
+fn changes(cli: &Cli, row: &[Outcome]) -> u64 {
+    let minutes = cli.minutes * cli.vms as u64 * cli.seeds.count();
+    let changes = row.iter().map(|outcome| outcome.changes).sum::<u64>();
+    changes * 100 / minutes.max(1)
 }
 
 /// Whether a rule is one of other projects, or none at all.
@@ -188,9 +231,6 @@ fn table(cli: &Cli, names: &[&str], rows: &[Vec<Outcome>], pools: &[Pages]) -> T
         let mut stalls: Vec<_> = row.iter().map(|outcome| outcome.stall).collect();
         stalls.sort_unstable();
         let at = |percent: usize| stalls[(stalls.len() - 1) * percent / 100];
-        let parts = row.iter().zip(pools);
-        let parts = parts.map(|(outcome, pool)| outcome.footprint * 100 / (*pool).max(1));
-        let minutes = cli.minutes * cli.vms as u64 * cli.seeds.count();
         let ticks = cli.minutes * 600 * cli.seeds.count();
         table.add_row([
             (*name).to_owned(),
@@ -198,17 +238,13 @@ fn table(cli: &Cli, names: &[&str], rows: &[Vec<Outcome>], pools: &[Pages]) -> T
             sum(|outcome| outcome.host_kills).to_string(),
             decimal(at(50), 10_000, " %"),
             decimal(at(99), 10_000, " %"),
-            format!("{} %", parts.sum::<u64>() / row.len().max(1) as u64),
+            format!("{} %", footprint(row, pools) / 100),
             decimal(
                 sum(|outcome| outcome.exposed) * 1_000 / ticks.max(1),
                 10,
                 " %",
             ),
-            decimal(
-                sum(|outcome| outcome.changes) * 100 / minutes.max(1),
-                100,
-                "",
-            ),
+            decimal(changes(cli, row), 100, ""),
             format!("{} %", compare(&rows[0], row).0),
         ]);
     }
@@ -258,6 +294,27 @@ mod tests {
         assert_eq!(percent(outcome(0, 2, 0), outcome(0, 1, 9)), 0);
         assert_eq!(percent(outcome(0, 1, NOTICEABLE), outcome(0, 1, 0)), 100);
         assert_eq!(percent(outcome(0, 1, NOTICEABLE + 1), outcome(0, 1, 0)), 0);
+    }
+
+    #[test]
+    fn limits_are_those_of_ours() {
+        let cli = cli(0..2);
+        let count = |footprint, changes| {
+            let outcome = |footprint, changes| Outcome {
+                footprint,
+                changes,
+                ..Outcome::default()
+            };
+            // Two hosts of eight VMs for ten minutes.
+            let ours = vec![outcome(footprint, 0), outcome(footprint, changes)];
+            let others = vec![outcome(400, 9_999), outcome(400, 9_999)];
+            let rows = [ours, others];
+            excesses(&cli, &["ours", "oracle"], &rows, &[1_000, 1_000]).len()
+        };
+        assert_eq!(count(500, 1_920), 0);
+        assert_eq!(count(501, 0), 1);
+        assert_eq!(count(0, 1_922), 1);
+        assert_eq!(count(501, 1_922), 2);
     }
 
     #[test]
