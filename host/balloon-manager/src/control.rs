@@ -50,6 +50,8 @@ pub(crate) enum Request {
     Reservation { id: u32 },
     /// Ends a reservation.
     Release { id: u32 },
+    /// Leaves a VM alone, or manages it again.
+    Pause { vm: String, paused: bool },
     /// For Prometheus.
     Metrics {},
 }
@@ -119,6 +121,14 @@ fn failure(kind: ErrorKind, message: &str, advice: &str) -> Value {
     json!({ "error": ControlError::new(kind, message, advice) })
 }
 
+fn no_vm(name: &str) -> Value {
+    failure(
+        ErrorKind::OutOfRange,
+        &format!("there is no VM '{name}'"),
+        "balloon-manager top lists the VMs",
+    )
+}
+
 /// Executes a request.
 pub(crate) fn handle(manager: &mut Manager, request: Request) -> Value {
     let unknown = |id| {
@@ -132,11 +142,11 @@ pub(crate) fn handle(manager: &mut Manager, request: Request) -> Value {
         Request::Status {} => json!({ "ok": manager.status() }),
         Request::Explain { vm } => match manager.history(&vm) {
             Some((vm, history)) => json!({ "ok": { "vm": vm, "history": history } }),
-            None => failure(
-                ErrorKind::OutOfRange,
-                &format!("there is no VM '{vm}'"),
-                "balloon-manager top lists the VMs",
-            ),
+            None => no_vm(&vm),
+        },
+        Request::Pause { vm, paused } => match manager.pause(&vm, paused) {
+            true => json!({ "ok": {} }),
+            false => no_vm(&vm),
         },
         Request::Reserve { seconds, .. } if !(1..=LONGEST).contains(&seconds) => failure(
             ErrorKind::OutOfRange,

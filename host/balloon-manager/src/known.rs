@@ -30,6 +30,8 @@ pub(crate) struct Known {
     pub(crate) room: Option<Room>,
     /// Since when the daemon of a running VM has not answered.
     pub(crate) lost: Option<Instant>,
+    /// A client wants the VM to be left alone.
+    pub(crate) paused: bool,
     /// The process of the VMM, which ran when the daemon reported it.
     pub(crate) vmm: Option<i32>,
     /// The VM as it was known last. It counts while its daemon has a new process that does not know the memory yet.
@@ -58,6 +60,7 @@ impl Known {
             state: None,
             room: None,
             lost: None,
+            paused: false,
             vmm: None,
             vm: None,
             account: None,

@@ -130,6 +130,20 @@ enum Command {
         #[command(flatten)]
         client: Client,
     },
+    /// Leave a VM alone: its target stays, also when the manager ends
+    Pause {
+        /// The VM
+        vm: String,
+        #[command(flatten)]
+        client: Client,
+    },
+    /// Manage a VM again that was left alone with `pause`
+    Resume {
+        /// The VM
+        vm: String,
+        #[command(flatten)]
+        client: Client,
+    },
     /// Print metrics for Prometheus
     Metrics {
         #[command(flatten)]
@@ -219,6 +233,8 @@ async fn execute(command: Command) -> Result<()> {
             ask::<serde_json::Value>(&client, &Request::Release { id }).await?;
             Ok(())
         }
+        Command::Pause { vm, client } => pause(&client, vm, true).await,
+        Command::Resume { vm, client } => pause(&client, vm, false).await,
         Command::Metrics { client } => {
             let metrics: Option<balloon_control::Metrics> =
                 ask(&client, &Request::Metrics {}).await?;
@@ -255,6 +271,11 @@ async fn explain(client: &Client, vm: String) -> Result<()> {
         let now = now.map_or(0, |status| status.now);
         print!("{}", text::explain(now, &vm, &history));
     }
+    Ok(())
+}
+
+async fn pause(client: &Client, vm: String, paused: bool) -> Result<()> {
+    ask::<serde_json::Value>(client, &Request::Pause { vm, paused }).await?;
     Ok(())
 }
 

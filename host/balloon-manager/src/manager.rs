@@ -206,6 +206,7 @@ impl Manager {
                 })
             })?;
             vm.answered = vm.answered.max(known.observed);
+            vm.frozen |= known.paused;
             if is_new {
                 use_reservation(leases, &known.name, vm.memory);
             }
@@ -241,6 +242,7 @@ impl Manager {
                 self.waits.add(time);
             }
             let tenure = match real {
+                Some(_) if known.paused => Tenure::Ended,
                 Some((vm, account)) => tenure(&known.name, vm, account, &self.config),
                 None => Tenure::Unknown,
             };
@@ -394,6 +396,15 @@ impl Manager {
         self.leases.retain(|lease| lease.reservation.id != id);
         self.last.reservations.retain(|one| one.id != id);
         self.leases.len() < before
+    }
+
+    /// Leaves a VM alone from now on, or manages it again. Returns whether there is one with this name.
+    pub(crate) fn pause(&mut self, name: &str, paused: bool) -> bool {
+        match self.vms.values_mut().find(|known| known.name == name) {
+            Some(known) => known.paused = paused,
+            None => return false,
+        }
+        true
     }
 
     pub(crate) fn status(&self) -> Status {

@@ -1011,6 +1011,30 @@ fn a_vm_that_the_manager_shall_leave_alone_keeps_its_target_for_good() {
 }
 
 #[test]
+fn a_vm_that_is_paused_keeps_its_target_until_it_is_resumed() {
+    let mut host = Host::new(LEASE);
+    let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
+    host.add("web", &web);
+    host.add("db", &db);
+    host.run(&[]);
+    web.wait_for_renewals(1);
+    assert!(host.ask(&["pause", "web"]).status.success());
+    wait_for("the end of the lease", || web.get().lease.is_none());
+    assert!(words(&host.ask(&["explain", "web"]).stdout).contains("left alone"));
+    let target = web.get().target;
+    web.change(|state| state.used = 3 * GIB);
+    db.wait_for_renewals(2);
+    assert_eq!(
+        (web.get().target, web.get().lease.is_none()),
+        (target, true)
+    );
+    assert!(host.ask(&["resume", "web"]).status.success());
+    wait_for("memory", || web.usable() > 3 * GIB);
+    let output = host.ask(&["pause", "none"]);
+    assert!(words(&output.stderr).contains("there is no VM 'none'"));
+}
+
+#[test]
 fn a_manager_that_was_stopped_takes_up_the_targets_after_its_leases() {
     let mut host = Host::new(LEASE);
     let [web, db] = [GIB, GIB].map(|used| Fake::new(4 * GIB, used));
