@@ -58,36 +58,20 @@ const CHECK_PROGRAMS: &str = r#"
         balloon-manager.service
 "#;
 
-/// A kernel for which the module cannot be built now is skipped: apt and the kernel's hook succeed, and say why. The
-/// module is there again as soon as it can be built. A kept tree is enough for that.
-const CHECK_SKIPPED: &str = r#"
-    release=$1
-    source=$(echo /usr/src/linux-source-*.tar.xz)
-    kept=/var/cache/virtio-balloon-rs
-    install() {
-        apt-get install --yes --reinstall /packages/virtio-balloon-rs-dkms_*.deb
-    }
-    is_there() {
-        find "/lib/modules/$release" -name 'virtio-balloon-rs.ko*' | grep .
-    }
-    mv $source $kept /
-    install >/log 2>&1
-    cat /log
-    grep "the source of $release is missing; install linux-source-" /log
-    if is_there; then
-        exit 1
-    fi
-    /etc/kernel/postinst.d/dkms "$release"
-    mv /virtio-balloon-rs /var/cache
-    dpkg-trigger --by-package=linux-source --no-await /usr/src
-    dpkg --triggers-only --pending
-    is_there
-    # The source of another version.
-    install
-    is_there
-    mv /${source##*/} /usr/src
-    rm /log
-"#;
+/// What the tests of the guest's package begin with.
+const COMMON: &str = include_str!("debian/common.sh");
+
+/// These tests, in their order.
+const PACKAGE_TESTS: [(&str, &str); 2] = [
+    (
+        "Skipping a kernel, and building for it again",
+        include_str!("debian/skipped.sh"),
+    ),
+    (
+        "Skipping a kernel after a failed build",
+        include_str!("debian/failed.sh"),
+    ),
+];
 
 /// The result of installing the packages in a system.
 pub(crate) struct Installed {
@@ -127,11 +111,9 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
 
     let release = system.release.clone();
-    system.follow(
-        "Skipping a kernel, and building for it again",
-        CHECK_SKIPPED,
-        &[&release],
-    )?;
+    for (what, script) in PACKAGE_TESTS {
+        system.follow(what, &format!("{COMMON}{script}"), &[&release])?;
+    }
 
     system.begin_changes(places.build().join("debian-removed"))?;
     let installed = vm::System {
