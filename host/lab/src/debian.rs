@@ -62,7 +62,7 @@ const CHECK_PROGRAMS: &str = r#"
 const COMMON: &str = include_str!("debian/common.sh");
 
 /// These tests, in their order.
-const PACKAGE_TESTS: [(&str, &str); 2] = [
+const PACKAGE_TESTS: [(&str, &str); 3] = [
     (
         "Skipping a kernel, and building for it again",
         include_str!("debian/skipped.sh"),
@@ -70,6 +70,10 @@ const PACKAGE_TESTS: [(&str, &str); 2] = [
     (
         "Skipping a kernel after a failed build",
         include_str!("debian/failed.sh"),
+    ),
+    (
+        "Comparing configurations",
+        include_str!("debian/configuration.sh"),
     ),
 ];
 
