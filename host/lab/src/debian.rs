@@ -62,7 +62,7 @@ const CHECK_PROGRAMS: &str = r#"
 const COMMON: &str = include_str!("debian/common.sh");
 
 /// These tests, in their order.
-const PACKAGE_TESTS: [(&str, &str); 3] = [
+const PACKAGE_TESTS: [(&str, &str); 4] = [
     (
         "Skipping a kernel, and building for it again",
         include_str!("debian/skipped.sh"),
@@ -74,6 +74,10 @@ const PACKAGE_TESTS: [(&str, &str); 3] = [
     (
         "Comparing configurations",
         include_str!("debian/configuration.sh"),
+    ),
+    (
+        "Skipping a kernel of the next series",
+        include_str!("debian/next.sh"),
     ),
 ];
 
