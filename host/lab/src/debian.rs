@@ -62,7 +62,7 @@ const CHECK_PROGRAMS: &str = r#"
 const COMMON: &str = include_str!("debian/common.sh");
 
 /// These tests, in their order.
-const PACKAGE_TESTS: [(&str, &str); 4] = [
+const PACKAGE_TESTS: [(&str, &str); 5] = [
     (
         "Skipping a kernel, and building for it again",
         include_str!("debian/skipped.sh"),
@@ -79,6 +79,7 @@ const PACKAGE_TESTS: [(&str, &str); 4] = [
         "Skipping a kernel of the next series",
         include_str!("debian/next.sh"),
     ),
+    ("Upgrading the packages", include_str!("debian/upgraded.sh")),
 ];
 
 /// The result of installing the packages in a system.
