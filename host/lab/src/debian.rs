@@ -58,10 +58,10 @@ const CHECK_PROGRAMS: &str = r#"
         balloon-manager.service
 "#;
 
-/// What the tests of the guest's package begin with.
+/// What the tests of the packages begin with.
 const COMMON: &str = include_str!("debian/common.sh");
 
-/// These tests, in their order.
+/// The tests of the installed packages, in their order.
 const PACKAGE_TESTS: [(&str, &str); 5] = [
     (
         "Skipping a kernel, and building for it again",
@@ -100,6 +100,7 @@ pub(crate) struct Installed {
 /// They do not build, or a check fails.
 pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
     let mut system = System::new(places, deb::build(places)?)?;
+    system.check("Listing the files", include_str!("debian/listed.sh"))?;
     system.follow(
         "Installing the packages",
         "apt-get install --yes --no-install-recommends /packages/*.deb",
@@ -119,9 +120,8 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         .map(|(file, module)| system.decompress(module, &directory.join(file)));
     system.follow("Checking the programs", CHECK_PROGRAMS, &[deb::VERSION])?;
 
-    let release = system.release.clone();
     for (what, script) in PACKAGE_TESTS {
-        system.follow(what, &format!("{COMMON}{script}"), &[&release])?;
+        system.check(what, script)?;
     }
 
     system.begin_changes(places.build().join("debian-removed"))?;
@@ -144,6 +144,7 @@ pub(crate) fn install(places: &Places, directory: &Path) -> Result<Installed> {
         "! find /etc /usr /var/cache /var/lib/dkms -name '*balloon[-_]rs*' | grep .",
         &[],
     )?;
+    system.check("Purging the packages", include_str!("debian/purged.sh"))?;
     let image = system
         .path
         .join("boot")
@@ -260,6 +261,11 @@ impl System {
         phase.follow(&mut self.shell(script, arguments), &log)?;
         phase.finish();
         Ok(())
+    }
+
+    /// Runs one of the tests.
+    fn check(&self, what: &str, script: &str) -> Result<()> {
+        self.follow(what, &format!("{COMMON}{script}"), &[&self.release])
     }
 
     /// The balloon drivers that it loads for a device, in this order.

@@ -50,3 +50,11 @@ show_trees() {
 says() {
 	grep "virtio-balloon-rs: $1" /log
 }
+
+# The files of the system, without those that installing any package changes.
+list() {
+	find / \( -path /proc -o -path /sys -o -path /dev -o -path /packages -o -path /run -o -path /tmp -o -path /var/tmp \
+		-o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/cache/apt \
+		-o -path /var/cache/debconf -o -path '/var/lib/dkms/mok.*' -o -path /log -o -path /before -o -path /after \) \
+		-prune -o -print | sort
+}
