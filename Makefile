@@ -4,6 +4,9 @@
 
 KDIR ?= /lib/modules/$(shell uname -r)/build
 
+# The Rust compiler that built it.
+RUSTC ?= rustc
+
 # Everything except the plain module runs in a build root, which is made on first use.
 lab := guest/build-root guest/lab
 guests := $(if $(ACCEL),--accel $(ACCEL)) $(if $(VERBOSE),--verbose) $(if $(SEEDS),--seeds $(SEEDS)) \
@@ -18,7 +21,13 @@ all:
 		{ echo "the kernel of $(KDIR) is built without Rust; set KDIR= to the tree of one with CONFIG_RUST=y" >&2; exit 1; }
 	@test -e $(KDIR)/rust/libkernel.rmeta || \
 		{ echo "$(KDIR) has no Rust metadata (headers packages leave it out); set KDIR= to the tree that the kernel was built in" >&2; exit 1; }
-	$(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(shell grep -s '^CONFIG_CC_IS_CLANG=y' $(KDIR)/include/config/auto.conf),LLVM=1) modules
+	@release=$$(cat $(KDIR)/include/config/kernel.release); \
+		printf '7.3\n%s\n' "$$release" | sort --check=quiet --version-sort || \
+		{ echo "the kernel of $(KDIR) is $$release; the module needs 7.3 or newer" >&2; exit 1; }
+	@built=$$(sed -n 's/^CONFIG_RUSTC_VERSION_TEXT="*\([^"]*\)"*$$/\1/p' $(KDIR)/include/config/auto.conf); \
+		installed=$$($(RUSTC) --version); test "$$installed" = "$$built" || \
+		{ echo "the kernel of $(KDIR) is built with $$built, and $(RUSTC) is $$installed; set RUSTC= to the former" >&2; exit 1; }
+	$(MAKE) -C $(KDIR) M=$(CURDIR) RUSTC=$(RUSTC) $(if $(shell grep -s '^CONFIG_CC_IS_CLANG=y' $(KDIR)/include/config/auto.conf),LLVM=1) modules
 
 # The driver's directory in a kernel's source, and its files.
 place := $(KSRC)/drivers/virtio/virtio_balloon_rs

@@ -235,3 +235,55 @@ pub(crate) fn make(
     phase.finish();
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::process::Command;
+    use std::{env, fs, process};
+
+    /// What `make` says in a kernel's build tree of this release, built by this compiler.
+    fn make(release: &str, rustc: &str) -> Result<String, String> {
+        let tree = env::temp_dir().join(format!("kdir-{}", process::id()));
+        let configuration = format!("CONFIG_RUST=y\nCONFIG_RUSTC_VERSION_TEXT=\"{rustc}\"\n");
+        for (file, text) in [
+            ("Makefile", "modules:\n\t@echo built\n"),
+            ("rust/libkernel.rmeta", ""),
+            ("include/config/kernel.release", release),
+            ("include/config/auto.conf", &configuration),
+        ] {
+            let path = tree.join(file);
+            fs::create_dir_all(path.with_file_name("")).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let output = Command::new("make")
+            .args(["--silent", "all", &format!("KDIR={}", tree.display())])
+            .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."))
+            .output()
+            .unwrap();
+        fs::remove_dir_all(tree).unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        match output.status.success() {
+            true => Ok(text(output.stdout)),
+            false => Err(text(output.stderr)),
+        }
+    }
+
+    #[test]
+    fn make_refuses_kernels_and_compilers_that_do_not_fit() {
+        let version = Command::new("rustc").arg("--version").output().unwrap();
+        let version = String::from_utf8(version.stdout).unwrap();
+        let rustc = version.trim_end();
+        for release in ["7.3.0-rc1", "7.3.4+deb13-amd64", "7.10.1", "8.0.0"] {
+            let output = make(release, rustc).unwrap();
+            assert!(output.contains("built"), "{release}: {output}");
+        }
+        let error = make("7.2.9+deb13-amd64", rustc).unwrap_err();
+        let expected = "is 7.2.9+deb13-amd64; the module needs 7.3 or newer";
+        assert!(error.contains(expected), "{error}");
+        let error = make("7.3.4", "rustc 1.2.3 (abc 2026-01-01)").unwrap_err();
+        let expected =
+            format!("is built with rustc 1.2.3 (abc 2026-01-01), and rustc is {rustc}; set RUSTC=");
+        assert!(error.contains(&expected), "{error}");
+    }
+}
