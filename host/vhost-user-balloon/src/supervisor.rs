@@ -29,6 +29,7 @@ mod connection;
 mod forward;
 pub mod journal;
 mod memory;
+mod optional;
 mod program;
 mod recovery;
 mod setup;

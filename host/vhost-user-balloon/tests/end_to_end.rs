@@ -40,6 +40,8 @@ mod events;
 mod front_ends;
 #[path = "end_to_end/granules.rs"]
 mod granules;
+#[path = "end_to_end/optional.rs"]
+mod optional;
 #[path = "end_to_end/out_of_memory.rs"]
 mod out_of_memory;
 #[path = "end_to_end/pinned.rs"]

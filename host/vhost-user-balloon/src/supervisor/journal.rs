@@ -14,6 +14,7 @@ use nix::unistd::write;
 
 use super::configuration::{Configuration, access, is_in};
 use super::memory::{Region, adds_memory, regions, word};
+use super::optional::refusal;
 use crate::vhost_user::message::{Message, request};
 
 /// The protocol feature by which the front end may request an acknowledgement of each message.
@@ -411,7 +412,7 @@ pub(super) fn has_reply(message: &Message) -> bool {
             | request::GET_MAX_MEM_SLOTS
             | request::GET_VRING_BASE
             | request::GET_CONFIG
-    )
+    ) || refusal(message).is_some()
 }
 
 /// Whether the worker answers a message.

@@ -13,6 +13,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::journal::{Journal, is_about_queue, queue};
 use super::memory::{adds_memory, word};
+use super::optional::{self, Optional};
 use crate::queues::virtqueue::MAX_QUEUE_SIZE;
 use crate::vhost_user::message::{Message, request};
 use crate::virtio::features::config_size;
@@ -40,6 +41,8 @@ enum Problem {
     PrivateMemory,
     QueueSize,
     Descriptors,
+    /// A message with this name.
+    NotOffered(&'static str),
 }
 
 /// The known options of the front end.
@@ -139,6 +142,10 @@ impl Setup {
     /// Checks a message of the front end.
     pub(super) fn check(&mut self, message: &Message, journal: &Journal) -> Verdict {
         self.last = Instant::now();
+        if let Some(message) = optional::find(message) {
+            self.not_offered(message);
+            return Verdict::LeaveOut;
+        }
         let queue = queue(message);
         if is_about_queue(message) {
             let number = usize::try_from(queue).unwrap_or(usize::MAX);
@@ -208,6 +215,18 @@ impl Setup {
             &format!(
                 "no file descriptor is left for {message} from the VMM, and the VM runs without its balloon; raise \
                  LimitNOFILE= of the daemon's service, and start the VM again"
+            ),
+        );
+    }
+
+    /// Logs that the front end uses a part of the protocol that it should not.
+    fn not_offered(&mut self, message: &Optional) {
+        let Optional { name, feature, .. } = message;
+        self.log(
+            Problem::NotOffered(name),
+            &format!(
+                "refusing {name} from the VMM, which belongs to VHOST_USER_PROTOCOL_F_{feature}: this daemon does not \
+                 offer that; the guest keeps its balloon"
             ),
         );
     }

@@ -14,6 +14,7 @@ use vhost::vhost_user::message::BackendReq;
 
 use super::connection::Connection;
 use super::journal::{Journal, has_reply, name, queue};
+use super::optional::refusal;
 use super::setup::Setup;
 use super::worker::ANSWER_TIMEOUT;
 use crate::vhost_user::message::{Head, Message, request};
@@ -147,6 +148,9 @@ impl Vmm {
     /// configuration space, or an earlier answer of a worker. A queue that stops gets the interrupt that a killed worker
     /// may owe.
     pub(super) fn own_answer(&self, message: &Message) -> Option<Message> {
+        if let Some(refusal) = refusal(message) {
+            return Some(refusal);
+        }
         match message.request() {
             request::GET_VRING_BASE => {
                 let queue = queue(message);
