@@ -53,6 +53,8 @@ const CHECK_PROGRAMS: &str = r#"
     test -s bash-completion/completions/balloonctl
     test -s zsh/vendor-completions/_balloonctl
     test -s fish/vendor_completions.d/balloonctl.fish
+    grep '"binary": "/usr/bin/vhost-user-balloon"' qemu/vhost-user/50-vhost-user-balloon.json
+    [ "$(vhost-user-balloon --print-capabilities)" = '{"type": "balloon"}' ]
     [ "$(systemctl is-enabled balloon-manager.service)" = disabled ]
     systemd-analyze verify --man=no vhost-user-balloon@vm.service vhost-user-balloon-connection@vm.target \
         balloon-manager.service

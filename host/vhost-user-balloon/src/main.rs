@@ -35,6 +35,9 @@ const FILES: [(&str, &str); 3] = [
     ),
 ];
 
+/// What QEMU's schema `vhost-user.json` has for a balloon.
+const CAPABILITIES: &str = r#"{"type": "balloon"}"#;
+
 fn main() -> ExitCode {
     let options = Options::parse();
     env_logger::Builder::new()
@@ -46,6 +49,10 @@ fn main() -> ExitCode {
         .init();
     let result = match &options.man {
         Some(directory) => write_man_page(directory),
+        None if options.print_capabilities => {
+            println!("{CAPABILITIES}");
+            Ok(())
+        }
         None if options.worker.is_some() => work(&options),
         None => supervise(&options),
     };

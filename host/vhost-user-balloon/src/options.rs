@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use balloon_control::Access;
-use clap::{Parser, ValueEnum};
+use clap::{Parser, ValueEnum, value_parser};
 use log::LevelFilter;
 use nix::unistd::{Gid, Group};
 
@@ -54,8 +54,24 @@ pub enum Sandbox {
 #[command(version, verbatim_doc_comment, args_override_self = true)]
 pub struct Options {
     /// The socket for the VMM
-    #[arg(long, value_name = "PATH", required_unless_present_any = ["man", "worker"])]
+    #[arg(
+        long,
+        visible_alias = "socket-path",
+        value_name = "PATH",
+        required_unless_present_any = ["fd", "man", "print_capabilities", "worker"]
+    )]
     pub socket: Option<PathBuf>,
+
+    /// The socket for the VMM as a file descriptor of this number, instead of --socket
+    ///
+    /// The socket has a path, and listens already. The daemon does not change its access, and leaves it at its end. It
+    /// creates temporary files beside it.
+    #[arg(long, value_name = "NUMBER", conflicts_with = "socket", value_parser = value_parser!(i32).range(3..))]
+    pub fd: Option<i32>,
+
+    /// Print the type of the device as JSON, as QEMU's conventions for back ends say, and do nothing else
+    #[arg(long)]
+    pub print_capabilities: bool,
 
     /// The group that the VMM's socket belongs to, for a VMM of another user
     ///
@@ -252,6 +268,11 @@ mod tests {
         Options::command().debug_assert();
         assert!(parse(&[]).is_err());
         assert!(parse(&["--man", "."]).is_ok());
+        assert!(parse(&["--print-capabilities"]).is_ok());
+        assert!(parse(&["--fd", "3"]).is_ok());
+        assert!(parse(&["--fd", "0"]).is_err());
+        assert!(parse(&["--fd", "3", "--socket", "s"]).is_err());
+        assert!(parse(&["--socket-path", "s"]).unwrap().socket.is_some());
         assert!(parse(&["--socket", "s", "--features", "nonsense"]).is_err());
         assert!(parse(&["--socket", "s", "--features", "stop-reason"]).is_err());
     }

@@ -151,7 +151,6 @@ impl Supervisor {
         store: Store,
         snapshot: Option<Snapshot>,
     ) -> Result<Self> {
-        let path = options.socket.as_deref().context("name a --socket")?;
         let program = own_path().context("finding this program")?;
         let own_program = File::open(SELF)?.into();
         let resumed = snapshot.is_some();
@@ -165,7 +164,7 @@ impl Supervisor {
         } = snapshot.map_or_else(Snapshot::empty, Ok)?;
         let boot = Duration::from_secs(options.boot_grace.into());
         let vmm = connected(frontend, boot);
-        let (socket, control) = sockets(options, path, socket, control)?;
+        let (socket, control) = sockets(options, socket, control)?;
         let own_state = own_state(options, &socket, vmm.is_some());
         let new_arguments = worker_arguments(options, own_state.as_deref());
         let arguments = match vmm {
@@ -373,14 +372,19 @@ fn own_state(options: &Options, socket: &Socket, is_connected: bool) -> Option<P
     Some(state)
 }
 
-/// The sockets at the paths of the options. Some may come from an earlier supervisor.
+/// The sockets of the options. Some may come from an earlier supervisor.
 fn sockets(
     options: &Options,
-    path: &Path,
     socket: Option<Listening>,
     control: Option<Listening>,
 ) -> Result<(Socket, Option<Socket>)> {
-    let socket = Socket::new(path, options.socket_access(), socket)?;
+    let socket = match options.fd {
+        Some(number) => Socket::received(number, socket)?,
+        None => {
+            let path = options.socket.as_deref().context("name a --socket")?;
+            Socket::new(path, options.socket_access(), socket)?
+        }
+    };
     let control = options
         .control
         .as_deref()

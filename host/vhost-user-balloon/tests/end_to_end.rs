@@ -34,6 +34,8 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
+#[path = "end_to_end/conventions.rs"]
+mod conventions;
 #[path = "end_to_end/events.rs"]
 mod events;
 #[path = "end_to_end/front_ends.rs"]

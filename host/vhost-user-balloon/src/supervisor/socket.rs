@@ -5,8 +5,12 @@
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use balloon_control::{Access, SocketFile, listen};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::AcceptConn;
+use nix::unistd::close;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use super::snapshot::Listening;
 
@@ -41,6 +45,18 @@ impl Socket {
         })
     }
 
+    /// Continues with a socket of the previous supervisor, or listens on a file descriptor that this process was
+    /// started with.
+    pub(super) fn received(number: i32, kept: Option<Listening>) -> Result<Self> {
+        let (path, listener) = kept.map_or_else(|| take(number), Ok)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            path,
+            listener,
+            file: None,
+        })
+    }
+
     pub(super) fn current(&self) -> (&PathBuf, &UnixListener) {
         (&self.path, &self.listener)
     }
@@ -57,4 +73,23 @@ impl Socket {
             file.remove();
         }
     }
+}
+
+/// The listening socket that is the file descriptor of this number, and its path. The daemon's other processes do not
+/// get the descriptor.
+fn take(number: i32) -> Result<Listening> {
+    let process = pidfd_open(getpid(), PidfdFlags::empty())?;
+    let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty())
+        .with_context(|| format!("there is no file descriptor {number}, which --fd names"))?;
+    close(number)?;
+    ensure!(
+        getsockopt(&descriptor, AcceptConn).unwrap_or_default(),
+        "the file descriptor {number}, which --fd names, is no socket that listens"
+    );
+    let listener = UnixListener::from(descriptor);
+    let address = listener.local_addr()?;
+    let path = address.as_pathname().with_context(|| {
+        format!("the socket of the file descriptor {number}, which --fd names, has no path")
+    })?;
+    Ok((path.to_owned(), listener))
 }
