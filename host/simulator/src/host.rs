@@ -3,11 +3,11 @@
 //! A host with its guests under a rule.
 
 use balloon_policy::{Millis, Observation, Pages};
+use balloon_simulator::rules::{self, Rule, Truth, View};
 use fastrand::Rng;
 
 use crate::guest::Guest;
 use crate::load::TICK;
-use crate::rules::{Rule, Truth, View};
 
 /// The parameters of a run.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +44,7 @@ fn guests(shape: Shape) -> Vec<Guest> {
 
 /// The pool of a seed: the guests' demands fit most of the time, and their memory does not.
 pub(crate) fn pool(shape: Shape) -> Pages {
-    let alone = run(shape, Pages::MAX, &mut crate::rules::none());
+    let alone = run(shape, Pages::MAX, &mut rules::none());
     let memory: Pages = guests(shape).iter().map(|guest| guest.memory).sum();
     let mut rng = Rng::with_seed(!shape.seed);
     let pool = alone.peak * rng.u64(105..=180) / 100;
@@ -59,7 +59,13 @@ pub(crate) fn run(shape: Shape, pool: Pages, rule: &mut dyn Rule) -> Outcome {
     if !rule.reporting() {
         guests.iter_mut().for_each(Guest::age);
     }
-    rule.start(pool, &mut guests);
+    let memory: Vec<_> = guests.iter().map(|guest| guest.memory).collect();
+    for (guest, usable) in guests
+        .iter_mut()
+        .zip(rule.start(pool, &memory).into_iter().flatten())
+    {
+        guest.begin(usable);
+    }
     let mut events = Rng::with_seed(shape.seed ^ 0x5eed);
     for now in (TICK..=shape.time).step_by(usize::try_from(TICK).unwrap_or(1)) {
         // A guest is reset once in two hours.

@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use balloon_policy::Pages;
+use balloon_simulator::rules;
 use clap::Parser;
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
@@ -20,7 +21,6 @@ use crate::host::{Outcome, Shape, pool, run};
 mod guest;
 mod host;
 mod load;
-mod rules;
 
 #[derive(Parser)]
 #[command(

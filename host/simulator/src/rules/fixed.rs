@@ -5,11 +5,10 @@
 use balloon_policy::Pages;
 
 use super::rule::{Rule, View};
-use crate::guest::Guest;
 
 /// No target changes after the start.
 #[derive(Debug)]
-pub(crate) struct Fixed {
+pub struct Fixed {
     name: &'static str,
     reporting: bool,
     /// The guests have balloons, which leave them their part of the pool.
@@ -17,7 +16,7 @@ pub(crate) struct Fixed {
 }
 
 /// Each VM has all of its memory.
-pub(crate) const fn none() -> Fixed {
+pub const fn none() -> Fixed {
     Fixed {
         name: "none",
         reporting: false,
@@ -64,10 +63,8 @@ impl Rule for Fixed {
         self.reporting
     }
 
-    fn start(&self, pool: Pages, guests: &mut [Guest]) {
-        if self.divided {
-            Divided.start(pool, guests);
-        }
+    fn start(&self, pool: Pages, memory: &[Pages]) -> Option<Vec<Pages>> {
+        self.divided.then(|| Divided.start(pool, memory)).flatten()
     }
 
     fn step(&mut self, _view: &View) -> Vec<(usize, Pages)> {

@@ -10,11 +10,11 @@ mod proxmox;
 mod rule;
 mod xen;
 
-pub(crate) use fixed::none;
-pub(crate) use rule::{Rule, Truth, View};
+pub use fixed::none;
+pub use rule::{Rule, Truth, View};
 
 /// All of them, ours first and the oracle last.
-pub(crate) fn all() -> Vec<Box<dyn Rule>> {
+pub fn all() -> Vec<Box<dyn Rule>> {
     vec![
         Box::new(ours::Ours::new("ours", balloon_policy::Profile::Balanced)),
         Box::new(ours::Ours::new(

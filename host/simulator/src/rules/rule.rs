@@ -4,22 +4,22 @@
 
 use balloon_policy::{Millis, Observation, Pages, Vm};
 
-use crate::guest::Guest;
-
 /// A guest's future demand, which only the oracle knows.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Truth {
+pub struct Truth {
     /// Memory of the kernel and the processes.
-    pub(crate) demand: Pages,
+    pub demand: Pages,
     /// Files that are read again and again.
-    pub(crate) files: Pages,
+    pub files: Pages,
 }
 
 /// The input of a rule.
 #[derive(Clone, Debug)]
-pub(crate) struct View {
-    pub(crate) observation: Observation,
-    pub(crate) truth: Vec<Truth>,
+pub struct View {
+    /// The host and its VMs.
+    pub observation: Observation,
+    /// What is known to the oracle only, for each VM. The other rules work without it.
+    pub truth: Vec<Truth>,
 }
 
 impl View {
@@ -39,7 +39,8 @@ impl View {
 }
 
 /// A rule that sets targets.
-pub(crate) trait Rule {
+pub trait Rule: Send {
+    /// Its name, or that of its project.
     fn name(&self) -> &'static str;
 
     /// Whether guests report free pages to the host.
@@ -47,14 +48,15 @@ pub(crate) trait Rule {
         false
     }
 
-    /// How the balloons are when the run begins: each VM has the same part of its memory.
-    fn start(&self, pool: Pages, guests: &mut [Guest]) {
-        let memory: Pages = guests.iter().map(|guest| guest.memory).sum();
-        for guest in guests {
-            let grant = u128::from(guest.memory) * u128::from(pool) / u128::from(memory.max(1));
+    /// What VMs of this memory have when the run begins, or nothing if they have no balloons. All have the same part.
+    fn start(&self, pool: Pages, memory: &[Pages]) -> Option<Vec<Pages>> {
+        let all: Pages = memory.iter().sum();
+        let grant = |&memory: &Pages| {
+            let grant = u128::from(memory) * u128::from(pool) / u128::from(all.max(1));
             let grant = Pages::try_from(grant).unwrap_or(Pages::MAX);
-            guest.begin(grant.min(guest.memory) / 100 * 98);
-        }
+            grant.min(memory) / 100 * 98
+        };
+        Some(memory.iter().map(grant).collect())
     }
 
     /// New targets, by the place of the VM.
