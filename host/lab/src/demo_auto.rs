@@ -109,7 +109,7 @@ fn measure(artifacts: &Artifacts, guests: Guests, settings: Option<&str>) -> Res
             .using_memory()
     });
     let booting = Phase::start("booting three guests", None);
-    with_guests(&configs, &[], |guests: &[&Guest]| {
+    vm::run_all(&configs, |guests| {
         for guest in guests {
             guest.insmod(Driver::Rust, &[])?;
             guest.balloon().poll_statistics(1)?;
@@ -140,21 +140,6 @@ fn measure(artifacts: &Artifacts, guests: Guests, settings: Option<&str>) -> Res
             artifacts.logs.display()
         )
     })
-}
-
-/// Boots one guest after the other, and hands all of them to `body`.
-fn with_guests<T>(
-    configs: &[Config],
-    booted: &[&Guest],
-    body: impl FnOnce(&[&Guest]) -> Result<T>,
-) -> Result<T> {
-    match configs.split_first() {
-        None => body(booted),
-        Some((first, rest)) => vm::run(first, |guest| {
-            let booted: Vec<_> = booted.iter().copied().chain([guest]).collect();
-            with_guests(rest, &booted, body)
-        }),
-    }
 }
 
 /// Waits until the manager has divided the pool between guests that began with more.

@@ -57,7 +57,30 @@ pub fn run<T>(config: &Config, body: impl FnOnce(&Guest) -> Result<T>) -> Result
     live(config, body, Guest::power_off)
 }
 
-/// The same, but kills the guest at the end: `body` may leave the guest unable to run.
+/// The same for several guests, which boot one after the other.
+///
+/// # Errors
+///
+/// As for [`run`].
+pub fn run_all<T>(configs: &[Config], body: impl FnOnce(&[&Guest]) -> Result<T>) -> Result<T> {
+    run_more(configs, &[], body)
+}
+
+fn run_more<T>(
+    configs: &[Config],
+    booted: &[&Guest],
+    body: impl FnOnce(&[&Guest]) -> Result<T>,
+) -> Result<T> {
+    match configs.split_first() {
+        None => body(booted),
+        Some((first, rest)) => run(first, |guest| {
+            let booted: Vec<_> = booted.iter().copied().chain([guest]).collect();
+            run_more(rest, &booted, body)
+        }),
+    }
+}
+
+/// The same as [`run`], but kills the guest at the end: `body` may leave the guest unable to run.
 ///
 /// # Errors
 ///

@@ -82,7 +82,7 @@ pub use crate::guest::load::RunningLoad;
 pub use crate::guest::memory::Meminfo;
 pub use crate::guest::power::{Hibernated, hibernate};
 pub use crate::guest::system::GuestSystem;
-pub use crate::guest::{Guest, run, run_and_kill};
+pub use crate::guest::{Guest, run, run_all, run_and_kill};
 pub use crate::hostile::{Hostile, Link};
 pub use crate::huge_pages::{HugePages, has_transparent_huge_pages};
 pub use crate::machine::{Accel, Kernel, Machine, MemoryBackend};
