@@ -18,17 +18,20 @@ mod docs;
 mod plots;
 mod results;
 mod tables;
+mod timelines;
 
 use results::{all_names, directory, keep, load};
 
-/// Runs the benchmarks with `only` in one of their names, or all. Returns whether all claims hold.
+/// Runs the benchmarks with `only` in one of their names, or those that run by default. Returns whether all claims hold.
 pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
     let places = Places::find()?;
     let _lock = kernel::lock_checkout(&places)?;
     let wanted: Vec<_> = BENCHMARKS
         .iter()
         .filter(|benchmark| {
-            only.is_none_or(|only| benchmark.names.iter().any(|name| name.contains(only)))
+            only.map_or(benchmark.by_default, |only| {
+                benchmark.names.iter().any(|name| name.contains(only))
+            })
         })
         .collect();
     ensure!(
@@ -59,7 +62,9 @@ pub(crate) fn run(only: Option<&str>, guests: Guests) -> Result<bool> {
                 continue;
             }
         };
-        plots::draw(&directory(&places), &load(&places)?)?;
+        let all = load(&places)?;
+        plots::draw(&directory(&places), &all)?;
+        timelines::draw(&directory(&places), &all)?;
         tables::print(benchmark, &records);
         let claims = benchmark.check(&records).into_iter();
         failed.extend(claims.filter(|claim| !claim.holds()));

@@ -21,6 +21,8 @@ pub struct Benchmark {
     pub kernel: Kernel,
     /// The settings of that kernel.
     pub(crate) settings: &'static [Setting],
+    /// It runs also if it is not asked for by its name.
+    pub by_default: bool,
     /// The question that it answers.
     pub answers: &'static str,
     /// Does it.
@@ -161,6 +163,11 @@ impl<'a> Bench<'a> {
             (self.keep)(&self.records())?;
         }
         Ok(())
+    }
+
+    /// Reports progress within a round.
+    pub(crate) fn say(&self, words: &str) {
+        (self.watch)(words);
     }
 
     /// Adds a run to those of the same subject.

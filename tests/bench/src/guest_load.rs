@@ -18,6 +18,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &[NAME],
     kernel: Kernel::Test,
     settings: &[Setting::plain(claims), Setting::zeroing(1, no_claims)],
+    by_default: true,
     answers: "Throughput of a load that keeps all processors busy, and the longest stall of a 1 kHz task, while the \
               guest does something for the host (`variant`), and for half a second at least.",
     run,

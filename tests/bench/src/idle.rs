@@ -19,6 +19,7 @@ pub(crate) const IDLE: Benchmark = Benchmark {
         Setting::plain(claims),
         Setting::zeroing(ZEROING_RUNS, |records| zeroing_claims(records, IDLE.names)),
     ],
+    by_default: true,
     answers: "Time to inflate and to deflate by 7 of 8 GiB, in an idle guest that has not used them.",
     run,
 };
@@ -29,6 +30,7 @@ pub(crate) const DEBIAN: Benchmark = Benchmark {
     settings: &[Setting::own(|records| {
         zeroing_claims(records, DEBIAN.names)
     })],
+    by_default: true,
     answers: "The same with Debian's own kernel, with the driver of the package, and with the kernel's defaults: it \
               zeroes what it allocates.",
     run: |bench| {

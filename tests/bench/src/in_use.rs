@@ -17,6 +17,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
         Setting::plain(claims),
         Setting::zeroing(RUNS, zeroing_claims),
     ],
+    by_default: true,
     answers: "Time to inflate by 3 of 8 GiB, where half of the memory is in use: data of processes, page cache, and \
               small files as after a build.",
     run,

@@ -24,6 +24,7 @@
 mod bench;
 mod claim;
 mod contestant;
+mod division;
 mod fragmented;
 mod guest_load;
 mod idle;
@@ -33,6 +34,7 @@ mod migration;
 mod reaction;
 mod reclaim;
 mod record;
+mod rotate;
 mod scale;
 mod snapshot;
 mod touched;
@@ -40,6 +42,7 @@ mod touched;
 pub use crate::bench::{Bench, Benchmark, Setting};
 pub use crate::claim::{Claim, find};
 pub use crate::contestant::{By, Contestant, Device};
+pub use crate::division::{Division, Timeline, Track};
 pub use crate::machine::complaint;
 pub use crate::record::{Record, Run, Stages, Subject, measure};
 
@@ -58,4 +61,6 @@ pub const BENCHMARKS: &[&Benchmark] = &[
     &snapshot::IDLE,
     &snapshot::DIRTY,
     &guest_load::BENCHMARK,
+    &rotate::BENCHMARK,
+    &rotate::SMALL,
 ];

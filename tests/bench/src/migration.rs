@@ -14,6 +14,7 @@ pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["migrate-idle"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(no_claims), Setting::zeroing(2, no_claims)],
+    by_default: true,
     answers: "Time and copied memory of migrating an idle guest of 8 GiB.",
     run: |bench| run(bench, "migrate-idle", Size::default()),
 };
@@ -22,6 +23,7 @@ pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["migrate-dirty"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(claims), Setting::zeroing(2, no_claims)],
+    by_default: true,
     answers: "Time and copied memory of migrating a guest of 8 GiB that has written and freed 5 GiB.",
     run: |bench| run(bench, "migrate-dirty", Size::gib(5)),
 };

@@ -18,6 +18,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["react-inflate", "react-deflate"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(claims), Setting::zeroing(3, no_claims)],
+    by_default: true,
     answers: "200 changes of the target by 256 MiB at the control socket. `react-inflate`: time until the host has the first \
               memory back, which the guest has used. `react-deflate`: time until all 256 MiB are free in the guest.",
     run,

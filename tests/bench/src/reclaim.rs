@@ -17,6 +17,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &[NAME],
     kernel: Kernel::Test,
     settings: &[Setting::plain(peak), Setting::zeroing(RUNS, claims)],
+    by_default: true,
     answers: "Time of `reclaim` in a guest of 8 GiB that has written and freed 6.7 GiB.",
     run,
 };

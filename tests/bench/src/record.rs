@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vm::{Guest, Samples, Sent, Size, Zeroing};
 
 use crate::contestant::{By, Contestant, Device};
+use crate::division::Division;
 
 /// The subject of a measurement.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +82,8 @@ pub struct Run {
     pub daemon_memory: Option<Size>,
     /// How long the machine took to write memory before. [`Bench::add`](crate::Bench::add) sets it.
     pub machine: Option<Duration>,
+    /// How the host's memory was divided between guests.
+    pub division: Option<Division>,
 }
 
 /// The stages of inflating.
@@ -159,6 +162,9 @@ pub struct Record {
     /// How long the machine took to write 256 MiB of memory before each run, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_ms: Option<Samples>,
+    /// How the host's memory was divided between guests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub division: Option<Division>,
 }
 
 impl Record {
@@ -205,6 +211,7 @@ impl Record {
             daemon_cpu_s: median(&|run| run.daemon_cpu.map(seconds)),
             daemon_kib: whole(&|run| Some(run.daemon_memory?.as_bytes() >> 10)),
             machine_ms: all(&|run| run.machine.map(|time| seconds(time) * 1e3)),
+            division: runs.iter().find_map(|run| run.division.clone()),
         }
     }
 
@@ -213,19 +220,28 @@ impl Record {
         Contestant::new(self.driver, self.device)
     }
 
+    /// By how much longer each run took among `all` than the same run in guests that report free pages, and are not
+    /// limited. Those take their memory from the host again, too.
+    pub fn waits(&self, all: &[Self]) -> Option<Samples> {
+        let is_base = |other: &&Self| other.driver == By::Reporting && other.is_like(self);
+        let base = all.iter().find(is_base)?.seconds.values();
+        let both = self.seconds.values().iter().zip(base);
+        Some(both.map(|(time, base)| time - base).collect())
+    }
+
+    /// Whether the subject is the same, except for the driver and the variant.
+    fn is_like(&self, other: &Self) -> bool {
+        self.name == other.name
+            && self.guest_mib == other.guest_mib
+            && self.amount_mib == other.amount_mib
+            && self.zeroing == other.zeroing
+            && self.device == other.device
+    }
+
     /// The baseline among `all`: the same subject with the C driver on the same device, or without a mechanism where
     /// the C driver has none.
     pub fn base<'a>(&self, all: &'a [Self]) -> Option<&'a Self> {
-        let is_same = |other: &&Self| {
-            (
-                &other.name,
-                other.guest_mib,
-                other.amount_mib,
-                other.zeroing,
-            ) == (&self.name, self.guest_mib, self.amount_mib, self.zeroing)
-                && other.device == self.device
-                && other.driver != self.driver
-        };
+        let is_same = |other: &&Self| other.driver != self.driver && other.is_like(self);
         // A variant without a counterpart is compared with the plain subject.
         let find = |driver: By, detail: &Option<String>| {
             let is_it = |other: &&Self| other.driver == driver && other.detail == *detail;

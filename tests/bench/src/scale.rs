@@ -14,6 +14,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-scale"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(claims), Setting::zeroing(2, no_claims)],
+    by_default: true,
     answers: "Time to inflate by seven eighths of an idle guest's memory, by the size of the guest.",
     run,
 };

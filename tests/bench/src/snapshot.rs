@@ -16,6 +16,7 @@ pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["snapshot-idle"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(no_claims), Setting::zeroing(2, no_claims)],
+    by_default: true,
     answers: "Time and size of a snapshot of an idle guest of 8 GiB, without and with `reclaim` before it.",
     run: |bench| run(bench, "snapshot-idle", Size::default()),
 };
@@ -24,6 +25,7 @@ pub(crate) const DIRTY: Benchmark = Benchmark {
     names: &["snapshot-dirty"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(claims), Setting::zeroing(2, no_claims)],
+    by_default: true,
     answers: "Time and size of a snapshot of a guest of 8 GiB that has written and freed 5 GiB, without and with \
               `reclaim` before it.",
     run: |bench| run(bench, "snapshot-dirty", Size::gib(5)),

@@ -18,6 +18,7 @@ pub(crate) const BENCHMARK: Benchmark = Benchmark {
     names: &["inflate-touched", "deflate-touched"],
     kernel: Kernel::Test,
     settings: &[Setting::plain(claims), Setting::zeroing(2, peak)],
+    by_default: true,
     answers: "Time to inflate and to deflate by 4 of 8 GiB that the guest has used, so that the host has to free them.",
     run,
 };

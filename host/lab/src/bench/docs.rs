@@ -13,8 +13,8 @@ use procfs::{CpuInfo, Current, Meminfo};
 use vm::{Accel, Kernel, Size};
 
 use super::plots::{self, Plot};
-use super::results::{all_names, directory, of};
-use super::tables;
+use super::results::{directory, of};
+use super::{tables, timelines};
 use crate::kernel;
 use crate::places::Places;
 
@@ -60,6 +60,7 @@ pub(super) fn write(places: &Places, records: &[Record], accel: Accel) -> Result
     let to = docs.join("plots");
     fs::create_dir_all(&to)?;
     plots::draw(&directory(places), records)?;
+    timelines::draw(&directory(places), records)?;
     let cores = CpuInfo::current()?.num_cores();
     let mut text = INTRODUCTION
         .replace("SUMMARY", summary(records, cores, accel).trim_end())
@@ -136,7 +137,9 @@ fn summary(records: &[Record], cores: usize, accel: Accel) -> String {
         .collect();
     let failed: Vec<_> = claims.iter().filter(|claim| !claim.holds()).collect();
     let is_missing = |name: &&str| records.iter().all(|record| record.name != *name);
-    let missing: Vec<_> = all_names().into_iter().filter(is_missing).collect();
+    let by_default = BENCHMARKS.iter().filter(|benchmark| benchmark.by_default);
+    let names = by_default.flat_map(|benchmark| benchmark.names).copied();
+    let missing: Vec<_> = names.filter(is_missing).collect();
     let not_good = match (failed.len(), claims.len()) {
         (0, all) => format!("all {all} claims hold."),
         (failed, all) => format!("{failed} of {all} claims failed:"),
@@ -224,19 +227,27 @@ fn write_one(text: &mut String, benchmark: &Benchmark, records: &[Record]) -> Re
 }
 
 /// The plots for which there are results of a benchmark. A plot of several benchmarks belongs to the last of them.
-fn shown(benchmark: &Benchmark, records: &[Record]) -> Vec<(&'static str, &'static str)> {
+fn shown(benchmark: &Benchmark, records: &[Record]) -> Vec<(String, String)> {
     let (name, shows, of) = plots::SCALE;
     let last_of = |plot: &Plot| {
         let with_results = |name: &&str| records.iter().any(|record| record.name == *name);
         plot.names().filter(with_results).last()
     };
+    let of_benchmark = records
+        .iter()
+        .filter(|record| benchmark.names.contains(&&*record.name));
     plots::PLOTS
         .iter()
         .filter(|plot| last_of(plot).is_some_and(|last| benchmark.names.contains(&last)))
-        .map(|plot| (plot.name, plot.shows))
+        .map(|plot| (plot.name.to_owned(), plot.shows.to_owned()))
         .chain(
             (benchmark.names == [of] && records.iter().any(|record| record.name == of))
-                .then_some((name, shows)),
+                .then_some((name.to_owned(), shows.to_owned())),
+        )
+        .chain(
+            timelines::plots(of_benchmark)
+                .into_iter()
+                .map(|plot| (plot.name, plot.shows)),
         )
         .collect()
 }

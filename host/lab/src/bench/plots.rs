@@ -15,7 +15,7 @@ use plotters::style::{FontStyle, register_font};
 use vm::{Samples, Zeroing};
 
 /// Measures in pixels.
-const WIDTH: u32 = 960;
+pub(super) const WIDTH: u32 = 960;
 const ROW: u32 = 28;
 const HEAD: u32 = 44;
 const FOOT: u32 = 34;
@@ -23,14 +23,14 @@ const LABELS: u32 = 370;
 const SCALE_HEIGHT: u32 = 440;
 /// Room for the labels at the ends of lines.
 const LINE_LABELS: u32 = 300;
-const TEXT: i32 = 16;
-const TITLE: i32 = 20;
+pub(super) const TEXT: i32 = 16;
+pub(super) const TITLE: i32 = 20;
 /// How far a text is moved down to centre its letters.
 const SINK: i32 = 3;
 
-const FONT: &str = "sans-serif";
-const INK: RGBColor = RGBColor(40, 40, 40);
-const FAINT: RGBColor = RGBColor(215, 215, 215);
+pub(super) const FONT: &str = "sans-serif";
+pub(super) const INK: RGBColor = RGBColor(40, 40, 40);
+pub(super) const FAINT: RGBColor = RGBColor(215, 215, 215);
 
 /// The unit of an axis.
 #[derive(Clone, Copy)]

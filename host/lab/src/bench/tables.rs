@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use benchmarks::{Benchmark, Record, Stages, complaint};
+use benchmarks::{Benchmark, Division, Record, Stages, complaint};
 use comfy_table::presets::{ASCII_MARKDOWN, UTF8_FULL_CONDENSED};
 use comfy_table::{CellAlignment, Table};
 use vm::{Samples, Size};
@@ -88,7 +88,9 @@ fn finish(mut table: Table, preset: &str) -> Table {
 fn tables(of_name: &[&Record], all: &[Record]) -> Vec<Table> {
     let (staged, plain): (Vec<&Record>, Vec<&Record>) =
         of_name.iter().partition(|record| record.stages.is_some());
-    let mut tables = vec![table(&plain, main_columns(all))];
+    let mut columns = main_columns(all);
+    columns.extend(division_columns(all));
+    let mut tables = vec![table(&plain, columns)];
     if !staged.is_empty() {
         tables.push(table(&staged, stage_columns()));
     }
@@ -167,6 +169,32 @@ fn cost_columns() -> Vec<Column<'static>> {
             "256 MiB written",
             Box::new(|r| Some(r.machine_ms.as_ref()?.in_unit(1.0, 0, "ms"))),
         ),
+    ]
+}
+
+/// How a host's memory was divided.
+fn division_columns(all: &[Record]) -> Vec<Column<'_>> {
+    let of = |name, text: fn(&Division) -> String| -> Column<'_> {
+        (name, Box::new(move |r| r.division.as_ref().map(text)))
+    };
+    vec![
+        (
+            "waits, 99 %",
+            Box::new(|r| {
+                r.division.as_ref()?;
+                Some(seconds(r.waits(all)?.percentile(99)))
+            }),
+        ),
+        of("stalled", |division| percent(division.stalled)),
+        of("killed", |division| division.kills.to_string()),
+        of("most / pool", |division| {
+            percent(division.most / division.pool)
+        }),
+        of("time above the pool", |division| percent(division.above)),
+        of("mean / needed", |division| {
+            percent(division.mean / division.needed)
+        }),
+        of("changes", |division| format!("{:.1}", division.changes)),
     ]
 }
 
@@ -270,6 +298,10 @@ pub(super) fn short_time(seconds: f64) -> String {
 
 fn seconds(seconds: f64) -> String {
     format!("{seconds:.2} s")
+}
+
+fn percent(part: f64) -> String {
+    format!("{:.1} %", part * 100.0)
 }
 
 /// A number with thousands separators.
