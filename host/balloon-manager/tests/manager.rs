@@ -1000,6 +1000,7 @@ fn a_vm_that_the_manager_shall_leave_alone_keeps_its_target_for_good() {
     host.add("web", &web);
     host.add("db", &db);
     host.run(&[]);
+    wait_for("a target", || web.get().target > 0);
     web.wait_for_renewals(1);
     host.configure(&format!("{LEASE}[vm.web]\nweight = 0\n"));
     host.signal(Signal::SIGHUP);
@@ -1017,6 +1018,7 @@ fn a_vm_that_is_paused_keeps_its_target_until_it_is_resumed() {
     host.add("web", &web);
     host.add("db", &db);
     host.run(&[]);
+    wait_for("a target", || web.get().target > 0);
     web.wait_for_renewals(1);
     assert!(host.ask(&["pause", "web"]).status.success());
     wait_for("the end of the lease", || web.get().lease.is_none());
