@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use balloon_policy::{MIB, Millis, Observation, Pages, Sample, Settings, Vm, VmId};
+use balloon_policy::{MIB, Millis, Observation, Pages, Release, Sample, Settings, Vm, VmId};
 use balloon_simulator::rules::{self, Rule, View};
 use vm::{Guest, Manager, Size};
 
@@ -224,6 +224,7 @@ impl<'a> Host<'a> {
             answered: 0,
             granule: 1,
             lapsed: false,
+            release: Release::NONE,
             driver: info.guest.driver,
             frozen: false,
             stopped: None,
