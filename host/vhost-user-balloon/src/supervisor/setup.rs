@@ -166,14 +166,7 @@ impl Setup {
                 Verdict::Forward
             }
             request::SET_PROTOCOL_FEATURES if !has_config(message) => {
-                let needed = config_size(self.offered);
-                self.log(
-                    Problem::NoConfig,
-                    &format!(
-                        "QEMU's device has no configuration space, and the guest would read a target of \
-                         16 TiB; start it with config_size={needed}"
-                    ),
-                );
+                self.no_config();
                 Verdict::Disconnect
             }
             request::GET_CONFIG => {
@@ -237,6 +230,17 @@ impl Setup {
             Problem::PrivateMemory,
             "the guest's memory is not shared with other processes; start the VMM with shared memory, as QEMU's \
              memory-backend-memfd with share=on is, and with memory-backend= in QEMU's option -machine",
+        );
+    }
+
+    fn no_config(&mut self) {
+        let needed = config_size(self.offered);
+        self.log(
+            Problem::NoConfig,
+            &format!(
+                "QEMU's device has no configuration space, and the guest would read a target of 16 TiB; start it \
+                 with config_size={needed}"
+            ),
         );
     }
 
