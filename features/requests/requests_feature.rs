@@ -101,8 +101,9 @@ impl Feature for Task<HostRequests> {
     /// not waited for.
     fn quiesce(&self, _begin: Instant<Monotonic>) -> Result {
         self.stop();
-        self.offliner.iter().for_each(|offliner| offliner.quiesce());
+        // First, since an offliner may wait for a thread of a request.
         self.inner.lock().open.clear();
+        self.offliner.iter().for_each(|offliner| offliner.quiesce());
         self.counters.open.store(0, Relaxed);
         Ok(())
     }

@@ -78,6 +78,13 @@ impl Inner {
         }
     }
 
+    /// Returns how many other requests have a range that is allocated, or being allocated.
+    fn allocations(&self) -> usize {
+        let others = self.open.iter();
+
+        others.filter(|open| open.has_allocation()).count()
+    }
+
     /// Finds the next free pages, and begins to allocate them by `allocate`. Returns none if the
     /// answer waits for the device or the allocation.
     pub(super) fn discard(
@@ -87,16 +94,17 @@ impl Inner {
         counters: &Counters,
         allocate: impl FnOnce((usize, PfnRange), &ReserveGuard) -> Result<Allocation>,
     ) -> Option<AnswerProgress> {
-        let walk = &mut discard.walk;
-        if self.ranges >= MAX_RANGES {
+        let ranges = self.ranges + self.allocations();
+        if ranges >= MAX_RANGES {
             return None;
         }
+        let walk = &mut discard.walk;
         // The guest's reserve comes first.
         let taking = ReserveGuard::begin();
         let spare = (memory::free_above_reserve(floor) as u64).min(range_pages());
         if spare < 1 << pageblock_order() {
-            // The messages in flight may own as much memory as is allowed.
-            return (self.ranges == 0).then_some(AnswerProgress::End(request::ABORTED));
+            // The other ranges may have as much memory as is allowed.
+            return (ranges == 0).then_some(AnswerProgress::End(request::ABORTED));
         }
         let mut unused = Unused::new(walk, HOLDS_PER_MESSAGE, |scan| counters.record_scan(scan));
 
@@ -126,8 +134,9 @@ impl Inner {
         discard: &mut Discard,
         counters: &Counters,
     ) -> Option<AnswerProgress> {
-        if !discard.allocation.as_ref()?.is_over() {
-            return None;
+        if discard.allocation.as_ref()?.outcome()? == Err(ETIMEDOUT) {
+            // Memory that is free would be missing from the answer.
+            return Some(AnswerProgress::End(request::ABORTED));
         }
         let mut message = self.message()?;
 

@@ -71,11 +71,16 @@ pub(super) struct Open {
 }
 
 impl Open {
+    /// Returns whether it has a range that is not sent yet.
+    pub(super) fn has_allocation(&self) -> bool {
+        matches!(&self.work, Work::Discard(discard) if discard.allocation.is_some())
+    }
+
     /// Returns whether the next step starts new work, which a pause delays.
     pub(super) fn is_new_work(&self) -> bool {
         match &self.work {
             Work::Skip(_) | Work::DropCaches(_) => true,
-            Work::Discard(discard) => discard.allocation.is_none(),
+            Work::Discard(_) => !self.has_allocation(),
             Work::CacheDropper(_) | Work::Complete(_) => false,
         }
     }
@@ -160,11 +165,12 @@ impl Allocation {
         let thread = Thread::start(c"balloon_rs_discard", Some(waker), move || {
             let start = Instant::<Monotonic>::now();
 
-            let pages = ContigPages::new(range);
-            *result.pages.lock() = pages;
+            let outcome = ContigPages::new(range).map(|pages| {
+                *result.pages.lock() = Some(pages);
+            });
             drop(reservation);
             spent.add(start.elapsed().as_nanos(), Relaxed);
-            Ok(())
+            outcome
         })?;
 
         Ok(Self {
@@ -175,9 +181,9 @@ impl Allocation {
         })
     }
 
-    /// Returns whether the thread has ended.
-    pub(super) fn is_over(&self) -> bool {
-        self.thread.outcome().is_some()
+    /// Returns the result of the thread, if it has ended: the errors of [`ContigPages::new`].
+    pub(super) fn outcome(&self) -> Option<Result> {
+        self.thread.outcome()
     }
 
     /// Returns the allocated pages, which are the first of the range. If these are not all, `walk`

@@ -62,7 +62,7 @@ pub(crate) fn boosted_pages() -> usize {
 
 impl Node {
     /// Returns the kernel pages of the node that are available without swapping;
-    /// [`available_pages`] is the same for all nodes.
+    /// [`available_pages`] is the same for all nodes, less reservations.
     pub(crate) fn available_pages(self) -> usize {
         let low: usize = self.zones().map(Zone::low_watermark).sum();
         let free: usize = self.zones().map(Zone::free_pages).sum();

@@ -264,7 +264,7 @@ mod tests {
             drop(pages);
             drain::drain_free_lists();
             isolate(isolated);
-            let range = PfnRange::new(first, BLOCK).and_then(ContigPages::new);
+            let range = PfnRange::new(first, BLOCK).and_then(|pfns| ContigPages::new(pfns).ok());
             isolate(-isolated);
             Ok(range.is_some())
         };

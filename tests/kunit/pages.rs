@@ -88,7 +88,7 @@ fn contiguous() -> Result<ContigPages> {
 
         drop(block);
         drain::drain_free_lists();
-        pages = PfnRange::new(first, 1 << MAX_ORDER).and_then(ContigPages::new);
+        pages = PfnRange::new(first, 1 << MAX_ORDER).and_then(|pfns| ContigPages::new(pfns).ok());
         Ok(pages.is_some())
     })?;
     pages.ok_or(ENOMEM)

@@ -92,6 +92,24 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     }
 }
 
+/// Waits with both locks as if the kernel migrated a page that waits for the disk, for as long as a
+/// test pretends that. A test that fails ends as well.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+fn wait_as_pretended() {
+    if !memory::migration_waits() {
+        return;
+    }
+    let (_one, _isolating) = (CONTIG.lock(), HOTPLUG.lock());
+
+    WAITING.add(1, Relaxed);
+    for _ in 0..300 {
+        if !memory::migration_waits() {
+            return;
+        }
+        fsleep(PATIENCE);
+    }
+}
+
 /// Returns how many of the first pages of `pfns` are in currently unused pageblocks of one zone.
 /// Checks each pageblock once.
 fn unused_in(pfns: PfnRange) -> usize {
@@ -121,27 +139,24 @@ enum Pages {
 
 impl ContigPages {
     /// Allocates the first of the pages `pfns`: whole pageblocks that were not in use at the check.
-    /// Returns none if the first one was in use, or if the kernel fails. May sleep: the kernel
-    /// migrates pages that other callers have allocated meanwhile.
+    /// May sleep: the kernel migrates pages that other callers have allocated meanwhile.
     ///
     /// The pages are marked as offline: their memory is not taken offline, and dumps leave out
     /// their content.
-    pub(crate) fn new(pfns: PfnRange) -> Option<Self> {
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if the first one was in use, or if the kernel fails. `ETIMEDOUT` if another caller
+    /// needs too long.
+    pub(crate) fn new(pfns: PfnRange) -> Result<Self> {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
-        if memory::migration_waits() {
-            let _one = CONTIG.lock();
-
-            WAITING.add(1, Relaxed);
-            while memory::migration_waits() {
-                fsleep(PATIENCE);
-            }
-        }
+        wait_as_pretended();
         let order = pageblock_order();
         let mut blocks = unused_in(pfns) >> order;
 
         // A single block that cannot be allocated, such as one of CMA, fails the whole range.
         loop {
-            let pfns = PfnRange::new(pfns.first(), (blocks << order) as u64)?;
+            let pfns = PfnRange::new(pfns.first(), (blocks << order) as u64).ok_or(EBUSY)?;
 
             // SAFETY: The pages were online and free, in one zone. Memory that goes offline keeps
             // its `struct page`s until it is removed. A removal between the check and this call is
@@ -149,9 +164,9 @@ impl ContigPages {
             match unsafe { alloc_range(pfns) } {
                 Ok(pages) => {
                     pages.mark_blocks(order);
-                    return Some(Self(Pages::Range(pages)));
+                    return Ok(Self(Pages::Range(pages)));
                 }
-                Err(ETIMEDOUT) => return None,
+                Err(ETIMEDOUT) => return Err(ETIMEDOUT),
                 Err(_) => blocks /= 2,
             }
         }

@@ -157,11 +157,10 @@ impl MemoryBlock {
     /// Takes the whole block or nothing, if it `is_wanted` when other devices have taken theirs.
     /// The kernel migrates pages in use.
     pub(crate) fn take(self, limits: Limits, is_wanted: impl FnOnce() -> bool) -> Outcome {
-        let guard = HotplugGuard::begin();
-
-        match is_wanted() {
-            true => self.take_and_write(&guard, limits, ONLINE_KERNEL),
-            false => Outcome::Not(ECANCELED),
+        match HotplugGuard::begin() {
+            Ok(guard) if is_wanted() => self.take_and_write(&guard, limits, ONLINE_KERNEL),
+            Ok(_) => Outcome::Not(ECANCELED),
+            Err(error) => Outcome::Not(error),
         }
     }
 
@@ -182,13 +181,14 @@ impl MemoryBlock {
     ///
     /// # Errors
     ///
-    /// `ECANCELED` if it is not wanted when other devices have taken theirs, or the kernel's error.
+    /// `ECANCELED` if it is not wanted when other devices have taken theirs, `ERESTARTNOINTR` if
+    /// these need too long, or the kernel's error.
     pub(crate) fn take_first(
         self,
         limits: Limits,
         is_wanted: impl FnOnce() -> bool,
     ) -> Result<OfflineBlock> {
-        let _guard = HotplugGuard::begin();
+        let _guard = HotplugGuard::begin()?;
 
         match is_wanted() {
             true => self.take_offline(limits),
@@ -198,7 +198,13 @@ impl MemoryBlock {
 
     /// Takes the block, which is `offline`.
     pub(crate) fn take_rest(self, offline: OfflineBlock) -> Outcome {
-        self.take_online(offline, &HotplugGuard::begin(), ONLINE_KERNEL)
+        match HotplugGuard::begin() {
+            Ok(guard) => self.take_online(offline, &guard, ONLINE_KERNEL),
+            Err(error) => match offline.bring_online() {
+                Ok(()) => Outcome::Not(error),
+                Err(_) => Outcome::Offline(offline),
+            },
+        }
     }
 
     fn take_online(self, offline: OfflineBlock, guard: &HotplugGuard, online: &CStr) -> Outcome {

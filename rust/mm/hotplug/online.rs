@@ -23,7 +23,8 @@ use crate::rust::{
         },
         pfn_range::PfnRange,
         zone::Zone, //
-    }, //
+    },
+    work::poll::poll_timeout, //
 };
 
 use core::{
@@ -32,7 +33,10 @@ use core::{
 };
 use kernel::{
     current,
-    error::to_result,
+    error::{
+        code::ERESTARTNOINTR,
+        to_result, //
+    },
     prelude::*,
     sync::{
         atomic::{
@@ -40,7 +44,8 @@ use kernel::{
             Relaxed, //
         },
         lock::GlobalGuard, //
-    }, //
+    },
+    time::Delta, //
 };
 
 /// The thread that takes a block, or null.
@@ -59,20 +64,32 @@ pub(in crate::rust) fn is_taking() -> bool {
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 pub(crate) static HOTPLUG_GUARDS: Atomic<usize> = Atomic::new(0);
 
+/// How long to wait for the right to take blocks.
+const PATIENCE: Delta = Delta::from_secs(2);
+
 /// The right to take blocks. One thread of all devices has it at a time.
 pub(crate) struct HotplugGuard {
     _lock: GlobalGuard<HOTPLUG>,
 }
 
 impl HotplugGuard {
-    /// Waits for it: at most for the time of taking a block.
-    pub(crate) fn begin() -> Self {
+    /// Waits for it, much longer than it takes to take a block.
+    ///
+    /// # Errors
+    ///
+    /// `ERESTARTNOINTR` after [`PATIENCE`]: a thread allocates a contiguous range meanwhile, for
+    /// which the kernel may wait for the disk.
+    pub(crate) fn begin() -> Result<Self> {
         #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
         HOTPLUG_GUARDS.add(1, Relaxed);
-        let lock = HOTPLUG.lock();
+        let Some(lock) = poll_timeout(PATIENCE, || HOTPLUG.try_lock()) else {
+            #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+            HOTPLUG_GUARDS.fetch_sub(1, Relaxed);
+            return Err(ERESTARTNOINTR);
+        };
 
         TAKING.store(this_thread(), Relaxed);
-        Self { _lock: lock }
+        Ok(Self { _lock: lock })
     }
 }
 
