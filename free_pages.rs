@@ -168,6 +168,11 @@ impl<'a, F: FnMut(Scan)> Unused<'a, F> {
         Some((zone, PfnRange::new(first, len)?))
     }
 
+    /// Returns the number of the zone of the range that comes next.
+    pub(crate) fn zone(&self) -> usize {
+        self.walk.found_in
+    }
+
     /// Returns whether the walk has ended, and all blocks were reported.
     pub(crate) fn is_over(&self) -> bool {
         self.over

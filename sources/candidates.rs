@@ -18,6 +18,7 @@ use crate::{
     }, //
 };
 
+use core::cmp::Reverse;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*, //
@@ -33,6 +34,8 @@ const MIN_ORDER: u32 = 18 - PAGE_SHIFT as u32;
 /// A candidate block.
 struct Candidate {
     block: MemoryBlock,
+    /// The number of its zone.
+    zone: usize,
     /// The number of its free pages.
     free: u64,
 }
@@ -69,13 +72,27 @@ impl OfNode {
         }
     }
 
-    /// Adds `free` free pages of `block`. The blocks ascend.
-    fn add(&mut self, block: MemoryBlock, free: u64) -> Result {
+    /// Adds `free` free pages of `block`, which is in the zone with this number. The blocks ascend.
+    fn add(&mut self, block: MemoryBlock, zone: usize, free: u64) -> Result {
         match self.found.last_mut() {
             Some(last) if last.block == block => last.free += free,
-            _ => self.found.push(Candidate { block, free }, GFP_KERNEL)?,
+            _ => self
+                .found
+                .push(Candidate { block, zone, free }, GFP_KERNEL)?,
         }
         Ok(())
+    }
+
+    /// Keeps the blocks that are free, or nearly, and sorts them as the page allocator hands out
+    /// memory: the last zone first. What the guest has used is there, so the host has to provide
+    /// it, and devices may need the memory of the first zones.
+    fn finish(&mut self) {
+        let pages = MemoryBlock::pages();
+
+        self.found
+            .retain(|this| this.free >= pages - pages / MOST_IN_USE);
+        self.found
+            .sort_unstable_by_key(|this| (Reverse(this.zone), this.block.pfns().first()));
     }
 
     /// Returns the next candidate: free blocks first, and then the others by the number of pages in
@@ -138,7 +155,7 @@ impl Candidates {
                 .and_then(|node| self.nodes.get_mut(node.index()));
 
             if let Some(node) = node {
-                node.add(block, free)?;
+                node.add(block, unused.zone(), free)?;
             }
             unused.advance(free);
         }
@@ -147,10 +164,7 @@ impl Candidates {
         }
 
         self.walk = None;
-        for node in &mut self.nodes {
-            node.found
-                .retain(|this| this.free >= pages - pages / MOST_IN_USE);
-        }
+        self.nodes.iter_mut().for_each(OfNode::finish);
         Ok(false)
     }
 
