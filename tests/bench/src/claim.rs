@@ -52,11 +52,7 @@ impl Claim {
         detail: &str,
         limit: f64,
     ) -> Option<Self> {
-        let other = records.iter().find(|record| {
-            record.name == name
-                && record.contestant() == of
-                && record.detail.as_deref() == Some(detail)
-        })?;
+        let other = variant(records, name, of, detail)?;
         let ratio = times(records, name, of)?.ratio(&other.seconds);
         let what = format!("{name}: time of {of} / the same, {detail}");
         Some(Self::new(what, ratio, limit))
@@ -106,6 +102,18 @@ pub fn find<'a>(records: &'a [Record], name: &str, of: Contestant) -> Option<&'a
     records
         .iter()
         .find(|record| record.name == name && record.contestant() == of && record.detail.is_none())
+}
+
+/// A contestant's results of a variant, with the first setting of the benchmark.
+pub(crate) fn variant<'a>(
+    records: &'a [Record],
+    name: &str,
+    of: Contestant,
+    detail: &str,
+) -> Option<&'a Record> {
+    records.iter().find(|record| {
+        record.name == name && record.contestant() == of && record.detail.as_deref() == Some(detail)
+    })
 }
 
 impl fmt::Display for Claim {

@@ -2,13 +2,13 @@
 
 //! Guests that have not used their memory yet, and the stages of inflating in them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use vm::{Kernel, Size};
 
 use crate::bench::{Bench, Benchmark, Setting};
-use crate::claim::Claim;
+use crate::claim::{Claim, variant};
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Stages, Subject, measure};
 
@@ -52,6 +52,13 @@ const ZEROING_RUNS: usize = 3;
 /// The number of runs that measure the stages.
 const TRACED_RUNS: usize = 3;
 
+/// The driver without memory blocks.
+const PAGES_ONLY: &str = "pages only";
+
+/// A process that uses as much memory, which the kernel zeroes once.
+const PROCESS: Contestant = Contestant::none(Device::VhostUser);
+const ONE_PASS: &str = "one pass of zeroing";
+
 /// The length of a page frame number of the base protocol, in bytes.
 const PFN_BYTES: u64 = 4;
 
@@ -62,6 +69,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
         (FEWER_RUNS, &Contestant::ON_QEMU),
     ];
     inflate_and_deflate(bench, IDLE.names, &groups)?;
+    zero(bench)?;
     // In guests of their own, since tracing costs time.
     let traced = [By::Rs, By::C].map(|driver| Contestant::new(driver, Device::VhostUser));
     bench.rounds(&[(TRACED_RUNS, &traced)], |contestant| {
@@ -91,6 +99,41 @@ fn run(bench: &Bench<'_>) -> Result<()> {
             Ok(())
         })
     })
+}
+
+/// Measures how long it takes to zero the memory, in a kernel that does so: for a balloon without memory blocks, and for
+/// a process.
+fn zero(bench: &Bench<'_>) -> Result<()> {
+    bench.rounds(
+        &[(ZEROING_RUNS, &[Contestant::OURS, PROCESS])],
+        |contestant| {
+            if !bench.is_zeroing() {
+                return Ok(());
+            }
+            let subject = Subject::new("inflate-idle", contestant, MEMORY, AMOUNT);
+            let config = contestant.config(bench.config().memory(MEMORY), AMOUNT);
+            vm::run(&config, |guest| {
+                let (detail, run) = match contestant.module() {
+                    Some(driver) => {
+                        guest
+                            .insmod(driver, &[driver.low_floor(), &["memory_blocks=0"]].concat())?;
+                        let inflate = || contestant.inflate(guest, AMOUNT);
+                        (PAGES_ONLY, measure(guest, contestant, inflate)?)
+                    }
+                    None => {
+                        let touch = || -> Result<Duration> {
+                            let start = Instant::now();
+                            guest.touch(AMOUNT)?;
+                            Ok(start.elapsed())
+                        };
+                        (ONE_PASS, measure(guest, contestant, touch)?)
+                    }
+                };
+                bench.add(subject.detail(detail), run);
+                Ok(())
+            })
+        },
+    )
 }
 
 /// Measures inflating and deflating, for the records with these `names`.
@@ -149,8 +192,20 @@ fn zeroing_claims(records: &[Record], names: &[&str]) -> Vec<Claim> {
     ratios
         .into_iter()
         .filter_map(|(name, of, limit)| Claim::ratio(records, name, of, of.base(), limit))
+        .chain(one_pass(records))
         .chain(peaks(records, names))
         .collect()
+}
+
+/// The claim that a balloon which cannot avoid zeroing needs hardly longer than that.
+fn one_pass(records: &[Record]) -> Option<Claim> {
+    let time = |of, detail| Some(&variant(records, "inflate-idle", of, detail)?.seconds);
+    let ratio = time(Contestant::OURS, PAGES_ONLY)?.ratio(time(PROCESS, ONE_PASS)?);
+    let what = format!(
+        "inflate-idle: time of {}, {PAGES_ONLY} / {ONE_PASS}",
+        Contestant::OURS
+    );
+    Some(Claim::new(what, ratio, 1.05))
 }
 
 fn peaks(records: &[Record], names: &[&str]) -> impl Iterator<Item = Claim> {
