@@ -79,6 +79,13 @@ fn packed_queues(setup: &Setup) -> Result<()> {
 }
 
 fn plain_queues(setup: &Setup) -> Result<()> {
+    let usual = "virtio-balloon-pci,id=balloon0";
+    inflate(
+        setup,
+        &setup.config().balloon(Some(usual)),
+        F_RING_INDIRECT_DESC,
+        setup.driver == Driver::C,
+    )?;
     let device = "virtio-balloon-pci,id=balloon0,indirect_desc=off,event_idx=off";
     inflate(
         setup,
