@@ -38,6 +38,7 @@ const LONG_SCENARIOS: &[&str] = &[
     "page_sets_encodings",
     "page_sets_huge_pages_qemu",
     "failing_inflate",
+    "failing_zeroing",
     "failing_deflate",
     "failing_request",
     "failing_probe",

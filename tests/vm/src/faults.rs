@@ -18,6 +18,7 @@ use crate::scenario::{
 };
 use crate::sizes::{check_free, check_size};
 use crate::unused::{ask, unused};
+use crate::zeroing::{check_online, taken, zeroing};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -27,6 +28,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         drivers: BOTH_DRIVERS,
         devices: ALL_DEVICES,
         run: failing_inflate,
+    },
+    Scenario {
+        name: "failing_zeroing",
+        proves: "whichever allocation fails, the balloon reaches a larger target with memory blocks, and all are online",
+        kernels: DEBUG_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: failing_zeroing,
     },
     Scenario {
         name: "failing_deflate",
@@ -184,6 +193,27 @@ fn failing_inflate(setup: &Setup) -> Result<()> {
         |guest| guest.balloon().settle(size),
         |_, reached| reached.map(|_| ()),
     )
+}
+
+fn failing_zeroing(setup: &Setup) -> Result<()> {
+    /// Enough for a memory block of 128 MiB.
+    const BLOCK: Size = Size::mib(128);
+    let config = zeroing(setup).memory(Size::gib(1));
+    let blocks = Cell::new(0);
+    fail_each(
+        setup,
+        &config,
+        |_| Ok(()),
+        |guest| guest.balloon().settle(BLOCK),
+        |guest, reached| {
+            reached?;
+            blocks.set(taken(guest)?);
+            check_online(guest)
+        },
+    )?;
+    ensure!(blocks.get() > 0, "no memory block was taken");
+    setup.note(format!("{} memory blocks were taken", blocks.get()));
+    Ok(())
 }
 
 fn failing_deflate(setup: &Setup) -> Result<()> {

@@ -58,6 +58,7 @@ mod vhost_user;
 mod vmm;
 mod withheld;
 mod zeroing;
+mod zeroing_dumps;
 mod zeroing_features;
 
 pub use scenario::{Scenario, Setup};
@@ -101,5 +102,6 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     silent::SCENARIOS,
     vmm::SCENARIOS,
     zeroing::SCENARIOS,
+    zeroing_dumps::SCENARIOS,
     zeroing_features::SCENARIOS,
 ];

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, ensure};
-use vm::{Config, Device, Guest, Load, Machine, RunningLoad, Size};
+use vm::{Config, Device, Guest, Load, Machine, RunningLoad, Size, Zeroing};
 
 use crate::lifecycle::{begin_inflating, device};
 use crate::scenario::{
@@ -267,8 +267,13 @@ fn check_begins_anew(guest: &Guest, total: Size) -> Result<()> {
 }
 
 fn kexec(setup: &Setup) -> Result<()> {
+    boot_by_kexec(setup, Zeroing::Off)
+}
+
+/// Starts another kernel by kexec while the balloon inflates, twice.
+pub(crate) fn boot_by_kexec(setup: &Setup, zeroing: Zeroing) -> Result<()> {
     let (config, target) = large(setup);
-    vm::run(&config.kexec(), |guest| {
+    vm::run(&config.zeroing(zeroing).kexec(), |guest| {
         for _ in 0..2 {
             let total = guest.meminfo()?.total;
             guest.insmod(setup.driver, &[])?;

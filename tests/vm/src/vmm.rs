@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balloon_control::Stat;
-use vm::{Driver, Guest, Load, MemoryBackend, Size, Vmm};
+use vm::{Config, Driver, Guest, Load, MemoryBackend, Size, Vmm, Zeroing};
 
 use crate::hostile::NOISE;
 use crate::lifecycle::{device, driver_directory};
 use crate::reporting::FAST_REPORTS;
-use crate::scenario::{BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, Scenario, Setup};
+use crate::scenario::{
+    BOTH_DRIVERS, BOTH_KERNELS, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 use crate::sizes::check_free;
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
@@ -23,15 +25,17 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         kernels: BOTH_KERNELS,
         drivers: BOTH_DRIVERS,
         devices: QEMU_DEVICE,
+        run: |setup| use_all(setup, "firecracker", FIRECRACKER),
+    },
+    Scenario {
+        name: "vmm_firecracker_zeroing",
+        proves: "hints are safe on a device that discards them on arrival where the kernel zeroes memory, too",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: QEMU_DEVICE,
         run: |setup| {
-            use_all(
-                setup,
-                "firecracker",
-                Has {
-                    statistics: true,
-                    hints: true,
-                },
-            )
+            let config = setup.config().zeroing(Zeroing::On).memory(Size::gib(2));
+            use_device(setup, config, "firecracker", FIRECRACKER)
         },
     },
     Scenario {
@@ -77,6 +81,11 @@ struct Has {
     hints: bool,
 }
 
+const FIRECRACKER: Has = Has {
+    statistics: true,
+    hints: true,
+};
+
 /// How much memory the guest uses and frees, so that it is reported.
 const FREED: Size = Size::mib(200);
 
@@ -85,8 +94,12 @@ const QUIET: Duration = Duration::from_secs(1);
 
 /// Plugs the device of the VMM with this name, and uses all that it has.
 fn use_all(setup: &Setup, name: &str, has: Has) -> Result<()> {
-    let config = setup
-        .config()
+    use_device(setup, setup.config(), name, has)
+}
+
+/// The same in a guest with `config`.
+fn use_device(setup: &Setup, config: Config, name: &str, has: Has) -> Result<()> {
+    let config = config
         .backend(MemoryBackend::Memfd)
         .hotplug_port()
         .balloon(None)

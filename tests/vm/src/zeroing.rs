@@ -98,7 +98,7 @@ pub(crate) fn zeroing(setup: &Setup) -> Config {
 pub(crate) const TRIES: u64 = 10;
 
 /// Inflates an empty balloon by `size` until the driver has taken so many memory blocks for that. Returns their number.
-fn settle_with_blocks(guest: &Guest, size: Size, least: u64) -> Result<u64> {
+pub(crate) fn settle_with_blocks(guest: &Guest, size: Size, least: u64) -> Result<u64> {
     let mut most = 0;
     for _ in 0..TRIES {
         guest.balloon().settle(Size::default())?;
@@ -170,10 +170,22 @@ fn counters(guest: &Guest) -> Result<[u64; 4]> {
     ])
 }
 
+/// Checks that the balloon takes the memory below 4 GiB last, which devices may need.
+fn check_order(guest: &Guest) -> Result<()> {
+    let low = || guest.offline_pages(Some(0..Size::gib(4).as_pages()));
+    let before = low()?;
+    settle_with_blocks(guest, Size::gib(2), 8)?;
+    let taken = low()? - before;
+    ensure!(taken == 0, "the balloon has {taken} pages below 4 GiB");
+    guest.balloon().settle(Size::default())?;
+    Ok(())
+}
+
 fn blocks(setup: &Setup) -> Result<()> {
     let size = Size::gib(7) + Size::pages(3);
     vm::run(&zeroing(setup).memory(Size::gib(8)), |guest| {
         guest.insmod(setup.driver, setup.driver.low_floor())?;
+        check_order(guest)?;
         let [total, inflated, deflated, offline] = counters(guest)?;
         let data = guest.load(Load::Hold {
             mib: 128,

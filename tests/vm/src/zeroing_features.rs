@@ -10,16 +10,19 @@ use balloon_control::{Begun, Progress, Request, RequestStatus};
 use serde_json::json;
 use vm::{Config, Guest, Load, Offer, PageFlag, RunningLoad, Size};
 
-use crate::compaction::{MEMORY, fullest_block, fullest_block_of, write};
+use crate::compaction::{MEMORY, fullest_block_of};
 use crate::debugfs::show;
 use crate::hinting::check_all_back;
 use crate::lifecycle::{device, driver_directory};
-use crate::power::crash;
 use crate::scenario::{
-    BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+    BOTH_KERNELS, EXTENDED_DEVICE, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup,
+    TEST_KERNEL, VHOST_USER_DEVICE,
 };
 use crate::sizes::{agree, check_size};
-use crate::zeroing::{MOST_MORE, TRIES, check_online, resident, taken, zeroing};
+use crate::transports::accepted;
+use crate::zeroing::{
+    MOST_MORE, TRIES, check_online, resident, settle_with_blocks, taken, zeroing,
+};
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -55,12 +58,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: hibernate,
     },
     Scenario {
-        name: "zeroing_crash_dump",
-        proves: "the memory of a guest whose balloon has memory blocks can be saved, also while one is offline",
+        name: "zeroing_must_tell_host",
+        proves: "with VIRTIO_BALLOON_F_MUST_TELL_HOST no page of a memory block is free before the device has acknowledged it",
         kernels: TEST_KERNEL,
         drivers: RUST_DRIVER,
-        devices: EXTENDED_DEVICE,
-        run: crash_dump,
+        devices: VHOST_USER_DEVICE,
+        run: must_tell_host,
     },
     Scenario {
         name: "zeroing_removal",
@@ -88,22 +91,15 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+/// The bit of `VIRTIO_BALLOON_F_MUST_TELL_HOST`.
+const MUST_TELL_HOST: usize = 0;
+
 /// Prints the signals that the shell ignores.
 const SIGNALS: &str = "grep ^SigIgn: /proc/$$/status";
 
-fn crash_dump(setup: &Setup) -> Result<()> {
-    crash(setup, &zeroing(setup), |guest| {
-        let blocks = taken(guest)?;
-        ensure!(blocks > 0, "no memory block was taken");
-        // The dump has its memory nevertheless.
-        let block = fullest_block(guest, ".")?;
-        write(guest, &block.state, "offline")
-    })
-}
-
 /// Loads the driver, and starts a program that holds data. Returns the guest's memory, and the
 /// program.
-fn begin<'a>(
+pub(crate) fn begin<'a>(
     setup: &Setup,
     guest: &'a Guest,
     parameters: &[&str],
@@ -118,7 +114,7 @@ fn begin<'a>(
 }
 
 /// Checks that the program has its data, and the guest the `total` of its memory. Unloads the driver.
-fn end(setup: &Setup, guest: &Guest, total: Size, data: RunningLoad<'_>) -> Result<()> {
+pub(crate) fn end(setup: &Setup, guest: &Guest, total: Size, data: RunningLoad<'_>) -> Result<()> {
     data.verify(2)?;
     data.stop()?;
     check_online(guest)?;
@@ -408,6 +404,28 @@ fn locked(setup: &Setup) -> Result<()> {
             offlining.process
         ))?;
         check()
+    })
+}
+
+fn must_tell_host(setup: &Setup) -> Result<()> {
+    let size = Size::mib(768);
+    let config = zeroing(setup)
+        .memory(Size::gib(2))
+        .daemon_argument("--features=must-tell-host");
+    vm::run(&config, |guest| {
+        let (total, data) = begin(setup, guest, setup.driver.low_floor())?;
+        ensure!(
+            accepted(guest, setup.driver, MUST_TELL_HOST)?,
+            "the driver has not negotiated MUST_TELL_HOST"
+        );
+        for _ in 0..3 {
+            settle_with_blocks(guest, size, 1)?;
+            check_size(guest, size)?;
+        }
+        guest.balloon().settle(Size::default())?;
+        let refused = guest.daemon()?.info()?.counters.refused;
+        ensure!(refused.is_empty(), "the device has refused {refused:?}");
+        end(setup, guest, total, data)
     })
 }
 
