@@ -138,7 +138,7 @@ help:
 	@echo "make test-long  run all scenarios in all kernels, on all devices, with both drivers (hours)"
 	@echo "make coverage   show which lines of the module KUnit and the scenarios execute"
 	@echo "make bench      benchmark against the C driver, virtio-mem and free page reporting (an hour or more)"
-	@echo "                (ONLY=rotate: balloon-manager against other rules that divide a pool of memory, 25 minutes)"
+	@echo "                (ONLY=rotate: balloon-manager against other rules that divide a pool of memory, some 25 minutes)"
 	@echo "make bench-docs write docs/performance.md, its plots and the README's table from the last results"
 	@echo "make bench-manager measure the processor time of balloon-manager with 100 simulated VMs (2 minutes)"
 	@echo "make simulate   compare the policy of docs/manager.md with other rules, on simulated hosts"
