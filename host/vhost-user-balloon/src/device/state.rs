@@ -200,7 +200,8 @@ impl State {
         if new.expected.is_some_and(|pages| !is_known(pages)) {
             return Err(target);
         }
-        let is_renewed = self.lease.is_some() && new.lease.is_some() && new.release.is_none();
+        let is_own = |lease: &Lease| lease.owner == new.owner && new.lease.is_some();
+        let is_renewed = self.lease.as_ref().is_some_and(is_own) && new.release.is_none();
         let is_same = new.expected == Some(new.pages.into()) || new.pages == target;
         if !(is_renewed && is_same) {
             self.release = Release {
@@ -541,6 +542,35 @@ mod tests {
         state.set_target(set(7, None, Some(9)), at(4)).unwrap();
         assert!(state.lapse(at(64)));
         assert_eq!(now(&state), (5, 0, 0));
+    }
+
+    /// Another program neither inherits an allowance nor takes a lowered target for its own.
+    #[test]
+    fn a_release_is_that_of_the_leases_owner() {
+        let set = |pages, owner: Option<&str>, release| NewTarget {
+            owner: owner.map(str::to_owned),
+            expected: Some(pages),
+            release,
+            ..leased(9, 60, None)
+        };
+        for other in [None, Some("night")] {
+            let mut state = state();
+            state
+                .set_target(set(5, Some("manager"), Some(4)), Duration::ZERO)
+                .unwrap();
+            state
+                .set_target(set(9, other, None), Duration::ZERO)
+                .unwrap();
+            assert_eq!((state.config.target, state.release()), (9, 0));
+            state
+                .set_target(set(9, Some("manager"), Some(4)), Duration::ZERO)
+                .unwrap();
+            assert_eq!(state.release(), 4);
+            state
+                .set_target(set(9, other, None), Duration::ZERO)
+                .unwrap();
+            assert_eq!((state.config.target, state.release.used), (9, 0));
+        }
     }
 
     #[test]
