@@ -200,15 +200,22 @@ impl State {
         if new.expected.is_some_and(|pages| !is_known(pages)) {
             return Err(target);
         }
-        let is_own = |lease: &Lease| lease.owner == new.owner && new.lease.is_some();
+        let is_own = |lease: &Lease| lease.owner == new.owner;
         let is_renewed = self.lease.as_ref().is_some_and(is_own) && new.release.is_none();
-        let is_same = new.expected == Some(new.pages.into()) || new.pages == target;
-        if !(is_renewed && is_same) {
+        let is_same = new.expected == Some(new.pages.into());
+        let stays = match new.lease {
+            Some(_) => is_renewed && (is_same || new.pages == target),
+            // A client ends its lease.
+            None => is_same,
+        };
+        if !stays {
             self.release = Release {
                 left: new.release.unwrap_or(0).min(new.pages),
                 used: 0,
             };
             self.config.target = new.pages;
+        } else if new.lease.is_none() {
+            self.release.left = 0;
         }
         let old = self.lease.take();
         let before = old.as_ref().map_or(target, |lease| lease.fallback);
@@ -571,6 +578,45 @@ mod tests {
                 .unwrap();
             assert_eq!((state.config.target, state.release.used), (9, 0));
         }
+    }
+
+    #[test]
+    fn the_end_of_a_lease_leaves_what_was_released_with_the_guest() {
+        // The client may know of the release, or not yet.
+        for known in [9, 5] {
+            let mut state = state();
+            let new = NewTarget {
+                release: Some(4),
+                ..leased(9, 60, None)
+            };
+            state.set_target(new, Duration::ZERO).unwrap();
+            assert_eq!(state.release(), 4);
+            // The first answer may be lost.
+            for _ in 0..2 {
+                let end = NewTarget {
+                    expected: Some(known.into()),
+                    ..known.into()
+                };
+                state.set_target(end, Duration::ZERO).unwrap();
+                assert_eq!((state.config.target, &state.lease), (5, &None));
+                assert_eq!((state.release.used, state.release()), (4, 0));
+            }
+            state.set_target(9.into(), Duration::ZERO).unwrap();
+            assert_eq!((state.config.target, state.release.used), (9, 0));
+        }
+        // No release is left without a lease.
+        let mut state = state();
+        let new = NewTarget {
+            release: Some(4),
+            ..leased(9, 60, None)
+        };
+        state.set_target(new, Duration::ZERO).unwrap();
+        let end = NewTarget {
+            expected: Some(9),
+            ..9.into()
+        };
+        state.set_target(end, Duration::ZERO).unwrap();
+        assert_eq!((state.config.target, state.release()), (9, 0));
     }
 
     #[test]
