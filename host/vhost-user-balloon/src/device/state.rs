@@ -47,6 +47,8 @@ pub struct State {
     pub lapsed: bool,
     /// What the device may release by itself during the lease. It is not in the file: a new process releases nothing.
     pub release: Release,
+    /// The device has lowered the target by itself, and has not written that to the file yet.
+    pub unsaved: bool,
 }
 
 /// The time since the host was booted. Unlike the time of day it cannot be set, and it continues
@@ -84,6 +86,7 @@ impl State {
             lease: None,
             lapsed: false,
             release: Release::default(),
+            unsaved: false,
         }
     }
 
@@ -240,6 +243,7 @@ impl State {
         let pages = std::mem::take(&mut self.release.left);
         self.release.used += pages;
         self.config.target -= pages;
+        self.unsaved |= pages > 0;
         pages
     }
 
@@ -288,6 +292,7 @@ impl From<Settings> for State {
                 ..Fields::default()
             },
             release: Release::default(),
+            unsaved: false,
             lapsed: settings.lapsed || leased.is_some() != lease.is_some(),
             lease,
             stats_interval: settings.stats_interval,
@@ -330,6 +335,7 @@ mod tests {
             lease: None,
             lapsed: false,
             release: Release::default(),
+            unsaved: false,
         }
     }
 

@@ -3,9 +3,9 @@
 //! The size that the device requests: the target, limited by the floor, the boot grace and the
 //! guest's statistics.
 
-use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use balloon_control::Changes;
 use balloon_wire::BALLOON_PAGE_SIZE;
@@ -212,24 +212,25 @@ impl Device {
 
     /// Ends leases in time, and writes released targets to the file, as long as the process lives.
     pub fn watch_leases(&self) {
-        let mut saved = 0;
         loop {
-            let now = clock();
-            self.end_lease(now);
+            self.end_lease(clock());
+            self.keep_release();
             let state = lock(&self.state);
-            let used = state.release.used;
-            if std::mem::replace(&mut saved, used) != used {
-                drop(state);
-                if let Err(error) = self.save() {
-                    error!("the released target cannot be kept: {error}");
-                }
-                continue;
-            }
             let lease = state.lease.clone();
             let until = lease.as_ref().map(|lease| lease.term.until);
-            let rest = until.map_or(Duration::MAX, |until| until.saturating_sub(now));
-            let is_same = |state: &mut State| state.lease == lease && state.release.used == used;
+            let rest = until.map_or(Duration::MAX, |until| until.saturating_sub(clock()));
+            let is_same = |state: &mut State| state.lease == lease && !state.unsaved;
             drop(state.wait_while(&self.leased, rest, is_same));
+        }
+    }
+
+    /// Writes a released target to the file.
+    pub(super) fn keep_release(&self) {
+        if !mem::take(&mut lock(&self.state).unsaved) {
+            return;
+        }
+        if let Err(error) = self.save() {
+            error!("the released target cannot be kept: {error}");
         }
     }
 }

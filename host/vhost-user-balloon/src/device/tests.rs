@@ -131,6 +131,28 @@ fn a_target_that_was_not_kept_is_kept_when_it_is_set_again() {
     assert_eq!(State::load(&path, 0).unwrap().config.target, 1024);
 }
 
+/// Whatever clients have set since the one before.
+#[test]
+fn each_release_is_kept() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("state");
+    let device = running(8 << 20, 7);
+    *lock(&device.file) = Some(path.clone());
+    let kept = || State::load(&path, 0).unwrap().config.target;
+    for _ in 0..2 {
+        device.set_target(0).unwrap();
+        let new = NewTarget {
+            release: Some(256),
+            ..leased(1024, 60)
+        };
+        device.set_target(new).unwrap();
+        device.release();
+        assert_eq!(kept(), 1024);
+        device.keep_release();
+        assert_eq!(kept(), 768);
+    }
+}
+
 #[test]
 fn a_guest_that_boots_is_left_alone() {
     let device = running(8 << 20, 0);
