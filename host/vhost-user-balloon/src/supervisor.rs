@@ -58,10 +58,11 @@ const ABSENCE: Duration = Duration::from_millis(50);
 ///
 /// The socket is in use, or the worker does not start.
 pub fn run(options: &Options) -> Result<()> {
+    let received = options.fd.map(socket::take);
     let signals = signals()?;
     let stdin = io::stdin();
     let (store, snapshot) = Store::open(options.resume.then(|| stdin.as_fd()));
-    let mut supervisor = Supervisor::new(options, signals, store, snapshot)?;
+    let mut supervisor = Supervisor::new(options, received, signals, store, snapshot)?;
     let result = supervisor.run();
     supervisor.end();
     result
@@ -147,6 +148,7 @@ struct Supervisor {
 impl Supervisor {
     fn new(
         options: &Options,
+        received: Option<Result<Listening>>,
         signals: SignalFd,
         store: Store,
         snapshot: Option<Snapshot>,
@@ -164,7 +166,7 @@ impl Supervisor {
         } = snapshot.map_or_else(Snapshot::empty, Ok)?;
         let boot = Duration::from_secs(options.boot_grace.into());
         let vmm = connected(frontend, boot);
-        let (socket, control) = sockets(options, socket, control)?;
+        let (socket, control) = sockets(options, received, socket, control)?;
         let own_state = own_state(options, &socket, vmm.is_some());
         let new_arguments = worker_arguments(options, own_state.as_deref());
         let arguments = match vmm {
@@ -372,14 +374,15 @@ fn own_state(options: &Options, socket: &Socket, is_connected: bool) -> Option<P
     Some(state)
 }
 
-/// The sockets of the options. Some may come from an earlier supervisor.
+/// The sockets of the options. Some may come from an earlier supervisor, which has the one that it has received.
 fn sockets(
     options: &Options,
+    received: Option<Result<Listening>>,
     socket: Option<Listening>,
     control: Option<Listening>,
 ) -> Result<(Socket, Option<Socket>)> {
-    let socket = match options.fd {
-        Some(number) => Socket::received(number, socket)?,
+    let socket = match received {
+        Some(received) => Socket::received(socket.map_or(received, Ok)?)?,
         None => {
             let path = options.socket.as_deref().context("name a --socket")?;
             Socket::new(path, options.socket_access(), socket)?

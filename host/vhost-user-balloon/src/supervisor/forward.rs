@@ -279,7 +279,8 @@ mod tests {
         let path = directory.path().join("socket");
         let options = Options::parse_from(["program", "--socket", path.to_str().unwrap()]);
         let signals = SignalFd::new(&SigSet::empty()).unwrap();
-        let mut supervisor = Supervisor::new(&options, signals, Store::default(), None).unwrap();
+        let mut supervisor =
+            Supervisor::new(&options, None, signals, Store::default(), None).unwrap();
         let (front, socket) = UnixStream::pair().unwrap();
         front.set_nonblocking(true).unwrap();
         let connection = Connection::new(socket).unwrap();

@@ -45,10 +45,8 @@ impl Socket {
         })
     }
 
-    /// Continues with a socket of the previous supervisor, or listens on a file descriptor that this process was
-    /// started with.
-    pub(super) fn received(number: i32, kept: Option<Listening>) -> Result<Self> {
-        let (path, listener) = kept.map_or_else(|| take(number), Ok)?;
+    /// Listens on a socket that this process has got.
+    pub(super) fn received((path, listener): Listening) -> Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             path,
@@ -76,16 +74,17 @@ impl Socket {
 }
 
 /// The listening socket that is the file descriptor of this number, and its path. The daemon's other processes do not
-/// get the descriptor.
-fn take(number: i32) -> Result<Listening> {
+/// get the descriptor. Call this before the process opens files: the number may be that of one of them, if the process
+/// was started without the socket.
+pub(super) fn take(number: i32) -> Result<Listening> {
     let process = pidfd_open(getpid(), PidfdFlags::empty())?;
     let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty())
         .with_context(|| format!("there is no file descriptor {number}, which --fd names"))?;
-    close(number)?;
     ensure!(
         getsockopt(&descriptor, AcceptConn).unwrap_or_default(),
         "the file descriptor {number}, which --fd names, is no socket that listens"
     );
+    close(number)?;
     let listener = UnixListener::from(descriptor);
     let address = listener.local_addr()?;
     let path = address.as_pathname().with_context(|| {

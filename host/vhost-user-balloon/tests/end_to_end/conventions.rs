@@ -58,9 +58,20 @@ fn other_file_descriptors_are_refused() {
         let log = log(directory);
         assert!(log.contains("7, which --fd names, is no socket that listens"));
     }
-    let output = Command::new(PROGRAM).arg("--fd=99").output().unwrap();
-    let log = String::from_utf8(output.stderr).unwrap();
-    assert!(log.contains("there is no file descriptor 99, which --fd names"));
+    // Without a socket the lowest number is the first one that the daemon opens.
+    for (number, error) in [
+        (99, "there is no file descriptor"),
+        (3, "the file descriptor"),
+    ] {
+        let output = Command::new(PROGRAM)
+            .arg(format!("--fd={number}"))
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let log = String::from_utf8(output.stderr).unwrap();
+        let line = format!("{error} {number}, which --fd names");
+        assert!(log.contains(&line), "{log}");
+    }
 }
 
 #[test]
