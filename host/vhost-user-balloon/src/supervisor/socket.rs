@@ -87,8 +87,12 @@ pub(super) fn take(number: i32) -> Result<Listening> {
     close(number)?;
     let listener = UnixListener::from(descriptor);
     let address = listener.local_addr()?;
-    let path = address.as_pathname().with_context(|| {
-        format!("the socket of the file descriptor {number}, which --fd names, has no path")
+    // The daemon creates files next to it.
+    let path = address.as_pathname().filter(|path| path.is_absolute());
+    let path = path.with_context(|| {
+        format!(
+            "the socket of the file descriptor {number}, which --fd names, has no absolute path"
+        )
     })?;
     Ok((path.to_owned(), listener))
 }

@@ -75,6 +75,19 @@ fn other_file_descriptors_are_refused() {
 }
 
 #[test]
+fn a_socket_with_a_relative_path_is_refused() {
+    let here = std::env::current_dir().unwrap();
+    let directory = tempfile::tempdir_in(&here).unwrap();
+    let directory = directory.path();
+    let path = directory.strip_prefix(&here).unwrap().join("socket");
+    let listener = UnixListener::bind(path).unwrap();
+    let input = std::os::fd::OwnedFd::from(listener);
+    let status = with_descriptor(directory, input).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+    assert!(log(directory).contains("7, which --fd names, has no absolute path"));
+}
+
+#[test]
 fn a_manager_finds_the_program() {
     let run =
         |arguments: &[&str]| -> Output { Command::new(PROGRAM).args(arguments).output().unwrap() };
