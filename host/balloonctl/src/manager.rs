@@ -99,10 +99,12 @@ pub(crate) fn example(name: &str) -> ByName {
 
 /// Becomes balloon-manager. Returns only if that fails.
 pub(crate) fn run(arguments: &[OsString], json: bool) -> Failure {
-    let json = json.then_some("--json");
+    // The option belongs to the command. At the end it might be an argument.
+    let (command, others) = arguments.split_at(arguments.len().min(1));
     let error = Command::new("balloon-manager")
-        .args(arguments)
-        .args(json)
+        .args(command)
+        .args(json.then_some("--json"))
+        .args(others)
         .exec();
     Failure::NoManager(error)
 }

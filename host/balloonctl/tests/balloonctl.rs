@@ -733,6 +733,8 @@ fn auto_runs_the_manager() {
     assert_eq!(output.status.code(), Some(4));
     assert_eq!(stdout(&auto(&["auto", "--help"])), "--help\n");
     assert_eq!(stdout(&auto(&["--json", "auto", "top"])), "top --json\n");
+    let arguments = ["--json", "auto", "explain", "--", "-vm"];
+    assert_eq!(stdout(&auto(&arguments)), "explain --json -- -vm\n");
     assert_eq!(auto(&["auto"]).status.code(), Some(2));
 }
 
