@@ -437,7 +437,8 @@ impl Task {
         self.failure = None;
         self.resolve(Some(balloon.target));
         self.tell_conflict(&balloon);
-        if self.state.is_none() || balloon.lapsed || balloon.released > 0 {
+        let is_released = balloon.released > 0 && !balloon.claimed;
+        if self.state.is_none() || balloon.lapsed || is_released {
             // The manager takes over what it finds, and what the daemon has set without it.
             self.may_have_set(balloon.target);
         }
