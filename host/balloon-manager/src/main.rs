@@ -30,6 +30,7 @@ mod balloon;
 mod config;
 mod control;
 mod daemon;
+mod doubt;
 mod host;
 mod known;
 mod lines;
