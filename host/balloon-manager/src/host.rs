@@ -204,6 +204,25 @@ impl Host {
     }
 }
 
+/// Measures the room of the pool for the tasks of VMs.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    host: Host,
+    config: Config,
+}
+
+impl Meter {
+    pub(crate) fn new(proc: &Path, config: Config) -> Self {
+        let host = Host::new(proc);
+        Self { host, config }
+    }
+
+    /// The room now, unless the configuration sets the pool. The manager reports errors.
+    pub(crate) fn room(&self) -> Option<Room> {
+        self.host.room(&self.config).ok().flatten()
+    }
+}
+
 /// The number that follows a name at the beginning of a line.
 fn field(text: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().map(str::split_whitespace);

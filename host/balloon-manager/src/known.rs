@@ -79,12 +79,6 @@ impl Known {
         past.map(|past| text::cause(past.action.cause))
     }
 
-    /// Whether the device has just reported the resident memory, at which the manager cannot look.
-    pub(crate) fn has_new_report(&self) -> bool {
-        let is_new = |state: &State| state.reachable && state.resident.is_some();
-        self.state.as_ref().is_some_and(is_new) && self.handle.resident().is_none()
-    }
-
     /// Looks at the resident memory, if the pool is measured now.
     pub(crate) fn measure(&mut self, room: Option<Room>) {
         let (Some(_), Some(state)) = (room, &mut self.state) else {
@@ -128,6 +122,7 @@ impl Known {
             // VMs connect to a new daemon again.
             (_, false) => {}
         }
+        self.room = state.room.or(self.room);
         self.state.replace(state)
     }
 

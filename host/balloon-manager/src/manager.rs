@@ -10,12 +10,12 @@ use anyhow::Result;
 use balloon_policy::{
     Account, Decision, Millis, Observation, Pages, Policy, Profile, Refusal, Reservation, Vm, VmId,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::balloon::{Tenure, Terms};
 use crate::config::{Config, PAGE};
-use crate::host::Host;
+use crate::host::{Host, Meter};
 use crate::known::Known;
 use crate::link::Place;
 use crate::record::{Line, Record};
@@ -30,6 +30,9 @@ use crate::waits::Waits;
 /// How long the manager waits at its start for the daemons that it has found: what they have given is not known before.
 const FIRST_REPORTS: Duration = Duration::from_secs(3);
 
+/// Where the kernel describes the host.
+const PROC: &str = "/proc";
+
 /// How many actions of a VM are kept for explanations.
 const HISTORY: usize = 20;
 
@@ -39,6 +42,7 @@ pub(crate) struct Manager {
     epoch: Instant,
     policy: Policy,
     host: Host,
+    meter: watch::Sender<Meter>,
     reports: mpsc::UnboundedSender<(VmId, State)>,
     /// The first reports have come, or the time for them is over.
     has_begun: bool,
@@ -66,10 +70,11 @@ impl Manager {
     ) -> Self {
         Self {
             policy: Policy::new(config.profile),
+            meter: watch::Sender::new(Meter::new(Path::new(PROC), config.clone())),
             config,
             observe,
             epoch: Instant::now(),
-            host: Host::new(Path::new("/proc")),
+            host: Host::new(Path::new(PROC)),
             reports,
             has_begun: false,
             vms: BTreeMap::new(),
@@ -111,7 +116,8 @@ impl Manager {
             self.next_vm += 1;
             let name = self.name(&place);
             log::info!(vm:% = name; "{name}: found at {place}");
-            let handle = vm::start(id, place.clone(), self.epoch, self.reports.clone());
+            let (meter, reports) = (self.meter.subscribe(), self.reports.clone());
+            let handle = vm::start(id, place.clone(), self.epoch, meter, reports);
             self.places.insert(place.clone(), id);
             self.vms.insert(id, Known::new(name, place, handle));
         }
@@ -131,9 +137,6 @@ impl Manager {
         let waits = self.leases.iter().any(|lease| !lease.admitted);
         self.vms.get_mut(&id).is_some_and(|known| {
             let old = known.replace(state);
-            if self.config.host.pool.is_none() && known.has_new_report() {
-                known.room = self.host.room(&self.config).unwrap_or(known.room);
-            }
             let new = known.state.as_ref();
             let is_at_rest = old
                 .as_ref()
@@ -344,6 +347,8 @@ impl Manager {
             }
             None => {
                 self.policy.set_profile(self.config.profile);
+                let meter = Meter::new(Path::new(PROC), self.config.clone());
+                self.meter.send_replace(meter);
                 Ok(differences)
             }
         }
@@ -520,6 +525,7 @@ mod tests {
                 stopped: None,
             },
             resident,
+            room: None,
             sample: Some(Sample {
                 taken: 0,
                 free: 0,
@@ -619,12 +625,15 @@ mod tests {
         run(async {
             let mut fixture = Fixture::new();
             fixture.set_available(3 * GIB);
-            let report = |fixture: &mut Fixture, resident| {
-                let vm = state(2 * GIB, 0, Some(resident));
+            // The VM has so much, and gives back or takes some before the manager has the report.
+            let report = |fixture: &mut Fixture, resident, later| {
+                let mut vm = state(2 * GIB, 0, Some(resident));
+                vm.room = fixture.manager.host.room(&Config::default()).unwrap();
+                fixture.set_available(later);
                 fixture.manager.report(VmId(0), vm);
                 fixture.manager.report(VmId(1), state(GIB, 0, None));
             };
-            report(&mut fixture, 2 * GIB);
+            report(&mut fixture, 2 * GIB, 4 * GIB);
             assert_eq!(fixture.step(), 5 * GIB);
             // It, or another program, gives memory back, or takes it.
             fixture.set_available(4 * GIB);
@@ -632,8 +641,10 @@ mod tests {
             fixture.set_available(2 * GIB);
             assert_eq!(fixture.step(), 4 * GIB);
             fixture.set_available(4 * GIB);
-            report(&mut fixture, GIB);
+            report(&mut fixture, GIB, 4 * GIB);
             assert_eq!(fixture.step(), 5 * GIB);
+            report(&mut fixture, GIB, 3 * GIB);
+            assert_eq!(fixture.step(), 4 * GIB);
         });
     }
 }

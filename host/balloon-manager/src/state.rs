@@ -6,6 +6,7 @@ use balloon_policy::{Account, MIB, Pages, Release, Sample, Vm, VmId};
 
 use crate::balloon::Balloon;
 use crate::config::{Config, PAGE};
+use crate::host::Room;
 
 /// Growth of resident memory between two reports that a decision follows at once.
 const GROWTH: Pages = 16 * MIB;
@@ -15,6 +16,8 @@ const GROWTH: Pages = 16 * MIB;
 pub(crate) struct State {
     pub(crate) balloon: Balloon,
     pub(crate) resident: Option<Pages>,
+    /// The room of the measured pool just before, if the manager cannot look at the resident memory.
+    pub(crate) room: Option<Room>,
     pub(crate) sample: Option<Sample>,
     /// The newest order with a known fate.
     pub(crate) answered: u64,
@@ -119,6 +122,7 @@ mod tests {
         State {
             balloon,
             resident: None,
+            room: None,
             sample: None,
             answered: 0,
             reachable: true,

@@ -18,6 +18,7 @@ use crate::balloon::{Balloon, Change, Outcome, Tenure};
 use crate::config::PAGE;
 use crate::daemon;
 use crate::doubt::Doubt;
+use crate::host::Meter;
 use crate::link::{Link, Place};
 use crate::qemu::Past;
 use crate::resident::{Memory, lock};
@@ -87,6 +88,7 @@ pub(crate) fn start(
     id: VmId,
     place: Place,
     epoch: Instant,
+    meter: watch::Receiver<Meter>,
     reports: mpsc::UnboundedSender<(VmId, State)>,
 ) -> Handle {
     let (orders, received) = mpsc::unbounded_channel();
@@ -112,6 +114,7 @@ pub(crate) fn start(
             id,
             place,
             epoch,
+            meter,
             memory: shared,
             link: None,
             tenure: tenures,
@@ -142,6 +145,7 @@ struct Task {
     id: VmId,
     place: Place,
     epoch: Instant,
+    meter: watch::Receiver<Meter>,
     memory: Arc<Mutex<Memory>>,
     link: Option<Link>,
     tenure: watch::Receiver<Tenure>,
@@ -403,6 +407,9 @@ impl Task {
     }
 
     async fn report(&mut self) {
+        // Before the device looks at the resident memory: what the VM gives back after that is not in it.
+        let is_seen = lock(&self.memory).again().is_some();
+        let room = (!is_seen).then(|| self.meter.borrow().room()).flatten();
         let balloon = match self.link().await {
             Ok(link) => link.balloon().await,
             Err(error) => Err(error),
@@ -430,6 +437,7 @@ impl Task {
         self.state = Some(State {
             balloon,
             resident: resident.map(|bytes| bytes / PAGE),
+            room,
             sample,
             answered: self.answered,
             reachable: self.doubt.is_none(),
