@@ -387,8 +387,18 @@ impl Service {
     pub(super) fn end(&self, daemon: &mut Running, signal: Signal) {
         kill(daemon.pid(), signal).unwrap();
         let status = daemon.0.wait().unwrap();
-        assert!(status.success() || status.signal() == Some(Signal::SIGKILL as i32));
-        assert_eq!(self.manager.stored(), 1);
+        // A daemon that is killed may not have removed the snapshot before the last one.
+        let most = match status.signal() {
+            Some(signal) => {
+                assert_eq!(signal, Signal::SIGKILL as i32);
+                2
+            }
+            None => {
+                assert!(status.success());
+                1
+            }
+        };
+        assert!((1..=most).contains(&self.manager.stored()));
     }
 }
 
