@@ -152,9 +152,9 @@ fn leave_while_dropping(leave: impl FnOnce(Host) -> Result) -> Result {
     (is_left_behind && is_killed).then_some(()).ok_or(EINVAL)
 }
 
-/// While the kernel migrates pages for a discard, removes the device, drains the per-CPU page lists,
-/// and removes another device whose driver waits to take memory blocks. Returns whether the thread
-/// of the discard was left behind, and has ended with the migration.
+/// While the kernel migrates pages for a discard, removes the device, drains the per-CPU page
+/// lists, and removes another device whose driver waits to take memory blocks. Returns whether the
+/// thread of the discard was left behind, and has ended with the migration.
 fn leave_while_migrating() -> Result<bool> {
     let references = this_module::references();
     let waits = Pretence::migration_waits();
