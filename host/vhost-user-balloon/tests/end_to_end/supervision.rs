@@ -341,6 +341,12 @@ fn a_killed_supervisor_leaves_no_worker() {
         daemon.kill().unwrap();
         daemon.wait().unwrap();
         wait_for("the end of the worker", || !is_left());
+        // A process that ends has no arguments any more before it closes its sockets.
+        for name in ["socket", "control"] {
+            wait_for("the end of the sockets", || {
+                UnixStream::connect(directory.join(name)).is_err()
+            });
+        }
     }
 }
 
