@@ -64,9 +64,9 @@ pub(crate) static WAITING: Atomic<usize> = Atomic::new(0);
 ///
 /// The pages must exist, in one zone.
 pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
+    let _one = poll_timeout(PATIENCE, || CONTIG.try_lock()).ok_or(ETIMEDOUT)?;
     #[cfg(CONFIG_CONTIG_ALLOC)]
     {
-        let _one = poll_timeout(PATIENCE, || CONTIG.try_lock()).ok_or(ETIMEDOUT)?;
         // The zone's lock is not taken: the counter could change right after the unlock.
         let (first, end) = (pfns.first() as usize, pfns.end() as usize);
         if Page::online(first).is_none_or(|page| Zone::of(page).is_isolating()) {
@@ -87,7 +87,7 @@ pub(super) unsafe fn alloc_range(pfns: PfnRange) -> Result<PageRange> {
     }
     #[cfg(not(CONFIG_CONTIG_ALLOC))]
     {
-        let _ = (pfns, Gfp::CONTIG_RANGE.flags(), &CONTIG, &HOTPLUG, PATIENCE);
+        let _ = (pfns, Gfp::CONTIG_RANGE.flags(), &HOTPLUG);
         Err(EOPNOTSUPP)
     }
 }
