@@ -48,7 +48,7 @@ pub(super) struct ConfigSpace {
     has_messages: bool,
     /// When a field was read, written or sent last.
     accessed: Instant<Monotonic>,
-    /// Since when no read of the target has succeeded, if the last one has failed.
+    /// Since when no read of the target has succeeded, if the latest read has failed.
     unread: Option<Instant<Monotonic>>,
 }
 

@@ -195,8 +195,7 @@ impl Dequeue<'_> {
 }
 
 /// Takes up to `wanted` pages (kernel pages) of `nodes` out of `balloon`, and frees them as soon as
-/// the protocol allows. Returns how many were taken out: fewer if the rest has to wait for the
-/// device.
+/// the protocol allows. Returns how many were taken out: fewer if the rest waits for the device.
 ///
 /// [`send_backlog`] reports them. The device must have seen the inflate of these pages: others stay
 /// in the balloon, and `guard` prevents new ones. `batch` sorts the pages.

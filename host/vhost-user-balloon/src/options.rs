@@ -65,7 +65,7 @@ pub struct Options {
     /// The socket for the VMM as a file descriptor of this number, instead of --socket
     ///
     /// The socket has an absolute path, and listens already. The daemon does not change its access, and leaves it at its
-    /// end. It creates temporary files beside it.
+    /// end. It creates temporary files next to it.
     #[arg(long, value_name = "NUMBER", conflicts_with = "socket", value_parser = value_parser!(i32).range(3..))]
     pub fd: Option<i32>,
 

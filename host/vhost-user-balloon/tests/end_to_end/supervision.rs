@@ -393,7 +393,7 @@ impl Service {
     pub(super) fn end(&self, daemon: &mut Running, signal: Signal) {
         kill(daemon.pid(), signal).unwrap();
         let status = daemon.0.wait().unwrap();
-        // A daemon that is killed may not have removed the snapshot before the last one.
+        // A daemon that is killed may not have removed its previous snapshot.
         let most = match status.signal() {
             Some(signal) => {
                 assert_eq!(signal, Signal::SIGKILL as i32);
