@@ -58,15 +58,19 @@ impl Kind {
 
     /// Returns the next kind when there is no such block: smaller ones and, after the smallest that
     /// may stay unsplit, movable ones from everywhere. `None` after an order-0 page.
+    ///
+    /// Order-0 pages follow pageblocks. To fail for an order between them costs more than it saves:
+    /// the kernel would begin to compact memory for it, or raise watermarks.
     fn next(self) -> Option<Self> {
-        if self.unsplit && self.order <= pageblock_order() {
-            return Some(Self::first(false));
+        match self.order {
+            0 => None,
+            order if order > pageblock_order() => Some(Self {
+                order: order - 1,
+                ..self
+            }),
+            _ if self.unsplit => Some(Self::first(false)),
+            _ => Some(Self { order: 0, ..self }),
         }
-
-        Some(Self {
-            order: self.order.checked_sub(1)?,
-            ..self
-        })
     }
 
     /// Returns into how many blocks such a block is split.

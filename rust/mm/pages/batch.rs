@@ -231,12 +231,10 @@ impl Batch {
 
     /// [`alloc`](Self::alloc) for an `order` that is not 0.
     fn alloc_block(&mut self, order: u32, unsplit: bool) -> Result<(), AllocError> {
-        let is_large = order >= pageblock_order();
-        let unsplit = unsplit && is_large;
-        let flags = match (unsplit, is_large) {
-            (true, _) => Gfp::UNSPLIT_BLOCK,
-            (false, true) => Gfp::SPLIT_BLOCK,
-            (false, false) => Gfp::SPLIT_SMALL_BLOCK,
+        let unsplit = unsplit && order >= pageblock_order();
+        let flags = match unsplit {
+            true => Gfp::UNSPLIT_BLOCK,
+            false => Gfp::SPLIT_BLOCK,
         };
 
         let block = Allocated::new(self.node, flags, order).ok_or(AllocError::NoBlock)?;

@@ -15,8 +15,8 @@ use crate::rust::{
 
 use kernel::prelude::*;
 
-const DIRECT_RECLAIM: gfp_t = 1 << bindings::___GFP_DIRECT_RECLAIM_BIT;
-const RECLAIM: gfp_t = DIRECT_RECLAIM | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
+const RECLAIM: gfp_t =
+    1 << bindings::___GFP_DIRECT_RECLAIM_BIT | 1 << bindings::___GFP_KSWAPD_RECLAIM_BIT;
 const MOVABLE: gfp_t = 1 << bindings::___GFP_MOVABLE_BIT;
 const THISNODE: gfp_t = 1 << bindings::___GFP_THISNODE_BIT;
 const DMA32: gfp_t = 1 << bindings::___GFP_DMA32_BIT;
@@ -52,10 +52,8 @@ macro_rules! define {
 define! {
     /// A block of the balloon that stays unsplit.
     UNSPLIT_BLOCK = (bindings::GFP_HIGHUSER | EASY) & !RECLAIM;
-    /// A block of the balloon that is split, of pageblock size or more.
+    /// A block of the balloon that is split.
     SPLIT_BLOCK = BASE_PAGE & !RECLAIM;
-    /// A smaller one.
-    SPLIT_SMALL_BLOCK = BASE_PAGE & !DIRECT_RECLAIM;
     /// An order-0 page of the balloon.
     BALLOON_PAGE = BASE_PAGE;
     /// A block for hints: no reclaim, since OOM notifiers wait for it.
