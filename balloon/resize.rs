@@ -53,7 +53,7 @@ use kernel::{
 pub(crate) const PAGES_PER_RUN: usize = 1 << (30 - PAGE_SHIFT);
 
 /// In a large guest one run inflates this part of the memory instead, so that it sends few
-/// messages.
+/// messages: in whole GiB, since a message has many ranges for a remainder below a block.
 const PART_PER_RUN: usize = 8;
 
 /// The most pages that one run allocates if the kernel zeroes them: 64 MiB.
@@ -89,7 +89,10 @@ impl Balloon {
         let above_floor = self.available_above_reserve();
         let now_wanted = wanted.min(match memory::is_zeroed_on_allocation() {
             true => ZEROED_PER_RUN,
-            false => PAGES_PER_RUN.max(memory::present_pages() / PART_PER_RUN),
+            false => {
+                let part = memory::present_pages() / PART_PER_RUN;
+                PAGES_PER_RUN.max(part - part % PAGES_PER_RUN)
+            }
         });
         let stop = self.grow_by_nodes(worker, now_wanted.min(above_floor));
         drop(reserve);

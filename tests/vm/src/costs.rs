@@ -26,6 +26,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         devices: EXTENDED_DEVICE,
         run: fragmented,
     },
+    Scenario {
+        name: "costs_large",
+        proves: "a guest of 64 GiB lists an eighth of its idle memory in one message",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: EXTENDED_DEVICE,
+        run: large,
+    },
 ];
 
 /// The cost of an operation, or its limit.
@@ -131,6 +139,26 @@ fn fragmented(setup: &Setup) -> Result<()> {
         ensure!(woken == 0, "the balloon has woken kcompactd {woken} times");
         guest.balloon().settle(Size::default())?;
         load.stop()?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+fn large(setup: &Setup) -> Result<()> {
+    const SIZE: Size = Size::gib(56);
+    // One for each eighth of the memory, and some more: others may have their turn in between.
+    const LIMIT: u64 = 10;
+    vm::run(&setup.config().memory(Size::gib(64)), |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let before = guest.sent()?;
+        guest.balloon().settle(SIZE)?;
+        let sent = guest.sent()?.since(&before);
+        setup.note(format!("inflating {SIZE}: {sent}"));
+        // The driver reports its size once in a second of work, so that the number of bytes depends on the machine.
+        ensure!(
+            sent.encoded_as("ranges")? <= LIMIT,
+            "inflating {SIZE} takes {sent}; the limit is {LIMIT} lists of ranges"
+        );
+        guest.balloon().settle(Size::default())?;
         guest.rmmod(setup.driver)
     })
 }
