@@ -8,7 +8,7 @@ use vm::{Kernel, Offer, Size};
 use crate::bench::{Bench, Benchmark, Setting, no_claims};
 use crate::claim::Claim;
 use crate::contestant::{By, Contestant, Device};
-use crate::record::{Record, Run, Subject};
+use crate::record::{Record, Run, Subject, measure};
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["migrate-idle"],
@@ -53,13 +53,15 @@ fn run(bench: &Bench<'_>, name: &'static str, written: Size) -> Result<()> {
             if written > Size::default() {
                 guest.touch(written)?;
             }
-            let before = guest.host_cpu_time()?;
-            let transfer = guest.migrate_to_nowhere()?;
+            let mut sent = Size::default();
+            let run = measure(guest, contestant, || {
+                let transfer = guest.migrate_to_nowhere()?;
+                sent = transfer.sent;
+                Ok(transfer.total)
+            })?;
             let run = Run {
-                took: transfer.total,
-                transferred: Some(transfer.sent),
-                host_cpu: Some(guest.host_cpu_time()?.saturating_sub(before)),
-                ..Run::default()
+                transferred: Some(sent),
+                ..run
             };
             bench.add(Subject::new(name, contestant, MEMORY, written), run);
             Ok(())
