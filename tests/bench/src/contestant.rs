@@ -95,14 +95,26 @@ impl Contestant {
         body: impl FnOnce(&Guest) -> Result<T>,
     ) -> Result<T> {
         vm::run(&self.config(config, amount), |guest| {
-            if let Some(driver) = self.module() {
-                guest.insmod(driver, driver.low_floor())?;
-            }
-            if self.driver == By::VirtioMem {
-                guest.plug(amount)?;
-            }
+            self.plug(guest, amount)?;
+            self.load(guest, &[])?;
             body(guest)
         })
+    }
+
+    /// Gives the guest the memory `amount` that virtio-mem can unplug.
+    pub(crate) fn plug(self, guest: &Guest, amount: Size) -> Result<()> {
+        if self.driver == By::VirtioMem {
+            guest.plug(amount)?;
+        }
+        Ok(())
+    }
+
+    /// Loads the driver, if it is a module, with more `parameters`.
+    pub(crate) fn load(self, guest: &Guest, parameters: &[&str]) -> Result<()> {
+        match self.module() {
+            Some(driver) => guest.insmod(driver, &[driver.low_floor(), parameters].concat()),
+            None => Ok(()),
+        }
     }
 
     /// The configuration of its guest.

@@ -2,7 +2,7 @@
 
 //! Guests whose free memory is isolated pages.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use vm::{Kernel, Size};
 
 use crate::bench::{Bench, Benchmark, Setting};
@@ -50,10 +50,8 @@ fn run(bench: &Bench<'_>) -> Result<()> {
         })?;
     }
     let ours = Contestant::OURS;
-    let groups: [(_, &[_]); 2] = [
-        (RUNS, &[ours, ours.base()]),
-        (FEWER_RUNS, &Contestant::ON_QEMU),
-    ];
+    let others = [&Contestant::ON_QEMU[..], &[Contestant::VIRTIO_MEM]].concat();
+    let groups: [(_, &[_]); 2] = [(RUNS, &[ours, ours.base()]), (FEWER_RUNS, &others)];
     bench.rounds(&groups, |contestant| {
         bench.add(subject(contestant), give(bench, contestant, &[])?);
         if bench.is_zeroing() && contestant == ours {
@@ -71,11 +69,11 @@ fn subject(contestant: Contestant) -> Subject {
 /// Inflates in a guest whose free memory is almost all isolated pages. The host provides all of it, since the guest
 /// has written to it before.
 fn give(bench: &Bench<'_>, contestant: Contestant, parameters: &[&str]) -> Result<Run> {
-    let driver = contestant.module().context("a balloon has a driver")?;
     let config = contestant.config(bench.config().memory(MEMORY), AMOUNT);
     vm::run(&config, |guest| {
+        contestant.plug(guest, AMOUNT)?;
         let load = guest.fragment()?;
-        guest.insmod(driver, &[driver.low_floor(), parameters].concat())?;
+        contestant.load(guest, parameters)?;
         let mut run = measure(guest, contestant, || contestant.inflate(guest, AMOUNT))?;
         if let Some(sent) = &run.sent {
             let bits = (sent.bytes * 8) as f64;

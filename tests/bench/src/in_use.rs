@@ -29,7 +29,8 @@ const AMOUNT: Size = Size::gib(3);
 const RUNS: usize = 2;
 
 fn run(bench: &Bench<'_>) -> Result<()> {
-    bench.rounds(&[(RUNS, &Contestant::BALLOONS)], |contestant| {
+    let contestants = [&Contestant::BALLOONS[..], &[Contestant::VIRTIO_MEM]].concat();
+    bench.rounds(&[(RUNS, &contestants)], |contestant| {
         contestant.run(bench.config().memory(MEMORY), AMOUNT, |guest| {
             let load = use_half(guest)?;
             let run = measure(guest, contestant, || contestant.inflate(guest, AMOUNT))?;
