@@ -11,6 +11,7 @@ use crate::bench::{Bench, Benchmark, Setting};
 use crate::claim::{Claim, variant};
 use crate::contestant::{By, Contestant, Device};
 use crate::record::{Record, Run, Stages, Subject, measure};
+use crate::touched::use_memory;
 
 pub(crate) const IDLE: Benchmark = Benchmark {
     names: &["inflate-idle", "deflate-idle"],
@@ -52,12 +53,12 @@ const ZEROING_RUNS: usize = 3;
 /// The number of runs that measure the stages.
 const TRACED_RUNS: usize = 3;
 
-/// The driver without memory blocks.
-const PAGES_ONLY: &str = "pages only";
+/// The driver without memory blocks, in a guest with one processor.
+const PAGES_ONLY: &str = "pages only, one processor";
 
-/// A process that uses as much memory, which the kernel zeroes once.
+/// A process that uses as much memory in such a guest. The kernel zeroes each huge page once.
 const PROCESS: Contestant = Contestant::none(Device::VhostUser);
-const ONE_PASS: &str = "one pass of zeroing";
+const ONE_PASS: &str = "one pass of zeroing, one processor";
 
 /// The length of a page frame number of the base protocol, in bytes.
 const PFN_BYTES: u64 = 4;
@@ -102,38 +103,35 @@ fn run(bench: &Bench<'_>) -> Result<()> {
 }
 
 /// Measures how long it takes to zero the memory, in a kernel that does so: for a balloon without memory blocks, and for
-/// a process.
+/// a process. The process would zero on all processors, and the driver zeroes on one.
 fn zero(bench: &Bench<'_>) -> Result<()> {
-    bench.rounds(
-        &[(ZEROING_RUNS, &[Contestant::OURS, PROCESS])],
-        |contestant| {
-            if !bench.is_zeroing() {
-                return Ok(());
-            }
+    let contestants = [Contestant::OURS, PROCESS];
+    bench.rounds(&[(ZEROING_RUNS, &contestants)], |contestant| {
+        if !bench.is_zeroing() {
+            return Ok(());
+        }
+        let config = contestant.config(bench.config().memory(MEMORY).cpus(1), AMOUNT);
+        vm::run(&config, |guest| {
+            contestant.load(guest, &["memory_blocks=0"])?;
+            let (detail, run) = match contestant {
+                PROCESS => (
+                    ONE_PASS,
+                    measure(guest, contestant, || {
+                        let start = Instant::now();
+                        use_memory(guest, AMOUNT)?;
+                        Ok(start.elapsed())
+                    })?,
+                ),
+                _ => (
+                    PAGES_ONLY,
+                    measure(guest, contestant, || contestant.inflate(guest, AMOUNT))?,
+                ),
+            };
             let subject = Subject::new("inflate-idle", contestant, MEMORY, AMOUNT);
-            let config = contestant.config(bench.config().memory(MEMORY), AMOUNT);
-            vm::run(&config, |guest| {
-                let (detail, run) = match contestant.module() {
-                    Some(driver) => {
-                        guest
-                            .insmod(driver, &[driver.low_floor(), &["memory_blocks=0"]].concat())?;
-                        let inflate = || contestant.inflate(guest, AMOUNT);
-                        (PAGES_ONLY, measure(guest, contestant, inflate)?)
-                    }
-                    None => {
-                        let touch = || -> Result<Duration> {
-                            let start = Instant::now();
-                            guest.touch(AMOUNT)?;
-                            Ok(start.elapsed())
-                        };
-                        (ONE_PASS, measure(guest, contestant, touch)?)
-                    }
-                };
-                bench.add(subject.detail(detail), run);
-                Ok(())
-            })
-        },
-    )
+            bench.add(subject.detail(detail), run);
+            Ok(())
+        })
+    })
 }
 
 /// Measures inflating and deflating, for the records with these `names`.
