@@ -6,7 +6,7 @@ use std::fmt;
 
 use vm::{Samples, Zeroing};
 
-use crate::contestant::Contestant;
+use crate::contestant::{By, Contestant};
 use crate::record::Record;
 
 /// How much more of the host's memory than before a guest may use on the way, in MiB.
@@ -58,11 +58,23 @@ impl Claim {
         Some(Self::new(what, ratio, limit))
     }
 
-    /// A claim that the guest uses at most [`MOST_MORE`] of the host's memory meanwhile, if that was measured.
-    pub(crate) fn peak(records: &[Record], name: &str, of: Contestant) -> Option<Self> {
-        let peak = find(records, name, of)?.peak_mib? as f64;
-        let what = format!("{name}: MiB more of the host's memory on the way with {of}");
-        Some(Self::new(what, peak, MOST_MORE))
+    /// The claims that guests with this driver use at most [`MOST_MORE`] of the host's memory meanwhile, on both
+    /// devices and in all variants where that was measured.
+    pub(crate) fn peaks(records: &[Record], names: &[&str]) -> impl Iterator<Item = Self> {
+        let is_one = move |record: &&Record| {
+            record.driver == By::Rs && names.contains(&record.name.as_str())
+        };
+        records.iter().filter(is_one).filter_map(|record| {
+            let peak = record.peak_mib? as f64;
+            let variant = record.detail.iter().map(|detail| format!(", {detail}"));
+            let what = format!(
+                "{}: MiB more of the host's memory on the way with {}{}",
+                record.name,
+                record.contestant(),
+                variant.collect::<String>()
+            );
+            Some(Self::new(what, peak, MOST_MORE))
+        })
     }
 
     /// A claim about the ratio of the memory that two contestants copy, if both have results.
@@ -137,6 +149,35 @@ impl fmt::Display for Claim {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_growth_with_this_driver_is_claimed() {
+        let record = |driver: &str, detail: Option<&str>, peak: Option<u64>| -> Record {
+            serde_json::from_value(serde_json::json!({
+                "name": "reclaim", "driver": driver, "device": "vhost-user", "detail": detail,
+                "guest_mib": 8192, "amount_mib": 7168, "seconds": [1.0], "peak_mib": peak,
+            }))
+            .unwrap()
+        };
+        let records = [
+            record("rs", None, Some(6)),
+            record("rs", Some("pages only"), Some(33)),
+            record("rs", Some("traced"), None),
+            record("c", None, Some(99)),
+        ];
+        let claims: Vec<_> = Claim::peaks(&records, &["reclaim"])
+            .map(|claim| claim.to_string())
+            .collect();
+        let what = "reclaim: MiB more of the host's memory on the way with this driver, vhost-user";
+        assert_eq!(
+            claims,
+            [
+                format!("{what}: 6.0000 (limit 32)"),
+                format!("{what}, pages only: 33.0000 (FAILED, the limit is 32)"),
+            ]
+        );
+        assert_eq!(Claim::peaks(&records, &["inflate-idle"]).count(), 0);
+    }
 
     #[test]
     fn a_failed_claim_says_so() {

@@ -99,7 +99,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
     Claim::ratio(records, NAME, ours, ours.base(), 0.2)
         .into_iter()
         .chain(bits)
-        .chain(Claim::peak(records, NAME, ours))
+        .chain(Claim::peaks(records, BENCHMARK.names))
         .collect()
 }
 
@@ -107,6 +107,6 @@ fn zeroing_claims(records: &[Record]) -> Vec<Claim> {
     let ours = Contestant::OURS;
     Claim::ratio_to_detail(records, NAME, ours, PAGES_ONLY, 1.05)
         .into_iter()
-        .chain(Claim::peak(records, NAME, ours))
+        .chain(Claim::peaks(records, BENCHMARK.names))
         .collect()
 }

@@ -175,7 +175,7 @@ fn claims(records: &[Record]) -> Vec<Claim> {
         .into_iter()
         .filter_map(|(name, of, to, limit)| Claim::ratio(records, name, of, to, limit))
         .chain(bytes)
-        .chain(peaks(records, IDLE.names))
+        .chain(Claim::peaks(records, IDLE.names))
         .collect()
 }
 
@@ -191,7 +191,7 @@ fn zeroing_claims(records: &[Record], names: &[&str]) -> Vec<Claim> {
         .into_iter()
         .filter_map(|(name, of, limit)| Claim::ratio(records, name, of, of.base(), limit))
         .chain(one_pass(records))
-        .chain(peaks(records, names))
+        .chain(Claim::peaks(records, names))
         .collect()
 }
 
@@ -204,10 +204,4 @@ fn one_pass(records: &[Record]) -> Option<Claim> {
         Contestant::OURS
     );
     Some(Claim::new(what, ratio, 1.05))
-}
-
-fn peaks(records: &[Record], names: &[&str]) -> impl Iterator<Item = Claim> {
-    let of_driver = [Contestant::OURS, Contestant::ON_QEMU[0]];
-    let of = move |name| of_driver.map(|contestant| Claim::peak(records, name, contestant));
-    names.iter().copied().flat_map(of).flatten()
 }
