@@ -15,6 +15,7 @@ pub(crate) mod fs;
 mod kunit;
 pub(crate) mod mm;
 pub(crate) mod notifiers;
+pub(crate) mod right;
 pub(crate) mod this_module;
 pub(crate) mod trace;
 pub(crate) mod virtio;

@@ -9,4 +9,4 @@ mod queue;
 pub(crate) mod requests_feature;
 mod task;
 mod unused;
-mod work;
+pub(crate) mod work;

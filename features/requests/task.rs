@@ -137,8 +137,10 @@ impl HostRequests {
                 discard,
                 self.settings.floor_pages(),
                 counters,
-                |range, taking| {
-                    Allocation::start(range, taking, self.spent.clone(), self.waker.clone())
+                |range, taking, right| {
+                    let (spent, waker) = (self.spent.clone(), self.waker.clone());
+
+                    Allocation::start(range, taking, right, spent, waker)
                 },
             ),
             Work::DropCaches(caches) => match self.drop_caches(*caches) {

@@ -13,6 +13,7 @@ use crate::{
             Allocation,
             AnswerProgress,
             Discard,
+            ALLOCATING,
             MAX_RANGES, //
         }, //
     },
@@ -35,6 +36,7 @@ use crate::{
             pages::page::pageblock_order,
             pfn_range::PfnRange, //
         },
+        right::RightGuard,
         virtio_balloon::request, //
     }, //
 };
@@ -86,18 +88,19 @@ impl Inner {
     }
 
     /// Finds the next free pages, and begins to allocate them by `allocate`. Returns none if the
-    /// answer waits for the device or the allocation.
+    /// answer waits for the device or an allocation.
     pub(super) fn discard(
         &mut self,
         discard: &mut Discard,
         floor: usize,
         counters: &Counters,
-        allocate: impl FnOnce((usize, PfnRange), &ReserveGuard) -> Result<Allocation>,
+        allocate: impl FnOnce((usize, PfnRange), &ReserveGuard, RightGuard) -> Result<Allocation>,
     ) -> Option<AnswerProgress> {
         let ranges = self.ranges + self.allocations();
         if ranges >= MAX_RANGES {
             return None;
         }
+        let right = ALLOCATING.take()?;
         let walk = &mut discard.walk;
         // The guest's reserve comes first.
         let taking = ReserveGuard::begin();
@@ -117,7 +120,7 @@ impl Inner {
             walk.resume_at(zone, block.pfns().end());
             return Some(AnswerProgress::More);
         }
-        match allocate((zone, range), &taking) {
+        match allocate((zone, range), &taking, right) {
             Ok(allocation) => {
                 discard.allocation = Some(allocation);
                 None

@@ -19,6 +19,10 @@ use crate::{
             pfn_range::PfnRange,
             zone::PFNS_PER_HOLD, //
         },
+        right::{
+            Right,
+            RightGuard, //
+        },
         virtio_balloon::{
             request,
             Request, //
@@ -63,6 +67,14 @@ pub(super) const MAX_RANGES: usize = 4;
 /// The first of these if the kernel zeroes allocated memory, so that the host needs hardly any more
 /// memory meanwhile: 4 MiB.
 const ZEROED_RANGE_PAGES: u64 = 1 << (22 - PAGE_SHIFT);
+
+/// The right to allocate a range, which one thread of all devices has at a time. A thread that was
+/// killed has it until it ends, so requests that are cancelled repeatedly leave one thread behind.
+pub(super) static ALLOCATING: Right = Right::new();
+
+/// How many such threads were started.
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+pub(crate) static ALLOCATIONS: Atomic<usize> = Atomic::new(0);
 
 /// An open request.
 pub(super) struct Open {
@@ -151,6 +163,7 @@ impl Allocation {
     pub(super) fn start(
         (zone, range): (usize, PfnRange),
         taking: &ReserveGuard,
+        right: RightGuard,
         spent: Arc<Atomic<i64>>,
         waker: Waker,
     ) -> Result<Self> {
@@ -162,13 +175,15 @@ impl Allocation {
             GFP_KERNEL,
         )?;
         let result = allocated.clone();
+        #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+        ALLOCATIONS.add(1, Relaxed);
         let thread = Thread::start(c"balloon_rs_discard", Some(waker), move || {
             let start = Instant::<Monotonic>::now();
 
             let outcome = ContigPages::new(range).map(|pages| {
                 *result.pages.lock() = Some(pages);
             });
-            drop(reservation);
+            drop((reservation, right));
             spent.add(start.elapsed().as_nanos(), Relaxed);
             outcome
         })?;

@@ -4,28 +4,27 @@
 //!
 //! C header: [`include/linux/fs.h`](srctree/include/linux/fs.h)
 
-use crate::rust::fs::file::WritableFile;
-
-use kernel::{
-    prelude::*,
-    sync::atomic::{
-        Acquire,
-        Atomic,
-        Release, //
+use crate::rust::{
+    fs::file::WritableFile,
+    right::{
+        Right,
+        RightGuard, //
     }, //
 };
 
-/// Whether a [`CacheDropper`] exists. A mutex cannot serve here: one thread takes the right, and
-/// another one releases it.
-static IS_DROPPING: Atomic<bool> = Atomic::new(false);
+use kernel::prelude::*;
+
+static DROPPING: Right = Right::new();
 
 /// The right to drop caches, which one caller at a time has.
-pub(crate) struct CacheDropper(());
+pub(crate) struct CacheDropper {
+    _right: RightGuard,
+}
 
 impl CacheDropper {
     /// Takes it, or returns none while another caller has it.
     pub(crate) fn begin() -> Option<Self> {
-        (!IS_DROPPING.xchg(true, Acquire)).then_some(Self(()))
+        DROPPING.take().map(|right| Self { _right: right })
     }
 
     /// Drops the clean page cache, or the caches of names and inodes, or both. The duration is
@@ -41,11 +40,5 @@ impl CacheDropper {
         let value = [b'0' + u8::from(pages) + 2 * u8::from(slab)];
 
         WritableFile::open(c"/proc/sys/vm/drop_caches")?.write(&value)
-    }
-}
-
-impl Drop for CacheDropper {
-    fn drop(&mut self) {
-        IS_DROPPING.store(false, Release);
     }
 }

@@ -17,6 +17,7 @@ use super::{
 };
 
 use crate::{
+    features::requests::work,
     rust::{
         fs::caches::CacheDropper,
         mm::{
@@ -177,6 +178,35 @@ fn leave_while_migrating() -> Result<bool> {
     drop(waits);
     eventually(|| Ok(this_module::references() == references))?;
     Ok(is_left_behind)
+}
+
+/// While the kernel migrates pages for a discard, cancels it and begins four others, one after
+/// the other. Returns how many threads were started meanwhile, and the status of the fourth one
+/// when the migration has ended.
+fn cancel_while_migrating() -> Result<(usize, u8)> {
+    let references = this_module::references();
+    let waits = Pretence::migration_waits();
+    let waiting = contig_pages::WAITING.load(Relaxed);
+    let mut host = Host::new()?;
+
+    host.ask(request::UNUSED_DISCARD, 21, 0, 1, 0)?;
+    eventually(|| Ok(contig_pages::WAITING.load(Relaxed) > waiting))?;
+    let before = work::ALLOCATIONS.load(Relaxed);
+    for id in 1..5 {
+        host.ask(request::CANCEL, 0, 0, id + 100, id)?;
+        for _ in 0..2 {
+            while !matches!(host.answer()?, Message::Completion(..)) {}
+        }
+        host.ask(request::UNUSED_DISCARD, 21, 0, id + 1, 0)?;
+        fsleep(Delta::from_millis(20));
+    }
+    let threads = work::ALLOCATIONS.load(Relaxed) - before;
+
+    drop(waits);
+    let (status, _) = host.answers(request::UNUSED_DISCARD, 5)?;
+    drop(host);
+    eventually(|| Ok(this_module::references() == references))?;
+    Ok((threads, status))
 }
 
 /// Cancels a discard of all memory when the device has two messages, and the last block is ready.
@@ -546,6 +576,14 @@ mod tests {
     #[test]
     fn a_device_can_be_removed_while_pages_are_migrated_for_a_discard() {
         assert_eq!(leave_while_migrating(), Ok(true));
+    }
+
+    #[test]
+    fn cancelled_discards_leave_one_thread() {
+        if memory::free_page_value().is_some() {
+            return;
+        }
+        assert_eq!(cancel_while_migrating(), Ok((0, request::COMPLETE)));
     }
 
     #[test]

@@ -26,5 +26,6 @@ mod pages;
 mod poll;
 mod quiesce;
 mod range_stack;
+mod right;
 mod stats;
 mod target;
