@@ -9,6 +9,7 @@ use crate::{
         mm::{
             hotplug::memory_block::MemoryBlock,
             memory,
+            node::Node,
             pages::{
                 block_range::{
                     BlockRange,
@@ -29,7 +30,10 @@ use crate::{
         virtio_balloon::HINT_STOP,
         work::task::Task, //
     },
-    sources::memory_blocks::Offliner, //
+    sources::{
+        memory_blocks::Offliner,
+        nodes, //
+    }, //
 };
 
 use kernel::{
@@ -188,10 +192,23 @@ impl Worker {
         self.queue.add(Either::Left(buffer)).is_ok()
     }
 
-    /// Allocates free memory, but not all of it.
+    /// Allocates free memory, but not all of it: from each node in proportion.
     pub(super) fn gather(&mut self, floor: usize, needed: &Atomic<bool>) {
         let _taking = memory::ReserveGuard::begin();
         let wanted = memory::free_above_reserve(floor);
+        let all = Node::all().map(Node::kernel_free_pages).sum();
+
+        for node in Node::all() {
+            let share = nodes::part(wanted, node.kernel_free_pages(), all);
+
+            self.gather_from(node, share.min(nodes::room(node, floor)), needed);
+        }
+        self.more = self.pending.pages() >= WORTHWHILE;
+    }
+
+    /// Allocates up to `wanted` kernel pages of `node`.
+    fn gather_from(&mut self, node: Node, wanted: usize, needed: &Atomic<bool>) {
+        let wanted = self.pending.pages() + wanted;
         let mut order = MAX_ORDER;
 
         while !needed.load(Relaxed) {
@@ -202,7 +219,7 @@ impl Worker {
             if order < min_order() {
                 break;
             }
-            let Some(range) = BlockRange::alloc(order) else {
+            let Some(range) = BlockRange::alloc(Some(node), order) else {
                 order -= 1;
                 continue;
             };
@@ -210,8 +227,6 @@ impl Worker {
                 break;
             }
         }
-
-        self.more = self.pending.pages() >= WORTHWHILE;
     }
 
     /// Passes as much memory to the device as the queue has room for. Returns whether it did.

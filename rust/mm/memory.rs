@@ -73,6 +73,14 @@ impl Node {
             .saturating_sub(self.reserved_pages() + self.mapped_file_pages() + boost)
     }
 
+    /// Returns the node's free kernel pages that the kernel can use for itself.
+    pub(crate) fn kernel_free_pages(self) -> usize {
+        self.zones()
+            .filter(|zone| !zone.is_movable())
+            .map(|zone| zone.free_pages().saturating_sub(zone.free_cma_pages()))
+            .sum()
+    }
+
     /// Returns whether an allocation on the node may just have failed for lack of memory: whether
     /// its zones have none.
     pub(crate) fn is_short(self) -> bool {

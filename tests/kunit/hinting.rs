@@ -144,7 +144,7 @@ fn cut_up() -> Result<(KVVec<BlockRange>, usize)> {
 
     drain::drain_free_lists();
     while Info::now().free > REST {
-        let Some(range) = BlockRange::alloc(min_order()) else {
+        let Some(range) = BlockRange::alloc(None, min_order()) else {
             break;
         };
         kept.push(range, GFP_KERNEL)?;
@@ -376,7 +376,7 @@ mod tests {
         round(&device, 2)?;
         eventually(|| {
             while available() > LEFT {
-                let Some(range) = BlockRange::alloc(SMALL) else {
+                let Some(range) = BlockRange::alloc(None, SMALL) else {
                     memory::boost(0);
                     return Ok(false);
                 };

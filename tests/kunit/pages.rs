@@ -459,7 +459,7 @@ mod tests {
             let block = blocks(1)?;
             assert_ne!(block.free_with_error(place), Some(false));
 
-            let range = BlockRange::alloc(MAX_ORDER).ok_or(ENOMEM)?;
+            let range = BlockRange::alloc(None, MAX_ORDER).ok_or(ENOMEM)?;
             assert_ne!(range.free_with_error(place), Some(false));
 
             assert_ne!(contiguous()?.free_with_error(place), Some(false));

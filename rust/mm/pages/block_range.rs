@@ -6,6 +6,7 @@
 
 use crate::rust::{
     mm::{
+        node::Node,
         pages::{
             gfp::Gfp,
             owned::Allocated,
@@ -46,10 +47,10 @@ const MAX_PAGES: usize = u32::MAX as usize >> PAGE_SHIFT;
 pub(crate) struct BlockRange(PfnRange);
 
 impl BlockRange {
-    /// Allocates a free block of 2^`order` pages, without reclaim, and without using reserves. Does
-    /// not sleep.
-    pub(crate) fn alloc(order: u32) -> Option<Self> {
-        Allocated::new(None, Gfp::HINT_BLOCK, order).and_then(Self::of)
+    /// Allocates a free block of 2^`order` pages from `node`, or from any node, without reclaim,
+    /// and without using reserves. Does not sleep.
+    pub(crate) fn alloc(node: Option<Node>, order: u32) -> Option<Self> {
+        Allocated::new(node, Gfp::HINT_BLOCK, order).and_then(Self::of)
     }
 
     /// Takes the first block off a list.
