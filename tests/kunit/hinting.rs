@@ -175,6 +175,31 @@ fn halve_page_blocks() -> Result<KVVec<PageList>> {
     Ok(halves)
 }
 
+/// Fragments nearly all free memory into halves of unmovable pageblocks, so that no movable half is
+/// free. Returns the memory between them.
+fn halve_unmovable() -> Result<(KVVec<BlockRange>, KVVec<PageList>)> {
+    const REST: u64 = 48 * MIB;
+    let half = pageblock_order() - 1;
+    let (mut kept, mut movable) = (KVVec::new(), KVVec::new());
+    let mut batch = Batch::new()?;
+
+    drain::drain_free_lists();
+    while Info::now().free > REST {
+        let Some(range) = BlockRange::alloc(None, half) else {
+            break;
+        };
+        kept.push(range, GFP_KERNEL)?;
+    }
+    while batch.alloc(half, 1 << half, false).is_ok() {
+        movable.push(batch.take_all(), GFP_KERNEL)?;
+    }
+    kept.retain(|range| range.first() >> half & 1 == 1);
+    while let Some(range) = BlockRange::alloc(None, pageblock_order()) {
+        kept.push(range, GFP_KERNEL)?;
+    }
+    Ok((kept, movable))
+}
+
 /// Waits until about as much memory is free as before.
 fn is_free_again(before: u64) -> Result {
     eventually(|| Ok(free() + 8 * MIB > before))
@@ -224,6 +249,18 @@ mod tests {
         assert_eq!(memory::boosted_pages(), 0);
 
         drop(between);
+        Ok(())
+    }
+
+    #[test]
+    fn draining_the_lists_does_not_raise_watermarks() -> Result {
+        let kept = halve_unmovable()?;
+        memory::boost(0);
+
+        drain::drain_free_lists();
+        assert_eq!(memory::boosted_pages(), 0);
+
+        drop(kept);
         Ok(())
     }
 

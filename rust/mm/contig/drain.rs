@@ -61,9 +61,9 @@ pub(crate) fn drain_long_lists() {
 ///
 /// `drain_all_pages()` is not exported. But allocating a contiguous range first drains the lists of
 /// its zone. So this allocates a free pageblock of each zone, if possible not a movable one, since
-/// most just freed ones are movable. If pageblocks are so large that none is free, it allocates the
-/// available part of one in which the kernel can migrate the rest. Without `CONFIG_CONTIG_ALLOC`
-/// the lists are not drained.
+/// most just freed ones are movable. If none is free, it allocates a movable page: a larger part of
+/// a pageblock may be of another migrate type, and the kernel would raise a watermark. Without
+/// `CONFIG_CONTIG_ALLOC` the lists are not drained.
 pub(crate) fn drain_free_lists() {
     #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
     DRAINS.add(1, Relaxed);
@@ -72,14 +72,10 @@ pub(crate) fn drain_free_lists() {
     }
     for node in Node::online() {
         for &(kind, gfp, movable) in ZONES {
-            let mut order = pageblock_order();
-
-            if drain_zone(node, gfp, kind, order) {
-                continue;
-            }
-            while !drain_zone(node, movable, kind, order) && order > 0 {
-                order -= 1;
-            }
+            let block = pageblock_order();
+            let _ = [(gfp, block), (movable, block), (movable, 0)]
+                .into_iter()
+                .any(|(gfp, order)| drain_zone(node, gfp, kind, order));
         }
     }
 }
