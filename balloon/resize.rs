@@ -103,7 +103,7 @@ impl Balloon {
                 (now_wanted < wanted).then_some(0)
             }
             Stop::NotNow => None,
-            Stop::Done => self.give_up(worker, StopReason::Floor, target, now),
+            Stop::Done | Stop::Reserve => self.give_up(worker, StopReason::Floor, target, now),
             Stop::NoMemory => self.give_up(worker, StopReason::NoMemory, target, now),
         }
     }
@@ -188,15 +188,18 @@ impl Balloon {
             left -= share;
 
             worker.batch.take_from(node);
-            let source = PageAllocator::new(keeps_blocks);
-            match worker
+            let spare = || self.available_above_reserve();
+            let source = PageAllocator::new(keeps_blocks, spare);
+            let this = worker
                 .inflate
                 .fill(&self.pages, &mut worker.batch, source, share, || {
                     self.may_send()
-                }) {
+                });
+
+            match this {
                 Stop::Done => (),
                 Stop::NoMemory => stop = Stop::NoMemory,
-                Stop::NotNow => return Stop::NotNow,
+                Stop::NotNow | Stop::Reserve => return this,
             }
         }
         stop

@@ -84,30 +84,37 @@ impl Kind {
 }
 
 /// The page allocator.
-pub(crate) struct PageAllocator {
+pub(crate) struct PageAllocator<F: Fn() -> usize> {
     /// The kind to try next: kinds that were not available are not tried again. `None` before the
     /// first attempt.
     kind: Option<Kind>,
     /// Whether blocks stay unsplit where they may.
     keeps_blocks: bool,
+    spare: F,
 }
 
-impl PageAllocator {
-    /// Begins with the largest blocks, which are split unless `keeps_blocks` is set.
-    pub(crate) fn new(keeps_blocks: bool) -> Self {
+impl<F: Fn() -> usize> PageAllocator<F> {
+    /// Begins with the largest blocks, which are split unless `keeps_blocks` is set. `spare`
+    /// returns how many kernel pages the guest can do without.
+    pub(crate) fn new(keeps_blocks: bool, spare: F) -> Self {
         Self {
             kind: None,
             keeps_blocks,
+            spare,
         }
     }
 }
 
-impl Source for PageAllocator {
+impl<F: Fn() -> usize> Source for PageAllocator<F> {
     fn limits(&self) -> (usize, usize) {
         match memory::is_zeroed_on_allocation() {
             true => (ZEROED_PORTION, ZEROED_IN_FLIGHT),
             false => (usize::MAX, usize::MAX),
         }
+    }
+
+    fn spare(&self) -> usize {
+        (self.spare)()
     }
 
     /// Blocks are much cheaper than order-0 pages, and leave fewer holes. If there is none of a

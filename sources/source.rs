@@ -14,6 +14,11 @@ pub(crate) trait Source {
         (usize::MAX, usize::MAX)
     }
 
+    /// Returns how many kernel pages the guest can do without now.
+    fn spare(&self) -> usize {
+        usize::MAX
+    }
+
     /// Puts up to `wanted` pages into `batch`, at most about `blocks` blocks. They stay unsplit if
     /// possible and `unsplit` is set.
     fn gather(&mut self, batch: &mut Batch, wanted: usize, blocks: usize, unsplit: bool);

@@ -36,6 +36,7 @@ use crate::{
 
 use kernel::{
     error::code::EAGAIN,
+    page::PAGE_SHIFT,
     time::{
         Instant,
         Monotonic, //
@@ -49,6 +50,10 @@ const MESSAGES_PER_NOTIFICATION: usize = 16;
 /// How many blocks are collected before the first of them is sent: enough to merge adjacent blocks,
 /// and few enough that the device does not run out of work.
 const BLOCKS_PER_BATCH: usize = 1 << 16;
+
+/// After how many pages to check how much the guest can spare: 8 MiB. A portion may be smaller, and
+/// the check reads counters of all zones.
+const PAGES_PER_CHECK: usize = 1 << (23 - PAGE_SHIFT);
 
 /// The inflate queue. All numbers are kernel pages.
 pub(crate) struct Inflate {
@@ -70,6 +75,8 @@ pub(crate) enum Stop {
     Done,
     /// The queue is full, or nothing may be sent: continue when the device has used some messages.
     NotNow,
+    /// The guest needs the rest of its memory.
+    Reserve,
     /// The page allocator has no memory.
     NoMemory,
 }
@@ -125,7 +132,8 @@ impl Inflate {
     }
 
     /// Takes up to `wanted` pages from `source`, sorts them in portions in `batch`, and sends them
-    /// to the device, as long as `may_send` holds. Puts pages that it acknowledges meanwhile into
+    /// to the device, as long as `may_send` holds. Checks at times how much the guest can spare,
+    /// since others allocate memory meanwhile. Puts pages that the device acknowledges into
     /// `balloon`.
     pub(crate) fn fill(
         &mut self,
@@ -137,6 +145,7 @@ impl Inflate {
     ) -> Stop {
         let (at_once, in_flight) = source.limits();
         let unsplit = self.queue.has_page_sets();
+        let (mut spare, mut unchecked) = (0, PAGES_PER_CHECK);
 
         while wanted > 0 {
             let is_full = |this: &Self| this.queue.room() == 0 || this.in_flight >= in_flight;
@@ -146,18 +155,28 @@ impl Inflate {
             }
 
             let room = self.queue.room_for_blocks();
-            let portion = at_once.min(wanted);
+            if unchecked >= PAGES_PER_CHECK {
+                (spare, unchecked) = (source.spare(), 0);
+            }
+            let portion = at_once.min(wanted).min(spare);
+            if portion == 0 {
+                self.queue.notify();
+                return Stop::Reserve;
+            }
             // A block may have to be split for the rest.
             let (portion, blocks) = match unsplit {
                 true => (portion, room.max(1 << MAX_ORDER)),
                 false => (portion.min(room), usize::MAX),
             };
             source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), unsplit);
-            wanted -= batch.pages();
+            let gathered = batch.pages();
+            wanted -= gathered;
+            spare -= gathered;
+            unchecked += gathered;
 
             // Checked after the allocation, since these may be pages that were deflated in the
             // meantime.
-            let stop = match batch.pages() {
+            let stop = match gathered {
                 0 => Stop::NoMemory,
                 _ if may_send() => self.send(batch),
                 _ => Stop::NotNow,

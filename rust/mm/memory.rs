@@ -40,6 +40,10 @@ use kernel::{
 /// without it they would wait for the disk with each step. [Reservations](Reservation) do not count
 /// either.
 pub(crate) fn available_pages() -> usize {
+    #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+    if IS_FULL.load(Relaxed) {
+        return 0;
+    }
     let pages = bindings::si_mem_available();
     let mapped = Node::all().map(Node::mapped_file_pages).sum();
 
@@ -262,6 +266,9 @@ static ZEROES_ON_ALLOCATION: Atomic<bool> = Atomic::new(false);
 static IS_SHORT: Atomic<bool> = Atomic::new(false);
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
+static IS_FULL: Atomic<bool> = Atomic::new(false);
+
+#[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
 static MIGRATION_WAITS: Atomic<bool> = Atomic::new(false);
 
 #[cfg(CONFIG_VIRTIO_BALLOON_RS_KUNIT_TEST)]
@@ -282,6 +289,11 @@ impl Pretence {
     /// All of its nodes are short of memory.
     pub(crate) fn is_short() -> Self {
         Self::begin(&IS_SHORT)
+    }
+
+    /// None of its memory is available.
+    pub(crate) fn is_full() -> Self {
+        Self::begin(&IS_FULL)
     }
 
     /// It waits for the disk while it allocates a contiguous range.

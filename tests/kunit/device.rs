@@ -64,6 +64,7 @@ use crate::{
     }, //
 };
 
+use core::mem;
 use kernel::{
     page::PAGE_SHIFT,
     prelude::*,
@@ -550,6 +551,32 @@ fn deflated_for_oom(size: u32) -> Result<u32> {
     Ok((out_of_memory() * BALLOON_PAGES_PER_PAGE) as u32)
 }
 
+/// Pretends from the first inflate message on that no memory is available.
+fn fill_guest(_device: &FakeDevice, queue: usize) {
+    if queue == INFLATE {
+        mem::forget(Pretence::is_full());
+    }
+}
+
+/// Inflates with small portions. Returns how many messages the driver sends after memory has become
+/// short.
+fn messages_when_short() -> Result<usize> {
+    let device = FakeDevice::with_callback(&PAGE_SETS, fill_guest)?;
+    let _zeroing = Pretence::zeroes_on_allocation();
+
+    device.change(NUM_PAGES, 8 * BLOCK);
+    message(&device, INFLATE)?;
+    // Long enough for further ones.
+    fsleep(Delta::from_millis(100));
+
+    let mut further = 0;
+    while device.next(INFLATE)?.is_some() {
+        further += 1;
+    }
+    drop(Pretence::is_full());
+    Ok(further)
+}
+
 /// How often the driver has notified a device that was not ready.
 static EARLY_KICKS: Atomic<u32> = Atomic::new(0);
 
@@ -919,6 +946,11 @@ mod tests {
     }
 
     #[cfg(CONFIG_PM_SLEEP)]
+    #[test]
+    fn the_reserve_is_checked_again_while_inflating() {
+        assert!(messages_when_short().is_ok_and(|messages| messages < 2));
+    }
+
     #[test]
     fn up_to_32_messages_are_in_flight() -> Result {
         const MOST: u32 = 32;
