@@ -143,12 +143,10 @@ impl Balloon {
         let ready = ready.min(wanted);
 
         if ready > 0 {
-            let source = &**offliner;
-            let stop = worker
-                .inflate
-                .fill(&self.pages, &mut worker.batch, source, ready, || {
-                    self.may_send()
-                });
+            let (source, mut left) = (&**offliner, ready);
+            let (inflate, batch) = (&mut worker.inflate, &mut worker.batch);
+            let may_send = || self.may_send();
+            let stop = inflate.fill(&self.pages, batch, source, &mut left, may_send);
             if stop == Stop::Done {
                 worker.growth.succeed();
             }
@@ -166,40 +164,68 @@ impl Balloon {
         ControlFlow::Continue(())
     }
 
-    /// Inflates by up to `left` pages from the page allocator, from each node in proportion to its
-    /// available memory. The queue may be full before each node has given its share, so the node
-    /// that has given least comes first.
+    /// Inflates by up to `left` pages from the page allocator. What a node cannot give is taken
+    /// from the others.
     fn grow_by_nodes(&self, worker: &mut Worker, mut left: usize) -> Stop {
+        let mut nodes = NodeSet::all();
+        let mut stop = Stop::Reserve;
+
+        while left > 0 {
+            let before = left;
+
+            match self.take_shares(worker, &mut nodes, &mut left) {
+                Stop::NotNow => return Stop::NotNow,
+                Stop::NoMemory => stop = Stop::NoMemory,
+                Stop::Done | Stop::Reserve => (),
+            }
+            if left == before {
+                return stop;
+            }
+        }
+        Stop::Done
+    }
+
+    /// Takes up to `left` pages, from each of `nodes` in proportion to its available memory, and
+    /// subtracts them from `left`. Removes nodes that cannot give their share from `nodes`. The
+    /// queue may be full before each node has given its share, so the node that has given least
+    /// comes first.
+    fn take_shares(&self, worker: &mut Worker, nodes: &mut NodeSet, left: &mut usize) -> Stop {
         let keeps_blocks = !self.has_to_move();
         let floor = self.settings().floor_pages();
-        let mut all: usize = Node::all().map(|node| room(node, floor)).sum();
-        let first = Node::all().max_by_key(|&node| precedence(node, floor));
-        let others = Node::all().filter(|&node| Some(node) != first);
-        let mut nodes = Iterator::chain(first.into_iter(), others).peekable();
+        let asked = *nodes;
+        let among = || Node::all().filter(|&node| asked.contains(node));
+        let mut all: usize = among().map(|node| room(node, floor)).sum();
+        let first = among().max_by_key(|&node| precedence(node, floor));
+        let others = among().filter(|&node| Some(node) != first);
+        let mut order = Iterator::chain(first.into_iter(), others).peekable();
         let mut stop = Stop::Done;
 
-        while let Some(node) = nodes.next() {
-            let room = room(node, floor);
-            let share = match nodes.peek() {
-                Some(_) => part(left, room, all),
-                None => left,
+        while let Some(node) = order.next() {
+            let this_room = room(node, floor);
+            let share = match order.peek() {
+                Some(_) => part(*left, this_room, all),
+                None => *left,
             };
-            all = all.saturating_sub(room);
-            left -= share;
+            all = all.saturating_sub(this_room);
 
             worker.batch.take_from(node);
-            let spare = || self.available_above_reserve();
+            let spare = || room(node, floor).min(self.available_above_reserve());
             let source = PageAllocator::new(keeps_blocks, spare);
-            let this = worker
-                .inflate
-                .fill(&self.pages, &mut worker.batch, source, share, || {
-                    self.may_send()
-                });
+            let (inflate, batch) = (&mut worker.inflate, &mut worker.batch);
+            let may_send = || self.may_send();
+            let mut missing = share;
+            let this = inflate.fill(&self.pages, batch, source, &mut missing, may_send);
 
+            *left -= share - missing;
             match this {
                 Stop::Done => (),
-                Stop::NoMemory => stop = Stop::NoMemory,
-                Stop::NotNow | Stop::Reserve => return this,
+                Stop::NotNow => return Stop::NotNow,
+                Stop::Reserve | Stop::NoMemory => {
+                    nodes.remove(node);
+                    if stop != Stop::NoMemory {
+                        stop = this;
+                    }
+                }
             }
         }
         stop

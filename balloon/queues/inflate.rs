@@ -132,22 +132,22 @@ impl Inflate {
     }
 
     /// Takes up to `wanted` pages from `source`, sorts them in portions in `batch`, and sends them
-    /// to the device, as long as `may_send` holds. Checks at times how much the guest can spare,
-    /// since others allocate memory meanwhile. Puts pages that the device acknowledges into
-    /// `balloon`.
+    /// to the device, as long as `may_send` holds. Subtracts them from `wanted`. Checks at times
+    /// how much the guest can spare, since processes allocate memory meanwhile. Puts pages that the
+    /// device acknowledges into `balloon`.
     pub(crate) fn fill(
         &mut self,
         balloon: &BalloonPages<PendingMigrations>,
         batch: &mut Batch,
         mut source: impl Source,
-        mut wanted: usize,
+        wanted: &mut usize,
         may_send: impl Fn() -> bool,
     ) -> Stop {
         let (at_once, in_flight) = source.limits();
         let unsplit = self.queue.has_page_sets();
         let (mut spare, mut unchecked) = (0, PAGES_PER_CHECK);
 
-        while wanted > 0 {
+        while *wanted > 0 {
             let is_full = |this: &Self| this.queue.room() == 0 || this.in_flight >= in_flight;
             if is_full(self) && (self.collect(balloon) == 0 || is_full(self)) {
                 self.queue.notify();
@@ -158,7 +158,7 @@ impl Inflate {
             if unchecked >= PAGES_PER_CHECK {
                 (spare, unchecked) = (source.spare(), 0);
             }
-            let portion = at_once.min(wanted).min(spare);
+            let portion = at_once.min(*wanted).min(spare);
             if portion == 0 {
                 self.queue.notify();
                 return Stop::Reserve;
@@ -170,7 +170,6 @@ impl Inflate {
             };
             source.gather(batch, portion, blocks.min(BLOCKS_PER_BATCH), unsplit);
             let gathered = batch.pages();
-            wanted -= gathered;
             spare -= gathered;
             unchecked += gathered;
 
@@ -181,6 +180,7 @@ impl Inflate {
                 _ if may_send() => self.send(batch),
                 _ => Stop::NotNow,
             };
+            *wanted -= gathered - batch.pages();
             if stop != Stop::Done {
                 drop(batch.take_all());
                 self.queue.notify();

@@ -90,13 +90,18 @@ impl NodeSet {
         let mut set = Self::all();
 
         for node in Node::all().filter(|node| !node.is_short()) {
-            set.0.bits[node.index() / BITS] &= !(1 << (node.index() % BITS));
+            set.remove(node);
         }
         set
     }
 
+    /// Removes `node`.
+    pub(crate) fn remove(&mut self, node: Node) {
+        self.0.bits[node.index() / BITS] &= !(1 << (node.index() % BITS));
+    }
+
     /// Returns whether `node` belongs to it.
-    pub(super) fn contains(&self, node: Node) -> bool {
+    pub(crate) fn contains(&self, node: Node) -> bool {
         self.0.bits[node.index() / BITS] & 1 << (node.index() % BITS) != 0
     }
 }

@@ -8,18 +8,30 @@ use vm::{Driver, Guest, Offer, PageFlag, Size};
 use crate::compaction::{fullest_block_of, write};
 use crate::floor::take_all;
 use crate::hinting::{SLOW, Shares, check_all_back, wait_hints};
-use crate::scenario::{BOTH_DRIVERS, QEMU_DEVICE, Scenario, Setup, TEST_KERNEL};
+use crate::scenario::{
+    ALL_DEVICES, BOTH_DRIVERS, PATIENCE, QEMU_DEVICE, RUST_DRIVER, Scenario, Setup, TEST_KERNEL,
+};
 use crate::sizes::check_size;
 use crate::statistics::{check_memory, newer, poll};
 
-pub(crate) const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "two_nodes",
-    proves: "each of two NUMA nodes keeps its part of the reserve, the driver hints both, and memory of each can go offline",
-    kernels: TEST_KERNEL,
-    drivers: BOTH_DRIVERS,
-    devices: QEMU_DEVICE,
-    run: two_nodes,
-}];
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "two_nodes",
+        proves: "each of two NUMA nodes keeps its part of the reserve, the driver hints both, and memory of each can go offline",
+        kernels: TEST_KERNEL,
+        drivers: BOTH_DRIVERS,
+        devices: QEMU_DEVICE,
+        run: two_nodes,
+    },
+    Scenario {
+        name: "node_without_its_share",
+        proves: "the balloon takes from another NUMA node what one node cannot give",
+        kernels: TEST_KERNEL,
+        drivers: RUST_DRIVER,
+        devices: ALL_DEVICES,
+        run: node_without_its_share,
+    },
+];
 
 /// The free memory of a node outside of `ZONE_MOVABLE`, of which the driver hints nothing.
 fn kernel_free(guest: &Guest, node: u32) -> Result<Size> {
@@ -156,4 +168,45 @@ fn offline(setup: &Setup, guest: &Guest) -> Result<()> {
     }
     guest.balloon().settle(Size::default())?;
     check_size(guest, Size::default())
+}
+
+fn node_without_its_share(setup: &Setup) -> Result<()> {
+    vm::run(&setup.config().nodes(2), |guest| {
+        guest.insmod(setup.driver, setup.driver.low_floor())?;
+        let free = guest.node_free(0)?;
+        pin(guest)?;
+        let pinned = free.saturating_sub(guest.node_free(0)?);
+        ensure!(pinned > Size::mib(96), "only {pinned} of node 0 are pinned");
+
+        let free = on_both(|node| guest.node_free(node))?;
+        let size = (free[0] + free[1]).saturating_sub(Size::mib(112));
+        guest.balloon().settle(size)?;
+        let gave = on_both(|node| guest.node_balloon(node))?;
+        setup.note(format!(
+            "{pinned} of node 0 are pinned; of {} and {} the nodes gave {} and {}",
+            free[0], free[1], gave[0], gave[1]
+        ));
+        ensure!(
+            !guest.console().text()?.contains("retrying with pauses"),
+            "the balloon stopped on its way to {size}"
+        );
+        guest.balloon().settle(Size::default())?;
+        guest.rmmod(setup.driver)
+    })
+}
+
+/// Makes files on node 0 that have no content: their names and inodes count as memory that can be reclaimed, and never
+/// are.
+fn pin(guest: &Guest) -> Result<()> {
+    let name = "n".repeat(200);
+    guest.sh(
+        "echo +cpuset >/sys/fs/cgroup/cgroup.subtree_control && mkdir /sys/fs/cgroup/pin /tmp/pin &&
+         echo 0 >/sys/fs/cgroup/pin/cpuset.mems && mount -t ramfs pin /tmp/pin",
+    )?;
+    let line = format!(
+        "echo $$ >/sys/fs/cgroup/pin/cgroup.procs && cd /tmp/pin &&
+         i=0 && while [ $i -lt 150000 ]; do : >{name}$i; i=$((i + 1)); done"
+    );
+    guest.exec_within(&["sh", "-c", &line], PATIENCE)?;
+    Ok(())
 }
