@@ -2,6 +2,7 @@
 
 //! The CPU time of the host and of the guest.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,6 +22,18 @@ impl Guest {
         let mut total = of_process(home.qemu.id())?;
         if let Some(daemon) = &home.daemon {
             total += daemon.cpu_time()?;
+        }
+        Ok(total)
+    }
+
+    /// The CPU time of what is not a processor of the guest: QEMU's other threads, and those of the daemon. It leaves
+    /// out threads that have ended, as one that answers a client does with the connection.
+    pub fn device_cpu_time(&self) -> Result<Duration> {
+        let home = self.home();
+        let is_device = |name: &str| !name.starts_with("CPU ");
+        let mut total = of_threads(home.qemu.id().try_into()?, is_device)?;
+        if let Some(daemon) = &home.daemon {
+            total += daemon.thread_time()?;
         }
         Ok(total)
     }
@@ -60,4 +73,35 @@ fn of_process(pid: u32) -> Result<Duration> {
     let stat = Process::new(pid.try_into()?)?.stat()?;
     let milliseconds = (stat.utime + stat.stime) * 1000 / ticks_per_second();
     Ok(Duration::from_millis(milliseconds))
+}
+
+/// The CPU time of a process's threads for whose names `is_counted` returns true.
+pub(crate) fn of_threads(pid: i32, is_counted: impl Fn(&str) -> bool) -> Result<Duration> {
+    let mut total = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = thread?;
+        // It may end meanwhile.
+        let read = |file| fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+        if is_counted(&read("comm")) {
+            total += nanoseconds(&read("schedstat"));
+        }
+    }
+    Ok(Duration::from_nanos(total))
+}
+
+/// The first number of a schedstat file.
+fn nanoseconds(times: &str) -> u64 {
+    let first = times.split_whitespace().next();
+    first.and_then(|time| time.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_on_a_processor_comes_first() {
+        assert_eq!(nanoseconds("877068 86288 2\n"), 877_068);
+        assert_eq!(nanoseconds(""), 0);
+    }
 }

@@ -76,8 +76,8 @@ pub struct Run {
     pub throughput: Option<f64>,
     /// By how much a periodic task in the guest was late, at most.
     pub stall: Option<Duration>,
-    /// The time of the processors that the daemon used.
-    pub daemon_cpu: Option<Duration>,
+    /// The time of the host's processors for what is not a processor of the guest.
+    pub device_cpu: Option<Duration>,
     /// The memory that the daemon had afterwards.
     pub daemon_memory: Option<Size>,
     /// How long the machine took to write memory before. [`Bench::add`](crate::Bench::add) sets it.
@@ -153,9 +153,10 @@ pub struct Record {
     /// By how much a periodic task in the guest was late at most in each run, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_ms: Option<Samples>,
-    /// The time of the processors that the daemon used, without that for the benchmark's own questions, in seconds.
+    /// The time of the host's processors for what is not a processor of the guest, without that for the benchmark's own
+    /// questions, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub daemon_cpu_s: Option<f64>,
+    pub device_cpu_s: Option<f64>,
     /// The anonymous memory of the daemon afterwards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub daemon_kib: Option<u64>,
@@ -208,7 +209,7 @@ impl Record {
             peak_mib: runs.iter().filter_map(|run| Some(run.peak?.as_mib())).max(),
             throughput: all(&|run| run.throughput),
             stall_ms: all(&|run| run.stall.map(|stall| seconds(stall) * 1e3)),
-            daemon_cpu_s: median(&|run| run.daemon_cpu.map(seconds)),
+            device_cpu_s: median(&|run| run.device_cpu.map(seconds)),
             daemon_kib: whole(&|run| Some(run.daemon_memory?.as_bytes() >> 10)),
             machine_ms: all(&|run| run.machine.map(|time| seconds(time) * 1e3)),
             division: runs.iter().find_map(|run| run.division.clone()),
@@ -304,8 +305,9 @@ fn count(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result<Run> 
     // Only this repository's device has counters.
     let sent = || guest.sent().ok();
     let (sent_before, guest_before) = (sent(), guest.guest_cpu_time()?);
-    let host_before = guest.host_cpu_time()?;
+    let (host_before, device_before) = (guest.host_cpu_time()?, guest.device_cpu_time()?);
     let took = work()?;
+    let device_cpu = guest.device_cpu_time()?.saturating_sub(device_before);
     let host_cpu = guest.host_cpu_time()?.saturating_sub(host_before);
     let guest_cpu = guest.guest_cpu_time()?.saturating_sub(guest_before);
     Ok(Run {
@@ -315,6 +317,7 @@ fn count(guest: &Guest, work: impl FnOnce() -> Result<Duration>) -> Result<Run> 
             .map(|(now, before)| now.since(&before)),
         host_cpu: Some(host_cpu),
         guest_cpu: Some(guest_cpu),
+        device_cpu: Some(device_cpu),
         ..Run::default()
     })
 }

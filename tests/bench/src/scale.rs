@@ -41,7 +41,7 @@ type Cost = fn(&Record) -> Option<f64>;
 /// The costs that have this limit.
 const COSTS: [(&str, Cost); 3] = [
     ("time", |record| Some(record.seconds.median())),
-    ("the daemon's CPU time", |record| record.daemon_cpu_s),
+    ("the daemon's CPU time", |record| record.device_cpu_s),
     ("the daemon's memory", |record| {
         Some(record.daemon_kib? as f64)
     }),
@@ -65,7 +65,7 @@ fn run(bench: &Bench<'_>) -> Result<()> {
                 let before = daemon.thread_time()?;
                 let run = measure(guest, contestant, || contestant.inflate(guest, amount))?;
                 let run = Run {
-                    daemon_cpu: Some(daemon.thread_time()?.saturating_sub(before)),
+                    device_cpu: Some(daemon.thread_time()?.saturating_sub(before)),
                     daemon_memory: Some(daemon.memory()?),
                     ..run
                 };

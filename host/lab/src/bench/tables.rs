@@ -160,7 +160,7 @@ fn cost_columns() -> Vec<Column<'static>> {
         ),
         ("host CPU", Box::new(|r| r.host_cpu_s.map(seconds))),
         ("guest CPU", Box::new(|r| r.guest_cpu_s.map(seconds))),
-        ("daemon CPU", Box::new(|r| r.daemon_cpu_s.map(short_time))),
+        ("device CPU", Box::new(|r| r.device_cpu_s.map(short_time))),
         (
             "daemon memory",
             Box::new(|r| r.daemon_kib.map(|kib| Size::kib(kib).to_string())),

@@ -2,13 +2,13 @@
 
 //! The host's resources that a daemon uses.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use procfs::process::Process;
 
 use super::Daemon;
+use crate::processor_time::of_threads;
 use crate::size::Size;
 
 impl Daemon {
@@ -24,35 +24,11 @@ impl Daemon {
     /// The CPU time of the threads that its two processes have now. A thread that answers a client ends with the
     /// client's connection.
     pub fn thread_time(&self) -> Result<Duration> {
-        let mut total = 0;
-        for pid in self.pids()? {
-            for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-                // It may have ended meanwhile.
-                let times = fs::read_to_string(thread?.path().join("schedstat"));
-                total += nanoseconds(&times.unwrap_or_default());
-            }
-        }
-        Ok(Duration::from_nanos(total))
+        let [supervisor, worker] = self.pids()?;
+        Ok(of_threads(supervisor, |_| true)? + of_threads(worker, |_| true)?)
     }
 
     fn pids(&self) -> Result<[i32; 2]> {
         Ok([self.id()?.try_into()?, self.worker()?.as_raw()])
-    }
-}
-
-/// The first number of a schedstat file.
-fn nanoseconds(times: &str) -> u64 {
-    let first = times.split_whitespace().next();
-    first.and_then(|time| time.parse().ok()).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_time_on_a_processor_comes_first() {
-        assert_eq!(nanoseconds("877068 86288 2\n"), 877_068);
-        assert_eq!(nanoseconds(""), 0);
     }
 }
