@@ -175,8 +175,12 @@ fn halve_page_blocks() -> Result<KVVec<PageList>> {
     Ok(halves)
 }
 
-/// Fragments nearly all free memory into halves of unmovable pageblocks, so that no movable half is
-/// free. Returns the memory between them.
+/// Fragments nearly all free memory into halves of unmovable pageblocks, so that the kernel raises
+/// a watermark for a movable half. Returns the memory between them.
+///
+/// # Errors
+///
+/// `ENOENT` if it raises none.
 fn halve_unmovable() -> Result<(KVVec<BlockRange>, KVVec<PageList>)> {
     const REST: u64 = 48 * MIB;
     let half = pageblock_order() - 1;
@@ -190,12 +194,14 @@ fn halve_unmovable() -> Result<(KVVec<BlockRange>, KVVec<PageList>)> {
         };
         kept.push(range, GFP_KERNEL)?;
     }
-    while batch.alloc(half, 1 << half, false).is_ok() {
-        movable.push(batch.take_all(), GFP_KERNEL)?;
-    }
     kept.retain(|range| range.first() >> half & 1 == 1);
     while let Some(range) = BlockRange::alloc(None, pageblock_order()) {
         kept.push(range, GFP_KERNEL)?;
+    }
+    memory::boost(0);
+    while memory::boosted_pages() == 0 {
+        batch.alloc(half, 1 << half, false).map_err(|_| ENOENT)?;
+        movable.push(batch.take_all(), GFP_KERNEL)?;
     }
     Ok((kept, movable))
 }
