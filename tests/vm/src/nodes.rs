@@ -132,8 +132,8 @@ fn hints(setup: &Setup, guest: &Guest) -> Result<()> {
     );
     ensure!(
         setup.driver == Driver::C
-            || nodes().all(|(before, meanwhile)| meanwhile.as_bytes() * 16 > before.as_bytes()),
-        "one node is empty"
+            || nodes().all(|(before, meanwhile)| meanwhile.as_bytes() * 10 > before.as_bytes()),
+        "one node has less than a tenth of its free memory left"
     );
     // The guest cannot continue with two nodes here, see `Migration::finish`.
     migration.cancel()?;
