@@ -136,10 +136,16 @@ void rust_helper_set_pages_offline(struct page *page, unsigned int order)
 		__SetPageOffline(page);
 }
 
-void rust_helper_clear_pages_offline(struct page *page, unsigned int order)
+/* Returns whether one of them has a memory error. */
+bool rust_helper_clear_pages_offline(struct page *page, unsigned int order)
 {
-	for (struct page *end = page + (1UL << order); page < end; page++)
+	bool has_error = false;
+
+	for (struct page *end = page + (1UL << order); page < end; page++) {
+		has_error |= PageHWPoison(page);
 		__ClearPageOffline(page);
+	}
+	return has_error;
 }
 
 #ifdef CONFIG_SPARSEMEM

@@ -91,6 +91,18 @@ impl Allocated {
         Block(page)
     }
 
+    /// Frees it. If a page of it has a memory error, the pages are freed one by one: the page
+    /// allocator sets such a page aside only if it is freed alone.
+    fn free(self, has_error: bool) {
+        if has_error {
+            return self.split(drop);
+        }
+        let (page, order) = self.into_parts();
+
+        // SAFETY: By the type invariants the block is ours.
+        unsafe { bindings::__free_pages(page.as_ptr(), order) };
+    }
+
     /// Splits it into order-0 pages, and calls `each` with each of them.
     pub(in crate::rust) fn split(self, mut each: impl FnMut(BasePage)) {
         let (page, order) = self.into_parts();
@@ -111,16 +123,10 @@ impl Drop for Allocated {
         let (page, order) = (self.page, self.order);
         // SAFETY: All pages are of the block.
         let mut pages = (0..1 << order).map(|n| unsafe { page.add(n) });
+        let has_error = order > 0 && pages.any(Page::has_error);
 
-        // The page allocator sets a page with a memory error aside only if the page is freed alone.
-        if order > 0 && pages.any(Page::has_error) {
-            // INVARIANT: The block is owned by this one from now on.
-            let this = Self { page, order };
-
-            return this.split(drop);
-        }
-        // SAFETY: By the type invariants.
-        unsafe { bindings::__free_pages(page.as_ptr(), order) };
+        // INVARIANT: The block is owned by this one from now on.
+        Self { page, order }.free(has_error);
     }
 }
 
@@ -208,16 +214,22 @@ impl Block {
 
     /// Clears the marks, which is required before the block is freed or split.
     pub(in crate::rust) fn unmark(self) -> Allocated {
+        self.unmark_and_check().0
+    }
+
+    /// The same. Also returns whether a page has a memory error, so that freeing the block needs no
+    /// other look at all of its pages.
+    fn unmark_and_check(self) -> (Allocated, bool) {
         let order = self.order();
         let page = self.into_page();
 
         // SAFETY: By the type invariants the block is ours, and marked.
-        unsafe {
+        let has_error = unsafe {
             page.set_private(0);
-            bindings::clear_pages_offline(page.as_ptr(), order);
-        }
+            bindings::clear_pages_offline(page.as_ptr(), order)
+        };
         // INVARIANT: The block is owned by this one from now on.
-        Allocated { page, order }
+        (Allocated { page, order }, has_error)
     }
 }
 
@@ -245,7 +257,9 @@ unsafe impl Linked for Block {
 impl Drop for Block {
     fn drop(&mut self) {
         // INVARIANT: The block is owned by this one from now on.
-        drop(Self(self.0).unmark());
+        let (block, has_error) = Self(self.0).unmark_and_check();
+
+        block.free(has_error);
     }
 }
 
