@@ -66,7 +66,7 @@ pub(crate) const COLUMNS: [Column; 7] = [
     Column::amount("Target", Content::Target, AMOUNT),
     Column::amount("Available", Content::Available, AMOUNT),
     Column::amount("Balloon/s", Content::BalloonRate, AMOUNT + 2),
-    Column::amount("Given back/s", Content::DiscardRate, AMOUNT + 2),
+    Column::amount("Returned/s", Content::DiscardRate, AMOUNT + 2),
 ];
 
 /// With a manager. What it grants is the memory without the target.

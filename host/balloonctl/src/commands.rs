@@ -151,7 +151,7 @@ impl Session {
         let answer = self.call(&Request::Inhibit { seconds, owner })?;
         self.show(&answer, || {
             Ok(format!(
-                "No memory is given back to the host for {seconds} s."
+                "No memory is returned to the host for {seconds} s."
             ))
         })
     }
@@ -162,9 +162,9 @@ impl Session {
         self.show(&answer, || {
             let info: Info = client.call(&Request::Info {})?.parse()?;
             Ok(match info::withheld(&info) {
-                None => "Memory is given back to the host again.".to_owned(),
+                None => "Memory is returned to the host again.".to_owned(),
                 Some(reasons) => {
-                    format!("Memory is not given back to the host for another reason: {reasons}.")
+                    format!("Memory is not returned to the host for another reason: {reasons}.")
                 }
             })
         })

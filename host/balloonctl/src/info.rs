@@ -42,7 +42,7 @@ fn state(info: &Info) -> Table {
     ]);
     let counters = &info.counters;
     table.add_row([
-        "Given back",
+        "Returned",
         &format!(
             "{} in {} discards, {} failed",
             HumanBytes(counters.discarded),
@@ -52,13 +52,16 @@ fn state(info: &Info) -> Table {
     ]);
     if let Some(reasons) = withheld(info) {
         table.add_row([
-            "Not given back",
+            "Not returned",
             &format!("{}: {reasons}", HumanBytes(counters.withheld)),
         ]);
     }
     table.add_row([
         "Granule",
-        &format!("{}, the least that is given back", HumanBytes(info.granule)),
+        &format!(
+            "{}, the smallest piece that is returned",
+            HumanBytes(info.granule)
+        ),
     ]);
     table.add_row(["Encodings", &by_name(&counters.encodings)]);
     table.add_row(["Requests", &requests(info)]);

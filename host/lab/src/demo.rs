@@ -184,9 +184,7 @@ fn table(measurements: &[Measurement]) -> Table {
     row("deflate", &|m| milliseconds(m.deflate));
     row("  times as fast", &times(|m| m.deflate));
     row("nr_balloon_pages at the top", &|m| m.pages.to_string());
-    row("memory given back to the host", &|m| {
-        m.given_back.to_string()
-    });
+    row("memory returned to the host", &|m| m.given_back.to_string());
     row("guest's MemFree before", &|m| m.free_before.to_string());
     row("guest's MemFree after", &|m| m.free_after.to_string());
     for column in table.column_iter_mut().skip(1) {

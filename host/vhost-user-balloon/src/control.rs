@@ -179,7 +179,7 @@ impl Device {
         if let Some(reason) = self.info().withheld.first() {
             return Err(ControlError::new(
                 ErrorKind::Failed,
-                format!("no memory is given back to the host: {reason}"),
+                format!("no memory is returned to the host: {reason}"),
                 "see --allow in vhost-user-balloon(8)",
             ));
         }

@@ -120,7 +120,7 @@ impl State {
         let aside = beside(path, ".bad");
         warn!(
             "{} has no state of a balloon that this daemon can read ({reason}); moved it to {}, and starting \
-             without it: the target and the interval of the statistics are lost, and no memory is given back to the \
+             without it: the target and the interval of the statistics are lost, and no memory is returned to the \
              host for a day, or until `balloonctl resume`",
             path.display(),
             aside.display()

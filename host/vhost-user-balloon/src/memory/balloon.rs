@@ -201,7 +201,7 @@ impl Balloon {
             } else if self.unbacked.insert(start) {
                 // A guest can make its VMM send the memory again without end.
                 error!(
-                    "the guest's memory at {start:#x} is in no file that memory can be given back from; have \
+                    "the guest's memory at {start:#x} is in no file that memory can be returned from; have \
                      the VMM use a memory file, as QEMU's memory-backend-memfd with share=on is"
                 );
             }

@@ -333,7 +333,7 @@ impl Discarder {
                         }
                         _ => "fallocate(2) says what this means for FALLOC_FL_PUNCH_HOLE",
                     };
-                    error!("cannot give memory back to the host: {errno}; {advice}");
+                    error!("cannot return memory to the host: {errno}; {advice}");
                 }
             }
         }

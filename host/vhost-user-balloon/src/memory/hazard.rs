@@ -128,7 +128,7 @@ pub struct Watch {
     mappings_seen: bool,
     /// Whether the daemon has logged that it cannot list the VMM's open files.
     warned: bool,
-    /// Why no memory is given back, as it was logged for the last time.
+    /// Why no memory is returned, as it was logged for the last time.
     logged: BTreeSet<Hazard>,
 }
 
@@ -181,16 +181,16 @@ impl Watch {
         }
     }
 
-    /// Logs why no memory is given back to the host, when that has changed.
+    /// Logs why no memory is returned to the host, when that has changed.
     pub fn log(&mut self, hazards: BTreeSet<Hazard>) {
         for hazard in &hazards - &self.logged {
             warn!(
-                "memory is not given back to the host: {}; see --allow {hazard} for what to do",
+                "memory is not returned to the host: {}; see --allow {hazard} for what to do",
                 hazard.reason()
             );
         }
         if hazards.is_empty() && !self.logged.is_empty() {
-            info!("memory is given back to the host again");
+            info!("memory is returned to the host again");
         }
         self.logged = hazards;
     }

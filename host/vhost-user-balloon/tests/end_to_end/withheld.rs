@@ -166,7 +166,7 @@ fn a_handler_that_comes_later_is_found_and_logged() {
     vmm.inflate(0x101);
     assert_eq!(vmm.byte(0x101 << 12), 1);
     assert!(
-        log().contains("memory is not given back to the host: userfaultfd fills the VMM's memory")
+        log().contains("memory is not returned to the host: userfaultfd fills the VMM's memory")
     );
     assert_eq!(info(directory).withheld, ["userfaultfd"]);
     let found = metrics();
@@ -177,7 +177,7 @@ fn a_handler_that_comes_later_is_found_and_logged() {
     thread::sleep(OLD);
     vmm.inflate(0x102);
     assert_eq!(vmm.byte(0x102 << 12), 0);
-    assert!(log().contains("memory is given back to the host again"));
+    assert!(log().contains("memory is returned to the host again"));
     daemon.end();
 }
 
