@@ -45,9 +45,23 @@ pub(super) fn print(benchmark: &Benchmark, records: &[Record]) {
 pub(super) fn markdown(of_name: &[&Record], records: &[Record]) -> String {
     let tables = tables(of_name, records).into_iter();
     let tables: Vec<_> = tables
-        .map(|table| finish(table, ASCII_MARKDOWN).to_string())
+        .map(|table| unbroken(&finish(table, ASCII_MARKDOWN).to_string()))
         .collect();
     tables.join("\n\n")
+}
+
+/// A table in Markdown of which a narrow page breaks the head, and no cells below it.
+fn unbroken(table: &str) -> String {
+    let cell = |cell: &str| {
+        let text = cell.trim();
+        cell.replace(text, &text.replace(' ', "\u{a0}"))
+    };
+    let line = |(number, line): (usize, &str)| match number {
+        0 | 1 => line.to_owned(),
+        _ => line.split('|').map(cell).collect::<Vec<_>>().join("|"),
+    };
+    let lines: Vec<_> = table.lines().enumerate().map(line).collect();
+    lines.join("\n")
 }
 
 /// The commits of the records, after a comma.
@@ -331,6 +345,16 @@ mod tests {
         let all: Vec<_> = records.iter().collect();
         assert_eq!(commits(&all), ", commit a1a1a1a1a1a1, commit b0b0b0b0b0b0+");
         assert_eq!(commits(&all[1..2]), "");
+    }
+
+    #[test]
+    fn cells_stay_on_one_line_each() {
+        assert_eq!(
+            unbroken(
+                "|      | bytes sent |\n|------|------------|\n| 2 s  |            |\n|  1 s |       no 1 |"
+            ),
+            "|      | bytes sent |\n|------|------------|\n| 2\u{a0}s  |            |\n|  1\u{a0}s |       no\u{a0}1 |"
+        );
     }
 
     #[test]
