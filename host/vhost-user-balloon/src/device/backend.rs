@@ -135,8 +135,8 @@ impl VhostUserBackend for Device {
         if large && self.settings.features & Feature::MustTellHost.mask() == 0 {
             // A guest can make its VMM send the memory again without end.
             self.large_granules.call_once(|| warn!(
-                "the guest's memory is in huge pages, which come back to the host only when they are named at \
-                 once; start this with --granule 2M, so that they may come in pieces"
+                "the guest's memory is in huge pages, each of which is returned only if one message lists all of \
+                 it; start this with --granule 2M, and several messages may list it"
             ));
         }
         Ok(())

@@ -46,8 +46,8 @@ impl Device {
                 Some(0) => return,
                 Some(bytes) => {
                     return info!(
-                        "the host had allocated {} KiB of the balloon again, as for a dump of the VM; they are given \
-                         back",
+                        "the host had allocated {} KiB of the balloon again, as for a dump of the VM; they are \
+                         returned",
                         bytes >> 10
                     );
                 }

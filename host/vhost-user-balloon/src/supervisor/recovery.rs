@@ -159,7 +159,7 @@ impl Supervisor {
                 self.backend = Some(backend);
             }
             Err(error) => {
-                error!("the worker does not take up the device: {error:#}");
+                error!("the worker cannot continue the device: {error:#}");
                 self.kill();
             }
         }
