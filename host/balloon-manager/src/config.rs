@@ -12,7 +12,7 @@ use std::{fs, io};
 use anyhow::{Context, Result, bail};
 use balloon_policy::{MIB, Pages, Profile, Settings};
 use glob::Pattern;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 /// The bytes of a page.
@@ -29,7 +29,7 @@ const DROP_INS: [&str; 3] = [
 const LEASES: RangeInclusive<u32> = 3..=86_400;
 
 /// What is set.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Config {
     /// For how long VMs keep memory that they do not use.
@@ -58,7 +58,7 @@ impl Default for Config {
     }
 }
 
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Host {
     /// The memory for all VMs. By default it is measured.
@@ -69,7 +69,7 @@ pub(crate) struct Host {
     pub(crate) reserve: Option<Size>,
 }
 
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Vm {
     floor: Option<Size>,
@@ -79,8 +79,8 @@ pub(crate) struct Vm {
 }
 
 /// A number of bytes, or a fraction.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub(crate) enum Size {
     Bytes(u64),
     Percent(u64),
@@ -100,6 +100,22 @@ impl TryFrom<String> for Size {
             None => balloon_control::parse_size(&text)
                 .map(Self::Bytes)
                 .map_err(|_| wrong()),
+        }
+    }
+}
+
+impl From<Size> for String {
+    fn from(size: Size) -> Self {
+        match size {
+            Size::Bytes(bytes) => {
+                let units = [(30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "B")];
+                let (shift, unit) = units
+                    .into_iter()
+                    .find(|(shift, _)| bytes >> shift << shift == bytes)
+                    .unwrap_or_default();
+                format!("{}{unit}", bytes >> shift)
+            }
+            Size::Percent(percent) => format!("{percent}%"),
         }
     }
 }
@@ -194,26 +210,37 @@ impl Config {
         Duration::from_secs(self.lease.into())
     }
 
+    /// As a file.
+    pub(crate) fn to_toml(&self) -> Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+
+    /// The settings, one line each.
+    fn lines(&self) -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        flatten("", &Table::try_from(self)?, &mut lines);
+        Ok(lines)
+    }
+
     /// The differences from an earlier configuration, one line each.
-    pub(crate) fn differences(&self, old: &Self) -> Vec<String> {
-        let lines = |config: &Self| -> Vec<String> {
-            let mut lines = vec![
-                format!("profile = {:?}", config.profile),
-                format!("host = {:?}", config.host),
-                format!("sockets = {:?}", config.sockets),
-                format!("qmp = {:?}", config.qmp),
-                format!("lease = {}", config.lease),
-            ];
-            let vms = config.vm.iter();
-            lines.extend(vms.map(|(pattern, vm)| format!("vm.{pattern:?} = {vm:?}")));
-            lines
-        };
-        let (old, new) = (lines(old), lines(self));
+    pub(crate) fn differences(&self, old: &Self) -> Result<Vec<String>> {
+        let (old, new) = (old.lines()?, self.lines()?);
         let gone = old.iter().filter(|line| !new.contains(line));
         let come = new.iter().filter(|line| !old.contains(line));
-        gone.map(|line| format!("- {line}"))
+        Ok(gone
+            .map(|line| format!("- {line}"))
             .chain(come.map(|line| format!("+ {line}")))
-            .collect()
+            .collect())
+    }
+}
+
+/// Adds the values of a table, each with all of its keys.
+fn flatten(path: &str, table: &Table, lines: &mut Vec<String>) {
+    for (key, value) in table {
+        match value {
+            Value::Table(table) => flatten(&format!("{path}{key}."), table, lines),
+            value => lines.push(format!("{path}{key} = {value}")),
+        }
     }
 }
 
@@ -359,10 +386,26 @@ mod tests {
     #[test]
     fn a_reload_shows_the_differences() {
         let old = load("[vm.a]\nweight = 1").unwrap();
-        let new = load("profile = 'density'\n[vm.a]\nweight = 1").unwrap();
+        let new = load("profile = 'density'\n[vm.a]\nweight = 1\nfloor = '1GiB'").unwrap();
         assert_eq!(
-            new.differences(&old),
-            ["- profile = Balanced", "+ profile = Density"]
+            new.differences(&old).unwrap(),
+            [
+                "- profile = \"balanced\"",
+                "+ profile = \"density\"",
+                "+ vm.a.floor = \"1GiB\"",
+            ]
         );
+    }
+
+    #[test]
+    fn a_configuration_is_printed_as_a_file() {
+        for text in [
+            "",
+            "qmp = '/a'\n[host]\npool = '24GiB'\nreserve = '5%'",
+            "[host]\npool = '1025KiB'\n[vm.'*']\nfloor = '1535MiB'\n[vm.'db*']\nweight = 0\nceiling = '17B'",
+        ] {
+            let config = load(text).unwrap();
+            assert_eq!(load(&config.to_toml().unwrap()).unwrap(), config, "{text}");
+        }
     }
 }

@@ -213,7 +213,7 @@ async fn execute(command: Command) -> Result<()> {
             ..
         } => run(config.as_deref(), observe, record.as_deref(), &socket).await,
         Command::Check { config } => {
-            println!("{:#?}", Config::load(config.as_deref())?);
+            print!("{}", Config::load(config.as_deref())?.to_toml()?);
             Ok(())
         }
         Command::Replay { file } => {
@@ -294,7 +294,10 @@ async fn run(
     let _socket = control::serve(socket, calls)
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
     let mut manager = Manager::new(config, observe, record, reports);
-    log::info!("managing with the profile {:?}", manager.profile());
+    log::info!(
+        "managing with the profile {}",
+        toml::Value::try_from(manager.profile())?
+    );
     manage(&mut manager, path, reported, called).await?;
     notify(&[NotifyState::Stopping]);
     match manager.savings() {

@@ -328,7 +328,7 @@ impl Manager {
 
     /// Takes a new configuration, unless its floors do not fit and those of the present one do.
     pub(crate) fn reload(&mut self, config: Config) -> Result<Vec<String>> {
-        let differences = config.differences(&self.config);
+        let differences = config.differences(&self.config)?;
         let old = std::mem::replace(&mut self.config, config);
         let check = self.observation().map(|new| Policy::admit(&new, 0));
         let fitted = Policy::admit(&self.last, 0).is_ok();

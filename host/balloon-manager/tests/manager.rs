@@ -1223,7 +1223,8 @@ fn a_reload_shows_what_changes_and_refuses_floors_that_do_not_fit() {
     host.configure(&format!("profile = 'density'\n{SMALL}"));
     host.signal(Signal::SIGHUP);
     wait_for("the profile", || {
-        host.log().contains("configuration: + profile = Density")
+        host.log()
+            .contains("configuration: + profile = \"density\"")
     });
     host.configure(&format!("{SMALL}[vm.'*']\nfloor = '3GiB'\n"));
     host.signal(Signal::SIGHUP);
